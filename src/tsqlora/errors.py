@@ -1,0 +1,53 @@
+"""What can go wrong, as one small tree.
+
+    TsqLoraError            exit 1   failed while running
+    ├── SettingsError       exit 2   wrong usage or settings; nothing was started
+    ├── DataError           exit 3   a file, a row or a label is wrong; names which
+    ├── UnsupportedError    exit 2   a layer, model or option that cannot be exact; names it
+    └── NotLearnedError     exit 1   scoring refused: the model does not beat chance yet
+
+Messages give the thing, the value, the cure, in one or two lines.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class TsqLoraError(Exception):
+    """Base of every error that tsqlora raises on purpose."""
+
+    exit_code = 1
+
+
+class SettingsError(TsqLoraError, ValueError):
+    """A setting or an argument is wrong."""
+
+    exit_code = 2
+
+
+class DataError(TsqLoraError, ValueError):
+    """A file, a row or a label is wrong."""
+
+    exit_code = 3
+
+
+class UnsupportedError(TsqLoraError, NotImplementedError):
+    """Something that tsqlora cannot do exactly, refused by name."""
+
+    exit_code = 2
+
+
+class NotLearnedError(TsqLoraError, RuntimeError):
+    """The model is at chance, so scores would be noise."""
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """A hint for an unknown name: the nearest choice, and all of them.
+
+    >>> nearest("lern", ["learn", "rest"])
+    "did you mean 'learn'? choices: learn, rest"
+    """
+    known = sorted(choices)
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean '{close[0]}'? " if close else ""
+    return f"{hint}choices: {', '.join(known)}"
