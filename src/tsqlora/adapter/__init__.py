@@ -1,0 +1,1 @@
+"""PEFT's LoRA layers with a rank that can change."""

@@ -1,0 +1,163 @@
+"""Labels as they stand in the rows -> class ids, or target numbers."""
+
+import math
+import re
+import reprlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tsqlora.data.rows import Rows
+from tsqlora.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class LabelMap:
+    """The classes in the order of their ids: `names[id]` is the label as the data writes it."""
+
+    names: tuple[str | int, ...]
+
+    @classmethod
+    def from_rows(cls, values: Iterable[str | int]) -> "LabelMap":
+        """The classes among the training labels; text sorts as text, integers as numbers.
+
+        Raises DataError for one class alone, for text beside integers, and for what is neither.
+
+        >>> LabelMap.from_rows([10, 9, 10]).names
+        (9, 10)
+        >>> LabelMap.from_rows(["10", "9"]).names
+        ('10', '9')
+        """
+        distinct = list(dict.fromkeys(_checked(value) for value in values))
+        texts = [value for value in distinct if isinstance(value, str)]
+        numbers = [value for value in distinct if isinstance(value, int)]
+        if texts and numbers:
+            raise DataError(
+                f"labels mix text ({texts[0]!r}) and integers ({numbers[0]}); write all as one kind"
+            )
+        if len(distinct) < 2:
+            raise DataError(
+                f"the training labels hold {_listed(distinct)} and no other class; at least two are needed"
+            )
+        return cls((*sorted(texts), *sorted(numbers)))
+
+    def id_of(self, value: str | int) -> int:
+        """The id of a label; where classes are integers, their text is as good ("3" for 3).
+
+        Raises DataError for a label that is no class.
+        """
+        name = _checked(value)
+        if isinstance(name, str) and isinstance(self.names[0], int) and _is_integer(name):
+            name = int(name)
+        if name not in self.names:
+            raise DataError(
+                f"label {reprlib.repr(name)} is not among the training data's classes: {_listed(self.names)}"
+            )
+        return self.names.index(name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What JSON can hold; `from_dict` makes the same map of it."""
+        return {"names": list(self.names)}
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> "LabelMap":
+        """The map that `to_dict` stored."""
+        return cls(tuple(stored["names"]))
+
+
+def read_labels(rows: Rows, column: str) -> list[str | int]:
+    """Every row's label, as `LabelMap.from_rows` takes them.
+
+    In a format without types (CSV), labels that are all integers are integers. Raises
+    DataError with file and row for a label that is missing or neither text nor an integer.
+    """
+    values = [_label_at(rows, i, column) for i in range(len(rows))]
+    if not rows.typed and all(_is_integer(str(value)) for value in values):
+        return [int(value) for value in values]
+    return values
+
+
+def encode_labels(rows: Rows, column: str, label_map: LabelMap) -> list[int]:
+    """Every row's class id. Raises DataError as `read_labels`, and for a label that is no class."""
+    ids: dict[str | int, int] = {}
+    for i in range(len(rows)):
+        value = _label_at(rows, i, column)
+        if value not in ids:
+            ids[value] = _id_at(rows, i, value, label_map)
+    return [ids[row[column]] for row in rows.rows]
+
+
+def encode_targets(rows: Rows, column: str) -> list[float]:
+    """Every row's target for regression; text that spells a number counts as one.
+
+    Raises DataError with file and row for a target that is missing or no finite number.
+    """
+    return [_target_at(rows, i, column) for i in range(len(rows))]
+
+
+def _label_at(rows: Rows, i: int, column: str) -> str | int:
+    value = rows.rows[i].get(column)
+    wrong = _what_is_wrong(value)
+    if wrong is not None:
+        what, cure = wrong
+        raise DataError(f"{rows.place(i)}: {what} in column '{column}'; {cure}")
+    return value  # pyright: ignore[reportReturnType]
+
+
+def _id_at(rows: Rows, i: int, value: str | int, label_map: LabelMap) -> int:
+    try:
+        return label_map.id_of(value)
+    except DataError as exc:
+        raise DataError(f"{rows.place(i)}: {exc}; correct it, or add the class to the training data") from exc
+
+
+def _target_at(rows: Rows, i: int, column: str) -> float:
+    value = rows.rows[i].get(column)
+    if _is_missing(value):
+        raise DataError(f"{rows.place(i)}: no label in column '{column}'; fill it in or leave the row out")
+    try:
+        target = math.nan if isinstance(value, bool) else float(value)  # pyright: ignore[reportArgumentType]
+    except (TypeError, ValueError, OverflowError):
+        target = math.nan
+    if not math.isfinite(target):
+        raise DataError(
+            f"{rows.place(i)}: label {reprlib.repr(value)} in column '{column}' is no finite number; "
+            f"correct it, or set task.type to sequence-classification"
+        )
+    return target
+
+
+def _checked(value: Any) -> str | int:
+    wrong = _what_is_wrong(value)
+    if wrong is not None:
+        raise DataError("{}; {}".format(*wrong))
+    return value
+
+
+def _what_is_wrong(value: Any) -> tuple[str, str] | None:
+    """What a value that cannot be a class label is, and the cure; None for one that can."""
+    if _is_missing(value):
+        return "no label", "fill it in or leave the row out"
+    if isinstance(value, bool):
+        return f"the boolean label {value}", "write 0 and 1, or names"
+    if isinstance(value, (list, tuple, set)):
+        return f"the list {reprlib.repr(value)} as a label", "multi-label classification is not built"
+    if not isinstance(value, (str, int)):
+        shown = f"the {type(value).__name__} label {reprlib.repr(value)}"
+        return shown, "write classes as text or integers, or set task.type to regression"
+    return None
+
+
+def _is_missing(value: Any) -> bool:
+    blank = isinstance(value, str) and not value.strip()
+    return value is None or blank or (isinstance(value, float) and math.isnan(value))
+
+
+def _is_integer(text: str) -> bool:
+    """Whether the text is just how an integer is written: no plus, no leading zero."""
+    return re.fullmatch(r"0|-?[1-9][0-9]{0,17}", text) is not None
+
+
+def _listed(names: Sequence[str | int]) -> str:
+    shown = ", ".join(reprlib.repr(name) for name in names[:8])
+    return f"{shown} and {len(names) - 8} more" if len(names) > 8 else shown

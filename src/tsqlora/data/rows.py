@@ -1,0 +1,161 @@
+"""A file, a directory of splits or a hub id -> rows that know where they came from."""
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tsqlora.data.jsonl import read_json, read_jsonl
+from tsqlora.data.tables import read_csv, read_parquet, read_tsv
+from tsqlora.errors import DataError
+
+READERS: dict[str, Callable[[Path], list[tuple[int, dict[str, Any]]]]] = {
+    ".jsonl": read_jsonl,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": read_tsv,
+    ".parquet": read_parquet,
+}
+
+# Formats whose cells are all text, whatever they stand for.
+UNTYPED = (".csv", ".tsv")
+
+SPLIT_NAMES: dict[str, tuple[str, ...]] = {
+    "train": ("train",),
+    "validation": ("validation", "valid", "dev"),
+    "test": ("test",),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of one split; `numbers[i]` is the 1-based line or row of `rows[i]` in `source`.
+
+    `typed` is False where the format has no types (CSV), so that "3" may be the number 3.
+    """
+
+    rows: tuple[dict[str, Any], ...]
+    source: str
+    numbers: tuple[int, ...]
+    typed: bool = True
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def place(self, i: int) -> str:
+        """Where row i is, as errors say it: `train.jsonl:17`."""
+        return f"{self.source}:{self.numbers[i]}"
+
+
+def column_names(rows: Rows) -> tuple[str, ...]:
+    """Every column that some row has, in the order of first appearance."""
+    return tuple(dict.fromkeys(name for row in rows.rows for name in row))
+
+
+def read_rows(source: str | Path, *, split: str | None = None) -> Rows:
+    """The rows of a file, or of one split of a directory or hub data set.
+
+    `split` names the split of a directory or hub data set; None takes the only one there.
+    A file is one split, whatever it is called. Raises DataError for what is missing, empty
+    or broken, with file and line.
+    """
+    if _local(source).is_file():
+        return _read_file(_local(source))
+    found = _open_splits(source, wanted=SPLIT_NAMES if split is None else (split,))
+    if len(found) != 1:
+        there = (
+            f"has the splits {', '.join(found)}" if found else f"has no split {split or 'of a known name'}"
+        )
+        raise DataError(f"{source} {there}; name one file or one split of it")
+    return next(iter(found.values()))()
+
+
+def read_splits(train: str, validation: str | None, test: str | None) -> dict[str, Rows]:
+    """Rows by split name: always "train", and "validation" and "test" where there are any.
+
+    `train` is a file, a directory of files named train.*, validation.* (valid.*, dev.*) and
+    test.*, or a hub id; an explicit `validation` or `test` takes the place of what is found
+    there. Raises DataError as `read_rows` does, and for two files of one split.
+    """
+    explicit = {name: path for name, path in (("validation", validation), ("test", test)) if path is not None}
+    found = _open_train(train, wanted=[name for name in SPLIT_NAMES if name not in explicit])
+    found |= {name: partial(read_rows, path, split=name) for name, path in explicit.items()}
+    return {name: found[name]() for name in SPLIT_NAMES if name in found}
+
+
+def _open_train(train: str, *, wanted: Collection[str]) -> dict[str, Callable[[], Rows]]:
+    if _local(train).is_file():
+        return {"train": partial(_read_file, _local(train))}
+    found = _open_splits(train, wanted=wanted)
+    if "train" not in found:
+        raise DataError(f"{train} has no split train; name the training file in data.train")
+    return found
+
+
+def _open_splits(source: str | Path, *, wanted: Collection[str]) -> dict[str, Callable[[], Rows]]:
+    """Those of the wanted splits that the source has, each ready to be read."""
+    path = _local(source)
+    if path.is_dir():
+        files = {file.name: file for file in sorted(path.iterdir()) if file.is_file()}
+        names = _match_splits({name: file.stem for name, file in files.items()}, wanted, source)
+        return {split: partial(_read_file, files[name]) for split, name in names.items()}
+    _refuse_missing_file(path, source)
+    data = _load_hub(str(source))
+    names = _match_splits({name: name for name in data}, wanted, source)
+    return {split: partial(_hub_rows, data[name], f"{source}[{name}]") for split, name in names.items()}
+
+
+def _match_splits(stems: Mapping[str, str], wanted: Iterable[str], source: str | Path) -> dict[str, str]:
+    """Split -> the one name whose stem is among the split's usual names."""
+    found = {}
+    for split in wanted:
+        usual = SPLIT_NAMES.get(split, (split,))
+        hits = [name for name, stem in stems.items() if stem.lower() in usual]
+        if len(hits) > 1:
+            raise DataError(f"{source} has {len(hits)} candidates for {split}: {', '.join(hits)}; keep one")
+        if hits:
+            found[split] = hits[0]
+    return found
+
+
+def _read_file(path: Path) -> Rows:
+    suffix = path.suffix.lower()
+    if suffix not in READERS:
+        raise DataError(f"{path}: unknown extension '{suffix}'; known: {', '.join(READERS)}")
+    numbered = READERS[suffix](path)
+    if not numbered:
+        raise DataError(f"{path} has no rows; write at least one, or name another file")
+    numbers, rows = zip(*numbered, strict=True)
+    return Rows(rows, str(path), numbers, typed=suffix not in UNTYPED)
+
+
+def _local(source: str | Path) -> Path:
+    return Path(source).expanduser()
+
+
+def _refuse_missing_file(path: Path, source: str | Path) -> None:
+    looks_like_hub_id = len(path.parts) <= 2 and not str(source).startswith((".", "/", "~"))
+    if path.suffix.lower() in READERS or isinstance(source, Path) or not looks_like_hub_id:
+        raise DataError(f"no file {source}; correct the path, seen from {Path.cwd()}")
+
+
+def _load_hub(name: str) -> Mapping[str, Any]:
+    """Hub data set -> its splits. Raises DataError whatever went wrong in loading it."""
+    import datasets  # seconds to import, and only hub ids need it
+
+    try:
+        return {str(split): data for split, data in datasets.load_dataset(name).items()}
+    except Exception as exc:
+        reason = next(iter(str(exc).splitlines()), type(exc).__name__)
+        raise DataError(
+            f"{name} is neither a local file or directory nor a loadable hub data set ({reason}); "
+            f"correct data.train, or download it and name the file"
+        ) from exc
+
+
+def _hub_rows(data: Any, source: str) -> Rows:
+    rows = tuple(data.to_list())
+    if not rows:
+        raise DataError(f"{source} has no rows; name another split or data set")
+    return Rows(rows, source, tuple(range(1, len(rows) + 1)))

@@ -1,0 +1,151 @@
+"""Rows -> tokenised samples."""
+
+import hashlib
+import reprlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from tsqlora.data.columns import Columns
+from tsqlora.data.rows import Rows
+from tsqlora.errors import DataError, SettingsError
+
+
+@dataclass(frozen=True, slots=True)
+class TokenisedSplit:
+    """Samples as a Trainer takes them: this is a map-style torch data set.
+
+    A sample has input_ids, attention_mask, token_type_ids where the tokenizer makes them, and
+    labels where the rows had them. `hashes` name the samples for good, whatever their order;
+    `truncated` counts those that were cut to the maximal length.
+    """
+
+    samples: list[dict[str, Any]]
+    hashes: tuple[str, ...]
+    truncated: int
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return self.samples[i]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each sample."""
+        return tuple(len(sample["input_ids"]) for sample in self.samples)
+
+
+def tokenise(
+    rows: Rows,
+    columns: Columns,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    labels: Sequence[int] | Sequence[float] | None,
+) -> TokenisedSplit:
+    """One sample a row, at most `max_length` tokens each, not padded.
+
+    `labels` are the encoded ones, one a row, or None for rows without. Raises DataError with
+    file and row for a text that is missing, empty or no text, SettingsError where `max_length`
+    leaves no room for text.
+    """
+    _check_room(tokenizer, columns, max_length)
+    texts = _texts(rows, columns.text)
+    pairs = None if columns.text_pair is None else _texts(rows, columns.text_pair)
+    samples, truncated = _encode(tokenizer, texts, pairs, max_length)
+    _check_tokens(samples, rows)
+    if labels is not None:
+        samples = [{**sample, "labels": label} for sample, label in zip(samples, labels, strict=True)]
+    return TokenisedSplit(samples, _hashes(rows, columns), truncated)
+
+
+def sample_hash(text: str, pair: str, label: str) -> str:
+    """First 16 hex digits of the SHA-256 of text, pair and label, set apart by U+001F."""
+    return hashlib.sha256(f"{text}\x1f{pair}\x1f{label}".encode()).hexdigest()[:16]
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], pairs: list[str] | None, max_length: int
+) -> tuple[list[dict[str, Any]], int]:
+    """Samples, and how many of them were cut. Only what is too long is tokenised twice."""
+    samples = _call(tokenizer, texts, pairs, max_length=None)
+    long = [i for i, sample in enumerate(samples) if len(sample["input_ids"]) > max_length]
+    if long:
+        long_pairs = None if pairs is None else [pairs[i] for i in long]
+        cut = _call(tokenizer, [texts[i] for i in long], long_pairs, max_length=max_length)
+        for i, sample in zip(long, cut, strict=True):
+            samples[i] = sample
+    return samples, len(long)
+
+
+def _call(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], pairs: list[str] | None, *, max_length: int | None
+) -> list[dict[str, Any]]:
+    encoded = tokenizer(
+        texts,
+        pairs,
+        truncation=max_length is not None,
+        max_length=max_length,
+        padding=False,
+        return_attention_mask=True,
+        verbose=False,  # too long is no surprise here: it is counted
+    )
+    return [{key: values[i] for key, values in encoded.items()} for i in range(len(texts))]
+
+
+def _texts(rows: Rows, column: str) -> list[str]:
+    return [_text_at(rows, i, column) for i in range(len(rows))]
+
+
+def _text_at(rows: Rows, i: int, column: str) -> str:
+    value = rows.rows[i].get(column)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise DataError(f"{rows.place(i)}: no text in column '{column}'; fill it in or leave the row out")
+    if not isinstance(value, str):
+        kind = type(value).__name__
+        raise DataError(
+            f"{rows.place(i)}: {kind} {reprlib.repr(value)} in column '{column}' is no text; write a string"
+        )
+    if not _is_unicode(value):
+        raise DataError(
+            f"{rows.place(i)}: column '{column}' has half a surrogate pair (\\ud800..\\udfff); remove it"
+        )
+    return value
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _hashes(rows: Rows, columns: Columns) -> tuple[str, ...]:
+    # The label as the row writes it: its id would change with the other classes.
+    used = (columns.text, columns.text_pair, columns.label)
+    return tuple(sample_hash(*(_written(row, column) for column in used)) for row in rows.rows)
+
+
+def _written(row: dict[str, Any], column: str | None) -> str:
+    value = None if column is None else row.get(column)
+    return "" if value is None else str(value)
+
+
+def _check_room(tokenizer: PreTrainedTokenizerBase, columns: Columns, max_length: int) -> None:
+    special = tokenizer.num_special_tokens_to_add(pair=columns.text_pair is not None)
+    texts = 1 if columns.text_pair is None else 2
+    if max_length < special + texts:
+        raise SettingsError(
+            f"data.max_length {max_length} leaves no room for text beside {special} special tokens; "
+            f"set it to {special + texts} or more"
+        )
+
+
+def _check_tokens(samples: Sequence[dict[str, Any]], rows: Rows) -> None:
+    for i, sample in enumerate(samples):
+        if not sample["input_ids"]:
+            raise DataError(f"{rows.place(i)}: the tokenizer makes no token of this text; leave the row out")

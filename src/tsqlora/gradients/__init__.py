@@ -1,0 +1,1 @@
+"""What one backward pass knows of each sample."""

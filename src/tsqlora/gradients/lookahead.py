@@ -1,0 +1,41 @@
+"""Each sample's loss after its own step, for the whole batch in one forward pass.
+
+Stepping sample i's weights changes its layer's output by −η x ∇Wᵢᵀ, so the step is taken
+on the outputs and no weight is touched:  (W − η∇Wᵢ)x = Wx − η(x aᵢᵀ)bᵢ.  METHOD section 1.
+A and B of a LoRA layer are two sites, so its η² term is there too.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from tsqlora.gradients.capture import by_sample
+from tsqlora.gradients.ghost import LayerGradient
+from tsqlora.gradients.sites import Site
+
+
+@contextmanager
+def stepped(
+    sites: Mapping[str, Site], gradients: Mapping[str, LayerGradient], *, eta: float, samples: int
+) -> Iterator[None]:
+    """While open, the model's forward on the same batch is each sample's stepped one.
+
+    A site without a gradient was not used by the loss, and is not stepped.
+    """
+    with ExitStack() as hooks:
+        for name, gradient in gradients.items():
+            for module in sites[name].modules:
+                hooks.callback(module.register_forward_hook(_stepper(gradient, name, eta, samples)).remove)
+        yield
+
+
+def _stepper(
+    gradient: LayerGradient, name: str, eta: float, samples: int
+) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+    def hook(_module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
+        x = by_sample(args[0], samples, name)
+        return y - eta * gradient.apply(x).to(y.dtype).expand(*x.shape[:2], -1).reshape(y.shape)
+
+    return hook

@@ -1,0 +1,47 @@
+"""Has the model learned something?  Scores of a model at chance rank nothing.  METHOD 1."""
+
+import math
+from dataclasses import asdict, dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from tsqlora.errors import NotLearnedError
+
+MARGIN = 2.0
+"""Standard errors by which the mean loss must lie below the constant predictor's."""
+
+
+@dataclass(frozen=True, slots=True)
+class LearnedTest:
+    """A one-sided paired test of the model's losses against those of the best constant."""
+
+    rows: int
+    loss: float
+    chance: float
+    standard_errors: float
+
+    @property
+    def passed(self) -> bool:
+        return self.standard_errors > MARGIN
+
+    def require(self) -> None:
+        """Raises NotLearnedError with the numbers, if the test did not pass."""
+        if not self.passed:
+            raise NotLearnedError(
+                f"the model's loss on {self.rows} reference rows is {self.loss:.4f}, a constant guess's is "
+                f"{self.chance:.4f}: {self.standard_errors:.1f} standard errors below, and scoring needs more than "
+                f"{MARGIN:g}; train it longer first"
+            )
+
+    def to_dict(self) -> dict[str, float | int | bool]:
+        return asdict(self) | {"passed": self.passed}
+
+
+def learned(losses: Float[Tensor, " n"], chance: Float[Tensor, " n"]) -> LearnedTest:
+    """How many standard errors the mean of the paired differences chance − loss lies above 0."""
+    difference = (chance - losses).double()
+    error = float(difference.std(correction=1)) / math.sqrt(len(difference))
+    mean = float(difference.mean())
+    distance = mean / error if error > 0 else math.copysign(math.inf, mean) if mean else 0.0
+    return LearnedTest(len(difference), float(losses.mean()), float(chance.mean()), distance)

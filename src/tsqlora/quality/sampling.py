@@ -1,0 +1,104 @@
+"""From quality to a sample: softmax, Gumbel top-k without replacement, strata.  METHOD eq. 5.
+
+Pure functions of numbers; randomness arrives as a generator.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from tsqlora.errors import SettingsError
+
+
+def probabilities(quality: Float[np.ndarray, " n"], *, temperature: float) -> Float[np.ndarray, " n"]:
+    """exp(Q/τ) / Σ exp(Q/τ)."""
+    if not temperature > 0:
+        raise SettingsError(f"temperature is {temperature}; it must be above 0")
+    scaled = quality / temperature
+    weights = np.exp(scaled - scaled.max())
+    return weights / weights.sum()
+
+
+def effective_sample_size(p: Float[np.ndarray, " n"]) -> float:
+    """1 / Σ p²: of how many equally likely samples the draw is worth."""
+    return float(1 / np.square(p).sum())
+
+
+def draw_size(rows: int, fraction: float) -> int:
+    """How many of `rows` a fraction is, at least one.  Raises SettingsError outside 0 < f ≤ 1."""
+    if not 0 < fraction <= 1:
+        raise SettingsError(f"fraction is {fraction}; it must be above 0 and at most 1")
+    return max(1, round(rows * fraction))
+
+
+def stratum_sizes(counts: Int[np.ndarray, " k"], size: int) -> Int[np.ndarray, " k"]:
+    """`size` shared out in proportion to `counts` by largest remainder, at least one each.
+
+    Ties go to the earlier stratum.  Raises SettingsError where there are more strata than size.
+
+    >>> stratum_sizes(np.array([70, 20, 10]), 10)
+    array([7, 2, 1])
+    """
+    if size < len(counts):
+        raise SettingsError(
+            f"a draw of {size} rows cannot hold one of each of {len(counts)} labels; raise fraction"
+        )
+    share = counts * (size / counts.sum())
+    sizes = np.maximum(np.floor(share + 1e-9).astype(np.int64), 1)
+    while sizes.sum() < size:
+        sizes[np.argmax(np.round(np.where(sizes < counts, share - sizes, -np.inf), 9))] += 1
+    while sizes.sum() > size:
+        sizes[np.argmax(np.round(np.where(sizes > 1, sizes - share, -np.inf), 9))] -= 1
+    return sizes
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """Rows drawn without replacement, in ascending order, and their unbiased weights."""
+
+    indices: Int[np.ndarray, " m"]
+    weights: Float[np.ndarray, " m"]
+    """1/(n q): with these the weighted sum of losses has the full data's mean as expectation."""
+
+
+def gumbel_top_k(
+    log_weights: Float[np.ndarray, " n"], k: int, rng: np.random.Generator
+) -> tuple[Int[np.ndarray, " k"], float]:
+    """The k rows with the largest φ + Gumbel noise, and the (k+1)-th key κ.
+
+    This is exactly successive sampling from softmax(φ) without replacement (Kool et al.,
+    2019).  κ is −∞ where every row is taken.
+    """
+    keys = log_weights + rng.gumbel(size=len(log_weights))
+    order = np.argsort(-keys, kind="stable")
+    return order[:k], float(keys[order[k]]) if k < len(order) else -np.inf
+
+
+def inclusion(log_weights: Float[np.ndarray, " m"], threshold: float) -> Float[np.ndarray, " m"]:
+    """q = 1 − exp(−exp(φ − κ)): the chance that a row's key exceeds the threshold."""
+    return -np.expm1(-np.exp(log_weights - threshold))
+
+
+def draw(
+    quality: Float[np.ndarray, " n"],
+    *,
+    fraction: float,
+    temperature: float,
+    rng: np.random.Generator,
+    strata: Int[np.ndarray, " n"] | None = None,
+) -> Draw:
+    """A sample of `fraction` of the rows by softmax(Q/τ), each stratum with its own share."""
+    groups = np.zeros(len(quality), dtype=np.int64) if strata is None else strata
+    names, counts = np.unique(groups, return_counts=True)
+    sizes = stratum_sizes(counts, draw_size(len(quality), fraction))
+    log_weights = quality / temperature
+    indices: list[np.ndarray] = []
+    weights: list[np.ndarray] = []
+    for name, size in zip(names, sizes, strict=True):
+        rows = np.flatnonzero(groups == name)
+        taken, threshold = gumbel_top_k(log_weights[rows], int(size), rng)
+        indices.append(rows[taken])
+        weights.append(1 / (len(quality) * inclusion(log_weights[rows[taken]], threshold)))
+    order = np.argsort(np.concatenate(indices))
+    return Draw(np.concatenate(indices)[order], np.concatenate(weights)[order])

@@ -1,0 +1,137 @@
+"""Scores: what is known of every sample, as one immutable value that is a Parquet file."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tsqlora.errors import DataError
+from tsqlora.quality.sampling import draw, effective_sample_size, probabilities
+from tsqlora.quality.terms import quality, standardise
+
+_METADATA = b"tsqlora"
+_OWN = ("id", "hash", "label", "quality", "probability")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scores:
+    """Terms, quality and probability of every row, in the data set's order.
+
+    `record` says how they came to be: weights, temperature, η, calibration, reference,
+    the test that the model had learned, effective sample size.
+    """
+
+    terms: Mapping[str, np.ndarray]
+    labels: np.ndarray
+    quality: np.ndarray
+    probability: np.ndarray
+    stratified: bool
+    record: Mapping[str, Any]
+    hashes: tuple[str, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.quality)
+
+    @property
+    def temperature(self) -> float:
+        return float(self.record["temperature"])
+
+    @property
+    def strata(self) -> np.ndarray | None:
+        """The label of each row where a draw is stratified by it."""
+        return self.labels.astype(np.int64) if self.stratified else None
+
+    def save(self, path: str | Path) -> None:
+        """One row a sample: id, hash, label, terms, quality, probability."""
+        columns: dict[str, Any] = {"id": np.arange(len(self), dtype=np.int64)}
+        if self.hashes is not None:
+            columns["hash"] = list(self.hashes)
+        columns |= {
+            "label": self.labels,
+            **self.terms,
+            "quality": self.quality,
+            "probability": self.probability,
+        }
+        metadata = {_METADATA: json.dumps({"stratified": self.stratified, **self.record}).encode()}
+        pq.write_table(pa.table(columns).replace_schema_metadata(metadata), path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Scores":
+        """Reads what `save` wrote.  Raises DataError naming the file and what is wrong with it."""
+        try:
+            table = pq.read_table(path)
+        except FileNotFoundError:
+            raise DataError(f"{path}: no such file; `tsqlora score` writes one") from None
+        except pa.ArrowException as error:
+            raise DataError(f"{path}: not a Parquet file ({error})") from None
+        metadata = (table.schema.metadata or {}).get(_METADATA)
+        missing = {"label", "quality", "probability"} - set(table.column_names)
+        if metadata is None or missing:
+            raise DataError(f"{path}: not a file of scores; `tsqlora score` writes one")
+        record = json.loads(metadata)
+        columns = {name: table[name].to_numpy() for name in table.column_names if name != "hash"}
+        return cls(
+            terms={name: values for name, values in columns.items() if name not in _OWN},
+            labels=columns["label"],
+            quality=columns["quality"],
+            probability=columns["probability"],
+            stratified=bool(record.pop("stratified")),
+            record=record,
+            hashes=tuple(table["hash"].to_pylist()) if "hash" in table.column_names else None,
+        )
+
+
+def from_terms(
+    terms: Mapping[str, np.ndarray],
+    *,
+    labels: np.ndarray,
+    stratified: bool,
+    weights: Mapping[str, float],
+    temperature: float,
+    record: Mapping[str, Any],
+    hashes: Sequence[str] | None = None,
+) -> Scores:
+    """Standardise, add up, and make probabilities of measured terms (METHOD eq. 4 and 5).
+
+    Standardised within the class where `stratified`.  Every term with a weight must be there.
+    """
+    groups = labels.astype(np.int64) if stratified else np.zeros(len(labels), dtype=np.int64)
+    standardised = {name: standardise(terms[name], groups) for name, weight in weights.items() if weight}
+    total = np.zeros(len(labels))
+    if standardised:
+        total = quality({name: s.values for name, s in standardised.items()}, weights)
+    p = probabilities(total, temperature=temperature)
+    return Scores(
+        terms=terms,
+        labels=labels,
+        quality=total,
+        probability=p,
+        stratified=stratified,
+        record={
+            **record,
+            "weights": dict(weights),
+            "temperature": temperature,
+            "effective_sample_size": effective_sample_size(p),
+            "standardised_by_quartiles": {n: list(s.by_range) for n, s in standardised.items() if s.by_range},
+            "without_spread": {n: list(s.flat) for n, s in standardised.items() if s.flat},
+        },
+        hashes=None if hashes is None else tuple(hashes),
+    )
+
+
+def sample(scores: Scores, fraction: float = 0.5, seed: int = 0) -> np.ndarray:
+    """Indices of a quality sample: `fraction` of the rows, drawn without replacement by softmax(Q/τ).
+
+    Stratified by label for classification, ascending, the same for the same seed.
+    Raises SettingsError for a fraction outside 0 < f ≤ 1.
+    """
+    rng = np.random.default_rng([seed, 0])
+    taken = draw(
+        scores.quality, fraction=fraction, temperature=scores.temperature, rng=rng, strata=scores.strata
+    )
+    return taken.indices

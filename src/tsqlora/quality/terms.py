@@ -1,0 +1,121 @@
+"""What can be known of a sample's worth, as a table, and how terms add up to Q.
+
+METHOD eq. 1 to 4. A term is a function of what one pass measured; add an entry to TERMS or
+pass a callable.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from tsqlora.errors import SettingsError, nearest
+
+CLIP = 3.0
+"""Standardised terms beyond this many deviations count as this many."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What the passes over one batch say of its n samples."""
+
+    logits: Float[Tensor, "n k"]
+    labels: Shaped[Tensor, " n"]
+    loss: Float[Tensor, " n"]
+    norm_sq: Float[Tensor, " n"]
+    dot: Float[Tensor, " n"]
+    """⟨∇ℓ, ḡ⟩; ḡ without the sample itself where the sample is in the reference."""
+    reference_norm: float
+    stepped_loss: Float[Tensor, " n"] | None = None
+    """After each sample's own step; None where no term asked for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One measure of a sample's worth: larger is to be worth more."""
+
+    of: Callable[[Measured], Float[Tensor, " n"]]
+    lookahead: bool = False
+    """Whether it needs the stepped loss, which costs one more forward pass."""
+
+
+def _loss_reduction(m: Measured) -> Float[Tensor, " n"]:
+    assert m.stepped_loss is not None
+    return m.loss - m.stepped_loss
+
+
+def _cosine(m: Measured) -> Float[Tensor, " n"]:
+    norm = m.norm_sq.sqrt() * m.reference_norm
+    return torch.where(norm > 0, m.dot / norm.clamp_min(torch.finfo(norm.dtype).tiny), 0)
+
+
+def _el2n(m: Measured) -> Float[Tensor, " n"]:
+    if not m.labels.dtype.is_floating_point:
+        one_hot = torch.nn.functional.one_hot(m.labels, m.logits.shape[1])
+        return (m.logits.softmax(1) - one_hot).norm(dim=1)
+    return (m.logits.squeeze(1) - m.labels).abs()
+
+
+TERMS: dict[str, Term] = {
+    "gradient_norm": Term(lambda m: m.norm_sq.sqrt()),
+    "loss_reduction": Term(_loss_reduction, lookahead=True),
+    "convergence": Term(lambda m: m.dot / m.reference_norm),
+    "cosine": Term(_cosine),
+    "loss": Term(lambda m: m.loss),
+    "el2n": Term(_el2n),
+}
+
+
+def get_terms(names: Mapping[str, float] | tuple[str, ...]) -> dict[str, Term]:
+    """The entries of TERMS for these names.  Raises SettingsError for an unknown one."""
+    for name in names:
+        if name not in TERMS:
+            raise SettingsError(f"unknown quality term '{name}'; {nearest(name, TERMS)}")
+    return {name: TERMS[name] for name in names}
+
+
+@dataclass(frozen=True, slots=True)
+class Standardised:
+    """A term in robust deviations from its median, and the groups in which it says nothing."""
+
+    values: Float[np.ndarray, " n"]
+    by_range: tuple[int, ...]
+    """Groups in which the interquartile range had to stand in for a MAD of zero."""
+    flat: tuple[int, ...]
+    """Groups without spread: every value there is 0."""
+
+
+def standardise(values: Float[np.ndarray, " n"], groups: Int[np.ndarray, " n"]) -> Standardised:
+    """(x − median) / (1.4826 MAD) within each group, clipped to ±CLIP.
+
+    Where more than half of a group is one value the MAD is 0 and IQR / 1.349 is used; where
+    that is 0 too, 0.  Both factors make a normal sample's deviation 1.
+    """
+    out = np.zeros_like(values, dtype=np.float64)
+    by_range: list[int] = []
+    flat: list[int] = []
+    for group in np.unique(groups):
+        rows = groups == group
+        centred = values[rows] - np.median(values[rows])
+        scale = 1.4826 * np.median(np.abs(centred))
+        if scale == 0:
+            low, high = np.quantile(centred, [0.25, 0.75])
+            scale = (high - low) / 1.349
+            (by_range if scale > 0 else flat).append(int(group))
+        if scale > 0:
+            out[rows] = np.clip(centred / scale, -CLIP, CLIP)
+    return Standardised(out, tuple(by_range), tuple(flat))
+
+
+def quality(
+    standardised: Mapping[str, Float[np.ndarray, " n"]], weights: Mapping[str, float]
+) -> Float[np.ndarray, " n"]:
+    """Q = Σ α z(term), METHOD eq. 4.  `standardised` must hold every term with a weight."""
+    total = np.zeros_like(next(iter(standardised.values())))
+    for name, weight in weights.items():
+        if weight != 0:
+            total = total + weight * standardised[name]
+    return total

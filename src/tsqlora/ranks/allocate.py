@@ -1,0 +1,179 @@
+"""Ranks from sensitivities, under a parameter budget: METHOD eq. 7.
+
+Shares r = clip(λ S^gamma, min, max) with one water level λ for all layers, such that Σ r c is the
+budget; then whole ranks by largest remainder.
+"""
+
+import math
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from fractions import Fraction
+from typing import Any
+
+from tsqlora.errors import DataError, SettingsError
+from tsqlora.ranks.budget import Shapes, budget, caps, costs, fill, used
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivity:
+    """How much the loss depends on each layer, METHOD eq. 6, and how that was found out.
+
+    `values` and `shapes` (inputs, outputs) have the same layers; only the ratios of the values
+    count. `estimator` names the formula, `samples` says over how many samples the mean was taken.
+
+    Raises SettingsError if there is no layer, if the layers of the two differ, or if a value is
+    negative or not finite.
+    """
+
+    values: Mapping[str, float]
+    shapes: Shapes
+    estimator: str
+    samples: int
+
+    def __post_init__(self) -> None:
+        if not self.shapes:
+            raise SettingsError("sensitivity has no layers; name at least one target layer")
+        for layer in sorted(self.values.keys() ^ self.shapes.keys()):
+            lacks = "shape" if layer in self.values else "sensitivity"
+            raise SettingsError(f"layer '{layer}' has no {lacks}; give every layer a value and a shape")
+        for layer, value in self.values.items():
+            _check_layer(layer, value, self.shapes[layer])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists and numbers, ready for JSON."""
+        return {
+            "values": {layer: float(value) for layer, value in self.values.items()},
+            "shapes": {layer: [i, o] for layer, (i, o) in self.shapes.items()},
+            "estimator": self.estimator,
+            "samples": self.samples,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Sensitivity":
+        """What `to_dict` gave, back again; DataError if a field is missing."""
+        for field in fields(cls):
+            if field.name not in data:
+                raise DataError(f"saved sensitivity has no '{field.name}'; measure it again")
+        shapes = {layer: (i, o) for layer, (i, o) in data["shapes"].items()}
+        return cls(data["values"], shapes, data["estimator"], data["samples"])
+
+
+def _check_layer(layer: str, value: float, shape: tuple[int, int]) -> None:
+    if not (value >= 0 and math.isfinite(value)):
+        raise SettingsError(f"sensitivity of layer '{layer}' is {value}; it must be finite and 0 or more")
+    if min(shape) < 1:
+        raise SettingsError(f"layer '{layer}' has shape {shape}; inputs and outputs must be 1 or more")
+
+
+def allocate(
+    sensitivity: Sensitivity,
+    *,
+    mean_rank: float,
+    min_rank: int = 1,
+    max_rank: int | None = None,
+    gamma: float = 1.0,
+) -> dict[str, int]:
+    """Rank of each layer, as proportional to its sensitivity as the budget and bounds allow.
+
+    The parameters used are at most those of a uniform LoRA of rank `mean_rank`, and what stays
+    unspent buys no rank in any layer below its maximum, min(`max_rank`, i, o). The result depends
+    neither on the layers' order nor on the scale of the sensitivities. `max_rank` is twice
+    `mean_rank` rounded up, and at least `min_rank`, unless given; `gamma` tempers, 0 is uniform.
+    If every sensitivity is 0, all layers share equally. METHOD eq. 7.
+
+    Raises SettingsError if an option is out of range or `min_rank` costs more than the budget.
+
+    >>> shapes = {"query": (8, 8), "key": (8, 8)}
+    >>> allocate(Sensitivity({"query": 3.0, "key": 1.0}, shapes, "by hand", 1), mean_rank=4)
+    {'query': 6, 'key': 2}
+    """
+    shapes, total = sensitivity.shapes, budget(mean_rank, sensitivity.shapes)
+    most = max(math.ceil(2 * mean_rank), min_rank) if max_rank is None else max_rank
+    _check_options(mean_rank=mean_rank, min_rank=min_rank, max_rank=most, gamma=gamma)
+    high = caps(shapes, most)
+    low = {layer: min(min_rank, cap) for layer, cap in high.items()}
+    _check_affordable(low, shapes=shapes, budget=total, min_rank=min_rank)
+    weights = _weights(sensitivity.values, gamma)
+    wanted = shares(weights, costs=costs(shapes), low=low, high=high, budget=total)
+    return fill(
+        {layer: math.floor(wanted[layer]) for layer in shapes},
+        wanted=wanted,
+        order=sorted(shapes, key=lambda layer: (-sensitivity.values[layer], layer)),
+        shapes=shapes,
+        caps=high,
+        budget=total,
+    )
+
+
+def _weights(values: Mapping[str, float], gamma: float) -> dict[str, float]:
+    """(S / max S)^gamma of each layer; 1 everywhere if all S are 0."""
+    largest = max(values.values())
+    if largest == 0:
+        return dict.fromkeys(values, 1.0)
+    return {layer: (value / largest) ** gamma for layer, value in values.items()}
+
+
+def shares(
+    weights: Mapping[str, float],
+    *,
+    costs: Mapping[str, int],
+    low: Mapping[str, int],
+    high: Mapping[str, int],
+    budget: int,
+) -> dict[str, Fraction]:
+    """Ranks before rounding: clip(λ w, low, high), with λ such that Σ share · cost = budget.
+
+    Exact: spending is piecewise linear in λ and bends where a layer leaves `low` or reaches
+    `high`. So λ lies on the straight line between two neighbouring bends. A layer of weight 0 stays
+    at `low`; if the others cannot spend the budget they are all at `high`. At least one weight must
+    be above 0, and `low` within the budget. METHOD eq. 7.
+
+    >>> one, eight = {"a": 1, "b": 1}, {"a": 8, "b": 8}
+    >>> [float(r) for r in shares({"a": 1.0, "b": 0.25}, costs=one, low=one, high=eight, budget=9).values()]
+    [7.2, 1.8]
+    """
+    w = {layer: Fraction(weight) for layer, weight in weights.items()}
+
+    def at(level: Fraction) -> dict[str, Fraction]:
+        return {n: min(max(level * w[n], Fraction(low[n])), Fraction(high[n])) for n in w}
+
+    def spent(level: Fraction) -> Fraction:
+        return sum((share * costs[n] for n, share in at(level).items()), Fraction(0))
+
+    bends = sorted({bound[n] / w[n] for n in w if w[n] for bound in (low, high)})
+    k = bisect_left(bends, budget, key=spent)
+    if k == len(bends):
+        return at(bends[-1])
+    if k == 0:
+        return at(bends[0])
+    left, right = bends[k - 1], bends[k]
+    slope = (spent(right) - spent(left)) / (right - left)
+    return at(left + (budget - spent(left)) / slope)
+
+
+def _check_options(*, mean_rank: float, min_rank: int, max_rank: int, gamma: float) -> None:
+    if min_rank < 0:
+        raise SettingsError(f"ranks.min is {min_rank}; give 0 or more")
+    if max_rank < 1:
+        raise SettingsError(f"ranks.max is {max_rank}; give 1 or more")
+    if max_rank < min_rank:
+        raise SettingsError(
+            f"ranks.max {max_rank} is below ranks.min {min_rank}; raise the one or lower the other"
+        )
+    if mean_rank > max_rank:
+        raise SettingsError(
+            f"ranks.mean {mean_rank} is above ranks.max {max_rank}; raise ranks.max or lower ranks.mean"
+        )
+    if not (gamma >= 0 and math.isfinite(gamma)):
+        raise SettingsError(f"ranks.gamma is {gamma}; give a number of 0 or more, 0 is uniform")
+
+
+def _check_affordable(low: Mapping[str, int], *, shapes: Shapes, budget: int, min_rank: int) -> None:
+    least = used(low, shapes)
+    if least > budget:
+        layers = f"{len(low)} layer{'s' if len(low) > 1 else ''}"
+        raise SettingsError(
+            f"budget {budget:,} is below the {least:,} parameters that rank {min_rank} needs in {layers}; "
+            "raise ranks.mean or set ranks.min to 0"
+        )

@@ -1,0 +1,64 @@
+"""What happened to the ranks at one adjustment, as a value that can be saved."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from tsqlora.errors import DataError
+
+
+def rank_changes(
+    before: Mapping[str, int], after: Mapping[str, int]
+) -> tuple[dict[str, int], dict[str, int]]:
+    """(drops, grows): how many slots each layer loses or gains; layers without change are left out.
+
+    >>> rank_changes({"query": 4, "key": 4, "value": 4}, {"query": 6, "key": 2, "value": 4})
+    ({'key': 2}, {'query': 2})
+    """
+    change = {layer: after[layer] - rank for layer, rank in before.items()}
+    drops = {layer: -delta for layer, delta in change.items() if delta < 0}
+    grows = {layer: delta for layer, delta in change.items() if delta > 0}
+    return drops, grows
+
+
+@dataclass(frozen=True, slots=True)
+class RankEvent:
+    """One decision about the ranks, as run.json keeps it.
+
+    `step` counts completed optimizer steps, `reason` says what asked for the decision, `ranks`
+    hold from here on, `target` and `sensitivity` are what they were decided from, `moved` is
+    the number of slots given up, `used` and `budget` are in parameters.
+    """
+
+    step: int
+    reason: str
+    ranks: Mapping[str, int]
+    target: Mapping[str, int]
+    sensitivity: Mapping[str, float]
+    moved: int
+    used: int
+    budget: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts and numbers, ready for JSON."""
+        return {
+            "step": self.step,
+            "reason": self.reason,
+            "ranks": dict(self.ranks),
+            "target": dict(self.target),
+            "sensitivity": {layer: float(value) for layer, value in self.sensitivity.items()},
+            "moved": self.moved,
+            "used": self.used,
+            "budget": self.budget,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "RankEvent":
+        """What `to_dict` gave, back again; DataError if a field is missing."""
+        names = [field.name for field in fields(cls)]
+        for name in names:
+            if name not in data:
+                raise DataError(
+                    f"saved rank event has no '{name}'; the file is cut off or from another version"
+                )
+        return cls(**{name: data[name] for name in names})

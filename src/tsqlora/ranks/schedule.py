@@ -1,0 +1,60 @@
+"""When ranks are adjusted, and how much may move then: METHOD 4.
+
+Warm-up (no change) → adjustment (every `interval` optimizer steps) → freeze.
+"""
+
+import math
+
+from tsqlora.errors import SettingsError
+
+STEP_DIGITS = 9
+"""Shares of a run are rounded to this many decimals first, else 0.07 of 100 steps would be 8."""
+
+
+def adjustment_steps(total_steps: int, *, interval: int, warmup: float, freeze: float) -> range:
+    """Numbers of completed optimizer steps after which ranks are adjusted.
+
+    The first is ⌈warmup · total⌉, but at least `interval`, so that there is something to go by;
+    then every `interval` steps, all before (1 - freeze) · total. `warmup` and `freeze` are shares
+    of the run in [0, 1). Empty if the run is too short. The range's own `stop` is where freezing
+    begins. METHOD 4.
+
+    Raises SettingsError if a share, the interval or the number of steps is out of range.
+
+    >>> list(adjustment_steps(100, interval=20, warmup=0.1, freeze=0.3))
+    [20, 40, 60]
+    """
+    _check_phases(total_steps, interval=interval, warmup=warmup, freeze=freeze)
+    first = math.ceil(round(warmup * total_steps, STEP_DIGITS))
+    stop = math.ceil(round((1 - freeze) * total_steps, STEP_DIGITS))
+    return range(max(first, interval), stop, interval)
+
+
+def moves_allowed(step: int, steps: range, *, first: int) -> int:
+    """How many slots may be given up at `step`: `first` at the start, falling to 0 as a cubic.
+
+    round(first · (1 - p³)) with p the share of the adjustment phase that is over; 0 outside the
+    phase. METHOD 4.3, the fall as in ElaLoRA's b(t).
+
+    >>> [moves_allowed(step, range(20, 100, 20), first=8) for step in (0, 20, 60, 80, 100)]
+    [0, 8, 7, 5, 0]
+    """
+    if not steps.start <= step < steps.stop:
+        return 0
+    p = (step - steps.start) / (steps.stop - steps.start)
+    return round(first * (1 - p**3))
+
+
+def _check_phases(total_steps: int, *, interval: int, warmup: float, freeze: float) -> None:
+    for name, share in (("warmup", warmup), ("freeze", freeze)):
+        if not 0 <= share < 1:
+            raise SettingsError(f"ranks.{name} is {share}; give a share of the run from 0 to below 1")
+    if round(warmup + freeze, STEP_DIGITS) >= 1:
+        raise SettingsError(
+            f"ranks.warmup {warmup} and ranks.freeze {freeze} leave no step to adjust ranks in; "
+            "together they must be below 1"
+        )
+    if interval < 1:
+        raise SettingsError(f"ranks.interval is {interval}; give 1 optimizer step or more")
+    if total_steps < 0:
+        raise SettingsError(f"the run has {total_steps} optimizer steps; give 0 or more")

@@ -1,0 +1,211 @@
+"""How much the loss depends on each layer: estimators, and the probe that measures them.
+
+METHOD section 2.  A probe looks at a backward pass, whoever runs it: a pass of its own over
+the quality sample, or a training step's.
+"""
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from tsqlora import distributed
+from tsqlora.errors import SettingsError, UnsupportedError, nearest
+from tsqlora.gradients.capture import capture
+from tsqlora.gradients.ghost import Factored, wide
+from tsqlora.gradients.quiet import quiet
+from tsqlora.gradients.sites import Site, effective_weight, lora_layers
+from tsqlora.ranks.allocate import Sensitivity
+from tsqlora.tasks import Task
+from tsqlora.tasks.forward import Collate, model_logits, split_labels, task_of
+
+Estimator = Callable[[Tensor, Tensor, LoraLayer], Tensor]
+"""(a: n × t × i, b: n × t × o, layer) -> the sum over the n samples of the layer's number."""
+
+CHUNK = 2**21
+"""Entries of per-sample gradients that exist at a time."""
+
+SKETCH_ROWS = 8
+
+
+def weight_times_gradient(a: Float[Tensor, "n t i"], b: Float[Tensor, "n t o"], layer: LoraLayer) -> Tensor:
+    """Σ over samples of mean |W ⊙ ∇W ℓ|, METHOD eq. 6.
+
+    The absolute value is taken per sample, so the number adds up over batches and processes.
+    """
+    weight = effective_weight(layer).abs().to(wide(b).dtype).flatten()
+    return _over_chunks(a, b, lambda grads: (grads.abs().flatten(1) @ weight).sum()) / weight.numel()
+
+
+def fisher(a: Float[Tensor, "n t i"], b: Float[Tensor, "n t o"], layer: LoraLayer) -> Tensor:
+    """Σ over samples of mean (∇W ℓ)²; by ghost norms."""
+    return Factored(a.to(b.dtype), b).norm_sq().sum() / (a.shape[2] * b.shape[2])
+
+
+def adapter_only(a: Float[Tensor, "n t i"], b: Float[Tensor, "n t o"], layer: LoraLayer) -> Tensor:
+    """Σ over samples of mean |θ ⊙ ∇θ ℓ| over the entries of A and B."""
+    total, entries = torch.zeros((), dtype=wide(b).dtype, device=b.device), 0
+    for adapter in layer.active_adapters:
+        down, up, scale = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter]
+        a, b = a.to(down.dtype), b.to(down.dtype)
+        total = (
+            total
+            + (scale * (b @ up).mT @ a * down).abs().sum()
+            + (scale * b.mT @ (a @ down.T) * up).abs().sum()
+        )
+        entries += down.numel() + up.numel()
+    return total / max(entries, 1)
+
+
+def uniform(a: Float[Tensor, "n t i"], b: Float[Tensor, "n t o"], layer: LoraLayer) -> Tensor:
+    """The same for every layer: ranks stay uniform."""
+    return torch.tensor(float(len(a)), device=b.device)
+
+
+def random(a: Float[Tensor, "n t i"], b: Float[Tensor, "n t o"], layer: LoraLayer) -> Tensor:
+    """Log-normal noise, drawn anew at each batch from the global generator: the control."""
+    return torch.randn((), device=b.device).exp() * len(a)
+
+
+ESTIMATORS: dict[str, Estimator] = {
+    "sensitivity": weight_times_gradient,
+    "fisher": fisher,
+    "adapter": adapter_only,
+    "uniform": uniform,
+    "random": random,
+}
+
+
+def get_estimator(estimator: str | Estimator) -> Estimator:
+    """An entry of ESTIMATORS, or the callable itself.  Raises SettingsError for an unknown name."""
+    if callable(estimator):
+        return estimator
+    if estimator not in ESTIMATORS:
+        raise SettingsError(f"unknown ranks.estimator '{estimator}'; {nearest(estimator, ESTIMATORS)}")
+    return ESTIMATORS[estimator]
+
+
+@dataclass(slots=True)
+class Probe:
+    """Adds up each layer's sensitivity and a sketch of its gradient over the backwards it sees."""
+
+    layers: Mapping[str, LoraLayer]
+    estimator: str | Estimator
+    seed: int = 0
+    samples: int = 0
+    totals: dict[str, Tensor] = field(default_factory=dict)
+    sketches: dict[str, Tensor] = field(default_factory=dict)
+
+    def watch(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """While open, every backward of `model` is added."""
+        sites = {name: Site(name, (layer,), True, False) for name, layer in self.layers.items()}
+        return capture(model, sites, self._add)
+
+    def sensitivity(self) -> Sensitivity:
+        """The mean over the samples seen, on all processes."""
+        if not self.totals:
+            raise UnsupportedError("no backward pass went through the LoRA layers while they were probed")
+        names = list(self.layers)
+        zero = torch.zeros((), device=next(iter(self.totals.values())).device)
+        values = distributed.summed(torch.stack([self.totals.get(n, zero).double() for n in names]))
+        samples = int(distributed.summed(torch.tensor(self.samples, device=zero.device)))
+        return Sensitivity(
+            values={n: float(v) / samples for n, v in zip(names, values, strict=True)},
+            shapes={n: (layer.in_features, layer.out_features) for n, layer in self.layers.items()},
+            estimator=self.estimator if isinstance(self.estimator, str) else self.estimator.__name__,
+            samples=samples,
+        )
+
+    def directions(self) -> dict[str, Float[Tensor, "k i"]]:
+        """Ω ∇W of each layer that was seen, summed over samples and processes; Ω is k × o."""
+        return {name: distributed.summed(sketch) for name, sketch in self.sketches.items()}
+
+    def _add(self, name: str, a: Tensor, b: Tensor) -> None:
+        if name == next(iter(self.layers)):
+            self.samples += len(a)
+        number = get_estimator(self.estimator)(a, b, self.layers[name])
+        self.totals[name] = self.totals[name] + number if name in self.totals else number
+        omega = _omega(name, self.seed, b.shape[2]).to(device=b.device, dtype=wide(b).dtype)
+        sketch = (wide(b).flatten(0, 1) @ omega.T).T @ a.flatten(0, 1).to(omega.dtype)
+        self.sketches[name] = self.sketches[name] + sketch if name in self.sketches else sketch
+
+
+def sensitivity(
+    model: nn.Module,
+    dataset: Any,
+    collate: Collate,
+    *,
+    estimator: str | Estimator = "sensitivity",
+    task: Task | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
+    autocast: torch.dtype | None = None,
+) -> Sensitivity:
+    """Each LoRA layer's sensitivity on these samples: METHOD eq. 6.
+
+    `dataset` is the sample to measure on, the quality sample for the method as published.
+    One forward and one backward pass; the model is left as it was.  Raises UnsupportedError
+    for a model without LoRA layers, SettingsError for an unknown estimator.
+    """
+    probe = probe_pass(
+        model,
+        dataset,
+        collate,
+        estimator=estimator,
+        task=task,
+        batch_size=batch_size,
+        seed=seed,
+        autocast=autocast,
+    )
+    return probe.sensitivity()
+
+
+def probe_pass(
+    model: nn.Module,
+    dataset: Any,
+    collate: Collate,
+    *,
+    estimator: str | Estimator = "sensitivity",
+    task: Task | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
+    autocast: torch.dtype | None = None,
+) -> Probe:
+    """A pass of its own over the samples: sensitivities, and gradient sketches."""
+    layers = lora_layers(model)
+    if not layers:
+        raise UnsupportedError("the model has no LoRA layers to measure; make it with tsqlora.wrap(model)")
+    get_estimator(estimator)
+    loss = (task or task_of(model)).loss
+    probe = Probe(layers, estimator, seed)
+    device = next(model.parameters()).device
+    precision = nullcontext() if autocast is None else torch.autocast(device.type, dtype=autocast)
+    rows: Sequence[Any] = [dataset[j] for j in range(len(dataset))]
+    with quiet(model), precision, torch.enable_grad(), probe.watch(model):
+        for start in range(0, len(rows), batch_size):
+            inputs, labels = split_labels(collate(list(rows[start : start + batch_size])), device)
+            losses = loss(model_logits(model, inputs), labels)
+            torch.autograd.grad(
+                losses.sum(), [p for p in model.parameters() if p.requires_grad], allow_unused=True
+            )
+    return probe
+
+
+def _over_chunks(a: Tensor, b: Tensor, number: Callable[[Tensor], Tensor]) -> Tensor:
+    """Sum of `number(per-sample gradients)` over chunks small enough to stay in the cache."""
+    step = max(1, CHUNK // (a.shape[2] * b.shape[2]))
+    a, b = wide(a).to(wide(b).dtype), wide(b)
+    parts = [number(b[k : k + step].mT @ a[k : k + step]) for k in range(0, len(a), step)]
+    return torch.stack(parts).sum()
+
+
+def _omega(name: str, seed: int, outputs: int) -> Float[Tensor, "k o"]:
+    """The sketching matrix of a layer: the same for the same seed, step and process."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
+    return torch.randn(SKETCH_ROWS, outputs, generator=generator) / SKETCH_ROWS**0.5

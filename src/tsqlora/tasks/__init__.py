@@ -1,0 +1,63 @@
+"""What a task needs: a loss for each sample, its chance level, calibration and metrics."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from tsqlora.errors import SettingsError, UnsupportedError, nearest
+from tsqlora.tasks.classification import Classification
+from tsqlora.tasks.regression import Regression
+
+
+@runtime_checkable  # for beartype, which checks annotations while tests run
+class Task(Protocol):
+    """What scoring, training and evaluation ask of a task."""
+
+    name: ClassVar[str]
+
+    def loss(self, logits: Float[Tensor, "n k"], labels: Shaped[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """Each sample's own loss, never reduced: training divides the sum by n."""
+        ...
+
+    def chance(self, labels: Shaped[Tensor, " n"], width: int) -> Float[Tensor, " k"]:
+        """Logits of the constant predictor whose mean loss over these labels is least."""
+        ...
+
+    def offsets(self, logits: Float[Tensor, "n k"], labels: Shaped[Tensor, " n"]) -> Float[Tensor, " k"]:
+        """Constants to add to the logits so that they lean to no class or side over these rows."""
+        ...
+
+    def strata(self, labels: Shaped[Tensor, " n"]) -> Int[np.ndarray, " n"] | None:
+        """The stratum of each sample, where sampling is stratified."""
+        ...
+
+    def metrics(self, logits: Float[np.ndarray, "n k"], labels: Shaped[np.ndarray, " n"]) -> dict[str, float]:
+        """The task's metrics by their plain names, and the mean loss."""
+        ...
+
+    def predictions(self, logits: Float[np.ndarray, "n k"]) -> Shaped[np.ndarray, " n"]:
+        """What the logits say: class ids or numbers."""
+        ...
+
+
+TASKS: dict[str, Callable[..., Task]] = {
+    Classification.name: Classification,
+    Regression.name: Regression,
+}
+
+NOT_BUILT = ("multi-label-classification", "multi-label", "token-classification", "preference-tuning")
+
+
+def get_task(name: str, **options: Any) -> Task:
+    """The task of that name, made with its options (label_smoothing, class_weights).
+
+    Raises UnsupportedError for a task that is not built, SettingsError for an unknown name.
+    """
+    if name.replace("_", "-").replace(" ", "-") in NOT_BUILT:
+        raise UnsupportedError(f"task.type {name} is not built; built are: {', '.join(sorted(TASKS))}")
+    if name not in TASKS:
+        raise SettingsError(f"unknown task.type '{name}'; {nearest(name, TASKS)}")
+    return TASKS[name](**options)

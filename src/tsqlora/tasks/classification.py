@@ -1,0 +1,175 @@
+"""Sequence classification: one of k classes for each sample, cross-entropy."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from torch import Tensor
+
+from tsqlora.errors import TsqLoraError
+
+# Added to frequencies under the logarithm, so that an absent class has a finite logit.
+FLOOR = 1e-12
+
+# Offsets are exact to this in every class's mean probability.
+TOLERANCE = 1e-8
+MOST_STEPS = 200
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Classification:
+    """Cross-entropy with optional label smoothing (0 to 1) and class weights (one a class).
+
+    With class weights w a sample's loss is w[y]·ce. Training must divide the sum by n: a
+    sample's loss may not depend on its batch, as it does where torch divides by Σw[y].
+    """
+
+    name: ClassVar[str] = "sequence-classification"
+
+    label_smoothing: float = 0.0
+    class_weights: Tensor | None = None
+
+    def loss(self, logits: Float[Tensor, "n k"], labels: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """w[y]·ce, one a sample; without weights its mean is torch's cross_entropy."""
+        losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)
+        return losses if self.class_weights is None else losses * self.class_weights.to(logits)[labels]
+
+    def chance(self, labels: Int[Tensor, " n"], width: int) -> Float[Tensor, " k"]:
+        """Logarithm of the class frequencies that the loss sees, in float64.
+
+        With label smoothing and class weights these are the smoothed, weighted ones: of all
+        constant predictors that one has the least mean loss. Absent classes get log(1e-12).
+        """
+        frequencies = class_frequencies(labels, width, self._weights_of(labels))
+        return torch.log(self._smoothed(frequencies) + FLOOR)
+
+    def offsets(self, logits: Float[Tensor, "n k"], labels: Int[Tensor, " n"]) -> Float[Tensor, " k"]:
+        """Constants that, added to the logits, make mean probabilities equal class frequencies.
+
+        Probabilities are taken among the classes that occur in `labels`: a class without labels
+        has no frequency to match, keeps 0 and is left out, else its share of the probability
+        would have to vanish. So defined the offsets exist, and are unique when their sum is 0:
+        they are where the mean cross-entropy over these rows is least. Means and frequencies
+        are those the loss sees, weighted and smoothed where it is. Exact to 1e-8; raises
+        TsqLoraError for logits that are not finite. METHOD section 1, ours.
+        """
+        weights = self._weights_of(labels)
+        frequencies = class_frequencies(labels, logits.shape[1], weights)
+        present = frequencies > 0
+        found = torch.zeros_like(frequencies)
+        wanted = self._smoothed(frequencies[present])
+        found[present] = match_frequencies(logits[:, present].double(), wanted, weights)
+        return found.to(logits.dtype)
+
+    def strata(self, labels: Int[Tensor, " n"]) -> Int[np.ndarray, " n"]:
+        """The labels: sampling keeps the classes' shares."""
+        return labels.numpy(force=True)
+
+    def metrics(self, logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"]) -> dict[str, float]:
+        """accuracy, macro_f1 over the classes in labels or predictions, matthews, loss (mean).
+
+        Where labels or predictions hold one class only, matthews is 0.0.
+        """
+        predicted = self.predictions(logits)
+        losses = self.loss(torch.from_numpy(logits).double(), torch.from_numpy(labels).long())
+        return {
+            "accuracy": float(accuracy_score(labels, predicted)),
+            "macro_f1": float(f1_score(labels, predicted, average="macro")),
+            "matthews": _matthews(labels, predicted),
+            "loss": float(losses.mean()),
+        }
+
+    def predictions(self, logits: Float[np.ndarray, "n k"]) -> Int[np.ndarray, " n"]:
+        """The id of the class with the largest logit."""
+        return logits.argmax(axis=1)
+
+    def _weights_of(self, labels: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """Each sample's share in the mean loss; they sum to 1."""
+        ones = torch.ones(len(labels), dtype=torch.float64, device=labels.device)
+        weights = ones if self.class_weights is None else self.class_weights.to(ones)[labels]
+        return weights / weights.sum()
+
+    def _smoothed(self, frequencies: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
+        return (1 - self.label_smoothing) * frequencies + self.label_smoothing / len(frequencies)
+
+
+def class_frequencies(
+    labels: Int[Tensor, " n"], width: int, weights: Float[Tensor, " n"]
+) -> Float[Tensor, " k"]:
+    """Each class's share of the samples' weights, which sum to 1.
+
+    >>> class_frequencies(torch.tensor([0, 2, 2, 2]), 3, torch.full((4,), 0.25)).tolist()
+    [0.25, 0.0, 0.75]
+    """
+    return torch.bincount(labels, weights=weights, minlength=width)
+
+
+def match_frequencies(
+    logits: Float[Tensor, "n k"], frequencies: Float[Tensor, " k"], weights: Float[Tensor, " n"]
+) -> Float[Tensor, " k"]:
+    """The o, of sum 0, for which Σ_i w_i softmax(logits_i + o) equals the frequencies.
+
+    It is the maximum of the concave  f·o - Σ_i w_i logsumexp(logits_i + o)  and exists for
+    finite logits and frequencies that are all positive; float64, exact to 1e-8. Newton's
+    method with a ridge proportional to the error: steps stay bounded where softmax is
+    saturated, and near the solution the ridge vanishes and convergence is quadratic.
+    Raises TsqLoraError for logits that are not finite, and without convergence in 200 steps.
+    """
+    if not torch.isfinite(logits).all():
+        raise TsqLoraError("some logits are not finite; lower training.learning_rate or use another dtype")
+    offsets = torch.zeros_like(frequencies)
+    error = torch.inf
+    for _ in range(MOST_STEPS):
+        probabilities = torch.softmax(logits + offsets, dim=1)
+        gradient = frequencies - weights @ probabilities
+        error = gradient.abs().max().item()
+        if error <= TOLERANCE:
+            return offsets - offsets.mean()
+        direction = _newton_direction(probabilities, gradient, weights)
+        offsets = _ascend(offsets, direction, gradient, logits, frequencies, weights)
+    raise TsqLoraError(
+        f"calibration is off by {error:.1e} after {MOST_STEPS} steps; the logits are too extreme "
+        f"(up to {logits.abs().max().item():.3g}); lower training.learning_rate"
+    )
+
+
+def _newton_direction(
+    probabilities: Float[Tensor, "n k"], gradient: Float[Tensor, " k"], weights: Float[Tensor, " n"]
+) -> Float[Tensor, " k"]:
+    weighted = weights[:, None] * probabilities
+    curvature = torch.diag(weighted.sum(dim=0)) - probabilities.T @ weighted
+    # A twentieth: the longest step is then about 20 in the logits.
+    ridge = gradient.abs().max() / 20
+    return torch.linalg.solve(curvature + torch.diag(ridge.expand(len(gradient))), gradient)
+
+
+def _ascend(
+    offsets: Float[Tensor, " k"],
+    direction: Float[Tensor, " k"],
+    gradient: Float[Tensor, " k"],
+    logits: Float[Tensor, "n k"],
+    frequencies: Float[Tensor, " k"],
+    weights: Float[Tensor, " n"],
+) -> Float[Tensor, " k"]:
+    """One step along the direction, halved until the objective rises as far as it should."""
+
+    def objective(at: Float[Tensor, " k"]) -> Float[Tensor, ""]:
+        return frequencies @ at - weights @ torch.logsumexp(logits + at, dim=1)
+
+    start, slope = objective(offsets), gradient @ direction
+    # Near the solution the rise is smaller than the rounding of the objective.
+    rounding = 1e-14 * (1 + start.abs())
+    step = 1.0
+    while objective(offsets + step * direction) < start + 1e-4 * step * slope - rounding and step > 1e-12:
+        step /= 2
+    return offsets + step * direction
+
+
+def _matthews(labels: Int[np.ndarray, " n"], predicted: Int[np.ndarray, " n"]) -> float:
+    # scikit-learn warns where both hold one and the same class.
+    constant = np.ptp(labels) == 0 or np.ptp(predicted) == 0
+    return 0.0 if constant else float(matthews_corrcoef(labels, predicted))

@@ -1,0 +1,1 @@
+"""The method inside a stock Trainer."""

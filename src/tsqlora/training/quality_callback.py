@@ -1,0 +1,185 @@
+"""Quality sampling in a stock Trainer: warm-up, scoring between two epochs, then quality draws."""
+
+import math
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tsqlora import distributed
+from tsqlora.errors import NotLearnedError, SettingsError, TsqLoraError
+from tsqlora.gradients.sites import Scope
+from tsqlora.quality.score import DEFAULT_WEIGHTS, REFERENCE_ROWS, Progress, reference_indices, score
+from tsqlora.quality.scores import Scores
+from tsqlora.quality.subset import QualitySubset
+from tsqlora.quality.terms import get_terms
+from tsqlora.tasks import Task, get_task
+from tsqlora.tasks.forward import task_of
+
+SCORES_FILE = "scores.parquet"
+
+
+class QualityCallback(TrainerCallback):
+    """Scores the rows of a QualitySubset once the model has learned something, then draws by them.
+
+    Warm-up epochs are the first part of the run: random draws, `warmup` passes over all rows.
+    Before the next epoch the model is tested against chance; while it is not better, random
+    draws go on, up to `limit` of the run's epochs. If it still is not, `refused` says why,
+    a warning is given, and the run goes on with random draws.
+
+    Args:
+        data: the Trainer's train_dataset.
+        warmup: passes over all rows before scoring.
+        weights, temperature, terms, scope, reference, calibration: as in `tsqlora.score`.
+        task: needed only where training has a loss of its own (class weights, a custom one).
+        scores_path: where scores are written; by default scores.parquet in the output_dir.
+
+    Scores are computed in training's precision, unless `loss_reduction` is measured: that
+    is a small difference, and needs float32.
+    """
+
+    def __init__(
+        self,
+        data: QualitySubset,
+        warmup: float = 1.0,
+        *,
+        limit: float = 0.5,
+        weights: Mapping[str, float] | None = None,
+        temperature: float = 1.0,
+        terms: Sequence[str] = ("gradient_norm", "convergence"),
+        scope: Scope = "adapter",
+        reference: int = REFERENCE_ROWS,
+        calibration: bool = True,
+        task: Task | None = None,
+        seed: int = 0,
+        hashes: tuple[str, ...] | None = None,
+        scores_path: str | Path | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        if not warmup > 0:
+            raise SettingsError(
+                f"warmup is {warmup}; it must be above 0 passes: a model at chance scores at random"
+            )
+        if not 0 < limit <= 1:
+            raise SettingsError(f"limit is {limit}; it must be above 0 and at most 1")
+        self.data = data
+        self.warmup, self.limit = warmup, limit
+        self.weights = dict(weights or DEFAULT_WEIGHTS)
+        self.terms = get_terms(tuple(terms) + tuple(name for name, weight in self.weights.items() if weight))
+        self.temperature, self.scope, self.calibration = temperature, scope, calibration
+        self.reference, self.task, self.seed, self.hashes = reference, task, seed, hashes
+        self.scores_path = None if scores_path is None else Path(scores_path)
+        self.progress = progress
+        self.refused: str | None = None
+        self.attempts: list[str] = []
+        self.seconds = 0.0
+
+    @property
+    def warmup_epochs(self) -> int:
+        """Epochs of the subset that `warmup` passes over all rows take."""
+        return math.ceil(self.warmup * len(self.data.dataset) / len(self.data) - 1e-9)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if kwargs["train_dataloader"].dataset is not self.data:
+            raise SettingsError(
+                "QualityCallback(data) and Trainer(train_dataset=data) need the same QualitySubset"
+            )
+        if args.dataloader_persistent_workers:
+            raise SettingsError("dataloader_persistent_workers keeps an old draw; set it to False")
+        epochs = args.num_train_epochs if args.max_steps <= 0 else state.num_train_epochs
+        if self.warmup_epochs >= epochs:
+            raise SettingsError(
+                f"a warm-up of {self.warmup:g} passes is {self.warmup_epochs} epochs of {len(self.data)} rows, and "
+                f"the run has {epochs:g}: no scored epoch would be left; lower quality.warmup or raise training.epochs"
+            )
+        path = self._path(args)
+        self.data.awaits_scores = True
+        if state.global_step > 0 and path.exists():
+            scores = Scores.load(path)
+            if scores.record["epoch"] <= _epoch(state):
+                self._use(scores, int(scores.record["epoch"]))
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        epoch = _epoch(state)
+        if self.data.awaits_scores and epoch >= self.warmup_epochs:
+            start = time.perf_counter()
+            self._try_scoring(args, state, kwargs["model"], kwargs["train_dataloader"].collate_fn)
+            self.seconds += time.perf_counter() - start
+        self.data.set_epoch(epoch)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.data.awaits_scores:
+            raise TsqLoraError(
+                f"training ended at epoch {state.epoch or 0:g}, before the scoring that was to come after "
+                f"{self.warmup_epochs} epochs; train longer, or leave out QualityCallback"
+            )
+
+    def _try_scoring(
+        self, args: TrainingArguments, state: TrainerState, model: nn.Module, collate: Any
+    ) -> None:
+        epoch = _epoch(state)
+        lookahead = any(term.lookahead for term in self.terms.values())
+        try:
+            scores = score(
+                model,
+                self.data.dataset,
+                collate,
+                reference=reference_indices(len(self.data.dataset), self.reference, self.seed),
+                task=self._task(args, model),
+                weights=self.weights,
+                temperature=self.temperature,
+                terms=tuple(self.terms),
+                scope=self.scope,
+                calibration=self.calibration,
+                batch_size=args.per_device_train_batch_size,
+                seed=self.seed,
+                autocast=torch.bfloat16 if args.bf16 and not lookahead else None,
+                hashes=self.hashes,
+                progress=self.progress,
+                record={"epoch": epoch, "step": state.global_step},
+            )
+        except NotLearnedError as error:
+            self._not_yet(str(error), epoch, state)
+            return
+        scores = distributed.from_first(scores)
+        if distributed.is_first():
+            self._path(args).parent.mkdir(parents=True, exist_ok=True)
+            scores.save(self._path(args))
+        self._use(scores, epoch)
+
+    def _use(self, scores: Scores, epoch: int) -> None:
+        self.data.use(scores, epoch)
+        self.data.awaits_scores = False
+
+    def _not_yet(self, why: str, epoch: int, state: TrainerState) -> None:
+        self.attempts.append(why)
+        last = state.num_train_epochs - 1
+        if epoch >= min(self.limit * state.num_train_epochs, last):
+            self.refused = why
+            self.data.awaits_scores = False
+            warnings.warn(f"no quality sampling in this run, random draws go on: {why}", stacklevel=2)
+
+    def _task(self, args: TrainingArguments, model: nn.Module) -> Task | None:
+        """The given task, or the model's own with the Trainer's label smoothing."""
+        if self.task is None and args.label_smoothing_factor > 0:
+            return get_task(task_of(model).name, label_smoothing=args.label_smoothing_factor)
+        return self.task
+
+    def _path(self, args: TrainingArguments) -> Path:
+        return self.scores_path or Path(str(args.output_dir)) / SCORES_FILE
+
+
+def _epoch(state: TrainerState) -> int:
+    """The epoch that is under way or about to begin."""
+    return int((state.epoch or 0) + 1e-6)

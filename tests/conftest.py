@@ -1,0 +1,28 @@
+"""Before any test: no network, shapes checked while tests run, one thread, few random cases."""
+
+import os
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+# Hugging Face's libraries read these when they are imported, so nothing above may import them.
+for offline in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+    os.environ[offline] = "1"
+
+# Tiny models are fastest on one thread, and their sums then come in one order.
+torch.set_num_threads(1)
+
+hypothesis.settings.register_profile("dev", deadline=None, max_examples=50)
+hypothesis.settings.register_profile("ci", deadline=None, max_examples=50, derandomize=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Real models and data beside the checkout; tests that need them are skipped without."""
+    path = Path(__file__).parents[2] / "shared"
+    if not path.is_dir():
+        pytest.skip(f"needs {path}, which is not there")
+    return path

@@ -1,0 +1,73 @@
+from collections.abc import Sequence
+
+import pytest
+
+from tsqlora.data.columns import USUAL_LABEL, USUAL_PAIR, USUAL_TEXT, Columns, find_columns
+from tsqlora.errors import DataError
+
+
+def find(
+    names: Sequence[str], text: str | None = None, text_pair: str | None = None, label: str | None = None
+) -> Columns:
+    return find_columns(names, text=text, text_pair=text_pair, label=label, source="train.csv")
+
+
+@pytest.mark.parametrize("text", USUAL_TEXT)
+@pytest.mark.parametrize("label", USUAL_LABEL)
+def test_usual_names_are_found_by_themselves(text: str, label: str) -> None:
+    assert find(["id", label, text]) == Columns(text, None, label)
+
+
+@pytest.mark.parametrize(("text", "pair"), USUAL_PAIR.items())
+def test_a_pair_is_found_beside_its_partner(text: str, pair: str) -> None:
+    assert find(["label", pair, text]) == Columns(text, pair, "label")
+
+
+def test_earlier_usual_names_win() -> None:
+    assert find(["category", "label", "review", "text"]) == Columns("text", None, "label")
+
+
+def test_a_pair_without_its_partner_is_left_alone() -> None:
+    assert find(["text", "sentence2", "hypothesis", "answer", "label"]).text_pair is None
+
+
+def test_named_columns_win_over_usual_ones() -> None:
+    names = ["text", "label", "body", "title", "verdict"]
+    assert find(names, "body", "title", "verdict") == Columns("body", "title", "verdict")
+    assert find(names, "body") == Columns("body", None, "label")
+
+
+def test_naming_the_text_alone_means_one_text() -> None:
+    assert find(["sentence1", "sentence2", "label"], text="sentence1").text_pair is None
+
+
+def test_a_column_serves_once() -> None:
+    assert find(["question", "answer", "label"], label="answer") == Columns("question", None, "answer")
+    assert find(["text", "category"], text="category").label is None
+    assert find(["text", "sentence"], text_pair="text").text == "sentence"
+
+
+def test_no_label_is_no_error() -> None:
+    assert find(["text"]) == Columns("text", None, None)
+
+
+def test_a_named_column_that_is_missing_gives_the_nearest() -> None:
+    with pytest.raises(DataError) as caught:
+        find(["text", "labels"], label="labls")
+    assert str(caught.value) == (
+        "train.csv has no column 'labls', which data.label names; "
+        "did you mean 'labels'? choices: labels, text"
+    )
+
+
+def test_one_column_named_for_two_uses_is_refused() -> None:
+    with pytest.raises(DataError, match=r"data.text and data.label both name column 'text' of train.csv"):
+        find(["text"], text="text", label="text")
+
+
+def test_a_file_without_text_lists_its_columns() -> None:
+    with pytest.raises(DataError) as caught:
+        find(["body", "label"])
+    assert (
+        str(caught.value) == "no text column in train.csv; set data.text to one of its columns: body, label"
+    )

@@ -1,0 +1,260 @@
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tsqlora.data.rows import READERS, column_names, read_rows, read_splits
+from tsqlora.errors import DataError
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]))
+# A record of one empty cell is a blank line; two columns keep every record visible.
+TABLES = st.lists(st.fixed_dictionaries({"text": TEXT, "label": TEXT}), min_size=1, max_size=8)
+ON_FILES = settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def write(path: Path, text: str, encoding: str = "utf-8") -> Path:
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+def write_delimited(path: Path, rows: list[dict[str, str]], delimiter: str) -> Path:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def write_as(path: Path, rows: list[dict[str, Any]]) -> Path:
+    match path.suffix:
+        case ".jsonl":
+            return write(path, "\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+        case ".json":
+            return write(path, json.dumps(rows, ensure_ascii=False, indent=1))
+        case ".csv":
+            return write_delimited(path, rows, ",")
+        case ".tsv":
+            return write_delimited(path, rows, "\t")
+        case ".parquet":
+            pq.write_table(pa.Table.from_pylist(rows), path)
+            return path
+    raise AssertionError(path)
+
+
+def error(source: str | Path, **options: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        read_rows(source, **options)
+    assert caught.value.exit_code == 3
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", READERS)
+@given(rows=TABLES)
+@ON_FILES
+def test_what_was_written_is_read_back_whatever_the_format(
+    suffix: str, rows: list[dict[str, str]], tmp_path: Path
+) -> None:
+    assert list(read_rows(write_as(tmp_path / f"t{suffix}", rows)).rows) == rows
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+def test_typed_formats_keep_types(suffix: str, tmp_path: Path) -> None:
+    rows = [{"text": "a", "label": 1, "w": 0.5}, {"text": "b", "label": None, "w": 2.0}]
+    read = read_rows(write_as(tmp_path / f"t{suffix}", rows))
+    assert list(read.rows) == rows
+    assert read.typed
+
+
+def test_cells_of_a_csv_are_text_and_it_says_so(tmp_path: Path) -> None:
+    read = read_rows(write(tmp_path / "t.csv", "text,label\n12,3\n"))
+    assert read.rows == ({"text": "12", "label": "3"},)
+    assert not read.typed
+
+
+def test_upper_case_extensions_and_byte_order_marks_are_fine(tmp_path: Path) -> None:
+    for name, text in (("t.JSONL", '{"text": "é"}'), ("t.CSV", "text\né\n"), ("t.json", '[{"text": "é"}]')):
+        assert read_rows(write(tmp_path / name, text, "utf-8-sig")).rows == ({"text": "é"},)
+
+
+def test_blank_lines_are_no_rows_but_count_as_lines(tmp_path: Path) -> None:
+    jsonl = read_rows(write(tmp_path / "t.jsonl", '\n{"text": "a"}\r\n  \n\n{"text": "b"}\n\n'))
+    assert jsonl.numbers == (2, 5)
+    table = read_rows(write(tmp_path / "t.csv", "text,label\n\na,0\n\n\nb,1\n"))
+    assert table.numbers == (3, 6)
+
+
+def test_a_csv_row_is_numbered_by_the_line_it_starts_on(tmp_path: Path) -> None:
+    read = read_rows(write(tmp_path / "t.csv", 'text,label\r\n"two\nlines, ""quoted""",0\r\nb,1\r\n'))
+    assert read.rows[0]["text"] == 'two\nlines, "quoted"'
+    assert read.numbers == (2, 4)
+    assert read.place(1).endswith("t.csv:4")
+
+
+def test_json_lines_are_cut_at_line_feeds_only(tmp_path: Path) -> None:
+    read = read_rows(write(tmp_path / "t.jsonl", '{"text": "a\u2028b\x85c"}\n{"text": "d"}'))
+    assert [row["text"] for row in read.rows] == ["a\u2028b\x85c", "d"]
+    assert read.numbers == (1, 2)
+
+
+def test_a_json_file_may_hold_lines_or_an_array(tmp_path: Path) -> None:
+    lines = read_rows(write(tmp_path / "a.json", '{"text": "a"}\n{"text": "b"}\n'))
+    array = read_rows(write(tmp_path / "b.json", ' [{"text": "a"},\n\n {"text": "b"}]'))
+    assert lines.rows == array.rows
+    assert lines.numbers == array.numbers == (1, 2)
+
+
+def test_a_cell_may_be_longer_than_the_csv_module_likes(tmp_path: Path) -> None:
+    before = csv.field_size_limit()
+    assert len(read_rows(write(tmp_path / "t.csv", f"text\n{'x' * 200_000}\n")).rows[0]["text"]) == 200_000
+    assert csv.field_size_limit() == before
+
+
+def test_a_directory_name_adds_no_column_to_parquet(tmp_path: Path) -> None:
+    (tmp_path / "label=1").mkdir()
+    path = write_as(tmp_path / "label=1" / "t.parquet", [{"text": "a"}])
+    assert read_rows(path).rows == ({"text": "a"},)
+
+
+def test_columns_are_those_of_all_rows_in_order_of_appearance(tmp_path: Path) -> None:
+    read = read_rows(write(tmp_path / "t.jsonl", '{"text": "a"}\n{"label": 1, "text": "b"}'))
+    assert column_names(read) == ("text", "label")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("t.jsonl", "", "t.jsonl has no rows; write at least one, or name another file"),
+        ("t.jsonl", "\n \n", "t.jsonl has no rows"),
+        ("t.csv", "", "t.csv has no rows"),
+        ("t.csv", "text,label\n", "t.csv has no rows"),
+        ("t.json", "[]", "t.json has no rows"),
+        ("t.jsonl", '{"a": 1}\n{"a": 1,}', "t.jsonl:2: not JSON ("),
+        ("t.jsonl", '{"a": 1}\n\n[1]', "t.jsonl:3: a list where a row must be an object like"),
+        ("t.jsonl", '"a"', "t.jsonl:1: a str where a row must be an object"),
+        ("t.jsonl", "[" * 100_000, "t.jsonl:1: not JSON ("),
+        ("t.jsonl", '{"a": ' + "1" * 5000 + "}", "t.jsonl:1: not JSON (Exceeds the limit"),
+        ("t.json", '[{"a": 1},\n{"a"}]', "t.json:2: not a JSON array ("),
+        ("t.json", '[{"a": 1},\n2]', "t.json:2: a int where a row must be an object"),
+        ("t.csv", "text,label\na,0\nb\n", "t.csv:3: 1 fields where the header names 2 (text, label); put"),
+        ("t.csv", 'text,label\n"a\nb",0\nc,d,1\n', "t.csv:4: 3 fields where the header names 2"),
+        ("t.csv", 'text,label\na,0\n"b,1\nc,0\n', "t.csv:3: broken record (unexpected end of data); put"),
+        ("t.tsv", 'text\tlabel\n"a" b\t0\n', "t.tsv:2: broken record ("),
+        ("t.csv", "\ntext,label,text\na,0,b\n", "t.csv:2: column 'text' is there twice; rename one"),
+        ("t.txt", "a", "t.txt: unknown extension '.txt'; known: .jsonl, .json, .csv, .tsv, .parquet"),
+        ("t", "a", "unknown extension ''; known: .jsonl"),
+        ("t.parquet", "a", "t.parquet cannot be read as Parquet ("),
+    ],
+)
+def test_what_is_wrong_is_said_with_file_and_line(name: str, text: str, message: str, tmp_path: Path) -> None:
+    assert message in error(write(tmp_path / name, text))
+
+
+def test_a_byte_that_is_not_utf8_is_named_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_bytes(b"\xef\xbb\xbftext\nabc\ncaf\xe9\n")
+    assert "t.csv:3: byte 0xe9 is not UTF-8; save the file as UTF-8" in error(path)
+    path.write_bytes("text\nabc\n".encode("utf-16"))
+    assert "t.csv:1: byte 0xff is not UTF-8" in error(path)
+
+
+def test_duplicate_parquet_columns_are_refused(tmp_path: Path) -> None:
+    table = pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(table, tmp_path / "t.parquet")
+    assert "t.parquet: column 'text' is there twice" in error(tmp_path / "t.parquet")
+
+
+@pytest.mark.parametrize("source", ["train.jsonl", "data/train.csv", "./train", "/no/such/train", "a/b/c"])
+def test_a_missing_file_is_not_looked_for_on_the_hub(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: pytest.fail(f"asked the hub for {name}"))
+    assert error(source).startswith(f"no file {source}; correct the path, seen from ")
+
+
+# Splits
+
+
+def directory(tmp_path: Path, *names: str) -> str:
+    for name in names:
+        write(tmp_path / name, json.dumps({"text": name}))
+    return str(tmp_path)
+
+
+def first_texts(splits: dict[str, Any]) -> dict[str, str]:
+    return {name: rows.rows[0]["text"] for name, rows in splits.items()}
+
+
+@pytest.mark.parametrize("validation", ["validation.jsonl", "valid.jsonl", "Dev.jsonl"])
+def test_splits_of_a_directory_are_found_by_name(validation: str, tmp_path: Path) -> None:
+    folder = directory(tmp_path, "test.jsonl", validation, "train.jsonl", "notes.jsonl", ".train.swp")
+    found = read_splits(folder, None, None)
+    assert first_texts(found) == {"train": "train.jsonl", "validation": validation, "test": "test.jsonl"}
+    assert list(found) == ["train", "validation", "test"]
+    assert found["train"].place(0) == f"{tmp_path / 'train.jsonl'}:1"
+
+
+def test_an_explicit_split_takes_the_place_of_the_directory_s(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    other = directory(tmp_path / "other", "mine.jsonl")
+    folder = directory(tmp_path, "train.jsonl", "dev.jsonl", "valid.jsonl", "test.jsonl")
+    found = read_splits(folder, f"{other}/mine.jsonl", None)
+    assert first_texts(found) == {"train": "train.jsonl", "validation": "mine.jsonl", "test": "test.jsonl"}
+
+
+def test_a_training_file_alone_has_no_other_split(tmp_path: Path) -> None:
+    folder = directory(tmp_path, "train.jsonl", "test.jsonl")
+    assert first_texts(read_splits(f"{folder}/train.jsonl", None, None)) == {"train": "train.jsonl"}
+
+
+def test_two_files_of_one_split_are_refused(tmp_path: Path) -> None:
+    folder = directory(tmp_path, "train.jsonl", "dev.jsonl", "valid.csv")
+    with pytest.raises(DataError, match=r"has 2 candidates for validation: dev.jsonl, valid.csv; keep one"):
+        read_splits(folder, None, None)
+
+
+def test_a_directory_without_training_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"has no split train; name the training file in data.train"):
+        read_splits(directory(tmp_path, "test.jsonl"), None, None)
+
+
+def test_one_split_of_a_directory_can_be_read(tmp_path: Path) -> None:
+    folder = directory(tmp_path, "train.jsonl", "test.jsonl")
+    assert read_rows(folder, split="test").rows == ({"text": "test.jsonl"},)
+    assert "has the splits train, test; name one file or one split of it" in error(folder)
+    assert "has no split validation; name one file or one split of it" in error(folder, split="validation")
+
+
+# The hub
+
+
+def test_a_hub_data_set_is_read_by_its_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = {name: datasets.Dataset.from_list([{"text": name}] * 2) for name in ("train", "dev", "extra")}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict(parts))
+    found = read_splits("owner/name", None, None)
+    assert first_texts(found) == {"train": "train", "validation": "dev"}
+    assert found["validation"].place(1) == "owner/name[dev]:2"
+    assert read_rows("name", split="extra").rows[0] == {"text": "extra"}
+
+
+def test_an_empty_hub_split_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": []})})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: empty)
+    assert error("owner/name") == "owner/name[train] has no rows; name another split or data set"
+
+
+@pytest.mark.parametrize("reason", [FileNotFoundError("no such thing\nand more"), ConnectionError()])
+def test_whatever_the_hub_says_becomes_one_error(reason: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise reason
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    message = error("owner/name")
+    assert message.startswith("owner/name is neither a local file or directory nor a loadable hub data set (")
+    assert "no such thing)" in message or "ConnectionError)" in message

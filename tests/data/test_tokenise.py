@@ -1,0 +1,163 @@
+import hashlib
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch.utils.data import DataLoader
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast
+
+from tsqlora.data.columns import Columns
+from tsqlora.data.rows import Rows
+from tsqlora.data.tokenise import TokenisedSplit, tokenise
+from tsqlora.errors import DataError, SettingsError
+
+TEXT, PAIR = Columns("text", None, "label"), Columns("text", "pair", "label")
+WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "c", "d")
+PAD, UNK, CLS, SEP, A, B, C, D = range(len(WORDS))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = {word: i for i, word in enumerate(WORDS)}
+    inner = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
+    inner.post_processor = processors.BertProcessing(("[SEP]", SEP), ("[CLS]", CLS))  # pyright: ignore[reportAttributeAccessIssue]
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="[PAD]", model_max_length=6, model_input_names=names
+    )
+
+
+def rows_of(*rows: dict[str, Any]) -> Rows:
+    return Rows(tuple(rows), "train.jsonl", tuple(range(7, 7 + len(rows))))
+
+
+def texts(*values: Any) -> Rows:
+    return rows_of(*({"text": value, "label": "x"} for value in values))
+
+
+def error(tokenizer: PreTrainedTokenizerFast, rows: Rows, columns: Columns = TEXT) -> str:
+    with pytest.raises(DataError) as caught:
+        tokenise(rows, columns, tokenizer, max_length=8, labels=None)
+    return str(caught.value)
+
+
+def test_samples_are_what_a_model_takes(tokenizer: PreTrainedTokenizerFast) -> None:
+    split = tokenise(texts("a b", "c"), TEXT, tokenizer, max_length=8, labels=[1, 0])
+    assert split[0] == {
+        "input_ids": [CLS, A, B, SEP],
+        "token_type_ids": [0, 0, 0, 0],
+        "attention_mask": [1, 1, 1, 1],
+        "labels": 1,
+    }
+    assert (len(split), split.lengths, split.truncated) == (2, (4, 3), 0)
+
+
+def test_a_pair_is_one_sample(tokenizer: PreTrainedTokenizerFast) -> None:
+    split = tokenise(rows_of({"text": "a", "pair": "b"}), PAIR, tokenizer, max_length=8, labels=None)
+    assert split[0]["input_ids"] == [CLS, A, SEP, B, SEP]
+    assert split[0]["token_type_ids"] == [0, 0, 0, 1, 1]
+    assert "labels" not in split[0]
+
+
+def test_token_types_are_left_out_where_the_tokenizer_makes_none() -> None:
+    inner = Tokenizer(models.BPE({"[PAD]": 0, "a": 1}, []))
+    bare = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]")
+    split = tokenise(texts("a"), TEXT, bare, max_length=8, labels=None)
+    assert split[0] == {"input_ids": [1], "attention_mask": [1]}
+
+
+def test_only_what_is_longer_than_the_limit_is_cut_and_counted(tokenizer: PreTrainedTokenizerFast) -> None:
+    split = tokenise(texts("a b", "a b c d", "a b c"), TEXT, tokenizer, max_length=5, labels=None)
+    assert [sample["input_ids"] for sample in split.samples] == [
+        [CLS, A, B, SEP],
+        [CLS, A, B, C, SEP],
+        [CLS, A, B, C, SEP],
+    ]
+    assert split.truncated == 1
+
+
+def test_of_a_pair_the_longer_text_is_cut(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = rows_of({"text": "a b c d", "pair": "d"}, {"text": "a", "pair": "b"})
+    split = tokenise(rows, PAIR, tokenizer, max_length=5, labels=None)
+    assert split[0]["input_ids"] == [CLS, A, SEP, D, SEP]
+    assert split.truncated == 1
+
+
+def test_a_sample_does_not_depend_on_its_neighbours(tokenizer: PreTrainedTokenizerFast) -> None:
+    together = tokenise(texts("a b c d", "c"), TEXT, tokenizer, max_length=4, labels=None)
+    for i, text in enumerate(("a b c d", "c")):
+        alone = tokenise(texts(text), TEXT, tokenizer, max_length=4, labels=None)
+        assert (alone[0], alone.hashes[0]) == (together[i], together.hashes[i])
+
+
+def test_long_text_is_no_warning(
+    tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenise(texts("a b c d a b c d"), TEXT, tokenizer, max_length=6, labels=None)
+    assert not caplog.records
+
+
+def test_a_hash_is_of_text_pair_and_label_as_written(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = rows_of({"text": "a", "pair": "b", "label": 3}, {"text": "a", "pair": "b"})
+    split = tokenise(rows, PAIR, tokenizer, max_length=8, labels=[0, 1])
+    wanted = [b"a\x1fb\x1f3", b"a\x1fb\x1f"]
+    assert split.hashes == tuple(hashlib.sha256(data).hexdigest()[:16] for data in wanted)
+
+
+def test_hashes_tell_apart_what_differs(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = rows_of(
+        {"text": "a", "pair": "b", "label": "c"},
+        {"text": "a b", "pair": "b", "label": "c"},
+        {"text": "a", "pair": "b c", "label": "c"},
+        {"text": "a", "pair": "b", "label": "d"},
+    )
+    assert len(set(tokenise(rows, PAIR, tokenizer, max_length=8, labels=None).hashes)) == 4
+
+
+def test_a_split_is_a_torch_data_set(tokenizer: PreTrainedTokenizerFast) -> None:
+    split = tokenise(texts("a b", "c", "d"), TEXT, tokenizer, max_length=8, labels=[0.5, 1.0, 0.0])
+    loader: DataLoader[Any] = DataLoader(split, 2, collate_fn=DataCollatorWithPadding(tokenizer))  # pyright: ignore[reportArgumentType]
+    batches = list(loader)
+    assert [tuple(batch["input_ids"].shape) for batch in batches] == [(2, 4), (1, 3)]
+    assert batches[0]["labels"].tolist() == [0.5, 1.0]
+
+
+@pytest.mark.parametrize("missing", [None, "", " \n"])
+def test_missing_text_is_named_with_file_and_row(tokenizer: PreTrainedTokenizerFast, missing: Any) -> None:
+    wanted = "no text in column 'text'; fill it in or leave the row out"
+    assert error(tokenizer, texts("a", missing)) == f"train.jsonl:8: {wanted}"
+    assert error(tokenizer, rows_of({"label": 1})) == f"train.jsonl:7: {wanted}"
+
+
+def test_a_missing_pair_is_named(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert "train.jsonl:7: no text in column 'pair'" in error(tokenizer, texts("a"), PAIR)
+
+
+def test_what_is_no_text_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert error(tokenizer, texts("a", 12)) == (
+        "train.jsonl:8: int 12 in column 'text' is no text; write a string"
+    )
+    assert "train.jsonl:7: column 'text' has half a surrogate pair" in error(tokenizer, texts("a\ud800"))
+
+
+def test_text_that_gives_no_token_is_refused() -> None:
+    inner = Tokenizer(models.BPE({"[PAD]": 0}, []))  # without an unknown token, what is unknown vanishes
+    bare = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]")
+    assert "train.jsonl:7: the tokenizer makes no token of this text" in error(bare, texts("zzz"))
+
+
+@pytest.mark.parametrize(("columns", "least"), [(TEXT, 3), (PAIR, 5)])
+def test_a_limit_without_room_for_text_is_refused(
+    tokenizer: PreTrainedTokenizerFast, columns: Columns, least: int
+) -> None:
+    rows = rows_of({"text": "a b", "pair": "c d"})
+    assert tokenise(rows, columns, tokenizer, max_length=least, labels=None).lengths == (least,)
+    with pytest.raises(
+        SettingsError, match=rf"data.max_length {least - 1} leaves no room .* to {least} or more"
+    ):
+        tokenise(rows, columns, tokenizer, max_length=least - 1, labels=None)
+
+
+def test_a_split_can_be_made_by_hand() -> None:
+    assert TokenisedSplit([{"input_ids": [1, 2]}], ("0" * 16,), 0).lengths == (2,)

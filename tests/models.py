@@ -1,0 +1,202 @@
+"""Tiny models and samples for the tests: seeded, no network, nothing to download."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from torch import Tensor
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+Config = TypeVar("Config", bound=PretrainedConfig)
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+PAD = 0
+MAX_LENGTH = 64
+# HF's 0.02 makes a model this small almost constant: no curvature, and D would test nothing.
+WEIGHT_SCALE = 0.3
+
+
+def tiny_bert(
+    num_labels: int = 3,
+    layers: int = 2,
+    hidden: int = 16,
+    heads: int = 2,
+    intermediate: int = 32,
+    vocab: int = 60,
+    dtype: torch.dtype = torch.float64,
+    problem_type: str | None = None,
+    *,
+    seed: int = 0,
+) -> BertForSequenceClassification:
+    """An encoder with a classification head (classifier.weight, classifier.bias), in train mode.
+
+    Dropout is 0.1 everywhere, so that the code under test must deal with it.  Biases and
+    norms are perturbed away from 0 and 1, where mistakes would not show.
+    """
+    config = BertConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=intermediate,
+        max_position_embeddings=MAX_LENGTH,
+        hidden_dropout_prob=0.1,
+        attention_probs_dropout_prob=0.1,
+        classifier_dropout=0.1,
+        initializer_range=WEIGHT_SCALE,
+        num_labels=num_labels,
+        pad_token_id=PAD,
+        problem_type=problem_type,
+        attn_implementation="sdpa",
+    )
+    return _built(BertForSequenceClassification, config, dtype, seed)
+
+
+def tiny_llama_classifier(
+    num_labels: int = 3,
+    layers: int = 2,
+    hidden: int = 16,
+    heads: int = 2,
+    kv_heads: int = 1,
+    intermediate: int = 32,
+    vocab: int = 60,
+    dtype: torch.dtype = torch.float64,
+    problem_type: str | None = None,
+    *,
+    seed: int = 0,
+) -> LlamaForSequenceClassification:
+    """A decoder with a classification head (score.weight, no bias), in train mode.
+
+    k and v are narrower than q, so target layers differ in shape.  Attention dropout is 0.1.
+    Its norms and rotary angles compute in float32 whatever `dtype` is: expect 1e-6, not 1e-12.
+    """
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=intermediate,
+        max_position_embeddings=MAX_LENGTH,
+        attention_dropout=0.1,
+        initializer_range=WEIGHT_SCALE,
+        num_labels=num_labels,
+        pad_token_id=PAD,
+        problem_type=problem_type,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
+    return _built(LlamaForSequenceClassification, config, dtype, seed)
+
+
+def lora(
+    model: PreTrainedModel,
+    r: int = 4,
+    targets: Sequence[str] | str | None = None,
+    modules_to_save: Sequence[str] | None = None,
+    dropout: float = 0.1,
+    alpha: int = 8,
+    *,
+    seed: int = 0,
+) -> PeftModel:
+    """`model` with LoRA put into it (in place), B small but not zero so that A has a gradient.
+
+    `targets` None is "all-linear": every linear layer but the classification head, with
+    BERT's pooler among them.  `modules_to_save` None lets PEFT train the head (classifier,
+    score) as SEQ_CLS does.
+    """
+    config = LoraConfig(
+        task_type=TaskType.SEQ_CLS,
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=_as_list(targets) if targets is not None else "all-linear",
+        modules_to_save=_as_list(modules_to_save),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        adapted = get_peft_model(model, config)
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.1)
+    return adapted
+
+
+def samples(
+    n: int,
+    num_labels: int,
+    vocab: int = 60,
+    lengths: tuple[int, int] = (4, 12),
+    seed: int = 0,
+    regression: bool = False,
+) -> list[dict[str, Any]]:
+    """n rows of input_ids, attention_mask (lists of ints) and labels (an int, a float for regression).
+
+    Lengths are drawn from `lengths`, both ends included; token 0 is kept for padding.  Each
+    class occurs where n >= num_labels; the rest are drawn at random, so frequencies differ.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    low, high = lengths
+    sizes = torch.randint(low, high + 1, (n,), generator=generator).tolist()
+    drawn = torch.randint(num_labels, (n,), generator=generator)
+    drawn[: min(n, num_labels)] = torch.arange(num_labels)[:n]
+    classes = drawn[torch.randperm(n, generator=generator)].tolist()
+    values = torch.randn(n, generator=generator).tolist()
+    return [
+        {
+            "input_ids": torch.randint(1, vocab, (size,), generator=generator).tolist(),
+            "attention_mask": [1] * size,
+            "labels": value if regression else label,
+        }
+        for size, label, value in zip(sizes, classes, values, strict=True)
+    ]
+
+
+def collate(
+    samples: Sequence[dict[str, Any]],
+    pad_to: int | None = None,
+    *,
+    label_dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """A batch padded on the right to `pad_to`, by default to the longest row.
+
+    input_ids and attention_mask are (n, t) int64; labels (n,) are int64 for ints and
+    float32 for floats, or `label_dtype`.  Raises ValueError where a row is longer than `pad_to`.
+    """
+    longest = max(len(sample["input_ids"]) for sample in samples)
+    width = longest if pad_to is None else pad_to
+    if longest > width:
+        raise ValueError(f"a row has {longest} tokens, more than pad_to={width}")
+
+    def padded(key: str, fill: int) -> Tensor:
+        rows = [sample[key] + [fill] * (width - len(sample[key])) for sample in samples]
+        return torch.tensor(rows, dtype=torch.int64)
+
+    return {
+        "input_ids": padded("input_ids", PAD),
+        "attention_mask": padded("attention_mask", 0),
+        "labels": torch.tensor([sample["labels"] for sample in samples], dtype=label_dtype),
+    }
+
+
+def _built(kind: Callable[[Config], Model], config: Config, dtype: torch.dtype, seed: int) -> Model:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = kind(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model.to(dtype).train()
+
+
+def _as_list(names: Iterable[str] | str | None) -> list[str] | str | None:
+    return names if isinstance(names, str) or names is None else list(names)

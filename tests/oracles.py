@@ -1,0 +1,427 @@
+"""The slow, obvious twins that the fast code is tested against.
+
+One sample at a time, plain autograd, every parameter of θ really stepped; nothing of
+tsqlora is imported, so that a mistake there cannot be repeated here.  Equation numbers
+are those of METHOD.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+Batch = Mapping[str, Tensor]
+SampleLoss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class SlowScores:
+    """What `slow_scores` found for n samples; all tensors are (n,) in float64 on the CPU.
+
+    loss: of each sample, with the offsets applied.  gradient_norm: N, eq. 1.  loss_reduction: D, eq. 2.
+    convergence: C, eq. 3.  eta: the step used in D.  reference_norm: ‖ḡ‖ over all m rows of
+    the reference.
+    """
+
+    loss: Tensor
+    gradient_norm: Tensor
+    loss_reduction: Tensor
+    convergence: Tensor
+    eta: float
+    reference_norm: float
+
+
+# --- scores of samples, eq. 1 to 3 --------------------------------------------------------
+
+
+def slow_scores(
+    model: nn.Module,
+    batches_of_one: Sequence[Batch],
+    *,
+    sample_loss: SampleLoss,
+    theta: Mapping[str, nn.Parameter],
+    reference: Sequence[int],
+    offsets: Tensor | None = None,
+    eta: float | None = None,
+) -> SlowScores:
+    """N, D and C of every sample (eq. 1, 2, 3) for the parameters named in `theta`.
+
+    `batches_of_one[i]` holds the model's keyword arguments for sample i alone, and its
+    "labels".  `sample_loss(logits, labels)` returns shape (1,).  `theta` may be frozen when
+    it arrives; a parameter listed twice counts once.  `reference` are indices into
+    `batches_of_one`, each once; a sample in it is taken out of its own ḡ.  `offsets` is added to the logits.
+    `eta` defaults to ½ Σℓ / ΣN² over the reference.
+
+    The model is scored in eval mode and left as it was: weights bit for bit, modes, frozen
+    flags, `.grad`.  Raises ValueError for a reference that is empty, repeats a row or has one
+    row only (leave-one-out leaves nothing), and where ḡ or all the reference's gradients vanish.
+    """
+    _check_reference(reference, len(batches_of_one))
+    parameters = _each_once(theta.values())
+
+    def loss_of(batch: Batch) -> Tensor:
+        return _loss(model, batch, sample_loss, offsets)
+
+    with _eval_mode(model), _trainable(parameters):
+        losses, gradients = [], []
+        for batch in batches_of_one:
+            loss, gradient = _loss_and_gradient(loss_of, batch, parameters)
+            losses.append(loss)
+            gradients.append(gradient)
+        norms = [_flat(gradient).norm() for gradient in gradients]
+        if eta is None:
+            eta = _default_eta([losses[i] for i in reference], [float(norms[i]) for i in reference])
+        reductions = []
+        for i, batch in enumerate(batches_of_one):
+            after = _loss_after_step(loss_of, batch, parameters, gradients[i], eta)
+            reductions.append(losses[i] - after)
+
+    convergence, reference_norm = _convergence([_flat(g) for g in gradients], reference)
+    return SlowScores(
+        loss=torch.tensor(losses, dtype=torch.float64),
+        gradient_norm=torch.stack(norms),
+        loss_reduction=torch.tensor(reductions, dtype=torch.float64),
+        convergence=convergence,
+        eta=eta,
+        reference_norm=reference_norm,
+    )
+
+
+def slow_scores_full(
+    model: nn.Module,
+    batches_of_one: Sequence[Batch],
+    *,
+    sample_loss: SampleLoss,
+    layers: Mapping[str, nn.Module],
+    effective_weight: Callable[[nn.Module], Tensor],
+    head: Mapping[str, nn.Parameter],
+    reference: Sequence[int],
+    offsets: Tensor | None = None,
+    eta: float | None = None,
+) -> SlowScores:
+    """N, D and C under METHOD's `scope: full`: θ is each target layer's W and the head.
+
+    W is the effective weight W + s·BA (o, i), as one fresh leaf per layer; adapters are left
+    out of θ, and so is the layers' bias unless `head` names it.  Everything else is as in `slow_scores`.
+    """
+    with _eval_mode(model), _weights_as_leaves(layers, effective_weight) as leaves:
+        weights = {f"{name} (effective weight)": leaf for name, leaf in leaves.items()}
+        return slow_scores(
+            model,
+            batches_of_one,
+            sample_loss=sample_loss,
+            theta=weights | dict(head),
+            reference=reference,
+            offsets=offsets,
+            eta=eta,
+        )
+
+
+def _check_reference(reference: Sequence[int], n: int) -> None:
+    if len(reference) < 2:
+        raise ValueError(f"the reference has {len(reference)} rows; leave-one-out (eq. 3) needs 2")
+    if len(set(reference)) != len(reference):
+        raise ValueError("the reference names a row twice; name each once")
+    outside = [i for i in reference if not 0 <= i < n]
+    if outside:
+        raise ValueError(f"the reference names {outside}, outside 0 to {n - 1}")
+
+
+def _default_eta(losses: Sequence[float], norms: Sequence[float]) -> float:
+    """η = ½ Σℓ / ΣN² over the reference."""
+    squares = sum(norm**2 for norm in norms)
+    if squares == 0:
+        raise ValueError("every gradient in the reference is zero; give eta")
+    return 0.5 * sum(losses) / squares
+
+
+def _loss_after_step(
+    loss_of: Callable[[Batch], Tensor],
+    batch: Batch,
+    parameters: Sequence[Tensor],
+    gradient: Sequence[Tensor],
+    eta: float,
+) -> float:
+    """The loss at θ - η·gradient, the second half of eq. 2; θ is put back bit for bit."""
+    before = [parameter.detach().clone() for parameter in parameters]
+    with torch.no_grad():
+        try:
+            for parameter, g in zip(parameters, gradient, strict=True):
+                parameter.sub_(eta * g)
+            return float(loss_of(batch))
+        finally:
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)
+
+
+def _convergence(gradients: Sequence[Tensor], reference: Sequence[int]) -> tuple[Tensor, float]:
+    """C of eq. 3, leave-one-out inside the reference, and ‖ḡ‖; the gradients are flat."""
+    m = len(reference)
+    mean = torch.stack([gradients[i] for i in reference]).mean(dim=0)
+    norm = float(mean.norm())
+    if norm == 0:
+        raise ValueError("the reference's mean gradient is zero; eq. 3 has no value")
+    values = []
+    for i, gradient in enumerate(gradients):
+        product = float(gradient @ mean)
+        if i in reference:
+            product = (product - float(gradient @ gradient) / m) * m / (m - 1)
+        values.append(product / norm)
+    return torch.tensor(values, dtype=torch.float64), norm
+
+
+# --- calibration --------------------------------------------------------------------------
+
+
+def slow_calibration(logits: Tensor, labels: Tensor, *, iterations: int = 500) -> Tensor:
+    """One constant per class such that mean predicted probabilities are the class frequencies.
+
+    logits (n, classes), labels (n,) of integers.  Returns (classes,) in float64, summing to 0.
+
+    Found by minimising the mean cross-entropy of logits + o over o alone.  That function is
+    convex, and its derivative with respect to o_c is mean_i p_ic - frequency_c: at the
+    optimum, and nowhere else, the two are equal.  A constant added to all of o changes
+    nothing, so o is centred.  A class without a label has its optimum at minus infinity: ValueError.
+    """
+    logits = logits.detach().double()
+    classes = logits.shape[1]
+    frequency = torch.bincount(labels, minlength=classes).double() / len(labels)
+    if len(frequency) != classes or bool((frequency == 0).any()):
+        raise ValueError(
+            f"class frequencies {frequency.tolist()} for {classes} classes; each must occur, and no other"
+        )
+    offsets = torch.zeros(classes, dtype=torch.float64, device=logits.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [offsets],
+        max_iter=iterations,
+        tolerance_grad=1e-13,
+        tolerance_change=1e-16,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(logits + offsets, labels)
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    found = offsets.detach()
+    found = found - found.mean()
+    miss = float(((logits + found).softmax(dim=1).mean(dim=0) - frequency).abs().max())
+    if not miss < 1e-7:
+        raise RuntimeError(f"calibration missed the class frequencies by {miss:.1e}; raise iterations")
+    return found
+
+
+# --- sensitivity of layers, eq. 6 ---------------------------------------------------------
+
+
+def slow_sensitivity(
+    model: nn.Module,
+    batches_of_one: Sequence[Batch],
+    *,
+    sample_loss: SampleLoss,
+    layers: Mapping[str, nn.Module],
+    effective_weight: Callable[[nn.Module], Tensor],
+    offsets: Tensor | None = None,
+) -> dict[str, float]:
+    """Eq. 6: for each layer the mean over entries of E_x |W ⊙ ∇_W loss_x|, W the effective weight.
+
+    `effective_weight(layer)` is W + s·BA as (o, i), also where the layer stores it transposed.
+    The model is run in eval mode and left as it was.
+    """
+    with _eval_mode(model), _weights_as_leaves(layers, effective_weight) as leaves:
+        totals = {name: torch.zeros_like(leaf, dtype=torch.float64) for name, leaf in leaves.items()}
+        for batch in batches_of_one:
+            _, gradient = _loss_and_gradient(
+                lambda batch: _loss(model, batch, sample_loss, offsets), batch, list(leaves.values())
+            )
+            for (name, leaf), g in zip(leaves.items(), gradient, strict=True):
+                totals[name] += (leaf.detach().double() * g.double()).abs()
+    return {name: float((total / len(batches_of_one)).mean()) for name, total in totals.items()}
+
+
+# --- drawing without replacement ----------------------------------------------------------
+
+
+def slow_successive_sampling(p: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
+    """k different indices, one after the other, each from p renormalised over those left.
+
+    p (n,) need not sum to 1.  Returns (k,) in the order drawn.  This is what Gumbel top-k on
+    log p must equal in distribution.  Raises ValueError where fewer than k have p > 0.
+    """
+    if k > np.count_nonzero(p):
+        raise ValueError(f"cannot draw {k} from {np.count_nonzero(p)} with a probability above 0")
+    left = np.array(p, dtype=np.float64)
+    drawn = np.empty(k, dtype=np.int64)
+    for position in range(k):
+        drawn[position] = rng.choice(len(left), p=left / left.sum())
+        left[drawn[position]] = 0.0
+    return drawn
+
+
+# --- one optimizer step, and the importance of slots --------------------------------------
+
+
+def slow_adamw_step(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Textbook AdamW (Loshchilov and Hutter, 2019): new (param, exp_avg, exp_avg_sq).
+
+    All tensors have one shape, and nothing is changed in place.  `step` counts this step: 1 is the first.
+    """
+    if step < 1:
+        raise ValueError(f"step is {step}; the first step is 1")
+    beta1, beta2 = betas
+    exp_avg = beta1 * exp_avg + (1 - beta1) * grad
+    exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * grad**2
+    first = exp_avg / (1 - beta1**step)
+    second = exp_avg_sq / (1 - beta2**step)
+    param = param - lr * weight_decay * param
+    return param - lr * first / (second.sqrt() + eps), exp_avg, exp_avg_sq
+
+
+def slow_importance(theta_times_grad_by_step: Sequence[Tensor], beta: float) -> Tensor:
+    """Î·Û of slots that are all as old as the sequence is long (METHOD 4.1; AdaLoRA's Ī·Ū).
+
+    The t-th tensor (slots,) is I_t, the importance at step t, already normalised.
+    Ī_t = β Ī_{t-1} + (1-β) I_t and Î_t = Ī_t / (1-β^t); Ū_t = β Ū_{t-1} + (1-β) |I_t - Î_t|
+    and Û_t = Ū_t / (1-β^t).  One step has no uncertainty yet: the result is 0.
+    """
+    if not theta_times_grad_by_step:
+        raise ValueError("no step was given; importance needs one")
+    mean = torch.zeros_like(theta_times_grad_by_step[0])
+    uncertainty = torch.zeros_like(mean)
+    for t, importance in enumerate(theta_times_grad_by_step, start=1):
+        correction = 1 - math.pow(beta, t)
+        mean = beta * mean + (1 - beta) * importance
+        uncertainty = beta * uncertainty + (1 - beta) * (importance - mean / correction).abs()
+    return (mean / correction) * (uncertainty / correction)
+
+
+# --- what they share ----------------------------------------------------------------------
+
+
+def _loss(model: nn.Module, batch: Batch, sample_loss: SampleLoss, offsets: Tensor | None) -> Tensor:
+    """The loss of one sample as a scalar."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    output = model(**inputs)
+    logits = output if isinstance(output, Tensor) else output.logits
+    if offsets is not None:
+        logits = logits + offsets.to(logits)
+    loss = sample_loss(logits, batch["labels"])
+    if loss.shape != (1,):
+        raise ValueError(f"sample_loss gave shape {tuple(loss.shape)} for a batch of one; expected (1,)")
+    return loss[0]
+
+
+def _loss_and_gradient(
+    loss_of: Callable[[Batch], Tensor], batch: Batch, parameters: Sequence[Tensor]
+) -> tuple[float, list[Tensor]]:
+    """The loss and its gradient for each parameter; zero where the loss does not depend on it."""
+    with torch.enable_grad():
+        loss = loss_of(batch)
+        gradient = torch.autograd.grad(loss, parameters, allow_unused=True)
+    pairs = zip(parameters, gradient, strict=True)
+    return float(loss.detach()), [torch.zeros_like(p) if g is None else g for p, g in pairs]
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.detach().reshape(-1).double().cpu() for tensor in tensors])
+
+
+def _each_once(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Without repeats: a tied parameter under two names is one parameter, stepped once."""
+    return list({id(parameter): parameter for parameter in parameters}.values())
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every module's training flag off, and afterwards each as it was."""
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in before:
+            module.training = False
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+@contextmanager
+def _trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    before = [parameter.requires_grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter, flag in zip(parameters, before, strict=True):
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def _weights_as_leaves(
+    layers: Mapping[str, nn.Module], effective_weight: Callable[[nn.Module], Tensor]
+) -> Iterator[dict[str, nn.Parameter]]:
+    """Each layer computes F.linear(x, V, bias) inside the `with`, V a leaf copy of its effective weight.
+
+    W + s·BA is no parameter of the model, so V stands in for it: what autograd gives for V
+    is ∇_W, summed over all the calls of a layer in one forward.
+    """
+    if len({id(layer) for layer in layers.values()}) != len(layers):
+        raise ValueError("a layer is named twice; name each once")
+    leaves = {name: nn.Parameter(effective_weight(layer).detach().clone()) for name, layer in layers.items()}
+    handles = []
+    try:
+        for name, layer in layers.items():
+            handles.append(layer.register_forward_hook(_replacing_hook(name, leaves[name])))
+        yield leaves
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _replacing_hook(
+    name: str, weight: nn.Parameter
+) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    checked = False
+
+    def replace(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        nonlocal checked
+        base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+        replaced = F.linear(inputs[0], weight, base.bias)
+        if not checked:
+            # Only at the first call: later the weight may have been stepped.
+            _check_same(name, output, replaced)
+            checked = True
+        return replaced
+
+    return replace
+
+
+def _check_same(name: str, output: Tensor, replaced: Tensor) -> None:
+    """The effective weight must give what the layer gave, else every number here is of another model."""
+    if output.shape != replaced.shape:
+        raise ValueError(f"{name} gives {tuple(output.shape)}, its weight {tuple(replaced.shape)}")
+    error = float((output - replaced).detach().abs().max())
+    allowed = math.sqrt(torch.finfo(output.dtype).eps) * float(output.detach().abs().max())
+    if not error <= allowed:
+        raise ValueError(f"{name} and its effective weight differ by {error:.1e}, more than {allowed:.1e}")

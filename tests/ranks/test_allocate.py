@@ -1,0 +1,273 @@
+import json
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tsqlora.errors import DataError, SettingsError
+from tsqlora.ranks.allocate import Sensitivity, allocate, shares
+from tsqlora.ranks.budget import budget, caps, costs, used
+
+sizes = st.tuples(st.integers(1, 40), st.integers(1, 40))
+grid_values = st.integers(0, 2000).map(lambda k: k / 16)
+any_values = st.floats(0, allow_nan=False, allow_infinity=False)
+mean_ranks = st.integers(8, 64).map(lambda k: k / 8)
+gammas = st.sampled_from([0.0, 0.5, 1.0, 2.0])
+
+
+@st.composite
+def sensitivities(
+    draw: st.DrawFn, *, values: st.SearchStrategy[float], one_shape: bool = False
+) -> Sensitivity:
+    layers = [f"layer.{k}" for k in range(draw(st.integers(1, 8)))]
+    size = draw(sizes)
+    shapes = {layer: size if one_shape else draw(sizes) for layer in layers}
+    return Sensitivity({layer: draw(values) for layer in layers}, shapes, "drawn", 1)
+
+
+def by_hand(values: Mapping[str, float], shape: tuple[int, int] = (8, 8)) -> Sensitivity:
+    return Sensitivity(values, dict.fromkeys(values, shape), "by hand", 1)
+
+
+def replaced(sensitivity: Sensitivity, values: Mapping[str, float]) -> Sensitivity:
+    return Sensitivity(values, sensitivity.shapes, sensitivity.estimator, sensitivity.samples)
+
+
+def slow_shares(
+    weights: Mapping[str, float],
+    *,
+    costs: Mapping[str, int],
+    low: Mapping[str, int],
+    high: Mapping[str, int],
+    budget: int,
+) -> dict[str, float]:
+    """The slow twin: bisection on the water level, in plain floats."""
+
+    def at(level: float) -> dict[str, float]:
+        return {n: min(max(level * w, low[n]), high[n]) for n, w in weights.items()}
+
+    below, above = 0.0, 1e6
+    for _ in range(200):
+        middle = (below + above) / 2
+        if sum(share * costs[n] for n, share in at(middle).items()) <= budget:
+            below = middle
+        else:
+            above = middle
+    return at(below)
+
+
+@given(sensitivities(values=any_values), mean_ranks, gammas, st.integers(0, 1), st.integers(8, 16))
+def test_budget_and_bounds_hold_and_nothing_affordable_is_left(
+    sensitivity: Sensitivity, mean_rank: float, gamma: float, min_rank: int, max_rank: int
+) -> None:
+    shapes = sensitivity.shapes
+    ranks = allocate(sensitivity, mean_rank=mean_rank, min_rank=min_rank, max_rank=max_rank, gamma=gamma)
+    limits = caps(shapes, max_rank)
+    left = budget(mean_rank, shapes) - used(ranks, shapes)
+    assert left >= 0
+    assert all(min(min_rank, limits[n]) <= ranks[n] <= limits[n] for n in shapes)
+    assert all(ranks[n] == limits[n] or cost > left for n, cost in costs(shapes).items())
+    assert list(ranks) == list(shapes)
+
+
+@given(
+    sensitivities(values=st.integers(0, 5).map(float)), mean_ranks, gammas, st.randoms(use_true_random=False)
+)
+def test_the_order_of_the_layers_does_not_count(
+    sensitivity: Sensitivity, mean_rank: float, gamma: float, rng: random.Random
+) -> None:
+    names = list(sensitivity.shapes)
+    rng.shuffle(names)
+    values = {n: sensitivity.values[n] for n in names}
+    shuffled = Sensitivity(values, {n: sensitivity.shapes[n] for n in names}, "drawn", 1)
+    expected = allocate(sensitivity, mean_rank=mean_rank, gamma=gamma)
+    assert allocate(shuffled, mean_rank=mean_rank, gamma=gamma) == expected
+    assert allocate(sensitivity, mean_rank=mean_rank, gamma=gamma) == expected
+
+
+@given(sensitivities(values=grid_values), mean_ranks, gammas, st.floats(1e-12, 1e12))
+def test_the_scale_of_the_sensitivities_does_not_count(
+    sensitivity: Sensitivity, mean_rank: float, gamma: float, scale: float
+) -> None:
+    scaled = replaced(sensitivity, {n: value * scale for n, value in sensitivity.values.items()})
+    expected = allocate(sensitivity, mean_rank=mean_rank, gamma=gamma)
+    assert allocate(scaled, mean_rank=mean_rank, gamma=gamma) == expected
+
+
+@given(st.integers(1, 30), st.integers(1, 30), st.floats(1e-9, 1e9))
+def test_whole_shares_stay_whole_under_rounding_noise(a: int, b: int, scale: float) -> None:
+    sensitivity = by_hand({"a": a * scale, "b": b * scale, "c": a * scale}, shape=(99, 99))
+    ranks = allocate(sensitivity, mean_rank=(2 * a + b) / 3, max_rank=99)
+    assert ranks == {"a": a, "b": b, "c": a}
+
+
+@given(sensitivities(values=any_values, one_shape=True), mean_ranks, gammas)
+def test_a_more_sensitive_layer_of_the_same_shape_never_gets_fewer(
+    sensitivity: Sensitivity, mean_rank: float, gamma: float
+) -> None:
+    ranks = allocate(sensitivity, mean_rank=mean_rank, gamma=gamma)
+    upwards = sorted(ranks, key=lambda n: (sensitivity.values[n], ranks[n]))
+    assert [ranks[n] for n in upwards] == sorted(ranks.values())
+
+
+@given(sensitivities(values=any_values, one_shape=True), st.integers(1, 8))
+def test_gamma_zero_is_uniform(sensitivity: Sensitivity, mean_rank: int) -> None:
+    ranks = allocate(sensitivity, mean_rank=mean_rank, gamma=0)
+    rank = min(mean_rank, *next(iter(sensitivity.shapes.values())))
+    assert ranks == dict.fromkeys(ranks, rank)
+
+
+@given(sensitivities(values=st.just(0.0)), mean_ranks)
+def test_all_zero_means_equal_shares(sensitivity: Sensitivity, mean_rank: float) -> None:
+    equal = replaced(sensitivity, dict.fromkeys(sensitivity.values, 1.0))
+    assert allocate(sensitivity, mean_rank=mean_rank) == allocate(equal, mean_rank=mean_rank)
+
+
+@given(st.data())
+@settings(max_examples=60)
+def test_shares_equal_a_bisection(data: st.DataObject) -> None:
+    sensitivity = data.draw(sensitivities(values=st.integers(0, 50).map(lambda k: k / 50)))
+    weights = dict(sensitivity.values)
+    weights["layer.0"] = 1.0
+    cost, high = costs(sensitivity.shapes), caps(sensitivity.shapes, 12)
+    least = data.draw(st.integers(0, 3))
+    low = {n: min(least, cap) for n, cap in high.items()}
+    cheapest = sum(low[n] * cost[n] for n in cost)
+    total = cheapest + data.draw(st.integers(0, 400))
+    exact = shares(weights, costs=cost, low=low, high=high, budget=total)
+    slow = slow_shares(weights, costs=cost, low=low, high=high, budget=total)
+    assert {n: float(share) for n, share in exact.items()} == pytest.approx(slow, abs=1e-6)
+
+
+@given(sensitivities(values=any_values.filter(lambda s: s > 0)), st.integers(0, 2000))
+def test_shares_spend_the_budget_exactly(sensitivity: Sensitivity, total: int) -> None:
+    cost, high = costs(sensitivity.shapes), caps(sensitivity.shapes, 16)
+    low = dict.fromkeys(cost, 0)
+    exact = shares(sensitivity.values, costs=cost, low=low, high=high, budget=total)
+    affordable = min(total, sum(high[n] * cost[n] for n in cost))
+    assert sum(share * cost[n] for n, share in exact.items()) == affordable
+
+
+def test_ranks_are_proportional_where_nothing_clips() -> None:
+    ranks = allocate(by_hand({"a": 1.0, "b": 2.0, "c": 3.0}), mean_rank=4)
+    assert ranks == {"a": 2, "b": 4, "c": 6}
+
+
+def test_what_a_capped_layer_cannot_take_goes_to_the_others() -> None:
+    ranks = allocate(by_hand({"a": 100.0, "b": 2.0, "c": 1.0}), mean_rank=4, max_rank=6)
+    assert ranks == {"a": 6, "b": 4, "c": 2}
+
+
+def test_ties_go_to_the_more_sensitive_layer_then_by_name() -> None:
+    assert allocate(by_hand({"b": 1.0, "a": 1.0}), mean_rank=2.5) == {"b": 2, "a": 3}
+    assert allocate(by_hand({"a": 1.0, "b": 1.5}), mean_rank=2.5, gamma=0) == {"a": 2, "b": 3}
+
+
+def test_a_layer_without_sensitivity_gets_the_minimum() -> None:
+    values = {"a": 1.0, "b": 1.0, "dead": 0.0}
+    assert allocate(by_hand(values), mean_rank=3, max_rank=8) == {"a": 4, "b": 4, "dead": 1}
+    assert allocate(by_hand(values), mean_rank=3, max_rank=8, min_rank=0) == {"a": 5, "b": 4, "dead": 0}
+
+
+def test_everything_at_its_cap_leaves_budget_unspent() -> None:
+    assert allocate(by_hand({"a": 5.0, "b": 1.0}, shape=(2, 3)), mean_rank=50) == {"a": 2, "b": 2}
+
+
+def test_the_default_maximum_is_twice_the_mean() -> None:
+    assert allocate(by_hand({"a": 1e9, "b": 1.0}), mean_rank=2.5) == {"a": 4, "b": 1}
+    assert allocate(by_hand({"a": 1e9, "b": 1.0, "c": 1.0}), mean_rank=2.5)["a"] == 5
+
+
+def test_a_minimum_beyond_the_budget_names_both_and_the_cure() -> None:
+    sensitivity = by_hand({f"layer.{k}": 1.0 for k in range(24)}, shape=(32, 32))
+    with pytest.raises(SettingsError) as error:
+        allocate(sensitivity, mean_rank=0.78125)
+    assert str(error.value) == (
+        "budget 1,200 is below the 1,536 parameters that rank 1 needs in 24 layers; "
+        "raise ranks.mean or set ranks.min to 0"
+    )
+    assert used(allocate(sensitivity, mean_rank=0.78125, min_rank=0), sensitivity.shapes) == 1152
+
+
+def test_a_minimum_above_the_mean_is_a_matter_of_budget() -> None:
+    with pytest.raises(SettingsError) as error:
+        allocate(by_hand({"a": 1.0}), mean_rank=1, min_rank=4)
+    assert str(error.value) == (
+        "budget 16 is below the 64 parameters that rank 4 needs in 1 layer; "
+        "raise ranks.mean or set ranks.min to 0"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mean_rank": 0}, "ranks.mean is 0; give the mean rank as a number above 0"),
+        ({"mean_rank": 2, "min_rank": -1}, "ranks.min is -1; give 0 or more"),
+        ({"mean_rank": 2, "min_rank": 0, "max_rank": 0}, "ranks.max is 0; give 1 or more"),
+        (
+            {"mean_rank": 2, "min_rank": 3, "max_rank": 2},
+            "ranks.max 2 is below ranks.min 3; raise the one or lower the other",
+        ),
+        (
+            {"mean_rank": 8.5, "max_rank": 4},
+            "ranks.mean 8.5 is above ranks.max 4; raise ranks.max or lower ranks.mean",
+        ),
+        ({"mean_rank": 2, "gamma": -1}, "ranks.gamma is -1; give a number of 0 or more, 0 is uniform"),
+        (
+            {"mean_rank": 2, "gamma": float("nan")},
+            "ranks.gamma is nan; give a number of 0 or more, 0 is uniform",
+        ),
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError) as error:
+        allocate(by_hand({"a": 1.0}), **options)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("values", "shapes", "message"),
+    [
+        ({}, {}, "sensitivity has no layers; name at least one target layer"),
+        (
+            {"a": 1.0},
+            {"a": (1, 1), "b": (1, 1)},
+            "layer 'b' has no sensitivity; give every layer a value and a shape",
+        ),
+        ({"a": 1.0, "b": 1.0}, {"a": (1, 1)}, "layer 'b' has no shape; give every layer a value and a shape"),
+        ({"a": -0.5}, {"a": (1, 1)}, "sensitivity of layer 'a' is -0.5; it must be finite and 0 or more"),
+        (
+            {"a": float("nan")},
+            {"a": (1, 1)},
+            "sensitivity of layer 'a' is nan; it must be finite and 0 or more",
+        ),
+        (
+            {"a": float("inf")},
+            {"a": (1, 1)},
+            "sensitivity of layer 'a' is inf; it must be finite and 0 or more",
+        ),
+        ({"a": 1.0}, {"a": (0, 4)}, "layer 'a' has shape (0, 4); inputs and outputs must be 1 or more"),
+    ],
+)
+def test_a_sensitivity_that_cannot_be_is_refused(
+    values: dict[str, float], shapes: dict[str, tuple[int, int]], message: str
+) -> None:
+    with pytest.raises(SettingsError) as error:
+        Sensitivity(values, shapes, "by hand", 1)
+    assert str(error.value) == message
+
+
+@given(sensitivities(values=any_values))
+def test_a_sensitivity_survives_json(sensitivity: Sensitivity) -> None:
+    assert Sensitivity.from_dict(json.loads(json.dumps(sensitivity.to_dict()))) == sensitivity
+
+
+def test_a_saved_sensitivity_without_a_field_is_refused() -> None:
+    saved = by_hand({"a": 1.0}).to_dict()
+    del saved["shapes"]
+    with pytest.raises(DataError) as error:
+        Sensitivity.from_dict(saved)
+    assert str(error.value) == "saved sensitivity has no 'shapes'; measure it again"

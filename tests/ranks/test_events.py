@@ -1,0 +1,40 @@
+import json
+
+import pytest
+
+from tsqlora.errors import DataError
+from tsqlora.ranks.events import RankEvent, rank_changes
+
+EVENT = RankEvent(
+    step=50,
+    reason="adjustment",
+    ranks={"query": 6, "key": 2},
+    target={"query": 7, "key": 1},
+    sensitivity={"query": 0.75, "key": 0.25},
+    moved=2,
+    used=512,
+    budget=520,
+)
+
+
+def test_drops_and_grows_lead_from_before_to_after() -> None:
+    before, after = {"a": 4, "b": 4, "c": 4}, {"a": 1, "b": 4, "c": 6}
+    drops, grows = rank_changes(before, after)
+    assert (drops, grows) == ({"a": 3}, {"c": 2})
+    assert {n: before[n] - drops.get(n, 0) + grows.get(n, 0) for n in before} == after
+
+
+def test_no_change_is_empty() -> None:
+    assert rank_changes({"a": 4}, {"a": 4}) == ({}, {})
+
+
+def test_an_event_survives_json() -> None:
+    assert RankEvent.from_dict(json.loads(json.dumps(EVENT.to_dict()))) == EVENT
+
+
+def test_a_saved_event_without_a_field_is_refused() -> None:
+    saved = EVENT.to_dict()
+    del saved["moved"]
+    with pytest.raises(DataError) as error:
+        RankEvent.from_dict(saved)
+    assert str(error.value) == "saved rank event has no 'moved'; the file is cut off or from another version"

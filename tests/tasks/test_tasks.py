@@ -1,0 +1,31 @@
+import pytest
+
+from tsqlora.errors import SettingsError, UnsupportedError
+from tsqlora.tasks import NOT_BUILT, TASKS, get_task
+from tsqlora.tasks.classification import Classification
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_is_made_by_its_name(name: str) -> None:
+    assert get_task(name).name == name
+
+
+def test_options_reach_the_task() -> None:
+    task = get_task("sequence-classification", label_smoothing=0.1)
+    assert isinstance(task, Classification)
+    assert task.label_smoothing == 0.1
+
+
+def test_an_unknown_name_gives_the_nearest() -> None:
+    with pytest.raises(SettingsError) as caught:
+        get_task("regresion")
+    assert str(caught.value) == (
+        "unknown task.type 'regresion'; did you mean 'regression'? choices: " + ", ".join(sorted(TASKS))
+    )
+
+
+@pytest.mark.parametrize("name", [*NOT_BUILT, "multi_label", "preference tuning"])
+def test_tasks_that_are_not_built_are_refused_by_name(name: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"task.type {name} is not built; built are: ") as caught:
+        get_task(name)
+    assert caught.value.exit_code == 2
