@@ -6,10 +6,17 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from jaxtyping import install_import_hook
 
 # Hugging Face's libraries read these when they are imported, so nothing above may import them.
 for offline in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ[offline] = "1"
+
+# The hook rewrites modules as they are imported, so nothing above may import tsqlora either.
+CHECKED = ("gradients", "quality", "ranks", "sensitivity", "tasks", "adapter")
+# The tower: an int is a float, as type checkers have it.
+BEARTYPE = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+install_import_hook([f"tsqlora.{name}" for name in CHECKED], BEARTYPE)
 
 # Tiny models are fastest on one thread, and their sums then come in one order.
 torch.set_num_threads(1)

@@ -61,9 +61,7 @@ def setting(default: Any, description: str, **bounds: Any) -> Any:
 class ModelSettings(Section):
     path: str = Field(description="Directory or hub id of the model to adapt.")
     revision: str | None = setting(None, "Branch, tag or commit of a hub model.")
-    dtype: Literal["float32", "bfloat16", "float16"] = setting(
-        "float32", "What the frozen weights are loaded as."
-    )
+    dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", "What the frozen weights are loaded as.")
     trust_remote_code: bool = setting(False, "Run code that comes with the model or data.")
 
 
@@ -73,9 +71,7 @@ class TaskSettings(Section):
 
 class DataSettings(Section):
     train: str = Field(description="File, directory of splits, or hub id of the training rows.")
-    validation: str | None = setting(
-        None, "The same for validation; null takes a share of the training rows."
-    )
+    validation: str | None = setting(None, "The same for validation; null takes a share of the training rows.")
     test: str | None = setting(None, "The same for the final test; null means none.")
     text: str | None = setting(None, "Column of the text; null finds the usual ones.")
     text_pair: str | None = setting(None, "Column of the second text; null finds the usual ones.")
@@ -97,13 +93,9 @@ class QualitySettings(Section):
     fraction: float = setting(0.5, "Share of the rows that an epoch trains on.", gt=0, le=1)
     preset: PresetName = setting("default", "Where weights and temperature come from if not set.")
     weights: WeightSettings = setting(WeightSettings(), "Weights of the terms of Q.")
-    temperature: float | None = setting(
-        None, "Of the softmax over Q: small is choosy; null is the preset's.", gt=0
-    )
+    temperature: float | None = setting(None, "Of the softmax over Q: small is choosy; null is the preset's.", gt=0)
     warmup: float = setting(1.0, "Passes over all rows, drawn at random, before scoring.", gt=0)
-    warmup_limit: float = setting(
-        0.5, "Share of the run after which a model still at chance is refused.", gt=0, le=1
-    )
+    warmup_limit: float = setting(0.5, "Share of the run after which a model still at chance is refused.", gt=0, le=1)
     resample: bool = setting(True, "Draw anew each epoch; false keeps the first draw.")
     scope: Literal["adapter", "full"] = setting(
         "adapter", "Gradients of what trains, or of the full target layers and the head."
@@ -134,14 +126,10 @@ class RankSettings(Section):
     gamma: float = setting(0.5, "Ranks follow sensitivity to this power; 0 is uniform.", ge=0)
     estimator: str = setting("sensitivity", "How a layer's sensitivity is measured.")
     samples: int = setting(256, "Rows of the quality sample on which it is measured.", ge=1)
-    interval: int | None = setting(
-        None, "Optimizer steps between changes; null is 1/20 of the run, at least 10.", ge=1
-    )
+    interval: int | None = setting(None, "Optimizer steps between changes; null is 1/20 of the run, at least 10.", ge=1)
     warmup: float = setting(0.1, "Share of the run before ranks may change.", ge=0, lt=1)
     freeze: float = setting(0.3, "Share of the run at its end without changes.", ge=0, lt=1)
-    moves: int | None = setting(
-        None, "Ranks that may move in the first change; null is 1/4 of the layers.", ge=1
-    )
+    moves: int | None = setting(None, "Ranks that may move in the first change; null is 1/4 of the layers.", ge=1)
 
     def resolved_max(self) -> int:
         """Greatest rank of a layer: what is set, else twice the mean, rounded up."""
@@ -443,8 +431,7 @@ def _unknown_training_key(name: str, trainer_arguments: frozenset[str]) -> str:
     close = difflib.get_close_matches(name, [*ours, *theirs], n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return (
-        f"unknown key 'training.{name}'; {hint}choices: {', '.join(ours)}, "
-        "or a field of transformers.TrainingArguments"
+        f"unknown key 'training.{name}'; {hint}choices: {', '.join(ours)}, or a field of transformers.TrainingArguments"
     )
 
 
@@ -465,9 +452,7 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
     if raw is None:
         return {}
     if not isinstance(raw, dict):
-        raise SettingsError(
-            f"{path}: holds a {type(raw).__name__}, not settings; write sections, such as 'model:'"
-        )
+        raise SettingsError(f"{path}: holds a {type(raw).__name__}, not settings; write sections, such as 'model:'")
     return raw
 
 
@@ -497,7 +482,14 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts in quotes what `_Loader` would not read as text."""
+    """Puts in quotes what `_Loader` would not read as the same text."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        # Single quotes, PyYAML's choice, lose line breaks other than \n.
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
 
 
 _CORE_SCALARS = {

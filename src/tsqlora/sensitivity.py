@@ -54,11 +54,7 @@ def adapter_only(a: Float[Tensor, "n t i"], b: Float[Tensor, "n t o"], layer: Lo
     for adapter in layer.active_adapters:
         down, up, scale = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter]
         a, b = a.to(down.dtype), b.to(down.dtype)
-        total = (
-            total
-            + (scale * (b @ up).mT @ a * down).abs().sum()
-            + (scale * b.mT @ (a @ down.T) * up).abs().sum()
-        )
+        total = total + (scale * (b @ up).mT @ a * down).abs().sum() + (scale * b.mT @ (a @ down.T) * up).abs().sum()
         entries += down.numel() + up.numel()
     return total / max(entries, 1)
 
@@ -191,9 +187,7 @@ def probe_pass(
         for start in range(0, len(rows), batch_size):
             inputs, labels = split_labels(collate(list(rows[start : start + batch_size])), device)
             losses = loss(model_logits(model, inputs), labels)
-            torch.autograd.grad(
-                losses.sum(), [p for p in model.parameters() if p.requires_grad], allow_unused=True
-            )
+            torch.autograd.grad(losses.sum(), [p for p in model.parameters() if p.requires_grad], allow_unused=True)
     return probe
 
 

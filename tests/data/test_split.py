@@ -52,6 +52,11 @@ def test_classes_keep_their_shares_and_stay_in_training(
         assert all(abs(held_out[name] - count * fraction) < 1 for name, count in counts.items())
 
 
+def test_what_the_floors_leave_goes_to_the_largest_remainder() -> None:
+    _, validation = split_rows(labelled("a" * 7 + "b" * 3), fraction=0.3, seed=0, label="label")
+    assert Counter(row["label"] for row in validation.rows) == {"a": 2, "b": 1}
+
+
 def test_the_same_seed_gives_the_same_split_and_another_gives_another() -> None:
     rows = labelled("ab" * 20)
     splits = [split_rows(rows, fraction=0.3, seed=seed, label="label")[1].numbers for seed in (0, 0, 1)]

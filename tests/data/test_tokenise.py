@@ -1,4 +1,5 @@
 import hashlib
+import logging
 from typing import Any
 
 import pytest
@@ -92,8 +93,10 @@ def test_a_sample_does_not_depend_on_its_neighbours(tokenizer: PreTrainedTokeniz
 
 
 def test_long_text_is_no_warning(
-    tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+    tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr(tokenizer, "deprecation_warnings", {})  # it warns only once
     tokenise(texts("a b c d a b c d"), TEXT, tokenizer, max_length=6, labels=None)
     assert not caplog.records
 

@@ -115,7 +115,7 @@ def test_a_more_sensitive_layer_of_the_same_shape_never_gets_fewer(
 
 @given(sensitivities(values=any_values, one_shape=True), st.integers(1, 8))
 def test_gamma_zero_is_uniform(sensitivity: Sensitivity, mean_rank: int) -> None:
-    ranks = allocate(sensitivity, mean_rank=mean_rank, gamma=0)
+    ranks = allocate(sensitivity, mean_rank=float(mean_rank), gamma=0.0)
     rank = min(mean_rank, *next(iter(sensitivity.shapes.values())))
     assert ranks == dict.fromkeys(ranks, rank)
 
@@ -152,28 +152,28 @@ def test_shares_spend_the_budget_exactly(sensitivity: Sensitivity, total: int) -
 
 
 def test_ranks_are_proportional_where_nothing_clips() -> None:
-    ranks = allocate(by_hand({"a": 1.0, "b": 2.0, "c": 3.0}), mean_rank=4)
+    ranks = allocate(by_hand({"a": 1.0, "b": 2.0, "c": 3.0}), mean_rank=4.0)
     assert ranks == {"a": 2, "b": 4, "c": 6}
 
 
 def test_what_a_capped_layer_cannot_take_goes_to_the_others() -> None:
-    ranks = allocate(by_hand({"a": 100.0, "b": 2.0, "c": 1.0}), mean_rank=4, max_rank=6)
+    ranks = allocate(by_hand({"a": 100.0, "b": 2.0, "c": 1.0}), mean_rank=4.0, max_rank=6)
     assert ranks == {"a": 6, "b": 4, "c": 2}
 
 
 def test_ties_go_to_the_more_sensitive_layer_then_by_name() -> None:
     assert allocate(by_hand({"b": 1.0, "a": 1.0}), mean_rank=2.5) == {"b": 2, "a": 3}
-    assert allocate(by_hand({"a": 1.0, "b": 1.5}), mean_rank=2.5, gamma=0) == {"a": 2, "b": 3}
+    assert allocate(by_hand({"a": 1.0, "b": 1.5}), mean_rank=2.5, gamma=0.0) == {"a": 2, "b": 3}
 
 
 def test_a_layer_without_sensitivity_gets_the_minimum() -> None:
     values = {"a": 1.0, "b": 1.0, "dead": 0.0}
-    assert allocate(by_hand(values), mean_rank=3, max_rank=8) == {"a": 4, "b": 4, "dead": 1}
-    assert allocate(by_hand(values), mean_rank=3, max_rank=8, min_rank=0) == {"a": 5, "b": 4, "dead": 0}
+    assert allocate(by_hand(values), mean_rank=3.0, max_rank=8) == {"a": 4, "b": 4, "dead": 1}
+    assert allocate(by_hand(values), mean_rank=3.0, max_rank=8, min_rank=0) == {"a": 5, "b": 4, "dead": 0}
 
 
 def test_everything_at_its_cap_leaves_budget_unspent() -> None:
-    assert allocate(by_hand({"a": 5.0, "b": 1.0}, shape=(2, 3)), mean_rank=50) == {"a": 2, "b": 2}
+    assert allocate(by_hand({"a": 5.0, "b": 1.0}, shape=(2, 3)), mean_rank=50.0) == {"a": 2, "b": 2}
 
 
 def test_the_default_maximum_is_twice_the_mean() -> None:
@@ -194,7 +194,7 @@ def test_a_minimum_beyond_the_budget_names_both_and_the_cure() -> None:
 
 def test_a_minimum_above_the_mean_is_a_matter_of_budget() -> None:
     with pytest.raises(SettingsError) as error:
-        allocate(by_hand({"a": 1.0}), mean_rank=1, min_rank=4)
+        allocate(by_hand({"a": 1.0}), mean_rank=1.0, min_rank=4)
     assert str(error.value) == (
         "budget 16 is below the 64 parameters that rank 4 needs in 1 layer; "
         "raise ranks.mean or set ranks.min to 0"
@@ -204,20 +204,20 @@ def test_a_minimum_above_the_mean_is_a_matter_of_budget() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mean_rank": 0}, "ranks.mean is 0; give the mean rank as a number above 0"),
-        ({"mean_rank": 2, "min_rank": -1}, "ranks.min is -1; give 0 or more"),
-        ({"mean_rank": 2, "min_rank": 0, "max_rank": 0}, "ranks.max is 0; give 1 or more"),
+        ({"mean_rank": 0.0}, "ranks.mean is 0.0; give the mean rank as a number above 0"),
+        ({"mean_rank": 2.0, "min_rank": -1}, "ranks.min is -1; give 0 or more"),
+        ({"mean_rank": 2.0, "min_rank": 0, "max_rank": 0}, "ranks.max is 0; give 1 or more"),
         (
-            {"mean_rank": 2, "min_rank": 3, "max_rank": 2},
+            {"mean_rank": 2.0, "min_rank": 3, "max_rank": 2},
             "ranks.max 2 is below ranks.min 3; raise the one or lower the other",
         ),
         (
             {"mean_rank": 8.5, "max_rank": 4},
             "ranks.mean 8.5 is above ranks.max 4; raise ranks.max or lower ranks.mean",
         ),
-        ({"mean_rank": 2, "gamma": -1}, "ranks.gamma is -1; give a number of 0 or more, 0 is uniform"),
+        ({"mean_rank": 2.0, "gamma": -1.0}, "ranks.gamma is -1.0; give a number of 0 or more, 0 is uniform"),
         (
-            {"mean_rank": 2, "gamma": float("nan")},
+            {"mean_rank": 2.0, "gamma": float("nan")},
             "ranks.gamma is nan; give a number of 0 or more, 0 is uniform",
         ),
     ],

@@ -29,7 +29,7 @@ def test_the_budget_is_what_a_uniform_rank_uses(shapes: dict[str, tuple[int, int
 
 
 @pytest.mark.parametrize(
-    ("mean_rank", "expected"), [(0.7, 7), (2.5, 25), (8, 80), (8.0, 80), (0.29, 2), (1.1, 11), (0.01, 0)]
+    ("mean_rank", "expected"), [(0.7, 7), (2.5, 25), (8.0, 80), (0.29, 2), (1.1, 11), (0.01, 0)]
 )
 def test_parts_of_a_parameter_are_dropped(mean_rank: float, expected: int) -> None:
     assert budget(mean_rank, {"a": (6, 4)}) == expected
@@ -52,7 +52,7 @@ def test_float_error_costs_no_parameter() -> None:
     assert budget(0.29, {"a": (60, 40)}) == 29
 
 
-@pytest.mark.parametrize("mean_rank", [0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("mean_rank", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_mean_rank_that_is_no_number_above_zero_is_refused(mean_rank: float) -> None:
     with pytest.raises(SettingsError) as error:
         budget(mean_rank, SHAPES)

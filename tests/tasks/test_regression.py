@@ -74,4 +74,4 @@ def test_constant_predictions_have_correlation_zero_without_a_warning(noise: flo
 
 def test_predictions_are_numbers_and_there_are_no_strata() -> None:
     assert TASK.predictions(np.array([[0.5], [2.0]])).tolist() == [0.5, 2.0]
-    assert TASK.strata(torch.tensor([0.5])) is None
+    assert TASK.strata(np.array([0.5])) is None

@@ -37,16 +37,12 @@ def change_ranks(
         for _ in range(count):
             slots = layers[name]
             rows = slots.a.detach()[: slots.rank]
-            direction = new_row(
-                rows, sketches.get(name), seed=zlib.crc32(f"{seed}:{name}:{slots.rank}".encode())
-            )
+            direction = new_row(rows, sketches.get(name), seed=zlib.crc32(f"{seed}:{name}:{slots.rank}".encode()))
             grow_slot(slots, direction, optimizer, fallback=fallback)
     return sum(drops.values())
 
 
-def new_row(
-    rows: Float[Tensor, "r i"], sketch: Float[Tensor, "k i"] | None, *, seed: int
-) -> Float[Tensor, " i"]:
+def new_row(rows: Float[Tensor, "r i"], sketch: Float[Tensor, "k i"] | None, *, seed: int) -> Float[Tensor, " i"]:
     """A row for A that points where the gradient does and the rows already there do not.
 
     The leading right singular vector of the sketch, after projecting out `rows`, at their

@@ -179,9 +179,7 @@ FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
 
 
-def second_moment_means(
-    layers: Mapping[str, Slots], optimizer: torch.optim.Optimizer | None
-) -> tuple[float, float]:
+def second_moment_means(layers: Mapping[str, Slots], optimizer: torch.optim.Optimizer | None) -> tuple[float, float]:
     """Mean second moment over all active slots of all A, and of all B: what a layer at rank 0 starts from."""
     means: list[float] = []
     for side in (0, 1):
@@ -233,9 +231,7 @@ def sync_config(model: nn.Module) -> None:
     config = model.peft_config[first.adapter]  # type: ignore[union-attr,index]
     ranks = {name: slots.rank for name, slots in layers.items() if slots.rank > 0}
     if not ranks:
-        raise SettingsError(
-            "every layer is at rank 0: nothing would be left of the adapter; set ranks.min to 1"
-        )
+        raise SettingsError("every layer is at rank 0: nothing would be left of the adapter; set ranks.min to 1")
     for key, value in adapter_config(ranks, scale=first.scale).items():
         setattr(config, key, value)
     for slots in layers.values():
@@ -313,9 +309,7 @@ def _save_active(module: nn.Module, state: dict[str, Any], prefix: str, _metadat
     full = state.pop(prefix + _FULL)
     if part.rank > 0:
         # A copy: safetensors refuses views into a larger storage.
-        state[prefix + "weight"] = full.narrow(part.dim, 0, part.rank).clone(
-            memory_format=torch.contiguous_format
-        )
+        state[prefix + "weight"] = full.narrow(part.dim, 0, part.rank).clone(memory_format=torch.contiguous_format)
 
 
 def _load_active(module: nn.Module, state: dict[str, Any], prefix: str, *_rest: Any) -> None:

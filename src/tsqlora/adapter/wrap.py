@@ -71,9 +71,7 @@ def _inject(model: nn.Module, config: LoraConfig) -> PeftModel:
     except ValueError as error:
         raise SettingsError(f"adapter.target_modules {config.target_modules!r}: {error}") from error
     if not any(isinstance(m, LoraLayer) for m in peft_model.modules()):
-        raise SettingsError(
-            f"adapter.target_modules {config.target_modules!r} matches no module of the model"
-        )
+        raise SettingsError(f"adapter.target_modules {config.target_modules!r} matches no module of the model")
     assert isinstance(peft_model, PeftModel)
     return peft_model
 

@@ -9,9 +9,7 @@ from jaxtyping import Int
 MEGABATCH = 50
 
 
-def bucketed_order(
-    lengths: Sequence[int], *, batch_size: int, rng: np.random.Generator
-) -> Int[np.ndarray, " n"]:
+def bucketed_order(lengths: Sequence[int], *, batch_size: int, rng: np.random.Generator) -> Int[np.ndarray, " n"]:
     """A random permutation in which each run of `batch_size` has samples of like length.
 
     Shuffled, sorted inside megabatches of 50 batches, cut into batches, the batches shuffled.

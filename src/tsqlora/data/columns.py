@@ -77,9 +77,7 @@ def _check_named(named: dict[str, str], names: Sequence[str], source: str) -> No
 def _find_text(names: Sequence[str], source: str) -> str:
     found = _first(USUAL_TEXT, names)
     if found is None:
-        raise DataError(
-            f"no text column in {source}; set data.text to one of its columns: {', '.join(names)}"
-        )
+        raise DataError(f"no text column in {source}; set data.text to one of its columns: {', '.join(names)}")
     return found
 
 

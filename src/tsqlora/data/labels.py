@@ -32,13 +32,9 @@ class LabelMap:
         texts = [value for value in distinct if isinstance(value, str)]
         numbers = [value for value in distinct if isinstance(value, int)]
         if texts and numbers:
-            raise DataError(
-                f"labels mix text ({texts[0]!r}) and integers ({numbers[0]}); write all as one kind"
-            )
+            raise DataError(f"labels mix text ({texts[0]!r}) and integers ({numbers[0]}); write all as one kind")
         if len(distinct) < 2:
-            raise DataError(
-                f"the training labels hold {_listed(distinct)} and no other class; at least two are needed"
-            )
+            raise DataError(f"the training labels hold {_listed(distinct)} and no other class; at least two are needed")
         return cls((*sorted(texts), *sorted(numbers)))
 
     def id_of(self, value: str | int) -> int:

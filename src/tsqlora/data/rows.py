@@ -64,9 +64,7 @@ def read_rows(source: str | Path, *, split: str | None = None) -> Rows:
         return _read_file(_local(source))
     found = _open_splits(source, wanted=SPLIT_NAMES if split is None else (split,))
     if len(found) != 1:
-        there = (
-            f"has the splits {', '.join(found)}" if found else f"has no split {split or 'of a known name'}"
-        )
+        there = f"has the splits {', '.join(found)}" if found else f"has no split {split or 'of a known name'}"
         raise DataError(f"{source} {there}; name one file or one split of it")
     return next(iter(found.values()))()
 

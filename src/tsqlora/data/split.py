@@ -24,9 +24,7 @@ def split_rows(rows: Rows, *, fraction: float, seed: int, label: str | None) -> 
     # A class that left training altogether would be unknown to the model that is validated.
     most = [len(group) - 1 for group in groups]
     if sum(most) < 1:
-        raise DataError(
-            f"{rows.source} has too few rows to split off a validation set; name one in data.validation"
-        )
+        raise DataError(f"{rows.source} has too few rows to split off a validation set; name one in data.validation")
     rng = np.random.default_rng(seed)
     held_out = set()
     for group, count in zip(groups, _quotas([len(group) for group in groups], most, fraction), strict=True):

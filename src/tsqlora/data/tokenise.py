@@ -110,9 +110,7 @@ def _text_at(rows: Rows, i: int, column: str) -> str:
             f"{rows.place(i)}: {kind} {reprlib.repr(value)} in column '{column}' is no text; write a string"
         )
     if not _is_unicode(value):
-        raise DataError(
-            f"{rows.place(i)}: column '{column}' has half a surrogate pair (\\ud800..\\udfff); remove it"
-        )
+        raise DataError(f"{rows.place(i)}: column '{column}' has half a surrogate pair (\\ud800..\\udfff); remove it")
     return value
 
 

@@ -1,14 +1,14 @@
-"""See each site's inputs and output gradients, sample by sample, during one backward pass.
+"""See each site's inputs and output gradients, sample by sample, during backward passes.
 
 Works on any forward and backward, also those of training, also under non-reentrant gradient
 checkpointing (what a tap saves is recomputed like everything else), and also where nothing
 trains: the tap's output requires a gradient because its anchor does.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,93 +17,113 @@ from tsqlora.errors import UnsupportedError
 from tsqlora.gradients.sites import Site
 
 Consume = Callable[[str, Tensor, Tensor], None]
+"""(site, a: n × t × i, b: n × t × o)."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Forward:
+    """One forward pass: how often each site was called, and which calls' gradients are back."""
+
+    samples: int
+    consume: Consume
+    calls: dict[str, int] = field(default_factory=dict[str, int])
+    arrived: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict[str, list[tuple[Tensor, Tensor]]])
+
+    def called(self, name: str) -> None:
+        self.calls[name] = self.calls.get(name, 0) + 1
+
+    def deliver(self, name: str, x: Tensor, grad: Tensor) -> None:
+        calls = self.arrived.setdefault(name, [])
+        calls.append((by_sample(x, self.samples, name), by_sample(grad, self.samples, name)))
+        if len(calls) == self.calls[name]:
+            self._pass_on(name)
+
+    def finish(self) -> None:
+        """Passes on sites of which some call did not reach the loss: such a call adds zero."""
+        for name in list(self.arrived):
+            self._pass_on(name)
+
+    def _pass_on(self, name: str) -> None:
+        calls = self.arrived.pop(name)
+        # A weight used twice has the gradient of both uses: concatenated along tokens,
+        # their sum is taken before anything is squared.
+        a = torch.cat([x for x, _ in calls], dim=1)
+        b = torch.cat([grad for _, grad in calls], dim=1)
+        # What is made of them must not round as training's forward may.
+        with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
+            self.consume(name, a, b)
+
+
+@dataclass(slots=True)
+class Capture:
+    """A capture that is open."""
+
+    anchor: Tensor
+    """What to differentiate by where no parameter's own gradient is wanted."""
+    forwards: list[_Forward] = field(default_factory=list[_Forward])
+    current: _Forward | None = None
+    """The forward pass under way; None in a backward pass, also where that calls layers again."""
+
+    def begin(self, samples: int, consume: Consume) -> None:
+        self.finish()
+        self.current = _Forward(samples, consume)
+        self.forwards.append(self.current)
+
+    def finish(self) -> None:
+        for forward in self.forwards:
+            forward.finish()
 
 
 class _Tap(torch.autograd.Function):
     """The identity, that shows the gradient passing through it."""
 
     @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, a: Tensor, anchor: Tensor, deliver: Callable[[Tensor, Tensor], None]
-    ) -> Tensor:
-        ctx.save_for_backward(a)
+    def forward(ctx: Any, y: Tensor, x: Tensor, anchor: Tensor, deliver: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(x)
         ctx.deliver = deliver
-        return y.view_as(y)
+        # A copy: autograd forbids changing a view in place, and a model may do that to what it gets.
+        return y.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (a,) = ctx.saved_tensors
-        ctx.deliver(a, grads[0])
-        return grads[0], None, None, None
-
-
-@dataclass(slots=True)
-class Capture:
-    """One capture under way: what was called in this forward, what has come back so far."""
-
-    consume: Consume
-    anchor: Tensor
-    samples: int = 0
-    recording: bool = False
-    calls: dict[str, int] = field(default_factory=dict)
-    arrived: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
-
-    def begin(self, samples: int) -> None:
-        self.finish()
-        self.samples, self.recording = samples, True
-        self.calls.clear()
-        self.arrived.clear()
-
-    def called(self, name: str) -> None:
-        # Checkpointing calls layers again inside the backward; those are not new uses.
-        if self.recording:
-            self.calls[name] = self.calls.get(name, 0) + 1
-
-    def deliver(self, name: str, a: Tensor, b: Tensor) -> None:
-        parts = self.arrived.setdefault(name, [])
-        parts.append((a, b))
-        if len(parts) == self.calls[name]:
-            self._pass_on(name)
-
-    def finish(self) -> None:
-        """Passes on sites of which some call did not reach the loss: those calls add zero."""
-        for name in list(self.arrived):
-            self._pass_on(name)
-
-    def _pass_on(self, name: str) -> None:
-        parts = self.arrived.pop(name)
-        self.calls[name] = 0
-        # A weight used twice has the gradient of both uses: concatenated along tokens,
-        # their sum is taken before anything is squared.
-        a = torch.cat([part for part, _ in parts], dim=1)
-        b = torch.cat([part for _, part in parts], dim=1)
-        with torch.no_grad():
-            self.consume(name, a, b)
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        (x,) = ctx.saved_tensors
+        ctx.deliver(x, grad_outputs[0])
+        return grad_outputs[0], None, None, None
 
 
 @contextmanager
-def capture(model: nn.Module, sites: Mapping[str, Site], consume: Consume) -> Iterator[Capture]:
-    """Calls `consume(site, a, b)` once a site and backward: a is n × t × i, b is n × t × o.
+def capture(model: nn.Module, sites: Mapping[str, Site], consume: Consume) -> Generator[Capture]:
+    """Calls `consume(site, a, b)` once for each site and pass: a is n × t × i, b is n × t × o.
 
     b is the gradient of what is differentiated, so it is the sample's own only if that is a
     *sum* of the samples' losses. Nothing is left on the model afterwards, also on errors.
-    Raises UnsupportedError if a site is called on something whose first dimension is not
-    the batch's.
+    Raises UnsupportedError, in the backward pass, for a site called on something whose first
+    dimension is not the batch's, and under reentrant gradient checkpointing.
     """
     device = next(model.parameters()).device
-    state = Capture(consume, torch.zeros((), device=device, requires_grad=True))
+    state = Capture(torch.zeros((), device=device, requires_grad=True))
+
+    def enter(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        state.begin(_batch_size(args, kwargs), consume)
+
+    def leave(_model: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
+        state.current = None
+
     with ExitStack() as hooks:
-        enter = model.register_forward_pre_hook(
-            lambda _m, args, kwargs: state.begin(_batch_size(args, kwargs)), with_kwargs=True
-        )
-        hooks.callback(enter.remove)
+        hooks.callback(model.register_forward_pre_hook(enter, with_kwargs=True).remove)
         for site in sites.values():
             for module in site.modules:
-                hooks.callback(module.register_forward_hook(_tapper(state, site.name)).remove)
-        leave = model.register_forward_hook(lambda *_: setattr(state, "recording", False))
-        hooks.callback(leave.remove)
+                # First of the module's hooks: others may change what it returns.
+                hook = module.register_forward_hook(_tapper(state, site.name), prepend=True, with_kwargs=True)
+                hooks.callback(hook.remove)
+        hooks.callback(model.register_forward_hook(leave).remove)
         yield state
         state.finish()
+
+
+def call_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """What a linear layer was called on, by position or by name."""
+    return next(iter((*args, *kwargs.values())))
 
 
 def by_sample(x: Tensor, samples: int, name: str) -> Tensor:
@@ -116,18 +136,24 @@ def by_sample(x: Tensor, samples: int, name: str) -> Tensor:
     return x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
 
 
-def _tapper(state: Capture, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
-    def hook(_module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
+def _tapper(state: Capture, name: str) -> Callable[..., Tensor | None]:
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
         if not torch.is_grad_enabled():
             return None
-        state.called(name)
-        samples = state.samples
-        a = by_sample(args[0].detach(), samples, name)
+        forward = state.current
+        if forward is not None:
+            forward.called(name)
 
-        def deliver(a: Tensor, b: Tensor) -> None:
-            state.deliver(name, a, by_sample(b, samples, name))
+        def deliver(x: Tensor, grad: Tensor) -> None:
+            # Non-reentrant checkpointing calls layers again only to have their inputs back.
+            if forward is None:
+                raise UnsupportedError(
+                    f"{name} is under reentrant gradient checkpointing, which hides it; "
+                    "set gradient_checkpointing_kwargs to {'use_reentrant': False}"
+                )
+            forward.deliver(name, x, grad)
 
-        return _Tap.apply(y, a, state.anchor, deliver)  # type: ignore[no-any-return]
+        return cast(Any, _Tap).apply(y, call_input(args, kwargs).detach(), state.anchor, deliver)
 
     return hook
 

@@ -124,17 +124,15 @@ class LayerGradient:
 
     def apply(self, x: Float[Tensor, "n t i"]) -> Float[Tensor, "n t o"]:
         """What a unit step of each sample takes from the layer's output for x."""
-        change = torch.zeros((), dtype=x.dtype, device=x.device)
+        parts: list[Tensor] = []
         if self.weight is not None:
-            change = self.weight.apply(x)
+            parts.append(self.weight.apply(x))
         if self.bias is not None:
-            change = change + self.bias[:, None, :].to(x.dtype)
-        return change
+            parts.append(self.bias[:, None, :].to(x.dtype).expand(-1, x.shape[1], -1))
+        return sum(parts[1:], start=parts[0])
 
 
-def layer_gradient(
-    a: Float[Tensor, "n t i"], b: Float[Tensor, "n t o"], *, weight: bool, bias: bool
-) -> LayerGradient:
+def layer_gradient(a: Float[Tensor, "n t i"], b: Float[Tensor, "n t o"], *, weight: bool, bias: bool) -> LayerGradient:
     """Each sample's gradient of the parts of a linear layer that belong to θ."""
     return LayerGradient(
         weight_gradient(a, b) if weight else None,
@@ -142,9 +140,7 @@ def layer_gradient(
     )
 
 
-def summed_gradient(
-    a: Float[Tensor, "n t i"], b: Float[Tensor, "n t o"], *, weight: bool, bias: bool
-) -> MeanGradient:
+def summed_gradient(a: Float[Tensor, "n t i"], b: Float[Tensor, "n t o"], *, weight: bool, bias: bool) -> MeanGradient:
     """The same, summed over the samples of the batch: one matrix product."""
     a = a.to(b.dtype)
     return MeanGradient(

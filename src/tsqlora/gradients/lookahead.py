@@ -5,13 +5,13 @@ on the outputs and no weight is touched:  (W − η∇Wᵢ)x = Wx − η(x aᵢ�
 A and B of a LoRA layer are two sites, so its η² term is there too.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
-from tsqlora.gradients.capture import by_sample
+from tsqlora.gradients.capture import by_sample, call_input
 from tsqlora.gradients.ghost import LayerGradient
 from tsqlora.gradients.sites import Site
 
@@ -19,7 +19,7 @@ from tsqlora.gradients.sites import Site
 @contextmanager
 def stepped(
     sites: Mapping[str, Site], gradients: Mapping[str, LayerGradient], *, eta: float, samples: int
-) -> Iterator[None]:
+) -> Generator[None]:
     """While open, the model's forward on the same batch is each sample's stepped one.
 
     A site without a gradient was not used by the loss, and is not stepped.
@@ -27,15 +27,15 @@ def stepped(
     with ExitStack() as hooks:
         for name, gradient in gradients.items():
             for module in sites[name].modules:
-                hooks.callback(module.register_forward_hook(_stepper(gradient, name, eta, samples)).remove)
+                hook = _stepper(gradient, name, eta, samples)
+                # First of the module's hooks, as the tap was: others may change what it returns.
+                hooks.callback(module.register_forward_hook(hook, prepend=True, with_kwargs=True).remove)
         yield
 
 
-def _stepper(
-    gradient: LayerGradient, name: str, eta: float, samples: int
-) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-    def hook(_module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
-        x = by_sample(args[0], samples, name)
-        return y - eta * gradient.apply(x).to(y.dtype).expand(*x.shape[:2], -1).reshape(y.shape)
+def _stepper(gradient: LayerGradient, name: str, eta: float, samples: int) -> Callable[..., Tensor]:
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
+        x = by_sample(call_input(args, kwargs), samples, name)
+        return y - eta * gradient.apply(x).to(y.dtype).reshape(y.shape)
 
     return hook

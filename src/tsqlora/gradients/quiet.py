@@ -1,27 +1,29 @@
 """The model without its randomness, and exactly as it was afterwards."""
 
-from collections.abc import Iterator
+import random
+from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 
 
 @contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
+def quiet(model: nn.Module) -> Generator[None]:
     """Dropout off while open; modes, rates and the state of the random generators restored.
 
     Everything goes to evaluation mode, except layers under gradient checkpointing: those
     check their own `training` flag, so it stays, and their own dropout rates are zero.
     """
-    modes = [(m, m.training) for m in model.modules()]
+    modes = [(module, module.training) for module in model.modules()]
     rates: list[tuple[nn.Module, str, float]] = []
-    with torch.random.fork_rng():
+    with _same_randomness(model):
         try:
             for module, training in modes:
-                checkpointed = training and getattr(module, "gradient_checkpointing", False)
-                module.training = checkpointed
-                if checkpointed:
+                module.training = training and bool(getattr(module, "gradient_checkpointing", False))
+                if module.training:
                     rates += _silence(module)
             yield
         finally:
@@ -34,10 +36,22 @@ def quiet(model: nn.Module) -> Iterator[None]:
 def _silence(module: nn.Module) -> list[tuple[nn.Module, str, float]]:
     """Sets a module's own dropout rates to zero; what they were."""
     rates = [
-        (module, name, value)
-        for name, value in vars(module).items()
-        if "drop" in name and isinstance(value, float)
+        (module, name, value) for name, value in vars(module).items() if "drop" in name and isinstance(value, float)
     ]
     for owner, name, _ in rates:
         setattr(owner, name, 0.0)
     return rates
+
+
+@contextmanager
+def _same_randomness(model: nn.Module) -> Generator[None]:
+    """torch's, numpy's and Python's global generators go on afterwards as if nothing was drawn."""
+    # Those of the model's devices; without a list, torch warns on a machine with several.
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    python, numpy = random.getstate(), np.random.get_state()
+    with cast(Any, torch.random).fork_rng(sorted(devices)):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

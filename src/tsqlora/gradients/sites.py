@@ -7,7 +7,7 @@ full` is the target layers' frozen weights, seen at the whole LoRA layer, and th
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, TypeGuard, cast, get_args
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from tsqlora.errors import SettingsError, UnsupportedError, nearest
 
 Scope = Literal["adapter", "full"]
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +44,9 @@ def find_sites(model: nn.Module, scope: Scope) -> dict[str, Site]:
     trained = _trained_sites(model)
     if scope == "adapter":
         return trained
-    targets = {name: Site(name, (layer,), True, False) for name, layer in lora_layers(model).items()}
+    targets = {n: Site(n, (cast(nn.Module, layer),), True, False) for n, layer in lora_layers(model).items()}
     if not targets:
-        raise UnsupportedError(
-            "scope 'full' scores LoRA's target layers, and this model has none; use scope 'adapter'"
-        )
+        raise UnsupportedError("scope 'full' scores LoRA's target layers, and this model has none; use scope 'adapter'")
     head = {n: s for n, s in trained.items() if not any(n.startswith(f"{t}.") for t in targets)}
     return targets | head
 
@@ -58,14 +58,12 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     update is not s·BA.
     """
     layers: dict[str, LoraLayer] = {}
-    for name, module in model.named_modules():
+    for name, module in _modules(model):
         if not isinstance(module, LoraLayer):
             continue
         base = module.get_base_layer()
         if not isinstance(base, nn.Linear):
-            raise UnsupportedError(
-                f"{name} is LoRA over {type(base).__name__}; only linear layers are supported"
-            )
+            raise UnsupportedError(f"{name} is LoRA over {type(base).__name__}; only linear layers are supported")
         if module.lora_variant or any(module.lora_bias.values()):
             raise UnsupportedError(f"{name} uses a LoRA variant (DoRA or lora_bias); use plain LoRA")
         layers[inner_name(name)] = module
@@ -86,69 +84,77 @@ def effective_weight(layer: LoraLayer) -> Float[Tensor, "o i"]:
         return weight
     with torch.no_grad():
         for adapter in layer.active_adapters:
-            if adapter in layer.lora_A.keys():
-                weight = weight + layer.get_delta_weight(adapter).to(weight.dtype)
+            if adapter in layer.lora_A:
+                delta: Tensor = cast(Any, layer).get_delta_weight(adapter)
+                weight = weight + delta.to(weight.dtype)
     return weight
+
+
+def batch_coupled(model: nn.Module) -> list[str]:
+    """What makes one sample's loss depend on the others of its batch, by name."""
+    found = [f"{name} ({type(m).__name__})" for name, m in _modules(model) if isinstance(m, _BATCH_NORMS)]
+    if getattr(getattr(model, "config", None), "output_router_logits", False):
+        found.append("the auxiliary loss of a mixture of experts (config.output_router_logits)")
+    return found
 
 
 def _trained_sites(model: nn.Module) -> dict[str, Site]:
     sites: dict[int, Site] = {}
-    claimed: set[int] = set()
-    for name, module in model.named_modules():
+    biases: dict[int, str] = {}
+    seen: set[tuple[int, int]] = set()
+    for name, module in _modules(model):
         if not _is_linear(module):
             continue
-        weight, bias = _parameter(module, "weight"), _parameter(module, "bias")
-        trains_weight = weight is not None and weight.requires_grad
-        trains_bias = bias is not None and bias.requires_grad
-        if not (trains_weight or trains_bias):
+        weight, bias = _trained(module, "weight"), _trained(module, "bias")
+        if weight is None and bias is None:
             continue
-        claimed |= {id(p) for p in (weight, bias) if p is not None}
-        _add_site(sites, id(weight), Site(inner_name(name), (module,), trains_weight, trains_bias))
-    _refuse_unclaimed(model, claimed)
+        seen |= {(id(part[0]), id(part[1])) for part in (weight, bias) if part is not None}
+        site = Site(inner_name(name), (module,), weight is not None, bias is not None)
+        key = id(module) if weight is None else id(weight[1])
+        sites[key] = site if key not in sites else _tied(sites[key], site)
+        if bias is not None and biases.setdefault(id(bias[1]), site.name) != site.name:
+            raise UnsupportedError(f"{site.name} shares its trained bias with {biases[id(bias[1])]}; freeze it")
+    _refuse_unseen(model, seen)
     if not sites:
         raise UnsupportedError("the model has no trainable parameter, so there is no gradient to score by")
     return {site.name: site for site in sites.values()}
 
 
-def _add_site(sites: dict[int, Site], key: int, site: Site) -> None:
-    """Adds a site; a weight used by two modules (tied) stays one site, its gradients summed."""
-    if key not in sites:
-        sites[key] = site
-        return
-    first = sites[key]
-    if first.bias or site.bias:
-        raise UnsupportedError(
-            f"{site.name} shares its weight with {first.name}, and one of them trains a bias"
-        )
-    sites[key] = replace(first, modules=first.modules + site.modules)
+def _tied(first: Site, second: Site) -> Site:
+    """One site for a weight used by two modules: its gradients are summed."""
+    if first.bias or second.bias:
+        raise UnsupportedError(f"{second.name} shares its weight with {first.name}, and one of them trains a bias")
+    return replace(first, modules=first.modules + second.modules)
 
 
-def _is_linear(module: nn.Module) -> bool:
+def _is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     # A subclass that computes something else must not be taken for y = x Wᵀ + b.
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
-def _parameter(module: nn.Module, name: str) -> nn.Parameter | None:
+def _trained(module: nn.Module, name: str) -> tuple[nn.Module, nn.Parameter] | None:
+    """A layer's weight or bias and the module that holds it, if it trains.
+
+    A parametrised one is held elsewhere; its gradient is that of the weight only if the
+    parametrisation selects entries, as rank slots do. Scoring measures whether that is so.
+    """
+    held_as = name
     if is_parametrized(module, name):
-        return module.parametrizations[name].original  # type: ignore[index,union-attr]
-    return getattr(module, name)
+        module, held_as = module.get_submodule(f"parametrizations.{name}"), "original"
+    parameter = dict(module.named_parameters(recurse=False)).get(held_as)
+    return (module, parameter) if parameter is not None and parameter.requires_grad else None
 
 
-def _refuse_unclaimed(model: nn.Module, claimed: set[int]) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and id(parameter) not in claimed:
-            owner = model.get_submodule(name.rpartition(".")[0])
-            raise UnsupportedError(
-                f"{name} trains, and it belongs to a {type(owner).__name__}, whose gradient per sample is not "
-                "known exactly; freeze it, or train linear layers and LoRA only"
-            )
+def _refuse_unseen(model: nn.Module, seen: set[tuple[int, int]]) -> None:
+    for owner_name, owner in _modules(model):
+        for name, parameter in owner.named_parameters(owner_name, recurse=False):
+            if parameter.requires_grad and (id(owner), id(parameter)) not in seen:
+                raise UnsupportedError(
+                    f"{name} trains, and it belongs to a {type(owner).__name__}, whose gradient per sample is not "
+                    "known exactly; freeze it, or train linear layers and LoRA only"
+                )
 
 
-def batch_coupled(model: nn.Module) -> Iterator[str]:
-    """Names of what makes one sample's loss depend on the others of its batch."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            yield f"{name} ({type(module).__name__})"
-    config = getattr(model, "config", None)
-    if getattr(config, "output_router_logits", False):
-        yield "the auxiliary loss of a mixture of experts (config.output_router_logits)"
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module once, by its first name; torch leaves this without a type."""
+    yield from cast("Iterator[tuple[str, nn.Module]]", model.named_modules())

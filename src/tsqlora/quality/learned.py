@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from tsqlora.errors import NotLearnedError
+from tsqlora.errors import NotLearnedError, TsqLoraError
 
 MARGIN = 2.0
 """Standard errors by which the mean loss must lie below the constant predictor's."""
@@ -39,9 +39,18 @@ class LearnedTest:
 
 
 def learned(losses: Float[Tensor, " n"], chance: Float[Tensor, " n"]) -> LearnedTest:
-    """How many standard errors the mean of the paired differences chance − loss lies above 0."""
+    """How many standard errors the mean of the paired differences chance − loss lies above 0.
+
+    n is at least 2.  Raises TsqLoraError for losses that are not finite.
+    """
     difference = (chance - losses).double()
-    error = float(difference.std(correction=1)) / math.sqrt(len(difference))
+    if not difference.isfinite().all():
+        bad = int((~difference.isfinite()).sum())
+        raise TsqLoraError(
+            f"{bad} of {len(difference)} reference losses are not finite; "
+            "lower training.learning_rate or use another dtype"
+        )
     mean = float(difference.mean())
-    distance = mean / error if error > 0 else math.copysign(math.inf, mean) if mean else 0.0
-    return LearnedTest(len(difference), float(losses.mean()), float(chance.mean()), distance)
+    # Not below rounding: rows that are all alike would be infinitely many errors away.
+    error = max(float(difference.std()) / math.sqrt(len(difference)), 1e-9 * abs(mean))
+    return LearnedTest(len(difference), float(losses.mean()), float(chance.mean()), mean / error if error else 0.0)

@@ -41,9 +41,7 @@ def stratum_sizes(counts: Int[np.ndarray, " k"], size: int) -> Int[np.ndarray, "
     array([7, 2, 1])
     """
     if size < len(counts):
-        raise SettingsError(
-            f"a draw of {size} rows cannot hold one of each of {len(counts)} labels; raise fraction"
-        )
+        raise SettingsError(f"a draw of {size} rows cannot hold one of each of {len(counts)} labels; raise fraction")
     share = counts * (size / counts.sum())
     sizes = np.maximum(np.floor(share + 1e-9).astype(np.int64), 1)
     while sizes.sum() < size:

@@ -84,9 +84,7 @@ def score(
     for coupled in batch_coupled(model):
         raise UnsupportedError(f"{coupled} couples the samples of a batch: no sample has a loss of its own")
     if autocast is not None and any(term.lookahead for term in wanted.values()):
-        raise SettingsError(
-            "loss_reduction is a difference that half precision cannot hold; score in float32"
-        )
+        raise SettingsError("loss_reduction is a difference that half precision cannot hold; score in float32")
     own, rows = _reference_rows(reference, dataset, seed)
     report = progress or (lambda *_: None)
     with quiet(model), _autocast(model, autocast):
@@ -98,9 +96,7 @@ def score(
         settled = calibrate(model, batches, task, enabled=calibration)
         settled.learned.require()
         mean = measure_reference(model, batches, task, sites, settled)
-        measured = _pass(
-            model, dataset, collate, task, sites, mean, settled.offsets, own, wanted, batch_size, report
-        )
+        measured = _pass(model, dataset, collate, task, sites, mean, settled.offsets, own, wanted, batch_size, report)
     labels = measured.pop("label")
     strata = task.strata(labels)
     return from_terms(
@@ -109,8 +105,7 @@ def score(
         stratified=strata is not None,
         weights=weights,
         temperature=temperature,
-        record=_record(mean, settled.offsets, settled.learned, own, scope, seed, autocast)
-        | dict(record or {}),
+        record=_record(mean, settled.offsets, settled.learned, own, scope, seed, autocast) | dict(record or {}),
         hashes=hashes,
     )
 

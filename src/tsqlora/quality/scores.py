@@ -131,7 +131,5 @@ def sample(scores: Scores, fraction: float = 0.5, seed: int = 0) -> np.ndarray:
     Raises SettingsError for a fraction outside 0 < f ≤ 1.
     """
     rng = np.random.default_rng([seed, 0])
-    taken = draw(
-        scores.quality, fraction=fraction, temperature=scores.temperature, rng=rng, strata=scores.strata
-    )
+    taken = draw(scores.quality, fraction=fraction, temperature=scores.temperature, rng=rng, strata=scores.strata)
     return taken.indices

@@ -93,7 +93,5 @@ class QualitySubset(Dataset[Any]):
         """The epoch's part of an endless row of random orders of all rows."""
         n, start = len(self.dataset), epoch * self.size
         positions = np.arange(start, start + self.size)
-        orders = {
-            p: np.random.default_rng([self.seed, 1, p]).permutation(n) for p in np.unique(positions // n)
-        }
+        orders = {p: np.random.default_rng([self.seed, 1, p]).permutation(n) for p in np.unique(positions // n)}
         return np.array([orders[position // n][position % n] for position in positions])

@@ -158,9 +158,7 @@ def _check_options(*, mean_rank: float, min_rank: int, max_rank: int, gamma: flo
     if max_rank < 1:
         raise SettingsError(f"ranks.max is {max_rank}; give 1 or more")
     if max_rank < min_rank:
-        raise SettingsError(
-            f"ranks.max {max_rank} is below ranks.min {min_rank}; raise the one or lower the other"
-        )
+        raise SettingsError(f"ranks.max {max_rank} is below ranks.min {min_rank}; raise the one or lower the other")
     if mean_rank > max_rank:
         raise SettingsError(
             f"ranks.mean {mean_rank} is above ranks.max {max_rank}; raise ranks.max or lower ranks.mean"

@@ -69,7 +69,7 @@ def used(ranks: Mapping[str, int], shapes: Shapes) -> int:
 def fill(
     ranks: Mapping[str, int],
     *,
-    wanted: Mapping[str, float | Fraction],
+    wanted: Mapping[str, int | float | Fraction],
     order: Sequence[str],
     shapes: Shapes,
     caps: Mapping[str, int],

@@ -7,9 +7,7 @@ from typing import Any
 from tsqlora.errors import DataError
 
 
-def rank_changes(
-    before: Mapping[str, int], after: Mapping[str, int]
-) -> tuple[dict[str, int], dict[str, int]]:
+def rank_changes(before: Mapping[str, int], after: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int]]:
     """(drops, grows): how many slots each layer loses or gains; layers without change are left out.
 
     >>> rank_changes({"query": 4, "key": 4, "value": 4}, {"query": 6, "key": 2, "value": 4})
@@ -58,7 +56,5 @@ class RankEvent:
         names = [field.name for field in fields(cls)]
         for name in names:
             if name not in data:
-                raise DataError(
-                    f"saved rank event has no '{name}'; the file is cut off or from another version"
-                )
+                raise DataError(f"saved rank event has no '{name}'; the file is cut off or from another version")
         return cls(**{name: data[name] for name in names})

@@ -30,7 +30,7 @@ class Task(Protocol):
         """Constants to add to the logits so that they lean to no class or side over these rows."""
         ...
 
-    def strata(self, labels: Shaped[Tensor, " n"]) -> Int[np.ndarray, " n"] | None:
+    def strata(self, labels: Shaped[np.ndarray, " n"]) -> Int[np.ndarray, " n"] | None:
         """The stratum of each sample, where sampling is stratified."""
         ...
 

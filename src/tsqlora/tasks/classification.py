@@ -65,9 +65,9 @@ class Classification:
         found[present] = match_frequencies(logits[:, present].double(), wanted, weights)
         return found.to(logits.dtype)
 
-    def strata(self, labels: Int[Tensor, " n"]) -> Int[np.ndarray, " n"]:
+    def strata(self, labels: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
         """The labels: sampling keeps the classes' shares."""
-        return labels.numpy(force=True)
+        return labels
 
     def metrics(self, logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"]) -> dict[str, float]:
         """accuracy, macro_f1 over the classes in labels or predictions, matthews, loss (mean).
@@ -97,9 +97,7 @@ class Classification:
         return (1 - self.label_smoothing) * frequencies + self.label_smoothing / len(frequencies)
 
 
-def class_frequencies(
-    labels: Int[Tensor, " n"], width: int, weights: Float[Tensor, " n"]
-) -> Float[Tensor, " k"]:
+def class_frequencies(labels: Int[Tensor, " n"], width: int, weights: Float[Tensor, " n"]) -> Float[Tensor, " k"]:
     """Each class's share of the samples' weights, which sum to 1.
 
     >>> class_frequencies(torch.tensor([0, 2, 2, 2]), 3, torch.full((4,), 0.25)).tolist()

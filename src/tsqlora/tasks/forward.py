@@ -26,9 +26,7 @@ def model_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     output = model(**inputs)
     logits = output if isinstance(output, Tensor) else output.logits
     if logits.dim() != 2 or logits.shape[0] != next(iter(inputs.values())).shape[0]:
-        raise UnsupportedError(
-            f"the model's logits have shape {tuple(logits.shape)}; one row a sample is needed"
-        )
+        raise UnsupportedError(f"the model's logits have shape {tuple(logits.shape)}; one row a sample is needed")
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 

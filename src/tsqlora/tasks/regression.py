@@ -34,7 +34,7 @@ class Regression:
         residuals = labels.double() - logits.squeeze(-1).double()
         return residuals.mean().reshape(1).to(logits.dtype)
 
-    def strata(self, labels: Float[Tensor, " n"]) -> None:
+    def strata(self, labels: Float[np.ndarray, " n"]) -> None:
         """None: there are no classes."""
         return None
 

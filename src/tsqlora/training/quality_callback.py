@@ -37,6 +37,7 @@ class QualityCallback(TrainerCallback):
         warmup: passes over all rows before scoring.
         weights, temperature, terms, scope, reference, calibration: as in `tsqlora.score`.
         task: needed only where training has a loss of its own (class weights, a custom one).
+        about: what else the scores' record should say.
         scores_path: where scores are written; by default scores.parquet in the output_dir.
 
     Scores are computed in training's precision, unless `loss_reduction` is measured: that
@@ -58,13 +59,12 @@ class QualityCallback(TrainerCallback):
         task: Task | None = None,
         seed: int = 0,
         hashes: tuple[str, ...] | None = None,
+        about: Mapping[str, Any] | None = None,
         scores_path: str | Path | None = None,
         progress: Progress | None = None,
     ) -> None:
         if not warmup > 0:
-            raise SettingsError(
-                f"warmup is {warmup}; it must be above 0 passes: a model at chance scores at random"
-            )
+            raise SettingsError(f"warmup is {warmup}; it must be above 0 passes: a model at chance scores at random")
         if not 0 < limit <= 1:
             raise SettingsError(f"limit is {limit}; it must be above 0 and at most 1")
         self.data = data
@@ -73,6 +73,7 @@ class QualityCallback(TrainerCallback):
         self.terms = get_terms(tuple(terms) + tuple(name for name, weight in self.weights.items() if weight))
         self.temperature, self.scope, self.calibration = temperature, scope, calibration
         self.reference, self.task, self.seed, self.hashes = reference, task, seed, hashes
+        self.about = dict(about or {})
         self.scores_path = None if scores_path is None else Path(scores_path)
         self.progress = progress
         self.refused: str | None = None
@@ -88,9 +89,7 @@ class QualityCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if kwargs["train_dataloader"].dataset is not self.data:
-            raise SettingsError(
-                "QualityCallback(data) and Trainer(train_dataset=data) need the same QualitySubset"
-            )
+            raise SettingsError("QualityCallback(data) and Trainer(train_dataset=data) need the same QualitySubset")
         if args.dataloader_persistent_workers:
             raise SettingsError("dataloader_persistent_workers keeps an old draw; set it to False")
         epochs = args.num_train_epochs if args.max_steps <= 0 else state.num_train_epochs
@@ -125,9 +124,7 @@ class QualityCallback(TrainerCallback):
                 f"{self.warmup_epochs} epochs; train longer, or leave out QualityCallback"
             )
 
-    def _try_scoring(
-        self, args: TrainingArguments, state: TrainerState, model: nn.Module, collate: Any
-    ) -> None:
+    def _try_scoring(self, args: TrainingArguments, state: TrainerState, model: nn.Module, collate: Any) -> None:
         epoch = _epoch(state)
         lookahead = any(term.lookahead for term in self.terms.values())
         try:
@@ -147,7 +144,7 @@ class QualityCallback(TrainerCallback):
                 autocast=torch.bfloat16 if args.bf16 and not lookahead else None,
                 hashes=self.hashes,
                 progress=self.progress,
-                record={"epoch": epoch, "step": state.global_step},
+                record={"epoch": epoch, "step": state.global_step, **self.about},
             )
         except NotLearnedError as error:
             self._not_yet(str(error), epoch, state)

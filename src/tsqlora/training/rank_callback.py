@@ -47,7 +47,7 @@ class RankCallback(TrainerCallback):
         samples: rows of the quality sample on which the first ranks are measured.
         finalize: leave a plain PEFT model; False keeps the slots for further training.
 
-    `events` tells every decision, `seconds` what measuring and changing cost beside the steps'
+    `events` tells every decision, `final` the ranks at the end, `seconds` what measuring and changing cost beside the steps'
     own backward. The maximum rank is what the model was wrapped with.
     """
 
@@ -72,6 +72,7 @@ class RankCallback(TrainerCallback):
         self.min_rank, self.gamma, self.estimator = min_rank, gamma, estimator
         self.samples, self.seed, self.finalize = samples, seed, finalize
         self.events: list[RankEvent] = []
+        self.final: dict[str, int] = {}
         self.started = False
         self.seconds = 0.0
         self._watching: AbstractContextManager[Any] | None = None
@@ -89,7 +90,7 @@ class RankCallback(TrainerCallback):
         self.capacity = max(slots.capacity for slots in self.layers.values())
         self.importance = Importance(self.layers)
         self.steps = self._schedule(state.max_steps)
-        self._target({name: 1.0 for name in self.layers})  # bad bounds are told before training
+        self._target(dict.fromkeys(self.layers, 1.0))  # bad bounds are told before training
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -109,9 +110,7 @@ class RankCallback(TrainerCallback):
         self.importance.update()
         self._stop_watching()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._probe is None:
             return
         probe, self._probe = self._probe, None
@@ -143,6 +142,7 @@ class RankCallback(TrainerCallback):
         model = kwargs["model"]
         assert isinstance(model, PeftModel)
         sync_config(model)
+        self.final = self._ranks()
         if self.finalize:
             finalize(model)
 
@@ -162,13 +162,9 @@ class RankCallback(TrainerCallback):
         """While scoring is still to come, ranks stay: it will set them."""
         return isinstance(data, QualitySubset) and data.awaits_scores
 
-    def _start(
-        self, args: TrainingArguments, state: TrainerState, data: QualitySubset, **kwargs: Any
-    ) -> None:
+    def _start(self, args: TrainingArguments, state: TrainerState, data: QualitySubset, **kwargs: Any) -> None:
         """The first ranks, from sensitivities on the quality sample: METHOD section 2."""
         self.started = True
-        if self.estimator == "uniform":
-            return
         start = time.perf_counter()
         rows = np.random.default_rng([self.seed, 4]).permutation(len(data))[: self.samples]
         probe = probe_pass(

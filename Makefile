@@ -1,0 +1,50 @@
+# What there is to run: demo, test, check, bench, constraints, clean.
+# Each makes .venv first where it is missing, or where pyproject.toml or the pins changed.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
+
+.PHONY: demo test check bench constraints clean
+
+demo: .venv/.installed-demo
+	$(BIN)/tsqlora demo
+
+test: .venv/.installed-dev
+	$(BIN)/pytest -m "not docs"
+
+check: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/pytest -m docs
+
+# Benchmarks take minutes to hours, so one is run at a time: make bench BENCH=bench/NAME.py
+bench: .venv/.installed-dev
+	$(if $(BENCH),$(BIN)/python $(BENCH),@echo "benchmarks: $(or $(wildcard bench/*.py),none yet)")
+
+# Pins what is installed now. Not torch: its build is the machine's choice (CPU, CUDA).
+constraints: .venv/.installed-dev
+	{ echo "# Made by 'make constraints': the versions that CI has passed with. No torch: its build is the"; \
+	  echo "# machine's choice (CPU, CUDA)."; \
+	  $(BIN)/python -m pip freeze --exclude-editable | grep -vE '^(torch|triton|nvidia|cuda|tsqlora)[-=_]'; \
+	} > .venv/constraints.new
+	mv .venv/constraints.new constraints.txt
+
+clean:
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache .coverage
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.installed-demo: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) '.[demo]'
+	touch $@
+
+.venv/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) '.[demo,dev]'
+	touch $@ .venv/.installed-demo
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is missing or older than Python 3.11; name a newer one: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }

@@ -1,0 +1,243 @@
+"""The command line: parses, calls, prints.  Results on stdout, everything else on stderr."""
+
+import json
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from tsqlora.display import Display, show_demo, show_numbers, show_plan, show_record
+from tsqlora.errors import TsqLoraError
+from tsqlora.record import write_json
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Picks the samples worth learning from, gives each layer the LoRA rank it needs.",
+)
+stdout, stderr = Console(), Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, all else on stderr.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="K.K=VALUE", help="Overrides a setting; repeatable.")]
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; `tsqlora init` writes one.")]
+Source = Annotated[Path, typer.Argument(metavar="CONFIG|RUN", help="A YAML file, or a run's directory.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory.")]
+
+
+def main() -> None:
+    """Runs the command line; an error becomes one or two lines and an exit code."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    _quieten_libraries(debug=debug)
+    try:
+        app(arguments, standalone_mode=True)
+    except TsqLoraError as error:
+        if debug:
+            traceback.print_exc()
+        stderr.print(f"[bold red]error:[/] {_plain(str(error))}", soft_wrap=True, highlight=False)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        stderr.print("interrupted; `tsqlora train … --resume` goes on from the last checkpoint")
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        what = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        stderr.print(f"[bold red]error:[/] {_plain(what)}; --debug shows where", soft_wrap=True, highlight=False)
+        sys.exit(1)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path | None, typer.Option(help="Keep the runs here; else a temporary directory.")] = None,
+    seed: Annotated[int, typer.Option(help="Of every random draw.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """The main job on an embedded model and data: three trainings side by side, with wrong labels to find.
+
+    Example: tsqlora demo --out demo-runs
+    """
+    from tsqlora.demo import run_demo
+
+    with Display(stderr) as display:
+        result = run_demo(out, seed=seed, progress=display.progress, say=display.say)
+    _print(result, as_json, show_demo)
+
+
+@app.command()
+def init(
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="File to write; else stdout.")] = None,
+    task: Annotated[str | None, typer.Option(help="The task's type.")] = None,
+) -> None:
+    """Writes a YAML file with every setting, its type and its default.
+
+    Example: tsqlora init -o tsq.yaml --task regression
+    """
+    from tsqlora.config import template
+    from tsqlora.errors import SettingsError
+    from tsqlora.tasks import get_task
+
+    if task is not None:
+        get_task(task)
+    if output is None:
+        print(template(task), end="")
+        return
+    if output.exists():
+        raise SettingsError(f"{output} exists already; name another file")
+    output.write_text(template(task))
+    stderr.print(f"wrote {output}; set model.path and data.train, then: tsqlora train {output}")
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    set_: Set = None,
+    out: Annotated[Path, typer.Option(help="The run's directory.")] = Path("run"),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where the run stopped; start if it never began.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, train nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Trains: warm-up, scores, ranks, quality draws; writes an adapter that plain PEFT loads.
+
+    Example: tsqlora train tsq.yaml --set quality.fraction=0.3 --out run
+    """
+    from tsqlora import pipeline
+    from tsqlora.config import load_config
+
+    settings = load_config(config, set_ or [])
+    if dry_run:
+        _print(pipeline.begin(pipeline.load(settings))[1].plan, as_json, show_plan)
+        return
+    with Display(stderr) as display:
+        record = pipeline.train(settings, out, resume=resume, progress=display.progress)
+    _print({"run": str(out), **record.to_dict()}, as_json, show_record)
+
+
+@app.command()
+def score(
+    source: Source,
+    out: Annotated[Path, typer.Option(help="Parquet file to write.")],
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Scores every training row: after a config's warm-up, or by the weights of a run.
+
+    Example: tsqlora score tsq.yaml --out scores.parquet
+    """
+    from tsqlora import pipeline
+
+    with Display(stderr) as display:
+        scores = pipeline.score_rows(source, out, overrides=set_ or [], progress=display.progress)
+    keep = ("eta", "effective_sample_size", "reference_rows", "weights", "temperature", "scope")
+    _print({"scores": str(out), "rows": len(scores)} | {k: scores.record[k] for k in keep}, as_json, show_numbers)
+
+
+@app.command()
+def select(
+    scores: Annotated[Path, typer.Argument(metavar="SCORES", help="What `tsqlora score` wrote.")],
+    out: Annotated[Path, typer.Option(help="File to write: .jsonl, .csv, .tsv or .parquet.")],
+    fraction: Annotated[float, typer.Option(help="Share of the rows, above 0 and at most 1.")],
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    data: Annotated[Path | None, typer.Option(help="The scored file: its rows are written.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Draws a quality sample from scores and writes its rows, for any trainer.
+
+    Example: tsqlora select scores.parquet --fraction 0.3 --data train.jsonl --out subset.jsonl
+    """
+    from tsqlora.quality.select import select_rows
+
+    rows = select_rows(scores, out, fraction=fraction, seed=seed, data=data)
+    _print({"out": str(out), "rows": rows}, as_json, show_numbers)
+
+
+@app.command()
+def allocate(
+    source: Source,
+    out: Annotated[Path, typer.Option(help="JSON file to write.")],
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Ranks by sensitivity, as arguments of PEFT's LoraConfig.
+
+    Example: tsqlora allocate tsq.yaml --out ranks.json
+    """
+    from tsqlora import pipeline
+
+    with Display(stderr) as display:
+        arguments = pipeline.allocate_ranks(source, overrides=set_ or [], progress=display.progress)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, arguments)
+    _print({"out": str(out), **arguments}, as_json, show_numbers)
+
+
+@app.command()
+def evaluate(
+    run: Run,
+    data: Annotated[Path | None, typer.Option(help="A labelled file; else the run's own test or validation.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The task's metrics.
+
+    Example: tsqlora evaluate run --data test.jsonl --json
+    """
+    from tsqlora.inference import evaluate_run
+
+    with Display(stderr) as display:
+        metrics = evaluate_run(run, data, progress=display.progress)
+    _print(metrics, as_json, show_numbers)
+
+
+@app.command()
+def predict(
+    run: Run,
+    data: Annotated[Path, typer.Option(help="File of rows; they need no label.")],
+    out: Annotated[Path, typer.Option(help="File to write: .jsonl, .csv, .tsv or .parquet.")],
+    as_json: Json = False,
+) -> None:
+    """Writes the file's rows with a prediction each.
+
+    Example: tsqlora predict run --data new.jsonl --out predicted.jsonl
+    """
+    from tsqlora.inference import predict_run
+
+    with Display(stderr) as display:
+        rows = predict_run(run, data, out, progress=display.progress)
+    _print({"out": str(out), "rows": rows}, as_json, show_numbers)
+
+
+def _print(result: Mapping[str, Any], as_json: bool, show: Callable[[Console, Mapping[str, Any]], None]) -> None:
+    if as_json:
+        print(json.dumps(result))
+    else:
+        show(stdout, result)
+
+
+def _plain(text: str) -> str:
+    """Text that is shown as it stands: square brackets are no markup."""
+    return text.replace("[", r"\[")
+
+
+def _quieten_libraries(*, debug: bool) -> None:
+    if debug:
+        return
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("peft").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="(transformers|peft|accelerate|datasets)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Files -> the samples of every split, with the columns, the labels and what was cut on the way."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from tsqlora.data.columns import Columns, find_columns
+from tsqlora.data.labels import LabelMap, encode_labels, encode_targets, read_labels
+from tsqlora.data.rows import Rows, column_names, read_splits
+from tsqlora.data.split import split_rows
+from tsqlora.data.tokenise import TokenisedSplit, tokenise
+from tsqlora.errors import DataError, SettingsError
+
+
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """Rows of every split, the columns that are used, and the classes (None for regression)."""
+
+    rows: Mapping[str, Rows]
+    columns: Columns
+    labels: LabelMap | None
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Splits as a model takes them."""
+
+    splits: Splits
+    samples: Mapping[str, TokenisedSplit]
+
+    @property
+    def hash(self) -> str:
+        """16 hex digits that name the data: of every sample of every split, in order."""
+        hashes = [f"{name}:{h}" for name, split in self.samples.items() for h in split.hashes]
+        return hashlib.sha256("\n".join(hashes).encode()).hexdigest()[:16]
+
+    def columns(self) -> dict[str, str | None]:
+        """Names of the columns used, as the run's record and the scores keep them."""
+        return asdict(self.splits.columns)
+
+
+def read_data(
+    train: str,
+    validation: str | None,
+    test: str | None,
+    *,
+    text: str | None,
+    text_pair: str | None,
+    label: str | None,
+    classes: bool,
+    validation_fraction: float,
+    seed: int,
+) -> Splits:
+    """Rows of train, validation (a seeded share of train where none is given), and test if any."""
+    rows = read_splits(train, validation, test)
+    first = rows["train"]
+    columns = find_columns(column_names(first), text=text, text_pair=text_pair, label=label, source=first.source)
+    if columns.label is None:
+        raise DataError(
+            f"{first.source} has no label column; name it in data.label. Columns: {', '.join(column_names(first))}"
+        )
+    label_map = LabelMap.from_rows(read_labels(first, columns.label)) if classes else None
+    if not classes:
+        encode_targets(first, columns.label)  # a bad row is told before anything is split
+    if "validation" not in rows:
+        stratum = columns.label if classes else None
+        rows["train"], rows["validation"] = split_rows(first, fraction=validation_fraction, seed=seed, label=stratum)
+    return Splits({name: rows[name] for name in ("train", "validation", "test") if name in rows}, columns, label_map)
+
+
+def prepare(splits: Splits, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> Prepared:
+    """Every split tokenised, with encoded labels."""
+    samples = {
+        name: encode(rows, splits.columns, splits.labels, tokenizer, max_length=max_length)
+        for name, rows in splits.rows.items()
+    }
+    return Prepared(splits, samples)
+
+
+def encode(
+    rows: Rows,
+    columns: Columns,
+    labels: LabelMap | None,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    labelled: bool = True,
+) -> TokenisedSplit:
+    """One split as samples; without labels where `labelled` is False."""
+    encoded: list[int] | list[float] | None = None
+    if labelled:
+        assert columns.label is not None
+        encoded = encode_targets(rows, columns.label) if labels is None else encode_labels(rows, columns.label, labels)
+    return tokenise(rows, columns, tokenizer, max_length=max_length, labels=encoded)
+
+
+def resolve_max_length(asked: int | None, *, tokenizer_limit: int, positions: int | None) -> int:
+    """Tokens kept of a sample: what is asked, else the lesser of the tokenizer's and the model's limit.
+
+    Raises SettingsError where more is asked than the model has positions, or nothing is known.
+    """
+    limits = [limit for limit in (positions, tokenizer_limit) if limit is not None and limit < 10**9]
+    if asked is None:
+        if not limits:
+            raise SettingsError("neither the model nor its tokenizer names a maximal length; set data.max_length")
+        return min(limits)
+    if positions is not None and asked > positions:
+        raise SettingsError(f"data.max_length {asked} is above the model's {positions} positions; lower it")
+    return asked

@@ -1,0 +1,150 @@
+"""What a run looks like in a terminal: progress bars, plans, tables."""
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+_STEPS = ("warm-up", "training")
+
+
+class Display:
+    """Progress bars, one a phase, with rate and time left; plain lines where there is no terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.bars = Progress(
+            TextColumn("{task.description:<12}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.title = ""
+        self.phases: dict[str, TaskID] = {}
+        self.told: set[str] = set()
+
+    def __enter__(self) -> "Display":
+        self.bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bars.stop()
+
+    def say(self, text: str) -> None:
+        """A line above the bars, which start anew below it."""
+        self.phases = {}
+        self.told = set()
+        self.bars.console.print(text)
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        """The Progress that the library reports to."""
+        unit = "steps" if phase in _STEPS else "rows"
+        if phase not in self.phases:
+            self.phases[phase] = self.bars.add_task(phase, total=total, rate="")
+            if not self.console.is_terminal:
+                self.console.print(f"{phase}: {total} {unit}")
+        task = self.phases[phase]
+        speed = self.bars.tasks[task].speed
+        self.bars.update(task, completed=done, total=total, rate=f"{speed:.1f} {unit}/s" if speed else "")
+
+
+def show_plan(console: Console, plan: Mapping[str, Any]) -> None:
+    """The plan of a dry run."""
+    rows = ", ".join(f"{count:,} {name}" for name, count in plan["rows"].items())
+    ranks = sorted(set(plan["ranks"].values()))
+    console.print(f"rows        {rows}")
+    console.print(f"an epoch    {plan['rows_an_epoch']:,} rows; {plan['epochs']} epochs, {plan['steps']:,} steps")
+    console.print(f"parameters  {plan['trainable']:,} trainable, of which {plan['budget']:,} are the ranks' budget")
+    console.print(f"ranks       {len(plan['ranks'])} layers at {' and '.join(map(str, ranks))}")
+    console.print(f"precision   {'bfloat16 autocast' if plan['bf16'] else 'float32'}")
+    console.print(f"memory      about {plan['memory_bytes'] / 2**30:.1f} GiB (a rough estimate)")
+    table = Table("phase", "rows forward", "rows backward", title="passes", title_justify="left")
+    for phase, passes in plan["passes"].items():
+        table.add_row(phase, f"{passes['forward']:,}", f"{passes['backward']:,}")
+    console.print(table)
+
+
+def show_record(console: Console, record: Mapping[str, Any]) -> None:
+    """What a finished run did."""
+    table = Table("phase", "seconds", "rows forward", "rows backward", title="cost", title_justify="left")
+    for phase, cost in record["cost"].items():
+        table.add_row(phase, f"{cost['seconds']:.1f}", f"{cost['forward']:,}", f"{cost['backward']:,}")
+    console.print(table)
+    console.print(ranks_table(record["ranks"]))
+    for split, metrics in record["metrics"].items():
+        console.print(f"{split:<11} " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+    for note in record["notes"]:
+        console.print(f"note: {note}", markup=False)
+    console.print(f"adapter     {record['run']}/adapter", soft_wrap=True)
+
+
+def ranks_table(ranks: Mapping[str, int]) -> Table:
+    """Ranks as blocks × kinds of module: what lies before a number in the name, and what after."""
+    cells: dict[tuple[str, str], int] = {}
+    for name, rank in ranks.items():
+        cells[split_name(name)] = rank
+    kinds = list(dict.fromkeys(kind for _, kind in cells))
+    table = Table("layer", *kinds, title="ranks", title_justify="left")
+    for block in dict.fromkeys(block for block, _ in cells):
+        table.add_row(block, *(str(cells[block, kind]) if (block, kind) in cells else "" for kind in kinds))
+    return table
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """A layer's block number and kind.
+
+    >>> split_name("bert.encoder.layer.3.attention.self.query")
+    ('3', 'attention.self.query')
+    """
+    parts = name.split(".")
+    numbers = [j for j, part in enumerate(parts) if part.isdigit()]
+    if not numbers:
+        return "", ".".join(parts[-2:])
+    return parts[numbers[0]], ".".join(parts[numbers[0] + 1 :])
+
+
+def show_numbers(console: Console, numbers: Mapping[str, Any]) -> None:
+    """Names and values, a line each."""
+    for name, value in numbers.items():
+        shown = f"{value:.4f}" if isinstance(value, float) else str(value)
+        console.print(f"{name:<22} {shown}", soft_wrap=True, highlight=False, markup=False)
+
+
+def show_demo(console: Console, result: Mapping[str, Any]) -> None:
+    """The demo's comparison, side by side."""
+    runs: list[Mapping[str, Any]] = result["runs"]
+    table = Table("", *(run["name"] for run in runs), title="measured in this run", title_justify="left")
+    phases = list(dict.fromkeys(phase for run in runs for phase in run["seconds"]))
+    table.add_row("test accuracy", *(f"{run['test']['accuracy']:.1%}" for run in runs))
+    table.add_row("test macro-F1", *(f"{run['test']['macro_f1']:.3f}" for run in runs))
+    table.add_row("wrong labels among samples used", *(f"{run['wrong_share']:.1%}" for run in runs))
+    table.add_row("… once rows are scored", *(f"{run['wrong_share_late']:.1%}" for run in runs))
+    table.add_row("training steps", *(f"{run['steps']:,}" for run in runs))
+    table.add_row("trainable parameters", *(f"{run['trainable']:,}" for run in runs))
+    for phase in phases:
+        table.add_row(
+            f"seconds, {phase}", *(f"{run['seconds'][phase]:.1f}" if phase in run["seconds"] else "–" for run in runs)
+        )
+    table.add_row("seconds, total", *(f"{sum(run['seconds'].values()):.1f}" for run in runs))
+    console.print(table)
+    console.print(ranks_table(runs[-1]["ranks"]))
+    console.print("\nlowest quality: the rows that TsqLoRA left out most surely", highlight=False)
+    suspects = Table("Q", "label given", "true label", "text")
+    for row in result["suspects"]:
+        suspects.add_row(
+            f"{row['quality']:.2f}", row["label"], row["true"], row["text"], style="red" if row["wrong"] else ""
+        )
+    console.print(suspects)
+    console.print(result["verdict"], highlight=False)
+    if result["out"]:
+        console.print(
+            f"runs are in {result['out']}; `PeftModel.from_pretrained(base, '…/tsqlora/adapter')` loads the adapter"
+        )

@@ -1,0 +1,129 @@
+"""Refusals that need a look at one batch: is what is captured each sample's whole gradient?"""
+
+import inspect
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from peft import PeftModel
+from torch import Tensor, nn
+
+from tsqlora.errors import UnsupportedError
+from tsqlora.gradients.capture import Consume
+from tsqlora.gradients.ghost import MeanGradient, layer_gradient, summed_gradient
+from tsqlora.gradients.sites import Site
+from tsqlora.quality.reference import backward, total_over_sites
+from tsqlora.tasks import Task
+from tsqlora.tasks.forward import Batch, model_logits, split_labels
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def require_own_loss(model: nn.Module, batch: Batch, task: Task) -> None:
+    """Refuses a task whose loss is not the mean that the model itself computes, if it does."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    if "labels" not in inspect.signature(inner.forward).parameters:
+        return
+    inputs, labels = split_labels(batch, next(model.parameters()).device)
+    config = getattr(inner, "config", None)
+    kind = getattr(config, "problem_type", None)
+    try:
+        with torch.no_grad():
+            own = getattr(model(**inputs, labels=labels), "loss", None)
+            ours = task.loss(model_logits(model, inputs), labels).mean()
+    finally:
+        # transformers writes down what the first labels look like.
+        if config is not None and kind is None:
+            config.problem_type = None
+    if own is not None and abs(float(own) - float(ours)) > 1e-2 * max(1.0, abs(float(ours))):
+        raise UnsupportedError(
+            f"the model's own loss on a batch is {float(own):.4f}, the mean of the samples' {task.name} losses is "
+            f"{float(ours):.4f}; pass `task` with the loss that training uses"
+        )
+
+
+def require_exact(
+    model: nn.Module, batch: Batch, task: Task, sites: Mapping[str, Site], offsets: Float[Tensor, " k"]
+) -> None:
+    """Raises UnsupportedError where the gradients that capture shows are not the samples' own.
+
+    They are the same in two passes, they add up to autograd's gradient of every parameter
+    of θ, and a sample's does not change when it is alone in its batch.
+    """
+    inputs, labels = split_labels(batch, next(model.parameters()).device)
+    tolerance = 0.05 if _half_precision(model) else 0.01
+    summed: dict[str, MeanGradient] = {}
+    norms: list[Tensor] = []
+
+    def consume(name: str, a: Tensor, b: Tensor) -> None:
+        parts = {"weight": sites[name].weight, "bias": sites[name].bias}
+        summed[name] = summed_gradient(a, b, **parts)
+        norms.append(layer_gradient(a, b, **parts).norm_sq())
+
+    with torch.no_grad():
+        before = model_logits(model, inputs) + offsets
+    own = _parameters(sites)
+    logits, losses, grads = backward(model, inputs, labels, task, offsets, sites, consume, tuple(p for _, p in own))
+    _require_repeatable(before, logits, tolerance)
+    _require_complete(summed, [(name, grad) for (name, _), grad in zip(own, grads, strict=True)], tolerance)
+    norm = total_over_sites(norms, losses).sqrt()
+    norms.clear()
+    row = int(norm.argmax())
+    alone = {name: value[row : row + 1] if len(value) == len(labels) else value for name, value in inputs.items()}
+    _, losses, _ = backward(model, alone, labels[row : row + 1], task, offsets, sites, consume)
+    _require_independent(float(norm[row]), float(total_over_sites(norms, losses).sqrt()), len(labels), tolerance)
+
+
+def _half_precision(model: nn.Module) -> bool:
+    device = next(model.parameters()).device
+    return torch.is_autocast_enabled(device.type) or any(p.dtype in _HALF for p in model.parameters())
+
+
+def _parameters(sites: Mapping[str, Site]) -> list[tuple[str, nn.Parameter]]:
+    """The trainable parameters of the sites that are linear layers, each once, with the site's name.
+
+    Not those of a whole LoRA layer (scope 'full'): its A and B are not what is captured.
+    """
+    return list(
+        {
+            id(parameter): (site.name, parameter)
+            for site in sites.values()
+            for module in site.modules
+            if isinstance(module, nn.Linear)
+            for parameter in module.parameters()
+            if parameter.requires_grad
+        }.values()
+    )
+
+
+def _require_repeatable(before: Tensor, after: Tensor, tolerance: float) -> None:
+    error = float((after - before).abs().max())
+    scale = float(before.abs().max())
+    if error > tolerance * scale:
+        raise UnsupportedError(
+            f"two forward passes of one batch differ by {error / scale:.1%}: the model is random also with dropout off"
+        )
+
+
+def _require_complete(
+    captured: Mapping[str, MeanGradient], by_autograd: list[tuple[str, Tensor | None]], tolerance: float
+) -> None:
+    truth: dict[str, float] = {}
+    for name, grad in by_autograd:
+        truth[name] = truth.get(name, 0.0) + (0.0 if grad is None else float(grad.double().square().sum()))
+    largest = max(truth.values(), default=0.0) ** 0.5
+    for name, square in truth.items():
+        expected, seen = square**0.5, float(captured[name].norm_sq()) ** 0.5 if name in captured else 0.0
+        if abs(seen - expected) > tolerance * expected + 1e-3 * tolerance * largest:
+            raise UnsupportedError(
+                f"{name} is used in a way that its own forward does not show (a fused or functional call): its "
+                "gradient per sample cannot be had exactly; freeze it"
+            )
+
+
+def _require_independent(together: float, alone: float, samples: int, tolerance: float) -> None:
+    if abs(together - alone) > tolerance * together:
+        raise UnsupportedError(
+            f"one sample's gradient norm is {together:.4g} in a batch of {samples}, and {alone:.4g} by itself: "
+            "something couples the samples of a batch, so that no sample has a loss of its own"
+        )

@@ -1,0 +1,43 @@
+"""A model's logits for every sample, in order, whatever the batches."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from tsqlora.data.batches import sorted_batches
+from tsqlora.gradients.quiet import quiet
+from tsqlora.quality.score import Progress
+from tsqlora.tasks.forward import Collate, model_logits
+
+
+def predict_logits(
+    model: nn.Module,
+    samples: Sequence[dict[str, Any]],
+    collate: Collate,
+    *,
+    batch_size: int,
+    autocast: torch.dtype | None = None,
+    phase: str = "evaluation",
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """n × k logits, in the samples' order; labels, if any, are not shown to the model."""
+    device = next(model.parameters()).device
+    precision = nullcontext() if autocast is None else torch.autocast(device.type, dtype=autocast)
+    out: np.ndarray | None = None
+    done = 0
+    with quiet(model), precision, torch.inference_mode():
+        for indices in sorted_batches([len(s["input_ids"]) for s in samples], batch_size):
+            batch = collate([{k: v for k, v in samples[j].items() if k != "labels"} for j in indices])
+            inputs = {name: value.to(device) for name, value in batch.items()}
+            logits = model_logits(model, inputs).cpu().numpy()
+            out = np.empty((len(samples), logits.shape[1]), logits.dtype) if out is None else out
+            out[indices] = logits
+            done += len(indices)
+            if progress is not None:
+                progress(phase, done, len(samples))
+    assert out is not None
+    return out

@@ -1,0 +1,48 @@
+"""A run directory: one run, one process at a time."""
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tsqlora.errors import SettingsError
+from tsqlora.record import RECORD_FILE
+
+CONFIG_FILE = "config.yaml"
+ADAPTER_DIR = "adapter"
+CHECKPOINT_DIR = "checkpoints"
+LOCK_FILE = "run.lock"
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Holds the run's lock, which dies with the process.
+
+    Raises SettingsError where another process holds it, or the directory cannot be made.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        file = open(run / LOCK_FILE, "w")  # noqa: SIM115  (closed below; closing gives the lock back)
+    except OSError as error:
+        raise SettingsError(f"--out {run} cannot be written ({error.strerror}); name another directory") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SettingsError(f"another process is training into {run}; wait for it, or name another --out") from None
+        yield
+
+
+def require_free(run: Path) -> None:
+    """Raises SettingsError if the directory holds a run, or files of something else."""
+    if (run / CONFIG_FILE).exists() or (run / RECORD_FILE).exists():
+        raise SettingsError(f"{run} holds another run; give --resume to continue it, or name another --out")
+    strangers = sorted(path.name for path in run.iterdir() if path.name != LOCK_FILE) if run.is_dir() else []
+    if strangers:
+        raise SettingsError(f"{run} is not empty ({strangers[0]}); name another --out")
+
+
+def last_checkpoint(run: Path) -> Path | None:
+    """The checkpoint with the most steps, if there is one."""
+    found = [path for path in (run / CHECKPOINT_DIR).glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
+    return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)

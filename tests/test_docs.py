@@ -1,0 +1,141 @@
+"""What a reader may copy from README.md and docs/ runs as it stands there.
+
+The python and bash blocks of a file run in their order, in one directory; its python blocks share
+one namespace. A bash block is left out by `no-run` after its language, any block by
+`<!-- not run: reason -->` above it. A yaml block with a `model:` must load as settings.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+pytestmark = pytest.mark.docs
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCED = re.compile(
+    r"(?:<!-- not run: (?P<reason>[^\n]+?) -->\s*)?"
+    r"^(?P<indent> *)(?P<fence>```+)(?P<info>[^\n`]*)\n(?P<code>.*?)^ *(?P=fence) *$",
+    re.MULTILINE | re.DOTALL,
+)
+
+# Runs (language, code, place) triples from stdin; a failed one ends it.
+RUNNER = """
+import json, subprocess, sys
+namespace = {"__name__": "__main__"}
+for language, code, place in json.load(sys.stdin):
+    print(f"--- {place}", flush=True)
+    if language == "python":
+        exec(compile(code, place, "exec"), namespace)
+    else:
+        subprocess.run(["bash", "-euo", "pipefail", "-c", code], check=True, stdin=subprocess.DEVNULL)
+"""
+
+
+class Block(NamedTuple):
+    language: str
+    code: str
+    place: str
+    skipped: str | None
+
+
+def blocks_of(document: Path) -> list[Block]:
+    text = document.read_text(encoding="utf-8")
+    blocks: list[Block] = []
+    for match in FENCED.finditer(text):
+        language, *words = match["info"].split() or [""]
+        language = {"sh": "bash", "py": "python", "yml": "yaml"}.get(language, language)
+        skipped = match["reason"] or ("no-run" if language == "bash" and "no-run" in words else None)
+        line = text.count("\n", 0, match.start("fence")) + 1
+        place = f"{document.relative_to(ROOT)}:{line}" if document.is_relative_to(ROOT) else f"line {line}"
+        blocks.append(Block(language, textwrap.dedent(match["code"]), place, skipped))
+    return blocks
+
+
+def run(blocks: list[Block], directory: Path) -> subprocess.CompletedProcess[str]:
+    """The blocks that can run, in order, with the tools of this environment first on the path."""
+    steps = [block[:3] for block in blocks if block.language in ("python", "bash") and not block.skipped]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        [sys.executable, "-c", RUNNER],
+        input=json.dumps(steps),
+        cwd=directory,
+        env=os.environ | {"PATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+ALL = [block for document in DOCUMENTS for block in blocks_of(document)]
+SKIPPED = [block for block in ALL if block.skipped]
+SETTINGS = [block for block in ALL if block.language == "yaml" and re.search(r"^model:", block.code, re.MULTILINE)]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_blocks_run(document: Path, tmp_path: Path) -> None:
+    done = run(blocks_of(document), tmp_path)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("block", SKIPPED, ids=lambda block: block.place)
+def test_block_is_not_run(block: Block) -> None:
+    pytest.skip(f"{block.place}: {block.skipped}")
+
+
+@pytest.mark.parametrize("block", SETTINGS, ids=lambda block: block.place)
+def test_settings_load(block: Block, tmp_path: Path) -> None:
+    from tsqlora.config import load_config
+
+    if block.skipped:
+        pytest.skip(block.skipped)
+    (tmp_path / "tsq.yaml").write_text(block.code, encoding="utf-8")
+    load_config(tmp_path / "tsq.yaml")
+
+
+SAMPLE = """
+```python
+x = 1
+```
+1. In a list:
+   ```sh
+   echo "from bash" > file.txt
+   ```
+```python
+assert (x, open("file.txt").read()) == (1, "from bash\\n")
+```
+```bash no-run
+exit 3
+```
+<!-- not run: needs a GPU -->
+```python
+raise SystemExit(4)
+```
+```yaml
+model: {}
+```
+"""
+
+
+def test_the_blocks_of_a_document_are_found_and_share_their_state(tmp_path: Path) -> None:
+    document = tmp_path / "sample.md"
+    document.write_text(SAMPLE)
+    blocks = blocks_of(document)
+    assert [block.language for block in blocks] == ["python", "bash", "python", "bash", "python", "yaml"]
+    assert [block.skipped for block in blocks] == [None, None, None, "no-run", "needs a GPU", None]
+    done = run(blocks, tmp_path)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("block", ["python\n1 / 0", "bash\nfalse | true\necho on"])
+def test_a_failing_block_fails(block: str, tmp_path: Path) -> None:
+    document = tmp_path / "failing.md"
+    document.write_text(f"```{block}\n```\n")
+    assert run(blocks_of(document), tmp_path).returncode != 0
