@@ -9,7 +9,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from tsqlora.errors import UnsupportedError
-from tsqlora.gradients.capture import Consume
 from tsqlora.gradients.ghost import MeanGradient, layer_gradient, summed_gradient
 from tsqlora.gradients.sites import Site
 from tsqlora.quality.reference import backward, total_over_sites
@@ -69,7 +68,7 @@ def require_exact(
     norm = total_over_sites(norms, losses).sqrt()
     norms.clear()
     row = int(norm.argmax())
-    alone = {name: value[row : row + 1] if len(value) == len(labels) else value for name, value in inputs.items()}
+    alone = {name: value[row : row + 1] for name, value in inputs.items()}
     _, losses, _ = backward(model, alone, labels[row : row + 1], task, offsets, sites, consume)
     _require_independent(float(norm[row]), float(total_over_sites(norms, losses).sqrt()), len(labels), tolerance)
 

@@ -12,12 +12,17 @@ from tsqlora.errors import SettingsError
 
 
 def probabilities(quality: Float[np.ndarray, " n"], *, temperature: float) -> Float[np.ndarray, " n"]:
-    """exp(Q/τ) / Σ exp(Q/τ)."""
-    if not temperature > 0:
-        raise SettingsError(f"temperature is {temperature}; it must be above 0")
-    scaled = quality / temperature
+    """exp(Q/τ) / Σ exp(Q/τ).  Raises SettingsError for a temperature that is not above 0."""
+    scaled = log_weights(quality, temperature)
     weights = np.exp(scaled - scaled.max())
     return weights / weights.sum()
+
+
+def log_weights(quality: Float[np.ndarray, " n"], temperature: float) -> Float[np.ndarray, " n"]:
+    """φ = Q/τ.  Raises SettingsError for a temperature that is not above 0."""
+    if not 0 < temperature < np.inf:
+        raise SettingsError(f"temperature is {temperature}; it must be above 0")
+    return quality / temperature
 
 
 def effective_sample_size(p: Float[np.ndarray, " n"]) -> float:
@@ -60,22 +65,21 @@ class Draw:
     """1/(n q): with these the weighted sum of losses has the full data's mean as expectation."""
 
 
-def gumbel_top_k(
-    log_weights: Float[np.ndarray, " n"], k: int, rng: np.random.Generator
-) -> tuple[Int[np.ndarray, " k"], float]:
+def gumbel_top_k(phi: Float[np.ndarray, " n"], k: int, rng: np.random.Generator) -> tuple[Int[np.ndarray, " k"], float]:
     """The k rows with the largest φ + Gumbel noise, and the (k+1)-th key κ.
 
     This is exactly successive sampling from softmax(φ) without replacement (Kool et al.,
     2019).  κ is −∞ where every row is taken.
     """
-    keys = log_weights + rng.gumbel(size=len(log_weights))
+    keys = phi + rng.gumbel(size=len(phi))
     order = np.argsort(-keys, kind="stable")
     return order[:k], float(keys[order[k]]) if k < len(order) else -np.inf
 
 
-def inclusion(log_weights: Float[np.ndarray, " m"], threshold: float) -> Float[np.ndarray, " m"]:
+def inclusion(phi: Float[np.ndarray, " m"], threshold: float) -> Float[np.ndarray, " m"]:
     """q = 1 − exp(−exp(φ − κ)): the chance that a row's key exceeds the threshold."""
-    return -np.expm1(-np.exp(log_weights - threshold))
+    # Beyond 700 the exponential overflows, and q is 1 long before.
+    return -np.expm1(-np.exp(np.minimum(phi - threshold, 700.0)))
 
 
 def draw(
@@ -90,13 +94,13 @@ def draw(
     groups = np.zeros(len(quality), dtype=np.int64) if strata is None else strata
     names, counts = np.unique(groups, return_counts=True)
     sizes = stratum_sizes(counts, draw_size(len(quality), fraction))
-    log_weights = quality / temperature
+    phi = log_weights(quality, temperature)
     indices: list[np.ndarray] = []
     weights: list[np.ndarray] = []
     for name, size in zip(names, sizes, strict=True):
         rows = np.flatnonzero(groups == name)
-        taken, threshold = gumbel_top_k(log_weights[rows], int(size), rng)
+        taken, threshold = gumbel_top_k(phi[rows], int(size), rng)
         indices.append(rows[taken])
-        weights.append(1 / (len(quality) * inclusion(log_weights[rows[taken]], threshold)))
+        weights.append(1 / (len(quality) * inclusion(phi[rows[taken]], threshold)))
     order = np.argsort(np.concatenate(indices))
     return Draw(np.concatenate(indices)[order], np.concatenate(weights)[order])

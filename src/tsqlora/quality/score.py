@@ -14,8 +14,9 @@ from tsqlora.gradients.ghost import LayerGradient, layer_gradient
 from tsqlora.gradients.lookahead import stepped
 from tsqlora.gradients.quiet import quiet
 from tsqlora.gradients.sites import Scope, Site, batch_coupled, find_sites
+from tsqlora.quality.exact import require_exact, require_own_loss
 from tsqlora.quality.learned import LearnedTest
-from tsqlora.quality.reference import Reference, backward, calibrate, measure_reference
+from tsqlora.quality.reference import Reference, backward, calibrate, measure_reference, total_over_sites
 from tsqlora.quality.scores import Scores, from_terms
 from tsqlora.quality.terms import Measured, Term, get_terms
 from tsqlora.tasks import Task
@@ -81,8 +82,10 @@ def score(
     wanted = get_terms(tuple(dict.fromkeys([*terms, *FREE_TERMS, *(n for n, w in weights.items() if w)])))
     if len(dataset) == 0:
         raise SettingsError("there are no rows to score")
-    for coupled in batch_coupled(model):
-        raise UnsupportedError(f"{coupled} couples the samples of a batch: no sample has a loss of its own")
+    if batch_size < 1:
+        raise SettingsError(f"batch_size is {batch_size}; it must be at least 1")
+    if coupled := batch_coupled(model):
+        raise UnsupportedError(f"{coupled[0]} couples the samples of a batch: no sample has a loss of its own")
     if autocast is not None and any(term.lookahead for term in wanted.values()):
         raise SettingsError("loss_reduction is a difference that half precision cannot hold; score in float32")
     own, rows = _reference_rows(reference, dataset, seed)
@@ -92,11 +95,12 @@ def score(
         batches = list(_batches(rows, collate, batch_size))
         if task is None:
             task = task_of(model)
-            _require_own_loss(model, batches[0], task)
+            require_own_loss(model, batches[0], task)
         settled = calibrate(model, batches, task, enabled=calibration)
         settled.learned.require()
-        mean = measure_reference(model, batches, task, sites, settled)
-        measured = _pass(model, dataset, collate, task, sites, mean, settled.offsets, own, wanted, batch_size, report)
+        require_exact(model, batches[0], task, sites, settled.offsets)
+        found = measure_reference(model, batches, task, sites, settled.offsets)
+        measured = _pass(model, dataset, collate, task, sites, found, own, wanted, batch_size, report)
     labels = measured.pop("label")
     strata = task.strata(labels)
     return from_terms(
@@ -105,7 +109,7 @@ def score(
         stratified=strata is not None,
         weights=weights,
         temperature=temperature,
-        record=_record(mean, settled.offsets, settled.learned, own, scope, seed, autocast) | dict(record or {}),
+        record=_record(found, settled.learned, own, scope, seed, autocast) | dict(record or {}),
         hashes=hashes,
     )
 
@@ -151,7 +155,6 @@ def _pass(
     task: Task,
     sites: Mapping[str, Site],
     reference: Reference,
-    offsets: Tensor,
     own: Sequence[int],
     terms: Mapping[str, Term],
     batch_size: int,
@@ -172,14 +175,14 @@ def _pass(
             task=task,
             sites=sites,
             reference=reference,
-            offsets=offsets,
             in_reference=in_reference[torch.as_tensor(indices)].to(device),
             lookahead=any(term.lookahead for term in terms.values()),
         )
-        values = {name: term.of(measured) for name, term in terms.items()} | {"label": labels}
-        for name, value in values.items():
-            column = columns.setdefault(name, np.empty(len(dataset), dtype=value.cpu().numpy().dtype))
-            column[indices] = value.cpu().numpy()
+        for name, value in ({n: term.of(measured) for n, term in terms.items()} | {"label": labels}).items():
+            if value.shape != (len(indices),):
+                raise SettingsError(f"quality term '{name}' gives {tuple(value.shape)} for {len(indices)} samples")
+            numbers = value.cpu().numpy()
+            columns.setdefault(name, np.empty(len(dataset), dtype=numbers.dtype))[indices] = numbers
         done += len(indices)
         report("scoring", done, len(dataset))
     return columns
@@ -193,7 +196,6 @@ def measure(
     task: Task,
     sites: Mapping[str, Site],
     reference: Reference,
-    offsets: Tensor,
     in_reference: Tensor,
     lookahead: bool,
 ) -> Measured:
@@ -210,21 +212,18 @@ def measure(
         if lookahead:
             gradients[name] = gradient
 
-    def loss(logits: Tensor, y: Tensor) -> Tensor:
-        return task.loss(logits + offsets, y)
-
-    logits, losses, _ = backward(model, inputs, labels, loss, sites, consume)
-    norm_sq = torch.stack(norms).sum(0)
+    logits, losses, _ = backward(model, inputs, labels, task, reference.offsets, sites, consume)
+    norm_sq = total_over_sites(norms, losses)
     stepped_loss = None
     if lookahead:
         with torch.no_grad(), stepped(sites, gradients, eta=reference.eta, samples=len(labels)):
-            stepped_loss = loss(model_logits(model, inputs), labels)
+            stepped_loss = task.loss(model_logits(model, inputs) + reference.offsets, labels)
     return Measured(
-        logits=logits + offsets,
+        logits=logits,
         labels=labels,
         loss=losses,
         norm_sq=norm_sq,
-        dot=_leave_one_out(torch.stack(dots).sum(0), norm_sq, reference.rows, in_reference),
+        dot=_leave_one_out(total_over_sites(dots, losses), norm_sq, reference.rows, in_reference),
         reference_norm=reference.norm,
         stepped_loss=stepped_loss,
     )
@@ -236,28 +235,15 @@ def _leave_one_out(dot: Tensor, norm_sq: Tensor, rows: int, in_reference: Tensor
     return torch.where(in_reference, without_itself, dot)
 
 
-def _require_own_loss(model: nn.Module, batch: Mapping[str, Any], task: Task) -> None:
-    """Refuses a task whose loss is not the mean that the model itself computes."""
-    inputs, labels = split_labels(batch, next(model.parameters()).device)
-    with torch.no_grad():
-        own = getattr(model(**inputs, labels=labels), "loss", None)
-        ours = task.loss(model_logits(model, inputs), labels).mean()
-    if own is not None and abs(float(own) - float(ours)) > 1e-2 * max(1.0, abs(float(ours))):
-        raise UnsupportedError(
-            f"the model's own loss on a batch is {float(own):.4f}, the mean of the samples' {task.name} losses is "
-            f"{float(ours):.4f}; pass `task` with the loss that training uses"
-        )
-
-
 def _autocast(model: nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
     if dtype is None:
         return nullcontext()
-    return torch.autocast(next(model.parameters()).device.type, dtype=dtype)
+    # Without the cache: a copy of a weight made without gradients would be used with them too.
+    return torch.autocast(next(model.parameters()).device.type, dtype=dtype, cache_enabled=False)
 
 
 def _record(
     reference: Reference,
-    offsets: Tensor,
     test: LearnedTest,
     own: Sequence[int],
     scope: Scope,
@@ -268,7 +254,7 @@ def _record(
         "scope": scope,
         "seed": seed,
         "eta": reference.eta,
-        "offsets": offsets.tolist(),
+        "offsets": reference.offsets.tolist(),
         "reference_norm": reference.norm,
         "reference_rows": reference.rows,
         "reference": list(own),

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tsqlora.errors import DataError
+from tsqlora.errors import DataError, SettingsError, TsqLoraError, nearest
 from tsqlora.quality.sampling import draw, effective_sample_size, probabilities
 from tsqlora.quality.terms import quality, standardise
 
@@ -57,8 +57,12 @@ class Scores:
             "quality": self.quality,
             "probability": self.probability,
         }
-        metadata = {_METADATA: json.dumps({"stratified": self.stratified, **self.record}).encode()}
-        pq.write_table(pa.table(columns).replace_schema_metadata(metadata), path)
+        about = {"stratified": self.stratified, **self.record}
+        metadata = {_METADATA: json.dumps(about, allow_nan=False, default=_plain).encode()}
+        # Whole or not at all: a run that is resumed takes what it finds.
+        unfinished = Path(f"{path}.tmp")
+        pq.write_table(pa.table(columns).replace_schema_metadata(metadata), unfinished)
+        unfinished.replace(path)
 
     @classmethod
     def load(cls, path: str | Path) -> "Scores":
@@ -98,8 +102,15 @@ def from_terms(
 ) -> Scores:
     """Standardise, add up, and make probabilities of measured terms (METHOD eq. 4 and 5).
 
-    Standardised within the class where `stratified`.  Every term with a weight must be there.
+    Standardised within the class where `stratified`.  Raises SettingsError for a weight whose
+    term was not measured, TsqLoraError naming the first row with a value that is not finite.
     """
+    if unknown := [name for name, weight in weights.items() if weight and name not in terms]:
+        raise SettingsError(f"'{unknown[0]}' has a weight and was not measured; {nearest(unknown[0], terms)}")
+    if hashes is not None and len(hashes) != len(labels):
+        raise SettingsError(f"there are {len(hashes)} hashes for {len(labels)} rows")
+    for name, values in terms.items():
+        _require_finite(name, values)
     groups = labels.astype(np.int64) if stratified else np.zeros(len(labels), dtype=np.int64)
     standardised = {name: standardise(terms[name], groups) for name, weight in weights.items() if weight}
     total = np.zeros(len(labels))
@@ -122,6 +133,22 @@ def from_terms(
         },
         hashes=None if hashes is None else tuple(hashes),
     )
+
+
+def _require_finite(name: str, values: np.ndarray) -> None:
+    bad = np.flatnonzero(~np.isfinite(values))
+    if len(bad):
+        raise TsqLoraError(
+            f"{name} of row {bad[0]} is {values[bad[0]]} ({len(bad)} rows in all are not finite); "
+            "score in float32, or lower training.learning_rate"
+        )
+
+
+def _plain(value: Any) -> Any:
+    """numpy's scalars and arrays as JSON has them."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    raise TypeError(f"{value!r} of the scores' record is no JSON value")
 
 
 def sample(scores: Scores, fraction: float = 0.5, seed: int = 0) -> np.ndarray:

@@ -41,6 +41,8 @@ class QualitySubset(Dataset[Any]):
             raise SettingsError("there are no rows to draw from")
         if (lengths is None) != (batch_size is None):
             raise SettingsError("give QualitySubset both lengths and batch_size, or neither")
+        if lengths is not None and len(lengths) != len(dataset):
+            raise SettingsError(f"there are {len(lengths)} lengths for {len(dataset)} rows")
         self.dataset = dataset
         self.fraction = fraction
         self.seed = seed
@@ -92,6 +94,6 @@ class QualitySubset(Dataset[Any]):
     def _stretch(self, epoch: int) -> np.ndarray:
         """The epoch's part of an endless row of random orders of all rows."""
         n, start = len(self.dataset), epoch * self.size
-        positions = np.arange(start, start + self.size)
-        orders = {p: np.random.default_rng([self.seed, 1, p]).permutation(n) for p in np.unique(positions // n)}
-        return np.array([orders[position // n][position % n] for position in positions])
+        passes = range(start // n, (start + self.size - 1) // n + 1)
+        orders = [np.random.default_rng([self.seed, 1, p]).permutation(n) for p in passes]
+        return np.concatenate(orders)[start % n :][: self.size]

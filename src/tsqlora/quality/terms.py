@@ -1,10 +1,10 @@
 """What can be known of a sample's worth, as a table, and how terms add up to Q.
 
-METHOD eq. 1 to 4. A term is a function of what one pass measured; add an entry to TERMS or
-pass a callable.
+METHOD eq. 1 to 4. A term is a function of what one pass measured; to have another, add an
+entry to TERMS.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,7 @@ class Measured:
     """What the passes over one batch say of its n samples."""
 
     logits: Float[Tensor, "n k"]
+    """Calibrated, as is `loss`."""
     labels: Shaped[Tensor, " n"]
     loss: Float[Tensor, " n"]
     norm_sq: Float[Tensor, " n"]
@@ -53,10 +54,11 @@ def _cosine(m: Measured) -> Float[Tensor, " n"]:
 
 
 def _el2n(m: Measured) -> Float[Tensor, " n"]:
-    if not m.labels.dtype.is_floating_point:
-        one_hot = torch.nn.functional.one_hot(m.labels, m.logits.shape[1])
-        return (m.logits.softmax(1) - one_hot).norm(dim=1)
-    return (m.logits.squeeze(1) - m.labels).abs()
+    """‖p − y‖ (Paul et al., 2021); for regression |prediction − label|."""
+    width = m.logits.shape[1]
+    if width == 1:
+        return (m.logits.squeeze(1) - m.labels).abs()
+    return (m.logits.softmax(1) - torch.nn.functional.one_hot(m.labels, width)).norm(dim=1)
 
 
 TERMS: dict[str, Term] = {
@@ -69,7 +71,7 @@ TERMS: dict[str, Term] = {
 }
 
 
-def get_terms(names: Mapping[str, float] | tuple[str, ...]) -> dict[str, Term]:
+def get_terms(names: Iterable[str]) -> dict[str, Term]:
     """The entries of TERMS for these names.  Raises SettingsError for an unknown one."""
     for name in names:
         if name not in TERMS:
@@ -91,21 +93,24 @@ class Standardised:
 def standardise(values: Float[np.ndarray, " n"], groups: Int[np.ndarray, " n"]) -> Standardised:
     """(x − median) / (1.4826 MAD) within each group, clipped to ±CLIP.
 
-    Where more than half of a group is one value the MAD is 0 and IQR / 1.349 is used; where
-    that is 0 too, 0.  Both factors make a normal sample's deviation 1.
+    Where more than half of a group is one value, up to rounding, the MAD is 0 and IQR / 1.349
+    is used; where that is 0 too, 0.  Both factors make a normal sample's deviation 1.
     """
-    out = np.zeros_like(values, dtype=np.float64)
+    out = np.zeros(len(values), dtype=np.float64)
     by_range: list[int] = []
     flat: list[int] = []
     for group in np.unique(groups):
         rows = groups == group
-        centred = values[rows] - np.median(values[rows])
+        x = values[rows].astype(np.float64)
+        centred = x - np.median(x)
+        # Equal rows differ by rounding with the batch they were in; that must not be scaled up.
+        rounding = 1e-5 * np.median(np.abs(x))
         scale = 1.4826 * np.median(np.abs(centred))
-        if scale == 0:
+        if scale <= rounding:
             low, high = np.quantile(centred, [0.25, 0.75])
             scale = (high - low) / 1.349
-            (by_range if scale > 0 else flat).append(int(group))
-        if scale > 0:
+            (by_range if scale > rounding else flat).append(int(group))
+        if scale > rounding:
             out[rows] = np.clip(centred / scale, -CLIP, CLIP)
     return Standardised(out, tuple(by_range), tuple(flat))
 
@@ -114,8 +119,5 @@ def quality(
     standardised: Mapping[str, Float[np.ndarray, " n"]], weights: Mapping[str, float]
 ) -> Float[np.ndarray, " n"]:
     """Q = Σ α z(term), METHOD eq. 4.  `standardised` must hold every term with a weight."""
-    total = np.zeros_like(next(iter(standardised.values())))
-    for name, weight in weights.items():
-        if weight != 0:
-            total = total + weight * standardised[name]
-    return total
+    terms = [weight * standardised[name] for name, weight in weights.items() if weight]
+    return np.sum(terms, axis=0)
