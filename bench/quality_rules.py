@@ -24,6 +24,7 @@ from transformers import DataCollatorWithPadding, get_scheduler, set_seed
 from tsqlora.adapter.wrap import wrap
 from tsqlora.data.labels import LabelMap
 from tsqlora.demo import bbc_news, flip, package_folder
+from tsqlora.errors import NotLearnedError
 from tsqlora.quality.score import reference_indices, score
 from tsqlora.quality.scores import from_terms
 from tsqlora.quality.subset import QualitySubset
@@ -41,6 +42,7 @@ RULES: dict[str, tuple[dict[str, float], float]] = {
     "cosine, t=2": ({"cosine": 1.0}, 2.0),
     "-loss, t=1": ({"loss": -1.0}, 1.0),
     "C - loss, t=2": ({"convergence": 1.0, "loss": -1.0}, 2.0),
+    "C - loss, t=3": ({"convergence": 1.0, "loss": -1.0}, 3.0),
     "C - N, t=2": ({"convergence": 1.0, "gradient_norm": -1.0}, 2.0),
     "paper": ({"gradient_norm": 1 / 3, "loss_reduction": 1 / 3, "convergence": 1 / 3}, 1.0),
 }
@@ -61,14 +63,25 @@ def read(name: str, shared: Path, seed: int) -> tuple[list[str], list[Any], list
         train = [rows[j] for j in order[: settings["rows"]]]
         test = [rows[j] for j in order[settings["rows"] : settings["rows"] + settings["test"]]]
     else:
-        files = [[json.loads(line) for line in open(shared / "data" / name / f"{s}.jsonl")] for s in ("train", "test")]
+        files = [
+            [json.loads(line) for line in (shared / "data" / name / f"{s}.jsonl").read_text().splitlines()]
+            for s in ("train", "test")
+        ]
         pairs = [[(r["text"], r["label"]) for r in rows] for rows in files]
         train = [pairs[0][j] for j in rng.permutation(len(pairs[0]))[: settings["rows"]]]
         test = pairs[1][: settings["test"]]
     return [t for t, _ in train], [y for _, y in train], [t for t, _ in test], [y for _, y in test]
 
 
-def run_cell(name: str, seed: int, wrong: float, shared: Path, done: dict[str, Any], save: Any) -> None:
+def key_of(name: str, seed: int, wrong: float, rule: str) -> str:
+    return f"{name}/seed {seed}/wrong {wrong:g}/{rule}"
+
+
+def run_cell(
+    name: str, seed: int, wrong: float, shared: Path, rules: list[str], done: dict[str, Any], save: Any
+) -> None:
+    if all(key_of(name, seed, wrong, rule) in done for rule in rules):
+        return
     settings = SETTINGS[name]
     texts, true, test_texts, test_labels = read(name, shared, seed)
     labels = LabelMap.from_rows(true)
@@ -117,18 +130,24 @@ def run_cell(name: str, seed: int, wrong: float, shared: Path, done: dict[str, A
 
     warmup = round(1 / FRACTION)
     train_epochs(0, warmup)
+    while True:
+        reference = reference_indices(len(train), 512, seed)
+        try:
+            scores = score(model, train, collate, reference=reference, task=Classification(), seed=seed)
+            break
+        except NotLearnedError:
+            train_epochs(warmup, warmup + 1)
+            warmup += 1
     after_warmup = accuracy()
-    scores = score(
-        model, train, collate, reference=reference_indices(len(train), 512, seed), task=Classification(), seed=seed
-    )
     auc = {t: float(roc_auc_score(~bad, v)) for t, v in scores.terms.items()} if wrong else {}
     start = {
         "model": {k: v.clone() for k, v in model.state_dict().items()},
         "optimizer": copy.deepcopy(optimizer.state_dict()),
         "schedule": copy.deepcopy(schedule.state_dict()),
     }
-    for rule, (weights, temperature) in RULES.items():
-        key = f"{name}/seed {seed}/wrong {wrong:g}/{rule}"
+    for rule in rules:
+        weights, temperature = RULES[rule]
+        key = key_of(name, seed, wrong, rule)
         if key in done:
             continue
         model.load_state_dict(start["model"])
@@ -156,6 +175,7 @@ def run_cell(name: str, seed: int, wrong: float, shared: Path, done: dict[str, A
             "wrong": wrong,
             "rule": rule,
             "accuracy": accuracy(),
+            "warmup_epochs": warmup,
             "after_warmup": after_warmup,
             "wrong_drawn": float(np.mean(shares)),
             "effective_sample_size": ess,
@@ -172,6 +192,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "quality_rules.json")
     parser.add_argument("--data", default="sst2,bbc")
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--rules", default=";".join(RULES), help="separated by semicolons")
     args = parser.parse_args()
     torch.set_num_threads(2)
     stored = json.loads(args.out.read_text()) if args.out.exists() else {"results": {}}
@@ -184,7 +205,7 @@ def main() -> None:
     for seed in map(int, args.seeds.split(",")):
         for wrong in (0.2, 0.0):
             for name in args.data.split(","):
-                run_cell(name, seed, wrong, args.shared, stored["results"], save)
+                run_cell(name, seed, wrong, args.shared, args.rules.split(";"), stored["results"], save)
 
 
 if __name__ == "__main__":

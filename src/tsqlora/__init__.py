@@ -1,16 +1,23 @@
-"""Picks the samples worth learning from, and gives each layer the LoRA rank it needs."""
+"""Picks the samples worth learning from, and gives each layer the LoRA rank it needs.
 
-from tsqlora.adapter.slots import active_parameters, active_ranks, finalize
-from tsqlora.adapter.wrap import wrap
-from tsqlora.errors import DataError, NotLearnedError, SettingsError, TsqLoraError, UnsupportedError
-from tsqlora.quality.score import score
-from tsqlora.quality.scores import Scores, sample
-from tsqlora.quality.subset import QualitySubset
-from tsqlora.ranks.allocate import Sensitivity, allocate
-from tsqlora.ranks.events import RankEvent
-from tsqlora.sensitivity import sensitivity
-from tsqlora.training.quality_callback import QualityCallback
-from tsqlora.training.rank_callback import RankCallback
+Names are imported when they are first used, so that `tsqlora --help` need not wait for torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tsqlora.adapter.slots import active_parameters, active_ranks, finalize
+    from tsqlora.adapter.wrap import wrap
+    from tsqlora.errors import DataError, NotLearnedError, SettingsError, TsqLoraError, UnsupportedError
+    from tsqlora.quality.score import score
+    from tsqlora.quality.scores import Scores, sample
+    from tsqlora.quality.subset import QualitySubset
+    from tsqlora.ranks.allocate import Sensitivity, allocate
+    from tsqlora.ranks.events import RankEvent
+    from tsqlora.probe import sensitivity
+    from tsqlora.training.quality_callback import QualityCallback
+    from tsqlora.training.rank_callback import RankCallback
 
 __all__ = [
     "DataError",
@@ -33,3 +40,30 @@ __all__ = [
     "sensitivity",
     "wrap",
 ]
+
+_HOMES = {
+    "adapter.slots": ("active_parameters", "active_ranks", "finalize"),
+    "adapter.wrap": ("wrap",),
+    "errors": ("DataError", "NotLearnedError", "SettingsError", "TsqLoraError", "UnsupportedError"),
+    "quality.score": ("score",),
+    "quality.scores": ("Scores", "sample"),
+    "quality.subset": ("QualitySubset",),
+    "ranks.allocate": ("Sensitivity", "allocate"),
+    "ranks.events": ("RankEvent",),
+    "probe": ("sensitivity",),
+    "training.quality_callback": ("QualityCallback",),
+    "training.rank_callback": ("RankCallback",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            value = getattr(importlib.import_module(f"tsqlora.{home}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module 'tsqlora' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return __all__

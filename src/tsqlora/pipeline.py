@@ -31,7 +31,7 @@ from tsqlora.quality.scores import Scores, sample
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.ranks.allocate import allocate
 from tsqlora.record import RECORD_FILE, RunRecord
-from tsqlora.sensitivity import sensitivity
+from tsqlora.probe import sensitivity
 from tsqlora.tasks import Task, get_task
 from tsqlora.tasks.classification import Classification
 from tsqlora.training.fit import fit, hardware_has_bf16, training_arguments

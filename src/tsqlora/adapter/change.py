@@ -2,14 +2,28 @@
 
 import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tsqlora import distributed
 from tsqlora.adapter.importance import Importance
-from tsqlora.adapter.slots import Slots, drop_slots, grow_slot, second_moment_means
+from tsqlora.adapter.resize import drop_slots, grow_slot, second_moment_means
+from tsqlora.adapter.slots import Slots
 from tsqlora.ranks.events import rank_changes
+
+NEGLIGIBLE = 1e-6
+"""What is left of a direction after projection, relative to what it was, that is rounding noise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """Which slots go, by layer, and the rows of A that come."""
+
+    drops: dict[str, list[int]]
+    rows: dict[str, Float[Tensor, "k i"]]
 
 
 def change_ranks(
@@ -25,21 +39,41 @@ def change_ranks(
     """Brings every layer to its rank in `ranks`; how many slots were given up.
 
     All are dropped before any grows, so parameters never exceed what they were before or
-    will be after.
+    will be after. `importance` is kept in step.
     """
-    drops, grows = rank_changes({name: slots.rank for name, slots in layers.items()}, ranks)
-    for name, count in drops.items():
-        which, before = importance.least(name, count, min_age=min_age), layers[name].rank
+    changes = distributed.from_first(
+        plan_changes(layers, ranks, importance=importance, sketches=sketches, min_age=min_age, seed=seed)
+    )
+    for name, which in changes.drops.items():
+        importance.dropped(name, which)
         drop_slots(layers[name], which, optimizer)
-        importance.dropped(name, which, before)
     fallback = second_moment_means(layers, optimizer)
+    for name, rows in changes.rows.items():
+        for row in rows:
+            grow_slot(layers[name], row, optimizer, fallback=fallback)
+    return sum(len(which) for which in changes.drops.values())
+
+
+def plan_changes(
+    layers: Mapping[str, Slots],
+    ranks: Mapping[str, int],
+    *,
+    importance: Importance,
+    sketches: Mapping[str, Float[Tensor, "k i"]],
+    min_age: int,
+    seed: int,
+) -> Changes:
+    """The least important slots of layers that lose ranks, and new rows for those that gain."""
+    drops, grows = rank_changes({name: slots.rank for name, slots in layers.items()}, ranks)
+    rows: dict[str, Tensor] = {}
     for name, count in grows.items():
+        old = layers[name].a.detach()[: layers[name].rank].cpu()
+        new = old
         for _ in range(count):
-            slots = layers[name]
-            rows = slots.a.detach()[: slots.rank]
-            direction = new_row(rows, sketches.get(name), seed=zlib.crc32(f"{seed}:{name}:{slots.rank}".encode()))
-            grow_slot(slots, direction, optimizer, fallback=fallback)
-    return sum(drops.values())
+            row_seed = zlib.crc32(f"{seed}:{name}:{len(new)}".encode())
+            new = torch.cat([new, new_row(new, sketches.get(name), seed=row_seed)[None]])
+        rows[name] = new[len(old) :]
+    return Changes({name: importance.least(name, count, min_age=min_age) for name, count in drops.items()}, rows)
 
 
 def new_row(rows: Float[Tensor, "r i"], sketch: Float[Tensor, "k i"] | None, *, seed: int) -> Float[Tensor, " i"]:
@@ -48,17 +82,16 @@ def new_row(rows: Float[Tensor, "r i"], sketch: Float[Tensor, "k i"] | None, *, 
     The leading right singular vector of the sketch, after projecting out `rows`, at their
     mean norm; a seeded random direction where nothing is left. METHOD 4.4.
     """
-    work = torch.float64
-    basis = _row_basis(rows.to(work))
-    direction = None if sketch is None else _leading(_project_out(sketch.to(work), basis), sketch.to(work))
+    there = rows.double()
+    basis = _row_basis(there)
+    direction = None if sketch is None else _leading(sketch.to(there), basis)
     if direction is None:
         generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(1, rows.shape[1], generator=generator, dtype=work).to(rows.device)
+        noise = torch.randn(1, rows.shape[1], generator=generator, dtype=there.dtype)
         left = _project_out(noise, basis)
-        direction = (left if float(left.norm()) > 1e-6 else noise)[0]
-        direction = direction / direction.norm()
+        direction = torch.nn.functional.normalize(left if _is_left(left, noise) else noise)[0]
     # Without rows, the norm of PEFT's own initial rows: uniform on ±1/√i.
-    norm = rows.to(work).norm(dim=1).mean() if len(rows) else torch.tensor(3**-0.5, dtype=work)
+    norm = float(there.norm(dim=1).mean()) if len(rows) else 3**-0.5
     return (direction * norm).to(rows)
 
 
@@ -67,16 +100,21 @@ def _row_basis(rows: Float[Tensor, "r i"]) -> Float[Tensor, "k i"]:
     if len(rows) == 0:
         return rows
     _, values, basis = torch.linalg.svd(rows, full_matrices=False)
-    return basis[values > 1e-10 * values.max().clamp_min(1e-300)]
+    return basis[values > 1e-10 * values.max()]
 
 
 def _project_out(x: Float[Tensor, "k i"], basis: Float[Tensor, "r i"]) -> Float[Tensor, "k i"]:
     return x - (x @ basis.T) @ basis
 
 
-def _leading(left: Float[Tensor, "k i"], whole: Float[Tensor, "k i"]) -> Float[Tensor, " i"] | None:
-    """The leading right singular vector, or None where what is left is rounding noise."""
-    if not float(left.norm()) > 1e-6 * float(whole.norm()):
+def _is_left(left: Float[Tensor, "k i"], whole: Float[Tensor, "k i"]) -> bool:
+    return float(left.norm()) > NEGLIGIBLE * float(whole.norm())
+
+
+def _leading(sketch: Float[Tensor, "k i"], basis: Float[Tensor, "r i"]) -> Float[Tensor, " i"] | None:
+    """The leading right singular vector of what the basis leaves of the sketch, None if that is nothing."""
+    left = _project_out(sketch, basis)
+    if not _is_left(left, sketch):
         return None
     vector = torch.linalg.svd(left, full_matrices=False).Vh[0]
     # Either sign is right; one is chosen, so that every process and run agrees.

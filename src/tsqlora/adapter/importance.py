@@ -3,10 +3,11 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tsqlora.adapter.slots import Slots
+from tsqlora.errors import UnsupportedError
 
 BETA = 0.85
 
@@ -21,21 +22,31 @@ class Importance:
 
     def __init__(self, layers: Mapping[str, Slots]) -> None:
         self.layers = layers
-        first = next(iter(layers.values()))
-        size = (len(layers), max(s.capacity for s in layers.values()))
         self.rows = {name: row for row, name in enumerate(layers)}
-        self.mean = torch.zeros(size, device=first.a.device)
-        self.spread = torch.zeros_like(self.mean)
-        self.age = torch.zeros(size, dtype=torch.int64, device=first.a.device)
+        size = (len(layers), max(slots.capacity for slots in layers.values()))
+        device = next(iter(layers.values())).a.device
+        self.mean = torch.zeros(size, device=device)
+        self.spread = torch.zeros(size, device=device)
+        self.age = torch.zeros(size, device=device, dtype=torch.int64)
 
     def update(self) -> bool:
-        """Takes in the gradients there are now; False, and nothing changes, if one is not finite."""
+        """Takes in the gradients there are now; False, and nothing changes, if one is not finite.
+
+        Raises UnsupportedError if no slot has a gradient: whatever trains the model hides them.
+        """
         raw = torch.zeros_like(self.mean)
         active = torch.zeros_like(self.mean, dtype=torch.bool)
+        seen = False
         for row, slots in enumerate(self.layers.values()):
             active[row, : slots.rank] = True
             if slots.a.grad is not None and slots.b.grad is not None:
-                raw[row, : slots.capacity] = slot_products(slots.a, slots.b)
+                raw[row, : slots.capacity] = slot_products(slots.a, slots.a.grad, slots.b, slots.b.grad)
+                seen = True
+        if not seen:
+            raise UnsupportedError(
+                "no LoRA weight has a gradient before the optimizer's step (frozen, or kept elsewhere as DeepSpeed "
+                "does), so ranks cannot follow them; leave out RankCallback"
+            )
         total = raw.sum()
         if not torch.isfinite(total):
             return False
@@ -50,10 +61,9 @@ class Importance:
     def of(self, name: str) -> Float[Tensor, " r"]:
         """Ī·Ū of a layer's active slots; comparable between layers."""
         row, rank = self.rows[name], self.layers[name].rank
-        correction = self._correction()[row]
-        return (self.mean[row] * self.spread[row] / correction.square())[:rank]
+        return (self.mean[row] * self.spread[row] / self._correction()[row].square())[:rank]
 
-    def ages(self, name: str) -> Tensor:
+    def ages(self, name: str) -> Int[Tensor, " r"]:
         """Optimizer steps that each active slot of a layer has been through."""
         return self.age[self.rows[name], : self.layers[name].rank]
 
@@ -64,21 +74,31 @@ class Importance:
         assert all(self.ages(name)[j] >= min_age for j in order)
         return order
 
-    def dropped(self, name: str, which: Sequence[int], before: int) -> None:
-        """Moves the records as `drop_slots` moved the slots; `before` is the rank it had."""
+    def dropped(self, name: str, which: Sequence[int]) -> None:
+        """Moves the records as `drop_slots` is about to move the slots."""
         row, gone = self.rows[name], set(which)
-        kept = [j for j in range(before) if j not in gone]
-        for table in (self.mean, self.spread, self.age):
+        kept = [j for j in range(self.layers[name].rank) if j not in gone]
+        for table in self.tables().values():
             values = table[row, kept]
             table[row] = 0
             table[row, : len(kept)] = values
 
-    def _correction(self) -> Tensor:
-        return (1 - BETA ** self.age.clamp_min(1).to(self.mean.dtype)).to(self.mean)
+    def tables(self) -> dict[str, Tensor]:
+        """All there is to remember, layers × capacity each: to be saved."""
+        return {"mean": self.mean, "spread": self.spread, "age": self.age}
+
+    def restore(self, tables: Mapping[str, Tensor]) -> None:
+        """What `tables` gave for the same layers, back again."""
+        for name, table in self.tables().items():
+            table.copy_(tables[name])
+
+    def _correction(self) -> Float[Tensor, "layers capacity"]:
+        return 1 - BETA ** self.age.clamp_min(1).to(self.mean)
 
 
-def slot_products(a: torch.nn.Parameter, b: torch.nn.Parameter) -> Float[Tensor, " r"]:
-    """|Σ θ·∇θ| of each slot, over its row of A (r × i) and its column of B (o × r)."""
-    assert a.grad is not None and b.grad is not None
+def slot_products(
+    a: Float[Tensor, "r i"], grad_a: Float[Tensor, "r i"], b: Float[Tensor, "o r"], grad_b: Float[Tensor, "o r"]
+) -> Float[Tensor, " r"]:
+    """|Σ θ·∇θ| of each slot, over its row of A and its column of B."""
     with torch.no_grad():
-        return ((a * a.grad).sum(1) + (b * b.grad).sum(0)).abs().float()
+        return ((a * grad_a).sum(1) + (b * grad_b).sum(0)).abs().float()

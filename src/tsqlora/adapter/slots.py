@@ -4,15 +4,14 @@ A slot is a row of A with its column of B. A parametrisation of the two weights 
 model only the active slots, so compute follows the rank while no parameter ever changes
 shape: optimizer, schedule, gradient scaler and DDP buckets do not notice. Inactive slots
 are exactly zero, in weights and optimizer state. State dicts hold the active part only,
-under PEFT's own names, and loading one sets the rank from its shapes.
+under PEFT's own names, and loading one sets the ranks from its shapes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from jaxtyping import Float
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -45,14 +44,19 @@ class Slots:
     adapter: str
 
     @property
+    def modules(self) -> tuple[nn.Module, nn.Module]:
+        """The two linear layers whose weights are A and B."""
+        return self.layer.lora_A[self.adapter], self.layer.lora_B[self.adapter]
+
+    @property
     def a(self) -> nn.Parameter:
         """capacity × i; the active rows first, the others zero."""
-        return _full(self.layer.lora_A[self.adapter])
+        return self.modules[0].get_parameter(_FULL)
 
     @property
     def b(self) -> nn.Parameter:
         """o × capacity; the active columns first, the others zero."""
-        return _full(self.layer.lora_B[self.adapter])
+        return self.modules[1].get_parameter(_FULL)
 
     @property
     def capacity(self) -> int:
@@ -60,7 +64,7 @@ class Slots:
 
     @property
     def rank(self) -> int:
-        return _prefix(self.layer.lora_A[self.adapter]).rank
+        return _prefix(self.modules[0]).rank
 
     @property
     def scale(self) -> float:
@@ -76,10 +80,15 @@ class Slots:
         """Both parameters, each with the dimension along which its slots lie."""
         return (self.a, 0), (self.b, 1)
 
+    def paths(self) -> tuple[str, str]:
+        """What a PeftModel calls the modules of A and B."""
+        layer = f"base_model.model.{self.name}"
+        return f"{layer}.lora_A.{self.adapter}", f"{layer}.lora_B.{self.adapter}"
+
     def set_rank(self, rank: int) -> None:
         """Changes how many slots are shown; the caller keeps hidden slots at zero."""
         assert 0 <= rank <= self.capacity
-        for module in (self.layer.lora_A[self.adapter], self.layer.lora_B[self.adapter]):
+        for module in self.modules:
             _prefix(module).rank = rank
         self.layer.r[self.adapter] = rank
 
@@ -89,18 +98,23 @@ def install(model: PeftModel, ranks: Mapping[str, int], *, scale: float) -> None
 
     `ranks` names the layers as PEFT's rank_pattern does. Slots above the rank are zeroed.
     """
-    adapter = model.active_adapter
+    (adapter,) = model.active_adapters
     for name, layer in lora_layers(model).items():
         rank = ranks[name]
         for module, dim in ((layer.lora_A[adapter], 0), (layer.lora_B[adapter], 1)):
+            weight = cast(nn.Parameter, module.weight)
             with torch.no_grad():
-                module.weight.narrow(dim, rank, module.weight.shape[dim] - rank).zero_()
+                weight.narrow(dim, rank, weight.shape[dim] - rank).zero_()
             register_parametrization(module, "weight", ActivePrefix(dim, rank), unsafe=True)
-            module.register_state_dict_post_hook(_save_active)
-            module.register_load_state_dict_pre_hook(_load_active)
         layer.scaling[adapter] = scale
-    model.register_load_state_dict_post_hook(_after_load)
+    model.register_state_dict_post_hook(_save_active)
+    model.register_load_state_dict_pre_hook(_load_active)
     sync_config(model)
+
+
+def has_slots(model: nn.Module) -> bool:
+    """Whether the model was made by `wrap` and is not finalised."""
+    return any(isinstance(module, ActivePrefix) for module in model.modules())
 
 
 def find_slots(model: nn.Module) -> dict[str, Slots]:
@@ -108,17 +122,17 @@ def find_slots(model: nn.Module) -> dict[str, Slots]:
 
     Raises UnsupportedError if the model has none: it was not made by `wrap`, or is finalised.
     """
-    found: dict[str, Slots] = {}
-    for name, layer in lora_layers(model).items():
-        for adapter, module in layer.lora_A.items():
-            if is_parametrized(module, "weight"):
-                found[name] = Slots(name, layer, adapter)
-    if not found:
+    if not has_slots(model):
         raise UnsupportedError(
-            "the model has no rank slots, so its ranks cannot change; make it with tsqlora.wrap(model) "
-            "(and wrap again after finalize)"
+            "the model has no rank slots, so its ranks cannot change; make it with tsqlora.wrap(model), and train it "
+            "before finalize"
         )
-    return found
+    return {
+        name: Slots(name, layer, adapter)
+        for name, layer in lora_layers(model).items()
+        for adapter, module in layer.lora_A.items()
+        if is_parametrized(module, "weight")
+    }
 
 
 def active_ranks(model: nn.Module) -> dict[str, int]:
@@ -128,70 +142,15 @@ def active_ranks(model: nn.Module) -> dict[str, int]:
 
 def active_parameters(model: nn.Module) -> int:
     """Trainable parameters that are active: hidden slots do not count."""
-    hidden = 0
-    if any(is_parametrized(m, "weight") for m in model.modules()):
-        hidden = sum((s.capacity - s.rank) * sum(s.shape) for s in find_slots(model).values())
-    return sum(p.numel() for p in model.parameters() if p.requires_grad) - hidden
-
-
-def drop_slots(slots: Slots, which: Sequence[int], optimizer: torch.optim.Optimizer | None) -> None:
-    """Removes active slots; those kept move together, with their optimizer state, bit for bit."""
-    gone = set(which)
-    kept = [j for j in range(slots.rank) if j not in gone]
-    assert len(kept) == slots.rank - len(which)
-    order = torch.tensor(kept + sorted(gone) + list(range(slots.rank, slots.capacity)))
-    for parameter, dim in slots.matrices():
-        for tensor in _with_state(parameter, optimizer):
-            tensor.copy_(tensor.index_select(dim, order.to(tensor.device)))
-            tensor.narrow(dim, len(kept), len(gone)).zero_()
-    slots.set_rank(len(kept))
-
-
-def grow_slot(
-    slots: Slots,
-    direction: Float[Tensor, " i"],
-    optimizer: torch.optim.Optimizer | None,
-    *,
-    fallback: tuple[float, float] = (0.0, 0.0),
-) -> None:
-    """Adds one slot that leaves ΔW bit-equal: `direction` as A's row, zeros as B's column.
-
-    First moments start at zero. Second moments start at the mean of the matrix's kept slots
-    (`fallback`, of A and of B, where none is active): Adam counts steps by tensor, so zeros
-    would make the first updates several times the learning rate.
-    """
-    rank = slots.rank
-    assert rank < slots.capacity
-    with torch.no_grad():
-        slots.a[rank] = direction.to(slots.a)
-        slots.b[:, rank] = 0
-        for (parameter, dim), empty in zip(slots.matrices(), fallback, strict=True):
-            for name, state in _elementwise_state(parameter, optimizer).items():
-                new = state.select(dim, rank)
-                if name in SECOND_MOMENTS:
-                    new.copy_(state.narrow(dim, 0, rank).mean(dim) if rank else torch.full_like(new, empty))
-                else:
-                    new.zero_()
-    slots.set_rank(rank + 1)
-
-
-FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
-SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
-
-
-def second_moment_means(layers: Mapping[str, Slots], optimizer: torch.optim.Optimizer | None) -> tuple[float, float]:
-    """Mean second moment over all active slots of all A, and of all B: what a layer at rank 0 starts from."""
-    means: list[float] = []
-    for side in (0, 1):
-        active = [
-            state.narrow(side, 0, slots.rank).flatten()
-            for slots in layers.values()
-            for name, state in _elementwise_state(slots.matrices()[side][0], optimizer).items()
-            if name == "exp_avg_sq"
-        ]
-        joined = torch.cat(active) if active else torch.zeros(0)
-        means.append(float(joined.mean()) if joined.numel() else 0.0)
-    return means[0], means[1]
+    total = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    layers = find_slots(model).values() if has_slots(model) else ()
+    hidden = sum(
+        parameter.narrow(dim, slots.rank, slots.capacity - slots.rank).numel()
+        for slots in layers
+        for parameter, dim in slots.matrices()
+        if parameter.requires_grad
+    )
+    return total - hidden
 
 
 def finalize(model: PeftModel) -> PeftModel:
@@ -201,64 +160,72 @@ def finalize(model: PeftModel) -> PeftModel:
     rank 0 becomes its base layer again. The parameters are new ones: an optimizer made
     before no longer trains them. Does nothing to a model without slots.
     """
-    if not any(isinstance(m, ActivePrefix) for m in model.modules()):
+    if not has_slots(model):
         return model
-    layers = find_slots(model)
     sync_config(model)
-    for slots in layers.values():
+    for slots in find_slots(model).values():
         if slots.rank == 0:
             _restore_base(model, slots)
             continue
-        for module, features in (
-            (slots.layer.lora_A[slots.adapter], "out_features"),
-            (slots.layer.lora_B[slots.adapter], "in_features"),
-        ):
-            weight = module.weight.detach().clone(memory_format=torch.contiguous_format)
-            trains = _full(module).requires_grad
+        for module, features in zip(slots.modules, ("out_features", "in_features"), strict=True):
+            full = module.get_parameter(_FULL)
+            active = cast(Tensor, module.weight).detach().clone(memory_format=torch.contiguous_format)
             remove_parametrizations(module, "weight", leave_parametrized=False)
-            module.weight = nn.Parameter(weight, requires_grad=trains)
+            module.weight = nn.Parameter(active, requires_grad=full.requires_grad)
             setattr(module, features, slots.layer.r[slots.adapter])
+    _forget(model._state_dict_hooks, _save_active)
+    _forget(model._load_state_dict_pre_hooks, _load_active)
     return model
 
 
-def sync_config(model: nn.Module) -> None:
+def sync_config(model: PeftModel) -> None:
     """Writes the active ranks into the PEFT config: r, lora_alpha, target_modules, patterns.
 
     The scale s is the same in every layer, α_l = s·r_l, and so is lora_alpha / r = s.
     """
-    layers = find_slots(model)
-    first = next(iter(layers.values()))
-    config = model.peft_config[first.adapter]  # type: ignore[union-attr,index]
-    ranks = {name: slots.rank for name, slots in layers.items() if slots.rank > 0}
-    if not ranks:
-        raise SettingsError("every layer is at rank 0: nothing would be left of the adapter; set ranks.min to 1")
+    layers = find_slots(model).values()
+    first = next(iter(layers))
+    ranks = {slots.name: slots.rank for slots in layers}
     for key, value in adapter_config(ranks, scale=first.scale).items():
-        setattr(config, key, value)
-    for slots in layers.values():
+        setattr(model.peft_config[first.adapter], key, value)
+    for slots in layers:
         slots.layer.r[slots.adapter] = slots.rank
-        slots.layer.lora_alpha[slots.adapter] = number(slots.scale * slots.rank)
+        slots.layer.lora_alpha[slots.adapter] = _number(slots.scale * slots.rank)
 
 
 def adapter_config(ranks: Mapping[str, int], *, scale: float) -> dict[str, Any]:
     """LoraConfig's arguments for these ranks: r, lora_alpha, target_modules and the patterns.
 
-    Layers at rank 0 are left out. The longest name comes first in the patterns, since PEFT
-    takes the first that matches the end of a layer's name.
+    Layers at rank 0 are left out.  Raises SettingsError if all are.
     """
     active = {name: rank for name, rank in ranks.items() if rank > 0}
+    if not active:
+        raise SettingsError(
+            "every layer is at rank 0: nothing would be left of the adapter; raise ranks.mean or set ranks.min to 1"
+        )
     largest = max(active.values())
-    longest_first = sorted(active, key=lambda name: (-len(name), name))
-    mixed = len(set(active.values())) > 1
+    mixed = active if len(set(active.values())) > 1 else {}
     return {
         "r": largest,
-        "lora_alpha": number(scale * largest),
+        "lora_alpha": _number(scale * largest),
         "target_modules": sorted(active),
-        "rank_pattern": {name: active[name] for name in longest_first} if mixed else {},
-        "alpha_pattern": {name: number(scale * active[name]) for name in longest_first} if mixed else {},
+        "rank_pattern": {_pattern(name, active): rank for name, rank in mixed.items()},
+        "alpha_pattern": {_pattern(name, active): _number(scale * rank) for name, rank in mixed.items()},
     }
 
 
-def number(x: float) -> float | int:
+def _pattern(name: str, names: Iterable[str]) -> str:
+    """The key of a layer in PEFT's patterns, which are matched to the end of a layer's name.
+
+    Where another layer's name ends like this one, the key is tied to the name's start.
+
+    >>> _pattern("encoder.query", ["encoder.query", "vision.encoder.query"])
+    '^encoder.query'
+    """
+    return f"^{name}" if any(other.endswith(f".{name}") for other in names) else name
+
+
+def _number(x: float) -> float | int:
     """A whole number as int, as LoraConfig's fields have it; else the float."""
     return int(x) if float(x).is_integer() else x
 
@@ -269,70 +236,66 @@ def _restore_base(model: PeftModel, slots: Slots) -> None:
     setattr(base.get_submodule(parent) if parent else base, child, slots.layer.get_base_layer())
 
 
-def _full(module: nn.Module) -> nn.Parameter:
-    return module.get_parameter(_FULL)
-
-
 def _prefix(module: nn.Module) -> ActivePrefix:
     prefix = module.get_submodule("parametrizations.weight.0")
     assert isinstance(prefix, ActivePrefix)
     return prefix
 
 
-def _elementwise_state(parameter: nn.Parameter, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
-    """The optimizer's tensors that have one number for each of the parameter's.
+def _save_active(model: PeftModel, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    """After state_dict: the active part of each matrix under PEFT's own name, none for a layer at rank 0."""
+    # Whoever saves weights saves the config next.
+    sync_config(model)
+    for slots in find_slots(model).values():
+        for key, (_, dim) in zip(slots.paths(), slots.matrices(), strict=True):
+            full = state.pop(f"{prefix}{key}.{_FULL}")
+            if slots.rank > 0:
+                # A copy: safetensors refuses views into a larger storage.
+                active = full.narrow(dim, 0, slots.rank).clone(memory_format=torch.contiguous_format)
+                state[f"{prefix}{key}.weight"] = active
 
-    Raises UnsupportedError for state whose meaning is not known: it could not be kept right.
+
+def _load_active(model: PeftModel, state: dict[str, Any], prefix: str, *_rest: Any) -> None:
+    """Before load_state_dict: ranks from the shapes, weights padded with zeros to the capacity.
+
+    A layer that is not in the state dict is at rank 0, unless none is: then it is of something else.
     """
-    if optimizer is None or parameter not in optimizer.state:
-        return {}
-    state = {n: v for n, v in optimizer.state[parameter].items() if isinstance(v, Tensor) and v.dim() > 0}
-    for name, value in state.items():
-        if name not in (*FIRST_MOMENTS, *SECOND_MOMENTS) or value.shape != parameter.shape:
-            raise UnsupportedError(
-                f"the optimizer keeps '{name}' of shape {tuple(value.shape)} for a weight of shape "
-                f"{tuple(parameter.shape)}: it is not known how a rank change moves it; use AdamW, Adam or SGD"
-            )
-    return state
-
-
-def _with_state(parameter: nn.Parameter, optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
-    """The parameter's numbers, its gradient's if there is one, and the optimizer's."""
-    grads = [] if parameter.grad is None else [parameter.grad]
-    return [parameter.detach(), *grads, *_elementwise_state(parameter, optimizer).values()]
-
-
-def _save_active(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    if not is_parametrized(module, "weight"):
+    layers = find_slots(model)
+    saved = {
+        name: [state.pop(f"{prefix}{key}.weight", None) for key in slots.paths()] for name, slots in layers.items()
+    }
+    if all(a is None and b is None for a, b in saved.values()):
         return
-    part = _prefix(module)
-    full = state.pop(prefix + _FULL)
-    if part.rank > 0:
-        # A copy: safetensors refuses views into a larger storage.
-        state[prefix + "weight"] = full.narrow(part.dim, 0, part.rank).clone(memory_format=torch.contiguous_format)
+    ranks = {name: _saved_rank(slots, *saved[name]) for name, slots in layers.items()}
+    for name, slots in layers.items():
+        slots.set_rank(ranks[name])
+        for key, (parameter, dim), active in zip(slots.paths(), slots.matrices(), saved[name], strict=True):
+            padded = torch.zeros_like(parameter, requires_grad=False)
+            if active is not None:
+                padded.narrow(dim, 0, slots.rank).copy_(active)
+            state[f"{prefix}{key}.{_FULL}"] = padded
+    sync_config(model)
 
 
-def _load_active(module: nn.Module, state: dict[str, Any], prefix: str, *_rest: Any) -> None:
-    if not is_parametrized(module, "weight") or prefix + _FULL in state:
-        return
-    part, current = _prefix(module), _full(module).detach()
-    active = state.pop(prefix + "weight", None)
-    if active is None and not any(".lora_A." in key for key in state):
-        return  # a state dict of something else: no word about this adapter's ranks
-    padded = torch.zeros_like(current)
-    rank = 0
-    if active is not None:
-        rank = active.shape[part.dim]
-        if rank > current.shape[part.dim]:
-            raise SettingsError(
-                f"{prefix}weight has rank {rank}, the model's slots end at {current.shape[part.dim]}; "
-                "wrap the model with a larger max_rank"
-            )
-        padded.narrow(part.dim, 0, rank).copy_(active)
-    part.rank = rank
-    state[prefix + _FULL] = padded
+def _saved_rank(slots: Slots, a: Tensor | None, b: Tensor | None) -> int:
+    if a is None and b is None:
+        return 0
+    inputs, outputs = slots.shape
+    if a is None or b is None or a.shape[1] != inputs or b.shape != (outputs, a.shape[0]):
+        shapes = [None if part is None else tuple(part.shape) for part in (a, b)]
+        raise SettingsError(
+            f"{slots.name}: the saved lora_A and lora_B have shapes {shapes[0]} and {shapes[1]}, and the layer has "
+            f"{inputs} inputs and {outputs} outputs; load the adapter into the model that it was trained for"
+        )
+    if a.shape[0] > slots.capacity:
+        raise SettingsError(
+            f"{slots.name}: the saved rank is {a.shape[0]}, and the model's slots end at {slots.capacity}; wrap the "
+            "model with a larger max_rank"
+        )
+    return a.shape[0]
 
 
-def _after_load(model: nn.Module, _keys: Any) -> None:
-    if any(isinstance(m, ActivePrefix) for m in model.modules()):
-        sync_config(model)
+def _forget(hooks: MutableMapping[int, Any], ours: Any) -> None:
+    """Removes a function of ours from a module's hooks; torch wraps those that are given the module."""
+    for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) is ours]:
+        del hooks[key]

@@ -7,13 +7,14 @@ t·(i + o) < i·o.  METHOD section 1; the factored norm is Li et al. (2022), gho
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 
+@runtime_checkable  # for beartype, which checks annotations while tests run
 class WeightGradient(Protocol):
     """The gradient of one weight for each of n samples."""
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ Progress = Callable[[str, int, int], None]
 """Called with the phase, rows done, rows in all."""
 
 
+@runtime_checkable  # for beartype, which checks annotations while tests run
 class Dataset(Protocol):
     """What is scored: anything with a length whose rows the collator takes."""
 

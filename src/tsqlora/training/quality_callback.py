@@ -20,8 +20,12 @@ from tsqlora.quality.subset import QualitySubset
 from tsqlora.quality.terms import get_terms
 from tsqlora.tasks import Task, get_task
 from tsqlora.tasks.forward import task_of
+from tsqlora.training.checkpoint import QualityState, checkpoint_folder
 
 SCORES_FILE = "scores.parquet"
+
+EPOCH_ERROR = 1e-6
+"""The Trainer counts epochs as a float; a step is a larger part of one than this."""
 
 
 class QualityCallback(TrainerCallback):
@@ -69,9 +73,10 @@ class QualityCallback(TrainerCallback):
             raise SettingsError(f"limit is {limit}; it must be above 0 and at most 1")
         self.data = data
         self.warmup, self.limit = warmup, limit
-        self.weights = dict(weights or DEFAULT_WEIGHTS)
+        self.weights = dict(DEFAULT_WEIGHTS if weights is None else weights)
         self.terms = get_terms(tuple(terms) + tuple(name for name, weight in self.weights.items() if weight))
-        self.temperature, self.scope, self.calibration = temperature, scope, calibration
+        self.temperature, self.calibration = temperature, calibration
+        self.scope: Scope = scope
         self.reference, self.task, self.seed, self.hashes = reference, task, seed, hashes
         self.about = dict(about or {})
         self.scores_path = None if scores_path is None else Path(scores_path)
@@ -98,22 +103,26 @@ class QualityCallback(TrainerCallback):
                 f"a warm-up of {self.warmup:g} passes is {self.warmup_epochs} epochs of {len(self.data)} rows, and "
                 f"the run has {epochs:g}: no scored epoch would be left; lower quality.warmup or raise training.epochs"
             )
-        path = self._path(args)
-        self.data.awaits_scores = True
-        if state.global_step > 0 and path.exists():
-            scores = Scores.load(path)
-            if scores.record["epoch"] <= _epoch(state):
-                self._use(scores, int(scores.record["epoch"]))
+        self.data.scores, self.data.awaits_scores = None, True
+        self.attempts, self.refused, self.seconds = [], None, 0.0
+        if state.global_step > 0:
+            self._resume(QualityState.load(checkpoint_folder(args, state)), self._path(args))
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         epoch = _epoch(state)
-        if self.data.awaits_scores and epoch >= self.warmup_epochs:
+        # A run resumed in the middle of an epoch begins it again, with weights that are further on.
+        at_start = abs((state.epoch or 0) - epoch) < EPOCH_ERROR
+        if self.data.awaits_scores and epoch >= self.warmup_epochs and at_start:
             start = time.perf_counter()
             self._try_scoring(args, state, kwargs["model"], kwargs["train_dataloader"].collate_fn)
             self.seconds += time.perf_counter() - start
         self.data.set_epoch(epoch)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        scored = None if self.data.scores is None else self.data.scored_epoch
+        QualityState(scored, self.attempts, self.refused, self.seconds).save(checkpoint_folder(args, state))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -124,11 +133,27 @@ class QualityCallback(TrainerCallback):
                 f"{self.warmup_epochs} epochs; train longer, or leave out QualityCallback"
             )
 
+    def _resume(self, saved: QualityState, scores_path: Path) -> None:
+        self.attempts, self.refused, self.seconds = saved.attempts, saved.refused, saved.seconds
+        if saved.scored_epoch is not None:
+            self._use(Scores.load(scores_path), saved.scored_epoch)
+        self.data.awaits_scores = saved.scored_epoch is None and saved.refused is None
+
     def _try_scoring(self, args: TrainingArguments, state: TrainerState, model: nn.Module, collate: Any) -> None:
-        epoch = _epoch(state)
+        outcome = distributed.from_first(self._score(args, state, model, collate))
+        if isinstance(outcome, str):
+            self._not_yet(outcome, state)
+            return
+        if distributed.is_first():
+            self._path(args).parent.mkdir(parents=True, exist_ok=True)
+            outcome.save(self._path(args))
+        self._use(outcome, _epoch(state))
+
+    def _score(self, args: TrainingArguments, state: TrainerState, model: nn.Module, collate: Any) -> Scores | str:
+        """The scores, or why the model cannot give any yet."""
         lookahead = any(term.lookahead for term in self.terms.values())
         try:
-            scores = score(
+            return score(
                 model,
                 self.data.dataset,
                 collate,
@@ -144,25 +169,19 @@ class QualityCallback(TrainerCallback):
                 autocast=torch.bfloat16 if args.bf16 and not lookahead else None,
                 hashes=self.hashes,
                 progress=self.progress,
-                record={"epoch": epoch, "step": state.global_step, **self.about},
+                record={"epoch": _epoch(state), "step": state.global_step, **self.about},
             )
         except NotLearnedError as error:
-            self._not_yet(str(error), epoch, state)
-            return
-        scores = distributed.from_first(scores)
-        if distributed.is_first():
-            self._path(args).parent.mkdir(parents=True, exist_ok=True)
-            scores.save(self._path(args))
-        self._use(scores, epoch)
+            return str(error)
 
     def _use(self, scores: Scores, epoch: int) -> None:
         self.data.use(scores, epoch)
         self.data.awaits_scores = False
 
-    def _not_yet(self, why: str, epoch: int, state: TrainerState) -> None:
+    def _not_yet(self, why: str, state: TrainerState) -> None:
         self.attempts.append(why)
         last = state.num_train_epochs - 1
-        if epoch >= min(self.limit * state.num_train_epochs, last):
+        if _epoch(state) >= min(self.limit * state.num_train_epochs, last):
             self.refused = why
             self.data.awaits_scores = False
             warnings.warn(f"no quality sampling in this run, random draws go on: {why}", stacklevel=2)
@@ -179,4 +198,4 @@ class QualityCallback(TrainerCallback):
 
 def _epoch(state: TrainerState) -> int:
     """The epoch that is under way or about to begin."""
-    return int((state.epoch or 0) + 1e-6)
+    return int((state.epoch or 0) + EPOCH_ERROR)

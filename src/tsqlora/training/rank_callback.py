@@ -6,7 +6,6 @@ warm-up ── start: ranks from the quality sample ── adjust every Δ steps
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from tsqlora.adapter.change import change_ranks
 from tsqlora.adapter.importance import Importance
+from tsqlora.adapter.resize import moments
 from tsqlora.adapter.slots import finalize, find_slots, sync_config
-from tsqlora.errors import SettingsError, TsqLoraError
+from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.gradients.sites import lora_layers
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.ranks.allocate import Sensitivity, allocate
@@ -26,7 +26,8 @@ from tsqlora.ranks.budget import caps, costs, used
 from tsqlora.ranks.events import RankEvent
 from tsqlora.ranks.policies import Policy, get_policy
 from tsqlora.ranks.schedule import adjustment_steps, moves_allowed
-from tsqlora.sensitivity import Estimator, Probe, get_estimator, probe_pass
+from tsqlora.probe import Estimator, Probe, get_estimator, probe_pass
+from tsqlora.training.checkpoint import RankState, checkpoint_folder
 
 
 class RankCallback(TrainerCallback):
@@ -47,8 +48,9 @@ class RankCallback(TrainerCallback):
         samples: rows of the quality sample on which the first ranks are measured.
         finalize: leave a plain PEFT model; False keeps the slots for further training.
 
-    `events` tells every decision, `final` the ranks at the end, `seconds` what measuring and changing cost beside the steps'
-    own backward. The maximum rank is what the model was wrapped with.
+    `events` tells every decision, `final` the ranks at the end, `seconds` what measuring and
+    changing cost beside the steps' own backward. The maximum rank is what the model was
+    wrapped with. All of it is saved in the Trainer's checkpoints, so that runs resume.
     """
 
     def __init__(
@@ -77,18 +79,25 @@ class RankCallback(TrainerCallback):
         self.seconds = 0.0
         self._watching: AbstractContextManager[Any] | None = None
         self._probe: Probe | None = None
+        self._postponed = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        _require_visible_backward(args)
+        self._stop_watching()  # an attempt that failed may have left it open
+        self._probe, self._postponed = None, False
         self.layers = find_slots(kwargs["model"])
         self.shapes = {name: slots.shape for name, slots in self.layers.items()}
-        ranks = self._ranks()
         # Whatever the model has now is the budget: as many parameters at every later step.
-        self.budget = used(ranks, self.shapes)
-        self.mean_rank = Fraction(self.budget, sum(costs(self.shapes).values()))
-        self.capacity = max(slots.capacity for slots in self.layers.values())
+        self.budget = used(self._ranks(), self.shapes)
+        self.events, self.started, self.seconds = [], False, 0.0
         self.importance = Importance(self.layers)
+        self.interval_steps = max(10, state.max_steps // 20) if self.interval is None else self.interval
+        if state.global_step > 0:
+            self._resume(RankState.load(checkpoint_folder(args, state)))
+        self.mean_rank = self.budget / sum(costs(self.shapes).values())
+        self.capacity = max(slots.capacity for slots in self.layers.values())
         self.steps = self._schedule(state.max_steps)
         self._target(dict.fromkeys(self.layers, 1.0))  # bad bounds are told before training
 
@@ -96,21 +105,33 @@ class RankCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         data = kwargs["train_dataloader"].dataset
-        if not self.started and isinstance(data, QualitySubset) and data.scores is not None:
-            self._start(args, state, data, **kwargs)
-        if self._waits(data) or state.global_step + 1 not in self.steps:
-            return
-        self._probe = Probe(lora_layers(kwargs["model"]), self.estimator, self.seed + state.global_step)
-        self._watching = self._probe.watch(kwargs["model"])
-        self._watching.__enter__()
+        if isinstance(data, QualitySubset):
+            if data.awaits_scores:
+                return  # scoring will set the ranks; until then they stay
+            if data.scores is not None and not self.started:
+                self._start(args, state, data, **kwargs)
+        step = state.global_step + 1
+        if step in self.steps or (self._postponed and step < self.steps.stop):
+            self._probe = Probe(lora_layers(kwargs["model"]), self.estimator, self.seed + state.global_step)
+            self._watching = self._probe.watch(kwargs["model"])
+            self._watching.__enter__()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.importance.update()
+        finite = self.importance.update()
         self._stop_watching()
+        # A step whose gradients overflowed is skipped, and says nothing about ranks either.
+        self._postponed = self._probe is not None and not finite
+        if self._postponed:
+            self._probe = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            # Its state is known from now on: an optimizer that cannot be served is told at once.
+            for slots in self.layers.values():
+                for parameter, _ in slots.matrices():
+                    moments(parameter, kwargs["optimizer"])
         if self._probe is None:
             return
         probe, self._probe = self._probe, None
@@ -130,6 +151,17 @@ class RankCallback(TrainerCallback):
         self._change("adjustment", state.global_step, probe, measured, target, ranks, kwargs["optimizer"])
         self.seconds += time.perf_counter() - start
 
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        RankState(
+            layers=list(self.layers),
+            importance=self.importance.tables(),
+            events=self.events,
+            started=self.started,
+            budget=self.budget,
+            interval=self.interval_steps,
+            seconds=self.seconds,
+        ).save(checkpoint_folder(args, state))
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -146,8 +178,18 @@ class RankCallback(TrainerCallback):
         if self.finalize:
             finalize(model)
 
+    def _resume(self, saved: RankState) -> None:
+        before = (saved.layers, saved.importance["mean"].shape[1], saved.interval)
+        if before != (list(self.layers), self.importance.mean.shape[1], self.interval_steps):
+            raise SettingsError(
+                "the checkpoint is of a run with other layers, ranks.max or ranks.interval; resume with the settings "
+                "that the run was begun with"
+            )
+        self.importance.restore(saved.importance)
+        self.events, self.started = saved.events, saved.started
+        self.budget, self.seconds = saved.budget, saved.seconds
+
     def _schedule(self, total: int) -> range:
-        self.interval_steps = max(10, total // 20) if self.interval is None else self.interval
         if self.policy is get_policy("fixed"):
             return range(0)
         steps = adjustment_steps(total, interval=self.interval_steps, warmup=self.warmup, freeze=self.freeze)
@@ -157,10 +199,6 @@ class RankCallback(TrainerCallback):
                 f"{self.warmup:g} and ranks.freeze {self.freeze:g}; lower them, train longer, or use ranks.policy fixed"
             )
         return steps
-
-    def _waits(self, data: Any) -> bool:
-        """While scoring is still to come, ranks stay: it will set them."""
-        return isinstance(data, QualitySubset) and data.awaits_scores
 
     def _start(self, args: TrainingArguments, state: TrainerState, data: QualitySubset, **kwargs: Any) -> None:
         """The first ranks, from sensitivities on the quality sample: METHOD section 2."""
@@ -191,7 +229,7 @@ class RankCallback(TrainerCallback):
         ranks: Mapping[str, int],
         optimizer: torch.optim.Optimizer,
     ) -> None:
-        """Carries out a decision and writes it down."""
+        """Carries out a decision and writes it down, sensitivities as shares of their sum."""
         moved = change_ranks(
             self.layers,
             ranks,
@@ -202,13 +240,16 @@ class RankCallback(TrainerCallback):
             seed=self.seed + step,
         )
         spent = used(self._ranks(), self.shapes)
-        assert self._ranks() == ranks and spent <= self.budget
-        self.events.append(RankEvent(step, reason, ranks, target, measured.values, moved, spent, self.budget))
+        assert self._ranks() == ranks
+        assert spent <= self.budget
+        total = sum(measured.values.values()) or 1.0
+        shares = {name: value / total for name, value in measured.values.items()}
+        self.events.append(RankEvent(step, reason, ranks, target, shares, moved, spent, self.budget))
 
     def _target(self, values: Mapping[str, float]) -> dict[str, int]:
         return allocate(
             Sensitivity(values, self.shapes, "target", 0),
-            mean_rank=self.mean_rank,  # type: ignore[arg-type]  (a Fraction is exact)
+            mean_rank=self.mean_rank,
             min_rank=self.min_rank,
             max_rank=self.capacity,
             gamma=self.gamma,
@@ -224,3 +265,11 @@ class RankCallback(TrainerCallback):
         if self._watching is not None:
             watching, self._watching = self._watching, None
             watching.__exit__(None, None, None)
+
+
+def _require_visible_backward(args: TrainingArguments) -> None:
+    """Refuses what would hide a step's backward pass from the probe."""
+    if args.torch_compile:
+        raise UnsupportedError("training.torch_compile hides the layers from RankCallback; set it to false")
+    if args.n_gpu > 1:
+        raise UnsupportedError(f"{args.n_gpu} GPUs in one process copy the model at each step; use accelerate launch")

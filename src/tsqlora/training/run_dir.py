@@ -15,14 +15,19 @@ LOCK_FILE = "run.lock"
 
 
 @contextmanager
-def locked(run: Path) -> Iterator[None]:
-    """Holds the run's lock, which dies with the process.
+def locked(run: Path, *, resume: bool = False) -> Iterator[None]:
+    """Makes the directory and holds its lock, which dies with the process.
 
-    Raises SettingsError where another process holds it, or the directory cannot be made.
+    Raises SettingsError where another process holds it, where the directory cannot be made,
+    and as `require_free` does.
     """
+    # Nothing is written into a directory of something else, not even the lock.
+    if not (run / LOCK_FILE).exists():
+        require_free(run, resume=resume)
     try:
         run.mkdir(parents=True, exist_ok=True)
-        file = open(run / LOCK_FILE, "w")  # noqa: SIM115  (closed below; closing gives the lock back)
+        # "a": a finished run's lock is not even touched.
+        file = open(run / LOCK_FILE, "a")  # noqa: SIM115  (closed below; closing gives the lock back)
     except OSError as error:
         raise SettingsError(f"--out {run} cannot be written ({error.strerror}); name another directory") from None
     with file:
@@ -30,14 +35,17 @@ def locked(run: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise SettingsError(f"another process is training into {run}; wait for it, or name another --out") from None
+        require_free(run, resume=resume)
         yield
 
 
-def require_free(run: Path) -> None:
-    """Raises SettingsError if the directory holds a run, or files of something else."""
-    if (run / CONFIG_FILE).exists() or (run / RECORD_FILE).exists():
-        raise SettingsError(f"{run} holds another run; give --resume to continue it, or name another --out")
-    strangers = sorted(path.name for path in run.iterdir() if path.name != LOCK_FILE) if run.is_dir() else []
+def require_free(run: Path, *, resume: bool = False) -> None:
+    """Raises SettingsError if the directory holds a run that is not to be resumed, or something else."""
+    if (run / CONFIG_FILE).exists():
+        if not resume:
+            raise SettingsError(f"{run} holds another run; give --resume to continue it, or name another --out")
+        return
+    strangers = sorted(path.name for path in run.iterdir() if not _left_before_the_start(path)) if run.is_dir() else []
     if strangers:
         raise SettingsError(f"{run} is not empty ({strangers[0]}); name another --out")
 
@@ -46,3 +54,8 @@ def last_checkpoint(run: Path) -> Path | None:
     """The checkpoint with the most steps, if there is one."""
     found = [path for path in (run / CHECKPOINT_DIR).glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
     return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def _left_before_the_start(path: Path) -> bool:
+    """Whether a run that failed before its first step leaves this behind."""
+    return path.name == LOCK_FILE or (path.name == CHECKPOINT_DIR and not any(path.iterdir()))

@@ -5,10 +5,10 @@ the quality sample, or a training step's.
 """
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tsqlora import distributed
 from tsqlora.errors import SettingsError, UnsupportedError, nearest
-from tsqlora.gradients.capture import capture
+from tsqlora.gradients.capture import Capture, capture
 from tsqlora.gradients.ghost import Factored, wide
 from tsqlora.gradients.quiet import quiet
 from tsqlora.gradients.sites import Site, effective_weight, lora_layers
@@ -39,22 +39,26 @@ def weight_times_gradient(a: Float[Tensor, "n t i"], b: Float[Tensor, "n t o"], 
 
     The absolute value is taken per sample, so the number adds up over batches and processes.
     """
-    weight = effective_weight(layer).abs().to(wide(b).dtype).flatten()
+    weight = effective_weight(layer).abs().to(wide(b)).flatten()
     return _over_chunks(a, b, lambda grads: (grads.abs().flatten(1) @ weight).sum()) / weight.numel()
 
 
 def fisher(a: Float[Tensor, "n t i"], b: Float[Tensor, "n t o"], layer: LoraLayer) -> Tensor:
     """Σ over samples of mean (∇W ℓ)²; by ghost norms."""
-    return Factored(a.to(b.dtype), b).norm_sq().sum() / (a.shape[2] * b.shape[2])
+    b = wide(b)
+    return Factored(a.to(b), b).norm_sq().sum() / (a.shape[2] * b.shape[2])
 
 
 def adapter_only(a: Float[Tensor, "n t i"], b: Float[Tensor, "n t o"], layer: LoraLayer) -> Tensor:
-    """Σ over samples of mean |θ ⊙ ∇θ ℓ| over the entries of A and B."""
-    total, entries = torch.zeros((), dtype=wide(b).dtype, device=b.device), 0
+    """Σ over samples of mean |θ ⊙ ∇θ ℓ| over the entries of A and B; dropout before A is left out."""
+    b = wide(b)
+    a = a.to(b)
+    total, entries = b.new_zeros(()), 0
     for adapter in layer.active_adapters:
-        down, up, scale = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter]
-        a, b = a.to(down.dtype), b.to(down.dtype)
-        total = total + (scale * (b @ up).mT @ a * down).abs().sum() + (scale * b.mT @ (a @ down.T) * up).abs().sum()
+        down, up = (cast(Tensor, part[adapter].weight).to(b) for part in (layer.lora_A, layer.lora_B))
+        by_down = (b @ up).mT @ a * down
+        by_up = b.mT @ (a @ down.T) * up
+        total = total + layer.scaling[adapter] * (by_down.abs().sum() + by_up.abs().sum())
         entries += down.numel() + up.numel()
     return total / max(entries, 1)
 
@@ -65,8 +69,10 @@ def uniform(a: Float[Tensor, "n t i"], b: Float[Tensor, "n t o"], layer: LoraLay
 
 
 def random(a: Float[Tensor, "n t i"], b: Float[Tensor, "n t o"], layer: LoraLayer) -> Tensor:
-    """Log-normal noise, drawn anew at each batch from the global generator: the control."""
-    return torch.randn((), device=b.device).exp() * len(a)
+    """Log-normal noise that says nothing, seeded by the gradient's own bits: the control."""
+    seed = zlib.crc32(b.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    noise = torch.randn((), generator=torch.Generator().manual_seed(seed))
+    return (noise.exp() * len(a)).to(b.device)
 
 
 ESTIMATORS: dict[str, Estimator] = {
@@ -94,42 +100,46 @@ class Probe:
     layers: Mapping[str, LoraLayer]
     estimator: str | Estimator
     seed: int = 0
-    samples: int = 0
+    samples: dict[str, int] = field(default_factory=dict)
     totals: dict[str, Tensor] = field(default_factory=dict)
     sketches: dict[str, Tensor] = field(default_factory=dict)
 
-    def watch(self, model: nn.Module) -> AbstractContextManager[Any]:
+    def watch(self, model: nn.Module) -> AbstractContextManager[Capture]:
         """While open, every backward of `model` is added."""
-        sites = {name: Site(name, (layer,), True, False) for name, layer in self.layers.items()}
+        sites = {name: Site(name, (cast(nn.Module, layer),), True, False) for name, layer in self.layers.items()}
         return capture(model, sites, self._add)
 
     def sensitivity(self) -> Sensitivity:
-        """The mean over the samples seen, on all processes."""
+        """The mean over the samples seen, on all processes; a layer that was not used has 0."""
         if not self.totals:
             raise UnsupportedError("no backward pass went through the LoRA layers while they were probed")
-        names = list(self.layers)
         zero = torch.zeros((), device=next(iter(self.totals.values())).device)
-        values = distributed.summed(torch.stack([self.totals.get(n, zero).double() for n in names]))
-        samples = int(distributed.summed(torch.tensor(self.samples, device=zero.device)))
+        values = distributed.summed(torch.stack([self.totals.get(name, zero).double() for name in self.layers]))
+        # Not every layer need be used in every pass; one that always is has seen them all.
+        samples = int(distributed.summed(torch.tensor(max(self.samples.values()), device=zero.device)))
+        estimator = self.estimator if isinstance(self.estimator, str) else getattr(self.estimator, "__name__", "custom")
         return Sensitivity(
-            values={n: float(v) / samples for n, v in zip(names, values, strict=True)},
-            shapes={n: (layer.in_features, layer.out_features) for n, layer in self.layers.items()},
-            estimator=self.estimator if isinstance(self.estimator, str) else self.estimator.__name__,
-            samples=samples,
+            {name: float(value) / samples for name, value in zip(self.layers, values, strict=True)},
+            {name: _shape(layer) for name, layer in self.layers.items()},
+            estimator,
+            samples,
         )
 
     def directions(self) -> dict[str, Float[Tensor, "k i"]]:
-        """Ω ∇W of each layer that was seen, summed over samples and processes; Ω is k × o."""
-        return {name: distributed.summed(sketch) for name, sketch in self.sketches.items()}
+        """Ω ∇W of each layer, summed over samples and processes; Ω is k × o."""
+        device = next(iter(self.sketches.values())).device
+        unseen = {
+            name: torch.zeros(SKETCH_ROWS, _shape(layer)[0], device=device) for name, layer in self.layers.items()
+        }
+        return {name: distributed.summed(self.sketches.get(name, zeros)) for name, zeros in unseen.items()}
 
     def _add(self, name: str, a: Tensor, b: Tensor) -> None:
-        if name == next(iter(self.layers)):
-            self.samples += len(a)
         number = get_estimator(self.estimator)(a, b, self.layers[name])
-        self.totals[name] = self.totals[name] + number if name in self.totals else number
-        omega = _omega(name, self.seed, b.shape[2]).to(device=b.device, dtype=wide(b).dtype)
-        sketch = (wide(b).flatten(0, 1) @ omega.T).T @ a.flatten(0, 1).to(omega.dtype)
-        self.sketches[name] = self.sketches[name] + sketch if name in self.sketches else sketch
+        omega = _omega(name, self.seed, b.shape[2]).to(wide(b))
+        sketch = omega @ wide(b).flatten(0, 1).T @ a.flatten(0, 1).to(omega)
+        self.samples[name] = self.samples.get(name, 0) + len(a)
+        self.totals[name] = self.totals.get(name, 0) + number
+        self.sketches[name] = self.sketches.get(name, 0) + sketch
 
 
 def sensitivity(
@@ -178,23 +188,31 @@ def probe_pass(
     if not layers:
         raise UnsupportedError("the model has no LoRA layers to measure; make it with tsqlora.wrap(model)")
     get_estimator(estimator)
+    if len(dataset) == 0:
+        raise SettingsError("there are no rows to measure sensitivity on")
     loss = (task or task_of(model)).loss
     probe = Probe(layers, estimator, seed)
     device = next(model.parameters()).device
-    precision = nullcontext() if autocast is None else torch.autocast(device.type, dtype=autocast)
-    rows: Sequence[Any] = [dataset[j] for j in range(len(dataset))]
-    with quiet(model), precision, torch.enable_grad(), probe.watch(model):
-        for start in range(0, len(rows), batch_size):
-            inputs, labels = split_labels(collate(list(rows[start : start + batch_size])), device)
-            losses = loss(model_logits(model, inputs), labels)
-            torch.autograd.grad(losses.sum(), [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+    with quiet(model), torch.enable_grad(), probe.watch(model) as tap:
+        for start in range(0, len(dataset), batch_size):
+            rows = [dataset[j] for j in range(start, min(start + batch_size, len(dataset)))]
+            inputs, labels = split_labels(collate(rows), device)
+            with nullcontext() if autocast is None else torch.autocast(device.type, dtype=autocast):
+                losses = loss(model_logits(model, inputs), labels)
+            # Summed, not averaged: a sample's gradient must not depend on its batch.
+            torch.autograd.grad(losses.sum(), [tap.anchor], allow_unused=True)
     return probe
+
+
+def _shape(layer: LoraLayer) -> tuple[int, int]:
+    return cast(int, layer.in_features), cast(int, layer.out_features)
 
 
 def _over_chunks(a: Tensor, b: Tensor, number: Callable[[Tensor], Tensor]) -> Tensor:
     """Sum of `number(per-sample gradients)` over chunks small enough to stay in the cache."""
     step = max(1, CHUNK // (a.shape[2] * b.shape[2]))
-    a, b = wide(a).to(wide(b).dtype), wide(b)
+    b = wide(b)
+    a = a.to(b)
     parts = [number(b[k : k + step].mT @ a[k : k + step]) for k in range(0, len(a), step)]
     return torch.stack(parts).sum()
 

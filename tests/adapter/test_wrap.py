@@ -1,0 +1,181 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import collate, samples, tiny_bert, tiny_llama_classifier
+from peft import LoraConfig, TaskType, get_peft_model
+from scoring import logits_of
+from slotted import assert_hidden_are_zero, wrapped
+from torch import nn
+
+import tsqlora as tsq
+from tsqlora.adapter.slots import find_slots
+from tsqlora.ranks.budget import budget, used
+
+ROWS = samples(5, 3)
+
+
+def layer_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    return {name: slots.shape for name, slots in find_slots(model).items()}
+
+
+@given(mean=st.integers(1, 8))
+def test_ranks_are_uniform_at_an_integer_mean(mean: int) -> None:
+    model = tsq.wrap(tiny_bert(), mean_rank=mean)
+    assert set(tsq.active_ranks(model).values()) == {mean}
+    assert {slots.capacity for slots in find_slots(model).values()} == {2 * mean}
+
+
+@given(mean=st.floats(0.2, 7.9))
+def test_a_fractional_mean_spends_its_budget_on_the_integers_next_to_it(mean: float) -> None:
+    model = tsq.wrap(tiny_llama_classifier(), mean_rank=mean, max_rank=8)
+    ranks, shapes = tsq.active_ranks(model), layer_shapes(model)
+    whole = int(mean)
+    assert set(ranks.values()) <= {whole, whole + 1}
+    left = budget(mean, shapes) - used(ranks, shapes)
+    assert 0 <= left
+    assert all(left < sum(shapes[name]) for name, rank in ranks.items() if rank < 8)
+
+
+def test_ranks_stay_within_a_narrow_layers_own_size() -> None:
+    model = tsq.wrap(nn.Sequential(nn.Linear(12, 3), nn.Linear(3, 12)), mean_rank=8, target_modules=["0", "1"])
+    assert tsq.active_ranks(model) == {"0": 3, "1": 3}
+
+
+def test_inactive_slots_are_exactly_zero() -> None:
+    model = wrapped(mean_rank=2.5, max_rank=7)
+    assert_hidden_are_zero(model)
+    model(**collate(ROWS)).loss.backward()
+    assert_hidden_are_zero(model)
+
+
+@pytest.mark.parametrize(("mean", "alpha"), [(4, 16), (2.5, 3), (8, 1)])
+def test_the_scale_is_alpha_over_the_mean_in_every_layer(mean: float, alpha: float) -> None:
+    model = tsq.wrap(tiny_bert(), mean_rank=mean, alpha=alpha)
+    assert {slots.scale for slots in find_slots(model).values()} == {alpha / mean}
+
+
+def test_the_scale_is_two_by_default() -> None:
+    assert {slots.scale for slots in find_slots(tsq.wrap(tiny_bert())).values()} == {2.0}
+
+
+def test_a_fresh_model_computes_what_its_base_does() -> None:
+    base = tiny_bert().eval()
+    before = logits_of(base, ROWS)
+    assert torch.equal(logits_of(tsq.wrap(base), ROWS), before)
+
+
+def test_the_forward_is_that_of_plain_lora_with_the_same_active_weights() -> None:
+    model = wrapped(mean_rank=3, alpha=7)
+    config = LoraConfig(r=3, lora_alpha=7, target_modules="all-linear", task_type=TaskType.SEQ_CLS)
+    plain = get_peft_model(tiny_bert(), config).double()
+    for name, slots in find_slots(model).items():
+        layer = plain.get_base_model().get_submodule(name)
+        layer.lora_A["default"].weight.data = slots.a.detach()[:3].clone()
+        layer.lora_B["default"].weight.data = slots.b.detach()[:, :3].clone()
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if "modules_to_save" in k}, strict=False)
+    assert torch.equal(logits_of(model, ROWS), logits_of(plain, ROWS))
+
+
+def test_a_lora_config_is_taken_instead_and_left_alone() -> None:
+    config = LoraConfig(r=3, lora_alpha=12, lora_dropout=0.25, target_modules=["query", "value"], bias="lora_only")
+    before = config.to_dict()
+    model = tsq.wrap(tiny_bert(), config=config, max_rank=5)
+    layers = find_slots(model)
+    assert len(layers) == 4
+    assert {(s.rank, s.capacity, s.scale, s.layer.lora_dropout["default"].p) for s in layers.values()} == {
+        (3, 5, 4.0, 0.25)
+    }
+    assert config.to_dict() == before
+
+
+def test_the_head_of_a_classifier_trains() -> None:
+    model = tsq.wrap(tiny_bert(), mean_rank=2)
+    others = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
+    assert others == {
+        f"base_model.model.classifier.modules_to_save.default.{part}" for part in ("weight", "bias")
+    }
+
+
+def test_modules_to_save_train_whole_and_get_no_lora() -> None:
+    model = tsq.wrap(tiny_bert(), mean_rank=2, modules_to_save=["bert.pooler.dense"])
+    assert "bert.pooler.dense" not in tsq.active_ranks(model)
+    assert any("pooler.dense.modules_to_save" in name for name, p in model.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"use_dora": True},
+        {"use_rslora": True},
+        {"lora_bias": True},
+        {"rank_pattern": {"query": 3}},
+        {"alpha_pattern": {"query": 3}},
+        {"layer_replication": [(0, 1)]},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "orthogonal"},
+        {"init_lora_weights": "gaussian"},
+    ],
+    ids=lambda option: next(iter(option)),
+)
+def test_what_is_not_plain_lora_is_refused_by_name(option: dict[str, object]) -> None:
+    model = tiny_bert()
+    with pytest.raises(tsq.UnsupportedError, match=rf"LoraConfig\({next(iter(option))}=.*leave it out"):
+        tsq.wrap(model, config=LoraConfig(**option))  # type: ignore[arg-type]
+    assert not any("lora" in name for name, _ in model.named_modules())
+
+
+@pytest.mark.parametrize("config", [None, LoraConfig(target_modules=["kwery"])])
+def test_targets_that_match_nothing_are_an_error_with_their_name(config: LoraConfig | None) -> None:
+    options = {"target_modules": ["kwery"]} if config is None else {"config": config}
+    with pytest.raises(tsq.SettingsError, match=r"^adapter\.target_modules kwery: "):
+        tsq.wrap(tiny_bert(), **options)  # type: ignore[arg-type]
+
+
+def test_a_model_without_linear_layers_is_an_error() -> None:
+    with pytest.raises(tsq.SettingsError, match=r"^adapter\.target_modules all-linear: "):
+        tsq.wrap(nn.Sequential(nn.ReLU()))
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"mean_rank": 0}, "ranks.mean is 0; it must be above 0"),
+        ({"mean_rank": -1}, "ranks.mean is -1; it must be above 0"),
+        ({"mean_rank": 9, "max_rank": 8}, "ranks.mean is 9; it must be above 0 and at most ranks.max, 8"),
+        ({"mean_rank": 0.001}, "every layer is at rank 0: nothing would be left of the adapter"),
+        ({"config": LoraConfig(r=4), "mean_rank": 4}, r"wrap takes config=LoraConfig\(...\) instead of mean_rank"),
+        ({"config": LoraConfig(r=4), "dropout": 0.1}, r"wrap takes config=LoraConfig\(...\) instead of mean_rank"),
+    ],
+)
+def test_bad_options_are_told(options: dict[str, object], text: str) -> None:
+    with pytest.raises(tsq.SettingsError, match=text):
+        tsq.wrap(tiny_bert(), **options)  # type: ignore[arg-type]
+
+
+def test_a_model_that_has_an_adapter_is_refused() -> None:
+    with pytest.raises(tsq.UnsupportedError, match="has an adapter already; merge it first"):
+        tsq.wrap(tsq.finalize(tsq.wrap(tiny_bert())))
+
+
+def test_layers_that_are_not_linear_are_refused_by_name() -> None:
+    with pytest.raises(tsq.UnsupportedError, match="word_embeddings is LoRA over Embedding"):
+        tsq.wrap(tiny_bert(), target_modules=["word_embeddings"])
+
+
+def test_active_parameters_are_those_of_plain_lora_of_the_same_ranks() -> None:
+    for mean in (2, 2.5):
+        model = wrapped(mean_rank=mean)
+        head = 16 * 3 + 3
+        assert tsq.active_parameters(model) == used(tsq.active_ranks(model), layer_shapes(model)) + head
+    plain = tsq.finalize(wrapped(mean_rank=2))
+    assert tsq.active_parameters(plain) == plain.get_nb_trainable_parameters()[0]
+    assert tsq.active_parameters(nn.Linear(3, 2)) == 8
+
+
+def test_frozen_slots_do_not_count() -> None:
+    model = wrapped(mean_rank=2)
+    before = tsq.active_parameters(model)
+    slots = find_slots(model)["bert.pooler.dense"]
+    slots.a.requires_grad_(False)
+    assert tsq.active_parameters(model) == before - 2 * 16

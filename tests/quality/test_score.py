@@ -1,0 +1,450 @@
+"""Scores against the slow twin: one sample at a time, every parameter really stepped."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import collate, lora, samples, tiny_bert, tiny_llama_classifier
+from peft import PeftModel
+from scoring import (
+    assert_agree,
+    assert_unchanged,
+    cross_entropy,
+    fingerprint,
+    logits_of,
+    slow,
+    slow_offsets,
+    squared_error,
+    teach,
+)
+from torch import Tensor, nn
+
+import tsqlora as tsq
+from tsqlora.adapter.slots import find_slots
+from tsqlora.errors import NotLearnedError, SettingsError, TsqLoraError, UnsupportedError
+from tsqlora.quality.terms import TERMS, Measured, Term
+from tsqlora.tasks.classification import Classification
+
+Rows = list[dict[str, Any]]
+N = 14
+REFERENCE = [0, 3, 4, 6, 8, 9, 12]
+ALL_TERMS = ("gradient_norm", "loss_reduction", "convergence")
+
+
+def adapted(build: Callable[..., Any] = tiny_bert, **options: Any) -> tuple[PeftModel, Rows]:
+    """A LoRA model with a trained head, and rows that it has learned."""
+    labels = options.get("num_labels", 3)
+    model = lora(build(**options))
+    rows = samples(N, labels, regression=labels == 1)
+    teach(model, rows)
+    return model, rows
+
+
+def slotted(dtype: torch.dtype = torch.float64) -> tuple[PeftModel, Rows]:
+    """A model of `wrap` whose layers have ranks 0 to 4, at capacity 6."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = tsq.wrap(tiny_bert(dtype=dtype), mean_rank=3, dropout=0.1, modules_to_save=["classifier"])
+        for j, slots in enumerate(find_slots(model).values()):
+            with torch.no_grad():
+                slots.b.normal_(std=0.1)
+                slots.a[j % 5 :] = 0
+                slots.b[:, j % 5 :] = 0
+            slots.set_rank(j % 5)
+    rows = samples(N, 3)
+    teach(model, rows)
+    return model, rows
+
+
+def score(model: nn.Module, rows: Rows, **options: Any) -> tsq.Scores:
+    return tsq.score(model, rows, collate, **{"reference": REFERENCE, "batch_size": 4} | options)
+
+
+# --- the twin -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", ["adapter", "full"])
+@pytest.mark.parametrize("calibration", [True, False])
+@pytest.mark.parametrize("make", [adapted, slotted])
+def test_scores_of_a_classifier_are_the_twins(
+    make: Callable[[], tuple[PeftModel, Rows]], calibration: bool, scope: str
+) -> None:
+    model, rows = make()
+    offsets = slow_offsets(model, [rows[j] for j in REFERENCE]) if calibration else None
+
+    scores = score(model, rows, scope=scope, calibration=calibration)
+
+    assert_agree(scores, slow(model, rows, REFERENCE, scope=scope, offsets=offsets))
+    np.testing.assert_allclose(scores.record["offsets"], np.zeros(3) if offsets is None else offsets, atol=1e-6)
+
+
+@pytest.mark.parametrize("scope", ["adapter", "full"])
+@pytest.mark.parametrize("calibration", [True, False])
+def test_scores_of_a_regression_are_the_twins(calibration: bool, scope: str) -> None:
+    model, rows = adapted(num_labels=1)
+    labels = torch.tensor([rows[j]["labels"] for j in REFERENCE], dtype=torch.float32)
+    lean = (labels.double() - logits_of(model, [rows[j] for j in REFERENCE])[:, 0]).mean().reshape(1)
+
+    scores = score(model, rows, scope=scope, calibration=calibration)
+
+    offsets = lean if calibration else None
+    if scope == "adapter":
+        assert_agree(scores, slow(model, rows, REFERENCE, offsets=offsets, loss=squared_error))
+    np.testing.assert_allclose(scores.record["offsets"], lean if calibration else [0.0], rtol=1e-9)
+    assert scores.strata is None
+
+
+def test_a_row_outside_the_reference_keeps_the_whole_mean_and_one_inside_does_not() -> None:
+    model, rows = adapted()
+    inside, outside = score(model, rows), score(model, rows, reference=[rows[j] for j in REFERENCE])
+    others = [j for j in range(N) if j not in REFERENCE]
+
+    np.testing.assert_allclose(inside.terms["convergence"][others], outside.terms["convergence"][others], rtol=1e-9)
+    m = len(REFERENCE)
+    dot = outside.terms["convergence"][REFERENCE] * outside.record["reference_norm"]
+    own = (dot - outside.terms["gradient_norm"][REFERENCE] ** 2 / m) * m / (m - 1)
+    np.testing.assert_allclose(inside.terms["convergence"][REFERENCE], own / outside.record["reference_norm"], rtol=1e-9)
+    assert inside.record["reference"] == REFERENCE
+    assert outside.record["reference"] == []
+
+
+def test_a_reference_of_other_samples_is_the_twins() -> None:
+    model, rows = adapted()
+    kept, other = rows[:9], rows[9:]
+    offsets = slow_offsets(model, other)
+
+    scores = score(model, kept, reference=other)
+
+    assert_agree(scores, slow(model, rows, range(9, N), offsets=offsets), rows=9)
+
+
+@pytest.mark.parametrize("scope", ["adapter", "full"])
+def test_scores_of_a_decoder_are_the_twins(scope: str) -> None:
+    model, rows = adapted(tiny_llama_classifier)
+    offsets = slow_offsets(model, [rows[j] for j in REFERENCE])
+
+    scores = score(model, rows, scope=scope)
+
+    # Llama's norms compute in float32 whatever the dtype.
+    assert_agree(scores, slow(model, rows, REFERENCE, scope=scope, offsets=offsets), rtol=1e-4)
+
+
+@pytest.mark.parametrize("make", [partial(adapted, dtype=torch.float32), partial(slotted, torch.float32)])
+def test_scores_in_float32_are_the_twins_to_three_digits(make: Callable[[], tuple[PeftModel, Rows]]) -> None:
+    model, rows = make()
+    scores = score(model, rows, calibration=False)
+    assert_agree(scores, slow(model, rows, REFERENCE), rtol=1e-3)
+
+
+def test_scores_under_bfloat16_autocast_are_those_of_float32_to_two_digits() -> None:
+    model, rows = adapted(dtype=torch.float32)
+    exact = score(model, rows, terms=("gradient_norm", "convergence"))
+    half = score(model, rows, terms=("gradient_norm", "convergence"), autocast=torch.bfloat16)
+    for name, values in exact.terms.items():
+        np.testing.assert_allclose(half.terms[name], values, atol=0.05 * np.abs(values).max(), err_msg=name)
+    assert half.record["autocast"] == "bfloat16"
+    with pytest.raises(SettingsError, match="loss_reduction is a difference that half precision cannot hold"):
+        score(model, rows, autocast=torch.bfloat16)
+
+
+def test_the_loss_is_that_of_training_with_class_weights_and_smoothing() -> None:
+    model, rows = adapted()
+    weights = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        smooth = -0.8 * logits.log_softmax(1)[range(len(labels)), labels] - 0.2 * logits.log_softmax(1).mean(1)
+        return weights[labels] * smooth
+
+    task = Classification(label_smoothing=0.2, class_weights=weights)
+    scores = score(model, rows, task=task, calibration=False)
+    assert_agree(scores, slow(model, rows, REFERENCE, loss=loss))
+
+
+def test_a_model_that_trains_everywhere_but_in_embeddings_and_norms_is_the_twins() -> None:
+    model = tiny_bert()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("mbedding" not in name and "LayerNorm" not in name)
+    rows = samples(N, 3)
+    teach(model, rows, sharpness=5)
+    offsets = slow_offsets(model, [rows[j] for j in REFERENCE])
+    assert_agree(score(model, rows), slow(model, rows, REFERENCE, offsets=offsets))
+
+
+def test_the_other_terms_are_what_they_say() -> None:
+    model, rows = adapted()
+    scores = score(model, rows)
+    terms = scores.terms
+    logits = logits_of(model, rows) + torch.tensor(scores.record["offsets"])
+    labels = torch.tensor([row["labels"] for row in rows])
+    error = logits.softmax(1) - nn.functional.one_hot(labels, 3)
+    np.testing.assert_allclose(terms["el2n"], error.norm(dim=1), rtol=1e-9)
+    np.testing.assert_allclose(terms["loss"], cross_entropy(logits, labels), rtol=1e-9)
+    np.testing.assert_allclose(terms["cosine"], terms["convergence"] / terms["gradient_norm"], rtol=1e-9)
+    assert scores.labels.tolist() == labels.tolist()
+
+
+# --- what a score may not depend on -------------------------------------------------------
+
+
+def assert_equal_scores(left: tsq.Scores, right: tsq.Scores, order: Any = slice(None)) -> None:
+    assert left.terms.keys() == right.terms.keys()
+    for name, values in left.terms.items():
+        atol = 1e-9 * np.abs(values).max()
+        np.testing.assert_allclose(right.terms[name], values[order], rtol=1e-8, atol=atol, err_msg=name)
+    np.testing.assert_allclose(right.quality, left.quality[order], atol=1e-6)
+
+
+@pytest.mark.parametrize("scope", ["adapter", "full"])
+def test_scores_depend_on_neither_batch_nor_padding(scope: str) -> None:
+    model, rows = adapted()
+    expected = score(model, rows, scope=scope, batch_size=1)
+    for size in (3, N):
+        assert_equal_scores(expected, score(model, rows, scope=scope, batch_size=size))
+    padded = tsq.score(model, rows, partial(collate, pad_to=40), reference=REFERENCE, scope=scope, batch_size=5)
+    assert_equal_scores(expected, padded)
+
+
+def test_scores_follow_their_rows_into_another_order() -> None:
+    model, rows = adapted()
+    order = np.random.default_rng(0).permutation(N)
+    places = [int(np.flatnonzero(order == j)[0]) for j in REFERENCE]
+    moved = score(model, [rows[j] for j in order], reference=places)
+    assert_equal_scores(score(model, rows), moved, order)
+
+
+def test_scores_depend_on_neither_dropout_nor_mode_nor_gradients_of_inputs() -> None:
+    model, rows = adapted()
+    expected = score(model, rows)
+    model.eval()
+    assert_equal_scores(expected, score(model, rows))
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.9
+    assert_equal_scores(expected, score(model, rows))
+    model.enable_input_require_grads()
+    assert_equal_scores(expected, score(model, rows))
+
+
+def test_scores_are_the_same_under_gradient_checkpointing() -> None:
+    model, rows = adapted()
+    expected = score(model, rows)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    layer = model.get_base_model().bert.encoder.layer[0]
+    calls: list[bool] = []
+    layer.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    before = fingerprint(model)
+
+    assert_equal_scores(expected, score(model, rows))
+
+    assert_unchanged(before, model)
+    passes = N // 4 + 1 + 2 + 1 + 1  # data set, reference, and two trials of one batch
+    assert sum(calls) > passes, "no layer was called again: nothing was checkpointed"
+
+
+def test_scores_do_not_depend_on_who_is_differentiating() -> None:
+    model, rows = adapted()
+    expected = score(model, rows)
+    with torch.no_grad():
+        assert_equal_scores(expected, score(model, rows))
+
+
+# --- the model is left as it was ----------------------------------------------------------
+
+
+class Breaks(Exception):
+    pass
+
+
+def breaking(at: int) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
+    """A collator that draws random numbers, and raises at its n-th batch."""
+    batches = 0
+
+    def collator(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        nonlocal batches
+        batches += 1
+        torch.rand(1)
+        np.random.rand()
+        if batches == at:
+            raise Breaks
+        return collate(rows)
+
+    return collator
+
+
+@pytest.fixture
+def in_training() -> tuple[PeftModel, Rows]:
+    """Gradients half accumulated, modes mixed, a hook of the user's."""
+    model, rows = adapted()
+    for j, parameter in enumerate(model.parameters()):
+        if parameter.requires_grad and j % 2:
+            parameter.grad = torch.randn_like(parameter)
+    for j, module in enumerate(model.modules()):
+        module.training = j % 3 > 0
+    model.get_base_model().bert.pooler.register_forward_hook(lambda *_: None)
+    return model, rows
+
+
+@pytest.mark.parametrize("scope", ["adapter", "full"])
+def test_the_model_is_left_as_it_was(in_training: tuple[PeftModel, Rows], scope: str) -> None:
+    model, rows = in_training
+    before = fingerprint(model)
+    tsq.score(model, rows, breaking(at=-1), reference=REFERENCE, batch_size=4, scope=scope)
+    assert_unchanged(before, model)
+
+
+@pytest.mark.parametrize("at", [1, 3, 5])
+def test_the_model_is_left_as_it_was_when_the_collator_raises(in_training: tuple[PeftModel, Rows], at: int) -> None:
+    model, rows = in_training
+    before = fingerprint(model)
+    with pytest.raises(Breaks):
+        tsq.score(model, rows, breaking(at), reference=REFERENCE, batch_size=4)
+    assert_unchanged(before, model)
+
+
+@pytest.mark.parametrize("scope", ["adapter", "full"])
+def test_the_model_is_left_as_it_was_when_a_forward_raises(in_training: tuple[PeftModel, Rows], scope: str) -> None:
+    model, rows = in_training
+    total = 0
+
+    def count(*_: Any) -> None:
+        nonlocal total
+        total += 1
+
+    counting = model.get_base_model().bert.encoder.layer[1].register_forward_pre_hook(count)
+    score(model, rows, scope=scope)
+    counting.remove()
+    # The last forward is a stepped one; the one before it has a backward.
+    for at in (1, total - 1, total):
+        calls = 0
+
+        def breaks(*_: Any, at: int = at) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == at:
+                raise Breaks
+
+        handle = model.get_base_model().bert.encoder.layer[1].register_forward_pre_hook(breaks)
+        before = fingerprint(model)
+        with pytest.raises(Breaks):
+            score(model, rows, scope=scope)
+        assert_unchanged(before, model)
+        handle.remove()
+
+
+# --- refusals -----------------------------------------------------------------------------
+
+
+def test_a_model_at_chance_is_refused() -> None:
+    model, rows = lora(tiny_bert()), samples(40, 3)
+    message = (
+        r"the model's loss on 40 reference rows is \d\.\d{4}, a constant guess's is \d\.\d{4}: "
+        r"-?\d+\.\d standard errors below, and scoring needs more than 2; train it longer first"
+    )
+    with pytest.raises(NotLearnedError, match=message):
+        tsq.score(model, rows, collate)
+
+
+def test_a_model_with_broken_weights_is_refused() -> None:
+    model, rows = adapted()
+    with torch.no_grad():
+        model.get_base_model().bert.pooler.dense.base_layer.weight[0, 0] = torch.nan
+    with pytest.raises(TsqLoraError, match="7 of 7 reference losses are not finite; lower training.learning_rate"):
+        score(model, rows)
+
+
+def test_another_loss_than_the_models_own_is_noticed() -> None:
+    model, rows = adapted(num_labels=1)
+    model.get_base_model().loss_function = lambda *_, **__: torch.tensor(1e3)
+    with pytest.raises(UnsupportedError, match="the model's own loss on a batch is 1000.0000, the mean of the samples'"):
+        score(model, rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reference": [1]}, "the reference has 1 rows; it needs at least 2"),
+        ({"reference": [1, 1]}, "the reference must name different rows from 0 to 13"),
+        ({"reference": [1, 14]}, "the reference must name different rows from 0 to 13"),
+        ({"reference": [-1, 2]}, "the reference must name different rows from 0 to 13"),
+        ({"scope": "adaptor"}, "unknown scope 'adaptor'; did you mean 'adapter'"),
+        ({"terms": ("los",)}, "unknown quality term 'los'; did you mean 'loss'"),
+        ({"weights": {"gradient_nrm": 1.0}}, "unknown quality term 'gradient_nrm'; did you mean 'gradient_norm'"),
+        ({"temperature": 0.0}, "temperature is 0.0; it must be above 0"),
+        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        ({"hashes": ["a"]}, "there are 1 hashes for 14 rows"),
+    ],
+)
+def test_settings_without_a_meaning_are_refused(options: dict[str, Any], message: str) -> None:
+    model, rows = adapted()
+    with pytest.raises(SettingsError, match=message):
+        score(model, rows, **options)
+
+
+def test_no_rows_are_refused() -> None:
+    with pytest.raises(SettingsError, match="there are no rows to score"):
+        score(adapted()[0], [])
+
+
+# --- extension, defaults, record ----------------------------------------------------------
+
+
+def test_an_entry_in_the_table_is_a_term(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TERMS, "half_loss", Term(lambda m: m.loss / 2))
+    model, rows = adapted()
+    scores = score(model, rows, weights={"half_loss": 2.0})
+    np.testing.assert_allclose(scores.terms["half_loss"], scores.terms["loss"] / 2)
+    np.testing.assert_allclose(scores.quality, score(model, rows, weights={"loss": 2.0}).quality)
+
+
+def test_a_term_of_another_shape_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TERMS, "mean_loss", Term(lambda m: m.loss.mean()))
+    model, rows = adapted()
+    with pytest.raises(SettingsError, match=r"quality term 'mean_loss' gives \(\) for 4 samples"):
+        score(model, rows, weights={"mean_loss": 1.0})
+
+
+def test_only_a_term_that_looks_ahead_costs_another_forward() -> None:
+    model, rows = adapted()
+    calls = 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    model.register_forward_pre_hook(count)
+    counts = []
+    for terms in (ALL_TERMS, ("gradient_norm", "convergence")):
+        calls = 0
+        assert ("loss_reduction" in score(model, rows, terms=terms).terms) == (terms == ALL_TERMS)
+        counts.append(calls)
+    assert counts[0] - counts[1] == 4
+
+
+def test_the_default_reference_is_drawn_by_the_seed() -> None:
+    model, rows = adapted()
+    scores = tsq.score(model, rows, collate)
+    assert scores.record["reference"] == list(range(N))
+    assert scores.record["reference_rows"] == N
+
+
+def test_a_numpy_array_names_the_reference_as_a_list_does() -> None:
+    model, rows = adapted()
+    assert_equal_scores(score(model, rows), score(model, rows, reference=np.array(REFERENCE)))
+
+
+def test_progress_is_told_of_every_batch() -> None:
+    model, rows = adapted()
+    seen: list[tuple[str, int, int]] = []
+    score(model, rows, progress=lambda *news: seen.append(news))
+    assert seen == [("scoring", 4, N), ("scoring", 8, N), ("scoring", 12, N), ("scoring", 14, N)]
+
+
+def test_measured_numbers_stay_with_their_shapes() -> None:
+    fields = {f: torch.ones(2) for f in ("labels", "loss", "norm_sq", "dot")}
+    zero = Measured(logits=torch.zeros(2, 1), reference_norm=1.0, **fields | {"norm_sq": torch.zeros(2)})
+    assert TERMS["cosine"].of(zero).tolist() == [0.0, 0.0]

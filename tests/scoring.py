@@ -1,0 +1,139 @@
+"""What tests of scoring share: models that have learned something, the slow twin, all that must not change."""
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from models import collate
+from oracles import SampleLoss, SlowScores, slow_calibration, slow_scores, slow_scores_full
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from tsqlora.quality.scores import Scores
+
+Rows = Sequence[dict[str, Any]]
+
+
+def teach(model: nn.Module, rows: Rows, *, sharpness: float = 3.0, seed: int = 0) -> None:
+    """Makes the labels fit the model: its predictions, once its head is `sharpness` times as sure.
+
+    For one output: the predictions with noise, a third as wide as they are.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and ("classifier" in name or "score" in name):
+                parameter.mul_(sharpness)
+    logits = logits_of(model, rows).numpy()
+    noise = np.random.default_rng(seed).standard_normal(len(rows)) * logits.std() / 3
+    labels = (logits[:, 0] + noise) if logits.shape[1] == 1 else logits.argmax(1)
+    for row, label in zip(rows, labels.tolist(), strict=True):
+        row["labels"] = label
+
+
+def logits_of(model: nn.Module, rows: Rows) -> Tensor:
+    """Logits in eval mode, one row at a time; the modes are put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    with torch.no_grad():
+        parts = [
+            model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+            for batch in (collate([row]) for row in rows)
+        ]
+    for module, training in modes:
+        module.training = training
+    return torch.cat(parts)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def squared_error(logits: Tensor, labels: Tensor) -> Tensor:
+    return (logits.squeeze(-1) - labels) ** 2
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def slow(
+    model: nn.Module,
+    rows: Rows,
+    reference: Sequence[int],
+    *,
+    scope: str = "adapter",
+    offsets: Tensor | None = None,
+    loss: SampleLoss = cross_entropy,
+) -> SlowScores:
+    """The oracle's scores under either scope."""
+    batches = [collate([row]) for row in rows]
+    if scope == "adapter":
+        theta = trainable(model)
+        return slow_scores(model, batches, sample_loss=loss, theta=theta, reference=reference, offsets=offsets)
+    return slow_scores_full(
+        model,
+        batches,
+        sample_loss=loss,
+        layers={name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)},
+        effective_weight=lambda layer: layer.get_base_layer().weight + layer.get_delta_weight("default"),
+        head={name: p for name, p in trainable(model).items() if "modules_to_save" in name},
+        reference=reference,
+        offsets=offsets,
+    )
+
+
+def slow_offsets(model: nn.Module, rows: Rows) -> Tensor:
+    """Of classification: calibration on these rows."""
+    return slow_calibration(logits_of(model, rows), torch.tensor([row["labels"] for row in rows]))
+
+
+def assert_agree(scores: Scores, twin: SlowScores, *, rtol: float = 1e-5, rows: int | None = None) -> None:
+    """The paper's terms, the loss, η and ‖ḡ‖ are the twin's, whose first rows were scored."""
+    for name in ("loss", "gradient_norm", "loss_reduction", "convergence"):
+        wanted = getattr(twin, name)[:rows].numpy()
+        np.testing.assert_allclose(scores.terms[name], wanted, rtol=rtol, atol=rtol * np.abs(wanted).max(), err_msg=name)
+    assert abs(scores.record["eta"] / twin.eta - 1) < rtol
+    assert abs(scores.record["reference_norm"] / twin.reference_norm - 1) < rtol
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    """All that scoring must leave alone."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return {
+        "weights": {name: value.clone() for name, value in model.state_dict().items()},
+        "gradients": {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()},
+        "trains": {name: p.requires_grad for name, p in model.named_parameters()},
+        "modes": {name: module.training for name, module in model.named_modules()},
+        "hooks": {name: [len(getattr(module, kind)) for kind in hooks] for name, module in model.named_modules()},
+        "attributes": {name: plain(vars(module)) for name, module in model.named_modules()},
+        "config": str(getattr(model, "config", None)),
+        "torch": torch.random.get_rng_state(),
+        "numpy": np.random.get_state()[1],
+        "python": random.getstate(),
+    }
+
+
+def plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if isinstance(value, bool | int | float | str)}
+
+
+def assert_unchanged(before: dict[str, Any], model: nn.Module) -> None:
+    after = fingerprint(model)
+    for name, value in before.items():
+        assert_same(value, after[name], name)
+
+
+def assert_same(left: Any, right: Any, name: str) -> None:
+    if isinstance(left, Tensor):
+        assert torch.equal(left, right), name
+    elif isinstance(left, np.ndarray):
+        assert np.array_equal(left, right), name
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys(), name
+        for key, value in left.items():
+            assert_same(value, right[key], f"{name} {key}")
+    else:
+        assert left == right, name
