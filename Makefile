@@ -18,6 +18,7 @@ check: .venv/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/python bench/tables.py --check
 	$(BIN)/pytest -m docs
 
 # Benchmarks take minutes to hours, so one is run at a time: make bench BENCH=bench/NAME.py

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from models import tiny_bert
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
+
+from models import tiny_bert
 
 Row = dict[str, Any]
 

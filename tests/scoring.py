@@ -1,34 +1,38 @@
 """What tests of scoring share: models that have learned something, the slow twin, all that must not change."""
 
-import random
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from models import collate
-from oracles import SampleLoss, SlowScores, slow_calibration, slow_scores, slow_scores_full
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from models import collate
+from oracles import SampleLoss, SlowScores, slow_calibration, slow_scores, slow_scores_full
 from tsqlora.quality.scores import Scores
 
 Rows = Sequence[dict[str, Any]]
 
 
 def teach(model: nn.Module, rows: Rows, *, sharpness: float = 3.0, seed: int = 0) -> None:
-    """Makes the labels fit the model: its predictions, once its head is `sharpness` times as sure.
+    """Gives the rows labels that the model has learned, after making its head surer of itself.
 
-    For one output: the predictions with noise, a third as wide as they are.
+    Logits get this standard deviation, and mean 0 where the head has a bias. The label is the
+    model's prediction; for one output with noise, an eighth as wide as predictions are.
     """
+    head = {n: p for n, p in model.named_parameters() if p.requires_grad and ("classifier" in n or "score" in n)}
+    logits = logits_of(model, rows)
+    factor = sharpness / float((logits - logits.mean(0)).std())
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and ("classifier" in name or "score" in name):
-                parameter.mul_(sharpness)
-    logits = logits_of(model, rows).numpy()
-    noise = np.random.default_rng(seed).standard_normal(len(rows)) * logits.std() / 3
-    labels = (logits[:, 0] + noise) if logits.shape[1] == 1 else logits.argmax(1)
+        for name, parameter in head.items():
+            parameter.mul_(factor)
+            if name.endswith("bias"):
+                parameter.sub_(factor * logits.mean(0))
+    logits = logits_of(model, rows)
+    noise = np.random.default_rng(seed).standard_normal(len(rows)) * float(logits.std()) / 8
+    labels = (logits[:, 0].numpy() + noise) if logits.shape[1] == 1 else logits.argmax(1).numpy()
     for row, label in zip(rows, labels.tolist(), strict=True):
         row["labels"] = label
 
@@ -94,7 +98,9 @@ def assert_agree(scores: Scores, twin: SlowScores, *, rtol: float = 1e-5, rows: 
     """The paper's terms, the loss, η and ‖ḡ‖ are the twin's, whose first rows were scored."""
     for name in ("loss", "gradient_norm", "loss_reduction", "convergence"):
         wanted = getattr(twin, name)[:rows].numpy()
-        np.testing.assert_allclose(scores.terms[name], wanted, rtol=rtol, atol=rtol * np.abs(wanted).max(), err_msg=name)
+        np.testing.assert_allclose(
+            scores.terms[name], wanted, rtol=rtol, atol=rtol * np.abs(wanted).max(), err_msg=name
+        )
     assert abs(scores.record["eta"] / twin.eta - 1) < rtol
     assert abs(scores.record["reference_norm"] / twin.reference_norm - 1) < rtol
 
@@ -112,7 +118,6 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
         "config": str(getattr(model, "config", None)),
         "torch": torch.random.get_rng_state(),
         "numpy": np.random.get_state()[1],
-        "python": random.getstate(),
     }
 
 

@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from models import collate, samples, tiny_bert
 from peft import PeftModel
 from torch import Tensor, nn
 
 import tsqlora as tsq
+from models import collate, samples, tiny_bert
 from tsqlora.adapter.resize import drop_slots, grow_slot
 from tsqlora.adapter.slots import Slots, find_slots, sync_config
 

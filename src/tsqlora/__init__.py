@@ -10,12 +10,12 @@ if TYPE_CHECKING:
     from tsqlora.adapter.slots import active_parameters, active_ranks, finalize
     from tsqlora.adapter.wrap import wrap
     from tsqlora.errors import DataError, NotLearnedError, SettingsError, TsqLoraError, UnsupportedError
+    from tsqlora.probe import sensitivity
     from tsqlora.quality.score import score
     from tsqlora.quality.scores import Scores, sample
     from tsqlora.quality.subset import QualitySubset
     from tsqlora.ranks.allocate import Sensitivity, allocate
     from tsqlora.ranks.events import RankEvent
-    from tsqlora.probe import sensitivity
     from tsqlora.training.quality_callback import QualityCallback
     from tsqlora.training.rank_callback import RankCallback
 

@@ -12,16 +12,17 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from tsqlora.display import Display, show_demo, show_numbers, show_plan, show_record
-from tsqlora.errors import TsqLoraError
+from tsqlora.errors import SettingsError, TsqLoraError
 from tsqlora.record import write_json
 
 app = typer.Typer(
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
+    epilog="Every command has an example in its --help, and takes --debug to show where an error arose.",
     help="Picks the samples worth learning from, gives each layer the LoRA rank it needs.",
 )
 stdout, stderr = Console(), Console(stderr=True)
@@ -36,24 +37,24 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory.")]
 def main() -> None:
     """Runs the command line; an error becomes one or two lines and an exit code."""
     debug = "--debug" in sys.argv
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"] or ["--help"]
     _quieten_libraries(debug=debug)
     try:
-        app(arguments, standalone_mode=True)
+        # What returns a number was ended by typer: 0 by --help, 130 by Ctrl-C.
+        code = app(arguments, standalone_mode=False) or 0
+    except typer.TyperException as error:
+        _tell(f"{error.format_message().rstrip('.')}; `tsqlora --help` and `tsqlora COMMAND --help` show how")
+        code = error.exit_code
     except TsqLoraError as error:
-        if debug:
-            traceback.print_exc()
-        stderr.print(f"[bold red]error:[/] {_plain(str(error))}", soft_wrap=True, highlight=False)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        stderr.print("interrupted; `tsqlora train … --resume` goes on from the last checkpoint")
-        sys.exit(130)
+        _tell(str(error), debug=debug)
+        code = error.exit_code
     except Exception as error:
-        if debug:
-            raise
         what = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-        stderr.print(f"[bold red]error:[/] {_plain(what)}; --debug shows where", soft_wrap=True, highlight=False)
-        sys.exit(1)
+        _tell(f"{what}; --debug shows where", debug=debug)
+        code = 1
+    if code == 130:
+        stderr.print("interrupted; a training goes on from its last checkpoint with --resume")
+    sys.exit(code)
 
 
 @app.command()
@@ -77,24 +78,30 @@ def demo(
 def init(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="File to write; else stdout.")] = None,
     task: Annotated[str | None, typer.Option(help="The task's type.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Writes a YAML file with every setting, its type and its default.
 
     Example: tsqlora init -o tsq.yaml --task regression
     """
     from tsqlora.config import template
-    from tsqlora.errors import SettingsError
+    from tsqlora.data.write import require_place
     from tsqlora.tasks import get_task
 
     if task is not None:
         get_task(task)
     if output is None:
-        print(template(task), end="")
+        print(json.dumps({"yaml": template(task)}) if as_json else template(task), end="\n" if as_json else "")
         return
     if output.exists():
         raise SettingsError(f"{output} exists already; name another file")
-    output.write_text(template(task))
-    stderr.print(f"wrote {output}; set model.path and data.train, then: tsqlora train {output}")
+    require_place(output)
+    output.write_text(template(task), encoding="utf-8")
+    stderr.print(
+        _plain(f"wrote {output}; set model.path and data.train, then: tsqlora train {output}"), highlight=False
+    )
+    if as_json:
+        print(json.dumps({"out": str(output)}))
 
 
 @app.command()
@@ -117,7 +124,7 @@ def train(
 
     settings = load_config(config, set_ or [])
     if dry_run:
-        _print(pipeline.begin(pipeline.load(settings))[1].plan, as_json, show_plan)
+        _print(pipeline.dry_run(settings), as_json, show_plan)
         return
     with Display(stderr) as display:
         record = pipeline.train(settings, out, resume=resume, progress=display.progress)
@@ -135,10 +142,10 @@ def score(
 
     Example: tsqlora score tsq.yaml --out scores.parquet
     """
-    from tsqlora import pipeline
+    from tsqlora.pipeline import score_rows
 
     with Display(stderr) as display:
-        scores = pipeline.score_rows(source, out, overrides=set_ or [], progress=display.progress)
+        scores = score_rows(source, out, overrides=set_ or [], progress=display.progress)
     keep = ("eta", "effective_sample_size", "reference_rows", "weights", "temperature", "scope")
     _print({"scores": str(out), "rows": len(scores)} | {k: scores.record[k] for k in keep}, as_json, show_numbers)
 
@@ -173,11 +180,12 @@ def allocate(
 
     Example: tsqlora allocate tsq.yaml --out ranks.json
     """
-    from tsqlora import pipeline
+    from tsqlora.data.write import require_place
+    from tsqlora.pipeline import allocate_ranks
 
+    require_place(out)
     with Display(stderr) as display:
-        arguments = pipeline.allocate_ranks(source, overrides=set_ or [], progress=display.progress)
-    out.parent.mkdir(parents=True, exist_ok=True)
+        arguments = allocate_ranks(source, overrides=set_ or [], progress=display.progress)
     write_json(out, arguments)
     _print({"out": str(out), **arguments}, as_json, show_numbers)
 
@@ -224,19 +232,30 @@ def _print(result: Mapping[str, Any], as_json: bool, show: Callable[[Console, Ma
         show(stdout, result)
 
 
+def _tell(problem: str, *, debug: bool = False) -> None:
+    if debug:
+        traceback.print_exc()
+    stderr.print(f"[bold red]error:[/] {_plain(problem)}", soft_wrap=True, highlight=False)
+
+
 def _plain(text: str) -> str:
     """Text that is shown as it stands: square brackets are no markup."""
-    return text.replace("[", r"\[")
+    return escape(text)
 
 
 def _quieten_libraries(*, debug: bool) -> None:
+    """Reads warnings as one line each; what libraries say on loading is for --debug."""
     if debug:
         return
+    # The libraries read these when they are imported, which commands do.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("peft").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="(transformers|peft|accelerate|datasets)")
+    warnings.showwarning = lambda message, *_: stderr.print(
+        f"[yellow]warning:[/] {_plain(str(message))}", soft_wrap=True, highlight=False
+    )
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ class RankSettings(Section):
     mean: float = setting(8.0, "Rank of a uniform LoRA of the same number of parameters.", gt=0)
     min: int = setting(1, "Least rank of a layer; 0 may remove it.", ge=0)
     max: int | None = setting(None, "Greatest rank of a layer; null is twice the mean.", ge=1)
-    gamma: float = setting(0.5, "Ranks follow sensitivity to this power; 0 is uniform.", ge=0)
+    gamma: float = setting(1.0, "Ranks follow sensitivity to this power; 0 is uniform.", ge=0)
     estimator: str = setting("sensitivity", "How a layer's sensitivity is measured.")
     samples: int = setting(256, "Rows of the quality sample on which it is measured.", ge=1)
     interval: int | None = setting(None, "Optimizer steps between changes; null is 1/20 of the run, at least 10.", ge=1)
@@ -168,6 +168,7 @@ REFUSED_ARGUMENTS: Mapping[str, str] = {
     "data_seed": "set training.seed, which decides the draws too",
     "group_by_length": "leave it out: the order of the rows is the draw's",
     "train_sampling_strategy": "leave it out: the order of the rows is the draw's",
+    "dataloader_drop_last": "leave it out: every drawn row is trained on",
     "dataloader_persistent_workers": "leave it out: such workers would keep the first epoch's draw",
     "remove_unused_columns": "leave it out: the columns that a task needs are chosen by the task",
 }

@@ -1,14 +1,15 @@
 """What a run looks like in a terminal: progress bars, plans, tables."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 _STEPS = ("warm-up", "training")
+_BLOCKS_ABREAST = 12
 
 
 class Display:
@@ -86,15 +87,26 @@ def show_record(console: Console, record: Mapping[str, Any]) -> None:
     console.print(f"adapter     {record['run']}/adapter", soft_wrap=True)
 
 
-def ranks_table(ranks: Mapping[str, int]) -> Table:
-    """Ranks as blocks × kinds of module: what lies before a number in the name, and what after."""
-    cells: dict[tuple[str, str], int] = {}
-    for name, rank in ranks.items():
-        cells[split_name(name)] = rank
-    kinds = list(dict.fromkeys(kind for _, kind in cells))
-    table = Table("layer", *kinds, title="ranks", title_justify="left")
-    for block in dict.fromkeys(block for block, _ in cells):
-        table.add_row(block, *(str(cells[block, kind]) if (block, kind) in cells else "" for kind in kinds))
+def ranks_table(ranks: Mapping[str, int]) -> Group:
+    """Ranks as kinds of module × blocks; blocks for which 80 columns have no room follow below."""
+    cells = {split_name(name): rank for name, rank in ranks.items()}
+    blocks = list(dict.fromkeys(block for block, _ in cells if block))
+    starts = range(0, len(blocks), _BLOCKS_ABREAST)
+    tables = [_some_ranks(cells, blocks[start : start + _BLOCKS_ABREAST]) for start in starts]
+    if alone := {kind: rank for (block, kind), rank in cells.items() if not block}:
+        table = Table("rank", "", box=None, padding=(0, 1, 0, 0))
+        for kind, rank in alone.items():
+            table.add_row(kind, str(rank))
+        tables.append(table)
+    return Group(*tables)
+
+
+def _some_ranks(cells: Mapping[tuple[str, str], int], blocks: Sequence[str]) -> Table:
+    table = Table("rank in block", box=None, padding=(0, 1, 0, 0))
+    for block in blocks:
+        table.add_column(block, justify="right")
+    for kind in dict.fromkeys(kind for block, kind in cells if block in blocks):
+        table.add_row(kind, *(str(cells.get((block, kind), "")) for block in blocks))
     return table
 
 

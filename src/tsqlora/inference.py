@@ -1,7 +1,7 @@
 """A finished run put to use: its metrics on a labelled file, its predictions on any."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 from tsqlora.config import Config, load_config
 from tsqlora.data.columns import Columns
 from tsqlora.data.labels import LabelMap
-from tsqlora.data.prepare import encode
+from tsqlora.data.prepare import Prepared, Splits, encode, prepare
 from tsqlora.data.rows import Rows, column_names, read_rows
+from tsqlora.data.tokenise import TokenisedSplit
 from tsqlora.data.write import require_writable, write_rows
 from tsqlora.errors import DataError
 from tsqlora.quality.score import Progress
@@ -44,33 +45,41 @@ class Trained:
         """The columns that the run was trained on."""
         return Columns(**self.record.data["columns"])
 
-    def logits(self, rows: Rows, *, labelled: bool, progress: Progress | None) -> tuple[np.ndarray, np.ndarray | None]:
-        """n × k logits, and the encoded labels where `labelled`."""
-        _require_columns(rows, self.columns, labelled=labelled)
-        samples = encode(
-            rows,
-            self.columns,
-            self.labels,
-            self.tokenizer,
-            max_length=int(self.record.data["max_length"]),
-            labelled=labelled,
-        )
-        logits = predict_logits(
+    @property
+    def max_length(self) -> int:
+        """Tokens kept of a sample."""
+        return int(self.record.data["max_length"])
+
+    @property
+    def collate(self) -> DataCollatorWithPadding:
+        return DataCollatorWithPadding(self.tokenizer)
+
+    def prepare(self, splits: Splits) -> Prepared:
+        """Splits as samples, with the run's own classes."""
+        return prepare(replace(splits, labels=self.labels), self.tokenizer, max_length=self.max_length)
+
+    def logits(self, samples: TokenisedSplit, *, phase: str, progress: Progress | None) -> np.ndarray:
+        """n × k."""
+        return predict_logits(
             self.model,
             samples.samples,
-            DataCollatorWithPadding(self.tokenizer),
+            self.collate,
             batch_size=self.config.training.eval_batch_size,
             autocast=torch.bfloat16 if self.record.plan["bf16"] else None,
-            phase="evaluation" if labelled else "prediction",
+            phase=phase,
             progress=progress,
         )
-        return logits, np.array([s["labels"] for s in samples.samples]) if labelled else None
+
+    def encode(self, rows: Rows, *, labelled: bool) -> TokenisedSplit:
+        """Rows of any file as samples."""
+        _require_columns(rows, self.columns, labelled=labelled)
+        return encode(rows, self.columns, self.labels, self.tokenizer, max_length=self.max_length, labelled=labelled)
 
 
-def open_run(run: Path) -> Trained:
+def open_run(run: Path, overrides: Sequence[str] = ()) -> Trained:
     """Reads a finished run.  Raises DataError for a directory that is none."""
-    record = RunRecord.load(run)
-    config = load_config(run / CONFIG_FILE)
+    record = require_finished(run)
+    config = load_config(run / CONFIG_FILE, overrides)
     labels = None if record.labels is None else LabelMap(tuple(record.labels))
     base = config.model
     pretrained = load_pretrained(
@@ -81,18 +90,35 @@ def open_run(run: Path) -> Trained:
         trust_remote_code=base.trust_remote_code,
     )
     model = PeftModel.from_pretrained(pretrained.model, str(run / ADAPTER_DIR), is_trainable=True)
+    model.to(device_of(config))
     return Trained(config, record, get_task(record.task), model, pretrained.tokenizer, labels)
+
+
+def require_finished(run: Path) -> RunRecord:
+    """The record of a finished run; DataError for any other directory."""
+    record = RunRecord.load(run)
+    if record.status != "finished":
+        raise DataError(f"the run in {run} is not finished; `tsqlora train --resume` goes on with it")
+    return record
+
+
+def device_of(config: Config) -> torch.device:
+    """The accelerator, if there is one and the config does not ask for the processor."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None or config.training.further_arguments().get("use_cpu"):
+        return torch.device("cpu")
+    return accelerator
 
 
 def evaluate_run(run: Path, data: Path | None = None, *, progress: Progress | None = None) -> dict[str, float]:
     """The task's metrics on a labelled file; without one, on the run's test rows, else its validation rows."""
     if data is None:
-        measured = RunRecord.load(run).metrics
+        measured = require_finished(run).metrics
         return measured["test"] if "test" in measured else measured["validation"]
     trained = open_run(run)
-    logits, labels = trained.logits(read_rows(data, split="test"), labelled=True, progress=progress)
-    assert labels is not None
-    return trained.task.metrics(logits, labels)
+    samples = trained.encode(read_rows(data, split="test"), labelled=True)
+    logits = trained.logits(samples, phase="evaluation", progress=progress)
+    return trained.task.metrics(logits, np.array([sample["labels"] for sample in samples.samples]))
 
 
 def predict_run(run: Path, data: Path, out: Path, *, progress: Progress | None = None) -> int:
@@ -100,17 +126,17 @@ def predict_run(run: Path, data: Path, out: Path, *, progress: Progress | None =
     require_writable(out)
     trained = open_run(run)
     rows = read_rows(data, split="test")
-    logits, _ = trained.logits(rows, labelled=False, progress=progress)
+    logits = trained.logits(trained.encode(rows, labelled=False), phase="prediction", progress=progress)
     predicted = trained.task.predictions(logits)
-    written: list[dict[str, Any]] = []
-    probabilities = softmax(logits.astype(np.float64), axis=1)
-    for row, value, p in zip(rows.rows, predicted, probabilities, strict=True):
-        if trained.labels is None:
-            written.append({**row, "prediction": float(value)})
-        else:
-            written.append({**row, "prediction": trained.labels.names[int(value)], "probability": float(p.max())})
-    write_rows(out, written)
-    return len(written)
+    if trained.labels is None:
+        added = [{"prediction": float(value)} for value in predicted]
+    else:
+        names, best = trained.labels.names, softmax(logits.astype(np.float64), axis=1).max(axis=1)
+        added = [
+            {"prediction": names[int(value)], "probability": float(p)} for value, p in zip(predicted, best, strict=True)
+        ]
+    write_rows(out, [{**row, **more} for row, more in zip(rows.rows, added, strict=True)])
+    return len(rows)
 
 
 def measure_split(
@@ -121,10 +147,13 @@ def measure_split(
     *,
     batch_size: int,
     autocast: torch.dtype | None,
+    phase: str,
     progress: Progress | None,
 ) -> dict[str, float]:
     """The task's metrics on labelled samples."""
-    logits = predict_logits(model, samples, collate, batch_size=batch_size, autocast=autocast, progress=progress)
+    logits = predict_logits(
+        model, samples, collate, batch_size=batch_size, autocast=autocast, phase=phase, progress=progress
+    )
     return task.metrics(logits, np.array([s["labels"] for s in samples]))
 
 

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
-from torch.utils.data import Subset
 from transformers import (
     DataCollatorWithPadding,
     TrainerCallback,
@@ -19,19 +19,21 @@ from transformers import (
     set_seed,
 )
 
+from tsqlora import distributed
 from tsqlora.adapter.slots import active_parameters, adapter_config
 from tsqlora.adapter.wrap import wrap
 from tsqlora.config import Config, dump_config, load_config
-from tsqlora.data.prepare import Prepared, prepare, read_data, resolve_max_length
-from tsqlora.errors import NotLearnedError, SettingsError
+from tsqlora.data.prepare import Prepared, Splits, prepare, read_data, resolve_max_length
+from tsqlora.data.write import require_place
+from tsqlora.errors import DataError, NotLearnedError, SettingsError
 from tsqlora.inference import Trained, measure_split, open_run
 from tsqlora.plan import plan
+from tsqlora.probe import sensitivity
 from tsqlora.quality.score import PAPER_TERMS, Progress, reference_indices, score
 from tsqlora.quality.scores import Scores, sample
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.ranks.allocate import allocate
-from tsqlora.record import RECORD_FILE, RunRecord
-from tsqlora.probe import sensitivity
+from tsqlora.record import RunRecord
 from tsqlora.tasks import Task, get_task
 from tsqlora.tasks.classification import Classification
 from tsqlora.training.fit import fit, hardware_has_bf16, training_arguments
@@ -44,7 +46,6 @@ from tsqlora.training.run_dir import (
     CONFIG_FILE,
     last_checkpoint,
     locked,
-    require_free,
 )
 
 
@@ -59,16 +60,6 @@ class Job:
     max_length: int
 
     @property
-    def bf16(self) -> bool:
-        """As the config says, or where the hardware computes in bfloat16."""
-        asked = self.config.training.bf16
-        return hardware_has_bf16() if asked is None else asked
-
-    @property
-    def autocast(self) -> torch.dtype | None:
-        return torch.bfloat16 if self.bf16 else None
-
-    @property
     def collate(self) -> DataCollatorWithPadding:
         return DataCollatorWithPadding(self.pretrained.tokenizer)
 
@@ -79,55 +70,57 @@ def train(config: Config, run: Path, *, resume: bool = False, progress: Progress
     With `resume` an unfinished run goes on from its last checkpoint, and a finished one is
     left as it is.  Raises SettingsError where the directory holds another run.
     """
-    with locked(run):
-        if not resume:
-            require_free(run)
-        elif (finished := _finished(run, config)) is not None:
-            return finished
+    args = arguments(config, run)
+    with locked(run, resume=resume) if distributed.is_first() else nullcontext():
+        before = _begun(run, config) if resume else None
+        if before is not None and before.status == "finished":
+            return before
         job = load(config)
-        model, record = begin(job)
-        (run / CONFIG_FILE).write_text(dump_config(config))
+        if before is not None and before.data["hash"] != job.data.hash:
+            raise DataError(f"{config.data.train} has other rows than when {run} was begun; name another --out")
+        model, record = begin(job, args)
         data, quality, ranks = method(job, run / SCORES_FILE, progress)
-        run_training(job, model, data, record, quality, ranks, run, progress, resume_from=last_checkpoint(run))
-        record.quality = what_quality_did(job, quality, data)
-        record.rank_events, record.ranks = ranks.events, ranks.final
-        model.save_pretrained(str(run / ADAPTER_DIR))
-        for split in ("validation", "test"):
-            if split in job.data.samples:
-                with record.timed("evaluation") as cost:
-                    samples = job.data.samples[split]
-                    record.metrics[split] = measure_split(
-                        model,
-                        samples,
-                        job.collate,
-                        job.task,
-                        batch_size=config.training.eval_batch_size,
-                        autocast=job.autocast,
-                        progress=progress,
-                    )
-                    cost.add(forward=len(samples), tokens=sum(samples.lengths))
+        start = WriteStart(run, config, record)
+        fit_job(job, model, args, data, record, quality, ranks, progress, also=start, resume_from=last_checkpoint(run))
         if quality is not None and quality.refused:
             record.notes.append(f"rows were drawn at random: {quality.refused}")
+        record.quality = what_quality_did(job, quality, data)
+        record.rank_events, record.ranks = ranks.events, ranks.final
+        model.save_pretrained(str(run / ADAPTER_DIR), is_main_process=distributed.is_first())
+        measure(job, model, record, args, progress)
         record.status = "finished"
-        record.save(run)
+        if distributed.is_first():
+            record.save(run)
         return record
+
+
+def dry_run(config: Config) -> dict[str, Any]:
+    """What `train` would do, with everything loaded and checked as it does; nothing is written."""
+    job = load(config)
+    _, record = begin(job, arguments(config, Path("run")))
+    method(job, Path("run") / SCORES_FILE, None)  # its names and numbers are checked too
+    return record.plan
+
+
+def arguments(config: Config, run: Path) -> TrainingArguments:
+    """The Trainer's arguments; bfloat16 where the config says so, or else where the hardware has it."""
+    settings = config.training
+    return training_arguments(
+        run / CHECKPOINT_DIR,
+        epochs=settings.epochs,
+        learning_rate=settings.learning_rate,
+        batch_size=settings.batch_size,
+        eval_batch_size=settings.eval_batch_size,
+        bf16=hardware_has_bf16() if settings.bf16 is None else settings.bf16,
+        seed=settings.seed,
+        further=settings.further_arguments(),
+    )
 
 
 def load(config: Config) -> Job:
     """Reads the data and the model, and checks that they fit together."""
-    task = get_task(config.task.type)
-    data, base = config.data, config.model
-    splits = read_data(
-        data.train,
-        data.validation,
-        data.test,
-        text=data.text,
-        text_pair=data.text_pair,
-        label=data.label,
-        classes=isinstance(task, Classification),
-        validation_fraction=data.validation_fraction,
-        seed=config.training.seed,
-    )
+    base = config.model
+    splits = read(config)
     set_seed(config.training.seed)
     pretrained = load_pretrained(
         base.path,
@@ -137,12 +130,29 @@ def load(config: Config) -> Job:
         trust_remote_code=base.trust_remote_code,
     )
     length = resolve_max_length(
-        data.max_length, tokenizer_limit=pretrained.tokenizer.model_max_length, positions=pretrained.positions
+        config.data.max_length, tokenizer_limit=pretrained.tokenizer.model_max_length, positions=pretrained.positions
     )
-    return Job(config, task, pretrained, prepare(splits, pretrained.tokenizer, max_length=length), length)
+    data = prepare(splits, pretrained.tokenizer, max_length=length)
+    return Job(config, get_task(config.task.type), pretrained, data, length)
 
 
-def begin(job: Job) -> tuple[PeftModel, RunRecord]:
+def read(config: Config) -> Splits:
+    """The rows of every split."""
+    data = config.data
+    return read_data(
+        data.train,
+        data.validation,
+        data.test,
+        text=data.text,
+        text_pair=data.text_pair,
+        label=data.label,
+        classes=isinstance(get_task(config.task.type), Classification),
+        validation_fraction=data.validation_fraction,
+        seed=config.training.seed,
+    )
+
+
+def begin(job: Job, args: TrainingArguments) -> tuple[PeftModel, RunRecord]:
     """The model with its rank slots, and the record of a run that begins."""
     adapter, ranks, seed = job.config.adapter, job.config.ranks, job.config.training.seed
     set_seed(seed)
@@ -162,7 +172,7 @@ def begin(job: Job) -> tuple[PeftModel, RunRecord]:
         task=job.task.name,
         labels=None if labels is None else list(labels.names),
         data={"hash": job.data.hash, "max_length": job.max_length, "columns": job.data.columns()},
-        plan=plan(job.config, model, dict(samples), bf16=job.bf16),
+        plan=plan(job.config, model, samples, args),
         parameters={"trainable": active_parameters(model)},
     )
     for name, split in samples.items():
@@ -216,31 +226,20 @@ def method(
     return data, quality if q.enabled else None, ranks
 
 
-def run_training(
+def fit_job(
     job: Job,
     model: PeftModel,
+    args: TrainingArguments,
     data: QualitySubset,
     record: RunRecord,
     quality: QualityCallback | None,
     ranks: RankCallback,
-    run: Path,
     progress: Progress | None,
     *,
-    also: tuple[TrainerCallback, ...] = (),
+    also: TrainerCallback,
     resume_from: Path | None = None,
 ) -> None:
     """Warm-up, scoring and training: one stock Trainer, one optimizer, one schedule."""
-    settings = job.config.training
-    args = training_arguments(
-        run / CHECKPOINT_DIR,
-        epochs=settings.epochs,
-        learning_rate=settings.learning_rate,
-        batch_size=settings.batch_size,
-        eval_batch_size=settings.eval_batch_size,
-        bf16=job.bf16,
-        seed=settings.seed,
-        further=settings.further_arguments(),
-    )
     fit(
         model,
         data,
@@ -251,26 +250,47 @@ def run_training(
         record=record,
         quality=quality,
         ranks=ranks,
-        also=also,
+        also=(also,),
         resume_from=resume_from,
         progress=progress,
     )
 
 
+def measure(job: Job, model: PeftModel, record: RunRecord, args: TrainingArguments, progress: Progress | None) -> None:
+    """Metrics of validation and test, into the record."""
+    for split in ("validation", "test"):
+        if split not in job.data.samples:
+            continue
+        samples = job.data.samples[split]
+        with record.timed("evaluation") as cost:
+            record.metrics[split] = measure_split(
+                model,
+                samples,
+                job.collate,
+                job.task,
+                batch_size=args.per_device_eval_batch_size,
+                autocast=torch.bfloat16 if args.bf16 else None,
+                phase=split,
+                progress=progress,
+            )
+        cost.add(forward=len(samples), tokens=sum(samples.lengths))
+
+
 def score_rows(source: Path, out: Path, *, overrides: Sequence[str] = (), progress: Progress | None = None) -> Scores:
     """All three terms of every training row: after a config's warm-up, or by a run's weights."""
+    require_place(out)
     if not source.is_dir():
         job = load(load_config(source, overrides))
-        return warm_up(job, progress, scores_path=out)[0]
-    run = open_run(source)
-    job = load(run.config)
-    q, seed, samples = run.config.quality, run.config.training.seed, job.data.samples["train"]
+        return warm_up(job, progress, scores_path=out, terms=PAPER_TERMS)[0]
+    run = open_run(source, overrides)
+    q, seed, prepared = run.config.quality, run.config.training.seed, run.prepare(read(run.config))
+    samples = prepared.samples["train"]
     scores = score(
         run.model,
         samples,
-        job.collate,
+        run.collate,
         reference=reference_indices(len(samples), q.reference, seed),
-        task=job.task,
+        task=run.task,
         weights=q.resolved_weights(),
         temperature=q.resolved_temperature(),
         terms=PAPER_TERMS,
@@ -279,7 +299,7 @@ def score_rows(source: Path, out: Path, *, overrides: Sequence[str] = (), progre
         batch_size=run.config.training.batch_size,
         seed=seed,
         hashes=samples.hashes,
-        record={"columns": job.data.columns()},
+        record={"columns": prepared.columns()},
         progress=progress,
     )
     scores.save(out)
@@ -288,62 +308,95 @@ def score_rows(source: Path, out: Path, *, overrides: Sequence[str] = (), progre
 
 def allocate_ranks(source: Path, *, overrides: Sequence[str] = (), progress: Progress | None = None) -> dict[str, Any]:
     """LoraConfig's arguments with the ranks that the quality sample asks for."""
-    if not source.is_dir():
-        config = load_config(source, overrides)
-        job = load(config)
-        with tempfile.TemporaryDirectory() as folder:
-            _, ranks = warm_up(job, progress, scores_path=Path(folder) / SCORES_FILE)
-        chosen = ranks.events[0].ranks
+    if source.is_dir():
+        run = open_run(source, overrides)
+        config, chosen = run.config, ranks_of(run, source / SCORES_FILE)
     else:
-        run = open_run(source)
-        config, job = run.config, load(run.config)
-        chosen = ranks_of(run, job, source / SCORES_FILE)
+        config = load_config(source, overrides)
+        with tempfile.TemporaryDirectory() as folder:
+            _, ranks = warm_up(load(config), progress, scores_path=Path(folder) / SCORES_FILE)
+        chosen = ranks.events[0].ranks
     return adapter_config(chosen, scale=config.adapter.alpha / config.ranks.mean)
 
 
-def ranks_of(run: Trained, job: Job, scores_path: Path) -> dict[str, int]:
-    """Ranks by the sensitivities of a trained run, on its quality sample, or at random if unscored."""
-    r, seed, samples = run.config.ranks, run.config.training.seed, job.data.samples["train"]
+def ranks_of(run: Trained, scores_path: Path) -> dict[str, int]:
+    """Ranks by the sensitivities of a trained run, on its quality sample, or at random if unscored.
+
+    Raises DataError if the scores are not those of the run's rows.
+    """
+    r, seed = run.config.ranks, run.config.training.seed
+    samples = run.prepare(read(run.config)).samples["train"]
     rows = np.arange(len(samples))
     if scores_path.exists():
-        rows = sample(Scores.load(scores_path), run.config.quality.fraction, seed)
+        scores = Scores.load(scores_path)
+        if scores.hashes != samples.hashes:
+            raise DataError(f"{scores_path} has scores of other rows than {run.config.data.train} has now; train anew")
+        rows = sample(scores, run.config.quality.fraction, seed)
     rows = np.random.default_rng([seed, 4]).permutation(rows)[: r.samples]
     measured = sensitivity(
         run.model,
-        Subset(samples, sorted(rows.tolist())),  # type: ignore[arg-type]
-        job.collate,
+        [samples[row] for row in sorted(rows.tolist())],
+        run.collate,
         estimator=r.estimator,
-        task=job.task,
+        task=run.task,
         batch_size=run.config.training.batch_size,
     )
     return allocate(measured, mean_rank=r.mean, min_rank=r.min, max_rank=r.resolved_max(), gamma=r.gamma)
 
 
-def warm_up(job: Job, progress: Progress | None, *, scores_path: Path) -> tuple[Scores, RankCallback]:
+def warm_up(
+    job: Job, progress: Progress | None, *, scores_path: Path, terms: Sequence[str] | None = None
+) -> tuple[Scores, RankCallback]:
     """Trains only until the rows are scored and the first ranks are decided.
 
     Raises NotLearnedError if the model is still at chance when the config gives up.
     """
-    model, record = begin(job)
-    data, quality, ranks = method(job, scores_path, progress, terms=PAPER_TERMS)
-    if quality is None:
+    if not job.config.quality.enabled:
         raise SettingsError("quality.enabled is false: there is nothing to score; set it to true")
     with tempfile.TemporaryDirectory() as folder:
-        run_training(job, model, data, record, quality, ranks, Path(folder), progress, also=(StopOnceScored(data),))
-    if data.scores is None:
-        raise NotLearnedError(quality.refused or "the rows were never scored")
+        args = arguments(job.config, Path(folder))
+        model, record = begin(job, args)
+        data, quality, ranks = method(job, scores_path, progress, terms=terms)
+        assert quality is not None
+        fit_job(job, model, args, data, record, quality, ranks, progress, also=StopOnceScored(data, quality))
+    assert data.scores is not None
     return data.scores, ranks
 
 
 class StopOnceScored(TrainerCallback):
-    """Ends the training at the first step after scoring."""
+    """Ends the training at the first step after scoring; NotLearnedError where scoring was refused."""
 
-    def __init__(self, data: QualitySubset) -> None:
-        self.data = data
+    def __init__(self, data: QualitySubset, quality: QualityCallback) -> None:
+        self.data, self.quality = data, quality
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.quality.refused is not None:
+            raise NotLearnedError(self.quality.refused)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         control.should_save = False
         control.should_training_stop = not self.data.awaits_scores
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        control.should_save = False
+
+
+class WriteStart(TrainerCallback):
+    """Writes config.yaml and the record at the first step: until then nothing has begun that could be resumed."""
+
+    def __init__(self, run: Path, config: Config, record: RunRecord) -> None:
+        self.run, self.config, self.record = run, config, record
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and not (self.run / CONFIG_FILE).exists():
+            self.record.save(self.run)
+            (self.run / CONFIG_FILE).write_text(dump_config(self.config), encoding="utf-8")
 
 
 def draws_of(config: Config, rows: int, run: Path) -> list[np.ndarray]:
@@ -366,13 +419,13 @@ def what_quality_did(job: Job, quality: QualityCallback | None, data: QualitySub
     return told | {"scores": dict(data.scores.record)}
 
 
-def _finished(run: Path, config: Config) -> RunRecord | None:
-    """The record of a run that is done; None where there is work left.
+def _begun(run: Path, config: Config) -> RunRecord | None:
+    """The record of the run that the directory holds, if there is one.
 
-    Raises SettingsError if the directory's run has other settings.
+    Raises SettingsError if it has other settings.
     """
     if not (run / CONFIG_FILE).exists():
         return None
     if load_config(run / CONFIG_FILE) != config:
         raise SettingsError(f"{run} was begun with other settings: see {run / CONFIG_FILE}; name another --out")
-    return RunRecord.load(run) if (run / RECORD_FILE).exists() else None
+    return RunRecord.load(run)

@@ -2,13 +2,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import collate, samples, tiny_bert, tiny_llama_classifier
 from peft import LoraConfig, TaskType, get_peft_model
-from scoring import logits_of
-from slotted import assert_hidden_are_zero, wrapped
 from torch import nn
 
 import tsqlora as tsq
+from models import collate, samples, tiny_bert, tiny_llama_classifier
+from scoring import logits_of
+from slotted import assert_hidden_are_zero, wrapped
 from tsqlora.adapter.slots import find_slots
 from tsqlora.ranks.budget import budget, used
 
@@ -33,7 +33,7 @@ def test_a_fractional_mean_spends_its_budget_on_the_integers_next_to_it(mean: fl
     whole = int(mean)
     assert set(ranks.values()) <= {whole, whole + 1}
     left = budget(mean, shapes) - used(ranks, shapes)
-    assert 0 <= left
+    assert left >= 0
     assert all(left < sum(shapes[name]) for name, rank in ranks.items() if rank < 8)
 
 
@@ -92,9 +92,7 @@ def test_a_lora_config_is_taken_instead_and_left_alone() -> None:
 def test_the_head_of_a_classifier_trains() -> None:
     model = tsq.wrap(tiny_bert(), mean_rank=2)
     others = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
-    assert others == {
-        f"base_model.model.classifier.modules_to_save.default.{part}" for part in ("weight", "bias")
-    }
+    assert others == {f"base_model.model.classifier.modules_to_save.default.{part}" for part in ("weight", "bias")}
 
 
 def test_modules_to_save_train_whole_and_get_no_lora() -> None:

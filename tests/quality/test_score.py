@@ -1,5 +1,6 @@
 """Scores against the slow twin: one sample at a time, every parameter really stepped."""
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -7,8 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import collate, lora, samples, tiny_bert, tiny_llama_classifier
 from peft import PeftModel
+from torch import Tensor, nn
+
+import tsqlora as tsq
+from models import collate, lora, samples, tiny_bert, tiny_llama_classifier
 from scoring import (
     assert_agree,
     assert_unchanged,
@@ -20,9 +24,6 @@ from scoring import (
     squared_error,
     teach,
 )
-from torch import Tensor, nn
-
-import tsqlora as tsq
 from tsqlora.adapter.slots import find_slots
 from tsqlora.errors import NotLearnedError, SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.quality.terms import TERMS, Measured, Term
@@ -91,8 +92,7 @@ def test_scores_of_a_regression_are_the_twins(calibration: bool, scope: str) -> 
     scores = score(model, rows, scope=scope, calibration=calibration)
 
     offsets = lean if calibration else None
-    if scope == "adapter":
-        assert_agree(scores, slow(model, rows, REFERENCE, offsets=offsets, loss=squared_error))
+    assert_agree(scores, slow(model, rows, REFERENCE, scope=scope, offsets=offsets, loss=squared_error))
     np.testing.assert_allclose(scores.record["offsets"], lean if calibration else [0.0], rtol=1e-9)
     assert scores.strata is None
 
@@ -106,19 +106,21 @@ def test_a_row_outside_the_reference_keeps_the_whole_mean_and_one_inside_does_no
     m = len(REFERENCE)
     dot = outside.terms["convergence"][REFERENCE] * outside.record["reference_norm"]
     own = (dot - outside.terms["gradient_norm"][REFERENCE] ** 2 / m) * m / (m - 1)
-    np.testing.assert_allclose(inside.terms["convergence"][REFERENCE], own / outside.record["reference_norm"], rtol=1e-9)
+    np.testing.assert_allclose(
+        inside.terms["convergence"][REFERENCE], own / outside.record["reference_norm"], rtol=1e-9
+    )
     assert inside.record["reference"] == REFERENCE
     assert outside.record["reference"] == []
 
 
 def test_a_reference_of_other_samples_is_the_twins() -> None:
     model, rows = adapted()
-    kept, other = rows[:9], rows[9:]
+    kept, other = rows[:7], rows[7:]
     offsets = slow_offsets(model, other)
 
     scores = score(model, kept, reference=other)
 
-    assert_agree(scores, slow(model, rows, range(9, N), offsets=offsets), rows=9)
+    assert_agree(scores, slow(model, rows, range(7, N), offsets=offsets), rows=7)
 
 
 @pytest.mark.parametrize("scope", ["adapter", "full"])
@@ -139,13 +141,15 @@ def test_scores_in_float32_are_the_twins_to_three_digits(make: Callable[[], tupl
     assert_agree(scores, slow(model, rows, REFERENCE), rtol=1e-3)
 
 
-def test_scores_under_bfloat16_autocast_are_those_of_float32_to_two_digits() -> None:
+def test_scores_under_bfloat16_autocast_are_the_twins_under_it_to_two_digits() -> None:
     model, rows = adapted(dtype=torch.float32)
-    exact = score(model, rows, terms=("gradient_norm", "convergence"))
-    half = score(model, rows, terms=("gradient_norm", "convergence"), autocast=torch.bfloat16)
-    for name, values in exact.terms.items():
-        np.testing.assert_allclose(half.terms[name], values, atol=0.05 * np.abs(values).max(), err_msg=name)
-    assert half.record["autocast"] == "bfloat16"
+    scores = score(model, rows, terms=ALL_TERMS[::2], calibration=False, autocast=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+        twin = slow(model, rows, REFERENCE)
+    for name in ("loss", "gradient_norm", "convergence"):
+        wanted = getattr(twin, name)
+        np.testing.assert_allclose(scores.terms[name], wanted, atol=0.02 * wanted.abs().max(), err_msg=name)
+    assert scores.record["autocast"] == "bfloat16"
     with pytest.raises(SettingsError, match="loss_reduction is a difference that half precision cannot hold"):
         score(model, rows, autocast=torch.bfloat16)
 
@@ -177,7 +181,7 @@ def test_the_other_terms_are_what_they_say() -> None:
     model, rows = adapted()
     scores = score(model, rows)
     terms = scores.terms
-    logits = logits_of(model, rows) + torch.tensor(scores.record["offsets"])
+    logits = logits_of(model, rows) + torch.tensor(scores.record["offsets"], dtype=torch.float64)
     labels = torch.tensor([row["labels"] for row in rows])
     error = logits.softmax(1) - nn.functional.one_hot(labels, 3)
     np.testing.assert_allclose(terms["el2n"], error.norm(dim=1), rtol=1e-9)
@@ -232,11 +236,14 @@ def test_scores_depend_on_neither_dropout_nor_mode_nor_gradients_of_inputs() -> 
 def test_scores_are_the_same_under_gradient_checkpointing() -> None:
     model, rows = adapted()
     expected = score(model, rows)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the name changed in transformers 5
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     layer = model.get_base_model().bert.encoder.layer[0]
     calls: list[bool] = []
-    layer.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    # Before, not after: recomputation ends as soon as it has what it needs.
+    layer.attention.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     before = fingerprint(model)
 
     assert_equal_scores(expected, score(model, rows))
@@ -353,14 +360,18 @@ def test_a_model_with_broken_weights_is_refused() -> None:
     model, rows = adapted()
     with torch.no_grad():
         model.get_base_model().bert.pooler.dense.base_layer.weight[0, 0] = torch.nan
-    with pytest.raises(TsqLoraError, match="7 of 7 reference losses are not finite; lower training.learning_rate"):
+    with pytest.raises(TsqLoraError, match=r"7 of 7 reference losses are not finite; lower training.learning_rate"):
         score(model, rows)
 
 
 def test_another_loss_than_the_models_own_is_noticed() -> None:
     model, rows = adapted(num_labels=1)
-    model.get_base_model().loss_function = lambda *_, **__: torch.tensor(1e3)
-    with pytest.raises(UnsupportedError, match="the model's own loss on a batch is 1000.0000, the mean of the samples'"):
+
+    def another(_model: nn.Module, _args: Any, output: Any) -> None:
+        output.loss = torch.tensor(1e3)
+
+    model.get_base_model().register_forward_hook(another)
+    with pytest.raises(UnsupportedError, match=r"the model's own loss on a batch is 1000.0000, the mean of the"):
         score(model, rows)
 
 
@@ -371,7 +382,6 @@ def test_another_loss_than_the_models_own_is_noticed() -> None:
         ({"reference": [1, 1]}, "the reference must name different rows from 0 to 13"),
         ({"reference": [1, 14]}, "the reference must name different rows from 0 to 13"),
         ({"reference": [-1, 2]}, "the reference must name different rows from 0 to 13"),
-        ({"scope": "adaptor"}, "unknown scope 'adaptor'; did you mean 'adapter'"),
         ({"terms": ("los",)}, "unknown quality term 'los'; did you mean 'loss'"),
         ({"weights": {"gradient_nrm": 1.0}}, "unknown quality term 'gradient_nrm'; did you mean 'gradient_norm'"),
         ({"temperature": 0.0}, "temperature is 0.0; it must be above 0"),

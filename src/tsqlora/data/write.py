@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tsqlora.errors import SettingsError
+from tsqlora.errors import DataError, SettingsError
 
 Row = Mapping[str, Any]
 
@@ -18,24 +18,42 @@ Row = Mapping[str, Any]
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """Writes the rows whole or not at all; the directory is made if need be.
 
-    Raises SettingsError for an extension that is not in WRITERS.
+    Raises SettingsError for an extension that is not in WRITERS or a place that cannot be
+    written, DataError for values that the format cannot hold.
     """
     require_writable(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    WRITERS[path.suffix.lower()](temporary, rows)
-    os.replace(temporary, path)
+    try:
+        WRITERS[path.suffix.lower()](temporary, rows)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def require_writable(path: Path) -> None:
-    """Raises SettingsError for an extension in which rows cannot be written."""
+    """Raises SettingsError for an extension or a place in which rows cannot be written."""
     if path.suffix.lower() not in WRITERS:
         raise SettingsError(f"--out {path}: unknown extension '{path.suffix}'; known: {', '.join(WRITERS)}")
+    require_place(path)
+
+
+def require_place(path: Path) -> None:
+    """Makes the directory that a file is to be written into; SettingsError where that cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"--out {path} cannot be written ({error.strerror}); name another file") from None
+    if path.is_dir():
+        raise SettingsError(f"--out {path} is a directory; name a file")
+    if not os.access(path.parent, os.W_OK):
+        raise SettingsError(f"--out {path} cannot be written (Permission denied); name another file")
 
 
 def _write_jsonl(path: Path, rows: Sequence[Row]) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
+    # Half a surrogate pair, which JSON can spell, is written as JSON spells it.
+    with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
+        # Dates and decimals, which a Parquet file may hold, become text.
+        file.writelines(json.dumps(dict(row), ensure_ascii=False, default=str) + "\n" for row in rows)
 
 
 def _write_csv(path: Path, rows: Sequence[Row], *, delimiter: str = ",") -> None:
@@ -50,8 +68,14 @@ def _write_tsv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def _write_parquet(path: Path, rows: Sequence[Row]) -> None:
-    names = _names(rows)
-    pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in names}), path)
+    columns = {}
+    for name in _names(rows):
+        try:
+            columns[name] = pa.array([row.get(name) for row in rows])
+        except (pa.ArrowException, UnicodeError) as error:
+            reason = str(error).splitlines()[0]
+            raise DataError(f"column '{name}' does not fit into Parquet ({reason}); write .jsonl") from error
+    pq.write_table(pa.table(columns), path)
 
 
 def _names(rows: Sequence[Row]) -> list[str]:

@@ -8,6 +8,7 @@ trains: the tap's output requires a gradient because its anchor does.
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -78,17 +79,23 @@ class _Tap(torch.autograd.Function):
     """The identity, that shows the gradient passing through it."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, anchor: Tensor, deliver: Callable[[Tensor, Tensor], None]) -> Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor, anchor: Tensor, name: str, under_way: _Forward | None) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.deliver = deliver
+        ctx.name, ctx.under_way = name, under_way
         # A copy: autograd forbids changing a view in place, and a model may do that to what it gets.
         return y.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
+        # Non-reentrant checkpointing calls layers again only to have their inputs back.
+        if ctx.under_way is None:
+            raise UnsupportedError(
+                f"{ctx.name} is under reentrant gradient checkpointing, which hides it; "
+                "set gradient_checkpointing_kwargs to {'use_reentrant': False}"
+            )
         (x,) = ctx.saved_tensors
-        ctx.deliver(x, grad_outputs[0])
-        return grad_outputs[0], None, None, None
+        ctx.under_way.deliver(ctx.name, x, grad_outputs[0])
+        return grad_outputs[0], None, None, None, None
 
 
 @contextmanager
@@ -114,8 +121,8 @@ def capture(model: nn.Module, sites: Mapping[str, Site], consume: Consume) -> Ge
         for site in sites.values():
             for module in site.modules:
                 # First of the module's hooks: others may change what it returns.
-                hook = module.register_forward_hook(_tapper(state, site.name), prepend=True, with_kwargs=True)
-                hooks.callback(hook.remove)
+                tap = partial(_tap, state, site.name)
+                hooks.callback(module.register_forward_hook(tap, prepend=True, with_kwargs=True).remove)
         hooks.callback(model.register_forward_hook(leave).remove)
         yield state
         state.finish()
@@ -136,26 +143,15 @@ def by_sample(x: Tensor, samples: int, name: str) -> Tensor:
     return x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
 
 
-def _tapper(state: Capture, name: str) -> Callable[..., Tensor | None]:
-    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
-        if not torch.is_grad_enabled():
-            return None
-        forward = state.current
-        if forward is not None:
-            forward.called(name)
-
-        def deliver(x: Tensor, grad: Tensor) -> None:
-            # Non-reentrant checkpointing calls layers again only to have their inputs back.
-            if forward is None:
-                raise UnsupportedError(
-                    f"{name} is under reentrant gradient checkpointing, which hides it; "
-                    "set gradient_checkpointing_kwargs to {'use_reentrant': False}"
-                )
-            forward.deliver(name, x, grad)
-
-        return cast(Any, _Tap).apply(y, call_input(args, kwargs).detach(), state.anchor, deliver)
-
-    return hook
+def _tap(
+    state: Capture, name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor
+) -> Tensor | None:
+    """A forward hook: the output, tapped where gradients are wanted."""
+    if not torch.is_grad_enabled():
+        return None
+    if state.current is not None:
+        state.current.called(name)
+    return cast(Any, _Tap).apply(y, call_input(args, kwargs).detach(), state.anchor, name, state.current)
 
 
 def _batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:

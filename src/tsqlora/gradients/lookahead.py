@@ -5,8 +5,9 @@ on the outputs and no weight is touched:  (W − η∇Wᵢ)x = Wx − η(x aᵢ�
 A and B of a LoRA layer are two sites, so its η² term is there too.
 """
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,15 +28,22 @@ def stepped(
     with ExitStack() as hooks:
         for name, gradient in gradients.items():
             for module in sites[name].modules:
-                hook = _stepper(gradient, name, eta, samples)
+                hook = partial(_step, gradient, name, eta, samples)
                 # First of the module's hooks, as the tap was: others may change what it returns.
                 hooks.callback(module.register_forward_hook(hook, prepend=True, with_kwargs=True).remove)
         yield
 
 
-def _stepper(gradient: LayerGradient, name: str, eta: float, samples: int) -> Callable[..., Tensor]:
-    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
-        x = by_sample(call_input(args, kwargs), samples, name)
-        return y - eta * gradient.apply(x).to(y.dtype).reshape(y.shape)
-
-    return hook
+def _step(
+    gradient: LayerGradient,
+    name: str,
+    eta: float,
+    samples: int,
+    _module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    y: Tensor,
+) -> Tensor:
+    """A forward hook: the output after each sample's step."""
+    x = by_sample(call_input(args, kwargs), samples, name)
+    return y - eta * gradient.apply(x).to(y.dtype).reshape(y.shape)

@@ -150,7 +150,7 @@ def _refuse_unseen(model: nn.Module, seen: set[tuple[int, int]]) -> None:
         for name, parameter in owner.named_parameters(owner_name, recurse=False):
             if parameter.requires_grad and (id(owner), id(parameter)) not in seen:
                 raise UnsupportedError(
-                    f"{name} trains, and it belongs to a {type(owner).__name__}, whose gradient per sample is not "
+                    f"{name} trains, and it belongs to {type(owner).__name__}, whose gradient per sample is not "
                     "known exactly; freeze it, or train linear layers and LoRA only"
                 )
 

@@ -49,7 +49,8 @@ def calibrate(model: nn.Module, batches: Iterable[Batch], task: Task, *, enabled
             parts.append((model_logits(model, inputs), y))
     logits, labels = (torch.cat(columns) for columns in zip(*parts, strict=True))
     constant = task.chance(labels, logits.shape[1]).to(logits)
-    test = learned(task.loss(logits, labels), task.loss(constant.expand_as(logits).contiguous(), labels))
+    guess = constant.expand_as(logits).contiguous()
+    test = learned(sample_losses(task, logits, labels), sample_losses(task, guess, labels))
     offsets = task.offsets(logits, labels) if enabled else torch.zeros_like(constant)
     return Calibration(offsets.to(logits), test)
 
@@ -104,15 +105,21 @@ def backward(
     """
     with torch.enable_grad(), capture(model, sites, consume) as tap:
         logits = model_logits(model, inputs) + offsets
-        losses = task.loss(logits, labels)
-        if losses.shape != (len(logits),):
-            raise UnsupportedError(
-                f"the loss of {len(logits)} samples has shape {tuple(losses.shape)}; it must give one number a sample"
-            )
+        losses = sample_losses(task, logits, labels)
         # Summed, not averaged: a sample's gradient must not depend on its batch. The anchor
         # is added so that there is a graph also where no site reaches the loss.
         grads = torch.autograd.grad(losses.sum() + tap.anchor, [tap.anchor, *also], allow_unused=True)
     return logits.detach(), losses.detach(), list(grads[1:])
+
+
+def sample_losses(task: Task, logits: Float[Tensor, "n k"], labels: Tensor) -> Float[Tensor, " n"]:
+    """The task's loss of each sample.  Raises UnsupportedError where that is not one number a sample."""
+    losses = task.loss(logits, labels)
+    if losses.shape != (len(logits),):
+        raise UnsupportedError(
+            f"the loss of {len(logits)} samples has shape {tuple(losses.shape)}; it must give one number a sample"
+        )
+    return losses
 
 
 def total_over_sites(parts: list[Tensor], losses: Float[Tensor, " n"]) -> Float[Tensor, " n"]:

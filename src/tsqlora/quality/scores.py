@@ -102,9 +102,12 @@ def from_terms(
 ) -> Scores:
     """Standardise, add up, and make probabilities of measured terms (METHOD eq. 4 and 5).
 
-    Standardised within the class where `stratified`.  Raises SettingsError for a weight whose
-    term was not measured, TsqLoraError naming the first row with a value that is not finite.
+    Standardised within the class where `stratified`.  Raises SettingsError for a weight that is
+    not finite or whose term was not measured, TsqLoraError naming the first row with a value that is not finite.
     """
+    for name, weight in weights.items():
+        if not np.isfinite(weight):
+            raise SettingsError(f"the weight of '{name}' is {weight}; it must be a finite number")
     if unknown := [name for name, weight in weights.items() if weight and name not in terms]:
         raise SettingsError(f"'{unknown[0]}' has a weight and was not measured; {nearest(unknown[0], terms)}")
     if hashes is not None and len(hashes) != len(labels):

@@ -1,9 +1,13 @@
 """One training run in the stock Trainer: arguments, callbacks, and what each phase cost."""
 
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from transformers import (
@@ -19,18 +23,23 @@ from transformers.trainer_callback import PrinterCallback
 
 from tsqlora.data.tokenise import TokenisedSplit
 from tsqlora.errors import SettingsError
-from tsqlora.quality.score import Progress
+from tsqlora.quality.score import Progress, reference_indices
 from tsqlora.quality.subset import QualitySubset
-from tsqlora.record import PhaseCost, RunRecord
+from tsqlora.record import PhaseCost, RunRecord, write_json
 from tsqlora.tasks import Task
+from tsqlora.training.checkpoint import checkpoint_folder
 from tsqlora.training.quality_callback import QualityCallback
 from tsqlora.training.rank_callback import RankCallback
+from tsqlora.training.run_dir import COST_FILE
+
+PHASES = ("warm-up", "scoring", "ranks", "training")
+"""In the order in which they begin."""
 
 
 def hardware_has_bf16() -> bool:
     """Whether bfloat16 is computed by the GPU or processor itself: elsewhere it is slower."""
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     features = torch.cpu.get_capabilities()
     return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
 
@@ -55,6 +64,7 @@ def training_arguments(
         "save_strategy": "epoch",
         "save_total_limit": 2,
         "logging_steps": 10,
+        "disable_tqdm": True,
         "use_cpu": not torch.cuda.is_available() and not torch.backends.mps.is_available(),
     }
     try:
@@ -68,7 +78,6 @@ def training_arguments(
             seed=seed,
             data_seed=seed,
             train_sampling_strategy="sequential",
-            disable_tqdm=True,
             **(defaults | further),
         )
     except (ValueError, TypeError) as error:
@@ -101,8 +110,8 @@ def fit(
         compute_metrics=lambda p: task.metrics(p.predictions, p.label_ids),  # type: ignore[arg-type]
         callbacks=[
             *(callback for callback in (quality, ranks) if callback is not None),
-            CostCallback(data, record, ranks, progress),
             *also,
+            CostCallback(data, record, quality, ranks, progress),
         ],
     )
     trainer.remove_callback(PrinterCallback)
@@ -110,8 +119,8 @@ def fit(
     if quality is not None:
         record.cost["scoring"] = scoring_cost(quality)
     if ranks is not None and ranks.started:
-        rows = min(ranks.samples, len(data))
-        record.cost["ranks"] = PhaseCost(seconds=ranks.seconds, forward=rows, backward=rows)
+        record.cost["ranks"] = ranks_cost(ranks, data)
+    record.cost = {phase: record.cost[phase] for phase in PHASES if phase in record.cost}
     return trainer
 
 
@@ -121,27 +130,60 @@ def scoring_cost(quality: QualityCallback) -> PhaseCost:
     The reference is passed forward twice (calibration, gradients) and backward once; every
     row forward and backward once, and forward again where terms look ahead.
     """
-    cost = PhaseCost(seconds=quality.seconds, forward=len(quality.attempts) * quality.reference)
-    scores = quality.data.scores
+    data, scores = quality.data, quality.data.scores
+    reference = reference_indices(len(data.dataset), quality.reference, quality.seed)
+    tests = len(quality.attempts) + (0 if scores is None else 2)
+    cost = PhaseCost(quality.seconds, forward=tests * len(reference), tokens=tests * tokens_of(data, reference))
     if scores is not None:
-        rows, reference = len(scores), int(scores.record["reference_rows"])
-        looks_ahead = any(term.lookahead for term in quality.terms.values())
-        cost.add(forward=rows * (2 if looks_ahead else 1) + 2 * reference, backward=rows + reference)
+        rows = range(len(scores))
+        passes = 2 if any(term.lookahead for term in quality.terms.values()) else 1
+        cost.add(
+            forward=passes * len(rows),
+            backward=len(rows) + len(reference),
+            tokens=passes * tokens_of(data, rows),
+        )
     return cost
+
+
+def ranks_cost(ranks: RankCallback, data: QualitySubset) -> PhaseCost:
+    """What the first ranks took: a pass over rows of the first quality draw."""
+    chosen = np.random.default_rng([ranks.seed, 4]).permutation(len(data))[: ranks.samples]
+    tokens = tokens_of(data, data.draw(data.scored_epoch)[chosen])
+    return PhaseCost(ranks.seconds, forward=len(chosen), backward=len(chosen), tokens=tokens)
+
+
+def tokens_of(data: QualitySubset, rows: Iterable[int]) -> int:
+    """Tokens of these rows of all that there are; 0 if the lengths are not known."""
+    return 0 if data.lengths is None else sum(data.lengths[row] for row in rows)
 
 
 class CostCallback(TrainerCallback):
     """Adds up what warm-up and training cost, epoch by epoch, and reports progress.
 
-    It must come after RankCallback, whose first probe is no part of an epoch's training.
+    It must come last: RankCallback's first probe is no part of an epoch's training, and the
+    file that it adds to a checkpoint says that the others have written theirs.
     """
 
     def __init__(
-        self, data: QualitySubset, record: RunRecord, ranks: RankCallback | None, progress: Progress | None
+        self,
+        data: QualitySubset,
+        record: RunRecord,
+        quality: QualityCallback | None,
+        ranks: RankCallback | None,
+        progress: Progress | None,
     ) -> None:
-        self.data, self.record, self.ranks, self.progress = data, record, ranks, progress
+        self.data, self.record, self.quality, self.ranks, self.progress = data, record, quality, ranks, progress
         self.started: float | None = None
         self.rank_seconds = 0.0
+        self.warmup_steps = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step > 0:
+            saved = json.loads((checkpoint_folder(args, state) / COST_FILE).read_text())
+            self.record.cost |= {phase: PhaseCost(**cost) for phase, cost in saved["cost"].items()}
+            self.warmup_steps = saved["warmup_steps"]
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -151,8 +193,11 @@ class CostCallback(TrainerCallback):
             self.started = perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.progress is not None:
-            self.progress(self._phase(), state.global_step, state.max_steps)
+        if self.data.awaits_scores:
+            self.warmup_steps = state.global_step
+        if self.progress is not None and state.is_world_process_zero:
+            done, total = self._steps(state)
+            self.progress(self._phase(), done, total)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -160,13 +205,26 @@ class CostCallback(TrainerCallback):
         if self.started is None:
             return
         rows = len(self.data)
-        tokens = sum(self.data.lengths[row] for row in self.data.indices) if self.data.lengths else 0
         seconds = perf_counter() - self.started - (self._rank_seconds() - self.rank_seconds)
+        tokens = tokens_of(self.data, self.data.indices)
         self.record.phase(self._phase()).add(seconds=seconds, forward=rows, backward=rows, tokens=tokens)
         self.started = None
 
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            cost = {phase: asdict(cost) for phase, cost in self.record.cost.items()}
+            write_json(checkpoint_folder(args, state) / COST_FILE, {"cost": cost, "warmup_steps": self.warmup_steps})
+
     def _phase(self) -> str:
         return "warm-up" if self.data.awaits_scores else "training"
+
+    def _steps(self, state: TrainerState) -> tuple[int, int]:
+        """Steps of the phase that are done, and its steps in all; a warm-up may turn out longer."""
+        if not self.data.awaits_scores:
+            return state.global_step - self.warmup_steps, state.max_steps - self.warmup_steps
+        epoch_steps = state.max_steps // state.num_train_epochs
+        expected = 0 if self.quality is None else self.quality.warmup_epochs * epoch_steps
+        return state.global_step, max(expected, -(-state.global_step // epoch_steps) * epoch_steps)
 
     def _rank_seconds(self) -> float:
         return 0.0 if self.ranks is None else self.ranks.seconds

@@ -1,6 +1,8 @@
 """A pretrained model with a head for the task, and its tokenizer."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,27 +42,45 @@ def load_pretrained(
 ) -> Pretrained:
     """The model with one output a class, or a single one for regression (`labels` None).
 
+    A head of another size, such as that of a checkpoint trained on other classes, is made anew.
     Raises SettingsError for a path that is neither a directory with a model nor a hub id.
     """
+    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise SettingsError(f"model.path {path!r}: no such directory; correct it, or give a hub id")
     common: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **common)
         config = AutoConfig.from_pretrained(path, **common, **_head(labels))
+        tokenizer = AutoTokenizer.from_pretrained(path, **common)
         # A causal model reads its class at the last token that is not padding.
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         if getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = tokenizer.pad_token_id
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            path, **common, config=config, dtype=getattr(torch, dtype), output_loading_info=True
+            path,
+            **common,
+            config=config,
+            dtype=getattr(torch, dtype),
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SettingsError(f"model.path {path!r} cannot be loaded ({reason}); give a directory or a hub id") from error
-    return Pretrained(model, tokenizer, new_modules(info["missing_keys"]))
+    _require_vocabulary(tokenizer, path)
+    other_sizes = {key for key, *_ in info["mismatched_keys"]}
+    return Pretrained(model, tokenizer, new_modules({*info["missing_keys"], *other_sizes}))
 
 
-def new_modules(missing_keys: Any) -> tuple[str, ...]:
+def _require_vocabulary(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    # Without its files transformers makes a tokenizer to which every word is unknown.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise SettingsError(f"model.path {path!r} holds no tokenizer; save the model's own there")
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise SettingsError(f"the tokenizer in model.path {path!r} has neither a padding nor an end token; set one")
+
+
+def new_modules(missing_keys: Iterable[str]) -> tuple[str, ...]:
     """The modules whose weights a checkpoint lacks: the outermost where one holds another.
 
     >>> new_modules({"classifier.weight", "classifier.bias", "bert.pooler.dense.weight"})
@@ -72,10 +92,9 @@ def new_modules(missing_keys: Any) -> tuple[str, ...]:
 
 def _head(labels: LabelMap | None) -> dict[str, Any]:
     if labels is None:
-        return {"num_labels": 1, "problem_type": "regression"}
+        return {"id2label": {0: "LABEL_0"}, "label2id": {"LABEL_0": 0}, "problem_type": "regression"}
     names = [str(name) for name in labels.names]
     return {
-        "num_labels": len(names),
         "id2label": dict(enumerate(names)),
         "label2id": {name: i for i, name in enumerate(names)},
         "problem_type": "single_label_classification",

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tsqlora.data.batches import sorted_batches
+from tsqlora.errors import TsqLoraError
 from tsqlora.gradients.quiet import quiet
 from tsqlora.quality.score import Progress
 from tsqlora.tasks.forward import Collate, model_logits
@@ -24,7 +25,10 @@ def predict_logits(
     phase: str = "evaluation",
     progress: Progress | None = None,
 ) -> np.ndarray:
-    """n × k logits, in the samples' order; labels, if any, are not shown to the model."""
+    """n × k logits, in the samples' order; labels, if any, are not shown to the model.
+
+    Raises TsqLoraError where a logit is not finite: no prediction would mean anything.
+    """
     device = next(model.parameters()).device
     precision = nullcontext() if autocast is None else torch.autocast(device.type, dtype=autocast)
     out: np.ndarray | None = None
@@ -40,4 +44,9 @@ def predict_logits(
             if progress is not None:
                 progress(phase, done, len(samples))
     assert out is not None
+    if broken := int((~np.isfinite(out)).any(axis=1).sum()):
+        raise TsqLoraError(
+            f"the model's logits are not finite for {broken} of {len(out)} rows; "
+            "lower training.learning_rate or use another dtype"
+        )
     return out

@@ -14,19 +14,20 @@ from peft import PeftModel
 from torch.utils.data import Subset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from tsqlora import distributed
 from tsqlora.adapter.change import change_ranks
 from tsqlora.adapter.importance import Importance
 from tsqlora.adapter.resize import moments
 from tsqlora.adapter.slots import finalize, find_slots, sync_config
 from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.gradients.sites import lora_layers
+from tsqlora.probe import Estimator, Probe, get_estimator, probe_pass
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.ranks.allocate import Sensitivity, allocate
 from tsqlora.ranks.budget import caps, costs, used
 from tsqlora.ranks.events import RankEvent
 from tsqlora.ranks.policies import Policy, get_policy
 from tsqlora.ranks.schedule import adjustment_steps, moves_allowed
-from tsqlora.probe import Estimator, Probe, get_estimator, probe_pass
 from tsqlora.training.checkpoint import RankState, checkpoint_folder
 
 
@@ -127,11 +128,10 @@ class RankCallback(TrainerCallback):
             self._probe = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step == 1:
-            # Its state is known from now on: an optimizer that cannot be served is told at once.
+        if state.global_step == 1 and len(self.steps) > 0:
+            # Its state is there from now on: an optimizer that cannot be served is told at once.
             for slots in self.layers.values():
-                for parameter, _ in slots.matrices():
-                    moments(parameter, kwargs["optimizer"])
+                moments(slots.a, kwargs["optimizer"])
         if self._probe is None:
             return
         probe, self._probe = self._probe, None
@@ -230,6 +230,7 @@ class RankCallback(TrainerCallback):
         optimizer: torch.optim.Optimizer,
     ) -> None:
         """Carries out a decision and writes it down, sensitivities as shares of their sum."""
+        ranks = distributed.from_first(ranks)
         moved = change_ranks(
             self.layers,
             ranks,

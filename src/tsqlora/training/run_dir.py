@@ -6,12 +6,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tsqlora.errors import SettingsError
-from tsqlora.record import RECORD_FILE
 
 CONFIG_FILE = "config.yaml"
 ADAPTER_DIR = "adapter"
 CHECKPOINT_DIR = "checkpoints"
 LOCK_FILE = "run.lock"
+COST_FILE = "tsqlora_cost.json"
+"""The last file that is written into a checkpoint: one that has it is whole."""
 
 
 @contextmanager
@@ -51,9 +52,9 @@ def require_free(run: Path, *, resume: bool = False) -> None:
 
 
 def last_checkpoint(run: Path) -> Path | None:
-    """The checkpoint with the most steps, if there is one."""
-    found = [path for path in (run / CHECKPOINT_DIR).glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
-    return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
+    """The whole checkpoint with the most steps, if there is one."""
+    whole = [path.parent for path in (run / CHECKPOINT_DIR).glob(f"checkpoint-*/{COST_FILE}")]
+    return max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
 
 
 def _left_before_the_start(path: Path) -> bool:

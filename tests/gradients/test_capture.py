@@ -1,0 +1,243 @@
+"""What capture shows is each sample's own gradient, as autograd has it for that sample alone."""
+
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tsqlora.errors import UnsupportedError
+from tsqlora.gradients.capture import capture
+from tsqlora.gradients.ghost import layer_gradient
+from tsqlora.gradients.sites import Site, find_sites
+
+N, WIDTH = 3, 4
+
+
+class Around(nn.Module):
+    """`use(linear, x)`, and from that one number a sample."""
+
+    def __init__(self, use: Callable[[Any, Tensor], Tensor], *, frozen: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(WIDTH, WIDTH, dtype=torch.float64).requires_grad_(not frozen)
+        self.use = use
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(self.linear, x).tanh().flatten(1).sum(1)
+
+
+def seen(model: nn.Module, x: Tensor) -> tuple[list[str], Tensor]:
+    """The sites in the order they came, and each sample's squared norm over all of them."""
+    names: list[str] = []
+    total = torch.zeros(len(x), dtype=torch.float64)
+    sites = find_sites(model, "adapter")
+
+    def consume(name: str, a: Tensor, b: Tensor) -> None:
+        names.append(name)
+        total.add_(layer_gradient(a, b, weight=sites[name].weight, bias=sites[name].bias).norm_sq())
+
+    with capture(model, sites, consume) as tap:
+        torch.autograd.grad(model(x).sum() + tap.anchor, tap.anchor)
+    return names, total
+
+
+def alone(model: nn.Module, x: Tensor) -> Tensor:
+    """The same, one sample at a time, by autograd."""
+    own = [p for p in model.parameters() if p.requires_grad]
+    norms = []
+    for j in range(len(x)):
+        grads = torch.autograd.grad(model(x[j : j + 1]).sum(), own, allow_unused=True)
+        norms.append(sum((g.square().sum() for g in grads if g is not None), torch.zeros((), dtype=x.dtype)))
+    return torch.stack(norms)
+
+
+def assert_exact(model: nn.Module, x: Tensor) -> None:
+    names, norms = seen(model, x)
+    assert len(names) == len(set(names))
+    torch.testing.assert_close(norms, alone(model, x), rtol=1e-10, atol=0)
+
+
+def inputs(*tokens: int) -> Tensor:
+    return torch.randn(N, *tokens, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("tokens", [(), (1,), (5,), (9,), (2, 3)], ids=str)
+def test_any_number_of_dimensions_between_batch_and_features_is_tokens(tokens: tuple[int, ...]) -> None:
+    assert_exact(Around(lambda linear, x: linear(x)), inputs(*tokens))
+
+
+def test_calls_of_one_layer_are_summed_before_squaring() -> None:
+    assert_exact(Around(lambda linear, x: linear(linear(x).tanh())), inputs(5))
+
+
+def test_calls_of_one_layer_may_differ_in_tokens() -> None:
+    assert_exact(Around(lambda linear, x: torch.cat([linear(x), linear(x[:, :2]).sin()], dim=1)), inputs(5))
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(WIDTH, WIDTH, bias=False, dtype=torch.float64)
+        self.second = nn.Linear(WIDTH, WIDTH, bias=False, dtype=torch.float64)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).tanh()).square().flatten(1).sum(1)
+
+
+def test_a_weight_of_two_modules_is_one_site_whose_uses_are_summed() -> None:
+    assert seen(Tied(), inputs(5))[0] == ["first"]
+    assert_exact(Tied(), inputs(5))
+
+
+def test_a_call_that_does_not_reach_the_loss_adds_nothing() -> None:
+    def unused(linear: nn.Linear, x: Tensor) -> Tensor:
+        linear(x.flip(1))
+        return linear(x) + linear(x.sin()).detach()
+
+    assert_exact(Around(unused), inputs(5))
+
+
+def test_a_call_without_gradients_is_not_waited_for() -> None:
+    def partly(linear: nn.Linear, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = linear(x.flip(1))
+        return linear(x) + target
+
+    assert_exact(Around(partly), inputs(5))
+
+
+def test_a_layer_that_is_not_called_is_not_shown() -> None:
+    assert seen(Around(lambda _, x: x), inputs(5)) == ([], pytest.approx(torch.zeros(N)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda linear, x: F.relu_(linear(x)),
+        lambda linear, x: linear(x).add_(x),
+        lambda linear, x: linear(input=x),
+    ],
+    ids=["activation in place", "sum in place", "by keyword"],
+)
+def test_a_model_may_call_a_layer_and_change_its_output_as_it_likes(change: Callable[[Any, Tensor], Tensor]) -> None:
+    assert_exact(Around(change), inputs(5))
+
+
+def test_hooks_of_others_do_not_change_what_is_seen() -> None:
+    model = Around(lambda linear, x: linear(x))
+    model.linear.register_forward_hook(lambda _m, _args, y: 3 * y)
+    model.linear.register_forward_pre_hook(lambda _m, args: (args[0].sin(),))
+    assert_exact(model, inputs(5))
+
+
+def test_a_frozen_layer_behind_nothing_that_trains_is_seen_too() -> None:
+    model, frozen = Around(lambda linear, x: linear(x)), Around(lambda linear, x: linear(x), frozen=True)
+    site = {"linear": Site("linear", (frozen.linear,), True, True)}
+    norms: list[Tensor] = []
+    with capture(
+        frozen, site, lambda _, a, b: norms.append(layer_gradient(a, b, weight=True, bias=True).norm_sq())
+    ) as tap:
+        torch.autograd.grad(frozen(inputs(5)).sum(), tap.anchor, allow_unused=True)
+    torch.testing.assert_close(norms[0], alone(model, inputs(5)))
+
+
+def test_checkpointing_that_is_not_reentrant_changes_nothing() -> None:
+    def twice(linear: nn.Linear, x: Tensor) -> Tensor:
+        return linear(linear(x).tanh())
+
+    model = Around(lambda linear, x: linear(checkpoint(twice, linear, x, use_reentrant=False)))
+    assert_exact(model, inputs(5))
+
+
+def test_reentrant_checkpointing_is_refused_with_its_cure() -> None:
+    model = Around(lambda linear, x: checkpoint(linear, x, use_reentrant=True))
+    with (
+        capture(model, find_sites(model, "adapter"), lambda *_: None),
+        pytest.raises(UnsupportedError, match=r"^linear is under reentrant .* \{'use_reentrant': False\}$"),
+    ):
+        model(inputs(5).requires_grad_()).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("call", "shape"),
+    [
+        (lambda linear, x: linear(x[0, 0]).expand(N, WIDTH), r"\(4,\)"),
+        (lambda linear, x: linear(x.transpose(0, 1)).transpose(0, 1), r"\(5, 3, 4\)"),
+        (lambda linear, x: linear(x.flatten(0, 1)).unflatten(0, (N, -1)), r"\(15, 4\)"),
+    ],
+    ids=["one vector", "tokens first", "tokens in the batch"],
+)
+def test_a_layer_whose_first_dimension_is_not_the_batch_is_refused(
+    call: Callable[[Any, Tensor], Tensor], shape: str
+) -> None:
+    message = rf"^linear is called on a tensor of shape {shape} in a batch of 3: its samples cannot be told apart; "
+    with pytest.raises(UnsupportedError, match=message):
+        seen(Around(call), inputs(5))
+
+
+def test_a_model_called_without_a_tensor_is_refused() -> None:
+    model = Around(lambda linear, x: linear(x))
+    with capture(model, {}, lambda *_: None), pytest.raises(UnsupportedError, match="called without a tensor"):
+        model([1, 2])
+
+
+def test_several_passes_of_training_are_shown_one_by_one() -> None:
+    model = Around(lambda linear, x: linear(x) + linear(x.sin()).detach())
+    sizes: list[int] = []
+    with capture(model, find_sites(model, "adapter"), lambda _, a, _b: sizes.append(len(a))):
+        for rows in (3, 1):
+            model(inputs(5)[:rows]).sum().backward()
+        with torch.no_grad():
+            model(inputs(5))
+        losses = [model(inputs(5)[:rows]).sum() for rows in (2, 1)]
+        (losses[0] + losses[1]).backward()
+    assert sizes[:2] == [3, 1]
+    assert sorted(sizes[2:]) == [1, 2]
+    torch.testing.assert_close(model.linear.bias.grad is not None, True)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_is_left_on_the_model(fails: bool) -> None:
+    model = Around(lambda linear, x: linear(x))
+    with suppress(ZeroDivisionError), capture(model, find_sites(model, "adapter"), lambda *_: None):
+        model(inputs(5))
+        assert model.linear._forward_hooks
+        if fails:
+            raise ZeroDivisionError
+    for module in model.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
+def test_captured_tensors_are_let_go_when_they_are_consumed() -> None:
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False, dtype=torch.float64) for _ in range(3)))
+    alive: list[weakref.ref[Tensor]] = []
+    before: list[int] = []
+
+    def consume(_name: str, a: Tensor, b: Tensor) -> None:
+        before.append(sum(ref() is not None for ref in alive))
+        alive.append(weakref.ref(b))
+
+    with capture(model, find_sites(model, "adapter"), consume):
+        model(inputs(5)).square().sum().backward()
+    assert before == [0, 0, 0]
+
+
+def test_consumers_compute_without_autocast() -> None:
+    model = Around(lambda linear, x: linear(x)).float()
+    dtypes: list[torch.dtype] = []
+
+    def consume(_name: str, a: Tensor, _b: Tensor) -> None:
+        dtypes.append((a @ a.mT).dtype)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16), capture(model, find_sites(model, "adapter"), consume):
+        model(inputs(5).float()).sum().backward()
+    assert dtypes == [torch.float32]

@@ -1,0 +1,149 @@
+"""Which parameters of θ are seen where, and what is refused by name."""
+
+import inspect
+from collections.abc import Callable
+
+import pytest
+import torch
+from peft import LoraConfig, TaskType, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import tsqlora as tsq
+from models import lora, tiny_bert
+from tsqlora.errors import SettingsError, UnsupportedError
+from tsqlora.gradients.sites import batch_coupled, effective_weight, find_sites, lora_layers
+
+QUERY = "bert.encoder.layer.0.attention.self.query"
+
+
+def test_scope_adapter_is_all_that_trains() -> None:
+    model = lora(tiny_bert())
+    sites = find_sites(model, "adapter")
+    held = {id(p) for site in sites.values() for module in site.modules for p in module.parameters()}
+    assert held == {id(p) for p in model.parameters() if p.requires_grad}
+    assert {name for name, site in sites.items() if site.bias} == {"classifier.modules_to_save.default"}
+    assert f"{QUERY}.lora_A.default" in sites
+
+
+def test_scope_full_is_the_whole_lora_layers_and_the_head() -> None:
+    model = lora(tiny_bert())
+    sites = find_sites(model, "full")
+    assert sites.keys() == {*lora_layers(model), "classifier.modules_to_save.default"}
+    assert isinstance(sites[QUERY].modules[0], LoraLayer)
+    assert (sites[QUERY].weight, sites[QUERY].bias) == (True, False)
+
+
+def test_rank_slots_are_seen_through_their_parametrisation() -> None:
+    plain, slots = lora(tiny_bert()), tsq.wrap(tiny_bert(), mean_rank=4, modules_to_save=["classifier"])
+    assert find_sites(slots, "adapter").keys() == find_sites(plain, "adapter").keys()
+    assert find_sites(slots, "full").keys() == find_sites(plain, "full").keys()
+
+
+def test_the_parts_that_train_are_those_of_the_site() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].weight.requires_grad_(False)
+    model[1].bias.requires_grad_(False)
+    model[2].requires_grad_(False)
+    assert {n: (s.weight, s.bias) for n, s in find_sites(model, "adapter").items()} == {
+        "0": (False, True),
+        "1": (True, False),
+    }
+
+
+def test_a_model_that_is_one_layer_has_one_site() -> None:
+    assert list(find_sites(nn.Linear(2, 2), "adapter")) == [""]
+
+
+def with_tied_embedding() -> nn.Module:
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5))
+    model[1].weight = model[0].weight
+    return model
+
+
+def with_tied_bias() -> nn.Module:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].bias = model[0].bias
+    return model
+
+
+def with_tied_weight_and_bias() -> nn.Module:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    return model
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), "^1.weight trains, and it belongs to LayerNorm"),
+        (lambda: nn.Sequential(nn.Embedding(2, 2)), "^0.weight trains, and it belongs to Embedding"),
+        (lambda: nn.Sequential(nn.Conv1d(2, 2, 1)), "^0.weight trains, and it belongs to Conv1d"),
+        (lambda: nn.Sequential(Scaled(2, 2)), "^0.weight trains, and it belongs to Scaled"),
+        (lambda: nn.MultiheadAttention(4, 2), "^in_proj_weight trains, and it belongs to MultiheadAttention"),
+        (lambda: nn.Sequential(nn.LSTM(2, 2)), "^0.weight_ih_l0 trains, and it belongs to LSTM"),
+        (
+            lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(2, 2))),
+            "^0.parametrizations.weight.original0 trains, and it belongs to ParametrizationList",
+        ),
+        (with_tied_embedding, "^0.weight trains, and it belongs to Embedding"),
+        (with_tied_bias, "^1 shares its trained bias with 0"),
+        (with_tied_weight_and_bias, "^1 shares its weight with 0, and one of them trains a bias"),
+        (lambda: nn.Linear(2, 2).requires_grad_(False), "the model has no trainable parameter"),
+    ],
+)
+def test_what_is_not_known_exactly_is_refused_by_name(build: Callable[[], nn.Module], message: str) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        find_sites(build(), "adapter")
+
+
+def test_scope_full_needs_lora() -> None:
+    with pytest.raises(UnsupportedError, match="scope 'full' scores LoRA's target layers, and this model has none"):
+        find_sites(nn.Linear(2, 2), "full")
+
+
+def test_an_unknown_scope_is_refused() -> None:
+    unchecked = inspect.unwrap(find_sites)  # else the checker of annotations is first
+    with pytest.raises(SettingsError, match="unknown scope 'adaptor'; did you mean 'adapter'"):
+        unchecked(nn.Linear(2, 2), "adaptor")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_dora": True}, "query uses a LoRA variant"),
+        ({"lora_bias": True}, "query uses a LoRA variant"),
+        ({"target_modules": ["word_embeddings"]}, "word_embeddings is LoRA over Embedding; only linear layers"),
+    ],
+)
+def test_lora_over_or_like_anything_else_is_refused(options: dict[str, object], message: str) -> None:
+    config = LoraConfig(task_type=TaskType.SEQ_CLS, **{"target_modules": ["query"]} | options)
+    with pytest.raises(UnsupportedError, match=message):
+        lora_layers(get_peft_model(tiny_bert(), config))
+
+
+def test_the_effective_weight_is_that_of_the_merged_model() -> None:
+    model = lora(tiny_bert())
+    layers = lora_layers(model)
+    weights = {name: effective_weight(layer) for name, layer in layers.items()}
+    with model.disable_adapter():
+        base = effective_weight(layers[QUERY])
+    assert torch.equal(base, layers[QUERY].get_base_layer().weight)
+    merged = model.merge_and_unload()
+    for name, weight in weights.items():
+        torch.testing.assert_close(merged.get_submodule(name).weight.detach(), weight)
+
+
+def test_what_couples_a_batch_is_named() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.BatchNorm1d(2)), nn.LayerNorm(2))
+    assert batch_coupled(model) == ["1.0 (BatchNorm1d)"]
+    bert = tiny_bert()
+    assert batch_coupled(bert) == []
+    bert.config.output_router_logits = True
+    assert batch_coupled(bert) == ["the auxiliary loss of a mixture of experts (config.output_router_logits)"]

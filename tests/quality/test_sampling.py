@@ -1,0 +1,165 @@
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from oracles import slow_successive_sampling
+from tsqlora.errors import SettingsError
+from tsqlora.quality.sampling import (
+    draw,
+    draw_size,
+    effective_sample_size,
+    gumbel_top_k,
+    inclusion,
+    probabilities,
+    stratum_sizes,
+)
+
+SEEDS = st.integers(0, 2**32)
+QUALITIES = st.lists(st.floats(-20, 20), min_size=1, max_size=30).map(np.array)
+COUNTS = st.lists(st.integers(1, 50), min_size=1, max_size=8).map(np.array)
+
+
+@given(QUALITIES, st.floats(0.05, 20), st.floats(-1e3, 1e3))
+def test_probabilities_sum_to_one_and_do_not_change_with_a_shift(q: np.ndarray, tau: float, shift: float) -> None:
+    p = probabilities(q, temperature=tau)
+    assert p.sum() == pytest.approx(1)
+    assert (p >= 0).all()
+    np.testing.assert_allclose(probabilities(q + shift, temperature=tau), p, rtol=1e-6, atol=1e-12)
+
+
+def test_probabilities_by_hand() -> None:
+    p = probabilities(np.array([0.0, np.log(9)]), temperature=2.0)
+    np.testing.assert_allclose(p, [0.25, 0.75])
+    assert effective_sample_size(p) == pytest.approx(1 / (0.25**2 + 0.75**2))
+
+
+@given(st.integers(1, 50))
+def test_the_effective_sample_size_of_equals_is_their_number(n: int) -> None:
+    assert effective_sample_size(probabilities(np.zeros(n), temperature=1.0)) == pytest.approx(n)
+    peaked = np.where(np.arange(n) == 0, 1e3, 0.0)
+    assert effective_sample_size(probabilities(peaked, temperature=1.0)) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_temperature_that_is_not_above_zero_is_refused(temperature: float) -> None:
+    with pytest.raises(SettingsError, match=f"temperature is {temperature}; it must be above 0"):
+        probabilities(np.zeros(2), temperature=temperature)
+    with pytest.raises(SettingsError, match="it must be above 0"):
+        draw(np.zeros(2), fraction=0.5, temperature=temperature, rng=np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("fraction", [0.0, -0.1, 1.01, float("nan")])
+def test_a_fraction_outside_of_zero_to_one_is_refused(fraction: float) -> None:
+    with pytest.raises(SettingsError, match=f"fraction is {fraction}; it must be above 0 and at most 1"):
+        draw_size(10, fraction)
+
+
+@given(st.integers(1, 1000), st.floats(1e-6, 1))
+def test_a_draw_has_its_share_and_at_least_one(rows: int, fraction: float) -> None:
+    size = draw_size(rows, fraction)
+    assert 1 <= size <= rows
+    assert size == 1 or abs(size - rows * fraction) <= 0.5
+
+
+@given(COUNTS, st.floats(0, 1))
+def test_strata_have_their_shares_to_within_one_and_at_least_one(counts: np.ndarray, share: float) -> None:
+    size = len(counts) + round(share * (counts.sum() - len(counts)))
+    sizes = stratum_sizes(counts, size)
+    assert sizes.sum() == size
+    assert (sizes >= 1).all()
+    assert (sizes <= counts).all()
+    exact = counts * size / counts.sum()
+    if (exact >= 1).all():
+        assert (np.abs(sizes - exact) < 1).all()
+
+
+def test_remainders_are_handed_out_largest_first_and_ties_to_the_earlier() -> None:
+    # Shares 2.8, 1.4 and 2.8; then two of 2.5.
+    assert stratum_sizes(np.array([4, 2, 4]), 7).tolist() == [3, 1, 3]
+    assert stratum_sizes(np.array([5, 5]), 5).tolist() == [3, 2]
+    # Shares 9.7 and three of 0.1: each small one gets its row from the large one.
+    assert stratum_sizes(np.array([97, 1, 1, 1]), 10).tolist() == [7, 1, 1, 1]
+
+
+def test_a_draw_too_small_for_its_strata_is_refused() -> None:
+    with pytest.raises(SettingsError, match="a draw of 2 rows cannot hold one of each of 3 labels; raise fraction"):
+        stratum_sizes(np.array([5, 5, 5]), 2)
+
+
+@given(QUALITIES, st.floats(0.01, 1), SEEDS)
+def test_a_draw_is_ascending_without_repeats_and_the_same_for_the_same_seed(
+    q: np.ndarray, fraction: float, seed: int
+) -> None:
+    one, two = (draw(q, fraction=fraction, temperature=1.0, rng=np.random.default_rng(seed)) for _ in range(2))
+    assert len(one.indices) == draw_size(len(q), fraction)
+    assert (np.diff(one.indices) > 0).all()
+    assert (one.indices < len(q)).all()
+    np.testing.assert_array_equal(one.indices, two.indices)
+    np.testing.assert_array_equal(one.weights, two.weights)
+    assert (one.weights >= 1 / len(q)).all()
+
+
+@given(st.lists(st.integers(0, 3), min_size=8, max_size=40).map(np.array), SEEDS)
+def test_a_stratified_draw_keeps_the_shares(strata: np.ndarray, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    taken = draw(rng.normal(size=len(strata)), fraction=0.5, temperature=1.0, rng=rng, strata=strata)
+    names, counts = np.unique(strata, return_counts=True)
+    sizes = stratum_sizes(counts, draw_size(len(strata), 0.5))
+    assert [int((strata[taken.indices] == name).sum()) for name in names] == sizes.tolist()
+
+
+def test_everything_is_drawn_with_weight_one_over_n() -> None:
+    taken = draw(np.arange(4.0), fraction=1.0, temperature=0.01, rng=np.random.default_rng(0))
+    assert taken.indices.tolist() == [0, 1, 2, 3]
+    np.testing.assert_allclose(taken.weights, 0.25)
+
+
+def test_gumbel_top_k_is_successive_sampling() -> None:
+    p = np.array([0.45, 0.3, 0.15, 0.1])
+    pairs = list(itertools.permutations(range(4), 2))
+    draws = 6000
+    fast, slow = np.random.default_rng(0), np.random.default_rng(1)
+    ours = [tuple(gumbel_top_k(np.log(p), 2, fast)[0].tolist()) for _ in range(draws)]
+    twin = [tuple(slow_successive_sampling(p, 2, slow).tolist()) for _ in range(draws)]
+    counts = np.array([[found.count(pair) for pair in pairs] for found in (ours, twin)])
+    assert stats.chi2_contingency(counts).pvalue > 0.01
+    exact = np.array([p[i] * p[j] / (1 - p[i]) for i, j in pairs])
+    assert stats.chisquare(counts[0], draws * exact).pvalue > 0.01
+
+
+def test_the_threshold_is_the_key_after_the_last() -> None:
+    phi = np.array([0.3, -1.0, 2.0])
+    keys = phi + np.random.default_rng(5).gumbel(size=3)
+    taken, threshold = gumbel_top_k(phi, 2, np.random.default_rng(5))
+    assert taken.tolist() == np.argsort(-keys)[:2].tolist()
+    assert threshold == np.sort(keys)[0]
+    assert gumbel_top_k(phi, 3, np.random.default_rng(5))[1] == -np.inf
+
+
+def test_the_inclusion_is_the_chance_of_a_key_above_the_threshold() -> None:
+    keys = 0.4 + np.random.default_rng(0).gumbel(size=100_000)
+    found = inclusion(np.array([0.4]), 1.1)[0]
+    assert found == pytest.approx((keys > 1.1).mean(), abs=4 * np.sqrt(found * (1 - found) / 100_000))
+
+
+@pytest.mark.parametrize(("phi", "expected"), [(1e4, 1.0), (-1e4, 0.0)])
+def test_inclusion_at_extremes_is_zero_or_one_without_a_warning(phi: float, expected: float) -> None:
+    assert inclusion(np.array([phi]), 0.0).tolist() == [expected]
+    assert inclusion(np.array([phi]), -np.inf).tolist() == [1.0]
+
+
+@pytest.mark.parametrize("strata", [None, np.array([0, 0, 0, 0, 0, 1, 1, 1, 1, 2])])
+def test_weights_make_the_sum_unbiased(strata: np.ndarray | None) -> None:
+    rng = np.random.default_rng(0)
+    losses, q = rng.normal(3.0, 1.0, size=10), rng.normal(size=10)
+    sums = []
+    for _ in range(4000):
+        taken = draw(q, fraction=0.5, temperature=0.7, rng=rng, strata=strata)
+        sums.append(float(taken.weights @ losses[taken.indices]))
+    error = np.std(sums) / np.sqrt(len(sums))
+    assert abs(np.mean(sums) - losses.mean()) < 4 * error
+    assert error < 0.05

@@ -1,0 +1,142 @@
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from tsqlora.errors import SettingsError
+from tsqlora.quality.scores import Scores, from_terms
+from tsqlora.quality.subset import QualitySubset
+
+ROWS = st.integers(1, 60)
+FRACTIONS = st.floats(0.02, 1)
+
+
+def scored(n: int, seed: int = 0, stratified: bool = False) -> Scores:
+    rng = np.random.default_rng(seed)
+    return from_terms(
+        {"loss": rng.normal(size=n)},
+        labels=np.arange(n) % 2,
+        stratified=stratified,
+        weights={"loss": 1.0},
+        temperature=1.0,
+        record={},
+    )
+
+
+@given(ROWS, FRACTIONS, st.integers(0, 1000))
+def test_warm_up_leaves_no_row_out_of_a_pass_and_takes_none_twice(n: int, fraction: float, seed: int) -> None:
+    subset = QualitySubset(range(n), fraction, seed)
+    epochs = -(-3 * n // len(subset))
+    ordered = QualitySubset(range(n), fraction, seed, lengths=[1] * n, batch_size=n)
+    drawn = [subset.draw(epoch) for epoch in range(epochs)]
+    assert [len(rows) for rows in drawn] == [len(subset)] * epochs
+    counts = np.zeros(n, dtype=int)
+    for epoch, rows in enumerate(drawn):
+        # After each epoch every row was seen as often as there were whole passes, or once more.
+        counts += np.bincount(rows, minlength=n)
+        passes = (epoch + 1) * len(subset) // n
+        assert set(counts) <= {passes, passes + 1}
+        np.testing.assert_array_equal(np.sort(rows), np.sort(ordered.draw(epoch)))
+
+
+@given(ROWS, FRACTIONS, st.integers(0, 1000), st.integers(0, 5))
+def test_every_epoch_has_as_many_rows(n: int, fraction: float, seed: int, epoch: int) -> None:
+    subset = QualitySubset(range(n), fraction, seed)
+    before = len(subset)
+    subset.set_epoch(epoch)
+    assert len(subset) == len(subset.indices) == before
+    subset.use(scored(n), epoch)
+    subset.set_epoch(epoch)
+    assert len(subset) == len(subset.indices) == before
+    assert len(set(subset.indices.tolist())) == before
+
+
+def test_a_draw_is_a_function_of_scores_seed_and_epoch_alone() -> None:
+    one, two = QualitySubset(range(40), 0.3, seed=1), QualitySubset(range(40), 0.3, seed=1)
+    for epoch in range(6):
+        one.set_epoch(epoch)
+    for subset in (one, two):
+        subset.use(scored(40), 2)
+    for epoch in (5, 0, 3):
+        np.testing.assert_array_equal(one.draw(epoch), two.draw(epoch))
+    other = QualitySubset(range(40), 0.3, seed=2)
+    other.use(scored(40), 2)
+    assert other.draw(3).tolist() != one.draw(3).tolist()
+    other = QualitySubset(range(40), 0.3, seed=1)
+    other.use(scored(40, seed=1), 2)
+    assert other.draw(3).tolist() != one.draw(3).tolist()
+
+
+def test_epochs_before_the_scored_one_stay_random() -> None:
+    subset = QualitySubset(range(40), 0.3)
+    before = [subset.draw(epoch).tolist() for epoch in range(3)]
+    subset.use(scored(40), 2)
+    assert [subset.draw(epoch).tolist() for epoch in range(2)] == before[:2]
+    assert subset.draw(2).tolist() != before[2]
+
+
+@pytest.mark.parametrize("resample", [True, False])
+def test_each_epoch_is_drawn_anew_unless_the_draw_is_kept(resample: bool) -> None:
+    subset = QualitySubset(range(40), 0.3, resample=resample)
+    subset.use(scored(40), 1)
+    draws = [np.sort(subset.draw(epoch)).tolist() for epoch in (1, 2, 3)]
+    assert (draws[0] == draws[1] == draws[2]) == (not resample)
+    assert subset.draw(1).tolist() != subset.draw(2).tolist()  # in another order
+
+
+def test_a_stratified_draw_keeps_the_classes() -> None:
+    subset = QualitySubset(range(40), 0.5)
+    scores = scored(40, stratified=True)
+    subset.use(scores, 0)
+    for epoch in range(3):
+        assert np.bincount(scores.labels[subset.draw(epoch)]).tolist() == [10, 10]
+
+
+def test_good_rows_come_more_often() -> None:
+    subset, scores = QualitySubset(range(40), 0.3), scored(40)
+    subset.use(scores, 0)
+    often = np.bincount(np.concatenate([subset.draw(epoch) for epoch in range(200)]), minlength=40)
+    assert np.corrcoef(often, scores.quality)[0, 1] > 0.7
+
+
+def test_rows_of_like_length_stand_together() -> None:
+    lengths = np.random.default_rng(0).integers(1, 100, size=400).tolist()
+    plain = QualitySubset(range(400), 0.5)
+    sorted_ = QualitySubset(range(400), 0.5, lengths=lengths, batch_size=10)
+
+    def padding(subset: QualitySubset) -> int:
+        batches = np.array([lengths[row] for row in subset.draw(0)]).reshape(-1, 10)
+        return int((batches.max(1, keepdims=True) - batches).sum())
+
+    assert padding(sorted_) < 0.2 * padding(plain)
+    assert sorted_.draw(0).tolist() != sorted_.draw(1).tolist()
+
+
+def test_a_data_loader_reads_it_in_its_own_order() -> None:
+    subset = QualitySubset([10 * j for j in range(20)], 0.5)
+    read = [int(value) for batch in DataLoader(subset, batch_size=4) for value in batch]
+    assert read == [10 * j for j in subset.indices.tolist()]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dataset": []}, "there are no rows to draw from"),
+        ({"fraction": 0.0}, "fraction is 0.0; it must be above 0 and at most 1"),
+        ({"fraction": 1.5}, "fraction is 1.5; it must be above 0 and at most 1"),
+        ({"lengths": [1] * 10}, "give QualitySubset both lengths and batch_size, or neither"),
+        ({"batch_size": 4}, "give QualitySubset both lengths and batch_size, or neither"),
+        ({"lengths": [1] * 9, "batch_size": 4}, "there are 9 lengths for 10 rows"),
+    ],
+)
+def test_settings_without_a_meaning_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        QualitySubset(**{"dataset": range(10)} | options)
+
+
+def test_scores_of_other_rows_are_refused() -> None:
+    with pytest.raises(SettingsError, match="there are 9 scores for 10 rows"):
+        QualitySubset(range(10)).use(scored(9), 0)

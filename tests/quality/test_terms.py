@@ -1,0 +1,116 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from tsqlora.errors import SettingsError
+from tsqlora.quality.terms import CLIP, TERMS, Measured, get_terms, quality, standardise
+
+VALUES = arrays.arrays(np.float64, st.integers(1, 40), elements=st.floats(-1e3, 1e3, width=32))
+ONE = np.zeros(5, dtype=np.int64)
+
+
+def measured(**changes: object) -> Measured:
+    """Two samples: gradient norms 5 and 0, ‖ḡ‖ = 2."""
+    known = {
+        "logits": torch.tensor([[0.0, 0.0], [math.log(3), 0.0]]),
+        "labels": torch.tensor([0, 1]),
+        "loss": torch.tensor([0.7, 1.4]),
+        "norm_sq": torch.tensor([25.0, 0.0]),
+        "dot": torch.tensor([-6.0, 0.0]),
+        "reference_norm": 2.0,
+        "stepped_loss": torch.tensor([0.5, 1.5]),
+    }
+    return Measured(**known | changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("gradient_norm", [5.0, 0.0]),
+        ("loss_reduction", [0.2, -0.1]),
+        ("convergence", [-3.0, 0.0]),
+        ("cosine", [-0.6, 0.0]),
+        ("loss", [0.7, 1.4]),
+        ("el2n", [0.5 * math.sqrt(2), 0.75 * math.sqrt(2)]),
+    ],
+)
+def test_terms_by_hand(name: str, expected: list[float]) -> None:
+    assert TERMS[name].of(measured()).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([1.5, -1.0]), torch.tensor([2, -1])], ids=["floats", "integers"])
+def test_el2n_of_a_regression_is_the_distance(labels: torch.Tensor) -> None:
+    found = TERMS["el2n"].of(measured(logits=torch.tensor([[1.0], [1.0]]), labels=labels))
+    assert found.tolist() == [abs(1.0 - float(label)) for label in labels]
+
+
+def test_only_the_loss_reduction_looks_ahead() -> None:
+    assert [name for name, term in TERMS.items() if term.lookahead] == ["loss_reduction"]
+
+
+def test_an_unknown_term_names_the_nearest_and_all() -> None:
+    with pytest.raises(SettingsError) as error:
+        get_terms(("loss", "convergance"))
+    assert str(error.value) == (
+        f"unknown quality term 'convergance'; did you mean 'convergence'? choices: {', '.join(sorted(TERMS))}"
+    )
+
+
+def test_standardised_by_hand() -> None:
+    # Median 3, absolute deviations 2 1 0 1 97: MAD 1.
+    found = standardise(np.array([1.0, 2.0, 3.0, 4.0, 100.0]), ONE)
+    np.testing.assert_allclose(found.values, [-2 / 1.4826, -1 / 1.4826, 0, 1 / 1.4826, CLIP])
+    assert (found.by_range, found.flat) == ((), ())
+
+
+def test_the_interquartile_range_stands_in_for_a_mad_of_zero() -> None:
+    # Quartiles 0 and 1 of 0 0 0 1 5.
+    found = standardise(np.array([0.0, 0.0, 0.0, 1.0, 5.0]), ONE + 7)
+    np.testing.assert_allclose(found.values, [0, 0, 0, 1.349, CLIP])
+    assert (found.by_range, found.flat) == ((7,), ())
+
+
+def test_a_group_without_spread_is_zero_and_named() -> None:
+    found = standardise(np.array([2.0, 2.0, 2.0, 2.0, 9.0, 1.0]), np.array([3, 3, 3, 3, 3, 4]))
+    assert found.values.tolist() == [0.0] * 6
+    assert (found.by_range, found.flat) == ((), (3, 4))
+
+
+def test_a_spread_of_rounding_errors_is_none() -> None:
+    found = standardise(np.float32(0.7) + np.float32(1e-7) * np.arange(5, dtype=np.float32), ONE)
+    assert found.values.tolist() == [0.0] * 5
+    assert found.flat == (0,)
+
+
+@given(VALUES, st.integers(0, 2**32), st.integers(1, 4))
+def test_each_group_is_standardised_by_itself(values: np.ndarray, seed: int, groups: int) -> None:
+    which = np.random.default_rng(seed).integers(groups, size=len(values))
+    together = standardise(values, which)
+    for group in np.unique(which):
+        rows = which == group
+        np.testing.assert_array_equal(together.values[rows], standardise(values[rows], which[rows]).values)
+
+
+@given(VALUES, st.floats(0.01, 100))
+def test_scale_does_not_matter_and_order_is_kept(values: np.ndarray, factor: float) -> None:
+    group = np.zeros(len(values), dtype=np.int64)
+    found, scaled = standardise(values, group).values, standardise(factor * values, group).values
+    np.testing.assert_allclose(scaled, found, atol=1e-6)
+    assert np.abs(found).max() <= CLIP
+    assert (np.diff(found[np.argsort(values)]) >= 0).all()
+
+
+def test_a_normal_sample_has_deviation_one() -> None:
+    values = np.random.default_rng(0).normal(5.0, 3.0, size=20_000)
+    assert standardise(values, np.zeros(20_000, dtype=np.int64)).values.std() == pytest.approx(1.0, abs=0.02)
+
+
+def test_quality_is_the_weighted_sum() -> None:
+    z = {"loss": np.array([1.0, -1.0]), "el2n": np.array([0.5, 2.0]), "cosine": np.array([9.0, 9.0])}
+    found = quality(z, {"loss": 2.0, "el2n": -1.0, "cosine": 0.0})
+    assert found.tolist() == [1.5, -4.0]

@@ -1,0 +1,73 @@
+"""A stock Trainer over a tiny wrapped BERT, on rows whose words decide the label."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+import tsqlora as tsq
+from models import collate, tiny_bert
+
+VOCAB = 40
+ROWS = 64
+
+
+def moods(n: int = ROWS, *, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows of class 0 have low tokens, rows of class 1 high ones; learned within eight steps."""
+    rng = random.Random(seed)
+    rows = []
+    for j in range(n):
+        first = (1, 20)[j % 2]
+        ids = [rng.randrange(first, first + 3) for _ in range(rng.randint(4, 8))]
+        rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": j % 2})
+    return rows
+
+
+def base_bert() -> BertForSequenceClassification:
+    return tiny_bert(num_labels=2, layers=1, hidden=8, intermediate=16, vocab=VOCAB, dtype=torch.float32)
+
+
+def slotted_bert(*, mean_rank: float = 4, seed: int = 0, **options: Any) -> PeftModel:
+    torch.manual_seed(seed)
+    return tsq.wrap(base_bert(), mean_rank=mean_rank, **options)
+
+
+def make_trainer(
+    model: PeftModel,
+    data: Any,
+    folder: Path,
+    callbacks: list[TrainerCallback],
+    *,
+    evaluate_on: Any = None,
+    compute_metrics: Any = None,
+    **further: Any,
+) -> Trainer:
+    options: dict[str, Any] = {
+        "num_train_epochs": 6,
+        "learning_rate": 0.05,
+        "per_device_train_batch_size": 8,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "train_sampling_strategy": "sequential",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
+    }
+    args = TrainingArguments(output_dir=str(folder), **(options | further))
+    trainer = Trainer(
+        model,
+        args,
+        train_dataset=data,
+        eval_dataset=evaluate_on,
+        data_collator=collate,
+        compute_metrics=compute_metrics,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer

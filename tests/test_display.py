@@ -1,0 +1,101 @@
+"""What a user sees fits a terminal of 80 columns, and says what happened."""
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from tsqlora.display import Display, ranks_table, show_numbers, show_plan, show_record, split_name
+
+KINDS = ("attention.self.query", "attention.self.value", "attention.output.dense", "intermediate.dense")
+
+
+def shown(show: Any, value: Any) -> str:
+    console = Console(file=io.StringIO(), width=80)
+    show(console, value)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("blocks", [2, 12, 32])
+def test_every_rank_and_whole_name_is_shown_within_80_columns(blocks: int) -> None:
+    ranks = {f"bert.encoder.layer.{b}.{kind}": 100 + b for b in range(blocks) for kind in KINDS} | {"pooler.dense": 7}
+    text = shown(lambda console, table: console.print(table), ranks_table(ranks))
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
+    for kind in KINDS:
+        rows = [line.split() for line in text.splitlines() if line.startswith(kind)]
+        assert [int(cell) for row in rows for cell in row[1:]] == [100 + b for b in range(blocks)]
+    assert "pooler.dense 7" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "kind"),
+    [
+        ("bert.encoder.layer.3.attention.self.query", "3", "attention.self.query"),
+        ("bert.pooler.dense", "", "pooler.dense"),
+        ("model.layers.11.mlp.experts.2.up_proj", "11", "mlp.experts.2.up_proj"),
+        ("score", "", "score"),
+    ],
+)
+def test_a_name_splits_into_block_and_kind(name: str, block: str, kind: str) -> None:
+    assert split_name(name) == (block, kind)
+
+
+def test_notes_metrics_and_costs_of_a_run_are_shown() -> None:
+    record = {
+        "run": "a-run",
+        "cost": {"warm-up": {"seconds": 1.25, "forward": 1200, "backward": 1200, "tokens": 0}},
+        "ranks": {"layer.0.query": 3},
+        "metrics": {"validation": {"accuracy": 0.875}},
+        "notes": ["rows were drawn at random: [because]"],
+    }
+    text = shown(show_record, record)
+    for part in ("1,200", "accuracy 0.8750", "note: rows were drawn at random: [because]", "a-run/adapter"):
+        assert part in text
+
+
+def test_a_plan_shows_rows_steps_parameters_and_passes() -> None:
+    plan = {
+        "rows": {"train": 1000, "validation": 50},
+        "rows_an_epoch": 500,
+        "epochs": 4,
+        "steps": 128,
+        "trainable": 2048,
+        "budget": 2000,
+        "ranks": {"a": 7, "b": 8},
+        "bf16": True,
+        "memory_bytes": 2**30,
+        "passes": {"scoring": {"forward": 3024, "backward": 1512}},
+    }
+    text = shown(show_plan, plan)
+    parts = ("1,000 train, 50 validation", "4 epochs, 128 steps", "2,048", "2 layers at 7 and 8", "bfloat16", "3,024")
+    for part in parts:
+        assert part in text
+
+
+def test_numbers_are_a_line_each_and_brackets_are_no_markup() -> None:
+    lines = shown(show_numbers, {"accuracy": 0.5, "out": "[bold]x"}).splitlines()
+    assert [line.split() for line in lines] == [["accuracy", "0.5000"], ["out", "[bold]x"]]
+
+
+def test_without_a_terminal_each_phase_is_one_line() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    with Display(console) as display:
+        for done in range(1, 4):
+            display.progress("training", done, 3)
+        display.progress("scoring", 1, 9)
+    lines = [line for line in console.file.getvalue().splitlines() if line.strip()]  # type: ignore[attr-defined]
+    assert lines == ["training: 3 steps", "scoring: 9 rows"]
+
+
+def test_bars_fit_a_terminal_of_80_columns() -> None:
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+    with Display(console) as display:
+        display.progress("evaluation", 1, 123456)
+        display.progress("evaluation", 123456, 123456)
+        lines = console.render_lines(display.bars.get_renderable(), console.options)
+    text = ["".join(segment.text for segment in line).rstrip() for line in lines]
+    assert len(text) == 1
+    assert "123456/123456" in text[0]
+    assert "…" not in text[0]

@@ -1,0 +1,170 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import Trainer, TrainerCallback
+
+import tsqlora as tsq
+from stock import base_bert, make_trainer, moods, slotted_bert
+from tsqlora.ranks.events import RankEvent
+from tsqlora.training.checkpoint import QualityState, RankState
+
+DATA = moods()
+FILES = ("tsqlora.json", "tsqlora.safetensors", "tsqlora_quality.json")
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Interrupt(TrainerCallback):
+    """As a crash behind the checkpoint of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise Interrupted
+
+
+def trainer(folder: Path, *also: TrainerCallback, max_rank: int = 8, interval: int = 3, **further: Any) -> Trainer:
+    """Six epochs of four steps; scores come behind the second, ranks with them."""
+    subset = tsq.QualitySubset(DATA, 0.5)
+    quality = tsq.QualityCallback(subset, reference=40)
+    ranks = tsq.RankCallback(interval=interval, moves=3, samples=16, freeze=0.2)
+    model = slotted_bert(max_rank=max_rank)
+    options = {"save_strategy": "epoch", "learning_rate": 0.05} | further
+    return make_trainer(model, subset, folder, [quality, ranks, *also], **options)
+
+
+class Falling:
+    """A metric that is best at the first evaluation."""
+
+    def __init__(self) -> None:
+        self.value = 1.0
+
+    def __call__(self, _predictions: Any) -> dict[str, float]:
+        self.value -= 0.1
+        return {"falling": self.value}
+
+
+def callback(of: Trainer, kind: type) -> Any:
+    return next(c for c in of.callback_handler.callbacks if isinstance(c, kind))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    made = trainer(tmp_path_factory.mktemp("whole"))
+    made.train()
+    assert sum(event.moved > 0 for event in callback(made, tsq.RankCallback).events) > 1
+    return made
+
+
+@pytest.mark.parametrize("step", [4, 12, 16])
+def test_a_resumed_run_ends_as_if_it_had_never_stopped(step: int, whole: Trainer, tmp_path: Path) -> None:
+    """Before scoring, behind it, and behind adjustments."""
+    with pytest.raises(Interrupted):
+        trainer(tmp_path, Interrupt(step)).train()
+    resumed = trainer(tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    assert callback(resumed, tsq.RankCallback).events == callback(whole, tsq.RankCallback).events
+    assert callback(resumed, tsq.RankCallback).final == callback(whole, tsq.RankCallback).final
+    left, right = (made.model.state_dict() for made in (resumed, whole))
+    assert left.keys() == right.keys()
+    for name, weight in left.items():
+        torch.testing.assert_close(weight, right[name], rtol=0, atol=0)
+
+
+def test_a_run_resumed_in_the_middle_of_an_epoch_ends_the_same(whole: Trainer, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        trainer(tmp_path, Interrupt(10), save_strategy="steps", save_steps=5).train()
+    resumed = trainer(tmp_path, save_strategy="steps", save_steps=5)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    assert callback(resumed, tsq.RankCallback).events == callback(whole, tsq.RankCallback).events
+    for name, weight in resumed.model.state_dict().items():
+        assert torch.equal(weight, whole.model.state_dict()[name]), name
+
+
+def test_every_checkpoint_has_our_files_and_an_adapter_that_peft_reads(whole: Trainer) -> None:
+    folders = sorted(Path(whole.args.output_dir).glob("checkpoint-*"))
+    assert len(folders) == 6
+    for folder in folders:
+        assert all((folder / name).exists() for name in FILES)
+        assert not list(folder.glob("*.tmp"))
+
+
+def test_the_best_checkpoint_is_loaded_with_its_ranks(tmp_path: Path) -> None:
+    ranks = tsq.RankCallback(interval=3, moves=3)
+    made = make_trainer(
+        slotted_bert(),
+        DATA,
+        tmp_path,
+        [ranks],
+        num_train_epochs=4,
+        save_strategy="epoch",
+        load_best_model_at_end=True,
+        eval_strategy="epoch",
+        metric_for_best_model="falling",
+        evaluate_on=DATA[:16],
+        compute_metrics=Falling(),
+    )
+    made.train()
+    best = Path(made.state.best_model_checkpoint)  # type: ignore[arg-type]
+    assert best.name == "checkpoint-8"
+    assert ranks.final == next(event for event in reversed(ranks.events) if event.step <= 8).ranks
+    assert ranks.final != ranks.events[-1].ranks
+    plain = PeftModel.from_pretrained(base_bert(), str(best)).eval()
+    batch = made.data_collator(DATA[:8])
+    assert torch.equal(plain(**batch).logits, made.model.eval()(**batch).logits)
+
+
+@pytest.mark.parametrize("options", [{"max_rank": 6}, {"interval": 4}])
+def test_a_run_is_not_resumed_with_other_settings(options: dict[str, int], whole: Trainer) -> None:
+    made = trainer(Path(whole.args.output_dir), **options)
+    with pytest.raises(tsq.SettingsError, match=r"other layers, ranks\.max or ranks\.interval|larger max_rank"):
+        made.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-16"))
+
+
+def state() -> RankState:
+    event = RankEvent(5, "start", {"a": 1}, {"a": 2}, {"a": 1.0}, 0, 10, 20)
+    tables = {"mean": torch.rand(1, 4), "spread": torch.rand(1, 4), "age": torch.tensor([[3, 1, 0, 0]])}
+    return RankState(["a"], tables, [event], True, 20, 4, 0.25)
+
+
+def test_states_come_back_as_they_were(tmp_path: Path) -> None:
+    saved = state()
+    saved.save(tmp_path)
+    loaded = RankState.load(tmp_path)
+    for name, table in saved.importance.items():
+        assert torch.equal(table, loaded.importance[name])
+    for name in ("layers", "events", "started", "budget", "interval", "seconds"):
+        assert getattr(saved, name) == getattr(loaded, name)
+    quality = QualityState(2, ["why"], None, 1.5)
+    quality.save(tmp_path)
+    assert QualityState.load(tmp_path) == quality
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["missing", "cut off"])
+def test_a_damaged_checkpoint_is_named(name: str, damage: str, tmp_path: Path) -> None:
+    state().save(tmp_path)
+    QualityState(2, [], None, 1.5).save(tmp_path)
+    path = tmp_path / name
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:20])
+    why = "is missing" if damage == "missing" else "cannot be read"
+    with pytest.raises(tsq.TsqLoraError, match=f"cannot resume: {path} {why}.*start anew"):
+        (QualityState if "quality" in name else RankState).load(tmp_path)
+
+
+def test_a_checkpoint_of_another_version_is_named(tmp_path: Path) -> None:
+    QualityState(2, [], None, 1.5).save(tmp_path)
+    path = tmp_path / "tsqlora_quality.json"
+    path.write_text(path.read_text().replace('"version": 1', '"version": 9'))
+    with pytest.raises(tsq.TsqLoraError, match="written by another version of tsqlora"):
+        QualityState.load(tmp_path)

@@ -1,0 +1,229 @@
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback
+
+import tsqlora as tsq
+from scoring import assert_same, fingerprint
+from stock import ROWS, make_trainer, moods, slotted_bert
+from tsqlora.quality.scores import Scores
+
+DATA = moods()
+EPOCHS = 5
+"""Of half the rows: a warm-up of two, then three by quality, of 4 steps each."""
+
+
+def run(
+    folder: Path,
+    *,
+    data: Any = DATA,
+    also: tuple[TrainerCallback, ...] = (),
+    ranks: bool = False,
+    first: bool = True,
+    further: dict[str, Any] | None = None,
+    **options: Any,
+) -> tuple[tsq.QualityCallback, Trainer]:
+    subset = tsq.QualitySubset(data, 0.5)
+    quality = tsq.QualityCallback(subset, **({"reference": 40} | options))
+    callbacks: list[TrainerCallback] = [quality]
+    if ranks:
+        callbacks.insert(1 if first else 0, tsq.RankCallback(interval=4, moves=3, samples=16))
+    trainer = make_trainer(
+        slotted_bert(), subset, folder, [*also, *callbacks], **({"num_train_epochs": EPOCHS} | (further or {}))
+    )
+    trainer.train()
+    return quality, trainer
+
+
+class Watch(TrainerCallback):
+    """What each step was trained on, and whether scores were on disk by then."""
+
+    def __init__(self) -> None:
+        self.drawn: dict[int, list[int]] = {}
+        self.on_disk: dict[int, bool] = {}
+        self.waiting: dict[int, bool] = {}
+        self.modes: set[bool] = set()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        data = kwargs["train_dataloader"].dataset
+        epoch = int(state.epoch + 1e-6)
+        self.drawn[epoch] = data.indices.tolist()
+        self.on_disk.setdefault(state.global_step, (Path(args.output_dir) / "scores.parquet").exists())
+        self.waiting[state.global_step] = data.awaits_scores
+        self.modes.add(kwargs["model"].training)
+
+
+def test_scores_are_on_disk_before_the_first_step_that_uses_them(tmp_path: Path) -> None:
+    watch = Watch()
+    quality, _ = run(tmp_path, also=(watch,), about={"note": "by a test"})
+    assert [step for step, there in watch.on_disk.items() if there] == list(range(8, 20))
+    assert [step for step, waits in watch.waiting.items() if waits] == list(range(8))
+    saved = Scores.load(tmp_path / "scores.parquet")
+    assert np.array_equal(saved.quality, quality.data.scores.quality)  # type: ignore[union-attr]
+    assert (saved.record["epoch"], saved.record["step"], saved.record["note"]) == (2, 8, "by a test")
+    assert saved.record["reference_rows"] == quality.reference == 40
+    assert {"gradient_norm", "convergence"} <= set(quality.terms) <= set(saved.terms)
+    assert quality.seconds > 0
+    assert (quality.refused, quality.attempts, watch.modes) == (None, [], {True})
+
+
+def test_the_warm_up_sees_every_row_and_then_each_epoch_is_drawn_anew(tmp_path: Path) -> None:
+    watch = Watch()
+    quality, _ = run(tmp_path, also=(watch,))
+    assert sorted(watch.drawn[0] + watch.drawn[1]) == list(range(ROWS))
+    later = [sorted(watch.drawn[epoch]) for epoch in (2, 3, 4)]
+    assert len({tuple(rows) for rows in later}) == 3
+    for epoch in (2, 3, 4):
+        assert watch.drawn[epoch] == quality.data.draw(epoch).tolist()
+        assert sum(DATA[row]["labels"] for row in watch.drawn[epoch]) == 16
+
+
+def test_a_sharp_temperature_draws_the_best_rows_every_time(tmp_path: Path) -> None:
+    watch = Watch()
+    quality, _ = run(tmp_path, also=(watch,), temperature=1e-6)
+    best = quality.data.scores.quality  # type: ignore[union-attr]
+    wanted: list[int] = []
+    for label in (0, 1):
+        rows = [j for j in range(ROWS) if DATA[j]["labels"] == label]
+        wanted += sorted(rows, key=lambda row: -best[row])[:16]
+    assert sorted(watch.drawn[2]) == sorted(watch.drawn[4]) == sorted(wanted)
+
+
+def test_scoring_leaves_training_alone(tmp_path: Path) -> None:
+    class Around(TrainerCallback):
+        """Before and behind the QualityCallback, at the epoch at which it scores."""
+
+        def __init__(self, seen: list[Any]) -> None:
+            self.seen = seen
+
+        def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 8:
+                optimizer = {str(k): v for k, v in kwargs["optimizer"].state_dict()["state"].items()}
+                self.seen.append((fingerprint(kwargs["model"]), _clone(optimizer)))
+
+    seen: list[Any] = []
+    subset = tsq.QualitySubset(DATA, 0.5)
+    callbacks = [Around(seen), tsq.QualityCallback(subset, terms=("loss_reduction",), reference=40), Around(seen)]
+    make_trainer(slotted_bert(), subset, tmp_path, callbacks, num_train_epochs=EPOCHS).train()
+    (before, optimizer), (after, optimizer_after) = seen
+    assert subset.scores is not None
+    for name in before:
+        assert_same(before[name], after[name], name)
+    assert_same(optimizer, optimizer_after, "optimizer")
+
+
+def _clone(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {str(name): _clone(value) for name, value in tree.items()}
+    return tree.clone() if isinstance(tree, torch.Tensor) else tree
+
+
+def noise(n: int = ROWS) -> list[dict[str, Any]]:
+    rng = random.Random(1)
+    return [{**row, "labels": rng.randrange(2)} for row in moods(n, seed=3)]
+
+
+def test_a_model_that_learns_nothing_is_trained_on_random_draws_with_a_warning(tmp_path: Path) -> None:
+    watch = Watch()
+    with pytest.warns(UserWarning, match="no quality sampling in this run, random draws go on: the model's loss on 40"):
+        quality, trainer = run(
+            tmp_path, data=noise(), also=(watch,), further={"num_train_epochs": 6, "learning_rate": 1e-6}
+        )
+    assert trainer.state.global_step == 24
+    assert quality.refused == quality.attempts[-1]
+    assert len(quality.attempts) == 2  # at epochs 2 and 3: half of the run's six
+    assert quality.data.scores is None
+    assert not quality.data.awaits_scores
+    assert not (tmp_path / "scores.parquet").exists()
+    assert sorted(watch.drawn[4] + watch.drawn[5]) == list(range(ROWS))
+
+
+def test_ranks_still_follow_sensitivity_where_scoring_is_refused(tmp_path: Path) -> None:
+    subset = tsq.QualitySubset(noise(), 0.5)
+    ranks = tsq.RankCallback(interval=4, moves=3)
+    callbacks = [tsq.QualityCallback(subset, reference=40), ranks]
+    with pytest.warns(UserWarning, match="no quality sampling"):
+        make_trainer(slotted_bert(), subset, tmp_path, callbacks, num_train_epochs=6, learning_rate=1e-6).train()
+    assert {event.reason for event in ranks.events} == {"adjustment"}
+
+
+def test_the_order_of_the_callbacks_does_not_matter(tmp_path: Path) -> None:
+    (one, first), (two, second) = (run(tmp_path, ranks=True, first=first) for first in (True, False))
+    events = [
+        next(c for c in t.callback_handler.callbacks if isinstance(c, tsq.RankCallback)).events for t in (first, second)
+    ]
+    assert events[0] == events[1]
+    assert (events[0][0].reason, events[0][0].step) == ("start", 8)
+    assert {event.reason for event in events[0][1:]} == {"adjustment"}
+    assert events[0][0].ranks == events[0][0].target
+    assert np.array_equal(one.data.scores.quality, two.data.scores.quality)  # type: ignore[union-attr]
+    for left, right in zip(first.model.state_dict().values(), second.model.state_dict().values(), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_with_a_fixed_policy_the_first_ranks_hold(tmp_path: Path) -> None:
+    subset = tsq.QualitySubset(DATA, 0.5)
+    ranks = tsq.RankCallback(policy="fixed", samples=16)
+    make_trainer(
+        slotted_bert(), subset, tmp_path, [tsq.QualityCallback(subset, reference=40), ranks], num_train_epochs=EPOCHS
+    ).train()
+    assert [event.reason for event in ranks.events] == ["start"]
+    assert ranks.final == ranks.events[0].ranks
+    assert ranks.started
+
+
+def test_ranks_wait_for_the_scores(tmp_path: Path) -> None:
+    subset = tsq.QualitySubset(DATA, 0.5)
+    ranks = tsq.RankCallback(interval=2, moves=3, samples=16)
+    make_trainer(
+        slotted_bert(), subset, tmp_path, [tsq.QualityCallback(subset, reference=40), ranks], num_train_epochs=EPOCHS
+    ).train()
+    assert [event.step for event in ranks.events] == [8, 10, 12]
+
+
+def test_scores_are_of_the_smoothed_loss_that_training_uses(tmp_path: Path) -> None:
+    plain, _ = run(tmp_path / "plain", further={})
+    smoothed, _ = run(tmp_path / "smooth", further={"label_smoothing_factor": 0.2})
+    # A smoothed loss of two classes is at least the entropy of its own target.
+    least = -(0.9 * np.log(0.9) + 0.1 * np.log(0.1))
+    assert smoothed.data.scores.terms["loss"].min() >= least - 1e-5  # type: ignore[union-attr]
+    assert plain.data.scores.terms["loss"].min() < least  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("options", "further", "text"),
+    [
+        ({"warmup": 3.0}, {}, "a warm-up of 3 passes is 6 epochs of 32 rows, and the run has 5: no scored epoch"),
+        ({"warmup": 1.0}, {"max_steps": 8}, "a warm-up of 1 passes is 2 epochs of 32 rows, and the run has 2"),
+        ({}, {"dataloader_persistent_workers": True, "dataloader_num_workers": 1}, "persistent_workers keeps an old"),
+        ({"warmup": 0.0}, {}, "warmup is 0.0; it must be above 0 passes"),
+        ({"limit": 0.0}, {}, "limit is 0.0; it must be above 0"),
+        ({"terms": ("lerned",)}, {}, "lerned"),
+    ],
+)
+def test_settings_that_cannot_work_are_told_before_training(
+    options: dict[str, Any], further: dict[str, Any], text: str, tmp_path: Path
+) -> None:
+    watch = Watch()
+    with pytest.raises(tsq.SettingsError, match=text):
+        run(tmp_path, also=(watch,), further=further, **options)
+    assert not watch.drawn
+
+
+def test_another_data_set_than_the_trainers_is_refused(tmp_path: Path) -> None:
+    quality = tsq.QualityCallback(tsq.QualitySubset(DATA, 0.5))
+    with pytest.raises(tsq.SettingsError, match="need the same QualitySubset"):
+        make_trainer(slotted_bert(), tsq.QualitySubset(DATA, 0.5), tmp_path, [quality]).train()
+
+
+def test_a_run_that_ended_before_scoring_is_an_error(tmp_path: Path) -> None:
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = state.global_step >= 3
+
+    with pytest.raises(tsq.TsqLoraError, match=r"ended at epoch 0\.75, before the scoring.*after 2 epochs"):
+        run(tmp_path, also=(Stop(),))
