@@ -194,7 +194,6 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--rules", default=";".join(RULES), help="separated by semicolons")
     args = parser.parse_args()
-    torch.set_num_threads(2)
     stored = json.loads(args.out.read_text()) if args.out.exists() else {"results": {}}
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
 

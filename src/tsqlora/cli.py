@@ -26,6 +26,7 @@ app = typer.Typer(
     help="Picks the samples worth learning from, gives each layer the LoRA rank it needs.",
 )
 stdout, stderr = Console(), Console(stderr=True)
+INTERRUPTED = 130
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, all else on stderr.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="K.K=VALUE", help="Overrides a setting; repeatable.")]
@@ -38,23 +39,29 @@ def main() -> None:
     """Runs the command line; an error becomes one or two lines and an exit code."""
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"] or ["--help"]
-    _quieten_libraries(debug=debug)
+    with warnings.catch_warnings():
+        _quieten_libraries(debug=debug)
+        code = _run(arguments, debug=debug)
+    if code == INTERRUPTED:
+        stderr.print("interrupted; a training goes on from its last checkpoint with --resume")
+    sys.exit(code)
+
+
+def _run(arguments: list[str], *, debug: bool) -> int:
+    """The exit code."""
     try:
-        # What returns a number was ended by typer: 0 by --help, 130 by Ctrl-C.
-        code = app(arguments, standalone_mode=False) or 0
+        # What typer ends has a number already: --help and Ctrl-C.
+        return app(arguments, standalone_mode=False) or 0
     except typer.TyperException as error:
         _tell(f"{error.format_message().rstrip('.')}; `tsqlora --help` and `tsqlora COMMAND --help` show how")
-        code = error.exit_code
+        return error.exit_code
     except TsqLoraError as error:
         _tell(str(error), debug=debug)
-        code = error.exit_code
+        return error.exit_code
     except Exception as error:
         what = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         _tell(f"{what}; --debug shows where", debug=debug)
-        code = 1
-    if code == 130:
-        stderr.print("interrupted; a training goes on from its last checkpoint with --resume")
-    sys.exit(code)
+        return 1
 
 
 @app.command()
@@ -244,7 +251,7 @@ def _plain(text: str) -> str:
 
 
 def _quieten_libraries(*, debug: bool) -> None:
-    """Reads warnings as one line each; what libraries say on loading is for --debug."""
+    """Our warnings become a line each; what libraries say is for --debug."""
     if debug:
         return
     # The libraries read these when they are imported, which commands do.
@@ -253,6 +260,7 @@ def _quieten_libraries(*, debug: bool) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("peft").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="(transformers|peft|accelerate|datasets)")
+    warnings.filterwarnings("always", module="tsqlora")
     warnings.showwarning = lambda message, *_: stderr.print(
         f"[yellow]warning:[/] {_plain(str(message))}", soft_wrap=True, highlight=False
     )

@@ -168,11 +168,11 @@ def suspects(scores: Scores, train: News, count: int = 8) -> list[dict[str, Any]
 def verdict(runs: list[dict[str, Any]]) -> str:
     """What the accuracies say, whoever wins, with the noise of a test set of this size."""
     everything, control, ours = (run["test"]["accuracy"] for run in runs)
-    error = (2 * ours * (1 - ours) / TEST_ROWS) ** 0.5
+    error = ((ours * (1 - ours) + control * (1 - control)) / TEST_ROWS) ** 0.5
     gain = ours - control
-    word = "above" if gain > 0 else "below" if gain < 0 else "level with"
-    within = "within" if abs(gain) < 2 * error else "beyond"
+    word = f"{gain:.1%} above" if gain > 0 else f"{-gain:.1%} below" if gain < 0 else "level with"
+    within = "within" if abs(gain) <= 2 * error else "beyond"
     return (
-        f"TsqLoRA is {abs(gain):.1%} {word} the random half at the same steps and parameters, {within} two standard "
+        f"TsqLoRA is {word} the random half at the same steps and parameters, {within} two standard "
         f"errors ({2 * error:.1%}) of one run; against all rows at twice the steps: {ours - everything:+.1%}."
     )

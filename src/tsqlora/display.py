@@ -26,9 +26,7 @@ class Display:
             console=console,
             disable=not console.is_terminal,
         )
-        self.title = ""
         self.phases: dict[str, TaskID] = {}
-        self.told: set[str] = set()
 
     def __enter__(self) -> "Display":
         self.bars.start()
@@ -42,7 +40,6 @@ class Display:
     def say(self, text: str) -> None:
         """A line above the bars, which start anew below it."""
         self.phases = {}
-        self.told = set()
         self.bars.console.print(text)
 
     def progress(self, phase: str, done: int, total: int) -> None:
@@ -66,7 +63,7 @@ def show_plan(console: Console, plan: Mapping[str, Any]) -> None:
     console.print(f"parameters  {plan['trainable']:,} trainable, of which {plan['budget']:,} are the ranks' budget")
     console.print(f"ranks       {len(plan['ranks'])} layers at {' and '.join(map(str, ranks))}")
     console.print(f"precision   {'bfloat16 autocast' if plan['bf16'] else 'float32'}")
-    console.print(f"memory      about {plan['memory_bytes'] / 2**30:.1f} GiB (a rough estimate)")
+    console.print(f"memory      about {plan['memory_bytes'] / 2**20:,.0f} MiB (a rough estimate)")
     table = Table("phase", "rows forward", "rows backward", title="passes", title_justify="left")
     for phase, passes in plan["passes"].items():
         table.add_row(phase, f"{passes['forward']:,}", f"{passes['backward']:,}")

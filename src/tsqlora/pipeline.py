@@ -265,7 +265,7 @@ def measure(job: Job, model: PeftModel, record: RunRecord, args: TrainingArgumen
         with record.timed("evaluation") as cost:
             record.metrics[split] = measure_split(
                 model,
-                samples,
+                samples.samples,
                 job.collate,
                 job.task,
                 batch_size=args.per_device_eval_batch_size,

@@ -7,11 +7,10 @@ from typing import Any
 from peft import PeftModel
 from transformers import TrainingArguments
 
-from tsqlora.adapter.slots import active_parameters, active_ranks
+from tsqlora.adapter.slots import active_parameters, active_ranks, find_slots
 from tsqlora.config import Config
 from tsqlora.data.tokenise import TokenisedSplit
 from tsqlora.errors import SettingsError
-from tsqlora.gradients.sites import lora_layers
 from tsqlora.quality.sampling import draw_size
 from tsqlora.ranks.allocate import Sensitivity, allocate
 from tsqlora.ranks.budget import used
@@ -27,7 +26,7 @@ def plan(
     no step at which ranks may change, a budget below the least ranks.
     """
     ranks = active_ranks(model)
-    shapes = {name: (layer.in_features, layer.out_features) for name, layer in lora_layers(model).items()}
+    shapes = {name: slots.shape for name, slots in find_slots(model).items()}
     rows = len(samples["train"])
     size = draw_size(rows, config.quality.fraction)
     batches = math.ceil(size / (args.train_batch_size * args.world_size))
@@ -76,7 +75,7 @@ def memory(config: Config, model: PeftModel, *, longest: int, bf16: bool) -> int
     """A rough peak of training in bytes: weights, gradients and moments, linear layers' activations."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    features = sum(layer.in_features + 2 * layer.out_features for layer in lora_layers(model).values())
+    features = sum(inputs + 2 * outputs for inputs, outputs in (s.shape for s in find_slots(model).values()))
     return weights + trained + config.training.batch_size * longest * features * (2 if bf16 else 4)
 
 

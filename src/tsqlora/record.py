@@ -45,7 +45,7 @@ class RunRecord:
     status: str
     seed: int
     task: str
-    labels: list[str] | list[int] | None
+    labels: list[str | int] | None
     data: dict[str, Any]
     plan: dict[str, Any]
     versions: dict[str, str] = field(default_factory=lambda: versions())

@@ -1,6 +1,9 @@
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -8,6 +11,7 @@ from transformers import Trainer, TrainerCallback
 
 import tsqlora as tsq
 from stock import base_bert, make_trainer, moods, slotted_bert
+from tsqlora.quality.scores import Scores
 from tsqlora.ranks.events import RankEvent
 from tsqlora.training.checkpoint import QualityState, RankState
 
@@ -126,6 +130,54 @@ def test_a_run_is_not_resumed_with_other_settings(options: dict[str, int], whole
     made = trainer(Path(whole.args.output_dir), **options)
     with pytest.raises(tsq.SettingsError, match=r"other layers, ranks\.max or ranks\.interval|larger max_rank"):
         made.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-16"))
+
+
+def test_a_checkpoint_made_without_the_callbacks_is_told(tmp_path: Path) -> None:
+    make_trainer(slotted_bert(), DATA, tmp_path, [], save_strategy="epoch", num_train_epochs=1).train()
+    made = make_trainer(slotted_bert(), DATA, tmp_path, [tsq.RankCallback(interval=4)])
+    with pytest.raises(tsq.TsqLoraError, match=r"cannot resume: .*checkpoint-8/tsqlora.json is missing; resume from"):
+        made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+
+
+def test_scores_that_are_gone_are_told(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        trainer(tmp_path, Interrupt(12)).train()
+    (tmp_path / "scores.parquet").unlink()
+    with pytest.raises(tsq.DataError, match=r"scores.parquet: no such file"):
+        trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
+
+
+def test_scores_of_an_older_run_in_the_same_place_are_not_used(whole: Trainer, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        trainer(tmp_path, Interrupt(8)).train()
+    path = tmp_path / "scores.parquet"
+    rows = len(DATA)
+    scores = Scores.load(path)
+    replace(scores, quality=np.arange(rows, dtype=float)).save(path)
+    resumed = trainer(tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    used, wanted = (callback(made, tsq.QualityCallback).data.scores for made in (resumed, whole))
+    assert np.array_equal(used.quality, wanted.quality)
+
+
+@pytest.mark.parametrize("step", [10, 14, 18])
+def test_tests_of_what_was_learned_are_neither_repeated_nor_moved(step: int, tmp_path: Path) -> None:
+    """The model stays at chance: tested at epochs 2 and 3, steps 8 and 12, and then refused."""
+
+    def hopeless(folder: Path, *also: TrainerCallback) -> Trainer:
+        options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-7}
+        return trainer(folder, *also, **options)
+
+    refused = pytest.warns(UserWarning, match="no quality sampling")
+    with nullcontext() if step < 12 else refused, pytest.raises(Interrupted):
+        hopeless(tmp_path, Interrupt(step)).train()
+    resumed = hopeless(tmp_path)
+    with refused if step < 12 else nullcontext():
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    quality = callback(resumed, tsq.QualityCallback)
+    assert len(quality.attempts) == 2
+    assert quality.refused == quality.attempts[-1]
+    assert not quality.data.awaits_scores
 
 
 def state() -> RankState:

@@ -116,6 +116,33 @@ def test_scoring_leaves_training_alone(tmp_path: Path) -> None:
     assert_same(optimizer, optimizer_after, "optimizer")
 
 
+def test_a_run_whose_scores_are_not_used_ends_as_one_without_scoring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[dict[str, torch.Tensor]] = []
+    monkeypatch.setattr(tsq.QualitySubset, "use", lambda *_: None)
+    for scoring in (True, False):
+        subset = tsq.QualitySubset(DATA, 0.5)
+        callbacks: list[TrainerCallback] = [Redraw(subset)]
+        if scoring:
+            callbacks.append(tsq.QualityCallback(subset, terms=("loss_reduction",), reference=40))
+        trainer = make_trainer(slotted_bert(), subset, tmp_path, callbacks, num_train_epochs=EPOCHS)
+        trainer.train()
+        ended.append(trainer.model.state_dict())  # type: ignore[union-attr]
+    assert (tmp_path / "scores.parquet").exists()
+    assert_same(ended[0], ended[1], "weights")
+
+
+class Redraw(TrainerCallback):
+    """The same random draws, epoch by epoch, without anything else."""
+
+    def __init__(self, data: tsq.QualitySubset) -> None:
+        self.data = data
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.data.set_epoch(round(state.epoch or 0))
+
+
 def _clone(tree: Any) -> Any:
     if isinstance(tree, dict):
         return {str(name): _clone(value) for name, value in tree.items()}

