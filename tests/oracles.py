@@ -193,9 +193,7 @@ def slow_calibration(logits: Tensor, labels: Tensor, *, iterations: int = 500) -
     classes = logits.shape[1]
     frequency = torch.bincount(labels, minlength=classes).double() / len(labels)
     if len(frequency) != classes or bool((frequency == 0).any()):
-        raise ValueError(
-            f"class frequencies {frequency.tolist()} for {classes} classes; each must occur, and no other"
-        )
+        raise ValueError(f"class frequencies {frequency.tolist()} for {classes} classes; each must occur, and no other")
     offsets = torch.zeros(classes, dtype=torch.float64, device=logits.device, requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [offsets],
@@ -399,9 +397,7 @@ def _weights_as_leaves(
             handle.remove()
 
 
-def _replacing_hook(
-    name: str, weight: nn.Parameter
-) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+def _replacing_hook(name: str, weight: nn.Parameter) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     checked = False
 
     def replace(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

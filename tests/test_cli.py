@@ -482,6 +482,8 @@ def test_allocate_gives_a_lora_config_with_those_ranks_and_one_scale(
         rank = arguments["rank_pattern"].get(name, arguments["r"])
         assert layer.r["default"] == rank
         assert layer.scaling["default"] == pytest.approx(2.0)  # alpha 4 over mean rank 2
+    costs = {name: layer.in_features + layer.out_features for name, layer in names.items()}
+    assert sum(layer.r["default"] * costs[name] for name, layer in names.items()) <= 2 * sum(costs.values())
 
 
 # ----------------------------------------------------------------------- evaluate and predict
@@ -592,3 +594,108 @@ def test_a_model_at_chance_finishes_with_random_draws_and_says_so(place: Path, t
 
 def test_brackets_in_an_error_are_shown_as_they_stand(tmp_path: Path, tsqlora: Run) -> None:
     assert "[odd].yaml" in refused(tsqlora, "train", tmp_path / "[odd].yaml")[1]
+
+
+# ------------------------------------------------------------------------------- further corners
+
+
+def test_a_dry_run_tells_the_plan_that_the_run_then_records(trained: Path, place: Path, tsqlora: Run) -> None:
+    _, out, _ = tsqlora("train", place / "config.yaml", "--dry-run", "--json")
+    assert json.loads(out) == record_of(trained)["plan"]
+
+
+def test_without_arguments_help_is_shown(tsqlora: Run) -> None:
+    code, out, _ = tsqlora()
+    assert code == 0
+    assert all(command in out for command in COMMANDS)
+
+
+def test_debug_shows_where_an_error_arose(tmp_path: Path, tsqlora: Run) -> None:
+    code, out, err = tsqlora("train", tmp_path / "none.yaml", "--debug")
+    assert (code, out) == (2, "")
+    assert "Traceback" in err
+    assert "error:" in err
+
+
+def test_what_was_not_foreseen_exits_1_in_one_line(place: Path, tsqlora: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(config: Any) -> None:
+        raise RuntimeError("first\nsecond")
+
+    monkeypatch.setattr("tsqlora.pipeline.load", broken)
+    code, text = refused(tsqlora, "train", place / "config.yaml", "--dry-run")
+    assert (code, text) == (1, "error: RuntimeError: first; --debug shows where")
+
+
+def test_init_prints_yaml_or_one_json_object(tmp_path: Path, tsqlora: Run) -> None:
+    _, text, _ = tsqlora("init")
+    assert json.loads(tsqlora("init", "--json")[1]) == {"yaml": text}
+    path = tmp_path / "new" / "tsq.yaml"
+    assert json.loads(tsqlora("init", "-o", path, "--json")[1]) == {"out": str(path)}
+    assert path.read_text() == text
+
+
+def test_only_the_first_of_several_processes_speaks(
+    trained: Path, tsqlora: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert tsqlora("evaluate", trained, "--json") == (0, "", "")
+    assert "is not a run" in tsqlora("evaluate", trained.parent)[2]
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_run_killed_before_its_first_checkpoint_starts_over(
+    step: int, place: Path, tmp_path: Path, tsqlora: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("train", place / "config.yaml", "--out", tmp_path / "run")
+    begin = RankCallback.on_step_begin
+
+    def killed(self: RankCallback, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == step:
+            raise KeyboardInterrupt
+        begin(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(RankCallback, "on_step_begin", killed)
+    assert tsqlora(*arguments)[0] == 130
+    monkeypatch.setattr(RankCallback, "on_step_begin", begin)
+    if step == 0:
+        assert not (tmp_path / "run" / "config.yaml").exists(), "nothing began"
+    else:
+        assert record_of(tmp_path / "run")["status"] == "running"
+        assert "is not finished" in refused(tsqlora, "evaluate", tmp_path / "run")[1]
+        assert refused(tsqlora, *arguments)[0] == 2
+    code, _, err = tsqlora(*arguments, *(["--resume"] if step else []))
+    assert code == 0, err
+    assert record_of(tmp_path / "run")["status"] == "finished"
+
+
+def test_a_run_whose_data_changed_is_not_resumed(
+    place: Path, tmp_path: Path, tsqlora: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", make_rows(80))
+    arguments = ("train", place / "config.yaml", "--set", f"data.train={data}", "--out", tmp_path / "run", "--resume")
+
+    def killed(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RankCallback, "on_step_end", killed)
+        assert tsqlora(*arguments)[0] == 130
+    write_jsonl(data, make_rows(80, seed=1))
+    code, text = refused(tsqlora, *arguments)
+    assert code == 3
+    assert "has other rows than when" in text
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_run_and_one_speaks(place: Path, tmp_path: Path) -> None:
+    # Half a batch a process: the steps are those of the shared run, which has batches of 8.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    settings = ["--set", "training.batch_size=4", "--set", "training.use_cpu=true"]
+    command = ["-m", "tsqlora.cli", "train", str(place / "config.yaml"), "--out", str(tmp_path / "run"), *settings]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *command, "--json"], capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert record["status"] == "finished"
+    assert record["plan"]["steps"] == 30
+    assert record["cost"]["training"]["forward"] == record["plan"]["passes"]["training"]["forward"]

@@ -25,6 +25,7 @@ from tsqlora.config import (
     template,
 )
 from tsqlora.errors import SettingsError
+from tsqlora.quality.score import DEFAULT_WEIGHTS
 
 REQUIRED = {"model": {"path": "org/model"}, "data": {"train": "org/rows"}}
 TRAINING_CHOICES = (
@@ -92,13 +93,15 @@ def test_presets_are_those_that_the_type_names() -> None:
 
 
 def test_weights_and_temperature_come_from_the_preset_unless_set() -> None:
-    assert QualitySettings().resolved_weights() == {
-        "gradient_norm": 0.0,
-        "loss_reduction": 0.0,
-        "convergence": 1.0,
-    }
+    default = QualitySettings().resolved_weights()
+    assert {name: weight for name, weight in default.items() if weight} == DEFAULT_WEIGHTS
     paper = QualitySettings(preset="paper", weights=WeightSettings(convergence=2.0), temperature=3.0)
-    assert paper.resolved_weights() == {"gradient_norm": 1 / 3, "loss_reduction": 1 / 3, "convergence": 2.0}
+    assert paper.resolved_weights() == {
+        "gradient_norm": 1 / 3,
+        "loss_reduction": 1 / 3,
+        "convergence": 2.0,
+        "loss": 0.0,
+    }
     assert paper.resolved_temperature() == 3.0
     assert QualitySettings(preset="paper").resolved_temperature() == 1.0
 
@@ -122,7 +125,7 @@ def test_the_greatest_rank_is_twice_the_mean_unless_set() -> None:
         (
             "quality: {weights: {convergense: 1}}",
             "unknown key 'quality.weights.convergense'; did you mean 'convergence'? "
-            "choices: convergence, gradient_norm, loss_reduction",
+            "choices: convergence, gradient_norm, loss, loss_reduction",
         ),
         (
             "qualty: {}",

@@ -1,12 +1,19 @@
 """The demo's data is what it says, and its verdict is honest whoever wins."""
 
 import importlib.util
+import io
+import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from runs import make_rows, save_checkpoint
 from tsqlora import demo
+from tsqlora.config import load_config
+from tsqlora.display import show_demo
 from tsqlora.errors import SettingsError
 
 needs_corpus = pytest.mark.skipif(
@@ -73,3 +80,36 @@ def test_the_verdict_says_who_won_and_whether_it_is_noise(
 def test_a_missing_package_is_named_with_the_cure() -> None:
     with pytest.raises(SettingsError, match=r"needs the package no_such_package; .*tsqlora\[demo\]"):
         demo.package_folder("no_such_package")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_demo_compares_three_runs_at_equal_parameters(
+    kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path / "model")
+    articles = {row["text"]: row["label"] for row in make_rows(200, labels=("sport", "tech"))}
+    monkeypatch.setattr(demo, "bbc_news", lambda: list(articles.items()))
+    monkeypatch.setattr(demo, "package_folder", lambda name: tmp_path)
+    for name, value in (("TRAIN_ROWS", 80), ("VALIDATION_ROWS", 10), ("TEST_ROWS", 40)):
+        monkeypatch.setattr(demo, name, value)
+    monkeypatch.chdir(tmp_path)
+    said: list[str] = []
+    # Whether so small a model passes the test of having learned is not the point here.
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
+        result = demo.run_demo(Path("runs") if kept else None, seed=0, progress=None, say=said.append)
+    everything, control, ours = result["runs"]
+    assert said == ["1/3 LoRA, all rows", "2/3 LoRA, random half", "3/3 TsqLoRA"]
+    assert everything["steps"] == 50
+    assert control["steps"] == ours["steps"] == 30
+    assert everything["trainable"] == control["trainable"] == ours["trainable"]
+    assert everything["wrong_share"] == pytest.approx(0.2)
+    assert 0 < ours["wrong_share"] < 0.4
+    assert "TsqLoRA is" in result["verdict"]
+    assert (tmp_path / "runs").exists() == kept
+    console = Console(file=io.StringIO(), width=80)
+    show_demo(console, result)
+    if kept:
+        assert load_config("runs/tsqlora/config.yaml").data.train == str(tmp_path / "runs" / "data")
+        with pytest.raises(SettingsError, match=r"runs is not empty \(data\); name another --out"):
+            demo.run_demo(Path("runs"), seed=0, progress=None, say=said.append)

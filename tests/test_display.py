@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tsqlora.display import Display, ranks_table, show_numbers, show_plan, show_record, split_name
+from tsqlora.display import Display, ranks_table, show_allocation, show_numbers, show_plan, show_record, split_name
 
 KINDS = ("attention.self.query", "attention.self.value", "attention.output.dense", "intermediate.dense")
 
@@ -72,6 +72,14 @@ def test_a_plan_shows_rows_steps_parameters_and_passes() -> None:
     parts = ("1,000 train, 50 validation", "4 epochs, 128 steps", "2,048", "2 layers at 7 and 8", "bfloat16", "3,024")
     for part in parts:
         assert part in text
+
+
+def test_an_allocation_shows_the_rank_of_every_layer() -> None:
+    names = ["layer.0.query", "layer.0.value"]
+    arguments = {"r": 4, "lora_alpha": 8, "target_modules": names, "rank_pattern": {names[1]: 2}, "alpha_pattern": {}}
+    text = shown(show_allocation, {"out": "ranks.json", **arguments})
+    assert [line.split() for line in text.splitlines()][-2:] == [["query", "4"], ["value", "2"]]
+    assert "ranks.json" in text
 
 
 def test_numbers_are_a_line_each_and_brackets_are_no_markup() -> None:

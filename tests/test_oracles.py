@@ -10,6 +10,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
 from models import collate, lora, samples, tiny_bert, tiny_llama_classifier
 from oracles import (
     SampleLoss,
@@ -22,10 +27,6 @@ from oracles import (
     slow_sensitivity,
     slow_successive_sampling,
 )
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 Build = Callable[..., PreTrainedModel]
 Run = Callable[[PeftModel, SampleLoss], None]
@@ -195,9 +196,7 @@ def test_loss_reduction_tends_to_eta_times_the_squared_norm() -> None:
 
 def test_the_default_eta_is_large_enough_for_curvature_to_show() -> None:
     model = lora(tiny_bert())
-    found = slow_scores(
-        model, rows_of_one(6, 3), sample_loss=cross_entropy, theta=trainable(model), reference=range(6)
-    )
+    found = slow_scores(model, rows_of_one(6, 3), sample_loss=cross_entropy, theta=trainable(model), reference=range(6))
     first_order = found.eta * found.gradient_norm**2
     assert bool(((found.loss_reduction - first_order).abs() > 0.01 * first_order).all())
 
@@ -221,8 +220,7 @@ def test_a_parameter_under_two_names_counts_once() -> None:
     once = dict(model.named_parameters())
     twice = once | {"tied": model.linear.weight}
     found = [
-        slow_scores(model, batches, sample_loss=squared_error, theta=theta, reference=[0, 1])
-        for theta in (once, twice)
+        slow_scores(model, batches, sample_loss=squared_error, theta=theta, reference=[0, 1]) for theta in (once, twice)
     ]
     assert_scores_equal(*found)
 
@@ -252,7 +250,7 @@ def test_a_parameter_out_of_the_graph_has_gradient_zero() -> None:
 def test_a_reference_without_a_meaning_is_refused(reference: list[int], message: str) -> None:
     model = Affine(3, 1)
     _, _, batches = points(3, 3)
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  (its text is compared below)
         slow_scores(
             model,
             batches,
@@ -412,9 +410,7 @@ def test_sensitivity_of_adapted_layers_is_that_of_the_base_weight_times_the_effe
     model = lora(build())
     batches = rows_of_one(3, 3)
     layers = lora_layers(model)
-    found = slow_sensitivity(
-        model, batches, sample_loss=cross_entropy, layers=layers, effective_weight=weight_of
-    )
+    found = slow_sensitivity(model, batches, sample_loss=cross_entropy, layers=layers, effective_weight=weight_of)
 
     model.eval()
     bases = [layer.get_base_layer().weight.requires_grad_(True) for layer in layers.values()]
@@ -424,13 +420,9 @@ def test_sensitivity_of_adapted_layers_is_that_of_the_base_weight_times_the_effe
             model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits,
             batch["labels"],
         )
-        for total, layer, g in zip(
-            totals, layers.values(), torch.autograd.grad(loss.sum(), bases), strict=True
-        ):
+        for total, layer, g in zip(totals, layers.values(), torch.autograd.grad(loss.sum(), bases), strict=True):
             total += (weight_of(layer).detach() * g).abs() / len(batches)
-    assert found == pytest.approx(
-        {name: float(t.mean()) for name, t in zip(layers, totals, strict=True)}, rel=1e-5
-    )
+    assert found == pytest.approx({name: float(t.mean()) for name, t in zip(layers, totals, strict=True)}, rel=1e-5)
 
 
 def test_a_layer_named_twice_is_refused() -> None:

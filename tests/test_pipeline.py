@@ -36,6 +36,7 @@ OTHER_VALUES: dict[str, Any] = {
     "quality.weights.gradient_norm": 2.0,
     "quality.weights.loss_reduction": 2.0,
     "quality.weights.convergence": 2.0,
+    "quality.weights.loss": 2.0,
     "quality.temperature": 3.0,
     "quality.warmup": 2.0,
     "quality.warmup_limit": 0.9,

@@ -63,7 +63,10 @@ def test_rows_budget_and_parameters_are_the_models(model: PeftModel) -> None:
     assert set(told["ranks"].values()) == {8}
     adapters = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
     assert told["budget"] == adapters // 2, "half of the slots are active"
-    assert told["trainable"] == told["budget"] + sum(p.numel() for p in model.base_model.model.classifier.parameters()) // 2
+    assert (
+        told["trainable"]
+        == told["budget"] + sum(p.numel() for p in model.base_model.model.classifier.parameters()) // 2
+    )
     assert told["memory_bytes"] > 4 * sum(p.numel() for p in model.parameters())
 
 

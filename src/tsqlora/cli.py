@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from tsqlora.display import Display, show_demo, show_numbers, show_plan, show_record
+from tsqlora.display import Display, show_allocation, show_demo, show_numbers, show_plan, show_record
 from tsqlora.errors import SettingsError, TsqLoraError
 from tsqlora.record import write_json
 
@@ -39,6 +39,8 @@ def main() -> None:
     """Runs the command line; an error becomes one or two lines and an exit code."""
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"] or ["--help"]
+    # Under torchrun or accelerate every process runs this: the first one speaks.
+    stdout.quiet = stderr.quiet = os.environ.get("RANK", "0") != "0"
     with warnings.catch_warnings():
         _quieten_libraries(debug=debug)
         code = _run(arguments, debug=debug)
@@ -194,7 +196,7 @@ def allocate(
     with Display(stderr) as display:
         arguments = allocate_ranks(source, overrides=set_ or [], progress=display.progress)
     write_json(out, arguments)
-    _print({"out": str(out), **arguments}, as_json, show_numbers)
+    _print({"out": str(out), **arguments}, as_json, show_allocation)
 
 
 @app.command()
@@ -234,7 +236,7 @@ def predict(
 
 def _print(result: Mapping[str, Any], as_json: bool, show: Callable[[Console, Mapping[str, Any]], None]) -> None:
     if as_json:
-        print(json.dumps(result))
+        stdout.out(json.dumps(result), highlight=False)
     else:
         show(stdout, result)
 
@@ -242,6 +244,7 @@ def _print(result: Mapping[str, Any], as_json: bool, show: Callable[[Console, Ma
 def _tell(problem: str, *, debug: bool = False) -> None:
     if debug:
         traceback.print_exc()
+    stderr.quiet = False
     stderr.print(f"[bold red]error:[/] {_plain(problem)}", soft_wrap=True, highlight=False)
 
 

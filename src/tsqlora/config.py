@@ -33,12 +33,13 @@ class Preset(NamedTuple):
     gradient_norm: float
     loss_reduction: float
     convergence: float
+    loss: float
     temperature: float
 
 
 PRESETS: Mapping[PresetName, Preset] = {
-    "default": Preset(gradient_norm=0.0, loss_reduction=0.0, convergence=1.0, temperature=1.0),
-    "paper": Preset(gradient_norm=1 / 3, loss_reduction=1 / 3, convergence=1 / 3, temperature=1.0),
+    "default": Preset(gradient_norm=0.0, loss_reduction=0.0, convergence=1 / 3, loss=-1 / 3, temperature=1.0),
+    "paper": Preset(gradient_norm=1 / 3, loss_reduction=1 / 3, convergence=1 / 3, loss=0.0, temperature=1.0),
 }
 
 
@@ -86,6 +87,7 @@ class WeightSettings(Section):
     gradient_norm: float | None = setting(None, "Weight of the gradient norm in Q; null is the preset's.")
     loss_reduction: float | None = setting(None, "Weight of the loss reduction in Q; null is the preset's.")
     convergence: float | None = setting(None, "Weight of the convergence term in Q; null is the preset's.")
+    loss: float | None = setting(None, "Weight of the loss in Q; null is the preset's.")
 
 
 class QualitySettings(Section):
@@ -107,7 +109,7 @@ class QualitySettings(Section):
         """Weight of each term of Q: what is set, else the preset's.
 
         >>> QualitySettings(weights=WeightSettings(gradient_norm=2.0)).resolved_weights()
-        {'gradient_norm': 2.0, 'loss_reduction': 0.0, 'convergence': 1.0}
+        {'gradient_norm': 2.0, 'loss_reduction': 0.0, 'convergence': 0.3333333333333333, 'loss': -0.3333333333333333}
         """
         preset = PRESETS[self.preset]._asdict()
         given = self.weights.model_dump()

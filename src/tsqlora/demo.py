@@ -23,6 +23,7 @@ from tsqlora.quality.score import Progress
 from tsqlora.quality.scores import Scores
 from tsqlora.record import RunRecord
 from tsqlora.training.quality_callback import SCORES_FILE
+from tsqlora.training.run_dir import require_free
 
 TRAIN_ROWS, VALIDATION_ROWS, TEST_ROWS = 480, 100, 400
 WRONG_SHARE = 0.2
@@ -40,9 +41,13 @@ class News:
 
 
 def run_demo(out: Path | None, *, seed: int, progress: Progress | None, say: Callable[[str], None]) -> dict[str, Any]:
-    """Runs the three trainings; everything that the table shows."""
+    """Runs the three trainings; everything that the table shows.
+
+    Raises SettingsError where `out` holds something already.
+    """
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) if out is None else out
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) if out is None else out.absolute()
+        require_free(folder)
         splits = make_data(seed)
         for name, news in splits.items():
             rows = [{"text": t, "label": label} for t, label in zip(news.texts, news.labels, strict=True)]

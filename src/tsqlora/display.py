@@ -84,6 +84,13 @@ def show_record(console: Console, record: Mapping[str, Any]) -> None:
     console.print(f"adapter     {record['run']}/adapter", soft_wrap=True)
 
 
+def show_allocation(console: Console, arguments: Mapping[str, Any]) -> None:
+    """LoraConfig's arguments, as ranks."""
+    show_numbers(console, {name: arguments[name] for name in ("out", "r", "lora_alpha")})
+    ranks = {name: arguments["rank_pattern"].get(name, arguments["r"]) for name in arguments["target_modules"]}
+    console.print(ranks_table(ranks))
+
+
 def ranks_table(ranks: Mapping[str, int]) -> Group:
     """Ranks as kinds of module × blocks; blocks for which 80 columns have no room follow below."""
     cells = {split_name(name): rank for name, rank in ranks.items()}

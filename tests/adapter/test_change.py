@@ -81,12 +81,16 @@ def test_rows_that_are_zero_or_equal_take_nothing_away() -> None:
     torch.testing.assert_close(row / row.norm(), torch.tensor([0, 2.0, 1]) / 5**0.5)
 
 
-def changed(optimizer: str = "adamw", *, seed: int = 0, steps: int = 2):  # type: ignore[no-untyped-def]
+def changed():  # type: ignore[no-untyped-def]
+    """A model whose ranks were changed after two steps; in QUERY slots 0 and 2 matter least."""
     model = wrapped()
-    made = OPTIMIZERS[optimizer](trained(model))
+    made = OPTIMIZERS["adamw"](trained(model))
     layers = find_slots(model)
+    with torch.no_grad():
+        layers[QUERY].a[[0, 2]] *= 1e-3
+        layers[QUERY].b[:, [0, 2]] *= 1e-3
     importance = Importance(layers)
-    for step in range(steps):
+    for step in range(2):
         take_steps(model, made, 1)
         backward(model, samples(6, 3, seed=step))
         importance.update()
@@ -94,7 +98,7 @@ def changed(optimizer: str = "adamw", *, seed: int = 0, steps: int = 2):  # type
     ranks = tsq.active_ranks(model) | {QUERY: 2, WIDE: 7, POOLER: 0}
     before = {name: slots.a.detach().clone() for name, slots in layers.items()}
     scores = {name: importance.of(name).clone() for name in layers}
-    moved = change_ranks(layers, ranks, importance=importance, sketches=sketches, optimizer=made, min_age=0, seed=seed)
+    moved = change_ranks(layers, ranks, importance=importance, sketches=sketches, optimizer=made, min_age=0, seed=0)
     return model, made, importance, ranks, before, scores, moved
 
 
@@ -104,9 +108,18 @@ def test_layers_come_to_their_ranks_and_records_with_them() -> None:
     assert moved == 2 + 4
     assert importance.ages(WIDE).tolist() == [2] * 4 + [0] * 3
     assert_hidden_are_zero(model, optimizer)
-    kept = sorted(scores[QUERY].argsort()[2:].tolist())
-    assert torch.equal(find_slots(model)[QUERY].a.detach()[:2], before[QUERY][kept])
-    assert torch.equal(importance.of(QUERY), scores[QUERY][kept])
+    assert torch.equal(find_slots(model)[QUERY].a.detach()[:2], before[QUERY][[1, 3]])
+    assert torch.equal(importance.of(QUERY), scores[QUERY][[1, 3]])
+    assert not any(table[importance.rows[POOLER]].any() for table in importance.tables().values())
+
+
+def test_a_layer_that_grows_from_nothing_has_a_second_moment_to_start_from() -> None:
+    model, optimizer, importance, ranks, *_ = changed()
+    layers = find_slots(model)
+    grown = ranks | {POOLER: 2}
+    change_ranks(layers, grown, importance=importance, sketches={}, optimizer=optimizer, min_age=0, seed=0)
+    for parameter, dim in layers[POOLER].matrices():
+        assert bool((optimizer.state[parameter]["exp_avg_sq"].narrow(dim, 0, 2) > 0).all())
 
 
 def test_several_new_rows_are_orthogonal_to_each_other() -> None:

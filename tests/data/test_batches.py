@@ -17,9 +17,7 @@ def order_of(lengths: list[int], batch_size: int, seed: int = 0) -> list[int]:
 
 def padding(lengths: list[int], order: list[int], batch_size: int) -> int:
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    return sum(
-        max(lengths[i] for i in batch) * len(batch) - sum(lengths[i] for i in batch) for batch in batches
-    )
+    return sum(max(lengths[i] for i in batch) * len(batch) - sum(lengths[i] for i in batch) for batch in batches)
 
 
 @given(LENGTHS, BATCH_SIZES, SEEDS)

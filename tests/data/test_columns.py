@@ -55,8 +55,7 @@ def test_a_named_column_that_is_missing_gives_the_nearest() -> None:
     with pytest.raises(DataError) as caught:
         find(["text", "labels"], label="labls")
     assert str(caught.value) == (
-        "train.csv has no column 'labls', which data.label names; "
-        "did you mean 'labels'? choices: labels, text"
+        "train.csv has no column 'labls', which data.label names; did you mean 'labels'? choices: labels, text"
     )
 
 
@@ -68,6 +67,4 @@ def test_one_column_named_for_two_uses_is_refused() -> None:
 def test_a_file_without_text_lists_its_columns() -> None:
     with pytest.raises(DataError) as caught:
         find(["body", "label"])
-    assert (
-        str(caught.value) == "no text column in train.csv; set data.text to one of its columns: body, label"
-    )
+    assert str(caught.value) == "no text column in train.csv; set data.text to one of its columns: body, label"

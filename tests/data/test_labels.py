@@ -97,8 +97,7 @@ def test_an_unknown_label_is_named_with_the_known_ones() -> None:
 
 def test_a_list_is_refused_as_multi_label() -> None:
     assert encode_error(["a", "b"]) == (
-        "train.jsonl:11: the list ['a', 'b'] as a label in column 'label'; "
-        "multi-label classification is not built"
+        "train.jsonl:11: the list ['a', 'b'] as a label in column 'label'; multi-label classification is not built"
     )
 
 
@@ -124,9 +123,7 @@ def test_text_beside_integers_is_refused() -> None:
 
 
 def test_a_class_alone_is_refused() -> None:
-    assert map_error("pos", "pos") == (
-        "the training labels hold 'pos' and no other class; at least two are needed"
-    )
+    assert map_error("pos", "pos") == ("the training labels hold 'pos' and no other class; at least two are needed")
 
 
 def test_targets_are_numbers_however_they_are_written() -> None:

@@ -105,7 +105,7 @@ def test_the_length_is_what_is_asked_else_the_least_limit(
 
 
 def test_a_length_that_cannot_be_is_refused() -> None:
-    with pytest.raises(SettingsError, match="data.max_length 600 is above the model's 512 positions; lower it"):
+    with pytest.raises(SettingsError, match=r"data\.max_length 600 is above the model's 512 positions; lower it"):
         resolve_max_length(600, tokenizer_limit=512, positions=512)
     with pytest.raises(SettingsError, match=r"set data\.max_length"):
         resolve_max_length(None, tokenizer_limit=10**30, positions=None)

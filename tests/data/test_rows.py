@@ -16,9 +16,7 @@ from tsqlora.errors import DataError
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 # A record of one empty cell is a blank line; two columns keep every record visible.
 TABLES = st.lists(st.fixed_dictionaries({"text": TEXT, "label": TEXT}), min_size=1, max_size=8)
-ON_FILES = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+ON_FILES = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def write(path: Path, text: str, encoding: str = "utf-8") -> Path:

@@ -38,9 +38,7 @@ def test_every_row_is_on_one_side_with_its_number(labels: list[str], fraction: f
 
 
 @given(LABELS, FRACTIONS, SEEDS)
-def test_classes_keep_their_shares_and_stay_in_training(
-    labels: list[str], fraction: float, seed: int
-) -> None:
+def test_classes_keep_their_shares_and_stay_in_training(labels: list[str], fraction: float, seed: int) -> None:
     counts = Counter(labels)
     if max(counts.values()) == 1:
         return

@@ -138,9 +138,7 @@ def test_a_missing_pair_is_named(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def test_what_is_no_text_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert error(tokenizer, texts("a", 12)) == (
-        "train.jsonl:8: int 12 in column 'text' is no text; write a string"
-    )
+    assert error(tokenizer, texts("a", 12)) == ("train.jsonl:8: int 12 in column 'text' is no text; write a string")
     assert "train.jsonl:7: column 'text' has half a surrogate pair" in error(tokenizer, texts("a\ud800"))
 
 
@@ -156,9 +154,7 @@ def test_a_limit_without_room_for_text_is_refused(
 ) -> None:
     rows = rows_of({"text": "a b", "pair": "c d"})
     assert tokenise(rows, columns, tokenizer, max_length=least, labels=None).lengths == (least,)
-    with pytest.raises(
-        SettingsError, match=rf"data.max_length {least - 1} leaves no room .* to {least} or more"
-    ):
+    with pytest.raises(SettingsError, match=rf"data.max_length {least - 1} leaves no room .* to {least} or more"):
         tokenise(rows, columns, tokenizer, max_length=least - 1, labels=None)
 
 

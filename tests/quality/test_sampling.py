@@ -157,9 +157,9 @@ def test_weights_make_the_sum_unbiased(strata: np.ndarray | None) -> None:
     rng = np.random.default_rng(0)
     losses, q = rng.normal(3.0, 1.0, size=10), rng.normal(size=10)
     sums = []
-    for _ in range(4000):
+    for _ in range(1500):
         taken = draw(q, fraction=0.5, temperature=0.7, rng=rng, strata=strata)
         sums.append(float(taken.weights @ losses[taken.indices]))
     error = np.std(sums) / np.sqrt(len(sums))
     assert abs(np.mean(sums) - losses.mean()) < 4 * error
-    assert error < 0.05
+    assert error < 0.1

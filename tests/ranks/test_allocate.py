@@ -19,9 +19,7 @@ gammas = st.sampled_from([0.0, 0.5, 1.0, 2.0])
 
 
 @st.composite
-def sensitivities(
-    draw: st.DrawFn, *, values: st.SearchStrategy[float], one_shape: bool = False
-) -> Sensitivity:
+def sensitivities(draw: st.DrawFn, *, values: st.SearchStrategy[float], one_shape: bool = False) -> Sensitivity:
     layers = [f"layer.{k}" for k in range(draw(st.integers(1, 8)))]
     size = draw(sizes)
     shapes = {layer: size if one_shape else draw(sizes) for layer in layers}
@@ -73,9 +71,7 @@ def test_budget_and_bounds_hold_and_nothing_affordable_is_left(
     assert list(ranks) == list(shapes)
 
 
-@given(
-    sensitivities(values=st.integers(0, 5).map(float)), mean_ranks, gammas, st.randoms(use_true_random=False)
-)
+@given(sensitivities(values=st.integers(0, 5).map(float)), mean_ranks, gammas, st.randoms(use_true_random=False))
 def test_the_order_of_the_layers_does_not_count(
     sensitivity: Sensitivity, mean_rank: float, gamma: float, rng: random.Random
 ) -> None:
@@ -196,8 +192,7 @@ def test_a_minimum_above_the_mean_is_a_matter_of_budget() -> None:
     with pytest.raises(SettingsError) as error:
         allocate(by_hand({"a": 1.0}), mean_rank=1.0, min_rank=4)
     assert str(error.value) == (
-        "budget 16 is below the 64 parameters that rank 4 needs in 1 layer; "
-        "raise ranks.mean or set ranks.min to 0"
+        "budget 16 is below the 64 parameters that rank 4 needs in 1 layer; raise ranks.mean or set ranks.min to 0"
     )
 
 

@@ -28,9 +28,7 @@ def test_the_budget_is_what_a_uniform_rank_uses(shapes: dict[str, tuple[int, int
     assert budget(float(rank), shapes) == used(dict.fromkeys(shapes, rank), shapes)
 
 
-@pytest.mark.parametrize(
-    ("mean_rank", "expected"), [(0.7, 7), (2.5, 25), (8.0, 80), (0.29, 2), (1.1, 11), (0.01, 0)]
-)
+@pytest.mark.parametrize(("mean_rank", "expected"), [(0.7, 7), (2.5, 25), (8.0, 80), (0.29, 2), (1.1, 11), (0.01, 0)])
 def test_parts_of_a_parameter_are_dropped(mean_rank: float, expected: int) -> None:
     assert budget(mean_rank, {"a": (6, 4)}) == expected
 
@@ -41,9 +39,7 @@ def test_a_mean_rank_found_by_division_loses_nothing(total: int, shapes: dict[st
 
 
 @given(st.integers(1, 10**7), shapes_of_layers)
-def test_a_mean_rank_in_decimals_is_taken_exactly(
-    thousandths: int, shapes: dict[str, tuple[int, int]]
-) -> None:
+def test_a_mean_rank_in_decimals_is_taken_exactly(thousandths: int, shapes: dict[str, tuple[int, int]]) -> None:
     assert budget(thousandths / 1000, shapes) == thousandths * sum(costs(shapes).values()) // 1000
 
 
@@ -93,7 +89,5 @@ def test_filling_goes_by_remainder_then_by_the_given_order() -> None:
 def test_filling_passes_over_a_layer_that_is_too_dear() -> None:
     shapes, limits = {"wide": (50, 50), "slim": (5, 5)}, {"wide": 4, "slim": 4}
     wanted = {"wide": 4.0, "slim": 0.0}
-    ranks = fill(
-        {"wide": 0, "slim": 0}, wanted=wanted, order=["wide", "slim"], shapes=shapes, caps=limits, budget=120
-    )
+    ranks = fill({"wide": 0, "slim": 0}, wanted=wanted, order=["wide", "slim"], shapes=shapes, caps=limits, budget=120)
     assert ranks == {"wide": 1, "slim": 2}

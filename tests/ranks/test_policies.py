@@ -127,10 +127,7 @@ def test_the_order_of_the_layers_does_not_count(drawn: Drawn, moves: int, rng: r
     rng.shuffle(names)
     shuffled = World({n: world.shapes[n] for n in names}, world.budget, world.min_rank)
     expected = adjusted(world, ranks, target, moves=moves)
-    assert (
-        adjusted(shuffled, {n: ranks[n] for n in names}, {n: target[n] for n in names}, moves=moves)
-        == expected
-    )
+    assert adjusted(shuffled, {n: ranks[n] for n in names}, {n: target[n] for n in names}, moves=moves) == expected
     assert adjusted(world, ranks, target, moves=moves) == expected
 
 

@@ -11,9 +11,7 @@ percents = st.integers(0, 49).map(lambda k: k / 100)
 
 
 @given(st.integers(0, 500), st.integers(1, 60), percents, percents)
-def test_adjustments_lie_between_warmup_and_freeze(
-    total: int, interval: int, warmup: float, freeze: float
-) -> None:
+def test_adjustments_lie_between_warmup_and_freeze(total: int, interval: int, warmup: float, freeze: float) -> None:
     steps = list(adjustment_steps(total, interval=interval, warmup=warmup, freeze=freeze))
     percent_of_run = [100 * step for step in steps]
     assert all(round(100 * warmup) * total <= at < round(100 * (1 - freeze)) * total for at in percent_of_run)
@@ -56,8 +54,7 @@ def test_a_short_run_has_no_adjustment() -> None:
             1,
             0.9,
             0.1,
-            "ranks.warmup 0.9 and ranks.freeze 0.1 leave no step to adjust ranks in; "
-            "together they must be below 1",
+            "ranks.warmup 0.9 and ranks.freeze 0.1 leave no step to adjust ranks in; together they must be below 1",
         ),
         (9, 0, 0.1, 0.1, "ranks.interval is 0; give 1 optimizer step or more"),
         (-1, 1, 0.1, 0.1, "the run has -1 optimizer steps; give 0 or more"),

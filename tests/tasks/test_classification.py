@@ -95,9 +95,7 @@ def test_offsets_make_mean_probabilities_the_class_frequencies(seed: int, width:
 
 @given(SEEDS, WIDTHS, SMOOTHINGS)
 @QUICK
-def test_with_offsets_the_loss_pulls_the_logits_nowhere_on_average(
-    seed: int, width: int, smoothing: float
-) -> None:
+def test_with_offsets_the_loss_pulls_the_logits_nowhere_on_average(seed: int, width: int, smoothing: float) -> None:
     logits, labels = batch(seed, width)
     labels[:width] = torch.arange(width)
     task = weighted(seed, width, smoothing)
@@ -141,9 +139,7 @@ def test_calibration_of_logits_that_are_not_finite_is_refused() -> None:
 
 def test_calibration_that_does_not_converge_is_refused() -> None:
     logits, labels = batch(0, 3, scale=1e6)
-    with pytest.raises(
-        TsqLoraError, match=r"calibration is off by .* after 200 steps; the logits are too ext"
-    ):
+    with pytest.raises(TsqLoraError, match=r"calibration is off by .* after 200 steps; the logits are too ext"):
         PLAIN.offsets(logits, labels)
 
 

@@ -72,10 +72,11 @@ def test_rows_and_tokens_that_are_charged_went_through_the_model(
 ) -> None:
     made = counted if preset == "default" else Counted(settings(place, quality={"preset": "paper"}), tmp_path)
     assert made.quality is not None
-    tests = len(made.quality.attempts) + 1
-    # Before it scores, `score` compares the model's own loss with the task's on one batch: not charged.
-    assert made.rows == sum(made.cost("forward")) + 2 * 8 * tests
-    assert sum(made.cost("tokens")) < made.tokens <= sum(made.cost("tokens")) + 2 * 8 * tests * 11
+    # Each time before it scores, `score` checks on one batch that it can be exact: a few rows that are not charged.
+    checked = made.rows - sum(made.cost("forward"))
+    assert 0 <= checked <= 5 * 8 * (len(made.quality.attempts) + 1)
+    longest = max(made.data.lengths or [0])
+    assert 0 <= made.tokens - sum(made.cost("tokens")) <= checked * longest
 
 
 def test_phases_are_in_the_order_in_which_they_begin_and_took_time(counted: Counted) -> None:
@@ -87,7 +88,10 @@ def test_phases_are_in_the_order_in_which_they_begin_and_took_time(counted: Coun
 
 
 def test_progress_of_each_phase_runs_from_its_first_step_to_its_last(counted: Counted) -> None:
-    told = {phase: [(done, total) for name, done, total in counted.told if name == phase] for phase in ("warm-up", "training")}
+    told = {
+        phase: [(done, total) for name, done, total in counted.told if name == phase]
+        for phase in ("warm-up", "training")
+    }
     assert told["warm-up"] == [(step, 8) for step in range(1, 9)]
     assert told["training"] == [(step, 16) for step in range(1, 17)]
 
@@ -164,4 +168,3 @@ def test_bfloat16_is_used_where_the_hardware_computes_in_it(
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bool(cuda))
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
     assert fit.hardware_has_bf16() is expected
-

@@ -34,7 +34,9 @@ def test_each_row_has_its_own_logits_whatever_the_batches(
 ) -> None:
     model.eval()
     with torch.no_grad():
-        alone = [model(**unlabelled([{"input_ids": r["input_ids"], "attention_mask": r["attention_mask"]}])) for r in ROWS]
+        alone = [
+            model(**unlabelled([{"input_ids": r["input_ids"], "attention_mask": r["attention_mask"]}])) for r in ROWS
+        ]
     expected = np.concatenate([output.logits.numpy() for output in alone])
     np.testing.assert_allclose(predict_logits(model, ROWS, unlabelled, batch_size=batch_size), expected, atol=1e-12)
 
@@ -56,5 +58,5 @@ def test_logits_that_are_not_finite_are_an_error() -> None:
     broken = tiny_bert()
     with torch.no_grad():
         broken.classifier.bias.fill_(torch.nan)
-    with pytest.raises(TsqLoraError, match="not finite for 11 of 11 rows; lower training.learning_rate"):
+    with pytest.raises(TsqLoraError, match=r"not finite for 11 of 11 rows; lower training\.learning_rate"):
         predict_logits(broken, ROWS, unlabelled, batch_size=4)

@@ -238,6 +238,27 @@ def test_a_step_that_overflowed_puts_the_adjustment_off_and_ages_no_slot(tmp_pat
     assert int(callback.importance.age.max()) == 30 - 2
 
 
+@pytest.mark.parametrize(
+    "further",
+    [
+        {"bf16": True},
+        {"activation_checkpointing": True, "gradient_accumulation_steps": 2},
+        {"dataloader_num_workers": 1},
+    ],
+    ids=lambda further: next(iter(further)),
+)
+def test_ranks_move_in_whatever_way_the_trainer_trains(tmp_path: Path, further: dict[str, Any]) -> None:
+    data, ranks = tsq.QualitySubset(ROWS, 0.8), tsq.RankCallback(interval=2, moves=3, samples=16, freeze=0.1)
+    quality = tsq.QualityCallback(data, reference=40)
+    options: dict[str, Any] = {"learning_rate": 0.05} | further
+    make_trainer(slotted_bert(), data, tmp_path, [quality, ranks], **options).train()
+    assert data.scores is not None
+    assert ranks.events[0].reason == "start"
+    assert len(ranks.events) > 3
+    for event in ranks.events:
+        assert_well_spent(event)
+
+
 # --- what it saves ------------------------------------------------------------------------
 
 

@@ -22,8 +22,8 @@ from tsqlora.quality.terms import Measured, Term, get_terms
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Batch, Collate, model_logits, split_labels, task_of
 
-DEFAULT_WEIGHTS: Mapping[str, float] = {"convergence": 1.0}
-"""The worst of two seeds with a fifth of the labels wrong was best with this one: docs/log.md."""
+DEFAULT_WEIGHTS: Mapping[str, float] = {"convergence": 1 / 3, "loss": -1 / 3}
+"""What every sample gains by this one, less its own loss: docs/log.md has the trials."""
 PAPER_TERMS = ("gradient_norm", "loss_reduction", "convergence")
 FREE_TERMS = ("cosine", "loss", "el2n")
 REFERENCE_ROWS = 512
@@ -239,7 +239,8 @@ def _leave_one_out(dot: Tensor, norm_sq: Tensor, rows: int, in_reference: Tensor
 def _autocast(model: nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
     if dtype is None:
         return nullcontext()
-    # Without the cache: a copy of a weight made without gradients would be used with them too.
+    # Without its cache: torch may keep a weight cast under no_grad and use it where gradients are wanted
+    # (pytorch issue 112583).
     return torch.autocast(next(model.parameters()).device.type, dtype=dtype, cache_enabled=False)
 
 
