@@ -107,7 +107,9 @@ def init(
     require_place(output)
     output.write_text(template(task), encoding="utf-8")
     stderr.print(
-        _plain(f"wrote {output}; set model.path and data.train, then: tsqlora train {output}"), highlight=False
+        _plain(f"wrote {output}; set model.path and data.train, then: tsqlora train {output}"),
+        soft_wrap=True,
+        highlight=False,
     )
     if as_json:
         print(json.dumps({"out": str(output)}))

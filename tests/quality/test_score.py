@@ -386,13 +386,17 @@ def test_another_loss_than_the_models_own_is_noticed() -> None:
         ({"weights": {"gradient_nrm": 1.0}}, "unknown quality term 'gradient_nrm'; did you mean 'gradient_norm'"),
         ({"temperature": 0.0}, "temperature is 0.0; it must be above 0"),
         ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        ({"weights": {"loss": float("nan")}}, "the weight of 'loss' is nan; it must be a finite number"),
         ({"hashes": ["a"]}, "there are 1 hashes for 14 rows"),
     ],
 )
-def test_settings_without_a_meaning_are_refused(options: dict[str, Any], message: str) -> None:
-    model, rows = adapted(layers=1)
+def test_settings_without_a_meaning_are_refused_before_anything_is_computed(
+    options: dict[str, Any], message: str
+) -> None:
+    model = lora(tiny_bert(layers=1))
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the model was called"))
     with pytest.raises(SettingsError, match=message):
-        score(model, rows, **options)
+        score(model, samples(N, 3), **options)
 
 
 def test_no_rows_are_refused() -> None:

@@ -344,9 +344,14 @@ def test_an_optimizer_that_cannot_be_served_is_refused_at_the_first_step(tmp_pat
 
 
 def test_a_step_that_failed_leaves_no_hooks_for_the_next_training(tmp_path: Path) -> None:
+    def look(state: TrainerState, kwargs: dict[str, Any]) -> None:
+        if state.global_step == 0:
+            assert not any(module._forward_hooks for module in kwargs["model"].modules())
+
     callback, model = tsq.RankCallback(interval=4), slotted_bert()
     with pytest.raises(ZeroDivisionError):
         run(tmp_path, At("pre_optimizer_step", lambda state, _: 1 / (state.global_step - 3)), callback, model=model)
-    run(tmp_path, callback, model=model)
+    assert any(module._forward_hooks for module in model.modules())
+    run(tmp_path, At("step_begin", look), callback, model=model)
     assert len(callback.events) == 5
     assert_no_hooks(model)

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,14 +40,13 @@ def require_writable(path: Path) -> None:
 
 def require_place(path: Path) -> None:
     """Makes the directory that a file is to be written into; SettingsError where that cannot be."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingsError(f"--out {path} cannot be written ({error.strerror}); name another file") from None
     if path.is_dir():
         raise SettingsError(f"--out {path} is a directory; name a file")
-    if not os.access(path.parent, os.W_OK):
-        raise SettingsError(f"--out {path} cannot be written (Permission denied); name another file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise SettingsError(f"--out {path} cannot be written ({error.strerror}); name another file") from None
 
 
 def _write_jsonl(path: Path, rows: Sequence[Row]) -> None:

@@ -20,9 +20,14 @@ def probabilities(quality: Float[np.ndarray, " n"], *, temperature: float) -> Fl
 
 def log_weights(quality: Float[np.ndarray, " n"], temperature: float) -> Float[np.ndarray, " n"]:
     """φ = Q/τ.  Raises SettingsError for a temperature that is not above 0."""
-    if not 0 < temperature < np.inf:
-        raise SettingsError(f"temperature is {temperature}; it must be above 0")
+    require_temperature(temperature)
     return quality / temperature
+
+
+def require_temperature(temperature: float) -> None:
+    """Raises SettingsError unless 0 < τ < ∞."""
+    if not 0 < temperature < np.inf:
+        raise SettingsError(f"temperature is {temperature}; it must be above 0 and finite")
 
 
 def effective_sample_size(p: Float[np.ndarray, " n"]) -> float:

@@ -17,7 +17,7 @@ from tsqlora.gradients.sites import Scope, Site, batch_coupled, find_sites
 from tsqlora.quality.exact import require_exact, require_own_loss
 from tsqlora.quality.learned import LearnedTest
 from tsqlora.quality.reference import Reference, backward, calibrate, measure_reference, total_over_sites
-from tsqlora.quality.scores import Scores, from_terms
+from tsqlora.quality.scores import Scores, from_terms, require_settings
 from tsqlora.quality.terms import Measured, Term, get_terms
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Batch, Collate, model_logits, split_labels, task_of
@@ -72,7 +72,7 @@ def score(
             config says (classification, or regression for one label).
         weights: of the terms in Q; a term with a weight is always measured.
         terms: what else to measure. `loss_reduction` costs one more forward pass.
-        autocast: compute in this dtype; then terms are good to about three digits, and
+        autocast: compute in this dtype; then terms are good to about two digits, and
             `loss_reduction`, a small difference, is refused.
         record: what else the scores' record should say.
 
@@ -83,6 +83,7 @@ def score(
     wanted = get_terms(tuple(dict.fromkeys([*terms, *FREE_TERMS, *(n for n, w in weights.items() if w)])))
     if len(dataset) == 0:
         raise SettingsError("there are no rows to score")
+    require_settings(len(dataset), weights=weights, temperature=temperature, hashes=hashes)
     if batch_size < 1:
         raise SettingsError(f"batch_size is {batch_size}; it must be at least 1")
     if coupled := batch_coupled(model):

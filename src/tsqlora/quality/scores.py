@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tsqlora.errors import DataError, SettingsError, TsqLoraError, nearest
-from tsqlora.quality.sampling import draw, effective_sample_size, probabilities
+from tsqlora.quality.sampling import draw, effective_sample_size, probabilities, require_temperature
 from tsqlora.quality.terms import quality, standardise
 
 _METADATA = b"tsqlora"
@@ -105,13 +105,9 @@ def from_terms(
     Standardised within the class where `stratified`.  Raises SettingsError for a weight that is
     not finite or whose term was not measured, TsqLoraError naming the first row with a value that is not finite.
     """
-    for name, weight in weights.items():
-        if not np.isfinite(weight):
-            raise SettingsError(f"the weight of '{name}' is {weight}; it must be a finite number")
+    require_settings(len(labels), weights=weights, temperature=temperature, hashes=hashes)
     if unknown := [name for name, weight in weights.items() if weight and name not in terms]:
         raise SettingsError(f"'{unknown[0]}' has a weight and was not measured; {nearest(unknown[0], terms)}")
-    if hashes is not None and len(hashes) != len(labels):
-        raise SettingsError(f"there are {len(hashes)} hashes for {len(labels)} rows")
     for name, values in terms.items():
         _require_finite(name, values)
     groups = labels.astype(np.int64) if stratified else np.zeros(len(labels), dtype=np.int64)
@@ -136,6 +132,18 @@ def from_terms(
         },
         hashes=None if hashes is None else tuple(hashes),
     )
+
+
+def require_settings(
+    rows: int, *, weights: Mapping[str, float], temperature: float, hashes: Sequence[str] | None
+) -> None:
+    """Raises SettingsError for what `from_terms` could not use, before anything is measured."""
+    require_temperature(temperature)
+    for name, weight in weights.items():
+        if not np.isfinite(weight):
+            raise SettingsError(f"the weight of '{name}' is {weight}; it must be a finite number")
+    if hashes is not None and len(hashes) != rows:
+        raise SettingsError(f"there are {len(hashes)} hashes for {rows} rows")
 
 
 def _require_finite(name: str, values: np.ndarray) -> None:
