@@ -6,21 +6,20 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tsqlora.data.batches import sorted_batches
 from tsqlora.errors import SettingsError, UnsupportedError
-from tsqlora.gradients.ghost import LayerGradient, layer_gradient
-from tsqlora.gradients.lookahead import stepped
 from tsqlora.gradients.quiet import quiet
 from tsqlora.gradients.sites import Scope, Site, batch_coupled, find_sites
 from tsqlora.quality.exact import require_exact, require_own_loss
 from tsqlora.quality.learned import LearnedTest
-from tsqlora.quality.reference import Reference, backward, calibrate, measure_reference, total_over_sites
+from tsqlora.quality.measure import measure
+from tsqlora.quality.reference import Reference, calibrate, measure_reference
 from tsqlora.quality.scores import Scores, from_terms, require_settings
-from tsqlora.quality.terms import Measured, Term, get_terms
+from tsqlora.quality.terms import Term, get_terms
 from tsqlora.tasks import Task
-from tsqlora.tasks.forward import Batch, Collate, model_logits, split_labels, task_of
+from tsqlora.tasks.forward import Batch, Collate, split_labels, task_of
 
 DEFAULT_WEIGHTS: Mapping[str, float] = {"convergence": 1 / 3, "loss": -1 / 3}
 """What every sample gains by this one, less its own loss: docs/log.md has the trials."""
@@ -188,53 +187,6 @@ def _pass(
         done += len(indices)
         report("scoring", done, len(dataset))
     return columns
-
-
-def measure(
-    model: nn.Module,
-    inputs: Batch,
-    labels: Tensor,
-    *,
-    task: Task,
-    sites: Mapping[str, Site],
-    reference: Reference,
-    in_reference: Tensor,
-    lookahead: bool,
-) -> Measured:
-    """What one batch's passes say: forward and backward, and for `lookahead` one more forward."""
-    gradients: dict[str, LayerGradient] = {}
-    norms: list[Tensor] = []
-    dots: list[Tensor] = []
-
-    def consume(name: str, a: Tensor, b: Tensor) -> None:
-        gradient = layer_gradient(a, b, weight=sites[name].weight, bias=sites[name].bias)
-        norms.append(gradient.norm_sq())
-        if name in reference.mean:
-            dots.append(gradient.dot(reference.mean[name]))
-        if lookahead:
-            gradients[name] = gradient
-
-    logits, losses, _ = backward(model, inputs, labels, task, reference.offsets, sites, consume)
-    norm_sq = total_over_sites(norms, losses)
-    stepped_loss = None
-    if lookahead:
-        with torch.no_grad(), stepped(sites, gradients, eta=reference.eta, samples=len(labels)):
-            stepped_loss = task.loss(model_logits(model, inputs) + reference.offsets, labels)
-    return Measured(
-        logits=logits,
-        labels=labels,
-        loss=losses,
-        norm_sq=norm_sq,
-        dot=_leave_one_out(total_over_sites(dots, losses), norm_sq, reference.rows, in_reference),
-        reference_norm=reference.norm,
-        stepped_loss=stepped_loss,
-    )
-
-
-def _leave_one_out(dot: Tensor, norm_sq: Tensor, rows: int, in_reference: Tensor) -> Tensor:
-    """⟨g, ḡ⟩, with ḡ free of the sample itself where it is one of the reference's rows."""
-    without_itself = (dot - norm_sq / rows) * (rows / (rows - 1))
-    return torch.where(in_reference, without_itself, dot)
 
 
 def _autocast(model: nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
