@@ -9,6 +9,7 @@ from scipy import stats
 from oracles import slow_successive_sampling
 from tsqlora.errors import SettingsError
 from tsqlora.quality.sampling import (
+    capped_sizes,
     draw,
     draw_size,
     effective_sample_size,
@@ -90,6 +91,33 @@ def test_a_draw_too_small_for_its_strata_is_refused() -> None:
         stratum_sizes(np.array([5, 5, 5]), 2)
 
 
+@given(COUNTS, st.floats(0, 1), SEEDS)
+def test_capped_sizes_add_up_within_their_limits(counts: np.ndarray, share: float, seed: int) -> None:
+    limits = np.random.default_rng(seed).integers(0, counts + 1)
+    size = len(counts) + round(share * (limits.sum() - len(counts)))
+    if not len(counts) <= size <= limits.sum():
+        return
+    sizes = capped_sizes(counts, size, limits)
+    assert sizes.sum() == size
+    assert (sizes <= limits).all()
+    assert (sizes[limits > 0] >= 1).all()
+    if (stratum_sizes(counts, size) <= limits).all():
+        assert sizes.tolist() == stratum_sizes(counts, size).tolist()
+
+
+@given(QUALITIES, SEEDS)
+def test_only_kept_rows_are_drawn_and_keeping_all_changes_nothing(q: np.ndarray, seed: int) -> None:
+    kept = np.random.default_rng(seed).random(len(q)) < 0.7
+    fraction = max(kept.mean(), 0.01) * 0.9
+
+    def drawn(kept: np.ndarray | None) -> np.ndarray:
+        return draw(q, fraction=fraction, temperature=1.0, rng=np.random.default_rng(seed), kept=kept).indices
+
+    np.testing.assert_array_equal(drawn(np.ones(len(q), dtype=np.bool_)), drawn(None))
+    if draw_size(len(q), fraction) <= kept.sum():
+        assert kept[drawn(kept)].all()
+
+
 @given(QUALITIES, st.floats(0.01, 1), SEEDS)
 def test_a_draw_is_ascending_without_repeats_and_the_same_for_the_same_seed(
     q: np.ndarray, fraction: float, seed: int
@@ -153,13 +181,14 @@ def test_inclusion_at_extremes_is_zero_or_one_without_a_warning(phi: float, expe
 
 
 @pytest.mark.parametrize("strata", [None, np.array([0, 0, 0, 0, 0, 1, 1, 1, 1, 2])])
-def test_weights_make_the_sum_unbiased(strata: np.ndarray | None) -> None:
+@pytest.mark.parametrize("kept", [np.full(10, True), np.arange(10) != 3])
+def test_weights_make_the_sum_unbiased(strata: np.ndarray | None, kept: np.ndarray) -> None:
     rng = np.random.default_rng(0)
     losses, q = rng.normal(3.0, 1.0, size=10), rng.normal(size=10)
     sums = []
     for _ in range(1500):
-        taken = draw(q, fraction=0.5, temperature=0.7, rng=rng, strata=strata)
+        taken = draw(q, fraction=0.5, temperature=0.7, rng=rng, strata=strata, kept=kept)
         sums.append(float(taken.weights @ losses[taken.indices]))
     error = np.std(sums) / np.sqrt(len(sums))
-    assert abs(np.mean(sums) - losses.mean()) < 4 * error
+    assert abs(np.mean(sums) - losses[kept].mean()) < 4 * error
     assert error < 0.1

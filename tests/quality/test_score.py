@@ -193,6 +193,19 @@ def test_the_other_terms_are_what_they_say() -> None:
 # --- what a score may not depend on -------------------------------------------------------
 
 
+def test_predictions_are_the_calibrated_models() -> None:
+    model, rows = adapted()
+    scores = score(model, rows)
+    p = (logits_of(model, rows) + slow_offsets(model, [rows[j] for j in REFERENCE])).double().softmax(1)
+    labels = torch.tensor([row["labels"] for row in rows])
+    np.testing.assert_array_equal(scores.predictions["predicted"], p.argmax(1))
+    np.testing.assert_allclose(scores.predictions["predicted_probability"], p.amax(1), rtol=1e-4)
+    np.testing.assert_allclose(scores.predictions["label_probability"], np.exp(-scores.terms["loss"]), rtol=1e-4)
+    np.testing.assert_allclose(
+        scores.predictions["label_probability"], p.gather(1, labels[:, None]).squeeze(1), rtol=1e-4
+    )
+
+
 def assert_equal_scores(left: tsq.Scores, right: tsq.Scores, order: Any = slice(None)) -> None:
     assert left.terms.keys() == right.terms.keys()
     for name, values in left.terms.items():

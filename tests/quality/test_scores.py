@@ -34,10 +34,21 @@ def assert_equal(left: Scores, right: Scores) -> None:
         np.testing.assert_array_equal(getattr(left, name), getattr(right, name))
     assert (left.stratified, left.hashes, left.temperature) == (right.stratified, right.hashes, right.temperature)
     assert left.record == right.record
+    np.testing.assert_array_equal(left.kept, right.kept)
+    assert left.predictions.keys() == right.predictions.keys()
+    for name in left.predictions:
+        np.testing.assert_array_equal(left.predictions[name], right.predictions[name])
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"hashes": None}, {"stratified": False, "labels": np.linspace(0, 1, 30)}], ids=str
+    "changes",
+    [
+        {},
+        {"hashes": None},
+        {"stratified": False, "labels": np.linspace(0, 1, 30)},
+        {"predictions": {"predicted": np.arange(30) % 2, "label_probability": np.linspace(0, 1, 30)}},
+    ],
+    ids=str,
 )
 def test_what_is_saved_is_what_is_loaded(tmp_path: Path, changes: dict[str, Any]) -> None:
     scores = made(**changes)
@@ -51,8 +62,9 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path, changes: dict[str, Any]
 def test_a_file_has_one_row_a_sample_with_its_columns(tmp_path: Path) -> None:
     made().save(tmp_path / "s.parquet")
     table = pq.read_table(tmp_path / "s.parquet")
-    assert table.column_names == ["id", "hash", "label", "loss", "cosine", "quality", "probability"]
+    assert table.column_names == ["id", "hash", "label", "loss", "cosine", "quality", "probability", "reason"]
     assert table["id"].to_pylist() == list(range(30))
+    assert table["reason"].to_pylist() == ["kept"] * 30
     assert table["hash"].to_pylist()[:2] == ["h0", "h1"]
 
 
@@ -175,3 +187,64 @@ def test_better_rows_are_drawn_more_often() -> None:
     scores = made(temperature=0.5)
     often = np.bincount(np.concatenate([sample(scores, 0.3, seed=s) for s in range(200)]), minlength=30)
     assert np.corrcoef(often, scores.quality)[0, 1] > 0.7
+
+
+def first(rows: int) -> np.ndarray:
+    return np.arange(30) < rows
+
+
+def test_a_dropped_row_keeps_its_quality_and_is_never_drawn(tmp_path: Path) -> None:
+    scores = made()
+    fewer = scores.drop(first(6), "duplicate").drop(first(9), "outlier")
+    np.testing.assert_array_equal(fewer.quality, scores.quality)
+    assert (fewer.probability[:9] == 0).all()
+    assert fewer.probability.sum() == pytest.approx(1)
+    np.testing.assert_allclose(fewer.probability[9:], scores.probability[9:] / scores.probability[9:].sum())
+    fewer.save(tmp_path / "s.parquet")
+    loaded = Scores.load(tmp_path / "s.parquet")
+    reasons = pq.read_table(tmp_path / "s.parquet")["reason"].to_pylist()
+    assert reasons == ["duplicate"] * 6 + ["outlier"] * 3 + ["kept"] * 21
+    assert loaded.record["dropped"] == {"duplicate": 6, "outlier": 3, "confident negative": 0}
+    for seed in range(20):
+        taken = sample(loaded, 0.5, seed=seed)
+        assert len(taken) == 15
+        assert taken.min() >= 9
+
+
+def test_a_class_with_too_few_kept_rows_is_filled_up_by_the_others() -> None:
+    scores = made().drop((np.arange(30) % 3 == 0) & (np.arange(30) > 0), "confident negative")
+    taken = sample(scores, 0.5)
+    assert np.bincount(scores.labels[taken]).tolist() == [1, 7, 7]
+
+
+def test_a_fraction_of_more_rows_than_were_kept_is_refused() -> None:
+    with pytest.raises(
+        SettingsError,
+        match=r"a draw of 15 rows is more than the 14 of 30 rows that were not dropped; lower fraction to 0.466",
+    ):
+        sample(made().drop(first(16), "outlier"), 0.5)
+    assert len(sample(made().drop(first(16), "outlier"), 0.466)) == 14
+
+
+def test_dropping_for_no_known_reason_or_all_rows_is_refused() -> None:
+    with pytest.raises(SettingsError, match="unknown reason 'outliers'; did you mean 'outlier'"):
+        made().drop(first(1), "outliers")
+    with pytest.raises(TsqLoraError, match="all 30 rows are dropped, the last as 'outlier'"):
+        made().drop(first(30), "outlier")
+
+
+def test_a_file_with_an_unknown_reason_is_refused(tmp_path: Path) -> None:
+    made().save(tmp_path / "s.parquet")
+    table = pq.read_table(tmp_path / "s.parquet")
+    reasons = table.schema.get_field_index("reason")
+    pq.write_table(table.set_column(reasons, "reason", pa.array(["bored"] * 30)), tmp_path / "s.parquet")
+    with pytest.raises(DataError, match=r"s.parquet: the reason 'bored' is none of kept, duplicate"):
+        Scores.load(tmp_path / "s.parquet")
+
+
+def test_an_id_is_the_place_that_was_given(tmp_path: Path) -> None:
+    made(ids=np.arange(30) * 2 + 1).save(tmp_path / "s.parquet")
+    assert pq.read_table(tmp_path / "s.parquet")["id"].to_pylist() == list(range(1, 61, 2))
+    loaded = Scores.load(tmp_path / "s.parquet").ids
+    assert loaded is not None
+    assert loaded.tolist() == list(range(1, 61, 2))

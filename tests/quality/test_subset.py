@@ -54,6 +54,15 @@ def test_every_epoch_has_as_many_rows(n: int, fraction: float, seed: int, epoch:
     assert len(set(subset.indices.tolist())) == before
 
 
+def test_a_dropped_row_is_in_no_epoch_and_an_epoch_stays_as_long() -> None:
+    subset = QualitySubset(range(40), 0.5, seed=1)
+    subset.use(scored(40, stratified=True).drop(np.arange(40) < 12, "duplicate"), 0)
+    for epoch in range(20):
+        rows = subset.draw(epoch)
+        assert len(rows) == len(subset)
+        assert rows.min() >= 12
+
+
 def test_a_draw_is_a_function_of_scores_seed_and_epoch_alone() -> None:
     one, two = QualitySubset(range(40), 0.3, seed=1), QualitySubset(range(40), 0.3, seed=1)
     for epoch in range(6):

@@ -3,10 +3,11 @@
 Pure functions of numbers; randomness arrives as a generator.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from tsqlora.errors import SettingsError
 
@@ -61,13 +62,34 @@ def stratum_sizes(counts: Int[np.ndarray, " k"], size: int) -> Int[np.ndarray, "
     return sizes
 
 
+def capped_sizes(counts: Int[np.ndarray, " k"], size: int, limits: Int[np.ndarray, " k"]) -> Int[np.ndarray, " k"]:
+    """`stratum_sizes`, none above its limit: what a stratum lacks the others give, in proportion.
+
+    Raises SettingsError where all limits together are less than size.
+
+    >>> capped_sizes(np.array([50, 30, 20]), 20, np.array([2, 30, 20]))
+    array([ 2, 11,  7])
+    """
+    if limits.sum() < size:
+        raise SettingsError(
+            f"a draw of {size} rows is more than the {limits.sum()} of {counts.sum()} rows that were not dropped; "
+            f"lower fraction to {math.floor(1000 * limits.sum() / counts.sum()) / 1000:g}"
+        )
+    sizes = stratum_sizes(counts, size)
+    full = sizes > limits
+    if full.any():
+        sizes[full] = limits[full]
+        sizes[~full] = capped_sizes(counts[~full], size - int(limits[full].sum()), limits[~full])
+    return sizes
+
+
 @dataclass(frozen=True, slots=True)
 class Draw:
     """Rows drawn without replacement, in ascending order, and their unbiased weights."""
 
     indices: Int[np.ndarray, " m"]
     weights: Float[np.ndarray, " m"]
-    """1/(n q): with these the weighted sum of losses has the full data's mean as expectation."""
+    """1/(n q), n counting what was kept: the weighted sum of losses has the kept rows' mean as expectation."""
 
 
 def gumbel_top_k(phi: Float[np.ndarray, " n"], k: int, rng: np.random.Generator) -> tuple[Int[np.ndarray, " k"], float]:
@@ -94,18 +116,24 @@ def draw(
     temperature: float,
     rng: np.random.Generator,
     strata: Int[np.ndarray, " n"] | None = None,
+    kept: Bool[np.ndarray, " n"] | None = None,
 ) -> Draw:
-    """A sample of `fraction` of the rows by softmax(Q/τ), each stratum with its own share."""
+    """A sample of `fraction` of all rows by softmax(Q/τ), each stratum with its own share of all rows.
+
+    Only `kept` rows are drawn; where a stratum has too few, the others fill up in proportion.
+    """
     groups = np.zeros(len(quality), dtype=np.int64) if strata is None else strata
-    names, counts = np.unique(groups, return_counts=True)
-    sizes = stratum_sizes(counts, draw_size(len(quality), fraction))
+    may = np.ones(len(quality), dtype=np.bool_) if kept is None else kept
+    names, places, counts = np.unique(groups, return_inverse=True, return_counts=True)
+    limits = np.bincount(places[may], minlength=len(names))
+    sizes = capped_sizes(counts, draw_size(len(quality), fraction), limits)
     phi = log_weights(quality, temperature)
     indices: list[np.ndarray] = []
     weights: list[np.ndarray] = []
     for name, size in zip(names, sizes, strict=True):
-        rows = np.flatnonzero(groups == name)
+        rows = np.flatnonzero((groups == name) & may)
         taken, threshold = gumbel_top_k(phi[rows], int(size), rng)
         indices.append(rows[taken])
-        weights.append(1 / (len(quality) * inclusion(phi[rows[taken]], threshold)))
+        weights.append(1 / (may.sum() * inclusion(phi[rows[taken]], threshold)))
     order = np.argsort(np.concatenate(indices))
     return Draw(np.concatenate(indices)[order], np.concatenate(weights)[order])

@@ -15,8 +15,9 @@ from tsqlora.gradients.sites import Scope, Site, batch_coupled, find_sites
 from tsqlora.quality.exact import require_exact, require_own_loss
 from tsqlora.quality.learned import LearnedTest
 from tsqlora.quality.measure import measure
+from tsqlora.quality.predictions import predictions
 from tsqlora.quality.reference import Reference, calibrate, measure_reference
-from tsqlora.quality.scores import Scores, from_terms, require_settings
+from tsqlora.quality.scores import PREDICTIONS, Scores, from_terms, require_settings
 from tsqlora.quality.terms import Term, get_terms
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Batch, Collate, split_labels, task_of
@@ -56,6 +57,7 @@ def score(
     seed: int = 0,
     autocast: torch.dtype | None = None,
     hashes: Sequence[str] | None = None,
+    ids: np.ndarray | None = None,
     record: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Scores:
@@ -73,6 +75,7 @@ def score(
         terms: what else to measure. `loss_reduction` costs one more forward pass.
         autocast: compute in this dtype; then terms are good to about two digits, and
             `loss_reduction`, a small difference, is refused.
+        ids: the place of each row in the file that it comes from, for the scores' own file.
         record: what else the scores' record should say.
 
     Raises NotLearnedError for a model at chance, whose scores would rank nothing;
@@ -103,6 +106,7 @@ def score(
         found = measure_reference(model, batches, task, sites, settled.offsets)
         measured = _pass(model, dataset, collate, task, sites, found, own, wanted, batch_size, report)
     labels = measured.pop("label")
+    predicted = {name: measured.pop(name) for name in PREDICTIONS if name in measured}
     strata = task.strata(labels)
     return from_terms(
         measured,
@@ -112,6 +116,8 @@ def score(
         temperature=temperature,
         record=_record(found, settled.learned, own, scope, seed, autocast) | dict(record or {}),
         hashes=hashes,
+        ids=ids,
+        predictions=predicted,
     )
 
 
@@ -161,7 +167,7 @@ def _pass(
     batch_size: int,
     report: Progress,
 ) -> dict[str, np.ndarray]:
-    """Each term and the label of every row, in the data set's order."""
+    """Each term, prediction and label of every row, in the data set's order."""
     device = next(model.parameters()).device
     in_reference = torch.zeros(len(dataset), dtype=torch.bool)
     in_reference[list(own)] = True
@@ -179,7 +185,8 @@ def _pass(
             in_reference=in_reference[torch.as_tensor(indices)].to(device),
             lookahead=any(term.lookahead for term in terms.values()),
         )
-        for name, value in ({n: term.of(measured) for n, term in terms.items()} | {"label": labels}).items():
+        values = {n: term.of(measured) for n, term in terms.items()} | predictions(measured, task) | {"label": labels}
+        for name, value in values.items():
             if value.shape != (len(indices),):
                 raise SettingsError(f"quality term '{name}' gives {tuple(value.shape)} for {len(indices)} samples")
             numbers = value.cpu().numpy()

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,13 @@ from tsqlora.quality.sampling import draw, effective_sample_size, probabilities,
 from tsqlora.quality.terms import quality, standardise
 
 _METADATA = b"tsqlora"
-_OWN = ("id", "hash", "label", "quality", "probability")
+_OWN = ("id", "hash", "label", "quality", "probability", "reason")
+
+REASONS = ("kept", "duplicate", "outlier", "confident negative")
+"""Why a row is drawn from or dropped; `Scores.reasons` holds places in this table."""
+
+PREDICTIONS = ("predicted", "predicted_probability", "label_probability")
+"""What the calibrated model says of a row: class or number, and for classes its probability and the label's."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,7 +29,8 @@ class Scores:
     """Terms, quality and probability of every row, in the data set's order.
 
     `record` says how they came to be: weights, temperature, η, calibration, reference,
-    the test that the model had learned, effective sample size.
+    the test that the model had learned, effective sample size.  A dropped row keeps its
+    terms and quality; its probability is 0, and it is never drawn.
     """
 
     terms: Mapping[str, np.ndarray]
@@ -33,6 +40,12 @@ class Scores:
     stratified: bool
     record: Mapping[str, Any]
     hashes: tuple[str, ...] | None = None
+    ids: np.ndarray | None = None
+    """The place of each row in the file that was read; None where that is its place here."""
+    reasons: np.ndarray | None = None
+    """Places in REASONS; None where every row is kept."""
+    predictions: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Those of PREDICTIONS that are known."""
 
     def __len__(self) -> int:
         return len(self.quality)
@@ -46,16 +59,39 @@ class Scores:
         """The label of each row where a draw is stratified by it."""
         return self.labels.astype(np.int64) if self.stratified else None
 
+    @property
+    def kept(self) -> np.ndarray:
+        """Whether each row may be drawn."""
+        return np.ones(len(self), dtype=np.bool_) if self.reasons is None else self.reasons == 0
+
+    def drop(self, rows: np.ndarray, reason: str) -> "Scores":
+        """The same without these rows (a mask); what was dropped before keeps its reason.
+
+        Raises SettingsError for a reason that is not in REASONS, TsqLoraError where no row is left.
+        """
+        if reason not in REASONS[1:]:
+            raise SettingsError(f"unknown reason '{reason}'; {nearest(reason, REASONS[1:])}")
+        reasons = np.zeros(len(self), dtype=np.int8) if self.reasons is None else self.reasons.copy()
+        reasons[rows & (reasons == 0)] = REASONS.index(reason)
+        if not (reasons == 0).any():
+            raise TsqLoraError(f"all {len(self)} rows are dropped, the last as '{reason}'; drop fewer kinds of rows")
+        p = probabilities(np.where(reasons == 0, self.quality, -np.inf), temperature=self.temperature)
+        dropped = {name: int((reasons == code).sum()) for code, name in enumerate(REASONS) if code}
+        about = {"effective_sample_size": effective_sample_size(p), "dropped": dropped}
+        return replace(self, reasons=reasons, probability=p, record={**self.record, **about})
+
     def save(self, path: str | Path) -> None:
-        """One row a sample: id, hash, label, terms, quality, probability."""
-        columns: dict[str, Any] = {"id": np.arange(len(self), dtype=np.int64)}
+        """One row a sample: id, hash, label, terms, predictions, quality, probability, reason."""
+        columns: dict[str, Any] = {"id": np.arange(len(self)) if self.ids is None else self.ids}
         if self.hashes is not None:
             columns["hash"] = list(self.hashes)
         columns |= {
             "label": self.labels,
             **self.terms,
+            **self.predictions,
             "quality": self.quality,
             "probability": self.probability,
+            "reason": pa.DictionaryArray.from_arrays(_codes(self), pa.array(REASONS)),
         }
         about = {"stratified": self.stratified, **self.record}
         metadata = {_METADATA: json.dumps(about, allow_nan=False, default=_plain).encode()}
@@ -78,16 +114,32 @@ class Scores:
         if metadata is None or missing:
             raise DataError(f"{path}: not a file of scores; `tsqlora score` writes one")
         record = json.loads(metadata)
-        columns = {name: table[name].to_numpy() for name in table.column_names if name != "hash"}
+        columns = {name: table[name].to_numpy() for name in table.column_names if name not in ("hash", "reason")}
         return cls(
-            terms={name: values for name, values in columns.items() if name not in _OWN},
+            terms={name: values for name, values in columns.items() if name not in (*_OWN, *PREDICTIONS)},
             labels=columns["label"],
             quality=columns["quality"],
             probability=columns["probability"],
             stratified=bool(record.pop("stratified")),
             record=record,
             hashes=tuple(table["hash"].to_pylist()) if "hash" in table.column_names else None,
+            ids=columns.get("id"),
+            reasons=_reasons(table, path) if "reason" in table.column_names else None,
+            predictions={name: columns[name] for name in PREDICTIONS if name in columns},
         )
+
+
+def _codes(scores: Scores) -> np.ndarray:
+    return np.zeros(len(scores), dtype=np.int8) if scores.reasons is None else scores.reasons
+
+
+def _reasons(table: pa.Table, path: str | Path) -> np.ndarray:
+    """Places in REASONS, whatever table the file's own writer numbered them by."""
+    written = table["reason"].combine_chunks().dictionary_encode()
+    names = written.dictionary.to_pylist()
+    if unknown := set(names) - set(REASONS):
+        raise DataError(f"{path}: the reason '{unknown.pop()}' is none of {', '.join(REASONS)}; score anew")
+    return np.array([REASONS.index(name) for name in names], dtype=np.int8)[written.indices.to_numpy()]
 
 
 def from_terms(
@@ -99,6 +151,8 @@ def from_terms(
     temperature: float,
     record: Mapping[str, Any],
     hashes: Sequence[str] | None = None,
+    ids: np.ndarray | None = None,
+    predictions: Mapping[str, np.ndarray] | None = None,
 ) -> Scores:
     """Standardise, add up, and make probabilities of measured terms (METHOD eq. 4 and 5).
 
@@ -131,6 +185,8 @@ def from_terms(
             "without_spread": {n: list(s.flat) for n, s in standardised.items() if s.flat},
         },
         hashes=None if hashes is None else tuple(hashes),
+        ids=ids,
+        predictions=dict(predictions or {}),
     )
 
 
@@ -165,9 +221,14 @@ def _plain(value: Any) -> Any:
 def sample(scores: Scores, fraction: float = 0.5, seed: int = 0) -> np.ndarray:
     """Indices of a quality sample: `fraction` of the rows, drawn without replacement by softmax(Q/τ).
 
-    Stratified by label for classification, ascending, the same for the same seed.
-    Raises SettingsError for a fraction outside 0 < f ≤ 1.
+    Stratified by label for classification, ascending, the same for the same seed; dropped rows never.
+    Raises SettingsError for a fraction outside 0 < f ≤ 1, or of more rows than were kept.
     """
-    rng = np.random.default_rng([seed, 0])
-    taken = draw(scores.quality, fraction=fraction, temperature=scores.temperature, rng=rng, strata=scores.strata)
-    return taken.indices
+    return draw(
+        scores.quality,
+        fraction=fraction,
+        temperature=scores.temperature,
+        rng=np.random.default_rng([seed, 0]),
+        strata=scores.strata,
+        kept=scores.kept,
+    ).indices

@@ -84,6 +84,7 @@ class QualitySubset(Dataset[Any]):
                 temperature=self.scores.temperature,
                 rng=rng,
                 strata=self.scores.strata,
+                kept=self.scores.kept,
             ).indices
         rng = np.random.default_rng([self.seed, 3, epoch])
         if self.lengths is None or self.batch_size is None:

@@ -1,0 +1,21 @@
+"""What the calibrated model says of each sample: its label, and how sure it is of it and of the given one."""
+
+import torch
+from torch import Tensor
+
+from tsqlora.quality.terms import Measured
+from tsqlora.tasks import Task
+
+
+def predictions(measured: Measured, task: Task) -> dict[str, Tensor]:
+    """`predicted`; and for classes `predicted_probability` and `label_probability`, n numbers each."""
+    logits = measured.logits.float()
+    predicted = torch.as_tensor(task.predictions(logits.cpu().numpy()))
+    if logits.shape[1] == 1:
+        return {"predicted": predicted}
+    p = logits.softmax(1)
+    return {
+        "predicted": predicted,
+        "predicted_probability": p.amax(1),
+        "label_probability": p.gather(1, measured.labels[:, None]).squeeze(1),
+    }
