@@ -1,31 +1,38 @@
 """JSON rows: one object a line, or one array of objects."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tsqlora.data.utf8 import read_utf8
+from tsqlora.data.utf8 import read_utf8, utf8_lines
 from tsqlora.errors import DataError
 
 
-def read_jsonl(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """Each line's number and object; blank lines are whitespace between them.
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each line's number and object, one after the other; blank lines are whitespace between them.
 
     Raises DataError with file and line for what is not JSON or not an object.
     """
-    return _parse_lines(read_utf8(path), path)
+    for number, line, _, _ in json_lines(path):
+        yield number, _parse_line(line, f"{path}:{number}")
 
 
-def read_json(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """As `read_jsonl`, or the elements of one array with their 1-based places in it."""
-    text = read_utf8(path)
-    return _parse_array(text, path) if text.lstrip().startswith("[") else _parse_lines(text, path)
+def read_json(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """As `read_jsonl`, or the elements of one array with their 1-based places in it.
+
+    An array is read whole.
+    """
+    first = next((line for _, line, _, _ in json_lines(path)), "")
+    yield from _parse_array(read_utf8(path), path) if first.lstrip().startswith("[") else read_jsonl(path)
 
 
-def _parse_lines(text: str, path: Path) -> list[tuple[int, dict[str, Any]]]:
+def json_lines(path: Path) -> Iterator[tuple[int, str, int, int]]:
+    """Each line that is not blank: its number, its text, and where it starts and ends in the file's bytes."""
     # Not str.splitlines: it also cuts at U+2028 and others that JSON allows inside a string.
-    lines = enumerate(text.split("\n"), start=1)
-    return [(number, _parse_line(line, f"{path}:{number}")) for number, line in lines if line.strip()]
+    for number, (line, end) in enumerate(utf8_lines(path, newline="\n"), start=1):
+        if line.strip():
+            yield number, line, end - len(line.encode()), end
 
 
 def _parse_line(line: str, place: str) -> dict[str, Any]:

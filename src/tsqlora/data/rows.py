@@ -1,8 +1,9 @@
 """A file, a directory of splits or a hub id -> rows that know where they came from."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ from tsqlora.data.jsonl import read_json, read_jsonl
 from tsqlora.data.tables import read_csv, read_parquet, read_tsv
 from tsqlora.errors import DataError
 
-READERS: dict[str, Callable[[Path], list[tuple[int, dict[str, Any]]]]] = {
+Records = Iterator[tuple[int, dict[str, Any]]]
+"""Numbers of lines or rows, and the rows, read one after the other."""
+
+READERS: dict[str, Callable[[Path], Records]] = {
     ".jsonl": read_jsonl,
     ".json": read_json,
     ".csv": read_csv,
@@ -26,6 +30,10 @@ SPLIT_NAMES: dict[str, tuple[str, ...]] = {
     "validation": ("validation", "valid", "dev"),
     "test": ("test",),
 }
+
+
+CHUNK = 1024
+"""Rows that are in memory at a time, where not all are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +56,36 @@ class Rows:
         return f"{self.source}:{self.numbers[i]}"
 
 
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One split that is there and not read yet; `path` is its file, None for a hub data set."""
+
+    name: str
+    typed: bool
+    path: Path | None
+    records: Callable[[], Records]
+
+    def read(self) -> Rows:
+        """All rows.  Raises DataError for what is broken, and for a split without rows."""
+        numbers, rows = zip(*self._some(self.records()), strict=True)
+        return Rows(rows, self.name, numbers, typed=self.typed)
+
+    def chunks(self, size: int = CHUNK) -> Iterator[Rows]:
+        """The rows in order, `size` at a time, so that few are in memory.  Raises as `read`."""
+        records = iter(self._some(self.records()))
+        while part := list(islice(records, size)):
+            numbers, rows = zip(*part, strict=True)
+            yield Rows(rows, self.name, numbers, typed=self.typed)
+
+    def _some(self, records: Records) -> Records:
+        first = next(records, None)
+        if first is None:
+            cure = "name another split or data set" if self.path is None else "write at least one, or name another file"
+            raise DataError(f"{self.name} has no rows; {cure}")
+        yield first
+        yield from records
+
+
 def column_names(rows: Rows) -> tuple[str, ...]:
     """Every column that some row has, in the order of first appearance."""
     return tuple(dict.fromkeys(name for row in rows.rows for name in row))
@@ -60,13 +98,18 @@ def read_rows(source: str | Path, *, split: str | None = None) -> Rows:
     A file is one split, whatever it is called. Raises DataError for what is missing, empty
     or broken, with file and line.
     """
+    return open_split(source, split=split).read()
+
+
+def open_split(source: str | Path, *, split: str | None = None) -> Source:
+    """The same, not read yet."""
     if _local(source).is_file():
-        return _read_file(_local(source))
+        return _of_file(_local(source))
     found = _open_splits(source, wanted=SPLIT_NAMES if split is None else (split,))
     if len(found) != 1:
         there = f"has the splits {', '.join(found)}" if found else f"has no split {split or 'of a known name'}"
         raise DataError(f"{source} {there}; name one file or one split of it")
-    return next(iter(found.values()))()
+    return next(iter(found.values()))
 
 
 def read_splits(train: str, validation: str | None, test: str | None) -> dict[str, Rows]:
@@ -76,32 +119,37 @@ def read_splits(train: str, validation: str | None, test: str | None) -> dict[st
     test.*, or a hub id; an explicit `validation` or `test` takes the place of what is found
     there. Raises DataError as `read_rows` does, and for two files of one split.
     """
+    return {name: source.read() for name, source in open_splits(train, validation, test).items()}
+
+
+def open_splits(train: str, validation: str | None, test: str | None) -> dict[str, Source]:
+    """The same, not read yet."""
     explicit = {name: path for name, path in (("validation", validation), ("test", test)) if path is not None}
     found = _open_train(train, wanted=[name for name in SPLIT_NAMES if name not in explicit])
-    found |= {name: partial(read_rows, path, split=name) for name, path in explicit.items()}
-    return {name: found[name]() for name in SPLIT_NAMES if name in found}
+    found |= {name: open_split(path, split=name) for name, path in explicit.items()}
+    return {name: found[name] for name in SPLIT_NAMES if name in found}
 
 
-def _open_train(train: str, *, wanted: Collection[str]) -> dict[str, Callable[[], Rows]]:
+def _open_train(train: str, *, wanted: Collection[str]) -> dict[str, Source]:
     if _local(train).is_file():
-        return {"train": partial(_read_file, _local(train))}
+        return {"train": _of_file(_local(train))}
     found = _open_splits(train, wanted=wanted)
     if "train" not in found:
         raise DataError(f"{train} has no split train; name the training file in data.train")
     return found
 
 
-def _open_splits(source: str | Path, *, wanted: Collection[str]) -> dict[str, Callable[[], Rows]]:
-    """Those of the wanted splits that the source has, each ready to be read."""
+def _open_splits(source: str | Path, *, wanted: Collection[str]) -> dict[str, Source]:
+    """Those of the wanted splits that the source has."""
     path = _local(source)
     if path.is_dir():
         files = {file.name: file for file in sorted(path.iterdir()) if file.is_file()}
         names = _match_splits({name: file.stem for name, file in files.items()}, wanted, source)
-        return {split: partial(_read_file, files[name]) for split, name in names.items()}
+        return {split: _of_file(files[name]) for split, name in names.items()}
     _refuse_missing_file(path, source)
     data = _load_hub(str(source))
     names = _match_splits({name: name for name in data}, wanted, source)
-    return {split: partial(_hub_rows, data[name], f"{source}[{name}]") for split, name in names.items()}
+    return {split: _of_hub(data[name], f"{source}[{name}]") for split, name in names.items()}
 
 
 def _match_splits(stems: Mapping[str, str], wanted: Iterable[str], source: str | Path) -> dict[str, str]:
@@ -117,15 +165,11 @@ def _match_splits(stems: Mapping[str, str], wanted: Iterable[str], source: str |
     return found
 
 
-def _read_file(path: Path) -> Rows:
+def _of_file(path: Path) -> Source:
     suffix = path.suffix.lower()
     if suffix not in READERS:
         raise DataError(f"{path}: unknown extension '{suffix}'; known: {', '.join(READERS)}")
-    numbered = READERS[suffix](path)
-    if not numbered:
-        raise DataError(f"{path} has no rows; write at least one, or name another file")
-    numbers, rows = zip(*numbered, strict=True)
-    return Rows(rows, str(path), numbers, typed=suffix not in UNTYPED)
+    return Source(str(path), suffix not in UNTYPED, path, partial(READERS[suffix], path))
 
 
 def _local(source: str | Path) -> Path:
@@ -152,8 +196,10 @@ def _load_hub(name: str) -> Mapping[str, Any]:
         ) from exc
 
 
-def _hub_rows(data: Any, source: str) -> Rows:
-    rows = tuple(data.to_list())
-    if not rows:
-        raise DataError(f"{source} has no rows; name another split or data set")
-    return Rows(rows, source, tuple(range(1, len(rows) + 1)))
+def _of_hub(data: Any, name: str) -> Source:
+    def records() -> Records:
+        for start in range(0, len(data), CHUNK):
+            rows = data.select(range(start, min(start + CHUNK, len(data)))).to_list()
+            yield from enumerate(rows, start=start + 1)
+
+    return Source(name, True, None, records)

@@ -1,7 +1,6 @@
 """Rows of tables: CSV, TSV and Parquet."""
 
 import csv
-import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,56 +10,78 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tsqlora.data.utf8 import read_utf8
+from tsqlora.data.utf8 import utf8_lines
 from tsqlora.errors import DataError
 
+_PARQUET_BATCH = 1024
+"""Rows that are in memory at a time, where rows are read one after the other."""
 
-def read_csv(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """Each record with the number of the line it starts on; every cell is text.
+
+def read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each record with the number of the line it starts on, one after the other; every cell is text.
 
     Raises DataError with file and line for broken quotes and for a wrong number of fields.
     """
     return _read_delimited(path, delimiter=",")
 
 
-def read_tsv(path: Path) -> list[tuple[int, dict[str, Any]]]:
+def read_tsv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """As `read_csv`, with tabs between the fields and the same quoting."""
     return _read_delimited(path, delimiter="\t")
 
 
-def read_parquet(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """Each row with its 1-based number. Raises DataError for what is not Parquet."""
+def read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each row with its 1-based number, one after the other. Raises DataError for what is not Parquet."""
+    number = 0
+    with parquet_file(path) as file:
+        for batch in file.iter_batches(batch_size=_PARQUET_BATCH):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+
+
+@contextmanager
+def parquet_file(path: Path) -> Iterator[pq.ParquetFile]:
+    """The file, open.  Raises DataError for what is not Parquet, also later where it is read."""
     try:
         # Not pq.read_table: it adds columns where a directory above is named like "label=1".
         with pq.ParquetFile(path) as file:
-            table = file.read()
+            _refuse_duplicates(file.schema_arrow.names, f"{path}")
+            yield file
     except (pa.ArrowException, OSError) as exc:
         reason = str(exc).splitlines()[0]
         raise DataError(f"{path} cannot be read as Parquet ({reason}); write the file anew") from exc
-    _refuse_duplicates(table.column_names, f"{path}")
-    return list(enumerate(table.to_pylist(), start=1))
 
 
-def _read_delimited(path: Path, *, delimiter: str) -> list[tuple[int, dict[str, Any]]]:
-    records = _records(read_utf8(path), path, delimiter=delimiter)
-    first, header = next(records, (1, []))
+def _read_delimited(path: Path, *, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    found = records(path, delimiter=delimiter)
+    first, header, _, _ = next(found, (1, [], 0, 0))
     _refuse_duplicates(header, f"{path}:{first}")
-    return [(number, _row(header, fields, f"{path}:{number}")) for number, fields in records]
+    for number, fields, _, _ in found:
+        yield number, _row(header, fields, f"{path}:{number}")
 
 
-def _records(text: str, path: Path, *, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Records that are not blank, each with the line it starts on."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    start = 1
+def records(path: Path, *, delimiter: str) -> Iterator[tuple[int, list[str], int, int]]:
+    """Each record that is not blank, the header first: the line it starts on, its fields, and where
+    it starts and ends in the file's bytes.
+    """
+    line, start, end = 1, 0, 0
+
+    def lines() -> Iterator[str]:
+        nonlocal end
+        for text, end in utf8_lines(path, newline=""):  # noqa: B007  (read below, after each record)
+            yield text
+
+    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
     try:
         with _fields_of_any_length():
             for fields in reader:
                 if fields:
-                    yield start, fields
-                start = reader.line_num + 1
+                    yield line, fields, start, end
+                line, start = reader.line_num + 1, end
     except csv.Error as exc:
         cure = 'put fields in "..." and double the quotes inside'
-        raise DataError(f"{path}:{start}: broken record ({exc}); {cure}") from exc
+        raise DataError(f"{path}:{line}: broken record ({exc}); {cure}") from exc
 
 
 @contextmanager

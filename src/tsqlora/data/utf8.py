@@ -1,9 +1,14 @@
-"""Bytes of a file -> text, always UTF-8."""
+"""Bytes of a file -> text, always UTF-8, whole or line by line."""
 
 import codecs
+import io
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tsqlora.errors import DataError
+
+_BLOCK = 1 << 18
 
 
 def read_utf8(path: Path) -> str:
@@ -11,13 +16,49 @@ def read_utf8(path: Path) -> str:
 
     Raises DataError where the file cannot be read, or names the line that is not UTF-8.
     """
+    return "".join(line for line, _ in utf8_lines(path, newline="\n"))
+
+
+def utf8_lines(path: Path, *, newline: str) -> Iterator[tuple[str, int]]:
+    """Each line with its line end, and how many bytes of the file end with it.
+
+    `newline` is "\\n" where lines end at line feeds alone, "" where they end at any of \\n, \\r
+    and \\r\\n.  A byte order mark is counted and left out.  Raises DataError as `read_utf8`.
+    """
     try:
-        data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+        with open(path, "rb") as file:
+            at = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
+        for line in io.TextIOWrapper(io.BufferedReader(_Blocks(path, at), _BLOCK), encoding="utf-8", newline=newline):
+            at += len(line.encode())
+            yield line, at
     except OSError as exc:
         raise DataError(f"cannot read {path}: {exc.strerror}") from exc
-    try:
-        return data.decode("utf-8")
     except UnicodeDecodeError as exc:
-        line = data.count(b"\n", 0, exc.start) + 1
-        byte = data[exc.start]
-        raise DataError(f"{path}:{line}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8") from exc
+        raise DataError(_where_not_utf8(path)) from exc
+
+
+class _Blocks(io.RawIOBase):
+    """A file's bytes from a place on; it is open only while they are read, so nothing is left open half-way."""
+
+    def __init__(self, path: Path, at: int) -> None:
+        self.path, self.at = path, at
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self.at)
+            count = file.readinto(buffer) or 0
+        self.at += count
+        return count
+
+
+def _where_not_utf8(path: Path) -> str:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as exc:
+                return f"{path}:{number}: byte 0x{line[exc.start]:02x} is not UTF-8; save the file as UTF-8"
+    raise AssertionError(f"{path} changed while it was read")
