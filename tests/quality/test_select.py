@@ -1,5 +1,6 @@
 """The drawn rows are found again in the file, whatever its order, its format or its doubles."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +72,45 @@ def test_a_row_that_is_there_twice_is_taken_as_often_as_it_was_drawn(tmp_path: P
     assert in_order(found) == in_order([doubled[j] for j in chosen])
 
 
+@pytest.mark.parametrize("extension", ["jsonl", "csv", "tsv", "parquet"])
+def test_rows_of_the_inputs_format_are_copied_as_they_stand(extension: str, tmp_path: Path) -> None:
+    scores = scores_of(ROWS, tmp_path / "s.parquet")
+    data, out = tmp_path / f"data.{extension}", tmp_path / f"out.{extension}"
+    write_rows(data, ROWS)
+    if extension != "parquet":
+        # Line ends that no writer of ours makes.
+        data.write_bytes(data.read_bytes().replace(b"\n", b"\r\n"))
+    assert select_rows(tmp_path / "s.parquet", out, fraction=0.5, data=data) == 12
+    assert list(read_rows(out).rows) == [ROWS[j] for j in sample(scores, 0.5)]
+    if extension != "parquet":
+        lines = data.read_bytes().splitlines(keepends=True)
+        wanted = sample(scores, 0.5) + (extension != "jsonl")
+        header = [] if extension == "jsonl" else [lines[0]]
+        assert out.read_bytes() == b"".join([*header, *(lines[j] for j in wanted)])
+
+
+def test_of_rows_that_look_alike_the_one_that_was_drawn_is_written(tmp_path: Path) -> None:
+    doubled = [{**row, "n": j} for j, row in enumerate([*ROWS, *ROWS])]
+    chosen = sample(scores_of(doubled, tmp_path / "s.parquet"), 0.5)
+    assert [row["n"] for row in selected(tmp_path, doubled)] == chosen.tolist()
+
+
+def test_an_id_leads_back_to_the_row_of_the_file(tmp_path: Path) -> None:
+    ids = np.arange(1, 24, 2)
+    scores = replace(scores_of([ROWS[j] for j in ids], tmp_path / "s.parquet"), ids=ids)
+    scores.save(tmp_path / "s.parquet")
+    numbered = [{**row, "n": j} for j, row in enumerate(ROWS)]
+    chosen = sample(scores, 0.5)
+    assert [row["n"] for row in selected(tmp_path, numbered)] == ids[chosen].tolist()
+    select_rows(tmp_path / "s.parquet", tmp_path / "about.jsonl", fraction=0.5)
+    assert [row["id"] for row in read_rows(tmp_path / "about.jsonl").rows] == ids[chosen].tolist()
+
+
 def test_a_file_that_lacks_drawn_rows_is_refused(tmp_path: Path) -> None:
     scores_of(ROWS, tmp_path / "s.parquet")
     relabelled = [{**row, "label": "maybe"} for row in ROWS]
-    with pytest.raises(DataError, match=r"lacks 12 of the 12 drawn rows; give the file that was scored .*text, label"):
+    message = r"lacks 12 of the 12 rows that are looked for; give the file that was scored .*text, label"
+    with pytest.raises(DataError, match=message):
         selected(tmp_path, relabelled)
     assert not (tmp_path / "out.jsonl").exists()
 

@@ -2,8 +2,8 @@
 
 import hashlib
 import reprlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -59,12 +59,23 @@ def tokenise(
     _check_tokens(samples, rows)
     if labels is not None:
         samples = [{**sample, "labels": label} for sample, label in zip(samples, labels, strict=True)]
-    return TokenisedSplit(samples, _hashes(rows, columns), truncated)
+    used = asdict(columns)
+    return TokenisedSplit(samples, tuple(row_hash(row, used) for row in rows.rows), truncated)
 
 
 def sample_hash(text: str, pair: str, label: str) -> str:
     """First 16 hex digits of the SHA-256 of text, pair and label, set apart by U+001F."""
     return hashlib.sha256(f"{text}\x1f{pair}\x1f{label}".encode()).hexdigest()[:16]
+
+
+def row_hash(row: Mapping[str, Any], columns: Mapping[str, str | None]) -> str:
+    """`sample_hash` of a row's columns `text`, `text_pair` and `label`; what is not there is as good as empty.
+
+    The label as the row writes it: its id would change with the other classes.
+    """
+    used = (columns["text"], columns["text_pair"], columns["label"])
+    values = (None if column is None else row.get(column) for column in used)
+    return sample_hash(*("" if value is None else str(value) for value in values))
 
 
 def _encode(
@@ -120,17 +131,6 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _hashes(rows: Rows, columns: Columns) -> tuple[str, ...]:
-    # The label as the row writes it: its id would change with the other classes.
-    used = (columns.text, columns.text_pair, columns.label)
-    return tuple(sample_hash(*(_written(row, column) for column in used)) for row in rows.rows)
-
-
-def _written(row: dict[str, Any], column: str | None) -> str:
-    value = None if column is None else row.get(column)
-    return "" if value is None else str(value)
 
 
 def _check_room(tokenizer: PreTrainedTokenizerBase, columns: Columns, max_length: int) -> None:

@@ -26,8 +26,7 @@ def utf8_lines(path: Path, *, newline: str) -> Iterator[tuple[str, int]]:
     and \\r\\n.  A byte order mark is counted and left out.  Raises DataError as `read_utf8`.
     """
     try:
-        with open(path, "rb") as file:
-            at = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
+        at = bom_length(path)
         for line in io.TextIOWrapper(io.BufferedReader(_Blocks(path, at), _BLOCK), encoding="utf-8", newline=newline):
             at += len(line.encode())
             yield line, at
@@ -35,6 +34,12 @@ def utf8_lines(path: Path, *, newline: str) -> Iterator[tuple[str, int]]:
         raise DataError(f"cannot read {path}: {exc.strerror}") from exc
     except UnicodeDecodeError as exc:
         raise DataError(_where_not_utf8(path)) from exc
+
+
+def bom_length(path: Path) -> int:
+    """Bytes of the byte order mark at the file's start, 0 if there is none."""
+    with open(path, "rb") as file:
+        return len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
 
 
 class _Blocks(io.RawIOBase):

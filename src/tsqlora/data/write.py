@@ -4,7 +4,8 @@ import csv
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,16 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
     written, DataError for values that the format cannot hold.
     """
     require_writable(path)
+    with replacing(path) as unfinished:
+        WRITERS[path.suffix.lower()](unfinished, rows)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` that takes its place in the end, and is gone after an error."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        WRITERS[path.suffix.lower()](temporary, rows)
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

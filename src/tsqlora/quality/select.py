@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from tsqlora.data.rows import Rows, read_rows
-from tsqlora.data.tokenise import sample_hash
+from tsqlora.data.copy import can_copy, copy_rows
+from tsqlora.data.rows import Source, open_split
+from tsqlora.data.tokenise import row_hash
 from tsqlora.data.write import require_writable, write_rows
 from tsqlora.errors import DataError
 from tsqlora.quality.scores import Scores, sample
@@ -17,21 +18,66 @@ def select_rows(scores_path: Path, out: Path, *, fraction: float, seed: int = 0,
     """Draws a quality sample and writes its rows; how many.
 
     The rows are those of `data`, found by their hashes (by position, if the scores have no
-    hashes); without it, each drawn row's id, hash, quality and probability.
+    hashes), as they stand there if `out` has its format; without it, each drawn row's id,
+    hash, quality and probability.
     """
     require_writable(out)
     scores = Scores.load(scores_path)
     chosen = sample(scores, fraction, seed)
-    rows = _about(scores, chosen) if data is None else _of_file(scores, chosen, read_rows(data, split="train"))
-    write_rows(out, rows)
-    return len(rows)
+    if data is None:
+        write_rows(out, _about(scores, chosen))
+        return len(chosen)
+    source = open_split(data, split="train")
+    places = find_rows(scores, chosen, source)
+    if source.path is not None and can_copy(source.path, out):
+        copy_rows(source.path, out, places)
+    else:
+        write_rows(out, rows_at(source, places))
+    return len(places)
+
+
+def find_rows(scores: Scores, chosen: np.ndarray, source: Source) -> np.ndarray:
+    """Where the chosen rows stand in the file, ascending.
+
+    At their own ids where the file still has them there, else wherever their hashes are.
+    Raises DataError where the file lacks some.
+    """
+    columns = scores.record.get("columns")
+    if scores.hashes is None or columns is None:
+        if (rows := sum(len(chunk) for chunk in source.chunks())) != len(scores):
+            raise DataError(f"{source.name} has {rows} rows, and there are scores for {len(scores)}")
+        return chosen
+    there = [row_hash(row, columns) for chunk in source.chunks() for row in chunk.rows]
+    hashes = [scores.hashes[j] for j in chosen]
+    places = _ids(scores)[chosen]
+    if places.max() < len(there) and all(there[place] == name for place, name in zip(places, hashes, strict=True)):
+        return np.sort(places)
+    wanted = Counter(hashes)
+    found: list[int] = []
+    for place, name in enumerate(there):
+        if wanted[name] > 0:
+            wanted[name] -= 1
+            found.append(place)
+    if missing := sum(wanted.values()):
+        raise DataError(
+            f"{source.name} lacks {missing} of the {len(chosen)} rows that are looked for; give the file that was "
+            f"scored (its columns {', '.join(c for c in columns.values() if c)} unchanged)"
+        )
+    return np.array(found)
+
+
+def rows_at(source: Source, places: np.ndarray) -> list[dict[str, Any]]:
+    """The rows of the file at these places, which ascend."""
+    wanted = set(places.tolist())
+    rows = (row for chunk in source.chunks() for row in chunk.rows)
+    return [row for place, row in enumerate(rows) if place in wanted]
 
 
 def _about(scores: Scores, chosen: np.ndarray) -> list[dict[str, Any]]:
-    hashes = scores.hashes
+    hashes, ids = scores.hashes, _ids(scores)
     return [
         {
-            "id": int(j),
+            "id": int(ids[j]),
             **({} if hashes is None else {"hash": hashes[j]}),
             "quality": float(scores.quality[j]),
             "probability": float(scores.probability[j]),
@@ -40,28 +86,5 @@ def _about(scores: Scores, chosen: np.ndarray) -> list[dict[str, Any]]:
     ]
 
 
-def _of_file(scores: Scores, chosen: np.ndarray, rows: Rows) -> list[dict[str, Any]]:
-    if scores.hashes is None or "columns" not in scores.record:
-        if len(rows) != len(scores):
-            raise DataError(f"{rows.source} has {len(rows)} rows, and there are scores for {len(scores)}")
-        return [rows.rows[j] for j in chosen]
-    wanted = Counter(scores.hashes[j] for j in chosen)
-    columns = scores.record["columns"]
-    found: list[dict[str, Any]] = []
-    for row in rows.rows:
-        name = _hash(row, columns)
-        if wanted[name] > 0:
-            wanted[name] -= 1
-            found.append(row)
-    if missing := sum(wanted.values()):
-        raise DataError(
-            f"{rows.source} lacks {missing} of the {len(chosen)} drawn rows; give the file that was scored "
-            f"(its columns {', '.join(c for c in columns.values() if c)} unchanged)"
-        )
-    return found
-
-
-def _hash(row: dict[str, Any], columns: dict[str, str | None]) -> str:
-    used = (columns["text"], columns["text_pair"], columns["label"])
-    values = [None if column is None else row.get(column) for column in used]
-    return sample_hash(*("" if value is None else str(value) for value in values))
+def _ids(scores: Scores) -> np.ndarray:
+    return np.arange(len(scores)) if scores.ids is None else scores.ids
