@@ -109,7 +109,7 @@ def test_an_id_leads_back_to_the_row_of_the_file(tmp_path: Path) -> None:
 def test_a_file_that_lacks_drawn_rows_is_refused(tmp_path: Path) -> None:
     scores_of(ROWS, tmp_path / "s.parquet")
     relabelled = [{**row, "label": "maybe"} for row in ROWS]
-    message = r"lacks 12 of the 12 rows that are looked for; give the file that was scored .*text, label"
+    message = r"lacks 12 of the 12 drawn rows; give the file that was scored .*text, label"
     with pytest.raises(DataError, match=message):
         selected(tmp_path, relabelled)
     assert not (tmp_path / "out.jsonl").exists()

@@ -60,7 +60,7 @@ def find_rows(scores: Scores, chosen: np.ndarray, source: Source) -> np.ndarray:
             found.append(place)
     if missing := sum(wanted.values()):
         raise DataError(
-            f"{source.name} lacks {missing} of the {len(chosen)} rows that are looked for; give the file that was "
+            f"{source.name} lacks {missing} of the {len(chosen)} drawn rows; give the file that was "
             f"scored (its columns {', '.join(c for c in columns.values() if c)} unchanged)"
         )
     return np.array(found)
