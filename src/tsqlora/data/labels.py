@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from tsqlora.data.rows import Rows
 from tsqlora.errors import DataError
 
@@ -67,8 +69,26 @@ def read_labels(rows: Rows, column: str) -> list[str | int]:
     In a format without types (CSV), labels that are all integers are integers. Raises
     DataError with file and row for a label that is missing or neither text nor an integer.
     """
-    values = [_label_at(rows, i, column) for i in range(len(rows))]
-    if not rows.typed and all(_is_integer(str(value)) for value in values):
+    return _typed([label_at(rows, i, column) for i in range(len(rows))], typed=rows.typed)
+
+
+def distinct_labels(parts: Iterable[Rows], column: str) -> tuple[list[str | int], np.ndarray]:
+    """What `read_labels` finds in rows that come in parts: each label once, and which one each row has.
+
+    In order of first appearance.  Raises DataError as `read_labels`.
+    """
+    numbers: dict[str | int, int] = {}
+    found: list[np.ndarray] = []
+    typed = True
+    for rows in parts:
+        typed = rows.typed
+        labels = (label_at(rows, i, column) for i in range(len(rows)))
+        found.append(np.array([numbers.setdefault(label, len(numbers)) for label in labels], dtype=np.int32))
+    return _typed(list(numbers), typed=typed), np.concatenate(found)
+
+
+def _typed(values: list[str | int], *, typed: bool) -> list[str | int]:
+    if not typed and all(_is_integer(str(value)) for value in values):
         return [int(value) for value in values]
     return values
 
@@ -77,7 +97,7 @@ def encode_labels(rows: Rows, column: str, label_map: LabelMap) -> list[int]:
     """Every row's class id. Raises DataError as `read_labels`, and for a label that is no class."""
     ids: dict[str | int, int] = {}
     for i in range(len(rows)):
-        value = _label_at(rows, i, column)
+        value = label_at(rows, i, column)
         if value not in ids:
             ids[value] = _id_at(rows, i, value, label_map)
     return [ids[row[column]] for row in rows.rows]
@@ -91,7 +111,8 @@ def encode_targets(rows: Rows, column: str) -> list[float]:
     return [_target_at(rows, i, column) for i in range(len(rows))]
 
 
-def _label_at(rows: Rows, i: int, column: str) -> str | int:
+def label_at(rows: Rows, i: int, column: str) -> str | int:
+    """One row's label.  Raises DataError as `read_labels`."""
     value = rows.rows[i].get(column)
     wrong = _what_is_wrong(value)
     if wrong is not None:

@@ -33,8 +33,12 @@ class Prepared:
     @property
     def hash(self) -> str:
         """16 hex digits that name the data: of every sample of every split, in order."""
-        hashes = [f"{name}:{h}" for name, split in self.samples.items() for h in split.hashes]
-        return hashlib.sha256("\n".join(hashes).encode()).hexdigest()[:16]
+        digest, between = hashlib.sha256(), ""
+        for name, split in self.samples.items():
+            for h in split.hashes:
+                digest.update(f"{between}{name}:{h}".encode())
+                between = "\n"
+        return digest.hexdigest()[:16]
 
     def columns(self) -> dict[str, str | None]:
         """Names of the columns used, as the run's record and the scores keep them."""

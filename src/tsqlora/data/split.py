@@ -18,29 +18,44 @@ def split_rows(rows: Rows, *, fraction: float, seed: int, label: str | None) -> 
     seed give the same split. Raises SettingsError for a fraction outside (0, 1), DataError
     where the rows are too few.
     """
+    out = held_out(_groups(rows, label), fraction=fraction, seed=seed, source=rows.source)
+    return take(rows, np.flatnonzero(~out)), take(rows, np.flatnonzero(out))
+
+
+def held_out(groups: np.ndarray, *, fraction: float, seed: int, source: str) -> np.ndarray:
+    """Whether each row is for validation; `groups` numbers its class, in order of first appearance.
+
+    As `split_rows`, for rows of which only the classes are in memory.
+    """
     if not 0 < fraction < 1:
         raise SettingsError(f"validation fraction {fraction} is not between 0 and 1; set a share such as 0.1")
-    groups = _groups(rows, label)
+    sizes = np.bincount(groups).tolist()
     # A class that left training altogether would be unknown to the model that is validated.
-    most = [len(group) - 1 for group in groups]
+    most = [size - 1 for size in sizes]
     if sum(most) < 1:
-        raise DataError(f"{rows.source} has too few rows to split off a validation set; name one in data.validation")
+        raise DataError(f"{source} has too few rows to split off a validation set; name one in data.validation")
     rng = np.random.default_rng(seed)
-    held_out = set()
-    for group, count in zip(groups, _quotas([len(group) for group in groups], most, fraction), strict=True):
-        held_out.update(rng.permutation(group)[:count].tolist())
-    indices = range(len(rows))
-    train, validation = [i for i in indices if i not in held_out], [i for i in indices if i in held_out]
-    return _take(rows, train), _take(rows, validation)
+    out = np.zeros(len(groups), dtype=np.bool_)
+    for group, count in enumerate(_quotas(sizes, most, fraction)):
+        out[rng.permutation(np.flatnonzero(groups == group))[:count]] = True
+    return out
 
 
-def _groups(rows: Rows, label: str | None) -> list[list[int]]:
-    """Row indices by label, in order of first appearance; one group without a label."""
-    groups: dict[str, list[int]] = {}
-    for i, row in enumerate(rows.rows):
-        # By spelling: a label that cannot be hashed is refused later, with its row.
-        groups.setdefault("" if label is None else repr(row.get(label)), []).append(i)
-    return list(groups.values())
+def take(rows: Rows, indices: np.ndarray) -> Rows:
+    """Some of the rows, each with its number."""
+    return replace(
+        rows,
+        rows=tuple(rows.rows[i] for i in indices),
+        numbers=tuple(rows.numbers[i] for i in indices),
+    )
+
+
+def _groups(rows: Rows, label: str | None) -> np.ndarray:
+    """The number of each row's label, by first appearance; 0 without a label."""
+    numbers: dict[str, int] = {}
+    # By spelling: a label that cannot be hashed is refused later, with its row.
+    spelled = ("" if label is None else repr(row.get(label)) for row in rows.rows)
+    return np.array([numbers.setdefault(name, len(numbers)) for name in spelled])
 
 
 def _quotas(sizes: Sequence[int], most: Sequence[int], fraction: float) -> list[int]:
@@ -52,11 +67,3 @@ def _quotas(sizes: Sequence[int], most: Sequence[int], fraction: float) -> list[
         open_groups = [j for j in range(len(sizes)) if quotas[j] < most[j]]
         quotas[max(open_groups, key=lambda j: shares[j] - quotas[j])] += 1
     return quotas
-
-
-def _take(rows: Rows, indices: Sequence[int]) -> Rows:
-    return replace(
-        rows,
-        rows=tuple(rows.rows[i] for i in indices),
-        numbers=tuple(rows.numbers[i] for i in indices),
-    )

@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from tsqlora.data.columns import Columns
 from tsqlora.data.rows import Rows
+from tsqlora.data.stored import StoredSamples
 from tsqlora.errors import DataError, SettingsError
 
 
@@ -19,12 +21,14 @@ class TokenisedSplit:
 
     A sample has input_ids, attention_mask, token_type_ids where the tokenizer makes them, and
     labels where the rows had them. `hashes` name the samples for good, whatever their order;
-    `truncated` counts those that were cut to the maximal length.
+    `truncated` counts those that were cut to the maximal length. `ids` are the rows' places in
+    the file that was read, counted from 0, where they are known.
     """
 
-    samples: list[dict[str, Any]]
+    samples: Sequence[dict[str, Any]]
     hashes: tuple[str, ...]
     truncated: int
+    ids: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -33,8 +37,10 @@ class TokenisedSplit:
         return self.samples[i]
 
     @property
-    def lengths(self) -> tuple[int, ...]:
+    def lengths(self) -> Sequence[int]:
         """Tokens of each sample."""
+        if isinstance(self.samples, StoredSamples):
+            return self.samples.lengths
         return tuple(len(sample["input_ids"]) for sample in self.samples)
 
 

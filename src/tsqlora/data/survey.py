@@ -1,0 +1,109 @@
+"""Files of any size -> samples on disk: as `prepare`, and never all rows in memory."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from tsqlora.data.columns import Columns, find_columns
+from tsqlora.data.labels import LabelMap, distinct_labels, encode_targets
+from tsqlora.data.prepare import Prepared, Splits, encode
+from tsqlora.data.rows import Rows, Source, column_names, open_splits
+from tsqlora.data.split import held_out, take
+from tsqlora.data.stored import store_samples
+from tsqlora.data.tokenise import TokenisedSplit
+from tsqlora.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What passes over the training rows say of them; `places` are those of each split in its source."""
+
+    sources: Mapping[str, Source]
+    places: Mapping[str, np.ndarray]
+    columns: Columns
+    labels: LabelMap | None
+
+
+def survey_data(
+    train: str,
+    validation: str | None,
+    test: str | None,
+    *,
+    text: str | None,
+    text_pair: str | None,
+    label: str | None,
+    classes: bool,
+    validation_fraction: float,
+    seed: int,
+) -> Survey:
+    """What `read_data` finds, the same rows in the same splits; the test rows are not read.
+
+    Raises DataError as `read_data`.
+    """
+    sources = open_splits(train, validation, test)
+    first = sources["train"]
+    names = _names(first)
+    columns = find_columns(names, text=text, text_pair=text_pair, label=label, source=first.name)
+    if columns.label is None:
+        raise DataError(f"{first.name} has no label column; name it in data.label. Columns: {', '.join(names)}")
+    label_map, groups = _labels(first, columns.label, classes=classes)
+    if "validation" in sources:
+        places = {
+            "train": np.arange(len(groups)),
+            "validation": np.arange(sum(map(len, sources["validation"].chunks()))),
+        }
+    else:
+        out = held_out(groups, fraction=validation_fraction, seed=seed, source=first.name)
+        places = {"train": np.flatnonzero(~out), "validation": np.flatnonzero(out)}
+        sources["validation"] = first
+    return Survey({name: sources[name] for name in places}, places, columns, label_map)
+
+
+def store(survey: Survey, tokenizer: PreTrainedTokenizerBase, folder: Path, *, max_length: int) -> Prepared:
+    """Every split tokenised into a file of the folder."""
+    samples = {name: _stored(survey, name, tokenizer, folder, max_length) for name in survey.places}
+    return Prepared(Splits({}, survey.columns, survey.labels), samples)
+
+
+def _names(source: Source) -> tuple[str, ...]:
+    """Every column that some row has, in the order of first appearance."""
+    return tuple(dict.fromkeys(name for chunk in source.chunks() for name in column_names(chunk)))
+
+
+def _labels(source: Source, column: str, *, classes: bool) -> tuple[LabelMap | None, np.ndarray]:
+    """The classes, and the number of each row's; all rows alike where labels are numbers."""
+    if classes:
+        labels, groups = distinct_labels(source.chunks(), column)
+        return LabelMap.from_rows(labels), groups
+    return None, np.zeros(sum(len(encode_targets(chunk, column)) for chunk in source.chunks()), dtype=np.int64)
+
+
+def _stored(
+    survey: Survey, name: str, tokenizer: PreTrainedTokenizerBase, folder: Path, max_length: int
+) -> TokenisedSplit:
+    hashes: list[str] = []
+    truncated = 0
+
+    def parts() -> Iterator[list[dict]]:
+        nonlocal truncated
+        for rows in _chunks_of(survey.sources[name], survey.places[name]):
+            part = encode(rows, survey.columns, survey.labels, tokenizer, max_length=max_length)
+            hashes.extend(part.hashes)
+            truncated += part.truncated
+            yield list(part.samples)
+
+    samples = store_samples(parts(), folder / f"{name}.tokens")
+    return TokenisedSplit(samples, tuple(hashes), truncated, survey.places[name])
+
+
+def _chunks_of(source: Source, places: np.ndarray) -> Iterator[Rows]:
+    """The rows at these places, which ascend, chunk by chunk."""
+    start = 0
+    for chunk in source.chunks():
+        low, high = np.searchsorted(places, [start, start + len(chunk)])
+        if low < high:
+            yield take(chunk, places[low:high] - start)
+        start += len(chunk)
