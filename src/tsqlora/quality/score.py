@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -13,6 +14,7 @@ from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.gradients.quiet import quiet
 from tsqlora.gradients.sites import Scope, Site, batch_coupled, find_sites
 from tsqlora.quality.exact import require_exact, require_own_loss
+from tsqlora.quality.journal import Journal, identity_of
 from tsqlora.quality.learned import LearnedTest
 from tsqlora.quality.measure import measure
 from tsqlora.quality.predictions import predictions
@@ -58,7 +60,9 @@ def score(
     autocast: torch.dtype | None = None,
     hashes: Sequence[str] | None = None,
     ids: np.ndarray | None = None,
+    lengths: Sequence[int] | None = None,
     record: Mapping[str, Any] | None = None,
+    journal: Path | None = None,
     progress: Progress | None = None,
 ) -> Scores:
     """Every sample's worth to the model as it is now.
@@ -76,7 +80,11 @@ def score(
         autocast: compute in this dtype; then terms are good to about two digits, and
             `loss_reduction`, a small difference, is refused.
         ids: the place of each row in the file that it comes from, for the scores' own file.
+        lengths: tokens of every row, where they are known: then rows are read once.
         record: what else the scores' record should say.
+        journal: a folder in which what is measured is kept. If the process ends before it is
+            done, the same call goes on there and gives the same scores; delete it when they
+            are saved. It needs `hashes`.
 
     Raises NotLearnedError for a model at chance, whose scores would rank nothing;
     UnsupportedError naming what cannot be scored exactly; SettingsError.
@@ -92,6 +100,8 @@ def score(
         raise UnsupportedError(f"{coupled[0]} couples the samples of a batch: no sample has a loss of its own")
     if autocast is not None and any(term.lookahead for term in wanted.values()):
         raise SettingsError("loss_reduction is a difference that half precision cannot hold; score in float32")
+    if journal is not None and hashes is None:
+        raise SettingsError("a journal needs hashes: they tell whether the rows are still the same")
     own, rows = _reference_rows(reference, dataset, seed)
     report = progress or (lambda *_: None)
     with quiet(model), _autocast(model, autocast):
@@ -100,11 +110,14 @@ def score(
         if task is None:
             task = task_of(model)
             require_own_loss(model, batches[0], task)
-        settled = calibrate(model, batches, task, enabled=calibration)
-        settled.learned.require()
-        require_exact(model, batches[0], task, sites, settled.offsets)
-        found = measure_reference(model, batches, task, sites, settled.offsets)
-        measured = _pass(model, dataset, collate, task, sites, found, own, wanted, batch_size, report)
+        kept = None
+        if journal is not None:
+            settings = {"terms": list(wanted), "scope": scope, "calibration": calibration, "batch size": batch_size}
+            settings |= {"seed": seed, "autocast": str(autocast), "reference": own, "task": repr(task)}
+            kept = Journal(journal, identity_of(model, hashes or (), batches, settings))
+        found, test = _settle(model, batches, task, sites, calibration, kept)
+        planned = sorted_batches(_lengths(dataset) if lengths is None else lengths, batch_size)
+        measured = _pass(model, dataset, collate, task, sites, found, own, wanted, planned, kept, report)
     labels = measured.pop("label")
     predicted = {name: measured.pop(name) for name in PREDICTIONS if name in measured}
     strata = task.strata(labels)
@@ -114,7 +127,7 @@ def score(
         stratified=strata is not None,
         weights=weights,
         temperature=temperature,
-        record=_record(found, settled.learned, own, scope, seed, autocast) | dict(record or {}),
+        record=_record(found, test, own, scope, seed, autocast) | dict(record or {}),
         hashes=hashes,
         ids=ids,
         predictions=predicted,
@@ -155,6 +168,27 @@ def _lengths(dataset: Dataset) -> list[int]:
     return [len(row["input_ids"]) if isinstance(row, Mapping) and "input_ids" in row else 0 for row in rows]
 
 
+def _settle(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    task: Task,
+    sites: Mapping[str, Site],
+    calibration: bool,
+    journal: Journal | None,
+) -> tuple[Reference, LearnedTest]:
+    """The reference, and the test that the model has learned; as the journal has them, if it has."""
+    known = None if journal is None else journal.reference(next(model.parameters()).device)
+    if known is not None:
+        return known
+    settled = calibrate(model, batches, task, enabled=calibration)
+    settled.learned.require()
+    require_exact(model, batches[0], task, sites, settled.offsets)
+    found = measure_reference(model, batches, task, sites, settled.offsets)
+    if journal is not None:
+        journal.save_reference(found, settled.learned)
+    return found, settled.learned
+
+
 def _pass(
     model: nn.Module,
     dataset: Dataset,
@@ -164,7 +198,8 @@ def _pass(
     reference: Reference,
     own: Sequence[int],
     terms: Mapping[str, Term],
-    batch_size: int,
+    batches: Sequence[np.ndarray],
+    journal: Journal | None,
     report: Progress,
 ) -> dict[str, np.ndarray]:
     """Each term, prediction and label of every row, in the data set's order."""
@@ -173,7 +208,11 @@ def _pass(
     in_reference[list(own)] = True
     columns: dict[str, np.ndarray] = {}
     done = 0
-    for indices in sorted_batches(_lengths(dataset), batch_size):
+    for first, end, part in () if journal is None else journal.parts():
+        _fill(columns, np.concatenate(batches[first:end]), part, len(dataset))
+        done = end
+    rows_done = sum(map(len, batches[:done]))
+    for indices in batches[done:]:
         inputs, labels = split_labels(collate([dataset[int(j)] for j in indices]), device)
         measured = measure(
             model,
@@ -186,14 +225,22 @@ def _pass(
             lookahead=any(term.lookahead for term in terms.values()),
         )
         values = {n: term.of(measured) for n, term in terms.items()} | predictions(measured, task) | {"label": labels}
-        for name, value in values.items():
-            if value.shape != (len(indices),):
-                raise SettingsError(f"quality term '{name}' gives {tuple(value.shape)} for {len(indices)} samples")
-            numbers = value.cpu().numpy()
-            columns.setdefault(name, np.empty(len(dataset), dtype=numbers.dtype))[indices] = numbers
-        done += len(indices)
-        report("scoring", done, len(dataset))
-    return columns
+        numbers = {name: value.cpu().numpy() for name, value in values.items()}
+        _fill(columns, indices, numbers, len(dataset))
+        if journal is not None:
+            journal.add(numbers)
+        rows_done += len(indices)
+        report("scoring", rows_done, len(dataset))
+    # A journal's part has them in an order of its own.
+    return {name: columns[name] for name in (*terms, *PREDICTIONS, "label") if name in columns}
+
+
+def _fill(columns: dict[str, np.ndarray], indices: np.ndarray, numbers: Mapping[str, np.ndarray], rows: int) -> None:
+    """Puts the numbers of some of the rows into their places."""
+    for name, value in numbers.items():
+        if value.shape != (len(indices),):
+            raise SettingsError(f"quality term '{name}' gives {value.shape} for {len(indices)} samples")
+        columns.setdefault(name, np.empty(rows, dtype=value.dtype))[indices] = value
 
 
 def _autocast(model: nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[Any]:

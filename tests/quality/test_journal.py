@@ -1,0 +1,156 @@
+"""A scoring that was cut off goes on where it was, gives the same bits, and takes no other's journal."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+import tsqlora as tsq
+from models import collate, lora, samples, tiny_bert
+from scoring import teach
+from tsqlora.errors import SettingsError
+from tsqlora.quality import journal as journal_module
+from tsqlora.quality import score as score_module
+from tsqlora.quality.journal import bind
+
+N = 14
+HASHES = [f"h{j}" for j in range(N)]
+
+
+class Stop(Exception):
+    """The process ends."""
+
+
+class Collate:
+    """`collate` that counts its calls, and ends the process at one of them."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.calls, self.stop_at = 0, stop_at
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        self.calls += 1
+        if self.calls == self.stop_at:
+            raise Stop
+        return collate(rows)
+
+
+@pytest.fixture
+def learned() -> tuple[PeftModel, list[dict[str, Any]]]:
+    model, rows = lora(tiny_bert(dtype=torch.float32)), samples(N, 3)
+    teach(model, rows)
+    return model, rows
+
+
+@pytest.fixture(autouse=True)
+def _no_work_may_be_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_module, "FLUSH_SECONDS", 0.0)
+
+
+def score(learned: tuple[PeftModel, list[dict[str, Any]]], collate: Any, folder: Path | None, **options: Any) -> Any:
+    given: dict[str, Any] = {
+        "reference": [0, 3, 4, 6, 8, 9, 12],
+        "batch_size": 2,
+        "hashes": HASHES,
+        "journal": folder,
+    } | options
+    return tsq.score(*learned, collate, **given)
+
+
+def _measured_again(*_: Any, **__: Any) -> None:
+    pytest.fail("measured again")
+
+
+def same_bytes(one: tsq.Scores, other: tsq.Scores, folder: Path) -> bool:
+    one.save(folder / "one.parquet")
+    other.save(folder / "other.parquet")
+    return (folder / "one.parquet").read_bytes() == (folder / "other.parquet").read_bytes()
+
+
+# Four batches of the reference, then seven of the rows.
+@pytest.mark.parametrize("stop_at", [1, 4, 5, 6, 9, 11])
+def test_a_scoring_that_was_cut_off_gives_the_same_file(learned: Any, stop_at: int, tmp_path: Path) -> None:
+    undisturbed = score(learned, Collate(), None)
+    with pytest.raises(Stop):
+        score(learned, Collate(stop_at), tmp_path / "j")
+    rest = Collate()
+    resumed = score(learned, rest, tmp_path / "j")
+    assert same_bytes(undisturbed, resumed, tmp_path)
+    assert rest.calls == 4 + 7 - max(0, stop_at - 5)
+
+
+def test_it_may_be_cut_off_again_and_again(learned: Any, tmp_path: Path) -> None:
+    for stop_at in (6, 6, 5, 7):
+        with pytest.raises(Stop):
+            score(learned, Collate(stop_at), tmp_path / "j")
+    assert same_bytes(score(learned, Collate(), None), score(learned, Collate(), tmp_path / "j"), tmp_path)
+
+
+def test_the_reference_is_that_of_the_journal(learned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Stop):
+        score(learned, Collate(5), tmp_path / "j")
+    for name in ("calibrate", "measure_reference", "require_exact"):
+        monkeypatch.setattr(score_module, name, _measured_again)
+    score(learned, Collate(), tmp_path / "j")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"batch_size": 3}, "reference rows, settings"),
+        ({"scope": "full"}, "settings"),
+        ({"seed": 1}, "settings"),
+        ({"terms": ["gradient_norm"]}, "settings"),
+        ({"calibration": False}, "settings"),
+        ({"reference": [0, 3, 4, 6, 8, 9, 13]}, "reference rows, settings"),
+        ({"hashes": HASHES[::-1]}, "rows"),
+    ],
+)
+def test_the_journal_of_another_scoring_is_refused(
+    learned: Any, changes: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    with pytest.raises(Stop):
+        score(learned, Collate(7), tmp_path / "j")
+    with pytest.raises(SettingsError, match=f"j holds an unfinished scoring with other {named}; delete it, or name"):
+        score(learned, Collate(), tmp_path / "j", **changes)
+
+
+def test_the_journal_of_other_weights_is_refused(learned: Any, tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        score(learned, Collate(7), tmp_path / "j")
+    with torch.no_grad():
+        next(learned[0].parameters()).flatten()[0] += 1e-6
+    with pytest.raises(SettingsError, match="with other weights"):
+        score(learned, Collate(), tmp_path / "j")
+
+
+def test_a_temperature_may_change_since_nothing_measured_depends_on_it(learned: Any, tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        score(learned, Collate(7), tmp_path / "j")
+    resumed = score(learned, Collate(), tmp_path / "j", temperature=2.0)
+    np.testing.assert_array_equal(resumed.quality, score(learned, Collate(), None).quality)
+
+
+def test_a_lost_part_is_noticed(learned: Any, tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        score(learned, Collate(8), tmp_path / "j")
+    min((tmp_path / "j").glob("batches-*")).unlink()
+    with pytest.raises(SettingsError, match="does not follow batch 0; delete"):
+        score(learned, Collate(), tmp_path / "j")
+
+
+def test_a_journal_without_hashes_is_refused(learned: Any, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="a journal needs hashes"):
+        score(learned, Collate(), tmp_path / "j", hashes=None)
+    assert not (tmp_path / "j").exists()
+
+
+def test_what_is_half_written_does_not_count(tmp_path: Path) -> None:
+    bind(tmp_path, {"a": [1]})
+    (tmp_path / "manifest.tmp").write_text("{")
+    bind(tmp_path, {"a": (1,)})
+    with pytest.raises(SettingsError, match="with other a"):
+        bind(tmp_path, {"a": [2]})
