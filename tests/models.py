@@ -9,16 +9,24 @@ from torch import Tensor
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2PreTrainedModel,
     LlamaConfig,
     LlamaForSequenceClassification,
+    MPNetConfig,
+    MPNetForSequenceClassification,
     PretrainedConfig,
     PreTrainedModel,
+    T5Config,
+    T5ForSequenceClassification,
 )
 
 Config = TypeVar("Config", bound=PretrainedConfig)
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 PAD = 0
+EOS = 59
 MAX_LENGTH = 64
 # HF's 0.02 makes a model this small almost constant: no curvature, and D would test nothing.
 WEIGHT_SCALE = 0.3
@@ -97,6 +105,68 @@ def tiny_llama_classifier(
     return _built(LlamaForSequenceClassification, config, dtype, seed)
 
 
+def tiny_gpt2(
+    num_labels: int = 3, dtype: torch.dtype = torch.float64, *, seed: int = 0
+) -> GPT2ForSequenceClassification:
+    """A decoder whose linear layers are transformers' Conv1D (weight i × o), with a head (score.weight)."""
+    config = GPT2Config(
+        vocab_size=60,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_inner=32,
+        n_positions=MAX_LENGTH,
+        bos_token_id=EOS,
+        eos_token_id=EOS,
+        initializer_range=WEIGHT_SCALE,
+        num_labels=num_labels,
+        pad_token_id=PAD,
+        use_cache=False,
+    )
+    return _built(GPT2ForSequenceClassification, config, dtype, seed)
+
+
+def tiny_t5(num_labels: int = 3, dtype: torch.dtype = torch.float64, *, seed: int = 0) -> T5ForSequenceClassification:
+    """An encoder and decoder that share one Embedding, with RMS norms; rows must end in EOS.
+
+    Its norms compute in float32 whatever `dtype` is: expect 1e-6.
+    """
+    config = T5Config(
+        vocab_size=60,
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=1,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+        initializer_factor=1.0,
+        num_labels=num_labels,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+        decoder_start_token_id=PAD,
+        use_cache=False,
+    )
+    return _built(T5ForSequenceClassification, config, dtype, seed)
+
+
+def tiny_mpnet(
+    num_labels: int = 3, dtype: torch.dtype = torch.float64, *, seed: int = 0
+) -> MPNetForSequenceClassification:
+    """An encoder with a two-layer head (classifier.dense, classifier.out_proj)."""
+    config = MPNetConfig(
+        vocab_size=60,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=MAX_LENGTH,
+        initializer_range=WEIGHT_SCALE,
+        num_labels=num_labels,
+        pad_token_id=PAD,
+    )
+    return _built(MPNetForSequenceClassification, config, dtype, seed)
+
+
 def lora(
     model: PreTrainedModel,
     r: int = 4,
@@ -119,6 +189,7 @@ def lora(
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=_as_list(targets) if targets is not None else "all-linear",
+        fan_in_fan_out=isinstance(model, GPT2PreTrainedModel),
         modules_to_save=_as_list(modules_to_save),
     )
     with torch.random.fork_rng(devices=[]):

@@ -22,7 +22,9 @@ def teach(model: nn.Module, rows: Rows, *, sharpness: float = 3.0, seed: int = 0
     Logits get this standard deviation, and mean 0 where the head has a bias. The label is the
     model's prediction; for one output with noise, an eighth as wide as predictions are.
     """
-    head = {n: p for n, p in model.named_parameters() if p.requires_grad and ("classifier" in n or "score" in n)}
+    head = {n: p for n, p in model.named_parameters() if p.requires_grad and ("classifi" in n or "score" in n)}
+    # Of a head of two layers the last.
+    head = {n: p for n, p in head.items() if "out_proj" in n} or head
     logits = logits_of(model, rows)
     factor = sharpness / float((logits - logits.mean(0)).std())
     with torch.no_grad():
@@ -82,11 +84,17 @@ def slow(
         batches,
         sample_loss=loss,
         layers={name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)},
-        effective_weight=lambda layer: layer.get_base_layer().weight + layer.get_delta_weight("default"),
-        head={name: p for name, p in trainable(model).items() if "modules_to_save" in name},
+        effective_weight=effective_weight,
+        head={name: p for name, p in trainable(model).items() if "lora_" not in name},
         reference=reference,
         offsets=offsets,
     )
+
+
+def effective_weight(layer: Any) -> Tensor:
+    """W + s·BA as out × in."""
+    weight = layer.get_base_layer().weight + layer.get_delta_weight("default")
+    return weight.T if layer.fan_in_fan_out else weight
 
 
 def slow_offsets(model: nn.Module, rows: Rows) -> Tensor:

@@ -9,8 +9,9 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+import scoring
 import tsqlora as tsq
-from models import collate, lora, samples, tiny_bert, tiny_llama_classifier
+from models import collate, lora, samples, tiny_bert, tiny_gpt2, tiny_llama_classifier
 from oracles import slow_sensitivity
 from scoring import assert_unchanged, cross_entropy, fingerprint, squared_error
 from slotted import QUERY, WIDE, wrapped
@@ -54,6 +55,19 @@ def test_sensitivity_is_that_of_the_slow_twin(base: Any, chunk: int, monkeypatch
     assert measured.shapes == {
         name: (layer.in_features, layer.out_features) for name, layer in lora_layers(model).items()
     }
+
+
+def test_sensitivity_of_a_transposed_weight_is_that_of_the_slow_twin() -> None:
+    model = lora(tiny_gpt2())
+    measured = tsq.sensitivity(model, ROWS, collate, batch_size=4)
+    wanted = slow_sensitivity(
+        model,
+        [collate([row]) for row in ROWS],
+        sample_loss=cross_entropy,
+        layers=lora_layers(model),  # type: ignore[arg-type]
+        effective_weight=scoring.effective_weight,
+    )
+    assert dict(measured.values) == pytest.approx(wanted, rel=1e-12)
 
 
 def test_sensitivity_of_a_regression_is_that_of_the_slow_twin() -> None:

@@ -40,7 +40,7 @@ def seen(model: nn.Module, x: Tensor) -> tuple[list[str], Tensor]:
 
     def consume(name: str, a: Tensor, b: Tensor) -> None:
         names.append(name)
-        total.add_(layer_gradient(a, b, weight=sites[name].weight, bias=sites[name].bias).norm_sq())
+        total.add_(layer_gradient(a, b, **sites[name].parts).norm_sq())
 
     with capture(model, sites, consume) as tap:
         torch.autograd.grad(model(x).sum() + tap.anchor, tap.anchor)

@@ -44,7 +44,7 @@ def gradients_of(model: nn.Module, x: Tensor) -> dict[str, LayerGradient]:
     found: dict[str, LayerGradient] = {}
 
     def consume(name: str, a: Tensor, b: Tensor) -> None:
-        found[name] = layer_gradient(a, b, weight=sites[name].weight, bias=sites[name].bias)
+        found[name] = layer_gradient(a, b, **sites[name].parts)
 
     with capture(model, sites, consume) as tap:
         torch.autograd.grad(losses(model(x)).sum() + tap.anchor, [tap.anchor])

@@ -56,12 +56,6 @@ def test_a_model_that_is_one_layer_has_one_site() -> None:
     assert list(find_sites(nn.Linear(2, 2), "adapter")) == [""]
 
 
-def with_tied_embedding() -> nn.Module:
-    model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5))
-    model[1].weight = model[0].weight
-    return model
-
-
 def with_tied_bias() -> nn.Module:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].bias = model[0].bias
@@ -82,8 +76,9 @@ class Scaled(nn.Linear):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), "^1.weight trains, and it belongs to LayerNorm"),
-        (lambda: nn.Sequential(nn.Embedding(2, 2)), "^0.weight trains, and it belongs to Embedding"),
+        (lambda: nn.Sequential(nn.BatchNorm1d(2)), "^0.weight trains, and it belongs to BatchNorm1d"),
+        (lambda: nn.Sequential(nn.Embedding(2, 2, max_norm=1.0)), "^0.weight trains, and it belongs to Embedding"),
+        (lambda: nn.Sequential(nn.Embedding(2, 2, sparse=True)), "^0.weight trains, and it belongs to Embedding"),
         (lambda: nn.Sequential(nn.Conv1d(2, 2, 1)), "^0.weight trains, and it belongs to Conv1d"),
         (lambda: nn.Sequential(Scaled(2, 2)), "^0.weight trains, and it belongs to Scaled"),
         (lambda: nn.MultiheadAttention(4, 2), "^in_proj_weight trains, and it belongs to MultiheadAttention"),
@@ -92,7 +87,6 @@ class Scaled(nn.Linear):
             lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(2, 2))),
             "^0.parametrizations.weight.original0 trains, and it belongs to ParametrizationList",
         ),
-        (with_tied_embedding, "^0.weight trains, and it belongs to Embedding"),
         (with_tied_bias, "^1 shares its trained bias with 0"),
         (with_tied_weight_and_bias, "^1 shares its weight with 0, and one of them trains a bias"),
         (lambda: nn.Linear(2, 2).requires_grad_(False), "the model has no trainable parameter"),

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from tsqlora.errors import UnsupportedError
-from tsqlora.gradients.sites import Site
+from tsqlora.gradients.layers import call_input
+from tsqlora.gradients.sites import Site, seen
 
 Consume = Callable[[str, Tensor, Tensor], None]
-"""(site, a: n × t × i, b: n × t × o)."""
+"""(site, a: n × t × i, or indices n × t of an Embedding, b: n × t × o)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +34,12 @@ class _Forward:
     def called(self, name: str) -> None:
         self.calls[name] = self.calls.get(name, 0) + 1
 
-    def deliver(self, name: str, x: Tensor, grad: Tensor) -> None:
-        calls = self.arrived.setdefault(name, [])
-        calls.append((by_sample(x, self.samples, name), by_sample(grad, self.samples, name)))
-        if len(calls) == self.calls[name]:
-            self._pass_on(name)
+    def deliver(self, site: Site, module: nn.Module, x: Tensor, grad: Tensor) -> None:
+        calls = self.arrived.setdefault(site.name, [])
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            calls.append(seen(site, module, x, grad, self.samples))
+        if len(calls) == self.calls[site.name]:
+            self._pass_on(site.name)
 
     def finish(self) -> None:
         """Passes on sites of which some call did not reach the loss: such a call adds zero."""
@@ -48,8 +50,7 @@ class _Forward:
         calls = self.arrived.pop(name)
         # A weight used twice has the gradient of both uses: concatenated along tokens,
         # their sum is taken before anything is squared.
-        a = torch.cat([x for x, _ in calls], dim=1)
-        b = torch.cat([grad for _, grad in calls], dim=1)
+        a, b = calls[0] if len(calls) == 1 else (torch.cat(parts, dim=1) for parts in zip(*calls, strict=True))
         # What is made of them must not round as training's forward may.
         with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
             self.consume(name, a, b)
@@ -79,28 +80,34 @@ class _Tap(torch.autograd.Function):
     """The identity, that shows the gradient passing through it."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, anchor: Tensor, name: str, under_way: _Forward | None) -> Tensor:
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, anchor: Tensor, site: Site, module: nn.Module, under_way: _Forward | None
+    ) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.name, ctx.under_way = name, under_way
-        # A copy: autograd forbids changing a view in place, and a model may do that to what it gets.
-        return y.clone()
+        ctx.site, ctx.module, ctx.under_way = site, module, under_way
+        # Passed on as it is, as if changed in place: a model may change what it gets, and autograd lets it do
+        # that to a dirty tensor or to a copy, not to a view.
+        if y._is_view():
+            return y.clone()
+        ctx.mark_dirty(y)
+        return y
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         # Non-reentrant checkpointing calls layers again only to have their inputs back.
         if ctx.under_way is None:
             raise UnsupportedError(
-                f"{ctx.name} is under reentrant gradient checkpointing, which hides it; "
+                f"{ctx.site.name} is under reentrant gradient checkpointing, which hides it; "
                 "set gradient_checkpointing_kwargs to {'use_reentrant': False}"
             )
         (x,) = ctx.saved_tensors
-        ctx.under_way.deliver(ctx.name, x, grad_outputs[0])
-        return grad_outputs[0], None, None, None, None
+        ctx.under_way.deliver(ctx.site, ctx.module, x, grad_outputs[0])
+        return grad_outputs[0], None, None, None, None, None
 
 
 @contextmanager
 def capture(model: nn.Module, sites: Mapping[str, Site], consume: Consume) -> Generator[Capture]:
-    """Calls `consume(site, a, b)` once for each site and pass: a is n × t × i, b is n × t × o.
+    """Calls `consume(site, a, b)` once for each site and pass: what `site.kind` makes gradients of.
 
     b is the gradient of what is differentiated, so it is the sample's own only if that is a
     *sum* of the samples' losses. Nothing is left on the model afterwards, also on errors.
@@ -121,37 +128,22 @@ def capture(model: nn.Module, sites: Mapping[str, Site], consume: Consume) -> Ge
         for site in sites.values():
             for module in site.modules:
                 # First of the module's hooks: others may change what it returns.
-                tap = partial(_tap, state, site.name)
+                tap = partial(_tap, state, site)
                 hooks.callback(module.register_forward_hook(tap, prepend=True, with_kwargs=True).remove)
         hooks.callback(model.register_forward_hook(leave).remove)
         yield state
         state.finish()
 
 
-def call_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """What a linear layer was called on, by position or by name."""
-    return next(iter((*args, *kwargs.values())))
-
-
-def by_sample(x: Tensor, samples: int, name: str) -> Tensor:
-    """x as n × t × features: what lies between the first and the last dimension is tokens."""
-    if x.dim() < 2 or x.shape[0] != samples:
-        raise UnsupportedError(
-            f"{name} is called on a tensor of shape {tuple(x.shape)} in a batch of {samples}: its samples cannot "
-            "be told apart; give the layer inputs whose first dimension is the batch"
-        )
-    return x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
-
-
 def _tap(
-    state: Capture, name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor
+    state: Capture, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor
 ) -> Tensor | None:
     """A forward hook: the output, tapped where gradients are wanted."""
     if not torch.is_grad_enabled():
         return None
     if state.current is not None:
-        state.current.called(name)
-    return cast(Any, _Tap).apply(y, call_input(args, kwargs).detach(), state.anchor, name, state.current)
+        state.current.called(site.name)
+    return cast(Any, _Tap).apply(y, call_input(args, kwargs).detach(), state.anchor, site, module, state.current)
 
 
 def _batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:

@@ -1,16 +1,17 @@
-"""Per-sample gradients of linear layers: norms, dot products and steps, without a loop.
+"""Per-sample gradients of weights: norms, dot products and steps, without a loop.
 
 For one sample with inputs a (t × i) and output gradients b (t × o) the weight's gradient is
 bᵀa. It is kept in whichever form is smaller and cheaper: *explicit*, the o × i matrix, or
 *factored*, the pair (a, b). Both criteria give the same answer: factored when
 t·(i + o) < i·o.  METHOD section 1; the factored norm is Li et al. (2022), ghost clipping.
+A norm's gain has a vector for a gradient, an Embedding its output's gradients, by index.
 """
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 
@@ -22,12 +23,12 @@ class WeightGradient(Protocol):
         """Squared Frobenius norm of each sample's gradient."""
         ...
 
-    def dot(self, other: Float[Tensor, "o i"]) -> Float[Tensor, " n"]:
-        """Inner product of each sample's gradient with one matrix."""
+    def dot(self, other: Float[Tensor, "*weight"]) -> Float[Tensor, " n"]:
+        """Inner product of each sample's gradient with one of the weight's shape."""
         ...
 
-    def apply(self, x: Float[Tensor, "n t i"]) -> Float[Tensor, "n t o"]:
-        """x ∇Wᵀ, each sample with its own gradient: what a unit step takes from the output."""
+    def apply(self, x: Shaped[Tensor, "n t *i"]) -> Float[Tensor, "n t o"]:
+        """What a unit step of each sample takes from the layer's output: x ∇Wᵀ for a linear layer."""
         ...
 
 
@@ -38,13 +39,18 @@ class Explicit:
     weight: Float[Tensor, "n o i"]
 
     def norm_sq(self) -> Float[Tensor, " n"]:
-        return wide(self.weight).square().sum((1, 2))
+        norm: Tensor = cast(Any, torch.linalg).vector_norm(self.weight, dim=(1, 2), dtype=wide(self.weight).dtype)
+        return norm.square()
 
     def dot(self, other: Float[Tensor, "o i"]) -> Float[Tensor, " n"]:
         return wide(self.weight).flatten(1) @ other.flatten()
 
     def apply(self, x: Float[Tensor, "n t i"]) -> Float[Tensor, "n t o"]:
         return x @ self.weight.mT.to(x.dtype)
+
+    def look_up(self, ids: Int[Tensor, "n t"]) -> Float[Tensor, "n t i"]:
+        """Rows of each sample's gradient: an Embedding that shares a linear layer's weight is stepped by them."""
+        return self.weight.gather(1, ids[..., None].expand(-1, -1, self.weight.shape[2]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +71,47 @@ class Factored:
     def apply(self, x: Float[Tensor, "n t i"]) -> Float[Tensor, "n t o"]:
         return (x @ self.a.mT.to(x.dtype)) @ self.b.to(x.dtype)
 
+    def look_up(self, ids: Int[Tensor, "n t"]) -> Float[Tensor, "n t i"]:
+        """Rows of each sample's gradient, as `Explicit.look_up`."""
+        return self.b.gather(2, ids[:, None, :].expand(-1, self.b.shape[1], -1)).mT @ self.a
+
+
+@dataclass(frozen=True, slots=True)
+class GainGradient:
+    """Each sample's gradient of a vector that multiplies the normalised input, feature by feature."""
+
+    weight: Float[Tensor, "n o"]
+
+    def norm_sq(self) -> Float[Tensor, " n"]:
+        return self.weight.square().sum(1)
+
+    def dot(self, other: Float[Tensor, " o"]) -> Float[Tensor, " n"]:
+        return self.weight @ other
+
+    def apply(self, x: Float[Tensor, "n t o"]) -> Float[Tensor, "n t o"]:
+        return x * self.weight[:, None, :].to(x.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class LookupGradient:
+    """Each sample's gradient of an Embedding: row v is the sum of b over the tokens that are v."""
+
+    ids: Int[Tensor, "n t"]
+    b: Float[Tensor, "n t o"]
+
+    def norm_sq(self) -> Float[Tensor, " n"]:
+        return (wide(self.look_up(self.ids)) * wide(self.b)).sum((1, 2)).clamp_min(0)
+
+    def dot(self, other: Float[Tensor, "v o"]) -> Float[Tensor, " n"]:
+        return (other[self.ids] * wide(self.b)).sum((1, 2))
+
+    def apply(self, x: Int[Tensor, "n t"]) -> Float[Tensor, "n t o"]:
+        return self.look_up(x)
+
+    def look_up(self, ids: Int[Tensor, "n t"]) -> Float[Tensor, "n t o"]:
+        """Rows of each sample's gradient."""
+        return (ids[:, :, None] == self.ids[:, None, :]).to(self.b) @ self.b
+
 
 def weight_gradient(a: Float[Tensor, "n t i"], b: Float[Tensor, "n t o"]) -> WeightGradient:
     """Each sample's weight gradient bᵀa, in the cheaper of its two forms."""
@@ -79,11 +126,63 @@ def factored_is_cheaper(*, tokens: int, inputs: int, outputs: int) -> bool:
     return tokens * (inputs + outputs) < inputs * outputs
 
 
+@runtime_checkable  # for beartype, which checks annotations while tests run
+class Kind(Protocol):
+    """How a weight's gradient follows from what its layer saw, a, and its output's gradient, b."""
+
+    def gradient(self, a: Tensor, b: Tensor) -> WeightGradient:
+        """Each sample's own."""
+        ...
+
+    def summed(self, a: Tensor, b: Tensor) -> Tensor:
+        """The sum over the batch, of the weight's shape."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """y = x Wᵀ: a is the input."""
+
+    def gradient(self, a: Float[Tensor, "n t i"], b: Float[Tensor, "n t o"]) -> WeightGradient:
+        return weight_gradient(a, b)
+
+    def summed(self, a: Float[Tensor, "n t i"], b: Float[Tensor, "n t o"]) -> Float[Tensor, "o i"]:
+        return wide(b.flatten(0, 1).mT @ a.to(b.dtype).flatten(0, 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """y = x̂ ⊙ w: a is the normalised input x̂."""
+
+    def gradient(self, a: Float[Tensor, "n t o"], b: Float[Tensor, "n t o"]) -> GainGradient:
+        return GainGradient((wide(a) * wide(b)).sum(1))
+
+    def summed(self, a: Float[Tensor, "n t o"], b: Float[Tensor, "n t o"]) -> Float[Tensor, " o"]:
+        return (wide(a) * wide(b)).sum((0, 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """y = W[ids]: a is the indices."""
+
+    rows: int
+
+    def gradient(self, a: Int[Tensor, "n t"], b: Float[Tensor, "n t o"]) -> LookupGradient:
+        return LookupGradient(a, b)
+
+    def summed(self, a: Int[Tensor, "n t"], b: Float[Tensor, "n t o"]) -> Float[Tensor, "v o"]:
+        b = wide(b).flatten(0, 1)
+        return b.new_zeros(self.rows, b.shape[1]).index_add_(0, a.flatten(), b)
+
+
+LINEAR = Linear()
+
+
 @dataclass(frozen=True, slots=True)
 class MeanGradient:
-    """The gradient of one layer, summed or averaged over samples: weight o × i and bias o."""
+    """The gradient of one layer, summed or averaged over samples, of weight and bias each in its shape."""
 
-    weight: Float[Tensor, "o i"] | None
+    weight: Float[Tensor, "*weight"] | None
     bias: Float[Tensor, " o"] | None
 
     def norm_sq(self) -> Float[Tensor, ""]:
@@ -102,7 +201,7 @@ class MeanGradient:
 
 @dataclass(frozen=True, slots=True)
 class LayerGradient:
-    """Each sample's gradient of one linear layer: of its weight, its bias, or both."""
+    """Each sample's gradient of one layer: of its weight, its bias, or both."""
 
     weight: WeightGradient | None
     bias: Float[Tensor, "n o"] | None
@@ -123,29 +222,32 @@ class LayerGradient:
             parts.append(wide(self.bias) @ mean.bias)
         return torch.stack(parts).sum(0)
 
-    def apply(self, x: Float[Tensor, "n t i"]) -> Float[Tensor, "n t o"]:
-        """What a unit step of each sample takes from the layer's output for x."""
-        parts: list[Tensor] = []
-        if self.weight is not None:
-            parts.append(self.weight.apply(x))
-        if self.bias is not None:
-            parts.append(self.bias[:, None, :].to(x.dtype).expand(-1, x.shape[1], -1))
-        return sum(parts[1:], start=parts[0])
+    def apply(self, x: Shaped[Tensor, "n t *i"]) -> Float[Tensor, "n t o"]:
+        """What a unit step of each sample takes from the layer's output, where it saw x."""
+        bias = None if self.bias is None else self.bias[:, None, :].expand(-1, x.shape[1], -1)
+        if self.weight is None:
+            assert bias is not None
+            return bias.to(x.dtype)
+        change = self.weight.apply(x)
+        return change if bias is None else change + bias.to(change.dtype)
 
 
-def layer_gradient(a: Float[Tensor, "n t i"], b: Float[Tensor, "n t o"], *, weight: bool, bias: bool) -> LayerGradient:
-    """Each sample's gradient of the parts of a linear layer that belong to θ."""
+def layer_gradient(
+    a: Shaped[Tensor, "n t *i"], b: Float[Tensor, "n t o"], *, weight: bool, bias: bool, kind: Kind = LINEAR
+) -> LayerGradient:
+    """Each sample's gradient of the parts of a layer that belong to θ."""
     return LayerGradient(
-        weight_gradient(a, b) if weight else None,
+        kind.gradient(a, b) if weight else None,
         wide(b).sum(1) if bias else None,
     )
 
 
-def summed_gradient(a: Float[Tensor, "n t i"], b: Float[Tensor, "n t o"], *, weight: bool, bias: bool) -> MeanGradient:
-    """The same, summed over the samples of the batch: one matrix product."""
-    a = a.to(b.dtype)
+def summed_gradient(
+    a: Shaped[Tensor, "n t *i"], b: Float[Tensor, "n t o"], *, weight: bool, bias: bool, kind: Kind = LINEAR
+) -> MeanGradient:
+    """The same, summed over the samples of the batch."""
     return MeanGradient(
-        wide(b.flatten(0, 1).mT @ a.flatten(0, 1)) if weight else None,
+        kind.summed(a, b) if weight else None,
         wide(b).sum((0, 1)) if bias else None,
     )
 

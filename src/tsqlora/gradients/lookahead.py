@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tsqlora.gradients.capture import by_sample, call_input
 from tsqlora.gradients.ghost import LayerGradient
-from tsqlora.gradients.sites import Site
+from tsqlora.gradients.layers import call_input
+from tsqlora.gradients.sites import Site, stepped_output
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def stepped(
     with ExitStack() as hooks:
         for name, gradient in gradients.items():
             for module in sites[name].modules:
-                hook = partial(_step, gradient, name, eta, samples)
+                hook = partial(_step, gradient, sites[name], eta, samples)
                 # First of the module's hooks, as the tap was: others may change what it returns.
                 hooks.callback(module.register_forward_hook(hook, prepend=True, with_kwargs=True).remove)
         yield
@@ -36,14 +36,14 @@ def stepped(
 
 def _step(
     gradient: LayerGradient,
-    name: str,
+    site: Site,
     eta: float,
     samples: int,
-    _module: nn.Module,
+    module: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     y: Tensor,
 ) -> Tensor:
     """A forward hook: the output after each sample's step."""
-    x = by_sample(call_input(args, kwargs), samples, name)
-    return y - eta * gradient.apply(x).to(y.dtype).reshape(y.shape)
+    change = stepped_output(site, module, gradient, call_input(args, kwargs), samples)
+    return y.sub(change.to(y.dtype).reshape(y.shape), alpha=eta)

@@ -1,13 +1,14 @@
 """Where the gradient of each parameter of θ can be seen: which module's calls show it.
 
 A site is a weight (and bias) with the modules that use it. `scope: adapter` is all that
-trains: LoRA's A and B, which PEFT keeps as two linear layers, and the task head. `scope:
-full` is the target layers' frozen weights, seen at the whole LoRA layer, and the head.
+trains: LoRA's A and B, which PEFT keeps as two linear layers, the task head, and whatever
+else is unfrozen. `scope: full` is the target layers' frozen weights, seen at the whole LoRA
+layer, and what trains outside of them.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeGuard, cast, get_args
+from typing import Any, Literal, TypedDict, cast, get_args
 
 import torch
 from jaxtyping import Float
@@ -15,12 +16,21 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
+from transformers.pytorch_utils import Conv1D
 
 from tsqlora.errors import SettingsError, UnsupportedError, nearest
+from tsqlora.gradients.ghost import LINEAR, Kind, LayerGradient, Linear
+from tsqlora.gradients.layers import BATCH_NORMS, input_of, is_embedding, is_linear, kind_of, output_gradient_of
 
 Scope = Literal["adapter", "full"]
 
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+class Parts(TypedDict):
+    """What of a layer is in θ, and how its gradient follows: keywords of `layer_gradient`."""
+
+    weight: bool
+    bias: bool
+    kind: Kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +41,35 @@ class Site:
     modules: tuple[nn.Module, ...]
     weight: bool
     bias: bool
+    kind: Kind = LINEAR
+
+    @property
+    def parts(self) -> Parts:
+        return {"weight": self.weight, "bias": self.bias, "kind": self.kind}
+
+
+def seen(site: Site, module: nn.Module, x: Tensor, grad: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+    """(a, b) of one call on x, whose output had this gradient."""
+    a = input_of(module, site.kind, x, samples, site.name)
+    b = output_gradient_of(module, x, grad, samples, site.name)
+    if not _mixed(site, module):
+        return a, b
+    # Of an Embedding whose weight a linear layer shares: ∇W is again Σ rowᵀ vector.
+    rows = cast(nn.Embedding, module).num_embeddings
+    return b, torch.nn.functional.one_hot(a, rows).to(b)
+
+
+def stepped_output(site: Site, module: nn.Module, gradient: LayerGradient, x: Tensor, samples: int) -> Tensor:
+    """What a unit step of each sample takes from the output of a call on x."""
+    a = input_of(module, site.kind, x, samples, site.name)
+    if _mixed(site, module):
+        return cast(Any, gradient.weight).look_up(a)
+    return gradient.apply(a)
+
+
+def _mixed(site: Site, module: nn.Module) -> bool:
+    """Whether it is the Embedding of a weight that a linear layer shares."""
+    return is_embedding(module) and isinstance(site.kind, Linear)
 
 
 def find_sites(model: nn.Module, scope: Scope) -> dict[str, Site]:
@@ -62,7 +101,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
         if not isinstance(module, LoraLayer):
             continue
         base = module.get_base_layer()
-        if not isinstance(base, nn.Linear):
+        if not isinstance(base, nn.Linear | Conv1D):
             raise UnsupportedError(f"{name} is LoRA over {type(base).__name__}; only linear layers are supported")
         if module.lora_variant or any(module.lora_bias.values()):
             raise UnsupportedError(f"{name} uses a LoRA variant (DoRA or lora_bias); use plain LoRA")
@@ -80,19 +119,18 @@ def effective_weight(layer: LoraLayer) -> Float[Tensor, "o i"]:
     base = layer.get_base_layer()
     assert isinstance(base, nn.Module)
     weight = dequantize_module_weight(base).detach()
-    if layer.disable_adapters or layer.merged:
-        return weight
-    with torch.no_grad():
-        for adapter in layer.active_adapters:
-            if adapter in layer.lora_A:
-                delta: Tensor = cast(Any, layer).get_delta_weight(adapter)
-                weight = weight + delta.to(weight.dtype)
-    return weight
+    if not (layer.disable_adapters or layer.merged):
+        with torch.no_grad():
+            for adapter in layer.active_adapters:
+                if adapter in layer.lora_A:
+                    delta: Tensor = cast(Any, layer).get_delta_weight(adapter)
+                    weight = weight + delta.to(weight.dtype)
+    return weight.T if isinstance(base, Conv1D) else weight
 
 
 def batch_coupled(model: nn.Module) -> list[str]:
     """What makes one sample's loss depend on the others of its batch, by name."""
-    found = [f"{name} ({type(m).__name__})" for name, m in _modules(model) if isinstance(m, _BATCH_NORMS)]
+    found = [f"{name} ({type(m).__name__})" for name, m in _modules(model) if isinstance(m, BATCH_NORMS)]
     if getattr(getattr(model, "config", None), "output_router_logits", False):
         found.append("the auxiliary loss of a mixture of experts (config.output_router_logits)")
     return found
@@ -103,13 +141,12 @@ def _trained_sites(model: nn.Module) -> dict[str, Site]:
     biases: dict[int, str] = {}
     seen: set[tuple[int, int]] = set()
     for name, module in _modules(model):
-        if not _is_linear(module):
-            continue
         weight, bias = _trained(module, "weight"), _trained(module, "bias")
-        if weight is None and bias is None:
+        kind = None if weight is None and bias is None else kind_of(module)
+        if kind is None:
             continue
         seen |= {(id(part[0]), id(part[1])) for part in (weight, bias) if part is not None}
-        site = Site(inner_name(name), (module,), weight is not None, bias is not None)
+        site = Site(inner_name(name), (module,), weight is not None, bias is not None, kind)
         key = id(module) if weight is None else id(weight[1])
         sites[key] = site if key not in sites else _tied(sites[key], site)
         if bias is not None and biases.setdefault(id(bias[1]), site.name) != site.name:
@@ -124,12 +161,11 @@ def _tied(first: Site, second: Site) -> Site:
     """One site for a weight used by two modules: its gradients are summed."""
     if first.bias or second.bias:
         raise UnsupportedError(f"{second.name} shares its weight with {first.name}, and one of them trains a bias")
-    return replace(first, modules=first.modules + second.modules)
-
-
-def _is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    # A subclass that computes something else must not be taken for y = x Wᵀ + b.
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    kind = first.kind if first.kind == second.kind else LINEAR
+    modules = first.modules + second.modules
+    if not all(is_embedding(m) or is_linear(m) for m in modules) and first.kind != second.kind:
+        raise UnsupportedError(f"{second.name} shares its weight with {first.name}, a layer of another kind; untie it")
+    return replace(first, modules=modules, kind=kind)
 
 
 def _trained(module: nn.Module, name: str) -> tuple[nn.Module, nn.Parameter] | None:
@@ -151,7 +187,7 @@ def _refuse_unseen(model: nn.Module, seen: set[tuple[int, int]]) -> None:
             if parameter.requires_grad and (id(owner), id(parameter)) not in seen:
                 raise UnsupportedError(
                     f"{name} trains, and it belongs to {type(owner).__name__}, whose gradient per sample is not "
-                    "known exactly; freeze it, or train linear layers and LoRA only"
+                    "known exactly; freeze it, or train linear layers, embeddings, norms and LoRA only"
                 )
 
 

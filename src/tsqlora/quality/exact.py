@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 from jaxtyping import Float
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from tsqlora.errors import UnsupportedError
@@ -55,7 +56,7 @@ def require_exact(
     norms: list[Tensor] = []
 
     def consume(name: str, a: Tensor, b: Tensor) -> None:
-        parts = {"weight": sites[name].weight, "bias": sites[name].bias}
+        parts = sites[name].parts
         summed[name] = summed_gradient(a, b, **parts)
         norms.append(layer_gradient(a, b, **parts).norm_sq())
 
@@ -79,7 +80,7 @@ def _half_precision(model: nn.Module) -> bool:
 
 
 def _parameters(sites: Mapping[str, Site]) -> list[tuple[str, nn.Parameter]]:
-    """The trainable parameters of the sites that are linear layers, each once, with the site's name.
+    """The trainable parameters of the sites' own layers, each once, with the site's name.
 
     Not those of a whole LoRA layer (scope 'full'): its A and B are not what is captured.
     """
@@ -88,7 +89,7 @@ def _parameters(sites: Mapping[str, Site]) -> list[tuple[str, nn.Parameter]]:
             id(parameter): (site.name, parameter)
             for site in sites.values()
             for module in site.modules
-            if isinstance(module, nn.Linear)
+            if not isinstance(module, LoraLayer)
             for parameter in module.parameters()
             if parameter.requires_grad
         }.values()

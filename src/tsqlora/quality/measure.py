@@ -31,7 +31,7 @@ def measure(
     dots: list[Tensor] = []
 
     def consume(name: str, a: Tensor, b: Tensor) -> None:
-        gradient = layer_gradient(a, b, weight=sites[name].weight, bias=sites[name].bias)
+        gradient = layer_gradient(a, b, **sites[name].parts)
         norms.append(gradient.norm_sq())
         if name in reference.mean:
             dots.append(gradient.dot(reference.mean[name]))

@@ -67,7 +67,7 @@ def measure_reference(
     norms: list[Tensor] = []
 
     def consume(name: str, a: Tensor, b: Tensor) -> None:
-        parts = {"weight": sites[name].weight, "bias": sites[name].bias}
+        parts = sites[name].parts
         summed = summed_gradient(a, b, **parts)
         total[name] = total[name].plus(summed) if name in total else summed
         norms.append(layer_gradient(a, b, **parts).norm_sq())
