@@ -22,6 +22,7 @@ from runs import make_rows, save_checkpoint, write_config, write_jsonl
 from tsqlora import cli
 from tsqlora.config import load_config
 from tsqlora.data.rows import read_rows
+from tsqlora.data.tokenise import sample_hash
 from tsqlora.gradients.sites import lora_layers
 from tsqlora.training.rank_callback import RankCallback
 
@@ -391,30 +392,52 @@ def test_the_lock_of_a_process_that_trains_is_respected(place: Path, tmp_path: P
 @pytest.fixture(scope="session")
 def scored(trained: Path) -> Path:
     """Scores by the weights of the shared run."""
-    from tsqlora.pipeline import score_rows
+    from tsqlora.scoring import score_rows
 
     score_rows(trained, trained.parent / "scores-of-run.parquet")
     return trained.parent / "scores-of-run.parquet"
 
 
-def check_scores(path: Path, rows: int) -> None:
+def check_scores(path: Path, rows: int, train: Path) -> None:
     table = pq.read_table(path)
     assert {"id", "hash", "gradient_norm", "loss_reduction", "convergence", "quality", "probability"} <= set(
         table.column_names
     )
-    assert table["id"].to_pylist() == list(range(rows))
+    assert {"predicted", "predicted_probability", "label_probability", "reason"} <= set(table.column_names)
+    assert len(table) == rows
+    file = read_rows(train).rows
+    for place, name in zip(table["id"].to_pylist(), table["hash"].to_pylist(), strict=True):
+        assert name == sample_hash(file[place]["text"], "", str(file[place]["label"]))
     assert table["probability"].to_numpy().sum() == pytest.approx(1)
 
 
 def test_scoring_a_run_gives_every_row_its_terms(scored: Path) -> None:
-    check_scores(scored, 72)
+    check_scores(scored, 72, scored.parent / "train.jsonl")
 
 
 def test_scoring_a_config_trains_its_warmup_first(place: Path, tmp_path: Path, tsqlora: Run) -> None:
     code, out, _ = tsqlora("score", place / "config.yaml", "--out", tmp_path / "s.parquet", "--json")
     assert code == 0
     assert json.loads(out)["rows"] == 72
-    check_scores(tmp_path / "s.parquet", 72)
+    check_scores(tmp_path / "s.parquet", 72, place / "train.jsonl")
+    assert [path.name for path in tmp_path.iterdir()] == ["s.parquet"]
+
+
+@pytest.mark.parametrize("source", ["config.yaml", "run"])
+def test_a_dry_run_of_score_plans_and_writes_nothing(source: str, trained: Path, tsqlora: Run) -> None:
+    before = sorted(trained.parent.iterdir())
+    code, out, _ = tsqlora("score", trained.parent / source, "--dry-run", "--json")
+    assert code == 0
+    plan = json.loads(out)
+    assert (plan["rows"], plan["batches"]) == (72, 9)
+    assert "72 in 9 batches" in tsqlora("score", trained.parent / source, "--dry-run")[1]
+    assert sorted(trained.parent.iterdir()) == before
+
+
+def test_score_without_a_file_to_write_is_refused(place: Path, tsqlora: Run) -> None:
+    code, text = refused(tsqlora, "score", place / "config.yaml")
+    assert code == 2
+    assert "--out" in text
 
 
 @pytest.mark.parametrize("extension", ["jsonl", "csv", "tsv", "parquet"])

@@ -6,7 +6,16 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tsqlora.display import Display, ranks_table, show_allocation, show_numbers, show_plan, show_record, split_name
+from tsqlora.display import (
+    Display,
+    ranks_table,
+    show_allocation,
+    show_numbers,
+    show_plan,
+    show_record,
+    show_scoring_plan,
+    split_name,
+)
 
 KINDS = ("attention.self.query", "attention.self.value", "attention.output.dense", "intermediate.dense")
 
@@ -72,6 +81,21 @@ def test_a_plan_shows_rows_steps_parameters_and_passes() -> None:
     parts = ("1,000 train, 50 validation", "4 epochs, 128 steps", "2,048", "2 layers at 7 and 8", "bfloat16", "3,024")
     for part in parts:
         assert part in text
+
+
+def test_a_plan_of_scoring_shows_rows_batches_and_passes() -> None:
+    plan = {
+        "rows": 1_000_000,
+        "batches": 31_250,
+        "memory_bytes": 3 * 2**30,
+        "disk_bytes": 2**30,
+        "passes": {"scoring": {"forward": 2_001_024, "backward": 1_000_512}},
+    }
+    text = shown(show_scoring_plan, plan)
+    assert "1,000,000 in 31,250 batches" in text
+    assert "about 3,072 MiB" in text
+    assert "at most 1,024 MiB" in text
+    assert "2,001,024" in text
 
 
 def test_an_allocation_shows_the_rank_of_every_layer() -> None:

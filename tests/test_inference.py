@@ -16,8 +16,9 @@ from tsqlora.data.rows import read_rows
 from tsqlora.data.write import write_rows
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.inference import device_of, evaluate_run, open_run, predict_run
-from tsqlora.pipeline import allocate_ranks, score_rows, train
+from tsqlora.pipeline import allocate_ranks, train
 from tsqlora.record import RunRecord
+from tsqlora.scoring import score_rows
 
 NAMES = ("no", "yes")
 

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from tsqlora.display import Display, show_allocation, show_demo, show_numbers, show_plan, show_record
+from tsqlora.display import Display, show_allocation, show_demo, show_numbers, show_plan, show_record, show_scoring_plan
 from tsqlora.errors import SettingsError, TsqLoraError
 from tsqlora.record import write_json
 
@@ -45,7 +45,7 @@ def main() -> None:
         _quieten_libraries(debug=debug)
         code = _run(arguments, debug=debug)
     if code == INTERRUPTED:
-        stderr.print("interrupted; a training goes on from its last checkpoint with --resume")
+        stderr.print("interrupted; a training goes on with --resume, a scoring when it is called again")
     sys.exit(code)
 
 
@@ -145,16 +145,25 @@ def train(
 @app.command()
 def score(
     source: Source,
-    out: Annotated[Path, typer.Option(help="Parquet file to write.")],
+    out: Annotated[Path | None, typer.Option(help="Parquet file to write.")] = None,
     set_: Set = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, score nothing.")] = False,
     as_json: Json = False,
 ) -> None:
     """Scores every training row: after a config's warm-up, or by the weights of a run.
 
+    Rows are never all in memory. A scoring that was cut off goes on when the same command is
+    given again: what it has is kept in OUT.partial until it is done.
+
     Example: tsqlora score tsq.yaml --out scores.parquet
     """
-    from tsqlora.pipeline import score_rows
+    from tsqlora.scoring import plan_scoring, score_rows
 
+    if dry_run:
+        _print(plan_scoring(source, overrides=set_ or []), as_json, show_scoring_plan)
+        return
+    if out is None:
+        raise SettingsError("score writes a file; name it: --out scores.parquet")
     with Display(stderr) as display:
         scores = score_rows(source, out, overrides=set_ or [], progress=display.progress)
     keep = ("eta", "effective_sample_size", "reference_rows", "weights", "temperature", "scope")

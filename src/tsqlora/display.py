@@ -64,10 +64,22 @@ def show_plan(console: Console, plan: Mapping[str, Any]) -> None:
     console.print(f"ranks       {len(plan['ranks'])} layers at {' and '.join(map(str, ranks))}")
     console.print(f"precision   {'bfloat16 autocast' if plan['bf16'] else 'float32'}")
     console.print(f"memory      about {plan['memory_bytes'] / 2**20:,.0f} MiB (a rough estimate)")
+    console.print(_passes_table(plan["passes"]))
+
+
+def show_scoring_plan(console: Console, plan: Mapping[str, Any]) -> None:
+    """The plan of a scoring's dry run."""
+    console.print(f"rows        {plan['rows']:,} in {plan['batches']:,} batches")
+    console.print(f"memory      about {plan['memory_bytes'] / 2**20:,.0f} MiB (a rough estimate)")
+    console.print(f"disk        at most {plan['disk_bytes'] / 2**20:,.0f} MiB of samples while it runs")
+    console.print(_passes_table(plan["passes"]))
+
+
+def _passes_table(phases: Mapping[str, Mapping[str, int]]) -> Table:
     table = Table("phase", "rows forward", "rows backward", title="passes", title_justify="left")
-    for phase, passes in plan["passes"].items():
+    for phase, passes in phases.items():
         table.add_row(phase, f"{passes['forward']:,}", f"{passes['backward']:,}")
-    console.print(table)
+    return table
 
 
 def show_record(console: Console, record: Mapping[str, Any]) -> None:

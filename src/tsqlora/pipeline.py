@@ -23,13 +23,13 @@ from tsqlora import distributed
 from tsqlora.adapter.slots import active_parameters, adapter_config
 from tsqlora.adapter.wrap import wrap
 from tsqlora.config import Config, dump_config, load_config
+from tsqlora.data.labels import LabelMap
 from tsqlora.data.prepare import Prepared, Splits, prepare, read_data, resolve_max_length
-from tsqlora.data.write import require_place
 from tsqlora.errors import DataError, NotLearnedError, SettingsError
 from tsqlora.inference import Trained, measure_split, open_run
 from tsqlora.plan import plan
 from tsqlora.probe import sensitivity
-from tsqlora.quality.score import PAPER_TERMS, Progress, reference_indices, score
+from tsqlora.quality.score import Progress
 from tsqlora.quality.scores import Scores, sample
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.ranks.allocate import allocate
@@ -47,6 +47,8 @@ from tsqlora.training.run_dir import (
     last_checkpoint,
     locked,
 )
+
+NOTHING_TO_SCORE = "quality.enabled is false: there is nothing to score; set it to true"
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,12 +121,19 @@ def arguments(config: Config, run: Path) -> TrainingArguments:
 
 def load(config: Config) -> Job:
     """Reads the data and the model, and checks that they fit together."""
-    base = config.model
     splits = read(config)
+    pretrained, length = load_model(config, splits.labels)
+    data = prepare(splits, pretrained.tokenizer, max_length=length)
+    return Job(config, get_task(config.task.type), pretrained, data, length)
+
+
+def load_model(config: Config, labels: LabelMap | None) -> tuple[Pretrained, int]:
+    """The pretrained model with a head for these classes, and how many tokens are kept of a sample."""
+    base = config.model
     set_seed(config.training.seed)
     pretrained = load_pretrained(
         base.path,
-        labels=splits.labels,
+        labels=labels,
         revision=base.revision,
         dtype=base.dtype,
         trust_remote_code=base.trust_remote_code,
@@ -132,39 +141,31 @@ def load(config: Config) -> Job:
     length = resolve_max_length(
         config.data.max_length, tokenizer_limit=pretrained.tokenizer.model_max_length, positions=pretrained.positions
     )
-    data = prepare(splits, pretrained.tokenizer, max_length=length)
-    return Job(config, get_task(config.task.type), pretrained, data, length)
+    return pretrained, length
 
 
 def read(config: Config) -> Splits:
     """The rows of every split."""
     data = config.data
-    return read_data(
-        data.train,
-        data.validation,
-        data.test,
-        text=data.text,
-        text_pair=data.text_pair,
-        label=data.label,
-        classes=isinstance(get_task(config.task.type), Classification),
-        validation_fraction=data.validation_fraction,
-        seed=config.training.seed,
-    )
+    return read_data(data.train, data.validation, data.test, **how_to_read(config))
+
+
+def how_to_read(config: Config) -> dict[str, Any]:
+    """What `read_data` asks beside the files."""
+    data = config.data
+    return {
+        "text": data.text,
+        "text_pair": data.text_pair,
+        "label": data.label,
+        "classes": isinstance(get_task(config.task.type), Classification),
+        "validation_fraction": data.validation_fraction,
+        "seed": config.training.seed,
+    }
 
 
 def begin(job: Job, args: TrainingArguments) -> tuple[PeftModel, RunRecord]:
     """The model with its rank slots, and the record of a run that begins."""
-    adapter, ranks, seed = job.config.adapter, job.config.ranks, job.config.training.seed
-    set_seed(seed)
-    model = wrap(
-        job.pretrained.model,
-        mean_rank=ranks.mean,
-        max_rank=ranks.resolved_max(),
-        alpha=adapter.alpha,
-        dropout=adapter.dropout,
-        target_modules=adapter.target_modules,
-        modules_to_save=job.pretrained.new_modules,
-    )
+    model, seed = with_slots(job.config, job.pretrained), job.config.training.seed
     labels, samples = job.data.splits.labels, job.data.samples
     record = RunRecord(
         status="running",
@@ -181,8 +182,23 @@ def begin(job: Job, args: TrainingArguments) -> tuple[PeftModel, RunRecord]:
     return model, record
 
 
+def with_slots(config: Config, pretrained: Pretrained) -> PeftModel:
+    """The pretrained model with LoRA at its first ranks; it is changed in place."""
+    adapter, ranks = config.adapter, config.ranks
+    set_seed(config.training.seed)
+    return wrap(
+        pretrained.model,
+        mean_rank=ranks.mean,
+        max_rank=ranks.resolved_max(),
+        alpha=adapter.alpha,
+        dropout=adapter.dropout,
+        target_modules=adapter.target_modules,
+        modules_to_save=pretrained.new_modules,
+    )
+
+
 def method(
-    job: Job, scores_path: Path, progress: Progress | None, *, terms: Sequence[str] | None = None
+    job: Job, scores_path: Path, progress: Progress | None
 ) -> tuple[QualitySubset, QualityCallback | None, RankCallback]:
     """The method's two halves as the config sets them, and the rows that an epoch trains on."""
     q, r, seed = job.config.quality, job.config.ranks, job.config.training.seed
@@ -201,7 +217,7 @@ def method(
         limit=q.warmup_limit,
         weights=q.resolved_weights(),
         temperature=q.resolved_temperature(),
-        terms=("gradient_norm", "convergence") if terms is None else terms,
+        terms=("gradient_norm", "convergence"),
         scope=q.scope,
         reference=q.reference,
         calibration=q.calibrate,
@@ -276,36 +292,6 @@ def measure(job: Job, model: PeftModel, record: RunRecord, args: TrainingArgumen
         cost.add(forward=len(samples), tokens=sum(samples.lengths))
 
 
-def score_rows(source: Path, out: Path, *, overrides: Sequence[str] = (), progress: Progress | None = None) -> Scores:
-    """All three terms of every training row: after a config's warm-up, or by a run's weights."""
-    require_place(out)
-    if not source.is_dir():
-        job = load(load_config(source, overrides))
-        return warm_up(job, progress, scores_path=out, terms=PAPER_TERMS)[0]
-    run = open_run(source, overrides)
-    q, seed, prepared = run.config.quality, run.config.training.seed, run.prepare(read(run.config))
-    samples = prepared.samples["train"]
-    scores = score(
-        run.model,
-        samples,
-        run.collate,
-        reference=reference_indices(len(samples), q.reference, seed),
-        task=run.task,
-        weights=q.resolved_weights(),
-        temperature=q.resolved_temperature(),
-        terms=PAPER_TERMS,
-        scope=q.scope,
-        calibration=q.calibrate,
-        batch_size=run.config.training.batch_size,
-        seed=seed,
-        hashes=samples.hashes,
-        record={"columns": prepared.columns()},
-        progress=progress,
-    )
-    scores.save(out)
-    return scores
-
-
 def allocate_ranks(source: Path, *, overrides: Sequence[str] = (), progress: Progress | None = None) -> dict[str, Any]:
     """LoraConfig's arguments with the ranks that the quality sample asks for."""
     if source.is_dir():
@@ -314,7 +300,7 @@ def allocate_ranks(source: Path, *, overrides: Sequence[str] = (), progress: Pro
     else:
         config = load_config(source, overrides)
         with tempfile.TemporaryDirectory() as folder:
-            _, ranks = warm_up(load(config), progress, scores_path=Path(folder) / SCORES_FILE)
+            ranks = warm_up(load(config), progress, scores_path=Path(folder) / SCORES_FILE)
         chosen = ranks.events[0].ranks
     return adapter_config(chosen, scale=config.adapter.alpha / config.ranks.mean)
 
@@ -344,23 +330,20 @@ def ranks_of(run: Trained, scores_path: Path) -> dict[str, int]:
     return allocate(measured, mean_rank=r.mean, min_rank=r.min, max_rank=r.resolved_max(), gamma=r.gamma)
 
 
-def warm_up(
-    job: Job, progress: Progress | None, *, scores_path: Path, terms: Sequence[str] | None = None
-) -> tuple[Scores, RankCallback]:
+def warm_up(job: Job, progress: Progress | None, *, scores_path: Path) -> RankCallback:
     """Trains only until the rows are scored and the first ranks are decided.
 
     Raises NotLearnedError if the model is still at chance when the config gives up.
     """
     if not job.config.quality.enabled:
-        raise SettingsError("quality.enabled is false: there is nothing to score; set it to true")
+        raise SettingsError(NOTHING_TO_SCORE)
     with tempfile.TemporaryDirectory() as folder:
         args = arguments(job.config, Path(folder))
         model, record = begin(job, args)
-        data, quality, ranks = method(job, scores_path, progress, terms=terms)
+        data, quality, ranks = method(job, scores_path, progress)
         assert quality is not None
         fit_job(job, model, args, data, record, quality, ranks, progress, also=StopOnceScored(data, quality))
-    assert data.scores is not None
-    return data.scores, ranks
+    return ranks
 
 
 class StopOnceScored(TrainerCallback):

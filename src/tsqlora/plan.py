@@ -11,10 +11,16 @@ from tsqlora.adapter.slots import active_parameters, active_ranks, find_slots
 from tsqlora.config import Config
 from tsqlora.data.tokenise import TokenisedSplit
 from tsqlora.errors import SettingsError
+from tsqlora.gradients.sites import lora_layers
 from tsqlora.quality.sampling import draw_size
 from tsqlora.ranks.allocate import Sensitivity, allocate
 from tsqlora.ranks.budget import used
 from tsqlora.ranks.schedule import adjustment_steps
+
+BYTES_A_ROW = 500
+"""Of a row that is scored: hash, place, length, terms and predictions, twice while they are written."""
+BYTES_A_TOKEN = 12
+"""Of a row that is scored, on disk: its id, its mask and its segment."""
 
 
 def plan(
@@ -50,12 +56,31 @@ def plan(
     }
 
 
+def scoring_plan(config: Config, model: PeftModel, *, rows: int, max_length: int, warmup: bool) -> dict[str, Any]:
+    """Rows, batches, passes by phase, and bounds of memory and disk; with `warmup` it is trained first.
+
+    Raises SettingsError for a warm-up that is longer than the run.
+    """
+    q = config.quality
+    known = passes(config, rows=rows, size=draw_size(rows, q.fraction))
+    reference = min(q.reference, rows)
+    # Every term: loss_reduction looks ahead, which is one more forward pass.
+    scoring = {"forward": 2 * rows + 2 * reference, "backward": rows + reference}
+    return {
+        "rows": rows,
+        "batches": math.ceil(rows / config.training.batch_size),
+        "passes": ({"warm-up": known["warm-up"]} if warmup else {}) | {"scoring": scoring},
+        "memory_bytes": memory(config, model, longest=max_length, bf16=False) + rows * BYTES_A_ROW,
+        "disk_bytes": rows * max_length * BYTES_A_TOKEN,
+    }
+
+
 def passes(config: Config, *, rows: int, size: int) -> dict[str, dict[str, int]]:
     """Rows that go forward and backward in each phase, if the first test finds that the model has learned."""
     quality, epochs = config.quality, config.training.epochs
     if not quality.enabled:
         return {"training": dict.fromkeys(("forward", "backward"), size * epochs)}
-    warmup = math.ceil(quality.warmup * rows / size - 1e-9)
+    warmup = warmup_epochs(quality.warmup, rows=rows, size=size)
     if warmup >= epochs:
         raise SettingsError(
             f"a warm-up of {quality.warmup:g} passes is {warmup} epochs of {size} rows, and the run has {epochs}: "
@@ -71,11 +96,17 @@ def passes(config: Config, *, rows: int, size: int) -> dict[str, dict[str, int]]
     }
 
 
+def warmup_epochs(passes: float, *, rows: int, size: int) -> int:
+    """Epochs of `size` rows that so many passes over all rows take."""
+    return math.ceil(passes * rows / size - 1e-9)
+
+
 def memory(config: Config, model: PeftModel, *, longest: int, bf16: bool) -> int:
     """A rough peak of training in bytes: weights, gradients and moments, linear layers' activations."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    features = sum(inputs + 2 * outputs for inputs, outputs in (s.shape for s in find_slots(model).values()))
+    layers: list[Any] = list(lora_layers(model).values())
+    features = sum(layer.in_features + 2 * layer.out_features for layer in layers)
     return weights + trained + config.training.batch_size * longest * features * (2 if bf16 else 4)
 
 

@@ -134,6 +134,12 @@ def score(
     )
 
 
+def learned_on(model: nn.Module, rows: Sequence[Any], collate: Collate, *, task: Task, batch_size: int) -> LearnedTest:
+    """Whether the model is ready to score: the test on these rows that `score` begins with."""
+    with quiet(model):
+        return calibrate(model, _batches(rows, collate, batch_size), task, enabled=False).learned
+
+
 def reference_indices(rows: int, size: int, seed: int) -> list[int]:
     """The default reference: `size` of the rows, or all of them if there are fewer."""
     rng = np.random.default_rng([seed, 1])

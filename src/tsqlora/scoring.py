@@ -1,0 +1,232 @@
+"""Scores for any trainer: rows of any size, from a config's warm-up or a run's weights, resumable."""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tsqlora.config import Config, dump_config, load_config
+from tsqlora.data.prepare import Prepared
+from tsqlora.data.survey import Survey, store, survey_data
+from tsqlora.data.write import require_place
+from tsqlora.errors import NotLearnedError, SettingsError
+from tsqlora.inference import device_of, open_run
+from tsqlora.pipeline import NOTHING_TO_SCORE, Job, arguments, begin, how_to_read, load_model, with_slots
+from tsqlora.plan import scoring_plan, warmup_epochs
+from tsqlora.quality.journal import bind, save_whole
+from tsqlora.quality.score import PAPER_TERMS, Progress, learned_on, reference_indices, score
+from tsqlora.quality.scores import Scores
+from tsqlora.quality.subset import QualitySubset
+from tsqlora.tasks import Task, get_task
+from tsqlora.tasks.forward import Collate
+from tsqlora.training.fit import fit
+from tsqlora.training.run_dir import last_checkpoint
+
+WARM_UP_FILE = "theta.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A model that has learned something, and the rows that it is to score."""
+
+    config: Config
+    task: Task
+    model: nn.Module
+    collate: Collate
+    data: Prepared
+
+
+def score_rows(source: Path, out: Path, *, overrides: Sequence[str] = (), progress: Progress | None = None) -> Scores:
+    """All terms of every training row: after a config's warm-up, or by a run's weights.
+
+    Rows are read in chunks, and samples are kept on disk. What is done is kept in OUT.partial
+    until the scores are written: the same call after a kill goes on from there, and gives the
+    same file. Raises SettingsError where OUT.partial is of another scoring.
+    """
+    require_place(out)
+    with _partial(out) as (partial, tokens):
+        if source.is_dir():
+            ready = _run(source, overrides, tokens)
+        else:
+            ready = _warmed_up(load_config(source, overrides), partial / "warm-up", tokens, progress)
+        scores = _score(ready, partial / "scoring", progress)
+        scores.save(out)
+    return scores
+
+
+def plan_scoring(source: Path, *, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What `score_rows` would do; every row is read and its label checked, nothing is written."""
+    if source.is_dir():
+        run = open_run(source, overrides)
+        config, model, length = run.config, run.model, run.max_length
+        survey = _survey(config)
+    else:
+        config = _enabled(load_config(source, overrides))
+        survey = _survey(config)
+        pretrained, length = load_model(config, survey.labels)
+        model = with_slots(config, pretrained)
+    rows = len(survey.places["train"])
+    return scoring_plan(config, model, rows=rows, max_length=length, warmup=not source.is_dir())
+
+
+@contextmanager
+def _partial(out: Path) -> Iterator[tuple[Path, Path]]:
+    """OUT.partial, gone once all is done; and a folder in it for samples, which never stays."""
+    partial = Path(f"{out}.partial")
+    tokens = partial / "tokens"
+    shutil.rmtree(tokens, ignore_errors=True)
+    tokens.mkdir(parents=True)
+    try:
+        yield partial, tokens
+        shutil.rmtree(partial)
+    except NotLearnedError:
+        # To go on would end here again.
+        shutil.rmtree(partial)
+        raise
+    finally:
+        shutil.rmtree(tokens, ignore_errors=True)
+        if partial.exists() and not any(partial.iterdir()):
+            partial.rmdir()
+
+
+def _survey(config: Config) -> Survey:
+    data = config.data
+    return survey_data(data.train, data.validation, data.test, **how_to_read(config))
+
+
+def _run(source: Path, overrides: Sequence[str], tokens: Path) -> Ready:
+    run = open_run(source, overrides)
+    survey = replace(_survey(run.config), labels=run.labels)
+    data = store(survey, run.tokenizer, tokens, max_length=run.max_length)
+    return Ready(run.config, _task(run.config), run.model, run.collate, data)
+
+
+def _warmed_up(config: Config, folder: Path, tokens: Path, progress: Progress | None) -> Ready:
+    """Trains the warm-up, unless the folder has what came of it.
+
+    It begins anew at the last epoch that was finished. The weights are always those of the
+    folder's file, in a model that was never trained: so a scoring that was cut off has the same.
+    """
+    survey = _survey(_enabled(config))
+    pretrained, length = load_model(config, survey.labels)
+    data = store(survey, pretrained.tokenizer, tokens, max_length=length)
+    job = Job(config, _task(config), pretrained, data, length)
+    bind(folder, {"rows": data.hash, "settings": dump_config(config), "torch": torch.__version__})
+    theta = folder / WARM_UP_FILE
+    if not theta.exists():
+        save_whole(theta, _trainable(_train(job, folder, progress)))
+        pretrained, _ = load_model(config, survey.labels)
+    model = with_slots(config, pretrained)
+    with torch.no_grad():
+        for name, value in load_file(theta).items():
+            model.get_parameter(name).copy_(value)
+    return Ready(config, job.task, model.to(device_of(config)), job.collate, data)
+
+
+def _train(job: Job, folder: Path, progress: Progress | None) -> nn.Module:
+    """Random draws until the model has learned something.  Raises NotLearnedError if it does not."""
+    config = job.config
+    args = arguments(config, folder)
+    model, record = begin(job, args)
+    samples, q, seed = job.data.samples["train"], config.quality, config.training.seed
+    data = QualitySubset(samples, q.fraction, seed, lengths=samples.lengths, batch_size=config.training.batch_size)
+    data.awaits_scores = True
+    reference = [samples[row] for row in reference_indices(len(samples), q.reference, seed)]
+    fit(
+        model,
+        data,
+        args,
+        task=job.task,
+        tokenizer=job.pretrained.tokenizer,
+        validation=job.data.samples["validation"],
+        record=record,
+        quality=None,
+        ranks=None,
+        also=(StopOnceLearned(job, data, reference),),
+        resume_from=last_checkpoint(folder),
+        progress=progress,
+    )
+    return model
+
+
+class StopOnceLearned(TrainerCallback):
+    """Ends a warm-up after the first epoch, of those from which it may, that leaves the model above chance.
+
+    As QualityCallback counts them: `warmup` passes over all rows at least, at most `warmup_limit`
+    of the run's epochs. Then NotLearnedError.
+    """
+
+    def __init__(self, job: Job, data: QualitySubset, reference: Sequence[Any]) -> None:
+        self.job, self.data, self.reference = job, data, reference
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        q, epochs = self.job.config.quality, round(state.epoch or 0)
+        if epochs < warmup_epochs(q.warmup, rows=len(self.data.dataset), size=len(self.data)):
+            return
+        test = learned_on(
+            kwargs["model"],
+            self.reference,
+            self.job.collate,
+            task=self.job.task,
+            batch_size=args.per_device_train_batch_size,
+        )
+        if test.passed:
+            control.should_training_stop = True
+            # The weights are kept otherwise, and a checkpoint from here would go on training.
+            control.should_save = False
+        elif epochs >= min(q.warmup_limit * state.num_train_epochs, state.num_train_epochs - 1):
+            test.require()
+
+
+def _score(ready: Ready, journal: Path, progress: Progress | None) -> Scores:
+    q, seed, samples = ready.config.quality, ready.config.training.seed, ready.data.samples["train"]
+    labels = ready.data.splits.labels
+    return score(
+        ready.model,
+        samples,
+        ready.collate,
+        reference=reference_indices(len(samples), q.reference, seed),
+        task=ready.task,
+        weights=q.resolved_weights(),
+        temperature=q.resolved_temperature(),
+        terms=PAPER_TERMS,
+        scope=q.scope,
+        calibration=q.calibrate,
+        batch_size=ready.config.training.batch_size,
+        seed=seed,
+        hashes=samples.hashes,
+        ids=samples.ids,
+        lengths=samples.lengths,
+        record={
+            "data": ready.config.data.train,
+            "columns": ready.data.columns(),
+            "classes": None if labels is None else list(labels.names),
+        },
+        journal=journal,
+        progress=progress,
+    )
+
+
+def _task(config: Config) -> Task:
+    """With the loss that training uses."""
+    smoothing = config.training.further_arguments().get("label_smoothing_factor", 0)
+    return get_task(config.task.type, **({"label_smoothing": smoothing} if smoothing else {}))
+
+
+def _trainable(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _enabled(config: Config) -> Config:
+    if not config.quality.enabled:
+        raise SettingsError(NOTHING_TO_SCORE)
+    return config
