@@ -14,7 +14,6 @@ import argparse
 import json
 import subprocess
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -203,7 +202,7 @@ def control(cell: Cell, rows: int, epoch: int) -> Draw:
 
 def warm_state(cell: Cell, shared: Path) -> dict[str, Any]:
     """The state after warm-up, from the cache, or made and put there."""
-    path = CACHE / f"{cell.task}-{cell.seed}-{cell.wrong:g}-{cell.fraction:g}.pt"
+    path = cache(cell)
     if path.exists():
         return torch.load(path, weights_only=True)
     began = time.time()
@@ -291,7 +290,7 @@ def run_rule(cell: Cell, shared: Path, name: str) -> dict[str, Any]:
     terms = {n: v.numpy() for n, v in state["terms"].items()}
     if state["learned"] and "loss_reduction" in rule.needs:
         terms["loss_reduction"] = loss_reduction(cell, shared, state)
-    seen = Seen(cell.seed, cell.fraction, bench.labels, state["logits"].numpy(), terms)
+    seen = Seen(cell.seed, cell.fraction, bench.labels, state["logits"].numpy(), terms, bench.bad)
     shares, notes, start = [], [], state["epoch"]
     parts = rule.refresh + 1
     refreshes = {start + round(part * (cell.epochs - start) / parts) for part in range(1, parts)}
@@ -314,6 +313,26 @@ def run_rule(cell: Cell, shared: Path, name: str) -> dict[str, Any]:
         "notes": notes,
         "auc": {n: float(roc_auc_score(bench.bad, -v)) for n, v in terms.items()} if cell.wrong else {},
     }
+
+
+def draws_as_random(cell: Cell, name: str) -> bool:
+    """Whether a rule that looks once would draw in every epoch what random draws: then it is the same run."""
+    path = cache(cell)
+    if name == "random" or name not in RULES or RULES[name].refresh or not RULES[name].once or not path.exists():
+        return False
+    state = torch.load(path, weights_only=True)
+    if not state["learned"]:
+        return True
+    known = {n: v.numpy() for n, v in state["terms"].items()}
+    parts = (state["labels"].numpy(), state["logits"].numpy(), known, state["bad"].numpy())
+    seen = Seen(cell.seed, cell.fraction, *parts)
+    epochs = range(state["epoch"], cell.epochs)
+    rows = len(seen.labels)
+    return all(np.array_equal(RULES[name].draw(seen, e).rows, control(cell, rows, e).rows) for e in epochs)
+
+
+def cache(cell: Cell) -> Path:
+    return CACHE / f"{cell.task}-{cell.seed}-{cell.wrong:g}-{cell.fraction:g}.pt"
 
 
 def _hits(draw: Draw, bad: np.ndarray) -> dict[str, float]:
@@ -348,33 +367,32 @@ def main() -> None:
 
 def run(cell: Cell, rule: str, shared: Path, out: Path) -> None:
     """Runs what was not run yet, and adds it to the file."""
-    stored = json.loads(out.read_text()) if out.exists() else {"results": {}}
+    done = stored(out)
     key = f"{cell.name}/{rule}"
-    if key in stored["results"]:
+    if key in done:
         return
+    began = time.time()
+    same = done.get(f"{cell.name}/random")
     if rule == "warm":
         warm_state(cell, shared)
         return
-    work: Callable[[], dict[str, Any]] = (
-        (lambda: run_all(cell, shared)) if rule == "all" else (lambda: run_rule(cell, shared, rule))
-    )
-    began = time.time()
-    result = work()
-    stored["results"][key] = {
-        "task": cell.task,
-        "seed": cell.seed,
-        "wrong": cell.wrong,
-        "fraction": cell.fraction,
-        "rule": rule,
-        **result,
-        "seconds": time.time() - began,
-        "commit": _commit(),
-    }
+    if rule == "all":
+        result = run_all(cell, shared)
+    elif same is not None and draws_as_random(cell, rule):
+        result = {"test": same["test"], "wrong_drawn": same["wrong_drawn"], "same_as": "random"}
+    else:
+        result = run_rule(cell, shared, rule)
+    about = {"task": cell.task, "seed": cell.seed, "wrong": cell.wrong, "fraction": cell.fraction, "rule": rule}
+    new = {key: about | result | {"seconds": time.time() - began, "commit": _commit()}}
     settings = {"passes": PASSES, "learning_rate": LEARNING_RATE, "batch_size": BATCH, "rank": RANK}
     origin = {"settings": settings | {"tasks": TASKS, "test": TEST_SPLITS}, "versions": versions()}
-    write_json(out, {**origin, "results": stored["results"]})
+    write_json(out, {**origin, "results": stored(out) | new})
     drawn = f"wrong {result['wrong_drawn']:.3f} {time.time() - began:.0f} s"
     print(key, f"{result['test']['accuracy']:.4f}", drawn, *result.get("notes", []), flush=True)
+
+
+def stored(out: Path) -> dict[str, Any]:
+    return json.loads(out.read_text())["results"] if out.exists() else {}
 
 
 def _commit() -> str:

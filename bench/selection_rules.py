@@ -33,6 +33,8 @@ class Seen:
     labels: np.ndarray
     logits: np.ndarray
     terms: Mapping[str, np.ndarray]
+    bad: np.ndarray
+    """Which labels are wrong: for the oracle alone, which shows what there is to gain."""
     last_loss: np.ndarray | None = None
     first_logits: np.ndarray | None = None
     """Those after warm-up, once `logits` are newer."""
@@ -56,6 +58,8 @@ class Seen:
 class Rule:
     draw: Callable[[Seen, int], Draw] | None
     needs: tuple[str, ...] = ()
+    once: bool = False
+    """Whether it depends on nothing but what was seen after warm-up."""
     refresh: int = 0
     """How often, evenly spread over the run, logits are taken anew."""
 
@@ -94,7 +98,13 @@ def rejection(factor: float = 1.5, *, gate: bool = True, even: bool = True, refr
         )
         return replace(drawn, rejected=mask, note={"noise": noise.to_dict(), "rejected": float(mask.mean())})
 
-    return Rule(draw, refresh=refresh)
+    return Rule(draw, refresh=refresh, once=True)
+
+
+def oracle(seen: Seen, epoch: int) -> Draw:
+    """Leaves out exactly the wrong labels."""
+    rows = np.flatnonzero(~seen.bad)
+    return Draw(stretch(seen.seed, seen.fraction, rows, len(seen.bad), epoch), rejected=seen.bad)
 
 
 def stretch(seed: int, fraction: float, rows: np.ndarray, total: int, epoch: int) -> np.ndarray:
@@ -128,6 +138,7 @@ def info_batch(seen: Seen, epoch: int) -> Draw:
 
 RULES: dict[str, Rule] = {
     "random": Rule(None),
+    "oracle": Rule(oracle),
     "reject": rejection(),
     "reject, refreshed": rejection(refresh=1),
     "reject, refreshed each epoch": rejection(refresh=5),

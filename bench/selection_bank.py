@@ -1,0 +1,90 @@
+"""Which number finds wrong labels, and what tells that there are any?  No training: from bench/.cache.
+
+    python bench/selection_bank.py [--out bench/results/selection_bank.json]
+
+Reads the states that bench/selection.py left after warm-up. Each number ranks the rows; its ROC area and average
+precision are those of finding the labels that were made wrong.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax, softmax
+from selection import CACHE, stored
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from tsqlora.quality.reject import noise_rate, reject, surprise
+from tsqlora.quality.terms import standardise
+from tsqlora.record import versions, write_json
+
+
+def suspicion(terms: dict[str, np.ndarray], logits: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+    """Numbers that should be high for wrong labels, by name."""
+    loss = -log_softmax(logits, axis=1)[np.arange(len(labels)), labels]
+    found = {"loss": loss, "surprise": surprise(loss, labels), "z(loss)": standardise(loss, labels).values}
+    if terms:
+        z = {name: standardise(values, labels).values for name, values in terms.items()}
+        found |= {
+            "EL2N": terms["el2n"],
+            "z(N)": z["gradient_norm"],
+            "-z(C)": -z["convergence"],
+            "-z(cosine)": -z["cosine"],
+            "z(loss) - z(C)": z["loss"] - z["convergence"],
+        }
+    return found
+
+
+def study(path: Path) -> dict[str, Any]:
+    task, seed, wrong, fraction = path.stem.split("-")
+    state = torch.load(path, weights_only=True)
+    labels, logits, bad = (state[name].numpy() for name in ("labels", "logits", "bad"))
+    confidence, agrees = softmax(logits, axis=1).max(1), logits.argmax(1) == labels
+    found = suspicion({n: v.numpy() for n, v in state["terms"].items()}, logits, labels)
+    mask, noise = reject(confidence, agrees, found["loss"], labels)
+    return {
+        "task": task,
+        "seed": int(seed),
+        "wrong": float(wrong),
+        "fraction": float(fraction),
+        "learned": state["learned"],
+        "epochs": state["epoch"],
+        "accuracy": state["test"]["accuracy"],
+        "noise": noise.to_dict(),
+        "by_share": {
+            f"{share:g}": noise_rate(confidence, agrees, confident=share).to_dict() for share in (0.1, 0.2, 0.5)
+        },
+        "rejected": float(mask.mean()),
+        "precision": float(bad[mask].mean()) if mask.any() else None,
+        "recall": float(mask[bad].mean()) if bad.any() else None,
+        "best_scale": best_scale(logits, labels),
+        "auc": {n: float(roc_auc_score(bad, v)) for n, v in found.items()} if bad.any() else {},
+        "precision_of": {n: float(average_precision_score(bad, v)) for n, v in found.items()} if bad.any() else {},
+    }
+
+
+def best_scale(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The factor of the logits at which the mean loss is least: below 1 where the model is too sure."""
+
+    def loss(log_scale: float) -> float:
+        return float(-log_softmax(logits * np.exp(log_scale), axis=1)[np.arange(len(labels)), labels].mean())
+
+    return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "selection_bank.json")
+    args = parser.parse_args()
+    known = stored(args.out)
+    for path in sorted(CACHE.glob("*.pt")):
+        if not path.stem.endswith("lookahead"):
+            known[path.stem] = study(path)
+    write_json(args.out, {"versions": versions(), "results": known})
+
+
+if __name__ == "__main__":
+    main()
