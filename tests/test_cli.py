@@ -434,6 +434,32 @@ def test_a_dry_run_of_score_plans_and_writes_nothing(source: str, trained: Path,
     assert sorted(trained.parent.iterdir()) == before
 
 
+def test_scores_are_explained_with_texts(scored: Path, tsqlora: Run) -> None:
+    code, out, _ = tsqlora("score", scored, "--explain", "3", "--json")
+    assert code == 0
+    found = json.loads(out)["explained"]
+    rows = read_rows(scored.parent / "train.jsonl").rows
+    for name in ("highest", "lowest", "suspicious"):
+        assert len(found[name]) == 3
+        for sample in found[name]:
+            assert rows[sample["id"]] == {"text": sample["text"], "label": sample["label"]}
+            assert sample["predicted"] in (0, 1)
+    shown = tsqlora("score", scored, "--explain", "3")[1]
+    assert "most suspicious" in shown
+    assert "likely wrong labels" in shown
+
+
+def test_a_runs_own_scores_are_explained_too(trained: Path, tsqlora: Run) -> None:
+    assert tsqlora("score", trained / "scores.parquet", "--explain", "1", "--json")[0] == 0
+
+
+@pytest.mark.parametrize(("arguments", "message"), [((), "give --explain N"), (("--explain", "0"), "at least 1")])
+def test_scores_to_explain_need_a_number(arguments: tuple[str, ...], message: str, scored: Path, tsqlora: Run) -> None:
+    code, text = refused(tsqlora, "score", scored, *arguments)
+    assert code == 2
+    assert message in text
+
+
 def test_score_without_a_file_to_write_is_refused(place: Path, tsqlora: Run) -> None:
     code, text = refused(tsqlora, "score", place / "config.yaml")
     assert code == 2

@@ -4,15 +4,18 @@ import io
 from typing import Any
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
 from tsqlora.display import (
     Display,
     ranks_table,
     show_allocation,
+    show_explained,
     show_numbers,
     show_plan,
     show_record,
+    show_scores,
     show_scoring_plan,
     split_name,
 )
@@ -96,6 +99,52 @@ def test_a_plan_of_scoring_shows_rows_batches_and_passes() -> None:
     assert "about 3,072 MiB" in text
     assert "at most 1,024 MiB" in text
     assert "2,001,024" in text
+
+
+def explained(text: str, label: str) -> dict[str, Any]:
+    sample = {
+        "id": 123456,
+        "text": text,
+        "label": label,
+        "predicted": "other",
+        "predicted_probability": 0.93,
+        "label_probability": 0.02,
+        "quality": -1.5,
+        "reason": "duplicate",
+        "terms": {"gradient_norm": 1.25, "loss_reduction": 0.5, "convergence": -0.75, "loss": 3.5},
+    }
+    lists = {name: [sample] for name in ("highest", "lowest", "suspicious")}
+    return {**lists, "likely_wrong": [], "likely_wrong_rows": 0}
+
+
+@pytest.mark.parametrize("width", [30, 40, 80, 200])
+@pytest.mark.parametrize(
+    "text", ["a [bold]plain[/bold] [/] text [link=x]", "\x1b[31mred\x1b[0m\n\r\ttwo   lines", "文字 " * 200, "w" * 500]
+)
+def test_samples_fit_any_terminal_and_show_texts_as_they_stand(text: str, width: int) -> None:
+    console = Console(file=io.StringIO(), width=width, force_terminal=False)
+    show_explained(console, explained(text, "[red]label"))
+    out = console.file.getvalue()  # type: ignore[attr-defined]
+    assert max(cell_len(line) for line in out.splitlines()) <= width
+    assert "\x1b" not in out
+    assert "likely wrong labels: 0 in all" in out
+    assert out.replace("\n", "").replace(" ", "").count("123456") == 3 or width < 80
+    if width == 200:
+        for part in (
+            "[red]label",
+            "other 93%",
+            "-1.50",
+            "dropped: duplicate",
+            "convergence -0.75",
+            text.replace("\x1b", " ").split()[0][:9],
+        ):
+            assert part in out
+
+
+def test_scores_are_shown_with_what_explains_them_only_if_asked_for() -> None:
+    assert "highest quality" not in shown(show_scores, {"scores": "s.parquet", "rows": 3})
+    text = shown(show_scores, {"rows": 3, "explained": explained("a", "b")})
+    assert text.index("rows") < text.index("highest quality") < text.index("most suspicious")
 
 
 def test_an_allocation_shows_the_rank_of_every_layer() -> None:

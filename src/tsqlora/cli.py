@@ -14,7 +14,16 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from tsqlora.display import Display, show_allocation, show_demo, show_numbers, show_plan, show_record, show_scoring_plan
+from tsqlora.display import (
+    Display,
+    show_allocation,
+    show_demo,
+    show_numbers,
+    show_plan,
+    show_record,
+    show_scores,
+    show_scoring_plan,
+)
 from tsqlora.errors import SettingsError, TsqLoraError
 from tsqlora.record import write_json
 
@@ -144,9 +153,13 @@ def train(
 
 @app.command()
 def score(
-    source: Source,
+    source: Annotated[Path, typer.Argument(metavar="CONFIG|RUN|SCORES", help="Scores only to explain them.")],
     out: Annotated[Path | None, typer.Option(help="Parquet file to write.")] = None,
     set_: Set = None,
+    explain: Annotated[
+        int | None, typer.Option(metavar="N", help="Show the N best, worst and most suspicious samples.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="The scored file, where --explain does not find it.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, score nothing.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -155,19 +168,32 @@ def score(
     Rows are never all in memory. A scoring that was cut off goes on when the same command is
     given again: what it has is kept in OUT.partial until it is done.
 
-    Example: tsqlora score tsq.yaml --out scores.parquet
+    Example: tsqlora score tsq.yaml --out scores.parquet --explain 10
     """
-    from tsqlora.scoring import plan_scoring, score_rows
+    from tsqlora import scoring
+    from tsqlora.quality.explain import explain as explain_samples
+    from tsqlora.quality.scores import Scores
 
     if dry_run:
-        _print(plan_scoring(source, overrides=set_ or []), as_json, show_scoring_plan)
+        _print(scoring.plan_scoring(source, overrides=set_ or []), as_json, show_scoring_plan)
         return
-    if out is None:
+    known = source.suffix == ".parquet" and source.is_file()
+    if explain is not None and explain < 1:
+        raise SettingsError(f"--explain {explain}: it must be at least 1")
+    if known and explain is None:
+        raise SettingsError(f"{source} has scores already; give --explain N to look at them")
+    if known:
+        out, scores = source, Scores.load(source)
+    elif out is None:
         raise SettingsError("score writes a file; name it: --out scores.parquet")
-    with Display(stderr) as display:
-        scores = score_rows(source, out, overrides=set_ or [], progress=display.progress)
+    else:
+        with Display(stderr) as display:
+            scores = scoring.score_rows(source, out, overrides=set_ or [], progress=display.progress)
     keep = ("eta", "effective_sample_size", "reference_rows", "weights", "temperature", "scope")
-    _print({"scores": str(out), "rows": len(scores)} | {k: scores.record[k] for k in keep}, as_json, show_numbers)
+    result = {"scores": str(out), "rows": len(scores)} | {k: scores.record[k] for k in keep}
+    if explain is not None:
+        result["explained"] = explain_samples(scores, explain, data=data)
+    _print(result, as_json, show_scores)
 
 
 @app.command()

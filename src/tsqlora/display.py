@@ -7,9 +7,12 @@ from typing import Any
 from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 _STEPS = ("warm-up", "training")
 _BLOCKS_ABREAST = 12
+_TEXT = 240
+"""Characters of a sample that are shown."""
 
 
 class Display:
@@ -144,6 +147,64 @@ def show_numbers(console: Console, numbers: Mapping[str, Any]) -> None:
     for name, value in numbers.items():
         shown = f"{value:.4f}" if isinstance(value, float) else str(value)
         console.print(f"{name:<22} {shown}", soft_wrap=True, highlight=False, markup=False)
+
+
+def show_scores(console: Console, result: Mapping[str, Any]) -> None:
+    """How scores came to be, and the samples that explain them."""
+    show_numbers(console, {name: value for name, value in result.items() if name != "explained"})
+    if "explained" in result:
+        show_explained(console, result["explained"])
+
+
+def show_explained(console: Console, explained: Mapping[str, Any]) -> None:
+    """Samples to look at, list by list."""
+    wrong = explained["likely_wrong_rows"]
+    titles = {
+        "highest": "highest quality",
+        "lowest": "lowest quality",
+        "suspicious": "most suspicious: highest loss within the class",
+        "likely_wrong": f"likely wrong labels: {wrong:,} in all",
+    }
+    for name, title in titles.items():
+        console.print()
+        if explained[name]:
+            console.print(_samples_table(title, explained[name]))
+        else:
+            console.print(title, markup=False)
+
+
+def _samples_table(title: str, samples: Sequence[Mapping[str, Any]]) -> Table:
+    # Texts are anybody's: as Text they hold no markup, and without control characters no escape sequence.
+    table = Table(title=Text(title), title_justify="left", box=None, padding=(0, 1, 0, 0))
+    table.add_column("id", justify="right", overflow="fold")
+    table.add_column("Q", justify="right", no_wrap=True)
+    table.add_column("label", overflow="fold", max_width=20)
+    table.add_column("model", overflow="fold", max_width=20)
+    table.add_column("text, terms", ratio=1, overflow="fold")
+    for sample in samples:
+        said = _label(sample["predicted"])
+        if "predicted_probability" in sample:
+            said += f" {sample['predicted_probability']:.0%}"
+        terms = "  ".join(f"{name} {value:.3g}" for name, value in sample["terms"].items())
+        dropped = "" if sample["reason"] == "kept" else f"dropped: {sample['reason']}  "
+        table.add_row(
+            str(sample["id"]),
+            f"{sample['quality']:.2f}",
+            Text(_label(sample["label"])),
+            Text(said),
+            Text.assemble(_shortened(sample["text"]), "\n", (dropped + terms, "dim")),
+        )
+    return table
+
+
+def _label(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else _shortened(str(value))
+
+
+def _shortened(text: str) -> str:
+    """One line of what can be printed, the middle left out where it is long."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return line if len(line) <= _TEXT else f"{line[: _TEXT - 40]} … {line[-37:]}"
 
 
 def show_demo(console: Console, result: Mapping[str, Any]) -> None:

@@ -223,7 +223,7 @@ def method(
         calibration=q.calibrate,
         seed=seed,
         hashes=samples.hashes,
-        about={"columns": job.data.columns()},
+        about=about_rows(job.config, job.data),
         scores_path=scores_path,
         progress=progress,
     )
@@ -240,6 +240,16 @@ def method(
         seed=seed,
     )
     return data, quality if q.enabled else None, ranks
+
+
+def about_rows(config: Config, data: Prepared) -> dict[str, Any]:
+    """For the scores' record: where the rows are, their columns, and what the labels' numbers mean."""
+    labels = data.splits.labels
+    return {
+        "data": config.data.train,
+        "columns": data.columns(),
+        "classes": None if labels is None else list(labels.names),
+    }
 
 
 def fit_job(

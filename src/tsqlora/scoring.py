@@ -18,7 +18,7 @@ from tsqlora.data.survey import Survey, store, survey_data
 from tsqlora.data.write import require_place
 from tsqlora.errors import NotLearnedError, SettingsError
 from tsqlora.inference import device_of, open_run
-from tsqlora.pipeline import NOTHING_TO_SCORE, Job, arguments, begin, how_to_read, load_model, with_slots
+from tsqlora.pipeline import NOTHING_TO_SCORE, Job, about_rows, arguments, begin, how_to_read, load_model, with_slots
 from tsqlora.plan import scoring_plan, warmup_epochs
 from tsqlora.quality.journal import bind, save_whole
 from tsqlora.quality.score import PAPER_TERMS, Progress, learned_on, reference_indices, score
@@ -189,7 +189,6 @@ class StopOnceLearned(TrainerCallback):
 
 def _score(ready: Ready, journal: Path, progress: Progress | None) -> Scores:
     q, seed, samples = ready.config.quality, ready.config.training.seed, ready.data.samples["train"]
-    labels = ready.data.splits.labels
     return score(
         ready.model,
         samples,
@@ -206,11 +205,7 @@ def _score(ready: Ready, journal: Path, progress: Progress | None) -> Scores:
         hashes=samples.hashes,
         ids=samples.ids,
         lengths=samples.lengths,
-        record={
-            "data": ready.config.data.train,
-            "columns": ready.data.columns(),
-            "classes": None if labels is None else list(labels.names),
-        },
+        record=about_rows(ready.config, ready.data),
         journal=journal,
         progress=progress,
     )

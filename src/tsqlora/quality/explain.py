@@ -1,0 +1,107 @@
+"""Scores and the file they are of -> the samples to look at, with text, label, prediction and terms."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from tsqlora.data.rows import Source, open_split
+from tsqlora.data.tokenise import row_hash
+from tsqlora.errors import DataError
+from tsqlora.quality.scores import REASONS, Scores
+
+
+def suspicion(scores: Scores) -> Float[np.ndarray, " n"]:
+    """How likely each label is wrong, as an order: the calibrated loss above the median of its class.
+
+    A class that is hard as a whole is not suspected as a whole. Of a regression, the loss.
+    docs/log.md compares it with other measures.
+    """
+    loss = scores.terms["loss"].astype(np.float64)
+    groups = np.zeros(len(scores), dtype=np.int64) if scores.strata is None else scores.strata
+    for group in np.unique(groups):
+        loss[groups == group] -= np.median(loss[groups == group])
+    return loss
+
+
+def likely_wrong(scores: Scores) -> Bool[np.ndarray, " n"]:
+    """Rows of which the model says another class, as surely as it says that class of those labelled so.
+
+    As surely: with at least the mean probability that it gives the label of the class's rows
+    (Northcutt et al., 2021, confident learning).  None for a regression.
+    """
+    if not scores.stratified:
+        return np.zeros(len(scores), dtype=np.bool_)
+    said, sure = scores.predictions["predicted"], scores.predictions["predicted_probability"]
+    own, labels = scores.predictions["label_probability"], scores.labels
+    usual = {c: own[labels == c].mean() if (labels == c).any() else np.inf for c in np.unique(said)}
+    return (said != labels) & (sure >= np.array([usual[c] for c in said]))
+
+
+def explain(scores: Scores, n: int, *, data: Path | None = None) -> dict[str, Any]:
+    """The n samples of highest and lowest quality, the most suspicious, and likely wrong labels, as plain JSON.
+
+    Texts are looked up by hash in `data`, by default the file that the scores name.
+    Raises DataError where scores do not say enough, or the file lacks a row.
+    """
+    if not scores.predictions or "loss" not in scores.terms:
+        raise DataError("these scores do not say what the model predicts; score anew")
+    order, by_suspicion = np.argsort(-scores.quality, kind="stable"), np.argsort(-suspicion(scores), kind="stable")
+    wrong = by_suspicion[likely_wrong(scores)[by_suspicion]]
+    lists = {
+        "highest": order[:n],
+        "lowest": order[::-1][:n],
+        "suspicious": by_suspicion[:n],
+        "likely_wrong": wrong[:n],
+    }
+    texts = _texts(scores, np.unique(np.concatenate(list(lists.values()))), _source(scores, data))
+    samples = {name: [_sample(scores, int(j), texts[int(j)]) for j in rows] for name, rows in lists.items()}
+    return {**samples, "likely_wrong_rows": len(wrong)}
+
+
+def _source(scores: Scores, data: Path | None) -> Source:
+    named = data if data is not None else scores.record.get("data")
+    if named is None or scores.hashes is None or "columns" not in scores.record:
+        raise DataError("these scores do not name the rows they are of; name the file: --data FILE")
+    return open_split(named, split="train")
+
+
+def _texts(scores: Scores, rows: np.ndarray, source: Source) -> dict[int, str]:
+    """The text of each of these rows; a pair's two texts are a line each."""
+    assert scores.hashes is not None
+    columns = scores.record["columns"]
+    wanted = {scores.hashes[j] for j in rows}
+    found: dict[str, str] = {}
+    for chunk in source.chunks():
+        for row in chunk.rows:
+            if (name := row_hash(row, columns)) in wanted:
+                found[name] = _text(row, columns)
+    if missing := len(wanted - found.keys()):
+        raise DataError(f"{source.name} lacks {missing} of the rows that were scored; name that file: --data FILE")
+    return {int(j): found[scores.hashes[j]] for j in rows}
+
+
+def _text(row: Mapping[str, Any], columns: Mapping[str, str | None]) -> str:
+    used = (columns["text"], columns["text_pair"])
+    return "\n".join(str(row[column]) for column in used if column is not None)
+
+
+def _sample(scores: Scores, j: int, text: str) -> dict[str, Any]:
+    names = scores.record.get("classes")
+
+    def label(value: Any) -> Any:
+        return value.item() if names is None else names[int(value)]
+
+    predictions = {name: values[j] for name, values in scores.predictions.items()}
+    return {
+        "id": j if scores.ids is None else int(scores.ids[j]),
+        "text": text,
+        "label": label(scores.labels[j]),
+        "predicted": label(predictions.pop("predicted")),
+        **{name: float(value) for name, value in predictions.items()},
+        "quality": float(scores.quality[j]),
+        "reason": REASONS[0 if scores.reasons is None else int(scores.reasons[j])],
+        "terms": {name: float(values[j]) for name, values in scores.terms.items()},
+    }
