@@ -11,6 +11,7 @@ from rich.text import Text
 
 _STEPS = ("warm-up", "training")
 _BLOCKS_ABREAST = 12
+_STACKED_BELOW = 70
 _TEXT = 240
 """Characters of a sample that are shown."""
 
@@ -168,33 +169,45 @@ def show_explained(console: Console, explained: Mapping[str, Any]) -> None:
     for name, title in titles.items():
         console.print()
         if explained[name]:
-            console.print(_samples_table(title, explained[name]))
+            console.print(_samples_table(title, explained[name], console.width))
         else:
             console.print(title, markup=False)
 
 
-def _samples_table(title: str, samples: Sequence[Mapping[str, Any]]) -> Table:
-    # Texts are anybody's: as Text they hold no markup, and without control characters no escape sequence.
+def _samples_table(title: str, samples: Sequence[Mapping[str, Any]], width: int) -> Table:
+    """A row a sample; where there is no room for columns, its cells stand below each other."""
+    # Texts are anybody's: as Text they hold no markup.
     table = Table(title=Text(title), title_justify="left", box=None, padding=(0, 1, 0, 0))
-    table.add_column("id", justify="right", overflow="fold")
-    table.add_column("Q", justify="right", no_wrap=True)
+    if width < _STACKED_BELOW:
+        table.show_header = False
+        table.add_column(overflow="fold")
+        for sample in samples:
+            place, q, label, model, text = _sample_cells(sample)
+            table.add_row(Text.assemble(place, "  Q ", q, "  label ", label, "  model ", model, "\n", text))
+        return table
+    table.add_column("id", justify="right")
+    table.add_column("Q", justify="right")
     table.add_column("label", overflow="fold", max_width=20)
     table.add_column("model", overflow="fold", max_width=20)
     table.add_column("text, terms", ratio=1, overflow="fold")
     for sample in samples:
-        said = _label(sample["predicted"])
-        if "predicted_probability" in sample:
-            said += f" {sample['predicted_probability']:.0%}"
-        terms = "  ".join(f"{name} {value:.3g}" for name, value in sample["terms"].items())
-        dropped = "" if sample["reason"] == "kept" else f"dropped: {sample['reason']}  "
-        table.add_row(
-            str(sample["id"]),
-            f"{sample['quality']:.2f}",
-            Text(_label(sample["label"])),
-            Text(said),
-            Text.assemble(_shortened(sample["text"]), "\n", (dropped + terms, "dim")),
-        )
+        table.add_row(*_sample_cells(sample))
     return table
+
+
+def _sample_cells(sample: Mapping[str, Any]) -> tuple[Text, ...]:
+    said = _label(sample["predicted"])
+    if "predicted_probability" in sample:
+        said += f" {sample['predicted_probability']:.0%}"
+    terms = "  ".join(f"{name} {value:.3g}" for name, value in sample["terms"].items())
+    dropped = "" if sample["reason"] == "kept" else f"dropped: {sample['reason']}  "
+    return (
+        Text(str(sample["id"])),
+        Text(f"{sample['quality']:.2f}"),
+        Text(_label(sample["label"])),
+        Text(said),
+        Text.assemble(_shortened(sample["text"]), "\n", (dropped + terms, "dim")),
+    )
 
 
 def _label(value: Any) -> str:
