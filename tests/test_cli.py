@@ -453,11 +453,28 @@ def test_a_runs_own_scores_are_explained_too(trained: Path, tsqlora: Run) -> Non
     assert tsqlora("score", trained / "scores.parquet", "--explain", "1", "--json")[0] == 0
 
 
-@pytest.mark.parametrize(("arguments", "message"), [((), "give --explain N"), (("--explain", "0"), "at least 1")])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((), "give --explain N"), (("--explain", "0"), "at least 1"), (("--explain", "1", "--drop", "outlier"), "--drop")],
+)
 def test_scores_to_explain_need_a_number(arguments: tuple[str, ...], message: str, scored: Path, tsqlora: Run) -> None:
     code, text = refused(tsqlora, "score", scored, *arguments)
     assert code == 2
     assert message in text
+
+
+def test_dropped_rows_are_counted_and_named(trained: Path, tmp_path: Path, tsqlora: Run) -> None:
+    rows = read_rows(trained.parent / "train.jsonl").rows
+    doubled = write_jsonl(tmp_path / "doubled.jsonl", [*rows, *rows[:10]])
+    arguments = ("--set", f"data.train={doubled}", "--set", f"data.validation={trained.parent / 'test.jsonl'}")
+    out = tmp_path / "s.parquet"
+    code, printed, _ = tsqlora("score", trained, *arguments, "--drop", "duplicate", "--out", out, "--json")
+    assert code == 0
+    assert (json.loads(printed)["rows"], json.loads(printed)["kept"]) == (90, 80)
+    assert pq.read_table(out)["reason"].to_pylist().count("duplicate") == 10
+    code, text = refused(tsqlora, "score", trained, "--drop", "bad", "--out", tmp_path / "t.parquet")
+    assert code == 2
+    assert "choices: duplicate, outlier" in text
 
 
 def test_score_without_a_file_to_write_is_refused(place: Path, tsqlora: Run) -> None:

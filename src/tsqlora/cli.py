@@ -156,6 +156,10 @@ def score(
     source: Annotated[Path, typer.Argument(metavar="CONFIG|RUN|SCORES", help="Scores only to explain them.")],
     out: Annotated[Path | None, typer.Option(help="Parquet file to write.")] = None,
     set_: Set = None,
+    drop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KIND", help="Kind of rows that is never drawn, such as duplicate; repeatable."),
+    ] = None,
     explain: Annotated[
         int | None, typer.Option(metavar="N", help="Show the N best, worst and most suspicious samples.")
     ] = None,
@@ -182,15 +186,18 @@ def score(
         raise SettingsError(f"--explain {explain}: it must be at least 1")
     if known and explain is None:
         raise SettingsError(f"{source} has scores already; give --explain N to look at them")
+    if known and (drop or set_ or out):
+        raise SettingsError(f"{source} has scores already: --drop, --set and --out are for a CONFIG or a RUN")
     if known:
         out, scores = source, Scores.load(source)
     elif out is None:
         raise SettingsError("score writes a file; name it: --out scores.parquet")
     else:
         with Display(stderr) as display:
-            scores = scoring.score_rows(source, out, overrides=set_ or [], progress=display.progress)
+            scores = scoring.score_rows(source, out, overrides=set_ or [], drop=drop or [], progress=display.progress)
     keep = ("eta", "effective_sample_size", "reference_rows", "weights", "temperature", "scope")
-    result = {"scores": str(out), "rows": len(scores)} | {k: scores.record[k] for k in keep}
+    result = {"scores": str(out), "rows": len(scores), "kept": int(scores.kept.sum())}
+    result |= {k: scores.record[k] for k in keep}
     if explain is not None:
         result["explained"] = explain_samples(scores, explain, data=data)
     _print(result, as_json, show_scores)

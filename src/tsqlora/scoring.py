@@ -14,12 +14,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from tsqlora.config import Config, dump_config, load_config
 from tsqlora.data.prepare import Prepared
-from tsqlora.data.survey import Survey, store, survey_data
+from tsqlora.data.survey import Survey, store, survey_data, texts_of
 from tsqlora.data.write import require_place
 from tsqlora.errors import NotLearnedError, SettingsError
 from tsqlora.inference import device_of, open_run
 from tsqlora.pipeline import NOTHING_TO_SCORE, Job, about_rows, arguments, begin, how_to_read, load_model, with_slots
 from tsqlora.plan import scoring_plan, warmup_epochs
+from tsqlora.quality.drop import drop_rows, require_drops
 from tsqlora.quality.journal import bind, save_whole
 from tsqlora.quality.score import PAPER_TERMS, Progress, learned_on, reference_indices, score
 from tsqlora.quality.scores import Scores
@@ -40,16 +41,26 @@ class Ready:
     task: Task
     model: nn.Module
     collate: Collate
+    survey: Survey
     data: Prepared
 
 
-def score_rows(source: Path, out: Path, *, overrides: Sequence[str] = (), progress: Progress | None = None) -> Scores:
+def score_rows(
+    source: Path,
+    out: Path,
+    *,
+    overrides: Sequence[str] = (),
+    drop: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Scores:
     """All terms of every training row: after a config's warm-up, or by a run's weights.
 
     Rows are read in chunks, and samples are kept on disk. What is done is kept in OUT.partial
     until the scores are written: the same call after a kill goes on from there, and gives the
-    same file. Raises SettingsError where OUT.partial is of another scoring.
+    same file. Rows of the kinds in `drop` are never drawn from the scores. Raises SettingsError
+    where OUT.partial is of another scoring.
     """
+    require_drops(drop)
     require_place(out)
     with _partial(out) as (partial, tokens):
         if source.is_dir():
@@ -57,6 +68,7 @@ def score_rows(source: Path, out: Path, *, overrides: Sequence[str] = (), progre
         else:
             ready = _warmed_up(load_config(source, overrides), partial / "warm-up", tokens, progress)
         scores = _score(ready, partial / "scoring", progress)
+        scores = drop_rows(scores, drop, lambda: texts_of(ready.survey, "train"), tokens / "signatures")
         scores.save(out)
     return scores
 
@@ -105,7 +117,7 @@ def _run(source: Path, overrides: Sequence[str], tokens: Path) -> Ready:
     run = open_run(source, overrides)
     survey = replace(_survey(run.config), labels=run.labels)
     data = store(survey, run.tokenizer, tokens, max_length=run.max_length)
-    return Ready(run.config, _task(run.config), run.model, run.collate, data)
+    return Ready(run.config, _task(run.config), run.model, run.collate, survey, data)
 
 
 def _warmed_up(config: Config, folder: Path, tokens: Path, progress: Progress | None) -> Ready:
@@ -127,7 +139,7 @@ def _warmed_up(config: Config, folder: Path, tokens: Path, progress: Progress | 
     with torch.no_grad():
         for name, value in load_file(theta).items():
             model.get_parameter(name).copy_(value)
-    return Ready(config, job.task, model.to(device_of(config)), job.collate, data)
+    return Ready(config, job.task, model.to(device_of(config)), job.collate, survey, data)
 
 
 def _train(job: Job, folder: Path, progress: Progress | None) -> nn.Module:

@@ -68,6 +68,14 @@ def store(survey: Survey, tokenizer: PreTrainedTokenizerBase, folder: Path, *, m
     return Prepared(Splits({}, survey.columns, survey.labels), samples)
 
 
+def texts_of(survey: Survey, split: str) -> Iterator[str]:
+    """The text of every row of a split, in order; a pair's two texts are a line each."""
+    used = (survey.columns.text, survey.columns.text_pair)
+    for rows in _chunks_of(survey.sources[split], survey.places[split]):
+        for row in rows.rows:
+            yield "\n".join(str(row[column]) for column in used if column is not None)
+
+
 def _names(source: Source) -> tuple[str, ...]:
     """Every column that some row has, in the order of first appearance."""
     return tuple(dict.fromkeys(name for chunk in source.chunks() for name in column_names(chunk)))
