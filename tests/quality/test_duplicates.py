@@ -11,7 +11,8 @@ from tsqlora.errors import UnsupportedError
 from tsqlora.quality import duplicates
 from tsqlora.quality.duplicates import ALIKE, near_duplicates, shingles
 
-WORDS = ("the", "day", "was", "and", "it", "house", "tree", "river", "stone", "good", "warm", "glad", "sunny", "kind")
+FIRST = ("the", "day", "was", "and", "it", "house", "tree", "river", "stone", "good", "warm", "glad", "sunny", "kind")
+WORDS = (*FIRST, "bad", "poor", "cold", "sad", "rainy", "mean", "window", "paper", "orange", "seven", "market")
 
 
 def texts_of(n: int, seed: int = 0, words: int = 40) -> list[str]:
@@ -44,7 +45,7 @@ def test_of_equal_texts_the_best_stays_and_of_equal_ones_the_first(tmp_path: Pat
 def test_a_word_changed_in_a_long_text_makes_no_other_text(tmp_path: Path) -> None:
     texts = texts_of(30, words=120)
     changed = [text.replace(text.split()[60], "other", 1) for text in texts]
-    assert min(overlap(a, b) for a, b in zip(texts, changed, strict=True)) > 0.95
+    assert min(overlap(a, b) for a, b in zip(texts, changed, strict=True)) > 0.94
     assert dropped([*texts, *changed], tmp_path) == list(range(30, 60))
 
 
