@@ -1,6 +1,7 @@
 """What is read in chunks and kept on disk is what reading everything gives: the slow twin is `prepare`."""
 
 import pickle
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,24 @@ def test_what_is_wrong_is_said_alike(
     with pytest.raises(DataError) as fast:
         store(survey_data(str(train), **options()), tokenizer, tmp_path, max_length=8)
     assert str(fast.value) == str(slow.value)
+
+
+def peak_of_streaming(rows: int, tokenizer: PreTrainedTokenizerBase, folder: Path) -> int:
+    train = write_jsonl(folder / "train.jsonl", make_rows(rows))
+    tracemalloc.start()
+    kept = store(survey_data(str(train), **options()), tokenizer, folder, max_length=8)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(kept.samples["train"]) == rows * 3 // 4
+    return peak
+
+
+def test_more_rows_take_no_more_memory_than_a_few_numbers_each(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    few, many = (peak_of_streaming(rows, tokenizer, tmp_path) for rows in (2000, 8000))
+    # A row read whole, and its three lists of tokens, are more than 1,500.
+    assert (many - few) / 6000 < 300
 
 
 def test_every_reader_gives_one_row_after_the_other(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from tsqlora.quality.sampling import draw, effective_sample_size, probabilities,
 from tsqlora.quality.terms import quality, standardise
 
 _METADATA = b"tsqlora"
+_ROW_GROUP = 1 << 15
+"""Rows that are encoded, in memory, at a time."""
 _OWN = ("id", "hash", "label", "quality", "probability", "reason")
 
 REASONS = ("kept", "duplicate", "outlier", "confident negative")
@@ -97,7 +99,7 @@ class Scores:
         metadata = {_METADATA: json.dumps(about, allow_nan=False, default=_plain).encode()}
         # Whole or not at all: a run that is resumed takes what it finds.
         unfinished = Path(f"{path}.tmp")
-        pq.write_table(pa.table(columns).replace_schema_metadata(metadata), unfinished)
+        pq.write_table(pa.table(columns).replace_schema_metadata(metadata), unfinished, row_group_size=_ROW_GROUP)
         unfinished.replace(path)
 
     @classmethod
