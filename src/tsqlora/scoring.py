@@ -66,8 +66,8 @@ def score_rows(
         if source.is_dir():
             ready = _run(source, overrides, tokens)
         else:
-            ready = _warmed_up(load_config(source, overrides), partial / "warm-up", tokens, progress)
-        scores = _score(ready, partial / "scoring", progress)
+            ready = warmed_up(load_config(source, overrides), partial / "warm-up", tokens, progress)
+        scores = score_ready(ready, partial / "scoring", progress)
         scores = drop_rows(scores, drop, lambda: texts_of(ready.survey, "train"), tokens / "signatures")
         scores.save(out)
     return scores
@@ -120,7 +120,7 @@ def _run(source: Path, overrides: Sequence[str], tokens: Path) -> Ready:
     return Ready(run.config, _task(run.config), run.model, run.collate, survey, data)
 
 
-def _warmed_up(config: Config, folder: Path, tokens: Path, progress: Progress | None) -> Ready:
+def warmed_up(config: Config, folder: Path, tokens: Path, progress: Progress | None) -> Ready:
     """Trains the warm-up, unless the folder has what came of it.
 
     It begins anew at the last epoch that was finished. The weights are always those of the
@@ -199,7 +199,8 @@ class StopOnceLearned(TrainerCallback):
             test.require()
 
 
-def _score(ready: Ready, journal: Path, progress: Progress | None) -> Scores:
+def score_ready(ready: Ready, journal: Path | None = None, progress: Progress | None = None) -> Scores:
+    """Every training row's scores; with a journal they are resumable."""
     q, seed, samples = ready.config.quality, ready.config.training.seed, ready.data.samples["train"]
     return score(
         ready.model,
