@@ -78,6 +78,7 @@ def run(name: str, wrong: float, seed: int, shared: Path, folder: Path) -> dict[
     scores = score_ready(ready)
     logits = predict_logits(ready.model, ready.data.samples["train"].samples, ready.collate, batch_size=64)
     assert len(scores) == ROWS
+    classes = scores.record["classes"]
     found = measures(scores, logits.astype(np.float64))
     return {
         "average_precision": {n: float(average_precision_score(bad, v)) for n, v in found.items()},
@@ -88,7 +89,9 @@ def run(name: str, wrong: float, seed: int, shared: Path, folder: Path) -> dict[
             "recall": float(likely_wrong(scores)[bad].mean()),
         },
         "wrong": float(bad.mean()),
-        "accuracy_on_true_labels": float((scores.predictions["predicted"] == np.where(bad, -1, scores.labels)).mean()),
+        "accuracy": float(
+            np.mean([classes[j] == y for j, y in zip(scores.predictions["predicted"], true, strict=True)])
+        ),
         "warmup_steps": steps["warm-up"],
         "seconds": time.time() - began,
     }
