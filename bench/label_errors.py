@@ -30,7 +30,7 @@ from tsqlora.scoring import score_ready, warmed_up
 from tsqlora.training.predict import predict_logits
 
 ROWS, WRONG, SEEDS = 1000, (0.1, 0.2, 0.4), (0, 1)
-SETTINGS = {"sst2": {"max_length": 64}, "bbc": {"max_length": 64}}
+SETTINGS = {"sst2": {"max_length": 32}, "bbc": {"max_length": 32}}
 VALIDATION = 100
 
 

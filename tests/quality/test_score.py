@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tsqlora as tsq
 from models import collate, lora, samples, tiny_bert, tiny_llama_classifier
@@ -144,7 +145,8 @@ def test_scores_in_float32_are_the_twins_to_three_digits(make: Callable[[], tupl
 def test_scores_under_bfloat16_autocast_are_the_twins_under_it_to_two_digits() -> None:
     model, rows = adapted(dtype=torch.float32)
     scores = score(model, rows, terms=ALL_TERMS[::2], calibration=False, autocast=torch.bfloat16)
-    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+    # With the attention that scoring uses for short samples: the fused one differs by more than two digits here.
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False), sdpa_kernel(SDPBackend.MATH):
         twin = slow(model, rows, REFERENCE)
     for name in ("loss", "gradient_norm", "convergence"):
         wanted = getattr(twin, name)
@@ -196,7 +198,9 @@ def test_the_other_terms_are_what_they_say() -> None:
 def test_predictions_are_the_calibrated_models() -> None:
     model, rows = adapted()
     scores = score(model, rows)
-    p = (logits_of(model, rows) + slow_offsets(model, [rows[j] for j in REFERENCE])).double().softmax(1)
+    logits = logits_of(model, rows) + slow_offsets(model, [rows[j] for j in REFERENCE])
+    p = logits.double().softmax(1)
+    np.testing.assert_allclose(scores.predictions["logits"], logits, rtol=1e-4, atol=1e-5)
     labels = torch.tensor([row["labels"] for row in rows])
     np.testing.assert_array_equal(scores.predictions["predicted"], p.argmax(1))
     np.testing.assert_allclose(scores.predictions["predicted_probability"], p.amax(1), rtol=1e-4)

@@ -47,6 +47,7 @@ def assert_equal(left: Scores, right: Scores) -> None:
         {"hashes": None},
         {"stratified": False, "labels": np.linspace(0, 1, 30)},
         {"predictions": {"predicted": np.arange(30) % 2, "label_probability": np.linspace(0, 1, 30)}},
+        {"predictions": {"logits": np.random.default_rng(0).normal(size=(30, 3)).astype(np.float32)}},
     ],
     ids=str,
 )

@@ -94,13 +94,13 @@ def _sample(scores: Scores, j: int, text: str) -> dict[str, Any]:
     def label(value: Any) -> Any:
         return value.item() if names is None else names[int(value)]
 
-    predictions = {name: values[j] for name, values in scores.predictions.items()}
+    sure = ("predicted_probability", "label_probability")
     return {
         "id": j if scores.ids is None else int(scores.ids[j]),
         "text": text,
         "label": label(scores.labels[j]),
-        "predicted": label(predictions.pop("predicted")),
-        **{name: float(value) for name, value in predictions.items()},
+        "predicted": label(scores.predictions["predicted"][j]),
+        **{name: float(scores.predictions[name][j]) for name in sure if name in scores.predictions},
         "quality": float(scores.quality[j]),
         "reason": REASONS[0 if scores.reasons is None else int(scores.reasons[j])],
         "terms": {name: float(values[j]) for name, values in scores.terms.items()},

@@ -3,13 +3,14 @@
 import torch
 from torch import Tensor
 
+from tsqlora.gradients.ghost import wide
 from tsqlora.quality.terms import Measured
 from tsqlora.tasks import Task
 
 
 def predictions(measured: Measured, task: Task) -> dict[str, Tensor]:
-    """`predicted`; and for classes `predicted_probability` and `label_probability`, n numbers each."""
-    logits = measured.logits.float()
+    """`predicted`; and for classes `predicted_probability` and `label_probability`, n numbers, and `logits`, n × k."""
+    logits = wide(measured.logits)
     predicted = torch.as_tensor(task.predictions(logits.cpu().numpy()))
     if logits.shape[1] == 1:
         return {"predicted": predicted}
@@ -18,4 +19,5 @@ def predictions(measured: Measured, task: Task) -> dict[str, Tensor]:
         "predicted": predicted,
         "predicted_probability": p.amax(1),
         "label_probability": p.gather(1, measured.labels[:, None]).squeeze(1),
+        "logits": logits,
     }

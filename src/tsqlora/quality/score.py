@@ -244,9 +244,10 @@ def _pass(
 def _fill(columns: dict[str, np.ndarray], indices: np.ndarray, numbers: Mapping[str, np.ndarray], rows: int) -> None:
     """Puts the numbers of some of the rows into their places."""
     for name, value in numbers.items():
-        if value.shape != (len(indices),):
+        width = value.shape[1:] if name == "logits" else ()
+        if value.shape != (len(indices), *width):
             raise SettingsError(f"quality term '{name}' gives {value.shape} for {len(indices)} samples")
-        columns.setdefault(name, np.empty(rows, dtype=value.dtype))[indices] = value
+        columns.setdefault(name, np.empty((rows, *width), dtype=value.dtype))[indices] = value
 
 
 def _autocast(model: nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[Any]:

@@ -22,8 +22,8 @@ _OWN = ("id", "hash", "label", "quality", "probability", "reason")
 REASONS = ("kept", "duplicate", "outlier", "confident negative")
 """Why a row is drawn from or dropped; `Scores.reasons` holds places in this table."""
 
-PREDICTIONS = ("predicted", "predicted_probability", "label_probability")
-"""What the calibrated model says of a row: class or number, and for classes its probability and the label's."""
+PREDICTIONS = ("predicted", "predicted_probability", "label_probability", "logits")
+"""What the calibrated model says of a row: class or number; for classes its probability, the label's, and k logits."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,7 +90,7 @@ class Scores:
         columns |= {
             "label": self.labels,
             **self.terms,
-            **self.predictions,
+            **{name: _column(values) for name, values in self.predictions.items()},
             "quality": self.quality,
             "probability": self.probability,
             "reason": pa.DictionaryArray.from_arrays(_codes(self), pa.array(REASONS)),
@@ -116,7 +116,7 @@ class Scores:
         if metadata is None or missing:
             raise DataError(f"{path}: not a file of scores; `tsqlora score` writes one")
         record = json.loads(metadata)
-        columns = {name: table[name].to_numpy() for name in table.column_names if name not in ("hash", "reason")}
+        columns = {name: _numbers(table[name]) for name in table.column_names if name not in ("hash", "reason")}
         return cls(
             terms={name: values for name, values in columns.items() if name not in (*_OWN, *PREDICTIONS)},
             labels=columns["label"],
@@ -129,6 +129,18 @@ class Scores:
             reasons=_reasons(table, path) if "reason" in table.column_names else None,
             predictions={name: columns[name] for name in PREDICTIONS if name in columns},
         )
+
+
+def _column(values: np.ndarray) -> Any:
+    """Numbers as Parquet takes them: of a matrix a list a row."""
+    return values if values.ndim == 1 else pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
+
+
+def _numbers(column: pa.ChunkedArray) -> np.ndarray:
+    """What `_column` was made of."""
+    if not pa.types.is_fixed_size_list(column.type):
+        return column.to_numpy()
+    return column.combine_chunks().flatten().to_numpy().reshape(len(column), column.type.list_size)
 
 
 def _codes(scores: Scores) -> np.ndarray:
