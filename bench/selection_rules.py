@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import scipy.special
 
-from tsqlora.quality.reject import MOST, most_surprising, noise_rate
+from tsqlora.quality.reject import FACTOR, reject
 from tsqlora.quality.sampling import draw as gumbel_draw
 from tsqlora.quality.sampling import draw_size
 from tsqlora.quality.terms import quality, standardise
@@ -79,26 +79,34 @@ def _drawn(seen: Seen, epoch: int, q: np.ndarray, temperature: float = 1.0) -> D
     return Draw(gumbel_draw(q, fraction=seen.fraction, temperature=temperature, rng=rng, strata=seen.labels).indices)
 
 
-def rejection(factor: float = 1.5, *, gate: bool = True, even: bool = True, refresh: int = 0) -> Rule:
-    """Leaves out the most surprising rows, `factor` times as many as labels seem wrong; of the rest a random share.
+def rejection(factor: float = FACTOR, *, refresh: int = 0) -> Rule:
+    """The most doubtful labels left out, `factor` times as many as seem wrong; of the rest passes as random's.
 
-    `gate`: none where wrong labels are not evident. `even`: passes over the rest, as random's; else
-    independent draws, in each class its share. After a refresh as many are left out, but those of the newer losses.
+    After a refresh the newer logits decide anew, unless they show no wrong labels.
     """
 
     def draw(seen: Seen, epoch: int) -> Draw:
-        first = scipy.special.softmax(seen.logits if seen.first_logits is None else seen.first_logits, axis=1)
-        noise = noise_rate(first.max(1), first.argmax(1) == seen.labels)
-        share = min(factor * noise.rate, MOST) if noise.evident or not gate else 0.0
-        mask = most_surprising(seen.loss, seen.labels, round(share * len(seen.labels)))
-        drawn = (
-            Draw(stretch(seen.seed, seen.fraction, np.flatnonzero(~mask), len(mask), epoch))
-            if even
-            else _drawn(seen, epoch, np.where(mask, -np.inf, 0.0))
-        )
-        return replace(drawn, rejected=mask, note={"noise": noise.to_dict(), "rejected": float(mask.mean())})
+        mask, noise = reject(seen.logits, seen.labels, factor=factor)
+        if seen.first_logits is not None and not noise.evident:
+            mask, noise = reject(seen.first_logits, seen.labels, factor=factor)
+        rows = stretch(seen.seed, seen.fraction, np.flatnonzero(~mask), len(mask), epoch)
+        return Draw(rows, rejected=mask, note={"noise": noise.to_dict(), "rejected": float(mask.mean())})
 
-    return Rule(draw, refresh=refresh, once=True)
+    return Rule(draw, refresh=refresh, once=not refresh)
+
+
+def always_reject(seen: Seen, epoch: int) -> Draw:
+    """Half as many again as contradict the most confident third, at most 40 %, whether or not labels seem wrong.
+
+    Those of largest loss above their class's median; of the rest in each class its share.
+    """
+    sure = np.argsort(-scipy.special.softmax(seen.logits, axis=1).max(1), kind="stable")[: round(len(seen.labels) / 3)]
+    share = min(1.5 * float((seen.logits.argmax(1) != seen.labels)[sure].mean()), 0.4)
+    surprise = seen.loss - np.array([np.median(seen.loss[seen.labels == label]) for label in seen.labels])
+    mask = np.zeros(len(surprise), dtype=bool)
+    mask[np.argsort(-surprise, kind="stable")[: round(share * len(mask))]] = True
+    drawn = _drawn(seen, epoch, np.where(mask, -np.inf, 0.0))
+    return replace(drawn, rejected=mask, note={"rejected": float(mask.mean())})
 
 
 def oracle(seen: Seen, epoch: int) -> Draw:
@@ -140,13 +148,9 @@ RULES: dict[str, Rule] = {
     "random": Rule(None),
     "oracle": Rule(oracle),
     "reject": rejection(),
+    "reject, factor 1.5": rejection(1.5),
     "reject, refreshed": rejection(refresh=1),
-    "reject, refreshed each epoch": rejection(refresh=5),
-    "reject 1": rejection(1.0),
-    "reject 2": rejection(2.0),
-    "reject 2, refreshed": rejection(2.0, refresh=1),
-    "reject, no gate": rejection(gate=False, even=False),
-    "reject 1, no gate": rejection(1.0, gate=False, even=False),
+    "always reject": Rule(always_reject, once=True),
     "C - loss, t=3": softmax({"convergence": 1.0, "loss": -1.0}, 3.0),
     "-loss, t=1": softmax({"loss": -1.0}, 1.0),
     "paper": softmax({"gradient_norm": 1 / 3, "loss_reduction": 1 / 3, "convergence": 1 / 3}, 1.0),

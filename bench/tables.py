@@ -1,6 +1,7 @@
 """Writes the tables of docs/ from bench/results/*.json: python bench/tables.py [--check]
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`. Where a file of results has several, NAME is
+the file's, a hyphen and the table's.
 """
 
 import json
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.stats
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -54,9 +56,101 @@ def rank_agreement(results: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def selection_cells(results: Mapping[str, Any]) -> list[list[str]]:
+    """Test accuracy of random by cell, and each rule's points above or below it."""
+    runs = _selection(results)
+    cells = sorted({cell for _, cell in runs}, key=lambda cell: (-cell[1], cell[3], cell[0], cell[2]))
+    rows = [["rule", *(_cell_name(cell) for cell in cells)]]
+    for rule in _rules(runs):
+        shown = []
+        for cell in cells:
+            run, control = runs.get((rule, cell)), runs.get(("random", cell))
+            if run is None or control is None:
+                shown.append("–")
+            elif rule == "random":
+                shown.append(f"{100 * control:.1f}")
+            else:
+                shown.append(f"{100 * (run - control):+.1f}")
+        rows.append([rule, *shown])
+    return rows
+
+
+def selection_differences(results: Mapping[str, Any]) -> list[list[str]]:
+    """Paired differences in points over the cells that both have: mean, 95 % t-interval, worst cell."""
+    runs = _selection(results)
+    rows = [["labels", "rule", "minus", "cells", "mean", "95 % interval", "worst cell"]]
+    for wrong, fraction in sorted({(cell[1], cell[3]) for _, cell in runs}, key=lambda kind: (-kind[0], -kind[1])):
+        of = {(r, c): a for (r, c), a in runs.items() if (c[1], c[3]) == (wrong, fraction)}
+        for rule in _rules(of):
+            for other in ("random", "all"):
+                pairs = {c: a - of[other, c] for (r, c), a in of.items() if r == rule and (other, c) in of}
+                if rule != other and pairs:
+                    labels = f"{wrong:.0%} wrong" if wrong else "clean"
+                    labels += "" if fraction == 0.5 else f", fraction {fraction:g}"
+                    rows.append([labels, rule, other, *_paired(pairs)])
+    return rows
+
+
+def _paired(pairs: Mapping[tuple[Any, ...], float]) -> list[str]:
+    values = 100 * np.array(list(pairs.values()))
+    worst = min(pairs, key=lambda cell: pairs[cell])
+    interval = "–"
+    if len(values) > 1:
+        half = scipy.stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+        interval = f"{values.mean() - half:+.1f} to {values.mean() + half:+.1f}"
+    name = f"{values.min():+.1f} ({worst[0]}, seed {worst[2]})"
+    return [str(len(values)), f"{values.mean():+.1f}", interval, name]
+
+
+Cell = tuple[str, float, int, float]
+
+
+def _selection(results: Mapping[str, Any]) -> dict[tuple[str, Cell], float]:
+    runs = results["results"].values()
+    return {(r["rule"], (r["task"], r["wrong"], r["seed"], r["fraction"])): r["test"]["accuracy"] for r in runs}
+
+
+def _rules(runs: Mapping[tuple[str, Cell], float]) -> list[str]:
+    """Random first, then as many cells as a rule has."""
+    names = [rule for rule, _ in runs]
+    return sorted(dict.fromkeys(names), key=lambda rule: (rule != "random", -names.count(rule)))
+
+
+def _cell_name(cell: Cell) -> str:
+    task, wrong, seed, fraction = cell
+    share = "" if fraction == 0.5 else f", fraction {fraction:g}"
+    return f"{task} {f'{wrong:.0%} wrong' if wrong else 'clean'}, seed {seed}{share}"
+
+
+def selection_bank(results: Mapping[str, Any]) -> list[list[str]]:
+    """By cell: contradictions of the most confident, the fit, what is rejected; ROC areas of finding wrong labels."""
+    states = sorted(results["results"].values(), key=lambda s: (-s["wrong"], s["task"], s["seed"], -s["fraction"]))
+    names = list(dict.fromkeys(name for s in states for name in s["auc"]))
+    shares = list(states[0]["contradicted"])
+    head = ["cell", "test accuracy", *(f"contradicted, top {float(share):.0%}" for share in shares), "best scale"]
+    rows = [[*head, "rate of wrong labels", "rejected", "of them wrong", "of the wrong", *names]]
+    for s in states:
+        noise = s["noise"]
+        rows.append(
+            [
+                _cell_name((s["task"], s["wrong"], s["seed"], s["fraction"])),
+                f"{100 * s['accuracy']:.1f}",
+                *(f"{s['contradicted'][share]:.0%}" for share in shares),
+                f"{s['best_scale']:.2f}",
+                f"{noise['rate']:.1%} ({noise['low']:.1%} to {noise['high']:.1%})",
+                *("–" if s[key] is None else f"{s[key]:.0%}" for key in ("rejected", "precision", "recall")),
+                *(f"{s['auc'][name]:.2f}" if name in s["auc"] else "–" for name in names),
+            ]
+        )
+    return rows
+
+
 TABLES: dict[str, Callable[[Mapping[str, Any]], list[list[str]]]] = {
     "quality_rules": quality_rules,
     "rank_agreement": rank_agreement,
+    "selection-cells": selection_cells,
+    "selection-differences": selection_differences,
+    "selection_bank": selection_bank,
 }
 
 
@@ -72,7 +166,7 @@ def rendered(text: str) -> str:
 
     def table(match: re.Match[str]) -> str:
         name = match["name"]
-        results = json.loads((RESULTS / f"{name}.json").read_text())
+        results = json.loads((RESULTS / f"{name.partition('-')[0]}.json").read_text())
         return f"{match[1]}\n{markdown(TABLES[name](results))}\n{match[3]}"
 
     return MARKED.sub(table, text)

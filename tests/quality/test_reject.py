@@ -2,132 +2,165 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binom
+from scipy.optimize import approx_fprime
+from scipy.special import softmax
 
-from tsqlora.errors import SettingsError
-from tsqlora.quality.reject import most_surprising, noise_rate, reject, surprise
+from tsqlora.errors import SettingsError, TsqLoraError
+from tsqlora.quality.reject import LabelNoise, _loss, label_noise, reject
 
 SEEDS = st.integers(0, 2**32 - 1)
 
 
-def two_classes(seed: int, *, rows: int = 600, wrong: float = 0.0, sure: float = 3.0) -> dict[str, np.ndarray]:
-    """Rows of a model whose logit for class 1 is ±`sure` with noise; so many of the labels are turned round."""
+def rows_of(
+    seed: int, *, rows: int = 800, classes: int = 2, wrong: float = 0.0, sure: float = 3.0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Logits, labels, and which are wrong: labels come from the logits' softmax, then so many are replaced."""
     rng = np.random.default_rng(seed)
-    true = rng.permutation(rows) % 2
+    logits = sure * rng.normal(size=(rows, classes))
+    chances = softmax(logits, axis=1).cumsum(1)
+    true = np.minimum((rng.random(rows)[:, None] > chances).sum(1), classes - 1)
     bad = rng.permutation(rows) < round(wrong * rows)
-    labels = np.where(bad, 1 - true, true)
-    margin = (2 * true - 1) * sure + rng.normal(size=rows)
-    p = 1 / (1 + np.exp(-margin))
-    return {
-        "confidence": np.maximum(p, 1 - p),
-        "agrees": (p > 0.5) == (labels == 1),
-        "loss": -np.log(np.where(labels == 1, p, 1 - p)),
-        "labels": labels,
-        "bad": bad,
-    }
+    return logits, np.where(bad, (true + rng.integers(1, classes, size=rows)) % classes, true), bad
 
 
-def known(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {name: values for name, values in rows.items() if name != "bad"}
-
-
-def test_the_rate_by_hand() -> None:
-    confidence = np.array([0.9, 0.6, 0.8, 0.5, 0.95, 0.7])
-    agrees = np.array([True, False, False, False, True, True])
-    found = noise_rate(confidence, agrees, confident=0.5)
-    assert (found.rate, found.rows) == (1 / 3, 3)
-    assert found.expected == pytest.approx((0.1 + 0.2 + 0.05) / 3)
-
-
-@given(wrong=st.integers(0, 40), rows=st.integers(1, 40), level=st.sampled_from([0.6, 0.95]))
-def test_a_bound_is_the_rate_at_which_the_count_has_the_other_level(wrong: int, rows: int, level: float) -> None:
-    wrong = min(wrong, rows)
-    found = noise_rate(np.full(rows, 0.9), np.arange(rows) >= wrong, confident=1.0, level=level)
-    assert found.low <= found.rate <= found.high
-    # So many or more contradictions at the lower bound, so many or fewer at the upper: each has chance 1 − level.
-    if wrong:
-        assert binom.sf(wrong - 1, rows, found.low) == pytest.approx(1 - level)
-    if wrong < rows:
-        assert binom.cdf(wrong, rows, found.high) == pytest.approx(1 - level)
-
-
-@given(seed=SEEDS)
-def test_the_order_of_the_rows_decides_nothing(seed: int) -> None:
-    rows = known(two_classes(seed, rows=60, wrong=0.2))
-    rows["confidence"] = np.round(rows["confidence"], 2)
-    order = np.random.default_rng(seed).permutation(60)
-    mask, noise = reject(**rows)
-    moved, again = reject(**{name: values[order] for name, values in rows.items()})
-    assert (again.rate, again.low, again.rows) == (noise.rate, noise.low, noise.rows)
-    assert again.expected == pytest.approx(noise.expected)
-    np.testing.assert_array_equal(moved, mask[order])
-
-
-@given(seed=SEEDS, wrong=st.sampled_from([0.1, 0.2, 0.4]))
-def test_wrong_labels_are_counted_and_found(seed: int, wrong: float) -> None:
-    rows = two_classes(seed, wrong=wrong)
-    mask, noise = reject(**known(rows), factor=1.0, most=0.9)
+@settings(max_examples=12)
+@given(seed=SEEDS, wrong=st.sampled_from([0.1, 0.2, 0.4]), classes=st.sampled_from([2, 3, 6]))
+def test_the_rate_of_wrong_labels_is_found(seed: int, wrong: float, classes: int) -> None:
+    logits, labels, _ = rows_of(seed, wrong=wrong, classes=classes, rows=2000)
+    noise = label_noise(logits, labels)
     assert noise.evident
-    assert noise.rate == pytest.approx(wrong, abs=0.12)
-    assert mask.sum() == round(noise.rate * 600)
-    if wrong <= noise.rate:
-        assert mask[rows["bad"]].mean() > 0.9
-    else:
-        assert rows["bad"][mask].mean() > 0.9
+    assert noise.rate == pytest.approx(wrong, abs=0.1)
+    assert 0 < noise.low < noise.rate < noise.high
 
 
+@settings(max_examples=12)
+@given(seed=SEEDS, sure=st.sampled_from([0.1, 1.0, 4.0]), classes=st.sampled_from([2, 5]))
+def test_hard_rows_are_no_wrong_labels(seed: int, sure: float, classes: int) -> None:
+    logits, labels, _ = rows_of(seed, sure=sure, classes=classes)
+    noise = label_noise(logits, labels, level=0.9999)
+    assert not noise.evident
+    assert noise.low == 0
+
+
+def test_the_test_of_right_labels_errs_as_often_as_its_level_says() -> None:
+    found = [label_noise(*rows_of(seed, rows=300)[:2], level=0.8).evident for seed in range(60)]
+    # 20 % of 60, give or take three standard errors.
+    assert 3 <= sum(found) <= 21
+
+
+@settings(max_examples=8)
+@given(seed=SEEDS, scale=st.sampled_from([0.01, 0.5, 7.0]), shift=st.floats(-5, 5))
+def test_scale_and_a_constant_of_a_row_change_nothing(seed: int, scale: float, shift: float) -> None:
+    logits, labels, _ = rows_of(seed, wrong=0.2, rows=300)
+    mask, noise = reject(logits, labels)
+    again, scaled = reject(scale * logits + shift * np.arange(300)[:, None] / 300, labels)
+    assert scaled.rate == pytest.approx(noise.rate, abs=1e-3)
+    assert scaled.scale * scale == pytest.approx(noise.scale, rel=1e-2)
+    assert abs(int(again.sum()) - int(mask.sum())) <= 1
+
+
+@settings(max_examples=8)
 @given(seed=SEEDS)
-def test_nothing_is_rejected_from_clean_rows(seed: int) -> None:
-    mask, noise = reject(**known(two_classes(seed)))
+def test_the_order_of_rows_and_the_names_of_classes_change_nothing(seed: int) -> None:
+    logits, labels, _ = rows_of(seed, wrong=0.2, rows=300, classes=3)
+    rng = np.random.default_rng(seed)
+    order, names = rng.permutation(300), rng.permutation(3)
+    noise = label_noise(logits, labels)
+    moved = label_noise(logits[order][:, np.argsort(names)], names[labels[order]])
+    assert moved.rate == pytest.approx(noise.rate, abs=1e-4)
+    assert moved.statistic == pytest.approx(noise.statistic, abs=1e-3)
+
+
+@settings(max_examples=8)
+@given(seed=SEEDS, rate=st.floats(0.01, 0.6), scale=st.floats(0.1, 5), classes=st.integers(2, 4))
+def test_the_gradient_is_that_of_the_likelihood(seed: int, rate: float, scale: float, classes: int) -> None:
+    logits, labels, _ = rows_of(seed, rows=40, classes=classes, wrong=0.2)
+    at = np.array([rate, scale])
+    value, gradient = _loss(at, logits, labels)
+    by_hand = [
+        (1 - rate) * p[y] + rate * (1 - p[y]) / (classes - 1)
+        for p, y in zip(softmax(scale * logits, axis=1), labels, strict=True)
+    ]
+    assert value == pytest.approx(-np.mean(np.log(by_hand)))
+    expected = approx_fprime(at, lambda x: _loss(x, logits, labels)[0], 1e-7)
+    np.testing.assert_allclose(gradient, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_doubt_by_hand() -> None:
+    noise = LabelNoise(0.2, 0.1, 0.3, 9.0, 0.95, 1.0, 100)
+    logits = np.array([[math.log(3), 0.0], [math.log(3), 0.0]])
+    # Right with 0.8 · ¾ against wrong with 0.2 · ¼, and 0.8 · ¼ against 0.2 · ¾.
+    assert noise.doubt(logits, np.array([0, 1])).tolist() == pytest.approx([0.05 / 0.65, 0.15 / 0.35])
+
+
+@settings(max_examples=8)
+@given(seed=SEEDS)
+def test_doubts_add_up_to_the_rate(seed: int) -> None:
+    logits, labels, _ = rows_of(seed, wrong=0.2, classes=3)
+    noise = label_noise(logits, labels)
+    # Where the likelihood is greatest, its derivative in the rate says just that.
+    assert noise.doubt(logits, labels).mean() == pytest.approx(noise.rate, abs=1e-3)
+
+
+@settings(max_examples=8)
+@given(seed=SEEDS)
+def test_what_is_rejected_is_mostly_wrong(seed: int) -> None:
+    logits, labels, bad = rows_of(seed, wrong=0.2, sure=6.0, rows=2000, classes=4)
+    mask, noise = reject(logits, labels, factor=1.0)
+    assert bad[mask].mean() > 0.75
+    doubts = noise.doubt(logits, labels)
+    assert doubts[mask].min() >= doubts[~mask].max()
+
+
+def test_as_many_are_rejected_as_factor_and_limit_say() -> None:
+    logits, labels, _ = rows_of(0, wrong=0.2)
+    rate = label_noise(logits, labels).rate
+    for factor, most in ((0.0, 0.4), (0.5, 0.4), (1.0, 0.4), (5.0, 0.4), (5.0, 0.1)):
+        mask, _ = reject(logits, labels, factor=factor, most=most)
+        assert mask.sum() == round(min(factor * rate, most) * 800)
+
+
+def test_nothing_is_rejected_where_nothing_is_evident() -> None:
+    mask, noise = reject(*rows_of(1)[:2])
     assert not noise.evident
     assert not mask.any()
 
 
-@given(seed=SEEDS)
-def test_nothing_is_rejected_by_a_model_that_expects_to_be_contradicted(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    confidence = rng.uniform(0.5, 0.65, size=400)
-    # Right less often than it expects only by chance: at most 5 times in 100, and never so in the mean.
-    agrees = rng.permutation(400) < 260
-    mask, noise = reject(confidence, agrees, -np.log(confidence), np.zeros(400, dtype=np.int64))
-    assert noise.expected > 0.35
-    assert bool(mask.any()) == noise.evident == (noise.low > noise.expected)
-
-
-def test_as_many_are_rejected_as_factor_and_limit_say() -> None:
-    rows = known(two_classes(0, wrong=0.2))
-    rate = noise_rate(rows["confidence"], rows["agrees"]).rate
-    for factor, most in ((0.5, 0.4), (1.0, 0.4), (1.5, 0.4), (5.0, 0.4), (5.0, 0.1)):
-        mask, _ = reject(**rows, factor=factor, most=most)
-        assert mask.sum() == round(min(factor * rate, most) * 600)
-
-
-def test_surprise_by_hand() -> None:
-    loss = np.array([0.1, 2.0, 0.3, 1.0, 4.0])
-    labels = np.array(["a", "b", "a", "b", "b"])
-    assert surprise(loss, labels).tolist() == pytest.approx([-0.1, 0.0, 0.1, -1.0, 2.0])
-    assert most_surprising(loss, labels, 2).tolist() == [False, False, True, False, True]
-
-
-@given(seed=SEEDS, shift=st.floats(0, 5))
-def test_a_class_that_is_harder_as_a_whole_loses_no_more_rows(seed: int, shift: float) -> None:
-    rng = np.random.default_rng(seed)
-    loss, labels = rng.exponential(size=50), rng.integers(0, 3, size=50)
-    harder = loss + shift * (labels == 1)
-    np.testing.assert_allclose(surprise(harder, labels), surprise(loss, labels), atol=1e-12)
+def test_a_model_that_says_nothing_rejects_nothing() -> None:
+    mask, noise = reject(np.zeros((50, 3)), np.arange(50) % 3)
+    assert not mask.any()
+    assert noise.statistic == 0
 
 
 def test_of_equal_rows_the_earlier_goes() -> None:
-    assert most_surprising(np.ones(4), np.zeros(4, dtype=np.int64), 2).tolist() == [True, True, False, False]
+    # However sure, one in four contradicts: a floor. The surest twenty wrong rows are equally doubtful.
+    logits = np.repeat([[0.5, 0.0], [9.0, 0.0], [0.0, 9.0]], 40, axis=0)
+    labels = np.repeat([0, 0, 1], 40)
+    labels[3::4] = 1 - labels[3::4]
+    mask, noise = reject(logits, labels, most=5 / 120)
+    assert noise.evident
+    assert np.flatnonzero(mask).tolist() == [43, 47, 51, 55, 59]
+
+
+def test_the_record_is_plain() -> None:
+    record = LabelNoise(0.2, 0.1, 0.3, 9.0, 0.95, 1.5, 100).to_dict()
+    assert record == {
+        "rate": 0.2,
+        "low": 0.1,
+        "high": 0.3,
+        "statistic": 9.0,
+        "level": 0.95,
+        "scale": 1.5,
+        "rows": 100,
+        "evident": True,
+    }
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"confident": 0.0}, "confident is 0.0; it must be above 0 and at most 1"),
-        ({"confident": 1.5}, "confident is 1.5; it must be above 0 and at most 1"),
         ({"level": 1.0}, "level is 1.0; it must be above 0.5 and below 1"),
         ({"level": 0.5}, "level is 0.5; it must be above 0.5 and below 1"),
         ({"factor": -1.0}, "factor is -1.0; it must be 0 or more"),
@@ -138,16 +171,20 @@ def test_of_equal_rows_the_earlier_goes() -> None:
 )
 def test_settings_that_mean_nothing_are_refused(changes: dict[str, float], message: str) -> None:
     with pytest.raises(SettingsError) as error:
-        reject(**known(two_classes(0, rows=20)), **changes)
+        reject(*rows_of(0, rows=20)[:2], **changes)
     assert str(error.value) == message
 
 
-def test_no_rows_are_refused() -> None:
-    with pytest.raises(SettingsError, match="there are no rows to tell a rate of wrong labels from"):
-        noise_rate(np.empty(0), np.empty(0, dtype=bool))
+@pytest.mark.parametrize("shape", [(1, 2), (5, 1), (0, 3)])
+def test_too_few_rows_or_classes_are_refused(shape: tuple[int, int]) -> None:
+    rows, classes = shape
+    with pytest.raises(SettingsError) as error:
+        label_noise(np.zeros(shape), np.zeros(rows, dtype=np.int64))
+    assert str(error.value) == f"{rows} rows of {classes} classes say nothing of wrong labels; give 2 or more of both"
 
 
-@pytest.mark.parametrize("count", [-1, 4])
-def test_more_rows_than_there_are_cannot_be_rejected(count: int) -> None:
-    with pytest.raises(SettingsError, match=f"{count} of 3 rows cannot be rejected"):
-        most_surprising(np.ones(3), np.zeros(3, dtype=np.int64), count)
+def test_logits_that_are_not_finite_are_refused() -> None:
+    logits, labels, _ = rows_of(0, rows=20)
+    logits[3, 1] = np.nan
+    with pytest.raises(TsqLoraError, match="1 of 20 rows have logits that are not finite"):
+        label_noise(logits, labels)

@@ -1,131 +1,180 @@
 """Which rows to leave out: how many labels seem wrong, and which.  METHOD section 1, ours.
 
-Pure functions of what one pass over the rows says. A model that is sure, and yet is contradicted by the labels more
-often than it expects, is told by them that labels are wrong, and how many. Those are the rows whose loss lies
-furthest above what is usual in their class.
+A hard task and wrong labels look alike in a loss. They differ where the model is most sure: a hard row's label
+contradicts it ever less often, a wrong label as often there as anywhere. So a floor of contradictions that
+no confidence removes tells wrong labels, and how many there are; a temperature has no such floor.
+Pure functions of logits and labels; what is random is only the data.
 """
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float, Shaped
-from scipy.stats import beta
+from jaxtyping import Bool, Float, Int
+from scipy.optimize import OptimizeResult, brentq, minimize
+from scipy.special import softmax
+from scipy.stats import chi2
 
-from tsqlora.errors import SettingsError
+from tsqlora.errors import SettingsError, TsqLoraError
 
-CONFIDENT = 1 / 3
-"""The share of the rows, the most confident ones, whose labels tell the rate of wrong ones."""
-LEVEL = 0.95
-"""Of the one-sided bounds of that rate."""
-
-
-FACTOR = 1.5
-"""Rows rejected for each label that seems wrong: the finding is not exact, and a good row lost costs less than a
-wrong one kept."""
+FACTOR = 2.0
+"""Rows rejected for each label that seems wrong: the wrong ones are not found exactly, and one of them that is kept
+costs more than a right one that is lost."""
 MOST = 0.4
 """No larger share is rejected."""
+LEVEL = 0.95
+"""Of the test that there are wrong labels, and of each one-sided bound of their rate."""
+STEEPEST = 20.0
+"""No larger scale is fitted, in units of the logits' spread: beyond it probabilities are 0 and 1."""
+TINY = 1e-30
+"""Added to a chance that is divided by."""
 
 
-@dataclass(frozen=True, slots=True)
-class NoiseRate:
-    """How often labels contradict the model where it is most confident, with one-sided bounds."""
+@dataclass(frozen=True, slots=True, eq=False)
+class LabelNoise:
+    """How labels come from logits z: with chance 1 − rate from softmax(scale·z), else any other class."""
 
     rate: float
     low: float
     high: float
-    expected: float
-    """How often the model itself expects to be wrong there: the mean of 1 − confidence."""
+    statistic: float
+    """Twice the log-likelihood that a rate above 0 gains; only a large one is evidence."""
+    level: float
+    scale: float
     rows: int
-    """How many rows it was counted on."""
 
     @property
     def evident(self) -> bool:
-        """Whether labels contradict more often than the model expects, beyond chance.
-
-        A model that has learned little expects it, and what it finds surprising is not wrong but hard.
-        """
-        return self.low > self.expected
+        """Whether there are wrong labels, by a likelihood ratio test at `level`: the rate lies on the border of what is
+        possible if there are none, and half of its distribution with it (Self and Liang, 1987)."""
+        return self.statistic > _gain(self.level)
 
     def to_dict(self) -> dict[str, float | int | bool]:
-        return asdict(self) | {"evident": self.evident}
+        numbers = {n: getattr(self, n) for n in ("rate", "low", "high", "statistic", "level", "scale", "rows")}
+        return numbers | {"evident": self.evident}
+
+    def doubt(self, logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+        """The chance that a row's label is a wrong one, given the label: 0 for all where the rate is 0."""
+        given, other = _chances(logits, labels, self.scale)
+        wrong = self.rate * other
+        return wrong / ((1 - self.rate) * given + wrong + TINY)
 
 
 def reject(
-    confidence: Float[np.ndarray, " n"],
-    agrees: Bool[np.ndarray, " n"],
-    loss: Float[np.ndarray, " n"],
-    labels: Shaped[np.ndarray, " n"],
+    logits: Float[np.ndarray, "n k"],
+    labels: Int[np.ndarray, " n"],
     *,
     factor: float = FACTOR,
     most: float = MOST,
-    confident: float = CONFIDENT,
     level: float = LEVEL,
-) -> tuple[Bool[np.ndarray, " n"], NoiseRate]:
+) -> tuple[Bool[np.ndarray, " n"], LabelNoise]:
     """A mask of the rows to leave out, and the rate of wrong labels that says how many.
 
-    Where that rate is `evident`, the most surprising rows, `factor` times as many as labels seem wrong and
-    at most the share `most`; else none.
+    Where wrong labels are `evident`, the most doubtful rows, `factor` times as many as labels seem wrong and at
+    most the share `most`; else none.  Of equally doubtful rows the earlier goes.
     """
     if not factor >= 0:
         raise SettingsError(f"factor is {factor}; it must be 0 or more")
     if not 0 <= most < 1:
         raise SettingsError(f"most is {most}; it must be at least 0 and below 1")
-    noise = noise_rate(confidence, agrees, confident=confident, level=level)
-    share = min(factor * noise.rate, most) if noise.evident else 0.0
-    return most_surprising(loss, labels, round(share * len(loss))), noise
+    noise = label_noise(logits, labels, level=level)
+    mask = np.zeros(len(labels), dtype=bool)
+    if noise.evident:
+        count = round(min(factor * noise.rate, most) * len(labels))
+        mask[np.argsort(-noise.doubt(logits, labels), kind="stable")[:count]] = True
+    return mask, noise
 
 
-def noise_rate(
-    confidence: Float[np.ndarray, " n"],
-    agrees: Bool[np.ndarray, " n"],
-    *,
-    confident: float = CONFIDENT,
-    level: float = LEVEL,
-) -> NoiseRate:
-    """Counts contradictions among the most confident rows.
+def label_noise(logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"], *, level: float = LEVEL) -> LabelNoise:
+    """The likeliest rate of wrong labels, with its profile-likelihood bounds.
 
-    Args:
-        confidence: the largest probability of each row, calibrated.
-        agrees: whether the label is the class that has it.
-        confident: the share of rows that count; ties at its edge count too, so that their order decides nothing.
-        level: of the Clopper-Pearson bounds, each on its own.
-
-    >>> noise_rate(np.array([0.9, 0.8, 0.7, 0.6]), np.array([True, False, True, True]), confident=0.5).rate
-    0.5
+    Logits are calibrated and may be of any scale: that is fitted along.  Rates from 0 to (k − 1)/k are possible; at the
+    latter labels say nothing.  Raises SettingsError for fewer than two rows or classes, TsqLoraError for logits
+    that are not finite.
     """
-    if len(confidence) == 0:
-        raise SettingsError("there are no rows to tell a rate of wrong labels from")
-    if not 0 < confident <= 1:
-        raise SettingsError(f"confident is {confident}; it must be above 0 and at most 1")
     if not 0.5 < level < 1:
         raise SettingsError(f"level is {level}; it must be above 0.5 and below 1")
-    edge = np.sort(confidence)[-max(1, round(confident * len(confidence)))]
-    counted = confidence >= edge
-    rows, wrong = int(counted.sum()), int((~agrees[counted]).sum())
-    low = float(beta.ppf(1 - level, wrong, rows - wrong + 1)) if wrong else 0.0
-    high = float(beta.ppf(level, wrong + 1, rows - wrong)) if wrong < rows else 1.0
-    return NoiseRate(wrong / rows, low, high, float(np.mean(1 - confidence[counted])), rows)
+    if min(logits.shape) < 2:
+        rows, classes = logits.shape
+        raise SettingsError(f"{rows} rows of {classes} classes say nothing of wrong labels; give 2 or more of both")
+    if broken := int((~np.isfinite(logits)).any(axis=1).sum()):
+        raise TsqLoraError(
+            f"{broken} of {len(logits)} rows have logits that are not finite; "
+            "lower training.learning_rate or use another dtype"
+        )
+    spread = _spread(logits)
+    unit = logits / spread
+    without = _fit(unit, labels, 0.0, 1.0, fixed=True)
+    fits = [_fit(unit, labels, rate, scale) for rate in (0.05, 0.3) for scale in (without.x[1], STEEPEST / 2)]
+    # The likelihood may have more than one peak.
+    best = min([without, *fits], key=lambda fit: fit.fun)
+    rate, most = float(best.x[0]), _largest_rate(logits.shape[1])
+    gain = 2 * len(labels) * (without.fun - best.fun)
+
+    def beyond(at: float) -> float:
+        """Above 0 where a rate is too unlikely to lie within the bounds."""
+        worse = _fit(unit, labels, at, best.x[1], fixed=True).fun - best.fun
+        return 2 * len(labels) * worse - _gain(level)
+
+    low = _root(beyond, 0.0, rate) if gain > _gain(level) else 0.0
+    high = _root(beyond, rate, most) if beyond(most) > 0 else most
+    return LabelNoise(
+        rate=rate,
+        low=low,
+        high=high,
+        statistic=float(gain),
+        level=level,
+        scale=float(best.x[1]) / spread,
+        rows=len(labels),
+    )
 
 
-def surprise(loss: Float[np.ndarray, " n"], labels: Shaped[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Each row's calibrated loss above the median of its class, in nats.
-
-    The median is taken off so that a rare class, whose losses are larger, is not the first to go. It is not divided
-    by a spread: a class with more wrong labels is to lose more rows.
-    """
-    out = np.zeros(len(loss), dtype=np.float64)
-    for label in np.unique(labels):
-        rows = labels == label
-        out[rows] = loss[rows] - np.median(loss[rows])
-    return out
+def _gain(level: float) -> float:
+    return float(chi2.ppf(2 * level - 1, df=1))
 
 
-def most_surprising(
-    loss: Float[np.ndarray, " n"], labels: Shaped[np.ndarray, " n"], count: int
-) -> Bool[np.ndarray, " n"]:
-    """A mask of the `count` rows of largest surprise; of equal ones the earlier."""
-    if not 0 <= count <= len(loss):
-        raise SettingsError(f"{count} of {len(loss)} rows cannot be rejected")
-    mask = np.zeros(len(loss), dtype=bool)
-    mask[np.argsort(-surprise(loss, labels), kind="stable")[:count]] = True
-    return mask
+def _root(function: Callable[[float], float], low: float, high: float) -> float:
+    return float(brentq(function, low, high, xtol=1e-4))  # pyright: ignore[reportArgumentType]
+
+
+def _spread(logits: Float[np.ndarray, "n k"]) -> float:
+    """Deviation of the logits within a row, so that any model's have one scale; 1 where they are all equal."""
+    centred = logits - logits.mean(1, keepdims=True)
+    return float(np.sqrt(np.square(centred - centred.mean(0)).mean())) or 1.0
+
+
+def _largest_rate(classes: int) -> float:
+    return (classes - 1) / classes
+
+
+def _chances(
+    logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"], scale: float
+) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
+    """Each row's chance of its label if that is right, and if it is one of the others at random."""
+    p = softmax(scale * logits, axis=1)
+    given = p[np.arange(len(labels)), labels]
+    return given, (1 - given) / (p.shape[1] - 1)
+
+
+def _fit(
+    logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"], rate: float, scale: float, *, fixed: bool = False
+) -> OptimizeResult:
+    """The least mean negative log-likelihood, and where: rate and scale.  The rate may be held fixed."""
+    rates = (rate, rate) if fixed else (0.0, _largest_rate(logits.shape[1]))
+    bounds = [rates, (0.0, STEEPEST)]
+    return minimize(_loss, np.array([rate, scale]), args=(logits, labels), jac=True, method="L-BFGS-B", bounds=bounds)
+
+
+def _loss(
+    at: Float[np.ndarray, "2"], logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"]
+) -> tuple[float, Float[np.ndarray, "2"]]:
+    """Mean negative log-likelihood of the labels, and its gradient in rate and scale."""
+    rate, scale = at
+    p = softmax(scale * logits, axis=1)
+    own = logits[np.arange(len(labels)), labels]
+    given, other = _chances(logits, labels, scale)
+    chance = (1 - rate) * given + rate * other + TINY
+    right = (1 - rate - rate / (p.shape[1] - 1)) * given / chance
+    by_scale = right * ((p * logits).sum(1) - own)
+    by_rate = (given - other) / chance
+    return float(-np.log(chance).mean()), np.array([by_rate.mean(), by_scale.mean()])
