@@ -145,7 +145,19 @@ def selection_bank(results: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def label_errors(results: Mapping[str, Any]) -> list[list[str]]:
+    """Average precision of finding flipped labels, a column a data set and share: the mean over seeds."""
+    runs = list(results["results"].values())
+    cells = sorted({(r["data"], r["share"]) for r in runs})
+    of = {cell: [r["average_precision"] for r in runs if (r["data"], r["share"]) == cell] for cell in cells}
+    rows = [["high where a label may be wrong", *(f"{data} {share:.0%}" for data, share in cells)]]
+    for name in runs[0]["average_precision"]:
+        rows.append([name, *(f"{np.mean([found[name] for found in of[cell]]):.2f}" for cell in cells)])
+    return rows
+
+
 TABLES: dict[str, Callable[[Mapping[str, Any]], list[list[str]]]] = {
+    "label_errors": label_errors,
     "quality_rules": quality_rules,
     "rank_agreement": rank_agreement,
     "selection-cells": selection_cells,
