@@ -25,7 +25,6 @@ from tsqlora.config import (
     template,
 )
 from tsqlora.errors import SettingsError
-from tsqlora.quality.score import DEFAULT_WEIGHTS
 
 REQUIRED = {"model": {"path": "org/model"}, "data": {"train": "org/rows"}}
 TRAINING_CHOICES = (
@@ -93,8 +92,8 @@ def test_presets_are_those_that_the_type_names() -> None:
 
 
 def test_weights_and_temperature_come_from_the_preset_unless_set() -> None:
-    default = QualitySettings().resolved_weights()
-    assert {name: weight for name, weight in default.items() if weight} == DEFAULT_WEIGHTS
+    assert QualitySettings().resolved_weights() is None
+    assert QualitySettings(weights=WeightSettings(loss=-1.0)).weighted_terms() == ["loss"]
     paper = QualitySettings(preset="paper", weights=WeightSettings(convergence=2.0), temperature=3.0)
     assert paper.resolved_weights() == {
         "gradient_norm": 1 / 3,
@@ -104,6 +103,20 @@ def test_weights_and_temperature_come_from_the_preset_unless_set() -> None:
     }
     assert paper.resolved_temperature() == 3.0
     assert QualitySettings(preset="paper").resolved_temperature() == 1.0
+
+
+def test_suspect_rows_are_left_out_unless_a_softmax_of_quality_decides() -> None:
+    assert QualitySettings().resolved_reject() is None  # of classes
+    assert QualitySettings(reject=True).resolved_reject() is True
+    assert QualitySettings(reject=False).resolved_reject() is False
+    assert QualitySettings(preset="paper").resolved_reject() is False
+    assert QualitySettings(weights=WeightSettings(loss=-1.0)).resolved_reject() is False
+    assert QualitySettings(preset="paper", reject=True).resolved_reject() is True
+
+
+def test_a_temperature_of_nothing_is_refused() -> None:
+    with pytest.raises(SettingsError, match=r"temperature 2\.0 is of a softmax over Q, and every weight of Q is 0"):
+        loaded("quality: {temperature: 2.0}")
 
 
 def test_the_greatest_rank_is_twice_the_mean_unless_set() -> None:
@@ -120,7 +133,7 @@ def test_the_greatest_rank_is_twice_the_mean_unless_set() -> None:
         (
             "quality: {fractoin: 0.3}",
             "unknown key 'quality.fractoin'; did you mean 'fraction'? choices: calibrate, enabled, fraction, "
-            "preset, reference, resample, scope, temperature, warmup, warmup_limit, weights",
+            "preset, reference, reject, resample, scope, temperature, warmup, warmup_limit, weights",
         ),
         (
             "quality: {weights: {convergense: 1}}",
@@ -323,7 +336,7 @@ configs = st.builds(
         {
             "fraction": st.floats(0, 1, exclude_min=True),
             "preset": st.sampled_from(sorted(PRESETS)),
-            "temperature": st.none() | st.floats(0, exclude_min=True, allow_infinity=False),
+            "reject": st.none() | st.booleans(),
         }
     ),
     adapter=st.fixed_dictionaries({"target_modules": st.text(min_size=1) | st.lists(st.text(min_size=1), min_size=1)}),

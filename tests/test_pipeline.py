@@ -33,6 +33,7 @@ OTHER_VALUES: dict[str, Any] = {
     "quality.enabled": False,
     "quality.fraction": 0.25,
     "quality.preset": "paper",
+    "quality.reject": True,
     "quality.weights.gradient_norm": 2.0,
     "quality.weights.loss_reduction": 2.0,
     "quality.weights.convergence": 2.0,
@@ -134,9 +135,14 @@ def test_every_key_has_another_value_here() -> None:
     assert set(OTHER_VALUES) - {"training.weight_decay"} == set(keys())
 
 
+BESIDE: dict[str, dict[str, Any]] = {"quality.temperature": {"quality.preset": "paper"}}
+"""What a setting needs beside it to have a meaning."""
+
+
 @pytest.mark.parametrize("key", sorted(OTHER_VALUES))
 def test_every_key_changes_what_some_boundary_is_given(key: str) -> None:
-    assert what_arrives(settings(**{key: OTHER_VALUES[key]})) != what_arrives(settings())
+    beside = BESIDE.get(key, {})
+    assert what_arrives(settings(**beside | {key: OTHER_VALUES[key]})) != what_arrives(settings(**beside))
 
 
 @pytest.mark.parametrize(
@@ -161,7 +167,7 @@ def test_every_key_changes_what_some_boundary_is_given(key: str) -> None:
 )
 def test_a_setting_arrives_as_it_was_given(key: str, boundary: str, argument: str) -> None:
     value = OTHER_VALUES[key]
-    assert what_arrives(settings(**{key: value}))[boundary][1][argument] == value
+    assert what_arrives(settings(**BESIDE.get(key, {}) | {key: value}))[boundary][1][argument] == value
 
 
 @pytest.mark.parametrize("boundary", ["read_data", "TrainingArguments", "QualityCallback", "RankCallback"])

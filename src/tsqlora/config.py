@@ -28,18 +28,18 @@ PresetName = Literal["default", "paper"]
 
 
 class Preset(NamedTuple):
-    """The weights of Q (METHOD eq. 4) and the temperature of its softmax (eq. 5)."""
+    """The weights of Q (METHOD eq. 4), and whether rows whose label seems wrong are left out (ours)."""
 
     gradient_norm: float
     loss_reduction: float
     convergence: float
     loss: float
-    temperature: float
+    reject: bool
 
 
 PRESETS: Mapping[PresetName, Preset] = {
-    "default": Preset(gradient_norm=0.0, loss_reduction=0.0, convergence=1 / 3, loss=-1 / 3, temperature=1.0),
-    "paper": Preset(gradient_norm=1 / 3, loss_reduction=1 / 3, convergence=1 / 3, loss=0.0, temperature=1.0),
+    "default": Preset(gradient_norm=0.0, loss_reduction=0.0, convergence=0.0, loss=0.0, reject=True),
+    "paper": Preset(gradient_norm=1 / 3, loss_reduction=1 / 3, convergence=1 / 3, loss=0.0, reject=False),
 }
 
 
@@ -93,9 +93,14 @@ class WeightSettings(Section):
 class QualitySettings(Section):
     enabled: bool = setting(True, "Draw rows by quality; false draws the same share at random.")
     fraction: float = setting(0.5, "Share of the rows that an epoch trains on.", gt=0, le=1)
-    preset: PresetName = setting("default", "Where weights and temperature come from if not set.")
-    weights: WeightSettings = setting(WeightSettings(), "Weights of the terms of Q.")
-    temperature: float | None = setting(None, "Of the softmax over Q: small is choosy; null is the preset's.", gt=0)
+    preset: PresetName = setting("default", "Where weights and reject come from if not set.")
+    reject: bool | None = setting(
+        None, "Leave out rows whose label seems wrong, of classes, if there is evidence; null is the preset's."
+    )
+    weights: WeightSettings = setting(
+        WeightSettings(), "Weights of the terms of Q; where all are 0, kept rows are drawn equally often."
+    )
+    temperature: float | None = setting(None, "Of the softmax over Q: small is choosy; null is 1.", gt=0)
     warmup: float = setting(1.0, "Passes over all rows, drawn at random, before scoring.", gt=0)
     warmup_limit: float = setting(0.5, "Share of the run after which a model still at chance is refused.", gt=0, le=1)
     resample: bool = setting(True, "Draw anew each epoch; false keeps the first draw.")
@@ -105,19 +110,39 @@ class QualitySettings(Section):
     reference: int = setting(512, "Rows whose mean gradient a sample is compared with.", ge=2)
     calibrate: bool = setting(True, "Correct a leaning to one class before scoring.")
 
-    def resolved_weights(self) -> dict[str, float]:
-        """Weight of each term of Q: what is set, else the preset's.
+    def resolved_weights(self) -> dict[str, float] | None:
+        """Weight of each term of Q: what is set, else the preset's; None where all are 0: no Q decides.
 
         >>> QualitySettings(weights=WeightSettings(gradient_norm=2.0)).resolved_weights()
-        {'gradient_norm': 2.0, 'loss_reduction': 0.0, 'convergence': 0.3333333333333333, 'loss': -0.3333333333333333}
+        {'gradient_norm': 2.0, 'loss_reduction': 0.0, 'convergence': 0.0, 'loss': 0.0}
         """
         preset = PRESETS[self.preset]._asdict()
         given = self.weights.model_dump()
-        return {term: preset[term] if weight is None else weight for term, weight in given.items()}
+        weights = {term: preset[term] if weight is None else weight for term, weight in given.items()}
+        return weights if any(weights.values()) else None
+
+    def weighted_terms(self) -> list[str]:
+        """The terms that decide."""
+        return [term for term, weight in (self.resolved_weights() or {}).items() if weight]
 
     def resolved_temperature(self) -> float:
-        """Temperature of the softmax over Q: what is set, else the preset's."""
-        return PRESETS[self.preset].temperature if self.temperature is None else self.temperature
+        """Temperature of the softmax over Q."""
+        return 1.0 if self.temperature is None else self.temperature
+
+    def resolved_reject(self) -> bool | None:
+        """Whether rows whose label seems wrong are left out; None: of classes, not of numbers."""
+        if self.reject is None and PRESETS[self.preset].reject:
+            return None if self.resolved_weights() is None else False
+        return bool(self.reject)
+
+    @model_validator(mode="after")
+    def _temperature_has_a_softmax(self) -> "QualitySettings":
+        if self.temperature is not None and self.resolved_weights() is None:
+            raise SettingsError(
+                f"quality.temperature {self.temperature} is of a softmax over Q, and every weight of Q is 0; set "
+                "quality.weights or quality.preset, or leave it out"
+            )
+        return self
 
 
 class RankSettings(Section):

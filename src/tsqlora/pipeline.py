@@ -202,6 +202,10 @@ def method(
 ) -> tuple[QualitySubset, QualityCallback | None, RankCallback]:
     """The method's two halves as the config sets them, and the rows that an epoch trains on."""
     q, r, seed = job.config.quality, job.config.ranks, job.config.training.seed
+    if q.reject and not isinstance(job.task, Classification):
+        raise SettingsError(
+            f"quality.reject finds wrong labels of classes, and the task is {job.task.name}; leave it out"
+        )
     samples = job.data.samples["train"]
     data = QualitySubset(
         samples,
@@ -217,7 +221,7 @@ def method(
         limit=q.warmup_limit,
         weights=q.resolved_weights(),
         temperature=q.resolved_temperature(),
-        terms=("gradient_norm", "convergence"),
+        reject=q.resolved_reject(),
         scope=q.scope,
         reference=q.reference,
         calibration=q.calibrate,

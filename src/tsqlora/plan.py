@@ -13,6 +13,7 @@ from tsqlora.data.tokenise import TokenisedSplit
 from tsqlora.errors import SettingsError
 from tsqlora.gradients.sites import lora_layers
 from tsqlora.quality.sampling import draw_size
+from tsqlora.quality.score import wanted_terms
 from tsqlora.ranks.allocate import Sensitivity, allocate
 from tsqlora.ranks.budget import used
 from tsqlora.ranks.schedule import adjustment_steps
@@ -87,10 +88,15 @@ def passes(config: Config, *, rows: int, size: int) -> dict[str, dict[str, int]]
             "no scored epoch would be left; lower quality.warmup or raise training.epochs"
         )
     reference = min(quality.reference, rows)
-    forward = 2 if quality.resolved_weights()["loss_reduction"] else 1
+    terms = wanted_terms(quality.weighted_terms()).values()
+    forward = 2 if any(term.lookahead for term in terms) else 1
+    gradients = any(term.gradient for term in terms)
     return {
         "warm-up": dict.fromkeys(("forward", "backward"), size * warmup),
-        "scoring": {"forward": rows * forward + 2 * reference, "backward": rows + reference},
+        "scoring": {
+            "forward": rows * forward + (2 if gradients else 1) * reference,
+            "backward": rows + reference if gradients else 0,
+        },
         "ranks": dict.fromkeys(("forward", "backward"), min(config.ranks.samples, size)),
         "training": dict.fromkeys(("forward", "backward"), size * (epochs - warmup)),
     }

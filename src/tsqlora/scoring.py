@@ -210,6 +210,7 @@ def score_ready(ready: Ready, journal: Path | None = None, progress: Progress | 
         task=ready.task,
         weights=q.resolved_weights(),
         temperature=q.resolved_temperature(),
+        reject=q.resolved_reject(),
         terms=PAPER_TERMS,
         scope=q.scope,
         calibration=q.calibrate,

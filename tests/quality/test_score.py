@@ -401,7 +401,7 @@ def test_another_loss_than_the_models_own_is_noticed() -> None:
         ({"reference": [-1, 2]}, "the reference must name different rows from 0 to 13"),
         ({"terms": ("los",)}, "unknown quality term 'los'; did you mean 'loss'"),
         ({"weights": {"gradient_nrm": 1.0}}, "unknown quality term 'gradient_nrm'; did you mean 'gradient_norm'"),
-        ({"temperature": 0.0}, "temperature is 0.0; it must be above 0"),
+        ({"weights": {"loss": -1.0}, "temperature": 0.0}, "temperature is 0.0; it must be above 0"),
         ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
         ({"weights": {"loss": float("nan")}}, "the weight of 'loss' is nan; it must be a finite number"),
         ({"hashes": ["a"]}, "there are 1 hashes for 14 rows"),

@@ -194,6 +194,18 @@ def first(rows: int) -> np.ndarray:
     return np.arange(30) < rows
 
 
+def test_of_an_even_draw_quality_decides_nothing() -> None:
+    scores = made(even=True).drop(first(3), "duplicate")
+    assert scores.even
+    assert len(set(scores.quality)) > 1
+    kept = scores.probability[scores.kept]
+    assert np.allclose(kept, 1 / scores.kept.sum())
+    often = [j for seed in range(200) for j in sample(scores, 0.5, seed)]
+    counts = np.bincount(often, minlength=len(scores))
+    assert counts[:3].sum() == 0
+    assert counts[3:].min() > 0.7 * counts[3:].mean()
+
+
 def test_a_dropped_row_keeps_its_quality_and_is_never_drawn(tmp_path: Path) -> None:
     scores = made()
     fewer = scores.drop(first(6), "duplicate").drop(first(9), "outlier")

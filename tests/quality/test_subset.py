@@ -63,6 +63,44 @@ def test_a_dropped_row_is_in_no_epoch_and_an_epoch_stays_as_long() -> None:
         assert rows.min() >= 12
 
 
+def evenly(n: int, dropped: int = 0, **options: Any) -> Scores:
+    scores = from_terms(
+        {"loss": np.arange(n, dtype=float)},
+        labels=np.arange(n) % 2,
+        stratified=True,
+        weights={"loss": -1.0},
+        temperature=1.0,
+        even=True,
+        record={},
+    )
+    return scores.drop(np.arange(n) < dropped, "confident negative") if dropped else scores
+
+
+@given(st.integers(2, 60), FRACTIONS, st.integers(0, 1000), st.integers(0, 5))
+def test_without_a_dropped_row_an_even_draw_is_the_controls(n: int, fraction: float, seed: int, epoch: int) -> None:
+    subset, control = QualitySubset(range(n), fraction, seed), QualitySubset(range(n), fraction, seed)
+    subset.use(evenly(n), 2)
+    assert subset.draw(epoch).tolist() == control.draw(epoch).tolist()
+
+
+@given(st.integers(4, 60), FRACTIONS, st.integers(0, 1000), st.data())
+def test_an_even_draw_has_every_kept_row_as_often(n: int, fraction: float, seed: int, data: st.DataObject) -> None:
+    dropped = data.draw(st.integers(1, n - 2))
+    subset = QualitySubset(range(n), fraction, seed)
+    subset.use(evenly(n, dropped), 0)
+    drawn = np.concatenate([subset.draw(epoch) for epoch in range(6)])
+    assert len(drawn) == 6 * len(subset)
+    counts = np.bincount(drawn, minlength=n)
+    assert counts[:dropped].sum() == 0
+    assert np.ptp(counts[dropped:]) <= 1
+
+
+def test_an_even_draw_may_be_kept() -> None:
+    subset = QualitySubset(range(20), 0.5, resample=False)
+    subset.use(evenly(20, dropped=3), 1)
+    assert sorted(subset.draw(1)) == sorted(subset.draw(2)) == sorted(subset.draw(5))
+
+
 def test_a_draw_is_a_function_of_scores_seed_and_epoch_alone() -> None:
     one, two = QualitySubset(range(40), 0.3, seed=1), QualitySubset(range(40), 0.3, seed=1)
     for epoch in range(6):

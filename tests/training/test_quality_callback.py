@@ -11,9 +11,11 @@ from transformers import Trainer, TrainerCallback
 import tsqlora as tsq
 from scoring import assert_same, fingerprint
 from stock import ROWS, make_trainer, moods, slotted_bert
+from tsqlora.errors import SettingsError
 from tsqlora.quality.scores import Scores
 
 DATA = moods()
+GRADIENTS = {"convergence": 1 / 3, "gradient_norm": -1 / 3}
 EPOCHS = 5
 """Of half the rows: a warm-up of two, then three by quality, of 4 steps each."""
 
@@ -67,20 +69,78 @@ def test_scores_are_on_disk_before_the_first_step_that_uses_them(tmp_path: Path)
     assert np.array_equal(saved.quality, quality.data.scores.quality)  # type: ignore[union-attr]
     assert (saved.record["epoch"], saved.record["step"], saved.record["note"]) == (2, 8, "by a test")
     assert saved.record["reference_rows"] == quality.reference == 40
-    assert {"gradient_norm", "convergence"} <= set(quality.terms) <= set(saved.terms)
+    assert list(saved.terms) == list(quality.terms) == ["loss", "el2n"]
     assert quality.seconds > 0
     assert (quality.refused, quality.attempts, watch.modes) == (None, [], {True})
 
 
 def test_the_warm_up_sees_every_row_and_then_each_epoch_is_drawn_anew(tmp_path: Path) -> None:
     watch = Watch()
-    quality, _ = run(tmp_path, also=(watch,))
+    quality, _ = run(tmp_path, also=(watch,), weights=GRADIENTS)
     assert sorted(watch.drawn[0] + watch.drawn[1]) == list(range(ROWS))
     later = [sorted(watch.drawn[epoch]) for epoch in (2, 3, 4)]
     assert len({tuple(rows) for rows in later}) == 3
     for epoch in (2, 3, 4):
         assert watch.drawn[epoch] == quality.data.draw(epoch).tolist()
         assert sum(DATA[row]["labels"] for row in watch.drawn[epoch]) == 16
+
+
+def test_terms_with_a_weight_are_measured_and_decide(tmp_path: Path) -> None:
+    quality, _ = run(tmp_path, weights=GRADIENTS)
+    scores = quality.data.scores
+    assert scores is not None
+    assert set(scores.terms) == {"gradient_norm", "convergence", "cosine", "loss", "el2n"}
+    assert not scores.even
+    assert scores.record["weights"] == GRADIENTS
+    assert scores.record["eta"] > 0
+
+
+def test_without_weights_every_kept_row_is_drawn_as_the_control_draws(tmp_path: Path) -> None:
+    quality, _ = run(tmp_path)
+    scores = quality.data.scores
+    assert scores is not None
+    assert scores.even
+    assert scores.record["noise"]["evident"] is False
+    assert scores.kept.all()
+    control = tsq.QualitySubset(DATA, 0.5)
+    for epoch in range(EPOCHS):
+        assert quality.data.draw(epoch).tolist() == control.draw(epoch).tolist()
+
+
+def test_rows_whose_label_seems_wrong_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    doubtful = np.arange(len(DATA)) % 8 == 3
+
+    def found(logits: np.ndarray, labels: np.ndarray) -> Any:
+        assert logits.shape == (len(DATA), 2)
+        assert labels.tolist() == [row["labels"] for row in DATA]
+        return doubtful, SimpleNamespace(to_dict=lambda: {"rate": 0.1})
+
+    monkeypatch.setattr("tsqlora.quality.score.reject_labels", found)
+    quality, _ = run(tmp_path)
+    scores = quality.data.scores
+    assert scores is not None
+    assert (scores.kept == ~doubtful).all()
+    assert scores.record["dropped"]["confident negative"] == doubtful.sum()
+    assert scores.record["noise"] == {"rate": 0.1}
+    for epoch in (2, 3, 4):
+        assert not doubtful[quality.data.draw(epoch)].any()
+        assert len(quality.data.draw(epoch)) == len(DATA) // 2
+    assert Scores.load(tmp_path / "scores.parquet").record["noise"] == {"rate": 0.1}
+
+
+@pytest.mark.parametrize(("options", "dropped"), [({"reject": False}, 0), ({"weights": GRADIENTS}, 0)])
+def test_rows_are_rejected_only_where_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], dropped: int
+) -> None:
+    monkeypatch.setattr("tsqlora.quality.score.reject_labels", lambda *_: pytest.fail("asked for"))
+    quality, _ = run(tmp_path, **options)
+    assert quality.data.scores is not None
+    assert (~quality.data.scores.kept).sum() == dropped
+
+
+def test_a_temperature_of_nothing_is_refused() -> None:
+    with pytest.raises(SettingsError, match=r"temperature 2\.0 is of a softmax over Q, and Q has no weights"):
+        tsq.QualityCallback(tsq.QualitySubset(DATA, 0.5), temperature=2.0)
 
 
 def test_the_callback_itself_draws_anew() -> None:
@@ -93,7 +153,7 @@ def test_the_callback_itself_draws_anew() -> None:
 
 def test_a_sharp_temperature_draws_the_best_rows_every_time(tmp_path: Path) -> None:
     watch = Watch()
-    quality, _ = run(tmp_path, also=(watch,), temperature=1e-6)
+    quality, _ = run(tmp_path, also=(watch,), weights=GRADIENTS, temperature=1e-6)
     best = quality.data.scores.quality  # type: ignore[union-attr]
     wanted: list[int] = []
     for label in (0, 1):

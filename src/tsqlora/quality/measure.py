@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tsqlora.gradients.ghost import LayerGradient, layer_gradient
 from tsqlora.gradients.lookahead import stepped
 from tsqlora.gradients.sites import Site
-from tsqlora.quality.reference import Reference, backward, total_over_sites
+from tsqlora.quality.reference import Reference, backward, sample_losses, total_over_sites
 from tsqlora.quality.terms import Measured
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Batch, model_logits
@@ -25,7 +25,11 @@ def measure(
     in_reference: Tensor,
     lookahead: bool,
 ) -> Measured:
-    """What one batch's passes say: forward and backward, and for `lookahead` one more forward."""
+    """What one batch's passes say: forward; with a reference's gradient backward; for `lookahead` forward again."""
+    if not reference.mean:
+        with torch.no_grad():
+            logits = model_logits(model, inputs) + reference.offsets
+        return Measured(logits=logits, labels=labels, loss=sample_losses(task, logits, labels))
     gradients: dict[str, LayerGradient] = {}
     norms: list[Tensor] = []
     dots: list[Tensor] = []

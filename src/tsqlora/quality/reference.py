@@ -22,7 +22,6 @@ from tsqlora.quality.learned import LearnedTest, learned
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Batch, model_logits, split_labels
 
-
 SHORT = 128
 """Tokens up to which plain attention is not slower than the fused one."""
 
@@ -40,6 +39,7 @@ class Reference:
     """The mean gradient ḡ of some rows, and what their passes settled for all others."""
 
     mean: Mapping[str, MeanGradient]
+    """Of each site; empty where no gradient is asked for, and then norm and eta are 0."""
     norm: float
     eta: float
     rows: int

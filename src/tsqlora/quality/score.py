@@ -1,7 +1,8 @@
 """One pass over a data set gives every sample's terms, exactly, in batches.  METHOD section 1."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,15 +20,17 @@ from tsqlora.quality.learned import LearnedTest
 from tsqlora.quality.measure import measure
 from tsqlora.quality.predictions import predictions
 from tsqlora.quality.reference import Reference, calibrate, measure_reference
+from tsqlora.quality.reject import reject as reject_labels
 from tsqlora.quality.scores import PREDICTIONS, Scores, from_terms, require_settings
 from tsqlora.quality.terms import Term, get_terms
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Batch, Collate, split_labels, task_of
 
-DEFAULT_WEIGHTS: Mapping[str, float] = {"convergence": 1 / 3, "loss": -1 / 3}
-"""What every sample gains by this one, less its own loss: docs/log.md has the trials."""
+TRUST: Mapping[str, float] = {"loss": -1.0}
+"""The Q of rows that are drawn evenly: only those that are dropped depend on it."""
 PAPER_TERMS = ("gradient_norm", "loss_reduction", "convergence")
-FREE_TERMS = ("cosine", "loss", "el2n")
+FREE_TERMS = ("loss", "el2n")
+"""Measured always: they cost no more."""
 REFERENCE_ROWS = 512
 
 Progress = Callable[[str, int, int], None]
@@ -52,6 +55,7 @@ def score(
     task: Task | None = None,
     weights: Mapping[str, float] | None = None,
     temperature: float = 1.0,
+    reject: bool | None = None,
     terms: Sequence[str] = PAPER_TERMS,
     scope: Scope = "adapter",
     calibration: bool = True,
@@ -75,8 +79,11 @@ def score(
             default 512 rows of `dataset`, drawn by `seed`.
         task: its loss must be the one that training uses; by default what the model's
             config says (classification, or regression for one label).
-        weights: of the terms in Q; a term with a weight is always measured.
-        terms: what else to measure. `loss_reduction` costs one more forward pass.
+        weights: of the terms in Q, by whose softmax rows are then drawn; a term with a weight is
+            always measured. None draws evenly, and for classes first drops rows whose label
+            seems wrong, if there is evidence of wrong labels (docs/quality.md).
+        reject: whether such rows are dropped; None: without weights, and for classes.
+        terms: what else to measure. Gradients cost a backward pass, `loss_reduction` one more forward.
         autocast: compute in this dtype; then terms are good to about two digits, and
             `loss_reduction`, a small difference, is refused.
         ids: the place of each row in the file that it comes from, for the scores' own file.
@@ -89,8 +96,9 @@ def score(
     Raises NotLearnedError for a model at chance, whose scores would rank nothing;
     UnsupportedError naming what cannot be scored exactly; SettingsError.
     """
-    weights = dict(DEFAULT_WEIGHTS if weights is None else weights)
-    wanted = get_terms(tuple(dict.fromkeys([*terms, *FREE_TERMS, *(n for n, w in weights.items() if w)])))
+    require_softmax(weights, temperature)
+    even, weights = weights is None, dict(TRUST if weights is None else weights)
+    wanted = wanted_terms([*terms, *(n for n, w in weights.items() if w)])
     if len(dataset) == 0:
         raise SettingsError("there are no rows to score")
     require_settings(len(dataset), weights=weights, temperature=temperature, hashes=hashes)
@@ -105,7 +113,7 @@ def score(
     own, rows = _reference_rows(reference, dataset, seed)
     report = progress or (lambda *_: None)
     with quiet(model), _autocast(model, autocast):
-        sites = find_sites(model, scope)
+        sites = find_sites(model, scope) if any(term.gradient for term in wanted.values()) else {}
         batches = list(_batches(rows, collate, batch_size))
         if task is None:
             task = task_of(model)
@@ -121,17 +129,40 @@ def score(
     labels = measured.pop("label")
     predicted = {name: measured.pop(name) for name in PREDICTIONS if name in measured}
     strata = task.strata(labels)
-    return from_terms(
+    scores = from_terms(
         measured,
         labels=labels,
         stratified=strata is not None,
         weights=weights,
+        even=even,
         temperature=temperature,
         record=_record(found, test, own, scope, seed, autocast) | dict(record or {}),
         hashes=hashes,
         ids=ids,
         predictions=predicted,
     )
+    if reject and not scores.stratified:
+        raise SettingsError(f"reject finds wrong labels of classes, and the task is {task.name}; leave it out")
+    return without_suspects(scores) if scores.stratified and (even if reject is None else reject) else scores
+
+
+def require_softmax(weights: Mapping[str, float] | None, temperature: float) -> None:
+    """Raises SettingsError for a temperature where no softmax is taken."""
+    if weights is None and temperature != 1:
+        raise SettingsError(f"temperature {temperature} is of a softmax over Q, and Q has no weights; give weights")
+
+
+def without_suspects(scores: Scores) -> Scores:
+    """The scores without rows whose label seems wrong; all rows where there is no evidence of wrong labels."""
+    mask, noise = reject_labels(scores.predictions["logits"], scores.labels)
+    noted = replace(scores, record={**scores.record, "noise": noise.to_dict()})
+    return noted.drop(mask, "confident negative") if mask.any() else noted
+
+
+def wanted_terms(names: Iterable[str]) -> dict[str, Term]:
+    """The terms of these names, and those that cost no more.  Raises SettingsError for an unknown one."""
+    found = get_terms(dict.fromkeys([*names, *FREE_TERMS]))
+    return found | get_terms(["cosine"]) if any(term.gradient for term in found.values()) else found
 
 
 def learned_on(model: nn.Module, rows: Sequence[Any], collate: Collate, *, task: Task, batch_size: int) -> LearnedTest:
@@ -188,8 +219,11 @@ def _settle(
         return known
     settled = calibrate(model, batches, task, enabled=calibration)
     settled.learned.require()
-    require_exact(model, batches[0], task, sites, settled.offsets)
-    found = measure_reference(model, batches, task, sites, settled.offsets)
+    if sites:
+        require_exact(model, batches[0], task, sites, settled.offsets)
+        found = measure_reference(model, batches, task, sites, settled.offsets)
+    else:
+        found = Reference({}, norm=0.0, eta=0.0, rows=settled.learned.rows, offsets=settled.offsets)
     if journal is not None:
         journal.save_reference(found, settled.learned)
     return found, settled.learned
@@ -269,9 +303,9 @@ def _record(
     return {
         "scope": scope,
         "seed": seed,
-        "eta": reference.eta,
+        "eta": reference.eta if reference.mean else None,
         "offsets": reference.offsets.tolist(),
-        "reference_norm": reference.norm,
+        "reference_norm": reference.norm if reference.mean else None,
         "reference_rows": reference.rows,
         "reference": list(own),
         "learned": test.to_dict(),

@@ -57,6 +57,11 @@ class Scores:
         return float(self.record["temperature"])
 
     @property
+    def even(self) -> bool:
+        """Whether kept rows are drawn equally often, whatever their quality; else by softmax(Q/τ)."""
+        return self.record.get("draw") == "even"
+
+    @property
     def strata(self) -> np.ndarray | None:
         """The label of each row where a draw is stratified by it."""
         return self.labels.astype(np.int64) if self.stratified else None
@@ -77,7 +82,7 @@ class Scores:
         reasons[rows & (reasons == 0)] = REASONS.index(reason)
         if not (reasons == 0).any():
             raise TsqLoraError(f"all {len(self)} rows are dropped, the last as '{reason}'; drop fewer kinds of rows")
-        p = probabilities(np.where(reasons == 0, self.quality, -np.inf), temperature=self.temperature)
+        p = _probabilities(self.quality, reasons == 0, even=self.even, temperature=self.temperature)
         dropped = {name: int((reasons == code).sum()) for code, name in enumerate(REASONS) if code}
         about = {"effective_sample_size": effective_sample_size(p), "dropped": dropped}
         return replace(self, reasons=reasons, probability=p, record={**self.record, **about})
@@ -163,6 +168,7 @@ def from_terms(
     stratified: bool,
     weights: Mapping[str, float],
     temperature: float,
+    even: bool = False,
     record: Mapping[str, Any],
     hashes: Sequence[str] | None = None,
     ids: np.ndarray | None = None,
@@ -183,7 +189,7 @@ def from_terms(
     total = np.zeros(len(labels))
     if standardised:
         total = quality({name: s.values for name, s in standardised.items()}, weights)
-    p = probabilities(total, temperature=temperature)
+    p = _probabilities(total, np.ones(len(labels), dtype=np.bool_), even=even, temperature=temperature)
     return Scores(
         terms=terms,
         labels=labels,
@@ -192,6 +198,7 @@ def from_terms(
         stratified=stratified,
         record={
             **record,
+            "draw": "even" if even else "softmax",
             "weights": dict(weights),
             "temperature": temperature,
             "effective_sample_size": effective_sample_size(p),
@@ -202,6 +209,11 @@ def from_terms(
         ids=ids,
         predictions=dict(predictions or {}),
     )
+
+
+def _probabilities(quality: np.ndarray, kept: np.ndarray, *, even: bool, temperature: float) -> np.ndarray:
+    """Of one draw; 0 for rows that are not kept."""
+    return probabilities(np.where(kept, 0.0 if even else quality, -np.inf), temperature=temperature)
 
 
 def require_settings(
@@ -233,13 +245,13 @@ def _plain(value: Any) -> Any:
 
 
 def sample(scores: Scores, fraction: float = 0.5, seed: int = 0) -> np.ndarray:
-    """Indices of a quality sample: `fraction` of the rows, drawn without replacement by softmax(Q/τ).
+    """Indices of a quality sample: `fraction` of the rows, drawn without replacement by their probability.
 
     Stratified by label for classification, ascending, the same for the same seed; dropped rows never.
     Raises SettingsError for a fraction outside 0 < f ≤ 1, or of more rows than were kept.
     """
     return draw(
-        scores.quality,
+        np.zeros(len(scores)) if scores.even else scores.quality,
         fraction=fraction,
         temperature=scores.temperature,
         rng=np.random.default_rng([seed, 0]),

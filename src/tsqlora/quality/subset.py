@@ -16,7 +16,8 @@ class QualitySubset(Dataset[Any]):
     """A map-style data set of a fixed length whose rows are drawn anew each epoch.
 
     Before scores are known an epoch is the next stretch of a random order of all rows, so
-    that a pass over them leaves none out; afterwards it is a quality sample. A draw is a pure
+    that a pass over them leaves none out; afterwards the same of the rows that scores keep, or a
+    sample by their softmax, as the scores say. A draw is a pure
     function of (scores, seed, epoch): an epoch entered again after a crash has the same rows.
 
     Args:
@@ -75,7 +76,10 @@ class QualitySubset(Dataset[Any]):
     def draw(self, epoch: int) -> np.ndarray:
         """The rows of an epoch, in the order in which they are trained on."""
         if self.scores is None or epoch < self.scored_epoch:
-            rows = self._stretch(epoch)
+            rows = self._stretch(epoch, np.arange(len(self.dataset)))
+        elif self.scores.even:
+            # Of kept rows what the control has of all; where there are fewer than an epoch holds, they repeat.
+            rows = self._stretch(epoch if self.resample else self.scored_epoch, np.flatnonzero(self.scores.kept))
         else:
             rng = np.random.default_rng([self.seed, 2, epoch if self.resample else self.scored_epoch])
             rows = draw(
@@ -92,9 +96,9 @@ class QualitySubset(Dataset[Any]):
         lengths = [self.lengths[row] for row in rows]
         return rows[bucketed_order(lengths, batch_size=self.batch_size, rng=rng)]
 
-    def _stretch(self, epoch: int) -> np.ndarray:
-        """The epoch's part of an endless row of random orders of all rows."""
-        n, start = len(self.dataset), epoch * self.size
+    def _stretch(self, epoch: int, rows: np.ndarray) -> np.ndarray:
+        """The epoch's part of an endless row of random orders of these rows."""
+        n, start = len(rows), epoch * self.size
         passes = range(start // n, (start + self.size - 1) // n + 1)
         orders = [np.random.default_rng([self.seed, 1, p]).permutation(n) for p in passes]
-        return np.concatenate(orders)[start % n :][: self.size]
+        return rows[np.concatenate(orders)[start % n :][: self.size]]

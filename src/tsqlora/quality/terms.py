@@ -26,12 +26,13 @@ class Measured:
     """Calibrated, as is `loss`."""
     labels: Shaped[Tensor, " n"]
     loss: Float[Tensor, " n"]
-    norm_sq: Float[Tensor, " n"]
-    dot: Float[Tensor, " n"]
+    norm_sq: Float[Tensor, " n"] | None = None
+    """‖∇ℓ‖²; this and what follows are None where no term asked for it."""
+    dot: Float[Tensor, " n"] | None = None
     """⟨∇ℓ, ḡ⟩; ḡ without the sample itself where the sample is in the reference."""
-    reference_norm: float
+    reference_norm: float | None = None
     stepped_loss: Float[Tensor, " n"] | None = None
-    """After each sample's own step; None where no term asked for it."""
+    """After each sample's own step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,18 +40,33 @@ class Term:
     """One measure of a sample's worth: larger is to be worth more."""
 
     of: Callable[[Measured], Float[Tensor, " n"]]
+    gradient: bool = False
+    """Whether it needs gradients, which cost a backward pass, and one of the reference."""
     lookahead: bool = False
     """Whether it needs the stepped loss, which costs one more forward pass."""
 
 
+def _asked(number: Float[Tensor, " n"] | None) -> Float[Tensor, " n"]:
+    assert number is not None
+    return number
+
+
+def _gradient_norm(m: Measured) -> Float[Tensor, " n"]:
+    return _asked(m.norm_sq).sqrt()
+
+
+def _convergence(m: Measured) -> Float[Tensor, " n"]:
+    assert m.reference_norm is not None
+    return _asked(m.dot) / m.reference_norm
+
+
 def _loss_reduction(m: Measured) -> Float[Tensor, " n"]:
-    assert m.stepped_loss is not None
-    return m.loss - m.stepped_loss
+    return m.loss - _asked(m.stepped_loss)
 
 
 def _cosine(m: Measured) -> Float[Tensor, " n"]:
-    norm = m.norm_sq.sqrt() * m.reference_norm
-    return torch.where(norm > 0, m.dot / norm.clamp_min(torch.finfo(norm.dtype).tiny), 0)
+    norm = _gradient_norm(m)
+    return torch.where(norm > 0, _convergence(m) / norm.clamp_min(torch.finfo(norm.dtype).tiny), 0)
 
 
 def _el2n(m: Measured) -> Float[Tensor, " n"]:
@@ -62,10 +78,10 @@ def _el2n(m: Measured) -> Float[Tensor, " n"]:
 
 
 TERMS: dict[str, Term] = {
-    "gradient_norm": Term(lambda m: m.norm_sq.sqrt()),
-    "loss_reduction": Term(_loss_reduction, lookahead=True),
-    "convergence": Term(lambda m: m.dot / m.reference_norm),
-    "cosine": Term(_cosine),
+    "gradient_norm": Term(_gradient_norm, gradient=True),
+    "loss_reduction": Term(_loss_reduction, gradient=True, lookahead=True),
+    "convergence": Term(_convergence, gradient=True),
+    "cosine": Term(_cosine, gradient=True),
     "loss": Term(lambda m: m.loss),
     "el2n": Term(_el2n),
 }

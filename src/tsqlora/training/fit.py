@@ -127,19 +127,21 @@ def fit(
 def scoring_cost(quality: QualityCallback) -> PhaseCost:
     """What scoring took, tests of a model still at chance included.
 
-    The reference is passed forward twice (calibration, gradients) and backward once; every
-    row forward and backward once, and forward again where terms look ahead.
+    The reference is passed forward for calibration, and every row forward. Where a term needs
+    gradients both go backward too, the reference in a pass of its own; where terms look ahead, rows go
+    forward again.
     """
     data, scores = quality.data, quality.data.scores
     reference = reference_indices(len(data.dataset), quality.reference, quality.seed)
-    tests = len(quality.attempts) + (0 if scores is None else 2)
+    gradients = any(term.gradient for term in quality.terms.values())
+    tests = len(quality.attempts) + (0 if scores is None else 2 if gradients else 1)
     cost = PhaseCost(quality.seconds, forward=tests * len(reference), tokens=tests * tokens_of(data, reference))
     if scores is not None:
         rows = range(len(scores))
         passes = 2 if any(term.lookahead for term in quality.terms.values()) else 1
         cost.add(
             forward=passes * len(rows),
-            backward=len(rows) + len(reference),
+            backward=len(rows) + len(reference) if gradients else 0,
             tokens=passes * tokens_of(data, rows),
         )
     return cost

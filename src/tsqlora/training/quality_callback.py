@@ -14,10 +14,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from tsqlora import distributed
 from tsqlora.errors import NotLearnedError, SettingsError, TsqLoraError
 from tsqlora.gradients.sites import Scope
-from tsqlora.quality.score import DEFAULT_WEIGHTS, REFERENCE_ROWS, Progress, reference_indices, score
+from tsqlora.quality.score import REFERENCE_ROWS, Progress, reference_indices, require_softmax, score, wanted_terms
 from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import QualitySubset
-from tsqlora.quality.terms import get_terms
 from tsqlora.tasks import Task, get_task
 from tsqlora.tasks.forward import task_of
 from tsqlora.training.checkpoint import QualityState, checkpoint_folder
@@ -39,7 +38,7 @@ class QualityCallback(TrainerCallback):
     Args:
         data: the Trainer's train_dataset.
         warmup: passes over all rows before scoring.
-        weights, temperature, terms, scope, reference, calibration: as in `tsqlora.score`.
+        weights, temperature, reject, terms, scope, reference, calibration: as in `tsqlora.score`.
         task: needed only where training has a loss of its own (class weights, a custom one).
         about: what else the scores' record should say.
         scores_path: where scores are written; by default scores.parquet in the output_dir.
@@ -56,7 +55,8 @@ class QualityCallback(TrainerCallback):
         limit: float = 0.5,
         weights: Mapping[str, float] | None = None,
         temperature: float = 1.0,
-        terms: Sequence[str] = ("gradient_norm", "convergence"),
+        reject: bool | None = None,
+        terms: Sequence[str] = (),
         scope: Scope = "adapter",
         reference: int = REFERENCE_ROWS,
         calibration: bool = True,
@@ -71,10 +71,12 @@ class QualityCallback(TrainerCallback):
             raise SettingsError(f"warmup is {warmup}; it must be above 0 passes: a model at chance scores at random")
         if not 0 < limit <= 1:
             raise SettingsError(f"limit is {limit}; it must be above 0 and at most 1")
+        require_softmax(weights, temperature)
         self.data = data
         self.warmup, self.limit = warmup, limit
-        self.weights = dict(DEFAULT_WEIGHTS if weights is None else weights)
-        self.terms = get_terms(tuple(terms) + tuple(name for name, weight in self.weights.items() if weight))
+        self.weights = None if weights is None else dict(weights)
+        self.terms = wanted_terms([*terms, *(name for name, weight in (weights or {}).items() if weight)])
+        self.reject = reject
         self.temperature, self.calibration = temperature, calibration
         self.scope: Scope = scope
         self.reference, self.task, self.seed, self.hashes = reference, task, seed, hashes
@@ -161,6 +163,7 @@ class QualityCallback(TrainerCallback):
                 task=self._task(args, model),
                 weights=self.weights,
                 temperature=self.temperature,
+                reject=self.reject,
                 terms=tuple(self.terms),
                 scope=self.scope,
                 calibration=self.calibration,
