@@ -33,6 +33,7 @@ from tsqlora.gradients.ghost import (
 )
 from tsqlora.gradients.sites import Scope, Site, batch_coupled, find_sites
 from tsqlora.quality.learned import LearnedTest, learned
+from tsqlora.quality.own_loss import by_logits, scale_of, source_of
 from tsqlora.quality.reference import sample_losses, total_over_sites
 from tsqlora.quality.score import REFERENCE_ROWS
 from tsqlora.quality.terms import TERMS, Measured
@@ -200,7 +201,7 @@ class Harvest:
         _require_same(labels, kwargs.get("labels"), rows)
         own, calibration = self._own_gradient(wide(logits.detach()), labels)
         batch = self._waiting = _Batch(rows, logits.detach(), own, calibration)
-        node, place = _source(logits)
+        node, place = source_of(logits)
         node.register_prehook(lambda grads: self._arrive(batch, grads[place]))
 
     def _take(self, samples: int) -> Int[Tensor, " n"]:
@@ -219,10 +220,10 @@ class Harvest:
         The multiple is that nearest to the calibrated loss's gradient, and it is that gradient
         where all gradients by one sample's logits are multiples of one: for one or two logits.
         """
-        own = _by_logits(self.task, logits, labels)
+        own = by_logits(self.task, logits, labels)
         if self._offset is None:
             return own, torch.ones_like(own[:, 0])
-        calibrated = _by_logits(self.task, logits + self._offset.to(logits), labels)
+        calibrated = by_logits(self.task, logits + self._offset.to(logits), labels)
         square = own.square().sum(1)
         return own, torch.where(square > 0, (own * calibrated).sum(1) / square, 1)
 
@@ -232,7 +233,7 @@ class Harvest:
         self._waiting, self._current = None, batch
         # Where a loss scale overflows training skips the step as well; where it is 0 nothing can be told.
         if grad is not None and bool(grad.isfinite().all()):
-            scale = _scale(grad, batch.own, self.task.name)
+            scale = scale_of(grad, batch.own, self.task.name)
             batch.factor = batch.calibration / scale if scale else None
 
     def _see(self, name: str, a: Tensor, b: Tensor) -> None:
@@ -292,47 +293,6 @@ def _logits(output: Any) -> Tensor:
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         raise UnsupportedError("the model's output has no logits of one row a sample; score in a pass of its own")
     return logits
-
-
-def _source(logits: Tensor) -> tuple[Any, int]:
-    """The node of the graph that made the logits, and which of its outputs they are.
-
-    Not that of a cast behind them (accelerate casts what a model returns): the loss may have been
-    taken from what was cast.
-    """
-    node, place = logits.grad_fn, logits.output_nr
-    while node is not None and node.name() == "ToCopyBackward0":
-        node, place = node.next_functions[0]
-    if node is None:
-        raise UnsupportedError("the model's logits do not depend on anything that trains")
-    return node, place
-
-
-def _by_logits(task: Task, logits: Float[Tensor, "n k"], labels: Tensor) -> Float[Tensor, "n k"]:
-    """The gradient of the sum of the samples' losses."""
-    with torch.enable_grad(), torch.autocast(logits.device.type, enabled=False):
-        leaf = logits.detach().requires_grad_()
-        return torch.autograd.grad(sample_losses(task, leaf, labels).sum(), leaf)[0]
-
-
-def _scale(grad: Float[Tensor, "n k"], own: Float[Tensor, "n k"], name: str) -> float:
-    """The c for which grad = c · own; 1 where own vanishes as well.
-
-    Raises UnsupportedError where there is none: then training's loss is not the task's.
-    """
-    tolerance = 1e-2 if grad.dtype in (torch.float16, torch.bfloat16) else 1e-4
-    grad, own = grad.double().cpu(), own.double().cpu()
-    square = float(own.square().sum())
-    scale = float((grad * own).sum()) / square if square else 0.0
-    off, size = float((grad - scale * own).norm()), float(grad.norm())
-    if size == 0:
-        return 0.0 if square else 1.0
-    if scale <= 0 or off > tolerance * size:
-        raise UnsupportedError(
-            f"the gradient that training sends to the logits is {off / size:.1%} off any multiple of the samples' own "
-            f"{name} losses' gradient; pass `task` with the loss that training uses"
-        )
-    return scale
 
 
 def _require_same(labels: Tensor, given: Any, rows: Tensor) -> None:
