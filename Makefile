@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 
-.PHONY: demo test check bench constraints clean
+.PHONY: demo test check bench bench-scoring constraints clean
 
 demo: .venv/.installed-demo
 	$(BIN)/tsqlora demo
@@ -24,6 +24,10 @@ check: .venv/.installed-dev
 # Benchmarks take minutes to hours, so one is run at a time: make bench BENCH=bench/NAME.py
 bench: .venv/.installed-dev
 	$(if $(BENCH),$(BIN)/python $(BENCH),@echo "benchmarks: $(or $(wildcard bench/*.py),none yet)")
+
+bench-scoring: .venv/.installed-bench
+	$(BIN)/python bench/scoring.py
+	$(BIN)/python bench/tables.py
 
 # Pins what is installed now. Not torch: its build is the machine's choice (CPU, CUDA).
 constraints: .venv/.installed-dev
@@ -44,6 +48,10 @@ clean:
 .venv/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) '.[demo,dev]'
 	touch $@ .venv/.installed-demo
+
+.venv/.installed-bench: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) '.[demo,dev,bench]'
+	touch $@ .venv/.installed-dev .venv/.installed-demo
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

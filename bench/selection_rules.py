@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import scipy.special
 
-from tsqlora.quality.reject import FACTOR, reject
+from tsqlora.quality.reject import FACTOR, label_noise, reject
 from tsqlora.quality.sampling import draw as gumbel_draw
 from tsqlora.quality.sampling import draw_size
 from tsqlora.quality.terms import quality, standardise
@@ -95,6 +95,18 @@ def rejection(factor: float = FACTOR, *, refresh: int = 0) -> Rule:
     return Rule(draw, refresh=refresh, once=not refresh)
 
 
+def rejection_by_doubt(threshold: float) -> Rule:
+    """Labels wrong with more than this chance left out, where wrong labels are evident; of the rest passes."""
+
+    def draw(seen: Seen, epoch: int) -> Draw:
+        noise = label_noise(seen.logits, seen.labels)
+        mask = (noise.doubt(seen.logits, seen.labels) > threshold) & noise.evident
+        rows = stretch(seen.seed, seen.fraction, np.flatnonzero(~mask), len(mask), epoch)
+        return Draw(rows, rejected=mask, note={"noise": noise.to_dict(), "rejected": float(mask.mean())})
+
+    return Rule(draw, once=True)
+
+
 def always_reject(seen: Seen, epoch: int) -> Draw:
     """Half as many again as contradict the most confident third, at most 40 %, whether or not labels seem wrong.
 
@@ -149,6 +161,8 @@ RULES: dict[str, Rule] = {
     "oracle": Rule(oracle),
     "reject": rejection(),
     "reject, factor 1.5": rejection(1.5),
+    "reject, doubt 0.2": rejection_by_doubt(0.2),
+    "reject, doubt 0.5": rejection_by_doubt(0.5),
     "reject, refreshed": rejection(refresh=1),
     "always reject": Rule(always_reject, once=True),
     "C - loss, t=3": softmax({"convergence": 1.0, "loss": -1.0}, 3.0),

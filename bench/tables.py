@@ -156,10 +156,32 @@ def label_errors(results: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def scoring_ratios(results: Mapping[str, Any]) -> list[list[str]]:
+    """Median seconds of what is timed over those of a training step; for ours, floor and peak memory too."""
+    rows = [["tokens", "precision", "what", "of a training step", "of its floor", "peak memory", "largest difference"]]
+    for key, cell in results["cells"].items():
+        length, dtype = key.split("/")
+        for name, ratio in cell["ratio"].items():
+            floor, memory, difference = (cell[kind].get(name) for kind in ("floor", "peak", "difference"))
+            rows.append(
+                [
+                    length,
+                    dtype,
+                    name,
+                    f"{ratio:.2f}",
+                    "" if floor is None else f"{ratio / floor:.2f}",
+                    "" if memory is None else f"{memory / cell['peak']['training step']:.2f}",
+                    "" if difference is None else f"{difference:.0e}",
+                ]
+            )
+    return rows
+
+
 TABLES: dict[str, Callable[[Mapping[str, Any]], list[list[str]]]] = {
     "label_errors": label_errors,
     "quality_rules": quality_rules,
     "rank_agreement": rank_agreement,
+    "scoring": scoring_ratios,
     "selection-cells": selection_cells,
     "selection-differences": selection_differences,
     "selection_bank": selection_bank,

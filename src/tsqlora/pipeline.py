@@ -84,8 +84,8 @@ def train(config: Config, run: Path, *, resume: bool = False, progress: Progress
         data, quality, ranks = method(job, run / SCORES_FILE, progress)
         start = WriteStart(run, config, record)
         fit_job(job, model, args, data, record, quality, ranks, progress, also=start, resume_from=last_checkpoint(run))
-        if quality is not None and quality.refused:
-            record.notes.append(f"rows were drawn at random: {quality.refused}")
+        if quality is not None:
+            record.notes += what_to_note(quality, data)
         record.quality = what_quality_did(job, quality, data)
         record.rank_events, record.ranks = ranks.events, ranks.final
         model.save_pretrained(str(run / ADAPTER_DIR), is_main_process=distributed.is_first())
@@ -414,6 +414,21 @@ def what_quality_did(job: Job, quality: QualityCallback | None, data: QualitySub
     if data.scores is None:
         return told | {"refused": quality.refused}
     return told | {"scores": dict(data.scores.record)}
+
+
+def what_to_note(quality: QualityCallback, data: QualitySubset) -> list[str]:
+    """Why rows were drawn as they were."""
+    if quality.refused:
+        return [f"rows were drawn at random: {quality.refused}"]
+    noise = None if data.scores is None else data.scores.record.get("noise")
+    if data.scores is None or noise is None:
+        return []
+    if not noise["evident"]:
+        return ["there is no evidence of wrong labels: rows were drawn as a random control draws them"]
+    return [
+        f"about {noise['rate']:.0%} of the labels seem wrong ({noise['low']:.0%} to {noise['high']:.0%}): "
+        f"{(~data.scores.kept).sum()} of {len(data.scores)} rows were left out"
+    ]
 
 
 def _begun(run: Path, config: Config) -> RunRecord | None:
