@@ -3,7 +3,7 @@
     python bench/label_errors.py [--shared ../shared] [--out bench/results/label_errors.json]
 
 A cell is a data set, a share of flipped labels and a seed: 1,000 rows, MiniLM, LoRA r 8, the defaults otherwise, one
-pass of warm-up (more while the model is at chance), scored as `tsqlora score` does. The probabilities
+pass of warm-up (more while the model is at chance), then scored. The probabilities
 are those of the model after that pass: each row was seen once, so they are nearly out of sample. cleanlab gets
 the same ones, without and with its own adjustment for the classes. Finished cells are not run again.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from cleanlab.rank import get_label_quality_scores
 from scipy.special import softmax
 from sklearn.metrics import average_precision_score, roc_auc_score
@@ -25,9 +26,11 @@ from tsqlora.config import Config
 from tsqlora.data.write import write_rows
 from tsqlora.demo import bbc_news, flip, package_folder
 from tsqlora.quality.explain import likely_wrong, suspicion
+from tsqlora.quality.score import reference_indices, score
+from tsqlora.quality.scores import Scores
 from tsqlora.record import versions, write_json
-from tsqlora.scoring import score_ready, warmed_up
-from tsqlora.training.predict import predict_logits
+from tsqlora.scoring import warmed_up
+from tsqlora.training.fit import hardware_has_bf16
 
 ROWS, WRONG, SEEDS = 1000, (0.1, 0.2, 0.4), (0, 1)
 SETTINGS = {"sst2": {"max_length": 32}, "bbc": {"max_length": 32}}
@@ -75,11 +78,22 @@ def run(name: str, wrong: float, seed: int, shared: Path, folder: Path) -> dict[
 
     began = time.time()
     ready = warmed_up(config, folder / "warm-up", folder, progress)
-    scores = score_ready(ready)
-    logits = predict_logits(ready.model, ready.data.samples["train"].samples, ready.collate, batch_size=64)
+    samples = ready.data.samples["train"]
+    autocast = torch.bfloat16 if hardware_has_bf16() else None
+    scores = score(
+        ready.model,
+        samples,
+        ready.collate,
+        reference=reference_indices(ROWS, config.quality.reference, seed),
+        task=ready.task,
+        weights={"convergence": 1.0, "loss": -1.0},
+        terms=("convergence",),
+        lengths=samples.lengths,
+        autocast=autocast,
+    )
+    classes = ready.data.splits.labels.names
     assert len(scores) == ROWS
-    classes = scores.record["classes"]
-    found = measures(scores, logits.astype(np.float64))
+    found = measures(scores)
     return {
         "average_precision": {n: float(average_precision_score(bad, v)) for n, v in found.items()},
         "roc_area": {n: float(roc_auc_score(bad, v)) for n, v in found.items()},
@@ -92,15 +106,17 @@ def run(name: str, wrong: float, seed: int, shared: Path, folder: Path) -> dict[
         "accuracy": float(
             np.mean([classes[j] == y for j, y in zip(scores.predictions["predicted"], true, strict=True)])
         ),
+        "precision": str(autocast or torch.float32).removeprefix("torch."),
         "warmup_steps": steps["warm-up"],
         "seconds": time.time() - began,
     }
 
 
-def measures(scores: Any, logits: np.ndarray) -> dict[str, np.ndarray]:
+def measures(scores: Scores) -> dict[str, np.ndarray]:
     """Numbers that are high where a label may be wrong."""
-    labels, plain = scores.labels, softmax(logits, axis=1)
-    calibrated = softmax(logits + np.array(scores.record["offsets"]), axis=1)
+    labels, logits = scores.labels, scores.predictions["logits"].astype(np.float64)
+    calibrated = softmax(logits, axis=1)
+    plain = softmax(logits - np.array(scores.record["offsets"]), axis=1)
 
     def cleanlab(p: np.ndarray, method: str, *, adjust: bool = False) -> np.ndarray:
         return -get_label_quality_scores(labels, p, method=method, adjust_pred_probs=adjust)
@@ -109,7 +125,7 @@ def measures(scores: Any, logits: np.ndarray) -> dict[str, np.ndarray]:
         "loss within the class, calibrated (--explain)": suspicion(scores),
         "loss, calibrated": scores.terms["loss"],
         "-convergence": -scores.terms["convergence"],
-        "-quality (default)": -scores.quality,
+        "loss - convergence, standardised in the class": -scores.quality,
         "loss": -np.log(plain[np.arange(len(labels)), labels]),
         "cleanlab self_confidence": cleanlab(plain, "self_confidence"),
         "cleanlab self_confidence, adjusted": cleanlab(plain, "self_confidence", adjust=True),
