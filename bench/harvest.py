@@ -161,10 +161,15 @@ def picks(seed: int, shared: Path, *, timed: bool) -> dict[str, Any]:
             areas[f"window of {window} {side}"] = {"loss": area(run.bad, window_loss(harvest, window, side), "loss")}
     logits = {"scoring": scores.predictions["logits"], "harvest": harvest.calibrated().numpy()}
     drops = {name: dropped(run, values.astype(np.float64)) for name, values in logits.items()}
-    np.savez(
-        f"/tmp/h/harvest-{seed}.npz", bad=run.bad, labels=run.labels, batch_of=harvest.batch_of, logits=harvest.logits
-    )
-    return found | {"roc_area": areas, "dropped": drops}
+    return found | {"roc_area": areas, "dropped": drops, "loss_area_by_quarter": by_quarter(run, harvest)}
+
+
+def by_quarter(run: Run, harvest: Harvest) -> list[float]:
+    """ROC area of the loss, not calibrated, in each quarter of the pass."""
+    assert harvest.logits is not None
+    loss = -log_softmax(harvest.logits.numpy(), axis=1)[np.arange(DATA_ROWS), run.labels]
+    quarter = harvest.batch_of.numpy() // (-(-DATA_ROWS // BATCH) / 4)
+    return [area(run.bad[quarter == q], loss[quarter == q], "loss") for q in range(4)]
 
 
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
@@ -215,7 +220,6 @@ def main() -> None:
         "settings": {"rows": DATA_ROWS, "wrong": WRONG, "batch": BATCH, "learning_rate": RATE, "rank": RANK},
         "machine": {"cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "versions": versions(),
-        "commit": commit,
     }
     known = json.loads(args.out.read_text()) if args.out.exists() else {}
     for cell in args.cells.split(",") if args.part == "cost" else args.seeds.split(","):
@@ -224,7 +228,7 @@ def main() -> None:
             found = cost(int(length), dtype, args.rounds if length == "32" else max(args.rounds // 2, 3))
         else:
             found = picks(int(cell), args.shared, timed=cell == "0")
-        known.setdefault(args.part, {})[cell] = found
+        known.setdefault(args.part, {})[cell] = found | {"commit": commit}
         write_json(args.out, {**known, **origin})
         print(cell, json.dumps(found.get("ratio") or found), flush=True)
 

@@ -177,7 +177,30 @@ def scoring_ratios(results: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def harvest_cost(results: Mapping[str, Any]) -> list[list[str]]:
+    """A training step's cost with a harvest, in units of one without."""
+    rows = [["tokens, precision", "seconds of a plain step", "harvest", "of logits alone"]]
+    for cell, found in sorted(results["cost"].items(), key=lambda item: int(item[0].split("/")[0])):
+        plain, ratio = float(np.median(found["seconds"]["plain"])), found["ratio"]
+        name = cell.replace("/", ", ")
+        rows.append([name, f"{plain:.2f}", f"{ratio['harvest']:.2f}", f"{ratio['logits alone']:.2f}"])
+    return rows
+
+
+def harvest_picks(results: Mapping[str, Any]) -> list[list[str]]:
+    """ROC area for wrong labels, by seed and source of the numbers; the rank correlation with the scoring pass's."""
+    names = ("gradient_norm", "convergence", "cosine", "loss")
+    rows = [["seed", "numbers of", *names]]
+    for seed, found in results["picks"].items():
+        for source, areas in found["roc_area"].items():
+            rows.append([seed, source, *(f"{areas[n]:.2f}" if n in areas else "–" for n in names)])
+        rows.append([seed, "rank correlation of the first two", *(f"{found['correlation'][n]:+.2f}" for n in names)])
+    return rows
+
+
 TABLES: dict[str, Callable[[Mapping[str, Any]], list[list[str]]]] = {
+    "harvest-cost": harvest_cost,
+    "harvest-picks": harvest_picks,
     "label_errors": label_errors,
     "quality_rules": quality_rules,
     "rank_agreement": rank_agreement,
