@@ -133,7 +133,7 @@ def test_the_greatest_rank_is_twice_the_mean_unless_set() -> None:
         (
             "quality: {fractoin: 0.3}",
             "unknown key 'quality.fractoin'; did you mean 'fraction'? choices: calibrate, enabled, fraction, "
-            "preset, reference, reject, resample, scope, temperature, warmup, warmup_limit, weights",
+            "harvest, preset, reference, reject, resample, scope, temperature, warmup, warmup_limit, weights",
         ),
         (
             "quality: {weights: {convergense: 1}}",

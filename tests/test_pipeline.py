@@ -1,5 +1,6 @@
 """Every setting reaches what it is for: a key that nothing reads is a promise not kept."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -45,6 +46,7 @@ OTHER_VALUES: dict[str, Any] = {
     "quality.scope": "full",
     "quality.reference": 64,
     "quality.calibrate": False,
+    "quality.harvest": True,
     "ranks.policy": "fixed",
     "ranks.mean": 4.0,
     "ranks.min": 2,
@@ -105,6 +107,7 @@ def what_arrives(config: Config) -> dict[str, Any]:
         "active_parameters": 0,
         "QualitySubset": None,
         "QualityCallback": "a callback",
+        "HarvestCallback": "another",
         "RankCallback": None,
     }
 
@@ -126,7 +129,8 @@ def what_arrives(config: Config) -> dict[str, Any]:
         job = pipeline.load(config)
         arrived["task"] = job.task.name
         pipeline.begin(job, args)
-        _, arrived["quality"], _ = pipeline.method(job, Path("scores.parquet"), None)
+        data, arrived["quality"], _ = pipeline.method(job, Path("scores.parquet"), None)
+        inspect.unwrap(pipeline.harvesting)(config, data, Path("run"))
     del arrived["plan"], arrived["active_parameters"]
     return arrived
 

@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from tsqlora.quality.subset import QualitySubset
     from tsqlora.ranks.allocate import Sensitivity, allocate
     from tsqlora.ranks.events import RankEvent
+    from tsqlora.training.harvest_callback import HarvestCallback
     from tsqlora.training.quality_callback import QualityCallback
     from tsqlora.training.rank_callback import RankCallback
 
 __all__ = [
     "DataError",
+    "HarvestCallback",
     "NotLearnedError",
     "QualityCallback",
     "QualitySubset",
@@ -51,6 +53,7 @@ _HOMES = {
     "ranks.allocate": ("Sensitivity", "allocate"),
     "ranks.events": ("RankEvent",),
     "probe": ("sensitivity",),
+    "training.harvest_callback": ("HarvestCallback",),
     "training.quality_callback": ("QualityCallback",),
     "training.rank_callback": ("RankCallback",),
 }

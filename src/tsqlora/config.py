@@ -109,6 +109,7 @@ class QualitySettings(Section):
     )
     reference: int = setting(512, "Rows whose mean gradient a sample is compared with.", ge=2)
     calibrate: bool = setting(True, "Correct a leaning to one class before scoring.")
+    harvest: bool = setting(False, "Keep each row's terms as training's own passes show them, in harvest.parquet.")
 
     def resolved_weights(self) -> dict[str, float] | None:
         """Weight of each term of Q: what is set, else the preset's; None where all are 0: no Q decides.

@@ -37,6 +37,7 @@ from tsqlora.record import RunRecord
 from tsqlora.tasks import Task, get_task
 from tsqlora.tasks.classification import Classification
 from tsqlora.training.fit import fit, hardware_has_bf16, training_arguments
+from tsqlora.training.harvest_callback import HARVEST_FILE, HarvestCallback
 from tsqlora.training.load import Pretrained, load_pretrained
 from tsqlora.training.quality_callback import SCORES_FILE, QualityCallback
 from tsqlora.training.rank_callback import RankCallback
@@ -82,8 +83,8 @@ def train(config: Config, run: Path, *, resume: bool = False, progress: Progress
             raise DataError(f"{config.data.train} has other rows than when {run} was begun; name another --out")
         model, record = begin(job, args)
         data, quality, ranks = method(job, run / SCORES_FILE, progress)
-        start = WriteStart(run, config, record)
-        fit_job(job, model, args, data, record, quality, ranks, progress, also=start, resume_from=last_checkpoint(run))
+        also = [WriteStart(run, config, record), *harvesting(config, data, run)]
+        fit_job(job, model, args, data, record, quality, ranks, progress, also=also, resume_from=last_checkpoint(run))
         if quality is not None:
             record.notes += what_to_note(quality, data)
         record.quality = what_quality_did(job, quality, data)
@@ -256,6 +257,12 @@ def about_rows(config: Config, data: Prepared) -> dict[str, Any]:
     }
 
 
+def harvesting(config: Config, data: QualitySubset, run: Path) -> list[TrainerCallback]:
+    """What keeps rows' terms from training's own passes, where that is asked for."""
+    q = config.quality
+    return [HarvestCallback(data, scope=q.scope, path=run / HARVEST_FILE)] if q.harvest else []
+
+
 def fit_job(
     job: Job,
     model: PeftModel,
@@ -266,7 +273,7 @@ def fit_job(
     ranks: RankCallback,
     progress: Progress | None,
     *,
-    also: TrainerCallback,
+    also: Sequence[TrainerCallback],
     resume_from: Path | None = None,
 ) -> None:
     """Warm-up, scoring and training: one stock Trainer, one optimizer, one schedule."""
@@ -280,7 +287,7 @@ def fit_job(
         record=record,
         quality=quality,
         ranks=ranks,
-        also=(also,),
+        also=tuple(also),
         resume_from=resume_from,
         progress=progress,
     )
@@ -356,7 +363,7 @@ def warm_up(job: Job, progress: Progress | None, *, scores_path: Path) -> RankCa
         model, record = begin(job, args)
         data, quality, ranks = method(job, scores_path, progress)
         assert quality is not None
-        fit_job(job, model, args, data, record, quality, ranks, progress, also=StopOnceScored(data, quality))
+        fit_job(job, model, args, data, record, quality, ranks, progress, also=[StopOnceScored(data, quality)])
     return ranks
 
 

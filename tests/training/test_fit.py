@@ -47,7 +47,7 @@ class Counted:
                 self.quality,
                 self.ranks,
                 lambda *told: self.told.append(told),
-                also=TrainerCallback(),
+                also=[TrainerCallback()],
                 resume_from=resume_from,
             )
         finally:

@@ -1,6 +1,6 @@
 """The share of a data set that an epoch trains on: random at first, by quality once scored."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,8 @@ class QualitySubset(Dataset[Any]):
         self.scored_epoch = 0
         self.awaits_scores = False
         """Set by QualityCallback while scoring is still to come: ranks wait for it."""
+        self.announce: Callable[[list[int]], None] | None = None
+        """Told each row that is handed out, in this process."""
         self.size = draw_size(len(dataset), fraction)
         self.set_epoch(0)
 
@@ -61,7 +63,10 @@ class QualitySubset(Dataset[Any]):
         return self.size
 
     def __getitem__(self, index: int) -> Any:
-        return self.dataset[int(self.indices[index])]
+        row = int(self.indices[index])
+        if self.announce is not None:
+            self.announce([row])
+        return self.dataset[row]
 
     def use(self, scores: Scores, epoch: int) -> None:
         """From `epoch` on, rows are drawn by these scores."""

@@ -204,10 +204,11 @@ class RankCallback(TrainerCallback):
         """The first ranks, from sensitivities on the quality sample: METHOD section 2."""
         self.started = True
         start = time.perf_counter()
-        rows = np.random.default_rng([self.seed, 4]).permutation(len(data))[: self.samples]
+        places = np.random.default_rng([self.seed, 4]).permutation(len(data))[: self.samples]
         probe = probe_pass(
             kwargs["model"],
-            Subset(data, sorted(rows.tolist())),
+            # Not `data` itself: it tells what training is handed out.
+            Subset(data.dataset, data.indices[np.sort(places)].tolist()),
             kwargs["train_dataloader"].collate_fn,
             estimator=self.estimator,
             batch_size=args.per_device_train_batch_size,

@@ -1,0 +1,98 @@
+"""What training's own passes say of each row, in a stock Trainer: no pass of its own, a file at the end."""
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tsqlora.errors import SettingsError
+from tsqlora.gradients.sites import Scope
+from tsqlora.quality.harvest import Harvest
+from tsqlora.quality.subset import QualitySubset
+from tsqlora.tasks import Task, get_task
+from tsqlora.tasks.forward import task_of
+
+HARVEST_FILE = "harvest.parquet"
+
+
+class HarvestCallback(TrainerCallback):
+    """Keeps each row's gradient norm, convergence, cosine, loss and EL2N as of the last time it was trained on.
+
+    At the end they are written to `path`, by default harvest.parquet in the output_dir: id, label
+    and terms of every row, null where a term is not known. They are not exact (dropout is on, weights move), and
+    nothing is drawn by them: bench/harvest.py compares them with a pass of their own.
+
+    Args:
+        data: the Trainer's train_dataset.
+        gradient: whether to look at gradients; loss and EL2N alone cost nothing.
+        scope, task: as in `tsqlora.score`.
+    """
+
+    def __init__(
+        self,
+        data: QualitySubset,
+        *,
+        gradient: bool = True,
+        scope: Scope = "adapter",
+        task: Task | None = None,
+        path: str | Path | None = None,
+    ) -> None:
+        self.data, self.gradient, self.task = data, gradient, task
+        self.scope: Scope = scope
+        self.path = None if path is None else Path(path)
+        self.harvest: Harvest | None = None
+        self._watching = ExitStack()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if args.dataloader_num_workers:
+            raise SettingsError("HarvestCallback must see which rows are handed out; set dataloader_num_workers to 0")
+        if args.world_size > 1:
+            raise SettingsError("HarvestCallback knows one process's rows only; leave it out with several processes")
+        model, smoothing = kwargs["model"], args.label_smoothing_factor
+        task = self.task or (get_task(task_of(model).name, label_smoothing=smoothing) if smoothing else None)
+        labels = np.array([row["labels"] for row in self.data.dataset])
+        self.harvest = Harvest(model, labels, task=task, scope=self.scope, gradient=self.gradient)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        assert self.harvest is not None
+        self._watching.enter_context(self.harvest.watch(kwargs["model"]))
+        self.data.announce = self.harvest.coming
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._stop()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._stop()
+        assert self.harvest is not None
+        if state.is_world_process_zero:
+            path = self.path or Path(str(args.output_dir)) / HARVEST_FILE
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _save(self.harvest, path)
+
+    def _stop(self) -> None:
+        self.data.announce = None
+        self._watching.close()
+
+
+def _save(harvest: Harvest, path: Path) -> None:
+    labels = harvest.labels.numpy()
+    terms = {name: pa.array(values, from_pandas=True) for name, values in harvest.terms().items()}
+    table = pa.table({"id": np.arange(len(labels)), "label": labels, **terms})
+    metadata = {b"tsqlora": json.dumps(harvest.record()).encode()}
+    # Whole or not at all.
+    unfinished = Path(f"{path}.tmp")
+    pq.write_table(table.replace_schema_metadata(metadata), unfinished)
+    unfinished.replace(path)

@@ -1,0 +1,74 @@
+"""Terms from training's own passes, in a stock Trainer."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+import tsqlora as tsq
+from scoring import assert_same
+from stock import make_trainer, moods, slotted_bert
+from tsqlora.errors import SettingsError
+
+DATA = moods()
+
+
+def train(folder: Path, callbacks: Any = None, **further: Any) -> tuple[tsq.QualitySubset, Any]:
+    data = tsq.QualitySubset(DATA, 0.5)
+    made = [] if callbacks is None else callbacks(data)
+    trainer = make_trainer(slotted_bert(), data, folder, made, **({"num_train_epochs": 3} | further))
+    trainer.train()
+    return data, trainer
+
+
+def test_every_row_that_was_trained_on_has_its_terms(tmp_path: Path) -> None:
+    data, _ = train(tmp_path, lambda data: [tsq.HarvestCallback(data)])
+    table = pq.read_table(tmp_path / "harvest.parquet")
+    assert table["id"].to_pylist() == list(range(len(DATA)))
+    assert table["label"].to_pylist() == [row["labels"] for row in DATA]
+    # Three epochs of half the rows are a pass and a half.
+    assert table["gradient_norm"].null_count == table["loss"].null_count == 0
+    assert min(table["gradient_norm"].to_pylist()) > 0
+    assert np.corrcoef(table["loss"].to_pylist(), table["el2n"].to_pylist())[0, 1] > 0.8
+    # The first batch had no mean gradient before it; its rows came again, or did not.
+    assert table["convergence"].null_count <= 8
+    about = json.loads(table.schema.metadata[b"tsqlora"])
+    assert (about["harvested"], about["exact"], about["unseen"]) == (True, False, 0)
+    assert data.announce is None
+
+
+def test_rows_that_were_never_drawn_are_null(tmp_path: Path) -> None:
+    train(tmp_path, lambda data: [tsq.HarvestCallback(data, gradient=False)], num_train_epochs=1)
+    table = pq.read_table(tmp_path / "harvest.parquet")
+    assert table["loss"].null_count == len(DATA) // 2
+    assert table.column_names == ["id", "label", "loss", "el2n"]
+
+
+def test_training_is_bit_for_bit_what_it_is_without(tmp_path: Path) -> None:
+    def both(data: tsq.QualitySubset) -> list[Any]:
+        return [tsq.QualityCallback(data, reference=40), tsq.RankCallback(interval=4, moves=3, samples=16)]
+
+    ended = []
+    for harvest in (False, True):
+        _, trainer = train(
+            tmp_path,
+            lambda data, harvest=harvest: [*([tsq.HarvestCallback(data)] if harvest else []), *both(data)],
+            num_train_epochs=5,
+            gradient_accumulation_steps=2,
+        )
+        ended.append(trainer.model.state_dict())
+    assert_same(ended[0], ended[1], "weights")
+    assert (tmp_path / "harvest.parquet").exists()
+
+
+def test_label_smoothing_is_taken_over(tmp_path: Path) -> None:
+    train(tmp_path, lambda data: [tsq.HarvestCallback(data)], label_smoothing_factor=0.1)
+    assert min(pq.read_table(tmp_path / "harvest.parquet")["loss"].to_pylist()) > 0.1
+
+
+def test_workers_that_hide_the_rows_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="set dataloader_num_workers to 0"):
+        train(tmp_path, lambda data: [tsq.HarvestCallback(data)], dataloader_num_workers=1)
