@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import scipy.special
 
-from tsqlora.quality.reject import FACTOR, label_noise, reject
+from tsqlora.quality.reject import LabelNoise, label_noise, reject
 from tsqlora.quality.sampling import draw as gumbel_draw
 from tsqlora.quality.sampling import draw_size
 from tsqlora.quality.terms import quality, standardise
@@ -79,32 +79,36 @@ def _drawn(seen: Seen, epoch: int, q: np.ndarray, temperature: float = 1.0) -> D
     return Draw(gumbel_draw(q, fraction=seen.fraction, temperature=temperature, rng=rng, strata=seen.labels).indices)
 
 
-def rejection(factor: float = FACTOR, *, refresh: int = 0) -> Rule:
-    """The most doubtful labels left out, `factor` times as many as seem wrong; of the rest passes as random's.
+def rejection(seen: Seen, epoch: int) -> Draw:
+    """The default: doubtful labels left out where wrong ones are evident; of the rest passes as random's."""
+    return _passes(seen, epoch, *reject(seen.logits, seen.labels))
+
+
+def rejection_by_factor(factor: float, *, refresh: int = 0) -> Rule:
+    """`factor` times as many as labels seem wrong, at most 40 %, the most doubtful first.
 
     After a refresh the newer logits decide anew, unless they show no wrong labels.
     """
 
+    def masked(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, LabelNoise]:
+        noise = label_noise(logits, labels)
+        mask = np.zeros(len(labels), dtype=bool)
+        count = round(min(factor * noise.rate, 0.4) * len(labels)) if noise.evident else 0
+        mask[np.argsort(-noise.doubt(logits, labels), kind="stable")[:count]] = True
+        return mask, noise
+
     def draw(seen: Seen, epoch: int) -> Draw:
-        mask, noise = reject(seen.logits, seen.labels, factor=factor)
+        mask, noise = masked(seen.logits, seen.labels)
         if seen.first_logits is not None and not noise.evident:
-            mask, noise = reject(seen.first_logits, seen.labels, factor=factor)
-        rows = stretch(seen.seed, seen.fraction, np.flatnonzero(~mask), len(mask), epoch)
-        return Draw(rows, rejected=mask, note={"noise": noise.to_dict(), "rejected": float(mask.mean())})
+            mask, noise = masked(seen.first_logits, seen.labels)
+        return _passes(seen, epoch, mask, noise)
 
     return Rule(draw, refresh=refresh, once=not refresh)
 
 
-def rejection_by_doubt(threshold: float) -> Rule:
-    """Labels wrong with more than this chance left out, where wrong labels are evident; of the rest passes."""
-
-    def draw(seen: Seen, epoch: int) -> Draw:
-        noise = label_noise(seen.logits, seen.labels)
-        mask = (noise.doubt(seen.logits, seen.labels) > threshold) & noise.evident
-        rows = stretch(seen.seed, seen.fraction, np.flatnonzero(~mask), len(mask), epoch)
-        return Draw(rows, rejected=mask, note={"noise": noise.to_dict(), "rejected": float(mask.mean())})
-
-    return Rule(draw, once=True)
+def _passes(seen: Seen, epoch: int, mask: np.ndarray, noise: LabelNoise) -> Draw:
+    rows = stretch(seen.seed, seen.fraction, np.flatnonzero(~mask), len(mask), epoch)
+    return Draw(rows, rejected=mask, note={"noise": noise.to_dict(), "rejected": float(mask.mean())})
 
 
 def always_reject(seen: Seen, epoch: int) -> Draw:
@@ -159,11 +163,10 @@ def info_batch(seen: Seen, epoch: int) -> Draw:
 RULES: dict[str, Rule] = {
     "random": Rule(None),
     "oracle": Rule(oracle),
-    "reject": rejection(),
-    "reject, factor 1.5": rejection(1.5),
-    "reject, doubt 0.2": rejection_by_doubt(0.2),
-    "reject, doubt 0.5": rejection_by_doubt(0.5),
-    "reject, refreshed": rejection(refresh=1),
+    "reject": Rule(rejection, once=True),
+    "reject, factor 1.5": rejection_by_factor(1.5),
+    "reject, factor 2": rejection_by_factor(2.0),
+    "reject, factor 2, refreshed": rejection_by_factor(2.0, refresh=1),
     "always reject": Rule(always_reject, once=True),
     "C - loss, t=3": softmax({"convergence": 1.0, "loss": -1.0}, 3.0),
     "-loss, t=1": softmax({"loss": -1.0}, 1.0),

@@ -129,18 +129,21 @@ def test_doubts_add_up_to_the_rate(seed: int) -> None:
 @given(seed=SEEDS)
 def test_what_is_rejected_is_mostly_wrong(seed: int) -> None:
     logits, labels, bad = rows_of(seed, wrong=0.2, sure=6.0, rows=2000, classes=4)
-    mask, noise = reject(logits, labels, factor=1.0)
+    mask, noise = reject(logits, labels, doubt=0.5)
     assert bad[mask].mean() > 0.75
     doubts = noise.doubt(logits, labels)
     assert doubts[mask].min() >= doubts[~mask].max()
 
 
-def test_as_many_are_rejected_as_factor_and_limit_say() -> None:
+def test_as_many_are_rejected_as_doubt_and_limit_say() -> None:
     logits, labels, _ = rows_of(0, wrong=0.2)
-    rate = label_noise(logits, labels).rate
-    for factor, most in ((0.0, 0.4), (0.5, 0.4), (1.0, 0.4), (5.0, 0.4), (5.0, 0.1)):
-        mask, _ = reject(logits, labels, factor=factor, most=most)
-        assert mask.sum() == round(min(factor * rate, most) * 800)
+    doubts = label_noise(logits, labels).doubt(logits, labels)
+    for doubt in (0.05, 0.2, 0.5, 0.9):
+        mask, _ = reject(logits, labels, doubt=doubt, most=0.9)
+        assert mask.tolist() == (doubts > doubt).tolist()
+    mask, _ = reject(logits, labels, doubt=0.05, most=0.1)
+    assert mask.sum() == 80
+    assert doubts[mask].min() >= doubts[~mask].max()
 
 
 def test_nothing_is_rejected_where_nothing_is_evident() -> None:
@@ -184,8 +187,8 @@ def test_the_record_is_plain() -> None:
     [
         ({"level": 1.0}, "level is 1.0; it must be above 0.5 and below 1"),
         ({"level": 0.5}, "level is 0.5; it must be above 0.5 and below 1"),
-        ({"factor": -1.0}, "factor is -1.0; it must be 0 or more"),
-        ({"factor": math.nan}, "factor is nan; it must be 0 or more"),
+        ({"doubt": 0.0}, "doubt is 0.0; it must be above 0 and below 1"),
+        ({"doubt": math.nan}, "doubt is nan; it must be above 0 and below 1"),
         ({"most": 1.0}, "most is 1.0; it must be at least 0 and below 1"),
         ({"most": -0.1}, "most is -0.1; it must be at least 0 and below 1"),
     ],

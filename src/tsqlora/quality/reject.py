@@ -17,10 +17,10 @@ from scipy.stats import chi2
 
 from tsqlora.errors import SettingsError, TsqLoraError
 
-FACTOR = 2.0
-"""Rows rejected for each label that seems wrong: the wrong ones are not found exactly, and one of them that is kept
-costs more than a right one that is lost."""
-MOST = 0.4
+DOUBT = 0.2
+"""Rows are rejected whose label is wrong with more than this chance: a wrong one that is kept costs more than a right
+one that is lost."""
+MOST = 0.5
 """No larger share is rejected."""
 LEVEL = 0.95
 """Of the test that there are wrong labels, and of each one-sided bound of their rate."""
@@ -64,24 +64,25 @@ def reject(
     logits: Float[np.ndarray, "n k"],
     labels: Int[np.ndarray, " n"],
     *,
-    factor: float = FACTOR,
+    doubt: float = DOUBT,
     most: float = MOST,
     level: float = LEVEL,
 ) -> tuple[Bool[np.ndarray, " n"], LabelNoise]:
     """A mask of the rows to leave out, and the rate of wrong labels that says how many.
 
-    Where wrong labels are `evident`, the most doubtful rows, `factor` times as many as labels seem wrong and at
-    most the share `most`; else none.  Of equally doubtful rows the earlier goes.
+    Where wrong labels are `evident`, the rows whose label is wrong with a chance above `doubt`, the most
+    doubtful first and at most the share `most` of all; else none.  Of equally doubtful rows the earlier goes.
     """
-    if not factor >= 0:
-        raise SettingsError(f"factor is {factor}; it must be 0 or more")
+    if not 0 < doubt < 1:
+        raise SettingsError(f"doubt is {doubt}; it must be above 0 and below 1")
     if not 0 <= most < 1:
         raise SettingsError(f"most is {most}; it must be at least 0 and below 1")
     noise = label_noise(logits, labels, level=level)
     mask = np.zeros(len(labels), dtype=bool)
     if noise.evident:
-        count = round(min(factor * noise.rate, most) * len(labels))
-        mask[np.argsort(-noise.doubt(logits, labels), kind="stable")[:count]] = True
+        doubts = noise.doubt(logits, labels)
+        count = min(int((doubts > doubt).sum()), round(most * len(labels)))
+        mask[np.argsort(-doubts, kind="stable")[:count]] = True
     return mask, noise
 
 
