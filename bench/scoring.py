@@ -17,7 +17,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,19 @@ class Bench:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    @contextmanager
+    def without_dropout(self) -> Generator[None]:
+        rates = [(m, m.p) for m in self.model.modules() if isinstance(m, nn.Dropout)]
+        for dropout, _ in rates:
+            dropout.p = 0.0
+        yield
+        for dropout, rate in rates:
+            dropout.p = rate
+
+    def step_without_dropout(self) -> None:
+        with self.without_dropout():
+            self.step()
+
     def reference(self, scope: Scope) -> None:
         with quiet(self.model), self.autocast(cache=False):
             batch = {**self.inputs, "labels": self.labels}
@@ -149,12 +163,13 @@ class Bench:
         return sum(g.flatten(1).square().sum(1) for g in grads.values()).sqrt()
 
     def opacus(self) -> Tensor:
-        """Opacus' GradSampleModule, its per-sample gradients reduced to a norm."""
+        """Opacus' GradSampleModule, its per-sample gradients reduced to a norm; without dropout."""
+        with self.without_dropout():
+            return self._opacus()
+
+    def _opacus(self) -> Tensor:
         from opacus import GradSampleModule
 
-        rates = [(m, m.p) for m in self.model.modules() if isinstance(m, nn.Dropout)]
-        for dropout, _ in rates:
-            dropout.p = 0.0
         # It sees nothing in evaluation mode.
         wrapped = GradSampleModule(self.model.train(), loss_reduction="sum", strict=False)
         try:
@@ -165,8 +180,6 @@ class Bench:
             return total.sqrt()
         finally:
             wrapped.to_standard_module()
-            for dropout, rate in rates:
-                dropout.p = rate
             for p in self.theta.values():
                 p.grad = None
 
@@ -177,7 +190,8 @@ class Bench:
         }
         reference = {"reference": lambda: self.reference("adapter"), "reference, full": lambda: self.reference("full")}
         rivals = dict(zip(RIVALS, (self.loop, self.vmap, self.opacus), strict=True))
-        return {"training step": self.step, **ours, **reference, **rivals}
+        steps = {"training step": self.step, "training step, no dropout": self.step_without_dropout}
+        return {**steps, **ours, **reference, **rivals}
 
     def floors(self) -> dict[str, float]:
         """Operations that cannot be avoided, in units of a training step's."""

@@ -52,3 +52,10 @@ def test_what_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None:
         write_rows(path, [{"a": 1}, {"a": "text"}])
     assert list(read_rows(path).rows) == ROWS
     assert [file.name for file in tmp_path.iterdir()] == ["r.parquet"]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_a_carriage_return_in_a_cell_is_no_end_of_a_line(tmp_path: Path, suffix: str) -> None:
+    rows = [{"a": "0\r", "b": "x"}, {"a": "", "b": "\r"}]
+    write_rows(tmp_path / f"t{suffix}", rows)
+    assert list(read_rows(tmp_path / f"t{suffix}").rows) == rows

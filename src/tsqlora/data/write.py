@@ -65,8 +65,11 @@ def _write_jsonl(path: Path, rows: Sequence[Row]) -> None:
 
 
 def _write_csv(path: Path, rows: Sequence[Row], *, delimiter: str = ",") -> None:
+    # Python before 3.13 leaves a lone "\r" unquoted, and a reader takes it for the end of a line.
+    returns = any("\r" in str(value) for row in rows for pair in row.items() for value in pair)
+    quoting = csv.QUOTE_ALL if returns else csv.QUOTE_MINIMAL
     with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, _names(rows), delimiter=delimiter, lineterminator="\n")
+        writer = csv.DictWriter(file, _names(rows), delimiter=delimiter, lineterminator="\n", quoting=quoting)
         writer.writeheader()
         writer.writerows(rows)
 
