@@ -1,15 +1,20 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, TaskType, get_peft_model
-from torch import nn
+from peft import AdaLoraConfig, LoHaConfig, LoraConfig, PeftModel, TaskType, get_peft_model, inject_adapter_in_model
+from torch import Tensor, nn
 
 import tsqlora as tsq
 from models import collate, samples, tiny_bert, tiny_llama_classifier
 from scoring import logits_of
-from slotted import assert_hidden_are_zero, wrapped
+from slotted import QUERY, WIDE, assert_hidden_are_zero, resize, take_steps, trained, wrapped
 from tsqlora.adapter.slots import find_slots
+from tsqlora.gradients.sites import lora_layers
 from tsqlora.ranks.budget import budget, used
 
 ROWS = samples(5, 3)
@@ -107,7 +112,6 @@ def test_modules_to_save_train_whole_and_get_no_lora() -> None:
     "option",
     [
         {"use_dora": True},
-        {"use_rslora": True},
         {"lora_bias": True},
         {"rank_pattern": {"query": 3}},
         {"alpha_pattern": {"query": 3}},
@@ -153,11 +157,6 @@ def test_bad_options_are_told(options: dict[str, object], text: str) -> None:
         tsq.wrap(tiny_bert(), **options)  # type: ignore[arg-type]
 
 
-def test_a_model_that_has_an_adapter_is_refused() -> None:
-    with pytest.raises(tsq.UnsupportedError, match="has an adapter already; merge it first"):
-        tsq.wrap(tsq.finalize(tsq.wrap(tiny_bert())))
-
-
 def test_layers_that_are_not_linear_are_refused_by_name() -> None:
     with pytest.raises(tsq.UnsupportedError, match="word_embeddings is LoRA over Embedding"):
         tsq.wrap(tiny_bert(), target_modules=["word_embeddings"])
@@ -179,3 +178,128 @@ def test_frozen_slots_do_not_count() -> None:
     slots = find_slots(model)["bert.pooler.dense"]
     slots.a.requires_grad_(False)
     assert tsq.active_parameters(model) == before - 2 * 16
+
+
+# --- a model that has an adapter ----------------------------------------------------------
+
+
+def with_lora(**options: Any) -> PeftModel:
+    """PEFT's own, trained a little: B is not zero."""
+    torch.manual_seed(0)
+    model = get_peft_model(
+        tiny_bert(), LoraConfig(**{"r": 3, "lora_alpha": 7, "target_modules": "all-linear"} | options)
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return model.double().eval()
+
+
+def lora_updates(model: nn.Module) -> dict[str, Tensor]:
+    return {name: layer.get_delta_weight("default").detach().clone() for name, layer in lora_layers(model).items()}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"use_rslora": True}, {"rank_pattern": {"query": 5}, "alpha_pattern": {"query": 35 / 3}}]
+)
+def test_slots_are_put_on_an_adapter_that_is_there_and_change_nothing(options: dict[str, Any]) -> None:
+    model = with_lora(**options)
+    ranks = {name: layer.r["default"] for name, layer in lora_layers(model).items()}
+    scales = {name: layer.scaling["default"] for name, layer in lora_layers(model).items()}
+    before, deltas, state = logits_of(model, ROWS), lora_updates(model), model.state_dict()
+    parameters = {id(p) for p in model.parameters()}
+    assert tsq.wrap(model, max_rank=9) is model
+    assert tsq.active_ranks(model) == ranks
+    assert {name: slots.scale for name, slots in find_slots(model).items()} == scales
+    assert {slots.capacity for slots in find_slots(model).values()} == {9}
+    assert torch.equal(logits_of(model, ROWS), before)
+    assert all(torch.equal(delta, deltas[name]) for name, delta in lora_updates(model).items())
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert {id(p) for p in model.parameters()} == parameters  # an optimizer made before still trains them
+    assert_hidden_are_zero(model)
+
+
+@pytest.mark.parametrize(("ranks", "capacity"), [({}, 6), ({"query": 5}, 7), ({"query": 20}, 20)])
+def test_the_capacity_is_twice_the_mean_rank_and_holds_the_largest(ranks: dict[str, int], capacity: int) -> None:
+    model = tsq.wrap(with_lora(rank_pattern=ranks, alpha_pattern={name: 7 / 3 * r for name, r in ranks.items()}))
+    assert {slots.capacity for slots in find_slots(model).values()} == {capacity}
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_an_adopted_adapter_trains_changes_and_is_plain_peft_again(use_rslora: bool, tmp_path: Path) -> None:
+    model = tsq.wrap(with_lora(use_rslora=use_rslora), max_rank=8)
+    scale = 7 / 3**0.5 if use_rslora else 7 / 3
+    optimizer = torch.optim.AdamW(trained(model), lr=0.01)
+    take_steps(model, optimizer, 1)
+    resize(model, {QUERY: 6, WIDE: 0})
+    take_steps(model, torch.optim.AdamW(trained(model), lr=0.01), 1)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_bert(), str(tmp_path)).double()
+    assert all(layer.scaling["default"] == pytest.approx(scale, rel=1e-15) for layer in lora_layers(loaded).values())
+    torch.testing.assert_close(logits_of(loaded, ROWS), logits_of(model.eval(), ROWS), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("init", [False, "gaussian", "orthogonal"])
+def test_how_the_adapters_first_values_came_about_does_not_matter(init: Any, tmp_path: Path) -> None:
+    model = tsq.wrap(with_lora(r=4, init_lora_weights=init))
+    resize(model, {QUERY: 3})  # PEFT's orthogonal values need an even rank
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_bert(), str(tmp_path)).double()
+    torch.testing.assert_close(logits_of(loaded, ROWS), logits_of(model, ROWS), rtol=1e-12, atol=1e-12)
+
+
+def test_a_finalised_model_can_be_wrapped_again() -> None:
+    model = wrapped(ranks={QUERY: 2, WIDE: 0})
+    ranks, before = tsq.active_ranks(model), logits_of(model, ROWS)
+    again = tsq.wrap(tsq.finalize(model))
+    assert tsq.active_ranks(again) == {name: rank for name, rank in ranks.items() if rank}
+    assert torch.equal(logits_of(again, ROWS), before)
+
+
+def with_two() -> PeftModel:
+    model = with_lora()
+    model.add_adapter("other", LoraConfig(target_modules=["query"]))
+    return model
+
+
+def merged() -> PeftModel:
+    model = with_lora()
+    model.merge_adapter()
+    return model
+
+
+def with_layers_only() -> nn.Module:
+    return inject_adapter_in_model(LoraConfig(target_modules=["query"]), tiny_bert())
+
+
+@pytest.mark.parametrize(
+    ("build", "text"),
+    [
+        (with_two, "has the adapters default, other, and ranks change in one; remove the others"),
+        (merged, r"merged into the model; take it out first: model.unmerge_adapter\(\)"),
+        (with_layers_only, "has adapter layers and is no PeftModel; make it with peft.get_peft_model"),
+        (wrapped, "the model has rank slots already; wrap it once"),
+        (lambda: with_lora(use_dora=True), r"LoraConfig\(use_dora=…\) is not supported"),
+        (
+            lambda: with_lora(rank_pattern={"query": 4}),
+            r"scale lora_alpha / r is 1.75 in .*query and 2.33333 in .*key",
+        ),
+        (lambda: get_peft_model(tiny_bert(), LoHaConfig(target_modules=["query"])), "the adapter is LOHA, and ranks"),
+        (
+            lambda: get_peft_model(tiny_bert(), AdaLoraConfig(target_modules=["query"], total_step=9)),
+            "the adapter is ADALORA, and ranks change in LoRA alone; use LoraConfig",
+        ),
+    ],
+)
+def test_an_adapter_that_is_not_one_plain_lora_of_one_scale_is_refused(build: Callable[[], Any], text: str) -> None:
+    with pytest.raises(tsq.UnsupportedError, match=text):
+        tsq.wrap(build())
+
+
+def test_an_adapters_own_settings_are_not_overridden() -> None:
+    for options in ({"mean_rank": 4}, {"alpha": 4}, {"config": LoraConfig()}):
+        with pytest.raises(tsq.SettingsError, match="has an adapter, which says all but max_rank itself"):
+            tsq.wrap(with_lora(), **options)  # type: ignore[arg-type]
+    with pytest.raises(tsq.SettingsError, match=r"max_rank is 2, and .* has rank 3; raise max_rank"):
+        tsq.wrap(with_lora(), max_rank=2)

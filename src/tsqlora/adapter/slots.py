@@ -20,8 +20,6 @@ from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.gradients.sites import lora_layers
 
-_FULL = "parametrizations.weight.original"
-
 
 class ActivePrefix(nn.Module):
     """Shows the first `rank` slots of a matrix along `dim`."""
@@ -36,27 +34,83 @@ class ActivePrefix(nn.Module):
 
 
 @dataclass(frozen=True, slots=True)
+class Matrix:
+    """A or B of a LoRA layer: a linear layer's weight, or of an Embedding's adapter an entry of a ParameterDict."""
+
+    holder: nn.Module
+    tensor: str
+    path: str
+    """What a PeftModel calls the holder."""
+    dim: int
+    """Along which slots lie."""
+
+    @property
+    def key(self) -> str:
+        """Its name in a state dict of PEFT's."""
+        return f"{self.path}.{self.tensor}"
+
+    @property
+    def full_key(self) -> str:
+        """Its name in a state dict of a module with slots."""
+        return f"{self.path}.parametrizations.{self.tensor}.original"
+
+    @property
+    def has_slots(self) -> bool:
+        return is_parametrized(self.holder, self.tensor)
+
+    @property
+    def full(self) -> nn.Parameter:
+        """All slots, active or not."""
+        return self.holder.get_parameter(f"parametrizations.{self.tensor}.original")
+
+    @property
+    def prefix(self) -> ActivePrefix:
+        """What shows the active ones."""
+        prefix = self.holder.get_submodule(f"parametrizations.{self.tensor}.0")
+        assert isinstance(prefix, ActivePrefix)
+        return prefix
+
+    def make_slots(self, rank: int, capacity: int) -> None:
+        """Keeps the first `rank` slots, zeros up to the capacity; the parameter stays the same object."""
+        weight = cast(nn.Parameter, getattr(self.holder, self.tensor))
+        shape = [capacity if dim == self.dim else size for dim, size in enumerate(weight.shape)]
+        full = weight.detach().new_zeros(shape)
+        full.narrow(self.dim, 0, rank).copy_(weight.detach().narrow(self.dim, 0, rank))
+        weight.data, weight.grad = full, None
+        register_parametrization(self.holder, self.tensor, ActivePrefix(self.dim, rank), unsafe=True)
+        self._tell_linear(capacity)
+
+    def make_plain(self) -> None:
+        """A new parameter of the active slots alone."""
+        full = self.full
+        active = cast(Tensor, getattr(self.holder, self.tensor)).detach().clone(memory_format=torch.contiguous_format)
+        remove_parametrizations(self.holder, self.tensor, leave_parametrized=False)
+        setattr(self.holder, self.tensor, nn.Parameter(active, requires_grad=full.requires_grad))
+        self._tell_linear(active.shape[self.dim])
+
+    def _tell_linear(self, slots: int) -> None:
+        if isinstance(self.holder, nn.Linear):
+            setattr(self.holder, ("out_features", "in_features")[self.dim], slots)
+
+
+@dataclass(frozen=True, slots=True)
 class Slots:
     """The slots of one LoRA layer."""
 
     name: str
     layer: LoraLayer
     adapter: str
-
-    @property
-    def modules(self) -> tuple[nn.Module, nn.Module]:
-        """The two linear layers whose weights are A and B."""
-        return self.layer.lora_A[self.adapter], self.layer.lora_B[self.adapter]
+    parts: tuple[Matrix, Matrix]
 
     @property
     def a(self) -> nn.Parameter:
         """capacity × i; the active rows first, the others zero."""
-        return self.modules[0].get_parameter(_FULL)
+        return self.parts[0].full
 
     @property
     def b(self) -> nn.Parameter:
         """o × capacity; the active columns first, the others zero."""
-        return self.modules[1].get_parameter(_FULL)
+        return self.parts[1].full
 
     @property
     def capacity(self) -> int:
@@ -64,7 +118,7 @@ class Slots:
 
     @property
     def rank(self) -> int:
-        return _prefix(self.modules[0]).rank
+        return self.parts[0].prefix.rank
 
     @property
     def scale(self) -> float:
@@ -80,33 +134,27 @@ class Slots:
         """Both parameters, each with the dimension along which its slots lie."""
         return (self.a, 0), (self.b, 1)
 
-    def paths(self) -> tuple[str, str]:
-        """What a PeftModel calls the modules of A and B."""
-        layer = f"base_model.model.{self.name}"
-        return f"{layer}.lora_A.{self.adapter}", f"{layer}.lora_B.{self.adapter}"
-
     def set_rank(self, rank: int) -> None:
         """Changes how many slots are shown; the caller keeps hidden slots at zero."""
         assert 0 <= rank <= self.capacity
-        for module in self.modules:
-            _prefix(module).rank = rank
+        for part in self.parts:
+            part.prefix.rank = rank
         self.layer.r[self.adapter] = rank
 
 
-def install(model: PeftModel, ranks: Mapping[str, int], *, scale: float) -> None:
-    """Turns a freshly built PEFT model's LoRA matrices into slots with these active ranks.
+def install(model: PeftModel, ranks: Mapping[str, int], *, capacity: int) -> None:
+    """Turns the LoRA matrices of a model's only adapter into slots, of which these many are active.
 
-    `ranks` names the layers as PEFT's rank_pattern does. Slots above the rank are zeroed.
+    `ranks` names the layers as PEFT's rank_pattern does. The first rows of A and columns of B
+    are kept, and the scales.
     """
-    (adapter,) = model.active_adapters
+    ((adapter, config),) = model.peft_config.items()
     for name, layer in lora_layers(model).items():
-        rank = ranks[name]
-        for module, dim in ((layer.lora_A[adapter], 0), (layer.lora_B[adapter], 1)):
-            weight = cast(nn.Parameter, module.weight)
-            with torch.no_grad():
-                weight.narrow(dim, rank, weight.shape[dim] - rank).zero_()
-            register_parametrization(module, "weight", ActivePrefix(dim, rank), unsafe=True)
-        layer.scaling[adapter] = scale
+        for part in _matrices(name, layer, adapter):
+            part.make_slots(ranks[name], capacity)
+        layer.use_rslora[adapter] = False
+    # What is written is the scale itself, as α/r; and the first values are behind us.
+    config.use_rslora, config.init_lora_weights = False, True  # pyright: ignore[reportAttributeAccessIssue]
     model.register_state_dict_post_hook(_save_active)
     model.register_load_state_dict_pre_hook(_load_active)
     sync_config(model)
@@ -128,10 +176,10 @@ def find_slots(model: nn.Module) -> dict[str, Slots]:
             "before finalize"
         )
     return {
-        name: Slots(name, layer, adapter)
+        name: Slots(name, layer, adapter, parts)
         for name, layer in lora_layers(model).items()
-        for adapter, module in layer.lora_A.items()
-        if is_parametrized(module, "weight")
+        for adapter in layer.r
+        if (parts := _matrices(name, layer, adapter))[0].has_slots
     }
 
 
@@ -167,12 +215,8 @@ def finalize(model: PeftModel) -> PeftModel:
         if slots.rank == 0:
             _restore_base(model, slots)
             continue
-        for module, features in zip(slots.modules, ("out_features", "in_features"), strict=True):
-            full = module.get_parameter(_FULL)
-            active = cast(Tensor, module.weight).detach().clone(memory_format=torch.contiguous_format)
-            remove_parametrizations(module, "weight", leave_parametrized=False)
-            module.weight = nn.Parameter(active, requires_grad=full.requires_grad)
-            setattr(module, features, slots.layer.r[slots.adapter])
+        for part in slots.parts:
+            part.make_plain()
     _forget(model._state_dict_hooks, _save_active)
     _forget(model._load_state_dict_pre_hooks, _load_active)
     return model
@@ -236,10 +280,18 @@ def _restore_base(model: PeftModel, slots: Slots) -> None:
     setattr(base.get_submodule(parent) if parent else base, child, slots.layer.get_base_layer())
 
 
-def _prefix(module: nn.Module) -> ActivePrefix:
-    prefix = module.get_submodule("parametrizations.weight.0")
-    assert isinstance(prefix, ActivePrefix)
-    return prefix
+def _matrices(name: str, layer: LoraLayer, adapter: str) -> tuple[Matrix, Matrix]:
+    """Where PEFT keeps A and B of a layer's adapter."""
+    path = f"base_model.model.{name}"
+    if adapter in layer.lora_embedding_A:
+        return (
+            Matrix(layer.lora_embedding_A, adapter, f"{path}.lora_embedding_A", 0),
+            Matrix(layer.lora_embedding_B, adapter, f"{path}.lora_embedding_B", 1),
+        )
+    return (
+        Matrix(layer.lora_A[adapter], "weight", f"{path}.lora_A.{adapter}", 0),
+        Matrix(layer.lora_B[adapter], "weight", f"{path}.lora_B.{adapter}", 1),
+    )
 
 
 def _save_active(model: PeftModel, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
@@ -247,12 +299,12 @@ def _save_active(model: PeftModel, state: dict[str, Any], prefix: str, _metadata
     # Whoever saves weights saves the config next.
     sync_config(model)
     for slots in find_slots(model).values():
-        for key, (_, dim) in zip(slots.paths(), slots.matrices(), strict=True):
-            full = state.pop(f"{prefix}{key}.{_FULL}")
+        for part in slots.parts:
+            full = state.pop(f"{prefix}{part.full_key}")
             if slots.rank > 0:
                 # A copy: safetensors refuses views into a larger storage.
-                active = full.narrow(dim, 0, slots.rank).clone(memory_format=torch.contiguous_format)
-                state[f"{prefix}{key}.weight"] = active
+                active = full.narrow(part.dim, 0, slots.rank).clone(memory_format=torch.contiguous_format)
+                state[f"{prefix}{part.key}"] = active
 
 
 def _load_active(model: PeftModel, state: dict[str, Any], prefix: str, *_rest: Any) -> None:
@@ -261,19 +313,17 @@ def _load_active(model: PeftModel, state: dict[str, Any], prefix: str, *_rest: A
     A layer that is not in the state dict is at rank 0, unless none is: then it is of something else.
     """
     layers = find_slots(model)
-    saved = {
-        name: [state.pop(f"{prefix}{key}.weight", None) for key in slots.paths()] for name, slots in layers.items()
-    }
+    saved = {name: [state.pop(f"{prefix}{part.key}", None) for part in slots.parts] for name, slots in layers.items()}
     if all(a is None and b is None for a, b in saved.values()):
         return
     ranks = {name: _saved_rank(slots, *saved[name]) for name, slots in layers.items()}
     for name, slots in layers.items():
         slots.set_rank(ranks[name])
-        for key, (parameter, dim), active in zip(slots.paths(), slots.matrices(), saved[name], strict=True):
-            padded = torch.zeros_like(parameter, requires_grad=False)
+        for part, active in zip(slots.parts, saved[name], strict=True):
+            padded = torch.zeros_like(part.full, requires_grad=False)
             if active is not None:
-                padded.narrow(dim, 0, slots.rank).copy_(active)
-            state[f"{prefix}{key}.{_FULL}"] = padded
+                padded.narrow(part.dim, 0, slots.rank).copy_(active)
+            state[f"{prefix}{part.full_key}"] = padded
     sync_config(model)
 
 

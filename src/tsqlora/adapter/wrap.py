@@ -1,34 +1,39 @@
 """A PEFT LoRA model whose ranks can change: `wrap`."""
 
 import copy
+import dataclasses
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, PeftType, TaskType, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from tsqlora.adapter.slots import install
+from tsqlora.adapter.slots import has_slots, install
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.gradients.sites import lora_layers
 from tsqlora.ranks.allocate import Sensitivity, allocate
+from tsqlora.ranks.budget import Shapes, costs, used
 
 MEAN_RANK = 8.0
 ALPHA = 16.0
 
+_PATTERNS = ("rank_pattern", "alpha_pattern")
 _NOT_PLAIN = (
-    "use_dora",
-    "use_rslora",
+    *(field.name for field in dataclasses.fields(LoraConfig) if field.metadata.get("is_lora_variant")),
     "lora_bias",
-    "rank_pattern",
-    "alpha_pattern",
     "layer_replication",
     "target_parameters",
     "ensure_weight_tying",
     "megatron_config",
 )
-"""Options of LoraConfig that do not go with changing ranks; variants of LoRA are refused by `lora_layers`."""
+"""Options of LoraConfig that do not go with changing ranks: the variants of LoRA, and what lies outside s·BA."""
+
+_INITS_OF_THE_ADAPTER_ALONE = (True, False, "gaussian", "orthogonal", "eva")
+"""Values of init_lora_weights that leave the base weights alone: once there, such an adapter is like any other."""
 
 
 def wrap(
@@ -44,6 +49,9 @@ def wrap(
 ) -> PeftModel:
     """A PeftModel with LoRA in every target, at uniform rank, whose ranks `RankCallback` moves.
 
+    Of a PeftModel with one LoRA adapter, fresh or trained, the same object: its weights stay
+    as they are, its ranks become changeable, and its mean rank and scale are kept.
+
     Args:
         mean_rank: rank of a uniform LoRA with as many parameters, 8 by default; also the
             budget. May be a fraction: then ranks start at the integers next to it.
@@ -52,41 +60,55 @@ def wrap(
         config: a LoraConfig instead of all the others but max_rank; its r is the mean rank.
 
     Raises SettingsError if no module matches; UnsupportedError for options of LoraConfig that
-    are not plain LoRA, and for a model that has an adapter already.
+    are not plain LoRA, and for adapters that are not one plain LoRA of one scale.
     """
+    options_given = (mean_rank, alpha, dropout, target_modules, tuple(modules_to_save)) != (
+        None,
+        None,
+        0.0,
+        "all-linear",
+        (),
+    )
+    if isinstance(model, PeftModel):
+        if options_given or config is not None:
+            raise SettingsError("the model has an adapter, which says all but max_rank itself; leave out the others")
+        return _adopt(model, max_rank)
     if config is None:
         mean = MEAN_RANK if mean_rank is None else mean_rank
-        alpha = ALPHA if alpha is None else alpha
+        scale = (ALPHA if alpha is None else alpha) / mean if mean > 0 else 0.0
         config = LoraConfig(
             target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
             lora_dropout=dropout,
             modules_to_save=list(modules_to_save) or None,
             exclude_modules=list(modules_to_save) or None,
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
             task_type=_task_type(model),
         )
-    elif mean_rank is None and alpha is None and not dropout and target_modules == "all-linear" and not modules_to_save:
-        _require_plain(config)
-        config = copy.deepcopy(config)
-        mean, alpha = config.r, config.lora_alpha
-    else:
+    elif options_given:
         raise SettingsError(
             "wrap takes config=LoraConfig(...) instead of mean_rank, alpha, dropout, target_modules and "
             "modules_to_save; give the one or the others"
         )
+    else:
+        _require_plain(config, refused=(*_NOT_PLAIN, *_PATTERNS), inits=(True,))
+        config = copy.deepcopy(config)
+        mean, scale = config.r, config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
     config.r = math.ceil(2 * mean) if max_rank is None else max_rank
     if not 0 < mean <= config.r:
         raise SettingsError(f"ranks.mean is {mean:g}; it must be above 0 and at most ranks.max, {config.r}")
     peft_model = _inject(model, config)
     layers = lora_layers(peft_model)
-    shapes = {name: (cast(int, layer.in_features), cast(int, layer.out_features)) for name, layer in layers.items()}
-    uniform = Sensitivity(dict.fromkeys(shapes, 1.0), shapes, "uniform", 0)
-    install(peft_model, allocate(uniform, mean_rank=mean, min_rank=0, max_rank=config.r), scale=alpha / mean)
+    for layer in layers.values():
+        layer.scaling["default"] = scale
+    uniform = Sensitivity(dict.fromkeys(layers, 1.0), _shapes(layers), "uniform", 0)
+    ranks = allocate(uniform, mean_rank=mean, min_rank=0, max_rank=config.r)
+    install(peft_model, ranks, capacity=config.r)
     return peft_model
 
 
 def _inject(model: nn.Module, config: LoraConfig) -> PeftModel:
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise UnsupportedError("the model has an adapter already; merge it first: model = model.merge_and_unload()")
+        raise UnsupportedError("the model has adapter layers and is no PeftModel; make it with peft.get_peft_model")
     wanted = config.target_modules
     try:
         peft_model = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]  (any module will do)
@@ -97,15 +119,61 @@ def _inject(model: nn.Module, config: LoraConfig) -> PeftModel:
     return peft_model
 
 
-def _require_plain(config: LoraConfig) -> None:
-    for name in _NOT_PLAIN:
+def _adopt(model: PeftModel, max_rank: int | None) -> PeftModel:
+    """Slots for an adapter that is there: its weights first, zeros up to the capacity."""
+    adapter = _only_adapter(model)
+    layers = lora_layers(model)
+    scales = {name: layer.scaling[adapter] for name, layer in layers.items()}
+    (low, least), (high, most) = (pick(scales.items(), key=lambda item: item[1]) for pick in (min, max))
+    if not math.isclose(least, most, rel_tol=1e-9):
+        raise UnsupportedError(
+            f"the adapter's scale lora_alpha / r is {least:g} in {low} and {most:g} in {high}; changing ranks need one "
+            "scale: set alpha_pattern by rank_pattern"
+        )
+    ranks = {name: layer.r[adapter] for name, layer in layers.items()}
+    shapes = _shapes(layers)
+    largest = max(ranks, key=lambda name: ranks[name])
+    mean = used(ranks, shapes) / sum(costs(shapes).values())
+    capacity = max(math.ceil(2 * mean), ranks[largest]) if max_rank is None else max_rank
+    if capacity < ranks[largest]:
+        raise SettingsError(f"max_rank is {capacity}, and {largest} has rank {ranks[largest]}; raise max_rank")
+    install(model, ranks, capacity=capacity)
+    return model
+
+
+def _only_adapter(model: PeftModel) -> str:
+    """The name of the model's adapter, if that is plain LoRA, alone and not merged."""
+    if has_slots(model):
+        raise UnsupportedError("the model has rank slots already; wrap it once")
+    if len(model.peft_config) != 1:
+        raise UnsupportedError(
+            f"the model has the adapters {', '.join(model.peft_config)}, and ranks change in one; remove the others: "
+            "model.delete_adapter(name)"
+        )
+    ((adapter, config),) = model.peft_config.items()
+    if config.peft_type != PeftType.LORA:
+        raise UnsupportedError(
+            f"the adapter is {PeftType(config.peft_type).value}, and ranks change in LoRA alone; use LoraConfig"
+        )
+    _require_plain(cast(LoraConfig, config), refused=_NOT_PLAIN, inits=_INITS_OF_THE_ADAPTER_ALONE)
+    if any(isinstance(module, BaseTunerLayer) and module.merged for module in model.modules()):
+        raise UnsupportedError("the adapter is merged into the model; take it out first: model.unmerge_adapter()")
+    return adapter
+
+
+def _require_plain(config: LoraConfig, *, refused: Sequence[str], inits: Sequence[Any]) -> None:
+    for name in refused:
         if getattr(config, name):
             raise UnsupportedError(f"LoraConfig({name}=…) is not supported with changing ranks; leave it out")
-    if config.init_lora_weights is not True:
+    if config.init_lora_weights not in inits:
         raise UnsupportedError(
             f"LoraConfig(init_lora_weights={config.init_lora_weights!r}) depends on the rank or on the base weights; "
             "leave it out"
         )
+
+
+def _shapes(layers: dict[str, LoraLayer]) -> Shapes:
+    return {name: (cast(int, layer.in_features), cast(int, layer.out_features)) for name, layer in layers.items()}
 
 
 def _task_type(model: nn.Module) -> TaskType | None:
