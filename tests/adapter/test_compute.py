@@ -1,0 +1,53 @@
+"""What is computed follows the active rank, not the capacity."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import tsqlora as tsq
+from slotted import QUERY, WIDE, backward, resize, wrapped
+from tsqlora.adapter.slots import find_slots
+
+
+def operations(model: nn.Module) -> int:
+    """Floating-point operations of the matrix products of a forward and a backward pass."""
+    with FlopCounterMode(display=False) as counter:
+        backward(model)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_step_computes_what_plain_lora_of_the_active_ranks_does(rank: int) -> None:
+    model = wrapped(max_rank=8, ranks={QUERY: rank, WIDE: 2 * rank})
+    counted = operations(model)
+    assert counted == operations(tsq.finalize(model))
+
+
+def test_operations_grow_in_proportion_to_rank() -> None:
+    model = wrapped(max_rank=8)
+    found = []
+    for rank in (2, 4, 6):
+        resize(model, dict.fromkeys(find_slots(model), rank))
+        found.append(operations(model))
+    assert found[2] - found[1] == found[1] - found[0] > 0
+
+
+def test_memory_for_the_backward_pass_follows_the_active_rank() -> None:
+    """What autograd keeps beside parameters: inputs, and the r numbers a token between A and B."""
+
+    def kept(rank: int) -> int:
+        model = wrapped(max_rank=8, ranks=dict.fromkeys([QUERY, WIDE], rank))
+        storages: dict[int, int] = {}
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+        def keep(x: torch.Tensor) -> torch.Tensor:
+            if x.untyped_storage().data_ptr() not in own:
+                storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            backward(model)
+        return sum(storages.values())
+
+    assert kept(1) < kept(4) < kept(8)
