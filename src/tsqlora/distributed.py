@@ -1,6 +1,6 @@
 """The only file that knows of processes.  With one process every function is the identity."""
 
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,38 @@ def from_first(value: T) -> T:
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else None
     dist.broadcast_object_list(box, src=0, device=device)
     return box[0]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor of which FSDP2 gave each process a part; any other tensor itself, not a copy."""
+    return cast(Any, tensor).full_tensor() if is_sharded(tensor) else tensor
+
+
+def assign(tensor: Tensor, value: Tensor) -> None:
+    """Makes what `whole` gave, and was changed since, the tensor's value: each process keeps its part."""
+    if is_sharded(tensor):
+        from torch.distributed.tensor import distribute_tensor
+
+        kept = cast(Any, tensor)
+        # No source: every process has the same whole.
+        value = distribute_tensor(value, kept.device_mesh, kept.placements, src_data_rank=None)
+    if value is not tensor:
+        tensor.copy_(value)
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether it is a tensor in parts over processes, as FSDP2 makes of a model's weights."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    from torch.distributed.tensor import DTensor  # half a second, that one process does not need
+
+    return isinstance(tensor, DTensor)
+
+
+def wait() -> None:
+    """Until every process has come here."""
+    if active():
+        dist.barrier()
 
 
 def is_first() -> bool:

@@ -1,7 +1,12 @@
 import copy
+from collections.abc import Callable
+from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
+from accelerate import Accelerator
+from bitsandbytes.functional import dequantize_blockwise
 from torch import Tensor, nn
 from transformers.optimization import Adafactor
 
@@ -10,7 +15,8 @@ from models import samples, tiny_bert, tiny_llama_classifier
 from oracles import slow_adamw_step
 from scoring import logits_of
 from slotted import OPTIMIZERS, QUERY, WIDE, assert_hidden_are_zero, backward, take_steps, trained, updates, wrapped
-from tsqlora.adapter.resize import drop_slots, grow_slot, moments, second_moment_means
+from tsqlora.adapter.moments import moments
+from tsqlora.adapter.resize import drop_slots, grow_slot, second_moment_means
 from tsqlora.adapter.slots import Slots, find_slots
 
 ROWS = samples(5, 3)
@@ -20,7 +26,8 @@ def everything(slots: Slots, optimizer: torch.optim.Optimizer, keep: list[int]) 
     """Weights and moments of some slots."""
     chosen: list[Tensor] = []
     for parameter, dim in slots.matrices():
-        for tensor in [parameter.detach(), *moments(parameter, optimizer).values()]:
+        states = [state.read() for state in moments(parameter, optimizer).values()]
+        for tensor in [parameter.detach(), *states]:
             chosen.append(tensor.index_select(dim, torch.tensor(keep)).clone())
     return chosen
 
@@ -41,7 +48,62 @@ def step_with_gradients_of(model: nn.Module, optimizer: torch.optim.Optimizer) -
     optimizer.step()
 
 
-@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+def accelerated(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    return Accelerator(cpu=True).prepare_optimizer(optimizer)
+
+
+# Every optimizer of torch, with the options that change what it keeps.
+ELEMENTWISE: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = OPTIMIZERS | {
+    "capturable": lambda p: torch.optim.Adam(p, lr=0.01, foreach=True, differentiable=False),
+    "nesterov": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True),
+    "fused sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, fused=True),
+    "nadam": lambda p: torch.optim.NAdam(p, lr=0.01),
+    "radam": lambda p: torch.optim.RAdam(p, lr=0.01),
+    "adamax": lambda p: torch.optim.Adamax(p, lr=0.01),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01),
+    "rmsprop, centred": lambda p: torch.optim.RMSprop(p, lr=0.01, centered=True, momentum=0.9),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01, initial_accumulator_value=0.1),
+    "fused adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01, fused=True),
+    "adadelta": lambda p: torch.optim.Adadelta(p, lr=0.5),
+    "asgd": lambda p: torch.optim.ASGD(p, lr=0.01, t0=1),
+    "rprop": lambda p: torch.optim.Rprop(p, lr=0.01),
+    "two groups": lambda p: torch.optim.AdamW(
+        [{"params": p[::2], "lr": 0.01}, {"params": p[1::2], "lr": 0.02, "weight_decay": 0.3}]
+    ),
+    "as the Trainer has it": lambda p: accelerated(torch.optim.AdamW(p, lr=0.01)),
+}
+REFUSED = {
+    "Adafactor": r"the optimizer Adafactor keeps 'row_var' of shape \(8, 1\) for a weight of shape \(8, 16\)",
+    "Muon": "the optimizer Muon steps a whole matrix at once, at a rate that follows its shape, so slots cannot come",
+    "LBFGS": "the optimizer LBFGS keeps one history of all weights together, so slots cannot come and go; use AdamW",
+}
+
+
+def test_every_optimizer_of_torch_is_served_or_refused() -> None:
+    everyone = {name for name, kind in vars(torch.optim).items() if isinstance(kind, type)} - {"Optimizer"}
+    parameters = trained(wrapped())
+    served = {type(make(parameters)).__name__ for make in ELEMENTWISE.values()} - {"AcceleratedOptimizer"}
+    # SparseAdam takes sparse gradients only, and LoRA's are not.
+    assert everyone == served | REFUSED.keys() | {"SparseAdam"}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_optimizer_whose_step_is_not_one_for_each_number_is_refused_by_name(name: str) -> None:
+    model = wrapped(dtype=torch.float32)
+    slots = find_slots(model)[QUERY]
+    optimizer = getattr(torch.optim, name)([p for p in trained(model) if p.dim() == 2], lr=0.01)
+    backward(model)
+    optimizer.step(*([lambda: 1.0] if name == "LBFGS" else []))
+    before = slots.a.detach().clone()
+    with pytest.raises(tsq.UnsupportedError, match=REFUSED[name]):
+        drop_slots(slots, [0], optimizer)
+    with pytest.raises(tsq.UnsupportedError, match=REFUSED[name]):
+        grow_slot(slots, torch.ones(16), optimizer)
+    assert torch.equal(slots.a.detach(), before)
+    assert slots.rank == 4
+
+
+@pytest.mark.parametrize("make", ELEMENTWISE.values(), ids=ELEMENTWISE.keys())
 def test_the_next_step_of_kept_slots_is_bit_equal_to_that_without_a_change(make) -> None:  # type: ignore[no-untyped-def]
     model, twin = wrapped(), wrapped()
     optimizer, other = make(trained(model)), make(trained(twin))
@@ -131,9 +193,19 @@ def test_a_new_slot_starts_with_the_mean_second_moment_of_those_kept_and_no_firs
     grow_slot(slots, torch.randn(16), optimizer)
     for parameter, dim in slots.matrices():
         for key, state in moments(parameter, optimizer).items():
-            new, kept = state.select(dim, 3), state.narrow(dim, 0, 3).mean(dim)
+            new, kept = state.read().select(dim, 3), state.read().narrow(dim, 0, 3).mean(dim)
             assert torch.equal(new, torch.zeros_like(new) if key == "exp_avg" else kept), key
             assert key == "exp_avg" or bool((new > 0).all())
+
+
+def test_the_average_of_a_new_slots_weights_starts_as_they_are() -> None:
+    model = wrapped()
+    optimizer = torch.optim.ASGD(trained(model), lr=0.01, t0=1)
+    take_steps(model, optimizer, 2)
+    slots, row = find_slots(model)[QUERY], torch.randn(16, dtype=torch.float64)
+    grow_slot(slots, row, optimizer)
+    assert torch.equal(optimizer.state[slots.a]["ax"][4], row)
+    assert not optimizer.state[slots.b]["ax"][:, 4].any()
 
 
 def test_a_new_slot_of_an_empty_layer_starts_with_the_mean_second_moment_of_all_layers() -> None:
@@ -147,28 +219,148 @@ def test_a_new_slot_of_an_empty_layer_starts_with_the_mean_second_moment_of_all_
     for side, dim in ((0, 0), (1, 1)):
         others = [optimizer.state[s.matrices()[side][0]]["exp_avg_sq"] for n, s in layers.items() if n != QUERY]
         wanted = torch.cat([state.narrow(dim, 0, 4).flatten() for state in others]).mean()
-        assert fallback[side] == pytest.approx(float(wanted))
+        assert fallback[side] == {"exp_avg_sq": pytest.approx(float(wanted))}
     grow_slot(slots, torch.randn(16), optimizer, fallback=fallback)
-    assert bool((optimizer.state[slots.a]["exp_avg_sq"][0] == fallback[0]).all())
-    assert bool((optimizer.state[slots.b]["exp_avg_sq"][:, 0] == fallback[1]).all())
+    assert bool((optimizer.state[slots.a]["exp_avg_sq"][0] == fallback[0]["exp_avg_sq"]).all())
+    assert bool((optimizer.state[slots.b]["exp_avg_sq"][:, 0] == fallback[1]["exp_avg_sq"]).all())
 
 
 def test_without_steps_there_are_no_moments_to_go_by() -> None:
     model = wrapped()
     optimizer = OPTIMIZERS["adamw"](trained(model))
-    assert second_moment_means(find_slots(model), optimizer) == (0.0, 0.0)
+    assert second_moment_means(find_slots(model), optimizer) == ({}, {})
     drop_slots(find_slots(model)[QUERY], [0], optimizer)
     grow_slot(find_slots(model)[QUERY], torch.ones(16), optimizer)
     assert not optimizer.state
 
 
-def test_an_optimizer_with_unknown_state_is_refused_by_name() -> None:
+@pytest.mark.parametrize("wrapper", [lambda optimizer: optimizer, accelerated])
+def test_an_optimizer_with_unknown_state_is_refused_by_name(wrapper: Any) -> None:
     model = wrapped(dtype=torch.float32)
-    optimizer = Adafactor(trained(model), lr=0.01, scale_parameter=False, relative_step=False)
+    optimizer = wrapper(Adafactor(trained(model), lr=0.01, scale_parameter=False, relative_step=False))
     take_steps(model, optimizer, 1)
     slots = find_slots(model)[QUERY]
     before = copy.deepcopy(slots.a.detach())
-    with pytest.raises(tsq.UnsupportedError, match=r"keeps 'exp_avg_sq_row' of shape \(8,\).*use AdamW, Adam or SGD"):
+    with pytest.raises(
+        tsq.UnsupportedError,
+        match=r"the optimizer Adafactor keeps 'exp_avg_sq_row' of shape \(8,\).*use AdamW, Adam or SGD",
+    ):
         drop_slots(slots, [0], optimizer)
     assert torch.equal(slots.a.detach(), before)
     assert slots.rank == 4
+
+
+class Packed(Tensor):
+    """As a library packs a tensor in a form of its own."""
+
+
+class Keeps(torch.optim.SGD):
+    """An optimizer that keeps something else besides."""
+
+    def __init__(self, parameters: list[nn.Parameter], **kept: Any) -> None:
+        super().__init__(parameters, lr=0.1)
+        for parameter in parameters:
+            self.state[parameter] = dict(kept)
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        (
+            {"z": torch.zeros(8, 16)},
+            r"the optimizer Keeps keeps 'z' of shape \(8, 16\) for a weight of shape \(8, 16\)",
+        ),
+        ({"exp_avg": torch.zeros(16, 8)}, r"keeps 'exp_avg' of shape \(16, 8\)"),
+        ({"exp_avg": [torch.zeros(8, 16)]}, "keeps 'exp_avg' of type list"),
+        ({"exp_avg": Packed(torch.zeros(8, 16))}, "keeps 'exp_avg' of type Packed"),
+    ],
+)
+def test_a_state_that_is_not_understood_is_refused(kept: dict[str, Any], message: str) -> None:
+    model = wrapped()
+    with pytest.raises(tsq.UnsupportedError, match=message + ".*it is not known how a rank change moves it"):
+        moments(find_slots(model)[QUERY].a, Keeps(trained(model), **kept))
+
+
+def test_numbers_of_a_whole_weight_stay() -> None:
+    model = wrapped()
+    optimizer = Keeps(trained(model), step=torch.tensor(3.0), RMS=0.5, momentum_buffer=None)
+    assert moments(find_slots(model)[QUERY].a, optimizer) == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_moments_in_another_precision_than_the_weights_move_bit_for_bit(dtype: torch.dtype) -> None:
+    model = wrapped()
+    slots = find_slots(model)[QUERY]
+    state = torch.randn(slots.a.shape).to(dtype)
+    optimizer = Keeps([slots.a], exp_avg=state.clone(), exp_avg_sq=state.square())
+    drop_slots(slots, [1], optimizer)
+    grow_slot(slots, torch.randn(16), optimizer)
+    moved = optimizer.state[slots.a]
+    assert torch.equal(moved["exp_avg"][:3], state[[0, 2, 3]])
+    assert not moved["exp_avg"][3].any()
+    torch.testing.assert_close(moved["exp_avg_sq"][3], state.square()[[0, 2, 3]].mean(0))
+
+
+BITS = {
+    "adamw": bitsandbytes.optim.AdamW,
+    "lion": bitsandbytes.optim.Lion,
+    "rmsprop": bitsandbytes.optim.RMSprop,
+}
+
+
+@pytest.mark.parametrize("name", BITS)
+@pytest.mark.parametrize("bits", [32, 8])
+def test_moments_of_bitsandbytes_move_with_their_slots(name: str, bits: int) -> None:
+    model = wrapped(dtype=torch.float32)
+    optimizer = BITS[name](trained(model), lr=0.01, optim_bits=bits, min_8bit_size=1)
+    take_steps(model, optimizer, 3)
+    slots = find_slots(model)[QUERY]
+    before = [{n: m.read().clone() for n, m in moments(p, optimizer).items()} for p, _ in slots.matrices()]
+    drop_slots(slots, [1], optimizer)
+    grow_slot(slots, torch.randn(16), optimizer)
+    for (parameter, dim), was in zip(slots.matrices(), before, strict=True):
+        for key, moment in moments(parameter, optimizer).items():
+            assert moment.kept.dtype == (torch.float32 if bits == 32 else torch.uint8)
+            now, kept = moment.read(), was[key].index_select(dim, torch.tensor([0, 2, 3]))
+            error = 0.0 if bits == 32 else 0.02 * float(was[key].abs().max())
+            torch.testing.assert_close(now.narrow(dim, 0, 3), kept, rtol=0, atol=error)
+            wanted = kept.mean(dim) if moment.beginning == "mean" else torch.zeros_like(kept.select(dim, 0))
+            torch.testing.assert_close(now.select(dim, 3), wanted, rtol=1e-5, atol=max(error, 1e-12))
+    if bits == 32:
+        take_steps(model, optimizer, 1)
+        assert_hidden_are_zero(model, optimizer)
+
+
+def test_growing_leaves_the_update_unchanged_where_eight_bits_moved_hidden_slots() -> None:
+    model = wrapped(dtype=torch.float32)
+    optimizer = bitsandbytes.optim.Lion8bit(trained(model), lr=0.01, min_8bit_size=1)
+    take_steps(model, optimizer, 5)  # bitsandbytes rounds a zero moment up, and Lion steps by its sign
+    before = updates(model)
+    for slots in find_slots(model).values():
+        grow_slot(slots, torch.randn(slots.shape[0]), optimizer)
+    assert all(torch.equal(update, before[name]) for name, update in updates(model).items())
+
+
+def test_moments_of_eight_bits_are_read_as_bitsandbytes_does_and_written_back_as_they_were() -> None:
+    model = wrapped(tiny_bert(hidden=50, dtype=torch.float32), dtype=torch.float32)  # blocks end within a row
+    optimizer = bitsandbytes.optim.AdamW8bit(trained(model), lr=0.01, min_8bit_size=1)
+    take_steps(model, optimizer, 3)
+    a = find_slots(model)[QUERY].a
+    for j, moment in enumerate(moments(a, optimizer).values(), start=1):
+        codes, absmax, qmap = (optimizer.state[a][f"{name}{j}"] for name in ("state", "absmax", "qmap"))
+        wanted = dequantize_blockwise(codes, absmax=absmax, code=qmap, blocksize=256)
+        assert torch.equal(moment.read(), wanted)
+        before = codes.clone(), absmax.clone()
+        moment.write(moment.read())
+        # Of a code that stands for nothing, in a block of zeros, another may come back.
+        assert torch.equal(moment.read(), wanted)
+        assert torch.equal(codes[wanted != 0], before[0][wanted != 0])
+        torch.testing.assert_close(absmax, before[1], rtol=1e-6, atol=0)
+
+
+def test_an_optimizer_of_bitsandbytes_that_keeps_something_else_is_refused() -> None:
+    model = wrapped(dtype=torch.float32)
+    optimizer = bitsandbytes.optim.AdEMAMix(trained(model), lr=0.01)
+    take_steps(model, optimizer, 1)
+    with pytest.raises(tsq.UnsupportedError, match=r"the optimizer AdEMAMix keeps 'state1' of shape \(2, 8, 16\)"):
+        moments(find_slots(model)[QUERY].a, optimizer)

@@ -1,4 +1,4 @@
-"""Drop and grow slots; the optimizer's moments move with them."""
+"""Drop and grow slots; the optimizer's state moves with them."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,11 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tsqlora import distributed
+from tsqlora.adapter.moments import moments
 from tsqlora.adapter.slots import Slots
-from tsqlora.errors import UnsupportedError
 
-FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
-SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
+Means = Mapping[str, float]
+"""A number for each of the optimizer's moments, by its name."""
 
 
 def drop_slots(slots: Slots, which: Sequence[int], optimizer: torch.optim.Optimizer | None) -> None:
@@ -19,12 +20,20 @@ def drop_slots(slots: Slots, which: Sequence[int], optimizer: torch.optim.Optimi
     kept = [j for j in range(slots.rank) if j not in gone]
     assert len(kept) == slots.rank - len(which)
     order = torch.tensor(kept + sorted(gone) + list(range(slots.rank, slots.capacity)))
+
+    def moved(whole: Tensor, dim: int) -> Tensor:
+        whole.copy_(whole.index_select(dim, order.to(whole.device)))
+        whole.narrow(dim, len(kept), len(gone)).zero_()
+        return whole
+
+    # All are looked up before any moves: an optimizer that is refused has changed nothing.
+    states = [moments(parameter, optimizer) for parameter, _ in slots.matrices()]
     with torch.no_grad():
-        for parameter, dim in slots.matrices():
-            grads = [] if parameter.grad is None else [parameter.grad]
-            for tensor in [parameter, *grads, *moments(parameter, optimizer).values()]:
-                tensor.copy_(tensor.index_select(dim, order.to(tensor.device)))
-                tensor.narrow(dim, len(kept), len(gone)).zero_()
+        for (parameter, dim), state in zip(slots.matrices(), states, strict=True):
+            for tensor in [parameter] if parameter.grad is None else [parameter, parameter.grad]:
+                distributed.assign(tensor, moved(distributed.whole(tensor), dim))
+            for moment in state.values():
+                moment.write(moved(moment.read(), dim))
     slots.set_rank(len(kept))
 
 
@@ -33,7 +42,7 @@ def grow_slot(
     row: Float[Tensor, " i"],
     optimizer: torch.optim.Optimizer | None,
     *,
-    fallback: tuple[float, float] = (0.0, 0.0),
+    fallback: tuple[Means, Means] = ({}, {}),
 ) -> None:
     """Adds one slot that leaves ΔW bit-equal: `row` in A, zeros as B's column.
 
@@ -43,46 +52,41 @@ def grow_slot(
     """
     rank = slots.rank
     assert rank < slots.capacity
+    states = [moments(parameter, optimizer) for parameter, _ in slots.matrices()]
     with torch.no_grad():
-        slots.a[rank] = row.to(slots.a)
-        slots.b[:, rank] = 0
-        for (parameter, dim), empty in zip(slots.matrices(), fallback, strict=True):
-            for name, state in moments(parameter, optimizer).items():
-                new = state.select(dim, rank)
-                if name in SECOND_MOMENTS:
-                    new.copy_(state.narrow(dim, 0, rank).mean(dim) if rank else torch.full_like(new, empty))
-                else:
-                    new.zero_()
+        for (parameter, dim), state, value, means in zip(slots.matrices(), states, (row, 0), fallback, strict=True):
+            weight = distributed.whole(parameter)
+            _put(weight.select(dim, rank), value)
+            distributed.assign(parameter, weight)
+            for name, moment in state.items():
+                whole = moment.read()
+                average = whole.narrow(dim, 0, rank).mean(dim) if rank else means.get(name, 0)
+                _put(whole.select(dim, rank), {"zero": 0, "mean": average, "weight": value}[moment.beginning])
+                moment.write(whole)
     slots.set_rank(rank + 1)
 
 
-def second_moment_means(layers: Mapping[str, Slots], optimizer: torch.optim.Optimizer | None) -> tuple[float, float]:
-    """Mean second moment over all active slots of all A, and of all B: what a layer at rank 0 starts from."""
-    means: list[float] = []
-    for side in (0, 1):
-        active = [
-            state.narrow(dim, 0, slots.rank).flatten()
-            for slots in layers.values()
-            for parameter, dim in [slots.matrices()[side]]
-            for name, state in moments(parameter, optimizer).items()
-            if name == "exp_avg_sq" and slots.rank > 0
-        ]
-        means.append(float(torch.cat(active).mean()) if active else 0.0)
-    return means[0], means[1]
+def second_moment_means(layers: Mapping[str, Slots], optimizer: torch.optim.Optimizer | None) -> tuple[Means, Means]:
+    """Mean second moments over all active slots of all A, and of all B: what a layer at rank 0 starts from."""
+    active = [slots for slots in layers.values() if slots.rank > 0]
+    return (
+        _means([(slots.rank, *slots.matrices()[0]) for slots in active], optimizer),
+        _means([(slots.rank, *slots.matrices()[1]) for slots in active], optimizer),
+    )
 
 
-def moments(parameter: nn.Parameter, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
-    """The optimizer's tensors that have one number for each of the parameter's.
+def _put(place: Tensor, value: Tensor | float) -> None:
+    if isinstance(value, Tensor):
+        place.copy_(value)
+    else:
+        place.fill_(value)
 
-    Raises UnsupportedError for state whose meaning is not known: it could not be kept right.
-    """
-    if optimizer is None or parameter not in optimizer.state:
-        return {}
-    state = {n: v for n, v in optimizer.state[parameter].items() if isinstance(v, Tensor) and v.dim() > 0}
-    for name, value in state.items():
-        if name not in (*FIRST_MOMENTS, *SECOND_MOMENTS) or value.shape != parameter.shape:
-            raise UnsupportedError(
-                f"the optimizer keeps '{name}' of shape {tuple(value.shape)} for a weight of shape "
-                f"{tuple(parameter.shape)}: it is not known how a rank change moves it; use AdamW, Adam or SGD"
-            )
-    return state
+
+def _means(sides: Sequence[tuple[int, nn.Parameter, int]], optimizer: torch.optim.Optimizer | None) -> Means:
+    """The mean of each moment that begins at a mean, over matrices of these ranks and slot dimensions."""
+    found: dict[str, list[Tensor]] = {}
+    for rank, parameter, dim in sides:
+        for name, moment in moments(parameter, optimizer).items():
+            if moment.beginning == "mean":
+                found.setdefault(name, []).append(moment.read().narrow(dim, 0, rank).flatten().cpu())
+    return {name: float(torch.cat(parts).double().mean()) for name, parts in found.items()}

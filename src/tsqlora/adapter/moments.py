@@ -1,0 +1,135 @@
+"""What optimizers keep for each number of a weight: read and changed, and how it begins in a new slot."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+
+from tsqlora import distributed
+from tsqlora.errors import UnsupportedError
+
+Beginning = Literal["zero", "mean", "weight"]
+
+BEGINNINGS: Mapping[str, Beginning] = {
+    "exp_avg": "zero",
+    "exp_avg_sq": "mean",
+    "max_exp_avg_sq": "mean",
+    "exp_inf": "mean",
+    "momentum_buffer": "zero",
+    "square_avg": "mean",
+    "grad_avg": "zero",
+    "acc_delta": "mean",
+    "sum": "mean",
+    "ax": "weight",
+    "prev": "zero",
+    "step_size": "mean",
+}
+"""How a new slot begins in what torch's optimizers keep: at zero, at the mean of the kept slots, as its weight is."""
+
+BITSANDBYTES: Mapping[str, Mapping[str, Beginning]] = {
+    "adam": {"state1": "zero", "state2": "mean"},
+    "lion": {"state1": "zero"},
+    "momentum": {"state1": "zero"},
+    "rmsprop": {"state1": "mean"},
+    "adagrad": {"state1": "mean"},
+}
+"""The same by a bitsandbytes optimizer's own name, in 32 bits and in 8."""
+
+COUPLED: Mapping[str, str] = {
+    "LBFGS": "keeps one history of all weights together",
+    "Muon": "steps a whole matrix at once, at a rate that follows its shape",
+}
+"""Optimizers of torch whose step is not one for each number."""
+
+_SERVED = "use AdamW, Adam or SGD"
+_SCALES = ("absmax1", "qmap1", "absmax2", "qmap2")
+_BLOCK = 256
+"""Numbers that share a scale in bitsandbytes' 8 bits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """A tensor of the optimizer that has one number for each of a weight's."""
+
+    kept: Tensor
+    beginning: Beginning
+    scales: tuple[Tensor, Tensor] | None
+    """Of 8 bits: the largest number of each block, and the values that codes stand for."""
+
+    def read(self) -> Tensor:
+        """The whole of it, in floating point; `write` it after changing it."""
+        return distributed.whole(self.kept) if self.scales is None else _unpack(self.kept, *self.scales)
+
+    def write(self, whole: Tensor) -> None:
+        """In 8 bits this rounds what was changed, by less than a fiftieth of the largest of 256 numbers."""
+        if self.scales is None:
+            distributed.assign(self.kept, whole)
+        else:
+            _pack(whole, self.kept, *self.scales)
+
+
+def moments(parameter: nn.Parameter, optimizer: torch.optim.Optimizer | None) -> dict[str, Moment]:
+    """What the optimizer keeps for each number of the parameter; nothing before its first step.
+
+    Raises UnsupportedError for an optimizer or a state whose meaning is not known: it could not be kept right.
+    """
+    if optimizer is None:
+        return {}
+    inner: Any = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+    kind = type(inner)
+    if kind.__name__ in COUPLED:
+        raise UnsupportedError(
+            f"the optimizer {kind.__name__} {COUPLED[kind.__name__]}, so slots cannot come and go; {_SERVED}"
+        )
+    packs = kind.__module__.startswith("bitsandbytes.")
+    known = BITSANDBYTES.get(inner.optimizer_name, {}) if packs else BEGINNINGS
+    state = inner.state.get(parameter, {})
+    found: dict[str, Moment] = {}
+    for name, value in state.items():
+        if _is_number(value) or (packs and name in _SCALES):
+            continue
+        if name not in known or not _is_plain(value) or value.shape != parameter.shape:
+            raise UnsupportedError(
+                f"the optimizer {kind.__name__} keeps '{name}' of {_form(value)} for a weight of shape "
+                f"{tuple(parameter.shape)}: it is not known how a rank change moves it; {_SERVED}"
+            )
+        scales = (state[f"absmax{name[-1]}"], state[f"qmap{name[-1]}"]) if value.dtype == torch.uint8 else None
+        found[name] = Moment(value, known[name], scales)
+    return found
+
+
+def _unpack(codes: Tensor, absmax: Tensor, qmap: Tensor) -> Tensor:
+    return (qmap[_blocks(codes).long()] * absmax[:, None]).flatten()[: codes.numel()].view(codes.shape)
+
+
+def _pack(whole: Tensor, codes: Tensor, absmax: Tensor, qmap: Tensor) -> None:
+    """The nearest codes; where nothing was changed since `_unpack`, the same ones."""
+    blocks = _blocks(whole)
+    # Either end of the map: that of negative numbers is not -1.
+    ends = [blocks.amax(1) / qmap[-1]] + ([blocks.amin(1) / qmap[0]] if qmap[0] < 0 else [])
+    absmax.copy_(torch.stack(ends).amax(0))
+    shares = (blocks / absmax[:, None]).nan_to_num(0.0)
+    codes.copy_(torch.bucketize(shares, (qmap[1:] + qmap[:-1]) / 2).flatten()[: codes.numel()].view(codes.shape))
+
+
+def _blocks(x: Tensor) -> Tensor:
+    """The numbers that share a scale, a row each; the last filled up with zeros."""
+    return nn.functional.pad(x.flatten(), (0, -x.numel() % _BLOCK)).view(-1, _BLOCK)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is one number for the whole weight, as a count of steps is: it stays."""
+    return value is None or isinstance(value, int | float) or (isinstance(value, Tensor) and value.dim() == 0)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a tensor whose entries can be moved one by one, not a packed form of a library's own."""
+    return type(value) in (Tensor, nn.Parameter) or distributed.is_sharded(value)
+
+
+def _form(value: Any) -> str:
+    """What an error calls a state: by its shape if it is a tensor like others, else by its type."""
+    return f"shape {tuple(value.shape)}" if _is_plain(value) else f"type {type(value).__name__}"
