@@ -41,13 +41,15 @@ def change_ranks(
     All are dropped before any grows, so parameters never exceed what they were before or
     will be after. `importance` is kept in step.
     """
+    distributed.require_same("ranks", sorted((name, slots.rank, ranks[name]) for name, slots in layers.items()))
     changes = distributed.from_first(
         plan_changes(layers, ranks, importance=importance, sketches=sketches, min_age=min_age, seed=seed)
     )
     for name, which in changes.drops.items():
         importance.dropped(name, which)
         drop_slots(layers[name], which, optimizer)
-    fallback = second_moment_means(layers, optimizer)
+    from_nothing = any(layers[name].rank == 0 for name in changes.rows)
+    fallback = second_moment_means(layers, optimizer) if from_nothing else ({}, {})
     for name, rows in changes.rows.items():
         for row in rows:
             grow_slot(layers[name], row, optimizer, fallback=fallback)
@@ -67,7 +69,7 @@ def plan_changes(
     drops, grows = rank_changes({name: slots.rank for name, slots in layers.items()}, ranks)
     rows: dict[str, Tensor] = {}
     for name, count in grows.items():
-        old = layers[name].a.detach()[: layers[name].rank].cpu()
+        old = distributed.whole(layers[name].a.detach())[: layers[name].rank].cpu()
         new = old
         for _ in range(count):
             row_seed = zlib.crc32(f"{seed}:{name}:{len(new)}".encode())
@@ -90,8 +92,8 @@ def new_row(rows: Float[Tensor, "r i"], sketch: Float[Tensor, "k i"] | None, *, 
         noise = torch.randn(1, rows.shape[1], generator=generator, dtype=there.dtype)
         left = _project_out(noise, basis)
         direction = torch.nn.functional.normalize(left if _is_left(left, noise) else noise)[0]
-    # Without rows, the norm of PEFT's own initial rows: uniform on ±1/√i.
-    norm = float(there.norm(dim=1).mean()) if len(rows) else 3**-0.5
+    # Without rows, or with an Embedding's before it trained, the norm of PEFT's own initial rows: uniform on ±1/√i.
+    norm = (float(there.norm(dim=1).mean()) if len(rows) else 0.0) or 3**-0.5
     return (direction * norm).to(rows)
 
 

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tsqlora import distributed
 from tsqlora.adapter.slots import Slots
 from tsqlora.errors import UnsupportedError
 
@@ -101,4 +102,4 @@ def slot_products(
 ) -> Float[Tensor, " r"]:
     """|Σ θ·∇θ| of each slot, over its row of A and its column of B."""
     with torch.no_grad():
-        return ((a * grad_a).sum(1) + (b * grad_b).sum(0)).abs().float()
+        return (distributed.whole((a * grad_a).sum(1)) + distributed.whole((b * grad_b).sum(0))).abs().float()
