@@ -1,6 +1,7 @@
 """The method, top to bottom: data, model, warm-up, scores, ranks, training, adapter, record."""
 
 import tempfile
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -33,21 +34,16 @@ from tsqlora.quality.score import Progress
 from tsqlora.quality.scores import Scores, sample
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.ranks.allocate import allocate
-from tsqlora.record import RunRecord
+from tsqlora.record import RunRecord, write_whole
 from tsqlora.tasks import Task, get_task
 from tsqlora.tasks.classification import Classification
 from tsqlora.training.fit import fit, hardware_has_bf16, training_arguments
 from tsqlora.training.harvest_callback import HARVEST_FILE, HarvestCallback
 from tsqlora.training.load import Pretrained, load_pretrained
+from tsqlora.training.manifest import newest_whole
 from tsqlora.training.quality_callback import SCORES_FILE, QualityCallback
 from tsqlora.training.rank_callback import RankCallback
-from tsqlora.training.run_dir import (
-    ADAPTER_DIR,
-    CHECKPOINT_DIR,
-    CONFIG_FILE,
-    last_checkpoint,
-    locked,
-)
+from tsqlora.training.run_dir import ADAPTER_DIR, CHECKPOINT_DIR, CONFIG_FILE, locked
 
 NOTHING_TO_SCORE = "quality.enabled is false: there is nothing to score; set it to true"
 
@@ -70,7 +66,7 @@ class Job:
 def train(config: Config, run: Path, *, resume: bool = False, progress: Progress | None = None) -> RunRecord:
     """Trains as the config says, into a run directory; returns what its run.json says.
 
-    With `resume` an unfinished run goes on from its last checkpoint, and a finished one is
+    With `resume` an unfinished run goes on from its last whole checkpoint, and a finished one is
     left as it is.  Raises SettingsError where the directory holds another run.
     """
     args = arguments(config, run)
@@ -82,9 +78,13 @@ def train(config: Config, run: Path, *, resume: bool = False, progress: Progress
         if before is not None and before.data["hash"] != job.data.hash:
             raise DataError(f"{config.data.train} has other rows than when {run} was begun; name another --out")
         model, record = begin(job, args)
+        checkpoint, passed_over = newest_whole(run / CHECKPOINT_DIR)
+        for why in passed_over:
+            warnings.warn(why, stacklevel=2)
+        record.notes += passed_over
         data, quality, ranks = method(job, run / SCORES_FILE, progress)
         also = [WriteStart(run, config, record), *harvesting(config, data, run)]
-        fit_job(job, model, args, data, record, quality, ranks, progress, also=also, resume_from=last_checkpoint(run))
+        fit_job(job, model, args, data, record, quality, ranks, progress, also=also, resume_from=checkpoint)
         if quality is not None:
             record.notes += what_to_note(quality, data)
         record.quality = what_quality_did(job, quality, data)
@@ -270,7 +270,7 @@ def fit_job(
     data: QualitySubset,
     record: RunRecord,
     quality: QualityCallback | None,
-    ranks: RankCallback,
+    ranks: RankCallback | None,
     progress: Progress | None,
     *,
     also: Sequence[TrainerCallback],
@@ -400,7 +400,7 @@ class WriteStart(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero and not (self.run / CONFIG_FILE).exists():
             self.record.save(self.run)
-            (self.run / CONFIG_FILE).write_text(dump_config(self.config), encoding="utf-8")
+            write_whole(self.run / CONFIG_FILE, dump_config(self.config))
 
 
 def draws_of(config: Config, rows: int, run: Path) -> list[np.ndarray]:

@@ -18,7 +18,17 @@ from tsqlora.data.survey import Survey, store, survey_data, texts_of
 from tsqlora.data.write import require_place
 from tsqlora.errors import NotLearnedError, SettingsError
 from tsqlora.inference import device_of, open_run
-from tsqlora.pipeline import NOTHING_TO_SCORE, Job, about_rows, arguments, begin, how_to_read, load_model, with_slots
+from tsqlora.pipeline import (
+    NOTHING_TO_SCORE,
+    Job,
+    about_rows,
+    arguments,
+    begin,
+    fit_job,
+    how_to_read,
+    load_model,
+    with_slots,
+)
 from tsqlora.plan import scoring_plan, warmup_epochs
 from tsqlora.quality.drop import drop_rows, require_drops
 from tsqlora.quality.journal import bind, save_whole
@@ -27,8 +37,8 @@ from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.tasks import Task, get_task
 from tsqlora.tasks.forward import Collate
-from tsqlora.training.fit import fit
-from tsqlora.training.run_dir import last_checkpoint
+from tsqlora.training.manifest import last_checkpoint
+from tsqlora.training.run_dir import CHECKPOINT_DIR
 
 WARM_UP_FILE = "theta.safetensors"
 
@@ -151,20 +161,8 @@ def _train(job: Job, folder: Path, progress: Progress | None) -> nn.Module:
     data = QualitySubset(samples, q.fraction, seed, lengths=samples.lengths, batch_size=config.training.batch_size)
     data.awaits_scores = True
     reference = [samples[row] for row in reference_indices(len(samples), q.reference, seed)]
-    fit(
-        model,
-        data,
-        args,
-        task=job.task,
-        tokenizer=job.pretrained.tokenizer,
-        validation=job.data.samples["validation"],
-        record=record,
-        quality=None,
-        ranks=None,
-        also=(StopOnceLearned(job, data, reference),),
-        resume_from=last_checkpoint(folder),
-        progress=progress,
-    )
+    stop, resume_from = StopOnceLearned(job, data, reference), last_checkpoint(folder / CHECKPOINT_DIR)
+    fit_job(job, model, args, data, record, None, None, progress, also=[stop], resume_from=resume_from)
     return model
 
 

@@ -136,7 +136,7 @@ def test_a_run_is_not_resumed_with_other_settings(options: dict[str, int], whole
 def test_a_checkpoint_made_without_the_callbacks_is_told(tmp_path: Path) -> None:
     make_trainer(slotted_bert(), DATA, tmp_path, [], save_strategy="epoch", num_train_epochs=1).train()
     made = make_trainer(slotted_bert(), DATA, tmp_path, [tsq.RankCallback(interval=4)])
-    with pytest.raises(tsq.TsqLoraError, match=r"cannot resume: .*checkpoint-8/tsqlora.json is missing; resume from"):
+    with pytest.raises(tsq.TsqLoraError, match=r"8 is not whole: it has no tsqlora_manifest\.json.*; no other"):
         made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
 
 
@@ -184,7 +184,7 @@ def test_tests_of_what_was_learned_are_neither_repeated_nor_moved(step: int, tmp
 def state() -> RankState:
     event = RankEvent(5, "start", {"a": 1}, {"a": 2}, {"a": 1.0}, 0, 10, 20)
     tables = {"mean": torch.rand(1, 4), "spread": torch.rand(1, 4), "age": torch.tensor([[3, 1, 0, 0]])}
-    return RankState(["a"], tables, [event], True, 20, 4, 0.25)
+    return RankState(["a"], tables, [event], True, True, 20, 4, 0.25)
 
 
 def test_states_come_back_as_they_were(tmp_path: Path) -> None:
@@ -193,9 +193,9 @@ def test_states_come_back_as_they_were(tmp_path: Path) -> None:
     loaded = RankState.load(tmp_path)
     for name, table in saved.importance.items():
         assert torch.equal(table, loaded.importance[name])
-    for name in ("layers", "events", "started", "budget", "interval", "seconds"):
+    for name in ("layers", "events", "started", "postponed", "budget", "interval", "seconds"):
         assert getattr(saved, name) == getattr(loaded, name)
-    quality = QualityState(2, ["why"], None, 1.5)
+    quality = QualityState(2, "digest", ["why"], None, 1.5)
     quality.save(tmp_path)
     assert QualityState.load(tmp_path) == quality
 
@@ -204,7 +204,7 @@ def test_states_come_back_as_they_were(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["missing", "cut off"])
 def test_a_damaged_checkpoint_is_named(name: str, damage: str, tmp_path: Path) -> None:
     state().save(tmp_path)
-    QualityState(2, [], None, 1.5).save(tmp_path)
+    QualityState(2, "digest", [], None, 1.5).save(tmp_path)
     path = tmp_path / name
     if damage == "missing":
         path.unlink()
@@ -216,7 +216,7 @@ def test_a_damaged_checkpoint_is_named(name: str, damage: str, tmp_path: Path) -
 
 
 def test_a_checkpoint_of_another_version_is_named(tmp_path: Path) -> None:
-    QualityState(2, [], None, 1.5).save(tmp_path)
+    QualityState(2, "digest", [], None, 1.5).save(tmp_path)
     path = tmp_path / "tsqlora_quality.json"
     path.write_text(path.read_text().replace('"version": 1', '"version": 9'))
     with pytest.raises(tsq.TsqLoraError, match="written by another version of tsqlora"):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tsqlora.errors import SettingsError
-from tsqlora.training.run_dir import CONFIG_FILE, COST_FILE, LOCK_FILE, last_checkpoint, locked
+from tsqlora.training.run_dir import CONFIG_FILE, LOCK_FILE, locked
 
 
 def test_a_directory_is_made_and_free_again_after_the_lock(tmp_path: Path) -> None:
@@ -45,12 +45,12 @@ def test_a_place_that_is_a_file_is_refused(tmp_path: Path) -> None:
         pass
 
 
-def test_the_last_whole_checkpoint_is_found_by_its_number(tmp_path: Path) -> None:
-    assert last_checkpoint(tmp_path) is None
-    for step in (5, 10, 100, 200):
-        (tmp_path / "checkpoints" / f"checkpoint-{step}").mkdir(parents=True)
-        if step < 200:
-            (tmp_path / "checkpoints" / f"checkpoint-{step}" / COST_FILE).write_text("{}")
-    found = last_checkpoint(tmp_path)
-    assert found is not None
-    assert found.name == "checkpoint-100"
+@pytest.mark.parametrize("left", ["run.json", ".run.json.77", ".config.yaml.77"])
+def test_a_run_killed_while_its_start_was_written_starts_again(left: str, tmp_path: Path) -> None:
+    """Without a lock the same file is a stranger's."""
+    (tmp_path / left).write_text("{")
+    with pytest.raises(SettingsError, match="is not empty"), locked(tmp_path, resume=True):
+        pass
+    (tmp_path / LOCK_FILE).touch()
+    with locked(tmp_path):
+        pass

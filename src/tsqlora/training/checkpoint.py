@@ -6,29 +6,24 @@ The Trainer saves weights, optimizer, schedule and random state. RankCallback ad
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tsqlora import distributed
 from tsqlora.errors import TsqLoraError
+from tsqlora.quality.journal import save_whole
 from tsqlora.ranks.events import RankEvent
+from tsqlora.record import write_json
 
 VERSION = 1
 RANKS_FILE = "tsqlora.json"
 IMPORTANCE_FILE = "tsqlora.safetensors"
 QUALITY_FILE = "tsqlora_quality.json"
-
-
-def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
-    """Where the Trainer keeps the checkpoint of the step that it is at."""
-    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +35,8 @@ class RankState:
     importance: dict[str, Tensor]
     events: list[RankEvent]
     started: bool
+    postponed: bool
+    """Whether the next step is to adjust in place of one whose gradients overflowed."""
     budget: int
     interval: int
     seconds: float
@@ -47,16 +44,9 @@ class RankState:
     def save(self, folder: Path) -> None:
         if not distributed.is_first():
             return
-        save_file({name: table.cpu() for name, table in self.importance.items()}, folder / IMPORTANCE_FILE)
-        told = {
-            "layers": self.layers,
-            "events": [event.to_dict() for event in self.events],
-            "started": self.started,
-            "budget": self.budget,
-            "interval": self.interval,
-            "seconds": self.seconds,
-        }
-        _write(folder / RANKS_FILE, told)
+        told = self.to_dict()
+        save_whole(folder / IMPORTANCE_FILE, told.pop("importance"))
+        write_json(folder / RANKS_FILE, {"version": VERSION, **told})
 
     @classmethod
     def load(cls, folder: Path) -> "RankState":
@@ -67,8 +57,17 @@ class RankState:
             importance = load_file(path)
         except (FileNotFoundError, SafetensorError) as error:
             raise _unusable(path, error) from error
-        events = [RankEvent.from_dict(event) for event in told.pop("events")]
-        return cls(importance=importance, events=events, **told)
+        return cls.from_dict({"importance": importance, **told})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Tensors, numbers, strings, lists and dicts, without copies of the tensors."""
+        told = {field.name: getattr(self, field.name) for field in fields(self)}
+        return told | {"events": [event.to_dict() for event in self.events]}
+
+    @classmethod
+    def from_dict(cls, told: Mapping[str, Any]) -> "RankState":
+        """What `to_dict` gave, back again."""
+        return cls(**{**told, "events": [RankEvent.from_dict(event) for event in told["events"]]})
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,25 +76,20 @@ class QualityState:
 
     scored_epoch: int | None
     """The first epoch drawn by the scores; None while there are none."""
+    scores_sha256: str | None
+    """Of the scores' file."""
     attempts: list[str]
     refused: str | None
     seconds: float
 
     def save(self, folder: Path) -> None:
         if distributed.is_first():
-            _write(folder / QUALITY_FILE, asdict(self))
+            write_json(folder / QUALITY_FILE, {"version": VERSION, **asdict(self)})
 
     @classmethod
     def load(cls, folder: Path) -> "QualityState":
         """Raises TsqLoraError naming the file that is missing or cannot be read."""
         return cls(**_read(folder / QUALITY_FILE))
-
-
-def _write(path: Path, told: Mapping[str, Any]) -> None:
-    # Renamed into place: a file that is there is whole.
-    whole = path.with_suffix(".tmp")
-    whole.write_text(json.dumps({"version": VERSION, **told}, indent=2))
-    whole.replace(path)
 
 
 def _read(path: Path) -> dict[str, Any]:

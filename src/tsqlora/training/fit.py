@@ -27,11 +27,11 @@ from tsqlora.quality.score import Progress, reference_indices
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.record import PhaseCost, RunRecord, write_json
 from tsqlora.tasks import Task
-from tsqlora.training.checkpoint import checkpoint_folder
-from tsqlora.training.quality_callback import QualityCallback
+from tsqlora.training.manifest import announce, checkpoint_folder, seal
+from tsqlora.training.quality_callback import EPOCH_ERROR, QualityCallback
 from tsqlora.training.rank_callback import RankCallback
-from tsqlora.training.run_dir import COST_FILE
 
+COST_FILE = "tsqlora_cost.json"
 PHASES = ("warm-up", "scoring", "ranks", "training")
 """In the order in which they begin."""
 
@@ -162,8 +162,7 @@ def tokens_of(data: QualitySubset, rows: Iterable[int]) -> int:
 class CostCallback(TrainerCallback):
     """Adds up what warm-up and training cost, epoch by epoch, and reports progress.
 
-    It must come last: RankCallback's first probe is no part of an epoch's training, and the
-    file that it adds to a checkpoint says that the others have written theirs.
+    It must come last: RankCallback's first probe is no part of an epoch's training.
     """
 
     def __init__(
@@ -182,6 +181,7 @@ class CostCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        announce(args, state, "cost")
         if state.global_step > 0:
             saved = json.loads((checkpoint_folder(args, state) / COST_FILE).read_text())
             self.record.cost |= {phase: PhaseCost(**cost) for phase, cost in saved["cost"].items()}
@@ -204,18 +204,32 @@ class CostCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.started is None:
-            return
-        rows = len(self.data)
-        seconds = perf_counter() - self.started - (self._rank_seconds() - self.rank_seconds)
-        tokens = tokens_of(self.data, self.data.indices)
-        self.record.phase(self._phase()).add(seconds=seconds, forward=rows, backward=rows, tokens=tokens)
-        self.started = None
+        self._end_epoch()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # A save at an epoch's last step comes before its end, which a run that is resumed from there never sees.
+        if abs((state.epoch or 0) - round(state.epoch or 0)) < EPOCH_ERROR:
+            self._end_epoch()
+        elif self.started is not None:
+            self._add_seconds(self.started)
         if state.is_world_process_zero:
             cost = {phase: asdict(cost) for phase, cost in self.record.cost.items()}
             write_json(checkpoint_folder(args, state) / COST_FILE, {"cost": cost, "warmup_steps": self.warmup_steps})
+        seal(args, state, "cost")
+
+    def _end_epoch(self) -> None:
+        if self.started is None:
+            return
+        self._add_seconds(self.started)
+        self.started = None
+        rows, tokens = len(self.data), tokens_of(self.data, self.data.indices)
+        self.record.phase(self._phase()).add(forward=rows, backward=rows, tokens=tokens)
+
+    def _add_seconds(self, since: float) -> None:
+        """The time since then, but for what ranks took of it."""
+        now, rank_seconds = perf_counter(), self._rank_seconds()
+        self.record.phase(self._phase()).add(seconds=now - since - (rank_seconds - self.rank_seconds))
+        self.started, self.rank_seconds = now, rank_seconds
 
     def _phase(self) -> str:
         return "warm-up" if self.data.awaits_scores else "training"

@@ -12,14 +12,15 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tsqlora import distributed
-from tsqlora.errors import NotLearnedError, SettingsError, TsqLoraError
+from tsqlora.errors import DataError, NotLearnedError, SettingsError, TsqLoraError
 from tsqlora.gradients.sites import Scope
 from tsqlora.quality.score import REFERENCE_ROWS, Progress, reference_indices, require_softmax, score, wanted_terms
 from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.tasks import Task, get_task
 from tsqlora.tasks.forward import task_of
-from tsqlora.training.checkpoint import QualityState, checkpoint_folder
+from tsqlora.training.checkpoint import QualityState
+from tsqlora.training.manifest import announce, checkpoint_folder, digest, seal
 
 SCORES_FILE = "scores.parquet"
 
@@ -86,6 +87,7 @@ class QualityCallback(TrainerCallback):
         self.refused: str | None = None
         self.attempts: list[str] = []
         self.seconds = 0.0
+        self._digest: str | None = None
 
     @property
     def warmup_epochs(self) -> int:
@@ -105,7 +107,8 @@ class QualityCallback(TrainerCallback):
                 f"a warm-up of {self.warmup:g} passes is {self.warmup_epochs} epochs of {len(self.data)} rows, and "
                 f"the run has {epochs:g}: no scored epoch would be left; lower quality.warmup or raise training.epochs"
             )
-        self.data.scores, self.data.awaits_scores = None, True
+        announce(args, state, "quality")
+        self.data.scores, self.data.awaits_scores, self._digest = None, True, None
         self.attempts, self.refused, self.seconds = [], None, 0.0
         if state.global_step > 0:
             self._resume(QualityState.load(checkpoint_folder(args, state)), self._path(args))
@@ -124,7 +127,9 @@ class QualityCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         scored = None if self.data.scores is None else self.data.scored_epoch
-        QualityState(scored, self.attempts, self.refused, self.seconds).save(checkpoint_folder(args, state))
+        saved = QualityState(scored, self._digest, self.attempts, self.refused, self.seconds)
+        saved.save(checkpoint_folder(args, state))
+        seal(args, state, "quality")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -137,7 +142,10 @@ class QualityCallback(TrainerCallback):
 
     def _resume(self, saved: QualityState, scores_path: Path) -> None:
         self.attempts, self.refused, self.seconds = saved.attempts, saved.refused, saved.seconds
+        self._digest = saved.scores_sha256
         if saved.scored_epoch is not None:
+            if scores_path.exists() and digest(scores_path) != self._digest:
+                raise DataError(f"{scores_path} has other scores than the run had; resume with its own, or start anew")
             self._use(Scores.load(scores_path), saved.scored_epoch)
         self.data.awaits_scores = saved.scored_epoch is None and saved.refused is None
 
@@ -149,6 +157,7 @@ class QualityCallback(TrainerCallback):
         if distributed.is_first():
             self._path(args).parent.mkdir(parents=True, exist_ok=True)
             outcome.save(self._path(args))
+            self._digest = digest(self._path(args), sync=True)
         self._use(outcome, _epoch(state))
 
     def _score(self, args: TrainingArguments, state: TrainerState, model: nn.Module, collate: Any) -> Scores | str:

@@ -6,13 +6,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tsqlora.errors import SettingsError
+from tsqlora.record import RECORD_FILE
 
 CONFIG_FILE = "config.yaml"
 ADAPTER_DIR = "adapter"
 CHECKPOINT_DIR = "checkpoints"
 LOCK_FILE = "run.lock"
-COST_FILE = "tsqlora_cost.json"
-"""The last file that is written into a checkpoint: one that has it is whole."""
 
 
 @contextmanager
@@ -51,12 +50,10 @@ def require_free(run: Path, *, resume: bool = False) -> None:
         raise SettingsError(f"{run} is not empty ({strangers[0]}); name another --out")
 
 
-def last_checkpoint(run: Path) -> Path | None:
-    """The whole checkpoint with the most steps, if there is one."""
-    whole = [path.parent for path in (run / CHECKPOINT_DIR).glob(f"checkpoint-*/{COST_FILE}")]
-    return max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
-
-
 def _left_before_the_start(path: Path) -> bool:
-    """Whether a run that failed before its first step leaves this behind."""
-    return path.name == LOCK_FILE or (path.name == CHECKPOINT_DIR and not any(path.iterdir()))
+    """Whether a run that ended before its settings were written leaves this behind."""
+    if path.name == CHECKPOINT_DIR:
+        return not any(path.iterdir())
+    # The record is written just before them; only a run of ours has a lock.
+    ours = path.name.lstrip(".").startswith((RECORD_FILE, CONFIG_FILE))
+    return path.name == LOCK_FILE or (ours and path.with_name(LOCK_FILE).exists())

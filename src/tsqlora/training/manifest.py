@@ -1,0 +1,158 @@
+"""Which checkpoints are whole: those with a manifest, whose files are all as it says.
+
+The Trainer writes straight into checkpoint-N, and deletes old checkpoints before callbacks add their files. So the last
+of our callbacks to add its own syncs every file to the disk, hashes it, and puts the manifest there by a rename.
+"""
+
+import hashlib
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+
+from tsqlora import distributed
+from tsqlora.errors import SettingsError, TsqLoraError
+from tsqlora.record import write_json
+
+MANIFEST_FILE = "tsqlora_manifest.json"
+VERSION = 1
+TRAINER_STATE_FILE = "trainer_state.json"
+
+
+def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    """Where the Trainer keeps the checkpoint of the step that it is at."""
+    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def announce(args: TrainingArguments, state: TrainerState, part: str) -> None:
+    """On train begin: whoever calls this will add a part to every checkpoint, and seal it.
+
+    Where a run is resumed, its checkpoint is checked, and the best one if it is to be brought back. Raises TsqLoraError
+    naming the file that is damaged, and SettingsError where there would be times without a whole checkpoint.
+    """
+    saves = args.save_strategy != SaveStrategy.NO and not args.save_only_model
+    if saves and args.save_total_limit == 1:
+        raise SettingsError(
+            "save_total_limit 1 deletes the last whole checkpoint before the next one is; set it to 2 or more"
+        )
+    # The Trainer's own place for what callbacks know; it is one for all of them, and begins anew with each training.
+    parts = cast(dict[str, Any], state.stateful_callbacks)
+    if parts.get("tsqlora", {}).get("begun") != state.global_step:
+        parts["tsqlora"] = {"begun": state.global_step, "parts": [], "open": []}
+    parts["tsqlora"]["parts"].append(part)
+    if state.global_step > 0:
+        folder = checkpoint_folder(args, state)
+        _require_whole(folder)
+        if args.load_best_model_at_end and (best := _best_of(folder)):
+            _require_whole(best)
+
+
+def seal(args: TrainingArguments, state: TrainerState, part: str) -> None:
+    """On save, once a part is written: with the last one the checkpoint is whole."""
+    known = cast(dict[str, Any], state.stateful_callbacks)["tsqlora"]
+    known["open"] = [other for other in known["open"] or known["parts"] if other != part]
+    if known["open"] or args.save_only_model:
+        return
+    distributed.wait()  # each process writes its own random state
+    if distributed.is_first():
+        write_manifest(checkpoint_folder(args, state))
+
+
+def write_manifest(folder: Path) -> None:
+    """Syncs what is in a checkpoint to the disk, and says that this is all of it."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST_FILE]
+    # What begins with a dot is left over from a write that was cut off.
+    files = {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": digest(path, sync=True)}
+        for path in paths
+        if not path.name.startswith(".")
+    }
+    write_json(folder / MANIFEST_FILE, {"version": VERSION, "files": files})
+
+
+def digest(path: Path, *, sync: bool = False) -> str:
+    """A file's SHA-256; with `sync` it is on the disk first."""
+    with open(path, "r+b" if sync else "rb") as file:
+        if sync:
+            os.fsync(file.fileno())
+        return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
+
+
+def fault(folder: Path) -> str | None:
+    """Why a checkpoint is not whole; None if it is."""
+    if not folder.is_dir():
+        return "it is not there"
+    try:
+        manifest = json.loads((folder / MANIFEST_FILE).read_text())
+        if manifest["version"] != VERSION:
+            return f"{MANIFEST_FILE} was written by another version of tsqlora"
+        files = {str(name): (about["size"], about["sha256"]) for name, about in manifest["files"].items()}
+    except FileNotFoundError:
+        return f"it has no {MANIFEST_FILE}: it was not finished, or not written for resuming"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST_FILE} cannot be read"
+    for name, (size, content) in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, and was written with {size}"
+        if digest(path) != content:
+            return f"{name} has other content than was written"
+    return None
+
+
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """The newest whole checkpoint in a Trainer's output_dir, for `train(resume_from_checkpoint=...)`.
+
+    None where no checkpoint was ever finished: training begins anew. Warns of newer ones that are passed over, and says
+    why. Raises TsqLoraError where checkpoints were finished, and all of them are damaged.
+    """
+    found, passed_over = newest_whole(Path(folder))
+    for why in passed_over:
+        warnings.warn(why, stacklevel=2)
+    return found
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
+    """As `last_checkpoint`, with what it would warn of."""
+    passed_over: list[str] = []
+    for checkpoint in (checkpoints := _newest_first(folder)):
+        why = fault(checkpoint)
+        if why is None:
+            return checkpoint, passed_over
+        passed_over.append(f"{checkpoint} is passed over: {why}")
+    if any((checkpoint / MANIFEST_FILE).exists() for checkpoint in checkpoints):
+        raise TsqLoraError(
+            f"no checkpoint is whole: {'; '.join(passed_over)}; put a sound copy of one back, or start anew elsewhere"
+        )
+    return None, passed_over
+
+
+def _require_whole(folder: Path) -> None:
+    why = fault(folder)
+    if why is None:
+        return
+    others = (other for other in _newest_first(folder.parent) if fault(other) is None)
+    whole = next(others, None)
+    cure = "no other checkpoint there is whole, start anew" if whole is None else f"resume from {whole}"
+    raise TsqLoraError(f"cannot resume: {folder} is not whole: {why}; {cure}")
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    found = {
+        int(number): path
+        for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if (number := path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")).isdecimal() and path.is_dir()
+    }
+    return [found[number] for number in sorted(found, reverse=True)]
+
+
+def _best_of(folder: Path) -> Path | None:
+    """The best checkpoint up to this one; the Trainer forgets it where it is gone."""
+    best = json.loads((folder / TRAINER_STATE_FILE).read_text())["best_model_checkpoint"]
+    return None if best is None else Path(best)

@@ -1,0 +1,296 @@
+"""A checkpoint counts once all of it is on the disk, and no longer once any of it has changed."""
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import Trainer, TrainerCallback
+
+import tsqlora as tsq
+from stock import make_trainer, moods, slotted_bert
+from tsqlora.training.manifest import MANIFEST_FILE, fault, newest_whole, write_manifest
+
+DATA = moods()
+OURS = {"tsqlora.json", "tsqlora.safetensors", "tsqlora_quality.json"}
+ORDERS = pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 1, 0), (0, 2, 1)])
+
+
+class Fail(TrainerCallback):
+    """As a crash when the Trainer's files are there, and those of the callbacks before this one."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def trainer(folder: Path, order: tuple[int, ...] = (0, 1), fail: int = 0, **further: Any) -> Trainer:
+    """Five epochs of four steps, scored behind the second; `order` is of quality, ranks and the crash."""
+    subset = tsq.QualitySubset(DATA, 0.5)
+    quality = tsq.QualityCallback(subset, reference=40)
+    callbacks = (quality, tsq.RankCallback(interval=3, moves=3, samples=16, freeze=0.2), Fail(fail))
+    options = {"save_strategy": "epoch", "num_train_epochs": 5} | further
+    return make_trainer(slotted_bert(), subset, folder, [callbacks[j] for j in order], **options)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoints of a whole run."""
+    folder = tmp_path_factory.mktemp("whole")
+    trainer(folder).train()
+    return folder
+
+
+@pytest.fixture
+def run(whole: Path, tmp_path: Path) -> Path:
+    """Two of them, to be damaged."""
+    for step in (8, 12):
+        shutil.copytree(whole / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    shutil.copy(whole / "scores.parquet", tmp_path)
+    return tmp_path
+
+
+def files(checkpoint: Path) -> Iterator[Path]:
+    return (path for path in sorted(checkpoint.rglob("*")) if path.is_file())
+
+
+def test_a_manifest_has_every_file_and_nothing_unfinished_is_left(whole: Path) -> None:
+    checkpoints = sorted(whole.glob("checkpoint-*"))
+    assert len(checkpoints) == 5
+    for checkpoint in checkpoints:
+        named = json.loads((checkpoint / MANIFEST_FILE).read_text())["files"]
+        assert {*named, MANIFEST_FILE} == {path.relative_to(checkpoint).as_posix() for path in files(checkpoint)}
+        assert {*OURS, "optimizer.pt", "rng_state.pth", "adapter_model.safetensors"} <= named.keys()
+
+
+def test_the_newest_is_taken_by_its_number_and_in_silence(whole: Path, tmp_path: Path) -> None:
+    assert tsq.last_checkpoint(whole) == whole / "checkpoint-20"
+    assert tsq.last_checkpoint(str(tmp_path / "nowhere")) is None
+    for name in ("checkpoint-9", "checkpoint-10"):
+        shutil.copytree(whole / "checkpoint-8", tmp_path / name)
+    for name in ("checkpoint-best", "old-checkpoint-99"):
+        (tmp_path / name).mkdir()
+    assert tsq.last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def longer(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def swapped(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[::-1])
+
+
+def misplaced(path: Path) -> None:
+    path.rename(path.with_name("elsewhere"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (cut_off, r"has \d+ bytes, and was written with \d+"),
+        (longer, r"has \d+ bytes, and was written with \d+"),
+        (swapped, "has other content than was written"),
+        (misplaced, "is missing"),
+        (Path.unlink, "is missing"),
+    ],
+)
+def test_with_any_file_damaged_the_one_before_is_taken_and_told_why(
+    damage: Callable[[Path], Any], why: str, run: Path
+) -> None:
+    names = [path.name for path in files(run / "checkpoint-12") if path.name != MANIFEST_FILE]
+    for name in names:
+        path = run / "checkpoint-12" / name
+        content = path.read_bytes()
+        damage(path)
+        with pytest.warns(UserWarning, match=f"checkpoint-12 is passed over: {name} {why}"):
+            assert tsq.last_checkpoint(run) == run / "checkpoint-8"
+        path.write_bytes(content)
+    assert tsq.last_checkpoint(run) == run / "checkpoint-12", "all are as they were"
+
+
+@settings(max_examples=150)
+@given(data=st.data())
+def test_a_single_bit_is_enough(whole: Path, data: st.DataObject) -> None:
+    """In any file, the manifest included."""
+    checkpoint = whole / "checkpoint-16"
+    path = data.draw(st.sampled_from(sorted(files(checkpoint))))
+    content = path.read_bytes()
+    place = data.draw(st.integers(0, 8 * len(content) - 1))
+    flipped = bytearray(content)
+    flipped[place // 8] ^= 1 << place % 8
+    path.write_bytes(flipped)
+    try:
+        assert fault(checkpoint) is not None
+    finally:
+        path.write_bytes(content)
+    assert fault(checkpoint) is None
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "3", '{"version": 1}', '{"version": 1, "files": {"a": 1}}'])
+def test_a_manifest_that_is_none_is_told(text: str, run: Path) -> None:
+    (run / "checkpoint-12" / MANIFEST_FILE).write_text(text)
+    assert fault(run / "checkpoint-12") == f"{MANIFEST_FILE} cannot be read"
+
+
+def test_a_manifest_of_another_version_is_told(run: Path) -> None:
+    path = run / "checkpoint-12" / MANIFEST_FILE
+    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
+    assert fault(run / "checkpoint-12") == f"{MANIFEST_FILE} was written by another version of tsqlora"
+
+
+def test_when_all_are_damaged_that_is_an_error(run: Path) -> None:
+    cut_off(run / "checkpoint-8" / "optimizer.pt")
+    (run / "checkpoint-12" / MANIFEST_FILE).unlink()
+    with pytest.raises(
+        tsq.TsqLoraError,
+        match=rf"no checkpoint is whole: .*checkpoint-12 is passed over: it has no {MANIFEST_FILE}.*; "
+        r".*checkpoint-8 is passed over: optimizer\.pt has .*; put a sound copy of one back, or start anew elsewhere",
+    ):
+        tsq.last_checkpoint(run)
+
+
+def test_when_none_was_ever_finished_training_begins_anew(run: Path) -> None:
+    for step in (8, 12):
+        (run / f"checkpoint-{step}" / MANIFEST_FILE).unlink()
+    found, passed_over = newest_whole(run)
+    assert found is None
+    assert [why.partition(" is passed over")[0] for why in passed_over] == [
+        str(run / f"checkpoint-{n}") for n in (12, 8)
+    ]
+
+
+@ORDERS
+def test_a_crash_before_the_last_of_the_callbacks_leaves_no_manifest(order: tuple[int, ...], tmp_path: Path) -> None:
+    made = trainer(tmp_path, order, fail=12)
+    with pytest.raises(KeyboardInterrupt):
+        made.train()
+    # Where the crash comes behind both, both had written.
+    assert (fault(tmp_path / "checkpoint-12") is None) == (order[-1] == 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert tsq.last_checkpoint(tmp_path) == tmp_path / f"checkpoint-{12 if order[-1] == 2 else 8}"
+
+
+def test_a_checkpoint_that_is_written_anew_is_not_taken_for_the_old_one(run: Path) -> None:
+    """Its folder has an old manifest, and all of an old run's files."""
+    with pytest.raises(KeyboardInterrupt):
+        trainer(run, (0, 2, 1), fail=8, learning_rate=0.01).train()
+    assert fault(run / "checkpoint-8") is not None
+
+
+@pytest.mark.parametrize("one", [0, 1])
+def test_each_callback_alone_seals_also_where_a_run_goes_on_without_the_other(one: int, run: Path) -> None:
+    if one == 0:
+        trainer(run, (0,)).train(resume_from_checkpoint=str(run / "checkpoint-12"))
+    else:
+        data = tsq.QualitySubset(DATA, 0.5)
+        data.use(tsq.Scores.load(run / "scores.parquet"), 2)
+        ranks = tsq.RankCallback(interval=3, moves=3, samples=16, freeze=0.2)
+        options = {"save_strategy": "epoch", "num_train_epochs": 5}
+        made = make_trainer(slotted_bert(), data, run, [ranks], **options)
+        made.train(resume_from_checkpoint=str(run / "checkpoint-12"))
+    assert tsq.last_checkpoint(run) == run / "checkpoint-20"
+    named = json.loads((run / "checkpoint-20" / MANIFEST_FILE).read_text())["files"].keys()
+    assert (named & OURS) == ({"tsqlora_quality.json"} if one == 0 else OURS - {"tsqlora_quality.json"})
+
+
+def test_all_is_on_the_disk_before_the_manifest_has_its_name(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, done = run / "checkpoint-12", list[str]()
+    sync, rename = os.fsync, os.replace
+
+    def synced(handle: int) -> None:
+        done.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        sync(handle)
+
+    def renamed(old: Path, new: Path) -> None:
+        done.append(f"renamed {new.name}")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    write_manifest(checkpoint)
+    *before, temporary, last, folder = done
+    assert sorted(before) == sorted(path.name for path in files(checkpoint) if path.name != MANIFEST_FILE)
+    assert temporary.startswith(f".{MANIFEST_FILE}")
+    assert (last, folder) == (f"renamed {MANIFEST_FILE}", checkpoint.name)
+
+
+# ------------------------------------------------------------------- what users of Trainer see
+
+
+def test_resuming_by_name_refuses_a_damaged_checkpoint_and_names_another(run: Path) -> None:
+    swapped(run / "checkpoint-12" / "tsqlora.json")
+    with pytest.raises(
+        tsq.TsqLoraError,
+        match=r"cannot resume: .*checkpoint-12 is not whole: tsqlora\.json has other content than was written; "
+        r"resume from .*checkpoint-8$",
+    ):
+        trainer(run).train(resume_from_checkpoint=True)
+    shutil.rmtree(run / "checkpoint-8")
+    with pytest.raises(tsq.TsqLoraError, match=r"; no other checkpoint there is whole, start anew$"):
+        trainer(run).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_from_elsewhere_is_told(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(tsq.TsqLoraError, match="elsewhere/checkpoint-12 is not whole: it is not there; no other"):
+        trainer(tmp_path / "elsewhere").train(resume_from_checkpoint=str(run / "checkpoint-12"))
+
+
+def test_one_checkpoint_at_a_time_is_refused(tmp_path: Path) -> None:
+    made = trainer(tmp_path, save_total_limit=1)
+    with pytest.raises(tsq.SettingsError, match=r"save_total_limit 1 deletes the last whole .*; set it to 2 or more"):
+        made.train()
+    assert made.state.global_step == 0
+    trainer(tmp_path, save_total_limit=1, save_strategy="no").train()
+
+
+def test_with_two_at_a_time_one_is_whole_at_every_moment(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path, (2, 0, 1), fail=16, save_total_limit=2).train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-16"]
+    assert fault(tmp_path / "checkpoint-12") is None
+
+
+def test_weights_alone_are_nothing_to_resume_from(tmp_path: Path) -> None:
+    trainer(tmp_path, save_only_model=True, save_total_limit=1).train()
+    with pytest.warns(UserWarning, match="it was not finished, or not written for resuming"):
+        assert tsq.last_checkpoint(tmp_path) is None
+
+
+def test_scores_that_are_not_the_runs_own_are_refused(run: Path) -> None:
+    scores = tsq.Scores.load(run / "scores.parquet")
+    scores.save(run / "scores.parquet")
+    swapped_rows = tsq.Scores.load(run / "scores.parquet")
+    swapped_rows.record["epoch"] = 7
+    swapped_rows.save(run / "scores.parquet")
+    with pytest.raises(tsq.DataError, match=r"scores\.parquet has other scores than the run had; resume with its own"):
+        trainer(run).train(resume_from_checkpoint=str(run / "checkpoint-12"))
+
+
+@pytest.mark.parametrize("how", ["gone", "damaged"])
+def test_a_best_checkpoint_that_cannot_be_brought_back_is_told(how: str, run: Path) -> None:
+    state = run / "checkpoint-12" / "trainer_state.json"
+    told = json.loads(state.read_text()) | {"best_model_checkpoint": str(run / "checkpoint-8"), "best_global_step": 8}
+    state.write_text(json.dumps(told))
+    write_manifest(run / "checkpoint-12")
+    if how == "gone":
+        shutil.rmtree(run / "checkpoint-8")
+    else:
+        cut_off(run / "checkpoint-8" / "adapter_model.safetensors")
+    best = {"load_best_model_at_end": True, "eval_strategy": "epoch", "evaluate_on": DATA[:16]}
+    with pytest.raises(tsq.TsqLoraError, match="checkpoint-8 is not whole"):
+        trainer(run, **best).train(resume_from_checkpoint=str(run / "checkpoint-12"))
