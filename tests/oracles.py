@@ -379,7 +379,8 @@ def _trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 def _weights_as_leaves(
     layers: Mapping[str, nn.Module], effective_weight: Callable[[nn.Module], Tensor]
 ) -> Iterator[dict[str, nn.Parameter]]:
-    """Each layer computes F.linear(x, V, bias) inside the `with`, V a leaf copy of its effective weight.
+    """Each layer computes F.linear(x, V, bias) inside the `with`, or looks up columns of V, a leaf copy of its
+    effective weight.
 
     W + s·BA is no parameter of the model, so V stands in for it: what autograd gives for V
     is ∇_W, summed over all the calls of a layer in one forward.
@@ -403,7 +404,10 @@ def _replacing_hook(name: str, weight: nn.Parameter) -> Callable[[nn.Module, tup
     def replace(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         nonlocal checked
         base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-        replaced = F.linear(inputs[0], weight, base.bias)
+        if isinstance(base, nn.Embedding):
+            replaced = F.embedding(inputs[0], weight.T, base.padding_idx)
+        else:
+            replaced = F.linear(inputs[0], weight, base.bias)
         if not checked:
             # Only at the first call: later the weight may have been stepped.
             _check_same(name, output, replaced)

@@ -94,7 +94,7 @@ def slow(
 def effective_weight(layer: Any) -> Tensor:
     """W + s·BA as out × in."""
     weight = layer.get_base_layer().weight + layer.get_delta_weight("default")
-    return weight.T if layer.fan_in_fan_out else weight
+    return weight.T if layer.fan_in_fan_out or isinstance(layer.get_base_layer(), nn.Embedding) else weight
 
 
 def slow_offsets(model: nn.Module, rows: Rows) -> Tensor:

@@ -4,6 +4,7 @@ METHOD section 2.  A probe looks at a backward pass, whoever runs it: a pass of 
 the quality sample, or a training step's.
 """
 
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -11,22 +12,23 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int, Shaped
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from tsqlora import distributed
 from tsqlora.errors import SettingsError, UnsupportedError, nearest
 from tsqlora.gradients.capture import Capture, capture
-from tsqlora.gradients.ghost import Factored, wide
+from tsqlora.gradients.ghost import Factored, LookupGradient, wide
 from tsqlora.gradients.quiet import quiet
-from tsqlora.gradients.sites import Site, effective_weight, lora_layers
+from tsqlora.gradients.sites import effective_weight, lora_layers, lora_matrices, target_site
 from tsqlora.ranks.allocate import Sensitivity
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate, model_logits, split_labels, task_of
 
 Estimator = Callable[[Tensor, Tensor, LoraLayer], Tensor]
-"""(a: n × t × i, b: n × t × o, layer) -> the sum over the n samples of the layer's number."""
+"""(a, b: n × t × o, layer) -> the sum over the n samples of the layer's number; a is n × t × i, of an Embedding the
+indices n × t."""
 
 CHUNK = 2**21
 """Entries of per-sample gradients that exist at a time."""
@@ -34,41 +36,49 @@ CHUNK = 2**21
 SKETCH_ROWS = 8
 
 
-def weight_times_gradient(a: Float[Tensor, "n t i"], b: Float[Tensor, "n t o"], layer: LoraLayer) -> Tensor:
+def weight_times_gradient(a: Shaped[Tensor, "n t *i"], b: Float[Tensor, "n t o"], layer: LoraLayer) -> Tensor:
     """Σ over samples of mean |W ⊙ ∇W ℓ|, METHOD eq. 6.
 
     The absolute value is taken per sample, so the number adds up over batches and processes.
     """
-    weight = effective_weight(layer).abs().to(wide(b)).flatten()
+    weight = effective_weight(layer).abs().to(wide(b))
+    if _is_lookup(layer):
+        ids, rows = looked_up(a, wide(b), weight.shape[1])
+        return (rows.abs() * weight.T[ids]).sum() / weight.numel()
+    weight = weight.flatten()
     return _over_chunks(a, b, lambda grads: (grads.abs().flatten(1) @ weight).sum()) / weight.numel()
 
 
-def fisher(a: Float[Tensor, "n t i"], b: Float[Tensor, "n t o"], layer: LoraLayer) -> Tensor:
+def fisher(a: Shaped[Tensor, "n t *i"], b: Float[Tensor, "n t o"], layer: LoraLayer) -> Tensor:
     """Σ over samples of mean (∇W ℓ)²; by ghost norms."""
     b = wide(b)
-    return Factored(a.to(b), b).norm_sq().sum() / (a.shape[2] * b.shape[2])
+    gradient = LookupGradient(a, b) if _is_lookup(layer) else Factored(a.to(b), b)
+    return gradient.norm_sq().sum() / math.prod(_shape(layer))
 
 
-def adapter_only(a: Float[Tensor, "n t i"], b: Float[Tensor, "n t o"], layer: LoraLayer) -> Tensor:
+def adapter_only(a: Shaped[Tensor, "n t *i"], b: Float[Tensor, "n t o"], layer: LoraLayer) -> Tensor:
     """Σ over samples of mean |θ ⊙ ∇θ ℓ| over the entries of A and B; dropout before A is left out."""
     b = wide(b)
-    a = a.to(b)
     total, entries = b.new_zeros(()), 0
     for adapter in layer.active_adapters:
-        down, up = (cast(Tensor, part[adapter].weight).to(b) for part in (layer.lora_A, layer.lora_B))
-        by_down = (b @ up).mT @ a * down
-        by_up = b.mT @ (a @ down.T) * up
+        down, up = (part.to(b) for part in lora_matrices(layer, adapter))
+        if _is_lookup(layer):
+            ids, rows = looked_up(a, b, down.shape[1])
+            by_down, between = (rows @ up) * down.T[ids], down.T[a]
+        else:
+            by_down, between = (b @ up).mT @ a.to(b) * down, a.to(b) @ down.T
+        by_up = b.mT @ between * up
         total = total + layer.scaling[adapter] * (by_down.abs().sum() + by_up.abs().sum())
         entries += down.numel() + up.numel()
     return total / max(entries, 1)
 
 
-def uniform(a: Float[Tensor, "n t i"], b: Float[Tensor, "n t o"], layer: LoraLayer) -> Tensor:
+def uniform(a: Shaped[Tensor, "n t *i"], b: Float[Tensor, "n t o"], layer: LoraLayer) -> Tensor:
     """The same for every layer: ranks stay uniform."""
     return torch.tensor(float(len(a)), device=b.device)
 
 
-def random(a: Float[Tensor, "n t i"], b: Float[Tensor, "n t o"], layer: LoraLayer) -> Tensor:
+def random(a: Shaped[Tensor, "n t *i"], b: Float[Tensor, "n t o"], layer: LoraLayer) -> Tensor:
     """Log-normal noise that says nothing, seeded by the gradient's own bits: the control."""
     seed = zlib.crc32(b.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     noise = torch.randn((), generator=torch.Generator().manual_seed(seed))
@@ -106,8 +116,7 @@ class Probe:
 
     def watch(self, model: nn.Module) -> AbstractContextManager[Capture]:
         """While open, every backward of `model` is added."""
-        sites = {name: Site(name, (cast(nn.Module, layer),), True, False) for name, layer in self.layers.items()}
-        return capture(model, sites, self._add)
+        return capture(model, {name: target_site(name, layer) for name, layer in self.layers.items()}, self._add)
 
     def sensitivity(self) -> Sensitivity:
         """The mean over the samples seen, on all processes; a layer that was not used has 0."""
@@ -135,8 +144,12 @@ class Probe:
 
     def _add(self, name: str, a: Tensor, b: Tensor) -> None:
         number = get_estimator(self.estimator)(a, b, self.layers[name])
-        omega = _omega(name, self.seed, b.shape[2]).to(wide(b))
-        sketch = omega @ wide(b).flatten(0, 1).T @ a.flatten(0, 1).to(omega)
+        sketched = _omega(name, self.seed, b.shape[2]).to(wide(b)) @ wide(b).flatten(0, 1).T
+        if _is_lookup(self.layers[name]):
+            inputs, _ = _shape(self.layers[name])
+            sketch = sketched.new_zeros(len(sketched), inputs).index_add_(1, a.flatten(), sketched)
+        else:
+            sketch = sketched @ a.flatten(0, 1).to(sketched)
         self.samples[name] = self.samples.get(name, 0) + len(a)
         self.totals[name] = self.totals.get(name, 0) + number
         self.sketches[name] = self.sketches.get(name, 0) + sketch
@@ -202,6 +215,20 @@ def probe_pass(
             # Summed, not averaged: a sample's gradient must not depend on its batch.
             torch.autograd.grad(losses.sum(), [tap.anchor], allow_unused=True)
     return probe
+
+
+def looked_up(
+    ids: Int[Tensor, "n t"], b: Float[Tensor, "n t o"], vocabulary: int
+) -> tuple[Int[Tensor, " u"], Float[Tensor, "u o"]]:
+    """All rows of the samples' gradients of an Embedding that are not zero, and which rows of it they are."""
+    keys = ids + vocabulary * torch.arange(len(ids), device=ids.device)[:, None]
+    unique, places = torch.unique(keys, return_inverse=True)
+    rows = b.new_zeros(len(unique), b.shape[2]).index_add_(0, places.flatten(), b.flatten(0, 1))
+    return unique % vocabulary, rows
+
+
+def _is_lookup(layer: LoraLayer) -> bool:
+    return isinstance(layer.get_base_layer(), nn.Embedding)
 
 
 def _shape(layer: LoraLayer) -> tuple[int, int]:

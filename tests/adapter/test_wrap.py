@@ -157,9 +157,9 @@ def test_bad_options_are_told(options: dict[str, object], text: str) -> None:
         tsq.wrap(tiny_bert(), **options)  # type: ignore[arg-type]
 
 
-def test_layers_that_are_not_linear_are_refused_by_name() -> None:
-    with pytest.raises(tsq.UnsupportedError, match="word_embeddings is LoRA over Embedding"):
-        tsq.wrap(tiny_bert(), target_modules=["word_embeddings"])
+def test_layers_that_are_neither_linear_nor_embeddings_are_refused_by_name() -> None:
+    with pytest.raises(tsq.UnsupportedError, match="^0 is LoRA over Conv2d, which is no plain linear layer"):
+        tsq.wrap(nn.Sequential(nn.Conv2d(3, 4, 2)), target_modules=["0"])
 
 
 def test_active_parameters_are_those_of_plain_lora_of_the_same_ranks() -> None:

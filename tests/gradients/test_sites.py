@@ -113,13 +113,46 @@ def test_an_unknown_scope_is_refused() -> None:
     [
         ({"use_dora": True}, "query uses a LoRA variant"),
         ({"lora_bias": True}, "query uses a LoRA variant"),
-        ({"target_modules": ["word_embeddings"]}, "word_embeddings is LoRA over Embedding; only linear layers"),
     ],
 )
-def test_lora_over_or_like_anything_else_is_refused(options: dict[str, object], message: str) -> None:
+def test_what_is_like_lora_and_not_s_ba_is_refused(options: dict[str, object], message: str) -> None:
     config = LoraConfig(task_type=TaskType.SEQ_CLS, **{"target_modules": ["query"]} | options)
     with pytest.raises(UnsupportedError, match=message):
         lora_layers(get_peft_model(tiny_bert(), config))
+
+
+class ScaledEmbedding(nn.Embedding):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(ids)
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        (
+            nn.Conv2d(2, 2, 1),
+            "^0 is LoRA over Conv2d, which is no plain linear layer or embedding; leave it out of target",
+        ),
+        (nn.Conv1d(2, 2, 1), "^0 is LoRA over Conv1d, which"),
+        (nn.MultiheadAttention(4, 2), "^0 is LoRA over MultiheadAttention, which"),
+        (Scaled(2, 2), "^0 is LoRA over Scaled, which"),
+        (ScaledEmbedding(2, 2), "^0 is LoRA over ScaledEmbedding, which"),
+        (nn.Embedding(2, 2, max_norm=1.0), "^0 is LoRA over Embedding, which"),
+    ],
+)
+def test_lora_over_what_is_not_known_exactly_is_refused(base: nn.Module, message: str) -> None:
+    model = get_peft_model(nn.Sequential(base), LoraConfig(target_modules=["0"]))  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedError, match=message):
+        lora_layers(model)
+
+
+def test_scope_adapter_refuses_lora_over_an_embedding_and_names_the_cure() -> None:
+    model = get_peft_model(tiny_bert(), LoraConfig(task_type=TaskType.SEQ_CLS, target_modules=["word_embeddings"]))
+    for wrap in (lambda model: model, tsq.wrap):
+        with pytest.raises(
+            UnsupportedError, match=r"word_embeddings.lora_embedding_A.* trains: LoRA over an .* 'full'"
+        ):
+            find_sites(wrap(model), "adapter")
 
 
 def test_the_effective_weight_is_that_of_the_merged_model() -> None:

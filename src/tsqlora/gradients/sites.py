@@ -19,7 +19,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
 from tsqlora.errors import SettingsError, UnsupportedError, nearest
-from tsqlora.gradients.ghost import LINEAR, Kind, LayerGradient, Linear
+from tsqlora.gradients.ghost import LINEAR, Kind, LayerGradient, Linear, Lookup
 from tsqlora.gradients.layers import BATCH_NORMS, input_of, is_embedding, is_linear, kind_of, output_gradient_of
 
 Scope = Literal["adapter", "full"]
@@ -50,6 +50,7 @@ class Site:
 
 def seen(site: Site, module: nn.Module, x: Tensor, grad: Tensor, samples: int) -> tuple[Tensor, Tensor]:
     """(a, b) of one call on x, whose output had this gradient."""
+    module = _base(module)
     a = input_of(module, site.kind, x, samples, site.name)
     b = output_gradient_of(module, x, grad, samples, site.name)
     if not _mixed(site, module):
@@ -61,10 +62,16 @@ def seen(site: Site, module: nn.Module, x: Tensor, grad: Tensor, samples: int) -
 
 def stepped_output(site: Site, module: nn.Module, gradient: LayerGradient, x: Tensor, samples: int) -> Tensor:
     """What a unit step of each sample takes from the output of a call on x."""
+    module = _base(module)
     a = input_of(module, site.kind, x, samples, site.name)
     if _mixed(site, module):
         return cast(Any, gradient.weight).look_up(a)
     return gradient.apply(a)
+
+
+def _base(module: nn.Module) -> nn.Module:
+    """What a module computes as far as inputs go: a LoRA layer, the same as its base layer."""
+    return module.get_base_layer() if isinstance(module, LoraLayer) else module
 
 
 def _mixed(site: Site, module: nn.Module) -> bool:
@@ -80,18 +87,26 @@ def find_sites(model: nn.Module, scope: Scope) -> dict[str, Site]:
     """
     if scope not in get_args(Scope):
         raise SettingsError(f"unknown scope '{scope}'; {nearest(scope, get_args(Scope))}")
-    trained = _trained_sites(model)
-    if scope == "adapter":
-        return trained
-    targets = {n: Site(n, (cast(nn.Module, layer),), True, False) for n, layer in lora_layers(model).items()}
-    if not targets:
+    layers = lora_layers(model) if scope == "full" else {}
+    if scope == "full" and not layers:
         raise UnsupportedError("scope 'full' scores LoRA's target layers, and this model has none; use scope 'adapter'")
-    head = {n: s for n, s in trained.items() if not any(n.startswith(f"{t}.") for t in targets)}
-    return targets | head
+    adapters = {id(part) for layer in layers.values() for part in cast(nn.Module, layer).modules()}
+    others = [(name, module) for name, module in _modules(model) if id(module) not in adapters]
+    sites = {name: target_site(name, layer) for name, layer in layers.items()} | _trained_sites(others)
+    if not sites:
+        raise UnsupportedError("the model has no trainable parameter, so there is no gradient to score by")
+    return sites
+
+
+def target_site(name: str, layer: LoraLayer) -> Site:
+    """Where the gradient of the weight under a LoRA layer is seen: at the whole layer."""
+    base = layer.get_base_layer()
+    kind = Lookup(base.num_embeddings) if isinstance(base, nn.Embedding) else LINEAR
+    return Site(name, (cast(nn.Module, layer),), True, False, kind)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    """The model's LoRA layers over linear weights, by their names in the base model.
+    """The model's LoRA layers over linear weights and embeddings, by their names in the base model.
 
     Raises UnsupportedError for a LoRA layer over anything else, or for a variant whose
     update is not s·BA.
@@ -100,13 +115,23 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     for name, module in _modules(model):
         if not isinstance(module, LoraLayer):
             continue
-        base = module.get_base_layer()
-        if not isinstance(base, nn.Linear | Conv1D):
-            raise UnsupportedError(f"{name} is LoRA over {type(base).__name__}; only linear layers are supported")
+        name, base = inner_name(name), module.get_base_layer()
+        assert isinstance(base, nn.Module)
+        if not (is_linear(base) or is_embedding(base) or _is_quantised_linear(base)):
+            raise UnsupportedError(
+                f"{name} is LoRA over {type(base).__name__}, which is no plain linear layer or embedding; leave it out "
+                "of target_modules"
+            )
         if module.lora_variant or any(module.lora_bias.values()):
             raise UnsupportedError(f"{name} uses a LoRA variant (DoRA or lora_bias); use plain LoRA")
-        layers[inner_name(name)] = module
+        layers[name] = module
     return layers
+
+
+def _is_quantised_linear(module: nn.Module) -> bool:
+    """A linear layer of bitsandbytes: it computes in its own way what its dequantised weight would."""
+    kind = type(module)
+    return kind.__module__ == "bitsandbytes.nn.modules" and kind.__name__ in ("Linear4bit", "Linear8bitLt")
 
 
 def inner_name(name: str) -> str:
@@ -122,10 +147,17 @@ def effective_weight(layer: LoraLayer) -> Float[Tensor, "o i"]:
     if not (layer.disable_adapters or layer.merged):
         with torch.no_grad():
             for adapter in layer.active_adapters:
-                if adapter in layer.lora_A:
+                if adapter in cast(Any, layer).r:
                     delta: Tensor = cast(Any, layer).get_delta_weight(adapter)
                     weight = weight + delta.to(weight.dtype)
-    return weight.T if isinstance(base, Conv1D) else weight
+    return weight.T if isinstance(base, Conv1D | nn.Embedding) else weight
+
+
+def lora_matrices(layer: LoraLayer, adapter: str) -> tuple[Float[Tensor, "r i"], Float[Tensor, "o r"]]:
+    """A and B, wherever PEFT keeps them."""
+    if adapter in layer.lora_embedding_A:
+        return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+    return cast(Tensor, layer.lora_A[adapter].weight), cast(Tensor, layer.lora_B[adapter].weight)
 
 
 def batch_coupled(model: nn.Module) -> list[str]:
@@ -136,11 +168,11 @@ def batch_coupled(model: nn.Module) -> list[str]:
     return found
 
 
-def _trained_sites(model: nn.Module) -> dict[str, Site]:
+def _trained_sites(modules: list[tuple[str, nn.Module]]) -> dict[str, Site]:
     sites: dict[int, Site] = {}
     biases: dict[int, str] = {}
     seen: set[tuple[int, int]] = set()
-    for name, module in _modules(model):
+    for name, module in modules:
         weight, bias = _trained(module, "weight"), _trained(module, "bias")
         kind = None if weight is None and bias is None else kind_of(module)
         if kind is None:
@@ -151,9 +183,7 @@ def _trained_sites(model: nn.Module) -> dict[str, Site]:
         sites[key] = site if key not in sites else _tied(sites[key], site)
         if bias is not None and biases.setdefault(id(bias[1]), site.name) != site.name:
             raise UnsupportedError(f"{site.name} shares its trained bias with {biases[id(bias[1])]}; freeze it")
-    _refuse_unseen(model, seen)
-    if not sites:
-        raise UnsupportedError("the model has no trainable parameter, so there is no gradient to score by")
+    _refuse_unseen(modules, seen)
     return {site.name: site for site in sites.values()}
 
 
@@ -181,10 +211,15 @@ def _trained(module: nn.Module, name: str) -> tuple[nn.Module, nn.Parameter] | N
     return (module, parameter) if parameter is not None and parameter.requires_grad else None
 
 
-def _refuse_unseen(model: nn.Module, seen: set[tuple[int, int]]) -> None:
-    for owner_name, owner in _modules(model):
+def _refuse_unseen(modules: list[tuple[str, nn.Module]], seen: set[tuple[int, int]]) -> None:
+    for owner_name, owner in modules:
         for name, parameter in owner.named_parameters(owner_name, recurse=False):
             if parameter.requires_grad and (id(owner), id(parameter)) not in seen:
+                if ".lora_embedding_" in f".{name}":
+                    raise UnsupportedError(
+                        f"{name} trains: LoRA over an Embedding is not scored in scope 'adapter'; use scope 'full', or "
+                        "leave the Embedding out of target_modules"
+                    )
                 raise UnsupportedError(
                     f"{name} trains, and it belongs to {type(owner).__name__}, whose gradient per sample is not "
                     "known exactly; freeze it, or train linear layers, embeddings, norms and LoRA only"

@@ -1,0 +1,252 @@
+"""LoRA over nn.Embedding, whose A and B PEFT keeps in a ParameterDict: slots, and what the probe sees."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import tsqlora as tsq
+from models import PAD, collate, samples, tiny_bert, tiny_llama_classifier
+from oracles import slow_sensitivity
+from scoring import assert_agree, cross_entropy, effective_weight, logits_of, slow, slow_offsets, teach
+from slotted import (
+    QUERY,
+    assert_hidden_are_zero,
+    resize,
+    take_steps,
+    trained,
+    updates,
+    wrapped,
+)
+from tsqlora.adapter.change import new_row
+from tsqlora.adapter.resize import grow_slot
+from tsqlora.adapter.slots import find_slots
+from tsqlora.gradients.sites import lora_layers
+from tsqlora.probe import _omega, probe_pass
+
+WORDS = "bert.embeddings.word_embeddings"
+TYPES = "bert.embeddings.token_type_embeddings"
+TARGETS = ["word_embeddings", "token_type_embeddings", "query"]
+ROWS = samples(7, 3)
+VOCAB = 60
+
+
+def embedded(base: nn.Module | None = None, *, ranks: dict[str, int] | None = None, **options: Any) -> PeftModel:
+    """LoRA over embeddings and one kind of linear layer, A and B not zero."""
+    model = wrapped(base, ranks=ranks or {}, **{"target_modules": TARGETS} | options)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        for slots in find_slots(model).values():
+            slots.a[: slots.rank] = 0.3 * torch.randn(slots.rank, slots.shape[0])
+            if slots.shape[0] == VOCAB:
+                slots.a[:, PAD] = 0  # as it stays in training: PEFT's own is zero, and padding has no gradient
+    return model
+
+
+def test_an_embeddings_rank_costs_its_rows_and_its_width() -> None:
+    model = embedded()
+    slots = find_slots(model)[WORDS]
+    assert slots.shape == (60, 16)
+    assert (tuple(slots.a.shape), tuple(slots.b.shape)) == ((8, 60), (16, 8))
+    before = tsq.active_parameters(model)
+    resize(model, {WORDS: 3})
+    assert before - tsq.active_parameters(model) == 60 + 16
+
+
+def test_a_fresh_embedding_adapter_changes_nothing_and_trains() -> None:
+    base = tiny_bert().eval()
+    before = logits_of(base, ROWS)
+    model = tsq.wrap(base, target_modules=TARGETS).double()
+    assert torch.equal(logits_of(model, ROWS), before)
+    assert_hidden_are_zero(model)
+    optimizer = torch.optim.AdamW(trained(model), lr=0.01)
+    take_steps(model, optimizer, 2)
+    assert_hidden_are_zero(model, optimizer)
+    assert all(bool(delta.any()) for delta in updates(model).values())
+
+
+def test_the_update_is_that_of_the_active_slots() -> None:
+    model = embedded(ranks={WORDS: 6, TYPES: 0})
+    slots = find_slots(model)
+    a, b = slots[WORDS].a.detach()[:6], slots[WORDS].b.detach()[:, :6]
+    torch.testing.assert_close(updates(model)[WORDS], (b @ a).T * slots[WORDS].scale)
+    assert not updates(model)[TYPES].any()
+
+
+def test_growing_an_embedding_leaves_the_update_unchanged_and_the_new_slot_trains() -> None:
+    fresh = tsq.wrap(tiny_bert(), target_modules=TARGETS, mean_rank=2).double()
+    slots = find_slots(fresh)[WORDS]
+    row = new_row(slots.a.detach()[:2], None, seed=0)  # PEFT's own rows of A are zero before they train
+    assert float(row.norm()) > 0.1
+    model = embedded()
+    before = updates(model)
+    optimizer = torch.optim.AdamW(trained(model), lr=0.01)
+    grow_slot(find_slots(model)[WORDS], torch.randn(60), optimizer)
+    assert torch.equal(updates(model)[WORDS], before[WORDS])
+    take_steps(model, optimizer, 1)
+    assert bool(find_slots(model)[WORDS].b[:, 4].any())
+
+
+def test_what_is_saved_has_pefts_own_names_and_plain_peft_loads_it(tmp_path: Path) -> None:
+    model = embedded(ranks={WORDS: 6, TYPES: 0, QUERY: 1})
+    state = model.state_dict()
+    assert not any("parametrizations" in key for key in state)
+    assert torch.equal(state[f"base_model.model.{WORDS}.lora_embedding_A.default"], find_slots(model)[WORDS].a[:6])
+    model.save_pretrained(tmp_path)
+    saved = {key: value for key, value in load_file(tmp_path / "adapter_model.safetensors").items() if "embedd" in key}
+    assert {key: tuple(value.shape) for key, value in saved.items()} == {
+        f"base_model.model.{WORDS}.lora_embedding_A": (6, 60),
+        f"base_model.model.{WORDS}.lora_embedding_B": (16, 6),
+    }
+    loaded = PeftModel.from_pretrained(tiny_bert(), str(tmp_path)).double()
+    torch.testing.assert_close(logits_of(loaded, ROWS), logits_of(model, ROWS), rtol=1e-12, atol=1e-12)
+
+
+def test_the_base_weights_of_a_causal_models_embedding_are_not_saved(tmp_path: Path) -> None:
+    """PEFT adds them for target_modules named embed_tokens; ours are full names, and the base weights are frozen."""
+    model = embedded(tiny_llama_classifier(), target_modules=["embed_tokens", "q_proj"])
+    model.save_pretrained(tmp_path)
+    assert not any("base_layer" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    loaded = PeftModel.from_pretrained(tiny_llama_classifier(), str(tmp_path)).double()
+    torch.testing.assert_close(logits_of(loaded, ROWS), logits_of(model, ROWS), rtol=1e-5, atol=1e-5)
+
+
+def through_a_state_dict(model: PeftModel, tmp_path: Path) -> PeftModel:
+    other = embedded(seed=1)
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def through_load_adapter(model: PeftModel, tmp_path: Path) -> PeftModel:
+    other = embedded(seed=1)
+    model.save_pretrained(tmp_path)
+    other.load_adapter(str(tmp_path), "default", is_trainable=True)
+    return other
+
+
+def through_a_copy(model: PeftModel, tmp_path: Path) -> PeftModel:
+    return copy.deepcopy(model)
+
+
+@pytest.mark.parametrize("way", [through_a_state_dict, through_load_adapter, through_a_copy])
+def test_ranks_and_weights_come_back(way: Callable[[PeftModel, Path], PeftModel], tmp_path: Path) -> None:
+    model = embedded(ranks={WORDS: 6, TYPES: 0})
+    other = way(model, tmp_path)
+    assert tsq.active_ranks(other) == tsq.active_ranks(model)
+    assert_hidden_are_zero(other)
+    assert torch.equal(logits_of(other, ROWS), logits_of(model, ROWS))
+    resize(other, {WORDS: 2})
+    assert tsq.active_ranks(model)[WORDS] == 6
+
+
+def test_a_finalised_embedding_is_plain_and_merges() -> None:
+    model = embedded(ranks={WORDS: 6, TYPES: 0})
+    before = logits_of(model, ROWS)
+    tsq.finalize(model)
+    base = model.get_base_model()
+    assert type(base.get_submodule(TYPES)) is nn.Embedding
+    parameters = base.get_submodule(WORDS).lora_embedding_A
+    assert type(parameters) is nn.ParameterDict
+    assert tuple(parameters["default"].shape) == (6, 60)
+    assert parameters["default"].requires_grad
+    assert torch.equal(logits_of(model, ROWS), before)
+    torch.testing.assert_close(logits_of(model.merge_and_unload(), ROWS), before, rtol=1e-12, atol=1e-12)
+
+
+def test_an_embedding_trains_on_after_its_adapter_was_disabled() -> None:
+    model = embedded()
+    before = logits_of(model, ROWS)
+    with model.disable_adapter():
+        torch.testing.assert_close(logits_of(model, ROWS), logits_of(tiny_bert(), ROWS))
+    assert torch.equal(logits_of(model, ROWS), before)
+    assert all(part.requires_grad for slots in find_slots(model).values() for part in (slots.a, slots.b))
+
+
+# --- the probe ----------------------------------------------------------------------------
+
+
+def repeated(base: Callable[..., nn.Module]) -> tuple[PeftModel, list[dict[str, Any]]]:
+    """A model, and rows in which tokens repeat and the padding token stands inside of rows, too."""
+    rows = samples(9, 3, vocab=6, lengths=(3, 11))
+    rows[0]["input_ids"][1] = 0
+    targets = TARGETS if base is tiny_bert else ["embed_tokens", "q_proj"]
+    return embedded(base(), target_modules=targets), rows
+
+
+@pytest.mark.parametrize("base", [tiny_bert, tiny_llama_classifier])
+def test_sensitivity_of_an_embedding_is_that_of_the_slow_twin(base: Callable[..., nn.Module]) -> None:
+    model, rows = repeated(base)
+    wanted = slow_sensitivity(
+        model,
+        [collate([row]) for row in rows],
+        sample_loss=cross_entropy,
+        layers=lora_layers(model),  # type: ignore[arg-type]
+        effective_weight=effective_weight,
+    )
+    measured = tsq.sensitivity(model, rows, collate, batch_size=4)
+    assert dict(measured.values) == pytest.approx(wanted, rel=1e-12 if base is tiny_bert else 1e-6)
+
+
+def one_by_one(model: PeftModel, rows: list[dict[str, Any]], number: Callable[[LoraLayer], Tensor]) -> float:
+    """Mean over rows of a number of the word embedding's layer after one sample's backward pass."""
+    layer = lora_layers(model)[WORDS]
+    layer.get_base_layer().weight.requires_grad_(True)
+    total = 0.0
+    for row in rows:
+        model.zero_grad()
+        model(**collate([row])).loss.backward()
+        total += float(number(layer).detach())
+    return total / len(rows)
+
+
+def test_fisher_and_adapter_of_an_embedding_are_those_by_hand() -> None:
+    model, rows = repeated(tiny_bert)
+
+    def of_adapter(layer: LoraLayer) -> Tensor:
+        parts = [m.full for m in find_slots(model)[WORDS].parts]
+        active = sum(p.numel() for p in parts) // 2  # half of the slots
+        return torch.cat([(p * p.grad).flatten() for p in parts]).abs().sum() / active
+
+    for estimator, number in (
+        ("fisher", lambda layer: layer.get_base_layer().weight.grad.square().mean()),
+        ("adapter", of_adapter),
+    ):
+        wanted = one_by_one(model, rows, number)
+        measured = tsq.sensitivity(model, rows, collate, estimator=estimator, batch_size=4)
+        assert measured.values[WORDS] == pytest.approx(wanted, rel=1e-10), estimator
+
+
+def test_the_sketch_of_an_embedding_is_that_of_its_one_hot_inputs() -> None:
+    model, rows = repeated(tiny_bert)
+    seen: dict[str, Tensor] = {}
+
+    def keep(a: Tensor, b: Tensor, layer: Any) -> Tensor:
+        if a.dim() == 2 and layer.in_features == 60:
+            one_hot = nn.functional.one_hot(a, 60).double()
+            seen["gradient"] = torch.einsum("nto,nti->oi", b, one_hot)
+        return torch.ones(())
+
+    directions = probe_pass(model, rows, collate, estimator=keep, seed=5).directions()
+    torch.testing.assert_close(directions[WORDS], _omega(WORDS, 5, 16).double() @ seen["gradient"])
+
+
+def test_numbers_of_an_embedding_do_not_depend_on_the_batch_or_padding() -> None:
+    model, rows = repeated(tiny_bert)
+    whole = probe_pass(model, rows, collate, batch_size=9)
+    parts = probe_pass(model, rows[::-1], lambda batch: collate(batch, 20), batch_size=2)
+    assert dict(parts.sensitivity().values) == pytest.approx(dict(whole.sensitivity().values), rel=1e-10)
+    torch.testing.assert_close(parts.directions()[WORDS], whole.directions()[WORDS])
+
+
+def test_scope_full_scores_an_embeddings_weight_as_the_slow_twin_does() -> None:
+    model, rows = repeated(tiny_bert)
+    teach(model, rows)
+    scores = tsq.score(model, rows, collate, reference=range(5), scope="full")
+    assert_agree(scores, slow(model, rows, range(5), scope="full", offsets=slow_offsets(model, rows[:5])))
