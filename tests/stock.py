@@ -48,6 +48,7 @@ def make_trainer(
     *,
     evaluate_on: Any = None,
     compute_metrics: Any = None,
+    optimizers: Any = (None, None),
     **further: Any,
 ) -> Trainer:
     options: dict[str, Any] = {
@@ -72,6 +73,7 @@ def make_trainer(
         data_collator=collate,
         compute_metrics=compute_metrics,
         callbacks=callbacks,
+        optimizers=optimizers,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

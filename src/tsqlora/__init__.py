@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from tsqlora.ranks.allocate import Sensitivity, allocate
     from tsqlora.ranks.events import RankEvent
     from tsqlora.training.harvest_callback import HarvestCallback
+    from tsqlora.training.manifest import last_checkpoint
     from tsqlora.training.quality_callback import QualityCallback
     from tsqlora.training.rank_callback import RankCallback
+    from tsqlora.training.rank_loop import RankLoop
 
 __all__ = [
     "DataError",
@@ -28,6 +30,7 @@ __all__ = [
     "QualitySubset",
     "RankCallback",
     "RankEvent",
+    "RankLoop",
     "Scores",
     "Sensitivity",
     "SettingsError",
@@ -37,6 +40,7 @@ __all__ = [
     "active_ranks",
     "allocate",
     "finalize",
+    "last_checkpoint",
     "sample",
     "score",
     "sensitivity",
@@ -54,8 +58,10 @@ _HOMES = {
     "ranks.events": ("RankEvent",),
     "probe": ("sensitivity",),
     "training.harvest_callback": ("HarvestCallback",),
+    "training.manifest": ("last_checkpoint",),
     "training.quality_callback": ("QualityCallback",),
     "training.rank_callback": ("RankCallback",),
+    "training.rank_loop": ("RankLoop",),
 }
 
 

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState
 
 import tsqlora as tsq
+from models import lora
 from scoring import assert_same
 from slotted import assert_hidden_are_zero
 from stock import base_bert, make_trainer, moods, slotted_bert
 from tsqlora.adapter.slots import ActivePrefix, find_slots
 from tsqlora.ranks.events import RankEvent
-from tsqlora.training import rank_callback
-from tsqlora.training.rank_callback import _require_visible_backward
+from tsqlora.training import rank_loop
 
 ROWS = moods(40)
 
@@ -123,7 +123,7 @@ def test_a_fractional_mean_rank_is_a_budget_too(tmp_path: Path) -> None:
     run(tmp_path, callback, model=slotted_bert(mean_rank=2.5, max_rank=4))
     for event in callback.events:
         assert_well_spent(event, capacity=4)
-    assert callback.budget <= 2.5 * sum(sum(shape) for shape in shapes().values())
+    assert callback.loop.budget <= 2.5 * sum(sum(shape) for shape in shapes().values())
 
 
 def test_a_layer_may_lose_its_adapter_where_min_rank_is_zero(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_slots_are_kept_for_further_training_where_that_is_asked_for(tmp_path: P
     assert tsq.active_ranks(model) == callback.final
     assert model.peft_config["default"].rank_pattern == callback.final  # type: ignore[union-attr]
     run(tmp_path, again, model=model)
-    assert again.budget == callback.events[-1].used
+    assert again.loop.budget == callback.events[-1].used
 
 
 def test_a_policy_may_be_a_function_of_ones_own(tmp_path: Path) -> None:
@@ -166,13 +166,13 @@ def test_a_policy_may_be_a_function_of_ones_own(tmp_path: Path) -> None:
 def probes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The probes that were opened in training steps."""
     made: list[Any] = []
-    real = rank_callback.Probe
+    real = rank_loop.Probe
 
     def make(*args: Any) -> Any:
         made.append(real(*args))
         return made[-1]
 
-    monkeypatch.setattr(rank_callback, "Probe", make)
+    monkeypatch.setattr(rank_loop, "Probe", make)
     return made
 
 
@@ -210,7 +210,7 @@ def test_clipping_changes_no_importance(tmp_path: Path) -> None:
         callback = tsq.RankCallback(policy="fixed")
         # Of the first step B is zero and A has no gradient; so of the second, behind one that Adam makes the same.
         run(tmp_path, callback, max_grad_norm=norm, max_steps=2, adam_epsilon=1e-30)
-        found.append(callback.importance.mean)
+        found.append(callback.loop.importance.mean)
     assert float(found[0].sum()) > 0.1
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-6)
 
@@ -239,7 +239,7 @@ def test_a_step_that_overflowed_puts_the_adjustment_off_and_ages_no_slot(tmp_pat
     callback = tsq.RankCallback(interval=4, moves=6)
     run(tmp_path, *overflowing(callback, 4, 5))
     assert [event.step for event in callback.events] == [6, 8, 12, 16, 20]
-    assert int(callback.importance.age.max()) == 30 - 2
+    assert int(callback.loop.importance.age.max()) == 30 - 2
 
 
 def test_an_adjustment_put_off_until_ranks_are_frozen_is_left_out(tmp_path: Path) -> None:
@@ -310,11 +310,40 @@ def test_a_training_that_ends_before_any_adjustment_is_an_error(tmp_path: Path) 
         run(tmp_path, tsq.RankCallback(interval=4), Stop())
 
 
-@pytest.mark.parametrize("finalised", [True, False])
-def test_a_model_without_slots_is_refused(tmp_path: Path, finalised: bool) -> None:
-    model: Any = tsq.finalize(slotted_bert()) if finalised else base_bert()
+def test_a_model_without_lora_is_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(tsq.UnsupportedError, match=r"no rank slots.*make it with tsqlora\.wrap"):
-        run(tmp_path, tsq.RankCallback(interval=4), model=model)
+        make_trainer(base_bert(), ROWS, tmp_path, [tsq.RankCallback(interval=4)])  # type: ignore[arg-type]
+
+
+NO_SLOTS = r"optimizer is made and the model has no rank slots: give RankCallback to Trainer\(callbacks=\[\.\.\.\]\)"
+
+
+def test_a_callback_that_comes_when_the_optimizer_is_made_is_refused(tmp_path: Path) -> None:
+    trainer = make_trainer(lora(base_bert()), ROWS, tmp_path, [])
+    trainer.add_callback(tsq.RankCallback(interval=4))
+    with pytest.raises(tsq.UnsupportedError, match=NO_SLOTS):
+        trainer.train()
+
+
+def test_an_optimizer_made_before_the_slots_is_refused(tmp_path: Path) -> None:
+    model = lora(base_bert())
+    made = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    with pytest.raises(tsq.UnsupportedError, match=NO_SLOTS):
+        make_trainer(model, ROWS, tmp_path, [tsq.RankCallback(interval=4)], optimizers=(made, None))
+    with pytest.raises(tsq.SettingsError, match=r"the optimizer does not train the adapter of bert.*wrapped later"):
+        make_trainer(slotted_bert(), ROWS, tmp_path, [tsq.RankCallback(interval=4)], optimizers=(made, None)).train()
+
+
+def test_a_second_training_of_a_finalised_model_is_refused(tmp_path: Path) -> None:
+    trainer = make_trainer(slotted_bert(), ROWS, tmp_path, [tsq.RankCallback(interval=4)])
+    trainer.train()
+    with pytest.raises(tsq.UnsupportedError, match=r"for a second train\(\), RankCallback\(finalize=False\)"):
+        trainer.train()
+
+
+def test_max_rank_of_a_model_that_is_wrapped_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(tsq.SettingsError, match=r"has its slots already; give max_rank to tsqlora\.wrap"):
+        make_trainer(slotted_bert(), ROWS, tmp_path, [tsq.RankCallback(interval=4, max_rank=6)])
 
 
 def test_unknown_names_are_told_at_once() -> None:
@@ -324,13 +353,10 @@ def test_unknown_names_are_told_at_once() -> None:
         tsq.RankCallback(estimator="fischer")
 
 
-@pytest.mark.parametrize(
-    ("compiled", "gpus", "text"), [(True, 1, "torch_compile hides the layers"), (False, 2, "2 GPUs in one process")]
-)
-def test_what_hides_the_backward_pass_is_refused(compiled: bool, gpus: int, text: str) -> None:
-    args: Any = SimpleNamespace(torch_compile=compiled, n_gpu=gpus)
-    with pytest.raises(tsq.UnsupportedError, match=text):
-        _require_visible_backward(args)
+def test_copies_of_the_model_are_refused() -> None:
+    args: Any = SimpleNamespace(n_gpu=2)
+    with pytest.raises(tsq.UnsupportedError, match="2 GPUs in one process"):
+        tsq.RankCallback().on_train_begin(args, None, None)  # type: ignore[arg-type]
 
 
 def test_an_optimizer_that_cannot_be_served_is_refused_at_the_first_step(tmp_path: Path) -> None:

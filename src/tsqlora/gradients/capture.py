@@ -124,6 +124,8 @@ def capture(model: nn.Module, sites: Mapping[str, Site], consume: Consume) -> Ge
         state.current = None
 
     with ExitStack() as hooks:
+        # Compiled code would not call hooks that came after it.
+        hooks.enter_context(cast(Any, torch.compiler).set_stance("force_eager"))
         hooks.callback(model.register_forward_pre_hook(enter, with_kwargs=True).remove)
         for site in sites.values():
             for module in site.modules:

@@ -12,14 +12,15 @@ from torch import nn
 
 @contextmanager
 def quiet(model: nn.Module) -> Generator[None]:
-    """Dropout off while open; modes, rates and the state of the random generators restored.
+    """Dropout off and nothing compiled while open; modes, rates and the state of the random generators restored.
 
     Everything goes to evaluation mode, except layers under gradient checkpointing: those
     check their own `training` flag, so it stays, and their own dropout rates are zero.
     """
     modes = [(module, module.training) for module in model.modules()]
     rates: list[tuple[nn.Module, str, float]] = []
-    with _same_randomness(model):
+    # Not compiled: that would take one more version of the model in evaluation mode, for a pass or two.
+    with _same_randomness(model), cast(Any, torch.compiler).set_stance("force_eager"):
         try:
             for module, training in modes:
                 module.training = training and bool(getattr(module, "gradient_checkpointing", False))

@@ -1,0 +1,339 @@
+"""Ranks that follow sensitivity, in any training loop.  METHOD section 4.
+
+warm-up ── start: ranks from the quality sample ── adjust every Δ steps ── freeze
+"""
+
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+import torch._dynamo.config
+from peft import PeftModel
+from torch import nn
+
+from tsqlora import distributed
+from tsqlora.adapter.change import change_ranks
+from tsqlora.adapter.importance import Importance
+from tsqlora.adapter.moments import moments
+from tsqlora.adapter.slots import Slots, finalize, find_slots, sync_config
+from tsqlora.errors import SettingsError, TsqLoraError
+from tsqlora.gradients.sites import lora_layers
+from tsqlora.probe import Estimator, Probe, get_estimator, probe_pass
+from tsqlora.ranks.allocate import Sensitivity, allocate
+from tsqlora.ranks.budget import caps, costs, used
+from tsqlora.ranks.events import RankEvent
+from tsqlora.ranks.policies import Policy, get_policy
+from tsqlora.ranks.schedule import adjustment_steps, moves_allowed
+from tsqlora.tasks import Task
+from tsqlora.tasks.forward import Collate
+from tsqlora.training.checkpoint import RankState
+from tsqlora.training.unwrap import unwrapped
+
+WHERE = {
+    "before_forward": "before the step's first forward pass",
+    "before_optimizer_step": "when the step's gradients are complete, before optimizer.step()",
+    "after_optimizer_step": "after optimizer.step()",
+}
+"""The calls of a step in their order, and where each belongs."""
+
+
+class RankLoop:
+    """Moves rank between the layers of a model from `tsqlora.wrap`, at constant parameters, in a loop of your own.
+
+        ranks = tsq.RankLoop(model, optimizer, total_steps=1000)
+        for batch in batches:
+            ranks.before_forward()              # before every forward pass, or each step's first
+            model(**batch).loss.backward()      # as often as you accumulate
+            ranks.before_optimizer_step()       # gradients are complete; clipped, scaled or not
+            optimizer.step()
+            ranks.after_optimizer_step()
+            optimizer.zero_grad()
+        model = ranks.finish()                  # a plain PEFT model
+
+    Args:
+        model: as it trains: plain, compiled, or in DistributedDataParallel.
+        total_steps: optimizer steps of the whole run; a step that a gradient scaler skips counts.
+        interval: optimizer steps between adjustments; a twentieth of the run, at least 10,
+            if not given.
+        warmup, freeze: shares of the run without adjustments, at its start and its end.
+        moves: slots that may move in the first adjustment, falling to 0 as a cubic; a
+            quarter of the number of layers if not given.
+        min_rank: 0 lets a layer lose its adapter altogether.
+        gamma: ranks follow sensitivity to this power; 0 keeps them uniform.
+
+    Whatever ranks the model has at first is the budget: as many parameters at every later step. `events` tells
+    every decision, `final` the ranks at the end, `seconds` what measuring and changing cost beside the steps' own
+    backward. Compiled code runs eagerly in the steps that are measured, one in `interval`, and is compiled anew
+    when ranks have changed.
+
+    Raises TsqLoraError where a call is missing, naming it, and from `finish` if no rank was ever adjusted.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        total_steps: int,
+        interval: int | None = None,
+        *,
+        warmup: float = 0.1,
+        freeze: float = 0.3,
+        moves: int | None = None,
+        min_rank: int = 1,
+        gamma: float = 1.0,
+        policy: str | Policy = "tsqlora",
+        estimator: str | Estimator = "sensitivity",
+        seed: int = 0,
+    ) -> None:
+        get_estimator(estimator)
+        self.model, self.optimizer = unwrapped(model), optimizer
+        self.layers = find_slots(self.model)
+        _require_trained(self.layers, optimizer)
+        self.shapes = {name: slots.shape for name, slots in self.layers.items()}
+        self.capacity = max(slots.capacity for slots in self.layers.values())
+        self.policy, self.estimator, self.seed = get_policy(policy), estimator, seed
+        self.min_rank, self.gamma = min_rank, gamma
+        self.moves = max(1, len(self.layers) // 4) if moves is None else moves
+        self.interval = max(10, total_steps // 20) if interval is None else interval
+        self.steps = self._schedule(total_steps, warmup=warmup, freeze=freeze)
+        self.budget = used(self.ranks, self.shapes)
+        self.importance = Importance(self.layers)
+        self.step, self.events, self.started, self.seconds = 0, list[RankEvent](), False, 0.0
+        self.final: dict[str, int] = {}
+        self._target(dict.fromkeys(self.layers, 1.0))  # bad bounds are told before training
+        self._next, self._postponed = "before_forward", False
+        self._probe: Probe | None = None
+        self._tap, self._limits = ExitStack(), ExitStack()
+        self._limits.enter_context(_compiled_for(2 + len(self.steps)))
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Each layer's rank as it is now, until `finish`."""
+        return {name: slots.rank for name, slots in self.layers.items()}
+
+    def start(
+        self,
+        dataset: Any,
+        collate: Collate,
+        *,
+        task: Task | None = None,
+        batch_size: int = 32,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        """Sets the first ranks, from sensitivities on these samples: METHOD section 2; options as in `sensitivity`.
+
+        Between two steps, or before the first; the samples are the quality sample, for the method as published.
+        """
+        begun = time.perf_counter()
+        self._expect("before_forward")
+        probe = probe_pass(
+            self.model,
+            dataset,
+            collate,
+            estimator=self.estimator,
+            task=task,
+            batch_size=batch_size,
+            seed=self.seed,
+            autocast=autocast,
+        )
+        self.started = True
+        measured = probe.sensitivity()
+        target = self._target(measured.values)
+        self._change("start", probe, measured, target, target)
+        self.seconds += time.perf_counter() - begun
+
+    def before_forward(self, *, adjust: bool = True) -> None:
+        """Opens the step; called again before the step's other forward passes it does nothing.
+
+        With adjust=False ranks stay as they are in this step.
+        """
+        if self._next == "before_optimizer_step":
+            self._require_no_step_yet()
+            return
+        self._expect("before_forward")
+        self._next, self._version = "before_optimizer_step", self._weights_version()
+        step = self.step + 1
+        if adjust and (step in self.steps or (self._postponed and step < self.steps.stop)):
+            self._probe = Probe(lora_layers(self.model), self.estimator, self.seed + self.step)
+            self._tap.enter_context(self._probe.watch(self.model))
+
+    def before_optimizer_step(self) -> None:
+        """Takes in the step's gradients."""
+        self._expect("before_optimizer_step")
+        self._require_no_step_yet()
+        self._next = "after_optimizer_step"
+        finite = self.importance.update()
+        self._tap.close()
+        # A step whose gradients overflowed is skipped, and says nothing about ranks either.
+        self._postponed = self._probe is not None and not finite
+        if self._postponed:
+            self._probe = None
+
+    def after_optimizer_step(self) -> None:
+        """Closes the step, and adjusts the ranks if it was measured."""
+        self._expect("after_optimizer_step")
+        self._next = "before_forward"
+        self.step += 1
+        if self.step == 1 and len(self.steps) > 0:
+            # Its state is there from now on: an optimizer that cannot be served is told at once.
+            for slots in self.layers.values():
+                moments(slots.a, self.optimizer)
+        if self._probe is not None:
+            begun = time.perf_counter()
+            probe, self._probe = self._probe, None
+            self._adjust(probe)
+            self.seconds += time.perf_counter() - begun
+
+    def finish(self, *, finalize_model: bool = True) -> PeftModel:
+        """Ends the run: the model, plain PEFT with `finalize_model`, else with slots for further training."""
+        if self._next == "before_optimizer_step":
+            self._require_no_step_yet()  # a window that was left before its step is none
+        else:
+            self._expect("before_forward")
+        self.close()
+        if not self.events and len(self.steps) > 0:
+            raise TsqLoraError(
+                f"training ended at step {self.step} and no rank was ever adjusted: the first adjustment was to be at "
+                f"step {self.steps.start}; train longer, lower interval, or leave ranks as they are"
+            )
+        assert isinstance(self.model, PeftModel)
+        sync_config(self.model)
+        self.final = self.ranks
+        return finalize(self.model) if finalize_model else self.model
+
+    def close(self) -> None:
+        """Removes what is still on the model after a step that failed; `finish` does it too."""
+        self._tap.close()
+        self._limits.close()
+
+    def state(self) -> RankState:
+        """All that the loop knows, between two steps."""
+        return RankState(
+            layers=list(self.layers),
+            importance={name: table.clone() for name, table in self.importance.tables().items()},
+            events=list(self.events),
+            started=self.started,
+            postponed=self._postponed,
+            budget=self.budget,
+            interval=self.interval,
+            seconds=self.seconds,
+        )
+
+    def restore(self, saved: RankState, *, step: int) -> None:
+        """Goes on after `step` as `state` was then; the model's own state must be loaded before.
+
+        Raises SettingsError for the state of another run.
+        """
+        before = (saved.layers, saved.importance["mean"].shape[1], saved.interval)
+        if before != (list(self.layers), self.importance.mean.shape[1], self.interval):
+            raise SettingsError(
+                "the checkpoint is of a run with other layers, ranks.max or ranks.interval; resume with the settings "
+                "that the run was begun with"
+            )
+        if saved.events and saved.events[-1].ranks != self.ranks:
+            raise SettingsError(
+                "the model has other ranks than the checkpoint; load the model's state before the loop's"
+            )
+        self.importance.restore(saved.importance)
+        self.events, self.started, self._postponed = list(saved.events), saved.started, saved.postponed
+        self.budget, self.seconds, self.step = saved.budget, saved.seconds, step
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint, beside the model's and the optimizer's; `torch.load(weights_only=True)` reads it."""
+        return {"step": self.step, **self.state().to_dict()}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """What `state_dict` gave, as `restore`."""
+        known = dict(saved)
+        step = known.pop("step")
+        self.restore(RankState.from_dict(known), step=step)
+
+    def _expect(self, call: str) -> None:
+        if self._next != call:
+            raise TsqLoraError(f"{self._next}() is missing in step {self.step + 1}: call it {WHERE[self._next]}")
+
+    def _require_no_step_yet(self) -> None:
+        if self._weights_version() != self._version:
+            raise TsqLoraError(
+                f"the optimizer's step {self.step + 1} came without before_optimizer_step(): call it "
+                f"{WHERE['before_optimizer_step']}"
+            )
+
+    def _weights_version(self) -> int:
+        """A number that grows when weights are changed in place (torch's fused optimizers do it without)."""
+        return sum(parameter._version for slots in self.layers.values() for parameter, _ in slots.matrices())
+
+    def _schedule(self, total: int, *, warmup: float, freeze: float) -> range:
+        if self.policy is get_policy("fixed"):
+            return range(0)
+        steps = adjustment_steps(total, interval=self.interval, warmup=warmup, freeze=freeze)
+        if len(steps) == 0:
+            raise SettingsError(
+                f"no adjustment fits into {total} steps with ranks.interval {self.interval}, ranks.warmup "
+                f"{warmup:g} and ranks.freeze {freeze:g}; lower them, train longer, or use ranks.policy fixed"
+            )
+        return steps
+
+    def _adjust(self, probe: Probe) -> None:
+        measured = probe.sensitivity()
+        target = self._target(measured.values)
+        ranks = self.policy(
+            self.ranks,
+            target=target,
+            droppable={n: int((self.importance.ages(n) >= self.interval).sum()) for n in self.layers},
+            shapes=self.shapes,
+            caps=caps(self.shapes, self.capacity),
+            budget=self.budget,
+            moves=moves_allowed(self.step, self.steps, first=self.moves),
+            min_rank=self.min_rank,
+        )
+        self._change("adjustment", probe, measured, target, ranks)
+
+    def _change(
+        self, reason: str, probe: Probe, measured: Sensitivity, target: Mapping[str, int], ranks: Mapping[str, int]
+    ) -> None:
+        """Carries out a decision and writes it down, sensitivities as shares of their sum."""
+        ranks = distributed.from_first(ranks)
+        moved = change_ranks(
+            self.layers,
+            ranks,
+            importance=self.importance,
+            sketches=probe.directions(),
+            optimizer=self.optimizer,
+            min_age=0 if reason == "start" else self.interval,
+            seed=self.seed + self.step,
+        )
+        spent = used(self.ranks, self.shapes)
+        assert self.ranks == ranks
+        assert spent <= self.budget
+        total = sum(measured.values.values()) or 1.0
+        shares = {name: value / total for name, value in measured.values.items()}
+        self.events.append(RankEvent(self.step, reason, ranks, target, shares, moved, spent, self.budget))
+
+    def _target(self, values: Mapping[str, float]) -> dict[str, int]:
+        return allocate(
+            Sensitivity(values, self.shapes, "target", 0),
+            mean_rank=self.budget / sum(costs(self.shapes).values()),
+            min_rank=self.min_rank,
+            max_rank=self.capacity,
+            gamma=self.gamma,
+        )
+
+
+def _require_trained(layers: Mapping[str, Slots], optimizer: torch.optim.Optimizer) -> None:
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for slots in layers.values():
+        if any(parameter.requires_grad and id(parameter) not in trained for parameter, _ in slots.matrices()):
+            raise SettingsError(
+                f"the optimizer does not train the adapter of {slots.name}, which was wrapped later; make it from the "
+                "parameters of the model that tsqlora.wrap gives"
+            )
+
+
+def _compiled_for(sets_of_ranks: int) -> AbstractContextManager[Any]:
+    """torch.compile as often as it may for one set of ranks, for each: beyond its limit it gives up in silence."""
+    config: Any = torch._dynamo.config
+    names = ("recompile_limit", "accumulated_recompile_limit")
+    return config.patch({name: getattr(config, name) * sets_of_ranks for name in names})

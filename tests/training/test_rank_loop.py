@@ -1,0 +1,358 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+import tsqlora as tsq
+from models import collate
+from scoring import assert_same
+from slotted import assert_hidden_are_zero, trained
+from stock import base_bert, make_trainer, moods, slotted_bert
+from tsqlora.training import rank_loop
+
+ROWS = moods(40)
+STEPS = 30
+"""5 an epoch of 8 rows each; with an interval of 4 ranks are adjusted after 4, 8, 12, 16 and 20."""
+PERIOD: dict[str, Any] = {"interval": 4, "moves": 6}
+
+
+def batch(step: int, part: int = 0, parts: int = 1) -> dict[str, Tensor]:
+    rows = ROWS[8 * (step % 5) :][:8]
+    return collate(rows[part * 8 // parts : (part + 1) * 8 // parts])
+
+
+def certain(model: PeftModel) -> PeftModel:
+    """Without dropout."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model.train()
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(trained(model), lr=0.05, weight_decay=0.0)
+
+
+def one_step(ranks: tsq.RankLoop, step: int, *, model: Any = None, parts: int = 1, again: bool = False) -> None:
+    """A step by the documented protocol."""
+    called = ranks.model if model is None else model
+    for part in range(parts):
+        if again or part == 0:
+            ranks.before_forward()
+        (called(**batch(step, part, parts)).loss / parts).backward()
+    ranks.before_optimizer_step()
+    ranks.optimizer.step()
+    ranks.after_optimizer_step()
+    ranks.optimizer.zero_grad()
+
+
+def begin(**further: Any) -> tsq.RankLoop:
+    model = certain(slotted_bert())
+    return tsq.RankLoop(model, adamw(model), STEPS, **(PERIOD | further))
+
+
+def whole_run(*, also: Callable[[tsq.RankLoop], None] = lambda _: None, **options: Any) -> tsq.RankLoop:
+    ranks = begin()
+    for step in range(STEPS):
+        one_step(ranks, step, **options)
+        also(ranks)
+    return ranks
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+# --- what it does -------------------------------------------------------------------------
+
+
+def test_a_loop_of_ones_own_does_what_the_trainer_does(tmp_path: Path) -> None:
+    callback, model = tsq.RankCallback(**PERIOD), certain(slotted_bert())
+    options = {"lr_scheduler_type": "constant", "max_grad_norm": 0.0, "optim": "adamw_torch"}
+    make_trainer(model, ROWS, tmp_path, [callback], **options).train()
+    ranks = whole_run()
+    finished = ranks.finish()
+    assert [event.step for event in ranks.events] == [4, 8, 12, 16, 20]
+    assert ranks.events == callback.events
+    assert ranks.final == callback.final
+    assert_same(weights(model), weights(finished), "weights")
+    finished.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(base_bert(), str(tmp_path / "adapter"))
+    assert_same(weights(finished), weights(loaded), "plain PEFT")
+
+
+def test_hidden_slots_are_zero_and_the_budget_holds_at_every_step() -> None:
+    def check(ranks: tsq.RankLoop) -> None:
+        assert_hidden_are_zero(ranks.model, ranks.optimizer)
+        used = sum(rank * sum(ranks.shapes[name]) for name, rank in ranks.ranks.items())
+        assert used <= ranks.budget == 4 * sum(map(sum, ranks.shapes.values()))
+
+    ranks = whole_run(also=check)
+    assert sum(event.moved for event in ranks.events) > 0
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_step_of_several_forward_passes_is_measured_whole(again: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    real = rank_loop.Probe
+    monkeypatch.setattr(rank_loop, "Probe", lambda *args: made.append(real(*args)) or made[-1])
+    ranks = whole_run(parts=4, again=again)
+    assert [probe.sensitivity().samples for probe in made] == [8] * 5
+    shares, wanted = (dict(loop.events[0].sensitivity) for loop in (ranks, whole_run()))
+    assert shares == pytest.approx(wanted, rel=1e-4)
+
+
+def test_clipping_in_half_precision_ranks_move() -> None:
+    ranks = begin()
+    for step in range(STEPS):
+        ranks.before_forward()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = ranks.model(**batch(step)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained(ranks.model), 0.1)
+        ranks.before_optimizer_step()
+        ranks.optimizer.step()
+        ranks.optimizer.zero_grad()  # before or after, that is the same
+        ranks.after_optimizer_step()
+        assert_hidden_are_zero(ranks.model, ranks.optimizer)
+    ranks.finish()
+    assert sum(event.moved for event in ranks.events) > 0
+
+
+@pytest.mark.parametrize("unscaled", [False, True])
+def test_a_step_that_a_gradient_scaler_skips_puts_the_adjustment_off(unscaled: bool) -> None:
+    ranks, scaler = begin(), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    plain = whole_run()
+    for step in range(STEPS):
+        ranks.before_forward()
+        scaler.scale(ranks.model(**batch(step)).loss).backward()
+        if step in (3, 4):
+            next(iter(ranks.layers.values())).b.grad[0, 0] = torch.inf  # type: ignore[index]
+        if unscaled:
+            scaler.unscale_(ranks.optimizer)
+        ranks.before_optimizer_step()
+        before = weights(ranks.model)
+        scaler.step(ranks.optimizer)
+        if step in (3, 4):
+            assert_same(before, weights(ranks.model), "skipped")
+        scaler.update()
+        ranks.after_optimizer_step()
+        ranks.optimizer.zero_grad()
+    assert [event.step for event in ranks.events] == [6, 8, 12, 16, 20]
+    assert int(ranks.importance.age.max()) == STEPS - 2
+    assert int(plain.importance.age.max()) == STEPS
+    ranks.finish()
+
+
+def test_a_gradient_scaler_changes_no_rank() -> None:
+    ranks, scaler = begin(), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for step in range(STEPS):
+        ranks.before_forward()
+        scaler.scale(ranks.model(**batch(step)).loss).backward()
+        ranks.before_optimizer_step()
+        scaler.step(ranks.optimizer)
+        scaler.update()
+        ranks.after_optimizer_step()
+        ranks.optimizer.zero_grad()
+    assert [event.ranks for event in ranks.events] == [event.ranks for event in whole_run().events]
+
+
+def test_accelerate_accumulates_as_a_plain_loop_does() -> None:
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    made = certain(slotted_bert())
+    model, optimizer = accelerator.prepare(made, adamw(made))
+    ranks = tsq.RankLoop(model, optimizer, STEPS, **PERIOD)
+    for step in range(STEPS):
+        for part in range(2):
+            with accelerator.accumulate(model):
+                ranks.before_forward()
+                accelerator.backward(model(**batch(step, part, 2)).loss)
+                if accelerator.sync_gradients:
+                    ranks.before_optimizer_step()
+                optimizer.step()
+                if accelerator.sync_gradients:
+                    ranks.after_optimizer_step()
+                optimizer.zero_grad()
+    plain = whole_run(parts=2)
+    assert ranks.events == plain.events
+    assert_same(weights(ranks.finish()), weights(plain.finish()), "weights")
+
+
+def test_the_first_ranks_may_come_from_a_sample() -> None:
+    ranks = begin()
+    ranks.start(ROWS[:16], collate, batch_size=8)
+    measured = tsq.sensitivity(begin().model, ROWS[:16], collate, batch_size=8)
+    assert ranks.ranks == tsq.allocate(measured, mean_rank=4, max_rank=8)
+    assert [(event.step, event.reason) for event in ranks.events] == [(0, "start")]
+    for step in range(STEPS):
+        one_step(ranks, step)
+    assert [event.step for event in ranks.events] == [0, 4, 8, 12, 16, 20]
+
+
+def test_slots_are_kept_for_further_training_where_that_is_asked_for() -> None:
+    ranks = whole_run()
+    model = ranks.finish(finalize_model=False)
+    assert tsq.active_ranks(model) == ranks.ranks
+    assert tsq.RankLoop(model, ranks.optimizer, STEPS).budget == ranks.events[-1].used
+
+
+def test_a_step_may_leave_ranks_alone() -> None:
+    ranks = begin()
+    for step in range(STEPS):
+        ranks.before_forward(adjust=step > 10)
+        one_step(ranks, step)
+    assert [event.step for event in ranks.events] == [12, 16, 20]
+
+
+# --- what it saves ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", [3, 4, 7, 13, 25])
+def test_a_run_resumed_from_ones_own_checkpoint_ends_bit_equal(at: int, tmp_path: Path) -> None:
+    first = begin()
+    for step in range(at):
+        one_step(first, step)
+    states = [part.state_dict() for part in (first.model, first.optimizer, first)]
+    torch.save(states, tmp_path / "checkpoint.pt")
+    first.close()
+    second = begin()
+    loaded = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    for part, state in zip((second.model, second.optimizer, second), loaded, strict=True):
+        part.load_state_dict(state)
+    for step in range(at, STEPS):
+        one_step(second, step)
+    whole = whole_run()
+    assert second.events == whole.events
+    assert_same(whole.optimizer.state_dict()["state"], second.optimizer.state_dict()["state"], "moments")
+    assert_same(weights(whole.finish()), weights(second.finish()), "weights")
+
+
+def test_an_adjustment_put_off_is_made_up_for_after_a_resume(tmp_path: Path) -> None:
+    first = begin()
+    for step in range(3):
+        one_step(first, step)
+    first.before_forward()
+    (first.model(**batch(3)).loss * torch.inf).backward()
+    first.before_optimizer_step()
+    first.after_optimizer_step()
+    first.optimizer.zero_grad()
+    second = begin()
+    for part, state in zip(
+        (second.model, second.optimizer, second), (first.model, first.optimizer, first), strict=True
+    ):
+        part.load_state_dict(state.state_dict())
+    one_step(second, 4)
+    assert [event.step for event in second.events] == [5]
+
+
+def test_the_state_of_another_run_is_refused() -> None:
+    ranks = whole_run()
+    with pytest.raises(tsq.SettingsError, match=r"other layers, ranks\.max or ranks\.interval"):
+        begin(interval=5).load_state_dict(ranks.state_dict())
+    with pytest.raises(tsq.SettingsError, match="other ranks than the checkpoint; load the model's state before"):
+        begin().load_state_dict(ranks.state_dict())
+
+
+# --- what it refuses ----------------------------------------------------------------------
+
+
+def forward(ranks: tsq.RankLoop) -> None:
+    ranks.model(**batch(0)).loss.backward()
+
+
+def step(ranks: tsq.RankLoop) -> None:
+    ranks.optimizer.step()
+
+
+Loop = tsq.RankLoop
+NO_BEFORE = r"before_optimizer_step\(\) is missing in step 1: call it when the step's gradients are complete, before"
+NO_AFTER = r"after_optimizer_step\(\) is missing in step 1: call it after optimizer\.step\(\)"
+NO_FORWARD = r"before_forward\(\) is missing in step 1: call it before the step's first forward pass"
+TOO_LATE = r"the optimizer's step 1 came without before_optimizer_step\(\): call it when the step's gradients are"
+
+
+@pytest.mark.parametrize(
+    ("calls", "text"),
+    [
+        ([forward, Loop.before_optimizer_step], NO_FORWARD),
+        ([Loop.after_optimizer_step], NO_FORWARD),
+        ([Loop.before_forward, forward, step, Loop.before_optimizer_step], TOO_LATE),
+        ([Loop.before_forward, forward, step, Loop.before_forward], TOO_LATE),
+        ([Loop.before_forward, forward, step, Loop.finish], TOO_LATE),
+        ([Loop.before_forward, forward, step, Loop.after_optimizer_step], NO_BEFORE),
+        ([Loop.before_forward, forward, Loop.before_optimizer_step, step, Loop.before_forward], NO_AFTER),
+        ([Loop.before_forward, forward, Loop.before_optimizer_step, step, Loop.finish], NO_AFTER),
+        ([Loop.before_forward, forward, Loop.before_optimizer_step, Loop.before_optimizer_step], NO_AFTER),
+    ],
+)
+def test_a_missing_call_is_named_with_its_place(calls: list[Callable[[tsq.RankLoop], Any]], text: str) -> None:
+    ranks = begin()
+    *before, last = calls
+    for call in before:
+        call(ranks)
+    with pytest.raises(tsq.TsqLoraError, match=text):
+        last(ranks)
+    ranks.close()
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_run_that_ends_before_any_adjustment_is_an_error(steps: int) -> None:
+    ranks = begin()
+    for number in range(steps):
+        one_step(ranks, number)
+    with pytest.raises(tsq.TsqLoraError, match=f"training ended at step {steps} and no rank was ever adjusted"):
+        ranks.finish()
+
+
+def test_a_window_that_is_left_at_the_end_of_the_data_is_no_error() -> None:
+    ranks = whole_run()
+    ranks.before_forward()
+    forward(ranks)
+    ranks.finish()
+
+
+def test_gradients_that_are_gone_are_told() -> None:
+    ranks = begin()
+    ranks.before_forward()
+    forward(ranks)
+    ranks.optimizer.zero_grad()
+    with pytest.raises(tsq.UnsupportedError, match="no LoRA weight has a gradient before the optimizer's step"):
+        ranks.before_optimizer_step()
+    ranks.close()
+
+
+def test_an_optimizer_made_before_the_slots_is_refused() -> None:
+    model = base_bert()
+    made = torch.optim.AdamW(model.parameters())
+    with pytest.raises(tsq.SettingsError, match=r"the optimizer does not train the adapter of bert.*wrapped later"):
+        tsq.RankLoop(tsq.wrap(model), made, STEPS)
+
+
+def test_closing_leaves_nothing_behind() -> None:
+    limit = torch._dynamo.config.recompile_limit
+    ranks = begin(interval=1, warmup=0, freeze=0)
+    assert torch._dynamo.config.recompile_limit > limit
+    ranks.before_forward()
+    assert any(module._forward_hooks for module in ranks.model.modules())
+    ranks.close()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in ranks.model.modules())
+    assert torch._dynamo.config.recompile_limit == limit
+
+
+def test_the_model_is_found_in_what_wraps_it() -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = certain(slotted_bert())
+        parallel = nn.parallel.DistributedDataParallel(model)
+        ranks = tsq.RankLoop(parallel, adamw(model), STEPS, **PERIOD)
+        assert ranks.model is model
+        for number in range(STEPS):
+            one_step(ranks, number, model=parallel)
+        assert ranks.events == whole_run().events
+    finally:
+        torch.distributed.destroy_process_group()
