@@ -305,7 +305,9 @@ def _quieten_libraries(*, debug: bool) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("peft").setLevel(logging.ERROR)
+    # PEFT imports what is installed, and some of that speaks of the hardware when it is imported.
+    for library in ("peft", "torchao", "bitsandbytes", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="(transformers|peft|accelerate|datasets)")
     warnings.filterwarnings("always", module="tsqlora")
     warnings.showwarning = lambda message, *_: stderr.print(
