@@ -7,6 +7,8 @@ import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor
 from transformers import (
+    BartConfig,
+    BartForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
@@ -20,6 +22,8 @@ from transformers import (
     PreTrainedModel,
     T5Config,
     T5ForSequenceClassification,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 Config = TypeVar("Config", bound=PretrainedConfig)
@@ -167,6 +171,47 @@ def tiny_mpnet(
     return _built(MPNetForSequenceClassification, config, dtype, seed)
 
 
+def tiny_bart(
+    num_labels: int = 3, dtype: torch.dtype = torch.float64, *, seed: int = 0
+) -> BartForSequenceClassification:
+    """An encoder and decoder with a head of two layers (classification_head); rows must end in EOS."""
+    config = BartConfig(
+        vocab_size=60,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_position_embeddings=MAX_LENGTH,
+        init_std=WEIGHT_SCALE,
+        num_labels=num_labels,
+        pad_token_id=PAD,
+        bos_token_id=EOS - 1,
+        eos_token_id=EOS,
+        decoder_start_token_id=EOS,
+        forced_eos_token_id=None,
+        use_cache=False,
+    )
+    return _built(BartForSequenceClassification, config, dtype, seed)
+
+
+def tiny_vit(num_labels: int = 3, dtype: torch.dtype = torch.float64, *, seed: int = 0) -> ViTForImageClassification:
+    """An image model: pixel_values of 3 × 8 × 8 in four patches, with a head (classifier)."""
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=8,
+        patch_size=4,
+        initializer_range=WEIGHT_SCALE,
+        num_labels=num_labels,
+    )
+    return _built(ViTForImageClassification, config, dtype, seed)
+
+
 def lora(
     model: PreTrainedModel,
     r: int = 4,
@@ -232,6 +277,15 @@ def samples(
     ]
 
 
+def images(n: int, num_labels: int, *, seed: int = 0) -> list[dict[str, Any]]:
+    """n rows of pixel_values (3 × 8 × 8, float64) and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {"pixel_values": torch.randn(3, 8, 8, generator=generator, dtype=torch.float64), "labels": j % num_labels}
+        for j in range(n)
+    ]
+
+
 def collate(
     samples: Sequence[dict[str, Any]],
     pad_to: int | None = None,
@@ -242,7 +296,11 @@ def collate(
 
     input_ids and attention_mask are (n, t) int64; labels (n,) are int64 for ints and
     float32 for floats, or `label_dtype`.  Raises ValueError where a row is longer than `pad_to`.
+    Rows of pixel_values are stacked.
     """
+    labels = torch.tensor([sample["labels"] for sample in samples], dtype=label_dtype)
+    if "pixel_values" in samples[0]:
+        return {"pixel_values": torch.stack([sample["pixel_values"] for sample in samples]), "labels": labels}
     longest = max(len(sample["input_ids"]) for sample in samples)
     width = longest if pad_to is None else pad_to
     if longest > width:
@@ -255,7 +313,7 @@ def collate(
     return {
         "input_ids": padded("input_ids", PAD),
         "attention_mask": padded("attention_mask", 0),
-        "labels": torch.tensor([sample["labels"] for sample in samples], dtype=label_dtype),
+        "labels": labels,
     }
 
 

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ from peft import LoraConfig, PeftModel, PeftType, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tsqlora.adapter.slots import has_slots, install
@@ -20,6 +22,9 @@ from tsqlora.ranks.budget import Shapes, costs, used
 
 MEAN_RANK = 8.0
 ALPHA = 16.0
+
+_HEADED = re.compile("Classification|QuestionAnswering|MultipleChoice")
+"""In a class's name: a model with a head that is new for its task."""
 
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 _NOT_PLAIN = (
@@ -49,6 +54,9 @@ def wrap(
 ) -> PeftModel:
     """A PeftModel with LoRA in every target, at uniform rank, whose ranks `RankCallback` moves.
 
+    A classifier's head trains whole and is saved: in a transformers model for classification,
+    question answering or multiple choice, all that lies beside its body.
+
     Of a PeftModel with one LoRA adapter, fresh or trained, the same object: its weights stay
     as they are, its ranks become changeable, and its mean rank and scale are kept.
 
@@ -57,7 +65,11 @@ def wrap(
             budget. May be a fraction: then ranks start at the integers next to it.
         max_rank: slots a layer is built with, twice the mean by default (rounded up).
         alpha: the scale is alpha / mean_rank, for every layer and the whole run. 16 by default.
+        target_modules: names or endings of names of linear layers and embeddings, or
+            "all-linear": every linear layer but heads and the output embedding.
+        modules_to_save: further modules that train whole, without LoRA.
         config: a LoraConfig instead of all the others but max_rank; its r is the mean rank.
+            Then what it says of heads holds, and nothing is added.
 
     Raises SettingsError if no module matches; UnsupportedError for options of LoraConfig that
     are not plain LoRA, and for adapters that are not one plain LoRA of one scale.
@@ -76,11 +88,11 @@ def wrap(
     if config is None:
         mean = MEAN_RANK if mean_rank is None else mean_rank
         scale = (ALPHA if alpha is None else alpha) / mean if mean > 0 else 0.0
+        whole = [*modules_to_save, *(name for name in _heads(model) if name not in modules_to_save)]
         config = LoraConfig(
             target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
             lora_dropout=dropout,
-            modules_to_save=list(modules_to_save) or None,
-            exclude_modules=list(modules_to_save) or None,
+            modules_to_save=whole or None,
             fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
             task_type=_task_type(model),
         )
@@ -174,6 +186,17 @@ def _require_plain(config: LoraConfig, *, refused: Sequence[str], inits: Sequenc
 
 def _shapes(layers: dict[str, LoraLayer]) -> Shapes:
     return {name: (cast(int, layer.in_features), cast(int, layer.out_features)) for name, layer in layers.items()}
+
+
+def _heads(model: nn.Module) -> list[str]:
+    """The modules of a classifier beside its body: what a pretrained checkpoint lacks."""
+    if not (isinstance(model, PreTrainedModel) and _HEADED.search(type(model).__name__)):
+        return []
+    parts = [name for name, child in model.named_children() if any(True for _ in child.parameters())]
+    # Where the body has another name than its family's, it comes first and the head last.
+    return (
+        [name for name in parts if name != model.base_model_prefix] if model.base_model_prefix in parts else parts[-1:]
+    )
 
 
 def _task_type(model: nn.Module) -> TaskType | None:
