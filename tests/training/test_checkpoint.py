@@ -67,30 +67,120 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     return made
 
 
-@pytest.mark.parametrize("step", [4, 12, 16])
-def test_a_resumed_run_ends_as_if_it_had_never_stopped(step: int, whole: Trainer, tmp_path: Path) -> None:
-    """Before scoring, behind it, and behind adjustments."""
-    with pytest.raises(Interrupted):
-        trainer(tmp_path, Interrupt(step)).train()
-    resumed = trainer(tmp_path)
-    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
-    assert callback(resumed, tsq.RankCallback).events == callback(whole, tsq.RankCallback).events
-    assert callback(resumed, tsq.RankCallback).final == callback(whole, tsq.RankCallback).final
-    assert callback(resumed, tsq.QualityCallback).data.scored_epoch == 2
+def assert_same_end(resumed: Trainer, whole: Trainer) -> None:
+    """Bit by bit."""
+    ranks, wanted = (callback(made, tsq.RankCallback) for made in (resumed, whole))
+    assert ranks.events == wanted.events
+    assert ranks.final == wanted.final
     left, right = (made.model.state_dict() for made in (resumed, whole))
     assert left.keys() == right.keys()
     for name, weight in left.items():
-        torch.testing.assert_close(weight, right[name], rtol=0, atol=0)
+        assert torch.equal(weight, right[name]), name
 
 
-def test_a_run_resumed_in_the_middle_of_an_epoch_ends_the_same(whole: Trainer, tmp_path: Path) -> None:
+STEPS = {1: (1, 6, 7, 8, 9, 16, 23, 24), 3: range(1, 13)}
+"""From which a run is resumed, the last one of all included, by batches a step. Three of an epoch's four batches make a
+step, and the last one alone another."""
+
+
+@pytest.fixture(scope="module", params=STEPS)
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    """A run that was saved at every step."""
+    made = trainer(tmp_path_factory.mktemp("saved"), save_steps=1, **every_step(request.param))
+    made.train()
+    assert made.state.global_step == STEPS[request.param][-1]
+    events = callback(made, tsq.RankCallback).events
+    assert [event.reason for event in events[:2]] == ["start", "adjustment"]
+    assert sum(event.moved > 0 for event in events) > 1
+    assert callback(made, tsq.QualityCallback).data.scored_epoch == 2
+    return made
+
+
+def every_step(accumulation: int) -> dict[str, Any]:
+    return {"save_strategy": "steps", "gradient_accumulation_steps": accumulation}
+
+
+def test_a_run_resumed_at_any_step_ends_as_if_it_had_never_stopped(saved: Trainer) -> None:
+    """Before scoring, where it comes next, behind it; at the steps of adjustments; within epochs; behind the last."""
+    accumulation = saved.args.gradient_accumulation_steps
+    folder = Path(saved.args.output_dir)
+    for step in STEPS[accumulation]:
+        resumed = trainer(folder, save_steps=100, **every_step(accumulation))
+        resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
+        assert_same_end(resumed, saved)
+
+
+class CrashInWindow(TrainerCallback):
+    """In the middle of a step's accumulation; in the step of an adjustment its sensitivities are half measured."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 == self.step:
+            self.step = 0
+            raise Interrupted
+
+
+@pytest.mark.parametrize("again", ["in the same Trainer", "in a new process"])
+def test_a_run_that_crashed_inside_a_window_ends_the_same(again: str, saved: Trainer, tmp_path: Path) -> None:
+    accumulation = saved.args.gradient_accumulation_steps
+    if accumulation == 1:
+        return  # no window
+    # The odd steps have three batches.
+    step = next(event.step for event in callback(saved, tsq.RankCallback).events[1:] if event.step % 2)
+    made = trainer(tmp_path, CrashInWindow(step), save_steps=2, **every_step(accumulation))
     with pytest.raises(Interrupted):
-        trainer(tmp_path, Interrupt(10), save_strategy="steps", save_steps=5).train()
-    resumed = trainer(tmp_path, save_strategy="steps", save_steps=5)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
-    assert callback(resumed, tsq.RankCallback).events == callback(whole, tsq.RankCallback).events
-    for name, weight in resumed.model.state_dict().items():
-        assert torch.equal(weight, whole.model.state_dict()[name]), name
+        made.train()
+    if again == "in a new process":
+        made = trainer(tmp_path, save_steps=2, **every_step(accumulation))
+    made.train(resume_from_checkpoint=str(tsq.last_checkpoint(tmp_path)))
+    assert_same_end(made, saved)
+
+
+def test_a_run_that_stops_twice_ends_the_same(whole: Trainer, tmp_path: Path) -> None:
+    """Behind a checkpoint that another process had begun from another."""
+    for step in (5, 14):
+        made = trainer(tmp_path, Interrupt(step), save_strategy="steps", save_steps=3)
+        start = tsq.last_checkpoint(tmp_path)
+        with pytest.raises(Interrupted):
+            made.train(resume_from_checkpoint=None if start is None else str(start))
+    made = trainer(tmp_path, save_strategy="steps", save_steps=3)
+    made.train(resume_from_checkpoint=str(tsq.last_checkpoint(tmp_path)))
+    assert_same_end(made, whole)
+
+
+class Overflow(TrainerCallback):
+    """Around RankCallback: it sees gradients that are infinite at one step, as a gradient scaler's may be."""
+
+    def __init__(self, step: int, kept: dict[torch.nn.Parameter, torch.Tensor], *, back: bool) -> None:
+        self.step, self.kept, self.back = step, kept, back
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 != self.step:
+            return
+        for parameter in kwargs["model"].parameters():
+            if parameter.grad is not None:
+                self.kept.setdefault(parameter, parameter.grad.clone())
+                parameter.grad.copy_(self.kept[parameter] if self.back else torch.tensor(torch.inf))
+
+
+def test_an_adjustment_that_was_put_off_is_made_after_a_resume_too(whole: Trainer, tmp_path: Path) -> None:
+    step = callback(whole, tsq.RankCallback).events[1].step
+
+    def overflowing(*also: TrainerCallback) -> Trainer:
+        kept: dict[torch.nn.Parameter, torch.Tensor] = {}
+        around = (Overflow(step, kept, back=False), Overflow(step, kept, back=True))
+        made = trainer(tmp_path, around[1], *also, save_strategy="steps", save_steps=1)
+        made.callback_handler.callbacks.insert(0, around[0])
+        return made
+
+    undisturbed = overflowing()
+    undisturbed.train()
+    assert callback(undisturbed, tsq.RankCallback).events[1].step == step + 1
+    resumed = overflowing()
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    assert_same_end(resumed, undisturbed)
 
 
 def test_every_checkpoint_has_our_files_and_an_adapter_that_peft_reads(whole: Trainer) -> None:
@@ -101,13 +191,12 @@ def test_every_checkpoint_has_our_files_and_an_adapter_that_peft_reads(whole: Tr
         assert not list(folder.glob("*.tmp"))
 
 
-def test_the_best_checkpoint_is_loaded_with_its_ranks(tmp_path: Path) -> None:
-    ranks = tsq.RankCallback(interval=3, moves=3)
-    made = make_trainer(
+def best_of_falling(folder: Path) -> Trainer:
+    return make_trainer(
         slotted_bert(),
         DATA,
-        tmp_path,
-        [ranks],
+        folder,
+        [tsq.RankCallback(interval=3, moves=3)],
         num_train_epochs=4,
         save_strategy="epoch",
         load_best_model_at_end=True,
@@ -116,7 +205,12 @@ def test_the_best_checkpoint_is_loaded_with_its_ranks(tmp_path: Path) -> None:
         evaluate_on=DATA[:16],
         compute_metrics=Falling(),
     )
+
+
+def test_the_best_checkpoint_is_loaded_with_its_ranks_after_a_resume_too(tmp_path: Path) -> None:
+    made = best_of_falling(tmp_path)
     made.train()
+    ranks = callback(made, tsq.RankCallback)
     best = Path(made.state.best_model_checkpoint)  # type: ignore[arg-type]
     assert best.name == "checkpoint-8"
     assert ranks.final == next(event for event in reversed(ranks.events) if event.step <= 8).ranks
@@ -124,6 +218,9 @@ def test_the_best_checkpoint_is_loaded_with_its_ranks(tmp_path: Path) -> None:
     plain = PeftModel.from_pretrained(base_bert(), str(best)).eval()
     batch = made.data_collator(DATA[:8])
     assert torch.equal(plain(**batch).logits, made.model.eval()(**batch).logits)
+    resumed = best_of_falling(tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-24"))
+    assert_same_end(resumed, made)
 
 
 @pytest.mark.parametrize("options", [{"max_rank": 6}, {"interval": 4}])

@@ -22,6 +22,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+QUICK = {"epochs": 6, "batch_size": 8, "learning_rate": 0.02, "bf16": False, "logging_strategy": "no"}
+
+
 def settings(place: Path, **sections: Any) -> Config:
     return load_config(write_config(place / "c.yaml", place / "model", place / "train.jsonl", **sections))
 
@@ -118,6 +121,20 @@ def test_a_resumed_fit_keeps_the_costs_of_before(place: Path, tmp_path: Path) ->
     assert resumed.cost("forward") == [planned[phase]["forward"] for phase in resumed.record.cost]
     assert all(tokens > 0 for tokens in resumed.cost("tokens"))
     assert resumed.told[-1] == ("training", 16, 16)
+
+
+@pytest.mark.parametrize("every", [2, 5])
+def test_costs_are_whole_also_where_a_save_comes_within_an_epoch_or_at_its_last_step(
+    every: int, place: Path, tmp_path: Path
+) -> None:
+    config = settings(place, training={**QUICK, "save_strategy": "steps", "save_steps": every, "save_total_limit": 20})
+    whole = Counted(config, tmp_path)
+    for name in ("forward", "backward"):
+        assert whole.cost(name) == [passes[name] for passes in whole.record.plan["passes"].values()]
+    for step in (10, 20):
+        resumed = Counted(config, tmp_path, resume_from=tmp_path / "checkpoints" / f"checkpoint-{step}")
+        for name in ("forward", "backward", "tokens"):
+            assert resumed.cost(name) == whole.cost(name)
 
 
 def arguments(**further: Any) -> Any:
