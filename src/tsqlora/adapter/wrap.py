@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from peft import LoraConfig, PeftModel, PeftType, TaskType, get_peft_model
@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tsqlora.adapter.slots import has_slots, install
 from tsqlora.errors import SettingsError, UnsupportedError
-from tsqlora.gradients.sites import lora_layers
+from tsqlora.gradients.sites import bitsandbytes_bits, lora_layers
 from tsqlora.ranks.allocate import Sensitivity, allocate
 from tsqlora.ranks.budget import Shapes, costs, used
 
@@ -114,8 +114,7 @@ def wrap(
         layer.scaling["default"] = scale
     uniform = Sensitivity(dict.fromkeys(layers, 1.0), _shapes(layers), "uniform", 0)
     ranks = allocate(uniform, mean_rank=mean, min_rank=0, max_rank=config.r)
-    install(peft_model, ranks, capacity=config.r)
-    return peft_model
+    return _with_slots(peft_model, ranks, capacity=config.r)
 
 
 def _inject(model: nn.Module, config: LoraConfig) -> PeftModel:
@@ -149,6 +148,14 @@ def _adopt(model: PeftModel, max_rank: int | None) -> PeftModel:
     capacity = max(math.ceil(2 * mean), ranks[largest]) if max_rank is None else max_rank
     if capacity < ranks[largest]:
         raise SettingsError(f"max_rank is {capacity}, and {largest} has rank {ranks[largest]}; raise max_rank")
+    return _with_slots(model, ranks, capacity=capacity)
+
+
+def _with_slots(model: PeftModel, ranks: Mapping[str, int], *, capacity: int) -> PeftModel:
+    for module in model.modules():
+        if bitsandbytes_bits(module) == 4:
+            # Else bitsandbytes packs the weight at the first evaluation on some CPUs, and no gradient passes any more.
+            cast(Any, module).support_avx512bf16_for_cpu = False
     install(model, ranks, capacity=capacity)
     return model
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypedDict, cast, get_args
 import torch
 from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
-from peft.utils.integrations import dequantize_module_weight
+from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
@@ -117,7 +117,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
             continue
         name, base = inner_name(name), module.get_base_layer()
         assert isinstance(base, nn.Module)
-        if not (is_linear(base) or is_embedding(base) or _is_quantised_linear(base)):
+        if not (is_linear(base) or is_embedding(base) or bitsandbytes_bits(base)):
             raise UnsupportedError(
                 f"{name} is LoRA over {type(base).__name__}, which is no plain linear layer or embedding; leave it out "
                 "of target_modules"
@@ -128,10 +128,11 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     return layers
 
 
-def _is_quantised_linear(module: nn.Module) -> bool:
-    """A linear layer of bitsandbytes: it computes in its own way what its dequantised weight would."""
+def bitsandbytes_bits(module: nn.Module) -> int:
+    """4 or 8 for its quantised linear layers, which compute in their own way what their weight dequantised would."""
     kind = type(module)
-    return kind.__module__ == "bitsandbytes.nn.modules" and kind.__name__ in ("Linear4bit", "Linear8bitLt")
+    bits = {"Linear4bit": 4, "Linear8bitLt": 8}.get(kind.__name__, 0)
+    return bits if kind.__module__ == "bitsandbytes.nn.modules" else 0
 
 
 def inner_name(name: str) -> str:
@@ -143,7 +144,7 @@ def effective_weight(layer: LoraLayer) -> Float[Tensor, "o i"]:
     """W + s·BA of a LoRA layer, dequantised where the base is quantised."""
     base = layer.get_base_layer()
     assert isinstance(base, nn.Module)
-    weight = dequantize_module_weight(base).detach()
+    weight = _dequantised(base)
     if not (layer.disable_adapters or layer.merged):
         with torch.no_grad():
             for adapter in layer.active_adapters:
@@ -151,6 +152,20 @@ def effective_weight(layer: LoraLayer) -> Float[Tensor, "o i"]:
                     delta: Tensor = cast(Any, layer).get_delta_weight(adapter)
                     weight = weight + delta.to(weight.dtype)
     return weight.T if isinstance(base, Conv1D | nn.Embedding) else weight
+
+
+def _dequantised(base: nn.Module) -> Tensor:
+    """The weight as the layer holds it, in floating point."""
+    layer, bits = cast(Any, base), bitsandbytes_bits(base)
+    if bits == 4 and getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+        raise UnsupportedError(
+            "bitsandbytes has packed a 4-bit weight for inference on this CPU, which lets no gradient through; load "
+            "the model anew and wrap it before it is first evaluated"
+        )
+    if bits:
+        # Not dequantize_module_weight: on a CPU that gives the layer another weight, without its scales.
+        return dequantize_bnb_weight(layer.weight, state=layer.state if bits == 8 else None).detach()
+    return dequantize_module_weight(base).detach()
 
 
 def lora_matrices(layer: LoraLayer, adapter: str) -> tuple[Float[Tensor, "r i"], Float[Tensor, "o r"]]:
