@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
 
@@ -262,14 +263,12 @@ def main() -> None:
     parser.add_argument("model", choices=("tiny", "minilm"))
     parser.add_argument("--kills", type=int, help="runs that are killed")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--start", choices=("spawn", "forkserver"), default="spawn", help="how a process begins")
+    parser.add_argument("--saves", choices=SAVES, help="of the tiny model's ways of saving this one only")
+    parser.add_argument("--start", choices=("spawn", "fork"), default="spawn", help="how a process begins")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "resume.json")
     args = parser.parse_args()
-    for name, value in (("OMP_NUM_THREADS", "1"), ("HF_HUB_OFFLINE", "1"), ("TOKENIZERS_PARALLELISM", "false")):
-        os.environ.setdefault(name, value)
     context: BaseContext = mp.get_context(args.start)
-    if args.start == "forkserver":
-        mp.set_forkserver_preload(["resume", "tsqlora.pipeline"])
+    import tsqlora.pipeline  # noqa: F401  (what is forked has it then)
     from tsqlora.record import versions, write_json
 
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
@@ -278,6 +277,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         place = Path(folder)
         configs = (tiny if args.model == "tiny" else minilm)(place)
+        configs = {name: configs[name] for name in configs if args.saves in (None, name)}
         alone: dict[str, Alone] = {}
         for number in range(args.kills or (20 if args.model == "tiny" else 5)):
             key, name = f"{args.model}/{args.seed}/{number}", [*configs][number % len(configs)]

@@ -370,6 +370,56 @@ def test_a_killed_run_resumes_to_the_same_adapter(
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.fixture
+def stopped(place: Path, tmp_path: Path, tsqlora: Run, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run with checkpoints 10 and 15, and the whole run's settings."""
+    begin = RankCallback.on_step_begin
+
+    def killed(self: RankCallback, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 17:
+            raise KeyboardInterrupt
+        begin(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RankCallback, "on_step_begin", killed)
+        assert tsqlora("train", place / "config.yaml", "--out", tmp_path / "run")[0] == 130
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "tsqlora_manifest.json"])
+def test_a_damaged_checkpoint_is_passed_over_and_told(
+    name: str, stopped: Path, trained: Path, place: Path, tsqlora: Run
+) -> None:
+    path = stopped / "checkpoints" / "checkpoint-15" / name
+    path.write_bytes(path.read_bytes()[::-1])
+    code, _, err = tsqlora("train", place / "config.yaml", "--out", stopped, "--resume")
+    assert code == 0, err
+    assert f"warning: {path.parent} is passed over: {name} " in err
+    assert any(f"is passed over: {name} " in note for note in record_of(stopped)["notes"])
+    files = (run / "adapter" / "adapter_model.safetensors" for run in (trained, stopped))
+    assert len({path.read_bytes() for path in files}) == 1
+
+
+def test_a_run_with_nothing_whole_to_resume_from_is_refused(stopped: Path, place: Path, tsqlora: Run) -> None:
+    for path in (stopped / "checkpoints").rglob("rng_state.pth"):
+        path.unlink()
+    code, text = refused(tsqlora, "train", place / "config.yaml", "--out", stopped, "--resume")
+    assert code == 1
+    assert "no checkpoint is whole" in text
+    assert text.count("rng_state.pth is missing") == 2
+
+
+def test_runs_that_are_killed_at_any_moment_end_the_same(tmp_path: Path) -> None:
+    """By SIGKILL, three runs, one of them twice; bench/resume.py does it more often."""
+    bench, out = Path(__file__).parents[1] / "bench" / "resume.py", tmp_path / "resume.json"
+    options = ["--kills", "3", "--saves", "every 3 steps of 2 batches", "--start", "fork", "--out", str(out)]
+    done = subprocess.run([sys.executable, str(bench), "tiny", *options], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    cells = json.loads(out.read_text())["cells"].values()
+    assert sum(len(cell["kills"]) for cell in cells) >= 3
+    assert all(same for cell in cells for same in cell["same"].values())
+
+
 def test_the_lock_of_a_process_that_trains_is_respected(place: Path, tmp_path: Path, tsqlora: Run) -> None:
     script = (
         "import sys, time; from pathlib import Path; from tsqlora.training.run_dir import locked\n"
