@@ -257,7 +257,9 @@ def test_an_adjustment_put_off_until_ranks_are_frozen_is_left_out(tmp_path: Path
     ],
     ids=lambda further: next(iter(further)),
 )
-def test_ranks_move_in_whatever_way_the_trainer_trains(tmp_path: Path, further: dict[str, Any]) -> None:
+def test_first_ranks_come_from_the_quality_sample_in_whatever_way_the_trainer_trains(
+    tmp_path: Path, further: dict[str, Any]
+) -> None:
     data, ranks = tsq.QualitySubset(ROWS, 0.8), tsq.RankCallback(interval=2, moves=3, samples=16, freeze=0.1)
     quality = tsq.QualityCallback(data, reference=40)
     options: dict[str, Any] = {"learning_rate": 0.05, "num_train_epochs": 4} | further
@@ -267,6 +269,135 @@ def test_ranks_move_in_whatever_way_the_trainer_trains(tmp_path: Path, further: 
     assert len(ranks.events) > 1
     for event in ranks.events:
         assert_well_spent(event)
+
+
+def active_slots(kwargs: dict[str, Any]) -> dict[str, list[bytes]]:
+    """Each active slot of each layer: the bits of its weights and of what the optimizer keeps for them."""
+    found: dict[str, list[bytes]] = {}
+    for name, slots in find_slots(kwargs["model"]).items():
+        columns: list[Tensor] = []
+        for parameter, dim in slots.matrices():
+            state = kwargs["optimizer"].state[parameter].values()
+            kept = [value for value in state if getattr(value, "shape", ()) == parameter.shape]
+            columns += [tensor.detach().movedim(dim, 0) for tensor in (parameter, *kept)]
+        found[name] = [b"".join(c[j].contiguous().numpy().tobytes() for c in columns) for j in range(slots.rank)]
+    return found
+
+
+class Around:
+    """A callback between two that see that its changes leave every slot alone that stays, and hidden ones zero."""
+
+    def __init__(self) -> None:
+        self.before: dict[str, list[bytes]] = {}
+
+    def callbacks(self, callback: TrainerCallback) -> list[TrainerCallback]:
+        return [At("step_end", self._note), callback, At("step_end", self._compare)]
+
+    def _note(self, _state: TrainerState, kwargs: dict[str, Any]) -> None:
+        self.before = active_slots(kwargs)
+
+    def _compare(self, _state: TrainerState, kwargs: dict[str, Any]) -> None:
+        assert_hidden_are_zero(kwargs["model"], kwargs["optimizer"])
+        for name, now in active_slots(kwargs).items():
+            kept = [slot for slot in now if slot in self.before[name]]
+            assert len(kept) == min(len(now), len(self.before[name])), name
+
+
+def two_groups(model: nn.Module) -> tuple[torch.optim.Optimizer, None]:
+    """A rate for A and the head, another with weight decay for B."""
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups["lora_B" in name].append(parameter)
+    of_b = {"params": groups[True], "lr": 0.04, "weight_decay": 0.3}
+    return torch.optim.AdamW([{"params": groups[False]}, of_b], lr=0.02), None
+
+
+@pytest.mark.parametrize(
+    "further",
+    [
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+        {"max_grad_norm": 0.1, "weight_decay": 0.3},
+        {"bf16": True},
+        {"activation_checkpointing": True},
+        {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch", "metric_for_best_model": "loss"},
+        {"label_smoothing_factor": 0.2},
+        {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.1},
+    ],
+    ids=lambda further: next(iter(further)),
+)
+def test_ranks_move_and_kept_slots_do_not_in_whatever_way_the_trainer_trains(
+    tmp_path: Path, further: dict[str, Any]
+) -> None:
+    callback = tsq.RankCallback(interval=4, moves=6)
+    run(tmp_path, *Around().callbacks(callback), evaluate_on=ROWS[:8], **further)
+    assert [event.step for event in callback.events] == [4, 8, 12, 16, 20]
+    assert sum(event.moved for event in callback.events) > 0
+    for event in callback.events:
+        assert_well_spent(event)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "polynomial"])
+def test_groups_of_parameters_keep_their_schedules(tmp_path: Path, schedule: str) -> None:
+    rates: list[list[list[float]]] = []
+    for policy in ("tsqlora", "fixed"):
+        model, found = slotted_bert(), []
+        callback = tsq.RankCallback(interval=4, moves=6, policy=policy)
+        note = At(
+            "step_end", lambda _, kw, at=found: at.append([group["lr"] for group in kw["optimizer"].param_groups])
+        )
+        around = Around().callbacks(callback)
+        options = {"lr_scheduler_type": schedule, "warmup_steps": 5, "optimizers": two_groups(model)}
+        run(tmp_path, note, *around, model=model, **options)
+        rates.append(found)
+        assert (sum(event.moved for event in callback.events) > 0) == (policy == "tsqlora")
+    assert rates[0] == rates[1]
+    assert len({tuple(each) for each in rates[0]}) > 10
+    assert all(b == pytest.approx(2 * a) for a, b in rates[0])
+
+
+# --- where it is added --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_rank", [None, 6])
+def test_a_peft_model_needs_no_wrap(tmp_path: Path, max_rank: int | None) -> None:
+    callback = tsq.RankCallback(interval=4, moves=6, max_rank=max_rank)
+    model = lora(base_bert(), r=4)
+    untouched = weights(model)
+    trainer = make_trainer(model, ROWS, tmp_path, [callback], learning_rate=0.02)
+    assert_same(untouched, weights(model), "before training")
+    assert {slots.capacity for slots in find_slots(model).values()} == {8 if max_rank is None else max_rank}
+    trainer.train()
+    assert callback.loop is not None
+    assert callback.loop.budget == sum(4 * sum(shape) for shape in shapes().values())
+    assert sum(event.moved for event in callback.events) > 0
+    for event in callback.events:
+        assert_well_spent(event, capacity=callback.loop.capacity)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(base_bert(), str(tmp_path / "adapter"))
+    assert_same(weights(loaded), weights(model), "plain PEFT")
+
+
+def test_a_training_that_starts_again_with_smaller_batches_starts_anew(tmp_path: Path) -> None:
+    def full(state: TrainerState, kwargs: dict[str, Any]) -> None:
+        if state.train_batch_size == 8 and state.global_step == 3:
+            raise RuntimeError("CUDA out of memory.")
+
+    callback = tsq.RankCallback(interval=4, moves=6)
+    model = run(tmp_path, callback, At("pre_optimizer_step", full), auto_find_batch_size=True)
+    assert [event.step for event in callback.events][:2] == [4, 8]
+    assert len(callback.events) > 5  # of smaller batches there are more steps
+    assert_no_hooks(model)
+
+
+def test_a_second_training_goes_on_with_the_slots_that_were_kept(tmp_path: Path) -> None:
+    callback = tsq.RankCallback(interval=4, moves=6, finalize=False)
+    trainer = make_trainer(slotted_bert(), ROWS, tmp_path, [callback], learning_rate=0.02)
+    trainer.train()
+    first, budget = callback.events, callback.loop.budget  # type: ignore[union-attr]
+    trainer.train()
+    assert callback.events is not first
+    assert callback.loop.budget == first[-1].used <= budget  # type: ignore[union-attr]
 
 
 # --- what it saves ------------------------------------------------------------------------
