@@ -11,7 +11,7 @@ import pytest
 import tsqlora as tsq
 from scoring import assert_same
 from stock import make_trainer, moods, slotted_bert
-from tsqlora.errors import SettingsError
+from tsqlora.errors import SettingsError, UnsupportedError
 
 DATA = moods()
 
@@ -67,6 +67,12 @@ def test_training_is_bit_for_bit_what_it_is_without(tmp_path: Path) -> None:
 def test_label_smoothing_is_taken_over(tmp_path: Path) -> None:
     train(tmp_path, lambda data: [tsq.HarvestCallback(data)], label_smoothing_factor=0.1)
     assert min(pq.read_table(tmp_path / "harvest.parquet")["loss"].to_pylist()) > 0.1
+
+
+def test_a_resumed_run_is_refused_for_its_first_rows_would_be_lacking(tmp_path: Path) -> None:
+    _, trainer = train(tmp_path, lambda data: [tsq.HarvestCallback(data)], save_strategy="steps", save_steps=4)
+    with pytest.raises(UnsupportedError, match=r"nothing in checkpoints, so rows .* before step 8 would lack .* anew"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
 
 
 def test_workers_that_hide_the_rows_are_refused(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tsqlora.errors import SettingsError
+from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.gradients.sites import Scope
 from tsqlora.quality.harvest import Harvest
 from tsqlora.quality.subset import QualitySubset
@@ -55,6 +55,11 @@ class HarvestCallback(TrainerCallback):
             raise SettingsError("HarvestCallback must see which rows are handed out; set dataloader_num_workers to 0")
         if args.world_size > 1:
             raise SettingsError("HarvestCallback knows one process's rows only; leave it out with several processes")
+        if state.global_step > 0:
+            raise UnsupportedError(
+                f"HarvestCallback keeps nothing in checkpoints, so rows trained on before step {state.global_step} "
+                "would lack their terms; start anew, or resume without it"
+            )
         model, smoothing = kwargs["model"], args.label_smoothing_factor
         task = self.task or (get_task(task_of(model).name, label_smoothing=smoothing) if smoothing else None)
         labels = np.array([row["labels"] for row in self.data.dataset])
