@@ -7,12 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import AdaLoraConfig, LoHaConfig, LoraConfig, PeftModel, TaskType, get_peft_model, inject_adapter_in_model
+from peft.tuners.lora import config as lora_configs
 from torch import Tensor, nn
 
 import tsqlora as tsq
 from models import collate, samples, tiny_bert, tiny_llama_classifier
 from scoring import logits_of
-from slotted import QUERY, WIDE, assert_hidden_are_zero, resize, take_steps, trained, wrapped
+from slotted import POOLER, QUERY, WIDE, assert_hidden_are_zero, fill, resize, take_steps, trained, wrapped
 from tsqlora.adapter.slots import find_slots
 from tsqlora.gradients.sites import lora_layers
 from tsqlora.ranks.budget import budget, used
@@ -96,6 +97,20 @@ def test_a_lora_config_is_taken_instead_and_left_alone() -> None:
     assert config.to_dict() == before
 
 
+@pytest.mark.parametrize("ranks", [{}, {QUERY: 9, WIDE: 1, POOLER: 0}])
+def test_rslora_keeps_its_scale_whatever_the_ranks_also_in_plain_peft(ranks: dict[str, int], tmp_path: Path) -> None:
+    config = LoraConfig(r=5, lora_alpha=8, use_rslora=True, target_modules="all-linear", task_type=TaskType.SEQ_CLS)
+    torch.manual_seed(0)
+    model = tsq.wrap(tiny_bert(), config=config).double().eval()
+    fill(model)
+    resize(model, ranks)
+    assert {slots.scale for slots in find_slots(model).values()} == {8 / 5**0.5}
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_bert(), str(tmp_path)).double()
+    assert all(x.scaling["default"] == pytest.approx(8 / 5**0.5, rel=1e-15) for x in lora_layers(loaded).values())
+    torch.testing.assert_close(logits_of(loaded, ROWS), logits_of(model, ROWS), rtol=1e-12, atol=1e-12)
+
+
 def test_the_head_of_a_classifier_trains() -> None:
     model = tsq.wrap(tiny_bert(), mean_rank=2)
     others = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
@@ -116,11 +131,29 @@ def test_modules_to_save_train_whole_and_get_no_lora() -> None:
         {"rank_pattern": {"query": 3}},
         {"alpha_pattern": {"query": 3}},
         {"layer_replication": [(0, 1)]},
+        {"target_parameters": ["query.weight"]},
+        {"ensure_weight_tying": True},
+        {"megatron_config": {"hidden_size": 16}},
+        {"use_qalora": True},
+        {"velora_config": lora_configs.VeloraConfig()},
+        {"alora_invocation_tokens": [1], "task_type": TaskType.CAUSAL_LM},
+        {"monteclora_config": lora_configs.MontecloraConfig()},
+        {"use_bdlora": lora_configs.BdLoraConfig()},
+        {"arrow_config": lora_configs.ArrowConfig()},
+        {"kasa_config": lora_configs.KasaConfig()},
         {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "pissa_niter_4"},
+        {"init_lora_weights": "olora"},
+        {"init_lora_weights": "eva", "eva_config": lora_configs.EvaConfig()},
+        {"init_lora_weights": "corda", "corda_config": lora_configs.CordaConfig()},
+        {"init_lora_weights": "loftq", "loftq_config": lora_configs.LoftQConfig()},
+        {"init_lora_weights": "mica"},
+        {"init_lora_weights": "lora_ga", "lora_ga_config": lora_configs.LoraGAConfig()},
         {"init_lora_weights": "orthogonal"},
         {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": False},
     ],
-    ids=lambda option: next(iter(option)),
+    ids=lambda option: "-".join(str(x) for x in next(iter(option.items()))).split("(")[0],
 )
 def test_what_is_not_plain_lora_is_refused_by_name(option: dict[str, object]) -> None:
     model = tiny_bert()
@@ -158,7 +191,7 @@ def test_bad_options_are_told(options: dict[str, object], text: str) -> None:
 
 
 def test_layers_that_are_neither_linear_nor_embeddings_are_refused_by_name() -> None:
-    with pytest.raises(tsq.UnsupportedError, match="^0 is LoRA over Conv2d, which is no plain linear layer"):
+    with pytest.raises(tsq.UnsupportedError, match=r"^0 is LoRA over Conv2d, which is no plain linear layer"):
         tsq.wrap(nn.Sequential(nn.Conv2d(3, 4, 2)), target_modules=["0"])
 
 

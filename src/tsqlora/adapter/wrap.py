@@ -30,6 +30,7 @@ _PATTERNS = ("rank_pattern", "alpha_pattern")
 _NOT_PLAIN = (
     *(field.name for field in dataclasses.fields(LoraConfig) if field.metadata.get("is_lora_variant")),
     "lora_bias",
+    "use_qalora",
     "layer_replication",
     "target_parameters",
     "ensure_weight_tying",
