@@ -1,12 +1,43 @@
+import pytest
 import torch
 
 from tsqlora import distributed
 
 
 def test_one_process_is_alone_with_its_values() -> None:
-    """Two processes are in adapter/test_change.py."""
+    """Two and three processes are in distributed/test_processes.py."""
     values = torch.arange(3.0)
     assert not distributed.active()
     assert distributed.is_first()
     assert distributed.summed(values) is values
     assert distributed.from_first(values) is values
+    assert distributed.gathered(values) == [values]
+    assert distributed.share(values) is values
+    assert distributed.once(lambda: values) is values
+    assert distributed.whole(values) is values
+    assert not distributed.is_sharded(values)
+    distributed.require_same("values", values)
+
+
+def test_an_error_of_the_only_process_is_that_error() -> None:
+    with pytest.raises(ZeroDivisionError):
+        distributed.together(lambda: 1 / 0)
+
+
+def test_what_is_assigned_is_copied_and_itself_is_left() -> None:
+    tensor, value = torch.zeros(3), torch.arange(3.0)
+    distributed.assign(tensor, value)
+    assert torch.equal(tensor, value)
+    distributed.assign(tensor, tensor)
+    assert torch.equal(tensor, value)
+
+
+@pytest.mark.parametrize("count", ["1", "3"])
+def test_how_many_were_launched_is_what_the_launcher_says(count: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", count)
+    assert distributed.launched() == int(count)
+
+
+def test_a_model_that_is_not_in_another_is_itself() -> None:
+    model = torch.nn.Linear(2, 2)
+    assert distributed.inner(model) is model

@@ -188,3 +188,12 @@ def test_a_plan_counts_what_is_then_done(source: str, place: Path, run: Path, tm
     assert plan["passes"].get("warm-up") == ({"forward": 72, "backward": 72} if source == "config.yaml" else None)
     assert plan["memory_bytes"] > 0
     assert not (tmp_path / "s.parquet").exists()
+
+
+def test_several_processes_are_refused_before_anything_is_written(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SettingsError, match="scoring was started as 2 processes, and one keeps what is done; start it"):
+        score_rows(place / "config.yaml", tmp_path / "scores.parquet")
+    assert not list(tmp_path.iterdir())

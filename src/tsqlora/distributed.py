@@ -1,12 +1,14 @@
 """The only file that knows of processes.  With one process every function is the identity."""
 
+import os
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from tsqlora.errors import TsqLoraError
 
@@ -36,43 +38,40 @@ def from_first(value: T) -> T:
     return box[0]
 
 
-def each(work: Callable[[], T]) -> list[T]:
-    """What `work` gives in every process, in their order.  An error in one of them is raised in all."""
+def gathered(value: T) -> list[T]:
+    """Every process's value, in their order."""
     if not active():
-        return [work()]
-    mine, error = None, None
-    try:
-        mine = work()
-    except Exception as raised:
-        error = raised
-    # Errors of ours as they are; others need not survive the way.
-    told = error if error is None or isinstance(error, TsqLoraError) else f"{type(error).__name__}: {error}"
-    outcomes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, (mine, told))
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def together(work: Callable[[], T]) -> T:
+    """What `work` gives here.  Whatever error it has in one process is raised in all, so that none waits for it."""
+    value, error = _attempt(work)
+    failures = gathered(_told(error))
     if error is not None:
         raise error
-    for process, (_, failure) in enumerate(outcomes):
-        if isinstance(failure, TsqLoraError):
-            raise failure
+    for process, failure in enumerate(failures):
         if failure is not None:
-            raise TsqLoraError(f"process {process} failed: {failure}")
-    return [value for value, _ in outcomes]
+            raise failure if isinstance(failure, TsqLoraError) else TsqLoraError(f"process {process}: {failure}")
+    return cast(T, value)
 
 
 def once(work: Callable[[], T]) -> T:
     """What `work` gives in the first process, in all; an error too."""
-    return each(lambda: work() if is_first() else cast(T, None))[0]
+    return from_first(together(lambda: work() if is_first() else cast(T, None)))
 
 
 def share(items: Sequence[T]) -> Sequence[T]:
-    """Every n-th of the items, of n processes; each item is in one process."""
+    """Every n-th of the items, of n processes: each item is in one process."""
     return items[dist.get_rank() :: dist.get_world_size()] if active() else items
 
 
 def require_same(what: str, value: Any) -> None:
     """Raises TsqLoraError in every process if their values do not print alike."""
-    checksum = zlib.crc32(repr(value).encode())
-    checksums = each(lambda: checksum)
+    checksums = gathered(zlib.crc32(repr(value).encode()))
     if len(set(checksums)) > 1:
         raise TsqLoraError(
             f"the {len(checksums)} processes have different {what}; give all of them the same model, settings and seed"
@@ -114,3 +113,25 @@ def wait() -> None:
 def is_first() -> bool:
     """Whether this process is the one that writes files."""
     return not active() or dist.get_rank() == 0
+
+
+def launched() -> int:
+    """As how many processes the program was started, whether or not they know of each other yet."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def inner(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, whose forward pass awaits the other processes."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return work(), None
+    except Exception as error:
+        return None, error
+
+
+def _told(error: Exception | None) -> TsqLoraError | str | None:
+    """What the other processes are told: errors of ours as they are; others need not survive the way."""
+    return error if error is None or isinstance(error, TsqLoraError) else f"{type(error).__name__}: {error}"

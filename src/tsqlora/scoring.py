@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from tsqlora import distributed
 from tsqlora.config import Config, dump_config, load_config
 from tsqlora.data.prepare import Prepared
 from tsqlora.data.survey import Survey, store, survey_data, texts_of
@@ -70,6 +71,11 @@ def score_rows(
     same file. Rows of the kinds in `drop` are never drawn from the scores. Raises SettingsError
     where OUT.partial is of another scoring.
     """
+    if (processes := distributed.launched()) > 1:
+        raise SettingsError(
+            f"scoring was started as {processes} processes, and one keeps what is done; start it as one, or train with "
+            "quality.enabled, which shares the scoring"
+        )
     require_drops(drop)
     require_place(out)
     with _partial(out) as (partial, tokens):

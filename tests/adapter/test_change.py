@@ -1,7 +1,3 @@
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given
@@ -151,17 +147,3 @@ def test_a_change_that_only_grows_leaves_the_model_as_it_was() -> None:
     assert moved == 0
     assert all(torch.equal(update, before[name]) for name, update in updates(model).items())
     assert float((logits_of(model, rows) - logits).abs().max()) < 1e-12
-
-
-def test_two_processes_agree_on_ranks_and_weights(tmp_path: Path) -> None:
-    """Each has gradients, and so sketches and importance, of its own."""
-    script = Path(__file__).with_name("two_processes.py")
-    run = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=90)
-    assert run.returncode == 0, run.stderr
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    alone = torch.load(tmp_path / "alone.pt")
-    assert first["ranks"] == second["ranks"] == {QUERY: 2, WIDE: 6}
-    assert first["sensitivity"] == second["sensitivity"] == pytest.approx(alone, rel=1e-9)
-    assert first["weights"].keys() == second["weights"].keys()
-    for name, weight in first["weights"].items():
-        assert torch.equal(weight, second["weights"][name]), name

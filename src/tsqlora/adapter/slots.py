@@ -17,6 +17,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization, remove_parametrizations
 
+from tsqlora import distributed
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.gradients.sites import lora_layers
 
@@ -210,6 +211,11 @@ def finalize(model: PeftModel) -> PeftModel:
     """
     if not has_slots(model):
         return model
+    if any(map(distributed.is_sharded, model.parameters())):
+        raise UnsupportedError(
+            "the model's weights are in parts over processes (FSDP), so its slots stay: RankLoop.finish("
+            "finalize_model=False), and save its full state dict, which is plain PEFT"
+        )
     sync_config(model)
     for slots in find_slots(model).values():
         if slots.rank == 0:

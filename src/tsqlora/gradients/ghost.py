@@ -195,6 +195,10 @@ class MeanGradient:
             None if self.bias is None else self.bias * factor,
         )
 
+    def to(self, device: torch.device) -> "MeanGradient":
+        weight, bias = (None if part is None else part.to(device) for part in (self.weight, self.bias))
+        return MeanGradient(weight, bias)
+
     def plus(self, other: "MeanGradient") -> "MeanGradient":
         return MeanGradient(_add(self.weight, other.weight), _add(self.bias, other.bias))
 

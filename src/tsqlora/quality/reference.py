@@ -6,7 +6,7 @@ learned. With them: ḡ, its norm, and the step size η of the look-ahead.  METH
 
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,11 @@ class Reference:
     eta: float
     rows: int
     offsets: Float[Tensor, " k"]
+
+    def to(self, device: torch.device) -> "Reference":
+        """The same on another device."""
+        mean = {name: gradient.to(device) for name, gradient in self.mean.items()}
+        return replace(self, mean=mean, offsets=self.offsets.to(device))
 
 
 def calibrate(model: nn.Module, batches: Iterable[Batch], task: Task, *, enabled: bool) -> Calibration:

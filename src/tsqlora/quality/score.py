@@ -8,14 +8,16 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from torch import nn
+from jaxtyping import Bool
+from torch import Tensor, nn
 
+from tsqlora import distributed
 from tsqlora.data.batches import sorted_batches
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.gradients.quiet import quiet
 from tsqlora.gradients.sites import Scope, Site, batch_coupled, find_sites
 from tsqlora.quality.exact import require_exact, require_own_loss
-from tsqlora.quality.journal import Journal, identity_of
+from tsqlora.quality.journal import Columns, Journal, identity_of
 from tsqlora.quality.learned import LearnedTest
 from tsqlora.quality.measure import measure
 from tsqlora.quality.predictions import predictions
@@ -104,17 +106,25 @@ def score(
     require_settings(len(dataset), weights=weights, temperature=temperature, hashes=hashes)
     if batch_size < 1:
         raise SettingsError(f"batch_size is {batch_size}; it must be at least 1")
+    model = distributed.inner(model)
+    if any(map(distributed.is_sharded, model.parameters())):
+        raise UnsupportedError("the model's weights are in parts over processes (FSDP); score before fully_shard")
     if coupled := batch_coupled(model):
         raise UnsupportedError(f"{coupled[0]} couples the samples of a batch: no sample has a loss of its own")
     if autocast is not None and any(term.lookahead for term in wanted.values()):
         raise SettingsError("loss_reduction is a difference that half precision cannot hold; score in float32")
     if journal is not None and hashes is None:
         raise SettingsError("a journal needs hashes: they tell whether the rows are still the same")
-    own, rows = _reference_rows(reference, dataset, seed)
+    if journal is not None and distributed.active():
+        raise UnsupportedError("a journal is kept by one process; leave it out, or score in one process")
+    own, rows = distributed.together(lambda: _reference_rows(reference, dataset, seed))
+    planned = distributed.together(
+        lambda: sorted_batches(_lengths(dataset) if lengths is None else lengths, batch_size)
+    )
     report = progress or (lambda *_: None)
     with quiet(model), _autocast(model, autocast):
         sites = find_sites(model, scope) if any(term.gradient for term in wanted.values()) else {}
-        batches = list(_batches(rows, collate, batch_size))
+        batches = distributed.together(lambda: list(_batches(rows, collate, batch_size)))
         if task is None:
             task = task_of(model)
             require_own_loss(model, batches[0], task)
@@ -124,7 +134,6 @@ def score(
             settings |= {"seed": seed, "autocast": str(autocast), "reference": own, "task": repr(task)}
             kept = Journal(journal, identity_of(model, hashes or (), batches, settings))
         found, test = _settle(model, batches, task, sites, calibration, kept)
-        planned = sorted_batches(_lengths(dataset) if lengths is None else lengths, batch_size)
         measured = _pass(model, dataset, collate, task, sites, found, own, wanted, planned, kept, report)
     labels = measured.pop("label")
     predicted = {name: measured.pop(name) for name in PREDICTIONS if name in measured}
@@ -214,19 +223,26 @@ def _settle(
     journal: Journal | None,
 ) -> tuple[Reference, LearnedTest]:
     """The reference, and the test that the model has learned; as the journal has them, if it has."""
-    known = None if journal is None else journal.reference(next(model.parameters()).device)
+    device = next(model.parameters()).device
+    known = None if journal is None else journal.reference(device)
     if known is not None:
         return known
-    settled = calibrate(model, batches, task, enabled=calibration)
-    settled.learned.require()
-    if sites:
-        require_exact(model, batches[0], task, sites, settled.offsets)
-        found = measure_reference(model, batches, task, sites, settled.offsets)
-    else:
-        found = Reference({}, norm=0.0, eta=0.0, rows=settled.learned.rows, offsets=settled.offsets)
+
+    def settle() -> tuple[Reference, LearnedTest]:
+        settled = calibrate(model, batches, task, enabled=calibration)
+        settled.learned.require()
+        if sites:
+            require_exact(model, batches[0], task, sites, settled.offsets)
+            found = measure_reference(model, batches, task, sites, settled.offsets)
+        else:
+            found = Reference({}, norm=0.0, eta=0.0, rows=settled.learned.rows, offsets=settled.offsets)
+        # Through the memory of the machine: another process has another device.
+        return found.to(torch.device("cpu")) if distributed.active() else found, settled.learned
+
+    found, test = distributed.once(settle)
     if journal is not None:
-        journal.save_reference(found, settled.learned)
-    return found, settled.learned
+        journal.save_reference(found, test)
+    return found.to(device), test
 
 
 def _pass(
@@ -242,8 +258,7 @@ def _pass(
     journal: Journal | None,
     report: Progress,
 ) -> dict[str, np.ndarray]:
-    """Each term, prediction and label of every row, in the data set's order."""
-    device = next(model.parameters()).device
+    """Each term, prediction and label of every row, in the data set's order; several processes share the batches."""
     in_reference = torch.zeros(len(dataset), dtype=torch.bool)
     in_reference[list(own)] = True
     columns: dict[str, np.ndarray] = {}
@@ -251,37 +266,68 @@ def _pass(
     for first, end, part in () if journal is None else journal.parts():
         _fill(columns, np.concatenate(batches[first:end]), part, len(dataset))
         done = end
-    rows_done = sum(map(len, batches[:done]))
-    for indices in batches[done:]:
-        inputs, labels = split_labels(collate([dataset[int(j)] for j in indices]), device)
-        measured = measure(
-            model,
-            inputs,
-            labels,
-            task=task,
-            sites=sites,
-            reference=reference,
-            in_reference=in_reference[torch.as_tensor(indices)].to(device),
-            lookahead=any(term.lookahead for term in terms.values()),
-        )
-        values = {n: term.of(measured) for n, term in terms.items()} | predictions(measured, task) | {"label": labels}
-        numbers = {name: value.cpu().numpy() for name, value in values.items()}
-        _fill(columns, indices, numbers, len(dataset))
-        if journal is not None:
-            journal.add(numbers)
-        rows_done += len(indices)
-        report("scoring", rows_done, len(dataset))
+
+    def measure_share() -> list[tuple[np.ndarray, Columns]]:
+        mine = distributed.share(batches[done:])
+        before = sum(map(len, batches[:done]))
+        parts: list[tuple[np.ndarray, Columns]] = []
+        for indices in mine:
+            numbers = _measured(
+                model,
+                collate([dataset[int(j)] for j in indices]),
+                task,
+                sites,
+                reference,
+                in_reference[torch.as_tensor(indices)],
+                terms,
+            )
+            parts.append((indices, numbers))
+            if journal is not None:
+                journal.add(numbers)
+            before += len(indices)
+            report("scoring", before, before + sum(map(len, mine[len(parts) :])))
+        return parts
+
+    for parts in distributed.gathered(distributed.together(measure_share)):
+        for indices, numbers in parts:
+            _fill(columns, indices, numbers, len(dataset))
     # A journal's part has them in an order of its own.
     return {name: columns[name] for name in (*terms, *PREDICTIONS, "label") if name in columns}
 
 
-def _fill(columns: dict[str, np.ndarray], indices: np.ndarray, numbers: Mapping[str, np.ndarray], rows: int) -> None:
+def _measured(
+    model: nn.Module,
+    batch: Batch,
+    task: Task,
+    sites: Mapping[str, Site],
+    reference: Reference,
+    in_reference: Bool[Tensor, " n"],
+    terms: Mapping[str, Term],
+) -> dict[str, np.ndarray]:
+    """Each term, prediction and label of one batch's rows."""
+    device = next(model.parameters()).device
+    inputs, labels = split_labels(batch, device)
+    measured = measure(
+        model,
+        inputs,
+        labels,
+        task=task,
+        sites=sites,
+        reference=reference,
+        in_reference=in_reference.to(device),
+        lookahead=any(term.lookahead for term in terms.values()),
+    )
+    values = {n: term.of(measured) for n, term in terms.items()} | predictions(measured, task) | {"label": labels}
+    for name, value in values.items():
+        if value.shape[: 1 if name == "logits" else None] != (len(labels),):
+            raise SettingsError(f"quality term '{name}' gives {tuple(value.shape)} for {len(labels)} samples")
+    return {name: value.cpu().numpy() for name, value in values.items()}
+
+
+def _fill(columns: dict[str, np.ndarray], indices: np.ndarray, numbers: Columns, rows: int) -> None:
     """Puts the numbers of some of the rows into their places."""
     for name, value in numbers.items():
-        width = value.shape[1:] if name == "logits" else ()
-        if value.shape != (len(indices), *width):
-            raise SettingsError(f"quality term '{name}' gives {value.shape} for {len(indices)} samples")
-        columns.setdefault(name, np.empty((rows, *width), dtype=value.dtype))[indices] = value
+        columns.setdefault(name, np.empty((rows, *value.shape[1:]), dtype=value.dtype))[indices] = value
 
 
 def _autocast(model: nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[Any]:

@@ -150,7 +150,8 @@ class QualityCallback(TrainerCallback):
         self.data.awaits_scores = saved.scored_epoch is None and saved.refused is None
 
     def _try_scoring(self, args: TrainingArguments, state: TrainerState, model: nn.Module, collate: Any) -> None:
-        outcome = distributed.from_first(self._score(args, state, model, collate))
+        outcome = self._score(args, state, model, collate)
+        distributed.require_same("scores", outcome if isinstance(outcome, str) else outcome.quality.tobytes())
         if isinstance(outcome, str):
             self._not_yet(outcome, state)
             return

@@ -1,0 +1,352 @@
+"""Three processes: what two of them do together, the third does alone, then all three score. Run by test_processes.py.
+
+Each writes what came of it: 0.pt and 1.pt of the two, 2.pt of the one; three-0.pt and so on of the three.
+"""
+
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import tsqlora as tsq
+from models import collate, lora, samples, tiny_bert
+from scoring import teach
+from slotted import POOLER, QUERY, WIDE, backward, trained, wrapped
+from stock import base_bert, make_trainer, moods, slotted_bert
+from tsqlora import distributed
+from tsqlora.adapter.change import change_ranks
+from tsqlora.adapter.importance import Importance
+from tsqlora.adapter.moments import moments
+from tsqlora.adapter.resize import drop_slots, grow_slot
+from tsqlora.adapter.slots import Slots, active_ranks, find_slots
+from tsqlora.gradients.sites import lora_layers
+from tsqlora.probe import Probe, probe_pass
+
+ROWS = samples(8, 3)
+MOODS = moods(96)
+
+
+def quiet(model: PeftModel) -> PeftModel:
+    """In double precision and without dropout, so that what is left are sums in another order."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model.double()
+
+
+def halves(rows: list[Any], rank: int, world: int) -> list[Any]:
+    size = len(rows) // world
+    return rows[rank * size :][:size]
+
+
+# --- what the processes do, alone with world 1 ---------------------------------------------
+
+
+def measured(rank: int, world: int) -> Any:
+    """Sensitivities of the rows, each process with its own."""
+    probe = probe_pass(wrapped(), halves(ROWS, rank, world), collate)
+    return dict(probe.sensitivity().values)
+
+
+def measured_in_training(rank: int, world: int) -> Any:
+    """The same of passes over batches of five and of three, whose losses are means."""
+    model = wrapped()
+    batches = [ROWS[:5], ROWS[5:]]
+    probe = Probe(lora_layers(model), "sensitivity")
+    with probe.watch(model):
+        for batch in batches if world == 1 else [batches[rank]]:
+            model(**collate(batch)).loss.backward()
+    return dict(probe.sensitivity().values), {name: rows.clone() for name, rows in probe.directions().items()}
+
+
+def changed(rank: int, world: int) -> Any:
+    """Ranks after a change, with gradients, so sketches and importance, that differ between the processes."""
+    model = wrapped()
+    layers = find_slots(model)
+    importance = Importance(layers)
+    for step in range(2):
+        backward(model, samples(4, 3, seed=10 * rank + step))
+        importance.update()
+    sketches = {name: (-1) ** rank * torch.randn(4, slots.shape[0]).double() for name, slots in layers.items()}
+    target = active_ranks(model) | {QUERY: 2, WIDE: 6}
+    change_ranks(layers, target, importance=importance, sketches=sketches, optimizer=None, min_age=0, seed=0)
+    return active_ranks(model), {n: t.clone() for n, t in model.state_dict().items() if "lora_" in n}
+
+
+def other_ranks(rank: int, world: int) -> Any:
+    """A change in models that differ between the processes."""
+    model = wrapped(ranks={QUERY: 4 - rank})
+    layers = find_slots(model)
+    target = active_ranks(model) | {WIDE: 6}
+    options: dict[str, Any] = {"sketches": {}, "optimizer": None, "min_age": 0, "seed": 0}
+    return told(lambda: change_ranks(layers, target, importance=Importance(layers), **options))
+
+
+def in_trainer(rank: int, world: int, folder: Path) -> Any:
+    """The stock Trainer with both callbacks, a global batch of 8."""
+    model = quiet(slotted_bert())
+    data = tsq.QualitySubset(moods(), fraction=0.5, seed=0)
+    ranks = tsq.RankCallback(interval=2, warmup=0.0, freeze=0.2, finalize=False)
+    quality = tsq.QualityCallback(data, warmup=1.0, reference=32, terms=["gradient_norm"])
+    trainer = make_trainer(
+        model,
+        data,
+        folder,
+        [ranks, quality],
+        per_device_train_batch_size=8 // world,
+        learning_rate=0.02,
+        # On, transformers 5.24 multiplies BERT's loss by the number of processes, and clipping then cuts more.
+        average_tokens_across_devices=False,
+    )
+    trainer.train()
+    assert data.scores is not None
+    return {
+        "events": [event.to_dict() for event in ranks.events],
+        "importance": {} if ranks.loop is None else ranks.loop.importance.tables(),
+        "weights": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "quality": data.scores.quality.copy(),
+        "terms": dict(data.scores.terms),
+        "drawn": data.indices.tolist(),
+    }
+
+
+def scored(rank: int, world: int, folder: Path) -> Any:
+    """The files of three scorings, through DistributedDataParallel where there are several processes."""
+    model = lora(tiny_bert(layers=1))
+    rows = samples(30, 3)
+    teach(model, rows)
+    asked: dict[str, dict[str, Any]] = {
+        "default": {"terms": ()},
+        "adapter": {"scope": "adapter"},
+        "full": {"scope": "full", "weights": {"convergence": 1.0}},
+    }
+    files = {}
+    for name, options in asked.items():
+        seen: list[int] = []
+
+        def count(batch: list[Any], seen: list[int] = seen) -> dict[str, Tensor]:
+            seen.append(len(batch))
+            return collate(batch)
+
+        path = folder / f"{name}-{world}-{rank}.parquet"
+        trains = DistributedDataParallel(model) if world > 1 else model
+        tsq.score(trains, rows, count, reference=[0, 3, 4, 6, 8, 9, 12], batch_size=4, **options).save(path)
+        files[name] = (path.read_bytes(), sum(seen) - 7)
+    return files
+
+
+def refused(rank: int, world: int) -> Any:
+    """What each process is told of a model at chance, of rows that one cannot read, and of a journal."""
+    model, rows = lora(tiny_bert(layers=1)), samples(12, 3)
+
+    def broken(batch: list[Any]) -> dict[str, Tensor]:
+        if rank == 1 and len(batch) == 5:
+            raise ValueError("a broken row")
+        return collate(batch)
+
+    learned = samples(12, 3)
+    teach(model, learned)
+    options: dict[str, Any] = {"reference": list(range(12)), "batch_size": 5}
+    shuffled = [row | {"labels": (row["labels"] + 1) % 3} for row in learned]
+    hashes = [str(j) for j in range(12)]
+    return {
+        "chance": told(lambda: tsq.score(model, shuffled, collate, **options)),
+        "reference": told(lambda: tsq.score(model, learned, broken, **options)),
+        "pass": told(lambda: tsq.score(model, learned, broken, reference=[0, 1, 2], batch_size=5)),
+        "journal": told(lambda: tsq.score(model, rows, collate, hashes=hashes, journal=Path("none"))),
+    }
+
+
+def told(work: Callable[[], Any]) -> str:
+    try:
+        work()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+# --- weights in parts ----------------------------------------------------------------------
+
+
+def in_parts(model: PeftModel, world: int) -> PeftModel:
+    if world > 1:
+        mesh = init_device_mesh("cpu", (world,))
+        for layer in model.get_base_model().bert.encoder.layer:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        assert_in_parts(model)
+    return model
+
+
+def assert_in_parts(model: nn.Module) -> None:
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def looped(rank: int, world: int, folder: Path) -> Any:
+    """A loop of one's own, a global batch of 8; then the adapter as it is saved."""
+    model = in_parts(quiet(slotted_bert(max_rank=7)), world)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    ranks = tsq.RankLoop(model, optimizer, 12, interval=2, warmup=0.0, freeze=0.2, moves=4, min_rank=0)
+    ranks.start(halves(MOODS[:8], rank, world), collate, batch_size=4)
+    for step in range(12):
+        rows = halves(MOODS[8 * step :][:8], rank, world)
+        ranks.before_forward()
+        model(**collate(rows)).loss.backward()
+        ranks.before_optimizer_step()
+        if world > 1:
+            assert_in_parts(model)
+        optimizer.step()
+        ranks.after_optimizer_step()
+        optimizer.zero_grad()
+    refusal = told(ranks.finish) if world > 1 else ""
+    options = StateDictOptions(full_state_dict=True)
+    state = get_model_state_dict(model, options=options) if world > 1 else model.state_dict()
+    with torch.no_grad():
+        logits = model.eval()(**inputs()).logits
+    if rank == 0 and world > 1:
+        model.save_pretrained(str(folder / "adapter"), state_dict=state)
+        plain = PeftModel.from_pretrained(base_bert().double(), str(folder / "adapter")).double().eval()
+        logits = (logits, plain(**inputs()).logits.detach())
+    return {
+        "events": [event.to_dict() for event in ranks.events],
+        "importance": ranks.importance.tables(),
+        "state": {name: tensor.clone() for name, tensor in state.items() if tensor.is_floating_point()},
+        "finalize": refusal,
+        "logits": logits,
+        "score": told(lambda: tsq.score(model, MOODS, collate)) if world > 1 else "",
+    }
+
+
+def inputs() -> dict[str, Tensor]:
+    return {name: value for name, value in collate(MOODS[:4]).items() if name != "labels"}
+
+
+def moved(rank: int, world: int) -> Any:
+    """Weights and moments of slots before and after some go and some come; five slots, so that parts differ in size."""
+    model = in_parts(wrapped(mean_rank=3, max_rank=5), world)
+    optimizer = torch.optim.AdamW(trained(model), lr=0.01)
+    layers = find_slots(model)
+    importance = Importance(layers)
+    for step in range(3):
+        model.zero_grad()
+        model(**collate(samples(6, 3, seed=step))).loss.backward()
+        importance.update()
+        optimizer.step()
+    before = everything(layers[QUERY], optimizer)
+    drop_slots(layers[QUERY], [1], optimizer)
+    grow_slot(layers[QUERY], torch.arange(16.0), optimizer)
+    after = everything(layers[QUERY], optimizer)
+    options: dict[str, Any] = {"sketches": {}, "optimizer": optimizer, "min_age": 0, "seed": 0}
+    for rank_now in (0, 2):
+        change_ranks(layers, active_ranks(model) | {POOLER: rank_now}, importance=importance, **options)
+    return {
+        "before": before,
+        "after": after,
+        "regrown": everything(layers[POOLER], optimizer),
+        "importance": importance.tables(),
+    }
+
+
+def everything(slots: Slots, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """A and B, gradients and moments, each with its slots in front."""
+    found = []
+    for parameter, dim in slots.matrices():
+        assert parameter.grad is not None
+        states = [moment.read() for moment in moments(parameter, optimizer).values()]
+        wholes = [distributed.whole(parameter.detach()), distributed.whole(parameter.grad), *states]
+        found += [tensor.transpose(0, dim).clone() for tensor in wholes]
+    return found
+
+
+# --- three processes -----------------------------------------------------------------------
+
+
+def work(rank: int, world: int, folder: Path) -> dict[str, Any]:
+    return {
+        "measured": measured(rank, world),
+        "measured in training": measured_in_training(rank, world),
+        "changed": changed(rank, world),
+        "other ranks": other_ranks(rank, world) if world > 1 else "",
+        "moved": moved(rank, world),
+        "looped": looped(rank, world, folder),
+        "scored": scored(rank, world, folder),
+        "refused": refused(rank, world) if world > 1 else {},
+        "trainer": in_trainer(rank, world, folder / f"trainer-{world}"),
+    }
+
+
+@contextmanager
+def group(rank: int, world: int, port: int) -> Iterator[None]:
+    """As accelerate's launcher has it: the Trainer finds the other processes by these names."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    yield
+    dist.destroy_process_group()
+
+
+def main(rank: int, folder: Path, ports: list[int]) -> None:
+    torch.manual_seed(rank)
+    if rank == 2:
+        done = work(0, 1, folder)
+    else:
+        with group(rank, 2, ports[0]):
+            done = work(rank, 2, folder)
+    torch.save(done, folder / f"{rank}.pt")
+    with group(rank, 3, ports[1]):
+        torch.save(scored(rank, 3, folder), folder / f"three-{rank}.pt")
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def forked(folder: Path) -> int:
+    """Processes are forked, since importing everything three times would take the longest."""
+    ports, children = free_ports(2), []
+    for rank in (1, 2):
+        child = os.fork()
+        if child == 0:
+            try:
+                main(rank, folder, ports)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        children.append(child)
+    try:
+        main(0, folder, ports)
+    except BaseException:
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+        raise
+    return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.exit(forked(Path(sys.argv[1])))

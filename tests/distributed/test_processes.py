@@ -1,0 +1,195 @@
+"""What two and three processes do together is what one does alone: DDP, FSDP2, sharded scoring."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from slotted import QUERY, WIDE
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All of it, done once: starting processes takes longer than what they do."""
+    place = tmp_path_factory.mktemp("processes")
+    script = Path(__file__).with_name("processes.py")
+    run = subprocess.run(
+        [sys.executable, str(script), str(place)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert run.returncode == 0, run.stderr
+    return place
+
+
+@pytest.fixture(scope="module")
+def told(folder: Path) -> list[dict[str, Any]]:
+    """Of the first of two processes, of the second, and of the one that was alone."""
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1, 2)]
+
+
+def assert_close(left: Any, right: Any, *, error: float) -> None:
+    for name, value in left.items():
+        torch.testing.assert_close(torch.as_tensor(value), torch.as_tensor(right[name]), rtol=error, atol=error)
+
+
+def assert_equal(left: dict[str, Any], right: dict[str, Any]) -> None:
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(right[name])), name
+
+
+def assert_same_events(left: list[dict[str, Any]], right: list[dict[str, Any]], *, error: float = 1e-5) -> None:
+    assert len(left) == len(right)
+    for one, other in zip(left, right, strict=True):
+        assert_close(one["sensitivity"], other["sensitivity"], error=error)
+        assert one | {"sensitivity": None} == other | {"sensitivity": None}
+
+
+# --- sensitivities and changes ------------------------------------------------------------
+
+
+def test_sensitivities_of_rows_in_two_processes_are_those_of_one(told: list[dict[str, Any]]) -> None:
+    first, second, alone = (of["measured"] for of in told)
+    assert first == second == pytest.approx(alone, rel=1e-9)
+
+
+def test_batches_of_different_size_count_as_in_one_process_one_after_the_other(told: list[dict[str, Any]]) -> None:
+    (first, sketches), (second, _), (alone, wanted) = (of["measured in training"] for of in told)
+    assert first == second == pytest.approx(alone, rel=1e-9)
+    assert_close(sketches, wanted, error=1e-9)
+
+
+def test_processes_with_gradients_of_their_own_agree_on_ranks_and_weights(told: list[dict[str, Any]]) -> None:
+    (ranks, weights), (others, other_weights), _ = (of["changed"] for of in told)
+    assert ranks == others
+    assert (ranks[QUERY], ranks[WIDE]) == (2, 6)
+    assert_equal(weights, other_weights)
+
+
+def test_processes_with_different_ranks_are_an_error_in_each(told: list[dict[str, Any]]) -> None:
+    wanted = "TsqLoraError: the 2 processes have different ranks; give all of them the same model, settings and seed"
+    assert [of["other ranks"] for of in told[:2]] == [wanted, wanted]
+
+
+# --- DDP ----------------------------------------------------------------------------------
+
+
+def test_two_processes_under_the_trainer_are_one(told: list[dict[str, Any]]) -> None:
+    first, second, alone = (of["trainer"] for of in told)
+    assert len(alone["events"]) > 3
+    assert any(event["moved"] for event in alone["events"])
+    assert first["events"] == second["events"]
+    assert_same_events(first["events"], alone["events"])
+    assert_equal(first["weights"], second["weights"])
+    assert_close(first["weights"], alone["weights"], error=1e-5)
+    assert first["drawn"] == second["drawn"] == alone["drawn"]
+
+
+def test_scores_between_two_epochs_are_those_of_one_process(told: list[dict[str, Any]]) -> None:
+    first, second, alone = (of["trainer"] for of in told)
+    np.testing.assert_array_equal(first["quality"], second["quality"])
+    np.testing.assert_allclose(first["quality"], alone["quality"], rtol=1e-5, atol=1e-8)
+    assert {"gradient_norm", "loss"} <= first["terms"].keys()
+    for name, values in first["terms"].items():
+        np.testing.assert_array_equal(values, second["terms"][name])
+        np.testing.assert_allclose(values, alone["terms"][name], rtol=1e-5, atol=1e-8)
+
+
+def test_importance_is_the_same_in_every_process(told: list[dict[str, Any]]) -> None:
+    first, second, alone = (of["trainer"]["importance"] for of in told)
+    assert_equal(first, second)
+    assert_close(first, alone, error=1e-5)
+
+
+# --- scoring ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["default", "adapter", "full"])
+def test_the_score_file_is_the_same_for_one_two_and_three_processes(
+    rule: str, folder: Path, told: list[dict[str, Any]]
+) -> None:
+    three = [torch.load(folder / f"three-{rank}.pt", weights_only=False) for rank in (0, 1, 2)]
+    files = [of["scored"][rule] for of in told] + [of[rule] for of in three]
+    assert len({content for content, _ in files}) == 1
+    # Rows that each process collated beside the reference: eight batches of four, the last of two.
+    assert [rows for _, rows in files] == [16, 14, 30, 12, 10, 8]
+
+
+def test_an_error_of_one_process_is_told_in_all(told: list[dict[str, Any]]) -> None:
+    first, second = (of["refused"] for of in told[:2])
+    for name in ("reference", "pass"):
+        assert first[name] == "TsqLoraError: process 1: ValueError: a broken row"
+        assert second[name] == "ValueError: a broken row"
+    assert first["chance"] == second["chance"]
+    assert first["chance"].startswith("NotLearnedError: the model's loss on 12 reference rows is")
+    message = "UnsupportedError: a journal is kept by one process; leave it out, or score in one process"
+    assert first["journal"] == second["journal"] == message
+
+
+# --- FSDP2 --------------------------------------------------------------------------------
+
+
+def test_a_loop_over_weights_in_parts_is_that_of_one_process(told: list[dict[str, Any]]) -> None:
+    first, second, alone = (of["looped"] for of in told)
+    assert sum(event["moved"] for event in alone["events"]) > 3
+    assert len({tuple(event["ranks"].values()) for event in alone["events"]}) > 2
+    assert first["events"] == second["events"]
+    assert_same_events(first["events"], alone["events"])
+    assert_equal(first["importance"], second["importance"])
+    assert_close(first["importance"], alone["importance"], error=1e-5)
+    assert first["state"].keys() == alone["state"].keys()
+    assert_close(first["state"], alone["state"], error=1e-5)
+
+
+def test_what_is_saved_of_weights_in_parts_loads_as_a_plain_adapter(told: list[dict[str, Any]]) -> None:
+    in_parts, plain = told[0]["looped"]["logits"]
+    torch.testing.assert_close(plain, in_parts, rtol=0, atol=1e-12)
+    torch.testing.assert_close(in_parts, told[2]["looped"]["logits"], rtol=1e-5, atol=1e-5)
+
+
+def test_what_weights_in_parts_cannot_do_is_refused_by_name(told: list[dict[str, Any]]) -> None:
+    for of in told[:2]:
+        assert of["looped"]["finalize"] == (
+            "UnsupportedError: the model's weights are in parts over processes (FSDP), so its slots stay: "
+            "RankLoop.finish(finalize_model=False), and save its full state dict, which is plain PEFT"
+        )
+        assert of["looped"]["score"] == (
+            "UnsupportedError: the model's weights are in parts over processes (FSDP); score before fully_shard"
+        )
+
+
+def test_slots_in_parts_move_bit_for_bit_with_their_moments(told: list[dict[str, Any]]) -> None:
+    first, second, alone = (of["moved"] for of in told)
+    for one, other, wanted in zip(*(of["after"] for of in (first, second, alone)), strict=True):
+        assert torch.equal(one, other)
+        torch.testing.assert_close(one, wanted, rtol=1e-9, atol=1e-12)
+    # Weight, gradient, first and second moment, of A and of B.
+    for place, (before, after) in enumerate(zip(first["before"], first["after"], strict=True)):
+        assert torch.equal(after[:2], before[[0, 2]])
+        assert not after[3:].any()
+        assert torch.equal(after[2], begun(place, before, after))
+    assert_equal(first["importance"], second["importance"])
+    assert_close(first["importance"], alone["importance"], error=1e-5)
+
+
+def begun(place: int, before: Tensor, after: Tensor) -> Tensor:
+    """What a new slot begins as: A's row as it was given, second moments at the mean, all else at zero."""
+    if place == 0:
+        return torch.arange(16.0).double()
+    return before[[0, 2]].mean(0) if place in (3, 7) else torch.zeros_like(after[2])
+
+
+def test_a_layer_in_parts_grows_from_nothing_as_in_one_process(told: list[dict[str, Any]]) -> None:
+    first, _, alone = (of["moved"]["regrown"] for of in told)
+    for one, wanted in zip(first, alone, strict=True):
+        torch.testing.assert_close(one, wanted, rtol=1e-9, atol=1e-12)
+    assert bool((first[3][:2] > 0).all())
