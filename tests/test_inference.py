@@ -11,12 +11,13 @@ import torch
 
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
 from tsqlora import inference
+from tsqlora.allocation import allocate_ranks
 from tsqlora.config import Config, load_config
 from tsqlora.data.rows import read_rows
 from tsqlora.data.write import write_rows
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.inference import device_of, evaluate_run, open_run, predict_run
-from tsqlora.pipeline import allocate_ranks, train
+from tsqlora.pipeline import train
 from tsqlora.record import RunRecord
 from tsqlora.scoring import score_rows
 

@@ -233,8 +233,8 @@ def allocate(
 
     Example: tsqlora allocate tsq.yaml --out ranks.json
     """
+    from tsqlora.allocation import allocate_ranks
     from tsqlora.data.write import require_place
-    from tsqlora.pipeline import allocate_ranks
 
     require_place(out)
     with Display(stderr) as display:
