@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tsqlora.errors import TsqLoraError
+from tsqlora.errors import TsqLoraError, UnsupportedError
 
 T = TypeVar("T")
 
@@ -118,6 +118,15 @@ def is_first() -> bool:
 def launched() -> int:
     """As how many processes the program was started, whether or not they know of each other yet."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def refuse_deepspeed(plugin: Any) -> None:
+    """Raises UnsupportedError where training has a plugin of DeepSpeed."""
+    if plugin is not None:
+        raise UnsupportedError(
+            "DeepSpeed keeps gradients and moments, and with ZeRO-3 weights, where neither ranks nor scores can follow "
+            "them; use accelerate launch without DeepSpeed (DDP)"
+        )
 
 
 def inner(model: nn.Module) -> nn.Module:

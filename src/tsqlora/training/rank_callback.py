@@ -8,6 +8,7 @@ from peft import PeftModel
 from torch.utils.data import Subset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from tsqlora import distributed
 from tsqlora.adapter.slots import find_slots, has_slots
 from tsqlora.adapter.wrap import wrap
 from tsqlora.errors import SettingsError, UnsupportedError
@@ -112,6 +113,7 @@ class RankCallback(TrainerCallback):
             raise UnsupportedError(
                 f"{args.n_gpu} GPUs in one process copy the model at each step; use accelerate launch"
             )
+        distributed.refuse_deepspeed(args.deepspeed_plugin)
         announce(args, state, "ranks")
         if self.loop is not None:
             self.loop.close()  # an attempt that failed may have left it open
