@@ -1,10 +1,11 @@
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState
 
@@ -376,6 +377,15 @@ def test_a_peft_model_needs_no_wrap(tmp_path: Path, max_rank: int | None) -> Non
     model.save_pretrained(tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(base_bert(), str(tmp_path / "adapter"))
     assert_same(weights(loaded), weights(model), "plain PEFT")
+
+
+def test_a_config_that_peft_was_given_is_left_for_other_models(tmp_path: Path) -> None:
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS")
+    model: Any = get_peft_model(base_bert(), config)
+    untouched = copy.deepcopy(config)
+    run(tmp_path, tsq.RankCallback(interval=4, moves=6), model=model)
+    assert config == untouched
+    assert model.peft_config["default"].rank_pattern
 
 
 def test_a_training_that_starts_again_with_smaller_batches_starts_anew(tmp_path: Path) -> None:

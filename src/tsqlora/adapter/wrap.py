@@ -134,6 +134,8 @@ def _inject(model: nn.Module, config: LoraConfig) -> PeftModel:
 def _adopt(model: PeftModel, max_rank: int | None) -> PeftModel:
     """Slots for an adapter that is there: its weights first, zeros up to the capacity."""
     adapter = _only_adapter(model)
+    # A copy: PEFT keeps the user's own config, with which other models may be made.
+    model.peft_config[adapter] = copy.deepcopy(model.peft_config[adapter])
     layers = lora_layers(model)
     scales = {name: layer.scaling[adapter] for name, layer in layers.items()}
     (low, least), (high, most) = (pick(scales.items(), key=lambda item: item[1]) for pick in (min, max))

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import GenerationMixin, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tsqlora import distributed
-from tsqlora.errors import DataError, NotLearnedError, SettingsError, TsqLoraError
+from tsqlora.errors import DataError, NotLearnedError, SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.gradients.sites import Scope
 from tsqlora.quality.score import REFERENCE_ROWS, Progress, reference_indices, require_softmax, score, wanted_terms
 from tsqlora.quality.scores import Scores
@@ -21,6 +22,7 @@ from tsqlora.tasks import Task, get_task
 from tsqlora.tasks.forward import task_of
 from tsqlora.training.checkpoint import QualityState
 from tsqlora.training.manifest import announce, checkpoint_folder, digest, seal
+from tsqlora.training.unwrap import unwrapped
 
 SCORES_FILE = "scores.parquet"
 
@@ -97,6 +99,7 @@ class QualityCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        _require_one_answer_a_sample(kwargs["model"])
         distributed.refuse_deepspeed(args.deepspeed_plugin)
         if kwargs["train_dataloader"].dataset is not self.data:
             raise SettingsError("QualityCallback(data) and Trainer(train_dataset=data) need the same QualitySubset")
@@ -208,6 +211,16 @@ class QualityCallback(TrainerCallback):
 
     def _path(self, args: TrainingArguments) -> Path:
         return self.scores_path or Path(str(args.output_dir)) / SCORES_FILE
+
+
+def _require_one_answer_a_sample(model: nn.Module) -> None:
+    inner = unwrapped(model)
+    base = inner.get_base_model() if isinstance(inner, PeftModel) else inner
+    if isinstance(base, GenerationMixin):
+        raise UnsupportedError(
+            f"{type(base).__name__} generates text, and rows are scored for classification and regression only; leave "
+            "out QualityCallback, RankCallback works without it"
+        )
 
 
 def _epoch(state: TrainerState) -> int:

@@ -1,0 +1,187 @@
+"""RankCallback in TRL's SFTTrainer, on a tiny Llama with a tokenizer of whole words."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, disable_progress_bars
+from peft import LoraConfig, PeftModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.trainer_callback import PrinterCallback
+
+import tsqlora as tsq
+
+trl = pytest.importorskip("trl", reason="needs trl")
+
+disable_progress_bars()
+pytestmark = [
+    # TRL 1.16 sets these by their old names, and warns of its own options' end.
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing.*is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`label_smoothing_factor` is deprecated:FutureWarning"),
+]
+
+WORDS = ["<pad>", "<eos>", "<unk>", "user", "assistant", *(f"w{j}" for j in range(40))]
+CHAT = (
+    "{% for m in messages %}{{ m['role'] }} {% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }} "
+    "{{ eos_token }} {% endgeneration %}{% else %}{{ m['content'] }} {% endif %}{% endfor %}"
+)
+TEXT = [{"text": " ".join(f"w{j * k % 40}" for k in range(3 + j % 6))} for j in range(40)]
+PAIRS = [{"prompt": f"w{j}", "completion": f" w{j} w{(j + 1) % 40}"} for j in range(40)]
+TALKS = [
+    {"messages": [{"role": "user", "content": f"w{j}"}, {"role": "assistant", "content": f"w{j} w{(j + 1) % 40}"}]}
+    for j in range(40)
+]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(WordLevel({word: j for j, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
+    made = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    made.chat_template = CHAT
+    return made
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=32,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+        initializer_range=0.3,
+    )
+    return LlamaForCausalLM(config)
+
+
+LORA = LoraConfig(r=4, target_modules="all-linear")
+
+
+def make(
+    folder: Path, callbacks: list[Any], data: Any = TEXT, model: Any = None, config: Any = LORA, **options: Any
+) -> Any:
+    """13 steps; with an interval of 3 ranks are adjusted after 3, 6 and 9."""
+    defaults: dict[str, Any] = {
+        "max_steps": 13,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.02,
+        "bf16": False,
+        "save_strategy": "no",
+        "use_cpu": True,
+    }
+    args = trl.SFTConfig(
+        output_dir=str(folder),
+        report_to="none",
+        disable_tqdm=True,
+        logging_strategy="no",
+        dataloader_pin_memory=False,
+        **(defaults | options),
+    )
+    trainer = trl.SFTTrainer(
+        llama() if model is None else model,
+        args,
+        train_dataset=Dataset.from_list(data),
+        eval_dataset=Dataset.from_list(data[:8]),
+        processing_class=tokenizer(),
+        peft_config=config,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        # Past the autocast that accelerate puts around the outermost forward pass.
+        return model.eval().base_model(input_ids=torch.arange(5, 15)[None]).logits
+
+
+def assert_loads_in_plain_peft(folder: Path, wanted: torch.Tensor) -> None:
+    loaded = PeftModel.from_pretrained(llama(), str(folder))
+    torch.testing.assert_close(logits(loaded), wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("data", "options"),
+    [
+        (TEXT, {}),
+        (TEXT, {"packing": True, "packing_strategy": "bfd", "max_length": 16}),
+        (TEXT, {"packing": True, "packing_strategy": "bfd_split", "max_length": 6}),
+        (TEXT, {"packing": True, "packing_strategy": "wrapped", "max_length": 16}),
+        (TEXT, {"padding_free": True, "max_length": None}),
+        (TEXT, {"label_smoothing_factor": 0.1}),
+        (TEXT, {"loss_type": "dft", "learning_rate": 0.1}),
+        (TEXT, {"bf16": True, "gradient_accumulation_steps": 2}),
+        (TALKS, {"assistant_only_loss": True}),
+        (PAIRS, {"completion_only_loss": True}),
+        (PAIRS, {"packing": True, "max_length": 16}),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) or "plain" if isinstance(value, dict) else "",
+)
+def test_ranks_move_and_plain_peft_loads_the_adapter(tmp_path: Path, data: Any, options: dict[str, Any]) -> None:
+    # Sharper than the default: a tiny model's layers differ little.
+    ranks = tsq.RankCallback(interval=3, moves=4, gamma=4)
+    trainer = make(tmp_path, [ranks], data, **options)
+    assert trainer.args.activation_checkpointing  # TRL's default
+    trainer.train()
+    assert [event.step for event in ranks.events] == [3, 6, 9]
+    assert sum(event.moved for event in ranks.events) > 0
+    for event in ranks.events:
+        costs = {name: sum(shape) for name, shape in ranks.loop.shapes.items()}  # type: ignore[union-attr]
+        assert event.used == sum(rank * costs[name] for name, rank in event.ranks.items()) <= event.budget
+        assert event.budget == 4 * sum(costs.values())
+    assert trainer.evaluate()["eval_loss"] > 0
+    trainer.save_model(str(tmp_path / "adapter"))
+    assert_loads_in_plain_peft(tmp_path / "adapter", logits(trainer.model))
+
+
+def test_a_wrapped_model_and_a_peft_config_are_the_same(tmp_path: Path) -> None:
+    ended = []
+    for by_config in (True, False):
+        ranks = tsq.RankCallback(interval=3, moves=4)
+        model = llama()
+        if not by_config:
+            torch.manual_seed(42)  # as TrainingArguments' own seed
+            model = tsq.wrap(model, config=LORA)
+        trainer = make(tmp_path, [ranks], model=model, config=LORA if by_config else None, gradient_checkpointing=False)
+        ended.append((trainer, ranks))
+    budgets, layers = [], []
+    for trainer, ranks in ended:
+        trainer.train()
+        budgets.append(ranks.events[0].budget)
+        layers.append(list(ranks.final))
+    assert budgets[0] == budgets[1]
+    assert layers[0] == layers[1]
+
+
+def test_checkpoints_load_in_plain_peft_and_runs_resume_from_them(tmp_path: Path) -> None:
+    ended = []
+    for resume in (False, True):
+        ranks = tsq.RankCallback(interval=3, moves=4)
+        trainer = make(tmp_path, [ranks], save_strategy="steps", save_steps=5, save_total_limit=3)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5") if resume else None)
+        ended.append((ranks.events, logits(trainer.model)))
+    assert_loads_in_plain_peft(tmp_path / "checkpoint-13", ended[0][1])
+    assert ended[0][0] == ended[1][0]
+    assert torch.equal(ended[0][1], ended[1][1])
+
+
+def test_reentrant_checkpointing_is_refused_by_name(tmp_path: Path) -> None:
+    trainer = make(tmp_path, [tsq.RankCallback(interval=3)], gradient_checkpointing_kwargs={"use_reentrant": True})
+    with pytest.raises(tsq.UnsupportedError, match=r"is under reentrant gradient checkpointing.*use_reentrant': False"):
+        trainer.train()
+
+
+def test_scoring_is_refused_by_name(tmp_path: Path) -> None:
+    quality = tsq.QualityCallback(tsq.QualitySubset(TEXT, 0.5))
+    with pytest.raises(tsq.UnsupportedError, match="LlamaForCausalLM generates text"):
+        make(tmp_path, [quality]).train()
