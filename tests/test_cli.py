@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -815,3 +816,15 @@ def test_two_processes_train_one_run_and_one_speaks(place: Path, tmp_path: Path)
     assert record["status"] == "finished"
     assert record["plan"]["steps"] == 30
     assert record["cost"]["training"]["forward"] == record["plan"]["passes"]["training"]["forward"]
+    # As if both had been killed behind checkpoint 25, which has the random state of each.
+    adapter, run = tmp_path / "run" / "adapter" / "adapter_model.safetensors", tmp_path / "run"
+    whole = adapter.read_bytes()
+    named = json.loads((run / "checkpoints" / "checkpoint-25" / "tsqlora_manifest.json").read_text())["files"]
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= named.keys()
+    shutil.rmtree(run / "adapter")
+    (run / "checkpoints" / "checkpoint-30" / "rng_state_1.pth").unlink()
+    (run / "run.json").write_text(json.dumps({k: v for k, v in record.items() if k != "run"} | {"status": "running"}))
+    done = subprocess.run([*launch, *command, "--resume"], capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("checkpoint-30 is passed over: rng_state_1.pth is missing") == 1
+    assert adapter.read_bytes() == whole

@@ -179,5 +179,12 @@ def test_the_seed_decides_every_random_draw(boundary: str) -> None:
     assert what_arrives(settings(**{"training.seed": 5}))[boundary][1]["seed"] == 5
 
 
+def test_a_run_resumed_with_other_libraries_notes_which() -> None:
+    before = {"torch": "2.12", "peft": "0.21"}
+    assert pipeline.other_versions(before, before) == []
+    (note,) = pipeline.other_versions(before, {"torch": "2.13", "peft": "0.21"})
+    assert note.startswith("begun with torch 2.12 and resumed with others")
+
+
 def test_without_quality_there_is_no_callback_for_it() -> None:
     assert what_arrives(settings(**{"quality.enabled": False}))["quality"] is None

@@ -1,7 +1,7 @@
 """The method, top to bottom: data, model, warm-up, scores, ranks, training, adapter, record."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +79,8 @@ def train(config: Config, run: Path, *, resume: bool = False, progress: Progress
         for why in passed_over:
             warnings.warn(why, stacklevel=2)
         record.notes += passed_over
+        if before is not None:
+            record.notes += other_versions(before.versions, record.versions)
         data, quality, ranks = method(job, run / SCORES_FILE, progress)
         also = [WriteStart(run, config, record), *harvesting(config, data, run)]
         fit_job(job, model, args, data, record, quality, ranks, progress, also=also, resume_from=checkpoint)
@@ -357,6 +359,14 @@ def what_to_note(quality: QualityCallback, data: QualitySubset) -> list[str]:
         f"about {noise['rate']:.0%} of the labels seem wrong ({noise['low']:.0%} to {noise['high']:.0%}): "
         f"{(~data.scores.kept).sum()} of {len(data.scores)} rows were left out"
     ]
+
+
+def other_versions(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """What to note of a run that is resumed with other libraries than it was begun with."""
+    changed = [f"{name} {version}" for name, version in before.items() if now.get(name) != version]
+    if not changed:
+        return []
+    return [f"begun with {', '.join(changed)} and resumed with others: not every bit is as in one go"]
 
 
 def _begun(run: Path, config: Config) -> RunRecord | None:
