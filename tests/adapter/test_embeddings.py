@@ -25,6 +25,7 @@ from slotted import (
     updates,
     wrapped,
 )
+from stock import base_bert, make_trainer, moods
 from tsqlora.adapter.change import new_row
 from tsqlora.adapter.resize import grow_slot
 from tsqlora.adapter.slots import find_slots
@@ -250,3 +251,18 @@ def test_scope_full_scores_an_embeddings_weight_as_the_slow_twin_does() -> None:
     teach(model, rows)
     scores = tsq.score(model, rows, collate, reference=range(5), scope="full")
     assert_agree(scores, slow(model, rows, range(5), scope="full", offsets=slow_offsets(model, rows[:5])))
+
+
+def test_an_embeddings_rank_moves_while_a_stock_trainer_trains(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = tsq.wrap(base_bert(), mean_rank=4, target_modules=["word_embeddings", "query", "value", "dense"])
+    before = tsq.active_parameters(model)
+    callback = tsq.RankCallback(interval=3, moves=4, min_rank=0)
+    make_trainer(model, moods(), tmp_path, [callback]).train()
+    assert callback.final[WORDS] != 4
+    assert all(event.used <= event.budget for event in callback.events)
+    assert tsq.active_parameters(model) <= before
+    model.save_pretrained(str(tmp_path / "adapter"))
+    loaded = PeftModel.from_pretrained(base_bert(), str(tmp_path / "adapter"))
+    rows = moods(6)
+    torch.testing.assert_close(logits_of(loaded, rows), logits_of(model, rows), rtol=1e-5, atol=1e-5)
