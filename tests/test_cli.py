@@ -371,6 +371,30 @@ def test_a_killed_run_resumes_to_the_same_adapter(
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_run_killed_behind_its_last_step_only_ends(
+    trained: Path, place: Path, tmp_path: Path, tsqlora: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While its adapter is written."""
+
+    def cut_off(self: PeftModel, folder: str, **kwargs: Any) -> None:
+        if Path(folder).name == "adapter":
+            (tmp_path / "run" / "adapter").mkdir()
+            (tmp_path / "run" / "adapter" / "adapter_model.safetensors").write_bytes(b"half")
+            raise KeyboardInterrupt
+        save(self, folder, **kwargs)
+
+    save, arguments = PeftModel.save_pretrained, ("train", place / "config.yaml", "--out", tmp_path / "run", "--resume")
+    with monkeypatch.context() as patch:
+        patch.setattr(PeftModel, "save_pretrained", cut_off)
+        assert tsqlora(*arguments)[0] == 130
+    code, _, err = tsqlora(*arguments)
+    assert code == 0, err
+    assert "training" not in err, "no step is trained again"
+    assert record_of(tmp_path / "run")["metrics"] == record_of(trained)["metrics"]
+    files = (run / "adapter" / "adapter_model.safetensors" for run in (trained, tmp_path / "run"))
+    assert len({path.read_bytes() for path in files}) == 1
+
+
 @pytest.fixture
 def stopped(place: Path, tmp_path: Path, tsqlora: Run, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run with checkpoints 10 and 15, and the whole run's settings."""
