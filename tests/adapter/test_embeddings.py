@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -168,6 +168,23 @@ def test_an_embedding_trains_on_after_its_adapter_was_disabled() -> None:
         torch.testing.assert_close(logits_of(model, ROWS), logits_of(tiny_bert(), ROWS))
     assert torch.equal(logits_of(model, ROWS), before)
     assert all(part.requires_grad for slots in find_slots(model).values() for part in (slots.a, slots.b))
+
+
+def test_slots_are_put_on_an_embedding_adapter_that_is_there_and_change_nothing() -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(r=3, lora_alpha=7, target_modules=TARGETS, task_type=TaskType.SEQ_CLS)
+    model = get_peft_model(tiny_bert(), config, adapter_name="mine").double().eval()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.1)
+    before = logits_of(model, ROWS)
+    deltas = {name: layer.get_delta_weight("mine") for name, layer in lora_layers(model).items()}
+    assert tsq.wrap(model) is model
+    assert set(tsq.active_ranks(model).values()) == {3}
+    assert torch.equal(logits_of(model, ROWS), before)
+    assert all(torch.equal(delta, deltas[name]) for name, delta in updates(model).items())
+    resize(model, {WORDS: 5})
+    assert f"base_model.model.{WORDS}.lora_embedding_A.mine" in model.state_dict()
 
 
 # --- the probe ----------------------------------------------------------------------------
