@@ -1,0 +1,39 @@
+"""Every file of examples/ runs as it stands, without a network, and what it saves is read by PEFT alone."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+RESULTS = {
+    "image": "accuracy of the adapter in plain PEFT",
+    "loop": "accuracy of the adapter in plain PEFT",
+    "sft": "plain PEFT counts on: w7 w8 w9",
+    "trainer": "accuracy of the adapter in plain PEFT",
+}
+"""The last line that each prints begins so; an accuracy ends the line."""
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_runs_moves_ranks_and_leaves_a_plain_adapter(path: Path, tmp_path: Path) -> None:
+    if path.stem == "sft" and find_spec("trl") is None:
+        pytest.skip("examples/sft.py needs trl")
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(path)], cwd=tmp_path, env=os.environ | offline, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    *_, ranks, result = done.stdout.splitlines()
+    assert ranks.startswith("ranks: {")
+    assert len(set(ranks.removeprefix("ranks: {").rstrip("}").replace(",", ":").split(":")[1::2])) > 1
+    assert result.startswith(RESULTS[path.stem])
+    assert not result.startswith("accuracy") or float(result.split()[-1]) > 0.7
+    assert (tmp_path / f"{path.stem}-adapter" / "adapter_model.safetensors").exists()
+
+
+def test_every_example_is_known() -> None:
+    assert [path.stem for path in EXAMPLES] == sorted(RESULTS)
