@@ -9,89 +9,17 @@ under PEFT's own names, and loading one sets the ranks from its shapes.
 
 from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized, register_parametrization, remove_parametrizations
 
 from tsqlora import distributed
+from tsqlora.adapter.matrix import ActivePrefix, Matrix, matrices
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.gradients.sites import lora_layers
-
-
-class ActivePrefix(nn.Module):
-    """Shows the first `rank` slots of a matrix along `dim`."""
-
-    def __init__(self, dim: int, rank: int) -> None:
-        super().__init__()
-        self.dim = dim
-        self.rank = rank
-
-    def forward(self, full: Tensor) -> Tensor:
-        return full.narrow(self.dim, 0, self.rank)
-
-
-@dataclass(frozen=True, slots=True)
-class Matrix:
-    """A or B of a LoRA layer: a linear layer's weight, or of an Embedding's adapter an entry of a ParameterDict."""
-
-    holder: nn.Module
-    tensor: str
-    path: str
-    """What a PeftModel calls the holder."""
-    dim: int
-    """Along which slots lie."""
-
-    @property
-    def key(self) -> str:
-        """Its name in a state dict of PEFT's."""
-        return f"{self.path}.{self.tensor}"
-
-    @property
-    def full_key(self) -> str:
-        """Its name in a state dict of a module with slots."""
-        return f"{self.path}.parametrizations.{self.tensor}.original"
-
-    @property
-    def has_slots(self) -> bool:
-        return is_parametrized(self.holder, self.tensor)
-
-    @property
-    def full(self) -> nn.Parameter:
-        """All slots, active or not."""
-        return self.holder.get_parameter(f"parametrizations.{self.tensor}.original")
-
-    @property
-    def prefix(self) -> ActivePrefix:
-        """What shows the active ones."""
-        prefix = self.holder.get_submodule(f"parametrizations.{self.tensor}.0")
-        assert isinstance(prefix, ActivePrefix)
-        return prefix
-
-    def make_slots(self, rank: int, capacity: int) -> None:
-        """Keeps the first `rank` slots, zeros up to the capacity; the parameter stays the same object."""
-        weight = cast(nn.Parameter, getattr(self.holder, self.tensor))
-        shape = [capacity if dim == self.dim else size for dim, size in enumerate(weight.shape)]
-        full = weight.detach().new_zeros(shape)
-        full.narrow(self.dim, 0, rank).copy_(weight.detach().narrow(self.dim, 0, rank))
-        weight.data, weight.grad = full, None
-        register_parametrization(self.holder, self.tensor, ActivePrefix(self.dim, rank), unsafe=True)
-        self._tell_linear(capacity)
-
-    def make_plain(self) -> None:
-        """A new parameter of the active slots alone."""
-        full = self.full
-        active = cast(Tensor, getattr(self.holder, self.tensor)).detach().clone(memory_format=torch.contiguous_format)
-        remove_parametrizations(self.holder, self.tensor, leave_parametrized=False)
-        setattr(self.holder, self.tensor, nn.Parameter(active, requires_grad=full.requires_grad))
-        self._tell_linear(active.shape[self.dim])
-
-    def _tell_linear(self, slots: int) -> None:
-        if isinstance(self.holder, nn.Linear):
-            setattr(self.holder, ("out_features", "in_features")[self.dim], slots)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +79,7 @@ def install(model: PeftModel, ranks: Mapping[str, int], *, capacity: int) -> Non
     """
     ((adapter, config),) = model.peft_config.items()
     for name, layer in lora_layers(model).items():
-        for part in _matrices(name, layer, adapter):
+        for part in matrices(name, layer, adapter):
             part.make_slots(ranks[name], capacity)
         layer.use_rslora[adapter] = False
     # What is written is the scale itself, as α/r; and the first values are behind us.
@@ -180,7 +108,7 @@ def find_slots(model: nn.Module) -> dict[str, Slots]:
         name: Slots(name, layer, adapter, parts)
         for name, layer in lora_layers(model).items()
         for adapter in layer.r
-        if (parts := _matrices(name, layer, adapter))[0].has_slots
+        if (parts := matrices(name, layer, adapter))[0].has_slots
     }
 
 
@@ -284,20 +212,6 @@ def _restore_base(model: PeftModel, slots: Slots) -> None:
     parent, _, child = slots.name.rpartition(".")
     base = model.get_base_model()
     setattr(base.get_submodule(parent) if parent else base, child, slots.layer.get_base_layer())
-
-
-def _matrices(name: str, layer: LoraLayer, adapter: str) -> tuple[Matrix, Matrix]:
-    """Where PEFT keeps A and B of a layer's adapter."""
-    path = f"base_model.model.{name}"
-    if adapter in layer.lora_embedding_A:
-        return (
-            Matrix(layer.lora_embedding_A, adapter, f"{path}.lora_embedding_A", 0),
-            Matrix(layer.lora_embedding_B, adapter, f"{path}.lora_embedding_B", 1),
-        )
-    return (
-        Matrix(layer.lora_A[adapter], "weight", f"{path}.lora_A.{adapter}", 0),
-        Matrix(layer.lora_B[adapter], "weight", f"{path}.lora_B.{adapter}", 1),
-    )
 
 
 def _save_active(model: PeftModel, state: dict[str, Any], prefix: str, _metadata: Any) -> None:

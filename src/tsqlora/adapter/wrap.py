@@ -1,20 +1,20 @@
 """A PEFT LoRA model whose ranks can change: `wrap`."""
 
 import copy
-import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from peft import LoraConfig, PeftModel, PeftType, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from tsqlora.adapter.slots import has_slots, install
+from tsqlora.adapter.plain import only_adapter, require_fresh
+from tsqlora.adapter.slots import install
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.gradients.sites import bitsandbytes_bits, lora_layers
 from tsqlora.ranks.allocate import Sensitivity, allocate
@@ -25,21 +25,6 @@ ALPHA = 16.0
 
 _HEADED = re.compile("Classification|QuestionAnswering|MultipleChoice")
 """In a class's name: a model with a head that is new for its task."""
-
-_PATTERNS = ("rank_pattern", "alpha_pattern")
-_NOT_PLAIN = (
-    *(field.name for field in dataclasses.fields(LoraConfig) if field.metadata.get("is_lora_variant")),
-    "lora_bias",
-    "use_qalora",
-    "layer_replication",
-    "target_parameters",
-    "ensure_weight_tying",
-    "megatron_config",
-)
-"""Options of LoraConfig that do not go with changing ranks: the variants of LoRA, and what lies outside s·BA."""
-
-_INITS_OF_THE_ADAPTER_ALONE = (True, False, "gaussian", "orthogonal", "eva")
-"""Values of init_lora_weights that leave the base weights alone: once there, such an adapter is like any other."""
 
 
 def wrap(
@@ -75,44 +60,50 @@ def wrap(
     Raises SettingsError if no module matches; UnsupportedError for options of LoraConfig that
     are not plain LoRA, and for adapters that are not one plain LoRA of one scale.
     """
-    options_given = (mean_rank, alpha, dropout, target_modules, tuple(modules_to_save)) != (
-        None,
-        None,
-        0.0,
-        "all-linear",
-        (),
-    )
+    options = (mean_rank, alpha, dropout, target_modules, tuple(modules_to_save))
+    given = options != (None, None, 0.0, "all-linear", ())
     if isinstance(model, PeftModel):
-        if options_given or config is not None:
+        if given or config is not None:
             raise SettingsError("the model has an adapter, which says all but max_rank itself; leave out the others")
         return _adopt(model, max_rank)
     if config is None:
         mean = MEAN_RANK if mean_rank is None else mean_rank
-        scale = (ALPHA if alpha is None else alpha) / mean if mean > 0 else 0.0
-        whole = [*modules_to_save, *(name for name in _heads(model) if name not in modules_to_save)]
-        config = LoraConfig(
-            target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
-            lora_dropout=dropout,
-            modules_to_save=whole or None,
-            fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-            task_type=_task_type(model),
-        )
-    elif options_given:
+        config = _new_config(model, target_modules, dropout, modules_to_save)
+        return _build(model, config, mean, max_rank, alpha=ALPHA if alpha is None else alpha, divisor=mean)
+    if given:
         raise SettingsError(
             "wrap takes config=LoraConfig(...) instead of mean_rank, alpha, dropout, target_modules and "
             "modules_to_save; give the one or the others"
         )
-    else:
-        _require_plain(config, refused=(*_NOT_PLAIN, *_PATTERNS), inits=(True,))
-        config = copy.deepcopy(config)
-        mean, scale = config.r, config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+    require_fresh(config)
+    divisor = config.r**0.5 if config.use_rslora else config.r
+    return _build(model, copy.deepcopy(config), config.r, max_rank, alpha=config.lora_alpha, divisor=divisor)
+
+
+def _new_config(
+    model: nn.Module, target_modules: str | Sequence[str], dropout: float, modules_to_save: Sequence[str]
+) -> LoraConfig:
+    whole = [*modules_to_save, *(name for name in _heads(model) if name not in modules_to_save)]
+    return LoraConfig(
+        target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
+        lora_dropout=dropout,
+        modules_to_save=whole or None,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+        task_type=_task_type(model),
+    )
+
+
+def _build(
+    model: nn.Module, config: LoraConfig, mean: float, max_rank: int | None, *, alpha: float, divisor: float
+) -> PeftModel:
+    """A new adapter at its capacity, of which uniform ranks are active; its scale is alpha / divisor."""
     config.r = math.ceil(2 * mean) if max_rank is None else max_rank
     if not 0 < mean <= config.r:
         raise SettingsError(f"ranks.mean is {mean:g}; it must be above 0 and at most ranks.max, {config.r}")
     peft_model = _inject(model, config)
     layers = lora_layers(peft_model)
     for layer in layers.values():
-        layer.scaling["default"] = scale
+        layer.scaling["default"] = alpha / divisor
     uniform = Sensitivity(dict.fromkeys(layers, 1.0), _shapes(layers), "uniform", 0)
     ranks = allocate(uniform, mean_rank=mean, min_rank=0, max_rank=config.r)
     return _with_slots(peft_model, ranks, capacity=config.r)
@@ -133,7 +124,7 @@ def _inject(model: nn.Module, config: LoraConfig) -> PeftModel:
 
 def _adopt(model: PeftModel, max_rank: int | None) -> PeftModel:
     """Slots for an adapter that is there: its weights first, zeros up to the capacity."""
-    adapter = _only_adapter(model)
+    adapter = only_adapter(model)
     # A copy: PEFT keeps the user's own config, with which other models may be made.
     model.peft_config[adapter] = copy.deepcopy(model.peft_config[adapter])
     layers = lora_layers(model)
@@ -163,37 +154,6 @@ def _with_slots(model: PeftModel, ranks: Mapping[str, int], *, capacity: int) ->
     return model
 
 
-def _only_adapter(model: PeftModel) -> str:
-    """The name of the model's adapter, if that is plain LoRA, alone and not merged."""
-    if has_slots(model):
-        raise UnsupportedError("the model has rank slots already; wrap it once")
-    if len(model.peft_config) != 1:
-        raise UnsupportedError(
-            f"the model has the adapters {', '.join(model.peft_config)}, and ranks change in one; remove the others: "
-            "model.delete_adapter(name)"
-        )
-    ((adapter, config),) = model.peft_config.items()
-    if config.peft_type != PeftType.LORA:
-        raise UnsupportedError(
-            f"the adapter is {PeftType(config.peft_type).value}, and ranks change in LoRA alone; use LoraConfig"
-        )
-    _require_plain(cast(LoraConfig, config), refused=_NOT_PLAIN, inits=_INITS_OF_THE_ADAPTER_ALONE)
-    if any(isinstance(module, BaseTunerLayer) and module.merged for module in model.modules()):
-        raise UnsupportedError("the adapter is merged into the model; take it out first: model.unmerge_adapter()")
-    return adapter
-
-
-def _require_plain(config: LoraConfig, *, refused: Sequence[str], inits: Sequence[Any]) -> None:
-    for name in refused:
-        if getattr(config, name):
-            raise UnsupportedError(f"LoraConfig({name}=…) is not supported with changing ranks; leave it out")
-    if config.init_lora_weights not in inits:
-        raise UnsupportedError(
-            f"LoraConfig(init_lora_weights={config.init_lora_weights!r}) depends on the rank or on the base weights; "
-            "leave it out"
-        )
-
-
 def _shapes(layers: dict[str, LoraLayer]) -> Shapes:
     return {name: (cast(int, layer.in_features), cast(int, layer.out_features)) for name, layer in layers.items()}
 
@@ -203,10 +163,9 @@ def _heads(model: nn.Module) -> list[str]:
     if not (isinstance(model, PreTrainedModel) and _HEADED.search(type(model).__name__)):
         return []
     parts = [name for name, child in model.named_children() if any(True for _ in child.parameters())]
-    # Where the body has another name than its family's, it comes first and the head last.
-    return (
-        [name for name in parts if name != model.base_model_prefix] if model.base_model_prefix in parts else parts[-1:]
-    )
+    if model.base_model_prefix in parts:
+        return [name for name in parts if name != model.base_model_prefix]
+    return parts[-1:]  # the body has another name than its family's, or several; the head comes last
 
 
 def _task_type(model: nn.Module) -> TaskType | None:
