@@ -39,6 +39,7 @@ from tsqlora.adapter.resize import drop_slots, grow_slot
 from tsqlora.adapter.slots import Slots, active_ranks, find_slots
 from tsqlora.gradients.sites import lora_layers
 from tsqlora.probe import Probe, probe_pass
+from tsqlora.training.fit import training_arguments
 
 ROWS = samples(8, 3)
 MOODS = moods(96)
@@ -101,11 +102,13 @@ def other_ranks(rank: int, world: int) -> Any:
 
 
 def in_trainer(rank: int, world: int, folder: Path) -> Any:
-    """The stock Trainer with both callbacks, a global batch of 8."""
+    """The stock Trainer with both callbacks, a global batch of 8; of our arguments what several processes need."""
     model = quiet(slotted_bert())
     data = tsq.QualitySubset(moods(), fraction=0.5, seed=0)
     ranks = tsq.RankCallback(interval=2, warmup=0.0, freeze=0.2, finalize=False)
     quality = tsq.QualityCallback(data, warmup=1.0, reference=32, terms=["gradient_norm"])
+    numbers = {"epochs": 1, "learning_rate": 0.1, "batch_size": 1, "eval_batch_size": 1, "seed": 0}
+    ours = training_arguments(folder, **numbers, bf16=False, further={})
     trainer = make_trainer(
         model,
         data,
@@ -113,8 +116,7 @@ def in_trainer(rank: int, world: int, folder: Path) -> Any:
         [ranks, quality],
         per_device_train_batch_size=8 // world,
         learning_rate=0.02,
-        # On, transformers 5.24 multiplies BERT's loss by the number of processes, and clipping then cuts more.
-        average_tokens_across_devices=False,
+        average_tokens_across_devices=ours.average_tokens_across_devices,
     )
     trainer.train()
     assert data.scores is not None

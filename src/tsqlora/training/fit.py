@@ -65,6 +65,8 @@ def training_arguments(
         "save_total_limit": 2,
         "logging_steps": 10,
         "disable_tqdm": True,
+        # On, the Trainer multiplies a loss by the number of processes that BERT's, being a mean, is not divided by.
+        "average_tokens_across_devices": False,
         "use_cpu": not torch.cuda.is_available() and not torch.backends.mps.is_available(),
     }
     try:
