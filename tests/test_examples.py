@@ -12,6 +12,7 @@ EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 RESULTS = {
     "image": "accuracy of the adapter in plain PEFT",
     "loop": "accuracy of the adapter in plain PEFT",
+    "loop_fsdp": "accuracy of the adapter in plain PEFT",
     "sft": "plain PEFT counts on: w7 w8 w9",
     "trainer": "accuracy of the adapter in plain PEFT",
 }
