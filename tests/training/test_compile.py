@@ -1,5 +1,6 @@
 """With torch.compile: ranks as without it, and a new compilation only when they have changed."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +46,15 @@ def wrapped() -> PeftModel:
     return tsq.wrap(Layers(), mean_rank=2, max_rank=6).train()
 
 
-def run(model: PeftModel, called: Any) -> tsq.RankLoop:
+def run(model: PeftModel, called: Any, steps: int = STEPS) -> tsq.RankLoop:
     optimizer = torch.optim.AdamW(trained(model), lr=0.01)
     others = iter(OTHERS)
 
     def policy(ranks: dict[str, int], **_: Any) -> dict[str, int]:
         return dict(zip(ranks, next(others), strict=True))
 
-    ranks = tsq.RankLoop(called, optimizer, STEPS, 4, warmup=0, freeze=0, policy=policy)
-    for step in range(STEPS):
+    ranks = tsq.RankLoop(called, optimizer, steps, 4, warmup=0, freeze=0, policy=policy)
+    for step in range(steps):
         ranks.before_forward()
         called(torch.randn(8, 6, generator=torch.Generator().manual_seed(step))).backward()
         ranks.before_optimizer_step()
@@ -140,3 +141,16 @@ def test_scoring_between_epochs_is_not_compiled(by: str, tmp_path: Path) -> None
     assert (ended[0][2] == ended[1][2]).all()
     assert_same(ended[0][1], ended[1][1], "weights")
     assert compiled_graphs() == sets_of_ranks(ended[0][0])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="inductor compiles with gcc, which is not there")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own, on importing inductor
+def test_compiled_by_inductor_ranks_move_as_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    plain, model = wrapped(), wrapped()
+    wanted, ranks = run(plain, plain, 10), run(model, torch.compile(model), 10)
+    assert len(wanted.events) == 2
+    assert [event.ranks for event in ranks.events] == [event.ranks for event in wanted.events]
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-3, atol=1e-4, msg=name)
