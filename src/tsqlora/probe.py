@@ -120,12 +120,12 @@ class Probe:
 
     def sensitivity(self) -> Sensitivity:
         """The mean over the samples seen, on all processes; a layer that was not used has 0."""
-        if not self.totals:
-            raise UnsupportedError("no backward pass went through the LoRA layers while they were probed")
-        zero = torch.zeros((), device=next(iter(self.totals.values())).device)
-        values = distributed.summed(torch.stack([self.totals.get(name, zero).double() for name in self.layers]))
+        zero = self._zero()
+        values = distributed.summed(torch.stack([self.totals.get(name, zero).to(zero) for name in self.layers]))
         # Not every layer need be used in every pass; one that always is has seen them all.
-        samples = int(distributed.summed(torch.tensor(max(self.samples.values()), device=zero.device)))
+        samples = int(distributed.summed(torch.tensor(max(self.samples.values(), default=0), device=zero.device)))
+        if samples == 0:
+            raise UnsupportedError("no backward pass went through the LoRA layers while they were probed")
         estimator = self.estimator if isinstance(self.estimator, str) else getattr(self.estimator, "__name__", "custom")
         return Sensitivity(
             {name: float(value) / samples for name, value in zip(self.layers, values, strict=True)},
@@ -136,11 +136,14 @@ class Probe:
 
     def directions(self) -> dict[str, Float[Tensor, "k i"]]:
         """Ω ∇W of each layer, summed over samples and processes; Ω is k × o."""
-        device = next(iter(self.sketches.values())).device
-        unseen = {
-            name: torch.zeros(SKETCH_ROWS, _shape(layer)[0], device=device) for name, layer in self.layers.items()
-        }
-        return {name: distributed.summed(self.sketches.get(name, zeros)) for name, zeros in unseen.items()}
+        zero = self._zero()
+        unseen = {name: zero.new_zeros(SKETCH_ROWS, _shape(layer)[0]) for name, layer in self.layers.items()}
+        return {name: distributed.summed(self.sketches.get(name, zeros).to(zero)) for name, zeros in unseen.items()}
+
+    def _zero(self) -> Tensor:
+        """In what numbers processes add up, and where: a process adds zero for what it has not seen."""
+        layer = cast(nn.Module, next(iter(self.layers.values())))
+        return torch.zeros((), dtype=torch.float64, device=next(layer.parameters()).device)
 
     def _add(self, name: str, a: Tensor, b: Tensor) -> None:
         number = get_estimator(self.estimator)(a, b, self.layers[name])
@@ -197,6 +200,7 @@ def probe_pass(
     autocast: torch.dtype | None = None,
 ) -> Probe:
     """A pass of its own over the samples: sensitivities, and gradient sketches."""
+    model = distributed.inner(model)
     layers = lora_layers(model)
     if not layers:
         raise UnsupportedError("the model has no LoRA layers to measure; make it with tsqlora.wrap(model)")

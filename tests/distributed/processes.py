@@ -38,7 +38,7 @@ from tsqlora.adapter.moments import moments
 from tsqlora.adapter.resize import drop_slots, grow_slot
 from tsqlora.adapter.slots import Slots, active_ranks, find_slots
 from tsqlora.gradients.sites import lora_layers
-from tsqlora.probe import Probe, probe_pass
+from tsqlora.probe import Probe
 from tsqlora.training.fit import training_arguments
 
 ROWS = samples(8, 3)
@@ -62,18 +62,22 @@ def halves(rows: list[Any], rank: int, world: int) -> list[Any]:
 
 
 def measured(rank: int, world: int) -> Any:
-    """Sensitivities of the rows, each process with its own."""
-    probe = probe_pass(wrapped(), halves(ROWS, rank, world), collate)
-    return dict(probe.sensitivity().values)
+    """Sensitivities of the rows, each process with its own, through DDP where there are several."""
+    model = wrapped()
+    trains = DistributedDataParallel(model) if world > 1 else model
+    return dict(tsq.sensitivity(trains, halves(ROWS, rank, world), collate).values)
 
 
 def measured_in_training(rank: int, world: int) -> Any:
-    """The same of passes over batches of five and of three, whose losses are means."""
+    """The same of passes over batches of five and of three, whose losses are means; then of five in one process."""
+    return [in_training(rank, world, batches) for batches in ([ROWS[:5], ROWS[5:]], [ROWS[:5]])]
+
+
+def in_training(rank: int, world: int, batches: list[Any]) -> Any:
     model = wrapped()
-    batches = [ROWS[:5], ROWS[5:]]
     probe = Probe(lora_layers(model), "sensitivity")
     with probe.watch(model):
-        for batch in batches if world == 1 else [batches[rank]]:
+        for batch in batches if world == 1 else batches[rank : rank + 1]:
             model(**collate(batch)).loss.backward()
     return dict(probe.sensitivity().values), {name: rows.clone() for name, rows in probe.directions().items()}
 

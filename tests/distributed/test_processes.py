@@ -62,8 +62,9 @@ def test_sensitivities_of_rows_in_two_processes_are_those_of_one(told: list[dict
     assert first == second == pytest.approx(alone, rel=1e-9)
 
 
-def test_batches_of_different_size_count_as_in_one_process_one_after_the_other(told: list[dict[str, Any]]) -> None:
-    (first, sketches), (second, _), (alone, wanted) = (of["measured in training"] for of in told)
+@pytest.mark.parametrize("place", [0, 1], ids=["of different size", "of one process"])
+def test_batches_count_as_in_one_process_one_after_the_other(place: int, told: list[dict[str, Any]]) -> None:
+    (first, sketches), (second, _), (alone, wanted) = (of["measured in training"][place] for of in told)
     assert first == second == pytest.approx(alone, rel=1e-9)
     assert_close(sketches, wanted, error=1e-9)
 
