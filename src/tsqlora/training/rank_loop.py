@@ -63,6 +63,10 @@ class RankLoop:
         min_rank: 0 lets a layer lose its adapter altogether.
         gamma: ranks follow sensitivity to this power; 0 keeps them uniform.
 
+    With accelerate: `prepare` first, `before_forward` before every forward pass, and the two others
+    `if accelerator.sync_gradients`. With a gradient scaler: before or after `unscale_`. For runs that stop and go
+    on, `state_dict` and `load_state_dict`. First ranks from a sample of rows: `start`.
+
     Whatever ranks the model has at first is the budget: as many parameters at every later step. `events` tells
     every decision, `final` the ranks at the end, `seconds` what measuring and changing cost beside the steps' own
     backward. Compiled code runs eagerly in the steps that are measured, one in `interval`, and is compiled anew
@@ -188,9 +192,7 @@ class RankLoop:
 
     def finish(self, *, finalize_model: bool = True) -> PeftModel:
         """Ends the run: the model, plain PEFT with `finalize_model`, else with slots for further training."""
-        if self._next == "before_optimizer_step":
-            self._require_no_step_yet()  # a window that was left before its step is none
-        else:
+        if self._next == "after_optimizer_step":
             self._expect("before_forward")
         self.close()
         if not self.events and len(self.steps) > 0:
