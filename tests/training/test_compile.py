@@ -22,7 +22,8 @@ STEPS = 40
 def fresh() -> Any:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    yield
+    with torch._dynamo.config.patch(recompile_limit=8):  # its default
+        yield
     torch._dynamo.reset()
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState
@@ -514,9 +515,11 @@ def test_a_step_that_failed_leaves_no_hooks_for_the_next_training(tmp_path: Path
             assert not any(module._forward_hooks for module in kwargs["model"].modules())
 
     callback, model = tsq.RankCallback(interval=4), slotted_bert()
+    compiles = torch._dynamo.config.recompile_limit
     with pytest.raises(ZeroDivisionError):
         run(tmp_path, At("pre_optimizer_step", lambda state, _: 1 / (state.global_step - 3)), callback, model=model)
     assert any(module._forward_hooks for module in model.modules())
     run(tmp_path, At("step_begin", look), callback, model=model)
     assert len(callback.events) == 5
     assert_no_hooks(model)
+    assert torch._dynamo.config.recompile_limit == compiles

@@ -4,8 +4,8 @@ warm-up ── start: ranks from the quality sample ── adjust every Δ steps
 """
 
 import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Generator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -334,8 +334,10 @@ def _require_trained(layers: Mapping[str, Slots], optimizer: torch.optim.Optimiz
             )
 
 
-def _compiled_for(sets_of_ranks: int) -> AbstractContextManager[Any]:
+@contextmanager
+def _compiled_for(sets_of_ranks: int) -> Generator[None]:
     """torch.compile as often as it may for one set of ranks, for each: beyond its limit it gives up in silence."""
     config: Any = torch._dynamo.config
     names = ("recompile_limit", "accumulated_recompile_limit")
-    return config.patch({name: getattr(config, name) * sets_of_ranks for name in names})
+    with config.patch({name: getattr(config, name) * sets_of_ranks for name in names}):
+        yield
