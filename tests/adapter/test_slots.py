@@ -305,8 +305,11 @@ def test_a_finalised_model_is_plain_and_computes_the_same() -> None:
 
 def test_a_finalised_copy_leaves_the_original_its_slots() -> None:
     model = wrapped(ranks=MIXED)
+    before = logits_of(model, ROWS)
     other = tsq.finalize(copy.deepcopy(model))
     assert_plain(other)
+    assert torch.equal(logits_of(model, ROWS), before)
+    assert torch.equal(logits_of(other, ROWS), before)
     resize(model, {QUERY: 4})
     assert f"base_model.model.{QUERY}.lora_A.default.weight" in model.state_dict()
     wrapped().load_state_dict(model.state_dict())

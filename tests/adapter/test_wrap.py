@@ -302,6 +302,12 @@ def merged() -> PeftModel:
     return model
 
 
+def frozen() -> PeftModel:
+    model = merged()
+    model.unmerge_adapter()
+    return model.requires_grad_(False)
+
+
 def with_layers_only() -> nn.Module:
     return inject_adapter_in_model(LoraConfig(target_modules=["query"]), tiny_bert())
 
@@ -311,6 +317,7 @@ def with_layers_only() -> nn.Module:
     [
         (with_two, "has the adapters default, other, and ranks change in one; remove the others"),
         (merged, r"merged into the model; take it out first: model.unmerge_adapter\(\)"),
+        (frozen, r"the adapter is frozen; load it with PeftModel.from_pretrained\(..., is_trainable=True\)"),
         (with_layers_only, "has adapter layers and is no PeftModel; make it with peft.get_peft_model"),
         (wrapped, "the model has rank slots already; wrap it once"),
         (lambda: with_lora(use_dora=True), r"LoraConfig\(use_dora=…\) is not supported"),

@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized, register_parametrization, remove_parametrizations
+from torch.nn.utils.parametrize import is_parametrized, register_parametrization, type_before_parametrizations
 
 
 class ActivePrefix(nn.Module):
@@ -72,7 +72,9 @@ class Matrix:
         """A new parameter of the active slots alone."""
         full = self.full
         active = cast(Tensor, getattr(self.holder, self.tensor)).detach().clone(memory_format=torch.contiguous_format)
-        remove_parametrizations(self.holder, self.tensor, leave_parametrized=False)
+        # Not by torch's remove_parametrizations: it takes the property off a class that copies of the module share.
+        self.holder.__class__ = type_before_parametrizations(self.holder)
+        del self.holder.parametrizations
         setattr(self.holder, self.tensor, nn.Parameter(active, requires_grad=full.requires_grad))
         self._tell_linear(active.shape[self.dim])
 

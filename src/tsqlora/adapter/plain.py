@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from tsqlora.adapter.slots import has_slots
 from tsqlora.errors import UnsupportedError
+from tsqlora.gradients.sites import lora_layers, lora_matrices
 
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 _NOT_PLAIN = (
@@ -27,7 +28,7 @@ _INITS_OF_THE_ADAPTER_ALONE = (True, False, "gaussian", "orthogonal", "eva")
 
 
 def only_adapter(model: PeftModel) -> str:
-    """The name of the model's adapter, if that is plain LoRA, alone and not merged."""
+    """The name of the model's adapter, if that is plain LoRA, alone, trainable and not merged."""
     if has_slots(model):
         raise UnsupportedError("the model has rank slots already; wrap it once")
     if len(model.peft_config) != 1:
@@ -43,6 +44,8 @@ def only_adapter(model: PeftModel) -> str:
     _require_plain(cast(LoraConfig, config), refused=_NOT_PLAIN, inits=_INITS_OF_THE_ADAPTER_ALONE)
     if any(isinstance(module, BaseTunerLayer) and module.merged for module in model.modules()):
         raise UnsupportedError("the adapter is merged into the model; take it out first: model.unmerge_adapter()")
+    if not any(p.requires_grad for layer in lora_layers(model).values() for p in lora_matrices(layer, adapter)):
+        raise UnsupportedError("the adapter is frozen; load it with PeftModel.from_pretrained(..., is_trainable=True)")
     return adapter
 
 
