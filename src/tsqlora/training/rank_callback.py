@@ -126,40 +126,39 @@ class RankCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        assert self.loop is not None
         loader = kwargs["train_dataloader"]
         data = loader.dataset if isinstance(loader.dataset, QualitySubset) else None
-        if data is not None and data.scores is not None and not data.awaits_scores and not self.loop.started:
+        if data is not None and data.scores is not None and not data.awaits_scores and not self._running.started:
             self._start(args, data, loader.collate_fn)
         # While scoring is to come, which will set the ranks, they stay.
-        self.loop.before_forward(adjust=data is None or not data.awaits_scores)
+        self._running.before_forward(adjust=data is None or not data.awaits_scores)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        assert self.loop is not None
-        self.loop.before_optimizer_step()
+        self._running.before_optimizer_step()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        assert self.loop is not None
-        self.loop.after_optimizer_step()
+        self._running.after_optimizer_step()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        assert self.loop is not None
-        self.loop.state().save(checkpoint_folder(args, state))
+        self._running.state().save(checkpoint_folder(args, state))
         seal(args, state, "ranks")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._running.finish(finalize_model=self.finalize)
+
+    @property
+    def _running(self) -> RankLoop:
         assert self.loop is not None
-        self.loop.finish(finalize_model=self.finalize)
+        return self.loop
 
     def _start(self, args: TrainingArguments, data: QualitySubset, collate: Any) -> None:
         """The first ranks, from sensitivities on the quality sample."""
-        assert self.loop is not None
         places = np.random.default_rng([self.seed, 4]).permutation(len(data))[: self.samples]
-        self.loop.start(
+        self._running.start(
             # Not `data` itself: it tells what training is handed out.
             Subset(data.dataset, data.indices[np.sort(places)].tolist()),
             collate,
