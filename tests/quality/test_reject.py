@@ -65,7 +65,7 @@ def test_at_a_bound_the_likelihood_has_fallen_to_the_edge_of_the_test(seed: int)
     noise = label_noise(logits, labels)
 
     def profile(rate: float) -> float:
-        return min(_loss(np.array([rate, scale]), logits, labels)[0] for scale in np.linspace(0.3, 3, 200))
+        return min(_loss(np.array([rate, scale]), logits, labels)[0] for scale in np.geomspace(0.1, 30, 1500))
 
     for bound in (noise.low, noise.high):
         assert 2 * 400 * (profile(bound) - profile(noise.rate)) == pytest.approx(2.7055, abs=0.05)

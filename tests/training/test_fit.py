@@ -32,7 +32,9 @@ def settings(place: Path, **sections: Any) -> Config:
 class Counted:
     """What a fit told and counted, and what really went through the model."""
 
-    def __init__(self, config: Config, run: Path, *, resume_from: Path | None = None) -> None:
+    def __init__(
+        self, config: Config, run: Path, *, resume_from: Path | None = None, also: TrainerCallback | None = None
+    ) -> None:
         args = pipeline.arguments(config, run)
         job = pipeline.load(config)
         model, self.record = pipeline.begin(job, args)
@@ -50,7 +52,7 @@ class Counted:
                 self.quality,
                 self.ranks,
                 lambda *told: self.told.append(told),
-                also=[TrainerCallback()],
+                also=[also or TrainerCallback()],
                 resume_from=resume_from,
             )
         finally:
@@ -135,6 +137,36 @@ def test_costs_are_whole_also_where_a_save_comes_within_an_epoch_or_at_its_last_
         resumed = Counted(config, tmp_path, resume_from=tmp_path / "checkpoints" / f"checkpoint-{step}")
         for name in ("forward", "backward", "tokens"):
             assert resumed.cost(name) == whole.cost(name)
+
+
+class FirstGradient(TrainerCallback):
+    """The gradient's norm at the first step, without dropout; then the training ends."""
+
+    norm = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for module in kwargs["model"].modules():
+            rates = [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]
+            for name in ["p"] if isinstance(module, torch.nn.Dropout) else rates:
+                setattr(module, name, 0.0)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        grads = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
+        self.norm = float(torch.nn.utils.get_total_norm(grads))
+        control.should_training_stop = True
+
+
+def test_accumulated_batches_have_the_gradient_of_one(place: Path, tmp_path: Path) -> None:
+    """Of all 54 rows that are trained on, so that the order does not matter."""
+    norms = []
+    for accumulate in (1, 3):
+        sizes = {"batch_size": 54 // accumulate, "gradient_accumulation_steps": accumulate, "max_grad_norm": 0.0}
+        first = FirstGradient()
+        off = {"quality": {"enabled": False, "fraction": 1.0}, "ranks": {"policy": "fixed"}}
+        counted = Counted(settings(place, training=QUICK | sizes, **off), tmp_path / str(accumulate), also=first)
+        assert len(counted.data) == 54
+        norms.append(first.norm)
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
 
 
 def arguments(**further: Any) -> Any:

@@ -117,6 +117,8 @@ def fit(
         ],
     )
     trainer.remove_callback(PrinterCallback)
+    # A loss is the mean over its batch, also of models that the Trainer takes for having divided by the whole window.
+    trainer.loss_is_scaled_for_ga = False
     trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     if quality is not None:
         record.cost["scoring"] = scoring_cost(quality)
