@@ -1,3 +1,7 @@
+import gc
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -342,6 +346,32 @@ def test_closing_leaves_nothing_behind() -> None:
     ranks.close()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in ranks.model.modules())
     assert torch._dynamo.config.recompile_limit == limit
+
+
+def test_a_loop_that_is_forgotten_leaves_nothing_behind() -> None:
+    limit = torch._dynamo.config.recompile_limit
+    ranks = begin(interval=1, warmup=0, freeze=0)
+    ranks.before_forward()
+    model = ranks.model
+    del ranks
+    gc.collect()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert torch._dynamo.config.recompile_limit == limit
+
+
+@pytest.mark.slow
+def test_a_script_that_fails_in_a_measured_step_tells_its_own_error_last() -> None:
+    code = """
+from stock import *
+model = slotted_bert()
+ranks = tsq.RankLoop(model, torch.optim.AdamW(model.parameters()), 30, 1, warmup=0)
+ranks.before_forward()
+model(**collate(moods(8))).loss.backward()
+raise RuntimeError("mine")
+"""
+    path = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | path, capture_output=True, text=True)
+    assert done.stderr.rstrip().endswith("RuntimeError: mine")
 
 
 def test_the_model_is_found_in_what_wraps_it() -> None:

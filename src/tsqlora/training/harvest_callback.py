@@ -1,6 +1,7 @@
 """What training's own passes say of each row, in a stock Trainer: no pass of its own, a file at the end."""
 
 import json
+import weakref
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ class HarvestCallback(TrainerCallback):
         self.path = None if path is None else Path(path)
         self.harvest: Harvest | None = None
         self._watching = ExitStack()
+        weakref.finalize(self, self._watching.close)  # where an epoch failed, at the latest on exit
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

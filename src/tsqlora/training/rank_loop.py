@@ -4,8 +4,9 @@ warm-up ── start: ranks from the quality sample ── adjust every Δ steps
 """
 
 import time
-from collections.abc import Generator, Mapping
-from contextlib import ExitStack, contextmanager
+import weakref
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -111,6 +112,8 @@ class RankLoop:
         self._probe: Probe | None = None
         self._tap, self._limits = ExitStack(), ExitStack()
         self._limits.enter_context(_compiled_for(2 + len(self.steps)))
+        for held in (self._tap, self._limits):
+            weakref.finalize(self, held.close)  # also where a step failed and nobody closes, at the latest on exit
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -334,10 +337,8 @@ def _require_trained(layers: Mapping[str, Slots], optimizer: torch.optim.Optimiz
             )
 
 
-@contextmanager
-def _compiled_for(sets_of_ranks: int) -> Generator[None]:
+def _compiled_for(sets_of_ranks: int) -> AbstractContextManager[Any]:
     """torch.compile as often as it may for one set of ranks, for each: beyond its limit it gives up in silence."""
     config: Any = torch._dynamo.config
     names = ("recompile_limit", "accumulated_recompile_limit")
-    with config.patch({name: getattr(config, name) * sets_of_ranks for name in names}):
-        yield
+    return config.patch({name: getattr(config, name) * sets_of_ranks for name in names})
