@@ -96,6 +96,7 @@ class RankLoop:
         self.model, self.optimizer = unwrapped(model), optimizer
         self.layers = find_slots(self.model)
         _require_trained(self.layers, optimizer)
+        self._weights = [parameter for slots in self.layers.values() for parameter, _ in slots.matrices()]
         self.shapes = {name: slots.shape for name, slots in self.layers.items()}
         self.capacity = max(slots.capacity for slots in self.layers.values())
         self.policy, self.estimator, self.seed = get_policy(policy), estimator, seed
@@ -268,7 +269,7 @@ class RankLoop:
 
     def _weights_version(self) -> int:
         """A number that grows when weights are changed in place (torch's fused optimizers do it without)."""
-        return sum(parameter._version for slots in self.layers.values() for parameter, _ in slots.matrices())
+        return sum(parameter._version for parameter in self._weights)
 
     def _schedule(self, total: int, *, warmup: float, freeze: float) -> range:
         if self.policy is get_policy("fixed"):
