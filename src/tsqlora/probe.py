@@ -46,7 +46,7 @@ def weight_times_gradient(a: Shaped[Tensor, "n t *i"], b: Float[Tensor, "n t o"]
         ids, rows = looked_up(a, wide(b), weight.shape[1])
         return (rows.abs() * weight.T[ids]).sum() / weight.numel()
     weight = weight.flatten()
-    return _over_chunks(a, b, lambda grads: (grads.abs().flatten(1) @ weight).sum()) / weight.numel()
+    return _over_chunks(a, b, lambda grads: (grads.abs_().flatten(1) @ weight).sum()) / weight.numel()
 
 
 def fisher(a: Shaped[Tensor, "n t *i"], b: Float[Tensor, "n t o"], layer: LoraLayer) -> Tensor:

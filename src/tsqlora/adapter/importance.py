@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tsqlora import distributed
@@ -24,7 +24,7 @@ class Importance:
     def __init__(self, layers: Mapping[str, Slots]) -> None:
         self.layers = layers
         self.rows = {name: row for row, name in enumerate(layers)}
-        size = (len(layers), max(slots.capacity for slots in layers.values()))
+        size = (len(layers), next(iter(layers.values())).capacity)  # of all layers the same
         device = next(iter(layers.values())).a.device
         self.mean = torch.zeros(size, device=device)
         self.spread = torch.zeros(size, device=device)
@@ -35,19 +35,7 @@ class Importance:
 
         Raises UnsupportedError if no slot has a gradient: whatever trains the model hides them.
         """
-        raw = torch.zeros_like(self.mean)
-        active = torch.zeros_like(self.mean, dtype=torch.bool)
-        seen = False
-        for row, slots in enumerate(self.layers.values()):
-            active[row, : slots.rank] = True
-            if slots.a.grad is not None and slots.b.grad is not None:
-                raw[row, : slots.capacity] = slot_products(slots.a, slots.a.grad, slots.b, slots.b.grad)
-                seen = True
-        if not seen:
-            raise UnsupportedError(
-                "no LoRA weight has a gradient before the optimizer's step (frozen, or kept elsewhere as DeepSpeed "
-                "does), so ranks cannot follow them; leave out RankCallback"
-            )
+        raw, active = self._raw(), self._active()
         total = raw.sum()
         if not torch.isfinite(total):
             return False
@@ -58,6 +46,24 @@ class Importance:
         surprise = (raw - self.mean / self._correction()).abs()
         self.spread = torch.where(active, BETA * self.spread + (1 - BETA) * surprise, 0)
         return True
+
+    def _raw(self) -> Float[Tensor, "layers capacity"]:
+        """Each slot's |Σ θ·∇θ| as gradients are now; zero for a layer that has none."""
+        found: list[Tensor | None] = []
+        for slots in self.layers.values():
+            (a, _), (b, _) = slots.matrices()
+            found.append(None if a.grad is None or b.grad is None else slot_products(a, a.grad, b, b.grad))
+        if all(products is None for products in found):
+            raise UnsupportedError(
+                "no LoRA weight has a gradient before the optimizer's step (frozen, or kept elsewhere as DeepSpeed "
+                "does), so ranks cannot follow them; leave out RankCallback"
+            )
+        zeros = torch.zeros_like(self.mean[0])
+        return torch.stack([zeros if products is None else products for products in found])
+
+    def _active(self) -> Bool[Tensor, "layers capacity"]:
+        ranks = torch.tensor([slots.rank for slots in self.layers.values()], device=self.mean.device)
+        return torch.arange(self.mean.shape[1], device=self.mean.device) < ranks[:, None]
 
     def of(self, name: str) -> Float[Tensor, " r"]:
         """Ī·Ū of a layer's active slots; comparable between layers."""

@@ -1,7 +1,7 @@
 """A and B of a LoRA layer, wherever PEFT keeps them, shown in part: a parametrisation that is a prefix."""
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -49,14 +49,12 @@ class Matrix:
     @property
     def full(self) -> nn.Parameter:
         """All slots, active or not."""
-        return self.holder.get_parameter(f"parametrizations.{self.tensor}.original")
+        return cast(Any, self.holder).parametrizations[self.tensor].original
 
     @property
     def prefix(self) -> ActivePrefix:
         """What shows the active ones."""
-        prefix = self.holder.get_submodule(f"parametrizations.{self.tensor}.0")
-        assert isinstance(prefix, ActivePrefix)
-        return prefix
+        return cast(Any, self.holder).parametrizations[self.tensor][0]
 
     def make_slots(self, rank: int, capacity: int) -> None:
         """Keeps the first `rank` slots, zeros up to the capacity; the parameter stays the same object."""
