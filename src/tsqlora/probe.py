@@ -240,11 +240,13 @@ def _shape(layer: LoraLayer) -> tuple[int, int]:
 
 
 def _over_chunks(a: Tensor, b: Tensor, number: Callable[[Tensor], Tensor]) -> Tensor:
-    """Sum of `number(per-sample gradients)` over chunks small enough to stay in the cache."""
+    """Sum of `number(per-sample gradients)` over chunks small enough to stay in the cache.
+
+    `number` may change what it gets. Where b is in half precision entries are rounded to it, as training rounds.
+    """
     step = max(1, CHUNK // (a.shape[2] * b.shape[2]))
-    b = wide(b)
     a = a.to(b)
-    parts = [number(b[k : k + step].mT @ a[k : k + step]) for k in range(0, len(a), step)]
+    parts = [number(wide(b[k : k + step].mT @ a[k : k + step])) for k in range(0, len(a), step)]
     return torch.stack(parts).sum()
 
 

@@ -148,8 +148,8 @@ def test_a_step_that_a_gradient_scaler_skips_puts_the_adjustment_off(unscaled: b
         ranks.after_optimizer_step()
         ranks.optimizer.zero_grad()
     assert [event.step for event in ranks.events] == [6, 8, 12, 16, 20]
-    assert int(ranks.importance.age.max()) == STEPS - 2
-    assert int(plain.importance.age.max()) == STEPS
+    assert int(ranks.importance.age.max()) == ranks.steps.stop - 2
+    assert int(plain.importance.age.max()) == plain.steps.stop
     ranks.finish()
 
 

@@ -172,7 +172,8 @@ class RankLoop:
         self._expect("before_optimizer_step")
         self._require_no_step_yet()
         self._next = "after_optimizer_step"
-        finite = self.importance.update()
+        # Once ranks are final, nothing asks what slots are worth.
+        finite = self._final() or self.importance.update()
         self._tap.close()
         # A step whose gradients overflowed is skipped, and says nothing about ranks either.
         self._postponed = self._probe is not None and not finite
@@ -255,6 +256,10 @@ class RankLoop:
         known = dict(saved)
         step = known.pop("step")
         self.restore(RankState.from_dict(known), step=step)
+
+    def _final(self) -> bool:
+        """Whether ranks will not change any more."""
+        return self.step >= self.steps.stop and (self.started or bool(self.events))
 
     def _expect(self, call: str) -> None:
         if self._next != call:
