@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import approx_fprime
+from scipy.optimize import approx_fprime, minimize_scalar
 from scipy.special import softmax
 
 from tsqlora.errors import SettingsError, TsqLoraError
@@ -58,17 +58,23 @@ def test_evidence_is_a_statistic_beyond_the_half_chi_squared_of_the_level(level:
         assert LabelNoise(0.2, 0.1, 0.3, statistic, level, 1.0, 100).evident == expected
 
 
-@settings(max_examples=4)
+@settings(max_examples=8)
 @given(seed=SEEDS)
 def test_at_a_bound_the_likelihood_has_fallen_to_the_edge_of_the_test(seed: int) -> None:
     logits, labels, _ = rows_of(seed, wrong=0.2, rows=400)
     noise = label_noise(logits, labels)
 
     def profile(rate: float) -> float:
-        return min(_loss(np.array([rate, scale]), logits, labels)[0] for scale in np.geomspace(0.1, 30, 1500))
+        def loss(log_scale: float) -> float:
+            return float(_loss(np.array([rate, np.exp(log_scale)]), logits, labels)[0])
+
+        best = min(np.linspace(-3, 4, 36), key=loss)
+        return minimize_scalar(loss, bounds=(best - 0.2, best + 0.2), method="bounded").fun
 
     for bound in (noise.low, noise.high):
-        assert 2 * 400 * (profile(bound) - profile(noise.rate)) == pytest.approx(2.7055, abs=0.05)
+        fallen = 2 * 400 * (profile(bound) - profile(noise.rate))
+        # At a rate of 0, where there is nothing beyond, it need not have fallen as far.
+        assert fallen == pytest.approx(2.7055, abs=0.05) or (bound == 0 and fallen < 2.7055)
 
 
 @settings(max_examples=8)
