@@ -479,7 +479,9 @@ def test_an_optimizer_made_before_the_slots_is_refused(tmp_path: Path) -> None:
 def test_a_second_training_of_a_finalised_model_is_refused(tmp_path: Path) -> None:
     trainer = make_trainer(slotted_bert(), ROWS, tmp_path, [tsq.RankCallback(interval=4)])
     trainer.train()
-    with pytest.raises(tsq.UnsupportedError, match=r"for a second train\(\), RankCallback\(finalize=False\)"):
+    with pytest.raises(
+        tsq.UnsupportedError, match=r"for a second train\(\), use tsqlora.wrap\(model\) and RankCallback\(fin"
+    ):
         trainer.train()
 
 

@@ -17,6 +17,7 @@ from models import collate
 from scoring import assert_same
 from slotted import assert_hidden_are_zero, trained
 from stock import base_bert, make_trainer, moods, slotted_bert
+from tsqlora.adapter.slots import find_slots
 from tsqlora.training import rank_loop
 
 ROWS = moods(40)
@@ -386,3 +387,15 @@ def test_the_model_is_found_in_what_wraps_it() -> None:
         assert ranks.events == whole_run().events
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_layer_whose_adapter_is_frozen_is_refused(side: int) -> None:
+    model = slotted_bert()
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.01)
+    name, slots = next(iter(find_slots(model).items()))
+    slots.matrices()[side][0].requires_grad_(False)
+    with pytest.raises(
+        tsq.UnsupportedError, match=f"the adapter of {name} is frozen, .*leave the layer out of target_mod"
+    ):
+        tsq.RankLoop(model, optimizer, total_steps=40, interval=4)

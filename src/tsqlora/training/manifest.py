@@ -137,6 +137,10 @@ def _require_whole(folder: Path) -> None:
     why = fault(folder)
     if why is None:
         return
+    if not folder.is_dir():
+        raise TsqLoraError(
+            f"cannot resume: {folder} is not there; resume with the output_dir that the run was begun in, where it was"
+        )
     others = (other for other in _newest_first(folder.parent) if fault(other) is None)
     whole = next(others, None)
     cure = "no other checkpoint there is whole, start anew" if whole is None else f"resume from {whole}"

@@ -169,5 +169,6 @@ class RankCallback(TrainerCallback):
 
 _NO_SLOTS = (
     "the optimizer is made and the model has no rank slots: give RankCallback to Trainer(callbacks=[...]), which puts "
-    "them on a LoRA model in time, or use tsqlora.wrap(model); for a second train(), RankCallback(finalize=False)"
+    "them on a LoRA model in time; with model_init or an optimizer of your own, and for a second train(), use "
+    "tsqlora.wrap(model) and RankCallback(finalize=False)"
 )

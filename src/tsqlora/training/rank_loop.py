@@ -19,7 +19,7 @@ from tsqlora.adapter.change import change_ranks
 from tsqlora.adapter.importance import Importance
 from tsqlora.adapter.moments import moments
 from tsqlora.adapter.slots import Slots, finalize, find_slots, sync_config
-from tsqlora.errors import SettingsError, TsqLoraError
+from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.gradients.sites import lora_layers
 from tsqlora.probe import Estimator, Probe, get_estimator, probe_pass
 from tsqlora.ranks.allocate import Sensitivity, allocate
@@ -94,7 +94,7 @@ class RankLoop:
     ) -> None:
         get_estimator(estimator)
         self.model, self.optimizer = unwrapped(model), optimizer
-        self.layers = find_slots(self.model)
+        self.layers, self.final = find_slots(self.model), dict[str, int]()
         _require_trained(self.layers, optimizer)
         self._weights = [parameter for slots in self.layers.values() for parameter, _ in slots.matrices()]
         self.shapes = {name: slots.shape for name, slots in self.layers.items()}
@@ -107,7 +107,6 @@ class RankLoop:
         self.budget = used(self.ranks, self.shapes)
         self.importance = Importance(self.layers)
         self.step, self.events, self.started, self.seconds = 0, list[RankEvent](), False, 0.0
-        self.final: dict[str, int] = {}
         self._target(dict.fromkeys(self.layers, 1.0))  # bad bounds are told before training
         self._next, self._postponed = "before_forward", False
         self._probe: Probe | None = None
@@ -118,8 +117,8 @@ class RankLoop:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Each layer's rank as it is now, until `finish`."""
-        return {name: slots.rank for name, slots in self.layers.items()}
+        """Each layer's rank as it is now; the last ones after `finish`."""
+        return self.final or {name: slots.rank for name, slots in self.layers.items()}
 
     def start(
         self,
@@ -249,6 +248,7 @@ class RankLoop:
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint, beside the model's and the optimizer's; `torch.load(weights_only=True)` reads it."""
+        self._expect("before_forward")
         return {"step": self.step, **self.state().to_dict()}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -336,7 +336,12 @@ class RankLoop:
 def _require_trained(layers: Mapping[str, Slots], optimizer: torch.optim.Optimizer) -> None:
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for slots in layers.values():
-        if any(parameter.requires_grad and id(parameter) not in trained for parameter, _ in slots.matrices()):
+        if not all(parameter.requires_grad for parameter, _ in slots.matrices()):
+            raise UnsupportedError(
+                f"the adapter of {slots.name} is frozen, and its rank would move all the same; unfreeze it, or leave "
+                "the layer out of target_modules"
+            )
+        if any(id(parameter) not in trained for parameter, _ in slots.matrices()):
             raise SettingsError(
                 f"the optimizer does not train the adapter of {slots.name}, which was wrapped later; make it from the "
                 "parameters of the model that tsqlora.wrap gives"
