@@ -295,5 +295,5 @@ def test_a_best_checkpoint_that_cannot_be_brought_back_is_told(how: str, run: Pa
     else:
         cut_off(run / "checkpoint-8" / "adapter_model.safetensors")
     best = {"load_best_model_at_end": True, "eval_strategy": "epoch", "evaluate_on": DATA[:16]}
-    with pytest.raises(tsq.TsqLoraError, match="checkpoint-8 is not (whole|there)"):
+    with pytest.raises(tsq.TsqLoraError, match=r"checkpoint-8 is not (whole|there)"):
         trainer(run, **best).train(resume_from_checkpoint=str(run / "checkpoint-12"))
