@@ -7,6 +7,7 @@ the file's, a hyphen and the table's.
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -94,12 +95,15 @@ def selection_differences(results: Mapping[str, Any]) -> list[list[str]]:
 def _paired(pairs: Mapping[tuple[Any, ...], float]) -> list[str]:
     values = 100 * np.array(list(pairs.values()))
     worst = min(pairs, key=lambda cell: pairs[cell])
-    interval = "–"
-    if len(values) > 1:
-        half = scipy.stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-        interval = f"{values.mean() - half:+.1f} to {values.mean() + half:+.1f}"
     name = f"{values.min():+.1f} ({worst[0]}, seed {worst[2]})"
-    return [str(len(values)), f"{values.mean():+.1f}", interval, name]
+    return [str(len(values)), f"{values.mean():+.1f}", _interval(values, 1), name]
+
+
+def _interval(values: np.ndarray, digits: int) -> str:
+    if len(values) < 2:
+        return "–"
+    half = scipy.stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return f"{values.mean() - half:+.{digits}f} to {values.mean() + half:+.{digits}f}"
 
 
 Cell = tuple[str, float, int, float]
@@ -198,12 +202,109 @@ def harvest_picks(results: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def ranks_differences(results: Mapping[str, Any]) -> list[list[str]]:
+    """A variant minus uniform ranks over the cells that both have: points, and test loss in per cent of uniform's."""
+    runs = _ranks(results)
+    rows = [["mean rank", "variant", "cells", "points", "95 % interval", "worst cell", "test loss", "95 % interval"]]
+    kinds = Counter((cell[2], variant) for variant, cell in runs if variant != "uniform" and ("uniform", cell) in runs)
+    for mean, variant in sorted(kinds, key=lambda kind: (kind[0] != 4, kind[0], -kinds[kind])):
+        alike = [c for v, c in runs if v == variant and c[2] == mean and ("uniform", c) in runs]
+        pairs = {c: (runs[variant, c], runs["uniform", c]) for c in alike}
+        cells, gain, interval, worst = _paired({(c[0], c[2], c[1]): (a[0] - b[0]) / 100 for c, (a, b) in pairs.items()})
+        losses = np.array([100 * (a[1] / b[1] - 1) for a, b in pairs.values()])
+        rows.append(
+            [f"{mean:g}", variant, cells, gain, interval, worst, f"{losses.mean():+.1f} %", _interval(losses, 1)]
+        )
+    return rows
+
+
+def ranks_cells(results: Mapping[str, Any]) -> list[list[str]]:
+    """Uniform ranks' points by cell (accuracy; on STS-B 100 times Pearson's r), and the others' above or below."""
+    runs = _ranks(results)
+    cells = sorted({cell for _, cell in runs}, key=lambda cell: (cell[2] != 4, cell[2], cell[0], cell[1]))
+    variants = sorted({v for v, _ in runs}, key=lambda v: (v != "uniform", -sum(name == v for name, _ in runs), v))
+    rows = [["variant", *(f"{task}, seed {seed}, mean {mean:g}" for task, seed, mean in cells)]]
+    for variant in variants:
+        shown = []
+        for cell in cells:
+            run, control = runs.get((variant, cell)), runs.get(("uniform", cell))
+            if run is None or control is None:
+                shown.append("–")
+            else:
+                shown.append(f"{run[0]:.1f}" if variant == "uniform" else f"{run[0] - control[0]:+.1f}")
+        rows.append([variant, *shown])
+    return rows
+
+
+def _ranks(results: Mapping[str, Any]) -> dict[tuple[str, tuple[str, int, float]], tuple[float, float]]:
+    """Points and test loss of each run, by variant and (task, seed, mean rank)."""
+    found = {}
+    for run in results["results"].values():
+        test = run["test"]
+        points = 100 * test.get("accuracy", test.get("pearson"))
+        found[run["variant"], (run["task"], run["seed"], run["mean"])] = (points, test["loss"])
+    return found
+
+
+def rank_cost(results: Mapping[str, Any]) -> list[list[str]]:
+    """Of a run whose ranks move, in units of one of plain LoRA at the same mean rank: by medians, and by the sum."""
+    head = [
+        "model, precision",
+        "steps",
+        "of them measured",
+        "a step not measured",
+        "one measured",
+        "the run, by medians",
+    ]
+    rows = [[*head, "its seconds", "peak memory"]]
+    for cell, found in results["cells"].items():
+        if cell.startswith("large rank"):
+            continue
+        name = cell.replace("/", ", ")
+        without, measured = found["ratio of steps without measuring"], found["ratio of steps with"]
+        share = found["adjustments"] / found["steps"]
+        ratios = (without, measured, (1 - share) * without + share * measured, found["ratio"])
+        memory = found["peak"]["ours"] / found["peak"]["plain"]
+        counts = (str(found["steps"]), str(found["adjustments"]))
+        rows.append([name, *counts, *(f"{ratio:.3f}" for ratio in ratios), f"{memory:.3f}"])
+    return rows
+
+
+def rank_cost_large(results: Mapping[str, Any]) -> list[list[str]]:
+    """Seconds of a step where the rank is large, by what is active."""
+    cells = {name.split("/")[1]: found for name, found in results["cells"].items() if name.startswith("large rank")}
+    names = list(next(iter(cells.values())))
+    return [
+        ["precision", *names],
+        *([precision, *(f"{found[name]:.2f}" for name in names)] for precision, found in cells.items()),
+    ]
+
+
+def resume(results: Mapping[str, Any]) -> list[list[str]]:
+    """By model and way of saving: runs that were killed, when, and of how many all was the same in the end."""
+    rows = [["model", "checkpoints", "runs", "kills", "while writing one", "killed twice", "all the same in the end"]]
+    kinds = dict.fromkeys((key.split("/")[0], cell["saves"]) for key, cell in results["cells"].items())
+    for model, saves in kinds:
+        cells = [c for key, c in results["cells"].items() if (key.split("/")[0], c["saves"]) == (model, saves)]
+        kills = [kill for cell in cells for kill in cell["kills"]]
+        writing = sum(kill["kind"] == "writing" for kill in kills)
+        twice = sum(len(cell["kills"]) > 1 for cell in cells)
+        same = sum(all(cell["same"].values()) for cell in cells)
+        rows.append([model, saves, *map(str, (len(cells), len(kills), writing, twice, same))])
+    return rows
+
+
 TABLES: dict[str, Callable[[Mapping[str, Any]], list[list[str]]]] = {
     "harvest-cost": harvest_cost,
     "harvest-picks": harvest_picks,
     "label_errors": label_errors,
     "quality_rules": quality_rules,
     "rank_agreement": rank_agreement,
+    "rank_cost": rank_cost,
+    "rank_cost-large": rank_cost_large,
+    "ranks-cells": ranks_cells,
+    "ranks-differences": ranks_differences,
+    "resume": resume,
     "scoring": scoring_ratios,
     "selection-cells": selection_cells,
     "selection-differences": selection_differences,
