@@ -40,4 +40,4 @@ def test_how_many_were_launched_is_what_the_launcher_says(count: str, monkeypatc
 
 def test_a_model_that_is_not_in_another_is_itself() -> None:
     model = torch.nn.Linear(2, 2)
-    assert distributed.inner(model) is model
+    assert distributed.unwrapped(model) is model

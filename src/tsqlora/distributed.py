@@ -7,6 +7,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import is_compiled_module
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -129,9 +130,17 @@ def refuse_deepspeed(plugin: Any) -> None:
         )
 
 
-def inner(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, whose forward pass awaits the other processes."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, whose forward pass awaits the other processes, and torch.compile."""
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif is_compiled_module(model):
+            model = cast(nn.Module, model._orig_mod)
+        elif type(model).__name__ == "DeepSpeedEngine":
+            refuse_deepspeed(model)
+        else:
+            return model
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:

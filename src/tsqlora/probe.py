@@ -200,7 +200,7 @@ def probe_pass(
     autocast: torch.dtype | None = None,
 ) -> Probe:
     """A pass of its own over the samples: sensitivities, and gradient sketches."""
-    model = distributed.inner(model)
+    model = distributed.unwrapped(model)
     layers = lora_layers(model)
     if not layers:
         raise UnsupportedError("the model has no LoRA layers to measure; make it with tsqlora.wrap(model)")

@@ -106,7 +106,7 @@ def score(
     require_settings(len(dataset), weights=weights, temperature=temperature, hashes=hashes)
     if batch_size < 1:
         raise SettingsError(f"batch_size is {batch_size}; it must be at least 1")
-    model = distributed.inner(model)
+    model = distributed.unwrapped(model)
     if any(map(distributed.is_sharded, model.parameters())):
         raise UnsupportedError("the model's weights are in parts over processes (FSDP); score before fully_shard")
     if coupled := batch_coupled(model):

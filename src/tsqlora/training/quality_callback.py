@@ -22,7 +22,6 @@ from tsqlora.tasks import Task, get_task
 from tsqlora.tasks.forward import task_of
 from tsqlora.training.checkpoint import QualityState
 from tsqlora.training.manifest import announce, checkpoint_folder, digest, seal
-from tsqlora.training.unwrap import unwrapped
 
 SCORES_FILE = "scores.parquet"
 
@@ -214,7 +213,7 @@ class QualityCallback(TrainerCallback):
 
 
 def _require_one_answer_a_sample(model: nn.Module) -> None:
-    inner = unwrapped(model)
+    inner = distributed.unwrapped(model)
     base = inner.get_base_model() if isinstance(inner, PeftModel) else inner
     if isinstance(base, GenerationMixin):
         raise UnsupportedError(

@@ -19,7 +19,6 @@ from tsqlora.ranks.policies import Policy, get_policy
 from tsqlora.training.checkpoint import RankState
 from tsqlora.training.manifest import announce, checkpoint_folder, seal
 from tsqlora.training.rank_loop import RankLoop
-from tsqlora.training.unwrap import unwrapped
 
 
 class RankCallback(TrainerCallback):
@@ -93,7 +92,7 @@ class RankCallback(TrainerCallback):
         return self.loop is not None and self.loop.started
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        model = unwrapped(kwargs["model"])
+        model = distributed.unwrapped(kwargs["model"])
         if has_slots(model):
             if self.max_rank is not None:
                 raise SettingsError(

@@ -30,7 +30,6 @@ from tsqlora.ranks.schedule import adjustment_steps, moves_allowed
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate
 from tsqlora.training.checkpoint import RankState
-from tsqlora.training.unwrap import unwrapped
 
 WHERE = {
     "before_forward": "before the step's first forward pass",
@@ -93,7 +92,7 @@ class RankLoop:
         seed: int = 0,
     ) -> None:
         get_estimator(estimator)
-        self.model, self.optimizer = unwrapped(model), optimizer
+        self.model, self.optimizer = distributed.unwrapped(model), optimizer
         self.layers, self.final = find_slots(self.model), dict[str, int]()
         _require_trained(self.layers, optimizer)
         self._weights = [parameter for slots in self.layers.values() for parameter, _ in slots.matrices()]
