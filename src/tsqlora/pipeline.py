@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import (
     DataCollatorWithPadding,
     TrainerCallback,
@@ -201,37 +202,71 @@ def method(
     job: Job, scores_path: Path, progress: Progress | None
 ) -> tuple[QualitySubset, QualityCallback | None, RankCallback]:
     """The method's two halves as the config sets them, and the rows that an epoch trains on."""
-    q, r, seed = job.config.quality, job.config.ranks, job.config.training.seed
+    q = job.config.quality
+    data = subset(job, q.fraction)
+    quality = quality_half(
+        job,
+        data,
+        scores_path,
+        progress,
+        weights=q.resolved_weights(),
+        temperature=q.resolved_temperature(),
+        reject=q.resolved_reject(),
+    )
+    return data, quality if q.enabled else None, ranks_half(job.config)
+
+
+def subset(job: Job, fraction: float) -> QualitySubset:
+    """The training rows, of which an epoch sees this share."""
+    samples, training = job.data.samples["train"], job.config.training
+    return QualitySubset(
+        samples,
+        fraction,
+        training.seed,
+        resample=job.config.quality.resample,
+        lengths=samples.lengths,
+        batch_size=training.batch_size,
+    )
+
+
+def quality_half(
+    job: Job,
+    data: QualitySubset,
+    scores_path: Path,
+    progress: Progress | None,
+    *,
+    weights: Mapping[str, float] | None,
+    temperature: float,
+    reject: bool | None,
+) -> QualityCallback:
+    """Warm-up, scoring and draws as the config sets them, by this rule."""
+    q = job.config.quality
     if q.reject and not isinstance(job.task, Classification):
         raise SettingsError(
             f"quality.reject finds wrong labels of classes, and the task is {job.task.name}; leave it out"
         )
-    samples = job.data.samples["train"]
-    data = QualitySubset(
-        samples,
-        q.fraction,
-        seed,
-        resample=q.resample,
-        lengths=samples.lengths,
-        batch_size=job.config.training.batch_size,
-    )
-    quality = QualityCallback(
+    return QualityCallback(
         data,
         q.warmup,
         limit=q.warmup_limit,
-        weights=q.resolved_weights(),
-        temperature=q.resolved_temperature(),
-        reject=q.resolved_reject(),
+        weights=weights,
+        temperature=temperature,
+        reject=reject,
         scope=q.scope,
         reference=q.reference,
         calibration=q.calibrate,
-        seed=seed,
-        hashes=samples.hashes,
+        seed=job.config.training.seed,
+        hashes=job.data.samples["train"].hashes,
         about=about_rows(job.config, job.data),
         scores_path=scores_path,
         progress=progress,
     )
-    ranks = RankCallback(
+
+
+def ranks_half(config: Config) -> RankCallback:
+    """Ranks that follow sensitivity, as the config sets them."""
+    r = config.ranks
+    return RankCallback(
         r.interval,
         warmup=r.warmup,
         freeze=r.freeze,
@@ -241,9 +276,8 @@ def method(
         policy=r.policy,
         estimator=r.estimator,
         samples=r.samples,
-        seed=seed,
+        seed=config.training.seed,
     )
-    return data, quality if q.enabled else None, ranks
 
 
 def about_rows(config: Config, data: Prepared) -> dict[str, Any]:
@@ -264,7 +298,7 @@ def harvesting(config: Config, data: QualitySubset, run: Path) -> list[TrainerCa
 
 def fit_job(
     job: Job,
-    model: PeftModel,
+    model: nn.Module,
     args: TrainingArguments,
     data: QualitySubset,
     record: RunRecord,
@@ -292,7 +326,7 @@ def fit_job(
     )
 
 
-def measure(job: Job, model: PeftModel, record: RunRecord, args: TrainingArguments, progress: Progress | None) -> None:
+def measure(job: Job, model: nn.Module, record: RunRecord, args: TrainingArguments, progress: Progress | None) -> None:
     """Metrics of validation and test, into the record."""
     for split in ("validation", "test"):
         if split not in job.data.samples:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
+from torch import nn
 from transformers import (
     DataCollatorWithPadding,
     PreTrainedTokenizerBase,
@@ -87,7 +87,7 @@ def training_arguments(
 
 
 def fit(
-    model: PeftModel,
+    model: nn.Module,
     data: QualitySubset,
     args: TrainingArguments,
     *,
