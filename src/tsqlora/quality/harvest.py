@@ -34,6 +34,7 @@ from tsqlora.gradients.ghost import (
 from tsqlora.gradients.sites import Scope, Site, batch_coupled, find_sites
 from tsqlora.quality.learned import LearnedTest, learned
 from tsqlora.quality.own_loss import by_logits, scale_of, source_of
+from tsqlora.quality.passes import Passes
 from tsqlora.quality.reference import sample_losses, total_over_sites
 from tsqlora.quality.score import REFERENCE_ROWS
 from tsqlora.quality.terms import TERMS, Measured
@@ -94,7 +95,8 @@ class Harvest:
         self.sites: Mapping[str, Site] = find_sites(model, scope) if gradient else {}
         self.task = task_of(model) if task is None else task
         self.memory, self.calibration = memory, calibration
-        self.labels = torch.as_tensor(labels)
+        self._passes = Passes(labels)
+        self.labels = self._passes.labels
         rows = len(self.labels)
         self.logits: Tensor | None = None
         """n × k, not calibrated; NaN for a row that was not seen."""
@@ -104,7 +106,6 @@ class Harvest:
         """The batch that a row was last in, -1 for none."""
         self._norm = torch.full((rows,), torch.nan, dtype=torch.float64)
         self._convergence = self._norm.clone()
-        self._coming: deque[int] = deque()
         self._recent: deque[int] = deque(maxlen=WINDOW)
         self._offset: Tensor | None = None
         self._mean: dict[str, MeanGradient] = {}
@@ -114,7 +115,7 @@ class Harvest:
 
     def coming(self, rows: Iterable[int]) -> None:
         """Row numbers in the order in which training will see them; each training forward takes its own off."""
-        self._coming.extend(int(row) for row in rows)
+        self._passes.coming(rows)
 
     @contextmanager
     def watch(self, model: nn.Module) -> Generator[None]:
@@ -124,7 +125,7 @@ class Harvest:
         UnsupportedError where training's loss is not the task's, a forward SettingsError where
         its rows were not announced.
         """
-        self._coming.clear()
+        self._passes.clear()
         with capture(model, self.sites, self._see) as tap:
 
             def leave(module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -193,24 +194,14 @@ class Harvest:
         self._waiting = None
         # Passes that are over are let go: a run has as many as it has batches.
         del tap.forwards[:-1]
-        if not (module.training and torch.is_grad_enabled()):
+        passed = self._passes.seen(module, kwargs, output)
+        if passed is None:
             return
-        logits = _logits(output)
-        rows = self._take(len(logits))
-        labels = self.labels[rows].to(logits.device)
-        _require_same(labels, kwargs.get("labels"), rows)
-        own, calibration = self._own_gradient(wide(logits.detach()), labels)
-        batch = self._waiting = _Batch(rows, logits.detach(), own, calibration)
-        node, place = source_of(logits)
+        logits = passed.logits.detach()
+        own, calibration = self._own_gradient(wide(logits), passed.labels)
+        batch = self._waiting = _Batch(passed.rows, logits, own, calibration)
+        node, place = source_of(passed.logits)
         node.register_prehook(lambda grads: self._arrive(batch, grads[place]))
-
-    def _take(self, samples: int) -> Int[Tensor, " n"]:
-        if len(self._coming) < samples:
-            raise SettingsError(
-                f"a training batch has {samples} rows, and {len(self._coming)} were announced; call Harvest.coming "
-                "where rows are handed out, in this process (dataloader_num_workers=0)"
-            )
-        return torch.tensor([self._coming.popleft() for _ in range(samples)])
 
     def _own_gradient(
         self, logits: Float[Tensor, "n k"], labels: Tensor
@@ -286,22 +277,6 @@ class Harvest:
         if self.calibration:
             window = list(self._recent)
             self._offset = self.task.offsets(self.logits[window], self.labels[window])
-
-
-def _logits(output: Any) -> Tensor:
-    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        raise UnsupportedError("the model's output has no logits of one row a sample; score in a pass of its own")
-    return logits
-
-
-def _require_same(labels: Tensor, given: Any, rows: Tensor) -> None:
-    """Raises SettingsError where a batch's labels are not those of the rows that were announced."""
-    if isinstance(given, Tensor) and not torch.equal(given.to(labels), labels):
-        raise SettingsError(
-            f"a training batch has other labels than rows {rows[:4].tolist()}..., which were announced for it; call "
-            "Harvest.coming in the order in which rows are trained on"
-        )
 
 
 def _alike(x: MeanGradient, y: MeanGradient) -> bool:

@@ -1,6 +1,7 @@
 """The share of a data set that an epoch trains on: random at first, by quality once scored."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,9 @@ from tsqlora.data.batches import bucketed_order
 from tsqlora.errors import SettingsError
 from tsqlora.quality.sampling import draw, draw_size
 from tsqlora.quality.scores import Scores
+
+Drawn = tuple[np.ndarray, np.ndarray | None]
+"""Rows, and the weight of each row's gradient; None where all are 1."""
 
 
 class QualitySubset(Dataset[Any]):
@@ -54,8 +58,10 @@ class QualitySubset(Dataset[Any]):
         self.scored_epoch = 0
         self.awaits_scores = False
         """Set by QualityCallback while scoring is still to come: ranks wait for it."""
-        self.announce: Callable[[list[int]], None] | None = None
-        """Told each row that is handed out, in this process."""
+        self.policy: Callable[[int], Drawn | None] | None = None
+        """Draws an epoch in place of scores, or leaves it to them; the same again where it is asked again."""
+        self.unbiased = False
+        self._listeners: list[Callable[[list[int]], None]] = []
         self.size = draw_size(len(dataset), fraction)
         self.set_epoch(0)
 
@@ -64,42 +70,67 @@ class QualitySubset(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         row = int(self.indices[index])
-        if self.announce is not None:
-            self.announce([row])
+        for listener in self._listeners:
+            listener([row])
         return self.dataset[row]
 
-    def use(self, scores: Scores, epoch: int) -> None:
-        """From `epoch` on, rows are drawn by these scores."""
+    @contextmanager
+    def announcing(self, listener: Callable[[list[int]], None]) -> Generator[None]:
+        """While open, the listener is told each row that is handed out, in this process."""
+        self._listeners.append(listener)
+        try:
+            yield
+        finally:
+            self._listeners.remove(listener)
+
+    def use(self, scores: Scores, epoch: int, *, unbiased: bool = False) -> None:
+        """From `epoch` on, rows are drawn by these scores.
+
+        `unbiased`: a row drawn by softmax has the weight m/(n q) of METHOD section 1 (m rows drawn, n kept, q the
+        chance of the row), so that the mean weighted gradient of a draw has that of the kept rows as expectation.
+        """
         if len(scores) != len(self.dataset):
             raise SettingsError(f"there are {len(scores)} scores for {len(self.dataset)} rows")
-        self.scores, self.scored_epoch = scores, epoch
+        self.scores, self.scored_epoch, self.unbiased = scores, epoch, unbiased
 
     def set_epoch(self, epoch: int) -> None:
-        """Draws the rows of an epoch."""
-        self.indices = self.draw(epoch)
+        """Draws the rows of an epoch, and their weights."""
+        self.indices, self.weights = self.drawn(epoch)
 
     def draw(self, epoch: int) -> np.ndarray:
         """The rows of an epoch, in the order in which they are trained on."""
-        if self.scores is None or epoch < self.scored_epoch:
-            rows = self._stretch(epoch, np.arange(len(self.dataset)))
-        elif self.scores.even:
-            # Of kept rows what the control has of all; where there are fewer than an epoch holds, they repeat.
-            rows = self._stretch(epoch if self.resample else self.scored_epoch, np.flatnonzero(self.scores.kept))
-        else:
-            rng = np.random.default_rng([self.seed, 2, epoch if self.resample else self.scored_epoch])
-            rows = draw(
-                self.scores.quality,
-                fraction=self.fraction,
-                temperature=self.scores.temperature,
-                rng=rng,
-                strata=self.scores.strata,
-                kept=self.scores.kept,
-            ).indices
+        return self.drawn(epoch)[0]
+
+    def drawn(self, epoch: int) -> Drawn:
+        """The rows of an epoch in order, and each one's weight; None where all are 1."""
+        rows, weights = self._chosen(epoch)
         rng = np.random.default_rng([self.seed, 3, epoch])
         if self.lengths is None or self.batch_size is None:
-            return rng.permutation(rows)
-        lengths = [self.lengths[row] for row in rows]
-        return rows[bucketed_order(lengths, batch_size=self.batch_size, rng=rng)]
+            order = rng.permutation(len(rows))
+        else:
+            lengths = [self.lengths[row] for row in rows]
+            order = bucketed_order(lengths, batch_size=self.batch_size, rng=rng)
+        return rows[order], None if weights is None else weights[order]
+
+    def _chosen(self, epoch: int) -> Drawn:
+        if self.policy is not None and (chosen := self.policy(epoch)) is not None:
+            return chosen
+        if self.scores is None or epoch < self.scored_epoch:
+            return self._stretch(epoch, np.arange(len(self.dataset))), None
+        if self.scores.even:
+            # Of kept rows what the control has of all; where there are fewer than an epoch holds, they repeat.
+            epoch = epoch if self.resample else self.scored_epoch
+            return self._stretch(epoch, np.flatnonzero(self.scores.kept)), None
+        taken = draw(
+            self.scores.quality,
+            fraction=self.fraction,
+            temperature=self.scores.temperature,
+            rng=np.random.default_rng([self.seed, 2, epoch if self.resample else self.scored_epoch]),
+            strata=self.scores.strata,
+            kept=self.scores.kept,
+        )
+        # Training divides by the number of rows.
+        return taken.indices, taken.weights * len(taken.indices) if self.unbiased else None
 
     def _stretch(self, epoch: int, rows: np.ndarray) -> np.ndarray:
         """The epoch's part of an endless row of random orders of these rows."""

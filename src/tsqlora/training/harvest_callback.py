@@ -72,26 +72,31 @@ class HarvestCallback(TrainerCallback):
     ) -> None:
         assert self.harvest is not None
         self._watching.enter_context(self.harvest.watch(kwargs["model"]))
-        self.data.announce = self.harvest.coming
+        self._watching.enter_context(self.data.announcing(self.harvest.coming))
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.data.weights is not None:
+            raise UnsupportedError(
+                "HarvestCallback reads gradients of rows that count alike, and the rows of this epoch have weights; "
+                "leave it out, or leave out what gives weights (quality.unbiased, InfoBatchCallback)"
+            )
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._stop()
+        self._watching.close()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._stop()
+        self._watching.close()
         assert self.harvest is not None
         if state.is_world_process_zero:
             path = self.path or Path(str(args.output_dir)) / HARVEST_FILE
             path.parent.mkdir(parents=True, exist_ok=True)
             _save(self.harvest, path)
-
-    def _stop(self) -> None:
-        self.data.announce = None
-        self._watching.close()
 
 
 def _save(harvest: Harvest, path: Path) -> None:
