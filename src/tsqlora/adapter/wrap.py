@@ -68,7 +68,7 @@ def wrap(
         return _adopt(model, max_rank)
     if config is None:
         mean = MEAN_RANK if mean_rank is None else mean_rank
-        config = _new_config(model, target_modules, dropout, modules_to_save)
+        config = new_config(model, target_modules, dropout, modules_to_save)
         return _build(model, config, mean, max_rank, alpha=ALPHA if alpha is None else alpha, divisor=mean)
     if given:
         raise SettingsError(
@@ -80,16 +80,24 @@ def wrap(
     return _build(model, copy.deepcopy(config), config.r, max_rank, alpha=config.lora_alpha, divisor=divisor)
 
 
-def _new_config(
-    model: nn.Module, target_modules: str | Sequence[str], dropout: float, modules_to_save: Sequence[str]
+def new_config(
+    model: nn.Module,
+    target_modules: str | Sequence[str],
+    dropout: float,
+    modules_to_save: Sequence[str],
+    *,
+    kind: type[LoraConfig] = LoraConfig,
+    **further: Any,
 ) -> LoraConfig:
+    """A config for these targets, under which the model's head trains whole and is saved."""
     whole = [*modules_to_save, *(name for name in _heads(model) if name not in modules_to_save)]
-    return LoraConfig(
+    return kind(
         target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
         lora_dropout=dropout,
         modules_to_save=whole or None,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         task_type=_task_type(model),
+        **further,
     )
 
 
@@ -100,7 +108,7 @@ def _build(
     config.r = math.ceil(2 * mean) if max_rank is None else max_rank
     if not 0 < mean <= config.r:
         raise SettingsError(f"ranks.mean is {mean:g}; it must be above 0 and at most ranks.max, {config.r}")
-    peft_model = _inject(model, config)
+    peft_model = inject(model, config)
     layers = lora_layers(peft_model)
     for layer in layers.values():
         layer.scaling["default"] = alpha / divisor
@@ -109,7 +117,8 @@ def _build(
     return _with_slots(peft_model, ranks, capacity=config.r)
 
 
-def _inject(model: nn.Module, config: LoraConfig) -> PeftModel:
+def inject(model: nn.Module, config: LoraConfig) -> PeftModel:
+    """`get_peft_model`, with errors that name the setting."""
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise UnsupportedError("the model has adapter layers and is no PeftModel; make it with peft.get_peft_model")
     wanted = config.target_modules
