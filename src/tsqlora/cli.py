@@ -278,6 +278,69 @@ def predict(
     _print({"out": str(out), "rows": rows}, as_json, show_numbers)
 
 
+@app.command()
+def compare(
+    config: ConfigFile,
+    methods: Annotated[str, typer.Option(metavar="A,B", help="METHOD or METHOD+POLICY, with commas.")],
+    seeds: Annotated[str, typer.Option(metavar="0,1,2", help="Of every random draw; a cell each.")] = "0,1,2",
+    out: Annotated[Path, typer.Option(help="Directory of the cells; goes on where it was.")] = Path("comparison"),
+    policies: Annotated[str, typer.Option(metavar="A,B", help="Ways to choose rows; every method with each.")] = "",
+    equal: Annotated[str, typer.Option(help="What all share: steps, epochs or seconds.")] = "steps",
+    lr_sweep: Annotated[
+        str, typer.Option(metavar="LR,LR", help="Learning rates to choose from, for each method, on validation rows.")
+    ] = "",
+    lr: Annotated[
+        list[str] | None, typer.Option(metavar="METHOD=LR", help="The learning rate of a method; repeatable.")
+    ] = None,
+    metric: Annotated[str | None, typer.Option(help="What is compared; the task's own by default.")] = None,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Methods side by side at equal cost, seed by seed: is it better than LoRA, on your data?
+
+    A comparison that was cut off goes on when the same command is given again, and more methods and seeds may be added.
+
+    Example: tsqlora compare tsq.yaml --methods lora,lora+random,tsqlora --seeds 0,1,2 --out comparison
+    """
+    from tsqlora.compare.comparison import compare as run_all
+    from tsqlora.compare.table import show_comparison
+    from tsqlora.config import load_config
+
+    settings = load_config(config, set_ or [])
+    with Display(stderr) as display:
+        result = run_all(
+            settings,
+            _listed(methods),
+            seeds=[_number(seed, int, "--seeds") for seed in _listed(seeds)],
+            out=out,
+            policies=_listed(policies),
+            equal=equal,  # type: ignore[arg-type]  (an unknown one is refused there)
+            sweep=[_number(rate, float, "--lr-sweep") for rate in _listed(lr_sweep)],
+            rates=dict(_rate_of(given) for given in lr or []),
+            metric=metric,
+            progress=display.progress,
+            say=display.say,
+        )
+    _print(result, as_json, show_comparison)
+
+
+def _listed(text: str) -> list[str]:
+    """The parts between commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _number(text: str, kind: Callable[[str], Any], option: str) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        raise SettingsError(f"{option}: '{text}' is not a number") from None
+
+
+def _rate_of(given: str) -> tuple[str, float]:
+    method, _, rate = given.partition("=")
+    return method, _number(rate, float, f"--lr {method}")
+
+
 def _print(result: Mapping[str, Any], as_json: bool, show: Callable[[Console, Mapping[str, Any]], None]) -> None:
     if as_json:
         stdout.out(json.dumps(result), highlight=False)

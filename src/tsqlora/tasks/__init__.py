@@ -17,6 +17,8 @@ class Task(Protocol):
     """What scoring, training and evaluation ask of a task."""
 
     name: ClassVar[str]
+    headline: ClassVar[str]
+    """The metric by which runs are compared, unless another is asked for; more is better."""
 
     def loss(self, logits: Float[Tensor, "n k"], labels: Shaped[Tensor, " n"]) -> Float[Tensor, " n"]:
         """Each sample's own loss, never reduced: training divides the sum by n."""

@@ -29,6 +29,7 @@ class Classification:
     """
 
     name: ClassVar[str] = "sequence-classification"
+    headline: ClassVar[str] = "accuracy"
 
     label_smoothing: float = 0.0
     class_weights: Tensor | None = None

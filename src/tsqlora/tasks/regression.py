@@ -16,6 +16,7 @@ class Regression:
     """The squared-error task on logits of width 1."""
 
     name: ClassVar[str] = "regression"
+    headline: ClassVar[str] = "spearman"
 
     def loss(self, logits: Float[Tensor, "n 1"], labels: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         """(logit - label)², one a sample."""

@@ -208,12 +208,12 @@ class CostCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._end_epoch()
+        self._end_epoch(state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # A save at an epoch's last step comes before its end, which a run that is resumed from there never sees.
         if abs((state.epoch or 0) - round(state.epoch or 0)) < EPOCH_ERROR:
-            self._end_epoch()
+            self._end_epoch(state)
         elif self.started is not None:
             self._add_seconds(self.started)
         if state.is_world_process_zero:
@@ -221,12 +221,15 @@ class CostCallback(TrainerCallback):
             write_json(checkpoint_folder(args, state) / COST_FILE, {"cost": cost, "warmup_steps": self.warmup_steps})
         seal(args, state, "cost")
 
-    def _end_epoch(self) -> None:
+    def _end_epoch(self, state: TrainerState) -> None:
         if self.started is None:
             return
         self._add_seconds(self.started)
         self.started = None
-        rows, tokens = len(self.data), tokens_of(self.data, self.data.indices)
+        # The last epoch ends early where max_steps does not fill it.
+        share = ((state.epoch or 0) - EPOCH_ERROR) % 1 + EPOCH_ERROR
+        rows = round(share * len(self.data))
+        tokens = tokens_of(self.data, self.data.indices[:rows])
         self.record.phase(self._phase()).add(forward=rows, backward=rows, tokens=tokens)
 
     def _add_seconds(self, since: float) -> None:

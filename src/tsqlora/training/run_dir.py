@@ -24,18 +24,28 @@ def locked(run: Path, *, resume: bool = False) -> Iterator[None]:
     # Nothing is written into a directory of something else, not even the lock.
     if not (run / LOCK_FILE).exists():
         require_free(run, resume=resume)
+    with alone_in(run, busy=f"another process is training into {run}; wait for it, or name another --out"):
+        require_free(run, resume=resume)
+        yield
+
+
+@contextmanager
+def alone_in(folder: Path, *, busy: str) -> Iterator[None]:
+    """Makes the folder and holds its lock, which dies with the process.
+
+    Raises SettingsError where it cannot be made, and `busy` where another process holds it.
+    """
     try:
-        run.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         # "a": a finished run's lock is not even touched.
-        file = open(run / LOCK_FILE, "a")  # noqa: SIM115  (closed below; closing gives the lock back)
+        file = open(folder / LOCK_FILE, "a")  # noqa: SIM115  (closed below; closing gives the lock back)
     except OSError as error:
-        raise SettingsError(f"--out {run} cannot be written ({error.strerror}); name another directory") from None
+        raise SettingsError(f"--out {folder} cannot be written ({error.strerror}); name another directory") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise SettingsError(f"another process is training into {run}; wait for it, or name another --out") from None
-        require_free(run, resume=resume)
+            raise SettingsError(busy) from None
         yield
 
 

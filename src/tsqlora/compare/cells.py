@@ -1,0 +1,82 @@
+"""A cell of a comparison: one method on one choice of rows, one seed, one learning rate.
+
+What a finished cell found is one JSON file, so that a comparison that was cut off goes on.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tsqlora.errors import DataError
+from tsqlora.record import write_json
+
+CELLS_DIR = "cells"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What is compared: a method, and the policy that chooses its rows."""
+
+    method: str
+    policy: str
+
+    @property
+    def name(self) -> str:
+        """As it is given to `--methods`.
+
+        >>> Entry("lora", "random").name
+        'lora+random'
+        """
+        return f"{self.method}+{self.policy}"
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One training of an entry."""
+
+    entry: Entry
+    seed: int
+    learning_rate: float
+
+    @property
+    def name(self) -> str:
+        """Of its file.
+
+        >>> Cell(Entry("lora", "all"), 0, 1e-3).name
+        'lora+all_seed0_lr0.001'
+        """
+        return f"{self.entry.name}_seed{self.seed}_lr{self.learning_rate:g}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self.entry) | {"seed": self.seed, "learning_rate": self.learning_rate}
+
+
+def path_of(out: Path, cell: Cell) -> Path:
+    """The cell's file."""
+    return out / CELLS_DIR / f"{cell.name}.json"
+
+
+def save(out: Path, cell: Cell, found: Mapping[str, Any]) -> None:
+    """Writes what a cell found, whole or not at all."""
+    path = path_of(out, cell)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, found)
+
+
+def load(out: Path, cell: Cell) -> dict[str, Any] | None:
+    """What a cell found, None if it was not run.  Raises DataError for a file that is not a cell's."""
+    path = path_of(out, cell)
+    if not path.exists():
+        return None
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        if found["cell"] != cell.to_dict():
+            raise DataError(f"{path} is of another cell; remove it, and it is run anew")
+        return found
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: not a cell's result ({error}); remove it, and it is run anew") from None

@@ -1,0 +1,211 @@
+"""Every cell of a comparison, one training at a time, and the table that they make."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tsqlora import distributed
+from tsqlora.compare.cells import Cell, Entry, load, save
+from tsqlora.compare.methods import entries
+from tsqlora.compare.run import Equal
+from tsqlora.compare.table import rows_of
+from tsqlora.compare.worker import in_own_process
+from tsqlora.config import Config, dump_config, load_config
+from tsqlora.errors import SettingsError, UnsupportedError, nearest
+from tsqlora.quality.score import Progress
+from tsqlora.record import write_json, write_whole
+from tsqlora.tasks import get_task
+from tsqlora.training.run_dir import CONFIG_FILE, alone_in
+
+SETTINGS_FILE, TABLE_FILE = "comparison.json", "table.json"
+EQUAL: tuple[Equal, ...] = ("steps", "epochs", "seconds")
+Run = Callable[..., dict[str, Any]]
+
+
+def compare(
+    config: Config,
+    methods: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    out: Path,
+    policies: Sequence[str] = (),
+    equal: Equal = "steps",
+    sweep: Sequence[float] = (),
+    rates: Mapping[str, float] | None = None,
+    metric: str | None = None,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    run: Run = in_own_process,
+) -> dict[str, Any]:
+    """Runs what was not run yet, a cell at a time in a process of its own; the table of all.
+
+    Args:
+        methods: names of METHODS, or METHOD+POLICY.
+        policies: crosses every method with these; by default each has its own.
+        equal: what all cells share: optimizer steps; epochs, where who has all rows takes more steps;
+            or the seconds of the first method's cell with as many epochs as the config says.
+        sweep: learning rates that every entry tries with the first seed; the one with the best
+            validation metric is used for the other seeds. Test rows decide nothing.
+        rates: learning rates by entry or method, in place of the config's.
+        metric: what is compared; by default the task's.
+
+    A directory holds one comparison: further methods and seeds may be added. Raises SettingsError for another's.
+    """
+    if distributed.launched() > 1:
+        raise UnsupportedError("compare runs one training at a time in one process; start it without a launcher")
+    plan = Plan(
+        config, entries(methods, policies), list(dict.fromkeys(seeds)), out, equal, tuple(sweep), dict(rates or {})
+    )
+    plan.require_sense()
+    metric = metric or get_task(config.task.type).headline
+    with alone_in(out, busy=f"another comparison is running in {out}; wait for it, or name another --out"):
+        _claim(plan)
+        runner = Runner(plan, metric, run, progress, say)
+        found = runner.all()
+        table = rows_of(plan.entries, found, metric=metric)
+        result = {"out": str(out), "metric": metric, "equal": equal, "seeds": plan.seeds, "table": table}
+        write_json(out / TABLE_FILE, result)
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a comparison is of."""
+
+    config: Config
+    entries: list[Entry]
+    seeds: list[int]
+    out: Path
+    equal: Equal
+    sweep: tuple[float, ...]
+    rates: dict[str, float]
+
+    def require_sense(self) -> None:
+        """Raises SettingsError for arguments that say nothing, or contradict each other."""
+        if not self.seeds:
+            raise SettingsError("--seeds is empty; give at least one, such as 0,1,2")
+        if self.equal not in EQUAL:
+            raise SettingsError(f"--equal '{self.equal}' is unknown; {nearest(self.equal, EQUAL)}")
+        if self.sweep and self.rates:
+            raise SettingsError("--lr-sweep chooses learning rates, and --lr gives them; leave out one")
+        for rate in (*self.sweep, *self.rates.values()):
+            if not 0 < rate < math.inf:
+                raise SettingsError(f"learning rate {rate} must be above 0 and finite")
+        known = {entry.name for entry in self.entries} | {entry.method for entry in self.entries}
+        for name in self.rates:
+            if name not in known:
+                raise SettingsError(f"--lr: '{name}' is not compared; {nearest(name, known)}")
+
+    def rate(self, entry: Entry) -> float:
+        """The learning rate that is given for an entry."""
+        for name in (entry.name, entry.method):
+            if name in self.rates:
+                return self.rates[name]
+        return self.config.training.learning_rate
+
+
+@dataclass(slots=True)
+class Runner:
+    """Runs cells, and tells how far it is."""
+
+    plan: Plan
+    metric: str
+    run: Run
+    progress: Progress | None
+    say: Callable[[str], None]
+    done: int = 0
+    took: list[float] = field(default_factory=list)
+
+    def all(self) -> list[dict[str, Any]]:
+        """What every cell found, those of a sweep that were not chosen left out."""
+        plan, found = self.plan, list[dict[str, Any]]()
+        rates = {entry: plan.rate(entry) for entry in plan.entries}
+        for number, seed in enumerate(plan.seeds):
+            for entry in plan.entries:
+                if number == 0 and plan.sweep:
+                    rates[entry] = self._best_rate(entry, seed)
+                    best = load(plan.out, Cell(entry, seed, rates[entry]))
+                    assert best is not None
+                    found.append(best)
+                else:
+                    found.append(self._cell(Cell(entry, seed, rates[entry])))
+        return found
+
+    def _best_rate(self, entry: Entry, seed: int) -> float:
+        """By validation: the metric, and where that ties the loss."""
+        tried = {rate: self._cell(Cell(entry, seed, rate)) for rate in self.plan.sweep}
+        worked = {rate: found["metrics"]["validation"] for rate, found in tried.items() if "failed" not in found}
+        if not worked:
+            raise SettingsError(f"{entry.name} failed with every learning rate of --lr-sweep; try smaller ones")
+        return max(worked, key=lambda rate: (self._measured(worked[rate]), -worked[rate]["loss"]))
+
+    def _cell(self, cell: Cell) -> dict[str, Any]:
+        found = load(self.plan.out, cell)
+        new = found is None
+        begun = time.perf_counter()
+        if found is None:
+            found = self.run(
+                self.plan.config, cell, equal=self.plan.equal, seconds=self._seconds(cell), progress=self.progress
+            )
+            save(self.plan.out, cell, found)
+            self.took.append(time.perf_counter() - begun)
+        self.done += 1
+        self._tell(cell, found, new=new)
+        return found
+
+    def _seconds(self, cell: Cell) -> float | None:
+        """With equal seconds, what the first entry took with the first seed; None for that entry itself."""
+        first = self.plan.entries[0]
+        if self.plan.equal != "seconds" or cell.entry == first:
+            return None
+        known = [c for c in map(self._stored, self._rates_of(first)) if c is not None and "failed" not in c]
+        if not known:
+            raise SettingsError(f"{first.name}, whose seconds the others get, failed; name another method first")
+        return float(known[0]["seconds"])
+
+    def _rates_of(self, entry: Entry) -> list[float]:
+        return list(self.plan.sweep) or [self.plan.rate(entry)]
+
+    def _stored(self, rate: float) -> dict[str, Any] | None:
+        return load(self.plan.out, Cell(self.plan.entries[0], self.plan.seeds[0], rate))
+
+    def _measured(self, metrics: Mapping[str, float]) -> float:
+        if self.metric not in metrics:
+            raise SettingsError(f"--metric '{self.metric}' is unknown; {nearest(self.metric, metrics)}")
+        return metrics[self.metric]
+
+    def _tell(self, cell: Cell, found: Mapping[str, Any], *, new: bool) -> None:
+        total = len(self.plan.entries) * (len(self.plan.seeds) - 1 + max(1, len(self.plan.sweep)))
+        if "failed" in found:
+            what = f"failed: {found['failed']}"
+        else:
+            split = "test" if "test" in found["metrics"] else "validation"
+            what = f"{split} {self.metric} {self._measured(found['metrics'][split]):.4f}, {found['seconds']:.0f} s"
+        left = (total - self.done) * sum(self.took) / len(self.took) if self.took else 0.0
+        when = f"; about {_duration(left)} left" if left and self.done < total else ""
+        self.say(f"{self.done}/{total} {cell.name}: {what}{'' if new else ' (known)'}{when}")
+
+
+def _duration(seconds: float) -> str:
+    """
+    >>> _duration(4000)
+    '1 h 7 min'
+    """
+    minutes = math.ceil(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+
+
+def _claim(plan: Plan) -> None:
+    """Writes what the directory is for, or checks that it is for the same."""
+    about = {"equal": plan.equal}
+    if (plan.out / CONFIG_FILE).exists():
+        same = load_config(plan.out / CONFIG_FILE) == plan.config
+        if not same or json.loads((plan.out / SETTINGS_FILE).read_text()) != about:
+            raise SettingsError(f"{plan.out} holds a comparison with other settings; name another --out")
+        return
+    write_json(plan.out / SETTINGS_FILE, about)
+    write_whole(plan.out / CONFIG_FILE, dump_config(plan.config))

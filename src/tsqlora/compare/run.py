@@ -1,0 +1,200 @@
+"""One cell of a comparison, from a config to what it found."""
+
+import hashlib
+import json
+import math
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+
+from tsqlora.compare.cells import Cell
+from tsqlora.compare.methods import POLICIES, Rows, build
+from tsqlora.config import Config
+from tsqlora.errors import SettingsError, TsqLoraError
+from tsqlora.pipeline import Job, arguments, fit_job, load, measure
+from tsqlora.quality.sampling import draw_size
+from tsqlora.quality.score import Progress
+from tsqlora.quality.subset import QualitySubset
+from tsqlora.record import RunRecord
+from tsqlora.training.predict import predict_logits
+from tsqlora.training.quality_callback import SCORES_FILE, QualityCallback
+
+Equal = Literal["steps", "epochs", "seconds"]
+TRIAL_STEPS = range(4, 12)
+"""Steps that are timed to find how many fit into given seconds."""
+
+
+def run_cell(
+    config: Config, cell: Cell, *, equal: Equal, seconds: float | None = None, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Trains and measures a cell in this process; what it found, ready for JSON.
+
+    `seconds` is what it may take, None for as many steps as the config says. A training that fails, such
+    as by diverging, is a result too: `failed` says how. Settings that are wrong raise.
+    """
+    settings = settings_of(config, cell, {})
+    steps = None if seconds is None else steps_in(seconds, settings, cell)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        job = load(settings)
+        steps = steps or planned_steps(settings, len(job.data.samples["train"]), cell, equal=equal)
+        record = RunRecord("running", cell.seed, job.task.name, None, {"hash": job.data.hash}, {"steps": steps})
+        found: dict[str, Any] = {"cell": cell.to_dict(), "equal": equal, "settings": settings.model_dump()}
+        try:
+            found |= _train(settings_of(config, cell, {"max_steps": steps}), cell, job, record, Path(folder), progress)
+        except TsqLoraError as error:
+            # The classes below it are of settings and data: nothing that another seed would cure.
+            if type(error) is not TsqLoraError:
+                raise
+            found["failed"] = str(error)
+    record.notes += sorted({str(w.message) for w in warned if w.filename.startswith(str(_PACKAGE))})
+    return found | {
+        "settings_hash": hashlib.sha256(json.dumps(found["settings"], sort_keys=True).encode()).hexdigest(),
+        "steps": steps,
+        "metrics": record.metrics,
+        "cost": {phase: asdict(cost) for phase, cost in record.cost.items()},
+        "seconds": sum(cost.seconds for phase, cost in record.cost.items() if phase != "evaluation"),
+        "peak_memory_bytes": peak_memory(),
+        "data_hash": job.data.hash,
+        "task": job.task.name,
+        "notes": record.notes,
+        "versions": record.versions,
+        "commit": commit(),
+    }
+
+
+def settings_of(config: Config, cell: Cell, further: dict[str, Any]) -> Config:
+    """The config with the cell's seed and learning rate, and further arguments of the Trainer; nothing is saved."""
+    changes = {"seed": cell.seed, "learning_rate": cell.learning_rate, "save_strategy": "no", **further}
+    return config.model_copy(update={"training": config.training.model_copy(update=changes)})
+
+
+def planned_steps(config: Config, rows: int, cell: Cell, *, equal: Equal) -> int:
+    """Optimizer steps: of the config's epochs of its fraction, or with equal epochs, of all rows for who has them."""
+    share = 1.0 if cell.entry.policy == "all" and equal != "steps" else config.quality.fraction
+    batches = math.ceil(draw_size(rows, share) / config.training.batch_size)
+    window = int(config.training.further_arguments().get("gradient_accumulation_steps", 1))
+    return math.ceil(batches / window) * config.training.epochs
+
+
+def _train(
+    settings: Config, cell: Cell, job: Job, record: RunRecord, folder: Path, progress: Progress | None
+) -> dict[str, Any]:
+    args = arguments(settings, folder)
+    rows = POLICIES[cell.entry.policy](job, folder / SCORES_FILE, progress)
+    with record.timed("building"):
+        set_seed(cell.seed)
+        built, ranks = build(job, cell.entry.method, steps=args.max_steps)
+    building = record.cost.pop("building")
+    also = (*built.callbacks, *rows.also)
+    fit_job(job, built.model, args, rows.data, record, rows.quality, ranks, progress, also=also)
+    record.cost = {"building": building} | record.cost
+    measure(job, built.model, record, args, progress)
+    return {
+        "parameters": {"trainable": built.trainable()},
+        "ranks": built.ranks(),
+        "quality": _what_was_drawn(rows),
+        "bf16": args.bf16,
+    }
+
+
+def _what_was_drawn(rows: Rows) -> dict[str, Any]:
+    drawn = {"rows": len(rows.data.dataset), "rows_an_epoch": len(rows.data)}
+    if rows.quality is None:
+        return drawn
+    record = {} if rows.data.scores is None else rows.data.scores.record
+    return drawn | {"scored": bool(record), "refused": rows.quality.refused, "noise": record.get("noise")}
+
+
+# ------------------------------------------------------------------------------- equal seconds
+
+
+def steps_in(seconds: float, settings: Config, cell: Cell) -> int:
+    """How many steps a cell can take in so many seconds, by a trial of a few and of its scoring."""
+    job = load(settings)
+    whole = planned_steps(settings, len(job.data.samples["train"]), cell, equal="epochs")
+    clock = _Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        args = arguments(settings_of(settings, cell, {"max_steps": whole}), Path(folder))
+        begun = time.perf_counter()
+        set_seed(cell.seed)
+        built, ranks = build(job, cell.entry.method, steps=whole)
+        building = time.perf_counter() - begun
+        rows = POLICIES[cell.entry.policy](job, Path(folder) / SCORES_FILE, None)
+        data = QualitySubset(rows.data.dataset, rows.data.fraction, cell.seed)
+        record = RunRecord("trial", cell.seed, job.task.name, None, {}, {})
+        try:
+            fit_job(job, built.model, args, data, record, None, ranks, None, also=(*built.callbacks, clock))
+        except _TrialOver:
+            pass
+        else:
+            raise SettingsError(f"{cell.name}: {whole} steps are too few for a trial; use --equal steps")
+        scoring = 0.0 if rows.quality is None else _scoring_seconds(job, built.model, args, rows.quality)
+    left = seconds - building - scoring
+    steps = int(left / clock.seconds_a_step)
+    if steps < 1:
+        raise SettingsError(f"{cell.name}: no step fits into {seconds:.0f} s after building and scoring")
+    return steps
+
+
+class _TrialOver(Exception):
+    """Ends a trial before anything is missed that a whole run would do."""
+
+
+class _Clock(TrainerCallback):
+    """Times the steps of a trial, and ends it."""
+
+    def __init__(self) -> None:
+        self.begun = 0.0
+        self.seconds_a_step = math.inf
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step == TRIAL_STEPS.start:
+            self.begun = time.perf_counter()
+        if state.global_step == TRIAL_STEPS.stop:
+            self.seconds_a_step = (time.perf_counter() - self.begun) / len(TRIAL_STEPS)
+            raise _TrialOver
+
+
+def _scoring_seconds(job: Job, model: torch.nn.Module, args: TrainingArguments, quality: QualityCallback) -> float:
+    """By a few batches forward: a pass of logits alone, or about three with gradients, four with look-ahead."""
+    samples = job.data.samples["train"]
+    few = samples.samples[:: max(1, len(samples) // (4 * args.train_batch_size))]
+    begun = time.perf_counter()
+    autocast = torch.bfloat16 if args.bf16 else None
+    predict_logits(model, few, job.collate, batch_size=args.train_batch_size, autocast=autocast)
+    a_row = (time.perf_counter() - begun) / len(few)
+    terms = quality.terms.values()
+    passes = 1 + 2 * any(term.gradient for term in terms) + any(term.lookahead for term in terms)
+    return passes * a_row * len(samples)
+
+
+# ------------------------------------------------------------------------------------- origin
+
+_PACKAGE = Path(__file__).parents[1]
+
+
+def peak_memory() -> int:
+    """Bytes: of the accelerator where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def commit() -> str | None:
+    """The commit of a source checkout; None for an installed package."""
+    asked = ["git", "-C", str(_PACKAGE), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

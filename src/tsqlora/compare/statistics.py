@@ -1,0 +1,65 @@
+"""Means over seeds, and differences between methods of the same seed, with their 95 % intervals."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import scipy.stats
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean over n values, and the half width of its t-interval: None where one value says nothing of the spread."""
+
+    mean: float
+    half: float | None
+    n: int
+
+    @property
+    def low(self) -> float | None:
+        return None if self.half is None else self.mean - self.half
+
+    @property
+    def high(self) -> float | None:
+        return None if self.half is None else self.mean + self.half
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Student's t-interval of the mean of at least one value.
+
+    >>> interval([1.0, 2.0, 3.0])
+    Interval(mean=2.0, half=2.484..., n=3)
+    """
+    n = len(values)
+    mean = math.fsum(values) / n
+    if n < 2:
+        return Interval(mean, None, n)
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
+    return Interval(mean, float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * deviation / math.sqrt(n), n)
+
+
+def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Interval | None:
+    """The mean of ours minus theirs over the seeds that both have; None if there are none."""
+    seeds = sorted(ours.keys() & theirs.keys())
+    return interval([ours[seed] - theirs[seed] for seed in seeds]) if seeds else None
+
+
+def verdict(difference: Interval | None, other: str) -> str:
+    """What a difference says, in words.
+
+    >>> verdict(Interval(0.02, 0.03, 3), "lora")
+    'within noise of lora'
+    >>> verdict(Interval(0.05, 0.03, 3), "lora")
+    'better than lora'
+    """
+    if difference is None:
+        return f"no seed in common with {other}"
+    if difference.low is None or difference.high is None:
+        return f"one seed: no telling from {other}"
+    if difference.low > 0:
+        return f"better than {other}"
+    if difference.high < 0:
+        return f"worse than {other}"
+    return f"within noise of {other}"

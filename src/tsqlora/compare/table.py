@@ -1,0 +1,113 @@
+"""What cells say together: means over seeds, and differences by seed from plain LoRA."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tsqlora.compare.cells import Entry
+from tsqlora.compare.statistics import Interval, interval, paired, verdict
+
+Found = Mapping[str, Any]
+
+
+def rows_of(entries: Sequence[Entry], found: Sequence[Found], *, metric: str) -> list[dict[str, Any]]:
+    """One row an entry, in their order: metrics, cost, and the difference from LoRA in the metric.
+
+    Measured on test rows where there are any, else on validation rows. A seed that failed counts only in `failed`.
+    """
+    of = {entry: [f for f in found if _entry(f) == entry] for entry in entries}
+    against = reference(entries)
+    theirs = _by_seed(of[against], metric)
+    return [_row(entry, of[entry], against, theirs, metric) for entry in entries]
+
+
+def reference(entries: Sequence[Entry]) -> Entry:
+    """What others are compared with: LoRA on all rows, else LoRA, else the first."""
+    loras = [entry for entry in entries if entry.method == "lora"]
+    return next((entry for entry in loras if entry.policy == "all"), (loras or list(entries))[0])
+
+
+def _row(
+    entry: Entry, found: Sequence[Found], against: Entry, theirs: Mapping[int, float], metric: str
+) -> dict[str, Any]:
+    worked = [f for f in found if "failed" not in f]
+    row: dict[str, Any] = {
+        "name": entry.name,
+        **asdict(entry),
+        "seeds": [f["cell"]["seed"] for f in worked],
+        "failed": [f["cell"]["seed"] for f in found if "failed" in f],
+        "learning_rates": sorted({f["cell"]["learning_rate"] for f in found}),
+    }
+    if not worked:
+        return row | {"verdict": "every seed failed"}
+    split = split_of(worked[0])
+    row |= {
+        "split": split,
+        "metrics": {
+            name: _told(interval([f["metrics"][split][name] for f in worked])) for name in worked[0]["metrics"][split]
+        },
+        "seconds": _told(interval([f["seconds"] for f in worked])),
+        "steps": max(f["steps"] for f in worked),
+        "trainable": max(f["parameters"]["trainable"] for f in worked),
+        "peak_memory_bytes": max(f["peak_memory_bytes"] for f in worked),
+    }
+    if entry == against:
+        return row | {"verdict": "what others are compared with"}
+    difference = paired(_by_seed(worked, metric), theirs)
+    return row | {
+        "difference": None if difference is None else _told(difference),
+        "verdict": verdict(difference, against.name),
+    }
+
+
+def split_of(found: Found) -> str:
+    """Where a cell was measured."""
+    return "test" if "test" in found["metrics"] else "validation"
+
+
+def _entry(found: Found) -> Entry:
+    return Entry(found["cell"]["method"], found["cell"]["policy"])
+
+
+def _by_seed(found: Sequence[Found], metric: str) -> dict[int, float]:
+    return {f["cell"]["seed"]: f["metrics"][split_of(f)][metric] for f in found if "failed" not in f}
+
+
+def _told(value: Interval) -> dict[str, Any]:
+    return {"mean": value.mean, "half": value.half, "n": value.n}
+
+
+def show_comparison(console: Console, result: Mapping[str, Any]) -> None:
+    """The table of a comparison."""
+    metric = result["metric"]
+    rows = result["table"]
+    split = next((row["split"] for row in rows if "split" in row), "test")
+    title = f"{split} {metric} at equal {result['equal']}: mean ± 95 % interval over {len(result['seeds'])} seeds"
+    table = Table(
+        "", metric, "difference", "", "seconds", "steps", "trainable", "MiB", title=title, title_justify="left"
+    )
+    for row in rows:
+        if "metrics" not in row:
+            table.add_row(row["name"], "–", "–", row["verdict"], *4 * ["–"])
+            continue
+        name = row["name"] + (f" ({len(row['failed'])} failed)" if row["failed"] else "")
+        table.add_row(
+            name,
+            _number(row["metrics"][metric]),
+            _number(row["difference"], sign="+") if row.get("difference") else "",
+            row["verdict"],
+            f"{row['seconds']['mean']:.0f}",
+            f"{row['steps']:,}",
+            f"{row['trainable']:,}",
+            f"{row['peak_memory_bytes'] / 2**20:,.0f}",
+        )
+    console.print(table)
+    console.print(f"cells are in {result['out']}/cells", soft_wrap=True, highlight=False, markup=False)
+
+
+def _number(value: Mapping[str, Any], sign: str = "") -> str:
+    shown = f"{value['mean']:{sign}.4f}"
+    return shown if value["half"] is None else f"{shown} ± {value['half']:.4f}"

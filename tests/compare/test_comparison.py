@@ -1,0 +1,177 @@
+"""A comparison runs each cell once, chooses learning rates by validation, and refuses what makes no sense."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runs import write_config
+from tsqlora.compare.cells import Cell, Entry, load, path_of
+from tsqlora.compare.comparison import compare
+from tsqlora.config import Config, load_config
+from tsqlora.errors import DataError, SettingsError, UnsupportedError
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return load_config(write_config(tmp_path / "c.yaml", tmp_path / "model", tmp_path / "train.jsonl"))
+
+
+class Fake:
+    """Runs nothing: what a cell finds follows from its method, seed and learning rate, and calls are counted."""
+
+    def __init__(self, gain: Mapping[str, float] | None = None, fails_above: float = 1.0, dies_at: int = -1) -> None:
+        self.gain, self.fails_above, self.dies_at = gain or {}, fails_above, dies_at
+        self.ran: list[tuple[Cell, float | None]] = []
+
+    def __call__(self, config: Config, cell: Cell, *, equal: str, seconds: float | None, progress: Any) -> Any:
+        if len(self.ran) == self.dies_at:
+            raise KeyboardInterrupt
+        self.ran.append((cell, seconds))
+        common = {"cell": cell.to_dict(), "steps": 10, "seconds": 7.0, "metrics": {}, "peak_memory_bytes": 2**20}
+        if cell.learning_rate > self.fails_above:
+            return common | {"failed": "diverged"}
+        # Test and validation disagree about learning rates: test must decide nothing.
+        right = 0.5 + self.gain.get(cell.entry.name, 0.0) + 0.01 * cell.seed
+        validation = {"accuracy": right - abs(cell.learning_rate - 0.01), "loss": 1.0}
+        test = {"accuracy": right + cell.learning_rate, "loss": 1.0}
+        return common | {"metrics": {"validation": validation, "test": test}, "parameters": {"trainable": 3}}
+
+    @property
+    def names(self) -> list[str]:
+        return [cell.name for cell, _ in self.ran]
+
+
+def test_a_finished_cell_is_never_run_again_and_more_may_be_added(config: Config, tmp_path: Path) -> None:
+    first, second = Fake(), Fake()
+    compare(config, ["lora"], seeds=[0, 1], out=tmp_path / "out", run=first)
+    result = compare(config, ["lora", "lora+random"], seeds=[0, 1, 2], out=tmp_path / "out", run=second)
+    assert len(first.ran) == 2
+    assert sorted(second.names) == sorted(
+        ["lora+all_seed2_lr0.02", *(f"lora+random_seed{seed}_lr0.02" for seed in range(3))]
+    )
+    assert [row["seeds"] for row in result["table"]] == [[0, 1, 2], [0, 1, 2]]
+    assert json.loads((tmp_path / "out" / "table.json").read_text()) == result
+
+
+def test_what_was_cut_off_goes_on_with_the_cell_that_was_not_finished(config: Config, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        compare(config, ["lora", "tsqlora"], seeds=[0, 1], out=tmp_path / "out", run=Fake(dies_at=2))
+    after = Fake()
+    compare(config, ["lora", "tsqlora"], seeds=[0, 1], out=tmp_path / "out", run=after)
+    assert len(after.ran) == 2
+
+
+def test_differences_are_by_seed_and_noise_is_called_noise(config: Config, tmp_path: Path) -> None:
+    run = Fake({"tsqlora+quality": 0.05})
+    result = compare(config, ["tsqlora", "lora", "lora+random"], seeds=[0, 1, 2], out=tmp_path / "out", run=run)
+    ours, reference, same = result["table"]
+    assert ours["difference"]["mean"] == pytest.approx(0.05)
+    assert ours["verdict"] == "better than lora+all"
+    assert "difference" not in reference
+    assert same["difference"]["mean"] == pytest.approx(0.0)
+    assert same["verdict"] == "within noise of lora+all"
+
+
+def test_the_learning_rate_is_chosen_on_validation_rows_of_the_first_seed(config: Config, tmp_path: Path) -> None:
+    run = Fake()
+    result = compare(config, ["lora"], seeds=[5, 6], out=tmp_path / "out", sweep=[0.001, 0.01, 0.02], run=run)
+    assert run.names == [*(f"lora+all_seed5_lr{rate}" for rate in (0.001, 0.01, 0.02)), "lora+all_seed6_lr0.01"]
+    assert result["table"][0]["learning_rates"] == [0.01]
+
+
+def test_a_cell_that_fails_is_a_result_and_is_never_chosen(config: Config, tmp_path: Path) -> None:
+    run = Fake(fails_above=0.005)
+    result = compare(config, ["lora"], seeds=[0, 1], out=tmp_path / "out", sweep=[0.001, 0.01], run=run)
+    assert result["table"][0]["learning_rates"] == [0.001]
+    told: list[str] = []
+    result = compare(config, ["lora"], seeds=[0], out=tmp_path / "b", run=Fake(fails_above=0.0), say=told.append)
+    assert result["table"][0]["verdict"] == "every seed failed"
+    assert told == ["1/1 lora+all_seed0_lr0.02: failed: diverged"]
+    with pytest.raises(SettingsError, match="failed with every learning rate"):
+        compare(config, ["lora"], seeds=[0], out=tmp_path / "c", sweep=[0.01, 0.02], run=Fake(fails_above=0.0))
+
+
+def test_equal_seconds_are_those_of_the_first_method(config: Config, tmp_path: Path) -> None:
+    run = Fake()
+    compare(config, ["lora", "tsqlora"], seeds=[0, 1], out=tmp_path / "out", equal="seconds", run=run)
+    assert [(cell.entry.method, seconds) for cell, seconds in run.ran] == [
+        ("lora", None),
+        ("tsqlora", 7.0),
+        ("lora", None),
+        ("tsqlora", 7.0),
+    ]
+
+
+def test_a_learning_rate_may_be_given_for_a_method_or_an_entry(config: Config, tmp_path: Path) -> None:
+    run = Fake()
+    methods = ["lora", "lora+random", "tsqlora"]
+    compare(config, methods, seeds=[0], out=tmp_path / "out", rates={"lora": 0.1, "lora+random": 0.2}, run=run)
+    assert [cell.learning_rate for cell, _ in run.ran] == [0.1, 0.2, 0.02]
+
+
+def test_policies_cross_methods() -> None:
+    from tsqlora.compare.methods import entries
+
+    names = [entry.name for entry in entries(["lora", "dora"], ["all", "random"])]
+    assert names == ["lora+all", "lora+random", "dora+all", "dora+random"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"methods": ["loar"]}, "--methods: 'loar' is unknown; did you mean 'lora'?"),
+        ({"methods": ["lora+randm"]}, "policy 'randm' is unknown; did you mean 'random'?"),
+        ({"methods": ["lora", "lora+all"]}, "names lora+all twice"),
+        ({"methods": []}, "--methods is empty"),
+        ({"seeds": []}, "--seeds is empty"),
+        ({"equal": "step"}, "--equal 'step' is unknown; did you mean 'steps'?"),
+        ({"sweep": [0.1], "rates": {"lora": 0.1}}, "leave out one"),
+        ({"sweep": [0.0]}, "learning rate 0.0 must be above 0"),
+        ({"rates": {"dora": 0.1}}, "--lr: 'dora' is not compared"),
+        ({"metric": "acuracy"}, "--metric 'acuracy' is unknown; did you mean 'accuracy'?"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(
+    arguments: dict[str, Any], message: str, config: Config, tmp_path: Path
+) -> None:
+    given = {"methods": ["lora"], "seeds": [0]} | arguments
+    with pytest.raises(SettingsError) as caught:
+        compare(config, given.pop("methods"), out=tmp_path / "out", run=Fake(), **given)
+    assert message in str(caught.value)
+
+
+def test_a_directory_holds_one_comparison(config: Config, tmp_path: Path) -> None:
+    compare(config, ["lora"], seeds=[0], out=tmp_path / "out", run=Fake())
+    with pytest.raises(SettingsError, match="other settings"):
+        compare(config, ["lora"], seeds=[0], out=tmp_path / "out", equal="epochs", run=Fake())
+    other = config.model_copy(update={"training": config.training.model_copy(update={"epochs": 7})})
+    with pytest.raises(SettingsError, match="other settings"):
+        compare(other, ["lora"], seeds=[0], out=tmp_path / "out", run=Fake())
+
+
+def test_a_cells_file_that_is_broken_or_anothers_is_named(config: Config, tmp_path: Path) -> None:
+    cell = Cell(Entry("lora", "all"), 0, 0.02)
+    path = path_of(tmp_path, cell)
+    path.parent.mkdir()
+    path.write_text("{")
+    with pytest.raises(DataError, match="not a cell's result"):
+        load(tmp_path, cell)
+    path.write_text(json.dumps({"cell": Cell(Entry("lora", "all"), 1, 0.02).to_dict()}))
+    with pytest.raises(DataError, match="of another cell"):
+        load(tmp_path, cell)
+
+
+def test_a_launcher_is_refused(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UnsupportedError, match="without a launcher"):
+        compare(config, ["lora"], seeds=[0], out=tmp_path / "out", run=Fake())
+
+
+def test_time_left_is_told(config: Config, tmp_path: Path) -> None:
+    told: list[str] = []
+    compare(config, ["lora"], seeds=[0, 1], out=tmp_path / "out", run=Fake(), say=told.append)
+    assert told[0].startswith("1/2 lora+all_seed0_lr0.02: test accuracy 0.5200, 7 s; about 1 min left")
+    assert "left" not in told[1]

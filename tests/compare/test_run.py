@@ -1,0 +1,152 @@
+"""One cell: every method and policy on a tiny model, at the same steps, with its own process and peak of memory."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from runs import make_rows, save_checkpoint, write_config, write_jsonl
+from tsqlora.compare.cells import Cell, Entry
+from tsqlora.compare.methods import METHODS, POLICIES, entries
+from tsqlora.compare.run import planned_steps, run_cell, steps_in
+from tsqlora.compare.worker import in_own_process
+from tsqlora.config import Config, load_config
+from tsqlora.errors import SettingsError, TsqLoraError
+
+ROWS = 160
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compare")
+    save_checkpoint(folder / "model")
+    write_jsonl(folder / "train.jsonl", make_rows(ROWS))
+    write_jsonl(folder / "validation.jsonl", make_rows(20, seed=3))
+    write_jsonl(folder / "test.jsonl", make_rows(40, seed=5))
+    return folder
+
+
+def settings(place: Path, **sections: Any) -> Config:
+    others = [f"data.{split}={place / split}.jsonl" for split in ("validation", "test")]
+    return load_config(write_config(place / "c.yaml", place / "model", place / "train.jsonl", **sections), others)
+
+
+def cell_of(name: str, seed: int = 0) -> Cell:
+    return Cell(entries([name])[0], seed, 0.02)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_at_the_same_steps_and_tells_its_cost(method: str, place: Path) -> None:
+    found = run_cell(settings(place), cell_of(method), equal="steps")
+    assert "failed" not in found
+    assert found["steps"] == 60
+    trained = found["cost"]["training"]["forward"] + found["cost"].get("warm-up", {"forward": 0})["forward"]
+    assert trained == 60 * 8
+    assert found["metrics"].keys() == {"validation", "test"}
+    assert found["parameters"]["trainable"] > 0
+    assert found["seconds"] == pytest.approx(sum(c["seconds"] for p, c in found["cost"].items() if p != "evaluation"))
+    assert found["peak_memory_bytes"] > 2**20
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy_draws_its_share_of_the_rows(policy: str, place: Path) -> None:
+    found = run_cell(settings(place), cell_of(f"lora+{policy}"), equal="steps")
+    assert found["steps"] == 60
+    assert found["quality"]["rows_an_epoch"] == (ROWS if policy == "all" else ROWS // 2)
+    assert found["quality"].get("scored") == (True if policy in ("quality", "loss", "el2n", "gradnorm") else None)
+
+
+def test_a_cell_has_the_same_result_again_and_its_seed_decides_it(place: Path) -> None:
+    once, again, other = (run_cell(settings(place), cell_of("lora+random", s), equal="steps") for s in (0, 0, 1))
+    assert once["metrics"] == again["metrics"]
+    assert once["settings_hash"] == again["settings_hash"]
+    assert other["metrics"] != once["metrics"]
+    assert other["settings_hash"] != once["settings_hash"]
+
+
+def test_with_equal_epochs_who_has_all_rows_takes_more_steps(place: Path) -> None:
+    assert planned_steps(settings(place), ROWS, cell_of("lora"), equal="epochs") == 120
+    assert planned_steps(settings(place), ROWS, cell_of("lora+random"), equal="epochs") == 60
+    accumulated = settings(place, training={"epochs": 6, "batch_size": 8, "gradient_accumulation_steps": 2})
+    assert planned_steps(accumulated, ROWS, cell_of("lora"), equal="steps") == 30
+
+
+def test_more_seconds_are_more_steps(place: Path) -> None:
+    few, many = (steps_in(seconds, settings(place), cell_of("tsqlora")) for seconds in (2.0, 20.0))
+    assert 0 < few < many
+    with pytest.raises(SettingsError, match="no step fits"):
+        steps_in(1e-4, settings(place), cell_of("tsqlora"))
+
+
+def test_a_training_that_diverges_is_a_result(place: Path) -> None:
+    found = run_cell(settings(place), Cell(Entry("full", "all"), 0, 1e20), equal="steps")
+    assert "not finite" in found["failed"]
+
+
+def test_settings_that_are_wrong_are_no_result(place: Path) -> None:
+    wrong = settings(place, quality={"fraction": 0.5, "warmup": 9.0})
+    with pytest.raises(SettingsError, match="no scored epoch"):
+        run_cell(wrong, cell_of("tsqlora"), equal="steps")
+
+
+def test_a_process_of_its_own_gives_the_same_and_hands_errors_on(place: Path) -> None:
+    told: list[str] = []
+    found = in_own_process(
+        settings(place), cell_of("lora"), equal="steps", seconds=None, progress=lambda phase, *_: told.append(phase)
+    )
+    here = run_cell(settings(place), cell_of("lora"), equal="steps")
+    assert found["metrics"] == here["metrics"]
+    assert {"training", "validation", "test"} <= set(told)
+    with pytest.raises(SettingsError, match="no scored epoch"):
+        in_own_process(
+            settings(place, quality={"fraction": 0.5, "warmup": 9.0}),
+            cell_of("tsqlora"),
+            equal="steps",
+            seconds=None,
+            progress=None,
+        )
+
+
+def test_a_process_that_dies_is_told(place: Path) -> None:
+    def die(phase: str, done: int, total: int) -> None:
+        # The server's child; the server itself, and what tracks its resources, are ours.
+        servers = psutil.Process().children()
+        for process in psutil.Process().children(recursive=True):
+            if process not in servers:
+                process.kill()
+
+    with pytest.raises(TsqLoraError, match="its process ended with code"):
+        in_own_process(settings(place), cell_of("lora"), equal="steps", seconds=None, progress=die)
+
+
+def test_a_comparison_that_is_killed_takes_its_training_along_and_goes_on(place: Path, tmp_path: Path) -> None:
+    settings(place)
+    command = [sys.executable, "-m", "tsqlora.cli", "compare", str(place / "c.yaml")]
+    command += ["--methods", "lora,lora+random,tsqlora", "--seeds", "0,1", "--out", str(tmp_path / "out"), "--json"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    cells = tmp_path / "out" / "cells"
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as running:
+        _wait_for(lambda: len(list(cells.glob("*.json"))) >= 2)
+        family = psutil.Process(running.pid).children(recursive=True)
+        running.kill()
+    gone, left = psutil.wait_procs(family, timeout=20)
+    assert len(gone) >= 2
+    assert not left
+    first = {path.name: path.read_bytes() for path in cells.glob("*.json")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert len(list(cells.glob("*.json"))) == 6
+    assert {name: (cells / name).read_bytes() for name in first} == first
+    assert done.stderr.count("(known)") == len(first)
+
+
+def _wait_for(true: Any, seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
