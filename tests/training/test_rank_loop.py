@@ -11,13 +11,14 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import tsqlora as tsq
 from models import collate
 from scoring import assert_same
 from slotted import assert_hidden_are_zero, trained
 from stock import base_bert, make_trainer, moods, slotted_bert
-from tsqlora.adapter.slots import find_slots
+from tsqlora.adapter.slots import find_slots, has_slots
 from tsqlora.training import rank_loop
 
 ROWS = moods(40)
@@ -199,6 +200,30 @@ def test_the_first_ranks_may_come_from_a_sample() -> None:
     assert [event.step for event in ranks.events] == [0, 4, 8, 12, 16, 20]
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_finishing_twice_gives_the_same_model(first: bool) -> None:
+    ranks = whole_run()
+    final = ranks.ranks
+    model = ranks.finish(finalize_model=first)
+    assert has_slots(model) != first
+    kept = weights(model)
+    for _ in range(2):
+        assert ranks.finish() is model
+        assert not has_slots(model)
+        assert_same(kept, weights(model), "weights")
+        assert ranks.final == final
+
+
+@pytest.mark.parametrize("call", [tsq.RankLoop.before_forward, lambda ranks: ranks.start(ROWS, collate)])
+def test_a_finished_loop_does_not_go_on(call: Callable[[tsq.RankLoop], None]) -> None:
+    ranks = whole_run()
+    ranks.finish(finalize_model=False)
+    with pytest.raises(
+        tsq.TsqLoraError, match="the run was finished at step 30; make another RankLoop to train further"
+    ):
+        call(ranks)
+
+
 def test_slots_are_kept_for_further_training_where_that_is_asked_for() -> None:
     ranks = whole_run()
     model = ranks.finish(finalize_model=False)
@@ -278,31 +303,128 @@ Loop = tsq.RankLoop
 NO_BEFORE = r"before_optimizer_step\(\) is missing in step 1: call it when the step's gradients are complete, before"
 NO_AFTER = r"after_optimizer_step\(\) is missing in step 1: call it after optimizer\.step\(\)"
 NO_FORWARD = r"before_forward\(\) is missing in step 1: call it before the step's first forward pass"
-TOO_LATE = r"the optimizer's step 1 came without before_optimizer_step\(\): call it when the step's gradients are"
 
 
 @pytest.mark.parametrize(
     ("calls", "text"),
     [
+        ([forward, step], NO_FORWARD),
         ([forward, Loop.before_optimizer_step], NO_FORWARD),
         ([Loop.after_optimizer_step], NO_FORWARD),
-        ([Loop.before_forward, forward, step, Loop.before_optimizer_step], TOO_LATE),
-        ([Loop.before_forward, forward, step, Loop.before_forward], TOO_LATE),
-        ([Loop.before_forward, forward, step, Loop.finish], "ended at step 0 and no rank was ever adjusted"),
-        ([Loop.before_forward, forward, step, Loop.after_optimizer_step], NO_BEFORE),
+        ([Loop.before_forward, forward, step], NO_BEFORE),
+        ([Loop.before_forward, forward, Loop.after_optimizer_step], NO_BEFORE),
         ([Loop.before_forward, forward, Loop.before_optimizer_step, step, Loop.before_forward], NO_AFTER),
         ([Loop.before_forward, forward, Loop.before_optimizer_step, step, Loop.finish], NO_AFTER),
         ([Loop.before_forward, forward, Loop.before_optimizer_step, Loop.before_optimizer_step], NO_AFTER),
+        ([Loop.before_forward, forward, Loop.before_optimizer_step, step, forward, step], NO_AFTER),
     ],
 )
-def test_a_missing_call_is_named_with_its_place(calls: list[Callable[[tsq.RankLoop], Any]], text: str) -> None:
-    ranks = begin()
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_missing_call_is_named_with_its_place(
+    fused: bool, calls: list[Callable[[tsq.RankLoop], Any]], text: str
+) -> None:
+    model = certain(slotted_bert())
+    ranks = tsq.RankLoop(model, torch.optim.AdamW(trained(model), lr=0.05, fused=fused), STEPS, **PERIOD)
     *before, last = calls
     for call in before:
         call(ranks)
+    kept = weights(ranks.model)
     with pytest.raises(tsq.TsqLoraError, match=text):
         last(ranks)
+    assert_same(kept, weights(ranks.model), "nothing was stepped")
     ranks.close()
+
+
+def test_a_step_without_any_call_is_told_wherever_it_comes() -> None:
+    ranks = begin()
+    for number in range(6):
+        one_step(ranks, number)
+    forward(ranks)
+    with pytest.raises(
+        tsq.TsqLoraError, match=r"before_forward\(\) is missing in step 7.* given up is to be closed: close"
+    ):
+        ranks.optimizer.step()
+    ranks.optimizer.zero_grad()
+    for number in range(6, STEPS):
+        one_step(ranks, number)
+    assert [event.step for event in ranks.events] == [4, 8, 12, 16, 20]
+
+
+def test_a_step_without_gradients_needs_no_calls() -> None:
+    """As torch.distributed.checkpoint makes one, so that an optimizer's state is there to be loaded."""
+    ranks = begin()
+    get_optimizer_state_dict(ranks.model, ranks.optimizer)
+    assert ranks.optimizer.state
+    for number in range(STEPS):
+        one_step(ranks, number)
+    ranks.finish()
+
+
+class Nested(torch.optim.AdamW):
+    """As many optimizers are made; torch then calls a step's hooks twice."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("kind", ["nested", "scheduled", "averaged"])
+def test_whatever_wraps_an_optimizers_step_misses_no_call(kind: str) -> None:
+    model = certain(slotted_bert())
+    adamw(model)
+    optimizer = (Nested if kind == "nested" else torch.optim.AdamW)(trained(model), lr=0.05, weight_decay=0.0)
+    ranks = tsq.RankLoop(model, optimizer, STEPS, **PERIOD)
+    also: list[Callable[[], Any]] = []
+    if kind == "scheduled":
+        also.append(torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0).step)
+    if kind == "averaged":
+        average = torch.optim.swa_utils.AveragedModel(model)
+        also += [lambda: average.update_parameters(model), torch.optim.swa_utils.SWALR(optimizer, 0.05, 1).step]
+    for number in range(STEPS):
+        one_step(ranks, number)
+        for call in also:
+            call()
+    assert [event.step for event in ranks.events] == [4, 8, 12, 16, 20]
+    forward(ranks)
+    with pytest.raises(tsq.TsqLoraError, match=r"before_forward\(\) is missing in step 31"):
+        ranks.optimizer.step()
+    ranks.close()
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("end", [Loop.finish, Loop.close, None], ids=["finished", "closed", "forgotten"])
+def test_an_optimizer_goes_on_by_itself_once_the_loop_has_ended(
+    end: Callable[[tsq.RankLoop], Any] | None, wrapped: bool
+) -> None:
+    model = certain(slotted_bert())
+    inner = optimizer = adamw(model)
+    if wrapped:
+        optimizer = accelerate.Accelerator(cpu=True).prepare_optimizer(inner)
+    ranks = tsq.RankLoop(model, optimizer, STEPS, **PERIOD)
+    forward(ranks)
+    with pytest.raises(tsq.TsqLoraError, match=NO_FORWARD):
+        optimizer.step()
+    optimizer.zero_grad()
+    for number in range(STEPS):
+        one_step(ranks, number)
+    if end is None:
+        del ranks
+        gc.collect()
+    else:
+        end(ranks)
+    assert not inner._optimizer_step_pre_hooks
+    assert not inner._optimizer_step_post_hooks
+
+
+def test_an_optimizer_that_tells_of_no_steps_is_refused() -> None:
+    class Around(torch.optim.Optimizer):
+        def __init__(self, inner: torch.optim.Optimizer) -> None:
+            self.param_groups = inner.param_groups
+
+    model = slotted_bert()
+    with pytest.raises(
+        tsq.UnsupportedError, match=r"the optimizer Around .*Optimizer\.__init__.*give .* one that it wraps"
+    ):
+        tsq.RankLoop(model, Around(adamw(model)), STEPS)
 
 
 @pytest.mark.parametrize("steps", [0, 3])

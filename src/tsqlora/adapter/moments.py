@@ -78,7 +78,7 @@ def moments(parameter: nn.Parameter, optimizer: torch.optim.Optimizer | None) ->
     """
     if optimizer is None:
         return {}
-    inner: Any = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+    inner: Any = inner_optimizer(optimizer)
     kind = type(inner)
     if kind.__name__ in COUPLED:
         raise UnsupportedError(
@@ -99,6 +99,11 @@ def moments(parameter: nn.Parameter, optimizer: torch.optim.Optimizer | None) ->
         scales = (state[f"absmax{name[-1]}"], state[f"qmap{name[-1]}"]) if value.dtype == torch.uint8 else None
         found[name] = Moment(value, known[name], scales)
     return found
+
+
+def inner_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The one that steps, inside accelerate's."""
+    return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
 
 
 def _unpack(codes: Tensor, absmax: Tensor, qmap: Tensor) -> Tensor:

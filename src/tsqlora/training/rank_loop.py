@@ -18,8 +18,8 @@ from tsqlora import distributed
 from tsqlora.adapter.change import change_ranks
 from tsqlora.adapter.importance import Importance
 from tsqlora.adapter.moments import moments
-from tsqlora.adapter.slots import Slots, finalize, find_slots, sync_config
-from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
+from tsqlora.adapter.slots import finalize, find_slots, sync_config
+from tsqlora.errors import SettingsError, TsqLoraError
 from tsqlora.gradients.sites import lora_layers
 from tsqlora.probe import Estimator, Probe, get_estimator, probe_pass
 from tsqlora.ranks.allocate import Sensitivity, allocate
@@ -30,6 +30,7 @@ from tsqlora.ranks.schedule import adjustment_steps, moves_allowed
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate
 from tsqlora.training.checkpoint import RankState
+from tsqlora.training.optimizer import require_trained, told_of_steps
 
 WHERE = {
     "before_forward": "before the step's first forward pass",
@@ -72,7 +73,8 @@ class RankLoop:
     backward. Compiled code runs eagerly in the steps that are measured, one in `interval`, and is compiled anew
     when ranks have changed.
 
-    Raises TsqLoraError where a call is missing, naming it, and from `finish` if no rank was ever adjusted.
+    Raises TsqLoraError where a call is missing, naming it, at the latest from optimizer.step() before it steps; and
+    from `finish` if no rank was ever adjusted. `finish` and `close` let go of the optimizer.
     """
 
     def __init__(
@@ -94,8 +96,7 @@ class RankLoop:
         get_estimator(estimator)
         self.model, self.optimizer = distributed.unwrapped(model), optimizer
         self.layers, self.final = find_slots(self.model), dict[str, int]()
-        _require_trained(self.layers, optimizer)
-        self._weights = [parameter for slots in self.layers.values() for parameter, _ in slots.matrices()]
+        require_trained(self.layers, optimizer)
         self.shapes = {name: slots.shape for name, slots in self.layers.items()}
         self.capacity = max(slots.capacity for slots in self.layers.values())
         self.policy, self.estimator, self.seed = get_policy(policy), estimator, seed
@@ -107,11 +108,12 @@ class RankLoop:
         self.importance = Importance(self.layers)
         self.step, self.events, self.started, self.seconds = 0, list[RankEvent](), False, 0.0
         self._target(dict.fromkeys(self.layers, 1.0))  # bad bounds are told before training
-        self._next, self._postponed = "before_forward", False
+        self._next, self._stepped, self._postponed = "before_forward", False, False
         self._probe: Probe | None = None
-        self._tap, self._limits = ExitStack(), ExitStack()
-        self._limits.enter_context(_compiled_for(2 + len(self.steps)))
-        for held in (self._tap, self._limits):
+        self._tap, self._held = ExitStack(), ExitStack()
+        self._held.enter_context(told_of_steps(optimizer, self._before_step, self._after_step))
+        self._held.enter_context(_compiled_for(2 + len(self.steps)))
+        for held in (self._tap, self._held):
             weakref.finalize(self, held.close)  # also where a step failed and nobody closes, at the latest on exit
 
     @property
@@ -133,6 +135,7 @@ class RankLoop:
         Between two steps, or before the first; the samples are the quality sample, for the method as published.
         """
         begun = time.perf_counter()
+        self._require_running()
         self._expect("before_forward")
         probe = probe_pass(
             self.model,
@@ -156,10 +159,10 @@ class RankLoop:
         With adjust=False ranks stay as they are in this step.
         """
         if self._next == "before_optimizer_step":
-            self._require_no_step_yet()
             return
+        self._require_running()
         self._expect("before_forward")
-        self._next, self._version = "before_optimizer_step", self._weights_version()
+        self._next = "before_optimizer_step"
         step = self.step + 1
         if adjust and (step in self.steps or (self._postponed and step < self.steps.stop)):
             self._probe = Probe(lora_layers(self.model), self.estimator, self.seed + self.step)
@@ -168,8 +171,7 @@ class RankLoop:
     def before_optimizer_step(self) -> None:
         """Takes in the step's gradients."""
         self._expect("before_optimizer_step")
-        self._require_no_step_yet()
-        self._next = "after_optimizer_step"
+        self._next, self._stepped = "after_optimizer_step", False
         # Once ranks are final, nothing asks what slots are worth.
         finite = self._final() or self.importance.update()
         self._tap.close()
@@ -194,7 +196,13 @@ class RankLoop:
             self.seconds += time.perf_counter() - begun
 
     def finish(self, *, finalize_model: bool = True) -> PeftModel:
-        """Ends the run: the model, plain PEFT with `finalize_model`, else with slots for further training."""
+        """Ends the run: the model, plain PEFT with `finalize_model`, else with slots for further training.
+
+        Called again it gives the same model, plain if that is asked for then.
+        """
+        assert isinstance(self.model, PeftModel)
+        if self.final:
+            return finalize(self.model) if finalize_model else self.model
         if self._next == "after_optimizer_step":
             self._expect("before_forward")
         self.close()
@@ -203,15 +211,14 @@ class RankLoop:
                 f"training ended at step {self.step} and no rank was ever adjusted: the first adjustment was to be at "
                 f"step {self.steps.start}; train longer, lower interval, or leave ranks as they are"
             )
-        assert isinstance(self.model, PeftModel)
         sync_config(self.model)
-        self.final = self.ranks
+        self.final, self._next = self.ranks, "before_forward"
         return finalize(self.model) if finalize_model else self.model
 
     def close(self) -> None:
-        """Removes what is still on the model after a step that failed; `finish` does it too."""
+        """Lets go of the optimizer, and of the model after a step that failed; `finish` does it too."""
         self._tap.close()
-        self._limits.close()
+        self._held.close()
 
     def state(self) -> RankState:
         """All that the loop knows, between two steps."""
@@ -264,16 +271,23 @@ class RankLoop:
         if self._next != call:
             raise TsqLoraError(f"{self._next}() is missing in step {self.step + 1}: call it {WHERE[self._next]}")
 
-    def _require_no_step_yet(self) -> None:
-        if self._weights_version() != self._version:
+    def _require_running(self) -> None:
+        if self.final:
+            raise TsqLoraError(f"the run was finished at step {self.step}; make another RankLoop to train further")
+
+    def _before_step(self) -> None:
+        if self._next == "after_optimizer_step" and not self._stepped:
+            return
+        grads = [parameter.grad for slots in self.layers.values() for parameter, _ in slots.matrices()]
+        # A step of zeros is torch.distributed.checkpoint's, which makes the optimizer's state in order to load it.
+        if any(grad is not None and bool(distributed.whole(grad).any()) for grad in grads):
             raise TsqLoraError(
-                f"the optimizer's step {self.step + 1} came without before_optimizer_step(): call it "
-                f"{WHERE['before_optimizer_step']}"
+                f"optimizer.step(): {self._next}() is missing in step {self.step + 1}: call it {WHERE[self._next]}; a "
+                "RankLoop that was given up is to be closed: close()"
             )
 
-    def _weights_version(self) -> int:
-        """A number that grows when weights are changed in place (torch's fused optimizers do it without)."""
-        return sum(parameter._version for parameter in self._weights)
+    def _after_step(self) -> None:
+        self._stepped = True  # an optimizer made from another calls its hooks twice
 
     def _schedule(self, total: int, *, warmup: float, freeze: float) -> range:
         if self.policy is get_policy("fixed"):
@@ -330,21 +344,6 @@ class RankLoop:
             max_rank=self.capacity,
             gamma=self.gamma,
         )
-
-
-def _require_trained(layers: Mapping[str, Slots], optimizer: torch.optim.Optimizer) -> None:
-    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for slots in layers.values():
-        if not all(parameter.requires_grad for parameter, _ in slots.matrices()):
-            raise UnsupportedError(
-                f"the adapter of {slots.name} is frozen, and its rank would move all the same; unfreeze it, or leave "
-                "the layer out of target_modules"
-            )
-        if any(id(parameter) not in trained for parameter, _ in slots.matrices()):
-            raise SettingsError(
-                f"the optimizer does not train the adapter of {slots.name}, which was wrapped later; make it from the "
-                "parameters of the model that tsqlora.wrap gives"
-            )
 
 
 def _compiled_for(sets_of_ranks: int) -> AbstractContextManager[Any]:
