@@ -253,6 +253,37 @@ def test_a_checkpoint_from_elsewhere_is_told(run: Path, tmp_path: Path) -> None:
         trainer(tmp_path / "elsewhere").train(resume_from_checkpoint=str(run / "checkpoint-12"))
 
 
+def test_a_checkpoint_of_another_run_in_the_same_place_is_not_taken_for_the_loaded_one(
+    whole: Path, run: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Also of a run that went on from the same checkpoint."""
+    other, branch = tmp_path_factory.mktemp("other"), tmp_path_factory.mktemp("branch")
+    with pytest.raises(KeyboardInterrupt):
+        trainer(other, (0, 1, 2), fail=12, seed=1).train()
+    shutil.copytree(run / "checkpoint-8", branch / "checkpoint-8")
+    shutil.copy(run / "scores.parquet", branch)
+    made = trainer(branch, (0, 1, 2), fail=12, learning_rate=0.01)
+    with pytest.raises(KeyboardInterrupt):
+        made.train(resume_from_checkpoint=str(branch / "checkpoint-8"))
+    for folder in (other, branch):
+        for loaded, place in ((run, folder), (folder, run)):
+            with pytest.raises(
+                tsq.TsqLoraError,
+                match=f"cannot resume: {place}/checkpoint-12 is of another run than the checkpoint that was loaded; "
+                "resume with the output_dir that it was written in",
+            ):
+                trainer(place).train(resume_from_checkpoint=str(loaded / "checkpoint-12"))
+
+
+def test_a_run_that_was_moved_or_copied_goes_on(whole: Path, run: Path, tmp_path: Path) -> None:
+    moved = run.rename(tmp_path.with_name("moved"))
+    trainer(moved).train(resume_from_checkpoint=str(whole / "checkpoint-12"))
+    trainer(moved).train(resume_from_checkpoint=True)
+    assert tsq.last_checkpoint(moved) == moved / "checkpoint-20"
+    adapters = [(folder / "checkpoint-20" / "adapter_model.safetensors").read_bytes() for folder in (whole, moved)]
+    assert adapters[0] == adapters[1]
+
+
 def test_one_checkpoint_at_a_time_is_refused(tmp_path: Path) -> None:
     made = trainer(tmp_path, save_total_limit=1)
     with pytest.raises(tsq.SettingsError, match=r"save_total_limit 1 deletes the last whole .*; set it to 2 or more"):

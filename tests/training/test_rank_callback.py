@@ -485,6 +485,15 @@ def test_a_second_training_of_a_finalised_model_is_refused(tmp_path: Path) -> No
         trainer.train()
 
 
+def test_a_second_callback_is_refused_before_training(tmp_path: Path) -> None:
+    steps: list[int] = []
+    seen = At("step_begin", lambda state, _: steps.append(state.global_step))
+    text = "the Trainer has two callbacks for ranks; give it one RankCallback"
+    with pytest.raises(tsq.SettingsError, match=text):
+        run(tmp_path, tsq.RankCallback(interval=4), seen, tsq.RankCallback(interval=4))
+    assert not steps
+
+
 def test_max_rank_of_a_model_that_is_wrapped_is_refused(tmp_path: Path) -> None:
     with pytest.raises(tsq.SettingsError, match=r"has its slots already; give max_rank to tsqlora\.wrap"):
         make_trainer(slotted_bert(), ROWS, tmp_path, [tsq.RankCallback(interval=4, max_rank=6)])

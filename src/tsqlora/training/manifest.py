@@ -7,6 +7,7 @@ of our callbacks to add its own syncs every file to the disk, hashes it, and put
 import hashlib
 import json
 import os
+import uuid
 import warnings
 from pathlib import Path
 from typing import Any, cast
@@ -32,7 +33,8 @@ def announce(args: TrainingArguments, state: TrainerState, part: str) -> None:
     """On train begin: whoever calls this will add a part to every checkpoint, and seal it.
 
     Where a run is resumed, its checkpoint is checked, and the best one if it is to be brought back. Raises TsqLoraError
-    naming the file that is damaged, and SettingsError where there would be times without a whole checkpoint.
+    naming the file that is damaged, or the folder that is of another run; SettingsError where two callbacks add one
+    part, and where there would be times without a whole checkpoint.
     """
     saves = args.save_strategy != SaveStrategy.NO and not args.save_only_model
     if saves and args.save_total_limit == 1:
@@ -42,13 +44,15 @@ def announce(args: TrainingArguments, state: TrainerState, part: str) -> None:
     # The Trainer's own place for what callbacks know; it is one for all of them, and begins anew with each training.
     parts = cast(dict[str, Any], state.stateful_callbacks)
     if parts.get("tsqlora", {}).get("begun") != state.global_step:
-        parts["tsqlora"] = {"begun": state.global_step, "parts": [], "open": []}
+        if state.global_step > 0:
+            _require_resumable(args, checkpoint_folder(args, state), _run_of(parts))
+        # Each training has a name of its own, also one that goes on from the same checkpoint as another.
+        parts["tsqlora"] = {"run": uuid.uuid4().hex, "begun": state.global_step, "parts": [], "open": []}
+    if part in parts["tsqlora"]["parts"]:
+        raise SettingsError(
+            f"the Trainer has two callbacks for {part}; give it one RankCallback and one QualityCallback, or either"
+        )
     parts["tsqlora"]["parts"].append(part)
-    if state.global_step > 0:
-        folder = checkpoint_folder(args, state)
-        _require_whole(folder)
-        if args.load_best_model_at_end and (best := _best_of(folder)):
-            _require_whole(best)
 
 
 def seal(args: TrainingArguments, state: TrainerState, part: str) -> None:
@@ -133,6 +137,25 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     return None, passed_over
 
 
+def _require_resumable(args: TrainingArguments, folder: Path, loaded: str | None) -> None:
+    """That what callbacks will read is whole, and of the training whose checkpoint the Trainer has loaded."""
+    _require_whole(folder)
+    told = json.loads((folder / TRAINER_STATE_FILE).read_text())
+    if _run_of(told["stateful_callbacks"]) != loaded:
+        raise TsqLoraError(
+            f"cannot resume: {folder} is of another run than the checkpoint that was loaded; resume with the "
+            "output_dir that it was written in"
+        )
+    # The Trainer forgets the best one where it is gone.
+    if args.load_best_model_at_end and (best := told["best_model_checkpoint"]) is not None:
+        _require_whole(Path(best))
+
+
+def _run_of(parts: dict[str, Any]) -> str | None:
+    """The name of the training that wrote a Trainer's state, if callbacks of ours were in it."""
+    return parts.get("tsqlora", {}).get("run")
+
+
 def _require_whole(folder: Path) -> None:
     why = fault(folder)
     if why is None:
@@ -154,9 +177,3 @@ def _newest_first(folder: Path) -> list[Path]:
         if (number := path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")).isdecimal() and path.is_dir()
     }
     return [found[number] for number in sorted(found, reverse=True)]
-
-
-def _best_of(folder: Path) -> Path | None:
-    """The best checkpoint up to this one; the Trainer forgets it where it is gone."""
-    best = json.loads((folder / TRAINER_STATE_FILE).read_text())["best_model_checkpoint"]
-    return None if best is None else Path(best)
