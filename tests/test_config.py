@@ -119,6 +119,19 @@ def test_a_temperature_of_nothing_is_refused() -> None:
         loaded("quality: {temperature: 2.0}")
 
 
+def test_unbiased_weights_of_nothing_are_refused() -> None:
+    message = error_of("quality: {unbiased: true}")
+    assert message.startswith(
+        "tsq.yaml: quality.unbiased true is of a softmax over Q, and every weight of Q is 0; set qua"
+    )
+    assert loaded("quality: {unbiased: true, preset: paper}").quality.unbiased
+
+
+def test_harvest_beside_unbiased_weights_is_refused() -> None:
+    message = error_of("quality: {unbiased: true, preset: paper, harvest: true}")
+    assert message.endswith("quality.harvest reads gradients that quality.unbiased weighs; set one of them to false")
+
+
 def test_the_greatest_rank_is_twice_the_mean_unless_set() -> None:
     assert RankSettings(mean=2.3).resolved_max() == 5
     assert RankSettings(mean=2.3, max=9).resolved_max() == 9
@@ -133,7 +146,8 @@ def test_the_greatest_rank_is_twice_the_mean_unless_set() -> None:
         (
             "quality: {fractoin: 0.3}",
             "unknown key 'quality.fractoin'; did you mean 'fraction'? choices: calibrate, enabled, fraction, "
-            "harvest, preset, reference, reject, resample, scope, temperature, warmup, warmup_limit, weights",
+            "guard, harvest, preset, reference, reject, resample, scope, temperature, unbiased, warmup, "
+            "warmup_limit, weights",
         ),
         (
             "quality: {weights: {convergense: 1}}",

@@ -46,6 +46,8 @@ OTHER_VALUES: dict[str, Any] = {
     "quality.scope": "full",
     "quality.reference": 64,
     "quality.calibrate": False,
+    "quality.unbiased": True,
+    "quality.guard": False,
     "quality.harvest": True,
     "ranks.policy": "fixed",
     "ranks.mean": 4.0,
@@ -139,7 +141,10 @@ def test_every_key_has_another_value_here() -> None:
     assert set(OTHER_VALUES) - {"training.weight_decay"} == set(keys())
 
 
-BESIDE: dict[str, dict[str, Any]] = {"quality.temperature": {"quality.preset": "paper"}}
+BESIDE: dict[str, dict[str, Any]] = {
+    "quality.temperature": {"quality.preset": "paper"},
+    "quality.unbiased": {"quality.preset": "paper"},
+}
 """What a setting needs beside it to have a meaning."""
 
 
@@ -159,6 +164,8 @@ def test_every_key_changes_what_some_boundary_is_given(key: str) -> None:
         ("quality.warmup_limit", "QualityCallback", "limit"),
         ("quality.temperature", "QualityCallback", "temperature"),
         ("quality.calibrate", "QualityCallback", "calibration"),
+        ("quality.unbiased", "QualityCallback", "unbiased"),
+        ("quality.guard", "QualityCallback", "guard"),
         ("ranks.min", "RankCallback", "min_rank"),
         ("ranks.gamma", "RankCallback", "gamma"),
         ("ranks.max", "wrap", "max_rank"),

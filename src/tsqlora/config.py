@@ -109,6 +109,10 @@ class QualitySettings(Section):
     )
     reference: int = setting(512, "Rows whose mean gradient a sample is compared with.", ge=2)
     calibrate: bool = setting(True, "Correct a leaning to one class before scoring.")
+    unbiased: bool = setting(
+        False, "Weigh rows that a softmax over Q draws, so that the gradient stays that of all kept rows."
+    )
+    guard: bool = setting(True, "Draw at random where the rows that Q draws would teach less than random ones.")
     harvest: bool = setting(False, "Keep each row's terms as training's own passes show them, in harvest.parquet.")
 
     def resolved_weights(self) -> dict[str, float] | None:
@@ -135,6 +139,19 @@ class QualitySettings(Section):
         if self.reject is None and PRESETS[self.preset].reject:
             return None if self.resolved_weights() is None else False
         return bool(self.reject)
+
+    @model_validator(mode="after")
+    def _weights_have_a_softmax(self) -> "QualitySettings":
+        if self.unbiased and self.resolved_weights() is None:
+            raise SettingsError(
+                "quality.unbiased true is of a softmax over Q, and every weight of Q is 0; set quality.weights or "
+                "quality.preset, or leave it out: rows drawn evenly need no weights"
+            )
+        if self.unbiased and self.harvest:
+            raise SettingsError(
+                "quality.harvest reads gradients that quality.unbiased weighs; set one of them to false"
+            )
+        return self
 
     @model_validator(mode="after")
     def _temperature_has_a_softmax(self) -> "QualitySettings":

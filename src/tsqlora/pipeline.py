@@ -255,6 +255,8 @@ def quality_half(
         scope=q.scope,
         reference=q.reference,
         calibration=q.calibrate,
+        unbiased=q.unbiased,
+        guard=q.guard,
         seed=job.config.training.seed,
         hashes=job.data.samples["train"].hashes,
         about=about_rows(job.config, job.data),

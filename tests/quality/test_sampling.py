@@ -13,6 +13,7 @@ from tsqlora.quality.sampling import (
     draw,
     draw_size,
     effective_sample_size,
+    expected_inclusion,
     gumbel_top_k,
     inclusion,
     probabilities,
@@ -192,3 +193,30 @@ def test_weights_make_the_sum_unbiased(strata: np.ndarray | None, kept: np.ndarr
     error = np.std(sums) / np.sqrt(len(sums))
     assert abs(np.mean(sums) - losses[kept].mean()) < 4 * error
     assert error < 0.1
+
+
+@pytest.mark.parametrize("strata", [None, np.array([0] * 12 + [1] * 16 + [2] * 12)])
+def test_expected_inclusion_is_how_often_rows_are_drawn(strata: np.ndarray | None) -> None:
+    rng = np.random.default_rng(0)
+    q, kept = rng.normal(size=40), np.arange(40) % 10 != 3
+    options = {"fraction": 0.4, "temperature": 0.7, "strata": strata, "kept": kept}
+    counts = np.zeros(40)
+    draws = 4000
+    for _ in range(draws):
+        counts[draw(q, rng=rng, **options).indices] += 1  # type: ignore[arg-type]
+    expected = expected_inclusion(q, **options)  # type: ignore[arg-type]
+    assert expected.sum() == pytest.approx(16)
+    assert (expected[~kept] == 0).all()
+    # It is exact only for many rows.
+    np.testing.assert_allclose(counts / draws, expected, atol=0.03)
+
+
+def test_where_everything_is_drawn_every_chance_is_one() -> None:
+    assert expected_inclusion(np.arange(4.0), fraction=1.0, temperature=0.01).tolist() == [1.0] * 4
+
+
+@given(QUALITIES, st.floats(0.02, 1), st.floats(0.01, 50))
+def test_expected_inclusions_add_up_to_the_draw(q: np.ndarray, fraction: float, tau: float) -> None:
+    found = expected_inclusion(q, fraction=fraction, temperature=tau)
+    assert found.sum() == pytest.approx(draw_size(len(q), fraction), rel=1e-4)
+    assert ((found >= 0) & (found <= 1)).all()

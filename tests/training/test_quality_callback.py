@@ -143,6 +143,63 @@ def test_a_temperature_of_nothing_is_refused() -> None:
         tsq.QualityCallback(tsq.QualitySubset(DATA, 0.5), temperature=2.0)
 
 
+class Weighed(TrainerCallback):
+    """The rows and weights of each step's epoch."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, Any] = {}
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        data = kwargs["train_dataloader"].dataset
+        weights = None if data.weights is None else data.weights.tolist()
+        self.seen[state.global_step] = (data.indices.tolist(), weights)
+
+
+UNBIASED: dict[str, Any] = {"weights": GRADIENTS, "unbiased": True, "guard": False}
+
+
+def test_unbiased_rows_have_weights_once_they_are_drawn_by_quality(tmp_path: Path) -> None:
+    watch = Weighed()
+    quality, trainer = run(tmp_path, also=(watch,), **UNBIASED)
+    assert [step for step, (_, weights) in watch.seen.items() if weights is None] == list(range(8))
+    for step in range(8, 20):
+        rows, weights = quality.data.drawn(step // 4)
+        assert weights is not None
+        assert watch.seen[step] == (rows.tolist(), weights.tolist())
+    plain, other = run(tmp_path, **(UNBIASED | {"unbiased": False}))
+    assert plain.data.draw(4).tolist() == quality.data.draw(4).tolist()
+    one, two = (made.model.state_dict() for made in (trainer, other))  # type: ignore[union-attr]
+    assert any(not torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("step", [7, 8, 10, 12, 17])
+def test_a_resumed_run_has_the_same_rows_and_weights(step: int, tmp_path: Path) -> None:
+    saves = {"save_strategy": "steps", "save_steps": 1}
+    watch, resumed = Weighed(), Weighed()
+    _, trainer = run(tmp_path, also=(watch,), further=saves, **UNBIASED)
+    subset = tsq.QualitySubset(DATA, 0.5)
+    quality = tsq.QualityCallback(subset, reference=40, **UNBIASED)
+    again = make_trainer(slotted_bert(), subset, tmp_path, [resumed, quality], num_train_epochs=EPOCHS, **saves)
+    again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    assert resumed.seen == {at: what for at, what in watch.seen.items() if at >= step}
+    for name, value in trainer.model.state_dict().items():  # type: ignore[union-attr]
+        assert torch.equal(value, again.model.state_dict()[name]), name  # type: ignore[union-attr]
+
+
+def test_unbiased_weights_without_a_softmax_are_refused() -> None:
+    text = (
+        "unbiased weights are of rows drawn by a softmax over Q, and Q has no weights; give weights, or leave unbiased"
+    )
+    with pytest.raises(SettingsError, match=text):
+        tsq.QualityCallback(tsq.QualitySubset(DATA, 0.5), unbiased=True)
+
+
+def test_unbiased_weights_need_to_see_the_rows(tmp_path: Path) -> None:
+    text = r"QualityCallback\(unbiased=True\) must see which rows are handed out; set dataloader_num_workers to 0"
+    with pytest.raises(SettingsError, match=text):
+        run(tmp_path, further={"dataloader_num_workers": 1}, **UNBIASED)
+
+
 def test_the_callback_itself_draws_anew() -> None:
     """accelerate calls set_epoch as well, but with several processes not under every sampler."""
     subset = tsq.QualitySubset(DATA, 0.5)
@@ -189,7 +246,7 @@ def test_a_run_whose_scores_are_not_used_ends_as_one_without_scoring(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended: list[dict[str, torch.Tensor]] = []
-    monkeypatch.setattr(tsq.QualitySubset, "use", lambda *_: None)
+    monkeypatch.setattr(tsq.QualitySubset, "use", lambda *_, **__: None)
     for scoring in (True, False):
         subset = tsq.QualitySubset(DATA, 0.5)
         callbacks: list[TrainerCallback] = [Redraw(subset)]

@@ -122,18 +122,57 @@ def draw(
 
     Only `kept` rows are drawn; where a stratum has too few, the others fill up in proportion.
     """
-    groups = np.zeros(len(quality), dtype=np.int64) if strata is None else strata
-    may = np.ones(len(quality), dtype=np.bool_) if kept is None else kept
-    names, places, counts = np.unique(groups, return_inverse=True, return_counts=True)
-    limits = np.bincount(places[may], minlength=len(names))
-    sizes = capped_sizes(counts, draw_size(len(quality), fraction), limits)
     phi = log_weights(quality, temperature)
     indices: list[np.ndarray] = []
-    weights: list[np.ndarray] = []
-    for name, size in zip(names, sizes, strict=True):
-        rows = np.flatnonzero((groups == name) & may)
-        taken, threshold = gumbel_top_k(phi[rows], int(size), rng)
+    chances: list[np.ndarray] = []
+    groups = _groups(len(quality), fraction, strata, kept)
+    for rows, size in groups:
+        taken, threshold = gumbel_top_k(phi[rows], size, rng)
         indices.append(rows[taken])
-        weights.append(1 / (may.sum() * inclusion(phi[rows[taken]], threshold)))
+        chances.append(inclusion(phi[rows[taken]], threshold))
     order = np.argsort(np.concatenate(indices))
-    return Draw(np.concatenate(indices)[order], np.concatenate(weights)[order])
+    weights = 1 / (sum(len(rows) for rows, _ in groups) * np.concatenate(chances))
+    return Draw(np.concatenate(indices)[order], weights[order])
+
+
+def expected_inclusion(
+    quality: Float[np.ndarray, " n"],
+    *,
+    fraction: float,
+    temperature: float,
+    strata: Int[np.ndarray, " n"] | None = None,
+    kept: Bool[np.ndarray, " n"] | None = None,
+) -> Float[np.ndarray, " n"]:
+    """The chance that `draw` takes each row, over all draws; 0 for rows that are not kept.
+
+    In each stratum `inclusion` at the threshold for which chances add up to the stratum's size: the more
+    rows it draws the nearer to the truth (Rosén, 1997).
+    """
+    phi = log_weights(quality, temperature)
+    chances = np.zeros(len(quality))
+    for rows, size in _groups(len(quality), fraction, strata, kept):
+        chances[rows] = inclusion(phi[rows], _threshold(phi[rows], size))
+    return chances
+
+
+def _threshold(phi: Float[np.ndarray, " n"], size: int) -> float:
+    """The κ for which inclusions add up to `size`."""
+    if size == len(phi):
+        return -np.inf
+    low, high = float(phi.min()) - 10, float(phi.max()) + math.log(len(phi) / size) + 1
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if inclusion(phi, middle).sum() > size else (low, middle)
+    return (low + high) / 2
+
+
+def _groups(
+    rows: int, fraction: float, strata: Int[np.ndarray, " n"] | None, kept: Bool[np.ndarray, " n"] | None
+) -> list[tuple[Int[np.ndarray, " j"], int]]:
+    """Each stratum's kept rows, and how many of them a draw takes."""
+    groups = np.zeros(rows, dtype=np.int64) if strata is None else strata
+    may = np.ones(rows, dtype=np.bool_) if kept is None else kept
+    names, places, counts = np.unique(groups, return_inverse=True, return_counts=True)
+    limits = np.bincount(places[may], minlength=len(names))
+    sizes = capped_sizes(counts, draw_size(rows, fraction), limits)
+    return [(np.flatnonzero((groups == name) & may), int(size)) for name, size in zip(names, sizes, strict=True)]

@@ -87,6 +87,12 @@ class Scores:
         about = {"effective_sample_size": effective_sample_size(p), "dropped": dropped}
         return replace(self, reasons=reasons, probability=p, record={**self.record, **about})
 
+    def drawn_evenly(self) -> "Scores":
+        """The same, of whose kept rows each is drawn as often, whatever its quality."""
+        p = _probabilities(self.quality, self.kept, even=True, temperature=self.temperature)
+        about = {"draw": "even", "effective_sample_size": effective_sample_size(p)}
+        return replace(self, probability=p, record={**self.record, **about})
+
     def save(self, path: str | Path) -> None:
         """One row a sample: id, hash, label, terms, predictions, quality, probability, reason."""
         columns: dict[str, Any] = {"id": np.arange(len(self)) if self.ids is None else self.ids}

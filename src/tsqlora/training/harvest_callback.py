@@ -15,8 +15,8 @@ from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.gradients.sites import Scope
 from tsqlora.quality.harvest import Harvest
 from tsqlora.quality.subset import QualitySubset
-from tsqlora.tasks import Task, get_task
-from tsqlora.tasks.forward import task_of
+from tsqlora.tasks import Task
+from tsqlora.training.row_weights import labels_of, require_rows_seen, trained_task
 
 HARVEST_FILE = "harvest.parquet"
 
@@ -53,8 +53,7 @@ class HarvestCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if args.dataloader_num_workers:
-            raise SettingsError("HarvestCallback must see which rows are handed out; set dataloader_num_workers to 0")
+        require_rows_seen(args, "HarvestCallback")
         if args.world_size > 1:
             raise SettingsError("HarvestCallback knows one process's rows only; leave it out with several processes")
         if state.global_step > 0:
@@ -62,10 +61,9 @@ class HarvestCallback(TrainerCallback):
                 f"HarvestCallback keeps nothing in checkpoints, so rows trained on before step {state.global_step} "
                 "would lack their terms; start anew, or resume without it"
             )
-        model, smoothing = kwargs["model"], args.label_smoothing_factor
-        task = self.task or (get_task(task_of(model).name, label_smoothing=smoothing) if smoothing else None)
-        labels = np.array([row["labels"] for row in self.data.dataset])
-        self.harvest = Harvest(model, labels, task=task, scope=self.scope, gradient=self.gradient)
+        model = kwargs["model"]
+        task = trained_task(args, model, self.task)
+        self.harvest = Harvest(model, labels_of(self.data), task=task, scope=self.scope, gradient=self.gradient)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

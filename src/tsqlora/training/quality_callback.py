@@ -15,6 +15,7 @@ from transformers import GenerationMixin, TrainerCallback, TrainerControl, Train
 from tsqlora import distributed
 from tsqlora.errors import DataError, NotLearnedError, SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.gradients.sites import Scope
+from tsqlora.quality.guard import guarded
 from tsqlora.quality.score import REFERENCE_ROWS, Progress, reference_indices, require_softmax, score, wanted_terms
 from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import QualitySubset
@@ -22,6 +23,7 @@ from tsqlora.tasks import Task, get_task
 from tsqlora.tasks.forward import task_of
 from tsqlora.training.checkpoint import QualityState
 from tsqlora.training.manifest import announce, checkpoint_folder, digest, seal
+from tsqlora.training.row_weights import RowWeights
 
 SCORES_FILE = "scores.parquet"
 
@@ -41,6 +43,10 @@ class QualityCallback(TrainerCallback):
         data: the Trainer's train_dataset.
         warmup: passes over all rows before scoring.
         weights, temperature, reject, terms, scope, reference, calibration: as in `tsqlora.score`.
+        unbiased: weigh the rows that a softmax draws, so that the gradient's expectation is the kept rows' mean
+            (METHOD section 1); the loss that is logged stays without weights.
+        guard: where the rows that Q draws would teach less than random ones (`quality/guard.py`), `refused`
+            says so, a warning is given, and the kept rows are drawn at random.
         task: needed only where training has a loss of its own (class weights, a custom one).
         about: what else the scores' record should say.
         scores_path: where scores are written; by default scores.parquet in the output_dir.
@@ -62,6 +68,8 @@ class QualityCallback(TrainerCallback):
         scope: Scope = "adapter",
         reference: int = REFERENCE_ROWS,
         calibration: bool = True,
+        unbiased: bool = False,
+        guard: bool = True,
         task: Task | None = None,
         seed: int = 0,
         hashes: tuple[str, ...] | None = None,
@@ -74,10 +82,20 @@ class QualityCallback(TrainerCallback):
         if not 0 < limit <= 1:
             raise SettingsError(f"limit is {limit}; it must be above 0 and at most 1")
         require_softmax(weights, temperature)
+        if unbiased and weights is None:
+            raise SettingsError(
+                "unbiased weights are of rows drawn by a softmax over Q, and Q has no weights; give weights, or leave "
+                "unbiased out: rows drawn evenly need none"
+            )
         self.data = data
         self.warmup, self.limit = warmup, limit
         self.weights = None if weights is None else dict(weights)
-        self.terms = wanted_terms([*terms, *(name for name, weight in (weights or {}).items() if weight)])
+        weighted = wanted_terms(name for name, weight in (weights or {}).items() if weight)
+        # Once gradients are there it costs no more.
+        asked = ["convergence"] if guard and any(term.gradient for term in weighted.values()) else []
+        self.terms = wanted_terms([*terms, *weighted, *asked])
+        self.unbiased, self.guard = unbiased, guard
+        self.row_weights = RowWeights(data, "QualityCallback(unbiased=True)", task=task)
         self.reject = reject
         self.temperature, self.calibration = temperature, calibration
         self.scope: Scope = scope
@@ -110,6 +128,8 @@ class QualityCallback(TrainerCallback):
                 f"a warm-up of {self.warmup:g} passes is {self.warmup_epochs} epochs of {len(self.data)} rows, and "
                 f"the run has {epochs:g}: no scored epoch would be left; lower quality.warmup or raise training.epochs"
             )
+        if self.unbiased:
+            self.row_weights.begin(args, kwargs["model"])
         announce(args, state, "quality")
         self.data.scores, self.data.awaits_scores, self._digest = None, True, None
         self.attempts, self.refused, self.seconds = [], None, 0.0
@@ -127,6 +147,13 @@ class QualityCallback(TrainerCallback):
             self._try_scoring(args, state, kwargs["model"], kwargs["train_dataloader"].collate_fn)
             self.seconds += time.perf_counter() - start
         self.data.set_epoch(epoch)
+        if self.unbiased:
+            self.row_weights.start(kwargs["model"])
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.row_weights.end()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         scored = None if self.data.scores is None else self.data.scored_epoch
@@ -137,6 +164,7 @@ class QualityCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.row_weights.stop()
         if self.data.awaits_scores:
             raise TsqLoraError(
                 f"training ended at epoch {state.epoch or 0:g}, before the scoring that was to come after "
@@ -158,6 +186,7 @@ class QualityCallback(TrainerCallback):
         if isinstance(outcome, str):
             self._not_yet(outcome, state)
             return
+        outcome = self._guarded(outcome)
         if distributed.is_first():
             self._path(args).parent.mkdir(parents=True, exist_ok=True)
             outcome.save(self._path(args))
@@ -190,8 +219,17 @@ class QualityCallback(TrainerCallback):
         except NotLearnedError as error:
             return str(error)
 
+    def _guarded(self, scores: Scores) -> Scores:
+        if not self.guard:
+            return scores
+        scores, test = guarded(scores, self.data.fraction)
+        if test is not None and not test.passed:
+            self.refused = test.told
+            warnings.warn(f"rows are drawn at random, not by Q: {test.told}", stacklevel=2)
+        return scores
+
     def _use(self, scores: Scores, epoch: int) -> None:
-        self.data.use(scores, epoch)
+        self.data.use(scores, epoch, unbiased=self.unbiased)
         self.data.awaits_scores = False
 
     def _not_yet(self, why: str, state: TrainerState) -> None:
