@@ -314,6 +314,106 @@ def slow_importance(theta_times_grad_by_step: Sequence[Tensor], beta: float) -> 
     return (mean / correction) * (uncertainty / correction)
 
 
+# --- ElaLoRA's rule -----------------------------------------------------------------------
+
+
+@dataclass
+class SlowTriplet:
+    """One triplet: its λ, then its row of Q, then its column of P, each number with its Ī and Ū."""
+
+    mean: list[list[float]]
+    spread: list[list[float]]
+
+    @classmethod
+    def new(cls, inputs: int, outputs: int) -> "SlowTriplet":
+        sizes = (1, inputs, outputs)
+        return cls([[0.0] * size for size in sizes], [[0.0] * size for size in sizes])
+
+    def take(self, importance: Sequence[Sequence[float]], beta: float) -> None:
+        """Ī ← β Ī + (1-β) I, and then Ū ← β Ū + (1-β) |I - Ī|, for |p·∇p| of each number."""
+        for part, values in enumerate(importance):
+            for j, value in enumerate(values):
+                mean = beta * self.mean[part][j] + (1 - beta) * value
+                self.mean[part][j] = mean
+                self.spread[part][j] = beta * self.spread[part][j] + (1 - beta) * abs(value - mean)
+
+    def score(self) -> float:
+        """s(λ) plus the mean of s over each vector, s = Ī·Ū."""
+        parts = [
+            [m * u for m, u in zip(means, spreads, strict=True)]
+            for means, spreads in zip(self.mean, self.spread, strict=True)
+        ]
+        return sum(sum(part) / len(part) for part in parts)
+
+
+def slow_elalora_rule(
+    scores: Mapping[str, Sequence[float]], *, b: int, k: int
+) -> tuple[list[tuple[str, int]], list[str]]:
+    """(pruned, expanded): triplets that go, and the matrices that gain a rank, one entry a rank.
+
+    1. From each matrix of rank r its min(k, r - 1) lowest triplets.  2. All of these are one
+    pool; its b smallest are pruned.  3. Each of its b largest marks its matrix to be expanded by one.
+    Among equal scores the first is the smaller.
+    """
+    pool: list[tuple[str, int]] = []
+    for matrix, values in scores.items():
+        left = list(range(len(values)))
+        for _ in range(min(k, len(values) - 1)):
+            lowest = left[0]
+            for j in left:
+                if values[j] < values[lowest]:
+                    lowest = j
+            left.remove(lowest)
+            pool.append((matrix, lowest))
+    # Repeatedly the first of the smallest: a plain selection sort.
+    ordered: list[tuple[str, int]] = []
+    while pool:
+        smallest = pool[0]
+        for candidate in pool:
+            if scores[candidate[0]][candidate[1]] < scores[smallest[0]][smallest[1]]:
+                smallest = candidate
+        pool.remove(smallest)
+        ordered.append(smallest)
+    return ordered[:b], [matrix for matrix, _ in ordered[len(ordered) - min(b, len(ordered)) :]]
+
+
+def slow_elalora_run(
+    importances: Sequence[Mapping[str, Sequence[Sequence[Sequence[float]]]]],
+    shapes: Mapping[str, tuple[int, int]],
+    *,
+    first: int,
+    last: int,
+    interval: int,
+    b0: int,
+    k: int,
+    beta: float,
+) -> list[dict[str, int]]:
+    """Ranks after each step of a run whose |p·∇p| were recorded.
+
+    `importances[t][matrix][j]` are those of triplet j at step t: of its λ, its row of Q and its column of
+    P.  Scores are taken in at t < last.  At multiples of the interval with first < t < last,
+    b(t) = round(b0 (1 - p³)) with p = (t - first) / (last - first) ranks move: pruned triplets are
+    taken out, new ones come last, with nothing remembered of them.
+    """
+    matrices = {name: [SlowTriplet.new(*shapes[name]) for _ in triplets] for name, triplets in importances[0].items()}
+    ranks = []
+    for t, step in enumerate(importances):
+        if t < last:
+            for name, triplets in matrices.items():
+                for triplet, importance in zip(triplets, step[name], strict=True):
+                    triplet.take(importance, beta)
+        if first < t < last and t % interval == 0:
+            p = (t - first) / (last - first)
+            scores = {name: [triplet.score() for triplet in triplets] for name, triplets in matrices.items()}
+            pruned, expanded = slow_elalora_rule(scores, b=round(b0 * (1 - p**3)), k=k)
+            for name in matrices:
+                matrices[name] = [x for j, x in enumerate(matrices[name]) if (name, j) not in pruned]
+            for name in expanded:
+                matrices[name].append(SlowTriplet.new(*shapes[name]))
+        ranks.append({name: len(triplets) for name, triplets in matrices.items()})
+    return ranks
+
+
 # --- what they share ----------------------------------------------------------------------
 
 

@@ -39,8 +39,8 @@ def whole_rank(mean_rank: float, method: str) -> int:
     """
     if not (mean_rank >= 1 and float(mean_rank).is_integer()):
         raise SettingsError(
-            f"ranks.mean is {mean_rank:g}, and {method} needs a whole rank of 1 or more; set it to "
-            f"{max(1, round(mean_rank))}, or leave out {method}"
+            f"ranks.mean is {mean_rank:g}, and {method} needs a whole rank of 1 or more; set it to a whole number, or "
+            f"leave out {method}"
         )
     return int(mean_rank)
 
