@@ -167,7 +167,8 @@ def _train(job: Job, folder: Path, progress: Progress | None) -> nn.Module:
     data = QualitySubset(samples, q.fraction, seed, lengths=samples.lengths, batch_size=config.training.batch_size)
     data.awaits_scores = True
     reference = [samples[row] for row in reference_indices(len(samples), q.reference, seed)]
-    stop, resume_from = StopOnceLearned(job, data, reference), last_checkpoint(folder / CHECKPOINT_DIR)
+    stop, checkpoints = StopOnceLearned(job, data, reference), folder / CHECKPOINT_DIR
+    resume_from = last_checkpoint(checkpoints) if checkpoints.is_dir() else None
     fit_job(job, model, args, data, record, None, None, progress, also=[stop], resume_from=resume_from)
     return model
 

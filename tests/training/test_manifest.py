@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback
 
 import tsqlora as tsq
 from stock import make_trainer, moods, slotted_bert
+from tsqlora import distributed
 from tsqlora.training.manifest import MANIFEST_FILE, fault, newest_whole, write_manifest
 
 DATA = moods()
@@ -74,12 +75,24 @@ def test_a_manifest_has_every_file_and_nothing_unfinished_is_left(whole: Path) -
 
 def test_the_newest_is_taken_by_its_number_and_in_silence(whole: Path, tmp_path: Path) -> None:
     assert tsq.last_checkpoint(whole) == whole / "checkpoint-20"
-    assert tsq.last_checkpoint(str(tmp_path / "nowhere")) is None
+    assert tsq.last_checkpoint(str(tmp_path)) is None
     for name in ("checkpoint-9", "checkpoint-10"):
         shutil.copytree(whole / "checkpoint-8", tmp_path / name)
     for name in ("checkpoint-best", "old-checkpoint-99"):
         (tmp_path / name).mkdir()
     assert tsq.last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_a_folder_that_is_not_there_is_told_by_the_first_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others may look before the first has made it."""
+    with pytest.raises(
+        tsq.SettingsError, match=r"typo is not there; give the output_dir of the run, which Trainer\(\.\.\.\) makes$"
+    ):
+        tsq.last_checkpoint(tmp_path / "typo")
+    monkeypatch.setattr(distributed, "is_first", lambda: False)
+    assert tsq.last_checkpoint(tmp_path / "typo") is None
 
 
 def cut_off(path: Path) -> None:

@@ -114,8 +114,11 @@ def last_checkpoint(folder: str | Path) -> Path | None:
     """The newest whole checkpoint in a Trainer's output_dir, for `train(resume_from_checkpoint=...)`.
 
     None where no checkpoint was ever finished: training begins anew. Warns of newer ones that are passed over, and says
-    why. Raises TsqLoraError where checkpoints were finished, and all of them are damaged.
+    why. Raises TsqLoraError where checkpoints were finished, and all of them are damaged. SettingsError where the folder
+    is not there, in the first process, whose Trainer makes it.
     """
+    if not Path(folder).is_dir() and distributed.is_first():
+        raise SettingsError(f"{folder} is not there; give the output_dir of the run, which Trainer(...) makes")
     found, passed_over = newest_whole(Path(folder))
     for why in passed_over:
         warnings.warn(why, stacklevel=2)
@@ -123,7 +126,7 @@ def last_checkpoint(folder: str | Path) -> Path | None:
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
-    """As `last_checkpoint`, with what it would warn of."""
+    """As `last_checkpoint`, with what it would warn of; none where the folder is not there."""
     passed_over: list[str] = []
     for checkpoint in (checkpoints := _newest_first(folder)):
         why = fault(checkpoint)
