@@ -92,11 +92,11 @@ def test_the_sum_of_ranks_is_the_same_at_every_step(name: str, tmp_path: Path) -
     assert {sum(ranks.values()) for ranks in after.ranks} == {4 * 7}
 
 
-def ready(*, steps: int = 5, scheduled: bool = False) -> tuple[PeftModel, torch.optim.Optimizer]:
+def ready() -> tuple[PeftModel, torch.optim.Optimizer]:
     """A model some steps into training, so that λ and moments are not zero."""
     model = cast(PeftModel, build("elalora").model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
-    for step in range(steps):
+    for step in range(5):
         model.zero_grad()
         model(**collate(moods(8, seed=step))).loss.backward()
         optimizer.step()
@@ -104,7 +104,8 @@ def ready(*, steps: int = 5, scheduled: bool = False) -> tuple[PeftModel, torch.
 
 
 def updates(model: PeftModel) -> dict[str, Tensor]:
-    return {name: t.layer.get_delta_weight("default").detach().clone() for name, t in triplets_of(model).items()}
+    layers = triplets_of(model).items()
+    return {name: cast(Any, t.layer).get_delta_weight("default").detach().clone() for name, t in layers}
 
 
 def test_a_change_takes_what_is_pruned_from_the_update_and_adds_next_to_nothing() -> None:

@@ -9,6 +9,7 @@ from models import collate
 from setups import base, build, make_setup
 from stock import moods
 from tsqlora.errors import SettingsError, UnsupportedError
+from tsqlora.gradients.sites import inner_name
 from tsqlora.rivals.eva import CountedForward, batches_of, layer_inputs
 from tsqlora.rivals.setup import layers_of
 
@@ -25,7 +26,7 @@ def test_ranks_sum_to_those_of_uniform_lora_and_end_at_the_largest() -> None:
 def test_a_is_of_orthonormal_directions_and_both_matrices_train() -> None:
     model = cast(PeftModel, build("eva").model)
     for layer in layers_of(model).values():
-        a, b = (part["default"].weight for part in (layer.lora_A, layer.lora_B))
+        a, b = (cast(Any, part["default"]).weight for part in (layer.lora_A, layer.lora_B))
         torch.testing.assert_close(a @ a.T, torch.eye(len(a)), rtol=0, atol=1e-4)
         assert not b.any()
         assert a.requires_grad
@@ -63,9 +64,7 @@ def test_modes_and_base_weights_are_as_before() -> None:
     modes = [m.training for m in model.modules()]
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     built = build("eva", model)
-    after = {
-        n.replace(".base_layer", "").removeprefix("base_model.model."): p for n, p in built.model.named_parameters()
-    }
+    after = {inner_name(n).replace(".base_layer", ""): p for n, p in built.model.named_parameters()}
     assert all(torch.equal(before[n], after[n]) for n in before if "classifier" not in n)
     assert built.model.training
     assert all(modes)
