@@ -143,6 +143,55 @@ def test_a_temperature_of_nothing_is_refused() -> None:
         tsq.QualityCallback(tsq.QualitySubset(DATA, 0.5), temperature=2.0)
 
 
+BACKWARDS: dict[str, Any] = {"weights": {"convergence": -1.0}, "temperature": 0.3}
+"""A Q that prefers rows against which everybody's loss falls."""
+
+
+def test_rows_that_would_teach_less_than_random_ones_are_not_drawn(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="rows are drawn at random, not by Q: the mean convergence would be"):
+        quality, _ = run(tmp_path, also=(watch := Watch(),), **BACKWARDS)
+    assert quality.refused is not None
+    assert quality.refused.startswith("the mean convergence would be ")
+    scores = Scores.load(tmp_path / "scores.parquet")
+    assert scores.even
+    assert scores.record["guard"]["passed"] is False
+    control = tsq.QualitySubset(DATA, 0.5)
+    for epoch in range(EPOCHS):
+        assert watch.drawn[epoch] == control.draw(epoch).tolist()
+
+
+def test_a_resumed_run_goes_on_as_the_guard_decided(tmp_path: Path) -> None:
+    saves = {"save_strategy": "steps", "save_steps": 1}
+    watch, again = Watch(), Watch()
+    with pytest.warns(UserWarning, match="rows are drawn at random, not by Q"):
+        run(tmp_path, also=(watch,), further=saves, **BACKWARDS)
+    subset = tsq.QualitySubset(DATA, 0.5)
+    quality = tsq.QualityCallback(subset, reference=40, **BACKWARDS)
+    resumed = make_trainer(slotted_bert(), subset, tmp_path, [again, quality], num_train_epochs=EPOCHS, **saves)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    assert quality.refused is not None
+    assert again.drawn == {epoch: rows for epoch, rows in watch.drawn.items() if epoch >= 2}
+
+
+def test_without_the_guard_rows_are_drawn_by_quality_whatever_it_is(tmp_path: Path) -> None:
+    quality, _ = run(tmp_path, guard=False, **BACKWARDS)
+    scores = quality.data.scores
+    assert scores is not None
+    assert not scores.even
+    assert "guard" not in scores.record
+    assert quality.refused is None
+
+
+def test_the_guard_has_convergence_measured_where_gradients_are_there_anyway(tmp_path: Path) -> None:
+    quality, _ = run(tmp_path / "a", weights={"gradient_norm": -1.0}, reject=False)
+    assert quality.data.scores is not None
+    assert "convergence" in quality.data.scores.terms
+    plain, _ = run(tmp_path / "b")
+    assert plain.data.scores is not None
+    assert list(plain.data.scores.terms) == ["loss", "el2n"]
+    assert plain.data.scores.record["guard"] == {"checked": False, "why": "rows are drawn evenly: no Q decides"}
+
+
 class Weighed(TrainerCallback):
     """The rows and weights of each step's epoch."""
 

@@ -1,7 +1,8 @@
 """What the callbacks know, beside the Trainer's checkpoint: a resumed run goes on as if it had never stopped.
 
 The Trainer saves weights, optimizer, schedule and random state. RankCallback adds
-`tsqlora.json` and `tsqlora.safetensors`, QualityCallback `tsqlora_quality.json`.
+`tsqlora.json` and `tsqlora.safetensors`, QualityCallback `tsqlora_quality.json`, InfoBatchCallback
+`tsqlora_infobatch.safetensors`.
 """
 
 import json
@@ -24,6 +25,7 @@ VERSION = 1
 RANKS_FILE = "tsqlora.json"
 IMPORTANCE_FILE = "tsqlora.safetensors"
 QUALITY_FILE = "tsqlora_quality.json"
+INFOBATCH_FILE = "tsqlora_infobatch.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +54,7 @@ class RankState:
     def load(cls, folder: Path) -> "RankState":
         """Raises TsqLoraError naming the file that is missing or cannot be read."""
         told = _read(folder / RANKS_FILE)
-        path = folder / IMPORTANCE_FILE
-        try:
-            importance = load_file(path)
-        except (FileNotFoundError, SafetensorError) as error:
-            raise _unusable(path, error) from error
-        return cls.from_dict({"importance": importance, **told})
+        return cls.from_dict({"importance": _tensors(folder / IMPORTANCE_FILE), **told})
 
     def to_dict(self) -> dict[str, Any]:
         """Tensors, numbers, strings, lists and dicts, without copies of the tensors."""
@@ -90,6 +87,30 @@ class QualityState:
     def load(cls, folder: Path) -> "QualityState":
         """Raises TsqLoraError naming the file that is missing or cannot be read."""
         return cls(**_read(folder / QUALITY_FILE))
+
+
+@dataclass(frozen=True, slots=True)
+class InfoBatchState:
+    """What InfoBatchCallback knows: the loss that each row last had, now and when the epoch began."""
+
+    losses: Tensor
+    drawn_by: Tensor
+
+    def save(self, folder: Path) -> None:
+        if distributed.is_first():
+            save_whole(folder / INFOBATCH_FILE, {"losses": self.losses, "drawn_by": self.drawn_by})
+
+    @classmethod
+    def load(cls, folder: Path) -> "InfoBatchState":
+        """Raises TsqLoraError naming the file that is missing or cannot be read."""
+        return cls(**_tensors(folder / INFOBATCH_FILE))
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (FileNotFoundError, SafetensorError) as error:
+        raise _unusable(path, error) from error
 
 
 def _read(path: Path) -> dict[str, Any]:

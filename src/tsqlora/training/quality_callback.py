@@ -131,6 +131,7 @@ class QualityCallback(TrainerCallback):
         if self.unbiased:
             self.row_weights.begin(args, kwargs["model"])
         announce(args, state, "quality")
+        self.data.policy = None
         self.data.scores, self.data.awaits_scores, self._digest = None, True, None
         self.attempts, self.refused, self.seconds = [], None, 0.0
         if state.global_step > 0:
@@ -139,7 +140,7 @@ class QualityCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        epoch = _epoch(state)
+        epoch = epoch_of(state)
         # A run resumed in the middle of an epoch begins it again, with weights that are further on.
         at_start = abs((state.epoch or 0) - epoch) < EPOCH_ERROR
         if self.data.awaits_scores and epoch >= self.warmup_epochs and at_start:
@@ -191,7 +192,7 @@ class QualityCallback(TrainerCallback):
             self._path(args).parent.mkdir(parents=True, exist_ok=True)
             outcome.save(self._path(args))
             self._digest = digest(self._path(args), sync=True)
-        self._use(outcome, _epoch(state))
+        self._use(outcome, epoch_of(state))
 
     def _score(self, args: TrainingArguments, state: TrainerState, model: nn.Module, collate: Any) -> Scores | str:
         """The scores, or why the model cannot give any yet."""
@@ -214,7 +215,7 @@ class QualityCallback(TrainerCallback):
                 autocast=torch.bfloat16 if args.bf16 and not lookahead else None,
                 hashes=self.hashes,
                 progress=self.progress,
-                record={"epoch": _epoch(state), "step": state.global_step, **self.about},
+                record={"epoch": epoch_of(state), "step": state.global_step, **self.about},
             )
         except NotLearnedError as error:
             return str(error)
@@ -235,7 +236,7 @@ class QualityCallback(TrainerCallback):
     def _not_yet(self, why: str, state: TrainerState) -> None:
         self.attempts.append(why)
         last = state.num_train_epochs - 1
-        if _epoch(state) >= min(self.limit * state.num_train_epochs, last):
+        if epoch_of(state) >= min(self.limit * state.num_train_epochs, last):
             self.refused = why
             self.data.awaits_scores = False
             warnings.warn(f"no quality sampling in this run, random draws go on: {why}", stacklevel=2)
@@ -260,6 +261,6 @@ def _require_one_answer_a_sample(model: nn.Module) -> None:
         )
 
 
-def _epoch(state: TrainerState) -> int:
+def epoch_of(state: TrainerState) -> int:
     """The epoch that is under way or about to begin."""
     return int((state.epoch or 0) + EPOCH_ERROR)
