@@ -250,6 +250,45 @@ def test_an_optimizer_with_unknown_state_is_refused_by_name(wrapper: Any) -> Non
     assert slots.rank == 4
 
 
+COUPLING = {
+    "LAMB": "steps at a rate that follows the norm of a whole matrix",
+    "FusedLAMB": "steps at a rate",
+    "Lamb": "steps at a rate",
+    "LARS": "steps at a rate",
+    "LARSWrapper": "steps at a rate",
+    "NovoGrad": "keeps one second moment of a whole matrix",
+    "AdamP": "takes out of a step what lies along the weights",
+    "SGDP": "takes out",
+    "StableAdamW": "steps at a rate",
+    "DistributedShampoo": "keeps moments of rows and columns",
+    "SOAP": "keeps moments",
+    "SingleDeviceMuonWithAuxAdam": "steps a whole matrix at once",
+    "ZeroRedundancyOptimizer": "keeps moments in another place",
+    "CPUOffloadOptimizer": "keeps moments in another place",
+}
+
+
+@pytest.mark.parametrize("name", COUPLING)
+def test_a_known_optimizer_that_couples_numbers_is_refused_also_in_a_class_of_ones_own(name: str) -> None:
+    """They keep what Adam or SGD keep, under the same names."""
+    kind = type(name, (torch.optim.AdamW,), {})
+    model = wrapped()
+    for made in (kind, type("Mine", (kind,), {})):
+        with pytest.raises(
+            tsq.UnsupportedError,
+            match=f"the optimizer {made.__name__} {COUPLING[name]}.*, so slots cannot come and go; use AdamW",
+        ):
+            moments(find_slots(model)[QUERY].a, made(trained(model), lr=0.01))
+
+
+@pytest.mark.parametrize("name", ["LambdaAdam", "AdamPlus", "AdamW"])
+def test_an_optimizer_of_a_like_name_is_served(name: str) -> None:
+    model = wrapped()
+    optimizer = type(name, (torch.optim.AdamW,), {})(trained(model), lr=0.01)
+    take_steps(model, optimizer, 1)
+    assert moments(find_slots(model)[QUERY].a, optimizer).keys() == {"exp_avg", "exp_avg_sq"}
+
+
 class Packed(Tensor):
     """As a library packs a tensor in a form of its own."""
 

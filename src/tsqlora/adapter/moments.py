@@ -1,5 +1,6 @@
 """What optimizers keep for each number of a weight: read and changed, and how it begins in a new slot."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -38,11 +39,28 @@ BITSANDBYTES: Mapping[str, Mapping[str, Beginning]] = {
 }
 """The same by a bitsandbytes optimizer's own name, in 32 bits and in 8."""
 
+_BY_NORM = "steps at a rate that follows the norm of a whole matrix"
+_BY_SIDES = "keeps moments of rows and columns"
+_ALONG = "takes out of a step what lies along the weights"
+_ELSEWHERE = "keeps moments in another place than torch's optimizers do"
+
 COUPLED: Mapping[str, str] = {
     "LBFGS": "keeps one history of all weights together",
     "Muon": "steps a whole matrix at once, at a rate that follows its shape",
+    "LAMB": _BY_NORM,
+    "LARS": _BY_NORM,
+    "LARC": _BY_NORM,
+    "StableAdamW": _BY_NORM,
+    "NovoGrad": "keeps one second moment of a whole matrix",
+    "AdamP": _ALONG,
+    "SGDP": _ALONG,
+    "Shampoo": _BY_SIDES,
+    "SOAP": _BY_SIDES,
+    "ZeroRedundancyOptimizer": _ELSEWHERE,
+    "CPUOffloadOptimizer": _ELSEWHERE,
 }
-"""Optimizers of torch whose step is not one for each number."""
+"""Optimizers whose step is not one for each number, or whose numbers are out of reach: words of their classes' names.
+By what they keep many could not be told from Adam or SGD."""
 
 _SERVED = "use AdamW, Adam or SGD"
 _SCALES = ("absmax1", "qmap1", "absmax2", "qmap2")
@@ -80,10 +98,9 @@ def moments(parameter: nn.Parameter, optimizer: torch.optim.Optimizer | None) ->
         return {}
     inner: Any = inner_optimizer(optimizer)
     kind = type(inner)
-    if kind.__name__ in COUPLED:
-        raise UnsupportedError(
-            f"the optimizer {kind.__name__} {COUPLED[kind.__name__]}, so slots cannot come and go; {_SERVED}"
-        )
+    for word, why in COUPLED.items():
+        if any(_has_word(base.__name__, word) for base in kind.__mro__):
+            raise UnsupportedError(f"the optimizer {kind.__name__} {why}, so slots cannot come and go; {_SERVED}")
     packs = kind.__module__.startswith("bitsandbytes.")
     known = BITSANDBYTES.get(inner.optimizer_name, {}) if packs else BEGINNINGS
     state = inner.state.get(parameter, {})
@@ -104,6 +121,11 @@ def moments(parameter: nn.Parameter, optimizer: torch.optim.Optimizer | None) ->
 def inner_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The one that steps, inside accelerate's."""
     return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+
+
+def _has_word(name: str, word: str) -> bool:
+    """Whether a class's name has the word, in letters of any case: FusedLAMB has Lamb, and LambdaAdam has not."""
+    return re.search(f"(?i:{word})(?![a-z])", name) is not None
 
 
 def _unpack(codes: Tensor, absmax: Tensor, qmap: Tensor) -> Tensor:

@@ -114,8 +114,8 @@ def last_checkpoint(folder: str | Path) -> Path | None:
     """The newest whole checkpoint in a Trainer's output_dir, for `train(resume_from_checkpoint=...)`.
 
     None where no checkpoint was ever finished: training begins anew. Warns of newer ones that are passed over, and says
-    why. Raises TsqLoraError where checkpoints were finished, and all of them are damaged. SettingsError where the folder
-    is not there, in the first process, whose Trainer makes it.
+    why. Raises TsqLoraError where checkpoints were finished, and all of them are damaged; in the first process, whose
+    Trainer makes the folder, SettingsError where it is not there.
     """
     if not Path(folder).is_dir() and distributed.is_first():
         raise SettingsError(f"{folder} is not there; give the output_dir of the run, which Trainer(...) makes")
