@@ -5,8 +5,8 @@
 A block is a task, a number of training rows, a share of wrong labels and a mean rank; its cells lie in
 bench/.cache/glue while they are made, and in bench/results/glue/BLOCK.json once finished. Every cell trains MiniLM for
 as many steps as four passes over the rows take and has the full test set; its seed draws the rows, which labels are
-wrong, the head and the batches. The learning rate of each entry was chosen on SST-2, clean, rank 4, seed 0, by
-validation rows (`--sweep` does that, and writes bench/results/glue/rates.json). A finished cell is never run again, so
+wrong, the head and the batches. The learning rate of each entry was chosen on 1,000 clean rows of SST-2, rank 4, seed 0, by
+600 validation rows (`--sweep` does that, and writes bench/results/glue/rates.json). A finished cell is never run again, so
 that seeds and methods may come in any order, in several processes if each has its own blocks.
 """
 
@@ -54,6 +54,10 @@ class Block:
         return METRICS.get(self.task, "accuracy")
 
 
+SWEPT, SWEPT_ROWS = Block("sst2", 1000, 0.0, 4), 600
+"""Where learning rates are chosen, and its validation rows."""
+
+
 def write_data(block: Block, seed: int, shared: Path, folder: Path) -> None:
     """The seed's training rows, some labels made wrong; validation rows that are no training rows; all test rows."""
     rng = np.random.default_rng([seed, 20])
@@ -61,7 +65,7 @@ def write_data(block: Block, seed: int, shared: Path, folder: Path) -> None:
     order = [pool[j] for j in rng.permutation(len(pool))]
     splits = {
         "train": _with_wrong_labels(order[: block.rows], block, seed),
-        "validation": order[block.rows : block.rows + VALIDATION_ROWS],
+        "validation": order[block.rows : block.rows + (SWEPT_ROWS if block == SWEPT else VALIDATION_ROWS)],
         "test": [row for split in TEST_SPLITS.get(block.task, ("test",)) for row in _read(shared, block.task, split)],
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -143,14 +147,13 @@ def keep(block: Block, cells: Path) -> None:
 
 def sweep(methods: Sequence[str], shared: Path) -> None:
     """Each entry's learning rate by validation rows, one entry at a time."""
-    block = Block("sst2", 2000, 0.0, 4)
     path = RESULTS / "rates.json"
     for method in methods:
-        run(block, 0, [method], shared, sweep=SWEEP)
-        table = json.loads((CACHE / block.name / "seed0" / "cells" / "table.json").read_text())["table"]
+        run(SWEPT, 0, [method], shared, sweep=SWEEP)
+        table = json.loads((CACHE / SWEPT.name / "seed0" / "cells" / "table.json").read_text())["table"]
         known = json.loads(path.read_text())["rates"] if path.exists() else {}
         chosen = {method: table[0]["learning_rates"][0]}
-        write_json(path, {"block": block.name, "seed": 0, "tried": SWEEP, "rates": known | chosen})
+        write_json(path, {"block": SWEPT.name, "seed": 0, "tried": SWEEP, "rates": known | chosen})
 
 
 def main() -> None:

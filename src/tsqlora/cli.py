@@ -1,7 +1,6 @@
 """The command line: parses, calls, prints.  Results on stdout, everything else on stderr."""
 
 import json
-import logging
 import os
 import sys
 import traceback
@@ -25,6 +24,7 @@ from tsqlora.display import (
     show_scoring_plan,
 )
 from tsqlora.errors import SettingsError, TsqLoraError
+from tsqlora.noise import quieten
 from tsqlora.record import write_json
 
 app = typer.Typer(
@@ -364,14 +364,7 @@ def _quieten_libraries(*, debug: bool) -> None:
     """Our warnings become a line each; what libraries say is for --debug."""
     if debug:
         return
-    # The libraries read these when they are imported, which commands do.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # PEFT imports what is installed, and some of that speaks of the hardware when it is imported.
-    for library in ("peft", "torchao", "bitsandbytes", "torch.utils._pytree"):
-        logging.getLogger(library).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="(transformers|peft|accelerate|datasets)")
+    quieten()
     warnings.filterwarnings("always", module="tsqlora")
     warnings.showwarning = lambda message, *_: stderr.print(
         f"[yellow]warning:[/] {_plain(str(message))}", soft_wrap=True, highlight=False

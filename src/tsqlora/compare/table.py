@@ -55,7 +55,7 @@ def _row(
         "peak_memory_bytes": max(f["peak_memory_bytes"] for f in worked),
     }
     if entry == against:
-        return row | {"verdict": "what others are compared with"}
+        return row | {"verdict": "the reference"}
     difference = paired(_by_seed(worked, metric), theirs)
     return row | {
         "difference": None if difference is None else _told(difference),
@@ -81,30 +81,24 @@ def _told(value: Interval) -> dict[str, Any]:
 
 
 def show_comparison(console: Console, result: Mapping[str, Any]) -> None:
-    """The table of a comparison."""
-    metric = result["metric"]
-    rows = result["table"]
+    """The tables of a comparison: what came of it, and what it cost."""
+    metric, rows = result["metric"], result["table"]
     split = next((row["split"] for row in rows if "split" in row), "test")
-    title = f"{split} {metric} at equal {result['equal']}: mean ± 95 % interval over {len(result['seeds'])} seeds"
-    table = Table(
-        "", metric, "difference", "", "seconds", "steps", "trainable", "MiB", title=title, title_justify="left"
-    )
+    seeds = f"{len(result['seeds'])} seed{'s' if len(result['seeds']) > 1 else ''}"
+    title = f"{split} {metric} at equal {result['equal']}, mean ± 95 % interval over {seeds}"
+    found = Table("", metric, "difference", "which is", title=title, title_justify="left")
+    cost = Table("", "seconds", "steps", "trainable", "MiB", title="cost", title_justify="left")
     for row in rows:
-        if "metrics" not in row:
-            table.add_row(row["name"], "–", "–", row["verdict"], *4 * ["–"])
-            continue
         name = row["name"] + (f" ({len(row['failed'])} failed)" if row["failed"] else "")
-        table.add_row(
-            name,
-            _number(row["metrics"][metric]),
-            _number(row["difference"], sign="+") if row.get("difference") else "",
-            row["verdict"],
-            f"{row['seconds']['mean']:.0f}",
-            f"{row['steps']:,}",
-            f"{row['trainable']:,}",
-            f"{row['peak_memory_bytes'] / 2**20:,.0f}",
-        )
-    console.print(table)
+        if "metrics" not in row:
+            found.add_row(name, "–", "–", row["verdict"])
+            continue
+        difference = _number(row["difference"], sign="+") if row.get("difference") else "–"
+        found.add_row(name, _number(row["metrics"][metric]), difference, row["verdict"])
+        memory = f"{row['peak_memory_bytes'] / 2**20:,.0f}"
+        cost.add_row(name, f"{row['seconds']['mean']:.0f}", f"{row['steps']:,}", f"{row['trainable']:,}", memory)
+    console.print(found)
+    console.print(cost)
     console.print(f"cells are in {result['out']}/cells", soft_wrap=True, highlight=False, markup=False)
 
 

@@ -18,7 +18,7 @@ def in_own_process(
 ) -> dict[str, Any]:
     """As `run_cell`, in a new process: its peak of memory is its own, and no cell sees what another left behind."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "tsqlora.compare.run"])
+    context.set_forkserver_preload(["tsqlora.compare.preload"])
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, config, cell, equal, seconds), daemon=True)
     process.start()

@@ -1,0 +1,6 @@
+"""What the processes of cells begin with: the libraries, imported once, and without their talk."""
+
+from tsqlora.noise import quieten
+
+quieten()
+import tsqlora.compare.run  # noqa: E402, F401
