@@ -1,0 +1,111 @@
+"""The model that an adapter is for: its modules' shapes from its config alone, or the model with its weights."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from tsqlora.adapter.lora import LoraAdapter
+from tsqlora.adapter.rewrite import Shape
+from tsqlora.errors import SettingsError
+
+CLASSES = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+"""The class of transformers that PEFT's task_type asks for."""
+
+_HEADS = ("score.weight", "classifier.weight", "out_proj.weight", "out.weight")
+"""Endings of the tensor that gives a classifier its outputs."""
+
+
+def module_shapes(model: nn.Module) -> dict[str, Shape]:
+    """The modules that LoRA can be put on, by name: linear layers, transformers' Conv1D, embeddings."""
+    shapes = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            shapes[name] = Shape("linear", module.in_features, module.out_features)
+        elif isinstance(module, Conv1D):
+            shapes[name] = Shape("linear", module.weight.shape[0], module.nf)
+        elif isinstance(module, nn.Embedding):
+            shapes[name] = Shape("embedding", module.num_embeddings, module.embedding_dim)
+    return shapes
+
+
+def base_skeleton(path: str, adapter: LoraAdapter) -> PreTrainedModel:
+    """The base model without weights, from its config alone.  Raises SettingsError for what is no model."""
+    try:
+        config = AutoConfig.from_pretrained(path, **_labels(adapter))
+        kind = _class(config, adapter)
+        with torch.device("meta"):
+            return kind.from_config(config) if kind.__name__.startswith("Auto") else kind(config)
+    except (OSError, ValueError) as error:
+        raise _no_base(path, error) from error
+
+
+def load_base(path: str, adapter: LoraAdapter, dtype: str | None = None) -> PreTrainedModel:
+    """The base model with its weights, in its own precision or the one named.  Raises as `base_skeleton`."""
+    try:
+        config = AutoConfig.from_pretrained(path, **_labels(adapter))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # a head that the checkpoint lacks is the same every time
+            wanted: Any = "auto" if dtype is None else getattr(torch, dtype)
+            return _class(config, adapter).from_pretrained(path, config=config, dtype=wanted).eval()
+    except (OSError, ValueError) as error:
+        raise _no_base(path, error) from error
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in a directory or on the hub, if one is there."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError):
+        return None
+    # Without its files transformers makes a tokenizer to which every word is unknown.
+    return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
+
+
+def base_path(adapter: LoraAdapter, given: str | None) -> str:
+    """Where the base is: what the user says, else what the adapter names.  Raises SettingsError if that is nowhere."""
+    if given is not None:
+        return given
+    named = adapter.base
+    if named is None:
+        raise SettingsError("the adapter does not name its base model; give --base, a directory or a hub id")
+    # The name is whoever wrote the adapter's: it may not walk about in this machine's files.
+    if ".." in Path(named).parts:
+        raise SettingsError(f"the adapter names {named!r} as its base model, which is not followed; give --base")
+    if not Path(named).is_dir() and (Path(named).is_absolute() or named.count("/") > 1):
+        raise SettingsError(f"the adapter names {named!r} as its base model, which is not here; give --base")
+    return named
+
+
+def _class(config: Any, adapter: LoraAdapter) -> Any:
+    """The task's class; without a task the one that the adapter was made on, else the checkpoint's own."""
+    if named := CLASSES.get(adapter.config.get("task_type") or ""):
+        return getattr(transformers, named)
+    mapping = adapter.config.get("auto_mapping") or {}
+    architecture = mapping.get("base_model_class") or (config.architectures or [""])[0]
+    return getattr(transformers, str(architecture), transformers.AutoModel)
+
+
+def _labels(adapter: LoraAdapter) -> Mapping[str, int]:
+    """How many outputs the head has that came with the adapter."""
+    if adapter.config.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS"):
+        return {}
+    heads = [tensor for name, tensor in adapter.saved.items() if name.endswith(_HEADS) and tensor.ndim == 2]
+    return {"num_labels": heads[-1].shape[0]} if heads else {}
+
+
+def _no_base(path: str, error: Exception) -> SettingsError:
+    reason = str(error).strip().splitlines()[0]
+    return SettingsError(f"--base {path}: no model can be loaded ({reason}); give a directory or a hub id")

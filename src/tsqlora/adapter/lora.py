@@ -1,0 +1,116 @@
+"""A LoRA adapter as a value: its targets, each W + s·BA, and what came with them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+Kind = Literal["linear", "embedding", "convolution"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Target:
+    """One module's adapter: A (r, i…), B (o, r…) and the scale s, so that ΔW = s·BA.
+
+    An embedding's inputs are its rows: i counts tokens, and its weight is (BA)ᵀ's shape.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    kind: Kind = "linear"
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def inputs(self) -> int:
+        """What a slot reads: a row of A, flattened."""
+        return self.a.shape[1:].numel()
+
+    @property
+    def outputs(self) -> int:
+        return self.b.shape[0]
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """A (r, i) and B (o, r) in float64, a convolution's kernel flattened."""
+        return self.a.double().reshape(self.rank, self.inputs), self.b.double().reshape(self.outputs, self.rank)
+
+    def delta(self) -> Tensor:
+        """ΔW (o, i) in float64.  Slots that are zero take no part, so that padding leaves every bit."""
+        a, b = self.matrices()
+        used = (a != 0).any(1) & (b != 0).any(0)
+        return self.scale * (b[:, used] @ a[used])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoraAdapter:
+    """What the files of an adapter say.
+
+    Attributes:
+        config: adapter_config.json as it stands.
+        targets: by the name of the module in the base model, with at least one entry.
+        saved: tensors of modules that were saved whole (heads), by their names in the base model.
+        further: tensors of a target beyond A and B, by the names of the file: DoRA's magnitudes, biases of B.
+    """
+
+    config: Mapping[str, Any]
+    targets: Mapping[str, Target]
+    saved: Mapping[str, Tensor] = field(default_factory=dict)
+    further: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def base(self) -> str | None:
+        """The base model's path or hub id, if it is named."""
+        return self.config.get("base_model_name_or_path") or None
+
+    @property
+    def rank(self) -> int:
+        """The largest of any target."""
+        return max(target.rank for target in self.targets.values())
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in A and B, all targets together."""
+        return sum(target.a.numel() + target.b.numel() for target in self.targets.values())
+
+    def heads(self) -> list[str]:
+        """The modules that were saved whole.
+
+        >>> LoraAdapter({}, {}, {"classifier.weight": torch.zeros(1), "classifier.bias": torch.zeros(1)}).heads()
+        ['classifier']
+        """
+        return sorted({name.rpartition(".")[0] for name in self.saved})
+
+    def variants(self) -> list[str]:
+        """What makes the adapter more than s·BA beside the base's own weights, by the names of PEFT's options."""
+        found = [option for option in VARIANTS if self.config.get(option)]
+        init = self.config.get("init_lora_weights", True)
+        if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
+            found.append(f"init_lora_weights={init}")
+        if self.config.get("bias", "none") != "none":
+            found.append(f"bias={self.config['bias']}")
+        return found
+
+
+VARIANTS = (
+    "use_dora",
+    "lora_bias",
+    "use_qalora",
+    "alora_invocation_tokens",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+    "megatron_config",
+)
+"""Options of LoraConfig with which a layer does something else than W + s·BA."""
+
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq")
+"""Values of init_lora_weights with which PEFT changes the base's weights when it loads the adapter."""

@@ -1,0 +1,74 @@
+"""The adapter of a run, or any other, in the format that a server reads: `tsqlora export` and `merge`."""
+
+from pathlib import Path
+from typing import Any
+
+from tsqlora.adapter.base import base_path, base_skeleton, load_base, load_tokenizer
+from tsqlora.adapter.export import Base, Exported, export_adapter
+from tsqlora.adapter.files import read_adapter
+from tsqlora.adapter.health import vllm_rank
+from tsqlora.adapter.verify import describe
+from tsqlora.errors import SettingsError
+from tsqlora.inference import open_run
+from tsqlora.training.run_dir import ADAPTER_DIR, CONFIG_FILE
+
+
+def export(
+    source: Path,
+    out: Path,
+    *,
+    format: str,
+    base: str | None = None,
+    dtype: str | None = None,
+    max_rank: int | None = None,
+) -> dict[str, Any]:
+    """Writes the adapter of a run or of a directory as `out`, as `export_adapter` does; what was written, for JSON.
+
+    A run knows its base model. Of another adapter's, logits are compared where `base` is given or
+    its weights are needed; else what the adapter names is read for its modules' shapes alone.
+    """
+    if is_run(source):
+        if base is not None:
+            raise SettingsError(f"{source} is a run, which knows its base model; leave out --base")
+        folder, model = source / ADAPTER_DIR, _base_of_run(source)
+    else:
+        folder, model = source, _base_of_adapter(source, base, format)
+    done = export_adapter(folder, out, format=format, base=model, dtype=dtype, max_rank=max_rank)
+    return _report(out, format, done)
+
+
+def is_run(path: Path) -> bool:
+    """Whether a directory is a run's."""
+    return (path / CONFIG_FILE).is_file()
+
+
+def _base_of_run(run: Path) -> Base:
+    def load(dtype: str | None) -> Any:
+        opened = open_run(run, [] if dtype is None else [f"model.dtype={dtype}"])
+        return opened.model.unload().cpu().eval()
+
+    return Base(lambda: load(None), load, lambda: open_run(run).tokenizer)
+
+
+def _base_of_adapter(folder: Path, given: str | None, format: str) -> Base | None:
+    if given is None and format == "peft":
+        return None
+    adapter = read_adapter(folder)
+    path = base_path(adapter, given)
+    return Base(
+        lambda: base_skeleton(path, adapter),
+        lambda dtype: load_base(path, adapter, dtype),
+        lambda: load_tokenizer(str(folder)) or load_tokenizer(path),
+        compare=given is not None,
+    )
+
+
+def _report(out: Path, format: str, done: Exported) -> dict[str, Any]:
+    report: dict[str, Any] = {"out": str(out), "format": format, **describe(done.difference)}
+    if done.rank is not None:
+        report |= {"rank": done.rank, "targets": done.targets}
+    if done.rank is not None and format != "gguf":
+        report["max_lora_rank"] = vllm_rank(done.rank)
+    files = [path for path in out.rglob("*") if path.is_file()]
+    report |= {"bytes": sum(path.stat().st_size for path in files), "truncation": dict(done.truncation)}
+    return report | {"notes": list(done.notes)}
