@@ -16,6 +16,7 @@ import tsqlora as tsq
 from models import collate, lora, samples, tiny_bert, tiny_llama_classifier
 from stock import make_trainer, moods, slotted_bert
 from tsqlora.errors import SettingsError, UnsupportedError
+from tsqlora.training.infobatch_callback import InfoBatchCallback
 from tsqlora.training.row_weights import RowWeights
 
 ROWS = 24
@@ -151,6 +152,70 @@ def test_without_weights_training_is_bit_for_bit_what_it_is(tmp_path: Path) -> N
         ended.append(trainer.model.state_dict())  # type: ignore[union-attr]
     for name, value in ended[0].items():
         assert torch.equal(value, ended[1][name]), name
+
+
+class WrittenOut(TrainerCallback):
+    """At each step the gradient of the weighted loss, on a copy of the model, beside the one that training has."""
+
+    def __init__(self, data: tsq.QualitySubset) -> None:
+        self.data, self.copy, self.place, self.steps = data, None, 0, 0
+        self.weighted = 0
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.place = 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.copy = slotted_still()
+        self.copy.load_state_dict(kwargs["model"].state_dict())
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        here = slice(self.place, self.place + 8)
+        self.place += 8
+        inputs = collate([self.data.dataset[row] for row in self.data.indices[here]])
+        labels = inputs.pop("labels")
+        losses = cross_entropy(self.copy(**inputs).logits, labels)  # type: ignore[misc]
+        weights = self.data.weights
+        if weights is not None:
+            self.weighted += 1
+            losses = losses * torch.as_tensor(weights[here])
+        losses.mean().backward()
+        mine: Any = self.copy
+        wanted = {n: p.grad for n, p in mine.named_parameters() if p.grad is not None}
+        found = {n: p.grad for n, p in kwargs["model"].named_parameters() if p.grad is not None}
+        assert_same_gradient(found, wanted, error=1e-5)
+        self.steps += 1
+
+
+def slotted_still() -> Any:
+    model = slotted_bert()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def unbiased(data: tsq.QualitySubset) -> TrainerCallback:
+    weights = {"convergence": 1.0, "gradient_norm": -1.0}
+    return tsq.QualityCallback(data, reference=40, weights=weights, unbiased=True, guard=False)
+
+
+@pytest.mark.parametrize("callback", [unbiased, InfoBatchCallback])
+def test_every_step_of_a_run_has_the_gradient_of_its_weighted_loss(
+    callback: Callable[[tsq.QualitySubset], TrainerCallback], tmp_path: Path
+) -> None:
+    data = tsq.QualitySubset(moods(64), 0.5)
+    check = WrittenOut(data)
+    made = make_trainer(
+        slotted_still(),
+        data,
+        tmp_path,
+        [callback(data), check],
+        num_train_epochs=5,
+        learning_rate=0.02,
+        max_grad_norm=0.0,
+    )
+    made.train()
+    assert (check.steps, check.weighted) == (20, 12)
 
 
 def hooks_of(model: nn.Module) -> int:
