@@ -79,7 +79,7 @@ class LoraAdapter:
     def heads(self) -> list[str]:
         """The modules that were saved whole.
 
-        >>> LoraAdapter({}, {}, {"classifier.weight": torch.zeros(1), "classifier.bias": torch.zeros(1)}).heads()
+        >>> LoraAdapter({}, {}, {"classifier.weight": Tensor(), "classifier.bias": Tensor()}).heads()
         ['classifier']
         """
         return sorted({name.rpartition(".")[0] for name in self.saved})
