@@ -5,9 +5,9 @@
 A block is a task, a number of training rows, a share of wrong labels and a mean rank; its cells lie in
 bench/.cache/glue while they are made, and in bench/results/glue/BLOCK.json once finished. Every cell trains MiniLM for
 as many steps as four passes over the rows take and has the full test set; its seed draws the rows, which labels are
-wrong, the head and the batches. The learning rate of each entry was chosen on 1,000 clean rows of SST-2, rank 4, seed 0, by
-600 validation rows (`--sweep` does that, and writes bench/results/glue/rates.json). A finished cell is never run again, so
-that seeds and methods may come in any order, in several processes if each has its own blocks.
+wrong, the head and the batches. The learning rate of each entry was chosen on 1,000 clean rows of SST-2, rank 4, seed
+0, by 600 validation rows (`--sweep` does that, and writes bench/results/glue/rates.json). A finished cell is never run
+again, so that seeds and methods may come in any order, in several processes if each has its own blocks.
 """
 
 import argparse

@@ -17,6 +17,7 @@ from tsqlora.pipeline import Job, quality_half, ranks_half, subset, with_slots
 from tsqlora.quality.score import Progress
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.rivals import RIVALS, Built, Setup
+from tsqlora.training.infobatch_callback import InfoBatchCallback
 from tsqlora.training.quality_callback import QualityCallback
 from tsqlora.training.rank_callback import RankCallback
 
@@ -80,8 +81,6 @@ def _by_term(term: str) -> Policy:
 
 
 def _info_batch(job: Job, scores_path: Path, progress: Progress | None) -> Rows:
-    from tsqlora.training.infobatch_callback import InfoBatchCallback
-
     data = subset(job, job.config.quality.fraction)
     return Rows(data, also=(InfoBatchCallback(data),))
 
