@@ -205,15 +205,8 @@ def test_every_step_of_a_run_has_the_gradient_of_its_weighted_loss(
 ) -> None:
     data = tsq.QualitySubset(moods(64), 0.5)
     check = WrittenOut(data)
-    made = make_trainer(
-        slotted_still(),
-        data,
-        tmp_path,
-        [callback(data), check],
-        num_train_epochs=5,
-        learning_rate=0.02,
-        max_grad_norm=0.0,
-    )
+    options = {"num_train_epochs": 5, "learning_rate": 0.02, "max_grad_norm": 0.0}
+    made = make_trainer(slotted_still(), data, tmp_path, [callback(data), check], **options)
     made.train()
     assert (check.steps, check.weighted) == (20, 12)
 
@@ -296,6 +289,7 @@ def test_a_loss_that_is_no_mean_of_the_rows_own_is_refused(loss: Any, text: str,
     made.__class__ = type("Own", (OwnLoss,), {"of": staticmethod(loss)})
     with pytest.raises(UnsupportedError, match=text):
         made.train()
+    assert made.state.global_step <= 1
 
 
 def test_rows_with_weights_are_not_harvested(tmp_path: Path) -> None:
