@@ -1,11 +1,11 @@
-# What there is to run: demo, test, check, bench, constraints, clean.
+# What there is to run: demo, test, check, bench, bench-scoring, bench-results, constraints, clean.
 # Each makes .venv first where it is missing, or where pyproject.toml or the pins changed.
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 
-.PHONY: demo test check bench bench-scoring constraints clean
+.PHONY: demo test check bench bench-scoring bench-results constraints clean
 
 demo: .venv/.installed-demo
 	$(BIN)/tsqlora demo
@@ -19,6 +19,7 @@ check: .venv/.installed-dev
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python bench/tables.py --check
+	$(BIN)/python bench/results_page.py --check
 	$(BIN)/pytest -m docs
 
 # Benchmarks take minutes to hours, so one is run at a time: make bench BENCH=bench/NAME.py
@@ -27,6 +28,11 @@ bench: .venv/.installed-dev
 
 bench-scoring: .venv/.installed-bench
 	$(BIN)/python bench/scoring.py
+	$(BIN)/python bench/tables.py
+
+# Makes docs/results.md and its plots from bench/results/glue, which `make bench BENCH=bench/glue.py` adds to.
+bench-results: .venv/.installed-bench
+	$(BIN)/python bench/results_page.py
 	$(BIN)/python bench/tables.py
 
 # Pins what is installed now. Not torch: its build is the machine's choice (CPU, CUDA).

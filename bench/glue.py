@@ -12,7 +12,7 @@ again, so that seeds and methods may come in any order, in several processes if 
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 from selection_data import TASKS, TEST_SPLITS
 
-from tsqlora.compare.cells import CELLS_DIR
+from tsqlora.compare.cells import CELLS_DIR, Cell
 from tsqlora.compare.comparison import compare
+from tsqlora.compare.methods import entries
 from tsqlora.config import Config, load_config
 from tsqlora.demo import package_folder
 from tsqlora.record import write_json
@@ -113,6 +114,8 @@ def config_of(block: Block, folder: Path) -> Config:
 def run(block: Block, seed: int, methods: Sequence[str], shared: Path, **how: Any) -> None:
     """The block's cells of one seed, and their results among the committed ones."""
     folder = CACHE / block.name / f"seed{seed}"
+    if "sweep" not in how and all(known(block, seed, method, how["rates"]) for method in methods):
+        return
     if not (folder / "settings.yaml").exists():
         write_data(block, seed, shared, folder)
     compare(
@@ -126,6 +129,14 @@ def run(block: Block, seed: int, methods: Sequence[str], shared: Path, **how: An
         **how,
     )
     keep(block, folder / "cells" / CELLS_DIR)
+
+
+def known(block: Block, seed: int, method: str, rates: Mapping[str, float]) -> bool:
+    """Whether a cell is among the committed results, with the learning rate that it would have now."""
+    path = RESULTS / f"{block.name}.json"
+    stored = json.loads(path.read_text())["cells"] if path.exists() else {}
+    entry = entries([method])[0]
+    return Cell(entry, seed, rates.get(method, LEARNING_RATE)).name in stored
 
 
 def keep(block: Block, cells: Path) -> None:
@@ -180,8 +191,8 @@ def main() -> None:
                     for mean in args.means.split(","):
                         block = Block(task, int(rows), float(wrong), int(mean), args.equal)
                         for method in methods:
-                            known = {method: rates[method]} if method in rates else {}
-                            run(block, int(seed), [method], args.shared, rates=known)
+                            chosen = {method: rates[method]} if method in rates else {}
+                            run(block, int(seed), [method], args.shared, rates=chosen)
 
 
 if __name__ == "__main__":

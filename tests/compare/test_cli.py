@@ -1,0 +1,85 @@
+"""`tsqlora compare` as scripts see it."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from runs import make_rows, save_checkpoint, write_config, write_jsonl
+from tsqlora import cli
+from tsqlora.compare.table import show_comparison
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compare-cli")
+    save_checkpoint(folder / "model")
+    write_jsonl(folder / "train.jsonl", make_rows(80))
+    write_config(folder / "c.yaml", folder / "model", folder / "train.jsonl")
+    return folder
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
+) -> tuple[int, str, str]:
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["tsqlora", "compare", *map(str, arguments)])
+    monkeypatch.setattr(cli, "stdout", Console(width=200))
+    monkeypatch.setattr(cli, "stderr", Console(width=200, stderr=True))
+    code: Any = 0
+    try:
+        cli.main()
+    except SystemExit as stopped:
+        code = stopped.code or 0
+    return (code, *capsys.readouterr())
+
+
+def test_one_json_object_is_printed_and_progress_goes_elsewhere(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = (place / "c.yaml", "--methods", "lora, lora+random", "--seeds", "3", "--out", tmp_path / "o", "--json")
+    code, out, err = run(monkeypatch, capsys, *arguments)
+    assert code == 0, err
+    told = json.loads(out)
+    assert [row["name"] for row in told["table"]] == ["lora+all", "lora+random"]
+    assert told["table"][1]["verdict"] == "one seed: no telling from lora+all"
+    assert told["table"][0]["split"] == "validation"
+    assert "1/2 lora+all_seed3_lr0.02: validation accuracy" in err
+    assert "Loading weights" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "loar"], "did you mean 'lora'?"),
+        (["--methods", "lora", "--seeds", "x"], "--seeds: 'x' is not a number"),
+        (["--methods", "lora", "--lr-sweep", "1e-3,y"], "--lr-sweep: 'y' is not a number"),
+        (["--methods", "lora", "--lr", "lora"], "--lr lora: '' is not a number"),
+        (["--methods", "lora", "--equal", "fun"], "--equal 'fun' is unknown"),
+    ],
+)
+def test_wrong_usage_exits_2_with_the_cure(
+    arguments: list[str], message: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    code, out, err = run(monkeypatch, capsys, place / "c.yaml", *arguments, "--out", tmp_path / "out")
+    assert (code, out) == (2, "")
+    assert message in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_table_fits_a_terminal_of_80_columns_and_shows_what_failed(capsys: pytest.CaptureFixture[str]) -> None:
+    number = {"mean": 0.8, "half": 0.01, "n": 3}
+    cost = {"seconds": number, "steps": 100, "trainable": 12345, "peak_memory_bytes": 2**30, "split": "test"}
+    worked = {"name": "lora+all", "failed": [], "metrics": {"accuracy": number}, "verdict": "the reference", **cost}
+    partly = worked | {"name": "dora+all", "failed": [2], "difference": number, "verdict": "better than lora+all"}
+    failed = {"name": "full+all", "failed": [0, 1, 2], "verdict": "every seed failed"}
+    table = [worked, partly, failed]
+    result = {"metric": "accuracy", "equal": "steps", "seeds": [0, 1, 2], "out": "comparison", "table": table}
+    show_comparison(Console(width=80), result)
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    for words in ("0.8000 ± 0.0100", "+0.8000 ± 0.0100", "dora+all (1 failed)", "every seed failed", "12,345", "1,024"):
+        assert words in out
