@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from tsqlora.adapter_display import show_doctor, show_export
 from tsqlora.display import (
     Display,
     show_allocation,
@@ -41,6 +42,9 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, a
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="K.K=VALUE", help="Overrides a setting; repeatable.")]
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; `tsqlora init` writes one.")]
 Source = Annotated[Path, typer.Argument(metavar="CONFIG|RUN", help="A YAML file, or a run's directory.")]
+Adapter = Annotated[Path, typer.Argument(metavar="RUN|ADAPTER", help="A run's directory, or an adapter's.")]
+Base = Annotated[str | None, typer.Option(help="The adapter's base model: a directory or a hub id.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; else as it is.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory.")]
 
 
@@ -322,6 +326,57 @@ def compare(
             say=display.say,
         )
     _print(result, as_json, show_comparison)
+
+
+@app.command()
+def export(
+    source: Adapter,
+    format: Annotated[str, typer.Option(help="peft, universal, gguf or merged.")],
+    out: Annotated[Path, typer.Option(help="Directory to write.")],
+    base: Base = None,
+    dtype: Dtype = None,
+    max_rank: Annotated[int | None, typer.Option(metavar="R", help="Cut every layer to this rank by SVD.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Writes an adapter, ours or any PEFT LoRA, in the format that its server reads, and compares it with its source.
+
+    peft: the smallest. universal: one rank and alpha for all layers, right in every server. gguf: for llama.cpp.
+    merged: a plain transformers model. What differs by more than rounding is an error, and nothing is written.
+
+    Example: tsqlora export run --format universal --out adapter-for-vllm
+    """
+    from tsqlora import exporting
+
+    done = exporting.export(source, out, format=format, base=base, dtype=dtype, max_rank=max_rank)
+    _print(done, as_json, show_export)
+
+
+@app.command()
+def merge(
+    source: Adapter,
+    out: Annotated[Path, typer.Option(help="Directory to write.")],
+    base: Base = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Writes base and adapter as one plain transformers model, with its head and tokenizer.
+
+    Example: tsqlora merge run --out model
+    """
+    from tsqlora import exporting
+
+    _print(exporting.export(source, out, format="merged", base=base, dtype=dtype), as_json, show_export)
+
+
+@app.command()
+def doctor(source: Adapter, as_json: Json = False) -> None:
+    """Says which servers read an adapter right, what mends it for the others, and what its numbers look like.
+
+    Example: tsqlora doctor adapter --json
+    """
+    from tsqlora import exporting
+
+    _print(exporting.examine(source), as_json, show_doctor)
 
 
 def _listed(text: str) -> list[str]:

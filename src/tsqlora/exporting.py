@@ -1,8 +1,9 @@
-"""The adapter of a run, or any other, in the format that a server reads: `tsqlora export` and `merge`."""
+"""The adapter of a run, or any other, for the world outside: `tsqlora export`, `merge` and `doctor`."""
 
 from pathlib import Path
 from typing import Any
 
+from tsqlora.adapter import doctor
 from tsqlora.adapter.base import base_path, base_skeleton, load_base, load_tokenizer
 from tsqlora.adapter.export import Base, Exported, export_adapter
 from tsqlora.adapter.files import read_adapter
@@ -35,6 +36,11 @@ def export(
         folder, model = source, _base_of_adapter(source, base, format)
     done = export_adapter(folder, out, format=format, base=model, dtype=dtype, max_rank=max_rank)
     return _report(out, format, done)
+
+
+def examine(source: Path) -> dict[str, Any]:
+    """What the doctor says of the adapter of a run or of a directory."""
+    return doctor.examine(source / ADAPTER_DIR if is_run(source) else source)
 
 
 def is_run(path: Path) -> bool:

@@ -103,6 +103,7 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3', and only 'LORA' can be read"),
         ({"r": "8"}, "r is '8'; it must be a number"),
+        ({"r": 0}, "r is 0; it must be at least 1"),
         ({"r": None}, "r is None; it must be a number"),
         ({"lora_alpha": float("nan")}, "lora_alpha is nan; it must be a number"),
         ({"rank_pattern": ["q"]}, r"rank_pattern is \['q'\]; it must map names to numbers"),

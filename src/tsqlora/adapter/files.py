@@ -115,6 +115,8 @@ def _config(path: Path) -> dict[str, Any]:
                 re.compile(key)
             except re.error as error:
                 raise DataError(f"{path}: {setting} has the key {key!r}, which is no pattern ({error})") from None
+    if config["r"] < 1:
+        raise DataError(f"{path}: r is {config['r']}; it must be at least 1")
     for rank in (config["r"], *patterns[0].values()):
         if not isinstance(rank, int):
             raise DataError(f"{path}: the rank {rank} is no whole number")

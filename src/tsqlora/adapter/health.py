@@ -52,7 +52,7 @@ def health(adapter: LoraAdapter) -> dict[str, LayerHealth]:
     return {name: layer_health(target) for name, target in adapter.targets.items()}
 
 
-def broken_tensors(adapter: LoraAdapter) -> dict[str, int]:
+def broken(adapter: LoraAdapter) -> dict[str, int]:
     """How many numbers are NaN or infinite in the tensors beside the targets' A and B, by name, where there are any."""
     others = {**adapter.saved, **adapter.further}
     counts = {name: int((~torch.isfinite(t)).sum()) for name, t in others.items() if t.is_floating_point()}

@@ -92,8 +92,8 @@ def universal(adapter: LoraAdapter, shapes: Mapping[str, Shape], names: Collecti
         if target.kind == "convolution":
             raise UnsupportedError(f"{name} is a convolution, which the universal form cannot hold; export it as peft")
         require_fits(name, target, shapes)
-    kinds = {_kind(name) for name in adapter.targets}
-    wanted = {name: shape for name, shape in shapes.items() if _kind(name) in kinds}
+    kinds = {layer_kind(name) for name in adapter.targets}
+    wanted = {name: shape for name, shape in shapes.items() if layer_kind(name) in kinds}
     rank = served_rank(adapter.rank)
     scale = commonest_scale(adapter.targets.values())
     dtype = _widest(adapter.targets.values())
@@ -183,10 +183,10 @@ def _alive(target: Target) -> Target:
     return replace(target, a=target.a[used], b=target.b[:, used])
 
 
-def _kind(name: str) -> str:
+def layer_kind(name: str) -> str:
     """What a module is called in any layer.
 
-    >>> _kind("layers.3.mlp.fc1")
+    >>> layer_kind("layers.3.mlp.fc1")
     'layers.*.mlp.fc1'
     """
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
