@@ -126,6 +126,18 @@ def _cell_name(cell: Cell) -> str:
     return f"{task} {f'{wrong:.0%} wrong' if wrong else 'clean'}, seed {seed}{share}"
 
 
+def guard(results: Mapping[str, Any]) -> list[list[str]]:
+    """A row a seed and Q: wrong labels drawn and both tests; in bold a decision against that share."""
+    rows = [["seed", "Q", "wrong labels drawn", "guard, by doubt", "by convergence"]]
+    for r in results["results"].values():
+        worse = r["wrong_drawn"] > r["wrong"]
+        tests = (r["guard"], r["by_convergence"])
+        told = [f"{'drawn' if t['passed'] else 'random'} ({t['standard_errors']:+.1f})" for t in tests]
+        shown = [f"**{text}**" if t["passed"] == worse else text for t, text in zip(tests, told, strict=True)]
+        rows.append([str(r["seed"]), r["quality"], f"{r['wrong_drawn']:.1%} of {r['wrong']:.0%}", *shown])
+    return rows
+
+
 def selection_bank(results: Mapping[str, Any]) -> list[list[str]]:
     """By cell: contradictions of the most confident, the fit, what is rejected; ROC areas of finding wrong labels."""
     states = sorted(results["results"].values(), key=lambda s: (-s["wrong"], s["task"], s["seed"], -s["fraction"]))
@@ -295,6 +307,7 @@ def resume(results: Mapping[str, Any]) -> list[list[str]]:
 
 
 TABLES: dict[str, Callable[[Mapping[str, Any]], list[list[str]]]] = {
+    "guard": guard,
     "harvest-cost": harvest_cost,
     "harvest-picks": harvest_picks,
     "label_errors": label_errors,
