@@ -42,7 +42,7 @@ def show_doctor(console: Console, report: Mapping[str, Any]) -> None:
             f"base         {report['base'] or 'not named'}",
             f"layers       {len(ranks)}, rank {_range(sorted(ranks))}, scale {_range(scales)}",
             f"size         {report['bytes']:,} bytes, {report['parameters']:,} parameters"
-            + (f"; universal {report['universal_parameters']:,}" if report["universal_parameters"] else ""),
+            + (f"; {report['universal_parameters']:,} in the universal form" if report["universal_parameters"] else ""),
             f"vLLM needs   --max-lora-rank {report['max_lora_rank'] or 'beyond what it has'}",
         ],
     )
