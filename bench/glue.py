@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from selection_data import TASKS, TEST_SPLITS
 
-from tsqlora.compare.cells import CELLS_DIR, Cell
+from tsqlora.compare.cells import CELLS_DIR, Cell, Entry
 from tsqlora.compare.comparison import compare
 from tsqlora.compare.methods import entries
 from tsqlora.config import Config, load_config
@@ -31,7 +31,6 @@ BENCH = Path(__file__).parent
 CACHE, RESULTS = BENCH / ".cache" / "glue", BENCH / "results" / "glue"
 PASSES, FRACTION, BATCH, VALIDATION_ROWS, LEARNING_RATE = 4, 0.5, 16, 200, 1e-3
 ENTRIES = "lora,lora+random,tsqlora,tsqlora-quality-only,tsqlora-ranks-only,adalora,elalora,eva"
-SWEEP = (5e-4, 1e-3, 2e-3)
 METRICS = {"cola": "matthews", "stsb": "spearman"}
 
 
@@ -136,7 +135,7 @@ def known(block: Block, seed: int, method: str, rates: Mapping[str, float]) -> b
     path = RESULTS / f"{block.name}.json"
     stored = json.loads(path.read_text())["cells"] if path.exists() else {}
     entry = entries([method])[0]
-    return Cell(entry, seed, rates.get(method, LEARNING_RATE)).name in stored
+    return Cell(entry, seed, rates[entry.name]).name in stored
 
 
 def keep(block: Block, cells: Path) -> None:
@@ -156,15 +155,21 @@ def keep(block: Block, cells: Path) -> None:
     write_json(path, {"block": about, "settings": settings, "cells": dict(sorted(stored.items()))})
 
 
-def sweep(methods: Sequence[str], shared: Path) -> None:
-    """Each entry's learning rate by validation rows, one entry at a time."""
-    path = RESULTS / "rates.json"
+def sweep(methods: Sequence[str], tried: Sequence[float], shared: Path) -> None:
+    """Each entry's learning rate by validation rows, of all that it ever tried; one entry at a time."""
     for method in methods:
-        run(SWEPT, 0, [method], shared, sweep=SWEEP)
-        table = json.loads((CACHE / SWEPT.name / "seed0" / "cells" / "table.json").read_text())["table"]
-        known = json.loads(path.read_text())["rates"] if path.exists() else {}
-        chosen = {method: table[0]["learning_rates"][0]}
-        write_json(path, {"block": SWEPT.name, "seed": 0, "tried": SWEEP, "rates": known | chosen})
+        run(SWEPT, 0, [method], shared, sweep=tried)
+        cells = json.loads((RESULTS / f"{SWEPT.name}.json").read_text())["cells"].values()
+        chosen = dict[str, float]()
+        for name in dict.fromkeys(entry_of(cell) for cell in cells):
+            of = {c["cell"]["learning_rate"]: c["metrics"]["validation"] for c in cells if entry_of(c) == name}
+            chosen[name] = max(of, key=lambda rate: (of[rate]["accuracy"], -of[rate]["loss"]))
+        write_json(RESULTS / "rates.json", {"block": SWEPT.name, "seed": 0, "rates": chosen})
+
+
+def entry_of(cell: Mapping[str, Any]) -> str:
+    """METHOD+POLICY."""
+    return Entry(cell["cell"]["method"], cell["cell"]["policy"]).name
 
 
 def main() -> None:
@@ -178,10 +183,13 @@ def main() -> None:
     parser.add_argument("--methods", default=ENTRIES)
     parser.add_argument("--equal", default="steps")
     parser.add_argument("--sweep", action="store_true", help="Choose learning rates, and nothing else.")
+    parser.add_argument(
+        "--rates", default="5e-4,1e-3,2e-3", help="What a sweep tries; beyond them, where the best is last."
+    )
     args = parser.parse_args()
     methods = args.methods.split(",")
     if args.sweep:
-        sweep(methods, args.shared)
+        sweep(methods, [float(rate) for rate in args.rates.split(",")], args.shared)
         return
     rates = json.loads((RESULTS / "rates.json").read_text())["rates"]
     for seed in args.seeds.split(","):
@@ -191,8 +199,8 @@ def main() -> None:
                     for mean in args.means.split(","):
                         block = Block(task, int(rows), float(wrong), int(mean), args.equal)
                         for method in methods:
-                            chosen = {method: rates[method]} if method in rates else {}
-                            run(block, int(seed), [method], args.shared, rates=chosen)
+                            name = entries([method])[0].name
+                            run(block, int(seed), [method], args.shared, rates={name: rates[name]})
 
 
 if __name__ == "__main__":

@@ -207,12 +207,11 @@ def rates(found: Sequence[Block]) -> list[list[str]]:
     tried = sorted({cell["cell"]["learning_rate"] for cell in cells})
     rows = [["", *(f"{rate:g}" for rate in tried), "chosen"]]
     names = sorted({Entry(c["cell"]["method"], c["cell"]["policy"]).name for c in cells}, key=rank_of)
-    chosen = json.loads((RESULTS / "rates.json").read_text())["rates"] if (RESULTS / "rates.json").exists() else {}
+    chosen = json.loads((RESULTS / "rates.json").read_text())["rates"] if cells else {}
     for name in names:
-        method = name.partition("+")[0]
         of = {c["cell"]["learning_rate"]: c for c in cells if f"{c['cell']['method']}+{c['cell']['policy']}" == name}
         shown = [f"{100 * of[r]['metrics']['validation']['accuracy']:.1f}" if r in of else "–" for r in tried]
-        rows.append([f"`{name}`", *shown, f"{chosen.get(name, chosen.get(method, 0)):g}"])
+        rows.append([f"`{name}`", *shown, f"{chosen[name]:g}"])
     return rows
 
 
