@@ -247,6 +247,23 @@ def test_a_parametrisation_of_the_users_own_is_not_a_slot() -> None:
     assert tsq.active_parameters(model) == sum(p.numel() for p in model.parameters())
 
 
+class Doubled(nn.Module):
+    def forward(self, shown: Tensor) -> Tensor:
+        return 2 * shown
+
+
+@pytest.mark.parametrize("further", [False, True])
+def test_what_is_shown_is_what_torchs_parametrisation_gives(further: bool) -> None:
+    model = copy.deepcopy(wrapped(ranks=MIXED))
+    for slots in find_slots(model).values():
+        for part, (full, dim) in zip(slots.parts, slots.matrices(), strict=True):
+            if further:
+                nn.utils.parametrize.register_parametrization(part.holder, part.tensor, Doubled())
+            shown = getattr(part.holder, part.tensor)
+            assert torch.equal(shown, part.holder.parametrizations[part.tensor]())  # type: ignore[index, operator]
+            assert torch.equal(shown, (2 if further else 1) * full.narrow(dim, 0, slots.rank))
+
+
 def test_a_copy_of_a_model_with_slots_has_slots_of_its_own() -> None:
     model = wrapped(ranks=MIXED)
     other = copy.deepcopy(model)

@@ -24,12 +24,14 @@ class Importance:
     def __init__(self, layers: Mapping[str, Slots]) -> None:
         self.layers = layers
         self.rows = {name: row for row, name in enumerate(layers)}
+        self._pairs = [(slots.a, slots.b) for slots in layers.values()]  # looking them up takes as long as the products
         size = (len(layers), next(iter(layers.values())).capacity)  # of all layers the same
         device = next(iter(layers.values())).a.device
         self.mean = torch.zeros(size, device=device)
         self.spread = torch.zeros(size, device=device)
         self.age = torch.zeros(size, device=device, dtype=torch.int64)
 
+    @torch.no_grad()
     def update(self) -> bool:
         """Takes in the gradients there are now; False, and nothing changes, if one is not finite.
 
@@ -49,10 +51,9 @@ class Importance:
 
     def _raw(self) -> Float[Tensor, "layers capacity"]:
         """Each slot's |Σ θ·∇θ| as gradients are now; zero for a layer that has none."""
-        found: list[Tensor | None] = []
-        for slots in self.layers.values():
-            (a, _), (b, _) = slots.matrices()
-            found.append(None if a.grad is None or b.grad is None else slot_products(a, a.grad, b, b.grad))
+        found = [
+            None if a.grad is None or b.grad is None else slot_products(a, a.grad, b, b.grad) for a, b in self._pairs
+        ]
         if all(products is None for products in found):
             raise UnsupportedError(
                 "no LoRA weight has a gradient before the optimizer's step (frozen, or kept elsewhere as DeepSpeed "
@@ -107,5 +108,4 @@ def slot_products(
     a: Float[Tensor, "r i"], grad_a: Float[Tensor, "r i"], b: Float[Tensor, "o r"], grad_b: Float[Tensor, "o r"]
 ) -> Float[Tensor, " r"]:
     """|Σ θ·∇θ| of each slot, over its row of A and its column of B."""
-    with torch.no_grad():
-        return (distributed.whole((a * grad_a).sum(1)) + distributed.whole((b * grad_b).sum(0))).abs().float()
+    return (distributed.whole((a * grad_a).sum(1)) + distributed.whole((b * grad_b).sum(0))).abs().float()

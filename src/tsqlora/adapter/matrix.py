@@ -64,6 +64,7 @@ class Matrix:
         full.narrow(self.dim, 0, rank).copy_(weight.detach().narrow(self.dim, 0, rank))
         weight.data, weight.grad = full, None
         register_parametrization(self.holder, self.tensor, ActivePrefix(self.dim, rank), unsafe=True)
+        _show_directly(type(self.holder), self.tensor)
         self._tell_linear(capacity)
 
     def make_plain(self) -> None:
@@ -79,6 +80,21 @@ class Matrix:
     def _tell_linear(self, slots: int) -> None:
         if isinstance(self.holder, nn.Linear):
             setattr(self.holder, ("out_features", "in_features")[self.dim], slots)
+
+
+def _show_directly(kind: type[nn.Module], tensor: str) -> None:
+    """In the class that torch made for one module and its copies: the same tensor, without two calls of modules.
+
+    They would take longer than the product with a small matrix, three times in each forward pass of a layer.
+    """
+
+    def shown(holder: Any) -> Tensor:
+        parts = holder._modules["parametrizations"]._modules[tensor]
+        if len(parts._modules) > 1:
+            return parts()  # somebody's own parametrisation of what is shown
+        return parts._modules["0"].forward(parts._parameters["original"])
+
+    setattr(kind, tensor, property(shown, kind.__dict__[tensor].fset))
 
 
 def matrices(name: str, layer: LoraLayer, adapter: str) -> tuple[Matrix, Matrix]:
