@@ -3,8 +3,8 @@
     python bench/guard.py [--seeds 0,1] [--wrong 0.2]
 
 A cell of bench/selection.py (SST-2, 2,000 rows, MiniLM) is warmed up on one pass, and all terms of its rows are
-measured in float32; nothing is trained further. For each Q: the share of wrong labels that half of the rows would have, what the
-guard decides by doubt, and what it would by convergence. Scores are kept in bench/.cache.
+measured in float32; nothing is trained further. For each Q: the share of wrong labels that half of the rows would
+have, what the guard decides by doubt, and what it would by convergence. Scores are kept in bench/.cache.
 """
 
 import argparse

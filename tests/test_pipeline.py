@@ -195,3 +195,12 @@ def test_a_run_resumed_with_other_libraries_notes_which() -> None:
 
 def test_without_quality_there_is_no_callback_for_it() -> None:
     assert what_arrives(settings(**{"quality.enabled": False}))["quality"] is None
+
+
+def test_a_run_that_the_guard_turned_back_notes_why() -> None:
+    told = {"guard": {"passed": False, "why": "labels would be wrong"}}
+    data: Any = SimpleNamespace(scores=SimpleNamespace(record=told))
+    quality: Any = SimpleNamespace(refused=None)
+    assert pipeline.what_to_note(quality, data) == ["rows were drawn at random: labels would be wrong"]
+    data.scores.record = {"guard": {"checked": False, "why": "rows are drawn evenly: no Q decides"}}
+    assert pipeline.what_to_note(quality, data) == []

@@ -386,6 +386,9 @@ def what_to_note(quality: QualityCallback, data: QualitySubset) -> list[str]:
     """Why rows were drawn as they were."""
     if quality.refused:
         return [f"rows were drawn at random: {quality.refused}"]
+    guard = {} if data.scores is None else data.scores.record.get("guard", {})
+    if guard.get("passed") is False:
+        return [f"rows were drawn at random: {guard['why']}"]
     noise = None if data.scores is None else data.scores.record.get("noise")
     if data.scores is None or noise is None:
         return []

@@ -80,7 +80,8 @@ def test_without_evident_wrong_labels_convergence_decides(weight: float, passes:
     scores, test = guarded(scored({"convergence": weight}), 0.5)
     assert test is not None
     assert (test.by, test.passed) == ("convergence", passes)
-    assert scores.record["guard"] == {"checked": True, **{n: getattr(test, n) for n in GUARD}, "passed": passes}
+    told = {"checked": True, **{n: getattr(test, n) for n in GUARD}, "passed": passes}
+    assert scores.record["guard"] == (told if passes else {**told, "why": test.told})
     assert (test.drawn > test.random) == passes
     assert scores.even == (not passes)
 

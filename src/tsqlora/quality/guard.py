@@ -53,7 +53,8 @@ class GuardTest:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        return {"checked": True, **asdict(self), "passed": self.passed}
+        told = {"checked": True, **asdict(self), "passed": self.passed}
+        return told if self.passed else {**told, "why": self.told}
 
 
 def guarded(scores: Scores, fraction: float) -> tuple[Scores, GuardTest | None]:

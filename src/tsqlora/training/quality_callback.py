@@ -45,8 +45,8 @@ class QualityCallback(TrainerCallback):
         weights, temperature, reject, terms, scope, reference, calibration: as in `tsqlora.score`.
         unbiased: weigh the rows that a softmax draws, so that the gradient's expectation is the kept rows' mean
             (METHOD section 1); the loss that is logged stays without weights.
-        guard: where the rows that Q draws would teach less than random ones (`quality/guard.py`), `refused`
-            says so, a warning is given, and the kept rows are drawn at random.
+        guard: where the rows that Q draws would teach less than random ones (`quality/guard.py`), the scores'
+            record says so, a warning is given, and the kept rows are drawn at random.
         task: needed only where training has a loss of its own (class weights, a custom one).
         about: what else the scores' record should say.
         scores_path: where scores are written; by default scores.parquet in the output_dir.
@@ -225,7 +225,6 @@ class QualityCallback(TrainerCallback):
             return scores
         scores, test = guarded(scores, self.data.fraction)
         if test is not None and not test.passed:
-            self.refused = test.told
             warnings.warn(f"rows are drawn at random, not by Q: {test.told}", stacklevel=2)
         return scores
 
