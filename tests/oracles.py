@@ -387,8 +387,8 @@ def slow_elalora_run(
     b0: int,
     k: int,
     beta: float,
-) -> list[dict[str, int]]:
-    """Ranks after each step of a run whose |p·∇p| were recorded.
+) -> tuple[list[dict[str, int]], dict[str, list[float]]]:
+    """Ranks after each step of a run whose |p·∇p| were recorded, and the triplets' scores at its end.
 
     `importances[t][matrix][j]` are those of triplet j at step t: of its λ, its row of Q and its column of
     P.  Scores are taken in at t < last.  At multiples of the interval with first < t < last,
@@ -411,7 +411,7 @@ def slow_elalora_run(
             for name in expanded:
                 matrices[name].append(SlowTriplet.new(*shapes[name]))
         ranks.append({name: len(triplets) for name, triplets in matrices.items()})
-    return ranks
+    return ranks, {name: [triplet.score() for triplet in triplets] for name, triplets in matrices.items()}
 
 
 # --- what they share ----------------------------------------------------------------------

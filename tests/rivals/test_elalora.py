@@ -11,14 +11,14 @@ from transformers import TrainerCallback
 
 import tsqlora as tsq
 from models import collate
-from oracles import slow_elalora_run
+from oracles import SlowTriplet, slow_elalora_run
 from setups import STEPS, base, build, logits_of, trainer_of
 from stock import moods
 from tsqlora.errors import UnsupportedError
 from tsqlora.ranks.rivals import elalora_steps
 from tsqlora.rivals import Built
 from tsqlora.rivals.elalora import ElaLoraCallback
-from tsqlora.rivals.svd import BETA, SMALLEST, Triplets, change, triplets_of
+from tsqlora.rivals.svd import BETA, SMALLEST, Importance, Triplets, change, triplets_of
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 BOTH = ["elalora", "elalora-as-released"]
@@ -71,7 +71,7 @@ def callback_of(built: Built) -> ElaLoraCallback:
 @pytest.mark.parametrize("name", BOTH)
 def test_ranks_are_those_of_the_literal_rule_on_recorded_importances(name: str, tmp_path: Path) -> None:
     built, before, after = run(name, tmp_path)
-    expected = slow_elalora_run(
+    expected, scores = slow_elalora_run(
         before.importances,
         {n: (t.q.shape[1], t.p.shape[0]) for n, t in before.layers.items()},
         first=5,
@@ -82,6 +82,8 @@ def test_ranks_are_those_of_the_literal_rule_on_recorded_importances(name: str, 
         beta=BETA,
     )
     assert after.ranks == expected
+    for layer, found in callback_of(built).importance.scores().items():
+        assert found == pytest.approx(scores[layer], rel=1e-3)
     assert callback_of(built).changes == {10: 4, 20: 3, 30: 1}
     assert len({tuple(ranks.values()) for ranks in after.ranks}) == 4
 
@@ -116,7 +118,7 @@ def test_a_change_takes_what_is_pruned_from_the_update_and_adds_next_to_nothing(
     assert gone.abs().max() > 1e-4
     change(triplets, kept=[0, 2, 3], grown=2, optimizer=optimizer, seed=0)
     after = updates(model)
-    assert triplets.rank == 5
+    assert triplets.rank == triplets.layer.r["default"] == 5
     torch.testing.assert_close(after.pop(QUERY), before.pop(QUERY) - gone, rtol=0, atol=1e-8)
     assert all(torch.equal(after[name], before[name]) for name in before)
 
@@ -141,6 +143,25 @@ def test_a_new_triplet_is_of_unit_vectors_at_right_angles_to_those_there() -> No
         triplets.lam[0] = 1e-20
     change(triplets, kept=[0, 1, 2], grown=1, optimizer=optimizer, seed=0)
     assert float(triplets.lam[3].detach()) == pytest.approx(1e-20)
+
+
+def test_scores_are_those_of_the_literal_transcription_number_by_number() -> None:
+    model = cast(PeftModel, build("elalora").model)
+    layers = triplets_of(model)
+    importance, record = Importance(layers), Before(model)
+    slow = {n: [SlowTriplet.new(t.q.shape[1], t.p.shape[0]) for _ in range(4)] for n, t in layers.items()}
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        for triplets in layers.values():
+            for matrix, _ in triplets.matrices():
+                torch.nn.init.normal_(matrix, generator=generator)
+                matrix.grad = torch.randn(matrix.shape, generator=generator)
+        importance.update()
+        for name, triplets in layers.items():
+            for one, found in zip(slow[name], record.of(triplets), strict=True):
+                one.take(found, BETA)
+    for name, scores in importance.scores().items():
+        assert scores == pytest.approx([one.score() for one in slow[name]], rel=1e-5)
 
 
 def test_new_vectors_follow_the_seed() -> None:
