@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from tsqlora.adapter.slots import active_ranks
 from tsqlora.errors import SettingsError
 from tsqlora.rivals import RIVALS, get_rival
 from tsqlora.rivals.setup import layers_of
+from tsqlora.training.load import Pretrained
 
 ADAPTERS = [name for name in RIVALS if name != "full"]
 TRIPLETS = ["adalora", "elalora", "elalora-as-released", "prune"]
@@ -65,6 +67,14 @@ def test_a_method_adapts_the_layers_that_ours_adapts(name: str) -> None:
     }
 
 
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_what_a_checkpoint_lacks_trains_whole_and_without_an_adapter(name: str) -> None:
+    new = Pretrained(base(), cast(Any, None), ("bert.pooler.dense", "classifier"))
+    built = build(name, pretrained=new)
+    assert "bert.pooler.dense" not in built.ranks()
+    assert any("pooler" in n and p.requires_grad for n, p in built.model.named_parameters())
+
+
 @pytest.mark.parametrize("name", ["lora", "dora", "rslora"])
 def test_parameters_are_those_that_peft_counts(name: str) -> None:
     built = build(name)
@@ -105,8 +115,10 @@ def test_the_scale_is_that_of_lora_in_every_layer(name: str) -> None:
 
 @pytest.mark.parametrize("name", RIVALS)
 def test_the_seed_decides_the_first_weights(name: str) -> None:
+    drawn = iter(range(4))
+
     def weights(seed: int) -> list[torch.Tensor]:
-        torch.manual_seed(99 + seed)  # whatever was drawn before
+        torch.manual_seed(next(drawn))  # whatever was drawn before
         return list(build(name, seed=seed).model.parameters())
 
     assert all(torch.equal(a, b) for a, b in zip(weights(0), weights(0), strict=True))
