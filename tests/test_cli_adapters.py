@@ -88,6 +88,7 @@ def test_a_merged_run_is_a_model_and_a_tokenizer(run: Path, tmp_path: Path, tsql
     assert merged.config.id2label == {0: "no", 1: "yes"}
     assert AutoTokenizer.from_pretrained(tmp_path / "m")("good day").input_ids
     assert not (tmp_path / "m" / CONFIG).exists()
+    assert "fine-tuned on train.jsonl" in (tmp_path / "m" / "README.md").read_text(encoding="utf-8")
 
 
 def test_merge_is_export_as_merged_and_takes_a_precision(run: Path, tmp_path: Path, tsqlora: Run) -> None:

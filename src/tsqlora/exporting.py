@@ -9,6 +9,7 @@ from tsqlora.adapter.export import Base, Exported, export_adapter
 from tsqlora.adapter.files import read_adapter
 from tsqlora.adapter.health import vllm_rank
 from tsqlora.adapter.verify import describe
+from tsqlora.card import write_card
 from tsqlora.errors import SettingsError
 from tsqlora.inference import open_run
 from tsqlora.training.run_dir import ADAPTER_DIR, CONFIG_FILE
@@ -25,8 +26,9 @@ def export(
 ) -> dict[str, Any]:
     """Writes the adapter of a run or of a directory as `out`, as `export_adapter` does; what was written, for JSON.
 
-    A run knows its base model. Of another adapter's, logits are compared where `base` is given or
-    its weights are needed; else what the adapter names is read for its modules' shapes alone.
+    A run knows its base model, and what is made of it gets a model card. Of another adapter, logits
+    are compared where `base` is given or its weights are needed; else the base that it names is
+    read for its modules' shapes alone.
     """
     if is_run(source):
         if base is not None:
@@ -35,6 +37,8 @@ def export(
     else:
         folder, model = source, _base_of_adapter(source, base, format)
     done = export_adapter(folder, out, format=format, base=model, dtype=dtype, max_rank=max_rank)
+    if is_run(source):
+        write_card(source, out, format=format)
     return _report(out, format, done)
 
 

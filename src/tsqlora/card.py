@@ -1,0 +1,145 @@
+"""The model card of a run, in the Hub's format: what it was made of, how it does, what it cost, how to load it."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from tsqlora.config import Config, load_config
+from tsqlora.display import split_name
+from tsqlora.record import RunRecord, write_whole
+from tsqlora.training.run_dir import CONFIG_FILE
+
+FILE = "README.md"
+_PIPELINES = {"sequence-classification": "text-classification", "regression": "text-classification"}
+_CLASSES = {"sequence-classification": "AutoModelForSequenceClassification"}
+_CLASSES["regression"] = _CLASSES["sequence-classification"]
+"""By the task's name: the Hub's pipeline, and the class of transformers that loads the model."""
+
+
+def write_card(run: Path, folder: Path, *, format: str = "peft") -> None:
+    """Writes the run's card into a directory beside the weights that stand there."""
+    write_whole(folder / FILE, model_card(run, format=format))
+
+
+def model_card(run: Path, *, format: str = "peft") -> str:
+    """The card of a run's adapter, or of what it was exported as: metadata and Markdown.
+
+    Paths of this machine are not told: of a directory or a file only its name.
+    """
+    config, record = load_config(run / CONFIG_FILE), RunRecord.load(run)
+    parts = [
+        f"# {_name(config.model.path)}, fine-tuned on {_name(str(config.data.train))}",
+        _summary(config, record, format),
+        *_section("How to load it", [_loading(config, record, format)]),
+        *_section("Results", _table(["rows", "metric", "value"], _results(record))),
+        *_section("Data", _data(config, record)),
+        *_section("Ranks", _ranks(record.ranks) if format != "merged" else []),
+        *_section("Cost", _table(["phase", "seconds", "rows forward", "rows backward", "tokens"], _costs(record))),
+        *_section("Made with", [", ".join(f"{name} {version}" for name, version in record.versions.items())]),
+    ]
+    return f"---\n{_metadata(config, record, format)}\n---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def _metadata(config: Config, record: RunRecord, format: str) -> str:
+    data, base = str(config.data.train), config.model.path
+    results = [
+        EvalResult(
+            task_type=_PIPELINES.get(record.task, record.task),
+            dataset_type=_name(data),
+            dataset_name=_name(data),
+            dataset_split=split,
+            metric_type=metric,
+            metric_value=value,
+        )
+        for split, metrics in record.metrics.items()
+        for metric, value in metrics.items()
+    ]
+    return ModelCardData(
+        base_model=None if Path(base).exists() else base,
+        datasets=None if Path(data).exists() else [data],
+        library_name="transformers" if format == "merged" else "peft",
+        metrics=sorted({metric for metrics in record.metrics.values() for metric in metrics}),
+        model_name=_name(base),
+        pipeline_tag=_PIPELINES.get(record.task),
+        tags=["tsqlora", *([] if format == "merged" else ["lora"])],
+        eval_results=results or None,
+    ).to_yaml()
+
+
+def _summary(config: Config, record: RunRecord, format: str) -> str:
+    what = {"merged": "A plain model: base and adapter in one.", "gguf": "A LoRA file for llama.cpp."}
+    return (
+        f"{what.get(format, 'A LoRA adapter in the format of PEFT.')} Task: {record.task}. Base model: "
+        f"{_name(config.model.path)}. {record.parameters.get('trainable', 0):,} parameters were trained."
+    )
+
+
+def _loading(config: Config, record: RunRecord, format: str) -> str:
+    kind = _CLASSES.get(record.task, "AutoModel")
+    labels = "" if kind == "AutoModel" else f", num_labels={len(record.labels or [None])}"
+    if format == "gguf":
+        return "```bash\nllama-cli -m BASE.gguf --lora adapter.gguf\n```"
+    if format == "merged":
+        return f'```python\nfrom transformers import {kind}\n\nmodel = {kind}.from_pretrained("THIS-DIRECTORY")\n```'
+    return (
+        f"```python\nfrom peft import PeftModel\nfrom transformers import {kind}\n\n"
+        f'base = {kind}.from_pretrained("{_name(config.model.path)}"{labels})\n'
+        'model = PeftModel.from_pretrained(base, "THIS-DIRECTORY")\n```'
+    )
+
+
+def _results(record: RunRecord) -> list[list[str]]:
+    return [[split, name, f"{value:.4f}"] for split, values in record.metrics.items() for name, value in values.items()]
+
+
+def _data(config: Config, record: RunRecord) -> list[str]:
+    rows = ", ".join(f"{count:,} {split}" for split, count in record.plan["rows"].items())
+    quality = record.quality
+    fraction = quality.get("fraction", 1.0)
+    if not quality.get("enabled"):
+        rule = "every row in each epoch" if fraction == 1 else f"a random {fraction:.0%} of the rows in each epoch"
+    elif quality.get("used"):
+        rule = f"{fraction:.0%} of the rows in each epoch, drawn by quality ({config.quality.preset})"
+    else:
+        rule = f"a random {fraction:.0%} of the rows in each epoch: quality was not used"
+    lines = [f"{_name(str(config.data.train))}: {rows} rows; hash `{record.data['hash']}`, seed {record.seed}."]
+    lines.append(f"Trained on {rule}.")
+    if record.labels is not None:
+        lines.append(f"Labels: {', '.join(map(str, record.labels))}.")
+    return ["\n".join([*lines, *(f"Note: {note}." for note in record.notes)])]
+
+
+def _ranks(ranks: Mapping[str, int]) -> list[str]:
+    """Ranks by kind of layer and block."""
+    cells = {split_name(name): rank for name, rank in ranks.items()}
+    blocks = sorted({block for block, _ in cells}, key=lambda block: int(block or -1))
+    rows = [
+        [kind, *(str(cells.get((block, kind), "")) for block in blocks)]
+        for kind in dict.fromkeys(kind for _, kind in cells)
+    ]
+    return _table(["rank in block", *(block or "–" for block in blocks)], rows)
+
+
+def _costs(record: RunRecord) -> list[list[str]]:
+    return [
+        [phase, f"{cost.seconds:.1f}", f"{cost.forward:,}", f"{cost.backward:,}", f"{cost.tokens:,}"]
+        for phase, cost in record.cost.items()
+    ]
+
+
+def _section(title: str, lines: Sequence[str]) -> list[str]:
+    return [f"## {title}", "\n".join(lines)] if lines else []
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    if not rows:
+        return []
+    escaped = [[str(cell).replace("|", "\\|") for cell in row] for row in (head, ["---"] * len(head), *rows)]
+    return [f"| {' | '.join(row)} |" for row in escaped]
+
+
+def _name(path: str) -> str:
+    """A hub id as it stands; of a path on this machine its last part."""
+    return Path(path).name if Path(path).exists() or path.startswith((".", "/", "~")) else path

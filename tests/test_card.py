@@ -1,0 +1,97 @@
+"""A run's model card: metadata that the Hub reads, numbers that are the run's, nothing of this machine."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from runs import make_rows, save_checkpoint, write_config, write_jsonl
+from tsqlora.card import model_card, write_card
+from tsqlora.config import load_config
+from tsqlora.pipeline import train
+from tsqlora.record import RunRecord
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("card")
+    save_checkpoint(folder / "tiny-bert")
+    write_jsonl(folder / "moods.jsonl", make_rows(60, labels=("no", "yes|no")))
+    plain = {"quality": {"enabled": False, "fraction": 0.5}, "ranks": {"policy": "fixed", "mean": 2.0}}
+    config = write_config(folder / "c.yaml", folder / "tiny-bert", folder / "moods.jsonl", **plain)
+    train(load_config(config), folder / "run")
+    return folder / "run"
+
+
+def test_the_hub_reads_what_the_run_measured(run: Path, tmp_path: Path) -> None:
+    write_card(run, tmp_path)
+    data = ModelCard.load(tmp_path / "README.md").data.to_dict()
+    assert data["library_name"] == "peft"
+    assert data["pipeline_tag"] == "text-classification"
+    assert data["tags"] == ["tsqlora", "lora"]
+    measured = RunRecord.load(run).metrics["validation"]
+    (result,) = data["model-index"][0]["results"]
+    assert {metric["type"]: metric["value"] for metric in result["metrics"]} == measured
+    assert data["metrics"] == sorted(measured)
+
+
+def test_the_text_has_ranks_costs_data_and_how_to_load(run: Path) -> None:
+    record, card = RunRecord.load(run), model_card(run)
+    for shown in (
+        "# tiny-bert, fine-tuned on moods.jsonl",
+        "| attention.self.query |  | 2 | 2 |",
+        f"hash `{record.data['hash']}`, seed 0",
+        "Trained on a random 50% of the rows in each epoch.",
+        "Labels: no, yes|no.",
+        'model = PeftModel.from_pretrained(base, "THIS-DIRECTORY")',
+        f"| training | {record.cost['training'].seconds:.1f} | {record.cost['training'].forward:,} |",
+        f"peft {record.versions['peft']}",
+    ):
+        assert shown in card
+
+
+def test_nothing_of_this_machine_is_told(run: Path) -> None:
+    assert str(run.parent) not in model_card(run)
+
+
+def test_a_hub_id_is_named_as_base_and_as_data(run: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text())
+    settings["model"]["path"], settings["data"]["train"] = "someone/model", "someone/data"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    (tmp_path / "run.json").write_text((run / "run.json").read_text())
+    data = ModelCard(model_card(tmp_path)).data.to_dict()
+    assert (data["base_model"], data["datasets"]) == ("someone/model", ["someone/data"])
+    assert 'from_pretrained("someone/model", num_labels=2)' in model_card(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("format", "library", "shown"),
+    [
+        ("merged", "transformers", "AutoModelForSequenceClassification.from_pretrained("),
+        ("gguf", "peft", "--lora adapter.gguf"),
+    ],
+)
+def test_what_was_exported_says_how_it_is_loaded(format: str, library: str, shown: str, run: Path) -> None:
+    card = model_card(run, format=format)
+    assert ModelCard(card).data.to_dict()["library_name"] == library
+    assert shown in card
+    assert ("## Ranks" in card) == (format != "merged")
+
+
+def test_quality_that_was_refused_is_not_claimed(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
+    record = json.loads((run / "run.json").read_text())
+    for quality, told in (
+        ({"enabled": True, "used": True, "fraction": 0.5}, "50% of the rows in each epoch, drawn by quality (default)"),
+        (
+            {"enabled": True, "used": False, "fraction": 0.5},
+            "a random 50% of the rows in each epoch: quality was not used",
+        ),
+        ({"enabled": False, "fraction": 1.0}, "every row in each epoch"),
+    ):
+        (tmp_path / "run.json").write_text(json.dumps(record | {"quality": quality, "notes": ["mind this"]}))
+        assert f"Trained on {told}." in model_card(tmp_path)
+        assert "Note: mind this." in model_card(tmp_path)
