@@ -7,8 +7,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tsqlora.adapter.rewrite import layer_kind
+
 _SHOWN = 6
 """Layers that are named one by one; of more, the worst are."""
+_LAYERS = 40
+"""Layers that have a line each; more are shown by their kind."""
 _STYLES = {"right": "green", "wrong": "red", "refused": "yellow"}
 
 
@@ -48,7 +52,9 @@ def show_doctor(console: Console, report: Mapping[str, Any]) -> None:
     )
     if more := [*report["heads"], *report["variants"]]:
         _say(console, [f"more than BA {', '.join(more)}"])
-    table = Table("read by", "verdict", "why, and by what factor", "mended by", box=None, padding=(0, 1, 0, 0))
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    for column in ("read by", "verdict", "why, and by what factor", "mended by"):
+        table.add_column(column, overflow="fold", ratio=1 if column.startswith("why") else None)
     for found in report["consumers"]:
         name = Text.assemble(found["name"], (f"\n{found['version']}", "dim"))
         verdict = Text(found["verdict"], style=_STYLES[found["verdict"]])
@@ -61,9 +67,9 @@ def show_doctor(console: Console, report: Mapping[str, Any]) -> None:
 def _why(found: Mapping[str, Any]) -> list[str]:
     factors: Mapping[str, float] = found["factors"]
     worst = sorted(factors.items(), key=lambda item: -abs(item[1] - 1))[:_SHOWN]
-    shown = [f"  × {factor:.3g}  {name}" for name, factor in worst]
+    shown = [f"× {factor:.3g}  {name}" for name, factor in worst]
     left = len(factors) - len(shown)
-    return [*found["reasons"], *shown, *([f"  and {left} more"] if left else [])]
+    return [*found["reasons"], *shown, *([f"and {left} more"] if left else [])]
 
 
 def _show_health(console: Console, health: Mapping[str, Any]) -> None:
@@ -73,12 +79,29 @@ def _show_health(console: Console, health: Mapping[str, Any]) -> None:
     if idle := health["idle_layers"]:
         lines.append(f"idle layers  {len(idle)}: {', '.join(idle[:_SHOWN])}{' …' if len(idle) > _SHOWN else ''}")
     _say(console, lines)
+    if len(layers) > _LAYERS:
+        _by_kind(console, layers)
+        return
     table = Table("layer", "rank", "effective", "‖ΔW‖", box=None, padding=(0, 1, 0, 0))
     for name, layer in layers.items():
         table.add_row(
             Text(name, overflow="fold"), str(layer["rank"]), f"{layer['effective']:.1f}", f"{layer['norm']:.3g}"
         )
     console.print(table)
+
+
+def _by_kind(console: Console, layers: Mapping[str, Mapping[str, Any]]) -> None:
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for name, layer in layers.items():
+        kinds.setdefault(layer_kind(name), []).append(layer)
+    table = Table("kind of layer", "layers", "rank", "effective", "‖ΔW‖", box=None, padding=(0, 1, 0, 0))
+    for kind, members in kinds.items():
+        spans = [
+            _range(sorted(float(f"{layer[key]:.3g}") for layer in members)) for key in ("rank", "effective", "norm")
+        ]
+        table.add_row(Text(kind, overflow="fold"), str(len(members)), *spans)
+    console.print(table)
+    _say(console, ["--json has every layer"])
 
 
 def _range(values: Sequence[float]) -> str:

@@ -336,6 +336,9 @@ def export(
     base: Base = None,
     dtype: Dtype = None,
     max_rank: Annotated[int | None, typer.Option(metavar="R", help="Cut every layer to this rank by SVD.")] = None,
+    mean_rank: Annotated[
+        float | None, typer.Option(metavar="R", help="Cut to a uniform rank's parameters, where least is lost.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Writes an adapter, ours or any PEFT LoRA, in the format that its server reads, and compares it with its source.
@@ -347,7 +350,7 @@ def export(
     """
     from tsqlora import exporting
 
-    done = exporting.export(source, out, format=format, base=base, dtype=dtype, max_rank=max_rank)
+    done = exporting.export(source, out, format=format, base=base, dtype=dtype, max_rank=max_rank, mean_rank=mean_rank)
     _print(done, as_json, show_export)
 
 

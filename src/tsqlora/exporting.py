@@ -23,6 +23,7 @@ def export(
     base: str | None = None,
     dtype: str | None = None,
     max_rank: int | None = None,
+    mean_rank: float | None = None,
 ) -> dict[str, Any]:
     """Writes the adapter of a run or of a directory as `out`, as `export_adapter` does; what was written, for JSON.
 
@@ -36,7 +37,7 @@ def export(
         folder, model = source / ADAPTER_DIR, _base_of_run(source)
     else:
         folder, model = source, _base_of_adapter(source, base, format)
-    done = export_adapter(folder, out, format=format, base=model, dtype=dtype, max_rank=max_rank)
+    done = export_adapter(folder, out, format=format, base=model, dtype=dtype, max_rank=max_rank, mean_rank=mean_rank)
     if is_run(source):
         write_card(source, out, format=format)
     return _report(out, format, done)

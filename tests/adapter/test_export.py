@@ -224,7 +224,7 @@ def test_truncation_is_the_best_there_is_and_its_error_is_told(place: Path, tmp_
         best = float(singular[4:].norm() / singular.norm())
         assert float((mine - other).norm() / mine.norm()) == pytest.approx(best, abs=1e-6)
         assert report["truncation"].get(name, 0.0) == pytest.approx(best, abs=1e-6)
-    exact, errors = truncate(source, 9)
+    exact, errors = truncate(source, dict.fromkeys(source.targets, 9))
     assert errors == {}
     assert compare_updates(source, exact, torch.float32).update == 0
 
@@ -390,7 +390,7 @@ def test_another_base_is_refused_by_name(place: Path, tmp_path: Path) -> None:
         ({"format": "unversal"}, "did you mean 'universal'?"),
         ({"format": "peft", "dtype": "int8"}, "--dtype int8: choices: bfloat16, float16, float32"),
         ({"format": "peft", "max_rank": 0}, "--max-rank 0: it must be at least 1"),
-        ({"format": "merged", "max_rank": 4}, "--max-rank is for adapters"),
+        ({"format": "merged", "max_rank": 4}, "--max-rank and --mean-rank are for adapters"),
     ],
 )
 def test_wrong_options_are_told(options: dict[str, Any], told: str, place: Path, tmp_path: Path) -> None:

@@ -14,9 +14,10 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from loras import lora_config, save_lora, tiny_gpt2_lm, tiny_llama
+from loras import lora_config, save_base, save_lora, tiny_gpt2_lm, tiny_llama
 from tsqlora.adapter.files import CONFIG, WEIGHTS, read_adapter, scale_of
 from tsqlora.errors import DataError
+from tsqlora.exporting import export
 
 EVERYTHING = ["q_proj", "k_proj", "down_proj", "embed_tokens", "lm_head"]
 CONFIGS: dict[str, Callable[[], tuple[Any, LoraConfig]]] = {
@@ -181,6 +182,17 @@ def test_a_link_out_of_the_directory_is_refused_and_one_into_the_hub_cache_is_no
 def test_nan_is_read_as_it_is(folder: Path) -> None:
     edit_tensors(folder, lambda t: t[FIRST].fill_(float("nan")))
     assert read_adapter(folder).targets["model.layers.0.self_attn.q_proj"].a.isnan().all()
+
+
+@pytest.mark.parametrize("format", ["peft", "universal"])
+def test_the_weight_that_peft_copies_beside_an_embedding_is_no_head(format: str, tmp_path: Path) -> None:
+    save_base(tmp_path / "base", tiny_llama())
+    save_lora(tmp_path / "a", tiny_llama(), lora_config(target_modules=["embed_tokens"]))
+    copied = {"base_model.model.model.embed_tokens.base_layer.weight": tiny_llama().model.embed_tokens.weight.detach()}
+    edit_tensors(tmp_path / "a", lambda t: t.update(copied))
+    assert read_adapter(tmp_path / "a").heads() == []
+    export(tmp_path / "a", tmp_path / "out", format=format, base=str(tmp_path / "base"))
+    assert bool(read_adapter(tmp_path / "out").base_layers) == (format == "peft")
 
 
 def test_a_saved_head_and_what_is_beyond_a_and_b_are_told_apart(tmp_path: Path) -> None:

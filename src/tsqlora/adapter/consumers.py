@@ -263,7 +263,7 @@ CONSUMERS = (
     ),
     Consumer(
         "TGI",
-        "45d95bd (in maintenance)",
+        "45d95bd",
         "text_generation_server/adapters/lora.py; lorax_server/utils/sgmv.py",
         "S, R",
         "lora_alpha / r for every layer; one rank a kind of layer, and every layer must have it; pads to 8 or 16·k and "

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tsqlora.adapter import gguf_file
 from tsqlora.adapter.base import module_shapes
+from tsqlora.adapter.compress import ranks_for
 from tsqlora.adapter.files import read_adapter
 from tsqlora.adapter.lora import LoraAdapter
 from tsqlora.adapter.merge import merge_into, reload, save_merged
@@ -87,6 +88,7 @@ def export_adapter(
     base: Base | None = None,
     dtype: str | None = None,
     max_rank: int | None = None,
+    mean_rank: float | None = None,
 ) -> Exported:
     """Writes the adapter in the directory `source` as `out`, a new directory, in one of FORMATS.
 
@@ -98,6 +100,7 @@ def export_adapter(
         base: needed by every format but peft.
         dtype: of the numbers written, one of FLOATS; else the adapter's, or the base's if merged.
         max_rank: cuts every layer to this rank by SVD first.
+        mean_rank: cuts to as many parameters as a uniform LoRA of this rank has, where least is lost.
 
     Raises SettingsError, DataError and UnsupportedError before anything is written; TsqLoraError
     where the comparison fails.
@@ -108,12 +111,14 @@ def export_adapter(
         raise SettingsError(f"--dtype {dtype}: {nearest(dtype, FLOATS)}")
     if max_rank is not None and max_rank < 1:
         raise SettingsError(f"--max-rank {max_rank}: it must be at least 1")
-    if max_rank is not None and format == "merged":
-        raise SettingsError("--max-rank is for adapters, and a merged model has no ranks; leave it out")
+    if (max_rank, mean_rank) != (None, None) and format == "merged":
+        raise SettingsError(
+            "--max-rank and --mean-rank are for adapters, and a merged model has no ranks; leave them out"
+        )
     require_new(out)
     adapter, errors = read_adapter(source), {}
-    if max_rank is not None:
-        adapter, errors = truncate(adapter, max_rank)
+    if (max_rank, mean_rank) != (None, None):
+        adapter, errors = truncate(adapter, _ranks(adapter, max_rank, mean_rank))
     with TemporaryDirectory() as loadable, new_directory(out) as folder:
         if errors or not all(target.rank for target in adapter.targets.values()):
             # PEFT does not load a layer of rank 0.
@@ -121,6 +126,13 @@ def export_adapter(
             write_adapter(compact(adapter), source)
         done = FORMATS[format](Job(source, adapter, folder, base, dtype))
     return replace(done, truncation=errors)
+
+
+def _ranks(adapter: LoraAdapter, max_rank: int | None, mean_rank: float | None) -> dict[str, int]:
+    ranks = {name: target.rank for name, target in adapter.targets.items()}
+    if mean_rank is not None:
+        ranks = ranks_for(adapter, mean_rank)
+    return {name: rank if max_rank is None else min(rank, max_rank) for name, rank in ranks.items()}
 
 
 def _peft(job: Job) -> Exported:

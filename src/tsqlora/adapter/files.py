@@ -37,19 +37,21 @@ def read_adapter(folder: Path) -> LoraAdapter:
     pairs: dict[str, dict[str, Tensor]] = {}
     saved: dict[str, Tensor] = {}
     further: dict[str, Tensor] = {}
+    base_layers: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         if match := _MATRIX.fullmatch(name):
             pairs.setdefault(match["name"], {})[match["matrix"]] = tensor
         elif _FURTHER.search(name):
             further[name] = tensor
-        elif not name.endswith(".base_layer.weight"):
-            # PEFT writes the untouched weight of an embedding beside its adapter; the base has it.
+        elif name.endswith(".base_layer.weight"):
+            base_layers[name] = tensor
+        else:
             saved[name] = tensor
     if not pairs:
         raise DataError(f"{folder / WEIGHTS} has no lora_A and lora_B; it holds no LoRA adapter")
     targets = {name: _target(name, pair, config) for name, pair in sorted(pairs.items())}
-    return LoraAdapter(config, targets, saved, further)
+    return LoraAdapter(config, targets, saved, further, base_layers)
 
 
 def pickles(folder: Path) -> list[str]:

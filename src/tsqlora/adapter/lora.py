@@ -53,6 +53,7 @@ class LoraAdapter:
         config: adapter_config.json as it stands.
         targets: by the name of the module in the base model, with at least one entry.
         saved: tensors of modules that were saved whole (heads), by their names in the base model.
+        base_layers: weights of the base that PEFT copies beside the adapter of an embedding.
         further: tensors of a target beyond A and B, by the names of the file: DoRA's magnitudes, biases of B.
     """
 
@@ -60,6 +61,7 @@ class LoraAdapter:
     targets: Mapping[str, Target]
     saved: Mapping[str, Tensor] = field(default_factory=dict)
     further: Mapping[str, Tensor] = field(default_factory=dict)
+    base_layers: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def base(self) -> str | None:

@@ -43,14 +43,15 @@ def compact(adapter: LoraAdapter) -> LoraAdapter:
     return replace(adapter, targets=targets, config=pattern_config(adapter.config, targets))
 
 
-def truncate(adapter: LoraAdapter, rank: int) -> tuple[LoraAdapter, dict[str, float]]:
-    """Every target at `rank` at most, and what that costs it: ‖ΔW − ΔW'‖ / ‖ΔW‖ of each that was cut.
+def truncate(adapter: LoraAdapter, ranks: Mapping[str, int]) -> tuple[LoraAdapter, dict[str, float]]:
+    """Each target at its rank in `ranks` at most, and what that costs it: ‖ΔW − ΔW'‖ / ‖ΔW‖ of each that was cut.
 
-    The best there is at that rank (Eckart and Young, 1936), by SVD.
+    The best there is at that rank (Eckart and Young, 1936), by SVD.  A target at rank 0 is gone.
     """
     require_plain(adapter, "a truncated adapter")
-    cut = {name: cut_to(target, rank) for name, target in adapter.targets.items() if target.rank > rank}
+    cut = {name: cut_to(target, ranks[name]) for name, target in adapter.targets.items() if target.rank > ranks[name]}
     targets = {**adapter.targets, **{name: target for name, (target, _) in cut.items()}}
+    targets = {name: target for name, target in targets.items() if target.rank}
     config = pattern_config(adapter.config, targets)
     return replace(adapter, targets=targets, config=config), {name: error for name, (_, error) in cut.items()}
 
@@ -112,7 +113,8 @@ def universal(adapter: LoraAdapter, shapes: Mapping[str, Shape], names: Collecti
         alpha_pattern={},
         target_modules=suffixes(targets, names),
     )
-    return replace(adapter, targets=targets, config=config)
+    # The base has these, whose shapes fit; servers expect nothing but A and B.
+    return replace(adapter, targets=targets, config=config, base_layers={})
 
 
 def require_fits(name: str, target: Target, shapes: Mapping[str, Shape]) -> None:

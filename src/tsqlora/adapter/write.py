@@ -47,7 +47,7 @@ def require_new(out: Path) -> None:
 
 def write_adapter(adapter: LoraAdapter, folder: Path) -> None:
     """Writes adapter_config.json and adapter_model.safetensors into a directory that is there."""
-    tensors = {**adapter.saved, **adapter.further}
+    tensors = {**adapter.saved, **adapter.further, **adapter.base_layers}
     for name, target in adapter.targets.items():
         a, b = _MATRICES.get(target.kind, ("lora_A.weight", "lora_B.weight"))
         tensors |= {f"{name}.{a}": target.a, f"{name}.{b}": target.b}
