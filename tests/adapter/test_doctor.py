@@ -204,6 +204,13 @@ def test_what_lies_beside_and_who_is_named_is_told(tmp_path: Path) -> None:
     assert "is a directory of another machine, /elsewhere/model" in examine(source)["notes"][1]
 
 
+def test_every_rule_says_where_it_was_read() -> None:
+    assert len({consumer.name for consumer in CONSUMERS}) == len(CONSUMERS) == 8
+    for consumer in CONSUMERS:
+        assert all((consumer.version, consumer.source, consumer.rule))
+        assert set(consumer.evidence.split(", ")) <= {"S", "I", "R"}
+
+
 def test_the_documents_table_is_the_rules() -> None:
     document = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text(encoding="utf-8")
     found = re.search(r"<!-- consumers -->\n\n(.*?)\n\n<!-- end -->", document, re.DOTALL)

@@ -16,7 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from loras import LAYERS, lora_config, save_base, save_lora, tiny_gpt2_lm, tiny_llama
 from models import tiny_bert
@@ -24,8 +30,9 @@ from tsqlora.adapter import export as export_module
 from tsqlora.adapter.base import module_shapes
 from tsqlora.adapter.files import CONFIG, read_adapter
 from tsqlora.adapter.lora import LoraAdapter, Target
+from tsqlora.adapter.merge import merge_into
 from tsqlora.adapter.rewrite import compact, served_rank, truncate, universal
-from tsqlora.adapter.verify import compare_updates, logits, probe_rows
+from tsqlora.adapter.verify import compare_updates, compare_weights, logits, probe_rows
 from tsqlora.adapter.write import write_adapter
 from tsqlora.errors import DataError, SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.exporting import export
@@ -119,6 +126,17 @@ def test_universal_and_back_is_the_smallest_form_of_the_source(case: Any, tmp_pa
         for name, target in source.targets.items():
             assert torch.equal(back.targets[name].a, target.a)
             assert torch.equal(back.targets[name].b, target.b)
+
+
+@given(case=adapters())
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_merged_weight_is_the_bases_and_the_update(case: Any, tmp_path: Path) -> None:
+    base, options = case
+    shutil.rmtree(tmp_path / "a", ignore_errors=True)
+    source = read_adapter(save_lora(tmp_path / "a", BASES[base][0](), lora_config(**options)))
+    merged = merge_into(BASES[base][0](), source, tmp_path / "a")
+    assert compare_weights(BASES[base][0](), merged, source).used <= 1
+    torch.testing.assert_close(logits(merged), logits_with(BASES[base][0](), tmp_path / "a"), rtol=1e-4, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------ by hand
@@ -288,6 +306,24 @@ def test_a_classifier_is_merged_with_its_head(tmp_path: Path) -> None:
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     bert = tiny_bert(num_labels=3).float()
     torch.testing.assert_close(logits(merged), logits_with(bert, tmp_path / "a"), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("format", ["universal", "merged"])
+def test_a_model_that_encodes_and_decodes_is_fed_on_both_sides(format: str, tmp_path: Path) -> None:
+    def base() -> PreTrainedModel:
+        torch.manual_seed(0)
+        sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 60}
+        return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, initializer_factor=0.5))
+
+    save_base(tmp_path / "base", base())
+    save_lora(
+        tmp_path / "a", base(), lora_config(task_type="SEQ_2_SEQ_LM", target_modules=["q", "wo"], rank_pattern={"q": 3})
+    )
+    report = export(tmp_path / "a", tmp_path / "out", format=format, base=str(tmp_path / "base"))
+    assert report["logits_difference"] is not None
+    assert report.get("targets") in (None, 2 * 2 + 2 + 2 * 2), (
+        "q of three attentions and wo of two sides, in two blocks"
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Adapter 'default'. 2 LoRA tensor")  # PEFT takes its own biases for shards

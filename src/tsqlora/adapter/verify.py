@@ -123,7 +123,7 @@ def probe_rows(model: Any) -> dict[str, Tensor]:
     if ends := _as_list(config.eos_token_id):
         ids[:, -1] = ends[0]
     rows = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if config.is_encoder_decoder and "ForConditionalGeneration" in str(config.architectures):
+    if config.is_encoder_decoder:
         rows["decoder_input_ids"] = ids
     return rows
 
