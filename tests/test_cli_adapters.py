@@ -86,7 +86,8 @@ def test_a_merged_run_is_a_model_and_a_tokenizer(run: Path, tmp_path: Path, tsql
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m")
     torch.testing.assert_close(said(merged, run), said(open_run(run).model, run), rtol=1e-4, atol=1e-4)
     assert merged.config.id2label == {0: "no", 1: "yes"}
-    assert AutoTokenizer.from_pretrained(tmp_path / "m")("good day").input_ids
+    tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "m", run.parent / "model")]
+    assert tokenizers[0]("good day").input_ids == tokenizers[1]("good day").input_ids
     assert not (tmp_path / "m" / CONFIG).exists()
     assert "fine-tuned on train.jsonl" in (tmp_path / "m" / "README.md").read_text(encoding="utf-8")
 

@@ -32,7 +32,10 @@ def test_ranks_by_hand() -> None:
     assert ranks_for(adapter, 2) == {"large": 2, "small": 2}
     # A scale of 10 makes 4 into 400, and 0.01 into 1: 0.1 by parameter, above the 0.05 of large's second.
     adapter = LoraAdapter({"r": 2}, {"large": target([10, 1], 10, 10), "small": target([2, 0.1], 5, 5, scale=10)})
-    assert ranks_for(adapter, 4 / 3) == {"large": 1, "small": 2}
+    assert ranks_for(adapter, 5 / 3) == {"large": 1, "small": 2}
+    # 9 of 20 parameters are worth less than 6.25 of 10.
+    adapter = LoraAdapter({"r": 1}, {"large": target([3], 10, 10), "small": target([2.5], 5, 5)})
+    assert ranks_for(adapter, 2 / 3) == {"large": 0, "small": 1}
 
 
 @given(
