@@ -57,6 +57,29 @@ def test_sensitivity_is_that_of_the_slow_twin(base: Any, chunk: int, monkeypatch
     }
 
 
+@pytest.mark.parametrize("base", [tiny_bert, tiny_gpt2])
+def test_sampled_is_the_mean_over_every_kth_output(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "SAMPLED_OUTPUTS", 5)
+    model = wrapped(base())
+
+    def every_kth(layer: LoraLayer) -> Tensor:
+        weight, outputs = layer.get_base_layer().weight, layer.out_features
+        product = (weight + layer.get_delta_weight("default")) * weight.grad
+        product = product.T if base is tiny_gpt2 else product
+        return product[:: max(1, outputs // 5)].abs().mean()
+
+    assert max(layer.out_features // 5 for layer in lora_layers(model).values()) > 1
+    measured = tsq.sensitivity(model, ROWS, collate, estimator="sampled", batch_size=4)
+    assert dict(measured.values) == pytest.approx(by_hand(model, every_kth), rel=1e-5)
+
+
+def test_sampled_leaves_narrow_layers_whole() -> None:
+    model = wrapped()
+    exact, some = (tsq.sensitivity(model, ROWS, collate, estimator=name).values for name in ("sensitivity", "sampled"))
+    assert all(layer.out_features < 2 * probe.SAMPLED_OUTPUTS for layer in lora_layers(model).values())
+    assert exact == some
+
+
 def test_sensitivity_of_a_transposed_weight_is_that_of_the_slow_twin() -> None:
     model = lora(tiny_gpt2())
     measured = tsq.sensitivity(model, ROWS, collate, batch_size=4)

@@ -169,7 +169,7 @@ class RankSettings(Section):
     min: int = setting(1, "Least rank of a layer; 0 may remove it.", ge=0)
     max: int | None = setting(None, "Greatest rank of a layer; null is twice the mean.", ge=1)
     gamma: float = setting(1.0, "Ranks follow sensitivity to this power; 0 is uniform.", ge=0)
-    estimator: str = setting("sensitivity", "How a layer's sensitivity is measured.")
+    estimator: str = setting("sampled", "How a layer's sensitivity is measured.")
     samples: int = setting(256, "Rows of the quality sample on which it is measured.", ge=1)
     interval: int | None = setting(None, "Optimizer steps between changes; null is 1/20 of the run, at least 10.", ge=1)
     warmup: float = setting(0.1, "Share of the run before ranks may change.", ge=0, lt=1)

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from tsqlora.config import Config, load_config
+from tsqlora.data.batches import collator
 from tsqlora.data.columns import Columns
 from tsqlora.data.labels import LabelMap
 from tsqlora.data.prepare import Prepared, Splits, encode, prepare
@@ -52,7 +53,8 @@ class Trained:
 
     @property
     def collate(self) -> DataCollatorWithPadding:
-        return DataCollatorWithPadding(self.tokenizer)
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        return collator(self.tokenizer, max_length=self.max_length, positions=positions)
 
     def prepare(self, splits: Splits) -> Prepared:
         """Splits as samples, with the run's own classes."""

@@ -24,6 +24,7 @@ from tsqlora import distributed
 from tsqlora.adapter.slots import active_parameters
 from tsqlora.adapter.wrap import wrap
 from tsqlora.config import Config, dump_config, load_config
+from tsqlora.data.batches import collator
 from tsqlora.data.labels import LabelMap
 from tsqlora.data.prepare import Prepared, Splits, prepare, read_data, resolve_max_length
 from tsqlora.errors import DataError, SettingsError
@@ -58,7 +59,8 @@ class Job:
 
     @property
     def collate(self) -> DataCollatorWithPadding:
-        return DataCollatorWithPadding(self.pretrained.tokenizer)
+        known = self.pretrained
+        return collator(known.tokenizer, max_length=self.max_length, positions=known.positions)
 
 
 def train(config: Config, run: Path, *, resume: bool = False, progress: Progress | None = None) -> RunRecord:
@@ -318,6 +320,7 @@ def fit_job(
         args,
         task=job.task,
         tokenizer=job.pretrained.tokenizer,
+        collate=job.collate,
         validation=job.data.samples["validation"],
         record=record,
         quality=quality,

@@ -140,18 +140,20 @@ def inner_name(name: str) -> str:
     return name.removeprefix("base_model.model.")
 
 
-def effective_weight(layer: LoraLayer) -> Float[Tensor, "o i"]:
-    """W + s·BA of a LoRA layer, dequantised where the base is quantised."""
+def effective_weight(layer: LoraLayer, *, every: int = 1) -> Float[Tensor, "o i"]:
+    """W + s·BA of a LoRA layer, dequantised where the base is quantised; with `every` of each so many-th output."""
     base = layer.get_base_layer()
     assert isinstance(base, nn.Module)
-    weight = _dequantised(base)
+    weight: Tensor = _dequantised(base)
+    weight = (weight.T if isinstance(base, Conv1D | nn.Embedding) else weight)[::every]
     if not (layer.disable_adapters or layer.merged):
         with torch.no_grad():
             for adapter in layer.active_adapters:
                 if adapter in cast(Any, layer).r:
-                    delta: Tensor = cast(Any, layer).get_delta_weight(adapter)
-                    weight = weight + delta.to(weight.dtype)
-    return weight.T if isinstance(base, Conv1D | nn.Embedding) else weight
+                    down, up = lora_matrices(layer, adapter)
+                    scale: float = cast(Any, layer).scaling[adapter]
+                    weight = weight + (scale * (up[::every] @ down)).to(weight.dtype)
+    return weight
 
 
 def _dequantised(base: nn.Module) -> Tensor:

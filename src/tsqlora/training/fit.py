@@ -93,6 +93,7 @@ def fit(
     *,
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
+    collate: DataCollatorWithPadding,
     validation: TokenisedSplit,
     record: RunRecord,
     quality: QualityCallback | None,
@@ -108,7 +109,7 @@ def fit(
         train_dataset=data,
         eval_dataset=validation,  # type: ignore[arg-type]
         processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer),
+        data_collator=collate,
         compute_metrics=lambda p: task.metrics(p.predictions, p.label_ids),  # type: ignore[arg-type]
         callbacks=[
             *(callback for callback in (quality, ranks) if callback is not None),

@@ -53,7 +53,7 @@ class RankCallback(TrainerCallback):
         min_rank: int = 1,
         gamma: float = 1.0,
         policy: str | Policy = "tsqlora",
-        estimator: str | Estimator = "sensitivity",
+        estimator: str | Estimator = "sampled",
         samples: int = 256,
         seed: int = 0,
         finalize: bool = True,

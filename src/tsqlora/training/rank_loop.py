@@ -90,7 +90,7 @@ class RankLoop:
         min_rank: int = 1,
         gamma: float = 1.0,
         policy: str | Policy = "tsqlora",
-        estimator: str | Estimator = "sensitivity",
+        estimator: str | Estimator = "sampled",
         seed: int = 0,
     ) -> None:
         get_estimator(estimator)
