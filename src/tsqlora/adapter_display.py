@@ -23,10 +23,10 @@ def show_export(console: Console, report: Mapping[str, Any]) -> None:
         lines.append(f"rank         {report['rank']}, {report['targets']} layers")
     if report.get("max_lora_rank"):
         lines.append(f"vLLM needs   --max-lora-rank {report['max_lora_rank']}")
-    gap, relative = report["update_difference"], report["relative_difference"]
-    lines.append(f"compared     ΔW within {gap:.2g}, {relative:.2g} of a layer's largest")
+    if (gap := report["update_difference"]) is not None:
+        lines.append(f"compared     ΔW within {gap:.2g}, {report['relative_difference']:.2g} of a layer's largest")
     if report["logits_difference"] is not None:
-        lines.append(f"             logits within {report['logits_difference']:.2g}, of {report['largest_logit']:.3g}")
+        lines.append(f"compared     logits within {report['logits_difference']:.2g}, of {report['largest_logit']:.3g}")
     lines += [f"note: {note}" for note in report["notes"]]
     _say(console, lines)
     if cut := report["truncation"]:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loras import lora_config, save_base, save_lora, tiny_llama
+from models import tiny_bert
 from tsqlora.adapter.consumers import CONSUMERS, rules_table
 from tsqlora.adapter.doctor import examine
 from tsqlora.adapter.files import CONFIG, WEIGHTS, read_adapter
@@ -171,6 +172,25 @@ def test_the_base_says_how_many_layers_there_are(tmp_path: Path) -> None:
     report = examine(source)
     assert report["base_found"]
     assert of(report, "TGI")["factors"] == {Q0: 0.0}
+
+
+def test_a_number_that_is_nobodys_block_implies_nothing(tmp_path: Path) -> None:
+    source = read_adapter(saved(target_modules=[Q0, Q1])(tmp_path / "a"))
+    far = {"model.layers.999999999999.self_attn.q_proj": source.targets[Q0], Q1: source.targets[Q1]}
+    (tmp_path / "far").mkdir()
+    write_adapter(replace(source, targets=far), tmp_path / "far")
+    assert of(examine(tmp_path / "far"), "TGI")["verdict"] == "right"
+
+
+def test_no_gguf_file_is_promised_for_a_base_that_llama_cpp_arranges_unknown_to_us(tmp_path: Path) -> None:
+    bert = tiny_bert().float()
+    save_base(tmp_path / "base", bert.bert)
+    config = lora_config(task_type="FEATURE_EXTRACTION", target_modules=["query"], use_rslora=True)
+    source = save_lora(tmp_path / "a", bert.bert, config)
+    assert of(examine(source), "llama.cpp")["mend"] == "gguf", "who knows"
+    settings = json.loads((source / CONFIG).read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}
+    (source / CONFIG).write_text(json.dumps(settings))
+    assert of(examine(source), "llama.cpp")["mend"] == "merged"
 
 
 def test_damage_is_found_where_it_is(tmp_path: Path) -> None:

@@ -348,6 +348,7 @@ def test_what_is_more_than_a_product_is_merged_or_copied_and_refused_otherwise(
     assert report["notes"] == [f"it has {named}: tensors and settings are copied as they are"]
     report = export(tmp_path / "a", tmp_path / "merged", format="merged", base=str(tmp_path / "base"))
     assert report["notes"] == [f"it has {named}: merged by PEFT, compared by logits alone"]
+    assert report["update_difference"] is None
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(merged), logits_with(base(), tmp_path / "a"), rtol=1e-3, atol=1e-3)
 

@@ -131,6 +131,7 @@ def test_settings_that_are_broken_are_told(changed: dict[str, Any], told: str, f
         (lambda t: t.update({FIRST: torch.zeros(8, 16, dtype=torch.int8)}), "they are no matrices of one kind"),
         (lambda t: t.update({"base_model.model.../../etc/passwd": torch.zeros(1)}), "names no module"),
         (lambda t: t.update({"base_model.model.a..b.weight": torch.zeros(1)}), "names no module"),
+        (lambda t: t.update({"base_model.model.h.\u00b2.weight": torch.zeros(1)}), "names no module"),
         (lambda t: t.update({"lora_te.weight": torch.zeros(1)}), "is none of PEFT's"),
         (lambda t: [t.pop(key) for key in list(t)], "has no lora_A and lora_B"),
     ],

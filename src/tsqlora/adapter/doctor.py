@@ -5,21 +5,28 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from tsqlora.adapter.base import base_path, base_skeleton, module_shapes
 from tsqlora.adapter.consumers import CONSUMERS, Consumer, Layers, judge
 from tsqlora.adapter.files import pickles, read_adapter
+from tsqlora.adapter.gguf_file import ARCHITECTURES
 from tsqlora.adapter.health import broken, health, vllm_rank
 from tsqlora.adapter.lora import LoraAdapter
 from tsqlora.adapter.rewrite import Shape, layer_kind, universal
 from tsqlora.errors import SettingsError, TsqLoraError
 
 _BY_PEFT = ("PEFT", "diffusers")
+_MOST_BLOCKS = 1000
+"""A number in a name above this is nobody's block."""
 
 
 def examine(folder: Path) -> dict[str, Any]:
     """Everything that can be said of the adapter in a directory, ready for JSON.  Raises DataError for what is none."""
     adapter = read_adapter(folder)
-    shapes, found = _shapes(adapter)
+    base = _base(adapter)
+    shapes = _implied(adapter) if base is None else module_shapes(base)
+    model_type = None if base is None else base.config.model_type
     layers = _layers(adapter, shapes)
     mended = _universal(adapter, shapes)
     consumers = []
@@ -35,14 +42,14 @@ def examine(folder: Path) -> dict[str, Any]:
                 "verdict": finding.verdict,
                 "reasons": list(finding.reasons),
                 "factors": dict(finding.factors),
-                "mend": None if finding.verdict == "right" else mend(consumer, adapter, mended, layers),
+                "mend": None if finding.verdict == "right" else mend(consumer, adapter, mended, layers, model_type),
             }
         )
     ranks = {name: target.rank for name, target in adapter.targets.items()}
     return {
         "adapter": str(folder),
         "base": adapter.base,
-        "base_found": found,
+        "base_found": base is not None,
         "rank": adapter.rank,
         "ranks": ranks,
         "scales": {name: target.scale for name, target in adapter.targets.items()},
@@ -54,17 +61,19 @@ def examine(folder: Path) -> dict[str, Any]:
         "max_lora_rank": vllm_rank(max(adapter.rank, adapter.config["r"])),
         "consumers": consumers,
         "health": _health(adapter),
-        "notes": _notes(folder, adapter, found),
+        "notes": _notes(folder, adapter, found=base is not None),
     }
 
 
-def mend(consumer: Consumer, adapter: LoraAdapter, padded: LoraAdapter | None, layers: Layers) -> str:
+def mend(
+    consumer: Consumer, adapter: LoraAdapter, padded: LoraAdapter | None, layers: Layers, model_type: str | None
+) -> str:
     """The format that this consumer reads right: an adapter's where there is one, else the merged model."""
     plain = not (adapter.variants() or adapter.further)
     if consumer.name in _BY_PEFT and plain:
         return "peft"
     if consumer.name == "llama.cpp":
-        return "gguf" if plain and not adapter.heads() else "merged"
+        return "gguf" if plain and not adapter.heads() and model_type in (None, *ARCHITECTURES) else "merged"
     if padded is None or judge(consumer, padded, layers).verdict != "right":
         return "merged"
     return "universal"
@@ -77,24 +86,29 @@ def _universal(adapter: LoraAdapter, shapes: Mapping[str, Shape]) -> LoraAdapter
         return None
 
 
-def _shapes(adapter: LoraAdapter) -> tuple[dict[str, Shape], bool]:
-    """The base's modules, if it is on this machine; else those that the adapter's own names imply."""
+def _base(adapter: LoraAdapter) -> PreTrainedModel | None:
+    """The base's modules, if it is on this machine."""
     try:
         path = base_path(adapter, None)
-        if Path(path).is_dir():
-            return module_shapes(base_skeleton(path, adapter)), True
+        return base_skeleton(path, adapter) if Path(path).is_dir() else None
     except SettingsError:
-        pass
+        return None
+
+
+def _implied(adapter: LoraAdapter) -> dict[str, Shape]:
+    """The modules that the adapter's own names imply: each kind in as many blocks as any kind has."""
     shapes = {name: Shape(target.kind, target.inputs, target.outputs) for name, target in adapter.targets.items()}
-    numbers = {part for name in shapes for part in name.split(".") if part.isdigit()}
+    numbers = {int(part) for name in shapes for part in name.split(".") if part.isdigit()}
+    blocks = range(max(numbers, default=0) + 1)
     implied = {}
     for name, shape in shapes.items():
         parts = name.split(".")
         places = [j for j, part in enumerate(parts) if part.isdigit()]
         # Names with several numbers (experts in layers) do not tell how many there are of each.
-        for number in range(max(map(int, numbers)) + 1) if len(places) == 1 else ():
-            implied[".".join([*parts[: places[0]], str(number), *parts[places[0] + 1 :]])] = shape
-    return implied | shapes, False
+        if len(places) == 1 and len(blocks) <= _MOST_BLOCKS:
+            before, after = parts[: places[0]], parts[places[0] + 1 :]
+            implied |= {".".join([*before, str(number), *after]): shape for number in blocks}
+    return implied | shapes
 
 
 def _layers(adapter: LoraAdapter, shapes: Mapping[str, Shape]) -> dict[str, list[str]]:
@@ -116,7 +130,7 @@ def _health(adapter: LoraAdapter) -> dict[str, Any]:
     }
 
 
-def _notes(folder: Path, adapter: LoraAdapter, found: bool) -> list[str]:
+def _notes(folder: Path, adapter: LoraAdapter, *, found: bool) -> list[str]:
     notes = []
     if unsafe := pickles(folder):
         notes.append(f"{', '.join(unsafe)} would run code when loaded, and was not opened; delete it")

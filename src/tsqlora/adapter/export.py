@@ -193,7 +193,7 @@ def _merged(job: Job) -> Exported:
     saved = reload(job.folder, model)
     if beyond := [*job.adapter.variants(), *job.adapter.further]:
         note = f"it has {beyond[0]}: merged by PEFT, compared by logits alone"
-        done = Exported(Difference(0.0, 0.0, 0.0, ""), notes=(note,))
+        done = Exported(Difference(0.0, 0.0, 0.0, layer=None), notes=(note,))
     else:
         done = Exported(compare_weights(base.load(job.dtype), saved, job.adapter))
     if not takes_tokens(saved):

@@ -139,7 +139,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     for key in tensors:
         if not key.startswith(PREFIX):
             raise DataError(f"{path}: the tensor {key!r} is none of PEFT's, whose names begin with {PREFIX!r}")
-        if not all(re.fullmatch(r"[\w-]+", part) for part in key.split(".")):
+        if not all(re.fullmatch(r"[\w-]+", part, re.ASCII) for part in key.split(".")):
             raise DataError(f"{path}: the tensor {key!r} names no module")
     return tensors
 

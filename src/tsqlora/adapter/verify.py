@@ -25,14 +25,14 @@ class Difference:
     Attributes:
         update: largest |ΔW − ΔW'| of any layer. `relative`: the same in units of that layer's largest |ΔW|.
         used: the largest share of what rounding may do that was used up; above 1 is an error.
-        layer: where that was.
+        layer: where that was; None where updates were not compared.
         logits: largest difference of logits, None where no base was at hand. `logits_size`: the largest logit.
     """
 
     update: float
     relative: float
     used: float
-    layer: str
+    layer: str | None = ""
     logits: float | None = None
     logits_size: float | None = None
 
@@ -56,7 +56,7 @@ def compare_updates(source: LoraAdapter, export: LoraAdapter, dtype: torch.dtype
     What is allowed is what rounding the factors to `dtype` once may do: 2.1 ε·|s|·|B||A|.
     Raises TsqLoraError, naming the layer, where an update differs by more, and where heads differ.
     """
-    worst = Difference(0.0, 0.0, 0.0, "")
+    worst = Difference(0.0, 0.0, 0.0)
     for name in sorted({*source.targets, *export.targets}):
         mine, other = source.targets.get(name), export.targets.get(name)
         delta = _delta(mine)
@@ -152,7 +152,7 @@ def compare_weights(base: PreTrainedModel, merged: PreTrainedModel, adapter: Lor
     What is allowed are two ε of the model's dtype of both terms, and ΔW's own sums in float32.
     Raises TsqLoraError, naming the parameter.
     """
-    expected, worst = dict(base.named_parameters(remove_duplicate=False)), Difference(0.0, 0.0, 0.0, "")
+    expected, worst = dict(base.named_parameters(remove_duplicate=False)), Difference(0.0, 0.0, 0.0)
     for name, parameter in merged.named_parameters():
         module, _, leaf = name.rpartition(".")
         eps = torch.finfo(parameter.dtype).eps
@@ -173,10 +173,11 @@ def compare_weights(base: PreTrainedModel, merged: PreTrainedModel, adapter: Lor
 
 
 def describe(difference: Difference) -> Mapping[str, Any]:
-    """For JSON."""
+    """For JSON; None for what was not compared."""
+    compared = difference.layer is not None
     return {
-        "update_difference": difference.update,
-        "relative_difference": difference.relative,
+        "update_difference": difference.update if compared else None,
+        "relative_difference": difference.relative if compared else None,
         "logits_difference": difference.logits,
         "largest_logit": difference.logits_size,
     }
