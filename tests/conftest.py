@@ -13,7 +13,7 @@ for offline in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
     os.environ[offline] = "1"
 
 # The hook rewrites modules as they are imported, so nothing above may import tsqlora either.
-CHECKED = ("gradients", "quality", "ranks", "probe", "tasks", "adapter")
+CHECKED = ("gradients", "quality", "ranks", "probe", "tasks", "adapter", "rivals")
 # The tower: an int is a float, as type checkers have it.
 BEARTYPE = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 install_import_hook([f"tsqlora.{name}" for name in CHECKED], BEARTYPE)

@@ -1,22 +1,23 @@
 import copy
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
 from peft import PeftModel
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from setups import STEPS, base, build, logits_of, trainer_of
 from tsqlora.rivals.prune import PruneCallback
 from tsqlora.rivals.svd import config_of, triplets_of
 
 
-def test_kept_triplets_are_those_of_pefts_allocator_at_every_step() -> None:
+def test_kept_triplets_are_those_of_pefts_allocator_at_every_step(tmp_path: Path) -> None:
     ours, theirs = build("prune"), cast(PeftModel, build("adalora").model)
     (callback,) = (c for c in ours.callbacks if isinstance(c, PruneCallback))
     optimizer = torch.optim.AdamW([p for p in ours.model.parameters() if p.requires_grad])
     generator, decided = torch.Generator().manual_seed(0), 0
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True)
     for step in range(STEPS):
         pairs = [
             (a, b)
@@ -31,7 +32,7 @@ def test_kept_triplets_are_those_of_pefts_allocator_at_every_step() -> None:
                     b.copy_(a)
                 a.grad = torch.randn(a.shape, generator=generator)
                 b.grad = a.grad.clone()
-        callback.on_optimizer_step(*cast(Any, (None, SimpleNamespace(global_step=step), None)), optimizer=optimizer)
+        callback.on_optimizer_step(arguments, TrainerState(global_step=step), TrainerControl(), optimizer=optimizer)
         cast(Any, theirs.base_model).update_and_allocate(step)
         pattern = config_of(theirs).rank_pattern or {}
         assert {f"{name}.lora_E.default": mask for name, mask in callback.kept.items()} == pattern
