@@ -38,6 +38,10 @@ def test_the_hub_reads_what_the_run_measured(run: Path, tmp_path: Path) -> None:
     assert data["metrics"] == sorted(measured)
 
 
+def test_a_runs_adapter_has_its_card(run: Path) -> None:
+    assert (run / "adapter" / "README.md").read_text() == model_card(run)
+
+
 def test_the_text_has_ranks_costs_data_and_how_to_load(run: Path) -> None:
     record, card = RunRecord.load(run), model_card(run)
     for shown in (

@@ -23,6 +23,7 @@ from transformers import (
 from tsqlora import distributed
 from tsqlora.adapter.slots import active_parameters
 from tsqlora.adapter.wrap import wrap
+from tsqlora.card import write_card
 from tsqlora.config import Config, dump_config, load_config
 from tsqlora.data.batches import collator
 from tsqlora.data.labels import LabelMap
@@ -96,6 +97,7 @@ def train(config: Config, run: Path, *, resume: bool = False, progress: Progress
         record.status = "finished"
         if distributed.is_first():
             record.save(run)
+            write_card(run, run / ADAPTER_DIR)
         return record
 
 

@@ -176,7 +176,12 @@ class QualityCallback(TrainerCallback):
         self.attempts, self.refused, self.seconds = saved.attempts, saved.refused, saved.seconds
         self._digest = saved.scores_sha256
         if saved.scored_epoch is not None:
-            if scores_path.exists() and digest(scores_path) != self._digest:
+            if not scores_path.exists():
+                raise DataError(
+                    f"cannot resume: {scores_path} is missing, the scores that the run drew by; put it back, resume from "
+                    "a checkpoint before the scoring, or start anew"
+                )
+            if digest(scores_path) != self._digest:
                 raise DataError(f"{scores_path} has other scores than the run had; resume with its own, or start anew")
             self._use(Scores.load(scores_path), saved.scored_epoch)
         self.data.awaits_scores = saved.scored_epoch is None and saved.refused is None
