@@ -80,9 +80,8 @@ MiniLM has seen sentence pairs like those of STS-B and RTE: the numbers compare 
 no published table.
 """
 OVER_TASKS = """\
-The mean over tasks of what each block below shows, in points of its metric (accuracy; Spearman's correlation for STS-B;
-Matthews' for CoLA), over the tasks and seeds that both sides have (how many, in brackets). *Worst* is the lowest
-difference of one task and seed.
+Differences by task and seed in points of the metric (accuracy; Spearman's correlation for STS-B; Matthews' for CoLA):
+their mean over all that both sides have (how many, in brackets), and the worst of them.
 """
 TASK_BY_TASK = "Points of the metric. *Seeds* are those that were finished; none was left out.\n"
 LEARNING_RATES = """\
@@ -166,15 +165,28 @@ def over_tasks(found: Sequence[Block], kind: tuple[Any, ...]) -> list[list[str]]
     """Paired differences over tasks and seeds from LoRA on all rows and on a random half."""
     of = {block["block"]["task"]: by_entry(block) for block in found if kind_of(block) == kind}
     names = sorted({name for entries in of.values() for name in entries}, key=rank_of)
-    rows = [["", "tasks", "mean", "minus `lora+all`", "worst", "minus `lora+random`", "worst"]]
+    rows = [["", "tasks", "minus `lora+all`", "worst", "minus `lora+random`", "worst"]]
     for name in names:
         tasks = [task for task in of if name in of[task]]
-        means = [np.mean(list(of[task][name].values())) for task in tasks]
-        row = [f"`{name}`", ", ".join(TASKS[task] for task in tasks), f"{np.mean(means):.1f}"]
+        row = [f"`{name}`", ", ".join(TASKS[task] for task in tasks)]
         for other in ("lora+all", "lora+random"):
             row += _difference(of, name, other)
         rows.append(row)
     return rows
+
+
+def summary(*, rows: int, mean: int) -> list[list[str]]:
+    """Differences from LoRA on all rows, over tasks and seeds, with wrong labels and clean."""
+    found = [block for block in blocks() if not swept(block)]
+    shown = [["", *(f"{'20 % wrong labels' if wrong else 'clean'}, points minus LoRA's" for wrong in (0.2, 0.0))]]
+    of = {
+        wrong: {b["block"]["task"]: by_entry(b) for b in found if kind_of(b) == ("steps", rows, wrong, mean)}
+        for wrong in (0.2, 0.0)
+    }
+    names = {name for tasks in of.values() for entries in tasks.values() for name in entries} - {"lora+all"}
+    for name in sorted(names, key=rank_of):
+        shown.append([f"`{name}`", *(_difference(of[wrong], name, "lora+all")[0] for wrong in (0.2, 0.0))])
+    return shown
 
 
 def _difference(of: Mapping[str, Mapping[str, Mapping[int, float]]], name: str, other: str) -> tuple[str, str]:
