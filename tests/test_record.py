@@ -54,3 +54,14 @@ def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None
         write_json(tmp_path / "x.json", {"a": object()})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_the_log_of_a_training_is_kept_and_older_records_have_none(tmp_path: Path) -> None:
+    made = record()
+    made.history = [{"step": 2, "epoch": 0.5, "loss": 1.5}]
+    made.save(tmp_path)
+    assert RunRecord.load(tmp_path).history == made.history
+    old = json.loads((tmp_path / RECORD_FILE).read_text())
+    del old["history"]
+    write_json(tmp_path / RECORD_FILE, old)
+    assert RunRecord.load(tmp_path).history == []

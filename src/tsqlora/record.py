@@ -56,6 +56,8 @@ class RunRecord:
     parameters: dict[str, int] = field(default_factory=dict)
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    history: list[dict[str, float]] = field(default_factory=list)
+    """What the Trainer logged, in its order: `step` and `epoch` with `loss` and the like, or with `eval_…`."""
 
     def phase(self, name: str) -> PhaseCost:
         """The cost of a phase, to be added to."""

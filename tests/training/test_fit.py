@@ -217,3 +217,14 @@ def test_bfloat16_is_used_where_the_hardware_computes_in_it(
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bool(cuda))
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
     assert fit.hardware_has_bf16() is expected
+
+
+def test_the_record_keeps_what_the_trainer_logged_but_not_its_speed(place: Path, tmp_path: Path) -> None:
+    logging = QUICK | {"logging_strategy": "steps", "logging_steps": 4, "eval_strategy": "epoch"}
+    history = Counted(settings(place, training=logging, quality={"enabled": False}), tmp_path).record.history
+    losses = [entry["step"] for entry in history if "loss" in entry]
+    assert losses == list(range(4, losses[-1] + 1, 4))
+    assert len(losses) > 2
+    assert sum("eval_accuracy" in entry for entry in history) == QUICK["epochs"]
+    assert not {name for entry in history for name in entry if "runtime" in name or "per_second" in name}
+    assert len(history) == len(losses) + QUICK["epochs"], "no entry besides"

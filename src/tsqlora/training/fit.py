@@ -1,7 +1,7 @@
 """One training run in the stock Trainer: arguments, callbacks, and what each phase cost."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
@@ -126,7 +126,18 @@ def fit(
     if ranks is not None and ranks.started:
         record.cost["ranks"] = ranks_cost(ranks, data)
     record.cost = {phase: record.cost[phase] for phase in PHASES if phase in record.cost}
+    record.history = logged(trainer.state.log_history)
     return trainer
+
+
+def logged(history: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    """A Trainer's log for the record, without what it says of its own speed."""
+    entries = [{name: value for name, value in entry.items() if not _of_speed(name)} for entry in history]
+    return [entry for entry in entries if entry.keys() - {"step", "epoch"} and "train_loss" not in entry]
+
+
+def _of_speed(name: str) -> bool:
+    return name.endswith(("_runtime", "_per_second"))
 
 
 def scoring_cost(quality: QualityCallback) -> PhaseCost:
