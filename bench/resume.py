@@ -4,8 +4,9 @@
 
 `tsqlora train`, in a process of its own, is sent SIGKILL: at a random moment behind its first checkpoint, while a
 checkpoint is written, or when the scores have just been written. `tsqlora train --resume` goes on; every third run is
-killed twice. Then the adapter's files, scores.parquet and run.json (but for seconds and for what was passed over) are
-compared with those of a run with the same settings that was left alone. Done cells of the results are kept.
+killed twice. Then the adapter's weights and settings (its card tells seconds), scores.parquet and run.json (but for
+seconds and for what was passed over) are compared with those of a run with the same settings that was left alone. Done
+cells of the results are kept.
 
 Tiny: a BERT of two layers on made-up rows. MiniLM: the demo's model on BBC news.
 """
@@ -170,7 +171,7 @@ def killed(context: Any, config: Path, run: Path, alone: Alone, kind: str, rng: 
 
 def compare(left: Path, right: Path) -> dict[str, bool]:
     """What is the same in two runs."""
-    names = [{p.relative_to(run / "adapter") for p in (run / "adapter").rglob("*")} for run in (left, right)]
+    names = [{p.relative_to(run / "adapter") for p in (run / "adapter").glob("adapter_*")} for run in (left, right)]
     ours, theirs = (json.loads((run / "run.json").read_text()) for run in (left, right))
     return {
         "adapter": names[0] == names[1] and all(same(left, right, f"adapter/{name}") for name in names[0]),
