@@ -27,7 +27,7 @@ from tsqlora.data.tokenise import sample_hash
 from tsqlora.gradients.sites import lora_layers
 from tsqlora.training.rank_callback import RankCallback
 
-COMMANDS = ("demo", "init", "train", "score", "select", "allocate", "evaluate", "predict", "compare")
+COMMANDS = ("demo", "init", "train", "score", "select", "allocate", "evaluate", "predict", "report", "compare")
 Run = Callable[..., tuple[int, str, str]]
 
 

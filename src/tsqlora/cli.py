@@ -283,6 +283,22 @@ def predict(
 
 
 @app.command()
+def report(
+    run: Run,
+    out: Annotated[Path | None, typer.Option(help="HTML file to write; else RUN/report.html.")] = None,
+    as_json: Json = False,
+) -> None:
+    """One page of what a run did and why, from its directory alone; it opens anywhere, without a network.
+
+    Example: tsqlora report run
+    """
+    from tsqlora.report.page import write_report
+
+    written = write_report(run, out)
+    _print({"report": str(written), "bytes": written.stat().st_size}, as_json, show_numbers)
+
+
+@app.command()
 def compare(
     config: ConfigFile,
     methods: Annotated[str, typer.Option(metavar="A,B", help="METHOD or METHOD+POLICY, with commas.")],

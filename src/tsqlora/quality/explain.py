@@ -1,6 +1,6 @@
 """Scores and the file they are of -> the samples to look at, with text, label, prediction and terms."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,19 +68,25 @@ def _source(scores: Scores, data: Path | None) -> Source:
     return open_split(named, split="train")
 
 
-def _texts(scores: Scores, rows: np.ndarray, source: Source) -> dict[int, str]:
-    """The text of each of these rows; a pair's two texts are a line each."""
+def find_texts(scores: Scores, rows: Iterable[int], source: Source) -> dict[int, str]:
+    """The text of each of these rows that the source still has; a pair's two texts are a line each."""
     assert scores.hashes is not None
-    columns = scores.record["columns"]
-    wanted = {scores.hashes[j] for j in rows}
+    columns, hashes = scores.record["columns"], {int(j): scores.hashes[j] for j in rows}
+    wanted = set(hashes.values())
     found: dict[str, str] = {}
     for chunk in source.chunks():
         for row in chunk.rows:
             if (name := row_hash(row, columns)) in wanted:
                 found[name] = _text(row, columns)
-    if missing := len(wanted - found.keys()):
+    return {j: found[name] for j, name in hashes.items() if name in found}
+
+
+def _texts(scores: Scores, rows: np.ndarray, source: Source) -> dict[int, str]:
+    """The text of each of these rows."""
+    found = find_texts(scores, rows.tolist(), source)
+    if missing := len(rows) - len(found):
         raise DataError(f"{source.name} lacks {missing} of the rows that were scored; name that file: --data FILE")
-    return {int(j): found[scores.hashes[j]] for j in rows}
+    return found
 
 
 def _text(row: Mapping[str, Any], columns: Mapping[str, str | None]) -> str:

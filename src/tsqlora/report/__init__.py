@@ -1,0 +1,1 @@
+"""report.html: what a run did and why, from its directory alone. Reads files, never a model."""

@@ -1,0 +1,134 @@
+"""Scores -> the few hundred rows that are worth a look, with their texts where those can be found."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tsqlora.data.rows import open_split
+from tsqlora.errors import DataError
+from tsqlora.quality.explain import find_texts, likely_wrong, suspicion
+from tsqlora.quality.scores import REASONS, Scores
+
+OF_A_KIND = 100
+"""Rows of each list."""
+LONGEST = 500
+"""Characters of a text that are shown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One row: `lists` are those that it is in, `text` is None where it was not found."""
+
+    id: int
+    lists: tuple[str, ...]
+    text: str | None
+    label: str
+    predicted: str | None
+    sure: float | None
+    likely_wrong: bool
+    quality: float
+    probability: float
+    reason: str
+    terms: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """The rows to look at; `without_texts` says why texts are missing, None where none is.
+
+    `reasons` counts all rows by why they were kept or left out, `likely_wrong` all rows of
+    which the model surely says another class: None where that is not known.
+    """
+
+    rows: list[Sample]
+    terms: tuple[str, ...]
+    all: int
+    reasons: dict[str, int]
+    likely_wrong: int | None
+    without_texts: str | None
+
+
+def choose_samples(scores: Scores) -> Samples:
+    """The most and the least valuable rows, and the most suspicious ones, best known by their list's order."""
+    lists = _lists(scores)
+    order = list(dict.fromkeys(int(j) for rows in lists.values() for j in rows))
+    texts, why = _texts(scores, order)
+    known = bool(scores.stratified and scores.predictions)
+    wrong = likely_wrong(scores) if known else np.zeros(len(scores), dtype=np.bool_)
+    codes = np.zeros(len(scores), dtype=np.int8) if scores.reasons is None else scores.reasons
+    within = {name: set(map(int, rows)) for name, rows in lists.items()}
+    return Samples(
+        rows=[
+            _sample(scores, j, tuple(name for name in lists if j in within[name]), texts.get(j), bool(wrong[j]))
+            for j in order
+        ],
+        terms=tuple(scores.terms),
+        all=len(scores),
+        reasons={name: int((codes == code).sum()) for code, name in enumerate(REASONS)},
+        likely_wrong=int(wrong.sum()) if known else None,
+        without_texts=why,
+    )
+
+
+def _lists(scores: Scores) -> dict[str, np.ndarray]:
+    """Rows by list; where all rows are worth the same, none is most or least valuable."""
+    lists: dict[str, np.ndarray] = {}
+    if np.ptp(scores.quality) > 0:
+        order = np.argsort(-scores.quality, kind="stable")
+        lists["most valuable"] = order[:OF_A_KIND]
+        lists["least valuable"] = order[::-1][:OF_A_KIND]
+    if "loss" in scores.terms:
+        lists["most suspicious"] = np.argsort(-suspicion(scores), kind="stable")[:OF_A_KIND]
+    return lists
+
+
+def _texts(scores: Scores, rows: Iterable[int]) -> tuple[dict[int, str], str | None]:
+    """The texts that are found, and why others are not. Only files are looked into: a hub id would be a request."""
+    named = scores.record.get("data")
+    if scores.hashes is None or named is None or "columns" not in scores.record:
+        return {}, "the scores do not name the rows they are of"
+    if not Path(named).exists():
+        return {}, f"{named} is not on this machine"
+    wanted = list(rows)
+    try:
+        found = find_texts(scores, wanted, open_split(named, split="train"))
+    except (DataError, OSError) as error:
+        return {}, f"{named} cannot be read ({error})"
+    if missing := len(wanted) - len(found):
+        return found, f"{named} has changed and lacks {missing} of these rows"
+    return found, None
+
+
+def _sample(scores: Scores, j: int, lists: tuple[str, ...], text: str | None, wrong: bool) -> Sample:
+    said = scores.predictions.get("predicted")
+    sure = scores.predictions.get("predicted_probability")
+    return Sample(
+        id=j if scores.ids is None else int(scores.ids[j]),
+        lists=lists,
+        text=None if text is None else _shortened(text),
+        label=_label(scores, scores.labels[j]),
+        predicted=None if said is None else _label(scores, said[j]),
+        sure=None if sure is None else float(sure[j]),
+        likely_wrong=wrong,
+        quality=float(scores.quality[j]),
+        probability=float(scores.probability[j]),
+        reason=REASONS[0 if scores.reasons is None else int(scores.reasons[j])],
+        terms={name: float(values[j]) for name, values in scores.terms.items()},
+    )
+
+
+def _label(scores: Scores, value: Any) -> str:
+    names = scores.record.get("classes")
+    if names is not None:
+        return str(names[int(value)])
+    number = value.item()
+    return f"{number:.4g}" if isinstance(number, float) else str(number)
+
+
+def _shortened(text: str) -> str:
+    """Half a surrogate pair, which JSON can spell and a page cannot hold, is shown as a question mark."""
+    whole = text.encode("utf-8", errors="replace").decode("utf-8")
+    return whole if len(whole) <= LONGEST else f"{whole[: LONGEST - 40]} … {whole[-37:]}"

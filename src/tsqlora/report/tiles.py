@@ -1,0 +1,62 @@
+"""The numbers at the top of a report."""
+
+from tsqlora.record import RunRecord
+from tsqlora.report import html
+from tsqlora.report.gather import Gathered
+
+
+def tiles(known: Gathered) -> str:
+    """Metric, seconds, share of the data, parameters, wrong labels."""
+    record = known.record
+    found = (_metric(record), _seconds(record), _share(record), _parameters(record), _wrong_labels(known))
+    return f'<dl class="tiles">{"".join(html.tile(*tile) for tile in found)}</dl>'
+
+
+Tile = tuple[str, str, list[str]]
+
+
+def _metric(record: RunRecord) -> Tile:
+    split = "test" if "test" in record.metrics else "validation"
+    metrics = record.metrics.get(split, {})
+    if not metrics:
+        return "Metric", "–", ["no labelled rows to measure on"]
+    name, value = next(iter(metrics.items()))
+    others = [f"{other.replace('_', ' ')} {number:.3f}" for other, number in metrics.items() if other != name]
+    rows = record.plan["rows"].get(split)
+    shown = f"{value:.1%}" if name == "accuracy" else f"{value:.3f}"
+    on = [] if rows is None else [f"on {rows:,} {split} rows"]
+    return f"{split} {name.replace('_', ' ')}".capitalize(), shown, [*on, *others]
+
+
+def _seconds(record: RunRecord) -> Tile:
+    total = sum(phase.seconds for phase in record.cost.values())
+    shown = f"{total:.0f} s" if total < 600 else f"{total / 60:.0f} min" if total < 36000 else f"{total / 3600:.0f} h"
+    return "Time", shown, [f"{name} {phase.seconds:,.1f} s" for name, phase in record.cost.items()]
+
+
+def _share(record: RunRecord) -> Tile:
+    plan = record.plan
+    rows, size = plan["rows"]["train"], plan["rows_an_epoch"]
+    return (
+        "Data an epoch",
+        f"{size / rows:.0%}",
+        [f"{size:,} of {rows:,} rows", f"{plan['epochs']} epochs, {plan['steps']:,} steps"],
+    )
+
+
+def _parameters(record: RunRecord) -> Tile:
+    ranks = record.ranks.values()
+    more = [f"in {len(ranks)} layers", f"ranks {min(ranks)} to {max(ranks)}"] if ranks else []
+    return "Trainable parameters", f"{record.parameters.get('trainable', 0):,}", more
+
+
+def _wrong_labels(known: Gathered) -> Tile:
+    noise = known.record.quality.get("scores", {}).get("noise")
+    doubted = None if known.samples is None else known.samples.likely_wrong
+    also = [] if doubted is None else [f"{doubted:,} rows whose label the model surely doubts"]
+    title = "Wrong labels believed"
+    if noise is None:
+        return title, "–" if doubted is None else f"{doubted:,}", also or ["not estimated in this run"]
+    if not noise["evident"]:
+        return title, "none", ["no evidence of wrong labels", *also]
+    return title, f"{noise['rate']:.0%}", [f"{noise['low']:.0%} to {noise['high']:.0%} of all", *also]
