@@ -1,13 +1,13 @@
 """Plain values -> plotly's figures, as the dicts that plotly.js takes.
 
 Colours are those of the light theme; the page puts DARK's in their place. They are told apart by
-the colour-blind too (Okabe and Ito's, and cividis for numbers), and never say anything alone.
+the colour-blind too (after Okabe and Ito; maps of numbers by lightness), and never say anything alone.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import Any
 
 from tsqlora.display import split_name
@@ -18,8 +18,12 @@ from tsqlora.report.distributions import Distribution
 Figure = dict[str, Any]
 
 BLUE, ORANGE, GREEN, GREY, PALE = "#0072b2", "#c44e00", "#007f5f", "#5f6b7a", "#e3e8ef"
-DARK = {BLUE: "#63b8f0", ORANGE: "#f0a030", GREEN: "#3fc79a", GREY: "#a4b0bf", PALE: "#2b3441"}
-_METRICS = (BLUE, ORANGE, GREEN, GREY)
+INK = "#17202d"
+SCALE = ("#f6f7e4", "#d3ecc4", "#93d3c2", "#52b2cf")
+"""Of maps, from 0 up: numbers in INK can be read on each."""
+DARK = {BLUE: "#63b8f0", ORANGE: "#f0a030", GREEN: "#3fc79a", GREY: "#a4b0bf", PALE: "#2b3441", INK: "#ffffff"}
+DARK |= dict(zip(SCALE, ("#222e3b", "#24475f", "#286086", "#2d78a8"), strict=True))
+_METRICS, _DASHES = (BLUE, ORANGE, GREEN, GREY), ("solid", "dash", "dot", "dashdot", "longdash")
 FRAMES = 200
 """States of the rank map that a page holds; of more adjustments, evenly spaced ones are shown."""
 _POINTS = 2000
@@ -81,9 +85,9 @@ def metric_curve(
         return None
     traces = [
         _curve(history, name, plain(name.removeprefix("eval_").replace("_", " ")), colour, "lines+markers")
-        for name, colour in zip(names, _METRICS, strict=False)
+        for name, colour in zip(names, cycle(_METRICS), strict=False)
     ]
-    for trace, dash in zip(traces, ("solid", "dash", "dot", "dashdot"), strict=False):
+    for trace, dash in zip(traces, cycle(_DASHES), strict=False):
         trace["line"]["dash"] = dash
     figure = _figure(traces, height=300, x={"title": {"text": "step"}}, y={"title": {"text": "validation"}})
     _mark(figure, scored=scored, warmup=warmup, events=events)
@@ -131,7 +135,7 @@ def _mark(figure: Figure, *, scored: int | None, warmup: int | None, events: Seq
                 "y": [0.03] * len(shown),
                 "yaxis": "y2",
                 "marker": {"color": GREY, "size": 9, "symbol": "triangle-up"},
-                "text": [f"step {event.step}: {event.moved} moved" for event in shown],
+                "text": [f"step {event.step}: {moved(event)}" for event in shown],
                 "hoverinfo": "text",
             }
         )
@@ -150,7 +154,7 @@ def _note(text: str, x: float, anchor: str) -> dict[str, Any]:
 class Grid:
     """Layers by their place: kinds of module × blocks; a layer outside the blocks is in a column of its own."""
 
-    OUTSIDE = "–"
+    OUTSIDE = "other"
 
     def __init__(self, layers: Sequence[str]) -> None:
         places = {layer: split_name(layer) for layer in layers}
@@ -173,10 +177,15 @@ class Grid:
         return 34 * len(self.blocks) + 7 * max(map(len, self.kinds)) + 70
 
 
+def moved(event: RankEvent) -> str:
+    """How many slots went from one layer to another."""
+    return f"{event.moved:,} slot{'' if event.moved == 1 else 's'} moved"
+
+
 def rank_frames(first: Mapping[str, int], events: Sequence[RankEvent]) -> list[dict[str, Any]]:
     """States of the rank map in order: step, what to say of it, and ranks by kind × block."""
     grid = Grid(list(first))
-    states = [(0, "the start", first), *((e.step, f"{e.moved} slots moved", e.ranks) for e in events)]
+    states = [(0, "the start", first), *((e.step, moved(e), e.ranks) for e in events)]
     return [{"step": step, "what": what, "z": grid.rows(ranks)} for step, what, ranks in thinned(states, FRAMES)]
 
 
@@ -210,7 +219,8 @@ def _heatmap(grid: Grid, z: list[list[Any]], *, most: float, title: str, text: s
         "y": [plain(kind) for kind in grid.kinds],
         "zmin": 0,
         "zmax": most or 1,
-        "colorscale": "Cividis",
+        "colorscale": [[j / (len(SCALE) - 1), colour] for j, colour in enumerate(SCALE)],
+        "textfont": {"color": INK, "size": 13},
         "texttemplate": text,
         "hovertemplate": f"block %{{x}}, %{{y}}<br>{hover}<extra></extra>",
         "hoverongaps": False,

@@ -40,14 +40,25 @@ def figure(name: str, title: str, told: str) -> str:
     )
 
 
-def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[Any]], *, numbers: Sequence[int] = ()) -> str:
-    """A table with a caption and headings; the first cell of a row is its heading."""
+def table(
+    caption: str,
+    head: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    *,
+    numbers: Sequence[int] = (),
+    narrow: bool = False,
+) -> str:
+    """A table with a caption and headings; the first cell of a row is its heading.
+
+    A narrow one is as wide as it must be, others as wide as there is room.
+    """
     heads = "".join(
         f'<th scope="col"{" class=number" if j in numbers else ""}>{escape(text)}</th>' for j, text in enumerate(head)
     )
     body = "".join(f"<tr>{_cells(row, numbers)}</tr>" for row in rows)
+    kind = ' class="narrow"' if narrow else ""
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table>'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table{kind}>'
         f"<caption>{escape(caption)}</caption><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 

@@ -173,7 +173,8 @@ def _distributions(known: Gathered) -> Part:
             found.name, found.name.replace("_", " ")
         )
         drawn[f"histogram-{j}"] = figures.histogram(found)
-        range_ = f"from {found.least:.4g} to {found.most:.4g}"
+        least, most = f"{found.least:.4g}", f"{found.most:.4g}"
+        range_ = f"each {least}" if least == most else f"from {least} to {most}"
         said = f"{name} of {sum(found.kept):,} kept and {sum(found.left_out):,} left-out rows, {range_}."
         places.append(html.figure(f"histogram-{j}", f"{name} ({range_})", said))
     how = "Shares of the kept rows (bars) and of the left-out ones (line). The outermost bins hold what lies beyond."
@@ -197,7 +198,7 @@ def _cost(known: Gathered) -> Part:
 
 
 def _settings(known: Gathered) -> Part:
-    versions = html.table("Versions", ["library", "version"], list(known.record.versions.items()))
+    versions = html.table("Versions", ["library", "version"], list(known.record.versions.items()), narrow=True)
     metrics = [
         [split, name, f"{value:.4f}"] for split, found in known.record.metrics.items() for name, value in found.items()
     ]
@@ -205,7 +206,7 @@ def _settings(known: Gathered) -> Part:
         html.paragraph("To repeat this run, beside its directory:"),
         html.code(f"tsqlora train {known.name}/config.yaml --out {known.name}-again"),
         html.folded("Settings (config.yaml)", html.code(known.settings)),
-        html.table("Metrics", ["rows", "metric", "value"], metrics, numbers=(2,)) if metrics else "",
+        html.table("Metrics", ["rows", "metric", "value"], metrics, numbers=(2,), narrow=True) if metrics else "",
         versions,
         html.paragraph(f"Hash of the rows: {known.record.data.get('hash', 'not recorded')}"),
     ], {}

@@ -5,15 +5,19 @@ from html import escape
 from tsqlora.report.html import paragraph
 from tsqlora.report.samples import Sample, Samples
 
+_FOLDED = 180
+"""Characters of a text that are shown before the rest is asked for."""
 _LISTS = ("most valuable", "least valuable", "most suspicious")
 
 
 def sample_table(samples: Samples) -> str:
     """Controls, and a row for each sample."""
     lists = [name for name in _LISTS if any(name in row.lists for row in samples.rows)]
-    heads = ["text", "label", "model says", "Q", "p", *(t.replace("_", " ") for t in samples.terms), "why here", "row"]
+    heads = ["text", "why here", "label", "model says", "Q", "p", *(t.replace("_", " ") for t in samples.terms), "row"]
     head = "".join(
-        f'<th scope="col" aria-sort="none"><button type="button">{escape(name)}</button></th>' for name in heads
+        f'<th scope="col" aria-sort="none"{" class=number" if place > 3 else ""}><button type="button">{escape(name)}'
+        "</button></th>"
+        for place, name in enumerate(heads)
     )
     body = "".join(_row(row, samples.terms) for row in samples.rows)
     options = "".join(f'<option value="{name}">{name}</option>' for name in (*lists, "likely wrong", "left out"))
@@ -40,7 +44,6 @@ def _row(sample: Sample, terms: tuple[str, ...]) -> str:
     told = [*sample.lists, *(["likely wrong label"] if sample.likely_wrong else [])]
     if sample.reason != "kept":
         told.append(f"left out: {sample.reason}")
-    text = "<i>not found</i>" if sample.text is None else escape(sample.text)
     said = "" if sample.predicted is None else sample.predicted
     if sample.sure is not None:
         said += f" ({sample.sure:.0%})"
@@ -48,7 +51,17 @@ def _row(sample: Sample, terms: tuple[str, ...]) -> str:
     numbers = [sample.quality, sample.probability, *(sample.terms[name] for name in terms)]
     cells = "".join(f'<td class="number" data-value="{value!r}">{value:.3g}</td>' for value in numbers)
     return (
-        f'<tr data-lists="{escape("|".join(marks))}"><th scope="row" class="text">{text}</th>'
-        f"<td>{escape(sample.label)}</td><td{differs}>{escape(said)}</td>{cells}<td>{escape(', '.join(told))}</td>"
+        f'<tr data-lists="{escape("|".join(marks))}"><th scope="row" class="text">{_text(sample.text)}</th>'
+        f'<td class="why">{escape(", ".join(told))}</td>'
+        f"<td>{escape(sample.label)}</td><td{differs}>{escape(said)}</td>{cells}"
         f'<td class="number" data-value="{sample.id}">{sample.id}</td></tr>'
     )
+
+
+def _text(text: str | None) -> str:
+    """A text, whose beginning stands for it where it is long."""
+    if text is None:
+        return "<i>not found</i>"
+    if len(text) <= _FOLDED:
+        return escape(text)
+    return f"<details><summary>{escape(text[:_FOLDED])}</summary>{escape(text[_FOLDED:])}</details>"

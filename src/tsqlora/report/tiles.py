@@ -53,10 +53,10 @@ def _parameters(record: RunRecord) -> Tile:
 def _wrong_labels(known: Gathered) -> Tile:
     noise = known.record.quality.get("scores", {}).get("noise")
     doubted = None if known.samples is None else known.samples.likely_wrong
-    also = [] if doubted is None else [f"{doubted:,} rows whose label the model surely doubts"]
-    title = "Wrong labels believed"
+    title, doubts = "Wrong labels believed", "rows whose label the model surely doubts"
     if noise is None:
-        return title, "–" if doubted is None else f"{doubted:,}", also or ["not estimated in this run"]
+        return (title, "–", ["not estimated in this run"]) if doubted is None else (title, f"{doubted:,}", [doubts])
+    also = [] if doubted is None else [f"{doubted:,} {doubts}"]
     if not noise["evident"]:
         return title, "none", ["no evidence of wrong labels", *also]
     return title, f"{noise['rate']:.0%}", [f"{noise['low']:.0%} to {noise['high']:.0%} of all", *also]

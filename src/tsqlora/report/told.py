@@ -55,7 +55,7 @@ def _quality(known: Gathered) -> list[str]:
 
 def _drawn(scores: Mapping[str, Any]) -> str:
     if scores.get("draw") == "even":
-        return "of the rows that were kept, each was drawn as often."
+        return "all rows that were kept were drawn equally often."
     weights = ", ".join(f"{weight:+g} × {name.replace('_', ' ')}" for name, weight in scores.get("weights", {}).items())
     return f"rows were drawn by softmax(Q/τ) with τ = {scores.get('temperature', 1):g} and Q = {weights}, standardised."
 
