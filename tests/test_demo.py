@@ -109,7 +109,11 @@ def test_the_demo_compares_three_runs_at_equal_parameters(
     assert (tmp_path / "runs").exists() == kept
     console = Console(file=io.StringIO(), width=80)
     show_demo(console, result)
+    assert (result["report"] is not None) == kept
     if kept:
+        assert Path(result["report"]) == tmp_path / "runs" / "tsqlora" / "report.html"
+        assert "<h1>tsqlora</h1>" in Path(result["report"]).read_text()
+        assert console.file.getvalue().rstrip().endswith(result["report"])  # type: ignore[attr-defined]
         assert load_config("runs/tsqlora/config.yaml").data.train == str(tmp_path / "runs" / "data")
         with pytest.raises(SettingsError, match=r"runs is not empty \(data\); name another --out"):
             demo.run_demo(Path("runs"), seed=0, progress=None, say=said.append)

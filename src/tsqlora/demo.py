@@ -22,6 +22,7 @@ from tsqlora.pipeline import draws_of, train
 from tsqlora.quality.score import Progress
 from tsqlora.quality.scores import Scores
 from tsqlora.record import RunRecord
+from tsqlora.report.page import plotly_script, write_report
 from tsqlora.training.quality_callback import SCORES_FILE
 from tsqlora.training.run_dir import require_free
 
@@ -43,8 +44,11 @@ class News:
 def run_demo(out: Path | None, *, seed: int, progress: Progress | None, say: Callable[[str], None]) -> dict[str, Any]:
     """Runs the three trainings; everything that the table shows.
 
-    Raises SettingsError where `out` holds something already.
+    With `out` the run of TsqLoRA has a report, too.  Raises SettingsError where `out` holds something
+    already, and where what a report needs is not installed.
     """
+    if out is not None:
+        plotly_script()  # known before anything is trained
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) if out is None else out.absolute()
         require_free(folder)
@@ -62,12 +66,14 @@ def run_demo(out: Path | None, *, seed: int, progress: Progress | None, say: Cal
             config = make_config(folder / "data", seed=seed, quality=quality, ranks=ranks, fraction=fraction)
             record = train(config, folder / name, progress=progress)
             runs.append({"name": title} | summary(record, config, folder / name, splits["train"]))
+        report = None if out is None else write_report(folder / "tsqlora")
         scores = folder / "tsqlora" / SCORES_FILE
         return {
             "runs": runs,
             "suspects": suspects(Scores.load(scores), splits["train"]) if scores.exists() else [],
             "verdict": verdict(runs),
             "out": None if out is None else str(out),
+            "report": None if report is None else str(report),
         }
 
 

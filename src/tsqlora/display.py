@@ -250,3 +250,4 @@ def show_demo(console: Console, result: Mapping[str, Any]) -> None:
         console.print(
             f"runs are in {result['out']}; `PeftModel.from_pretrained(base, '…/tsqlora/adapter')` loads the adapter"
         )
+        console.print(f"why, and what it cost: {result['report']}", soft_wrap=True, markup=False, highlight=False)
