@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ def find_browser() -> str:
 class Page:
     """One tab. `told` are errors and messages of its console, `requests` the addresses that it asked for."""
 
-    def __init__(self, to: int, back: int) -> None:
-        self._to, self._back = to, os.fdopen(back, "rb", buffering=0)
+    def __init__(self, to: int, back: FileIO) -> None:
+        self._to, self._back = to, back
         self._read, self._number, self._session = b"", 0, None
         self.told: list[str] = []
         self.requests: list[str] = []
@@ -109,16 +110,18 @@ def browser() -> Iterator[Page]:
             "--no-first-run", "--disable-background-networking", "--disable-component-update", "--hide-scrollbars",
             f"--user-data-dir={profile}",
         ]  # fmt: skip
-        # The protocol's pipes are file descriptors 3 and 4 of the browser.
-        shell = ["sh", "-c", f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}', "sh", program, *flags]
+        # The protocol's pipes are file descriptors 3 and 4 of the browser. Not every sh knows of more than 9.
+        shell = ["bash", "-c", f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}', "bash", program, *flags]
         with subprocess.Popen(
             shell, pass_fds=(theirs_in, theirs_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         ) as process:
             os.close(theirs_in)
             os.close(theirs_out)
+            back = FileIO(ours_in)
             try:
-                yield Page(ours_out, ours_in)
+                yield Page(ours_out, back)
             finally:
                 process.terminate()
                 process.wait(10)
                 os.close(ours_out)
+                back.close()

@@ -95,7 +95,7 @@ def _texts(scores: Scores, rows: Iterable[int]) -> tuple[dict[int, str], str | N
     wanted = list(rows)
     try:
         found = find_texts(scores, wanted, open_split(named, split="train"))
-    except (DataError, OSError) as error:
+    except (DataError, OSError, UnicodeError) as error:
         return {}, f"{named} cannot be read ({error})"
     if missing := len(wanted) - len(found):
         return found, f"{named} has changed and lacks {missing} of these rows"
@@ -129,6 +129,4 @@ def _label(scores: Scores, value: Any) -> str:
 
 
 def _shortened(text: str) -> str:
-    """Half a surrogate pair, which JSON can spell and a page cannot hold, is shown as a question mark."""
-    whole = text.encode("utf-8", errors="replace").decode("utf-8")
-    return whole if len(whole) <= LONGEST else f"{whole[: LONGEST - 40]} … {whole[-37:]}"
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 40]} … {text[-37:]}"

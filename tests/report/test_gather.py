@@ -1,0 +1,133 @@
+"""What is gathered of a run: bins that hold every row, the rows worth a look, and why something is missing."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from made_runs import make_run, scores_of
+from runs import make_rows, write_jsonl
+from tsqlora.errors import DataError
+from tsqlora.quality.explain import suspicion
+from tsqlora.report.distributions import BINS, distributions
+from tsqlora.report.gather import gather
+from tsqlora.report.samples import LONGEST, OF_A_KIND, choose_samples
+
+ROWS = make_rows(60, labels=("no", "yes"))
+
+
+@given(
+    values=st.lists(st.floats(-1e6, 1e6, width=32), min_size=60, max_size=60),
+    dropped=st.integers(0, 59),
+)
+def test_every_row_is_in_one_bin_whatever_the_values(values: list[float], dropped: int) -> None:
+    scores = scores_of(Path("x"), ROWS, dropped=dropped)
+    known = distributions(replace(scores, terms={"t": np.array(values)}))
+    assert [found.name for found in known] == ["t", "quality", "probability"]
+    for found in known:
+        assert (np.diff(found.edges) > 0).all()
+        assert len(found.edges) == BINS + 1
+        assert sum(found.kept) == 60 - dropped
+        assert sum(found.left_out) == (0 if found.name == "probability" else dropped)
+    assert (known[0].least, known[0].most) == (min(values), max(values))
+
+
+def test_far_outliers_do_not_squeeze_the_others_into_one_bin() -> None:
+    many = make_rows(2000, labels=("no", "yes"))
+    values = np.linspace(0, 1, 2000)
+    values[7] = 1e9
+    found = distributions(replace(scores_of(Path("x"), many), terms={"t": values}))[0]
+    assert found.edges[-1] < 2
+    assert found.most == 1e9
+    assert max(found.kept) < 100
+
+
+def test_the_samples_are_the_best_the_worst_and_the_suspicious(tmp_path: Path) -> None:
+    many = make_rows(400, labels=("no", "yes"))
+    scores = scores_of(write_jsonl(tmp_path / "train.jsonl", many), many)
+    found = choose_samples(scores)
+    by_list = {
+        name: [row.id for row in found.rows if name in row.lists]
+        for name in ("most valuable", "least valuable", "most suspicious")
+    }
+    assert all(len(ids) == OF_A_KIND for ids in by_list.values())
+    assert set(by_list["most valuable"]) == set(np.argsort(-scores.quality, kind="stable")[:OF_A_KIND])
+    assert set(by_list["least valuable"]) == set(np.argsort(scores.quality)[:OF_A_KIND])
+    assert set(by_list["most suspicious"]) == set(np.argsort(-suspicion(scores), kind="stable")[:OF_A_KIND])
+    assert {row.id: row.text for row in found.rows} == {row.id: many[row.id]["text"] for row in found.rows}
+    assert {row.reason for row in found.rows if row.id < 3} <= {"duplicate"}
+    assert found.reasons["duplicate"] == 3
+    assert found.without_texts is None
+
+
+def test_rows_of_one_worth_are_only_suspicious(tmp_path: Path) -> None:
+    scores = scores_of(write_jsonl(tmp_path / "train.jsonl", ROWS), ROWS)
+    found = choose_samples(replace(scores, quality=np.zeros(60)))
+    assert {name for row in found.rows for name in row.lists} == {"most suspicious"}
+
+
+@pytest.mark.parametrize(
+    ("there", "why"),
+    [
+        (None, "is not on this machine"),
+        (ROWS[:-5], "has changed and lacks"),
+        ([{"other": "column"}], "has changed and lacks 60 of these rows"),
+    ],
+)
+def test_texts_that_are_not_found_are_left_out_and_said(there: list | None, why: str, tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    if there is not None:
+        write_jsonl(path, there)
+    found = choose_samples(scores_of(path, ROWS))
+    assert why in (found.without_texts or "")
+    known = {row["text"] for row in there or [] if "text" in row}
+    assert {row.text for row in found.rows} == known | {None}
+
+
+def test_a_broken_file_of_rows_and_a_hub_id_leave_the_texts_out(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text("{broken\n")
+    assert "cannot be read" in (choose_samples(scores_of(tmp_path / "train.jsonl", ROWS)).without_texts or "")
+    assert "somebody/data is not on this machine" in (
+        choose_samples(scores_of(Path("somebody/data"), ROWS)).without_texts or ""
+    )
+
+
+def test_long_texts_lose_their_middle(tmp_path: Path) -> None:
+    rows = [{"text": "begin" + "long " * 1000 + "end", "label": "no"}, *ROWS]
+    texts = [row.text or "" for row in choose_samples(scores_of(write_jsonl(tmp_path / "t.jsonl", rows), rows)).rows]
+    longest = max(texts, key=len)
+    assert len(longest) == LONGEST
+    assert (longest[:5], longest[-3:]) == ("begin", "end")
+
+
+def test_what_a_run_lacks_is_said(tmp_path: Path) -> None:
+    known = gather(make_run(tmp_path, events=0, history=[]))
+    assert known.samples is known.distributions is None
+    assert "quality.enabled is false" in known.missing["scores"]
+    assert "logged no losses" in known.missing["history"]
+    assert "ranks.policy is fixed" in known.missing["events"]
+    refused = gather(make_run(tmp_path / "2", quality={"enabled": True, "refused": "the model is at chance"}))
+    assert refused.missing["scores"] == "Rows were not scored: the model is at chance."
+    lost = gather(make_run(tmp_path / "3", quality={"enabled": True, "used": True}))
+    assert "no scores.parquet" in lost.missing["scores"]
+
+
+def test_what_is_no_finished_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"is not a run: it has no run\.json"):
+        gather(tmp_path)
+    with pytest.raises(DataError, match=r"says 'running': the run has not finished; .* --resume"):
+        gather(make_run(tmp_path, status="running"))
+    run = make_run(tmp_path / "2")
+    (run / "config.yaml").write_text("- a list")
+    with pytest.raises(DataError, match=r"config\.yaml: not a run's settings"):
+        gather(run)
+    (run / "config.yaml").unlink()
+    with pytest.raises(DataError, match=r"config\.yaml: no such file"):
+        gather(run)
+    run = make_run(tmp_path / "3", rows=ROWS)
+    (run / "scores.parquet").write_text("broken")
+    with pytest.raises(DataError, match=r"scores\.parquet: not a Parquet file"):
+        gather(run)

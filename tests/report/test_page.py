@@ -1,0 +1,306 @@
+"""The page: whole, small, the same each time, loading nothing, and no text of the data is code in it."""
+
+import html
+import json
+import re
+import sys
+import time
+from html.parser import HTMLParser
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from made_runs import LAYERS, make_run, rank_events, scores_of
+from runs import make_rows
+from tsqlora.errors import SettingsError
+from tsqlora.report.figures import DARK, FRAMES, Grid, loss_curve, rank_frames, rank_map, thinned
+from tsqlora.report.gather import gather
+from tsqlora.report.html import data as as_json
+from tsqlora.report.page import page, write_report
+
+ROWS = make_rows(60, labels=("no", "yes"))
+HOSTILE = "</script><script>alert('x')</script><img src=http://evil.example/x onerror=alert(1)> & <!-- \"q\""
+
+
+class Seen(HTMLParser):
+    """Tags with their attributes, and the text of each element that was asked for by its tag."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: dict[str, list[str]] = {}
+        self._open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self.texts.setdefault(tag, []).append("")
+        self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        while self._open and self._open.pop() != tag:
+            pass
+
+    def handle_data(self, data: str) -> None:
+        for tag in set(self._open):
+            self.texts[tag][-1] += data
+
+    def ids(self) -> set[str | None]:
+        return {found["id"] for _, found in self.tags if "id" in found}
+
+
+def made(run: Path) -> Seen:
+    return Seen(page(gather(run), "/* plotly */"))
+
+
+def page_data(seen: Seen) -> dict[str, Any]:
+    return json.loads(seen.texts["script"][0])
+
+
+def test_a_page_has_its_parts_in_order_and_a_place_for_each_figure(tmp_path: Path) -> None:
+    seen = made(make_run(tmp_path, rows=ROWS))
+    parts = [found["id"] for tag, found in seen.tags if tag == "section"]
+    assert parts == [
+        "summary",
+        "happened",
+        "curves",
+        "ranks",
+        "sensitivity",
+        "distributions",
+        "samples",
+        "cost",
+        "settings",
+    ]
+    drawn = page_data(seen)["figures"]
+    assert set(drawn) <= seen.ids()
+    assert {"loss", "metric", "ranks-map", "sensitivity-first", "sensitivity-last", "cost-bars"} < set(drawn)
+    assert sum(name.startswith("histogram") for name in drawn) == 4, "two terms, Q and p"
+    said = " ".join(seen.texts["main"])
+    for text in ("87.5%", "12,345", "50 of 100 rows", "1.5 s", "3 rows were left out because they repeat another row"):
+        assert text in said
+    assert "About 20% of the labels seem wrong." in said
+    assert "tsqlora train run/config.yaml" in said
+
+
+def test_every_figure_is_one_that_plotly_knows_and_has_a_name_for_screen_readers(tmp_path: Path) -> None:
+    seen = made(make_run(tmp_path, rows=ROWS))
+    for name, figure in page_data(seen)["figures"].items():
+        go.Figure(figure["data"], figure["layout"])  # raises for what plotly does not know
+        place = next(found for _, found in seen.tags if found.get("id") == name)
+        assert place["role"] == "img"
+        assert place["aria-label"]
+
+
+def test_tables_and_controls_are_usable_without_sight_or_mouse(tmp_path: Path) -> None:
+    seen = made(make_run(tmp_path, rows=ROWS))
+    ids = seen.ids()
+    assert ("html", {"lang": "en"}) in seen.tags
+    assert seen.texts.keys() >= {"h1", "h2", "nav", "main", "caption", "dl"}
+    assert len(seen.texts["h1"]) == 1
+    labelled = {found["for"] for tag, found in seen.tags if tag == "label"}
+    for tag, found in seen.tags:
+        if tag in ("input", "select"):
+            assert found["id"] in labelled
+        if tag == "th":
+            assert found["scope"] in ("row", "col")
+        if tag == "a":
+            assert str(found["href"]).removeprefix("#") in ids
+        if tag == "section":
+            assert found["aria-labelledby"] in ids
+    assert len(seen.texts["table"]) == len(seen.texts["caption"])
+
+
+def test_hostile_texts_stay_texts_wherever_they_come_from(tmp_path: Path) -> None:
+    rows = [{"text": HOSTILE, "label": "no"}, *ROWS]
+    layers = {f"a.0.{HOSTILE}": 4, **dict.fromkeys(LAYERS, 4)}
+    events = [
+        type(e)(e.step, e.reason, {**layers, **e.ranks}, layers, {**layers, **e.sensitivity}, 1, 1, 1)
+        for e in rank_events(2)
+    ]
+    plan = {"rows": {"train": 61}, "rows_an_epoch": 30, "epochs": 4, "steps": 40, "ranks": layers}
+    run = make_run(
+        tmp_path,
+        rows=rows,
+        notes=[HOSTILE],
+        plan=plan,
+        rank_events=events,
+        ranks=layers,
+        task=HOSTILE,
+        versions={HOSTILE: HOSTILE},
+        metrics={"test": {HOSTILE: 1.0}},
+    )
+    (run / "config.yaml").write_text(f"model:\n  path: {json.dumps(HOSTILE)}\n")
+    text = page(gather(run), "/* plotly */")
+    plain = Seen(page(gather(make_run(tmp_path / "plain", rows=ROWS)), ""))
+    seen = Seen(text)
+    assert {tag for tag, _ in seen.tags} <= {tag for tag, _ in plain.tags}
+    assert sum(tag == "script" for tag, _ in seen.tags) == 3
+    assert HOSTILE in seen.texts["li"][-1]
+    assert HOSTILE in " ".join(seen.texts["th"])
+    # Plotly reads tags in names of axes: they must reach it as entities.
+    kinds = page_data(seen)["figures"]["ranks-map"]["data"][0]["y"]
+    assert html.escape(HOSTILE, quote=False) in kinds
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+def test_json_in_the_page_is_the_value_and_cannot_end_its_element(text: str) -> None:
+    made = as_json("x", {"figures": text + "</script><!--"})
+    inside = made.removeprefix('<script type="application/json" id="x">').removesuffix("</script>")
+    assert not set("<>&") & set(inside)
+    assert json.loads(inside)["figures"] == text + "</script><!--"
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1))
+def test_any_text_of_a_sample_is_shown_as_it_is(text: str) -> None:
+    from tsqlora.report.sample_table import sample_table
+    from tsqlora.report.samples import Sample, Samples
+
+    sample = Sample(1, ("most valuable",), text, text, text, 0.5, True, 1.0, 0.1, "kept", {"loss": 1.0})
+    seen = Seen(sample_table(Samples([sample], ("loss",), 1, {"kept": 1}, 1, None)))
+    assert text in seen.texts["th"][-1]
+    assert seen.texts["td"][1] == text
+    assert [tag for tag, _ in seen.tags if tag in ("script", "img", "a")] == []
+
+
+def test_nothing_is_loaded_and_the_policy_forbids_it(tmp_path: Path) -> None:
+    run = make_run(tmp_path, rows=[{"text": HOSTILE, "label": "no"}, *ROWS])
+    seen = Seen(write_report(run).read_text(encoding="utf-8"))
+    for tag, found in seen.tags:
+        assert not found.keys() & {"src", "srcset", "action", "data", "poster"}, tag
+        assert tag not in ("link", "iframe", "object", "base")
+        assert str(found.get("href", "#")).startswith("#")
+    policy = next(f["content"] for t, f in seen.tags if f.get("http-equiv") == "Content-Security-Policy")
+    assert str(policy).startswith("default-src 'none'")
+    styles = files("tsqlora.report").joinpath("page.css").read_text()
+    assert "url(" not in styles
+    assert "@import" not in styles
+
+
+def test_both_themes_have_every_colour(tmp_path: Path) -> None:
+    styles = files("tsqlora.report").joinpath("page.css").read_text()
+    light, system, chosen = (
+        set(re.findall(r"(--[a-z-]+):", styles[styles.index(start) :].split("}")[0]))
+        for start in (":root {", ':root:not([data-theme="light"])', ':root[data-theme="dark"]')
+    )
+    assert light == system == chosen
+    assert "prefers-color-scheme: dark" in styles
+    text = json.dumps(page_data(made(make_run(tmp_path, rows=ROWS)))["figures"])
+    assert set(re.findall(r"#[0-9a-f]{6}", text)) <= set(DARK)
+
+
+def test_the_same_run_gives_the_same_bytes_also_as_a_copy(tmp_path: Path) -> None:
+    run = make_run(tmp_path, rows=ROWS)
+    first = write_report(run).read_bytes()
+    assert write_report(run, tmp_path / "elsewhere.html").read_bytes() == first
+    (run / "report.html").unlink()
+    (tmp_path / "other").mkdir()
+    assert write_report(run.rename(tmp_path / "other" / "run")).read_bytes() == first
+
+
+def test_a_million_scores_give_a_small_page_in_bounded_time(tmp_path: Path) -> None:
+    many, few = 1_000_000, [{"text": "word " * 1000, "label": "no"}, *ROWS]
+    run = make_run(tmp_path, rows=few)
+    scores = scores_of(tmp_path / "train.jsonl", few)
+    rng = np.random.default_rng(0)
+    places = rng.integers(0, len(few), size=many)
+    repeated = type(scores)(
+        terms={name: rng.normal(size=many) for name in ("loss", "convergence", "gradient_norm")},
+        labels=scores.labels[places],
+        quality=rng.normal(size=many),
+        probability=np.full(many, 1 / many),
+        stratified=True,
+        record=scores.record,
+        hashes=None if scores.hashes is None else tuple(scores.hashes[j] for j in places),
+        predictions={name: values[places] for name, values in scores.predictions.items()},
+    )
+    repeated.save(run / "scores.parquet")
+    begin = time.process_time()
+    made = write_report(run)
+    assert made.stat().st_size < 6_000_000
+    assert time.process_time() - begin < 30
+
+
+@pytest.mark.parametrize("rows", [None, ROWS])
+@pytest.mark.parametrize(
+    "less",
+    [
+        {"events": 0},
+        {"history": []},
+        {"history": [{"step": 1, "epoch": 1.0, "loss": float("nan")}]},
+        {"metrics": {}},
+        {"quality": {}},
+        {"ranks": {}, "events": 0},
+        {"notes": [], "versions": {}, "parameters": {}},
+        {"metrics": {"validation": {"pearson": float("nan"), "loss": 2.0}}, "task": "regression"},
+    ],
+)
+def test_a_page_is_made_of_what_there_is(less: dict[str, Any], rows: list | None, tmp_path: Path) -> None:
+    seen = made(make_run(tmp_path, rows=rows, **less))
+    assert len([tag for tag, _ in seen.tags if tag == "section"]) == 9
+    assert set(page_data(seen)["figures"]) <= seen.ids()
+    if rows is None:
+        assert "Rows were not scored" in " ".join(seen.texts["p"]) + " ".join(seen.texts["li"])
+
+
+def test_scores_of_a_regression_have_numbers_for_labels(tmp_path: Path) -> None:
+    run = make_run(tmp_path, rows=ROWS, task="regression", labels=None)
+    scores = scores_of(tmp_path / "train.jsonl", ROWS)
+    record = {name: value for name, value in scores.record.items() if name != "classes"}
+    type(scores)(
+        terms=scores.terms,
+        labels=np.linspace(0, 5, 60),
+        quality=scores.quality,
+        probability=scores.probability,
+        stratified=False,
+        record=record,
+        predictions={"predicted": np.linspace(0, 4, 60)},
+    ).save(run / "scores.parquet")
+    seen = made(run)
+    assert "0.08475" in seen.texts["td"]
+    assert "Texts are left out" in " ".join(seen.texts["p"])
+
+
+def test_without_plotly_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    with pytest.raises(SettingsError, match=r"a report needs plotly; install it with: pip install 'tsqlora\[report\]'"):
+        write_report(make_run(tmp_path))
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="is a directory; name a file"):
+        write_report(make_run(tmp_path), tmp_path)
+
+
+def test_the_rank_map_has_a_state_for_the_start_and_each_adjustment() -> None:
+    first, events = dict.fromkeys(LAYERS, 4), rank_events(3)
+    frames = rank_frames(first, events)
+    assert [frame["step"] for frame in frames] == [0, 10, 20, 30]
+    grid = Grid(LAYERS)
+    assert grid.blocks == ["0", "1", "other"]
+    for frame, ranks in zip(frames, [first, *(event.ranks for event in events)], strict=True):
+        shown = [rank for row in frame["z"] for rank in row if rank is not None]
+        assert sorted(shown) == sorted(ranks.values())
+    assert rank_map(first, events)["data"][0]["z"] == frames[-1]["z"]
+    assert len(rank_frames(first, rank_events(1000))) == FRAMES
+
+
+def test_warm_up_scoring_and_adjustments_are_marked_in_the_curve() -> None:
+    figure = loss_curve([{"step": 10, "loss": 1.0}], scored=20, warmup=20, events=rank_events(3))
+    assert [(shape["type"], shape["x1"]) for shape in figure["layout"]["shapes"]] == [("rect", 20), ("line", 20)]
+    assert [note["text"] for note in figure["layout"]["annotations"]] == ["warm-up", "scoring"]
+    assert figure["data"][-1]["x"] == [10, 20, 30]
+
+
+@given(st.lists(st.integers(), unique=True), st.integers(2, 20))
+def test_thinning_keeps_order_and_both_ends(values: list[int], most: int) -> None:
+    kept = thinned(values, most)
+    assert len(kept) == min(len(values), most)
+    assert kept == [value for value in values if value in kept]
+    if values:
+        assert (kept[0], kept[-1]) == (values[0], values[-1])
