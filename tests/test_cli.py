@@ -313,6 +313,38 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(place: Path, tmp_path: Pat
     assert "trainable" in tsqlora(*arguments)[1]
 
 
+# ----------------------------------------------------------------------------------- report
+
+
+def test_a_run_has_its_report_from_its_directory_alone(trained: Path, tmp_path: Path, tsqlora: Run) -> None:
+    copied = tmp_path / "elsewhere"
+    shutil.copytree(trained, copied, ignore=shutil.ignore_patterns("adapter", "checkpoints"))
+    code, out, err = tsqlora("report", copied, "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out) == {
+        "report": str(copied / "report.html"),
+        "bytes": (copied / "report.html").stat().st_size,
+    }
+    text = (copied / "report.html").read_text(encoding="utf-8")
+    accuracy = record_of(trained)["metrics"]["validation"]["accuracy"]
+    assert f"<strong>{accuracy:.1%}</strong>" in text
+    assert "slots moved" in text or "slot moved" in text
+    code, out, _ = tsqlora("report", copied, "--out", tmp_path / "new" / "page.html")
+    assert code == 0
+    assert "page.html" in out
+    assert "<h1>elsewhere</h1>" in (tmp_path / "new" / "page.html").read_text(encoding="utf-8")
+
+
+def test_a_report_of_what_is_no_finished_run_is_refused(trained: Path, tmp_path: Path, tsqlora: Run) -> None:
+    code, text = refused(tsqlora, "report", tmp_path)
+    assert (code, "is not a run" in text) == (3, True)
+    record = json.loads((trained / "run.json").read_text()) | {"status": "running"}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    code, text = refused(tsqlora, "report", tmp_path)
+    assert (code, "has not finished" in text) == (3, True)
+    assert not (tmp_path / "report.html").exists()
+
+
 # ----------------------------------------------------------------------------------- resume
 
 

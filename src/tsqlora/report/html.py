@@ -1,4 +1,4 @@
-"""Pieces of HTML: text is escaped here, and nowhere else is it put between tags."""
+"""Pieces of HTML: text that is given to them is escaped, parts that are HTML already are not."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -8,7 +8,7 @@ from tsqlora.report.gather import Gathered
 
 _WHY = {
     "duplicate": "they repeat another row",
-    "outlier": "they lie far from their class",
+    "outlier": "their gradients are far larger than is usual in their class",
     "confident negative": "the model is sure of another label",
 }
 
