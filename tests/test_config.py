@@ -146,7 +146,7 @@ def test_the_greatest_rank_is_twice_the_mean_unless_set() -> None:
         (
             "quality: {fractoin: 0.3}",
             "unknown key 'quality.fractoin'; did you mean 'fraction'? choices: calibrate, enabled, fraction, "
-            "guard, harvest, preset, reference, reject, resample, scope, temperature, unbiased, warmup, "
+            "guard, harvest, preset, recheck, reference, reject, resample, scope, temperature, unbiased, warmup, "
             "warmup_limit, weights",
         ),
         (

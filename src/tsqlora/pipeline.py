@@ -261,6 +261,7 @@ def quality_half(
         calibration=q.calibrate,
         unbiased=q.unbiased,
         guard=q.guard,
+        recheck=q.recheck,
         seed=job.config.training.seed,
         hashes=job.data.samples["train"].hashes,
         about=about_rows(job.config, job.data),

@@ -17,6 +17,9 @@ from tsqlora.quality.score import wanted_terms
 from tsqlora.ranks.allocate import Sensitivity, allocate
 from tsqlora.ranks.budget import used
 from tsqlora.ranks.schedule import adjustment_steps
+from tsqlora.tasks import get_task
+from tsqlora.tasks.classification import Classification
+from tsqlora.training.quality_callback import most_scorings
 
 BYTES_A_ROW = 500
 """Of a row that is scored: hash, place, length, terms and predictions, twice while they are written."""
@@ -77,7 +80,10 @@ def scoring_plan(config: Config, model: PeftModel, *, rows: int, max_length: int
 
 
 def passes(config: Config, *, rows: int, size: int) -> dict[str, dict[str, int]]:
-    """Rows that go forward and backward in each phase, if the first test finds that the model has learned."""
+    """Rows that go forward and backward in each phase, if the first test finds that the model has learned.
+
+    Scoring is counted as where no label ever seems wrong, and is looked at again.
+    """
     quality, epochs = config.quality, config.training.epochs
     if not quality.enabled:
         return {"training": dict.fromkeys(("forward", "backward"), size * epochs)}
@@ -91,11 +97,14 @@ def passes(config: Config, *, rows: int, size: int) -> dict[str, dict[str, int]]
     terms = wanted_terms(quality.weighted_terms()).values()
     forward = 2 if any(term.lookahead for term in terms) else 1
     gradients = any(term.gradient for term in terms)
+    again = quality.recheck and quality.resolved_weights() is None and quality.resolved_reject() is not False
+    classes = isinstance(get_task(config.task.type), Classification)
+    scorings = most_scorings(warmup, epochs) if again and classes else 1
     return {
         "warm-up": dict.fromkeys(("forward", "backward"), size * warmup),
         "scoring": {
-            "forward": rows * forward + (2 if gradients else 1) * reference,
-            "backward": rows + reference if gradients else 0,
+            "forward": scorings * (rows * forward + (2 if gradients else 1) * reference),
+            "backward": scorings * (rows + reference) if gradients else 0,
         },
         "ranks": dict.fromkeys(("forward", "backward"), min(config.ranks.samples, size)),
         "training": dict.fromkeys(("forward", "backward"), size * (epochs - warmup)),

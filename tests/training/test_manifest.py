@@ -330,7 +330,9 @@ def test_scores_that_are_not_the_runs_own_are_refused(run: Path) -> None:
 
 def test_scores_that_are_gone_are_told_with_the_cure(run: Path) -> None:
     (run / "scores.parquet").unlink()
-    with pytest.raises(tsq.DataError, match=r"scores\.parquet is missing, the scores that the run drew by; put it back"):
+    with pytest.raises(
+        tsq.DataError, match=r"scores\.parquet is missing, the scores that the run drew by"
+    ):
         trainer(run).train(resume_from_checkpoint=str(run / "checkpoint-12"))
 
 

@@ -113,7 +113,7 @@ def test_rows_whose_label_seems_wrong_are_left_out(tmp_path: Path, monkeypatch: 
     def found(logits: np.ndarray, labels: np.ndarray) -> Any:
         assert logits.shape == (len(DATA), 2)
         assert labels.tolist() == [row["labels"] for row in DATA]
-        return doubtful, SimpleNamespace(to_dict=lambda: {"rate": 0.1})
+        return doubtful, SimpleNamespace(to_dict=lambda: {"rate": 0.1, "evident": True})
 
     monkeypatch.setattr("tsqlora.quality.score.reject_labels", found)
     quality, _ = run(tmp_path)
@@ -121,11 +121,82 @@ def test_rows_whose_label_seems_wrong_are_left_out(tmp_path: Path, monkeypatch: 
     assert scores is not None
     assert (scores.kept == ~doubtful).all()
     assert scores.record["dropped"]["confident negative"] == doubtful.sum()
-    assert scores.record["noise"] == {"rate": 0.1}
+    assert scores.record["noise"] == {"rate": 0.1, "evident": True}
     for epoch in (2, 3, 4):
         assert not doubtful[quality.data.draw(epoch)].any()
         assert len(quality.data.draw(epoch)) == len(DATA) // 2
-    assert Scores.load(tmp_path / "scores.parquet").record["noise"] == {"rate": 0.1}
+    assert Scores.load(tmp_path / "scores.parquet").record["noise"] == {"rate": 0.1, "evident": True}
+
+
+def seen_at(call: int, monkeypatch: pytest.MonkeyPatch) -> tuple[np.ndarray, list[int]]:
+    """Rows whose label seems wrong from this scoring on, counted from 1; and the scorings so far, to be counted."""
+    doubtful, calls = np.arange(len(DATA)) % 8 == 3, [0]
+
+    def found(logits: np.ndarray, labels: np.ndarray) -> Any:
+        calls[0] += 1
+        evident = calls[0] >= call
+        noise = {"rate": 0.1 * evident, "evident": evident}
+        return doubtful & evident, SimpleNamespace(to_dict=lambda: noise)
+
+    monkeypatch.setattr("tsqlora.quality.score.reject_labels", found)
+    return doubtful, calls
+
+
+def test_while_no_label_seems_wrong_it_is_looked_for_again_after_each_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    doubtful, calls = seen_at(2, monkeypatch)
+    watch = Watch()
+    quality, _ = run(tmp_path, also=(watch,), further={"num_train_epochs": 8})
+    assert (calls, quality.scorings) == ([2], 2)
+    assert quality.data.scored_epoch == 4
+    control = tsq.QualitySubset(DATA, 0.5)
+    for epoch in range(8):
+        assert watch.drawn[epoch] == quality.data.draw(epoch).tolist()
+        assert doubtful[watch.drawn[epoch]].any() == (epoch < 4)
+        if epoch < 4:
+            assert watch.drawn[epoch] == control.draw(epoch).tolist()
+
+
+@pytest.mark.parametrize(
+    ("call", "epochs", "options", "scorings"),
+    [
+        (1, 8, {}, 1),  # evident at once
+        (9, 8, {}, 2),  # never: again at 4, and at 6 less than a third would be left
+        (9, 12, {}, 4),
+        (9, 5, {}, 1),
+        (9, 8, {"recheck": False}, 1),
+        (9, 8, {"reject": True, "weights": GRADIENTS, "guard": False}, 1),  # a softmax draws, by the scores there are
+    ],
+)
+def test_labels_are_looked_at_again_only_while_it_can_help(
+    call: int, epochs: int, options: dict[str, Any], scorings: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, calls = seen_at(call, monkeypatch)
+    quality, _ = run(tmp_path, further={"num_train_epochs": epochs}, **options)
+    assert (calls, quality.scorings) == ([scorings], scorings)
+
+
+@pytest.mark.parametrize("step", [6, 10, 15, 18])
+def test_a_run_resumed_around_a_second_scoring_has_the_same_rows(
+    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saves = {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 8}
+    doubtful, calls = seen_at(2, monkeypatch)
+    watch, again = Watch(), Watch()
+    _, first = run(tmp_path, also=(watch,), further=saves)
+    written = (tmp_path / "scores.parquet").read_bytes()
+    # As many scorings have been seen at this step as the checkpoint knows of: one from step 8 on, two from step 16.
+    calls[0] = (step >= 8) + (step >= 16)
+    subset = tsq.QualitySubset(DATA, 0.5)
+    quality = tsq.QualityCallback(subset, reference=40)
+    resumed = make_trainer(slotted_bert(), subset, tmp_path, [again, quality], **saves)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    assert quality.scorings == 2
+    assert again.drawn == {epoch: rows for epoch, rows in watch.drawn.items() if epoch >= step // 4}
+    assert not doubtful[quality.data.draw(7)].any()
+    assert (tmp_path / "scores.parquet").read_bytes() == written
+    assert_same(fingerprint(resumed.model), fingerprint(first.model), "model")
 
 
 @pytest.mark.parametrize(("options", "dropped"), [({"reject": False}, 0), ({"weights": GRADIENTS}, 0)])

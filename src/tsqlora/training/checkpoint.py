@@ -78,6 +78,8 @@ class QualityState:
     attempts: list[str]
     refused: str | None
     seconds: float
+    scorings: int
+    """How often all rows were scored."""
 
     def save(self, folder: Path) -> None:
         if distributed.is_first():

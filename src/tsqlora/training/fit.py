@@ -150,15 +150,15 @@ def scoring_cost(quality: QualityCallback) -> PhaseCost:
     data, scores = quality.data, quality.data.scores
     reference = reference_indices(len(data.dataset), quality.reference, quality.seed)
     gradients = any(term.gradient for term in quality.terms.values())
-    tests = len(quality.attempts) + (0 if scores is None else 2 if gradients else 1)
+    tests = len(quality.attempts) + quality.scorings * (2 if gradients else 1)
     cost = PhaseCost(quality.seconds, forward=tests * len(reference), tokens=tests * tokens_of(data, reference))
     if scores is not None:
         rows = range(len(scores))
         passes = 2 if any(term.lookahead for term in quality.terms.values()) else 1
         cost.add(
-            forward=passes * len(rows),
-            backward=len(rows) + len(reference) if gradients else 0,
-            tokens=passes * tokens_of(data, rows),
+            forward=quality.scorings * passes * len(rows),
+            backward=quality.scorings * (len(rows) + len(reference)) if gradients else 0,
+            tokens=quality.scorings * passes * tokens_of(data, rows),
         )
     return cost
 

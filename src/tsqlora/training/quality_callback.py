@@ -1,6 +1,7 @@
 """Quality sampling in a stock Trainer: warm-up, scoring between two epochs, then quality draws."""
 
 import math
+import os
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,9 @@ from tsqlora.training.row_weights import RowWeights
 
 SCORES_FILE = "scores.parquet"
 
+RECHECKED = 2 / 3
+"""Share of a run until which wrong labels are looked for again."""
+
 EPOCH_ERROR = 1e-6
 """The Trainer counts epochs as a float; a step is a larger part of one than this."""
 
@@ -37,7 +41,9 @@ class QualityCallback(TrainerCallback):
     Warm-up epochs are the first part of the run: random draws, `warmup` passes over all rows.
     Before the next epoch the model is tested against chance; while it is not better, random
     draws go on, up to `limit` of the run's epochs. If it still is not, `refused` says why,
-    a warning is given, and the run goes on with random draws.
+    a warning is given, and the run goes on with random draws. Where no label seems wrong yet, rows are
+    scored again after every further `warmup` passes, while a third of the run is left: a model that has learned
+    more may tell more.
 
     Args:
         data: the Trainer's train_dataset.
@@ -45,6 +51,7 @@ class QualityCallback(TrainerCallback):
         weights, temperature, reject, terms, scope, reference, calibration: as in `tsqlora.score`.
         unbiased: weigh the rows that a softmax draws, so that the gradient's expectation is the kept rows' mean
             (METHOD section 1); the loss that is logged stays without weights.
+        recheck: whether to look for wrong labels again.
         guard: where the rows that Q draws would teach less than random ones (`quality/guard.py`), the scores'
             record says so, a warning is given, and the kept rows are drawn at random.
         task: needed only where training has a loss of its own (class weights, a custom one).
@@ -70,6 +77,7 @@ class QualityCallback(TrainerCallback):
         calibration: bool = True,
         unbiased: bool = False,
         guard: bool = True,
+        recheck: bool = True,
         task: Task | None = None,
         seed: int = 0,
         hashes: tuple[str, ...] | None = None,
@@ -94,7 +102,7 @@ class QualityCallback(TrainerCallback):
         # Once gradients are there it costs no more.
         asked = ["convergence"] if guard and any(term.gradient for term in weighted.values()) else []
         self.terms = wanted_terms([*terms, *weighted, *asked])
-        self.unbiased, self.guard = unbiased, guard
+        self.unbiased, self.guard, self.recheck = unbiased, guard, recheck
         self.row_weights = RowWeights(data, "QualityCallback(unbiased=True)", task=task)
         self.reject = reject
         self.temperature, self.calibration = temperature, calibration
@@ -105,6 +113,8 @@ class QualityCallback(TrainerCallback):
         self.progress = progress
         self.refused: str | None = None
         self.attempts: list[str] = []
+        self.scorings = 0
+        """How often all rows were scored."""
         self.seconds = 0.0
         self._digest: str | None = None
 
@@ -133,7 +143,7 @@ class QualityCallback(TrainerCallback):
         announce(args, state, "quality")
         self.data.policy = None
         self.data.scores, self.data.awaits_scores, self._digest = None, True, None
-        self.attempts, self.refused, self.seconds = [], None, 0.0
+        self.attempts, self.refused, self.scorings, self.seconds = [], None, 0, 0.0
         if state.global_step > 0:
             self._resume(QualityState.load(checkpoint_folder(args, state)), self._path(args))
 
@@ -143,7 +153,7 @@ class QualityCallback(TrainerCallback):
         epoch = epoch_of(state)
         # A run resumed in the middle of an epoch begins it again, with weights that are further on.
         at_start = abs((state.epoch or 0) - epoch) < EPOCH_ERROR
-        if self.data.awaits_scores and epoch >= self.warmup_epochs and at_start:
+        if at_start and self._due(state):
             start = time.perf_counter()
             self._try_scoring(args, state, kwargs["model"], kwargs["train_dataloader"].collate_fn)
             self.seconds += time.perf_counter() - start
@@ -158,7 +168,7 @@ class QualityCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         scored = None if self.data.scores is None else self.data.scored_epoch
-        saved = QualityState(scored, self._digest, self.attempts, self.refused, self.seconds)
+        saved = QualityState(scored, self._digest, self.attempts, self.refused, self.seconds, self.scorings)
         saved.save(checkpoint_folder(args, state))
         seal(args, state, "quality")
 
@@ -172,17 +182,21 @@ class QualityCallback(TrainerCallback):
                 f"{self.warmup_epochs} epochs; train longer, or leave out QualityCallback"
             )
 
+    def _due(self, state: TrainerState) -> bool:
+        """Whether rows are scored before the epoch that begins."""
+        epoch = epoch_of(state)
+        if self.data.awaits_scores:
+            return epoch >= self.warmup_epochs
+        noise = None if self.data.scores is None else self.data.scores.record.get("noise")
+        if not self.recheck or self.weights is not None or noise is None or noise["evident"]:
+            return False
+        return epoch == self.data.scored_epoch + self.warmup_epochs and epoch <= RECHECKED * state.num_train_epochs
+
     def _resume(self, saved: QualityState, scores_path: Path) -> None:
         self.attempts, self.refused, self.seconds = saved.attempts, saved.refused, saved.seconds
-        self._digest = saved.scores_sha256
+        self._digest, self.scorings = saved.scores_sha256, saved.scorings
         if saved.scored_epoch is not None:
-            if not scores_path.exists():
-                raise DataError(
-                    f"cannot resume: {scores_path} is missing, the scores that the run drew by; put it back, resume from "
-                    "a checkpoint before the scoring, or start anew"
-                )
-            if digest(scores_path) != self._digest:
-                raise DataError(f"{scores_path} has other scores than the run had; resume with its own, or start anew")
+            distributed.once(lambda: _bring_back(scores_path, saved.scores_sha256))
             self._use(Scores.load(scores_path), saved.scored_epoch)
         self.data.awaits_scores = saved.scored_epoch is None and saved.refused is None
 
@@ -190,13 +204,19 @@ class QualityCallback(TrainerCallback):
         outcome = self._score(args, state, model, collate)
         distributed.require_same("scores", outcome if isinstance(outcome, str) else outcome.quality.tobytes())
         if isinstance(outcome, str):
-            self._not_yet(outcome, state)
+            if self.data.awaits_scores:
+                self._not_yet(outcome, state)
             return
         outcome = self._guarded(outcome)
+        self.scorings += 1
         if distributed.is_first():
-            self._path(args).parent.mkdir(parents=True, exist_ok=True)
-            outcome.save(self._path(args))
-            self._digest = digest(self._path(args), sync=True)
+            path = self._path(args)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if self.scorings > 1:
+                # A checkpoint from before this epoch goes on with them.
+                os.replace(path, before(path))
+            outcome.save(path)
+            self._digest = digest(path, sync=True)
         self._use(outcome, epoch_of(state))
 
     def _score(self, args: TrainingArguments, state: TrainerState, model: nn.Module, collate: Any) -> Scores | str:
@@ -253,6 +273,33 @@ class QualityCallback(TrainerCallback):
 
     def _path(self, args: TrainingArguments) -> Path:
         return self.scores_path or Path(str(args.output_dir)) / SCORES_FILE
+
+
+def most_scorings(warmup_epochs: int, epochs: int) -> int:
+    """How often rows are scored where no label ever seems wrong.
+
+    >>> [most_scorings(2, epochs) for epochs in (5, 6, 8, 12)]
+    [1, 2, 2, 4]
+    """
+    return max(1, int(RECHECKED * epochs) // warmup_epochs)
+
+
+def before(scores_path: Path) -> Path:
+    """Where the scores are kept that newer ones have replaced."""
+    return scores_path.with_name(f"{scores_path.stem}.before{scores_path.suffix}")
+
+
+def _bring_back(path: Path, sha256: str | None) -> None:
+    """Makes the run's own scores stand where they did, if a later scoring had replaced them."""
+    if before(path).exists() and digest(before(path)) == sha256:
+        os.replace(before(path), path)
+    if not path.exists():
+        raise DataError(
+            f"cannot resume: {path} is missing, the scores that the run drew by; put it back, resume from a checkpoint "
+            "before the scoring, or start anew"
+        )
+    if digest(path) != sha256:
+        raise DataError(f"{path} has other scores than the run had; resume with its own, or start anew")
 
 
 def _require_one_answer_a_sample(model: nn.Module) -> None:
