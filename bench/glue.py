@@ -77,6 +77,11 @@ def _read(shared: Path, task: str, split: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (shared / "data" / task / f"{split}.jsonl").read_text().splitlines()]
 
 
+def labels_of(path: Path) -> list[Any]:
+    """Of a file that `write_data` wrote."""
+    return [json.loads(line)["label"] for line in path.read_text().splitlines()]
+
+
 def _with_wrong_labels(rows: Sequence[dict[str, Any]], block: Block, seed: int) -> list[dict[str, Any]]:
     """This share of the rows have another label: another class, or of numbers another row's."""
     rng = np.random.default_rng([seed, 21])

@@ -325,6 +325,24 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], list[list[str]]]] = {
 }
 
 
+def recheck(results: Mapping[str, Any]) -> list[list[str]]:
+    """Whether wrong labels are evident before each epoch, and of the rows that would be left out how many are wrong."""
+    runs = list(results["results"].values())
+    epochs = sorted({epoch for run in runs for epoch in run["epochs"]}, key=int)
+    rows = [["labels", "seed", "learning rate", *(f"before epoch {epoch}" for epoch in epochs)]]
+    for run in runs:
+        shown = []
+        for found in (run["epochs"][epoch] for epoch in epochs):
+            right = "–" if found["precision"] is None else f"{found['precision']:.0%}"
+            shown.append(f"{found['rejected']:.0%} out, {right} of them wrong" if found["evident"] else "not evident")
+        labels = f"{run['wrong']:.0%} wrong" if run["wrong"] else "clean"
+        rows.append([labels, str(run["seed"]), f"{run['rate']:g}", *shown])
+    return rows
+
+
+TABLES["recheck"] = recheck
+
+
 def glue_summary(_: Mapping[str, Any]) -> list[list[str]]:
     """What docs/results.md says over tasks at 2,000 rows and mean rank 4, with wrong labels and without."""
     import results_page
