@@ -52,6 +52,10 @@ def test_it_opens_soon_without_an_error_or_a_request_and_nothing_overflows(
     out = "[...document.querySelectorAll('section > *, figure, .tile, .controls > *, .slider > *')].filter(e => {"
     out += "const b = e.getBoundingClientRect(); return b.width && (b.left < 0 || b.right > innerWidth) }).length"
     assert tab.run(out) == 0
+    box = "document.getElementById('loss').parentElement"
+    assert tab.run(f"{box}.scrollWidth - {box}.clientWidth") == 0, (
+        "curves have the room that there is; only maps may scroll"
+    )
 
 
 def test_the_theme_follows_the_system_until_it_is_chosen(tab: Page, report: Path) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from html import escape
 from importlib.resources import files
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from tsqlora.data.write import require_place
@@ -204,7 +205,7 @@ def _settings(known: Gathered) -> Part:
     ]
     return [
         html.paragraph("To repeat this run, beside its directory:"),
-        html.code(f"tsqlora train {known.name}/config.yaml --out {known.name}-again"),
+        html.code(f"tsqlora train {quote(known.name)}/config.yaml --out {quote(known.name)}-again"),
         html.folded("Settings (config.yaml)", html.code(known.settings)),
         html.table("Metrics", ["rows", "metric", "value"], metrics, numbers=(2,), narrow=True) if metrics else "",
         versions,
