@@ -340,7 +340,17 @@ def recheck(results: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def recheck_trained(results: Mapping[str, Any]) -> list[list[str]]:
+    """What a run came to with a second look and without."""
+    rows = [["seed", "second look", "wrong labels evident", "test accuracy", "test loss"]]
+    for run in results["trained"]:
+        looked, evident = ("yes" if run[name] else "no" for name in ("recheck", "evident"))
+        rows.append([str(run["seed"]), looked, evident, f"{100 * run['accuracy']:.1f}", f"{run['loss']:.3f}"])
+    return rows
+
+
 TABLES["recheck"] = recheck
+TABLES["recheck-trained"] = recheck_trained
 
 
 def glue_summary(_: Mapping[str, Any]) -> list[list[str]]:

@@ -48,7 +48,7 @@ OTHER_VALUES: dict[str, Any] = {
     "quality.calibrate": False,
     "quality.unbiased": True,
     "quality.guard": False,
-    "quality.recheck": False,
+    "quality.recheck": True,
     "quality.harvest": True,
     "ranks.policy": "fixed",
     "ranks.mean": 4.0,

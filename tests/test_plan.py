@@ -73,15 +73,16 @@ def test_rows_budget_and_parameters_are_the_models(model: PeftModel) -> None:
 @pytest.mark.parametrize(
     ("quality", "warmup", "scoring"),
     [
-        ({}, 100, (2 * (100 + 100), 0)),
-        ({"recheck": False}, 100, (100 + 100, 0)),
-        ({"reject": False}, 100, (100 + 100, 0)),
-        ({"reference": 40}, 100, (2 * (100 + 40), 0)),
+        ({}, 100, (100 + 100, 0)),
+        ({"recheck": True}, 100, (2 * (100 + 100), 0)),
+        ({"recheck": True, "reject": False}, 100, (100 + 100, 0)),
+        ({"recheck": True, "warmup": 0.1}, 50, (4 * (100 + 100), 0)),
+        ({"reference": 40}, 100, (100 + 40, 0)),
         ({"weights": {"loss": -1.0}}, 100, (100 + 100, 0)),
         ({"weights": {"convergence": 1.0}}, 100, (100 + 2 * 100, 100 + 100)),
         ({"preset": "paper", "reference": 40}, 100, (2 * 100 + 2 * 40, 100 + 40)),
         ({"warmup": 1.2}, 150, (100 + 100, 0)),
-        ({"warmup": 0.1}, 50, (4 * (100 + 100), 0)),
+        ({"warmup": 0.1}, 50, (100 + 100, 0)),
     ],
 )
 def test_passes_are_counted_by_phase(quality: dict[str, Any], warmup: int, scoring: tuple[int, int]) -> None:

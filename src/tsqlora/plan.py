@@ -82,7 +82,7 @@ def scoring_plan(config: Config, model: PeftModel, *, rows: int, max_length: int
 def passes(config: Config, *, rows: int, size: int) -> dict[str, dict[str, int]]:
     """Rows that go forward and backward in each phase, if the first test finds that the model has learned.
 
-    Scoring is counted as where no label ever seems wrong, and is looked at again.
+    With quality.recheck scoring is counted as where no label ever seems wrong.
     """
     quality, epochs = config.quality, config.training.epochs
     if not quality.enabled:

@@ -147,7 +147,7 @@ def test_while_no_label_seems_wrong_it_is_looked_for_again_after_each_pass(
 ) -> None:
     doubtful, calls = seen_at(2, monkeypatch)
     watch = Watch()
-    quality, _ = run(tmp_path, also=(watch,), further={"num_train_epochs": 8})
+    quality, _ = run(tmp_path, also=(watch,), further={"num_train_epochs": 8}, recheck=True)
     assert (calls, quality.scorings) == ([2], 2)
     assert quality.data.scored_epoch == 4
     control = tsq.QualitySubset(DATA, 0.5)
@@ -173,7 +173,7 @@ def test_labels_are_looked_at_again_only_while_it_can_help(
     call: int, epochs: int, options: dict[str, Any], scorings: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, calls = seen_at(call, monkeypatch)
-    quality, _ = run(tmp_path, further={"num_train_epochs": epochs}, **options)
+    quality, _ = run(tmp_path, further={"num_train_epochs": epochs}, **({"recheck": True} | options))
     assert (calls, quality.scorings) == ([scorings], scorings)
 
 
@@ -184,12 +184,12 @@ def test_a_run_resumed_around_a_second_scoring_has_the_same_rows(
     saves = {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 8}
     doubtful, calls = seen_at(2, monkeypatch)
     watch, again = Watch(), Watch()
-    _, first = run(tmp_path, also=(watch,), further=saves)
+    _, first = run(tmp_path, also=(watch,), further=saves, recheck=True)
     written = (tmp_path / "scores.parquet").read_bytes()
     # As many scorings have been seen at this step as the checkpoint knows of: one from step 8 on, two from step 16.
     calls[0] = (step >= 8) + (step >= 16)
     subset = tsq.QualitySubset(DATA, 0.5)
-    quality = tsq.QualityCallback(subset, reference=40)
+    quality = tsq.QualityCallback(subset, reference=40, recheck=True)
     resumed = make_trainer(slotted_bert(), subset, tmp_path, [again, quality], **saves)
     resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
     assert quality.scorings == 2

@@ -41,9 +41,7 @@ class QualityCallback(TrainerCallback):
     Warm-up epochs are the first part of the run: random draws, `warmup` passes over all rows.
     Before the next epoch the model is tested against chance; while it is not better, random
     draws go on, up to `limit` of the run's epochs. If it still is not, `refused` says why,
-    a warning is given, and the run goes on with random draws. Where no label seems wrong yet, rows are
-    scored again after every further `warmup` passes, while a third of the run is left: a model that has learned
-    more may tell more.
+    a warning is given, and the run goes on with random draws.
 
     Args:
         data: the Trainer's train_dataset.
@@ -51,7 +49,8 @@ class QualityCallback(TrainerCallback):
         weights, temperature, reject, terms, scope, reference, calibration: as in `tsqlora.score`.
         unbiased: weigh the rows that a softmax draws, so that the gradient's expectation is the kept rows' mean
             (METHOD section 1); the loss that is logged stays without weights.
-        recheck: whether to look for wrong labels again.
+        recheck: while no label seems wrong, score rows again after every further `warmup` passes, as long
+            as a third of the run is left: a model that has learned more may tell more.
         guard: where the rows that Q draws would teach less than random ones (`quality/guard.py`), the scores'
             record says so, a warning is given, and the kept rows are drawn at random.
         task: needed only where training has a loss of its own (class weights, a custom one).
@@ -77,7 +76,7 @@ class QualityCallback(TrainerCallback):
         calibration: bool = True,
         unbiased: bool = False,
         guard: bool = True,
-        recheck: bool = True,
+        recheck: bool = False,
         task: Task | None = None,
         seed: int = 0,
         hashes: tuple[str, ...] | None = None,
