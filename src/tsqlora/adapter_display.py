@@ -7,7 +7,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tsqlora.adapter.rewrite import layer_kind
 
 _SHOWN = 6
 """Layers that are named one by one; of more, the worst are."""
@@ -91,6 +90,8 @@ def _show_health(console: Console, health: Mapping[str, Any]) -> None:
 
 
 def _by_kind(console: Console, layers: Mapping[str, Mapping[str, Any]]) -> None:
+    from tsqlora.adapter.rewrite import layer_kind  # torch, which --help does not wait for
+
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for name, layer in layers.items():
         kinds.setdefault(layer_kind(name), []).append(layer)

@@ -241,7 +241,7 @@ def test_scores_that_are_gone_are_told(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         trainer(tmp_path, Interrupt(12)).train()
     (tmp_path / "scores.parquet").unlink()
-    with pytest.raises(tsq.DataError, match=r"scores.parquet: no such file"):
+    with pytest.raises(tsq.DataError, match=r"scores\.parquet is missing, the scores that the run drew by; put it"):
         trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
 
 
@@ -292,7 +292,7 @@ def test_states_come_back_as_they_were(tmp_path: Path) -> None:
         assert torch.equal(table, loaded.importance[name])
     for name in ("layers", "events", "started", "postponed", "budget", "interval", "seconds"):
         assert getattr(saved, name) == getattr(loaded, name)
-    quality = QualityState(2, "digest", ["why"], None, 1.5)
+    quality = QualityState(2, "digest", ["why"], None, 1.5, 3)
     quality.save(tmp_path)
     assert QualityState.load(tmp_path) == quality
 
@@ -301,7 +301,7 @@ def test_states_come_back_as_they_were(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["missing", "cut off"])
 def test_a_damaged_checkpoint_is_named(name: str, damage: str, tmp_path: Path) -> None:
     state().save(tmp_path)
-    QualityState(2, "digest", [], None, 1.5).save(tmp_path)
+    QualityState(2, "digest", [], None, 1.5, 1).save(tmp_path)
     path = tmp_path / name
     if damage == "missing":
         path.unlink()
@@ -313,7 +313,7 @@ def test_a_damaged_checkpoint_is_named(name: str, damage: str, tmp_path: Path) -
 
 
 def test_a_checkpoint_of_another_version_is_named(tmp_path: Path) -> None:
-    QualityState(2, "digest", [], None, 1.5).save(tmp_path)
+    QualityState(2, "digest", [], None, 1.5, 1).save(tmp_path)
     path = tmp_path / "tsqlora_quality.json"
     path.write_text(path.read_text().replace('"version": 1', '"version": 9'))
     with pytest.raises(tsq.TsqLoraError, match="written by another version of tsqlora"):

@@ -328,14 +328,6 @@ def test_scores_that_are_not_the_runs_own_are_refused(run: Path) -> None:
         trainer(run).train(resume_from_checkpoint=str(run / "checkpoint-12"))
 
 
-def test_scores_that_are_gone_are_told_with_the_cure(run: Path) -> None:
-    (run / "scores.parquet").unlink()
-    with pytest.raises(
-        tsq.DataError, match=r"scores\.parquet is missing, the scores that the run drew by"
-    ):
-        trainer(run).train(resume_from_checkpoint=str(run / "checkpoint-12"))
-
-
 @pytest.mark.parametrize("how", ["gone", "damaged"])
 def test_a_best_checkpoint_that_cannot_be_brought_back_is_told(how: str, run: Path) -> None:
     state = run / "checkpoint-12" / "trainer_state.json"
