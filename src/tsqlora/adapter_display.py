@@ -7,7 +7,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-
 _SHOWN = 6
 """Layers that are named one by one; of more, the worst are."""
 _LAYERS = 40

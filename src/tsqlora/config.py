@@ -113,9 +113,7 @@ class QualitySettings(Section):
         False, "Weigh rows that a softmax over Q draws, so that the gradient stays that of all kept rows."
     )
     guard: bool = setting(True, "Draw at random where the rows that Q draws would teach less than random ones.")
-    recheck: bool = setting(
-        False, "Look for wrong labels again while none are evident and a third of the run is left."
-    )
+    recheck: bool = setting(False, "Look for wrong labels again while none are evident and a third of the run is left.")
     harvest: bool = setting(False, "Keep each row's terms as training's own passes show them, in harvest.parquet.")
 
     def resolved_weights(self) -> dict[str, float] | None:
