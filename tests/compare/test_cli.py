@@ -45,7 +45,7 @@ def test_one_json_object_is_printed_and_progress_goes_elsewhere(
     assert code == 0, err
     told = json.loads(out)
     assert [row["name"] for row in told["table"]] == ["lora+all", "lora+random"]
-    assert told["table"][1]["verdict"] == "one seed: no telling from lora+all"
+    assert told["table"][1]["verdict"] == "1 seed: too few to tell from lora+all"
     assert told["table"][0]["split"] == "validation"
     assert "1/2 lora+all_seed3_lr0.02: validation accuracy" in err
     assert "Loading weights" not in err

@@ -42,7 +42,8 @@ def test_only_seeds_that_both_have_are_compared() -> None:
         (Interval(-0.02, 0.03, 3), "within noise of lora"),
         (Interval(0.05, 0.03, 3), "better than lora"),
         (Interval(-0.05, 0.03, 3), "worse than lora"),
-        (Interval(0.05, None, 1), "one seed: no telling from lora"),
+        (Interval(0.05, None, 1), "1 seed: too few to tell from lora"),
+        (Interval(0.05, 0.001, 2), "2 seeds: too few to tell from lora"),
         (None, "no seed in common with lora"),
     ],
 )

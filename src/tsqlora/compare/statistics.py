@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import scipy.stats
 
 CONFIDENCE = 0.95
+FEWEST = 3
+"""Seeds of which a verdict is given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,7 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Interval |
 
 
 def verdict(difference: Interval | None, other: str) -> str:
-    """What a difference says, in words.
+    """What a difference says, in words; of one or two seeds nothing, since two may agree by chance.
 
     >>> verdict(Interval(0.02, 0.03, 3), "lora")
     'within noise of lora'
@@ -56,8 +58,8 @@ def verdict(difference: Interval | None, other: str) -> str:
     """
     if difference is None:
         return f"no seed in common with {other}"
-    if difference.low is None or difference.high is None:
-        return f"one seed: no telling from {other}"
+    if difference.n < FEWEST or difference.low is None or difference.high is None:
+        return f"{difference.n} seed{'s' if difference.n > 1 else ''}: too few to tell from {other}"
     if difference.low > 0:
         return f"better than {other}"
     if difference.high < 0:
