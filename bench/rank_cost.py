@@ -184,11 +184,12 @@ def main() -> None:
         half = precision == "bfloat16"
         for model in args.models.split(","):
             found = whole_run(model, half) | {"peak": {side: peak(model, side, half) for side in ("plain", "ours")}}
+            found["commit"] = commit
             cells[f"{model}/{precision}"] = found
             print(model, precision, json.dumps(found), flush=True)
         cells[f"large rank/{precision}"] = large_rank(half)
         origin = {"tokens": TOKENS, "rank": RANK, "models": MODELS, "machine": machine}
-        write_json(args.out, {**origin, "versions": versions(), "commit": commit, "cells": cells})
+        write_json(args.out, {**origin, "versions": versions(), "cells": cells})
 
 
 if __name__ == "__main__":
