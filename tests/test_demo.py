@@ -4,6 +4,7 @@ import importlib.util
 import io
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -117,3 +118,14 @@ def test_the_demo_compares_three_runs_at_equal_parameters(
         assert load_config("runs/tsqlora/config.yaml").data.train == str(tmp_path / "runs" / "data")
         with pytest.raises(SettingsError, match=r"runs is not empty \(data\); name another --out"):
             demo.run_demo(Path("runs"), seed=0, progress=None, say=said.append)
+
+
+def test_the_rows_that_are_shown_were_left_out_and_of_equal_ones_the_highest_loss_comes_first() -> None:
+    scores: Any = SimpleNamespace(
+        terms={"loss": np.array([1.0, 5.0, 3.0, 9.0])},
+        quality=np.array([-3.0, -3.0, -3.0, -2.0]),
+        kept=np.array([True, False, False, False]),
+    )
+    news = demo.News(["a", "b", "c", "d"], ["x", "x", "y", "y"], ["x", "y", "y", "y"])
+    assert [row["text"] for row in demo.suspects(scores, news, 3)] == ["b", "c", "d"]
+    assert [row["wrong"] for row in demo.suspects(scores, news, 3)] == [True, False, False]

@@ -163,7 +163,7 @@ def summary(record: RunRecord, config: Config, run: Path, train: News) -> dict[s
 
 
 def suspects(scores: Scores, train: News, count: int = 8) -> list[dict[str, Any]]:
-    """The rows of lowest quality."""
+    """The rows that were left out, or else those of lowest quality; of equal ones, and many are, the highest loss first."""
     return [
         {
             "quality": float(scores.quality[j]),
@@ -172,7 +172,7 @@ def suspects(scores: Scores, train: News, count: int = 8) -> list[dict[str, Any]
             "wrong": train.labels[j] != train.true[j],
             "text": train.texts[j][:60],
         }
-        for j in np.argsort(scores.quality, kind="stable")[:count]
+        for j in np.lexsort((-scores.terms["loss"], scores.quality, scores.kept))[:count]
     ]
 
 
