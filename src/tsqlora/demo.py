@@ -163,7 +163,7 @@ def summary(record: RunRecord, config: Config, run: Path, train: News) -> dict[s
 
 
 def suspects(scores: Scores, train: News, count: int = 8) -> list[dict[str, Any]]:
-    """The rows that were left out, or else those of lowest quality; of equal ones, and many are, the highest loss first."""
+    """The rows that were left out, or else those of lowest quality; of equal ones the highest loss first."""
     return [
         {
             "quality": float(scores.quality[j]),
