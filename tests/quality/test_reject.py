@@ -138,7 +138,20 @@ def test_what_is_rejected_is_mostly_wrong(seed: int) -> None:
     mask, noise = reject(logits, labels, doubt=0.5)
     assert bad[mask].mean() > 0.75
     doubts = noise.doubt(logits, labels)
-    assert doubts[mask].min() >= doubts[~mask].max()
+    for label in range(4):
+        mine = labels == label
+        assert doubts[mask & mine].min() >= doubts[~mask & mine].max()
+
+
+def test_classes_keep_their_shares() -> None:
+    logits, labels, _ = rows_of(0, wrong=0.2, rows=2000)
+    logits[:, 0] += 1.0  # it leans: labels of the other class are doubted more often
+    mask, noise = reject(logits, labels)
+    doubted = noise.doubt(logits, labels) > 0.2
+    shares = [float(mask[labels == label].mean()) for label in np.unique(labels)]
+    assert np.ptp([float(doubted[labels == label].mean()) for label in np.unique(labels)]) > 0.05
+    assert np.ptp(shares) < 0.002
+    assert mask.sum() == pytest.approx(doubted.sum(), abs=2)
 
 
 def test_as_many_are_rejected_as_doubt_and_limit_say() -> None:
@@ -146,10 +159,9 @@ def test_as_many_are_rejected_as_doubt_and_limit_say() -> None:
     doubts = label_noise(logits, labels).doubt(logits, labels)
     for doubt in (0.05, 0.2, 0.5, 0.9):
         mask, _ = reject(logits, labels, doubt=doubt, most=0.9)
-        assert mask.tolist() == (doubts > doubt).tolist()
+        assert mask.sum() == pytest.approx((doubts > doubt).sum(), abs=2)
     mask, _ = reject(logits, labels, doubt=0.05, most=0.1)
-    assert mask.sum() == 80
-    assert doubts[mask].min() >= doubts[~mask].max()
+    assert mask.sum() == pytest.approx(80, abs=1)
 
 
 def test_nothing_is_rejected_where_nothing_is_evident() -> None:
@@ -171,7 +183,7 @@ def test_of_equal_rows_the_earlier_goes() -> None:
     labels[3::4] = 1 - labels[3::4]
     mask, noise = reject(logits, labels, most=5 / 120)
     assert noise.evident
-    assert np.flatnonzero(mask).tolist() == [43, 47, 51, 55, 59]
+    assert np.flatnonzero(mask).tolist() == [43, 47, 83, 87, 91]
 
 
 def test_the_record_is_plain() -> None:

@@ -70,8 +70,9 @@ def reject(
 ) -> tuple[Bool[np.ndarray, " n"], LabelNoise]:
     """A mask of the rows to leave out, and the rate of wrong labels that says how many.
 
-    Where wrong labels are `evident`, the rows whose label is wrong with a chance above `doubt`, the most
-    doubtful first and at most the share `most` of all; else none.  Of equally doubtful rows the earlier goes.
+    Where wrong labels are `evident`, as large a share as has a label that is wrong with a chance above `doubt`, at most
+    `most`; else none.  It is the same share of each class, the most doubtful rows of it: what is kept then has the
+    classes' shares, and a model that leans to one does not lean further.  Of equally doubtful rows the earlier goes.
     """
     if not 0 < doubt < 1:
         raise SettingsError(f"doubt is {doubt}; it must be above 0 and below 1")
@@ -81,8 +82,10 @@ def reject(
     mask = np.zeros(len(labels), dtype=bool)
     if noise.evident:
         doubts = noise.doubt(logits, labels)
-        count = min(int((doubts > doubt).sum()), round(most * len(labels)))
-        mask[np.argsort(-doubts, kind="stable")[:count]] = True
+        share = min(float((doubts > doubt).mean()), most)
+        for label in np.unique(labels):
+            rows = np.flatnonzero(labels == label)
+            mask[rows[np.argsort(-doubts[rows], kind="stable")[: round(share * len(rows))]]] = True
     return mask, noise
 
 
