@@ -15,7 +15,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from selection_data import TASKS, TEST_SPLITS
@@ -23,6 +23,7 @@ from selection_data import TASKS, TEST_SPLITS
 from tsqlora.compare.cells import CELLS_DIR, Cell, Entry
 from tsqlora.compare.comparison import compare
 from tsqlora.compare.methods import entries
+from tsqlora.compare.run import Equal
 from tsqlora.config import Config, load_config
 from tsqlora.demo import package_folder
 from tsqlora.record import write_json
@@ -127,7 +128,7 @@ def run(block: Block, seed: int, methods: Sequence[str], shared: Path, **how: An
         methods,
         seeds=[seed],
         out=folder / "cells",
-        equal=block.equal,  # type: ignore[arg-type]
+        equal=cast(Equal, block.equal),
         metric=block.metric,
         say=lambda text: print(f"{block.name} {text}", flush=True),
         **how,

@@ -23,7 +23,6 @@ from tsqlora.errors import SettingsError, TsqLoraError
 from tsqlora.pipeline import Job, arguments, fit_job, load, measure
 from tsqlora.quality.sampling import draw_size
 from tsqlora.quality.score import Progress
-from tsqlora.quality.subset import QualitySubset
 from tsqlora.record import RunRecord
 from tsqlora.training.predict import predict_logits
 from tsqlora.training.quality_callback import SCORES_FILE, QualityCallback
@@ -130,10 +129,9 @@ def steps_in(seconds: float, settings: Config, cell: Cell) -> int:
         built, ranks = build(job, cell.entry.method, steps=whole)
         building = time.perf_counter() - begun
         rows = POLICIES[cell.entry.policy](job, Path(folder) / SCORES_FILE, None)
-        data = QualitySubset(rows.data.dataset, rows.data.fraction, cell.seed)
         record = RunRecord("trial", cell.seed, job.task.name, None, {}, {})
         try:
-            fit_job(job, built.model, args, data, record, None, ranks, None, also=(*built.callbacks, clock))
+            fit_job(job, built.model, args, rows.data, record, None, ranks, None, also=(*built.callbacks, clock))
         except _TrialOver:
             pass
         else:
