@@ -349,6 +349,18 @@ def recheck_trained(results: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def reject_classes(results: Mapping[str, Any]) -> list[list[str]]:
+    """Test accuracy by what is left out, and seed."""
+    runs = results["runs"]
+    seeds = sorted({run["seed"] for run in runs})
+    rows = [["left out", *(f"seed {seed}" for seed in seeds)]]
+    for variant in dict.fromkeys(run["variant"] for run in runs):
+        of = {run["seed"]: run["accuracy"] for run in runs if run["variant"] == variant}
+        rows.append([variant, *(f"{100 * of[seed]:.1f}" if seed in of else "–" for seed in seeds)])
+    return rows
+
+
+TABLES["reject_classes"] = reject_classes
 TABLES["recheck"] = recheck
 TABLES["recheck-trained"] = recheck_trained
 
