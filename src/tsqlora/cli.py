@@ -58,7 +58,7 @@ def main() -> None:
         _quieten_libraries(debug=debug)
         code = _run(arguments, debug=debug)
     if code == INTERRUPTED:
-        stderr.print("interrupted; a training goes on with --resume, a scoring when it is called again")
+        stderr.print("interrupted; a training goes on with --resume, a scoring or comparison when it is called again")
     sys.exit(code)
 
 
