@@ -11,7 +11,7 @@ demo: .venv/.installed-demo
 	$(BIN)/tsqlora demo
 
 test: .venv/.installed-dev
-	$(BIN)/pytest -m "not docs"
+	$(BIN)/pytest -n logical --dist loadfile -m "not docs"
 
 check: .venv/.installed-dev
 	$(BIN)/ruff check .
