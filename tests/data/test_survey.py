@@ -157,3 +157,10 @@ def test_stored_samples_are_a_sequence_that_another_process_can_open(tmp_path: P
     unlabelled = store_samples([[{"input_ids": [4]}]], tmp_path / "more")
     assert unlabelled[0] == {"input_ids": [4]}
     np.testing.assert_array_equal(np.fromfile(tmp_path / "more", dtype=np.int32), [4])
+
+
+def test_labels_that_are_lists_are_stored_in_their_own_length(tmp_path: Path) -> None:
+    samples = [{"input_ids": [5] * n, "labels": [-100] * (4 - n)} for n in (3, 1, 2)]
+    stored = store_samples([samples], tmp_path / "tokens")
+    assert list(stored) == samples
+    assert stored.lengths == [3, 1, 2]

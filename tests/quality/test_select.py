@@ -1,6 +1,6 @@
 """The drawn rows are found again in the file, whatever its order, its format or its doubles."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from runs import Row, make_rows
+from tsqlora.data.formats import find_format
 from tsqlora.data.rows import read_rows
-from tsqlora.data.tokenise import sample_hash
+from tsqlora.data.tokenise import row_hash, sample_hash
 from tsqlora.data.write import write_rows
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.quality.scores import Scores, from_terms, sample
@@ -149,3 +150,28 @@ def test_what_is_no_file_of_scores_is_refused(tmp_path: Path) -> None:
     write_rows(tmp_path / "s.parquet", ROWS)
     with pytest.raises(DataError, match="not a file of scores"):
         selected(tmp_path, ROWS)
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.parquet"])
+@pytest.mark.parametrize("kind", ["alpaca", "messages"])
+def test_rows_of_generation_are_found_too(kind: str, name: str, tmp_path: Path) -> None:
+    """With a prompt of two columns, or with a list of messages."""
+    if kind == "alpaca":
+        rows = [{"instruction": f"i{j}", "input": "x" * (j % 2), "output": f"o{j}"} for j in range(24)]
+    else:
+        turns = [[{"role": "user", "content": f"i{j}"}, {"role": "assistant", "content": "o"}] for j in range(24)]
+        rows = [{"messages": some} for some in turns]
+    columns = asdict(find_format(list(rows[0]), source="data").columns)
+    scores = from_terms(
+        {"loss": np.arange(24.0)},
+        labels=np.zeros(24, dtype=np.int64),
+        stratified=False,
+        weights={"loss": 1.0},
+        temperature=1.0,
+        record={"columns": columns},
+        hashes=[row_hash(row, columns) for row in rows],
+    )
+    scores.save(tmp_path / "s.parquet")
+    chosen = sample(scores, 0.5)
+    assert selected(tmp_path, rows, name=name) == [rows[j] for j in chosen]
+    assert selected(tmp_path, rows[::-1], name=name) == [rows[j] for j in chosen[::-1]]

@@ -6,6 +6,9 @@
     labels.py    labels -> class ids or target numbers
     split.py     a seeded validation split
     tokenise.py  rows -> the samples that a Trainer takes
+    formats/     the row formats of generation, one file each; which one a file has
+    pieces.py  runs.py       what a row says -> text in pieces -> tokens that meet where the pieces do
+    generation.py  collate.py  rows -> samples of which only targets are trained on -> batches
     batches.py   orders in which batches hold samples of like length
 
 Nothing is re-exported: reading rows must not wait for the import of a tokenizer.

@@ -1,6 +1,6 @@
 """Which columns hold the text, its pair and the label."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from tsqlora.errors import DataError, nearest
@@ -57,7 +57,7 @@ def find_columns(
     Columns(text='premise', text_pair='hypothesis', label=None)
     """
     named = {"data.text": text, "data.text_pair": text_pair, "data.label": label}
-    _check_named({key: name for key, name in named.items() if name is not None}, names, source)
+    check_named(named, names, source)
     found_text = text or _find_text(_without(names, text_pair, label), source)
     if text is None and text_pair is None:
         text_pair = _first((USUAL_PAIR.get(found_text, ""),), _without(names, label))
@@ -65,7 +65,9 @@ def find_columns(
     return Columns(found_text, text_pair, label)
 
 
-def _check_named(named: dict[str, str], names: Sequence[str], source: str) -> None:
+def check_named(settings: Mapping[str, str | None], names: Sequence[str], source: str) -> None:
+    """Raises DataError for a setting that names a column which is missing, or which another names too."""
+    named = {key: name for key, name in settings.items() if name is not None}
     for key, name in named.items():
         if name not in names:
             raise DataError(f"{source} has no column '{name}', which {key} names; {nearest(name, names)}")

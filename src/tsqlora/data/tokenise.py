@@ -1,7 +1,7 @@
 """Rows -> tokenised samples."""
 
 import hashlib
-import reprlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from tsqlora.data.cells import text_at
 from tsqlora.data.columns import Columns
 from tsqlora.data.rows import Rows
 from tsqlora.data.stored import StoredSamples
@@ -81,7 +82,14 @@ def row_hash(row: Mapping[str, Any], columns: Mapping[str, str | None]) -> str:
     """
     used = (columns["text"], columns["text_pair"], columns["label"])
     values = (None if column is None else row.get(column) for column in used)
-    return sample_hash(*("" if value is None else str(value) for value in values))
+    return sample_hash(*("" if value is None else _written(value) for value in values))
+
+
+def _written(value: Any) -> str:
+    """Lists, which messages are, as JSON in one order of keys: a file may change it on its way through Parquet."""
+    if isinstance(value, list | dict):
+        return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    return str(value)
 
 
 def _encode(
@@ -114,29 +122,7 @@ def _call(
 
 
 def _texts(rows: Rows, column: str) -> list[str]:
-    return [_text_at(rows, i, column) for i in range(len(rows))]
-
-
-def _text_at(rows: Rows, i: int, column: str) -> str:
-    value = rows.rows[i].get(column)
-    if value is None or (isinstance(value, str) and not value.strip()):
-        raise DataError(f"{rows.place(i)}: no text in column '{column}'; fill it in or leave the row out")
-    if not isinstance(value, str):
-        kind = type(value).__name__
-        raise DataError(
-            f"{rows.place(i)}: {kind} {reprlib.repr(value)} in column '{column}' is no text; write a string"
-        )
-    if not _is_unicode(value):
-        raise DataError(f"{rows.place(i)}: column '{column}' has half a surrogate pair (\\ud800..\\udfff); remove it")
-    return value
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return [text_at(rows, i, column) for i in range(len(rows))]
 
 
 def _check_room(tokenizer: PreTrainedTokenizerBase, columns: Columns, max_length: int) -> None:

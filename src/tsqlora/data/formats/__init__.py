@@ -1,0 +1,180 @@
+"""Row formats for models that write: which one a file has, and how its rows are read. One file a format."""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from tsqlora.data.columns import Columns, check_named
+from tsqlora.data.formats import alpaca, document, messages, prompt, sharegpt, text
+from tsqlora.data.formats.example import Chat, Example, Manner
+from tsqlora.data.rows import Rows
+from tsqlora.errors import DataError, SettingsError, nearest
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A row format: how a row is read, and the names that its columns usually have.
+
+    Args:
+        read: row i of some rows, by these columns, for a model of this manner.
+        usual: pairs of prompt and target; the target is None where one column holds both.
+        further: names of a second part of the prompt, of which one may be there.
+        setting: which setting names the column, where one holds both.
+    """
+
+    read: Callable[[Rows, int, Columns, Manner], Example | Chat]
+    usual: tuple[tuple[str, str | None], ...]
+    further: tuple[str, ...] = ()
+    setting: str = "data.prompt"
+
+    @property
+    def whole(self) -> bool:
+        """Whether one column holds prompt and target."""
+        return self.setting != "data.prompt"
+
+
+# In the order in which they are looked for: a file of chats may have their text in one piece beside them.
+FORMATS: dict[str, Kind] = {
+    "messages": Kind(messages.read, (("messages", None),), setting="data.messages"),
+    "sharegpt": Kind(sharegpt.read, (("conversations", None), ("conversation", None)), setting="data.messages"),
+    "alpaca": Kind(alpaca.read, (("instruction", "output"), ("instruction", "response")), further=("input", "context")),
+    "prompt": Kind(
+        prompt.read,
+        (
+            ("prompt", "completion"),
+            ("prompt", "response"),
+            ("question", "answer"),
+            ("input", "output"),
+            ("input", "target"),
+        ),
+    ),
+    "document": Kind(
+        document.read,
+        (
+            ("document", "summary"),
+            ("article", "highlights"),
+            ("article", "summary"),
+            ("article", "abstract"),
+            ("dialogue", "summary"),
+            ("text", "summary"),
+            ("source", "target"),
+        ),
+    ),
+    "text": Kind(text.read, (("text", None), ("content", None)), setting="data.text"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """The format of a file: its name in FORMATS, and its columns.
+
+    `columns.text` is the prompt's (or what holds all), `text_pair` that of its second part,
+    `label` the target's: so rows have the names by which `row_hash` finds them.
+    """
+
+    name: str
+    columns: Columns
+
+    def read(self, rows: Rows, i: int, manner: Manner) -> Example | Chat:
+        """What row i says."""
+        return FORMATS[self.name].read(rows, i, self.columns, manner)
+
+
+def find_format(
+    names: Sequence[str],
+    *,
+    source: str,
+    format: str | None = None,
+    prompt: str | None = None,
+    target: str | None = None,
+    messages: str | None = None,
+    text: str | None = None,
+) -> Format:
+    """The format whose usual columns are there, the first of FORMATS; columns that are named win.
+
+    Raises DataError for a named column that is missing and where no format is found, SettingsError
+    for settings that contradict each other.
+
+    >>> find_format(["document", "summary"], source="a.jsonl")
+    Format(name='document', columns=Columns(text='document', text_pair=None, label='summary'))
+    """
+    named = {"data.prompt": prompt, "data.target": target, "data.messages": messages, "data.text": text}
+    check_named(named, names, source)
+    _check_together(format, {key for key, name in named.items() if name is not None})
+    if whole := messages or text:
+        return Format(format or _of_whole(whole, "data.messages" if messages else "data.text"), _one(whole))
+    kinds = FORMATS if format is None else {format: FORMATS[format]}
+    # A named column next to a usual one is as good as two usual ones, where those are not there.
+    for fits in (_usual, _half_usual):
+        for name, kind in kinds.items():
+            for pair in kind.usual:
+                if fits(pair, prompt, target, names):
+                    return Format(name, _columns(kind, prompt or pair[0], target or pair[1], names))
+    if prompt is None or target is None:
+        raise DataError(_nothing_found(source, names, format, prompt, target))
+    name = format or "prompt"
+    return Format(name, _columns(FORMATS[name], prompt, target, names))
+
+
+def _usual(pair: tuple[str, str | None], prompt: str | None, target: str | None, names: Collection[str]) -> bool:
+    """Whether both are as usual: the one that was named, or, where none was, a column's."""
+    if pair[1] is None:
+        return prompt is None and target is None and pair[0] in names
+    return _fits(pair[0], prompt, names) and _fits(pair[1], target, names)
+
+
+def _half_usual(pair: tuple[str, str | None], prompt: str | None, target: str | None, names: Collection[str]) -> bool:
+    """Whether one was named and the other is as usual."""
+    if pair[1] is None:
+        return False
+    beside_prompt = prompt is not None and _fits(pair[1], target, names)
+    beside_target = target is not None and _fits(pair[0], prompt, names)
+    return beside_prompt or beside_target
+
+
+def _fits(usual: str, named: str | None, names: Collection[str]) -> bool:
+    return usual == named if named is not None else usual in names
+
+
+def _columns(kind: Kind, prompt: str, target: str | None, names: Collection[str]) -> Columns:
+    further = next((name for name in kind.further if name in names and name not in (prompt, target)), None)
+    return Columns(prompt, further, target)
+
+
+def _one(name: str) -> Columns:
+    return Columns(name, None, None)
+
+
+def _of_whole(column: str, setting: str) -> str:
+    """The format of a column that holds all; its usual names tell messages from sharegpt."""
+    fitting = [name for name, kind in FORMATS.items() if kind.setting == setting]
+    return next((name for name in fitting if (column, None) in FORMATS[name].usual), fitting[0])
+
+
+def _check_together(format: str | None, named: Collection[str]) -> None:
+    if format is not None and format not in FORMATS:
+        raise SettingsError(f"unknown data.format '{format}'; {nearest(format, FORMATS)}")
+    whole = sorted({"data.messages", "data.text"} & set(named))
+    if whole and len(named) > 1:
+        raise SettingsError(f"{' and '.join(sorted(named))} are set, and {whole[0]} alone holds prompt and target")
+    if format is None or not named:
+        return
+    wanted = {FORMATS[format].setting} if FORMATS[format].whole else {"data.prompt", "data.target"}
+    if wrong := sorted(set(named) - wanted):
+        raise SettingsError(f"{wrong[0]} does not go with data.format {format}; set {' and '.join(sorted(wanted))}")
+
+
+def _nothing_found(
+    source: str, names: Sequence[str], format: str | None, prompt: str | None, target: str | None
+) -> str:
+    columns = f"columns: {', '.join(names)}"
+    if prompt is not None:
+        return f"{source} has no usual target beside '{prompt}'; name it in data.target; {columns}"
+    if target is not None:
+        return f"{source} has no usual prompt beside '{target}'; name it in data.prompt; {columns}"
+    if format is None:
+        return (
+            f"{source} has no known row format; set data.prompt and data.target, data.messages, or data.text; {columns}"
+        )
+    usual = " or ".join("+".join(filter(None, pair)) for pair in FORMATS[format].usual)
+    setting = FORMATS[format].setting if FORMATS[format].whole else "data.prompt and data.target"
+    return f"{source} has no {usual} for data.format {format}; name them: {setting}; {columns}"

@@ -1,0 +1,71 @@
+"""A cell with a list of messages -> the turns of a chat, every one checked."""
+
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tsqlora.data.cells import as_text, is_blank
+from tsqlora.data.formats.example import Chat, Manner, Turn
+from tsqlora.data.rows import Rows
+from tsqlora.errors import DataError, UnsupportedError, nearest
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Which keys of a message hold role and content, and what each role is to a chat template."""
+
+    role: str
+    content: str
+    roles: Mapping[str, str]
+
+
+def read_chat(rows: Rows, i: int, column: str, manner: Manner, keys: Keys) -> Chat:
+    """The turns of row i, up to the assistant's last; where targets are not read, all but an answer at the end.
+
+    Raises DataError with file, row and message for what is no list of messages, a role that is not
+    known, an empty content, and a chat without a turn to write or to answer.
+    """
+    if manner.seq2seq:
+        raise UnsupportedError(
+            f"{rows.source}: chats in column '{column}' are for causal-lm; "
+            "for seq2seq give columns of text: data.prompt and data.target"
+        )
+    place, messages = rows.place(i), rows.rows[i].get(column)
+    if not isinstance(messages, list) or not messages:
+        wanted = f'write a list of {{"{keys.role}": …, "{keys.content}": …}}'
+        raise DataError(f"{place}: {_shown(messages)} in column '{column}' is no list of messages; {wanted}")
+    turns = tuple(_turn(message, number, place, column, keys) for number, message in enumerate(messages, start=1))
+    answered = max((number for number, turn in enumerate(turns, start=1) if turn.role == "assistant"), default=0)
+    if manner.targets and not answered:
+        raise DataError(f"{place}: no assistant's turn in column '{column}' to be trained on; leave the row out")
+    if manner.targets:
+        return Chat(turns[:answered])
+    kept = turns[:-1] if answered == len(turns) else turns
+    if not kept:
+        raise DataError(f"{place}: nothing in column '{column}' to answer; begin it with a user's message")
+    return Chat(kept)
+
+
+def _turn(message: Any, number: int, place: str, column: str, keys: Keys) -> Turn:
+    where = f"message {number} in column '{column}'"
+    if not isinstance(message, dict):
+        raise DataError(f"{place}: {where} is {_shown(message)}; write an object with {keys.role} and {keys.content}")
+    for key in (keys.role, keys.content):
+        if key not in message:
+            raise DataError(f"{place}: {where} has no '{key}', only {', '.join(map(str, message))}; {_cure(keys)}")
+    role, content = message[keys.role], message[keys.content]
+    if not isinstance(role, str) or role not in keys.roles:
+        raise DataError(f"{place}: {where} has an unknown {keys.role}, {role!r}; {nearest(str(role), keys.roles)}")
+    if is_blank(content):
+        raise DataError(f"{place}: {where} has no text in '{keys.content}'; fill it in or leave the row out")
+    return Turn(keys.roles[role], as_text(content, f"'{keys.content}' of {where}", place))
+
+
+def _cure(keys: Keys) -> str:
+    other = "sharegpt (from, value)" if keys.role == "role" else "messages (role, content)"
+    return f"write it, or set data.format to {other}"
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value is None else f"{type(value).__name__} {reprlib.repr(value)}"

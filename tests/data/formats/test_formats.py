@@ -1,0 +1,201 @@
+"""What a row of each format says, and what is told of one that does not."""
+
+from typing import Any
+
+import pytest
+
+from tsqlora.data.formats import find_format
+from tsqlora.data.formats.example import Chat, Example, Manner, Turn
+from tsqlora.data.rows import Rows, column_names
+from tsqlora.errors import DataError, TsqLoraError, UnsupportedError
+
+CAUSAL, SEQ2SEQ = Manner(seq2seq=False, chat=False), Manner(seq2seq=True, chat=False)
+CHAT, ASKED = Manner(seq2seq=False, chat=True), Manner(seq2seq=False, chat=True, targets=False)
+USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
+
+
+def rows_of(*rows: dict[str, Any]) -> Rows:
+    return Rows(tuple(rows), "train.jsonl", tuple(range(7, 7 + len(rows))))
+
+
+def read(row: dict[str, Any], manner: Manner = CAUSAL) -> Example | Chat:
+    rows = rows_of(row)
+    return find_format(column_names(rows), source="train.jsonl").read(rows, 0, manner)
+
+
+def error(row: dict[str, Any], manner: Manner = CAUSAL, kind: type[TsqLoraError] = DataError) -> str:
+    with pytest.raises(kind) as caught:
+        read(row, manner)
+    return str(caught.value)
+
+
+def test_alpaca_has_a_prompt_with_and_one_without_an_input() -> None:
+    told = read({"instruction": "Add.", "input": "1 {2}", "output": "3"})
+    assert isinstance(told, Example)
+    assert told.target == "3"
+    assert told.prompt.startswith("Below is an instruction that describes a task, paired with an input")
+    assert told.prompt.endswith("### Instruction:\nAdd.\n\n### Input:\n1 {2}\n\n### Response:\n")
+    for nothing in ("", " ", None):
+        alone = read({"instruction": "Rhyme.", "input": nothing, "output": "3"})
+        assert isinstance(alone, Example)
+        assert "### Input" not in alone.prompt
+        assert alone.prompt.endswith(
+            "appropriately completes the request.\n\n### Instruction:\nRhyme.\n\n### Response:\n"
+        )
+
+
+def test_alpaca_is_a_chat_where_the_tokenizer_has_a_template() -> None:
+    row = {"instruction": "Add.", "input": "1 2", "output": "3"}
+    assert read(row, CHAT) == Chat((Turn("user", "Add.\n\n1 2"), Turn("assistant", "3")))
+    assert read(row, ASKED) == Chat((Turn("user", "Add.\n\n1 2"),))
+    assert read(row, SEQ2SEQ) == Example("Add.\n\n1 2", "3")
+
+
+def test_prompt_and_completion_stand_as_they_are() -> None:
+    assert read({"prompt": "2 + 2 = ", "completion": "4\n"}) == Example("2 + 2 = ", "4\n")
+
+
+def test_a_document_is_asked_for_its_summary() -> None:
+    row = {"document": "Long.", "summary": "L."}
+    assert read(row) == Example("Long.\n\nTL;DR:", " L.")
+    assert read(row, SEQ2SEQ) == Example("Long.", "L.")
+
+
+def test_plain_text_is_all_target_or_all_prompt() -> None:
+    assert read({"text": "Once"}) == Example("", "Once")
+    assert read({"text": "Once"}, ASKED) == Example("Once", None)
+    assert "data.prompt and data.target" in error({"text": "Once"}, SEQ2SEQ, UnsupportedError)
+
+
+@pytest.mark.parametrize(
+    "row", [{"prompt": "a"}, {"instruction": "a", "input": ""}, {"document": "a"}, {"prompt": "a", "completion": None}]
+)
+def test_targets_are_not_asked_for_where_they_are_not_read(row: dict[str, Any]) -> None:
+    rows = rows_of(row)
+    names = (*row, "completion", "output", "summary")
+    said = find_format(names, source="train.jsonl").read(rows, 0, Manner(seq2seq=False, chat=False, targets=False))
+    assert isinstance(said, Example)
+    assert said.target is None
+
+
+def test_messages_are_turns() -> None:
+    system = {"role": "system", "content": "Be brief."}
+    assert read({"messages": [system, USER, ANSWER]}) == Chat(
+        (Turn("system", "Be brief."), Turn("user", "hi"), Turn("assistant", "ho"))
+    )
+
+
+def test_what_stands_after_the_last_answer_is_not_trained_on() -> None:
+    assert read({"messages": [USER, ANSWER, USER]}) == read({"messages": [USER, ANSWER]})
+
+
+def test_to_write_an_answer_is_to_leave_out_the_one_at_the_end() -> None:
+    asked = Chat((Turn("user", "hi"),))
+    assert read({"messages": [USER, ANSWER]}, ASKED) == read({"messages": [USER]}, ASKED) == asked
+    assert read({"messages": [USER, ANSWER, USER]}, ASKED) == Chat(
+        (*asked.turns, Turn("assistant", "ho"), *asked.turns)
+    )
+
+
+def test_sharegpt_has_other_names_for_the_same() -> None:
+    said = [{"from": "system", "value": "s"}, {"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
+    assert read({"conversations": said}) == Chat((Turn("system", "s"), Turn("user", "hi"), Turn("assistant", "ho")))
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        (
+            {"prompt": "", "completion": "a"},
+            "train.jsonl:7: no text in column 'prompt'; fill it in or leave the row out",
+        ),
+        (
+            {"prompt": 3, "completion": "a"},
+            "train.jsonl:7: int 3 in column 'prompt' is no text; write a string",
+        ),
+        (
+            {"instruction": "a", "input": ["b"], "output": "c"},
+            "train.jsonl:7: list ['b'] in column 'input' is no text; write a string",
+        ),
+        (
+            {"document": "a\ud800", "summary": "b"},
+            "train.jsonl:7: column 'document' has half a surrogate pair (\\ud800..\\udfff); remove it",
+        ),
+        (
+            {"messages": "hi"},
+            "train.jsonl:7: str 'hi' in column 'messages' is no list of messages; "
+            'write a list of {"role": …, "content": …}',
+        ),
+        (
+            {"messages": None},
+            "train.jsonl:7: nothing in column 'messages' is no list of messages; "
+            'write a list of {"role": …, "content": …}',
+        ),
+        (
+            {"messages": []},
+            "train.jsonl:7: list [] in column 'messages' is no list of messages; "
+            'write a list of {"role": …, "content": …}',
+        ),
+        (
+            {"messages": [USER, "ho"]},
+            "train.jsonl:7: message 2 in column 'messages' is str 'ho'; write an object with role and content",
+        ),
+        (
+            {"messages": [{"role": "user"}, ANSWER]},
+            "train.jsonl:7: message 1 in column 'messages' has no 'content', only role; "
+            "write it, or set data.format to sharegpt (from, value)",
+        ),
+        (
+            {"messages": [{"from": "human", "value": "hi"}]},
+            "train.jsonl:7: message 1 in column 'messages' has no 'role', only from, value; "
+            "write it, or set data.format to sharegpt (from, value)",
+        ),
+        (
+            {"messages": [{"role": "asistant", "content": "hi"}]},
+            "train.jsonl:7: message 1 in column 'messages' has an unknown role, 'asistant'; did you mean 'assistant'? "
+            "choices: assistant, developer, system, tool, user",
+        ),
+        (
+            {"messages": [{"role": 3, "content": "hi"}]},
+            "train.jsonl:7: message 1 in column 'messages' has an unknown role, 3; "
+            "choices: assistant, developer, system, tool, user",
+        ),
+        (
+            {"messages": [USER, {"role": "assistant", "content": " "}]},
+            "train.jsonl:7: message 2 in column 'messages' has no text in 'content'; fill it in or leave the row out",
+        ),
+        (
+            {"messages": [USER, {"role": "assistant", "content": ["x"]}]},
+            "train.jsonl:7: list ['x'] in 'content' of message 2 in column 'messages' is no text; write a string",
+        ),
+        (
+            {"messages": [USER]},
+            "train.jsonl:7: no assistant's turn in column 'messages' to be trained on; leave the row out",
+        ),
+        (
+            {"conversations": [{"from": "bot", "value": "hi"}]},
+            "train.jsonl:7: message 1 in column 'conversations' has an unknown from, 'bot'; choices: assistant",
+        ),
+        (
+            {"conversations": [USER]},
+            "train.jsonl:7: message 1 in column 'conversations' has no 'from', only role, content; "
+            "write it, or set data.format to messages (role, content)",
+        ),
+    ],
+)
+def test_bad_rows_are_named(row: dict[str, Any], told: str) -> None:
+    assert error(row).startswith(told)
+
+
+def test_a_chat_with_nothing_to_answer_is_named() -> None:
+    assert error({"messages": [ANSWER]}, ASKED) == (
+        "train.jsonl:7: nothing in column 'messages' to answer; begin it with a user's message"
+    )
+
+
+def test_chats_are_for_causal_models() -> None:
+    told = error({"messages": [USER, ANSWER]}, SEQ2SEQ, UnsupportedError)
+    assert told == (
+        "train.jsonl: chats in column 'messages' are for causal-lm; "
+        "for seq2seq give columns of text: data.prompt and data.target"
+    )

@@ -1,0 +1,271 @@
+"""Prompt and target meet between two tokens; only targets are trained on; what is cut is the prompt."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from byte_tokenizers import BOS, CHATML, EOS, byte_tokenizer
+from tsqlora.data.formats import Format, find_format
+from tsqlora.data.generation import IGNORED, prompts, references, rows_that_fit, tokenise_generation
+from tsqlora.data.rows import Rows, column_names, read_rows
+from tsqlora.data.tokenise import TokenisedSplit, sample_hash
+from tsqlora.errors import DataError, SettingsError, TsqLoraError
+
+BYTES, CHATTY, T5 = byte_tokenizer(), byte_tokenizer(chat_template=CHATML), byte_tokenizer(opens=False, closes=True)
+WORDS = st.text(alphabet="ab é日\n", min_size=1, max_size=12).filter(str.strip)
+
+
+def rows_of(*rows: dict[str, Any]) -> Rows:
+    return Rows(tuple(rows), "train.jsonl", tuple(range(7, 7 + len(rows))))
+
+
+def pairs(*pairs: tuple[Any, Any]) -> Rows:
+    return rows_of(*({"prompt": prompt, "completion": completion} for prompt, completion in pairs))
+
+
+def format_of(rows: Rows) -> Format:
+    return find_format(column_names(rows), source=rows.source)
+
+
+def say(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def make(
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase = BYTES,
+    *,
+    max_length: int = 400,
+    seq2seq: bool = False,
+    **options: Any,
+) -> TokenisedSplit:
+    return tokenise_generation(rows, format_of(rows), tokenizer, max_length=max_length, seq2seq=seq2seq, **options)
+
+
+def error(kind: type[TsqLoraError], rows: Rows, *args: Any, **options: Any) -> str:
+    with pytest.raises(kind) as caught:
+        make(rows, *args, **options)
+    return str(caught.value)
+
+
+def shown(tokenizer: PreTrainedTokenizerBase, sample: dict[str, Any]) -> tuple[str, str]:
+    """The whole sample, and what of it is trained on."""
+    trained = [token for token in sample["labels"] if token != IGNORED]
+    return str(tokenizer.decode(sample["input_ids"])), str(tokenizer.decode(trained))
+
+
+def test_a_target_and_its_end_are_trained_on_and_the_prompt_is_not() -> None:
+    (sample,) = make(pairs(("ab", "c"))).samples
+    a, b, c = BYTES("abc", add_special_tokens=False)["input_ids"]
+    assert sample == {
+        "input_ids": [BOS, a, b, c, EOS],
+        "attention_mask": [1] * 5,
+        "labels": [IGNORED] * 3 + [c, EOS],
+    }
+
+
+def test_an_end_that_is_there_is_not_doubled() -> None:
+    assert make(pairs(("ab", "c</s>"))).samples == make(pairs(("ab", "c"))).samples
+
+
+def test_plain_text_is_trained_on_whole() -> None:
+    assert shown(BYTES, make(rows_of({"text": "abc"}))[0]) == ("<s>abc</s>", "abc</s>")
+
+
+@given(st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=4))
+def test_a_prompt_alone_has_the_tokens_that_it_is_trained_with(texts: list[tuple[str, str]]) -> None:
+    tokenizer = byte_tokenizer(merges=[("a", "b"), ("Ġ", "a"), ("b", "b"), ("Ġ", "Ġ"), ("Ċ", "Ċ")])
+    whole, alone = make(pairs(*texts), tokenizer), make(pairs(*texts), tokenizer, with_targets=False)
+    for (prompt, target), sample, asked in zip(texts, whole.samples, alone.samples, strict=True):
+        length = len(asked["input_ids"])
+        assert sample["input_ids"][:length] == asked["input_ids"]
+        assert sample["labels"] == [IGNORED] * length + sample["input_ids"][length:]
+        assert shown(tokenizer, sample) == (f"<s>{prompt}{target}</s>", f"{target}</s>")
+        assert "labels" not in asked
+
+
+def test_tokens_are_those_of_the_whole_text_where_none_lies_across() -> None:
+    tokenizer = byte_tokenizer(opens=False, merges=[("Ġ", "a")])
+    for prompt, target, parts in (("b", " a", ["b", "Ġa"]), ("b ", "a", ["b", "Ġ", "a"])):
+        sample = make(pairs((prompt, target)), tokenizer)[0]
+        assert tokenizer.convert_ids_to_tokens(sample["input_ids"])[:-1] == parts
+
+
+def test_a_long_prompt_loses_its_beginning_but_not_what_opens_every_text() -> None:
+    split = make(pairs(("abcdef", "gh"), ("a", "b")), max_length=6)
+    assert [shown(BYTES, sample) for sample in split.samples] == [("<s>efgh</s>", "gh</s>"), ("<s>ab</s>", "b</s>")]
+    assert split.truncated == 1
+    asked = make(pairs(("abcdef", "gh")), max_length=4, with_targets=False)
+    assert (BYTES.decode(asked[0]["input_ids"]), asked.truncated) == ("<s>def", 1)
+
+
+def test_long_plain_text_loses_its_end() -> None:
+    split = make(rows_of({"text": "abcdef"}, {"text": "ab"}), max_length=4)
+    assert [shown(BYTES, sample) for sample in split.samples] == [("<s>abc", "abc"), ("<s>ab</s>", "ab</s>")]
+    assert split.truncated == 1
+
+
+def test_a_target_that_does_not_fit_whole_is_named_and_the_number_of_such_rows() -> None:
+    rows = pairs(("a", "bcd"), ("a", "bcde"), ("abc", "bcdefgh"))
+    assert error(DataError, rows, max_length=6) == (
+        "train.jsonl:8: the target needs 7 tokens, and 6 are kept (so in 2 rows); "
+        "raise data.max_length to 10, or leave them out"
+    )
+    assert make(rows, max_length=10).truncated == 1  # the last prompt keeps one token
+    fitting = rows_that_fit(rows, format_of(rows), BYTES, max_length=6, seq2seq=False)
+    np.testing.assert_array_equal(fitting, [0])
+
+
+def test_empty_targets_are_named_and_counted() -> None:
+    rows = pairs(("a", "b"), ("a", " "), ("a", None), ("a", ""))
+    assert error(DataError, rows) == (
+        "train.jsonl:8: no text in column 'completion', the target (so in 3 rows); fill it in or leave the row out"
+    )
+    assert error(DataError, pairs(("a", ""))) == (
+        "train.jsonl:7: no text in column 'completion', the target; fill it in or leave the row out"
+    )
+
+
+def test_other_bad_rows_are_named() -> None:
+    assert error(DataError, pairs(("a", "b"), (["a"], "b"))) == (
+        "train.jsonl:8: list ['a'] in column 'prompt' is no text; write a string"
+    )
+
+
+def test_a_split_in_which_nothing_would_be_trained_on_is_refused() -> None:
+    rows = pairs(("a", "bcdef"), ("a", "bcd"))
+    with pytest.raises(DataError) as caught:
+        rows_that_fit(rows, format_of(rows), BYTES, max_length=5, seq2seq=False)
+    assert str(caught.value) == (
+        "train.jsonl: no token would be trained on: none of 2 targets fits whole into 5 tokens; "
+        "raise data.max_length to 6 or more"
+    )
+
+
+def test_room_for_text_is_asked_for() -> None:
+    assert error(SettingsError, pairs(("a", "b")), max_length=2) == (
+        "data.max_length 2 leaves no room for text beside 1 special tokens; set it to 3 or more"
+    )
+
+
+def test_a_chat_is_trained_on_every_answer_as_its_template_writes_it() -> None:
+    chat = [say("system", "s"), say("user", "a"), say("assistant", "b"), say("user", "c"), say("assistant", "d")]
+    tokenizer = byte_tokenizer(chat_template=CHATML, eos="<|im_end|>")
+    sample = make(rows_of({"messages": chat}), tokenizer)[0]
+    assert shown(tokenizer, sample) == (
+        "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+        "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\nd<|im_end|>",
+        "b<|im_end|>d<|im_end|>",
+    )
+    rendered = str(tokenizer.apply_chat_template(chat, tokenize=False))
+    assert sample["input_ids"] == tokenizer(rendered.rstrip(), add_special_tokens=False)["input_ids"]
+
+
+def test_what_a_chat_is_asked_is_what_it_is_trained_with() -> None:
+    rows = rows_of({"messages": [say("user", "a"), say("assistant", "b"), say("user", "c"), say("assistant", "d")]})
+    tokenizer = byte_tokenizer(chat_template=CHATML, eos="<|im_end|>", merges=[("Ċ", "d"), ("Ċ", "b")])
+    whole, asked = make(rows, tokenizer)[0], make(rows, tokenizer, with_targets=False)[0]
+    length = len(asked["input_ids"])
+    assert whole["input_ids"][:length] == asked["input_ids"]
+    assert tokenizer.decode(whole["input_ids"][length:]) == "d<|im_end|>"
+    assert prompts(rows, format_of(rows), tokenizer, seq2seq=False) == [tokenizer.decode(asked["input_ids"])]
+    assert references(rows, format_of(rows)) == ["d"]
+
+
+def test_of_a_long_chat_the_oldest_turns_go_and_a_cut_answer_is_not_trained_on() -> None:
+    rows = rows_of({"messages": [say("user", "a"), say("assistant", "bcdef"), say("user", "g"), say("assistant", "h")]})
+    template = "<s>{% for m in messages %}{{ m['content'] }}|{% endfor %}"
+    tokenizer = byte_tokenizer(chat_template=template)
+    assert shown(tokenizer, make(rows, tokenizer)[0]) == ("<s>a|bcdef|g|h|", "bcdef|h|")
+    cut = make(rows, tokenizer, max_length=9)
+    assert shown(tokenizer, cut[0]) == ("<s>def|g|h|", "h|")
+    assert cut.truncated == 1
+    assert shown(tokenizer, make(rows, tokenizer, max_length=11)[0])[1] == "bcdef|h|"
+    assert "the target needs 4 tokens, and 3 are kept" in error(DataError, rows, tokenizer, max_length=3)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
+    rows = rows_of({"messages": [say("user", "a"), say("assistant", "b"), say("user", "c"), say("assistant", "d")]})
+    template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}|{% endfor %}"
+    assert error(DataError, rows, byte_tokenizer(chat_template=template)) == (
+        "train.jsonl:7: the chat template rewrites what stands before turn 2, so that its tokens cannot be told apart; "
+        "write one assistant's turn a row"
+    )
+
+
+def test_a_template_that_refuses_the_roles_is_named() -> None:
+    template = "{{ raise_exception('roles must alternate') }}"
+    rows = rows_of({"messages": [say("user", "a"), say("assistant", "b")]})
+    assert error(DataError, rows, byte_tokenizer(chat_template=template)) == (
+        "train.jsonl:7: the chat template refuses these turns (roles must alternate); correct their order"
+    )
+
+
+def test_a_tokenizer_without_a_template_is_refused_for_chats() -> None:
+    rows = rows_of({"messages": [say("user", "a"), say("assistant", "b")]})
+    assert error(SettingsError, rows) == (
+        "the tokenizer of the model has no chat template, which rows of messages need; "
+        "use a chat model, or put a chat_template.jinja beside the tokenizer"
+    )
+
+
+def test_a_tokenizer_without_an_end_is_refused() -> None:
+    told = error(SettingsError, pairs(("a", "b")), byte_tokenizer(eos=None))
+    assert told == "the tokenizer of the model has no end token, without which no answer ends; set its eos_token"
+    # A sequence-to-sequence model's may close with another token, as BERT's does.
+    closing = byte_tokenizer(closes=True, eos=None)
+    assert make(pairs(("a", "b")), closing, seq2seq=True)[0]["labels"][-1] == EOS
+
+
+def test_sequence_to_sequence_reads_the_prompt_and_writes_the_target() -> None:
+    sample = make(pairs(("ab", "c")), T5, seq2seq=True)[0]
+    assert (T5.decode(sample["input_ids"]), T5.decode(sample["labels"])) == ("ab</s>", "c</s>")
+    # Where the tokenizer closes nothing, the target is closed all the same.
+    assert BYTES.decode(make(pairs(("ab", "c")), seq2seq=True)[0]["labels"]) == "<s>c</s>"
+
+
+def test_a_long_source_is_cut_on_the_left_and_a_long_target_is_named() -> None:
+    split = make(pairs(("abcdef", "gh")), T5, seq2seq=True, max_length=4)
+    assert (T5.decode(split[0]["input_ids"]), T5.decode(split[0]["labels"])) == ("def</s>", "gh</s>")
+    assert split.truncated == 1
+    assert error(DataError, pairs(("ab", "cdef")), T5, seq2seq=True, max_length=8, max_target_length=4) == (
+        "train.jsonl:7: the target needs 5 tokens, and 4 are kept; raise data.max_target_length to 5, or leave them out"
+    )
+
+
+def test_samples_do_not_depend_on_their_neighbours() -> None:
+    texts = [("ab", "cd"), ("abcdefghi", "j"), ("x", "y")]
+    together = make(pairs(*texts), max_length=8)
+    for pair, sample, name in zip(texts, together.samples, together.hashes, strict=True):
+        alone = make(pairs(pair), max_length=8)
+        assert (alone[0], alone.hashes[0]) == (sample, name)
+
+
+def test_hashes_are_of_prompt_input_and_target() -> None:
+    split = make(rows_of({"instruction": "a", "input": "b", "output": "c"}))
+    assert split.hashes == (sample_hash("a", "b", "c"),)
+    assert make(rows_of({"text": "a"})).hashes == (sample_hash("a", "", ""),)
+
+
+def test_a_chat_has_one_hash_whatever_the_order_of_its_keys() -> None:
+    user, answer = say("user", "a"), say("assistant", "b")
+    turned = dict(reversed(answer.items()))
+    one, other = (make(rows_of({"messages": [user, last]}), CHATTY).hashes for last in (answer, turned))
+    assert one == other
+
+
+@pytest.mark.parametrize("name", ["alpaca", "scitldr", "xsum"])
+def test_real_rows(shared_dir: Path, name: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(shared_dir / "models" / "stories260K")
+    rows = read_rows(shared_dir / "data" / name / "validation.jsonl")
+    format = format_of(rows)
+    split = tokenise_generation(rows, format, tokenizer, max_length=4096, seq2seq=False)
+    for sample, target in zip(split.samples, references(rows, format), strict=True):
+        assert sample["input_ids"][0] == tokenizer.bos_token_id
+        trained = [token for token in sample["labels"] if token != IGNORED]
+        assert str(tokenizer.decode(trained, skip_special_tokens=True)).strip() == target
