@@ -365,6 +365,24 @@ TABLES["recheck"] = recheck
 TABLES["recheck-trained"] = recheck_trained
 
 
+def servers(results: Mapping[str, Any]) -> list[list[str]]:
+    """What each server's own code made of each kind of adapter."""
+    found = results["servers"]
+    rows = [["adapter", *found]]
+    for kind in dict.fromkeys(kind for kinds in found.values() for kind in kinds):
+        rows.append([kind, *(_applied(kinds[kind]) for kinds in found.values())])
+    return rows
+
+
+def _applied(seen: Mapping[str, Any]) -> str:
+    """A verdict, with the factors at which updates are applied."""
+    factors = sorted({f"{factor:.3g}" for factor in seen.get("factors", {}).values()})
+    return seen["verdict"] + (f": × {', '.join(factors)}" if factors else "")
+
+
+TABLES["servers"] = servers
+
+
 def glue_summary(_: Mapping[str, Any]) -> list[list[str]]:
     """What docs/results.md says over tasks at 2,000 rows and mean rank 4, with wrong labels and without."""
     import results_page

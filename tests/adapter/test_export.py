@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from elsewhere import environment_without_us
 from loras import LAYERS, lora_config, save_base, save_lora, tiny_gpt2_lm, tiny_llama
 from models import tiny_bert
 from tsqlora.adapter import export as export_module
@@ -44,6 +44,11 @@ BASES = {
     "llama": (tiny_llama, [*LLAMA, "model.embed_tokens"]),
     "gpt2": (tiny_gpt2_lm, [*GPT2, "transformer.wte"]),
 }
+STACKED = (
+    [f"model.layers.*.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")],
+    [f"model.layers.*.mlp.{name}" for name in ("gate_proj", "up_proj")],
+)
+"""Kinds of layer of which SGLang makes one matrix; it makes up a missing k (or a missing up) itself."""
 FLOAT32 = torch.finfo(torch.float32).eps
 
 
@@ -102,6 +107,7 @@ def test_universal_is_one_rank_and_the_same_update_in_plain_peft(case: Any, tmp_
     assert (config["rank_pattern"], config["alpha_pattern"], config["use_rslora"]) == ({}, {}, False)
     assert all("." not in name or name.count(".") < 3 for name in config["target_modules"])
     kinds = {kind(name) for name in source.targets}
+    kinds |= {other for name in kinds for pair in STACKED if name in pair for other in pair if "k_proj" not in other}
     assert back.targets.keys() == {name for name in module_shapes(model) if kind(name) in kinds}
     for name, target in back.targets.items():
         mine = source.targets[name].delta() if name in source.targets else torch.zeros(1, dtype=torch.float64)
@@ -169,7 +175,7 @@ def test_universal_by_hand(place: Path, tmp_path: Path) -> None:
         "logits_difference": 0,
         "largest_logit": report["largest_logit"],
         "rank": 16,
-        "targets": 4,
+        "targets": 8,
         "max_lora_rank": 16,
         "bytes": 0,
         "truncation": {},
@@ -179,7 +185,7 @@ def test_universal_by_hand(place: Path, tmp_path: Path) -> None:
     config = json.loads((tmp_path / "out" / CONFIG).read_text())
     assert config["r"] == 16
     assert config["lora_alpha"] == 32
-    assert config["target_modules"] == ["q_proj", "up_proj"]
+    assert config["target_modules"] == ["gate_proj", "q_proj", "up_proj", "v_proj"]
     filled = read_adapter(tmp_path / "out").targets["model.layers.1.self_attn.q_proj"]
     assert not filled.a.any()
     assert not filled.b.any()
@@ -191,7 +197,7 @@ def test_the_base_that_the_adapter_names_gives_shapes_and_no_logits(place: Path,
     (source / CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": str(place / "base")}))
     report = export(source, tmp_path / "out", format="universal")
     assert report["logits_difference"] is None
-    assert report["targets"] == 4
+    assert report["targets"] == 8
 
 
 @pytest.mark.parametrize(
@@ -222,7 +228,7 @@ def test_rank_zero_in_a_file_is_padded_or_left_out(place: Path, tmp_path: Path) 
     small = export(tmp_path / "zero", tmp_path / "small", format="peft", base=str(place / "base"))
     assert small["targets"] == 3
     large = export(tmp_path / "zero", tmp_path / "large", format="universal", base=str(place / "base"))
-    assert (large["targets"], large["update_difference"]) == (4, 0.0)
+    assert (large["targets"], large["update_difference"]) == (8, 0.0)
 
 
 def write_into(folder: Path, adapter: LoraAdapter) -> Path:
@@ -247,23 +253,33 @@ def test_truncation_is_the_best_there_is_and_its_error_is_told(place: Path, tmp_
     assert compare_updates(source, exact, torch.float32).update == 0
 
 
-def test_peft_loads_an_export_where_tsqlora_is_not(place: Path, tmp_path: Path) -> None:
-    export(place / "adapter", tmp_path / "out", format="universal", base=str(place / "base"))
-    rows = probe_rows(llama_at(place))["input_ids"].tolist()
-    script = f"""
-import json, sys, torch
-sys.modules["tsqlora"] = None
+ELSEWHERE = """
+import importlib.util, json, sys, torch
+assert importlib.util.find_spec("tsqlora") is None, "tsqlora is here"
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained({str(place / "base")!r})
-model = PeftModel.from_pretrained(model, {str(tmp_path / "out")!r}).eval()
-with torch.no_grad():
-    print(json.dumps(model(input_ids=torch.tensor({rows})).logits.tolist()))
+base, rows, *adapters, merged = json.loads(sys.argv[1])
+def said(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.tensor(rows)).logits.tolist()
+def load(path):
+    return AutoModelForCausalLM.from_pretrained(path)
+print(json.dumps([*(said(PeftModel.from_pretrained(load(base), path)) for path in adapters), said(load(merged))]))
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+
+
+def test_every_export_says_the_same_in_an_environment_without_us(place: Path, tmp_path: Path) -> None:
+    formats = ("peft", "universal", "merged")
+    for format in formats:
+        export(place / "adapter", tmp_path / format, format=format, base=str(place / "base"))
+    rows = probe_rows(llama_at(place))["input_ids"].tolist()
+    given = json.dumps([str(place / "base"), rows, *(str(tmp_path / format) for format in formats)])
+    python = environment_without_us(tmp_path / "environment")
+    done = subprocess.run([python, "-I", "-c", ELSEWHERE, given], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    theirs = torch.tensor(json.loads(done.stdout.splitlines()[-1]))
-    torch.testing.assert_close(theirs, logits_with(llama_at(place), place / "adapter"), rtol=1e-4, atol=1e-4)
+    expected = logits_with(llama_at(place), place / "adapter")
+    for found in json.loads(done.stdout.splitlines()[-1]):
+        torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-4, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------- merged

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tsqlora.adapter.lora import LoraAdapter, Target
-from tsqlora.adapter.rewrite import layer_kind, served_rank
+from tsqlora.adapter.rewrite import layer_kind, partners, served_rank
 
 Verdict = Literal["right", "wrong", "refused"]
 Layers = Mapping[str, Sequence[str]]
@@ -34,8 +34,8 @@ class Consumer:
     """One reader of adapters.
 
     Attributes:
-        version, source: what the rule was read in. `evidence`: S read in its source, I an issue
-            or pull request, R reasoned from the code and not run.
+        version, source: what the rule was read in. `evidence`: C its own code was run, S read in
+            its source, I an issue or pull request, R reasoned from the code and not run.
         rule: what it does, in a line.
         scale: what it multiplies BA of a target with.
         checks: what it refuses or leaves out, the gravest first.
@@ -175,6 +175,28 @@ def _stray_tensors(adapter: LoraAdapter, layers: Layers) -> Problem | None:
     return Problem("refused", f"stops at a tensor that is no A or B: {names[0]}") if names else None
 
 
+def _heads_but_a_classifiers(adapter: LoraAdapter, layers: Layers) -> Problem | None:
+    heads = adapter.heads()
+    if len(heads) <= 1 and {name.rpartition(".")[2] for name in heads} <= {"classifier", "score"}:
+        return None
+    return Problem("refused", f"takes no saved modules but one classifier or score: {', '.join(heads)}")
+
+
+def _other_than_r(adapter: LoraAdapter, layers: Layers) -> Problem | None:
+    rank = adapter.config["r"]
+    for name, target in adapter.targets.items():
+        if target.rank != rank:
+            return Problem("refused", f"{name} has rank {target.rank}, and its buffers have r, {rank}")
+    return None
+
+
+def _without_partner(adapter: LoraAdapter, layers: Layers) -> Problem | None:
+    for name in adapter.targets:
+        if absent := [partner for partner in partners(name) if partner not in adapter.targets]:
+            return Problem("refused", f"stacks {name} with {absent[0].rpartition('.')[2]}, which has no adapter")
+    return None
+
+
 def _unequal_ranks(adapter: LoraAdapter, layers: Layers) -> Problem | None:
     ranks = {target.rank for target in adapter.targets.values()}
     if len(ranks) == 1:
@@ -214,6 +236,18 @@ def _padded_rank(adapter: LoraAdapter, layers: Layers) -> Problem | None:
     return Problem("wrong", why)
 
 
+_VLLM_REFUSES = (
+    "use_dora",
+    "bias",
+    "lora_bias",
+    "init_lora_weights",
+    "alora_invocation_tokens",
+    "layer_replication",
+    "use_bdlora",
+    "use_qalora",
+)
+_SGLANG_CHECKS = (_refuses("use_dora"), _heads("wrong", "loads no saved modules"), _leaves_out_all_but("use_dora"))
+
 CONSUMERS = (
     Consumer(
         "PEFT",
@@ -226,14 +260,29 @@ CONSUMERS = (
     ),
     Consumer(
         "vLLM",
-        "to 0.30.0",
-        "vllm issue 59799, pull request 59801; a stored vllm/lora/peft_helper.py",
-        "S, I",
-        "lora_alpha / r for every layer, without a warning; no DoRA, no saved modules",
+        "0.32.0, 0.33.0",
+        "vllm/lora/peft_helper.py, lora_model.py",
+        "C",
+        "rank_pattern and alpha_pattern, as PEFT; no DoRA, no biases, no PiSSA and the like; of saved modules one "
+        "classifier or score",
+        _own,
+        (
+            _rank_zero,
+            _refuses(*_VLLM_REFUSES),
+            _heads_but_a_classifiers,
+            _leaves_out_all_but(*_VLLM_REFUSES),
+        ),
+    ),
+    Consumer(
+        "vLLM to 0.31",
+        "0.30.0, 0.31.0",
+        "vllm/lora/peft_helper.py, lora_model.py; issue 59799, pull request 59801",
+        "C, I",
+        "lora_alpha / r for every layer, without a warning; no DoRA, no biases, no saved modules",
         _global,
         (
             _refuses("use_dora", "bias"),
-            _heads("refused", "takes no saved modules (later versions take classifier and score)"),
+            _heads("refused", "takes no saved modules (0.31: but one classifier or score)"),
             _leaves_out_all_but("use_dora", "bias"),
         ),
     ),
@@ -242,14 +291,19 @@ CONSUMERS = (
         "main, 0ceb81f",
         "sglang/srt/lora/lora_config.py, lora_manager.py; sglang issue 40835",
         "S, I",
-        "refuses patterns that change a rank or an alpha; lora_alpha / r also with rsLoRA; no DoRA",
+        "refuses patterns that change a rank or an alpha; lora_alpha / r also with rsLoRA; stacks q, k, v and gate, "
+        "up: needs v with q, q with k and v, gate with up; no DoRA",
         _global_without_rslora,
-        (
-            _patterns,
-            _refuses("use_dora"),
-            _heads("wrong", "loads no saved modules"),
-            _leaves_out_all_but("use_dora"),
-        ),
+        (_patterns, _without_partner, *_SGLANG_CHECKS),
+    ),
+    Consumer(
+        "SGLang to 0.5.23",
+        "0.5.23",
+        "sglang/srt/lora/lora.py, lora_config.py, mem_pool.py",
+        "C, S",
+        "as main, but fails at a rank that is not r, and passes over alpha_pattern without a warning",
+        _global_without_rslora,
+        (_other_than_r, _without_partner, *_SGLANG_CHECKS),
     ),
     Consumer(
         "llama.cpp",

@@ -13,7 +13,7 @@ from tsqlora.adapter.files import pickles, read_adapter
 from tsqlora.adapter.gguf_file import ARCHITECTURES
 from tsqlora.adapter.health import broken, health, vllm_rank
 from tsqlora.adapter.lora import LoraAdapter
-from tsqlora.adapter.rewrite import Shape, layer_kind, universal
+from tsqlora.adapter.rewrite import Shape, layer_kind, partners, universal
 from tsqlora.errors import SettingsError, TsqLoraError
 
 _BY_PEFT = ("PEFT", "diffusers")
@@ -96,7 +96,7 @@ def _base(adapter: LoraAdapter) -> PreTrainedModel | None:
 
 
 def _implied(adapter: LoraAdapter) -> dict[str, Shape]:
-    """The modules that the adapter's own names imply: each kind in as many blocks as any kind has."""
+    """The modules that the adapter's own names imply: each kind in as many blocks as any kind has, and partners."""
     shapes = {name: Shape(target.kind, target.inputs, target.outputs) for name, target in adapter.targets.items()}
     numbers = {int(part) for name in shapes for part in name.split(".") if part.isdigit()}
     blocks = range(max(numbers, default=0) + 1)
@@ -108,7 +108,9 @@ def _implied(adapter: LoraAdapter) -> dict[str, Shape]:
         if len(places) == 1 and len(blocks) <= _MOST_BLOCKS:
             before, after = parts[: places[0]], parts[places[0] + 1 :]
             implied |= {".".join([*before, str(number), *after]): shape for number in blocks}
-    return implied | shapes
+    # As wide as what it is stacked with; really it may be narrower.
+    beside = {partner: shape for name, shape in (implied | shapes).items() for partner in partners(name)}
+    return beside | implied | shapes
 
 
 def _layers(adapter: LoraAdapter, shapes: Mapping[str, Shape]) -> dict[str, list[str]]:

@@ -8,7 +8,7 @@ from tsqlora.adapter.lora import LoraAdapter, Target
 from tsqlora.adapter.rewrite import decompose
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Values that vLLM's --max-lora-rank takes (vllm/config/lora.py, v0.26.0; it takes 1, too)."""
+"""Values that vLLM's --max-lora-rank takes (vllm/config/lora.py, 0.30 to 0.33; it takes 1, too)."""
 
 
 @dataclass(frozen=True, slots=True)

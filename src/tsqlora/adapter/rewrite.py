@@ -80,8 +80,8 @@ def decompose(target: Target) -> tuple[Tensor, Tensor, Tensor]:
 def universal(adapter: LoraAdapter, shapes: Mapping[str, Shape], names: Collection[str]) -> LoraAdapter:
     """One rank, one alpha, no patterns, no rsLoRA: every target of the adapter, in every layer, zero-padded.
 
-    Where scales differ, the commonest is kept and the others are folded into B, in float32. Else
-    ΔW is the same, to the bit.
+    Layers that a server stacks with a target are there too. Where scales differ, the commonest is
+    kept and the others are folded into B, in float32. Else ΔW is the same, to the bit.
 
     Args:
         shapes: of the base's modules, by name: which the adapter could have. `names`: of all of its modules.
@@ -93,7 +93,7 @@ def universal(adapter: LoraAdapter, shapes: Mapping[str, Shape], names: Collecti
         if target.kind == "convolution":
             raise UnsupportedError(f"{name} is a convolution, which the universal form cannot hold; export it as peft")
         require_fits(name, target, shapes)
-    kinds = {layer_kind(name) for name in adapter.targets}
+    kinds = {layer_kind(name) for target in adapter.targets for name in (target, *partners(target))}
     wanted = {name: shape for name, shape in shapes.items() if layer_kind(name) in kinds}
     rank = served_rank(adapter.rank)
     scale = commonest_scale(adapter.targets.values())
@@ -138,6 +138,21 @@ def served_rank(rank: int) -> int:
     [8, 8, 8, 16, 48]
     """
     return 8 if rank <= 8 else -(-rank // 16) * 16
+
+
+_STACKED = {"q_proj": ("v_proj",), "k_proj": ("q_proj", "v_proj"), "v_proj": ("q_proj",), "up_proj": ("gate_proj",)}
+
+
+def partners(name: str) -> list[str]:
+    """The modules beside this one without which SGLang cannot stack it.
+
+    It makes one matrix of q, k and v, and of gate and up; a missing k or up it makes up itself.
+
+    >>> partners("layers.0.mlp.up_proj"), partners("layers.0.mlp.fc1")
+    (['layers.0.mlp.gate_proj'], [])
+    """
+    before, dot, last = name.rpartition(".")
+    return [f"{before}{dot}{partner}" for partner in _STACKED.get(last, ())]
 
 
 def commonest_scale(targets: Collection[Target]) -> float:
