@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from byte_tokenizers import BOS, CHATML, EOS, byte_tokenizer
 from tsqlora.data.formats import Format, find_format
-from tsqlora.data.generation import IGNORED, prompts, references, rows_that_fit, tokenise_generation
+from tsqlora.data.generation import IGNORED, left_out, prompts, references, rows_that_fit, tokenise_generation
 from tsqlora.data.rows import Rows, column_names, read_rows
 from tsqlora.data.tokenise import TokenisedSplit, sample_hash
 from tsqlora.errors import DataError, SettingsError, TsqLoraError
@@ -73,8 +73,10 @@ def test_an_end_that_is_there_is_not_doubled() -> None:
     assert make(pairs(("ab", "c</s>"))).samples == make(pairs(("ab", "c"))).samples
 
 
-def test_plain_text_is_trained_on_whole() -> None:
+def test_plain_text_is_trained_on_but_for_a_token_that_follows_from_nothing() -> None:
     assert shown(BYTES, make(rows_of({"text": "abc"}))[0]) == ("<s>abc</s>", "abc</s>")
+    bare = byte_tokenizer(opens=False)
+    assert shown(bare, make(rows_of({"text": "abc"}), bare)[0]) == ("abc</s>", "bc</s>")
 
 
 @given(st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=4))
@@ -119,6 +121,11 @@ def test_a_target_that_does_not_fit_whole_is_named_and_the_number_of_such_rows()
     assert make(rows, max_length=10).truncated == 1  # the last prompt keeps one token
     fitting = rows_that_fit(rows, format_of(rows), BYTES, max_length=6, seq2seq=False)
     np.testing.assert_array_equal(fitting, [0])
+    assert left_out(rows, fitting) == (
+        "2 of 3 rows are left out, whose targets do not fit whole: train.jsonl:8, train.jsonl:9"
+    )
+    assert str(left_out(rows_of(*[{}] * 4), np.array([], dtype=int))).endswith(":7, train.jsonl:8, train.jsonl:9, …")
+    assert left_out(rows, np.arange(3)) is None
 
 
 def test_empty_targets_are_named_and_counted() -> None:

@@ -1,6 +1,7 @@
 """Texts out of rows: what a cell must hold, and what is said where it does not."""
 
 import reprlib
+from collections.abc import Mapping
 from typing import Any
 
 from tsqlora.data.rows import Rows
@@ -29,6 +30,22 @@ def as_text(value: Any, where: str, place: str) -> str:
     if not _is_unicode(value):
         raise DataError(f"{place}: {where} has half a surrogate pair (\\ud800..\\udfff); remove it")
     return value
+
+
+def row_text(row: Mapping[str, Any], columns: Mapping[str, str | None]) -> str:
+    """What a row says in its columns `text` and `text_pair`, a line each; of a chat, a line a message.
+
+    >>> row_text({"q": "Why?", "chat": [{"role": "user", "content": "Hi."}]}, {"text": "q", "text_pair": "chat"})
+    'Why?\\nuser: Hi.'
+    """
+    cells = (row.get(column) for column in (columns["text"], columns["text_pair"]) if column is not None)
+    return "\n".join(_cell_text(cell) for cell in cells if cell is not None)
+
+
+def _cell_text(cell: Any) -> str:
+    if isinstance(cell, list):
+        return "\n".join(": ".join(map(str, item.values())) if isinstance(item, dict) else str(item) for item in cell)
+    return str(cell)
 
 
 def is_blank(value: Any) -> bool:

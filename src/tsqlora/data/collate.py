@@ -45,10 +45,15 @@ def generation_collator(
 
     Raises SettingsError for a tokenizer with neither a padding nor an end token.
     """
+    return GenerationCollator(padding_of(tokenizer), seq2seq, multiple, left)
+
+
+def padding_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token to fill up with: the tokenizer's padding, else its end token."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if not isinstance(pad, int):
         raise SettingsError("the tokenizer has neither a padding nor an end token; set one")
-    return GenerationCollator(pad, seq2seq, multiple, left)
+    return pad
 
 
 def _padded(rows: Sequence[Sequence[int]], fill: int, multiple: int, *, left: bool) -> Tensor:

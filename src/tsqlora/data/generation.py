@@ -29,6 +29,9 @@ from tsqlora.errors import DataError, SettingsError
 IGNORED = -100
 """The label of a token that is not trained on."""
 
+_SHOWN = 3
+"""Rows that a note names."""
+
 
 @dataclass(frozen=True, slots=True)
 class Made:
@@ -101,6 +104,16 @@ def rows_that_fit(
     return fitting
 
 
+def left_out(rows: Rows, fitting: Int[np.ndarray, " k"]) -> str | None:
+    """For a note: how many rows `rows_that_fit` left out, and where the first of them are; None where none was."""
+    others = np.setdiff1d(np.arange(len(rows)), fitting)
+    if not len(others):
+        return None
+    first = ", ".join(rows.place(int(i)) for i in others[:_SHOWN])
+    more = ", …" if len(others) > _SHOWN else ""
+    return f"{len(others)} of {len(rows)} rows are left out, whose targets do not fit whole: {first}{more}"
+
+
 def references(rows: Rows, format: Format) -> list[str]:
     """What each row says is to be written: its target, of a chat the assistant's last turn; no space around it."""
     examples = (format.read(rows, i, Manner(seq2seq=False, chat=False)) for i in range(len(rows)))
@@ -169,7 +182,9 @@ def _continued(runs: Sequence[Run], opening: list[int], max_length: int) -> Made
     if not runs or not runs[-1].trained:
         return Made(sample, total > room, 0)
     needs = 0 if plain else len(opening) + len(runs[-1].ids) + 1
-    return Made({**sample, "labels": [*[IGNORED] * len(opening), *labels[kept]]}, total > room, needs)
+    known = [*[IGNORED] * len(opening), *labels[kept]]
+    known[0] = IGNORED  # it follows from nothing
+    return Made({**sample, "labels": known}, total > room, needs)
 
 
 def _seq2seq(

@@ -1,12 +1,13 @@
 """Files of any size -> samples on disk: as `prepare`, and never all rows in memory."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from tsqlora.data.cells import row_text
 from tsqlora.data.columns import Columns, find_columns
 from tsqlora.data.labels import LabelMap, distinct_labels, encode_targets
 from tsqlora.data.prepare import Prepared, Splits, encode
@@ -70,10 +71,10 @@ def store(survey: Survey, tokenizer: PreTrainedTokenizerBase, folder: Path, *, m
 
 def texts_of(survey: Survey, split: str) -> Iterator[str]:
     """The text of every row of a split, in order; a pair's two texts are a line each."""
-    used = (survey.columns.text, survey.columns.text_pair)
+    columns = asdict(survey.columns)
     for rows in _chunks_of(survey.sources[split], survey.places[split]):
         for row in rows.rows:
-            yield "\n".join(str(row[column]) for column in used if column is not None)
+            yield row_text(row, columns)
 
 
 def _names(source: Source) -> tuple[str, ...]:

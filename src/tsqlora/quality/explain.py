@@ -1,12 +1,13 @@
 """Scores and the file they are of -> the samples to look at, with text, label, prediction and terms."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
 
+from tsqlora.data.cells import row_text
 from tsqlora.data.rows import Source, open_split
 from tsqlora.data.tokenise import row_hash
 from tsqlora.errors import DataError
@@ -69,7 +70,7 @@ def _source(scores: Scores, data: Path | None) -> Source:
 
 
 def find_texts(scores: Scores, rows: Iterable[int], source: Source) -> dict[int, str]:
-    """The text of each of these rows that the source still has; a pair's two texts are a line each."""
+    """The text of each of these rows that the source still has; texts of a pair and messages are a line each."""
     assert scores.hashes is not None
     columns, hashes = scores.record["columns"], {int(j): scores.hashes[j] for j in rows}
     wanted = set(hashes.values())
@@ -77,7 +78,7 @@ def find_texts(scores: Scores, rows: Iterable[int], source: Source) -> dict[int,
     for chunk in source.chunks():
         for row in chunk.rows:
             if (name := row_hash(row, columns)) in wanted:
-                found[name] = _text(row, columns)
+                found[name] = row_text(row, columns)
     return {j: found[name] for j, name in hashes.items() if name in found}
 
 
@@ -87,11 +88,6 @@ def _texts(scores: Scores, rows: np.ndarray, source: Source) -> dict[int, str]:
     if missing := len(rows) - len(found):
         raise DataError(f"{source.name} lacks {missing} of the rows that were scored; name that file: --data FILE")
     return found
-
-
-def _text(row: Mapping[str, Any], columns: Mapping[str, str | None]) -> str:
-    used = (columns["text"], columns["text_pair"])
-    return "\n".join(str(row[column]) for column in used if column is not None)
 
 
 def _sample(scores: Scores, j: int, text: str) -> dict[str, Any]:
