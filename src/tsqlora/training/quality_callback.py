@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
-from transformers import GenerationMixin, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tsqlora import distributed
 from tsqlora.errors import DataError, NotLearnedError, SettingsError, TsqLoraError, UnsupportedError
@@ -125,7 +124,6 @@ class QualityCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        _require_one_answer_a_sample(kwargs["model"])
         distributed.refuse_deepspeed(args.deepspeed_plugin)
         if kwargs["train_dataloader"].dataset is not self.data:
             raise SettingsError("QualityCallback(data) and Trainer(train_dataset=data) need the same QualitySubset")
@@ -299,16 +297,6 @@ def _bring_back(path: Path, sha256: str | None) -> None:
         )
     if digest(path) != sha256:
         raise DataError(f"{path} has other scores than the run had; resume with its own, or start anew")
-
-
-def _require_one_answer_a_sample(model: nn.Module) -> None:
-    inner = distributed.unwrapped(model)
-    base = inner.get_base_model() if isinstance(inner, PeftModel) else inner
-    if isinstance(base, GenerationMixin):
-        raise UnsupportedError(
-            f"{type(base).__name__} generates text, and rows are scored for classification and regression only; leave "
-            "out QualityCallback, RankCallback works without it"
-        )
 
 
 def epoch_of(state: TrainerState) -> int:
