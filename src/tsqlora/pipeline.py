@@ -12,7 +12,6 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers import (
-    DataCollatorWithPadding,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -25,11 +24,10 @@ from tsqlora.adapter.slots import active_parameters
 from tsqlora.adapter.wrap import wrap
 from tsqlora.card import write_card
 from tsqlora.config import Config, dump_config, load_config
-from tsqlora.data.batches import collator
 from tsqlora.data.labels import LabelMap
-from tsqlora.data.prepare import Prepared, Splits, prepare, read_data, resolve_max_length
+from tsqlora.data.prepare import Prepared, Splits, Writing, prepare, read_data, read_texts, resolve_max_length
 from tsqlora.errors import DataError, SettingsError
-from tsqlora.inference import measure_split
+from tsqlora.inference import Asking
 from tsqlora.plan import plan
 from tsqlora.quality.score import Progress
 from tsqlora.quality.scores import Scores
@@ -37,6 +35,10 @@ from tsqlora.quality.subset import QualitySubset
 from tsqlora.record import RunRecord, write_whole
 from tsqlora.tasks import Task, get_task
 from tsqlora.tasks.classification import Classification
+from tsqlora.tasks.forward import Collate
+from tsqlora.tasks.generation import Generation
+from tsqlora.tasks.texts import require_text_metrics
+from tsqlora.training.collate import collate_of
 from tsqlora.training.fit import fit, hardware_has_bf16, training_arguments
 from tsqlora.training.harvest_callback import HARVEST_FILE, HarvestCallback
 from tsqlora.training.load import Pretrained, load_pretrained
@@ -59,9 +61,8 @@ class Job:
     max_length: int
 
     @property
-    def collate(self) -> DataCollatorWithPadding:
-        known = self.pretrained
-        return collator(known.tokenizer, max_length=self.max_length, positions=known.positions)
+    def collate(self) -> Collate:
+        return collate_of(self.task, self.pretrained.model, self.pretrained.tokenizer, max_length=self.max_length)
 
 
 def train(config: Config, run: Path, *, resume: bool = False, progress: Progress | None = None) -> RunRecord:
@@ -112,6 +113,7 @@ def dry_run(config: Config) -> dict[str, Any]:
 def arguments(config: Config, run: Path) -> TrainingArguments:
     """The Trainer's arguments; bfloat16 where the config says so, or else where the hardware has it."""
     settings = config.training
+    generates = isinstance(get_task(config.task.type), Generation)
     return training_arguments(
         run / CHECKPOINT_DIR,
         epochs=settings.epochs,
@@ -120,7 +122,8 @@ def arguments(config: Config, run: Path) -> TrainingArguments:
         eval_batch_size=settings.eval_batch_size,
         bf16=hardware_has_bf16() if settings.bf16 is None else settings.bf16,
         seed=settings.seed,
-        further=settings.further_arguments(),
+        # Of a validation in mid-run no logits are kept: they are a vocabulary wide, for every token.
+        further=({"prediction_loss_only": True} if generates else {}) | settings.further_arguments(),
     )
 
 
@@ -128,17 +131,22 @@ def load(config: Config) -> Job:
     """Reads the data and the model, and checks that they fit together."""
     splits = read(config)
     pretrained, length = load_model(config, splits.labels)
-    data = prepare(splits, pretrained.tokenizer, max_length=length)
-    return Job(config, get_task(config.task.type), pretrained, data, length)
+    data = prepare(splits, pretrained.tokenizer, max_length=length, writing=writing_of(config))
+    task = get_task(config.task.type)
+    if isinstance(task, Generation) and "test" in splits.rows:
+        require_text_metrics()
+    return Job(config, task, pretrained, data, length)
 
 
 def load_model(config: Config, labels: LabelMap | None) -> tuple[Pretrained, int]:
     """The pretrained model with a head for these classes, and how many tokens are kept of a sample."""
     base = config.model
     set_seed(config.training.seed)
+    task = get_task(config.task.type)
     pretrained = load_pretrained(
         base.path,
         labels=labels,
+        generation=task if isinstance(task, Generation) else None,
         revision=base.revision,
         dtype=base.dtype,
         trust_remote_code=base.trust_remote_code,
@@ -152,7 +160,31 @@ def load_model(config: Config, labels: LabelMap | None) -> tuple[Pretrained, int
 def read(config: Config) -> Splits:
     """The rows of every split."""
     data = config.data
+    if writing_of(config) is not None:
+        return read_texts(data.train, data.validation, data.test, **how_to_read_texts(config))
     return read_data(data.train, data.validation, data.test, **how_to_read(config))
+
+
+def writing_of(config: Config) -> Writing | None:
+    """How a generating model takes its samples; None for another task."""
+    task = get_task(config.task.type)
+    if not isinstance(task, Generation):
+        return None
+    return Writing(seq2seq=not task.causal, max_target_length=config.data.max_target_length)
+
+
+def how_to_read_texts(config: Config) -> dict[str, Any]:
+    """What `read_texts` asks beside the files."""
+    data = config.data
+    return {
+        "format": data.format,
+        "prompt": data.prompt,
+        "target": data.target,
+        "messages": data.messages,
+        "text": data.text,
+        "validation_fraction": data.validation_fraction,
+        "seed": config.training.seed,
+    }
 
 
 def how_to_read(config: Config) -> dict[str, Any]:
@@ -172,18 +204,20 @@ def begin(job: Job, args: TrainingArguments) -> tuple[PeftModel, RunRecord]:
     """The model with its rank slots, and the record of a run that begins."""
     model, seed = with_slots(job.config, job.pretrained), job.config.training.seed
     labels, samples = job.data.splits.labels, job.data.samples
+    texts = {} if job.data.splits.format is None else {"format": job.data.splits.format.name}
     record = RunRecord(
         status="running",
         seed=seed,
         task=job.task.name,
         labels=None if labels is None else list(labels.names),
-        data={"hash": job.data.hash, "max_length": job.max_length, "columns": job.data.columns()},
+        data={"hash": job.data.hash, "max_length": job.max_length, "columns": job.data.columns(), **texts},
         plan=plan(job.config, model, samples, args),
         parameters={"trainable": active_parameters(model)},
     )
     for name, split in samples.items():
         if split.truncated:
-            record.notes.append(f"{split.truncated} of {len(split)} {name} texts were cut to {job.max_length} tokens")
+            what = "prompts" if texts else "texts"
+            record.notes.append(f"{split.truncated} of {len(split)} {name} {what} were cut to {job.max_length} tokens")
     return model, record
 
 
@@ -335,22 +369,25 @@ def fit_job(
 
 
 def measure(job: Job, model: nn.Module, record: RunRecord, args: TrainingArguments, progress: Progress | None) -> None:
-    """Metrics of validation and test, into the record."""
+    """Metrics of validation and test, into the record; of generated text, what is written on the test rows."""
+    asking = Asking(
+        job.task,
+        job.pretrained.tokenizer,
+        job.max_length,
+        args.per_device_eval_batch_size,
+        torch.bfloat16 if args.bf16 else None,
+        job.config.task.max_new_tokens,
+        job.config.task.beams,
+    )
+    splits = job.data.splits
     for split in ("validation", "test"):
         if split not in job.data.samples:
             continue
         samples = job.data.samples[split]
         with record.timed("evaluation") as cost:
-            record.metrics[split] = measure_split(
-                model,
-                samples.samples,
-                job.collate,
-                job.task,
-                batch_size=args.per_device_eval_batch_size,
-                autocast=torch.bfloat16 if args.bf16 else None,
-                phase=split,
-                progress=progress,
-            )
+            record.metrics[split] = asking.metrics(model, samples.samples, phase=split, progress=progress)
+            if split == "test" and splits.format is not None:
+                record.metrics[split] |= asking.text_metrics(model, splits.rows[split], splits.format, progress=progress)
         cost.add(forward=len(samples), tokens=sum(samples.lengths))
 
 

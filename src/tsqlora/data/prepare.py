@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from transformers import PreTrainedTokenizerBase
 
 from tsqlora.data.columns import Columns, find_columns
+from tsqlora.data.formats import Format, find_format
+from tsqlora.data.generation import tokenise_generation
 from tsqlora.data.labels import LabelMap, encode_labels, encode_targets, read_labels
 from tsqlora.data.rows import Rows, column_names, read_splits
 from tsqlora.data.split import split_rows
@@ -16,11 +18,23 @@ from tsqlora.errors import DataError, SettingsError
 
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """Rows of every split, the columns that are used, and the classes (None for regression)."""
+    """Rows of every split, the columns that are used, and the classes (None for numbers and texts).
+
+    `format` says how rows become prompts and targets where text is generated, and is None elsewhere.
+    """
 
     rows: Mapping[str, Rows]
     columns: Columns
     labels: LabelMap | None
+    format: Format | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """How a generating model takes its samples: with a target of its own behind an encoder, or on the prompt's heels."""
+
+    seq2seq: bool
+    max_target_length: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +88,69 @@ def read_data(
     return Splits({name: rows[name] for name in ("train", "validation", "test") if name in rows}, columns, label_map)
 
 
-def prepare(splits: Splits, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> Prepared:
-    """Every split tokenised, with encoded labels."""
+def read_texts(
+    train: str,
+    validation: str | None,
+    test: str | None,
+    *,
+    format: str | None,
+    prompt: str | None,
+    target: str | None,
+    messages: str | None,
+    text: str | None,
+    validation_fraction: float,
+    seed: int,
+) -> Splits:
+    """The same for a generating model: the format is found by the columns of the training rows."""
+    rows = read_splits(train, validation, test)
+    first = rows["train"]
+    found = find_format(
+        column_names(first),
+        source=first.source,
+        format=format,
+        prompt=prompt,
+        target=target,
+        messages=messages,
+        text=text,
+    )
+    if "validation" not in rows:
+        rows["train"], rows["validation"] = split_rows(first, fraction=validation_fraction, seed=seed, label=None)
+    ordered = {name: rows[name] for name in ("train", "validation", "test") if name in rows}
+    return Splits(ordered, found.columns, None, found)
+
+
+def prepare(
+    splits: Splits, tokenizer: PreTrainedTokenizerBase, *, max_length: int, writing: Writing | None = None
+) -> Prepared:
+    """Every split tokenised, with encoded labels; for a generating model with targets."""
     samples = {
-        name: encode(rows, splits.columns, splits.labels, tokenizer, max_length=max_length)
+        name: encode_split(rows, splits, tokenizer, max_length=max_length, writing=writing)
         for name, rows in splits.rows.items()
     }
     return Prepared(splits, samples)
+
+
+def encode_split(
+    rows: Rows,
+    splits: Splits,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    writing: Writing | None = None,
+    labelled: bool = True,
+) -> TokenisedSplit:
+    """Rows as samples; without labels or targets where `labelled` is False."""
+    if splits.format is None or writing is None:
+        return encode(rows, splits.columns, splits.labels, tokenizer, max_length=max_length, labelled=labelled)
+    return tokenise_generation(
+        rows,
+        splits.format,
+        tokenizer,
+        max_length=max_length,
+        seq2seq=writing.seq2seq,
+        with_targets=labelled,
+        max_target_length=writing.max_target_length,
+    )
 
 
 def encode(
