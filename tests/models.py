@@ -219,7 +219,7 @@ def tiny_vit(num_labels: int = 3, dtype: torch.dtype = torch.float64, *, seed: i
 def generating(
     kind: type[Model], like: PreTrainedModel, dtype: torch.dtype = torch.float64, *, seed: int = 0, **options: Any
 ) -> Model:
-    """A model that generates text, of a tiny classifier's sizes: `generating(LlamaForCausalLM, tiny_llama_classifier())`."""
+    """A model that generates text, of a tiny classifier's sizes."""
     settings = like.config.to_dict() | options
     for name in ("num_labels", "id2label", "label2id", "architectures", "problem_type"):
         settings.pop(name, None)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tsqlora.config import Config, load_config
 from tsqlora.data.columns import Columns
-from tsqlora.data.formats import Format
+from tsqlora.data.formats import FORMATS, Format
 from tsqlora.data.generation import references, tokenise_generation
 from tsqlora.data.labels import LabelMap
 from tsqlora.data.prepare import Prepared, Splits, Writing, encode_split, prepare
@@ -23,8 +23,9 @@ from tsqlora.data.tokenise import TokenisedSplit
 from tsqlora.data.write import require_writable, write_rows
 from tsqlora.errors import DataError
 from tsqlora.quality.score import Progress
+from tsqlora.reading import read, writing_of
 from tsqlora.record import RunRecord
-from tsqlora.tasks import Task, get_task, require_answers
+from tsqlora.tasks import GENERATION, Task, get_task, require_answers
 from tsqlora.tasks.forward import Collate
 from tsqlora.tasks.generation import Generation
 from tsqlora.tasks.texts import require_text_metrics, text_metrics
@@ -146,9 +147,7 @@ class Trained:
     @property
     def writing(self) -> Writing | None:
         """How a generating model takes its samples."""
-        if not isinstance(self.task, Generation):
-            return None
-        return Writing(seq2seq=not self.task.causal, max_target_length=self.config.data.max_target_length)
+        return writing_of(self.config)
 
     @property
     def max_length(self) -> int:
@@ -227,24 +226,38 @@ def evaluate_run(
 
     Generated text is measured by writing it.
     """
-    if data is None and not overrides:
-        measured = require_finished(run).metrics
-        return measured["test"] if "test" in measured else measured["validation"]
+    record = require_finished(run)
+    generates = record.task in GENERATION
+    if data is None and not overrides and ("test" in record.metrics or not generates):
+        return record.metrics["test" if "test" in record.metrics else "validation"]
     trained = open_run(run, overrides)
     if data is None:
-        source = trained.config.data
-        named, split = (source.test, "test") if source.test is not None else (source.validation, "validation")
-        if named is None:
-            raise DataError(f"the run in {run} has no file of test or validation rows to write on; name one: --data FILE")
-        data = Path(named)
+        splits = read(trained.config).rows
+        rows = splits["test" if "test" in splits else "validation"]
     else:
-        split = "test"
-    rows = read_rows(data, split=split)
+        rows = read_rows(data, split="test")
     samples = trained.encode(rows, labelled=True)
     metrics = trained.asking.metrics(trained.model, samples.samples, phase="evaluation", progress=progress)
     if trained.format is None:
         return metrics
     return metrics | trained.asking.text_metrics(trained.model, rows, trained.format, progress=progress)
+
+
+def reply(trained: Trained, said: Sequence[str]) -> str:
+    """What a run's model writes next, after turns of the user and itself; without a chat template after the last one.
+
+    Raises DataError for a task that writes no text.
+    """
+    format = trained.format
+    if format is None:
+        raise DataError(f"the run's task is {trained.task.name}, which writes no text; use `tsqlora predict`")
+    if trained.tokenizer.chat_template and not FORMATS[format.name].whole:
+        format = Format("messages", Columns("messages", None, None))
+    turns = [{"role": ("user", "assistant")[j % 2], "content": text} for j, text in enumerate(said)]
+    if format.name == "sharegpt":
+        format = replace(format, name="messages")
+    row: dict[str, Any] = {format.columns.text: turns if format.name == "messages" else said[-1]}
+    return trained.asking.texts(trained.model, Rows((row,), "chat", (1,)), format, phase="chat", progress=None)[0]
 
 
 def predict_run(

@@ -25,14 +25,16 @@ from tsqlora.adapter.wrap import wrap
 from tsqlora.card import write_card
 from tsqlora.config import Config, dump_config, load_config
 from tsqlora.data.labels import LabelMap
-from tsqlora.data.prepare import Prepared, Splits, Writing, prepare, read_data, read_texts, resolve_max_length
+from tsqlora.data.prepare import Prepared, prepare, resolve_max_length
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.inference import Asking
 from tsqlora.plan import plan
 from tsqlora.quality.score import Progress
 from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import QualitySubset
+from tsqlora.reading import read, writing_of
 from tsqlora.record import RunRecord, write_whole
+from tsqlora.sample_display import show_samples
 from tsqlora.tasks import Task, get_task
 from tsqlora.tasks.classification import Classification
 from tsqlora.tasks.forward import Collate
@@ -47,6 +49,8 @@ from tsqlora.training.quality_callback import SCORES_FILE, QualityCallback
 from tsqlora.training.rank_callback import RankCallback
 from tsqlora.training.run_dir import ADAPTER_DIR, CHECKPOINT_DIR, CONFIG_FILE, locked
 
+SHOWN = 2
+"""Samples of a generating model that a dry run shows."""
 NOTHING_TO_SCORE = "quality.enabled is false: there is nothing to score; set it to true"
 
 
@@ -107,7 +111,11 @@ def dry_run(config: Config) -> dict[str, Any]:
     job = load(config)
     _, record = begin(job, arguments(config, Path("run")))
     method(job, Path("run") / SCORES_FILE, None)  # its names and numbers are checked too
-    return record.plan
+    if job.data.splits.format is None:
+        return record.plan
+    first = [job.data.samples["train"][j] for j in range(min(SHOWN, len(job.data.samples["train"])))]
+    shown = show_samples(job.pretrained.tokenizer, first).plain
+    return {**record.plan, "format": job.data.splits.format.name, "columns": job.data.columns(), "samples": shown}
 
 
 def arguments(config: Config, run: Path) -> TrainingArguments:
@@ -155,49 +163,6 @@ def load_model(config: Config, labels: LabelMap | None) -> tuple[Pretrained, int
         config.data.max_length, tokenizer_limit=pretrained.tokenizer.model_max_length, positions=pretrained.positions
     )
     return pretrained, length
-
-
-def read(config: Config) -> Splits:
-    """The rows of every split."""
-    data = config.data
-    if writing_of(config) is not None:
-        return read_texts(data.train, data.validation, data.test, **how_to_read_texts(config))
-    return read_data(data.train, data.validation, data.test, **how_to_read(config))
-
-
-def writing_of(config: Config) -> Writing | None:
-    """How a generating model takes its samples; None for another task."""
-    task = get_task(config.task.type)
-    if not isinstance(task, Generation):
-        return None
-    return Writing(seq2seq=not task.causal, max_target_length=config.data.max_target_length)
-
-
-def how_to_read_texts(config: Config) -> dict[str, Any]:
-    """What `read_texts` asks beside the files."""
-    data = config.data
-    return {
-        "format": data.format,
-        "prompt": data.prompt,
-        "target": data.target,
-        "messages": data.messages,
-        "text": data.text,
-        "validation_fraction": data.validation_fraction,
-        "seed": config.training.seed,
-    }
-
-
-def how_to_read(config: Config) -> dict[str, Any]:
-    """What `read_data` asks beside the files."""
-    data = config.data
-    return {
-        "text": data.text,
-        "text_pair": data.text_pair,
-        "label": data.label,
-        "classes": isinstance(get_task(config.task.type), Classification),
-        "validation_fraction": data.validation_fraction,
-        "seed": config.training.seed,
-    }
 
 
 def begin(job: Job, args: TrainingArguments) -> tuple[PeftModel, RunRecord]:
@@ -328,6 +293,7 @@ def about_rows(config: Config, data: Prepared) -> dict[str, Any]:
         "data": config.data.train,
         "columns": data.columns(),
         "classes": None if labels is None else list(labels.names),
+        "format": None if data.splits.format is None else data.splits.format.name,
     }
 
 
@@ -387,7 +353,9 @@ def measure(job: Job, model: nn.Module, record: RunRecord, args: TrainingArgumen
         with record.timed("evaluation") as cost:
             record.metrics[split] = asking.metrics(model, samples.samples, phase=split, progress=progress)
             if split == "test" and splits.format is not None:
-                record.metrics[split] |= asking.text_metrics(model, splits.rows[split], splits.format, progress=progress)
+                record.metrics[split] |= asking.text_metrics(
+                    model, splits.rows[split], splits.format, progress=progress
+                )
         cost.add(forward=len(samples), tokens=sum(samples.lengths))
 
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel, TaskType
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 import tsqlora as tsq
 from models import GENERATORS, lora, text_collator, texts
 from oracles import slow_scores, slow_scores_full
-from peft.tuners.lora import LoraLayer
 from scoring import assert_agree, assert_unchanged, effective_weight, fingerprint, trainable
 from tsqlora.errors import NotLearnedError, SettingsError, UnsupportedError
 from tsqlora.quality.scores import Scores
@@ -74,7 +74,8 @@ def test_scores_are_the_twins(family: str, scope: Any) -> None:
         )
     assert_agree(scores, twin, rtol=1e-4)
     assert scores.labels.tolist() == [sum(label != -100 for label in row["labels"]) for row in rows]
-    assert not scores.predictions and not scores.stratified
+    assert not scores.predictions
+    assert not scores.stratified
 
 
 @pytest.mark.parametrize("family", ["llama", "llama, tied", "gpt2", "t5"])

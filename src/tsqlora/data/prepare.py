@@ -31,7 +31,7 @@ class Splits:
 
 @dataclass(frozen=True, slots=True)
 class Writing:
-    """How a generating model takes its samples: with a target of its own behind an encoder, or on the prompt's heels."""
+    """How a generating model takes its samples: the target on a side of its own, or on the prompt's heels."""
 
     seq2seq: bool
     max_target_length: int | None

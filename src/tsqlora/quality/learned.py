@@ -40,9 +40,7 @@ class LearnedTest:
         return asdict(self) | {"passed": self.passed}
 
 
-def learned(
-    losses: Float[Tensor, " n"], chance: Float[Tensor, " n"], guess: str = "a constant guess's"
-) -> LearnedTest:
+def learned(losses: Float[Tensor, " n"], chance: Float[Tensor, " n"], guess: str = "a constant guess's") -> LearnedTest:
     """How many standard errors the mean of the paired differences chance − loss lies above 0.
 
     n is at least 2.  Raises TsqLoraError for losses that are not finite.
@@ -57,4 +55,6 @@ def learned(
     mean = float(difference.mean())
     # Not below rounding: rows that are all alike would be infinitely many errors away.
     error = max(float(difference.std()) / math.sqrt(len(difference)), 1e-9 * abs(mean))
-    return LearnedTest(len(difference), float(losses.mean()), float(chance.mean()), mean / error if error else 0.0, guess)
+    return LearnedTest(
+        len(difference), float(losses.mean()), float(chance.mean()), mean / error if error else 0.0, guess
+    )

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from tsqlora.errors import UnsupportedError
 from tsqlora.gradients.ghost import LayerGradient, layer_gradient
 from tsqlora.gradients.lookahead import stepped
 from tsqlora.gradients.sites import Site
-from tsqlora.errors import UnsupportedError
 from tsqlora.quality.reference import Reference, backward, calibrated, sample_losses, total_over_sites
 from tsqlora.quality.terms import Measured
 from tsqlora.tasks import Task

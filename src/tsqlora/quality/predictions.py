@@ -1,4 +1,4 @@
-"""What the calibrated model says of each sample that has one answer: its label, and how sure it is of it and of the given one."""
+"""What the calibrated model says of each sample with one answer: which, and how sure it is of it and of the label."""
 
 import torch
 from torch import Tensor

@@ -100,7 +100,11 @@ def _calibrate(model: nn.Module, batches: Iterable[Batch], task: Answers, *, ena
 
 
 def measure_reference(
-    model: nn.Module, batches: Iterable[Batch], task: Task, sites: Mapping[str, Site], offsets: Float[Tensor, " k"] | None
+    model: nn.Module,
+    batches: Iterable[Batch],
+    task: Task,
+    sites: Mapping[str, Site],
+    offsets: Float[Tensor, " k"] | None,
 ) -> Reference:
     """One pass with gradients: ḡ, ‖ḡ‖ and η = ½ Σℓ / ΣN².
 

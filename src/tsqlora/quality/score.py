@@ -181,7 +181,9 @@ def _known(terms: Mapping[str, Term], task: Task, weights: Mapping[str, float]) 
     if not isinstance(task, Generation):
         return dict(terms)
     if asked := [name for name, term in terms.items() if term.answers and weights.get(name)]:
-        raise SettingsError(f"quality term '{asked[0]}' is of classes and numbers, and the task is {task.name}; leave it out")
+        raise SettingsError(
+            f"quality term '{asked[0]}' is of classes and numbers, and the task is {task.name}; leave it out"
+        )
     return {name: term for name, term in terms.items() if not term.answers}
 
 

@@ -85,7 +85,7 @@ def _el2n(m: Measured) -> Float[Tensor, " n"]:
 
 
 def _ifd(m: Measured) -> Float[Tensor, " n"]:
-    """ℓ(target | prompt) / ℓ(target): instruction-following difficulty (Li et al., 2024). Above 1 the prompt misleads."""
+    """ℓ(target | prompt) / ℓ(target): instruction-following difficulty (Li et al., 2024)."""
     alone = _asked(m.alone_loss)
     return torch.where(alone > 0, m.loss / alone.clamp_min(torch.finfo(m.loss.dtype).tiny), 1)
 

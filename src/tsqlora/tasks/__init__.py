@@ -86,4 +86,6 @@ def require_answers(task: Task, what: str) -> Answers:
     """The task, if its samples have one answer each.  Raises UnsupportedError for text generation."""
     if isinstance(task, Answers):
         return task
-    raise UnsupportedError(f"{what} is built for classification and regression, and the task is {task.name}; leave it out")
+    raise UnsupportedError(
+        f"{what} is built for classification and regression, and the task is {task.name}; leave it out"
+    )

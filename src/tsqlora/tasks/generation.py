@@ -1,4 +1,4 @@
-"""Text generation: each sample's mean cross-entropy over its target tokens, of causal and of sequence-to-sequence models."""
+"""Text generation: each sample's mean cross-entropy over its target tokens."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
@@ -31,8 +31,8 @@ class Generation:
     """The mean over a sample's target tokens, so that its length does not decide (METHOD, notation).
 
     `causal`: the logits at a token are of the next one, as decoders alone have them; else of the token
-    itself, as a decoder behind an encoder has them.  Training sums the same tokens' losses over a batch, so that there a long
-    target counts for more than a short one, as in transformers' Trainer.
+    itself, as a decoder behind an encoder has them.  Training takes the mean over all tokens of a batch, as
+    transformers' Trainer does: there a long target counts for more than a short one.
     """
 
     name: str

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tsqlora import distributed
-from tsqlora.errors import DataError, NotLearnedError, SettingsError, TsqLoraError, UnsupportedError
+from tsqlora.errors import DataError, NotLearnedError, SettingsError, TsqLoraError
 from tsqlora.gradients.sites import Scope
 from tsqlora.quality.guard import guarded
 from tsqlora.quality.score import REFERENCE_ROWS, Progress, reference_indices, require_softmax, score, wanted_terms

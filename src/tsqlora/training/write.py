@@ -47,7 +47,9 @@ def token_metrics(
                 progress(phase, done, len(samples))
     loss /= max(tokens, 1)
     if not math.isfinite(loss):
-        raise TsqLoraError(f"the loss on {len(samples)} rows is {loss}; lower training.learning_rate or use another dtype")
+        raise TsqLoraError(
+            f"the loss on {len(samples)} rows is {loss}; lower training.learning_rate or use another dtype"
+        )
     return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "token_accuracy": right / max(tokens, 1)}
 
 
