@@ -114,7 +114,7 @@ def test_a_dry_run_shows_what_is_trained_on(run: Path) -> None:
 def test_a_model_of_the_other_kind_is_refused(run: Path) -> None:
     config = load_config(run / "config.yaml")
     other = {"causal-lm": "seq2seq", "seq2seq": "causal-lm"}[config.task.type]
-    with pytest.raises(SettingsError, match=f"task.type is {other}; set it to {config.task.type}"):
+    with pytest.raises(SettingsError, match=rf"task\.type is {other}; set it to {config.task.type}"):
         pipeline.dry_run(load_config(run / "config.yaml", [f"task.type={other}"]))
 
 
@@ -127,7 +127,7 @@ def test_a_classifier_is_no_generator(tmp_path: Path) -> None:
         write_jsonl(tmp_path / "train.jsonl", rows(8)),
         task={"type": "causal-lm"},
     )
-    with pytest.raises(SettingsError, match="lacks .* weights of a model that generates text"):
+    with pytest.raises(SettingsError, match=r"lacks .* weights of a model that generates text"):
         pipeline.dry_run(load_config(config))
 
 
@@ -150,3 +150,36 @@ def test_accumulated_steps_are_those_of_one_large_batch(kind: str, tmp_path: Pat
         )
         found.append(pipeline.train(load_config(config, ["data.max_length=32"]), folder).metrics["validation"]["loss"])
     assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
+def test_packed_training_is_the_padded_one(tmp_path: Path) -> None:
+    """Samples that share a row are as if alone, and are scored one by one all the same."""
+    found = []
+    for packing in (False, True):
+        config = write_config(
+            tmp_path / "tsq.yaml",
+            checkpoint(tmp_path / "model", "causal-lm"),
+            write_jsonl(tmp_path / "train.jsonl", rows(36)),
+            task={"type": "causal-lm"},
+            ranks={"policy": "fixed", "mean": 2.0},
+            training=TRAINING,
+        )
+        also = ["data.max_length=32", f"data.packing={str(packing).lower()}"]
+        record = pipeline.train(load_config(config, also), tmp_path / f"run-{packing}")
+        assert record.quality["used"]
+        found.append(record.metrics["validation"]["loss"])
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
+
+
+def test_a_row_whose_target_does_not_fit_is_left_out_and_told(tmp_path: Path) -> None:
+    long = {"document": "pink", "summary": "pink " * 20}
+    config = write_config(
+        tmp_path / "tsq.yaml",
+        checkpoint(tmp_path / "model", "causal-lm"),
+        write_jsonl(tmp_path / "train.jsonl", [*rows(20), long]),
+        task={"type": "causal-lm"},
+    )
+    job = pipeline.load(load_config(config, ["data.max_length=32", f"data.validation={tmp_path / 'train.jsonl'}"]))
+    assert len(job.data.samples["train"]) == len(job.data.splits.rows["train"]) == 20
+    assert job.data.notes[0].startswith("1 of 21 rows are left out, whose targets do not fit whole: ")
+    assert job.data.notes[0].endswith("train.jsonl:21")

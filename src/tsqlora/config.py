@@ -90,6 +90,7 @@ class DataSettings(Section):
     max_target_length: int | None = setting(
         None, "Tokens that a target may have behind an encoder; null is max_length.", ge=1
     )
+    packing: bool = setting(False, "Train a causal model on rows that several samples share, each as if alone.")
     validation_fraction: float = setting(
         0.1, "Share of the training rows used where no validation is given.", gt=0, lt=1
     )

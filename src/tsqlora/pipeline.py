@@ -25,6 +25,7 @@ from tsqlora.adapter.wrap import wrap
 from tsqlora.card import write_card
 from tsqlora.config import Config, dump_config, load_config
 from tsqlora.data.labels import LabelMap
+from tsqlora.data.packing import PackedCollator, packed_collator
 from tsqlora.data.prepare import Prepared, prepare, resolve_max_length
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.inference import Asking
@@ -67,6 +68,15 @@ class Job:
     @property
     def collate(self) -> Collate:
         return collate_of(self.task, self.pretrained.model, self.pretrained.tokenizer, max_length=self.max_length)
+
+    @property
+    def packed(self) -> PackedCollator | None:
+        """The batches of training, where samples share rows."""
+        if not self.config.data.packing:
+            return None
+        if not (isinstance(self.task, Generation) and self.task.causal):
+            raise SettingsError(f"data.packing is for causal-lm, and the task is {self.task.name}; set it to false")
+        return packed_collator(self.pretrained.tokenizer, max_length=self.max_length)
 
 
 def train(config: Config, run: Path, *, resume: bool = False, progress: Progress | None = None) -> RunRecord:
@@ -179,6 +189,7 @@ def begin(job: Job, args: TrainingArguments) -> tuple[PeftModel, RunRecord]:
         plan=plan(job.config, model, samples, args),
         parameters={"trainable": active_parameters(model)},
     )
+    record.notes += job.data.notes
     for name, split in samples.items():
         if split.truncated:
             what = "prompts" if texts else "texts"
@@ -216,7 +227,7 @@ def method(
         temperature=q.resolved_temperature(),
         reject=q.resolved_reject(),
     )
-    return data, quality if q.enabled else None, ranks_half(job.config)
+    return data, quality if q.enabled else None, ranks_half(job)
 
 
 def subset(job: Job, fraction: float) -> QualitySubset:
@@ -266,12 +277,13 @@ def quality_half(
         about=about_rows(job.config, job.data),
         scores_path=scores_path,
         progress=progress,
+        collate=job.collate,
     )
 
 
-def ranks_half(config: Config) -> RankCallback:
+def ranks_half(job: Job) -> RankCallback:
     """Ranks that follow sensitivity, as the config sets them."""
-    r = config.ranks
+    config, r = job.config, job.config.ranks
     return RankCallback(
         r.interval,
         warmup=r.warmup,
@@ -283,6 +295,7 @@ def ranks_half(config: Config) -> RankCallback:
         estimator=r.estimator,
         samples=r.samples,
         seed=config.training.seed,
+        collate=job.collate,
     )
 
 
@@ -324,6 +337,7 @@ def fit_job(
         task=job.task,
         tokenizer=job.pretrained.tokenizer,
         collate=job.collate,
+        packed=job.packed,
         validation=job.data.samples["validation"],
         record=record,
         quality=quality,
@@ -334,9 +348,9 @@ def fit_job(
     )
 
 
-def measure(job: Job, model: nn.Module, record: RunRecord, args: TrainingArguments, progress: Progress | None) -> None:
-    """Metrics of validation and test, into the record; of generated text, what is written on the test rows."""
-    asking = Asking(
+def asking_of(job: Job, args: TrainingArguments) -> Asking:
+    """How the run's model is asked."""
+    return Asking(
         job.task,
         job.pretrained.tokenizer,
         job.max_length,
@@ -345,7 +359,11 @@ def measure(job: Job, model: nn.Module, record: RunRecord, args: TrainingArgumen
         job.config.task.max_new_tokens,
         job.config.task.beams,
     )
-    splits = job.data.splits
+
+
+def measure(job: Job, model: nn.Module, record: RunRecord, args: TrainingArguments, progress: Progress | None) -> None:
+    """Metrics of validation and test, into the record; of generated text, what is written on the test rows."""
+    asking, splits = asking_of(job, args), job.data.splits
     for split in ("validation", "test"):
         if split not in job.data.samples:
             continue

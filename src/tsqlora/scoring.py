@@ -1,6 +1,7 @@
 """Scores for any trainer: rows of any size, from a config's warm-up or a run's weights, resumable."""
 
 import shutil
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,8 +15,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from tsqlora import distributed, reading
 from tsqlora.config import Config, dump_config, load_config
-from tsqlora.data.prepare import Prepared
-from tsqlora.data.survey import Survey, store, texts_of
+from tsqlora.data.prepare import Prepared, Writing
+from tsqlora.data.survey import Survey, store, texts_of, with_whole_targets
 from tsqlora.data.write import require_place
 from tsqlora.errors import NotLearnedError, SettingsError
 from tsqlora.inference import device_of, open_run
@@ -126,8 +127,16 @@ def _partial(out: Path) -> Iterator[tuple[Path, Path]]:
 def _run(source: Path, overrides: Sequence[str], tokens: Path) -> Ready:
     run = open_run(source, overrides)
     survey = replace(reading.survey(run.config), labels=run.labels)
+    survey = _whole(survey, run.tokenizer, run.max_length, run.writing)
     data = store(survey, run.tokenizer, tokens, max_length=run.max_length, writing=run.writing)
     return Ready(run.config, _task(run.config), run.model, run.collate, survey, data)
+
+
+def _whole(survey: Survey, tokenizer: PreTrainedTokenizerBase, max_length: int, writing: Writing | None) -> Survey:
+    survey, notes = with_whole_targets(survey, tokenizer, max_length=max_length, writing=writing)
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
+    return survey
 
 
 def warmed_up(config: Config, folder: Path, tokens: Path, progress: Progress | None) -> Ready:
@@ -138,7 +147,9 @@ def warmed_up(config: Config, folder: Path, tokens: Path, progress: Progress | N
     """
     survey = reading.survey(_enabled(config))
     pretrained, length = load_model(config, survey.labels)
-    data = store(survey, pretrained.tokenizer, tokens, max_length=length, writing=reading.writing_of(config))
+    writing = reading.writing_of(config)
+    survey = _whole(survey, pretrained.tokenizer, length, writing)
+    data = store(survey, pretrained.tokenizer, tokens, max_length=length, writing=writing)
     job = Job(config, _task(config), pretrained, data, length)
     bind(folder, {"rows": data.hash, "settings": dump_config(config), "torch": torch.__version__})
     theta = folder / WARM_UP_FILE

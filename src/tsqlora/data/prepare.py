@@ -2,16 +2,17 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from tsqlora.data.columns import Columns, find_columns
 from tsqlora.data.formats import Format, find_format
-from tsqlora.data.generation import tokenise_generation
+from tsqlora.data.generation import left_out, rows_that_fit, tokenise_generation
 from tsqlora.data.labels import LabelMap, encode_labels, encode_targets, read_labels
 from tsqlora.data.rows import Rows, column_names, read_splits
-from tsqlora.data.split import split_rows
+from tsqlora.data.split import split_rows, take
 from tsqlora.data.tokenise import TokenisedSplit, tokenise
 from tsqlora.errors import DataError, SettingsError
 
@@ -43,6 +44,8 @@ class Prepared:
 
     splits: Splits
     samples: Mapping[str, TokenisedSplit]
+    notes: tuple[str, ...] = ()
+    """What the user should know: rows that were left out."""
 
     @property
     def hash(self) -> str:
@@ -122,12 +125,42 @@ def read_texts(
 def prepare(
     splits: Splits, tokenizer: PreTrainedTokenizerBase, *, max_length: int, writing: Writing | None = None
 ) -> Prepared:
-    """Every split tokenised, with encoded labels; for a generating model with targets."""
+    """Every split tokenised, with encoded labels; for a generating model with targets.
+
+    A row whose target does not fit whole is left out of rows and samples, and a note says so.
+    """
+    notes: list[str] = []
+    if writing is not None:
+        fitting = {name: fit_whole(rows, splits, tokenizer, max_length, writing) for name, rows in splits.rows.items()}
+        notes = [note for name, rows in splits.rows.items() if (note := left_out(rows, fitting[name]))]
+        splits = replace(splits, rows={name: take(rows, fitting[name]) for name, rows in splits.rows.items()})
     samples = {
         name: encode_split(rows, splits, tokenizer, max_length=max_length, writing=writing)
         for name, rows in splits.rows.items()
     }
-    return Prepared(splits, samples)
+    return Prepared(splits, samples, tuple(notes))
+
+
+def fit_whole(
+    rows: Rows,
+    splits: Splits,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    writing: Writing,
+    *,
+    may_be_none: bool = False,
+) -> np.ndarray:
+    """Which rows of a generating model's data have a target that fits."""
+    assert splits.format is not None
+    return rows_that_fit(
+        rows,
+        splits.format,
+        tokenizer,
+        max_length=max_length,
+        seq2seq=writing.seq2seq,
+        max_target_length=writing.max_target_length,
+        may_be_none=may_be_none,
+    )
 
 
 def encode_split(

@@ -1,7 +1,7 @@
 """Files of any size -> samples on disk: as `prepare`, and never all rows in memory."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ from tsqlora.data.cells import row_text
 from tsqlora.data.columns import Columns, find_columns
 from tsqlora.data.formats import Format, find_format
 from tsqlora.data.labels import LabelMap, distinct_labels, encode_targets
-from tsqlora.data.prepare import Prepared, Splits, Writing, encode_split
+from tsqlora.data.prepare import Prepared, Splits, Writing, encode_split, fit_whole
 from tsqlora.data.rows import Rows, Source, column_names, open_splits
 from tsqlora.data.split import held_out, take
 from tsqlora.data.stored import store_samples
@@ -97,6 +97,29 @@ def _places(sources: dict[str, Source], groups: np.ndarray, *, fraction: float, 
     out = held_out(groups, fraction=fraction, seed=seed, source=sources["train"].name)
     sources["validation"] = sources["train"]
     return {"train": np.flatnonzero(~out), "validation": np.flatnonzero(out)}
+
+
+def with_whole_targets(
+    survey: Survey, tokenizer: PreTrainedTokenizerBase, *, max_length: int, writing: Writing | None
+) -> tuple[Survey, list[str]]:
+    """Without the rows whose target does not fit, which `prepare` leaves out as well; and a note for each split.
+
+    Raises DataError where none fits.
+    """
+    if writing is None:
+        return survey, []
+    splits, places, notes = Splits({}, survey.columns, None, survey.format), dict[str, np.ndarray](), list[str]()
+    for name, known in survey.places.items():
+        source, kept, before = survey.sources[name], list[np.ndarray](), 0
+        for rows in _chunks_of(source, known):
+            kept.append(before + fit_whole(rows, splits, tokenizer, max_length, writing, may_be_none=True))
+            before += len(rows)
+        places[name] = known[np.concatenate(kept)]
+        if not len(places[name]):
+            raise DataError(f"{source.name}: no target fits whole into {max_length} tokens; raise data.max_length")
+        if out := len(known) - len(places[name]):
+            notes.append(f"{out} of {len(known)} {name} rows are left out, whose targets do not fit whole")
+    return replace(survey, places=places), notes
 
 
 def store(

@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
+from tsqlora.data.packing import PackedCollator
 from tsqlora.data.tokenise import TokenisedSplit
 from tsqlora.errors import SettingsError
 from tsqlora.gradients.quiet import quiet
@@ -30,6 +31,7 @@ from tsqlora.tasks import Answers, Task
 from tsqlora.tasks.forward import Collate
 from tsqlora.tasks.generation import Generation
 from tsqlora.training.manifest import announce, checkpoint_folder, seal
+from tsqlora.training.packed import require_packing
 from tsqlora.training.quality_callback import EPOCH_ERROR, QualityCallback
 from tsqlora.training.rank_callback import RankCallback
 
@@ -96,6 +98,7 @@ def fit(
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
     collate: Collate,
+    packed: PackedCollator | None = None,
     validation: TokenisedSplit,
     record: RunRecord,
     quality: QualityCallback | None,
@@ -104,14 +107,19 @@ def fit(
     resume_from: Path | None = None,
     progress: Progress | None = None,
 ) -> Trainer:
-    """Trains the model in place, and writes seconds, passes and tokens of each phase to the record."""
+    """Trains the model in place, and writes seconds, passes and tokens of each phase to the record.
+
+    `packed` makes the batches of training and of validations in mid-run, where samples share rows.
+    """
+    if packed is not None:
+        require_packing(model, packed, data.dataset[0])
     trainer = Trainer(
         model,
         args,
         train_dataset=data,
         eval_dataset=validation,  # type: ignore[arg-type]
         processing_class=tokenizer,
-        data_collator=collate,
+        data_collator=collate if packed is None else packed,
         compute_metrics=(lambda p: task.metrics(p.predictions, p.label_ids)) if isinstance(task, Answers) else None,  # type: ignore[arg-type]
         callbacks=[
             *(callback for callback in (quality, ranks) if callback is not None),
