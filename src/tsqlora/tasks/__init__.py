@@ -61,7 +61,7 @@ class Answers(Task, Protocol):
 GENERATION = ("causal-lm", "seq2seq")
 """The tasks whose answer is text."""
 
-TASKS: dict[str, Callable[..., Task]] = {
+TASKS: dict[str, Callable[..., Any]] = {
     Classification.name: Classification,
     Regression.name: Regression,
     **{name: partial(Generation, name, causal=name == "causal-lm") for name in GENERATION},

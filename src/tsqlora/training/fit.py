@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -119,7 +119,7 @@ def fit(
         train_dataset=data,
         eval_dataset=validation,  # type: ignore[arg-type]
         processing_class=tokenizer,
-        data_collator=collate if packed is None else packed,
+        data_collator=cast(Any, collate if packed is None else packed),
         compute_metrics=(lambda p: task.metrics(p.predictions, p.label_ids)) if isinstance(task, Answers) else None,  # type: ignore[arg-type]
         callbacks=[
             *(callback for callback in (quality, ranks) if callback is not None),

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -104,7 +104,7 @@ def write_texts(
 def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | int | None:
     """The tokens that end a text: the tokenizer's, with which targets were ended, and the model's own."""
     own = model.generation_config.eos_token_id
-    known = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
+    known = {*(own if isinstance(own, list) else [own]), cast(Any, tokenizer.eos_token_id)} - {None}
     return sorted(known) if known else None
 
 
