@@ -41,7 +41,7 @@ CASES: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any]]] = {
     ),
     "llama, rsLoRA": (
         tiny_llama,
-        {"target_modules": LAYERS[:3], "rank_pattern": RANKS, "alpha_pattern": {"v_proj": 0.3}, "use_rslora": True},
+        {"target_modules": LAYERS, "rank_pattern": RANKS, "alpha_pattern": {"v_proj": 0.3}, "use_rslora": True},
     ),
     "qwen2": (tiny_qwen2, {"target_modules": LAYERS, "rank_pattern": RANKS}),
     "gpt2": (
