@@ -309,6 +309,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(place: Path, tmp_path: Pat
     plan = json.loads(out)
     assert plan["steps"] == 6 * 5
     assert plan["passes"]["warm-up"]["forward"] == 72
+    assert sum(plan["classes"].values()) == plan["rows"]["train"]
     assert not (tmp_path / "none").exists()
     assert "trainable" in tsqlora(*arguments)[1]
 

@@ -70,6 +70,7 @@ def test_notes_metrics_and_costs_of_a_run_are_shown() -> None:
 def test_a_plan_shows_rows_steps_parameters_and_passes() -> None:
     plan = {
         "rows": {"train": 1000, "validation": 50},
+        "classes": {"[b]": 700, "no": 300},
         "rows_an_epoch": 500,
         "epochs": 4,
         "steps": 128,
@@ -81,6 +82,7 @@ def test_a_plan_shows_rows_steps_parameters_and_passes() -> None:
         "passes": {"scoring": {"forward": 3024, "backward": 1512}},
     }
     text = shown(show_plan, plan)
+    assert "2: [b] (700), no (300)" in text
     parts = ("1,000 train, 50 validation", "4 epochs, 128 steps", "2,048", "2 layers at 7 and 8", "bfloat16", "3,024")
     for part in parts:
         assert part in text

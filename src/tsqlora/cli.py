@@ -68,7 +68,7 @@ def _run(arguments: list[str], *, debug: bool) -> int:
         # What typer ends has a number already: --help and Ctrl-C.
         return app(arguments, standalone_mode=False) or 0
     except typer.TyperException as error:
-        _tell(f"{error.format_message().rstrip('.')}; `tsqlora --help` and `tsqlora COMMAND --help` show how")
+        _tell(f"{error.format_message().rstrip('.?')}; `tsqlora --help` and `tsqlora COMMAND --help` show how")
         return error.exit_code
     except TsqLoraError as error:
         _tell(str(error), debug=debug)
@@ -173,8 +173,9 @@ def score(
 ) -> None:
     """Scores every training row: after a config's warm-up, or by the weights of a run.
 
-    Rows are never all in memory. A scoring that was cut off goes on when the same command is
-    given again: what it has is kept in OUT.partial until it is done.
+    Rows are never all in memory. A scoring that was cut off goes on when the
+    same command is given again: what it has is kept in OUT.partial until it is
+    done.
 
     Example: tsqlora score tsq.yaml --out scores.parquet --explain 10
     """
@@ -318,7 +319,8 @@ def compare(
 ) -> None:
     """Methods side by side at equal cost, seed by seed: is it better than LoRA, on your data?
 
-    A comparison that was cut off goes on when the same command is given again, and more methods and seeds may be added.
+    A comparison that was cut off goes on when the same command is given again,
+    and more methods and seeds may be added.
 
     Example: tsqlora compare tsq.yaml --methods lora,lora+random,tsqlora --seeds 0,1,2 --out comparison
     """
@@ -359,8 +361,9 @@ def export(
 ) -> None:
     """Writes an adapter, ours or any PEFT LoRA, in the format that its server reads, and compares it with its source.
 
-    peft: the smallest. universal: one rank and alpha for all layers, right in every server. gguf: for llama.cpp.
-    merged: a plain transformers model. What differs by more than rounding is an error, and nothing is written.
+    peft: the smallest. universal: one rank and alpha for all layers, right in
+    every server. gguf: for llama.cpp. merged: a plain transformers model. What
+    differs by more than rounding is an error, and nothing is written.
 
     Example: tsqlora export run --format universal --out adapter-for-vllm
     """

@@ -228,7 +228,7 @@ class TrainingSettings(Section):
     epochs: int = setting(6, "Passes over the drawn share of the rows, warm-up included.", ge=1)
     learning_rate: float = setting(5e-4, "Peak learning rate.", gt=0)
     batch_size: int = setting(16, "Samples of a training batch on each device.", ge=1)
-    eval_batch_size: int = setting(64, "Samples of a scoring or evaluation batch.", ge=1)
+    eval_batch_size: int = setting(64, "Samples of an evaluation batch.", ge=1)
     bf16: bool | None = setting(None, "Compute in bfloat16; null does where the hardware has it.")
     seed: int = setting(0, "Of every random draw.", ge=0, lt=2**32)
 

@@ -12,6 +12,7 @@ from rich.text import Text
 _STEPS = ("warm-up", "training")
 _BLOCKS_ABREAST = 12
 _STACKED_BELOW = 70
+_CLASSES = 20
 _TEXT = 240
 """Characters of a sample that are shown."""
 
@@ -63,12 +64,21 @@ def show_plan(console: Console, plan: Mapping[str, Any]) -> None:
     rows = ", ".join(f"{count:,} {name}" for name, count in plan["rows"].items())
     ranks = sorted(set(plan["ranks"].values()))
     console.print(f"rows        {rows}")
+    if plan["classes"]:
+        # Names are anybody's: they may hold square brackets.
+        console.print(f"classes     {_class_counts(plan['classes'])}", markup=False, highlight=False)
     console.print(f"an epoch    {plan['rows_an_epoch']:,} rows; {plan['epochs']} epochs, {plan['steps']:,} steps")
     console.print(f"parameters  {plan['trainable']:,} trainable, of which {plan['budget']:,} are the ranks' budget")
     console.print(f"ranks       {len(plan['ranks'])} layers at {' and '.join(map(str, ranks))}")
     console.print(f"precision   {'bfloat16 autocast' if plan['bf16'] else 'float32'}")
     console.print(f"memory      about {plan['memory_bytes'] / 2**20:,.0f} MiB (a rough estimate)")
     console.print(_passes_table(plan["passes"]))
+
+
+def _class_counts(classes: Mapping[str, int]) -> str:
+    """How many there are, and the rows of the first."""
+    shown = ", ".join(f"{_shortened(name)} ({count:,})" for name, count in list(classes.items())[:_CLASSES])
+    return f"{len(classes)}: {shown}{' …' if len(classes) > _CLASSES else ''}"
 
 
 def show_scoring_plan(console: Console, plan: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """What a run will do, before it does it: `--dry-run`, and the record's first page."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,6 +49,7 @@ def plan(
     )  # raises where the least ranks cost more than there is
     return {
         "rows": {name: len(split) for name, split in samples.items()},
+        "classes": classes(config, model, samples["train"]),
         "rows_an_epoch": size,
         "epochs": config.training.epochs,
         "steps": steps,
@@ -58,6 +60,14 @@ def plan(
         "bf16": args.bf16,
         "memory_bytes": memory(config, model, longest=max(samples["train"].lengths), bf16=args.bf16),
     }
+
+
+def classes(config: Config, model: PeftModel, rows: TokenisedSplit) -> dict[str, int] | None:
+    """Rows of each class, by its name; None where there are no classes."""
+    if not isinstance(get_task(config.task.type), Classification):
+        return None
+    counts = Counter(sample["labels"] for sample in rows.samples)
+    return {str(name): counts[j] for j, name in model.config.id2label.items()}
 
 
 def scoring_plan(config: Config, model: PeftModel, *, rows: int, max_length: int, warmup: bool) -> dict[str, Any]:

@@ -80,6 +80,20 @@ def test_a_missing_label_is_named_with_file_and_row(missing: Any) -> None:
     assert str(caught.value) == wanted
 
 
+def test_all_rows_without_a_label_are_told_at_once() -> None:
+    wanted = (
+        "train.jsonl:12: no label in column 'label', nor in 6 more rows (14, 15, 16, 17, 18, …); "
+        "fill them in or leave the rows out"
+    )
+    values = (1.0, None, 2.0, "", None, None, None, None, None)
+    assert encode_error(*(value if value is None else str(value) for value in values)) == wanted
+    with pytest.raises(DataError) as caught:
+        encode_targets(labelled(*values), "label")
+    assert str(caught.value) == wanted
+    with pytest.raises(DataError, match=r"nor in 1 more rows \(13\); fill"):
+        read_labels(labelled("a", None, None), "label")
+
+
 def test_a_row_without_the_column_has_no_label() -> None:
     with pytest.raises(DataError, match=r"train.jsonl:11: no label in column 'class'"):
         read_labels(labelled("pos"), "class")

@@ -51,6 +51,13 @@ def test_a_named_validation_file_leaves_the_training_rows_whole(tmp_path: Path) 
     assert {name: len(split) for name, split in splits.rows.items()} == {"train": 40, "validation": 6, "test": 6}
 
 
+def test_classes_that_differ_in_case_or_spaces_alone_are_told(tmp_path: Path) -> None:
+    texts = ("Sport", "sport ", "news", "sport")
+    rows = [{"text": "good", "label": label} for label in texts * 5]
+    with pytest.warns(UserWarning, match="the classes 'Sport', 'sport', 'sport ' differ in case or spaces alone"):
+        assert len(read(write_jsonl(tmp_path / "train.jsonl", rows)).labels.names) == 4
+
+
 def test_a_class_that_training_lacks_is_an_error_of_the_other_split(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:

@@ -150,6 +150,9 @@ def test_columns_are_those_of_all_rows_in_order_of_appearance(tmp_path: Path) ->
         ("t.csv", 'text,label\n"a\nb",0\nc,d,1\n', "t.csv:4: 3 fields where the header names 2"),
         ("t.csv", 'text,label\na,0\n"b,1\nc,0\n', "t.csv:3: broken record (unexpected end of data); put"),
         ("t.tsv", 'text\tlabel\n"a" b\t0\n', "t.tsv:2: broken record ("),
+        ("t.csv", "text;label\na;0\n", "t.csv:1: columns seem to be separated by ';' (text;label); save the file with"),
+        ("t.csv", "text\tlabel\na\t0\n", r"t.csv:1: columns seem to be separated by '\t'"),
+        ("t.tsv", "text,label\na,0\n", "t.tsv:1: columns seem to be separated by ','"),
         ("t.csv", "\ntext,label,text\na,0,b\n", "t.csv:2: column 'text' is there twice; rename one"),
         ("t.txt", "a", "t.txt: unknown extension '.txt'; known: .jsonl, .json, .csv, .tsv, .parquet"),
         ("t", "a", "unknown extension ''; known: .jsonl"),
@@ -172,6 +175,13 @@ def test_duplicate_parquet_columns_are_refused(tmp_path: Path) -> None:
     table = pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
     pq.write_table(table, tmp_path / "t.parquet")
     assert "t.parquet: column 'text' is there twice" in error(tmp_path / "t.parquet")
+
+
+def test_a_mistyped_file_is_told_what_is_there(tmp_path: Path) -> None:
+    write(tmp_path / "tickets.csv", "text\na\n")
+    assert f"no file {tmp_path}/ticket.csv; did you mean '{tmp_path}/tickets.csv'? correct the path" in error(
+        tmp_path / "ticket.csv"
+    )
 
 
 @pytest.mark.parametrize("source", ["train.jsonl", "data/train.csv", "./train", "/no/such/train", "a/b/c"])

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from tsqlora.data.missing import is_missing, refuse_missing
 from tsqlora.data.rows import Rows
 from tsqlora.errors import DataError
 
@@ -69,6 +70,7 @@ def read_labels(rows: Rows, column: str) -> list[str | int]:
     In a format without types (CSV), labels that are all integers are integers. Raises
     DataError with file and row for a label that is missing or neither text nor an integer.
     """
+    refuse_missing(rows, column, "label")
     return _typed([label_at(rows, i, column) for i in range(len(rows))], typed=rows.typed)
 
 
@@ -95,6 +97,7 @@ def _typed(values: list[str | int], *, typed: bool) -> list[str | int]:
 
 def encode_labels(rows: Rows, column: str, label_map: LabelMap) -> list[int]:
     """Every row's class id. Raises DataError as `read_labels`, and for a label that is no class."""
+    refuse_missing(rows, column, "label")
     ids: dict[str | int, int] = {}
     for i in range(len(rows)):
         value = label_at(rows, i, column)
@@ -108,7 +111,21 @@ def encode_targets(rows: Rows, column: str) -> list[float]:
 
     Raises DataError with file and row for a target that is missing or no finite number.
     """
+    refuse_missing(rows, column, "label")
     return [_target_at(rows, i, column) for i in range(len(rows))]
+
+
+def look_alikes(names: Iterable[str | int]) -> list[tuple[str, ...]]:
+    """Classes that are one but for case and space around them.
+
+    >>> look_alikes(("news", "sport", "Sport", "sport "))
+    [('sport', 'Sport', 'sport ')]
+    """
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        if isinstance(name, str):
+            alike.setdefault(" ".join(name.split()).casefold(), []).append(name)
+    return [tuple(group) for group in alike.values() if len(group) > 1]
 
 
 def label_at(rows: Rows, i: int, column: str) -> str | int:
@@ -130,7 +147,7 @@ def _id_at(rows: Rows, i: int, value: str | int, label_map: LabelMap) -> int:
 
 def _target_at(rows: Rows, i: int, column: str) -> float:
     value = rows.rows[i].get(column)
-    if _is_missing(value):
+    if is_missing(value):
         raise DataError(f"{rows.place(i)}: no label in column '{column}'; fill it in or leave the row out")
     try:
         target = math.nan if isinstance(value, bool) else float(value)  # pyright: ignore[reportArgumentType]
@@ -153,7 +170,7 @@ def _checked(value: Any) -> str | int:
 
 def _what_is_wrong(value: Any) -> tuple[str, str] | None:
     """What a value that cannot be a class label is, and the cure; None for one that can."""
-    if _is_missing(value):
+    if is_missing(value):
         return "no label", "fill it in or leave the row out"
     if isinstance(value, bool):
         return f"the boolean label {value}", "write 0 and 1, or names"
@@ -163,11 +180,6 @@ def _what_is_wrong(value: Any) -> tuple[str, str] | None:
         shown = f"the {type(value).__name__} label {reprlib.repr(value)}"
         return shown, "write classes as text or integers, or set task.type to regression"
     return None
-
-
-def _is_missing(value: Any) -> bool:
-    blank = isinstance(value, str) and not value.strip()
-    return value is None or blank or (isinstance(value, float) and math.isnan(value))
 
 
 def _is_integer(text: str) -> bool:

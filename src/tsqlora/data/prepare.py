@@ -1,13 +1,14 @@
 """Files -> the samples of every split, with the columns, the labels and what was cut on the way."""
 
 import hashlib
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 from tsqlora.data.columns import Columns, find_columns
-from tsqlora.data.labels import LabelMap, encode_labels, encode_targets, read_labels
+from tsqlora.data.labels import LabelMap, encode_labels, encode_targets, look_alikes, read_labels
 from tsqlora.data.rows import Rows, column_names, read_splits
 from tsqlora.data.split import split_rows
 from tsqlora.data.tokenise import TokenisedSplit, tokenise
@@ -66,6 +67,12 @@ def read_data(
             f"{first.source} has no label column; name it in data.label. Columns: {', '.join(column_names(first))}"
         )
     label_map = LabelMap.from_rows(read_labels(first, columns.label)) if classes else None
+    for alike in look_alikes(label_map.names if label_map else ()):
+        warnings.warn(
+            f"{first.source}: the classes {', '.join(map(repr, alike))} differ in case or spaces alone, and are "
+            f"learned as {len(alike)} classes; write them alike if they are one",
+            stacklevel=2,
+        )
     if not classes:
         encode_targets(first, columns.label)  # a bad row is told before anything is split
     if "validation" not in rows:

@@ -1,5 +1,6 @@
 """A file, a directory of splits or a hub id -> rows that know where they came from."""
 
+import difflib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -179,7 +180,10 @@ def _local(source: str | Path) -> Path:
 def _refuse_missing_file(path: Path, source: str | Path) -> None:
     looks_like_hub_id = len(path.parts) <= 2 and not str(source).startswith((".", "/", "~"))
     if path.suffix.lower() in READERS or isinstance(source, Path) or not looks_like_hub_id:
-        raise DataError(f"no file {source}; correct the path, seen from {Path.cwd()}")
+        there = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+        close = difflib.get_close_matches(path.name, there, n=1)
+        hint = f"did you mean '{path.parent / close[0]}'? " if close else ""
+        raise DataError(f"no file {source}; {hint}correct the path, seen from {Path.cwd()}")
 
 
 def _load_hub(name: str) -> Mapping[str, Any]:

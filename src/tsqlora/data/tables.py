@@ -56,6 +56,7 @@ def parquet_file(path: Path) -> Iterator[pq.ParquetFile]:
 def _read_delimited(path: Path, *, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
     found = records(path, delimiter=delimiter)
     first, header, _, _ = next(found, (1, [], 0, 0))
+    _refuse_other_separator(header, delimiter, f"{path}:{first}")
     _refuse_duplicates(header, f"{path}:{first}")
     for number, fields, _, _ in found:
         yield number, _row(header, fields, f"{path}:{number}")
@@ -102,6 +103,16 @@ def _row(header: Sequence[str], fields: Sequence[str], place: str) -> dict[str, 
             f'put a field that holds the separator in "..."'
         )
     return dict(zip(header, fields, strict=True))
+
+
+def _refuse_other_separator(header: Sequence[str], delimiter: str, place: str) -> None:
+    """Spreadsheets write .csv with semicolons where the comma is the decimal point."""
+    other = next((sign for sign in ",\t;|" if sign != delimiter and len(header) == 1 and sign in header[0]), None)
+    if other is not None:
+        raise DataError(
+            f"{place}: columns seem to be separated by {other!r} ({header[0]}); "
+            "save the file with commas (.csv) or tabs (.tsv) between them"
+        )
 
 
 def _refuse_duplicates(columns: Sequence[str], place: str) -> None:

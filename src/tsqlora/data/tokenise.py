@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tsqlora.data.cells import text_at
 from tsqlora.data.columns import Columns
+from tsqlora.data.missing import refuse_missing
 from tsqlora.data.rows import Rows
 from tsqlora.data.stored import StoredSamples
 from tsqlora.errors import DataError, SettingsError
@@ -122,6 +123,7 @@ def _call(
 
 
 def _texts(rows: Rows, column: str) -> list[str]:
+    refuse_missing(rows, column, "text")
     return [text_at(rows, i, column) for i in range(len(rows))]
 
 
