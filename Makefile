@@ -1,11 +1,11 @@
-# What there is to run: demo, test, check, bench, bench-scoring, bench-results, constraints, clean.
+# What there is to run: demo, test, check, docs, bench, bench-scoring, bench-results, constraints, clean.
 # Each makes .venv first where it is missing, or where pyproject.toml or the pins changed.
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 
-.PHONY: demo test check bench bench-scoring bench-results constraints clean
+.PHONY: demo test check docs bench bench-scoring bench-results constraints clean
 
 demo: .venv/.installed-demo
 	$(BIN)/tsqlora demo
@@ -20,7 +20,13 @@ check: .venv/.installed-dev
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python bench/tables.py --check
 	$(BIN)/python bench/results_page.py --check
-	$(BIN)/pytest -m docs
+	$(BIN)/python scripts/reference_pages.py --check
+	$(BIN)/pytest -n logical -m docs
+
+# Builds the site in site/, then serves it on localhost until Ctrl-C.
+docs: .venv/.installed-dev
+	$(BIN)/zensical build --strict
+	$(BIN)/zensical serve
 
 # Benchmarks take minutes to hours, so one is run at a time: make bench BENCH=bench/NAME.py
 bench: .venv/.installed-dev

@@ -63,11 +63,13 @@ def run(blocks: list[Block], directory: Path) -> subprocess.CompletedProcess[str
     """The blocks that can run, in order, with the tools of this environment first on the path."""
     steps = [block[:3] for block in blocks if block.language in ("python", "bash") and not block.skipped]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    # Where documents run side by side, each has a core.
+    threads = {"OMP_NUM_THREADS": "1"} if "PYTEST_XDIST_WORKER" in os.environ else {}
     return subprocess.run(
         [sys.executable, "-c", RUNNER],
         input=json.dumps(steps),
         cwd=directory,
-        env=os.environ | {"PATH": path},
+        env=os.environ | threads | {"PATH": path},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
