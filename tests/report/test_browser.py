@@ -9,7 +9,7 @@ import pytest
 from browser import Page, browser
 from made_runs import make_run
 from runs import make_rows
-from tsqlora.report.page import write_report
+from tsqlora.report.write import write_report
 
 pytestmark = pytest.mark.slow
 

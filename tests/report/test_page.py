@@ -22,7 +22,8 @@ from tsqlora.errors import SettingsError
 from tsqlora.report.figures import DARK, FRAMES, Grid, loss_curve, rank_frames, rank_map, thinned
 from tsqlora.report.gather import gather
 from tsqlora.report.html import data as as_json
-from tsqlora.report.page import page, write_report
+from tsqlora.report.run_page import run_page
+from tsqlora.report.write import write_report
 
 ROWS = make_rows(60, labels=("no", "yes"))
 HOSTILE = "</script><script>alert('x')</script><img src=http://evil.example/x onerror=alert(1)> & <!-- \"q\""
@@ -56,7 +57,7 @@ class Seen(HTMLParser):
 
 
 def made(run: Path) -> Seen:
-    return Seen(page(gather(run), "/* plotly */"))
+    return Seen(run_page(gather(run), "/* plotly */"))
 
 
 def page_data(seen: Seen) -> dict[str, Any]:
@@ -137,8 +138,8 @@ def test_hostile_texts_stay_texts_wherever_they_come_from(tmp_path: Path) -> Non
         metrics={"test": {HOSTILE: 1.0}},
     )
     (run / "config.yaml").write_text(f"model:\n  path: {json.dumps(HOSTILE)}\n")
-    text = page(gather(run), "/* plotly */")
-    plain = Seen(page(gather(make_run(tmp_path / "plain", rows=ROWS)), ""))
+    text = run_page(gather(run), "/* plotly */")
+    plain = Seen(run_page(gather(make_run(tmp_path / "plain", rows=ROWS)), ""))
     seen = Seen(text)
     assert {tag for tag, _ in seen.tags} <= {tag for tag, _ in plain.tags}
     assert sum(tag == "script" for tag, _ in seen.tags) == 3
