@@ -55,7 +55,7 @@ def difference_plot(known: Comparison) -> Figure:
     figure = framed(
         traces,
         height=_AXIS + _LEGEND + _ROW * len(methods),
-        x={"title": {"text": f"{what}, minus {known.reference}"}},
+        x={"title": {"text": plain(f"{what}, minus {known.reference}")}},
         y=_rows(methods),
     )
     zero = {"type": "line", "xref": "x", "yref": "paper", "x0": 0, "x1": 0, "y0": 0, "y1": 1, "layer": "below"}
@@ -127,7 +127,7 @@ def seed_plot(known: Comparison) -> Figure:
     return framed(
         traces,
         height=_AXIS + _LEGEND + _ROW * len(known.worked),
-        x={"title": {"text": f"{known.split} {unit(known.metric)}"}},
+        x={"title": {"text": plain(f"{known.split} {unit(known.metric)}")}},
         y=_rows(known.worked),
     )
 
@@ -155,7 +155,7 @@ def quality_by_cost(known: Comparison, title: str, cost: Callable[[Method], floa
         traces,
         height=320 + 22 * len(traces),
         x={"title": {"text": title}, "rangemode": "tozero", "nticks": 6},
-        y={"title": {"text": f"{known.split} {unit(known.metric)}"}},
+        y={"title": {"text": plain(f"{known.split} {unit(known.metric)}")}},
     )
     figure["layout"]["legend"] |= {"orientation": "v"}
     return figure
