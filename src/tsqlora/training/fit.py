@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, time
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from tsqlora.quality.score import Progress, reference_indices
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.record import PhaseCost, RunRecord, write_json
 from tsqlora.tasks import Task
+from tsqlora.training.live import KeepRecord, TellProgress
 from tsqlora.training.manifest import announce, checkpoint_folder, seal
 from tsqlora.training.quality_callback import EPOCH_ERROR, QualityCallback
 from tsqlora.training.rank_callback import RankCallback
@@ -101,8 +102,18 @@ def fit(
     also: tuple[TrainerCallback, ...] = (),
     resume_from: Path | None = None,
     progress: Progress | None = None,
+    run: Path | None = None,
 ) -> Trainer:
-    """Trains the model in place, and writes seconds, passes and tokens of each phase to the record."""
+    """Trains the model in place, and writes seconds, passes and tokens of each phase to the record.
+
+    In the directory `run`, where one is given, run.json is kept as the run is now.
+    """
+    cost = CostCallback(data, record, quality, ranks)
+    live: list[TrainerCallback] = []
+    if progress is not None:
+        live.append(TellProgress(data, ranks, progress, cost.place))
+    if run is not None:
+        live.append(KeepRecord(run, lambda state: so_far(record, state, cost)))
     trainer = Trainer(
         model,
         args,
@@ -114,20 +125,43 @@ def fit(
         callbacks=[
             *(callback for callback in (quality, ranks) if callback is not None),
             *also,
-            CostCallback(data, record, quality, ranks, progress),
+            cost,
+            *live,
         ],
     )
     trainer.remove_callback(PrinterCallback)
     # A loss is the mean over its batch, also of models that the Trainer takes for having divided by the whole window.
     trainer.loss_is_scaled_for_ga = False
     trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
-    if quality is not None:
-        record.cost["scoring"] = scoring_cost(quality)
-    if ranks is not None and ranks.started:
-        record.cost["ranks"] = ranks_cost(ranks, data)
-    record.cost = {phase: record.cost[phase] for phase in PHASES if phase in record.cost}
+    record.cost = cost.of_all()
     record.history = logged(trainer.state.log_history)
     return trainer
+
+
+def so_far(record: RunRecord, state: TrainerState, cost: "CostCallback") -> RunRecord:
+    """The record of a run as it is at a step."""
+    phase, _, _ = cost.place(state)
+    ranks = cost.ranks
+    return replace(
+        record,
+        now={"phase": phase, "step": state.global_step, "time": round(time())},
+        cost=cost.of_all(),
+        history=logged(state.log_history),
+        quality=what_quality_did(cost.quality, cost.data),
+        rank_events=[] if ranks is None else list(ranks.events),
+        ranks={} if ranks is None or ranks.loop is None else ranks.loop.ranks,
+    )
+
+
+def what_quality_did(quality: QualityCallback | None, data: QualitySubset) -> dict[str, Any]:
+    """For the record: whether rows were drawn by quality, and if not, why."""
+    drawn = {"fraction": data.fraction, "rows_an_epoch": len(data)}
+    if quality is None:
+        return {"enabled": False, "used": False, **drawn}
+    told = {"enabled": True, "used": data.scores is not None, **drawn, "attempts": quality.attempts}
+    if data.scores is None:
+        return told | {"refused": quality.refused}
+    return told | {"scores": dict(data.scores.record)}
 
 
 def logged(history: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
@@ -176,9 +210,9 @@ def tokens_of(data: QualitySubset, rows: Iterable[int]) -> int:
 
 
 class CostCallback(TrainerCallback):
-    """Adds up what warm-up and training cost, epoch by epoch, and reports progress.
+    """Adds up what warm-up and training cost, epoch by epoch.
 
-    It must come last: RankCallback's first probe is no part of an epoch's training.
+    It must come after RankCallback, whose first probe is no part of an epoch's training.
     """
 
     def __init__(
@@ -187,9 +221,8 @@ class CostCallback(TrainerCallback):
         record: RunRecord,
         quality: QualityCallback | None,
         ranks: RankCallback | None,
-        progress: Progress | None,
     ) -> None:
-        self.data, self.record, self.quality, self.ranks, self.progress = data, record, quality, ranks, progress
+        self.data, self.record, self.quality, self.ranks = data, record, quality, ranks
         self.started: float | None = None
         self.rank_seconds = 0.0
         self.warmup_steps = 0
@@ -213,9 +246,6 @@ class CostCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.data.awaits_scores:
             self.warmup_steps = state.global_step
-        if self.progress is not None and state.is_world_process_zero:
-            done, total = self._steps(state)
-            self.progress(self._phase(), done, total)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -232,6 +262,21 @@ class CostCallback(TrainerCallback):
             cost = {phase: asdict(cost) for phase, cost in self.record.cost.items()}
             write_json(checkpoint_folder(args, state) / COST_FILE, {"cost": cost, "warmup_steps": self.warmup_steps})
         seal(args, state, "cost")
+
+    def place(self, state: TrainerState) -> tuple[str, int, int]:
+        """The phase that a step is of, its steps that are done and its steps in all."""
+        return self._phase(), *self._steps(state)
+
+    def of_all(self) -> dict[str, PhaseCost]:
+        """What every phase has cost until now, in their order; passes of the epochs that have ended."""
+        if self.started is not None:
+            self._add_seconds(self.started)
+        found = dict(self.record.cost)
+        if self.quality is not None:
+            found["scoring"] = scoring_cost(self.quality)
+        if self.ranks is not None and self.ranks.started:
+            found["ranks"] = ranks_cost(self.ranks, self.data)
+        return {phase: found[phase] for phase in PHASES if phase in found}
 
     def _end_epoch(self, state: TrainerState) -> None:
         if self.started is None:
