@@ -43,11 +43,6 @@ class Gathered:
     missing: dict[str, str]
     control: Control | None = None
 
-    @property
-    def runs(self) -> bool:
-        """Whether the run has not finished."""
-        return self.record.status != "finished"
-
 
 OfScores = tuple[list[Distribution], Samples]
 
@@ -106,15 +101,22 @@ def _config(path: Path) -> tuple[str, dict[str, Any]]:
 
 def _missing(record: RunRecord, config: dict[str, Any], *, scored: bool) -> dict[str, str]:
     missing: dict[str, str] = {}
-    if not scored and not record.quality.get("enabled"):
+    begun = record.status != "finished"
+    if not scored and begun and record.quality.get("enabled") and not record.quality.get("refused"):
+        missing["scores"] = "Rows are not scored yet: that comes after the warm-up."
+    elif not scored and not record.quality.get("enabled"):
         missing["scores"] = "Rows were not scored: quality.enabled is false, so every draw was a random one."
     elif not scored and record.quality.get("refused"):
         missing["scores"] = f"Rows were not scored: {record.quality['refused']}."
     elif not scored:
         missing["scores"] = f"The directory has no {SCORES_FILE}: what it says of the rows is left out."
-    if not record.history:
+    if not record.history and begun:
+        missing["history"] = "Nothing was logged yet."
+    elif not record.history:
         missing["history"] = "The run logged no losses (training.logging_strategy is no, or an older version wrote it)."
-    if not record.rank_events:
-        policy = config.get("ranks", {}).get("policy")
+    policy = config.get("ranks", {}).get("policy")
+    if not record.rank_events and begun and policy != "fixed":
+        missing["events"] = "Ranks have not moved yet."
+    elif not record.rank_events:
         missing["events"] = f"Ranks never moved: ranks.policy is {policy}."
     return missing

@@ -50,6 +50,7 @@ def assemble(
         name=escape(name),
         about=escape(about),
         source=escape(source),
+        live='<output id="watched" aria-live="polite"></output>' if served else "",
         css=_packaged("page.css"),
         links="".join(f'<a href="#{key}">{escape(heading)}</a>' for key, heading, _ in parts),
         sections="\n".join(html.section(key, heading, *texts) for key, heading, (texts, _) in parts),

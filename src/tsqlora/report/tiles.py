@@ -1,5 +1,7 @@
 """The numbers at the top of a report."""
 
+from datetime import UTC, datetime
+
 from tsqlora.record import RunRecord
 from tsqlora.report import html
 from tsqlora.report.comparison import Mean
@@ -10,8 +12,25 @@ from tsqlora.report.metrics import gain_of, value_of, words
 def tiles(known: Gathered) -> str:
     """Metric, seconds, share of the data, parameters, wrong labels."""
     record = known.record
-    found = (_metric(known), _seconds(record), _share(record), _parameters(record), _wrong_labels(known))
+    first = _metric(known) if record.status == "finished" else _running(record)
+    found = (first, _seconds(record), _share(record), _parameters(record), _wrong_labels(known))
     return f'<dl class="tiles">{"".join(html.tile(*tile) for tile in found)}</dl>'
+
+
+def _running(record: RunRecord) -> html.Tile:
+    """How far a run is that has not finished, and what was measured last."""
+    now, steps = record.now, record.plan["steps"]
+    if not now:
+        return "Training", "begun", [f"{steps:,} steps"]
+    last: dict[str, float] = next((e for e in reversed(record.history) if any(n.startswith("eval_") for n in e)), {})
+    measured = [
+        f"validation {words(name.removeprefix('eval_'))} {value_of(name.removeprefix('eval_'), value)}"
+        for name, value in last.items()
+        if name.startswith("eval_")
+    ]
+    written = datetime.fromtimestamp(now["time"], UTC)
+    more = [f"step {now['step']:,} of {steps:,}, {now['phase']}", f"as of {written:%H:%M:%S} UTC"]
+    return "Training", f"{now['step'] / steps:.0%}", [*more, *measured]
 
 
 def _metric(known: Gathered) -> html.Tile:

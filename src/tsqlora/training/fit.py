@@ -19,6 +19,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback
 
 from tsqlora.data.tokenise import TokenisedSplit
@@ -31,10 +32,13 @@ from tsqlora.training.live import KeepRecord, TellProgress
 from tsqlora.training.manifest import announce, checkpoint_folder, seal
 from tsqlora.training.quality_callback import EPOCH_ERROR, QualityCallback
 from tsqlora.training.rank_callback import RankCallback
+from tsqlora.training.report_callback import ReportCallback
 
 COST_FILE = "tsqlora_cost.json"
 PHASES = ("warm-up", "scoring", "ranks", "training")
 """In the order in which they begin."""
+_REPORTERS = {"mlflow", "tensorboard", "wandb"}
+"""Packages of the reporters that are known to be asked for by name."""
 
 
 def hardware_has_bf16() -> bool:
@@ -71,7 +75,7 @@ def training_arguments(
         "use_cpu": not torch.cuda.is_available() and not torch.backends.mps.is_available(),
     }
     try:
-        return TrainingArguments(
+        args = TrainingArguments(
             output_dir=str(output_dir),
             num_train_epochs=epochs,
             learning_rate=learning_rate,
@@ -83,8 +87,12 @@ def training_arguments(
             train_sampling_strategy="sequential",
             **(defaults | further),
         )
+        get_reporting_integration_callbacks(args.report_to)  # which names what it does not know
     except (ValueError, TypeError) as error:
         raise SettingsError(f"training: {error}") from error
+    for name in {*args.report_to} & _REPORTERS - {*get_available_reporting_integrations()}:
+        raise SettingsError(f"training.report_to: {name} is not installed; install it with: pip install {name}")
+    return args
 
 
 def fit(
@@ -130,6 +138,8 @@ def fit(
         ],
     )
     trainer.remove_callback(PrinterCallback)
+    if args.report_to:
+        trainer.add_callback(ReportCallback(trainer))
     # A loss is the mean over its batch, also of models that the Trainer takes for having divided by the whole window.
     trainer.loss_is_scaled_for_ga = False
     trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
