@@ -241,7 +241,7 @@ def _settings(known: Comparison) -> Part:
         html.code(command + swept),
         html.folded("Notes of the trainings", html.bullets(list(notes))) if notes else "",
         html.folded(f"Settings of {known.methods[0].name} {seeds}", html.code(json.dumps(known.settings, indent=2))),
-        html.table("Learning rates", ["method", "rate"], rates, narrow=True),
+        html.table("Learning rate of each method", ["method", "rate"], rates, narrow=True),
         html.table("Versions", ["library", "version"], list(known.versions.items()), narrow=True),
         html.paragraph(f"Commit: {_listed([commit[:12] for commit in known.commits]) or 'an installed package'}"),
         html.paragraph(f"Hash of the rows: {_listed(known.data) or 'not recorded'}"),
