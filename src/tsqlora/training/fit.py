@@ -19,7 +19,10 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
+from transformers.integrations.integration_utils import (
+    get_available_reporting_integrations,
+    get_reporting_integration_callbacks,
+)
 from transformers.trainer_callback import PrinterCallback
 
 from tsqlora.data.tokenise import TokenisedSplit
@@ -90,7 +93,7 @@ def training_arguments(
         get_reporting_integration_callbacks(args.report_to)  # which names what it does not know
     except (ValueError, TypeError) as error:
         raise SettingsError(f"training: {error}") from error
-    for name in {*args.report_to} & _REPORTERS - {*get_available_reporting_integrations()}:
+    for name in {*(args.report_to or ())} & _REPORTERS - {*get_available_reporting_integrations()}:
         raise SettingsError(f"training.report_to: {name} is not installed; install it with: pip install {name}")
     return args
 

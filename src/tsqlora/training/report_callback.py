@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import (
+from transformers.integrations.integration_utils import (
     MLflowCallback,
     TensorBoardCallback,
     WandbCallback,
