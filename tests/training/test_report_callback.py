@@ -107,7 +107,7 @@ def test_what_the_trainer_logs_and_the_run_itself_are_as_without_reporters(repor
 @pytest.mark.parametrize(
     ("reporter", "why"),
     [
-        ("nothing-like-it", "training: nothing-like-it is not supported, only azure_ml"),
+        ("nothing-like-it", "training.report_to: nothing-like-it is not supported, only azure_ml"),
         ("wandb", "training.report_to: wandb is not installed; install it with: pip install wandb"),
     ],
 )

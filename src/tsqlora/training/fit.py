@@ -77,8 +77,9 @@ def training_arguments(
         "average_tokens_across_devices": False,
         "use_cpu": not torch.cuda.is_available() and not torch.backends.mps.is_available(),
     }
+    _require_reporters(further.get("report_to") or "none")
     try:
-        args = TrainingArguments(
+        return TrainingArguments(
             output_dir=str(output_dir),
             num_train_epochs=epochs,
             learning_rate=learning_rate,
@@ -90,12 +91,19 @@ def training_arguments(
             train_sampling_strategy="sequential",
             **(defaults | further),
         )
-        get_reporting_integration_callbacks(args.report_to)  # which names what it does not know
     except (ValueError, TypeError) as error:
         raise SettingsError(f"training: {error}") from error
-    for name in {*(args.report_to or ())} & _REPORTERS - {*get_available_reporting_integrations()}:
+
+
+def _require_reporters(named: str | list[str]) -> None:
+    """Raises SettingsError for a reporter that is unknown or not installed, before anything is loaded."""
+    try:
+        get_reporting_integration_callbacks(named)
+    except ValueError as error:
+        raise SettingsError(f"training.report_to: {error}") from None
+    names = {named} if isinstance(named, str) else {*named}
+    for name in sorted(names & _REPORTERS - {*get_available_reporting_integrations()}):
         raise SettingsError(f"training.report_to: {name} is not installed; install it with: pip install {name}")
-    return args
 
 
 def fit(
