@@ -27,6 +27,7 @@ from tsqlora.quality.score import Progress, reference_indices
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.record import PhaseCost, RunRecord, write_json
 from tsqlora.tasks import Task
+from tsqlora.training.guard import GuardCallback
 from tsqlora.training.manifest import announce, checkpoint_folder, seal
 from tsqlora.training.quality_callback import EPOCH_ERROR, QualityCallback
 from tsqlora.training.rank_callback import RankCallback
@@ -102,7 +103,8 @@ def fit(
     resume_from: Path | None = None,
     progress: Progress | None = None,
 ) -> Trainer:
-    """Trains the model in place, and writes seconds, passes and tokens of each phase to the record."""
+    """Trains the model in place, and writes what each phase cost, and steps that were skipped, to the record."""
+    guard = GuardCallback(data)
     trainer = Trainer(
         model,
         args,
@@ -114,6 +116,7 @@ def fit(
         callbacks=[
             *(callback for callback in (quality, ranks) if callback is not None),
             *also,
+            guard,
             CostCallback(data, record, quality, ranks, progress),
         ],
     )
@@ -126,6 +129,8 @@ def fit(
     if ranks is not None and ranks.started:
         record.cost["ranks"] = ranks_cost(ranks, data)
     record.cost = {phase: record.cost[phase] for phase in PHASES if phase in record.cost}
+    record.skipped = guard.to_dict()
+    record.notes += guard.notes()
     record.history = logged(trainer.state.log_history)
     return trainer
 
