@@ -1,6 +1,6 @@
 """What grows and what does not: rows, steps, and the terms of the cost model in docs/scaling.md.
 
-    python bench/scale.py rows [--rows 100000,1000000]   # `tsqlora score` and `select` of a tiny model, their memory
+    python bench/scale.py rows [--rows 100000,1000000]   # rows scored and drawn by a tiny model, and its memory
     python bench/scale.py steps [--steps 100000]         # memory, handles and records of a run of many short steps
     python bench/scale.py model                          # operations, bytes held, bytes sent: counted, beside the model
     python bench/scale.py processes                      # rows scored and bytes sent by 1, 2 and 3 processes
@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,11 @@ from models import collate, samples
 from runs import BAD, GOOD, PLAIN, make_rows, save_checkpoint, write_config, write_jsonl
 from stock import base_bert
 from tsqlora.config import load_config
-from tsqlora.pipeline import train
+from tsqlora.data.survey import store, survey_data
+from tsqlora.inference import open_run
+from tsqlora.pipeline import how_to_read, train
 from tsqlora.quality.select import select_rows
 from tsqlora.record import write_json
-from tsqlora.scoring import score_rows
 
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / "bench" / ".cache" / "scale"
@@ -87,26 +89,38 @@ def write_many(path: Path, count: int) -> None:
 
 
 def rows(count: int) -> dict[str, Any]:
-    """`tsqlora score RUN` and `tsqlora select` of a file of so many rows."""
-    run, file, scores = finished_run(), CACHE / f"{count}.jsonl", CACHE / f"{count}.parquet"
+    """What `tsqlora score` does with a file of so many rows, by the loss alone, and `tsqlora select`."""
+    run, file, table = open_run(finished_run()), CACHE / f"{count}.jsonl", CACHE / f"{count}.parquet"
     write_many(file, count)
-    before = status("VmRSS")
-    start = time.process_time()
-    score_rows(run, scores, overrides=[f"data.train={file}", "training.eval_batch_size=512"])
+    before, start = status("VmRSS"), time.process_time()
+    how = how_to_read(run.config)
+    survey = survey_data(str(file), str(CACHE / "few.jsonl"), None, **how)
+    tokens = CACHE / f"{count}.tokens"
+    tokens.mkdir(exist_ok=True)
+    split = store(survey, run.tokenizer, tokens, max_length=run.max_length).samples["train"]
+    stored = time.process_time() - start
+    scores = tsq.score(
+        run.model, split, run.collate, terms=(), weights={"loss": 1.0}, batch_size=1024, hashes=split.hashes,
+        ids=split.ids, lengths=split.lengths, record={"columns": asdict(survey.columns), "data": str(file)},
+    )  # fmt: skip
+    scores.save(table)
     scored, peak = time.process_time() - start, status("VmHWM")
-    drawn = select_rows(scores, CACHE / f"{count}.subset.jsonl", fraction=0.3, seed=0, data=file)
+    del scores
+    drawn = select_rows(table, CACHE / f"{count}.subset.jsonl", fraction=0.3, seed=0, data=file)
     found = {
         "rows": count,
         "drawn": drawn,
         "processor_seconds": round(time.process_time() - start, 1),
-        "of_them_scoring": round(scored, 1),
+        "of_them_reading": round(stored, 1),
+        "of_them_scoring": round(scored - stored, 1),
         "bytes_before": before,
         "peak_bytes_scoring": peak,
         "peak_bytes": status("VmHWM"),
         "file_bytes": file.stat().st_size,
-        "scores_bytes": scores.stat().st_size,
+        "scores_bytes": table.stat().st_size,
     }
-    for path in (file, scores, CACHE / f"{count}.subset.jsonl"):
+    shutil.rmtree(tokens)
+    for path in (file, table, CACHE / f"{count}.subset.jsonl"):
         path.unlink()
     return found
 

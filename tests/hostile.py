@@ -559,3 +559,40 @@ TARGETS: Mapping[str, Target] = {
     "doctor": (adapters(), ask_the_doctor),
     "record": (records(), read_record),
 }
+
+
+# --------------------------------------------------------------------- a case of plain bytes
+
+_PARTED = b"\n---\n"
+_SOUND_ADAPTER = (
+    b'{"peft_type": "LORA", "r": 2, "lora_alpha": 4, "rank_pattern": {"q": 2}, "base_model_name_or_path": "a/b"}'
+    + _PARTED
+    + safetensors_bytes(
+        {
+            "base_model.model.layers.0.q.lora_A.weight": ("F32", [2, 4], bytes(32)),
+            "base_model.model.layers.0.q.lora_B.weight": ("F32", [3, 2], bytes(24)),
+        }
+    )
+)
+_SOUND_ROWS = [{"text": f"row {j}", "label": "ab"[j % 2]} for j in range(8)]
+
+BYTES: Mapping[str, list[bytes]] = {
+    "settings": [_SOUND],
+    "JSON": [_lines(_SOUND_ROWS)],
+    "CSV": [b"text,label\nx,a\ny,b\nz,a\nx,b\n"],
+    "Parquet": [_sound_parquet(_SOUND_ROWS)],
+    "adapter": [_SOUND_ADAPTER],
+    "doctor": [_SOUND_ADAPTER],
+}
+"""Targets whose files are plain bytes, and what a sound one looks like."""
+
+
+def case_of_bytes(target: str, content: bytes) -> Case:
+    """The case of a target that these bytes are."""
+    if target == "settings":
+        return Case({"tsq.yaml": content})
+    if target in ("adapter", "doctor"):
+        config, _, weights = content.partition(_PARTED)
+        return Case({CONFIG: config, WEIGHTS: weights})
+    suffix = {"JSON": ".jsonl", "CSV": ".csv", "Parquet": ".parquet"}[target]
+    return _row_case(suffix, content, True, ".jsonl")
