@@ -64,6 +64,8 @@ class _Loader(yaml.SafeLoader):
             self.depth += 1
             node = super().compose_node(parent, index)
             self.depth -= 1
+            if isinstance(node, yaml.ScalarNode) and re.search("[\ud800-\udfff]", node.value):
+                raise _problem("half a surrogate pair (\\ud800 to \\udfff); write the character itself", event)
             self.count += 1
             self.sizes[id(node)] = self.count - before
         if self.count > _MOST_NODES:
