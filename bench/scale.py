@@ -36,9 +36,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 import tsqlora as tsq
-from models import collate, samples
+from models import collate
 from runs import BAD, GOOD, PLAIN, make_rows, save_checkpoint, write_config, write_jsonl
-from stock import base_bert
+from stock import base_bert, moods
 from tsqlora.config import load_config
 from tsqlora.data.survey import store, survey_data
 from tsqlora.inference import open_run
@@ -144,12 +144,12 @@ class Watch(TrainerCallback):
 
 def steps(count: int) -> dict[str, Any]:
     """Short steps of a tiny BERT with moving ranks and quality draws, an adjustment every ten."""
-    rows_ = samples(64)
+    rows_ = moods(64)
     model = tsq.wrap(base_bert(), mean_rank=2)
     data = tsq.QualitySubset(rows_, fraction=0.5, seed=0)
     ranks, watch = tsq.RankCallback(interval=10, warmup=0.0, freeze=0.0), Watch(count)
     args = TrainingArguments(
-        str(CACHE / "steps"), max_steps=count, per_device_train_batch_size=8, learning_rate=1e-3, use_cpu=True,
+        str(CACHE / "steps"), max_steps=count, per_device_train_batch_size=8, learning_rate=0.05, use_cpu=True,
         report_to="none", save_strategy="no", logging_steps=10, disable_tqdm=True,
     )  # fmt: skip
     callbacks = [tsq.QualityCallback(data, warmup=2.0), ranks, watch]

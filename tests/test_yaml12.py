@@ -39,6 +39,7 @@ def test_what_is_written_is_read_back(value: object) -> None:
         ("? [a]\n: b\n", "line 1: a key is not text"),
         ("a: 1\na: 2\n", "line 2: key 'a' is there twice"),
         ('"\\ud800": 1', "line 1: half a surrogate pair"),
+        ('a: "\\UFFFFFFFF"', "too large"),
         ("a: [", "line 1: expected the node content"),
         ("a: \0", "unacceptable character"),
         ("#" * (MOST_BYTES + 1), "more than 262,144 bytes"),

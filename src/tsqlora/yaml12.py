@@ -26,7 +26,7 @@ def load_yaml(text: str | bytes) -> Any:
     except yaml.MarkedYAMLError as error:
         where = "" if error.problem_mark is None else f"line {error.problem_mark.line + 1}: "
         raise YamlProblem(f"{where}{error.problem}") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # \\UFFFFFFFF is no character
         raise YamlProblem(str(error).splitlines()[0]) from None
 
 
