@@ -1,5 +1,7 @@
 """A finished run put to use: its metrics on a labelled file, its predictions on any."""
 
+import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from scipy.special import softmax
 from torch import nn
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
+from tsqlora.adapter.files import require_safe
 from tsqlora.config import Config, load_config
 from tsqlora.data.batches import collator
 from tsqlora.data.columns import Columns
@@ -19,8 +22,8 @@ from tsqlora.data.labels import LabelMap
 from tsqlora.data.prepare import Prepared, Splits, encode, prepare
 from tsqlora.data.rows import Rows, column_names, read_rows
 from tsqlora.data.tokenise import TokenisedSplit
-from tsqlora.data.write import require_writable, write_rows
-from tsqlora.errors import DataError
+from tsqlora.data.write import SHEETS, require_writable, without_formulas, write_rows
+from tsqlora.errors import DataError, SettingsError
 from tsqlora.quality.score import Progress
 from tsqlora.record import RunRecord
 from tsqlora.tasks import Task, get_task
@@ -28,6 +31,9 @@ from tsqlora.tasks.forward import Collate
 from tsqlora.training.load import load_pretrained
 from tsqlora.training.predict import predict_logits
 from tsqlora.training.run_dir import ADAPTER_DIR, CONFIG_FILE
+
+TRUST = "TSQLORA_TRUST_REMOTE_CODE"
+"""Variable of the environment that lets the code of a run's model be run, where its settings ask for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +90,8 @@ def open_run(run: Path, overrides: Sequence[str] = ()) -> Trained:
     config = load_config(run / CONFIG_FILE, overrides)
     labels = None if record.labels is None else LabelMap(tuple(record.labels))
     base = config.model
+    _require_trust(config, run)
+    require_safe(run / ADAPTER_DIR)
     pretrained = load_pretrained(
         base.path,
         labels=labels,
@@ -94,6 +102,15 @@ def open_run(run: Path, overrides: Sequence[str] = ()) -> Trained:
     model = PeftModel.from_pretrained(pretrained.model, str(run / ADAPTER_DIR), is_trainable=True)
     model.to(device_of(config))
     return Trained(config, record, get_task(record.task), model, pretrained.tokenizer, labels)
+
+
+def _require_trust(config: Config, run: Path) -> None:
+    """A run may be a stranger's: whether code of its model is run is for whoever opens it to say."""
+    if config.model.trust_remote_code and os.environ.get(TRUST) != "1":
+        raise SettingsError(
+            f"{run / CONFIG_FILE} has model.trust_remote_code true, which runs code that comes with "
+            f"{config.model.path}; if you trust it, set {TRUST}=1 in the environment"
+        )
 
 
 def require_finished(run: Path) -> RunRecord:
@@ -137,7 +154,16 @@ def predict_run(run: Path, data: Path, out: Path, *, progress: Progress | None =
         added = [
             {"prediction": names[int(value)], "probability": float(p)} for value, p in zip(predicted, best, strict=True)
         ]
-    write_rows(out, [{**row, **more} for row, more in zip(rows.rows, added, strict=True)])
+    predicted_rows = [{**row, **more} for row, more in zip(rows.rows, added, strict=True)]
+    if out.suffix.lower() in SHEETS:
+        predicted_rows, cells = without_formulas(predicted_rows)
+        if cells:
+            warnings.warn(
+                f"{cells} cells of {out} begin like a formula and got a ' in front, so that a spreadsheet shows them "
+                "as text; .jsonl keeps them as they are",
+                stacklevel=2,
+            )
+    write_rows(out, predicted_rows)
     return len(rows)
 
 

@@ -184,6 +184,8 @@ def begin(job: Job, args: TrainingArguments) -> tuple[PeftModel, RunRecord]:
     for name, split in samples.items():
         if split.truncated:
             record.notes.append(f"{split.truncated} of {len(split)} {name} texts were cut to {job.max_length} tokens")
+    if job.config.model.trust_remote_code:
+        record.notes.append("code that came with the model was run: model.trust_remote_code was true")
     return model, record
 
 

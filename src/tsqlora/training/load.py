@@ -1,8 +1,8 @@
 """A pretrained model with a head for the task, and its tokenizer."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from transformers import (
 
 from tsqlora.data.labels import LabelMap
 from tsqlora.errors import SettingsError
+from tsqlora.hub import is_hub_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ def load_pretrained(
     A head of another size, such as that of a checkpoint trained on other classes, is made anew.
     Raises SettingsError for a path that is neither a directory with a model nor a hub id.
     """
-    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+    if not os.path.isdir(path) and not is_hub_id(path):
         raise SettingsError(f"model.path {path!r}: no such directory; correct it, or give a hub id")
     common: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     try:

@@ -1,0 +1,25 @@
+"""What may name something on the hub: never a path."""
+
+import re
+
+_PART = r"[A-Za-z0-9_](?:[\w.-]*[\w])?"
+_ID = re.compile(rf"{_PART}(?:/{_PART})?", re.ASCII)
+_LONGEST = 96
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a text can be the id of a model or a data set: NAME or OWNER/NAME.
+
+    >>> [is_hub_id(name) for name in ("gpt2", "org/model-1.0", "../x", "a/b/c", "a/..", "/etc", "https://x", "a--b")]
+    [True, True, False, False, False, False, False, False]
+    """
+    return len(name) <= _LONGEST and bool(_ID.fullmatch(name)) and "--" not in name and ".." not in name
+
+
+def is_revision(name: str) -> bool:
+    """Whether a text can be a branch, tag or commit: it becomes part of a path in the hub's cache.
+
+    >>> [is_revision(name) for name in ("main", "refs/pr/1", "v1.0", "../../x", "/etc/passwd", "")]
+    [True, True, True, False, False, False]
+    """
+    return all(re.fullmatch(r"[\w.+-]+", part, re.ASCII) and part.strip(".") for part in name.split("/"))
