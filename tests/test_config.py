@@ -244,7 +244,7 @@ def test_bytes_that_are_no_text_are_not_yaml() -> None:
 
 
 def test_yaml_runs_no_code() -> None:
-    assert "could not determine a constructor" in error_of("task: !!python/object/apply:os.getcwd []")
+    assert "is not taken; write the plain value" in error_of("task: !!python/object/apply:os.getcwd []")
 
 
 # ------------------------------------------------------------------------------ overrides
