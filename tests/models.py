@@ -8,19 +8,23 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor
 from transformers import (
     BartConfig,
+    BartForConditionalGeneration,
     BartForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
     GPT2PreTrainedModel,
     LlamaConfig,
+    LlamaForCausalLM,
     LlamaForSequenceClassification,
     MPNetConfig,
     MPNetForSequenceClassification,
     PretrainedConfig,
     PreTrainedModel,
     T5Config,
+    T5ForConditionalGeneration,
     T5ForSequenceClassification,
     ViTConfig,
     ViTForImageClassification,
@@ -212,6 +216,26 @@ def tiny_vit(num_labels: int = 3, dtype: torch.dtype = torch.float64, *, seed: i
     return _built(ViTForImageClassification, config, dtype, seed)
 
 
+def generating(
+    kind: type[Model], like: PreTrainedModel, dtype: torch.dtype = torch.float64, *, seed: int = 0, **options: Any
+) -> Model:
+    """A model that generates text, of a tiny classifier's sizes."""
+    settings = like.config.to_dict() | options
+    for name in ("num_labels", "id2label", "label2id", "architectures", "problem_type"):
+        settings.pop(name, None)
+    return _built(kind, type(like.config)(**settings), dtype, seed)
+
+
+GENERATORS: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": lambda: generating(LlamaForCausalLM, tiny_llama_classifier(), tie_word_embeddings=False),
+    "llama, tied": lambda: generating(LlamaForCausalLM, tiny_llama_classifier(), tie_word_embeddings=True),
+    "gpt2": lambda: generating(GPT2LMHeadModel, tiny_gpt2()),
+    "t5": lambda: generating(T5ForConditionalGeneration, tiny_t5()),
+    "bart": lambda: generating(BartForConditionalGeneration, tiny_bart()),
+}
+"""Families of models that generate text; the last two have an encoder."""
+
+
 def lora(
     model: PreTrainedModel,
     r: int = 4,
@@ -220,6 +244,7 @@ def lora(
     dropout: float = 0.1,
     alpha: int = 8,
     *,
+    task: TaskType = TaskType.SEQ_CLS,
     seed: int = 0,
 ) -> PeftModel:
     """`model` with LoRA put into it (in place), B small but not zero so that A has a gradient.
@@ -229,7 +254,7 @@ def lora(
     score) as SEQ_CLS does.
     """
     config = LoraConfig(
-        task_type=TaskType.SEQ_CLS,
+        task_type=task,
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
@@ -275,6 +300,51 @@ def samples(
         }
         for size, label, value in zip(sizes, classes, values, strict=True)
     ]
+
+
+def texts(model: PreTrainedModel | PeftModel, n: int, *, seed: int = 0) -> list[dict[str, Any]]:
+    """n rows of input_ids, attention_mask and labels whose target is what the model itself says, greedily.
+
+    Of a decoder alone the target follows its prompt, whose labels are -100; else labels are a sequence of their own.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    behind_encoder = bool(model.config.is_encoder_decoder)
+    rows = []
+    for j in range(n):
+        prompt = torch.randint(1, EOS - 1, (1, 3 + j % 4), generator=generator)
+        prompt[0, -1] = EOS if behind_encoder else prompt[0, -1]
+        start = model.config.decoder_start_token_id if behind_encoder else None
+        said = torch.tensor([[start]]) if behind_encoder else prompt
+        for _ in range(2 + j % 5):
+            inputs = {"input_ids": prompt, "decoder_input_ids": said} if behind_encoder else {"input_ids": said}
+            with torch.no_grad():
+                logits = model.eval()(**inputs).logits[:, -1, 1:]
+            said = torch.cat([said, 1 + logits.argmax(1, keepdim=True)], 1)
+        whole = prompt[0].tolist() if behind_encoder else said[0].tolist()
+        labels = said[0, 1:].tolist() if behind_encoder else [-100] * prompt.shape[1] + whole[prompt.shape[1] :]
+        rows.append({"input_ids": whole, "attention_mask": [1] * len(whole), "labels": labels})
+    model.train()
+    return rows
+
+
+def text_collator(model: PreTrainedModel | PeftModel, *, left: bool = False, pad: int = 0) -> Callable[..., Any]:
+    """Batches of such rows, padded on one side by `pad` tokens more than they need."""
+    behind_encoder = bool(model.config.is_encoder_decoder)
+
+    def padded(rows: list[list[int]], fill: int) -> Tensor:
+        width = max(map(len, rows)) + pad
+        fills = [[fill] * (width - len(row)) for row in rows]
+        return torch.tensor([f + row if left else row + f for row, f in zip(rows, fills, strict=True)])
+
+    def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        fills = {"input_ids": PAD, "attention_mask": 0, "labels": -100}
+        batch = {name: padded([row[name] for row in rows], fill) for name, fill in fills.items()}
+        if behind_encoder:
+            base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+            batch["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+        return batch
+
+    return collate
 
 
 def images(n: int, num_labels: int, *, seed: int = 0) -> list[dict[str, Any]]:

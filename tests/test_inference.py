@@ -51,7 +51,7 @@ def test_logits_do_not_depend_on_what_else_is_in_the_file(run: Path) -> None:
     trained = open_run(run)
     rows = read_rows(data_of(run))
     samples = trained.encode(rows, labelled=False)
-    whole = trained.logits(samples, phase="prediction", progress=None)
+    whole = trained.asking.logits(trained.model, samples.samples, phase="prediction", progress=None)
     with torch.no_grad():
         trained.model.eval()
         alone = [trained.model(**trained.collate([sample])).logits for sample in samples.samples]

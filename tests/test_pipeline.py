@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import pytest
 
-from tsqlora import pipeline
+from tsqlora import pipeline, reading
 from tsqlora.config import Config, Section
 from tsqlora.data.tokenise import TokenisedSplit
 from tsqlora.training import fit
@@ -23,13 +23,21 @@ OTHER_VALUES: dict[str, Any] = {
     "model.dtype": "bfloat16",
     "model.trust_remote_code": True,
     "task.type": "regression",
+    "task.max_new_tokens": 7,
+    "task.beams": 3,
     "data.train": "others.jsonl",
     "data.validation": "validation.jsonl",
     "data.test": "test.jsonl",
     "data.text": "body",
     "data.text_pair": "second",
     "data.label": "topic",
+    "data.format": "alpaca",
+    "data.prompt": "question",
+    "data.target": "reply",
+    "data.messages": "talk",
     "data.max_length": 20,
+    "data.max_target_length": 9,
+    "data.packing": True,
     "data.validation_fraction": 0.3,
     "quality.enabled": False,
     "quality.fraction": 0.25,
@@ -39,6 +47,7 @@ OTHER_VALUES: dict[str, Any] = {
     "quality.weights.loss_reduction": 2.0,
     "quality.weights.convergence": 2.0,
     "quality.weights.loss": 2.0,
+    "quality.weights.ifd": 2.0,
     "quality.temperature": 3.0,
     "quality.warmup": 2.0,
     "quality.warmup_limit": 0.9,
@@ -100,11 +109,12 @@ def what_arrives(config: Config) -> dict[str, Any]:
     arrived: dict[str, Any] = {}
     samples = TokenisedSplit([{"input_ids": [1], "labels": 0}] * 8, ("h",) * 8, 0)
     tokenizer = SimpleNamespace(model_max_length=32)
-    splits = SimpleNamespace(labels=None)
+    splits = SimpleNamespace(labels=None, format=None, rows={})
     answers = {
-        "read_data": splits,
         "load_pretrained": SimpleNamespace(model=None, tokenizer=tokenizer, positions=64, new_modules=()),
-        "prepare": SimpleNamespace(splits=splits, samples={"train": samples}, hash="", columns=dict),
+        "prepare": SimpleNamespace(splits=splits, samples={"train": samples}, hash="", columns=dict, notes=()),
+        "collate_of": "a collator",
+        "packed_collator": "another",
         "wrap": None,
         "plan": {},
         "active_parameters": 0,
@@ -126,11 +136,16 @@ def what_arrives(config: Config) -> dict[str, Any]:
     with ExitStack() as stack:
         for name, answer in answers.items():
             stack.enter_context(patch.object(pipeline, name, boundary(name, answer)))
-        stack.enter_context(patch.object(fit, "TrainingArguments", boundary("TrainingArguments", None)))
+        for name in ("read_data", "read_texts"):
+            stack.enter_context(patch.object(reading, name, boundary(name, splits)))
+        known = SimpleNamespace(bf16=False, per_device_eval_batch_size=1)
+        stack.enter_context(patch.object(fit, "TrainingArguments", boundary("TrainingArguments", known)))
         stack.enter_context(patch.object(pipeline, "hardware_has_bf16", lambda: False))
         args = pipeline.arguments(config, Path("run"))
         job = pipeline.load(config)
-        arrived["task"] = job.task.name
+        arrived["task"], arrived["packed"] = job.task.name, job.packed
+        asking = pipeline.asking_of(job, args)
+        arrived["asking"] = (asking.max_new_tokens, asking.beams)
         pipeline.begin(job, args)
         data, arrived["quality"], _ = pipeline.method(job, Path("scores.parquet"), None)
         inspect.unwrap(pipeline.harvesting)(config, data, Path("run"))
@@ -143,6 +158,8 @@ def test_every_key_has_another_value_here() -> None:
 
 
 BESIDE: dict[str, dict[str, Any]] = {
+    **{f"data.{name}": {"task.type": "causal-lm"} for name in ("format", "prompt", "target", "messages", "packing")},
+    "data.max_target_length": {"task.type": "seq2seq"},
     "quality.temperature": {"quality.preset": "paper"},
     "quality.unbiased": {"quality.preset": "paper"},
 }

@@ -45,6 +45,8 @@ Source = Annotated[Path, typer.Argument(metavar="CONFIG|RUN", help="A YAML file,
 Adapter = Annotated[Path, typer.Argument(metavar="RUN|ADAPTER", help="A run's directory, or an adapter's.")]
 Base = Annotated[str | None, typer.Option(help="The adapter's base model: a directory or a hub id.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; else as it is.")]
+NewTokens = Annotated[int | None, typer.Option(help="Tokens that may be written; else task.max_new_tokens.", min=1)]
+Beams = Annotated[int | None, typer.Option(help="Beams of the search; else task.beams.", min=1)]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory.")]
 
 
@@ -252,16 +254,18 @@ def allocate(
 def evaluate(
     run: Run,
     data: Annotated[Path | None, typer.Option(help="A labelled file; else the run's own test or validation.")] = None,
+    max_new_tokens: NewTokens = None,
+    beams: Beams = None,
     as_json: Json = False,
 ) -> None:
-    """The task's metrics.
+    """The task's metrics; generated text is measured by writing it.
 
     Example: tsqlora evaluate run --data test.jsonl --json
     """
     from tsqlora.inference import evaluate_run
 
     with Display(stderr) as display:
-        metrics = evaluate_run(run, data, progress=display.progress)
+        metrics = evaluate_run(run, data, overrides=_writing(max_new_tokens, beams), progress=display.progress)
     _print(metrics, as_json, show_numbers)
 
 
@@ -270,17 +274,37 @@ def predict(
     run: Run,
     data: Annotated[Path, typer.Option(help="File of rows; they need no label.")],
     out: Annotated[Path, typer.Option(help="File to write: .jsonl, .csv, .tsv or .parquet.")],
+    max_new_tokens: NewTokens = None,
+    beams: Beams = None,
     as_json: Json = False,
 ) -> None:
-    """Writes the file's rows with a prediction each.
+    """Writes the file's rows with a prediction each: a class, a number, or a text.
 
     Example: tsqlora predict run --data new.jsonl --out predicted.jsonl
     """
     from tsqlora.inference import predict_run
 
     with Display(stderr) as display:
-        rows = predict_run(run, data, out, progress=display.progress)
+        rows = predict_run(run, data, out, overrides=_writing(max_new_tokens, beams), progress=display.progress)
     _print({"out": str(out), "rows": rows}, as_json, show_numbers)
+
+
+@app.command()
+def chat(run: Run, max_new_tokens: NewTokens = None) -> None:
+    """A quick look at what a run's model writes: a line in, its answer out; an empty line or Ctrl-D ends it.
+
+    Example: tsqlora chat run --max-new-tokens 100
+    """
+    from tsqlora.inference import open_run, reply
+
+    trained = open_run(run, _writing(max_new_tokens, None))
+    said: list[str] = []
+    for line in sys.stdin:
+        if not line.strip():
+            break
+        said.append(line.strip())
+        said.append(reply(trained, said))
+        print(said[-1], flush=True)
 
 
 @app.command()
@@ -399,6 +423,12 @@ def doctor(source: Adapter, as_json: Json = False) -> None:
     from tsqlora import exporting
 
     _print(exporting.examine(source), as_json, show_doctor)
+
+
+def _writing(max_new_tokens: int | None, beams: int | None) -> list[str]:
+    """Settings that are given as options."""
+    given = {"task.max_new_tokens": max_new_tokens, "task.beams": beams}
+    return [f"{name}={value}" for name, value in given.items() if value is not None]
 
 
 def _listed(text: str) -> list[str]:

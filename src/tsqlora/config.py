@@ -34,12 +34,13 @@ class Preset(NamedTuple):
     loss_reduction: float
     convergence: float
     loss: float
+    ifd: float
     reject: bool
 
 
 PRESETS: Mapping[PresetName, Preset] = {
-    "default": Preset(gradient_norm=0.0, loss_reduction=0.0, convergence=0.0, loss=0.0, reject=True),
-    "paper": Preset(gradient_norm=1 / 3, loss_reduction=1 / 3, convergence=1 / 3, loss=0.0, reject=False),
+    "default": Preset(gradient_norm=0.0, loss_reduction=0.0, convergence=0.0, loss=0.0, ifd=0.0, reject=True),
+    "paper": Preset(gradient_norm=1 / 3, loss_reduction=1 / 3, convergence=1 / 3, loss=0.0, ifd=0.0, reject=False),
 }
 
 
@@ -67,7 +68,11 @@ class ModelSettings(Section):
 
 
 class TaskSettings(Section):
-    type: str = setting("sequence-classification", "What the model learns to do.")
+    type: str = setting(
+        "sequence-classification", "What the model learns: sequence-classification, regression, causal-lm, seq2seq."
+    )
+    max_new_tokens: int = setting(64, "Tokens that a generating model may write.", ge=1)
+    beams: int = setting(1, "Beams of a search; 1 writes greedily.", ge=1)
 
 
 class DataSettings(Section):
@@ -77,7 +82,15 @@ class DataSettings(Section):
     text: str | None = setting(None, "Column of the text; null finds the usual ones.")
     text_pair: str | None = setting(None, "Column of the second text; null finds the usual ones.")
     label: str | None = setting(None, "Column of the label; null finds the usual ones.")
+    format: str | None = setting(None, "Row format of a generating model's data; null finds it by the columns.")
+    prompt: str | None = setting(None, "Column of the prompt or document; null finds the usual ones.")
+    target: str | None = setting(None, "Column of the text to be written; null finds the usual ones.")
+    messages: str | None = setting(None, "Column of a chat's messages; null finds the usual ones.")
     max_length: int | None = setting(None, "Tokens kept of a sample; null is the model's own limit.", ge=1)
+    max_target_length: int | None = setting(
+        None, "Tokens that a target may have behind an encoder; null is max_length.", ge=1
+    )
+    packing: bool = setting(False, "Train a causal model on rows that several samples share, each as if alone.")
     validation_fraction: float = setting(
         0.1, "Share of the training rows used where no validation is given.", gt=0, lt=1
     )
@@ -88,6 +101,9 @@ class WeightSettings(Section):
     loss_reduction: float | None = setting(None, "Weight of the loss reduction in Q; null is the preset's.")
     convergence: float | None = setting(None, "Weight of the convergence term in Q; null is the preset's.")
     loss: float | None = setting(None, "Weight of the loss in Q; null is the preset's.")
+    ifd: float | None = setting(
+        None, "Weight of the instruction-following difficulty in Q, of causal-lm; null is the preset's."
+    )
 
 
 class QualitySettings(Section):
@@ -120,7 +136,7 @@ class QualitySettings(Section):
         """Weight of each term of Q: what is set, else the preset's; None where all are 0: no Q decides.
 
         >>> QualitySettings(weights=WeightSettings(gradient_norm=2.0)).resolved_weights()
-        {'gradient_norm': 2.0, 'loss_reduction': 0.0, 'convergence': 0.0, 'loss': 0.0}
+        {'gradient_norm': 2.0, 'loss_reduction': 0.0, 'convergence': 0.0, 'loss': 0.0, 'ifd': 0.0}
         """
         preset = PRESETS[self.preset]._asdict()
         given = self.weights.model_dump()

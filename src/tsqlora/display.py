@@ -73,6 +73,12 @@ def show_plan(console: Console, plan: Mapping[str, Any]) -> None:
     console.print(f"precision   {'bfloat16 autocast' if plan['bf16'] else 'float32'}")
     console.print(f"memory      about {plan['memory_bytes'] / 2**20:,.0f} MiB (a rough estimate)")
     console.print(_passes_table(plan["passes"]))
+    if "samples" in plan:
+        columns = ", ".join(f"{name}" for name in plan["columns"].values() if name is not None)
+        console.print(f"row format  {plan['format']} ({columns}); what is trained on is green, between ⟦ and ⟧:\n")
+        samples = Text(plan["samples"])
+        samples.highlight_regex(r"(?s)⟦.*?⟧", "green")
+        console.print(samples)
 
 
 def _class_counts(classes: Mapping[str, int]) -> str:
@@ -206,7 +212,7 @@ def _samples_table(title: str, samples: Sequence[Mapping[str, Any]], width: int)
 
 
 def _sample_cells(sample: Mapping[str, Any]) -> tuple[Text, ...]:
-    said = _label(sample["predicted"])
+    said = _label(sample["predicted"]) if "predicted" in sample else "–"
     if "predicted_probability" in sample:
         said += f" {sample['predicted_probability']:.0%}"
     terms = "  ".join(f"{name} {value:.3g}" for name, value in sample["terms"].items())

@@ -1,4 +1,4 @@
-"""A finished run put to use: its metrics on a labelled file, its predictions on any."""
+"""A finished run put to use: its metrics on a labelled file, its predictions or texts on any."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,24 +10,116 @@ import torch
 from peft import PeftModel
 from scipy.special import softmax
 from torch import nn
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from tsqlora.config import Config, load_config
-from tsqlora.data.batches import collator
 from tsqlora.data.columns import Columns
+from tsqlora.data.formats import FORMATS, Format
+from tsqlora.data.generation import references, tokenise_generation
 from tsqlora.data.labels import LabelMap
-from tsqlora.data.prepare import Prepared, Splits, encode, prepare
+from tsqlora.data.prepare import Prepared, Splits, Writing, encode_split, prepare
 from tsqlora.data.rows import Rows, column_names, read_rows
 from tsqlora.data.tokenise import TokenisedSplit
 from tsqlora.data.write import require_writable, write_rows
 from tsqlora.errors import DataError
 from tsqlora.quality.score import Progress
+from tsqlora.reading import read, writing_of
 from tsqlora.record import RunRecord
-from tsqlora.tasks import Task, get_task
+from tsqlora.tasks import GENERATION, Task, get_task, require_answers
 from tsqlora.tasks.forward import Collate
+from tsqlora.tasks.generation import Generation
+from tsqlora.tasks.texts import require_text_metrics, text_metrics
+from tsqlora.training.collate import collate_of
 from tsqlora.training.load import load_pretrained
 from tsqlora.training.predict import predict_logits
 from tsqlora.training.run_dir import ADAPTER_DIR, CONFIG_FILE
+from tsqlora.training.write import token_metrics, write_texts
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """How a model of a task is asked: in which batches and precision, and how much it may write."""
+
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    batch_size: int
+    autocast: torch.dtype | None
+    max_new_tokens: int
+    beams: int
+
+    def collate(self, model: nn.Module, *, left: bool = False) -> Collate:
+        """Batches; with `left` prompts to go on from."""
+        return collate_of(self.task, model, self.tokenizer, max_length=self.max_length, left=left)
+
+    def logits(
+        self, model: nn.Module, samples: Sequence[dict[str, Any]], *, phase: str, progress: Progress | None
+    ) -> np.ndarray:
+        """n × k, of a task with one answer a sample."""
+        return predict_logits(
+            model,
+            samples,
+            self.collate(model),
+            batch_size=self.batch_size,
+            autocast=self.autocast,
+            phase=phase,
+            progress=progress,
+        )
+
+    def metrics(
+        self, model: nn.Module, samples: Sequence[dict[str, Any]], *, phase: str, progress: Progress | None
+    ) -> dict[str, float]:
+        """The task's metrics on labelled samples; of generated text those with the targets shown."""
+        if isinstance(self.task, Generation):
+            return token_metrics(
+                model,
+                samples,
+                self.collate(model),
+                self.task,
+                batch_size=self.batch_size,
+                autocast=self.autocast,
+                phase=phase,
+                progress=progress,
+            )
+        logits = self.logits(model, samples, phase=phase, progress=progress)
+        return require_answers(self.task, "this metric").metrics(logits, np.array([s["labels"] for s in samples]))
+
+    def texts(
+        self, model: nn.Module, rows: Rows, format: Format, *, phase: str, progress: Progress | None
+    ) -> list[str]:
+        """What the model writes on each row's prompt."""
+        assert isinstance(self.task, Generation)
+        prompts = tokenise_generation(
+            rows,
+            format,
+            self.tokenizer,
+            max_length=self.max_length,
+            seq2seq=not self.task.causal,
+            with_targets=False,
+        )
+        return write_texts(
+            model,
+            prompts.samples,
+            self.collate(model, left=self.task.causal),
+            self.tokenizer,
+            self.task,
+            max_new_tokens=self.max_new_tokens,
+            beams=self.beams,
+            batch_size=self.batch_size,
+            autocast=self.autocast,
+            phase=phase,
+            progress=progress,
+        )
+
+    def text_metrics(
+        self, model: nn.Module, rows: Rows, format: Format, *, progress: Progress | None
+    ) -> dict[str, float]:
+        """How near the texts that the model writes are to the rows' own; nothing of plain text, which has no target."""
+        if format.name == "text":
+            return {}
+        require_text_metrics()
+        written = self.texts(model, rows, format, phase="writing", progress=progress)
+        return text_metrics(written, references(rows, format))
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,35 +139,49 @@ class Trained:
         return Columns(**self.record.data["columns"])
 
     @property
+    def format(self) -> Format | None:
+        """How rows become prompts and targets; None for a task with one answer a sample."""
+        name = self.record.data.get("format")
+        return None if name is None else Format(name, self.columns)
+
+    @property
+    def writing(self) -> Writing | None:
+        """How a generating model takes its samples."""
+        return writing_of(self.config)
+
+    @property
     def max_length(self) -> int:
         """Tokens kept of a sample."""
         return int(self.record.data["max_length"])
 
     @property
-    def collate(self) -> DataCollatorWithPadding:
-        positions = getattr(self.model.config, "max_position_embeddings", None)
-        return collator(self.tokenizer, max_length=self.max_length, positions=positions)
+    def collate(self) -> Collate:
+        return self.asking.collate(self.model)
+
+    @property
+    def asking(self) -> Asking:
+        return Asking(
+            self.task,
+            self.tokenizer,
+            self.max_length,
+            self.config.training.eval_batch_size,
+            torch.bfloat16 if self.record.plan["bf16"] else None,
+            self.config.task.max_new_tokens,
+            self.config.task.beams,
+        )
 
     def prepare(self, splits: Splits) -> Prepared:
         """Splits as samples, with the run's own classes."""
-        return prepare(replace(splits, labels=self.labels), self.tokenizer, max_length=self.max_length)
-
-    def logits(self, samples: TokenisedSplit, *, phase: str, progress: Progress | None) -> np.ndarray:
-        """n × k."""
-        return predict_logits(
-            self.model,
-            samples.samples,
-            self.collate,
-            batch_size=self.config.training.eval_batch_size,
-            autocast=torch.bfloat16 if self.record.plan["bf16"] else None,
-            phase=phase,
-            progress=progress,
-        )
+        own = replace(splits, labels=self.labels)
+        return prepare(own, self.tokenizer, max_length=self.max_length, writing=self.writing)
 
     def encode(self, rows: Rows, *, labelled: bool) -> TokenisedSplit:
         """Rows of any file as samples."""
-        _require_columns(rows, self.columns, labelled=labelled)
-        return encode(rows, self.columns, self.labels, self.tokenizer, max_length=self.max_length, labelled=labelled)
+        require_columns(rows, self.columns, labelled=labelled)
+        own = Splits({}, self.columns, self.labels, self.format)
+        return encode_split(
+            rows, own, self.tokenizer, max_length=self.max_length, writing=self.writing, labelled=labelled
+        )
 
 
 def open_run(run: Path, overrides: Sequence[str] = ()) -> Trained:
@@ -83,17 +189,18 @@ def open_run(run: Path, overrides: Sequence[str] = ()) -> Trained:
     record = require_finished(run)
     config = load_config(run / CONFIG_FILE, overrides)
     labels = None if record.labels is None else LabelMap(tuple(record.labels))
-    base = config.model
+    base, task = config.model, get_task(record.task)
     pretrained = load_pretrained(
         base.path,
         labels=labels,
+        generation=task if isinstance(task, Generation) else None,
         revision=base.revision,
         dtype=base.dtype,
         trust_remote_code=base.trust_remote_code,
     )
     model = PeftModel.from_pretrained(pretrained.model, str(run / ADAPTER_DIR), is_trainable=True)
     model.to(device_of(config))
-    return Trained(config, record, get_task(record.task), model, pretrained.tokenizer, labels)
+    return Trained(config, record, task, model, pretrained.tokenizer, labels)
 
 
 def require_finished(run: Path) -> RunRecord:
@@ -112,54 +219,81 @@ def device_of(config: Config) -> torch.device:
     return accelerator
 
 
-def evaluate_run(run: Path, data: Path | None = None, *, progress: Progress | None = None) -> dict[str, float]:
-    """The task's metrics on a labelled file; without one, on the run's test rows, else its validation rows."""
+def evaluate_run(
+    run: Path, data: Path | None = None, *, overrides: Sequence[str] = (), progress: Progress | None = None
+) -> dict[str, float]:
+    """The task's metrics on a labelled file; without one, on the run's test rows, else its validation rows.
+
+    Generated text is measured by writing it.
+    """
+    record = require_finished(run)
+    generates = record.task in GENERATION
+    if data is None and not overrides and ("test" in record.metrics or not generates):
+        return record.metrics["test" if "test" in record.metrics else "validation"]
+    trained = open_run(run, overrides)
     if data is None:
-        measured = require_finished(run).metrics
-        return measured["test"] if "test" in measured else measured["validation"]
-    trained = open_run(run)
-    samples = trained.encode(read_rows(data, split="test"), labelled=True)
-    logits = trained.logits(samples, phase="evaluation", progress=progress)
-    return trained.task.metrics(logits, np.array([sample["labels"] for sample in samples.samples]))
+        splits = read(trained.config).rows
+        rows = splits["test" if "test" in splits else "validation"]
+    else:
+        rows = read_rows(data, split="test")
+    samples = trained.encode(rows, labelled=True)
+    metrics = trained.asking.metrics(trained.model, samples.samples, phase="evaluation", progress=progress)
+    if trained.format is None:
+        return metrics
+    return metrics | trained.asking.text_metrics(trained.model, rows, trained.format, progress=progress)
 
 
-def predict_run(run: Path, data: Path, out: Path, *, progress: Progress | None = None) -> int:
+def reply(trained: Trained, said: Sequence[str]) -> str:
+    """What a run's model writes next, after turns of the user and itself; without a chat template after the last one.
+
+    Raises DataError for a task that writes no text.
+    """
+    format = trained.format
+    if format is None:
+        raise DataError(f"the run's task is {trained.task.name}, which writes no text; use `tsqlora predict`")
+    if trained.tokenizer.chat_template and not FORMATS[format.name].whole:
+        format = Format("messages", Columns("messages", None, None))
+    turns = [{"role": ("user", "assistant")[j % 2], "content": text} for j, text in enumerate(said)]
+    if format.name == "sharegpt":
+        format = replace(format, name="messages")
+    row: dict[str, Any] = {format.columns.text: turns if format.name == "messages" else said[-1]}
+    return trained.asking.texts(trained.model, Rows((row,), "chat", (1,)), format, phase="chat", progress=None)[0]
+
+
+def predict_run(
+    run: Path, data: Path, out: Path, *, overrides: Sequence[str] = (), progress: Progress | None = None
+) -> int:
     """Writes the file's rows with their `prediction`, and its `probability` for classes; how many."""
     require_writable(out)
-    trained = open_run(run)
+    trained = open_run(run, overrides)
     rows = read_rows(data, split="test")
-    logits = trained.logits(trained.encode(rows, labelled=False), phase="prediction", progress=progress)
-    predicted = trained.task.predictions(logits)
-    if trained.labels is None:
-        added = [{"prediction": float(value)} for value in predicted]
-    else:
-        names, best = trained.labels.names, softmax(logits.astype(np.float64), axis=1).max(axis=1)
-        added = [
-            {"prediction": names[int(value)], "probability": float(p)} for value, p in zip(predicted, best, strict=True)
-        ]
+    added = _texts(trained, rows, progress) if trained.format is not None else _answers(trained, rows, progress)
     write_rows(out, [{**row, **more} for row, more in zip(rows.rows, added, strict=True)])
     return len(rows)
 
 
-def measure_split(
-    model: nn.Module,
-    samples: Sequence[dict[str, Any]],
-    collate: Collate,
-    task: Task,
-    *,
-    batch_size: int,
-    autocast: torch.dtype | None,
-    phase: str,
-    progress: Progress | None,
-) -> dict[str, float]:
-    """The task's metrics on labelled samples."""
-    logits = predict_logits(
-        model, samples, collate, batch_size=batch_size, autocast=autocast, phase=phase, progress=progress
-    )
-    return task.metrics(logits, np.array([s["labels"] for s in samples]))
+def _texts(trained: Trained, rows: Rows, progress: Progress | None) -> list[dict[str, Any]]:
+    assert trained.format is not None
+    require_columns(rows, trained.columns, labelled=False)
+    asking = trained.asking
+    texts = asking.texts(trained.model, rows, trained.format, phase="prediction", progress=progress)
+    return [{"prediction": text} for text in texts]
 
 
-def _require_columns(rows: Rows, columns: Columns, *, labelled: bool) -> None:
+def _answers(trained: Trained, rows: Rows, progress: Progress | None) -> list[dict[str, Any]]:
+    samples = trained.encode(rows, labelled=False).samples
+    logits = trained.asking.logits(trained.model, list(samples), phase="prediction", progress=progress)
+    predicted = require_answers(trained.task, "a prediction").predictions(logits)
+    if trained.labels is None:
+        return [{"prediction": float(value)} for value in predicted]
+    names, best = trained.labels.names, softmax(logits.astype(np.float64), axis=1).max(axis=1)
+    return [
+        {"prediction": names[int(value)], "probability": float(p)} for value, p in zip(predicted, best, strict=True)
+    ]
+
+
+def require_columns(rows: Rows, columns: Columns, *, labelled: bool) -> None:
+    """Raises DataError where a file lacks a column that the run was trained on."""
     names = column_names(rows)
     for column in (columns.text, columns.text_pair, columns.label if labelled else None):
         if column is not None and column not in names:

@@ -12,7 +12,6 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers import (
-    DataCollatorWithPadding,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -25,18 +24,24 @@ from tsqlora.adapter.slots import active_parameters
 from tsqlora.adapter.wrap import wrap
 from tsqlora.card import write_card
 from tsqlora.config import Config, dump_config, load_config
-from tsqlora.data.batches import collator
 from tsqlora.data.labels import LabelMap
-from tsqlora.data.prepare import Prepared, Splits, prepare, read_data, resolve_max_length
+from tsqlora.data.packing import PackedCollator, packed_collator
+from tsqlora.data.prepare import Prepared, prepare, resolve_max_length
 from tsqlora.errors import DataError, SettingsError
-from tsqlora.inference import measure_split
+from tsqlora.inference import Asking
 from tsqlora.plan import plan
 from tsqlora.quality.score import Progress
 from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import QualitySubset
+from tsqlora.reading import read, writing_of
 from tsqlora.record import RunRecord, write_whole
+from tsqlora.sample_display import show_samples
 from tsqlora.tasks import Task, get_task
 from tsqlora.tasks.classification import Classification
+from tsqlora.tasks.forward import Collate
+from tsqlora.tasks.generation import Generation
+from tsqlora.tasks.texts import require_text_metrics
+from tsqlora.training.collate import collate_of
 from tsqlora.training.fit import fit, hardware_has_bf16, training_arguments
 from tsqlora.training.harvest_callback import HARVEST_FILE, HarvestCallback
 from tsqlora.training.load import Pretrained, load_pretrained
@@ -45,6 +50,8 @@ from tsqlora.training.quality_callback import SCORES_FILE, QualityCallback
 from tsqlora.training.rank_callback import RankCallback
 from tsqlora.training.run_dir import ADAPTER_DIR, CHECKPOINT_DIR, CONFIG_FILE, locked
 
+SHOWN = 2
+"""Samples of a generating model that a dry run shows."""
 NOTHING_TO_SCORE = "quality.enabled is false: there is nothing to score; set it to true"
 
 
@@ -59,9 +66,17 @@ class Job:
     max_length: int
 
     @property
-    def collate(self) -> DataCollatorWithPadding:
-        known = self.pretrained
-        return collator(known.tokenizer, max_length=self.max_length, positions=known.positions)
+    def collate(self) -> Collate:
+        return collate_of(self.task, self.pretrained.model, self.pretrained.tokenizer, max_length=self.max_length)
+
+    @property
+    def packed(self) -> PackedCollator | None:
+        """The batches of training, where samples share rows."""
+        if not self.config.data.packing:
+            return None
+        if not (isinstance(self.task, Generation) and self.task.causal):
+            raise SettingsError(f"data.packing is for causal-lm, and the task is {self.task.name}; set it to false")
+        return packed_collator(self.pretrained.tokenizer, max_length=self.max_length)
 
 
 def train(config: Config, run: Path, *, resume: bool = False, progress: Progress | None = None) -> RunRecord:
@@ -106,12 +121,17 @@ def dry_run(config: Config) -> dict[str, Any]:
     job = load(config)
     _, record = begin(job, arguments(config, Path("run")))
     method(job, Path("run") / SCORES_FILE, None)  # its names and numbers are checked too
-    return record.plan
+    if job.data.splits.format is None:
+        return record.plan
+    first = [job.data.samples["train"][j] for j in range(min(SHOWN, len(job.data.samples["train"])))]
+    shown = show_samples(job.pretrained.tokenizer, first).plain
+    return {**record.plan, "format": job.data.splits.format.name, "columns": job.data.columns(), "samples": shown}
 
 
 def arguments(config: Config, run: Path) -> TrainingArguments:
     """The Trainer's arguments; bfloat16 where the config says so, or else where the hardware has it."""
     settings = config.training
+    generates = isinstance(get_task(config.task.type), Generation)
     return training_arguments(
         run / CHECKPOINT_DIR,
         epochs=settings.epochs,
@@ -120,7 +140,8 @@ def arguments(config: Config, run: Path) -> TrainingArguments:
         eval_batch_size=settings.eval_batch_size,
         bf16=hardware_has_bf16() if settings.bf16 is None else settings.bf16,
         seed=settings.seed,
-        further=settings.further_arguments(),
+        # Of a validation in mid-run no logits are kept: they are a vocabulary wide, for every token.
+        further=({"prediction_loss_only": True} if generates else {}) | settings.further_arguments(),
     )
 
 
@@ -128,17 +149,22 @@ def load(config: Config) -> Job:
     """Reads the data and the model, and checks that they fit together."""
     splits = read(config)
     pretrained, length = load_model(config, splits.labels)
-    data = prepare(splits, pretrained.tokenizer, max_length=length)
-    return Job(config, get_task(config.task.type), pretrained, data, length)
+    data = prepare(splits, pretrained.tokenizer, max_length=length, writing=writing_of(config))
+    task = get_task(config.task.type)
+    if isinstance(task, Generation) and "test" in splits.rows:
+        require_text_metrics()
+    return Job(config, task, pretrained, data, length)
 
 
 def load_model(config: Config, labels: LabelMap | None) -> tuple[Pretrained, int]:
     """The pretrained model with a head for these classes, and how many tokens are kept of a sample."""
     base = config.model
     set_seed(config.training.seed)
+    task = get_task(config.task.type)
     pretrained = load_pretrained(
         base.path,
         labels=labels,
+        generation=task if isinstance(task, Generation) else None,
         revision=base.revision,
         dtype=base.dtype,
         trust_remote_code=base.trust_remote_code,
@@ -149,41 +175,25 @@ def load_model(config: Config, labels: LabelMap | None) -> tuple[Pretrained, int
     return pretrained, length
 
 
-def read(config: Config) -> Splits:
-    """The rows of every split."""
-    data = config.data
-    return read_data(data.train, data.validation, data.test, **how_to_read(config))
-
-
-def how_to_read(config: Config) -> dict[str, Any]:
-    """What `read_data` asks beside the files."""
-    data = config.data
-    return {
-        "text": data.text,
-        "text_pair": data.text_pair,
-        "label": data.label,
-        "classes": isinstance(get_task(config.task.type), Classification),
-        "validation_fraction": data.validation_fraction,
-        "seed": config.training.seed,
-    }
-
-
 def begin(job: Job, args: TrainingArguments) -> tuple[PeftModel, RunRecord]:
     """The model with its rank slots, and the record of a run that begins."""
     model, seed = with_slots(job.config, job.pretrained), job.config.training.seed
     labels, samples = job.data.splits.labels, job.data.samples
+    texts = {} if job.data.splits.format is None else {"format": job.data.splits.format.name}
     record = RunRecord(
         status="running",
         seed=seed,
         task=job.task.name,
         labels=None if labels is None else list(labels.names),
-        data={"hash": job.data.hash, "max_length": job.max_length, "columns": job.data.columns()},
+        data={"hash": job.data.hash, "max_length": job.max_length, "columns": job.data.columns(), **texts},
         plan=plan(job.config, model, samples, args),
         parameters={"trainable": active_parameters(model)},
     )
+    record.notes += job.data.notes
     for name, split in samples.items():
         if split.truncated:
-            record.notes.append(f"{split.truncated} of {len(split)} {name} texts were cut to {job.max_length} tokens")
+            what = "prompts" if texts else "texts"
+            record.notes.append(f"{split.truncated} of {len(split)} {name} {what} were cut to {job.max_length} tokens")
     return model, record
 
 
@@ -217,7 +227,7 @@ def method(
         temperature=q.resolved_temperature(),
         reject=q.resolved_reject(),
     )
-    return data, quality if q.enabled else None, ranks_half(job.config)
+    return data, quality if q.enabled else None, ranks_half(job)
 
 
 def subset(job: Job, fraction: float) -> QualitySubset:
@@ -267,12 +277,13 @@ def quality_half(
         about=about_rows(job.config, job.data),
         scores_path=scores_path,
         progress=progress,
+        collate=job.collate,
     )
 
 
-def ranks_half(config: Config) -> RankCallback:
+def ranks_half(job: Job) -> RankCallback:
     """Ranks that follow sensitivity, as the config sets them."""
-    r = config.ranks
+    config, r = job.config, job.config.ranks
     return RankCallback(
         r.interval,
         warmup=r.warmup,
@@ -284,6 +295,7 @@ def ranks_half(config: Config) -> RankCallback:
         estimator=r.estimator,
         samples=r.samples,
         seed=config.training.seed,
+        collate=job.collate,
     )
 
 
@@ -294,6 +306,7 @@ def about_rows(config: Config, data: Prepared) -> dict[str, Any]:
         "data": config.data.train,
         "columns": data.columns(),
         "classes": None if labels is None else list(labels.names),
+        "format": None if data.splits.format is None else data.splits.format.name,
     }
 
 
@@ -324,6 +337,7 @@ def fit_job(
         task=job.task,
         tokenizer=job.pretrained.tokenizer,
         collate=job.collate,
+        packed=job.packed,
         validation=job.data.samples["validation"],
         record=record,
         quality=quality,
@@ -334,23 +348,32 @@ def fit_job(
     )
 
 
+def asking_of(job: Job, args: TrainingArguments) -> Asking:
+    """How the run's model is asked."""
+    return Asking(
+        job.task,
+        job.pretrained.tokenizer,
+        job.max_length,
+        args.per_device_eval_batch_size,
+        torch.bfloat16 if args.bf16 else None,
+        job.config.task.max_new_tokens,
+        job.config.task.beams,
+    )
+
+
 def measure(job: Job, model: nn.Module, record: RunRecord, args: TrainingArguments, progress: Progress | None) -> None:
-    """Metrics of validation and test, into the record."""
+    """Metrics of validation and test, into the record; of generated text, what is written on the test rows."""
+    asking, splits = asking_of(job, args), job.data.splits
     for split in ("validation", "test"):
         if split not in job.data.samples:
             continue
         samples = job.data.samples[split]
         with record.timed("evaluation") as cost:
-            record.metrics[split] = measure_split(
-                model,
-                samples.samples,
-                job.collate,
-                job.task,
-                batch_size=args.per_device_eval_batch_size,
-                autocast=torch.bfloat16 if args.bf16 else None,
-                phase=split,
-                progress=progress,
-            )
+            record.metrics[split] = asking.metrics(model, samples.samples, phase=split, progress=progress)
+            if split == "test" and splits.format is not None:
+                record.metrics[split] |= asking.text_metrics(
+                    model, splits.rows[split], splits.format, progress=progress
+                )
         cost.add(forward=len(samples), tokens=sum(samples.lengths))
 
 

@@ -20,6 +20,7 @@ from tsqlora.ranks.budget import used
 from tsqlora.ranks.schedule import adjustment_steps
 from tsqlora.tasks import get_task
 from tsqlora.tasks.classification import Classification
+from tsqlora.tasks.generation import Generation
 from tsqlora.training.quality_callback import most_scorings
 
 BYTES_A_ROW = 500
@@ -105,15 +106,18 @@ def passes(config: Config, *, rows: int, size: int) -> dict[str, dict[str, int]]
         )
     reference = min(quality.reference, rows)
     terms = wanted_terms(quality.weighted_terms()).values()
-    forward = 2 if any(term.lookahead for term in terms) else 1
+    forward = 1 + any(term.lookahead for term in terms) + any(term.alone for term in terms)
     gradients = any(term.gradient for term in terms)
     again = quality.recheck and quality.resolved_weights() is None and quality.resolved_reject() is not False
-    classes = isinstance(get_task(config.task.type), Classification)
+    task = get_task(config.task.type)
+    classes = isinstance(task, Classification)
+    # Of text the test is against the model as it was before its adapter learned.
+    tests = (2 if gradients else 1) + isinstance(task, Generation)
     scorings = most_scorings(warmup, epochs) if again and classes else 1
     return {
         "warm-up": dict.fromkeys(("forward", "backward"), size * warmup),
         "scoring": {
-            "forward": scorings * (rows * forward + (2 if gradients else 1) * reference),
+            "forward": scorings * (rows * forward + tests * reference),
             "backward": scorings * (rows + reference) if gradients else 0,
         },
         "ranks": dict.fromkeys(("forward", "backward"), min(config.ranks.samples, size)),
@@ -132,6 +136,8 @@ def memory(config: Config, model: PeftModel, *, longest: int, bf16: bool) -> int
     trained = 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     layers: list[Any] = list(lora_layers(model).values())
     features = sum(layer.in_features + 2 * layer.out_features for layer in layers)
+    if isinstance(get_task(config.task.type), Generation):
+        features += 3 * int(getattr(model.config, "vocab_size", 0))  # logits, in float32 once more, and their gradient
     return weights + trained + config.training.batch_size * longest * features * (2 if bf16 else 4)
 
 

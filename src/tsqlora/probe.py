@@ -223,7 +223,7 @@ def probe_pass(
     get_estimator(estimator)
     if len(dataset) == 0:
         raise SettingsError("there are no rows to measure sensitivity on")
-    loss = (task or task_of(model)).loss
+    task = task or task_of(model)
     probe = Probe(layers, estimator, seed)
     device = next(model.parameters()).device
     with quiet(model), torch.enable_grad(), probe.watch(model) as tap:
@@ -231,7 +231,7 @@ def probe_pass(
             rows = [dataset[j] for j in range(start, min(start + batch_size, len(dataset)))]
             inputs, labels = split_labels(collate(rows), device)
             with nullcontext() if autocast is None else torch.autocast(device.type, dtype=autocast):
-                losses = loss(model_logits(model, inputs), labels)
+                losses = task.loss(model_logits(model, inputs, task), labels)
             # Summed, not averaged: a sample's gradient must not depend on its batch.
             torch.autograd.grad(losses.sum(), [tap.anchor], allow_unused=True)
     return probe

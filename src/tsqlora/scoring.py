@@ -1,6 +1,7 @@
 """Scores for any trainer: rows of any size, from a config's warm-up or a run's weights, resumable."""
 
 import shutil
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -10,12 +11,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tsqlora import distributed
+from tsqlora import distributed, reading
 from tsqlora.config import Config, dump_config, load_config
-from tsqlora.data.prepare import Prepared
-from tsqlora.data.survey import Survey, store, survey_data, texts_of
+from tsqlora.data.prepare import Prepared, Writing
+from tsqlora.data.survey import Survey, store, texts_of, with_whole_targets
 from tsqlora.data.write import require_place
 from tsqlora.errors import NotLearnedError, SettingsError
 from tsqlora.inference import device_of, open_run
@@ -26,7 +27,6 @@ from tsqlora.pipeline import (
     arguments,
     begin,
     fit_job,
-    how_to_read,
     load_model,
     with_slots,
 )
@@ -94,10 +94,10 @@ def plan_scoring(source: Path, *, overrides: Sequence[str] = ()) -> dict[str, An
     if source.is_dir():
         run = open_run(source, overrides)
         config, model, length = run.config, run.model, run.max_length
-        survey = _survey(config)
+        survey = reading.survey(config)
     else:
         config = _enabled(load_config(source, overrides))
-        survey = _survey(config)
+        survey = reading.survey(config)
         pretrained, length = load_model(config, survey.labels)
         model = with_slots(config, pretrained)
     rows = len(survey.places["train"])
@@ -124,16 +124,19 @@ def _partial(out: Path) -> Iterator[tuple[Path, Path]]:
             partial.rmdir()
 
 
-def _survey(config: Config) -> Survey:
-    data = config.data
-    return survey_data(data.train, data.validation, data.test, **how_to_read(config))
-
-
 def _run(source: Path, overrides: Sequence[str], tokens: Path) -> Ready:
     run = open_run(source, overrides)
-    survey = replace(_survey(run.config), labels=run.labels)
-    data = store(survey, run.tokenizer, tokens, max_length=run.max_length)
+    survey = replace(reading.survey(run.config), labels=run.labels)
+    survey = _whole(survey, run.tokenizer, run.max_length, run.writing)
+    data = store(survey, run.tokenizer, tokens, max_length=run.max_length, writing=run.writing)
     return Ready(run.config, _task(run.config), run.model, run.collate, survey, data)
+
+
+def _whole(survey: Survey, tokenizer: PreTrainedTokenizerBase, max_length: int, writing: Writing | None) -> Survey:
+    survey, notes = with_whole_targets(survey, tokenizer, max_length=max_length, writing=writing)
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
+    return survey
 
 
 def warmed_up(config: Config, folder: Path, tokens: Path, progress: Progress | None) -> Ready:
@@ -142,9 +145,11 @@ def warmed_up(config: Config, folder: Path, tokens: Path, progress: Progress | N
     It begins anew at the last epoch that was finished. The weights are always those of the
     folder's file, in a model that was never trained: so a scoring that was cut off has the same.
     """
-    survey = _survey(_enabled(config))
+    survey = reading.survey(_enabled(config))
     pretrained, length = load_model(config, survey.labels)
-    data = store(survey, pretrained.tokenizer, tokens, max_length=length)
+    writing = reading.writing_of(config)
+    survey = _whole(survey, pretrained.tokenizer, length, writing)
+    data = store(survey, pretrained.tokenizer, tokens, max_length=length, writing=writing)
     job = Job(config, _task(config), pretrained, data, length)
     bind(folder, {"rows": data.hash, "settings": dump_config(config), "torch": torch.__version__})
     theta = folder / WARM_UP_FILE

@@ -388,7 +388,7 @@ def test_another_loss_than_the_models_own_is_noticed() -> None:
         output.loss = torch.tensor(1e3)
 
     model.get_base_model().register_forward_hook(another)
-    with pytest.raises(UnsupportedError, match=r"the model's own loss on a batch is 1000.0000, the mean of the"):
+    with pytest.raises(UnsupportedError, match=r"own loss on a batch is 1000.0000, that of the samples' regression"):
         score(model, rows)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 import tsqlora as tsq
 from scoring import assert_same, fingerprint
@@ -493,18 +493,6 @@ def test_another_data_set_than_the_trainers_is_refused(tmp_path: Path) -> None:
     quality = tsq.QualityCallback(tsq.QualitySubset(DATA, 0.5))
     with pytest.raises(tsq.SettingsError, match="need the same QualitySubset"):
         make_trainer(slotted_bert(), tsq.QualitySubset(DATA, 0.5), tmp_path, [quality]).train()
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_model_that_generates_text_is_refused_before_training(tmp_path: Path, compiled: bool) -> None:
-    config = LlamaConfig(vocab_size=40, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
-    model: Any = tsq.wrap(LlamaForCausalLM(config))
-    subset = tsq.QualitySubset(DATA, 0.5)
-    text = "LlamaForCausalLM generates text, and rows are scored for classification and regression only; leave out Qual"
-    made = torch.compile(model, backend="eager") if compiled else model
-    trainer = make_trainer(made, subset, tmp_path, [tsq.QualityCallback(subset)])  # type: ignore[arg-type]
-    with pytest.raises(tsq.UnsupportedError, match=text):
-        trainer.train()
 
 
 def test_a_run_that_ended_before_scoring_is_an_error(tmp_path: Path) -> None:

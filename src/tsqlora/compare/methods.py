@@ -125,7 +125,7 @@ def build(job: Job, method: str, *, steps: int) -> tuple[Built, RankCallback | N
     """The method's model, and our ranks where they move; the job's pretrained model is changed in place."""
     config, rival = job.config, METHODS[method].rival
     if rival is None:
-        model, ranks = with_slots(config, job.pretrained), ranks_half(config)
+        model, ranks = with_slots(config, job.pretrained), ranks_half(job)
         return Built(model, (), lambda: active_parameters(model), lambda: ranks.final), ranks
     setup = Setup(
         pretrained=job.pretrained,

@@ -24,8 +24,10 @@ from tsqlora.pipeline import Job, arguments, fit_job, load, measure
 from tsqlora.quality.sampling import draw_size
 from tsqlora.quality.score import Progress
 from tsqlora.record import RunRecord
+from tsqlora.tasks.generation import Generation
 from tsqlora.training.predict import predict_logits
 from tsqlora.training.quality_callback import SCORES_FILE, QualityCallback
+from tsqlora.training.write import token_metrics
 
 Equal = Literal["steps", "epochs", "seconds"]
 TRIAL_STEPS = range(4, 12)
@@ -169,7 +171,11 @@ def _scoring_seconds(job: Job, model: torch.nn.Module, args: TrainingArguments, 
     few = samples.samples[:: max(1, len(samples) // (4 * args.train_batch_size))]
     begun = time.perf_counter()
     autocast = torch.bfloat16 if args.bf16 else None
-    predict_logits(model, few, job.collate, batch_size=args.train_batch_size, autocast=autocast)
+    how = {"batch_size": args.train_batch_size, "autocast": autocast}
+    if isinstance(job.task, Generation):
+        token_metrics(model, few, job.collate, job.task, **how)
+    else:
+        predict_logits(model, few, job.collate, **how)
     a_row = (time.perf_counter() - begun) / len(few)
     terms = quality.terms.values()
     passes = 1 + 2 * any(term.gradient for term in terms) + any(term.lookahead for term in terms)

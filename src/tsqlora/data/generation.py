@@ -87,16 +87,17 @@ def rows_that_fit(
     max_length: int,
     seq2seq: bool,
     max_target_length: int | None = None,
+    may_be_none: bool = False,
 ) -> Int[np.ndarray, " k"]:
     """Which rows have a target that fits whole, ascending.
 
-    Raises DataError where none has, so that no token would be trained on, and as
+    Raises DataError where none has, so that no token would be trained on, unless there `may_be_none`, and as
     `tokenise_generation` for all else.
     """
     made = _make(rows, format, tokenizer, max_length, max_target_length, seq2seq=seq2seq, with_targets=True)
     most = max_target_length or max_length if seq2seq else max_length
     fitting = np.flatnonzero([one.needs <= most for one in made])
-    if not len(fitting):
+    if not len(fitting) and not may_be_none:
         raise DataError(
             f"{rows.source}: no token would be trained on: none of {len(rows)} targets fits whole into {most} tokens; "
             f"raise {_limit(max_target_length, seq2seq=seq2seq)} to {min(one.needs for one in made)} or more"

@@ -3,25 +3,40 @@
 import hashlib
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from tsqlora.data.columns import Columns, find_columns
+from tsqlora.data.formats import Format, find_format
+from tsqlora.data.generation import left_out, rows_that_fit, tokenise_generation
 from tsqlora.data.labels import LabelMap, encode_labels, encode_targets, look_alikes, read_labels
 from tsqlora.data.rows import Rows, column_names, read_splits
-from tsqlora.data.split import split_rows
+from tsqlora.data.split import split_rows, take
 from tsqlora.data.tokenise import TokenisedSplit, tokenise
 from tsqlora.errors import DataError, SettingsError
 
 
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """Rows of every split, the columns that are used, and the classes (None for regression)."""
+    """Rows of every split, the columns that are used, and the classes (None for numbers and texts).
+
+    `format` says how rows become prompts and targets where text is generated, and is None elsewhere.
+    """
 
     rows: Mapping[str, Rows]
     columns: Columns
     labels: LabelMap | None
+    format: Format | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """How a generating model takes its samples: the target on a side of its own, or on the prompt's heels."""
+
+    seq2seq: bool
+    max_target_length: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +45,8 @@ class Prepared:
 
     splits: Splits
     samples: Mapping[str, TokenisedSplit]
+    notes: tuple[str, ...] = ()
+    """What the user should know: rows that were left out."""
 
     @property
     def hash(self) -> str:
@@ -81,13 +98,99 @@ def read_data(
     return Splits({name: rows[name] for name in ("train", "validation", "test") if name in rows}, columns, label_map)
 
 
-def prepare(splits: Splits, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> Prepared:
-    """Every split tokenised, with encoded labels."""
+def read_texts(
+    train: str,
+    validation: str | None,
+    test: str | None,
+    *,
+    format: str | None,
+    prompt: str | None,
+    target: str | None,
+    messages: str | None,
+    text: str | None,
+    validation_fraction: float,
+    seed: int,
+) -> Splits:
+    """The same for a generating model: the format is found by the columns of the training rows."""
+    rows = read_splits(train, validation, test)
+    first = rows["train"]
+    found = find_format(
+        column_names(first),
+        source=first.source,
+        format=format,
+        prompt=prompt,
+        target=target,
+        messages=messages,
+        text=text,
+    )
+    if "validation" not in rows:
+        rows["train"], rows["validation"] = split_rows(first, fraction=validation_fraction, seed=seed, label=None)
+    ordered = {name: rows[name] for name in ("train", "validation", "test") if name in rows}
+    return Splits(ordered, found.columns, None, found)
+
+
+def prepare(
+    splits: Splits, tokenizer: PreTrainedTokenizerBase, *, max_length: int, writing: Writing | None = None
+) -> Prepared:
+    """Every split tokenised, with encoded labels; for a generating model with targets.
+
+    A row whose target does not fit whole is left out of rows and samples, and a note says so.
+    """
+    notes: list[str] = []
+    if writing is not None:
+        fitting = {name: fit_whole(rows, splits, tokenizer, max_length, writing) for name, rows in splits.rows.items()}
+        notes = [note for name, rows in splits.rows.items() if (note := left_out(rows, fitting[name]))]
+        splits = replace(splits, rows={name: take(rows, fitting[name]) for name, rows in splits.rows.items()})
     samples = {
-        name: encode(rows, splits.columns, splits.labels, tokenizer, max_length=max_length)
+        name: encode_split(rows, splits, tokenizer, max_length=max_length, writing=writing)
         for name, rows in splits.rows.items()
     }
-    return Prepared(splits, samples)
+    return Prepared(splits, samples, tuple(notes))
+
+
+def fit_whole(
+    rows: Rows,
+    splits: Splits,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    writing: Writing,
+    *,
+    may_be_none: bool = False,
+) -> np.ndarray:
+    """Which rows of a generating model's data have a target that fits."""
+    assert splits.format is not None
+    return rows_that_fit(
+        rows,
+        splits.format,
+        tokenizer,
+        max_length=max_length,
+        seq2seq=writing.seq2seq,
+        max_target_length=writing.max_target_length,
+        may_be_none=may_be_none,
+    )
+
+
+def encode_split(
+    rows: Rows,
+    splits: Splits,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    writing: Writing | None = None,
+    labelled: bool = True,
+) -> TokenisedSplit:
+    """Rows as samples; without labels or targets where `labelled` is False."""
+    if splits.format is None or writing is None:
+        return encode(rows, splits.columns, splits.labels, tokenizer, max_length=max_length, labelled=labelled)
+    return tokenise_generation(
+        rows,
+        splits.format,
+        tokenizer,
+        max_length=max_length,
+        seq2seq=writing.seq2seq,
+        with_targets=labelled,
+        max_target_length=writing.max_target_length,
+    )
 
 
 def encode(

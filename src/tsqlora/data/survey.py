@@ -1,7 +1,7 @@
 """Files of any size -> samples on disk: as `prepare`, and never all rows in memory."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +9,9 @@ from transformers import PreTrainedTokenizerBase
 
 from tsqlora.data.cells import row_text
 from tsqlora.data.columns import Columns, find_columns
+from tsqlora.data.formats import Format, find_format
 from tsqlora.data.labels import LabelMap, distinct_labels, encode_targets
-from tsqlora.data.prepare import Prepared, Splits, encode
+from tsqlora.data.prepare import Prepared, Splits, Writing, encode_split, fit_whole
 from tsqlora.data.rows import Rows, Source, column_names, open_splits
 from tsqlora.data.split import held_out, take
 from tsqlora.data.stored import store_samples
@@ -26,6 +27,7 @@ class Survey:
     places: Mapping[str, np.ndarray]
     columns: Columns
     labels: LabelMap | None
+    format: Format | None = None
 
 
 def survey_data(
@@ -51,22 +53,87 @@ def survey_data(
     if columns.label is None:
         raise DataError(f"{first.name} has no label column; name it in data.label. Columns: {', '.join(names)}")
     label_map, groups = _labels(first, columns.label, classes=classes)
-    if "validation" in sources:
-        places = {
-            "train": np.arange(len(groups)),
-            "validation": np.arange(sum(map(len, sources["validation"].chunks()))),
-        }
-    else:
-        out = held_out(groups, fraction=validation_fraction, seed=seed, source=first.name)
-        places = {"train": np.flatnonzero(~out), "validation": np.flatnonzero(out)}
-        sources["validation"] = first
+    places = _places(sources, groups, fraction=validation_fraction, seed=seed)
     return Survey({name: sources[name] for name in places}, places, columns, label_map)
 
 
-def store(survey: Survey, tokenizer: PreTrainedTokenizerBase, folder: Path, *, max_length: int) -> Prepared:
+def survey_texts(
+    train: str,
+    validation: str | None,
+    test: str | None,
+    *,
+    format: str | None,
+    prompt: str | None,
+    target: str | None,
+    messages: str | None,
+    text: str | None,
+    validation_fraction: float,
+    seed: int,
+) -> Survey:
+    """What `read_texts` finds, the same rows in the same splits."""
+    sources = open_splits(train, validation, test)
+    first = sources["train"]
+    found = find_format(
+        _names(first),
+        source=first.name,
+        format=format,
+        prompt=prompt,
+        target=target,
+        messages=messages,
+        text=text,
+    )
+    groups = np.zeros(sum(map(len, first.chunks())), dtype=np.int64)
+    places = _places(sources, groups, fraction=validation_fraction, seed=seed)
+    return Survey({name: sources[name] for name in places}, places, found.columns, None, found)
+
+
+def _places(sources: dict[str, Source], groups: np.ndarray, *, fraction: float, seed: int) -> dict[str, np.ndarray]:
+    """Where the rows of each split are in its source; a validation split that is not there is taken from the first."""
+    if "validation" in sources:
+        return {
+            "train": np.arange(len(groups)),
+            "validation": np.arange(sum(map(len, sources["validation"].chunks()))),
+        }
+    out = held_out(groups, fraction=fraction, seed=seed, source=sources["train"].name)
+    sources["validation"] = sources["train"]
+    return {"train": np.flatnonzero(~out), "validation": np.flatnonzero(out)}
+
+
+def with_whole_targets(
+    survey: Survey, tokenizer: PreTrainedTokenizerBase, *, max_length: int, writing: Writing | None
+) -> tuple[Survey, list[str]]:
+    """Without the rows whose target does not fit, which `prepare` leaves out as well; and a note for each split.
+
+    Raises DataError where none fits.
+    """
+    if writing is None:
+        return survey, []
+    splits, places, notes = Splits({}, survey.columns, None, survey.format), dict[str, np.ndarray](), list[str]()
+    for name, known in survey.places.items():
+        source, kept, before = survey.sources[name], list[np.ndarray](), 0
+        for rows in _chunks_of(source, known):
+            kept.append(before + fit_whole(rows, splits, tokenizer, max_length, writing, may_be_none=True))
+            before += len(rows)
+        places[name] = known[np.concatenate(kept)]
+        if not len(places[name]):
+            raise DataError(f"{source.name}: no target fits whole into {max_length} tokens; raise data.max_length")
+        if out := len(known) - len(places[name]):
+            notes.append(f"{out} of {len(known)} {name} rows are left out, whose targets do not fit whole")
+    return replace(survey, places=places), notes
+
+
+def store(
+    survey: Survey,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    max_length: int,
+    writing: Writing | None = None,
+) -> Prepared:
     """Every split tokenised into a file of the folder."""
-    samples = {name: _stored(survey, name, tokenizer, folder, max_length) for name in survey.places}
-    return Prepared(Splits({}, survey.columns, survey.labels), samples)
+    splits = Splits({}, survey.columns, survey.labels, survey.format)
+    samples = {name: _stored(survey, splits, name, tokenizer, folder, max_length, writing) for name in survey.places}
+    return Prepared(splits, samples)
 
 
 def texts_of(survey: Survey, split: str) -> Iterator[str]:
@@ -91,7 +158,13 @@ def _labels(source: Source, column: str, *, classes: bool) -> tuple[LabelMap | N
 
 
 def _stored(
-    survey: Survey, name: str, tokenizer: PreTrainedTokenizerBase, folder: Path, max_length: int
+    survey: Survey,
+    splits: Splits,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    max_length: int,
+    writing: Writing | None,
 ) -> TokenisedSplit:
     hashes: list[str] = []
     truncated = 0
@@ -99,7 +172,7 @@ def _stored(
     def parts() -> Iterator[list[dict]]:
         nonlocal truncated
         for rows in _chunks_of(survey.sources[name], survey.places[name]):
-            part = encode(rows, survey.columns, survey.labels, tokenizer, max_length=max_length)
+            part = encode_split(rows, splits, tokenizer, max_length=max_length, writing=writing)
             hashes.extend(part.hashes)
             truncated += part.truncated
             yield list(part.samples)

@@ -5,23 +5,22 @@ from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from tsqlora.errors import UnsupportedError
 from tsqlora.gradients.ghost import MeanGradient, layer_gradient, summed_gradient
 from tsqlora.gradients.sites import Site
-from tsqlora.quality.reference import backward, total_over_sites
+from tsqlora.quality.reference import backward, calibrated, sample_losses, total_over_sites
 from tsqlora.tasks import Task
-from tsqlora.tasks.forward import Batch, model_logits, split_labels
+from tsqlora.tasks.forward import Batch, base_model, model_logits, placed, split_labels
 
 _HALF = (torch.float16, torch.bfloat16)
 
 
 def require_own_loss(model: nn.Module, batch: Batch, task: Task) -> None:
-    """Refuses a task whose loss is not the mean that the model itself computes, if it does."""
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    """Refuses a task whose loss is not what the model itself computes of a batch, if it does."""
+    inner = base_model(model)
     if "labels" not in inspect.signature(inner.forward).parameters:
         return
     inputs, labels = split_labels(batch, next(model.parameters()).device)
@@ -29,21 +28,21 @@ def require_own_loss(model: nn.Module, batch: Batch, task: Task) -> None:
     kind = getattr(config, "problem_type", None)
     try:
         with torch.no_grad():
-            own = getattr(model(**inputs, labels=labels), "loss", None)
-            ours = task.loss(model_logits(model, inputs), labels).mean()
+            own = getattr(model(**placed(model, inputs, task), labels=labels), "loss", None)
+            ours = task.batch_loss(task.loss(model_logits(model, inputs, task), labels), labels)
     finally:
         # transformers writes down what the first labels look like.
         if config is not None and kind is None:
             config.problem_type = None
     if own is not None and abs(float(own) - float(ours)) > 1e-2 * max(1.0, abs(float(ours))):
         raise UnsupportedError(
-            f"the model's own loss on a batch is {float(own):.4f}, the mean of the samples' {task.name} losses is "
+            f"the model's own loss on a batch is {float(own):.4f}, that of the samples' {task.name} losses is "
             f"{float(ours):.4f}; pass `task` with the loss that training uses"
         )
 
 
 def require_exact(
-    model: nn.Module, batch: Batch, task: Task, sites: Mapping[str, Site], offsets: Float[Tensor, " k"]
+    model: nn.Module, batch: Batch, task: Task, sites: Mapping[str, Site], offsets: Float[Tensor, " k"] | None
 ) -> None:
     """Raises UnsupportedError where the gradients that capture shows are not the samples' own.
 
@@ -61,10 +60,11 @@ def require_exact(
         norms.append(layer_gradient(a, b, **parts).norm_sq())
 
     with torch.no_grad():
-        before = model_logits(model, inputs) + offsets
+        before = calibrated(model, inputs, task, offsets)
+        before = before if before.dim() == 2 else sample_losses(task, before, labels)
     own = _parameters(sites)
     logits, losses, grads = backward(model, inputs, labels, task, offsets, sites, consume, tuple(p for _, p in own))
-    _require_repeatable(before, logits, tolerance)
+    _require_repeatable(before, losses if logits is None else logits, tolerance)
     _require_complete(summed, [(name, grad) for (name, _), grad in zip(own, grads, strict=True)], tolerance)
     norm = total_over_sites(norms, losses).sqrt()
     norms.clear()

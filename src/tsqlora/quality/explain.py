@@ -47,7 +47,7 @@ def explain(scores: Scores, n: int, *, data: Path | None = None) -> dict[str, An
     Texts are looked up by hash in `data`, by default the file that the scores name.
     Raises DataError where scores do not say enough, or the file lacks a row.
     """
-    if not scores.predictions or "loss" not in scores.terms:
+    if "loss" not in scores.terms or (scores.stratified and not scores.predictions):
         raise DataError("these scores do not say what the model predicts; score anew")
     order, by_suspicion = np.argsort(-scores.quality, kind="stable"), np.argsort(-suspicion(scores), kind="stable")
     wrong = by_suspicion[likely_wrong(scores)[by_suspicion]]
@@ -91,7 +91,7 @@ def _texts(scores: Scores, rows: np.ndarray, source: Source) -> dict[int, str]:
 
 
 def _sample(scores: Scores, j: int, text: str) -> dict[str, Any]:
-    names = scores.record.get("classes")
+    names, said = scores.record.get("classes"), scores.predictions.get("predicted")
 
     def label(value: Any) -> Any:
         return value.item() if names is None else names[int(value)]
@@ -101,7 +101,7 @@ def _sample(scores: Scores, j: int, text: str) -> dict[str, Any]:
         "id": j if scores.ids is None else int(scores.ids[j]),
         "text": text,
         "label": label(scores.labels[j]),
-        "predicted": label(scores.predictions["predicted"][j]),
+        **({} if said is None else {"predicted": label(said[j])}),
         **{name: float(scores.predictions[name][j]) for name in sure if name in scores.predictions},
         "quality": float(scores.quality[j]),
         "reason": REASONS[0 if scores.reasons is None else int(scores.reasons[j])],

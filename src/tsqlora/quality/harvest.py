@@ -38,7 +38,7 @@ from tsqlora.quality.passes import Passes
 from tsqlora.quality.reference import sample_losses, total_over_sites
 from tsqlora.quality.score import REFERENCE_ROWS
 from tsqlora.quality.terms import TERMS, Measured
-from tsqlora.tasks import Task
+from tsqlora.tasks import Task, require_answers
 from tsqlora.tasks.forward import task_of
 
 WINDOW = 256
@@ -93,7 +93,7 @@ class Harvest:
         if memory < 1:
             raise SettingsError(f"memory is {memory}; it must be at least 1 row")
         self.sites: Mapping[str, Site] = find_sites(model, scope) if gradient else {}
-        self.task = task_of(model) if task is None else task
+        self.task = require_answers(task_of(model) if task is None else task, "harvest")
         self.memory, self.calibration = memory, calibration
         self._passes = Passes(labels)
         self.labels = self._passes.labels

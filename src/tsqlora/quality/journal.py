@@ -70,10 +70,10 @@ class Journal:
         sites = dict.fromkeys(name.split(":", 1)[1] for name in tensors if ":" in name)
         mean = {site: MeanGradient(tensors.get(f"weight:{site}"), tensors.get(f"bias:{site}")) for site in sites}
         test = LearnedTest(**about.pop("learned"))
-        return Reference(mean=mean, offsets=tensors["offsets"], **about), test
+        return Reference(mean=mean, offsets=tensors.get("offsets"), **about), test
 
     def save_reference(self, reference: Reference, test: LearnedTest) -> None:
-        tensors = {"offsets": reference.offsets}
+        tensors = {} if reference.offsets is None else {"offsets": reference.offsets}
         for site, mean in reference.mean.items():
             parts = {f"weight:{site}": mean.weight, f"bias:{site}": mean.bias}
             tensors |= {name: tensor for name, tensor in parts.items() if tensor is not None}

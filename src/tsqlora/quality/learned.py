@@ -14,12 +14,14 @@ MARGIN = 2.0
 
 @dataclass(frozen=True, slots=True)
 class LearnedTest:
-    """A one-sided paired test of the model's losses against those of the best constant."""
+    """A one-sided paired test of the model's losses against those of who knows nothing."""
 
     rows: int
     loss: float
     chance: float
     standard_errors: float
+    guess: str = "a constant guess's"
+    """Whose loss `chance` is."""
 
     @property
     def passed(self) -> bool:
@@ -29,16 +31,16 @@ class LearnedTest:
         """Raises NotLearnedError with the numbers, if the test did not pass."""
         if not self.passed:
             raise NotLearnedError(
-                f"the model's loss on {self.rows} reference rows is {self.loss:.4f}, a constant guess's is "
+                f"the model's loss on {self.rows} reference rows is {self.loss:.4f}, {self.guess} is "
                 f"{self.chance:.4f}: {self.standard_errors:.1f} standard errors below, and scoring needs more than "
                 f"{MARGIN:g}; train it longer first"
             )
 
-    def to_dict(self) -> dict[str, float | int | bool]:
+    def to_dict(self) -> dict[str, float | int | bool | str]:
         return asdict(self) | {"passed": self.passed}
 
 
-def learned(losses: Float[Tensor, " n"], chance: Float[Tensor, " n"]) -> LearnedTest:
+def learned(losses: Float[Tensor, " n"], chance: Float[Tensor, " n"], guess: str = "a constant guess's") -> LearnedTest:
     """How many standard errors the mean of the paired differences chance − loss lies above 0.
 
     n is at least 2.  Raises TsqLoraError for losses that are not finite.
@@ -53,4 +55,6 @@ def learned(losses: Float[Tensor, " n"], chance: Float[Tensor, " n"]) -> Learned
     mean = float(difference.mean())
     # Not below rounding: rows that are all alike would be infinitely many errors away.
     error = max(float(difference.std()) / math.sqrt(len(difference)), 1e-9 * abs(mean))
-    return LearnedTest(len(difference), float(losses.mean()), float(chance.mean()), mean / error if error else 0.0)
+    return LearnedTest(
+        len(difference), float(losses.mean()), float(chance.mean()), mean / error if error else 0.0, guess
+    )

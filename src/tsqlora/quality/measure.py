@@ -5,13 +5,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from tsqlora.errors import UnsupportedError
 from tsqlora.gradients.ghost import LayerGradient, layer_gradient
 from tsqlora.gradients.lookahead import stepped
 from tsqlora.gradients.sites import Site
-from tsqlora.quality.reference import Reference, backward, sample_losses, total_over_sites
+from tsqlora.quality.reference import Reference, backward, calibrated, sample_losses, total_over_sites
 from tsqlora.quality.terms import Measured
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Batch, model_logits
+from tsqlora.tasks.generation import Generation, without_prompt
 
 
 def measure(
@@ -24,12 +26,19 @@ def measure(
     reference: Reference,
     in_reference: Tensor,
     lookahead: bool,
+    alone: bool = False,
 ) -> Measured:
-    """What one batch's passes say: forward; with a reference's gradient backward; for `lookahead` forward again."""
+    """What one batch's passes say: forward; with a reference's gradient backward; for `lookahead` forward again.
+
+    `alone` costs a forward pass of the targets without their prompts.
+    """
+    alone_loss = _alone(model, inputs, labels, task) if alone else None
     if not reference.mean:
         with torch.no_grad():
-            logits = model_logits(model, inputs) + reference.offsets
-        return Measured(logits=logits, labels=labels, loss=sample_losses(task, logits, labels))
+            logits = calibrated(model, inputs, task, reference.offsets)
+            losses = sample_losses(task, logits, labels)
+        answers = logits if logits.dim() == 2 else None
+        return Measured(logits=answers, labels=labels, loss=losses, alone_loss=alone_loss)
     gradients: dict[str, LayerGradient] = {}
     norms: list[Tensor] = []
     dots: list[Tensor] = []
@@ -47,7 +56,7 @@ def measure(
     stepped_loss = None
     if lookahead:
         with torch.no_grad(), stepped(sites, gradients, eta=reference.eta, samples=len(labels)):
-            stepped_loss = task.loss(model_logits(model, inputs) + reference.offsets, labels)
+            stepped_loss = task.loss(calibrated(model, inputs, task, reference.offsets), labels)
     return Measured(
         logits=logits,
         labels=labels,
@@ -56,7 +65,18 @@ def measure(
         dot=_leave_one_out(total_over_sites(dots, losses), norm_sq, reference.rows, in_reference),
         reference_norm=reference.norm,
         stepped_loss=stepped_loss,
+        alone_loss=alone_loss,
     )
+
+
+@torch.no_grad()
+def _alone(model: nn.Module, inputs: Batch, labels: Tensor, task: Task) -> Tensor:
+    if not (isinstance(task, Generation) and task.causal):
+        raise UnsupportedError(
+            f"quality term 'ifd' compares a target with and without its prompt, which {task.name} cannot; leave it out"
+        )
+    targets, own = without_prompt(inputs["input_ids"], labels)
+    return task.loss(model_logits(model, targets, task), own)
 
 
 def _leave_one_out(dot: Tensor, norm_sq: Tensor, rows: int, in_reference: Tensor) -> Tensor:

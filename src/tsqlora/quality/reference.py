@@ -4,6 +4,7 @@ Two passes over some rows. Without gradients: the calibration, and whether the m
 learned. With them: ḡ, its norm, and the step size η of the look-ahead.  METHOD section 1.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -19,8 +21,9 @@ from tsqlora.gradients.capture import Consume, capture
 from tsqlora.gradients.ghost import MeanGradient, layer_gradient, summed_gradient
 from tsqlora.gradients.sites import Site
 from tsqlora.quality.learned import LearnedTest, learned
-from tsqlora.tasks import Task
+from tsqlora.tasks import Answers, Task, require_answers
 from tsqlora.tasks.forward import Batch, model_logits, split_labels
+from tsqlora.tasks.generation import Generation
 
 SHORT = 128
 """Tokens up to which plain attention is not slower than the fused one."""
@@ -30,7 +33,8 @@ SHORT = 128
 class Calibration:
     """Constants added to the logits while scoring, and the test that the model has learned."""
 
-    offsets: Float[Tensor, " k"]
+    offsets: Float[Tensor, " k"] | None
+    """None where text is generated: there are no classes to lean to."""
     learned: LearnedTest
 
 
@@ -43,22 +47,50 @@ class Reference:
     norm: float
     eta: float
     rows: int
-    offsets: Float[Tensor, " k"]
+    offsets: Float[Tensor, " k"] | None
 
     def to(self, device: torch.device) -> "Reference":
         """The same on another device."""
         mean = {name: gradient.to(device) for name, gradient in self.mean.items()}
-        return replace(self, mean=mean, offsets=self.offsets.to(device))
+        return replace(self, mean=mean, offsets=None if self.offsets is None else self.offsets.to(device))
 
 
 def calibrate(model: nn.Module, batches: Iterable[Batch], task: Task, *, enabled: bool) -> Calibration:
-    """One pass without gradients: offsets (zeros unless `enabled`) and the learned test."""
+    """One pass without gradients: offsets (zeros unless `enabled`) and the learned test.
+
+    Of generated text there are no offsets, and the test compares with the model as it was before its adapter
+    learned anything, in one more pass.
+    """
+    if isinstance(task, Generation):
+        return Calibration(None, _against_step_0(model, batches, task))
+    return _calibrate(model, batches, require_answers(task, "calibration"), enabled=enabled)
+
+
+@torch.no_grad()
+def _against_step_0(model: nn.Module, batches: Iterable[Batch], task: Generation) -> LearnedTest:
+    """Losses now and with the adapter off; of a model without an adapter, those of a guess among all tokens."""
+    device = next(model.parameters()).device
+    losses: list[Tensor] = []
+    before: list[Tensor] = []
+    for batch in batches:
+        inputs, labels = split_labels(batch, device)
+        logits = model_logits(model, inputs, task)
+        losses.append(task.loss(logits, labels))
+        if isinstance(model, PeftModel):
+            with model.disable_adapter():
+                before.append(task.loss(model_logits(model, inputs, task), labels))
+        else:
+            before.append(torch.full_like(losses[-1], math.log(logits.shape[2])))
+    return learned(torch.cat(losses), torch.cat(before), "its own before it was adapted")
+
+
+def _calibrate(model: nn.Module, batches: Iterable[Batch], task: Answers, *, enabled: bool) -> Calibration:
     device = next(model.parameters()).device
     parts: list[tuple[Tensor, Tensor]] = []
     with torch.no_grad():
         for batch in batches:
             inputs, y = split_labels(batch, device)
-            parts.append((model_logits(model, inputs), y))
+            parts.append((model_logits(model, inputs, task), y))
     logits, labels = (torch.cat(columns) for columns in zip(*parts, strict=True))
     constant = task.chance(labels, logits.shape[1]).to(logits)
     guess = constant.expand_as(logits).contiguous()
@@ -68,7 +100,11 @@ def calibrate(model: nn.Module, batches: Iterable[Batch], task: Task, *, enabled
 
 
 def measure_reference(
-    model: nn.Module, batches: Iterable[Batch], task: Task, sites: Mapping[str, Site], offsets: Float[Tensor, " k"]
+    model: nn.Module,
+    batches: Iterable[Batch],
+    task: Task,
+    sites: Mapping[str, Site],
+    offsets: Float[Tensor, " k"] | None,
 ) -> Reference:
     """One pass with gradients: ḡ, ‖ḡ‖ and η = ½ Σℓ / ΣN².
 
@@ -105,23 +141,31 @@ def backward(
     inputs: Batch,
     labels: Tensor,
     task: Task,
-    offsets: Float[Tensor, " k"],
+    offsets: Float[Tensor, " k"] | None,
     sites: Mapping[str, Site],
     consume: Consume,
     also: tuple[nn.Parameter, ...] = (),
-) -> tuple[Float[Tensor, "n k"], Float[Tensor, " n"], list[Tensor | None]]:
+) -> tuple[Float[Tensor, "n k"] | None, Float[Tensor, " n"], list[Tensor | None]]:
     """Calibrated logits and losses of a batch, and `consume(site, a, b)` for every site that was used.
+
+    Of generated text the logits are None: their gradient has taken their place.
 
     `also`: parameters whose gradient of the summed loss is returned as well; nothing is
     accumulated anywhere.
     """
     with torch.enable_grad(), capture(model, sites, consume) as tap, _attention(inputs):
-        logits = model_logits(model, inputs) + offsets
+        logits = calibrated(model, inputs, task, offsets)
         losses = sample_losses(task, logits, labels)
         # Summed, not averaged: a sample's gradient must not depend on its batch. The anchor
         # is added so that there is a graph also where no site reaches the loss.
         grads = torch.autograd.grad(losses.sum() + tap.anchor, [tap.anchor, *also], allow_unused=True)
-    return logits.detach(), losses.detach(), list(grads[1:])
+    return logits.detach() if logits.dim() == 2 else None, losses.detach(), list(grads[1:])
+
+
+def calibrated(model: nn.Module, inputs: Batch, task: Task, offsets: Float[Tensor, " k"] | None) -> Tensor:
+    """The model's logits, leaning to no class."""
+    logits = model_logits(model, inputs, task)
+    return logits if offsets is None else logits + offsets
 
 
 def _attention(inputs: Batch) -> AbstractContextManager[Any]:
@@ -135,7 +179,7 @@ def _attention(inputs: Batch) -> AbstractContextManager[Any]:
     return sdpa_kernel(SDPBackend.MATH) if on_cpu and short else nullcontext()
 
 
-def sample_losses(task: Task, logits: Float[Tensor, "n k"], labels: Tensor) -> Float[Tensor, " n"]:
+def sample_losses(task: Task, logits: Float[Tensor, "n *k"], labels: Tensor) -> Float[Tensor, " n"]:
     """The task's loss of each sample.  Raises UnsupportedError where that is not one number a sample."""
     losses = task.loss(logits, labels)
     if losses.shape != (len(logits),):

@@ -25,14 +25,15 @@ from tsqlora.quality.reference import Reference, calibrate, measure_reference
 from tsqlora.quality.reject import reject as reject_labels
 from tsqlora.quality.scores import PREDICTIONS, Scores, from_terms, require_settings
 from tsqlora.quality.terms import Term, get_terms
-from tsqlora.tasks import Task
+from tsqlora.tasks import Answers, Task
 from tsqlora.tasks.forward import Batch, Collate, split_labels, task_of
+from tsqlora.tasks.generation import IGNORED, Generation
 
 TRUST: Mapping[str, float] = {"loss": -1.0}
 """The Q of rows that are drawn evenly: only those that are dropped depend on it."""
 PAPER_TERMS = ("gradient_norm", "loss_reduction", "convergence")
 FREE_TERMS = ("loss", "el2n")
-"""Measured always: they cost no more."""
+"""Measured always, where they are known: they cost no more."""
 REFERENCE_ROWS = 512
 
 Progress = Callable[[str, int, int], None]
@@ -80,12 +81,13 @@ def score(
             `dataset` (each is then taken out of its own mean), or other samples. By
             default 512 rows of `dataset`, drawn by `seed`.
         task: its loss must be the one that training uses; by default what the model's
-            config says (classification, or regression for one label).
+            config says (text generation, classification, or regression for one label).
         weights: of the terms in Q, by whose softmax rows are then drawn; a term with a weight is
             always measured. None draws evenly, and for classes first drops rows whose label
             seems wrong, if there is evidence of wrong labels (docs/quality.md).
         reject: whether such rows are dropped; None: without weights, and for classes.
-        terms: what else to measure. Gradients cost a backward pass, `loss_reduction` one more forward.
+        terms: what else to measure. Gradients cost a backward pass, `loss_reduction` one more forward, `ifd` one
+            of the targets alone.
         autocast: compute in this dtype; then terms are good to about two digits, and
             `loss_reduction`, a small difference, is refused.
         ids: the place of each row in the file that it comes from, for the scores' own file.
@@ -128,6 +130,7 @@ def score(
         if task is None:
             task = task_of(model)
             require_own_loss(model, batches[0], task)
+        wanted = _known(wanted, task, weights)
         kept = None
         if journal is not None:
             settings = {"terms": list(wanted), "scope": scope, "calibration": calibration, "batch size": batch_size}
@@ -137,11 +140,10 @@ def score(
         measured = _pass(model, dataset, collate, task, sites, found, own, wanted, planned, kept, report)
     labels = measured.pop("label")
     predicted = {name: measured.pop(name) for name in PREDICTIONS if name in measured}
-    strata = task.strata(labels)
     scores = from_terms(
         measured,
         labels=labels,
-        stratified=strata is not None,
+        stratified=isinstance(task, Answers) and task.strata(labels) is not None,
         weights=weights,
         even=even,
         temperature=temperature,
@@ -172,6 +174,17 @@ def wanted_terms(names: Iterable[str]) -> dict[str, Term]:
     """The terms of these names, and those that cost no more.  Raises SettingsError for an unknown one."""
     found = get_terms(dict.fromkeys([*names, *FREE_TERMS]))
     return found | get_terms(["cosine"]) if any(term.gradient for term in found.values()) else found
+
+
+def _known(terms: Mapping[str, Term], task: Task, weights: Mapping[str, float]) -> dict[str, Term]:
+    """Without those that only a class or a number has; SettingsError if Q asks for one."""
+    if not isinstance(task, Generation):
+        return dict(terms)
+    if asked := [name for name, term in terms.items() if term.answers and weights.get(name)]:
+        raise SettingsError(
+            f"quality term '{asked[0]}' is of classes and numbers, and the task is {task.name}; leave it out"
+        )
+    return {name: term for name, term in terms.items() if not term.answers}
 
 
 def learned_on(model: nn.Module, rows: Sequence[Any], collate: Collate, *, task: Task, batch_size: int) -> LearnedTest:
@@ -316,8 +329,10 @@ def _measured(
         reference=reference,
         in_reference=in_reference.to(device),
         lookahead=any(term.lookahead for term in terms.values()),
+        alone=any(term.alone for term in terms.values()),
     )
-    values = {n: term.of(measured) for n, term in terms.items()} | predictions(measured, task) | {"label": labels}
+    label = task.targets(labels).ne(IGNORED).sum(1) if isinstance(task, Generation) else labels
+    values = {n: term.of(measured) for n, term in terms.items()} | predictions(measured, task) | {"label": label}
     for name, value in values.items():
         if value.shape[: 1 if name == "logits" else None] != (len(labels),):
             raise SettingsError(f"quality term '{name}' gives {tuple(value.shape)} for {len(labels)} samples")
@@ -350,7 +365,7 @@ def _record(
         "scope": scope,
         "seed": seed,
         "eta": reference.eta if reference.mean else None,
-        "offsets": reference.offsets.tolist(),
+        "offsets": None if reference.offsets is None else reference.offsets.tolist(),
         "reference_norm": reference.norm if reference.mean else None,
         "reference_rows": reference.rows,
         "reference": list(own),

@@ -37,6 +37,7 @@ class Scores:
 
     terms: Mapping[str, np.ndarray]
     labels: np.ndarray
+    """Class ids or numbers; of generated text how many tokens the target has."""
     quality: np.ndarray
     probability: np.ndarray
     stratified: bool

@@ -22,9 +22,9 @@ CLIP = 3.0
 class Measured:
     """What the passes over one batch say of its n samples."""
 
-    logits: Float[Tensor, "n k"]
-    """Calibrated, as is `loss`."""
-    labels: Shaped[Tensor, " n"]
+    logits: Float[Tensor, "n k"] | None
+    """Calibrated, as is `loss`; None of generated text."""
+    labels: Shaped[Tensor, "n *t"]
     loss: Float[Tensor, " n"]
     norm_sq: Float[Tensor, " n"] | None = None
     """‖∇ℓ‖²; this and what follows are None where no term asked for it."""
@@ -33,6 +33,8 @@ class Measured:
     reference_norm: float | None = None
     stepped_loss: Float[Tensor, " n"] | None = None
     """After each sample's own step."""
+    alone_loss: Float[Tensor, " n"] | None = None
+    """Of the target without its prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +46,13 @@ class Term:
     """Whether it needs gradients, which cost a backward pass, and one of the reference."""
     lookahead: bool = False
     """Whether it needs the stepped loss, which costs one more forward pass."""
+    answers: bool = False
+    """Whether it is known only where a sample has one answer, a class or a number."""
+    alone: bool = False
+    """Whether it needs the loss of the target without its prompt, which costs one more forward pass."""
 
 
-def _asked(number: Float[Tensor, " n"] | None) -> Float[Tensor, " n"]:
+def _asked(number: Float[Tensor, "*n"] | None) -> Float[Tensor, "*n"]:
     assert number is not None
     return number
 
@@ -71,10 +77,17 @@ def _cosine(m: Measured) -> Float[Tensor, " n"]:
 
 def _el2n(m: Measured) -> Float[Tensor, " n"]:
     """‖p − y‖ (Paul et al., 2021); for regression |prediction − label|."""
-    width = m.logits.shape[1]
+    logits = _asked(m.logits)
+    width = logits.shape[1]
     if width == 1:
-        return (m.logits.squeeze(1) - m.labels).abs()
-    return (m.logits.softmax(1) - torch.nn.functional.one_hot(m.labels, width)).norm(dim=1)
+        return (logits.squeeze(1) - m.labels).abs()
+    return (logits.softmax(1) - torch.nn.functional.one_hot(m.labels, width)).norm(dim=1)
+
+
+def _ifd(m: Measured) -> Float[Tensor, " n"]:
+    """ℓ(target | prompt) / ℓ(target): instruction-following difficulty (Li et al., 2024)."""
+    alone = _asked(m.alone_loss)
+    return torch.where(alone > 0, m.loss / alone.clamp_min(torch.finfo(m.loss.dtype).tiny), 1)
 
 
 TERMS: dict[str, Term] = {
@@ -83,7 +96,8 @@ TERMS: dict[str, Term] = {
     "convergence": Term(_convergence, gradient=True),
     "cosine": Term(_cosine, gradient=True),
     "loss": Term(lambda m: m.loss),
-    "el2n": Term(_el2n),
+    "el2n": Term(_el2n, answers=True),
+    "ifd": Term(_ifd, alone=True),
 }
 
 

@@ -1,6 +1,7 @@
-"""What a task needs: a loss for each sample, its chance level, calibration and metrics."""
+"""What a task needs: a loss for each sample; where a sample has one answer, chance level, calibration and metrics."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
@@ -9,20 +10,32 @@ from torch import Tensor
 
 from tsqlora.errors import SettingsError, UnsupportedError, nearest
 from tsqlora.tasks.classification import Classification
+from tsqlora.tasks.generation import Generation
 from tsqlora.tasks.regression import Regression
 
 
 @runtime_checkable  # for beartype, which checks annotations while tests run
 class Task(Protocol):
-    """What scoring, training and evaluation ask of a task."""
+    """What training and scores by gradients ask of a task."""
 
-    name: ClassVar[str]
+    @property
+    def name(self) -> str: ...
+
     headline: ClassVar[str]
     """The metric by which runs are compared, unless another is asked for; more is better."""
 
-    def loss(self, logits: Float[Tensor, "n k"], labels: Shaped[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """Each sample's own loss, never reduced: training divides the sum by n."""
+    def loss(self, logits: Float[Tensor, "n *k"], labels: Shaped[Tensor, "n *t"]) -> Float[Tensor, " n"]:
+        """Each sample's own loss, never reduced."""
         ...
+
+    def batch_loss(self, losses: Float[Tensor, " n"], labels: Shaped[Tensor, "n *t"]) -> Float[Tensor, ""]:
+        """What training makes of the samples' losses: their mean, or that over the tokens."""
+        ...
+
+
+@runtime_checkable
+class Answers(Task, Protocol):
+    """A task whose samples have one answer each: a class or a number."""
 
     def chance(self, labels: Shaped[Tensor, " n"], width: int) -> Float[Tensor, " k"]:
         """Logits of the constant predictor whose mean loss over these labels is least."""
@@ -45,9 +58,13 @@ class Task(Protocol):
         ...
 
 
-TASKS: dict[str, Callable[..., Task]] = {
+GENERATION = ("causal-lm", "seq2seq")
+"""The tasks whose answer is text."""
+
+TASKS: dict[str, Callable[..., Any]] = {
     Classification.name: Classification,
     Regression.name: Regression,
+    **{name: partial(Generation, name, causal=name == "causal-lm") for name in GENERATION},
 }
 
 NOT_BUILT = ("multi-label-classification", "multi-label", "token-classification", "preference-tuning")
@@ -63,3 +80,12 @@ def get_task(name: str, **options: Any) -> Task:
     if name not in TASKS:
         raise SettingsError(f"unknown task.type '{name}'; {nearest(name, TASKS)}")
     return TASKS[name](**options)
+
+
+def require_answers(task: Task, what: str) -> Answers:
+    """The task, if its samples have one answer each.  Raises UnsupportedError for text generation."""
+    if isinstance(task, Answers):
+        return task
+    raise UnsupportedError(
+        f"{what} is built for classification and regression, and the task is {task.name}; leave it out"
+    )

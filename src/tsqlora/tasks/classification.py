@@ -39,6 +39,10 @@ class Classification:
         losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)
         return losses if self.class_weights is None else losses * self.class_weights.to(logits)[labels]
 
+    def batch_loss(self, losses: Float[Tensor, " n"], labels: Int[Tensor, " n"]) -> Float[Tensor, ""]:
+        """Their mean."""
+        return losses.mean()
+
     def chance(self, labels: Int[Tensor, " n"], width: int) -> Float[Tensor, " k"]:
         """Logarithm of the class frequencies that the loss sees, in float64.
 

@@ -22,6 +22,10 @@ class Regression:
         """(logit - label)², one a sample."""
         return (logits.squeeze(-1) - labels.to(logits.dtype)).square()
 
+    def batch_loss(self, losses: Float[Tensor, " n"], labels: Float[Tensor, " n"]) -> Float[Tensor, ""]:
+        """Their mean."""
+        return losses.mean()
+
     def chance(self, labels: Float[Tensor, " n"], width: int) -> Float[Tensor, " k"]:
         """The mean of the targets: no constant has a smaller mean squared error."""
         return labels.mean().expand(width)

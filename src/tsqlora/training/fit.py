@@ -5,13 +5,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import (
-    DataCollatorWithPadding,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
@@ -21,13 +20,18 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
+from tsqlora.data.packing import PackedCollator
 from tsqlora.data.tokenise import TokenisedSplit
 from tsqlora.errors import SettingsError
+from tsqlora.gradients.quiet import quiet
 from tsqlora.quality.score import Progress, reference_indices
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.record import PhaseCost, RunRecord, write_json
-from tsqlora.tasks import Task
+from tsqlora.tasks import Answers, Task
+from tsqlora.tasks.forward import Collate
+from tsqlora.tasks.generation import Generation
 from tsqlora.training.manifest import announce, checkpoint_folder, seal
+from tsqlora.training.packed import require_packing
 from tsqlora.training.quality_callback import EPOCH_ERROR, QualityCallback
 from tsqlora.training.rank_callback import RankCallback
 
@@ -93,7 +97,8 @@ def fit(
     *,
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
-    collate: DataCollatorWithPadding,
+    collate: Collate,
+    packed: PackedCollator | None = None,
     validation: TokenisedSplit,
     record: RunRecord,
     quality: QualityCallback | None,
@@ -102,15 +107,20 @@ def fit(
     resume_from: Path | None = None,
     progress: Progress | None = None,
 ) -> Trainer:
-    """Trains the model in place, and writes seconds, passes and tokens of each phase to the record."""
+    """Trains the model in place, and writes seconds, passes and tokens of each phase to the record.
+
+    `packed` makes the batches of training and of validations in mid-run, where samples share rows.
+    """
+    if packed is not None:
+        require_packing(model, packed, data.dataset[0])
     trainer = Trainer(
         model,
         args,
         train_dataset=data,
         eval_dataset=validation,  # type: ignore[arg-type]
         processing_class=tokenizer,
-        data_collator=collate,
-        compute_metrics=lambda p: task.metrics(p.predictions, p.label_ids),  # type: ignore[arg-type]
+        data_collator=cast(Any, collate if packed is None else packed),
+        compute_metrics=(lambda p: task.metrics(p.predictions, p.label_ids)) if isinstance(task, Answers) else None,  # type: ignore[arg-type]
         callbacks=[
             *(callback for callback in (quality, ranks) if callback is not None),
             *also,
@@ -119,15 +129,33 @@ def fit(
     )
     trainer.remove_callback(PrinterCallback)
     # A loss is the mean over its batch, also of models that the Trainer takes for having divided by the whole window.
-    trainer.loss_is_scaled_for_ga = False
+    trainer.loss_is_scaled_for_ga = (
+        isinstance(task, Generation)
+        and trainer.model_accepts_loss_kwargs
+        and _divides_by_window(model, collate([data.dataset[0]]))
+    )
     trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     if quality is not None:
-        record.cost["scoring"] = scoring_cost(quality)
+        record.cost["scoring"] = scoring_cost(quality, task)
     if ranks is not None and ranks.started:
         record.cost["ranks"] = ranks_cost(ranks, data)
     record.cost = {phase: record.cost[phase] for phase in PHASES if phase in record.cost}
     record.history = logged(trainer.state.log_history)
     return trainer
+
+
+@torch.no_grad()
+def _divides_by_window(model: nn.Module, batch: Mapping[str, Any]) -> bool:
+    """Whether the model's own loss is the sum over tokens, divided by the number that the Trainer says.
+
+    Llama's and GPT-2's is; T5's and BART's takes the number and is the mean over the batch all the same.
+    """
+    device = next(model.parameters()).device
+    inputs = {name: value.to(device) for name, value in batch.items()}
+    many = torch.tensor(10**6, device=device)
+    with quiet(model):
+        mean, divided = (float(model(**inputs, **more).loss) for more in ({}, {"num_items_in_batch": many}))
+    return abs(divided - mean) > 0.1 * abs(mean)
 
 
 def logged(history: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
@@ -140,7 +168,7 @@ def _of_speed(name: str) -> bool:
     return name.endswith(("_runtime", "_per_second"))
 
 
-def scoring_cost(quality: QualityCallback) -> PhaseCost:
+def scoring_cost(quality: QualityCallback, task: Task) -> PhaseCost:
     """What scoring took, tests of a model still at chance included.
 
     The reference is passed forward for calibration, and every row forward. Where a term needs
@@ -151,10 +179,14 @@ def scoring_cost(quality: QualityCallback) -> PhaseCost:
     reference = reference_indices(len(data.dataset), quality.reference, quality.seed)
     gradients = any(term.gradient for term in quality.terms.values())
     tests = len(quality.attempts) + quality.scorings * (2 if gradients else 1)
+    if isinstance(task, Generation):
+        # Each test is against the model as it was before its adapter learned.
+        tests += len(quality.attempts) + quality.scorings
     cost = PhaseCost(quality.seconds, forward=tests * len(reference), tokens=tests * tokens_of(data, reference))
     if scores is not None:
         rows = range(len(scores))
-        passes = 2 if any(term.lookahead for term in quality.terms.values()) else 1
+        terms = quality.terms.values()
+        passes = 1 + any(term.lookahead for term in terms) + any(term.alone for term in terms)
         cost.add(
             forward=quality.scorings * passes * len(rows),
             backward=quality.scorings * (len(rows) + len(reference)) if gradients else 0,

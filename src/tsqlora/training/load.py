@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -16,6 +18,7 @@ from transformers import (
 
 from tsqlora.data.labels import LabelMap
 from tsqlora.errors import SettingsError
+from tsqlora.tasks.generation import Generation
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,40 +39,63 @@ def load_pretrained(
     path: str,
     *,
     labels: LabelMap | None,
+    generation: Generation | None = None,
     revision: str | None = None,
     dtype: str = "float32",
     trust_remote_code: bool = False,
 ) -> Pretrained:
-    """The model with one output a class, or a single one for regression (`labels` None).
+    """The model with one output a class, or a single one for regression (`labels` None); or one that generates text.
 
     A head of another size, such as that of a checkpoint trained on other classes, is made anew.
-    Raises SettingsError for a path that is neither a directory with a model nor a hub id.
+    Raises SettingsError for a path that is neither a directory with a model nor a hub id, or whose model has not
+    what writes text.
     """
     if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise SettingsError(f"model.path {path!r}: no such directory; correct it, or give a hub id")
     common: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(path, **common, **_head(labels))
+        config = AutoConfig.from_pretrained(path, **common, **({} if generation else _head(labels)))
         tokenizer = AutoTokenizer.from_pretrained(path, **common)
         # A causal model reads its class at the last token that is not padding.
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         if getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = tokenizer.pad_token_id
-        model, info = AutoModelForSequenceClassification.from_pretrained(
+        if generation is not None:
+            _require_kind(generation, config, path)
+        model, info = _auto_class(generation).from_pretrained(
             path,
             **common,
             config=config,
             dtype=getattr(torch, dtype),
-            ignore_mismatched_sizes=True,
+            ignore_mismatched_sizes=generation is None,
             output_loading_info=True,
         )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SettingsError(f"model.path {path!r} cannot be loaded ({reason}); give a directory or a hub id") from error
     _require_vocabulary(tokenizer, path)
+    if generation is not None and (missing := sorted({*info["missing_keys"]})):
+        raise SettingsError(
+            f"model.path {path!r} lacks {len(missing)} weights of a model that generates text ({missing[0]}); give one "
+            "that was trained to"
+        )
     other_sizes = {key for key, *_ in info["mismatched_keys"]}
     return Pretrained(model, tokenizer, new_modules({*info["missing_keys"], *other_sizes}))
+
+
+def _auto_class(generation: Generation | None) -> Any:
+    if generation is None:
+        return AutoModelForSequenceClassification
+    return AutoModelForCausalLM if generation.causal else AutoModelForSeq2SeqLM
+
+
+def _require_kind(generation: Generation, config: Any, path: str) -> None:
+    behind_encoder = bool(getattr(config, "is_encoder_decoder", False))
+    if behind_encoder == generation.causal:
+        other = "seq2seq" if behind_encoder else "causal-lm"
+        kind = "has an encoder and a decoder" if behind_encoder else "is a decoder alone"
+        raise SettingsError(f"model.path {path!r} {kind}, and task.type is {generation.name}; set it to {other}")
 
 
 def _require_vocabulary(tokenizer: PreTrainedTokenizerBase, path: str) -> None:

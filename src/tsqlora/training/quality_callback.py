@@ -9,19 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
-from transformers import GenerationMixin, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tsqlora import distributed
-from tsqlora.errors import DataError, NotLearnedError, SettingsError, TsqLoraError, UnsupportedError
+from tsqlora.errors import DataError, NotLearnedError, SettingsError, TsqLoraError
 from tsqlora.gradients.sites import Scope
 from tsqlora.quality.guard import guarded
 from tsqlora.quality.score import REFERENCE_ROWS, Progress, reference_indices, require_softmax, score, wanted_terms
 from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.tasks import Task, get_task
-from tsqlora.tasks.forward import task_of
+from tsqlora.tasks.forward import Collate, task_of
 from tsqlora.training.checkpoint import QualityState
 from tsqlora.training.manifest import announce, checkpoint_folder, digest, seal
 from tsqlora.training.row_weights import RowWeights
@@ -56,6 +55,7 @@ class QualityCallback(TrainerCallback):
         task: needed only where training has a loss of its own (class weights, a custom one).
         about: what else the scores' record should say.
         scores_path: where scores are written; by default scores.parquet in the output_dir.
+        collate: makes the batches that are scored; by default the Trainer's own, of which each row is a sample.
 
     Scores are computed in training's precision, unless `loss_reduction` is measured: that
     is a small difference, and needs float32.
@@ -83,6 +83,7 @@ class QualityCallback(TrainerCallback):
         about: Mapping[str, Any] | None = None,
         scores_path: str | Path | None = None,
         progress: Progress | None = None,
+        collate: Collate | None = None,
     ) -> None:
         if not warmup > 0:
             raise SettingsError(f"warmup is {warmup}; it must be above 0 passes: a model at chance scores at random")
@@ -109,7 +110,7 @@ class QualityCallback(TrainerCallback):
         self.reference, self.task, self.seed, self.hashes = reference, task, seed, hashes
         self.about = dict(about or {})
         self.scores_path = None if scores_path is None else Path(scores_path)
-        self.progress = progress
+        self.progress, self.collate = progress, collate
         self.refused: str | None = None
         self.attempts: list[str] = []
         self.scorings = 0
@@ -125,7 +126,6 @@ class QualityCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        _require_one_answer_a_sample(kwargs["model"])
         distributed.refuse_deepspeed(args.deepspeed_plugin)
         if kwargs["train_dataloader"].dataset is not self.data:
             raise SettingsError("QualityCallback(data) and Trainer(train_dataset=data) need the same QualitySubset")
@@ -154,7 +154,7 @@ class QualityCallback(TrainerCallback):
         at_start = abs((state.epoch or 0) - epoch) < EPOCH_ERROR
         if at_start and self._due(state):
             start = time.perf_counter()
-            self._try_scoring(args, state, kwargs["model"], kwargs["train_dataloader"].collate_fn)
+            self._try_scoring(args, state, kwargs["model"], self.collate or kwargs["train_dataloader"].collate_fn)
             self.seconds += time.perf_counter() - start
         self.data.set_epoch(epoch)
         if self.unbiased:
@@ -299,16 +299,6 @@ def _bring_back(path: Path, sha256: str | None) -> None:
         )
     if digest(path) != sha256:
         raise DataError(f"{path} has other scores than the run had; resume with its own, or start anew")
-
-
-def _require_one_answer_a_sample(model: nn.Module) -> None:
-    inner = distributed.unwrapped(model)
-    base = inner.get_base_model() if isinstance(inner, PeftModel) else inner
-    if isinstance(base, GenerationMixin):
-        raise UnsupportedError(
-            f"{type(base).__name__} generates text, and rows are scored for classification and regression only; leave "
-            "out QualityCallback, RankCallback works without it"
-        )
 
 
 def epoch_of(state: TrainerState) -> int:

@@ -16,6 +16,7 @@ from tsqlora.probe import Estimator, get_estimator
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.ranks.events import RankEvent
 from tsqlora.ranks.policies import Policy, get_policy
+from tsqlora.tasks.forward import Collate
 from tsqlora.training.checkpoint import RankState
 from tsqlora.training.manifest import announce, checkpoint_folder, seal
 from tsqlora.training.rank_loop import RankLoop
@@ -34,6 +35,7 @@ class RankCallback(TrainerCallback):
     Args:
         max_rank: of a PeftModel without slots, how many a layer gets; twice its rank if not given.
         samples: rows of the quality sample on which the first ranks are measured.
+        collate: makes the batches of those rows; by default the Trainer's own.
         finalize: leave a plain PEFT model; False keeps the slots for further training.
         interval and the others: as in `RankLoop`.
 
@@ -57,6 +59,7 @@ class RankCallback(TrainerCallback):
         samples: int = 256,
         seed: int = 0,
         finalize: bool = True,
+        collate: Collate | None = None,
     ) -> None:
         get_policy(policy)
         get_estimator(estimator)
@@ -72,6 +75,7 @@ class RankCallback(TrainerCallback):
             "seed": seed,
         }
         self.max_rank, self.samples, self.seed, self.finalize = max_rank, samples, seed, finalize
+        self.collate = collate
         self.loop: RankLoop | None = None
 
     @property
@@ -128,7 +132,7 @@ class RankCallback(TrainerCallback):
         loader = kwargs["train_dataloader"]
         data = loader.dataset if isinstance(loader.dataset, QualitySubset) else None
         if data is not None and data.scores is not None and not data.awaits_scores and not self._running.started:
-            self._start(args, data, loader.collate_fn)
+            self._start(args, data, self.collate or loader.collate_fn)
         # While scoring is to come, which will set the ranks, they stay.
         self._running.before_forward(adjust=data is None or not data.awaits_scores)
 

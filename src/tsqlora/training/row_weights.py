@@ -23,7 +23,7 @@ from tsqlora.quality.own_loss import by_logits, scale_of, source_of
 from tsqlora.quality.passes import Passes
 from tsqlora.quality.reference import sample_losses
 from tsqlora.quality.subset import QualitySubset
-from tsqlora.tasks import Task, get_task
+from tsqlora.tasks import Task, get_task, require_answers
 from tsqlora.tasks.forward import task_of
 
 See = Callable[[Int[Tensor, " n"], Float[Tensor, " n"]], None]
@@ -63,7 +63,7 @@ class RowWeights:
             raise UnsupportedError(
                 f"compiled code does not show {self.name} the gradient at the logits; leave out torch_compile"
             )
-        self.task = trained_task(args, model, self._given)
+        self.task = require_answers(trained_task(args, model, self._given), self.name)
         self._passes = Passes(labels_of(self.data))
 
     def start(self, model: nn.Module, see: See | None = None) -> None:

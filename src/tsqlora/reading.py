@@ -1,0 +1,59 @@
+"""What the settings say of the data -> its rows, or what passes over them say."""
+
+from typing import Any
+
+from tsqlora.config import Config
+from tsqlora.data.prepare import Splits, Writing, read_data, read_texts
+from tsqlora.data.survey import Survey, survey_data, survey_texts
+from tsqlora.tasks import get_task
+from tsqlora.tasks.classification import Classification
+from tsqlora.tasks.generation import Generation
+
+
+def read(config: Config) -> Splits:
+    """The rows of every split."""
+    data = config.data
+    if writing_of(config) is not None:
+        return read_texts(data.train, data.validation, data.test, **_texts(config))
+    return read_data(data.train, data.validation, data.test, **_answers(config))
+
+
+def survey(config: Config) -> Survey:
+    """The same of files of any size."""
+    data = config.data
+    if writing_of(config) is not None:
+        return survey_texts(data.train, data.validation, data.test, **_texts(config))
+    return survey_data(data.train, data.validation, data.test, **_answers(config))
+
+
+def writing_of(config: Config) -> Writing | None:
+    """How a generating model takes its samples; None for another task."""
+    task = get_task(config.task.type)
+    if not isinstance(task, Generation):
+        return None
+    return Writing(seq2seq=not task.causal, max_target_length=config.data.max_target_length)
+
+
+def _answers(config: Config) -> dict[str, Any]:
+    data = config.data
+    return {
+        "text": data.text,
+        "text_pair": data.text_pair,
+        "label": data.label,
+        "classes": isinstance(get_task(config.task.type), Classification),
+        "validation_fraction": data.validation_fraction,
+        "seed": config.training.seed,
+    }
+
+
+def _texts(config: Config) -> dict[str, Any]:
+    data = config.data
+    return {
+        "format": data.format,
+        "prompt": data.prompt,
+        "target": data.target,
+        "messages": data.messages,
+        "text": data.text,
+        "validation_fraction": data.validation_fraction,
+        "seed": config.training.seed,
+    }

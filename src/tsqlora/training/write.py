@@ -1,0 +1,126 @@
+"""A generating model put to use: its loss on every target token, and the texts that it writes."""
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from tsqlora.data.batches import sorted_batches
+from tsqlora.errors import SettingsError, TsqLoraError
+from tsqlora.gradients.quiet import quiet
+from tsqlora.quality.score import Progress
+from tsqlora.tasks.forward import Collate, base_model, model_logits, split_labels
+from tsqlora.tasks.generation import Generation
+
+Samples = Sequence[Mapping[str, Any]]
+
+
+def token_metrics(
+    model: nn.Module,
+    samples: Samples,
+    collate: Collate,
+    task: Generation,
+    *,
+    batch_size: int,
+    autocast: torch.dtype | None = None,
+    phase: str = "evaluation",
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """loss (mean over all target tokens), perplexity (its exponential) and token_accuracy, with the targets shown.
+
+    Raises TsqLoraError where the loss is not finite.
+    """
+    device = next(model.parameters()).device
+    loss, right, tokens, done = 0.0, 0, 0, 0
+    with quiet(model), _precision(device, autocast), torch.inference_mode():
+        for indices in sorted_batches([len(s["input_ids"]) for s in samples], batch_size):
+            inputs, labels = split_labels(collate([samples[j] for j in indices]), device)
+            counts = task.count(model_logits(model, inputs, task), labels)
+            loss += float(counts.loss.double().sum())
+            right, tokens = right + int(counts.right.sum()), tokens + int(counts.tokens.sum())
+            done += len(indices)
+            if progress is not None:
+                progress(phase, done, len(samples))
+    loss /= max(tokens, 1)
+    if not math.isfinite(loss):
+        raise TsqLoraError(
+            f"the loss on {len(samples)} rows is {loss}; lower training.learning_rate or use another dtype"
+        )
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "token_accuracy": right / max(tokens, 1)}
+
+
+def write_texts(
+    model: nn.Module,
+    prompts: Samples,
+    collate: Collate,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Generation,
+    *,
+    max_new_tokens: int,
+    beams: int = 1,
+    batch_size: int,
+    autocast: torch.dtype | None = None,
+    phase: str = "writing",
+    progress: Progress | None = None,
+) -> list[str]:
+    """What the model writes on each prompt, greedily or by beams, in the prompts' order; no space around it.
+
+    `collate` must pad a causal model's prompts on the left: it goes on from their last token.
+    Raises SettingsError where a prompt and the new tokens are more than the model has positions for.
+    """
+    inner: Any = base_model(model)
+    device = next(model.parameters()).device
+    lengths = [len(prompt["input_ids"]) for prompt in prompts]
+    _require_positions(inner, max(lengths) if task.causal else 0, max_new_tokens)
+    how = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        num_beams=beams,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        eos_token_id=_ends(inner, tokenizer),
+        bos_token_id=inner.generation_config.bos_token_id,
+        decoder_start_token_id=_start(inner),
+    )
+    texts = [""] * len(prompts)
+    done = 0
+    with quiet(model), _precision(device, autocast), torch.inference_mode():
+        for indices in sorted_batches(lengths, batch_size):
+            batch = collate([{k: v for k, v in prompts[j].items() if k != "labels"} for j in indices])
+            inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+            written = model.generate(**inputs, generation_config=how)  # type: ignore[operator]
+            new = written[:, inputs["input_ids"].shape[1] :] if task.causal else written
+            for j, text in zip(indices, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+                texts[int(j)] = text.strip()
+            done += len(indices)
+            if progress is not None:
+                progress(phase, done, len(prompts))
+    return texts
+
+
+def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | int | None:
+    """The tokens that end a text: the tokenizer's, with which targets were ended, and the model's own."""
+    own = model.generation_config.eos_token_id
+    known = {*(own if isinstance(own, list) else [own]), cast(Any, tokenizer.eos_token_id)} - {None}
+    return sorted(known) if known else None
+
+
+def _start(model: Any) -> int | None:
+    own = model.generation_config.decoder_start_token_id
+    return own if own is not None else getattr(model.config, "decoder_start_token_id", None)
+
+
+def _require_positions(model: Any, longest: int, new: int) -> None:
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and longest + new > positions:
+        raise SettingsError(
+            f"a prompt of {longest} tokens and {new} new ones are more than the model's {positions} positions; lower "
+            "task.max_new_tokens (--max-new-tokens) or data.max_length"
+        )
+
+
+def _precision(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
