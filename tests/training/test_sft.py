@@ -185,3 +185,20 @@ def test_scoring_is_refused_by_name(tmp_path: Path) -> None:
     quality = tsq.QualityCallback(tsq.QualitySubset(TEXT, 0.5))
     with pytest.raises(tsq.UnsupportedError, match="LlamaForCausalLM generates text"):
         make(tmp_path, [quality]).train()
+
+
+@pytest.mark.parametrize("data", [PAIRS, TALKS])
+def test_rows_that_trl_prepared_are_scored_and_drawn_by_quality(data: Any, tmp_path: Path) -> None:
+    """Half of the rows an epoch; targets are what TRL trains on, of a prompt's completion and of an assistant."""
+    ranks = tsq.RankCallback(interval=3)
+    options = {"assistant_only_loss": True} if data is TALKS else {}
+    trainer = make(tmp_path, [ranks], data, max_steps=-1, num_train_epochs=12, **options)
+    rows = tsq.QualitySubset(trainer.train_dataset, 0.5)
+    trainer.train_dataset = rows
+    trainer.add_callback(tsq.QualityCallback(rows, weights={"convergence": 1.0}, scores_path=tmp_path / "s.parquet"))
+    trainer.train()
+    assert rows.scores is not None
+    assert rows.scores.record["learned"]["passed"]
+    assert set(rows.scores.terms) == {"convergence", "loss", "cosine"}
+    assert set(rows.scores.labels.tolist()) == {3}, "two words and the end token"
+    assert ranks.events
