@@ -100,6 +100,7 @@ def test_weights_and_temperature_come_from_the_preset_unless_set() -> None:
         "loss_reduction": 1 / 3,
         "convergence": 2.0,
         "loss": 0.0,
+        "ifd": 0.0,
     }
     assert paper.resolved_temperature() == 3.0
     assert QualitySettings(preset="paper").resolved_temperature() == 1.0
@@ -152,7 +153,7 @@ def test_the_greatest_rank_is_twice_the_mean_unless_set() -> None:
         (
             "quality: {weights: {convergense: 1}}",
             "unknown key 'quality.weights.convergense'; did you mean 'convergence'? "
-            "choices: convergence, gradient_norm, loss, loss_reduction",
+            "choices: convergence, gradient_norm, ifd, loss, loss_reduction",
         ),
         (
             "qualty: {}",

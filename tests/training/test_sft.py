@@ -181,12 +181,6 @@ def test_reentrant_checkpointing_is_refused_by_name(tmp_path: Path) -> None:
         trainer.train()
 
 
-def test_scoring_is_refused_by_name(tmp_path: Path) -> None:
-    quality = tsq.QualityCallback(tsq.QualitySubset(TEXT, 0.5))
-    with pytest.raises(tsq.UnsupportedError, match="LlamaForCausalLM generates text"):
-        make(tmp_path, [quality]).train()
-
-
 @pytest.mark.parametrize("data", [PAIRS, TALKS])
 def test_rows_that_trl_prepared_are_scored_and_drawn_by_quality(data: Any, tmp_path: Path) -> None:
     """Half of the rows an epoch; targets are what TRL trains on, of a prompt's completion and of an assistant."""

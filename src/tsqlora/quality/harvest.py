@@ -151,7 +151,7 @@ class Harvest:
         measured = self._measured(seen)
         found: dict[str, np.ndarray] = {}
         for name, term in TERMS.items():
-            if not term.lookahead and (self.sites or not term.gradient):
+            if not (term.lookahead or term.alone) and (self.sites or not term.gradient):
                 found[name] = np.full(len(seen), np.nan)
                 found[name][seen.numpy()] = term.of(measured).numpy()
         return found
