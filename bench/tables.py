@@ -383,6 +383,20 @@ def _applied(seen: Mapping[str, Any]) -> str:
 TABLES["servers"] = servers
 
 
+def llamacpp(results: Mapping[str, Any]) -> list[list[str]]:
+    """How far llama.cpp's log-probabilities are from PEFT's, by file of weights and adapter."""
+    adapters = {"none": "none", "gguf": "`--format gguf`", "converted": "one alpha for all layers"}
+    rows = [["weights", "adapter", "largest difference", "mean difference", "KL, nats", "same best token"]]
+    for key, found in results["results"].items():
+        weights, _, adapter = key.partition(", ")
+        rows.append([weights, adapters[adapter], *(f"{found[n]:.2g}" for n in ("largest", "mean", "kl"))])
+        rows[-1].append(f"{found['same_best']:.0%}")
+    return rows
+
+
+TABLES["llamacpp"] = llamacpp
+
+
 def glue_summary(_: Mapping[str, Any]) -> list[list[str]]:
     """What docs/results.md says over tasks at 2,000 rows and mean rank 4, with wrong labels and without."""
     import results_page

@@ -133,6 +133,27 @@ def test_what_a_lower_rank_costs_is_shown(plain: Path, tmp_path: Path, tsqlora: 
     assert "% of ‖ΔW‖  model.layers." in out
 
 
+def test_an_adapter_is_compressed_by_its_update_or_by_what_it_does_to_the_loss(
+    run: Path, plain: Path, tmp_path: Path, tsqlora: Run
+) -> None:
+    before = read_adapter(run / "adapter")
+    uniform = sum(target.inputs + target.outputs for target in before.targets.values())
+    for by in ("singular", "curvature"):
+        arguments = ("adapter", "compress", run, "--mean-rank", 1, "--by", by, "--out", tmp_path / by, "--json")
+        code, out, _ = tsqlora(*arguments)
+        assert (code, json.loads(out)["format"]) == (0, "peft")
+        assert 0.8 * uniform < read_adapter(tmp_path / by).parameters <= uniform < before.parameters
+    code, _, err = tsqlora(
+        "adapter", "compress", plain / "adapter", "--mean-rank", 1, "--by", "curvature", "--out", tmp_path / "x"
+    )
+    assert code == 2
+    assert "is no run, and which rows it was trained on is not known; leave out --by" in err
+    code, _, err = tsqlora("adapter", "compress", run, "--mean-rank", 1, "--by", "size", "--out", tmp_path / "x")
+    assert code == 2
+    assert "--by size: choices: curvature, singular" in err
+    assert "Example: tsqlora adapter compress" in tsqlora("adapter", "compress", "--help")[1]
+
+
 def test_the_doctor_shows_what_he_found(plain: Path, tsqlora: Run) -> None:
     code, out, _ = tsqlora("doctor", plain / "adapter")
     assert code == 0

@@ -25,6 +25,8 @@ def show_export(console: Console, report: Mapping[str, Any]) -> None:
         lines.append(f"compared     ΔW within {gap:.2g}, {report['relative_difference']:.2g} of a layer's largest")
     if report["logits_difference"] is not None:
         lines.append(f"compared     logits within {report['logits_difference']:.2g}, of {report['largest_logit']:.3g}")
+    if report.get("pushed"):
+        lines.append(f"pushed       {report['pushed']}")
     lines += [f"note: {note}" for note in report["notes"]]
     _say(console, lines)
     if cut := report["truncation"]:

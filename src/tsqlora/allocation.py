@@ -19,6 +19,7 @@ from tsqlora.quality.scores import Scores, sample
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.ranks.allocate import allocate
 from tsqlora.reading import read
+from tsqlora.start import with_start
 from tsqlora.training.quality_callback import SCORES_FILE, QualityCallback
 from tsqlora.training.rank_callback import RankCallback
 
@@ -29,7 +30,7 @@ def allocate_ranks(source: Path, *, overrides: Sequence[str] = (), progress: Pro
         run = open_run(source, overrides)
         config, chosen = run.config, ranks_of(run, source / SCORES_FILE)
     else:
-        config = load_config(source, overrides)
+        config = with_start(load_config(source, overrides))
         with tempfile.TemporaryDirectory() as folder:
             ranks = warm_up(load(config), progress, scores_path=Path(folder) / SCORES_FILE)
         chosen = ranks.events[0].ranks

@@ -135,6 +135,9 @@ def train(
     config: ConfigFile,
     set_: Set = None,
     out: Annotated[Path, typer.Option(help="The run's directory.")] = Path("run"),
+    init_from: Annotated[
+        str | None, typer.Option(metavar="RUN|ADAPTER", help="Go on from this adapter; --set adapter.init_from=…")
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where the run stopped; start if it never began.")
     ] = False,
@@ -148,7 +151,8 @@ def train(
     from tsqlora import pipeline
     from tsqlora.config import load_config
 
-    settings = load_config(config, set_ or [])
+    start = [] if init_from is None else [f"adapter.init_from={json.dumps(init_from)}"]
+    settings = load_config(config, [*(set_ or []), *start])
     if dry_run:
         _print(pipeline.dry_run(settings), as_json, show_plan)
         return
@@ -381,6 +385,9 @@ def export(
     mean_rank: Annotated[
         float | None, typer.Option(metavar="R", help="Cut to a uniform rank's parameters, where least is lost.")
     ] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Upload it in the end; a new repository is private.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Writes an adapter, ours or any PEFT LoRA, in the format that its server reads, and compares it with its source.
@@ -393,7 +400,16 @@ def export(
     """
     from tsqlora import exporting
 
-    done = exporting.export(source, out, format=format, base=base, dtype=dtype, max_rank=max_rank, mean_rank=mean_rank)
+    done = exporting.export(
+        source,
+        out,
+        format=format,
+        base=base,
+        dtype=dtype,
+        max_rank=max_rank,
+        mean_rank=mean_rank,
+        push_to_hub=push_to_hub,
+    )
     _print(done, as_json, show_export)
 
 
@@ -429,6 +445,30 @@ def _writing(max_new_tokens: int | None, beams: int | None) -> list[str]:
     """Settings that are given as options."""
     given = {"task.max_new_tokens": max_new_tokens, "task.beams": beams}
     return [f"{name}={value}" for name, value in given.items() if value is not None]
+
+
+adapters = typer.Typer(help="Works on an adapter itself.", rich_markup_mode="rich")
+app.add_typer(adapters, name="adapter")
+
+
+@adapters.command()
+def compress(
+    source: Adapter,
+    out: Annotated[Path, typer.Option(help="Directory to write.")],
+    mean_rank: Annotated[float, typer.Option(metavar="R", help="As many parameters as a uniform LoRA of this rank.")],
+    by: Annotated[
+        str, typer.Option(help="singular: by the update alone; curvature: by its effect on a run's own rows.")
+    ] = "singular",
+    base: Base = None,
+    as_json: Json = False,
+) -> None:
+    """Allots a trained adapter's ranks anew: fewer parameters, and each layer keeps what it loses most without.
+
+    Example: tsqlora adapter compress run --mean-rank 4 --out smaller
+    """
+    from tsqlora import exporting
+
+    _print(exporting.compress(source, out, mean_rank=mean_rank, by=by, base=base), as_json, show_export)
 
 
 def _listed(text: str) -> list[str]:

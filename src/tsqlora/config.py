@@ -217,6 +217,9 @@ class AdapterSettings(Section):
     target_modules: str | list[str] = setting(
         "all-linear", "Layers to adapt: names, a pattern, or all-linear.", min_length=1
     )
+    init_from: str | None = setting(
+        None, "Adapter, or run, to go on from; alpha, target_modules and ranks.mean are then its own."
+    )
 
 
 # TrainingArguments that another setting decides, or that would break the method: the cure of each.
@@ -344,7 +347,8 @@ def _with_absolute_paths(config: Config, beside: Path) -> Config:
     data = config.data
     files = {name: _locate(getattr(data, name), beside) for name in ("train", "validation", "test")}
     model = config.model.model_copy(update={"path": _locate(config.model.path, beside)})
-    return config.model_copy(update={"model": model, "data": data.model_copy(update=files)})
+    adapter = config.adapter.model_copy(update={"init_from": _locate(config.adapter.init_from, beside)})
+    return config.model_copy(update={"model": model, "adapter": adapter, "data": data.model_copy(update=files)})
 
 
 def _locate(path: str | None, beside: Path) -> str | None:

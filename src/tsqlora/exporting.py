@@ -1,7 +1,10 @@
 """The adapter of a run, or any other, for the world outside: `tsqlora export`, `merge` and `doctor`."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from tsqlora.adapter import doctor
 from tsqlora.adapter.base import base_path, base_skeleton, load_base, load_tokenizer
@@ -10,9 +13,12 @@ from tsqlora.adapter.files import read_adapter
 from tsqlora.adapter.health import vllm_rank
 from tsqlora.adapter.verify import describe
 from tsqlora.card import write_card
-from tsqlora.errors import SettingsError
+from tsqlora.errors import SettingsError, nearest
+from tsqlora.hub import push, require_repository
 from tsqlora.inference import open_run
-from tsqlora.training.run_dir import ADAPTER_DIR, CONFIG_FILE
+from tsqlora.pipeline import read
+from tsqlora.probe import sensitivity
+from tsqlora.training.run_dir import adapter_folder, is_run
 
 
 def export(
@@ -24,33 +30,85 @@ def export(
     dtype: str | None = None,
     max_rank: int | None = None,
     mean_rank: float | None = None,
+    by: str = "singular",
+    push_to_hub: str | None = None,
 ) -> dict[str, Any]:
     """Writes the adapter of a run or of a directory as `out`, as `export_adapter` does; what was written, for JSON.
 
     A run knows its base model, and what is made of it gets a model card. Of another adapter, logits
     are compared where `base` is given or its weights are needed; else the base that it names is
     read for its modules' shapes alone.
+
+    Args:
+        by: how `mean_rank` weighs layers: alike, or by their `curvature` on a run's own rows.
+        push_to_hub: a repository of the hub, such as "name/adapter", to which the directory is uploaded in the end.
     """
+    if by not in WEIGHINGS:
+        raise SettingsError(f"--by {by}: {nearest(by, WEIGHINGS)}")
+    if push_to_hub is not None:
+        require_repository(push_to_hub)
+    measured = WEIGHINGS[by](source)
     if is_run(source):
         if base is not None:
             raise SettingsError(f"{source} is a run, which knows its base model; leave out --base")
-        folder, model = source / ADAPTER_DIR, _base_of_run(source)
+        model = _base_of_run(source)
     else:
-        folder, model = source, _base_of_adapter(source, base, format)
-    done = export_adapter(folder, out, format=format, base=model, dtype=dtype, max_rank=max_rank, mean_rank=mean_rank)
+        model = _base_of_adapter(source, base, format)
+    done = export_adapter(
+        adapter_folder(source),
+        out,
+        format=format,
+        base=model,
+        dtype=dtype,
+        max_rank=max_rank,
+        mean_rank=mean_rank,
+        curvature=measured,
+    )
     if is_run(source):
         write_card(source, out, format=format)
-    return _report(out, format, done)
+    report = _report(out, format, done)
+    return report if push_to_hub is None else report | {"pushed": push(out, push_to_hub)}
+
+
+def compress(
+    source: Path, out: Path, *, mean_rank: float, by: str = "singular", base: str | None = None
+) -> dict[str, Any]:
+    """Writes the adapter, as `export`, with ranks allotted anew at the parameters of a uniform LoRA of `mean_rank`."""
+    return export(source, out, format="peft", base=base, mean_rank=mean_rank, by=by)
+
+
+def curvature(source: Path) -> dict[str, float]:
+    """The mean Fisher information of each layer's weights, on rows that a run was trained on.
+
+    Half of it times (s·σ)² is what the loss gains, to second order, when a direction is dropped.
+    Raises SettingsError for an adapter whose rows are not known.
+    """
+    if not is_run(source):
+        raise SettingsError(f"{source} is no run, and which rows it was trained on is not known; leave out --by")
+    run = open_run(source)
+    samples, settings = run.prepare(read(run.config)).samples["train"], run.config.ranks
+    rows = np.random.default_rng([run.config.training.seed, 4]).permutation(len(samples))[: settings.samples]
+    measured = sensitivity(
+        run.model,
+        [samples[row] for row in sorted(rows.tolist())],
+        run.collate,
+        estimator="fisher",
+        task=run.task,
+        batch_size=run.config.training.batch_size,
+    )
+    return dict(measured.values)
+
+
+WEIGHINGS: Mapping[str, Callable[[Path], dict[str, float] | None]] = {
+    "singular": lambda _: None,
+    "curvature": curvature,
+}
+"""How directions of different layers are compared: by their singular values alone, or by what they do to the loss."""
 
 
 def examine(source: Path) -> dict[str, Any]:
     """What the doctor says of the adapter of a run or of a directory."""
-    return doctor.examine(source / ADAPTER_DIR if is_run(source) else source)
-
-
-def is_run(path: Path) -> bool:
-    """Whether a directory is a run's."""
-    return (path / CONFIG_FILE).is_file()
+    return doctor.examine(adapter_folder(source))
 
 
 def _base_of_run(run: Path) -> Base:

@@ -21,6 +21,7 @@ from transformers import (
 
 from tsqlora import distributed
 from tsqlora.adapter.slots import active_parameters
+from tsqlora.adapter.start import start_from
 from tsqlora.adapter.wrap import wrap
 from tsqlora.card import write_card
 from tsqlora.config import Config, dump_config, load_config
@@ -36,6 +37,7 @@ from tsqlora.quality.subset import QualitySubset
 from tsqlora.reading import read, writing_of
 from tsqlora.record import RunRecord, write_whole
 from tsqlora.sample_display import show_samples
+from tsqlora.start import start_notes, start_of, with_start
 from tsqlora.tasks import Task, get_task
 from tsqlora.tasks.classification import Classification
 from tsqlora.tasks.forward import Collate
@@ -85,6 +87,7 @@ def train(config: Config, run: Path, *, resume: bool = False, progress: Progress
     With `resume` an unfinished run goes on from its last whole checkpoint, and a finished one is
     left as it is.  Raises SettingsError where the directory holds another run.
     """
+    config = with_start(config)
     args = arguments(config, run)
     with locked(run, resume=resume) if distributed.is_first() else nullcontext():
         before = _begun(run, config) if resume else None
@@ -118,8 +121,8 @@ def train(config: Config, run: Path, *, resume: bool = False, progress: Progress
 
 def dry_run(config: Config) -> dict[str, Any]:
     """What `train` would do, with everything loaded and checked as it does; nothing is written."""
-    job = load(config)
-    _, record = begin(job, arguments(config, Path("run")))
+    job = load(with_start(config))
+    _, record = begin(job, arguments(job.config, Path("run")))
     method(job, Path("run") / SCORES_FILE, None)  # its names and numbers are checked too
     if job.data.splits.format is None:
         return record.plan
@@ -190,6 +193,7 @@ def begin(job: Job, args: TrainingArguments) -> tuple[PeftModel, RunRecord]:
         parameters={"trainable": active_parameters(model)},
     )
     record.notes += job.data.notes
+    record.notes += start_notes(job.config, record.labels)
     for name, split in samples.items():
         if split.truncated:
             what = "prompts" if texts else "texts"
@@ -198,9 +202,17 @@ def begin(job: Job, args: TrainingArguments) -> tuple[PeftModel, RunRecord]:
 
 
 def with_slots(config: Config, pretrained: Pretrained) -> PeftModel:
-    """The pretrained model with LoRA at its first ranks; it is changed in place."""
+    """The pretrained model with LoRA at its first ranks, or at an adapter's; it is changed in place."""
     adapter, ranks = config.adapter, config.ranks
     set_seed(config.training.seed)
+    if (start := start_of(config)) is not None:
+        return start_from(
+            pretrained.model,
+            start,
+            max_rank=ranks.resolved_max(),
+            dropout=adapter.dropout,
+            modules_to_save=pretrained.new_modules,
+        )
     return wrap(
         pretrained.model,
         mean_rank=ranks.mean,

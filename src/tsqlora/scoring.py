@@ -36,6 +36,7 @@ from tsqlora.quality.journal import bind, save_whole
 from tsqlora.quality.score import PAPER_TERMS, Progress, learned_on, reference_indices, score
 from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import QualitySubset
+from tsqlora.start import with_start
 from tsqlora.tasks import Task, get_task
 from tsqlora.tasks.forward import Collate
 from tsqlora.training.manifest import last_checkpoint
@@ -82,7 +83,7 @@ def score_rows(
         if source.is_dir():
             ready = _run(source, overrides, tokens)
         else:
-            ready = warmed_up(load_config(source, overrides), partial / "warm-up", tokens, progress)
+            ready = warmed_up(with_start(load_config(source, overrides)), partial / "warm-up", tokens, progress)
         scores = score_ready(ready, partial / "scoring", progress)
         scores = drop_rows(scores, drop, lambda: texts_of(ready.survey, "train"), tokens / "signatures")
         scores.save(out)
@@ -96,7 +97,7 @@ def plan_scoring(source: Path, *, overrides: Sequence[str] = ()) -> dict[str, An
         config, model, length = run.config, run.model, run.max_length
         survey = reading.survey(config)
     else:
-        config = _enabled(load_config(source, overrides))
+        config = _enabled(with_start(load_config(source, overrides)))
         survey = reading.survey(config)
         pretrained, length = load_model(config, survey.labels)
         model = with_slots(config, pretrained)

@@ -1,16 +1,24 @@
 """Ranks for a trained adapter: how many directions each layer keeps when all together may have so many parameters."""
 
+from collections.abc import Mapping
+
 from tsqlora.adapter.lora import LoraAdapter
 from tsqlora.adapter.rewrite import decompose
 from tsqlora.errors import SettingsError
 
 
-def ranks_for(adapter: LoraAdapter, mean_rank: float) -> dict[str, int]:
+def ranks_for(
+    adapter: LoraAdapter, mean_rank: float, *, curvature: Mapping[str, float] | None = None
+) -> dict[str, int]:
     """The ranks with which least of the update is lost at the parameters of a uniform LoRA of `mean_rank`.
 
     A direction of layer l is worth the square of its singular value, (s_l·σ)², and costs as many
     parameters as l has inputs and outputs: the dearest by worth per parameter are kept, as long as
     they fit. Greedy, which is within one direction of the best there is. Ties go by name.
+
+    Args:
+        curvature: what a unit of change in a weight costs each layer, such as the mean Fisher
+            information of its weights: it multiplies the worth. Without it all layers are alike.
 
     Raises SettingsError for a mean rank that is not positive, or leaves nothing.
     """
@@ -21,7 +29,8 @@ def ranks_for(adapter: LoraAdapter, mean_rank: float) -> dict[str, int]:
     worth = []
     for name, target in adapter.targets.items():
         _, singular, _ = decompose(target)
-        worth += [(-((target.scale * float(value)) ** 2) / costs[name], name) for value in singular if value > 0]
+        weight = target.scale**2 * (1.0 if curvature is None else curvature[name])
+        worth += [(-weight * float(value) ** 2 / costs[name], name) for value in singular if value > 0]
     ranks = dict.fromkeys(adapter.targets, 0)
     for _, name in sorted(worth):
         if costs[name] <= left:

@@ -89,6 +89,7 @@ def export_adapter(
     dtype: str | None = None,
     max_rank: int | None = None,
     mean_rank: float | None = None,
+    curvature: Mapping[str, float] | None = None,
 ) -> Exported:
     """Writes the adapter in the directory `source` as `out`, a new directory, in one of FORMATS.
 
@@ -101,6 +102,7 @@ def export_adapter(
         dtype: of the numbers written, one of FLOATS; else the adapter's, or the base's if merged.
         max_rank: cuts every layer to this rank by SVD first.
         mean_rank: cuts to as many parameters as a uniform LoRA of this rank has, where least is lost.
+        curvature: what a change costs each layer, by which `mean_rank` weighs it; see `ranks_for`.
 
     Raises SettingsError, DataError and UnsupportedError before anything is written; TsqLoraError
     where the comparison fails.
@@ -118,7 +120,7 @@ def export_adapter(
     require_new(out)
     adapter, errors = read_adapter(source), {}
     if (max_rank, mean_rank) != (None, None):
-        adapter, errors = truncate(adapter, _ranks(adapter, max_rank, mean_rank))
+        adapter, errors = truncate(adapter, _ranks(adapter, max_rank, mean_rank, curvature))
     with TemporaryDirectory() as loadable, new_directory(out) as folder:
         if errors or not all(target.rank for target in adapter.targets.values()):
             # PEFT does not load a layer of rank 0.
@@ -128,10 +130,12 @@ def export_adapter(
     return replace(done, truncation=errors)
 
 
-def _ranks(adapter: LoraAdapter, max_rank: int | None, mean_rank: float | None) -> dict[str, int]:
+def _ranks(
+    adapter: LoraAdapter, max_rank: int | None, mean_rank: float | None, curvature: Mapping[str, float] | None
+) -> dict[str, int]:
     ranks = {name: target.rank for name, target in adapter.targets.items()}
     if mean_rank is not None:
-        ranks = ranks_for(adapter, mean_rank)
+        ranks = ranks_for(adapter, mean_rank, curvature=curvature)
     return {name: rank if max_rank is None else min(rank, max_rank) for name, rank in ranks.items()}
 
 

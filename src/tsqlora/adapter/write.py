@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from tsqlora.adapter.files import CONFIG, PREFIX, WEIGHTS
 from tsqlora.adapter.lora import LoraAdapter, Target
@@ -47,14 +48,19 @@ def require_new(out: Path) -> None:
 
 def write_adapter(adapter: LoraAdapter, folder: Path) -> None:
     """Writes adapter_config.json and adapter_model.safetensors into a directory that is there."""
+    # A copy each: safetensors refuses tensors that share memory.
+    stored = {f"{PREFIX}{name}": tensor.detach().clone().contiguous() for name, tensor in tensors_of(adapter).items()}
+    save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(dict(adapter.config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def tensors_of(adapter: LoraAdapter) -> dict[str, Tensor]:
+    """Everything that the file of an adapter holds, by its names in the base model."""
     tensors = {**adapter.saved, **adapter.further, **adapter.base_layers}
     for name, target in adapter.targets.items():
         a, b = _MATRICES.get(target.kind, ("lora_A.weight", "lora_B.weight"))
         tensors |= {f"{name}.{a}": target.a, f"{name}.{b}": target.b}
-    # A copy each: safetensors refuses tensors that share memory.
-    stored = {f"{PREFIX}{name}": tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
-    save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(dict(adapter.config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return tensors
 
 
 def plain_config(config: Mapping[str, Any], **changed: Any) -> dict[str, Any]:

@@ -57,6 +57,8 @@ def compare(
     """
     if distributed.launched() > 1:
         raise UnsupportedError("compare runs one training at a time in one process; start it without a launcher")
+    if config.adapter.init_from is not None:
+        raise UnsupportedError("compare begins every method anew; leave out adapter.init_from")
     plan = Plan(
         config, entries(methods, policies), list(dict.fromkeys(seeds)), out, equal, tuple(sweep), dict(rates or {})
     )

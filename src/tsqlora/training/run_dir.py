@@ -14,6 +14,16 @@ CHECKPOINT_DIR = "checkpoints"
 LOCK_FILE = "run.lock"
 
 
+def is_run(path: Path) -> bool:
+    """Whether a directory is a run's."""
+    return (path / CONFIG_FILE).is_file()
+
+
+def adapter_folder(path: Path) -> Path:
+    """Where the adapter lies: of a run in its own folder, else in the directory itself."""
+    return path / ADAPTER_DIR if is_run(path) else path
+
+
 @contextmanager
 def locked(run: Path, *, resume: bool = False) -> Iterator[None]:
     """Makes the directory and holds its lock, which dies with the process.
