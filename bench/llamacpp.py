@@ -20,7 +20,7 @@ import llama_cpp
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import tsqlora as tsq
 from tsqlora.adapter.files import read_adapter
@@ -156,7 +156,9 @@ def main() -> None:
         folder = Path(name)
         loaded = AutoModelForCausalLM.from_pretrained(quantised.parent, gguf_file=NAME, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(quantised.parent, gguf_file=NAME)
-        base = LlamaForCausalLM(loaded.config)  # what is loaded from GGUF refuses to be saved
+        # What is loaded from GGUF counts as quantised, and is neither saved nor trained.
+        settings = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
+        base = LlamaForCausalLM(LlamaConfig.from_dict(settings))
         base.load_state_dict(loaded.state_dict())
         base.save_pretrained(folder / "base")
         del base, loaded

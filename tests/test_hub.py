@@ -93,7 +93,7 @@ def test_an_export_is_uploaded_whole_and_new_repositories_are_private(
     save_lora(tmp_path / "a", tiny_llama(), lora_config())
     report = export(tmp_path / "a", tmp_path / "out", format="peft", push_to_hub="me/adapter")
     assert report["pushed"].endswith("/me/adapter/commit/abc")
-    assert hub.created["private"] is True
+    assert hub.created["visibility"] == "private"
     assert hub.files == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert hub.tokens == {f"Bearer {TOKEN}"}, "huggingface_hub found it"
     written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
