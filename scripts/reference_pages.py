@@ -55,8 +55,18 @@ Where `data.text`, `data.text_pair` and `data.label` are not set, the first of t
 
 
 def cli_page() -> str:
-    group: Any = typer.main.get_command(app)
-    return CLI + "\n".join(line for name, command in group.commands.items() for line in section(name, command))
+    return CLI + "\n".join(
+        line for name, command in commands(typer.main.get_command(app)) for line in section(name, command)
+    )
+
+
+def commands(group: Any, before: str = "") -> Iterator[tuple[str, Any]]:
+    """Every command with its whole name; of a group those in it."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, f"{before}{name} ")
+        else:
+            yield f"{before}{name}", command
 
 
 def section(name: str, command: Any) -> Iterator[str]:
