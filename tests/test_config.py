@@ -188,7 +188,7 @@ def test_the_greatest_rank_is_twice_the_mean_unless_set() -> None:
             "adapter: {target_modules: [1]}",
             "adapter.target_modules is [1]; it takes text, or a list of texts",
         ),
-        ("adapter: 3", "adapter is 3; it takes settings under it: alpha, dropout, target_modules"),
+        ("adapter: 3", "adapter is 3; it takes settings under it: alpha, dropout, target_modules, init_from"),
         ("ranks: {min: 20}", "ranks.min 20 is above ranks.max 16; lower it or raise ranks.max"),
         (
             "ranks: {warmup: 0.5, freeze: 0.5}",

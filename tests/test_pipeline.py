@@ -73,6 +73,7 @@ OTHER_VALUES: dict[str, Any] = {
     "adapter.alpha": 32.0,
     "adapter.dropout": 0.2,
     "adapter.target_modules": ["query"],
+    "adapter.init_from": "another/adapter",
     "training.epochs": 9,
     "training.learning_rate": 1e-5,
     "training.batch_size": 4,
@@ -116,6 +117,7 @@ def what_arrives(config: Config) -> dict[str, Any]:
         "collate_of": "a collator",
         "packed_collator": "another",
         "wrap": None,
+        "start_from": None,
         "plan": {},
         "active_parameters": 0,
         "QualitySubset": None,
@@ -141,6 +143,8 @@ def what_arrives(config: Config) -> dict[str, Any]:
         known = SimpleNamespace(bf16=False, per_device_eval_batch_size=1)
         stack.enter_context(patch.object(fit, "TrainingArguments", boundary("TrainingArguments", known)))
         stack.enter_context(patch.object(pipeline, "hardware_has_bf16", lambda: False))
+        stack.enter_context(patch.object(pipeline, "start_of", lambda config: config.adapter.init_from))
+        stack.enter_context(patch.object(pipeline, "start_notes", lambda *_: []))
         args = pipeline.arguments(config, Path("run"))
         job = pipeline.load(config)
         arrived["task"], arrived["packed"] = job.task.name, job.packed
