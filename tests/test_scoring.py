@@ -57,7 +57,7 @@ def die(*_: Any, **__: Any) -> None:
 
 def at(phase: str, rows: int) -> Killer:
     """Kills when so much of a phase is done."""
-    return lambda _: lambda name, done, total: die() if (name, done) == (phase, rows) else None
+    return lambda _: lambda name, done, total, *_: die() if (name, done) == (phase, rows) else None
 
 
 def before(owner: Any, name: str) -> Killer:
@@ -134,7 +134,7 @@ def half_done(place: Path, tmp_path: Path) -> Path:
 
 def test_what_was_done_is_not_done_again(place: Path, half_done: Path) -> None:
     seen: list[tuple[str, int]] = []
-    score_rows(place / "config.yaml", half_done, progress=lambda name, done, total: seen.append((name, done)))
+    score_rows(place / "config.yaml", half_done, progress=lambda name, done, total, *_: seen.append((name, done)))
     assert seen == [("scoring", rows) for rows in range(24, 73, 8)]
 
 

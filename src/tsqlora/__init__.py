@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tsqlora.training.quality_callback import QualityCallback
     from tsqlora.training.rank_callback import RankCallback
     from tsqlora.training.rank_loop import RankLoop
+    from tsqlora.training.report_callback import ReportCallback
 
 __all__ = [
     "DataError",
@@ -31,6 +32,7 @@ __all__ = [
     "RankCallback",
     "RankEvent",
     "RankLoop",
+    "ReportCallback",
     "Scores",
     "Sensitivity",
     "SettingsError",
@@ -62,6 +64,7 @@ _HOMES = {
     "training.quality_callback": ("QualityCallback",),
     "training.rank_callback": ("RankCallback",),
     "training.rank_loop": ("RankLoop",),
+    "training.report_callback": ("ReportCallback",),
 }
 
 

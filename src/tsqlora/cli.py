@@ -313,17 +313,35 @@ def chat(run: Run, max_new_tokens: NewTokens = None) -> None:
 
 @app.command()
 def report(
-    run: Run,
-    out: Annotated[Path | None, typer.Option(help="HTML file to write; else RUN/report.html.")] = None,
+    directory: Annotated[
+        Path, typer.Argument(metavar="RUN|COMPARISON", help="A run's directory, or what `tsqlora compare` made.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="HTML file to write; else report.html in the directory.")] = None,
+    control: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Another run, against whose metric this one's is shown.")
+    ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Serve the page on this machine alone, and keep it up to date.")
+    ] = False,
+    port: Annotated[int, typer.Option(help="Of --watch; 0 takes any that is free.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """One page of what a run did and why, from its directory alone; it opens anywhere, without a network.
+    """One page of what a run or a comparison did and why, from its directory alone; it opens anywhere, offline.
+
+    With --watch it follows a run that is training, until Ctrl-C.
 
     Example: tsqlora report run
     """
-    from tsqlora.report.page import write_report
+    if watch:
+        from tsqlora.report.watch import serve
 
-    written = write_report(run, out)
+        if out is not None:
+            raise SettingsError("--watch serves the page and writes none; leave out --out")
+        serve(directory, port=port, control=control, say=lambda text: _print({"watch": text}, as_json, show_numbers))
+        return
+    from tsqlora.report.write import write_report
+
+    written = write_report(directory, out, control=control)
     _print({"report": str(written), "bytes": written.stat().st_size}, as_json, show_numbers)
 
 
@@ -355,6 +373,7 @@ def compare(
     from tsqlora.compare.comparison import compare as run_all
     from tsqlora.compare.table import show_comparison
     from tsqlora.config import load_config
+    from tsqlora.report.write import write_report
 
     settings = load_config(config, set_ or [])
     with Display(stderr) as display:
@@ -371,6 +390,11 @@ def compare(
             progress=display.progress,
             say=display.say,
         )
+    try:
+        result["report"] = str(write_report(out))
+    except SettingsError as error:  # hours of training are not lost for want of plotly
+        result["report"] = None
+        stderr.print(_plain(f"no report: {error}; then: tsqlora report {out}"), soft_wrap=True, highlight=False)
     _print(result, as_json, show_comparison)
 
 

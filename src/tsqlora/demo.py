@@ -22,7 +22,8 @@ from tsqlora.pipeline import draws_of, train
 from tsqlora.quality.score import Progress
 from tsqlora.quality.scores import Scores
 from tsqlora.record import RunRecord
-from tsqlora.report.page import plotly_script, write_report
+from tsqlora.report.page import plotly_script
+from tsqlora.report.write import write_report
 from tsqlora.training.quality_callback import SCORES_FILE
 from tsqlora.training.run_dir import require_free
 
@@ -66,7 +67,7 @@ def run_demo(out: Path | None, *, seed: int, progress: Progress | None, say: Cal
             config = make_config(folder / "data", seed=seed, quality=quality, ranks=ranks, fraction=fraction)
             record = train(config, folder / name, progress=progress)
             runs.append({"name": title} | summary(record, config, folder / name, splits["train"]))
-        report = None if out is None else write_report(folder / "tsqlora")
+        report = None if out is None else write_report(folder / "tsqlora", control=folder / "lora-random")
         scores = folder / "tsqlora" / SCORES_FILE
         return {
             "runs": runs,

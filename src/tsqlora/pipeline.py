@@ -44,7 +44,7 @@ from tsqlora.tasks.forward import Collate
 from tsqlora.tasks.generation import Generation
 from tsqlora.tasks.texts import require_text_metrics
 from tsqlora.training.collate import collate_of
-from tsqlora.training.fit import fit, hardware_has_bf16, training_arguments
+from tsqlora.training.fit import fit, hardware_has_bf16, training_arguments, what_quality_did
 from tsqlora.training.harvest_callback import HARVEST_FILE, HarvestCallback
 from tsqlora.training.load import Pretrained, load_pretrained
 from tsqlora.training.manifest import newest_whole
@@ -105,10 +105,10 @@ def train(config: Config, run: Path, *, resume: bool = False, progress: Progress
             record.notes += other_versions(before.versions, record.versions)
         data, quality, ranks = method(job, run / SCORES_FILE, progress)
         also = [WriteStart(run, config, record), *harvesting(config, data, run)]
-        fit_job(job, model, args, data, record, quality, ranks, progress, also=also, resume_from=checkpoint)
+        fit_job(job, model, args, data, record, quality, ranks, progress, also=also, resume_from=checkpoint, run=run)
         if quality is not None:
             record.notes += what_to_note(quality, data)
-        record.quality = what_quality_did(job, quality, data)
+        record.quality = what_quality_did(quality, data)
         record.rank_events, record.ranks = ranks.events, ranks.final
         model.save_pretrained(str(run / ADAPTER_DIR), is_main_process=distributed.is_first())
         measure(job, model, record, args, progress)
@@ -340,6 +340,7 @@ def fit_job(
     *,
     also: Sequence[TrainerCallback],
     resume_from: Path | None = None,
+    run: Path | None = None,
 ) -> None:
     """Warm-up, scoring and training: one stock Trainer, one optimizer, one schedule."""
     fit(
@@ -357,6 +358,7 @@ def fit_job(
         also=tuple(also),
         resume_from=resume_from,
         progress=progress,
+        run=run,
     )
 
 
@@ -410,17 +412,6 @@ def draws_of(config: Config, rows: int, run: Path) -> list[np.ndarray]:
         scores = Scores.load(run / SCORES_FILE)
         data.use(scores, int(scores.record["epoch"]))
     return [data.draw(epoch) for epoch in range(config.training.epochs)]
-
-
-def what_quality_did(job: Job, quality: QualityCallback | None, data: QualitySubset) -> dict[str, Any]:
-    """For the record: whether rows were drawn by quality, and if not, why."""
-    drawn = {"fraction": job.config.quality.fraction, "rows_an_epoch": len(data)}
-    if quality is None:
-        return {"enabled": False, "used": False, **drawn}
-    told = {"enabled": True, "used": data.scores is not None, **drawn, "attempts": quality.attempts}
-    if data.scores is None:
-        return told | {"refused": quality.refused}
-    return told | {"scores": dict(data.scores.record)}
 
 
 def what_to_note(quality: QualityCallback, data: QualitySubset) -> list[str]:

@@ -58,6 +58,8 @@ class RunRecord:
     notes: list[str] = field(default_factory=list)
     history: list[dict[str, float]] = field(default_factory=list)
     """What the Trainer logged, in its order: `step` and `epoch` with `loss` and the like, or with `eval_…`."""
+    now: dict[str, Any] = field(default_factory=dict)
+    """Of a run that trains: the `phase` and `step` that it is in, and the `time` at which that was written."""
 
     def phase(self, name: str) -> PhaseCost:
         """The cost of a phase, to be added to."""

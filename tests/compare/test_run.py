@@ -113,7 +113,7 @@ def test_a_process_of_its_own_gives_the_same_and_hands_errors_on(place: Path) ->
 
 
 def test_a_process_that_dies_is_told(place: Path) -> None:
-    def die(phase: str, done: int, total: int) -> None:
+    def die(phase: str, done: int, total: int, *_: object) -> None:
         # The server's child; the server itself, and what tracks its resources, are ours.
         servers = psutil.Process().children()
         for process in psutil.Process().children(recursive=True):

@@ -5,7 +5,6 @@ import json
 import re
 import sys
 import time
-from html.parser import HTMLParser
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,55 +17,26 @@ from hypothesis import strategies as st
 
 from made_runs import LAYERS, make_run, rank_events, scores_of
 from runs import make_rows
+from seen import Seen
 from tsqlora.errors import SettingsError
 from tsqlora.report.figures import DARK, FRAMES, Grid, loss_curve, rank_frames, rank_map, thinned
 from tsqlora.report.gather import gather
 from tsqlora.report.html import data as as_json
-from tsqlora.report.page import page, write_report
+from tsqlora.report.run_page import run_page
+from tsqlora.report.write import write_report
 
 ROWS = make_rows(60, labels=("no", "yes"))
 HOSTILE = "</script><script>alert('x')</script><img src=http://evil.example/x onerror=alert(1)> & <!-- \"q\""
 
 
-class Seen(HTMLParser):
-    """Tags with their attributes, and the text of each element that was asked for by its tag."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: dict[str, list[str]] = {}
-        self._open: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        self.texts.setdefault(tag, []).append("")
-        self._open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        while self._open and self._open.pop() != tag:
-            pass
-
-    def handle_data(self, data: str) -> None:
-        for tag in set(self._open):
-            self.texts[tag][-1] += data
-
-    def ids(self) -> set[str | None]:
-        return {found["id"] for _, found in self.tags if "id" in found}
-
-
 def made(run: Path) -> Seen:
-    return Seen(page(gather(run), "/* plotly */"))
-
-
-def page_data(seen: Seen) -> dict[str, Any]:
-    return json.loads(seen.texts["script"][0])
+    return Seen(run_page(gather(run), "/* plotly */"))
 
 
 def test_a_page_has_its_parts_in_order_and_a_place_for_each_figure(tmp_path: Path) -> None:
     seen = made(make_run(tmp_path, rows=ROWS))
-    parts = [found["id"] for tag, found in seen.tags if tag == "section"]
-    assert parts == [
+    assert len(seen.ids()) == len(set(seen.ids()))
+    assert seen.sections() == [
         "summary",
         "happened",
         "curves",
@@ -77,8 +47,8 @@ def test_a_page_has_its_parts_in_order_and_a_place_for_each_figure(tmp_path: Pat
         "cost",
         "settings",
     ]
-    drawn = page_data(seen)["figures"]
-    assert set(drawn) <= seen.ids()
+    drawn = seen.page_data()["figures"]
+    assert set(drawn) <= set(seen.ids())
     assert {"loss", "metric", "ranks-map", "sensitivity-first", "sensitivity-last", "cost-bars"} < set(drawn)
     assert sum(name.startswith("histogram") for name in drawn) == 4, "two terms, Q and p"
     said = " ".join(seen.texts["main"])
@@ -90,7 +60,7 @@ def test_a_page_has_its_parts_in_order_and_a_place_for_each_figure(tmp_path: Pat
 
 def test_every_figure_is_one_that_plotly_knows_and_has_a_name_for_screen_readers(tmp_path: Path) -> None:
     seen = made(make_run(tmp_path, rows=ROWS))
-    for name, figure in page_data(seen)["figures"].items():
+    for name, figure in seen.page_data()["figures"].items():
         go.Figure(figure["data"], figure["layout"])  # raises for what plotly does not know
         place = next(found for _, found in seen.tags if found.get("id") == name)
         assert place["role"] == "img"
@@ -137,8 +107,8 @@ def test_hostile_texts_stay_texts_wherever_they_come_from(tmp_path: Path) -> Non
         metrics={"test": {HOSTILE: 1.0}},
     )
     (run / "config.yaml").write_text(f"model:\n  path: {json.dumps(HOSTILE)}\n")
-    text = page(gather(run), "/* plotly */")
-    plain = Seen(page(gather(make_run(tmp_path / "plain", rows=ROWS)), ""))
+    text = run_page(gather(run), "/* plotly */")
+    plain = Seen(run_page(gather(make_run(tmp_path / "plain", rows=ROWS)), ""))
     seen = Seen(text)
     assert {tag for tag, _ in seen.tags} <= {tag for tag, _ in plain.tags}
     assert sum(tag == "script" for tag, _ in seen.tags) == 3
@@ -146,7 +116,7 @@ def test_hostile_texts_stay_texts_wherever_they_come_from(tmp_path: Path) -> Non
     assert HOSTILE in seen.texts["p"][-2]
     assert sum(text.startswith(HOSTILE) for text in seen.texts["th"]) > 2
     # Plotly reads tags in names of axes: they must reach it as entities.
-    kinds = page_data(seen)["figures"]["ranks-map"]["data"][0]["y"]
+    kinds = seen.page_data()["figures"]["ranks-map"]["data"][0]["y"]
     assert html.escape(HOSTILE, quote=False) in kinds
 
 
@@ -196,7 +166,7 @@ def test_both_themes_have_every_colour(tmp_path: Path) -> None:
     )
     assert light == system == chosen
     assert "prefers-color-scheme: dark" in styles
-    text = json.dumps(page_data(made(make_run(tmp_path, rows=ROWS)))["figures"])
+    text = json.dumps(made(make_run(tmp_path, rows=ROWS)).page_data()["figures"])
     assert set(re.findall(r"#[0-9a-f]{6}", text)) <= set(DARK)
 
 
@@ -248,8 +218,8 @@ def test_a_million_scores_give_a_small_page_in_bounded_time(tmp_path: Path) -> N
 )
 def test_a_page_is_made_of_what_there_is(less: dict[str, Any], rows: list | None, tmp_path: Path) -> None:
     seen = made(make_run(tmp_path, rows=rows, **less))
-    assert len([tag for tag, _ in seen.tags if tag == "section"]) == 9
-    assert set(page_data(seen)["figures"]) <= seen.ids()
+    assert len(seen.sections()) == 9
+    assert set(seen.page_data()["figures"]) <= set(seen.ids())
     if rows is None:
         assert "Rows were not scored" in " ".join(seen.texts["p"]) + " ".join(seen.texts["li"])
 

@@ -3,9 +3,7 @@
 import hashlib
 import json
 import math
-import resource
 import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -25,6 +23,7 @@ from tsqlora.quality.sampling import draw_size
 from tsqlora.quality.score import Progress
 from tsqlora.record import RunRecord
 from tsqlora.tasks.generation import Generation
+from tsqlora.training.live import peak_memory
 from tsqlora.training.predict import predict_logits
 from tsqlora.training.quality_callback import SCORES_FILE, QualityCallback
 from tsqlora.training.write import token_metrics
@@ -185,14 +184,6 @@ def _scoring_seconds(job: Job, model: torch.nn.Module, args: TrainingArguments, 
 # ------------------------------------------------------------------------------------- origin
 
 _PACKAGE = Path(__file__).parents[1]
-
-
-def peak_memory() -> int:
-    """Bytes: of the accelerator where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def commit() -> str | None:

@@ -100,6 +100,8 @@ def show_comparison(console: Console, result: Mapping[str, Any]) -> None:
     console.print(found)
     console.print(cost)
     console.print(f"cells are in {result['out']}/cells", soft_wrap=True, highlight=False, markup=False)
+    if result.get("report"):
+        console.print(f"plots and all numbers: {result['report']}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _number(value: Mapping[str, Any], sign: str = "") -> str:

@@ -1,6 +1,6 @@
 """One pass over a data set gives every sample's terms, exactly, in batches.  METHOD section 1."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from tsqlora.data.batches import sorted_batches
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.gradients.quiet import quiet
 from tsqlora.gradients.sites import Scope, Site, batch_coupled, find_sites
+from tsqlora.progress import Progress
 from tsqlora.quality.exact import require_exact, require_own_loss
 from tsqlora.quality.journal import Columns, Journal, identity_of
 from tsqlora.quality.learned import LearnedTest
@@ -35,9 +36,6 @@ PAPER_TERMS = ("gradient_norm", "loss_reduction", "convergence")
 FREE_TERMS = ("loss", "el2n")
 """Measured always, where they are known: they cost no more."""
 REFERENCE_ROWS = 512
-
-Progress = Callable[[str, int, int], None]
-"""Called with the phase, rows done, rows in all."""
 
 
 @runtime_checkable  # for beartype, which checks annotations while tests run

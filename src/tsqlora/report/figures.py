@@ -17,11 +17,13 @@ from tsqlora.report.distributions import Distribution
 
 Figure = dict[str, Any]
 
-BLUE, ORANGE, GREEN, GREY, PALE = "#0072b2", "#c44e00", "#007f5f", "#5f6b7a", "#e3e8ef"
+BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#c44e00", "#007f5f", "#8a4a9e"
+GREY, PALE = "#5f6b7a", "#e3e8ef"
 INK = "#17202d"
 SCALE = ("#f6f7e4", "#d3ecc4", "#93d3c2", "#52b2cf")
 """Of maps, from 0 up: numbers in INK can be read on each."""
-DARK = {BLUE: "#63b8f0", ORANGE: "#f0a030", GREEN: "#3fc79a", GREY: "#a4b0bf", PALE: "#2b3441", INK: "#ffffff"}
+DARK = {BLUE: "#63b8f0", ORANGE: "#f0a030", GREEN: "#3fc79a", PURPLE: "#d7a0ea"}
+DARK |= {GREY: "#a4b0bf", PALE: "#2b3441", INK: "#ffffff"}
 DARK |= dict(zip(SCALE, ("#222e3b", "#24475f", "#286086", "#2d78a8"), strict=True))
 _METRICS, _DASHES = (BLUE, ORANGE, GREEN, GREY), ("solid", "dash", "dot", "dashdot", "longdash")
 FRAMES = 200
@@ -30,7 +32,7 @@ _POINTS = 2000
 """Points of a curve that a page holds."""
 
 
-def _figure(traces: list[dict[str, Any]], *, height: int, x: Mapping[str, Any], y: Mapping[str, Any]) -> Figure:
+def framed(traces: list[dict[str, Any]], *, height: int, x: Mapping[str, Any], y: Mapping[str, Any]) -> Figure:
     """Traces with the layout that all figures share; the page sets fonts and lines by its theme."""
     layout = {
         "height": height,
@@ -66,7 +68,7 @@ def loss_curve(
         _curve(history, "loss", "training loss", BLUE, "lines"),
         _curve(history, "eval_loss", "validation loss", ORANGE, "lines+markers"),
     ]
-    figure = _figure(
+    figure = framed(
         [trace for trace in traces if trace["x"]],
         height=340,
         x={"title": {"text": "step"}},
@@ -89,7 +91,7 @@ def metric_curve(
     ]
     for trace, dash in zip(traces, cycle(_DASHES), strict=False):
         trace["line"]["dash"] = dash
-    figure = _figure(traces, height=300, x={"title": {"text": "step"}}, y={"title": {"text": "validation"}})
+    figure = framed(traces, height=300, x={"title": {"text": "step"}}, y={"title": {"text": "validation"}})
     _mark(figure, scored=scored, warmup=warmup, events=events)
     return figure
 
@@ -228,7 +230,7 @@ def _heatmap(grid: Grid, z: list[list[Any]], *, most: float, title: str, text: s
         "ygap": 2,
         "colorbar": {"title": {"text": title}, "thickness": 10, "len": 1},
     }
-    figure = _figure(
+    figure = framed(
         [trace],
         height=grid.height,
         x={"type": "category", "title": {"text": "block"}, "showgrid": False, "fixedrange": True},
@@ -264,7 +266,7 @@ def histogram(known: Distribution) -> Figure:
         else:
             line = {"color": colour, "width": 2.5, "shape": "hvh"}
             traces.append(trace | {"type": "scatter", "mode": "lines", "line": line})
-    figure = _figure(traces, height=240, x={"nticks": 6}, y={"tickformat": ".0%", "rangemode": "tozero", "nticks": 5})
+    figure = framed(traces, height=240, x={"nticks": 6}, y={"tickformat": ".0%", "rangemode": "tozero", "nticks": 5})
     figure["layout"] |= {"bargap": 0, "showlegend": True}
     return figure
 
@@ -284,7 +286,7 @@ def cost_bars(cost: Mapping[str, PhaseCost]) -> Figure:
         "marker": {"color": BLUE},
         "hoverinfo": "y+text",
     }
-    return _figure(
+    return framed(
         [trace],
         height=70 + 34 * len(cost),
         x={"title": {"text": "seconds"}, "rangemode": "tozero"},

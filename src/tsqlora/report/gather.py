@@ -1,5 +1,6 @@
 """A run directory -> what its report shows, as plain values of bounded size."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,19 @@ SCORES_FILE = "scores.parquet"
 
 
 @dataclass(frozen=True, slots=True)
+class Control:
+    """Another run, with which a run is compared."""
+
+    name: str
+    record: RunRecord
+
+
+@dataclass(frozen=True, slots=True)
 class Gathered:
     """All that a page is made of.
 
-    What is missing is None, and `missing` says why: by `scores`, `history` and `events`.
+    What is missing is None, and `missing` says why: by `scores`, `history` and `events`. `control` is another run, with
+    which this one is compared.
     """
 
     name: str
@@ -31,30 +41,52 @@ class Gathered:
     distributions: list[Distribution] | None
     samples: Samples | None
     missing: dict[str, str]
+    control: Control | None = None
 
 
-def gather(run: Path) -> Gathered:
+OfScores = tuple[list[Distribution], Samples]
+
+
+def look_at(path: Path) -> OfScores:
+    """What is shown of a file of scores."""
+    scores = Scores.load(path)
+    return distributions(scores), choose_samples(scores)
+
+
+def gather(
+    run: Path, *, control: Control | None = None, unfinished: bool = False, look: Callable[[Path], OfScores] = look_at
+) -> Gathered:
     """Reads run.json, config.yaml, scores.parquet and, where it still is, the file of the training rows.
 
-    Raises DataError where the directory is no run, is not finished, or holds what cannot be read.
+    Raises DataError where the directory is no run, holds what cannot be read, or, without `unfinished`, where the run
+    has not finished.
     """
     record = RunRecord.load(run)
-    if record.status != "finished":
+    if record.status != "finished" and not unfinished:
         raise DataError(
-            f"{run / RECORD_FILE} says '{record.status}': the run has not finished; "
-            f"go on with: tsqlora train {run / CONFIG_FILE} --out {run} --resume"
+            f"{run / RECORD_FILE} says '{record.status}': the run has not finished; look at it while it runs "
+            f"by --watch, or go on with: tsqlora train {run / CONFIG_FILE} --out {run} --resume"
         )
     settings, config = _config(run / CONFIG_FILE)
-    scores = Scores.load(run / SCORES_FILE) if (run / SCORES_FILE).exists() else None
+    seen = look(run / SCORES_FILE) if (run / SCORES_FILE).exists() else None
     return Gathered(
         name=run.resolve().name,
         record=record,
         settings=settings,
         config=config,
-        distributions=None if scores is None else distributions(scores),
-        samples=None if scores is None else choose_samples(scores),
-        missing=_missing(record, config, scored=scores is not None),
+        distributions=None if seen is None else seen[0],
+        samples=None if seen is None else seen[1],
+        missing=_missing(record, config, scored=seen is not None),
+        control=control,
     )
+
+
+def control_of(run: Path) -> Control:
+    """A run as the one that another is compared with.  Raises DataError where it is none, or has not finished."""
+    record = RunRecord.load(run)
+    if record.status != "finished":
+        raise DataError(f"{run / RECORD_FILE} says '{record.status}': a control must have finished; name another")
+    return Control(run.resolve().name, record)
 
 
 def _config(path: Path) -> tuple[str, dict[str, Any]]:
@@ -69,15 +101,22 @@ def _config(path: Path) -> tuple[str, dict[str, Any]]:
 
 def _missing(record: RunRecord, config: dict[str, Any], *, scored: bool) -> dict[str, str]:
     missing: dict[str, str] = {}
-    if not scored and not record.quality.get("enabled"):
+    begun = record.status != "finished"
+    if not scored and begun and record.quality.get("enabled") and not record.quality.get("refused"):
+        missing["scores"] = "Rows are not scored yet: that comes after the warm-up."
+    elif not scored and not record.quality.get("enabled"):
         missing["scores"] = "Rows were not scored: quality.enabled is false, so every draw was a random one."
     elif not scored and record.quality.get("refused"):
         missing["scores"] = f"Rows were not scored: {record.quality['refused']}."
     elif not scored:
         missing["scores"] = f"The directory has no {SCORES_FILE}: what it says of the rows is left out."
-    if not record.history:
+    if not record.history and begun:
+        missing["history"] = "Nothing was logged yet."
+    elif not record.history:
         missing["history"] = "The run logged no losses (training.logging_strategy is no, or an older version wrote it)."
-    if not record.rank_events:
-        policy = config.get("ranks", {}).get("policy")
+    policy = config.get("ranks", {}).get("policy")
+    if not record.rank_events and begun and policy != "fixed":
+        missing["events"] = "Ranks have not moved yet."
+    elif not record.rank_events:
         missing["events"] = f"Ranks never moved: ranks.policy is {policy}."
     return missing

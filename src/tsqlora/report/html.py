@@ -25,6 +25,10 @@ def bullets(texts: Sequence[str]) -> str:
     return "<ul>" + "".join(f"<li>{escape(text)}</li>" for text in texts) + "</ul>" if texts else ""
 
 
+Tile = tuple[str, str, list[str]]
+"""What stands above a number, the number, and lines below it."""
+
+
 def tile(title: str, value: str, more: Sequence[str]) -> str:
     """One number in large, and what there is to say of it."""
     said = "".join(f"<span>{escape(text)}</span>" for text in more)

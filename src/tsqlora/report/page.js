@@ -1,12 +1,13 @@
 "use strict";
-(() => {
+// What is in <main> may be put anew while a run is watched: `begin` then binds it to the new data.
+const page = (() => {
   const byId = (id) => document.getElementById(id);
-  const known = JSON.parse(byId("page-data").textContent);
   const root = document.documentElement;
   const systemDark = matchMedia("(prefers-color-scheme: dark)");
   const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : systemDark.matches);
+  let known;
 
-  // ---------------------------------------------------------------- theme
+  // -------------------------------------------------------------- figures
   const themed = (value) => {
     if (Array.isArray(value)) return value.map(themed);
     if (value && typeof value === "object")
@@ -35,6 +36,8 @@
       if (scrolls) box.setAttribute("tabindex", "0"); else box.removeAttribute("tabindex");
     }
   };
+
+  // ---------------------------------------------------------------- theme
   const nameTheme = () => { byId("theme").textContent = isDark() ? "Light" : "Dark"; byId("theme").setAttribute("aria-label", `Use the ${isDark() ? "light" : "dark"} theme`); };
   byId("theme").addEventListener("click", () => { root.dataset.theme = isDark() ? "light" : "dark"; nameTheme(); drawAll(); });
   systemDark.addEventListener("change", () => { nameTheme(); drawAll(); });
@@ -43,11 +46,10 @@
     if (innerWidth === width) return;
     width = innerWidth; clearTimeout(waiting); waiting = setTimeout(drawAll, 120);
   });
-  for (const fold of document.querySelectorAll("details")) fold.addEventListener("toggle", focusable);
 
   // ------------------------------------------------------------- rank map
-  const slider = byId("frame"), play = byId("play");
   const showFrame = () => {
+    const slider = byId("frame");
     if (!slider) return;
     const frame = known.frames[Number(slider.value)];
     const said = `step ${frame.step.toLocaleString("en")}: ${frame.what}`;
@@ -55,9 +57,12 @@
     slider.setAttribute("aria-valuetext", said);
     Plotly.restyle("ranks-map", { z: [frame.z] });
   };
-  if (slider) {
-    let timer;
-    const stop = () => { clearInterval(timer); timer = undefined; play.textContent = "Play"; play.setAttribute("aria-pressed", "false"); };
+  let timer;
+  const bindRanks = () => {
+    const slider = byId("frame"), play = byId("play");
+    const stop = () => { clearInterval(timer); timer = undefined; if (play) { play.textContent = "Play"; play.setAttribute("aria-pressed", "false"); } };
+    stop();
+    if (!slider) return;
     slider.addEventListener("input", () => { stop(); showFrame(); });
     play.addEventListener("click", () => {
       if (timer) return stop();
@@ -65,11 +70,12 @@
       play.textContent = "Pause"; play.setAttribute("aria-pressed", "true"); showFrame();
       timer = setInterval(() => { slider.value = Number(slider.value) + 1; showFrame(); if (slider.value === slider.max) stop(); }, 700);
     });
-  }
+  };
 
   // -------------------------------------------------------------- samples
-  const table = byId("sample-table");
-  if (table) {
+  const bindSamples = () => {
+    const table = byId("sample-table");
+    if (!table) return;
     const body = table.tBodies[0], rows = [...body.rows], heads = [...table.tHead.rows[0].cells];
     const texts = new Map(rows.map((row) => [row, row.textContent.toLowerCase()]));
     const narrow = () => {
@@ -97,8 +103,16 @@
     byId("search").addEventListener("input", narrow);
     byId("list").addEventListener("change", narrow);
     narrow();
-  }
+  };
 
-  nameTheme();
-  drawAll();
+  const begin = () => {
+    known = JSON.parse(byId("page-data").textContent);
+    for (const fold of document.querySelectorAll("details")) fold.addEventListener("toggle", focusable);
+    bindRanks();
+    bindSamples();
+    nameTheme();
+    drawAll();
+  };
+  return { begin, isPlaying: () => timer !== undefined };
 })();
+page.begin();

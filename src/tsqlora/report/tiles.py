@@ -1,40 +1,65 @@
 """The numbers at the top of a report."""
 
+from datetime import UTC, datetime
+
 from tsqlora.record import RunRecord
 from tsqlora.report import html
-from tsqlora.report.gather import Gathered
+from tsqlora.report.comparison import Mean
+from tsqlora.report.gather import Control, Gathered
+from tsqlora.report.metrics import gain_of, value_of, words
 
 
 def tiles(known: Gathered) -> str:
     """Metric, seconds, share of the data, parameters, wrong labels."""
     record = known.record
-    found = (_metric(record), _seconds(record), _share(record), _parameters(record), _wrong_labels(known))
+    first = _metric(known) if record.status == "finished" else _running(record)
+    found = (first, _seconds(record), _share(record), _parameters(record), _wrong_labels(known))
     return f'<dl class="tiles">{"".join(html.tile(*tile) for tile in found)}</dl>'
 
 
-Tile = tuple[str, str, list[str]]
+def _running(record: RunRecord) -> html.Tile:
+    """How far a run is that has not finished, and what was measured last."""
+    now, steps = record.now, record.plan["steps"]
+    if not now:
+        return "Training", "begun", [f"{steps:,} steps"]
+    last: dict[str, float] = next((e for e in reversed(record.history) if any(n.startswith("eval_") for n in e)), {})
+    measured = [
+        f"validation {words(name.removeprefix('eval_'))} {value_of(name.removeprefix('eval_'), value)}"
+        for name, value in last.items()
+        if name.startswith("eval_")
+    ]
+    written = datetime.fromtimestamp(now["time"], UTC)
+    more = [f"step {now['step']:,} of {steps:,}, {now['phase']}", f"as of {written:%H:%M:%S} UTC"]
+    return "Training", f"{now['step'] / steps:.0%}", [*more, *measured]
 
 
-def _metric(record: RunRecord) -> Tile:
-    split = "test" if "test" in record.metrics else "validation"
-    metrics = record.metrics.get(split, {})
+def _metric(known: Gathered) -> html.Tile:
+    split = "test" if "test" in known.record.metrics else "validation"
+    metrics = known.record.metrics.get(split, {})
     if not metrics:
         return "Metric", "–", ["no labelled rows to measure on"]
     name, value = next(iter(metrics.items()))
-    others = [f"{other.replace('_', ' ')} {number:.3f}" for other, number in metrics.items() if other != name]
-    rows = record.plan["rows"].get(split)
-    shown = f"{value:.1%}" if name == "accuracy" else f"{value:.3f}"
+    others = [f"{words(other)} {number:.3f}" for other, number in metrics.items() if other != name]
+    rows = known.record.plan["rows"].get(split)
     on = [] if rows is None else [f"on {rows:,} {split} rows"]
-    return f"{split} {name.replace('_', ' ')}".capitalize(), shown, [*on, *others]
+    against = [_against(known.control, split, name, value)] if known.control else []
+    return f"{split} {words(name)}".capitalize(), value_of(name, value), [*against, *on, *others]
 
 
-def _seconds(record: RunRecord) -> Tile:
+def _against(control: Control, split: str, name: str, value: float) -> str:
+    theirs = control.record.metrics.get(split, {}).get(name)
+    if theirs is None:
+        return f"{control.name} has no {split} {words(name)}"
+    return f"{gain_of(name, Mean(value - theirs, None, 1))} against {control.name} ({value_of(name, theirs)})"
+
+
+def _seconds(record: RunRecord) -> html.Tile:
     total = sum(phase.seconds for phase in record.cost.values())
     shown = f"{total:.0f} s" if total < 600 else f"{total / 60:.0f} min" if total < 36000 else f"{total / 3600:.0f} h"
     return "Time", shown, [f"{name} {phase.seconds:,.1f} s" for name, phase in record.cost.items()]
 
 
-def _share(record: RunRecord) -> Tile:
+def _share(record: RunRecord) -> html.Tile:
     plan = record.plan
     rows, size = plan["rows"]["train"], plan["rows_an_epoch"]
     return (
@@ -44,13 +69,13 @@ def _share(record: RunRecord) -> Tile:
     )
 
 
-def _parameters(record: RunRecord) -> Tile:
+def _parameters(record: RunRecord) -> html.Tile:
     ranks = record.ranks.values()
     more = [f"in {len(ranks)} layers", f"ranks {min(ranks)} to {max(ranks)}"] if ranks else []
     return "Trainable parameters", f"{record.parameters.get('trainable', 0):,}", more
 
 
-def _wrong_labels(known: Gathered) -> Tile:
+def _wrong_labels(known: Gathered) -> html.Tile:
     noise = known.record.quality.get("scores", {}).get("noise")
     doubted = None if known.samples is None else known.samples.likely_wrong
     title, doubts = "Wrong labels believed", "rows whose label the model surely doubts"

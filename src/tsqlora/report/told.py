@@ -43,7 +43,7 @@ def _quality(known: Gathered) -> list[str]:
     scores: Mapping[str, Any] = quality.get("scores", {})
     step = scored_at(known.record)
     when = "" if step is None else f" after {step:,} steps"
-    said.append(f"Every row was scored{when}; " + _drawn(scores))
+    said.append(f"Every row was scored{when}; {_drawn(scores)}" if scores else "Every row was scored.")
     if known.samples is None:
         return said
     left_out = {reason: count for reason, count in known.samples.reasons.items() if reason != "kept" and count}

@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, time
 from typing import Any, cast
 
 import numpy as np
@@ -18,6 +18,10 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations.integration_utils import (
+    get_available_reporting_integrations,
+    get_reporting_integration_callbacks,
+)
 from transformers.trainer_callback import PrinterCallback
 
 from tsqlora.data.packing import PackedCollator
@@ -30,14 +34,18 @@ from tsqlora.record import PhaseCost, RunRecord, write_json
 from tsqlora.tasks import Answers, Task
 from tsqlora.tasks.forward import Collate
 from tsqlora.tasks.generation import Generation
+from tsqlora.training.live import KeepRecord, TellProgress
 from tsqlora.training.manifest import announce, checkpoint_folder, seal
 from tsqlora.training.packed import require_packing
 from tsqlora.training.quality_callback import EPOCH_ERROR, QualityCallback
 from tsqlora.training.rank_callback import RankCallback
+from tsqlora.training.report_callback import ReportCallback
 
 COST_FILE = "tsqlora_cost.json"
 PHASES = ("warm-up", "scoring", "ranks", "training")
 """In the order in which they begin."""
+_REPORTERS = {"mlflow", "tensorboard", "wandb"}
+"""Packages of the reporters that are known to be asked for by name."""
 
 
 def hardware_has_bf16() -> bool:
@@ -73,6 +81,7 @@ def training_arguments(
         "average_tokens_across_devices": False,
         "use_cpu": not torch.cuda.is_available() and not torch.backends.mps.is_available(),
     }
+    _require_reporters(further.get("report_to") or "none")
     try:
         return TrainingArguments(
             output_dir=str(output_dir),
@@ -88,6 +97,17 @@ def training_arguments(
         )
     except (ValueError, TypeError) as error:
         raise SettingsError(f"training: {error}") from error
+
+
+def _require_reporters(named: str | list[str]) -> None:
+    """Raises SettingsError for a reporter that is unknown or not installed, before anything is loaded."""
+    try:
+        get_reporting_integration_callbacks(named)
+    except ValueError as error:
+        raise SettingsError(f"training.report_to: {error}") from None
+    names = {named} if isinstance(named, str) else {*named}
+    for name in sorted(names & _REPORTERS - {*get_available_reporting_integrations()}):
+        raise SettingsError(f"training.report_to: {name} is not installed; install it with: pip install {name}")
 
 
 def fit(
@@ -106,13 +126,21 @@ def fit(
     also: tuple[TrainerCallback, ...] = (),
     resume_from: Path | None = None,
     progress: Progress | None = None,
+    run: Path | None = None,
 ) -> Trainer:
     """Trains the model in place, and writes seconds, passes and tokens of each phase to the record.
 
-    `packed` makes the batches of training and of validations in mid-run, where samples share rows.
+    `packed` makes the batches of training and of validations in mid-run, where samples share rows. In the directory
+    `run`, where one is given, run.json is kept as the run is now.
     """
     if packed is not None:
         require_packing(model, packed, data.dataset[0])
+    cost = CostCallback(data, record, quality, ranks, task)
+    live: list[TrainerCallback] = []
+    if progress is not None:
+        live.append(TellProgress(data, ranks, progress, cost.place))
+    if run is not None:
+        live.append(KeepRecord(run, lambda state: so_far(record, state, cost)))
     trainer = Trainer(
         model,
         args,
@@ -124,10 +152,13 @@ def fit(
         callbacks=[
             *(callback for callback in (quality, ranks) if callback is not None),
             *also,
-            CostCallback(data, record, quality, ranks, progress),
+            cost,
+            *live,
         ],
     )
     trainer.remove_callback(PrinterCallback)
+    if args.report_to:
+        trainer.add_callback(ReportCallback(trainer))
     # A loss is the mean over its batch, also of models that the Trainer takes for having divided by the whole window.
     trainer.loss_is_scaled_for_ga = (
         isinstance(task, Generation)
@@ -135,11 +166,7 @@ def fit(
         and _divides_by_window(model, collate([data.dataset[0]]))
     )
     trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
-    if quality is not None:
-        record.cost["scoring"] = scoring_cost(quality, task)
-    if ranks is not None and ranks.started:
-        record.cost["ranks"] = ranks_cost(ranks, data)
-    record.cost = {phase: record.cost[phase] for phase in PHASES if phase in record.cost}
+    record.cost = cost.of_all()
     record.history = logged(trainer.state.log_history)
     return trainer
 
@@ -156,6 +183,32 @@ def _divides_by_window(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     with quiet(model):
         mean, divided = (float(model(**inputs, **more).loss) for more in ({}, {"num_items_in_batch": many}))
     return abs(divided - mean) > 0.1 * abs(mean)
+
+
+def so_far(record: RunRecord, state: TrainerState, cost: "CostCallback") -> RunRecord:
+    """The record of a run as it is at a step."""
+    phase, _, _ = cost.place(state)
+    ranks = cost.ranks
+    return replace(
+        record,
+        now={"phase": phase, "step": state.global_step, "time": round(time())},
+        cost=cost.of_all(),
+        history=logged(state.log_history),
+        quality=what_quality_did(cost.quality, cost.data),
+        rank_events=[] if ranks is None else list(ranks.events),
+        ranks={} if ranks is None or ranks.loop is None else ranks.loop.ranks,
+    )
+
+
+def what_quality_did(quality: QualityCallback | None, data: QualitySubset) -> dict[str, Any]:
+    """For the record: whether rows were drawn by quality, and if not, why."""
+    drawn = {"fraction": data.fraction, "rows_an_epoch": len(data)}
+    if quality is None:
+        return {"enabled": False, "used": False, **drawn}
+    told = {"enabled": True, "used": data.scores is not None, **drawn, "attempts": quality.attempts}
+    if data.scores is None:
+        return told | {"refused": quality.refused}
+    return told | {"scores": dict(data.scores.record)}
 
 
 def logged(history: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
@@ -208,9 +261,9 @@ def tokens_of(data: QualitySubset, rows: Iterable[int]) -> int:
 
 
 class CostCallback(TrainerCallback):
-    """Adds up what warm-up and training cost, epoch by epoch, and reports progress.
+    """Adds up what warm-up and training cost, epoch by epoch.
 
-    It must come last: RankCallback's first probe is no part of an epoch's training.
+    It must come after RankCallback, whose first probe is no part of an epoch's training.
     """
 
     def __init__(
@@ -219,9 +272,9 @@ class CostCallback(TrainerCallback):
         record: RunRecord,
         quality: QualityCallback | None,
         ranks: RankCallback | None,
-        progress: Progress | None,
+        task: Task,
     ) -> None:
-        self.data, self.record, self.quality, self.ranks, self.progress = data, record, quality, ranks, progress
+        self.data, self.record, self.quality, self.ranks, self.task = data, record, quality, ranks, task
         self.started: float | None = None
         self.rank_seconds = 0.0
         self.warmup_steps = 0
@@ -245,9 +298,6 @@ class CostCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.data.awaits_scores:
             self.warmup_steps = state.global_step
-        if self.progress is not None and state.is_world_process_zero:
-            done, total = self._steps(state)
-            self.progress(self._phase(), done, total)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -264,6 +314,21 @@ class CostCallback(TrainerCallback):
             cost = {phase: asdict(cost) for phase, cost in self.record.cost.items()}
             write_json(checkpoint_folder(args, state) / COST_FILE, {"cost": cost, "warmup_steps": self.warmup_steps})
         seal(args, state, "cost")
+
+    def place(self, state: TrainerState) -> tuple[str, int, int]:
+        """The phase that a step is of, its steps that are done and its steps in all."""
+        return self._phase(), *self._steps(state)
+
+    def of_all(self) -> dict[str, PhaseCost]:
+        """What every phase has cost until now, in their order; passes of the epochs that have ended."""
+        if self.started is not None:
+            self._add_seconds(self.started)
+        found = dict(self.record.cost)
+        if self.quality is not None:
+            found["scoring"] = scoring_cost(self.quality, self.task)
+        if self.ranks is not None and self.ranks.started:
+            found["ranks"] = ranks_cost(self.ranks, self.data)
+        return {phase: found[phase] for phase in PHASES if phase in found}
 
     def _end_epoch(self, state: TrainerState) -> None:
         if self.started is None:

@@ -1,0 +1,196 @@
+"""A comparison's directory -> what its report shows, from its JSON alone."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tsqlora.errors import DataError
+
+# As `compare` names them, which is not imported here: a report needs no training.
+SETTINGS_FILE, TABLE_FILE, CELLS_DIR = "comparison.json", "table.json", "cells"
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """A mean over n seeds and the half width of its 95 % interval: None where one seed says nothing of the spread."""
+
+    mean: float
+    half: float | None
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """One training that is shown: of a method with one seed."""
+
+    seed: int
+    metrics: dict[str, float]
+    validation: dict[str, float]
+    phases: dict[str, float]
+    passes: int
+    """Rows forward, and rows backward twice: what is computed, whatever the machine."""
+    seconds: float
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A method with the way in which its rows are chosen: what came of it, seed by seed and in the mean.
+
+    Of a method of which every seed failed there are no means. `difference` is from the reference, None for the
+    reference itself and where no seed is common.
+    """
+
+    name: str
+    verdict: str
+    metrics: dict[str, Mean]
+    difference: Mean | None
+    seconds: Mean | None
+    steps: int
+    trainable: int
+    memory: int
+    learning_rates: list[float]
+    trained: list[Trained]
+    failed: dict[int, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """A learning rate of a sweep, and what validation rows said of it."""
+
+    method: str
+    rate: float
+    value: float | None
+    chosen: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """All that a page is made of."""
+
+    name: str
+    metric: str
+    split: str
+    equal: str
+    seeds: list[int]
+    methods: list[Method]
+    reference: str
+    sweep: list[Tried]
+    task: str
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    commits: list[str]
+    data: list[str]
+
+    @property
+    def worked(self) -> list[Method]:
+        """The methods of which some seed did not fail."""
+        return [method for method in self.methods if method.trained]
+
+
+def is_comparison(directory: Path) -> bool:
+    """Whether the directory was made by `tsqlora compare`."""
+    return (directory / SETTINGS_FILE).exists() or (directory / TABLE_FILE).exists()
+
+
+def gather_comparison(directory: Path) -> Comparison:
+    """Reads table.json and the cells that it is of.
+
+    Raises DataError where the comparison has not finished, or a file is none of a comparison's.
+    """
+    table = _read(directory / TABLE_FILE)
+    try:
+        cells = [_read(path) for path in sorted((directory / CELLS_DIR).glob("*.json"))]
+        return _comparison(directory.resolve().name, table, cells)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(
+            f"{directory}: not what a comparison leaves ({type(error).__name__}: {error}); "
+            "the same compare command makes its table anew"
+        ) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise DataError(
+            f"{path}: no such file; the comparison has not finished: give its compare command again"
+        ) from None
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path}: not JSON as a comparison leaves it ({error})") from None
+
+
+def _comparison(name: str, table: Mapping[str, Any], cells: list[dict[str, Any]]) -> Comparison:
+    rows, metric = table["table"], table["metric"]
+    shown = [[cell for cell in cells if _is_of(cell["cell"], row)] for row in rows]
+    if any(not found for found in shown):
+        missing = next(row["name"] for row, found in zip(rows, shown, strict=True) if not found)
+        raise DataError(f"{name}: {CELLS_DIR} has no file of {missing}, which {TABLE_FILE} names; copy it, too")
+    every = [cell for found in shown for cell in found]
+    return Comparison(
+        name=name,
+        metric=metric,
+        split=next((row["split"] for row in rows if "split" in row), "test"),
+        equal=table["equal"],
+        seeds=list(table["seeds"]),
+        methods=[_method(row, found) for row, found in zip(rows, shown, strict=True)],
+        reference=next((row["name"] for row in rows if row["verdict"] == "the reference"), rows[0]["name"]),
+        sweep=_sweep(rows, cells, metric, table["seeds"]),
+        task=str(every[0].get("task", "")),
+        settings=dict(every[0].get("settings", {})),
+        versions=dict(every[0].get("versions", {})),
+        commits=sorted({cell["commit"] for cell in every if cell.get("commit")}),
+        data=sorted({cell["data_hash"] for cell in every if cell.get("data_hash")}),
+    )
+
+
+def _is_of(cell: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
+    """Whether a cell is one that the row of the table sums up."""
+    same = (cell["method"], cell["policy"]) == (row["method"], row["policy"])
+    return same and cell["seed"] in (*row["seeds"], *row["failed"]) and cell["learning_rate"] in row["learning_rates"]
+
+
+def _method(row: Mapping[str, Any], cells: list[dict[str, Any]]) -> Method:
+    return Method(
+        name=row["name"],
+        verdict=row["verdict"],
+        metrics={name: Mean(**value) for name, value in row.get("metrics", {}).items()},
+        difference=Mean(**row["difference"]) if row.get("difference") else None,
+        seconds=Mean(**row["seconds"]) if "seconds" in row else None,
+        steps=row.get("steps", 0),
+        trainable=row.get("trainable", 0),
+        memory=row.get("peak_memory_bytes", 0),
+        learning_rates=list(row["learning_rates"]),
+        trained=sorted((_trained(c, row["split"]) for c in cells if "failed" not in c), key=lambda t: t.seed),
+        failed={c["cell"]["seed"]: str(c["failed"]) for c in cells if "failed" in c},
+    )
+
+
+def _trained(cell: Mapping[str, Any], split: str) -> Trained:
+    cost = {phase: value for phase, value in cell.get("cost", {}).items() if phase != "evaluation"}
+    return Trained(
+        seed=cell["cell"]["seed"],
+        metrics=dict(cell["metrics"][split]),
+        validation=dict(cell["metrics"].get("validation", {})),
+        phases={phase: value["seconds"] for phase, value in cost.items()},
+        passes=sum(value["forward"] + 2 * value["backward"] for value in cost.values()),
+        seconds=cell["seconds"],
+        notes=tuple(map(str, cell.get("notes", ()))),
+    )
+
+
+def _sweep(rows: list[Any], cells: list[dict[str, Any]], metric: str, seeds: list[int]) -> list[Tried]:
+    """Every learning rate that was tried with the first seed, where some method tried more than one."""
+    tried: list[Tried] = []
+    for row in rows:
+        of = [c for c in cells if (c["cell"]["method"], c["cell"]["policy"]) == (row["method"], row["policy"])]
+        for cell in sorted(of, key=lambda c: c["cell"]["learning_rate"]):
+            if cell["cell"]["seed"] == seeds[0]:
+                rate = cell["cell"]["learning_rate"]
+                value = cell["metrics"].get("validation", {}).get(metric)
+                tried.append(Tried(row["name"], rate, value, rate in row["learning_rates"]))
+    return tried if len(tried) > len({t.method for t in tried}) else []

@@ -1,0 +1,120 @@
+"""A run's page on this machine alone, made anew when its files change."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from functools import lru_cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from tsqlora.errors import DataError, SettingsError
+from tsqlora.record import RECORD_FILE
+from tsqlora.report import html
+from tsqlora.report.comparison import is_comparison
+from tsqlora.report.gather import CONFIG_FILE, SCORES_FILE, Control, OfScores, control_of, gather, look_at
+from tsqlora.report.page import PLOTLY_PATH, assemble, plotly_script
+from tsqlora.report.run_page import run_page
+
+HOST = "127.0.0.1"
+"""No other machine can ask: the page holds texts of the training rows."""
+
+
+def serve(run: Path, *, port: int = 0, control: Path | None = None, say: Callable[[str], None]) -> None:
+    """Serves the page until Ctrl-C, and says at which address.
+
+    The run need not have begun.  Raises SettingsError where plotly is missing, the port is taken or the directory
+    is a comparison's, DataError where `control` is no finished run.
+    """
+    if is_comparison(run):
+        raise SettingsError(f"{run} is a comparison, which has a page when it has finished; leave out --watch")
+    with make_server(Watched(run, None if control is None else control_of(control)), port) as server:
+        say(f"http://{HOST}:{server.server_address[1]}/")
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            return
+
+
+class Watched:
+    """A run's directory, and its page as the files are now."""
+
+    def __init__(self, run: Path, control: Control | None = None) -> None:
+        self.run, self.control, self.plotly = run, control, plotly_script().encode()
+        self.page_of = lru_cache(maxsize=1)(self._page_of)
+        # A million scores take seconds to read, and are written once or twice in a run.
+        self.scores_of = lru_cache(maxsize=1)(lambda path, stamp: look_at(path))
+
+    def page(self) -> bytes:
+        """The page; of a run that has not begun, or cannot be read, one that says so."""
+        return self.page_of(tuple(_stamp(self.run / name) for name in (RECORD_FILE, CONFIG_FILE, SCORES_FILE)))
+
+    def _page_of(self, stamps: object) -> bytes:
+        try:
+            known = gather(self.run, control=self.control, unfinished=True, look=self._look)
+        except DataError as error:
+            return self._waiting(str(error)).encode()
+        return run_page(known, None).encode()
+
+    def _look(self, path: Path) -> OfScores:
+        return self.scores_of(path, _stamp(path))
+
+    def _waiting(self, why: str) -> str:
+        begun = (self.run / RECORD_FILE).exists()
+        said = why if begun else f"{self.run} holds no run yet. Its page comes with the first step of its training."
+        parts = [("waiting", "Waiting", ([html.paragraph(said)], {}))]
+        name = self.run.resolve().name
+        return assemble(parts, title=name, name=name, about="", source="the run’s directory", script=None)
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size
+
+
+def make_server(watched: Watched, port: int) -> ThreadingHTTPServer:
+    """A server on this machine's own address.  Raises SettingsError where the port is taken."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            # Another site's name that points here is not this page.
+            names = {f"{name}:{self.server.server_address[1]}" for name in (HOST, "localhost")}  # type: ignore[index]
+            if self.headers.get("Host") not in names:
+                self.send_error(403)
+            elif self.path == "/":
+                self.give(watched.page(), "text/html; charset=utf-8")
+            elif self.path == PLOTLY_PATH:
+                self.give(watched.plotly, "text/javascript; charset=utf-8")
+            else:
+                self.send_error(404)
+
+        def give(self, body: bytes, kind: str) -> None:
+            tag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
+            known = self.headers.get("If-None-Match") == tag
+            self.send_response(304 if known else 200)
+            for name, value in (
+                ("ETag", tag),
+                ("Cache-Control", "no-cache"),
+                ("Cross-Origin-Resource-Policy", "same-origin"),
+                ("X-Content-Type-Options", "nosniff"),
+                ("Content-Type", kind),
+                ("Content-Length", "0" if known else str(len(body))),
+            ):
+                self.send_header(name, value)
+            self.end_headers()
+            if not known:
+                self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Nothing: the terminal is for what the user asked."""
+
+    try:
+        server = ThreadingHTTPServer((HOST, port), Handler)
+    except OverflowError:
+        raise SettingsError(f"--port {port}: a port is 0 to 65535; 0 takes any that is free") from None
+    except OSError as error:
+        raise SettingsError(f"--port {port} cannot be used ({error.strerror}); name another, or 0 for any") from None
+    server.daemon_threads = True
+    return server

@@ -1,0 +1,32 @@
+"""A directory -> report.html: of a run, or of a comparison, whichever it holds."""
+
+from pathlib import Path
+
+from tsqlora.data.write import require_place
+from tsqlora.record import write_whole
+from tsqlora.report.comparison import gather_comparison, is_comparison
+from tsqlora.report.comparison_page import comparison_page
+from tsqlora.report.gather import control_of, gather
+from tsqlora.report.page import plotly_script
+from tsqlora.report.run_page import run_page
+
+REPORT_FILE = "report.html"
+
+
+def write_report(directory: Path, out: Path | None = None, *, control: Path | None = None) -> Path:
+    """Writes the report of a run's or a comparison's directory, by default into it; where it lies.
+
+    `control` is another run, with whose metric that of a run is shown.
+
+    Raises SettingsError where plotly is missing or the file cannot be written, DataError where the
+    directory cannot be read.
+    """
+    script = plotly_script()
+    place = directory / REPORT_FILE if out is None else out
+    if is_comparison(directory):
+        page = comparison_page(gather_comparison(directory), script)
+    else:
+        page = run_page(gather(directory, control=None if control is None else control_of(control)), script)
+    require_place(place)
+    write_whole(place, page)
+    return place

@@ -1,0 +1,151 @@
+"""The page of a comparison: every number that its JSON has, from the JSON alone, and no text of it is code."""
+
+import html
+import json
+from pathlib import Path
+
+import plotly.graph_objects as go
+import pytest
+
+from made_runs import make_comparison
+from seen import Seen
+from tsqlora.errors import DataError
+from tsqlora.report.comparison import Mean, gather_comparison, is_comparison
+from tsqlora.report.comparison_figures import difference_plot, passes_of, seconds_of, seed_plot
+from tsqlora.report.comparison_page import comparison_page
+from tsqlora.report.metrics import gain_of, mean_of, value_of
+from tsqlora.report.write import write_report
+
+HOSTILE = "</script><script>alert('x')</script><b>&"
+
+
+def made(out: Path) -> Seen:
+    return Seen(comparison_page(gather_comparison(out), "/* plotly */"))
+
+
+def test_a_page_has_its_parts_in_order_and_a_place_for_each_figure(tmp_path: Path) -> None:
+    seen = made(make_comparison(tmp_path))
+    assert seen.sections() == ["summary", "found", "differences", "seeds", "costs", "metrics", "settings"]
+    assert len(seen.ids()) == len(set(seen.ids()))
+    drawn = seen.page_data()["figures"]
+    assert list(drawn) == ["difference-plot", "seed-plot", "by-seconds", "by-passes", "phases"]
+    for name, figure in drawn.items():
+        go.Figure(figure["data"], figure["layout"])  # raises for what plotly does not know
+        place = next(found for _, found in seen.tags if found.get("id") == name)
+        assert place["aria-label"]
+    assert len(seen.texts["table"]) == len(seen.texts["caption"])
+
+
+def test_numbers_are_those_of_the_table_and_of_its_cells(tmp_path: Path) -> None:
+    out = make_comparison(tmp_path)
+    table = json.loads((out / "table.json").read_text())["table"]
+    known = gather_comparison(out)
+    rows = made(out).texts["tr"]
+    for method, row in zip(known.methods, table, strict=True):
+        assert (method.name, method.verdict, method.trainable) == (row["name"], row["verdict"], row["trainable"])
+        assert method.metrics["accuracy"] == Mean(**row["metrics"]["accuracy"])
+        shown = next(text for text in rows if text.startswith(row["name"]))
+        assert mean_of("accuracy", method.metrics["accuracy"]) in shown
+        assert row["verdict"] in shown
+    assert passes_of(known.methods[0]) == 2 * 300
+    assert seconds_of(known.methods[2]) == dict.fromkeys(("building", "warm-up", "scoring", "training"), 2.5)
+    said = made(out).texts["li"]
+    assert said[0].startswith("Better than lora+all: lora+random (+2.")
+    tiles = made(out).texts["dl"][0]
+    assert "tsqlora+quality" in tiles
+    assert "2of 2 others than lora+all" in tiles
+
+
+def test_points_of_the_paired_plots_are_the_seeds(tmp_path: Path) -> None:
+    known = gather_comparison(make_comparison(tmp_path))
+    rings, *marks = difference_plot(known)["data"]
+    assert len(rings["x"]) == 2 * 3
+    assert [mark["name"] for mark in marks] == ["better"]
+    assert sum(rings["x"][:3]) / 3 == pytest.approx(marks[0]["x"][0])
+    lines = seed_plot(known)["data"]
+    assert [line["name"] for line in lines] == ["seed 0", "seed 1", "seed 2"]
+    assert lines[0]["x"] == pytest.approx([70, 72, 74])
+
+
+def test_learning_rates_that_were_tried_are_shown_and_only_the_chosen_one_counts(tmp_path: Path) -> None:
+    out = make_comparison(tmp_path, rates=(0.001, 0.01))
+    known = gather_comparison(out)
+    assert [(tried.rate, tried.chosen) for tried in known.sweep][:2] == [(0.001, True), (0.01, False)]
+    assert all(len(method.trained) == 3 for method in known.methods)
+    seen = made(out)
+    assert "rates" in seen.sections()
+    assert "✓ 69.9%" in seen.texts["td"]
+    assert "69.0%" in seen.texts["td"]
+
+
+def test_too_few_seeds_are_said_to_be_too_few(tmp_path: Path) -> None:
+    for seeds in ((0,), (0, 1)):
+        seen = made(make_comparison(tmp_path / str(len(seeds)), seeds=seeds))
+        assert seen.texts["li"][0].startswith("Too few seeds to tell from lora+all: lora+random (+2.")
+        assert "A verdict needs 3 seeds" in seen.texts["li"][1]
+        assert seen.page_data()["figures"]["difference-plot"]["data"][1]["name"] == "too few seeds"
+
+
+def test_what_failed_is_named_and_a_page_is_made_of_what_there_is(tmp_path: Path) -> None:
+    seen = made(make_comparison(tmp_path, fails=[("lora+random", 1)]))
+    assert "lora+random failed with seed 1: the loss is not finite at step 7." in seen.texts["li"]
+    assert "failed" in seen.texts["td"]
+    reference = [("lora+all", seed) for seed in range(3)]
+    seen = made(make_comparison(tmp_path / "2", fails=reference))
+    assert "only one method has results" in " ".join(seen.texts["p"])
+    every = [(name, seed) for name in ("lora+all", "lora+random", "tsqlora+quality") for seed in range(3)]
+    assert made(make_comparison(tmp_path / "3", fails=every)).sections() == ["found", "settings"]
+    assert made(make_comparison(tmp_path / "4", ["lora+all"])).page_data()["figures"].keys() >= {"seed-plot"}
+
+
+def test_other_metrics_are_shown_as_numbers(tmp_path: Path) -> None:
+    seen = made(make_comparison(tmp_path, metric="matthews"))
+    assert "(+0.02" in seen.texts["li"][0]
+    assert value_of("matthews", 0.5) == "0.500"
+    assert gain_of("accuracy", Mean(-0.0001, None, 1)) == "+0.0 points"
+
+
+def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
+    out = make_comparison(tmp_path)
+    for path in [out / "table.json", *(out / "cells").glob("*.json")]:
+        text = path.read_text()
+        for word in ("lora", "abc123", "3.11", "matthews", "some/model", "seem wrong", "warm-up"):
+            text = text.replace(word, json.dumps(word + HOSTILE)[1:-1])
+        path.write_text(text)
+    seen, plain = made(out), made(make_comparison(tmp_path / "2"))
+    assert {tag for tag, _ in seen.tags} <= {tag for tag, _ in plain.tags}
+    assert sum(tag == "script" for tag, _ in seen.tags) == 3
+    assert html.escape(HOSTILE, quote=False) in seen.page_data()["figures"]["by-seconds"]["data"][0]["name"]
+    for figure in seen.page_data()["figures"].values():
+        assert HOSTILE not in json.dumps(figure)
+
+
+def test_a_directory_is_known_by_its_contents_and_a_copy_gives_the_same_bytes(tmp_path: Path) -> None:
+    out = make_comparison(tmp_path)
+    first = write_report(out)
+    assert first == out / "report.html"
+    assert is_comparison(out)
+    assert not is_comparison(tmp_path)
+    text = first.read_bytes()
+    first.unlink()
+    (tmp_path / "other").mkdir()
+    assert write_report(out.rename(tmp_path / "other" / "comparison")).read_bytes() == text
+
+
+def test_what_is_no_finished_comparison_is_refused(tmp_path: Path) -> None:
+    out = make_comparison(tmp_path)
+    table = (out / "table.json").read_text()
+    (out / "table.json").write_text("{}")
+    with pytest.raises(DataError, match=r"not what a comparison leaves \(KeyError: 'table'\)"):
+        gather_comparison(out)
+    (out / "table.json").write_text("broken")
+    with pytest.raises(DataError, match=r"table\.json: not JSON"):
+        gather_comparison(out)
+    (out / "table.json").unlink()
+    with pytest.raises(DataError, match=r"table\.json: no such file; the comparison has not finished"):
+        gather_comparison(out)
+    (out / "table.json").write_text(table)
+    for path in (out / "cells").glob("lora+random*"):
+        path.unlink()
+    with pytest.raises(DataError, match=r"cells has no file of lora\+random"):
+        gather_comparison(out)
