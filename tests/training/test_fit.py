@@ -51,7 +51,7 @@ class Counted:
                 self.record,
                 self.quality,
                 self.ranks,
-                lambda *told: self.told.append(told),
+                lambda *told: self.told.append(told[:3]),  # and how it goes
                 also=[also or TrainerCallback()],
                 resume_from=resume_from,
             )
