@@ -51,7 +51,7 @@ class Counted:
                 self.record,
                 self.quality,
                 self.ranks,
-                lambda *told: self.told.append(told[:3]),  # and how it goes
+                lambda phase, done, total, _pulse=None: self.told.append((phase, done, total)),
                 also=[also or TrainerCallback()],
                 resume_from=resume_from,
             )
