@@ -183,7 +183,9 @@ def compare(left: Path, right: Path) -> dict[str, bool]:
 
 
 def same(left: Path, right: Path, name: str) -> bool:
-    return (left / name).is_dir() or (left / name).read_bytes() == (right / name).read_bytes()
+    if not (left / name).is_file() or not (right / name).is_file():
+        return (left / name).exists() == (right / name).exists()
+    return (left / name).read_bytes() == (right / name).read_bytes()
 
 
 def timeless(record: Any) -> Any:

@@ -397,6 +397,66 @@ def llamacpp(results: Mapping[str, Any]) -> list[list[str]]:
 TABLES["llamacpp"] = llamacpp
 
 
+FAULTS = {
+    "kill": "SIGKILL at a random moment of warm-up, scoring, first ranks, training, adjustment, checkpointing, export",
+    "signal": "SIGTERM and Ctrl-C in each of them",
+    "disk": "a full disk (six sizes), no inodes, a read-only disk, a folder that becomes unwritable",
+    "damage": "each file of a checkpoint, and the run's own, cut off, with a bit flipped, missing",
+    "lock": "a second run into the directory, at the same moment and later",
+    "clock": "the clock set back by a year before each checkpoint",
+    "locale": "a locale without UTF-8, another time zone; labels and paths beyond ASCII",
+    "process": "one of two processes killed under DDP",
+    "number": "losses that are not finite, with a kill among them",
+    "memory": "allocations that fail from a random pass on, and a real limit of the address space",
+}
+"""What was done in each group of bench/faults.py."""
+
+
+def faults(results: Mapping[str, Any]) -> list[list[str]]:
+    """By what was done: how often, and how many survived."""
+    rows = [["what happens to a training", "model", "cases", "survived"]]
+    for group, what in FAULTS.items():
+        for model in ("tiny", "minilm"):
+            cells = [cell for key, cell in results["cells"].items() if key.startswith(f"{group}/{model}/")]
+            if cells:
+                rows.append([what, model, str(len(cells)), str(sum(cell["survived"] for cell in cells))])
+    return rows
+
+
+def faults_kills(results: Mapping[str, Any]) -> list[list[str]]:
+    """Where SIGKILL hit."""
+    kills = [kill for key, cell in results["cells"].items() if key.startswith("kill/") for kill in cell["kills"]]
+    counts = Counter(kill["phase"] for kill in kills)
+    return [["phase in which SIGKILL came", "kills"], *([phase, str(count)] for phase, count in sorted(counts.items()))]
+
+
+def faults_mended(results: Mapping[str, Any]) -> list[list[str]]:
+    """Failures that were found, what mends them, and the test that holds it."""
+    return [
+        ["found", "now", "test"],
+        *([each["found"], each["now"], f"`{each['test']}`"] for each in results["mended"]),
+    ]
+
+
+def faults_summary(results: Mapping[str, Any]) -> list[list[str]]:
+    """All cases, for README."""
+    cells = results["cells"].values()
+    kills = sum(len(cell.get("kills", ())) for cell in cells)
+    told = f"{sum(cell['survived'] for cell in cells)} of {len(cells)}"
+    return [
+        ["faults tried", "of which SIGKILLs", "survived", "failures found, all mended"],
+        [str(len(cells)), str(kills), told, str(len(results["mended"]))],
+    ]
+
+
+TABLES |= {
+    "faults": faults,
+    "faults-kills": faults_kills,
+    "faults-mended": faults_mended,
+    "faults-summary": faults_summary,
+}
+
+
 def glue_summary(_: Mapping[str, Any]) -> list[list[str]]:
     """What docs/results.md says over tasks at 2,000 rows and mean rank 4, with wrong labels and without."""
     import results_page

@@ -467,15 +467,14 @@ def test_a_run_with_nothing_whole_to_resume_from_is_refused(stopped: Path, place
     assert text.count("rng_state.pth is missing") == 2
 
 
-def test_runs_that_are_killed_at_any_moment_end_the_same(tmp_path: Path) -> None:
-    """By SIGKILL, three runs, one of them twice; bench/resume.py does it more often."""
-    bench, out = Path(__file__).parents[1] / "bench" / "resume.py", tmp_path / "resume.json"
-    options = ["--kills", "3", "--saves", "every 3 steps of 2 batches", "--start", "fork", "--out", str(out)]
-    done = subprocess.run([sys.executable, str(bench), "tiny", *options], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    cells = json.loads(out.read_text())["cells"].values()
-    assert sum(len(cell["kills"]) for cell in cells) >= 3
-    assert all(same for cell in cells for same in cell["same"].values())
+@pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_text("{")])
+def test_a_run_whose_record_is_lost_is_not_resumed_until_it_is_back(
+    harm: Callable[[Path], Any], stopped: Path, place: Path, tsqlora: Run
+) -> None:
+    harm(stopped / "run.json")
+    code, text = refused(tsqlora, "train", place / "config.yaml", "--out", stopped, "--resume")
+    assert code == 3
+    assert text.endswith("run.json is missing or damaged; put a sound copy back, or name another --out")
 
 
 def test_the_lock_of_a_process_that_trains_is_respected(place: Path, tmp_path: Path, tsqlora: Run) -> None:

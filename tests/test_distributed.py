@@ -1,7 +1,10 @@
+import re
+
 import pytest
 import torch
 
 from tsqlora import distributed
+from tsqlora.errors import TsqLoraError
 
 
 def test_one_process_is_alone_with_its_values() -> None:
@@ -41,3 +44,21 @@ def test_how_many_were_launched_is_what_the_launcher_says(count: str, monkeypatc
 def test_a_model_that_is_not_in_another_is_itself() -> None:
     model = torch.nn.Linear(2, 2)
     assert distributed.unwrapped(model) is model
+
+
+LOST = "[../gloo/transport/tcp/pair.cc:544] Connection closed by peer [127.0.0.1]:32711"
+
+
+@pytest.mark.parametrize(("processes", "said", "told"), [(2, LOST, True), (1, LOST, False), (2, "shapes", False)])
+def test_an_exchange_without_its_other_end_is_told_with_advice(
+    processes: int, said: str, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "active", lambda: processes > 1)
+    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: processes)
+    words = (
+        r"^another of the 2 processes has ended or does not answer \(see what it said\), so this one ends too; go on$"
+        if told
+        else rf"^{re.escape(said)}$"
+    )
+    with pytest.raises(TsqLoraError if told else RuntimeError, match=words), distributed.told_of_losses("go on"):
+        raise RuntimeError(said)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tsqlora.quality.subset import QualitySubset
     from tsqlora.ranks.allocate import Sensitivity, allocate
     from tsqlora.ranks.events import RankEvent
+    from tsqlora.training.guard import GuardCallback
     from tsqlora.training.harvest_callback import HarvestCallback
     from tsqlora.training.manifest import last_checkpoint
     from tsqlora.training.quality_callback import QualityCallback
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DataError",
+    "GuardCallback",
     "HarvestCallback",
     "NotLearnedError",
     "QualityCallback",
@@ -59,6 +61,7 @@ _HOMES = {
     "ranks.allocate": ("Sensitivity", "allocate"),
     "ranks.events": ("RankEvent",),
     "probe": ("sensitivity",),
+    "training.guard": ("GuardCallback",),
     "training.harvest_callback": ("HarvestCallback",),
     "training.manifest": ("last_checkpoint",),
     "training.quality_callback": ("QualityCallback",),

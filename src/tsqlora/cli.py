@@ -37,6 +37,7 @@ app = typer.Typer(
 )
 stdout, stderr = Console(), Console(stderr=True)
 INTERRUPTED = 130
+INTERRUPTION = "interrupted; a training goes on with --resume, a scoring or comparison when it is called again"
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, all else on stderr.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="K.K=VALUE", help="Overrides a setting; repeatable.")]
@@ -59,8 +60,6 @@ def main() -> None:
     with warnings.catch_warnings():
         _quieten_libraries(debug=debug)
         code = _run(arguments, debug=debug)
-    if code == INTERRUPTED:
-        stderr.print("interrupted; a training goes on with --resume, a scoring or comparison when it is called again")
     sys.exit(code)
 
 
@@ -68,7 +67,10 @@ def _run(arguments: list[str], *, debug: bool) -> int:
     """The exit code."""
     try:
         # What typer ends has a number already: --help and Ctrl-C.
-        return app(arguments, standalone_mode=False) or 0
+        code = app(arguments, standalone_mode=False) or 0
+        if code == INTERRUPTED:
+            stderr.print(INTERRUPTION)
+        return code
     except typer.TyperException as error:
         _tell(f"{error.format_message().rstrip('.?')}; `tsqlora --help` and `tsqlora COMMAND --help` show how")
         return error.exit_code

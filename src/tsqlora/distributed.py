@@ -2,7 +2,8 @@
 
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
@@ -14,6 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tsqlora.errors import TsqLoraError, UnsupportedError
 
 T = TypeVar("T")
+
+_LOST = ("closed by peer", "reset by peer", "Broken pipe", "Timed out", "timed out", "timeout", "NCCL error")
+"""What an exchange says where one of its processes is gone, or does not answer."""
 
 
 def active() -> bool:
@@ -103,6 +107,20 @@ def is_sharded(tensor: Any) -> bool:
     from torch.distributed.tensor import DTensor  # half a second, that one process does not need
 
     return isinstance(tensor, DTensor)
+
+
+@contextmanager
+def told_of_losses(advice: str) -> Generator[None]:
+    """Raises TsqLoraError in place of what an exchange says when another process is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, TsqLoraError) or not active() or not any(words in str(error) for words in _LOST):
+            raise
+        raise TsqLoraError(
+            f"another of the {dist.get_world_size()} processes has ended or does not answer (see what it said), so "
+            f"this one ends too; {advice}"
+        ) from error
 
 
 def wait() -> None:

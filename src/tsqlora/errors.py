@@ -4,7 +4,8 @@
     ├── SettingsError       exit 2   wrong usage or settings; nothing was started
     ├── DataError           exit 3   a file, a row or a label is wrong; names which
     ├── UnsupportedError    exit 2   a layer, model or option that cannot be exact; names it
-    └── NotLearnedError     exit 1   scoring refused: the model does not beat chance yet
+    ├── NotLearnedError     exit 1   scoring refused: the model does not beat chance yet
+    └── StoppedError        exit 128 and the signal's number   asked to stop: what was done is kept
 
 Messages give the thing, the value, the cure, in one or two lines.
 """
@@ -39,6 +40,17 @@ class UnsupportedError(TsqLoraError, NotImplementedError):
 
 class NotLearnedError(TsqLoraError, RuntimeError):
     """The model is at chance, so scores would be noise."""
+
+
+class StoppedError(TsqLoraError):
+    """A signal asked to stop."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message, signal)
+        self.exit_code = 128 + signal
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

@@ -1,7 +1,7 @@
 """The method, top to bottom: data, model, warm-up, scores, ranks, training, adapter, record."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,14 +28,15 @@ from tsqlora.config import Config, dump_config, load_config
 from tsqlora.data.labels import LabelMap
 from tsqlora.data.packing import PackedCollator, packed_collator
 from tsqlora.data.prepare import Prepared, prepare, resolve_max_length
-from tsqlora.errors import DataError, SettingsError
+from tsqlora.errors import DataError, SettingsError, TsqLoraError
 from tsqlora.inference import Asking
+from tsqlora.memory import even_parts, first_that_fits, is_out_of_memory
 from tsqlora.plan import plan
 from tsqlora.quality.score import Progress
 from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.reading import read, writing_of
-from tsqlora.record import RunRecord, write_whole
+from tsqlora.record import RECORD_FILE, RunRecord, write_whole
 from tsqlora.sample_display import show_samples
 from tsqlora.start import start_notes, start_of, with_start
 from tsqlora.tasks import Task, get_task
@@ -47,13 +48,15 @@ from tsqlora.training.collate import collate_of
 from tsqlora.training.fit import fit, hardware_has_bf16, training_arguments, what_quality_did
 from tsqlora.training.harvest_callback import HARVEST_FILE, HarvestCallback
 from tsqlora.training.load import Pretrained, load_pretrained
-from tsqlora.training.manifest import newest_whole
+from tsqlora.training.manifest import newest_whole, rows_at_once
 from tsqlora.training.quality_callback import SCORES_FILE, QualityCallback
 from tsqlora.training.rank_callback import RankCallback
-from tsqlora.training.run_dir import ADAPTER_DIR, CHECKPOINT_DIR, CONFIG_FILE, locked
+from tsqlora.training.run_dir import ADAPTER_DIR, CHECKPOINT_DIR, CONFIG_FILE, locked, written
+from tsqlora.training.stop import StopCallback
 
 SHOWN = 2
 """Samples of a generating model that a dry run shows."""
+GO_ON = "the same command with --resume goes on from the last whole checkpoint"
 NOTHING_TO_SCORE = "quality.enabled is false: there is nothing to score; set it to true"
 
 
@@ -93,30 +96,74 @@ def train(config: Config, run: Path, *, resume: bool = False, progress: Progress
         before = _begun(run, config) if resume else None
         if before is not None and before.status == "finished":
             return before
-        job = load(config)
-        if before is not None and before.data["hash"] != job.data.hash:
-            raise DataError(f"{config.data.train} has other rows than when {run} was begun; name another --out")
-        model, record = begin(job, args)
-        checkpoint, passed_over = newest_whole(run / CHECKPOINT_DIR)
-        for why in passed_over:
-            warnings.warn(why, stacklevel=2)
-        record.notes += passed_over
-        if before is not None:
-            record.notes += other_versions(before.versions, record.versions)
-        data, quality, ranks = method(job, run / SCORES_FILE, progress)
-        also = [WriteStart(run, config, record), *harvesting(config, data, run)]
-        fit_job(job, model, args, data, record, quality, ranks, progress, also=also, resume_from=checkpoint, run=run)
-        if quality is not None:
-            record.notes += what_to_note(quality, data)
-        record.quality = what_quality_did(quality, data)
-        record.rank_events, record.ranks = ranks.events, ranks.final
-        model.save_pretrained(str(run / ADAPTER_DIR), is_main_process=distributed.is_first())
-        measure(job, model, record, args, progress)
-        record.status = "finished"
-        if distributed.is_first():
-            record.save(run)
-            write_card(run, run / ADAPTER_DIR)
-        return record
+        stop = StopCallback(GO_ON)
+        resumable = not (args.save_only_model or config.quality.harvest)
+        with written(run), distributed.told_of_losses(GO_ON), stop if resumable else nullcontext():
+            return fitting_in_memory(config, run, lambda rows: _train(config, run, rows, before, stop, progress))
+
+
+def _train(
+    config: Config, run: Path, rows: int, before: RunRecord | None, stop: StopCallback, progress: Progress | None
+) -> RunRecord:
+    """From the last whole checkpoint, or the beginning, to the end; a device takes so many rows at once."""
+    args, progress = arguments(config, run, rows_at_once=rows), stop.watch(progress)
+    job = load(config)
+    if before is not None and before.data["hash"] != job.data.hash:
+        raise DataError(f"{config.data.train} has other rows than when {run} was begun; name another --out")
+    model, record = begin(job, args)
+    checkpoint, passed_over = newest_whole(run / CHECKPOINT_DIR)
+    for why in passed_over:
+        warnings.warn(why, stacklevel=2)
+    record.notes += passed_over
+    if before is not None:
+        record.notes += other_versions(before.versions, record.versions)
+    if rows < config.training.batch_size:
+        record.notes.append(_in_parts(config, rows))
+    data, quality, ranks = method(job, run / SCORES_FILE, progress)
+    also = [WriteStart(run, config, record), *harvesting(config, data, run), stop]
+    fit_job(job, model, args, data, record, quality, ranks, progress, also=also, resume_from=checkpoint, run=run)
+    if quality is not None:
+        record.notes += what_to_note(quality, data)
+    record.quality = what_quality_did(quality, data)
+    record.rank_events, record.ranks = ranks.events, ranks.final
+    model.save_pretrained(str(run / ADAPTER_DIR), is_main_process=distributed.is_first())
+    measure(job, model, record, args, progress)
+    record.status = "finished"
+    if distributed.is_first():
+        record.save(run)
+        write_card(run, run / ADAPTER_DIR)
+    return record
+
+
+def fitting_in_memory(config: Config, run: Path, work: Callable[[int], RunRecord]) -> RunRecord:
+    """What `work` gives of as many rows at once as memory allows: a whole batch, or a part of it.
+
+    It is called again where memory did not suffice, and goes on from the last checkpoint; a run that is resumed begins
+    with what sufficed.
+    """
+    batch = config.training.batch_size
+    if (processes := distributed.launched()) > 1:
+        try:
+            return work(batch)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise TsqLoraError(
+                f"memory does not suffice for {batch} rows in each of {processes} processes; halve "
+                "training.batch_size, double training.gradient_accumulation_steps, and name another --out"
+            ) from error
+    sizes, known = even_parts(batch), newest_whole(run / CHECKPOINT_DIR)[0]
+    if known is not None and (before := rows_at_once(known)) in sizes:
+        sizes = sizes[sizes.index(before) :]
+    return first_that_fits(work, sizes, smaller=lambda rows: warnings.warn(_in_parts(config, rows), stacklevel=2))
+
+
+def _in_parts(config: Config, rows: int) -> str:
+    batch = config.training.batch_size
+    return (
+        f"memory does not suffice for {batch} rows at once: each batch is trained on in {batch // rows} parts of "
+        f"{rows}; its rows, the steps and the schedule stay"
+    )
 
 
 def dry_run(config: Config) -> dict[str, Any]:
@@ -131,20 +178,28 @@ def dry_run(config: Config) -> dict[str, Any]:
     return {**record.plan, "format": job.data.splits.format.name, "columns": job.data.columns(), "samples": shown}
 
 
-def arguments(config: Config, run: Path) -> TrainingArguments:
-    """The Trainer's arguments; bfloat16 where the config says so, or else where the hardware has it."""
+def arguments(config: Config, run: Path, *, rows_at_once: int | None = None) -> TrainingArguments:
+    """The Trainer's arguments; bfloat16 where the config says so, or else where the hardware has it.
+
+    `rows_at_once`: a device takes a batch in parts of so many rows, whose gradients are accumulated.
+    """
     settings = config.training
     generates = isinstance(get_task(config.task.type), Generation)
+    # Of a validation in mid-run no logits are kept: they are a vocabulary wide, for every token.
+    further = ({"prediction_loss_only": True} if generates else {}) | settings.further_arguments()
+    rows = rows_at_once or settings.batch_size
+    if rows < settings.batch_size:
+        windows = int(further.get("gradient_accumulation_steps", 1))
+        further["gradient_accumulation_steps"] = windows * settings.batch_size // rows
     return training_arguments(
         run / CHECKPOINT_DIR,
         epochs=settings.epochs,
         learning_rate=settings.learning_rate,
-        batch_size=settings.batch_size,
-        eval_batch_size=settings.eval_batch_size,
+        batch_size=rows,
+        eval_batch_size=max(1, settings.eval_batch_size * rows // settings.batch_size),
         bf16=hardware_has_bf16() if settings.bf16 is None else settings.bf16,
         seed=settings.seed,
-        # Of a validation in mid-run no logits are kept: they are a vocabulary wide, for every token.
-        further=({"prediction_loss_only": True} if generates else {}) | settings.further_arguments(),
+        further=further,
     )
 
 
@@ -443,10 +498,15 @@ def other_versions(before: Mapping[str, str], now: Mapping[str, str]) -> list[st
 def _begun(run: Path, config: Config) -> RunRecord | None:
     """The record of the run that the directory holds, if there is one.
 
-    Raises SettingsError if it has other settings.
+    Raises SettingsError if it has other settings, DataError if its record cannot be read.
     """
     if not (run / CONFIG_FILE).exists():
         return None
     if load_config(run / CONFIG_FILE) != config:
         raise SettingsError(f"{run} was begun with other settings: see {run / CONFIG_FILE}; name another --out")
-    return RunRecord.load(run)
+    try:
+        return RunRecord.load(run)
+    except DataError:
+        raise DataError(
+            f"cannot resume: {run / RECORD_FILE} is missing or damaged; put a sound copy back, or name another --out"
+        ) from None

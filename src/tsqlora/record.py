@@ -55,6 +55,8 @@ class RunRecord:
     rank_events: list[RankEvent] = field(default_factory=list)
     parameters: dict[str, int] = field(default_factory=dict)
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    skipped: dict[str, Any] = field(default_factory=dict)
+    """Of steps whose loss or gradient was not finite: how many, and the first ones' rows; empty if there were none."""
     notes: list[str] = field(default_factory=list)
     history: list[dict[str, float]] = field(default_factory=list)
     """What the Trainer logged, in its order: `step` and `epoch` with `loss` and the like, or with `eval_…`."""

@@ -228,3 +228,32 @@ def test_the_record_keeps_what_the_trainer_logged_but_not_its_speed(place: Path,
     assert sum("eval_accuracy" in entry for entry in history) == QUICK["epochs"]
     assert not {name for entry in history for name in entry if "runtime" in name or "per_second" in name}
     assert len(history) == len(losses) + QUICK["epochs"], "no entry besides"
+
+
+class NotFiniteAt(TrainerCallback):
+    """A gradient in some steps."""
+
+    def __init__(self, *steps: int) -> None:
+        self.steps = steps
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 in self.steps:
+            next(p for p in kwargs["model"].parameters() if p.grad is not None).grad[:] = torch.nan
+
+
+def test_the_record_names_steps_that_were_not_finite_and_their_rows(place: Path, tmp_path: Path) -> None:
+    counted = Counted(settings(place), tmp_path, also=NotFiniteAt(3, 14))
+    assert counted.record.skipped["count"] == 2
+    steps = counted.record.skipped["steps"]
+    assert [step["step"] for step in steps] == [3, 14]
+    # In the order of the draw: the third of an epoch's four batches of 8, then the second of the fourth epoch's.
+    assert steps[0]["rows"] == counted.data.draw(0)[16:24].tolist()
+    assert steps[1]["rows"] == counted.data.draw(3)[8:16].tolist()
+    assert counted.record.notes[-1].startswith(
+        "2 steps were skipped whose loss or gradient was not finite: step 3 (rows "
+    )
+
+
+def test_the_record_of_a_run_without_such_steps_says_nothing_of_them(counted: Counted) -> None:
+    assert counted.record.skipped == {}
+    assert not any("skipped" in note for note in counted.record.notes)

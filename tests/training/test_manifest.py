@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -310,6 +311,32 @@ def test_with_two_at_a_time_one_is_whole_at_every_moment(tmp_path: Path) -> None
         trainer(tmp_path, (2, 0, 1), fail=16, save_total_limit=2).train()
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-16"]
     assert fault(tmp_path / "checkpoint-12") is None
+
+
+class ClockGoesBack(TrainerCallback):
+    """By a year, before each checkpoint: what was not dated on purpose has a date in the future."""
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for path in Path(args.output_dir).glob("checkpoint-*"):
+            if path.stat().st_mtime > 1e6:
+                os.utime(path, (time.time() + 3e7,) * 2)
+
+
+def test_a_clock_that_goes_back_costs_no_new_checkpoint(tmp_path: Path) -> None:
+    """The Trainer keeps those with the latest dates."""
+    made = trainer(tmp_path, save_total_limit=2)
+    made.add_callback(ClockGoesBack())
+    made.train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-16", "checkpoint-20"]
+    assert tsq.last_checkpoint(tmp_path) == tmp_path / "checkpoint-20"
+
+
+def test_what_a_wrong_clock_left_unfinished_outlives_no_new_checkpoint(run: Path) -> None:
+    shutil.copytree(run / "checkpoint-12", run / "checkpoint-13")
+    (run / "checkpoint-13" / MANIFEST_FILE).unlink()
+    os.utime(run / "checkpoint-13", (time.time() + 3e7,) * 2)
+    trainer(run, save_total_limit=2).train(resume_from_checkpoint=str(run / "checkpoint-12"))
+    assert tsq.last_checkpoint(run) == run / "checkpoint-20"
 
 
 def test_weights_alone_are_nothing_to_resume_from(tmp_path: Path) -> None:

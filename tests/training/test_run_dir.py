@@ -1,11 +1,19 @@
 """A run directory belongs to one run, and to one process at a time."""
 
+import errno
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
-from tsqlora.errors import SettingsError
-from tsqlora.training.run_dir import CONFIG_FILE, LOCK_FILE, locked
+from tsqlora.errors import SettingsError, TsqLoraError
+from tsqlora.training.run_dir import CONFIG_FILE, LOCK_FILE, locked, written
 
 
 def test_a_directory_is_made_and_free_again_after_the_lock(tmp_path: Path) -> None:
@@ -31,6 +39,18 @@ def test_a_run_is_entered_only_to_resume_it(tmp_path: Path) -> None:
         pass
 
 
+def test_a_run_without_its_settings_is_told_what_it_lacks(tmp_path: Path) -> None:
+    (tmp_path / LOCK_FILE).touch()
+    (tmp_path / "checkpoints" / "checkpoint-3").mkdir(parents=True)
+    with (
+        pytest.raises(
+            SettingsError, match=r"has no config\.yaml, and checkpoints of a run; put it back, or name another"
+        ),
+        locked(tmp_path, resume=True),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_strange_directory_is_left_as_it_is(resume: bool, tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("")
@@ -45,6 +65,18 @@ def test_a_place_that_is_a_file_is_refused(tmp_path: Path) -> None:
         pass
 
 
+def test_a_name_that_the_locale_cannot_spell_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    """As Python hands on the bytes of `ä` where the locale's encoding is ASCII."""
+    with (
+        pytest.raises(
+            SettingsError, match=r"is no name in this locale's encoding, .*; set PYTHONUTF8=1, or name another"
+        ),
+        locked(tmp_path / "\udcc3\udca4"),
+    ):
+        pass
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("left", ["run.json", ".run.json.77", ".config.yaml.77"])
 def test_a_run_killed_while_its_start_was_written_starts_again(left: str, tmp_path: Path) -> None:
     """Without a lock the same file is a stranger's."""
@@ -54,3 +86,80 @@ def test_a_run_killed_while_its_start_was_written_starts_again(left: str, tmp_pa
     (tmp_path / LOCK_FILE).touch()
     with locked(tmp_path):
         pass
+
+
+# -------------------------------------------------------------------- a disk that takes no more
+
+FULL = "Error while serializing: I/O error: No space left on device (os error 28)"
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device"),
+        (OSError(errno.EROFS, os.strerror(errno.EROFS), "RUN/checkpoints"), "Read-only file system"),
+        (SafetensorError(FULL), "No space left on device"),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 24448 vs 24336"),
+            "a file was cut off",
+        ),
+        (RuntimeError("basic_ios::clear: iostream error"), "a file was cut off"),
+    ],
+)
+def test_a_disk_that_takes_no_more_is_told_with_the_cure(error: Exception, why: str, tmp_path: Path) -> None:
+    if isinstance(error, OSError) and error.filename:
+        error.filename = str(tmp_path / "checkpoints")
+    with (
+        pytest.raises(
+            TsqLoraError,
+            match=rf"^{tmp_path} cannot be written: {why}.*; mend that, and `tsqlora train --resume` goes on",
+        ),
+        written(tmp_path),
+    ):
+        raise error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("shapes cannot be multiplied"),
+        OSError(errno.ENOENT, "No such file", "RUN/x"),
+        OSError(errno.EACCES, "Permission denied", "/data/train.jsonl"),
+        SettingsError("inline_container.cc"),
+    ],
+)
+def test_other_errors_are_left_as_they_are(error: Exception, tmp_path: Path) -> None:
+    with pytest.raises(type(error)) as caught, written(tmp_path):
+        raise error
+    assert caught.value is error
+
+
+@pytest.mark.parametrize("writer", ["torch", "safetensors", "python"])
+def test_each_writer_of_a_checkpoint_is_understood_when_no_more_can_be_written(writer: str, tmp_path: Path) -> None:
+    """A limit on the size of files takes a full disk's place."""
+    with (
+        pytest.raises(TsqLoraError, match="cannot be written: "),
+        written(tmp_path),
+        files_no_longer_than(100_000),
+    ):
+        write_with(writer, tmp_path)
+
+
+@contextmanager
+def files_no_longer_than(size: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def write_with(writer: str, folder: Path) -> None:
+    tensors = {"weight": torch.zeros(200_000)}
+    if writer == "torch":
+        torch.save(tensors, folder / "optimizer.pt")
+    elif writer == "safetensors":
+        save_file(tensors, folder / "model.safetensors")
+    else:
+        (folder / "run.json").write_text("0" * 200_000)

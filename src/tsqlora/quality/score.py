@@ -1,6 +1,6 @@
 """One pass over a data set gives every sample's terms, exactly, in batches.  METHOD section 1."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from tsqlora.data.batches import sorted_batches
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.gradients.quiet import quiet
 from tsqlora.gradients.sites import Scope, Site, batch_coupled, find_sites
+from tsqlora.memory import Portions, first_that_fits, halves
 from tsqlora.progress import Progress
 from tsqlora.quality.exact import require_exact, require_own_loss
 from tsqlora.quality.journal import Columns, Journal, identity_of
@@ -125,16 +126,20 @@ def score(
     with quiet(model), _autocast(model, autocast):
         sites = find_sites(model, scope) if any(term.gradient for term in wanted.values()) else {}
         batches = distributed.together(lambda: list(_batches(rows, collate, batch_size)))
+
+        def in_batches(size: int) -> list[Batch]:
+            return batches if size == batch_size else list(_batches(rows, collate, size))
+
         if task is None:
-            task = task_of(model)
-            require_own_loss(model, batches[0], task)
+            task = own_task = task_of(model)
+            first_that_fits(lambda size: require_own_loss(model, in_batches(size)[0], own_task), halves(batch_size))
         wanted = _known(wanted, task, weights)
         kept = None
         if journal is not None:
             settings = {"terms": list(wanted), "scope": scope, "calibration": calibration, "batch size": batch_size}
             settings |= {"seed": seed, "autocast": str(autocast), "reference": own, "task": repr(task)}
             kept = Journal(journal, identity_of(model, hashes or (), batches, settings))
-        found, test = _settle(model, batches, task, sites, calibration, kept)
+        found, test = _settle(model, in_batches, batch_size, task, sites, calibration, kept)
         measured = _pass(model, dataset, collate, task, sites, found, own, wanted, planned, kept, report)
     labels = measured.pop("label")
     predicted = {name: measured.pop(name) for name in PREDICTIONS if name in measured}
@@ -227,7 +232,8 @@ def _lengths(dataset: Dataset) -> list[int]:
 
 def _settle(
     model: nn.Module,
-    batches: Sequence[Batch],
+    in_batches: Callable[[int], list[Batch]],
+    batch_size: int,
     task: Task,
     sites: Mapping[str, Site],
     calibration: bool,
@@ -239,7 +245,8 @@ def _settle(
     if known is not None:
         return known
 
-    def settle() -> tuple[Reference, LearnedTest]:
+    def settle(size: int) -> tuple[Reference, LearnedTest]:
+        batches = in_batches(size)
         settled = calibrate(model, batches, task, enabled=calibration)
         settled.learned.require()
         if sites:
@@ -250,7 +257,7 @@ def _settle(
         # Through the memory of the machine: another process has another device.
         return found.to(torch.device("cpu")) if distributed.active() else found, settled.learned
 
-    found, test = distributed.once(settle)
+    found, test = distributed.once(lambda: first_that_fits(settle, halves(batch_size)))
     if journal is not None:
         journal.save_reference(found, test)
     return found.to(device), test
@@ -282,16 +289,15 @@ def _pass(
         mine = distributed.share(batches[done:])
         before = sum(map(len, batches[:done]))
         parts: list[tuple[np.ndarray, Columns]] = []
+        portions = Portions()
+
+        def numbers_of(indices: np.ndarray) -> Columns:
+            batch, own_rows = collate([dataset[int(j)] for j in indices]), in_reference[torch.as_tensor(indices)]
+            return _measured(model, batch, task, sites, reference, own_rows, terms)
+
         for indices in mine:
-            numbers = _measured(
-                model,
-                collate([dataset[int(j)] for j in indices]),
-                task,
-                sites,
-                reference,
-                in_reference[torch.as_tensor(indices)],
-                terms,
-            )
+            found = portions.of(indices, numbers_of)
+            numbers = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
             parts.append((indices, numbers))
             if journal is not None:
                 journal.add(numbers)

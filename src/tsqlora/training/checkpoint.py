@@ -2,7 +2,7 @@
 
 The Trainer saves weights, optimizer, schedule and random state. RankCallback adds
 `tsqlora.json` and `tsqlora.safetensors`, QualityCallback `tsqlora_quality.json`, InfoBatchCallback
-`tsqlora_infobatch.safetensors`.
+`tsqlora_infobatch.safetensors`, GuardCallback `tsqlora_guard.json`.
 """
 
 import json
@@ -25,6 +25,7 @@ VERSION = 1
 RANKS_FILE = "tsqlora.json"
 IMPORTANCE_FILE = "tsqlora.safetensors"
 QUALITY_FILE = "tsqlora_quality.json"
+GUARD_FILE = "tsqlora_guard.json"
 INFOBATCH_FILE = "tsqlora_infobatch.safetensors"
 
 
@@ -106,6 +107,51 @@ class InfoBatchState:
     def load(cls, folder: Path) -> "InfoBatchState":
         """Raises TsqLoraError naming the file that is missing or cannot be read."""
         return cls(**_tensors(folder / INFOBATCH_FILE))
+
+
+@dataclass(frozen=True, slots=True)
+class SkippedStep:
+    """A step whose loss or gradient was not finite."""
+
+    step: int
+    rows: list[int] | None
+    """Of the training split; None where they are not known."""
+
+    def told(self, most: int = 8) -> str:
+        """Its rows in words, the first ones.
+
+        >>> SkippedStep(3, [5, 1]).told(), SkippedStep(3, [5, 1, 4]).told(2), SkippedStep(3, None).told()
+        ('rows 5, 1', 'rows 5, 1, ...', 'its rows are not known')
+        """
+        if self.rows is None:
+            return "its rows are not known"
+        return f"rows {', '.join(map(str, self.rows[:most]))}{', ...' if len(self.rows) > most else ''}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class GuardState:
+    """What GuardCallback knows: the first skipped steps, how many there were, and the last ones."""
+
+    skipped: list[SkippedStep]
+    count: int
+    recent: list[SkippedStep]
+
+    def save(self, folder: Path) -> None:
+        if distributed.is_first():
+            write_json(folder / GUARD_FILE, {"version": VERSION, **asdict(self)})
+
+    @classmethod
+    def load(cls, folder: Path) -> "GuardState":
+        """Nothing skipped where the run was begun without a guard.  Raises TsqLoraError for a file that is damaged."""
+        if not (folder / GUARD_FILE).exists():
+            return cls([], 0, [])
+        told = _read(folder / GUARD_FILE)
+        steps = {name: [SkippedStep(**step) for step in told[name]] for name in ("skipped", "recent")}
+        return cls(count=told["count"], **steps)
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

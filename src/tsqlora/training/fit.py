@@ -34,6 +34,7 @@ from tsqlora.record import PhaseCost, RunRecord, write_json
 from tsqlora.tasks import Answers, Task
 from tsqlora.tasks.forward import Collate
 from tsqlora.tasks.generation import Generation
+from tsqlora.training.guard import GuardCallback
 from tsqlora.training.live import KeepRecord, TellProgress
 from tsqlora.training.manifest import announce, checkpoint_folder, seal
 from tsqlora.training.packed import require_packing
@@ -128,13 +129,14 @@ def fit(
     progress: Progress | None = None,
     run: Path | None = None,
 ) -> Trainer:
-    """Trains the model in place, and writes seconds, passes and tokens of each phase to the record.
+    """Trains the model in place, and writes what each phase cost, and steps that were skipped, to the record.
 
     `packed` makes the batches of training and of validations in mid-run, where samples share rows. In the directory
     `run`, where one is given, run.json is kept as the run is now.
     """
     if packed is not None:
         require_packing(model, packed, data.dataset[0])
+    guard = GuardCallback(data)
     cost = CostCallback(data, record, quality, ranks, task)
     live: list[TrainerCallback] = []
     if progress is not None:
@@ -152,6 +154,7 @@ def fit(
         callbacks=[
             *(callback for callback in (quality, ranks) if callback is not None),
             *also,
+            guard,
             cost,
             *live,
         ],
@@ -167,6 +170,8 @@ def fit(
     )
     trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     record.cost = cost.of_all()
+    record.skipped = guard.to_dict()
+    record.notes += guard.notes()
     record.history = logged(trainer.state.log_history)
     return trainer
 

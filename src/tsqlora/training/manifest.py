@@ -46,11 +46,20 @@ def announce(args: TrainingArguments, state: TrainerState, part: str) -> None:
     if parts.get("tsqlora", {}).get("begun") != state.global_step:
         if state.global_step > 0:
             _require_resumable(args, checkpoint_folder(args, state), _run_of(parts))
+        if saves and distributed.is_first():
+            date_by_step(Path(str(args.output_dir)))
         # Each training has a name of its own, also one that goes on from the same checkpoint as another.
-        parts["tsqlora"] = {"run": uuid.uuid4().hex, "begun": state.global_step, "parts": [], "open": []}
+        parts["tsqlora"] = {
+            "run": uuid.uuid4().hex,
+            "rows": args.per_device_train_batch_size,
+            "begun": state.global_step,
+            "parts": [],
+            "open": [],
+        }
     if part in parts["tsqlora"]["parts"]:
         raise SettingsError(
-            f"the Trainer has two callbacks for {part}; give it one RankCallback and one QualityCallback, or either"
+            f"the Trainer has two callbacks for {part}; give it one RankCallback, one QualityCallback and one "
+            "GuardCallback at most"
         )
     parts["tsqlora"]["parts"].append(part)
 
@@ -63,7 +72,18 @@ def seal(args: TrainingArguments, state: TrainerState, part: str) -> None:
         return
     distributed.wait()  # each process writes its own random state
     if distributed.is_first():
-        write_manifest(checkpoint_folder(args, state))
+        folder = checkpoint_folder(args, state)
+        write_manifest(folder)
+        date_by_step(folder.parent)
+
+
+def date_by_step(folder: Path) -> None:
+    """Dates each checkpoint's folder by its step, in seconds since 1970.
+
+    The Trainer deletes the one with the oldest date: where the clock was set back that would be the newest.
+    """
+    for path in _newest_first(folder):
+        os.utime(path, (_step_of(path), _step_of(path)))
 
 
 def write_manifest(folder: Path) -> None:
@@ -140,6 +160,18 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     return None, passed_over
 
 
+def whole_before(folder: str | Path, step: int) -> Path | None:
+    """The newest whole checkpoint of an earlier step than this one."""
+    earlier = (path for path in _newest_first(Path(folder)) if _step_of(path) < step)
+    return next((path for path in earlier if fault(path) is None), None)
+
+
+def rows_at_once(checkpoint: Path) -> int | None:
+    """How many a device took when the checkpoint was written, if that is known."""
+    told = json.loads((checkpoint / TRAINER_STATE_FILE).read_text())
+    return told["stateful_callbacks"].get("tsqlora", {}).get("rows")
+
+
 def _require_resumable(args: TrainingArguments, folder: Path, loaded: str | None) -> None:
     """That what callbacks will read is whole, and of the training whose checkpoint the Trainer has loaded."""
     _require_whole(folder)
@@ -171,6 +203,10 @@ def _require_whole(folder: Path) -> None:
     whole = next(others, None)
     cure = "no other checkpoint there is whole, start anew" if whole is None else f"resume from {whole}"
     raise TsqLoraError(f"cannot resume: {folder} is not whole: {why}; {cure}")
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _newest_first(folder: Path) -> list[Path]:

@@ -1,12 +1,14 @@
-"""What a loop asks of the optimizer: that it trains the slots, and tells of its steps."""
+"""What is asked of the optimizer: that it trains the slots, tells of its steps, and has finite gradients."""
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
+from torch import nn
 
+from tsqlora import distributed
 from tsqlora.adapter.moments import inner_optimizer
 from tsqlora.adapter.slots import Slots
 from tsqlora.errors import SettingsError, UnsupportedError
@@ -45,6 +47,12 @@ def told_of_steps(
             "give the one that it wraps"
         ) from None
     return hooks
+
+
+def finite_gradients(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether every number of their gradients is finite; so where there are none."""
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return not grads or bool(distributed.whole(torch.nn.utils.get_total_norm(grads)).isfinite())
 
 
 def _as_hook(method: Callable[[], None]) -> Callable[..., None]:

@@ -11,6 +11,7 @@ from torch import nn
 from tsqlora.data.batches import sorted_batches
 from tsqlora.errors import TsqLoraError
 from tsqlora.gradients.quiet import quiet
+from tsqlora.memory import Portions
 from tsqlora.quality.score import Progress
 from tsqlora.tasks.forward import Collate, model_logits
 
@@ -32,12 +33,15 @@ def predict_logits(
     device = next(model.parameters()).device
     precision = nullcontext() if autocast is None else torch.autocast(device.type, dtype=autocast)
     out: np.ndarray | None = None
-    done = 0
+    done, portions = 0, Portions()
+
+    def logits_of(indices: np.ndarray) -> np.ndarray:
+        batch = collate([{k: v for k, v in samples[j].items() if k != "labels"} for j in indices])
+        return model_logits(model, {name: value.to(device) for name, value in batch.items()}).cpu().numpy()
+
     with quiet(model), precision, torch.inference_mode():
         for indices in sorted_batches([len(s["input_ids"]) for s in samples], batch_size):
-            batch = collate([{k: v for k, v in samples[j].items() if k != "labels"} for j in indices])
-            inputs = {name: value.to(device) for name, value in batch.items()}
-            logits = model_logits(model, inputs).cpu().numpy()
+            logits = np.concatenate(portions.of(indices, logits_of))
             out = np.empty((len(samples), logits.shape[1]), logits.dtype) if out is None else out
             out[indices] = logits
             done += len(indices)

@@ -30,7 +30,7 @@ from tsqlora.ranks.schedule import adjustment_steps, moves_allowed
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate
 from tsqlora.training.checkpoint import RankState
-from tsqlora.training.optimizer import require_trained, told_of_steps
+from tsqlora.training.optimizer import finite_gradients, require_trained, told_of_steps
 
 WHERE = {
     "before_forward": "before the step's first forward pass",
@@ -106,6 +106,8 @@ class RankLoop:
         self.steps = self._schedule(total_steps, warmup=warmup, freeze=freeze)
         self.budget = used(self.ranks, self.shapes)
         self.importance = Importance(self.layers)
+        slots = {id(parameter) for layer in self.layers.values() for parameter, _ in layer.matrices()}
+        self._others = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in slots]
         self.step, self.events, self.started, self.seconds = 0, list[RankEvent](), False, 0.0
         self._target(dict.fromkeys(self.layers, 1.0))  # bad bounds are told before training
         self._next, self._stepped, self._postponed = "before_forward", False, False
@@ -173,9 +175,9 @@ class RankLoop:
         self._expect("before_optimizer_step")
         self._next, self._stepped = "after_optimizer_step", False
         # Once ranks are final, nothing asks what slots are worth.
-        finite = self._final() or self.importance.update()
+        finite = self._final() or (finite_gradients(self._others) and self.importance.update())
         self._tap.close()
-        # A step whose gradients overflowed is skipped, and says nothing about ranks either.
+        # A step whose gradients are not finite is skipped, and says nothing about ranks either.
         self._postponed = self._probe is not None and not finite
         if self._postponed:
             self._probe = None

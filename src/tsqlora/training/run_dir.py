@@ -1,17 +1,25 @@
 """A run directory: one run, one process at a time."""
 
+import errno
 import fcntl
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tsqlora.errors import SettingsError
+from safetensors import SafetensorError
+
+from tsqlora.errors import SettingsError, TsqLoraError
 from tsqlora.record import RECORD_FILE
 
 CONFIG_FILE = "config.yaml"
 ADAPTER_DIR = "adapter"
 CHECKPOINT_DIR = "checkpoints"
 LOCK_FILE = "run.lock"
+
+_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+_TORCH_WRITES = ("PytorchStreamWriter failed writing", "inline_container.cc", "iostream error")
 
 
 def is_run(path: Path) -> bool:
@@ -28,9 +36,16 @@ def adapter_folder(path: Path) -> Path:
 def locked(run: Path, *, resume: bool = False) -> Iterator[None]:
     """Makes the directory and holds its lock, which dies with the process.
 
-    Raises SettingsError where another process holds it, where the directory cannot be made,
+    Raises SettingsError where another process holds it, where the directory cannot be made or named,
     and as `require_free` does.
     """
+    try:
+        str(run.absolute()).encode()
+    except UnicodeEncodeError:
+        raise SettingsError(
+            f"--out {str(run)!a} is no name in this locale's encoding, which is not UTF-8; set PYTHONUTF8=1, or "
+            "name another directory"
+        ) from None
     # Nothing is written into a directory of something else, not even the lock.
     if not (run / LOCK_FILE).exists():
         require_free(run, resume=resume)
@@ -59,6 +74,37 @@ def alone_in(folder: Path, *, busy: str) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def written(run: Path) -> Iterator[None]:
+    """Raises TsqLoraError, with the cure, where the disk takes no more of a run."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if (why := _of_the_disk(run, error)) is None or not _concerns(run, error):
+            raise
+        raise TsqLoraError(
+            f"{run} cannot be written: {why}; mend that, and `tsqlora train --resume` goes on from the last whole "
+            "checkpoint"
+        ) from error
+
+
+def _concerns(run: Path, error: Exception) -> bool:
+    """Whether it may be of a file in the run's directory: those who write do not always say which."""
+    name = getattr(error, "filename", None)
+    return name is None or Path(os.fsdecode(name)).absolute().is_relative_to(run.absolute())
+
+
+def _of_the_disk(run: Path, error: Exception) -> str | None:
+    """What a disk says that takes no more; None for any other error."""
+    if isinstance(error, OSError):
+        return error.strerror if error.errno in _REFUSALS else None
+    text = str(error)
+    # safetensors and torch write in languages of their own; torch tells no more than where in its code it failed.
+    if any(words in text for words in _TORCH_WRITES):
+        return f"a file was cut off ({shutil.disk_usage(run).free:,} bytes are free)"
+    return next((os.strerror(number) for number in _REFUSALS if f"os error {number})" in text), None)
+
+
 def require_free(run: Path, *, resume: bool = False) -> None:
     """Raises SettingsError if the directory holds a run that is not to be resumed, or something else."""
     if (run / CONFIG_FILE).exists():
@@ -66,6 +112,10 @@ def require_free(run: Path, *, resume: bool = False) -> None:
             raise SettingsError(f"{run} holds another run; give --resume to continue it, or name another --out")
         return
     strangers = sorted(path.name for path in run.iterdir() if not _left_before_the_start(path)) if run.is_dir() else []
+    if strangers and (run / LOCK_FILE).exists():
+        raise SettingsError(
+            f"{run} has no {CONFIG_FILE}, and {strangers[0]} of a run; put it back, or name another --out"
+        )
     if strangers:
         raise SettingsError(f"{run} is not empty ({strangers[0]}); name another --out")
 

@@ -1,0 +1,186 @@
+"""Steps whose loss or gradient is not finite are skipped, counted, and their rows named, in a stock Trainer."""
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import is_compiled_module
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tsqlora import distributed
+from tsqlora.errors import SettingsError, TsqLoraError
+from tsqlora.quality.subset import QualitySubset
+from tsqlora.training.checkpoint import GuardState, SkippedStep
+from tsqlora.training.manifest import announce, checkpoint_folder, seal, whole_before
+from tsqlora.training.optimizer import finite_gradients, told_of_steps
+
+NAMED = 100
+"""Skipped steps that are named; all are counted."""
+TOLD = 3
+"""Of them in a note."""
+
+
+class GuardCallback(TrainerCallback):
+    """Skips each step whose loss or gradient is not finite: weights and moments stay, schedule and data go on.
+
+    A skipped step counts as a step. It enters no importance, and an adjustment of ranks that was to come with it
+    comes with the next one. `skipped` names such steps and their rows.
+
+    Args:
+        data: the Trainer's train_dataset; without it, or where other processes hand out its rows (dataloader workers),
+            the rows of a skipped step are not known.
+        limit: with so many skipped among the last 2·limit steps training ends: TsqLoraError with advice, which names
+            the last whole checkpoint from before them.
+
+    Where a gradient scaler is at work, it skips steps itself while it looks for its scale; those count once the scale
+    is below 1.
+    """
+
+    def __init__(self, data: QualitySubset | None = None, *, limit: int = 5) -> None:
+        if limit < 1:
+            raise SettingsError(f"limit is {limit}; it must be at least 1")
+        self.data, self.limit = data, limit
+        self.skipped: list[SkippedStep] = []
+        """The first ones; `count` has all."""
+        self.count = 0
+        self._recent: deque[SkippedStep] = deque(maxlen=limit)
+        self._coming: deque[int] = deque()
+        self._rows: list[int] | None = []
+        self._parameters: list[nn.Parameter] = []
+        self._bad = False
+        self._held = ExitStack()
+        weakref.finalize(self, self._held.close)  # where training failed, at the latest on exit
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        announce(args, state, "guard")
+        self._held.close()
+        saved = GuardState.load(checkpoint_folder(args, state)) if state.global_step > 0 else GuardState([], 0, [])
+        self.skipped, self.count = list(saved.skipped), saved.count
+        self._recent = deque(saved.recent, maxlen=self.limit)
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._held.enter_context(told_of_steps(optimizer, self._before_step, self._after_step))
+        # Compiled code runs no hook that came after it; gradients are looked at all the same.
+        if not (args.torch_compile or is_compiled_module(model)):
+            self._held.callback(model.register_forward_hook(_without_keeping(self._forward), with_kwargs=True).remove)
+            if self.data is not None:
+                self._held.enter_context(self.data.announcing(self._coming.extend))
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._coming.clear()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._rows = []
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # The sum over processes is the same in all of them, and so is this.
+        self._bad = not finite_gradients(self._parameters) and not _looks_for_its_scale(kwargs["optimizer"])
+        if self._bad:
+            self._skip(args, state)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        GuardState(self.skipped, self.count, list(self._recent)).save(checkpoint_folder(args, state))
+        seal(args, state, "guard")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._held.close()
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a record: how many steps were skipped, and the first of them by name; nothing where none was."""
+        if not self.count:
+            return {}
+        return {"count": self.count, "steps": [step.to_dict() for step in self.skipped]}
+
+    def notes(self) -> list[str]:
+        """The same in words."""
+        if not self.count:
+            return []
+        named = "; ".join(f"step {step.step} ({step.told()})" for step in self.skipped[:TOLD])
+        more = ", ..." if self.count > TOLD else ""
+        return [f"{self.count} steps were skipped whose loss or gradient was not finite: {named}{more}"]
+
+    def _forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        if not (module.training and torch.is_grad_enabled()):
+            return
+        size = _rows_in((*args, *kwargs.values()))
+        if self._rows is None or size > len(self._coming):
+            self._rows = None
+        else:
+            self._rows += [self._coming.popleft() for _ in range(size)]
+        loss = output.get("loss") if isinstance(output, Mapping) else None
+        if isinstance(loss, Tensor) and loss.requires_grad:
+            # A loss that is not finite makes its gradient so, whatever it is made of; another's times 1 is unchanged.
+            factor = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+            loss.register_hook(lambda grad: grad * factor)
+
+    def _before_step(self) -> None:
+        if self._bad:
+            for parameter in self._parameters:
+                parameter.grad = None  # an optimizer leaves such a parameter, and what it keeps of it, alone
+
+    def _after_step(self) -> None:
+        self._bad = False
+
+    def _skip(self, args: TrainingArguments, state: TrainerState) -> None:
+        rows = distributed.gathered(self._rows)
+        known = None if any(not part for part in rows) else [row for part in rows for row in part or ()]
+        step = SkippedStep(state.global_step + 1, known)
+        self.count += 1
+        self._recent.append(step)
+        if len(self.skipped) < NAMED:
+            self.skipped.append(step)
+        if len(self._recent) == self.limit and step.step - self._recent[0].step < 2 * self.limit:
+            self._held.close()
+            raise TsqLoraError(self._advice(args, state))
+
+    def _advice(self, args: TrainingArguments, state: TrainerState) -> str:
+        first, last = self._recent[0].step, self._recent[-1]
+        what = f"{self.limit} of the last {last.step - first + 1} steps had a loss or gradient that is not finite"
+        if self.count == last.step:
+            return (
+                f"{what}, and no step before had a finite one: the base model's weights are not finite, or its dtype "
+                "is too narrow; use float32 (bf16 and fp16 false), or another base"
+            )
+        start = whole_before(str(args.output_dir), first)
+        back = "" if start is None else f"; the last whole checkpoint from before them is {start}"
+        return (
+            f"{what}, the last at step {last.step} ({last.told()}); they were skipped, and the weights are as before"
+            f"{back}. Look at the rows, lower the learning rate ({args.learning_rate:g}), or compute in float32"
+        )
+
+
+def _without_keeping(method: Callable[..., None]) -> Callable[..., None]:
+    """A hook that calls the method as long as its object is there: then nothing is left where training failed."""
+    known = weakref.WeakMethod(method)
+
+    def hook(*arguments: Any) -> None:
+        if (there := known()) is not None:
+            there(*arguments)
+
+    return hook
+
+
+def _looks_for_its_scale(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a gradient scaler skips the step, as it does until its scale is low enough."""
+    scaler = optimizer.scaler if isinstance(optimizer, AcceleratedOptimizer) else None
+    return scaler is not None and scaler.get_scale() >= 1
+
+
+def _rows_in(values: Iterable[Any]) -> int:
+    """Of a batch, by its first tensor."""
+    return next((len(value) for value in values if isinstance(value, Tensor) and value.dim() > 0), 0)

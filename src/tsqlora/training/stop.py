@@ -1,0 +1,93 @@
+"""SIGTERM and Ctrl-C: a training ends after the step that it is in, with a checkpoint."""
+
+import os
+import signal
+import threading
+import warnings
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tsqlora import distributed
+from tsqlora.errors import StoppedError
+from tsqlora.progress import Progress, Pulse
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopCallback(TrainerCallback):
+    """While it is open (`with`), a signal makes the step that is under way the last one, and its checkpoint is saved.
+
+    Then StoppedError is raised. Where no steps are made (scoring, evaluation), `watch` raises it at once. A second
+    signal ends everything as without us.
+
+    Args:
+        advice: how to go on, for the error.
+    """
+
+    def __init__(self, advice: str) -> None:
+        self.advice = advice
+        self.asked: int | None = None
+        """The signal that came."""
+        self._saved: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopCallback":
+        # Elsewhere Python sets no handlers, and whoever made the thread has its own.
+        if threading.current_thread() is threading.main_thread():
+            self._process = os.getpid()
+            # What is ignored stays so: Ctrl-C of what was started in a shell's background, or by nohup.
+            heard = [which for which in SIGNALS if signal.getsignal(which) != signal.SIG_IGN]
+            self._before = {which: signal.signal(which, self._come) for which in heard}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for which, handler in self._before.items():
+            signal.signal(which, handler)
+        self._before = {}
+
+    def watch(self, progress: Progress | None) -> Progress:
+        """A Progress that stops what makes no steps, as soon as it reports."""
+
+        def report(phase: str, done: int, total: int, pulse: Pulse | None = None, /) -> None:
+            if progress is not None:
+                progress(phase, done, total, pulse)
+            if self.asked is not None and phase not in ("warm-up", "training"):
+                raise self._stopped(f"in {phase}")
+
+        return report
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # Of several processes not every one may have heard of it by this step.
+        if float(distributed.summed(torch.tensor(float(self.asked or 0), device=args.device))) > 0:
+            self.asked = self.asked or signal.SIGTERM
+            control.should_save = True
+            self._saved = state.global_step
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._end()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        if self._saved is not None:
+            raise self._stopped(f"after step {self._saved}, which has a checkpoint")
+
+    def _come(self, which: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a worker of a data loader, which its parent ends
+            return
+        self.__exit__()
+        self.asked = which
+        name = signal.Signals(which).name
+        warnings.warn(f"{name}: stopping after this step, with a checkpoint; once more stops at once", stacklevel=1)
+
+    def _stopped(self, where: str) -> StoppedError:
+        assert self.asked is not None
+        return StoppedError(f"stopped by {signal.Signals(self.asked).name} {where}; {self.advice}", self.asked)
