@@ -109,7 +109,7 @@ def test_the_first_time_says_what_a_second_would_do() -> None:
 def test_where_there_are_no_steps_it_stops_at_the_next_report(phase: str) -> None:
     told: list[tuple[str, int, int]] = []
     with StopCallback("go on") as stop:
-        watched = stop.watch(lambda *report: told.append(report))
+        watched = stop.watch(lambda phase, done, total, _pulse=None: told.append((phase, done, total)))
         watched(phase, 1, 9)
         send(signal.SIGTERM)
         watched("training", 1, 9)
