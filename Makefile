@@ -21,6 +21,7 @@ check: .venv/.installed-dev
 	$(BIN)/python bench/tables.py --check
 	$(BIN)/python bench/results_page.py --check
 	$(BIN)/python scripts/reference_pages.py --check
+	$(BIN)/python .ci/audit.py
 	$(BIN)/pytest -n logical -m docs
 
 # Builds the site in site/, then serves it on localhost until Ctrl-C.

@@ -457,6 +457,134 @@ TABLES |= {
 }
 
 
+def fuzz(results: Mapping[str, Any]) -> list[list[str]]:
+    """Cases and what came of them, a row a reader."""
+    rows = [["reader", "cases", "read", "refused", "failures", "slowest case, s", "failures found before and mended"]]
+    totals = Counter[str]()
+    for name, target in results["targets"].items():
+        outcomes = target["outcomes"]
+        failed = target["cases"] - outcomes.get("read", 0) - outcomes.get("refused", 0)
+        found = len(results["found"].get(name, ()))
+        totals.update(cases=target["cases"], read=outcomes.get("read", 0), refused=outcomes.get("refused", 0))
+        totals.update(failed=failed, found=found)
+        counts = (target["cases"], outcomes.get("read", 0), outcomes.get("refused", 0), failed)
+        rows.append([name, *(f"{count:,}" for count in counts), f"{target['slowest_seconds']:.2f}", str(found)])
+    for name, found in results["found"].items():
+        if name not in results["targets"]:
+            totals.update(found=len(found))
+            rows.append([name, "by reading", "", "", "", "", str(len(found))])
+    counts = (totals[name] for name in ("cases", "read", "refused", "failed"))
+    return [*rows, ["**all**", *(f"{count:,}" for count in counts), "", str(totals["found"])]]
+
+
+def fuzz_found(results: Mapping[str, Any]) -> list[list[str]]:
+    """What was found and mended, a row each."""
+    return [
+        ["reader", "what a file could do"],
+        *([name, what] for name, found in results["found"].items() for what in found),
+    ]
+
+
+def scale_model(results: Mapping[str, Any]) -> list[list[str]]:
+    """Operations counted over those of the formulas, and bytes held."""
+    head = ["rows", "tokens", "width", "depth", "forward, MFLOP", "of the formula", "step, MFLOP", "of the formula"]
+    rows = [[*head, "held, MB", "c, bytes"]]
+    for p in results["model"]["found"]:
+        size = [str(p[name]) for name in ("rows", "tokens", "width", "depth")]
+        counted = [
+            text
+            for name in ("forward", "step")
+            for text in (f"{p[name] / 1e6:,.0f}", f"{p[name] / p[f'{name}_predicted']:.3f}")
+        ]
+        rows.append([*size, *counted, f"{p['held_bytes'] / 1e6:.1f}", f"{p['held_a_token_and_layer_of_width']:.0f}"])
+    return rows
+
+
+def scale_processes(results: Mapping[str, Any]) -> list[list[str]]:
+    """Bytes of gradients a step and rows passed forward, by how many processes."""
+    rows = [["processes", "bytes of gradients a step", "4 × what trains", "rows forward, each process"]]
+    for found in results.get("processes", {"found": []})["found"]:
+        each = found["each"]
+        passed = ", ".join(str(one["rows_forward"]) for one in each)
+        rows.append([str(found["processes"]), f"{each[0]['bytes_a_step']:,}", f"{4 * each[0]['trainable']:,}", passed])
+    return rows
+
+
+def scale_rows(results: Mapping[str, Any]) -> list[list[str]]:
+    """Memory and seconds by rows."""
+    rows = [
+        ["rows", "drawn", "memory before, MB", "at most, MB", "more, bytes a row", "processor's seconds", "scores, MB"]
+    ]
+    measured = sorted(
+        (entry["found"] for key, entry in results.items() if key.startswith("rows-")), key=lambda r: r["rows"]
+    )
+    for r in measured:
+        before, peak = r["bytes_before"], r["peak_bytes"]
+        shown = [f"{before / 1e6:,.0f}", f"{peak / 1e6:,.0f}", f"{(peak - before) / r['rows']:,.0f}"]
+        rows.append(
+            [
+                f"{r['rows']:,}",
+                f"{r['drawn']:,}",
+                *shown,
+                f"{r['processor_seconds']:,.0f}",
+                f"{r['scores_bytes'] / 1e6:.0f}",
+            ]
+        )
+    return rows
+
+
+def scale_steps(results: Mapping[str, Any]) -> list[list[str]]:
+    """What grew in a run of many steps."""
+    head = ["steps", "growth, bytes a step", "open files", "threads", "adjustments kept", "slots moved"]
+    if "steps" not in results:
+        return [head]
+    run = results["steps"]["found"]
+    return [
+        head,
+        [
+            f"{run['steps']:,}",
+            f"{run['growth_bytes_a_step']:,.0f}",
+            " to ".join(map(str, run["handles"])),
+            " to ".join(map(str, run["threads"])),
+            f"{run['adjustments_kept']:,}",
+            f"{run['slots_moved']:,}",
+        ],
+    ]
+
+
+_PLAN: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "P": lambda m: f"{m['linear'] / 1e9:.1f} · 10⁹",
+    "A": lambda m: f"{m['lora'] / 1e6:.0f} · 10⁶",
+    "forward pass of a row, TFLOP": lambda m: f"{m['forward'] / 1e12:.1f}",
+    "training step of a row, checkpointed, TFLOP": lambda m: f"{m['step_checkpointed'] / 1e12:.1f}",
+    "hours to score 10⁶ rows, default rule": lambda m: f"{m['hours_to_score_a_million']:.0f}",
+    "all three terms": lambda m: f"{m['hours_to_score_a_million_all_terms']:.0f}",
+    "hours to train three epochs of half of 10⁶ rows": lambda m: f"{m['hours_to_train_three_epochs_of_half']:.0f}",
+    "weights a device, GB": lambda m: f"{m['bytes_of_weights_a_device'] / 1e9:.1f}",
+    "gathered at a time, GB": lambda m: f"{m['bytes_gathered_at_a_time'] / 1e9:.1f}",
+    "adapter and Adam a device, GB": lambda m: f"{m['bytes_of_adapter_and_adam_a_device'] / 1e9:.2f}",
+    "checkpoints of activations a device, GB": lambda m: f"{m['bytes_of_checkpoints_a_device'] / 1e9:.1f}",
+    "received a micro-batch, GB": lambda m: f"{m['bytes_received_a_micro_batch'] / 1e9:.0f}",
+}
+
+
+def scale_plan(results: Mapping[str, Any]) -> list[list[str]]:
+    """The cost model's numbers, a column a model."""
+    models = results["plan"]["found"]["models"]
+    return [["", *models], *([name, *(shown(m) for m in models.values())] for name, shown in _PLAN.items())]
+
+
+TABLES |= {
+    "fuzz": fuzz,
+    "fuzz-found": fuzz_found,
+    "scale-model": scale_model,
+    "scale-plan": scale_plan,
+    "scale-processes": scale_processes,
+    "scale-rows": scale_rows,
+    "scale-steps": scale_steps,
+}
+
+
 def glue_summary(_: Mapping[str, Any]) -> list[list[str]]:
     """What docs/results.md says over tasks at 2,000 rows and mean rank 4, with wrong labels and without."""
     import results_page

@@ -1,6 +1,8 @@
 """A run's model card: metadata that the Hub reads, numbers that are the run's, nothing of this machine."""
 
+import ast
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,31 @@ def test_the_text_has_ranks_costs_data_and_how_to_load(run: Path) -> None:
         assert shown in card
 
 
+def test_what_a_stranger_wrote_is_text_and_not_markup(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    record = json.loads((run / "run.json").read_text())
+    record["labels"] = ["<script>alert(1)</script>", "a\n\n# b", "[x](javascript:1)"]
+    record["notes"] = ["`x`\x1b[2J", "*y*"]
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["model"]["path"] = 'm"); import os #\n```\n<b>'
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(settings))
+    card = model_card(tmp_path / "run")
+    text = card.split("---", 2)[2]
+    assert "<script>" not in text
+    assert "<b>" not in text.replace('\\n```\\n<b>"', "")
+    assert r"Labels: &lt;script&gt;alert(1)&lt;/script&gt;, a # b, \[x\](javascript:1)." in text
+    assert r"Note: \`x\`\\x1b\[2J." in text
+    assert r"Note: \*y\*." in text
+    # What is to be copied names the model, and does nothing else.
+    code = text.split("```python\n")[1].split("\n```\n")[0]
+    called = [node.func for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    assert {ast.unparse(name) for name in called} == {
+        "AutoModelForSequenceClassification.from_pretrained",
+        "PeftModel.from_pretrained",
+    }
+
+
 def test_nothing_of_this_machine_is_told(run: Path) -> None:
     assert str(run.parent) not in model_card(run)
 
@@ -83,6 +110,16 @@ def test_what_was_exported_says_how_it_is_loaded(format: str, library: str, show
     assert ModelCard(card).data.to_dict()["library_name"] == library
     assert shown in card
     assert ("## Ranks" in card) == (format != "merged")
+
+
+def test_that_code_of_the_model_was_run_is_told(run: Path) -> None:
+    folder = run.parent
+    plain: dict[str, Any] = {"quality": {"enabled": False, "fraction": 0.5}, "ranks": {"policy": "fixed", "mean": 2.0}}
+    config = write_config(folder / "t.yaml", folder / "tiny-bert", folder / "moods.jsonl", **plain)
+    record = train(load_config(config, ["model.trust_remote_code=true", "training.epochs=1"]), folder / "trusting")
+    told = "code that came with the model was run: model.trust_remote_code was true"
+    assert told in record.notes
+    assert f"Note: {told}." in model_card(folder / "trusting")
 
 
 def test_quality_that_was_refused_is_not_claimed(run: Path, tmp_path: Path) -> None:

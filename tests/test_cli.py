@@ -884,3 +884,8 @@ def test_two_processes_train_one_run_and_one_speaks(place: Path, tmp_path: Path)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("checkpoint-30 is passed over: rng_state_1.pth is missing") == 1
     assert adapter.read_bytes() == whole
+
+
+def test_what_is_shown_says_nothing_to_the_terminal_itself() -> None:
+    shown = cli._harmless({"a\x1b": ["\x1b]0;owned\x07", ("two\nlines", 1)], "n": None})
+    assert shown == {r"a\x1b": [r"\x1b]0;owned\x07", ["two\nlines", 1]], "n": None}

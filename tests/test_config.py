@@ -174,8 +174,8 @@ def test_the_greatest_rank_is_twice_the_mean_unless_set() -> None:
         ("quality: {enabled: yes}", "quality.enabled is 'yes'; it takes true or false"),
         ("quality: {scope: head}", "quality.scope is 'head'; it takes adapter or full"),
         ("quality: {temperature: 0}", "quality.temperature is 0; it takes a number > 0, or null"),
-        ("ranks: {mean: .nan}", "ranks.mean is .nan; it takes a number > 0"),
-        ("ranks: {max: 2.5}", "ranks.max is 2.5; it takes a whole number >= 1, or null"),
+        ("ranks: {mean: .nan}", "ranks.mean is .nan; it takes a number > 0 and <= 65536"),
+        ("ranks: {max: 2.5}", "ranks.max is 2.5; it takes a whole number >= 1 and <= 65536, or null"),
         ("training: {epochs: true}", "training.epochs is true; it takes a whole number >= 1"),
         ("training: {epochs: null}", "training.epochs is null; it takes a whole number >= 1"),
         ("task: {type: 7}", "task.type is 7; it takes text, in quotes"),
@@ -245,7 +245,7 @@ def test_bytes_that_are_no_text_are_not_yaml() -> None:
 
 
 def test_yaml_runs_no_code() -> None:
-    assert "could not determine a constructor" in error_of("task: !!python/object/apply:os.getcwd []")
+    assert "is not taken; write the plain value" in error_of("task: !!python/object/apply:os.getcwd []")
 
 
 # ------------------------------------------------------------------------------ overrides

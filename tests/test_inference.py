@@ -114,6 +114,38 @@ def copied(run: Path, folder: Path, **changed: Any) -> Path:
     return folder / "run"
 
 
+def test_cells_that_a_spreadsheet_would_run_get_a_sign_before_them_and_it_is_said(run: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "in.jsonl", [{"text": "=1+1 good", "@x": "-2"}, {"text": "bad", "@x": "+cmd"}])
+    with pytest.warns(
+        UserWarning, match=r"3 cells of .*out\.csv begin like a formula .*\.jsonl keeps them as they are"
+    ):
+        predict_run(run, tmp_path / "in.jsonl", tmp_path / "out.csv")
+    written = read_rows(tmp_path / "out.csv").rows
+    assert [(row["text"], row["'@x"]) for row in written] == [("'=1+1 good", "-2"), ("bad", "'+cmd")]
+    predict_run(run, tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    assert read_rows(tmp_path / "out.jsonl").rows[0]["text"] == "=1+1 good"
+
+
+def test_code_of_a_runs_model_is_run_only_where_whoever_opens_it_says_so(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("trust_remote_code: false", "trust_remote_code: true"))
+    with pytest.raises(SettingsError, match=r"trust_remote_code true, .* set TSQLORA_TRUST_REMOTE_CODE=1"):
+        open_run(tmp_path / "run")
+    monkeypatch.setenv("TSQLORA_TRUST_REMOTE_CODE", "1")
+    assert open_run(tmp_path / "run").config.model.trust_remote_code
+
+
+def test_a_runs_adapter_that_is_a_pickle_is_not_opened(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    adapter = tmp_path / "run" / "adapter"
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    with pytest.raises(DataError, match="a pickle, which can run code and is not opened"):
+        open_run(tmp_path / "run")
+
+
 def test_an_unfinished_run_is_refused(run: Path, tmp_path: Path) -> None:
     unfinished = copied(run, tmp_path, status="running")
     for use in (evaluate_run, open_run):

@@ -1,5 +1,6 @@
 """The model card of a run, in the Hub's format: what it was made of, how it does, what it cost, how to load it."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from tsqlora.config import Config, load_config
 from tsqlora.display import split_name
+from tsqlora.errors import printable
 from tsqlora.record import RunRecord, write_whole
 from tsqlora.training.run_dir import CONFIG_FILE
 
@@ -30,7 +32,7 @@ def model_card(run: Path, *, format: str = "peft") -> str:
     """
     config, record = load_config(run / CONFIG_FILE), RunRecord.load(run)
     parts = [
-        f"# {_name(config.model.path)}, fine-tuned on {_name(str(config.data.train))}",
+        f"# {_text(_name(config.model.path))}, fine-tuned on {_text(_name(str(config.data.train)))}",
         _summary(config, record, format),
         *_section("How to load it", [_loading(config, record, format)]),
         *_section("Results", _table(["rows", "metric", "value"], _results(record))),
@@ -71,8 +73,8 @@ def _metadata(config: Config, record: RunRecord, format: str) -> str:
 def _summary(config: Config, record: RunRecord, format: str) -> str:
     what = {"merged": "A plain model: base and adapter in one.", "gguf": "A LoRA file for llama.cpp."}
     return (
-        f"{what.get(format, 'A LoRA adapter in the format of PEFT.')} Task: {record.task}. Base model: "
-        f"{_name(config.model.path)}. {record.parameters.get('trainable', 0):,} parameters were trained."
+        f"{what.get(format, 'A LoRA adapter in the format of PEFT.')} Task: {_text(record.task)}. Base model: "
+        f"{_text(_name(config.model.path))}. {record.parameters.get('trainable', 0):,} parameters were trained."
     )
 
 
@@ -85,7 +87,7 @@ def _loading(config: Config, record: RunRecord, format: str) -> str:
         return f'```python\nfrom transformers import {kind}\n\nmodel = {kind}.from_pretrained("THIS-DIRECTORY")\n```'
     return (
         f"```python\nfrom peft import PeftModel\nfrom transformers import {kind}\n\n"
-        f'base = {kind}.from_pretrained("{_name(config.model.path)}"{labels})\n'
+        f"base = {kind}.from_pretrained({json.dumps(_name(config.model.path), ensure_ascii=False)}{labels})\n"
         'model = PeftModel.from_pretrained(base, "THIS-DIRECTORY")\n```'
     )
 
@@ -104,11 +106,13 @@ def _data(config: Config, record: RunRecord) -> list[str]:
         rule = f"{fraction:.0%} of the rows in each epoch, drawn by quality ({config.quality.preset})"
     else:
         rule = f"a random {fraction:.0%} of the rows in each epoch: quality was not used"
-    lines = [f"{_name(str(config.data.train))}: {rows} rows; hash `{record.data['hash']}`, seed {record.seed}."]
+    lines = [
+        f"{_text(_name(str(config.data.train)))}: {rows} rows; hash `{_text(record.data['hash'])}`, seed {record.seed}."
+    ]
     lines.append(f"Trained on {rule}.")
     if record.labels is not None:
-        lines.append(f"Labels: {', '.join(map(str, record.labels))}.")
-    return ["\n".join([*lines, *(f"Note: {note}." for note in record.notes)])]
+        lines.append(f"Labels: {', '.join(map(_text, record.labels))}.")
+    return ["\n".join([*lines, *(f"Note: {_text(note)}." for note in record.notes)])]
 
 
 def _ranks(ranks: Mapping[str, int]) -> list[str]:
@@ -136,8 +140,16 @@ def _section(title: str, lines: Sequence[str]) -> list[str]:
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
     if not rows:
         return []
-    escaped = [[str(cell).replace("|", "\\|") for cell in row] for row in (head, ["---"] * len(head), *rows)]
+    escaped = [[_text(cell).replace("|", "\\|") for cell in row] for row in (head, ["---"] * len(head), *rows)]
     return [f"| {' | '.join(row)} |" for row in escaped]
+
+
+_MARKS = {**{ord(mark): f"\\{mark}" for mark in "\\`[]*"}, ord("<"): "&lt;", ord(">"): "&gt;", ord("&"): "&amp;"}
+
+
+def _text(value: Any) -> str:
+    """A stranger's text, on one line, as text: neither Markdown nor HTML."""
+    return printable(" ".join(str(value).split())).translate(_MARKS)
 
 
 def _name(path: str) -> str:

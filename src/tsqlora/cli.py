@@ -24,7 +24,7 @@ from tsqlora.display import (
     show_scores,
     show_scoring_plan,
 )
-from tsqlora.errors import SettingsError, TsqLoraError
+from tsqlora.errors import SettingsError, TsqLoraError, printable
 from tsqlora.noise import quieten
 from tsqlora.record import write_json
 
@@ -78,7 +78,7 @@ def _run(arguments: list[str], *, debug: bool) -> int:
         _tell(str(error), debug=debug)
         return error.exit_code
     except Exception as error:
-        what = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        what = printable(f"{type(error).__name__}: {error}".strip().splitlines()[0])
         _tell(f"{what}; --debug shows where", debug=debug)
         return 1
 
@@ -518,7 +518,18 @@ def _print(result: Mapping[str, Any], as_json: bool, show: Callable[[Console, Ma
     if as_json:
         stdout.out(json.dumps(result), highlight=False)
     else:
-        show(stdout, result)
+        show(stdout, _harmless(result))
+
+
+def _harmless(value: Any) -> Any:
+    """The same with texts that say nothing to the terminal itself: names and rows may be a stranger's."""
+    if isinstance(value, str):
+        return "\n".join(printable(line, longest=10**9) for line in value.split("\n"))
+    if isinstance(value, Mapping):
+        return {_harmless(key): _harmless(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_harmless(inner) for inner in value]
+    return value
 
 
 def _tell(problem: str, *, debug: bool = False) -> None:
@@ -530,7 +541,7 @@ def _tell(problem: str, *, debug: bool = False) -> None:
 
 def _plain(text: str) -> str:
     """Text that is shown as it stands: square brackets are no markup."""
-    return escape(text)
+    return escape(_harmless(text))
 
 
 def _quieten_libraries(*, debug: bool) -> None:

@@ -8,19 +8,19 @@ import dataclasses
 import difflib
 import math
 import os
-import re
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
-import yaml
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from tsqlora.errors import SettingsError, nearest
+from tsqlora.hub import is_revision
+from tsqlora.yaml12 import MOST_BYTES, YamlProblem, dump_yaml, inline_yaml, load_yaml
 
 # ------------------------------------------------------------------------------ settings
 
@@ -64,7 +64,13 @@ class ModelSettings(Section):
     path: str = Field(description="Directory or hub id of the model to adapt.")
     revision: str | None = setting(None, "Branch, tag or commit of a hub model.")
     dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", "What the frozen weights are loaded as.")
-    trust_remote_code: bool = setting(False, "Run code that comes with the model or data.")
+    trust_remote_code: bool = setting(False, "Run code that comes with the model.")
+
+    @model_validator(mode="after")
+    def _revision_is_no_path(self) -> "ModelSettings":
+        if self.revision is not None and not is_revision(self.revision):
+            raise SettingsError(f"model.revision is {self.revision!r}; it takes a branch, a tag or a commit")
+        return self
 
 
 class TaskSettings(Section):
@@ -182,9 +188,9 @@ class QualitySettings(Section):
 
 class RankSettings(Section):
     policy: str = setting("tsqlora", "How ranks are chosen and change.")
-    mean: float = setting(8.0, "Rank of a uniform LoRA of the same number of parameters.", gt=0)
+    mean: float = setting(8.0, "Rank of a uniform LoRA of the same number of parameters.", gt=0, le=65536)
     min: int = setting(1, "Least rank of a layer; 0 may remove it.", ge=0)
-    max: int | None = setting(None, "Greatest rank of a layer; null is twice the mean.", ge=1)
+    max: int | None = setting(None, "Greatest rank of a layer; null is twice the mean.", ge=1, le=65536)
     gamma: float = setting(1.0, "Ranks follow sensitivity to this power; 0 is uniform.", ge=0)
     estimator: str = setting("sampled", "How a layer's sensitivity is measured.")
     samples: int = setting(256, "Rows of the quality sample on which it is measured.", ge=1)
@@ -230,6 +236,7 @@ REFUSED_ARGUMENTS: Mapping[str, str] = {
     "per_device_eval_batch_size": "set training.eval_batch_size",
     "output_dir": "give the run directory as --out",
     "resume_from_checkpoint": "give --resume",
+    "hub_token": "log in with `hf auth login` or set HF_TOKEN: settings are copied into the run's files",
     "data_seed": "set training.seed, which decides the draws too",
     "group_by_length": "leave it out: the order of the rows is the draw's",
     "train_sampling_strategy": "leave it out: the order of the rows is the draw's",
@@ -307,9 +314,28 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     return _with_absolute_paths(config, Path(path).parent)
 
 
+def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise SettingsError(
+            f"{path}: cannot be read ({error.strerror}); 'tsqlora init -o FILE' writes a file to start from"
+        ) from None
+    try:
+        raw = load_yaml(content)
+    except YamlProblem as error:
+        raise SettingsError(f"{path}: not valid YAML: {error}") from None
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise SettingsError(f"{path}: holds a {type(raw).__name__}, not settings; write sections, such as 'model:'")
+    return raw
+
+
 def dump_config(config: Config) -> str:
     """YAML with every setting, which `load_config` reads back to an equal `Config`."""
-    return yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return dump_yaml(config.model_dump())
 
 
 def template(task: str | None = None) -> str:
@@ -331,16 +357,10 @@ def _describe(section: type[Section], example: Mapping[str, str], prefix: str = 
         if isinstance(inner, type) and issubclass(inner, Section):
             lines += [f"{indent}{name}:", *_describe(inner, example, f"{key}.")]
             continue
-        default = "required" if field.is_required() else f"default {_inline(field.default)}"
-        value = _inline(example.get(key, field.default))
+        default = "required" if field.is_required() else f"default {inline_yaml(field.default)}"
+        value = inline_yaml(example.get(key, field.default))
         lines.append(f"{indent}{name}: {value}  # {_allowed(field)}; {default}")
     return lines
-
-
-def _inline(value: object) -> str:
-    """A value as YAML on one line."""
-    dumped = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=math.inf)
-    return dumped.removesuffix("...\n").strip()
 
 
 def _with_absolute_paths(config: Config, beside: Path) -> Config:
@@ -363,16 +383,17 @@ def _locate(path: str | None, beside: Path) -> str | None:
 # ------------------------------------------------------------------------------ overrides
 
 
+_MOST_DOTS = 9
+
+
 def _parse_override(override: str) -> tuple[str, Any]:
     key, equals, text = override.partition("=")
-    if not equals or not all(key.split(".")):
+    if not equals or not all(key.split(".")) or key.count(".") > _MOST_DOTS:
         raise SettingsError(f"--set: {override!r} is not key.key=value, such as quality.fraction=0.3")
     try:
-        return key, yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError) as error:
-        raise SettingsError(
-            f"--set: the value of {override!r} is not YAML ({_yaml_problem(error)}); put it in quotes"
-        ) from None
+        return key, load_yaml(text)
+    except YamlProblem as error:
+        raise SettingsError(f"--set: the value of {override!r} is not YAML ({error}); put it in quotes") from None
 
 
 def _assign(raw: dict[str, Any], key: str, value: object) -> None:
@@ -420,7 +441,7 @@ def _wrong_value(key: str, field: FieldInfo, raw: Mapping[str, Any]) -> str:
     value: Any = raw
     for part in key.split("."):
         value = value[part]
-    shown = repr(value) if isinstance(value, str) else _inline(value)
+    shown = repr(value) if isinstance(value, str) else inline_yaml(value)
     if _is_section(field):
         return f"{key} is {shown}; it takes settings under it: {', '.join(_section_of(field).model_fields)}"
     unquoted = isinstance(value, int | float) and str in _members(field.annotation)
@@ -500,87 +521,3 @@ def _unknown_training_key(name: str, trainer_arguments: frozenset[str]) -> str:
     return (
         f"unknown key 'training.{name}'; {hint}choices: {', '.join(ours)}, or a field of transformers.TrainingArguments"
     )
-
-
-# ----------------------------------------------------------------------------------- YAML
-
-
-def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise SettingsError(
-            f"{path}: cannot be read ({error.strerror}); 'tsqlora init -o FILE' writes a file to start from"
-        ) from None
-    try:
-        raw = yaml.load(content, Loader=_Loader)
-    except (yaml.YAMLError, ValueError) as error:
-        raise SettingsError(f"{path}: not valid YAML: {_yaml_problem(error)}") from None
-    if raw is None:
-        return {}
-    if not isinstance(raw, dict):
-        raise SettingsError(f"{path}: holds a {type(raw).__name__}, not settings; write sections, such as 'model:'")
-    return raw
-
-
-def _yaml_problem(error: Exception) -> str:
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        return f"line {error.problem_mark.line + 1}: {error.problem}"
-    return str(error).splitlines()[0]
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML whose mappings have text keys, each once."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        assert node is not None
-        seen: set[str] = set()
-        for key, _ in node.value:
-            problem = None
-            if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
-                problem = "a key is not text; put it in quotes"
-            elif key.value in seen:
-                problem = f"key {key.value!r} is there twice; keep one"
-            if problem:
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-            seen.add(key.value)
-        return node
-
-
-class _Dumper(yaml.SafeDumper):
-    """Puts in quotes what `_Loader` would not read as the same text."""
-
-    def represent_text(self, text: str) -> yaml.ScalarNode:
-        # Single quotes, PyYAML's choice, lose line breaks other than \n.
-        return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
-
-
-_Dumper.add_representer(str, _Dumper.represent_text)
-
-
-_CORE_SCALARS = {
-    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    "int": (r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F]+)", list("-+0123456789")),
-    "float": (
-        r"[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(?:inf|Inf|INF))"
-        r"|\.(?:nan|NaN|NAN)",
-        list("-+.0123456789"),
-    ),
-    "merge": (r"<<", ["<"]),
-}
-
-
-def _use_core_scalars(cls: type[_Loader] | type[_Dumper]) -> None:
-    """YAML 1.2's scalars: 5e-4 is a number; `no` (as in `eval_strategy: no`) and 2026-01-31 are text.
-
-    YAML 1.1, which PyYAML follows, has it the other way round.
-    """
-    cls.yaml_implicit_resolvers = {}
-    for name, (pattern, firsts) in _CORE_SCALARS.items():
-        cls.add_implicit_resolver(f"tag:yaml.org,2002:{name}", re.compile(f"(?:{pattern})$"), firsts)
-
-
-_use_core_scalars(_Loader)
-_use_core_scalars(_Dumper)

@@ -19,6 +19,9 @@ class TsqLoraError(Exception):
 
     exit_code = 1
 
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
 
 class SettingsError(TsqLoraError, ValueError):
     """A setting or an argument is wrong."""
@@ -50,7 +53,25 @@ class StoppedError(TsqLoraError):
         self.exit_code = 128 + signal
 
     def __str__(self) -> str:
-        return str(self.args[0])
+        return printable(str(self.args[0]))
+
+
+_LONGEST = 1500
+"""Characters of a message: what it quotes may be a stranger's."""
+
+
+def printable(text: str, longest: int = _LONGEST) -> str:
+    """Text that says nothing to the terminal itself: control characters as escapes, the middle left out if it is long.
+
+    >>> printable("red \\x1b[31m"), printable("abcdefgh", 5)
+    ('red \\\\x1b[31m', 'ab … gh')
+    """
+    shown = text if text.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in text)
+    return shown if len(shown) <= longest else f"{shown[: longest // 2]} … {shown[-(longest // 2) :]}"
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

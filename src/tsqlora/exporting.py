@@ -14,11 +14,11 @@ from tsqlora.adapter.health import vllm_rank
 from tsqlora.adapter.verify import describe
 from tsqlora.card import write_card
 from tsqlora.errors import SettingsError, nearest
-from tsqlora.hub import push, require_repository
 from tsqlora.inference import open_run
 from tsqlora.pipeline import read
 from tsqlora.probe import sensitivity
 from tsqlora.training.run_dir import adapter_folder, is_run
+from tsqlora.upload import push, require_repository
 
 
 def export(

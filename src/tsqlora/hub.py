@@ -1,42 +1,25 @@
-"""A directory to the Hugging Face Hub, by huggingface_hub: it finds the token, which passes through no code here."""
+"""What may name something on the hub: never a path."""
 
-from pathlib import Path
+import re
 
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-from huggingface_hub.utils import validate_repo_id
-
-from tsqlora.errors import SettingsError, TsqLoraError
+_PART = r"[A-Za-z0-9_](?:[\w.-]*[\w])?"
+_ID = re.compile(rf"{_PART}(?:/{_PART})?", re.ASCII)
+_LONGEST = 96
 
 
-def require_repository(repo: str) -> None:
-    """Raises SettingsError for what is no name of a repository, before anything is written."""
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise SettingsError(f"--push-to-hub {repo}: {str(error).splitlines()[0].rstrip('.')}") from None
+def is_hub_id(name: str) -> bool:
+    """Whether a text can be the id of a model or a data set: NAME or OWNER/NAME.
 
-
-def push(folder: Path, repo: str) -> str:
-    """Uploads a directory as one commit; its address.  The repository is made where there is none, and is private.
-
-    Raises TsqLoraError where the hub refuses or cannot be reached; the directory stays.
+    >>> [is_hub_id(name) for name in ("gpt2", "org/model-1.0", "../x", "a/b/c", "a/..", "/etc", "https://x", "a--b")]
+    [True, True, False, False, False, False, False, False]
     """
-    api = HfApi()
-    try:
-        api.create_repo(repo, private=True, exist_ok=True)
-        done = api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload adapter")
-    except HfHubHTTPError as error:
-        raise _not_pushed(folder, repo, f"the hub answers {error.response.status_code}") from None
-    except OfflineModeIsEnabled:
-        raise _not_pushed(folder, repo, "HF_HUB_OFFLINE is set") from None
-    except OSError as error:
-        raise _not_pushed(folder, repo, f"no connection: {type(error).__name__}") from None
-    return str(done.commit_url)
+    return len(name) <= _LONGEST and bool(_ID.fullmatch(name)) and "--" not in name and ".." not in name
 
 
-def _not_pushed(folder: Path, repo: str, why: str) -> TsqLoraError:
-    return TsqLoraError(
-        f"{folder} is written, and was not pushed to {repo} ({why}); log in with `hf auth login`, then "
-        f"`hf upload {repo} {folder}`"
-    )
+def is_revision(name: str) -> bool:
+    """Whether a text can be a branch, tag or commit: it becomes part of a path in the hub's cache.
+
+    >>> [is_revision(name) for name in ("main", "refs/pr/1", "v1.0", "../../x", "/etc/passwd", "")]
+    [True, True, True, False, False, False]
+    """
+    return all(re.fullmatch(r"[\w.+-]+", part, re.ASCII) and part.strip(".") for part in name.split("/"))

@@ -1,5 +1,7 @@
 """A finished run put to use: its metrics on a labelled file, its predictions or texts on any."""
 
+import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from scipy.special import softmax
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from tsqlora.adapter.files import require_safe
 from tsqlora.config import Config, load_config
 from tsqlora.data.columns import Columns
 from tsqlora.data.formats import FORMATS, Format
@@ -20,8 +23,8 @@ from tsqlora.data.labels import LabelMap
 from tsqlora.data.prepare import Prepared, Splits, Writing, encode_split, prepare
 from tsqlora.data.rows import Rows, column_names, read_rows
 from tsqlora.data.tokenise import TokenisedSplit
-from tsqlora.data.write import require_writable, write_rows
-from tsqlora.errors import DataError
+from tsqlora.data.write import SHEETS, require_writable, without_formulas, write_rows
+from tsqlora.errors import DataError, SettingsError
 from tsqlora.quality.score import Progress
 from tsqlora.reading import read, writing_of
 from tsqlora.record import RunRecord
@@ -122,6 +125,10 @@ class Asking:
         return text_metrics(written, references(rows, format))
 
 
+TRUST = "TSQLORA_TRUST_REMOTE_CODE"
+"""Variable of the environment that lets the code of a run's model be run, where its settings ask for it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Trained:
     """A run read back: its model, and what is needed to feed it."""
@@ -190,6 +197,8 @@ def open_run(run: Path, overrides: Sequence[str] = ()) -> Trained:
     config = load_config(run / CONFIG_FILE, overrides)
     labels = None if record.labels is None else LabelMap(tuple(record.labels))
     base, task = config.model, get_task(record.task)
+    _require_trust(config, run)
+    require_safe(run / ADAPTER_DIR)
     pretrained = load_pretrained(
         base.path,
         labels=labels,
@@ -201,6 +210,15 @@ def open_run(run: Path, overrides: Sequence[str] = ()) -> Trained:
     model = PeftModel.from_pretrained(pretrained.model, str(run / ADAPTER_DIR), is_trainable=True)
     model.to(device_of(config))
     return Trained(config, record, task, model, pretrained.tokenizer, labels)
+
+
+def _require_trust(config: Config, run: Path) -> None:
+    """A run may be a stranger's: whether code of its model is run is for whoever opens it to say."""
+    if config.model.trust_remote_code and os.environ.get(TRUST) != "1":
+        raise SettingsError(
+            f"{run / CONFIG_FILE} has model.trust_remote_code true, which runs code that comes with "
+            f"{config.model.path}; if you trust it, set {TRUST}=1 in the environment"
+        )
 
 
 def require_finished(run: Path) -> RunRecord:
@@ -268,7 +286,16 @@ def predict_run(
     trained = open_run(run, overrides)
     rows = read_rows(data, split="test")
     added = _texts(trained, rows, progress) if trained.format is not None else _answers(trained, rows, progress)
-    write_rows(out, [{**row, **more} for row, more in zip(rows.rows, added, strict=True)])
+    predicted = [{**row, **more} for row, more in zip(rows.rows, added, strict=True)]
+    if out.suffix.lower() in SHEETS:
+        predicted, cells = without_formulas(predicted)
+        if cells:
+            warnings.warn(
+                f"{cells} cells of {out} begin like a formula and got a ' in front, so that a spreadsheet shows them "
+                "as text; .jsonl keeps them as they are",
+                stacklevel=2,
+            )
+    write_rows(out, predicted)
     return len(rows)
 
 

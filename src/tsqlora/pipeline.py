@@ -253,6 +253,8 @@ def begin(job: Job, args: TrainingArguments) -> tuple[PeftModel, RunRecord]:
         if split.truncated:
             what = "prompts" if texts else "texts"
             record.notes.append(f"{split.truncated} of {len(split)} {name} {what} were cut to {job.max_length} tokens")
+    if job.config.model.trust_remote_code:
+        record.notes.append("code that came with the model was run: model.trust_remote_code was true")
     return model, record
 
 

@@ -100,7 +100,7 @@ class RunRecord:
             return cls(**stored, cost=costs, rank_events=events)
         except FileNotFoundError:
             raise DataError(f"{run} is not a run: it has no {RECORD_FILE}; `tsqlora train` makes one") from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"{path}: not a run's record ({error})") from None
 
 

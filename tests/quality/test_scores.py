@@ -69,6 +69,18 @@ def test_a_file_has_one_row_a_sample_with_its_columns(tmp_path: Path) -> None:
     assert table["hash"].to_pylist()[:2] == ["h0", "h1"]
 
 
+def test_shards_are_plain_parquet_that_an_engine_takes_together(tmp_path: Path) -> None:
+    from datasets import load_dataset
+
+    for shard in range(2):
+        made().save(tmp_path / f"scores-{shard}.parquet")
+    files = str(tmp_path / "scores-*.parquet")
+    both = load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+    assert both.num_rows == 2 * len(made())
+    assert both.column_names == pq.read_schema(tmp_path / "scores-0.parquet").names
+    assert np.allclose(both["quality"], np.tile(made().quality, 2))
+
+
 def test_numpys_numbers_in_a_record_are_saved_as_numbers(tmp_path: Path) -> None:
     record = {"seed": np.int64(3), "eta": np.float32(0.5), "rows": np.arange(2), "passed": np.bool_(True)}
     made(record=record).save(tmp_path / "s.parquet")

@@ -219,6 +219,15 @@ def test_bfloat16_is_used_where_the_hardware_computes_in_it(
     assert fit.hardware_has_bf16() is expected
 
 
+def test_of_many_losses_every_so_many_th_is_kept_and_every_evaluation() -> None:
+    history = [{"step": j, "loss": 1.0} for j in range(3 * fit.MOST_ENTRIES)]
+    history.insert(7, {"step": 7, "eval_loss": 1.0})
+    kept = fit.logged(history)
+    assert len(kept) <= fit.MOST_ENTRIES + 1
+    assert kept[0]["step"] == 0
+    assert {"step": 7, "eval_loss": 1.0} in kept
+
+
 def test_the_record_keeps_what_the_trainer_logged_but_not_its_speed(place: Path, tmp_path: Path) -> None:
     logging = QUICK | {"logging_strategy": "steps", "logging_steps": 4, "eval_strategy": "epoch"}
     history = Counted(settings(place, training=logging, quality={"enabled": False}), tmp_path).record.history

@@ -1,5 +1,6 @@
 """The model that an adapter is for: its modules' shapes from its config alone, or the model with its weights."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from tsqlora.adapter.lora import LoraAdapter
 from tsqlora.adapter.rewrite import Shape
 from tsqlora.errors import SettingsError
+from tsqlora.hub import is_hub_id
 
 CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -44,30 +46,30 @@ def module_shapes(model: nn.Module) -> dict[str, Shape]:
 def base_skeleton(path: str, adapter: LoraAdapter) -> PreTrainedModel:
     """The base model without weights, from its config alone.  Raises SettingsError for what is no model."""
     try:
-        config = AutoConfig.from_pretrained(path, **_labels(adapter))
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **_labels(adapter))
         kind = _class(config, adapter)
         with torch.device("meta"):
             return kind.from_config(config) if kind.__name__.startswith("Auto") else kind(config)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a stranger's config.json makes transformers raise anything
         raise _no_base(path, error) from error
 
 
 def load_base(path: str, adapter: LoraAdapter, dtype: str | None = None) -> PreTrainedModel:
     """The base model with its weights, in its own precision or the one named.  Raises as `base_skeleton`."""
     try:
-        config = AutoConfig.from_pretrained(path, **_labels(adapter))
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **_labels(adapter))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # a head that the checkpoint lacks is the same every time
             wanted: Any = "auto" if dtype is None else getattr(torch, dtype)
             return _class(config, adapter).from_pretrained(path, config=config, dtype=wanted).eval()
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a stranger's config.json makes transformers raise anything
         raise _no_base(path, error) from error
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
     """The tokenizer in a directory or on the hub, if one is there."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError):
         return None
     # Without its files transformers makes a tokenizer to which every word is unknown.
@@ -84,7 +86,8 @@ def base_path(adapter: LoraAdapter, given: str | None) -> str:
     # The name is whoever wrote the adapter's: it may not walk about in this machine's files.
     if ".." in Path(named).parts:
         raise SettingsError(f"the adapter names {named!r} as its base model, which is not followed; give --base")
-    if not Path(named).is_dir() and (Path(named).is_absolute() or named.count("/") > 1):
+    # os.path: pathlib raises for names that no file can have.
+    if not os.path.isdir(named) and not is_hub_id(named):
         raise SettingsError(f"the adapter names {named!r} as its base model, which is not here; give --base")
     return named
 
@@ -93,9 +96,11 @@ def _class(config: Any, adapter: LoraAdapter) -> Any:
     """The task's class; without a task the one that the adapter was made on, else the checkpoint's own."""
     if named := CLASSES.get(adapter.config.get("task_type") or ""):
         return getattr(transformers, named)
-    mapping = adapter.config.get("auto_mapping") or {}
-    architecture = mapping.get("base_model_class") or (config.architectures or [""])[0]
-    return getattr(transformers, str(architecture), transformers.AutoModel)
+    mapping = adapter.config.get("auto_mapping")
+    named = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    found = getattr(transformers, str(named or (config.architectures or [""])[0]), None)
+    # transformers has functions and modules, too, whose names a stranger could write there.
+    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else transformers.AutoModel
 
 
 def _labels(adapter: LoraAdapter) -> Mapping[str, int]:
@@ -107,5 +112,5 @@ def _labels(adapter: LoraAdapter) -> Mapping[str, int]:
 
 
 def _no_base(path: str, error: Exception) -> SettingsError:
-    reason = str(error).strip().splitlines()[0]
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return SettingsError(f"--base {path}: no model can be loaded ({reason}); give a directory or a hub id")

@@ -72,8 +72,11 @@ def judge(consumer: Consumer, adapter: LoraAdapter, layers: Layers) -> Finding:
         return Finding("refused", tuple(refused), {})
     gone = {name for problem in problems for name in problem.left_out}
     factors = {}
+    # Each once: the universal form has one target for all layers that it fills up.
+    different = {id(target): target for target in adapter.targets.values()}
+    idle = {number for number, target in different.items() if _is_idle(target)}
     for name, target in adapter.targets.items():
-        if target.scale and not _is_idle(target):
+        if target.scale and id(target) not in idle:
             factor = 0.0 if name in gone else consumer.scale(adapter, target) / target.scale
             if not math.isclose(factor, 1.0, rel_tol=1e-6):
                 factors[name] = factor
@@ -214,10 +217,13 @@ def _unequal_ranks_of_a_kind(adapter: LoraAdapter, layers: Layers) -> Problem | 
 
 def _missing_layers(adapter: LoraAdapter, layers: Layers) -> Problem | None:
     dropped, missing = [], []
+    targets: dict[str, list[str]] = {}
+    for name in adapter.targets:
+        targets.setdefault(layer_kind(name), []).append(name)
     for kind, names in layers.items():
         absent = [name for name in names if name not in adapter.targets]
         missing += absent
-        dropped += [name for name in adapter.targets if absent and layer_kind(name) == kind]
+        dropped += targets.get(kind, []) if absent else []
     if not missing:
         return None
     return Problem("wrong", f"{missing[0]} has no adapter, so that no layer of its kind gets one", tuple(dropped))

@@ -1,5 +1,6 @@
 """What is to be known of an adapter before it is served: who reads it right, what mends it, what its numbers say."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +20,8 @@ from tsqlora.errors import SettingsError, TsqLoraError
 _BY_PEFT = ("PEFT", "diffusers")
 _MOST_BLOCKS = 1000
 """A number in a name above this is nobody's block."""
+_MOST_IMPLIED = 100_000
+"""Modules; more are nobody's model."""
 
 
 def examine(folder: Path) -> dict[str, Any]:
@@ -90,7 +93,7 @@ def _base(adapter: LoraAdapter) -> PreTrainedModel | None:
     """The base's modules, if it is on this machine."""
     try:
         path = base_path(adapter, None)
-        return base_skeleton(path, adapter) if Path(path).is_dir() else None
+        return base_skeleton(path, adapter) if os.path.isdir(path) else None
     except SettingsError:
         return None
 
@@ -98,19 +101,14 @@ def _base(adapter: LoraAdapter) -> PreTrainedModel | None:
 def _implied(adapter: LoraAdapter) -> dict[str, Shape]:
     """The modules that the adapter's own names imply: each kind in as many blocks as any kind has, and partners."""
     shapes = {name: Shape(target.kind, target.inputs, target.outputs) for name, target in adapter.targets.items()}
-    numbers = {int(part) for name in shapes for part in name.split(".") if part.isdigit()}
-    blocks = range(max(numbers, default=0) + 1)
-    implied = {}
-    for name, shape in shapes.items():
-        parts = name.split(".")
-        places = [j for j, part in enumerate(parts) if part.isdigit()]
-        # Names with several numbers (experts in layers) do not tell how many there are of each.
-        if len(places) == 1 and len(blocks) <= _MOST_BLOCKS:
-            before, after = parts[: places[0]], parts[places[0] + 1 :]
-            implied |= {".".join([*before, str(number), *after]): shape for number in blocks}
+    # Names with several numbers (experts in layers) do not tell how many there are of each.
+    kinds = {kind: shape for name, shape in shapes.items() if (kind := layer_kind(name)).count("*") == 1}
+    blocks = 1 + max((int(part) for name in shapes for part in name.split(".") if part.isdigit()), default=0)
+    if blocks <= _MOST_BLOCKS and blocks * len(kinds) <= _MOST_IMPLIED:
+        shapes = {kind.replace("*", str(j)): shape for kind, shape in kinds.items() for j in range(blocks)} | shapes
     # As wide as what it is stacked with; really it may be narrower.
-    beside = {partner: shape for name, shape in (implied | shapes).items() for partner in partners(name)}
-    return beside | implied | shapes
+    beside = {partner: shape for name, shape in shapes.items() for partner in partners(name)}
+    return beside | shapes
 
 
 def _layers(adapter: LoraAdapter, shapes: Mapping[str, Shape]) -> dict[str, list[str]]:

@@ -10,11 +10,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from tsqlora.adapter.lora import Kind, LoraAdapter, Target
+from tsqlora.adapter.patterns import compiled, require_quick
 from tsqlora.errors import DataError
 
 CONFIG = "adapter_config.json"
@@ -23,6 +25,14 @@ PREFIX = "base_model.model."
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 _MATRIX = re.compile(r"(?P<name>.+)\.(?P<matrix>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B)")
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+_TEXTS = ("base_model_name_or_path", "task_type", "revision")
+_LARGEST = 1e9
+"""Of ranks and alphas, whose quotients are then numbers."""
+_MOST_CONFIG_BYTES = 1 << 24
+_LONGEST_NAME = 500
+_FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+"""What A and B may be made of; torch does not calculate with float8."""
 _FURTHER = re.compile(r"\.(lora_\w+|token_adapter|trainable_tokens_\w+)(\.|$)")
 
 
@@ -32,7 +42,8 @@ def read_adapter(folder: Path) -> LoraAdapter:
     NaNs are read as they are.  Raises DataError for what is no LoRA adapter, for pickles, for
     links that lead out, and for tensors and settings that do not fit each other.
     """
-    config = _config(_inside(folder, CONFIG))
+    path = _inside(folder, CONFIG)
+    config = _config(path)
     tensors = _tensors(folder)
     pairs: dict[str, dict[str, Tensor]] = {}
     saved: dict[str, Tensor] = {}
@@ -50,8 +61,16 @@ def read_adapter(folder: Path) -> LoraAdapter:
             saved[name] = tensor
     if not pairs:
         raise DataError(f"{folder / WEIGHTS} has no lora_A and lora_B; it holds no LoRA adapter")
+    patterns = [key for setting in _PATTERNS for key in config.get(setting) or ()]
+    require_quick(patterns, list(pairs), f"{path}: {' or '.join(_PATTERNS)}")
     targets = {name: _target(name, pair, config) for name, pair in sorted(pairs.items())}
     return LoraAdapter(config, targets, saved, further, base_layers)
+
+
+def require_safe(folder: Path) -> None:
+    """Raises DataError for a directory whose settings or weights are a pickle, lead out of it, or are not there."""
+    _inside(folder, CONFIG)
+    _inside(folder, WEIGHTS)
 
 
 def pickles(folder: Path) -> list[str]:
@@ -74,8 +93,7 @@ def scale_of(name: str, config: Mapping[str, Any]) -> tuple[int, float]:
 
 
 def _by_pattern(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    # As peft.utils.other.get_pattern_key, 0.21.
-    return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", name)), default)
+    return next((value for key, value in (pattern or {}).items() if compiled(key).match(name)), default)
 
 
 def _target(name: str, pair: Mapping[str, Tensor], config: Mapping[str, Any]) -> Target:
@@ -85,8 +103,10 @@ def _target(name: str, pair: Mapping[str, Tensor], config: Mapping[str, Any]) ->
         raise DataError(f"{name} has {_listed(pair)} alone; the file is incomplete: save the adapter again")
     a, b = (pair[matrix] for matrix in wanted)
     kind: Kind = "embedding" if embedding else "convolution" if a.ndim > 2 else "linear"
-    if a.ndim < 2 or b.ndim != a.ndim or not (a.is_floating_point() and b.is_floating_point()):
+    if a.ndim < 2 or b.ndim != a.ndim or not {a.dtype, b.dtype} <= _FLOATS:
         raise DataError(f"{name}: lora_A is {_shown(a)} and lora_B {_shown(b)}; they are no matrices of one kind")
+    if not (a.shape[1:].numel() and b.shape[0] and b.shape[2:].numel()):
+        raise DataError(f"{name}: lora_A is {_shown(a)} and lora_B {_shown(b)}; a module takes and gives something")
     if a.shape[0] != b.shape[1]:
         raise DataError(f"{name}: lora_A is {_shown(a)} and lora_B {_shown(b)}; their ranks differ")
     rank, scale = scale_of(name, config)
@@ -98,6 +118,8 @@ def _target(name: str, pair: Mapping[str, Tensor], config: Mapping[str, Any]) ->
 
 
 def _config(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > _MOST_CONFIG_BYTES:
+        raise DataError(f"{path} has {path.stat().st_size:,} bytes, which is no adapter's settings")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -105,28 +127,28 @@ def _config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise DataError(f"{path}: peft_type is {kind!r}, and only 'LORA' can be read")
-    patterns = (config.get("rank_pattern") or {}, config.get("alpha_pattern") or {})
-    for setting, value in (("r", config.get("r")), ("lora_alpha", config.get("lora_alpha", 8))):
-        _require_number(path, setting, value)
-    for setting, pattern in zip(("rank_pattern", "alpha_pattern"), patterns, strict=True):
+    for setting in _PATTERNS:
+        pattern = config.get(setting) or {}
         if not isinstance(pattern, dict):
             raise DataError(f"{path}: {setting} is {pattern!r}; it must map names to numbers")
         for key, value in pattern.items():
             _require_number(path, f"{setting}[{key!r}]", value)
-            try:
-                re.compile(key)
-            except re.error as error:
-                raise DataError(f"{path}: {setting} has the key {key!r}, which is no pattern ({error})") from None
+    for setting, value in (("r", config.get("r")), ("lora_alpha", config.get("lora_alpha", 8))):
+        _require_number(path, setting, value)
+    for setting in _TEXTS:
+        if not isinstance(config.get(setting), str | None):
+            raise DataError(f"{path}: {setting} is {config[setting]!r}; it must be text")
     if config["r"] < 1:
         raise DataError(f"{path}: r is {config['r']}; it must be at least 1")
-    for rank in (config["r"], *patterns[0].values()):
+    for rank in (config["r"], *(config.get("rank_pattern") or {}).values()):
         if not isinstance(rank, int):
             raise DataError(f"{path}: the rank {rank} is no whole number")
     return config
 
 
 def _require_number(path: Path, setting: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    # No comparison with a NaN is true.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
         raise DataError(f"{path}: {setting} is {value!r}; it must be a number")
 
 
@@ -139,7 +161,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     for key in tensors:
         if not key.startswith(PREFIX):
             raise DataError(f"{path}: the tensor {key!r} is none of PEFT's, whose names begin with {PREFIX!r}")
-        if not all(re.fullmatch(r"[\w-]+", part, re.ASCII) for part in key.split(".")):
+        if len(key) > _LONGEST_NAME or not all(re.fullmatch(r"[\w-]+", part, re.ASCII) for part in key.split(".")):
             raise DataError(f"{path}: the tensor {key!r} names no module")
     return tensors
 

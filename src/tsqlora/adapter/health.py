@@ -55,7 +55,7 @@ def health(adapter: LoraAdapter) -> dict[str, LayerHealth]:
 def broken(adapter: LoraAdapter) -> dict[str, int]:
     """How many numbers are NaN or infinite in the tensors beside the targets' A and B, by name, where there are any."""
     others = {**adapter.saved, **adapter.further}
-    counts = {name: int((~torch.isfinite(t)).sum()) for name, t in others.items() if t.is_floating_point()}
+    counts = {name: int((~torch.isfinite(t.double())).sum()) for name, t in others.items() if t.is_floating_point()}
     return {name: count for name, count in counts.items() if count}
 
 

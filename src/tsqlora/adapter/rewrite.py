@@ -98,13 +98,12 @@ def universal(adapter: LoraAdapter, shapes: Mapping[str, Shape], names: Collecti
     rank = served_rank(adapter.rank)
     scale = commonest_scale(adapter.targets.values())
     dtype = _widest(adapter.targets.values())
-    targets = {}
-    for name, shape in wanted.items():
-        if target := adapter.targets.get(name):
-            targets[name] = padded(folded(target, scale), rank)
-        else:
-            a, b = torch.zeros(rank, shape.inputs, dtype=dtype), torch.zeros(shape.outputs, rank, dtype=dtype)
-            targets[name] = Target(a, b, scale, shape.kind)
+    # One for all layers of a shape: an adapter of one layer may imply a thousand.
+    zero = {shape: _zero(shape, rank, scale, dtype) for shape in set(wanted.values())}
+    targets = {
+        name: padded(folded(target, scale), rank) if (target := adapter.targets.get(name)) else zero[shape]
+        for name, shape in wanted.items()
+    }
     config = plain_config(
         adapter.config,
         r=rank,
@@ -115,6 +114,11 @@ def universal(adapter: LoraAdapter, shapes: Mapping[str, Shape], names: Collecti
     )
     # The base has these, whose shapes fit; servers expect nothing but A and B.
     return replace(adapter, targets=targets, config=config, base_layers={})
+
+
+def _zero(shape: Shape, rank: int, scale: float, dtype: torch.dtype) -> Target:
+    a, b = torch.zeros(rank, shape.inputs, dtype=dtype), torch.zeros(shape.outputs, rank, dtype=dtype)
+    return Target(a, b, scale, shape.kind)
 
 
 def require_fits(name: str, target: Target, shapes: Mapping[str, Shape]) -> None:

@@ -1,6 +1,7 @@
 """JSON rows: one object a line, or one array of objects."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, str, int, int]]:
 
 def _parse_line(line: str, place: str) -> dict[str, Any]:
     try:
-        value = json.loads(line)
+        value = json.loads(line, object_pairs_hook=_each_once)
     except (ValueError, RecursionError) as exc:
         raise DataError(f"{place}: not JSON ({_reason(exc)}); write one object a line") from exc
     return _object(value, place)
@@ -45,11 +46,19 @@ def _parse_line(line: str, place: str) -> dict[str, Any]:
 
 def _parse_array(text: str, path: Path) -> list[tuple[int, dict[str, Any]]]:
     try:
-        values = json.loads(text)
+        values = json.loads(text, object_pairs_hook=_each_once)
     except (ValueError, RecursionError) as exc:
         line = exc.lineno if isinstance(exc, json.JSONDecodeError) else 1
         raise DataError(f"{path}:{line}: not a JSON array ({_reason(exc)}); correct it there") from exc
     return [(number, _object(value, f"{path}:{number}")) for number, value in enumerate(values, start=1)]
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"{twice!r} is there twice in one object")
+    return row
 
 
 def _reason(exc: ValueError | RecursionError) -> str:

@@ -1,6 +1,7 @@
 """A file, a directory of splits or a hub id -> rows that know where they came from."""
 
 import difflib
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any
 from tsqlora.data.jsonl import read_json, read_jsonl
 from tsqlora.data.tables import read_csv, read_parquet, read_tsv
 from tsqlora.errors import DataError
+from tsqlora.hub import is_hub_id
 
 Records = Iterator[tuple[int, dict[str, Any]]]
 """Numbers of lines or rows, and the rows, read one after the other."""
@@ -104,7 +106,7 @@ def read_rows(source: str | Path, *, split: str | None = None) -> Rows:
 
 def open_split(source: str | Path, *, split: str | None = None) -> Source:
     """The same, not read yet."""
-    if _local(source).is_file():
+    if os.path.isfile(_local(source)):
         return _of_file(_local(source))
     found = _open_splits(source, wanted=SPLIT_NAMES if split is None else (split,))
     if len(found) != 1:
@@ -132,7 +134,7 @@ def open_splits(train: str, validation: str | None, test: str | None) -> dict[st
 
 
 def _open_train(train: str, *, wanted: Collection[str]) -> dict[str, Source]:
-    if _local(train).is_file():
+    if os.path.isfile(_local(train)):
         return {"train": _of_file(_local(train))}
     found = _open_splits(train, wanted=wanted)
     if "train" not in found:
@@ -143,8 +145,8 @@ def _open_train(train: str, *, wanted: Collection[str]) -> dict[str, Source]:
 def _open_splits(source: str | Path, *, wanted: Collection[str]) -> dict[str, Source]:
     """Those of the wanted splits that the source has."""
     path = _local(source)
-    if path.is_dir():
-        files = {file.name: file for file in sorted(path.iterdir()) if file.is_file()}
+    if os.path.isdir(path):
+        files = {file.name: file for file in _listed(path) if file.is_file()}
         names = _match_splits({name: file.stem for name, file in files.items()}, wanted, source)
         return {split: _of_file(files[name]) for split, name in names.items()}
     _refuse_missing_file(path, source)
@@ -173,14 +175,21 @@ def _of_file(path: Path) -> Source:
     return Source(str(path), suffix not in UNTYPED, path, partial(READERS[suffix], path))
 
 
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError as exc:
+        raise DataError(f"cannot read {folder}: {exc.strerror}") from exc
+
+
 def _local(source: str | Path) -> Path:
-    return Path(source).expanduser()
+    # os.path, not pathlib, here and where it is looked for: the latter raises for names that no file can have.
+    return Path(os.path.expanduser(source))
 
 
 def _refuse_missing_file(path: Path, source: str | Path) -> None:
-    looks_like_hub_id = len(path.parts) <= 2 and not str(source).startswith((".", "/", "~"))
-    if path.suffix.lower() in READERS or isinstance(source, Path) or not looks_like_hub_id:
-        there = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+    if path.suffix.lower() in READERS or isinstance(source, Path) or not is_hub_id(source):
+        there = [file.name for file in _listed(path.parent)] if os.path.isdir(path.parent) else []
         close = difflib.get_close_matches(path.name, there, n=1)
         hint = f"did you mean '{path.parent / close[0]}'? " if close else ""
         raise DataError(f"no file {source}; {hint}correct the path, seen from {Path.cwd()}")
@@ -189,7 +198,10 @@ def _refuse_missing_file(path: Path, source: str | Path) -> None:
 def _load_hub(name: str) -> Mapping[str, Any]:
     """Hub data set -> its splits. Raises DataError whatever went wrong in loading it."""
     import datasets  # seconds to import, and only hub ids need it
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as KINDS
 
+    if name in KINDS:  # it would take whatever files lie in the working directory
+        raise DataError(f"{name} is a kind of file and no data set; name the file, or a directory of splits")
     try:
         return {str(split): data for split, data in datasets.load_dataset(name).items()}
     except Exception as exc:

@@ -35,9 +35,17 @@ def read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     number = 0
     with parquet_file(path) as file:
         for batch in file.iter_batches(batch_size=_PARQUET_BATCH):
-            for row in batch.to_pylist():
+            for row in _values(batch, path):
                 number += 1
                 yield number, row
+
+
+def _values(batch: pa.RecordBatch, path: Path) -> list[dict[str, Any]]:
+    try:
+        return batch.to_pylist()
+    except Exception as exc:  # text that is not UTF-8, a date that no calendar has, an unknown time zone …
+        reason = next(iter(str(exc).splitlines()), type(exc).__name__)
+        raise DataError(f"{path} has a value that cannot be read ({reason}); write the file anew") from exc
 
 
 @contextmanager
@@ -48,7 +56,7 @@ def parquet_file(path: Path) -> Iterator[pq.ParquetFile]:
         with pq.ParquetFile(path) as file:
             _refuse_duplicates(file.schema_arrow.names, f"{path}")
             yield file
-    except (pa.ArrowException, OSError) as exc:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as exc:
         reason = str(exc).splitlines()[0]
         raise DataError(f"{path} cannot be read as Parquet ({reason}); write the file anew") from exc
 

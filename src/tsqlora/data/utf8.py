@@ -26,6 +26,7 @@ def utf8_lines(path: Path, *, newline: str) -> Iterator[tuple[str, int]]:
     and \\r\\n.  A byte order mark is counted and left out.  Raises DataError as `read_utf8`.
     """
     try:
+        _refuse_compressed(path)
         at = bom_length(path)
         for line in io.TextIOWrapper(io.BufferedReader(_Blocks(path, at), _BLOCK), encoding="utf-8", newline=newline):
             at += len(line.encode())
@@ -40,6 +41,22 @@ def bom_length(path: Path) -> int:
     """Bytes of the byte order mark at the file's start, 0 if there is none."""
     with open(path, "rb") as file:
         return len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
+
+
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+}
+
+
+def _refuse_compressed(path: Path) -> None:
+    with open(path, "rb") as file:
+        start = file.read(8)
+    for magic, name in _COMPRESSED.items():
+        if start.startswith(magic):
+            raise DataError(f"{path} is compressed ({name}); unpack it and name the file inside")
 
 
 class _Blocks(io.RawIOBase):

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import math
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,8 +26,48 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
     written, DataError for values that the format cannot hold.
     """
     require_writable(path)
-    with replacing(path) as unfinished:
-        WRITERS[path.suffix.lower()](unfinished, rows)
+    try:
+        with replacing(path) as unfinished:
+            WRITERS[path.suffix.lower()](unfinished, rows)
+    except (ValueError, ArithmeticError, RecursionError, csv.Error, pa.ArrowException) as error:
+        if isinstance(error, DataError):
+            raise
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DataError(f"the rows do not fit into {path} ({reason}); write .jsonl") from error
+
+
+SHEETS = (".csv", ".tsv")
+"""What people open in spreadsheets, which run what looks like a formula."""
+
+
+def without_formulas(rows: Sequence[Row]) -> tuple[list[dict[str, Any]], int]:
+    """The rows with a ' before every text that a spreadsheet would run, names of columns too; how many got one.
+
+    >>> without_formulas([{"text": "=1+1", "n": -1, "m": "-1"}])
+    ([{'text': "'=1+1", 'n': -1, 'm': '-1'}], 1)
+    """
+    changed = 0
+
+    def harmless(value: Any) -> Any:
+        nonlocal changed
+        if not isinstance(value, str) or not _FORMULA.match(value) or _is_number(value):
+            return value
+        changed += 1
+        return f"'{value}"
+
+    names = {name: harmless(name) for name in _names(rows)}
+    return [{names[name]: harmless(value) for name, value in row.items()} for row in rows], changed
+
+
+_FORMULA = re.compile(r"\s*[=+@\-\t\r\uff1d\uff0b\uff20\uff0d]")
+"""The signs with which formulas begin, also as wide as a Chinese character (OWASP, CSV injection)."""
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 @contextmanager
@@ -83,7 +125,7 @@ def _write_parquet(path: Path, rows: Sequence[Row]) -> None:
     for name in _names(rows):
         try:
             columns[name] = pa.array([row.get(name) for row in rows])
-        except (pa.ArrowException, UnicodeError) as error:
+        except (pa.ArrowException, UnicodeError, ArithmeticError) as error:
             reason = str(error).splitlines()[0]
             raise DataError(f"column '{name}' does not fit into Parquet ({reason}); write .jsonl") from error
     pq.write_table(pa.table(columns), path)

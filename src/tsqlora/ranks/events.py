@@ -1,7 +1,7 @@
 """What happened to the ranks at one adjustment, as a value that can be saved."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from tsqlora.errors import DataError
@@ -58,3 +58,24 @@ class RankEvent:
             if name not in data:
                 raise DataError(f"saved rank event has no '{name}'; the file is cut off or from another version")
         return cls(**{name: data[name] for name in names})
+
+
+MOST_EVENTS = 1000
+"""Of a run: each has three numbers for every layer, and a run has as many adjustments as somebody asks for."""
+
+
+def bounded(events: Sequence[RankEvent]) -> list[RankEvent]:
+    """At most MOST_EVENTS: of more, every second one is left out, and what it moved counted with the one after it.
+
+    The first and the last stay.
+    """
+    if len(events) <= MOST_EVENTS:
+        return list(events)
+    kept: list[RankEvent] = []
+    moved = 0
+    for j, event in enumerate(events):
+        moved += event.moved
+        if j % 2 == 0 or j == len(events) - 1:
+            kept.append(replace(event, moved=moved))
+            moved = 0
+    return kept

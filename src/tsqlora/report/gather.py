@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tsqlora.errors import DataError
 from tsqlora.quality.scores import Scores
 from tsqlora.record import RECORD_FILE, RunRecord
 from tsqlora.report.distributions import Distribution, distributions
 from tsqlora.report.samples import Samples, choose_samples
+from tsqlora.yaml12 import load_yaml
 
 # As the run directory has them; training, which names them too, is not imported here.
 CONFIG_FILE = "config.yaml"
@@ -92,10 +91,10 @@ def control_of(run: Path) -> Control:
 def _config(path: Path) -> tuple[str, dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
-        return text, dict(yaml.safe_load(text))
+        return text, dict(load_yaml(text))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; a run has one, copy it beside {RECORD_FILE}") from None
-    except (ValueError, TypeError, yaml.YAMLError) as error:
+    except (ValueError, TypeError) as error:
         raise DataError(f"{path}: not a run's settings ({str(error).splitlines()[0]})") from None
 
 

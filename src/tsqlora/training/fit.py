@@ -216,10 +216,15 @@ def what_quality_did(quality: QualityCallback | None, data: QualitySubset) -> di
     return told | {"scores": dict(data.scores.record)}
 
 
+MOST_ENTRIES = 5000
+
+
 def logged(history: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
-    """A Trainer's log for the record, without what it says of its own speed."""
+    """A Trainer's log for the record, without what it says of its own speed; of many losses every so many-th."""
     entries = [{name: value for name, value in entry.items() if not _of_speed(name)} for entry in history]
-    return [entry for entry in entries if entry.keys() - {"step", "epoch"} and "train_loss" not in entry]
+    told = [entry for entry in entries if entry.keys() - {"step", "epoch"} and "train_loss" not in entry]
+    every = -(-len(told) // MOST_ENTRIES)
+    return [entry for j, entry in enumerate(told) if j % every == 0 or "loss" not in entry]
 
 
 def _of_speed(name: str) -> bool:

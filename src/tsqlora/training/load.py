@@ -1,8 +1,8 @@
 """A pretrained model with a head for the task, and its tokenizer."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from transformers import (
 
 from tsqlora.data.labels import LabelMap
 from tsqlora.errors import SettingsError
+from tsqlora.hub import is_hub_id
 from tsqlora.tasks.generation import Generation
 
 
@@ -50,7 +51,7 @@ def load_pretrained(
     Raises SettingsError for a path that is neither a directory with a model nor a hub id, or whose model has not
     what writes text.
     """
-    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+    if not os.path.isdir(path) and not is_hub_id(path):
         raise SettingsError(f"model.path {path!r}: no such directory; correct it, or give a hub id")
     common: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     try:

@@ -24,7 +24,7 @@ from tsqlora.gradients.sites import lora_layers
 from tsqlora.probe import Estimator, Probe, get_estimator, probe_pass
 from tsqlora.ranks.allocate import Sensitivity, allocate
 from tsqlora.ranks.budget import caps, costs, used
-from tsqlora.ranks.events import RankEvent
+from tsqlora.ranks.events import RankEvent, bounded
 from tsqlora.ranks.policies import Policy, get_policy
 from tsqlora.ranks.schedule import adjustment_steps, moves_allowed
 from tsqlora.tasks import Task
@@ -336,7 +336,8 @@ class RankLoop:
         assert spent <= self.budget
         total = sum(measured.values.values()) or 1.0
         shares = {name: value / total for name, value in measured.values.items()}
-        self.events.append(RankEvent(self.step, reason, ranks, target, shares, moved, spent, self.budget))
+        event = RankEvent(self.step, reason, ranks, target, shares, moved, spent, self.budget)
+        self.events = bounded([*self.events, event])
 
     def _target(self, values: Mapping[str, float]) -> dict[str, int]:
         return allocate(

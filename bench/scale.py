@@ -1,0 +1,407 @@
+"""What grows and what does not: rows, steps, and the terms of the cost model in docs/scaling.md.
+
+    python bench/scale.py rows [--rows 100000,1000000]   # rows scored and drawn by a tiny model, and its memory
+    python bench/scale.py steps [--steps 100000]         # memory, handles and records of a run of many short steps
+    python bench/scale.py model                          # operations, bytes held, bytes sent: counted, beside the model
+    python bench/scale.py processes                      # rows scored and bytes sent by 1, 2 and 3 processes
+    python bench/scale.py plan                           # the cost model's numbers for 7B to 70B
+
+Each part is a process of its own, and an entry of bench/results/scale.json. Operations and bytes are counted, not
+timed, so that they do not depend on what else the machine does; seconds are the processor's, and say so.
+"""
+
+import argparse
+import json
+import os
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+
+import tsqlora as tsq
+from models import collate
+from runs import BAD, GOOD, PLAIN, make_rows, save_checkpoint, write_config, write_jsonl
+from stock import base_bert, moods
+from tsqlora.config import load_config
+from tsqlora.data.survey import store, survey_data
+from tsqlora.inference import open_run
+from tsqlora.pipeline import how_to_read, train
+from tsqlora.quality.select import select_rows
+from tsqlora.record import write_json
+
+ROOT = Path(__file__).parents[1]
+CACHE = ROOT / "bench" / ".cache" / "scale"
+OUT = ROOT / "bench" / "results" / "scale.json"
+MIB = 2**20
+
+
+def status(name: str) -> int:
+    """A number of /proc/self/status: bytes, or how many."""
+    words = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:")
+    ).split()
+    return int(words[1]) * (1024 if words[2:] else 1)
+
+
+# ------------------------------------------------------------------------------------ rows
+
+
+def finished_run() -> Path:
+    """A short run of the tiny BERT, whose weights then score."""
+    run = CACHE / "run"
+    if not (run / "run.json").exists():
+        shutil.rmtree(CACHE, ignore_errors=True)
+        save_checkpoint(CACHE / "model")
+        write_jsonl(CACHE / "few.jsonl", make_rows(2000))
+        plain: dict[str, Any] = {
+            "quality": {"enabled": False, "fraction": 1.0},
+            "ranks": {"policy": "fixed", "mean": 2.0},
+        }
+        config = write_config(CACHE / "c.yaml", CACHE / "model", CACHE / "few.jsonl", **plain, training={"epochs": 2})
+        train(load_config(config), run)
+    return run
+
+
+def write_many(path: Path, count: int) -> None:
+    rng = random.Random(count)
+    with open(path, "w") as file:
+        for j in range(count):
+            words = [*rng.sample((BAD, GOOD)[j % 2], 3), *rng.choices(PLAIN, k=7)]
+            rng.shuffle(words)
+            file.write(json.dumps({"text": " ".join(words), "label": j % 2}) + "\n")
+
+
+def rows(count: int) -> dict[str, Any]:
+    """What `tsqlora score` does with a file of so many rows, by the loss alone, and `tsqlora select`."""
+    run, file, table = open_run(finished_run()), CACHE / f"{count}.jsonl", CACHE / f"{count}.parquet"
+    write_many(file, count)
+    before, start = status("VmRSS"), time.process_time()
+    how = how_to_read(run.config)
+    survey = survey_data(str(file), str(CACHE / "few.jsonl"), None, **how)
+    tokens = CACHE / f"{count}.tokens"
+    tokens.mkdir(exist_ok=True)
+    split = store(survey, run.tokenizer, tokens, max_length=run.max_length).samples["train"]
+    stored = time.process_time() - start
+    scores = tsq.score(
+        run.model, split, run.collate, terms=(), weights={"loss": 1.0}, batch_size=1024, hashes=split.hashes,
+        ids=split.ids, lengths=split.lengths, record={"columns": asdict(survey.columns), "data": str(file)},
+    )  # fmt: skip
+    scores.save(table)
+    scored, peak = time.process_time() - start, status("VmHWM")
+    del scores
+    drawn = select_rows(table, CACHE / f"{count}.subset.jsonl", fraction=0.3, seed=0, data=file)
+    found = {
+        "rows": count,
+        "drawn": drawn,
+        "processor_seconds": round(time.process_time() - start, 1),
+        "of_them_reading": round(stored, 1),
+        "of_them_scoring": round(scored - stored, 1),
+        "bytes_before": before,
+        "peak_bytes_scoring": peak,
+        "peak_bytes": status("VmHWM"),
+        "file_bytes": file.stat().st_size,
+        "scores_bytes": table.stat().st_size,
+    }
+    shutil.rmtree(tokens)
+    for path in (file, table, CACHE / f"{count}.subset.jsonl"):
+        path.unlink()
+    return found
+
+
+# ----------------------------------------------------------------------------------- steps
+
+
+class Watch(TrainerCallback):
+    """Bytes, open files and threads of the process, a hundred times in a run."""
+
+    def __init__(self, steps: int) -> None:
+        self.every, self.seen = max(steps // 100, 1), list[dict[str, int]]()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step % self.every == 0:
+            handles = len(os.listdir("/proc/self/fd"))
+            self.seen.append(
+                {"step": state.global_step, "bytes": status("VmRSS"), "handles": handles, "threads": status("Threads")}
+            )
+
+
+def steps(count: int) -> dict[str, Any]:
+    """Short steps of a tiny BERT with moving ranks and quality draws, an adjustment every ten."""
+    rows_ = moods(64)
+    model = tsq.wrap(base_bert(), mean_rank=2)
+    data = tsq.QualitySubset(rows_, fraction=0.5, seed=0)
+    ranks, watch = tsq.RankCallback(interval=10, warmup=0.0, freeze=0.0), Watch(count)
+    args = TrainingArguments(
+        str(CACHE / "steps"), max_steps=count, per_device_train_batch_size=8, learning_rate=0.05, use_cpu=True,
+        report_to="none", save_strategy="no", logging_steps=10, disable_tqdm=True,
+    )  # fmt: skip
+    callbacks = [tsq.QualityCallback(data, warmup=2.0), ranks, watch]
+    trainer = Trainer(model, args, train_dataset=data, data_collator=collate, callbacks=callbacks)
+    start = time.process_time()
+    trainer.train()
+    settled = [seen for seen in watch.seen if seen["step"] > count // 5]
+    first, last = settled[: len(settled) // 4], settled[-len(settled) // 4 :]
+
+    def mean(part: list[dict[str, int]], name: str) -> float:
+        return sum(seen[name] for seen in part) / len(part)
+
+    return {
+        "steps": count,
+        "processor_seconds": round(time.process_time() - start, 1),
+        "growth_bytes_a_step": round(
+            (mean(last, "bytes") - mean(first, "bytes")) / (mean(last, "step") - mean(first, "step")), 1
+        ),
+        "handles": [min(s["handles"] for s in settled), max(s["handles"] for s in settled)],
+        "threads": [min(s["threads"] for s in settled), max(s["threads"] for s in settled)],
+        "bytes": [settled[0]["bytes"], settled[-1]["bytes"]],
+        "adjustments_kept": len(ranks.events),
+        "slots_moved": sum(event.moved for event in ranks.events),
+        "trainer_log_bytes": len(json.dumps(trainer.state.log_history)),
+        "samples": watch.seen[:: max(len(watch.seen) // 20, 1)],
+    }
+
+
+# ----------------------------------------------------------------------------------- model
+
+
+def llama(*, tokens: int, width: int, depth: int) -> Any:
+    config = LlamaConfig(
+        vocab_size=100, hidden_size=width, num_hidden_layers=depth, num_attention_heads=4, num_key_value_heads=4,
+        intermediate_size=4 * width, max_position_embeddings=tokens, pad_token_id=0, num_labels=2,
+        attn_implementation="eager",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return tsq.wrap(LlamaForSequenceClassification(config), mean_rank=4)
+
+
+def sentences(count: int, tokens: int) -> list[dict[str, Any]]:
+    rng = random.Random(0)
+    rows_ = []
+    for j in range(count):
+        ids = [rng.randint(1, 49) + 50 * (j % 2) for _ in range(tokens)]
+        rows_.append({"input_ids": ids, "attention_mask": [1] * tokens, "labels": j % 2})
+    return rows_
+
+
+@contextmanager
+def held(model: nn.Module) -> Iterator[list[int]]:
+    """Bytes that autograd keeps for the backward pass beside the parameters, each tensor's memory counted once."""
+    seen = {parameter.untyped_storage().data_ptr(): 0 for parameter in model.parameters()}
+    total = [0]
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen[storage.data_ptr()] = storage.nbytes()
+            total[0] = sum(seen.values())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield total
+
+
+def counted(work: Callable[[], Any]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def predicted(model: Any, tokens: int, width: int, depth: int) -> dict[str, float]:
+    """The terms of docs/scaling.md, for one sample."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linear = sum(m.weight.numel() for name, m in layers.items() if name.endswith("base_layer"))
+    lora = sum(m.weight.numel() for name, m in layers.items() if "lora_" in name)
+    attention = 4 * tokens**2 * width * depth
+    forward = 2 * tokens * (linear + lora) + attention
+    # Backward: the gradient of the inputs of each layer, and of A and B; of the attention's products both factors'.
+    backward = 2 * tokens * (linear + 2 * lora) + 2 * attention
+    return {"forward": forward, "step": forward + backward}
+
+
+def model_point(*, count: int, tokens: int, width: int, depth: int) -> dict[str, Any]:
+    model = llama(tokens=tokens, width=width, depth=depth)
+    batch = collate(sentences(count, tokens))
+
+    def step() -> None:
+        model(**batch).loss.backward()
+
+    def forward() -> None:
+        with torch.no_grad():
+            model(**batch)
+
+    with held(model) as kept:
+        model(**batch)
+    told = predicted(model, tokens, width, depth)
+    start = time.process_time()
+    step()
+    seconds = time.process_time() - start
+    return {
+        "rows": count, "tokens": tokens, "width": width, "depth": depth,
+        "forward": counted(forward), "forward_predicted": count * told["forward"],
+        "step": counted(step), "step_predicted": count * told["step"],
+        "held_bytes": kept[0],
+        "held_a_token_and_layer_of_width": round(kept[0] / (count * tokens * width * depth), 2),
+        "processor_seconds_of_a_step": round(seconds, 3),
+    }  # fmt: skip
+
+
+BASE = {"count": 8, "tokens": 64, "width": 64, "depth": 4}
+
+
+def model() -> list[dict[str, Any]]:
+    """Each of rows, length, width and depth doubled, and doubled again."""
+    points = [BASE]
+    for name in BASE:
+        points += [BASE | {name: BASE[name] * factor} for factor in (2, 4)]
+    return [model_point(**point) for point in points]
+
+
+# ------------------------------------------------------------------------------- processes
+
+
+def one_process(rank: int, processes: int, folder: Path) -> None:
+    """A DDP step whose gradients' bytes are counted, and a scoring of 96 rows that all processes share."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1"}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=processes)
+    sent = 0
+    model = llama(tokens=32, width=64, depth=4)
+    rows_ = sentences(96, 32)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    wrapped = DistributedDataParallel(model)
+
+    def hook(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        nonlocal sent
+        sent += bucket.buffer().nbytes
+        return dist.all_reduce(bucket.buffer() / processes, async_op=True).get_future().then(lambda f: f.value()[0])
+
+    wrapped.register_comm_hook(None, hook)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    for _ in range(30):
+        sent = 0
+        wrapped(**collate(rows_[rank::processes][:16])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    forwards = 0
+
+    def count_rows(module: nn.Module, given: Any, kwargs: Any) -> None:
+        nonlocal forwards
+        forwards += len(kwargs["input_ids"])
+
+    handle = model.register_forward_pre_hook(count_rows, with_kwargs=True)
+    start = time.process_time()
+    tsq.score(model, rows_, collate, batch_size=8, reference=range(16), hashes=[str(j) for j in range(96)])
+    seconds = time.process_time() - start
+    handle.remove()
+    found = {
+        "trainable": trainable,
+        "bytes_a_step": sent,
+        "rows_forward": forwards,
+        "processor_seconds": round(seconds, 2),
+    }
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def processes(count: int) -> dict[str, Any]:
+    folder = CACHE / f"processes-{count}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    torch.multiprocessing.start_processes(one_process, (count, folder), nprocs=count, start_method="spawn")
+    return {"processes": count, "each": [json.loads((folder / f"{j}.json").read_text()) for j in range(count)]}
+
+
+# ------------------------------------------------------------------------------------ plan
+
+PLANNED = {
+    "7B": {"depth": 32, "width": 4096, "keys": 4096, "inner": 11008},
+    "13B": {"depth": 40, "width": 5120, "keys": 5120, "inner": 13824},
+    "70B": {"depth": 80, "width": 8192, "keys": 1024, "inner": 28672},
+}
+"""Llama's shapes; keys: of keys and of values, all heads together."""
+ASSUMED = {"tokens": 512, "rank": 16, "devices": 8, "micro_batch": 8, "operations_a_second": 150e12, "row_bytes": 350}
+
+
+def plan() -> dict[str, Any]:
+    """What docs/scaling.md says of models of these shapes: formulas alone, nothing measured but `row_bytes`."""
+    t, devices, rate = ASSUMED["tokens"], ASSUMED["devices"], ASSUMED["operations_a_second"]
+    found = {}
+    for name, shape in PLANNED.items():
+        d, depth, keys, inner = shape["width"], shape["depth"], shape["keys"], shape["inner"]
+        layers = [(d, d), (d, keys), (d, keys), (d, d), (d, inner), (d, inner), (inner, d)]
+        linear = depth * sum(i * o for i, o in layers)
+        lora = depth * ASSUMED["rank"] * sum(i + o for i, o in layers)
+        attention = 4 * t**2 * d * depth
+        forward = 2 * t * (linear + lora) + attention
+        step = forward + 2 * t * (linear + 2 * lora) + 2 * attention
+        kept = 2 * t * d * ASSUMED["micro_batch"]  # bfloat16, the input of each checkpointed layer
+        found[name] = {
+            "linear": linear, "lora": lora, "forward": forward, "step": step, "step_checkpointed": step + forward,
+            "hours_to_score_a_million": 1e6 * forward / rate / 3600,
+            "hours_to_score_a_million_all_terms": 1e6 * (forward + step) / rate / 3600,
+            "hours_to_train_three_epochs_of_half": 1.5e6 * (step + forward) / rate / 3600,
+            "bytes_of_weights_a_device": 2 * linear / devices,
+            "bytes_gathered_at_a_time": 2 * 2 * linear / depth,
+            "bytes_of_adapter_and_adam_a_device": 16 * lora / devices,
+            "bytes_of_checkpoints_a_device": kept * depth,
+            "bytes_received_a_micro_batch": (2 * 2 * linear + 4 * lora) * (devices - 1) / devices,
+        }  # fmt: skip
+    return {"assumed": ASSUMED, "models": found}
+
+
+# ------------------------------------------------------------------------------------ main
+
+
+def save(key: str, value: Any) -> None:
+    found = json.loads(OUT.read_text()) if OUT.exists() else {}
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    found[key] = {"commit": commit, "torch": torch.__version__, "found": value}
+    write_json(OUT, found)
+    print(key, json.dumps(value)[:600], flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["rows", "steps", "model", "processes", "plan"])
+    parser.add_argument("--rows", default="100000,1000000")
+    parser.add_argument("--steps", type=int, default=100_000)
+    parser.add_argument("--only", action="store_true", help="this size alone, in this process")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    if given.part == "rows" and not given.only:
+        finished_run()
+        for count in given.rows.split(","):
+            subprocess.run([sys.executable, __file__, "rows", "--rows", count, "--only"], check=True)
+    elif given.part == "rows":
+        save(f"rows-{given.rows}", rows(int(given.rows)))
+    elif given.part == "steps":
+        save("steps", steps(given.steps))
+    elif given.part in ("model", "plan"):
+        save(given.part, {"model": model, "plan": plan}[given.part]())
+    else:
+        save("processes", [processes(count) for count in (1, 2, 3)])
+    print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:,.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,598 @@
+"""What strangers' files look like: random, damaged, malicious.  Tests draw a few cases, bench/fuzz.py many."""
+
+import json
+import os
+import re
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from io import BytesIO, StringIO
+from itertools import pairwise
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import peft  # noqa: F401  (first: the hook that checks shapes compiles anew what is imported within ours)
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from hypothesis import strategies as st
+from rich.console import Console
+
+from tsqlora.adapter.doctor import examine
+from tsqlora.adapter.files import CONFIG, WEIGHTS, read_adapter
+from tsqlora.adapter_display import show_doctor
+from tsqlora.config import Config, Section, dump_config, load_config, template
+from tsqlora.data.prepare import read_data
+from tsqlora.data.rows import read_rows
+from tsqlora.data.write import WRITERS, write_rows
+from tsqlora.record import RECORD_FILE, RunRecord
+
+
+@dataclass(frozen=True)
+class Case:
+    """Files of a directory by name, links in it by name, and what a reader is told beside them."""
+
+    files: Mapping[str, bytes]
+    links: Mapping[str, str] = field(default_factory=dict)
+    told: tuple[Any, ...] = ()
+
+
+def lay(case: Case, folder: Path) -> None:
+    """Puts a case's files and links into a directory."""
+    for name, content in case.files.items():
+        (folder / name).write_bytes(content)
+    for name, target in case.links.items():
+        os.symlink(target, folder / name)
+
+
+# ------------------------------------------------------------------------------- values
+
+_TEXTS = (
+    "",
+    " ",
+    "\0",
+    "\x1b[2J\x1b]0;owned\x07",
+    "=cmd|' /C calc'!A0",
+    "@SUM(1+1)",
+    "<script>alert(1)</script>",
+    "[bold]",
+    "../../../etc/passwd",
+    "/etc/passwd",
+    "~nobody-of-this-name/x",
+    "file:///etc/passwd",
+    "a" * 5000,
+    "(a+)+$",
+    "(.*)*x",
+    "(a|aa)+$",
+    "\u202etxt.exe",
+    "\u2028",
+    "\r",
+    "𝕳\u0301",
+    "nan",
+    "1" * 5000,
+    "null",
+    "{{7*7}}",
+    "%s%n",
+)
+_NUMBERS = (0, -1, 1, 2**31, 2**63, -(2**63) - 1, 2**64, 10**400, 0.0, -0.0, 5e-324, 1e308, float("inf"), float("nan"))
+
+texts = st.one_of(st.sampled_from(_TEXTS), st.text(max_size=20))
+scalars = st.one_of(st.none(), st.booleans(), st.sampled_from(_NUMBERS), st.integers(), st.floats(), texts)
+values = st.recursive(
+    scalars,
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(texts, inner, max_size=4)),
+    max_leaves=8,
+)
+deep = st.builds(
+    lambda depth, kind: kind[0] * depth + kind[1] * depth,
+    st.sampled_from([50, 900, 5000]),
+    st.sampled_from(["[]", ("{a: ", "}"), ('{"a":', "}"), ("- ", ""), ("? ", "")]),
+)
+
+
+@st.composite
+def damaged(draw: st.DrawFn, sound: st.SearchStrategy[bytes]) -> bytes:
+    """Sound bytes with pieces cut out, doubled, overwritten or put in."""
+    content = draw(sound)
+    for _ in range(draw(st.integers(0, 4))):
+        start = draw(st.integers(0, len(content)))
+        end = min(len(content), start + draw(st.sampled_from([0, 1, 1, 4, 8, 64])))
+        piece = draw(st.one_of(st.binary(max_size=8), st.sampled_from(_PIECES), st.just(content[start:end] * 2)))
+        content = content[:start] + piece + content[end:]
+    return content
+
+
+_WORD = re.compile(rb'"[^"\n]{0,200}"|-?\d+(?:\.\d+)?|true|false|null|[A-Za-z_]\w*')
+_OTHERS = {
+    b'"': (b'""', b'"\\u0000"', b'"(.*)*x"', b'"../x"', b'"=1+1"', b'"\\ud800"', b'"layers.1.q"', b'"F16"', b'"b"'),
+    b"-0123456789": (
+        b"0",
+        b"1",
+        b"-1",
+        b"2",
+        b"3.5",
+        b"8",
+        b"1e999",
+        b"NaN",
+        b"99999999999999999999",
+        b"9007199254740993",
+    ),
+    b"": (b"null", b"true", b"[]", b"{}", b"[[1]]", b"x", b"0"),
+}
+
+
+def varied(case: Case, random: Random) -> Case:
+    """The same files with a word, a byte or a piece of one of them changed, which is quick."""
+    if not case.files:
+        return case
+    name = random.choice(sorted(case.files))
+    content = case.files[name]
+    for _ in range(random.choice((1, 1, 1, 2, 3))):
+        words = list(_WORD.finditer(content, 0, 4000)) if random.random() < 0.8 else []
+        if words:
+            word = random.choice(words)
+            start, end = word.span()
+            alike = next(others for firsts, others in _OTHERS.items() if not firsts or word.group()[:1] in firsts)
+            piece = random.choice((random.choice(words).group(), random.choice(alike), random.choice(alike)))
+        else:
+            start = random.randint(0, len(content))
+            end = min(len(content), start + random.choice((0, 1, 1, 1, 4)))
+            piece = random.choice(_PIECES) if random.random() < 0.4 else random.randbytes(random.randint(0, 2))
+        content = content[:start] + piece + content[end:]
+    return replace(case, files={**case.files, name: content})
+
+
+_PIECES = (
+    b"",
+    b"\0",
+    b"\xff",
+    b"\xef\xbb\xbf",
+    b"\r",
+    b"\n",
+    b'"',
+    b",",
+    b"\t",
+    b"[" * 2000,
+    b"9" * 5000,
+    b"\xed\xa0\x80",
+)
+
+
+# --------------------------------------------------------------------------- settings
+
+
+def _keys(section: type[Section] = Config, prefix: str = "") -> list[str]:
+    keys = []
+    for name, info in section.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
+            keys += _keys(info.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def _multiplied(first: str, step: str) -> str:
+    """Eight anchors, each of nine aliases to the one before it."""
+    lines = [f"a: &a {first}"]
+    for before, name in pairwise("abcdefgh"):
+        lines.append(f"{name}: &{name} {step % ','.join([f'*{before}'] * 9)}")
+    return "\n".join(lines)
+
+
+_BOMBS = (
+    _multiplied("[x, x]", "[%s]"),
+    _multiplied("{k: 1}", "{<<: [%s]}"),
+    "training: &a\n  logging_steps: *a\n",
+    "training: {logging_steps: &a [*a]}\n",
+    "model: !!python/object/apply:os.system ['touch /tmp/owned']\n",
+    "model: {path: !!bool x}\n",
+    "model: {path: !!int ''}\n",
+    "model: {path: !!timestamp x}\n",
+    "? !!str [a]\n: b\n",
+    "? [a, b]\n: c\n",
+    "training: {epochs: 0x" + "f" * 6000 + "}\n",
+    "training: {epochs: " + "9" * 6000 + "}\n",
+    "ranks: {mean: 1.0e+308}\n",
+    "%YAML 9.9\n---\n",
+    "--- a\n--- b\n",
+    "\tmodel: x\n",
+)
+_WORDS = (
+    *"[]{}:,-?!&*|>'\"%#@`",
+    "\n",
+    "  ",
+    " ",
+    "<<",
+    "&a",
+    "*a",
+    "!!str",
+    "!!binary",
+    "model",
+    "path",
+    "ranks",
+    "mean",
+    "0x",
+    "1e9",
+)
+
+
+@st.composite
+def _nested(draw: st.DrawFn) -> bytes:
+    """Known and unknown keys at hostile values."""
+    tree: dict[str, Any] = {"model": {"path": "m"}, "data": {"train": "t.jsonl"}}
+    for _ in range(draw(st.integers(1, 3))):
+        *sections, name = draw(st.sampled_from(_KEYS)).split(".")
+        here = tree
+        for section in sections:
+            if not isinstance(here.get(section), dict):
+                here[section] = {}
+            here = here[section]
+        here[draw(texts) if draw(st.integers(0, 9)) == 0 else name] = draw(values)
+    try:
+        return yaml.safe_dump(tree, allow_unicode=True).encode("utf-8", "surrogatepass")
+    except (ValueError, yaml.YAMLError):
+        return json.dumps(tree).encode()
+
+
+_KEYS = (*_keys(), "training.logging_steps", "training.hub_token", "training.optim", "training.output_dir")
+
+_SOUND = b"""model: {path: m, dtype: float32}
+data: {train: t.jsonl, text: text, max_length: 64}
+quality: {fraction: 0.5, weights: {loss: 1.0}, temperature: 2.0}
+ranks: {mean: 4.0, min: 0, max: 16}
+adapter: {target_modules: [query, value], dropout: 0.1}
+training: {epochs: 3, learning_rate: 5e-4, seed: 7, logging_steps: 10, optim: adamw_torch}
+"""
+
+settings_files = st.one_of(
+    st.just(_SOUND),
+    _nested(),
+    damaged(st.just(template().encode())),
+    st.lists(st.sampled_from(_WORDS), max_size=40).map(lambda words: "".join(words).encode()),
+    st.sampled_from(_BOMBS).map(str.encode),
+    deep.map(str.encode),
+    st.binary(max_size=60),
+)
+overrides = st.lists(
+    st.one_of(
+        st.builds(lambda key, value: f"{key}={value}", st.sampled_from(_KEYS), texts),
+        st.builds(lambda key, value: f"{key}={value}", st.sampled_from(_KEYS), deep),
+        texts,
+    ),
+    max_size=2,
+)
+
+
+def read_settings(folder: Path, case: Case) -> None:
+    config = load_config(folder / "tsq.yaml", case.told)
+    (folder / "again.yaml").write_text(dump_config(config))
+    assert load_config(folder / "again.yaml").model_dump() == config.model_dump()
+
+
+# ------------------------------------------------------------------------------- rows
+
+_rows = st.lists(
+    st.one_of(
+        st.fixed_dictionaries({"text": texts, "label": st.one_of(st.integers(0, 2), texts)}),
+        st.dictionaries(st.one_of(st.sampled_from(["text", "label", "text_pair"]), texts), values, max_size=4),
+    ),
+    max_size=8,
+)
+
+
+def _lines(rows: list[Any]) -> bytes:
+    return "\n".join(json.dumps(row) for row in rows).encode()
+
+
+def _delimited(cells: list[list[str]], delimiter: str, end: str) -> bytes:
+    quoted = [delimiter.join(f'"{cell}"' if len(cell) != 1 else cell for cell in row) for row in cells]
+    return (f"text{delimiter}label{end}" + end.join(quoted)).encode("utf-8", "surrogatepass")
+
+
+_LINE_ENDS = st.sampled_from(["\n", "\r\n", "\r", "\n\r", "\n\n"])
+_sound_cells = st.tuples(st.sampled_from(["x", "y, z", "'=1", "=1+1"]), st.sampled_from("ab")).map(list)
+
+
+def _table_files(delimiter: str) -> st.SearchStrategy[bytes]:
+    sound = st.lists(_sound_cells, min_size=4, max_size=8)
+    wild = st.lists(st.lists(texts, min_size=1, max_size=3), max_size=8)
+    tables = st.builds(_delimited, st.one_of(sound, wild), st.just(delimiter), _LINE_ENDS)
+    return st.one_of(tables, damaged(tables), st.binary(max_size=60))
+
+
+_sound_rows = st.lists(
+    st.fixed_dictionaries(
+        {"text": texts.map(lambda text: text.strip() or "x"), "label": st.sampled_from(["a", "b"])},
+        optional={"more": values},
+    ),
+    min_size=4,
+    max_size=8,
+)
+
+_json_files = st.one_of(
+    _sound_rows.map(_lines),
+    _sound_rows.map(lambda rows: json.dumps(rows).encode()),
+    damaged(_rows.map(_lines)),
+    damaged(_rows.map(lambda rows: json.dumps(rows).encode())),
+    deep.map(lambda text: f'{{"text": {text}, "label": 1}}'.encode()),
+    values.map(lambda value: json.dumps(value).encode()),
+    st.just(b'{"text": "a", "text": "b", "label": 1}\n{"text": "c", "label": 2}\n'),
+    st.binary(max_size=60),
+)
+_TYPES = (
+    pa.string(), pa.large_string(), pa.binary(), pa.int8(), pa.uint64(), pa.float16(), pa.float64(), pa.bool_(),
+    pa.null(), pa.timestamp("us", "+99:99"),
+    pa.date32(), pa.date64(), pa.time64("ns"), pa.timestamp("s"), pa.timestamp("ns", "Mars/Phobos"),
+    pa.duration("ns"), pa.decimal128(38, 10), pa.list_(pa.int64()), pa.struct([("a", pa.string()), ("b", pa.int8())]),
+    pa.map_(pa.string(), pa.int32()), pa.dictionary(pa.int8(), pa.string()),
+)  # fmt: skip
+
+
+@st.composite
+def _parquet(draw: st.DrawFn) -> bytes:
+    """Columns of any type; bits of the values are random."""
+    count = draw(st.integers(0, 5))
+    names, columns = [], []
+    for name in draw(st.lists(st.one_of(st.sampled_from(["text", "label"]), texts), min_size=1, max_size=3)):
+        kind = draw(st.sampled_from(_TYPES))
+        width = kind.bit_width // 8 if pa.types.is_primitive(kind) and kind.bit_width >= 8 else 0
+        if width:
+            raw = draw(st.binary(min_size=width * count, max_size=width * count))
+            column = pa.Array.from_buffers(kind, count, [None, pa.py_buffer(raw)])
+        elif kind in (pa.string(), pa.binary()):
+            raw = [draw(st.binary(max_size=6)) for _ in range(count)]
+            column = pa.array(raw, pa.binary()).view(kind)
+        else:
+            column = pa.nulls(count, kind)
+        names.append(name)
+        columns.append(column)
+    file = BytesIO()
+    try:
+        pq.write_table(pa.Table.from_arrays(columns, names=names), file)
+    except (pa.ArrowException, ValueError, OverflowError):
+        return b"PAR1"
+    return file.getvalue()
+
+
+def _sound_parquet(rows: list[dict[str, Any]]) -> bytes:
+    file = BytesIO()
+    pq.write_table(pa.table({name: [row[name] for row in rows] for name in ("text", "label")}), file)
+    return file.getvalue()
+
+
+_parquet_files = st.one_of(_sound_rows.map(_sound_parquet), _parquet(), damaged(_parquet()))
+
+
+def read_file_of_rows(folder: Path, case: Case) -> None:
+    """As `train` reads it, and as `predict` writes it again."""
+    name, classes, suffix = case.told
+    rows = read_rows(folder / name)
+    write_rows(folder / f"out{suffix}", rows.rows)
+    read_data(
+        str(folder / name), None, None, text=None, text_pair=None, label=None,
+        classes=classes, validation_fraction=0.25, seed=0,
+    )  # fmt: skip
+
+
+def _row_case(suffix: str, content: bytes, classes: bool, out: str) -> Case:
+    return Case({f"train{suffix}": content}, told=(f"train{suffix}", classes, out))
+
+
+def _row_cases(suffixes: list[str], contents: st.SearchStrategy[bytes]) -> st.SearchStrategy[Case]:
+    return st.builds(
+        _row_case,
+        st.sampled_from(suffixes),
+        contents,
+        st.sampled_from([True, True, False]),
+        st.sampled_from(list(WRITERS)),
+    )
+
+
+# ---------------------------------------------------------------------------- adapters
+
+_MODULES = ("layers.0.q", "layers.1.q", "layers.0.wte", "q", "layers.10.conv", "1" * 5000, "layers.999.q", "a.0.b.1.c")
+_SLOTS = (
+    "lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "weight",
+    "base_layer.weight",
+)  # fmt: skip
+_DTYPES = {
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F64": 8,
+    "I64": 8,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "C64": 8,
+    "U16": 2,
+    "X": 4,
+}
+
+
+def safetensors_bytes(tensors: Mapping[str, tuple[str, list[int], bytes]], **lies: Any) -> bytes:
+    """A file in safetensors' format; `lies` overwrite what the header says of a tensor."""
+    header: dict[str, Any] = {}
+    body = b""
+    for name, (dtype, shape, content) in tensors.items():
+        about = {"dtype": dtype, "shape": shape, "data_offsets": [len(body), len(body) + len(content)]}
+        header[name] = about | lies
+        body += content
+    told = json.dumps(header).encode()
+    return struct.pack("<Q", len(told)) + told + body
+
+
+def _mostly(usual: Any, other: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.integers(0, 15).flatmap(lambda n: other if n == 0 else st.just(usual))
+
+
+def _bytes_of(draw: st.DrawFn, dtype: str, shape: list[int]) -> bytes:
+    size = _DTYPES[dtype]
+    for length in shape:
+        size *= length
+    kind = draw(st.sampled_from(["zeros", "random", "random", "nan"]))
+    if size > 1 << 16 or kind == "zeros":
+        return bytes(min(size, 1 << 16))
+    return (
+        b"\xff" * size
+        if kind == "nan"
+        else draw(st.binary(min_size=min(size, 64), max_size=64)).ljust(size, b"\x3c")[:size]
+    )
+
+
+@st.composite
+def _weights(draw: st.DrawFn) -> tuple[int, bytes]:
+    rank = draw(_mostly(2, st.sampled_from([1, 8, 0])))
+    tensors: dict[str, tuple[str, list[int], bytes]] = {}
+    for module in draw(st.lists(st.sampled_from(_MODULES), min_size=1, max_size=4, unique=True)):
+        inputs, outputs = draw(_mostly((4, 3), st.sampled_from([(1, 1), (8, 8), (2**40, 0), (0, 4)])))
+        dtype = draw(_mostly("F32", st.sampled_from(list(_DTYPES))))
+        for slot, shape in (("lora_A.weight", [rank, inputs]), ("lora_B.weight", [outputs, rank])):
+            content = _bytes_of(draw, dtype, shape)
+            tensors[f"base_model.model.{module}.{slot}"] = (dtype, shape, content)
+    for _ in range(draw(_mostly(0, st.integers(1, 2)))):
+        name = f"base_model.model.{draw(st.sampled_from(_MODULES))}.{draw(st.sampled_from(_SLOTS))}"
+        dtype = draw(st.sampled_from(list(_DTYPES)))
+        shape = draw(st.lists(st.sampled_from([0, 1, 2, 3, 8, 2**40]), max_size=3))
+        tensors[draw(st.sampled_from([name, draw(texts)]))] = (dtype, shape, _bytes_of(draw, dtype, shape))
+    lies = draw(_mostly({}, _lies))
+    return rank, safetensors_bytes(tensors, **lies)
+
+
+_lies = st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets"]), values, max_size=2)
+
+_SETTINGS = (
+    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "task_type", "auto_mapping", "bias", "peft_type",
+    "base_model_name_or_path", "target_modules", "modules_to_save", "init_lora_weights", "layer_replication",
+    "use_dora", "fan_in_fan_out", "megatron_config", "revision", "target_parameters", "trainable_token_indices",
+)  # fmt: skip
+
+
+def _mapping(keys: list[str], inner: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.dictionaries(st.one_of(st.sampled_from(keys), texts), inner, max_size=2)
+
+
+_FITTING: Mapping[str, st.SearchStrategy[Any]] = {
+    "rank_pattern": _mapping(["q", "layers.*", "(.*)*x", "^q", "(1|11)+$"], st.integers(-1, 9)),
+    "alpha_pattern": _mapping(["q", "(.+)+y", ".*0.*"], scalars),
+    "base_model_name_or_path": st.one_of(texts, st.sampled_from(["/etc", ".", "..", "src", "org/model", "a/b/c"])),
+    "auto_mapping": _mapping(["base_model_class"], st.one_of(texts, st.sampled_from(["pipeline", "logging", "os"]))),
+    "task_type": st.one_of(st.sampled_from(["SEQ_CLS", "CAUSAL_LM", "FEATURE_EXTRACTION"]), values),
+}
+
+
+@st.composite
+def adapters(draw: st.DrawFn) -> Case:
+    rank, weights = draw(_weights())
+    config: dict[str, Any] = {"peft_type": "LORA", "r": rank or 4, "lora_alpha": 16, "base_model_name_or_path": None}
+    for name in draw(st.lists(st.sampled_from(_SETTINGS), max_size=2)):
+        config[name] = draw(st.one_of(_FITTING.get(name, values), values))
+    told = json.dumps(config).encode()
+    if draw(st.integers(0, 7)) == 0:
+        told = draw(st.one_of(damaged(st.just(told)), deep.map(str.encode), st.binary(max_size=40)))
+    if draw(st.integers(0, 7)) == 0:
+        weights = draw(damaged(st.just(weights)))
+    files, links = {CONFIG: told, WEIGHTS: weights}, {}
+    match draw(st.integers(0, 31)):
+        case 0:
+            files["adapter_model.bin"] = files.pop(WEIGHTS)
+        case 1:
+            del files[CONFIG]
+            links[CONFIG] = draw(st.sampled_from(["/etc/passwd", "/dev/zero", CONFIG, "../x", "."]))
+        case 2:
+            files[draw(st.sampled_from(["evil.pkl", "x.PT", "README.md"]))] = b"cos\nsystem\n(S'exit 1'\ntR."
+    return Case(files, links)
+
+
+def read_one_adapter(folder: Path, case: Case) -> None:
+    read_adapter(folder)
+
+
+def ask_the_doctor(folder: Path, case: Case) -> None:
+    """As `tsqlora doctor` prints it, in both forms."""
+    report = examine(folder)
+    json.dumps(report)
+    show_doctor(Console(file=StringIO(), width=80), report)
+
+
+# ------------------------------------------------------------------------------- runs
+
+_RECORD = {
+    "status": "finished", "seed": 0, "task": "sequence-classification", "labels": ["a", "b"],
+    "data": {"hash": "0", "columns": {"text": "text", "text_pair": None, "label": "label"}, "max_length": 8},
+    "plan": {"rows": {"train": 1}, "bf16": False}, "versions": {}, "cost": {}, "quality": {}, "ranks": {"l.0.q": 2},
+    "rank_events": [], "parameters": {}, "metrics": {"test": {"accuracy": 0.5}}, "notes": [], "history": [],
+}  # fmt: skip
+
+
+@st.composite
+def records(draw: st.DrawFn) -> Case:
+    record: dict[str, Any] = dict(_RECORD)
+    for name in draw(st.lists(st.sampled_from([*_RECORD, "further"]), max_size=2)):
+        record[name] = draw(values)
+    told = json.dumps(record).encode()
+    if draw(st.integers(0, 3)) == 0:
+        told = draw(
+            st.one_of(damaged(st.just(told)), deep.map(str.encode), values.map(lambda v: json.dumps(v).encode()))
+        )
+    return Case({RECORD_FILE: told, "config.yaml": b"model: {path: m}\ndata: {train: t.jsonl}\n"})
+
+
+def read_record(folder: Path, case: Case) -> None:
+    RunRecord.load(folder)
+
+
+# ------------------------------------------------------------------------------ targets
+
+Target = tuple[st.SearchStrategy[Case], Callable[[Path, Case], None]]
+
+TARGETS: Mapping[str, Target] = {
+    "settings": (
+        st.builds(lambda content, more: Case({"tsq.yaml": content}, told=tuple(more)), settings_files, overrides),
+        read_settings,
+    ),
+    "JSON": (_row_cases([".jsonl", ".json"], _json_files), read_file_of_rows),
+    "CSV": (_row_cases([".csv"], _table_files(",")), read_file_of_rows),
+    "TSV": (_row_cases([".tsv"], _table_files("\t")), read_file_of_rows),
+    "Parquet": (_row_cases([".parquet"], _parquet_files), read_file_of_rows),
+    "adapter": (adapters(), read_one_adapter),
+    "doctor": (adapters(), ask_the_doctor),
+    "record": (records(), read_record),
+}
+
+
+# --------------------------------------------------------------------- a case of plain bytes
+
+_PARTED = b"\n---\n"
+_SOUND_ADAPTER = (
+    b'{"peft_type": "LORA", "r": 2, "lora_alpha": 4, "rank_pattern": {"q": 2}, "base_model_name_or_path": "a/b"}'
+    + _PARTED
+    + safetensors_bytes(
+        {
+            "base_model.model.layers.0.q.lora_A.weight": ("F32", [2, 4], bytes(32)),
+            "base_model.model.layers.0.q.lora_B.weight": ("F32", [3, 2], bytes(24)),
+        }
+    )
+)
+_SOUND_ROWS = [{"text": f"row {j}", "label": "ab"[j % 2]} for j in range(8)]
+
+BYTES: Mapping[str, list[bytes]] = {
+    "settings": [_SOUND],
+    "JSON": [_lines(_SOUND_ROWS)],
+    "CSV": [b"text,label\nx,a\ny,b\nz,a\nx,b\n"],
+    "Parquet": [_sound_parquet(_SOUND_ROWS)],
+    "adapter": [_SOUND_ADAPTER],
+    "doctor": [_SOUND_ADAPTER],
+}
+"""Targets whose files are plain bytes, and what a sound one looks like."""
+
+
+def case_of_bytes(target: str, content: bytes) -> Case:
+    """The case of a target that these bytes are."""
+    if target == "settings":
+        return Case({"tsq.yaml": content})
+    if target in ("adapter", "doctor"):
+        config, _, weights = content.partition(_PARTED)
+        return Case({CONFIG: config, WEIGHTS: weights})
+    suffix = {"JSON": ".jsonl", "CSV": ".csv", "Parquet": ".parquet"}[target]
+    return _row_case(suffix, content, True, ".jsonl")
