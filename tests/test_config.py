@@ -344,7 +344,9 @@ anything = st.recursive(
 )
 configs = st.builds(
     lambda **sections: Config.model_validate(sections),
-    model=st.fixed_dictionaries({"path": names, "revision": text_or_null}),
+    model=st.fixed_dictionaries(
+        {"path": names, "revision": st.none() | st.from_regex(r"[a-z0-9]{1,9}", fullmatch=True)}
+    ),
     data=st.fixed_dictionaries({"train": names, "test": st.none() | names, "text": text_or_null}),
     task=st.fixed_dictionaries({"type": st.text(min_size=1)}),
     quality=st.fixed_dictionaries(
