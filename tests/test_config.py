@@ -338,7 +338,7 @@ def test_a_path_is_looked_for_here_then_beside_the_file_else_it_is_a_hub_id(tmp_
 names = st.text(min_size=1).map(lambda text: f"no file {text}")
 text_or_null = st.none() | st.text(min_size=1)
 anything = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=5,
 )
