@@ -14,7 +14,7 @@ import argparse
 import json
 import subprocess
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from sklearn.metrics import roc_auc_score
 from transformers import DataCollatorWithPadding, get_scheduler, set_seed
 
 from tsqlora.adapter.wrap import wrap
-from tsqlora.data.batches import bucketed_order
+from tsqlora.data.batches import bucketed_order, sorted_batches
 from tsqlora.data.labels import LabelMap
 from tsqlora.demo import package_folder
 from tsqlora.errors import NotLearnedError
@@ -38,7 +38,7 @@ from tsqlora.training.load import load_pretrained
 from tsqlora.training.predict import predict_logits
 
 CACHE = Path(__file__).parent / ".cache"
-LEARNING_RATE, BATCH, RANK = 1e-3, 16, 8
+LEARNING_RATE, BATCH, EVAL_BATCH, RANK = 1e-3, 16, 64, 8
 
 
 @dataclass(slots=True)
@@ -130,7 +130,21 @@ def train_epoch(bench: Bench, epoch: int, draw: Draw) -> np.ndarray:
 
 
 def logits_of(bench: Bench, samples: list[dict[str, Any]]) -> np.ndarray:
-    return predict_logits(bench.model, samples, bench.collate, batch_size=64, autocast=autocast()).astype(np.float64)
+    return predict_logits(bench.model, samples, bench.collate, batch_size=EVAL_BATCH, autocast=autocast()).astype(
+        np.float64
+    )
+
+
+def features_of(bench: Bench) -> np.ndarray:
+    """What the model's head is given for each training row, as it is now."""
+    found: list[torch.Tensor] = []
+    hook = bench.model.get_base_model().classifier.register_forward_pre_hook(
+        lambda _, inputs: found.append(inputs[0].float())
+    )
+    logits_of(bench, bench.train)
+    hook.remove()
+    order = np.concatenate(list(sorted_batches([len(sample["input_ids"]) for sample in bench.train], EVAL_BATCH)))
+    return torch.cat(found)[np.argsort(order)].numpy()
 
 
 def calibrated(bench: Bench) -> np.ndarray:
@@ -178,6 +192,7 @@ def warm_state(cell: Cell, shared: Path) -> dict[str, Any]:
         "learned": scores is not None,
         "terms": {} if scores is None else {n: torch.tensor(v, dtype=torch.float64) for n, v in scores.terms.items()},
         "logits": torch.from_numpy(calibrated(bench)),
+        "features": torch.from_numpy(features_of(bench)),
         "labels": torch.from_numpy(bench.labels),
         "bad": torch.from_numpy(bench.bad),
         "test": test_metrics(bench),
@@ -240,6 +255,7 @@ def run_rule(cell: Cell, shared: Path, name: str) -> dict[str, Any]:
     if state["learned"] and "loss_reduction" in rule.needs:
         terms["loss_reduction"] = loss_reduction(cell, shared, state)
     seen = Seen(cell.seed, cell.fraction, bench.labels, state["logits"].numpy(), terms, bench.bad)
+    seen = replace(seen, features=state["features"].numpy())
     shares, notes, start = [], [], state["epoch"]
     parts = rule.refresh + 1
     refreshes = {start + round(part * (cell.epochs - start) / parts) for part in range(1, parts)}

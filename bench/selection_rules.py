@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import scipy.special
+from sklearn.cluster import MiniBatchKMeans
 
 from tsqlora.quality.reject import LabelNoise, label_noise, reject
 from tsqlora.quality.sampling import draw as gumbel_draw
@@ -38,6 +39,8 @@ class Seen:
     last_loss: np.ndarray | None = None
     first_logits: np.ndarray | None = None
     """Those after warm-up, once `logits` are newer."""
+    features: np.ndarray | None = None
+    """What the head is given for each row after warm-up (n × width)."""
 
     @property
     def loss(self) -> np.ndarray:
@@ -82,6 +85,34 @@ def _drawn(seen: Seen, epoch: int, q: np.ndarray, temperature: float = 1.0) -> D
 def rejection(seen: Seen, epoch: int) -> Draw:
     """The default: doubtful labels left out where wrong ones are evident; of the rest passes as random's."""
     return _passes(seen, epoch, *reject(seen.logits, seen.labels))
+
+
+def coverage(seen: Seen, epoch: int) -> Draw:
+    """As the default, but of the kept rows of a class each cluster of features has an equal part, small ones all.
+
+    Clusters are as many as would have ten rows each: rare kinds of rows come up in every epoch, crowded ones less.
+    """
+    mask, noise = reject(seen.logits, seen.labels)
+    assert seen.features is not None
+    rng = np.random.default_rng([seen.seed, 2, epoch])
+    drawn, size = [], draw_size(len(mask), seen.fraction)
+    for label in np.unique(seen.labels):
+        rows = np.flatnonzero(~mask & (seen.labels == label))
+        clusters = MiniBatchKMeans(max(1, len(rows) // 10), n_init=1, random_state=seen.seed)
+        of_row = clusters.fit_predict(seen.features[rows])
+        share = round(size * len(rows) / int((~mask).sum()))
+        drawn.append(rows[_level(of_row, share, rng)])
+    return Draw(np.concatenate(drawn), rejected=mask, note={"noise": noise.to_dict(), "rejected": float(mask.mean())})
+
+
+def _level(cluster: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Places of `size` rows, taken by turns: one of each cluster that has any left, until there are enough."""
+    order = rng.permutation(len(cluster))
+    turn = np.empty(len(cluster), dtype=int)  # the how manieth of its cluster a row is
+    for which in np.unique(cluster):
+        of_it = order[cluster[order] == which]
+        turn[of_it] = np.arange(len(of_it))
+    return order[np.argsort(turn[order], kind="stable")][:size]
 
 
 def rejection_by_factor(factor: float, *, refresh: int = 0) -> Rule:
@@ -164,6 +195,7 @@ RULES: dict[str, Rule] = {
     "random": Rule(None),
     "oracle": Rule(oracle),
     "reject": Rule(rejection, once=True),
+    "reject, coverage": Rule(coverage),
     "reject, factor 1.5": rejection_by_factor(1.5),
     "reject, factor 2": rejection_by_factor(2.0),
     "reject, factor 2, refreshed": rejection_by_factor(2.0, refresh=1),

@@ -5,11 +5,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
 from tsqlora.display import (
     Display,
+    layer_places,
     ranks_table,
     show_allocation,
     show_explained,
@@ -18,7 +21,6 @@ from tsqlora.display import (
     show_record,
     show_scores,
     show_scoring_plan,
-    split_name,
 )
 from tsqlora.progress import Pulse
 
@@ -53,7 +55,31 @@ def test_every_rank_and_whole_name_is_shown_within_80_columns(blocks: int) -> No
     ],
 )
 def test_a_name_splits_into_block_and_kind(name: str, block: str, kind: str) -> None:
-    assert split_name(name) == (block, kind)
+    assert layer_places([name]) == {name: (block, kind)}
+
+
+@pytest.mark.parametrize(
+    ("parts", "lead"),
+    [
+        (("encoder.encoder.layer", "decoder.bert.encoder.layer"), ""),
+        (("encoder.block", "decoder.block"), ""),
+        (("model.encoder.layers", "model.decoder.layers"), "model."),
+    ],
+)
+def test_an_encoders_layer_and_a_decoders_are_not_taken_for_one_another(parts: tuple[str, str], lead: str) -> None:
+    ranks = {f"{part}.{block}.query": 10 * j + block for j, part in enumerate(parts, 1) for block in range(3)}
+    ranks |= {f"{lead}{part}.pooler.dense": 50 + j for j, part in enumerate(("encoder", "decoder"))}
+    text = shown(lambda console, table: console.print(table), ranks_table(ranks))
+    told = {" ".join(line.split()) for line in text.splitlines()}
+    assert {"encoder query 10 11 12", "decoder query 20 21 22"} <= told
+    assert {"encoder pooler.dense 50", "decoder pooler.dense 51"} <= told
+
+
+@given(st.sets(st.lists(st.sampled_from(["a", "b", "0", "1", "encoder"]), min_size=1, max_size=5).map(".".join)))
+def test_no_two_layers_have_one_place(names: set[str]) -> None:
+    places = layer_places(names)
+    assert places.keys() == names
+    assert len(set(places.values())) == len(names)
 
 
 def test_notes_metrics_and_costs_of_a_run_are_shown() -> None:

@@ -1,6 +1,7 @@
 """Whole runs of models that generate text: train, evaluate, predict, chat, score, explain, a dry run."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ from runs import write_config, write_jsonl
 from tsqlora import pipeline
 from tsqlora.config import load_config
 from tsqlora.errors import SettingsError
+from tsqlora.exporting import export
+from tsqlora.gradients.sites import bitsandbytes_bits
 from tsqlora.inference import evaluate_run, open_run, predict_run, reply
 from tsqlora.quality.explain import explain
 from tsqlora.quality.scores import Scores
 from tsqlora.scoring import score_rows
 
+LAYER = "model.layers.0.mlp.down_proj"
 WORDS = ("pink", "blue", "grey", "teal")
 TRAINING = {"epochs": 4, "batch_size": 8, "learning_rate": 0.01, "bf16": False, "logging_strategy": "no"}
 
@@ -169,6 +173,38 @@ def test_packed_training_is_the_padded_one(tmp_path: Path) -> None:
         assert record.quality["used"]
         found.append(record.metrics["validation"]["loss"])
     assert found[1] == pytest.approx(found[0], rel=1e-3)
+
+
+# torch warns of its own script_method, which bitsandbytes imports.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_a_packed_base_is_trained_on_and_its_adapter_merged_into_the_whole_one(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    config = write_config(
+        tmp_path / "tsq.yaml",
+        checkpoint(tmp_path / "model", "causal-lm"),
+        write_jsonl(tmp_path / "train.jsonl", rows(40)),
+        task={"type": "causal-lm"},
+        training=TRAINING,
+    )
+    run = tmp_path / "run"
+    also = [
+        "data.max_length=32",
+        "model.quantization=4bit",
+        f"data.test={write_jsonl(tmp_path / 'test.jsonl', rows(4))}",
+    ]
+    record = pipeline.train(load_config(config, also), run)
+    assert record.quality["used"]
+    assert record.rank_events
+    assert bitsandbytes_bits(open_run(run).model.get_submodule(f"base_model.model.{LAYER}.base_layer")) == 4
+    assert evaluate_run(run, tmp_path / "test.jsonl") == pytest.approx(record.metrics["test"], rel=1e-4)
+    report = export(run, tmp_path / "merged", format="merged")
+    assert report["logits_difference"] <= 1e-4 * report["largest_logit"]
+    (note,) = report["notes"]
+    said = re.match(r"trained on a 4bit base and merged into the whole one: logits differ by (\S+) in the mean", note)
+    assert said is not None
+    assert 1e-4 < float(said[1]) < 1
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged")
+    assert not bitsandbytes_bits(merged.get_submodule(LAYER))
 
 
 def test_a_row_whose_target_does_not_fit_is_left_out_and_told(tmp_path: Path) -> None:

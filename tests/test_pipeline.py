@@ -21,6 +21,7 @@ OTHER_VALUES: dict[str, Any] = {
     "model.path": "another/model",
     "model.revision": "v2",
     "model.dtype": "bfloat16",
+    "model.quantization": "4bit",
     "model.trust_remote_code": True,
     "task.type": "regression",
     "task.max_new_tokens": 7,
@@ -180,6 +181,7 @@ def test_every_key_changes_what_some_boundary_is_given(key: str) -> None:
     ("key", "boundary", "argument"),
     [
         ("model.dtype", "load_pretrained", "dtype"),
+        ("model.quantization", "load_pretrained", "quantization"),
         ("data.validation_fraction", "read_data", "validation_fraction"),
         ("data.max_length", "prepare", "max_length"),
         ("quality.resample", "QualitySubset", "resample"),

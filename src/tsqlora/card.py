@@ -1,6 +1,7 @@
 """The model card of a run, in the Hub's format: what it was made of, how it does, what it cost, how to load it."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from tsqlora.config import Config, load_config
-from tsqlora.display import split_name
+from tsqlora.display import layer_places
 from tsqlora.errors import printable
 from tsqlora.record import RunRecord, write_whole
 from tsqlora.training.run_dir import CONFIG_FILE
@@ -116,14 +117,24 @@ def _data(config: Config, record: RunRecord) -> list[str]:
 
 
 def _ranks(ranks: Mapping[str, int]) -> list[str]:
-    """Ranks by kind of layer and block."""
-    cells = {split_name(name): rank for name, rank in ranks.items()}
+    """Ranks by kind of layer and block, as numbers and as bars."""
+    cells = {place: ranks[name] for name, place in layer_places(ranks).items()}
     blocks = sorted({block for block, _ in cells}, key=lambda block: int(block or -1))
-    rows = [
-        [kind, *(str(cells.get((block, kind), "")) for block in blocks)]
-        for kind in dict.fromkeys(kind for _, kind in cells)
-    ]
-    return _table(["rank in block", *(block or "–" for block in blocks)], rows)
+    rows = []
+    for kind in dict.fromkeys(kind for _, kind in cells):
+        found = [cells.get((block, kind)) for block in blocks]
+        shown = ("" if rank is None else str(rank) for rank in found)
+        rows.append([kind, *shown, _bars([rank or 0 for rank in found], max(ranks.values()))])
+    return _table(["rank in block", *(block or "–" for block in blocks), "plot"], rows)
+
+
+def _bars(ranks: Sequence[int], most: int) -> str:
+    """A bar for each rank, in eighths of the largest; none for rank 0.
+
+    >>> _bars([0, 1, 4, 8], 8)
+    '·▁▄█'
+    """
+    return "".join("·▁▂▃▄▅▆▇█"[math.ceil(8 * rank / max(most, 1))] for rank in ranks)
 
 
 def _costs(record: RunRecord) -> list[list[str]]:

@@ -64,6 +64,9 @@ class ModelSettings(Section):
     path: str = Field(description="Directory or hub id of the model to adapt.")
     revision: str | None = setting(None, "Branch, tag or commit of a hub model.")
     dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", "What the frozen weights are loaded as.")
+    quantization: Literal["4bit", "8bit"] | None = setting(
+        None, "Pack the frozen linear layers by bitsandbytes, 4bit as NF4; they compute in dtype. Null packs none."
+    )
     trust_remote_code: bool = setting(False, "Run code that comes with the model.")
 
     @model_validator(mode="after")

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -185,7 +185,7 @@ def show_allocation(console: Console, arguments: Mapping[str, Any]) -> None:
 
 def ranks_table(ranks: Mapping[str, int]) -> Group:
     """Ranks as kinds of module × blocks; blocks for which 80 columns have no room follow below."""
-    cells = {split_name(name): rank for name, rank in ranks.items()}
+    cells = {place: ranks[name] for name, place in layer_places(ranks).items()}
     blocks = list(dict.fromkeys(block for block, _ in cells if block))
     starts = range(0, len(blocks), _BLOCKS_ABREAST)
     tables = [_some_ranks(cells, blocks[start : start + _BLOCKS_ABREAST]) for start in starts]
@@ -206,17 +206,33 @@ def _some_ranks(cells: Mapping[tuple[str, str], int], blocks: Sequence[str]) -> 
     return table
 
 
-def split_name(name: str) -> tuple[str, str]:
-    """A layer's block number and kind.
+def layer_places(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Each layer's block number ("" outside of blocks) and kind; no two layers share a place.
 
-    >>> split_name("bert.encoder.layer.3.attention.self.query")
-    ('3', 'attention.self.query')
+    Where an encoder's and a decoder's layers would, kinds begin with the part of the name that tells them apart.
+
+    >>> layer_places(["bert.encoder.layer.3.attention.self.query"])
+    {'bert.encoder.layer.3.attention.self.query': ('3', 'attention.self.query')}
+    >>> list(layer_places(["encoder.block.0.o", "decoder.block.0.o"]).values())
+    [('0', 'encoder o'), ('0', 'decoder o')]
     """
-    parts = name.split(".")
-    numbers = [j for j, part in enumerate(parts) if part.isdigit()]
-    if not numbers:
-        return "", ".".join(parts[-2:])
-    return parts[numbers[0]], ".".join(parts[numbers[0] + 1 :])
+    split = {name: _split(name.split(".")) for name in names}
+    if len({(block, kind) for _, block, kind in split.values()}) == len(split):
+        return {name: (block, kind) for name, (_, block, kind) in split.items()}
+    leads = [lead for lead, _, _ in split.values()]
+    shared = next((j for j, parts in enumerate(zip(*leads, strict=False)) if len({*parts}) > 1), min(map(len, leads)))
+    told = {name: (block, " ".join([*lead[shared : shared + 1], kind])) for name, (lead, block, kind) in split.items()}
+    if len({*told.values()}) == len(told):
+        return told
+    return {name: (block, name) for name, (_, block, _) in split.items()}
+
+
+def _split(parts: list[str]) -> tuple[list[str], str, str]:
+    """What comes before the block's number, the number, and the kind behind it."""
+    at = next((j for j, part in enumerate(parts) if part.isdigit()), None)
+    if at is None:
+        return parts[:-2], "", ".".join(parts[-2:])
+    return parts[:at], parts[at], ".".join(parts[at + 1 :])
 
 
 def show_numbers(console: Console, numbers: Mapping[str, Any]) -> None:

@@ -11,7 +11,8 @@ from tsqlora.adapter.base import base_path, base_skeleton, load_base, load_token
 from tsqlora.adapter.export import Base, Exported, export_adapter
 from tsqlora.adapter.files import read_adapter
 from tsqlora.adapter.health import vllm_rank
-from tsqlora.adapter.verify import describe
+from tsqlora.adapter.merge import reload
+from tsqlora.adapter.verify import describe, logits, takes_tokens
 from tsqlora.card import write_card
 from tsqlora.errors import SettingsError, nearest
 from tsqlora.inference import open_run
@@ -19,6 +20,9 @@ from tsqlora.pipeline import read
 from tsqlora.probe import sensitivity
 from tsqlora.training.run_dir import adapter_folder, is_run
 from tsqlora.upload import push, require_repository
+
+WHOLE = "model.quantization=null"
+"""For `open_run`: the base as it was before it was packed."""
 
 
 def export(
@@ -67,6 +71,8 @@ def export(
     if is_run(source):
         write_card(source, out, format=format)
     report = _report(out, format, done)
+    if is_run(source) and format == "merged":
+        report["notes"] += _off_packed(source, out)
     return report if push_to_hub is None else report | {"pushed": push(out, push_to_hub)}
 
 
@@ -112,11 +118,28 @@ def examine(source: Path) -> dict[str, Any]:
 
 
 def _base_of_run(run: Path) -> Base:
+    """The whole base, also of a run that had it packed: merging into packed weights would round them again."""
+
     def load(dtype: str | None) -> Any:
-        opened = open_run(run, [] if dtype is None else [f"model.dtype={dtype}"])
+        opened = open_run(run, [WHOLE, *([] if dtype is None else [f"model.dtype={dtype}"])])
         return opened.model.unload().cpu().eval()
 
-    return Base(lambda: load(None), load, lambda: open_run(run).tokenizer)
+    return Base(lambda: load(None), load, lambda: open_run(run, [WHOLE]).tokenizer)
+
+
+def _off_packed(run: Path, merged: Path) -> list[str]:
+    """For a run on a packed base: how far what it was trained as is from what the merged model says."""
+    opened = open_run(run)
+    base: Any = opened.model.get_base_model()
+    if (packed := opened.config.model.quantization) is None or not takes_tokens(base):
+        return []
+    trained = logits(opened.model)
+    whole: Any = reload(merged, base).to(trained.device)  # pyright: ignore[reportArgumentType]
+    gap = (trained - logits(whole)).abs()
+    return [
+        f"trained on a {packed} base and merged into the whole one: logits differ by {float(gap.mean()):.3g} in the "
+        f"mean and {float(gap.max()):.3g} at most, where the largest is {float(trained.abs().max()):.3g}"
+    ]
 
 
 def _base_of_adapter(folder: Path, given: str | None, format: str) -> Base | None:

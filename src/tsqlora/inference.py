@@ -205,10 +205,12 @@ def open_run(run: Path, overrides: Sequence[str] = ()) -> Trained:
         generation=task if isinstance(task, Generation) else None,
         revision=base.revision,
         dtype=base.dtype,
+        quantization=base.quantization,
         trust_remote_code=base.trust_remote_code,
     )
     model = PeftModel.from_pretrained(pretrained.model, str(run / ADAPTER_DIR), is_trainable=True)
-    model.to(device_of(config))
+    if base.quantization is None:  # else it lies where it was packed
+        model.to(device_of(config))
     return Trained(config, record, task, model, pretrained.tokenizer, labels)
 
 

@@ -225,6 +225,7 @@ def load_model(config: Config, labels: LabelMap | None) -> tuple[Pretrained, int
         generation=task if isinstance(task, Generation) else None,
         revision=base.revision,
         dtype=base.dtype,
+        quantization=base.quantization,
         trust_remote_code=base.trust_remote_code,
     )
     length = resolve_max_length(

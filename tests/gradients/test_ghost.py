@@ -1,14 +1,18 @@
 """Both forms of a per-sample gradient against the matrix bᵀa itself."""
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tsqlora.gradients import ghost
 from tsqlora.gradients.ghost import (
     Explicit,
     Factored,
+    LookupGradient,
     MeanGradient,
     factored_is_cheaper,
     layer_gradient,
@@ -42,6 +46,28 @@ def test_both_forms_are_the_matrix(shape: tuple[int, int, int, int], seed: int) 
         close(form.norm_sq(), matrix.square().sum((1, 2)))
         close(form.dot(other), (matrix * other).sum((1, 2)))
         close(form.apply(x), torch.einsum("nti,noi->nto", x, matrix))
+
+
+@given(SHAPES, SEEDS, st.integers(1, 60))
+def test_long_samples_are_taken_in_parts(shape: tuple[int, int, int, int], seed: int, most: int) -> None:
+    n, t, i, o = shape
+    a, b = pair(shape, seed)
+    x = pair((n, t + 1, i, o), seed + 1)[0]
+    ids = torch.randint(5, (n, t), generator=torch.Generator().manual_seed(seed))
+    largest = 0
+
+    def watched(left: Tensor, right: Tensor) -> Tensor:
+        nonlocal largest
+        largest = max(largest, left.shape[0] * left.shape[1] * right.shape[-1])
+        return torch.bmm(left, right)
+
+    whole = Factored(a, b), LookupGradient(ids, b)
+    wanted = whole[0].norm_sq(), whole[0].apply(x), whole[1].norm_sq()
+    with mock.patch.object(ghost, "MOST_AT_ONCE", most), mock.patch.object(Tensor, "__matmul__", watched):
+        close(whole[0].norm_sq(), wanted[0])
+        assert largest <= max(most, n * t)  # one token of each sample is the least
+        close(whole[0].apply(x), wanted[1])
+        close(whole[1].norm_sq(), wanted[2])
 
 
 @given(SHAPES, SEEDS, st.sampled_from([(True, True), (True, False), (False, True)]))

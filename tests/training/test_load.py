@@ -12,6 +12,7 @@ from models import tiny_llama_classifier
 from runs import save_checkpoint
 from tsqlora.data.labels import LabelMap
 from tsqlora.errors import SettingsError
+from tsqlora.gradients.sites import bitsandbytes_bits
 from tsqlora.training.load import Pretrained, load_pretrained
 
 TWO = LabelMap(("no", "yes"))
@@ -91,6 +92,33 @@ def test_a_decoder_without_padding_pads_with_its_end_token(checkpoint: Path, tmp
     assert loaded.tokenizer.pad_token == "[SEP]"
     assert loaded.model.config.pad_token_id == tokenizer.eos_token_id
     assert loaded.new_modules == ("score",)
+
+
+# torch warns of its own script_method, which bitsandbytes imports.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize(("quantization", "bits"), [("4bit", 4), ("8bit", 8)])
+def test_a_packed_body_has_a_whole_head(checkpoint: Path, quantization: str, bits: int) -> None:
+    pytest.importorskip("bitsandbytes")
+    model = load_pretrained(str(checkpoint), labels=TWO, quantization=quantization).model
+    packed = {name: found for name, module in model.named_modules() if (found := bitsandbytes_bits(module))}
+    assert packed["bert.encoder.layer.0.attention.self.query"] == bits
+    assert "classifier" not in packed
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_a_layer_that_is_new_is_not_packed(checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    path = copied(checkpoint, tmp_path)
+    weights = {name: w for name, w in load_file(path / "model.safetensors").items() if "pooler" not in name}
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SettingsError, match=r"4bit packs bert\.pooler\.dense, which the checkpoint lacks"):
+        load_pretrained(str(path), labels=TWO, quantization="4bit")
+
+
+def test_packing_names_the_package_that_it_needs(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SettingsError, match=r"pip install 'tsqlora\[quantized\]'"):
+        load_pretrained(str(checkpoint), labels=TWO, quantization="4bit")
 
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "./none", "a/b/c"])

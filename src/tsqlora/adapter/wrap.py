@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from tsqlora.adapter.plain import only_adapter, require_fresh
 from tsqlora.adapter.slots import install
 from tsqlora.errors import SettingsError, UnsupportedError
-from tsqlora.gradients.sites import bitsandbytes_bits, lora_layers
+from tsqlora.gradients.sites import keep_as_trained, lora_layers
 from tsqlora.ranks.allocate import Sensitivity, allocate
 from tsqlora.ranks.budget import Shapes, costs, used
 
@@ -90,7 +90,7 @@ def new_config(
     **further: Any,
 ) -> LoraConfig:
     """A config for these targets, under which the model's head trains whole and is saved."""
-    whole = [*modules_to_save, *(name for name in _heads(model) if name not in modules_to_save)]
+    whole = [*modules_to_save, *(name for name in heads(model) if name not in modules_to_save)]
     return kind(
         target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
         lora_dropout=dropout,
@@ -155,10 +155,7 @@ def _adopt(model: PeftModel, max_rank: int | None) -> PeftModel:
 
 
 def _with_slots(model: PeftModel, ranks: Mapping[str, int], *, capacity: int) -> PeftModel:
-    for module in model.modules():
-        if bitsandbytes_bits(module) == 4:
-            # Else bitsandbytes packs the weight at the first evaluation on some CPUs, and no gradient passes any more.
-            cast(Any, module).support_avx512bf16_for_cpu = False
+    keep_as_trained(model)
     install(model, ranks, capacity=capacity)
     return model
 
@@ -167,7 +164,7 @@ def _shapes(layers: dict[str, LoraLayer]) -> Shapes:
     return {name: (cast(int, layer.in_features), cast(int, layer.out_features)) for name, layer in layers.items()}
 
 
-def _heads(model: nn.Module) -> list[str]:
+def heads(model: nn.Module) -> list[str]:
     """The modules of a classifier beside its body: what a pretrained checkpoint lacks."""
     if not (isinstance(model, PreTrainedModel) and _HEADED.search(type(model).__name__)):
         return []

@@ -7,12 +7,16 @@ t·(i + o) < i·o.  METHOD section 1; the factored norm is Li et al. (2022), gho
 A norm's gain has a vector for a gradient, an Embedding its output's gradients, by index.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
+
+MOST_AT_ONCE = 2**24
+"""Numbers of an n × t × t product that exist at once: 64 MiB in float32. Longer samples are taken in parts."""
 
 
 @runtime_checkable  # for beartype, which checks annotations while tests run
@@ -62,14 +66,16 @@ class Factored:
 
     def norm_sq(self) -> Float[Tensor, " n"]:
         # ‖bᵀa‖² = ⟨aaᵀ, bbᵀ⟩. Rounding may leave it a hair below zero.
-        gram = wide(self.a @ self.a.mT) * wide(self.b @ self.b.mT)
-        return gram.sum((1, 2)).clamp_min(0)
+        pairs = zip(_parts(self.a, self.a.shape[1]), _parts(self.b, self.a.shape[1]), strict=True)
+        grams = [(wide(a @ self.a.mT) * wide(b @ self.b.mT)).sum((1, 2)) for a, b in pairs]
+        return torch.stack(grams).sum(0).clamp_min(0)
 
     def dot(self, other: Float[Tensor, "o i"]) -> Float[Tensor, " n"]:
         return (wide(self.a @ other.mT.to(self.a.dtype)) * wide(self.b)).sum((1, 2))
 
     def apply(self, x: Float[Tensor, "n t i"]) -> Float[Tensor, "n t o"]:
-        return (x @ self.a.mT.to(x.dtype)) @ self.b.to(x.dtype)
+        a, b = self.a.mT.to(x.dtype), self.b.to(x.dtype)
+        return _in_parts(lambda rows: (rows @ a) @ b, x, self.a.shape[1])
 
     def look_up(self, ids: Int[Tensor, "n t"]) -> Float[Tensor, "n t i"]:
         """Rows of each sample's gradient, as `Explicit.look_up`."""
@@ -110,7 +116,21 @@ class LookupGradient:
 
     def look_up(self, ids: Int[Tensor, "n t"]) -> Float[Tensor, "n t o"]:
         """Rows of each sample's gradient."""
-        return (ids[:, :, None] == self.ids[:, None, :]).to(self.b) @ self.b
+        return _in_parts(
+            lambda part: (part[:, :, None] == self.ids[:, None, :]).to(self.b) @ self.b, ids, self.b.shape[1]
+        )
+
+
+def _parts(x: Shaped[Tensor, "n t *i"], tokens: int) -> tuple[Tensor, ...]:
+    """Tokens of x, as many at once as products with `tokens` others may be."""
+    at_once = max(1, MOST_AT_ONCE // max(1, x.shape[0] * tokens))
+    return torch.split(x, at_once, dim=1)
+
+
+def _in_parts(work: Callable[[Tensor], Tensor], x: Shaped[Tensor, "n t *i"], tokens: int) -> Tensor:
+    """What `work` gives of x, token by token, with `tokens` others."""
+    found = [work(part) for part in _parts(x, tokens)]
+    return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
 
 def weight_gradient(a: Float[Tensor, "n t i"], b: Float[Tensor, "n t o"]) -> WeightGradient:

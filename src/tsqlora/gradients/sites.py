@@ -135,6 +135,16 @@ def bitsandbytes_bits(module: nn.Module) -> int:
     return bits if kind.__module__ == "bitsandbytes.nn.modules" else 0
 
 
+def keep_as_trained(model: nn.Module) -> None:
+    """Keeps bitsandbytes from packing 4-bit weights anew for inference, as on some CPUs at the first evaluation.
+
+    No gradient passes what it packs, and shapes that are no multiple of 32 it cannot pack.
+    """
+    for module in model.modules():
+        if bitsandbytes_bits(module) == 4:
+            cast(Any, module).support_avx512bf16_for_cpu = False
+
+
 def inner_name(name: str) -> str:
     """A module's name in the base model, as PEFT's patterns and targets use it."""
     return name.removeprefix("base_model.model.")

@@ -10,7 +10,7 @@ from html import escape
 from itertools import cycle, pairwise
 from typing import Any
 
-from tsqlora.display import split_name
+from tsqlora.display import layer_places
 from tsqlora.ranks.events import RankEvent
 from tsqlora.record import PhaseCost
 from tsqlora.report.distributions import Distribution
@@ -159,7 +159,7 @@ class Grid:
     OUTSIDE = "other"
 
     def __init__(self, layers: Sequence[str]) -> None:
-        places = {layer: split_name(layer) for layer in layers}
+        places = layer_places(layers)
         self.blocks = list(dict.fromkeys(block or self.OUTSIDE for block, _ in places.values()))
         self.kinds = list(dict.fromkeys(kind for _, kind in places.values()))
         self.blocks.sort(key=lambda block: block == self.OUTSIDE)

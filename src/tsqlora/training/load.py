@@ -1,5 +1,6 @@
 """A pretrained model with a head for the task, and its tokenizer."""
 
+import importlib.util
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,12 +13,15 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from tsqlora.adapter.wrap import heads
 from tsqlora.data.labels import LabelMap
 from tsqlora.errors import SettingsError
+from tsqlora.gradients.sites import bitsandbytes_bits, keep_as_trained
 from tsqlora.hub import is_hub_id
 from tsqlora.tasks.generation import Generation
 
@@ -43,13 +47,15 @@ def load_pretrained(
     generation: Generation | None = None,
     revision: str | None = None,
     dtype: str = "float32",
+    quantization: str | None = None,
     trust_remote_code: bool = False,
 ) -> Pretrained:
     """The model with one output a class, or a single one for regression (`labels` None); or one that generates text.
 
     A head of another size, such as that of a checkpoint trained on other classes, is made anew.
-    Raises SettingsError for a path that is neither a directory with a model nor a hub id, or whose model has not
-    what writes text.
+    `quantization` is "4bit" or "8bit": the body's linear layers are packed by bitsandbytes, and compute in `dtype`.
+    Raises SettingsError for a path that is neither a directory with a model nor a hub id, whose model has not
+    what writes text, or would have new layers packed; and where bitsandbytes is not installed.
     """
     if not os.path.isdir(path) and not is_hub_id(path):
         raise SettingsError(f"model.path {path!r}: no such directory; correct it, or give a hub id")
@@ -64,10 +70,12 @@ def load_pretrained(
             config.pad_token_id = tokenizer.pad_token_id
         if generation is not None:
             _require_kind(generation, config, path)
+        packed = {} if quantization is None else _packing(quantization, generation, config, getattr(torch, dtype))
         model, info = _auto_class(generation).from_pretrained(
             path,
             **common,
             config=config,
+            **packed,
             dtype=getattr(torch, dtype),
             ignore_mismatched_sizes=generation is None,
             output_loading_info=True,
@@ -82,7 +90,36 @@ def load_pretrained(
             "that was trained to"
         )
     other_sizes = {key for key, *_ in info["mismatched_keys"]}
-    return Pretrained(model, tokenizer, new_modules({*info["missing_keys"], *other_sizes}))
+    new = new_modules({*info["missing_keys"], *other_sizes})
+    _require_whole(model, new, quantization)
+    keep_as_trained(model)
+    return Pretrained(model, tokenizer, new)
+
+
+def _packing(quantization: str, generation: Generation | None, config: Any, dtype: torch.dtype) -> dict[str, Any]:
+    """For `from_pretrained`: everything packed but heads and output embedding."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise SettingsError(
+            f"model.quantization {quantization} needs the package bitsandbytes; install it with: pip install "
+            "'tsqlora[quantized]'"
+        )
+    with torch.device("meta"):
+        skeleton = _auto_class(generation).from_config(config)
+    output = skeleton.get_output_embeddings()
+    whole = [*heads(skeleton), *(name for name, module in skeleton.named_modules() if module is output)]
+    four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    kind = {"4bit": {"load_in_4bit": True, **four}, "8bit": {"load_in_8bit": True}}[quantization]
+    return {"quantization_config": BitsAndBytesConfig(**kind, llm_int8_skip_modules=whole)}
+
+
+def _require_whole(model: PreTrainedModel, new: tuple[str, ...], quantization: str | None) -> None:
+    """Layers that train whole must not be packed."""
+    for name in new:
+        if any(bitsandbytes_bits(module) for module in model.get_submodule(name).modules()):
+            raise SettingsError(
+                f"model.quantization {quantization} packs {name}, which the checkpoint lacks and must be trained; "
+                "leave model.quantization out"
+            )
 
 
 def _auto_class(generation: Generation | None) -> Any:

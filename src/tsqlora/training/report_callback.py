@@ -13,7 +13,7 @@ from transformers.integrations.integration_utils import (
     get_reporting_integration_callbacks,
 )
 
-from tsqlora.display import split_name
+from tsqlora.display import layer_places
 from tsqlora.quality.scores import Scores
 from tsqlora.ranks.events import RankEvent
 from tsqlora.training.quality_callback import QualityCallback
@@ -98,7 +98,7 @@ def of_ranks(event: RankEvent) -> dict[str, float]:
 
 def rank_map(ranks: Mapping[str, int]) -> np.ndarray:
     """Pixels (height, width, 3): a row for each kind of module, a column for each block, the darker the higher."""
-    places = {split_name(layer): rank for layer, rank in ranks.items()}
+    places = {place: ranks[layer] for layer, place in layer_places(ranks).items()}
     blocks = list(dict.fromkeys(block for block, _ in places))
     kinds = list(dict.fromkeys(kind for _, kind in places))
     side = CELL + GAP
