@@ -82,6 +82,23 @@ def test_the_learning_rate_is_chosen_on_validation_rows_of_the_first_seed(config
     assert result["table"][0]["learning_rates"] == [0.01]
 
 
+def test_of_a_loss_the_lowest_chooses_the_learning_rate_and_is_better(config: Config, tmp_path: Path) -> None:
+    class Losses(Fake):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            found = super().__call__(*args, **kwargs)
+            for metrics in found["metrics"].values():
+                metrics["loss"] = 1 - metrics["accuracy"]
+            return found
+
+    run = Losses({"tsqlora+quality": 0.05})
+    sweep = [0.001, 0.01, 0.02]
+    methods, seeds = ["lora", "tsqlora"], [0, 1, 2]
+    result = compare(config, methods, seeds=seeds, out=tmp_path / "out", sweep=sweep, metric="loss", run=run)
+    assert [row["learning_rates"] for row in result["table"]] == [[0.01], [0.01]]
+    assert result["table"][1]["difference"]["mean"] == pytest.approx(-0.05)
+    assert result["table"][1]["verdict"] == "better than lora+all"
+
+
 def test_a_cell_that_fails_is_a_result_and_is_never_chosen(config: Config, tmp_path: Path) -> None:
     run = Fake(fails_above=0.005)
     result = compare(config, ["lora"], seeds=[0, 1], out=tmp_path / "out", sweep=[0.001, 0.01], run=run)

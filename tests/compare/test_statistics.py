@@ -50,3 +50,5 @@ def test_only_seeds_that_both_have_are_compared() -> None:
 )
 def test_words_say_what_the_interval_says(difference: Interval | None, words: str) -> None:
     assert verdict(difference, "lora") == words
+    turned = words.replace("better", "?").replace("worse", "better").replace("?", "worse")
+    assert verdict(difference, "lora", lower_is_better=True) == turned

@@ -105,6 +105,16 @@ def test_other_metrics_are_shown_as_numbers(tmp_path: Path) -> None:
     assert gain_of("accuracy", Mean(-0.0001, None, 1)) == "+0.0 points"
 
 
+def test_of_a_loss_the_lowest_is_the_best(tmp_path: Path) -> None:
+    methods = ("lora+all", "lora+random", "tsqlora+quality")
+    by_loss = made(make_comparison(tmp_path / "loss", methods, metric="loss"))
+    by_accuracy = made(make_comparison(tmp_path / "accuracy", methods))
+    assert "Lowest mean" in by_loss.texts["dt"]
+    assert "Highest mean" in by_accuracy.texts["dt"]
+    for seen in (by_loss, by_accuracy):  # which is the best does not depend on how it is measured
+        assert [text.split(":")[0] for text in seen.texts["li"]][0] == "Better than lora+all"
+
+
 def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
     out = make_comparison(tmp_path)
     for path in [out / "table.json", *(out / "cells").glob("*.json")]:

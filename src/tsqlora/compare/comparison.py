@@ -18,6 +18,7 @@ from tsqlora.config import Config, dump_config, load_config
 from tsqlora.errors import SettingsError, UnsupportedError, nearest
 from tsqlora.quality.score import Progress
 from tsqlora.record import write_json, write_whole
+from tsqlora.report.metrics import lower_is_better
 from tsqlora.tasks import get_task
 from tsqlora.training.run_dir import CONFIG_FILE, alone_in
 
@@ -143,7 +144,8 @@ class Runner:
         worked = {rate: found["metrics"]["validation"] for rate, found in tried.items() if "failed" not in found}
         if not worked:
             raise SettingsError(f"{entry.name} failed with every learning rate of --lr-sweep; try smaller ones")
-        return max(worked, key=lambda rate: (self._measured(worked[rate]), -worked[rate]["loss"]))
+        sign = -1 if lower_is_better(self.metric) else 1
+        return max(worked, key=lambda rate: (sign * self._measured(worked[rate]), -worked[rate]["loss"]))
 
     def _cell(self, cell: Cell) -> dict[str, Any]:
         found = load(self.plan.out, cell)

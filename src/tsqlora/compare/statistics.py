@@ -48,20 +48,21 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Interval |
     return interval([ours[seed] - theirs[seed] for seed in seeds]) if seeds else None
 
 
-def verdict(difference: Interval | None, other: str) -> str:
+def verdict(difference: Interval | None, other: str, *, lower_is_better: bool = False) -> str:
     """What a difference says, in words; of one or two seeds nothing, since two may agree by chance.
 
     >>> verdict(Interval(0.02, 0.03, 3), "lora")
     'within noise of lora'
     >>> verdict(Interval(0.05, 0.03, 3), "lora")
     'better than lora'
+    >>> verdict(Interval(0.05, 0.03, 3), "lora", lower_is_better=True)
+    'worse than lora'
     """
     if difference is None:
         return f"no seed in common with {other}"
     if difference.n < FEWEST or difference.low is None or difference.high is None:
         return f"{difference.n} seed{'s' if difference.n > 1 else ''}: too few to tell from {other}"
-    if difference.low > 0:
-        return f"better than {other}"
-    if difference.high < 0:
-        return f"worse than {other}"
+    if difference.low > 0 or difference.high < 0:
+        better = (difference.low > 0) != lower_is_better
+        return f"{'better' if better else 'worse'} than {other}"
     return f"within noise of {other}"

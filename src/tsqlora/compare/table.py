@@ -9,6 +9,7 @@ from rich.table import Table
 
 from tsqlora.compare.cells import Entry
 from tsqlora.compare.statistics import Interval, interval, paired, verdict
+from tsqlora.report.metrics import lower_is_better
 
 Found = Mapping[str, Any]
 
@@ -59,7 +60,7 @@ def _row(
     difference = paired(_by_seed(worked, metric), theirs)
     return row | {
         "difference": None if difference is None else _told(difference),
-        "verdict": verdict(difference, against.name),
+        "verdict": verdict(difference, against.name, lower_is_better=lower_is_better(metric)),
     }
 
 

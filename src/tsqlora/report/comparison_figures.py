@@ -133,7 +133,7 @@ def seed_plot(known: Comparison) -> Figure:
 
 
 def quality_by_cost(known: Comparison, title: str, cost: Callable[[Method], float]) -> Figure:
-    """What a method reached over what it took: the nearer to the upper left the better."""
+    """What a method reached over what it took: the nearer to the upper left (of a loss the lower) the better."""
     scale = 100 if as_points(known.metric) else 1
     styles = zip(cycle(_COLOURS), cycle(_SYMBOLS), strict=False)
     traces = []

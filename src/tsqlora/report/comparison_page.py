@@ -7,7 +7,7 @@ from typing import Any
 from tsqlora.report import comparison_figures as figures
 from tsqlora.report import html
 from tsqlora.report.comparison import Comparison, Method
-from tsqlora.report.metrics import gain_of, mean_of, value_of, words
+from tsqlora.report.metrics import gain_of, lower_is_better, mean_of, value_of, words
 from tsqlora.report.page import Part, assemble
 
 FEW = 3
@@ -45,9 +45,14 @@ def _summary(known: Comparison) -> Part:
 
 def _best(known: Comparison) -> html.Tile:
     metric = known.metric
-    best = max(known.worked, key=lambda m: m.metrics[metric].mean)
+    lower = lower_is_better(metric)
+    best = (min if lower else max)(known.worked, key=lambda m: m.metrics[metric].mean)
     against = [] if best.difference is None else [f"{gain_of(metric, best.difference)} against {known.reference}"]
-    return "Highest mean", value_of(metric, best.metrics[metric].mean), [best.name, *against, best.verdict]
+    return (
+        f"{'Lowest' if lower else 'Highest'} mean",
+        value_of(metric, best.metrics[metric].mean),
+        [best.name, *against, best.verdict],
+    )
 
 
 def _better(known: Comparison) -> html.Tile:
@@ -169,7 +174,7 @@ def _costs(known: Comparison) -> Part:
     rows = [_cost_row(method, phases) for method in known.worked]
     heads = ["method", "seconds", *phases, "passes", "steps", "trainable", "peak MiB"]
     how = (
-        "The upper left is best: much reached, little spent. Seconds are of one machine, and comparable only where "
+        f"The {'lower' if lower_is_better(known.metric) else 'upper'} left is best: much reached, little spent. Seconds are of one machine, and comparable only where "
         "nothing else ran; passes are rows forward and twice for rows backward. Bars: 95 % intervals."
     )
     if any(phases):

@@ -8,6 +8,11 @@ def as_points(metric: str) -> bool:
     return metric == "accuracy"
 
 
+def lower_is_better(metric: str) -> bool:
+    """Whether less of a metric is better."""
+    return metric in ("loss", "mse", "perplexity")
+
+
 def words(name: str) -> str:
     """A name as a phrase."""
     return name.replace("_", " ")
