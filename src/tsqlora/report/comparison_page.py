@@ -174,7 +174,8 @@ def _costs(known: Comparison) -> Part:
     rows = [_cost_row(method, phases) for method in known.worked]
     heads = ["method", "seconds", *phases, "passes", "steps", "trainable", "peak MiB"]
     how = (
-        f"The {'lower' if lower_is_better(known.metric) else 'upper'} left is best: much reached, little spent. Seconds are of one machine, and comparable only where "
+        f"The {'lower' if lower_is_better(known.metric) else 'upper'} left is best: much reached, little spent. "
+        "Seconds are of one machine, and comparable only where "
         "nothing else ran; passes are rows forward and twice for rows backward. Bars: 95 % intervals."
     )
     if any(phases):
