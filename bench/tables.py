@@ -398,6 +398,21 @@ def llamacpp(results: Mapping[str, Any]) -> list[list[str]]:
 TABLES["llamacpp"] = llamacpp
 
 
+def generation(results: Mapping[str, Any]) -> list[list[str]]:
+    """Test metrics of each training, by task and seed."""
+    shown = {"loss": 3, "perplexity": 2, "token_accuracy": 3, "rouge1": 3, "rouge2": 3, "rougeL": 3, "chrf": 1}
+    rows = [["rows", "seed", "method", *shown]]
+    for name, found in results["cells"].items():
+        cell, metrics = found["cell"], found["metrics"]["test"]
+        method = f"`{cell['method']}+{cell['policy']}`"
+        values = (f"{metrics[metric]:.{digits}f}" for metric, digits in shown.items())
+        rows.append([name.split()[0], str(cell["seed"]), method, *values])
+    return rows
+
+
+TABLES["generation"] = generation
+
+
 FAULTS = {
     "kill": "SIGKILL at a random moment of warm-up, scoring, first ranks, training, adjustment, checkpointing, export",
     "signal": "SIGTERM and Ctrl-C in each of them",

@@ -12,6 +12,8 @@ from transformers import (
     BartForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
@@ -226,14 +228,24 @@ def generating(
     return _built(kind, type(like.config)(**settings), dtype, seed)
 
 
+def tiny_encoder_decoder(dtype: torch.dtype = torch.float64, *, seed: int = 0) -> EncoderDecoderModel:
+    """Two encoders, one of which writes; rows must end in EOS."""
+    one, other = (BertConfig(**tiny_bert(layers=1).config.to_dict()) for _ in range(2))
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(
+        one, other, pad_token_id=PAD, eos_token_id=EOS, decoder_start_token_id=EOS
+    )
+    return _built(EncoderDecoderModel, config, dtype, seed)
+
+
 GENERATORS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: generating(LlamaForCausalLM, tiny_llama_classifier(), tie_word_embeddings=False),
     "llama, tied": lambda: generating(LlamaForCausalLM, tiny_llama_classifier(), tie_word_embeddings=True),
     "gpt2": lambda: generating(GPT2LMHeadModel, tiny_gpt2()),
     "t5": lambda: generating(T5ForConditionalGeneration, tiny_t5()),
     "bart": lambda: generating(BartForConditionalGeneration, tiny_bart()),
+    "bert + bert": lambda: tiny_encoder_decoder(),
 }
-"""Families of models that generate text; the last two have an encoder."""
+"""Families of models that generate text; the last three have an encoder."""
 
 
 def lora(

@@ -19,7 +19,7 @@ from tsqlora.quality.scores import Scores
 
 N = 9
 REFERENCE = [0, 2, 3, 5, 8]
-BEHIND_ENCODER = ("t5", "bart")
+BEHIND_ENCODER = ("t5", "bart", "bert + bert")
 
 
 def adapted(family: str, *, unfreeze: tuple[str, ...] = ()) -> tuple[PeftModel, list[dict[str, Any]]]:
