@@ -12,6 +12,7 @@ from transformers import BartForConditionalGeneration, LlamaForCausalLM
 from byte_tokenizers import byte_tokenizer
 from models import generating, tiny_bart, tiny_llama_classifier
 from runs import write_config, write_jsonl
+from seen import Seen
 from tsqlora import pipeline
 from tsqlora.config import load_config
 from tsqlora.errors import SettingsError
@@ -20,6 +21,7 @@ from tsqlora.gradients.sites import bitsandbytes_bits
 from tsqlora.inference import evaluate_run, open_run, predict_run, reply
 from tsqlora.quality.explain import explain
 from tsqlora.quality.scores import Scores
+from tsqlora.report.write import write_report
 from tsqlora.scoring import score_rows
 
 LAYER = "model.layers.0.mlp.down_proj"
@@ -106,8 +108,17 @@ def test_scores_alone_are_explained(run: Path, tmp_path: Path) -> None:
     told = explain(scores, 2)
     assert len(told["highest"]) == 2
     assert told["likely_wrong_rows"] == 0
-    assert told["highest"][0]["text"].split()[0] in WORDS
+    document, target = told["highest"][0]["text"].split("\n→ ")
+    assert document.split()[0] == target
+    assert target in WORDS
     assert "predicted" not in told["highest"][0]
+
+
+def test_the_report_shows_prompts_with_their_targets_and_no_labels(run: Path) -> None:
+    seen = Seen(write_report(run).read_text())
+    heads = [text for text in seen.texts["button"] if text in ("label", "model says", "target tokens", "why here")]
+    assert heads == ["why here", "target tokens"]
+    assert any("→ " in text and text.split()[0] in WORDS for text in seen.texts["th"])
 
 
 def test_a_dry_run_shows_what_is_trained_on(run: Path) -> None:

@@ -63,6 +63,11 @@ def test_the_samples_are_the_best_the_worst_and_the_suspicious(tmp_path: Path) -
     assert found.without_texts is None
 
 
+def test_of_few_rows_none_is_both_the_most_and_the_least_valuable(tmp_path: Path) -> None:
+    found = choose_samples(scores_of(write_jsonl(tmp_path / "train.jsonl", ROWS), ROWS))
+    assert not [row for row in found.rows if {"most valuable", "least valuable"} <= set(row.lists)]
+
+
 def test_rows_of_one_worth_are_only_suspicious(tmp_path: Path) -> None:
     scores = scores_of(write_jsonl(tmp_path / "train.jsonl", ROWS), ROWS)
     found = choose_samples(replace(scores, quality=np.zeros(60)))
@@ -74,7 +79,7 @@ def test_rows_of_one_worth_are_only_suspicious(tmp_path: Path) -> None:
     [
         (None, "is not on this machine"),
         (ROWS[:-5], "has changed and lacks"),
-        ([{"other": "column"}], "has changed and lacks 60 of these rows"),
+        ([{"other": "column"}], "has changed and lacks"),
     ],
 )
 def test_texts_that_are_not_found_are_left_out_and_said(there: list | None, why: str, tmp_path: Path) -> None:
@@ -84,7 +89,10 @@ def test_texts_that_are_not_found_are_left_out_and_said(there: list | None, why:
     found = choose_samples(scores_of(path, ROWS))
     assert why in (found.without_texts or "")
     known = {row["text"] for row in there or [] if "text" in row}
-    assert {row.text for row in found.rows} == known | {None}
+    texts = [ROWS[row.id]["text"] for row in found.rows]
+    assert [row.text for row in found.rows] == [text if text in known else None for text in texts]
+    if there is not None:
+        assert f"lacks {sum(text not in known for text in texts)} of these rows" in (found.without_texts or "")
 
 
 def test_a_broken_file_of_rows_and_a_hub_id_leave_the_texts_out(tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def test_any_text_of_a_sample_is_shown_as_it_is(text: str) -> None:
     from tsqlora.report.samples import Sample, Samples
 
     sample = Sample(1, ("most valuable",), text, text, text, 0.5, True, 1.0, 0.1, "kept", {"loss": 1.0})
-    seen = Seen(sample_table(Samples([sample], ("loss",), 1, {"kept": 1}, 1, None)))
+    seen = Seen(sample_table(Samples([sample], "label", ("loss",), 1, {"kept": 1}, 1, None)))
     assert text in seen.texts["th"][-1]
     assert seen.texts["td"][1] == text
     assert [tag for tag, _ in seen.tags if tag in ("script", "img", "a")] == []

@@ -70,15 +70,20 @@ def _source(scores: Scores, data: Path | None) -> Source:
 
 
 def find_texts(scores: Scores, rows: Iterable[int], source: Source) -> dict[int, str]:
-    """The text of each of these rows that the source still has; texts of a pair and messages are a line each."""
+    """The text of each of these rows that the source still has; texts of a pair and messages are a line each.
+
+    Where a text was to be written, it follows behind an arrow.
+    """
     assert scores.hashes is not None
+    written = scores.record["columns"]["label"] if scores.record.get("format") is not None else None
     columns, hashes = scores.record["columns"], {int(j): scores.hashes[j] for j in rows}
     wanted = set(hashes.values())
     found: dict[str, str] = {}
     for chunk in source.chunks():
         for row in chunk.rows:
             if (name := row_hash(row, columns)) in wanted:
-                found[name] = row_text(row, columns)
+                target = "" if written is None else f"\n→ {row.get(written)}"
+                found[name] = row_text(row, columns) + target
     return {j: found[name] for j, name in hashes.items() if name in found}
 
 

@@ -30,6 +30,8 @@ FRAMES = 200
 """States of the rank map that a page holds; of more adjustments, evenly spaced ones are shown."""
 _POINTS = 2000
 """Points of a curve that a page holds."""
+_FEW = 12
+"""Points of a curve up to which each is marked: a line of one is not seen."""
 
 
 def framed(traces: list[dict[str, Any]], *, height: int, x: Mapping[str, Any], y: Mapping[str, Any]) -> Figure:
@@ -100,7 +102,7 @@ def _curve(history: Sequence[Mapping[str, float]], key: str, name: str, colour: 
     points = thinned([(int(entry["step"]), number(entry[key])) for entry in history if key in entry], _POINTS)
     return {
         "type": "scatter",
-        "mode": mode,
+        "mode": mode if len(points) > _FEW else "lines+markers",
         "name": name,
         "x": [step for step, _ in points],
         "y": [value for _, value in points],

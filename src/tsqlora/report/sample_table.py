@@ -13,13 +13,14 @@ _LISTS = ("most valuable", "least valuable", "most suspicious")
 def sample_table(samples: Samples) -> str:
     """Controls, and a row for each sample."""
     lists = [name for name in _LISTS if any(name in row.lists for row in samples.rows)]
-    heads = ["text", "why here", "label", "model says", "Q", "p", *(t.replace("_", " ") for t in samples.terms), "row"]
+    says = ["model says"] if samples.label == "label" else []
+    heads = ["text", "why here", samples.label, *says, "Q", "p", *(t.replace("_", " ") for t in samples.terms), "row"]
+    kinds = [""] * (3 + len(says)) + [" class=number"] * (len(heads) - 3 - len(says))
     head = "".join(
-        f'<th scope="col" aria-sort="none"{" class=number" if place > 3 else ""}><button type="button">{escape(name)}'
-        "</button></th>"
-        for place, name in enumerate(heads)
+        f'<th scope="col" aria-sort="none"{kind}><button type="button">{escape(name)}</button></th>'
+        for name, kind in zip(heads, kinds, strict=True)
     )
-    body = "".join(_row(row, samples.terms) for row in samples.rows)
+    body = "".join(_row(row, samples.terms, says=bool(says)) for row in samples.rows)
     options = "".join(f'<option value="{name}">{name}</option>' for name in (*lists, "likely wrong", "left out"))
     how = f"{len(samples.rows):,} of {samples.all:,} rows: the first of each list. A heading sorts."
     missing = (
@@ -37,7 +38,7 @@ def sample_table(samples: Samples) -> str:
     )
 
 
-def _row(sample: Sample, terms: tuple[str, ...]) -> str:
+def _row(sample: Sample, terms: tuple[str, ...], *, says: bool) -> str:
     marks = [*sample.lists, *(["likely wrong"] if sample.likely_wrong else [])]
     if sample.reason != "kept":
         marks.append("left out")
@@ -53,7 +54,7 @@ def _row(sample: Sample, terms: tuple[str, ...]) -> str:
     return (
         f'<tr data-lists="{escape("|".join(marks))}"><th scope="row" class="text">{_text(sample.text)}</th>'
         f'<td class="why">{escape(", ".join(told))}</td>'
-        f"<td>{escape(sample.label)}</td><td{differs}>{escape(said)}</td>{cells}"
+        f"<td>{escape(sample.label)}</td>{f'<td{differs}>{escape(said)}</td>' if says else ''}{cells}"
         f'<td class="number" data-value="{sample.id}">{sample.id}</td></tr>'
     )
 

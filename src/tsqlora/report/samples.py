@@ -1,5 +1,6 @@
 """Scores -> the few hundred rows that are worth a look, with their texts where those can be found."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from tsqlora.quality.explain import find_texts, likely_wrong, suspicion
 from tsqlora.quality.scores import REASONS, Scores
 
 OF_A_KIND = 100
-"""Rows of each list."""
+"""Rows of each list, at most a third of all."""
 LONGEST = 500
 """Characters of a text that are shown."""
 
@@ -39,11 +40,13 @@ class Sample:
 class Samples:
     """The rows to look at; `without_texts` says why texts are missing, None where none is.
 
+    `label` is what a row's label is, the model having nothing to say of it where that is a count of target tokens.
     `reasons` counts all rows by why they were kept or left out, `likely_wrong` all rows of
     which the model surely says another class: None where that is not known.
     """
 
     rows: list[Sample]
+    label: str
     terms: tuple[str, ...]
     all: int
     reasons: dict[str, int]
@@ -65,6 +68,7 @@ def choose_samples(scores: Scores) -> Samples:
             _sample(scores, j, tuple(name for name in lists if j in within[name]), texts.get(j), bool(wrong[j]))
             for j in order
         ],
+        label="label" if scores.record.get("format") is None else "target tokens",
         terms=tuple(scores.terms),
         all=len(scores),
         reasons={name: int((codes == code).sum()) for code, name in enumerate(REASONS)},
@@ -76,12 +80,13 @@ def choose_samples(scores: Scores) -> Samples:
 def _lists(scores: Scores) -> dict[str, np.ndarray]:
     """Rows by list; where all rows are worth the same, none is most or least valuable."""
     lists: dict[str, np.ndarray] = {}
+    most = min(OF_A_KIND, math.ceil(len(scores) / 3))
     if np.ptp(scores.quality) > 0:
         order = np.argsort(-scores.quality, kind="stable")
-        lists["most valuable"] = order[:OF_A_KIND]
-        lists["least valuable"] = order[::-1][:OF_A_KIND]
+        lists["most valuable"] = order[:most]
+        lists["least valuable"] = order[::-1][:most]
     if "loss" in scores.terms:
-        lists["most suspicious"] = np.argsort(-suspicion(scores), kind="stable")[:OF_A_KIND]
+        lists["most suspicious"] = np.argsort(-suspicion(scores), kind="stable")[:most]
     return lists
 
 
@@ -129,4 +134,5 @@ def _label(scores: Scores, value: Any) -> str:
 
 
 def _shortened(text: str) -> str:
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 40]} … {text[-37:]}"
+    end = LONGEST // 3  # of a text that is to be written, its end is the target
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - end - 3]} … {text[-end:]}"
