@@ -7,8 +7,10 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --e
 
 .PHONY: demo test check docs bench bench-scoring bench-results bench-llamacpp constraints clean
 
+# Its runs are kept, with the report of the last one, until it is called again.
 demo: .venv/.installed-demo
-	$(BIN)/tsqlora demo
+	rm -rf runs/demo
+	$(BIN)/tsqlora demo --out runs/demo
 
 test: .venv/.installed-dev .venv/axe
 	$(BIN)/pytest -n logical --dist loadfile -m "not docs"
