@@ -28,7 +28,7 @@ from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 import tsqlora as tsq
-from scoring import RANK, ROWS, Bench
+from scoring import RANK, Bench
 from tsqlora.demo import flip, package_folder
 from tsqlora.errors import NotLearnedError
 from tsqlora.quality.harvest import Harvest
@@ -54,7 +54,7 @@ def cost(length: int, dtype: str, rounds: int) -> dict[str, Any]:
             with ExitStack() as stack:
                 if name in harvests:
                     stack.enter_context(harvests[name].watch(bench.model))
-                    harvests[name].coming(range(ROWS))
+                    harvests[name].coming(range(Bench.rows))
                 bench.step()
             if number >= 2:  # the first have no mean to compare with
                 values.append(time.process_time() - start)

@@ -39,10 +39,11 @@ import tsqlora as tsq
 from models import collate
 from runs import BAD, GOOD, PLAIN, make_rows, save_checkpoint, write_config, write_jsonl
 from stock import base_bert, moods
+from tsqlora import reading
 from tsqlora.config import load_config
-from tsqlora.data.survey import store, survey_data
+from tsqlora.data.survey import store
 from tsqlora.inference import open_run
-from tsqlora.pipeline import how_to_read, train
+from tsqlora.pipeline import train
 from tsqlora.quality.select import select_rows
 from tsqlora.record import write_json
 
@@ -93,8 +94,8 @@ def rows(count: int) -> dict[str, Any]:
     run, file, table = open_run(finished_run()), CACHE / f"{count}.jsonl", CACHE / f"{count}.parquet"
     write_many(file, count)
     before, start = status("VmRSS"), time.process_time()
-    how = how_to_read(run.config)
-    survey = survey_data(str(file), str(CACHE / "few.jsonl"), None, **how)
+    files = {"train": str(file), "validation": str(CACHE / "few.jsonl"), "test": None}
+    survey = reading.survey(run.config.model_copy(update={"data": run.config.data.model_copy(update=files)}))
     tokens = CACHE / f"{count}.tokens"
     tokens.mkdir(exist_ok=True)
     split = store(survey, run.tokenizer, tokens, max_length=run.max_length).samples["train"]

@@ -124,7 +124,7 @@ def _ranks(ranks: Mapping[str, int]) -> list[str]:
     for kind in dict.fromkeys(kind for _, kind in cells):
         found = [cells.get((block, kind)) for block in blocks]
         shown = ("" if rank is None else str(rank) for rank in found)
-        rows.append([kind, *shown, _bars([rank or 0 for rank in found], max(ranks.values()))])
+        rows.append([kind, *shown, _bars([rank for rank in found if rank is not None], max(ranks.values()))])
     return _table(["rank in block", *(block or "–" for block in blocks), "plot"], rows)
 
 
