@@ -323,6 +323,8 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], list[list[str]]]] = {
     "selection-cells": selection_cells,
     "selection-differences": selection_differences,
     "selection_bank": selection_bank,
+    "selection_even-cells": selection_cells,
+    "selection_even-differences": selection_differences,
 }
 
 

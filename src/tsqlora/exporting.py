@@ -134,8 +134,7 @@ def _off_packed(run: Path, merged: Path) -> list[str]:
     if (packed := opened.config.model.quantization) is None or not takes_tokens(base):
         return []
     trained = logits(opened.model)
-    whole: Any = reload(merged, base).to(trained.device)  # pyright: ignore[reportArgumentType]
-    gap = (trained - logits(whole)).abs()
+    gap = (trained - logits(reload(merged, base))).abs()
     return [
         f"trained on a {packed} base and merged into the whole one: logits differ by {float(gap.mean()):.3g} in the "
         f"mean and {float(gap.max()):.3g} at most, where the largest is {float(trained.abs().max()):.3g}"

@@ -102,10 +102,11 @@ def peft_logits(model: PreTrainedModel, folder: Path) -> Tensor:
 def logits(model: nn.Module) -> Tensor:
     """What the model says of a few rows of random tokens, in float32; its last hidden state where it has no logits."""
     model.eval()
+    device = next(model.parameters()).device
     with torch.no_grad():
-        said = model(**probe_rows(model))
+        said = model(**{name: value.to(device) for name, value in probe_rows(model).items()})
     found = said.logits if "logits" in said else said.last_hidden_state
-    return found.float()
+    return found.float().cpu()
 
 
 def takes_tokens(model: PreTrainedModel) -> bool:

@@ -70,7 +70,11 @@ def load_pretrained(
             config.pad_token_id = tokenizer.pad_token_id
         if generation is not None:
             _require_kind(generation, config, path)
-        packed = {} if quantization is None else _packing(quantization, generation, config, getattr(torch, dtype))
+        packed = (
+            {}
+            if quantization is None
+            else _packing(quantization, getattr(torch, dtype), generation, config, trust_remote_code=trust_remote_code)
+        )
         model, info = _auto_class(generation).from_pretrained(
             path,
             **common,
@@ -96,7 +100,9 @@ def load_pretrained(
     return Pretrained(model, tokenizer, new)
 
 
-def _packing(quantization: str, generation: Generation | None, config: Any, dtype: torch.dtype) -> dict[str, Any]:
+def _packing(
+    quantization: str, dtype: torch.dtype, generation: Generation | None, config: Any, trust_remote_code: bool
+) -> dict[str, Any]:
     """For `from_pretrained`: everything packed but heads and output embedding."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise SettingsError(
@@ -104,7 +110,7 @@ def _packing(quantization: str, generation: Generation | None, config: Any, dtyp
             "'tsqlora[quantized]'"
         )
     with torch.device("meta"):
-        skeleton = _auto_class(generation).from_config(config)
+        skeleton = _auto_class(generation).from_config(config, trust_remote_code=trust_remote_code)
     output = skeleton.get_output_embeddings()
     whole = [*heads(skeleton), *(name for name, module in skeleton.named_modules() if module is output)]
     four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
