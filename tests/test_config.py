@@ -221,7 +221,8 @@ def test_a_training_argument_that_we_decide_is_refused_with_the_cure(name: str) 
         ("- 1", "holds a list, not settings; write sections, such as 'model:'"),
         (
             "model: {pth: m}",
-            "unknown key 'model.pth'; did you mean 'path'? choices: dtype, path, quantization, revision, trust_remote_code",
+            "unknown key 'model.pth'; did you mean 'path'? choices: dtype, path, quantization, revision, "
+            "trust_remote_code",
         ),
     ],
 )
