@@ -70,17 +70,14 @@ def load_pretrained(
             config.pad_token_id = tokenizer.pad_token_id
         if generation is not None:
             _require_kind(generation, config, path)
-        packed = (
-            {}
-            if quantization is None
-            else _packing(quantization, getattr(torch, dtype), generation, config, trust_remote_code=trust_remote_code)
-        )
+        weights = getattr(torch, dtype)
+        packed = _packing(quantization, weights, generation, config, trust_remote_code) if quantization else {}
         model, info = _auto_class(generation).from_pretrained(
             path,
             **common,
             config=config,
             **packed,
-            dtype=getattr(torch, dtype),
+            dtype=weights,
             ignore_mismatched_sizes=generation is None,
             output_loading_info=True,
         )
