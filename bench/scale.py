@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -45,6 +45,7 @@ from tsqlora.data.survey import store
 from tsqlora.inference import open_run
 from tsqlora.pipeline import train
 from tsqlora.quality.select import select_rows
+from tsqlora.ranks.policies import get_policy
 from tsqlora.record import write_json
 
 ROOT = Path(__file__).parents[1]
@@ -143,14 +144,21 @@ class Watch(TrainerCallback):
             )
 
 
+def restless(ranks: Mapping[str, int], *, target: Mapping[str, int], **limits: Any) -> dict[str, int]:
+    """The default policy towards targets that change places at every adjustment, so that slots never stop moving."""
+    layers = sorted(target)
+    turned = dict(zip(layers, [target[name] for name in random.sample(layers, len(layers))], strict=True))
+    return get_policy("tsqlora")(ranks, target=turned, **limits)
+
+
 def steps(count: int) -> dict[str, Any]:
     """Short steps of a tiny BERT with moving ranks and quality draws, an adjustment every ten."""
     rows_ = moods(64)
-    model = tsq.wrap(base_bert(), mean_rank=2)
+    model = tsq.wrap(base_bert(), mean_rank=4)
     data = tsq.QualitySubset(rows_, fraction=0.5, seed=0)
-    ranks, watch = tsq.RankCallback(interval=10, warmup=0.0, freeze=0.0), Watch(count)
+    ranks, watch = tsq.RankCallback(policy=restless, interval=10, warmup=0.0, freeze=0.0), Watch(count)
     args = TrainingArguments(
-        str(CACHE / "steps"), max_steps=count, per_device_train_batch_size=8, learning_rate=0.05, use_cpu=True,
+        str(CACHE / "steps"), max_steps=count, per_device_train_batch_size=8, learning_rate=0.003, use_cpu=True,
         report_to="none", save_strategy="no", logging_steps=10, disable_tqdm=True,
     )  # fmt: skip
     callbacks = [tsq.QualityCallback(data, warmup=2.0), ranks, watch]
