@@ -1,6 +1,7 @@
 """Scores and a file -> the rows of the file that a quality sample has."""
 
 from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +48,13 @@ def find_rows(scores: Scores, chosen: np.ndarray, source: Source) -> np.ndarray:
         if (rows := sum(len(chunk) for chunk in source.chunks())) != len(scores):
             raise DataError(f"{source.name} has {rows} rows, and there are scores for {len(scores)}")
         return chosen
-    there = [row_hash(row, columns) for chunk in source.chunks() for row in chunk.rows]
-    hashes = [scores.hashes[j] for j in chosen]
-    places = _ids(scores)[chosen]
-    if places.max() < len(there) and all(there[place] == name for place, name in zip(places, hashes, strict=True)):
-        return np.sort(places)
+    order = np.argsort(_ids(scores)[chosen], kind="stable")
+    places, hashes = _ids(scores)[chosen][order], [scores.hashes[j] for j in chosen[order]]
+    if _all_there(_hashes_of(source, columns), places, hashes):
+        return places
     wanted = Counter(hashes)
     found: list[int] = []
-    for place, name in enumerate(there):
+    for place, name in enumerate(_hashes_of(source, columns)):
         if wanted[name] > 0:
             wanted[name] -= 1
             found.append(place)
@@ -64,6 +64,25 @@ def find_rows(scores: Scores, chosen: np.ndarray, source: Source) -> np.ndarray:
             f"scored (its columns {', '.join(c for c in columns.values() if c)} unchanged)"
         )
     return np.array(found)
+
+
+def _hashes_of(source: Source, columns: Mapping[str, str | None]) -> Iterator[str]:
+    """Of every row, in order; one chunk of rows is in memory at a time."""
+    return (row_hash(row, columns) for chunk in source.chunks() for row in chunk.rows)
+
+
+def _all_there(there: Iterable[str], places: np.ndarray, hashes: Sequence[str]) -> bool:
+    """Whether the rows at these places, which ascend, have these hashes."""
+    wanted = zip(places.tolist(), hashes, strict=True)
+    place, name = next(wanted)
+    for here, found in enumerate(there):
+        if here == place:
+            if found != name:
+                return False
+            place, name = next(wanted, (-1, ""))
+            if place < 0:
+                return True
+    return False
 
 
 def rows_at(source: Source, places: np.ndarray) -> list[dict[str, Any]]:
