@@ -20,8 +20,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax
 from selection_data import PASSES, TASKS, TEST_SPLITS, Cell, given_labels, read
-from selection_rules import RULES, Draw, Seen, stretch
+from selection_rules import PAPER, RULES, Draw, Seen, stretch
 from sklearn.metrics import roc_auc_score
 from transformers import DataCollatorWithPadding, get_scheduler, set_seed
 
@@ -227,15 +229,32 @@ def load(bench: Bench, state: dict[str, Any]) -> None:
     bench.schedule.load_state_dict(state["schedule"])
 
 
-def loss_reduction(cell: Cell, shared: Path, state: dict[str, Any]) -> np.ndarray:
-    """In float32, since it is a small difference; kept in the cache like all that is slow."""
-    path = CACHE / f"{cell.task}-{cell.seed}-{cell.wrong:g}-{cell.fraction:g}-lookahead.pt"
+def slow_terms(cell: Cell, shared: Path, state: dict[str, Any], *, half: bool) -> dict[str, np.ndarray]:
+    """METHOD's three terms, in float32, since loss reduction is a small difference; kept in the cache like all that is
+    slow.  At `half` the scale of the head at which the rows' loss is least: the model is then less sure than it may be.
+    """
+    path = cache(cell).with_suffix(".half.pt" if half else ".terms.pt")
     if not path.exists():
         bench = prepare(cell, shared, passes=PASSES, exact=True)
         load(bench, state)
-        values = scored(bench, terms=("loss_reduction",), precision=None).terms["loss_reduction"]
-        torch.save(torch.tensor(values, dtype=torch.float64), path)
-    return torch.load(path, weights_only=True).numpy()
+        if half:
+            factor = best_scale(state["logits"].numpy(), bench.labels) / 2
+            with torch.no_grad():
+                for parameter in bench.model.get_base_model().classifier.parameters():
+                    parameter.mul_(factor)
+        found = scored(bench, terms=PAPER, precision=None).terms
+        torch.save({name: torch.tensor(found[name], dtype=torch.float64) for name in PAPER}, path)
+    end = " at half scale" if half else ""
+    return {f"{name}{end}": values.numpy() for name, values in torch.load(path, weights_only=True).items()}
+
+
+def best_scale(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The factor of the logits at which the mean loss is least: below 1 where the model is too sure."""
+
+    def loss(log_scale: float) -> float:
+        return float(-log_softmax(logits * np.exp(log_scale), axis=1)[np.arange(len(labels)), labels].mean())
+
+    return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
 
 
 def run_all(cell: Cell, shared: Path) -> dict[str, Any]:
@@ -252,8 +271,9 @@ def run_rule(cell: Cell, shared: Path, name: str) -> dict[str, Any]:
     load(bench, state)
     set_seed(cell.seed)
     terms = {n: v.numpy() for n, v in state["terms"].items()}
-    if state["learned"] and "loss_reduction" in rule.needs:
-        terms["loss_reduction"] = loss_reduction(cell, shared, state)
+    for half in (False, True):
+        if state["learned"] and any(name not in terms and name.endswith(" scale") == half for name in rule.needs):
+            terms = slow_terms(cell, shared, state, half=half) | terms
     seen = Seen(cell.seed, cell.fraction, bench.labels, state["logits"].numpy(), terms, bench.bad)
     seen = replace(seen, features=state["features"].numpy())
     shares, notes, start = [], [], state["epoch"]

@@ -13,6 +13,8 @@ from tsqlora.quality.sampling import draw as gumbel_draw
 from tsqlora.quality.sampling import draw_size
 from tsqlora.quality.terms import quality, standardise
 
+PAPER = ("gradient_norm", "loss_reduction", "convergence")
+
 
 @dataclass(frozen=True, slots=True)
 class Draw:
@@ -202,10 +204,12 @@ RULES: dict[str, Rule] = {
     "always reject": Rule(always_reject, once=True),
     "C - loss, t=3": softmax({"convergence": 1.0, "loss": -1.0}, 3.0),
     "-loss, t=1": softmax({"loss": -1.0}, 1.0),
-    "paper": softmax({"gradient_norm": 1 / 3, "loss_reduction": 1 / 3, "convergence": 1 / 3}, 1.0),
+    "paper": softmax(dict.fromkeys(PAPER, 1 / 3), 1.0),
     "N": softmax({"gradient_norm": 1.0}, 1.0),
     "D": softmax({"loss_reduction": 1.0}, 1.0),
     "C": softmax({"convergence": 1.0}, 1.0),
+    "C at half scale": softmax({"convergence at half scale": 1.0}, 1.0),
+    "paper at half scale": softmax({f"{n} at half scale": 1 / 3 for n in PAPER}, 1.0),
     "EL2N": softmax({"el2n": 1.0}, 1.0),
     "loss": softmax({"loss": 1.0}, 1.0),
     "InfoBatch": Rule(info_batch),
