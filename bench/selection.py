@@ -14,6 +14,7 @@ import argparse
 import json
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import torch
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from selection_data import PASSES, TASKS, TEST_SPLITS, Cell, given_labels, read
-from selection_rules import PAPER, RULES, Draw, Seen, stretch
+from selection_rules import HALF, PAPER, RULES, Draw, Seen, stretch
 from sklearn.metrics import roc_auc_score
 from transformers import DataCollatorWithPadding, get_scheduler, set_seed
 
@@ -208,7 +209,7 @@ def warm_state(cell: Cell, shared: Path) -> dict[str, Any]:
     return state
 
 
-def scored(bench: Bench, *, terms: tuple[str, ...], precision: torch.dtype | None) -> Any:
+def scored(bench: Bench, *, terms: Sequence[str], precision: torch.dtype | None) -> Any:
     return score(
         bench.model,
         bench.train,
@@ -229,22 +230,27 @@ def load(bench: Bench, state: dict[str, Any]) -> None:
     bench.schedule.load_state_dict(state["schedule"])
 
 
-def slow_terms(cell: Cell, shared: Path, state: dict[str, Any], *, half: bool) -> dict[str, np.ndarray]:
-    """METHOD's three terms, in float32, since loss reduction is a small difference; kept in the cache like all that is
-    slow.  At `half` the scale of the head at which the rows' loss is least: the model is then less sure than it may be.
+def further_terms(
+    cell: Cell, shared: Path, state: dict[str, Any], *, half: bool, lookahead: bool
+) -> dict[str, np.ndarray]:
+    """METHOD's terms after warm-up, kept in the cache like all that is slow.
+
+    With `half` at half the scale of the head at which the rows' loss is least: the model is then less sure than it may
+    be. With `lookahead` all three, in float32, since loss reduction is a small difference.
     """
-    path = cache(cell).with_suffix(".half.pt" if half else ".terms.pt")
+    path = cache(cell).with_suffix(f".{'half' if half else 'whole'}{'-lookahead' if lookahead else ''}.pt")
+    names = PAPER if lookahead else ("gradient_norm", "convergence")
     if not path.exists():
-        bench = prepare(cell, shared, passes=PASSES, exact=True)
+        bench = prepare(cell, shared, passes=PASSES, exact=lookahead)
         load(bench, state)
         if half:
             factor = best_scale(state["logits"].numpy(), bench.labels) / 2
             with torch.no_grad():
                 for parameter in bench.model.get_base_model().classifier.parameters():
                     parameter.mul_(factor)
-        found = scored(bench, terms=PAPER, precision=None).terms
-        torch.save({name: torch.tensor(found[name], dtype=torch.float64) for name in PAPER}, path)
-    end = " at half scale" if half else ""
+        found = scored(bench, terms=names, precision=None if lookahead else autocast()).terms
+        torch.save({name: torch.tensor(found[name], dtype=torch.float64) for name in names}, path)
+    end = HALF if half else ""
     return {f"{name}{end}": values.numpy() for name, values in torch.load(path, weights_only=True).items()}
 
 
@@ -271,9 +277,10 @@ def run_rule(cell: Cell, shared: Path, name: str) -> dict[str, Any]:
     load(bench, state)
     set_seed(cell.seed)
     terms = {n: v.numpy() for n, v in state["terms"].items()}
-    for half in (False, True):
-        if state["learned"] and any(name not in terms and name.endswith(" scale") == half for name in rule.needs):
-            terms = slow_terms(cell, shared, state, half=half) | terms
+    if state["learned"]:
+        lookahead = any(name.startswith("loss_reduction") for name in rule.needs)
+        for half in {name.endswith(HALF) for name in rule.needs if name not in terms}:
+            terms = further_terms(cell, shared, state, half=half, lookahead=lookahead) | terms
     seen = Seen(cell.seed, cell.fraction, bench.labels, state["logits"].numpy(), terms, bench.bad)
     seen = replace(seen, features=state["features"].numpy())
     shares, notes, start = [], [], state["epoch"]

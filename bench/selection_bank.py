@@ -102,7 +102,7 @@ def main() -> None:
     args = parser.parse_args()
     known = stored(args.out)
     for path in sorted(CACHE.glob("*.pt")):
-        if not path.stem.endswith((".terms", ".half", "lookahead")):
+        if not path.stem.endswith(("half", "whole", "lookahead")):
             known[path.stem] = study(path)
     write_json(args.out, {"versions": versions(), "results": known})
 

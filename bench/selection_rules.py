@@ -14,6 +14,8 @@ from tsqlora.quality.sampling import draw_size
 from tsqlora.quality.terms import quality, standardise
 
 PAPER = ("gradient_norm", "loss_reduction", "convergence")
+HALF = " at half scale"
+"""Ends the name of a term that was measured with the head at half its best scale."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,8 +210,8 @@ RULES: dict[str, Rule] = {
     "N": softmax({"gradient_norm": 1.0}, 1.0),
     "D": softmax({"loss_reduction": 1.0}, 1.0),
     "C": softmax({"convergence": 1.0}, 1.0),
-    "C at half scale": softmax({"convergence at half scale": 1.0}, 1.0),
-    "paper at half scale": softmax({f"{n} at half scale": 1 / 3 for n in PAPER}, 1.0),
+    "C at half scale": softmax({f"convergence{HALF}": 1.0}, 1.0),
+    "paper at half scale": softmax({f"{n}{HALF}": 1 / 3 for n in PAPER}, 1.0),
     "EL2N": softmax({"el2n": 1.0}, 1.0),
     "loss": softmax({"loss": 1.0}, 1.0),
     "InfoBatch": Rule(info_batch),
