@@ -92,6 +92,21 @@ def selection_differences(results: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+HALF = "C at half scale"
+
+
+def selection_learned(results: Mapping[str, Any]) -> list[list[str]]:
+    """The same with 20 % wrong labels and half of the rows, for the tasks that were learned: together, and each."""
+    runs = {(r, c): a for (r, c), a in _selection(results).items() if (c[1], c[3]) == (0.2, 0.5)}
+    rows = [["tasks", "rule", "minus", "cells", "mean", "95 % interval", "worst cell"]]
+    for tasks in (("sst2", "bbc"), ("sst2",), ("bbc",)):
+        for rule, others in {"reject": ("all", "random"), "random": ("all",), HALF: ("random", "reject")}.items():
+            for other in others:
+                of = {c: a for (r, c), a in runs.items() if r == rule and c[0] in tasks and (other, c) in runs}
+                rows.append([", ".join(tasks), rule, other, *_paired({c: a - runs[other, c] for c, a in of.items()})])
+    return rows
+
+
 def _paired(pairs: Mapping[tuple[Any, ...], float]) -> list[str]:
     values = 100 * np.array(list(pairs.values()))
     worst = min(pairs, key=lambda cell: pairs[cell])
@@ -324,6 +339,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], list[list[str]]]] = {
     "selection-differences": selection_differences,
     "selection_bank": selection_bank,
     "selection_even-cells": selection_cells,
+    "selection_even-learned": selection_learned,
     "selection_even-differences": selection_differences,
 }
 
