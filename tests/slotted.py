@@ -1,10 +1,12 @@
 """What tests of rank slots share: wrapped tiny models, ranks set by hand, optimizer steps."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.gptq import GPTQLoraLinear
 from torch import Tensor, nn
 
 import tsqlora as tsq
@@ -101,6 +103,12 @@ def assert_hidden_are_zero(model: nn.Module, optimizer: torch.optim.Optimizer | 
 
 def updates(model: nn.Module) -> dict[str, Tensor]:
     """ΔW = s·BA of every layer."""
-    return {
-        name: slots.layer.get_delta_weight(slots.adapter).detach().clone() for name, slots in find_slots(model).items()
-    }
+    return {name: update(slots.layer, slots.adapter) for name, slots in find_slots(model).items()}
+
+
+def update(layer: LoraLayer, adapter: str) -> Tensor:
+    """PEFT's own ΔW; over GPTQ, where it has none, the product."""
+    if isinstance(layer, GPTQLoraLinear):
+        product = cast(Tensor, layer.lora_B[adapter].weight) @ cast(Tensor, layer.lora_A[adapter].weight)
+        return layer.scaling[adapter] * product.detach()
+    return cast(Any, layer).get_delta_weight(adapter).detach().clone()

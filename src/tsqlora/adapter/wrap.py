@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from tsqlora.adapter.plain import only_adapter, require_fresh
 from tsqlora.adapter.slots import install
 from tsqlora.errors import SettingsError, UnsupportedError
-from tsqlora.gradients.sites import keep_as_trained, lora_layers
+from tsqlora.gradients.sites import is_gptq, keep_as_trained, lora_layers
 from tsqlora.ranks.allocate import Sensitivity, allocate
 from tsqlora.ranks.budget import Shapes, costs, used
 
@@ -122,6 +122,8 @@ def inject(model: nn.Module, config: LoraConfig) -> PeftModel:
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise UnsupportedError("the model has adapter layers and is no PeftModel; make it with peft.get_peft_model")
     wanted = config.target_modules
+    if wanted == "all-linear" and (packed := [name for name, module in model.named_modules() if is_gptq(module)]):
+        config.target_modules = packed  # PEFT's all-linear passes over them
     try:
         peft_model = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]  (any module will do)
     except ValueError as error:

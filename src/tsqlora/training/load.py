@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GPTQConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -71,7 +72,9 @@ def load_pretrained(
         if generation is not None:
             _require_kind(generation, config, path)
         weights = getattr(torch, dtype)
-        packed = _packing(quantization, weights, generation, config, trust_remote_code) if quantization else {}
+        packed = (
+            _packing(quantization, weights, generation, config, trust_remote_code) if quantization else _gptq(config)
+        )
         model, info = _auto_class(generation).from_pretrained(
             path,
             **common,
@@ -113,6 +116,14 @@ def _packing(
     four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
     kind = {"4bit": {"load_in_4bit": True, **four}, "8bit": {"load_in_8bit": True}}[quantization]
     return {"quantization_config": BitsAndBytesConfig(**kind, llm_int8_skip_modules=whole)}
+
+
+def _gptq(config: Any) -> dict[str, Any]:
+    """For `from_pretrained` of a GPTQ checkpoint: the kernels that have a backward pass, of which many have none."""
+    made = getattr(config, "quantization_config", None) or {}
+    if made.get("quant_method") != "gptq":
+        return {}
+    return {"quantization_config": GPTQConfig(bits=made["bits"], backend="auto_trainable")}
 
 
 def _require_whole(model: PreTrainedModel, new: tuple[str, ...], quantization: str | None) -> None:
