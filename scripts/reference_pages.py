@@ -25,7 +25,7 @@ any command shows where it arose.
 
 SETTINGS = """# All settings
 
-<!-- Made by scripts/reference_pages.py from src/tsqlora/config.py. -->
+<!-- Made by scripts/reference_pages.py from src/tsqlora/config/settings.py. -->
 
 This is what `tsqlora init` writes: every setting with what it takes and its default. Two are required, `model.path`
 and `data.train`; leave out what you do not change. [Choosing settings](settings.md) says which of them matter. A name
