@@ -20,7 +20,7 @@ from transformers import TrainerCallback, set_seed
 from tsqlora.compare.cells import Cell, Entry
 from tsqlora.compare.methods import build
 from tsqlora.compare.run import commit, planned_steps, settings_of
-from tsqlora.pipeline import Job, arguments, fit_job, load, subset
+from tsqlora.job import Job, arguments, fit_job, load, subset
 from tsqlora.quality.reject import reject
 from tsqlora.record import RunRecord, versions, write_json
 from tsqlora.tasks.classification import Classification

@@ -19,6 +19,7 @@ from tsqlora.errors import SettingsError
 from tsqlora.exporting import export
 from tsqlora.gradients.sites import bitsandbytes_bits
 from tsqlora.inference import evaluate_run, open_run, predict_run, reply
+from tsqlora.job import load
 from tsqlora.quality.explain import explain
 from tsqlora.quality.scores import Scores
 from tsqlora.report.write import write_report
@@ -228,7 +229,7 @@ def test_a_row_whose_target_does_not_fit_is_left_out_and_told(tmp_path: Path) ->
         write_jsonl(tmp_path / "train.jsonl", [*rows(20), long]),
         task={"type": "causal-lm"},
     )
-    job = pipeline.load(load_config(config, ["data.max_length=32", f"data.validation={tmp_path / 'train.jsonl'}"]))
+    job = load(load_config(config, ["data.max_length=32", f"data.validation={tmp_path / 'train.jsonl'}"]))
     assert len(job.data.samples["train"]) == len(job.data.splits.rows["train"]) == 20
     assert job.data.notes[0].startswith("1 of 21 rows are left out, whose targets do not fit whole: ")
     assert job.data.notes[0].endswith("train.jsonl:21")

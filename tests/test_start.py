@@ -21,7 +21,8 @@ from tsqlora.adapter.write import write_adapter
 from tsqlora.config import Config, load_config
 from tsqlora.errors import DataError, SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.inference import open_run
-from tsqlora.pipeline import dry_run, load, train, with_slots
+from tsqlora.job import load, with_slots
+from tsqlora.pipeline import dry_run, train
 from tsqlora.record import RunRecord
 from tsqlora.start import with_start
 

@@ -12,7 +12,7 @@ from tsqlora.adapter.slots import adapter_config
 from tsqlora.config import load_config
 from tsqlora.errors import DataError, NotLearnedError, SettingsError
 from tsqlora.inference import Trained, open_run
-from tsqlora.pipeline import NOTHING_TO_SCORE, Job, arguments, begin, fit_job, load, method
+from tsqlora.job import NOTHING_TO_SCORE, Job, arguments, begin, fit_job, load, method
 from tsqlora.probe import sensitivity
 from tsqlora.quality.score import Progress
 from tsqlora.quality.scores import Scores, sample

@@ -16,8 +16,8 @@ from tsqlora.adapter.verify import describe, logits, takes_tokens
 from tsqlora.card import write_card
 from tsqlora.errors import SettingsError, nearest
 from tsqlora.inference import open_run
-from tsqlora.pipeline import read
 from tsqlora.probe import sensitivity
+from tsqlora.reading import read
 from tsqlora.training.run_dir import adapter_folder, is_run
 from tsqlora.upload import push, require_repository
 

@@ -20,7 +20,7 @@ from tsqlora.data.survey import Survey, store, texts_of, with_whole_targets
 from tsqlora.data.write import require_place
 from tsqlora.errors import NotLearnedError, SettingsError
 from tsqlora.inference import device_of, open_run
-from tsqlora.pipeline import (
+from tsqlora.job import (
     NOTHING_TO_SCORE,
     Job,
     about_rows,

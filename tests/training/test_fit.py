@@ -8,7 +8,7 @@ import torch
 from transformers import TrainerCallback
 
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
-from tsqlora import pipeline
+from tsqlora import job
 from tsqlora.config import Config, load_config
 from tsqlora.errors import SettingsError
 from tsqlora.training import fit
@@ -35,16 +35,16 @@ class Counted:
     def __init__(
         self, config: Config, run: Path, *, resume_from: Path | None = None, also: TrainerCallback | None = None
     ) -> None:
-        args = pipeline.arguments(config, run)
-        job = pipeline.load(config)
-        model, self.record = pipeline.begin(job, args)
-        self.data, self.quality, self.ranks = pipeline.method(job, run / "scores.parquet", None)
+        args = job.arguments(config, run)
+        loaded = job.load(config)
+        model, self.record = job.begin(loaded, args)
+        self.data, self.quality, self.ranks = job.method(loaded, run / "scores.parquet", None)
         self.told: list[tuple[str, int, int]] = []
         self.rows = self.tokens = 0
         counting = model.base_model.model.register_forward_pre_hook(self._count, with_kwargs=True)
         try:
-            pipeline.fit_job(
-                job,
+            job.fit_job(
+                loaded,
                 model,
                 args,
                 self.data,

@@ -18,7 +18,7 @@ from tsqlora.compare.cells import Cell
 from tsqlora.compare.methods import POLICIES, Rows, build
 from tsqlora.config import Config
 from tsqlora.errors import SettingsError, TsqLoraError
-from tsqlora.pipeline import Job, arguments, fit_job, load, measure
+from tsqlora.job import Job, arguments, fit_job, load, measure
 from tsqlora.quality.sampling import draw_size
 from tsqlora.quality.score import Progress
 from tsqlora.record import RunRecord
