@@ -20,7 +20,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
-from tsqlora import cli
+from tsqlora import cli, console
 from tsqlora.config import load_config
 from tsqlora.data.rows import read_rows
 from tsqlora.data.tokenise import sample_hash
@@ -36,8 +36,8 @@ def run_cli(arguments: Sequence[str | Path], capsys: pytest.CaptureFixture[str])
     capsys.readouterr()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["tsqlora", *map(str, arguments)])
-        patch.setattr(cli, "stdout", Console(width=200))
-        patch.setattr(cli, "stderr", Console(width=200, stderr=True))
+        patch.setattr(console, "stdout", Console(width=200))
+        patch.setattr(console, "stderr", Console(width=200, stderr=True))
         try:
             cli.main()
             code: Any = 0
@@ -887,5 +887,5 @@ def test_two_processes_train_one_run_and_one_speaks(place: Path, tmp_path: Path)
 
 
 def test_what_is_shown_says_nothing_to_the_terminal_itself() -> None:
-    shown = cli._harmless({"a\x1b": ["\x1b]0;owned\x07", ("two\nlines", 1)], "n": None})
+    shown = console.harmless({"a\x1b": ["\x1b]0;owned\x07", ("two\nlines", 1)], "n": None})
     assert shown == {r"a\x1b": [r"\x1b]0;owned\x07", ["two\nlines", 1]], "n": None}

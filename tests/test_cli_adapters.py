@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from loras import lora_config, save_base, save_lora, tiny_llama
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
-from tsqlora import cli
+from tsqlora import cli, console
 from tsqlora.adapter.files import CONFIG, WEIGHTS, read_adapter
 from tsqlora.config import load_config
 from tsqlora.inference import open_run
@@ -32,8 +32,8 @@ def tsqlora(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     def run(*arguments: Any) -> tuple[int, str, str]:
         capsys.readouterr()
         monkeypatch.setattr(sys, "argv", ["tsqlora", *map(str, arguments)])
-        monkeypatch.setattr(cli, "stdout", Console(width=200))
-        monkeypatch.setattr(cli, "stderr", Console(width=200, stderr=True))
+        monkeypatch.setattr(console, "stdout", Console(width=200))
+        monkeypatch.setattr(console, "stderr", Console(width=200, stderr=True))
         with pytest.raises(SystemExit) as stopped:
             cli.main()
         return (int(stopped.value.code or 0), *capsys.readouterr())

@@ -1,18 +1,16 @@
-"""The command line: parses, calls, prints.  Results on stdout, everything else on stderr."""
+"""The command line: parses, calls, shows."""
 
 import json
 import os
 import sys
-import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
+from tsqlora import console
 from tsqlora.adapter_display import show_doctor, show_export
 from tsqlora.display import (
     Display,
@@ -25,7 +23,6 @@ from tsqlora.display import (
     show_scoring_plan,
 )
 from tsqlora.errors import SettingsError, TsqLoraError, printable
-from tsqlora.noise import quieten
 from tsqlora.record import write_json
 
 app = typer.Typer(
@@ -35,7 +32,6 @@ app = typer.Typer(
     epilog="Every command has an example in its --help, and takes --debug to show where an error arose.",
     help="Picks the samples worth learning from, gives each layer the LoRA rank it needs.",
 )
-stdout, stderr = Console(), Console(stderr=True)
 INTERRUPTED = 130
 INTERRUPTION = "interrupted; a training goes on with --resume, a scoring or comparison when it is called again"
 
@@ -56,9 +52,9 @@ def main() -> None:
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"] or ["--help"]
     # Under torchrun or accelerate every process runs this: the first one speaks.
-    stdout.quiet = stderr.quiet = os.environ.get("RANK", "0") != "0"
+    console.stdout.quiet = console.stderr.quiet = os.environ.get("RANK", "0") != "0"
     with warnings.catch_warnings():
-        _quieten_libraries(debug=debug)
+        console.quieten_libraries(debug=debug)
         code = _run(arguments, debug=debug)
     sys.exit(code)
 
@@ -69,17 +65,17 @@ def _run(arguments: list[str], *, debug: bool) -> int:
         # What typer ends has a number already: --help and Ctrl-C.
         code = app(arguments, standalone_mode=False) or 0
         if code == INTERRUPTED:
-            stderr.print(INTERRUPTION)
+            console.note(INTERRUPTION)
         return code
     except typer.TyperException as error:
-        _tell(f"{error.format_message().rstrip('.?')}; `tsqlora --help` and `tsqlora COMMAND --help` show how")
+        console.error(f"{error.format_message().rstrip('.?')}; `tsqlora --help` and `tsqlora COMMAND --help` show how")
         return error.exit_code
     except TsqLoraError as error:
-        _tell(str(error), debug=debug)
+        console.error(str(error), debug=debug)
         return error.exit_code
     except Exception as error:
         what = printable(f"{type(error).__name__}: {error}".strip().splitlines()[0])
-        _tell(f"{what}; --debug shows where", debug=debug)
+        console.error(f"{what}; --debug shows where", debug=debug)
         return 1
 
 
@@ -95,9 +91,9 @@ def demo(
     """
     from tsqlora.demo import run_demo
 
-    with Display(stderr) as display:
+    with Display(console.stderr) as display:
         result = run_demo(out, seed=seed, progress=display.progress, say=display.say)
-    _print(result, as_json, show_demo)
+    console.show(result, as_json, show_demo)
 
 
 @app.command()
@@ -123,11 +119,7 @@ def init(
         raise SettingsError(f"{output} exists already; name another file")
     require_place(output)
     output.write_text(template(task), encoding="utf-8")
-    stderr.print(
-        _plain(f"wrote {output}; set model.path and data.train, then: tsqlora train {output}"),
-        soft_wrap=True,
-        highlight=False,
-    )
+    console.note(f"wrote {output}; set model.path and data.train, then: tsqlora train {output}")
     if as_json:
         print(json.dumps({"out": str(output)}))
 
@@ -156,11 +148,11 @@ def train(
     start = [] if init_from is None else [f"adapter.init_from={json.dumps(init_from)}"]
     settings = load_config(config, [*(set_ or []), *start])
     if dry_run:
-        _print(pipeline.dry_run(settings), as_json, show_plan)
+        console.show(pipeline.dry_run(settings), as_json, show_plan)
         return
-    with Display(stderr) as display:
+    with Display(console.stderr) as display:
         record = pipeline.train(settings, out, resume=resume, progress=display.progress)
-    _print({"run": str(out), **record.to_dict()}, as_json, show_record)
+    console.show({"run": str(out), **record.to_dict()}, as_json, show_record)
 
 
 @app.command()
@@ -192,7 +184,7 @@ def score(
     from tsqlora.quality.scores import Scores
 
     if dry_run:
-        _print(scoring.plan_scoring(source, overrides=set_ or []), as_json, show_scoring_plan)
+        console.show(scoring.plan_scoring(source, overrides=set_ or []), as_json, show_scoring_plan)
         return
     known = source.suffix == ".parquet" and source.is_file()
     if explain is not None and explain < 1:
@@ -206,14 +198,14 @@ def score(
     elif out is None:
         raise SettingsError("score writes a file; name it: --out scores.parquet")
     else:
-        with Display(stderr) as display:
+        with Display(console.stderr) as display:
             scores = scoring.score_rows(source, out, overrides=set_ or [], drop=drop or [], progress=display.progress)
     keep = ("eta", "effective_sample_size", "reference_rows", "weights", "temperature", "scope")
     result = {"scores": str(out), "rows": len(scores), "kept": int(scores.kept.sum())}
     result |= {k: scores.record[k] for k in keep}
     if explain is not None:
         result["explained"] = explain_samples(scores, explain, data=data)
-    _print(result, as_json, show_scores)
+    console.show(result, as_json, show_scores)
 
 
 @app.command()
@@ -232,7 +224,7 @@ def select(
     from tsqlora.quality.select import select_rows
 
     rows = select_rows(scores, out, fraction=fraction, seed=seed, data=data)
-    _print({"out": str(out), "rows": rows}, as_json, show_numbers)
+    console.show({"out": str(out), "rows": rows}, as_json, show_numbers)
 
 
 @app.command()
@@ -250,10 +242,10 @@ def allocate(
     from tsqlora.data.write import require_place
 
     require_place(out)
-    with Display(stderr) as display:
+    with Display(console.stderr) as display:
         arguments = allocate_ranks(source, overrides=set_ or [], progress=display.progress)
     write_json(out, arguments)
-    _print({"out": str(out), **arguments}, as_json, show_allocation)
+    console.show({"out": str(out), **arguments}, as_json, show_allocation)
 
 
 @app.command()
@@ -270,9 +262,9 @@ def evaluate(
     """
     from tsqlora.inference import evaluate_run
 
-    with Display(stderr) as display:
+    with Display(console.stderr) as display:
         metrics = evaluate_run(run, data, overrides=_writing(max_new_tokens, beams), progress=display.progress)
-    _print(metrics, as_json, show_numbers)
+    console.show(metrics, as_json, show_numbers)
 
 
 @app.command()
@@ -290,9 +282,9 @@ def predict(
     """
     from tsqlora.inference import predict_run
 
-    with Display(stderr) as display:
+    with Display(console.stderr) as display:
         rows = predict_run(run, data, out, overrides=_writing(max_new_tokens, beams), progress=display.progress)
-    _print({"out": str(out), "rows": rows}, as_json, show_numbers)
+    console.show({"out": str(out), "rows": rows}, as_json, show_numbers)
 
 
 @app.command()
@@ -339,12 +331,14 @@ def report(
 
         if out is not None:
             raise SettingsError("--watch serves the page and writes none; leave out --out")
-        serve(directory, port=port, control=control, say=lambda text: _print({"watch": text}, as_json, show_numbers))
+        serve(
+            directory, port=port, control=control, say=lambda text: console.show({"watch": text}, as_json, show_numbers)
+        )
         return
     from tsqlora.report.write import write_report
 
     written = write_report(directory, out, control=control)
-    _print({"report": str(written), "bytes": written.stat().st_size}, as_json, show_numbers)
+    console.show({"report": str(written), "bytes": written.stat().st_size}, as_json, show_numbers)
 
 
 @app.command()
@@ -378,7 +372,7 @@ def compare(
     from tsqlora.report.write import write_report
 
     settings = load_config(config, set_ or [])
-    with Display(stderr) as display:
+    with Display(console.stderr) as display:
         result = run_all(
             settings,
             _listed(methods),
@@ -396,8 +390,8 @@ def compare(
         result["report"] = str(write_report(out))
     except SettingsError as error:  # hours of training are not lost for want of plotly
         result["report"] = None
-        stderr.print(_plain(f"no report: {error}; then: tsqlora report {out}"), soft_wrap=True, highlight=False)
-    _print(result, as_json, show_comparison)
+        console.note(f"no report: {error}; then: tsqlora report {out}")
+    console.show(result, as_json, show_comparison)
 
 
 @app.command()
@@ -436,7 +430,7 @@ def export(
         mean_rank=mean_rank,
         push_to_hub=push_to_hub,
     )
-    _print(done, as_json, show_export)
+    console.show(done, as_json, show_export)
 
 
 @app.command()
@@ -453,7 +447,7 @@ def merge(
     """
     from tsqlora import exporting
 
-    _print(exporting.export(source, out, format="merged", base=base, dtype=dtype), as_json, show_export)
+    console.show(exporting.export(source, out, format="merged", base=base, dtype=dtype), as_json, show_export)
 
 
 @app.command()
@@ -464,7 +458,7 @@ def doctor(source: Adapter, as_json: Json = False) -> None:
     """
     from tsqlora import exporting
 
-    _print(exporting.examine(source), as_json, show_doctor)
+    console.show(exporting.examine(source), as_json, show_doctor)
 
 
 def _writing(max_new_tokens: int | None, beams: int | None) -> list[str]:
@@ -494,7 +488,7 @@ def compress(
     """
     from tsqlora import exporting
 
-    _print(exporting.compress(source, out, mean_rank=mean_rank, by=by, base=base), as_json, show_export)
+    console.show(exporting.compress(source, out, mean_rank=mean_rank, by=by, base=base), as_json, show_export)
 
 
 def _listed(text: str) -> list[str]:
@@ -512,47 +506,6 @@ def _number(text: str, kind: Callable[[str], Any], option: str) -> Any:
 def _rate_of(given: str) -> tuple[str, float]:
     method, _, rate = given.partition("=")
     return method, _number(rate, float, f"--lr {method}")
-
-
-def _print(result: Mapping[str, Any], as_json: bool, show: Callable[[Console, Mapping[str, Any]], None]) -> None:
-    if as_json:
-        stdout.out(json.dumps(result), highlight=False)
-    else:
-        show(stdout, _harmless(result))
-
-
-def _harmless(value: Any) -> Any:
-    """The same with texts that say nothing to the terminal itself: names and rows may be a stranger's."""
-    if isinstance(value, str):
-        return "\n".join(printable(line, longest=10**9) for line in value.split("\n"))
-    if isinstance(value, Mapping):
-        return {_harmless(key): _harmless(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_harmless(inner) for inner in value]
-    return value
-
-
-def _tell(problem: str, *, debug: bool = False) -> None:
-    if debug:
-        traceback.print_exc()
-    stderr.quiet = False
-    stderr.print(f"[bold red]error:[/] {_plain(problem)}", soft_wrap=True, highlight=False)
-
-
-def _plain(text: str) -> str:
-    """Text that is shown as it stands: square brackets are no markup."""
-    return escape(_harmless(text))
-
-
-def _quieten_libraries(*, debug: bool) -> None:
-    """Our warnings become a line each; what libraries say is for --debug."""
-    if debug:
-        return
-    quieten()
-    warnings.filterwarnings("always", module="tsqlora")
-    warnings.showwarning = lambda message, *_: stderr.print(
-        f"[yellow]warning:[/] {_plain(str(message))}", soft_wrap=True, highlight=False
-    )
 
 
 if __name__ == "__main__":

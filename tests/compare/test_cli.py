@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
-from tsqlora import cli
+from tsqlora import cli, console
 from tsqlora.compare.table import show_comparison
 
 
@@ -27,8 +27,8 @@ def run(
 ) -> tuple[int, str, str]:
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["tsqlora", "compare", *map(str, arguments)])
-    monkeypatch.setattr(cli, "stdout", Console(width=200))
-    monkeypatch.setattr(cli, "stderr", Console(width=200, stderr=True))
+    monkeypatch.setattr(console, "stdout", Console(width=200))
+    monkeypatch.setattr(console, "stderr", Console(width=200, stderr=True))
     code: Any = 0
     try:
         cli.main()
