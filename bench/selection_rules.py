@@ -91,6 +91,23 @@ def rejection(seen: Seen, epoch: int) -> Draw:
     return _passes(seen, epoch, *reject(seen.logits, seen.labels))
 
 
+def second_look(seen: Seen, epoch: int) -> Draw:
+    """The default, which asks again in mid-run; where nothing is evident then, the first answer holds."""
+    mask, noise = reject(seen.logits, seen.labels)
+    if seen.first_logits is not None and not noise.evident:
+        mask, noise = reject(seen.first_logits, seen.labels)
+    return _passes(seen, epoch, mask, noise)
+
+
+def trusted(seen: Seen, epoch: int) -> Draw:
+    """Where wrong labels are evident a softmax of −loss, standardised within the class; elsewhere random's rows."""
+    noise = label_noise(seen.logits, seen.labels)
+    note = {"noise": noise.to_dict()}
+    if not noise.evident:
+        return Draw(stretch(seen.seed, seen.fraction, np.arange(len(seen.labels)), len(seen.labels), epoch), note=note)
+    return replace(_drawn(seen, epoch, -standardise(seen.loss, seen.labels).values), note=note)
+
+
 def coverage(seen: Seen, epoch: int) -> Draw:
     """As the default, but of the kept rows of a class each cluster of features has an equal part, small ones all.
 
@@ -203,6 +220,8 @@ RULES: dict[str, Rule] = {
     "reject, factor 1.5": rejection_by_factor(1.5),
     "reject, factor 2": rejection_by_factor(2.0),
     "reject, factor 2, refreshed": rejection_by_factor(2.0, refresh=1),
+    "reject, second look": Rule(second_look, refresh=1),
+    "-loss where evident": Rule(trusted, once=True),
     "always reject": Rule(always_reject, once=True),
     "C - loss, t=3": softmax({"convergence": 1.0, "loss": -1.0}, 3.0),
     "-loss, t=1": softmax({"loss": -1.0}, 1.0),

@@ -93,6 +93,15 @@ def selection_differences(results: Mapping[str, Any]) -> list[list[str]]:
 
 
 HALF = "C at half scale"
+LEARNED = {
+    "reject": ("all", "random"),
+    "random": ("all",),
+    "oracle": ("random", "reject"),
+    HALF: ("random", "reject"),
+    "-loss where evident": ("random", "reject"),
+    "reject, second look": ("random", "reject"),
+}
+"""Rules and what each is compared with, where a task was learned."""
 
 
 def selection_learned(results: Mapping[str, Any]) -> list[list[str]]:
@@ -100,7 +109,7 @@ def selection_learned(results: Mapping[str, Any]) -> list[list[str]]:
     runs = {(r, c): a for (r, c), a in _selection(results).items() if (c[1], c[3]) == (0.2, 0.5)}
     rows = [["tasks", "rule", "minus", "cells", "mean", "95 % interval", "worst cell"]]
     for tasks in (("sst2", "bbc"), ("sst2",), ("bbc",)):
-        for rule, others in {"reject": ("all", "random"), "random": ("all",), HALF: ("random", "reject")}.items():
+        for rule, others in LEARNED.items():
             for other in others:
                 of = {c: a for (r, c), a in runs.items() if r == rule and c[0] in tasks and (other, c) in runs}
                 rows.append([", ".join(tasks), rule, other, *_paired({c: a - runs[other, c] for c, a in of.items()})])
