@@ -33,6 +33,9 @@ OURS = "tsqlora"
 COLOURS = ("#000000", "#e69f00", "#0072b2", "#56b4e9", "#009e73", "#d55e00", "#cc79a7", "#999933")
 """Told apart by the colour-blind too (Okabe and Ito)."""
 
+BUSY = ("02d971b",)
+"""The code of cells that ran beside as many as nine other processes: their seconds say nothing."""
+
 Block = Mapping[str, Any]
 
 
@@ -74,7 +77,7 @@ same number of optimizer steps: four passes over all rows in batches of 16. `+al
 which labels are wrong, the head and the batches, so differences are taken seed by seed. ± is a 95 % t-interval over
 seeds; where it holds 0 the difference is called noise. Test sets are whole, and decide nothing. Rivals are described in
 [rivals.md](rivals.md). Seconds are of one core of a machine on which others worked as well: compare them within a block
-and with care. *Passes* count what must be computed, whatever the machine: rows forward, and twice for rows backward.
+and with care; "–" where too many others did. *Passes* count what must be computed, whatever the machine: rows forward, and twice for rows backward.
 
 MiniLM has seen sentence pairs like those of STS-B and RTE: the numbers compare these methods with each other, and with
 no published table.
@@ -155,10 +158,20 @@ def table(block: Block) -> list[list[str]]:
                 ", ".join(str(seed) for seed in sorted(row["seeds"])),
                 f"{row['trainable']:,}",
                 f"{np.mean([passes(c) for c in cells]):,.0f}",
-                f"{row['seconds']['mean']:.0f}",
+                _seconds(cells),
             ]
         )
     return shown
+
+
+def quiet(cells: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The cells whose seconds mean something."""
+    return [cell for cell in cells if cell["commit"][:7] not in BUSY]
+
+
+def _seconds(cells: Sequence[Mapping[str, Any]]) -> str:
+    of = [cell["seconds"] for cell in quiet(cells)]
+    return f"{np.mean(of):.0f}" if of else "–"
 
 
 def over_tasks(found: Sequence[Block], kind: tuple[Any, ...]) -> list[list[str]]:
@@ -271,8 +284,9 @@ def dots_of(name: str) -> dict[str, list[tuple[float, float, float]]]:
         for entry, ours in points.items():
             difference = paired(ours, points.get("lora+all", {}))
             cells = [c for c in block["cells"].values() if f"{c['cell']['method']}+{c['cell']['policy']}" == entry]
-            if difference is not None and entry != "lora+all":
-                x = float(np.mean([cost(c) for c in cells if "failed" not in c]))
+            cells = [c for c in (quiet(cells) if name == "seconds" else cells) if "failed" not in c]
+            if difference is not None and cells and entry != "lora+all":
+                x = float(np.mean([cost(c) for c in cells]))
                 found.setdefault(entry, []).append((x, difference.mean, block["block"]["wrong"]))
     return {entry: found[entry] for entry in sorted(found, key=rank_of)}
 
