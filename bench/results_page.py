@@ -77,7 +77,8 @@ same number of optimizer steps: four passes over all rows in batches of 16. `+al
 which labels are wrong, the head and the batches, so differences are taken seed by seed. ± is a 95 % t-interval over
 seeds; where it holds 0 the difference is called noise. Test sets are whole, and decide nothing. Rivals are described in
 [rivals.md](rivals.md). Seconds are of one core of a machine on which others worked as well: compare them within a block
-and with care; "–" where too many others did. *Passes* count what must be computed, whatever the machine: rows forward, and twice for rows backward.
+and with care; "–" where too many others did. *Passes* count what must be computed, whatever the machine: rows
+forward, and twice for rows backward.
 
 MiniLM has seen sentence pairs like those of STS-B and RTE: the numbers compare these methods with each other, and with
 no published table.

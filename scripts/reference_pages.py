@@ -18,8 +18,8 @@ CLI = """# Command line
 <!-- Made by scripts/reference_pages.py from src/tsqlora/cli.py. -->
 
 `tsqlora COMMAND --help` says the same in a terminal. Exit codes: 0 done, 1 failed while running, 2 wrong usage or
-settings, 3 bad data, 130 Ctrl-C, 143 SIGTERM. An error is one or two lines: the thing, the value, the cure; `--debug` after
-any command shows where it arose.
+settings, 3 bad data, 130 Ctrl-C, 143 SIGTERM. An error is one or two lines: the thing, the value, the cure; `--debug`
+after any command shows where it arose.
 
 """
 

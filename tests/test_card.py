@@ -126,7 +126,18 @@ def test_quality_that_was_refused_is_not_claimed(run: Path, tmp_path: Path) -> N
     (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
     record = json.loads((run / "run.json").read_text())
     for quality, told in (
-        ({"enabled": True, "used": True, "fraction": 0.5}, "50% of the rows in each epoch, drawn by quality (default)"),
+        (
+            {"enabled": True, "used": True, "fraction": 0.5, "scores": {"draw": "softmax"}},
+            "50% of the rows in each epoch, drawn by quality (default)",
+        ),
+        (
+            {"enabled": True, "used": True, "fraction": 0.5, "scores": {"draw": "even", "noise": {"evident": True}}},
+            "50% of the rows in each epoch, at random among those whose label did not seem wrong",
+        ),
+        (
+            {"enabled": True, "used": True, "fraction": 0.5, "scores": {"draw": "even", "noise": None}},
+            "a random 50% of the rows in each epoch: their quality gave no reason to draw otherwise",
+        ),
         (
             {"enabled": True, "used": False, "fraction": 0.5},
             "a random 50% of the rows in each epoch: quality was not used",

@@ -294,6 +294,11 @@ def test_an_error_in_an_override_says_so(override: str, message: str) -> None:
     assert error_of("", override) == f"--set: {message}"
 
 
+def test_an_error_of_the_file_is_not_an_overrides_whose_key_begins_alike() -> None:
+    text = "model: {path: org/model}\ndata: {train: org/rows, text_pair: 3}\n"
+    assert error_of(text, "data.text=t", required=False).startswith("tsq.yaml: data.text_pair is 3; it takes text")
+
+
 # ----------------------------------------------------------------------------------- YAML
 
 

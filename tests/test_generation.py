@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from tsqlora.quality.explain import explain
 from tsqlora.quality.scores import Scores
 from tsqlora.report.write import write_report
 from tsqlora.scoring import score_rows
+from tsqlora.training import fit
 
 LAYER = "model.layers.0.mlp.down_proj"
 WORDS = ("pink", "blue", "grey", "teal")
@@ -183,7 +185,9 @@ def test_packed_training_is_the_padded_one(tmp_path: Path) -> None:
         )
         also = ["data.max_length=32", f"data.packing={str(packing).lower()}"]
         run = tmp_path / f"run-{packing}"
-        record, scores = pipeline.train(load_config(config, also), run), Scores.load(run / "scores.parquet")
+        with patch.object(fit, "GuardCallback", wraps=fit.GuardCallback) as guard:
+            record, scores = pipeline.train(load_config(config, also), run), Scores.load(run / "scores.parquet")
+        assert (guard.call_args.args == (None,)) == packing, "packed batches do not tell whose samples they are"
         assert record.quality["used"]
         found.append([record.metrics["validation"]["loss"], *scores.terms["loss"]])
     np.testing.assert_allclose(found[1], found[0], rtol=1e-2)

@@ -121,7 +121,7 @@ def what_arrives(config: Config) -> dict[str, Any]:
         "start_from": None,
         "plan": {},
         "active_parameters": 0,
-        "QualitySubset": None,
+        "QualitySubset": [0] * 4,
         "QualityCallback": "a callback",
         "HarvestCallback": "another",
         "RankCallback": None,
@@ -165,6 +165,7 @@ def test_every_key_has_another_value_here() -> None:
 BESIDE: dict[str, dict[str, Any]] = {
     **{f"data.{name}": {"task.type": "causal-lm"} for name in ("format", "prompt", "target", "messages", "packing")},
     "data.max_target_length": {"task.type": "seq2seq"},
+    "quality.weights.ifd": {"task.type": "causal-lm"},
     "quality.temperature": {"quality.preset": "paper"},
     "quality.unbiased": {"quality.preset": "paper"},
 }

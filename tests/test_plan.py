@@ -14,7 +14,7 @@ from models import samples, tiny_bert
 from tsqlora.config import Config
 from tsqlora.data.tokenise import TokenisedSplit
 from tsqlora.errors import SettingsError
-from tsqlora.plan import passes, plan
+from tsqlora.plan import passes, plan, scoring_plan
 from tsqlora.training.fit import training_arguments
 
 
@@ -91,6 +91,22 @@ def test_passes_are_counted_by_phase(quality: dict[str, Any], warmup: int, scori
     assert told["scoring"] == {"forward": scoring[0], "backward": scoring[1]}
     assert told["ranks"] == {"forward": 20, "backward": 20}
     assert told["training"] == {"forward": 300 - warmup, "backward": 300 - warmup}
+
+
+@pytest.mark.parametrize(
+    ("sections", "passed"),
+    [
+        ({}, (2 * 100 + 2 * 40, 100 + 40)),
+        ({"task": {"type": "causal-lm"}}, (2 * 100 + 3 * 40, 100 + 40)),
+        ({"task": {"type": "causal-lm"}, "quality": {"weights": {"ifd": 1.0}}}, (3 * 100 + 3 * 40, 100 + 40)),
+    ],
+)
+def test_scores_alone_count_every_term_and_the_test_of_text(
+    sections: dict[str, Any], passed: tuple[int, int], model: PeftModel
+) -> None:
+    config = settings(**sections | {"quality": {"reference": 40} | sections.get("quality", {})})
+    told = scoring_plan(config, model, rows=100, max_length=8, warmup=True)
+    assert told["passes"]["scoring"] == {"forward": passed[0], "backward": passed[1]}
 
 
 def test_the_control_only_trains() -> None:

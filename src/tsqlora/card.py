@@ -99,21 +99,31 @@ def _results(record: RunRecord) -> list[list[str]]:
 
 def _data(config: Config, record: RunRecord) -> list[str]:
     rows = ", ".join(f"{count:,} {split}" for split, count in record.plan["rows"].items())
-    quality = record.quality
-    fraction = quality.get("fraction", 1.0)
-    if not quality.get("enabled"):
-        rule = "every row in each epoch" if fraction == 1 else f"a random {fraction:.0%} of the rows in each epoch"
-    elif quality.get("used"):
-        rule = f"{fraction:.0%} of the rows in each epoch, drawn by quality ({config.quality.preset})"
-    else:
-        rule = f"a random {fraction:.0%} of the rows in each epoch: quality was not used"
     lines = [
         f"{_text(_name(str(config.data.train)))}: {rows} rows; hash `{_text(record.data['hash'])}`, seed {record.seed}."
     ]
-    lines.append(f"Trained on {rule}.")
+    lines.append(f"Trained on {_drawn(config, record.quality)}.")
     if record.labels is not None:
         lines.append(f"Labels: {', '.join(map(_text, record.labels))}.")
     return ["\n".join([*lines, *(f"Note: {_text(note)}." for note in record.notes)])]
+
+
+def _drawn(config: Config, quality: Mapping[str, Any]) -> str:
+    """How an epoch's rows were drawn, once there were scores."""
+    fraction = quality.get("fraction", 1.0)
+    if not quality.get("enabled") and fraction == 1:
+        return "every row in each epoch"
+    random = f"a random {fraction:.0%} of the rows in each epoch"
+    if not quality.get("enabled"):
+        return random
+    if not quality.get("used"):
+        return f"{random}: quality was not used"
+    scores = quality.get("scores", {})
+    if scores.get("draw") != "even":
+        return f"{fraction:.0%} of the rows in each epoch, drawn by quality ({config.quality.preset})"
+    if (scores.get("noise") or {}).get("evident"):
+        return f"{fraction:.0%} of the rows in each epoch, at random among those whose label did not seem wrong"
+    return f"{random}: their quality gave no reason to draw otherwise"
 
 
 def _ranks(ranks: Mapping[str, int]) -> list[str]:

@@ -82,7 +82,7 @@ def _run(arguments: list[str], *, debug: bool) -> int:
 @app.command()
 def demo(
     out: Annotated[Path | None, typer.Option(help="Keep the runs here; else a temporary directory.")] = None,
-    seed: Annotated[int, typer.Option(help="Of every random draw.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of every random draw.", min=0)] = 0,
     as_json: Json = False,
 ) -> None:
     """The main job on an embedded model and data: three trainings side by side, with wrong labels to find.
@@ -213,7 +213,7 @@ def select(
     scores: Annotated[Path, typer.Argument(metavar="SCORES", help="What `tsqlora score` wrote.")],
     out: Annotated[Path, typer.Option(help="File to write: .jsonl, .csv, .tsv or .parquet.")],
     fraction: Annotated[float, typer.Option(help="Share of the rows, above 0 and at most 1.")],
-    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the draw.", min=0)] = 0,
     data: Annotated[Path | None, typer.Option(help="The scored file: its rows are written.")] = None,
     as_json: Json = False,
 ) -> None:

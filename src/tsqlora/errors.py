@@ -1,7 +1,7 @@
 """What can go wrong, as one small tree.
 
     TsqLoraError            exit 1   failed while running
-    ├── SettingsError       exit 2   wrong usage or settings; nothing was started
+    ├── SettingsError       exit 2   wrong usage or settings
     ├── DataError           exit 3   a file, a row or a label is wrong; names which
     ├── UnsupportedError    exit 2   a layer, model or option that cannot be exact; names it
     ├── NotLearnedError     exit 1   scoring refused: the model does not beat chance yet

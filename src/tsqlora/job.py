@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
@@ -24,7 +25,8 @@ from tsqlora.data.prepare import Prepared, prepare, resolve_max_length
 from tsqlora.errors import SettingsError
 from tsqlora.inference import Asking
 from tsqlora.plan import plan
-from tsqlora.quality.score import Progress
+from tsqlora.quality.sampling import stratum_sizes
+from tsqlora.quality.score import Progress, require_terms
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.reading import read, writing_of
 from tsqlora.record import RunRecord
@@ -220,6 +222,8 @@ def quality_half(
         raise SettingsError(
             f"quality.reject finds wrong labels of classes, and the task is {job.task.name}; leave it out"
         )
+    if weights is not None:
+        _require_softmax_of(job, weights, size=len(data))
     return QualityCallback(
         data,
         q.warmup,
@@ -240,6 +244,14 @@ def quality_half(
         progress=progress,
         collate=job.collate,
     )
+
+
+def _require_softmax_of(job: Job, weights: Mapping[str, float], *, size: int) -> None:
+    """Raises what scoring would after the warm-up, for terms and sizes that a softmax of Q cannot have."""
+    require_terms(weights, job.task)
+    if isinstance(job.task, Classification):
+        labels = [sample["labels"] for sample in job.data.samples["train"].samples]
+        stratum_sizes(np.unique(labels, return_counts=True)[1], size)
 
 
 def ranks_half(job: Job) -> RankCallback:

@@ -146,7 +146,7 @@ class WriteStart(TrainerCallback):
 
 
 def draws_of(config: Config, rows: int, run: Path) -> list[np.ndarray]:
-    """The rows that each epoch of a finished run was trained on."""
+    """The rows that each epoch of a finished run was trained on, where it was scored once at most."""
     data = QualitySubset(range(rows), config.quality.fraction, config.training.seed, resample=config.quality.resample)
     if (run / SCORES_FILE).exists():
         scores = Scores.load(run / SCORES_FILE)

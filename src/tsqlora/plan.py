@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from peft import PeftModel
@@ -14,7 +14,7 @@ from tsqlora.data.tokenise import TokenisedSplit
 from tsqlora.errors import SettingsError
 from tsqlora.gradients.sites import lora_layers
 from tsqlora.quality.sampling import draw_size
-from tsqlora.quality.score import wanted_terms
+from tsqlora.quality.score import PAPER_TERMS, wanted_terms
 from tsqlora.ranks.allocate import Sensitivity, allocate
 from tsqlora.ranks.budget import used
 from tsqlora.ranks.schedule import adjustment_steps
@@ -78,9 +78,7 @@ def scoring_plan(config: Config, model: PeftModel, *, rows: int, max_length: int
     """
     q = config.quality
     known = passes(config, rows=rows, size=draw_size(rows, q.fraction))
-    reference = min(q.reference, rows)
-    # Every term: loss_reduction looks ahead, which is one more forward pass.
-    scoring = {"forward": 2 * rows + 2 * reference, "backward": rows + reference}
+    scoring = _scoring_passes(config, (*PAPER_TERMS, *q.weighted_terms()), rows=rows)
     return {
         "rows": rows,
         "batches": math.ceil(rows / config.training.batch_size),
@@ -104,24 +102,29 @@ def passes(config: Config, *, rows: int, size: int) -> dict[str, dict[str, int]]
             f"a warm-up of {quality.warmup:g} passes is {warmup} epochs of {size} rows, and the run has {epochs}: "
             "no scored epoch would be left; lower quality.warmup or raise training.epochs"
         )
-    reference = min(quality.reference, rows)
-    terms = wanted_terms(quality.weighted_terms()).values()
-    forward = 1 + any(term.lookahead for term in terms) + any(term.alone for term in terms)
-    gradients = any(term.gradient for term in terms)
     again = quality.recheck and quality.resolved_weights() is None and quality.resolved_reject() is not False
-    task = get_task(config.task.type)
-    classes = isinstance(task, Classification)
-    # Of text the test is against the model as it was before its adapter learned.
-    tests = (2 if gradients else 1) + isinstance(task, Generation)
+    classes = isinstance(get_task(config.task.type), Classification)
     scorings = most_scorings(warmup, epochs) if again and classes else 1
+    scoring = _scoring_passes(config, quality.weighted_terms(), rows=rows)
     return {
         "warm-up": dict.fromkeys(("forward", "backward"), size * warmup),
-        "scoring": {
-            "forward": scorings * (rows * forward + tests * reference),
-            "backward": scorings * (rows + reference) if gradients else 0,
-        },
+        "scoring": {name: scorings * number for name, number in scoring.items()},
         "ranks": dict.fromkeys(("forward", "backward"), min(config.ranks.samples, size)),
         "training": dict.fromkeys(("forward", "backward"), size * (epochs - warmup)),
+    }
+
+
+def _scoring_passes(config: Config, asked: Iterable[str], *, rows: int) -> dict[str, int]:
+    """Rows forward and backward in one scoring that has these terms."""
+    reference = min(config.quality.reference, rows)
+    terms = wanted_terms(asked).values()
+    forward = 1 + any(term.lookahead for term in terms) + any(term.alone for term in terms)
+    gradients = any(term.gradient for term in terms)
+    # Of text the test is against the model as it was before its adapter learned.
+    tests = (2 if gradients else 1) + isinstance(get_task(config.task.type), Generation)
+    return {
+        "forward": rows * forward + tests * reference,
+        "backward": rows + reference if gradients else 0,
     }
 
 

@@ -15,7 +15,7 @@ class Pulse:
     moved: int
     """Slots that have gone from one layer to another."""
     memory: int
-    """Bytes at the peak: of the accelerator where there is one, else of the process."""
+    """Bytes at the peak: of the GPU where torch has CUDA, else of the process."""
 
 
 @runtime_checkable  # for beartype, which checks annotations while tests run

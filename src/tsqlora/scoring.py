@@ -33,7 +33,7 @@ from tsqlora.job import (
 from tsqlora.plan import scoring_plan, warmup_epochs
 from tsqlora.quality.drop import drop_rows, require_drops
 from tsqlora.quality.journal import bind, save_whole
-from tsqlora.quality.score import PAPER_TERMS, Progress, learned_on, reference_indices, score
+from tsqlora.quality.score import PAPER_TERMS, Progress, learned_on, reference_indices, require_terms, score
 from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.start import with_start
@@ -249,4 +249,5 @@ def _trainable(model: nn.Module) -> dict[str, torch.Tensor]:
 def _enabled(config: Config) -> Config:
     if not config.quality.enabled:
         raise SettingsError(NOTHING_TO_SCORE)
+    require_terms(config.quality.resolved_weights() or {}, get_task(config.task.type))
     return config

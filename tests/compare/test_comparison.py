@@ -10,7 +10,7 @@ import pytest
 from runs import write_config
 from tsqlora.compare.cells import Cell, Entry, load, path_of
 from tsqlora.compare.comparison import compare
-from tsqlora.config import Config, load_config
+from tsqlora.config import Config, dump_config, load_config
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
 
 
@@ -148,7 +148,8 @@ def test_policies_cross_methods() -> None:
         ({"sweep": [0.1], "rates": {"lora": 0.1}}, "leave out one"),
         ({"sweep": [0.0]}, "learning rate 0.0 must be above 0"),
         ({"rates": {"dora": 0.1}}, "--lr: 'dora' is not compared"),
-        ({"metric": "acuracy"}, "--metric 'acuracy' is unknown; did you mean 'accuracy'?"),
+        ({"metric": "acuracy"}, "--metric 'acuracy' is not measured on test rows; did you mean 'accuracy'?"),
+        ({"seeds": [-1]}, "--seeds -1: it must be at least 0"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(
@@ -167,6 +168,32 @@ def test_a_directory_holds_one_comparison(config: Config, tmp_path: Path) -> Non
     other = config.model_copy(update={"training": config.training.model_copy(update={"epochs": 7})})
     with pytest.raises(SettingsError, match="other settings"):
         compare(other, ["lora"], seeds=[0], out=tmp_path / "out", run=Fake())
+
+
+def test_a_runs_directory_is_no_comparisons(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(dump_config(config))
+    with pytest.raises(SettingsError, match="holds a run, and no comparison; name another --out"):
+        compare(config, ["lora"], seeds=[0], out=tmp_path / "run", run=Fake())
+
+
+def test_whose_seconds_are_shared_stays_the_same(config: Config, tmp_path: Path) -> None:
+    compare(config, ["lora"], seeds=[0], out=tmp_path / "out", equal="seconds", run=Fake())
+    with pytest.raises(SettingsError, match="other settings"):
+        compare(config, ["tsqlora", "lora"], seeds=[0], out=tmp_path / "out", equal="seconds", run=Fake())
+
+
+def test_a_metric_that_validation_lacks_chooses_nothing(config: Config, tmp_path: Path) -> None:
+    class OnTest(Fake):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            found = super().__call__(*args, **kwargs)
+            found["metrics"]["test"]["rougeL"] = 0.3
+            return found
+
+    run = OnTest()
+    with pytest.raises(SettingsError, match="--metric 'rougeL' is not measured on validation rows"):
+        compare(config, ["lora"], seeds=[0], out=tmp_path / "out", sweep=[0.01, 0.02], metric="rougeL", run=run)
+    assert len(run.ran) == 1
 
 
 def test_a_cells_file_that_is_broken_or_anothers_is_named(config: Config, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tsqlora.compare.methods import METHODS, POLICIES, entries
 from tsqlora.compare.run import planned_steps, run_cell, steps_in
 from tsqlora.compare.worker import in_own_process
 from tsqlora.config import Config, load_config
-from tsqlora.errors import SettingsError, TsqLoraError
+from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
 
 ROWS = 160
 
@@ -86,6 +86,28 @@ def test_more_seconds_are_more_steps(place: Path) -> None:
 def test_a_training_that_diverges_is_a_result(place: Path) -> None:
     found = run_cell(settings(place), Cell(Entry("full", "all"), 0, 1e20), equal="steps")
     assert "not finite" in found["failed"]
+
+
+def test_one_that_diverges_in_its_trial_is_a_result_too(place: Path) -> None:
+    found = run_cell(settings(place), Cell(Entry("full", "all"), 0, 1e20), equal="seconds", seconds=9.0)
+    assert "not finite" in found["failed"]
+    assert found["steps"] == 0
+
+
+def test_a_term_that_the_task_has_not_is_refused_before_the_warm_up(place: Path) -> None:
+    asked = settings(place, quality={"fraction": 0.5, "weights": {"ifd": 1.0}})
+    told: list[str] = []
+    with pytest.raises(UnsupportedError, match="'ifd' compares a target with and without its prompt"):
+        run_cell(asked, cell_of("tsqlora"), equal="steps", progress=lambda phase, *_: told.append(phase))
+    assert not told
+
+
+def test_a_draw_too_small_for_its_classes_is_refused_before_the_warm_up(place: Path) -> None:
+    asked = settings(place, quality={"fraction": 0.005, "preset": "paper"})
+    told: list[str] = []
+    with pytest.raises(SettingsError, match="1 rows cannot hold one of each of 2 labels; raise fraction"):
+        run_cell(asked, cell_of("tsqlora"), equal="steps", progress=lambda phase, *_: told.append(phase))
+    assert not told
 
 
 def test_settings_that_are_wrong_are_no_result(place: Path) -> None:

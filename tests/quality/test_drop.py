@@ -69,3 +69,14 @@ def test_dropped_rows_carry_the_first_of_their_reasons(tmp_path: Path) -> None:
 def test_an_unknown_kind_is_refused_with_the_known_ones() -> None:
     with pytest.raises(SettingsError, match="--drop duplicates: unknown; did you mean 'duplicate'"):
         require_drops(["duplicates"])
+
+
+def test_of_duplicates_one_stays_that_is_not_dropped_for_something_else(tmp_path: Path) -> None:
+    values = norms()
+    values[4] *= 1e6  # an outlier, and by this Q the best of its group
+    texts = [f"text number {j} with words of its own: {j * 7919}" for j in range(40)]
+    texts[4] = texts[0]
+    scores = made(values, weights={"gradient_norm": 1.0})
+    kept = drop_rows(scores, ["outlier", "duplicate"], lambda: iter(texts), tmp_path / "scratch").kept
+    assert kept[0]
+    assert not kept[4]

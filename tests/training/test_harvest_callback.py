@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from transformers import TrainerCallback
 
 import tsqlora as tsq
 from scoring import assert_same
 from stock import make_trainer, moods, slotted_bert
-from tsqlora.errors import SettingsError, UnsupportedError
+from tsqlora.errors import DataError, SettingsError, UnsupportedError
+from tsqlora.training.row_weights import labels_of
 
 DATA = moods()
 
@@ -73,6 +75,31 @@ def test_a_resumed_run_is_refused_for_its_first_rows_would_be_lacking(tmp_path: 
     _, trainer = train(tmp_path, lambda data: [tsq.HarvestCallback(data)], save_strategy="steps", save_steps=4)
     with pytest.raises(UnsupportedError, match=r"nothing in checkpoints, so rows .* before step 8 would lack .* anew"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+
+
+def test_a_training_that_failed_leaves_nothing_for_the_next(tmp_path: Path) -> None:
+    class Fail(TrainerCallback):
+        fails = True
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if self.fails and state.global_step == 3:
+                raise ZeroDivisionError
+
+    fail, data = Fail(), tsq.QualitySubset(DATA, 0.5)
+    callback = tsq.HarvestCallback(data)
+    trainer = make_trainer(slotted_bert(), data, tmp_path, [callback, fail], num_train_epochs=2)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    fail.fails = False
+    trainer.train()
+    assert not data._listeners
+    assert pq.read_table(tmp_path / "harvest.parquet")["loss"].null_count == 0
+
+
+def test_rows_without_the_column_are_refused_with_its_name(tmp_path: Path) -> None:
+    data = tsq.QualitySubset([{"input_ids": [1, 2], "label": 0}] * 8, 0.5)
+    with pytest.raises(DataError, match="columns input_ids, label, and labels are read from 'labels'; rename theirs"):
+        labels_of(data)
 
 
 def test_workers_that_hide_the_rows_are_refused(tmp_path: Path) -> None:

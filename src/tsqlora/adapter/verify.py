@@ -1,6 +1,6 @@
 """That an export is what it was made from: its update, layer by layer, and a model's logits with it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from tsqlora.adapter.lora import LoraAdapter, Target
 from tsqlora.errors import TsqLoraError
 
 _ROWS, _TOKENS = 4, 12
-LoadModel = Callable[[], PreTrainedModel]
 
 
 @dataclass(frozen=True, slots=True)

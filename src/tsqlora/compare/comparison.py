@@ -54,7 +54,8 @@ def compare(
         rates: learning rates by entry or method, in place of the config's.
         metric: what is compared; by default the task's.
 
-    A directory holds one comparison: further methods and seeds may be added. Raises SettingsError for another's.
+    A directory holds one comparison: further methods and seeds may be added. Raises SettingsError for another's, and
+    for what cannot be compared; UnsupportedError under a launcher or with adapter.init_from.
     """
     if distributed.launched() > 1:
         raise UnsupportedError("compare runs one training at a time in one process; start it without a launcher")
@@ -91,6 +92,9 @@ class Plan:
         """Raises SettingsError for arguments that say nothing, or contradict each other."""
         if not self.seeds:
             raise SettingsError("--seeds is empty; give at least one, such as 0,1,2")
+        for seed in self.seeds:
+            if not 0 <= seed < 2**32:
+                raise SettingsError(f"--seeds {seed}: it must be at least 0 and less than {2**32}")
         if self.equal not in EQUAL:
             raise SettingsError(f"--equal '{self.equal}' is unknown; {nearest(self.equal, EQUAL)}")
         if self.sweep and self.rates:
@@ -140,12 +144,16 @@ class Runner:
 
     def _best_rate(self, entry: Entry, seed: int) -> float:
         """By validation: the metric, and where that ties the loss."""
-        tried = {rate: self._cell(Cell(entry, seed, rate)) for rate in self.plan.sweep}
-        worked = {rate: found["metrics"]["validation"] for rate, found in tried.items() if "failed" not in found}
+        worked = dict[float, Mapping[str, float]]()
+        for rate in self.plan.sweep:
+            found = self._cell(Cell(entry, seed, rate))
+            if "failed" not in found:
+                worked[rate] = found["metrics"]["validation"]
+                self._measured(worked[rate], "validation")
         if not worked:
             raise SettingsError(f"{entry.name} failed with every learning rate of --lr-sweep; try smaller ones")
         sign = -1 if lower_is_better(self.metric) else 1
-        return max(worked, key=lambda rate: (sign * self._measured(worked[rate]), -worked[rate]["loss"]))
+        return max(worked, key=lambda rate: (sign * self._measured(worked[rate], "validation"), -worked[rate]["loss"]))
 
     def _cell(self, cell: Cell) -> dict[str, Any]:
         found = load(self.plan.out, cell)
@@ -177,9 +185,11 @@ class Runner:
     def _stored(self, rate: float) -> dict[str, Any] | None:
         return load(self.plan.out, Cell(self.plan.entries[0], self.plan.seeds[0], rate))
 
-    def _measured(self, metrics: Mapping[str, float]) -> float:
+    def _measured(self, metrics: Mapping[str, float], split: str) -> float:
         if self.metric not in metrics:
-            raise SettingsError(f"--metric '{self.metric}' is unknown; {nearest(self.metric, metrics)}")
+            raise SettingsError(
+                f"--metric '{self.metric}' is not measured on {split} rows; {nearest(self.metric, metrics)}"
+            )
         return metrics[self.metric]
 
     def _tell(self, cell: Cell, found: Mapping[str, Any], *, new: bool) -> None:
@@ -188,7 +198,8 @@ class Runner:
             what = f"failed: {found['failed']}"
         else:
             split = "test" if "test" in found["metrics"] else "validation"
-            what = f"{split} {self.metric} {self._measured(found['metrics'][split]):.4f}, {found['seconds']:.0f} s"
+            value = self._measured(found["metrics"][split], split)
+            what = f"{split} {self.metric} {value:.4f}, {found['seconds']:.0f} s"
         left = (total - self.done) * sum(self.took) / len(self.took) if self.took else 0.0
         when = f"; about {_duration(left)} left" if left and self.done < total else ""
         self.say(f"{self.done}/{total} {cell.name}: {what}{'' if new else ' (known)'}{when}")
@@ -205,8 +216,12 @@ def _duration(seconds: float) -> str:
 
 def _claim(plan: Plan) -> None:
     """Writes what the directory is for, or checks that it is for the same."""
-    about = {"equal": plan.equal}
+    about: dict[str, Any] = {"equal": plan.equal}
+    if plan.equal == "seconds":
+        about["seconds of"] = f"{plan.entries[0].name}, seed {plan.seeds[0]}"
     if (plan.out / CONFIG_FILE).exists():
+        if not (plan.out / SETTINGS_FILE).exists():
+            raise SettingsError(f"{plan.out} holds a run, and no comparison; name another --out")
         same = load_config(plan.out / CONFIG_FILE) == plan.config
         if not same or json.loads((plan.out / SETTINGS_FILE).read_text()) != about:
             raise SettingsError(f"{plan.out} holds a comparison with other settings; name another --out")

@@ -41,15 +41,18 @@ def run_cell(
     `seconds` is what it may take, None for as many steps as the config says. A training that fails, such
     as by diverging, is a result too: `failed` says how. Settings that are wrong raise.
     """
-    settings = settings_of(config, cell, {})
-    steps = None if seconds is None else steps_in(seconds, settings, cell)
+    settings, steps = settings_of(config, cell, {}), 0
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         job = load(settings)
-        steps = steps or planned_steps(settings, len(job.data.samples["train"]), cell, equal=equal)
-        record = RunRecord("running", cell.seed, job.task.name, None, {"hash": job.data.hash}, {"steps": steps})
+        record = RunRecord("running", cell.seed, job.task.name, None, {"hash": job.data.hash}, {})
         found: dict[str, Any] = {"cell": cell.to_dict(), "equal": equal, "settings": settings.model_dump()}
         try:
+            if seconds is None:
+                steps = planned_steps(settings, len(job.data.samples["train"]), cell, equal=equal)
+            else:
+                steps = steps_in(seconds, settings, cell)
+            record.plan = {"steps": steps}
             found |= _train(settings_of(config, cell, {"max_steps": steps}), cell, job, record, Path(folder), progress)
         except TsqLoraError as error:
             # The classes below it are of settings and data: nothing that another seed would cure.
@@ -131,8 +134,9 @@ def steps_in(seconds: float, settings: Config, cell: Cell) -> int:
         building = time.perf_counter() - begun
         rows = POLICIES[cell.entry.policy](job, Path(folder) / SCORES_FILE, None)
         record = RunRecord("trial", cell.seed, job.task.name, None, {}, {})
+        also = (*built.callbacks, *rows.also, clock)
         try:
-            fit_job(job, built.model, args, rows.data, record, None, ranks, None, also=(*built.callbacks, clock))
+            fit_job(job, built.model, args, rows.data, record, None, ranks, None, also=also)
         except _TrialOver:
             pass
         else:

@@ -1,6 +1,7 @@
 """Settings in a file: YAML in, a checked `Config` out, and back."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         config = Config.model_validate(sections | raw)
     except ValidationError as error:
         message = explain(error.errors(), raw)
-        overridden = any(key in message for key, _ in assignments)
+        overridden = any(re.search(rf"(?<![\w.]){re.escape(key)}(?!\.?\w)", message) for key, _ in assignments)
         raise SettingsError(f"{'--set' if overridden else path}: {message}") from None
     return _with_absolute_paths(config, Path(path).parent)
 

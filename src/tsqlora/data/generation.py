@@ -65,7 +65,7 @@ def tokenise_generation(
     turn that was cut is not trained on. Raises DataError with file and row for what a row lacks,
     and for targets that are empty or do not fit whole.
     """
-    made = _make(rows, format, tokenizer, max_length, max_target_length, seq2seq=seq2seq, with_targets=with_targets)
+    made = _make(rows, format, tokenizer, max_length, seq2seq=seq2seq, with_targets=with_targets)
     most = max_target_length or max_length if seq2seq else max_length
     if long := [i for i, one in enumerate(made) if one.needs > most]:
         setting = _limit(max_target_length, seq2seq=seq2seq)
@@ -94,7 +94,7 @@ def rows_that_fit(
     Raises DataError where none has, so that no token would be trained on, unless there `may_be_none`, and as
     `tokenise_generation` for all else.
     """
-    made = _make(rows, format, tokenizer, max_length, max_target_length, seq2seq=seq2seq, with_targets=True)
+    made = _make(rows, format, tokenizer, max_length, seq2seq=seq2seq, with_targets=True)
     most = max_target_length or max_length if seq2seq else max_length
     fitting = np.flatnonzero([one.needs <= most for one in made])
     if not len(fitting) and not may_be_none:
@@ -134,7 +134,6 @@ def _make(
     format: Format,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-    max_target_length: int | None,
     *,
     seq2seq: bool,
     with_targets: bool,

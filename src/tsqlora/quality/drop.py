@@ -41,8 +41,13 @@ def outliers(scores: Scores) -> Bool[np.ndarray, " n"]:
     return out
 
 
+def duplicates(scores: Scores, texts: Texts, scratch: Path) -> Bool[np.ndarray, " n"]:
+    """Rows like a better one; a row that is dropped already is worse than any."""
+    return near_duplicates(texts(), np.where(scores.kept, scores.quality, -np.inf), scratch)
+
+
 DROPS: dict[str, Drop] = {
-    "duplicate": lambda scores, texts, scratch: near_duplicates(texts(), scores.quality, scratch),
+    "duplicate": duplicates,
     "outlier": lambda scores, texts, scratch: outliers(scores),
 }
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from tsqlora.errors import NotLearnedError, TsqLoraError
 
 MARGIN = 2.0
-"""Standard errors by which the mean loss must lie below the constant predictor's."""
+"""Standard errors by which the mean loss must lie below the constant predictor's, or of text the unadapted model's."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from tsqlora.errors import UnsupportedError
 from tsqlora.gradients.ghost import LayerGradient, layer_gradient
 from tsqlora.gradients.lookahead import stepped
 from tsqlora.gradients.sites import Site
@@ -71,10 +70,7 @@ def measure(
 
 @torch.no_grad()
 def _alone(model: nn.Module, inputs: Batch, labels: Tensor, task: Task) -> Tensor:
-    if not (isinstance(task, Generation) and task.causal):
-        raise UnsupportedError(
-            f"quality term 'ifd' compares a target with and without its prompt, which {task.name} cannot; leave it out"
-        )
+    assert isinstance(task, Generation)
     targets, own = without_prompt(inputs["input_ids"], labels)
     return task.loss(model_logits(model, targets, task), own)
 

@@ -179,8 +179,23 @@ def wanted_terms(names: Iterable[str]) -> dict[str, Term]:
     return found | get_terms(["cosine"]) if any(term.gradient for term in found.values()) else found
 
 
+def require_terms(weights: Mapping[str, float], task: Task) -> None:
+    """Raises what `score` does for weights of terms that samples of the task do not have: before a warm-up."""
+    _known(wanted_terms(name for name, weight in weights.items() if weight), task, weights)
+
+
 def _known(terms: Mapping[str, Term], task: Task, weights: Mapping[str, float]) -> dict[str, Term]:
-    """Without those that only a class or a number has; SettingsError if Q asks for one."""
+    """The terms that samples of the task have.
+
+    Raises SettingsError if Q asks for one that only classes and numbers have, UnsupportedError for one that only a
+    text behind its prompt has.
+    """
+    alone = [name for name, term in terms.items() if term.alone]
+    if alone and not (isinstance(task, Generation) and task.causal):
+        raise UnsupportedError(
+            f"quality term '{alone[0]}' compares a target with and without its prompt, which {task.name} cannot; leave "
+            "it out"
+        )
     if not isinstance(task, Generation):
         return dict(terms)
     if asked := [name for name, term in terms.items() if term.answers and weights.get(name)]:

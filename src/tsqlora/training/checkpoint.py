@@ -2,7 +2,7 @@
 
 The Trainer saves weights, optimizer, schedule and random state. RankCallback adds
 `tsqlora.json` and `tsqlora.safetensors`, QualityCallback `tsqlora_quality.json`, InfoBatchCallback
-`tsqlora_infobatch.safetensors`, GuardCallback `tsqlora_guard.json`.
+`tsqlora_infobatch.safetensors`, GuardCallback `tsqlora_guard.json`, a run of `fit` its costs as `tsqlora_cost.json`.
 """
 
 import json

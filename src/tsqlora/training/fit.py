@@ -136,7 +136,7 @@ def fit(
     """
     if packed is not None:
         require_packing(model, packed, data.dataset[0])
-    guard = GuardCallback(data)
+    guard = GuardCallback(data if packed is None else None)  # a packed batch does not say how many samples it has
     cost = CostCallback(data, record, quality, ranks, task)
     live: list[TrainerCallback] = []
     if progress is not None:

@@ -33,7 +33,7 @@ class GuardCallback(TrainerCallback):
 
     Args:
         data: the Trainer's train_dataset; without it, or where other processes hand out its rows (dataloader workers),
-            the rows of a skipped step are not known.
+            the rows of a skipped step are not known. Leave it out where a batch packs several samples into a row.
         limit: with so many skipped among the last 2·limit steps training ends: TsqLoraError with advice, which names
             the last whole checkpoint from before them.
 
@@ -146,9 +146,9 @@ class GuardCallback(TrainerCallback):
             self.skipped.append(step)
         if len(self._recent) == self.limit and step.step - self._recent[0].step < 2 * self.limit:
             self._held.close()
-            raise TsqLoraError(self._advice(args, state))
+            raise TsqLoraError(self._advice(args))
 
-    def _advice(self, args: TrainingArguments, state: TrainerState) -> str:
+    def _advice(self, args: TrainingArguments) -> str:
         first, last = self._recent[0].step, self._recent[-1]
         what = f"{self.limit} of the last {last.step - first + 1} steps had a loss or gradient that is not finite"
         if self.count == last.step:

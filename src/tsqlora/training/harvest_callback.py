@@ -15,7 +15,7 @@ from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.gradients.sites import Scope
 from tsqlora.quality.harvest import Harvest
 from tsqlora.quality.subset import QualitySubset
-from tsqlora.tasks import Task
+from tsqlora.tasks import Task, require_answers
 from tsqlora.training.row_weights import labels_of, require_rows_seen, trained_task
 
 HARVEST_FILE = "harvest.parquet"
@@ -53,6 +53,7 @@ class HarvestCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._watching.close()
         require_rows_seen(args, "HarvestCallback")
         if args.world_size > 1:
             raise SettingsError("HarvestCallback knows one process's rows only; leave it out with several processes")
@@ -62,7 +63,7 @@ class HarvestCallback(TrainerCallback):
                 "would lack their terms; start anew, or resume without it"
             )
         model = kwargs["model"]
-        task = trained_task(args, model, self.task)
+        task = require_answers(trained_task(args, model, self.task), "harvest")
         self.harvest = Harvest(model, labels_of(self.data), task=task, scope=self.scope, gradient=self.gradient)
 
     def on_epoch_begin(

@@ -112,7 +112,7 @@ class KeepRecord(TrainerCallback):
 
 
 def peak_memory() -> int:
-    """Bytes: of the accelerator where there is one, else of this process."""
+    """Bytes: of the GPU where torch has CUDA, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024

@@ -57,10 +57,7 @@ def announce(args: TrainingArguments, state: TrainerState, part: str) -> None:
             "open": [],
         }
     if part in parts["tsqlora"]["parts"]:
-        raise SettingsError(
-            f"the Trainer has two callbacks for {part}; give it one RankCallback, one QualityCallback and one "
-            "GuardCallback at most"
-        )
+        raise SettingsError(f"the Trainer has two callbacks for {part}; give it one of each kind at most")
     parts["tsqlora"]["parts"].append(part)
 
 

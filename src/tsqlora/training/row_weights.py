@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from tsqlora.errors import SettingsError, UnsupportedError
+from tsqlora.errors import DataError, SettingsError, UnsupportedError
 from tsqlora.gradients.ghost import wide
 from tsqlora.quality.own_loss import by_logits, scale_of, source_of
 from tsqlora.quality.passes import Passes
@@ -154,8 +154,11 @@ def require_rows_seen(args: TrainingArguments, name: str) -> None:
 
 
 def labels_of(data: QualitySubset) -> np.ndarray:
-    """Of all rows, by row number."""
-    return np.array([row["labels"] for row in data.dataset])
+    """Of all rows, by row number.  Raises DataError for rows without the column 'labels'."""
+    rows: Any = data.dataset
+    if "labels" not in rows[0]:
+        raise DataError(f"rows have the columns {', '.join(rows[0])}, and labels are read from 'labels'; rename theirs")
+    return np.array([row["labels"] for row in rows])
 
 
 def trained_task(args: TrainingArguments, model: nn.Module, given: Task | None) -> Task:

@@ -1,9 +1,6 @@
 """What a row says to a model that writes: a prompt and its target, or the turns of a chat."""
 
 from dataclasses import dataclass
-from typing import Literal
-
-Role = Literal["system", "user", "assistant", "tool"]
 
 
 @dataclass(frozen=True, slots=True)
