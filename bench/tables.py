@@ -239,20 +239,35 @@ def harvest_picks(results: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+_OF_RANKS = ["cells", "points", "95 % interval", "worst cell", "test loss", "95 % interval"]
+
+
 def ranks_differences(results: Mapping[str, Any]) -> list[list[str]]:
     """A variant minus uniform ranks over the cells that both have: points, and test loss in per cent of uniform's."""
     runs = _ranks(results)
-    rows = [["mean rank", "variant", "cells", "points", "95 % interval", "worst cell", "test loss", "95 % interval"]]
+    rows = [["mean rank", "variant", *_OF_RANKS]]
     kinds = Counter((cell[2], variant) for variant, cell in runs if variant != "uniform" and ("uniform", cell) in runs)
     for mean, variant in sorted(kinds, key=lambda kind: (kind[0] != 4, kind[0], -kinds[kind])):
-        alike = [c for v, c in runs if v == variant and c[2] == mean and ("uniform", c) in runs]
-        pairs = {c: (runs[variant, c], runs["uniform", c]) for c in alike}
-        cells, gain, interval, worst = _paired({(c[0], c[2], c[1]): (a[0] - b[0]) / 100 for c, (a, b) in pairs.items()})
-        losses = np.array([100 * (a[1] / b[1] - 1) for a, b in pairs.values()])
-        rows.append(
-            [f"{mean:g}", variant, cells, gain, interval, worst, f"{losses.mean():+.1f} %", _interval(losses, 1)]
-        )
+        rows.append([f"{mean:g}", variant, *_beside(runs, variant, "uniform", mean)])
     return rows
+
+
+def ranks_random(results: Mapping[str, Any]) -> list[list[str]]:
+    """The same minus random ranks that come about in the same way, at mean rank 4."""
+    runs = _ranks(results)
+    pairs = {"random once": ("tsqlora", "once"), "static, random": ("static, sensitivity", "static, EVA")}
+    rows = [["variant", "minus", *_OF_RANKS]]
+    rows += [[variant, other, *_beside(runs, variant, other, 4)] for other, of in pairs.items() for variant in of]
+    return rows
+
+
+def _beside(runs: Mapping[tuple[str, Any], tuple[float, float]], variant: str, other: str, mean: float) -> list[str]:
+    """A variant minus another over the cells of a mean rank that both have."""
+    alike = [c for v, c in runs if v == variant and c[2] == mean and (other, c) in runs]
+    pairs = {c: (runs[variant, c], runs[other, c]) for c in alike}
+    gains = _paired({(c[0], c[2], c[1]): (a[0] - b[0]) / 100 for c, (a, b) in pairs.items()})
+    losses = np.array([100 * (a[1] / b[1] - 1) for a, b in pairs.values()])
+    return [*gains, f"{losses.mean():+.1f} %", _interval(losses, 1)]
 
 
 def ranks_cells(results: Mapping[str, Any]) -> list[list[str]]:
@@ -342,6 +357,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], list[list[str]]]] = {
     "rank_cost-large": rank_cost_large,
     "ranks-cells": ranks_cells,
     "ranks-differences": ranks_differences,
+    "ranks-random": ranks_random,
     "resume": resume,
     "scoring": scoring_ratios,
     "selection-cells": selection_cells,

@@ -7,7 +7,7 @@ the quality sample, or a training step's.
 import math
 import zlib
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ from tsqlora.gradients.quiet import quiet
 from tsqlora.gradients.sites import effective_weight, lora_layers, lora_matrices, target_site
 from tsqlora.ranks.allocate import Sensitivity
 from tsqlora.tasks import Task
-from tsqlora.tasks.forward import Collate, model_logits, split_labels, task_of
+from tsqlora.tasks.forward import Collate, model_logits, precision, split_labels, task_of
 
 Estimator = Callable[[Tensor, Tensor, LoraLayer], Tensor]
 """(a, b: n × t × o, layer) -> the sum over the n samples of the layer's number; a is n × t × i, of an Embedding the
@@ -230,7 +230,7 @@ def probe_pass(
         for start in range(0, len(dataset), batch_size):
             rows = [dataset[j] for j in range(start, min(start + batch_size, len(dataset)))]
             inputs, labels = split_labels(collate(rows), device)
-            with nullcontext() if autocast is None else torch.autocast(device.type, dtype=autocast):
+            with precision(device, autocast):
                 losses = task.loss(model_logits(model, inputs, task), labels)
             # Summed, not averaged: a sample's gradient must not depend on its batch.
             torch.autograd.grad(losses.sum(), [tap.anchor], allow_unused=True)

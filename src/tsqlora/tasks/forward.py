@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +24,11 @@ def split_labels(batch: Batch, device: torch.device) -> tuple[dict[str, Tensor],
         raise DataError(f"the collator's batches have no 'labels', only {', '.join(sorted(batch))}")
     inputs = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
     return inputs, inputs.pop("labels")
+
+
+def precision(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Autocast to this dtype; None computes as the weights are."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
 def model_logits(model: nn.Module, inputs: Mapping[str, Tensor], task: Task | None = None) -> Tensor:

@@ -1,7 +1,6 @@
 """A model's logits for every sample, in order, whatever the batches."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from tsqlora.errors import TsqLoraError
 from tsqlora.gradients.quiet import quiet
 from tsqlora.memory import Portions
 from tsqlora.quality.score import Progress
-from tsqlora.tasks.forward import Collate, model_logits
+from tsqlora.tasks.forward import Collate, model_logits, precision
 
 
 def predict_logits(
@@ -31,7 +30,6 @@ def predict_logits(
     Raises TsqLoraError where a logit is not finite: no prediction would mean anything.
     """
     device = next(model.parameters()).device
-    precision = nullcontext() if autocast is None else torch.autocast(device.type, dtype=autocast)
     out: np.ndarray | None = None
     done, portions = 0, Portions()
 
@@ -39,7 +37,7 @@ def predict_logits(
         batch = collate([{k: v for k, v in samples[j].items() if k != "labels"} for j in indices])
         return model_logits(model, {name: value.to(device) for name, value in batch.items()}).cpu().numpy()
 
-    with quiet(model), precision, torch.inference_mode():
+    with quiet(model), precision(device, autocast), torch.inference_mode():
         for indices in sorted_batches([len(s["input_ids"]) for s in samples], batch_size):
             logits = np.concatenate(portions.of(indices, logits_of))
             out = np.empty((len(samples), logits.shape[1]), logits.dtype) if out is None else out

@@ -19,11 +19,11 @@ from tsqlora.quality.guard import guarded
 from tsqlora.quality.score import REFERENCE_ROWS, Progress, reference_indices, require_softmax, score, wanted_terms
 from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import QualitySubset
-from tsqlora.tasks import Task, get_task
-from tsqlora.tasks.forward import Collate, task_of
+from tsqlora.tasks import Task
+from tsqlora.tasks.forward import Collate
 from tsqlora.training.checkpoint import QualityState
 from tsqlora.training.manifest import announce, checkpoint_folder, digest, seal
-from tsqlora.training.row_weights import RowWeights
+from tsqlora.training.row_weights import RowWeights, trained_task
 
 SCORES_FILE = "scores.parquet"
 
@@ -227,7 +227,7 @@ class QualityCallback(TrainerCallback):
                 self.data.dataset,
                 collate,
                 reference=reference_indices(len(self.data.dataset), self.reference, self.seed),
-                task=self._task(args, model),
+                task=trained_task(args, model, self.task),
                 weights=self.weights,
                 temperature=self.temperature,
                 reject=self.reject,
@@ -263,12 +263,6 @@ class QualityCallback(TrainerCallback):
             self.refused = why
             self.data.awaits_scores = False
             warnings.warn(f"no quality sampling in this run, random draws go on: {why}", stacklevel=2)
-
-    def _task(self, args: TrainingArguments, model: nn.Module) -> Task | None:
-        """The given task, or the model's own with the Trainer's label smoothing."""
-        if self.task is None and args.label_smoothing_factor > 0:
-            return get_task(task_of(model).name, label_smoothing=args.label_smoothing_factor)
-        return self.task
 
     def _path(self, args: TrainingArguments) -> Path:
         return self.scores_path or Path(str(args.output_dir)) / SCORES_FILE

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -13,7 +12,7 @@ from tsqlora.data.batches import sorted_batches
 from tsqlora.errors import SettingsError, TsqLoraError
 from tsqlora.gradients.quiet import quiet
 from tsqlora.quality.score import Progress
-from tsqlora.tasks.forward import Collate, base_model, model_logits, split_labels
+from tsqlora.tasks.forward import Collate, base_model, model_logits, precision, split_labels
 from tsqlora.tasks.generation import Generation
 
 Samples = Sequence[Mapping[str, Any]]
@@ -36,7 +35,7 @@ def token_metrics(
     """
     device = next(model.parameters()).device
     loss, right, tokens, done = 0.0, 0, 0, 0
-    with quiet(model), _precision(device, autocast), torch.inference_mode():
+    with quiet(model), precision(device, autocast), torch.inference_mode():
         for indices in sorted_batches([len(s["input_ids"]) for s in samples], batch_size):
             inputs, labels = split_labels(collate([samples[j] for j in indices]), device)
             counts = task.count(model_logits(model, inputs, task), labels)
@@ -87,7 +86,7 @@ def write_texts(
     )
     texts = [""] * len(prompts)
     done = 0
-    with quiet(model), _precision(device, autocast), torch.inference_mode():
+    with quiet(model), precision(device, autocast), torch.inference_mode():
         for indices in sorted_batches(lengths, batch_size):
             batch = collate([{k: v for k, v in prompts[j].items() if k != "labels"} for j in indices])
             inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
@@ -120,7 +119,3 @@ def _require_positions(model: Any, longest: int, new: int) -> None:
             f"a prompt of {longest} tokens and {new} new ones are more than the model's {positions} positions; lower "
             "task.max_new_tokens (--max-new-tokens) or data.max_length"
         )
-
-
-def _precision(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
