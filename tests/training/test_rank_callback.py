@@ -488,7 +488,7 @@ def test_a_second_training_of_a_finalised_model_is_refused(tmp_path: Path) -> No
 def test_a_second_callback_is_refused_before_training(tmp_path: Path) -> None:
     steps: list[int] = []
     seen = At("step_begin", lambda state, _: steps.append(state.global_step))
-    text = "the Trainer has two callbacks for ranks; give it one RankCallback"
+    text = "the Trainer has two callbacks for ranks; give it one of each kind at most"
     with pytest.raises(tsq.SettingsError, match=text):
         run(tmp_path, tsq.RankCallback(interval=4), seen, tsq.RankCallback(interval=4))
     assert not steps
