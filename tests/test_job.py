@@ -123,6 +123,7 @@ def what_arrives(config: Config) -> dict[str, Any]:
         "active_parameters": 0,
         "QualitySubset": [0] * 4,
         "QualityCallback": "a callback",
+        "require_drawable": None,
         "HarvestCallback": "another",
         "RankCallback": None,
     }

@@ -190,6 +190,8 @@ def method(
         temperature=q.resolved_temperature(),
         reject=q.resolved_reject(),
     )
+    if q.enabled:
+        require_drawable(job, quality)
     return data, quality if q.enabled else None, ranks_half(job)
 
 
@@ -222,8 +224,6 @@ def quality_half(
         raise SettingsError(
             f"quality.reject finds wrong labels of classes, and the task is {job.task.name}; leave it out"
         )
-    if weights is not None:
-        _require_softmax_of(job, weights, size=len(data))
     return QualityCallback(
         data,
         q.warmup,
@@ -246,12 +246,14 @@ def quality_half(
     )
 
 
-def _require_softmax_of(job: Job, weights: Mapping[str, float], *, size: int) -> None:
-    """Raises what scoring would after the warm-up, for terms and sizes that a softmax of Q cannot have."""
-    require_terms(weights, job.task)
+def require_drawable(job: Job, quality: QualityCallback) -> None:
+    """Raises before the warm-up what would come after it: for terms and sizes that a softmax of Q cannot have."""
+    if quality.weights is None:
+        return
+    require_terms(quality.weights, job.task)
     if isinstance(job.task, Classification):
         labels = [sample["labels"] for sample in job.data.samples["train"].samples]
-        stratum_sizes(np.unique(labels, return_counts=True)[1], size)
+        stratum_sizes(np.unique(labels, return_counts=True)[1], len(quality.data))
 
 
 def ranks_half(job: Job) -> RankCallback:

@@ -179,7 +179,7 @@ def test_a_runs_directory_is_no_comparisons(config: Config, tmp_path: Path) -> N
 
 def test_whose_seconds_are_shared_stays_the_same(config: Config, tmp_path: Path) -> None:
     compare(config, ["lora"], seeds=[0], out=tmp_path / "out", equal="seconds", run=Fake())
-    with pytest.raises(SettingsError, match="other settings"):
+    with pytest.raises(SettingsError, match=r"the seconds of lora\+all, seed 0; name that one first"):
         compare(config, ["tsqlora", "lora"], seeds=[0], out=tmp_path / "out", equal="seconds", run=Fake())
 
 

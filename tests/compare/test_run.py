@@ -17,6 +17,7 @@ from tsqlora.compare.run import planned_steps, run_cell, steps_in
 from tsqlora.compare.worker import in_own_process
 from tsqlora.config import Config, load_config
 from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
+from tsqlora.pipeline import dry_run
 
 ROWS = 160
 
@@ -108,6 +109,11 @@ def test_a_draw_too_small_for_its_classes_is_refused_before_the_warm_up(place: P
     with pytest.raises(SettingsError, match="1 rows cannot hold one of each of 2 labels; raise fraction"):
         run_cell(asked, cell_of("tsqlora"), equal="steps", progress=lambda phase, *_: told.append(phase))
     assert not told
+
+
+def test_what_no_softmax_draws_may_be_as_few_as_it_likes(place: Path) -> None:
+    control = {"enabled": False, "fraction": 0.005, "preset": "paper"}
+    assert dry_run(settings(place, quality=control, ranks={"policy": "fixed"}))["rows"]["train"] == ROWS
 
 
 def test_settings_that_are_wrong_are_no_result(place: Path) -> None:

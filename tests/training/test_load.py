@@ -133,6 +133,14 @@ def test_a_hub_id_that_cannot_be_reached_is_named() -> None:
     assert "\n" not in text
 
 
+def test_a_package_that_loading_needs_is_named(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(*_: object, **__: object) -> None:
+        raise ImportError("Loading a GPTQ quantized model requires optimum")
+
+    monkeypatch.setattr("tsqlora.training.load.AutoModelForSequenceClassification.from_pretrained", lacking)
+    assert error_of(checkpoint).endswith("cannot be loaded: Loading a GPTQ quantized model requires optimum")
+
+
 def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
     assert "cannot be loaded" in error_of(tmp_path)
 

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from tsqlora.adapter.plain import only_adapter, require_fresh
 from tsqlora.adapter.slots import install
 from tsqlora.errors import SettingsError, UnsupportedError
+from tsqlora.gradients.layers import is_linear
 from tsqlora.gradients.sites import is_gptq, keep_as_trained, lora_layers
 from tsqlora.ranks.allocate import Sensitivity, allocate
 from tsqlora.ranks.budget import Shapes, costs, used
@@ -122,8 +123,8 @@ def inject(model: nn.Module, config: LoraConfig) -> PeftModel:
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise UnsupportedError("the model has adapter layers and is no PeftModel; make it with peft.get_peft_model")
     wanted = config.target_modules
-    if wanted == "all-linear" and (packed := [name for name, module in model.named_modules() if is_gptq(module)]):
-        config.target_modules = packed  # PEFT's all-linear passes over them
+    if wanted == "all-linear" and any(is_gptq(module) for module in model.modules()):
+        config.target_modules = linear_names(model)
     try:
         peft_model = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]  (any module will do)
     except ValueError as error:
@@ -131,6 +132,17 @@ def inject(model: nn.Module, config: LoraConfig) -> PeftModel:
         raise SettingsError(f"adapter.target_modules {names}: {error}") from error
     assert isinstance(peft_model, PeftModel)
     return peft_model
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """What all-linear means where PEFT's own passes over layers, GPTQ's: every linear one but heads and output."""
+    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    whole = tuple(heads(model))
+    return [
+        name
+        for name, module in model.named_modules()
+        if (is_linear(module) or is_gptq(module)) and module is not output and name.partition(".")[0] not in whole
+    ]
 
 
 def _adopt(model: PeftModel, max_rank: int | None) -> PeftModel:

@@ -144,16 +144,15 @@ class Runner:
 
     def _best_rate(self, entry: Entry, seed: int) -> float:
         """By validation: the metric, and where that ties the loss."""
-        worked = dict[float, Mapping[str, float]]()
+        worked, sign = dict[float, tuple[float, float]](), -1 if lower_is_better(self.metric) else 1
         for rate in self.plan.sweep:
             found = self._cell(Cell(entry, seed, rate))
             if "failed" not in found:
-                worked[rate] = found["metrics"]["validation"]
-                self._measured(worked[rate], "validation")
+                metrics = found["metrics"]["validation"]
+                worked[rate] = sign * self._measured(metrics, "validation"), -metrics["loss"]
         if not worked:
             raise SettingsError(f"{entry.name} failed with every learning rate of --lr-sweep; try smaller ones")
-        sign = -1 if lower_is_better(self.metric) else 1
-        return max(worked, key=lambda rate: (sign * self._measured(worked[rate], "validation"), -worked[rate]["loss"]))
+        return max(worked, key=lambda rate: worked[rate])
 
     def _cell(self, cell: Cell) -> dict[str, Any]:
         found = load(self.plan.out, cell)
@@ -216,14 +215,20 @@ def _duration(seconds: float) -> str:
 
 def _claim(plan: Plan) -> None:
     """Writes what the directory is for, or checks that it is for the same."""
-    about: dict[str, Any] = {"equal": plan.equal}
+    about: dict[str, str] = {"equal": plan.equal}
     if plan.equal == "seconds":
-        about["seconds of"] = f"{plan.entries[0].name}, seed {plan.seeds[0]}"
+        about["seconds_of"] = f"{plan.entries[0].name}, seed {plan.seeds[0]}"
     if (plan.out / CONFIG_FILE).exists():
         if not (plan.out / SETTINGS_FILE).exists():
             raise SettingsError(f"{plan.out} holds a run, and no comparison; name another --out")
         same = load_config(plan.out / CONFIG_FILE) == plan.config
-        if not same or json.loads((plan.out / SETTINGS_FILE).read_text()) != about:
+        known = json.loads((plan.out / SETTINGS_FILE).read_text())
+        if same and known["equal"] == plan.equal == "seconds" and known != about:
+            raise SettingsError(
+                f"cells in {plan.out} have the seconds of {known.get('seconds_of', 'another method')}; name that one "
+                "first, or another --out"
+            )
+        if not same or known != about:
             raise SettingsError(f"{plan.out} holds a comparison with other settings; name another --out")
         return
     write_json(plan.out / SETTINGS_FILE, about)

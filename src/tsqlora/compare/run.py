@@ -7,6 +7,8 @@ import subprocess
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +20,7 @@ from tsqlora.compare.cells import Cell
 from tsqlora.compare.methods import POLICIES, Rows, build
 from tsqlora.config import Config
 from tsqlora.errors import SettingsError, TsqLoraError
-from tsqlora.job import Job, arguments, fit_job, load, measure
+from tsqlora.job import Job, arguments, fit_job, load, measure, require_drawable
 from tsqlora.quality.sampling import draw_size
 from tsqlora.quality.score import Progress
 from tsqlora.record import RunRecord
@@ -41,24 +43,22 @@ def run_cell(
     `seconds` is what it may take, None for as many steps as the config says. A training that fails, such
     as by diverging, is a result too: `failed` says how. Settings that are wrong raise.
     """
-    settings, steps = settings_of(config, cell, {}), 0
+    settings = settings_of(config, cell, {})
+    found: dict[str, Any] = {"cell": cell.to_dict(), "equal": equal, "settings": settings.model_dump()}
+    steps = 0
+    if seconds is not None:
+        with _failure_in(found):
+            steps = steps_in(seconds, settings, cell)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         job = load(settings)
-        record = RunRecord("running", cell.seed, job.task.name, None, {"hash": job.data.hash}, {})
-        found: dict[str, Any] = {"cell": cell.to_dict(), "equal": equal, "settings": settings.model_dump()}
-        try:
-            if seconds is None:
-                steps = planned_steps(settings, len(job.data.samples["train"]), cell, equal=equal)
-            else:
-                steps = steps_in(seconds, settings, cell)
-            record.plan = {"steps": steps}
-            found |= _train(settings_of(config, cell, {"max_steps": steps}), cell, job, record, Path(folder), progress)
-        except TsqLoraError as error:
-            # The classes below it are of settings and data: nothing that another seed would cure.
-            if type(error) is not TsqLoraError:
-                raise
-            found["failed"] = str(error)
+        if seconds is None:
+            steps = planned_steps(settings, len(job.data.samples["train"]), cell, equal=equal)
+        record = RunRecord("running", cell.seed, job.task.name, None, {"hash": job.data.hash}, {"steps": steps})
+        if "failed" not in found:
+            settings = settings_of(config, cell, {"max_steps": steps})
+            with _failure_in(found):
+                found |= _train(settings, cell, job, record, Path(folder), progress)
     record.notes += sorted({str(w.message) for w in warned if w.filename.startswith(str(_PACKAGE))})
     return found | {
         "settings_hash": hashlib.sha256(json.dumps(found["settings"], sort_keys=True).encode()).hexdigest(),
@@ -73,6 +73,18 @@ def run_cell(
         "versions": record.versions,
         "commit": commit(),
     }
+
+
+@contextmanager
+def _failure_in(found: dict[str, Any]) -> Iterator[None]:
+    """Notes how a training failed, such as by diverging."""
+    try:
+        yield
+    except TsqLoraError as error:
+        # The classes below it are of settings and data: nothing that another seed would cure.
+        if type(error) is not TsqLoraError:
+            raise
+        found["failed"] = str(error)
 
 
 def settings_of(config: Config, cell: Cell, further: dict[str, Any]) -> Config:
@@ -94,6 +106,8 @@ def _train(
 ) -> dict[str, Any]:
     args = arguments(settings, folder)
     rows = POLICIES[cell.entry.policy](job, folder / SCORES_FILE, progress)
+    if rows.quality is not None:
+        require_drawable(job, rows.quality)
     with record.timed("building"):
         set_seed(cell.seed)
         built, ranks = build(job, cell.entry.method, steps=args.max_steps)

@@ -84,6 +84,8 @@ def load_pretrained(
             ignore_mismatched_sizes=generation is None,
             output_loading_info=True,
         )
+    except ImportError as error:
+        raise SettingsError(f"model.path {path!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SettingsError(f"model.path {path!r} cannot be loaded ({reason}); give a directory or a hub id") from error
