@@ -197,7 +197,9 @@ def test_harvest_of_texts_is_refused_by_name(tmp_path: Path) -> None:
     config = write_config(
         tmp_path / "tsq.yaml",
         checkpoint(tmp_path / "model", "causal-lm"),
-        write_jsonl(tmp_path / "train.jsonl", [*rows(36), {"document": "pink", "summary": "pink pink"}]),
+        write_jsonl(
+            tmp_path / "train.jsonl", [*rows(18), *({"document": "pink", "summary": "pink pink"} for _ in range(18))]
+        ),
         task={"type": "causal-lm"},
         quality={"harvest": True},
         training=TRAINING,
