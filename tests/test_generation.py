@@ -198,7 +198,7 @@ def test_harvest_of_texts_is_refused_by_name(tmp_path: Path) -> None:
         tmp_path / "tsq.yaml",
         checkpoint(tmp_path / "model", "causal-lm"),
         write_jsonl(
-            tmp_path / "train.jsonl", [*rows(18), *({"document": "pink", "summary": "pink pink"} for _ in range(18))]
+            tmp_path / "train.jsonl", [*rows(18), *({"document": "pink", "summary": "pink pink pink"} for _ in range(18))]
         ),
         task={"type": "causal-lm"},
         quality={"harvest": True},
