@@ -194,12 +194,11 @@ def test_packed_training_is_the_padded_one(tmp_path: Path) -> None:
 
 
 def test_harvest_of_texts_is_refused_by_name(tmp_path: Path) -> None:
+    longer = [{"document": "pink", "summary": "pink pink pink"}] * 18
     config = write_config(
         tmp_path / "tsq.yaml",
         checkpoint(tmp_path / "model", "causal-lm"),
-        write_jsonl(
-            tmp_path / "train.jsonl", [*rows(18), *({"document": "pink", "summary": "pink pink pink"} for _ in range(18))]
-        ),
+        write_jsonl(tmp_path / "train.jsonl", [*rows(18), *longer]),
         task={"type": "causal-lm"},
         quality={"harvest": True},
         training=TRAINING,
