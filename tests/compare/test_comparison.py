@@ -148,7 +148,8 @@ def test_policies_cross_methods() -> None:
         ({"sweep": [0.1], "rates": {"lora": 0.1}}, "leave out one"),
         ({"sweep": [0.0]}, "learning rate 0.0 must be above 0"),
         ({"rates": {"dora": 0.1}}, "--lr: 'dora' is not compared"),
-        ({"metric": "acuracy"}, "--metric 'acuracy' is not measured on test rows; did you mean 'accuracy'?"),
+        ({"metric": "acuracy"}, "'acuracy' is not measured for sequence-classification; did you mean 'accuracy'?"),
+        ({"metric": "rougeL"}, "'rougeL' is not measured for sequence-classification"),
         ({"seeds": [-1]}, "--seeds -1: it must be at least 0"),
     ],
 )
@@ -184,16 +185,21 @@ def test_whose_seconds_are_shared_stays_the_same(config: Config, tmp_path: Path)
 
 
 def test_a_metric_that_validation_lacks_chooses_nothing(config: Config, tmp_path: Path) -> None:
-    class OnTest(Fake):
-        def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            found = super().__call__(*args, **kwargs)
-            found["metrics"]["test"]["rougeL"] = 0.3
-            return found
-
-    run = OnTest()
+    run = Fake()
+    writing = config.model_copy(update={"task": config.task.model_copy(update={"type": "seq2seq"})})
     with pytest.raises(SettingsError, match="--metric 'rougeL' is not measured on validation rows"):
-        compare(config, ["lora"], seeds=[0], out=tmp_path / "out", sweep=[0.01, 0.02], metric="rougeL", run=run)
+        compare(writing, ["lora"], seeds=[0], out=tmp_path / "out", sweep=[0.01, 0.02], metric="rougeL", run=run)
+    assert not run.ran
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_text_metric_without_texts_is_told_and_the_cell_is_kept(config: Config, tmp_path: Path) -> None:
+    run = Fake()
+    writing = config.model_copy(update={"task": config.task.model_copy(update={"type": "seq2seq"})})
+    with pytest.raises(SettingsError, match="--metric 'rougeL' is not measured on test rows"):
+        compare(writing, ["lora"], seeds=[0], out=tmp_path / "out", metric="rougeL", run=run)
     assert len(run.ran) == 1
+    assert load(tmp_path / "out", run.ran[0][0]) is not None
 
 
 def test_a_cells_file_that_is_broken_or_anothers_is_named(config: Config, tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
+import numpy as np
 import pytest
 
 from tsqlora.errors import SettingsError, UnsupportedError
-from tsqlora.tasks import NOT_BUILT, TASKS, get_task
+from tsqlora.tasks import NOT_BUILT, TASKS, Answers, get_task
 from tsqlora.tasks.classification import Classification
 
 
@@ -29,3 +30,12 @@ def test_tasks_that_are_not_built_are_refused_by_name(name: str) -> None:
     with pytest.raises(UnsupportedError, match=f"task.type {name} is not built; built are: ") as caught:
         get_task(name)
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("name", ["sequence-classification", "regression"])
+def test_metrics_are_all_that_the_task_says(name: str) -> None:
+    task = get_task(name)
+    assert isinstance(task, Answers)
+    logits = np.array([[1.0, 0.0], [0.0, 2.0], [1.0, 0.5]])[:, : 2 if name == "sequence-classification" else 1]
+    found = task.metrics(logits, np.array([0, 1, 1] if logits.shape[1] == 2 else [0.5, 1.0, 0.0]))
+    assert set(found) == set(task.measured) > {task.headline}

@@ -20,6 +20,8 @@ from tsqlora.quality.score import Progress
 from tsqlora.record import write_json, write_whole
 from tsqlora.report.metrics import lower_is_better
 from tsqlora.tasks import get_task
+from tsqlora.tasks.generation import Generation
+from tsqlora.tasks.texts import TEXT_METRICS
 from tsqlora.training.run_dir import CONFIG_FILE, alone_in
 
 SETTINGS_FILE, TABLE_FILE = "comparison.json", "table.json"
@@ -66,6 +68,7 @@ def compare(
     )
     plan.require_sense()
     metric = metric or get_task(config.task.type).headline
+    plan.require_measured(metric)
     with alone_in(out, busy=f"another comparison is running in {out}; wait for it, or name another --out"):
         _claim(plan)
         runner = Runner(plan, metric, run, progress, say)
@@ -106,6 +109,19 @@ class Plan:
         for name in self.rates:
             if name not in known:
                 raise SettingsError(f"--lr: '{name}' is not compared; {nearest(name, known)}")
+
+    def require_measured(self, metric: str) -> None:
+        """Raises SettingsError for a metric that no cell will have, or that a sweep will miss."""
+        task = get_task(self.config.task.type)
+        written = TEXT_METRICS if isinstance(task, Generation) else ()
+        if metric not in (*task.measured, *written):
+            options = nearest(metric, (*task.measured, *written))
+            raise SettingsError(f"--metric '{metric}' is not measured for {task.name}; {options}")
+        if self.sweep and metric in written:
+            raise SettingsError(
+                f"--metric '{metric}' is not measured on validation rows, by which --lr-sweep chooses; "
+                f"{nearest(metric, task.measured)}"
+            )
 
     def rate(self, entry: Entry) -> float:
         """The learning rate that is given for an entry."""

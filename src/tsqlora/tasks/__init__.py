@@ -24,6 +24,9 @@ class Task(Protocol):
     headline: ClassVar[str]
     """The metric by which runs are compared, unless another is asked for; more is better."""
 
+    measured: ClassVar[tuple[str, ...]]
+    """Every metric of the task, but for those of text that is written (`texts.TEXT_METRICS`)."""
+
     def loss(self, logits: Float[Tensor, "n *k"], labels: Shaped[Tensor, "n *t"]) -> Float[Tensor, " n"]:
         """Each sample's own loss, never reduced."""
         ...

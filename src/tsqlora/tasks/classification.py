@@ -30,6 +30,7 @@ class Classification:
 
     name: ClassVar[str] = "sequence-classification"
     headline: ClassVar[str] = "accuracy"
+    measured: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1", "matthews", "loss")
 
     label_smoothing: float = 0.0
     class_weights: Tensor | None = None

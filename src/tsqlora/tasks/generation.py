@@ -39,6 +39,7 @@ class Generation:
     causal: bool
     label_smoothing: float = 0.0
     headline: ClassVar[str] = "token_accuracy"
+    measured: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy")
 
     def loss(self, logits: Float[Tensor, "n t v"], labels: Int[Tensor, "n t"]) -> Float[Tensor, " n"]:
         """The mean over the target tokens, one number a sample; 0 of a sample without any.

@@ -17,6 +17,7 @@ class Regression:
 
     name: ClassVar[str] = "regression"
     headline: ClassVar[str] = "spearman"
+    measured: ClassVar[tuple[str, ...]] = ("pearson", "spearman", "mse", "loss")
 
     def loss(self, logits: Float[Tensor, "n 1"], labels: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         """(logit - label)², one a sample."""

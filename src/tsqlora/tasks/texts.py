@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from tsqlora.errors import SettingsError
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
+TEXT_METRICS = (*ROUGE, "chrf")
 
 
 def require_text_metrics() -> None:
