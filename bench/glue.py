@@ -5,9 +5,9 @@
 A block is a task, a number of training rows, a share of wrong labels and a mean rank; its cells lie in
 bench/.cache/glue while they are made, and in bench/results/glue/BLOCK.json once finished. Every cell trains MiniLM for
 as many steps as four passes over the rows take and has the full test set; its seed draws the rows, which labels are
-wrong, the head and the batches. The learning rate of each entry was chosen on 1,000 clean rows of SST-2, rank 4, seed
-0, by 600 validation rows (`--sweep` does that, and writes bench/results/glue/rates.json). A finished cell is never run
-again, so that seeds and methods may come in any order, in several processes if each has its own blocks.
+wrong, the head and the batches. The learning rate of each entry was chosen on 1,000 clean rows of SST-2, rank 4, by
+600 validation rows of each seed (`--sweep` does that, and writes bench/results/glue/rates.json). A finished cell is
+never run again, so that seeds and methods may come in any order, in several processes if each has its own blocks.
 """
 
 import argparse
@@ -161,16 +161,29 @@ def keep(block: Block, cells: Path) -> None:
     write_json(path, {"block": about, "settings": settings, "cells": dict(sorted(stored.items()))})
 
 
-def sweep(methods: Sequence[str], tried: Sequence[float], shared: Path) -> None:
+def sweep(methods: Sequence[str], tried: Sequence[float], seeds: Sequence[int], shared: Path) -> None:
     """Each entry's learning rate by validation rows, of all that it ever tried; one entry at a time."""
     for method in methods:
-        run(SWEPT, 0, [method], shared, sweep=tried)
+        for seed in seeds:
+            run(SWEPT, seed, [method], shared, sweep=tried)
         cells = json.loads((RESULTS / f"{SWEPT.name}.json").read_text())["cells"].values()
-        chosen = dict[str, float]()
-        for name in dict.fromkeys(entry_of(cell) for cell in cells):
-            of = {c["cell"]["learning_rate"]: c["metrics"]["validation"] for c in cells if entry_of(c) == name}
-            chosen[name] = max(of, key=lambda rate: (of[rate]["accuracy"], -of[rate]["loss"]))
-        write_json(RESULTS / "rates.json", {"block": SWEPT.name, "seed": 0, "rates": chosen})
+        names = dict.fromkeys(entry_of(cell) for cell in cells)
+        chosen = {name: best_rate([cell for cell in cells if entry_of(cell) == name]) for name in names}
+        write_json(RESULTS / "rates.json", {"block": SWEPT.name, "rates": chosen})
+
+
+def best_rate(cells: Sequence[Mapping[str, Any]]) -> float:
+    """Of the rates that most seeds tried, the one with the best mean accuracy; where that ties, the least loss."""
+    by_rate = dict[float, list[Mapping[str, float]]]()
+    for cell in cells:
+        by_rate.setdefault(cell["cell"]["learning_rate"], []).append(cell["metrics"]["validation"])
+    most = max(map(len, by_rate.values()))
+
+    def merit(rate: float) -> tuple[float, float]:
+        found = by_rate[rate]
+        return float(np.mean([m["accuracy"] for m in found])), -float(np.mean([m["loss"] for m in found]))
+
+    return max((rate for rate in by_rate if len(by_rate[rate]) == most), key=merit)
 
 
 def entry_of(cell: Mapping[str, Any]) -> str:
@@ -195,7 +208,7 @@ def main() -> None:
     args = parser.parse_args()
     methods = args.methods.split(",")
     if args.sweep:
-        sweep(methods, [float(rate) for rate in args.rates.split(",")], args.shared)
+        sweep(methods, [float(r) for r in args.rates.split(",")], [int(s) for s in args.seeds.split(",")], args.shared)
         return
     rates = json.loads((RESULTS / "rates.json").read_text())["rates"]
     for seed in args.seeds.split(","):
