@@ -8,7 +8,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,21 +58,20 @@ def rank_agreement(results: Mapping[str, Any]) -> list[list[str]]:
 
 
 def selection_cells(results: Mapping[str, Any]) -> list[list[str]]:
-    """Test accuracy of random by cell, and each rule's points above or below it."""
-    runs = _selection(results)
-    cells = sorted({cell for _, cell in runs}, key=lambda cell: (-cell[1], cell[3], cell[0], cell[2]))
-    rows = [["rule", *(_cell_name(cell) for cell in cells)]]
-    for rule in _rules(runs):
-        shown = []
-        for cell in cells:
-            run, control = runs.get((rule, cell)), runs.get(("random", cell))
-            if run is None or control is None:
-                shown.append("–")
-            elif rule == "random":
-                shown.append(f"{100 * control:.1f}")
-            else:
-                shown.append(f"{100 * (run - control):+.1f}")
-        rows.append([rule, *shown])
+    """A row a cell: test accuracy of random, and each rule's points above or below it."""
+    runs = {run: 100 * accuracy for run, accuracy in _selection(results).items()}
+    cells = sorted({cell for _, cell in runs}, key=lambda cell: (-cell[1], -cell[3], cell[0], cell[2]))
+    return _cell_by_cell({cell: _cell_name(cell) for cell in cells}, _rules(runs), runs)
+
+
+def _cell_by_cell(cells: Mapping[Any, str], columns: Sequence[str], points: Mapping[Any, float]) -> list[list[str]]:
+    """Points of the first column, and how far the others are above or below them."""
+    rows = [["cell", *columns]]
+    control, *others = columns
+    for cell, name in cells.items():
+        base = points[control, cell]
+        gains = [f"{points[o, cell] - base:+.1f}" if (o, cell) in points else "–" for o in others]
+        rows.append([name, f"{base:.1f}", *gains])
     return rows
 
 
@@ -100,6 +99,7 @@ LEARNED = {
     HALF: ("random", "reject"),
     "-loss where evident": ("random", "reject"),
     "reject, second look": ("random", "reject"),
+    **dict.fromkeys(("paper", "N", "D", "C", "loss", "EL2N", "InfoBatch"), ("random",)),
 }
 """Rules and what each is compared with, where a task was learned."""
 
@@ -112,7 +112,10 @@ def selection_learned(results: Mapping[str, Any]) -> list[list[str]]:
         for rule, others in LEARNED.items():
             for other in others:
                 of = {c: a for (r, c), a in runs.items() if r == rule and c[0] in tasks and (other, c) in runs}
-                rows.append([", ".join(tasks), rule, other, *_paired({c: a - runs[other, c] for c, a in of.items()})])
+                if of:
+                    rows.append(
+                        [", ".join(tasks), rule, other, *_paired({c: a - runs[other, c] for c, a in of.items()})]
+                    )
     return rows
 
 
@@ -271,21 +274,12 @@ def _beside(runs: Mapping[tuple[str, Any], tuple[float, float]], variant: str, o
 
 
 def ranks_cells(results: Mapping[str, Any]) -> list[list[str]]:
-    """Uniform ranks' points by cell (accuracy; on STS-B 100 times Pearson's r), and the others' above or below."""
+    """A row a cell: uniform ranks' points (accuracy; on STS-B 100 times Pearson's r), the others' above or below."""
     runs = _ranks(results)
     cells = sorted({cell for _, cell in runs}, key=lambda cell: (cell[2] != 4, cell[2], cell[0], cell[1]))
     variants = sorted({v for v, _ in runs}, key=lambda v: (v != "uniform", -sum(name == v for name, _ in runs), v))
-    rows = [["variant", *(f"{task}, seed {seed}, mean {mean:g}" for task, seed, mean in cells)]]
-    for variant in variants:
-        shown = []
-        for cell in cells:
-            run, control = runs.get((variant, cell)), runs.get(("uniform", cell))
-            if run is None or control is None:
-                shown.append("–")
-            else:
-                shown.append(f"{run[0]:.1f}" if variant == "uniform" else f"{run[0] - control[0]:+.1f}")
-        rows.append([variant, *shown])
-    return rows
+    names = {cell: f"{cell[0]}, seed {cell[1]}, mean rank {cell[2]:g}" for cell in cells}
+    return _cell_by_cell(names, variants, {run: points for run, (points, _) in runs.items()})
 
 
 def _ranks(results: Mapping[str, Any]) -> dict[tuple[str, tuple[str, int, float]], tuple[float, float]]:
