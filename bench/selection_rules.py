@@ -108,6 +108,22 @@ def trusted(seen: Seen, epoch: int) -> Draw:
     return replace(_drawn(seen, epoch, -standardise(seen.loss, seen.labels).values), note=note)
 
 
+def weighted(seen: Seen, epoch: int) -> Draw:
+    """Random's rows, where wrong labels are evident each with the chance that its label is right as its weight.
+
+    Weights have mean 1 in each class, so that none counts for more than its share.
+    """
+    noise = label_noise(seen.logits, seen.labels)
+    rows = stretch(seen.seed, seen.fraction, np.arange(len(seen.labels)), len(seen.labels), epoch)
+    note = {"noise": noise.to_dict()}
+    if not noise.evident:
+        return Draw(rows, note=note)
+    right = 1 - noise.doubt(seen.logits, seen.labels)
+    mean = np.array([right[seen.labels == label].mean() for label in seen.labels])
+    weights = (right / mean)[rows]
+    return Draw(rows, weights, note=note | {"wrong_weight": float(weights[seen.bad[rows]].sum() / len(rows))})
+
+
 def coverage(seen: Seen, epoch: int) -> Draw:
     """As the default, but of the kept rows of a class each cluster of features has an equal part, small ones all.
 
@@ -222,6 +238,7 @@ RULES: dict[str, Rule] = {
     "reject, factor 2, refreshed": rejection_by_factor(2.0, refresh=1),
     "reject, second look": Rule(second_look, refresh=1),
     "-loss where evident": Rule(trusted, once=True),
+    "weights of trust": Rule(weighted),
     "always reject": Rule(always_reject, once=True),
     "C - loss, t=3": softmax({"convergence": 1.0, "loss": -1.0}, 3.0),
     "-loss, t=1": softmax({"loss": -1.0}, 1.0),
