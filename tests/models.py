@@ -1,7 +1,7 @@
 """Tiny models and samples for the tests: seeded, no network, nothing to download."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
@@ -258,6 +258,7 @@ def lora(
     *,
     task: TaskType = TaskType.SEQ_CLS,
     seed: int = 0,
+    bias: Literal["none", "all", "lora_only"] = "none",
 ) -> PeftModel:
     """`model` with LoRA put into it (in place), B small but not zero so that A has a gradient.
 
@@ -270,6 +271,7 @@ def lora(
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
+        bias=bias,
         target_modules=_as_list(targets) if targets is not None else "all-linear",
         fan_in_fan_out=isinstance(model, GPT2PreTrainedModel),
         modules_to_save=_as_list(modules_to_save),

@@ -880,6 +880,9 @@ def test_two_processes_train_one_run_and_one_speaks(place: Path, tmp_path: Path)
     shutil.rmtree(run / "adapter")
     (run / "checkpoints" / "checkpoint-30" / "rng_state_1.pth").unlink()
     (run / "run.json").write_text(json.dumps({k: v for k, v in record.items() if k != "run"} | {"status": "running"}))
+    # By accelerate, whose --multi_gpu is what starts several processes on CPUs as well.
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch = [*accelerate, "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     done = subprocess.run([*launch, *command, "--resume"], capture_output=True, text=True, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("checkpoint-30 is passed over: rng_state_1.pth is missing") == 1

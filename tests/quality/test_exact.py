@@ -1,12 +1,13 @@
 """Refusals that only a trial batch can give, through `score` on small models of our own."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import tsqlora as tsq
@@ -58,12 +59,17 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     return {"x": torch.stack([row["x"] for row in rows]), "labels": labels}
 
 
-def score(model: nn.Module, *, task: Task | None = None, batch_size: int = 5, tokens: int = TOKENS) -> tsq.Scores:
+def score(
+    model: nn.Module,
+    *,
+    task: Task | None = None,
+    batch_size: int = 5,
+    tokens: int = TOKENS,
+    scope: Literal["adapter", "full"] = "adapter",
+) -> tsq.Scores:
     task = Regression() if task is None else task
-    rows = rows_for(model, tokens)
-    return tsq.score(
-        model, rows, collate, reference=range(8), task=task, calibration=False, batch_size=batch_size, temperature=1.0
-    )
+    how = {"reference": range(8), "task": task, "calibration": False, "batch_size": batch_size, "scope": scope}
+    return tsq.score(model, rows_for(model, tokens), collate, **how)
 
 
 def assert_scored_as_the_twin(model: nn.Module) -> None:
@@ -161,6 +167,25 @@ class Orthogonal(Model):
 def test_a_weight_used_behind_its_layers_back_is_refused_by_name(kind: type[Model], name: str) -> None:
     with pytest.raises(UnsupportedError, match=rf"^{name} is used in a way that its own forward does not show"):
         score(kind())
+
+
+class TiedUnderLora(TiedWeights):
+    """Only one of the two layers that share the weight is LoRA's target."""
+
+
+@pytest.mark.parametrize("kind", [Functional, PartlyFunctional, TiedUnderLora])
+def test_a_weight_under_lora_that_is_used_elsewhere_is_refused_in_scope_full(kind: type[Model]) -> None:
+    adapted = get_peft_model(cast(Any, kind()), LoraConfig(target_modules=["linear"])).double()
+    with pytest.raises(UnsupportedError, match=r"^the weight of linear is used outside of its layer"):
+        score(adapted, scope="full")
+
+
+def test_a_model_may_ask_for_the_type_of_a_weight_under_lora() -> None:
+    class Asks(Model):
+        def between(self, x: Tensor) -> Tensor:
+            return self.linear(x.to(self.linear.weight.dtype)[..., : self.linear.weight.shape[1]])
+
+    score(get_peft_model(cast(Any, Asks()), LoraConfig(target_modules=["linear"])).double(), scope="full")
 
 
 class TokensFirst(Model):

@@ -73,6 +73,12 @@ def test_norms_and_embeddings_that_train_count(family: str, scope: str) -> None:
     assert_twin(model, rows, scope=scope)
 
 
+@pytest.mark.parametrize("scope", ["adapter", "full"])
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_biases_that_train_under_lora_count(bias: str, scope: str) -> None:
+    assert_twin(*adapted("bert", bias=bias), scope=scope)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_everything_that_trains_counts(family: str) -> None:
     """No adapter: all weights but positions, whose embedding has no samples to tell apart."""

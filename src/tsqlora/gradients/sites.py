@@ -99,10 +99,11 @@ def find_sites(model: nn.Module, scope: Scope) -> dict[str, Site]:
 
 
 def target_site(name: str, layer: LoraLayer) -> Site:
-    """Where the gradient of the weight under a LoRA layer is seen: at the whole layer."""
-    base = layer.get_base_layer()
+    """Where the gradient of the weight under a LoRA layer, and of a bias that trains, is seen: at the whole layer."""
+    base = cast(Any, layer.get_base_layer())
     kind = Lookup(base.num_embeddings) if isinstance(base, nn.Embedding) else LINEAR
-    return Site(name, (cast(nn.Module, layer),), True, False, kind)
+    bias = getattr(base, "bias", None)
+    return Site(name, (cast(nn.Module, layer),), True, isinstance(bias, Tensor) and bias.requires_grad, kind)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:

@@ -1,12 +1,15 @@
 """Refusals that need a look at one batch: is what is captured each sample's whole gradient?"""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from tsqlora.errors import UnsupportedError
 from tsqlora.gradients.ghost import MeanGradient, layer_gradient, summed_gradient
@@ -46,8 +49,9 @@ def require_exact(
 ) -> None:
     """Raises UnsupportedError where the gradients that capture shows are not the samples' own.
 
-    They are the same in two passes, they add up to autograd's gradient of every parameter
-    of θ, and a sample's does not change when it is alone in its batch.
+    They are the same in two passes, they add up to autograd's gradient of every parameter of θ that trains, a
+    weight under LoRA (scope 'full') is read by its own layer alone, and a sample's does not change when it is alone
+    in its batch.
     """
     inputs, labels = split_labels(batch, next(model.parameters()).device)
     tolerance = 0.05 if _half_precision(model) else 0.01
@@ -59,7 +63,7 @@ def require_exact(
         summed[name] = summed_gradient(a, b, **parts)
         norms.append(layer_gradient(a, b, **parts).norm_sq())
 
-    with torch.no_grad():
+    with torch.no_grad(), _refused_elsewhere(sites):
         before = calibrated(model, inputs, task, offsets)
         before = before if before.dim() == 2 else sample_losses(task, before, labels)
     own = _parameters(sites)
@@ -72,6 +76,56 @@ def require_exact(
     alone = {name: value[row : row + 1] for name, value in inputs.items()}
     _, losses, _ = backward(model, alone, labels[row : row + 1], task, offsets, sites, consume)
     _require_independent(float(norm[row]), float(total_over_sites(norms, losses).sqrt()), len(labels), tolerance)
+
+
+@contextmanager
+def _refused_elsewhere(sites: Mapping[str, Site]) -> Iterator[None]:
+    """Raises UnsupportedError, at the end, where a weight under a LoRA layer was read outside of that layer."""
+    bases = {
+        name: cast(nn.Module, module.get_base_layer())
+        for name, site in sites.items()
+        for module in site.modules
+        if isinstance(module, LoraLayer)
+    }
+    weights = {id(base.weight): name for name, base in bases.items() if isinstance(base.weight, Tensor)}
+    with ExitStack() as hooks:
+        reads = _ReadsElsewhere(weights)
+        for base in bases.values():
+            hooks.callback(base.register_forward_pre_hook(reads.enter).remove)
+            hooks.callback(base.register_forward_hook(reads.leave, always_call=True).remove)
+        with reads:
+            yield
+    if reads.found is not None:
+        raise UnsupportedError(
+            f"the weight of {reads.found} is used outside of its layer (it is tied, or called by a function): its "
+            "gradient per sample cannot be had exactly; use scope 'adapter', or leave it out of target_modules"
+        )
+
+
+class _ReadsElsewhere(TorchFunctionMode):
+    """Notices tensors that are made of these weights while none of their layers is running."""
+
+    def __init__(self, weights: Mapping[int, str]) -> None:
+        super().__init__()
+        self.weights = weights
+        self.running = 0
+        self.found: str | None = None
+
+    def enter(self, *_: Any) -> None:
+        self.running += 1
+
+    def leave(self, *_: Any) -> None:
+        self.running -= 1
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        # What asks only for a weight's type or shape makes no tensor.
+        if self.found is None and not self.running and isinstance(made, Tensor):
+            given = [*args, *(kwargs or {}).values()]
+            self.found = next((self.weights[id(part)] for part in given if id(part) in self.weights), None)
+        return made
 
 
 def _half_precision(model: nn.Module) -> bool:

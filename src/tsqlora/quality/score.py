@@ -28,7 +28,7 @@ from tsqlora.quality.reject import reject as reject_labels
 from tsqlora.quality.scores import PREDICTIONS, Scores, from_terms, require_settings
 from tsqlora.quality.terms import Term, get_terms
 from tsqlora.tasks import Answers, Task
-from tsqlora.tasks.forward import Batch, Collate, split_labels, task_of
+from tsqlora.tasks.forward import Batch, Collate, each_its_row, split_labels, task_of
 from tsqlora.tasks.generation import IGNORED, Generation
 
 TRUST: Mapping[str, float] = {"loss": -1.0}
@@ -118,6 +118,7 @@ def score(
         raise SettingsError("a journal needs hashes: they tell whether the rows are still the same")
     if journal is not None and distributed.active():
         raise UnsupportedError("a journal is kept by one process; leave it out, or score in one process")
+    collate = each_its_row(collate)
     own, rows = distributed.together(lambda: _reference_rows(reference, dataset, seed))
     planned = distributed.together(
         lambda: sorted_batches(_lengths(dataset) if lengths is None else lengths, batch_size)
@@ -208,7 +209,7 @@ def _known(terms: Mapping[str, Term], task: Task, weights: Mapping[str, float]) 
 def learned_on(model: nn.Module, rows: Sequence[Any], collate: Collate, *, task: Task, batch_size: int) -> LearnedTest:
     """Whether the model is ready to score: the test on these rows that `score` begins with."""
     with quiet(model):
-        return calibrate(model, _batches(rows, collate, batch_size), task, enabled=False).learned
+        return calibrate(model, _batches(rows, each_its_row(collate), batch_size), task, enabled=False).learned
 
 
 def reference_indices(rows: int, size: int, seed: int) -> list[int]:

@@ -26,6 +26,23 @@ def split_labels(batch: Batch, device: torch.device) -> tuple[dict[str, Tensor],
     return inputs, inputs.pop("labels")
 
 
+def each_its_row(collate: Collate) -> Collate:
+    """The collator; a batch in which samples share rows (packed, or without padding) raises UnsupportedError."""
+
+    def checked(samples: list[Any]) -> Batch:
+        batch = collate(samples)
+        labels = batch.get("labels")
+        if isinstance(labels, Tensor) and len(labels) != len(samples):
+            raise UnsupportedError(
+                f"the collator makes {len(labels)} row(s) of {len(samples)} samples, so that none has numbers of its "
+                "own; set packing (or its packing_strategy to 'wrapped') and padding_free off, or score with a "
+                "collator that pads"
+            )
+        return batch
+
+    return checked
+
+
 def precision(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
     """Autocast to this dtype; None computes as the weights are."""
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)

@@ -14,13 +14,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from tsqlora import distributed
 from tsqlora.errors import DataError, NotLearnedError, SettingsError, TsqLoraError
+from tsqlora.gradients.quiet import quiet
 from tsqlora.gradients.sites import Scope
 from tsqlora.quality.guard import guarded
 from tsqlora.quality.score import REFERENCE_ROWS, Progress, reference_indices, require_softmax, score, wanted_terms
 from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.tasks import Task
-from tsqlora.tasks.forward import Collate
+from tsqlora.tasks.forward import Collate, each_its_row
 from tsqlora.training.checkpoint import QualityState
 from tsqlora.training.manifest import announce, checkpoint_folder, digest, seal
 from tsqlora.training.row_weights import RowWeights, trained_task
@@ -137,6 +138,10 @@ class QualityCallback(TrainerCallback):
                 f"a warm-up of {self.warmup:g} passes is {self.warmup_epochs} epochs of {len(self.data)} rows, and "
                 f"the run has {epochs:g}: no scored epoch would be left; lower quality.warmup or raise training.epochs"
             )
+        with quiet(kwargs["model"]):
+            # Before a warm-up, not after it.
+            few = [self.data.dataset[j] for j in range(min(2, len(self.data.dataset)))]
+            each_its_row(self.collate or kwargs["train_dataloader"].collate_fn)(few)
         if self.unbiased:
             self.row_weights.begin(args, kwargs["model"])
         announce(args, state, "quality")
