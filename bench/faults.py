@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 from faults_child import PHASES, clock_was_ahead, run_cli
+from origin import commit
 from resume import compare, manifest, steps
 
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
@@ -461,7 +462,6 @@ def main() -> None:
     import tsqlora.pipeline  # noqa: F401  (what is forked has it then)
     from tsqlora.record import versions, write_json
 
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     known: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
     cells = known.setdefault("cells", {})
     lost = []
@@ -486,7 +486,7 @@ def main() -> None:
                     traceback.print_exc()
                     found = {"survived": False, "lost": traceback.format_exc()[-600:]}
                     lost.append(key)
-                found |= {"took": round(time.monotonic() - begun, 1), "commit": commit}
+                found |= {"took": round(time.monotonic() - begun, 1), "commit": commit()}
                 cells[key] = json.loads(json.dumps(found).replace(f"{folder}/", ""))
                 write_json(args.out, {**known, "cores": os.cpu_count(), "versions": versions()})
                 print(key, "survived" if found["survived"] else f"LOST: {found['lost']}", flush=True)

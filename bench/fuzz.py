@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import pickle
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -28,6 +27,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALL
 import hypothesis
 import torch
 from hypothesis import HealthCheck, Phase, given
+from origin import commit
 from transformers import TrainingArguments
 
 from hostile import TARGETS, Case, varied
@@ -90,11 +90,6 @@ def add(state: dict[str, Any], chunk: Mapping[str, Any]) -> None:
         state["broken"].setdefault(key, about["told"])
 
 
-def commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", default=",".join(TARGETS))
@@ -104,7 +99,7 @@ def main() -> None:
     torch.set_num_threads(1)
     TrainingArguments("x", report_to="none")  # what is imported late makes its caches now
     targets = given_.targets.split(",")
-    now = {"commit": commit(), "versions": versions() | {"hypothesis": hypothesis.__version__}}
+    now = {"commit": commit()[:7], "versions": versions() | {"hypothesis": hypothesis.__version__}}
     found = json.loads(given_.out.read_text()) if given_.out.exists() else {"engine": "hypothesis", "targets": {}}
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
         while waiting := [t for t in targets if found["targets"].get(t, {"cases": 0})["cases"] < given_.cases]:

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from selection import CACHE, Classification, _commit, control, prepare, train_epoch
+from origin import commit, machine
+from selection import CACHE, Classification, control, prepare, train_epoch
 from selection_data import PASSES, Cell
 
 from tsqlora.quality.guard import guard_test, guarded
@@ -93,7 +94,7 @@ def main() -> None:
         for cell in cells
         for name in QUALITIES
     }
-    write_json(args.out, {"versions": versions(), "commit": _commit(), "results": results})
+    write_json(args.out, {"versions": versions(), "commit": commit(), "machine": machine(), "results": results})
 
 
 if __name__ == "__main__":

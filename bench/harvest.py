@@ -11,9 +11,7 @@ between the two. The pass is trained once more without harvest: the same weights
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from origin import commit, machine
 from peft import LoraConfig, PeftModel, get_peft_model
 from scipy.special import log_softmax
 from scipy.stats import spearmanr
@@ -215,10 +214,9 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, default=Path(__file__).parents[2] / "shared")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "harvest.json")
     args = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     origin = {
         "settings": {"rows": DATA_ROWS, "wrong": WRONG, "batch": BATCH, "learning_rate": RATE, "rank": RANK},
-        "machine": {"cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "machine": machine(),
         "versions": versions(),
     }
     known = json.loads(args.out.read_text()) if args.out.exists() else {}
@@ -228,7 +226,7 @@ def main() -> None:
             found = cost(int(length), dtype, args.rounds if length == "32" else max(args.rounds // 2, 3))
         else:
             found = picks(int(cell), args.shared, timed=cell == "0")
-        known.setdefault(args.part, {})[cell] = found | {"commit": commit}
+        known.setdefault(args.part, {})[cell] = found | {"commit": commit()}
         write_json(args.out, {**known, **origin})
         print(cell, json.dumps(found.get("ratio") or found), flush=True)
 

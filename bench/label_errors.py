@@ -10,7 +10,6 @@ the same ones, without and with its own adjustment for the classes. Finished cel
 
 import argparse
 import json
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from cleanlab.rank import get_label_quality_scores
+from origin import commit, machine
 from scipy.special import softmax
 from sklearn.metrics import average_precision_score, roc_auc_score
 
@@ -141,7 +141,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "label_errors.json")
     args = parser.parse_args()
     done = json.loads(args.out.read_text())["results"] if args.out.exists() else {}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     for seed in SEEDS:
         for wrong in WRONG:
             for name in SETTINGS:
@@ -150,8 +149,8 @@ def main() -> None:
                     continue
                 with tempfile.TemporaryDirectory() as folder:
                     result = run(name, wrong, seed, args.shared, Path(folder))
-                done[key] = {"data": name, "share": wrong, "seed": seed, "commit": commit, **result}
-                origin = {"rows": ROWS, "settings": SETTINGS, "versions": versions()}
+                done[key] = {"data": name, "share": wrong, "seed": seed, "commit": commit(), **result}
+                origin = {"rows": ROWS, "settings": SETTINGS, "machine": machine(), "versions": versions()}
                 write_json(args.out, {**origin, "results": done})
                 print(key, f"{result['seconds']:.0f} s", json.dumps(result["average_precision"]), flush=True)
 

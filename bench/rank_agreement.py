@@ -10,12 +10,12 @@ over the layers, for each pair of seeds, and how far ranks moved.
 import argparse
 import itertools
 import json
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from origin import commit, machine
 from scipy.stats import spearmanr
 
 from tsqlora.config import Config
@@ -57,13 +57,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "rank_agreement.json")
     args = parser.parse_args()
     stored = json.loads(args.out.read_text()) if args.out.exists() else {"runs": {}}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     for estimator, seed in itertools.product(ESTIMATORS, SEEDS):
         key = f"{estimator}/seed {seed}"
         if key not in stored["runs"]:
             with tempfile.TemporaryDirectory() as folder:
                 stored["runs"][key] = run(args.shared, estimator, seed, Path(folder))
-            write_json(args.out, {"rows": ROWS, "versions": versions(), "commit": commit, **stored})
+            write_json(
+                args.out, {"rows": ROWS, "versions": versions(), "commit": commit(), "machine": machine(), **stored}
+            )
     stored["spearman"] = {}
     for estimator in ESTIMATORS:
         ranks = [stored["runs"][f"{estimator}/seed {seed}"]["ranks"] for seed in SEEDS]
@@ -71,7 +72,7 @@ def main() -> None:
             float(spearmanr([a[n] for n in a], [b[n] for n in a]).statistic)
             for a, b in itertools.combinations(ranks, 2)
         ]
-    write_json(args.out, {"rows": ROWS, "versions": versions(), "commit": commit, **stored})
+    write_json(args.out, {"rows": ROWS, "versions": versions(), "commit": commit(), "machine": machine(), **stored})
     print(json.dumps(stored["spearman"], indent=2))
 
 

@@ -12,7 +12,6 @@ of its own, beyond what it holds once the model is loaded.
 
 import argparse
 import json
-import os
 import resource
 import statistics
 import subprocess
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from origin import commit, machine
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
@@ -173,22 +173,16 @@ def main() -> None:
     if args.peak:
         print(own_peak(args.models, args.peak, args.precisions == "bfloat16"))
         return
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    machine = {
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-    }
     cells = json.loads(args.out.read_text())["cells"] if args.out.exists() else {}
     for precision in args.precisions.split(","):
         half = precision == "bfloat16"
         for model in args.models.split(","):
             found = whole_run(model, half) | {"peak": {side: peak(model, side, half) for side in ("plain", "ours")}}
-            found["commit"] = commit
+            found["commit"] = commit()
             cells[f"{model}/{precision}"] = found
             print(model, precision, json.dumps(found), flush=True)
         cells[f"large rank/{precision}"] = large_rank(half)
-        origin = {"tokens": TOKENS, "rank": RANK, "models": MODELS, "machine": machine}
+        origin = {"tokens": TOKENS, "rank": RANK, "models": MODELS, "machine": machine()}
         write_json(args.out, {**origin, "versions": versions(), "cells": cells})
 
 

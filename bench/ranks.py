@@ -12,7 +12,6 @@ again; the state after warm-up is kept in bench/.cache.
 
 import argparse
 import json
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -23,6 +22,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from origin import commit, machine
 from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
 from selection_data import Cell, read
 from transformers import DataCollatorWithPadding, get_scheduler, set_seed
@@ -407,19 +407,15 @@ def cell(task: str, seed: int, mean: float, variant: str, shared: Path, out: Pat
     if key in stored(out):
         return
     result = run(task, seed, mean, variant, shared)
-    new = {key: {"task": task, "seed": seed, "mean": mean, "variant": variant, **result, "commit": _commit()}}
+    new = {key: {"task": task, "seed": seed, "mean": mean, "variant": variant, **result, "commit": commit()}}
     settings = {"rows": ROWS, "passes": PASSES, "learning_rate": LEARNING_RATE, "batch_size": BATCH, "scale": SCALE}
-    write_json(out, {"settings": settings, "versions": versions(), "results": stored(out) | new})
+    write_json(out, {"settings": settings, "machine": machine(), "versions": versions(), "results": stored(out) | new})
     metrics = {k: round(v, 4) for k, v in result["test"].items()}
     print(key, metrics, f"{result['seconds']:.0f} s", result["mean_rank"], flush=True)
 
 
 def stored(out: Path) -> dict[str, Any]:
     return json.loads(out.read_text())["results"] if out.exists() else {}
-
-
-def _commit() -> str:
-    return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import os
 import random
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -273,10 +272,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "resume.json")
     args = parser.parse_args()
     context: BaseContext = mp.get_context(args.start)
+    from origin import commit
+
     import tsqlora.pipeline  # noqa: F401  (what is forked has it then)
     from tsqlora.record import versions, write_json
 
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     known: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
     cells = known.setdefault("cells", {})
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -292,7 +292,7 @@ def main() -> None:
                 alone[name] = Alone(context, configs[name], place / f"alone-{len(alone)}")
                 known.setdefault("seal", {})[f"{args.model}, {name}"] = seal_cost(alone[name].run)
             found = cell(context, configs[name], place, alone[name], number, args.seed)
-            cells[key] = {"saves": name, **found, "start": args.start, "commit": commit}
+            cells[key] = {"saves": name, **found, "start": args.start, "commit": commit()}
             origin = {"settings": {"rows": ROWS, "saves": SAVES, "threads": 1}, "cores": os.cpu_count()}
             write_json(args.out, {**known, **origin, "versions": versions()})
             where = [(kill["kind"], kill["phase"], kill["done"], kill["of"]) for kill in found["kills"]]

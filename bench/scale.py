@@ -30,6 +30,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALL
 
 import torch
 import torch.distributed as dist
+from origin import commit
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
@@ -380,10 +381,7 @@ def plan() -> dict[str, Any]:
 
 def save(key: str, value: Any) -> None:
     found = json.loads(OUT.read_text()) if OUT.exists() else {}
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    found[key] = {"commit": commit, "torch": torch.__version__, "found": value}
+    found[key] = {"commit": commit()[:7], "torch": torch.__version__, "found": value}
     write_json(OUT, found)
     print(key, json.dumps(value)[:600], flush=True)
 

@@ -13,7 +13,6 @@ without the rivals.
 
 import argparse
 import json
-import os
 import resource
 import statistics
 import subprocess
@@ -26,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from origin import commit, machine
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -319,13 +319,7 @@ def main() -> None:
     if args.peak:
         print(own_peak(args.peak, int(args.lengths), args.dtypes, kind))
         return
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    machine = {
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-    }
-    origin = {"rows": Bench.rows, "rank": RANK, "machine": machine, "versions": versions(), "commit": commit}
+    origin = {"rows": Bench.rows, "rank": RANK, "machine": machine(), "versions": versions()}
     cells = json.loads(args.out.read_text())["cells"] if args.out.exists() else {}
     for length in map(int, args.lengths.split(",")):
         for dtype in args.dtypes.split(","):
@@ -334,6 +328,7 @@ def main() -> None:
             seconds = time_all(bench, args.rounds, args.rivals)
             medians = {name: statistics.median(values) for name, values in seconds.items()}
             cells[name] = {
+                "commit": commit(),
                 "seconds": seconds,
                 "ratio": {name: value / medians["training step"] for name, value in medians.items()},
                 "floor": bench.floors(),

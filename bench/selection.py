@@ -12,7 +12,6 @@ state after warm-up is kept in bench/.cache, so that a later rule needs no new w
 
 import argparse
 import json
-import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from origin import commit, machine
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from selection_data import PASSES, TASKS, TEST_SPLITS, Cell, given_labels, read
@@ -375,9 +375,13 @@ def run(cell: Cell, rule: str, shared: Path, out: Path) -> None:
     else:
         result = run_rule(cell, shared, rule)
     about = {"task": cell.task, "seed": cell.seed, "wrong": cell.wrong, "fraction": cell.fraction, "rule": rule}
-    new = {key: about | result | {"seconds": time.time() - began, "commit": _commit()}}
+    new = {key: about | result | {"seconds": time.time() - began, "commit": commit()}}
     settings = {"passes": PASSES, "learning_rate": LEARNING_RATE, "batch_size": BATCH, "rank": RANK}
-    origin = {"settings": settings | {"tasks": TASKS, "test": TEST_SPLITS}, "versions": versions()}
+    origin = {
+        "settings": settings | {"tasks": TASKS, "test": TEST_SPLITS},
+        "machine": machine(),
+        "versions": versions(),
+    }
     write_json(out, {**origin, "results": stored(out) | new})
     drawn = f"wrong {result['wrong_drawn']:.3f} {time.time() - began:.0f} s"
     print(key, f"{result['test']['accuracy']:.4f}", drawn, *result.get("notes", []), flush=True)
@@ -385,12 +389,6 @@ def run(cell: Cell, rule: str, shared: Path, out: Path) -> None:
 
 def stored(out: Path) -> dict[str, Any]:
     return json.loads(out.read_text())["results"] if out.exists() else {}
-
-
-def _commit() -> str:
-    return subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
-    ).stdout.strip()
 
 
 if __name__ == "__main__":
