@@ -13,6 +13,7 @@ import tsqlora as tsq
 from scoring import assert_same
 from stock import make_trainer, moods, slotted_bert
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
+from tsqlora.training.infobatch_callback import InfoBatchCallback
 from tsqlora.training.row_weights import labels_of
 
 DATA = moods()
@@ -105,3 +106,22 @@ def test_rows_without_the_column_are_refused_with_its_name(tmp_path: Path) -> No
 def test_workers_that_hide_the_rows_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="set dataloader_num_workers to 0"):
         train(tmp_path, lambda data: [tsq.HarvestCallback(data)], dataloader_num_workers=1)
+
+
+@pytest.mark.parametrize("kind", [tsq.HarvestCallback, InfoBatchCallback])
+def test_several_processes_are_refused_by_what_sees_only_its_own_rows(
+    kind: type[TrainerCallback], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def announces_two(data: tsq.QualitySubset) -> list[TrainerCallback]:
+        callback: Any = kind(data)  # type: ignore[call-arg]
+        begin = callback.on_train_begin
+
+        def among_two(args: Any, *given: Any, **kwargs: Any) -> None:
+            monkeypatch.setattr(type(args), "world_size", property(lambda self: 2))
+            begin(args, *given, **kwargs)
+
+        monkeypatch.setattr(callback, "on_train_begin", among_two)
+        return [callback]
+
+    with pytest.raises(SettingsError, match=rf"{kind.__name__} knows one process's (rows|losses) only"):
+        train(tmp_path, announces_two)

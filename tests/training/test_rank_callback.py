@@ -254,6 +254,7 @@ def test_an_adjustment_put_off_until_ranks_are_frozen_is_left_out(tmp_path: Path
     "further",
     [
         {"bf16": True},
+        {"fp16": True},
         {"activation_checkpointing": True, "gradient_accumulation_steps": 2},
         {"dataloader_num_workers": 1},
     ],
@@ -321,6 +322,7 @@ def two_groups(model: nn.Module) -> tuple[torch.optim.Optimizer, None]:
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
         {"max_grad_norm": 0.1, "weight_decay": 0.3},
         {"bf16": True},
+        {"fp16": True},
         {"activation_checkpointing": True},
         {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch", "metric_for_best_model": "loss"},
         {"label_smoothing_factor": 0.2},
