@@ -71,19 +71,20 @@ class Rule:
     """How often, evenly spread over the run, logits are taken anew."""
 
 
-def softmax(weights: Mapping[str, float], temperature: float) -> Rule:
-    """METHOD's: probabilities ∝ exp(Q/τ) of standardised terms, in each class its share."""
+def softmax(weights: Mapping[str, float], temperature: float, *, unbiased: bool = False) -> Rule:
+    """METHOD's: probabilities ∝ exp(Q/τ) of standardised terms, in each class its share; `unbiased`: rows weighed."""
 
     def draw(seen: Seen, epoch: int) -> Draw:
         z = {name: standardise(seen.terms[name], seen.labels).values for name in weights}
-        return _drawn(seen, epoch, quality(z, weights), temperature)
+        return _drawn(seen, epoch, quality(z, weights), temperature, unbiased=unbiased)
 
     return Rule(draw, needs=tuple(weights))
 
 
-def _drawn(seen: Seen, epoch: int, q: np.ndarray, temperature: float = 1.0) -> Draw:
+def _drawn(seen: Seen, epoch: int, q: np.ndarray, temperature: float = 1.0, *, unbiased: bool = False) -> Draw:
     rng = np.random.default_rng([seen.seed, 2, epoch])
-    return Draw(gumbel_draw(q, fraction=seen.fraction, temperature=temperature, rng=rng, strata=seen.labels).indices)
+    drawn = gumbel_draw(q, fraction=seen.fraction, temperature=temperature, rng=rng, strata=seen.labels)
+    return Draw(drawn.indices, drawn.weights * len(drawn.indices) if unbiased else None)
 
 
 def rejection(seen: Seen, epoch: int) -> Draw:
@@ -243,6 +244,7 @@ RULES: dict[str, Rule] = {
     "C - loss, t=3": softmax({"convergence": 1.0, "loss": -1.0}, 3.0),
     "-loss, t=1": softmax({"loss": -1.0}, 1.0),
     "paper": softmax(dict.fromkeys(PAPER, 1 / 3), 1.0),
+    "paper, unbiased": softmax(dict.fromkeys(PAPER, 1 / 3), 1.0, unbiased=True),
     "N": softmax({"gradient_norm": 1.0}, 1.0),
     "D": softmax({"loss_reduction": 1.0}, 1.0),
     "C": softmax({"convergence": 1.0}, 1.0),
