@@ -1,7 +1,7 @@
 """Every kind of layer that can train, in models of every family, against the slow twin."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -88,12 +88,13 @@ def test_everything_that_trains_counts(family: str) -> None:
     assert_twin(model, rows)
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
-def test_gradient_checkpointing_changes_no_score(family: str) -> None:
+@pytest.mark.parametrize("scope", ["adapter", "full"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])  # MPNet's has no checkpointing
+def test_gradient_checkpointing_changes_no_score(family: str, scope: Literal["adapter", "full"]) -> None:
     model, rows = adapted(family, unfreeze=NORMS_AND_EMBEDDINGS[family], dropout=0.0)
-    plain = tsq.score(model, rows, collate, reference=REFERENCE, batch_size=4)
+    plain = tsq.score(model, rows, collate, reference=REFERENCE, batch_size=4, scope=scope)
     model.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
-    checkpointed = tsq.score(model, rows, collate, reference=REFERENCE, batch_size=4)
+    checkpointed = tsq.score(model, rows, collate, reference=REFERENCE, batch_size=4, scope=scope)
     for name, values in plain.terms.items():
         torch.testing.assert_close(
             torch.from_numpy(checkpointed.terms[name]), torch.from_numpy(values), rtol=1e-6, atol=1e-9
