@@ -314,6 +314,13 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(place: Path, tmp_path: Pat
     assert "trainable" in tsqlora(*arguments)[1]
 
 
+def test_a_dry_run_refuses_what_the_run_would_before_its_first_step(place: Path, tmp_path: Path, tsqlora: Run) -> None:
+    one = ["--set", "training.save_total_limit=1", "--out", tmp_path / "none", "--dry-run"]
+    code, text = refused(tsqlora, "train", place / "config.yaml", *one)
+    assert code == 2
+    assert "save_total_limit 1 deletes the last whole checkpoint" in text
+
+
 # ----------------------------------------------------------------------------------- report
 
 

@@ -99,6 +99,13 @@ def test_predictions_are_texts_whatever_the_batch(run: Path, tmp_path: Path) -> 
     assert all(isinstance(json.loads(line)["prediction"], str) for line in together.splitlines())
 
 
+def test_prompts_that_are_cut_are_told(run: Path, tmp_path: Path) -> None:
+    rows = [{"document": text, "summary": "pink"} for text in ("blue", "blue " * 60)]
+    write_jsonl(tmp_path / "long.jsonl", rows)
+    with pytest.warns(UserWarning, match=r"^1 of 2 prompts of .*long\.jsonl were cut to 32 tokens$"):
+        predict_run(run, tmp_path / "long.jsonl", tmp_path / "out.jsonl")
+
+
 def test_a_reply_is_what_is_predicted(run: Path, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "new.jsonl", [{"document": "pink blue"}])
     predict_run(run, data, tmp_path / "out.jsonl")

@@ -69,6 +69,15 @@ def test_every_row_keeps_its_columns_and_its_place(extension: str, run: Path, tm
     assert all(row["prediction"] in NAMES and 0.5 <= float(row["probability"]) <= 1 for row in written)
 
 
+def test_texts_that_are_cut_are_told(run: Path, tmp_path: Path) -> None:
+    rows = [{"text": text, "label": "no"} for text in ("fine", "fine " * 60)]
+    write_jsonl(tmp_path / "long.jsonl", rows)
+    with pytest.warns(UserWarning, match=r"^1 of 2 texts of .*long\.jsonl were cut to 32 tokens$"):
+        predict_run(run, tmp_path / "long.jsonl", tmp_path / "out.jsonl")
+    with pytest.warns(UserWarning, match=r"^1 of 2 texts of .*long\.jsonl were cut to 32 tokens$"):
+        evaluate_run(run, tmp_path / "long.jsonl")
+
+
 def test_predictions_may_take_the_place_of_their_file(run: Path, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", make_rows(4))
     predict_run(run, path, path)

@@ -87,12 +87,10 @@ class Asking:
         logits = self.logits(model, samples, phase=phase, progress=progress)
         return require_answers(self.task, "this metric").metrics(logits, np.array([s["labels"] for s in samples]))
 
-    def texts(
-        self, model: nn.Module, rows: Rows, format: Format, *, phase: str, progress: Progress | None
-    ) -> list[str]:
-        """What the model writes on each row's prompt."""
+    def prompts(self, rows: Rows, format: Format) -> TokenisedSplit:
+        """What the model goes on from, of each row."""
         assert isinstance(self.task, Generation)
-        prompts = tokenise_generation(
+        return tokenise_generation(
             rows,
             format,
             self.tokenizer,
@@ -100,6 +98,10 @@ class Asking:
             seq2seq=not self.task.causal,
             with_targets=False,
         )
+
+    def texts(self, model: nn.Module, prompts: TokenisedSplit, *, phase: str, progress: Progress | None) -> list[str]:
+        """What the model writes on each prompt."""
+        assert isinstance(self.task, Generation)
         return write_texts(
             model,
             prompts.samples,
@@ -121,7 +123,7 @@ class Asking:
         if format.name == "text":
             return {}
         require_text_metrics()
-        written = self.texts(model, rows, format, phase="writing", progress=progress)
+        written = self.texts(model, self.prompts(rows, format), phase="writing", progress=progress)
         return text_metrics(written, references(rows, format))
 
 
@@ -186,9 +188,20 @@ class Trained:
         """Rows of any file as samples."""
         require_columns(rows, self.columns, labelled=labelled)
         own = Splits({}, self.columns, self.labels, self.format)
-        return encode_split(
+        split = encode_split(
             rows, own, self.tokenizer, max_length=self.max_length, writing=self.writing, labelled=labelled
         )
+        return self.told(split, rows)
+
+    def told(self, split: TokenisedSplit, rows: Rows) -> TokenisedSplit:
+        """The same, with a warning of those that were cut."""
+        if split.truncated:
+            what = "prompts" if isinstance(self.task, Generation) else "texts"
+            warnings.warn(
+                f"{split.truncated} of {len(split)} {what} of {rows.source} were cut to {self.max_length} tokens",
+                stacklevel=2,
+            )
+        return split
 
 
 def open_run(run: Path, overrides: Sequence[str] = ()) -> Trained:
@@ -277,7 +290,8 @@ def reply(trained: Trained, said: Sequence[str]) -> str:
     if format.name == "sharegpt":
         format = replace(format, name="messages")
     row: dict[str, Any] = {format.columns.text: turns if format.name == "messages" else said[-1]}
-    return trained.asking.texts(trained.model, Rows((row,), "chat", (1,)), format, phase="chat", progress=None)[0]
+    prompts = trained.asking.prompts(Rows((row,), "chat", (1,)), format)
+    return trained.asking.texts(trained.model, prompts, phase="chat", progress=None)[0]
 
 
 def predict_run(
@@ -305,7 +319,8 @@ def _texts(trained: Trained, rows: Rows, progress: Progress | None) -> list[dict
     assert trained.format is not None
     require_columns(rows, trained.columns, labelled=False)
     asking = trained.asking
-    texts = asking.texts(trained.model, rows, trained.format, phase="prediction", progress=progress)
+    prompts = trained.told(asking.prompts(rows, trained.format), rows)
+    texts = asking.texts(trained.model, prompts, phase="prediction", progress=progress)
     return [{"prediction": text} for text in texts]
 
 

@@ -27,7 +27,7 @@ from tsqlora.record import RECORD_FILE, RunRecord, write_whole
 from tsqlora.sample_display import show_samples
 from tsqlora.start import with_start
 from tsqlora.training.fit import what_quality_did
-from tsqlora.training.manifest import newest_whole, rows_at_once
+from tsqlora.training.manifest import newest_whole, require_whole_checkpoints, rows_at_once
 from tsqlora.training.quality_callback import SCORES_FILE, QualityCallback
 from tsqlora.training.run_dir import ADAPTER_DIR, CHECKPOINT_DIR, CONFIG_FILE, locked, written
 from tsqlora.training.stop import StopCallback
@@ -122,7 +122,9 @@ def _in_parts(config: Config, rows: int) -> str:
 def dry_run(config: Config) -> dict[str, Any]:
     """What `train` would do, with everything loaded and checked as it does; nothing is written."""
     job = load(with_start(config))
-    _, record = begin(job, arguments(job.config, Path("run")))
+    args = arguments(job.config, Path("run"))
+    require_whole_checkpoints(args)
+    _, record = begin(job, args)
     method(job, Path("run") / SCORES_FILE, None)  # its names and numbers are checked too
     if job.data.splits.format is None:
         return record.plan

@@ -400,8 +400,18 @@ def test_a_finalised_model_is_saved_and_loaded_as_peft_does(tmp_path: Path) -> N
 def test_trainable_parameters_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     model = wrapped(ranks=MIXED)
     active = tsq.active_parameters(model)
-    tsq.finalize(model).print_trainable_parameters()
-    assert f"trainable params: {active:,} ||" in capsys.readouterr().out
+    for counted in (model, copy.deepcopy(model), tsq.finalize(model)):
+        counted.print_trainable_parameters()
+        assert f"trainable params: {active:,} ||" in capsys.readouterr().out
+    assert model.get_nb_trainable_parameters() == PeftModel.get_nb_trainable_parameters(model)
+
+
+def test_a_copy_counts_its_own_parameters() -> None:
+    model = wrapped(ranks=MIXED)
+    other = copy.deepcopy(model)
+    other.requires_grad_(False)
+    assert other.get_nb_trainable_parameters()[0] == 0
+    assert model.get_nb_trainable_parameters()[0] == tsq.active_parameters(model)
 
 
 def test_weights_are_of_their_own_storage() -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from peft import AdaLoraConfig, LoHaConfig, LoraConfig, PeftModel, TaskType, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import config as lora_configs
 from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
 
 import tsqlora as tsq
 from models import collate, samples, tiny_bert, tiny_gpt2, tiny_llama_classifier, tiny_t5
@@ -360,3 +361,27 @@ def test_an_adapters_own_settings_are_not_overridden() -> None:
             tsq.wrap(with_lora(), **options)  # type: ignore[arg-type]
     with pytest.raises(tsq.SettingsError, match=r"max_rank is 2, and .* has rank 3; raise max_rank"):
         tsq.wrap(with_lora(), max_rank=2)
+
+
+def test_a_pooler_that_the_checkpoint_lacked_trains_whole_and_is_saved(tmp_path: Path) -> None:
+    whole = tiny_bert()
+    weights = {name: w for name, w in whole.state_dict().items() if "pooler" not in name and "classifier" not in name}
+    whole.save_pretrained(tmp_path / "base", state_dict=weights)
+    torch.manual_seed(1)
+    model = tsq.wrap(AutoModelForSequenceClassification.from_pretrained(tmp_path / "base"), mean_rank=2)
+    saved = model.peft_config["default"].modules_to_save
+    assert "bert.pooler.dense" in saved  # type: ignore[operator]
+    model.save_pretrained(tmp_path / "adapter")
+    torch.manual_seed(2)
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    again = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
+    ids = torch.arange(3, 12)[None]
+    torch.testing.assert_close(again.eval()(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+
+
+def test_a_model_whose_weights_were_all_loaded_or_all_made_has_only_its_head_whole(tmp_path: Path) -> None:
+    made = tiny_bert()
+    made.save_pretrained(tmp_path)
+    for model in (made, AutoModelForSequenceClassification.from_pretrained(tmp_path)):
+        wrapped = tsq.wrap(model, mean_rank=2)
+        assert set(wrapped.peft_config["default"].modules_to_save) <= {"classifier", "score"}  # type: ignore[arg-type]

@@ -100,10 +100,12 @@ def test_scores_of_a_regression_are_the_twins(calibration: bool, scope: str) -> 
 
 def test_a_row_outside_the_reference_keeps_the_whole_mean_and_one_inside_does_not() -> None:
     model, rows = adapted()
-    inside, outside = score(model, rows), score(model, rows, reference=[rows[j] for j in REFERENCE])
-    others = [j for j in range(N) if j not in REFERENCE]
+    # The same to the model, and other rows all the same.
+    others = [{**rows[j], "from": "elsewhere"} for j in REFERENCE]
+    inside, outside = score(model, rows), score(model, rows, reference=others)
+    rest = [j for j in range(N) if j not in REFERENCE]
 
-    np.testing.assert_allclose(inside.terms["convergence"][others], outside.terms["convergence"][others], rtol=1e-9)
+    np.testing.assert_allclose(inside.terms["convergence"][rest], outside.terms["convergence"][rest], rtol=1e-9)
     m = len(REFERENCE)
     dot = outside.terms["convergence"][REFERENCE] * outside.record["reference_norm"]
     own = (dot - outside.terms["gradient_norm"][REFERENCE] ** 2 / m) * m / (m - 1)
@@ -112,6 +114,26 @@ def test_a_row_outside_the_reference_keeps_the_whole_mean_and_one_inside_does_no
     )
     assert inside.record["reference"] == REFERENCE
     assert outside.record["reference"] == []
+
+
+def test_a_term_of_ones_own_is_a_column_and_may_have_a_weight() -> None:
+    def halved(m: Any) -> torch.Tensor:
+        return m.loss / 2
+
+    model, rows = adapted()
+    scores = score(model, rows, terms=[halved], weights={"halved": 1.0})
+    assert set(scores.terms) == {"halved", "loss", "el2n"}
+    np.testing.assert_allclose(scores.terms["halved"], scores.terms["loss"] / 2)
+    assert scores.probability.argmax() in np.flatnonzero(scores.quality == scores.quality.max())
+
+
+@pytest.mark.parametrize("equal", [False, True], ids=["the same objects", "equal ones"])
+def test_samples_of_the_data_set_given_as_reference_do_not_vouch_for_themselves(equal: bool) -> None:
+    model, rows = adapted()
+    given = [dict(rows[j]) if equal else rows[j] for j in REFERENCE]
+    by_place, by_sample = score(model, rows), score(model, rows, reference=given)
+    assert_equal_scores(by_place, by_sample)
+    assert by_sample.record["reference"] == REFERENCE
 
 
 def test_a_reference_of_other_samples_is_the_twins() -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from tsqlora.errors import SettingsError
-from tsqlora.quality.terms import CLIP, TERMS, Measured, get_terms, quality, standardise
+from tsqlora.quality.terms import CLIP, TERMS, Measured, Term, get_terms, quality, standardise
 
 VALUES = arrays.arrays(np.float64, st.integers(1, 40), elements=st.floats(-1e3, 1e3, width=32))
 ONE = np.zeros(5, dtype=np.int64)
@@ -59,6 +59,28 @@ def test_an_unknown_term_names_the_nearest_and_all() -> None:
     assert str(error.value) == (
         f"unknown quality term 'convergance'; did you mean 'convergence'? choices: {', '.join(sorted(TERMS))}"
     )
+
+
+def halved(m: Measured) -> torch.Tensor:
+    return m.loss / 2
+
+
+def test_a_function_is_a_term_by_its_own_name() -> None:
+    found = get_terms(["loss", halved, Term(halved, gradient=True), "halved"])
+    assert list(found) == ["loss", "halved"]
+    assert found["halved"].gradient
+    assert found["halved"].of(measured()).tolist() == pytest.approx([0.35, 0.7])
+
+
+def test_a_function_without_a_name_of_its_own_is_refused() -> None:
+    def loss(m: Measured) -> torch.Tensor:
+        return m.loss
+
+    for own in (lambda m: m.loss, loss):
+        with pytest.raises(
+            SettingsError, match=r"named by its function, and not '(<lambda>|loss)'; define one by anot"
+        ):
+            get_terms([own])
 
 
 def test_standardised_by_hand() -> None:

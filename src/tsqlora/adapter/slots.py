@@ -9,7 +9,8 @@ under PEFT's own names, and loading one sets the ranks from its shapes.
 
 from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -86,6 +87,7 @@ def install(model: PeftModel, ranks: Mapping[str, int], *, capacity: int) -> Non
     config.use_rslora, config.init_lora_weights = False, True  # pyright: ignore[reportAttributeAccessIssue]
     model.register_state_dict_post_hook(_save_active)
     model.register_load_state_dict_pre_hook(_load_active)
+    cast(Any, model).get_nb_trainable_parameters = partial(_active_counts, model)
     sync_config(model)
 
 
@@ -130,6 +132,13 @@ def active_parameters(model: nn.Module) -> int:
     return total - hidden
 
 
+def _active_counts(model: PeftModel) -> tuple[int, int]:
+    """What `print_trainable_parameters` shows: PEFT's counts, trainable and all, without hidden slots."""
+    trainable, total = type(model).get_nb_trainable_parameters(model)
+    hidden = sum(p.numel() for p in model.parameters() if p.requires_grad) - active_parameters(model)
+    return trainable - hidden, total - hidden
+
+
 def finalize(model: PeftModel) -> PeftModel:
     """Turns slots into plain LoRA weights of exactly the active ranks; returns the model.
 
@@ -153,6 +162,7 @@ def finalize(model: PeftModel) -> PeftModel:
             part.make_plain()
     _forget(model._state_dict_hooks, _save_active)
     _forget(model._load_state_dict_pre_hooks, _load_active)
+    del model.get_nb_trainable_parameters
     return model
 
 

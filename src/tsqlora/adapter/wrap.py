@@ -42,7 +42,8 @@ def wrap(
     """A PeftModel with LoRA in every target, at uniform rank, whose ranks `RankCallback` moves.
 
     A classifier's head trains whole and is saved: in a transformers model for classification,
-    question answering or multiple choice, all that lies beside its body.
+    question answering or multiple choice, all that lies beside its body. So is a linear layer
+    that the checkpoint lacked, such as a pooler, where transformers' `from_pretrained` has made the model.
 
     Of a PeftModel with one LoRA adapter, fresh or trained, the same object: its weights stay
     as they are, its ranks become changeable, and its mean rank and scale are kept.
@@ -91,7 +92,7 @@ def new_config(
     **further: Any,
 ) -> LoraConfig:
     """A config for these targets, under which the model's head trains whole and is saved."""
-    whole = [*modules_to_save, *(name for name in heads(model) if name not in modules_to_save)]
+    whole = list(dict.fromkeys([*modules_to_save, *heads(model), *_random_linears(model)]))
     return kind(
         target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
         lora_dropout=dropout,
@@ -186,6 +187,26 @@ def heads(model: nn.Module) -> list[str]:
     if model.base_model_prefix in parts:
         return [name for name in parts if name != model.base_model_prefix]
     return parts[-1:]  # the body has another name than its family's, or several; the head comes last
+
+
+def _random_linears(model: nn.Module) -> list[str]:
+    """Linear layers beside the heads that the checkpoint lacked, such as a pooler: they have random weights.
+
+    transformers marks every parameter that it has loaded; of a model without any mark nothing is known.
+    """
+    loaded = [getattr(parameter, "_is_hf_initialized", False) for parameter in model.parameters()]
+    if not any(loaded) or getattr(model, "is_quantized", False):
+        return []
+    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    known = tuple(f"{name}." for name in heads(model))
+    return [
+        name
+        for name, module in model.named_modules()
+        if is_linear(module)
+        and module is not output
+        and not f"{name}.".startswith(known)
+        and not getattr(module.weight, "_is_hf_initialized", False)
+    ]
 
 
 def _task_type(model: nn.Module) -> TaskType | None:

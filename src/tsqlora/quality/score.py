@@ -26,7 +26,7 @@ from tsqlora.quality.predictions import predictions
 from tsqlora.quality.reference import Reference, calibrate, measure_reference
 from tsqlora.quality.reject import reject as reject_labels
 from tsqlora.quality.scores import PREDICTIONS, Scores, from_terms, require_settings
-from tsqlora.quality.terms import Term, get_terms
+from tsqlora.quality.terms import Asked, Term, get_terms
 from tsqlora.tasks import Answers, Task
 from tsqlora.tasks.forward import Batch, Collate, each_its_row, split_labels, task_of
 from tsqlora.tasks.generation import IGNORED, Generation
@@ -58,7 +58,7 @@ def score(
     weights: Mapping[str, float] | None = None,
     temperature: float = 1.0,
     reject: bool | None = None,
-    terms: Sequence[str] = PAPER_TERMS,
+    terms: Sequence[Asked] = PAPER_TERMS,
     scope: Scope = "adapter",
     calibration: bool = True,
     batch_size: int = 32,
@@ -77,16 +77,16 @@ def score(
         model: as it trains; it is left exactly as it was, also after an error.
         dataset: its rows go to `collate`, which gives the model's inputs and `labels`.
         reference: the rows whose mean gradient `convergence` compares with: indices into
-            `dataset` (each is then taken out of its own mean), or other samples. By
-            default 512 rows of `dataset`, drawn by `seed`.
+            `dataset`, or samples. One that is in `dataset` as well, the same or equal, is taken
+            out of its own mean. By default 512 rows of `dataset`, drawn by `seed`.
         task: its loss must be the one that training uses; by default what the model's
             config says (text generation, classification, or regression for one label).
         weights: of the terms in Q, by whose softmax rows are then drawn; a term with a weight is
             always measured. None draws evenly, and for classes first drops rows whose label
             seems wrong, if there is evidence of wrong labels (docs/quality.md).
         reject: whether such rows are dropped; None: without weights, and for classes.
-        terms: what else to measure. Gradients cost a backward pass, `loss_reduction` one more forward, `ifd` one
-            of the targets alone.
+        terms: what else to measure, by a name of TERMS, or as a function or Term of one's own. Gradients cost a
+            backward pass, `loss_reduction` one more forward, `ifd` one of the targets alone.
         autocast: compute in this dtype; then terms are good to about two digits, and
             `loss_reduction`, a small difference, is refused.
         ids: the place of each row in the file that it comes from, for the scores' own file.
@@ -174,7 +174,7 @@ def without_suspects(scores: Scores) -> Scores:
     return noted.drop(mask, "confident negative") if mask.any() else noted
 
 
-def wanted_terms(names: Iterable[str]) -> dict[str, Term]:
+def wanted_terms(names: Iterable[Asked]) -> dict[str, Term]:
     """The terms of these names, and those that cost no more.  Raises SettingsError for an unknown one."""
     found = get_terms(dict.fromkeys([*names, *FREE_TERMS]))
     return found | get_terms(["cosine"]) if any(term.gradient for term in found.values()) else found
@@ -221,18 +221,37 @@ def reference_indices(rows: int, size: int, seed: int) -> list[int]:
 def _reference_rows(
     reference: Sequence[int] | Dataset | None, dataset: Dataset, seed: int
 ) -> tuple[list[int], list[Any]]:
-    """The reference's indices in the data set (none if it lies outside), and its rows."""
+    """The places in the data set of what is in the reference, and the reference's rows."""
     if reference is None:
         reference = reference_indices(len(dataset), REFERENCE_ROWS, seed)
     if len(reference) < 2:
         raise SettingsError(f"the reference has {len(reference)} rows; it needs at least 2")
     rows = [reference[j] for j in range(len(reference))]
     if not all(isinstance(row, int | np.integer) for row in rows):
-        return [], rows
+        return _own_places(rows, dataset), rows
     own = [int(row) for row in rows]
     if len(set(own)) < len(own) or min(own) < 0 or max(own) >= len(dataset):
         raise SettingsError(f"the reference must name different rows from 0 to {len(dataset) - 1}")
     return own, [dataset[j] for j in own]
+
+
+def _own_places(rows: Sequence[Any], dataset: Dataset) -> list[int]:
+    """Places in the data set of samples that are among these rows: the same object, or one that holds the same."""
+    objects, held = {id(row) for row in rows}, {_held(row) for row in rows} - {None}
+    return [j for j in range(len(dataset)) if id(row := dataset[j]) in objects or _held(row) in held]
+
+
+def _held(row: Any) -> tuple[Any, ...] | None:
+    """What a row of numbers and texts holds, so that it can be found again; None where that cannot be told."""
+    if not isinstance(row, Mapping):
+        return None
+    try:
+        values = [(str(name), np.asarray(value)) for name, value in sorted(row.items())]
+    except (TypeError, ValueError, RuntimeError):  # ragged, or on another device
+        return None
+    if any(value.dtype == object for _, value in values):
+        return None
+    return tuple((name, value.dtype.str, value.shape, value.tobytes()) for name, value in values)
 
 
 def _batches(rows: Sequence[Any], collate: Collate, batch_size: int) -> Iterator[Batch]:

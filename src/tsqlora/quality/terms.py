@@ -1,11 +1,12 @@
 """What can be known of a sample's worth, as a table, and how terms add up to Q.
 
 METHOD eq. 1 to 4. A term is a function of what one pass measured; to have another, add an
-entry to TERMS.
+entry to TERMS, or give the function itself where a name is asked for.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -101,12 +102,35 @@ TERMS: dict[str, Term] = {
 }
 
 
-def get_terms(names: Iterable[str]) -> dict[str, Term]:
-    """The entries of TERMS for these names.  Raises SettingsError for an unknown one."""
+Asked = str | Term | Callable[[Measured], Any]
+"""A term by its name in TERMS, or one's own: a function of what was measured, as a Term where that takes gradients."""
+
+
+def get_terms(asked: Iterable[Asked]) -> dict[str, Term]:
+    """The entries of TERMS for these names, and those that are given themselves, by their functions' names.
+
+    Raises SettingsError for an unknown name, and for a function whose name cannot be a column's.
+    """
+    asked = list(asked)
+    known = TERMS | dict(_own_term(given) for given in asked if not isinstance(given, str))
+    names = [given if isinstance(given, str) else _name_of(given) for given in asked]
     for name in names:
-        if name not in TERMS:
-            raise SettingsError(f"unknown quality term '{name}'; {nearest(name, TERMS)}")
-    return {name: TERMS[name] for name in names}
+        if name not in known:
+            raise SettingsError(f"unknown quality term '{name}'; {nearest(name, known)}")
+    return {name: known[name] for name in names}
+
+
+def _own_term(given: Term | Callable[[Measured], Any]) -> tuple[str, Term]:
+    name = _name_of(given)
+    if not name.isidentifier() or name in TERMS:
+        raise SettingsError(
+            f"a term of one's own is named by its function, and not '{name}'; define one by another name"
+        )
+    return name, given if isinstance(given, Term) else Term(given)
+
+
+def _name_of(own: Term | Callable[[Measured], Any]) -> str:
+    return str(getattr(own.of if isinstance(own, Term) else own, "__name__", type(own).__name__))
 
 
 @dataclass(frozen=True, slots=True)

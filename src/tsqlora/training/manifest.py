@@ -29,6 +29,16 @@ def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
+def require_whole_checkpoints(args: TrainingArguments) -> bool:
+    """Whether a run saves what can be resumed.  Raises SettingsError where there would be times without any."""
+    saves = args.save_strategy != SaveStrategy.NO and not args.save_only_model
+    if saves and args.save_total_limit == 1:
+        raise SettingsError(
+            "save_total_limit 1 deletes the last whole checkpoint before the next one is; set it to 2 or more"
+        )
+    return saves
+
+
 def announce(args: TrainingArguments, state: TrainerState, part: str) -> None:
     """On train begin: whoever calls this will add a part to every checkpoint, and seal it.
 
@@ -36,11 +46,7 @@ def announce(args: TrainingArguments, state: TrainerState, part: str) -> None:
     naming the file that is damaged, or the folder that is of another run; SettingsError where two callbacks add one
     part, and where there would be times without a whole checkpoint.
     """
-    saves = args.save_strategy != SaveStrategy.NO and not args.save_only_model
-    if saves and args.save_total_limit == 1:
-        raise SettingsError(
-            "save_total_limit 1 deletes the last whole checkpoint before the next one is; set it to 2 or more"
-        )
+    saves = require_whole_checkpoints(args)
     # The Trainer's own place for what callbacks know; it is one for all of them, and begins anew with each training.
     parts = cast(dict[str, Any], state.stateful_callbacks)
     if parts.get("tsqlora", {}).get("begun") != state.global_step:

@@ -20,6 +20,7 @@ from tsqlora.quality.guard import guarded
 from tsqlora.quality.score import REFERENCE_ROWS, Progress, reference_indices, require_softmax, score, wanted_terms
 from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import QualitySubset
+from tsqlora.quality.terms import Asked
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate, each_its_row
 from tsqlora.training.checkpoint import QualityState
@@ -71,7 +72,7 @@ class QualityCallback(TrainerCallback):
         weights: Mapping[str, float] | None = None,
         temperature: float = 1.0,
         reject: bool | None = None,
-        terms: Sequence[str] = (),
+        terms: Sequence[Asked] = (),
         scope: Scope = "adapter",
         reference: int = REFERENCE_ROWS,
         calibration: bool = True,
@@ -99,10 +100,11 @@ class QualityCallback(TrainerCallback):
         self.data = data
         self.warmup, self.limit = warmup, limit
         self.weights = None if weights is None else dict(weights)
-        weighted = wanted_terms(name for name, weight in (weights or {}).items() if weight)
+        weighted = [name for name, weight in (weights or {}).items() if weight]
+        known = wanted_terms([*terms, *weighted])
         # Once gradients are there it costs no more.
-        asked = ["convergence"] if guard and any(term.gradient for term in weighted.values()) else []
-        self.terms = wanted_terms([*terms, *weighted, *asked])
+        self._asked = (*terms, "convergence") if guard and any(known[n].gradient for n in weighted) else tuple(terms)
+        self.terms = wanted_terms([*self._asked, *weighted])
         self.unbiased, self.guard, self.recheck = unbiased, guard, recheck
         self.row_weights = RowWeights(data, "QualityCallback(unbiased=True)", task=task)
         self.reject = reject
@@ -236,7 +238,7 @@ class QualityCallback(TrainerCallback):
                 weights=self.weights,
                 temperature=self.temperature,
                 reject=self.reject,
-                terms=tuple(self.terms),
+                terms=self._asked,
                 scope=self.scope,
                 calibration=self.calibration,
                 batch_size=args.per_device_train_batch_size,
