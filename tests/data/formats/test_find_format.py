@@ -32,6 +32,8 @@ def error(kind: type[TsqLoraError], *names: str, **settings: Any) -> str:
         (("document", "summary"), "document", Columns("document", None, "summary")),
         (("article", "highlights"), "document", Columns("article", None, "highlights")),
         (("source", "target"), "document", Columns("source", None, "target")),
+        (("text", "target"), "document", Columns("text", None, "target")),
+        (("prompt", "target"), "prompt", Columns("prompt", None, "target")),
         (("text",), "text", Columns("text", None, None)),
         (("text", "label"), "text", Columns("text", None, None)),
     ],

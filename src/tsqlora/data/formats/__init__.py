@@ -42,6 +42,7 @@ FORMATS: dict[str, Kind] = {
         (
             ("prompt", "completion"),
             ("prompt", "response"),
+            ("prompt", "target"),
             ("question", "answer"),
             ("input", "output"),
             ("input", "target"),
@@ -56,6 +57,7 @@ FORMATS: dict[str, Kind] = {
             ("article", "abstract"),
             ("dialogue", "summary"),
             ("text", "summary"),
+            ("text", "target"),
             ("source", "target"),
         ),
     ),
