@@ -31,7 +31,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 from faults_child import PHASES, clock_was_ahead, run_cli
-from origin import commit
 from resume import compare, manifest, steps
 
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
@@ -459,6 +458,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "faults.json")
     args = parser.parse_args()
+    from origin import commit
+
     import tsqlora.pipeline  # noqa: F401  (what is forked has it then)
     from tsqlora.record import versions, write_json
 

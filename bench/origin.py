@@ -2,17 +2,14 @@
 
 import os
 import platform
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tsqlora.compare.run import commit
 
-def commit() -> str:
-    """Of the checkout that this script is in."""
-    asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+__all__ = ["commit", "machine"]
 
 
 def machine() -> dict[str, Any]:

@@ -25,6 +25,8 @@ from tsqlora.quality.explain import explain
 from tsqlora.quality.scores import Scores
 from tsqlora.report.write import write_report
 from tsqlora.scoring import score_rows
+from tsqlora.tasks import get_task
+from tsqlora.tasks.texts import TEXT_METRICS
 from tsqlora.training import fit
 
 LAYER = "model.layers.0.mlp.down_proj"
@@ -81,6 +83,13 @@ def test_a_run_learns_scores_and_moves_ranks(run: Path) -> None:
     assert {"rouge1", "rouge2", "rougeL", "chrf", "loss", "perplexity", "token_accuracy"} == set(
         record["metrics"]["test"]
     )
+
+
+def test_metrics_are_all_that_the_task_says_and_those_of_texts(run: Path) -> None:
+    record = json.loads((run / "run.json").read_text())
+    measured = set(get_task(record["task"]).measured)
+    assert set(record["metrics"]["validation"]) == measured
+    assert set(record["metrics"]["test"]) == measured | set(TEXT_METRICS)
 
 
 def test_evaluating_writes_again_what_the_run_wrote(run: Path) -> None:

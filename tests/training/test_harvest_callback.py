@@ -110,10 +110,10 @@ def test_workers_that_hide_the_rows_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [tsq.HarvestCallback, InfoBatchCallback])
 def test_several_processes_are_refused_by_what_sees_only_its_own_rows(
-    kind: type[TrainerCallback], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: type[tsq.HarvestCallback] | type[InfoBatchCallback], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def announces_two(data: tsq.QualitySubset) -> list[TrainerCallback]:
-        callback: Any = kind(data)  # type: ignore[call-arg]
+        callback = kind(data)
         begin = callback.on_train_begin
 
         def among_two(args: Any, *given: Any, **kwargs: Any) -> None:

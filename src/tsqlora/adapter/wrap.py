@@ -136,7 +136,7 @@ def inject(model: nn.Module, config: LoraConfig) -> PeftModel:
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """What all-linear means where PEFT's own passes over layers, GPTQ's: every linear one but heads and output."""
+    """What all-linear means, also where PEFT's own passes over layers (GPTQ): all linear ones but heads and output."""
     output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     whole = tuple(heads(model))
     return [
@@ -197,16 +197,8 @@ def _random_linears(model: nn.Module) -> list[str]:
     loaded = [getattr(parameter, "_is_hf_initialized", False) for parameter in model.parameters()]
     if not any(loaded) or getattr(model, "is_quantized", False):
         return []
-    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    known = tuple(f"{name}." for name in heads(model))
-    return [
-        name
-        for name, module in model.named_modules()
-        if is_linear(module)
-        and module is not output
-        and not f"{name}.".startswith(known)
-        and not getattr(module.weight, "_is_hf_initialized", False)
-    ]
+    weights = {name: model.get_submodule(name).weight for name in linear_names(model)}
+    return [name for name, weight in weights.items() if not getattr(weight, "_is_hf_initialized", False)]
 
 
 def _task_type(model: nn.Module) -> TaskType | None:
