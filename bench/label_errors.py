@@ -26,7 +26,8 @@ from tsqlora.config import Config
 from tsqlora.data.write import write_rows
 from tsqlora.demo import bbc_news, flip, package_folder
 from tsqlora.quality.explain import likely_wrong, suspicion
-from tsqlora.quality.score import reference_indices, score
+from tsqlora.quality.rows import reference_indices
+from tsqlora.quality.score import score
 from tsqlora.quality.scores import Scores
 from tsqlora.record import versions, write_json
 from tsqlora.scoring import warmed_up

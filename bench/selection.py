@@ -33,7 +33,8 @@ from tsqlora.data.batches import bucketed_order, sorted_batches
 from tsqlora.data.labels import LabelMap
 from tsqlora.demo import package_folder
 from tsqlora.errors import NotLearnedError
-from tsqlora.quality.score import reference_indices, score
+from tsqlora.quality.rows import reference_indices
+from tsqlora.quality.score import score
 from tsqlora.record import versions, write_json
 from tsqlora.tasks.classification import Classification
 from tsqlora.training.fit import hardware_has_bf16

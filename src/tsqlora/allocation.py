@@ -14,7 +14,7 @@ from tsqlora.errors import DataError, NotLearnedError, SettingsError
 from tsqlora.inference import Trained, open_run
 from tsqlora.job import NOTHING_TO_SCORE, Job, arguments, begin, fit_job, load, method
 from tsqlora.probe import sensitivity
-from tsqlora.quality.score import Progress
+from tsqlora.progress import Progress
 from tsqlora.quality.scores import Scores, sample
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.ranks.allocate import allocate

@@ -19,7 +19,7 @@ from tsqlora.config import Config
 from tsqlora.data.write import write_rows
 from tsqlora.errors import SettingsError
 from tsqlora.pipeline import draws_of, train
-from tsqlora.quality.score import Progress
+from tsqlora.progress import Progress
 from tsqlora.quality.scores import Scores
 from tsqlora.record import RunRecord
 from tsqlora.report.page import plotly_script

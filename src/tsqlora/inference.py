@@ -25,7 +25,7 @@ from tsqlora.data.rows import Rows, column_names, read_rows
 from tsqlora.data.tokenise import TokenisedSplit
 from tsqlora.data.write import SHEETS, require_writable, without_formulas, write_rows
 from tsqlora.errors import DataError, SettingsError
-from tsqlora.quality.score import Progress
+from tsqlora.progress import Progress
 from tsqlora.reading import read, writing_of
 from tsqlora.record import RunRecord
 from tsqlora.tasks import GENERATION, Task, get_task, require_answers

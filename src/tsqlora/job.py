@@ -25,8 +25,9 @@ from tsqlora.data.prepare import Prepared, prepare, resolve_max_length
 from tsqlora.errors import SettingsError
 from tsqlora.inference import Asking
 from tsqlora.plan import plan
+from tsqlora.progress import Progress
 from tsqlora.quality.sampling import stratum_sizes
-from tsqlora.quality.score import Progress, require_terms
+from tsqlora.quality.score import require_terms
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.reading import read, writing_of
 from tsqlora.record import RunRecord

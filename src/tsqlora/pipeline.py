@@ -20,7 +20,7 @@ from tsqlora.config import Config, dump_config, load_config
 from tsqlora.errors import DataError, SettingsError, TsqLoraError
 from tsqlora.job import arguments, begin, fit_job, harvesting, load, measure, method
 from tsqlora.memory import even_parts, first_that_fits, is_out_of_memory
-from tsqlora.quality.score import Progress
+from tsqlora.progress import Progress
 from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.record import RECORD_FILE, RunRecord, write_whole

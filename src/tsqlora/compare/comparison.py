@@ -16,7 +16,7 @@ from tsqlora.compare.table import rows_of
 from tsqlora.compare.worker import in_own_process
 from tsqlora.config import Config, dump_config, load_config
 from tsqlora.errors import SettingsError, UnsupportedError, nearest
-from tsqlora.quality.score import Progress
+from tsqlora.progress import Progress
 from tsqlora.record import write_json, write_whole
 from tsqlora.report.metrics import lower_is_better
 from tsqlora.tasks import get_task

@@ -14,7 +14,7 @@ from tsqlora.adapter.slots import active_parameters
 from tsqlora.compare.cells import Entry
 from tsqlora.errors import SettingsError, nearest
 from tsqlora.job import Job, quality_half, ranks_half, subset, with_slots
-from tsqlora.quality.score import Progress
+from tsqlora.progress import Progress
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.rivals import RIVALS, Built, Setup
 from tsqlora.training.infobatch_callback import InfoBatchCallback

@@ -21,8 +21,8 @@ from tsqlora.compare.methods import POLICIES, Rows, build
 from tsqlora.config import Config
 from tsqlora.errors import SettingsError, TsqLoraError
 from tsqlora.job import Job, arguments, fit_job, load, measure, require_drawable
+from tsqlora.progress import Progress
 from tsqlora.quality.sampling import draw_size
-from tsqlora.quality.score import Progress
 from tsqlora.record import RunRecord
 from tsqlora.tasks.generation import Generation
 from tsqlora.training.live import peak_memory

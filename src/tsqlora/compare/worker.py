@@ -10,7 +10,7 @@ from typing import Any
 from tsqlora.compare.cells import Cell
 from tsqlora.config import Config
 from tsqlora.errors import TsqLoraError
-from tsqlora.quality.score import Progress
+from tsqlora.progress import Progress
 
 
 def in_own_process(

@@ -36,7 +36,7 @@ from tsqlora.quality.learned import LearnedTest, learned
 from tsqlora.quality.own_loss import by_logits, scale_of, source_of
 from tsqlora.quality.passes import Passes
 from tsqlora.quality.reference import sample_losses, total_over_sites
-from tsqlora.quality.score import REFERENCE_ROWS
+from tsqlora.quality.rows import REFERENCE_ROWS
 from tsqlora.quality.terms import TERMS, Measured
 from tsqlora.tasks import Task, require_answers
 from tsqlora.tasks.forward import task_of

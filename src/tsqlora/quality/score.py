@@ -1,10 +1,10 @@
 """One pass over a data set gives every sample's terms, exactly, in batches.  METHOD section 1."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from tsqlora.quality.measure import measure
 from tsqlora.quality.predictions import predictions
 from tsqlora.quality.reference import Reference, calibrate, measure_reference
 from tsqlora.quality.reject import reject as reject_labels
+from tsqlora.quality.rows import Dataset, batches_of, lengths_of, reference_rows
 from tsqlora.quality.scores import PREDICTIONS, Scores, from_terms, require_settings
 from tsqlora.quality.terms import Asked, Term, get_terms
 from tsqlora.tasks import Answers, Task
@@ -36,16 +37,6 @@ TRUST: Mapping[str, float] = {"loss": -1.0}
 PAPER_TERMS = ("gradient_norm", "loss_reduction", "convergence")
 FREE_TERMS = ("loss", "el2n")
 """Measured always, where they are known: they cost no more."""
-REFERENCE_ROWS = 512
-
-
-@runtime_checkable  # for beartype, which checks annotations while tests run
-class Dataset(Protocol):
-    """What is scored: anything with a length whose rows the collator takes."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Any: ...
 
 
 def score(
@@ -119,17 +110,17 @@ def score(
     if journal is not None and distributed.active():
         raise UnsupportedError("a journal is kept by one process; leave it out, or score in one process")
     collate = each_its_row(collate)
-    own, rows = distributed.together(lambda: _reference_rows(reference, dataset, seed))
+    own, rows = distributed.together(lambda: reference_rows(reference, dataset, seed))
     planned = distributed.together(
-        lambda: sorted_batches(_lengths(dataset) if lengths is None else lengths, batch_size)
+        lambda: sorted_batches(lengths_of(dataset) if lengths is None else lengths, batch_size)
     )
     report = progress or (lambda *_: None)
     with quiet(model), _autocast(model, autocast):
         sites = find_sites(model, scope) if any(term.gradient for term in wanted.values()) else {}
-        batches = distributed.together(lambda: list(_batches(rows, collate, batch_size)))
+        batches = distributed.together(lambda: list(batches_of(rows, collate, batch_size)))
 
         def in_batches(size: int) -> list[Batch]:
-            return batches if size == batch_size else list(_batches(rows, collate, size))
+            return batches if size == batch_size else list(batches_of(rows, collate, size))
 
         if task is None:
             task = own_task = task_of(model)
@@ -209,60 +200,7 @@ def _known(terms: Mapping[str, Term], task: Task, weights: Mapping[str, float]) 
 def learned_on(model: nn.Module, rows: Sequence[Any], collate: Collate, *, task: Task, batch_size: int) -> LearnedTest:
     """Whether the model is ready to score: the test on these rows that `score` begins with."""
     with quiet(model):
-        return calibrate(model, _batches(rows, each_its_row(collate), batch_size), task, enabled=False).learned
-
-
-def reference_indices(rows: int, size: int, seed: int) -> list[int]:
-    """The default reference: `size` of the rows, or all of them if there are fewer."""
-    rng = np.random.default_rng([seed, 1])
-    return sorted(rng.permutation(rows)[:size].tolist())
-
-
-def _reference_rows(
-    reference: Sequence[int] | Dataset | None, dataset: Dataset, seed: int
-) -> tuple[list[int], list[Any]]:
-    """The places in the data set of what is in the reference, and the reference's rows."""
-    if reference is None:
-        reference = reference_indices(len(dataset), REFERENCE_ROWS, seed)
-    if len(reference) < 2:
-        raise SettingsError(f"the reference has {len(reference)} rows; it needs at least 2")
-    rows = [reference[j] for j in range(len(reference))]
-    if not all(isinstance(row, int | np.integer) for row in rows):
-        return _own_places(rows, dataset), rows
-    own = [int(row) for row in rows]
-    if len(set(own)) < len(own) or min(own) < 0 or max(own) >= len(dataset):
-        raise SettingsError(f"the reference must name different rows from 0 to {len(dataset) - 1}")
-    return own, [dataset[j] for j in own]
-
-
-def _own_places(rows: Sequence[Any], dataset: Dataset) -> list[int]:
-    """Places in the data set of samples that are among these rows: the same object, or one that holds the same."""
-    objects, held = {id(row) for row in rows}, {_held(row) for row in rows} - {None}
-    return [j for j in range(len(dataset)) if id(row := dataset[j]) in objects or _held(row) in held]
-
-
-def _held(row: Any) -> tuple[Any, ...] | None:
-    """What a row of numbers and texts holds, so that it can be found again; None where that cannot be told."""
-    if not isinstance(row, Mapping):
-        return None
-    try:
-        values = [(str(name), np.asarray(value)) for name, value in sorted(row.items())]
-    except (TypeError, ValueError, RuntimeError):  # ragged, or on another device
-        return None
-    if any(value.dtype == object for _, value in values):
-        return None
-    return tuple((name, value.dtype.str, value.shape, value.tobytes()) for name, value in values)
-
-
-def _batches(rows: Sequence[Any], collate: Collate, batch_size: int) -> Iterator[Batch]:
-    for start in range(0, len(rows), batch_size):
-        yield collate(list(rows[start : start + batch_size]))
-
-
-def _lengths(dataset: Dataset) -> list[int]:
-    """Token counts where rows have `input_ids`, else equal lengths: only speed depends on it."""
-    rows = (dataset[j] for j in range(len(dataset)))
-    return [len(row["input_ids"]) if isinstance(row, Mapping) and "input_ids" in row else 0 for row in rows]
+        return calibrate(model, batches_of(rows, each_its_row(collate), batch_size), task, enabled=False).learned
 
 
 def _settle(

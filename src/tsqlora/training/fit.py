@@ -28,7 +28,8 @@ from tsqlora.data.packing import PackedCollator
 from tsqlora.data.tokenise import TokenisedSplit
 from tsqlora.errors import SettingsError
 from tsqlora.gradients.quiet import quiet
-from tsqlora.quality.score import Progress, reference_indices
+from tsqlora.progress import Progress
+from tsqlora.quality.rows import reference_indices
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.record import PhaseCost, RunRecord, write_json
 from tsqlora.tasks import Answers, Task

@@ -11,7 +11,7 @@ from tsqlora.data.batches import sorted_batches
 from tsqlora.errors import TsqLoraError
 from tsqlora.gradients.quiet import quiet
 from tsqlora.memory import Portions
-from tsqlora.quality.score import Progress
+from tsqlora.progress import Progress
 from tsqlora.tasks.forward import Collate, model_logits, precision
 
 

@@ -16,8 +16,10 @@ from tsqlora import distributed
 from tsqlora.errors import DataError, NotLearnedError, SettingsError, TsqLoraError
 from tsqlora.gradients.quiet import quiet
 from tsqlora.gradients.sites import Scope
+from tsqlora.progress import Progress
 from tsqlora.quality.guard import guarded
-from tsqlora.quality.score import REFERENCE_ROWS, Progress, reference_indices, require_softmax, score, wanted_terms
+from tsqlora.quality.rows import REFERENCE_ROWS, reference_indices
+from tsqlora.quality.score import require_softmax, score, wanted_terms
 from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.quality.terms import Asked

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from tsqlora.data.batches import sorted_batches
 from tsqlora.errors import SettingsError, TsqLoraError
 from tsqlora.gradients.quiet import quiet
-from tsqlora.quality.score import Progress
+from tsqlora.progress import Progress
 from tsqlora.tasks.forward import Collate, base_model, model_logits, precision, split_labels
 from tsqlora.tasks.generation import Generation
 
