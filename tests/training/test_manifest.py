@@ -339,6 +339,16 @@ def test_what_a_wrong_clock_left_unfinished_outlives_no_new_checkpoint(run: Path
     assert tsq.last_checkpoint(run) == run / "checkpoint-20"
 
 
+def test_checkpoints_of_an_earlier_run_in_the_folder_go_first_and_are_never_the_newest(tmp_path: Path) -> None:
+    trainer(tmp_path, save_total_limit=2).train()
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path, (0, 1, 2), fail=4, save_total_limit=2).train()
+    assert tsq.last_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+    trainer(tmp_path, save_total_limit=3, max_steps=16).train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (12, 16, 8)]
+    assert tsq.last_checkpoint(tmp_path) == tmp_path / "checkpoint-16"
+
+
 def test_weights_alone_are_nothing_to_resume_from(tmp_path: Path) -> None:
     trainer(tmp_path, save_only_model=True, save_total_limit=1).train()
     with pytest.warns(UserWarning, match="it was not finished, or not written for resuming"):

@@ -22,6 +22,8 @@ from tsqlora.record import write_json
 MANIFEST_FILE = "tsqlora_manifest.json"
 VERSION = 1
 TRAINER_STATE_FILE = "trainer_state.json"
+SECOND = 10**9
+"""In nanoseconds."""
 
 
 def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
@@ -53,7 +55,7 @@ def announce(args: TrainingArguments, state: TrainerState, part: str) -> None:
         if state.global_step > 0:
             _require_resumable(args, checkpoint_folder(args, state), _run_of(parts))
         if saves and distributed.is_first():
-            date_by_step(Path(str(args.output_dir)))
+            date_by_step(Path(str(args.output_dir)), past=state.global_step)
         # Each training has a name of its own, also one that goes on from the same checkpoint as another.
         parts["tsqlora"] = {
             "run": uuid.uuid4().hex,
@@ -77,16 +79,28 @@ def seal(args: TrainingArguments, state: TrainerState, part: str) -> None:
     if distributed.is_first():
         folder = checkpoint_folder(args, state)
         write_manifest(folder)
+        _date(folder, SECOND)
         date_by_step(folder.parent)
 
 
-def date_by_step(folder: Path) -> None:
-    """Dates each checkpoint's folder by its step, in seconds since 1970.
+def date_by_step(folder: Path, *, past: int | None = None) -> None:
+    """Dates each checkpoint's folder by its step, in seconds since 1970; those of steps after `past` in nanoseconds.
 
-    The Trainer deletes the one with the oldest date: where the clock was set back that would be the newest.
+    The Trainer deletes the one with the oldest date: where the clock was set back that would be the newest. Steps after
+    the one at which a training begins are another training's: they go first, and are never taken for the newest.
     """
     for path in _newest_first(folder):
-        os.utime(path, (_step_of(path), _step_of(path)))
+        other = _is_anothers(path) if past is None else _step_of(path) > past
+        _date(path, 1 if other else SECOND)
+
+
+def _date(checkpoint: Path, unit: int) -> None:
+    os.utime(checkpoint, ns=(unit * _step_of(checkpoint),) * 2)
+
+
+def _is_anothers(checkpoint: Path) -> bool:
+    """Whether it was there, further on, when the training of its folder began."""
+    return checkpoint.stat().st_mtime_ns < SECOND
 
 
 def write_manifest(folder: Path) -> None:
@@ -213,9 +227,10 @@ def _step_of(checkpoint: Path) -> int:
 
 
 def _newest_first(folder: Path) -> list[Path]:
+    """By their steps, behind them those that were left by another training."""
     found = {
         int(number): path
         for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
         if (number := path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")).isdecimal() and path.is_dir()
     }
-    return [found[number] for number in sorted(found, reverse=True)]
+    return sorted((found[number] for number in sorted(found, reverse=True)), key=_is_anothers)
