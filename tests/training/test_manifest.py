@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 
 import tsqlora as tsq
 from stock import make_trainer, moods, slotted_bert
 from tsqlora import distributed
-from tsqlora.training.manifest import MANIFEST_FILE, fault, newest_whole, write_manifest
+from tsqlora.training.manifest import MANIFEST_FILE, announce, fault, newest_whole, write_manifest
 
 DATA = moods()
 OURS = {"tsqlora.json", "tsqlora.safetensors", "tsqlora_quality.json"}
@@ -347,6 +347,15 @@ def test_checkpoints_of_an_earlier_run_in_the_folder_go_first_and_are_never_the_
     trainer(tmp_path, save_total_limit=3, max_steps=16).train()
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (12, 16, 8)]
     assert tsq.last_checkpoint(tmp_path) == tmp_path / "checkpoint-16"
+
+
+def test_checkpoints_of_a_search_are_refused(tmp_path: Path) -> None:
+    def search() -> TrainerState:
+        return TrainerState(is_hyper_param_search=True)
+
+    with pytest.raises(tsq.SettingsError, match="hyperparameter_search saves each trial in a folder of its own"):
+        announce(trainer(tmp_path).args, search(), "ranks")
+    announce(trainer(tmp_path, save_strategy="no").args, search(), "ranks")
 
 
 def test_weights_alone_are_nothing_to_resume_from(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from slotted import assert_hidden_are_zero
 from stock import base_bert, make_trainer, moods, slotted_bert
 from tsqlora.adapter.slots import ActivePrefix, find_slots
 from tsqlora.ranks.events import RankEvent
+from tsqlora.tasks import Classification
 from tsqlora.training import rank_loop
 
 ROWS = moods(40)
@@ -424,6 +425,116 @@ def test_checkpoints_on_the_way_load_with_plain_peft(tmp_path: Path) -> None:
     for step, wanted in seen.items():
         loaded = PeftModel.from_pretrained(base_bert(), str(tmp_path / f"checkpoint-{step}"))
         assert_same(wanted, weights(loaded), f"checkpoint {step}")
+
+
+def test_once_ranks_are_final_the_same_trainer_trains_the_plain_adapter(tmp_path: Path) -> None:
+    model, callback = slotted_bert(), tsq.RankCallback(interval=4)
+    trainer = make_trainer(model, ROWS, tmp_path, [callback], learning_rate=0.02)
+    trainer.train()
+    trainer.remove_callback(callback)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    trainer.train()
+    assert sum("lora_" in name for name in before) == 2 * len(shapes())
+    for name, parameter in model.named_parameters():
+        assert name not in before or not torch.equal(parameter, before[name]), name
+
+
+class HeadOfOnesOwn(nn.Module):
+    """Somebody's own head behind an encoder with LoRA."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, nn.Linear(8, 2)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        logits = self.head(hidden[:, 0])
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_ranks_move_in_a_part_of_ones_own_model(tmp_path: Path) -> None:
+    inner = tsq.wrap(base_bert().bert, mean_rank=4)
+    callback = tsq.RankCallback(interval=4, moves=6)
+    run(tmp_path, callback, model=HeadOfOnesOwn(inner), save_strategy="epoch")  # type: ignore[arg-type]
+    assert callback.events[-1].ranks == callback.final
+    assert "encoder.layer.0.attention.self.query" in callback.final
+    assert not any("parametrizations" in name for name, _ in inner.named_parameters())
+
+
+def test_several_models_with_lora_in_one_are_refused() -> None:
+    pair = nn.ModuleList([tsq.wrap(base_bert().bert, mean_rank=4) for _ in range(2)])
+    with pytest.raises(tsq.UnsupportedError, match="the model has 2 PeftModels within it, and ranks change in one"):
+        tsq.RankLoop(pair, torch.optim.SGD(pair.parameters(), lr=0.1), 40)
+
+
+def nothing_for_the_pooler(ranks: dict[str, int], **_: Any) -> dict[str, int]:
+    return {name: 0 if "pooler" in name else rank for name, rank in ranks.items()}
+
+
+def test_a_layer_at_rank_0_leaves_other_adapters_alone(tmp_path: Path) -> None:
+    model, batch = slotted_bert(), {name: torch.tensor([row]) for name, row in ROWS[0].items()}
+    model.add_adapter("other", LoraConfig(r=2, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        if "lora_B.other" in name:
+            nn.init.normal_(parameter)
+
+    def others_logits() -> Tensor:
+        model.set_adapter("other")
+        with torch.no_grad():
+            logits = model.eval()(**batch).logits
+        model.set_adapter("default")
+        return logits
+
+    before = others_logits()
+    callback = tsq.RankCallback(interval=4, min_rank=0, policy=nothing_for_the_pooler)
+    run(tmp_path, callback, model=model)
+    assert callback.final["bert.pooler.dense"] == 0
+    assert torch.equal(others_logits(), before)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_that_would_be_lost_at_rank_0_are_refused(bias: Any, tmp_path: Path) -> None:
+    config = LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", bias=bias)
+    with pytest.raises(tsq.UnsupportedError, match=rf"LoraConfig\(bias='{bias}'\) trains biases .*set min_rank to 1"):
+        run(tmp_path, tsq.RankCallback(interval=4, min_rank=0), model=get_peft_model(base_bert(), config))
+    run(tmp_path, tsq.RankCallback(interval=4), model=get_peft_model(base_bert(), config))
+
+
+def test_a_run_goes_on_for_more_epochs_at_the_interval_that_it_had(tmp_path: Path) -> None:
+    def trainer(epochs: int) -> tuple[Any, tsq.RankCallback]:
+        callback = tsq.RankCallback()
+        options = {"save_strategy": "epoch", "num_train_epochs": epochs}
+        return make_trainer(slotted_bert(), ROWS, tmp_path, [callback], **options), callback
+
+    trainer(20)[0].train()
+    longer, callback = trainer(60)
+    longer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-50"))
+    assert callback.loop is not None
+    assert callback.loop.interval == 10
+    assert [event.step for event in callback.events][:5] == list(range(10, 60, 10))
+
+
+def test_a_checkpoint_of_another_interval_is_told_with_both_numbers(tmp_path: Path) -> None:
+    run(tmp_path, tsq.RankCallback(interval=4), save_strategy="epoch")
+    text = "of a run with ranks.interval 4, and this one has 5; resume with what the run was begun with"
+    other = make_trainer(slotted_bert(), ROWS, tmp_path, [tsq.RankCallback(interval=5)], save_strategy="epoch")
+    with pytest.raises(tsq.SettingsError, match=text):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+
+
+def test_the_first_ranks_follow_the_loss_that_is_trained_on(tmp_path: Path) -> None:
+    weighted = Classification(class_weights=torch.tensor([1.0, 3.0]))
+
+    def first_shares(name: str, task: Any = None, **further: Any) -> Any:
+        data = tsq.QualitySubset(moods(), 0.5)
+        callback = tsq.RankCallback(interval=4, task=task)
+        callbacks = [tsq.QualityCallback(data, reference=40, task=weighted), callback]
+        make_trainer(slotted_bert(), data, tmp_path / name, callbacks, **further).train()
+        return callback.events[0].sensitivity
+
+    assert first_shares("weighted", weighted) != first_shares("plain")
+    smooth = {"label_smoothing_factor": 0.3}
+    assert first_shares("smooth", **smooth) != first_shares("not smooth", Classification(), **smooth)
 
 
 # --- what it refuses ----------------------------------------------------------------------

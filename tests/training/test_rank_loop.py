@@ -214,6 +214,19 @@ def test_finishing_twice_gives_the_same_model(first: bool) -> None:
         assert ranks.final == final
 
 
+def test_what_the_optimizer_keeps_of_active_slots_stays_when_the_model_is_plain() -> None:
+    ranks = whole_run()
+    parts = [(p, dim, slots.rank) for slots in ranks.layers.values() for p, dim in slots.matrices()]
+    before = [dict(ranks.optimizer.state[p]) for p, _, _ in parts]
+    ranks.finish()
+    for (parameter, dim, rank), state in zip(parts, before, strict=True):
+        after = ranks.optimizer.state[parameter]
+        assert after.keys() == state.keys()
+        assert parameter.shape[dim] == rank
+        for name, value in state.items():
+            assert torch.equal(after[name], value.narrow(dim, 0, rank) if value.dim() else value)
+
+
 @pytest.mark.parametrize("call", [tsq.RankLoop.before_forward, lambda ranks: ranks.start(ROWS, collate)])
 def test_a_finished_loop_does_not_go_on(call: Callable[[tsq.RankLoop], None]) -> None:
     ranks = whole_run()
@@ -282,7 +295,7 @@ def test_an_adjustment_put_off_is_made_up_for_after_a_resume(tmp_path: Path) -> 
 
 def test_the_state_of_another_run_is_refused() -> None:
     ranks = whole_run()
-    with pytest.raises(tsq.SettingsError, match=r"other layers, ranks\.max or ranks\.interval"):
+    with pytest.raises(tsq.SettingsError, match=r"of a run with ranks\.interval 4, and this one has 5"):
         begin(interval=5).load_state_dict(ranks.state_dict())
     with pytest.raises(tsq.SettingsError, match="other ranks than the checkpoint; load the model's state before"):
         begin().load_state_dict(ranks.state_dict())

@@ -68,14 +68,15 @@ class Matrix:
         self._tell_linear(capacity)
 
     def make_plain(self) -> None:
-        """A new parameter of the active slots alone."""
-        full = self.full
-        active = cast(Tensor, getattr(self.holder, self.tensor)).detach().clone(memory_format=torch.contiguous_format)
+        """Keeps the active slots alone; the parameter stays the same object."""
+        full, rank = self.full, self.prefix.rank
+        active = full.detach().narrow(self.dim, 0, rank)
+        full.data, full.grad = active.clone(memory_format=torch.contiguous_format), None
         # Not by torch's remove_parametrizations: it takes the property off a class that copies of the module share.
         self.holder.__class__ = type_before_parametrizations(self.holder)
         del self.holder.parametrizations
-        setattr(self.holder, self.tensor, nn.Parameter(active, requires_grad=full.requires_grad))
-        self._tell_linear(active.shape[self.dim])
+        setattr(self.holder, self.tensor, full)
+        self._tell_linear(rank)
 
     def _tell_linear(self, slots: int) -> None:
         if isinstance(self.holder, nn.Linear):

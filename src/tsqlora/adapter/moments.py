@@ -118,6 +118,28 @@ def moments(parameter: nn.Parameter, optimizer: torch.optim.Optimizer | None) ->
     return found
 
 
+def cut_moments(parameter: nn.Parameter, dim: int, size: int, optimizer: torch.optim.Optimizer) -> None:
+    """Leaves the first `size` along `dim` of what the optimizer keeps for a parameter that is cut to them next.
+
+    Where it is not known what that is, nothing of it stays.
+    """
+    state = inner_optimizer(optimizer).state
+    try:
+        known = moments(parameter, optimizer)
+    except UnsupportedError:
+        state.pop(parameter, None)
+        return
+    for name, moment in known.items():
+        whole = moment.read().narrow(dim, 0, size).clone(memory_format=torch.contiguous_format)
+        if moment.scales is None:
+            state[parameter][name] = whole
+            continue
+        _, qmap = moment.scales
+        codes, absmax = whole.to(torch.uint8), qmap.new_zeros(len(_blocks(whole)))
+        _pack(whole, codes, absmax, qmap)
+        state[parameter] |= {name: codes, f"absmax{name[-1]}": absmax}
+
+
 def inner_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The one that steps, inside accelerate's."""
     return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer

@@ -31,6 +31,11 @@ def only_adapter(model: PeftModel) -> str:
     """The name of the model's adapter, if that is plain LoRA, alone, trainable and not merged."""
     if has_slots(model):
         raise UnsupportedError("the model has rank slots already; wrap it once")
+    if len(model.peft_config) > 1 and "ref" in model.peft_config:
+        raise UnsupportedError(
+            "the model has the adapter 'ref', which trainers of preferences (DPO and its like) add to a PeftModel of "
+            "yours for their reference; give the trainer the plain model, and peft_config=LoraConfig(...)"
+        )
     if len(model.peft_config) != 1:
         raise UnsupportedError(
             f"the model has the adapters {', '.join(model.peft_config)}, and ranks change in one; remove the others: "

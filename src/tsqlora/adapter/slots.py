@@ -143,8 +143,8 @@ def finalize(model: PeftModel) -> PeftModel:
     """Turns slots into plain LoRA weights of exactly the active ranks; returns the model.
 
     What is left is a PEFT model like any other: it merges, copies and pickles. A layer at
-    rank 0 becomes its base layer again. The parameters are new ones: an optimizer made
-    before no longer trains them. Does nothing to a model without slots.
+    rank 0 becomes its base layer again. Parameters stay the same objects, and are smaller: an
+    optimizer made before is to be made anew. Does nothing to a model without slots.
     """
     if not has_slots(model):
         return model
@@ -219,6 +219,14 @@ def _number(x: float) -> float | int:
 
 
 def _restore_base(model: PeftModel, slots: Slots) -> None:
+    """The layer without this adapter: its base layer, unless others have theirs there."""
+    if any(adapter != slots.adapter for adapter in slots.layer.r):
+        # Not by delete_adapter, which would make another one active in this layer alone.
+        for attribute in (*slots.layer.adapter_layer_names, *slots.layer.other_param_names):
+            held: Any = getattr(slots.layer, attribute)
+            if slots.adapter in held:
+                del held[slots.adapter]
+        return
     parent, _, child = slots.name.rpartition(".")
     base = model.get_base_model()
     setattr(base.get_submodule(parent) if parent else base, child, slots.layer.get_base_layer())

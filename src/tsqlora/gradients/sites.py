@@ -159,7 +159,8 @@ def keep_as_trained(model: nn.Module) -> None:
 
 def inner_name(name: str) -> str:
     """A module's name in the base model, as PEFT's patterns and targets use it."""
-    return name.removeprefix("base_model.model.")
+    # Also where the PeftModel is a part of somebody's own module.
+    return name.rpartition("base_model.model.")[2]
 
 
 def effective_weight(layer: LoraLayer, *, every: int = 1) -> Float[Tensor, "o i"]:

@@ -49,6 +49,11 @@ def announce(args: TrainingArguments, state: TrainerState, part: str) -> None:
     part, and where there would be times without a whole checkpoint.
     """
     saves = require_whole_checkpoints(args)
+    if saves and state.is_hyper_param_search:
+        raise SettingsError(
+            "hyperparameter_search saves each trial in a folder of its own, of which callbacks are not told; set "
+            "save_strategy to 'no', and train once more with the best values"
+        )
     # The Trainer's own place for what callbacks know; it is one for all of them, and begins anew with each training.
     parts = cast(dict[str, Any], state.stateful_callbacks)
     if parts.get("tsqlora", {}).get("begun") != state.global_step:
@@ -95,7 +100,8 @@ def date_by_step(folder: Path, *, past: int | None = None) -> None:
 
 
 def _date(checkpoint: Path, unit: int) -> None:
-    os.utime(checkpoint, ns=(unit * _step_of(checkpoint),) * 2)
+    date = unit * _step_of(checkpoint)
+    os.utime(checkpoint, ns=(date, date))
 
 
 def _is_anothers(checkpoint: Path) -> bool:

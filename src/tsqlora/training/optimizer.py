@@ -25,8 +25,9 @@ def require_trained(layers: Mapping[str, Slots], optimizer: torch.optim.Optimize
             )
         if any(id(parameter) not in trained for parameter, _ in slots.matrices()):
             raise SettingsError(
-                f"the optimizer does not train the adapter of {slots.name}, which was wrapped later; make it from the "
-                "parameters of the model that tsqlora.wrap gives"
+                f"the optimizer does not train the adapter of {slots.name}: the model was wrapped later, or parameters "
+                "were chosen by the ends of names, which with slots are parametrizations.weight.original; make the "
+                "optimizer from the parameters of the model that tsqlora.wrap gives"
             )
 
 

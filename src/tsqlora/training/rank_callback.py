@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
+from torch import nn
 from torch.utils.data import Subset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -16,10 +17,12 @@ from tsqlora.probe import Estimator, get_estimator
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.ranks.events import RankEvent
 from tsqlora.ranks.policies import Policy, get_policy
+from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate
 from tsqlora.training.checkpoint import RankState
 from tsqlora.training.manifest import announce, checkpoint_folder, seal
 from tsqlora.training.rank_loop import RankLoop
+from tsqlora.training.row_weights import trained_task
 
 
 class RankCallback(TrainerCallback):
@@ -36,6 +39,7 @@ class RankCallback(TrainerCallback):
         max_rank: of a PeftModel without slots, how many a layer gets; twice its rank if not given.
         samples: rows of the quality sample on which the first ranks are measured.
         collate: makes the batches of those rows; by default the Trainer's own.
+        task: their loss; needed only where training has a loss of its own (class weights, a custom one).
         finalize: leave a plain PEFT model; False keeps the slots for further training.
         interval and the others: as in `RankLoop`.
 
@@ -60,6 +64,7 @@ class RankCallback(TrainerCallback):
         seed: int = 0,
         finalize: bool = True,
         collate: Collate | None = None,
+        task: Task | None = None,
     ) -> None:
         get_policy(policy)
         get_estimator(estimator)
@@ -75,7 +80,7 @@ class RankCallback(TrainerCallback):
             "seed": seed,
         }
         self.max_rank, self.samples, self.seed, self.finalize = max_rank, samples, seed, finalize
-        self.collate = collate
+        self.collate, self.task = collate, task
         self.loop: RankLoop | None = None
 
     @property
@@ -122,9 +127,14 @@ class RankCallback(TrainerCallback):
             self.loop.close()  # an attempt that failed may have left it open
         if not has_slots(kwargs["model"]):
             raise UnsupportedError(_NO_SLOTS)
-        self.loop = RankLoop(kwargs["model"], kwargs["optimizer"], state.max_steps, **self.options)
-        if state.global_step > 0:
-            self.loop.restore(RankState.load(checkpoint_folder(args, state)), step=state.global_step)
+        saved = RankState.load(checkpoint_folder(args, state)) if state.global_step > 0 else None
+        options = dict(self.options)
+        if saved is not None and options["interval"] is None:
+            # By default it follows the number of steps, which may be another now.
+            options["interval"] = saved.interval
+        self.loop = RankLoop(kwargs["model"], kwargs["optimizer"], state.max_steps, **options)
+        if saved is not None:
+            self.loop.restore(saved, step=state.global_step)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -132,7 +142,7 @@ class RankCallback(TrainerCallback):
         loader = kwargs["train_dataloader"]
         data = loader.dataset if isinstance(loader.dataset, QualitySubset) else None
         if data is not None and data.scores is not None and not data.awaits_scores and not self._running.started:
-            self._start(args, data, self.collate or loader.collate_fn)
+            self._start(args, kwargs["model"], data, self.collate or loader.collate_fn)
         # While scoring is to come, which will set the ranks, they stay.
         self._running.before_forward(adjust=data is None or not data.awaits_scores)
 
@@ -158,13 +168,14 @@ class RankCallback(TrainerCallback):
         assert self.loop is not None
         return self.loop
 
-    def _start(self, args: TrainingArguments, data: QualitySubset, collate: Any) -> None:
+    def _start(self, args: TrainingArguments, model: nn.Module, data: QualitySubset, collate: Any) -> None:
         """The first ranks, from sensitivities on the quality sample."""
         places = np.random.default_rng([self.seed, 4]).permutation(len(data))[: self.samples]
         self._running.start(
             # Not `data` itself: it tells what training is handed out.
             Subset(data.dataset, data.indices[np.sort(places)].tolist()),
             collate,
+            task=trained_task(args, distributed.unwrapped(model), self.task),
             batch_size=args.per_device_train_batch_size,
             autocast=torch.bfloat16 if args.bf16 else None,
         )

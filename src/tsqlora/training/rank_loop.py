@@ -7,19 +7,19 @@ import time
 import weakref
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch._dynamo.config
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch import nn
 
 from tsqlora import distributed
 from tsqlora.adapter.change import change_ranks
 from tsqlora.adapter.importance import Importance
-from tsqlora.adapter.moments import moments
-from tsqlora.adapter.slots import finalize, find_slots, sync_config
-from tsqlora.errors import SettingsError, TsqLoraError
+from tsqlora.adapter.moments import cut_moments, moments
+from tsqlora.adapter.slots import Slots, finalize, find_slots, has_slots, sync_config
+from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.gradients.sites import lora_layers
 from tsqlora.probe import Estimator, Probe, get_estimator, probe_pass
 from tsqlora.ranks.allocate import Sensitivity, allocate
@@ -95,8 +95,10 @@ class RankLoop:
     ) -> None:
         get_estimator(estimator)
         self.model, self.optimizer = distributed.unwrapped(model), optimizer
+        self.peft = _peft_model(self.model)
         self.layers, self.final = find_slots(self.model), dict[str, int]()
         require_trained(self.layers, optimizer)
+        _require_no_bias(self.peft, self.layers, min_rank)
         self.shapes = {name: slots.shape for name, slots in self.layers.items()}
         self.capacity = max(slots.capacity for slots in self.layers.values())
         self.policy, self.estimator, self.seed = get_policy(policy), estimator, seed
@@ -198,13 +200,12 @@ class RankLoop:
             self.seconds += time.perf_counter() - begun
 
     def finish(self, *, finalize_model: bool = True) -> PeftModel:
-        """Ends the run: the model, plain PEFT with `finalize_model`, else with slots for further training.
+        """Ends the run: the PEFT model, plain with `finalize_model`, else with slots for further training.
 
         Called again it gives the same model, plain if that is asked for then.
         """
-        assert isinstance(self.model, PeftModel)
         if self.final:
-            return finalize(self.model) if finalize_model else self.model
+            return self._plain() if finalize_model else self.peft
         if self._next == "after_optimizer_step":
             self._expect("before_forward")
         self.close()
@@ -213,9 +214,17 @@ class RankLoop:
                 f"training ended at step {self.step} and no rank was ever adjusted: the first adjustment was to be at "
                 f"step {self.steps.start}; train longer, lower interval, or leave ranks as they are"
             )
-        sync_config(self.model)
+        sync_config(self.peft)
         self.final, self._next = self.ranks, "before_forward"
-        return finalize(self.model) if finalize_model else self.model
+        return self._plain() if finalize_model else self.peft
+
+    def _plain(self) -> PeftModel:
+        """The model without slots, and the optimizer with what it keeps of the active ones."""
+        if not any(map(distributed.is_sharded, self.model.parameters())):  # which finalize refuses
+            for slots in find_slots(self.model).values() if has_slots(self.model) else ():
+                for parameter, dim in slots.matrices():
+                    cut_moments(parameter, dim, slots.rank, self.optimizer)
+        return finalize(self.peft)
 
     def close(self) -> None:
         """Lets go of the optimizer, and of the model after a step that failed; `finish` does it too."""
@@ -240,12 +249,14 @@ class RankLoop:
 
         Raises SettingsError for the state of another run.
         """
-        before = (saved.layers, saved.importance["mean"].shape[1], saved.interval)
-        if before != (list(self.layers), self.importance.mean.shape[1], self.interval):
-            raise SettingsError(
-                "the checkpoint is of a run with other layers, ranks.max or ranks.interval; resume with the settings "
-                "that the run was begun with"
-            )
+        for what, theirs, ours in (
+            ("layers", saved.layers, list(self.layers)),
+            ("ranks.max", saved.importance["mean"].shape[1], self.importance.mean.shape[1]),
+            ("ranks.interval", saved.interval, self.interval),
+        ):
+            if theirs != ours:
+                told = "other layers" if what == "layers" else f"{what} {theirs}, and this one has {ours}"
+                raise SettingsError(f"the checkpoint is of a run with {told}; resume with what the run was begun with")
         if saved.events and saved.events[-1].ranks != self.ranks:
             raise SettingsError(
                 "the model has other ranks than the checkpoint; load the model's state before the loop's"
@@ -347,6 +358,26 @@ class RankLoop:
             max_rank=self.capacity,
             gamma=self.gamma,
         )
+
+
+def _require_no_bias(model: PeftModel, layers: Mapping[str, Slots], min_rank: int) -> None:
+    """Refuses biases that would be lost with the adapter of a layer at rank 0."""
+    bias = cast(LoraConfig, model.peft_config[next(iter(layers.values())).adapter]).bias
+    if min_rank == 0 and bias != "none":
+        raise UnsupportedError(
+            f"LoraConfig(bias='{bias}') trains biases that PEFT saves with a layer's adapter, and a layer at rank 0 "
+            "has none; set min_rank to 1, or bias to 'none'"
+        )
+
+
+def _peft_model(model: nn.Module) -> PeftModel:
+    """The model, or the PeftModel that is a part of it."""
+    found = [module for module in model.modules() if isinstance(module, PeftModel)]
+    if not found:
+        find_slots(model)  # which says what to do
+    if len(found) != 1:
+        raise UnsupportedError(f"the model has {len(found)} PeftModels within it, and ranks change in one")
+    return found[0]
 
 
 def _compiled_for(sets_of_ranks: int) -> AbstractContextManager[Any]:
