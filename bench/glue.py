@@ -34,13 +34,8 @@ BENCH = Path(__file__).parent
 CACHE, RESULTS = BENCH / ".cache" / "glue", BENCH / "results" / "glue"
 PASSES, FRACTION, BATCH, VALIDATION_ROWS, LEARNING_RATE = 4, 0.5, 16, 200, 1e-3
 ENTRIES = "lora,lora+random,tsqlora,tsqlora-quality-only,tsqlora-ranks-only,adalora,elalora,eva"
-GRID_TASKS, GRID_ROWS, GRID_WRONG, GRID_MEAN, GRID_SEEDS = (
-    ("sst2", "mrpc", "stsb", "rte"),
-    2000,
-    (0.2, 0.0),
-    4,
-    (0, 1, 2),
-)
+GRID_TASKS, GRID_WRONG, GRID_SEEDS = ("sst2", "mrpc", "stsb", "rte"), (0.2, 0.0), (0, 1, 2)
+GRID_ROWS, GRID_MEAN = 2000, 4
 """What is measured unless other blocks are asked for, and what docs/results.md says is missing."""
 METRICS = {"cola": "matthews", "stsb": "spearman"}
 STALE: Mapping[str, Collection[str]] = {

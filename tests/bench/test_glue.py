@@ -23,7 +23,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "results"
 
 
-def a_cell(entry: str = "lora+all", *, seed: int = 0, rate: float = 1e-3, commit: str = NOW, **more: Any) -> Any:
+def a_cell(entry: str = "lora+all", *, seed: int = 0, rate: float = 1e-3, commit: str | None = NOW, **more: Any) -> Any:
     method, policy = entry.split("+")
     about = {"method": method, "policy": policy, "seed": seed, "learning_rate": rate}
     metrics = {"validation": {"accuracy": 0.8, "loss": 0.5}, "test": {"accuracy": 0.8}}
