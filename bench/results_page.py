@@ -92,8 +92,8 @@ MiniLM has seen sentence pairs like those of STS-B and RTE: the numbers compare 
 no published table.
 """
 MISSING = """\
-The grid is four tasks, clean and with 20 % wrong labels, eight ways to train, three seeds each. A cell is shown with the
-learning rate that is chosen now, and if its code made the numbers that today's makes: before fa65ce3 batches were
+The grid is four tasks, clean and with 20 % wrong labels, eight ways to train, three seeds each. A cell is shown with
+the learning rate that is chosen now, and if its code made the numbers that today's makes: before fa65ce3 batches were
 padded otherwise, which moved every number a little, and before af1cb08 `+quality` left other rows out. A cell of older
 code is replaced when it is run anew."""
 OVER_TASKS = """\
@@ -109,8 +109,9 @@ brackets); of the rates that most seeds tried the best one is used everywhere. {
 code, which made other numbers: those were not run anew.
 """
 PLOTTED = """\
-A dot is a way to train in a block: its mean over the seeds that it and LoRA on all rows have. Rows that are trained on
-are as many for all at equal steps, but for the last batch of an epoch: how many of them differ was not counted.
+A dot is a way to train in a block: its mean over the seeds that it and LoRA on all rows have; by seconds, over those
+whose seconds are shown above. Rows that are trained on are as many for all at equal steps, but for the last batch of an
+epoch: how many of them are distinct was not counted.
 """
 
 
