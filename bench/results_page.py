@@ -3,117 +3,153 @@
 `--check` compares the page alone: plots depend on the version of matplotlib, too.
 """
 
-import json
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
+import glue
 import numpy as np
+from results_plots import COSTS, PLOTS, plot
+from results_shown import (
+    BUSY,
+    ORDER,
+    TASKS,
+    Block,
+    Cell,
+    Over,
+    blocks,
+    by_entry,
+    chosen,
+    commit_of,
+    hidden,
+    kind_of,
+    kinds,
+    measured,
+    of_kind,
+    over,
+    passes,
+    points,
+    quiet,
+    rank_of,
+    seed_of,
+    sweep,
+    trainable,
+    worked,
+)
 from tables import markdown
 
 from tsqlora.compare.cells import Entry
-from tsqlora.compare.statistics import interval, paired
 from tsqlora.compare.table import rows_of
 
-ROOT = Path(__file__).parents[1]
-RESULTS, PAGE, PLOTS = ROOT / "bench" / "results" / "glue", ROOT / "docs" / "results.md", ROOT / "docs" / "plots"
-TASKS = {"sst2": "SST-2", "mrpc": "MRPC", "stsb": "STS-B", "rte": "RTE", "cola": "CoLA"}
-ORDER = (
-    "lora+all",
-    "lora+random",
-    "tsqlora+quality",
-    "tsqlora-quality-only+quality",
-    "tsqlora-ranks-only+all",
-    "adalora+all",
-    "elalora+all",
-    "eva+all",
-)
-OURS = "tsqlora"
-COLOURS = ("#000000", "#e69f00", "#0072b2", "#56b4e9", "#009e73", "#d55e00", "#cc79a7", "#999933")
-"""Told apart by the colour-blind too (Okabe and Ito)."""
-
-BUSY = ("02d971b",)
-"""The code of cells that ran beside as many as nine other processes: their seconds say nothing."""
-
-Block = Mapping[str, Any]
-
-
-def blocks() -> list[Block]:
-    """The results, block by block, in the order in which they are shown."""
-    found = [json.loads(path.read_text()) for path in RESULTS.glob("*_rank*.json")]
-    tasks = list(TASKS)
-
-    def place(block: Block) -> Any:
-        about = block["block"]
-        return about["equal"], about["rows"], -about["wrong"], about["mean"], tasks.index(about["task"])
-
-    return sorted((b for b in found if b["cells"]), key=place)
+PAGE = PLOTS.parent / "results.md"
+REFERENCES = ("lora+all", "lora+random")
 
 
 def page() -> str:
     """All of docs/results.md."""
-    found = blocks()
-    shown = [block for block in found if not swept(block)]
-    commits = sorted({cell["commit"][:7] for block in found for cell in block["cells"].values()})
-    parts = [HEAD.format(commits=", ".join(commits), cells=sum(len(b["cells"]) for b in found))]
+    found, swept = blocks(), sweep()
+    cells = [cell for block in found for cell in block["cells"].values()]
+    parts = [
+        HEAD.format(
+            cells=len(cells),
+            swept=len(swept),
+            commits=", ".join(sorted({commit_of(cell) for cell in (*cells, *swept)})),
+            busy=_busy(cells),
+            trainable=_trainable_of(found),
+        )
+    ]
+    parts.append(f"## What is missing\n\n{MISSING}{_left_out()}\n{markdown(missing(found))}")
     parts.append("## Over tasks\n\n" + OVER_TASKS)
-    for kind in kinds(shown):
-        parts.append(f"### {title_of(kind)}\n\n{markdown(over_tasks(shown, kind))}")
+    for kind in kinds(found):
+        parts.append(f"### {title_of(kind)}\n\n{markdown(over_tasks(found, kind))}")
     parts.append("## Task by task\n\n" + TASK_BY_TASK)
-    parts += [f"### {name_of(block)}\n\n{markdown(table(block))}" for block in shown]
-    parts.append(f"## Learning rates\n\n{LEARNING_RATES}\n{markdown(rates(found))}")
-    parts.append("## Plots\n\n" + "\n\n".join(f"![{alt}](plots/{name}.svg)" for name, alt in PLOTTED.items()) + "\n")
+    parts += [f"### {name_of(block)}\n\n{markdown(table(block))}" for block in found]
+    old = sum(map(glue.stale, swept))
+    parts.append(f"## Learning rates\n\n{LEARNING_RATES.format(cells=len(swept), old=old)}\n{markdown(rates(swept))}")
+    images = (f"![Points against LoRA on all rows, by {label}](plots/{name}.svg)" for name, (label, _) in COSTS.items())
+    parts.append(f"## Plots\n\n{PLOTTED}\n" + "\n\n".join(images) + "\n")
     return "\n".join(parts)
 
 
 HEAD = """# Results
 
-Made by `make bench-results` from `bench/results/glue/*.json`: {cells} trainings, by the code of {commits}.
+Made by `make bench-results` from `bench/results/glue/*.json`: {cells} trainings, and {swept} that chose learning rates,
+by the code of {commits}.
 
 Every row is a way to train MiniLM (22.7 million parameters, six blocks) by an adapter in all its linear layers, at the
-same number of optimizer steps: four passes over all rows in batches of 16. `+all` trains on every row, `+random` and
-`+quality` on half of the rows, drawn anew each epoch, for twice as many epochs. The seed draws the training rows,
-which labels are wrong, the head and the batches, so differences are taken seed by seed. ± is a 95 % t-interval over
-seeds; where it holds 0 the difference is called noise. Test sets are whole, and decide nothing. Rivals are described in
-[rivals.md](rivals.md). Seconds are of one core of a machine on which others worked as well: compare them within a block
-and with care; "–" where too many others did. *Passes* count what must be computed, whatever the machine: rows
-forward, and twice for rows backward.
+same mean rank and number of optimizer steps: four passes over all rows in batches of 16. `+all` trains on every row,
+`+random` and `+quality` on half of the rows, drawn anew each epoch, for twice as many epochs. The seed draws the
+training rows, which labels are wrong, the head and the batches, so differences are taken seed by seed. ± is a 95 %
+t-interval over seeds; where it holds 0 the difference is called noise. Test sets are whole, and decide nothing.
+*Trainable* parameters are those at the end, a range where seeds differ: layers of other shapes cost more a rank, so
+where ranks moved they are {trainable} of LoRA's on the same task. Rivals are described in [rivals.md](rivals.md).
+Seconds are of one core of a machine on which others worked as well: compare them within a block and with care{busy}.
+*Passes* count what must be computed, whatever the machine: rows forward, and twice for rows backward.
 
 MiniLM has seen sentence pairs like those of STS-B and RTE: the numbers compare these methods with each other, and with
 no published table.
 """
+MISSING = """\
+The grid is four tasks, clean and with 20 % wrong labels, eight ways to train, three seeds each. A cell is shown with
+the learning rate that is chosen now, and if its code made the numbers that today's makes: before fa65ce3 batches were
+padded otherwise, which moved every number a little, and before af1cb08 `+quality` left other rows out. A cell of older
+code is replaced when it is run anew."""
 OVER_TASKS = """\
-Differences by task and seed in points of the metric (accuracy; Spearman's correlation for STS-B; Matthews' for CoLA):
-their mean over all that both sides have (how many, in brackets), and the worst of them.
+Differences in points of the metric (accuracy; Spearman's correlation for STS-B; Matthews' for CoLA): of each seed the
+mean over the *tasks* that both sides have, and of these the mean over the seeds that have all those tasks (how many, in
+brackets; "–" where none has). *Worst* is the lowest of one task and seed among them. Rows of other tasks cannot be
+ranked beside each other.
 """
-TASK_BY_TASK = "Points of the metric. *Seeds* are those that were finished; none was left out.\n"
+TASK_BY_TASK = "Points of the metric. *Seeds* are those that are finished, and those that failed.\n"
 LEARNING_RATES = """\
 Accuracy on 600 validation rows after training on 1,000 clean rows of SST-2, in the mean over seeds (how many, in
-brackets); of the rates that most seeds tried the best one is used everywhere.
+brackets); of the rates that most seeds tried the best one is used everywhere. {cells} trainings, {old} of them by older
+code, which made other numbers: those were not run anew.
 """
-PLOTTED = {
-    "parameters": "Points against LoRA on all rows, by trainable parameters",
-    "passes": "Points against LoRA on all rows, by passes",
-    "seconds": "Points against LoRA on all rows, by seconds",
-    "samples": "Points against LoRA on all rows, by rows used",
-}
+PLOTTED = """\
+A dot is a way to train in a block: its mean over the seeds that it and LoRA on all rows have; by seconds, over those
+whose seconds are shown above. Rows that are trained on are as many for all at equal steps, but for the last batch of an
+epoch: how many of them are distinct was not counted.
+"""
 
 
-def swept(block: Block) -> bool:
-    """Whether it holds several learning rates of an entry: that is where they were chosen."""
-    cells = [cell["cell"] for cell in block["cells"].values()]
-    return len({(c["method"], c["policy"], c["seed"]) for c in cells}) < len(cells)
+def _busy(cells: Sequence[Cell]) -> str:
+    found = [commit for commit in BUSY if commit in map(commit_of, cells)]
+    return f'; "–" stands for those by {" and ".join(found)}, which ran beside as many as nine others' if found else ""
 
 
-def kinds(found: Iterable[Block]) -> list[tuple[Any, ...]]:
-    """What the blocks of several tasks have in common."""
-    return list(dict.fromkeys(kind_of(block) for block in found))
+def _trainable_of(found: Iterable[Block]) -> str:
+    return _range([share for block in found for shares in shares_of(block).values() for share in shares], "{:.2f}")
 
 
-def kind_of(block: Block) -> tuple[Any, ...]:
-    about = block["block"]
-    return about["equal"], about["rows"], about["wrong"], about["mean"]
+def _left_out() -> str:
+    """How many cells are stored and not shown, and why."""
+    cells = [cell for block in measured() for cell in block["cells"].values()]
+    why = Counter(hidden(cell, chosen()["rates"]) for cell in cells)
+    found = [f"{count} {reason}" for reason, count in sorted(why.items(), key=str) if reason is not None]
+    return f" Stored and not shown are {'; '.join(found)}.\n" if found else "\n"
+
+
+def missing(found: Sequence[Block]) -> list[list[str]]:
+    """A row a block of the grid: how many of its cells are finished, and the seeds that are not."""
+    rows = [["", "finished", "missing seeds"]]
+    for wrong in glue.GRID_WRONG:
+        for task in glue.GRID_TASKS:
+            block = {"block": asdict(glue.Block(task, glue.GRID_ROWS, wrong, glue.GRID_MEAN))}
+            of = by_entry(of_kind(found, kind_of(block)).get(task, {"cells": {}}))
+            left = {name: _not_finished(of.get(name, ())) for name in ORDER}
+            total = len(ORDER) * len(glue.GRID_SEEDS)
+            done = total - sum(map(len, left.values()))
+            told = "; ".join(f"`{name}` {', '.join(seeds)}" for name, seeds in left.items() if seeds)
+            rows.append([name_of(block), f"{done} of {total}", (told or "–") if of else "all"])
+    return rows
+
+
+def _not_finished(cells: Iterable[Cell]) -> list[str]:
+    seeds = {seed_of(cell): "failed" in cell for cell in cells}
+    return [f"{s} (failed)" if s in seeds else str(s) for s in glue.GRID_SEEDS if seeds.get(s, True)]
 
 
 def title_of(kind: tuple[Any, ...]) -> str:
@@ -126,96 +162,43 @@ def name_of(block: Block) -> str:
     return f"{TASKS[block['block']['task']]}, {title_of(kind_of(block))}"
 
 
-def by_entry(block: Block) -> dict[str, dict[int, float]]:
-    """Points of the metric on test rows, by entry and seed."""
-    metric, found = block["block"]["metric"], dict[str, dict[int, float]]()
-    for cell in block["cells"].values():
-        if "failed" not in cell:
-            name = Entry(cell["cell"]["method"], cell["cell"]["policy"]).name
-            found.setdefault(name, {})[cell["cell"]["seed"]] = 100 * cell["metrics"]["test"][metric]
-    return {name: found[name] for name in sorted(found, key=rank_of)}
-
-
-def rank_of(name: str) -> tuple[int, str]:
-    return (ORDER.index(name) if name in ORDER else len(ORDER)), name
+# ------------------------------------------------------------------------------- task by task
 
 
 def table(block: Block) -> list[list[str]]:
     """One block: the metric, the difference from LoRA on all rows, in words, and the cost."""
-    metric, points = block["block"]["metric"], by_entry(block)
-    entries = [Entry(*name.split("+")) for name in points]
-    rows = rows_of(entries, list(block["cells"].values()), metric=metric)
-    head = ["", metric, "minus `lora+all`", "", "seeds", "trainable", "passes", "seconds"]
-    shown = [head]
-    for row in rows:
-        cells = [c for c in block["cells"].values() if c["cell"]["method"] == row["method"]]
-        cells = [c for c in cells if c["cell"]["policy"] == row["policy"] and "failed" not in c]
-        difference = row.get("difference")
-        shown.append(
-            [
-                f"`{row['name']}`",
-                _points(row["metrics"][metric], scale=100),
-                _points(difference, scale=100, sign="+") if difference else "–",
-                row["verdict"].replace("lora+all", "`lora+all`"),
-                ", ".join(str(seed) for seed in sorted(row["seeds"])),
-                f"{row['trainable']:,}",
-                f"{np.mean([passes(c) for c in cells]):,.0f}",
-                _seconds(cells),
-            ]
-        )
+    metric, of = block["block"]["metric"], by_entry(block)
+    # The first is what others are compared with, also where it has no cell.
+    compared = [Entry(*name.split("+")) for name in dict.fromkeys((REFERENCES[0], *of))]
+    shown = [["", metric, "minus `lora+all`", "", "seeds", "trainable", "passes", "seconds"]]
+    for row in rows_of(compared, list(block["cells"].values()), metric=metric):
+        cells, difference = worked(of.get(row["name"], ())), row.get("difference")
+        if row["name"] in of:
+            shown.append(
+                [
+                    f"`{row['name']}`",
+                    _points(row["metrics"][metric], scale=100) if cells else "–",
+                    _points(difference, scale=100, sign="+") if difference else "–",
+                    row["verdict"].replace("lora+all", "`lora+all`"),
+                    _seeds(row),
+                    _range([trainable(cell) for cell in cells], "{:,}"),
+                    f"{np.mean([passes(cell) for cell in cells]):,.0f}" if cells else "–",
+                    f"{np.mean([cell['seconds'] for cell in quiet(cells)]):.0f}" if quiet(cells) else "–",
+                ]
+            )
     return shown
 
 
-def quiet(cells: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The cells whose seconds mean something."""
-    return [cell for cell in cells if cell["commit"][:7] not in BUSY]
+def _seeds(row: Mapping[str, Any]) -> str:
+    told = [", ".join(map(str, sorted(row["seeds"])))] if row["seeds"] else []
+    if row["failed"]:
+        told.append(f"seed{_s(row['failed'])} {', '.join(map(str, sorted(row['failed'])))} failed")
+    return "; ".join(told)
 
 
-def _seconds(cells: Sequence[Mapping[str, Any]]) -> str:
-    of = [cell["seconds"] for cell in quiet(cells)]
-    return f"{np.mean(of):.0f}" if of else "–"
-
-
-def over_tasks(found: Sequence[Block], kind: tuple[Any, ...]) -> list[list[str]]:
-    """Paired differences over tasks and seeds from LoRA on all rows and on a random half."""
-    of = {block["block"]["task"]: by_entry(block) for block in found if kind_of(block) == kind}
-    names = sorted({name for entries in of.values() for name in entries}, key=rank_of)
-    rows = [["", "tasks", "minus `lora+all`", "worst", "minus `lora+random`", "worst"]]
-    for name in names:
-        tasks = [task for task in of if name in of[task]]
-        row = [f"`{name}`", ", ".join(TASKS[task] for task in tasks)]
-        for other in ("lora+all", "lora+random"):
-            row += _difference(of, name, other)
-        rows.append(row)
-    return rows
-
-
-def summary(*, rows: int, mean: int) -> list[list[str]]:
-    """Differences from LoRA on all rows, over tasks and seeds, with wrong labels and clean."""
-    found = [block for block in blocks() if not swept(block)]
-    shown = [["", *(f"{'20 % wrong labels' if wrong else 'clean'}, points minus LoRA's" for wrong in (0.2, 0.0))]]
-    of = {
-        wrong: {b["block"]["task"]: by_entry(b) for b in found if kind_of(b) == ("steps", rows, wrong, mean)}
-        for wrong in (0.2, 0.0)
-    }
-    names = {name for tasks in of.values() for entries in tasks.values() for name in entries} - {"lora+all"}
-    for name in sorted(names, key=rank_of):
-        shown.append([f"`{name}`", *(_difference(of[wrong], name, "lora+all")[0] for wrong in (0.2, 0.0))])
-    return shown
-
-
-def _difference(of: Mapping[str, Mapping[str, Mapping[int, float]]], name: str, other: str) -> tuple[str, str]:
-    pairs = [
-        points - of[task][other][seed]
-        for task in of
-        if other in of[task]
-        for seed, points in of[task].get(name, {}).items()
-        if seed in of[task][other]
-    ]
-    if name == other or not pairs:
-        return "–", "–"
-    over = interval(pairs)
-    return _points({"mean": over.mean, "half": over.half}, sign="+") + f" ({over.n})", f"{min(pairs):+.1f}"
+def _range(values: Sequence[float], form: str) -> str:
+    ends = list(dict.fromkeys(form.format(value) for value in (min(values), max(values)))) if values else []
+    return " to ".join(ends) or "–"
 
 
 def _points(value: Mapping[str, Any], *, scale: float = 1.0, sign: str = "") -> str:
@@ -223,77 +206,89 @@ def _points(value: Mapping[str, Any], *, scale: float = 1.0, sign: str = "") -> 
     return shown if value["half"] is None else f"{shown} ± {scale * value['half']:.1f}"
 
 
-def passes(cell: Mapping[str, Any]) -> int:
-    """Rows forward, and twice for rows backward, evaluation left out."""
-    return sum(c["forward"] + 2 * c["backward"] for phase, c in cell["cost"].items() if phase != "evaluation")
+def _s(several: Sequence[Any]) -> str:
+    return "" if len(several) == 1 else "s"
 
 
-def rates(found: Sequence[Block]) -> list[list[str]]:
-    """Validation metric by learning rate, where they were chosen."""
-    cells = [cell for block in found if swept(block) for cell in block["cells"].values()]
-    tried = sorted({cell["cell"]["learning_rate"] for cell in cells})
-    rows = [["", *(f"{rate:g}" for rate in tried), "chosen"]]
-    names = sorted({Entry(c["cell"]["method"], c["cell"]["policy"]).name for c in cells}, key=rank_of)
-    chosen = json.loads((RESULTS / "rates.json").read_text())["rates"] if cells else {}
-    for name in names:
-        of = dict[float, list[float]]()
-        for c in cells:
-            if f"{c['cell']['method']}+{c['cell']['policy']}" == name:
-                of.setdefault(c["cell"]["learning_rate"], []).append(c["metrics"]["validation"]["accuracy"])
-        shown = [f"{100 * sum(of[r]) / len(of[r]):.1f} ({len(of[r])})" if r in of else "–" for r in tried]
-        rows.append([f"`{name}`", *shown, f"{chosen[name]:g}"])
+# --------------------------------------------------------------------------------- over tasks
+
+
+def over_tasks(found: Sequence[Block], kind: tuple[Any, ...]) -> list[list[str]]:
+    """Differences over tasks from LoRA on all rows and on a random half."""
+    of = of_kind(found, kind)
+    measured_points = {task: points(block) for task, block in of.items()}
+    rows = [["", *(column for other in REFERENCES for column in (f"minus `{other}`", "tasks", "worst"))]]
+    for name in _names(of.values()):
+        row = [_named(name, of.values())]
+        for other in REFERENCES:
+            difference = over(measured_points, name, other)
+            row += [*_told(difference), "–" if difference.worst is None else f"{difference.worst:+.1f}"]
+        rows.append(row)
     return rows
 
 
-# -------------------------------------------------------------------------------------- plots
+def summary(*, rows: int, mean: int) -> list[list[str]]:
+    """Differences from LoRA on all rows over tasks, with wrong labels and clean; parameters as a share of LoRA's."""
+    found = blocks()
+    of = {wrong: of_kind(found, ("steps", rows, wrong, mean)) for wrong in (0.2, 0.0)}
+    all_blocks = [block for by_task in of.values() for block in by_task.values()]
+    labels = ("20 % wrong labels", "clean")
+    head = ["", "trainable, of LoRA's", *(c for label in labels for c in (f"{label}, points minus LoRA's", "tasks"))]
+    shown = [head]
+    for name in _names(all_blocks):
+        if name != REFERENCES[0]:
+            shares = [share for block in all_blocks for share in shares_of(block).get(name, ())]
+            row = [_named(name, all_blocks), _range(shares, "{:.2f}")]
+            for by_task in of.values():
+                row += _told(over({task: points(b) for task, b in by_task.items()}, name, REFERENCES[0]))
+            shown.append(row)
+    return shown
 
 
-def plot() -> None:
-    """Points against LoRA on all rows, a dot a block and entry: the mean over seeds."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    # The same numbers give the same file.
-    matplotlib.rcParams |= {"svg.hashsalt": "tsqlora", "svg.fonttype": "none", "font.size": 10}
-    from matplotlib import pyplot
-
-    PLOTS.mkdir(exist_ok=True)
-    for name, alt in PLOTTED.items():
-        figure, axes = pyplot.subplots(figsize=(7.2, 4.2), layout="constrained")
-        for entry, dots in dots_of(name).items():
-            colour = COLOURS[rank_of(entry)[0] % len(COLOURS)]
-            for wrong, marker in ((0.0, "o"), (0.2, "^")):
-                chosen = [(x, y) for x, y, share in dots if bool(share) == bool(wrong)]
-                label = f"{entry}, {'20 % wrong' if wrong else 'clean'}"
-                if chosen:
-                    axes.scatter(*zip(*chosen, strict=True), color=colour, marker=marker, label=label, alpha=0.8)
-        axes.axhline(0, color="#777777", linewidth=1)
-        axes.set(xlabel=alt.partition("by ")[2], ylabel="points against lora+all")
-        if axes.collections:
-            axes.legend(fontsize=7, ncols=2, loc="center left", bbox_to_anchor=(1.0, 0.5))
-        figure.savefig(PLOTS / f"{name}.svg", metadata={"Date": None})
-        pyplot.close(figure)
+def shares_of(block: Block) -> dict[str, list[float]]:
+    """Trainable parameters by entry, as shares of LoRA's on all rows; of nothing where that has no cell."""
+    of = by_entry(block)
+    theirs = [trainable(cell) for cell in worked(of.get(REFERENCES[0], ()))]
+    return {name: [trainable(cell) / theirs[0] for cell in worked(cells)] for name, cells in of.items() if theirs}
 
 
-def dots_of(name: str) -> dict[str, list[tuple[float, float, float]]]:
-    """By entry: what it cost, the mean difference by seed, and the share of wrong labels."""
-    cost = {
-        "parameters": lambda c: c["parameters"]["trainable"],
-        "passes": passes,
-        "seconds": lambda c: c["seconds"],
-        "samples": lambda c: sum(p["backward"] for phase, p in c["cost"].items() if phase in ("warm-up", "training")),
-    }[name]
-    found: dict[str, list[tuple[float, float, float]]] = {}
-    for block in (b for b in blocks() if not swept(b)):
-        points = by_entry(block)
-        for entry, ours in points.items():
-            difference = paired(ours, points.get("lora+all", {}))
-            cells = [c for c in block["cells"].values() if f"{c['cell']['method']}+{c['cell']['policy']}" == entry]
-            cells = [c for c in (quiet(cells) if name == "seconds" else cells) if "failed" not in c]
-            if difference is not None and cells and entry != "lora+all":
-                x = float(np.mean([cost(c) for c in cells]))
-                found.setdefault(entry, []).append((x, difference.mean, block["block"]["wrong"]))
-    return {entry: found[entry] for entry in sorted(found, key=rank_of)}
+def _names(found: Iterable[Block]) -> list[str]:
+    return sorted({name for block in found for name in by_entry(block)}, key=rank_of)
+
+
+def _named(name: str, found: Iterable[Block]) -> str:
+    failed = [cell for block in found for cell in by_entry(block).get(name, ()) if "failed" in cell]
+    return f"`{name}`" + (f", {len(failed)} cell{_s(failed)} failed" if failed else "")
+
+
+def _told(difference: Over) -> tuple[str, str]:
+    seeds, tasks = difference.seeds, ", ".join(TASKS[task] for task in difference.tasks) or "–"
+    if seeds is None:
+        return "–", tasks
+    return f"{_points(asdict(seeds), sign='+')} ({seeds.n} seed{'' if seeds.n == 1 else 's'})", tasks
+
+
+# ----------------------------------------------------------------------------- learning rates
+
+
+def rates(swept: Sequence[Cell]) -> list[list[str]]:
+    """Validation accuracy by learning rate, where they were chosen."""
+    tried = sorted({cell["cell"]["learning_rate"] for cell in swept})
+    rows = [["", *(f"{rate:g}" for rate in tried), "chosen"]]
+    for name in sorted(set(map(glue.entry_of, swept)), key=rank_of):
+        of = [cell for cell in swept if glue.entry_of(cell) == name]
+        shown = [_accuracy([cell for cell in of if cell["cell"]["learning_rate"] == rate]) for rate in tried]
+        rate = chosen()["rates"].get(name)
+        rows.append([f"`{name}`", *shown, "–" if rate is None else f"{rate:g}"])
+    return rows
+
+
+def _accuracy(cells: Sequence[Cell]) -> str:
+    found = [100 * cell["metrics"]["validation"]["accuracy"] for cell in worked(cells)]
+    failed = len(cells) - len(found)
+    if not found:
+        return f"{failed} failed" if failed else "–"
+    return f"{np.mean(found):.1f} ({len(found)}{f'; {failed} failed' if failed else ''})"
 
 
 def main() -> None:

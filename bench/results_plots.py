@@ -1,0 +1,93 @@
+"""The plots of docs/results.md."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from results_shown import blocks, by_entry, commit_of, passes, points, quiet, rank_of, seed_of, trainable, worked
+
+from tsqlora.compare.statistics import paired
+
+PLOTS = Path(__file__).parents[1] / "docs" / "plots"
+COLOURS = ("#000000", "#e69f00", "#0072b2", "#56b4e9", "#009e73", "#d55e00", "#cc79a7", "#999933")
+"""Told apart by the colour-blind too (Okabe and Ito)."""
+
+REFERENCE = "lora+all"
+COSTS: dict[str, tuple[str, Callable[[Any], float]]] = {
+    "parameters": ("trainable parameters", trainable),
+    "passes": ("passes", passes),
+    "seconds": ("seconds", lambda cell: cell["seconds"]),
+    "samples": (
+        "rows trained on, repeats counted",
+        lambda cell: sum(cell["cost"][p]["backward"] for p in ("warm-up", "training") if p in cell["cost"]),
+    ),
+}
+"""By the name of a plot's file: its x-axis, and what a cell cost."""
+
+
+class Dot(NamedTuple):
+    """An entry in a block: the means over the seeds that it and the reference have."""
+
+    entry: str
+    wrong: float
+    cost: float
+    difference: float
+    seeds: set[int]
+    commits: set[str]
+
+
+def dots_of(plot: str) -> list[Dot]:
+    """Of seconds, the seeds alone that ran beside nothing else."""
+    cost, found = COSTS[plot][1], list[Dot]()
+    for block in blocks():
+        of, cells = points(block), by_entry(block)
+        for entry in of.keys() - {REFERENCE}:
+            ours = quiet(worked(cells[entry])) if plot == "seconds" else worked(cells[entry])
+            theirs = of.get(REFERENCE, {})
+            ours = [cell for cell in ours if seed_of(cell) in theirs]
+            difference = paired({seed_of(cell): of[entry][seed_of(cell)] for cell in ours}, theirs)
+            if difference is not None:
+                seeds = {seed_of(cell) for cell in ours}
+                both = (*ours, *(cell for cell in cells[REFERENCE] if seed_of(cell) in seeds))
+                mean = float(np.mean([cost(cell) for cell in ours]))
+                commits = {commit_of(cell) for cell in both}
+                found.append(Dot(entry, block["block"]["wrong"], mean, difference.mean, seeds, commits))
+    return sorted(found, key=lambda dot: (rank_of(dot.entry), dot[1:4]))
+
+
+def plot() -> None:
+    """Points against LoRA on all rows, a dot a block and entry; below each plot its seeds and commits."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    # The same numbers give the same file.
+    matplotlib.rcParams |= {"svg.hashsalt": "tsqlora", "svg.fonttype": "none", "font.size": 10}
+    from matplotlib import pyplot
+
+    PLOTS.mkdir(exist_ok=True)
+    for name, (label, _) in COSTS.items():
+        dots = dots_of(name)
+        figure, axes = pyplot.subplots(figsize=(8.4, 4.2), layout="constrained")
+        for entry in dict.fromkeys(dot.entry for dot in dots):
+            colour = COLOURS[rank_of(entry)[0] % len(COLOURS)]
+            for wrong, marker in ((False, "o"), (True, "^")):
+                of = [(dot.cost, dot.difference) for dot in dots if dot.entry == entry and bool(dot.wrong) == wrong]
+                if of:
+                    what = f"{entry}, {'20 % wrong' if wrong else 'clean'}"
+                    axes.scatter(*zip(*of, strict=True), color=colour, marker=marker, label=what, alpha=0.8)
+        axes.axhline(0, color="#777777", linewidth=1)
+        axes.set(xlabel=label, ylabel=f"points against {REFERENCE}")
+        if axes.collections:
+            axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        figure.supxlabel(_origin(dots), fontsize=7)
+        figure.savefig(PLOTS / f"{name}.svg", metadata={"Date": None})
+        pyplot.close(figure)
+
+
+def _origin(dots: list[Dot]) -> str:
+    if not dots:
+        return f"no cells yet that can be compared with {REFERENCE}"
+    seeds = sorted(set[int]().union(*(dot.seeds for dot in dots)))
+    commits = sorted(set[str]().union(*(dot.commits for dot in dots)))
+    return f"seeds {', '.join(map(str, seeds))}; code {', '.join(commits)}"

@@ -1,0 +1,152 @@
+"""Which cells count, which are run anew, and that a block's cells share their settings."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tsqlora.errors import SettingsError
+
+sys.path.append(str(Path(__file__).parents[2] / "bench"))
+glue: Any = importlib.import_module("glue")
+
+BLOCK, NOW = glue.Block("sst2", 2000, 0.2, 4), "c0ffee0" + 33 * "0"
+RATES = {"lora+all": 1e-3, "tsqlora+quality": 1e-3}
+
+
+@pytest.fixture(autouse=True)
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(glue, "RESULTS", tmp_path / "results")
+    return tmp_path / "results"
+
+
+def a_cell(entry: str = "lora+all", *, seed: int = 0, rate: float = 1e-3, commit: str | None = NOW, **more: Any) -> Any:
+    method, policy = entry.split("+")
+    about = {"method": method, "policy": policy, "seed": seed, "learning_rate": rate}
+    metrics = {"validation": {"accuracy": 0.8, "loss": 0.5}, "test": {"accuracy": 0.8}}
+    return {"cell": about, "commit": commit, "metrics": metrics} | more
+
+
+def finished(folder: Path, *cells: Any, recheck: bool | None = False, epochs: int = 8) -> Path:
+    """Cells as `tsqlora compare` leaves them; without `quality.recheck`, those of code that didn't have it yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, cell in enumerate(cells):
+        about = cell["cell"]
+        settings = {
+            "model": {"path": f"/somewhere/{number}/minilm/model"},
+            "data": {"train": f"/somewhere/{number}/train.jsonl"},
+            "quality": {} if recheck is None else {"recheck": recheck},
+            "training": {"epochs": epochs, "seed": about["seed"], "learning_rate": about["learning_rate"]},
+        }
+        name = f"{about['method']}+{about['policy']}_seed{about['seed']}_lr{about['learning_rate']:g}"
+        (folder / f"{name}.json").write_text(json.dumps(cell | {"settings": settings}))
+    return folder
+
+
+def kept(results: Path) -> Any:
+    return json.loads((results / f"{BLOCK.name}.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("commit", "all_rows", "quality"),
+    [
+        ("5de8a2e", True, True),
+        ("389524f", True, True),
+        ("2ba0495", False, True),
+        ("e3ab70f", False, True),
+        ("02d971b", False, False),
+        (None, False, False),
+    ],
+)
+def test_a_cell_is_stale_where_its_code_made_other_numbers(commit: str | None, all_rows: bool, quality: bool) -> None:
+    long = None if commit is None else commit + 33 * "0"
+    assert glue.stale(a_cell("lora+all", commit=long)) is all_rows
+    assert glue.stale(a_cell("lora+random", commit=long)) is all_rows
+    assert glue.stale(a_cell("tsqlora+quality", commit=long)) is quality
+
+
+def test_a_stale_cell_is_as_good_as_not_run(tmp_path: Path) -> None:
+    glue.keep(BLOCK, finished(tmp_path / "a", a_cell(commit="389524f"), a_cell(seed=1, commit="2ba0495")))
+    assert not glue.known(BLOCK, 0, "lora", RATES)
+    assert glue.known(BLOCK, 1, "lora", RATES)
+    assert not glue.known(BLOCK, 2, "lora", RATES)
+
+
+def test_a_stale_cell_is_run_anew_and_replaced(tmp_path: Path, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file in the cache must not answer for it."""
+    monkeypatch.setattr(glue, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(glue, "config_of", lambda *args: None)
+    folder = tmp_path / "cache" / BLOCK.name / "seed0"
+    cells = finished(folder / "cells" / "cells", a_cell(commit="389524f"))
+    (folder / "settings.yaml").write_text("{}")
+    glue.keep(BLOCK, cells)
+
+    def compare(*args: Any, out: Path, **how: Any) -> None:
+        assert not list((out / "cells").glob("*.json"))
+        finished(out / "cells", a_cell())
+
+    monkeypatch.setattr(glue, "compare", compare)
+    glue.run(BLOCK, 0, ["lora"], tmp_path, rates=RATES)
+    assert [cell["commit"] for cell in kept(results)["cells"].values()] == [NOW]
+
+
+def test_what_is_kept_names_no_path_no_seed_and_no_rate(tmp_path: Path, results: Path) -> None:
+    glue.keep(BLOCK, finished(tmp_path / "a", a_cell(), a_cell(seed=1)))
+    assert kept(results)["settings"]["training"] == {"epochs": 8}
+    assert kept(results)["settings"]["model"]["path"] == "minilm"
+    assert kept(results)["settings"]["data"]["train"] is None
+    assert len(kept(results)["cells"]) == 2
+
+
+def test_cells_of_other_settings_are_refused_by_the_settings_names(tmp_path: Path, results: Path) -> None:
+    glue.keep(BLOCK, finished(tmp_path / "a", a_cell()))
+    before = kept(results)
+    new = finished(tmp_path / "b", a_cell(seed=1), recheck=True, epochs=6)
+    with pytest.raises(SettingsError, match="sst2_2000_wrong20_rank4") as refused:
+        glue.keep(BLOCK, new)
+    assert "quality.recheck False, now True" in str(refused.value)
+    assert "training.epochs 8, now 6" in str(refused.value)
+    assert kept(results) == before
+
+
+@pytest.mark.parametrize("order", [(None, False), (False, None)])
+def test_a_setting_that_came_since_is_the_same_at_its_default(
+    tmp_path: Path, results: Path, order: tuple[bool | None, bool | None]
+) -> None:
+    for seed, recheck in enumerate(order):
+        glue.keep(BLOCK, finished(tmp_path / str(seed), a_cell(seed=seed), recheck=recheck))
+    assert len(kept(results)["cells"]) == 2
+
+
+def test_a_setting_that_came_since_and_is_not_at_its_default_is_another(tmp_path: Path) -> None:
+    glue.keep(BLOCK, finished(tmp_path / "a", a_cell(), recheck=None))
+    with pytest.raises(SettingsError, match=r"quality\.recheck False, now True"):
+        glue.keep(BLOCK, finished(tmp_path / "b", a_cell(seed=1), recheck=True))
+
+
+def test_stale_cells_of_other_settings_make_way(tmp_path: Path, results: Path) -> None:
+    glue.keep(BLOCK, finished(tmp_path / "a", a_cell(commit="389524f"), a_cell(seed=1, commit="5de8a2e"), epochs=6))
+    glue.keep(BLOCK, finished(tmp_path / "b", a_cell()))
+    assert kept(results)["settings"]["training"]["epochs"] == 8
+    assert [cell["commit"] for cell in kept(results)["cells"].values()] == [NOW]
+
+
+def test_the_best_rate_is_of_cells_that_did_not_fail() -> None:
+    good = [a_cell(rate=1e-3, seed=seed) for seed in range(2)]
+    worse = [a_cell(rate=5e-4, seed=seed, metrics={"validation": {"accuracy": 0.7, "loss": 0.6}}) for seed in range(2)]
+    failed = a_cell(rate=1e-2, metrics={}, failed="diverged")
+    assert glue.best_rate([failed, *good, *worse]) == 1e-3
+
+
+def test_a_rate_at_which_a_seed_failed_is_not_chosen_over_one_at_which_none_did() -> None:
+    better = a_cell(rate=1e-2, metrics={"validation": {"accuracy": 0.9, "loss": 0.4}})
+    failed = a_cell(rate=1e-2, seed=1, metrics={}, failed="diverged")
+    assert glue.best_rate([better, failed, a_cell(), a_cell(seed=1)]) == 1e-3
+
+
+def test_an_entry_whose_every_cell_failed_has_no_best_rate() -> None:
+    with pytest.raises(SettingsError, match=r"lora\+all failed with every learning rate of the sweep; try smaller"):
+        glue.best_rate([a_cell(metrics={}, failed="diverged")])

@@ -1,0 +1,206 @@
+"""What docs/results.md shows of the cells, and what it says of those that it leaves out."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[2] / "bench"))
+glue: Any = importlib.import_module("glue")
+results_page: Any = importlib.import_module("results_page")
+
+SST2, MRPC, STSB = (glue.Block(task, 2000, 0.2, 4) for task in ("sst2", "mrpc", "stsb"))
+SWEEP, NOW = glue.Block("sst2", 1000, 0.0, 4), "c0ffee0"
+ENTRIES = [entry.name for entry in glue.entries(glue.ENTRIES.split(","))]
+RATES = dict.fromkeys(ENTRIES, 1e-3)
+
+
+@pytest.fixture(autouse=True)
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(glue, "RESULTS", tmp_path)
+    (tmp_path / "rates.json").write_text(json.dumps({"block": SWEEP.name, "rates": RATES}))
+    put(tmp_path, SWEEP, a_cell())
+    return tmp_path
+
+
+def a_cell(
+    entry: str = "lora+all",
+    points: float | None = 80.0,
+    *,
+    seed: int = 0,
+    rate: float = 1e-3,
+    commit: str = NOW,
+    trainable: int = 169_730,
+) -> Any:
+    """Of None points, one that failed."""
+    method, policy = entry.split("+")
+    found: dict[str, Any] = {
+        "cell": {"method": method, "policy": policy, "seed": seed, "learning_rate": rate},
+        "commit": commit + 33 * "0",
+        "cost": {"training": {"forward": 8000, "backward": 8000}},
+        "seconds": 90.0,
+        "steps": 504,
+        "peak_memory_bytes": 1,
+        "metrics": {},
+    }
+    if points is None:
+        return found | {"failed": "the loss is not finite"}
+    values = {"accuracy": points / 100, "spearman": points / 100, "loss": 0.5}
+    return found | {"metrics": {"validation": values, "test": values}, "parameters": {"trainable": trainable}}
+
+
+def put(folder: Path, block: Any, *cells: Any) -> None:
+    about = {name: getattr(block, name) for name in ("task", "rows", "wrong", "mean", "equal", "metric")}
+    named = {f"{n}": cell for n, cell in enumerate(cells)}
+    (folder / f"{block.name}.json").write_text(json.dumps({"block": about, "settings": {}, "cells": named}))
+
+
+def section(title: str) -> str:
+    """Of the page, from the first heading that has the title to the next."""
+    return results_page.page().partition(title)[2].partition("\n#")[0]
+
+
+def row(of: str, name: str) -> list[str]:
+    """The cells of a table's row, by its first."""
+    [line] = [line for line in of.splitlines() if line.startswith(f"| {name}")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_a_block_of_two_rates_shows_the_cells_of_the_chosen_one(results: Path) -> None:
+    put(results, SST2, a_cell(), a_cell("lora+random", 82.0), a_cell("lora+random", 99.0, rate=5e-4))
+    shown = section("### SST-2, 2,000 rows, 20% wrong labels")
+    assert row(shown, "`lora+random`")[1] == "82.0"
+    assert "99.0" not in results_page.page()
+    assert "1 at another learning rate than is chosen now" in section("## What is missing")
+
+
+def test_the_block_of_the_sweep_is_no_block_of_the_grid(results: Path) -> None:
+    """Also while it holds one rate of each entry."""
+    put(results, SST2, a_cell())
+    assert "1,000 rows, clean labels" not in results_page.page().partition("## Learning rates")[0]
+    assert "80.0 (1)" in row(section("## Learning rates"), "`lora+all`")
+
+
+def test_cells_of_older_code_are_left_out_and_counted(results: Path) -> None:
+    old = a_cell("tsqlora+quality", 99.0, commit="e3ab70f")
+    put(results, SST2, a_cell(commit="2ba0495"), old, a_cell(seed=1, points=98.0, commit="389524f"))
+    page = results_page.page()
+    assert "99.0" not in page
+    assert "98.0" not in page
+    assert "2 of older code" in section("## What is missing")
+    assert row(section("### SST-2"), "`lora+all`")[1] == "80.0"
+
+
+def test_the_sweep_shows_cells_of_older_code_where_there_are_no_newer_ones(results: Path) -> None:
+    put(results, SWEEP, a_cell(), a_cell(rate=2e-3, points=77.0, commit="389524f"))
+    assert "77.0 (1)" in row(section("## Learning rates"), "`lora+all`")
+    assert "1 of them by older code" in " ".join(section("## Learning rates").split())
+
+
+def test_over_tasks_is_the_mean_over_tasks_of_each_seed_over_seeds(results: Path) -> None:
+    """Differences of 1 and 3 points, and of 2 and 6: two seeds of 2 and 4, not four values."""
+    for block, gains in ((SST2, (1.0, 2.0)), (MRPC, (3.0, 6.0))):
+        theirs = [a_cell(points=80.0, seed=seed) for seed in range(2)]
+        put(results, block, *theirs, *(a_cell("eva+all", 80.0 + gains[seed], seed=seed) for seed in range(2)))
+    _, difference, tasks, worst, *_ = row(_over(), "`eva+all`")
+    assert difference == "+3.0 ± 12.7 (2 seeds)"
+    assert tasks == "SST-2, MRPC"
+    assert worst == "+1.0"
+
+
+def _over() -> str:
+    return results_page.page().partition("## Over tasks")[2].partition("## Task by task")[0]
+
+
+def test_over_tasks_takes_seeds_that_have_all_tasks_that_both_sides_share(results: Path) -> None:
+    put(results, SST2, *(a_cell(seed=s) for s in range(3)), *(a_cell("eva+all", 81.0, seed=s) for s in range(3)))
+    put(results, MRPC, *(a_cell(seed=s) for s in range(2)), a_cell("eva+all", 85.0, seed=1))
+    put(results, STSB, a_cell())
+    assert row(_over(), "`eva+all`")[1:3] == ["+3.0 (1 seed)", "SST-2, MRPC"]
+
+
+def test_over_tasks_says_nothing_where_no_seed_has_all_tasks(results: Path) -> None:
+    put(results, SST2, a_cell(seed=0), a_cell("eva+all", seed=0))
+    put(results, MRPC, a_cell(seed=1), a_cell("eva+all", seed=1))
+    assert row(_over(), "`eva+all`")[1:4] == ["–", "SST-2, MRPC", "–"]
+
+
+def test_the_summary_says_of_which_tasks_each_mean_is(results: Path) -> None:
+    put(results, SST2, a_cell(), a_cell("eva+all", 81.0, trainable=152_757), a_cell("lora+random"))
+    put(results, MRPC, a_cell(), a_cell("lora+random", 84.0))
+    head, random, eva = results_page.summary(rows=2000, mean=4)
+    assert head[1:4] == ["trainable, of LoRA's", "20 % wrong labels, points minus LoRA's", "tasks"]
+    assert random == ["`lora+random`", "1.00", "+2.0 (1 seed)", "SST-2, MRPC", "–", "–"]
+    assert eva == ["`eva+all`", "0.90", "+1.0 (1 seed)", "SST-2", "–", "–"]
+
+
+def test_trainable_is_a_range_where_seeds_differ(results: Path) -> None:
+    put(results, SST2, a_cell(), a_cell("eva+all", trainable=100), a_cell("eva+all", seed=1, trainable=1000))
+    shown = section("### SST-2")
+    assert "169,730" in row(shown, "`lora+all`")
+    assert "100 to 1,000" in row(shown, "`eva+all`")
+
+
+def test_seeds_that_failed_are_named(results: Path) -> None:
+    put(results, SST2, a_cell(), a_cell("eva+all"), a_cell("eva+all", None, seed=1))
+    assert "0; seed 1 failed" in row(section("### SST-2"), "`eva+all`")
+    assert row(_over(), "`eva+all`")[0] == "`eva+all`, 1 cell failed"
+
+
+def test_an_entry_of_which_every_seed_failed_stands_in_the_tables(results: Path) -> None:
+    put(results, SST2, a_cell(), a_cell("eva+all", None), a_cell("eva+all", None, seed=1))
+    found = row(section("### SST-2"), "`eva+all`")
+    assert "every seed failed" in found
+    assert "seeds 0, 1 failed" in found
+    assert row(_over(), "`eva+all`")[:2] == ["`eva+all`, 2 cells failed", "–"]
+    assert results_page.summary(rows=2000, mean=4)[1][:3] == ["`eva+all`, 2 cells failed", "–", "–"]
+
+
+def test_differences_are_from_lora_on_all_rows_or_from_nothing(results: Path) -> None:
+    """Not from a random half, where all rows are missing."""
+    put(results, SST2, a_cell("lora+random"), a_cell("eva+all"))
+    shown = section("### SST-2")
+    assert row(shown, "`lora+random`")[2:4] == ["–", "no seed in common with `lora+all`"]
+    assert "\n| `lora+all`" not in shown
+
+
+def test_a_failed_cell_of_the_sweep_is_counted_as_failed(results: Path) -> None:
+    put(results, SWEEP, a_cell(), a_cell("lora+all", None, seed=1))
+    assert "80.0 (1; 1 failed)" in row(section("## Learning rates"), "`lora+all`")
+
+
+def test_seconds_of_cells_that_ran_beside_others_are_not_shown(results: Path) -> None:
+    put(results, SST2, a_cell(), a_cell("eva+all", commit="4c33c59"))
+    assert row(section("### SST-2"), "`lora+all`")[-1] == "90"
+    assert row(section("### SST-2"), "`eva+all`")[-1] == "–"
+    assert "4c33c59" in results_page.page().partition("## Over tasks")[0]
+
+
+def test_what_is_missing_is_told_block_by_block(results: Path) -> None:
+    full = [a_cell(entry, seed=seed) for entry in ENTRIES for seed in range(3)]
+    put(results, SST2, *full)
+    put(results, MRPC, *full[2:-1], a_cell("eva+all", None, seed=2))
+    found = section("## What is missing")
+    assert row(found, "SST-2, 2,000 rows, 20% wrong labels")[1:] == ["24 of 24", "–"]
+    assert row(found, "MRPC, 2,000 rows, 20% wrong labels")[1:] == [
+        "21 of 24",
+        "`lora+all` 0, 1; `eva+all` 2 (failed)",
+    ]
+    assert row(found, "RTE, 2,000 rows, clean labels")[1:] == ["0 of 24", "all"]
+
+
+def test_every_plot_says_which_seeds_and_commits_it_is_of(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    plots: Any = importlib.import_module("results_plots")
+    monkeypatch.setattr(plots, "PLOTS", results / "plots")
+    put(results, SST2, a_cell(seed=2), a_cell("eva+all", seed=2, commit="beef000"), a_cell("eva+all", seed=7))
+    plots.plot()
+    names = sorted(path.stem for path in (results / "plots").glob("*.svg"))
+    assert names == ["parameters", "passes", "samples", "seconds"]
+    for name in names:
+        text = (results / "plots" / f"{name}.svg").read_text()
+        assert "seeds 2; code beef000, c0ffee0" in text
+    assert "rows trained on, repeats counted" in (results / "plots" / "samples.svg").read_text()
