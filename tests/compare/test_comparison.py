@@ -111,6 +111,16 @@ def test_a_cell_that_fails_is_a_result_and_is_never_chosen(config: Config, tmp_p
         compare(config, ["lora"], seeds=[0], out=tmp_path / "c", sweep=[0.01, 0.02], run=Fake(fails_above=0.0))
 
 
+def test_seeds_that_drew_at_random_are_named_in_the_table(config: Config, tmp_path: Path) -> None:
+    class AtRandom(Fake):
+        def __call__(self, config: Config, cell: Cell, **kwargs: Any) -> Any:
+            found = super().__call__(config, cell, **kwargs)
+            return found | {"quality": {"random": "still at chance" if cell.seed else None}}
+
+    result = compare(config, ["lora", "tsqlora"], seeds=[0, 1, 2], out=tmp_path / "out", run=AtRandom())
+    assert result["table"][1]["random"] == [1, 2]
+
+
 def test_equal_seconds_are_those_of_the_first_method(config: Config, tmp_path: Path) -> None:
     run = Fake()
     compare(config, ["lora", "tsqlora"], seeds=[0, 1], out=tmp_path / "out", equal="seconds", run=run)

@@ -62,6 +62,24 @@ def test_every_policy_draws_its_share_of_the_rows(policy: str, place: Path) -> N
     assert found["quality"].get("scored") == (True if policy in ("quality", "loss", "el2n", "gradnorm") else None)
 
 
+@pytest.mark.parametrize("policy", ["loss", "el2n", "gradnorm"])
+def test_a_rivals_term_draws_by_its_softmax_and_our_guard_does_not_turn_it_back(policy: str, place: Path) -> None:
+    found = run_cell(settings(place), cell_of(f"lora+{policy}"), equal="steps")
+    assert found["quality"]["scored"]
+    assert found["quality"]["random"] is None
+    assert not any("drawn at random" in note for note in found["notes"])
+
+
+def test_a_cell_tells_why_its_policy_drew_at_random(place: Path) -> None:
+    even = run_cell(settings(place), cell_of("lora+quality"), equal="steps")
+    assert even["quality"]["random"] == "no row was left out, and rows are drawn evenly"
+    guarded = settings(place, quality={"fraction": 0.5, "reference": 40, "weights": {"gradient_norm": 1.0}})
+    turned_back = run_cell(guarded, cell_of("lora+quality"), equal="steps")
+    assert "of rows drawn by Q" in turned_back["quality"]["random"]
+    at_chance = run_cell(settings(place), Cell(Entry("lora", "loss"), 0, 1e-7), equal="steps")
+    assert "train it longer first" in at_chance["quality"]["random"]
+
+
 def test_a_cell_has_the_same_result_again_and_its_seed_decides_it(place: Path) -> None:
     once, again, other = (run_cell(settings(place), cell_of("lora+random", s), equal="steps") for s in (0, 0, 1))
     assert once["metrics"] == again["metrics"]

@@ -98,6 +98,13 @@ def test_what_failed_is_named_and_a_page_is_made_of_what_there_is(tmp_path: Path
     assert made(make_comparison(tmp_path / "4", ["lora+all"])).page_data()["figures"].keys() >= {"seed-plot"}
 
 
+def test_seeds_that_drew_at_random_are_told_with_their_reason(tmp_path: Path) -> None:
+    seen = made(make_comparison(tmp_path, at_random=[("tsqlora+quality", 1), ("tsqlora+quality", 2)]))
+    assert "tsqlora+quality drew rows at random with seed 1: the model is at chance." in seen.texts["li"]
+    assert "tsqlora+quality (2 of 3 seeds drew at random)" in seen.texts["th"]
+    assert not any("at random with seed" in text for text in made(make_comparison(tmp_path / "2")).texts["li"])
+
+
 def test_other_metrics_are_shown_as_numbers(tmp_path: Path) -> None:
     seen = made(make_comparison(tmp_path, metric="matthews"))
     assert "(+0.02" in seen.texts["li"][0]

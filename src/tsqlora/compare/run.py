@@ -23,6 +23,7 @@ from tsqlora.errors import SettingsError, TsqLoraError
 from tsqlora.job import Job, arguments, fit_job, load, measure, require_drawable
 from tsqlora.progress import Progress
 from tsqlora.quality.sampling import draw_size
+from tsqlora.quality.scores import Scores
 from tsqlora.record import RunRecord
 from tsqlora.tasks.generation import Generation
 from tsqlora.training.live import peak_memory
@@ -128,8 +129,20 @@ def _what_was_drawn(rows: Rows) -> dict[str, Any]:
     drawn = {"rows": len(rows.data.dataset), "rows_an_epoch": len(rows.data)}
     if rows.quality is None:
         return drawn
-    record = {} if rows.data.scores is None else rows.data.scores.record
-    return drawn | {"scored": bool(record), "refused": rows.quality.refused, "noise": record.get("noise")}
+    scores = rows.data.scores
+    noise = None if scores is None else scores.record.get("noise")
+    random = _why_at_random(rows.quality.refused, scores)
+    return drawn | {"scored": scores is not None, "refused": rows.quality.refused, "random": random, "noise": noise}
+
+
+def _why_at_random(refused: str | None, scores: Scores | None) -> str | None:
+    """Why a policy that scores drew as a random one does all the same; None where its scores decided."""
+    if scores is None:
+        return refused or "rows were never scored"
+    guard = scores.record.get("guard", {})
+    if guard.get("passed") is False:
+        return str(guard["why"])
+    return "no row was left out, and rows are drawn evenly" if scores.even and scores.kept.all() else None
 
 
 # ------------------------------------------------------------------------------- equal seconds

@@ -40,6 +40,7 @@ def _row(
         **asdict(entry),
         "seeds": [f["cell"]["seed"] for f in worked],
         "failed": [f["cell"]["seed"] for f in found if "failed" in f],
+        "random": [f["cell"]["seed"] for f in worked if f.get("quality", {}).get("random")],
         "learning_rates": sorted({f["cell"]["learning_rate"] for f in found}),
     }
     if not worked:
@@ -62,6 +63,18 @@ def _row(
         "difference": None if difference is None else _told(difference),
         "verdict": verdict(difference, against.name, lower_is_better=lower_is_better(metric)),
     }
+
+
+def named(row: Mapping[str, Any]) -> str:
+    """The name of a row, with what a reader of its numbers must know.
+
+    >>> named({"name": "adalora+quality", "seeds": [0, 1, 2], "failed": [], "random": [0, 2]})
+    'adalora+quality (2 of 3 seeds drew at random)'
+    """
+    said = [f"{len(row['failed'])} failed"] if row["failed"] else []
+    if random := row.get("random"):
+        said.append(f"{len(random)} of {len(row['seeds'])} seeds drew at random")
+    return f"{row['name']} ({'; '.join(said)})" if said else row["name"]
 
 
 def split_of(found: Found) -> str:
@@ -90,7 +103,7 @@ def show_comparison(console: Console, result: Mapping[str, Any]) -> None:
     found = Table("", metric, "difference", "which is", title=title, title_justify="left")
     cost = Table("", "seconds", "steps", "trainable", "MiB", title="cost", title_justify="left")
     for row in rows:
-        name = row["name"] + (f" ({len(row['failed'])} failed)" if row["failed"] else "")
+        name = named(row)
         if "metrics" not in row:
             found.add_row(name, "–", "–", row["verdict"])
             continue

@@ -54,6 +54,8 @@ class Method:
     learning_rates: list[float]
     trained: list[Trained]
     failed: dict[int, str]
+    at_random: dict[int, str]
+    """Why rows were not drawn by scores, by seed, where they were to be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +169,7 @@ def _method(row: Mapping[str, Any], cells: list[dict[str, Any]]) -> Method:
         learning_rates=list(row["learning_rates"]),
         trained=sorted((_trained(c, row["split"]) for c in cells if "failed" not in c), key=lambda t: t.seed),
         failed={c["cell"]["seed"]: str(c["failed"]) for c in cells if "failed" in c},
+        at_random={c["cell"]["seed"]: str(why) for c in cells if (why := c.get("quality", {}).get("random"))},
     )
 
 

@@ -83,7 +83,7 @@ def _mean_seconds(method: Method) -> float:
 def _found(known: Comparison) -> Part:
     rows = [
         [
-            method.name,
+            method.name + _how_many_at_random(method),
             mean_of(known.metric, method.metrics[known.metric]) if method.trained else "–",
             gain_of(known.metric, method.difference) if method.difference else "–",
             method.verdict,
@@ -94,6 +94,11 @@ def _found(known: Comparison) -> Part:
     heads = ["method", words(known.metric), f"minus {known.reference}", "which is", "seeds"]
     title = f"{known.split} {words(known.metric)}, mean ± 95 % interval".capitalize()
     return [html.bullets(_sentences(known)), html.table(title, heads, rows, numbers=(1, 2, 4))], {}
+
+
+def _how_many_at_random(method: Method) -> str:
+    count = len(method.at_random)
+    return f" ({count} of {len(method.trained)} seeds drew at random)" if count else ""
 
 
 def _sentences(known: Comparison) -> list[str]:
@@ -115,6 +120,7 @@ def _sentences(known: Comparison) -> list[str]:
         )
     for method in known.methods:
         said += [f"{method.name} failed with seed {seed}: {why}." for seed, why in method.failed.items()]
+        said += [f"{method.name} drew rows at random with seed {s}: {why}." for s, why in method.at_random.items()]
     return said
 
 
