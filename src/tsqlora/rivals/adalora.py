@@ -34,7 +34,7 @@ def adalora(setup: Setup) -> Built:
     )
     return Built(
         model,
-        (PenaltyInTraining(model), AdaLoraCallback(model)),
+        (PenaltyInTraining(model, NAME), AdaLoraCallback(model)),
         trainable=lambda: used_parameters(model),
         ranks=lambda: kept_triplets(model),
     )

@@ -41,7 +41,7 @@ def _build(setup: Setup, name: str, *, as_released: bool) -> Built:
     return Built(
         model,
         (
-            PenaltyInTraining(model),
+            PenaltyInTraining(model, name),
             ElaLoraCallback(model, setup.steps, name=name, as_released=as_released, seed=setup.seed),
         ),
         trainable=lambda: count_trainable(model),

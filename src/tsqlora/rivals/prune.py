@@ -37,7 +37,7 @@ def prune(setup: Setup) -> Built:
     model = build(setup, rank=first_rank(mean), scale=setup.alpha / mean, target_r=mean, orth_reg_weight=ORTHOGONALITY)
     return Built(
         model,
-        (PenaltyInTraining(model), PruneCallback(model, phase, mean=mean, steps=setup.steps)),
+        (PenaltyInTraining(model, NAME), PruneCallback(model, phase, mean=mean, steps=setup.steps)),
         trainable=lambda: count_trainable(model),
         ranks=lambda: {name: triplets.rank for name, triplets in triplets_of(model).items()},
     )

@@ -85,9 +85,14 @@ class PenaltyInTraining(TrainerCallback):
     step's first forward pass to the step's end.
     """
 
-    def __init__(self, model: PeftModel) -> None:
-        self.config = config_of(model)
+    def __init__(self, model: PeftModel, method: str) -> None:
+        self.config, self.method = config_of(model), method
         self.weight, self.config.orth_reg_weight = self.config.orth_reg_weight, 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        require_penalty(args.label_smoothing_factor, self.method)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -96,6 +101,15 @@ class PenaltyInTraining(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.config.orth_reg_weight = 0.0
+
+
+def require_penalty(label_smoothing: float, method: str) -> None:
+    """Raises UnsupportedError where the Trainer computes the loss itself, so that what PEFT adds to its own is lost."""
+    if label_smoothing:
+        raise UnsupportedError(
+            f"training.label_smoothing_factor is {label_smoothing:g}, and with it PEFT's orthogonality penalty is in no "
+            f"loss of {method}; set it to 0, or leave out {method}"
+        )
 
 
 def says_nothing(layers: Mapping[str, Triplets]) -> bool:
