@@ -50,6 +50,7 @@ def test_every_method_trains_at_the_same_steps_and_tells_its_cost(method: str, p
     assert trained == 60 * 8
     assert found["metrics"].keys() == {"validation", "test"}
     assert found["parameters"]["trainable"] > 0
+    assert (found["cost"]["building"]["forward"] > 0) == (method == "eva")
     assert found["seconds"] == pytest.approx(sum(c["seconds"] for p, c in found["cost"].items() if p != "evaluation"))
     assert found["peak_memory_bytes"] > 2**20
 

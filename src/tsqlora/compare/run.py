@@ -113,6 +113,7 @@ def _train(
         set_seed(cell.seed)
         built, ranks = build(job, cell.entry.method, steps=args.max_steps)
     building = record.cost.pop("building")
+    building.add(forward=built.cost.forward, backward=built.cost.backward, tokens=built.cost.tokens)
     also = (*built.callbacks, *rows.also)
     fit_job(job, built.model, args, rows.data, record, rows.quality, ranks, progress, also=also)
     record.cost = {"building": building} | record.cost

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.ranks.rivals import whole_rank
+from tsqlora.record import PhaseCost
 from tsqlora.rivals.setup import Built, Setup, adapt, count_trainable, layers_of
 
 NAME = "eva"
@@ -39,10 +40,11 @@ def eva(setup: Setup) -> Built:
     # Not before: PEFT would advise, by a warning, on how to build the model with less memory.
     config.init_lora_weights, config.eva_config = "eva", EvaConfig(rho=setup.max_rank / rank)
     batches = batches_of(setup)
+    forward = CountedForward(MOST_PASSES * len(batches))
     initialize_lora_eva_weights(
         model,
         batches,
-        forward_fn=CountedForward(MOST_PASSES * len(batches)),
+        forward_fn=forward,
         prepare_layer_inputs_fn=layer_inputs,  # pyright: ignore[reportArgumentType]
         show_progress_bar=False,
     )
@@ -51,6 +53,7 @@ def eva(setup: Setup) -> Built:
         (),
         trainable=lambda: count_trainable(model),
         ranks=lambda: dict.fromkeys(names, 0) | {n: layer.r["default"] for n, layer in layers_of(model).items()},
+        cost=forward.cost,
     )
 
 
@@ -82,10 +85,10 @@ def layer_inputs(layer_input: Any, model_input: Tensor, layer_name: str) -> Tens
 
 
 class CountedForward:
-    """Passes a batch forward, so many times at most."""
+    """Passes a batch forward, so many times at most, and counts rows and their tokens that are not padding."""
 
     def __init__(self, most: int) -> None:
-        self.left = most
+        self.left, self.cost = most, PhaseCost()
 
     def __call__(self, model: nn.Module, inputs: dict[str, Tensor]) -> Any:
         self.left -= 1
@@ -94,5 +97,8 @@ class CountedForward:
                 f"EVA's directions still turn after {MOST_PASSES} passes over its samples; give more rows or lower "
                 "ranks.max"
             )
+        ids = inputs["input_ids"]
+        tokens = int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else ids.numel()
+        self.cost.add(forward=len(ids), tokens=tokens)
         with torch.no_grad():
             return model(**inputs)
