@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from runs import write_config
+from tsqlora.compare import comparison
 from tsqlora.compare.cells import Cell, Entry, load, path_of
-from tsqlora.compare.comparison import compare
 from tsqlora.config import Config, dump_config, load_config
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
 
@@ -17,6 +17,14 @@ from tsqlora.errors import DataError, SettingsError, UnsupportedError
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
     return load_config(write_config(tmp_path / "c.yaml", tmp_path / "model", tmp_path / "train.jsonl"))
+
+
+def compare(*args: Any, **options: Any) -> dict[str, Any]:
+    """With no look at rows and models, which are not there; `rows` are the hashes that it would find."""
+    rows = options.pop("rows", {})
+    return comparison.compare(
+        *args, check=lambda *_, known, **__: {seed: rows[seed] for seed in known if rows}, **options
+    )
 
 
 class Fake:
@@ -222,6 +230,22 @@ def test_a_cells_file_that_is_broken_or_anothers_is_named(config: Config, tmp_pa
     path.write_text(json.dumps({"cell": Cell(Entry("lora", "all"), 1, 0.02).to_dict()}))
     with pytest.raises(DataError, match="of another cell"):
         load(tmp_path, cell)
+
+
+def test_cells_of_other_rows_are_refused_before_anything_is_trained(config: Config, tmp_path: Path) -> None:
+    class WithRows(Fake):
+        def __call__(self, config: Config, cell: Cell, **kwargs: Any) -> Any:
+            return super().__call__(config, cell, **kwargs) | {"data_hash": f"rows of {cell.seed}"}
+
+    rows = {seed: f"rows of {seed}" for seed in range(3)}
+    compare(config, ["lora"], seeds=[0, 1], out=tmp_path / "out", run=WithRows())
+    compare(config, ["lora"], seeds=[0, 1, 2], out=tmp_path / "out", run=WithRows(), rows=rows)
+    changed = WithRows()
+    with pytest.raises(
+        DataError, match=r"lora\+all_seed1_lr0.02.json is of other rows \(hash rows of 1\) than .*--out"
+    ):
+        compare(config, ["dora"], seeds=[0, 1], out=tmp_path / "out", run=changed, rows=rows | {1: "others"})
+    assert not changed.ran
 
 
 def test_a_launcher_is_refused(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,6 +123,6 @@ def test_label_smoothing_which_has_no_penalty_is_refused_before_the_first_step(n
     with pytest.raises(UnsupportedError) as error:
         trainer_of(built, tmp_path, label_smoothing_factor=0.1).train()
     assert str(error.value) == (
-        f"training.label_smoothing_factor is 0.1, and with it PEFT's orthogonality penalty is in no loss of {name}; set "
-        f"it to 0, or leave out {name}"
+        f"training.label_smoothing_factor is 0.1, and with it PEFT's orthogonality penalty is in no loss of {name}; "
+        f"set it to 0, or leave out {name}"
     )

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from tsqlora import distributed
-from tsqlora.compare.cells import Cell, Entry, load, save
+from tsqlora.compare.cells import Cell, Entry, known_seeds, load, require_rows, save
 from tsqlora.compare.methods import entries
 from tsqlora.compare.run import Equal
 from tsqlora.compare.table import rows_of
-from tsqlora.compare.worker import in_own_process
+from tsqlora.compare.worker import checked_in_own_process, in_own_process
 from tsqlora.config import Config, dump_config, load_config
 from tsqlora.errors import SettingsError, UnsupportedError, nearest
 from tsqlora.progress import Progress
@@ -27,6 +27,7 @@ from tsqlora.training.run_dir import CONFIG_FILE, alone_in
 SETTINGS_FILE, TABLE_FILE = "comparison.json", "table.json"
 EQUAL: tuple[Equal, ...] = ("steps", "epochs", "seconds")
 Run = Callable[..., dict[str, Any]]
+Check = Callable[..., dict[int, str]]
 
 
 def compare(
@@ -43,6 +44,7 @@ def compare(
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda text: None,
     run: Run = in_own_process,
+    check: Check = checked_in_own_process,
 ) -> dict[str, Any]:
     """Runs what was not run yet, a cell at a time in a process of its own; the table of all.
 
@@ -56,8 +58,10 @@ def compare(
         rates: learning rates by entry or method, in place of the config's.
         metric: what is compared; by default the task's.
 
-    A directory holds one comparison: further methods and seeds may be added. Raises SettingsError for another's, and
-    for what cannot be compared; UnsupportedError under a launcher or with adapter.init_from.
+    Every entry is checked before the first is trained. A directory holds one comparison: further methods and seeds may
+    be added. Raises SettingsError for another's, and for what cannot be compared; DataError where its cells are of
+    other rows than the data has now; UnsupportedError under a launcher, with adapter.init_from, and naming an entry
+    that cannot be trained.
     """
     if distributed.launched() > 1:
         raise UnsupportedError("compare runs one training at a time in one process; start it without a launcher")
@@ -69,8 +73,10 @@ def compare(
     plan.require_sense()
     metric = metric or get_task(config.task.type).headline
     plan.require_measured(metric)
+    rows = check(config, plan.entries, plan.seeds[0], known=known_seeds(out, plan.seeds), equal=equal)
     with alone_in(out, busy=f"another comparison is running in {out}; wait for it, or name another --out"):
         _claim(plan)
+        require_rows(out, rows)
         runner = Runner(plan, metric, run, progress, say)
         found = runner.all()
         table = rows_of(plan.entries, found, metric=metric)

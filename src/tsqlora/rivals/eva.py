@@ -29,8 +29,7 @@ def eva(setup: Setup) -> Built:
     may end without any: its rank is 0, and PEFT puts the plain layer back.
     """
     rank = whole_rank(setup.mean_rank, NAME)
-    if setup.max_rank < rank:
-        raise SettingsError(f"ranks.max is {setup.max_rank}, below ranks.mean, {rank}; raise ranks.max")
+    require_directions(rank, setup.max_rank, rows=len(setup.samples), batch_size=setup.batch_size)
     model = adapt(setup, r=rank, lora_alpha=setup.alpha)
     names = list(layers_of(model))
     for name, layer in layers_of(model).items():
@@ -57,17 +56,23 @@ def eva(setup: Setup) -> Built:
     )
 
 
+def require_directions(rank: int, most: int, *, rows: int, batch_size: int) -> None:
+    """Raises SettingsError where ranks cannot sum to the mean, or directions are more than a batch's rows."""
+    if most < rank:
+        raise SettingsError(f"ranks.max is {most}, below ranks.mean, {rank}; raise ranks.max")
+    if rows < (size := max(batch_size, most)):
+        raise SettingsError(
+            f"EVA needs {size} rows to find {most} directions in, and there are {rows}; give more rows or lower "
+            "ranks.max"
+        )
+
+
 def batches_of(setup: Setup) -> list[dict[str, Tensor]]:
     """The samples in a random order, without labels, in batches of at least as many rows as directions are sought.
 
     A layer that sees one row a sample, as a pooler does, has nothing else to find them in.
     """
     size = max(setup.batch_size, setup.max_rank)
-    if len(setup.samples) < size:
-        raise SettingsError(
-            f"EVA needs {size} rows to find {setup.max_rank} directions in, and there are {len(setup.samples)}; give "
-            "more rows or lower ranks.max"
-        )
     order = np.random.default_rng([setup.seed, 5]).permutation(len(setup.samples))
     rows: Sequence[dict[str, Any]] = [dict(setup.samples[j]) for j in order]
     return [

@@ -107,8 +107,8 @@ def require_penalty(label_smoothing: float, method: str) -> None:
     """Raises UnsupportedError where the Trainer computes the loss itself, so that what PEFT adds to its own is lost."""
     if label_smoothing:
         raise UnsupportedError(
-            f"training.label_smoothing_factor is {label_smoothing:g}, and with it PEFT's orthogonality penalty is in no "
-            f"loss of {method}; set it to 0, or leave out {method}"
+            f"training.label_smoothing_factor is {label_smoothing:g}, and with it PEFT's orthogonality penalty is in "
+            f"no loss of {method}; set it to 0, or leave out {method}"
         )
 
 
