@@ -2,6 +2,7 @@
 
 import html
 import json
+import shlex
 from pathlib import Path
 
 import plotly.graph_objects as go
@@ -76,6 +77,27 @@ def test_learning_rates_that_were_tried_are_shown_and_only_the_chosen_one_counts
     assert "rates" in seen.sections()
     assert "✓ 69.9%" in seen.texts["td"]
     assert "69.0%" in seen.texts["td"]
+
+
+def test_the_command_that_repeats_it_is_whole_and_quoted(tmp_path: Path) -> None:
+    out = make_comparison(tmp_path).rename(tmp_path / "my comparison")
+    table = json.loads((out / "table.json").read_text())
+    (out / "table.json").write_text(json.dumps(table | {"rates": {"lora+all": 0.001}, "sweep": []}))
+    command = made(out).texts["pre"][0]
+    assert shlex.split(command) == [
+        *("tsqlora", "compare", "my comparison/config.yaml", "--methods", "lora+all,lora+random,tsqlora+quality"),
+        *("--seeds", "0,1,2", "--equal", "steps", "--metric", "accuracy", "--lr", "lora+all=0.001"),
+        *("--out", "my comparison-again"),
+    ]
+    (out / "table.json").write_text(json.dumps(table | {"rates": {}, "sweep": [0.001, 1e-05]}))
+    assert "--lr-sweep 0.001,1e-05 --out" in made(out).texts["pre"][0]
+
+
+def test_versions_that_differ_among_cells_are_all_told(tmp_path: Path) -> None:
+    out = make_comparison(tmp_path)
+    path = next((out / "cells").glob("lora+random*"))
+    path.write_text(path.read_text().replace('"3.11"', '"3.12"'))
+    assert gather_comparison(out).versions == {"python": "3.11, 3.12"}
 
 
 def test_too_few_seeds_are_said_to_be_too_few(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def _by_term(term: str) -> Policy:
 
 def _info_batch(job: Job, scores_path: Path, progress: Progress | None) -> Rows:
     data = subset(job, job.config.quality.fraction)
-    return Rows(data, also=(InfoBatchCallback(data),))
+    return Rows(data, also=(InfoBatchCallback(data, seed=job.config.training.seed),))
 
 
 POLICIES: Mapping[str, Policy] = {
