@@ -71,6 +71,13 @@ def test_settings_that_an_entry_cannot_have_are_refused_by_its_name(
         checked(settings(place, **sections), "tsqlora-ranks-only", method)
 
 
+def test_a_run_too_short_for_a_trial_is_refused_where_seconds_are_equal(place: Path) -> None:
+    short = settings(place, training={"epochs": 1})
+    with pytest.raises(SettingsError, match=r"lora\+random: the run has 5 steps, and the trial .* takes 12; raise"):
+        checked(short, "lora", "lora+random", equal="seconds")
+    assert not checked(short, "lora", equal="seconds")
+
+
 def test_hashes_are_those_of_a_cells_own_rows(place: Path) -> None:
     config = settings(place)
     hashes = checked(config, "lora", known=(0, 3))

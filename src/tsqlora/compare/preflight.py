@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tsqlora.compare.cells import Cell, Entry
 from tsqlora.compare.methods import METHODS, POLICIES, build
-from tsqlora.compare.run import Equal, planned_steps, settings_of
+from tsqlora.compare.run import TRIAL_STEPS, Equal, planned_steps, settings_of
 from tsqlora.config import Config
 from tsqlora.data.prepare import prepare
 from tsqlora.errors import SettingsError, UnsupportedError
@@ -41,8 +41,10 @@ def preflight(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they come again, and are notes of the cells
         job, built = load(_of_seed(config, entries[0], seed)), set[str]()
-        for entry in entries:
+        for number, entry in enumerate(entries):
             with _named(entry):
+                if equal == "seconds" and number > 0:
+                    _require_trial(job, entry)
                 _require(job, entry, equal=equal, built=built)
         return {seed: _hash(job, _of_seed(config, entries[0], seed)) for seed in known}
 
@@ -59,9 +61,22 @@ def _named(entry: Entry) -> Iterator[None]:
         raise type(error)(f"{entry.name}: {error}") from error
 
 
+def _require_trial(job: Job, entry: Entry) -> None:
+    steps = _steps(job, entry, equal="epochs")
+    if steps < TRIAL_STEPS.stop:
+        raise SettingsError(
+            f"the run has {steps} steps, and the trial by which seconds become steps takes {TRIAL_STEPS.stop}; raise "
+            "training.epochs, or use --equal steps"
+        )
+
+
+def _steps(job: Job, entry: Entry, *, equal: Equal) -> int:
+    return planned_steps(job.config, len(job.data.samples["train"]), Cell(entry, 0, 0.0), equal=equal)
+
+
 def _require(job: Job, entry: Entry, *, equal: Equal, built: set[str]) -> None:
     config, rows = job.config, len(job.data.samples["train"])
-    steps = planned_steps(config, rows, Cell(entry, 0, 0.0), equal=equal)
+    steps = _steps(job, entry, equal=equal)
     rival = METHODS[entry.method].rival
     if rival is not None:
         require_rival(
@@ -96,7 +111,7 @@ def _require_gradients(job: Job, entry: Entry, quality: QualityCallback, steps: 
     # EVA's layers are LoRA's, and its own passes take long.
     method = "lora" if entry.method == "eva" else entry.method
     model = build(replace(job, pretrained=pretrained), method, steps=steps)[0].model
-    batch = job.collate(job.data.samples["train"].samples[:FEW])
+    batch = job.collate(list(job.data.samples["train"].samples[:FEW]))
     try:
         with quiet(model):
             require_exact(model, batch, job.task, find_sites(model, quality.scope), None)
