@@ -102,6 +102,7 @@ def make_comparison(
     rates: Sequence[float] = (0.001,),
     metric: str = "accuracy",
     fails: Sequence[tuple[str, int]] = (),
+    at_random: Sequence[tuple[str, int]] = (),
 ) -> Path:
     """A finished comparison: each method is two points above the one before it, and the first rate is the best."""
     out = folder / "comparison"
@@ -110,7 +111,10 @@ def make_comparison(
     for entry, seed, rate in product(entries, seeds, rates):
         if seed == seeds[0] or rate == rates[0]:
             cell = Cell(entry, seed, rate)
-            save(out, cell, made := _cell(cell, 0.7 + 0.02 * entries.index(entry), (entry.name, seed) in fails))
+            made = _cell(cell, 0.7 + 0.02 * entries.index(entry), (entry.name, seed) in fails)
+            if (entry.name, seed) in at_random:
+                made["quality"] = {"random": "the model is at chance"}
+            save(out, cell, made)
             found += [made] if rate == rates[0] else []
     table = rows_of(entries, found, metric=metric)
     about = {"out": str(out), "metric": metric, "equal": "steps", "seeds": list(seeds), "table": table}

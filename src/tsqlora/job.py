@@ -190,6 +190,7 @@ def method(
         weights=q.resolved_weights(),
         temperature=q.resolved_temperature(),
         reject=q.resolved_reject(),
+        guard=q.guard,
     )
     if q.enabled:
         require_drawable(job, quality)
@@ -218,6 +219,7 @@ def quality_half(
     weights: Mapping[str, float] | None,
     temperature: float,
     reject: bool | None,
+    guard: bool,
 ) -> QualityCallback:
     """Warm-up, scoring and draws as the config sets them, by this rule."""
     q = job.config.quality
@@ -236,7 +238,7 @@ def quality_half(
         reference=q.reference,
         calibration=q.calibrate,
         unbiased=q.unbiased,
-        guard=q.guard,
+        guard=guard,
         recheck=q.recheck,
         seed=job.config.training.seed,
         hashes=job.data.samples["train"].hashes,

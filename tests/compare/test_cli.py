@@ -74,12 +74,25 @@ def test_the_table_fits_a_terminal_of_80_columns_and_shows_what_failed(capsys: p
     number = {"mean": 0.8, "half": 0.01, "n": 3}
     cost = {"seconds": number, "steps": 100, "trainable": 12345, "peak_memory_bytes": 2**30, "split": "test"}
     worked = {"name": "lora+all", "failed": [], "metrics": {"accuracy": number}, "verdict": "the reference", **cost}
-    partly = worked | {"name": "dora+all", "failed": [2], "difference": number, "verdict": "better than lora+all"}
+    partly = worked | {
+        "name": "dora+all",
+        "failed": [2],
+        "seeds": [0, 1],
+        "trainable_mean": 12345.5,
+        "trainable_range": [12341, 12350],
+        "random": [1],
+        "difference": number,
+    }
+    partly |= {"verdict": "better than lora+all"}
     failed = {"name": "full+all", "failed": [0, 1, 2], "verdict": "every seed failed"}
     table = [worked, partly, failed]
     result = {"metric": "accuracy", "equal": "steps", "seeds": [0, 1, 2], "out": "comparison", "table": table}
     show_comparison(Console(width=80), result)
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80
-    for words in ("0.8000 ± 0.0100", "+0.8000 ± 0.0100", "dora+all (1 failed)", "every seed failed", "12,345", "1,024"):
+    for words in ("0.8000 ± 0.0100", "+0.8000 ± 0.0100", "every seed failed", "12,345", "1,024"):
         assert words in out
+    show_comparison(Console(width=200), result)
+    out = capsys.readouterr().out
+    assert "dora+all (1 failed; 1 of 2 seeds drew at random)" in out
+    assert "12,346 (12,341 to 12,350)" in out

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from runs import write_config
+from tsqlora.compare import comparison
 from tsqlora.compare.cells import Cell, Entry, load, path_of
-from tsqlora.compare.comparison import compare
 from tsqlora.config import Config, dump_config, load_config
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
 
@@ -17,6 +17,14 @@ from tsqlora.errors import DataError, SettingsError, UnsupportedError
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
     return load_config(write_config(tmp_path / "c.yaml", tmp_path / "model", tmp_path / "train.jsonl"))
+
+
+def compare(*args: Any, **options: Any) -> dict[str, Any]:
+    """With no look at rows and models, which are not there; `rows` are the hashes that it would find."""
+    rows = options.pop("rows", {})
+    return comparison.compare(
+        *args, check=lambda *_, known, **__: {seed: rows[seed] for seed in known if rows}, **options
+    )
 
 
 class Fake:
@@ -107,8 +115,34 @@ def test_a_cell_that_fails_is_a_result_and_is_never_chosen(config: Config, tmp_p
     result = compare(config, ["lora"], seeds=[0], out=tmp_path / "b", run=Fake(fails_above=0.0), say=told.append)
     assert result["table"][0]["verdict"] == "every seed failed"
     assert told == ["1/1 lora+all_seed0_lr0.02: failed: diverged"]
-    with pytest.raises(SettingsError, match="failed with every learning rate"):
-        compare(config, ["lora"], seeds=[0], out=tmp_path / "c", sweep=[0.01, 0.02], run=Fake(fails_above=0.0))
+
+
+def test_an_entry_that_fails_at_every_rate_stands_in_the_table_and_the_others_go_on(
+    config: Config, tmp_path: Path
+) -> None:
+    class Fails(Fake):
+        def __call__(self, config: Config, cell: Cell, **kwargs: Any) -> Any:
+            self.fails_above = 0.0 if cell.entry.method == "full" else 1.0
+            return super().__call__(config, cell, **kwargs)
+
+    run, sweep = Fails(), [0.02, 0.01]
+    table = compare(config, ["full", "lora"], seeds=[0, 1], out=tmp_path / "out", sweep=sweep, run=run)["table"]
+    assert (table[0]["verdict"], table[0]["failed"], table[0]["learning_rates"]) == (
+        "every seed failed",
+        [0, 1],
+        [0.01],
+    )
+    assert (table[1]["failed"], table[1]["seeds"]) == ([], [0, 1])
+
+
+def test_seeds_that_drew_at_random_are_named_in_the_table(config: Config, tmp_path: Path) -> None:
+    class AtRandom(Fake):
+        def __call__(self, config: Config, cell: Cell, **kwargs: Any) -> Any:
+            found = super().__call__(config, cell, **kwargs)
+            return found | {"quality": {"random": "still at chance" if cell.seed else None}}
+
+    result = compare(config, ["lora", "tsqlora"], seeds=[0, 1, 2], out=tmp_path / "out", run=AtRandom())
+    assert result["table"][1]["random"] == [1, 2]
 
 
 def test_equal_seconds_are_those_of_the_first_method(config: Config, tmp_path: Path) -> None:
@@ -171,6 +205,57 @@ def test_a_directory_holds_one_comparison(config: Config, tmp_path: Path) -> Non
         compare(other, ["lora"], seeds=[0], out=tmp_path / "out", run=Fake())
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_a_broken_comparison_json_is_named_with_the_cure(text: str, config: Config, tmp_path: Path) -> None:
+    compare(config, ["lora"], seeds=[0], out=tmp_path / "out", run=Fake())
+    (tmp_path / "out" / "comparison.json").write_text(text)
+    with pytest.raises(DataError, match=r"comparison\.json: not what compare writes .*; name another --out"):
+        compare(config, ["lora"], seeds=[0], out=tmp_path / "out", run=Fake())
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "methods", "message"),
+    [
+        ("quality", {"enabled": False}, "dora+quality", "quality.enabled is false, and dora+quality draws by quality"),
+        ("quality", {"enabled": False}, "tsqlora", "set it to true, or leave out tsqlora+quality"),
+        ("ranks", {"policy": "fixed"}, "tsqlora", "ranks.policy is fixed, and tsqlora moves ranks; set it to tsqlora"),
+        ("ranks", {"policy": "fixed"}, "tsqlora-ranks-only", "or name tsqlora-quality-only or lora"),
+        ("quality", {"harvest": True}, "lora", "quality.harvest keeps a file beside a run, and compare keeps none"),
+        ("training", {"load_best_model_at_end": True}, "lora", "training.load_best_model_at_end needs checkpoints"),
+    ],
+)
+def test_settings_that_compare_would_not_follow_are_refused(
+    section: str, changes: dict[str, Any], methods: str, message: str, config: Config, tmp_path: Path
+) -> None:
+    given = config.model_copy(update={section: getattr(config, section).model_copy(update=changes)})
+    with pytest.raises(SettingsError) as error:
+        compare(given, ["lora+random", methods], seeds=[0], out=tmp_path / "out", run=Fake())
+    assert message in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_that_no_entry_reads_are_no_hindrance(config: Config, tmp_path: Path) -> None:
+    unread = {
+        "quality": config.quality.model_copy(update={"enabled": False}),
+        "ranks": config.ranks.model_copy(update={"policy": "fixed"}),
+    }
+    given = config.model_copy(update=unread)
+    assert compare(given, ["lora", "lora+loss"], seeds=[0], out=tmp_path / "out", run=Fake())["table"]
+
+
+def test_a_table_has_what_its_command_needs_and_the_range_of_what_trained(config: Config, tmp_path: Path) -> None:
+    class Ranges(Fake):
+        def __call__(self, config: Config, cell: Cell, **kwargs: Any) -> Any:
+            return super().__call__(config, cell, **kwargs) | {"parameters": {"trainable": 10 + 2 * cell.seed}}
+
+    run, rates = Ranges(), {"lora+all": 0.03}
+    result = compare(config, ["lora"], seeds=[0, 1, 2], out=tmp_path / "out", rates=rates, run=run)
+    assert (result["rates"], result["sweep"], result["metric"]) == (rates, [], "accuracy")
+    row = result["table"][0]
+    assert (row["trainable"], row["trainable_mean"], row["trainable_range"]) == (14, 12, [10, 14])
+    assert compare(config, ["lora"], seeds=[0], out=tmp_path / "b", sweep=[0.1], run=Fake())["sweep"] == [0.1]
+
+
 def test_a_runs_directory_is_no_comparisons(config: Config, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(dump_config(config))
@@ -212,6 +297,22 @@ def test_a_cells_file_that_is_broken_or_anothers_is_named(config: Config, tmp_pa
     path.write_text(json.dumps({"cell": Cell(Entry("lora", "all"), 1, 0.02).to_dict()}))
     with pytest.raises(DataError, match="of another cell"):
         load(tmp_path, cell)
+
+
+def test_cells_of_other_rows_are_refused_before_anything_is_trained(config: Config, tmp_path: Path) -> None:
+    class WithRows(Fake):
+        def __call__(self, config: Config, cell: Cell, **kwargs: Any) -> Any:
+            return super().__call__(config, cell, **kwargs) | {"data_hash": f"rows of {cell.seed}"}
+
+    rows = {seed: f"rows of {seed}" for seed in range(3)}
+    compare(config, ["lora"], seeds=[0, 1], out=tmp_path / "out", run=WithRows())
+    compare(config, ["lora"], seeds=[0, 1, 2], out=tmp_path / "out", run=WithRows(), rows=rows)
+    changed = WithRows()
+    with pytest.raises(
+        DataError, match=r"lora\+all_seed1_lr0.02.json is of other rows \(hash rows of 1\) than .*--out"
+    ):
+        compare(config, ["dora"], seeds=[0, 1], out=tmp_path / "out", run=changed, rows=rows | {1: "others"})
+    assert not changed.ran
 
 
 def test_a_launcher_is_refused(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

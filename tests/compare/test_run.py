@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import psutil
@@ -13,10 +14,11 @@ import pytest
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
 from tsqlora.compare.cells import Cell, Entry
 from tsqlora.compare.methods import METHODS, POLICIES, entries
-from tsqlora.compare.run import planned_steps, run_cell, steps_in
+from tsqlora.compare.run import planned_steps, run_cell, settings_hash, settings_of, steps_in
 from tsqlora.compare.worker import in_own_process
 from tsqlora.config import Config, load_config
 from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
+from tsqlora.job import load
 from tsqlora.pipeline import dry_run
 
 ROWS = 160
@@ -50,6 +52,7 @@ def test_every_method_trains_at_the_same_steps_and_tells_its_cost(method: str, p
     assert trained == 60 * 8
     assert found["metrics"].keys() == {"validation", "test"}
     assert found["parameters"]["trainable"] > 0
+    assert (found["cost"]["building"]["forward"] > 0) == (method == "eva")
     assert found["seconds"] == pytest.approx(sum(c["seconds"] for p, c in found["cost"].items() if p != "evaluation"))
     assert found["peak_memory_bytes"] > 2**20
 
@@ -62,12 +65,50 @@ def test_every_policy_draws_its_share_of_the_rows(policy: str, place: Path) -> N
     assert found["quality"].get("scored") == (True if policy in ("quality", "loss", "el2n", "gradnorm") else None)
 
 
+@pytest.mark.parametrize("policy", ["loss", "el2n", "gradnorm"])
+def test_a_rivals_term_draws_by_its_softmax_and_our_guard_does_not_turn_it_back(policy: str, place: Path) -> None:
+    found = run_cell(settings(place), cell_of(f"lora+{policy}"), equal="steps")
+    assert found["quality"]["scored"]
+    assert found["quality"]["random"] is None
+    assert not any("drawn at random" in note for note in found["notes"])
+
+
+def test_a_cell_tells_why_its_policy_drew_at_random(place: Path) -> None:
+    even = run_cell(settings(place), cell_of("lora+quality"), equal="steps")
+    assert even["quality"]["random"] == "no row was left out, and rows are drawn evenly"
+    guarded = settings(place, quality={"fraction": 0.5, "reference": 40, "weights": {"gradient_norm": 1.0}})
+    turned_back = run_cell(guarded, cell_of("lora+quality"), equal="steps")
+    assert "of rows drawn by Q" in turned_back["quality"]["random"]
+    at_chance = run_cell(settings(place), Cell(Entry("lora", "loss"), 0, 1e-7), equal="steps")
+    assert "train it longer first" in at_chance["quality"]["random"]
+
+
 def test_a_cell_has_the_same_result_again_and_its_seed_decides_it(place: Path) -> None:
     once, again, other = (run_cell(settings(place), cell_of("lora+random", s), equal="steps") for s in (0, 0, 1))
     assert once["metrics"] == again["metrics"]
     assert once["settings_hash"] == again["settings_hash"]
     assert other["metrics"] != once["metrics"]
     assert other["settings_hash"] != once["settings_hash"]
+
+
+def test_a_cells_hash_is_of_what_decides_it_and_not_of_where_files_lie(place: Path, tmp_path: Path) -> None:
+    def hash_of(config: Config, name: str = "lora", *, data: str = "rows", equal: Any = "steps") -> str:
+        return settings_hash(config, cell_of(name), equal=equal, data=data)
+
+    config, moved = settings(place), copytree(place, tmp_path / "moved")
+    elsewhere = load_config(place / "c.yaml", [f"data.{s}={moved / s}.jsonl" for s in ("train", "validation", "test")])
+    assert hash_of(elsewhere) == hash_of(config)
+    others = [hash_of(config, name) for name in ("dora", "lora+random")]
+    others += [hash_of(config, data="others"), hash_of(config, equal="epochs")]
+    others += [hash_of(settings(place, ranks={"mean": 4.0})), hash_of(config)]
+    assert len(set(others)) == len(others)
+
+
+def test_the_seed_of_a_cell_decides_what_infobatch_draws(place: Path) -> None:
+    def callback(seed: int) -> Any:
+        return POLICIES["infobatch"](load(settings_of(settings(place), cell_of("lora", seed), {})), place, None).also[0]
+
+    assert [callback(seed).seed for seed in (0, 3)] == [0, 3]
 
 
 def test_with_equal_epochs_who_has_all_rows_takes_more_steps(place: Path) -> None:

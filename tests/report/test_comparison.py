@@ -2,6 +2,7 @@
 
 import html
 import json
+import shlex
 from pathlib import Path
 
 import plotly.graph_objects as go
@@ -78,6 +79,27 @@ def test_learning_rates_that_were_tried_are_shown_and_only_the_chosen_one_counts
     assert "69.0%" in seen.texts["td"]
 
 
+def test_the_command_that_repeats_it_is_whole_and_quoted(tmp_path: Path) -> None:
+    out = make_comparison(tmp_path).rename(tmp_path / "my comparison")
+    table = json.loads((out / "table.json").read_text())
+    (out / "table.json").write_text(json.dumps(table | {"rates": {"lora+all": 0.001}, "sweep": []}))
+    command = made(out).texts["pre"][0]
+    assert shlex.split(command) == [
+        *("tsqlora", "compare", "my comparison/config.yaml", "--methods", "lora+all,lora+random,tsqlora+quality"),
+        *("--seeds", "0,1,2", "--equal", "steps", "--metric", "accuracy", "--lr", "lora+all=0.001"),
+        *("--out", "my comparison-again"),
+    ]
+    (out / "table.json").write_text(json.dumps(table | {"rates": {}, "sweep": [0.001, 1e-05]}))
+    assert "--lr-sweep 0.001,1e-05 --out" in made(out).texts["pre"][0]
+
+
+def test_versions_that_differ_among_cells_are_all_told(tmp_path: Path) -> None:
+    out = make_comparison(tmp_path)
+    path = next((out / "cells").glob("lora+random*"))
+    path.write_text(path.read_text().replace('"3.11"', '"3.12"'))
+    assert gather_comparison(out).versions == {"python": "3.11, 3.12"}
+
+
 def test_too_few_seeds_are_said_to_be_too_few(tmp_path: Path) -> None:
     for seeds in ((0,), (0, 1)):
         seen = made(make_comparison(tmp_path / str(len(seeds)), seeds=seeds))
@@ -96,6 +118,13 @@ def test_what_failed_is_named_and_a_page_is_made_of_what_there_is(tmp_path: Path
     every = [(name, seed) for name in ("lora+all", "lora+random", "tsqlora+quality") for seed in range(3)]
     assert made(make_comparison(tmp_path / "3", fails=every)).sections() == ["found", "settings"]
     assert made(make_comparison(tmp_path / "4", ["lora+all"])).page_data()["figures"].keys() >= {"seed-plot"}
+
+
+def test_seeds_that_drew_at_random_are_told_with_their_reason(tmp_path: Path) -> None:
+    seen = made(make_comparison(tmp_path, at_random=[("tsqlora+quality", 1), ("tsqlora+quality", 2)]))
+    assert "tsqlora+quality drew rows at random with seed 1: the model is at chance." in seen.texts["li"]
+    assert "tsqlora+quality (2 of 3 seeds drew at random)" in seen.texts["th"]
+    assert not any("at random with seed" in text for text in made(make_comparison(tmp_path / "2")).texts["li"])
 
 
 def test_other_metrics_are_shown_as_numbers(tmp_path: Path) -> None:

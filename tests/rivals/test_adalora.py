@@ -114,3 +114,15 @@ def test_a_run_of_four_steps_still_comes_to_its_budget(tmp_path: Path) -> None:
     built = build("adalora", steps=4)
     trainer_of(built, tmp_path, max_steps=4).train()
     assert sum(built.ranks().values()) == 4 * 7
+
+
+@pytest.mark.filterwarnings("ignore:`label_smoothing_factor` is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", ["adalora", "elalora", "elalora-as-released", "prune"])
+def test_label_smoothing_which_has_no_penalty_is_refused_before_the_first_step(name: str, tmp_path: Path) -> None:
+    built = build(name)
+    with pytest.raises(UnsupportedError) as error:
+        trainer_of(built, tmp_path, label_smoothing_factor=0.1).train()
+    assert str(error.value) == (
+        f"training.label_smoothing_factor is 0.1, and with it PEFT's orthogonality penalty is in no loss of {name}; "
+        f"set it to 0, or leave out {name}"
+    )

@@ -97,3 +97,13 @@ def test_directions_that_never_settle_are_an_error() -> None:
     forward(base(), batch)
     with pytest.raises(tsq.TsqLoraError, match="EVA's directions still turn after 20 passes over its samples"):
         forward(base(), batch)
+
+
+def test_passes_that_building_takes_are_counted_and_padding_is_none_of_their_tokens() -> None:
+    model, masks = base(), list[torch.Tensor]()
+    hook = lambda module, args, kwargs: masks.append(kwargs["attention_mask"])  # noqa: E731
+    model.bert.register_forward_pre_hook(hook, with_kwargs=True)
+    cost = build("eva", model).cost
+    assert cost.forward == sum(map(len, masks)) >= 64
+    assert cost.tokens == sum(int(mask.sum()) for mask in masks)
+    assert (cost.backward, build("lora").cost.forward) == (0, 0)

@@ -4,7 +4,7 @@ What a finished cell found is one JSON file, so that a comparison that was cut o
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -71,12 +71,34 @@ def load(out: Path, cell: Cell) -> dict[str, Any] | None:
     path = path_of(out, cell)
     if not path.exists():
         return None
+    found = _read(path)
+    if found["cell"] != cell.to_dict():
+        raise DataError(f"{path} is of another cell; remove it, and it is run anew")
+    return found
+
+
+def known_seeds(out: Path, seeds: Sequence[int]) -> list[int]:
+    """Those of which there is a cell."""
+    return [seed for seed in seeds if any((out / CELLS_DIR).glob(f"*_seed{seed}_lr*.json"))]
+
+
+def require_rows(out: Path, hashes: Mapping[int, str]) -> None:
+    """Raises DataError where a cell was trained on other rows than those that its seed has now."""
+    for path in sorted((out / CELLS_DIR).glob("*.json")):
+        found = _read(path)
+        now = hashes.get(found["cell"]["seed"])
+        was = found.get("data_hash", now)
+        if now is not None and was != now:
+            raise DataError(
+                f"{path} is of other rows (hash {was}) than the data has now ({now}), so the cells in {out} cannot be "
+                "compared with new ones; name another --out, or put the data back"
+            )
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(path.read_text())
-        if found["cell"] != cell.to_dict():
-            raise DataError(f"{path} is of another cell; remove it, and it is run anew")
-        return found
+        found["cell"]["seed"]
     except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, DataError):
-            raise
         raise DataError(f"{path}: not a cell's result ({error}); remove it, and it is run anew") from None
+    return found

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from tsqlora import distributed
-from tsqlora.compare.cells import Cell, Entry, load, save
-from tsqlora.compare.methods import entries
+from tsqlora.compare.cells import Cell, Entry, known_seeds, load, require_rows, save
+from tsqlora.compare.methods import METHODS, entries
 from tsqlora.compare.run import Equal
 from tsqlora.compare.table import rows_of
-from tsqlora.compare.worker import in_own_process
+from tsqlora.compare.worker import checked_in_own_process, in_own_process
 from tsqlora.config import Config, dump_config, load_config
-from tsqlora.errors import SettingsError, UnsupportedError, nearest
+from tsqlora.errors import DataError, SettingsError, UnsupportedError, nearest
 from tsqlora.progress import Progress
 from tsqlora.record import write_json, write_whole
 from tsqlora.report.metrics import lower_is_better
@@ -27,6 +27,7 @@ from tsqlora.training.run_dir import CONFIG_FILE, alone_in
 SETTINGS_FILE, TABLE_FILE = "comparison.json", "table.json"
 EQUAL: tuple[Equal, ...] = ("steps", "epochs", "seconds")
 Run = Callable[..., dict[str, Any]]
+Check = Callable[..., dict[int, str]]
 
 
 def compare(
@@ -43,6 +44,7 @@ def compare(
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda text: None,
     run: Run = in_own_process,
+    check: Check = checked_in_own_process,
 ) -> dict[str, Any]:
     """Runs what was not run yet, a cell at a time in a process of its own; the table of all.
 
@@ -56,8 +58,10 @@ def compare(
         rates: learning rates by entry or method, in place of the config's.
         metric: what is compared; by default the task's.
 
-    A directory holds one comparison: further methods and seeds may be added. Raises SettingsError for another's, and
-    for what cannot be compared; UnsupportedError under a launcher or with adapter.init_from.
+    Every entry is checked before the first is trained. A directory holds one comparison: further methods and seeds may
+    be added. Raises SettingsError for another's, and for what cannot be compared; DataError where its cells are of
+    other rows than the data has now; UnsupportedError under a launcher, with adapter.init_from, and naming an entry
+    that cannot be trained.
     """
     if distributed.launched() > 1:
         raise UnsupportedError("compare runs one training at a time in one process; start it without a launcher")
@@ -67,14 +71,18 @@ def compare(
         config, entries(methods, policies), list(dict.fromkeys(seeds)), out, equal, tuple(sweep), dict(rates or {})
     )
     plan.require_sense()
+    plan.require_followed()
     metric = metric or get_task(config.task.type).headline
     plan.require_measured(metric)
+    rows = check(config, plan.entries, plan.seeds[0], known=known_seeds(out, plan.seeds), equal=equal)
     with alone_in(out, busy=f"another comparison is running in {out}; wait for it, or name another --out"):
         _claim(plan)
+        require_rows(out, rows)
         runner = Runner(plan, metric, run, progress, say)
         found = runner.all()
         table = rows_of(plan.entries, found, metric=metric)
-        result = {"out": str(out), "metric": metric, "equal": equal, "seeds": plan.seeds, "table": table}
+        asked = {"metric": metric, "equal": equal, "seeds": plan.seeds, "sweep": list(sweep), "rates": plan.rates}
+        result = {"out": str(out), **asked, "table": table}
         write_json(out / TABLE_FILE, result)
     return result
 
@@ -109,6 +117,28 @@ class Plan:
         for name in self.rates:
             if name not in known:
                 raise SettingsError(f"--lr: '{name}' is not compared; {nearest(name, known)}")
+
+    def require_followed(self) -> None:
+        """Raises SettingsError for settings that compare, or one of its entries, would not follow."""
+        config = self.config
+        if config.quality.harvest:
+            raise SettingsError("quality.harvest keeps a file beside a run, and compare keeps none; set it to false")
+        if config.training.further_arguments().get("load_best_model_at_end"):
+            raise SettingsError(
+                "training.load_best_model_at_end needs checkpoints, and compare keeps none, for each training is "
+                "measured at its end; leave it out"
+            )
+        for entry in self.entries:
+            if entry.policy == "quality" and not config.quality.enabled:
+                raise SettingsError(
+                    f"quality.enabled is false, and {entry.name} draws by quality; set it to true, or leave out "
+                    f"{entry.name}"
+                )
+            if METHODS[entry.method].rival is None and config.ranks.policy == "fixed":
+                raise SettingsError(
+                    f"ranks.policy is fixed, and {entry.method} moves ranks; set it to tsqlora, or name "
+                    "tsqlora-quality-only or lora"
+                )
 
     def require_measured(self, metric: str) -> None:
         """Raises SettingsError for a metric that no cell will have, or that a sweep will miss."""
@@ -159,7 +189,7 @@ class Runner:
         return found
 
     def _best_rate(self, entry: Entry, seed: int) -> float:
-        """By validation: the metric, and where that ties the loss."""
+        """By validation: the metric, and where that ties the loss; the smallest where every one failed."""
         worked, sign = dict[float, tuple[float, float]](), -1 if lower_is_better(self.metric) else 1
         for rate in self.plan.sweep:
             found = self._cell(Cell(entry, seed, rate))
@@ -167,7 +197,7 @@ class Runner:
                 metrics = found["metrics"]["validation"]
                 worked[rate] = sign * self._measured(metrics, "validation"), -metrics["loss"]
         if not worked:
-            raise SettingsError(f"{entry.name} failed with every learning rate of --lr-sweep; try smaller ones")
+            return min(self.plan.sweep)  # its failure is the result
         return max(worked, key=lambda rate: worked[rate])
 
     def _cell(self, cell: Cell) -> dict[str, Any]:
@@ -237,8 +267,7 @@ def _claim(plan: Plan) -> None:
     if (plan.out / CONFIG_FILE).exists():
         if not (plan.out / SETTINGS_FILE).exists():
             raise SettingsError(f"{plan.out} holds a run, and no comparison; name another --out")
-        same = load_config(plan.out / CONFIG_FILE) == plan.config
-        known = json.loads((plan.out / SETTINGS_FILE).read_text())
+        same, known = load_config(plan.out / CONFIG_FILE) == plan.config, _claimed(plan.out / SETTINGS_FILE)
         if same and known["equal"] == plan.equal == "seconds" and known != about:
             raise SettingsError(
                 f"cells in {plan.out} have the seconds of {known.get('seconds_of', 'another method')}; name that one "
@@ -249,3 +278,15 @@ def _claim(plan: Plan) -> None:
         return
     write_json(plan.out / SETTINGS_FILE, about)
     write_whole(plan.out / CONFIG_FILE, dump_config(plan.config))
+
+
+def _claimed(path: Path) -> dict[str, str]:
+    """What a directory is for.  Raises DataError for a file that is not ours."""
+    try:
+        known = dict(json.loads(path.read_text(encoding="utf-8")))
+        known["equal"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path}: not what compare writes ({type(error).__name__}: {error}); name another --out"
+        ) from None
+    return known

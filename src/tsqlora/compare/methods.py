@@ -65,16 +65,18 @@ def _quality(job: Job, scores_path: Path, progress: Progress | None) -> Rows:
         "weights": q.resolved_weights(),
         "temperature": q.resolved_temperature(),
         "reject": q.resolved_reject(),
+        "guard": q.guard,
     }
     return Rows(data, quality_half(job, data, scores_path, progress, **decides))
 
 
 def _by_term(term: str) -> Policy:
-    """A softmax of one term alone: of more of it, more rows."""
+    """A softmax of one term alone, which no guard of ours turns back: of more of it, more rows."""
 
     def rows(job: Job, scores_path: Path, progress: Progress | None) -> Rows:
         data = subset(job, job.config.quality.fraction)
-        quality = quality_half(job, data, scores_path, progress, weights={term: 1.0}, temperature=1.0, reject=False)
+        decides = {"weights": {term: 1.0}, "temperature": 1.0, "reject": False, "guard": False}
+        quality = quality_half(job, data, scores_path, progress, **decides)
         return Rows(data, quality)
 
     return rows
@@ -82,7 +84,7 @@ def _by_term(term: str) -> Policy:
 
 def _info_batch(job: Job, scores_path: Path, progress: Progress | None) -> Rows:
     data = subset(job, job.config.quality.fraction)
-    return Rows(data, also=(InfoBatchCallback(data),))
+    return Rows(data, also=(InfoBatchCallback(data, seed=job.config.training.seed),))
 
 
 POLICIES: Mapping[str, Policy] = {

@@ -3,4 +3,4 @@
 from tsqlora.noise import quieten
 
 quieten()
-import tsqlora.compare.run  # noqa: E402, F401
+import tsqlora.compare.preflight  # noqa: E402, F401

@@ -23,11 +23,13 @@ from tsqlora.errors import SettingsError, TsqLoraError
 from tsqlora.job import Job, arguments, fit_job, load, measure, require_drawable
 from tsqlora.progress import Progress
 from tsqlora.quality.sampling import draw_size
+from tsqlora.quality.scores import Scores
 from tsqlora.record import RunRecord
 from tsqlora.tasks.generation import Generation
 from tsqlora.training.live import peak_memory
 from tsqlora.training.predict import predict_logits
 from tsqlora.training.quality_callback import SCORES_FILE, QualityCallback
+from tsqlora.training.rank_callback import RankCallback
 from tsqlora.training.write import token_metrics
 
 Equal = Literal["steps", "epochs", "seconds"]
@@ -61,7 +63,7 @@ def run_cell(
                 found |= _train(settings, cell, job, record, Path(folder), progress)
     record.notes += sorted({str(w.message) for w in warned if w.filename.startswith(str(_PACKAGE))})
     return found | {
-        "settings_hash": hashlib.sha256(json.dumps(found["settings"], sort_keys=True).encode()).hexdigest(),
+        "settings_hash": settings_hash(settings_of(config, cell, {}), cell, equal=equal, data=job.data.hash),
         "steps": steps,
         "metrics": record.metrics,
         "cost": {phase: asdict(cost) for phase, cost in record.cost.items()},
@@ -93,6 +95,16 @@ def settings_of(config: Config, cell: Cell, further: dict[str, Any]) -> Config:
     return config.model_copy(update={"training": config.training.model_copy(update=changes)})
 
 
+def settings_hash(settings: Config, cell: Cell, *, equal: Equal, data: str) -> str:
+    """SHA-256 of what decides a cell: its settings, method and policy, what is equal, and the hash of its rows.
+
+    Where the files of rows lie is no part of it.
+    """
+    about = settings.model_dump(exclude={"data": {"train", "validation", "test"}})
+    decides = {"settings": about, "cell": cell.to_dict(), "equal": equal, "data": data}
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+
 def planned_steps(config: Config, rows: int, cell: Cell, *, equal: Equal) -> int:
     """Optimizer steps: of the config's epochs of its fraction, or with equal epochs, of all rows for who has them."""
     share = 1.0 if cell.entry.policy == "all" and equal != "steps" else config.quality.fraction
@@ -112,6 +124,7 @@ def _train(
         set_seed(cell.seed)
         built, ranks = build(job, cell.entry.method, steps=args.max_steps)
     building = record.cost.pop("building")
+    building.add(forward=built.cost.forward, backward=built.cost.backward, tokens=built.cost.tokens)
     also = (*built.callbacks, *rows.also)
     fit_job(job, built.model, args, rows.data, record, rows.quality, ranks, progress, also=also)
     record.cost = {"building": building} | record.cost
@@ -128,8 +141,20 @@ def _what_was_drawn(rows: Rows) -> dict[str, Any]:
     drawn = {"rows": len(rows.data.dataset), "rows_an_epoch": len(rows.data)}
     if rows.quality is None:
         return drawn
-    record = {} if rows.data.scores is None else rows.data.scores.record
-    return drawn | {"scored": bool(record), "refused": rows.quality.refused, "noise": record.get("noise")}
+    scores = rows.data.scores
+    noise = None if scores is None else scores.record.get("noise")
+    random = _why_at_random(rows.quality.refused, scores)
+    return drawn | {"scored": scores is not None, "refused": rows.quality.refused, "random": random, "noise": noise}
+
+
+def _why_at_random(refused: str | None, scores: Scores | None) -> str | None:
+    """Why a policy that scores drew as a random one does all the same; None where its scores decided."""
+    if scores is None:
+        return refused or "rows were never scored"
+    guard = scores.record.get("guard", {})
+    if guard.get("passed") is False:
+        return str(guard["why"])
+    return "no row was left out, and rows are drawn evenly" if scores.even and scores.kept.all() else None
 
 
 # ------------------------------------------------------------------------------- equal seconds
@@ -155,7 +180,7 @@ def steps_in(seconds: float, settings: Config, cell: Cell) -> int:
             pass
         else:
             raise SettingsError(f"{cell.name}: {whole} steps are too few for a trial; use --equal steps")
-        scoring = 0.0 if rows.quality is None else _scoring_seconds(job, built.model, args, rows.quality)
+        scoring = 0.0 if rows.quality is None else _scoring_seconds(job, built.model, args, rows.quality, ranks)
     left = seconds - building - scoring
     steps = int(left / clock.seconds_a_step)
     if steps < 1:
@@ -182,8 +207,13 @@ class _Clock(TrainerCallback):
             raise _TrialOver
 
 
-def _scoring_seconds(job: Job, model: torch.nn.Module, args: TrainingArguments, quality: QualityCallback) -> float:
-    """By a few batches forward: a pass of logits alone, or about three with gradients, four with look-ahead."""
+def _scoring_seconds(
+    job: Job, model: torch.nn.Module, args: TrainingArguments, quality: QualityCallback, ranks: RankCallback | None
+) -> float:
+    """By a few batches forward: a pass of logits alone, or about three with gradients, four with look-ahead.
+
+    Three also over the rows from which the first ranks come.
+    """
     samples = job.data.samples["train"]
     few = samples.samples[:: max(1, len(samples) // (4 * args.train_batch_size))]
     begun = time.perf_counter()
@@ -196,7 +226,8 @@ def _scoring_seconds(job: Job, model: torch.nn.Module, args: TrainingArguments, 
     a_row = (time.perf_counter() - begun) / len(few)
     terms = quality.terms.values()
     passes = 1 + 2 * any(term.gradient for term in terms) + any(term.lookahead for term in terms)
-    return passes * a_row * len(samples)
+    probed = 0 if ranks is None else min(ranks.samples, len(quality.data))
+    return a_row * (passes * len(samples) + 3 * probed)
 
 
 # ------------------------------------------------------------------------------------- origin

@@ -1,5 +1,6 @@
 """What cells say together: means over seeds, and differences by seed from plain LoRA."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -9,6 +10,7 @@ from rich.table import Table
 
 from tsqlora.compare.cells import Entry
 from tsqlora.compare.statistics import Interval, interval, paired, verdict
+from tsqlora.report.comparison import counted
 from tsqlora.report.metrics import lower_is_better
 
 Found = Mapping[str, Any]
@@ -40,11 +42,12 @@ def _row(
         **asdict(entry),
         "seeds": [f["cell"]["seed"] for f in worked],
         "failed": [f["cell"]["seed"] for f in found if "failed" in f],
+        "random": [f["cell"]["seed"] for f in worked if f.get("quality", {}).get("random")],
         "learning_rates": sorted({f["cell"]["learning_rate"] for f in found}),
     }
     if not worked:
         return row | {"verdict": "every seed failed"}
-    split = split_of(worked[0])
+    split, trainable = split_of(worked[0]), [f["parameters"]["trainable"] for f in worked]
     row |= {
         "split": split,
         "metrics": {
@@ -52,7 +55,9 @@ def _row(
         },
         "seconds": _told(interval([f["seconds"] for f in worked])),
         "steps": max(f["steps"] for f in worked),
-        "trainable": max(f["parameters"]["trainable"] for f in worked),
+        "trainable": max(trainable),
+        "trainable_mean": math.fsum(trainable) / len(trainable),
+        "trainable_range": [min(trainable), max(trainable)],
         "peak_memory_bytes": max(f["peak_memory_bytes"] for f in worked),
     }
     if entry == against:
@@ -62,6 +67,18 @@ def _row(
         "difference": None if difference is None else _told(difference),
         "verdict": verdict(difference, against.name, lower_is_better=lower_is_better(metric)),
     }
+
+
+def named(row: Mapping[str, Any]) -> str:
+    """The name of a row, with what a reader of its numbers must know.
+
+    >>> named({"name": "adalora+quality", "seeds": [0, 1, 2], "failed": [], "random": [0, 2]})
+    'adalora+quality (2 of 3 seeds drew at random)'
+    """
+    said = [f"{len(row['failed'])} failed"] if row["failed"] else []
+    if random := row.get("random"):
+        said.append(f"{len(random)} of {len(row['seeds'])} seeds drew at random")
+    return f"{row['name']} ({'; '.join(said)})" if said else row["name"]
 
 
 def split_of(found: Found) -> str:
@@ -90,19 +107,24 @@ def show_comparison(console: Console, result: Mapping[str, Any]) -> None:
     found = Table("", metric, "difference", "which is", title=title, title_justify="left")
     cost = Table("", "seconds", "steps", "trainable", "MiB", title="cost", title_justify="left")
     for row in rows:
-        name = row["name"] + (f" ({len(row['failed'])} failed)" if row["failed"] else "")
+        name = named(row)
         if "metrics" not in row:
             found.add_row(name, "–", "–", row["verdict"])
             continue
         difference = _number(row["difference"], sign="+") if row.get("difference") else "–"
         found.add_row(name, _number(row["metrics"][metric]), difference, row["verdict"])
         memory = f"{row['peak_memory_bytes'] / 2**20:,.0f}"
-        cost.add_row(name, f"{row['seconds']['mean']:.0f}", f"{row['steps']:,}", f"{row['trainable']:,}", memory)
+        cost.add_row(name, f"{row['seconds']['mean']:.0f}", f"{row['steps']:,}", _trainable(row), memory)
     console.print(found)
     console.print(cost)
     console.print(f"cells are in {result['out']}/cells", soft_wrap=True, highlight=False, markup=False)
     if result.get("report"):
         console.print(f"plots and all numbers: {result['report']}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _trainable(row: Mapping[str, Any]) -> str:
+    """The mean, and where seeds differ how far: ranks decide it, and rows decide ranks."""
+    return counted(row.get("trainable_mean", row["trainable"]), row.get("trainable_range"))
 
 
 def _number(value: Mapping[str, Any], sign: str = "") -> str:

@@ -4,23 +4,43 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Callable, Sequence
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
-from tsqlora.compare.cells import Cell
+from tsqlora.compare.cells import Cell, Entry
+from tsqlora.compare.preflight import preflight
+from tsqlora.compare.run import Equal, run_cell
 from tsqlora.config import Config
 from tsqlora.errors import TsqLoraError
 from tsqlora.progress import Progress
 
 
 def in_own_process(
-    config: Config, cell: Cell, *, equal: str, seconds: float | None, progress: Progress | None
+    config: Config, cell: Cell, *, equal: Equal, seconds: float | None, progress: Progress | None
 ) -> dict[str, Any]:
     """As `run_cell`, in a new process: its peak of memory is its own, and no cell sees what another left behind."""
+    return _apart(cell.name, partial(run_cell, config, cell, equal=equal, seconds=seconds), progress)
+
+
+def checked_in_own_process(
+    config: Config,
+    entries: Sequence[Entry],
+    seed: int,
+    *,
+    known: Sequence[int],
+    equal: Equal,
+) -> dict[int, str]:
+    """As `preflight`, in a new process, so that no model stays in memory beside the cells."""
+    return _apart("preflight", partial(preflight, config, entries, seed, known=known, equal=equal))
+
+
+def _apart(name: str, work: Callable[..., Any], progress: Progress | None = None) -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tsqlora.compare.preload"])
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, config, cell, equal, seconds), daemon=True)
+    process = context.Process(target=_serve, args=(theirs, work, progress is not None), daemon=True)
     process.start()
     theirs.close()
     try:
@@ -34,21 +54,19 @@ def in_own_process(
                 raise told
     except EOFError:
         process.join()
-        raise TsqLoraError(f"{cell.name}: its process ended with code {process.exitcode}; was memory short?") from None
+        raise TsqLoraError(f"{name}: its process ended with code {process.exitcode}; was memory short?") from None
     finally:
         ours.close()
         process.kill()
         process.join()
 
 
-def _serve(parent: Connection, config: Config, cell: Cell, equal: Any, seconds: float | None) -> None:
-    from tsqlora.compare.run import run_cell
-
+def _serve(parent: Connection, work: Callable[..., Any], watched: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends this process
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
     try:
-        found = run_cell(config, cell, equal=equal, seconds=seconds, progress=lambda *at: parent.send(("progress", at)))
-        parent.send(("found", found))
+        told = {"progress": lambda *at: parent.send(("progress", at))} if watched else {}
+        parent.send(("found", work(**told)))
     except Exception as error:
         parent.send(("error", error))
 

@@ -1,7 +1,7 @@
 """A comparison's directory -> what its report shows, from its JSON alone."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,10 +50,15 @@ class Method:
     seconds: Mean | None
     steps: int
     trainable: int
+    """The most of any seed."""
+    counted: str
+    """The same in the mean, with the range."""
     memory: int
     learning_rates: list[float]
     trained: list[Trained]
     failed: dict[int, str]
+    at_random: dict[int, str]
+    """Why rows were not drawn by scores, by seed, where they were to be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +69,14 @@ class Tried:
     rate: float
     value: float | None
     chosen: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """Learning rates as they were given: to be tried, or of methods."""
+
+    sweep: list[float]
+    rates: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +91,7 @@ class Comparison:
     methods: list[Method]
     reference: str
     sweep: list[Tried]
+    given: Given
     task: str
     settings: dict[str, Any]
     versions: dict[str, str]
@@ -88,6 +102,16 @@ class Comparison:
     def worked(self) -> list[Method]:
         """The methods of which some seed did not fail."""
         return [method for method in self.methods if method.trained]
+
+
+def counted(mean: float, between: Sequence[int] | None) -> str:
+    """A mean count over seeds, and where they differ the least and the most.
+
+    >>> counted(1010.0, [1000, 1020]), counted(1000.0, [1000, 1000])
+    ('1,010 (1,000 to 1,020)', '1,000')
+    """
+    low, high = between or (0, 0)
+    return f"{mean:,.0f} ({low:,} to {high:,})" if low != high else f"{mean:,.0f}"
 
 
 def is_comparison(directory: Path) -> bool:
@@ -131,6 +155,7 @@ def _comparison(name: str, table: Mapping[str, Any], cells: list[dict[str, Any]]
         missing = next(row["name"] for row, found in zip(rows, shown, strict=True) if not found)
         raise DataError(f"{name}: {CELLS_DIR} has no file of {missing}, which {TABLE_FILE} names; copy it, too")
     every = [cell for found in shown for cell in found]
+    sweep = _sweep(rows, cells, metric, table["seeds"])
     return Comparison(
         name=name,
         metric=metric,
@@ -139,13 +164,20 @@ def _comparison(name: str, table: Mapping[str, Any], cells: list[dict[str, Any]]
         seeds=list(table["seeds"]),
         methods=[_method(row, found) for row, found in zip(rows, shown, strict=True)],
         reference=next((row["name"] for row in rows if row["verdict"] == "the reference"), rows[0]["name"]),
-        sweep=_sweep(rows, cells, metric, table["seeds"]),
+        sweep=sweep,
+        given=Given(table.get("sweep", sorted({tried.rate for tried in sweep})), table.get("rates", {})),
         task=str(every[0].get("task", "")),
         settings=dict(every[0].get("settings", {})),
-        versions=dict(every[0].get("versions", {})),
+        versions=_versions(every),
         commits=sorted({cell["commit"] for cell in every if cell.get("commit")}),
         data=sorted({cell["data_hash"] for cell in every if cell.get("data_hash")}),
     )
+
+
+def _versions(cells: list[dict[str, Any]]) -> dict[str, str]:
+    """Of each library every version that a cell was trained with."""
+    names = dict.fromkeys(name for cell in cells for name in cell.get("versions", {}))
+    return {n: ", ".join(sorted({str(c["versions"][n]) for c in cells if n in c.get("versions", {})})) for n in names}
 
 
 def _is_of(cell: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
@@ -163,10 +195,12 @@ def _method(row: Mapping[str, Any], cells: list[dict[str, Any]]) -> Method:
         seconds=Mean(**row["seconds"]) if "seconds" in row else None,
         steps=row.get("steps", 0),
         trainable=row.get("trainable", 0),
+        counted=counted(row.get("trainable_mean", row.get("trainable", 0)), row.get("trainable_range")),
         memory=row.get("peak_memory_bytes", 0),
         learning_rates=list(row["learning_rates"]),
         trained=sorted((_trained(c, row["split"]) for c in cells if "failed" not in c), key=lambda t: t.seed),
         failed={c["cell"]["seed"]: str(c["failed"]) for c in cells if "failed" in c},
+        at_random={c["cell"]["seed"]: str(why) for c in cells if (why := c.get("quality", {}).get("random"))},
     )
 
 

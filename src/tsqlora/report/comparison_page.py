@@ -1,6 +1,7 @@
 """What was gathered of a comparison -> its page."""
 
 import json
+import shlex
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -83,7 +84,7 @@ def _mean_seconds(method: Method) -> float:
 def _found(known: Comparison) -> Part:
     rows = [
         [
-            method.name,
+            method.name + _how_many_at_random(method),
             mean_of(known.metric, method.metrics[known.metric]) if method.trained else "–",
             gain_of(known.metric, method.difference) if method.difference else "–",
             method.verdict,
@@ -94,6 +95,11 @@ def _found(known: Comparison) -> Part:
     heads = ["method", words(known.metric), f"minus {known.reference}", "which is", "seeds"]
     title = f"{known.split} {words(known.metric)}, mean ± 95 % interval".capitalize()
     return [html.bullets(_sentences(known)), html.table(title, heads, rows, numbers=(1, 2, 4))], {}
+
+
+def _how_many_at_random(method: Method) -> str:
+    count = len(method.at_random)
+    return f" ({count} of {len(method.trained)} seeds drew at random)" if count else ""
 
 
 def _sentences(known: Comparison) -> list[str]:
@@ -115,6 +121,7 @@ def _sentences(known: Comparison) -> list[str]:
         )
     for method in known.methods:
         said += [f"{method.name} failed with seed {seed}: {why}." for seed, why in method.failed.items()]
+        said += [f"{method.name} drew rows at random with seed {s}: {why}." for s, why in method.at_random.items()]
     return said
 
 
@@ -199,7 +206,7 @@ def _cost_row(method: Method, phases: list[str]) -> list[Any]:
         *by_phase,
         f"{figures.passes_of(method):,.0f}",
         f"{method.steps:,}",
-        f"{method.trainable:,}",
+        method.counted,
         memory,
     ]
 
@@ -225,9 +232,22 @@ def _rates(known: Comparison) -> Part:
 
     rows = [[m, *(cell(m, rate) for rate in rates)] for m in dict.fromkeys(t.method for t in known.sweep)]
     heads = ["method", *(f"{rate:g}" for rate in rates)]
-    how = f"Every rate with seed {known.seeds[0]}; the one with ✓ was best on validation rows and used for all seeds."
+    how = f"Every rate with seed {known.seeds[0]}; the one with ✓ was best on validation rows and used for all "
+    how += "seeds: the smallest where every one failed."
     title = f"Validation {words(known.metric)} by learning rate"
     return [html.paragraph(how, kind="how"), html.table(title, heads, rows, numbers=range(1, len(heads)))], {}
+
+
+def _command(known: Comparison) -> str:
+    """That makes the comparison anew, as a shell takes it."""
+    words = ["tsqlora", "compare", f"{known.name}/config.yaml"]
+    words += ["--methods", ",".join(method.name for method in known.methods)]
+    words += ["--seeds", ",".join(map(str, known.seeds)), "--equal", known.equal, "--metric", known.metric]
+    if known.given.sweep:
+        words += ["--lr-sweep", ",".join(map(str, known.given.sweep))]
+    for name, rate in known.given.rates.items():
+        words += ["--lr", f"{name}={rate}"]
+    return shlex.join([*words, "--out", f"{known.name}-again"])
 
 
 def _settings(known: Comparison) -> Part:
@@ -235,16 +255,10 @@ def _settings(known: Comparison) -> Part:
     notes: Mapping[str, None] = dict.fromkeys(
         f"{m.name}, seed {t.seed}: {note}" for m in known.methods for t in m.trained for note in t.notes
     )
-    names = ",".join(m.name for m in known.methods)
-    command = (
-        f"tsqlora compare {known.name}/config.yaml --methods {names} --seeds {','.join(map(str, known.seeds))} "
-        f"--equal {known.equal} --out {known.name}-again"
-    )
-    swept = " --lr-sweep " + ",".join(f"{r:g}" for r in sorted({t.rate for t in known.sweep})) if known.sweep else ""
     seeds = f"with seed {known.methods[0].trained[0].seed}" if known.methods[0].trained else "that failed"
     return [
         html.paragraph("To repeat this comparison, beside its directory:"),
-        html.code(command + swept),
+        html.code(_command(known)),
         html.folded("Notes of the trainings", html.bullets(list(notes))) if notes else "",
         html.folded(f"Settings of {known.methods[0].name} {seeds}", html.code(json.dumps(known.settings, indent=2))),
         html.table("Learning rate of each method", ["method", "rate"], rates, narrow=True),

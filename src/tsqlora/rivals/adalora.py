@@ -8,7 +8,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from tsqlora.errors import TsqLoraError
 from tsqlora.ranks.rivals import change_phase, first_rank, interval, whole_rank
 from tsqlora.rivals.setup import Built, Setup, count_trainable, require_whole_run
-from tsqlora.rivals.svd import PenaltyInTraining, build, config_of, require_gradients, triplets_of
+from tsqlora.rivals.svd import Due, PenaltyInTraining, build, config_of, pruning_steps, says_nothing, triplets_of
 
 NAME = "adalora"
 
@@ -34,7 +34,7 @@ def adalora(setup: Setup) -> Built:
     )
     return Built(
         model,
-        (PenaltyInTraining(model), AdaLoraCallback(model)),
+        (PenaltyInTraining(model, NAME), AdaLoraCallback(model)),
         trainable=lambda: used_parameters(model),
         ranks=lambda: kept_triplets(model),
     )
@@ -43,11 +43,14 @@ def adalora(setup: Setup) -> Built:
 class AdaLoraCallback(TrainerCallback):
     """Calls PEFT's `update_and_allocate` after each optimizer step, while its gradients are there.
 
-    PEFT's phases are over steps counted from 0, as `global_step` is before the Trainer counts the step.
+    PEFT's phases are over steps counted from 0, as `global_step` is before the Trainer counts the step. A
+    step that was skipped is not told, and an allocation that was due with it comes with the next one.
     """
 
     def __init__(self, model: PeftModel) -> None:
         self.model, self.config = model, config_of(model)
+        self.final = cast(int, self.config.total_step) - self.config.tfinal
+        self.due = Due(pruning_steps(range(self.config.tinit, self.final), every=self.config.deltaT))
         self.allocations: list[int] = []
         """Steps at which the allocator chose triplets."""
 
@@ -59,20 +62,22 @@ class AdaLoraCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        require_gradients(triplets_of(self.model))
+        step, skipped = state.global_step, says_nothing(triplets_of(self.model))
+        due = self.due.taken(step, skipped=skipped)
+        if skipped:
+            return
         before = self.config.rank_pattern
-        cast(Any, self.model.base_model).update_and_allocate(state.global_step)
+        cast(Any, self.model.base_model).update_and_allocate(step if due is None else due)
         if self.config.rank_pattern is not before:
             self.allocations.append(state.global_step)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        final = cast(int, self.config.total_step) - self.config.tfinal
-        if final not in self.allocations:
+        if max(self.allocations, default=0) < self.final:
             raise TsqLoraError(
                 f"training ended after {state.global_step} steps, and AdaLoRA's ranks are final after step "
-                f"{final + 1}; train all the steps that it was built for"
+                f"{self.final + 1}; train all the steps that it was built for"
             )
 
 

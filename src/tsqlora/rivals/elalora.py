@@ -10,7 +10,7 @@ from tsqlora.errors import TsqLoraError
 from tsqlora.ranks.rivals import MOVES, change_phase, elalora_moves, elalora_steps, whole_rank
 from tsqlora.ranks.schedule import moves_allowed
 from tsqlora.rivals.setup import Built, Setup, count_trainable, require_whole_run
-from tsqlora.rivals.svd import Importance, PenaltyInTraining, build, change, tell_config, triplets_of
+from tsqlora.rivals.svd import Due, Importance, PenaltyInTraining, build, change, says_nothing, tell_config, triplets_of
 
 ORTHOGONALITY = 0.1
 """The weight of the penalty, ElaLoRA's own."""
@@ -41,7 +41,7 @@ def _build(setup: Setup, name: str, *, as_released: bool) -> Built:
     return Built(
         model,
         (
-            PenaltyInTraining(model),
+            PenaltyInTraining(model, name),
             ElaLoraCallback(model, setup.steps, name=name, as_released=as_released, seed=setup.seed),
         ),
         trainable=lambda: count_trainable(model),
@@ -59,7 +59,7 @@ class ElaLoraCallback(TrainerCallback):
         self.model, self.steps, self.name, self.as_released, self.seed = model, steps, name, as_released, seed
         self.layers = triplets_of(model)
         self.importance = Importance(self.layers)
-        self.phase, self.due = change_phase(steps, method=name), frozenset(elalora_steps(steps))
+        self.phase, self.due = change_phase(steps, method=name), Due(elalora_steps(steps))
         self.changes: dict[int, int] = {}
         """How many triplets changed places, by step."""
 
@@ -79,11 +79,12 @@ class ElaLoraCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        step = state.global_step
-        if step < self.phase.stop:
+        step, skipped = state.global_step, says_nothing(self.layers)
+        if step < self.phase.stop and not skipped:
             self.importance.update()
-        if step in self.due:
-            self._move(step, kwargs["optimizer"])
+        due = self.due.taken(step, skipped=skipped)
+        if due is not None:
+            self._move(step, due, kwargs["optimizer"])
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -91,16 +92,16 @@ class ElaLoraCallback(TrainerCallback):
         if not self.changes:
             raise TsqLoraError(
                 f"training ended after {state.global_step} steps, and no rank was ever moved: the first move was to be "
-                f"after step {min(self.due) + 1}; train longer, or leave out {self.name}"
+                f"after step {min(self.due.steps) + 1}; train longer, or leave out {self.name}"
             )
 
-    def _move(self, step: int, optimizer: torch.optim.Optimizer) -> None:
-        moves = elalora_moves(self.importance.scores(), moves=moves_allowed(step, self.phase, first=MOVES))
+    def _move(self, step: int, due: int, optimizer: torch.optim.Optimizer) -> None:
+        moves = elalora_moves(self.importance.scores(), moves=moves_allowed(due, self.phase, first=MOVES))
         for name, triplets in self.layers.items():
             gone, grown = moves.drops.get(name, []), moves.grows.get(name, 0)
             if gone or grown:
                 kept = [j for j in range(triplets.rank) if j not in gone]
-                change(triplets, kept=kept, grown=grown, optimizer=optimizer, seed=self.seed + step)
+                change(triplets, kept=kept, grown=grown, optimizer=optimizer, seed=self.seed + due)
                 self.importance.changed(name, kept=kept, grown=grown)
         if moves.drops:
             self.changes[step] = sum(moves.grows.values())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.ranks.rivals import whole_rank
+from tsqlora.record import PhaseCost
 from tsqlora.rivals.setup import Built, Setup, adapt, count_trainable, layers_of
 
 NAME = "eva"
@@ -28,8 +29,7 @@ def eva(setup: Setup) -> Built:
     may end without any: its rank is 0, and PEFT puts the plain layer back.
     """
     rank = whole_rank(setup.mean_rank, NAME)
-    if setup.max_rank < rank:
-        raise SettingsError(f"ranks.max is {setup.max_rank}, below ranks.mean, {rank}; raise ranks.max")
+    require_directions(rank, setup.max_rank, rows=len(setup.samples), batch_size=setup.batch_size)
     model = adapt(setup, r=rank, lora_alpha=setup.alpha)
     names = list(layers_of(model))
     for name, layer in layers_of(model).items():
@@ -39,10 +39,11 @@ def eva(setup: Setup) -> Built:
     # Not before: PEFT would advise, by a warning, on how to build the model with less memory.
     config.init_lora_weights, config.eva_config = "eva", EvaConfig(rho=setup.max_rank / rank)
     batches = batches_of(setup)
+    forward = CountedForward(MOST_PASSES * len(batches))
     initialize_lora_eva_weights(
         model,
         batches,
-        forward_fn=CountedForward(MOST_PASSES * len(batches)),
+        forward_fn=forward,
         prepare_layer_inputs_fn=layer_inputs,  # pyright: ignore[reportArgumentType]
         show_progress_bar=False,
     )
@@ -51,7 +52,19 @@ def eva(setup: Setup) -> Built:
         (),
         trainable=lambda: count_trainable(model),
         ranks=lambda: dict.fromkeys(names, 0) | {n: layer.r["default"] for n, layer in layers_of(model).items()},
+        cost=forward.cost,
     )
+
+
+def require_directions(rank: int, most: int, *, rows: int, batch_size: int) -> None:
+    """Raises SettingsError where ranks cannot sum to the mean, or directions are more than a batch's rows."""
+    if most < rank:
+        raise SettingsError(f"ranks.max is {most}, below ranks.mean, {rank}; raise ranks.max")
+    if rows < (size := max(batch_size, most)):
+        raise SettingsError(
+            f"EVA needs {size} rows to find {most} directions in, and there are {rows}; give more rows or lower "
+            "ranks.max"
+        )
 
 
 def batches_of(setup: Setup) -> list[dict[str, Tensor]]:
@@ -60,11 +73,6 @@ def batches_of(setup: Setup) -> list[dict[str, Tensor]]:
     A layer that sees one row a sample, as a pooler does, has nothing else to find them in.
     """
     size = max(setup.batch_size, setup.max_rank)
-    if len(setup.samples) < size:
-        raise SettingsError(
-            f"EVA needs {size} rows to find {setup.max_rank} directions in, and there are {len(setup.samples)}; give "
-            "more rows or lower ranks.max"
-        )
     order = np.random.default_rng([setup.seed, 5]).permutation(len(setup.samples))
     rows: Sequence[dict[str, Any]] = [dict(setup.samples[j]) for j in order]
     return [
@@ -82,10 +90,10 @@ def layer_inputs(layer_input: Any, model_input: Tensor, layer_name: str) -> Tens
 
 
 class CountedForward:
-    """Passes a batch forward, so many times at most."""
+    """Passes a batch forward, so many times at most, and counts rows and their tokens that are not padding."""
 
     def __init__(self, most: int) -> None:
-        self.left = most
+        self.left, self.cost = most, PhaseCost()
 
     def __call__(self, model: nn.Module, inputs: dict[str, Tensor]) -> Any:
         self.left -= 1
@@ -94,5 +102,8 @@ class CountedForward:
                 f"EVA's directions still turn after {MOST_PASSES} passes over its samples; give more rows or lower "
                 "ranks.max"
             )
+        ids = inputs["input_ids"]
+        tokens = int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else ids.numel()
+        self.cost.add(forward=len(ids), tokens=tokens)
         with torch.no_grad():
             return model(**inputs)

@@ -5,12 +5,13 @@ from collections.abc import Callable
 from peft import PeftModel
 
 from tsqlora.errors import SettingsError, nearest
-from tsqlora.ranks.rivals import whole_rank
+from tsqlora.ranks.rivals import change_phase, elalora_steps, whole_rank
 from tsqlora.rivals.adalora import adalora
 from tsqlora.rivals.elalora import elalora, elalora_as_released
-from tsqlora.rivals.eva import eva
+from tsqlora.rivals.eva import eva, require_directions
 from tsqlora.rivals.prune import prune
 from tsqlora.rivals.setup import Built, Setup, adapt, count_trainable, layers_of
+from tsqlora.rivals.svd import require_penalty
 
 
 def full(setup: Setup) -> Built:
@@ -56,6 +57,23 @@ RIVALS: dict[str, Callable[[Setup], Built]] = {
     "eva": eva,
     "prune": prune,
 }
+
+
+def require_rival(
+    name: str, *, mean_rank: float, max_rank: int, steps: int, rows: int, batch_size: int, label_smoothing: float
+) -> None:
+    """Raises what building the method's model and beginning its training would, as far as no model is needed."""
+    if name == "full":
+        return
+    rank = whole_rank(mean_rank, name)
+    if name == "eva":
+        require_directions(rank, max_rank, rows=rows, batch_size=batch_size)
+    if name in ("adalora", "prune"):
+        change_phase(steps, method=name)
+    if name in ("elalora", "elalora-as-released"):
+        elalora_steps(steps)
+    if name in ("adalora", "elalora", "elalora-as-released", "prune"):
+        require_penalty(label_smoothing, name)
 
 
 def get_rival(name: str) -> Callable[[Setup], Built]:

@@ -9,7 +9,17 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from tsqlora.errors import TsqLoraError
 from tsqlora.ranks.rivals import adalora_budget, best_triplets, change_phase, first_rank, interval, whole_rank
 from tsqlora.rivals.setup import Built, Setup, count_trainable, require_whole_run
-from tsqlora.rivals.svd import Importance, PenaltyInTraining, build, change, tell_config, triplets_of
+from tsqlora.rivals.svd import (
+    Due,
+    Importance,
+    PenaltyInTraining,
+    build,
+    change,
+    pruning_steps,
+    says_nothing,
+    tell_config,
+    triplets_of,
+)
 
 NAME = "prune"
 ORTHOGONALITY = 0.5
@@ -27,7 +37,7 @@ def prune(setup: Setup) -> Built:
     model = build(setup, rank=first_rank(mean), scale=setup.alpha / mean, target_r=mean, orth_reg_weight=ORTHOGONALITY)
     return Built(
         model,
-        (PenaltyInTraining(model), PruneCallback(model, phase, mean=mean, steps=setup.steps)),
+        (PenaltyInTraining(model, NAME), PruneCallback(model, phase, mean=mean, steps=setup.steps)),
         trainable=lambda: count_trainable(model),
         ranks=lambda: {name: triplets.rank for name, triplets in triplets_of(model).items()},
     )
@@ -37,7 +47,8 @@ class PruneCallback(TrainerCallback):
     """Masks the λ of triplets that are not kept, and drops these when ranks are final."""
 
     def __init__(self, model: PeftModel, phase: range, *, mean: int, steps: int) -> None:
-        self.model, self.phase, self.steps, self.every = model, phase, steps, interval(steps)
+        self.model, self.phase, self.steps = model, phase, steps
+        self.due = Due(pruning_steps(phase, every=interval(steps)))
         self.layers = triplets_of(model)
         self.importance = Importance(self.layers)
         self.first, self.target = sum(t.rank for t in self.layers.values()), mean * len(self.layers)
@@ -53,12 +64,15 @@ class PruneCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        step = state.global_step
-        if step < self.phase.stop:
+        if self.final:
+            return
+        step, skipped = state.global_step, says_nothing(self.layers)
+        if step < self.phase.stop and not skipped:
             self.importance.update()
-        if step == self.phase.stop or (step in self.phase[1:] and step % self.every == 0):
-            self._mask(adalora_budget(step, phase=self.phase, first=self.first, target=self.target))
-        if step == self.phase.stop:
+        due = self.due.taken(step, skipped=skipped)
+        if due is not None:
+            self._mask(adalora_budget(due, phase=self.phase, first=self.first, target=self.target))
+        if due == self.phase.stop:
             self._drop(kwargs["optimizer"])
 
     def on_train_end(

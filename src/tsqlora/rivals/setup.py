@@ -1,7 +1,7 @@
 """What a method may know before it builds its model, and what it gives back."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from peft import LoraConfig, PeftModel
@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerState, set_seed
 from tsqlora.adapter.wrap import inject, new_config
 from tsqlora.errors import TsqLoraError, UnsupportedError
 from tsqlora.gradients.sites import inner_name
+from tsqlora.record import PhaseCost
 from tsqlora.tasks.forward import Collate
 from tsqlora.training.load import Pretrained
 
@@ -42,13 +43,14 @@ class Built:
     """A model that a stock Trainer trains with these callbacks.
 
     `trainable` counts, at the end of training, the parameters that are in use; `ranks` tells
-    each layer's rank as it is now, and nothing where there are none.
+    each layer's rank as it is now, and nothing where there are none. `cost` are the passes that building took.
     """
 
     model: nn.Module
     callbacks: tuple[TrainerCallback, ...]
     trainable: Callable[[], int]
     ranks: Callable[[], dict[str, int]]
+    cost: PhaseCost = field(default_factory=PhaseCost)
 
 
 def adapt(setup: Setup, *, kind: type[LoraConfig] = LoraConfig, **options: Any) -> PeftModel:

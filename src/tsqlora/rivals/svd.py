@@ -1,7 +1,7 @@
 """W + s·P Λ Q, PEFT's AdaLoRA layers: scores of their triplets, and layers whose triplets come and go."""
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from tsqlora.adapter.change import new_row
 from tsqlora.adapter.moments import Moment, moments
 from tsqlora.errors import UnsupportedError
 from tsqlora.rivals.setup import Setup, adapt, layers_of
+from tsqlora.training.optimizer import finite_gradients
 
 ADAPTER = "default"
 BETA = 0.85
@@ -84,9 +85,14 @@ class PenaltyInTraining(TrainerCallback):
     step's first forward pass to the step's end.
     """
 
-    def __init__(self, model: PeftModel) -> None:
-        self.config = config_of(model)
+    def __init__(self, model: PeftModel, method: str) -> None:
+        self.config, self.method = config_of(model), method
         self.weight, self.config.orth_reg_weight = self.config.orth_reg_weight, 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        require_penalty(args.label_smoothing_factor, self.method)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -97,13 +103,48 @@ class PenaltyInTraining(TrainerCallback):
         self.config.orth_reg_weight = 0.0
 
 
-def require_gradients(layers: Mapping[str, Triplets]) -> None:
-    """Raises UnsupportedError with the name of a layer that the loss does not reach."""
-    for name, triplets in layers.items():
-        if triplets.lam.grad is None:
-            raise UnsupportedError(
-                f"{name} has no gradient: the loss does not depend on it; leave it out of target_modules"
-            )
+def require_penalty(label_smoothing: float, method: str) -> None:
+    """Raises UnsupportedError where the Trainer computes the loss itself, so that what PEFT adds to its own is lost."""
+    if label_smoothing:
+        raise UnsupportedError(
+            f"training.label_smoothing_factor is {label_smoothing:g}, and with it PEFT's orthogonality penalty is in "
+            f"no loss of {method}; set it to 0, or leave out {method}"
+        )
+
+
+def says_nothing(layers: Mapping[str, Triplets]) -> bool:
+    """Whether the step was skipped: no layer has a gradient any more, or one is not finite.
+
+    Raises UnsupportedError with the name of a layer that the loss does not reach, where it reaches others.
+    """
+    missing = [name for name, triplets in layers.items() if triplets.lam.grad is None]
+    if missing and len(missing) < len(layers):
+        raise UnsupportedError(
+            f"{missing[0]} has no gradient: the loss does not depend on it; leave it out of target_modules"
+        )
+    return bool(missing) or not finite_gradients(m for t in layers.values() for m, _ in t.matrices())
+
+
+class Due:
+    """Steps after which ranks move; a move that was due with a skipped step comes with the next one."""
+
+    def __init__(self, steps: Iterable[int]) -> None:
+        self.steps = frozenset(steps)
+        self._owed: int | None = None
+
+    def taken(self, step: int, *, skipped: bool) -> int | None:
+        """The step whose move comes now: this one, or a skipped one before it; None if none does."""
+        if step in self.steps:
+            self._owed = step
+        if skipped:
+            return None
+        taken, self._owed = self._owed, None
+        return taken
+
+
+def pruning_steps(phase: range, *, every: int) -> list[int]:
+    """Steps after which AdaLoRA's budget is applied: multiples of `every` within the phase, and its end."""
+    return [*(step for step in phase[1:] if step % every == 0), phase.stop]
 
 
 class Importance:
@@ -117,7 +158,6 @@ class Importance:
     @torch.no_grad()
     def update(self) -> None:
         """Takes in |p·∇p| of the weights and gradients there are now."""
-        require_gradients(self.layers)
         for name, triplets in self.layers.items():
             for j, (matrix, _) in enumerate(triplets.matrices()):
                 assert matrix.grad is not None

@@ -1,0 +1,105 @@
+"""What a training would raise is raised before the first is begun, and names the entry and the cure."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runs import make_rows, save_checkpoint, write_config, write_jsonl
+from tsqlora.compare.comparison import compare
+from tsqlora.compare.methods import entries
+from tsqlora.compare.preflight import preflight
+from tsqlora.config import Config, load_config
+from tsqlora.errors import DataError, SettingsError, UnsupportedError
+from tsqlora.job import load
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("preflight")
+    save_checkpoint(folder / "model")
+    write_jsonl(folder / "train.jsonl", make_rows(80))
+    return folder
+
+
+def settings(place: Path, **sections: Any) -> Config:
+    return load_config(write_config(place / "c.yaml", place / "model", place / "train.jsonl", **sections))
+
+
+def checked(config: Config, *methods: str, known: tuple[int, ...] = (), equal: Any = "steps") -> dict[int, str]:
+    return preflight(config, entries(methods), 0, known=known, equal=equal)
+
+
+def test_what_can_be_trained_passes(place: Path) -> None:
+    paper = settings(place, quality={"fraction": 0.5, "reference": 40, "preset": "paper"})
+    assert not checked(paper, "full", "lora", "dora", "adalora", "elalora", "eva", "prune", "tsqlora", "lora+gradnorm")
+    assert not checked(settings(place), "adalora+quality", "dora+el2n", "full+infobatch", "eva+gradnorm")
+
+
+@pytest.mark.parametrize("method", ["full", "dora", "adalora", "elalora", "prune"])
+def test_scoring_by_gradients_that_a_method_does_not_show_is_refused(method: str, place: Path) -> None:
+    with pytest.raises(UnsupportedError) as error:
+        checked(settings(place), "lora+gradnorm", f"{method}+gradnorm")
+    assert str(error.value).startswith(
+        f"{method}+gradnorm: its rows are scored by gradients, which cannot be had of {method}: "
+    )
+    assert "name a policy without gradients, such as loss, or leave it out" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("sections", "method", "message"),
+    [
+        ({"ranks": {"mean": 2.5}}, "lora", r"lora\+all: ranks.mean is 2.5, and lora needs a whole rank"),
+        ({"training": {"epochs": 1}}, "elalora", r"elalora\+all: the run has 5 optimizer steps, and ElaLoRA would"),
+        ({"training": {"epochs": 1, "batch_size": 36}}, "prune", r"prune\+all: the run has 1 optimizer steps, too few"),
+        ({"training": {"label_smoothing_factor": 0.1}}, "adalora", r"adalora\+all: training.label_smoothing_factor is"),
+        ({"training": {"batch_size": 100}}, "eva", r"eva\+all: EVA needs 100 rows"),
+        ({"ranks": {"mean": 2.0, "max": 1}}, "eva", r"eva\+all: ranks.max is 1, below ranks.mean"),
+        ({"quality": {"fraction": 0.5, "weights": {"ifd": 1.0}}}, "tsqlora", r"tsqlora\+quality: quality term 'ifd'"),
+        (
+            {"quality": {"fraction": 0.01}},
+            "lora+loss",
+            r"lora\+loss: a draw of 1 rows cannot hold",
+        ),
+        ({"quality": {"fraction": 0.5, "warmup": 9.0}}, "lora+loss", r"lora\+loss: .* no scored epoch would be left"),
+    ],
+)
+def test_settings_that_an_entry_cannot_have_are_refused_by_its_name(
+    sections: dict[str, Any], method: str, message: str, place: Path
+) -> None:
+    with pytest.raises((SettingsError, UnsupportedError), match=message):
+        checked(settings(place, **sections), "tsqlora-ranks-only", method)
+
+
+def test_a_run_too_short_for_a_trial_is_refused_where_seconds_are_equal(place: Path) -> None:
+    short = settings(place, training={"epochs": 1})
+    with pytest.raises(SettingsError, match=r"lora\+random: the run has 5 steps, and the trial .* takes 12; raise"):
+        checked(short, "lora", "lora+random", equal="seconds")
+    assert not checked(short, "lora", equal="seconds")
+
+
+def test_hashes_are_those_of_a_cells_own_rows(place: Path) -> None:
+    config = settings(place)
+    hashes = checked(config, "lora", known=(0, 3))
+    for seed, found in hashes.items():
+        training = config.training.model_copy(update={"seed": seed})
+        assert found == load(config.model_copy(update={"training": training})).data.hash
+    assert len(set(hashes.values())) == 2  # validation rows are split off by the seed
+
+
+def test_a_comparison_is_checked_in_a_process_of_its_own_and_leaves_nothing(place: Path, tmp_path: Path) -> None:
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("trained")
+
+    with pytest.raises(UnsupportedError, match=r"dora\+gradnorm: its rows are scored by gradients"):
+        compare(settings(place), ["lora", "dora+gradnorm"], seeds=[0], out=tmp_path / "out", run=never)
+    assert not (tmp_path / "out").exists()
+
+
+def test_changed_data_is_told_and_not_mixed_with_what_is_known(place: Path, tmp_path: Path) -> None:
+    train = write_jsonl(tmp_path / "train.jsonl", make_rows(80))
+    config = load_config(write_config(tmp_path / "c.yaml", place / "model", train, training={"epochs": 1}))
+    compare(config, ["lora"], seeds=[0], out=tmp_path / "out")
+    write_jsonl(train, make_rows(80, seed=1))
+    with pytest.raises(DataError, match=r"lora\+all_seed0_lr0.02.json is of other rows .* name another --out"):
+        compare(config, ["lora", "lora+random"], seeds=[0], out=tmp_path / "out")
