@@ -19,12 +19,12 @@ from tsqlora.gradients.sites import Scope
 from tsqlora.progress import Progress
 from tsqlora.quality.guard import guarded
 from tsqlora.quality.rows import REFERENCE_ROWS, reference_indices
-from tsqlora.quality.score import require_softmax, score, wanted_terms
+from tsqlora.quality.score import require_scorable, require_softmax, score, wanted_terms
 from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.quality.terms import Asked
 from tsqlora.tasks import Task
-from tsqlora.tasks.forward import Collate, each_its_row
+from tsqlora.tasks.forward import Collate
 from tsqlora.training.checkpoint import QualityState
 from tsqlora.training.manifest import announce, checkpoint_folder, digest, seal
 from tsqlora.training.row_weights import RowWeights, trained_task
@@ -142,18 +142,17 @@ class QualityCallback(TrainerCallback):
                 f"a warm-up of {self.warmup:g} passes is {self.warmup_epochs} epochs of {len(self.data)} rows, and "
                 f"the run has {epochs:g}: no scored epoch would be left; lower quality.warmup or raise training.epochs"
             )
-        with quiet(kwargs["model"]):
-            # Before a warm-up, not after it.
-            few = [self.data.dataset[j] for j in range(min(2, len(self.data.dataset)))]
-            each_its_row(self.collate or kwargs["train_dataloader"].collate_fn)(few)
         if self.unbiased:
             self.row_weights.begin(args, kwargs["model"])
         announce(args, state, "quality")
+        saved = QualityState.load(checkpoint_folder(args, state)) if state.global_step > 0 else None
+        if saved is None or _awaits(saved):
+            self._require_scorable(args, kwargs["model"], self.collate or kwargs["train_dataloader"].collate_fn)
         self.data.policy = None
         self.data.scores, self.data.awaits_scores, self._digest = None, True, None
         self.attempts, self.refused, self.scorings, self.seconds = [], None, 0, 0.0
-        if state.global_step > 0:
-            self._resume(QualityState.load(checkpoint_folder(args, state)), self._path(args))
+        if saved is not None:
+            self._resume(saved, self._path(args))
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -206,7 +205,28 @@ class QualityCallback(TrainerCallback):
         if saved.scored_epoch is not None:
             distributed.once(lambda: _bring_back(scores_path, saved.scores_sha256))
             self._use(Scores.load(scores_path), saved.scored_epoch)
-        self.data.awaits_scores = saved.scored_epoch is None and saved.refused is None
+        self.data.awaits_scores = _awaits(saved)
+
+    def _require_scorable(self, args: TrainingArguments, model: nn.Module, collate: Any) -> None:
+        """Before a warm-up, not after it: all that can be told by two rows."""
+        # Reading rows may draw random numbers too, as augmentation does.
+        with quiet(model):
+            rows = [self.data.dataset[j] for j in range(min(2, len(self.data.dataset)))]
+        require_scorable(
+            model,
+            rows,
+            collate,
+            task=trained_task(args, model, self.task),
+            weights=self.weights,
+            reject=self.reject,
+            terms=self._asked,
+            scope=self.scope,
+            autocast=self._autocast(args),
+        )
+
+    def _autocast(self, args: TrainingArguments) -> torch.dtype | None:
+        lookahead = any(term.lookahead for term in self.terms.values())
+        return torch.bfloat16 if args.bf16 and not lookahead else None
 
     def _try_scoring(self, args: TrainingArguments, state: TrainerState, model: nn.Module, collate: Any) -> None:
         outcome = self._score(args, state, model, collate)
@@ -229,7 +249,6 @@ class QualityCallback(TrainerCallback):
 
     def _score(self, args: TrainingArguments, state: TrainerState, model: nn.Module, collate: Any) -> Scores | str:
         """The scores, or why the model cannot give any yet."""
-        lookahead = any(term.lookahead for term in self.terms.values())
         try:
             return score(
                 model,
@@ -245,7 +264,7 @@ class QualityCallback(TrainerCallback):
                 calibration=self.calibration,
                 batch_size=args.per_device_train_batch_size,
                 seed=self.seed,
-                autocast=torch.bfloat16 if args.bf16 and not lookahead else None,
+                autocast=self._autocast(args),
                 hashes=self.hashes,
                 progress=self.progress,
                 record={"epoch": epoch_of(state), "step": state.global_step, **self.about},
@@ -275,6 +294,11 @@ class QualityCallback(TrainerCallback):
 
     def _path(self, args: TrainingArguments) -> Path:
         return self.scores_path or Path(str(args.output_dir)) / SCORES_FILE
+
+
+def _awaits(saved: QualityState) -> bool:
+    """Whether scoring was still to come."""
+    return saved.scored_epoch is None and saved.refused is None
 
 
 def most_scorings(warmup_epochs: int, epochs: int) -> int:
