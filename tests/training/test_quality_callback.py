@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader, WeightedRandomSampler
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -649,10 +651,52 @@ def test_another_data_set_than_the_trainers_is_refused(tmp_path: Path) -> None:
         make_trainer(slotted_bert(), tsq.QualitySubset(DATA, 0.5), tmp_path, [quality]).train()
 
 
-def test_a_run_that_ended_before_scoring_is_an_error(tmp_path: Path) -> None:
-    class Stop(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            control.should_training_stop = state.global_step >= 3
+def test_a_plain_list_is_refused_with_the_cure() -> None:
+    text = r"QualityCallback got a list; .* make data = tsqlora\.QualitySubset\(rows\), and give it to the Trainer too"
+    with pytest.raises(SettingsError, match=text):
+        tsq.QualityCallback(DATA)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
-    with pytest.raises(tsq.TsqLoraError, match=r"ended at epoch 0\.75, before the scoring.*after 2 epochs"):
-        run(tmp_path, also=(Stop(),))
+
+@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
+def test_grouping_by_lengths_that_are_read_once_is_refused(strategy: str, tmp_path: Path) -> None:
+    text = r"reads the rows' lengths once, and a QualitySubset .* 'sequential' and let QualitySubset\(rows, lengths="
+    with pytest.raises(SettingsError, match=text):
+        run(tmp_path, also=(watch := Watch(),), further={"train_sampling_strategy": strategy})
+    assert not watch.drawn
+
+
+@pytest.mark.parametrize("strategy", ["random", "sequential"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_sampler_by_place_goes_without_a_word(strategy: str, processes: int, tmp_path: Path) -> None:
+    trainer = make_trainer(slotted_bert(), tsq.QualitySubset(DATA, 0.5), tmp_path, [], train_sampling_strategy=strategy)
+    loader = prepare_data_loader(trainer.get_train_dataloader(), num_processes=processes, process_index=0)
+    quality_callback._require_by_place(loader)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_sampler_that_knows_rows_is_named_in_a_warning(processes: int) -> None:
+    weighted = WeightedRandomSampler([1.0] * 8, 8)
+    loader: Any = DataLoader(tsq.QualitySubset(range(8), 1.0), batch_size=2, sampler=weighted)
+    loader = prepare_data_loader(loader, num_processes=processes, process_index=0)
+    with pytest.warns(UserWarning, match="the Trainer's sampler is a WeightedRandomSampler; what it knows of rows"):
+        quality_callback._require_by_place(loader)
+
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= 3
+
+
+def test_a_run_that_was_stopped_before_scoring_says_so(tmp_path: Path) -> None:
+    text = r"stopped at epoch 0\.75, before the scoring .* after 2 epochs \(step 3 of 20\): all its rows were drawn at"
+    with pytest.warns(UserWarning, match=text):
+        _, trainer = run(tmp_path, also=(Stop(),))
+    assert trainer.state.global_step == 3
+
+
+def test_a_run_that_went_to_its_end_without_scoring_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tsq.QualityCallback, "_due", lambda *_: False)
+    with pytest.raises(tsq.TsqLoraError, match=r"ended at epoch 5, before the scoring.*after 2 epochs; train longer"):
+        run(tmp_path)

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import BatchRebalanceSampler, DistributedLengthGroupedSampler, LengthGroupedSampler
 
 from tsqlora import distributed
 from tsqlora.errors import DataError, NotLearnedError, SettingsError, TsqLoraError
@@ -89,6 +91,11 @@ class QualityCallback(TrainerCallback):
         progress: Progress | None = None,
         collate: Collate | None = None,
     ) -> None:
+        if not isinstance(data, QualitySubset):
+            raise SettingsError(
+                f"QualityCallback got a {type(data).__name__}; it draws the rows of a QualitySubset: make "
+                "data = tsqlora.QualitySubset(rows), and give it to the Trainer too"
+            )
         if not warmup > 0:
             raise SettingsError(f"warmup is {warmup}; it must be above 0 passes: a model at chance scores at random")
         if not 0 < limit <= 1:
@@ -136,6 +143,7 @@ class QualityCallback(TrainerCallback):
             raise SettingsError("QualityCallback(data) and Trainer(train_dataset=data) need the same QualitySubset")
         if args.dataloader_persistent_workers:
             raise SettingsError("dataloader_persistent_workers keeps an old draw; set it to False")
+        _require_by_place(kwargs["train_dataloader"])
         epochs = args.num_train_epochs if args.max_steps <= 0 else state.num_train_epochs
         if self.warmup_epochs >= epochs:
             raise SettingsError(
@@ -183,11 +191,16 @@ class QualityCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.row_weights.stop()
-        if self.data.awaits_scores:
-            raise TsqLoraError(
-                f"training ended at epoch {state.epoch or 0:g}, before the scoring that was to come after "
-                f"{self.warmup_epochs} epochs; train longer, or leave out QualityCallback"
-            )
+        if not self.data.awaits_scores:
+            return
+        missed = f"at epoch {state.epoch or 0:g}, before the scoring that was to come after {self.warmup_epochs} epochs"
+        if state.global_step >= state.max_steps:
+            raise TsqLoraError(f"training ended {missed}; train longer, or leave out QualityCallback")
+        warnings.warn(
+            f"training was stopped {missed} (step {state.global_step} of {state.max_steps}): all its rows were drawn "
+            "at random",
+            stacklevel=2,
+        )
 
     def _due(self, state: TrainerState) -> bool:
         """Whether rows are scored before the epoch that begins."""
@@ -294,6 +307,29 @@ class QualityCallback(TrainerCallback):
 
     def _path(self, args: TrainingArguments) -> Path:
         return self.scores_path or Path(str(args.output_dir)) / SCORES_FILE
+
+
+def _require_by_place(loader: DataLoader[Any]) -> None:
+    """Refuses samplers that group rows by length, and warns of others that may know the rows.
+
+    They are made once, of the first draw; in the next one other rows are in the places that they know.
+    """
+    batches: Any = loader.batch_sampler
+    while hasattr(batches, "batch_sampler"):  # accelerate's, of several processes
+        batches = batches.batch_sampler
+    sampler = getattr(batches, "sampler", batches)
+    if isinstance(sampler, LengthGroupedSampler | DistributedLengthGroupedSampler | BatchRebalanceSampler):
+        raise SettingsError(
+            f"{type(sampler).__name__} reads the rows' lengths once, and a QualitySubset has other rows in the next "
+            "epoch; leave train_sampling_strategy out of the TrainingArguments, or set it to 'sequential' and let "
+            "QualitySubset(rows, lengths=..., batch_size=...) group them"
+        )
+    if not isinstance(sampler, RandomSampler | SequentialSampler | DistributedSampler | None):
+        warnings.warn(
+            f"the Trainer's sampler is a {type(sampler).__name__}; what it knows of rows by their places holds for the "
+            "first draw alone, since a QualitySubset has other rows in the next epoch",
+            stacklevel=3,
+        )
 
 
 def _awaits(saved: QualityState) -> bool:
