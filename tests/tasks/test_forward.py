@@ -53,7 +53,9 @@ def test_a_decoder_behind_an_encoder_reads_the_target_though_labels_are_taken_aw
 
 
 def test_a_decoder_whose_inputs_nobody_makes_is_refused_by_name() -> None:
-    sizes = {f"{side}_{name}": 1 for side in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+    sizes: dict[str, Any] = {
+        f"{side}_{name}": 1 for side in ("encoder", "decoder") for name in ("layers", "attention_heads")
+    }
     model = M2M100ForConditionalGeneration(M2M100Config(vocab_size=20, d_model=8, **sizes))
     text = "have no 'decoder_input_ids', and M2M100ForConditionalGeneration does not say how they are made of labels"
     with pytest.raises(UnsupportedError, match=text):

@@ -521,7 +521,7 @@ def test_settings_that_cannot_work_are_told_before_training(
 
 
 def of_kind(made: type[PreTrainedModel]) -> PreTrainedModel:
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    sizes: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     return made(BertConfig(vocab_size=VOCAB, **sizes))
 
 
@@ -617,17 +617,18 @@ REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_scored_is_refused_before_the_first_step(case: str, tmp_path: Path) -> None:
-    model, data, options, text = REFUSED[case]
+    made, data, options, text = REFUSED[case]
+    model: Any = made()
     subset, watch = tsq.QualitySubset(data, 0.5), Watch()
     quality = tsq.QualityCallback(subset, reference=40, **options)
-    trainer = make_trainer(model(), subset, tmp_path, [watch, quality], num_train_epochs=EPOCHS)
+    trainer = make_trainer(model, subset, tmp_path, [watch, quality], num_train_epochs=EPOCHS)
     trainer.data_collator = padded
     with pytest.raises(tsq.TsqLoraError, match=text):
         trainer.train()
     assert watch.begun is not None
     assert not watch.drawn
     assert not subset.awaits_scores
-    assert_same(watch.begun, fingerprint(trainer.model), "model")
+    assert_same(watch.begun, fingerprint(model), "model")
 
 
 def test_a_run_resumed_behind_its_scoring_is_not_looked_at_again(
@@ -654,7 +655,7 @@ def test_another_data_set_than_the_trainers_is_refused(tmp_path: Path) -> None:
 def test_a_plain_list_is_refused_with_the_cure() -> None:
     text = r"QualityCallback got a list; .* make data = tsqlora\.QualitySubset\(rows\), and give it to the Trainer too"
     with pytest.raises(SettingsError, match=text):
-        tsq.QualityCallback(DATA)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+        tsq.QualityCallback(DATA)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
