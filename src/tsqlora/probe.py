@@ -229,7 +229,7 @@ def probe_pass(
     with quiet(model), torch.enable_grad(), probe.watch(model) as tap:
         for start in range(0, len(dataset), batch_size):
             rows = [dataset[j] for j in range(start, min(start + batch_size, len(dataset)))]
-            inputs, labels = split_labels(collate(rows), device)
+            inputs, labels = split_labels(collate(rows), model)
             with precision(device, autocast):
                 losses = task.loss(model_logits(model, inputs, task), labels)
             # Summed, not averaged: a sample's gradient must not depend on its batch.

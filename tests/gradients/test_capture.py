@@ -161,9 +161,19 @@ def test_reentrant_checkpointing_is_refused_with_its_cure() -> None:
     model = Around(lambda linear, x: checkpoint(linear, x, use_reentrant=True))
     with (
         capture(model, find_sites(model, "adapter"), lambda *_: None),
-        pytest.raises(UnsupportedError, match=r"^linear is under reentrant .* \{'use_reentrant': False\}$"),
+        pytest.raises(UnsupportedError, match=r"^linear is under reentrant .* \{'use_reentrant': False\}, and"),
     ):
         model(inputs(5).requires_grad_()).sum().backward()
+
+
+def test_a_forward_that_passes_by_the_models_own_is_refused_with_its_cure() -> None:
+    model = Around(lambda linear, x: linear(x))
+    text = r"^linear is .* called by a forward that passes by the model's own, .* call the model itself, not modules in"
+    with (
+        capture(model, find_sites(model, "adapter"), lambda *_: None),
+        pytest.raises(UnsupportedError, match=text),
+    ):
+        model.linear(inputs(5)).sum().backward()
 
 
 @pytest.mark.parametrize(
@@ -181,6 +191,14 @@ def test_a_layer_whose_first_dimension_is_not_the_batch_is_refused(
     message = rf"^linear is called on a tensor of shape {shape} in a batch of 3: its samples cannot be told apart; "
     with pytest.raises(UnsupportedError, match=message):
         seen(Around(call), inputs(5))
+
+
+def test_a_model_may_be_called_on_a_dict() -> None:
+    found: list[tuple[int, ...]] = []
+    model = Around(lambda linear, batch: linear(batch["inner"]["x"]))
+    with capture(model, find_sites(model, "adapter"), lambda _, a, _b: found.append(tuple(a.shape))):
+        model({"scale": torch.tensor(1.0), "inner": {"x": inputs(5)}}).sum().backward()
+    assert found == [(N, 5, WIDTH)]
 
 
 def test_a_model_called_without_a_tensor_is_refused() -> None:

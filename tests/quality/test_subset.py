@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from tsqlora.errors import SettingsError
 from tsqlora.quality.scores import Scores, from_terms
@@ -255,3 +255,21 @@ def test_settings_without_a_meaning_are_refused(options: dict[str, Any], message
 def test_scores_of_other_rows_are_refused() -> None:
     with pytest.raises(SettingsError, match="there are 9 scores for 10 rows"):
         QualitySubset(range(10)).use(scored(9), 0)
+
+
+class Stream(IterableDataset[int]):
+    def __iter__(self) -> Any:
+        yield from range(3)
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (Stream(), "QualitySubset got a Stream, which has no length or no rows by number: rows of a stream"),
+        (iter([1, 2]), "QualitySubset got a list_iterator, which has no length"),
+        ({"train": [1, 2], "test": [3]}, r"QualitySubset got a dict of train, test; .* such as data\['train'\]"),
+    ],
+)
+def test_what_has_no_rows_by_number_is_refused_with_the_cure(given: Any, text: str) -> None:
+    with pytest.raises(SettingsError, match=text):
+        QualitySubset(given, 0.5)

@@ -6,16 +6,43 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader, WeightedRandomSampler
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForQuestionAnswering,
+    BertForTokenClassification,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+)
 
 import tsqlora as tsq
+from models import tiny_bert
 from scoring import assert_same, fingerprint
-from stock import ROWS, make_trainer, moods, slotted_bert
+from stock import ROWS, VOCAB, make_trainer, moods, slotted_bert
 from tsqlora.errors import SettingsError
 from tsqlora.quality.scores import Scores
+from tsqlora.training import quality_callback
 
 DATA = moods()
 GRADIENTS = {"convergence": 1 / 3, "gradient_norm": -1 / 3}
+
+
+def crooked(measured: Any) -> torch.Tensor:
+    return measured.loss[:1]
+
+
+def padded(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Every column by the longest; numbers and lists of one length as they are."""
+    batch = {}
+    for name in rows[0]:
+        values = [torch.as_tensor(row[name]) for row in rows]
+        batch[name] = torch.nn.utils.rnn.pad_sequence(values, True) if values[0].dim() else torch.stack(values)
+    return batch
+
+
 EPOCHS = 5
 """Of half the rows: a warm-up of two, then three by quality, of 4 steps each."""
 
@@ -50,6 +77,10 @@ class Watch(TrainerCallback):
         self.on_disk: dict[int, bool] = {}
         self.waiting: dict[int, bool] = {}
         self.modes: set[bool] = set()
+        self.begun: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begun = fingerprint(kwargs["model"])
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         data = kwargs["train_dataloader"].dataset
@@ -489,16 +520,184 @@ def test_settings_that_cannot_work_are_told_before_training(
     assert not watch.drawn
 
 
+def of_kind(made: type[PreTrainedModel]) -> PreTrainedModel:
+    sizes: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    return made(BertConfig(vocab_size=VOCAB, **sizes))
+
+
+def in_pieces(inputs: Any) -> Any:
+    """Labels that every token has."""
+    return [{**row, "labels": row["input_ids"]} for row in inputs]
+
+
+def many_labels() -> list[dict[str, Any]]:
+    return [{**row, "labels": [float(row["labels"]), 1.0, 0.0]} for row in DATA]
+
+
+def numbers() -> list[dict[str, Any]]:
+    return [{**row, "labels": float(row["labels"])} for row in DATA]
+
+
+def classifier(**options: Any) -> Any:
+    return tiny_bert(vocab=VOCAB, layers=1, dtype=torch.float32, **options)
+
+
+def frozen_positions() -> Any:
+    model = classifier(num_labels=2)
+    model.bert.embeddings.position_embeddings.requires_grad_(False)
+    return model
+
+
+REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
+    "multi-label": (
+        lambda: classifier(problem_type="multi_label_classification"),
+        many_labels(),
+        {},
+        "task.type multi-label-classification is not built",
+    ),
+    "multi-label by its labels": (classifier, many_labels(), {}, "task.type multi-label-classification is not built"),
+    "tokens by their labels": (classifier, in_pieces(DATA), {}, "task.type token-classification is not built"),
+    "tokens": (
+        lambda: of_kind(BertForTokenClassification),
+        in_pieces(DATA),
+        {},
+        "task.type token-classification is not built",
+    ),
+    "answers": (
+        lambda: of_kind(BertForQuestionAnswering),
+        [{"input_ids": row["input_ids"], "start_positions": 1, "end_positions": 2} for row in DATA],
+        {},
+        "task.type question-answering is not built",
+    ),
+    "masked words": (lambda: of_kind(BertForMaskedLM), in_pieces(DATA), {}, "task.type masked-lm is not built"),
+    "positions that train": (
+        lambda: classifier(num_labels=2),
+        DATA,
+        {"weights": GRADIENTS},
+        "bert.embeddings.position_embeddings is called on a tensor of shape",
+    ),
+    "scope full without LoRA": (
+        frozen_positions,
+        DATA,
+        {"weights": GRADIENTS, "scope": "full"},
+        "scope 'full' scores LoRA's target layers, and this model has none",
+    ),
+    "reject of numbers": (
+        lambda: classifier(num_labels=1),
+        numbers(),
+        {"reject": True},
+        "reject finds wrong labels of classes, and the task is regression",
+    ),
+    "ifd of classes": (
+        slotted_bert,
+        DATA,
+        {"weights": {"ifd": 1.0}},
+        "quality term 'ifd' compares a target with and without its prompt, which sequence-classification cannot",
+    ),
+    "a term of one's own": (
+        slotted_bert,
+        DATA,
+        {"terms": (crooked,)},
+        r"quality term 'crooked' gives \(1,\) for 2 samples",
+    ),
+    "no labels": (
+        slotted_bert,
+        [{"input_ids": row["input_ids"], "label": row["labels"]} for row in DATA],
+        {},
+        "the collator's batches have no 'labels', only input_ids, label",
+    ),
+    "preferences": (
+        slotted_bert,
+        [{"input_ids": row["input_ids"], "chosen_ids": [1], "rejected_ids": [2]} for row in DATA],
+        {},
+        "task.type preference-tuning is not built",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_scored_is_refused_before_the_first_step(case: str, tmp_path: Path) -> None:
+    made, data, options, text = REFUSED[case]
+    model: Any = made()
+    subset, watch = tsq.QualitySubset(data, 0.5), Watch()
+    quality = tsq.QualityCallback(subset, reference=40, **options)
+    trainer = make_trainer(model, subset, tmp_path, [watch, quality], num_train_epochs=EPOCHS)
+    trainer.data_collator = padded
+    with pytest.raises(tsq.TsqLoraError, match=text):
+        trainer.train()
+    assert watch.begun is not None
+    assert not watch.drawn
+    assert not subset.awaits_scores
+    assert_same(watch.begun, fingerprint(model), "model")
+
+
+def test_a_run_resumed_behind_its_scoring_is_not_looked_at_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saves = {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": EPOCHS}
+    run(tmp_path, further=saves)
+    looks: list[Any] = []
+    monkeypatch.setattr(quality_callback, "require_scorable", lambda *_, **__: looks.append(1))
+    for step, looked in ((4, 1), (8, 1), (10, 0)):
+        looks.clear()
+        subset = tsq.QualitySubset(DATA, 0.5)
+        resumed = make_trainer(slotted_bert(), subset, tmp_path, [tsq.QualityCallback(subset, reference=40)], **saves)
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert len(looks) == looked
+
+
 def test_another_data_set_than_the_trainers_is_refused(tmp_path: Path) -> None:
     quality = tsq.QualityCallback(tsq.QualitySubset(DATA, 0.5))
     with pytest.raises(tsq.SettingsError, match="need the same QualitySubset"):
         make_trainer(slotted_bert(), tsq.QualitySubset(DATA, 0.5), tmp_path, [quality]).train()
 
 
-def test_a_run_that_ended_before_scoring_is_an_error(tmp_path: Path) -> None:
-    class Stop(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            control.should_training_stop = state.global_step >= 3
+def test_a_plain_list_is_refused_with_the_cure() -> None:
+    text = r"QualityCallback got a list; .* make data = tsqlora\.QualitySubset\(rows\), and give it to the Trainer too"
+    with pytest.raises(SettingsError, match=text):
+        tsq.QualityCallback(DATA)  # type: ignore[arg-type]
 
-    with pytest.raises(tsq.TsqLoraError, match=r"ended at epoch 0\.75, before the scoring.*after 2 epochs"):
-        run(tmp_path, also=(Stop(),))
+
+@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
+def test_grouping_by_lengths_that_are_read_once_is_refused(strategy: str, tmp_path: Path) -> None:
+    text = r"reads the rows' lengths once, and a QualitySubset .* 'sequential' and let QualitySubset\(rows, lengths="
+    with pytest.raises(SettingsError, match=text):
+        run(tmp_path, also=(watch := Watch(),), further={"train_sampling_strategy": strategy})
+    assert not watch.drawn
+
+
+@pytest.mark.parametrize("strategy", ["random", "sequential"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_sampler_by_place_goes_without_a_word(strategy: str, processes: int, tmp_path: Path) -> None:
+    trainer = make_trainer(slotted_bert(), tsq.QualitySubset(DATA, 0.5), tmp_path, [], train_sampling_strategy=strategy)
+    loader = prepare_data_loader(trainer.get_train_dataloader(), num_processes=processes, process_index=0)
+    quality_callback._require_by_place(loader)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_sampler_that_knows_rows_is_named_in_a_warning(processes: int) -> None:
+    weighted = WeightedRandomSampler([1.0] * 8, 8)
+    loader: Any = DataLoader(tsq.QualitySubset(range(8), 1.0), batch_size=2, sampler=weighted)
+    loader = prepare_data_loader(loader, num_processes=processes, process_index=0)
+    with pytest.warns(UserWarning, match="the Trainer's sampler is a WeightedRandomSampler; what it knows of rows"):
+        quality_callback._require_by_place(loader)
+
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= 3
+
+
+def test_a_run_that_was_stopped_before_scoring_says_so(tmp_path: Path) -> None:
+    text = r"stopped at epoch 0\.75, before the scoring .* after 2 epochs \(step 3 of 20\): all its rows were drawn at"
+    with pytest.warns(UserWarning, match=text):
+        _, trainer = run(tmp_path, also=(Stop(),))
+    assert trainer.state.global_step == 3
+
+
+def test_a_run_that_went_to_its_end_without_scoring_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tsq.QualityCallback, "_due", lambda *_: False)
+    with pytest.raises(tsq.TsqLoraError, match=r"ended at epoch 5, before the scoring.*after 2 epochs; train longer"):
+        run(tmp_path)

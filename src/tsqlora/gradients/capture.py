@@ -5,7 +5,7 @@ checkpointing (what a tap saves is recomputed like everything else), and also wh
 trains: the tap's output requires a gradient because its anchor does.
 """
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -97,8 +97,9 @@ class _Tap(torch.autograd.Function):
         # Non-reentrant checkpointing calls layers again only to have their inputs back.
         if ctx.under_way is None:
             raise UnsupportedError(
-                f"{ctx.site.name} is under reentrant gradient checkpointing, which hides it; "
-                "set gradient_checkpointing_kwargs to {'use_reentrant': False}"
+                f"{ctx.site.name} is under reentrant gradient checkpointing, or was called by a forward that passes by "
+                "the model's own, which hides it; set gradient_checkpointing_kwargs to {'use_reentrant': False}, and "
+                "in a compute_loss of your own call the model itself, not modules in it"
             )
         (x,) = ctx.saved_tensors
         ctx.under_way.deliver(ctx.site, ctx.module, x, grad_outputs[0])
@@ -112,7 +113,8 @@ def capture(model: nn.Module, sites: Mapping[str, Site], consume: Consume) -> Ge
     b is the gradient of what is differentiated, so it is the sample's own only if that is a
     *sum* of the samples' losses. Nothing is left on the model afterwards, also on errors.
     Raises UnsupportedError, in the backward pass, for a site called on something whose first
-    dimension is not the batch's, and under reentrant gradient checkpointing.
+    dimension is not the batch's, under reentrant gradient checkpointing, and where the model's own forward was
+    passed by.
     """
     device = next(model.parameters()).device
     state = Capture(torch.zeros((), device=device, requires_grad=True))
@@ -149,7 +151,16 @@ def _tap(
 
 
 def _batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.dim() > 0:
+    for value in _tensors((*args, *kwargs.values())):
+        if value.dim() > 0:
             return value.shape[0]
     raise UnsupportedError("the model was called without a tensor, so its batch size is unknown")
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Those among them, and in dicts among them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, Mapping):
+            yield from _tensors(cast("Mapping[str, Any]", value).values())

@@ -16,7 +16,7 @@ from tsqlora.gradients.ghost import MeanGradient, layer_gradient, summed_gradien
 from tsqlora.gradients.sites import Site
 from tsqlora.quality.reference import backward, calibrated, sample_losses, total_over_sites
 from tsqlora.tasks import Task
-from tsqlora.tasks.forward import Batch, base_model, model_logits, placed, split_labels
+from tsqlora.tasks.forward import Batch, base_model, model_logits, output_part, placed, split_labels
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -26,12 +26,12 @@ def require_own_loss(model: nn.Module, batch: Batch, task: Task) -> None:
     inner = base_model(model)
     if "labels" not in inspect.signature(inner.forward).parameters:
         return
-    inputs, labels = split_labels(batch, next(model.parameters()).device)
+    inputs, labels = split_labels(batch, model)
     config = getattr(inner, "config", None)
     kind = getattr(config, "problem_type", None)
     try:
         with torch.no_grad():
-            own = getattr(model(**placed(model, inputs, task), labels=labels), "loss", None)
+            own = output_part(model(**placed(model, inputs, task), labels=labels), "loss")
             ours = task.batch_loss(task.loss(model_logits(model, inputs, task), labels), labels)
     finally:
         # transformers writes down what the first labels look like.
@@ -53,7 +53,7 @@ def require_exact(
     weight under LoRA (scope 'full') is read by its own layer alone, and a sample's does not change when it is alone
     in its batch.
     """
-    inputs, labels = split_labels(batch, next(model.parameters()).device)
+    inputs, labels = split_labels(batch, model)
     tolerance = 0.05 if _half_precision(model) else 0.01
     summed: dict[str, MeanGradient] = {}
     norms: list[Tensor] = []

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tsqlora.errors import SettingsError, UnsupportedError
+from tsqlora.tasks.forward import output_part
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +71,8 @@ class Passes:
 
 
 def _logits(output: Any) -> Tensor:
-    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
+    logits = output_part(output, "logits")
+    if logits is None or logits.dim() != 2:
         raise UnsupportedError("the model's output has no logits of one row a sample; score in a pass of its own")
     return logits
 

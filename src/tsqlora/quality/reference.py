@@ -69,11 +69,10 @@ def calibrate(model: nn.Module, batches: Iterable[Batch], task: Task, *, enabled
 @torch.no_grad()
 def _against_step_0(model: nn.Module, batches: Iterable[Batch], task: Generation) -> LearnedTest:
     """Losses now and with the adapter off; of a model without an adapter, those of a guess among all tokens."""
-    device = next(model.parameters()).device
     losses: list[Tensor] = []
     before: list[Tensor] = []
     for batch in batches:
-        inputs, labels = split_labels(batch, device)
+        inputs, labels = split_labels(batch, model)
         logits = model_logits(model, inputs, task)
         losses.append(task.loss(logits, labels))
         if isinstance(model, PeftModel):
@@ -85,11 +84,10 @@ def _against_step_0(model: nn.Module, batches: Iterable[Batch], task: Generation
 
 
 def _calibrate(model: nn.Module, batches: Iterable[Batch], task: Answers, *, enabled: bool) -> Calibration:
-    device = next(model.parameters()).device
     parts: list[tuple[Tensor, Tensor]] = []
     with torch.no_grad():
         for batch in batches:
-            inputs, y = split_labels(batch, device)
+            inputs, y = split_labels(batch, model)
             parts.append((model_logits(model, inputs, task), y))
     logits, labels = (torch.cat(columns) for columns in zip(*parts, strict=True))
     constant = task.chance(labels, logits.shape[1]).to(logits)
@@ -110,7 +108,6 @@ def measure_reference(
 
     Raises UnsupportedError where all gradients vanish.
     """
-    device = next(model.parameters()).device
     total: dict[str, MeanGradient] = {}
     norms: list[Tensor] = []
 
@@ -123,7 +120,7 @@ def measure_reference(
     loss = norm_sq = 0.0
     rows = 0
     for batch in batches:
-        inputs, labels = split_labels(batch, device)
+        inputs, labels = split_labels(batch, model)
         norms.clear()
         _, losses, _ = backward(model, inputs, labels, task, offsets, sites, consume)
         loss += float(losses.double().sum())

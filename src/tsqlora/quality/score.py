@@ -29,7 +29,7 @@ from tsqlora.quality.rows import Dataset, batches_of, lengths_of, reference_rows
 from tsqlora.quality.scores import PREDICTIONS, Scores, from_terms, require_settings
 from tsqlora.quality.terms import Asked, Term, get_terms
 from tsqlora.tasks import Answers, Task
-from tsqlora.tasks.forward import Batch, Collate, each_its_row, split_labels, task_of
+from tsqlora.tasks.forward import Batch, Collate, each_its_row, require_labels, split_labels, task_of
 from tsqlora.tasks.generation import IGNORED, Generation
 
 TRUST: Mapping[str, float] = {"loss": -1.0}
@@ -99,12 +99,8 @@ def score(
     if batch_size < 1:
         raise SettingsError(f"batch_size is {batch_size}; it must be at least 1")
     model = distributed.unwrapped(model)
-    if any(map(distributed.is_sharded, model.parameters())):
-        raise UnsupportedError("the model's weights are in parts over processes (FSDP); score before fully_shard")
-    if coupled := batch_coupled(model):
-        raise UnsupportedError(f"{coupled[0]} couples the samples of a batch: no sample has a loss of its own")
-    if autocast is not None and any(term.lookahead for term in wanted.values()):
-        raise SettingsError("loss_reduction is a difference that half precision cannot hold; score in float32")
+    _require_apart(model)
+    _require_precision(wanted, autocast)
     if journal is not None and hashes is None:
         raise SettingsError("a journal needs hashes: they tell whether the rows are still the same")
     if journal is not None and distributed.active():
@@ -116,7 +112,7 @@ def score(
     )
     report = progress or (lambda *_: None)
     with quiet(model), _autocast(model, autocast):
-        sites = find_sites(model, scope) if any(term.gradient for term in wanted.values()) else {}
+        sites = _sites(model, wanted, scope)
         batches = distributed.together(lambda: list(batches_of(rows, collate, batch_size)))
 
         def in_batches(size: int) -> list[Batch]:
@@ -125,7 +121,7 @@ def score(
         if task is None:
             task = own_task = task_of(model)
             first_that_fits(lambda size: require_own_loss(model, in_batches(size)[0], own_task), halves(batch_size))
-        wanted = _known(wanted, task, weights)
+        wanted = _fitting(wanted, task, weights, reject, batches[0])
         kept = None
         if journal is not None:
             settings = {"terms": list(wanted), "scope": scope, "calibration": calibration, "batch size": batch_size}
@@ -138,7 +134,7 @@ def score(
     scores = from_terms(
         measured,
         labels=labels,
-        stratified=isinstance(task, Answers) and task.strata(labels) is not None,
+        stratified=_of_classes(task, labels),
         weights=weights,
         even=even,
         temperature=temperature,
@@ -147,9 +143,78 @@ def score(
         ids=ids,
         predictions=predicted,
     )
-    if reject and not scores.stratified:
-        raise SettingsError(f"reject finds wrong labels of classes, and the task is {task.name}; leave it out")
     return without_suspects(scores) if scores.stratified and (even if reject is None else reject) else scores
+
+
+def require_scorable(
+    model: nn.Module,
+    rows: Sequence[Any],
+    collate: Collate,
+    *,
+    task: Task,
+    weights: Mapping[str, float] | None = None,
+    reject: bool | None = None,
+    terms: Sequence[Asked] = PAPER_TERMS,
+    scope: Scope = "adapter",
+    autocast: torch.dtype | None = None,
+) -> None:
+    """Raises what `score` would say of the model, the task and these few rows: before a warm-up, not after it.
+
+    It costs a forward pass of the rows, and where a term needs gradients their check.  The model is left as it was.
+    """
+    weights = dict(TRUST if weights is None else weights)
+    wanted = wanted_terms([*terms, *(n for n, w in weights.items() if w)])
+    model = distributed.unwrapped(model)
+    _require_apart(model)
+    _require_precision(wanted, autocast)
+    collate = each_its_row(collate)
+    with quiet(model), _autocast(model, autocast):
+        # Together, not in portions: whether samples share a row shows in a batch.
+        fitting = _fitting(wanted, task, weights, reject, collate(list(rows)))
+        sites = _sites(model, fitting, scope)
+        without = {name: term for name, term in fitting.items() if not term.gradient}
+
+        def look(size: int) -> None:
+            batch, nothing = collate(list(rows[:size])), Reference({}, norm=0.0, eta=0.0, rows=size, offsets=None)
+            _measured(model, batch, task, {}, nothing, torch.zeros(size, dtype=torch.bool), without)
+            if sites:
+                require_exact(model, batch, task, sites, None)
+
+        first_that_fits(look, halves(len(rows)))
+
+
+def _require_apart(model: nn.Module) -> None:
+    """Raises UnsupportedError for a model whose weights, or samples, are not each in one place."""
+    if any(map(distributed.is_sharded, model.parameters())):
+        raise UnsupportedError("the model's weights are in parts over processes (FSDP); score before fully_shard")
+    if coupled := batch_coupled(model):
+        raise UnsupportedError(f"{coupled[0]} couples the samples of a batch: no sample has a loss of its own")
+
+
+def _require_precision(terms: Mapping[str, Term], autocast: torch.dtype | None) -> None:
+    if autocast is not None and any(term.lookahead for term in terms.values()):
+        raise SettingsError("loss_reduction is a difference that half precision cannot hold; score in float32")
+
+
+def _sites(model: nn.Module, terms: Mapping[str, Term], scope: Scope) -> dict[str, Site]:
+    """Where gradients are seen; none where no term needs them."""
+    return find_sites(model, scope) if any(term.gradient for term in terms.values()) else {}
+
+
+def _fitting(
+    terms: Mapping[str, Term], task: Task, weights: Mapping[str, float], reject: bool | None, batch: Batch
+) -> dict[str, Term]:
+    """The terms that samples of the task have.  Raises for labels that are not of the task, and what it has not."""
+    labels = batch.get("labels")
+    if isinstance(labels, Tensor):
+        require_labels(task, labels)
+        if reject and not _of_classes(task, labels.cpu().numpy()):
+            raise SettingsError(f"reject finds wrong labels of classes, and the task is {task.name}; leave it out")
+    return _known(terms, task, weights)
+
+
+def _of_classes(task: Task, labels: np.ndarray) -> bool:
+    return isinstance(task, Answers) and task.strata(labels) is not None
 
 
 def require_softmax(weights: Mapping[str, float] | None, temperature: float) -> None:
@@ -296,7 +361,7 @@ def _measured(
 ) -> dict[str, np.ndarray]:
     """Each term, prediction and label of one batch's rows."""
     device = next(model.parameters()).device
-    inputs, labels = split_labels(batch, device)
+    inputs, labels = split_labels(batch, model)
     measured = measure(
         model,
         inputs,

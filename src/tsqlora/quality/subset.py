@@ -1,6 +1,6 @@
 """The share of a data set that an epoch trains on: random at first, by quality once scored."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 
 from tsqlora.data.batches import bucketed_order
 from tsqlora.errors import SettingsError
+from tsqlora.quality.rows import Dataset as Rows
 from tsqlora.quality.sampling import draw, draw_size
 from tsqlora.quality.scores import Scores
 
@@ -42,6 +43,16 @@ class QualitySubset(Dataset[Any]):
         lengths: Sequence[int] | None = None,
         batch_size: int | None = None,
     ) -> None:
+        if isinstance(dataset, Mapping):
+            raise SettingsError(
+                f"QualitySubset got a {type(dataset).__name__} of {', '.join(map(str, dataset))}; give it one data set "
+                "of them, such as data['train']"
+            )
+        if not isinstance(dataset, Rows):
+            raise SettingsError(
+                f"QualitySubset got a {type(dataset).__name__}, which has no length or no rows by number: rows of a "
+                "stream cannot be drawn; give a list or a map-style data set"
+            )
         if len(dataset) == 0:
             raise SettingsError("there are no rows to draw from")
         if (lengths is None) != (batch_size is None):

@@ -70,7 +70,14 @@ TASKS: dict[str, Callable[..., Any]] = {
     **{name: partial(Generation, name, causal=name == "causal-lm") for name in GENERATION},
 }
 
-NOT_BUILT = ("multi-label-classification", "multi-label", "token-classification", "preference-tuning")
+NOT_BUILT = (
+    "multi-label-classification",
+    "multi-label",
+    "token-classification",
+    "question-answering",
+    "masked-lm",
+    "preference-tuning",
+)
 
 
 def get_task(name: str, **options: Any) -> Task:

@@ -9,29 +9,66 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GenerationMixin
+from transformers.models.auto import modeling_auto
 
 from tsqlora.errors import DataError, UnsupportedError
 from tsqlora.tasks import Task, get_task
+from tsqlora.tasks.classification import Classification
 from tsqlora.tasks.generation import Generation
 
 Batch = Mapping[str, Any]
 Collate = Callable[[list[Any]], Batch]
 
+_MADE_FOR = {
+    "token-classification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    "question-answering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    "masked-lm": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+}
+"""transformers' classes, by kind of model, for tasks that are not built."""
 
-def split_labels(batch: Batch, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
-    """The model's inputs and the labels, on the model's device."""
+
+def split_labels(batch: Batch, model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
+    """The model's inputs and the labels, on the model's device.
+
+    The decoder of a model behind an encoder reads the target, one token late. The model makes that of labels; since
+    they are taken away it is made here, where the collator has not done it.
+    """
     if "labels" not in batch:
         raise DataError(f"the collator's batches have no 'labels', only {', '.join(sorted(batch))}")
+    device = next(model.parameters()).device
     inputs = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
-    return inputs, inputs.pop("labels")
+    labels = inputs.pop("labels")
+    inner = base_model(model)
+    if _writes_behind_encoder(inner) and not inputs.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}:
+        inputs["decoder_input_ids"] = _one_late(inner, labels)
+    return inputs, labels
+
+
+def _writes_behind_encoder(inner: nn.Module) -> bool:
+    return isinstance(inner, GenerationMixin) and bool(getattr(inner.config, "is_encoder_decoder", False))
+
+
+def _one_late(inner: nn.Module, labels: Tensor) -> Tensor:
+    make = getattr(inner, "prepare_decoder_input_ids_from_labels", None)
+    if make is None:
+        raise UnsupportedError(
+            f"the collator's batches have no 'decoder_input_ids', and {type(inner).__name__} does not say how they are "
+            "made of labels; use a collator that makes them"
+        )
+    return make(labels=labels)
 
 
 def each_its_row(collate: Collate) -> Collate:
-    """The collator; a batch in which samples share rows (packed, or without padding) raises UnsupportedError."""
+    """The collator; a batch in which samples share rows (packed, or without padding) raises UnsupportedError.
+
+    So do pairs of a chosen and a rejected answer.
+    """
 
     def checked(samples: list[Any]) -> Batch:
         batch = collate(samples)
         labels = batch.get("labels")
+        if labels is None and _is_pair(samples[0]):
+            get_task("preference-tuning")
         if isinstance(labels, Tensor) and len(labels) != len(samples):
             raise UnsupportedError(
                 f"the collator makes {len(labels)} row(s) of {len(samples)} samples, so that none has numbers of its "
@@ -43,6 +80,12 @@ def each_its_row(collate: Collate) -> Collate:
     return checked
 
 
+def _is_pair(sample: Any) -> bool:
+    """Whether it is a row of a preference trainer: a chosen and a rejected answer."""
+    begun = {str(name).split("_")[0] for name in sample} if isinstance(sample, Mapping) else set[str]()
+    return {"chosen", "rejected"} <= begun
+
+
 def precision(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
     """Autocast to this dtype; None computes as the weights are."""
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
@@ -52,11 +95,30 @@ def model_logits(model: nn.Module, inputs: Mapping[str, Tensor], task: Task | No
     """The model's logits: n × k, never in half precision; of a task that generates n × t × v, as they come."""
     generates = isinstance(task, Generation)
     output = model(**placed(model, inputs, task))
-    logits = output if isinstance(output, Tensor) else output.logits
+    logits = output_part(output, "logits")
+    if logits is None:
+        raise UnsupportedError(
+            f"the model gives {type(output).__name__} without logits; it must return them, or an output or a dict "
+            "with 'logits'"
+        )
     if logits.dim() != (3 if generates else 2) or logits.shape[0] != next(iter(inputs.values())).shape[0]:
         wanted = "one row for each token of a sample" if generates else "one row a sample"
         raise UnsupportedError(f"the model's logits have shape {tuple(logits.shape)}; {wanted} is needed")
     return logits.float() if not generates and logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def output_part(output: Any, name: str) -> Tensor | None:
+    """The logits, or the loss, in what a model gives; a tensor alone is the logits."""
+    if isinstance(output, Tensor):
+        return output if name == "logits" else None
+    part = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+    return part if isinstance(part, Tensor) else None
+
+
+def require_labels(task: Task, labels: Tensor) -> None:
+    """Raises UnsupportedError for labels that are not one class of each sample, where the task is of classes."""
+    if isinstance(task, Classification) and labels.dim() > 1:
+        get_task("multi-label-classification" if labels.is_floating_point() else "token-classification")
 
 
 def placed(model: nn.Module, inputs: Mapping[str, Tensor], task: Task | None) -> Mapping[str, Tensor]:
@@ -76,10 +138,17 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 def task_of(model: nn.Module) -> Task:
-    """What the model is made for: text, where it generates any; else regression for one label, else classification."""
-    config = getattr(model, "config", None)
-    if isinstance(base_model(model), GenerationMixin):
+    """What the model is made for: text, where it generates any; else regression for one label, else classification.
+
+    Raises UnsupportedError naming what else it is made for.
+    """
+    config, inner = getattr(model, "config", None), base_model(model)
+    if isinstance(inner, GenerationMixin):
         return get_task("seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal-lm")
+    classes = {made.__name__ for made in type(inner).__mro__}
+    for name, known in _MADE_FOR.items():
+        if classes & set(known.values()):
+            return get_task(name)
     kind, labels = getattr(config, "problem_type", None), getattr(config, "num_labels", 2)
     if kind == "multi_label_classification":
         return get_task("multi-label-classification")

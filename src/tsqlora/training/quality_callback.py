@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import BatchRebalanceSampler, DistributedLengthGroupedSampler, LengthGroupedSampler
 
 from tsqlora import distributed
 from tsqlora.errors import DataError, NotLearnedError, SettingsError, TsqLoraError
@@ -19,12 +21,12 @@ from tsqlora.gradients.sites import Scope
 from tsqlora.progress import Progress
 from tsqlora.quality.guard import guarded
 from tsqlora.quality.rows import REFERENCE_ROWS, reference_indices
-from tsqlora.quality.score import require_softmax, score, wanted_terms
+from tsqlora.quality.score import require_scorable, require_softmax, score, wanted_terms
 from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.quality.terms import Asked
 from tsqlora.tasks import Task
-from tsqlora.tasks.forward import Collate, each_its_row
+from tsqlora.tasks.forward import Collate
 from tsqlora.training.checkpoint import QualityState
 from tsqlora.training.manifest import announce, checkpoint_folder, digest, seal
 from tsqlora.training.row_weights import RowWeights, trained_task
@@ -89,6 +91,11 @@ class QualityCallback(TrainerCallback):
         progress: Progress | None = None,
         collate: Collate | None = None,
     ) -> None:
+        if not isinstance(data, QualitySubset):
+            raise SettingsError(
+                f"QualityCallback got a {type(data).__name__}; it draws the rows of a QualitySubset: make "
+                "data = tsqlora.QualitySubset(rows), and give it to the Trainer too"
+            )
         if not warmup > 0:
             raise SettingsError(f"warmup is {warmup}; it must be above 0 passes: a model at chance scores at random")
         if not 0 < limit <= 1:
@@ -136,24 +143,24 @@ class QualityCallback(TrainerCallback):
             raise SettingsError("QualityCallback(data) and Trainer(train_dataset=data) need the same QualitySubset")
         if args.dataloader_persistent_workers:
             raise SettingsError("dataloader_persistent_workers keeps an old draw; set it to False")
+        _require_by_place(kwargs["train_dataloader"])
         epochs = args.num_train_epochs if args.max_steps <= 0 else state.num_train_epochs
         if self.warmup_epochs >= epochs:
             raise SettingsError(
                 f"a warm-up of {self.warmup:g} passes is {self.warmup_epochs} epochs of {len(self.data)} rows, and "
                 f"the run has {epochs:g}: no scored epoch would be left; lower quality.warmup or raise training.epochs"
             )
-        with quiet(kwargs["model"]):
-            # Before a warm-up, not after it.
-            few = [self.data.dataset[j] for j in range(min(2, len(self.data.dataset)))]
-            each_its_row(self.collate or kwargs["train_dataloader"].collate_fn)(few)
         if self.unbiased:
             self.row_weights.begin(args, kwargs["model"])
         announce(args, state, "quality")
+        saved = QualityState.load(checkpoint_folder(args, state)) if state.global_step > 0 else None
+        if saved is None or _awaits(saved):
+            self._require_scorable(args, kwargs["model"], self.collate or kwargs["train_dataloader"].collate_fn)
         self.data.policy = None
         self.data.scores, self.data.awaits_scores, self._digest = None, True, None
         self.attempts, self.refused, self.scorings, self.seconds = [], None, 0, 0.0
-        if state.global_step > 0:
-            self._resume(QualityState.load(checkpoint_folder(args, state)), self._path(args))
+        if saved is not None:
+            self._resume(saved, self._path(args))
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -184,11 +191,16 @@ class QualityCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.row_weights.stop()
-        if self.data.awaits_scores:
-            raise TsqLoraError(
-                f"training ended at epoch {state.epoch or 0:g}, before the scoring that was to come after "
-                f"{self.warmup_epochs} epochs; train longer, or leave out QualityCallback"
-            )
+        if not self.data.awaits_scores:
+            return
+        missed = f"at epoch {state.epoch or 0:g}, before the scoring that was to come after {self.warmup_epochs} epochs"
+        if state.global_step >= state.max_steps:
+            raise TsqLoraError(f"training ended {missed}; train longer, or leave out QualityCallback")
+        warnings.warn(
+            f"training was stopped {missed} (step {state.global_step} of {state.max_steps}): all its rows were drawn "
+            "at random",
+            stacklevel=2,
+        )
 
     def _due(self, state: TrainerState) -> bool:
         """Whether rows are scored before the epoch that begins."""
@@ -206,7 +218,28 @@ class QualityCallback(TrainerCallback):
         if saved.scored_epoch is not None:
             distributed.once(lambda: _bring_back(scores_path, saved.scores_sha256))
             self._use(Scores.load(scores_path), saved.scored_epoch)
-        self.data.awaits_scores = saved.scored_epoch is None and saved.refused is None
+        self.data.awaits_scores = _awaits(saved)
+
+    def _require_scorable(self, args: TrainingArguments, model: nn.Module, collate: Any) -> None:
+        """Before a warm-up, not after it: all that can be told by two rows."""
+        # Reading rows may draw random numbers too, as augmentation does.
+        with quiet(model):
+            rows = [self.data.dataset[j] for j in range(min(2, len(self.data.dataset)))]
+        require_scorable(
+            model,
+            rows,
+            collate,
+            task=trained_task(args, model, self.task),
+            weights=self.weights,
+            reject=self.reject,
+            terms=self._asked,
+            scope=self.scope,
+            autocast=self._autocast(args),
+        )
+
+    def _autocast(self, args: TrainingArguments) -> torch.dtype | None:
+        lookahead = any(term.lookahead for term in self.terms.values())
+        return torch.bfloat16 if args.bf16 and not lookahead else None
 
     def _try_scoring(self, args: TrainingArguments, state: TrainerState, model: nn.Module, collate: Any) -> None:
         outcome = self._score(args, state, model, collate)
@@ -229,7 +262,6 @@ class QualityCallback(TrainerCallback):
 
     def _score(self, args: TrainingArguments, state: TrainerState, model: nn.Module, collate: Any) -> Scores | str:
         """The scores, or why the model cannot give any yet."""
-        lookahead = any(term.lookahead for term in self.terms.values())
         try:
             return score(
                 model,
@@ -245,7 +277,7 @@ class QualityCallback(TrainerCallback):
                 calibration=self.calibration,
                 batch_size=args.per_device_train_batch_size,
                 seed=self.seed,
-                autocast=torch.bfloat16 if args.bf16 and not lookahead else None,
+                autocast=self._autocast(args),
                 hashes=self.hashes,
                 progress=self.progress,
                 record={"epoch": epoch_of(state), "step": state.global_step, **self.about},
@@ -275,6 +307,34 @@ class QualityCallback(TrainerCallback):
 
     def _path(self, args: TrainingArguments) -> Path:
         return self.scores_path or Path(str(args.output_dir)) / SCORES_FILE
+
+
+def _require_by_place(loader: DataLoader[Any]) -> None:
+    """Refuses samplers that group rows by length, and warns of others that may know the rows.
+
+    They are made once, of the first draw; in the next one other rows are in the places that they know.
+    """
+    batches: Any = loader.batch_sampler
+    while hasattr(batches, "batch_sampler"):  # accelerate's, of several processes
+        batches = batches.batch_sampler
+    sampler = getattr(batches, "sampler", batches)
+    if isinstance(sampler, LengthGroupedSampler | DistributedLengthGroupedSampler | BatchRebalanceSampler):
+        raise SettingsError(
+            f"{type(sampler).__name__} reads the rows' lengths once, and a QualitySubset has other rows in the next "
+            "epoch; leave train_sampling_strategy out of the TrainingArguments, or set it to 'sequential' and let "
+            "QualitySubset(rows, lengths=..., batch_size=...) group them"
+        )
+    if not isinstance(sampler, RandomSampler | SequentialSampler | DistributedSampler | None):
+        warnings.warn(
+            f"the Trainer's sampler is a {type(sampler).__name__}; what it knows of rows by their places holds for the "
+            "first draw alone, since a QualitySubset has other rows in the next epoch",
+            stacklevel=3,
+        )
+
+
+def _awaits(saved: QualityState) -> bool:
+    """Whether scoring was still to come."""
+    return saved.scored_epoch is None and saved.refused is None
 
 
 def most_scorings(warmup_epochs: int, epochs: int) -> int:

@@ -37,7 +37,7 @@ def token_metrics(
     loss, right, tokens, done = 0.0, 0, 0, 0
     with quiet(model), precision(device, autocast), torch.inference_mode():
         for indices in sorted_batches([len(s["input_ids"]) for s in samples], batch_size):
-            inputs, labels = split_labels(collate([samples[j] for j in indices]), device)
+            inputs, labels = split_labels(collate([samples[j] for j in indices]), model)
             counts = task.count(model_logits(model, inputs, task), labels)
             loss += float(counts.loss.double().sum())
             right, tokens = right + int(counts.right.sum()), tokens + int(counts.tokens.sum())

@@ -1,0 +1,72 @@
+"""What a batch is to a model, and which task they make."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import M2M100Config, M2M100ForConditionalGeneration
+
+from models import GENERATORS, tiny_bert
+from tsqlora.errors import UnsupportedError
+from tsqlora.tasks import get_task
+from tsqlora.tasks.forward import model_logits, split_labels, task_of
+
+IDS = torch.tensor([[5, 6, 7, 1], [8, 9, 1, 0]])
+LABELS = torch.tensor([[5, 7, 1], [8, 1, -100]])
+
+
+class Gives(nn.Module):
+    """A linear classifier that gives its logits as told."""
+
+    def __init__(self, give: Any) -> None:
+        super().__init__()
+        self.layer, self.give = nn.Linear(2, 3), give
+
+    def forward(self, x: Tensor) -> Any:
+        return self.give(self.layer(x))
+
+
+@pytest.mark.parametrize("give", [lambda y: y, lambda y: {"logits": y, "hidden": None}])
+def test_logits_are_taken_of_a_tensor_and_of_a_dict(give: Any) -> None:
+    model, x = Gives(give), torch.randn(4, 2)
+    assert torch.equal(model_logits(model, {"x": x}), model.layer(x))
+
+
+@pytest.mark.parametrize(("give", "kind"), [(lambda y: {"scores": y}, "dict"), (lambda y: (y,), "tuple")])
+def test_a_model_that_gives_no_logits_is_refused_by_what_it_gives(give: Any, kind: str) -> None:
+    text = f"the model gives {kind} without logits; it must return them, or an output or a dict with 'logits'"
+    with pytest.raises(UnsupportedError, match=text):
+        model_logits(Gives(give), {"x": torch.randn(4, 2)})
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart", "bert + bert"])
+def test_a_decoder_behind_an_encoder_reads_the_target_though_labels_are_taken_away(kind: str) -> None:
+    model = GENERATORS[kind]().eval()
+    batch = {"input_ids": IDS, "attention_mask": (IDS != 0).long(), "labels": LABELS}
+    inputs, labels = split_labels(batch, model)
+    with torch.no_grad():
+        assert torch.equal(model_logits(model, inputs, get_task("seq2seq")), model(**batch).logits)
+    assert torch.equal(labels, LABELS)
+    given = {**batch, "decoder_input_ids": torch.zeros_like(LABELS)}
+    assert torch.equal(split_labels(given, model)[0]["decoder_input_ids"], given["decoder_input_ids"])
+
+
+def test_a_decoder_whose_inputs_nobody_makes_is_refused_by_name() -> None:
+    sizes: dict[str, Any] = {
+        f"{side}_{name}": 1 for side in ("encoder", "decoder") for name in ("layers", "attention_heads")
+    }
+    model = M2M100ForConditionalGeneration(M2M100Config(vocab_size=20, d_model=8, **sizes))
+    text = "have no 'decoder_input_ids', and M2M100ForConditionalGeneration does not say how they are made of labels"
+    with pytest.raises(UnsupportedError, match=text):
+        split_labels({"input_ids": IDS, "labels": LABELS}, model)
+
+
+def test_a_classifiers_inputs_are_left_alone() -> None:
+    inputs, _ = split_labels({"input_ids": IDS, "labels": torch.tensor([0, 1])}, tiny_bert())
+    assert inputs.keys() == {"input_ids"}
+
+
+def test_a_model_made_for_several_labels_is_refused_by_name() -> None:
+    with pytest.raises(UnsupportedError, match="multi-label-classification is not built"):
+        task_of(tiny_bert(problem_type="multi_label_classification"))
