@@ -688,11 +688,10 @@ class Stop(TrainerCallback):
         control.should_training_stop = state.global_step >= 3
 
 
-def test_a_run_that_was_stopped_before_scoring_says_so(tmp_path: Path) -> None:
-    text = r"stopped at epoch 0\.75, before the scoring .* after 2 epochs \(step 3 of 20\): all its rows were drawn at"
-    with pytest.warns(UserWarning, match=text):
-        _, trainer = run(tmp_path, also=(Stop(),))
-    assert trainer.state.global_step == 3
+def test_a_run_that_was_stopped_before_scoring_is_an_error_that_says_so(tmp_path: Path) -> None:
+    text = r"training was stopped at step 3 of 20 at epoch 0\.75, before the scoring .* after 2 epochs; train longer"
+    with pytest.raises(tsq.TsqLoraError, match=text):
+        run(tmp_path, also=(Stop(),))
 
 
 def test_a_run_that_went_to_its_end_without_scoring_is_an_error(

@@ -191,16 +191,13 @@ class QualityCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.row_weights.stop()
-        if not self.data.awaits_scores:
-            return
-        missed = f"at epoch {state.epoch or 0:g}, before the scoring that was to come after {self.warmup_epochs} epochs"
-        if state.global_step >= state.max_steps:
-            raise TsqLoraError(f"training ended {missed}; train longer, or leave out QualityCallback")
-        warnings.warn(
-            f"training was stopped {missed} (step {state.global_step} of {state.max_steps}): all its rows were drawn "
-            "at random",
-            stacklevel=2,
-        )
+        if self.data.awaits_scores:
+            early = state.global_step < state.max_steps
+            how = f"was stopped at step {state.global_step} of {state.max_steps}" if early else "ended"
+            raise TsqLoraError(
+                f"training {how} at epoch {state.epoch or 0:g}, before the scoring that was to come after "
+                f"{self.warmup_epochs} epochs; train longer, or leave out QualityCallback"
+            )
 
     def _due(self, state: TrainerState) -> bool:
         """Whether rows are scored before the epoch that begins."""

@@ -1,6 +1,6 @@
 """Ranks that follow sensitivity, in a stock Trainer: `RankLoop`, told of each step by a callback."""
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -173,7 +173,7 @@ class RankCallback(TrainerCallback):
         places = np.random.default_rng([self.seed, 4]).permutation(len(data))[: self.samples]
         self._running.start(
             # Not `data` itself: it tells what training is handed out.
-            Subset(data.dataset, data.indices[np.sort(places)].tolist()),
+            Subset(cast(Any, data.dataset), data.indices[np.sort(places)].tolist()),
             collate,
             task=trained_task(args, distributed.unwrapped(model), self.task),
             batch_size=args.per_device_train_batch_size,
