@@ -36,6 +36,7 @@ from tsqlora.data.labels import LabelMap
 from tsqlora.demo import package_folder
 from tsqlora.gradients.sites import lora_layers
 from tsqlora.probe import probe_pass, weight_times_gradient
+from tsqlora.ranks import policies
 from tsqlora.ranks.allocate import Sensitivity, allocate
 from tsqlora.ranks.budget import costs, used
 from tsqlora.record import versions, write_json
@@ -62,7 +63,8 @@ class Variant:
 
     `ranks` are the first: uniform, or by an estimator, or EVA's; `begin` says whether they hold from the first step on
     or are set after warm-up; `interval` is that of later adjustments, 0 for none. `regrow` is the share of each layer's
-    slots that are replaced after warm-up, the least important ones, its rank staying the same.
+    slots that are replaced after warm-up, the least important ones, its rank staying the same. Layers whose rank is
+    within `band` of its target are left alone.
     """
 
     ranks: str = "uniform"
@@ -75,6 +77,7 @@ class Variant:
     freeze: float = 0.3
     targets: str = "all"
     most: float = 2.0
+    band: int = policies.LEFT_ALONE
 
 
 VARIANTS = {
@@ -94,6 +97,7 @@ VARIANTS = {
     "tsqlora, random growth": Variant("sensitivity", interval=25, growth="random"),
     "regrown": Variant(regrow=0.5),
     "tsqlora, frozen early": Variant("sensitivity", interval=25, freeze=0.6),
+    "tsqlora, no band": Variant("sensitivity", interval=25, band=0),
     "tsqlora, often": Variant("sensitivity", interval=10),
     "static, sensitivity": Variant("sensitivity", begin="first step"),
     "static, EVA": Variant("EVA", begin="first step"),
@@ -364,7 +368,7 @@ def run(task: str, seed: int, mean: float, name: str, shared: Path) -> dict[str,
     growth = (
         nullcontext() if variant.growth == "gradient" else patch.object(rank_loop, "change_ranks", without_sketches)
     )
-    with growth:
+    with growth, patch.object(policies, "LEFT_ALONE", variant.band):
         for number in range(1 if warm else 0, PASSES):
             if number == 1 and variant.begin == "warm":
                 # Of slots on other layers than the warm-up's nothing is known yet.
