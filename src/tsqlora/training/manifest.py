@@ -84,7 +84,6 @@ def seal(args: TrainingArguments, state: TrainerState, part: str) -> None:
     if distributed.is_first():
         folder = checkpoint_folder(args, state)
         write_manifest(folder)
-        _date(folder, SECOND)
         date_by_step(folder.parent)
 
 
@@ -96,12 +95,8 @@ def date_by_step(folder: Path, *, past: int | None = None) -> None:
     """
     for path in _newest_first(folder):
         other = _is_anothers(path) if past is None else _step_of(path) > past
-        _date(path, 1 if other else SECOND)
-
-
-def _date(checkpoint: Path, unit: int) -> None:
-    date = unit * _step_of(checkpoint)
-    os.utime(checkpoint, ns=(date, date))
+        date = _step_of(path) * (1 if other else SECOND)
+        os.utime(path, ns=(date, date))
 
 
 def _is_anothers(checkpoint: Path) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -312,7 +313,7 @@ def _require_by_place(loader: DataLoader[Any]) -> None:
     They are made once, of the first draw; in the next one other rows are in the places that they know.
     """
     batches: Any = loader.batch_sampler
-    while hasattr(batches, "batch_sampler"):  # accelerate's, of several processes
+    while isinstance(batches, BatchSamplerShard):  # of several processes
         batches = batches.batch_sampler
     sampler = getattr(batches, "sampler", batches)
     if isinstance(sampler, LengthGroupedSampler | DistributedLengthGroupedSampler | BatchRebalanceSampler):

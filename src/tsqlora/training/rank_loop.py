@@ -222,7 +222,8 @@ class RankLoop:
         """The model without slots, and the optimizer with what it keeps of the active ones."""
         if not any(map(distributed.is_sharded, self.model.parameters())):  # which finalize refuses
             for slots in find_slots(self.model).values() if has_slots(self.model) else ():
-                for parameter, dim in slots.matrices():
+                # Of a layer at rank 0 nothing is left to train.
+                for parameter, dim in slots.matrices() if slots.rank else ():
                     cut_moments(parameter, dim, slots.rank, self.optimizer)
         return finalize(self.peft)
 
