@@ -26,8 +26,8 @@ from tsqlora.errors import SettingsError
 from tsqlora.inference import Asking
 from tsqlora.plan import plan
 from tsqlora.progress import Progress
+from tsqlora.quality.asked import require_terms
 from tsqlora.quality.sampling import stratum_sizes
-from tsqlora.quality.score import require_terms
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.reading import read, writing_of
 from tsqlora.record import RunRecord

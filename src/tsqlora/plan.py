@@ -13,8 +13,8 @@ from tsqlora.config import Config
 from tsqlora.data.tokenise import TokenisedSplit
 from tsqlora.errors import SettingsError
 from tsqlora.gradients.sites import lora_layers
+from tsqlora.quality.asked import PAPER_TERMS, wanted_terms
 from tsqlora.quality.sampling import draw_size
-from tsqlora.quality.score import PAPER_TERMS, wanted_terms
 from tsqlora.ranks.allocate import Sensitivity, allocate
 from tsqlora.ranks.budget import used
 from tsqlora.ranks.schedule import adjustment_steps

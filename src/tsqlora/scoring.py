@@ -32,10 +32,11 @@ from tsqlora.job import (
 )
 from tsqlora.plan import scoring_plan, warmup_epochs
 from tsqlora.progress import Progress
+from tsqlora.quality.asked import PAPER_TERMS, require_terms
 from tsqlora.quality.drop import drop_rows, require_drops
 from tsqlora.quality.journal import bind, save_whole
 from tsqlora.quality.rows import reference_indices
-from tsqlora.quality.score import PAPER_TERMS, learned_on, require_terms, score
+from tsqlora.quality.score import learned_on, score
 from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.start import with_start

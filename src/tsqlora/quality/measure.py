@@ -2,17 +2,21 @@
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 
+from tsqlora.errors import SettingsError
 from tsqlora.gradients.ghost import LayerGradient, layer_gradient
 from tsqlora.gradients.lookahead import stepped
 from tsqlora.gradients.sites import Site
+from tsqlora.quality.predictions import predictions
 from tsqlora.quality.reference import Reference, backward, calibrated, sample_losses, total_over_sites
-from tsqlora.quality.terms import Measured
+from tsqlora.quality.terms import Measured, Term
 from tsqlora.tasks import Task
-from tsqlora.tasks.forward import Batch, model_logits
-from tsqlora.tasks.generation import Generation, without_prompt
+from tsqlora.tasks.forward import Batch, model_logits, split_labels
+from tsqlora.tasks.generation import IGNORED, Generation, without_prompt
 
 
 def measure(
@@ -66,6 +70,37 @@ def measure(
         stepped_loss=stepped_loss,
         alone_loss=alone_loss,
     )
+
+
+def measured_columns(
+    model: nn.Module,
+    batch: Batch,
+    task: Task,
+    sites: Mapping[str, Site],
+    reference: Reference,
+    in_reference: Bool[Tensor, " n"],
+    terms: Mapping[str, Term],
+) -> dict[str, np.ndarray]:
+    """Each term, prediction and label of one batch's rows."""
+    device = next(model.parameters()).device
+    inputs, labels = split_labels(batch, model)
+    measured = measure(
+        model,
+        inputs,
+        labels,
+        task=task,
+        sites=sites,
+        reference=reference,
+        in_reference=in_reference.to(device),
+        lookahead=any(term.lookahead for term in terms.values()),
+        alone=any(term.alone for term in terms.values()),
+    )
+    label = task.targets(labels).ne(IGNORED).sum(1) if isinstance(task, Generation) else labels
+    values = {n: term.of(measured) for n, term in terms.items()} | predictions(measured, task) | {"label": label}
+    for name, value in values.items():
+        if value.shape[: 1 if name == "logits" else None] != (len(labels),):
+            raise SettingsError(f"quality term '{name}' gives {tuple(value.shape)} for {len(labels)} samples")
+    return {name: value.cpu().numpy() for name, value in values.items()}
 
 
 @torch.no_grad()

@@ -1,42 +1,43 @@
 """One pass over a data set gives every sample's terms, exactly, in batches.  METHOD section 1."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool
-from torch import Tensor, nn
+from torch import nn
 
 from tsqlora import distributed
 from tsqlora.data.batches import sorted_batches
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.gradients.quiet import quiet
-from tsqlora.gradients.sites import Scope, Site, batch_coupled, find_sites
+from tsqlora.gradients.sites import Scope, Site, find_sites
 from tsqlora.memory import Portions, first_that_fits, halves
 from tsqlora.progress import Progress
+from tsqlora.quality.asked import (
+    PAPER_TERMS,
+    TRUST,
+    fitting,
+    needs_gradients,
+    of_classes,
+    require_precision,
+    require_softmax,
+    wanted_terms,
+)
 from tsqlora.quality.exact import require_exact, require_own_loss
 from tsqlora.quality.journal import Columns, Journal, identity_of
 from tsqlora.quality.learned import LearnedTest
-from tsqlora.quality.measure import measure
-from tsqlora.quality.predictions import predictions
+from tsqlora.quality.measure import measured_columns
 from tsqlora.quality.reference import Reference, calibrate, measure_reference
 from tsqlora.quality.reject import reject as reject_labels
 from tsqlora.quality.rows import Dataset, batches_of, lengths_of, reference_rows
+from tsqlora.quality.scorable import require_apart
 from tsqlora.quality.scores import PREDICTIONS, Scores, from_terms, require_settings
-from tsqlora.quality.terms import Asked, Term, get_terms
-from tsqlora.tasks import Answers, Task
-from tsqlora.tasks.forward import Batch, Collate, each_its_row, require_labels, split_labels, task_of
-from tsqlora.tasks.generation import IGNORED, Generation
-
-TRUST: Mapping[str, float] = {"loss": -1.0}
-"""The Q of rows that are drawn evenly: only those that are dropped depend on it."""
-PAPER_TERMS = ("gradient_norm", "loss_reduction", "convergence")
-FREE_TERMS = ("loss", "el2n")
-"""Measured always, where they are known: they cost no more."""
+from tsqlora.quality.terms import Asked, Term
+from tsqlora.tasks import Task
+from tsqlora.tasks.forward import Batch, Collate, each_its_row, precision, task_of
 
 
 def score(
@@ -99,8 +100,8 @@ def score(
     if batch_size < 1:
         raise SettingsError(f"batch_size is {batch_size}; it must be at least 1")
     model = distributed.unwrapped(model)
-    _require_apart(model)
-    _require_precision(wanted, autocast)
+    require_apart(model)
+    require_precision(wanted, autocast)
     if journal is not None and hashes is None:
         raise SettingsError("a journal needs hashes: they tell whether the rows are still the same")
     if journal is not None and distributed.active():
@@ -111,8 +112,8 @@ def score(
         lambda: sorted_batches(lengths_of(dataset) if lengths is None else lengths, batch_size)
     )
     report = progress or (lambda *_: None)
-    with quiet(model), _autocast(model, autocast):
-        sites = _sites(model, wanted, scope)
+    with quiet(model), precision(next(model.parameters()).device, autocast, cache=False):
+        sites = find_sites(model, scope) if needs_gradients(wanted) else {}
         batches = distributed.together(lambda: list(batches_of(rows, collate, batch_size)))
 
         def in_batches(size: int) -> list[Batch]:
@@ -121,7 +122,7 @@ def score(
         if task is None:
             task = own_task = task_of(model)
             first_that_fits(lambda size: require_own_loss(model, in_batches(size)[0], own_task), halves(batch_size))
-        wanted = _fitting(wanted, task, weights, reject, batches[0])
+        wanted = fitting(wanted, task, weights, reject, batches[0])
         kept = None
         if journal is not None:
             settings = {"terms": list(wanted), "scope": scope, "calibration": calibration, "batch size": batch_size}
@@ -134,7 +135,7 @@ def score(
     scores = from_terms(
         measured,
         labels=labels,
-        stratified=_of_classes(task, labels),
+        stratified=of_classes(task, labels),
         weights=weights,
         even=even,
         temperature=temperature,
@@ -146,120 +147,11 @@ def score(
     return without_suspects(scores) if scores.stratified and (even if reject is None else reject) else scores
 
 
-def require_scorable(
-    model: nn.Module,
-    rows: Sequence[Any],
-    collate: Collate,
-    *,
-    task: Task,
-    weights: Mapping[str, float] | None = None,
-    reject: bool | None = None,
-    terms: Sequence[Asked] = PAPER_TERMS,
-    scope: Scope = "adapter",
-    autocast: torch.dtype | None = None,
-) -> None:
-    """Raises what `score` would say of the model, the task and these few rows: before a warm-up, not after it.
-
-    It costs a forward pass of the rows, and where a term needs gradients their check.  The model is left as it was.
-    """
-    weights = dict(TRUST if weights is None else weights)
-    wanted = wanted_terms([*terms, *(n for n, w in weights.items() if w)])
-    model = distributed.unwrapped(model)
-    _require_apart(model)
-    _require_precision(wanted, autocast)
-    collate = each_its_row(collate)
-    with quiet(model), _autocast(model, autocast):
-        # Together, not in portions: whether samples share a row shows in a batch.
-        fitting = _fitting(wanted, task, weights, reject, collate(list(rows)))
-        sites = _sites(model, fitting, scope)
-        without = {name: term for name, term in fitting.items() if not term.gradient}
-
-        def look(size: int) -> None:
-            batch, nothing = collate(list(rows[:size])), Reference({}, norm=0.0, eta=0.0, rows=size, offsets=None)
-            _measured(model, batch, task, {}, nothing, torch.zeros(size, dtype=torch.bool), without)
-            if sites:
-                require_exact(model, batch, task, sites, None)
-
-        first_that_fits(look, halves(len(rows)))
-
-
-def _require_apart(model: nn.Module) -> None:
-    """Raises UnsupportedError for a model whose weights, or samples, are not each in one place."""
-    if any(map(distributed.is_sharded, model.parameters())):
-        raise UnsupportedError("the model's weights are in parts over processes (FSDP); score before fully_shard")
-    if coupled := batch_coupled(model):
-        raise UnsupportedError(f"{coupled[0]} couples the samples of a batch: no sample has a loss of its own")
-
-
-def _require_precision(terms: Mapping[str, Term], autocast: torch.dtype | None) -> None:
-    if autocast is not None and any(term.lookahead for term in terms.values()):
-        raise SettingsError("loss_reduction is a difference that half precision cannot hold; score in float32")
-
-
-def _sites(model: nn.Module, terms: Mapping[str, Term], scope: Scope) -> dict[str, Site]:
-    """Where gradients are seen; none where no term needs them."""
-    return find_sites(model, scope) if any(term.gradient for term in terms.values()) else {}
-
-
-def _fitting(
-    terms: Mapping[str, Term], task: Task, weights: Mapping[str, float], reject: bool | None, batch: Batch
-) -> dict[str, Term]:
-    """The terms that samples of the task have.  Raises for labels that are not of the task, and what it has not."""
-    labels = batch.get("labels")
-    if isinstance(labels, Tensor):
-        require_labels(task, labels)
-        if reject and not _of_classes(task, labels.cpu().numpy()):
-            raise SettingsError(f"reject finds wrong labels of classes, and the task is {task.name}; leave it out")
-    return _known(terms, task, weights)
-
-
-def _of_classes(task: Task, labels: np.ndarray) -> bool:
-    return isinstance(task, Answers) and task.strata(labels) is not None
-
-
-def require_softmax(weights: Mapping[str, float] | None, temperature: float) -> None:
-    """Raises SettingsError for a temperature where no softmax is taken."""
-    if weights is None and temperature != 1:
-        raise SettingsError(f"temperature {temperature} is of a softmax over Q, and Q has no weights; give weights")
-
-
 def without_suspects(scores: Scores) -> Scores:
     """The scores without rows whose label seems wrong; all rows where there is no evidence of wrong labels."""
     mask, noise = reject_labels(scores.predictions["logits"], scores.labels)
     noted = replace(scores, record={**scores.record, "noise": noise.to_dict()})
     return noted.drop(mask, "confident negative") if mask.any() else noted
-
-
-def wanted_terms(names: Iterable[Asked]) -> dict[str, Term]:
-    """The terms of these names, and those that cost no more.  Raises SettingsError for an unknown one."""
-    found = get_terms(dict.fromkeys([*names, *FREE_TERMS]))
-    return found | get_terms(["cosine"]) if any(term.gradient for term in found.values()) else found
-
-
-def require_terms(weights: Mapping[str, float], task: Task) -> None:
-    """Raises what `score` does for weights of terms that samples of the task do not have: before a warm-up."""
-    _known(wanted_terms(name for name, weight in weights.items() if weight), task, weights)
-
-
-def _known(terms: Mapping[str, Term], task: Task, weights: Mapping[str, float]) -> dict[str, Term]:
-    """The terms that samples of the task have.
-
-    Raises SettingsError if Q asks for one that only classes and numbers have, UnsupportedError for one that only a
-    text behind its prompt has.
-    """
-    alone = [name for name, term in terms.items() if term.alone]
-    if alone and not (isinstance(task, Generation) and task.causal):
-        raise UnsupportedError(
-            f"quality term '{alone[0]}' compares a target with and without its prompt, which {task.name} cannot; leave "
-            "it out"
-        )
-    if not isinstance(task, Generation):
-        return dict(terms)
-    if asked := [name for name, term in terms.items() if term.answers and weights.get(name)]:
-        raise SettingsError(
-            f"quality term '{asked[0]}' is of classes and numbers, and the task is {task.name}; leave it out"
-        )
-    return {name: term for name, term in terms.items() if not term.answers}
 
 
 def learned_on(model: nn.Module, rows: Sequence[Any], collate: Collate, *, task: Task, batch_size: int) -> LearnedTest:
@@ -331,7 +223,7 @@ def _pass(
 
         def numbers_of(indices: np.ndarray) -> Columns:
             batch, own_rows = collate([dataset[int(j)] for j in indices]), in_reference[torch.as_tensor(indices)]
-            return _measured(model, batch, task, sites, reference, own_rows, terms)
+            return measured_columns(model, batch, task, sites, reference, own_rows, terms)
 
         for indices in mine:
             found = portions.of(indices, numbers_of)
@@ -350,49 +242,10 @@ def _pass(
     return {name: columns[name] for name in (*terms, *PREDICTIONS, "label") if name in columns}
 
 
-def _measured(
-    model: nn.Module,
-    batch: Batch,
-    task: Task,
-    sites: Mapping[str, Site],
-    reference: Reference,
-    in_reference: Bool[Tensor, " n"],
-    terms: Mapping[str, Term],
-) -> dict[str, np.ndarray]:
-    """Each term, prediction and label of one batch's rows."""
-    device = next(model.parameters()).device
-    inputs, labels = split_labels(batch, model)
-    measured = measure(
-        model,
-        inputs,
-        labels,
-        task=task,
-        sites=sites,
-        reference=reference,
-        in_reference=in_reference.to(device),
-        lookahead=any(term.lookahead for term in terms.values()),
-        alone=any(term.alone for term in terms.values()),
-    )
-    label = task.targets(labels).ne(IGNORED).sum(1) if isinstance(task, Generation) else labels
-    values = {n: term.of(measured) for n, term in terms.items()} | predictions(measured, task) | {"label": label}
-    for name, value in values.items():
-        if value.shape[: 1 if name == "logits" else None] != (len(labels),):
-            raise SettingsError(f"quality term '{name}' gives {tuple(value.shape)} for {len(labels)} samples")
-    return {name: value.cpu().numpy() for name, value in values.items()}
-
-
 def _fill(columns: dict[str, np.ndarray], indices: np.ndarray, numbers: Columns, rows: int) -> None:
     """Puts the numbers of some of the rows into their places."""
     for name, value in numbers.items():
         columns.setdefault(name, np.empty((rows, *value.shape[1:]), dtype=value.dtype))[indices] = value
-
-
-def _autocast(model: nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
-    if dtype is None:
-        return nullcontext()
-    # Without its cache: torch may keep a weight cast under no_grad and use it where gradients are wanted
-    # (pytorch issue 112583).
-    return torch.autocast(next(model.parameters()).device.type, dtype=dtype, cache_enabled=False)
 
 
 def _record(

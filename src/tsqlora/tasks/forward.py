@@ -86,9 +86,13 @@ def _is_pair(sample: Any) -> bool:
     return {"chosen", "rejected"} <= begun
 
 
-def precision(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
-    """Autocast to this dtype; None computes as the weights are."""
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+def precision(device: torch.device, dtype: torch.dtype | None, *, cache: bool = True) -> AbstractContextManager[Any]:
+    """Autocast to this dtype; None computes as the weights are.
+
+    Where some passes have gradients and others none, do without torch's `cache` of casts: it may keep a weight that was
+    cast under no_grad, and use it where gradients are wanted (pytorch issue 112583).
+    """
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype, cache_enabled=cache)
 
 
 def model_logits(model: nn.Module, inputs: Mapping[str, Tensor], task: Task | None = None) -> Tensor:

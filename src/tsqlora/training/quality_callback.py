@@ -20,9 +20,11 @@ from tsqlora.errors import DataError, NotLearnedError, SettingsError, TsqLoraErr
 from tsqlora.gradients.quiet import quiet
 from tsqlora.gradients.sites import Scope
 from tsqlora.progress import Progress
+from tsqlora.quality.asked import require_softmax, wanted_terms
 from tsqlora.quality.guard import guarded
 from tsqlora.quality.rows import REFERENCE_ROWS, reference_indices
-from tsqlora.quality.score import require_scorable, require_softmax, score, wanted_terms
+from tsqlora.quality.scorable import require_scorable
+from tsqlora.quality.score import score
 from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.quality.terms import Asked

@@ -1,0 +1,65 @@
+"""Whether a model, a task and their rows can be scored at all."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from tsqlora import distributed
+from tsqlora.errors import UnsupportedError
+from tsqlora.gradients.quiet import quiet
+from tsqlora.gradients.sites import Scope, batch_coupled, find_sites
+from tsqlora.memory import first_that_fits, halves
+from tsqlora.quality.asked import PAPER_TERMS, TRUST, fitting, needs_gradients, require_precision, wanted_terms
+from tsqlora.quality.exact import require_exact
+from tsqlora.quality.measure import measured_columns
+from tsqlora.quality.reference import Reference
+from tsqlora.quality.terms import Asked
+from tsqlora.tasks import Task
+from tsqlora.tasks.forward import Collate, each_its_row, precision
+
+
+def require_scorable(
+    model: nn.Module,
+    rows: Sequence[Any],
+    collate: Collate,
+    *,
+    task: Task,
+    weights: Mapping[str, float] | None = None,
+    reject: bool | None = None,
+    terms: Sequence[Asked] = PAPER_TERMS,
+    scope: Scope = "adapter",
+    autocast: torch.dtype | None = None,
+) -> None:
+    """Raises what `score` would say of the model, the task and these few rows: before a warm-up, not after it.
+
+    It costs a forward pass of the rows, and where a term needs gradients their check.  The model is left as it was.
+    """
+    weights = dict(TRUST if weights is None else weights)
+    wanted = wanted_terms([*terms, *(n for n, w in weights.items() if w)])
+    model = distributed.unwrapped(model)
+    require_apart(model)
+    require_precision(wanted, autocast)
+    collate = each_its_row(collate)
+    with quiet(model), precision(next(model.parameters()).device, autocast, cache=False):
+        # Together, not in portions: whether samples share a row shows in a batch.
+        fitted = fitting(wanted, task, weights, reject, collate(list(rows)))
+        sites = find_sites(model, scope) if needs_gradients(fitted) else {}
+        without = {name: term for name, term in fitted.items() if not term.gradient}
+
+        def look(size: int) -> None:
+            batch, nothing = collate(list(rows[:size])), Reference({}, norm=0.0, eta=0.0, rows=size, offsets=None)
+            measured_columns(model, batch, task, {}, nothing, torch.zeros(size, dtype=torch.bool), without)
+            if sites:
+                require_exact(model, batch, task, sites, None)
+
+        first_that_fits(look, halves(len(rows)))
+
+
+def require_apart(model: nn.Module) -> None:
+    """Raises UnsupportedError for a model whose weights, or samples, are not each in one place."""
+    if any(map(distributed.is_sharded, model.parameters())):
+        raise UnsupportedError("the model's weights are in parts over processes (FSDP); score before fully_shard")
+    if coupled := batch_coupled(model):
+        raise UnsupportedError(f"{coupled[0]} couples the samples of a batch: no sample has a loss of its own")
