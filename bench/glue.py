@@ -236,6 +236,10 @@ def sweep(methods: Sequence[str], tried: Sequence[float], seeds: Sequence[int], 
         names = dict.fromkeys(entry_of(cell) for cell in cells)
         chosen = {name: best_rate([cell for cell in cells if entry_of(cell) == name]) for name in names}
         write_json(RESULTS / "rates.json", {"block": SWEPT.name, "rates": chosen})
+        for name, rate in chosen.items():
+            known = {cell["cell"]["learning_rate"] for cell in cells if entry_of(cell) == name}
+            if rate in (min(known), max(known)):
+                print(f"{name}: {rate:g} is the best of those tried, and the last on its side; try further", flush=True)
 
 
 def best_rate(cells: Sequence[Mapping[str, Any]]) -> float:
@@ -289,9 +293,10 @@ def main() -> None:
                 for rows in args.rows.split(","):
                     for mean in args.means.split(","):
                         block = Block(task, int(rows), float(wrong), int(mean), args.equal)
-                        for method in methods:
-                            name = entries([method])[0].name
-                            run(block, int(seed), [method], args.shared, rates={name: rates[name]})
+                        # Whose seconds are equal must be told of the first one's in one call.
+                        for some in [methods] if args.equal == "seconds" else [[method] for method in methods]:
+                            names = [entry.name for entry in entries(some)]
+                            run(block, int(seed), some, args.shared, rates={name: rates[name] for name in names})
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from tsqlora.compare.run import commit
 
 __all__ = ["commit", "machine"]
 
+commit()  # as it is while the code is imported; it may be another when hours of measuring end
+
 
 def machine() -> dict[str, Any]:
     """What is at hand, and how much of it this process uses."""

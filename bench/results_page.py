@@ -19,6 +19,7 @@ from results_shown import (
     Block,
     Cell,
     Over,
+    at_random,
     blocks,
     by_entry,
     chosen,
@@ -80,7 +81,8 @@ by the code of {commits}.
 
 Every row is a way to train MiniLM (22.7 million parameters, six blocks) by an adapter in all its linear layers, at the
 same mean rank and number of optimizer steps: four passes over all rows in batches of 16. `+all` trains on every row,
-`+random` and `+quality` on half of the rows, drawn anew each epoch, for twice as many epochs. The seed draws the
+`+random` and `+quality` on half of the rows, drawn anew each epoch, for twice as many epochs. Where no label seems
+wrong `+quality` draws at random, as `+random` does: how many cells did is said beside the name. The seed draws the
 training rows, which labels are wrong, the head and the batches, so differences are taken seed by seed. ± is a 95 %
 t-interval over seeds; where it holds 0 the difference is called noise. Test sets are whole, and decide nothing.
 *Trainable* parameters are those at the end, a range where seeds differ: layers of other shapes cost more a rank, so
@@ -176,7 +178,7 @@ def table(block: Block) -> list[list[str]]:
         if row["name"] in of:
             shown.append(
                 [
-                    f"`{row['name']}`",
+                    _named(row["name"], [block]),
                     _points(row["metrics"][metric], scale=100) if cells else "–",
                     _points(difference, scale=100, sign="+") if difference else "–",
                     row["verdict"].replace("lora+all", "`lora+all`"),
@@ -257,8 +259,12 @@ def _names(found: Iterable[Block]) -> list[str]:
 
 
 def _named(name: str, found: Iterable[Block]) -> str:
-    failed = [cell for block in found for cell in by_entry(block).get(name, ()) if "failed" in cell]
-    return f"`{name}`" + (f", {len(failed)} cell{_s(failed)} failed" if failed else "")
+    """The name of a row, with what a reader of its numbers must know."""
+    cells = [cell for block in found for cell in by_entry(block).get(name, ())]
+    failed, random = [cell for cell in cells if "failed" in cell], [cell for cell in worked(cells) if at_random(cell)]
+    said = [f"{len(failed)} cell{_s(failed)} failed"] if failed else []
+    said += [f"{len(random)} of {len(worked(cells))} drew at random"] if random else []
+    return "".join([f"`{name}`", *(f", {what}" for what in said)])
 
 
 def _told(difference: Over) -> tuple[str, str]:

@@ -122,6 +122,15 @@ def passes(cell: Cell) -> int:
     return sum(c["forward"] + 2 * c["backward"] for phase, c in cell["cost"].items() if phase != "evaluation")
 
 
+def at_random(cell: Cell) -> bool:
+    """Whether rows that were to be chosen by scores were drawn as the random control draws them."""
+    quality = cell.get("quality", {})
+    if "random" in quality:
+        return quality["random"] is not None
+    # Before 42f6d1b cells did not tell; what `quality` left out is what is evident.
+    return quality.get("scored", False) and not (quality["noise"] or {}).get("evident")
+
+
 def trainable(cell: Cell) -> int:
     return cell["parameters"]["trainable"]
 

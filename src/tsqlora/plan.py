@@ -43,7 +43,7 @@ def plan(
     size = draw_size(rows, config.quality.fraction)
     batches = math.ceil(size / (args.train_batch_size * args.world_size))
     steps = math.ceil(batches / args.gradient_accumulation_steps) * config.training.epochs
-    _require_adjustments(config, steps)
+    require_adjustments(config, steps)
     uniform = Sensitivity(dict.fromkeys(shapes, 1.0), shapes, "uniform", 0)
     allocate(
         uniform, mean_rank=config.ranks.mean, min_rank=config.ranks.min, max_rank=config.ranks.resolved_max()
@@ -144,7 +144,8 @@ def memory(config: Config, model: PeftModel, *, longest: int, bf16: bool) -> int
     return weights + trained + config.training.batch_size * longest * features * (2 if bf16 else 4)
 
 
-def _require_adjustments(config: Config, steps: int) -> None:
+def require_adjustments(config: Config, steps: int) -> None:
+    """Raises SettingsError for a run in which ranks were to move and would not."""
     ranks = config.ranks
     if ranks.policy == "fixed":
         return

@@ -93,6 +93,37 @@ def test_a_stale_cell_is_run_anew_and_replaced(tmp_path: Path, results: Path, mo
     assert [cell["commit"] for cell in kept(results)["cells"].values()] == [NOW]
 
 
+@pytest.mark.parametrize(("equal", "calls"), [("steps", [["lora"], ["eva"]]), ("seconds", [["lora", "eva"]])])
+def test_who_shares_seconds_is_compared_in_one_call(
+    equal: str, calls: Any, results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results.mkdir()
+    (results / "rates.json").write_text(json.dumps({"rates": {"lora+all": 1e-3, "eva+all": 1e-2}}))
+    called: list[Any] = []
+    monkeypatch.setattr(glue, "run", lambda block, seed, methods, shared, rates: called.append((methods, rates)))
+    few = ["--tasks", "sst2", "--seeds", "0", "--wrong", "0", "--methods", "lora,eva", "--equal", equal]
+    monkeypatch.setattr(sys, "argv", ["glue.py", *few])
+    glue.main()
+    assert [methods for methods, _ in called] == calls
+    assert called[-1][1]["eva+all"] == 1e-2
+
+
+def test_a_best_rate_that_is_the_last_of_those_tried_is_told(
+    tmp_path: Path, results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tried = {"lora": (5e-4, 1e-3, 2e-3), "eva": (1e-3, 2e-3)}
+    cells = [a_cell(f"{name}+all", rate=rate) for name, rates in tried.items() for rate in rates]
+    for cell in cells:
+        rate = cell["cell"]["learning_rate"]
+        cell["metrics"]["validation"] = {"accuracy": 0.9 - abs(rate - 1e-3), "loss": 0.5}
+    results.mkdir()
+    (results / f"{glue.SWEPT.name}.json").write_text(json.dumps({"cells": dict(enumerate(cells))}))
+    monkeypatch.setattr(glue, "run", lambda *_, **__: None)
+    glue.sweep(["lora", "eva"], [1e-3], [0], tmp_path)
+    said = capsys.readouterr().out.splitlines()
+    assert set(said) == {"eva+all: 0.001 is the best of those tried, and the last on its side; try further"}
+
+
 def test_what_is_kept_names_no_path_no_seed_and_no_rate(tmp_path: Path, results: Path) -> None:
     glue.keep(BLOCK, finished(tmp_path / "a", a_cell(), a_cell(seed=1)))
     assert kept(results)["settings"]["training"] == {"epochs": 8}

@@ -137,6 +137,25 @@ def test_the_summary_says_of_which_tasks_each_mean_is(results: Path) -> None:
     assert eva == ["`eva+all`", "0.90", "+1.0 (1 seed)", "SST-2", "–", "–"]
 
 
+@pytest.mark.parametrize(
+    ("quality", "random"),
+    [
+        ({"random": "no row was left out, and rows are drawn evenly", "scored": True}, True),
+        ({"random": None, "scored": True, "noise": {"evident": True}}, False),
+        ({"scored": True, "noise": {"evident": False}}, True),  # of code that did not tell yet
+        ({"scored": True, "noise": None}, True),
+        ({"scored": True, "noise": {"evident": True}}, False),
+        ({"rows": 2000, "rows_an_epoch": 1000}, False),  # nothing was to be scored
+    ],
+)
+def test_cells_that_drew_at_random_all_the_same_are_counted(results: Path, quality: Any, random: bool) -> None:
+    put(results, SST2, a_cell(), a_cell("tsqlora+quality") | {"quality": quality})
+    name = "`tsqlora+quality`" + (", 1 of 1 drew at random" if random else "")
+    assert row(section("### SST-2"), "`tsqlora+quality`")[0] == name
+    assert row(_over(), "`tsqlora+quality`")[0] == name
+    assert results_page.summary(rows=2000, mean=4)[1][0] == name
+
+
 def test_trainable_is_a_range_where_seeds_differ(results: Path) -> None:
     put(results, SST2, a_cell(), a_cell("eva+all", trainable=100), a_cell("eva+all", seed=1, trainable=1000))
     shown = section("### SST-2")

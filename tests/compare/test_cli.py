@@ -96,3 +96,18 @@ def test_the_table_fits_a_terminal_of_80_columns_and_shows_what_failed(capsys: p
     out = capsys.readouterr().out
     assert "dora+all (1 failed; 1 of 2 seeds drew at random)" in out
     assert "12,346 (12,341 to 12,350)" in out
+    assert "different code" not in out
+    assert "data.test" not in out
+
+
+def test_numbers_that_chose_themselves_and_cells_of_several_codes_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    number = {"mean": 0.8, "half": None, "n": 1}
+    cost = {"seconds": number, "steps": 100, "trainable": 12345, "peak_memory_bytes": 2**30, "split": "validation"}
+    row = {"name": "lora+all", "failed": [], "metrics": {"accuracy": number}, "verdict": "the reference", **cost}
+    result = {"metric": "accuracy", "equal": "steps", "seeds": [0], "out": "comparison", "table": [row]}
+    about = {"sweep": [1e-3, 1e-2], "differing": {"commit": ["a" * 40, "b" * 40 + "-dirty"], "torch": ["2.8", "2.9"]}}
+    show_comparison(Console(width=200), result | about)
+    out = capsys.readouterr().out
+    assert "There are no test rows: the numbers of the first seed are of the validation rows that chose its rate" in out
+    assert f"different code: commit {'a' * 12}, {'b' * 12}-dirty; another --out makes all anew" in out
+    assert "different code: torch 2.8, 2.9;" in out

@@ -64,6 +64,21 @@ def test_a_finished_cell_is_never_run_again_and_more_may_be_added(config: Config
     assert json.loads((tmp_path / "out" / "table.json").read_text()) == result
 
 
+def test_cells_that_other_code_left_are_told(config: Config, tmp_path: Path) -> None:
+    class Upgraded(Fake):
+        def __call__(self, *args: Any, **options: Any) -> Any:
+            return super().__call__(*args, **options) | {"commit": "new", "versions": {"torch": "3"}}
+
+    class Before(Fake):
+        def __call__(self, *args: Any, **options: Any) -> Any:
+            return super().__call__(*args, **options) | {"commit": "old", "versions": {"torch": "3"}}
+
+    first = compare(config, ["lora"], seeds=[0], out=tmp_path / "out", run=Before())
+    assert first["differing"] == {}
+    mixed = compare(config, ["lora"], seeds=[0, 1], out=tmp_path / "out", run=Upgraded())
+    assert mixed["differing"] == {"commit": ["new", "old"]}
+
+
 def test_what_was_cut_off_goes_on_with_the_cell_that_was_not_finished(config: Config, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         compare(config, ["lora", "tsqlora"], seeds=[0, 1], out=tmp_path / "out", run=Fake(dies_at=2))

@@ -62,13 +62,34 @@ def test_scoring_by_gradients_that_a_method_does_not_show_is_refused(method: str
             r"lora\+loss: a draw of 1 rows cannot hold",
         ),
         ({"quality": {"fraction": 0.5, "warmup": 9.0}}, "lora+loss", r"lora\+loss: .* no scored epoch would be left"),
+        (
+            {"training": {"epochs": 2}},
+            "lora+infobatch",
+            r"lora\+infobatch: .* which takes 2 epochs, and the run has 2",
+        ),
     ],
 )
 def test_settings_that_an_entry_cannot_have_are_refused_by_its_name(
     sections: dict[str, Any], method: str, message: str, place: Path
 ) -> None:
     with pytest.raises((SettingsError, UnsupportedError), match=message):
-        checked(settings(place, **sections), "tsqlora-ranks-only", method)
+        checked(settings(place, **sections), "full", method)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        ({"policy": "tsqlroa"}, "ranks.policy 'tsqlroa' is unknown"),
+        ({"estimator": "smapled"}, "unknown ranks.estimator 'smapled'"),
+        ({"mean": 2.0, "min": 3}, "budget .* is below the .* parameters that rank 3 needs"),
+        ({"interval": 100}, "no adjustment fits into 60 steps with ranks.interval 100"),
+    ],
+)
+def test_ranks_that_our_own_training_would_refuse_are_refused_before_lora_is_trained(
+    ranks: dict[str, Any], message: str, place: Path
+) -> None:
+    with pytest.raises(SettingsError, match=rf"tsqlora\+quality: .*{message}"):
+        checked(settings(place, ranks=ranks, training={"epochs": 12}), "lora", "tsqlora")
 
 
 def test_a_run_too_short_for_a_trial_is_refused_where_seconds_are_equal(place: Path) -> None:

@@ -79,6 +79,23 @@ def test_learning_rates_that_were_tried_are_shown_and_only_the_chosen_one_counts
     assert "69.0%" in seen.texts["td"]
 
 
+def test_rates_that_were_given_are_no_choice_and_rows_that_chose_are_named(tmp_path: Path) -> None:
+    out = make_comparison(tmp_path, rates=(0.001, 0.01))
+    table = json.loads((out / "table.json").read_text())
+    (out / "table.json").write_text(json.dumps(table | {"sweep": []}))
+    assert "rates" not in made(out).sections()
+    (out / "table.json").write_text(json.dumps(table | {"sweep": [0.001, 0.01]}))
+    told = "There are no test rows: the numbers of the first seed are of the validation rows that chose its rate"
+    assert not any(told in text for text in made(out).texts["p"])
+    for path in (out / "cells").glob("*.json"):
+        cell = json.loads(path.read_text())
+        del cell["metrics"]["test"]
+        path.write_text(json.dumps(cell))
+    rows = [row | {"split": "validation"} for row in table["table"]]
+    (out / "table.json").write_text(json.dumps(table | {"sweep": [0.001, 0.01], "table": rows}))
+    assert any(told in text for text in made(out).texts["p"])
+
+
 def test_the_command_that_repeats_it_is_whole_and_quoted(tmp_path: Path) -> None:
     out = make_comparison(tmp_path).rename(tmp_path / "my comparison")
     table = json.loads((out / "table.json").read_text())

@@ -12,7 +12,7 @@ from tsqlora import distributed
 from tsqlora.compare.cells import Cell, Entry, known_seeds, load, require_rows, save
 from tsqlora.compare.methods import METHODS, entries
 from tsqlora.compare.run import Equal
-from tsqlora.compare.table import rows_of
+from tsqlora.compare.table import differing, rows_of
 from tsqlora.compare.worker import checked_in_own_process, in_own_process
 from tsqlora.config import Config, dump_config, load_config
 from tsqlora.errors import DataError, SettingsError, UnsupportedError, nearest
@@ -82,7 +82,7 @@ def compare(
         found = runner.all()
         table = rows_of(plan.entries, found, metric=metric)
         asked = {"metric": metric, "equal": equal, "seeds": plan.seeds, "sweep": list(sweep), "rates": plan.rates}
-        result = {"out": str(out), **asked, "table": table}
+        result = {"out": str(out), **asked, "table": table, "differing": differing(found)}
         write_json(out / TABLE_FILE, result)
     return result
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from tsqlora.adapter.slots import find_slots
 from tsqlora.compare.cells import Cell, Entry
 from tsqlora.compare.methods import METHODS, POLICIES, build
 from tsqlora.compare.run import TRIAL_STEPS, Equal, planned_steps, settings_of
@@ -14,8 +15,11 @@ from tsqlora.data.prepare import prepare
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.gradients.quiet import quiet
 from tsqlora.gradients.sites import find_sites
-from tsqlora.job import Job, load, load_model, require_drawable
+from tsqlora.job import Job, load, load_model, ranks_half, require_drawable, with_slots
+from tsqlora.plan import require_adjustments, warmup_epochs
 from tsqlora.quality.exact import require_exact
+from tsqlora.quality.sampling import draw_size
+from tsqlora.ranks.allocate import Sensitivity, allocate
 from tsqlora.reading import read, writing_of
 from tsqlora.rivals.methods import require_rival
 from tsqlora.tasks import require_answers
@@ -88,8 +92,12 @@ def _require(job: Job, entry: Entry, *, equal: Equal, built: set[str]) -> None:
             batch_size=config.training.batch_size,
             label_smoothing=config.training.further_arguments().get("label_smoothing_factor", 0.0),
         )
+    else:
+        _require_ranks(job, steps)
     if entry.policy == "infobatch":
         require_answers(job.task, "infobatch")
+        if equal != "seconds":
+            _require_second_draw(job)
     quality = POLICIES[entry.policy](job, Path(SCORES_FILE), None).quality
     if quality is None:
         return
@@ -103,6 +111,29 @@ def _require(job: Job, entry: Entry, *, equal: Equal, built: set[str]) -> None:
     if entry.method not in built and any(term.gradient for term in quality.terms.values()):
         built.add(entry.method)
         _require_gradients(job, entry, quality, steps)
+
+
+def _require_ranks(job: Job, steps: int) -> None:
+    """Raises SettingsError for ranks that our own training would not begin with, or never move."""
+    config, r = job.config, job.config.ranks
+    ranks_half(job)  # knows its policy and its estimator
+    require_adjustments(config, steps)
+    if r.min > r.mean:  # where it is lower, the budget suffices
+        pretrained, _ = load_model(config, job.data.splits.labels)
+        shapes = {name: slots.shape for name, slots in find_slots(with_slots(config, pretrained)).items()}
+        even = Sensitivity(dict.fromkeys(shapes, 1.0), shapes, "even", 0)
+        allocate(even, mean_rank=r.mean, min_rank=r.min, max_rank=r.resolved_max(), gamma=r.gamma)
+
+
+def _require_second_draw(job: Job) -> None:
+    """Raises SettingsError where InfoBatch would end before every row has a loss, by which it draws."""
+    rows, epochs = len(job.data.samples["train"]), job.config.training.epochs
+    first = warmup_epochs(1.0, rows=rows, size=draw_size(rows, job.config.quality.fraction))
+    if epochs <= first:
+        raise SettingsError(
+            f"InfoBatch draws at random until every row has a loss, which takes {first} epochs, and the run has "
+            f"{epochs}; raise training.epochs or quality.fraction"
+        )
 
 
 def _require_gradients(job: Job, entry: Entry, quality: QualityCallback, steps: int) -> None:

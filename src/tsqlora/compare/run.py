@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from tsqlora.quality.sampling import draw_size
 from tsqlora.quality.scores import Scores
 from tsqlora.record import RunRecord
 from tsqlora.tasks.generation import Generation
+from tsqlora.training.infobatch_callback import InfoBatchCallback
 from tsqlora.training.live import peak_memory
 from tsqlora.training.predict import predict_logits
 from tsqlora.training.quality_callback import SCORES_FILE, QualityCallback
@@ -138,7 +140,10 @@ def _train(
 
 
 def _what_was_drawn(rows: Rows) -> dict[str, Any]:
-    drawn = {"rows": len(rows.data.dataset), "rows_an_epoch": len(rows.data)}
+    drawn: dict[str, Any] = {"rows": len(rows.data.dataset), "rows_an_epoch": len(rows.data)}
+    for callback in rows.also:
+        if isinstance(callback, InfoBatchCallback):
+            drawn["random"] = None if callback.decided else "no epoch began after every row had a loss"
     if rows.quality is None:
         return drawn
     scores = rows.data.scores
@@ -235,10 +240,19 @@ def _scoring_seconds(
 _PACKAGE = Path(__file__).parents[1]
 
 
+@cache
 def commit() -> str | None:
-    """The commit of a source checkout; None for an installed package."""
-    asked = ["git", "-C", str(_PACKAGE), "rev-parse", "HEAD"]
+    """The commit of a source checkout, with "-dirty" where the package differs from it; None for an installed package.
+
+    As it was when first asked: `preload` asks when the code is imported, which may be hours before the last cell ends.
+    """
+
+    def asked(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(_PACKAGE), *words], capture_output=True, text=True, check=True).stdout
+
     try:
-        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+        # Or git would tell of the project around a virtual environment.
+        asked("ls-files", "--error-unmatch", "cli.py")
+        return asked("rev-parse", "HEAD").strip() + ("-dirty" if asked("status", "--porcelain", ".").strip() else "")
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -1,7 +1,7 @@
 """What cells say together: means over seeds, and differences by seed from plain LoRA."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -10,7 +10,7 @@ from rich.table import Table
 
 from tsqlora.compare.cells import Entry
 from tsqlora.compare.statistics import Interval, interval, paired, verdict
-from tsqlora.report.comparison import counted
+from tsqlora.report.comparison import CHOSEN_ON_SHOWN, counted, short
 from tsqlora.report.metrics import lower_is_better
 
 Found = Mapping[str, Any]
@@ -69,6 +69,20 @@ def _row(
     }
 
 
+def differing(found: Iterable[Found]) -> dict[str, list[str]]:
+    """By what code cells were made, where it is not the same for all: commits, and versions of libraries.
+
+    >>> differing([{"commit": "a", "versions": {"torch": "2"}}, {"commit": "b", "versions": {"torch": "2"}}])
+    {'commit': ['a', 'b']}
+    """
+    known: dict[str, set[str]] = {}
+    for cell in found:
+        made_by = {"commit": cell.get("commit") or "an installed package", **cell.get("versions", {})}
+        for name, value in made_by.items():
+            known.setdefault(name, set()).add(str(value))
+    return {name: sorted(values) for name, values in known.items() if len(values) > 1}
+
+
 def named(row: Mapping[str, Any]) -> str:
     """The name of a row, with what a reader of its numbers must know.
 
@@ -117,6 +131,13 @@ def show_comparison(console: Console, result: Mapping[str, Any]) -> None:
         cost.add_row(name, f"{row['seconds']['mean']:.0f}", f"{row['steps']:,}", _trainable(row), memory)
     console.print(found)
     console.print(cost)
+    for name, values in result.get("differing", {}).items():
+        told = ", ".join(map(short, values) if name == "commit" else values)
+        console.print(
+            f"cells were made with different code: {name} {told}; another --out makes all anew", soft_wrap=True
+        )
+    if result.get("sweep") and split == "validation":
+        console.print(CHOSEN_ON_SHOWN, soft_wrap=True)
     console.print(f"cells are in {result['out']}/cells", soft_wrap=True, highlight=False, markup=False)
     if result.get("report"):
         console.print(f"plots and all numbers: {result['report']}", soft_wrap=True, highlight=False, markup=False)

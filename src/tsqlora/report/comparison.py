@@ -10,6 +10,10 @@ from tsqlora.errors import DataError
 
 # As `compare` names them, which is not imported here: a report needs no training.
 SETTINGS_FILE, TABLE_FILE, CELLS_DIR = "comparison.json", "table.json", "cells"
+CHOSEN_ON_SHOWN = (
+    "There are no test rows: the numbers of the first seed are of the validation rows that chose its rate, and so the "
+    "best of several. Give data.test for rows that decide nothing."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +100,8 @@ class Comparison:
     settings: dict[str, Any]
     versions: dict[str, str]
     commits: list[str]
+    chosen_on_shown: bool
+    """Whether the rows that chose learning rates are those that are shown."""
     data: list[str]
 
     @property
@@ -112,6 +118,14 @@ def counted(mean: float, between: Sequence[int] | None) -> str:
     """
     low, high = between or (0, 0)
     return f"{mean:,.0f} ({low:,} to {high:,})" if low != high else f"{mean:,.0f}"
+
+
+def short(commit: str) -> str:
+    """
+    >>> short("0123456789abcdef-dirty")
+    '0123456789ab-dirty'
+    """
+    return commit[:12] + ("-dirty" if commit.endswith("-dirty") else "")
 
 
 def is_comparison(directory: Path) -> bool:
@@ -155,7 +169,7 @@ def _comparison(name: str, table: Mapping[str, Any], cells: list[dict[str, Any]]
         missing = next(row["name"] for row, found in zip(rows, shown, strict=True) if not found)
         raise DataError(f"{name}: {CELLS_DIR} has no file of {missing}, which {TABLE_FILE} names; copy it, too")
     every = [cell for found in shown for cell in found]
-    sweep = _sweep(rows, cells, metric, table["seeds"])
+    sweep = _sweep(rows, cells, metric, table["seeds"], table.get("sweep"))
     return Comparison(
         name=name,
         metric=metric,
@@ -170,6 +184,7 @@ def _comparison(name: str, table: Mapping[str, Any], cells: list[dict[str, Any]]
         settings=dict(every[0].get("settings", {})),
         versions=_versions(every),
         commits=sorted({cell["commit"] for cell in every if cell.get("commit")}),
+        chosen_on_shown=bool(sweep) and not any("test" in cell.get("metrics", {}) for cell in every),
         data=sorted({cell["data_hash"] for cell in every if cell.get("data_hash")}),
     )
 
@@ -217,14 +232,19 @@ def _trained(cell: Mapping[str, Any], split: str) -> Trained:
     )
 
 
-def _sweep(rows: list[Any], cells: list[dict[str, Any]], metric: str, seeds: list[int]) -> list[Tried]:
-    """Every learning rate that was tried with the first seed, where some method tried more than one."""
+def _sweep(
+    rows: list[Any], cells: list[dict[str, Any]], metric: str, seeds: list[int], rates: Sequence[float] | None
+) -> list[Tried]:
+    """Every learning rate of the sweep with the first seed; of a table that does not tell its rates, all of its cells.
+
+    None where there was no choice: cells at other rates may be there that were given, by an earlier command.
+    """
     tried: list[Tried] = []
     for row in rows:
         of = [c for c in cells if (c["cell"]["method"], c["cell"]["policy"]) == (row["method"], row["policy"])]
         for cell in sorted(of, key=lambda c: c["cell"]["learning_rate"]):
-            if cell["cell"]["seed"] == seeds[0]:
-                rate = cell["cell"]["learning_rate"]
+            rate = cell["cell"]["learning_rate"]
+            if cell["cell"]["seed"] == seeds[0] and (rates is None or rate in rates):
                 value = cell["metrics"].get("validation", {}).get(metric)
                 tried.append(Tried(row["name"], rate, value, rate in row["learning_rates"]))
     return tried if len(tried) > len({t.method for t in tried}) else []

@@ -7,7 +7,7 @@ from typing import Any
 
 from tsqlora.report import comparison_figures as figures
 from tsqlora.report import html
-from tsqlora.report.comparison import Comparison, Method
+from tsqlora.report.comparison import CHOSEN_ON_SHOWN, Comparison, Method, short
 from tsqlora.report.metrics import gain_of, lower_is_better, mean_of, value_of, words
 from tsqlora.report.page import Part, assemble
 
@@ -234,6 +234,8 @@ def _rates(known: Comparison) -> Part:
     heads = ["method", *(f"{rate:g}" for rate in rates)]
     how = f"Every rate with seed {known.seeds[0]}; the one with ✓ was best on validation rows and used for all "
     how += "seeds: the smallest where every one failed."
+    if known.chosen_on_shown:
+        how += f" {CHOSEN_ON_SHOWN}"
     title = f"Validation {words(known.metric)} by learning rate"
     return [html.paragraph(how, kind="how"), html.table(title, heads, rows, numbers=range(1, len(heads)))], {}
 
@@ -263,7 +265,7 @@ def _settings(known: Comparison) -> Part:
         html.folded(f"Settings of {known.methods[0].name} {seeds}", html.code(json.dumps(known.settings, indent=2))),
         html.table("Learning rate of each method", ["method", "rate"], rates, narrow=True),
         html.table("Versions", ["library", "version"], list(known.versions.items()), narrow=True),
-        html.paragraph(f"Commit: {_listed([commit[:12] for commit in known.commits]) or 'an installed package'}"),
+        html.paragraph(f"Commit: {_listed(list(map(short, known.commits))) or 'an installed package'}"),
         html.paragraph(f"Hash of the rows: {_listed(known.data) or 'not recorded'}"),
     ], {}
 

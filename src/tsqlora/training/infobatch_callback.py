@@ -35,6 +35,11 @@ class InfoBatchCallback(TrainerCallback):
         self.losses = self.drawn_by = np.full(len(data.dataset), np.nan)
         """Of each row, the last; and as they were when the epoch began. NaN for a row that was not seen."""
 
+    @property
+    def decided(self) -> bool:
+        """Whether losses decided the last draw: every row had one when its epoch began."""
+        return not np.isnan(self.drawn_by).any()
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -82,7 +87,7 @@ class InfoBatchCallback(TrainerCallback):
 
     def _chosen(self, epoch: int) -> Drawn | None:
         """The epoch's draw; None until every row has a loss."""
-        if np.isnan(self.drawn_by).any():
+        if not self.decided:
             return None
         rng = np.random.default_rng([self.seed, 6, epoch])
         rows, weights = info_batch(self.drawn_by, size=len(self.data), rng=rng)
