@@ -38,7 +38,7 @@ class Look(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         epoch = round(state.epoch or 0)
-        self.data.set_epoch(epoch)
+        self.data.begin_epoch(epoch, "Look")
         if epoch in EPOCHS:
             samples = self.job.data.samples["train"].samples
             labels = torch.tensor([row["labels"] for row in samples])

@@ -133,6 +133,20 @@ def test_what_was_saved_comes_back() -> None:
     assert torch.equal(other.ages(QUERY), importance.ages(QUERY))
 
 
+def test_layers_on_several_devices_are_brought_to_one() -> None:
+    model = wrapped()
+    backward(model)
+    first = next(iter(find_slots(model)))
+    # A second device that every machine has; to it tensors can be moved, from it none.
+    model.get_base_model().get_submodule(first).to("meta")
+    for parameter, _ in find_slots(model)[first].matrices():
+        parameter.grad = torch.empty_like(parameter)
+    importance = Importance(find_slots(model))
+    raw = importance._raw()
+    assert raw.device == importance.mean.device == torch.device("meta")
+    assert raw.shape == importance.mean.shape
+
+
 def test_gradients_that_cannot_be_seen_are_refused() -> None:
     model = wrapped()
     with pytest.raises(tsq.UnsupportedError, match=r"no LoRA weight has a gradient.*leave out RankCallback"):

@@ -92,6 +92,14 @@ def test_ranks_that_our_own_training_would_refuse_are_refused_before_lora_is_tra
         checked(settings(place, ranks=ranks, training={"epochs": 12}), "lora", "tsqlora")
 
 
+def test_weights_that_full_cannot_train_are_told_before_others_train(place: Path) -> None:
+    config = settings(place)
+    half = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
+    assert not checked(half, "lora", "adalora")
+    with pytest.raises(UnsupportedError, match=r"full\+all: full trains the base's own weights, and .* is bfloat16"):
+        checked(half, "lora", "full")
+
+
 def test_a_run_too_short_for_a_trial_is_refused_where_seconds_are_equal(place: Path) -> None:
     short = settings(place, training={"epochs": 1})
     with pytest.raises(SettingsError, match=r"lora\+random: the run has 5 steps, and the trial .* takes 12; raise"):

@@ -1,6 +1,9 @@
+import functools
 import random
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,7 +12,7 @@ from tsqlora.errors import SettingsError
 from tsqlora.ranks.allocate import Sensitivity, allocate
 from tsqlora.ranks.budget import budget, caps, costs, used
 from tsqlora.ranks.events import rank_changes
-from tsqlora.ranks.policies import POLICIES, Policy, get_policy
+from tsqlora.ranks.policies import POLICIES, Policy, get_policy, require_bounds
 
 MAX_RANK = 8
 PLENTY = 1000
@@ -243,3 +246,111 @@ def test_an_unknown_policy_lists_the_table() -> None:
         get_policy("tsqlor")
     choices = ", ".join(sorted(POLICIES))
     assert str(error.value) == f"ranks.policy 'tsqlor' is unknown; did you mean 'tsqlora'? choices: {choices}"
+
+
+# --- what a policy of one's own is held to ------------------------------------------------
+
+
+def grow(ranks: Ranks, **_: Any) -> Ranks:
+    """A policy whose name errors tell; what it gives is given to `held` beside it."""
+    return ranks
+
+
+def held(answer: Any, *, policy: Any = grow, droppable: Ranks | None = None, **further: Any) -> Ranks:
+    """An answer where `wide` is at rank 4 of 8 and `narrow` at 1 of 2, with all of the budget in use."""
+    ranks = further.pop("ranks", {"wide": 4, "narrow": 1})
+    shapes = {"wide": (20, 20), "narrow": (18, 2)}
+    bounds = {"shapes": shapes, "caps": caps(shapes, MAX_RANK), "budget": 180, "min_rank": 1}
+    return require_bounds(
+        answer, ranks, policy=policy, droppable=ranks if droppable is None else droppable, **(bounds | further)
+    )
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        (None, "None; it must return a dict with the rank of every layer"),
+        ({"wide": 4}, "layer 'narrow' no rank; give every layer in ranks one"),
+        (
+            {"wide": 4, "narrow": 1, "other": 1},
+            "a rank to layer 'other', which is unknown; give ranks to the layers in ranks",
+        ),
+        ({"wide": 3.5, "narrow": 1}, "layer 'wide' rank 3.5; give a whole number, an int"),
+        ({"wide": 9, "narrow": 1}, "layer 'wide' rank 9, and its cap is 8; give at most caps[layer]"),
+        ({"wide": 3, "narrow": 3}, "layer 'narrow' rank 3, and its cap is 2; give at most caps[layer]"),
+        (
+            {"wide": 4, "narrow": 0},
+            "layer 'narrow' rank 0, and its least is 1; give at least min(min_rank, caps[layer])",
+        ),
+        (
+            {"wide": 4, "narrow": 2},
+            "ranks that cost 200 parameters, and the budget is 180; give up slots of other layers for those that grow: "
+            "a rank costs inputs + outputs, as shapes has them",
+        ),
+    ],
+)
+def test_an_answer_out_of_bounds_is_refused_with_the_policy_the_layer_and_the_bound(answer: Any, text: str) -> None:
+    with pytest.raises(SettingsError) as error:
+        held(answer)
+    assert str(error.value) == f"ranks.policy grow gave {text}"
+
+
+def test_young_slots_that_a_policy_gives_up_are_refused() -> None:
+    with pytest.raises(SettingsError) as error:
+        held({"wide": 1, "narrow": 1}, droppable={"wide": 2, "narrow": 1})
+    assert str(error.value) == (
+        "ranks.policy grow gave layer 'wide' rank 1 in place of 4, and 2 of its slots may be given up now, the others "
+        "are too young; take at most droppable[layer]"
+    )
+    assert held({"wide": 2, "narrow": 1}, droppable={"wide": 2, "narrow": 1}) == {"wide": 2, "narrow": 1}
+
+
+def test_the_least_rank_is_no_more_than_the_cap() -> None:
+    answer = {"wide": 3, "narrow": 2}
+    assert held(answer, min_rank=3) == answer
+    with pytest.raises(SettingsError, match="layer 'wide' rank 2, and its least is 3"):
+        held(answer | {"wide": 2}, min_rank=3)
+    nothing = {"wide": 4, "narrow": 0}
+    assert held(nothing, min_rank=0) == nothing
+    with pytest.raises(SettingsError, match="layer 'narrow' rank -1, and its least is 0"):
+        held({"wide": 4, "narrow": -1}, min_rank=0)
+
+
+def test_a_layer_that_began_out_of_bounds_may_stay_but_go_no_further() -> None:
+    above = {"wide": 0, "narrow": 5}
+    assert held(above, ranks=above) == above
+    assert held({"wide": 1, "narrow": 4}, ranks=above) == {"wide": 1, "narrow": 4}
+    with pytest.raises(SettingsError, match="layer 'narrow' rank 6, and its cap is 2"):
+        held({"wide": 0, "narrow": 6}, ranks=above)
+
+
+def test_an_accepted_answer_is_of_plain_ints_in_the_layers_order() -> None:
+    found = held({"narrow": np.int64(2), "wide": np.int64(3)})
+    assert list(found.items()) == [("wide", 3), ("narrow", 2)]
+    assert all(type(rank) is int for rank in found.values())
+
+
+def test_a_policy_without_a_name_is_told_by_its_class() -> None:
+    with pytest.raises(SettingsError, match="policy partial gave None"):
+        held(None, policy=functools.partial(grow))
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@given(drawn_worlds(), st.data())
+def test_no_policy_of_ours_is_ever_refused(name: str, drawn: Drawn, data: st.DataObject) -> None:
+    """Wherever it begins: a PeftModel may bring ranks above what a layer's outputs allow, or below the least."""
+    ranks = {n: data.draw(st.integers(0, MAX_RANK)) for n in drawn.shapes}
+    droppable = {n: data.draw(st.integers(0, rank)) for n, rank in ranks.items()}
+    world = World(drawn.shapes, used(ranks, drawn.shapes) + data.draw(st.integers(0, 40)), drawn.min_rank)
+    target = {n: min(data.draw(st.integers(drawn.min_rank, MAX_RANK)), world.caps[n]) for n in ranks}
+    after = adjusted(world, ranks, target, droppable=droppable, policy=POLICIES[name])
+    assert after == require_bounds(
+        after,
+        ranks,
+        policy=POLICIES[name],
+        droppable=droppable,
+        shapes=world.shapes,
+        caps=world.caps,
+        budget=world.budget,
+        min_rank=world.min_rank,
+    )

@@ -7,14 +7,17 @@ import torch
 from peft import PeftModel
 from peft.tuners.adalora.layer import AdaLoraLayer
 from torch import nn
+from transformers import BertForSequenceClassification, BitsAndBytesConfig
+from transformers.utils.quantization_config import QuantizationMethod
 
 import tsqlora as tsq
 from models import tiny_llama_classifier
 from setups import HEAD, STEPS, base, build, logits_of, make_setup, trainer_of
 from stock import moods
 from tsqlora.adapter.slots import active_ranks
-from tsqlora.errors import SettingsError
+from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.rivals import RIVALS, get_rival
+from tsqlora.rivals.methods import require_rival
 from tsqlora.rivals.setup import layers_of
 from tsqlora.training.load import Pretrained
 
@@ -91,6 +94,55 @@ def test_all_of_the_model_trains_in_full() -> None:
     model = base()
     assert build("full", model).trainable() == sum(p.numel() for p in model.parameters())
     assert build("full", model.requires_grad_(False)).trainable() > 0
+
+
+PLANNED = {"mean_rank": 4, "max_rank": 8, "steps": STEPS, "rows": 64, "batch_size": 8, "label_smoothing": 0.0}
+
+
+def refused(name: str, model: nn.Module) -> str:
+    """What is said of a method before its training, and again where it is built."""
+    with pytest.raises(UnsupportedError) as before:
+        require_rival(name, **PLANNED, model=model)
+    with pytest.raises(UnsupportedError) as built:
+        build(name, model)
+    assert str(built.value) == str(before.value)
+    return str(before.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_half_precision_are_not_trained_in_full(dtype: torch.dtype) -> None:
+    assert refused("full", base(dtype=dtype)) == (
+        f"full trains the base's own weights, and bert.embeddings.word_embeddings.weight is {str(dtype)[6:]}, which "
+        "rounds small steps away; set model.dtype to float32, and training.bf16 to true for speed, or leave out full"
+    )
+    partly = base()
+    partly.get_submodule("bert.pooler").to(dtype)
+    assert "bert.pooler.dense.weight is" in refused("full", partly)
+
+
+# torch warns of its own script_method, which bitsandbytes imports.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_weights_are_not_trained_in_full(bits: int, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    base().save_pretrained(tmp_path)
+    how = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    packed = BertForSequenceClassification.from_pretrained(tmp_path, quantization_config=how, dtype=torch.float32)
+    assert refused("full", packed) == (
+        "full trains the base's own weights, and these are packed by bitsandbytes; set model.quantization to null, and "
+        "model.path to a base whose weights are whole, or leave out full"
+    )
+
+
+def test_weights_that_gptq_has_packed_are_not_trained_in_full() -> None:
+    model: Any = base()
+    model.is_quantized, model.quantization_method = True, QuantizationMethod.GPTQ  # as transformers marks them
+    assert "these are packed by gptq; set" in refused("full", model)
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_what_can_be_built_is_not_refused_before(name: str) -> None:
+    require_rival(name, **PLANNED, model=base() if name == "full" else base(dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("name", TRIPLETS)

@@ -12,6 +12,7 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForQuestionAnswering,
+    BertForSequenceClassification,
     BertForTokenClassification,
     PreTrainedModel,
     Trainer,
@@ -21,10 +22,12 @@ from transformers import (
 import tsqlora as tsq
 from models import tiny_bert
 from scoring import assert_same, fingerprint
-from stock import ROWS, VOCAB, make_trainer, moods, slotted_bert
-from tsqlora.errors import SettingsError
+from stock import ROWS, VOCAB, base_bert, make_trainer, moods, slotted_bert
+from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.quality.scores import Scores
+from tsqlora.tasks.classification import Classification
 from tsqlora.training import quality_callback
+from tsqlora.training.guard import GuardCallback
 
 DATA = moods()
 GRADIENTS = {"convergence": 1 / 3, "gradient_norm": -1 / 3}
@@ -402,10 +405,9 @@ def test_a_run_whose_scores_are_not_used_ends_as_one_without_scoring(
     monkeypatch.setattr(tsq.QualitySubset, "use", lambda *_, **__: None)
     for scoring in (True, False):
         subset = tsq.QualitySubset(DATA, 0.5)
-        callbacks: list[TrainerCallback] = [Redraw(subset)]
-        if scoring:
-            callbacks.append(tsq.QualityCallback(subset, terms=("loss_reduction",), reference=40))
-        trainer = make_trainer(slotted_bert(), subset, tmp_path, callbacks, num_train_epochs=EPOCHS)
+        scores = tsq.QualityCallback(subset, terms=("loss_reduction",), reference=40)
+        callback = scores if scoring else Redraw(subset)
+        trainer = make_trainer(slotted_bert(), subset, tmp_path, [callback], num_train_epochs=EPOCHS)
         trainer.train()
         ended.append(trainer.model.state_dict())  # type: ignore[union-attr]
     assert (tmp_path / "scores.parquet").exists()
@@ -455,6 +457,93 @@ def test_ranks_still_follow_sensitivity_where_scoring_is_refused(tmp_path: Path)
     with pytest.warns(UserWarning, match="no quality sampling"):
         make_trainer(slotted_bert(), subset, tmp_path, callbacks, num_train_epochs=6, learning_rate=1e-6).train()
     assert {event.reason for event in ranks.events} == {"adjustment"}
+
+
+def test_where_all_adjustments_fell_into_the_warm_up_a_refused_scoring_ends_with_a_warning(tmp_path: Path) -> None:
+    subset = tsq.QualitySubset(noise(), 0.5)
+    ranks = tsq.RankCallback(interval=2)
+    callbacks = [tsq.QualityCallback(subset, reference=40), ranks]
+    model = slotted_bert()
+    with (
+        pytest.warns(UserWarning, match="ranks are as they were: the last step to adjust them was 8, and until then"),
+        pytest.warns(UserWarning, match="no quality sampling"),
+    ):
+        make_trainer(model, subset, tmp_path, callbacks, num_train_epochs=3, learning_rate=1e-6).train()
+    assert (ranks.events, set(ranks.final.values())) == ([], {4})
+    model.save_pretrained(tmp_path / "adapter")
+
+
+def test_ranks_that_no_adjustment_will_follow_are_told_when_they_are_set(tmp_path: Path) -> None:
+    subset = tsq.QualitySubset(DATA, 0.5)
+    ranks = tsq.RankCallback(interval=2)
+    callbacks = [tsq.QualityCallback(subset, reference=40), ranks]
+    with pytest.warns(UserWarning, match="ranks were set at step 8 and stay: the last step to adjust them was 8;"):
+        make_trainer(slotted_bert(), subset, tmp_path, callbacks, num_train_epochs=3).train()
+    assert [(event.step, event.reason) for event in ranks.events] == [(8, "start")]
+
+
+class Weighted(BertForSequenceClassification):
+    """Its own loss counts class 1 three times."""
+
+    def forward(self, *args: Any, labels: torch.Tensor | None = None, **options: Any) -> Any:
+        output = super().forward(*args, **options)
+        if labels is not None:
+            weight = torch.tensor([1.0, 3.0])
+            output.loss = torch.nn.functional.cross_entropy(output.logits, labels, weight=weight)
+        return output
+
+
+def test_a_model_with_a_loss_of_its_own_is_refused_before_the_warm_up(tmp_path: Path) -> None:
+    def trainer(**options: Any) -> Trainer:
+        subset = tsq.QualitySubset(DATA, 0.5)
+        model = tsq.wrap(Weighted(base_bert().config))
+        quality = tsq.QualityCallback(subset, reference=40, **options)
+        return make_trainer(model, subset, tmp_path, [quality], num_train_epochs=EPOCHS)
+
+    alone = trainer()
+    with pytest.raises(UnsupportedError, match=r"the model's own loss on a batch is .* pass `task` with the loss"):
+        alone.train()
+    assert alone.state.global_step == 0
+    trainer(task=Classification(class_weights=torch.tensor([1.0, 3.0]))).train()
+
+
+@pytest.mark.parametrize("guard", [False, True])
+def test_evaluating_on_the_subset_that_is_trained_on_is_refused(guard: bool, tmp_path: Path) -> None:
+    subset = tsq.QualitySubset(DATA, 0.5)
+    callback = GuardCallback(subset) if guard else tsq.QualityCallback(subset, reference=40)
+    further = {"evaluate_on": {"train": subset}, "eval_strategy": "steps", "eval_steps": 2}
+    trainer = make_trainer(slotted_bert(), subset, tmp_path, [callback], num_train_epochs=EPOCHS, **further)
+    with pytest.raises(SettingsError, match="eval_dataset is the QualitySubset that is trained on"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+    other = make_trainer(slotted_bert(), subset, tmp_path, [tsq.QualityCallback(subset, reference=40)])
+    other.train()
+    other.evaluate(subset)  # nothing draws any more
+
+
+def test_an_epoch_of_anothers_is_refused_while_a_callback_draws() -> None:
+    subset = tsq.QualitySubset(DATA, 0.5)
+    subset.begin_epoch(3, "QualityCallback")
+    subset.set_epoch(3)
+    with pytest.raises(SettingsError, match=r"set_epoch\(0\): QualityCallback draws this QualitySubset and is in"):
+        subset.set_epoch(0)
+    assert subset.indices.tolist() == subset.draw(3).tolist()
+    subset.drawn_by = None
+    subset.set_epoch(0)
+    assert subset.indices.tolist() == subset.draw(0).tolist()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [({"seed": 7}, "seed 0, and this one has 7"), ({"resample": False}, "resample True, and this one has False")],
+)
+def test_a_run_is_not_resumed_with_other_draws(change: dict[str, Any], told: str, tmp_path: Path) -> None:
+    saves = {"num_train_epochs": EPOCHS, "save_strategy": "steps", "save_steps": 10}
+    run(tmp_path, further=saves)
+    subset = tsq.QualitySubset(DATA, 0.5, **change)
+    trainer = make_trainer(slotted_bert(), subset, tmp_path, [tsq.QualityCallback(subset, reference=40)], **saves)
+    with pytest.raises(SettingsError, match=f"the run that is resumed had {told}: other rows would be drawn"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
 
 
 def test_the_order_of_the_callbacks_does_not_matter(tmp_path: Path) -> None:
@@ -509,6 +598,8 @@ def test_scores_are_of_the_smoothed_loss_that_training_uses(tmp_path: Path) -> N
         ({"warmup": 0.0}, {}, "warmup is 0.0; it must be above 0 passes"),
         ({"limit": 0.0}, {}, "limit is 0.0; it must be above 0"),
         ({"terms": ("lerned",)}, {}, "lerned"),
+        ({"reference": 1}, {}, "reference is 1; it must be a whole number of rows, at least 2"),
+        ({"reference": 0}, {}, "reference is 0; it must be a whole number of rows, at least 2"),
     ],
 )
 def test_settings_that_cannot_work_are_told_before_training(

@@ -522,6 +522,31 @@ def test_a_checkpoint_of_another_interval_is_told_with_both_numbers(tmp_path: Pa
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
 
 
+@pytest.mark.parametrize("sampling", ["random", "sequential"])
+def test_rows_that_nobody_scores_are_drawn_anew_and_after_a_resume_too(sampling: str, tmp_path: Path) -> None:
+    """Without a callback of ours accelerate draws, which under a random sampler forgets it within a resumed epoch."""
+    drawn: list[tuple[int, list[int]]] = []
+
+    def trainer(folder: Path, data: tsq.QualitySubset) -> Any:
+        look = At("step_begin", lambda state, known: drawn.append((state.global_step, data.indices.tolist())))
+        callbacks = [tsq.RankCallback(interval=4), look]
+        further = {"save_strategy": "steps", "save_steps": 10, "train_sampling_strategy": sampling}
+        return make_trainer(slotted_bert(), data, folder, callbacks, learning_rate=0.02, **further)
+
+    whole = trainer(tmp_path, tsq.QualitySubset(ROWS, 0.5))
+    whole.train()
+    control = tsq.QualitySubset(ROWS, 0.5)
+    steps = len(control) // 8 + bool(len(control) % 8)
+    assert all(rows == control.draw(step // steps).tolist() for step, rows in drawn)
+    assert whole.train_dataset.drawn_by is None
+    resumed = trainer(tmp_path, tsq.QualitySubset(ROWS, 0.5))
+    drawn.clear()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    assert drawn
+    assert all(rows == control.draw(step // steps).tolist() for step, rows in drawn)
+    assert_same(whole.model.state_dict(), resumed.model.state_dict(), "weights")
+
+
 def test_the_first_ranks_follow_the_loss_that_is_trained_on(tmp_path: Path) -> None:
     weighted = Classification(class_weights=torch.tensor([1.0, 3.0]))
 
@@ -617,6 +642,12 @@ def test_unknown_names_are_told_at_once() -> None:
         tsq.RankCallback(policy="tsqlorra")
     with pytest.raises(tsq.SettingsError, match=r"unknown ranks\.estimator 'fischer'"):
         tsq.RankCallback(estimator="fischer")
+
+
+@pytest.mark.parametrize("samples", [0, -1])
+def test_first_ranks_from_no_rows_are_refused_at_once(samples: int) -> None:
+    with pytest.raises(tsq.SettingsError, match=f"samples is {samples}; it must be a whole number of rows, at least 1"):
+        tsq.RankCallback(samples=samples)
 
 
 def test_copies_of_the_model_are_refused() -> None:

@@ -491,6 +491,46 @@ def test_an_optimizer_made_before_the_slots_is_refused() -> None:
         tsq.RankLoop(tsq.wrap(model), made, STEPS)
 
 
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [
+        ({"bert.pooler.dense": 9}, "gave layer 'bert.pooler.dense' rank 9, and its cap is 8; give at most"),
+        ({"bert.pooler.dense": 0}, "gave layer 'bert.pooler.dense' rank 0, and its least is 1; give at least"),
+        ({"bert.pooler.dense": 8}, "gave ranks that cost 576 parameters, and the budget is 512; give up slots"),
+    ],
+)
+def test_a_policy_that_breaks_a_bound_is_told_and_has_changed_nothing(changed: dict[str, int], text: str) -> None:
+    def mine(present: dict[str, int], *, droppable: dict[str, int], **_: Any) -> dict[str, int]:
+        present.update(changed)
+        droppable.clear()
+        return present
+
+    ranks = begin(policy=mine)
+    for step in range(3):
+        one_step(ranks, step)
+    with pytest.raises(tsq.SettingsError, match=rf"ranks\.policy mine {text}"):
+        one_step(ranks, 3)
+    assert set(ranks.ranks.values()) == {4}
+    assert not ranks.events
+    assert_hidden_are_zero(ranks.model, ranks.optimizer)
+
+
+def test_a_policy_that_gives_up_young_slots_is_told() -> None:
+    def shrink(present: dict[str, int], **_: Any) -> dict[str, int]:
+        return dict.fromkeys(present, 1)
+
+    ranks = begin(policy=shrink)
+    for step in range(2):
+        one_step(ranks, step)
+    ranks.start(ROWS, collate)  # what grows now is 2 steps old at the first adjustment
+    one_step(ranks, 2)
+    started = ranks.ranks
+    text = r"policy shrink gave layer .* rank 1 in place of [678], and 4 of its slots may be given up now"
+    with pytest.raises(tsq.SettingsError, match=text):
+        one_step(ranks, 3)
+    assert ranks.ranks == started
+
+
 def test_closing_leaves_nothing_behind() -> None:
     limit = torch._dynamo.config.recompile_limit
     ranks = begin(interval=1, warmup=0, freeze=0)

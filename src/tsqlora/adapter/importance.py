@@ -60,7 +60,8 @@ class Importance:
                 "does), so ranks cannot follow them; leave out RankCallback"
             )
         zeros = torch.zeros_like(self.mean[0])
-        return torch.stack([zeros if products is None else products for products in found])
+        # A device_map spreads layers over devices.
+        return torch.stack([zeros if products is None else products.to(zeros.device) for products in found])
 
     def _active(self) -> Bool[Tensor, "layers capacity"]:
         ranks = torch.tensor([slots.rank for slots in self.layers.values()], device=self.mean.device)

@@ -91,6 +91,7 @@ def _require(job: Job, entry: Entry, *, equal: Equal, built: set[str]) -> None:
             rows=rows,
             batch_size=config.training.batch_size,
             label_smoothing=config.training.further_arguments().get("label_smoothing_factor", 0.0),
+            model=job.pretrained.model,
         )
     else:
         _require_ranks(job, steps)

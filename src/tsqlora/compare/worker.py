@@ -16,6 +16,9 @@ from tsqlora.config import Config
 from tsqlora.errors import TsqLoraError
 from tsqlora.progress import Progress
 
+PATIENCE = 5.0
+"""Seconds in which a process ends by itself once nobody listens, its workers with it; else it is killed."""
+
 
 def in_own_process(
     config: Config, cell: Cell, *, equal: Equal, seconds: float | None, progress: Progress | None
@@ -40,29 +43,40 @@ def _apart(name: str, work: Callable[..., Any], progress: Progress | None = None
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tsqlora.compare.preload"])
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, work, progress is not None), daemon=True)
-    process.start()
-    theirs.close()
+    # No daemon: that may not have the workers that load rows. It ends all the same as soon as `ours` is closed.
+    process = context.Process(target=_serve, args=(theirs, work, progress is not None), daemon=False)
     try:
-        while True:
-            kind, told = ours.recv()
-            if kind == "progress" and progress is not None:
-                progress(*told)
-            if kind == "found":
-                return told
-            if kind == "error":
-                raise told
-    except EOFError:
-        process.join()
-        raise TsqLoraError(f"{name}: its process ended with code {process.exitcode}; was memory short?") from None
+        process.start()
+        theirs.close()
+        try:
+            return _answer(ours, progress)
+        except EOFError:
+            process.join()
+            raise TsqLoraError(f"{name}: its process ended with code {process.exitcode}; was memory short?") from None
     finally:
         ours.close()
-        process.kill()
-        process.join()
+        if process.pid is not None:  # else Ctrl-C came before it began
+            process.join(PATIENCE)
+            process.kill()
+            process.join()
+
+
+def _answer(child: Connection, progress: Progress | None) -> Any:
+    """What was found at the other end, whose progress is told on; its error is raised."""
+    while True:
+        kind, told = child.recv()
+        if kind == "progress" and progress is not None:
+            progress(*told)
+        if kind == "found":
+            return told
+        if kind == "error":
+            raise told
 
 
 def _serve(parent: Connection, work: Callable[..., Any], watched: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends this process
+    # Workers that load rows begin as in any training; of a server of their own each would import everything anew.
+    multiprocessing.set_start_method(None, force=True)
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
     try:
         told = {"progress": lambda *at: parent.send(("progress", at))} if watched else {}
@@ -76,4 +90,6 @@ def _die_with(parent: Connection) -> None:
     try:
         parent.recv()
     except (EOFError, OSError):
+        for worker in multiprocessing.active_children():
+            worker.kill()
         os._exit(1)

@@ -12,7 +12,7 @@ from tsqlora.gradients.quiet import quiet
 from tsqlora.gradients.sites import Scope, batch_coupled, find_sites
 from tsqlora.memory import first_that_fits, halves
 from tsqlora.quality.asked import PAPER_TERMS, TRUST, fitting, needs_gradients, require_precision, wanted_terms
-from tsqlora.quality.exact import require_exact
+from tsqlora.quality.exact import require_exact, require_own_loss
 from tsqlora.quality.measure import measured_columns
 from tsqlora.quality.reference import Reference
 from tsqlora.quality.terms import Asked
@@ -26,6 +26,7 @@ def require_scorable(
     collate: Collate,
     *,
     task: Task,
+    own_loss: bool = False,
     weights: Mapping[str, float] | None = None,
     reject: bool | None = None,
     terms: Sequence[Asked] = PAPER_TERMS,
@@ -34,6 +35,7 @@ def require_scorable(
 ) -> None:
     """Raises what `score` would say of the model, the task and these few rows: before a warm-up, not after it.
 
+    With `own_loss` the task is a guess by the model's config, and its loss must be what the model computes itself.
     It costs a forward pass of the rows, and where a term needs gradients their check.  The model is left as it was.
     """
     weights = dict(TRUST if weights is None else weights)
@@ -50,6 +52,8 @@ def require_scorable(
 
         def look(size: int) -> None:
             batch, nothing = collate(list(rows[:size])), Reference({}, norm=0.0, eta=0.0, rows=size, offsets=None)
+            if own_loss:
+                require_own_loss(model, batch, task)
             measured_columns(model, batch, task, {}, nothing, torch.zeros(size, dtype=torch.bool), without)
             if sites:
                 require_exact(model, batch, task, sites, None)

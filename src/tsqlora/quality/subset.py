@@ -72,6 +72,8 @@ class QualitySubset(Dataset[Any]):
         self.policy: Callable[[int], Drawn | None] | None = None
         """Draws an epoch in place of scores, or leaves it to them; the same again where it is asked again."""
         self.unbiased = False
+        self.drawn_by: str | None = None
+        """The callback that draws in the training that is under way."""
         self._listeners: list[Callable[[list[int]], None]] = []
         self.size = draw_size(len(dataset), fraction)
         self.set_epoch(0)
@@ -105,7 +107,26 @@ class QualitySubset(Dataset[Any]):
         self.scores, self.scored_epoch, self.unbiased = scores, epoch, unbiased
 
     def set_epoch(self, epoch: int) -> None:
-        """Draws the rows of an epoch, and their weights."""
+        """Draws the rows of an epoch, and their weights: for a loop of one's own.
+
+        accelerate calls it, too, for each loader over this data set, an evaluation's as well; raises SettingsError
+        where a callback draws and is in another epoch.
+        """
+        if self.drawn_by is not None and epoch != self.epoch:
+            raise SettingsError(
+                f"set_epoch({epoch}): {self.drawn_by} draws this QualitySubset and is in epoch {self.epoch}; to "
+                "evaluate on training rows give a data set of its own, torch.utils.data.Subset(rows, data.draw(0)); "
+                "after a training that failed set data.drawn_by to None"
+            )
+        self._draw(epoch)
+
+    def begin_epoch(self, epoch: int, by: str) -> None:
+        """The same for a callback, which alone draws from now on, until it sets `drawn_by` to None."""
+        self.drawn_by = by
+        self._draw(epoch)
+
+    def _draw(self, epoch: int) -> None:
+        self.epoch = epoch
         self.indices, self.weights = self.drawn(epoch)
 
     def draw(self, epoch: int) -> np.ndarray:

@@ -5,7 +5,8 @@ A policy is a function and an entry in `POLICIES`; a callable may be passed in p
 
 from collections import Counter
 from collections.abc import Collection, Mapping
-from typing import Protocol, runtime_checkable
+from numbers import Integral
+from typing import Any, Protocol, cast, runtime_checkable
 
 from tsqlora.errors import SettingsError, nearest
 from tsqlora.ranks.budget import Shapes, costs, fill, used
@@ -21,7 +22,9 @@ class Policy(Protocol):
     `target` are the ranks of METHOD eq. 7, `droppable` how many slots of each layer are old
     enough to be given up now, `caps` the highest rank of each layer, `budget` the parameters
     there are, `moves` how many slots may be given up now. Given ranks within the budget, it
-    returns ranks within the budget, for the same layers.
+    returns ranks within the budget, for the same layers, each from min(`min_rank`, cap) to its
+    cap, and takes no more than `droppable`: `require_bounds` holds it to all of these. `moves`
+    is its own to keep.
     """
 
     def __call__(
@@ -119,6 +122,64 @@ def _payment(
         given[donor] += 1
         price -= costs[donor]
     return given
+
+
+def require_bounds(
+    answer: Any,
+    ranks: Mapping[str, int],
+    *,
+    policy: Policy,
+    droppable: Mapping[str, int],
+    shapes: Shapes,
+    caps: Mapping[str, int],
+    budget: int,
+    min_rank: int,
+) -> dict[str, int]:
+    """What the policy gave for these ranks, in their order, if it keeps to all that a Policy promises.
+
+    A layer that is outside of its bounds already may stay there, but not go further.
+
+    Raises SettingsError that names the policy, the layer, what it was given and the bound.
+    """
+    told = f"ranks.policy {getattr(policy, '__name__', type(policy).__name__)} gave"
+    if not isinstance(answer, Mapping):
+        raise SettingsError(f"{told} {answer!r}; it must return a dict with the rank of every layer")
+    given = cast(Mapping[Any, Any], answer)
+    for layer in sorted(given.keys() ^ ranks.keys(), key=str):
+        if layer in ranks:
+            raise SettingsError(f"{told} layer '{layer}' no rank; give every layer in ranks one")
+        raise SettingsError(f"{told} a rank to layer '{layer}', which is unknown; give ranks to the layers in ranks")
+    for layer, now in ranks.items():
+        _require_rank(
+            given[layer],
+            now,
+            told=f"{told} layer '{layer}' rank {given[layer]}",
+            least=min(min_rank, caps[layer]),
+            cap=caps[layer],
+            droppable=droppable[layer],
+        )
+    checked = {layer: int(given[layer]) for layer in ranks}
+    if (cost := used(checked, shapes)) > budget:
+        raise SettingsError(
+            f"{told} ranks that cost {cost:,} parameters, and the budget is {budget:,}; give up slots of other layers "
+            "for those that grow: a rank costs inputs + outputs, as shapes has them"
+        )
+    return checked
+
+
+def _require_rank(rank: Any, now: int, *, told: str, least: int, cap: int, droppable: int) -> None:
+    if not isinstance(rank, Integral):
+        raise SettingsError(f"{told}; give a whole number, an int")
+    number = int(rank)
+    if number > max(cap, now):
+        raise SettingsError(f"{told}, and its cap is {cap}; give at most caps[layer]")
+    if number < min(least, now):
+        raise SettingsError(f"{told}, and its least is {least}; give at least min(min_rank, caps[layer])")
+    if now - number > droppable:
+        raise SettingsError(
+            f"{told} in place of {now}, and {droppable} of its slots may be given up now, the others are too young; "
+            "take at most droppable[layer]"
+        )
 
 
 POLICIES: dict[str, Policy] = {"fixed": fixed, "tsqlora": tsqlora}

@@ -1,10 +1,13 @@
 """The table of rival methods, and those of them that need no file of their own."""
 
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from peft import PeftModel
+from torch import nn
 
-from tsqlora.errors import SettingsError, nearest
+from tsqlora.errors import SettingsError, UnsupportedError, nearest
 from tsqlora.ranks.rivals import change_phase, elalora_steps, whole_rank
 from tsqlora.rivals.adalora import adalora
 from tsqlora.rivals.elalora import elalora, elalora_as_released
@@ -16,6 +19,7 @@ from tsqlora.rivals.svd import require_penalty
 
 def full(setup: Setup) -> Built:
     """The pretrained model, all of which trains: no adapter, no ranks."""
+    require_trainable(setup.pretrained.model)
     model = setup.pretrained.model.requires_grad_(True)
     return Built(model, (), trainable=lambda: count_trainable(model), ranks=dict)
 
@@ -60,10 +64,22 @@ RIVALS: dict[str, Callable[[Setup], Built]] = {
 
 
 def require_rival(
-    name: str, *, mean_rank: float, max_rank: int, steps: int, rows: int, batch_size: int, label_smoothing: float
+    name: str,
+    *,
+    mean_rank: float,
+    max_rank: int,
+    steps: int,
+    rows: int,
+    batch_size: int,
+    label_smoothing: float,
+    model: nn.Module,
 ) -> None:
-    """Raises what building the method's model and beginning its training would, as far as no model is needed."""
+    """Raises what building the method's model and beginning its training would, as far as nothing need be built.
+
+    `model` is the pretrained one.
+    """
     if name == "full":
+        require_trainable(model)
         return
     rank = whole_rank(mean_rank, name)
     if name == "eva":
@@ -74,6 +90,27 @@ def require_rival(
         elalora_steps(steps)
     if name in ("adalora", "elalora", "elalora-as-released", "prune"):
         require_penalty(label_smoothing, name)
+
+
+def require_trainable(model: nn.Module) -> None:
+    """Raises UnsupportedError for weights that cannot train whole: packed ones, and those in half precision.
+
+    A step of AdamW is about as long as the learning rate, and half precision rounds most such steps away. The adapters
+    of other methods are float32, whatever the base is.
+    """
+    if getattr(model, "is_quantized", False):
+        by: Any = model.quantization_method
+        raise UnsupportedError(
+            f"full trains the base's own weights, and these are packed by {getattr(by, 'value', by)}; set "
+            "model.quantization to null, and model.path to a base whose weights are whole, or leave out full"
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            raise UnsupportedError(
+                f"full trains the base's own weights, and {name} is {str(parameter.dtype).removeprefix('torch.')}, "
+                "which rounds small steps away; set model.dtype to float32, and training.bf16 to true for speed, or "
+                "leave out full"
+            )
 
 
 def get_rival(name: str) -> Callable[[Setup], Built]:

@@ -4,10 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, TaskType
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import TrainerCallback, TrainerState, set_seed
+from transformers import PreTrainedModel, TrainerCallback, TrainerState, set_seed
 
 from tsqlora.adapter.wrap import inject, new_config
 from tsqlora.errors import TsqLoraError, UnsupportedError
@@ -63,7 +63,16 @@ def adapt(setup: Setup, *, kind: type[LoraConfig] = LoraConfig, **options: Any) 
     config = new_config(
         pretrained.model, setup.target_modules, setup.dropout, pretrained.new_modules, kind=kind, **options
     )
+    # PEFT's class for a task calls AdaLoRA's own forward pass, which adds the penalty; its plain class does not.
+    config.task_type = config.task_type or _writing(pretrained.model)
     return inject(pretrained.model, config)
+
+
+def _writing(model: PreTrainedModel) -> TaskType | None:
+    """PEFT's task of a model that generates text."""
+    if not model.can_generate():
+        return None
+    return TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
 
 
 def layers_of(model: PeftModel) -> dict[str, LoraLayer]:

@@ -1,7 +1,7 @@
 """W + s·P Λ Q, PEFT's AdaLoRA layers: scores of their triplets, and layers whose triplets come and go."""
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,9 +62,16 @@ class Triplets:
 def build(setup: Setup, *, rank: int, scale: float, **options: Any) -> PeftModel:
     """The model with P Λ Q of this rank in every target: PEFT's AdaLoRA layers, s for their scale.
 
-    PEFT divides lora_alpha by the first rank, for the whole run.
+    PEFT divides lora_alpha by the first rank, for the whole run. Raises UnsupportedError for a model of whose task it
+    has no class: the plain one's forward pass goes past the penalty.
     """
-    return adapt(setup, kind=AdaLoraConfig, init_r=rank, lora_alpha=scale * rank, total_step=setup.steps, **options)
+    model = adapt(setup, kind=AdaLoraConfig, init_r=rank, lora_alpha=scale * rank, total_step=setup.steps, **options)
+    if type(model) is PeftModel:
+        raise UnsupportedError(
+            f"{type(setup.pretrained.model).__name__} is of no task that PEFT has a class for, so its orthogonality "
+            "penalty would be in no loss; leave out adalora, elalora and prune"
+        )
+    return model
 
 
 def triplets_of(model: PeftModel) -> dict[str, Triplets]:
@@ -79,15 +86,20 @@ def config_of(model: PeftModel) -> AdaLoraConfig:
 
 
 class PenaltyInTraining(TrainerCallback):
-    """Keeps PEFT's orthogonality penalty out of every loss but training's.
+    """Keeps PEFT's orthogonality penalty out of every loss but training's, and its weight the same in every step.
 
     PEFT adds it to the loss of each forward pass that has labels, in evaluation too. It is on from a
-    step's first forward pass to the step's end.
+    step's first forward pass to the step's end. Where a step's gradient is the sum over several batches, each batch
+    has its part of the weight: `fit` tells of how many; before it does, the gradient is taken for that of their mean.
     """
 
     def __init__(self, model: PeftModel, method: str) -> None:
         self.config, self.method = config_of(model), method
         self.weight, self.config.orth_reg_weight = self.config.orth_reg_weight, 0.0
+        self.summed: Callable[[], int] = lambda: 1
+
+    def told_of_sums(self, summed: Callable[[], int]) -> None:
+        self.summed = summed
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -97,7 +109,7 @@ class PenaltyInTraining(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.config.orth_reg_weight = self.weight
+        self.config.orth_reg_weight = self.weight / self.summed()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.config.orth_reg_weight = 0.0

@@ -43,6 +43,8 @@ class RankState:
     budget: int
     interval: int
     seconds: float
+    withheld: bool = False
+    """Whether a step that was to adjust did not, since scoring was to come."""
 
     def save(self, folder: Path) -> None:
         if not distributed.is_first():
@@ -81,6 +83,8 @@ class QualityState:
     seconds: float
     scorings: int
     """How often all rows were scored."""
+    draws: dict[str, Any] | None = None
+    """What decides which rows an epoch has beside the scores; None in checkpoints that do not tell."""
 
     def save(self, folder: Path) -> None:
         if distributed.is_first():

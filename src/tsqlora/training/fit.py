@@ -1,11 +1,12 @@
 """One training run in the stock Trainer: arguments, callbacks, and what each phase cost."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter, time
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
@@ -35,11 +36,12 @@ from tsqlora.record import PhaseCost, RunRecord, write_json
 from tsqlora.tasks import Answers, Task
 from tsqlora.tasks.forward import Collate
 from tsqlora.tasks.generation import Generation
+from tsqlora.training.drawing import EPOCH_ERROR
 from tsqlora.training.guard import GuardCallback
 from tsqlora.training.live import KeepRecord, TellProgress
 from tsqlora.training.manifest import announce, checkpoint_folder, seal
 from tsqlora.training.packed import require_packing
-from tsqlora.training.quality_callback import EPOCH_ERROR, QualityCallback
+from tsqlora.training.quality_callback import QualityCallback
 from tsqlora.training.rank_callback import RankCallback
 from tsqlora.training.report_callback import ReportCallback
 
@@ -112,6 +114,20 @@ def _require_reporters(named: str | list[str]) -> None:
         raise SettingsError(f"training.report_to: {name} is not installed; install it with: pip install {name}")
 
 
+@runtime_checkable
+class AddsToLoss(Protocol):
+    """A callback that adds a term to the loss of every batch, and must know how many batches a step sums."""
+
+    def told_of_sums(self, summed: Callable[[], int]) -> None:
+        """`summed` gives their number once the step has begun; 1 where its gradient is that of their mean."""
+        ...
+
+
+def summed_batches(trainer: Trainer) -> int:
+    """Over how many batches the step under way sums the loss; 1 where the Trainer takes their mean."""
+    return trainer.current_gradient_accumulation_steps if trainer.loss_is_scaled_for_ga else 1
+
+
 def fit(
     model: nn.Module,
     data: QualitySubset,
@@ -169,6 +185,9 @@ def fit(
         and trainer.model_accepts_loss_kwargs
         and _divides_by_window(model, collate([data.dataset[0]]))
     )
+    for callback in also:
+        if isinstance(callback, AddsToLoss):
+            callback.told_of_sums(partial(summed_batches, trainer))
     trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     record.cost = cost.of_all()
     record.skipped = guard.to_dict()

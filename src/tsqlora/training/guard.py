@@ -16,6 +16,7 @@ from tsqlora import distributed
 from tsqlora.errors import SettingsError, TsqLoraError
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.training.checkpoint import GuardState, SkippedStep
+from tsqlora.training.drawing import draw_epoch, leave, refuse_evaluation
 from tsqlora.training.manifest import announce, checkpoint_folder, seal, whole_before
 from tsqlora.training.optimizer import finite_gradients, told_of_steps
 
@@ -76,7 +77,13 @@ class GuardCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        draw_epoch(self.data, state, "GuardCallback")
         self._coming.clear()
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        refuse_evaluation(self.data, kwargs)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -99,6 +106,7 @@ class GuardCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._held.close()
+        leave(self.data, "GuardCallback")
 
     def to_dict(self) -> dict[str, Any]:
         """For a record: how many steps were skipped, and the first of them by name; nothing where none was."""

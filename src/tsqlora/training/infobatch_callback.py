@@ -12,8 +12,8 @@ from tsqlora.quality.infobatch import info_batch
 from tsqlora.quality.subset import Drawn, QualitySubset
 from tsqlora.tasks import Task
 from tsqlora.training.checkpoint import InfoBatchState
+from tsqlora.training.drawing import EPOCH_ERROR, epoch_of, leave, refuse_evaluation
 from tsqlora.training.manifest import announce, checkpoint_folder, seal
-from tsqlora.training.quality_callback import EPOCH_ERROR, epoch_of
 from tsqlora.training.row_weights import RowWeights
 
 
@@ -65,13 +65,18 @@ class InfoBatchCallback(TrainerCallback):
         # A run resumed in the middle of an epoch begins it again, by the losses that it began with.
         if abs((state.epoch or 0) - epoch) < EPOCH_ERROR:
             self.drawn_by = self.losses.copy()
-        self.data.set_epoch(epoch)
+        self.data.begin_epoch(epoch, "InfoBatchCallback")
         self.row_weights.start(kwargs["model"], self._see)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.row_weights.end()
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        refuse_evaluation(self.data, kwargs)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         InfoBatchState(torch.from_numpy(self.losses), torch.from_numpy(self.drawn_by)).save(
@@ -84,6 +89,7 @@ class InfoBatchCallback(TrainerCallback):
     ) -> None:
         self.row_weights.stop()
         self.data.policy = None
+        leave(self.data, "InfoBatchCallback")
 
     def _chosen(self, epoch: int) -> Drawn | None:
         """The epoch's draw; None until every row has a loss."""

@@ -5,6 +5,7 @@ import os
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from tsqlora.quality.terms import Asked
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate
 from tsqlora.training.checkpoint import QualityState
+from tsqlora.training.drawing import EPOCH_ERROR, epoch_of, leave, refuse_evaluation
 from tsqlora.training.manifest import announce, checkpoint_folder, digest, seal
 from tsqlora.training.row_weights import RowWeights, trained_task
 
@@ -38,9 +40,6 @@ SCORES_FILE = "scores.parquet"
 
 RECHECKED = 2 / 3
 """Share of a run until which wrong labels are looked for again."""
-
-EPOCH_ERROR = 1e-6
-"""The Trainer counts epochs as a float; a step is a larger part of one than this."""
 
 
 class QualityCallback(TrainerCallback):
@@ -54,7 +53,8 @@ class QualityCallback(TrainerCallback):
     Args:
         data: the Trainer's train_dataset.
         warmup: passes over all rows before scoring.
-        weights, temperature, reject, terms, scope, reference, calibration: as in `tsqlora.score`.
+        weights, temperature, reject, terms, scope, calibration: as in `tsqlora.score`.
+        reference: how many of the rows, chosen at random, all are compared with; at least 2.
         unbiased: weigh the rows that a softmax draws, so that the gradient's expectation is the kept rows' mean
             (METHOD section 1); the loss that is logged stays without weights.
         recheck: while no label seems wrong, score rows again after every further `warmup` passes, as long
@@ -103,6 +103,8 @@ class QualityCallback(TrainerCallback):
             raise SettingsError(f"warmup is {warmup}; it must be above 0 passes: a model at chance scores at random")
         if not 0 < limit <= 1:
             raise SettingsError(f"limit is {limit}; it must be above 0 and at most 1")
+        if not (isinstance(reference, Integral) and reference >= 2):
+            raise SettingsError(f"reference is {reference}; it must be a whole number of rows, at least 2")
         require_softmax(weights, temperature)
         if unbiased and weights is None:
             raise SettingsError(
@@ -175,7 +177,7 @@ class QualityCallback(TrainerCallback):
             start = time.perf_counter()
             self._try_scoring(args, state, kwargs["model"], self.collate or kwargs["train_dataloader"].collate_fn)
             self.seconds += time.perf_counter() - start
-        self.data.set_epoch(epoch)
+        self.data.begin_epoch(epoch, "QualityCallback")
         if self.unbiased:
             self.row_weights.start(kwargs["model"])
 
@@ -184,9 +186,16 @@ class QualityCallback(TrainerCallback):
     ) -> None:
         self.row_weights.end()
 
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        refuse_evaluation(self.data, kwargs)
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         scored = None if self.data.scores is None else self.data.scored_epoch
-        saved = QualityState(scored, self._digest, self.attempts, self.refused, self.seconds, self.scorings)
+        saved = QualityState(
+            scored, self._digest, self.attempts, self.refused, self.seconds, self.scorings, self._draws()
+        )
         saved.save(checkpoint_folder(args, state))
         seal(args, state, "quality")
 
@@ -194,6 +203,7 @@ class QualityCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.row_weights.stop()
+        leave(self.data, "QualityCallback")
         if self.data.awaits_scores:
             early = state.global_step < state.max_steps
             how = f"was stopped at step {state.global_step} of {state.max_steps}" if early else "ended"
@@ -212,7 +222,19 @@ class QualityCallback(TrainerCallback):
             return False
         return epoch == self.data.scored_epoch + self.warmup_epochs and epoch <= RECHECKED * state.num_train_epochs
 
+    def _draws(self) -> dict[str, Any]:
+        data = self.data
+        about = {"rows": len(data.dataset), "fraction": data.fraction, "seed": data.seed, "resample": data.resample}
+        return about | {"batch_size": data.batch_size, "unbiased": self.unbiased}
+
     def _resume(self, saved: QualityState, scores_path: Path) -> None:
+        for name, now in self._draws().items():
+            was = (saved.draws or {}).get(name, now)
+            if was != now:
+                raise SettingsError(
+                    f"the run that is resumed had {name} {was}, and this one has {now}: other rows would be drawn; "
+                    "resume with what the run was begun with"
+                )
         self.attempts, self.refused, self.seconds = saved.attempts, saved.refused, saved.seconds
         self._digest, self.scorings = saved.scores_sha256, saved.scorings
         if saved.scored_epoch is not None:
@@ -230,6 +252,7 @@ class QualityCallback(TrainerCallback):
             rows,
             collate,
             task=trained_task(args, model, self.task),
+            own_loss=self.task is None and not args.label_smoothing_factor,
             weights=self.weights,
             reject=self.reject,
             terms=self._asked,
@@ -362,8 +385,3 @@ def _bring_back(path: Path, sha256: str | None) -> None:
         )
     if digest(path) != sha256:
         raise DataError(f"{path} has other scores than the run had; resume with its own, or start anew")
-
-
-def epoch_of(state: TrainerState) -> int:
-    """The epoch that is under way or about to begin."""
-    return int((state.epoch or 0) + EPOCH_ERROR)

@@ -1,5 +1,7 @@
 """Ranks that follow sensitivity, in a stock Trainer: `RankLoop`, told of each step by a callback."""
 
+from collections.abc import Mapping
+from numbers import Integral
 from typing import Any, cast
 
 import numpy as np
@@ -20,6 +22,7 @@ from tsqlora.ranks.policies import Policy, get_policy
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate
 from tsqlora.training.checkpoint import RankState
+from tsqlora.training.drawing import draw_epoch, leave
 from tsqlora.training.manifest import announce, checkpoint_folder, seal
 from tsqlora.training.rank_loop import RankLoop
 from tsqlora.training.row_weights import trained_task
@@ -37,7 +40,7 @@ class RankCallback(TrainerCallback):
 
     Args:
         max_rank: of a PeftModel without slots, how many a layer gets; twice its rank if not given.
-        samples: rows of the quality sample on which the first ranks are measured.
+        samples: how many rows of the quality sample the first ranks are measured on; at least 1.
         collate: makes the batches of those rows; by default the Trainer's own.
         task: their loss; needed only where training has a loss of its own (class weights, a custom one).
         finalize: leave a plain PEFT model; False keeps the slots for further training.
@@ -68,6 +71,8 @@ class RankCallback(TrainerCallback):
     ) -> None:
         get_policy(policy)
         get_estimator(estimator)
+        if not (isinstance(samples, Integral) and samples >= 1):
+            raise SettingsError(f"samples is {samples}; it must be a whole number of rows, at least 1")
         self.options: dict[str, Any] = {
             "interval": interval,
             "warmup": warmup,
@@ -136,11 +141,15 @@ class RankCallback(TrainerCallback):
         if saved is not None:
             self.loop.restore(saved, step=state.global_step)
 
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        draw_epoch(_subset_of(kwargs), state, "RankCallback")
+
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        loader = kwargs["train_dataloader"]
-        data = loader.dataset if isinstance(loader.dataset, QualitySubset) else None
+        loader, data = kwargs["train_dataloader"], _subset_of(kwargs)
         if data is not None and data.scores is not None and not data.awaits_scores and not self._running.started:
             self._start(args, kwargs["model"], data, self.collate or loader.collate_fn)
         # While scoring is to come, which will set the ranks, they stay.
@@ -161,6 +170,7 @@ class RankCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        leave(_subset_of(kwargs), "RankCallback")
         self._running.finish(finalize_model=self.finalize)
 
     @property
@@ -179,6 +189,12 @@ class RankCallback(TrainerCallback):
             batch_size=args.per_device_train_batch_size,
             autocast=torch.bfloat16 if args.bf16 else None,
         )
+
+
+def _subset_of(known: Mapping[str, Any]) -> QualitySubset | None:
+    """What the Trainer trains on, where epochs of it are drawn."""
+    rows = known["train_dataloader"].dataset
+    return rows if isinstance(rows, QualitySubset) else None
 
 
 _NO_SLOTS = (

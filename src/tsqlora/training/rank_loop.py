@@ -4,6 +4,7 @@ warm-up ── start: ranks from the quality sample ── adjust every Δ steps
 """
 
 import time
+import warnings
 import weakref
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
@@ -25,7 +26,7 @@ from tsqlora.probe import Estimator, Probe, get_estimator, probe_pass
 from tsqlora.ranks.allocate import Sensitivity, allocate
 from tsqlora.ranks.budget import caps, costs, used
 from tsqlora.ranks.events import RankEvent, bounded
-from tsqlora.ranks.policies import Policy, get_policy
+from tsqlora.ranks.policies import Policy, get_policy, require_bounds
 from tsqlora.ranks.schedule import adjustment_steps, moves_allowed
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate
@@ -113,6 +114,7 @@ class RankLoop:
         self.step, self.events, self.started, self.seconds = 0, list[RankEvent](), False, 0.0
         self._target(dict.fromkeys(self.layers, 1.0))  # bad bounds are told before training
         self._next, self._stepped, self._postponed = "before_forward", False, False
+        self._withheld = False
         self._probe: Probe | None = None
         self._tap, self._held = ExitStack(), ExitStack()
         self._held.enter_context(told_of_steps(optimizer, self._before_step, self._after_step))
@@ -154,7 +156,13 @@ class RankLoop:
         self.started = True
         measured = probe.sensitivity()
         target = self._target(measured.values)
-        self._change("start", probe, measured, target, target)
+        self._change("start", probe, measured, target, distributed.from_first(target))
+        if len(self.steps) > 0 and self.step >= self.steps[-1]:
+            warnings.warn(
+                f"ranks were set at step {self.step} and stay: the last step to adjust them was {self.steps[-1]}; "
+                "train longer, or lower quality.warmup or ranks.freeze",
+                stacklevel=2,
+            )
         self.seconds += time.perf_counter() - begun
 
     def before_forward(self, *, adjust: bool = True) -> None:
@@ -168,6 +176,7 @@ class RankLoop:
         self._expect("before_forward")
         self._next = "before_optimizer_step"
         step = self.step + 1
+        self._withheld |= not adjust and step in self.steps
         if adjust and (step in self.steps or (self._postponed and step < self.steps.stop)):
             self._probe = Probe(lora_layers(self.model), self.estimator, self.seed + self.step)
             self._tap.enter_context(self._probe.watch(self.model))
@@ -209,7 +218,13 @@ class RankLoop:
         if self._next == "after_optimizer_step":
             self._expect("before_forward")
         self.close()
-        if not self.events and len(self.steps) > 0:
+        if not self.events and self._withheld:
+            warnings.warn(
+                f"ranks are as they were: the last step to adjust them was {self.steps[-1]}, and until then scoring "
+                "was to come; train longer, or lower quality.warmup or ranks.freeze",
+                stacklevel=2,
+            )
+        elif not self.events and len(self.steps) > 0:
             raise TsqLoraError(
                 f"training ended at step {self.step} and no rank was ever adjusted: the first adjustment was to be at "
                 f"step {self.steps.start}; train longer, lower interval, or leave ranks as they are"
@@ -240,6 +255,7 @@ class RankLoop:
             events=list(self.events),
             started=self.started,
             postponed=self._postponed,
+            withheld=self._withheld,
             budget=self.budget,
             interval=self.interval,
             seconds=self.seconds,
@@ -264,6 +280,7 @@ class RankLoop:
             )
         self.importance.restore(saved.importance)
         self.events, self.started, self._postponed = list(saved.events), saved.started, saved.postponed
+        self._withheld = saved.withheld
         self.budget, self.seconds, self.step = saved.budget, saved.seconds, step
 
     def state_dict(self) -> dict[str, Any]:
@@ -317,23 +334,36 @@ class RankLoop:
     def _adjust(self, probe: Probe) -> None:
         measured = probe.sensitivity()
         target = self._target(measured.values)
-        ranks = self.policy(
+        self._change("adjustment", probe, measured, target, self._decided(target))
+
+    def _decided(self, target: Mapping[str, int]) -> dict[str, int]:
+        """The policy's ranks, the first process's on every process.  Raises SettingsError if they break a bound."""
+        droppable = {n: int((self.importance.ages(n) >= self.interval).sum()) for n in self.layers}
+        answer = self.policy(
             self.ranks,
             target=target,
-            droppable={n: int((self.importance.ages(n) >= self.interval).sum()) for n in self.layers},
+            droppable=dict(droppable),  # a policy may count down in it
             shapes=self.shapes,
             caps=caps(self.shapes, self.capacity),
             budget=self.budget,
             moves=moves_allowed(self.step, self.steps, first=self.moves),
             min_rank=self.min_rank,
         )
-        self._change("adjustment", probe, measured, target, ranks)
+        return require_bounds(
+            distributed.from_first(answer),  # so that what is refused is refused in every process
+            self.ranks,
+            policy=self.policy,
+            droppable=droppable,
+            shapes=self.shapes,
+            caps=caps(self.shapes, self.capacity),
+            budget=self.budget,
+            min_rank=self.min_rank,
+        )
 
     def _change(
         self, reason: str, probe: Probe, measured: Sensitivity, target: Mapping[str, int], ranks: Mapping[str, int]
     ) -> None:
         """Carries out a decision and writes it down, sensitivities as shares of their sum."""
-        ranks = distributed.from_first(ranks)
         moved = change_ranks(
             self.layers,
             ranks,
