@@ -59,7 +59,7 @@ def test_training_is_bit_for_bit_what_it_is_without(tmp_path: Path) -> None:
         _, trainer = train(
             tmp_path,
             lambda data, harvest=harvest: [*([tsq.HarvestCallback(data)] if harvest else []), *both(data)],
-            num_train_epochs=5,
+            num_train_epochs=8,
             gradient_accumulation_steps=2,
         )
         ended.append(trainer.model.state_dict())
