@@ -749,6 +749,15 @@ def test_a_plain_list_is_refused_with_the_cure() -> None:
         tsq.QualityCallback(DATA)  # type: ignore[arg-type]
 
 
+def test_an_order_by_length_that_the_sampler_would_undo_is_refused(tmp_path: Path) -> None:
+    subset = tsq.QualitySubset(DATA, 0.5, lengths=[len(row["input_ids"]) for row in DATA], batch_size=8)
+    quality = tsq.QualityCallback(subset, reference=40)
+    text = r"QualitySubset\(lengths=..., batch_size=...\) puts rows of like length together, and .* mixes them again"
+    with pytest.raises(SettingsError, match=text):
+        make_trainer(slotted_bert(), subset, tmp_path, [quality], train_sampling_strategy="random").train()
+    make_trainer(slotted_bert(), subset, tmp_path, [quality]).train()  # in order
+
+
 @pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
 def test_grouping_by_lengths_that_are_read_once_is_refused(strategy: str, tmp_path: Path) -> None:
     text = r"reads the rows' lengths once, and a QualitySubset .* 'sequential' and let QualitySubset\(rows, lengths="

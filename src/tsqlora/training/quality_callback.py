@@ -333,7 +333,7 @@ class QualityCallback(TrainerCallback):
 
 
 def _require_by_place(loader: DataLoader[Any]) -> None:
-    """Refuses samplers that group rows by length, and warns of others that may know the rows.
+    """Refuses samplers that group rows by length or undo such an order, and warns of others that may know the rows.
 
     They are made once, of the first draw; in the next one other rows are in the places that they know.
     """
@@ -346,6 +346,12 @@ def _require_by_place(loader: DataLoader[Any]) -> None:
             f"{type(sampler).__name__} reads the rows' lengths once, and a QualitySubset has other rows in the next "
             "epoch; leave train_sampling_strategy out of the TrainingArguments, or set it to 'sequential' and let "
             "QualitySubset(rows, lengths=..., batch_size=...) group them"
+        )
+    data: Any = loader.dataset
+    if isinstance(sampler, RandomSampler) and data.lengths is not None:
+        raise SettingsError(
+            "QualitySubset(lengths=..., batch_size=...) puts rows of like length together, and the Trainer's sampler "
+            "mixes them again; set train_sampling_strategy to 'sequential', or leave lengths and batch_size out"
         )
     if not isinstance(sampler, RandomSampler | SequentialSampler | DistributedSampler | None):
         warnings.warn(
