@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from tsqlora.compare.run import commit
+from tsqlora.compare.run import COMMIT
 
-__all__ = ["commit", "machine"]
 
-commit()  # as it is while the code is imported; it may be another when hours of measuring end
+def commit() -> str | None:
+    """Of the code that is imported."""
+    return COMMIT
 
 
 def machine() -> dict[str, Any]:

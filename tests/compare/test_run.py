@@ -12,10 +12,9 @@ import psutil
 import pytest
 
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
-from tsqlora.compare import run
 from tsqlora.compare.cells import Cell, Entry
 from tsqlora.compare.methods import METHODS, POLICIES, entries
-from tsqlora.compare.run import commit, planned_steps, run_cell, settings_hash, settings_of, steps_in
+from tsqlora.compare.run import commit_of, planned_steps, run_cell, settings_hash, settings_of, steps_in
 from tsqlora.compare.worker import in_own_process
 from tsqlora.config import Config, load_config
 from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
@@ -92,21 +91,17 @@ def test_infobatch_that_never_drew_by_losses_says_so(place: Path) -> None:
     assert longer["quality"]["random"] is None
 
 
-def test_a_commit_is_that_of_the_package_and_says_where_it_was_changed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_commit_is_that_of_the_package_and_says_where_it_was_changed(tmp_path: Path) -> None:
     def git(*words: str) -> None:
         who = ("-c", "user.name=a", "-c", "user.email=a@b")
         subprocess.run(["git", "-C", str(tmp_path), *who, *words], check=True, capture_output=True)
 
     def asked() -> str | None:
-        commit.cache_clear()
-        return commit()
+        return commit_of(package)
 
     package = tmp_path / "src" / "tsqlora"
     package.mkdir(parents=True)
     (package / "cli.py").write_text("one")
-    monkeypatch.setattr(run, "_PACKAGE", package)
     assert asked() is None  # no checkout
     git("init")
     (tmp_path / "readme").write_text("somebody's own project around an installed package")
@@ -121,9 +116,7 @@ def test_a_commit_is_that_of_the_package_and_says_where_it_was_changed(
     (tmp_path / "readme").write_text("what is not code")
     assert asked() == clean
     (package / "cli.py").write_text("two")
-    assert commit() == clean  # as it was when first asked
     assert asked() == f"{clean}-dirty"
-    commit.cache_clear()
 
 
 def test_a_cell_has_the_same_result_again_and_its_seed_decides_it(place: Path) -> None:

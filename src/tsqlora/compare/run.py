@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,7 +74,7 @@ def run_cell(
         "task": job.task.name,
         "notes": record.notes,
         "versions": record.versions,
-        "commit": commit(),
+        "commit": COMMIT,
     }
 
 
@@ -240,15 +239,11 @@ def _scoring_seconds(
 _PACKAGE = Path(__file__).parents[1]
 
 
-@cache
-def commit() -> str | None:
-    """The commit of a source checkout, with "-dirty" where the package differs from it; None for an installed package.
-
-    As it was when first asked: `preload` asks when the code is imported, which may be hours before the last cell ends.
-    """
+def commit_of(package: Path) -> str | None:
+    """The commit of a source checkout, with "-dirty" where the package differs from it; None for an installed one."""
 
     def asked(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(_PACKAGE), *words], capture_output=True, text=True, check=True).stdout
+        return subprocess.run(["git", "-C", str(package), *words], capture_output=True, text=True, check=True).stdout
 
     try:
         # Or git would tell of the project around a virtual environment.
@@ -256,3 +251,7 @@ def commit() -> str | None:
         return asked("rev-parse", "HEAD").strip() + ("-dirty" if asked("status", "--porcelain", ".").strip() else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+COMMIT = commit_of(_PACKAGE)
+"""Of the code that is imported, hours before the last cell ends."""

@@ -237,7 +237,7 @@ def _sweep(
 ) -> list[Tried]:
     """Every learning rate of the sweep with the first seed; of a table that does not tell its rates, all of its cells.
 
-    None where there was no choice: cells at other rates may be there that were given, by an earlier command.
+    Nothing where there was no choice: cells at other rates may be there that an earlier command was given.
     """
     tried: list[Tried] = []
     for row in rows:

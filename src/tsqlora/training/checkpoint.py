@@ -44,7 +44,7 @@ class RankState:
     interval: int
     seconds: float
     withheld: bool = False
-    """Whether a step that was to adjust did not, since scoring was to come."""
+    """Whether the last step that was to adjust did not, since scoring was to come."""
 
     def save(self, folder: Path) -> None:
         if not distributed.is_first():

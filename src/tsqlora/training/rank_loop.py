@@ -176,7 +176,7 @@ class RankLoop:
         self._expect("before_forward")
         self._next = "before_optimizer_step"
         step = self.step + 1
-        self._withheld |= not adjust and step in self.steps
+        self._withheld |= not adjust and step in self.steps[-1:]
         if adjust and (step in self.steps or (self._postponed and step < self.steps.stop)):
             self._probe = Probe(lora_layers(self.model), self.estimator, self.seed + self.step)
             self._tap.enter_context(self._probe.watch(self.model))
