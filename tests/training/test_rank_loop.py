@@ -458,6 +458,20 @@ def test_an_optimizer_that_tells_of_no_steps_is_refused() -> None:
         tsq.RankLoop(model, Around(adamw(model)), STEPS)
 
 
+@pytest.mark.parametrize("all_of_them", [False, True])
+def test_ranks_are_said_to_have_waited_only_where_no_adjustment_was_left(all_of_them: bool) -> None:
+    ranks = begin()
+    for number in range(ranks.steps[-1] if all_of_them else ranks.steps[0]):
+        ranks.before_forward(adjust=False)
+        one_step(ranks, number)
+    if all_of_them:
+        with pytest.warns(UserWarning, match=f"the last step to adjust them was {ranks.steps[-1]}, and until then"):
+            ranks.finish()
+    else:
+        with pytest.raises(tsq.TsqLoraError, match="and no rank was ever adjusted"):
+            ranks.finish()
+
+
 @pytest.mark.parametrize("steps", [0, 3])
 def test_a_run_that_ends_before_any_adjustment_is_an_error(steps: int) -> None:
     ranks = begin()
