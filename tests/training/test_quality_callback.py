@@ -26,7 +26,7 @@ from stock import ROWS, VOCAB, base_bert, make_trainer, moods, slotted_bert
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.quality.scores import Scores
 from tsqlora.tasks.classification import Classification
-from tsqlora.training import quality_callback
+from tsqlora.training import drawing, quality_callback
 from tsqlora.training.guard import GuardCallback
 
 DATA = moods()
@@ -771,7 +771,7 @@ def test_grouping_by_lengths_that_are_read_once_is_refused(strategy: str, tmp_pa
 def test_a_sampler_by_place_goes_without_a_word(strategy: str, processes: int, tmp_path: Path) -> None:
     trainer = make_trainer(slotted_bert(), tsq.QualitySubset(DATA, 0.5), tmp_path, [], train_sampling_strategy=strategy)
     loader = prepare_data_loader(trainer.get_train_dataloader(), num_processes=processes, process_index=0)
-    quality_callback._require_by_place(loader)
+    drawing.require_by_place(loader)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -780,7 +780,7 @@ def test_a_sampler_that_knows_rows_is_named_in_a_warning(processes: int) -> None
     loader: Any = DataLoader(tsq.QualitySubset(range(8), 1.0), batch_size=2, sampler=weighted)
     loader = prepare_data_loader(loader, num_processes=processes, process_index=0)
     with pytest.warns(UserWarning, match="the Trainer's sampler is a WeightedRandomSampler; what it knows of rows"):
-        quality_callback._require_by_place(loader)
+        drawing.require_by_place(loader)
 
 
 class Stop(TrainerCallback):

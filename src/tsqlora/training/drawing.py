@@ -1,10 +1,14 @@
 """Which epoch's rows a stock Trainer has: a callback draws them, since accelerate tells a data set its epoch only
 under some samplers."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from accelerate.data_loader import BatchSamplerShard
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 from transformers import TrainerState
+from transformers.trainer_pt_utils import BatchRebalanceSampler, DistributedLengthGroupedSampler, LengthGroupedSampler
 
 from tsqlora.errors import SettingsError
 from tsqlora.quality.subset import QualitySubset
@@ -39,4 +43,33 @@ def refuse_evaluation(data: QualitySubset | None, known: Mapping[str, Any]) -> N
         raise SettingsError(
             "eval_dataset is the QualitySubset that is trained on; to evaluate on training rows give a data set of its "
             "own: torch.utils.data.Subset(rows, data.draw(0))"
+        )
+
+
+def require_by_place(loader: DataLoader[Any]) -> None:
+    """Refuses samplers that group rows by length or undo such an order, and warns of others that may know the rows.
+
+    They are made once, of the first draw; in the next one other rows are in the places that they know.
+    """
+    batches: Any = loader.batch_sampler
+    while isinstance(batches, BatchSamplerShard):  # of several processes
+        batches = batches.batch_sampler
+    sampler = getattr(batches, "sampler", batches)
+    if isinstance(sampler, LengthGroupedSampler | DistributedLengthGroupedSampler | BatchRebalanceSampler):
+        raise SettingsError(
+            f"{type(sampler).__name__} reads the rows' lengths once, and a QualitySubset has other rows in the next "
+            "epoch; leave train_sampling_strategy out of the TrainingArguments, or set it to 'sequential' and let "
+            "QualitySubset(rows, lengths=..., batch_size=...) group them"
+        )
+    data: Any = loader.dataset
+    if isinstance(sampler, RandomSampler) and data.lengths is not None:
+        raise SettingsError(
+            "QualitySubset(lengths=..., batch_size=...) puts rows of like length together, and the Trainer's sampler "
+            "mixes them again; set train_sampling_strategy to 'sequential', or leave lengths and batch_size out"
+        )
+    if not isinstance(sampler, RandomSampler | SequentialSampler | DistributedSampler | None):
+        warnings.warn(
+            f"the Trainer's sampler is a {type(sampler).__name__}; what it knows of rows by their places holds for the "
+            "first draw alone, since a QualitySubset has other rows in the next epoch",
+            stacklevel=3,
         )

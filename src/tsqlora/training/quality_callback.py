@@ -10,11 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.data_loader import BatchSamplerShard
 from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_pt_utils import BatchRebalanceSampler, DistributedLengthGroupedSampler, LengthGroupedSampler
 
 from tsqlora import distributed
 from tsqlora.errors import DataError, NotLearnedError, SettingsError, TsqLoraError
@@ -32,7 +29,7 @@ from tsqlora.quality.terms import Asked
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate
 from tsqlora.training.checkpoint import QualityState
-from tsqlora.training.drawing import EPOCH_ERROR, epoch_of, leave, refuse_evaluation
+from tsqlora.training.drawing import EPOCH_ERROR, epoch_of, leave, refuse_evaluation, require_by_place
 from tsqlora.training.manifest import announce, checkpoint_folder, digest, seal
 from tsqlora.training.row_weights import RowWeights, trained_task
 
@@ -148,7 +145,7 @@ class QualityCallback(TrainerCallback):
             raise SettingsError("QualityCallback(data) and Trainer(train_dataset=data) need the same QualitySubset")
         if args.dataloader_persistent_workers:
             raise SettingsError("dataloader_persistent_workers keeps an old draw; set it to False")
-        _require_by_place(kwargs["train_dataloader"])
+        require_by_place(kwargs["train_dataloader"])
         epochs = args.num_train_epochs if args.max_steps <= 0 else state.num_train_epochs
         if self.warmup_epochs >= epochs:
             raise SettingsError(
@@ -330,35 +327,6 @@ class QualityCallback(TrainerCallback):
 
     def _path(self, args: TrainingArguments) -> Path:
         return self.scores_path or Path(str(args.output_dir)) / SCORES_FILE
-
-
-def _require_by_place(loader: DataLoader[Any]) -> None:
-    """Refuses samplers that group rows by length or undo such an order, and warns of others that may know the rows.
-
-    They are made once, of the first draw; in the next one other rows are in the places that they know.
-    """
-    batches: Any = loader.batch_sampler
-    while isinstance(batches, BatchSamplerShard):  # of several processes
-        batches = batches.batch_sampler
-    sampler = getattr(batches, "sampler", batches)
-    if isinstance(sampler, LengthGroupedSampler | DistributedLengthGroupedSampler | BatchRebalanceSampler):
-        raise SettingsError(
-            f"{type(sampler).__name__} reads the rows' lengths once, and a QualitySubset has other rows in the next "
-            "epoch; leave train_sampling_strategy out of the TrainingArguments, or set it to 'sequential' and let "
-            "QualitySubset(rows, lengths=..., batch_size=...) group them"
-        )
-    data: Any = loader.dataset
-    if isinstance(sampler, RandomSampler) and data.lengths is not None:
-        raise SettingsError(
-            "QualitySubset(lengths=..., batch_size=...) puts rows of like length together, and the Trainer's sampler "
-            "mixes them again; set train_sampling_strategy to 'sequential', or leave lengths and batch_size out"
-        )
-    if not isinstance(sampler, RandomSampler | SequentialSampler | DistributedSampler | None):
-        warnings.warn(
-            f"the Trainer's sampler is a {type(sampler).__name__}; what it knows of rows by their places holds for the "
-            "first draw alone, since a QualitySubset has other rows in the next epoch",
-            stacklevel=3,
-        )
 
 
 def _awaits(saved: QualityState) -> bool:
