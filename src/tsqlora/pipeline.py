@@ -77,6 +77,7 @@ def _train(
     fit_job(job, model, args, data, record, quality, ranks, progress, also=also, resume_from=checkpoint, run=run)
     if quality is not None:
         record.notes += what_to_note(quality, data)
+    record.notes += ranks.notes
     record.quality = what_quality_did(quality, data)
     record.rank_events, record.ranks = ranks.events, ranks.final
     model.save_pretrained(str(run / ADAPTER_DIR), is_main_process=distributed.is_first())

@@ -93,6 +93,11 @@ class RankCallback(TrainerCallback):
         return [] if self.loop is None else self.loop.events
 
     @property
+    def notes(self) -> list[str]:
+        """What was warned of, for a record."""
+        return [] if self.loop is None else self.loop.notes
+
+    @property
     def final(self) -> dict[str, int]:
         return {} if self.loop is None else self.loop.final
 

@@ -115,6 +115,8 @@ class RankLoop:
         self._target(dict.fromkeys(self.layers, 1.0))  # bad bounds are told before training
         self._next, self._stepped, self._postponed = "before_forward", False, False
         self._withheld = False
+        self.notes: list[str] = []
+        """What was warned of, for a record."""
         self._probe: Probe | None = None
         self._tap, self._held = ExitStack(), ExitStack()
         self._held.enter_context(told_of_steps(optimizer, self._before_step, self._after_step))
@@ -158,10 +160,9 @@ class RankLoop:
         target = self._target(measured.values)
         self._change("start", probe, measured, target, distributed.from_first(target))
         if len(self.steps) > 0 and self.step >= self.steps[-1]:
-            warnings.warn(
+            self._note(
                 f"ranks were set at step {self.step} and stay: the last step to adjust them was {self.steps[-1]}; "
-                "train longer, or lower quality.warmup or ranks.freeze",
-                stacklevel=2,
+                "train longer, or lower quality.warmup or ranks.freeze"
             )
         self.seconds += time.perf_counter() - begun
 
@@ -219,10 +220,9 @@ class RankLoop:
             self._expect("before_forward")
         self.close()
         if not self.events and self._withheld:
-            warnings.warn(
+            self._note(
                 f"ranks are as they were: the last step to adjust them was {self.steps[-1]}, and until then scoring "
-                "was to come; train longer, or lower quality.warmup or ranks.freeze",
-                stacklevel=2,
+                "was to come; train longer, or lower quality.warmup or ranks.freeze"
             )
         elif not self.events and len(self.steps) > 0:
             raise TsqLoraError(
@@ -293,6 +293,10 @@ class RankLoop:
         known = dict(saved)
         step = known.pop("step")
         self.restore(RankState.from_dict(known), step=step)
+
+    def _note(self, what: str) -> None:
+        self.notes.append(what)
+        warnings.warn(what, stacklevel=3)
 
     def _final(self) -> bool:
         """Whether ranks will not change any more."""
