@@ -370,6 +370,7 @@ configs = st.builds(
 @given(configs)
 @example(Config.model_validate(REQUIRED | {"task": {"type": "\x85"}}))
 @example(Config.model_validate(REQUIRED | {"task": {"type": "5e-4"}}))
+@example(Config.model_validate(REQUIRED | {"training": {"lr_scheduler_kwargs": -(2**63)}}))
 def test_a_dumped_config_loads_back_equal(config: Config) -> None:
     Path("dumped.yaml").write_text(dump_config(config), encoding="utf-8")
     assert load_config("dumped.yaml") == config

@@ -31,6 +31,7 @@ def test_what_is_written_is_read_back(value: object) -> None:
         ("a: " + "[" * 5000 + "]" * 5000, "line 1: nested more than 30 deep"),
         ("- " * 5000, "nested more than 30 deep"),
         ("a: 9223372036854775808", "line 1: a whole number of more than 64 bits"),
+        ("a: -9223372036854775809", "line 1: a whole number of more than 64 bits"),
         ("a: 0x" + "f" * 6000, "a whole number of more than 64 bits"),
         ("a: " + "9" * 6000, "Exceeds the limit"),
         ("a: !!python/object/apply:os.system [ls]", "line 1: the tag 'tag:yaml.org,2002:python/object"),

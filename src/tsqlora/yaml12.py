@@ -89,7 +89,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_whole_number(self, node: Any) -> int:
         value = self.construct_yaml_int(node)
-        if abs(value) >= 2**63:
+        if not -(2**63) <= value < 2**63:
             raise yaml.MarkedYAMLError(problem="a whole number of more than 64 bits", problem_mark=node.start_mark)
         return value
 
