@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 
-from tsqlora.compare.run import COMMIT
+import tsqlora
+from tsqlora.compare.run import commit_of
+
+COMMIT = commit_of(Path(tsqlora.__file__).parent)
 
 
 def commit() -> str | None:
-    """Of the code that is imported."""
+    """Of the code that is imported, which may be hours before the last cell ends."""
     return COMMIT
 
 

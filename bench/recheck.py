@@ -15,11 +15,12 @@ from typing import Any
 import glue
 import numpy as np
 import torch
+from origin import commit
 from transformers import TrainerCallback, set_seed
 
 from tsqlora.compare.cells import Cell, Entry
 from tsqlora.compare.methods import build
-from tsqlora.compare.run import commit, planned_steps, settings_of
+from tsqlora.compare.run import planned_steps, settings_of
 from tsqlora.job import Job, arguments, fit_job, load, subset
 from tsqlora.quality.reject import reject
 from tsqlora.record import RunRecord, versions, write_json

@@ -47,7 +47,9 @@ def run_cell(
     as by diverging, is a result too: `failed` says how. Settings that are wrong raise.
     """
     settings = settings_of(config, cell, {})
-    found: dict[str, Any] = {"cell": cell.to_dict(), "equal": equal, "settings": settings.model_dump()}
+    # Asked now, not hours later: of the code that was just imported.
+    about = {"settings": settings.model_dump(), "commit": commit_of(_PACKAGE)}
+    found: dict[str, Any] = {"cell": cell.to_dict(), "equal": equal, **about}
     steps = 0
     if seconds is not None:
         with _failure_in(found):
@@ -74,7 +76,6 @@ def run_cell(
         "task": job.task.name,
         "notes": record.notes,
         "versions": record.versions,
-        "commit": COMMIT,
     }
 
 
@@ -251,7 +252,3 @@ def commit_of(package: Path) -> str | None:
         return asked("rev-parse", "HEAD").strip() + ("-dirty" if asked("status", "--porcelain", ".").strip() else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-COMMIT = commit_of(_PACKAGE)
-"""Of the code that is imported, hours before the last cell ends."""
