@@ -226,7 +226,7 @@ def test_the_best_checkpoint_is_loaded_with_its_ranks_after_a_resume_too(tmp_pat
 @pytest.mark.parametrize("options", [{"max_rank": 6}, {"interval": 4}])
 def test_a_run_is_not_resumed_with_other_settings(options: dict[str, int], whole: Trainer) -> None:
     made = trainer(Path(whole.args.output_dir), **options)
-    with pytest.raises(tsq.SettingsError, match=r"of a run with ranks\.interval 3, and this one has 4|larger max_rank"):
+    with pytest.raises(tsq.SettingsError, match=r"had ranks\.interval 3, and this one has 4|larger max_rank"):
         made.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-16"))
 
 

@@ -534,16 +534,28 @@ def test_an_epoch_of_anothers_is_refused_while_a_callback_draws() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
-    [({"seed": 7}, "seed 0, and this one has 7"), ({"resample": False}, "resample True, and this one has False")],
+    ("draws", "scores", "told"),
+    [
+        ({"seed": 7}, {}, "seed 0, and this one has 7"),
+        ({"resample": False}, {}, "resample True, and this one has False"),
+        ({}, {"reject": False}, "reject None, and this one has False"),
+        ({}, {"weights": {"loss": 1.0}}, "weights None, and this one has {'loss': 1.0}"),
+        ({}, {"terms": ["convergence"]}, r"terms \['loss', 'el2n'\], and this one has \['convergence', 'loss', .*\]"),
+        ({}, {"reference": 20}, "reference 40, and this one has 20"),
+        ({}, {"seed": 3}, "seed to score 0, and this one has 3"),
+    ],
 )
-def test_a_run_is_not_resumed_with_other_draws(change: dict[str, Any], told: str, tmp_path: Path) -> None:
-    saves = {"num_train_epochs": EPOCHS, "save_strategy": "steps", "save_steps": 10}
+@pytest.mark.parametrize("at", [5, 10])
+def test_a_run_is_not_resumed_with_other_scores_or_draws(
+    at: int, draws: dict[str, Any], scores: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    saves = {"num_train_epochs": EPOCHS, "save_strategy": "steps", "save_steps": 5}
     run(tmp_path, further=saves)
-    subset = tsq.QualitySubset(DATA, 0.5, **change)
-    trainer = make_trainer(slotted_bert(), subset, tmp_path, [tsq.QualityCallback(subset, reference=40)], **saves)
-    with pytest.raises(SettingsError, match=f"the run that is resumed had {told}: other rows would be drawn"):
-        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    subset = tsq.QualitySubset(DATA, 0.5, **draws)
+    quality = tsq.QualityCallback(subset, **{"reference": 40, **scores})
+    trainer = make_trainer(slotted_bert(), subset, tmp_path, [quality], **saves)
+    with pytest.raises(SettingsError, match=f"the run that is resumed had {told}; resume with what the run was begun"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{at}"))
 
 
 def test_the_order_of_the_callbacks_does_not_matter(tmp_path: Path) -> None:

@@ -514,11 +514,25 @@ def test_a_run_goes_on_for_more_epochs_at_the_interval_that_it_had(tmp_path: Pat
     assert [event.step for event in callback.events][:5] == list(range(10, 60, 10))
 
 
-def test_a_checkpoint_of_another_interval_is_told_with_both_numbers(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"interval": 5}, "ranks.interval 4, and this one has 5"),
+        ({"policy": nothing_for_the_pooler}, "ranks.policy tsqlora, and this one has nothing_for_the_pooler"),
+        ({"estimator": "fisher"}, "ranks.estimator sampled, and this one has fisher"),
+        ({"min_rank": 0}, "ranks.min 1, and this one has 0"),
+        ({"gamma": 0.5}, r"ranks.gamma 1.0, and this one has 0\.5"),
+        ({"moves": 7}, "ranks.moves 1, and this one has 7"),
+        ({"warmup": 0.2}, r"ranks.warmup 0.1, and this one has 0\.2"),
+        ({"freeze": 0.1}, r"ranks.freeze 0.3, and this one has 0\.1"),
+        ({"seed": 1}, "seed 0, and this one has 1"),
+    ],
+)
+def test_a_checkpoint_of_other_options_is_told_with_both(change: dict[str, Any], told: str, tmp_path: Path) -> None:
     run(tmp_path, tsq.RankCallback(interval=4), save_strategy="epoch")
-    text = "of a run with ranks.interval 4, and this one has 5; resume with what the run was begun with"
-    other = make_trainer(slotted_bert(), ROWS, tmp_path, [tsq.RankCallback(interval=5)], save_strategy="epoch")
-    with pytest.raises(tsq.SettingsError, match=text):
+    changed = tsq.RankCallback(**{"interval": 4, **change})
+    other = make_trainer(slotted_bert(), ROWS, tmp_path, [changed], save_strategy="epoch")
+    with pytest.raises(tsq.SettingsError, match=f"had {told}; resume with what the run was begun with"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
 
 

@@ -313,7 +313,7 @@ def test_an_adjustment_put_off_is_made_up_for_after_a_resume(tmp_path: Path) -> 
 
 def test_the_state_of_another_run_is_refused() -> None:
     ranks = whole_run()
-    with pytest.raises(tsq.SettingsError, match=r"of a run with ranks\.interval 4, and this one has 5"):
+    with pytest.raises(tsq.SettingsError, match=r"had ranks\.interval 4, and this one has 5"):
         begin(interval=5).load_state_dict(ranks.state_dict())
     with pytest.raises(tsq.SettingsError, match="other ranks than the checkpoint; load the model's state before"):
         begin().load_state_dict(ranks.state_dict())

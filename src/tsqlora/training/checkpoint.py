@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tsqlora import distributed
-from tsqlora.errors import TsqLoraError
+from tsqlora.errors import SettingsError, TsqLoraError
 from tsqlora.quality.journal import save_whole
 from tsqlora.ranks.events import RankEvent
 from tsqlora.record import write_json
@@ -45,6 +45,8 @@ class RankState:
     seconds: float
     withheld: bool = False
     """Whether the last step that was to adjust did not, since scoring was to come."""
+    options: dict[str, Any] | None = None
+    """What the loop was made with beside `interval`; None in checkpoints that do not tell."""
 
     def save(self, folder: Path) -> None:
         if not distributed.is_first():
@@ -84,7 +86,7 @@ class QualityState:
     scorings: int
     """How often all rows were scored."""
     draws: dict[str, Any] | None = None
-    """What decides which rows an epoch has beside the scores; None in checkpoints that do not tell."""
+    """What decides scores and draws; None in checkpoints that do not tell."""
 
     def save(self, folder: Path) -> None:
         if distributed.is_first():
@@ -156,6 +158,20 @@ class GuardState:
         told = _read(folder / GUARD_FILE)
         steps = {name: [SkippedStep(**step) for step in told[name]] for name in ("skipped", "recent")}
         return cls(count=told["count"], **steps)
+
+
+def require_options(begun: Mapping[str, Any] | None, now: Mapping[str, Any]) -> None:
+    """Raises SettingsError for an option that a resumed run was not begun with: it would count in part, or not at all.
+
+    What the checkpoint does not tell is taken to be as it is now.
+    """
+    for name, value in now.items():
+        was = (begun or {}).get(name, value)
+        if was != value:
+            raise SettingsError(
+                f"the run that is resumed had {name} {was}, and this one has {value}; resume with what the run was "
+                "begun with, or start anew"
+            )
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

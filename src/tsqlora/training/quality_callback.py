@@ -28,13 +28,27 @@ from tsqlora.quality.subset import QualitySubset
 from tsqlora.quality.terms import Asked
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate
-from tsqlora.training.checkpoint import QualityState
+from tsqlora.training.checkpoint import QualityState, require_options
 from tsqlora.training.drawing import EPOCH_ERROR, epoch_of, leave, refuse_evaluation, require_by_place
 from tsqlora.training.manifest import announce, checkpoint_folder, digest, seal
 from tsqlora.training.row_weights import RowWeights, trained_task
 
 SCORES_FILE = "scores.parquet"
 
+DECIDING = (
+    "warmup",
+    "limit",
+    "weights",
+    "temperature",
+    "reject",
+    "scope",
+    "reference",
+    "calibration",
+    "unbiased",
+    "guard",
+    "recheck",
+)
+"""Options that a resumed run must have as it had."""
 RECHECKED = 2 / 3
 """Share of a run until which wrong labels are looked for again."""
 
@@ -222,16 +236,11 @@ class QualityCallback(TrainerCallback):
     def _draws(self) -> dict[str, Any]:
         data = self.data
         about = {"rows": len(data.dataset), "fraction": data.fraction, "seed": data.seed, "resample": data.resample}
-        return about | {"batch_size": data.batch_size, "unbiased": self.unbiased}
+        scored = {name: getattr(self, name) for name in DECIDING}
+        return {**about, "batch_size": data.batch_size, "terms": list(self.terms), **scored, "seed to score": self.seed}
 
     def _resume(self, saved: QualityState, scores_path: Path) -> None:
-        for name, now in self._draws().items():
-            was = (saved.draws or {}).get(name, now)
-            if was != now:
-                raise SettingsError(
-                    f"the run that is resumed had {name} {was}, and this one has {now}: other rows would be drawn; "
-                    "resume with what the run was begun with"
-                )
+        require_options(saved.draws, self._draws())
         self.attempts, self.refused, self.seconds = saved.attempts, saved.refused, saved.seconds
         self._digest, self.scorings = saved.scores_sha256, saved.scorings
         if saved.scored_epoch is not None:

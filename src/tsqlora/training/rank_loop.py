@@ -30,7 +30,7 @@ from tsqlora.ranks.policies import Policy, get_policy, require_bounds
 from tsqlora.ranks.schedule import adjustment_steps, moves_allowed
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate
-from tsqlora.training.checkpoint import RankState
+from tsqlora.training.checkpoint import RankState, require_options
 from tsqlora.training.optimizer import finite_gradients, require_trained, told_of_steps
 
 WHERE = {
@@ -106,6 +106,16 @@ class RankLoop:
         self.min_rank, self.gamma = min_rank, gamma
         self.moves = max(1, len(self.layers) // 4) if moves is None else moves
         self.interval = max(10, total_steps // 20) if interval is None else interval
+        self._options = {
+            "ranks.policy": _called(self.policy),
+            "ranks.estimator": _called(get_estimator(estimator)),
+            "ranks.min": min_rank,
+            "ranks.gamma": gamma,
+            "ranks.moves": self.moves,
+            "ranks.warmup": warmup,
+            "ranks.freeze": freeze,
+            "seed": seed,
+        }
         self.steps = self._schedule(total_steps, warmup=warmup, freeze=freeze)
         self.budget = used(self.ranks, self.shapes)
         self.importance = Importance(self.layers)
@@ -259,6 +269,7 @@ class RankLoop:
             budget=self.budget,
             interval=self.interval,
             seconds=self.seconds,
+            options=dict(self._options),
         )
 
     def restore(self, saved: RankState, *, step: int) -> None:
@@ -266,14 +277,11 @@ class RankLoop:
 
         Raises SettingsError for the state of another run.
         """
-        for what, theirs, ours in (
-            ("layers", saved.layers, list(self.layers)),
-            ("ranks.max", saved.importance["mean"].shape[1], self.importance.mean.shape[1]),
-            ("ranks.interval", saved.interval, self.interval),
-        ):
-            if theirs != ours:
-                told = "other layers" if what == "layers" else f"{what} {theirs}, and this one has {ours}"
-                raise SettingsError(f"the checkpoint is of a run with {told}; resume with what the run was begun with")
+        if saved.layers != list(self.layers):
+            raise SettingsError("the checkpoint is of a run with other layers; resume with the run's own")
+        slots, own_slots = saved.importance["mean"].shape[1], self.importance.mean.shape[1]
+        begun = {**(saved.options or {}), "ranks.max": slots, "ranks.interval": saved.interval}
+        require_options(begun, {**self._options, "ranks.max": own_slots, "ranks.interval": self.interval})
         if saved.events and saved.events[-1].ranks != self.ranks:
             raise SettingsError(
                 "the model has other ranks than the checkpoint; load the model's state before the loop's"
@@ -393,6 +401,10 @@ class RankLoop:
             max_rank=self.capacity,
             gamma=self.gamma,
         )
+
+
+def _called(function: Any) -> str:
+    return str(getattr(function, "__name__", type(function).__name__))
 
 
 def _require_no_bias(model: PeftModel, layers: Mapping[str, Slots], min_rank: int) -> None:
