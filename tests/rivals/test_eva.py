@@ -3,14 +3,16 @@ from typing import Any, cast
 import pytest
 import torch
 from peft import PeftModel
+from transformers import T5ForConditionalGeneration
 
 import tsqlora as tsq
-from models import collate
+from models import collate, generating, tiny_t5
 from setups import base, build, make_setup
 from stock import moods
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.gradients.sites import inner_name
 from tsqlora.rivals.eva import CountedForward, batches_of, layer_inputs
+from tsqlora.rivals.methods import require_rival
 from tsqlora.rivals.setup import layers_of
 
 POOLER = "bert.pooler.dense"
@@ -81,6 +83,16 @@ def test_too_few_rows_are_refused() -> None:
 def test_a_largest_rank_below_the_mean_is_refused() -> None:
     with pytest.raises(SettingsError, match=r"ranks.max is 3, below ranks.mean, 4; raise ranks.max"):
         build("eva", max_rank=3)
+
+
+def test_an_encoder_with_a_decoder_is_refused_by_name() -> None:
+    model = generating(T5ForConditionalGeneration, tiny_t5(dtype=torch.float32))
+    with pytest.raises(UnsupportedError, match="one stack of layers, and T5ForConditionalGeneration has an encoder's"):
+        build("eva", model)
+    with pytest.raises(UnsupportedError, match="leave out eva"):
+        require_rival(
+            "eva", mean_rank=4, max_rank=8, steps=10, rows=100, batch_size=8, label_smoothing=0.0, model=model
+        )
 
 
 def test_an_embedding_is_refused_by_name() -> None:

@@ -14,6 +14,7 @@ from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.ranks.rivals import whole_rank
 from tsqlora.record import PhaseCost
 from tsqlora.rivals.setup import Built, Setup, adapt, count_trainable, layers_of
+from tsqlora.tasks.forward import writes_behind_encoder
 
 NAME = "eva"
 MOST_PASSES = 20
@@ -29,6 +30,7 @@ def eva(setup: Setup) -> Built:
     may end without any: its rank is 0, and PEFT puts the plain layer back.
     """
     rank = whole_rank(setup.mean_rank, NAME)
+    require_one_stack(setup.pretrained.model)
     require_directions(rank, setup.max_rank, rows=len(setup.samples), batch_size=setup.batch_size)
     model = adapt(setup, r=rank, lora_alpha=setup.alpha)
     names = list(layers_of(model))
@@ -54,6 +56,15 @@ def eva(setup: Setup) -> Built:
         ranks=lambda: dict.fromkeys(names, 0) | {n: layer.r["default"] for n, layer in layers_of(model).items()},
         cost=forward.cost,
     )
+
+
+def require_one_stack(model: nn.Module) -> None:
+    """Raises UnsupportedError where layers have tokens of two kinds, and which of them are padding differs."""
+    if writes_behind_encoder(model):
+        raise UnsupportedError(
+            f"EVA reads the inputs of one stack of layers, and {type(model).__name__} has an encoder's and a "
+            "decoder's, of other tokens; leave out eva"
+        )
 
 
 def require_directions(rank: int, most: int, *, rows: int, batch_size: int) -> None:

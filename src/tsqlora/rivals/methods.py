@@ -11,7 +11,7 @@ from tsqlora.errors import SettingsError, UnsupportedError, nearest
 from tsqlora.ranks.rivals import change_phase, elalora_steps, whole_rank
 from tsqlora.rivals.adalora import adalora
 from tsqlora.rivals.elalora import elalora, elalora_as_released
-from tsqlora.rivals.eva import eva, require_directions
+from tsqlora.rivals.eva import eva, require_directions, require_one_stack
 from tsqlora.rivals.prune import prune
 from tsqlora.rivals.setup import Built, Setup, adapt, count_trainable, layers_of
 from tsqlora.rivals.svd import require_penalty
@@ -83,6 +83,7 @@ def require_rival(
         return
     rank = whole_rank(mean_rank, name)
     if name == "eva":
+        require_one_stack(model)
         require_directions(rank, max_rank, rows=rows, batch_size=batch_size)
     if name in ("adalora", "prune"):
         change_phase(steps, method=name)

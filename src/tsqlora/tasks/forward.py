@@ -39,12 +39,13 @@ def split_labels(batch: Batch, model: nn.Module) -> tuple[dict[str, Tensor], Ten
     inputs = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
     labels = inputs.pop("labels")
     inner = base_model(model)
-    if _writes_behind_encoder(inner) and not inputs.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}:
+    if writes_behind_encoder(inner) and not inputs.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}:
         inputs["decoder_input_ids"] = _one_late(inner, labels)
     return inputs, labels
 
 
-def _writes_behind_encoder(inner: nn.Module) -> bool:
+def writes_behind_encoder(inner: nn.Module) -> bool:
+    """Whether it writes with a decoder of its own what an encoder has read, as T5 and BART do."""
     return isinstance(inner, GenerationMixin) and bool(getattr(inner.config, "is_encoder_decoder", False))
 
 
