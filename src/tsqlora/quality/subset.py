@@ -12,6 +12,7 @@ from tsqlora.errors import SettingsError
 from tsqlora.quality.rows import Dataset as Rows
 from tsqlora.quality.sampling import draw, draw_size
 from tsqlora.quality.scores import Scores
+from tsqlora.tasks import Task
 
 Drawn = tuple[np.ndarray, np.ndarray | None]
 """Rows, and the weight of each row's gradient; None where all are 1."""
@@ -69,6 +70,8 @@ class QualitySubset(Dataset[Any]):
         self.scored_epoch = 0
         self.awaits_scores = False
         """Set by QualityCallback while scoring is still to come: ranks wait for it."""
+        self.task: Task | None = None
+        """Training's own loss, where QualityCallback was given it: the first ranks follow it, too."""
         self.policy: Callable[[int], Drawn | None] | None = None
         """Draws an epoch in place of scores, or leaves it to them; the same again where it is asked again."""
         self.unbiased = False

@@ -172,7 +172,7 @@ class QualityCallback(TrainerCallback):
         saved = QualityState.load(checkpoint_folder(args, state)) if state.global_step > 0 else None
         if saved is None or _awaits(saved):
             self._require_scorable(args, kwargs["model"], self.collate or kwargs["train_dataloader"].collate_fn)
-        self.data.policy = None
+        self.data.policy, self.data.task = None, self.task
         self.data.scores, self.data.awaits_scores, self._digest = None, True, None
         self.attempts, self.refused, self.scorings, self.seconds = [], None, 0, 0.0
         if saved is not None:

@@ -42,7 +42,8 @@ class RankCallback(TrainerCallback):
         max_rank: of a PeftModel without slots, how many a layer gets; twice its rank if not given.
         samples: how many rows of the quality sample the first ranks are measured on; at least 1.
         collate: makes the batches of those rows; by default the Trainer's own.
-        task: their loss; needed only where training has a loss of its own (class weights, a custom one).
+        task: their loss; needed only where training has a loss of its own (class weights, a custom one), and
+            QualityCallback was not told it.
         finalize: leave a plain PEFT model; False keeps the slots for further training.
         interval and the others: as in `RankLoop`.
 
@@ -190,7 +191,7 @@ class RankCallback(TrainerCallback):
             # Not `data` itself: it tells what training is handed out.
             Subset(cast(Any, data.dataset), data.indices[np.sort(places)].tolist()),
             collate,
-            task=trained_task(args, distributed.unwrapped(model), self.task),
+            task=trained_task(args, distributed.unwrapped(model), self.task or data.task),
             batch_size=args.per_device_train_batch_size,
             autocast=torch.bfloat16 if args.bf16 else None,
         )
