@@ -8,6 +8,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+import torch
 from transformers import BartForConditionalGeneration, LlamaForCausalLM
 
 from byte_tokenizers import byte_tokenizer
@@ -15,6 +16,7 @@ from models import generating, tiny_bart, tiny_llama_classifier
 from runs import write_config, write_jsonl
 from seen import Seen
 from tsqlora import pipeline
+from tsqlora.card import model_card
 from tsqlora.config import load_config
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.exporting import export
@@ -113,6 +115,18 @@ def test_prompts_that_are_cut_are_told(run: Path, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "long.jsonl", rows)
     with pytest.warns(UserWarning, match=r"^1 of 2 prompts of .*long\.jsonl were cut to 32 tokens$"):
         predict_run(run, tmp_path / "long.jsonl", tmp_path / "out.jsonl")
+
+
+def test_the_cards_own_code_loads_the_adapter(run: Path) -> None:
+    code = (run / "adapter" / "README.md").read_text().split("```python\n")[1].split("\n```")[0]
+    code = code.replace('"model"', repr(str(run.parent / "model"))).replace("THIS-DIRECTORY", str(run / "adapter"))
+    known: dict[str, Any] = {}
+    exec(code, known)
+    trained, loaded = open_run(run).model.state_dict(), known["model"].state_dict()
+    assert loaded.keys() == trained.keys()
+    assert all(torch.equal(loaded[name], value) for name, value in trained.items())
+    auto = next(name for name in known if name.startswith("Auto"))
+    assert f"model = {auto}.from_pretrained(" in model_card(run, format="merged")
 
 
 def test_a_reply_is_what_is_predicted(run: Path, tmp_path: Path) -> None:

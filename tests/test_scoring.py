@@ -171,6 +171,18 @@ def test_an_id_leads_to_the_row_of_the_file(place: Path, undisturbed: dict[str, 
         assert sample_hash(row["text"], "", str(row["label"])) == name
 
 
+def test_rows_that_are_held_out_are_told_and_of_another_file_there_are_none(
+    place: Path, run: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    for source in ("config.yaml", "run"):
+        assert Scores.load(place / f"{source}.parquet").record["held_out"] == 8
+    shard = write_jsonl(tmp_path / "shard.jsonl", make_rows(50, seed=1))
+    override = f"data.train={shard}"
+    scores = score_rows(run, tmp_path / "s.parquet", overrides=[override])
+    assert (len(scores), scores.record["held_out"]) == (50, 0)
+    assert plan_scoring(run, overrides=[override])["rows"] == 50
+
+
 def test_an_error_leaves_nothing_behind(place: Path, tmp_path: Path) -> None:
     broken = write_jsonl(tmp_path / "data" / "broken.jsonl", [*make_rows(20), {"text": " ", "label": 1}])
     with pytest.raises(DataError, match="no text"):
@@ -187,6 +199,7 @@ def test_a_plan_counts_what_is_then_done(source: str, place: Path, run: Path, tm
     assert plan["passes"]["scoring"] == {"forward": 2 * 72 + 2 * 40, "backward": 72 + 40}
     assert plan["passes"].get("warm-up") == ({"forward": 72, "backward": 72} if source == "config.yaml" else None)
     assert plan["memory_bytes"] > 0
+    assert plan["held_out"] == 8
     assert not (tmp_path / "s.parquet").exists()
 
 

@@ -15,9 +15,17 @@ from tsqlora.record import RunRecord, write_whole
 from tsqlora.training.run_dir import CONFIG_FILE
 
 FILE = "README.md"
-_PIPELINES = {"sequence-classification": "text-classification", "regression": "text-classification"}
-_CLASSES = {"sequence-classification": "AutoModelForSequenceClassification"}
-_CLASSES["regression"] = _CLASSES["sequence-classification"]
+_PIPELINES = {
+    "sequence-classification": "text-classification",
+    "regression": "text-classification",
+    "causal-lm": "text-generation",
+}
+_CLASSES = {
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+    "causal-lm": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+}
 """By the task's name: the Hub's pipeline, and the class of transformers that loads the model."""
 
 
@@ -81,7 +89,7 @@ def _summary(config: Config, record: RunRecord, format: str) -> str:
 
 def _loading(config: Config, record: RunRecord, format: str) -> str:
     kind = _CLASSES.get(record.task, "AutoModel")
-    labels = "" if kind == "AutoModel" else f", num_labels={len(record.labels or [None])}"
+    labels = f", num_labels={len(record.labels or [None])}" if "Classification" in kind else ""
     if format == "gguf":
         return "```bash\nllama-cli -m BASE.gguf --lora adapter.gguf\n```"
     if format == "merged":

@@ -173,6 +173,8 @@ def score(
 ) -> None:
     """Scores every training row: after a config's warm-up, or by the weights of a run.
 
+    Without data.validation a tenth of the rows is held out, as in training.
+    Of a RUN and another file (--set data.train=...) every row is scored.
     Rows are never all in memory. A scoring that was cut off goes on when the
     same command is given again: what it has is kept in OUT.partial until it is
     done.
@@ -202,6 +204,7 @@ def score(
             scores = scoring.score_rows(source, out, overrides=set_ or [], drop=drop or [], progress=display.progress)
     keep = ("eta", "effective_sample_size", "reference_rows", "weights", "temperature", "scope")
     result = {"scores": str(out), "rows": len(scores), "kept": int(scores.kept.sum())}
+    result["held_out"] = scores.record.get("held_out", 0)
     result |= {k: scores.record[k] for k in keep}
     if explain is not None:
         result["explained"] = explain_samples(scores, explain, data=data)

@@ -150,6 +150,8 @@ def _class_counts(classes: Mapping[str, int]) -> str:
 def show_scoring_plan(console: Console, plan: Mapping[str, Any]) -> None:
     """The plan of a scoring's dry run."""
     console.print(f"rows        {plan['rows']:,} in {plan['batches']:,} batches")
+    if plan["held_out"]:
+        console.print(f"held out    {plan['held_out']:,} rows for validation, which are not scored")
     console.print(f"memory      about {plan['memory_bytes'] / 2**20:,.0f} MiB (a rough estimate)")
     console.print(f"disk        at most {plan['disk_bytes'] / 2**20:,.0f} MiB of samples while it runs")
     console.print(_passes_table(plan["passes"]))

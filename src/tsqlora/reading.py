@@ -18,12 +18,13 @@ def read(config: Config) -> Splits:
     return read_data(data.train, data.validation, data.test, **_answers(config))
 
 
-def survey(config: Config) -> Survey:
-    """The same of files of any size."""
+def survey(config: Config, *, whole: bool = False) -> Survey:
+    """The same of files of any size; with `whole` no validation split is taken from the training rows."""
     data = config.data
+    change: dict[str, Any] = {"validation_fraction": None} if whole else {}
     if writing_of(config) is not None:
-        return survey_texts(data.train, data.validation, data.test, **_texts(config))
-    return survey_data(data.train, data.validation, data.test, **_answers(config))
+        return survey_texts(data.train, data.validation, data.test, **_texts(config) | change)
+    return survey_data(data.train, data.validation, data.test, **_answers(config) | change)
 
 
 def writing_of(config: Config) -> Writing | None:

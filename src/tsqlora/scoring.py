@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 from tsqlora import distributed, reading
 from tsqlora.config import Config, dump_config, load_config
 from tsqlora.data.prepare import Prepared, Writing
-from tsqlora.data.survey import Survey, store, texts_of, with_whole_targets
+from tsqlora.data.survey import Survey, count_held_out, store, texts_of, with_whole_targets
 from tsqlora.data.write import require_place
 from tsqlora.errors import NotLearnedError, SettingsError
 from tsqlora.inference import device_of, open_run
@@ -43,7 +43,7 @@ from tsqlora.start import with_start
 from tsqlora.tasks import Task, get_task
 from tsqlora.tasks.forward import Collate
 from tsqlora.training.manifest import last_checkpoint
-from tsqlora.training.run_dir import CHECKPOINT_DIR
+from tsqlora.training.run_dir import CHECKPOINT_DIR, CONFIG_FILE
 
 WARM_UP_FILE = "theta.safetensors"
 
@@ -70,6 +70,8 @@ def score_rows(
 ) -> Scores:
     """All terms of every training row: after a config's warm-up, or by a run's weights.
 
+    Without data.validation, what a training would hold out of data.train is held out here, too (`held_out` in the
+    scores' record); of a run and another file in data.train every row is scored.
     Rows are read in chunks, and samples are kept on disk. What is done is kept in OUT.partial
     until the scores are written: the same call after a kill goes on from there, and gives the
     same file. Rows of the kinds in `drop` are never drawn from the scores. Raises SettingsError
@@ -98,14 +100,15 @@ def plan_scoring(source: Path, *, overrides: Sequence[str] = ()) -> dict[str, An
     if source.is_dir():
         run = open_run(source, overrides)
         config, model, length = run.config, run.model, run.max_length
-        survey = reading.survey(config)
+        survey = _survey(source, config)
     else:
         config = _enabled(with_start(load_config(source, overrides)))
         survey = reading.survey(config)
         pretrained, length = load_model(config, survey.labels)
         model = with_slots(config, pretrained)
     rows = len(survey.places["train"])
-    return scoring_plan(config, model, rows=rows, max_length=length, warmup=not source.is_dir())
+    plan = scoring_plan(config, model, rows=rows, max_length=length, warmup=not source.is_dir())
+    return {"rows": rows, "held_out": count_held_out(survey), **plan}
 
 
 @contextmanager
@@ -130,10 +133,15 @@ def _partial(out: Path) -> Iterator[tuple[Path, Path]]:
 
 def _run(source: Path, overrides: Sequence[str], tokens: Path) -> Ready:
     run = open_run(source, overrides)
-    survey = replace(reading.survey(run.config), labels=run.labels)
+    survey = replace(_survey(source, run.config), labels=run.labels)
     survey = _whole(survey, run.tokenizer, run.max_length, run.writing)
     data = store(survey, run.tokenizer, tokens, max_length=run.max_length, writing=run.writing)
     return Ready(run.config, _task(run.config), run.model, run.collate, survey, data)
+
+
+def _survey(run: Path, config: Config) -> Survey:
+    """Of the run's own rows as its training split them; of another file whole."""
+    return reading.survey(config, whole=config.data.train != load_config(run / CONFIG_FILE).data.train)
 
 
 def _whole(survey: Survey, tokenizer: PreTrainedTokenizerBase, max_length: int, writing: Writing | None) -> Survey:
@@ -233,7 +241,7 @@ def score_ready(ready: Ready, journal: Path | None = None, progress: Progress | 
         hashes=samples.hashes,
         ids=samples.ids,
         lengths=samples.lengths,
-        record=about_rows(ready.config, ready.data),
+        record={**about_rows(ready.config, ready.data), "held_out": count_held_out(ready.survey)},
         journal=journal,
         progress=progress,
     )

@@ -39,12 +39,12 @@ def survey_data(
     text_pair: str | None,
     label: str | None,
     classes: bool,
-    validation_fraction: float,
+    validation_fraction: float | None,
     seed: int,
 ) -> Survey:
     """What `read_data` finds, the same rows in the same splits; the test rows are not read.
 
-    Raises DataError as `read_data`.
+    With validation_fraction None no validation split is taken from the training rows.  Raises DataError as `read_data`.
     """
     sources = open_splits(train, validation, test)
     first = sources["train"]
@@ -67,10 +67,10 @@ def survey_texts(
     target: str | None,
     messages: str | None,
     text: str | None,
-    validation_fraction: float,
+    validation_fraction: float | None,
     seed: int,
 ) -> Survey:
-    """What `read_texts` finds, the same rows in the same splits."""
+    """What `read_texts` finds, the same rows in the same splits; validation_fraction as in `survey_data`."""
     sources = open_splits(train, validation, test)
     first = sources["train"]
     found = find_format(
@@ -87,16 +87,26 @@ def survey_texts(
     return Survey({name: sources[name] for name in places}, places, found.columns, None, found)
 
 
-def _places(sources: dict[str, Source], groups: np.ndarray, *, fraction: float, seed: int) -> dict[str, np.ndarray]:
+def _places(
+    sources: dict[str, Source], groups: np.ndarray, *, fraction: float | None, seed: int
+) -> dict[str, np.ndarray]:
     """Where the rows of each split are in its source; a validation split that is not there is taken from the first."""
     if "validation" in sources:
         return {
             "train": np.arange(len(groups)),
             "validation": np.arange(sum(map(len, sources["validation"].chunks()))),
         }
+    if fraction is None:
+        return {"train": np.arange(len(groups))}
     out = held_out(groups, fraction=fraction, seed=seed, source=sources["train"].name)
     sources["validation"] = sources["train"]
     return {"train": np.flatnonzero(~out), "validation": np.flatnonzero(out)}
+
+
+def count_held_out(survey: Survey) -> int:
+    """Rows of the training file that are its validation split."""
+    sources = survey.sources
+    return len(survey.places["validation"]) if sources.get("validation") is sources["train"] else 0
 
 
 def with_whole_targets(
