@@ -591,6 +591,22 @@ def test_dropped_rows_are_counted_and_named(trained: Path, tmp_path: Path, tsqlo
     assert "choices: duplicate, outlier" in text
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("score", "tsq.yaml", "--data", "rows.jsonl", "--out", "s.parquet"), "--data is where --explain N finds"),
+        (("score", "tsq.yaml", "--drop", "duplicat", "--dry-run"), "choices: duplicate, outlier"),
+        (("report", "run", "--port", "80"), "--port is of --watch"),
+    ],
+)
+def test_an_option_that_would_count_for_nothing_is_refused(
+    arguments: tuple[str, ...], message: str, tsqlora: Run
+) -> None:
+    code, text = refused(tsqlora, *arguments)
+    assert code == 2
+    assert message in text
+
+
 def test_score_without_a_file_to_write_is_refused(place: Path, tsqlora: Run) -> None:
     code, text = refused(tsqlora, "score", place / "config.yaml")
     assert code == 2

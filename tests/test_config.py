@@ -128,6 +128,11 @@ def test_unbiased_weights_of_nothing_are_refused() -> None:
     assert loaded("quality: {unbiased: true, preset: paper}").quality.unbiased
 
 
+@pytest.mark.parametrize("other", ["reject: false", "preset: paper", "weights: {loss: 1}"])
+def test_looking_again_for_what_is_never_looked_for_is_refused(other: str) -> None:
+    assert "quality.recheck true asks again whether" in error_of(f"quality: {{recheck: true, {other}}}")
+
+
 def test_harvest_beside_unbiased_weights_is_refused() -> None:
     message = error_of("quality: {unbiased: true, preset: paper, harvest: true}")
     assert message.endswith("quality.harvest reads gradients that quality.unbiased weighs; set one of them to false")

@@ -13,6 +13,8 @@ import pytest
 from tsqlora import job, reading
 from tsqlora.config import Config, Section
 from tsqlora.data.tokenise import TokenisedSplit
+from tsqlora.errors import SettingsError
+from tsqlora.scoring import warmed_up
 from tsqlora.training import fit
 
 REQUIRED = {"model.path": "a/model", "data.train": "rows.jsonl"}
@@ -165,12 +167,34 @@ def test_every_key_has_another_value_here() -> None:
 
 BESIDE: dict[str, dict[str, Any]] = {
     **{f"data.{name}": {"task.type": "causal-lm"} for name in ("format", "prompt", "target", "messages", "packing")},
+    **{f"task.{name}": {"task.type": "causal-lm"} for name in ("max_new_tokens", "beams")},
     "data.max_target_length": {"task.type": "seq2seq"},
     "quality.weights.ifd": {"task.type": "causal-lm"},
     "quality.temperature": {"quality.preset": "paper"},
     "quality.unbiased": {"quality.preset": "paper"},
 }
 """What a setting needs beside it to have a meaning."""
+
+
+@pytest.mark.parametrize(
+    ("task", "key", "cure"),
+    [
+        ("causal-lm", "data.label", "set data.target, or leave it out"),
+        ("seq2seq", "data.text_pair", "set data.prompt, or leave it out"),
+        ("causal-lm", "data.max_target_length", "set data.max_length, or leave it out"),
+        ("regression", "data.max_target_length", "set data.max_length, or leave it out"),
+        ("regression", "data.target", "set data.label, or leave it out"),
+        ("sequence-classification", "data.format", "leave it out"),
+        ("sequence-classification", "data.messages", "set data.text, or leave it out"),
+        ("sequence-classification", "task.beams", "leave it out"),
+        ("regression", "quality.recheck", "leave it out"),
+    ],
+)
+def test_a_setting_that_the_task_does_not_read_is_refused(task: str, key: str, cure: str) -> None:
+    config = settings(**{"task.type": task, key: OTHER_VALUES[key]})
+    for look in (job.load, lambda config: warmed_up(config, Path("w"), Path("t"), None)):
+        with pytest.raises(SettingsError, match=f"^{key} is set, which {task} does not read; {cure}$"):
+            look(config)
 
 
 @pytest.mark.parametrize("key", sorted(OTHER_VALUES))

@@ -75,7 +75,6 @@ def test_rows_budget_and_parameters_are_the_models(model: PeftModel) -> None:
     [
         ({}, 100, (100 + 100, 0)),
         ({"recheck": True}, 100, (2 * (100 + 100), 0)),
-        ({"recheck": True, "reject": False}, 100, (100 + 100, 0)),
         ({"recheck": True, "warmup": 0.1}, 50, (4 * (100 + 100), 0)),
         ({"reference": 40}, 100, (100 + 40, 0)),
         ({"weights": {"loss": -1.0}}, 100, (100 + 100, 0)),

@@ -145,7 +145,7 @@ def train(
     from tsqlora import pipeline
     from tsqlora.config import load_config
 
-    start = [] if init_from is None else [f"adapter.init_from={json.dumps(init_from)}"]
+    start = [] if init_from is None else [f"adapter.init_from={json.dumps(init_from, ensure_ascii=False)}"]
     settings = load_config(config, [*(set_ or []), *start])
     if dry_run:
         console.show(pipeline.dry_run(settings), as_json, show_plan)
@@ -185,8 +185,13 @@ def score(
     from tsqlora.quality.explain import explain as explain_samples
     from tsqlora.quality.scores import Scores
 
+    if data is not None and explain is None:
+        raise SettingsError(
+            "--data is where --explain N finds the scored rows; rows to score are named by --set data.train=FILE"
+        )
     if dry_run:
-        console.show(scoring.plan_scoring(source, overrides=set_ or []), as_json, show_scoring_plan)
+        plan = scoring.plan_scoring(source, overrides=set_ or [], drop=drop or [])
+        console.show(plan, as_json, show_scoring_plan)
         return
     known = source.suffix == ".parquet" and source.is_file()
     if explain is not None and explain < 1:
@@ -320,7 +325,7 @@ def report(
     watch: Annotated[
         bool, typer.Option("--watch", help="Serve the page on this machine alone, and keep it up to date.")
     ] = False,
-    port: Annotated[int, typer.Option(help="Of --watch; 0 takes any that is free.")] = 0,
+    port: Annotated[int | None, typer.Option(help="Of --watch; else any that is free.")] = None,
     as_json: Json = False,
 ) -> None:
     """One page of what a run or a comparison did and why, from its directory alone; it opens anywhere, offline.
@@ -334,10 +339,14 @@ def report(
 
         if out is not None:
             raise SettingsError("--watch serves the page and writes none; leave out --out")
-        serve(
-            directory, port=port, control=control, say=lambda text: console.show({"watch": text}, as_json, show_numbers)
-        )
+
+        def say(text: str) -> None:
+            console.show({"watch": text}, as_json, show_numbers)
+
+        serve(directory, port=port or 0, control=control, say=say)
         return
+    if port is not None:
+        raise SettingsError("--port is of --watch; give both, or leave it out")
     from tsqlora.report.write import write_report
 
     written = write_report(directory, out, control=control)

@@ -26,7 +26,7 @@ from tsqlora.data.tokenise import TokenisedSplit
 from tsqlora.data.write import SHEETS, require_writable, without_formulas, write_rows
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.progress import Progress
-from tsqlora.reading import read, writing_of
+from tsqlora.reading import read, require_of_task, writing_of
 from tsqlora.record import RunRecord
 from tsqlora.tasks import GENERATION, Task, get_task, require_answers
 from tsqlora.tasks.forward import Collate
@@ -209,6 +209,7 @@ def open_run(run: Path, overrides: Sequence[str] = ()) -> Trained:
     record = require_finished(run)
     config = load_config(run / CONFIG_FILE, overrides)
     labels = None if record.labels is None else LabelMap(tuple(record.labels))
+    require_of_task(config, [override.partition("=")[0] for override in overrides])
     base, task = config.model, get_task(record.task)
     _require_trust(config, run)
     require_safe(run / ADAPTER_DIR)

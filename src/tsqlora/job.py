@@ -29,7 +29,7 @@ from tsqlora.progress import Progress
 from tsqlora.quality.asked import require_terms
 from tsqlora.quality.sampling import stratum_sizes
 from tsqlora.quality.subset import QualitySubset
-from tsqlora.reading import read, writing_of
+from tsqlora.reading import read, require_of_task, writing_of
 from tsqlora.record import RunRecord
 from tsqlora.start import start_notes, start_of
 from tsqlora.tasks import Task, get_task
@@ -99,6 +99,7 @@ def arguments(config: Config, run: Path, *, rows_at_once: int | None = None) -> 
 
 def load(config: Config) -> Job:
     """Reads the data and the model, and checks that they fit together."""
+    require_of_task(config)
     splits = read(config)
     pretrained, length = load_model(config, splits.labels)
     data = prepare(splits, pretrained.tokenizer, max_length=length, writing=writing_of(config))

@@ -102,9 +102,7 @@ def passes(config: Config, *, rows: int, size: int) -> dict[str, dict[str, int]]
             f"a warm-up of {quality.warmup:g} passes is {warmup} epochs of {size} rows, and the run has {epochs}: "
             "no scored epoch would be left; lower quality.warmup or raise training.epochs"
         )
-    again = quality.recheck and quality.resolved_weights() is None and quality.resolved_reject() is not False
-    classes = isinstance(get_task(config.task.type), Classification)
-    scorings = most_scorings(warmup, epochs) if again and classes else 1
+    scorings = most_scorings(warmup, epochs) if quality.recheck else 1
     scoring = _scoring_passes(config, quality.weighted_terms(), rows=rows)
     return {
         "warm-up": dict.fromkeys(("forward", "backward"), size * warmup),

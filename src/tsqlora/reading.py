@@ -1,13 +1,27 @@
 """What the settings say of the data -> its rows, or what passes over them say."""
 
+from collections.abc import Collection
 from typing import Any
 
 from tsqlora.config import Config
 from tsqlora.data.prepare import Splits, Writing, read_data, read_texts
 from tsqlora.data.survey import Survey, survey_data, survey_texts
+from tsqlora.errors import SettingsError
 from tsqlora.tasks import get_task
 from tsqlora.tasks.classification import Classification
 from tsqlora.tasks.generation import Generation
+
+OF_ANSWERS: dict[str, str | None] = {"data.label": "data.target", "data.text_pair": "data.prompt"}
+"""Settings that only classes and numbers have, and those of texts in their place."""
+OF_TEXTS: dict[str, str | None] = {
+    "data.format": None,
+    "data.prompt": "data.text",
+    "data.target": "data.label",
+    "data.messages": "data.text",
+    "task.max_new_tokens": None,
+    "task.beams": None,
+}
+"""The other way round; None where there is none."""
 
 
 def read(config: Config) -> Splits:
@@ -25,6 +39,22 @@ def survey(config: Config, *, whole: bool = False) -> Survey:
     if writing_of(config) is not None:
         return survey_texts(data.train, data.validation, data.test, **_texts(config) | change)
     return survey_data(data.train, data.validation, data.test, **_answers(config) | change)
+
+
+def require_of_task(config: Config, keys: Collection[str] | None = None) -> None:
+    """Raises SettingsError for a setting that only another task reads, and that is not its default; of these keys."""
+    task = get_task(config.task.type)
+    foreign = dict(OF_ANSWERS if isinstance(task, Generation) else OF_TEXTS)
+    if not isinstance(task, Generation) or task.causal:
+        foreign["data.max_target_length"] = "data.max_length"
+    if not isinstance(task, Classification):
+        foreign["quality.recheck"] = None
+    for key, own in foreign.items():
+        section, name = key.split(".")
+        settings = getattr(config, section)
+        if (keys is None or key in keys) and getattr(settings, name) != type(settings).model_fields[name].default:
+            cure = "leave it out" if own is None else f"set {own}, or leave it out"
+            raise SettingsError(f"{key} is set, which {task.name} does not read; {cure}")
 
 
 def writing_of(config: Config) -> Writing | None:

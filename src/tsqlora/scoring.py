@@ -95,8 +95,9 @@ def score_rows(
     return scores
 
 
-def plan_scoring(source: Path, *, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def plan_scoring(source: Path, *, overrides: Sequence[str] = (), drop: Sequence[str] = ()) -> dict[str, Any]:
     """What `score_rows` would do; every row is read and its label checked, nothing is written."""
+    require_drops(drop)
     if source.is_dir():
         run = open_run(source, overrides)
         config, model, length = run.config, run.model, run.max_length
@@ -260,5 +261,6 @@ def _trainable(model: nn.Module) -> dict[str, torch.Tensor]:
 def _enabled(config: Config) -> Config:
     if not config.quality.enabled:
         raise SettingsError(NOTHING_TO_SCORE)
+    reading.require_of_task(config)
     require_terms(config.quality.resolved_weights() or {}, get_task(config.task.type))
     return config

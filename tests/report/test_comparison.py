@@ -10,7 +10,7 @@ import pytest
 
 from made_runs import make_comparison
 from seen import Seen
-from tsqlora.errors import DataError
+from tsqlora.errors import DataError, SettingsError
 from tsqlora.report.comparison import Mean, gather_comparison, is_comparison
 from tsqlora.report.comparison_figures import difference_plot, passes_of, seconds_of, seed_plot
 from tsqlora.report.comparison_page import comparison_page
@@ -185,6 +185,8 @@ def test_a_directory_is_known_by_its_contents_and_a_copy_gives_the_same_bytes(tm
     text = first.read_bytes()
     first.unlink()
     (tmp_path / "other").mkdir()
+    with pytest.raises(SettingsError, match="is a comparison, and control is for the report of a run"):
+        write_report(out, control=tmp_path / "run")
     assert write_report(out.rename(tmp_path / "other" / "comparison")).read_bytes() == text
 
 

@@ -200,7 +200,6 @@ def test_while_no_label_seems_wrong_it_is_looked_for_again_after_each_pass(
         (9, 12, {}, 4),
         (9, 5, {}, 1),
         (9, 8, {"recheck": False}, 1),
-        (9, 8, {"reject": True, "weights": GRADIENTS, "guard": False}, 1),  # a softmax draws, by the scores there are
     ],
 )
 def test_labels_are_looked_at_again_only_while_it_can_help(
@@ -209,6 +208,12 @@ def test_labels_are_looked_at_again_only_while_it_can_help(
     _, calls = seen_at(call, monkeypatch)
     quality, _ = run(tmp_path, further={"num_train_epochs": epochs}, **({"recheck": True} | options))
     assert (calls, quality.scorings) == ([scorings], scorings)
+
+
+@pytest.mark.parametrize("options", [{"weights": {"loss": -1.0}, "reject": True}, {"reject": False}])
+def test_looking_again_for_what_is_never_looked_for_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match=r"recheck asks again whether labels seem wrong, .* leave it out"):
+        tsq.QualityCallback(tsq.QualitySubset(DATA, 0.5), recheck=True, **options)
 
 
 @pytest.mark.parametrize("step", [6, 10, 15, 18])

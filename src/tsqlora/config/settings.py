@@ -170,6 +170,15 @@ class QualitySettings(Section):
         return self
 
     @model_validator(mode="after")
+    def _recheck_has_a_question(self) -> "QualitySettings":
+        if self.recheck and (self.resolved_weights() is not None or self.resolved_reject() is False):
+            raise SettingsError(
+                "quality.recheck true asks again whether labels seem wrong, which is asked where no weight of Q is set "
+                "and quality.reject is not false; leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _temperature_has_a_softmax(self) -> "QualitySettings":
         if self.temperature is not None and self.resolved_weights() is None:
             raise SettingsError(

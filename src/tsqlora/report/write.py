@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from tsqlora.data.write import require_place
+from tsqlora.errors import SettingsError
 from tsqlora.record import write_whole
 from tsqlora.report.comparison import gather_comparison, is_comparison
 from tsqlora.report.comparison_page import comparison_page
@@ -18,12 +19,14 @@ def write_report(directory: Path, out: Path | None = None, *, control: Path | No
 
     `control` is another run, with whose metric that of a run is shown.
 
-    Raises SettingsError where plotly is missing or the file cannot be written, DataError where the
-    directory cannot be read.
+    Raises SettingsError where plotly is missing, the file cannot be written, or a comparison has a control, DataError
+    where the directory cannot be read.
     """
     script = plotly_script()
     place = directory / REPORT_FILE if out is None else out
     if is_comparison(directory):
+        if control is not None:
+            raise SettingsError(f"{directory} is a comparison, and control is for the report of a run; leave it out")
         page = comparison_page(gather_comparison(directory), script)
     else:
         page = run_page(gather(directory, control=None if control is None else control_of(control)), script)

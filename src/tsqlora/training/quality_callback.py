@@ -122,6 +122,11 @@ class QualityCallback(TrainerCallback):
                 "unbiased weights are of rows drawn by a softmax over Q, and Q has no weights; give weights, or leave "
                 "unbiased out: rows drawn evenly need none"
             )
+        if recheck and (weights is not None or reject is False):
+            raise SettingsError(
+                "recheck asks again whether labels seem wrong, which is asked where there are no weights and reject is "
+                "not False; leave it out"
+            )
         self.data = data
         self.warmup, self.limit = warmup, limit
         self.weights = None if weights is None else dict(weights)
@@ -229,7 +234,7 @@ class QualityCallback(TrainerCallback):
         if self.data.awaits_scores:
             return epoch >= self.warmup_epochs
         noise = None if self.data.scores is None else self.data.scores.record.get("noise")
-        if not self.recheck or self.weights is not None or noise is None or noise["evident"]:
+        if not self.recheck or noise is None or noise["evident"]:
             return False
         return epoch == self.data.scored_epoch + self.warmup_epochs and epoch <= RECHECKED * state.num_train_epochs
 
