@@ -9,10 +9,10 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from transformers import BartForConditionalGeneration, LlamaForCausalLM
+from transformers import BartForConditionalGeneration, GPT2LMHeadModel, LlamaForCausalLM
 
 from byte_tokenizers import byte_tokenizer
-from models import generating, tiny_bart, tiny_llama_classifier
+from models import generating, tiny_bart, tiny_gpt2, tiny_llama_classifier
 from runs import write_config, write_jsonl
 from seen import Seen
 from tsqlora import pipeline
@@ -20,6 +20,7 @@ from tsqlora.card import model_card
 from tsqlora.config import load_config
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.exporting import export
+from tsqlora.gradients.quiet import quiet
 from tsqlora.gradients.sites import bitsandbytes_bits
 from tsqlora.inference import evaluate_run, open_run, predict_run, reply
 from tsqlora.job import load
@@ -28,8 +29,10 @@ from tsqlora.quality.scores import Scores
 from tsqlora.report.write import write_report
 from tsqlora.scoring import score_rows
 from tsqlora.tasks import get_task
+from tsqlora.tasks.generation import Generation
 from tsqlora.tasks.texts import TEXT_METRICS
 from tsqlora.training import fit
+from tsqlora.training.collate import collate_of
 
 LAYER = "model.layers.0.mlp.down_proj"
 WORDS = ("pink", "blue", "grey", "teal")
@@ -108,6 +111,74 @@ def test_predictions_are_texts_whatever_the_batch(run: Path, tmp_path: Path) -> 
     together, alone = ((tmp_path / name).read_text() for name in ("out.jsonl", "one.jsonl"))
     assert together == alone
     assert all(isinstance(json.loads(line)["prediction"], str) for line in together.splitlines())
+
+
+def test_rows_whose_target_does_not_fit_are_evaluated_without_as_training_took_them(run: Path, tmp_path: Path) -> None:
+    mixed = [*rows(4), {"document": "pink", "summary": "pink " * 40}]
+    with pytest.warns(UserWarning, match=r"^1 of 5 rows are left out, whose targets do not fit whole: .*mixed\.jsonl"):
+        found = evaluate_run(run, write_jsonl(tmp_path / "mixed.jsonl", mixed))
+    assert found == evaluate_run(run, write_jsonl(tmp_path / "four.jsonl", rows(4)))
+
+
+def test_a_second_part_of_prompts_may_be_missing_altogether(tmp_path: Path) -> None:
+    asked = [{"instruction": row["document"], "input": "", "output": row["summary"]} for row in rows(20)]
+    config = write_config(
+        tmp_path / "tsq.yaml",
+        checkpoint(tmp_path / "model", "seq2seq"),
+        write_jsonl(tmp_path / "train.jsonl", asked),
+        task={"type": "seq2seq", "max_new_tokens": 4},
+        quality={"enabled": False, "fraction": 1.0},
+        ranks={"policy": "fixed", "mean": 2.0},
+        training={**TRAINING, "epochs": 1},
+    )
+    pipeline.train(load_config(config, ["data.max_length=64"]), tmp_path / "run")
+    without = write_jsonl(tmp_path / "new.jsonl", [{k: row[k] for k in ("instruction", "output")} for row in asked])
+    assert predict_run(tmp_path / "run", without, tmp_path / "out.jsonl") == 20
+    asked_again = write_jsonl(tmp_path / "old.jsonl", asked)
+    assert evaluate_run(tmp_path / "run", without) == evaluate_run(tmp_path / "run", asked_again)
+
+
+def test_a_model_that_writes_has_positions_for_it_before_it_is_trained(run: Path, tmp_path: Path) -> None:
+    config = load_config(run / "config.yaml", ["task.max_new_tokens=128"])
+    with pytest.raises(SettingsError, match="128 new ones are more than the model's 128 positions"):
+        pipeline.dry_run(config)
+
+
+def test_a_causal_models_prompts_leave_room_for_what_it_writes(tmp_path: Path) -> None:
+    long = {"document": "pink " * 30, "summary": "pink"}
+    config = write_config(
+        tmp_path / "tsq.yaml",
+        checkpoint(tmp_path / "model", "causal-lm"),
+        write_jsonl(tmp_path / "train.jsonl", rows(20)),
+        task={"type": "causal-lm", "max_new_tokens": 4},
+        quality={"enabled": False, "fraction": 1.0},
+        ranks={"policy": "fixed", "mean": 2.0},
+        training={**TRAINING, "epochs": 1},
+    )
+    also = ["data.max_length=128", f"data.test={write_jsonl(tmp_path / 'test.jsonl', [*rows(3), long])}"]
+    with pytest.warns(UserWarning, match=r"^1 of 4 prompts of .*test\.jsonl were cut to 124 tokens$"):
+        record = pipeline.train(load_config(config, also), tmp_path / "run")
+    assert record.status == "finished"
+
+
+@pytest.mark.parametrize("kind", [GPT2LMHeadModel, LlamaForCausalLM])
+def test_a_model_that_checkpoints_activations_writes_the_same(kind: Any) -> None:
+    like = tiny_gpt2() if kind is GPT2LMHeadModel else tiny_llama_classifier()
+    model = generating(kind, like, torch.float32, use_cache=True)
+    tokenizer = byte_tokenizer(opens=True, closes=False)
+    prompts = [{"input_ids": [5, 9, 12, 7], "attention_mask": [1] * 4}]
+    collate = collate_of(Generation("causal-lm", causal=True), model, tokenizer, max_length=32, left=True)
+
+    def written() -> list[list[int]]:
+        batch = collate(prompts)
+        with torch.inference_mode(), quiet(model):
+            return model.generate(**batch, max_new_tokens=8, do_sample=False, pad_token_id=0).tolist()
+
+    before = written()
+    model.train()
+    model.activation_checkpointing_enable()
+    assert written() == before
+    assert model.training
 
 
 def test_prompts_that_are_cut_are_told(run: Path, tmp_path: Path) -> None:

@@ -286,6 +286,8 @@ def predict(
 ) -> None:
     """Writes the file's rows with a prediction each: a class, a number, or a text.
 
+    New columns are `prediction` and, of classes, `probability`; columns of such
+    a name are replaced.
     Example: tsqlora predict run --data new.jsonl --out predicted.jsonl
     """
     from tsqlora.inference import predict_run

@@ -18,10 +18,11 @@ from tsqlora.adapter.files import require_safe
 from tsqlora.config import Config, load_config
 from tsqlora.data.columns import Columns
 from tsqlora.data.formats import FORMATS, Format
-from tsqlora.data.generation import references, tokenise_generation
+from tsqlora.data.generation import left_out, references, tokenise_generation
 from tsqlora.data.labels import LabelMap
-from tsqlora.data.prepare import Prepared, Splits, Writing, encode_split, prepare
+from tsqlora.data.prepare import Prepared, Splits, Writing, encode_split, fit_whole, prepare
 from tsqlora.data.rows import Rows, column_names, read_rows
+from tsqlora.data.split import take
 from tsqlora.data.tokenise import TokenisedSplit
 from tsqlora.data.write import SHEETS, require_writable, without_formulas, write_rows
 from tsqlora.errors import DataError, SettingsError
@@ -33,10 +34,10 @@ from tsqlora.tasks.forward import Collate
 from tsqlora.tasks.generation import Generation
 from tsqlora.tasks.texts import require_text_metrics, text_metrics
 from tsqlora.training.collate import collate_of
-from tsqlora.training.load import load_pretrained
+from tsqlora.training.load import load_pretrained, positions_of
 from tsqlora.training.predict import predict_logits
 from tsqlora.training.run_dir import ADAPTER_DIR, CONFIG_FILE
-from tsqlora.training.write import token_metrics, write_texts
+from tsqlora.training.write import require_room, token_metrics, write_texts
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,16 @@ class Asking:
     autocast: torch.dtype | None
     max_new_tokens: int
     beams: int
+    positions: int | None
+    """Of the model, if its config says so."""
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens kept of a prompt: a causal model's positions have room for what it writes, too."""
+        if self.positions is None or not (isinstance(self.task, Generation) and self.task.causal):
+            return self.max_length
+        require_room(self.positions, self.max_new_tokens)
+        return min(self.max_length, self.positions - self.max_new_tokens)
 
     def collate(self, model: nn.Module, *, left: bool = False) -> Collate:
         """Batches; with `left` prompts to go on from."""
@@ -94,7 +105,7 @@ class Asking:
             rows,
             format,
             self.tokenizer,
-            max_length=self.max_length,
+            max_length=self.prompt_length,
             seq2seq=not self.task.causal,
             with_targets=False,
         )
@@ -123,8 +134,19 @@ class Asking:
         if format.name == "text":
             return {}
         require_text_metrics()
-        written = self.texts(model, self.prompts(rows, format), phase="writing", progress=progress)
+        prompts = self.prompts(rows, format)
+        if self.prompt_length < self.max_length:  # what max_length cuts is told where rows are read
+            tell_of_cuts(prompts, rows, "prompts", self.prompt_length)
+        written = self.texts(model, prompts, phase="writing", progress=progress)
         return text_metrics(written, references(rows, format))
+
+
+def tell_of_cuts(split: TokenisedSplit, rows: Rows, what: str, kept: int) -> None:
+    """Warns where rows were cut."""
+    if split.truncated:
+        warnings.warn(
+            f"{split.truncated} of {len(split)} {what} of {rows.source} were cut to {kept} tokens", stacklevel=3
+        )
 
 
 TRUST = "TSQLORA_TRUST_REMOTE_CODE"
@@ -177,6 +199,7 @@ class Trained:
             torch.bfloat16 if self.record.plan["bf16"] else None,
             self.config.task.max_new_tokens,
             self.config.task.beams,
+            positions_of(self.model),
         )
 
     def prepare(self, splits: Splits) -> Prepared:
@@ -186,22 +209,34 @@ class Trained:
 
     def encode(self, rows: Rows, *, labelled: bool) -> TokenisedSplit:
         """Rows of any file as samples."""
-        require_columns(rows, self.columns, labelled=labelled)
+        self.require_columns(rows, labelled=labelled)
         own = Splits({}, self.columns, self.labels, self.format)
         split = encode_split(
             rows, own, self.tokenizer, max_length=self.max_length, writing=self.writing, labelled=labelled
         )
-        return self.told(split, rows)
-
-    def told(self, split: TokenisedSplit, rows: Rows) -> TokenisedSplit:
-        """The same, with a warning of those that were cut."""
-        if split.truncated:
-            what = "prompts" if isinstance(self.task, Generation) else "texts"
-            warnings.warn(
-                f"{split.truncated} of {len(split)} {what} of {rows.source} were cut to {self.max_length} tokens",
-                stacklevel=2,
-            )
+        tell_of_cuts(split, rows, "texts" if self.format is None else "prompts", self.max_length)
         return split
+
+    def fitting(self, rows: Rows) -> Rows:
+        """Those whose target fits whole, as training takes them, with a warning of the others."""
+        if self.format is None or self.writing is None:
+            return rows
+        own = Splits({}, self.columns, self.labels, self.format)
+        kept = fit_whole(rows, own, self.tokenizer, self.max_length, self.writing)
+        if out := left_out(rows, kept):
+            warnings.warn(out, stacklevel=2)
+        return take(rows, kept)
+
+    def require_columns(self, rows: Rows, *, labelled: bool) -> None:
+        """Raises DataError where a file lacks a column that the run was trained on."""
+        columns, names = self.columns, column_names(rows)
+        # A prompt may be without its second part, in every row.
+        second = columns.text_pair if self.format is None else None
+        for column in (columns.text, second, columns.label if labelled else None):
+            if column is not None and column not in names:
+                raise DataError(
+                    f"{rows.source} has no column '{column}', which the run was trained on; it has {', '.join(names)}"
+                )
 
 
 def open_run(run: Path, overrides: Sequence[str] = ()) -> Trained:
@@ -270,6 +305,8 @@ def evaluate_run(
         rows = splits["test" if "test" in splits else "validation"]
     else:
         rows = read_rows(data, split="test")
+    trained.require_columns(rows, labelled=True)
+    rows = trained.fitting(rows)
     samples = trained.encode(rows, labelled=True)
     metrics = trained.asking.metrics(trained.model, samples.samples, phase="evaluation", progress=progress)
     if trained.format is None:
@@ -298,7 +335,10 @@ def reply(trained: Trained, said: Sequence[str]) -> str:
 def predict_run(
     run: Path, data: Path, out: Path, *, overrides: Sequence[str] = (), progress: Progress | None = None
 ) -> int:
-    """Writes the file's rows with their `prediction`, and its `probability` for classes; how many."""
+    """Writes the file's rows with their `prediction`, and its `probability` for classes; how many.
+
+    They take the place of columns of such a name, so that a file of predictions may be predicted anew.
+    """
     require_writable(out)
     trained = open_run(run, overrides)
     rows = read_rows(data, split="test")
@@ -318,9 +358,10 @@ def predict_run(
 
 def _texts(trained: Trained, rows: Rows, progress: Progress | None) -> list[dict[str, Any]]:
     assert trained.format is not None
-    require_columns(rows, trained.columns, labelled=False)
+    trained.require_columns(rows, labelled=False)
     asking = trained.asking
-    prompts = trained.told(asking.prompts(rows, trained.format), rows)
+    prompts = asking.prompts(rows, trained.format)
+    tell_of_cuts(prompts, rows, "prompts", asking.prompt_length)
     texts = asking.texts(trained.model, prompts, phase="prediction", progress=progress)
     return [{"prediction": text} for text in texts]
 
@@ -335,13 +376,3 @@ def _answers(trained: Trained, rows: Rows, progress: Progress | None) -> list[di
     return [
         {"prediction": names[int(value)], "probability": float(p)} for value, p in zip(predicted, best, strict=True)
     ]
-
-
-def require_columns(rows: Rows, columns: Columns, *, labelled: bool) -> None:
-    """Raises DataError where a file lacks a column that the run was trained on."""
-    names = column_names(rows)
-    for column in (columns.text, columns.text_pair, columns.label if labelled else None):
-        if column is not None and column not in names:
-            raise DataError(
-                f"{rows.source} has no column '{column}', which the run was trained on; it has {', '.join(names)}"
-            )

@@ -44,6 +44,7 @@ from tsqlora.training.load import Pretrained, load_pretrained
 from tsqlora.training.quality_callback import QualityCallback
 from tsqlora.training.rank_callback import RankCallback
 from tsqlora.training.run_dir import CHECKPOINT_DIR
+from tsqlora.training.write import require_room
 
 NOTHING_TO_SCORE = "quality.enabled is false: there is nothing to score; set it to true"
 
@@ -91,7 +92,7 @@ def arguments(config: Config, run: Path, *, rows_at_once: int | None = None) -> 
         learning_rate=settings.learning_rate,
         batch_size=rows,
         eval_batch_size=max(1, settings.eval_batch_size * rows // settings.batch_size),
-        bf16=hardware_has_bf16() if settings.bf16 is None else settings.bf16,
+        bf16=hardware_has_bf16() and not further.get("fp16") if settings.bf16 is None else settings.bf16,
         seed=settings.seed,
         further=further,
     )
@@ -106,6 +107,7 @@ def load(config: Config) -> Job:
     task = get_task(config.task.type)
     if isinstance(task, Generation) and "test" in splits.rows:
         require_text_metrics()
+        require_room(pretrained.positions, config.task.max_new_tokens)
     return Job(config, task, pretrained, data, length)
 
 
@@ -339,6 +341,7 @@ def asking_of(job: Job, args: TrainingArguments) -> Asking:
         torch.bfloat16 if args.bf16 else None,
         job.config.task.max_new_tokens,
         job.config.task.beams,
+        job.pretrained.positions,
     )
 
 

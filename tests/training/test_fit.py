@@ -5,12 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import BartForSequenceClassification, TrainerCallback
 
+from byte_tokenizers import byte_tokenizer
+from models import generating, tiny_bart
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
 from tsqlora import job
 from tsqlora.config import Config, load_config
 from tsqlora.errors import SettingsError
+from tsqlora.pipeline import train
 from tsqlora.training import fit
 
 
@@ -156,11 +159,13 @@ class FirstGradient(TrainerCallback):
         control.should_training_stop = True
 
 
-def test_accumulated_batches_have_the_gradient_of_one(place: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_accumulated_batches_have_the_gradient_of_one(smoothing: float, place: Path, tmp_path: Path) -> None:
     """Of all 54 rows that are trained on, so that the order does not matter."""
     norms = []
     for accumulate in (1, 3):
         sizes = {"batch_size": 54 // accumulate, "gradient_accumulation_steps": accumulate, "max_grad_norm": 0.0}
+        sizes["label_smoothing_factor"] = smoothing
         first = FirstGradient()
         off = {"quality": {"enabled": False, "fraction": 1.0}, "ranks": {"policy": "fixed"}}
         counted = Counted(settings(place, training=QUICK | sizes, **off), tmp_path / str(accumulate), also=first)
@@ -198,6 +203,33 @@ def test_further_fields_win_over_our_defaults() -> None:
 def test_arguments_that_the_trainer_refuses_are_wrong_settings(wrong: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match="training: "):
         arguments(**wrong)
+
+
+def test_who_asks_for_fp16_alone_does_not_get_bfloat16_beside_it(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "hardware_has_bf16", lambda: True)
+    unsaid = {**QUICK, "bf16": None}
+    assert job.arguments(settings(place, training=unsaid), tmp_path).bf16
+    args = job.arguments(settings(place, training={**unsaid, "fp16": True}), tmp_path)
+    assert (args.fp16, args.bf16) == (True, False)
+
+
+def test_an_encoder_with_a_decoder_is_evaluated_between_epochs_by_its_logits(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(opens=False, closes=True)
+    sizes = {"vocab_size": len(tokenizer), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    model = generating(BartForSequenceClassification, tiny_bart(), torch.float32, decoder_start_token_id=2, **sizes)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    config = write_config(
+        tmp_path / "c.yaml",
+        tmp_path / "model",
+        write_jsonl(tmp_path / "train.jsonl", make_rows(20)),
+        quality={"enabled": False, "fraction": 1.0},
+        ranks={"policy": "fixed", "mean": 2.0},
+        training={**QUICK, "epochs": 1, "eval_strategy": "epoch"},
+    )
+    assert "accuracy" in train(load_config(config, ["data.max_length=16"]), tmp_path / "run").metrics["validation"]
 
 
 @pytest.mark.parametrize(

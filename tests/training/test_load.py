@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, RobertaConfig, RobertaForSequenceClassification
 
 from models import tiny_llama_classifier
 from runs import save_checkpoint
 from tsqlora.data.labels import LabelMap
 from tsqlora.errors import SettingsError
 from tsqlora.gradients.sites import bitsandbytes_bits
-from tsqlora.training.load import Pretrained, load_pretrained
+from tsqlora.training.load import Pretrained, load_pretrained, positions_of
 
 TWO = LabelMap(("no", "yes"))
 
@@ -92,6 +92,34 @@ def test_a_decoder_without_padding_pads_with_its_end_token(checkpoint: Path, tmp
     assert loaded.tokenizer.pad_token == "[SEP]"
     assert loaded.model.config.pad_token_id == tokenizer.eos_token_id
     assert loaded.new_modules == ("score",)
+
+
+def test_a_class_is_read_before_what_the_tokenizer_pads_with(checkpoint: Path, tmp_path: Path) -> None:
+    """As of a config that names another padding than the tokenizer, which would be read at a padding token."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.save_pretrained(tmp_path)
+    model = tiny_llama_classifier(vocab=len(tokenizer), dtype=torch.float32)
+    model.config.pad_token_id = tokenizer.sep_token_id
+    model.save_pretrained(tmp_path)
+    loaded = load_pretrained(str(tmp_path), labels=TWO)
+    row = torch.tensor([[5, 6, 7]])
+    padded = torch.cat([row, torch.full((1, 3), tokenizer.pad_token_id)], dim=1)
+    with torch.no_grad():
+        alone = loaded.model.eval()(row).logits
+        behind = loaded.model(padded, attention_mask=torch.tensor([[1, 1, 1, 0, 0, 0]])).logits
+    torch.testing.assert_close(behind, alone)
+
+
+def test_positions_of_robertas_kin_begin_behind_their_padding() -> None:
+    config = RobertaConfig(
+        vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8,
+        max_position_embeddings=14, pad_token_id=1,
+    )  # fmt: skip
+    model = RobertaForSequenceClassification(config)
+    assert positions_of(model) == 12
+    model(torch.full((1, 12), 5))
+    with pytest.raises((IndexError, RuntimeError), match="out of"):
+        model(torch.full((1, 13), 5))
 
 
 # torch warns of its own script_method, which bitsandbytes imports.

@@ -14,8 +14,9 @@ from torch import nn
 def quiet(model: nn.Module) -> Generator[None]:
     """Dropout off and nothing compiled while open; modes, rates and the state of the random generators restored.
 
-    Everything goes to evaluation mode, except layers under gradient checkpointing: those
-    check their own `training` flag, so it stays, and their own dropout rates are zero.
+    Everything goes to evaluation mode, except, where gradients are computed, layers under gradient checkpointing:
+    those check their own `training` flag, so it stays, and their own dropout rates are zero. Without gradients there
+    is nothing to keep, and a layer that thinks it trains would write text without a cache.
     """
     modes = [(module, module.training) for module in model.modules()]
     rates: list[tuple[nn.Module, str, float]] = []
@@ -23,7 +24,8 @@ def quiet(model: nn.Module) -> Generator[None]:
     with _same_randomness(model), cast(Any, torch.compiler).set_stance("force_eager"):
         try:
             for module, training in modes:
-                module.training = training and bool(getattr(module, "gradient_checkpointing", False))
+                checkpoints = torch.is_grad_enabled() and bool(getattr(module, "gradient_checkpointing", False))
+                module.training = training and checkpoints
                 if module.training:
                     rates += _silence(module)
             yield

@@ -151,8 +151,6 @@ def fit(
     `packed` makes the batches of training and of validations in mid-run, where samples share rows. In the directory
     `run`, where one is given, run.json is kept as the run is now.
     """
-    if packed is not None:
-        require_packing(model, packed, data.dataset[0])
     guard = GuardCallback(data if packed is None else None)  # a packed batch does not say how many samples it has
     cost = CostCallback(data, record, quality, ranks, task)
     live: list[TrainerCallback] = []
@@ -167,6 +165,8 @@ def fit(
         eval_dataset=validation,  # type: ignore[arg-type]
         processing_class=tokenizer,
         data_collator=cast(Any, collate if packed is None else packed),
+        # Beside logits an encoder-decoder shows its hidden states, of every row that is evaluated.
+        preprocess_logits_for_metrics=lambda shown, _: shown[0] if isinstance(shown, tuple) else shown,
         compute_metrics=(lambda p: task.metrics(p.predictions, p.label_ids)) if isinstance(task, Answers) else None,  # type: ignore[arg-type]
         callbacks=[
             *(callback for callback in (quality, ranks) if callback is not None),
@@ -176,14 +176,16 @@ def fit(
             *live,
         ],
     )
+    if packed is not None:
+        require_packing(model, packed, data.dataset[0])  # where the Trainer has put the model
     trainer.remove_callback(PrinterCallback)
     if args.report_to:
         trainer.add_callback(ReportCallback(trainer))
     # A loss is the mean over its batch, also of models that the Trainer takes for having divided by the whole window.
-    trainer.loss_is_scaled_for_ga = (
-        isinstance(task, Generation)
-        and trainer.model_accepts_loss_kwargs
-        and _divides_by_window(model, collate([data.dataset[0]]))
+    # Smoothed losses are the Trainer's own, which does divide where it can count.
+    trainer.loss_is_scaled_for_ga = trainer.model_accepts_loss_kwargs and (
+        trainer.label_smoother is not None
+        or (isinstance(task, Generation) and _divides_by_window(model, collate([data.dataset[0]])))
     )
     for callback in also:
         if isinstance(callback, AddsToLoss):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -38,7 +39,20 @@ class Pretrained:
     @property
     def positions(self) -> int | None:
         """The longest sequence that the model has positions for, if its config says so."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+        return positions_of(self.model)
+
+
+def positions_of(model: Any) -> int | None:
+    """The longest sequence that a model has positions for, if its config says so.
+
+    RoBERTa's and its kin's begin to count behind the number of their padding.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is None:
+        return None
+    tables = [m for name, m in model.named_modules() if name.endswith("position_embeddings")]
+    paddings = [m.padding_idx for m in tables if isinstance(m, nn.Embedding) and m.padding_idx is not None]
+    return positions - max(paddings, default=-1) - 1
 
 
 def load_pretrained(
@@ -67,8 +81,9 @@ def load_pretrained(
         # A causal model reads its class at the last token that is not padding.
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        if getattr(config, "pad_token_id", None) is None:
-            config.pad_token_id = tokenizer.pad_token_id
+        # By its config's number, whatever the tokenizer pads with.
+        if generation is None or getattr(config, "pad_token_id", None) is None:
+            config.get_text_config().pad_token_id = tokenizer.pad_token_id
         if generation is not None:
             _require_kind(generation, config, path)
         weights = getattr(torch, dtype)

@@ -37,7 +37,7 @@ def predict_logits(
         batch = collate([{k: v for k, v in samples[j].items() if k != "labels"} for j in indices])
         return model_logits(model, {name: value.to(device) for name, value in batch.items()}).cpu().numpy()
 
-    with quiet(model), precision(device, autocast), torch.inference_mode():
+    with torch.inference_mode(), quiet(model), precision(device, autocast):
         for indices in sorted_batches([len(s["input_ids"]) for s in samples], batch_size):
             logits = np.concatenate(portions.of(indices, logits_of))
             out = np.empty((len(samples), logits.shape[1]), logits.dtype) if out is None else out

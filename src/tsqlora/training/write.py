@@ -14,6 +14,7 @@ from tsqlora.gradients.quiet import quiet
 from tsqlora.progress import Progress
 from tsqlora.tasks.forward import Collate, base_model, model_logits, precision, split_labels
 from tsqlora.tasks.generation import Generation
+from tsqlora.training.load import positions_of
 
 Samples = Sequence[Mapping[str, Any]]
 
@@ -35,7 +36,7 @@ def token_metrics(
     """
     device = next(model.parameters()).device
     loss, right, tokens, done = 0.0, 0, 0, 0
-    with quiet(model), precision(device, autocast), torch.inference_mode():
+    with torch.inference_mode(), quiet(model), precision(device, autocast):
         for indices in sorted_batches([len(s["input_ids"]) for s in samples], batch_size):
             inputs, labels = split_labels(collate([samples[j] for j in indices]), model)
             counts = task.count(model_logits(model, inputs, task), labels)
@@ -74,7 +75,7 @@ def write_texts(
     inner: Any = base_model(model)
     device = next(model.parameters()).device
     lengths = [len(prompt["input_ids"]) for prompt in prompts]
-    _require_positions(inner, max(lengths) if task.causal else 0, max_new_tokens)
+    require_room(positions_of(inner), max_new_tokens, longest=max(lengths) if task.causal else 0)
     how = GenerationConfig(
         max_new_tokens=max_new_tokens,
         num_beams=beams,
@@ -86,7 +87,7 @@ def write_texts(
     )
     texts = [""] * len(prompts)
     done = 0
-    with quiet(model), precision(device, autocast), torch.inference_mode():
+    with torch.inference_mode(), quiet(model), precision(device, autocast):
         for indices in sorted_batches(lengths, batch_size):
             batch = collate([{k: v for k, v in prompts[j].items() if k != "labels"} for j in indices])
             inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
@@ -112,8 +113,8 @@ def _start(model: Any) -> int | None:
     return own if own is not None else getattr(model.config, "decoder_start_token_id", None)
 
 
-def _require_positions(model: Any, longest: int, new: int) -> None:
-    positions = getattr(model.config, "max_position_embeddings", None)
+def require_room(positions: int | None, new: int, *, longest: int = 1) -> None:
+    """Raises SettingsError where a prompt and the new tokens are more than the model has positions for."""
     if positions is not None and longest + new > positions:
         raise SettingsError(
             f"a prompt of {longest} tokens and {new} new ones are more than the model's {positions} positions; lower "
