@@ -88,6 +88,15 @@ def test_nothing_of_this_machine_is_told(run: Path) -> None:
     assert str(run.parent) not in model_card(run)
 
 
+@pytest.mark.parametrize("moved", ["~/mine/rows.jsonl", "/home/me/rows.csv", "rows/mine.parquet"])
+def test_a_file_that_was_moved_is_no_data_set_of_the_hub(moved: str, run: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text())
+    settings["data"]["train"] = moved
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    (tmp_path / "run.json").write_text((run / "run.json").read_text())
+    assert "datasets" not in ModelCard(model_card(tmp_path)).data.to_dict()
+
+
 def test_a_hub_id_is_named_as_base_and_as_data(run: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text())
     settings["model"]["path"], settings["data"]["train"] = "someone/model", "someone/data"

@@ -128,6 +128,12 @@ def test_unbiased_weights_of_nothing_are_refused() -> None:
     assert loaded("quality: {unbiased: true, preset: paper}").quality.unbiased
 
 
+def test_a_path_from_home_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine").mkdir()
+    assert loaded("", "model.path=~/mine").model.path == str(tmp_path / "mine")
+
+
 @pytest.mark.parametrize("other", ["reject: false", "preset: paper", "weights: {loss: 1}"])
 def test_looking_again_for_what_is_never_looked_for_is_refused(other: str) -> None:
     assert "quality.recheck true asks again whether" in error_of(f"quality: {{recheck: true, {other}}}")

@@ -191,5 +191,7 @@ def test_models_are_put_on_the_accelerator_unless_told_not_to(
     found = torch.device("cuda")
     monkeypatch.setattr(inference.torch.accelerator, "current_accelerator", lambda check_available: found)
     assert device_of(config).type == device
+    monkeypatch.setattr(inference.torch.accelerator, "current_accelerator", lambda check_available: torch.device("mps"))
+    assert device_of(config).type == "cpu"
     monkeypatch.setattr(inference.torch.accelerator, "current_accelerator", lambda check_available: None)
     assert device_of(config).type == "cpu"

@@ -171,6 +171,20 @@ def test_an_id_leads_to_the_row_of_the_file(place: Path, undisturbed: dict[str, 
         assert sample_hash(row["text"], "", str(row["label"])) == name
 
 
+def test_a_second_scoring_into_the_same_file_is_refused(place: Path, tmp_path: Path) -> None:
+    refused: list[str] = []
+
+    def meanwhile(*_: Any) -> None:
+        if not refused:
+            with pytest.raises(SettingsError) as error:
+                score_rows(place / "config.yaml", tmp_path / "s.parquet")
+            refused.append(str(error.value))
+
+    score_rows(place / "config.yaml", tmp_path / "s.parquet", progress=meanwhile)
+    assert refused == [f"another process is scoring into {tmp_path / 's.parquet'}; wait for it, or name another --out"]
+    assert [path.name for path in tmp_path.iterdir()] == ["s.parquet"]
+
+
 def test_rows_that_are_held_out_are_told_and_of_another_file_there_are_none(
     place: Path, run: Path, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:

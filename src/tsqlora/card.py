@@ -9,8 +9,10 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from tsqlora.config import Config, load_config
+from tsqlora.data.rows import READERS
 from tsqlora.display import layer_places
 from tsqlora.errors import printable
+from tsqlora.hub import is_hub_id
 from tsqlora.record import RunRecord, write_whole
 from tsqlora.training.run_dir import CONFIG_FILE
 
@@ -68,8 +70,8 @@ def _metadata(config: Config, record: RunRecord, format: str) -> str:
         for metric, value in metrics.items()
     ]
     return ModelCardData(
-        base_model=None if Path(base).exists() else base,
-        datasets=None if Path(data).exists() else [data],
+        base_model=base if _of_the_hub(base) else None,
+        datasets=[data] if _of_the_hub(data) else None,
         library_name="transformers" if format == "merged" else "peft",
         metrics=sorted({metric for metrics in record.metrics.values() for metric in metrics}),
         model_name=_name(base),
@@ -179,6 +181,11 @@ _MARKS = {**{ord(mark): f"\\{mark}" for mark in "\\`[]*"}, ord("<"): "&lt;", ord
 def _text(value: Any) -> str:
     """A stranger's text, on one line, as text: neither Markdown nor HTML."""
     return printable(" ".join(str(value).split())).translate(_MARKS)
+
+
+def _of_the_hub(name: str) -> bool:
+    """Whether a name may be a hub id, and not that of a file, which may have been moved since."""
+    return is_hub_id(name) and not Path(name).exists() and Path(name).suffix not in READERS
 
 
 def _name(path: str) -> str:

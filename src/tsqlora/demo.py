@@ -68,10 +68,12 @@ def run_demo(out: Path | None, *, seed: int, progress: Progress | None, say: Cal
             record = train(config, folder / name, progress=progress)
             runs.append({"name": title} | summary(record, config, folder / name, splits["train"]))
         report = None if out is None else write_report(folder / "tsqlora", control=folder / "lora-random")
-        scores = folder / "tsqlora" / SCORES_FILE
+        path = folder / "tsqlora" / SCORES_FILE
+        scores = Scores.load(path) if path.exists() else None
         return {
             "runs": runs,
-            "suspects": suspects(Scores.load(scores), splits["train"]) if scores.exists() else [],
+            "suspects": [] if scores is None else suspects(scores, splits["train"]),
+            "left_out": 0 if scores is None else int((~scores.kept).sum()),
             "verdict": verdict(runs),
             "out": None if out is None else str(out),
             "report": None if report is None else str(report),

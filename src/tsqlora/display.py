@@ -135,7 +135,8 @@ def show_plan(console: Console, plan: Mapping[str, Any]) -> None:
     console.print(_passes_table(plan["passes"]))
     if "samples" in plan:
         columns = ", ".join(f"{name}" for name in plan["columns"].values() if name is not None)
-        console.print(f"row format  {plan['format']} ({columns}); what is trained on is green, between ⟦ and ⟧:\n")
+        told = f"row format  {plan['format']} ({columns}); what is trained on is green, between ⟦ and ⟧:\n"
+        console.print(told, markup=False)
         samples = Text(plan["samples"])
         samples.highlight_regex(r"(?s)⟦.*?⟧", "green")
         console.print(samples)
@@ -175,7 +176,7 @@ def show_record(console: Console, record: Mapping[str, Any]) -> None:
         console.print(f"{split:<11} " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     for note in record["notes"]:
         console.print(f"note: {note}", markup=False)
-    console.print(f"adapter     {record['run']}/adapter", soft_wrap=True)
+    console.print(f"adapter     {record['run']}/adapter", soft_wrap=True, markup=False)
 
 
 def show_allocation(console: Console, arguments: Mapping[str, Any]) -> None:
@@ -332,7 +333,8 @@ def show_demo(console: Console, result: Mapping[str, Any]) -> None:
     table.add_row("seconds, total", *(f"{sum(run['seconds'].values()):.1f}" for run in runs))
     console.print(table)
     console.print(ranks_table(runs[-1]["ranks"]))
-    console.print("\nlowest quality: the rows that TsqLoRA left out most surely", highlight=False)
+    what = "the rows that TsqLoRA left out most surely" if result["left_out"] else "of the rows, none of them left out"
+    console.print(f"\nlowest quality: {what}", highlight=False)
     suspects = Table("Q", "label given", "true label", "text")
     for row in result["suspects"]:
         suspects.add_row(
@@ -342,6 +344,7 @@ def show_demo(console: Console, result: Mapping[str, Any]) -> None:
     console.print(result["verdict"], highlight=False)
     if result["out"]:
         console.print(
-            f"runs are in {result['out']}; `PeftModel.from_pretrained(base, '…/tsqlora/adapter')` loads the adapter"
+            f"runs are in {result['out']}; `PeftModel.from_pretrained(base, '…/tsqlora/adapter')` loads the adapter",
+            markup=False,
         )
         console.print(f"why, and what it cost: {result['report']}", soft_wrap=True, markup=False, highlight=False)

@@ -139,6 +139,15 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def refuse_copies(n_gpu: int) -> None:
+    """Raises UnsupportedError where a Trainer would take its batches apart among GPUs, by DataParallel."""
+    if n_gpu > 1:
+        raise UnsupportedError(
+            f"{n_gpu} GPUs in one process copy the model at each step, and what is measured on a copy is lost; show it "
+            "one of them, CUDA_VISIBLE_DEVICES=0, or start a process each: accelerate launch"
+        )
+
+
 def refuse_deepspeed(plugin: Any) -> None:
     """Raises UnsupportedError where training has a plugin of DeepSpeed."""
     if plugin is not None:

@@ -281,9 +281,10 @@ def require_finished(run: Path) -> RunRecord:
 
 
 def device_of(config: Config) -> torch.device:
-    """The accelerator, if there is one and the config does not ask for the processor."""
+    """The accelerator, if there is one and the config does not ask for the processor, as training chooses."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is None or config.training.further_arguments().get("use_cpu"):
+    by_default = accelerator is None or accelerator.type == "mps"
+    if accelerator is None or config.training.further_arguments().get("use_cpu", by_default):
         return torch.device("cpu")
     return accelerator
 

@@ -45,6 +45,8 @@ def train(config: Config, run: Path, *, resume: bool = False, progress: Progress
     """
     config = with_start(config)
     args = arguments(config, run)
+    if resume and (known := _begun(run, config)) is not None and known.status == "finished":
+        return known  # nothing is written, not even a lock
     with locked(run, resume=resume) if distributed.is_first() else nullcontext():
         before = _begun(run, config) if resume else None
         if before is not None and before.status == "finished":

@@ -21,7 +21,7 @@ from tsqlora.errors import SettingsError, UnsupportedError, nearest
 from tsqlora.gradients.capture import Capture, capture
 from tsqlora.gradients.ghost import Factored, LookupGradient, wide
 from tsqlora.gradients.quiet import quiet
-from tsqlora.gradients.sites import effective_weight, lora_layers, lora_matrices, target_site
+from tsqlora.gradients.sites import effective_weight, lora_layers, lora_matrices, require_float64, target_site
 from tsqlora.ranks.allocate import Sensitivity
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate, model_logits, precision, split_labels, task_of
@@ -226,6 +226,7 @@ def probe_pass(
     task = task or task_of(model)
     probe = Probe(layers, estimator, seed)
     device = next(model.parameters()).device
+    require_float64(device)
     with quiet(model), torch.enable_grad(), probe.watch(model) as tap:
         for start in range(0, len(dataset), batch_size):
             rows = [dataset[j] for j in range(start, min(start + batch_size, len(dataset)))]

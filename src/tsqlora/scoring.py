@@ -43,7 +43,7 @@ from tsqlora.start import with_start
 from tsqlora.tasks import Task, get_task
 from tsqlora.tasks.forward import Collate
 from tsqlora.training.manifest import last_checkpoint
-from tsqlora.training.run_dir import CHECKPOINT_DIR, CONFIG_FILE
+from tsqlora.training.run_dir import CHECKPOINT_DIR, CONFIG_FILE, LOCK_FILE, alone_in
 
 WARM_UP_FILE = "theta.safetensors"
 
@@ -75,7 +75,7 @@ def score_rows(
     Rows are read in chunks, and samples are kept on disk. What is done is kept in OUT.partial
     until the scores are written: the same call after a kill goes on from there, and gives the
     same file. Rows of the kinds in `drop` are never drawn from the scores. Raises SettingsError
-    where OUT.partial is of another scoring.
+    where OUT.partial is of another scoring, or another process is at it.
     """
     if (processes := distributed.launched()) > 1:
         raise SettingsError(
@@ -117,19 +117,20 @@ def _partial(out: Path) -> Iterator[tuple[Path, Path]]:
     """OUT.partial, gone once all is done; and a folder in it for samples, which never stays."""
     partial = Path(f"{out}.partial")
     tokens = partial / "tokens"
-    shutil.rmtree(tokens, ignore_errors=True)
-    tokens.mkdir(parents=True)
-    try:
-        yield partial, tokens
-        shutil.rmtree(partial)
-    except NotLearnedError:
-        # To go on would end here again.
-        shutil.rmtree(partial)
-        raise
-    finally:
+    with alone_in(partial, busy=f"another process is scoring into {out}; wait for it, or name another --out"):
         shutil.rmtree(tokens, ignore_errors=True)
-        if partial.exists() and not any(partial.iterdir()):
-            partial.rmdir()
+        tokens.mkdir()
+        try:
+            yield partial, tokens
+            shutil.rmtree(partial)
+        except NotLearnedError:
+            # To go on would end here again.
+            shutil.rmtree(partial)
+            raise
+        finally:
+            shutil.rmtree(tokens, ignore_errors=True)
+            if partial.exists() and [path.name for path in partial.iterdir()] == [LOCK_FILE]:
+                shutil.rmtree(partial)
 
 
 def _run(source: Path, overrides: Sequence[str], tokens: Path) -> Ready:

@@ -1,6 +1,7 @@
 """An exported adapter is its source: the same update, the same logits, in plain PEFT, whatever the ranks and scales."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -25,7 +27,7 @@ from transformers import (
 
 from elsewhere import environment_without_us
 from loras import LAYERS, lora_config, save_base, save_lora, tiny_gpt2_lm, tiny_llama
-from models import tiny_bert
+from models import tiny_bert, tiny_llama_classifier
 from tsqlora.adapter import export as export_module
 from tsqlora.adapter.base import module_shapes
 from tsqlora.adapter.files import CONFIG, read_adapter
@@ -464,6 +466,54 @@ def test_what_is_there_is_not_overwritten(place: Path, tmp_path: Path) -> None:
     export(place / "adapter", tmp_path / "empty", format="peft")
     export(place / "adapter", tmp_path / "new" / "deep", format="peft")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "full", "new"]
+
+
+@pytest.mark.parametrize("format", ["universal", "merged", "peft"])
+def test_numbers_that_float16_has_no_room_for_are_rounding(format: str, tmp_path: Path) -> None:
+    """Below 6e-5 float16 has the same distance between numbers everywhere, however small they are."""
+
+    def small() -> PreTrainedModel:
+        bert = tiny_bert(num_labels=3).float()
+        with torch.no_grad():
+            for module in (bert.classifier, bert.bert.encoder.layer[0].output.dense):
+                module.weight.mul_(1e-6)
+        return bert
+
+    save_base(tmp_path / "base", small())
+    config = lora_config(task_type="SEQ_CLS", target_modules=["query"], modules_to_save=["classifier"])
+    folder = save_lora(tmp_path / "a", small(), config)
+    stored = load_file(folder / "adapter_model.safetensors")
+    for name in stored:
+        stored[name] *= 1e-5 if "lora_B" in name or "classifier" in name else 1.0
+    save_file(stored, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    export(folder, tmp_path / "out", format=format, base=str(tmp_path / "base"), dtype="float16")
+
+
+def test_a_decoder_that_classifies_is_merged_with_the_padding_it_reads_its_class_at(tmp_path: Path) -> None:
+    def base() -> PreTrainedModel:
+        model = tiny_llama_classifier(dtype=torch.float32)
+        model.config.pad_token_id = None
+        return model
+
+    save_base(tmp_path / "base", base())
+    folder = save_lora(tmp_path / "a", base(), lora_config(task_type="SEQ_CLS", modules_to_save=["score"]))
+    export(folder, tmp_path / "out", format="merged", base=str(tmp_path / "base"))
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert merged.config.pad_token_id == merged.config.eos_token_id is not None
+
+
+def test_a_place_that_no_new_directory_can_take_is_refused(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SettingsError, match=r"--out \. is the working directory; name a directory in it"):
+        export(place / "adapter", Path(), format="peft")
+    (tmp_path / "volume").mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path).name == "volume")
+    with pytest.raises(SettingsError, match="volume is a mounted volume; name a directory in it"):
+        export(place / "adapter", tmp_path / "volume", format="peft")
+    (tmp_path / f".out.{os.getpid()}").mkdir()  # of a killed process of the same number
+    export(place / "adapter", tmp_path / "out", format="peft")
 
 
 def test_numbers_of_another_precision_are_within_it(place: Path, tmp_path: Path) -> None:

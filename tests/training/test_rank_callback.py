@@ -667,8 +667,9 @@ def test_first_ranks_from_no_rows_are_refused_at_once(samples: int) -> None:
 
 def test_copies_of_the_model_are_refused() -> None:
     args: Any = SimpleNamespace(n_gpu=2)
-    with pytest.raises(tsq.UnsupportedError, match="2 GPUs in one process"):
-        tsq.RankCallback().on_train_begin(args, None, None)  # type: ignore[arg-type]
+    for callback in (tsq.RankCallback(), tsq.QualityCallback(tsq.QualitySubset(ROWS))):
+        with pytest.raises(tsq.UnsupportedError, match=r"2 GPUs in one process .* CUDA_VISIBLE_DEVICES=0"):
+            callback.on_train_begin(args, None, None)  # type: ignore[arg-type]
 
 
 def test_an_optimizer_that_cannot_be_served_is_refused_at_the_first_step(tmp_path: Path) -> None:

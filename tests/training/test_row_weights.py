@@ -247,7 +247,7 @@ def compiled(model: Any) -> Any:
             SettingsError,
             "Weigh must see which rows are handed out; set",
         ),
-        ({"n_gpu": 2}, None, UnsupportedError, "2 GPUs in one process take a batch apart, and Weigh cannot tell which"),
+        ({"n_gpu": 2}, None, UnsupportedError, "2 GPUs in one process copy the model at each"),
         (
             {"torch_compile": True},
             None,

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from tsqlora.errors import SettingsError, TsqLoraError
+from tsqlora.training import run_dir
 from tsqlora.training.run_dir import CONFIG_FILE, LOCK_FILE, locked, written
 
 
@@ -48,6 +49,22 @@ def test_a_run_without_its_settings_is_told_what_it_lacks(tmp_path: Path) -> Non
         ),
         locked(tmp_path, resume=True),
     ):
+        pass
+
+
+def test_what_tensorboard_left_of_a_run_that_never_began_is_in_nobodys_way(tmp_path: Path) -> None:
+    (tmp_path / LOCK_FILE).touch()
+    (tmp_path / "checkpoints" / "runs" / "Nov26").mkdir(parents=True)
+    with locked(tmp_path):
+        pass
+
+
+def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(file: object, how: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(run_dir.fcntl, "flock", flock)
+    with pytest.warns(UserWarning, match=r"a file system without locks \(Function not implemented\)"), locked(tmp_path):
         pass
 
 

@@ -61,12 +61,25 @@ def load_base(path: str, adapter: LoraAdapter, dtype: str | None = None) -> PreT
     """The base model with its weights, in its own precision or the one named.  Raises as `base_skeleton`."""
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, **_labels(adapter))
+        if adapter.config.get("task_type") == "SEQ_CLS":
+            _set_padding(config, path)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # a head that the checkpoint lacks is the same every time
             wanted: Any = "auto" if dtype is None else getattr(torch, dtype)
             return _class(config, adapter).from_pretrained(path, config=config, dtype=wanted).eval()
     except Exception as error:  # a stranger's config.json makes transformers raise anything
         raise _no_base(path, error) from error
+
+
+def _set_padding(config: Any, path: str) -> None:
+    """Where a config names no padding, behind which a decoder reads its class: the tokenizer's, else the end token."""
+    text = config.get_text_config()
+    if text.pad_token_id is None:
+        tokenizer: Any = load_tokenizer(path)
+        known = (None, None) if tokenizer is None else (tokenizer.pad_token_id, tokenizer.eos_token_id)
+        ends = text.eos_token_id
+        own = ends[0] if isinstance(ends, list) else ends
+        text.pad_token_id = next((token for token in (*known, own) if token is not None), None)
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:

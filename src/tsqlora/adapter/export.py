@@ -185,6 +185,7 @@ def _with_logits(job: Job, done: Exported, export: Path, dtype: torch.dtype) -> 
     if not takes_tokens(model):
         return replace(done, notes=(*done.notes, _not_compared(model)))
     reference = peft_logits(model, job.source)
+    del model  # one base at a time
     gap, size = compare_logits(reference, peft_logits(job.base.load("float32"), export), dtype)
     return replace(done, difference=replace(done.difference, logits=gap, logits_size=size))
 
@@ -194,7 +195,8 @@ def _merged(job: Job) -> Exported:
     model = base.load(job.dtype)
     _require_fit(job.adapter, model)
     save_merged(merge_into(model, job.adapter, job.source), base.tokenizer(), job.folder)
-    saved = reload(job.folder, model)
+    saved, dtype = reload(job.folder, model), model.dtype
+    del model  # one base at a time, beside what was made of it
     if beyond := [*job.adapter.variants(), *job.adapter.further]:
         note = f"it has {beyond[0]}: merged by PEFT, compared by logits alone"
         done = Exported(Difference(0.0, 0.0, 0.0, layer=None), notes=(note,))
@@ -204,7 +206,7 @@ def _merged(job: Job) -> Exported:
         return replace(done, notes=(*done.notes, _not_compared(saved)))
     # In float32, so that all that differs is the rounding of the weights.
     reference = peft_logits(base.load(job.dtype).float(), job.source)
-    gap, size = compare_logits(reference, logits(saved.float()), model.dtype)
+    gap, size = compare_logits(reference, logits(saved.float()), dtype)
     return replace(done, difference=replace(done.difference, logits=gap, logits_size=size))
 
 

@@ -62,7 +62,7 @@ def compare_updates(source: LoraAdapter, export: LoraAdapter, dtype: torch.dtype
         gap = (delta - _delta(other)).abs()
         if not torch.isfinite(gap).all():
             raise TsqLoraError(f"{name}: the update is not finite; `tsqlora doctor` shows which layers hold NaN")
-        bound = 2.1 * torch.finfo(dtype).eps * _products(mine or other)
+        bound = 2.1 * torch.finfo(dtype).eps * _products(mine or other) + least(dtype) * _sums(mine or other)
         worst = worst.with_layer(name, gap, bound, delta)
     if worst.used > 1:
         raise TsqLoraError(
@@ -84,12 +84,29 @@ def _products(target: Target | None) -> Tensor:
     return abs(target.scale) * (b.abs() @ a.abs())
 
 
+def _sums(target: Target | None) -> Tensor:
+    """|s|·(Σ|A| + Σ|B|) over the ranks: what ΔW moves by where every number of A and B moves by one."""
+    assert target is not None
+    a, b = target.matrices()
+    return abs(target.scale) * (b.abs().sum(1, keepdim=True) + a.abs().sum(0, keepdim=True))
+
+
+def least(dtype: torch.dtype) -> float:
+    """The smallest number of a dtype above 0: what rounding may do to small ones, whatever their size.
+
+    >>> least(torch.float16) == 2.0**-24
+    True
+    """
+    known = torch.finfo(dtype)
+    return known.tiny * known.eps
+
+
 def _require_equal_heads(source: LoraAdapter, export: LoraAdapter, dtype: torch.dtype) -> None:
     if source.saved.keys() != export.saved.keys():
         raise TsqLoraError("the export has other saved modules than its source; nothing was written")
     for name, tensor in source.saved.items():
         gap = (tensor.double() - export.saved[name].double()).abs()
-        if not bool((gap <= tensor.double().abs() * torch.finfo(dtype).eps).all()):
+        if not bool((gap <= tensor.double().abs() * torch.finfo(dtype).eps + least(dtype)).all()):
             raise TsqLoraError(f"the export's {name} differs by {float(gap.max()):.3g}; nothing was written")
 
 
@@ -157,7 +174,7 @@ def compare_weights(base: PreTrainedModel, merged: PreTrainedModel, adapter: Lor
         module, _, leaf = name.rpartition(".")
         eps = torch.finfo(parameter.dtype).eps
         after, before = parameter.detach().double(), adapter.saved.get(name, expected[name]).detach().double()
-        delta, bound = torch.zeros_like(before), 2 * eps * before.abs()
+        delta, bound = torch.zeros_like(before), 2 * (eps * before.abs() + least(parameter.dtype))
         target = adapter.targets.get(module) if leaf == "weight" else None
         if target is not None:
             turned = target.kind == "embedding" or isinstance(merged.get_submodule(module), Conv1D)

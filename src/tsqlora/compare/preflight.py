@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from tsqlora import distributed
 from tsqlora.adapter.slots import find_slots
 from tsqlora.compare.cells import Cell, Entry
 from tsqlora.compare.methods import METHODS, POLICIES, build
@@ -15,7 +16,7 @@ from tsqlora.data.prepare import prepare
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.gradients.quiet import quiet
 from tsqlora.gradients.sites import find_sites
-from tsqlora.job import Job, load, load_model, ranks_half, require_drawable, with_slots
+from tsqlora.job import Job, arguments, load, load_model, ranks_half, require_drawable, with_slots
 from tsqlora.plan import require_adjustments, warmup_epochs
 from tsqlora.quality.exact import require_exact
 from tsqlora.quality.sampling import draw_size
@@ -45,6 +46,7 @@ def preflight(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they come again, and are notes of the cells
         job, built = load(_of_seed(config, entries[0], seed)), set[str]()
+        distributed.refuse_copies(arguments(job.config, Path("cell")).n_gpu)
         for number, entry in enumerate(entries):
             with _named(entry):
                 if equal == "seconds" and number > 0:

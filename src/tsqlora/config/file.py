@@ -98,6 +98,7 @@ def _with_absolute_paths(config: Config, beside: Path) -> Config:
 def _locate(path: str | None, beside: Path) -> str | None:
     if path is None:
         return None
+    path = os.path.expanduser(path)
     # os.path, not pathlib: exists() of the latter raises for names that no file can have.
     here = (candidate for candidate in (path, os.path.join(beside, path)) if os.path.exists(candidate))
     found = next(here, None)

@@ -9,7 +9,7 @@ from torch import nn
 from tsqlora import distributed
 from tsqlora.errors import UnsupportedError
 from tsqlora.gradients.quiet import quiet
-from tsqlora.gradients.sites import Scope, batch_coupled, find_sites
+from tsqlora.gradients.sites import Scope, batch_coupled, find_sites, require_float64
 from tsqlora.memory import first_that_fits, halves
 from tsqlora.quality.asked import PAPER_TERMS, TRUST, fitting, needs_gradients, require_precision, wanted_terms
 from tsqlora.quality.exact import require_exact, require_own_loss
@@ -42,6 +42,7 @@ def require_scorable(
     wanted = wanted_terms([*terms, *(n for n, w in weights.items() if w)])
     model = distributed.unwrapped(model)
     require_apart(model)
+    require_float64(next(model.parameters()).device)
     require_precision(wanted, autocast)
     collate = each_its_row(collate)
     with quiet(model), precision(next(model.parameters()).device, autocast, cache=False):

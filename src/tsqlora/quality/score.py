@@ -13,7 +13,7 @@ from tsqlora import distributed
 from tsqlora.data.batches import sorted_batches
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.gradients.quiet import quiet
-from tsqlora.gradients.sites import Scope, Site, find_sites
+from tsqlora.gradients.sites import Scope, Site, find_sites, require_float64
 from tsqlora.memory import Portions, first_that_fits, halves
 from tsqlora.progress import Progress
 from tsqlora.quality.asked import (
@@ -101,6 +101,7 @@ def score(
         raise SettingsError(f"batch_size is {batch_size}; it must be at least 1")
     model = distributed.unwrapped(model)
     require_apart(model)
+    require_float64(next(model.parameters()).device)
     require_precision(wanted, autocast)
     if journal is not None and hashes is None:
         raise SettingsError("a journal needs hashes: they tell whether the rows are still the same")

@@ -109,7 +109,8 @@ def class_frequencies(labels: Int[Tensor, " n"], width: int, weights: Float[Tens
     >>> class_frequencies(torch.tensor([0, 2, 2, 2]), 3, torch.full((4,), 0.25)).tolist()
     [0.25, 0.0, 0.75]
     """
-    return torch.bincount(labels, weights=weights, minlength=width)
+    # On the processor: a GPU adds in any order, and refuses to under torch.use_deterministic_algorithms.
+    return torch.bincount(labels.cpu(), weights=weights.cpu(), minlength=width).to(weights.device)
 
 
 def match_frequencies(

@@ -83,7 +83,8 @@ def training_arguments(
         "disable_tqdm": True,
         # On, the Trainer multiplies a loss by the number of processes that BERT's, being a mean, is not divided by.
         "average_tokens_across_devices": False,
-        "use_cpu": not torch.cuda.is_available() and not torch.backends.mps.is_available(),
+        # Not on Apple's MPS, which has no float64; `use_cpu: false` tries it all the same.
+        "use_cpu": not torch.cuda.is_available(),
     }
     _require_reporters(further.get("report_to") or "none")
     try:

@@ -159,6 +159,7 @@ class QualityCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        distributed.refuse_copies(args.n_gpu)
         distributed.refuse_deepspeed(args.deepspeed_plugin)
         if kwargs["train_dataloader"].dataset is not self.data:
             raise SettingsError("QualityCallback(data) and Trainer(train_dataset=data) need the same QualitySubset")

@@ -128,10 +128,7 @@ class RankCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if args.n_gpu > 1:
-            raise UnsupportedError(
-                f"{args.n_gpu} GPUs in one process copy the model at each step; use accelerate launch"
-            )
+        distributed.refuse_copies(args.n_gpu)
         distributed.refuse_deepspeed(args.deepspeed_plugin)
         announce(args, state, "ranks")
         if self.loop is not None:

@@ -21,7 +21,7 @@ from tsqlora.adapter.importance import Importance
 from tsqlora.adapter.moments import cut_moments, moments
 from tsqlora.adapter.slots import Slots, finalize, find_slots, has_slots, sync_config
 from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
-from tsqlora.gradients.sites import lora_layers
+from tsqlora.gradients.sites import lora_layers, require_float64
 from tsqlora.probe import Estimator, Probe, get_estimator, probe_pass
 from tsqlora.ranks.allocate import Sensitivity, allocate
 from tsqlora.ranks.budget import caps, costs, used
@@ -99,6 +99,7 @@ class RankLoop:
         self.peft = _peft_model(self.model)
         self.layers, self.final = find_slots(self.model), dict[str, int]()
         require_trained(self.layers, optimizer)
+        require_float64(next(self.model.parameters()).device)
         _require_no_bias(self.peft, self.layers, min_rank)
         self.shapes = {name: slots.shape for name, slots in self.layers.items()}
         self.capacity = max(slots.capacity for slots in self.layers.values())

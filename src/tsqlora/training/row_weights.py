@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
+from tsqlora import distributed
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
 from tsqlora.gradients.ghost import wide
 from tsqlora.quality.own_loss import by_logits, scale_of, source_of
@@ -54,11 +55,7 @@ class RowWeights:
         """On train begin.  Raises SettingsError or UnsupportedError naming what hides rows or logits."""
         self.stop()
         require_rows_seen(args, self.name)
-        if args.n_gpu > 1:
-            raise UnsupportedError(
-                f"{args.n_gpu} GPUs in one process take a batch apart, and {self.name} cannot tell which rows are "
-                "where; use accelerate launch"
-            )
+        distributed.refuse_copies(args.n_gpu)
         if args.torch_compile or is_compiled_module(model):
             raise UnsupportedError(
                 f"compiled code does not show {self.name} the gradient at the logits; leave out torch_compile"

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,6 +72,12 @@ def alone_in(folder: Path, *, busy: str) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise SettingsError(busy) from None
+        except OSError as error:  # as on Lustre without its flock option
+            warnings.warn(
+                f"{folder} is on a file system without locks ({error.strerror}): see to it that no other process uses "
+                "it",
+                stacklevel=2,
+            )
         yield
 
 
@@ -123,7 +130,7 @@ def require_free(run: Path, *, resume: bool = False) -> None:
 def _left_before_the_start(path: Path) -> bool:
     """Whether a run that ended before its settings were written leaves this behind."""
     if path.name == CHECKPOINT_DIR:
-        return not any(path.iterdir())
+        return not any(path.glob("checkpoint-*"))  # TensorBoard's files may be there
     # The record is written just before them; only a run of ours has a lock.
     ours = path.name.lstrip(".").startswith((RECORD_FILE, CONFIG_FILE))
     return path.name == LOCK_FILE or (ours and path.with_name(LOCK_FILE).exists())
