@@ -1,6 +1,6 @@
 """Two processes, each with half of every weight: FSDP2 in a loop of one's own, with ranks that follow the loss.
 
-Run it by itself, it starts both; on machines with GPUs: torchrun --nproc-per-node N, "cuda" and "nccl".
+Run it by itself, it starts both. On GPUs a launcher starts them: torchrun, and dist.init_process_group("nccl").
 """
 
 import tempfile

@@ -11,9 +11,11 @@ from unittest.mock import patch
 import pytest
 
 from tsqlora import job, reading
-from tsqlora.config import Config, Section
+from tsqlora.config import Config, RankSettings, Section
 from tsqlora.data.tokenise import TokenisedSplit
 from tsqlora.errors import SettingsError
+from tsqlora.probe import ESTIMATORS
+from tsqlora.ranks.policies import POLICIES
 from tsqlora.scoring import warmed_up
 from tsqlora.training import fit
 
@@ -161,6 +163,12 @@ def what_arrives(config: Config) -> dict[str, Any]:
     return arrived
 
 
+def test_what_choices_a_description_names_are_those_there_are() -> None:
+    told = {name: str(field.description) for name, field in RankSettings.model_fields.items()}
+    assert {*ESTIMATORS} == {*told["estimator"].removesuffix(".").partition(": ")[2].split(", ")}
+    assert all(f"{name}, " in told["policy"] for name in POLICIES)
+
+
 def test_every_key_has_another_value_here() -> None:
     assert set(OTHER_VALUES) - {"training.weight_decay"} == set(keys())
 
@@ -195,6 +203,12 @@ def test_a_setting_that_the_task_does_not_read_is_refused(task: str, key: str, c
     for look in (job.load, lambda config: warmed_up(config, Path("w"), Path("t"), None)):
         with pytest.raises(SettingsError, match=f"^{key} is set, which {task} does not read; {cure}$"):
             look(config)
+
+
+def test_smoothing_of_numbers_is_refused() -> None:
+    config = settings(**{"task.type": "regression", "training.label_smoothing_factor": 0.1})
+    with pytest.raises(SettingsError, match=r"of classes and tokens, and task\.type is regression"):
+        job.load(config)
 
 
 @pytest.mark.parametrize("key", sorted(OTHER_VALUES))

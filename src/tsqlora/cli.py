@@ -162,7 +162,7 @@ def score(
     set_: Set = None,
     drop: Annotated[
         list[str] | None,
-        typer.Option(metavar="KIND", help="Kind of rows that is never drawn, such as duplicate; repeatable."),
+        typer.Option(metavar="KIND", help="Kind of rows that is never drawn: duplicate, outlier; repeatable."),
     ] = None,
     explain: Annotated[
         int | None, typer.Option(metavar="N", help="Show the N best, worst and most suspicious samples.")

@@ -187,9 +187,12 @@ def sensitivity(
 ) -> Sensitivity:
     """Each LoRA layer's sensitivity on these samples: METHOD eq. 6.
 
-    `dataset` is the sample to measure on, the quality sample for the method as published.
-    One forward and one backward pass; the model is left as it was.  Raises UnsupportedError
-    for a model without LoRA layers, SettingsError for an unknown estimator.
+    `dataset` is the sample to measure on, the quality sample for the method as published. `estimator` is a name in
+    ESTIMATORS, or a function as those: "sensitivity" is eq. 6 over every weight, "sampled" the same over some of them,
+    which is cheaper and what RankCallback and the commands use. One forward and one backward pass; the model is left
+    as it was.
+
+    Raises UnsupportedError for a model without LoRA layers, SettingsError for an unknown estimator.
     """
     probe = probe_pass(
         model,

@@ -10,6 +10,7 @@ from tsqlora.errors import SettingsError
 from tsqlora.tasks import get_task
 from tsqlora.tasks.classification import Classification
 from tsqlora.tasks.generation import Generation
+from tsqlora.tasks.regression import Regression
 
 OF_ANSWERS: dict[str, str | None] = {"data.label": "data.target", "data.text_pair": "data.prompt"}
 """Settings that only classes and numbers have, and those of texts in their place."""
@@ -49,6 +50,8 @@ def require_of_task(config: Config, keys: Collection[str] | None = None) -> None
         foreign["data.max_target_length"] = "data.max_length"
     if not isinstance(task, Classification):
         foreign["quality.recheck"] = None
+    if isinstance(task, Regression) and config.training.further_arguments().get("label_smoothing_factor"):
+        raise SettingsError("training.label_smoothing_factor is of classes and tokens, and task.type is regression")
     for key, own in foreign.items():
         section, name = key.split(".")
         settings = getattr(config, section)

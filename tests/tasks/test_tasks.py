@@ -15,6 +15,8 @@ def test_options_reach_the_task() -> None:
     task = get_task("sequence-classification", label_smoothing=0.1)
     assert isinstance(task, Classification)
     assert task.label_smoothing == 0.1
+    with pytest.raises(SettingsError, match="label_smoothing is not of regression; leave it out"):
+        get_task("regression", label_smoothing=0.1)
 
 
 def test_an_unknown_name_gives_the_nearest() -> None:

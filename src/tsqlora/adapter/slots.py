@@ -115,7 +115,11 @@ def find_slots(model: nn.Module) -> dict[str, Slots]:
 
 
 def active_ranks(model: nn.Module) -> dict[str, int]:
-    """Each layer's rank as it is now, by the layer's name in the base model."""
+    """Each layer's rank as it is now, by the layer's name in the base model.
+
+    Raises UnsupportedError for a model without slots, as after training (`RankCallback.final` has its ranks) and
+    `finalize` (`peft_config` has them: `r`, `rank_pattern`).
+    """
     return {name: slots.rank for name, slots in find_slots(model).items()}
 
 

@@ -189,12 +189,14 @@ class QualitySettings(Section):
 
 
 class RankSettings(Section):
-    policy: str = setting("tsqlora", "How ranks are chosen and change.")
+    policy: str = setting("tsqlora", "How ranks change: tsqlora, by sensitivity; fixed, not after the first ones.")
     mean: float = setting(8.0, "Rank of a uniform LoRA of the same number of parameters.", gt=0, le=65536)
     min: int = setting(1, "Least rank of a layer; 0 may remove it.", ge=0)
     max: int | None = setting(None, "Greatest rank of a layer; null is twice the mean.", ge=1, le=65536)
     gamma: float = setting(1.0, "Ranks follow sensitivity to this power; 0 is uniform.", ge=0)
-    estimator: str = setting("sampled", "How a layer's sensitivity is measured.")
+    estimator: str = setting(
+        "sampled", "How a layer's sensitivity is measured: sampled, sensitivity, fisher, adapter, uniform, random."
+    )
     samples: int = setting(256, "Rows of the quality sample on which it is measured.", ge=1)
     interval: int | None = setting(None, "Optimizer steps between changes; null is 1/20 of the run, at least 10.", ge=1)
     warmup: float = setting(0.1, "Share of the run before ranks may change.", ge=0, lt=1)

@@ -76,9 +76,15 @@ def score(
         weights: of the terms in Q, by whose softmax rows are then drawn; a term with a weight is
             always measured. None draws evenly, and for classes first drops rows whose label
             seems wrong, if there is evidence of wrong labels (docs/quality.md).
+        temperature: of the softmax over Q; small is choosy.
         reject: whether such rows are dropped; None: without weights, and for classes.
         terms: what else to measure, by a name of TERMS, or as a function or Term of one's own. Gradients cost a
             backward pass, `loss_reduction` one more forward, `ifd` one of the targets alone.
+        scope: gradients of what trains ("adapter"), or of the whole target layers and the head ("full").
+        calibration: first correct a leaning of the logits to one class, or of numbers to one side.
+        batch_size: samples of a pass; scores do not depend on it but for rounding.
+        seed: of the reference rows that are drawn.
+        hashes: what each row holds, as a name of it: a scores' file tells by them whether its rows are still there.
         autocast: compute in this dtype; then terms are good to about two digits, and
             `loss_reduction`, a small difference, is refused.
         ids: the place of each row in the file that it comes from, for the scores' own file.
@@ -87,6 +93,7 @@ def score(
         journal: a folder in which what is measured is kept. If the process ends before it is
             done, the same call goes on there and gives the same scores; delete it when they
             are saved. It needs `hashes`.
+        progress: told (phase, rows done, rows in all) as it goes.
 
     Raises NotLearnedError for a model at chance, whose scores would rank nothing;
     UnsupportedError naming what cannot be scored exactly; SettingsError.

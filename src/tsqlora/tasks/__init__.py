@@ -1,5 +1,6 @@
 """What a task needs: a loss for each sample; where a sample has one answer, chance level, calibration and metrics."""
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -83,12 +84,14 @@ NOT_BUILT = (
 def get_task(name: str, **options: Any) -> Task:
     """The task of that name, made with its options (label_smoothing, class_weights).
 
-    Raises UnsupportedError for a task that is not built, SettingsError for an unknown name.
+    Raises UnsupportedError for a task that is not built, SettingsError for an unknown name or an option of another.
     """
     if name.replace("_", "-").replace(" ", "-") in NOT_BUILT:
         raise UnsupportedError(f"task.type {name} is not built; built are: {', '.join(sorted(TASKS))}")
     if name not in TASKS:
         raise SettingsError(f"unknown task.type '{name}'; {nearest(name, TASKS)}")
+    if foreign := options.keys() - inspect.signature(TASKS[name]).parameters.keys():
+        raise SettingsError(f"{min(foreign)} is not of {name}; leave it out")
     return TASKS[name](**options)
 
 

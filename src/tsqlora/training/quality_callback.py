@@ -73,12 +73,18 @@ class QualityCallback(TrainerCallback):
         guard: where the rows that Q draws would teach less than random ones (`quality/guard.py`), the scores'
             record says so, a warning is given, and the kept rows are drawn at random.
         task: needed only where training has a loss of its own (class weights, a custom one).
+        seed: of the reference rows.
+        hashes, progress: as in `tsqlora.score`.
         about: what else the scores' record should say.
         scores_path: where scores are written; by default scores.parquet in the output_dir.
         collate: makes the batches that are scored; by default the Trainer's own, of which each row is a sample.
 
     Scores are computed in training's precision, unless `loss_reduction` is measured: that
     is a small difference, and needs float32.
+
+    Raises SettingsError for options that mean nothing together, at once; before the first step SettingsError or
+    UnsupportedError naming what of the training cannot be scored or drawn; at its end TsqLoraError where no row was
+    ever scored.
     """
 
     def __init__(
