@@ -120,12 +120,14 @@ def test_a_plan_of_scoring_shows_rows_batches_and_passes() -> None:
     plan = {
         "rows": 1_000_000,
         "batches": 31_250,
+        "held_out": 111_111,
         "memory_bytes": 3 * 2**30,
         "disk_bytes": 2**30,
         "passes": {"scoring": {"forward": 2_001_024, "backward": 1_000_512}},
     }
     text = shown(show_scoring_plan, plan)
     assert "1,000,000 in 31,250 batches" in text
+    assert "111,111 rows for validation, which are not scored" in text
     assert "about 3,072 MiB" in text
     assert "at most 1,024 MiB" in text
     assert "2,001,024" in text
