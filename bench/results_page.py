@@ -3,6 +3,7 @@
 `--check` compares the page alone: plots depend on the version of matplotlib, too.
 """
 
+import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -45,6 +46,8 @@ from tsqlora.compare.cells import Entry
 from tsqlora.compare.table import rows_of
 
 PAGE = PLOTS.parent / "results.md"
+FLOAT32 = "glue_float32.json"
+"""Beside the results' folder: cells that were made again on a machine without bfloat16."""
 REFERENCES = ("lora+all", "lora+random")
 
 
@@ -66,7 +69,8 @@ def page() -> str:
     for kind in kinds(found):
         parts.append(f"### {title_of(kind)}\n\n{markdown(over_tasks(found, kind))}")
     parts.append("## Task by task\n\n" + TASK_BY_TASK)
-    parts += [f"### {name_of(block)}\n\n{markdown(table(block))}" for block in found]
+    parts += [f"### {name_of(block)}\n\n{markdown(table(block))}{in_float32(block)}" for block in found]
+    parts.append(f"## Precision\n\n{PRECISION}\n{markdown(precisions(found))}")
     old = sum(map(glue.stale, swept))
     parts.append(f"## Learning rates\n\n{LEARNING_RATES.format(cells=len(swept), old=old)}\n{markdown(rates(swept))}")
     images = (f"![Points against LoRA on all rows, by {label}](plots/{name}.svg)" for name, (label, _) in COSTS.items())
@@ -110,6 +114,10 @@ Accuracy on 600 validation rows after training on 1,000 clean rows of SST-2, in 
 brackets); of the rates that most seeds tried the best one is used everywhere. {cells} trainings, {old} of them by older
 code, which made other numbers: those were not run anew.
 """
+PRECISION = """\
+Cells are of bfloat16 autocast where the machine that made them has it, else of float32: which, is said below each
+table. Settings and rows are the same, so both count. LoRA on all rows in both:
+"""
 PLOTTED = """\
 A dot is a way to train in a block: its mean over the seeds that it and LoRA on all rows have; by seconds, over those
 whose seconds are shown above. Rows that are trained on are as many for all at equal steps, but for the last batch of an
@@ -132,6 +140,32 @@ def _left_out() -> str:
     why = Counter(hidden(cell, chosen()["rates"]) for cell in cells)
     found = [f"{count} {reason}" for reason, count in sorted(why.items(), key=str) if reason is not None]
     return f" Stored and not shown are {'; '.join(found)}.\n" if found else "\n"
+
+
+def in_float32(block: Block) -> str:
+    """Which of its cells are of another precision than the others; nothing where all are of one."""
+    kinds_of = {cell["bf16"] for cell in block["cells"].values() if "bf16" in cell}
+    if len(kinds_of) < 2:
+        return ""
+    seeds = {name: [seed_of(c) for c in cells if not c.get("bf16", True)] for name, cells in by_entry(block).items()}
+    named = [f"`{name}` (seed{'s' * (len(of) > 1)} {', '.join(map(str, of))})" for name, of in seeds.items() if of]
+    return f"\nIn float32, the others in bfloat16: {'; '.join(named)}.\n"
+
+
+def precisions(found: Sequence[Block]) -> list[list[str]]:
+    """The cells that were made in float32, too, beside those of their block."""
+    rows = [["", "seed", "bfloat16", "float32", "difference"]]
+    path = glue.RESULTS.parent / FLOAT32
+    again = json.loads(path.read_text())["blocks"] if path.exists() else {}
+    for block in found:
+        for name, cell in again.get(glue.Block(**_plain(block)).name, {}).items():
+            both = [100 * c["metrics"]["test"][block["block"]["metric"]] for c in (block["cells"][name], cell)]
+            rows.append([name_of(block), str(seed_of(cell)), *(f"{p:.1f}" for p in both), f"{both[1] - both[0]:+.1f}"])
+    return rows
+
+
+def _plain(block: Block) -> dict[str, Any]:
+    return {name: value for name, value in block["block"].items() if name != "metric"}
 
 
 def missing(found: Sequence[Block]) -> list[list[str]]:

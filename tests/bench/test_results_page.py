@@ -223,3 +223,14 @@ def test_every_plot_says_which_seeds_and_commits_it_is_of(results: Path, monkeyp
         text = (results / "plots" / f"{name}.svg").read_text()
         assert "seeds 2; code beef000, c0ffee0" in text
     assert "rows trained on, repeats counted" in (results / "plots" / "samples.svg").read_text()
+
+
+def test_cells_of_another_precision_are_named_and_what_it_makes_is_shown(results: Path) -> None:
+    wide = [a_cell("eva+all", seed=seed) | {"bf16": False} for seed in (0, 1)]
+    put(results, SST2, a_cell() | {"bf16": True}, *wide)
+    assert "In float32, the others in bfloat16: `eva+all` (seeds 0, 1)." in section("### SST-2")
+    again = {"blocks": {SST2.name: {"0": a_cell(points=80.4) | {"bf16": False}}}}
+    (results.parent / results_page.FLOAT32).write_text(json.dumps(again))
+    assert row(section("## Precision"), "SST-2")[1:] == ["0", "80.0", "80.4", "+0.4"]
+    put(results, SST2, a_cell() | {"bf16": True})
+    assert "In float32" not in section("### SST-2")

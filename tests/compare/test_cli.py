@@ -109,5 +109,5 @@ def test_numbers_that_chose_themselves_and_cells_of_several_codes_are_told(capsy
     show_comparison(Console(width=200), result | about)
     out = capsys.readouterr().out
     assert "There are no test rows: the numbers of the first seed are of the validation rows that chose its rate" in out
-    assert f"different code: commit {'a' * 12}, {'b' * 12}-dirty; another --out makes all anew" in out
-    assert "different code: torch 2.8, 2.9;" in out
+    assert f"not made alike: commit {'a' * 12}, {'b' * 12}-dirty; another --out makes all anew" in out
+    assert "not made alike: torch 2.8, 2.9;" in out

@@ -70,14 +70,18 @@ def _row(
 
 
 def differing(found: Iterable[Found]) -> dict[str, list[str]]:
-    """By what code cells were made, where it is not the same for all: commits, and versions of libraries.
+    """How cells were made, where it is not the same for all: commits, versions of libraries, and the precision.
 
-    >>> differing([{"commit": "a", "versions": {"torch": "2"}}, {"commit": "b", "versions": {"torch": "2"}}])
-    {'commit': ['a', 'b']}
+    The last one follows the machine, where settings leave it open.
+
+    >>> differing([{"commit": "a", "bf16": True}, {"commit": "b", "bf16": False}])
+    {'commit': ['a', 'b'], 'precision': ['bfloat16', 'float32']}
     """
     known: dict[str, set[str]] = {}
     for cell in found:
         made_by = {"commit": cell.get("commit") or "an installed package", **cell.get("versions", {})}
+        if "bf16" in cell:  # a failed cell may have none
+            made_by["precision"] = "bfloat16" if cell["bf16"] else "float32"
         for name, value in made_by.items():
             known.setdefault(name, set()).add(str(value))
     return {name: sorted(values) for name, values in known.items() if len(values) > 1}
@@ -133,9 +137,7 @@ def show_comparison(console: Console, result: Mapping[str, Any]) -> None:
     console.print(cost)
     for name, values in result.get("differing", {}).items():
         told = ", ".join(map(short, values) if name == "commit" else values)
-        console.print(
-            f"cells were made with different code: {name} {told}; another --out makes all anew", soft_wrap=True
-        )
+        console.print(f"cells were not made alike: {name} {told}; another --out makes all anew", soft_wrap=True)
     if result.get("sweep") and split == "validation":
         console.print(CHOSEN_ON_SHOWN, soft_wrap=True)
     console.print(f"cells are in {result['out']}/cells", soft_wrap=True, highlight=False, markup=False)
