@@ -7,15 +7,9 @@ from typing import Any
 
 import torch
 
-import tsqlora
-from tsqlora.compare.run import commit_of
+from tsqlora.compare.run import commit
 
-COMMIT = commit_of(Path(tsqlora.__file__).parent)
-
-
-def commit() -> str | None:
-    """Of the code that is imported, which may be hours before the last cell ends."""
-    return COMMIT
+commit()  # now, when the code is imported, and not hours later
 
 
 def machine() -> dict[str, Any]:

@@ -119,6 +119,15 @@ def test_a_commit_is_that_of_the_package_and_says_where_it_was_changed(tmp_path:
     assert asked() == f"{clean}-dirty"
 
 
+def test_the_commit_is_asked_for_before_the_first_cell_and_then_stays() -> None:
+    """Cells of hours begin in processes that come from one, whose code was imported before the first of them."""
+    asked = (
+        "import tsqlora.compare.preload; from tsqlora.compare.run import commit; print(commit.cache_info().currsize)"
+    )
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1"]
+
+
 def test_a_cell_has_the_same_result_again_and_its_seed_decides_it(place: Path) -> None:
     once, again, other = (run_cell(settings(place), cell_of("lora+random", s), equal="steps") for s in (0, 0, 1))
     assert once["metrics"] == again["metrics"]

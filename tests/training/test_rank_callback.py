@@ -1,7 +1,7 @@
 import copy
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -666,10 +666,10 @@ def test_first_ranks_from_no_rows_are_refused_at_once(samples: int) -> None:
 
 
 def test_copies_of_the_model_are_refused() -> None:
-    args: Any = SimpleNamespace(n_gpu=2)
+    args, nothing = cast(Any, SimpleNamespace(n_gpu=2)), cast(Any, None)
     for callback in (tsq.RankCallback(), tsq.QualityCallback(tsq.QualitySubset(ROWS))):
         with pytest.raises(tsq.UnsupportedError, match=r"2 GPUs in one process .* CUDA_VISIBLE_DEVICES=0"):
-            callback.on_train_begin(args, None, None)  # type: ignore[arg-type]
+            callback.on_train_begin(args, nothing, nothing)
 
 
 def test_an_optimizer_that_cannot_be_served_is_refused_at_the_first_step(tmp_path: Path) -> None:

@@ -4,3 +4,6 @@ from tsqlora.noise import quieten
 
 quieten()
 import tsqlora.compare.preflight  # noqa: E402, F401
+from tsqlora.compare.run import commit  # noqa: E402
+
+commit()

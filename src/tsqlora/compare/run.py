@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,9 +48,7 @@ def run_cell(
     as by diverging, is a result too: `failed` says how. Settings that are wrong raise.
     """
     settings = settings_of(config, cell, {})
-    # Asked now, not hours later: of the code that was just imported.
-    about = {"settings": settings.model_dump(), "commit": commit_of(_PACKAGE)}
-    found: dict[str, Any] = {"cell": cell.to_dict(), "equal": equal, **about}
+    found: dict[str, Any] = {"cell": cell.to_dict(), "equal": equal, "settings": settings.model_dump()}
     steps = 0
     if seconds is not None:
         with _failure_in(found):
@@ -76,6 +75,7 @@ def run_cell(
         "task": job.task.name,
         "notes": record.notes,
         "versions": record.versions,
+        "commit": commit(),
     }
 
 
@@ -238,6 +238,12 @@ def _scoring_seconds(
 # ------------------------------------------------------------------------------------- origin
 
 _PACKAGE = Path(__file__).parents[1]
+
+
+@cache
+def commit() -> str | None:
+    """Of the code that is imported: as it was when first asked, which `preload` does, hours before the last cell."""
+    return commit_of(_PACKAGE)
 
 
 def commit_of(package: Path) -> str | None:
