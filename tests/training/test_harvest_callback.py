@@ -1,6 +1,8 @@
 """Terms from training's own passes, in a stock Trainer."""
 
 import json
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,28 @@ def test_a_training_that_failed_leaves_nothing_for_the_next(tmp_path: Path) -> N
     trainer.train()
     assert not data._listeners
     assert pq.read_table(tmp_path / "harvest.parquet")["loss"].null_count == 0
+
+
+@pytest.mark.parametrize("kind", [tsq.HarvestCallback, InfoBatchCallback])
+def test_after_ctrl_c_another_trainer_of_the_same_model_trains_as_if_there_had_been_none(
+    kind: Callable[[tsq.QualitySubset], TrainerCallback], tmp_path: Path
+) -> None:
+    """As in a notebook, which keeps the frames of the last error, and with them the Trainer."""
+
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    model, kept, hooks = slotted_bert(), [], []
+    for more in ([Interrupt()], []):
+        data = tsq.QualitySubset(DATA, 1.0)
+        kept.append(make_trainer(model, data, tmp_path, [kind(data), *more], num_train_epochs=2))
+        with pytest.raises(KeyboardInterrupt) if more else nullcontext():
+            kept[-1].train()
+        hooks.append(len(model._forward_hooks))
+    assert hooks[0] > hooks[1] == 0
+    assert not any(trainer.train_dataset._listeners for trainer in kept)
 
 
 def test_rows_without_the_column_are_refused_with_its_name(tmp_path: Path) -> None:

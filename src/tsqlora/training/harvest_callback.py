@@ -16,7 +16,7 @@ from tsqlora.gradients.sites import Scope
 from tsqlora.quality.harvest import Harvest
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.tasks import Task, require_answers
-from tsqlora.training.row_weights import labels_of, require_rows_seen, trained_task
+from tsqlora.training.row_weights import labels_of, require_rows_seen, take_over, trained_task
 
 HARVEST_FILE = "harvest.parquet"
 
@@ -53,7 +53,7 @@ class HarvestCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._watching.close()
+        take_over(kwargs["model"], "HarvestCallback", self._watching)
         require_rows_seen(args, "HarvestCallback")
         if args.world_size > 1:
             raise SettingsError("HarvestCallback knows one process's rows only; leave it out with several processes")

@@ -6,7 +6,7 @@ The loss that the Trainer logs stays the one without weights.
 """
 
 import weakref
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -53,7 +53,7 @@ class RowWeights:
 
     def begin(self, args: TrainingArguments, model: nn.Module) -> None:
         """On train begin.  Raises SettingsError or UnsupportedError naming what hides rows or logits."""
-        self.stop()
+        take_over(model, self.name, self._open)
         require_rows_seen(args, self.name)
         distributed.refuse_copies(args.n_gpu)
         if args.torch_compile or is_compiled_module(model):
@@ -142,6 +142,22 @@ class RowWeights:
             f"training's loss does not come by way of the model's logits, where {self.name} weighs rows; use a loss of "
             "the logits, or leave it out"
         )
+
+
+def take_over(model: nn.Module, name: str, hung: ExitStack) -> None:
+    """On train begin: takes down what a training of the model that failed, or was interrupted, left on it.
+
+    Its Trainer may be alive still, as in a notebook, which keeps the frames of the last error.
+    `hung` is what `name` will hang on the model in this one.
+    """
+    of_model = _HUNG.setdefault(model, weakref.WeakValueDictionary())
+    for left in (of_model.get(name, hung), hung):
+        left.close()
+    of_model[name] = hung
+
+
+_HUNG: MutableMapping[nn.Module, MutableMapping[str, ExitStack]] = weakref.WeakKeyDictionary()
+"""By model and name; it keeps neither the model nor what hangs on it alive."""
 
 
 def require_rows_seen(args: TrainingArguments, name: str) -> None:
