@@ -3,7 +3,6 @@
 `--check` compares the page alone: plots depend on the version of matplotlib, too.
 """
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,13 +25,16 @@ from results_shown import (
     chosen,
     commit_of,
     hidden,
+    in_float32_too,
+    is_bf16,
     kind_of,
     kinds,
+    loss_shares,
     measured,
     of_kind,
     over,
+    pairs,
     passes,
-    points,
     quiet,
     rank_of,
     seed_of,
@@ -43,11 +45,10 @@ from results_shown import (
 from tables import markdown
 
 from tsqlora.compare.cells import Entry
+from tsqlora.compare.statistics import verdict
 from tsqlora.compare.table import rows_of
 
 PAGE = PLOTS.parent / "results.md"
-FLOAT32 = "glue_float32.json"
-"""Beside the results' folder: cells that were made again on a machine without bfloat16."""
 REFERENCES = ("lora+all", "lora+random")
 
 
@@ -67,7 +68,7 @@ def page() -> str:
     parts.append(f"## What is missing\n\n{MISSING}{_left_out()}\n{markdown(missing(found))}")
     parts.append("## Over tasks\n\n" + OVER_TASKS)
     for kind in kinds(found):
-        parts.append(f"### {title_of(kind)}\n\n{markdown(over_tasks(found, kind))}")
+        parts.append(f"### {title_of(kind)}\n\n{markdown(over_tasks(found, kind))}{of_two_precisions(found, kind)}")
     parts.append("## Task by task\n\n" + TASK_BY_TASK)
     parts += [f"### {name_of(block)}\n\n{markdown(table(block))}{in_float32(block)}" for block in found]
     parts.append(f"## Precision\n\n{PRECISION}\n{markdown(precisions(found))}")
@@ -106,9 +107,13 @@ OVER_TASKS = """\
 Differences in points of the metric (accuracy; Spearman's correlation for STS-B; Matthews' for CoLA): of each seed the
 mean over the *tasks* that both sides have, and of these the mean over the seeds that have all those tasks (how many, in
 brackets; "–" where none has). *Worst* is the lowest of one task and seed among them. Rows of other tasks cannot be
-ranked beside each other.
+ranked beside each other. *Loss* is by how many percent the test loss is higher, in the mean over tasks: a metric of
+classes does not see how sure a model is of what it gets wrong, and the loss does.
 """
-TASK_BY_TASK = "Points of the metric. *Seeds* are those that are finished, and those that failed.\n"
+TASK_BY_TASK = """\
+Points of the metric, and the loss on test rows (cross-entropy; of STS-B the squared error). *Seeds* are those that are
+finished, and those that failed.
+"""
 LEARNING_RATES = """\
 Accuracy on 600 validation rows after training on 1,000 clean rows of SST-2, in the mean over seeds (how many, in
 brackets); of the rates that most seeds tried the best one is used everywhere. {cells} trainings, {old} of them by older
@@ -116,7 +121,8 @@ code, which made other numbers: those were not run anew.
 """
 PRECISION = """\
 Cells are of bfloat16 autocast where the machine that made them has it, else of float32: which, is said below each
-table. Settings and rows are the same, so both count. LoRA on all rows in both:
+table. Settings and rows are the same, so both count; where LoRA on all rows was made in both, a cell is compared with
+the one of its own precision. Those are:
 """
 PLOTTED = """\
 A dot is a way to train in a block: its mean over the seeds that it and LoRA on all rows have; by seconds, over those
@@ -144,10 +150,9 @@ def _left_out() -> str:
 
 def in_float32(block: Block) -> str:
     """Which of its cells are of another precision than the others; nothing where all are of one."""
-    kinds_of = {cell["bf16"] for cell in block["cells"].values() if "bf16" in cell}
-    if len(kinds_of) < 2:
+    if len({is_bf16(cell) for cell in block["cells"].values()}) < 2:
         return ""
-    seeds = {name: [seed_of(c) for c in cells if not c.get("bf16", True)] for name, cells in by_entry(block).items()}
+    seeds = {name: [seed_of(c) for c in cells if not is_bf16(c)] for name, cells in by_entry(block).items()}
     named = [f"`{name}` (seed{'s' * (len(of) > 1)} {', '.join(map(str, of))})" for name, of in seeds.items() if of]
     return f"\nIn float32, the others in bfloat16: {'; '.join(named)}.\n"
 
@@ -155,17 +160,12 @@ def in_float32(block: Block) -> str:
 def precisions(found: Sequence[Block]) -> list[list[str]]:
     """The cells that were made in float32, too, beside those of their block."""
     rows = [["", "seed", "bfloat16", "float32", "difference"]]
-    path = glue.RESULTS.parent / FLOAT32
-    again = json.loads(path.read_text())["blocks"] if path.exists() else {}
     for block in found:
-        for name, cell in again.get(glue.Block(**_plain(block)).name, {}).items():
-            both = [100 * c["metrics"]["test"][block["block"]["metric"]] for c in (block["cells"][name], cell)]
-            rows.append([name_of(block), str(seed_of(cell)), *(f"{p:.1f}" for p in both), f"{both[1] - both[0]:+.1f}"])
+        for (name, seed), cell in sorted(in_float32_too(block).items()):
+            before = next(c for c in by_entry(block)[name] if seed_of(c) == seed)
+            both = [100 * c["metrics"]["test"][block["block"]["metric"]] for c in (before, cell)]
+            rows.append([name_of(block), str(seed), *(f"{p:.1f}" for p in both), f"{both[1] - both[0]:+.1f}"])
     return rows
-
-
-def _plain(block: Block) -> dict[str, Any]:
-    return {name: value for name, value in block["block"].items() if name != "metric"}
 
 
 def missing(found: Sequence[Block]) -> list[list[str]]:
@@ -206,16 +206,21 @@ def table(block: Block) -> list[list[str]]:
     metric, of = block["block"]["metric"], by_entry(block)
     # The first is what others are compared with, also where it has no cell.
     compared = [Entry(*name.split("+")) for name in dict.fromkeys((REFERENCES[0], *of))]
-    shown = [["", metric, "minus `lora+all`", "", "seeds", "trainable", "passes", "seconds"]]
+    head = ["", metric, "minus `lora+all`", "", "loss", "over `lora+all`'s", "seeds", "trainable", "passes", "seconds"]
+    shown = [head]
     for row in rows_of(compared, list(block["cells"].values()), metric=metric):
-        cells, difference = worked(of.get(row["name"], ())), row.get("difference")
-        if row["name"] in of:
+        name, cells = row["name"], worked(of.get(row["name"], ()))
+        beside = over({"": block}, name, REFERENCES[0]).seeds
+        if name in of:
+            told = verdict(beside, REFERENCES[0]) if "difference" in row else row["verdict"]
             shown.append(
                 [
-                    _named(row["name"], [block]),
+                    _named(name, [block]),
                     _points(row["metrics"][metric], scale=100) if cells else "–",
-                    _points(difference, scale=100, sign="+") if difference else "–",
-                    row["verdict"].replace("lora+all", "`lora+all`"),
+                    _points(asdict(beside), sign="+") if beside else "–",
+                    told.replace("lora+all", "`lora+all`"),
+                    f"{row['metrics']['loss']['mean']:.3f}" if cells else "–",
+                    _percent(over({"": block}, name, REFERENCES[0], loss_shares)),
                     _seeds(row),
                     _range([trainable(cell) for cell in cells], "{:,}"),
                     f"{np.mean([passes(cell) for cell in cells]):,.0f}" if cells else "–",
@@ -242,6 +247,10 @@ def _points(value: Mapping[str, Any], *, scale: float = 1.0, sign: str = "") -> 
     return shown if value["half"] is None else f"{shown} ± {scale * value['half']:.1f}"
 
 
+def _percent(share: Over) -> str:
+    return f"{_points(asdict(share.seeds), sign='+')} %" if share.seeds else "–"
+
+
 def _s(several: Sequence[Any]) -> str:
     return "" if len(several) == 1 else "s"
 
@@ -252,15 +261,25 @@ def _s(several: Sequence[Any]) -> str:
 def over_tasks(found: Sequence[Block], kind: tuple[Any, ...]) -> list[list[str]]:
     """Differences over tasks from LoRA on all rows and on a random half."""
     of = of_kind(found, kind)
-    measured_points = {task: points(block) for task, block in of.items()}
-    rows = [["", *(column for other in REFERENCES for column in (f"minus `{other}`", "tasks", "worst"))]]
+    columns = (column for other in REFERENCES for column in (f"minus `{other}`", "tasks", "worst"))
+    rows = [["", *columns, "loss, over `lora+all`'s"]]
     for name in _names(of.values()):
         row = [_named(name, of.values())]
         for other in REFERENCES:
-            difference = over(measured_points, name, other)
+            difference = over(of, name, other)
             row += [*_told(difference), "–" if difference.worst is None else f"{difference.worst:+.1f}"]
-        rows.append(row)
+        rows.append([*row, _percent(over(of, name, REFERENCES[0], loss_shares))])
     return rows
+
+
+def of_two_precisions(found: Sequence[Block], kind: tuple[Any, ...]) -> str:
+    """How many of the pairs that are subtracted are of two precisions; nothing where none is."""
+    said = []
+    for other in REFERENCES:
+        beside = [p for b in of_kind(found, kind).values() for n in by_entry(b) for p in pairs(b, n, other).values()]
+        if mixed := sum(is_bf16(ours) != is_bf16(theirs) for ours, theirs in beside):
+            said.append(f"{mixed} of {len(beside)} from `{other}`")
+    return f"\nOf two precisions are, of the differences of a task and seed, {' and '.join(said)}.\n" if said else ""
 
 
 def summary(*, rows: int, mean: int) -> list[list[str]]:
@@ -276,7 +295,7 @@ def summary(*, rows: int, mean: int) -> list[list[str]]:
             shares = [share for block in all_blocks for share in shares_of(block).get(name, ())]
             row = [_named(name, all_blocks), _range(shares, "{:.2f}")]
             for by_task in of.values():
-                row += _told(over({task: points(b) for task, b in by_task.items()}, name, REFERENCES[0]))
+                row += _told(over(by_task, name, REFERENCES[0]))
             shown.append(row)
     return shown
 

@@ -5,9 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from results_shown import blocks, by_entry, commit_of, passes, points, quiet, rank_of, seed_of, trainable, worked
-
-from tsqlora.compare.statistics import paired
+from results_shown import blocks, by_entry, commit_of, differences, passes, quiet, rank_of, seed_of, trainable, worked
 
 PLOTS = Path(__file__).parents[1] / "docs" / "plots"
 COLOURS = ("#000000", "#e69f00", "#0072b2", "#56b4e9", "#009e73", "#d55e00", "#cc79a7", "#999933")
@@ -41,18 +39,18 @@ def dots_of(plot: str) -> list[Dot]:
     """Of seconds, the seeds alone that ran beside nothing else."""
     cost, found = COSTS[plot][1], list[Dot]()
     for block in blocks():
-        of, cells = points(block), by_entry(block)
-        for entry in of.keys() - {REFERENCE}:
+        cells = by_entry(block)
+        for entry in cells.keys() - {REFERENCE}:
             ours = quiet(worked(cells[entry])) if plot == "seconds" else worked(cells[entry])
-            theirs = of.get(REFERENCE, {})
-            ours = [cell for cell in ours if seed_of(cell) in theirs]
-            difference = paired({seed_of(cell): of[entry][seed_of(cell)] for cell in ours}, theirs)
-            if difference is not None:
+            difference = differences(block, entry, REFERENCE)
+            ours = [cell for cell in ours if seed_of(cell) in difference]
+            if ours:
                 seeds = {seed_of(cell) for cell in ours}
                 both = (*ours, *(cell for cell in cells[REFERENCE] if seed_of(cell) in seeds))
                 mean = float(np.mean([cost(cell) for cell in ours]))
                 commits = {commit_of(cell) for cell in both}
-                found.append(Dot(entry, block["block"]["wrong"], mean, difference.mean, seeds, commits))
+                gained = float(np.mean([difference[seed] for seed in sorted(seeds)]))
+                found.append(Dot(entry, block["block"]["wrong"], mean, gained, seeds, commits))
     return sorted(found, key=lambda dot: (rank_of(dot.entry), dot[1:4]))
 
 

@@ -1,7 +1,7 @@
 """Which cells of bench/results/glue are shown, and what they say together."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import glue
@@ -17,8 +17,10 @@ BUSY = ("02d971b", "4c33c59", "42f6d1b", "b914094", "91b3822")
 
 Cell = Mapping[str, Any]
 Block = Mapping[str, Any]
-Points = Mapping[str, Mapping[int, float]]
-"""Of the metric, by entry and seed."""
+What = Callable[[Block, str, str], Mapping[int, float]]
+"""Of a block and two of its entries, by seed: `differences` or `loss_shares`."""
+FLOAT32 = "glue_float32.json"
+"""Beside the results' folder: cells that were made again on a machine without bfloat16."""
 
 
 # ------------------------------------------------------------------------------ what is shown
@@ -91,13 +93,46 @@ def by_entry(block: Block) -> dict[str, list[Cell]]:
     return {name: sorted(found[name], key=seed_of) for name in sorted(found, key=rank_of)}
 
 
-def points(block: Block) -> dict[str, dict[int, float]]:
-    """Points of the metric on test rows, by entry and seed; an entry of which every seed failed has none."""
+def pairs(block: Block, name: str, other: str) -> dict[int, tuple[Cell, Cell]]:
+    """An entry's cell and another's of each seed that both have; of one precision where the other was made in both."""
+    of, again = by_entry(block), in_float32_too(block)
+    theirs = {seed_of(cell): cell for cell in worked(of.get(other, ()))}
+    found = {}
+    for cell in worked(of.get(name, ())):
+        if (seed := seed_of(cell)) in theirs:
+            beside = theirs[seed] if is_bf16(cell) else again.get((other, seed), theirs[seed])
+            found[seed] = (cell, beside)
+    return found
+
+
+def in_float32_too(block: Block) -> dict[tuple[str, int], Cell]:
+    """Cells that were made again on a machine without bfloat16, by entry and seed."""
+    path = glue.RESULTS.parent / FLOAT32
+    of = json.loads(path.read_text())["blocks"] if path.exists() else {}
+    plain = {name: value for name, value in block["block"].items() if name != "metric"}
+    return {(glue.entry_of(cell), seed_of(cell)): cell for cell in of.get(glue.Block(**plain).name, {}).values()}
+
+
+def is_bf16(cell: Cell) -> bool:
+    """A cell of before that was told had bfloat16."""
+    return cell.get("bf16", True)
+
+
+def differences(block: Block, name: str, other: str) -> dict[int, float]:
+    """One entry minus another in points of the metric on test rows, by seed."""
     metric = block["block"]["metric"]
-    return {
-        name: {seed_of(c): 100 * c["metrics"]["test"][metric] for c in worked(cells)}
-        for name, cells in by_entry(block).items()
-    }
+    of = pairs(block, name, other)
+    return {seed: 100 * (_test(ours)[metric] - _test(theirs)[metric]) for seed, (ours, theirs) in of.items()}
+
+
+def loss_shares(block: Block, name: str, other: str) -> dict[int, float]:
+    """How far one entry's test loss is above another's, in percent, by seed."""
+    of = pairs(block, name, other)
+    return {seed: 100 * (_test(ours)["loss"] / _test(theirs)["loss"] - 1) for seed, (ours, theirs) in of.items()}
+
+
+def _test(cell: Cell) -> Mapping[str, float]:
+    return cell["metrics"]["test"]
 
 
 def seed_of(cell: Cell) -> int:
@@ -148,21 +183,19 @@ class Over(NamedTuple):
     """Of all tasks and those seeds."""
 
 
-def over(of: Mapping[str, Points], name: str, other: str) -> Over:
-    """One entry minus another, of points by task.
+def over(of: Mapping[str, Block], name: str, other: str, what: What = differences) -> Over:
+    """One entry beside another, of blocks by task: by seed the mean over the tasks that both have.
 
     Seeds are draws, tasks are not: the interval is over seeds, each the mean over the same tasks.
-
-    >>> over({"sst2": {"eva+all": {0: 81.0, 1: 83.0}, "lora+all": {0: 80.0, 1: 80.0}}}, "eva+all", "lora+all").worst
-    1.0
     """
-    tasks = [task for task in of if of[task].get(name) and of[task].get(other)]
+    tasks = [task for task, block in of.items() if all(worked(by_entry(block).get(n, ())) for n in (name, other))]
     if not tasks or name == other:
         return Over([], None, None)
-    seeds = set.intersection(*(of[task][name].keys() & of[task][other].keys() for task in tasks))
+    by_task = [what(of[task], name, other) for task in tasks]
+    seeds = set.intersection(*(set(by_seed) for by_seed in by_task))
     if not seeds:
         return Over(tasks, None, None)
-    found = [[of[task][name][seed] - of[task][other][seed] for task in tasks] for seed in sorted(seeds)]
+    found = [[by_seed[seed] for by_seed in by_task] for seed in sorted(seeds)]
     return Over(tasks, interval([float(np.mean(of_seed)) for of_seed in found]), min(map(min, found)))
 
 

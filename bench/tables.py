@@ -105,17 +105,22 @@ LEARNED = {
 
 
 def selection_learned(results: Mapping[str, Any]) -> list[list[str]]:
-    """The same with 20 % wrong labels and half of the rows, for the tasks that were learned: together, and each."""
+    """The same with 20 % wrong labels and half of the rows, for the tasks that were learned: together, and each.
+
+    The test loss in per cent of the other's, too.
+    """
     runs = {(r, c): a for (r, c), a in _selection(results).items() if (c[1], c[3]) == (0.2, 0.5)}
-    rows = [["tasks", "rule", "minus", "cells", "mean", "95 % interval", "worst cell"]]
+    loss = _selection(results, "loss")
+    rows = [["tasks", "rule", "minus", "cells", "mean", "95 % interval", "worst cell", "test loss", "95 % interval"]]
     for tasks in (("sst2", "bbc"), ("sst2",), ("bbc",)):
         for rule, others in LEARNED.items():
             for other in others:
                 of = {c: a for (r, c), a in runs.items() if r == rule and c[0] in tasks and (other, c) in runs}
                 if of:
-                    rows.append(
-                        [", ".join(tasks), rule, other, *_paired({c: a - runs[other, c] for c, a in of.items()})]
-                    )
+                    gains = _paired({c: a - runs[other, c] for c, a in of.items()})
+                    losses = np.array([100 * (loss[rule, c] / loss[other, c] - 1) for c in of])
+                    lost = [f"{losses.mean():+.0f} %", _interval(losses, 0)]
+                    rows.append([", ".join(tasks), rule, other, *gains, *lost])
     return rows
 
 
@@ -136,9 +141,9 @@ def _interval(values: np.ndarray, digits: int) -> str:
 Cell = tuple[str, float, int, float]
 
 
-def _selection(results: Mapping[str, Any]) -> dict[tuple[str, Cell], float]:
+def _selection(results: Mapping[str, Any], metric: str = "accuracy") -> dict[tuple[str, Cell], float]:
     runs = results["results"].values()
-    return {(r["rule"], (r["task"], r["wrong"], r["seed"], r["fraction"])): r["test"]["accuracy"] for r in runs}
+    return {(r["rule"], (r["task"], r["wrong"], r["seed"], r["fraction"])): r["test"][metric] for r in runs}
 
 
 def _rules(runs: Mapping[tuple[str, Cell], float]) -> list[str]:
@@ -262,7 +267,7 @@ def ranks_beside(results: Mapping[str, Any]) -> list[list[str]]:
         "random once": ("tsqlora", "once"),
         "static, random": ("static, sensitivity", "static, EVA"),
         "tsqlora": ("tsqlora, no band", "tsqlora, often", "tsqlora, frozen early"),
-        "once": ("once, adapter",),
+        "once": ("once, adapter", "tsqlora"),
     }
     rows = [["mean rank", "variant", "minus", *_OF_RANKS]]
     for other, variants in pairs.items():

@@ -23,8 +23,9 @@ from runs import make_rows, save_checkpoint, write_config, write_jsonl
 from tsqlora import cli, console
 from tsqlora.config import load_config
 from tsqlora.data.rows import read_rows
-from tsqlora.data.tokenise import sample_hash
+from tsqlora.data.tokenise import row_hash, sample_hash
 from tsqlora.gradients.sites import lora_layers
+from tsqlora.quality.scores import Scores
 from tsqlora.training.rank_callback import RankCallback
 
 COMMANDS = ("demo", "init", "train", "score", "select", "allocate", "evaluate", "predict", "report", "compare")
@@ -252,6 +253,16 @@ def test_a_run_directory_has_all_that_the_contract_names(trained: Path) -> None:
     assert record["rank_events"]
     assert "accuracy" in record["metrics"]["validation"]
     assert record["quality"]["used"] is True
+
+
+def test_the_id_of_a_score_is_the_rows_place_in_the_file_though_a_tenth_is_held_out(trained: Path) -> None:
+    rows = [json.loads(line) for line in (trained.parent / "train.jsonl").read_text().splitlines()]
+    scores = Scores.load(trained / "scores.parquet")
+    assert scores.ids is not None
+    assert scores.hashes is not None
+    assert len(scores) < len(rows)
+    columns = scores.record["columns"]
+    assert [row_hash(rows[place], columns) for place in scores.ids] == list(scores.hashes)
 
 
 def test_what_each_phase_cost_is_what_was_planned(trained: Path) -> None:

@@ -158,7 +158,7 @@ def what_arrives(config: Config) -> dict[str, Any]:
         arrived["asking"] = (asking.max_new_tokens, asking.beams)
         job.begin(loaded, args)
         data, arrived["quality"], _ = job.method(loaded, Path("scores.parquet"), None)
-        inspect.unwrap(job.harvesting)(config, data, Path("run"))
+        inspect.unwrap(job.harvesting)(loaded, data, Path("run"))
     del arrived["plan"], arrived["active_parameters"]
     return arrived
 

@@ -245,6 +245,7 @@ def quality_half(
         recheck=q.recheck,
         seed=job.config.training.seed,
         hashes=job.data.samples["train"].hashes,
+        ids=job.data.samples["train"].ids,
         about=about_rows(job.config, job.data),
         scores_path=scores_path,
         progress=progress,
@@ -291,10 +292,10 @@ def about_rows(config: Config, data: Prepared) -> dict[str, Any]:
     }
 
 
-def harvesting(config: Config, data: QualitySubset, run: Path) -> list[TrainerCallback]:
+def harvesting(job: Job, data: QualitySubset, run: Path) -> list[TrainerCallback]:
     """What keeps rows' terms from training's own passes, where that is asked for."""
-    q = config.quality
-    return [HarvestCallback(data, scope=q.scope, path=run / HARVEST_FILE)] if q.harvest else []
+    q, ids = job.config.quality, job.data.samples["train"].ids
+    return [HarvestCallback(data, scope=q.scope, ids=ids, path=run / HARVEST_FILE)] if q.harvest else []
 
 
 def fit_job(

@@ -75,7 +75,7 @@ def _train(
     if rows < config.training.batch_size:
         record.notes.append(_in_parts(config, rows))
     data, quality, ranks = method(job, run / SCORES_FILE, progress)
-    also = [WriteStart(run, config, record), *harvesting(config, data, run), stop]
+    also = [WriteStart(run, config, record), *harvesting(job, data, run), stop]
     fit_job(job, model, args, data, record, quality, ranks, progress, also=also, resume_from=checkpoint, run=run)
     if quality is not None:
         record.notes += what_to_note(quality, data)

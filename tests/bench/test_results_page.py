@@ -11,6 +11,7 @@ import pytest
 sys.path.append(str(Path(__file__).parents[2] / "bench"))
 glue: Any = importlib.import_module("glue")
 results_page: Any = importlib.import_module("results_page")
+results_shown: Any = importlib.import_module("results_shown")
 
 SST2, MRPC, STSB = (glue.Block(task, 2000, 0.2, 4) for task in ("sst2", "mrpc", "stsb"))
 SWEEP, NOW = glue.Block("sst2", 1000, 0.0, 4), "c0ffee0"
@@ -34,6 +35,7 @@ def a_cell(
     rate: float = 1e-3,
     commit: str = NOW,
     trainable: int = 169_730,
+    loss: float = 0.5,
 ) -> Any:
     """Of None points, one that failed."""
     method, policy = entry.split("+")
@@ -48,7 +50,7 @@ def a_cell(
     }
     if points is None:
         return found | {"failed": "the loss is not finite"}
-    values = {"accuracy": points / 100, "spearman": points / 100, "loss": 0.5}
+    values = {"accuracy": points / 100, "spearman": points / 100, "loss": loss}
     return found | {"metrics": {"validation": values, "test": values}, "parameters": {"trainable": trainable}}
 
 
@@ -230,7 +232,29 @@ def test_cells_of_another_precision_are_named_and_what_it_makes_is_shown(results
     put(results, SST2, a_cell() | {"bf16": True}, *wide)
     assert "In float32, the others in bfloat16: `eva+all` (seeds 0, 1)." in section("### SST-2")
     again = {"blocks": {SST2.name: {"0": a_cell(points=80.4) | {"bf16": False}}}}
-    (results.parent / results_page.FLOAT32).write_text(json.dumps(again))
+    (results.parent / results_shown.FLOAT32).write_text(json.dumps(again))
     assert row(section("## Precision"), "SST-2")[1:] == ["0", "80.0", "80.4", "+0.4"]
     put(results, SST2, a_cell() | {"bf16": True})
     assert "In float32" not in section("### SST-2")
+
+
+def test_a_cell_is_compared_with_the_one_of_its_own_precision(results: Path) -> None:
+    narrow = [a_cell(points=80.0, seed=seed) | {"bf16": True} for seed in range(3)]
+    wide = [a_cell("eva+all", 81.0, seed=seed) | {"bf16": False} for seed in range(3)]
+    put(results, SST2, *narrow, a_cell("lora+random", 80.0) | {"bf16": True}, *wide)
+    assert row(section("### SST-2"), "`eva+all`")[2] == "+1.0 ± 0.0"
+    assert "of a task and seed, 3 of 7 from `lora+all` and 1 of 5 from `lora+random`" in _over()
+    again = {str(seed): a_cell(points=80.5, seed=seed) | {"bf16": False} for seed in range(3)}
+    (results.parent / results_shown.FLOAT32).write_text(json.dumps({"blocks": {SST2.name: again}}))
+    assert row(section("### SST-2"), "`eva+all`")[2:4] == ["+0.5 ± 0.0", "better than `lora+all`"]
+    assert row(_over(), "`eva+all`")[1] == "+0.5 ± 0.0 (3 seeds)"
+    assert results_page.summary(rows=2000, mean=4)[-1][2] == "+0.5 ± 0.0 (3 seeds)"
+    assert "of a task and seed, 1 of 5 from `lora+random`" in _over()
+
+
+def test_the_loss_is_told_beside_the_metric(results: Path) -> None:
+    """A third more on one task and none on the other: a sixth more."""
+    put(results, SST2, a_cell(loss=0.6), a_cell("eva+all", loss=0.8))
+    put(results, MRPC, a_cell(loss=0.5), a_cell("eva+all", loss=0.5))
+    assert row(section("### SST-2"), "`eva+all`")[4:6] == ["0.800", "+33.3 %"]
+    assert row(_over(), "`eva+all`")[-1] == "+16.7 %"

@@ -284,18 +284,34 @@ def test_whose_seconds_are_shared_stays_the_same(config: Config, tmp_path: Path)
         compare(config, ["tsqlora", "lora"], seeds=[0], out=tmp_path / "out", equal="seconds", run=Fake())
 
 
+def as_writing(config: Config, **data: Any) -> Config:
+    """Of a model that writes, with rows to write on."""
+    task = config.task.model_copy(update={"type": "seq2seq"})
+    return config.model_copy(update={"task": task, "data": config.data.model_copy(update={"test": "t.jsonl"} | data)})
+
+
 def test_a_metric_that_validation_lacks_chooses_nothing(config: Config, tmp_path: Path) -> None:
     run = Fake()
-    writing = config.model_copy(update={"task": config.task.model_copy(update={"type": "seq2seq"})})
+    writing = as_writing(config)
     with pytest.raises(SettingsError, match="--metric 'rougeL' is not measured on validation rows"):
         compare(writing, ["lora"], seeds=[0], out=tmp_path / "out", sweep=[0.01, 0.02], metric="rougeL", run=run)
     assert not run.ran
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("lacking", [{"test": None}, {"format": "text"}])
+def test_a_text_metric_without_test_rows_or_targets_is_refused_before_a_training(
+    lacking: dict[str, Any], config: Config, tmp_path: Path
+) -> None:
+    run = Fake()
+    with pytest.raises(SettingsError, match="'rougeL' is of texts that are written on test rows, and there are none"):
+        compare(as_writing(config, **lacking), ["lora"], seeds=[0], out=tmp_path / "out", metric="rougeL", run=run)
+    assert not run.ran
+
+
 def test_a_text_metric_without_texts_is_told_and_the_cell_is_kept(config: Config, tmp_path: Path) -> None:
     run = Fake()
-    writing = config.model_copy(update={"task": config.task.model_copy(update={"type": "seq2seq"})})
+    writing = as_writing(config)
     with pytest.raises(SettingsError, match="--metric 'rougeL' is not measured on test rows"):
         compare(writing, ["lora"], seeds=[0], out=tmp_path / "out", metric="rougeL", run=run)
     assert len(run.ran) == 1

@@ -175,6 +175,16 @@ def test_a_training_that_diverges_is_a_result(place: Path) -> None:
     assert "not finite" in found["failed"]
 
 
+def test_seconds_that_are_too_few_are_a_result_and_end_no_comparison(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = run_cell(settings(place), cell_of("tsqlora"), equal="seconds", seconds=1e-4)
+    assert "no step fits into" in found["failed"]
+    monkeypatch.setattr("tsqlora.compare.run.steps_in", lambda *_: 3)
+    found = run_cell(settings(place), cell_of("tsqlora"), equal="seconds", seconds=9.0)
+    assert "no scored epoch would be left" in found["failed"]
+
+
 def test_one_that_diverges_in_its_trial_is_a_result_too(place: Path) -> None:
     found = run_cell(settings(place), Cell(Entry("full", "all"), 0, 1e20), equal="seconds", seconds=9.0)
     assert "not finite" in found["failed"]

@@ -427,6 +427,7 @@ def test_another_loss_than_the_models_own_is_noticed() -> None:
         ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
         ({"weights": {"loss": float("nan")}}, "the weight of 'loss' is nan; it must be a finite number"),
         ({"hashes": ["a"]}, "there are 1 hashes for 14 rows"),
+        ({"ids": np.arange(3)}, "there are 3 ids for 14 rows"),
     ],
 )
 def test_settings_without_a_meaning_are_refused_before_anything_is_computed(

@@ -147,6 +147,11 @@ class Plan:
         if metric not in (*task.measured, *written):
             options = nearest(metric, (*task.measured, *written))
             raise SettingsError(f"--metric '{metric}' is not measured for {task.name}; {options}")
+        if metric in written and (self.config.data.test is None or self.config.data.format == "text"):
+            raise SettingsError(
+                f"--metric '{metric}' is of texts that are written on test rows, and there are none that have a text "
+                f"to compare with; name data.test, with prompts and targets, or {nearest(metric, task.measured)}"
+            )
         if self.sweep and metric in written:
             raise SettingsError(
                 f"--metric '{metric}' is not measured on validation rows, by which --lr-sweep chooses; "

@@ -45,13 +45,15 @@ def run_cell(
     """Trains and measures a cell in this process; what it found, ready for JSON.
 
     `seconds` is what it may take, None for as many steps as the config says. A training that fails, such
-    as by diverging, is a result too: `failed` says how. Settings that are wrong raise.
+    as by diverging, is a result too: `failed` says how. Settings that are wrong raise, but where seconds gave too few
+    steps for them: that is a result as well.
     """
     settings = settings_of(config, cell, {})
     found: dict[str, Any] = {"cell": cell.to_dict(), "equal": equal, "settings": settings.model_dump()}
     steps = 0
+    failures = (TsqLoraError,) if seconds is None else (TsqLoraError, SettingsError)
     if seconds is not None:
-        with _failure_in(found):
+        with _failure_in(found, failures):
             steps = steps_in(seconds, settings, cell)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
@@ -61,7 +63,7 @@ def run_cell(
         record = RunRecord("running", cell.seed, job.task.name, None, {"hash": job.data.hash}, {"steps": steps})
         if "failed" not in found:
             settings = settings_of(config, cell, {"max_steps": steps})
-            with _failure_in(found):
+            with _failure_in(found, failures):
                 found |= _train(settings, cell, job, record, Path(folder), progress)
     record.notes += sorted({str(w.message) for w in warned if w.filename.startswith(str(_PACKAGE))})
     return found | {
@@ -80,13 +82,13 @@ def run_cell(
 
 
 @contextmanager
-def _failure_in(found: dict[str, Any]) -> Iterator[None]:
+def _failure_in(found: dict[str, Any], failures: tuple[type[TsqLoraError], ...]) -> Iterator[None]:
     """Notes how a training failed, such as by diverging."""
     try:
         yield
     except TsqLoraError as error:
         # The classes below it are of settings and data: nothing that another seed would cure.
-        if type(error) is not TsqLoraError:
+        if type(error) not in failures:
             raise
         found["failed"] = str(error)
 

@@ -74,9 +74,8 @@ def tokenise_generation(
             f"{_and_others(len(long))}; raise {setting} to {max(made[i].needs for i in long)}, or leave them out"
         )
     used = asdict(format.columns)
-    return TokenisedSplit(
-        [one.sample for one in made], tuple(row_hash(row, used) for row in rows.rows), sum(one.cut for one in made)
-    )
+    hashes = tuple(row_hash(row, used) for row in rows.rows)
+    return TokenisedSplit([one.sample for one in made], hashes, sum(one.cut for one in made), rows.ids)
 
 
 def rows_that_fit(

@@ -9,6 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tsqlora.data.jsonl import read_json, read_jsonl
 from tsqlora.data.tables import read_csv, read_parquet, read_tsv
 from tsqlora.errors import DataError
@@ -44,15 +46,22 @@ class Rows:
     """Rows of one split; `numbers[i]` is the 1-based line or row of `rows[i]` in `source`.
 
     `typed` is False where the format has no types (CSV), so that "3" may be the number 3.
+    `places` are the rows' places in what was read, from 0; None where they are all of it.
     """
 
     rows: tuple[dict[str, Any], ...]
     source: str
     numbers: tuple[int, ...]
     typed: bool = True
+    places: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def ids(self) -> np.ndarray:
+        """The place of each row in what was read, from 0."""
+        return np.arange(len(self)) if self.places is None else self.places
 
     def place(self, i: int) -> str:
         """Where row i is, as errors say it: `train.jsonl:17`."""

@@ -42,11 +42,12 @@ def held_out(groups: np.ndarray, *, fraction: float, seed: int, source: str) -> 
 
 
 def take(rows: Rows, indices: np.ndarray) -> Rows:
-    """Some of the rows, each with its number."""
+    """Some of the rows, each with its number and place."""
     return replace(
         rows,
         rows=tuple(rows.rows[i] for i in indices),
         numbers=tuple(rows.numbers[i] for i in indices),
+        places=rows.ids[indices],
     )
 
 

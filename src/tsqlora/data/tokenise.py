@@ -68,7 +68,7 @@ def tokenise(
     if labels is not None:
         samples = [{**sample, "labels": label} for sample, label in zip(samples, labels, strict=True)]
     used = asdict(columns)
-    return TokenisedSplit(samples, tuple(row_hash(row, used) for row in rows.rows), truncated)
+    return TokenisedSplit(samples, tuple(row_hash(row, used) for row in rows.rows), truncated, rows.ids)
 
 
 def sample_hash(text: str, pair: str, label: str) -> str:

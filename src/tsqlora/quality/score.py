@@ -103,7 +103,7 @@ def score(
     wanted = wanted_terms([*terms, *(n for n, w in weights.items() if w)])
     if len(dataset) == 0:
         raise SettingsError("there are no rows to score")
-    require_settings(len(dataset), weights=weights, temperature=temperature, hashes=hashes)
+    require_settings(len(dataset), weights=weights, temperature=temperature, hashes=hashes, ids=ids)
     if batch_size < 1:
         raise SettingsError(f"batch_size is {batch_size}; it must be at least 1")
     model = distributed.unwrapped(model)

@@ -186,7 +186,7 @@ def from_terms(
     Standardised within the class where `stratified`.  Raises SettingsError for a weight that is
     not finite or whose term was not measured, TsqLoraError naming the first row with a value that is not finite.
     """
-    require_settings(len(labels), weights=weights, temperature=temperature, hashes=hashes)
+    require_settings(len(labels), weights=weights, temperature=temperature, hashes=hashes, ids=ids)
     if unknown := [name for name, weight in weights.items() if weight and name not in terms]:
         raise SettingsError(f"'{unknown[0]}' has a weight and was not measured; {nearest(unknown[0], terms)}")
     for name, values in terms.items():
@@ -224,7 +224,12 @@ def _probabilities(quality: np.ndarray, kept: np.ndarray, *, even: bool, tempera
 
 
 def require_settings(
-    rows: int, *, weights: Mapping[str, float], temperature: float, hashes: Sequence[str] | None
+    rows: int,
+    *,
+    weights: Mapping[str, float],
+    temperature: float,
+    hashes: Sequence[str] | None,
+    ids: np.ndarray | None,
 ) -> None:
     """Raises SettingsError for what `from_terms` could not use, before anything is measured."""
     require_temperature(temperature)
@@ -233,6 +238,8 @@ def require_settings(
             raise SettingsError(f"the weight of '{name}' is {weight}; it must be a finite number")
     if hashes is not None and len(hashes) != rows:
         raise SettingsError(f"there are {len(hashes)} hashes for {rows} rows")
+    if ids is not None and len(ids) != rows:
+        raise SettingsError(f"there are {len(ids)} ids for {rows} rows")
 
 
 def _require_finite(name: str, values: np.ndarray) -> None:

@@ -103,6 +103,8 @@ class Comparison:
     chosen_on_shown: bool
     """Whether the rows that chose learning rates are those that are shown."""
     data: list[str]
+    precisions: list[str]
+    """The floating point that cells were trained in, where it is known."""
 
     @property
     def worked(self) -> list[Method]:
@@ -186,6 +188,7 @@ def _comparison(name: str, table: Mapping[str, Any], cells: list[dict[str, Any]]
         commits=sorted({cell["commit"] for cell in every if cell.get("commit")}),
         chosen_on_shown=bool(sweep) and not any("test" in cell.get("metrics", {}) for cell in every),
         data=sorted({cell["data_hash"] for cell in every if cell.get("data_hash")}),
+        precisions=sorted({"bfloat16" if cell["bf16"] else "float32" for cell in every if "bf16" in cell}),
     )
 
 

@@ -265,6 +265,7 @@ def _settings(known: Comparison) -> Part:
         html.folded(f"Settings of {known.methods[0].name} {seeds}", html.code(json.dumps(known.settings, indent=2))),
         html.table("Learning rate of each method", ["method", "rate"], rates, narrow=True),
         html.table("Versions", ["library", "version"], list(known.versions.items()), narrow=True),
+        html.paragraph(f"Precision: {_listed(known.precisions) or 'not recorded'}"),
         html.paragraph(f"Commit: {_listed(list(map(short, known.commits))) or 'an installed package'}"),
         html.paragraph(f"Hash of the rows: {_listed(known.data) or 'not recorded'}"),
     ], {}

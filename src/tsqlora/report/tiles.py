@@ -42,15 +42,17 @@ def _metric(known: Gathered) -> html.Tile:
     others = [f"{words(other)} {number:.3f}" for other, number in metrics.items() if other != name]
     rows = known.record.plan["rows"].get(split)
     on = [] if rows is None else [f"on {rows:,} {split} rows"]
-    against = [_against(known.control, split, name, value)] if known.control else []
+    against = [_against(known, known.control, split, name, value)] if known.control else []
     return f"{split} {words(name)}".capitalize(), value_of(name, value), [*against, *on, *others]
 
 
-def _against(control: Control, split: str, name: str, value: float) -> str:
+def _against(known: Gathered, control: Control, split: str, name: str, value: float) -> str:
     theirs = control.record.metrics.get(split, {}).get(name)
     if theirs is None:
         return f"{control.name} has no {split} {words(name)}"
-    return f"{gain_of(name, Mean(value - theirs, None, 1))} against {control.name} ({value_of(name, theirs)})"
+    same = control.record.data.get("hash") == known.record.data.get("hash")
+    rows = "" if same else ", which had other rows"
+    return f"{gain_of(name, Mean(value - theirs, None, 1))} against {control.name} ({value_of(name, theirs)}){rows}"
 
 
 def _seconds(record: RunRecord) -> html.Tile:

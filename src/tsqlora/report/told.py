@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
+from tsqlora.ranks.events import MOST_EVENTS
 from tsqlora.record import RunRecord
 from tsqlora.report.gather import Gathered
 
 _WHY = {
     "duplicate": "they repeat another row",
     "outlier": "their gradients are far larger than is usual in their class",
-    "confident negative": "the model is sure of another label",
+    "confident negative": "the model doubts their labels most, the same share of each class",
 }
 
 
@@ -65,13 +66,15 @@ def _ranks(record: RunRecord, missing: Mapping[str, str]) -> list[str]:
         return [missing["events"]]
     first, events = record.plan["ranks"], record.rank_events
     moved = sum(event.moved for event in events)
+    # Of more than MOST_EVENTS every second one is kept.
+    times = f"{'at least ' if len(events) > MOST_EVENTS // 2 else ''}{len(events):,} times"
     change = {layer: rank - first.get(layer, 0) for layer, rank in record.ranks.items()}
     if not any(change.values()):
-        return [f"Ranks were looked at {len(events)} times, and {moved:,} slots moved; they ended as they began."]
+        return [f"Ranks were looked at {times}, and {moved:,} slots moved; they ended as they began."]
     most, least = max(change, key=lambda name: change[name]), min(change, key=lambda name: change[name])
     return [
-        f"Ranks were adjusted {len(events)} times, between step {events[0].step:,} and step {events[-1].step:,}: "
-        f"{moved:,} slots moved in all. {most} gained most ({first.get(most, 0)} → {record.ranks[most]}), "
+        f"Ranks were looked at {times}, between step {events[0].step:,} and step {events[-1].step:,}, and {moved:,} "
+        f"slots moved in all. {most} gained most ({first.get(most, 0)} → {record.ranks[most]}), "
         f"{least} gave up most ({first.get(least, 0)} → {record.ranks[least]})."
     ]
 

@@ -31,7 +31,7 @@ class HarvestCallback(TrainerCallback):
     Args:
         data: the Trainer's train_dataset.
         gradient: whether to look at gradients; loss and EL2N alone cost nothing.
-        scope, task: as in `tsqlora.score`.
+        scope, task, ids: as in `tsqlora.score`.
     """
 
     def __init__(
@@ -41,9 +41,10 @@ class HarvestCallback(TrainerCallback):
         gradient: bool = True,
         scope: Scope = "adapter",
         task: Task | None = None,
+        ids: np.ndarray | None = None,
         path: str | Path | None = None,
     ) -> None:
-        self.data, self.gradient, self.task = data, gradient, task
+        self.data, self.gradient, self.task, self.ids = data, gradient, task, ids
         self.scope: Scope = scope
         self.path = None if path is None else Path(path)
         self.harvest: Harvest | None = None
@@ -95,13 +96,13 @@ class HarvestCallback(TrainerCallback):
         if state.is_world_process_zero:
             path = self.path or Path(str(args.output_dir)) / HARVEST_FILE
             path.parent.mkdir(parents=True, exist_ok=True)
-            _save(self.harvest, path)
+            _save(self.harvest, self.ids, path)
 
 
-def _save(harvest: Harvest, path: Path) -> None:
+def _save(harvest: Harvest, ids: np.ndarray | None, path: Path) -> None:
     labels = harvest.labels.numpy()
     terms = {name: pa.array(values, from_pandas=True) for name, values in harvest.terms().items()}
-    table = pa.table({"id": np.arange(len(labels)), "label": labels, **terms})
+    table = pa.table({"id": np.arange(len(labels)) if ids is None else ids, "label": labels, **terms})
     metadata = {b"tsqlora": json.dumps(harvest.record()).encode()}
     # Whole or not at all.
     unfinished = Path(f"{path}.tmp")

@@ -9,6 +9,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -74,7 +75,7 @@ class QualityCallback(TrainerCallback):
             record says so, a warning is given, and the kept rows are drawn at random.
         task: needed only where training has a loss of its own (class weights, a custom one).
         seed: of the reference rows.
-        hashes, progress: as in `tsqlora.score`.
+        hashes, ids, progress: as in `tsqlora.score`.
         about: what else the scores' record should say.
         scores_path: where scores are written; by default scores.parquet in the output_dir.
         collate: makes the batches that are scored; by default the Trainer's own, of which each row is a sample.
@@ -106,6 +107,7 @@ class QualityCallback(TrainerCallback):
         task: Task | None = None,
         seed: int = 0,
         hashes: tuple[str, ...] | None = None,
+        ids: np.ndarray | None = None,
         about: Mapping[str, Any] | None = None,
         scores_path: str | Path | None = None,
         progress: Progress | None = None,
@@ -146,7 +148,7 @@ class QualityCallback(TrainerCallback):
         self.reject = reject
         self.temperature, self.calibration = temperature, calibration
         self.scope: Scope = scope
-        self.reference, self.task, self.seed, self.hashes = reference, task, seed, hashes
+        self.reference, self.task, self.seed, self.hashes, self.ids = reference, task, seed, hashes, ids
         self.about = dict(about or {})
         self.scores_path = None if scores_path is None else Path(scores_path)
         self.progress, self.collate = progress, collate
@@ -320,6 +322,7 @@ class QualityCallback(TrainerCallback):
                 seed=self.seed,
                 autocast=self._autocast(args),
                 hashes=self.hashes,
+                ids=self.ids,
                 progress=self.progress,
                 record={"epoch": epoch_of(state), "step": state.global_step, **self.about},
             )
