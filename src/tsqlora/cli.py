@@ -288,6 +288,7 @@ def predict(
 
     New columns are `prediction` and, of classes, `probability`; columns of such
     a name are replaced.
+
     Example: tsqlora predict run --data new.jsonl --out predicted.jsonl
     """
     from tsqlora.inference import predict_run
@@ -310,9 +311,10 @@ def chat(run: Run, max_new_tokens: NewTokens = None) -> None:
     for line in sys.stdin:
         if not line.strip():
             break
-        said.append(line.strip())
-        said.append(reply(trained, said))
-        print(said[-1], flush=True)
+        answer = reply(trained, [*said, line.strip()])
+        print(answer, flush=True)
+        if answer.strip():  # a template has no turn without text
+            said += [line.strip(), answer]
 
 
 @app.command()

@@ -98,8 +98,8 @@ class Asking:
         logits = self.logits(model, samples, phase=phase, progress=progress)
         return require_answers(self.task, "this metric").metrics(logits, np.array([s["labels"] for s in samples]))
 
-    def prompts(self, rows: Rows, format: Format) -> TokenisedSplit:
-        """What the model goes on from, of each row."""
+    def prompts(self, rows: Rows, format: Format, *, measured: bool = False) -> TokenisedSplit:
+        """What the model goes on from, of each row; `measured` as in `tokenise_generation`."""
         assert isinstance(self.task, Generation)
         return tokenise_generation(
             rows,
@@ -108,6 +108,7 @@ class Asking:
             max_length=self.prompt_length,
             seq2seq=not self.task.causal,
             with_targets=False,
+            measured=measured,
         )
 
     def texts(self, model: nn.Module, prompts: TokenisedSplit, *, phase: str, progress: Progress | None) -> list[str]:
@@ -134,7 +135,7 @@ class Asking:
         if format.name == "text":
             return {}
         require_text_metrics()
-        prompts = self.prompts(rows, format)
+        prompts = self.prompts(rows, format, measured=True)
         if self.prompt_length < self.max_length:  # what max_length cuts is told where rows are read
             tell_of_cuts(prompts, rows, "prompts", self.prompt_length)
         written = self.texts(model, prompts, phase="writing", progress=progress)

@@ -50,6 +50,7 @@ def tokenise_generation(
     max_length: int,
     seq2seq: bool,
     with_targets: bool = True,
+    measured: bool = False,
     max_target_length: int | None = None,
 ) -> TokenisedSplit:
     """One sample a row, not padded: input_ids, attention_mask, and labels where targets are read.
@@ -60,12 +61,14 @@ def tokenise_generation(
     target meet between two tokens: the prompt alone, which is what `with_targets=False` makes, has
     the tokens that it was trained with.
 
+    With `measured` a chat ends before its last answer, with which what is written will be compared.
+
     Too long a prompt is cut on the left, after the tokens that open every text, and too long a
     plain text on the right; `truncated` counts both. Of a chat the oldest turns go first, and a
     turn that was cut is not trained on. Raises DataError with file and row for what a row lacks,
     and for targets that are empty or do not fit whole.
     """
-    made = _make(rows, format, tokenizer, max_length, seq2seq=seq2seq, with_targets=with_targets)
+    made = _make(rows, format, tokenizer, max_length, seq2seq=seq2seq, with_targets=with_targets, measured=measured)
     most = max_target_length or max_length if seq2seq else max_length
     if long := [i for i, one in enumerate(made) if one.needs > most]:
         setting = _limit(max_target_length, seq2seq=seq2seq)
@@ -120,14 +123,6 @@ def references(rows: Rows, format: Format) -> list[str]:
     return [_last_target(example).strip() for example in examples]
 
 
-def prompts(rows: Rows, format: Format, tokenizer: PreTrainedTokenizerBase, *, seq2seq: bool) -> list[str]:
-    """What a model is given of each row before it writes, as text."""
-    manner = Manner(seq2seq=seq2seq, chat=bool(tokenizer.chat_template), targets=False)
-    examples = [format.read(rows, i, manner) for i in range(len(rows))]
-    pieces = [pieces_of(example, tokenizer, rows.place(i)) for i, example in enumerate(examples)]
-    return ["".join(piece.text for piece in row) for row in pieces]
-
-
 def _make(
     rows: Rows,
     format: Format,
@@ -136,12 +131,13 @@ def _make(
     *,
     seq2seq: bool,
     with_targets: bool,
+    measured: bool = False,
 ) -> list[Made]:
     require_end(tokenizer, seq2seq=seq2seq)
     _require_room(tokenizer, max_length)
     if with_targets:
         _require_targets(rows, format)
-    manner = Manner(seq2seq=seq2seq, chat=bool(tokenizer.chat_template), targets=with_targets)
+    manner = Manner(seq2seq=seq2seq, chat=bool(tokenizer.chat_template), targets=with_targets, measured=measured)
     examples = [format.read(rows, i, manner) for i in range(len(rows))]
     if seq2seq:
         return _seq2seq(examples, rows, tokenizer, max_length)

@@ -32,30 +32,40 @@ def chat_pieces(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, place
 
     The turn is what is new between the template's prompt for it and the template with it, so that
     a model is trained on just what it has to write after the prompt that it will get. White space
-    after the end token belongs to the next prompt. A chat that ends with another turn ends with
-    the prompt for an answer. Raises DataError where the template refuses the turns, or rewrites
-    what stands before, so that no part of the text is the turn's.
+    after the end token belongs to the next prompt. A turn that begins the chat is trained on from where its content
+    begins. A chat that ends with another turn ends with the prompt for an answer; where the template rewrites what
+    stands before, it is one piece. Raises DataError where the template refuses the turns, or rewrites what stands
+    before an answer that is to be trained on, so that no part of the text is the turn's.
     """
     require_template(tokenizer)
-    pieces, seen = [], ""
+    asked = None if turns[-1].role == "assistant" else _rendered(turns, tokenizer, place, ask=True)
+    pieces, seen = list[Piece](), ""
     for i, turn in enumerate(turns):
         if turn.role != "assistant":
             continue
-        prompt = _rendered(turns[:i], tokenizer, place, ask=True) if i else seen
         whole = _rendered(turns[: i + 1], tokenizer, place, ask=False)
-        for before, after in ((seen, prompt), (prompt, whole)):
-            if not after.startswith(before):
-                raise DataError(
-                    f"{place}: the chat template rewrites what stands before turn {i + 1}, so that its tokens cannot "
-                    "be told apart; write one assistant's turn a row"
-                )
+        prompt = _rendered(turns[:i], tokenizer, place, ask=True) if i else _before(turn, whole)
+        if not (prompt.startswith(seen) and whole.startswith(prompt)):
+            if asked is not None:
+                return [Piece(asked, False)]
+            raise DataError(
+                f"{place}: the chat template rewrites what stands before turn {i + 1}, so that its tokens cannot "
+                "be told apart; write one assistant's turn a row"
+            )
         target = _to_end_token(whole[len(prompt) :], tokenizer)
         pieces += [Piece(prompt[len(seen) :], False), Piece(target, True)]
         seen = prompt + target
-    if turns[-1].role != "assistant":
-        prompt = _rendered(turns, tokenizer, place, ask=True)
-        pieces.append(Piece(prompt.removeprefix(seen), False))
+    if asked is not None:
+        if not asked.startswith(seen):
+            return [Piece(asked, False)]
+        pieces.append(Piece(asked[len(seen) :], False))
     return [piece for piece in pieces if piece.text]
+
+
+def _before(turn: Turn, whole: str) -> str:
+    """What the template writes before the content of a turn that begins the chat; all of it, if that is not found."""
+    at = whole.find(turn.content.strip())
+    return whole[:at] if at >= 0 else whole
 
 
 def require_template(tokenizer: PreTrainedTokenizerBase) -> None:

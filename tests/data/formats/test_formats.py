@@ -187,6 +187,25 @@ def test_bad_rows_are_named(row: dict[str, Any], told: str) -> None:
     assert error(row).startswith(told)
 
 
+@pytest.mark.parametrize(
+    ("more", "tools", "told"),
+    [
+        (
+            {"tool_calls": [{"name": "f"}]},
+            None,
+            "message 2 in column 'messages' has 'tool_calls', which is not read here",
+        ),
+        ({"reasoning_content": "so"}, None, "has 'reasoning_content', which is not read here, so that a model would"),
+        ({}, [{"name": "f"}], "column 'tools' is not read here"),
+    ],
+)
+def test_what_a_model_would_not_learn_of_a_chat_is_named(more: Any, tools: Any, told: str) -> None:
+    answer = {"role": "assistant", "content": "b"}
+    row = {"messages": [USER, answer | more], "tools": tools}
+    assert told in error(row)
+    assert read(row | {"messages": [USER, answer | dict.fromkeys(more)], "tools": None})
+
+
 def test_a_chat_with_nothing_to_answer_is_named() -> None:
     assert error({"messages": [ANSWER]}, ASKED) == (
         "train.jsonl:7: nothing in column 'messages' to answer; begin it with a user's message"

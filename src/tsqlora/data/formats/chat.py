@@ -10,6 +10,10 @@ from tsqlora.data.formats.example import Chat, Manner, Turn
 from tsqlora.data.rows import Rows
 from tsqlora.errors import DataError, UnsupportedError, nearest
 
+UNREAD = ("tool_calls", "function_call", "reasoning_content", "thinking")
+"""What a message may hold beside its content, and a model would not learn from this row."""
+_NOT_READ = "is not read here, so that a model would not learn it; write it into the content, or leave the row out"
+
 
 @dataclass(frozen=True, slots=True)
 class Keys:
@@ -24,7 +28,7 @@ def read_chat(rows: Rows, i: int, column: str, manner: Manner, keys: Keys) -> Ch
     """The turns of row i, up to the assistant's last; where targets are not read, all but an answer at the end.
 
     Raises DataError with file, row and message for what is no list of messages, a role that is not
-    known, an empty content, and a chat without a turn to write or to answer.
+    known, an empty content, what would not be learned (UNREAD), and a chat without a turn to write or to answer.
     """
     if manner.seq2seq:
         raise UnsupportedError(
@@ -35,13 +39,15 @@ def read_chat(rows: Rows, i: int, column: str, manner: Manner, keys: Keys) -> Ch
     if not isinstance(messages, list) or not messages:
         wanted = f'write a list of {{"{keys.role}": …, "{keys.content}": …}}'
         raise DataError(f"{place}: {_shown(messages)} in column '{column}' is no list of messages; {wanted}")
+    if rows.rows[i].get("tools"):
+        raise DataError(f"{place}: column 'tools' {_NOT_READ}")
     turns = tuple(_turn(message, number, place, column, keys) for number, message in enumerate(messages, start=1))
     answered = max((number for number, turn in enumerate(turns, start=1) if turn.role == "assistant"), default=0)
     if manner.targets and not answered:
         raise DataError(f"{place}: no assistant's turn in column '{column}' to be trained on; leave the row out")
     if manner.targets:
         return Chat(turns[:answered])
-    kept = turns[:-1] if answered == len(turns) else turns
+    kept = turns[: answered - 1] if answered == len(turns) or (answered and manner.measured) else turns
     if not kept:
         raise DataError(f"{place}: nothing in column '{column}' to answer; begin it with a user's message")
     return Chat(kept)
@@ -57,6 +63,8 @@ def _turn(message: Any, number: int, place: str, column: str, keys: Keys) -> Tur
     role, content = message[keys.role], message[keys.content]
     if not isinstance(role, str) or role not in keys.roles:
         raise DataError(f"{place}: {where} has an unknown {keys.role}, {role!r}; {nearest(str(role), keys.roles)}")
+    if unread := [key for key in UNREAD if message.get(key)]:
+        raise DataError(f"{place}: {where} has '{unread[0]}', which {_NOT_READ}")
     if is_blank(content):
         raise DataError(f"{place}: {where} has no text in '{keys.content}'; fill it in or leave the row out")
     return Turn(keys.roles[role], as_text(content, f"'{keys.content}' of {where}", place))

@@ -37,8 +37,11 @@ class Manner:
         seq2seq: it reads the prompt on one side and writes on the other; else it goes on from the prompt.
         chat: its tokenizer has a chat template.
         targets: whether targets are read too, and so must be there.
+        measured: where they are not, whether what is written will be compared with them: a chat then ends before its
+            last answer, and not with a turn that stands behind it.
     """
 
     seq2seq: bool
     chat: bool
     targets: bool = True
+    measured: bool = False
