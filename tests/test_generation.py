@@ -144,6 +144,46 @@ def test_a_model_that_writes_has_positions_for_it_before_it_is_trained(run: Path
         pipeline.dry_run(config)
 
 
+def test_so_has_one_that_leaves_no_room_for_a_prompt(tmp_path: Path) -> None:
+    """A token that opens the text, and two of it."""
+    config = write_config(
+        tmp_path / "tsq.yaml",
+        checkpoint(tmp_path / "model", "causal-lm"),
+        write_jsonl(tmp_path / "train.jsonl", rows(20)),
+        task={"type": "causal-lm"},
+    )
+    also = [f"data.test={write_jsonl(tmp_path / 'test.jsonl', rows(3))}", "task.max_new_tokens="]
+    load(load_config(config, [also[0], also[1] + "125"]))
+    with pytest.raises(SettingsError, match="a prompt of 3 tokens and 126 new ones are more than the model's 128 pos"):
+        load(load_config(config, [also[0], also[1] + "126"]))
+
+
+def test_plain_text_of_which_nothing_is_written_needs_no_room_and_no_measures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = [{"text": row["document"]} for row in rows(20)]
+    config = write_config(
+        tmp_path / "tsq.yaml",
+        checkpoint(tmp_path / "model", "causal-lm"),
+        write_jsonl(tmp_path / "train.jsonl", plain),
+        task={"type": "causal-lm", "max_new_tokens": 500},
+    )
+    monkeypatch.setattr("tsqlora.job.require_text_metrics", lambda: pytest.fail("it asked for rouge-score"))
+    load(load_config(config, [f"data.test={write_jsonl(tmp_path / 'test.jsonl', plain[:3])}"]))
+
+
+def test_targets_have_no_more_tokens_than_the_model_has_positions(tmp_path: Path) -> None:
+    config = write_config(
+        tmp_path / "tsq.yaml",
+        checkpoint(tmp_path / "model", "seq2seq"),
+        write_jsonl(tmp_path / "train.jsonl", rows(20)),
+        task={"type": "seq2seq"},
+    )
+    load(load_config(config, ["data.max_target_length=128"]))
+    with pytest.raises(SettingsError, match=r"data\.max_target_length 129 is above the model's 128 positions; lower"):
+        load(load_config(config, ["data.max_target_length=129"]))
+
+
 def test_a_causal_models_prompts_leave_room_for_what_it_writes(tmp_path: Path) -> None:
     long = {"document": "pink " * 30, "summary": "pink"}
     config = write_config(

@@ -196,6 +196,8 @@ BESIDE: dict[str, dict[str, Any]] = {
         ("sequence-classification", "data.messages", "set data.text, or leave it out"),
         ("sequence-classification", "task.beams", "leave it out"),
         ("regression", "quality.recheck", "leave it out"),
+        ("sequence-classification", "data.packing", "leave it out"),
+        ("seq2seq", "data.packing", "leave it out"),
     ],
 )
 def test_a_setting_that_the_task_does_not_read_is_refused(task: str, key: str, cure: str) -> None:

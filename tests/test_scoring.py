@@ -197,6 +197,36 @@ def test_rows_that_are_held_out_are_told_and_of_another_file_there_are_none(
     assert plan_scoring(run, overrides=[override])["rows"] == 50
 
 
+def test_another_file_is_read_by_the_runs_columns(
+    place: Path, run: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Though it has another usual column."""
+    plain = make_rows(50, seed=1)
+    own, more = (tmp_path / f"{name}.jsonl" for name in ("own", "more"))
+    write_jsonl(own, plain)
+    write_jsonl(more, [{"sentence": "bad", **row} for row in plain])
+    one, other = (
+        score_rows(run, tmp_path / f"{file.stem}.parquet", overrides=[f"data.train={file}"]) for file in (own, more)
+    )
+    assert one.hashes == other.hashes
+    assert np.array_equal(one.terms["loss"], other.terms["loss"])
+    lacking = write_jsonl(tmp_path / "lacking.jsonl", [{"sentence": "bad", "label": 1}])
+    with pytest.raises(
+        DataError, match=r"lacking\.jsonl has no column 'text', which the run was trained on; it has sen"
+    ):
+        score_rows(run, tmp_path / "s.parquet", overrides=[f"data.train={lacking}"])
+
+
+def test_what_cannot_be_scored_is_told_before_the_warm_up(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "fit_job", lambda *_, **__: pytest.fail("it trained"))
+    with pytest.raises(SettingsError, match="reject finds wrong labels of classes"):
+        score_rows(
+            place / "config.yaml", tmp_path / "s.parquet", overrides=["task.type=regression", "quality.reject=true"]
+        )
+
+
 def test_an_error_leaves_nothing_behind(place: Path, tmp_path: Path) -> None:
     broken = write_jsonl(tmp_path / "data" / "broken.jsonl", [*make_rows(20), {"text": " ", "label": 1}])
     with pytest.raises(DataError, match="no text"):

@@ -146,7 +146,7 @@ def test_another_base_is_refused(place: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sections", "told"),
     [
-        ({"ranks": {"mean": 8.0}}, r"ranks.mean is 8.0, and that of adapter.init_from is 2\.\d+; leave it out"),
+        ({"ranks": {"mean": 6.0}}, r"ranks.mean is 6.0, and that of adapter.init_from is 2\.\d+; leave it out"),
         ({"adapter": {"alpha": 1.0}}, "adapter.alpha is 1.0, and that of adapter.init_from is"),
         ({"adapter": {"target_modules": ["query"]}}, "adapter.target_modules is"),
         ({"ranks": {"max": 2}}, "ranks.max is 2, and adapter.init_from has a rank of 3; raise it"),
@@ -155,6 +155,13 @@ def test_another_base_is_refused(place: Path, tmp_path: Path) -> None:
 def test_settings_that_the_adapter_decides_are_not_set(sections: dict[str, Any], told: str, place: Path) -> None:
     with pytest.raises(SettingsError, match=told):
         config_of(place, **sections)
+
+
+def test_a_default_that_is_written_out_is_no_answer(place: Path) -> None:
+    """As `tsqlora init` writes it."""
+    defaults = {"ranks": {"mean": 8.0, "max": None}, "adapter": {"alpha": 16.0, "target_modules": "all-linear"}}
+    known, written = config_of(place), config_of(place, **defaults)
+    assert (written.ranks.mean, written.adapter) == (known.ranks.mean, known.adapter)
 
 
 def test_a_run_of_other_classes_is_refused(place: Path, tmp_path: Path) -> None:

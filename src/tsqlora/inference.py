@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from tsqlora.adapter.files import require_safe
 from tsqlora.config import Config, load_config
 from tsqlora.data.columns import Columns
 from tsqlora.data.formats import FORMATS, Format
-from tsqlora.data.generation import left_out, references, tokenise_generation
+from tsqlora.data.generation import least_prompt, left_out, references, tokenise_generation
 from tsqlora.data.labels import LabelMap
 from tsqlora.data.prepare import Prepared, Splits, Writing, encode_split, fit_whole, prepare
 from tsqlora.data.rows import Rows, column_names, read_rows
@@ -59,7 +59,7 @@ class Asking:
         """Tokens kept of a prompt: a causal model's positions have room for what it writes, too."""
         if self.positions is None or not (isinstance(self.task, Generation) and self.task.causal):
             return self.max_length
-        require_room(self.positions, self.max_new_tokens)
+        require_room(self.positions, self.max_new_tokens, longest=least_prompt(self.tokenizer))
         return min(self.max_length, self.positions - self.max_new_tokens)
 
     def collate(self, model: nn.Module, *, left: bool = False) -> Collate:
@@ -210,7 +210,7 @@ class Trained:
 
     def encode(self, rows: Rows, *, labelled: bool) -> TokenisedSplit:
         """Rows of any file as samples."""
-        self.require_columns(rows, labelled=labelled)
+        self.require_columns(column_names(rows), rows.source, labelled=labelled)
         own = Splits({}, self.columns, self.labels, self.format)
         split = encode_split(
             rows, own, self.tokenizer, max_length=self.max_length, writing=self.writing, labelled=labelled
@@ -228,15 +228,15 @@ class Trained:
             warnings.warn(out, stacklevel=2)
         return take(rows, kept)
 
-    def require_columns(self, rows: Rows, *, labelled: bool) -> None:
-        """Raises DataError where a file lacks a column that the run was trained on."""
-        columns, names = self.columns, column_names(rows)
+    def require_columns(self, names: Collection[str], source: str, *, labelled: bool) -> None:
+        """Raises DataError where a file with these columns lacks one that the run was trained on."""
+        columns = self.columns
         # A prompt may be without its second part, in every row.
         second = columns.text_pair if self.format is None else None
         for column in (columns.text, second, columns.label if labelled else None):
             if column is not None and column not in names:
                 raise DataError(
-                    f"{rows.source} has no column '{column}', which the run was trained on; it has {', '.join(names)}"
+                    f"{source} has no column '{column}', which the run was trained on; it has {', '.join(names)}"
                 )
 
 
@@ -307,7 +307,7 @@ def evaluate_run(
         rows = splits["test" if "test" in splits else "validation"]
     else:
         rows = read_rows(data, split="test")
-    trained.require_columns(rows, labelled=True)
+    trained.require_columns(column_names(rows), rows.source, labelled=True)
     rows = trained.fitting(rows)
     samples = trained.encode(rows, labelled=True)
     metrics = trained.asking.metrics(trained.model, samples.samples, phase="evaluation", progress=progress)
@@ -360,7 +360,7 @@ def predict_run(
 
 def _texts(trained: Trained, rows: Rows, progress: Progress | None) -> list[dict[str, Any]]:
     assert trained.format is not None
-    trained.require_columns(rows, labelled=False)
+    trained.require_columns(column_names(rows), rows.source, labelled=False)
     asking = trained.asking
     prompts = asking.prompts(rows, trained.format)
     tell_of_cuts(prompts, rows, "prompts", asking.prompt_length)

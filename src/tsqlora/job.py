@@ -19,6 +19,7 @@ from tsqlora.adapter.slots import active_parameters
 from tsqlora.adapter.start import start_from
 from tsqlora.adapter.wrap import wrap
 from tsqlora.config import Config
+from tsqlora.data.generation import least_prompt
 from tsqlora.data.labels import LabelMap
 from tsqlora.data.packing import PackedCollator, packed_collator
 from tsqlora.data.prepare import Prepared, prepare, resolve_max_length
@@ -105,9 +106,10 @@ def load(config: Config) -> Job:
     pretrained, length = load_model(config, splits.labels)
     data = prepare(splits, pretrained.tokenizer, max_length=length, writing=writing_of(config))
     task = get_task(config.task.type)
-    if isinstance(task, Generation) and "test" in splits.rows:
+    if isinstance(task, Generation) and "test" in splits.rows and not (splits.format and splits.format.name == "text"):
         require_text_metrics()
-        require_room(pretrained.positions, config.task.max_new_tokens)
+        shortest = least_prompt(pretrained.tokenizer) if task.causal else 1
+        require_room(pretrained.positions, config.task.max_new_tokens, longest=shortest)
     return Job(config, task, pretrained, data, length)
 
 
@@ -128,6 +130,9 @@ def load_model(config: Config, labels: LabelMap | None) -> tuple[Pretrained, int
     length = resolve_max_length(
         config.data.max_length, tokenizer_limit=pretrained.tokenizer.model_max_length, positions=pretrained.positions
     )
+    target, positions = config.data.max_target_length, pretrained.positions
+    if target is not None and positions is not None and target > positions:
+        raise SettingsError(f"data.max_target_length {target} is above the model's {positions} positions; lower it")
     return pretrained, length
 
 

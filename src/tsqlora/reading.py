@@ -33,21 +33,23 @@ def read(config: Config) -> Splits:
     return read_data(data.train, data.validation, data.test, **_answers(config))
 
 
-def survey(config: Config, *, whole: bool = False) -> Survey:
-    """The same of files of any size; with `whole` no validation split is taken from the training rows."""
+def survey(config: Config) -> Survey:
+    """The same of files of any size."""
     data = config.data
-    change: dict[str, Any] = {"validation_fraction": None} if whole else {}
     if writing_of(config) is not None:
-        return survey_texts(data.train, data.validation, data.test, **_texts(config) | change)
-    return survey_data(data.train, data.validation, data.test, **_answers(config) | change)
+        return survey_texts(data.train, data.validation, data.test, **_texts(config))
+    return survey_data(data.train, data.validation, data.test, **_answers(config))
 
 
 def require_of_task(config: Config, keys: Collection[str] | None = None) -> None:
     """Raises SettingsError for a setting that only another task reads, and that is not its default; of these keys."""
     task = get_task(config.task.type)
     foreign = dict(OF_ANSWERS if isinstance(task, Generation) else OF_TEXTS)
-    if not isinstance(task, Generation) or task.causal:
+    causal = isinstance(task, Generation) and task.causal
+    if not isinstance(task, Generation) or causal:
         foreign["data.max_target_length"] = "data.max_length"
+    if not causal:
+        foreign["data.packing"] = None
     if not isinstance(task, Classification):
         foreign["quality.recheck"] = None
     if isinstance(task, Regression) and config.training.further_arguments().get("label_smoothing_factor"):

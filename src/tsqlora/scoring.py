@@ -16,10 +16,18 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 from tsqlora import distributed, reading
 from tsqlora.config import Config, dump_config, load_config
 from tsqlora.data.prepare import Prepared, Writing
-from tsqlora.data.survey import Survey, count_held_out, store, texts_of, with_whole_targets
+from tsqlora.data.survey import (
+    Survey,
+    column_names_of,
+    count_held_out,
+    store,
+    survey_whole,
+    texts_of,
+    with_whole_targets,
+)
 from tsqlora.data.write import require_place
 from tsqlora.errors import NotLearnedError, SettingsError
-from tsqlora.inference import device_of, open_run
+from tsqlora.inference import Trained, device_of, open_run
 from tsqlora.job import (
     NOTHING_TO_SCORE,
     Job,
@@ -36,6 +44,7 @@ from tsqlora.quality.asked import PAPER_TERMS, require_terms
 from tsqlora.quality.drop import drop_rows, require_drops
 from tsqlora.quality.journal import bind, save_whole
 from tsqlora.quality.rows import reference_indices
+from tsqlora.quality.scorable import require_scorable
 from tsqlora.quality.score import learned_on, score
 from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import QualitySubset
@@ -101,7 +110,7 @@ def plan_scoring(source: Path, *, overrides: Sequence[str] = (), drop: Sequence[
     if source.is_dir():
         run = open_run(source, overrides)
         config, model, length = run.config, run.model, run.max_length
-        survey = _survey(source, config)
+        survey = _survey(source, run)
     else:
         config = _enabled(with_start(load_config(source, overrides)))
         survey = reading.survey(config)
@@ -135,15 +144,20 @@ def _partial(out: Path) -> Iterator[tuple[Path, Path]]:
 
 def _run(source: Path, overrides: Sequence[str], tokens: Path) -> Ready:
     run = open_run(source, overrides)
-    survey = replace(_survey(source, run.config), labels=run.labels)
-    survey = _whole(survey, run.tokenizer, run.max_length, run.writing)
+    survey = _whole(_survey(source, run), run.tokenizer, run.max_length, run.writing)
     data = store(survey, run.tokenizer, tokens, max_length=run.max_length, writing=run.writing)
     return Ready(run.config, _task(run.config), run.model, run.collate, survey, data)
 
 
-def _survey(run: Path, config: Config) -> Survey:
-    """Of the run's own rows as its training split them; of another file whole."""
-    return reading.survey(config, whole=config.data.train != load_config(run / CONFIG_FILE).data.train)
+def _survey(source: Path, run: Trained) -> Survey:
+    """Of the run's own rows as its training split them; of another file whole, by the run's columns and classes."""
+    path = run.config.data.train
+    if path == load_config(source / CONFIG_FILE).data.train:
+        return replace(reading.survey(run.config), labels=run.labels)
+    survey = survey_whole(path, run.columns, run.labels, run.format)
+    file = survey.sources["train"]
+    run.require_columns(column_names_of(file), file.name, labelled=True)
+    return survey
 
 
 def _whole(survey: Survey, tokenizer: PreTrainedTokenizerBase, max_length: int, writing: Writing | None) -> Survey:
@@ -186,6 +200,15 @@ def _train(job: Job, folder: Path, progress: Progress | None) -> nn.Module:
     data = QualitySubset(samples, q.fraction, seed, lengths=samples.lengths, batch_size=config.training.batch_size)
     data.awaits_scores = True
     reference = [samples[row] for row in reference_indices(len(samples), q.reference, seed)]
+    require_scorable(
+        model,
+        reference[:2],
+        job.collate,
+        task=job.task,
+        weights=q.resolved_weights(),
+        reject=q.resolved_reject(),
+        scope=q.scope,
+    )
     stop, checkpoints = StopOnceLearned(job, data, reference), folder / CHECKPOINT_DIR
     resume_from = last_checkpoint(checkpoints) if checkpoints.is_dir() else None
     fit_job(job, model, args, data, record, None, None, progress, also=[stop], resume_from=resume_from)

@@ -16,7 +16,8 @@ from tsqlora.training.run_dir import adapter_folder, is_run
 def with_start(config: Config) -> Config:
     """The config with what adapter.init_from decides: ranks.mean, ranks.max, adapter.alpha and target_modules.
 
-    Once done, again changes nothing.  Raises SettingsError where one of them is set to something else.
+    Once done, again changes nothing.  Raises SettingsError where one of them is set to something else; the default is
+    as good as not set, since the template of `tsqlora init` writes it.
     """
     adapter = start_of(config)
     if adapter is None:
@@ -68,7 +69,7 @@ def _agreed(config: Config, section: str, decided: dict[str, Any]) -> dict[str, 
     settings = getattr(config, section)
     for key, value in decided.items():
         given = getattr(settings, key)
-        if key in settings.model_fields_set and given != value:
+        if given not in (value, type(settings).model_fields[key].default):
             raise SettingsError(f"{section}.{key} is {given}, and that of adapter.init_from is {value}; leave it out")
     return decided
 

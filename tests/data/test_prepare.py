@@ -69,6 +69,17 @@ def test_a_class_that_training_lacks_is_an_error_of_the_other_split(
         prepare(splits, tokenizer, max_length=8)
 
 
+@pytest.mark.parametrize("label", [-1, "-1", None, " "])
+def test_a_test_split_without_labels_that_was_not_asked_for_is_left_out_and_told(label: Any, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl", make_rows(12))
+    test = write_jsonl(tmp_path / "test.jsonl", [{"text": "good", "label": label}] * 3)
+    with pytest.warns(UserWarning, match=r"test\.jsonl has no labels in column 'label': it is left out"):
+        assert set(read(tmp_path).rows) == {"train", "validation"}
+    assert set(read(tmp_path, test=str(test)).rows) == {"train", "validation", "test"}  # whoever asks for it is told
+    write_jsonl(tmp_path / "test.jsonl", [{"text": "good", "label": label}, {"text": "good", "label": 1}])
+    assert "test" in read(tmp_path).rows
+
+
 def test_rows_without_a_label_column_name_the_columns(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "train.jsonl", [{"text": "good", "mood": 1}] * 3)
     with pytest.raises(DataError, match=r"no label column; name it in data\.label\. Columns: text, mood"):

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from byte_tokenizers import byte_tokenizer
 from runs import make_rows, save_checkpoint, write_jsonl
 from tsqlora.data import rows as rows_module
-from tsqlora.data.prepare import Prepared, prepare, read_data
+from tsqlora.data.prepare import Prepared, Writing, prepare, read_data
 from tsqlora.data.rows import READERS, read_rows
 from tsqlora.data.stored import StoredSamples, store_samples
-from tsqlora.data.survey import store, survey_data
+from tsqlora.data.survey import store, survey_data, survey_texts, texts_of, with_whole_targets
 from tsqlora.data.write import write_rows
 from tsqlora.errors import DataError
 
@@ -33,6 +34,28 @@ def both(train: Path, tokenizer: PreTrainedTokenizerBase, folder: Path, **change
     splits = read_data(str(train), **options(**changes))
     survey = survey_data(str(train), **options(**changes))
     return prepare(splits, tokenizer, max_length=8), store(survey, tokenizer, folder, max_length=8)
+
+
+def test_of_texts_what_is_to_be_written_is_a_text_too(tmp_path: Path) -> None:
+    """Or rows of one prompt with different answers would be each other's duplicates."""
+    rows = [{"prompt": "Write a haiku.", "completion": f"Haiku {n}."} for n in range(4)]
+    asked = dict.fromkeys(("format", "prompt", "target", "messages", "text", "validation", "test"))
+    survey = survey_texts(str(write_jsonl(tmp_path / "train.jsonl", rows)), **asked, validation_fraction=0.25, seed=0)
+    assert len(set(texts_of(survey, "train"))) == 3
+
+
+def test_the_limit_that_no_target_fits_into_is_named(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": "b" * 20} for _ in range(4)]
+    asked = dict.fromkeys(("format", "prompt", "target", "messages", "text", "validation", "test"))
+    survey = survey_texts(str(write_jsonl(tmp_path / "train.jsonl", rows)), **asked, validation_fraction=0.25, seed=0)
+    for limit, told in ((5, "5 tokens; raise data.max_target_length"), (None, "8 tokens; raise data.max_length")):
+        with pytest.raises(DataError, match=f"no target fits whole into {told}"):
+            with_whole_targets(
+                survey,
+                byte_tokenizer(opens=False, closes=True),
+                max_length=8,
+                writing=Writing(seq2seq=True, max_target_length=limit),
+            )
 
 
 def assert_same(slow: Prepared, fast: Prepared) -> None:

@@ -143,6 +143,13 @@ def test_settings_without_a_meaning_are_refused(changes: dict[str, Any], message
         made(**changes)
 
 
+def test_a_row_is_named_by_its_place_in_the_file_where_that_is_known() -> None:
+    loss = np.ones(30)
+    loss[4] = np.nan
+    with pytest.raises(TsqLoraError, match="loss of row 104 is nan"):
+        made(terms={"loss": loss, "cosine": np.ones(30)}, ids=np.arange(100, 130))
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_term_that_is_not_finite_is_refused_with_its_row(value: float) -> None:
     loss = np.ones(30)

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -137,6 +138,15 @@ def test_the_rows_of_a_skipped_step_are_named(accumulation: int, tmp_path: Path)
         assert step.rows is not None
         assert 21 in step.rows
         assert len(set(step.rows)) == 8
+
+
+def test_rows_are_named_by_their_places_in_the_file_where_those_are_known(tmp_path: Path) -> None:
+    data = tsq.QualitySubset(ROWS, 1.0)
+    guards = [tsq.GuardCallback(data, ids=ids) for ids in (None, np.arange(100, 140))]
+    for guard in guards:
+        trainer(tmp_path, Poison(2), guard, data=data, num_train_epochs=1).train()
+    before, after = (guard.skipped[0].rows or [] for guard in guards)
+    assert [row - 100 for row in after] == before != []
 
 
 @pytest.mark.parametrize("how", ["no subset given", "workers", "compiled"])

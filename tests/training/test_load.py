@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, RobertaConfig, RobertaForSequenceClassification
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from models import tiny_llama_classifier
 from runs import save_checkpoint
@@ -108,6 +115,15 @@ def test_a_class_is_read_before_what_the_tokenizer_pads_with(checkpoint: Path, t
         alone = loaded.model.eval()(row).logits
         behind = loaded.model(padded, attention_mask=torch.tensor([[1, 1, 1, 0, 0, 0]])).logits
     torch.testing.assert_close(behind, alone)
+
+
+def test_positions_of_an_encoder_with_a_decoder_are_the_fewer() -> None:
+    small = {
+        "vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8
+    }  # fmt: skip
+    parts = [BertConfig(**small, max_position_embeddings=count) for count in (20, 12)]
+    model = EncoderDecoderModel(EncoderDecoderConfig.from_encoder_decoder_configs(*parts))
+    assert positions_of(model) == 12
 
 
 def test_positions_of_robertas_kin_begin_behind_their_padding() -> None:

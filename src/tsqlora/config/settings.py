@@ -77,7 +77,7 @@ class TaskSettings(Section):
 class DataSettings(Section):
     train: str = Field(description="File, directory of splits, or hub id of the training rows.")
     validation: str | None = setting(None, "The same for validation; null takes a share of the training rows.")
-    test: str | None = setting(None, "The same for the final test; null means none.")
+    test: str | None = setting(None, "The same for the final test; null takes that beside data.train, if any.")
     text: str | None = setting(None, "Column of the text; null finds the usual ones.")
     text_pair: str | None = setting(None, "Column of the second text; null finds the usual ones.")
     label: str | None = setting(None, "Column of the label; null finds the usual ones.")

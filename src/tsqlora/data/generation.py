@@ -69,9 +69,8 @@ def tokenise_generation(
     and for targets that are empty or do not fit whole.
     """
     made = _make(rows, format, tokenizer, max_length, seq2seq=seq2seq, with_targets=with_targets, measured=measured)
-    most = max_target_length or max_length if seq2seq else max_length
+    most, setting = kept_of_targets(max_length, max_target_length, seq2seq=seq2seq)
     if long := [i for i, one in enumerate(made) if one.needs > most]:
-        setting = _limit(max_target_length, seq2seq=seq2seq)
         raise DataError(
             f"{rows.place(long[0])}: the target needs {made[long[0]].needs} tokens, and {most} are kept"
             f"{_and_others(len(long))}; raise {setting} to {max(made[i].needs for i in long)}, or leave them out"
@@ -97,14 +96,21 @@ def rows_that_fit(
     `tokenise_generation` for all else.
     """
     made = _make(rows, format, tokenizer, max_length, seq2seq=seq2seq, with_targets=True)
-    most = max_target_length or max_length if seq2seq else max_length
+    most, setting = kept_of_targets(max_length, max_target_length, seq2seq=seq2seq)
     fitting = np.flatnonzero([one.needs <= most for one in made])
     if not len(fitting) and not may_be_none:
         raise DataError(
             f"{rows.source}: no token would be trained on: none of {len(rows)} targets fits whole into {most} tokens; "
-            f"raise {_limit(max_target_length, seq2seq=seq2seq)} to {min(one.needs for one in made)} or more"
+            f"raise {setting} to {min(one.needs for one in made)} or more"
         )
     return fitting
+
+
+def kept_of_targets(max_length: int, max_target_length: int | None, *, seq2seq: bool) -> tuple[int, str]:
+    """How many tokens of a target are kept, and the setting that says so."""
+    if seq2seq and max_target_length:
+        return max_target_length, "data.max_target_length"
+    return max_length, "data.max_length"
 
 
 def left_out(rows: Rows, fitting: Int[np.ndarray, " k"]) -> str | None:
@@ -203,9 +209,13 @@ def _seq2seq(
     return made
 
 
+def least_prompt(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens without which there is no room for text: the special ones, and two."""
+    return sum(map(len, special_tokens(tokenizer))) + 2
+
+
 def _require_room(tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-    front, back = special_tokens(tokenizer)
-    least = len(front) + len(back) + 2
+    least = least_prompt(tokenizer)
     if max_length < least:
         raise SettingsError(
             f"data.max_length {max_length} leaves no room for text beside {least - 2} special tokens; "
@@ -228,11 +238,6 @@ def _require_targets(rows: Rows, format: Format) -> None:
 def _require_tokens(ids: Sequence[int], place: str) -> None:
     if not ids:
         raise DataError(f"{place}: the tokenizer makes no token of this text; leave the row out")
-
-
-def _limit(max_target_length: int | None, *, seq2seq: bool) -> str:
-    """The setting by which targets are measured."""
-    return "data.max_target_length" if seq2seq and max_target_length else "data.max_length"
 
 
 def _and_others(count: int) -> str:

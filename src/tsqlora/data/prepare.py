@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from tsqlora.data.cells import is_blank
 from tsqlora.data.columns import Columns, find_columns
 from tsqlora.data.formats import Format, find_format
 from tsqlora.data.generation import left_out, rows_that_fit, tokenise_generation
@@ -75,7 +76,10 @@ def read_data(
     validation_fraction: float,
     seed: int,
 ) -> Splits:
-    """Rows of train, validation (a seeded share of train where none is given), and test if any."""
+    """Rows of train, validation (a seeded share of train where none is given), and test if any.
+
+    A test split beside the training rows that has no label is left out, with a warning: benchmarks keep theirs.
+    """
     rows = read_splits(train, validation, test)
     first = rows["train"]
     columns = find_columns(column_names(first), text=text, text_pair=text_pair, label=label, source=first.source)
@@ -83,6 +87,8 @@ def read_data(
         raise DataError(
             f"{first.source} has no label column; name it in data.label. Columns: {', '.join(column_names(first))}"
         )
+    if test is None:
+        _leave_out_without_labels(rows, columns.label)
     label_map = LabelMap.from_rows(read_labels(first, columns.label)) if classes else None
     for alike in look_alikes(label_map.names if label_map else ()):
         warnings.warn(
@@ -96,6 +102,13 @@ def read_data(
         stratum = columns.label if classes else None
         rows["train"], rows["validation"] = split_rows(first, fraction=validation_fraction, seed=seed, label=stratum)
     return Splits({name: rows[name] for name in ("train", "validation", "test") if name in rows}, columns, label_map)
+
+
+def _leave_out_without_labels(rows: dict[str, Rows], column: str) -> None:
+    test = rows.get("test")
+    if test is not None and all(is_blank(value := row.get(column)) or value in (-1, "-1") for row in test.rows):
+        warnings.warn(f"{test.source} has no labels in column '{column}': it is left out", stacklevel=3)
+        del rows["test"]
 
 
 def read_texts(
@@ -123,6 +136,8 @@ def read_texts(
         messages=messages,
         text=text,
     )
+    if test is None and found.columns.label is not None:
+        _leave_out_without_labels(rows, found.columns.label)
     if "validation" not in rows:
         rows["train"], rows["validation"] = split_rows(first, fraction=validation_fraction, seed=seed, label=None)
     ordered = {name: rows[name] for name in ("train", "validation", "test") if name in rows}

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from tsqlora.data.cells import row_text
 from tsqlora.data.columns import Columns, find_columns
 from tsqlora.data.formats import Format, find_format
+from tsqlora.data.generation import kept_of_targets
 from tsqlora.data.labels import LabelMap, distinct_labels, encode_targets
 from tsqlora.data.prepare import Prepared, Splits, Writing, encode_split, fit_whole
 from tsqlora.data.rows import Rows, Source, column_names, open_splits
@@ -39,16 +40,16 @@ def survey_data(
     text_pair: str | None,
     label: str | None,
     classes: bool,
-    validation_fraction: float | None,
+    validation_fraction: float,
     seed: int,
 ) -> Survey:
     """What `read_data` finds, the same rows in the same splits; the test rows are not read.
 
-    With validation_fraction None no validation split is taken from the training rows.  Raises DataError as `read_data`.
+    Raises DataError as `read_data`.
     """
     sources = open_splits(train, validation, test)
     first = sources["train"]
-    names = _names(first)
+    names = column_names_of(first)
     columns = find_columns(names, text=text, text_pair=text_pair, label=label, source=first.name)
     if columns.label is None:
         raise DataError(f"{first.name} has no label column; name it in data.label. Columns: {', '.join(names)}")
@@ -67,14 +68,14 @@ def survey_texts(
     target: str | None,
     messages: str | None,
     text: str | None,
-    validation_fraction: float | None,
+    validation_fraction: float,
     seed: int,
 ) -> Survey:
-    """What `read_texts` finds, the same rows in the same splits; validation_fraction as in `survey_data`."""
+    """What `read_texts` finds, the same rows in the same splits."""
     sources = open_splits(train, validation, test)
     first = sources["train"]
     found = find_format(
-        _names(first),
+        column_names_of(first),
         source=first.name,
         format=format,
         prompt=prompt,
@@ -87,17 +88,19 @@ def survey_texts(
     return Survey({name: sources[name] for name in places}, places, found.columns, None, found)
 
 
-def _places(
-    sources: dict[str, Source], groups: np.ndarray, *, fraction: float | None, seed: int
-) -> dict[str, np.ndarray]:
+def survey_whole(train: str, columns: Columns, labels: LabelMap | None, format: Format | None) -> Survey:
+    """All rows of a file, none held out, by columns, classes and a format that are known."""
+    source = open_splits(train, None, None)["train"]
+    return Survey({"train": source}, {"train": np.arange(sum(map(len, source.chunks())))}, columns, labels, format)
+
+
+def _places(sources: dict[str, Source], groups: np.ndarray, *, fraction: float, seed: int) -> dict[str, np.ndarray]:
     """Where the rows of each split are in its source; a validation split that is not there is taken from the first."""
     if "validation" in sources:
         return {
             "train": np.arange(len(groups)),
             "validation": np.arange(sum(map(len, sources["validation"].chunks()))),
         }
-    if fraction is None:
-        return {"train": np.arange(len(groups))}
     out = held_out(groups, fraction=fraction, seed=seed, source=sources["train"].name)
     sources["validation"] = sources["train"]
     return {"train": np.flatnonzero(~out), "validation": np.flatnonzero(out)}
@@ -126,7 +129,8 @@ def with_whole_targets(
             before += len(rows)
         places[name] = known[np.concatenate(kept)]
         if not len(places[name]):
-            raise DataError(f"{source.name}: no target fits whole into {max_length} tokens; raise data.max_length")
+            most, setting = kept_of_targets(max_length, writing.max_target_length, seq2seq=writing.seq2seq)
+            raise DataError(f"{source.name}: no target fits whole into {most} tokens; raise {setting}")
         if out := len(known) - len(places[name]):
             notes.append(f"{out} of {len(known)} {name} rows are left out, whose targets do not fit whole")
     return replace(survey, places=places), notes
@@ -147,14 +151,15 @@ def store(
 
 
 def texts_of(survey: Survey, split: str) -> Iterator[str]:
-    """The text of every row of a split, in order; a pair's two texts are a line each."""
+    """The text of every row of a split, in order: a line for each of a pair's two, and for what is to be written."""
     columns = asdict(survey.columns)
+    written = survey.columns.label if survey.format is not None else None
     for rows in _chunks_of(survey.sources[split], survey.places[split]):
         for row in rows.rows:
-            yield row_text(row, columns)
+            yield row_text(row, columns) + ("" if written is None else f"\n{row.get(written)}")
 
 
-def _names(source: Source) -> tuple[str, ...]:
+def column_names_of(source: Source) -> tuple[str, ...]:
     """Every column that some row has, in the order of first appearance."""
     return tuple(dict.fromkeys(name for chunk in source.chunks() for name in column_names(chunk)))
 

@@ -190,7 +190,7 @@ def from_terms(
     if unknown := [name for name, weight in weights.items() if weight and name not in terms]:
         raise SettingsError(f"'{unknown[0]}' has a weight and was not measured; {nearest(unknown[0], terms)}")
     for name, values in terms.items():
-        _require_finite(name, values)
+        _require_finite(name, values, ids)
     groups = labels.astype(np.int64) if stratified else np.zeros(len(labels), dtype=np.int64)
     standardised = {name: standardise(terms[name], groups) for name, weight in weights.items() if weight}
     total = np.zeros(len(labels))
@@ -242,11 +242,12 @@ def require_settings(
         raise SettingsError(f"there are {len(ids)} ids for {rows} rows")
 
 
-def _require_finite(name: str, values: np.ndarray) -> None:
+def _require_finite(name: str, values: np.ndarray, ids: np.ndarray | None) -> None:
     bad = np.flatnonzero(~np.isfinite(values))
     if len(bad):
+        row = bad[0] if ids is None else ids[bad[0]]
         raise TsqLoraError(
-            f"{name} of row {bad[0]} is {values[bad[0]]} ({len(bad)} rows in all are not finite); "
+            f"{name} of row {row} is {values[bad[0]]} ({len(bad)} rows in all are not finite); "
             "score in float32, or lower training.learning_rate"
         )
 

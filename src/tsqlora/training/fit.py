@@ -152,7 +152,8 @@ def fit(
     `packed` makes the batches of training and of validations in mid-run, where samples share rows. In the directory
     `run`, where one is given, run.json is kept as the run is now.
     """
-    guard = GuardCallback(data if packed is None else None)  # a packed batch does not say how many samples it has
+    # A packed batch does not say how many samples it has.
+    guard = GuardCallback(data if packed is None else None, ids=getattr(data.dataset, "ids", None))
     cost = CostCallback(data, record, quality, ranks, task)
     live: list[TrainerCallback] = []
     if progress is not None:

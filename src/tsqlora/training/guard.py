@@ -2,10 +2,11 @@
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import is_compiled_module
@@ -35,6 +36,7 @@ class GuardCallback(TrainerCallback):
     Args:
         data: the Trainer's train_dataset; without it, or where other processes hand out its rows (dataloader workers),
             the rows of a skipped step are not known. Leave it out where a batch packs several samples into a row.
+        ids: the place of each of its rows in the file that it comes from, by which they are named.
         limit: with so many skipped among the last 2·limit steps training ends: TsqLoraError with advice, which names
             the last whole checkpoint from before them.
 
@@ -42,10 +44,12 @@ class GuardCallback(TrainerCallback):
     is below 1.
     """
 
-    def __init__(self, data: QualitySubset | None = None, *, limit: int = 5) -> None:
+    def __init__(
+        self, data: QualitySubset | None = None, *, limit: int = 5, ids: Sequence[int] | np.ndarray | None = None
+    ) -> None:
         if limit < 1:
             raise SettingsError(f"limit is {limit}; it must be at least 1")
-        self.data, self.limit = data, limit
+        self.data, self.limit, self.ids = data, limit, ids
         self.skipped: list[SkippedStep] = []
         """The first ones; `count` has all."""
         self.count = 0
@@ -146,7 +150,7 @@ class GuardCallback(TrainerCallback):
 
     def _skip(self, args: TrainingArguments, state: TrainerState) -> None:
         rows = distributed.gathered(self._rows)
-        known = None if any(not part for part in rows) else [row for part in rows for row in part or ()]
+        known = None if any(not part for part in rows) else [self._named(row) for part in rows for row in part or ()]
         step = SkippedStep(state.global_step + 1, known)
         self.count += 1
         self._recent.append(step)
@@ -155,6 +159,9 @@ class GuardCallback(TrainerCallback):
         if len(self._recent) == self.limit and step.step - self._recent[0].step < 2 * self.limit:
             self._held.close()
             raise TsqLoraError(self._advice(args))
+
+    def _named(self, row: int) -> int:
+        return row if self.ids is None else int(self.ids[row])
 
     def _advice(self, args: TrainingArguments) -> str:
         first, last = self._recent[0].step, self._recent[-1]

@@ -45,9 +45,12 @@ class Pretrained:
 def positions_of(model: Any) -> int | None:
     """The longest sequence that a model has positions for, if its config says so.
 
-    RoBERTa's and its kin's begin to count behind the number of their padding.
+    RoBERTa's and its kin's begin to count behind the number of their padding.  Of an encoder and a decoder that have
+    a config each, the fewer.
     """
-    positions = getattr(model.config, "max_position_embeddings", None)
+    configs = [getattr(model.config, part, None) for part in ("encoder", "decoder")]
+    known = [getattr(config, "max_position_embeddings", None) for config in (model.config, *configs)]
+    positions = min((count for count in known if count is not None), default=None)
     if positions is None:
         return None
     tables = [m for name, m in model.named_modules() if name.endswith("position_embeddings")]
