@@ -411,7 +411,8 @@ def cell(task: str, seed: int, mean: float, variant: str, shared: Path, out: Pat
     if key in stored(out):
         return
     result = run(task, seed, mean, variant, shared)
-    new = {key: {"task": task, "seed": seed, "mean": mean, "variant": variant, **result, "commit": commit()}}
+    about = {"task": task, "seed": seed, "mean": mean, "variant": variant}
+    new = {key: {**about, **result, "bf16": hardware_has_bf16(), "commit": commit()}}
     settings = {"rows": ROWS, "passes": PASSES, "learning_rate": LEARNING_RATE, "batch_size": BATCH, "scale": SCALE}
     write_json(out, {"settings": settings, "machine": machine(), "versions": versions(), "results": stored(out) | new})
     metrics = {k: round(v, 4) for k, v in result["test"].items()}

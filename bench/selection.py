@@ -376,7 +376,7 @@ def run(cell: Cell, rule: str, shared: Path, out: Path) -> None:
     else:
         result = run_rule(cell, shared, rule)
     about = {"task": cell.task, "seed": cell.seed, "wrong": cell.wrong, "fraction": cell.fraction, "rule": rule}
-    new = {key: about | result | {"seconds": time.time() - began, "commit": commit()}}
+    new = {key: about | result | {"seconds": time.time() - began, "bf16": hardware_has_bf16(), "commit": commit()}}
     settings = {"passes": PASSES, "learning_rate": LEARNING_RATE, "batch_size": BATCH, "rank": RANK}
     origin = {
         "settings": settings | {"tasks": TASKS, "test": TEST_SPLITS},
