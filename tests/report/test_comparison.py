@@ -117,6 +117,15 @@ def test_versions_that_differ_among_cells_are_all_told(tmp_path: Path) -> None:
     assert gather_comparison(out).versions == {"python": "3.11, 3.12"}
 
 
+def test_precisions_are_all_told(tmp_path: Path) -> None:
+    out = make_comparison(tmp_path)
+    assert "Precision: not recorded" in made(out).texts["p"]
+    for path in (out / "cells").glob("*.json"):
+        cell = json.loads(path.read_text())
+        path.write_text(json.dumps(cell | {"bf16": cell["cell"]["method"] == "lora"}))
+    assert "Precision: bfloat16, float32" in made(out).texts["p"]
+
+
 def test_too_few_seeds_are_said_to_be_too_few(tmp_path: Path) -> None:
     for seeds in ((0,), (0, 1)):
         seen = made(make_comparison(tmp_path / str(len(seeds)), seeds=seeds))

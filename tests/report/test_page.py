@@ -20,7 +20,7 @@ from runs import make_rows
 from seen import Seen
 from tsqlora.errors import SettingsError
 from tsqlora.report.figures import DARK, FRAMES, Grid, loss_curve, rank_frames, rank_map, thinned
-from tsqlora.report.gather import gather
+from tsqlora.report.gather import control_of, gather
 from tsqlora.report.html import data as as_json
 from tsqlora.report.run_page import run_page
 from tsqlora.report.write import write_report
@@ -56,6 +56,23 @@ def test_a_page_has_its_parts_in_order_and_a_place_for_each_figure(tmp_path: Pat
         assert text in said
     assert "About 20% of the labels seem wrong." in said
     assert "tsqlora train run/config.yaml" in said
+
+
+def test_a_control_of_other_rows_is_said_to_be_one(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "ours", rows=ROWS)
+    for name, rows, told in (("same", "abc123", False), ("other", "fff999", True)):
+        control = make_run(tmp_path / name, data={"hash": rows}, metrics={"test": {"accuracy": 0.8}})
+        said = " ".join(Seen(run_page(gather(run, control=control_of(control)), "/* plotly */")).texts["main"])
+        assert "+7.5 points against run" in said
+        assert ("which had other rows" in said) == told
+
+
+def test_rows_that_are_left_out_for_their_labels_are_the_most_doubted_of_their_class(tmp_path: Path) -> None:
+    run = make_run(tmp_path, rows=ROWS)
+    scores = scores_of(tmp_path / "train.jsonl", ROWS, dropped=0)
+    scores.drop(np.arange(len(ROWS)) < 5, "confident negative").save(run / "scores.parquet")
+    said = " ".join(made(run).texts["main"])
+    assert "5 rows were left out because the model doubts their labels most, the same share of each class" in said
 
 
 def test_every_figure_is_one_that_plotly_knows_and_has_a_name_for_screen_readers(tmp_path: Path) -> None:
