@@ -15,10 +15,11 @@ from tsqlora.inference import Trained, open_run
 from tsqlora.job import NOTHING_TO_SCORE, Job, arguments, begin, fit_job, load, method
 from tsqlora.probe import sensitivity
 from tsqlora.progress import Progress
+from tsqlora.quality.sampling import draw_size
 from tsqlora.quality.scores import Scores, sample
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.ranks.allocate import allocate
-from tsqlora.reading import read
+from tsqlora.reading import read, trained_task
 from tsqlora.start import with_start
 from tsqlora.training.quality_callback import SCORES_FILE, QualityCallback
 from tsqlora.training.rank_callback import RankCallback
@@ -49,14 +50,16 @@ def ranks_of(run: Trained, scores_path: Path) -> dict[str, int]:
         scores = Scores.load(scores_path)
         if scores.hashes != samples.hashes:
             raise DataError(f"{scores_path} has scores of other rows than {run.config.data.train} has now; train anew")
-        rows = sample(scores, run.config.quality.fraction, seed)
+        fraction, kept = run.config.quality.fraction, np.flatnonzero(scores.kept)
+        # Where fewer are kept than an epoch holds, training repeats them.
+        rows = kept if draw_size(len(scores), fraction) >= len(kept) else sample(scores, fraction, seed)
     rows = np.random.default_rng([seed, 4]).permutation(rows)[: r.samples]
     measured = sensitivity(
         run.model,
         [samples[row] for row in sorted(rows.tolist())],
         run.collate,
         estimator=r.estimator,
-        task=run.task,
+        task=trained_task(run.config),
         batch_size=run.config.training.batch_size,
     )
     return allocate(measured, mean_rank=r.mean, min_rank=r.min, max_rank=r.resolved_max(), gamma=r.gamma)

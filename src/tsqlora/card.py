@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +32,23 @@ _CLASSES = {
 """By the task's name: the Hub's pipeline, and the class of transformers that loads the model."""
 
 
-def write_card(run: Path, folder: Path, *, format: str = "peft") -> None:
+def write_card(run: Path, folder: Path, *, format: str = "peft", cut: bool = False) -> None:
     """Writes the run's card into a directory beside the weights that stand there."""
-    write_whole(folder / FILE, model_card(run, format=format))
+    write_whole(folder / FILE, model_card(run, format=format, cut=cut))
 
 
-def model_card(run: Path, *, format: str = "peft") -> str:
+def model_card(run: Path, *, format: str = "peft", cut: bool = False) -> str:
     """The card of a run's adapter, or of what it was exported as: metadata and Markdown.
 
+    Of one whose ranks were cut since, `cut`, ranks and results are not told: they are not its own.
     Paths of this machine are not told: of a directory or a file only its name.
     """
     config, record = load_config(run / CONFIG_FILE), RunRecord.load(run)
+    if cut:
+        record = replace(record, metrics={}, ranks={})
     parts = [
         f"# {_text(_name(config.model.path))}, fine-tuned on {_text(_name(str(config.data.train)))}",
-        _summary(config, record, format),
+        _summary(config, record, format, cut=cut),
         *_section("How to load it", [_loading(config, record, format)]),
         *_section("Results", _table(["rows", "metric", "value"], _results(record))),
         *_section("Data", _data(config, record)),
@@ -81,17 +85,20 @@ def _metadata(config: Config, record: RunRecord, format: str) -> str:
     ).to_yaml()
 
 
-def _summary(config: Config, record: RunRecord, format: str) -> str:
+def _summary(config: Config, record: RunRecord, format: str, *, cut: bool) -> str:
     what = {"merged": "A plain model: base and adapter in one.", "gguf": "A LoRA file for llama.cpp."}
     return (
         f"{what.get(format, 'A LoRA adapter in the format of PEFT.')} Task: {_text(record.task)}. Base model: "
         f"{_text(_name(config.model.path))}. {record.parameters.get('trainable', 0):,} parameters were trained."
+        + (" Its ranks were cut after training, and nothing was measured since." if cut else "")
     )
 
 
 def _loading(config: Config, record: RunRecord, format: str) -> str:
     kind = _CLASSES.get(record.task, "AutoModel")
     labels = f", num_labels={len(record.labels or [None])}" if "Classification" in kind else ""
+    if config.model.revision is not None:
+        labels += f", revision={json.dumps(config.model.revision)}"
     if format == "gguf":
         return "```bash\nllama-cli -m BASE.gguf --lora adapter.gguf\n```"
     if format == "merged":

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tsqlora.adapter import doctor
-from tsqlora.adapter.base import base_path, base_skeleton, load_base, load_tokenizer
+from tsqlora.adapter.base import base_path, base_skeleton, load_base, load_tokenizer, revision_of
 from tsqlora.adapter.export import Base, Exported, export_adapter
 from tsqlora.adapter.files import read_adapter
 from tsqlora.adapter.health import vllm_rank
@@ -17,7 +17,7 @@ from tsqlora.card import write_card
 from tsqlora.errors import SettingsError, nearest
 from tsqlora.inference import open_run
 from tsqlora.probe import sensitivity
-from tsqlora.reading import read
+from tsqlora.reading import read, trained_task
 from tsqlora.training.run_dir import adapter_folder, is_run
 from tsqlora.upload import push, require_repository
 
@@ -69,7 +69,7 @@ def export(
         curvature=measured,
     )
     if is_run(source):
-        write_card(source, out, format=format)
+        write_card(source, out, format=format, cut=bool(done.truncation))
     report = _report(out, format, done)
     if is_run(source) and format == "merged":
         report["notes"] += _off_packed(source, out)
@@ -99,7 +99,7 @@ def curvature(source: Path) -> dict[str, float]:
         [samples[row] for row in sorted(rows.tolist())],
         run.collate,
         estimator="fisher",
-        task=run.task,
+        task=trained_task(run.config),
         batch_size=run.config.training.batch_size,
     )
     return dict(measured.values)
@@ -149,7 +149,7 @@ def _base_of_adapter(folder: Path, given: str | None, format: str) -> Base | Non
     return Base(
         lambda: base_skeleton(path, adapter),
         lambda dtype: load_base(path, adapter, dtype),
-        lambda: load_tokenizer(str(folder)) or load_tokenizer(path),
+        lambda: load_tokenizer(str(folder)) or load_tokenizer(path, revision_of(path, adapter)),
         compare=given is not None,
     )
 

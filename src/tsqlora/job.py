@@ -165,23 +165,24 @@ def with_slots(config: Config, pretrained: Pretrained) -> PeftModel:
     """The pretrained model with LoRA at its first ranks, or at an adapter's; it is changed in place."""
     adapter, ranks = config.adapter, config.ranks
     set_seed(config.training.seed)
+    common: dict[str, Any] = {
+        "max_rank": ranks.resolved_max(),
+        "dropout": adapter.dropout,
+        "modules_to_save": pretrained.new_modules,
+    }
     if (start := start_of(config)) is not None:
-        return start_from(
+        model = start_from(pretrained.model, start, **common)
+    else:
+        model = wrap(
             pretrained.model,
-            start,
-            max_rank=ranks.resolved_max(),
-            dropout=adapter.dropout,
-            modules_to_save=pretrained.new_modules,
+            mean_rank=ranks.mean,
+            alpha=adapter.alpha,
+            target_modules=adapter.target_modules,
+            **common,
         )
-    return wrap(
-        pretrained.model,
-        mean_rank=ranks.mean,
-        max_rank=ranks.resolved_max(),
-        alpha=adapter.alpha,
-        dropout=adapter.dropout,
-        target_modules=adapter.target_modules,
-        modules_to_save=pretrained.new_modules,
-    )
+    for written in model.peft_config.values():
+        written.revision = config.model.revision  # of the base, by which PEFT loads it
+    return model
 
 
 def method(

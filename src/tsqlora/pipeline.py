@@ -1,5 +1,6 @@
 """A run from beginning to end: data, model, warm-up, scores, ranks, training, adapter, record."""
 
+import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -66,6 +67,9 @@ def _train(
     if before is not None and before.data["hash"] != job.data.hash:
         raise DataError(f"{config.data.train} has other rows than when {run} was begun; name another --out")
     model, record = begin(job, args)
+    if config.quality.harvest and rows < config.training.batch_size:
+        # What was harvested until memory did not suffice is in no checkpoint.
+        shutil.rmtree(run / CHECKPOINT_DIR, ignore_errors=True)
     checkpoint, passed_over = newest_whole(run / CHECKPOINT_DIR)
     for why in passed_over:
         warnings.warn(why, stacklevel=2)

@@ -7,7 +7,7 @@ from tsqlora.config import Config
 from tsqlora.data.prepare import Splits, Writing, read_data, read_texts
 from tsqlora.data.survey import Survey, survey_data, survey_texts
 from tsqlora.errors import SettingsError
-from tsqlora.tasks import get_task
+from tsqlora.tasks import Task, get_task
 from tsqlora.tasks.classification import Classification
 from tsqlora.tasks.generation import Generation
 from tsqlora.tasks.regression import Regression
@@ -39,6 +39,12 @@ def survey(config: Config) -> Survey:
     if writing_of(config) is not None:
         return survey_texts(data.train, data.validation, data.test, **_texts(config))
     return survey_data(data.train, data.validation, data.test, **_answers(config))
+
+
+def trained_task(config: Config) -> Task:
+    """The task, with the loss that training uses."""
+    smoothing = config.training.further_arguments().get("label_smoothing_factor", 0)
+    return get_task(config.task.type, **({"label_smoothing": smoothing} if smoothing else {}))
 
 
 def require_of_task(config: Config, keys: Collection[str] | None = None) -> None:

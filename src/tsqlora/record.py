@@ -98,7 +98,7 @@ class RunRecord:
             costs = {name: PhaseCost(**cost) for name, cost in stored.pop("cost").items()}
             events = [RankEvent.from_dict(event) for event in stored.pop("rank_events")]
             return cls(**stored, cost=costs, rank_events=events)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise DataError(f"{run} is not a run: it has no {RECORD_FILE}; `tsqlora train` makes one") from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"{path}: not a run's record ({error})") from None

@@ -146,7 +146,7 @@ def _run(source: Path, overrides: Sequence[str], tokens: Path) -> Ready:
     run = open_run(source, overrides)
     survey = _whole(_survey(source, run), run.tokenizer, run.max_length, run.writing)
     data = store(survey, run.tokenizer, tokens, max_length=run.max_length, writing=run.writing)
-    return Ready(run.config, _task(run.config), run.model, run.collate, survey, data)
+    return Ready(run.config, reading.trained_task(run.config), run.model, run.collate, survey, data)
 
 
 def _survey(source: Path, run: Trained) -> Survey:
@@ -178,7 +178,7 @@ def warmed_up(config: Config, folder: Path, tokens: Path, progress: Progress | N
     writing = reading.writing_of(config)
     survey = _whole(survey, pretrained.tokenizer, length, writing)
     data = store(survey, pretrained.tokenizer, tokens, max_length=length, writing=writing)
-    job = Job(config, _task(config), pretrained, data, length)
+    job = Job(config, reading.trained_task(config), pretrained, data, length)
     bind(folder, {"rows": data.hash, "settings": dump_config(config), "torch": torch.__version__})
     theta = folder / WARM_UP_FILE
     if not theta.exists():
@@ -270,12 +270,6 @@ def score_ready(ready: Ready, journal: Path | None = None, progress: Progress | 
         journal=journal,
         progress=progress,
     )
-
-
-def _task(config: Config) -> Task:
-    """With the loss that training uses."""
-    smoothing = config.training.further_arguments().get("label_smoothing_factor", 0)
-    return get_task(config.task.type, **({"label_smoothing": smoothing} if smoothing else {}))
 
 
 def _trainable(model: nn.Module) -> dict[str, torch.Tensor]:

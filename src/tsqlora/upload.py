@@ -24,13 +24,13 @@ def push(folder: Path, repo: str) -> str:
     """
     api = HfApi()
     try:
-        api.create_repo(repo, private=True, exist_ok=True)
-        done = api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload adapter")
+        whole = api.create_repo(repo, private=True, exist_ok=True).repo_id  # with its owner
+        done = api.upload_folder(repo_id=whole, folder_path=folder, commit_message="Upload adapter")
     except HfHubHTTPError as error:
         raise _not_pushed(folder, repo, f"the hub answers {error.response.status_code}") from None
     except OfflineModeIsEnabled:
         raise _not_pushed(folder, repo, "HF_HUB_OFFLINE is set") from None
-    except OSError as error:
+    except Exception as error:  # of the connection; by which class is the hub's client's affair
         raise _not_pushed(folder, repo, f"no connection: {type(error).__name__}") from None
     return str(done.commit_url)
 

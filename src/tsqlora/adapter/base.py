@@ -15,7 +15,7 @@ from tsqlora.adapter.lora import LoraAdapter
 from tsqlora.adapter.rewrite import Shape
 from tsqlora.errors import SettingsError
 from tsqlora.gradients.sites import is_gptq
-from tsqlora.hub import is_hub_id
+from tsqlora.hub import is_hub_id, is_revision
 
 CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -27,8 +27,8 @@ CLASSES = {
 }
 """The class of transformers that PEFT's task_type asks for."""
 
-_HEADS = ("score.weight", "classifier.weight", "out_proj.weight", "out.weight")
-"""Endings of the tensor that gives a classifier its outputs."""
+_HEADS = ("score", "classifier", "out_proj", "out", "logits_proj", "linear_out", "summary")
+"""Last names of the module that gives a classifier its outputs."""
 
 
 def module_shapes(model: nn.Module) -> dict[str, Shape]:
@@ -49,7 +49,7 @@ def module_shapes(model: nn.Module) -> dict[str, Shape]:
 def base_skeleton(path: str, adapter: LoraAdapter) -> PreTrainedModel:
     """The base model without weights, from its config alone.  Raises SettingsError for what is no model."""
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **_labels(adapter))
+        config = _config(path, adapter)
         kind = _class(config, adapter)
         with torch.device("meta"):
             return kind.from_config(config) if kind.__name__.startswith("Auto") else kind(config)
@@ -60,32 +60,50 @@ def base_skeleton(path: str, adapter: LoraAdapter) -> PreTrainedModel:
 def load_base(path: str, adapter: LoraAdapter, dtype: str | None = None) -> PreTrainedModel:
     """The base model with its weights, in its own precision or the one named.  Raises as `base_skeleton`."""
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **_labels(adapter))
+        config, revision = _config(path, adapter), revision_of(path, adapter)
         if adapter.config.get("task_type") == "SEQ_CLS":
-            _set_padding(config, path)
+            _set_padding(config, path, revision)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # a head that the checkpoint lacks is the same every time
-            wanted: Any = "auto" if dtype is None else getattr(torch, dtype)
-            return _class(config, adapter).from_pretrained(path, config=config, dtype=wanted).eval()
+            how: dict[str, Any] = {"dtype": "auto" if dtype is None else getattr(torch, dtype), "revision": revision}
+            if _labels(adapter):  # the head is the adapter's, whatever the checkpoint's is
+                how["ignore_mismatched_sizes"] = True
+            return _class(config, adapter).from_pretrained(path, config=config, **how).eval()
     except Exception as error:  # a stranger's config.json makes transformers raise anything
         raise _no_base(path, error) from error
 
 
-def _set_padding(config: Any, path: str) -> None:
+def _config(path: str, adapter: LoraAdapter) -> Any:
+    revision = revision_of(path, adapter)
+    return AutoConfig.from_pretrained(path, trust_remote_code=False, revision=revision, **_labels(adapter))
+
+
+def revision_of(path: str, adapter: LoraAdapter) -> str:
+    """Of the base that the adapter names, the revision that it names; of another, and by default, main.
+
+    Raises SettingsError for one that is none.
+    """
+    named = adapter.config.get("revision") if path == adapter.base else None
+    if named is not None and not is_revision(named):
+        raise SettingsError(f"the adapter names {named!r} as its base's revision, which is none; give --base")
+    return named or "main"
+
+
+def _set_padding(config: Any, path: str, revision: str) -> None:
     """Where a config names no padding, behind which a decoder reads its class: the tokenizer's, else the end token."""
     text = config.get_text_config()
     if text.pad_token_id is None:
-        tokenizer: Any = load_tokenizer(path)
+        tokenizer: Any = load_tokenizer(path, revision)
         known = (None, None) if tokenizer is None else (tokenizer.pad_token_id, tokenizer.eos_token_id)
         ends = text.eos_token_id
         own = ends[0] if isinstance(ends, list) else ends
         text.pad_token_id = next((token for token in (*known, own) if token is not None), None)
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(path: str, revision: str = "main") -> PreTrainedTokenizerBase | None:
     """The tokenizer in a directory or on the hub, if one is there."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, revision=revision)
     except (OSError, ValueError, KeyError):
         return None
     # Without its files transformers makes a tokenizer to which every word is unknown.
@@ -112,18 +130,24 @@ def _class(config: Any, adapter: LoraAdapter) -> Any:
     """The task's class; without a task the one that the adapter was made on, else the checkpoint's own."""
     if named := CLASSES.get(adapter.config.get("task_type") or ""):
         return getattr(transformers, named)
-    mapping = adapter.config.get("auto_mapping")
-    named = mapping.get("base_model_class") if isinstance(mapping, dict) else None
-    found = getattr(transformers, str(named or (config.architectures or [""])[0]), None)
+    found = getattr(transformers, str(_made_on(adapter) or (config.architectures or [""])[0]), None)
     # transformers has functions and modules, too, whose names a stranger could write there.
     return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else transformers.AutoModel
 
 
+def _made_on(adapter: LoraAdapter) -> str | None:
+    """The class that an adapter without a task names."""
+    mapping = adapter.config.get("auto_mapping")
+    return mapping.get("base_model_class") if isinstance(mapping, dict) else None
+
+
 def _labels(adapter: LoraAdapter) -> Mapping[str, int]:
     """How many outputs the head has that came with the adapter."""
-    if adapter.config.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS"):
+    task = adapter.config.get("task_type")
+    if task not in ("SEQ_CLS", "TOKEN_CLS") and (task or "Classification" not in str(_made_on(adapter))):
         return {}
-    heads = [tensor for name, tensor in adapter.saved.items() if name.endswith(_HEADS) and tensor.ndim == 2]
+    ends = tuple(f".{head}.weight" for head in _HEADS)
+    heads = [tensor for name, tensor in adapter.saved.items() if f".{name}".endswith(ends) and tensor.ndim == 2]
     return {"num_labels": heads[-1].shape[0]} if heads else {}
 
 

@@ -215,6 +215,14 @@ def _require_fit(adapter: LoraAdapter, model: PreTrainedModel) -> None:
     for name, target in adapter.targets.items():
         if target.kind != "convolution":
             require_fits(name, target, shapes)
+    there = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    for name, tensor in adapter.saved.items():
+        if name in there and there[name] != tensor.shape:
+            own, base = ("×".join(map(str, shape)) for shape in (tensor.shape, there[name]))
+            raise SettingsError(
+                f"the adapter came with {name} of {own}, and the base has {base}: where its vocabulary was enlarged "
+                "before training (resize_token_embeddings), save that base and name it with --base"
+            )
 
 
 def _not_compared(model: PreTrainedModel) -> str:

@@ -121,6 +121,8 @@ def logits(model: nn.Module) -> Tensor:
     device = next(model.parameters()).device
     with torch.no_grad():
         said = model(**{name: value.to(device) for name, value in probe_rows(model).items()})
+    if "start_logits" in said:  # question answering
+        return torch.stack([said.start_logits, said.end_logits]).float().cpu()
     found = said.logits if "logits" in said else said.last_hidden_state
     return found.float().cpu()
 

@@ -26,7 +26,7 @@ def new_directory(out: Path) -> Iterator[Path]:
     Raises SettingsError where `out` holds something, or cannot be made.
     """
     require_new(out)
-    out = Path(os.path.abspath(out))
+    out = Path(os.path.realpath(out))  # a link to a directory stays
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)  # of a killed process of this number
     try:
@@ -42,8 +42,9 @@ def new_directory(out: Path) -> Iterator[Path]:
 
 def require_new(out: Path) -> None:
     """Raises SettingsError where something is in the way, or nothing can take the directory's place."""
-    if os.path.ismount(out) or os.path.abspath(out) == os.getcwd():
-        what = "a mounted volume" if os.path.ismount(out) else "the working directory"
+    there = os.path.realpath(out)
+    if os.path.ismount(there) or there == os.path.realpath(os.getcwd()):
+        what = "a mounted volume" if os.path.ismount(there) else "the working directory"
         raise SettingsError(f"--out {out} is {what}; name a directory in it")
     if out.is_dir() and not any(out.iterdir()):
         return

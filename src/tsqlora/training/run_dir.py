@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from tsqlora.errors import SettingsError, TsqLoraError
+from tsqlora.errors import DataError, SettingsError, TsqLoraError
 from tsqlora.record import RECORD_FILE
 
 CONFIG_FILE = "config.yaml"
@@ -29,8 +29,15 @@ def is_run(path: Path) -> bool:
 
 
 def adapter_folder(path: Path) -> Path:
-    """Where the adapter lies: of a run in its own folder, else in the directory itself."""
-    return path / ADAPTER_DIR if is_run(path) else path
+    """Where the adapter lies: of a run in its own folder, else in the directory itself.
+
+    Raises DataError for a run that has none yet.
+    """
+    if not is_run(path):
+        return path
+    if not (path / ADAPTER_DIR).is_dir():
+        raise DataError(f"the run in {path} has no adapter yet; `tsqlora train --resume` goes on with it")
+    return path / ADAPTER_DIR
 
 
 @contextmanager

@@ -69,6 +69,8 @@ def write_texts(
 ) -> list[str]:
     """What the model writes on each prompt, greedily or by beams, in the prompts' order; no space around it.
 
+    Nothing of the base's generation_config counts but its special tokens: no least length, no penalty.
+
     `collate` must pad a causal model's prompts on the left: it goes on from their last token.
     Raises SettingsError where a prompt and the new tokens are more than the model has positions for.
     """
@@ -84,6 +86,7 @@ def write_texts(
         eos_token_id=_ends(inner, tokenizer),
         bos_token_id=inner.generation_config.bos_token_id,
         decoder_start_token_id=_start(inner),
+        **_PLAIN,
     )
     texts = [""] * len(prompts)
     done = 0
@@ -99,6 +102,20 @@ def write_texts(
             if progress is not None:
                 progress(phase, done, len(prompts))
     return texts
+
+
+_PLAIN: dict[str, Any] = {
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "length_penalty": 1.0,
+    "early_stopping": False,
+    "num_return_sequences": 1,
+}
+"""What a base's own generation_config would change of the texts, where nothing is said of it."""
 
 
 def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | int | None:
