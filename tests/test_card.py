@@ -13,6 +13,8 @@ from huggingface_hub import ModelCard
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
 from tsqlora.card import model_card, write_card
 from tsqlora.config import load_config
+from tsqlora.exporting import export
+from tsqlora.job import load, with_slots
 from tsqlora.pipeline import train
 from tsqlora.record import RunRecord
 
@@ -82,6 +84,27 @@ def test_what_a_stranger_wrote_is_text_and_not_markup(run: Path, tmp_path: Path)
         "AutoModelForSequenceClassification.from_pretrained",
         "PeftModel.from_pretrained",
     }
+
+
+def test_of_an_adapter_that_was_cut_no_results_and_no_ranks_are_told(run: Path, tmp_path: Path) -> None:
+    report = export(run, tmp_path / "cut", format="peft", mean_rank=1.0)
+    assert report["truncation"]
+    card = ModelCard((tmp_path / "cut" / "README.md").read_text())
+    assert "Its ranks were cut after training, and nothing was measured since." in card.text
+    assert not card.data.eval_results
+    assert not {"## Results", "## Ranks"} & set(card.text.splitlines())
+    export(run, tmp_path / "whole", format="peft")
+    assert (tmp_path / "whole" / "README.md").read_text() == model_card(run)
+
+
+def test_the_revision_of_the_base_is_in_card_and_adapter(run: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text())
+    settings["model"]["revision"] = "v2"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    (tmp_path / "run.json").write_text((run / "run.json").read_text())
+    assert ', num_labels=2, revision="v2")' in model_card(tmp_path)
+    job = load(load_config(tmp_path / "config.yaml"))
+    assert with_slots(job.config, job.pretrained).peft_config["default"].revision == "v2"
 
 
 def test_nothing_of_this_machine_is_told(run: Path) -> None:

@@ -23,7 +23,7 @@ from tsqlora.exporting import export
 from tsqlora.gradients.quiet import quiet
 from tsqlora.gradients.sites import bitsandbytes_bits
 from tsqlora.inference import evaluate_run, open_run, predict_run, reply
-from tsqlora.job import load
+from tsqlora.job import arguments, asking_of, load
 from tsqlora.quality.explain import explain
 from tsqlora.quality.scores import Scores
 from tsqlora.report.write import write_report
@@ -199,6 +199,26 @@ def test_a_causal_models_prompts_leave_room_for_what_it_writes(tmp_path: Path) -
     with pytest.warns(UserWarning, match=r"^1 of 4 prompts of .*test\.jsonl were cut to 124 tokens$"):
         record = pipeline.train(load_config(config, also), tmp_path / "run")
     assert record.status == "finished"
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("kind", ["causal-lm", "seq2seq"])
+def test_what_the_bases_generation_config_wants_changes_no_text(kind: str, beams: int, tmp_path: Path) -> None:
+    config = write_config(
+        tmp_path / "tsq.yaml",
+        checkpoint(tmp_path / "model", kind),
+        write_jsonl(tmp_path / "train.jsonl", rows(20)),
+        task={"type": kind, "max_new_tokens": 12, "beams": beams},
+    )
+    job = load(load_config(config))
+    model: Any = job.pretrained.model
+    asking = asking_of(job, arguments(job.config, tmp_path))
+    assert job.data.splits.format is not None
+    prompts = asking.prompts(job.data.splits.rows["validation"], job.data.splits.format)
+    plain = asking.texts(model, prompts, phase="", progress=None)
+    wants = {"min_length": 12, "min_new_tokens": 12, "repetition_penalty": 5.0, "no_repeat_ngram_size": 1}
+    model.generation_config.update(**wants, length_penalty=3.0, early_stopping=True)
+    assert asking.texts(model, prompts, phase="", progress=None) == plain
 
 
 @pytest.mark.parametrize("kind", [GPT2LMHeadModel, LlamaForCausalLM])

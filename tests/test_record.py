@@ -36,6 +36,12 @@ def test_versions_of_what_decides_a_result_are_recorded() -> None:
     assert {"python", "tsqlora", "torch", "transformers", "peft"} <= record().versions.keys()
 
 
+def test_a_file_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "tsq.yaml").write_text("")
+    with pytest.raises(DataError, match=r"tsq\.yaml is not a run: it has no run\.json; `tsqlora train` makes one"):
+        RunRecord.load(tmp_path / "tsq.yaml")
+
+
 def test_a_directory_without_a_record_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"is not a run: it has no run\.json; `tsqlora train` makes one"):
         RunRecord.load(tmp_path)

@@ -33,7 +33,8 @@ class Hub:
         self.calls.append(path)
         if path == "/api/repos/create":
             self.created = json.loads(body)
-            return {"url": f"{self.url}/me/adapter", "name": "me/adapter"}
+            name = self.created["name"]
+            return {"url": f"{self.url}/me/{name}", "name": f"me/{name}"}
         if path.endswith("/preupload/main"):
             files = json.loads(body)["files"]
             return {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
@@ -99,6 +100,23 @@ def test_an_export_is_uploaded_whole_and_new_repositories_are_private(
     written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
     assert not any(TOKEN.encode() in content for content in written)
     assert TOKEN not in json.dumps(report) + "".join(capsys.readouterr())
+
+
+def test_a_name_without_an_owner_is_the_users_own(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("{}")
+    push(tmp_path, "adapter")
+    assert hub.files
+    assert {path for path in hub.calls if path.endswith("/main")} == {
+        "/api/models/me/adapter/preupload/main",
+        "/api/models/me/adapter/commit/main",
+    }
+
+
+def test_a_hub_that_cannot_be_reached_leaves_it_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(TsqLoraError, match=r"was not pushed to me/adapter \(no connection: ConnectError\); log in"):
+        push(tmp_path, "me/adapter")
 
 
 def test_a_hub_that_refuses_leaves_the_export_and_says_how_to_go_on(hub: Hub, tmp_path: Path) -> None:

@@ -20,6 +20,11 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForTokenClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -29,7 +34,7 @@ from elsewhere import environment_without_us
 from loras import LAYERS, lora_config, save_base, save_lora, tiny_gpt2_lm, tiny_llama
 from models import tiny_bert, tiny_llama_classifier
 from tsqlora.adapter import export as export_module
-from tsqlora.adapter.base import module_shapes
+from tsqlora.adapter.base import module_shapes, revision_of
 from tsqlora.adapter.files import CONFIG, read_adapter
 from tsqlora.adapter.lora import LoraAdapter, Target
 from tsqlora.adapter.merge import merge_into
@@ -37,7 +42,7 @@ from tsqlora.adapter.rewrite import compact, served_rank, truncate, universal
 from tsqlora.adapter.verify import compare_updates, compare_weights, logits, probe_rows
 from tsqlora.adapter.write import write_adapter
 from tsqlora.errors import DataError, SettingsError, TsqLoraError, UnsupportedError
-from tsqlora.exporting import export
+from tsqlora.exporting import examine, export
 
 KINDS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")
 LLAMA = [f"model.layers.{j}.{name}" for j in range(LAYERS) for name in KINDS]
@@ -500,6 +505,80 @@ def test_a_decoder_that_classifies_is_merged_with_the_padding_it_reads_its_class
     export(folder, tmp_path / "out", format="merged", base=str(tmp_path / "base"))
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert merged.config.pad_token_id == merged.config.eos_token_id is not None
+
+
+def test_a_head_is_told_from_a_layer_whose_name_ends_alike(tmp_path: Path) -> None:
+    """DistilBERT has a pre_classifier, too; and the base has a head of another size."""
+    config = DistilBertConfig(vocab_size=40, dim=16, n_heads=2, n_layers=1, hidden_dim=16, max_position_embeddings=16)
+
+    def bert(labels: int) -> PreTrainedModel:
+        torch.manual_seed(0)
+        config.num_labels = labels
+        return DistilBertForSequenceClassification(config)
+
+    save_base(tmp_path / "base", bert(2))
+    folder = save_lora(tmp_path / "a", bert(3), lora_config(task_type="SEQ_CLS", target_modules=["q_lin"]))
+    export(folder, tmp_path / "out", format="merged", base=str(tmp_path / "base"))
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").config.num_labels == 3
+
+
+def test_a_classifier_of_tokens_without_a_task_has_its_head(tmp_path: Path) -> None:
+    config = BertConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=5
+    )
+    torch.manual_seed(0)
+    model = BertForTokenClassification(config)
+    save_base(tmp_path / "base", model)
+    folder = save_lora(
+        tmp_path / "a", model, lora_config(target_modules=["query"], modules_to_save=["classifier"], task_type=None)
+    )
+    export(folder, tmp_path / "out", format="merged", base=str(tmp_path / "base"))
+
+
+def test_answers_to_questions_are_compared_by_their_starts_and_ends(tmp_path: Path) -> None:
+    config = BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    torch.manual_seed(0)
+    model = BertForQuestionAnswering(config)
+    save_base(tmp_path / "base", model)
+    folder = save_lora(tmp_path / "a", model, lora_config(task_type="QUESTION_ANS", target_modules=["query"]))
+    report = export(folder, tmp_path / "out", format="merged", base=str(tmp_path / "base"))
+    assert report["logits_difference"] < 1e-4 < report["largest_logit"]
+
+
+def test_an_enlarged_vocabulary_is_named(tmp_path: Path) -> None:
+    small = tiny_llama()
+    save_base(tmp_path / "base", small)
+    large = tiny_llama()
+    large.resize_token_embeddings(large.config.vocab_size + 3)
+    folder = save_lora(tmp_path / "a", large, lora_config(modules_to_save=["embed_tokens", "lm_head"]))
+    with pytest.raises(SettingsError, match=r"came with .* and the base has .*: where its vocabulary was enlarged"):
+        export(folder, tmp_path / "out", format="merged", base=str(tmp_path / "base"))
+
+
+def test_the_revision_that_an_adapter_names_is_its_bases(place: Path) -> None:
+    adapter = read_adapter(place / "adapter")
+
+    def named(revision: Any) -> LoraAdapter:
+        return replace(adapter, config={**adapter.config, "revision": revision, "base_model_name_or_path": "org/b"})
+
+    assert [revision_of("org/b", named(name)) for name in ("v2", None)] == ["v2", "main"]
+    assert revision_of("org/other", named("v2")) == "main"
+    with pytest.raises(SettingsError, match=r"names '\.\./x' as its base's revision, which is none"):
+        revision_of("org/b", named("../x"))
+
+
+def test_a_link_to_an_empty_directory_is_a_place(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    export(place / "adapter", tmp_path / "link", format="peft")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "there" / "adapter_config.json").exists()
+
+
+def test_a_run_without_an_adapter_is_said_to_be_unfinished(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(DataError, match="has no adapter yet; `tsqlora train --resume` goes on with it"):
+        examine(tmp_path)
 
 
 def test_a_place_that_no_new_directory_can_take_is_refused(
