@@ -4,7 +4,9 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -15,9 +17,11 @@ from tsqlora.allocation import allocate_ranks
 from tsqlora.config import Config, load_config
 from tsqlora.data.rows import read_rows
 from tsqlora.data.write import write_rows
-from tsqlora.errors import DataError, SettingsError
+from tsqlora.errors import DataError, NotLearnedError, SettingsError
 from tsqlora.inference import device_of, evaluate_run, open_run, predict_run
 from tsqlora.pipeline import train
+from tsqlora.probe import sensitivity
+from tsqlora.quality.scores import Scores
 from tsqlora.record import RunRecord
 from tsqlora.scoring import score_rows
 
@@ -165,7 +169,7 @@ def test_an_unfinished_run_is_refused(run: Path, tmp_path: Path) -> None:
 def test_a_run_scores_other_rows_by_its_own_classes(run: Path, tmp_path: Path) -> None:
     other = write_jsonl(tmp_path / "other.jsonl", [{"text": row["text"], "label": "yes"} for row in make_rows(40)])
     override = [f"data.train={other}", f"data.validation={data_of(run)}", "data.test=null"]
-    with pytest.raises(DataError, match="no other class"):
+    with pytest.raises(NotLearnedError, match="a constant guess's is 0"):
         score_rows(run, tmp_path / "s.parquet", overrides=override)
     write_jsonl(other, make_rows(60, seed=60, labels=NAMES)[:19:-1])
     scores = score_rows(run, tmp_path / "new" / "s.parquet", overrides=override)
@@ -179,6 +183,20 @@ def test_ranks_are_not_measured_on_rows_that_are_no_longer_those_scored(run: Pat
     other = write_jsonl(tmp_path / "other.jsonl", make_rows(60, seed=1, labels=NAMES))
     with pytest.raises(DataError, match=r"scores\.parquet has scores of other rows than .*other\.jsonl has now"):
         allocate_ranks(again, overrides=[f"data.train={other}", f"data.validation={data_of(run)}"])
+
+
+def test_ranks_are_measured_with_the_loss_of_training_on_the_rows_that_it_had(run: Path, tmp_path: Path) -> None:
+    """Where rows were left out, an epoch of all rows repeats the kept ones."""
+    again = copied(run, tmp_path)
+    score_rows(again, again / "scores.parquet")
+    scores = Scores.load(again / "scores.parquet")
+    scores.drop(np.arange(len(scores)) < 10, "duplicate").save(again / "scores.parquet")
+    with patch("tsqlora.allocation.sensitivity", side_effect=sensitivity) as measured:
+        allocate_ranks(
+            again, overrides=["quality.fraction=1.0", "ranks.samples=99", "training.label_smoothing_factor=0.1"]
+        )
+    assert len(measured.call_args.args[1]) == len(scores) - 10
+    assert measured.call_args.kwargs["task"].label_smoothing == 0.1
 
 
 @pytest.mark.parametrize(("use_cpu", "device"), [(False, "cuda"), (True, "cpu")])

@@ -523,16 +523,15 @@ def test_a_head_is_told_from_a_layer_whose_name_ends_alike(tmp_path: Path) -> No
 
 
 def test_a_classifier_of_tokens_without_a_task_has_its_head(tmp_path: Path) -> None:
-    config = BertConfig(
-        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=5
-    )
+    """Though the base has one of another size."""
+    config = BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     torch.manual_seed(0)
-    model = BertForTokenClassification(config)
-    save_base(tmp_path / "base", model)
-    folder = save_lora(
-        tmp_path / "a", model, lora_config(target_modules=["query"], modules_to_save=["classifier"], task_type=None)
-    )
+    save_base(tmp_path / "base", BertForTokenClassification(config))
+    config.num_labels = 5
+    options: dict[str, Any] = {"target_modules": ["query"], "modules_to_save": ["classifier"], "task_type": None}
+    folder = save_lora(tmp_path / "a", BertForTokenClassification(config), lora_config(**options))
     export(folder, tmp_path / "out", format="merged", base=str(tmp_path / "base"))
+    assert load_file(tmp_path / "out" / "model.safetensors")["classifier.weight"].shape == (5, 16)
 
 
 def test_answers_to_questions_are_compared_by_their_starts_and_ends(tmp_path: Path) -> None:
