@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from operator import methodcaller
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -110,8 +111,8 @@ def versions() -> dict[str, str]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes a JSON file, as `write_whole`."""
-    write_whole(path, json.dumps(value, indent=2) + "\n")
+    """Writes a JSON file, as `write_whole`; numpy's numbers as plain ones."""
+    write_whole(path, json.dumps(value, indent=2, default=methodcaller("item")) + "\n")
 
 
 def write_whole(path: Path, text: str) -> None:

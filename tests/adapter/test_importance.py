@@ -123,6 +123,17 @@ def test_the_least_important_go_first_and_a_young_slot_never() -> None:
         importance.least(WIDE, 5, min_age=3)
 
 
+def test_before_any_step_the_smallest_go_first() -> None:
+    """An adapter that is trained already may have its largest direction in its first slot."""
+    model = wrapped()
+    layers = find_slots(model)
+    importance = Importance(layers)
+    with torch.no_grad():
+        layers[QUERY].a[:4] = torch.ones_like(layers[QUERY].a[:4])
+        layers[QUERY].b[:, :4] = torch.tensor([4.0, 1.0, 3.0, 2.0])
+    assert importance.least(QUERY, 3, min_age=0) == [1, 3, 2]
+
+
 def test_what_was_saved_comes_back() -> None:
     layers = find_slots(MODEL)
     importance, other = Importance(layers), Importance(layers)

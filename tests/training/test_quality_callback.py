@@ -628,6 +628,14 @@ def test_settings_that_cannot_work_are_told_before_training(
     assert not watch.drawn
 
 
+def test_more_rows_than_weights_and_rejection_may_leave_are_refused_at_once() -> None:
+    subset, weights = tsq.QualitySubset(DATA, 0.9), {"loss": -1.0}
+    with pytest.raises(tsq.SettingsError, match="reject may leave out 50% of the rows, and weights draw 90% of all of"):
+        tsq.QualityCallback(subset, weights=weights, reject=True)
+    tsq.QualityCallback(subset, weights=weights)
+    tsq.QualityCallback(tsq.QualitySubset(DATA, 0.5), weights=weights, reject=True)
+
+
 def of_kind(made: type[PreTrainedModel]) -> PreTrainedModel:
     sizes: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     return made(BertConfig(vocab_size=VOCAB, **sizes))

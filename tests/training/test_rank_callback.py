@@ -89,6 +89,14 @@ def test_ranks_move_within_the_budget_and_a_plain_peft_model_is_left(tmp_path: P
     assert_same(weights(loaded), weights(model), "plain PEFT")
 
 
+@pytest.mark.parametrize("by", [lambda _: tsq.RankCallback(interval=4), tsq.GuardCallback])
+def test_workers_that_keep_an_old_draw_are_refused_by_whoever_draws(by: Any, tmp_path: Path) -> None:
+    data = tsq.QualitySubset(moods(), 0.5)
+    options = {"dataloader_persistent_workers": True, "dataloader_num_workers": 1}
+    with pytest.raises(tsq.SettingsError, match="dataloader_persistent_workers keeps an old draw; set it to False"):
+        make_trainer(slotted_bert(), data, tmp_path, [by(data)], **options).train()
+
+
 def test_the_same_run_gives_the_same_ranks_and_weights(tmp_path: Path) -> None:
     callbacks = [tsq.RankCallback(interval=4, moves=6) for _ in range(2)]
     one, two = (weights(run(tmp_path, callback)) for callback in callbacks)

@@ -3,8 +3,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import accelerate
 import pytest
@@ -20,6 +22,7 @@ from slotted import assert_hidden_are_zero, trained
 from stock import base_bert, make_trainer, moods, slotted_bert
 from tsqlora.adapter.moments import cut_moments, moments
 from tsqlora.adapter.slots import find_slots, has_slots
+from tsqlora.errors import UnsupportedError
 from tsqlora.training import rank_loop
 
 ROWS = moods(40)
@@ -580,6 +583,27 @@ raise RuntimeError("mine")
     path = {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | path, capture_output=True, text=True)
     assert done.stderr.rstrip().endswith("RuntimeError: mine")
+
+
+def test_what_cannot_be_measured_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = begin(warmup=0)
+    with monkeypatch.context() as patch:
+        patch.setattr("tsqlora.gradients.capture.seen", mock.Mock(side_effect=UnsupportedError("no")))
+        with pytest.raises(UnsupportedError, match="no"):
+            list(map(partial(one_step, ranks), range(STEPS)))
+    ranks.close()
+    assert not any(module._forward_hooks for module in ranks.model.modules())
+
+
+def test_another_loop_takes_down_what_an_interrupted_one_left_on_the_model() -> None:
+    model = certain(slotted_bert())
+    first = tsq.RankLoop(model, adamw(model), STEPS, 1, warmup=0)
+    first.before_forward()
+    assert any(module._forward_hooks for module in model.modules())
+    second = tsq.RankLoop(model, adamw(model), STEPS, 1, warmup=0)
+    assert not any(module._forward_hooks for module in model.modules())
+    second.close()
+    first.close()
 
 
 def test_the_model_is_found_in_what_wraps_it() -> None:

@@ -127,6 +127,13 @@ def test_regression(tmp_path: Path) -> None:
     assert_same_gradient(weigh.grads, wanted, error=1e-5)
 
 
+def test_decimal_labels_are_those_of_the_batch(tmp_path: Path) -> None:
+    """3.8 in float32 is no 3.8 in float64."""
+    rows = [row | {"labels": round(0.1 * j, 1)} for j, row in enumerate(samples(ROWS, 1, regression=True))]
+    weigh, _ = train(tmp_path, model_of(tiny_bert, 1), subset_of(rows))
+    assert weigh.grads
+
+
 def test_a_smoothed_loss(tmp_path: Path) -> None:
     data = subset_of(samples(ROWS, 3))
     weigh, _ = train(tmp_path, model_of(tiny_bert), data, label_smoothing_factor=0.2)

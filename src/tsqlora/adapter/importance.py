@@ -77,11 +77,24 @@ class Importance:
         return self.age[self.rows[name], : self.layers[name].rank]
 
     def least(self, name: str, count: int, *, min_age: int) -> list[int]:
-        """The layer's `count` least important slots among those of at least `min_age`."""
-        score = self.of(name).masked_fill(self.ages(name) < min_age, torch.inf)
+        """The layer's `count` least important slots among those of at least `min_age`.
+
+        Before any step, when none is known to be important, the smallest ones.
+        """
+        score = self.of(name) if bool(self.ages(name).any()) else self._sizes(name)
+        score = score.masked_fill(self.ages(name) < min_age, torch.inf)
         order = torch.argsort(score, stable=True)[:count].tolist()
         assert all(self.ages(name)[j] >= min_age for j in order)
         return order
+
+    def _sizes(self, name: str) -> Float[Tensor, " r"]:
+        """The norm of each active slot's product."""
+        slots = self.layers[name]
+        norms = [
+            distributed.whole(parameter.detach()).movedim(dim, 0)[: slots.rank].flatten(1).float().norm(dim=1)
+            for parameter, dim in slots.matrices()
+        ]
+        return (norms[0] * norms[1]).to(self.mean)
 
     def dropped(self, name: str, which: Sequence[int]) -> None:
         """Moves the records as `drop_slots` is about to move the slots."""

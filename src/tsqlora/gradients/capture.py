@@ -35,9 +35,10 @@ class _Forward:
         self.calls[name] = self.calls.get(name, 0) + 1
 
     def deliver(self, site: Site, module: nn.Module, x: Tensor, grad: Tensor) -> None:
-        calls = self.arrived.setdefault(site.name, [])
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            calls.append(seen(site, module, x, grad, self.samples))
+            arrived = seen(site, module, x, grad, self.samples)
+        calls = self.arrived.setdefault(site.name, [])
+        calls.append(arrived)
         if len(calls) == self.calls[site.name]:
             self._pass_on(site.name)
 

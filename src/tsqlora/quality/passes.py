@@ -79,7 +79,8 @@ def _logits(output: Any) -> Tensor:
 
 def _require_same(labels: Tensor, given: Any, rows: Tensor) -> None:
     """Raises SettingsError where a batch's labels are not those of the rows that were announced."""
-    if isinstance(given, Tensor) and not torch.equal(given.to(labels), labels):
+    # In the batch's precision: a decimal number is another one in float64.
+    if isinstance(given, Tensor) and not torch.equal(given, labels.to(given)):
         raise SettingsError(
             f"a training batch has other labels than rows {rows[:4].tolist()}..., which were announced for it; call "
             "coming() in the order in which rows are trained on"

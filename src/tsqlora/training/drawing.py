@@ -7,7 +7,7 @@ from typing import Any
 
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
-from transformers import TrainerState
+from transformers import TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import BatchRebalanceSampler, DistributedLengthGroupedSampler, LengthGroupedSampler
 
 from tsqlora.errors import SettingsError
@@ -44,6 +44,15 @@ def refuse_evaluation(data: QualitySubset | None, known: Mapping[str, Any]) -> N
             "eval_dataset is the QualitySubset that is trained on; to evaluate on training rows give a data set of its "
             "own: torch.utils.data.Subset(rows, data.draw(0))"
         )
+
+
+def require_drawn_anew(args: TrainingArguments, loader: DataLoader[Any]) -> None:
+    """On train begin of whoever draws epochs: raises SettingsError for loaders that keep an earlier draw."""
+    if not isinstance(loader.dataset, QualitySubset):
+        return
+    if args.dataloader_persistent_workers:
+        raise SettingsError("dataloader_persistent_workers keeps an old draw; set it to False")
+    require_by_place(loader)
 
 
 def require_by_place(loader: DataLoader[Any]) -> None:

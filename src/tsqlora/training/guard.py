@@ -17,7 +17,7 @@ from tsqlora import distributed
 from tsqlora.errors import SettingsError, TsqLoraError
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.training.checkpoint import GuardState, SkippedStep
-from tsqlora.training.drawing import draw_epoch, leave, refuse_evaluation
+from tsqlora.training.drawing import draw_epoch, leave, refuse_evaluation, require_drawn_anew
 from tsqlora.training.manifest import announce, checkpoint_folder, seal, whole_before
 from tsqlora.training.optimizer import finite_gradients, told_of_steps
 
@@ -64,6 +64,8 @@ class GuardCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self.data is not None:
+            require_drawn_anew(args, kwargs["train_dataloader"])
         announce(args, state, "guard")
         self._held.close()
         saved = GuardState.load(checkpoint_folder(args, state)) if state.global_step > 0 else GuardState([], 0, [])

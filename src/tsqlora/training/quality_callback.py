@@ -21,6 +21,7 @@ from tsqlora.gradients.sites import Scope
 from tsqlora.progress import Progress
 from tsqlora.quality.asked import require_softmax, wanted_terms
 from tsqlora.quality.guard import guarded
+from tsqlora.quality.reject import MOST
 from tsqlora.quality.rows import REFERENCE_ROWS, reference_indices
 from tsqlora.quality.scorable import require_scorable
 from tsqlora.quality.score import score
@@ -30,7 +31,7 @@ from tsqlora.quality.terms import Asked
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate
 from tsqlora.training.checkpoint import QualityState, require_options
-from tsqlora.training.drawing import EPOCH_ERROR, epoch_of, leave, refuse_evaluation, require_by_place
+from tsqlora.training.drawing import EPOCH_ERROR, epoch_of, leave, refuse_evaluation, require_drawn_anew
 from tsqlora.training.manifest import announce, checkpoint_folder, digest, seal
 from tsqlora.training.row_weights import RowWeights, trained_task
 
@@ -130,6 +131,11 @@ class QualityCallback(TrainerCallback):
                 "unbiased weights are of rows drawn by a softmax over Q, and Q has no weights; give weights, or leave "
                 "unbiased out: rows drawn evenly need none"
             )
+        if reject and weights is not None and data.fraction > 1 - MOST:
+            raise SettingsError(
+                f"reject may leave out {MOST:.0%} of the rows, and weights draw {data.fraction:.0%} of all of them, "
+                f"none twice; set the fraction to {1 - MOST:g} or less, or leave out reject or the weights"
+            )
         if recheck and (weights is not None or reject is False):
             raise SettingsError(
                 "recheck asks again whether labels seem wrong, which is asked where there are no weights and reject is "
@@ -171,9 +177,7 @@ class QualityCallback(TrainerCallback):
         distributed.refuse_deepspeed(args.deepspeed_plugin)
         if kwargs["train_dataloader"].dataset is not self.data:
             raise SettingsError("QualityCallback(data) and Trainer(train_dataset=data) need the same QualitySubset")
-        if args.dataloader_persistent_workers:
-            raise SettingsError("dataloader_persistent_workers keeps an old draw; set it to False")
-        require_by_place(kwargs["train_dataloader"])
+        require_drawn_anew(args, kwargs["train_dataloader"])
         epochs = args.num_train_epochs if args.max_steps <= 0 else state.num_train_epochs
         if self.warmup_epochs >= epochs:
             raise SettingsError(

@@ -22,7 +22,7 @@ from tsqlora.ranks.policies import Policy, get_policy
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate
 from tsqlora.training.checkpoint import RankState
-from tsqlora.training.drawing import draw_epoch, leave
+from tsqlora.training.drawing import draw_epoch, leave, require_drawn_anew
 from tsqlora.training.manifest import announce, checkpoint_folder, seal
 from tsqlora.training.rank_loop import RankLoop
 from tsqlora.training.row_weights import trained_task
@@ -130,6 +130,7 @@ class RankCallback(TrainerCallback):
     ) -> None:
         distributed.refuse_copies(args.n_gpu)
         distributed.refuse_deepspeed(args.deepspeed_plugin)
+        require_drawn_anew(args, kwargs["train_dataloader"])
         announce(args, state, "ranks")
         if self.loop is not None:
             self.loop.close()  # an attempt that failed may have left it open

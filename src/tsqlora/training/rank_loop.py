@@ -32,6 +32,7 @@ from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate
 from tsqlora.training.checkpoint import RankState, require_options
 from tsqlora.training.optimizer import finite_gradients, require_trained, told_of_steps
+from tsqlora.training.row_weights import take_over
 
 WHERE = {
     "before_forward": "before the step's first forward pass",
@@ -132,6 +133,7 @@ class RankLoop:
         self._tap, self._held = ExitStack(), ExitStack()
         self._held.enter_context(told_of_steps(optimizer, self._before_step, self._after_step))
         self._held.enter_context(_compiled_for(2 + len(self.steps)))
+        take_over(self.model, "RankLoop", self._tap)
         for held in (self._tap, self._held):
             weakref.finalize(self, held.close)  # also where a step failed and nobody closes, at the latest on exit
 
@@ -255,8 +257,10 @@ class RankLoop:
 
     def close(self) -> None:
         """Lets go of the optimizer, and of the model after a step that failed; `finish` does it too."""
-        self._tap.close()
-        self._held.close()
+        try:
+            self._tap.close()
+        finally:
+            self._held.close()
 
     def state(self) -> RankState:
         """All that the loop knows, between two steps."""
