@@ -76,7 +76,7 @@ def test_sampled_is_the_mean_over_every_kth_output(base: Any, monkeypatch: pytes
 @pytest.mark.parametrize("head", [32, 64, 128, 256])
 @pytest.mark.parametrize("outputs", [1024, 2048, 3072, 4096, 6144, 8192])
 def test_sampled_sees_every_kind_of_place_in_a_head(outputs: int, head: int) -> None:
-    """Rotary positions turn head / 2 pairs of places, each at a speed of its own: of each eighth of them one is there."""
+    """Rotary positions turn head / 2 pairs of places, each at its own speed: of each eighth of them one is there."""
     pairs = {output % (head // 2) for output in range(0, outputs, probe.stride(outputs))}
     assert {pair * 16 // head for pair in pairs} == set(range(8))
 
