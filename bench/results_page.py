@@ -276,7 +276,8 @@ def of_two_precisions(found: Sequence[Block], kind: tuple[Any, ...]) -> str:
     """How many of the pairs that are subtracted are of two precisions; nothing where none is."""
     said = []
     for other in REFERENCES:
-        beside = [p for b in of_kind(found, kind).values() for n in by_entry(b) for p in pairs(b, n, other).values()]
+        of = [(b, name) for b in of_kind(found, kind).values() for name in by_entry(b) if name != other]
+        beside = [pair for block, name in of for pair in pairs(block, name, other).values()]
         if mixed := sum(is_bf16(ours) != is_bf16(theirs) for ours, theirs in beside):
             said.append(f"{mixed} of {len(beside)} from `{other}`")
     return f"\nOf two precisions are, of the differences of a task and seed, {' and '.join(said)}.\n" if said else ""

@@ -287,9 +287,11 @@ def test_the_record_names_steps_that_were_not_finite_and_their_rows(place: Path,
     assert counted.record.skipped["count"] == 2
     steps = counted.record.skipped["steps"]
     assert [step["step"] for step in steps] == [3, 14]
-    # In the order of the draw: the third of an epoch's four batches of 8, then the second of the fourth epoch's.
-    assert steps[0]["rows"] == counted.data.draw(0)[16:24].tolist()
-    assert steps[1]["rows"] == counted.data.draw(3)[8:16].tolist()
+    # In the order of the draw: the third of an epoch's four batches of 8, then the second of the fourth epoch's; by
+    # their places in the file, of which some are held out.
+    places = counted.data.dataset.ids
+    assert steps[0]["rows"] == places[counted.data.draw(0)[16:24]].tolist()
+    assert steps[1]["rows"] == places[counted.data.draw(3)[8:16]].tolist()
     assert counted.record.notes[-1].startswith(
         "2 steps were skipped whose loss or gradient was not finite: step 3 (rows "
     )
