@@ -102,7 +102,8 @@ MISSING = """\
 The grid is four tasks, clean and with 20 % wrong labels, eight ways to train, three seeds each. A cell is shown with
 the learning rate that is chosen now, and if its code made the numbers that today's makes: before fa65ce3 batches were
 padded otherwise, which moved every number a little, and before af1cb08 `+quality` left other rows out. A cell of older
-code is replaced when it is run anew."""
+code is replaced when it is run anew. A block of the grid is shown once each way to train has all three seeds: cells of
+others lie in `bench/results/glue/unfinished`."""
 OVER_TASKS = """\
 Differences in points of the metric (accuracy; Spearman's correlation for STS-B; Matthews' for CoLA): of each seed the
 mean over the *tasks* that both sides have, and of these the mean over the seeds that have all those tasks (how many, in

@@ -75,6 +75,17 @@ def test_a_stale_cell_is_as_good_as_not_run(tmp_path: Path) -> None:
     assert not glue.known(BLOCK, 2, "lora", RATES)
 
 
+def test_cells_of_a_block_that_is_not_shown_yet_are_known_and_come_with_the_others(
+    tmp_path: Path, results: Path
+) -> None:
+    glue.keep(BLOCK, finished(tmp_path / "a", a_cell()))
+    (results / "unfinished").mkdir()
+    (results / f"{BLOCK.name}.json").rename(results / "unfinished" / f"{BLOCK.name}.json")
+    assert glue.known(BLOCK, 0, "lora", RATES)
+    glue.keep(BLOCK, finished(tmp_path / "b", a_cell(seed=1)))
+    assert {cell["cell"]["seed"] for cell in kept(results)["cells"].values()} == {0, 1}
+
+
 def test_a_stale_cell_is_run_anew_and_replaced(tmp_path: Path, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its file in the cache must not answer for it."""
     monkeypatch.setattr(glue, "CACHE", tmp_path / "cache")
