@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from operator import methodcaller
 from pathlib import Path
 from time import perf_counter
 from typing import Any
+
+import numpy as np
 
 from tsqlora.errors import DataError
 from tsqlora.ranks.events import RankEvent
@@ -112,7 +113,13 @@ def versions() -> dict[str, str]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes a JSON file, as `write_whole`; numpy's numbers as plain ones."""
-    write_whole(path, json.dumps(value, indent=2, default=methodcaller("item")) + "\n")
+    write_whole(path, json.dumps(value, indent=2, default=_plain) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{value!r} is no JSON value")
 
 
 def write_whole(path: Path, text: str) -> None:
