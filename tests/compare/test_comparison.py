@@ -309,6 +309,14 @@ def test_a_text_metric_without_test_rows_or_targets_is_refused_before_a_training
     assert not run.ran
 
 
+def test_a_directory_may_have_the_test_rows_of_a_text_metric(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    writing, run = as_writing(config, train=str(tmp_path / "data"), test=None), Fake()
+    with pytest.raises(SettingsError, match="is not measured on test rows"):  # of what is not there, after a training
+        compare(writing, ["lora"], seeds=[0], out=tmp_path / "out", metric="rougeL", run=run)
+    assert run.ran
+
+
 def test_a_text_metric_without_texts_is_told_and_the_cell_is_kept(config: Config, tmp_path: Path) -> None:
     run = Fake()
     writing = as_writing(config)

@@ -16,6 +16,7 @@ from tsqlora.compare.table import differing, rows_of
 from tsqlora.compare.worker import checked_in_own_process, in_own_process
 from tsqlora.config import Config, dump_config, load_config
 from tsqlora.errors import DataError, SettingsError, UnsupportedError, nearest
+from tsqlora.hub import is_hub_id
 from tsqlora.progress import Progress
 from tsqlora.record import write_json, write_whole
 from tsqlora.report.metrics import lower_is_better
@@ -147,7 +148,11 @@ class Plan:
         if metric not in (*task.measured, *written):
             options = nearest(metric, (*task.measured, *written))
             raise SettingsError(f"--metric '{metric}' is not measured for {task.name}; {options}")
-        if metric in written and (self.config.data.test is None or self.config.data.format == "text"):
+        data = self.config.data
+        # A directory, or a data set of the hub, may have a test split of its own.
+        of_splits = Path(data.train).expanduser().is_dir() or is_hub_id(data.train)
+        untested = data.test is None and not of_splits
+        if metric in written and (untested or data.format == "text"):
             raise SettingsError(
                 f"--metric '{metric}' is of texts that are written on test rows, and there are none that have a text "
                 f"to compare with; name data.test, with prompts and targets, or {nearest(metric, task.measured)}"

@@ -2,7 +2,7 @@
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -44,9 +44,7 @@ class GuardCallback(TrainerCallback):
     is below 1.
     """
 
-    def __init__(
-        self, data: QualitySubset | None = None, *, limit: int = 5, ids: Sequence[int] | np.ndarray | None = None
-    ) -> None:
+    def __init__(self, data: QualitySubset | None = None, *, limit: int = 5, ids: np.ndarray | None = None) -> None:
         if limit < 1:
             raise SettingsError(f"limit is {limit}; it must be at least 1")
         self.data, self.limit, self.ids = data, limit, ids
