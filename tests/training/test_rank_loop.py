@@ -112,7 +112,7 @@ def test_a_step_of_several_forward_passes_is_measured_whole(again: bool, monkeyp
     real = rank_loop.Probe
     monkeypatch.setattr(rank_loop, "Probe", lambda *args: made.append(real(*args)) or made[-1])
     ranks = whole_run(parts=4, again=again)
-    assert [probe.sensitivity().samples for probe in made] == [8] * 5
+    assert [probe.sensitivity().samples for probe in made] == [8] * 6  # the first for nothing, in step 1
     shares, wanted = (dict(loop.events[0].sensitivity) for loop in (ranks, whole_run()))
     assert shares == pytest.approx(wanted, rel=1e-4)
 
@@ -593,6 +593,25 @@ def test_what_cannot_be_measured_leaves_nothing_behind(monkeypatch: pytest.Monke
             list(map(partial(one_step, ranks), range(STEPS)))
     ranks.close()
     assert not any(module._forward_hooks for module in ranks.model.modules())
+
+
+def test_what_cannot_be_measured_is_told_in_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = begin(warmup=0.5)
+    with monkeypatch.context() as patch:
+        patch.setattr("tsqlora.gradients.capture.seen", mock.Mock(side_effect=UnsupportedError("no")))
+        with pytest.raises(UnsupportedError, match="no"):
+            one_step(ranks, 0)
+    ranks.close()
+
+
+def test_measuring_the_first_step_for_nothing_changes_no_bit() -> None:
+    measured, unmeasured = whole_run(), begin()
+    unmeasured.before_forward()
+    unmeasured._tap.close()
+    unmeasured._probe, unmeasured._rehearsal = None, False
+    list(map(partial(one_step, unmeasured), range(STEPS)))
+    assert measured.events == unmeasured.events
+    assert_same(weights(measured.finish()), weights(unmeasured.finish()), "weights")
 
 
 def test_another_loop_takes_down_what_an_interrupted_one_left_on_the_model() -> None:

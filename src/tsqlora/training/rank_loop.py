@@ -126,7 +126,7 @@ class RankLoop:
         self.step, self.events, self.started, self.seconds = 0, list[RankEvent](), False, 0.0
         self._target(dict.fromkeys(self.layers, 1.0))  # bad bounds are told before training
         self._next, self._stepped, self._postponed = "before_forward", False, False
-        self._withheld = False
+        self._withheld, self._rehearsal = False, False
         self.notes: list[str] = []
         """What was warned of, for a record."""
         self._probe: Probe | None = None
@@ -191,7 +191,10 @@ class RankLoop:
         self._next = "before_optimizer_step"
         step = self.step + 1
         self._withheld |= not adjust and step in self.steps[-1:]
-        if adjust and (step in self.steps or (self._postponed and step < self.steps.stop)):
+        due = adjust and (step in self.steps or (self._postponed and step < self.steps.stop))
+        # The first step is measured for nothing, so that what cannot be measured is told at once.
+        self._rehearsal = not due and step == 1 and len(self.steps) > 0
+        if due or self._rehearsal:
             self._probe = Probe(lora_layers(self.model), self.estimator, self.seed + self.step)
             self._tap.enter_context(self._probe.watch(self.model))
 
@@ -202,6 +205,9 @@ class RankLoop:
         # Once ranks are final, nothing asks what slots are worth.
         finite = self._final() or (finite_gradients(self._others) and self.importance.update())
         self._tap.close()
+        if self._rehearsal:
+            cast(Probe, self._probe).sensitivity()
+            self._probe = None
         # A step whose gradients are not finite is skipped, and says nothing about ranks either.
         self._postponed = self._probe is not None and not finite
         if self._postponed:
