@@ -289,17 +289,25 @@ def summary(*, rows: int, mean: int) -> list[list[str]]:
     found = blocks()
     of = {wrong: of_kind(found, ("steps", rows, wrong, mean)) for wrong in (0.2, 0.0)}
     all_blocks = [block for by_task in of.values() for block in by_task.values()]
-    labels = ("20 % wrong labels", "clean")
-    head = ["", "trainable, of LoRA's", *(c for label in labels for c in (f"{label}, points minus LoRA's", "tasks"))]
-    shown = [head]
-    for name in _names(all_blocks):
-        if name != REFERENCES[0]:
-            shares = [share for block in all_blocks for share in shares_of(block).get(name, ())]
-            row = [_named(name, all_blocks), _range(shares, "{:.2f}")]
-            for by_task in of.values():
-                row += _told(over(by_task, name, REFERENCES[0]))
-            shown.append(row)
-    return shown
+    names = [name for name in _names(all_blocks) if name != REFERENCES[0]]
+    shares = [[share for block in all_blocks for share in shares_of(block).get(name, ())] for name in names]
+    columns = [
+        ["", *(_named(name, all_blocks) for name in names)],
+        ["trainable, of LoRA's", *(_range(of_name, "{:.2f}") for of_name in shares)],
+    ]
+    for label, by_task in zip(("20 % wrong labels", "clean"), of.values(), strict=True):
+        columns += _columns(f"{label}, points minus LoRA's", [over(by_task, name, REFERENCES[0]) for name in names])
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def _columns(head: str, found: Sequence[Over]) -> list[list[str]]:
+    """The differences and their tasks; tasks and seeds that all have in common stand in the head."""
+    told = [_told(difference) for difference in found]
+    known = [difference.seeds for difference in found if difference.seeds]
+    if len(known) == len(found) and len({(of, seeds.n) for (_, of), seeds in zip(told, known, strict=True)}) == 1:
+        head = f"{head} ({told[0][1]}; {_seeds_of(known[0].n)})"
+        return [[head, *(_points(asdict(seeds), sign="+") for seeds in known)]]
+    return [[head, *(points for points, _ in told)], ["tasks", *(of for _, of in told)]]
 
 
 def shares_of(block: Block) -> dict[str, list[float]]:
@@ -326,7 +334,11 @@ def _told(difference: Over) -> tuple[str, str]:
     seeds, tasks = difference.seeds, ", ".join(TASKS[task] for task in difference.tasks) or "–"
     if seeds is None:
         return "–", tasks
-    return f"{_points(asdict(seeds), sign='+')} ({seeds.n} seed{'' if seeds.n == 1 else 's'})", tasks
+    return f"{_points(asdict(seeds), sign='+')} ({_seeds_of(seeds.n)})", tasks
+
+
+def _seeds_of(n: int) -> str:
+    return f"{n} seed{'' if n == 1 else 's'}"
 
 
 # ----------------------------------------------------------------------------- learning rates

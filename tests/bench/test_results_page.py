@@ -141,6 +141,13 @@ def test_the_summary_says_of_which_tasks_each_mean_is(results: Path) -> None:
     assert eva == ["`eva+all`", "0.90", "+1.0 (1 seed)", "SST-2", "–", "–"]
 
 
+def test_the_summary_says_once_what_all_means_are_of(results: Path) -> None:
+    put(results, SST2, a_cell(), a_cell("eva+all", 81.0), a_cell("lora+random", 79.0))
+    head, *rows = results_page.summary(rows=2000, mean=4)
+    assert head[2] == "20 % wrong labels, points minus LoRA's (SST-2; 1 seed)"
+    assert [found[2] for found in rows] == ["-1.0", "+1.0"]
+
+
 @pytest.mark.parametrize(
     ("quality", "random"),
     [
