@@ -39,13 +39,14 @@ from results_shown import (
     rank_of,
     seed_of,
     sweep,
+    time_shares,
     trainable,
     worked,
 )
 from tables import markdown
 
 from tsqlora.compare.cells import Entry
-from tsqlora.compare.statistics import verdict
+from tsqlora.compare.statistics import Interval, interval, verdict
 from tsqlora.compare.table import rows_of
 
 PAGE = PLOTS.parent / "results.md"
@@ -70,7 +71,7 @@ def page() -> str:
     for kind in kinds(found):
         parts.append(f"### {title_of(kind)}\n\n{markdown(over_tasks(found, kind))}{of_two_precisions(found, kind)}")
     parts.append("## Task by task\n\n" + TASK_BY_TASK)
-    parts += [f"### {name_of(block)}\n\n{markdown(table(block))}{in_float32(block)}" for block in found]
+    parts += [f"### {name_of(block)}\n\n{markdown(table(block))}{in_time(block)}{in_float32(block)}" for block in found]
     parts.append(f"## Precision\n\n{PRECISION}\n{markdown(precisions(found))}")
     old = sum(map(glue.stale, swept))
     parts.append(f"## Learning rates\n\n{LEARNING_RATES.format(cells=len(swept), old=old)}\n{markdown(rates(swept))}")
@@ -92,7 +93,9 @@ training rows, which labels are wrong, the head and the batches, so differences 
 t-interval over seeds; where it holds 0 the difference is called noise. Test sets are whole, and decide nothing.
 *Trainable* parameters are those at the end, a range where seeds differ: layers of other shapes cost more a rank, so
 where ranks moved they are {trainable} of LoRA's on the same task. Rivals are described in [rivals.md](rivals.md).
-Seconds are of one core of a machine on which others worked as well: compare them within a block and with care{busy}.
+Blocks of *equal epochs* give every way as many epochs as half of the rows need for those steps, so that `+all` takes
+twice as many. Their seconds are of two cores and nothing beside; those of other blocks are of one core of a machine on
+which others worked as well: compare them within a block and with care{busy}.
 *Passes* count what must be computed, whatever the machine: rows forward, and twice for rows backward.
 
 MiniLM has seen sentence pairs like those of STS-B and RTE: the numbers compare these methods with each other, and with
@@ -134,7 +137,7 @@ epoch: how many of them are distinct was not counted.
 
 def _busy(cells: Sequence[Cell]) -> str:
     found = [commit for commit in BUSY if commit in map(commit_of, cells)]
-    return f'; "–" stands for those by {" and ".join(found)}, which ran beside as many as nine others' if found else ""
+    return f'; "–" stands for those by {", ".join(found)}, which ran beside as many as nine others' if found else ""
 
 
 def _trainable_of(found: Iterable[Block]) -> str:
@@ -156,6 +159,16 @@ def in_float32(block: Block) -> str:
     seeds = {name: [seed_of(c) for c in cells if not is_bf16(c)] for name, cells in by_entry(block).items()}
     named = [f"`{name}` (seed{'s' * (len(of) > 1)} {', '.join(map(str, of))})" for name, of in seeds.items() if of]
     return f"\nIn float32, the others in bfloat16: {'; '.join(named)}.\n"
+
+
+def in_time(block: Block) -> str:
+    """Of a block at equal epochs: what share of the reference's seconds each way to train took."""
+    if block["block"]["equal"] != "epochs":
+        return ""
+    reference = REFERENCES[0]
+    shares = {name: [*time_shares(block, name, reference).values()] for name in by_entry(block) if name != reference}
+    told = [f"`{name}` {_times(interval(of))} ({_seeds_of(len(of))})" for name, of in shares.items() if of]
+    return f"\nSeconds, as a share of `{reference}`'s of the same seed: {'; '.join(told)}.\n" if told else ""
 
 
 def precisions(found: Sequence[Block]) -> list[list[str]]:
@@ -250,6 +263,10 @@ def _points(value: Mapping[str, Any], *, scale: float = 1.0, sign: str = "") -> 
 
 def _percent(share: Over) -> str:
     return f"{_points(asdict(share.seeds), sign='+')} %" if share.seeds else "–"
+
+
+def _times(share: Interval) -> str:
+    return f"{share.mean:.2f}" + ("" if share.half is None else f" ± {share.half:.2f}")
 
 
 def _s(several: Sequence[Any]) -> str:

@@ -131,6 +131,16 @@ def loss_shares(block: Block, name: str, other: str) -> dict[int, float]:
     return {seed: 100 * (_test(ours)["loss"] / _test(theirs)["loss"] - 1) for seed, (ours, theirs) in of.items()}
 
 
+def time_shares(block: Block, name: str, other: str) -> dict[int, float]:
+    """One entry's seconds as a share of another's, by seed, where neither ran beside other work."""
+    of = pairs(block, name, other)
+    return {
+        seed: ours["seconds"] / theirs["seconds"]
+        for seed, (ours, theirs) in of.items()
+        if len(quiet((ours, theirs))) == 2
+    }
+
+
 def _test(cell: Cell) -> Mapping[str, float]:
     return cell["metrics"]["test"]
 

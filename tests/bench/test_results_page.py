@@ -209,6 +209,18 @@ def test_seconds_of_cells_that_ran_beside_others_are_not_shown(results: Path) ->
     assert "4c33c59" in results_page.page().partition("## Over tasks")[0]
 
 
+def test_at_equal_epochs_seconds_are_told_as_shares_of_cells_that_ran_alone(results: Path) -> None:
+    ours = [a_cell("tsqlora+quality", seed=seed) | {"seconds": 45.0} for seed in (0, 1)]
+    cells = [a_cell(seed=0), a_cell(seed=1, commit="4c33c59"), *ours, a_cell("eva+all", commit="4c33c59")]
+    epochs = glue.Block("sst2", 2000, 0.2, 4, "epochs")
+    put(results, epochs, *cells)
+    told = "\nSeconds, as a share of `lora+all`'s of the same seed: `tsqlora+quality` 0.50 (1 seed).\n"
+    assert told in section("### SST-2")
+    (results / f"{epochs.name}.json").unlink()
+    put(results, SST2, *cells)
+    assert "Seconds, as a share" not in section("### SST-2")
+
+
 def test_what_is_missing_is_told_block_by_block(results: Path) -> None:
     full = [a_cell(entry, seed=seed) for entry in ENTRIES for seed in range(3)]
     put(results, SST2, *full)
