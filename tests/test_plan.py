@@ -14,7 +14,7 @@ from models import samples, tiny_bert
 from tsqlora.config import Config
 from tsqlora.data.tokenise import TokenisedSplit
 from tsqlora.errors import SettingsError
-from tsqlora.plan import passes, plan, scoring_plan
+from tsqlora.plan import passes, plan, scoring_plan, without_effect
 from tsqlora.training.fit import training_arguments
 
 
@@ -133,3 +133,37 @@ def test_what_cannot_be_done_is_refused(sections: dict[str, Any], message: str, 
     with pytest.raises(SettingsError) as caught:
         planned(settings(**sections), model)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("sections", "told"),
+    [
+        ({}, []),
+        ({"ranks": {"policy": "fixed"}}, []),
+        (
+            {"ranks": {"policy": "fixed", "interval": 4, "moves": 2, "gamma": 0.5}},
+            ["ranks.interval, ranks.moves without effect: ranks.policy is fixed"],
+        ),
+        (
+            {"ranks": {"policy": "fixed", "gamma": 0.5}, "quality": {"enabled": False}},
+            ["ranks.gamma without effect: ranks.policy is fixed"],
+        ),
+        (
+            {"ranks": {"samples": 8}, "quality": {"enabled": False, "fraction": 0.2, "preset": "paper"}},
+            [
+                "quality.preset without effect: quality.enabled is false",
+                "ranks.samples without effect: nothing is scored",
+            ],
+        ),
+        (
+            {"ranks": {}, "quality": {"guard": False, "scope": "full"}},
+            ["quality.scope, quality.guard without effect: no term of Q that has a weight is of gradients"],
+        ),
+        ({"ranks": {}, "quality": {"guard": False, "scope": "full", "preset": "paper"}}, []),
+        ({"ranks": {}, "quality": {"scope": "full", "harvest": True}}, []),
+    ],
+)
+def test_settings_without_effect_are_told(sections: dict[str, Any], told: list[str], model: PeftModel) -> None:
+    config = settings(**sections)
+    assert without_effect(config) == told
+    assert planned(config, model)["without_effect"] == told

@@ -132,6 +132,8 @@ def show_plan(console: Console, plan: Mapping[str, Any]) -> None:
     console.print(f"ranks       {len(plan['ranks'])} layers at {' and '.join(map(str, ranks))}")
     console.print(f"precision   {'bfloat16 autocast' if plan['bf16'] else 'float32'}")
     console.print(f"memory      about {plan['memory_bytes'] / 2**20:,.0f} MiB (a rough estimate)")
+    for told in plan["without_effect"]:
+        console.print(f"settings    {told}", highlight=False)
     console.print(_passes_table(plan["passes"]))
     if "samples" in plan:
         columns = ", ".join(f"{name}" for name in plan["columns"].values() if name is not None)

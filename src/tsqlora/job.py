@@ -25,7 +25,7 @@ from tsqlora.data.packing import PackedCollator, packed_collator
 from tsqlora.data.prepare import Prepared, prepare, resolve_max_length
 from tsqlora.errors import SettingsError
 from tsqlora.inference import Asking
-from tsqlora.plan import plan
+from tsqlora.plan import plan, without_effect
 from tsqlora.progress import Progress
 from tsqlora.quality.asked import require_terms
 from tsqlora.quality.sampling import stratum_sizes
@@ -158,6 +158,7 @@ def begin(job: Job, args: TrainingArguments) -> tuple[PeftModel, RunRecord]:
             record.notes.append(f"{split.truncated} of {len(split)} {name} {what} were cut to {job.max_length} tokens")
     if job.config.model.trust_remote_code:
         record.notes.append("code that came with the model was run: model.trust_remote_code was true")
+    record.notes += without_effect(job.config)
     return model, record
 
 

@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import TrainingArguments
 
 from tsqlora.adapter.slots import active_parameters, active_ranks, find_slots
-from tsqlora.config import Config
+from tsqlora.config import Config, QualitySettings, Section
 from tsqlora.data.tokenise import TokenisedSplit
 from tsqlora.errors import SettingsError
 from tsqlora.gradients.sites import lora_layers
@@ -60,7 +60,32 @@ def plan(
         "trainable": active_parameters(model),
         "bf16": args.bf16,
         "memory_bytes": memory(config, model, longest=max(samples["train"].lengths), bf16=args.bf16),
+        "without_effect": without_effect(config),
     }
+
+
+def without_effect(config: Config) -> list[str]:
+    """Settings that are not their default and count for nothing beside the others, each group with the reason."""
+    q, ranks = config.quality, config.ranks
+    gradients = any(term.gradient for term in wanted_terms(q.weighted_terms()).values())
+    found = list[tuple[str, Section, Iterable[str], str]]()
+    if not q.enabled:
+        counted = {"enabled", "fraction", "resample", "harvest", *({"scope"} if q.harvest else ())}
+        idle = [name for name in QualitySettings.model_fields if name not in counted]
+        found += [("quality", q, idle, "quality.enabled is false"), ("ranks", ranks, ["samples"], "nothing is scored")]
+    elif not gradients:
+        idle = ["guard"] if q.harvest else ["scope", "guard"]
+        found.append(("quality", q, idle, "no term of Q that has a weight is of gradients"))
+    if ranks.policy == "fixed":
+        idle = ["interval", "warmup", "freeze", "moves", *([] if q.enabled else ["estimator", "gamma"])]
+        found.append(("ranks", ranks, idle, "ranks.policy is fixed"))
+    changed = (([f"{of}.{name}" for name in _changed(section, idle)], why) for of, section, idle, why in found)
+    return [f"{', '.join(names)} without effect: {why}" for names, why in changed if names]
+
+
+def _changed(section: Section, names: Iterable[str]) -> list[str]:
+    """Those of the settings that are not as they are by default."""
+    return [name for name in names if getattr(section, name) != getattr(type(section)(), name)]
 
 
 def classes(config: Config, model: PeftModel, rows: TokenisedSplit) -> dict[str, int] | None:
