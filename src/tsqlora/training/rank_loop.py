@@ -205,12 +205,11 @@ class RankLoop:
         # Once ranks are final, nothing asks what slots are worth.
         finite = self._final() or (finite_gradients(self._others) and self.importance.update())
         self._tap.close()
-        if self._rehearsal:
-            cast(Probe, self._probe).sensitivity()
-            self._probe = None
         # A step whose gradients are not finite is skipped, and says nothing about ranks either.
-        self._postponed = self._probe is not None and not finite
-        if self._postponed:
+        self._postponed = self._probe is not None and not finite and not self._rehearsal
+        if self._rehearsal and finite:
+            cast(Probe, self._probe).sensitivity()
+        if self._rehearsal or not finite:
             self._probe = None
 
     def after_optimizer_step(self) -> None:
