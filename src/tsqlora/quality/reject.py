@@ -2,7 +2,8 @@
 
 A hard task and wrong labels look alike in a loss. They differ where the model is most sure: a hard row's label
 contradicts it ever less often, a wrong label as often there as anywhere. So a floor of contradictions that
-no confidence removes tells wrong labels, and how many there are; a temperature has no such floor.
+no confidence removes tells wrong labels, and how many there are; a temperature has no such floor, whichever
+constants of the classes go with it.
 Pure functions of logits and labels; what is random is only the data.
 """
 
@@ -32,7 +33,7 @@ TINY = 1e-30
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LabelNoise:
-    """How labels come from logits z: with chance 1 − rate from softmax(scale·z), else any other class."""
+    """How labels come from logits z: with chance 1 − rate from softmax(scale·z + offsets), else any other class."""
 
     rate: float
     low: float
@@ -41,6 +42,7 @@ class LabelNoise:
     """Twice the log-likelihood that a rate above 0 gains; only a large one is evidence."""
     level: float
     scale: float
+    offsets: Float[np.ndarray, " k"]
     rows: int
 
     @property
@@ -55,7 +57,7 @@ class LabelNoise:
 
     def doubt(self, logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
         """The chance that a row's label is a wrong one, given the label: 0 for all where the rate is 0."""
-        given, other = _chances(logits, labels, self.scale)
+        given, other = _chances(softmax(self.scale * logits + self.offsets, axis=1), labels)
         wrong = self.rate * other
         return wrong / ((1 - self.rate) * given + wrong + TINY)
 
@@ -92,9 +94,10 @@ def reject(
 def label_noise(logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"], *, level: float = LEVEL) -> LabelNoise:
     """The likeliest rate of wrong labels, with its profile-likelihood bounds.
 
-    Logits are calibrated and may be of any scale: that is fitted along.  Rates from 0 to (k − 1)/k are possible; at the
-    latter labels say nothing.  Raises SettingsError for fewer than two rows or classes, TsqLoraError for logits
-    that are not finite.
+    Logits may be of any scale, with any constants of the classes: both are fitted along.  One without the other will
+    not do: constants that calibrate logits as they are lean to some classes once the logits are scaled.
+    Rates from 0 to (k − 1)/k are possible; at the latter labels say nothing.  Raises SettingsError for fewer than
+    two rows or classes, TsqLoraError for logits that are not finite.
     """
     if not 0.5 < level < 1:
         raise SettingsError(f"level is {level}; it must be above 0.5 and below 1")
@@ -106,29 +109,29 @@ def label_noise(logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"],
             f"{broken} of {len(logits)} rows have logits that are not finite; "
             "lower training.learning_rate or use another dtype"
         )
-    spread = _spread(logits)
-    unit = logits / spread
-    without = _fit(unit, labels, 0.0, 1.0, fixed=True)
-    fits = [_fit(unit, labels, rate, scale) for rate in (0.05, 0.3) for scale in (without.x[1], STEEPEST / 2)]
+    centre, spread = logits.mean(axis=0), _spread(logits)
+    unit, most = (logits - centre) / spread, _largest_rate(logits.shape[1])
+    without = _fit(unit, labels, (0.0, 0.0), np.array([0.0, 1.0, *np.zeros(len(centre))]))
     # The likelihood may have more than one peak.
+    starts = [(rate, scale) for rate in (0.05, 0.3) for scale in (without.x[1], STEEPEST / 2)]
+    fits = [_fit(unit, labels, (0.0, most), np.array([*start, *without.x[2:]])) for start in starts]
     best = min([without, *fits], key=lambda fit: fit.fun)
-    rate, most = float(best.x[0]), _largest_rate(logits.shape[1])
+    rate, scale, offsets = float(best.x[0]), float(best.x[1]) / spread, best.x[2:]
     gain = 2 * len(labels) * (without.fun - best.fun)
 
     def beyond(at: float) -> float:
         """Above 0 where a rate is too unlikely to lie within the bounds."""
-        worse = _fit(unit, labels, at, best.x[1], fixed=True).fun - best.fun
+        worse = _fit(unit, labels, (at, at), np.array([at, *best.x[1:]])).fun - best.fun
         return 2 * len(labels) * worse - _gain(level)
 
-    low = _root(beyond, 0.0, rate) if gain > _gain(level) else 0.0
-    high = _root(beyond, rate, most) if beyond(most) > 0 else most
     return LabelNoise(
         rate=rate,
-        low=low,
-        high=high,
+        low=_root(beyond, 0.0, rate) if gain > _gain(level) else 0.0,
+        high=_root(beyond, rate, most) if beyond(most) > 0 else most,
         statistic=float(gain),
         level=level,
-        scale=float(best.x[1]) / spread,
+        scale=scale,
+        offsets=offsets - scale * centre,
         rows=len(labels),
     )
 
@@ -152,33 +155,35 @@ def _largest_rate(classes: int) -> float:
 
 
 def _chances(
-    logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"], scale: float
+    p: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"]
 ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
     """Each row's chance of its label if that is right, and if it is one of the others at random."""
-    p = softmax(scale * logits, axis=1)
     given = p[np.arange(len(labels)), labels]
     return given, (1 - given) / (p.shape[1] - 1)
 
 
 def _fit(
-    logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"], rate: float, scale: float, *, fixed: bool = False
+    logits: Float[np.ndarray, "n k"],
+    labels: Int[np.ndarray, " n"],
+    rates: tuple[float, float],
+    start: Float[np.ndarray, " m"],
 ) -> OptimizeResult:
-    """The least mean negative log-likelihood, and where: rate and scale.  The rate may be held fixed."""
-    rates = (rate, rate) if fixed else (0.0, _largest_rate(logits.shape[1]))
-    bounds = [rates, (0.0, STEEPEST)]
-    return minimize(_loss, np.array([rate, scale]), args=(logits, labels), jac=True, method="L-BFGS-B", bounds=bounds)
+    """The least mean negative log-likelihood at a rate within bounds, and where: rate, scale and offsets."""
+    bounds = [rates, (0.0, STEEPEST), *[(None, None)] * logits.shape[1]]
+    return minimize(_loss, start, args=(logits, labels), jac=True, method="L-BFGS-B", bounds=bounds)
 
 
 def _loss(
-    at: Float[np.ndarray, "2"], logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"]
-) -> tuple[float, Float[np.ndarray, "2"]]:
-    """Mean negative log-likelihood of the labels, and its gradient in rate and scale."""
-    rate, scale = at
-    p = softmax(scale * logits, axis=1)
-    own = logits[np.arange(len(labels)), labels]
-    given, other = _chances(logits, labels, scale)
+    at: Float[np.ndarray, " m"], logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"]
+) -> tuple[float, Float[np.ndarray, " m"]]:
+    """Mean negative log-likelihood of the labels, and its gradient in rate, scale and offsets."""
+    rate, scale, offsets = at[0], at[1], at[2:]
+    p = softmax(scale * logits + offsets, axis=1)
+    given, other = _chances(p, labels)
     chance = (1 - rate) * given + rate * other + TINY
     right = (1 - rate - rate / (p.shape[1] - 1)) * given / chance
-    by_scale = right * ((p * logits).sum(1) - own)
-    by_rate = (given - other) / chance
-    return float(-np.log(chance).mean()), np.array([by_rate.mean(), by_scale.mean()])
+    by_rate = ((given - other) / chance).mean()
+    p[np.arange(len(labels)), labels] -= 1
+    by_logits = p * (right / len(labels))[:, None]
+    gradient = np.array([by_rate, (by_logits * logits).sum(), *by_logits.sum(axis=0)])
+    return float(-np.log(chance).mean()), gradient
