@@ -68,6 +68,20 @@ def test_a_cell_is_stale_where_its_code_made_other_numbers(commit: str | None, a
     assert glue.stale(a_cell("tsqlora+quality", commit=long)) is quality
 
 
+@pytest.mark.parametrize(
+    ("noise", "equal", "stale"),
+    [
+        ({"evident": True}, "steps", True),
+        ({"evident": True}, "epochs", False),
+        ({"evident": True, "offsets": [0.1, -0.1]}, "steps", False),
+        ({"evident": False}, "steps", False),
+        (None, "steps", False),
+    ],
+)
+def test_a_cell_that_left_rows_out_without_fitting_offsets_is_stale(noise: Any, equal: str, stale: bool) -> None:
+    assert glue.stale(a_cell("tsqlora+quality", quality={"noise": noise}, equal=equal)) is stale
+
+
 def test_a_stale_cell_is_as_good_as_not_run(tmp_path: Path) -> None:
     glue.keep(BLOCK, finished(tmp_path / "a", a_cell(commit="389524f"), a_cell(seed=1, commit="2ba0495")))
     assert not glue.known(BLOCK, 0, "lora", RATES)

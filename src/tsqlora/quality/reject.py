@@ -51,9 +51,9 @@ class LabelNoise:
         possible if there are none, and half of its distribution with it (Self and Liang, 1987)."""
         return self.statistic > _gain(self.level)
 
-    def to_dict(self) -> dict[str, float | int | bool]:
+    def to_dict(self) -> dict[str, float | int | bool | list[float]]:
         numbers = {n: getattr(self, n) for n in ("rate", "low", "high", "statistic", "level", "scale", "rows")}
-        return numbers | {"evident": self.evident}
+        return numbers | {"offsets": self.offsets.tolist(), "evident": self.evident}
 
     def doubt(self, logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
         """The chance that a row's label is a wrong one, given the label: 0 for all where the rate is 0."""
