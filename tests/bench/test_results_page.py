@@ -152,10 +152,10 @@ def test_the_summary_says_once_what_all_means_are_of(results: Path) -> None:
     ("quality", "random"),
     [
         ({"random": "no row was left out, and rows are drawn evenly", "scored": True}, True),
-        ({"random": None, "scored": True, "noise": {"evident": True}}, False),
+        ({"random": None, "scored": True, "noise": {"evident": True, "offsets": [0.0, 0.0]}}, False),
         ({"scored": True, "noise": {"evident": False}}, True),  # of code that did not tell yet
         ({"scored": True, "noise": None}, True),
-        ({"scored": True, "noise": {"evident": True}}, False),
+        ({"scored": True, "noise": {"evident": True, "offsets": [0.0, 0.0]}}, False),
         ({"rows": 2000, "rows_an_epoch": 1000}, False),  # nothing was to be scored
     ],
 )

@@ -47,7 +47,7 @@ def test_hard_rows_are_no_wrong_labels(seed: int, sure: float, classes: int) -> 
 
 
 def hardly_learned(seed: int, *, rows: int, wrong: float) -> tuple[np.ndarray, np.ndarray]:
-    """Logits of five classes that tell them apart once they are scaled by 30; until then the classes' constants rule."""
+    """Logits of five classes that tell them apart once scaled by 30; until then the classes' constants rule."""
     rng = np.random.default_rng(seed)
     often = np.log([0.4, 0.25, 0.2, 0.1, 0.05])
     logits = 2.0 * rng.normal(size=(rows, 5))
