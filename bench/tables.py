@@ -416,6 +416,31 @@ def reject_classes(results: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def reject_small(results: Mapping[str, Any]) -> list[list[str]]:
+    """By task, share of wrong labels and rows: how often wrong labels are evident, and means over all askings."""
+    runs = list(results["results"].values())
+    kinds = sorted({(run["task"], run["wrong"], run["rows"]) for run in runs})
+    names = {"today": "as it is", "older": "before"}
+    told = [f"{told}, {name}" for name in names.values() for told in ("evident", "left out", "wrong", "found")]
+    rows = [["task", "labels", "rows", "model right on", *told]]
+    for task, wrong, size in kinds:
+        askings = [p for r in runs if (r["task"], r["wrong"], r["rows"]) == (task, wrong, size) for p in r["passes"]]
+        fitted = [p["fitted"] for p in askings]
+        shown = [task, f"{wrong:.0%} wrong" if wrong else "clean", str(size), f"{min(fitted):.0%} to {max(fitted):.0%}"]
+        for name in names:
+            of = [p[name] for p in askings]
+            means = [_mean_of(of, key) for key in ("rejected", "precision", "recall")]
+            shown += [f"{sum(o['evident'] for o in of)} of {len(of)}", *means]
+        rows.append(shown)
+    return rows
+
+
+def _mean_of(askings: Sequence[Mapping[str, Any]], key: str) -> str:
+    known = [asking[key] for asking in askings if asking[key] is not None]
+    return f"{sum(known) / len(known):.0%}" if known else "–"
+
+
+TABLES["reject_small"] = reject_small
 TABLES["reject_classes"] = reject_classes
 TABLES["recheck"] = recheck
 TABLES["recheck-trained"] = recheck_trained
