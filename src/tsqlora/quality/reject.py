@@ -112,22 +112,22 @@ def label_noise(logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"],
         )
     centre, spread = logits.mean(axis=0), _spread(logits)
     unit, most = (logits - centre) / spread, _largest_rate(logits.shape[1])
-    without = _fit(unit, labels, (0.0, 0.0), np.array([0.0, 1.0, *np.zeros(len(centre))]))
-    # The likelihood may have more than one peak.
-    starts = [(rate, scale) for rate in (0.05, 0.3) for scale in (without.x[1], STEEPEST / 2)]
-    fits = [_fit(unit, labels, (0.0, most), np.array([*start, *without.x[2:]])) for start in starts]
-    best = min([without, *fits], key=lambda fit: fit.fun)
-    rate, scale, offsets = float(best.x[0]), float(best.x[1]) / spread, best.x[2:]
-    gain = 2 * len(labels) * (without.fun - best.fun)
+    least, without = _fit(unit, labels, np.array([0.0, 1.0, *np.zeros(len(centre))]), free=False)
+    # With a rate the likelihood may have more than one peak.
+    starts = [(rate, scale) for rate in (0.05, 0.3) for scale in (without[1], STEEPEST / 2)]
+    fits = [_fit(unit, labels, np.array([*start, *without[2:]])) for start in starts]
+    loss, best = min([(least, without), *fits], key=lambda fit: fit[0])
+    rate, scale, offsets = float(best[0]), float(best[1]) / spread, best[2:]
+    gain = 2 * len(labels) * (least - loss)
 
     def beyond(at: float) -> float:
         """Above 0 where a rate is too unlikely to lie within the bounds."""
-        worse = _fit(unit, labels, (at, at), np.array([at, *best.x[1:]])).fun - best.fun
+        worse = _fit(unit, labels, np.array([at, *best[1:]]), free=False)[0] - loss
         return 2 * len(labels) * worse - _gain(level)
 
     return LabelNoise(
         rate=rate,
-        low=_root(beyond, 0.0, rate) if gain > _gain(level) else 0.0,
+        low=_root(beyond, 0.0, rate) if beyond(0.0) > 0 else 0.0,
         high=_root(beyond, rate, most) if beyond(most) > 0 else most,
         statistic=float(gain),
         level=level,
@@ -166,12 +166,21 @@ def _chances(
 def _fit(
     logits: Float[np.ndarray, "n k"],
     labels: Int[np.ndarray, " n"],
-    rates: tuple[float, float],
     start: Float[np.ndarray, " m"],
-) -> OptimizeResult:
-    """The least mean negative log-likelihood at a rate within bounds, and where: rate, scale and offsets."""
-    bounds = [rates, (0.0, STEEPEST), *[(None, None)] * logits.shape[1]]
-    return minimize(_loss, start, args=(logits, labels), jac=True, method="L-BFGS-B", bounds=bounds)
+    *,
+    free: bool = True,
+) -> tuple[float, Float[np.ndarray, " m"]]:
+    """The least mean negative log-likelihood, and where: rate, scale and offsets.  The rate stays unless it is free."""
+    fixed = 0 if free else 1  # not by equal bounds: the gradient across them spoils L-BFGS's steps
+
+    def loss(at: np.ndarray) -> tuple[float, np.ndarray]:
+        value, gradient = _loss(np.concatenate([start[:fixed], at]), logits, labels)
+        return value, gradient[fixed:]
+
+    bounds = [(0.0, _largest_rate(logits.shape[1])), (0.0, STEEPEST), *[(None, None)] * logits.shape[1]][fixed:]
+    options = {"ftol": 1e-12}
+    found: OptimizeResult = minimize(loss, start[fixed:], jac=True, method="L-BFGS-B", bounds=bounds, options=options)
+    return float(found.fun), np.concatenate([start[:fixed], found.x])
 
 
 def _loss(
