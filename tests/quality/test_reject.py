@@ -8,7 +8,7 @@ from scipy.optimize import approx_fprime, minimize
 from scipy.special import softmax
 
 from tsqlora.errors import SettingsError, TsqLoraError
-from tsqlora.quality.reject import LabelNoise, _loss, label_noise, reject
+from tsqlora.quality.reject import LabelNoise, _fit, _loss, _spread, label_noise, reject
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -138,8 +138,22 @@ def test_the_gradient_is_that_of_the_likelihood(seed: int, rate: float, scale: f
         for p, y in zip(softmax(scale * logits + offsets, axis=1), labels, strict=True)
     ]
     assert value == pytest.approx(-np.mean(np.log(by_hand)))
-    expected = approx_fprime(at, lambda x: _loss(x, logits, labels)[0], 1e-7)
+    expected = np.asarray(approx_fprime(at, lambda x: _loss(x, logits, labels)[0], 1e-7))
     np.testing.assert_allclose(gradient, expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_fit_without_wrong_labels_ends_where_its_gradient_does(seed: int) -> None:
+    # What it misses would be taken for evidence.  With seed 5 L-BFGS ends early if the rate is fixed by equal bounds.
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(400, 3)) * np.array([6.0, 20.0, 20.0])
+    labels = (logits + np.array([-20.0, 0.0, 20.0]) + rng.gumbel(size=(400, 3))).argmax(1)
+    unit = (logits - logits.mean(0)) / _spread(logits)
+    _, at = _fit(unit, labels, np.array([0.0, 1.0, 0.0, 0.0, 0.0]), free=False)
+    _, gradient = _loss(at, unit, labels)
+    assert at[0] == 0
+    assert gradient[1] < 1e-4  # below 0 at the steepest scale
+    np.testing.assert_allclose(gradient[2:], 0, atol=1e-4)
 
 
 def test_doubt_by_hand() -> None:
