@@ -83,8 +83,9 @@ def main() -> None:
                     if name in (known := stored(args.out)):
                         continue
                     passes = run(Cell(task, seed, wrong), rows, rules, args.shared)
-                    known[name] = {"task": task, "seed": seed, "wrong": wrong, "rows": rows, "passes": passes}
-                    about = {"learning_rate": RATE, "older": OLDER, "commit": commit(), "machine": machine()}
+                    cell = {"task": task, "seed": seed, "wrong": wrong, "rows": rows, "commit": commit()}
+                    known[name] = cell | {"passes": passes}
+                    about = {"learning_rate": RATE, "older": OLDER, "machine": machine()}
                     write_json(args.out, {"versions": versions(), **about, "results": known})
                     print(name, flush=True)
 
