@@ -95,7 +95,8 @@ t-interval over seeds; where it holds 0 the difference is called noise. Test set
 where ranks moved they are {trainable} of LoRA's on the same task. Rivals are described in [rivals.md](rivals.md).
 Blocks of *equal epochs* give every way as many epochs as half of the rows need for those steps, so that `+all` takes
 twice as many. Which rows `tsqlora` left out there was decided before 0243dc9 (see below): that moves their points a
-little, and their seconds not. Their seconds are of two cores and nothing beside; those of other blocks are of one core of a machine on
+little, and their seconds not. Their seconds are of two cores and nothing beside; those of other blocks are of one
+core of a machine on
 which others worked as well: compare them within a block and with care{busy}.
 *Passes* count what must be computed, whatever the machine: rows forward, and twice for rows backward.
 
@@ -106,7 +107,8 @@ MISSING = """\
 The grid is four tasks, clean and with 20 % wrong labels, eight ways to train, three seeds each. A cell is shown with
 the learning rate that is chosen now, and if its code made the numbers that today's makes: before fa65ce3 batches were
 padded otherwise, which moved every number a little, and before af1cb08, and where it left any out before 0243dc9,
-`+quality` left other rows out. A cell of older code is replaced when it is run anew. A block of the grid is shown once each way to train has all three seeds: cells of
+`+quality` left other rows out. A cell of older code is replaced when it is run anew. A block of the grid is shown
+once each way to train has all three seeds: cells of
 others lie in `bench/results/glue/unfinished`."""
 OVER_TASKS = """\
 Differences in points of the metric (accuracy; Spearman's correlation for STS-B; Matthews' for CoLA): of each seed the
