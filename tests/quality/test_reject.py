@@ -80,7 +80,7 @@ def test_the_test_of_right_labels_errs_no_more_often_than_its_level_says() -> No
 @pytest.mark.parametrize(("level", "edge"), [(0.95, 2.7055), (0.9, 1.6424), (0.75, 0.4549)])
 def test_evidence_is_a_statistic_beyond_the_half_chi_squared_of_the_level(level: float, edge: float) -> None:
     for statistic, expected in ((edge - 1e-3, False), (edge + 1e-3, True)):
-        assert LabelNoise(0.2, 0.1, 0.3, statistic, level, 1.0, np.zeros(2), 100).evident == expected
+        assert LabelNoise(0.2, 0.1, 0.3, statistic, level, 1.0, np.zeros(2), np.full(2, 0.5), 100).evident == expected
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -133,8 +133,9 @@ def test_the_gradient_is_that_of_the_likelihood(seed: int, rate: float, scale: f
     offsets = np.random.default_rng(seed).normal(size=classes)
     at = np.array([rate, scale, *offsets])
     value, gradient = _loss(at, logits, labels)
+    share = [float((labels == c).mean()) for c in range(classes)]
     by_hand = [
-        (1 - rate) * p[y] + rate * (1 - p[y]) / (classes - 1)
+        (1 - rate) * p[y] + rate * sum(p[c] * share[y] / (1 - share[c]) for c in range(classes) if c != y)
         for p, y in zip(softmax(scale * logits + offsets, axis=1), labels, strict=True)
     ]
     assert value == pytest.approx(-np.mean(np.log(by_hand)))
@@ -156,11 +157,60 @@ def test_the_fit_without_wrong_labels_ends_where_its_gradient_does(seed: int) ->
     np.testing.assert_allclose(gradient[2:], 0, atol=1e-4)
 
 
+def rare(seed: int, wrong: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows of three classes and one in a hundred of a fourth; a wrong label is that of another row."""
+    rng = np.random.default_rng(seed)
+    logits = 3.0 * rng.normal(size=(800, 4)) + np.array([0.0, 0.0, 0.0, -7.0])
+    true = (logits + rng.gumbel(size=logits.shape)).argmax(1)
+    labels, bad = true.copy(), rng.random(800) < wrong
+    for row in np.flatnonzero(bad):
+        labels[row] = rng.choice(true[true != true[row]])
+    return logits, labels, bad
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_rare_class_hides_no_wrong_labels(seed: int) -> None:
+    logits, labels, bad = rare(seed, 0.2)
+    assert 0 < (labels == 3).mean() < 0.05
+    mask, noise = reject(logits, labels)
+    assert noise.rate == pytest.approx(0.2, abs=0.07)
+    assert mask[bad].mean() > 0.6
+    assert bad[mask].mean() > 0.5
+    assert not label_noise(*rare(seed, 0.0)[:2], level=0.9999).evident
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_class_that_no_row_has_changes_nothing(seed: int) -> None:
+    # It hid wrong labels, when each of the others was expected as often.
+    logits, labels, _ = rows_of(seed, wrong=0.2, rows=600, classes=3)
+    unused = -9 + np.random.default_rng(seed).normal(size=600)
+    mask, noise = reject(logits, labels)
+    again, wider = reject(np.insert(logits, 1, unused, axis=1), labels + (labels > 0))
+    assert noise.evident
+    assert wider.rate == noise.rate
+    assert (wider.low, wider.high, wider.statistic) == (noise.low, noise.high, noise.statistic)
+    assert again.tolist() == mask.tolist()
+    assert np.isfinite(wider.offsets).tolist() == [True, False, True, True]
+
+
+def test_of_one_class_no_label_is_wrong() -> None:
+    logits = np.random.default_rng(0).normal(size=(50, 3))
+    mask, noise = reject(logits, np.full(50, 2))
+    assert (noise.rate, noise.low, noise.high, noise.evident) == (0, 0, 0, False)
+    assert not mask.any()
+    assert noise.doubt(logits, np.full(50, 2)).tolist() == [0.0] * 50
+    assert noise.to_dict()["offsets"] == [None, None, 0.0]
+
+
 def test_doubt_by_hand() -> None:
-    noise = LabelNoise(0.2, 0.1, 0.3, 9.0, 0.95, 0.5, np.array([math.log(3), 0.0]), 100)
+    noise = LabelNoise(0.2, 0.1, 0.3, 9.0, 0.95, 0.5, np.array([math.log(3), 0.0]), np.array([0.6, 0.4]), 100)
     logits = np.array([[1.0, 1.0], [1.0, 1.0]])
     # Right with 0.8 · ¾ against wrong with 0.2 · ¼, and 0.8 · ¼ against 0.2 · ¾.
     assert noise.doubt(logits, np.array([0, 1])).tolist() == pytest.approx([0.05 / 0.65, 0.15 / 0.35])
+    noise = LabelNoise(0.2, 0.1, 0.3, 9.0, 0.95, 0.5, np.zeros(3), np.array([0.6, 0.2, 0.2]), 100)
+    # All equally likely: right with 0.8 · ⅓, wrong with 0.2 · ⅓ · (0.6/0.8 + 0.6/0.8) or 0.2 · ⅓ · (0.2/0.4 + 0.2/0.8).
+    expected = [0.3 / (0.8 + 0.3), 0.15 / (0.8 + 0.15)]
+    assert noise.doubt(np.ones((2, 3)), np.array([0, 2])).tolist() == pytest.approx(expected)
 
 
 @settings(max_examples=8)
@@ -229,7 +279,7 @@ def test_of_equal_rows_the_earlier_goes() -> None:
 
 
 def test_the_record_is_plain() -> None:
-    record = LabelNoise(0.2, 0.1, 0.3, 9.0, 0.95, 1.5, np.zeros(2), 100).to_dict()
+    record = LabelNoise(0.2, 0.1, 0.3, 9.0, 0.95, 1.5, np.zeros(2), np.array([0.3, 0.7]), 100).to_dict()
     assert record == {
         "rate": 0.2,
         "low": 0.1,
@@ -239,6 +289,7 @@ def test_the_record_is_plain() -> None:
         "scale": 1.5,
         "rows": 100,
         "offsets": [0.0, 0.0],
+        "shares": [0.3, 0.7],
         "evident": True,
     }
 

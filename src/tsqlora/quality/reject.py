@@ -34,7 +34,12 @@ TINY = 1e-30
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LabelNoise:
-    """How labels come from logits z: with chance 1 − rate from softmax(scale·z + offsets), else any other class."""
+    """How labels come from logits z: a class from softmax(scale·z + offsets), and with chance `rate` the label is that
+    of another class instead, each as often as rows are labelled with it.
+
+    So a class that is rare, or that no row is labelled with, is rarely a wrong label, or never: the offset of the
+    latter is −∞.
+    """
 
     rate: float
     low: float
@@ -44,6 +49,8 @@ class LabelNoise:
     level: float
     scale: float
     offsets: Float[np.ndarray, " k"]
+    shares: Float[np.ndarray, " k"]
+    """Of the labels."""
     rows: int
 
     @property
@@ -52,13 +59,16 @@ class LabelNoise:
         possible if there are none, and half of its distribution with it (Self and Liang, 1987)."""
         return self.statistic > _gain(self.level)
 
-    def to_dict(self) -> dict[str, float | int | bool | list[float]]:
+    def to_dict(self) -> dict[str, float | int | bool | list[float | None]]:
         numbers = {n: getattr(self, n) for n in ("rate", "low", "high", "statistic", "level", "scale", "rows")}
-        return numbers | {"offsets": self.offsets.tolist(), "evident": self.evident}
+        offsets = [at if np.isfinite(at) else None for at in self.offsets.tolist()]  # JSON has no infinity
+        return numbers | {"offsets": offsets, "shares": self.shares.tolist(), "evident": self.evident}
 
     def doubt(self, logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
         """The chance that a row's label is a wrong one, given the label: 0 for all where the rate is 0."""
-        given, other = _chances(softmax(self.scale * logits + self.offsets, axis=1), labels)
+        if self.rate == 0:
+            return np.zeros(len(labels))
+        given, other = _chances(softmax(self.scale * logits + self.offsets, axis=1), labels, self.shares)
         wrong = self.rate * other
         return wrong / ((1 - self.rate) * given + wrong + TINY)
 
@@ -97,8 +107,9 @@ def label_noise(logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"],
 
     Logits may be of any scale, with any constants of the classes: both are fitted along.  One without the other will
     not do: constants that calibrate logits as they are lean to some classes once the logits are scaled.
-    Rates from 0 to (k − 1)/k are possible; at the latter labels say nothing.  Raises SettingsError for fewer than
-    two rows or classes, TsqLoraError for logits that are not finite.
+    Rates from 0 to (k − 1)/k are possible, k the classes that occur; at the latter labels of equally frequent ones say
+    nothing.  Where only one occurs no label is wrong.  Raises SettingsError for fewer than two rows or logits of a row,
+    TsqLoraError for logits that are not finite.
     """
     if not 0.5 < level < 1:
         raise SettingsError(f"level is {level}; it must be above 0.5 and below 1")
@@ -110,14 +121,21 @@ def label_noise(logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"],
             f"{broken} of {len(logits)} rows have logits that are not finite; "
             "lower training.learning_rate or use another dtype"
         )
+    offsets, shares = np.full(logits.shape[1], -np.inf), np.bincount(labels, minlength=logits.shape[1]) / len(labels)
+    occur, labels = np.unique(labels, return_inverse=True)
+    if len(occur) == 1:
+        offsets[occur] = 0.0
+        return LabelNoise(0.0, 0.0, 0.0, 0.0, level, 1.0, offsets, shares, len(labels))
+    logits = logits[:, occur]
     centre, spread = logits.mean(axis=0), _spread(logits)
-    unit, most = (logits - centre) / spread, _largest_rate(logits.shape[1])
+    unit, most = (logits - centre) / spread, _largest_rate(len(occur))
     least, without = _fit(unit, labels, np.array([0.0, 1.0, *np.zeros(len(centre))]), free=False)
     # With a rate the likelihood may have more than one peak.
     starts = [(rate, scale) for rate in (0.05, 0.3) for scale in (without[1], STEEPEST / 2)]
     fits = [_fit(unit, labels, np.array([*start, *without[2:]])) for start in starts]
     loss, best = min([(least, without), *fits], key=lambda fit: fit[0])
-    rate, scale, offsets = float(best[0]), float(best[1]) / spread, best[2:]
+    rate, scale = float(best[0]), float(best[1]) / spread
+    offsets[occur] = best[2:] - scale * centre
     gain = 2 * len(labels) * (least - loss)
 
     def beyond(at: float) -> float:
@@ -132,7 +150,8 @@ def label_noise(logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"],
         statistic=float(gain),
         level=level,
         scale=scale,
-        offsets=offsets - scale * centre,
+        offsets=offsets,
+        shares=shares,
         rows=len(labels),
     )
 
@@ -156,11 +175,13 @@ def _largest_rate(classes: int) -> float:
 
 
 def _chances(
-    p: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"]
+    p: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"], shares: Float[np.ndarray, " k"]
 ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
-    """Each row's chance of its label if that is right, and if it is one of the others at random."""
-    given = p[np.arange(len(labels)), labels]
-    return given, (1 - given) / (p.shape[1] - 1)
+    """Each row's chance of its label if that is right, and if it is of another class, as often as labels are."""
+    rows = np.arange(len(labels))
+    others = p / (1 - shares)
+    others[rows, labels] = 0
+    return p[rows, labels], shares[labels] * others.sum(axis=1)
 
 
 def _fit(
@@ -188,12 +209,14 @@ def _loss(
 ) -> tuple[float, Float[np.ndarray, " m"]]:
     """Mean negative log-likelihood of the labels, and its gradient in rate, scale and offsets."""
     rate, scale, offsets = at[0], at[1], at[2:]
+    rows, shares = np.arange(len(labels)), np.bincount(labels, minlength=len(offsets)) / len(labels)
     p = softmax(scale * logits + offsets, axis=1)
-    given, other = _chances(p, labels)
+    given, other = _chances(p, labels, shares)
     chance = (1 - rate) * given + rate * other + TINY
-    right = (1 - rate - rate / (p.shape[1] - 1)) * given / chance
     by_rate = ((given - other) / chance).mean()
-    p[np.arange(len(labels)), labels] -= 1
-    by_logits = p * (right / len(labels))[:, None]
+    # The class's chance less that given the label.
+    of_class = rate * shares[labels][:, None] / (1 - shares)
+    of_class[rows, labels] = 1 - rate
+    by_logits = p * (1 - of_class / chance[:, None]) / len(labels)
     gradient = np.array([by_rate, (by_logits * logits).sum(), *by_logits.sum(axis=0)])
     return float(-np.log(chance).mean()), gradient
