@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from tsqlora.errors import NotLearnedError, TsqLoraError
 from tsqlora.quality.learned import LearnedTest, learned
+from tsqlora.quality.reference import sample_losses
+from tsqlora.tasks.classification import Classification
 
 LOSSES = st.lists(st.floats(-10, 10), min_size=2, max_size=30)
 
@@ -52,6 +54,14 @@ def test_two_standard_errors_are_not_more_than_two() -> None:
     with pytest.raises(NotLearnedError, match=message):
         test.require()
     LearnedTest(rows=600, loss=0.68, chance=0.69, standard_errors=2.01).require()
+
+
+def test_labels_that_are_all_the_same_are_told_and_not_called_too_short_a_training() -> None:
+    labels = torch.zeros(5, dtype=torch.long)
+    guess = Classification().chance(labels, 2).expand(5, 2)
+    nothing_to_beat = sample_losses(Classification(), guess, labels)
+    with pytest.raises(NotLearnedError, match="^all 5 reference rows have the same label, .*; give rows of different"):
+        learned(torch.rand(5), nothing_to_beat).require()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

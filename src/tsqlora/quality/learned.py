@@ -10,6 +10,8 @@ from tsqlora.errors import NotLearnedError, TsqLoraError
 
 MARGIN = 2.0
 """Standard errors by which the mean loss must lie below the constant predictor's, or of text the unadapted model's."""
+SAME = 1e-9
+"""A constant guess's loss is below this where labels are all the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,11 @@ class LearnedTest:
 
     def require(self) -> None:
         """Raises NotLearnedError with the numbers, if the test did not pass."""
+        if not self.passed and self.chance < SAME:
+            raise NotLearnedError(
+                f"all {self.rows} reference rows have the same label, which a constant guess knows as well as any "
+                "model; give rows of different labels"
+            )
         if not self.passed:
             raise NotLearnedError(
                 f"the model's loss on {self.rows} reference rows is {self.loss:.4f}, {self.guess} is "
