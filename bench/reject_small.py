@@ -3,7 +3,7 @@
     python bench/reject_small.py [--seeds 0,1,2] [--out bench/results/reject_small.json]
 
 MiniLM, uniform LoRA r 8, `training.learning_rate`'s default, a schedule of four passes; after each of the first three
-`quality/reject.py` says what it would leave out, and so does its version of before 2026-11-26, which took the classes'
+`quality/reject.py` says what it would leave out, and so does its version of 2026-11-26, which took the classes'
 constants as they calibrate the logits before these are scaled.  No test rows: nothing is trained on what is left.
 """
 

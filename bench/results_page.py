@@ -57,15 +57,8 @@ def page() -> str:
     """All of docs/results.md."""
     found, swept = blocks(), sweep()
     cells = [cell for block in found for cell in block["cells"].values()]
-    parts = [
-        HEAD.format(
-            cells=len(cells),
-            swept=len(swept),
-            commits=", ".join(sorted({commit_of(cell) for cell in (*cells, *swept)})),
-            busy=_busy(cells),
-            trainable=_trainable_of(found),
-        )
-    ]
+    parts = [f"# Results\n\n{IN_SHORT}\n{in_short(found)}"]
+    parts.append("## How to read it\n\n" + READ.format(busy=_busy(cells), trainable=_trainable_of(found)))
     parts.append(f"## What is missing\n\n{MISSING}{_left_out()}\n{markdown(missing(found))}")
     parts.append("## Over tasks\n\n" + OVER_TASKS)
     for kind in kinds(found):
@@ -77,41 +70,48 @@ def page() -> str:
     parts.append(f"## Learning rates\n\n{LEARNING_RATES.format(cells=len(swept), old=old)}\n{markdown(rates(swept))}")
     images = (f"![Points against LoRA on all rows, by {label}](plots/{name}.svg)" for name, (label, _) in COSTS.items())
     parts.append(f"## Plots\n\n{PLOTTED}\n" + "\n\n".join(images) + "\n")
+    commits = ", ".join(sorted({commit_of(cell) for cell in (*cells, *swept)}))
+    parts.append("## Where it comes from\n\n" + ORIGIN.format(cells=len(cells), swept=len(swept), commits=commits))
     return "\n".join(parts)
 
 
-HEAD = """# Results
-
-Made by `make bench-results` from `bench/results/glue/*.json`: {cells} trainings, and {swept} that chose learning rates,
-by the code of {commits}.
-
+IN_SHORT = """\
+Is it better than LoRA? Points of the metric over LoRA on all rows at equal optimizer steps and mean rank, in the mean
+over the tasks in brackets, with the 95 % interval over seeds. What is missing below is not in it.
+"""
+READ = """\
 Every row is a way to train MiniLM (22.7 million parameters, six blocks) by an adapter in all its linear layers, at the
 same mean rank and number of optimizer steps: four passes over all rows in batches of 16. `+all` trains on every row,
 `+random` and `+quality` on half of the rows, drawn anew each epoch, for twice as many epochs. Where no label seems
-wrong `+quality` draws at random, as `+random` does: how many cells did is said beside the name. The seed draws the
-training rows, which labels are wrong, the head and the batches, so differences are taken seed by seed. ± is a 95 %
-t-interval over seeds; where it holds 0 the difference is called noise. Test sets are whole, and decide nothing.
+wrong `+quality` draws at random, as `+random` does: how many cells did is said beside the name. Such a cell is not
+always `lora+random`'s: each way to train has the learning rate that validation chose for it ([below](#learning-rates)),
+and `tsqlora` moves ranks as well; which of the two makes a difference these cells do not tell. `tsqlora-quality-only`
+has `lora+random`'s learning rate, and where it drew at random it is that control with a pass of scoring.
+
+The seed draws the training rows, which labels are wrong, the head and the batches, so differences are taken seed by
+seed. ± is a 95 % t-interval over seeds; where it holds 0 the difference is called noise. Test sets are whole, and
+decide nothing.
+
 *Trainable* parameters are those at the end, a range where seeds differ: layers of other shapes cost more a rank, so
 where ranks moved they are {trainable} of LoRA's on the same task. Rivals are described in [rivals.md](rivals.md).
 Blocks of *equal epochs* give every way as many epochs as half of the rows need for those steps, so that `+all` takes
 twice as many. Which rows `tsqlora` left out there was decided before 0243dc9 (see below): that moves their points a
-little, and their seconds not. Their seconds are of two cores and nothing beside; those of other blocks are of one
-core of a machine on
-which others worked as well: compare them within a block and with care{busy}.
+little, and their seconds not. Their seconds are of two cores and nothing beside; those of other blocks are of one core
+of a machine on which others worked as well: compare them within a block and with care{busy}.
 *Passes* count what must be computed, whatever the machine: rows forward, and twice for rows backward.
 
 MiniLM has seen sentence pairs like those of STS-B and RTE: the numbers compare these methods with each other, and with
 no published table.
 """
 MISSING = """\
-The grid is four tasks, clean and with 20 % wrong labels, eight ways to train, three seeds each. A cell is shown with
-the learning rate that is chosen now, and if its code made the numbers that today's makes: before fa65ce3 batches were
-padded otherwise, which moved every number a little, and before af1cb08, and where it left any out before 0243dc9,
-`+quality` left other rows out. A cell of older code is replaced when it is run anew. A block of the grid is shown
-once each way to train has all three seeds: cells of
-others lie in `bench/results/glue/unfinished`."""
+The grid is four tasks, clean and with 20 % wrong labels, eight ways to train, three seeds each. A cell is shown if it
+has the learning rate that is chosen now and its code makes today's numbers. Not shown are therefore all cells before
+fa65ce3 (batches were padded otherwise, which moved every number a little), those of `+quality` before af1cb08, and
+those before 0243dc9 in which rows were left out (other rows were, then); each is replaced when it is run anew. A block
+of the grid is shown once each way to train has all three seeds: cells of others lie in
+`bench/results/glue/unfinished`."""
 OVER_TASKS = """\
-Differences in points of the metric (accuracy; Spearman's correlation for STS-B; Matthews' for CoLA): of each seed the
+Differences in points of the metric (accuracy; Spearman's correlation for STS-B): of each seed the
 mean over the *tasks* that both sides have, and of these the mean over the seeds that have all those tasks (how many, in
 brackets; "–" where none has). *Worst* is the lowest of one task and seed among them. Rows of other tasks cannot be
 ranked beside each other. *Loss* is by how many percent the test loss is higher, in the mean over tasks: a metric of
@@ -130,6 +130,10 @@ PRECISION = """\
 Cells are of bfloat16 autocast where the machine that made them has it, else of float32: which, is said below each
 table. Settings and rows are the same, so both count; where LoRA on all rows was made in both, a cell is compared with
 the one of its own precision. Those are:
+"""
+ORIGIN = """\
+Made by `make bench-results` from `bench/results/glue/*.json`: {cells} trainings, and {swept} that chose learning rates,
+by the code of {commits}.
 """
 PLOTTED = """\
 A dot is a way to train in a block: its mean over the seeds that it and LoRA on all rows have; by seconds, over those
@@ -300,8 +304,31 @@ def of_two_precisions(found: Sequence[Block], kind: tuple[Any, ...]) -> str:
         of = [(b, name) for b in of_kind(found, kind).values() for name in by_entry(b) if name != other]
         beside = [pair for block, name in of for pair in pairs(block, name, other).values()]
         if mixed := sum(is_bf16(ours) != is_bf16(theirs) for ours, theirs in beside):
-            said.append(f"{mixed} of {len(beside)} from `{other}`")
-    return f"\nOf two precisions are, of the differences of a task and seed, {' and '.join(said)}.\n" if said else ""
+            said.append(f"{mixed} of the {len(beside)} from `{other}`")
+    if not said:
+        return ""
+    return f"\nOne side in bfloat16 and the other in float32: {' and '.join(said)} differences of a task and seed.\n"
+
+
+def in_short(found: Sequence[Block]) -> str:
+    """At equal steps, a line a kind: which ways to train differ from LoRA on all rows by more than noise."""
+    told = ((kind, of_kind(found, kind)) for kind in kinds(found) if kind[0] == "steps")
+    return "".join(f"- *{title_of(kind)}* ({', '.join(TASKS[t] for t in of)}): {_verdicts(of)}.\n" for kind, of in told)
+
+
+def _verdicts(of: Mapping[str, Block]) -> str:
+    groups = dict[str, list[str]]()
+    for name in _names(of.values()):
+        if difference := over(of, name, REFERENCES[0]).seeds:
+            groups.setdefault(verdict(difference, "`lora+all`"), []).append(f"`{name}` {_bounds(difference)}")
+    first = ("better", "worse")  # what is noise comes last
+    ordered = sorted(groups, key=lambda told: [not told.startswith(word) for word in first])
+    return "; ".join(f"**{told}**: {', '.join(groups[told])}" for told in ordered) or "no seed in common"
+
+
+def _bounds(of: Interval) -> str:
+    """Two decimals, so that a bound near 0 has its sign."""
+    return f"{of.mean:+.2f}" + ("" if of.half is None else f" ({of.low:+.2f} to {of.high:+.2f})")
 
 
 def summary(*, rows: int, mean: int) -> list[list[str]]:

@@ -115,6 +115,19 @@ def test_over_tasks_is_the_mean_over_tasks_of_each_seed_over_seeds(results: Path
     assert worst == "+1.0"
 
 
+def test_the_page_begins_with_who_differs_from_lora_by_more_than_noise(results: Path) -> None:
+    points = {"lora+random": (80.1, 84.0, 79.0), "tsqlora+quality": (81.0, 83.1, 80.9), "eva+all": (78.0, 79.0, 78.0)}
+    theirs = [a_cell(points=p, seed=seed) for seed, p in enumerate((80.0, 82.0, 80.0))]
+    put(results, SST2, *theirs, *(a_cell(e, p, seed=s) for e, of in points.items() for s, p in enumerate(of)))
+    told = results_page.page().partition("## ")[0]
+    assert (
+        "- *2,000 rows, 20% wrong labels, mean rank 4* (SST-2): "
+        "**better than `lora+all`**: `tsqlora+quality` +1.00 (+0.75 to +1.25); "
+        "**worse than `lora+all`**: `eva+all` -2.33 (-3.77 to -0.90); "
+        "**within noise of `lora+all`**: `lora+random` +0.37 (-3.40 to +4.14).\n"
+    ) in told
+
+
 def _over() -> str:
     return results_page.page().partition("## Over tasks")[2].partition("## Task by task")[0]
 
@@ -264,13 +277,13 @@ def test_a_cell_is_compared_with_the_one_of_its_own_precision(results: Path) -> 
     wide = [a_cell("eva+all", 81.0, seed=seed) | {"bf16": False} for seed in range(3)]
     put(results, SST2, *narrow, a_cell("lora+random", 80.0) | {"bf16": True}, *wide)
     assert row(section("### SST-2"), "`eva+all`")[2] == "+1.0 ± 0.0"
-    assert "of a task and seed, 3 of 4 from `lora+all` and 1 of 2 from `lora+random`" in _over()
+    assert "the other in float32: 3 of the 4 from `lora+all` and 1 of the 2 from `lora+random`" in _over()
     again = {str(seed): a_cell(points=80.5, seed=seed) | {"bf16": False} for seed in range(3)}
     (results.parent / results_shown.FLOAT32).write_text(json.dumps({"blocks": {SST2.name: again}}))
     assert row(section("### SST-2"), "`eva+all`")[2:4] == ["+0.5 ± 0.0", "better than `lora+all`"]
     assert row(_over(), "`eva+all`")[1] == "+0.5 ± 0.0 (3 seeds)"
     assert results_page.summary(rows=2000, mean=4)[-1][2] == "+0.5 ± 0.0 (3 seeds)"
-    assert "of a task and seed, 1 of 2 from `lora+random`" in _over()
+    assert "the other in float32: 1 of the 2 from `lora+random`" in _over()
 
 
 def test_the_loss_is_told_beside_the_metric(results: Path) -> None:

@@ -60,7 +60,7 @@ def test_labels_that_are_all_the_same_are_told_and_not_called_too_short_a_traini
     labels = torch.zeros(5, dtype=torch.long)
     guess = Classification().chance(labels, 2).expand(5, 2)
     nothing_to_beat = sample_losses(Classification(), guess, labels)
-    with pytest.raises(NotLearnedError, match="^all 5 reference rows have the same label, .*; give rows of different"):
+    with pytest.raises(NotLearnedError, match=r"^all 5 reference rows have the same label, .*; give rows of different"):
         learned(torch.rand(5), nothing_to_beat).require()
 
 
