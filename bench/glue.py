@@ -12,6 +12,7 @@ order, in several processes if each has its own blocks.
 """
 
 import argparse
+import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -198,11 +199,22 @@ def keep(block: Block, cells: Path) -> None:
         settings = new
         known_cells[file.stem] = found
     about = {**asdict(block), "metric": block.metric}
+    for cell in known_cells.values():
+        cell["settings_hash"] = hash_of(about, settings, cell)
     RESULTS.mkdir(parents=True, exist_ok=True)
     write_json(
         RESULTS / f"{block.name}.json",
         {"block": about, "settings": settings, "cells": dict(sorted(known_cells.items()))},
     )
+
+
+def hash_of(about: Mapping[str, Any], settings: Mapping[str, Any], cell: Mapping[str, Any]) -> str:
+    """SHA-256 of what decides a stored cell: block, settings, method, policy, seed, learning rate and rows.
+
+    `compare` hashes the same, with where files lay; of what is stored this one can be made again.
+    """
+    decides = {"block": about, "settings": settings, "cell": cell["cell"], "rows": cell["data_hash"]}
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
 def _shared(settings: dict[str, Any]) -> dict[str, Any]:

@@ -1,27 +1,46 @@
 """The plots of docs/results.md."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from results_shown import blocks, by_entry, commit_of, differences, passes, quiet, rank_of, seed_of, trainable, worked
+from results_shown import (
+    Block,
+    Cell,
+    blocks,
+    by_entry,
+    commit_of,
+    differences,
+    pairs,
+    passes,
+    rank_of,
+    time_shares,
+    trainable,
+)
 
 PLOTS = Path(__file__).parents[1] / "docs" / "plots"
 COLOURS = ("#000000", "#e69f00", "#0072b2", "#56b4e9", "#009e73", "#d55e00", "#cc79a7", "#999933")
 """Told apart by the colour-blind too (Okabe and Ito)."""
 
 REFERENCE = "lora+all"
-COSTS: dict[str, tuple[str, Callable[[Any], float]]] = {
-    "parameters": ("trainable parameters", trainable),
-    "passes": ("passes", passes),
-    "seconds": ("seconds", lambda cell: cell["seconds"]),
-    "samples": (
-        "rows trained on, repeats counted",
-        lambda cell: sum(cell["cost"][p]["backward"] for p in ("warm-up", "training") if p in cell["cost"]),
-    ),
+
+
+def _by_cell(cost: Callable[[Cell], float]) -> Callable[[Block, str], Mapping[int, float]]:
+    return lambda block, entry: {seed: cost(ours) for seed, (ours, _) in pairs(block, entry, REFERENCE).items()}
+
+
+def _samples(cell: Cell) -> int:
+    return sum(cell["cost"][phase]["backward"] for phase in ("warm-up", "training") if phase in cell["cost"])
+
+
+COSTS: dict[str, tuple[str, Callable[[Block, str], Mapping[int, float]]]] = {
+    "parameters": ("trainable parameters", _by_cell(trainable)),
+    "passes": ("passes", _by_cell(passes)),
+    "seconds": (f"seconds, as a share of {REFERENCE}'s", lambda block, entry: time_shares(block, entry, REFERENCE)),
+    "samples": ("rows trained on, repeats counted", _by_cell(_samples)),
 }
-"""By the name of a plot's file: its x-axis, and what a cell cost."""
+"""By the name of a plot's file: its x-axis, and what an entry's cells of a block cost by seed."""
 
 
 class Dot(NamedTuple):
@@ -36,21 +55,15 @@ class Dot(NamedTuple):
 
 
 def dots_of(plot: str) -> list[Dot]:
-    """Of seconds, the seeds alone that ran beside nothing else."""
-    cost, found = COSTS[plot][1], list[Dot]()
+    """Of blocks at equal steps; of seconds, the seeds alone that ran beside nothing else.  The reference lies at 0."""
+    cost_of, found = COSTS[plot][1], list[Dot]()
     for block in blocks():
-        cells = by_entry(block)
-        for entry in cells.keys() - {REFERENCE}:
-            ours = quiet(worked(cells[entry])) if plot == "seconds" else worked(cells[entry])
-            difference = differences(block, entry, REFERENCE)
-            ours = [cell for cell in ours if seed_of(cell) in difference]
-            if ours:
-                seeds = {seed_of(cell) for cell in ours}
-                both = (*ours, *(cell for cell in cells[REFERENCE] if seed_of(cell) in seeds))
-                mean = float(np.mean([cost(cell) for cell in ours]))
-                commits = {commit_of(cell) for cell in both}
-                gained = float(np.mean([difference[seed] for seed in sorted(seeds)]))
-                found.append(Dot(entry, block["block"]["wrong"], mean, gained, seeds, commits))
+        for entry in by_entry(block) if block["block"]["equal"] == "steps" else ():
+            cost, gained = cost_of(block, entry), differences(block, entry, REFERENCE)
+            if cost:
+                both = [cell for seed, of in pairs(block, entry, REFERENCE).items() if seed in cost for cell in of]
+                means = (float(np.mean([by_seed[seed] for seed in sorted(cost)])) for by_seed in (cost, gained))
+                found.append(Dot(entry, block["block"]["wrong"], *means, {*cost}, {*map(commit_of, both)}))
     return sorted(found, key=lambda dot: (rank_of(dot.entry), dot[1:4]))
 
 

@@ -44,7 +44,8 @@ def measured() -> list[Block]:
 
     def place(block: Block) -> Any:
         about = block["block"]
-        return about["equal"], about["rows"], -about["wrong"], about["mean"], tasks.index(about["task"])
+        task = tasks.index(about["task"])
+        return about["equal"] != "steps", about["equal"], about["rows"], -about["wrong"], about["mean"], task
 
     return sorted(found, key=place)
 

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -397,7 +397,7 @@ def compare(
             policies=_listed(policies),
             equal=equal,  # type: ignore[arg-type]  (an unknown one is refused there)
             sweep=[_number(rate, float, "--lr-sweep") for rate in _listed(lr_sweep)],
-            rates=dict(_rate_of(given) for given in lr or []),
+            rates=_rates_of(lr or []),
             metric=metric,
             progress=display.progress,
             say=display.say,
@@ -519,9 +519,14 @@ def _number(text: str, kind: Callable[[str], Any], option: str) -> Any:
         raise SettingsError(f"{option}: '{text}' is not a number") from None
 
 
-def _rate_of(given: str) -> tuple[str, float]:
-    method, _, rate = given.partition("=")
-    return method, _number(rate, float, f"--lr {method}")
+def _rates_of(given: Sequence[str]) -> dict[str, float]:
+    found = dict[str, float]()
+    for one in given:
+        method, _, rate = one.partition("=")
+        if method in found:
+            raise SettingsError(f"--lr {method} is given twice; leave out one")
+        found[method] = _number(rate, float, f"--lr {method}")
+    return found
 
 
 if __name__ == "__main__":

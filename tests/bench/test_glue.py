@@ -27,7 +27,7 @@ def a_cell(entry: str = "lora+all", *, seed: int = 0, rate: float = 1e-3, commit
     method, policy = entry.split("+")
     about = {"method": method, "policy": policy, "seed": seed, "learning_rate": rate}
     metrics = {"validation": {"accuracy": 0.8, "loss": 0.5}, "test": {"accuracy": 0.8}}
-    return {"cell": about, "commit": commit, "metrics": metrics} | more
+    return {"cell": about, "commit": commit, "metrics": metrics, "data_hash": "of the rows"} | more
 
 
 def finished(folder: Path, *cells: Any, recheck: bool | None = False, epochs: int = 8) -> Path:
@@ -206,3 +206,21 @@ def test_a_rate_at_which_a_seed_failed_is_not_chosen_over_one_at_which_none_did(
 def test_an_entry_whose_every_cell_failed_has_no_best_rate() -> None:
     with pytest.raises(SettingsError, match=r"lora\+all failed with every learning rate of the sweep; try smaller"):
         glue.best_rate([a_cell(metrics={}, failed="diverged")])
+
+
+@pytest.mark.parametrize("path", sorted(glue.RESULTS.glob("**/*_rank*.json")), ids=lambda path: path.stem)
+def test_every_stored_cell_has_the_hash_of_what_decides_it(path: Path) -> None:
+    stored = json.loads(path.read_text())
+    hashes = [cell["settings_hash"] for cell in stored["cells"].values()]
+    assert hashes == [glue.hash_of(stored["block"], stored["settings"], c) for c in stored["cells"].values()]
+    assert len({*hashes}) == len(hashes)
+
+
+@pytest.mark.parametrize("name", ["method", "policy", "seed", "learning_rate"])
+def test_a_hash_says_what_its_cell_is(results: Path, tmp_path: Path, name: str) -> None:
+    glue.keep(BLOCK, finished(tmp_path / "a", a_cell(settings_hash="of compare")))
+    found = kept(results)
+    [cell] = found["cells"].values()
+    assert cell["settings_hash"] == glue.hash_of(found["block"], found["settings"], cell) != "of compare"
+    cell["cell"][name] = "another"
+    assert cell["settings_hash"] != glue.hash_of(found["block"], found["settings"], cell)

@@ -122,9 +122,9 @@ def test_the_page_begins_with_who_differs_from_lora_by_more_than_noise(results: 
     told = results_page.page().partition("## ")[0]
     assert (
         "- *2,000 rows, 20% wrong labels, mean rank 4* (SST-2): "
-        "**better than `lora+all`**: `tsqlora+quality` +1.00 (+0.75 to +1.25); "
-        "**worse than `lora+all`**: `eva+all` -2.33 (-3.77 to -0.90); "
-        "**within noise of `lora+all`**: `lora+random` +0.37 (-3.40 to +4.14).\n"
+        "**Better than `lora+all`**: `tsqlora+quality` +1.00 (+0.75 to +1.25), loss +0.0 ± 0.0 %. "
+        "**Worse than `lora+all`**: `eva+all` -2.33 (-3.77 to -0.90), loss +0.0 ± 0.0 %. "
+        "**Within noise of `lora+all`**: `lora+random` +0.37 (-3.40 to +4.14), loss +0.0 ± 0.0 %.\n"
     ) in told
 
 
@@ -259,6 +259,21 @@ def test_every_plot_says_which_seeds_and_commits_it_is_of(results: Path, monkeyp
         text = (results / "plots" / f"{name}.svg").read_text()
         assert "seeds 2; code beef000, c0ffee0" in text
     assert "rows trained on, repeats counted" in (results / "plots" / "samples.svg").read_text()
+
+
+def test_plots_are_of_equal_steps_and_the_reference_lies_at_0(results: Path) -> None:
+    pytest.importorskip("matplotlib")
+    plots: Any = importlib.import_module("results_plots")
+    put(results, SST2, a_cell(), a_cell("eva+all", 81.0, trainable=5) | {"seconds": 45.0})
+    put(results, glue.Block("sst2", 2000, 0.2, 4, "epochs"), a_cell(), a_cell("eva+all", 89.0))
+    for name, (theirs, ours) in {"parameters": (169_730, 5), "seconds": (1.0, 0.5), "passes": (24_000, 24_000)}.items():
+        found = [(dot.entry, dot.cost, pytest.approx(dot.difference)) for dot in plots.dots_of(name)]
+        assert found == [("lora+all", theirs, 0.0), ("eva+all", ours, 1.0)]
+
+
+def test_seconds_of_fewer_seeds_than_the_row_has_say_so(results: Path) -> None:
+    put(results, SST2, a_cell(), a_cell(seed=1, commit=results_shown.BUSY[0]) | {"seconds": 900.0})
+    assert row(section("### SST-2"), "`lora+all`")[-1] == "90 (1)"
 
 
 def test_cells_of_another_precision_are_named_and_what_it_makes_is_shown(results: Path) -> None:

@@ -58,6 +58,7 @@ def test_one_json_object_is_printed_and_progress_goes_elsewhere(
         (["--methods", "lora", "--seeds", "x"], "--seeds: 'x' is not a number"),
         (["--methods", "lora", "--lr-sweep", "1e-3,y"], "--lr-sweep: 'y' is not a number"),
         (["--methods", "lora", "--lr", "lora"], "--lr lora: '' is not a number"),
+        (["--methods", "lora", "--lr", "lora=1e-3", "--lr", "lora=2e-3"], "--lr lora is given twice"),
         (["--methods", "lora", "--equal", "fun"], "--equal 'fun' is unknown"),
     ],
 )

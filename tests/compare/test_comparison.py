@@ -178,11 +178,30 @@ def test_a_learning_rate_may_be_given_for_a_method_or_an_entry(config: Config, t
     assert [cell.learning_rate for cell, _ in run.ran] == [0.1, 0.2, 0.02]
 
 
+@pytest.mark.parametrize(
+    ("sweep", "told"),
+    [
+        ([0.001, 0.01, 0.02], []),  # 0.01 is the best
+        ([0.01, 0.02], ["lora+all: 0.01 is the lowest rate of --lr-sweep; a better one may lie beyond it"]),
+        ([0.005, 0.001], ["lora+all: 0.005 is the highest rate of --lr-sweep; a better one may lie beyond it"]),
+        ([0.01], []),
+    ],
+)
+def test_a_learning_rate_at_the_end_of_a_sweep_is_told(
+    config: Config, tmp_path: Path, sweep: list[float], told: list[str]
+) -> None:
+    said: list[str] = []
+    compare(config, ["lora"], seeds=[0], out=tmp_path / "out", sweep=sweep, run=Fake(), say=said.append)
+    assert [line for line in said if "--lr-sweep" in line] == told
+
+
 def test_policies_cross_methods() -> None:
     from tsqlora.compare.methods import entries
 
     names = [entry.name for entry in entries(["lora", "dora"], ["all", "random"])]
     assert names == ["lora+all", "lora+random", "dora+all", "dora+random"]
+    with pytest.raises(SettingsError, match="--methods names 'lora\\+random' with one of its own; give lora alone, or"):
+        entries(["lora+random"], ["all"])
 
 
 @pytest.mark.parametrize(

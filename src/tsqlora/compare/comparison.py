@@ -208,7 +208,12 @@ class Runner:
                 worked[rate] = sign * self._measured(metrics, "validation"), -metrics["loss"]
         if not worked:
             return min(self.plan.sweep)  # its failure is the result
-        return max(worked, key=lambda rate: worked[rate])
+        best = max(worked, key=lambda rate: worked[rate])
+        lowest, highest = min(self.plan.sweep), max(self.plan.sweep)
+        if lowest < highest and best in (lowest, highest):
+            side = "highest" if best == highest else "lowest"
+            self.say(f"{entry.name}: {best:g} is the {side} rate of --lr-sweep; a better one may lie beyond it")
+        return best
 
     def _cell(self, cell: Cell) -> dict[str, Any]:
         found = load(self.plan.out, cell)

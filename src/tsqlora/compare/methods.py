@@ -101,7 +101,7 @@ POLICIES: Mapping[str, Policy] = {
 def entries(methods: Iterable[str], policies: Sequence[str] = ()) -> list[Entry]:
     """What is compared: METHOD, METHOD+POLICY, or with `policies` every method with each.
 
-    Raises SettingsError for unknown names, and for two of a kind.
+    Raises SettingsError for unknown names, for two of a kind, and for a policy of its own beside `policies`.
 
     >>> [entry.name for entry in entries(["lora", "lora+random", "tsqlora"])]
     ['lora+all', 'lora+random', 'tsqlora+quality']
@@ -111,6 +111,11 @@ def entries(methods: Iterable[str], policies: Sequence[str] = ()) -> list[Entry]
         method, plus, policy = given.partition("+")
         if method not in METHODS:
             raise SettingsError(f"--methods: '{method}' is unknown; {nearest(method, METHODS)}")
+        if plus and policies:
+            raise SettingsError(
+                f"--policies crosses every method, and --methods names '{given}' with one of its own; give {method} "
+                "alone, or leave out --policies"
+            )
         chosen = [policy] if plus else policies or [METHODS[method].policy]
         for name in chosen:
             if name not in POLICIES:
