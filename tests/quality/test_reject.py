@@ -8,7 +8,7 @@ from scipy.optimize import approx_fprime, minimize
 from scipy.special import softmax
 
 from tsqlora.errors import SettingsError, TsqLoraError
-from tsqlora.quality.reject import LabelNoise, _fit, _loss, _spread, label_noise, reject
+from tsqlora.quality.reject import LabelNoise, _fit, _largest_rate, _loss, _spread, label_noise, reject
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -71,8 +71,14 @@ def test_a_model_that_has_hardly_learned_tells_wrong_labels_that_it_knows(seed: 
     assert noise.rate == pytest.approx(0.2, abs=0.08)
 
 
-def test_the_test_of_right_labels_errs_no_more_often_than_its_level_says() -> None:
-    found = [label_noise(*rows_of(seed, rows=300)[:2], level=0.8).evident for seed in range(60)]
+@pytest.mark.parametrize("often", [(0.5, 0.5), (0.6, 0.25, 0.1, 0.05)])
+def test_the_test_of_right_labels_errs_no_more_often_than_its_level_says(often: tuple[float, ...]) -> None:
+    found = []
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        logits = 3.0 * rng.normal(size=(300, len(often)))
+        labels = (logits + 3 * np.log(often) + rng.gumbel(size=logits.shape)).argmax(1)
+        found.append(label_noise(logits, labels, level=0.8).evident)
     # 20 % of 60 and three standard errors.
     assert 1 <= sum(found) <= 21
 
@@ -200,6 +206,24 @@ def test_of_one_class_no_label_is_wrong() -> None:
     assert not mask.any()
     assert noise.doubt(logits, np.full(50, 2)).tolist() == [0.0] * 50
     assert noise.to_dict()["offsets"] == [None, None, 0.0]
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.5), (0.9, 0.1), (0.25,) * 4, (0.6, 0.25, 0.1, 0.05), (0.4, 0.4, 0.2)])
+def test_up_to_the_largest_rate_no_label_is_likelier_in_rows_of_another_class(shares: tuple[float, ...]) -> None:
+    def contradicted(rate: float) -> bool:
+        pairs = [(y, c) for y in range(len(shares)) for c in range(len(shares)) if c != y]
+        return any(rate * shares[y] / (1 - shares[c]) > 1 - rate for y, c in pairs)
+
+    most = _largest_rate(np.array(shares))
+    assert not contradicted(most - 1e-9)
+    assert contradicted(most + 1e-9)
+
+
+def test_logits_that_say_nothing_fit_no_labels_that_contradict_them() -> None:
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        labels = rng.choice(4, p=[0.6, 0.25, 0.1, 0.05], size=200)
+        assert label_noise(rng.normal(size=(200, 4)), labels).rate < 0.57
 
 
 def test_doubt_by_hand() -> None:

@@ -65,7 +65,7 @@ class LabelNoise:
         return numbers | {"offsets": offsets, "shares": self.shares.tolist(), "evident": self.evident}
 
     def doubt(self, logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-        """The chance that a row's label is a wrong one, given the label: 0 for all where the rate is 0."""
+        """The chance that a row's label, one of those that were fitted, is a wrong one: 0 for all where the rate is 0."""
         if self.rate == 0:
             return np.zeros(len(labels))
         given, other = _chances(softmax(self.scale * logits + self.offsets, axis=1), labels, self.shares)
@@ -107,9 +107,9 @@ def label_noise(logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"],
 
     Logits may be of any scale, with any constants of the classes: both are fitted along.  One without the other will
     not do: constants that calibrate logits as they are lean to some classes once the logits are scaled.
-    Rates from 0 to (k − 1)/k are possible, k the classes that occur; at the latter labels of equally frequent ones say
-    nothing.  Where only one occurs no label is wrong.  Raises SettingsError for fewer than two rows or logits of a row,
-    TsqLoraError for logits that are not finite.
+    The largest rate is that beyond which labels would contradict the model: (k − 1)/k of k equally frequent classes,
+    where they say nothing.  Where only one class occurs no label is wrong.  Raises SettingsError for fewer than two
+    rows or logits of a row, TsqLoraError for logits that are not finite.
     """
     if not 0.5 < level < 1:
         raise SettingsError(f"level is {level}; it must be above 0.5 and below 1")
@@ -121,14 +121,14 @@ def label_noise(logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"],
             f"{broken} of {len(logits)} rows have logits that are not finite; "
             "lower training.learning_rate or use another dtype"
         )
-    offsets, shares = np.full(logits.shape[1], -np.inf), np.bincount(labels, minlength=logits.shape[1]) / len(labels)
+    offsets, shares = np.full(logits.shape[1], -np.inf), _shares(labels, logits.shape[1])
     occur, labels = np.unique(labels, return_inverse=True)
     if len(occur) == 1:
         offsets[occur] = 0.0
         return LabelNoise(0.0, 0.0, 0.0, 0.0, level, 1.0, offsets, shares, len(labels))
     logits = logits[:, occur]
     centre, spread = logits.mean(axis=0), _spread(logits)
-    unit, most = (logits - centre) / spread, _largest_rate(len(occur))
+    unit, most = (logits - centre) / spread, _largest_rate(shares[occur])
     least, without = _fit(unit, labels, np.array([0.0, 1.0, *np.zeros(len(centre))]), free=False)
     # With a rate the likelihood may have more than one peak.
     starts = [(rate, scale) for rate in (0.05, 0.3) for scale in (without[1], STEEPEST / 2)]
@@ -170,8 +170,14 @@ def _spread(logits: Float[np.ndarray, "n k"]) -> float:
     return float(np.sqrt(np.square(centred - centred.mean(0)).mean())) or 1.0
 
 
-def _largest_rate(classes: int) -> float:
-    return (classes - 1) / classes
+def _shares(labels: Int[np.ndarray, " n"], classes: int) -> Float[np.ndarray, " k"]:
+    return np.bincount(labels, minlength=classes) / len(labels)
+
+
+def _largest_rate(shares: Float[np.ndarray, " k"]) -> float:
+    """Beyond it the most frequent label would be likelier in rows of the next most frequent class than in its own."""
+    second, first = np.sort(shares)[-2:]
+    return float(1 / (1 + first / (1 - second)))
 
 
 def _chances(
@@ -198,7 +204,8 @@ def _fit(
         value, gradient = _loss(np.concatenate([start[:fixed], at]), logits, labels)
         return value, gradient[fixed:]
 
-    bounds = [(0.0, _largest_rate(logits.shape[1])), (0.0, STEEPEST), *[(None, None)] * logits.shape[1]][fixed:]
+    most = _largest_rate(_shares(labels, logits.shape[1]))
+    bounds = [(0.0, most), (0.0, STEEPEST), *[(None, None)] * logits.shape[1]][fixed:]
     options = {"ftol": 1e-12}
     found: OptimizeResult = minimize(loss, start[fixed:], jac=True, method="L-BFGS-B", bounds=bounds, options=options)
     return float(found.fun), np.concatenate([start[:fixed], found.x])
@@ -209,7 +216,7 @@ def _loss(
 ) -> tuple[float, Float[np.ndarray, " m"]]:
     """Mean negative log-likelihood of the labels, and its gradient in rate, scale and offsets."""
     rate, scale, offsets = at[0], at[1], at[2:]
-    rows, shares = np.arange(len(labels)), np.bincount(labels, minlength=len(offsets)) / len(labels)
+    rows, shares = np.arange(len(labels)), _shares(labels, len(offsets))
     p = softmax(scale * logits + offsets, axis=1)
     given, other = _chances(p, labels, shares)
     chance = (1 - rate) * given + rate * other + TINY
