@@ -65,7 +65,7 @@ class LabelNoise:
         return numbers | {"offsets": offsets, "shares": self.shares.tolist(), "evident": self.evident}
 
     def doubt(self, logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-        """The chance that a row's label, one of those that were fitted, is a wrong one: 0 for all where the rate is 0."""
+        """The chance that a row's label, of a class that was fitted, is a wrong one: 0 for all where the rate is 0."""
         if self.rate == 0:
             return np.zeros(len(labels))
         given, other = _chances(softmax(self.scale * logits + self.offsets, axis=1), labels, self.shares)
