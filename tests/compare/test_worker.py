@@ -15,10 +15,12 @@ from tsqlora.compare.worker import in_own_process
 from tsqlora.config import load_config
 
 LOADS_WITHOUT_END = """
+import signal
 from functools import partial
 from torch.utils.data import DataLoader
 from tsqlora.compare.worker import _apart
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may run in the background, where it is ignored
 _apart("loading", partial(sum, DataLoader(range(10**9), batch_size=None, num_workers=1, collate_fn=int)))
 """
 PROCESSES = 4
