@@ -121,9 +121,9 @@ rsLoRA, DoRA, ElaLoRA as released; the policies `loss`, `el2n`, `gradnorm` and `
 of these. [Which rows](quality.md) has rules and rank 8 by another bench, [models that write](generation.md) summaries
 of XSum and SciTLDR, on few rows and without a sweep."""
 OVER_TASKS = """\
-Differences in points of the metric (accuracy; Spearman's correlation for STS-B): of each seed the
-mean over the *tasks* that both sides have, and of these the mean over the seeds that have all those tasks (how many, in
-brackets; "–" where none has). *Worst* is the lowest of one task and seed among them. Rows of other tasks cannot be
+Differences in points of the metric (accuracy; Spearman's correlation for STS-B): of each seed the mean over the *tasks*
+that both sides have, and of these the mean over the seeds that have all those tasks (how many, in brackets; "–" where
+none has). *Worst* is the lowest of one task and seed among them. Rows of other tasks cannot be
 ranked beside each other. *Loss* is by how many percent the test loss is higher, in the mean over tasks: a metric of
 classes does not see how sure a model is of what it gets wrong, and the loss does.
 """

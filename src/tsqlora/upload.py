@@ -30,7 +30,7 @@ def push(folder: Path, repo: str) -> str:
         raise _not_pushed(folder, repo, f"the hub answers {error.response.status_code}") from None
     except OfflineModeIsEnabled:
         raise _not_pushed(folder, repo, "HF_HUB_OFFLINE is set") from None
-    except Exception as error:  # most often of the connection; by which class is the hub's client's affair
+    except Exception as error:  # most often of the connection; whatever it is, the directory is written and named
         said = str(error).strip().splitlines()
         raise _not_pushed(folder, repo, ": ".join([type(error).__name__, *said[:1]])) from None
     return str(done.commit_url)

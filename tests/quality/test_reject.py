@@ -164,7 +164,7 @@ def test_the_fit_without_wrong_labels_ends_where_its_gradient_does(seed: int) ->
 
 
 def rare(seed: int, wrong: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows of three classes and one in a hundred of a fourth; a wrong label is that of another row."""
+    """Rows of three classes and a few in a hundred of a fourth; a wrong label is that of another row."""
     rng = np.random.default_rng(seed)
     logits = 3.0 * rng.normal(size=(800, 4)) + np.array([0.0, 0.0, 0.0, -7.0])
     true = (logits + rng.gumbel(size=logits.shape)).argmax(1)

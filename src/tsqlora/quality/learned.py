@@ -31,17 +31,18 @@ class LearnedTest:
 
     def require(self) -> None:
         """Raises NotLearnedError with the numbers, if the test did not pass."""
-        if not self.passed and self.chance < SAME:
+        if self.passed:
+            return
+        if self.chance < SAME:
             raise NotLearnedError(
                 f"all {self.rows} reference rows have the same label, which a constant guess knows as well as any "
                 "model; give rows of different labels"
             )
-        if not self.passed:
-            raise NotLearnedError(
-                f"the model's loss on {self.rows} reference rows is {self.loss:.4f}, {self.guess} is "
-                f"{self.chance:.4f}: {self.standard_errors:.1f} standard errors below, and scoring needs more than "
-                f"{MARGIN:g}; train it longer first"
-            )
+        raise NotLearnedError(
+            f"the model's loss on {self.rows} reference rows is {self.loss:.4f}, {self.guess} is "
+            f"{self.chance:.4f}: {self.standard_errors:.1f} standard errors below, and scoring needs more than "
+            f"{MARGIN:g}; train it longer first"
+        )
 
     def to_dict(self) -> dict[str, float | int | bool | str]:
         return asdict(self) | {"passed": self.passed}
