@@ -332,6 +332,16 @@ def test_a_dry_run_refuses_what_the_run_would_before_its_first_step(place: Path,
     assert "save_total_limit 1 deletes the last whole checkpoint" in text
 
 
+def test_a_dry_run_tells_that_its_directory_is_taken(trained: Path, place: Path, tsqlora: Run) -> None:
+    code, _, err = tsqlora("train", place / "config.yaml", "--out", trained, "--dry-run")
+    assert (code, "would be refused" in err, "holds another run" in err) == (0, True, True)
+
+
+def test_a_dry_run_of_a_run_that_is_to_be_resumed_is_refused(trained: Path, place: Path, tsqlora: Run) -> None:
+    code, text = refused(tsqlora, "train", place / "config.yaml", "--out", trained, "--dry-run", "--resume")
+    assert (code, "leave out --resume" in text) == (2, True)
+
+
 # ----------------------------------------------------------------------------------- report
 
 
