@@ -337,9 +337,17 @@ def test_a_dry_run_tells_that_its_directory_is_taken(trained: Path, place: Path,
     assert (code, "would be refused" in err, "holds another run" in err) == (0, True, True)
 
 
-def test_a_dry_run_of_a_run_that_is_to_be_resumed_is_refused(trained: Path, place: Path, tsqlora: Run) -> None:
-    code, text = refused(tsqlora, "train", place / "config.yaml", "--out", trained, "--dry-run", "--resume")
-    assert (code, "leave out --resume" in text) == (2, True)
+def test_a_dry_run_of_a_run_that_is_to_be_resumed_says_that_it_tells_of_the_whole(
+    trained: Path, place: Path, tsqlora: Run
+) -> None:
+    code, out, err = tsqlora("train", place / "config.yaml", "--out", trained, "--dry-run", "--resume", "--json")
+    assert (code, json.loads(out)) == (0, record_of(trained)["plan"])
+    assert ("the plan of the whole run" in err, "refused" in err) == (True, False)
+
+
+def test_a_directory_that_cannot_be_named_is_a_wrong_argument(place: Path, tmp_path: Path, tsqlora: Run) -> None:
+    code, text = refused(tsqlora, "train", place / "config.yaml", "--out", tmp_path / ("x" * 300))
+    assert (code, "File name too long" in text, "name another directory" in text) == (2, True, True)
 
 
 # ----------------------------------------------------------------------------------- report

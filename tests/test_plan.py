@@ -161,6 +161,11 @@ def test_what_cannot_be_done_is_refused(sections: dict[str, Any], message: str, 
         ),
         ({"ranks": {}, "quality": {"guard": False, "scope": "full", "preset": "paper"}}, []),
         ({"ranks": {}, "quality": {"scope": "full", "harvest": True}}, []),
+        ({"ranks": {}, "training": {"disable_tqdm": True}}, []),
+        (
+            {"ranks": {}, "training": {"disable_tqdm": False}},
+            ["training.disable_tqdm without effect: tsqlora shows progress itself, on stderr"],
+        ),
     ],
 )
 def test_settings_without_effect_are_told(sections: dict[str, Any], told: list[str], model: PeftModel) -> None:

@@ -146,16 +146,16 @@ def train(
     from tsqlora.config import load_config
     from tsqlora.training.run_dir import require_free
 
-    if dry_run and resume:
-        raise SettingsError("--dry-run shows a whole run from its beginning; leave out --resume")
     start = [] if init_from is None else [f"adapter.init_from={json.dumps(init_from, ensure_ascii=False)}"]
     settings = load_config(config, [*(set_ or []), *start])
     if dry_run:
         console.show(pipeline.dry_run(settings), as_json, show_plan)
         try:
-            require_free(out)
+            require_free(out, resume=resume)
         except SettingsError as taken:
             console.note(f"the run itself would be refused: {taken}")
+        if resume:
+            console.note("this is the plan of the whole run; --resume does what is left of it")
         return
     with Display(console.stderr) as display:
         record = pipeline.train(settings, out, resume=resume, progress=display.progress)

@@ -79,8 +79,10 @@ def without_effect(config: Config) -> list[str]:
     if ranks.policy == "fixed":
         idle = ["interval", "warmup", "freeze", "moves", *([] if q.enabled else ["estimator", "gamma"])]
         found.append(("ranks", ranks, idle, "ranks.policy is fixed"))
+    bars = config.training.further_arguments().get("disable_tqdm", True)
     changed = (([f"{of}.{name}" for name in _changed(section, idle)], why) for of, section, idle, why in found)
-    return [f"{', '.join(names)} without effect: {why}" for names, why in changed if names]
+    told = [f"{', '.join(names)} without effect: {why}" for names, why in changed if names]
+    return told if bars else [*told, "training.disable_tqdm without effect: tsqlora shows progress itself, on stderr"]
 
 
 def _changed(section: Section, names: Iterable[str]) -> list[str]:

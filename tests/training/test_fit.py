@@ -260,6 +260,18 @@ def test_of_many_losses_every_so_many_th_is_kept_and_every_evaluation() -> None:
     assert {"step": 7, "eval_loss": 1.0} in kept
 
 
+def test_what_json_has_not_is_not_in_the_record() -> None:
+    steps = [{"step": 10, "loss": 0.5, "grad_norm": float("inf")}, {"step": 20, "loss": float("nan"), "grad_norm": 1.0}]
+    assert fit.logged(steps) == [{"step": 10, "loss": 0.5}, {"step": 20, "grad_norm": 1.0}]
+
+
+def test_nothing_of_training_is_printed_on_stdout_where_bars_are_asked_for(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Counted(settings(place, training=QUICK | {"disable_tqdm": False}, quality={"enabled": False}), tmp_path)
+    assert capsys.readouterr().out == ""
+
+
 def test_the_record_keeps_what_the_trainer_logged_but_not_its_speed(place: Path, tmp_path: Path) -> None:
     logging = QUICK | {"logging_strategy": "steps", "logging_steps": 4, "eval_strategy": "epoch"}
     history = Counted(settings(place, training=logging, quality={"enabled": False}), tmp_path).record.history

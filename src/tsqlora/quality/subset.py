@@ -29,7 +29,8 @@ class QualitySubset(Dataset[Any]):
     Args:
         dataset: any map-style data set.
         fraction: share of its rows that an epoch has, 0 < fraction ≤ 1.
-        resample: draw anew each epoch; else the first quality draw is kept.
+        resample: draw anew each epoch; else the first draw by quality is kept, or the first of
+            all where nothing is scored.
         lengths, batch_size: tokens of every row, and the Trainer's batch size; then rows of
             like length stand together, for a Trainer that samples sequentially.
     """
@@ -151,7 +152,9 @@ class QualitySubset(Dataset[Any]):
         if self.policy is not None and (chosen := self.policy(epoch)) is not None:
             return chosen
         if self.scores is None or epoch < self.scored_epoch:
-            return self._stretch(epoch, np.arange(len(self.dataset))), None
+            # A warm-up, and a policy that has yet to see every row, go on through the rows all the same.
+            anew = self.resample or self.scores is not None or self.awaits_scores or self.policy is not None
+            return self._stretch(epoch if anew else 0, np.arange(len(self.dataset))), None
         if self.scores.even:
             # Of kept rows what the control has of all; where there are fewer than an epoch holds, they repeat.
             epoch = epoch if self.resample else self.scored_epoch

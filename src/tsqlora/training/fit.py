@@ -1,6 +1,7 @@
 """One training run in the stock Trainer: arguments, callbacks, and what each phase cost."""
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -23,7 +24,7 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
     get_reporting_integration_callbacks,
 )
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from tsqlora.data.packing import PackedCollator
 from tsqlora.data.tokenise import TokenisedSplit
@@ -180,7 +181,9 @@ def fit(
     )
     if packed is not None:
         require_packing(model, packed, data.dataset[0])  # where the Trainer has put the model
+    # Both print what is logged on stdout, which is a command's result alone.
     trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
     if args.report_to:
         trainer.add_callback(ReportCallback(trainer))
     # A loss is the mean over its batch, also of models that the Trainer takes for having divided by the whole window.
@@ -244,8 +247,14 @@ MOST_ENTRIES = 5000
 
 
 def logged(history: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
-    """A Trainer's log for the record, without what it says of its own speed; of many losses every so many-th."""
-    entries = [{name: value for name, value in entry.items() if not _of_speed(name)} for entry in history]
+    """A Trainer's log for the record, without what it says of its own speed; of many losses every so many-th.
+
+    Numbers that are not finite, which JSON has not, are left out: GuardCallback tells of such steps.
+    """
+    entries = [
+        {name: value for name, value in entry.items() if not _of_speed(name) and math.isfinite(value)}
+        for entry in history
+    ]
     told = [entry for entry in entries if entry.keys() - {"step", "epoch"} and "train_loss" not in entry]
     every = -(-len(told) // MOST_ENTRIES)
     return [entry for j, entry in enumerate(told) if j % every == 0 or "loss" not in entry]

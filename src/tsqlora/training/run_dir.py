@@ -55,7 +55,7 @@ def locked(run: Path, *, resume: bool = False) -> Iterator[None]:
             "name another directory"
         ) from None
     # Nothing is written into a directory of something else, not even the lock.
-    if not (run / LOCK_FILE).exists():
+    if not os.path.exists(run / LOCK_FILE):  # False also where it cannot be asked, which the next line tells
         require_free(run, resume=resume)
     with alone_in(run, busy=f"another process is training into {run}; wait for it, or name another --out"):
         require_free(run, resume=resume)
@@ -120,12 +120,18 @@ def _of_the_disk(run: Path, error: Exception) -> str | None:
 
 
 def require_free(run: Path, *, resume: bool = False) -> None:
-    """Raises SettingsError if the directory holds a run that is not to be resumed, or something else."""
-    if (run / CONFIG_FILE).exists():
+    """Raises SettingsError if the directory holds a run that is not to be resumed, or something else, or is no name."""
+    try:
+        known = (run / CONFIG_FILE).exists()
+        strangers = (
+            sorted(path.name for path in run.iterdir() if not _left_before_the_start(path)) if run.is_dir() else []
+        )
+    except OSError as error:
+        raise SettingsError(f"--out {run} cannot be read ({error.strerror}); name another directory") from None
+    if known:
         if not resume:
             raise SettingsError(f"{run} holds another run; give --resume to continue it, or name another --out")
         return
-    strangers = sorted(path.name for path in run.iterdir() if not _left_before_the_start(path)) if run.is_dir() else []
     if strangers and (run / LOCK_FILE).exists():
         raise SettingsError(
             f"{run} has no {CONFIG_FILE}, and {strangers[0]} of a run; put it back, or name another --out"
