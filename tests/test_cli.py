@@ -341,7 +341,7 @@ def test_a_dry_run_of_a_run_that_is_to_be_resumed_says_that_it_tells_of_the_whol
     trained: Path, place: Path, tsqlora: Run
 ) -> None:
     code, out, err = tsqlora("train", place / "config.yaml", "--out", trained, "--dry-run", "--resume", "--json")
-    assert (code, json.loads(out)) == (0, record_of(trained)["plan"])
+    assert (code, json.loads(out)["steps"]) == (0, record_of(trained)["plan"]["steps"])
     assert ("the plan of the whole run" in err, "refused" in err) == (True, False)
 
 
@@ -687,6 +687,24 @@ def test_select_says_when_the_file_is_another(scored: Path, tmp_path: Path, tsql
     assert "drawn rows" in text
 
 
+def test_rows_are_not_replaced_by_what_is_drawn_or_known_of_them(
+    scored: Path, trained: Path, place: Path, tmp_path: Path, tsqlora: Run
+) -> None:
+    rows = shutil.copy(scored.parent / "train.jsonl", tmp_path / "rows.jsonl")
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(rows)
+    before = Path(rows).read_bytes()
+    asked = [
+        ("select", scored, "--fraction", "0.5", "--data", rows, "--out", link),
+        ("score", place / "config.yaml", "--set", f"data.train={rows}", "--out", link),
+        ("score", trained, "--set", f"data.train={rows}", "--out", rows),
+    ]
+    for arguments in asked:
+        code, text = refused(tsqlora, *arguments)
+        assert (code, "is the file that is read" in text) == (2, True)
+    assert Path(rows).read_bytes() == before
+
+
 # ---------------------------------------------------------------------------------- allocate
 
 
@@ -826,7 +844,10 @@ def test_brackets_in_an_error_are_shown_as_they_stand(tmp_path: Path, tsqlora: R
 
 def test_a_dry_run_tells_the_plan_that_the_run_then_records(trained: Path, place: Path, tsqlora: Run) -> None:
     _, out, _ = tsqlora("train", place / "config.yaml", "--dry-run", "--json")
-    assert json.loads(out) == record_of(trained)["plan"]
+    told, record = json.loads(out), record_of(trained)
+    assert {name: told[name] for name in record["plan"]} == record["plan"]
+    assert (told["columns"], told["max_length"]) == (record["data"]["columns"], record["data"]["max_length"])
+    assert told["notes"] == [note for note in record["notes"] if note in told["notes"]]
 
 
 def test_without_arguments_help_is_shown(tsqlora: Run) -> None:

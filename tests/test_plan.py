@@ -52,7 +52,8 @@ def test_steps_are_those_of_the_drawn_rows(rows: int, batch_size: int, accumulat
     further = {"epochs": 12, "batch_size": batch_size, "gradient_accumulation_steps": accumulation}
     config = settings(training=further, ranks={"policy": "fixed"})
     told = planned(config, model, rows=rows)
-    drawn = [range(round(rows / 2))[start : start + batch_size] for start in range(0, round(rows / 2), batch_size)]
+    half = math.ceil(rows / 2)
+    drawn = [range(half)[start : start + batch_size] for start in range(0, half, batch_size)]
     assert told["rows_an_epoch"] == sum(map(len, drawn))
     assert told["steps"] == 12 * math.ceil(len(drawn) / accumulation)
 

@@ -74,7 +74,8 @@ def _run(arguments: list[str], *, debug: bool) -> int:
         console.error(str(error), debug=debug)
         return error.exit_code
     except Exception as error:
-        what = printable(f"{type(error).__name__}: {error}".strip().splitlines()[0])
+        said = str(error).strip()
+        what = printable(f"{type(error).__name__}: {said.splitlines()[0] if said else 'without a word'}")
         console.error(f"{what}; --debug shows where", debug=debug)
         return 1
 
@@ -196,10 +197,6 @@ def score(
         raise SettingsError(
             "--data is where --explain N finds the scored rows; rows to score are named by --set data.train=FILE"
         )
-    if dry_run:
-        plan = scoring.plan_scoring(source, overrides=set_ or [], drop=drop or [])
-        console.show(plan, as_json, show_scoring_plan)
-        return
     known = source.suffix == ".parquet" and source.is_file()
     if explain is not None and explain < 1:
         raise SettingsError(f"--explain {explain}: it must be at least 1")
@@ -207,6 +204,10 @@ def score(
         raise SettingsError(f"{source} has scores already; give --explain N to look at them")
     if known and (drop or set_ or out):
         raise SettingsError(f"{source} has scores already: --drop, --set and --out are for a CONFIG or a RUN")
+    if dry_run:
+        plan = scoring.plan_scoring(source, overrides=set_ or [], drop=drop or [])
+        console.show(plan, as_json, show_scoring_plan)
+        return
     if known:
         out, scores = source, Scores.load(source)
     elif out is None:
@@ -275,11 +276,13 @@ def evaluate(
 
     Example: tsqlora evaluate run --data test.jsonl --json
     """
-    from tsqlora.inference import evaluate_run
+    from tsqlora.inference import evaluate_run, own_rows
 
     with Display(console.stderr) as display:
         metrics = evaluate_run(run, data, overrides=_writing(max_new_tokens, beams), progress=display.progress)
     console.show(metrics, as_json, show_numbers)
+    if data is None:
+        console.note(f"measured on {own_rows(run)}; --data FILE measures on others")
 
 
 @app.command()

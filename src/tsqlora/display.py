@@ -124,6 +124,8 @@ def show_plan(console: Console, plan: Mapping[str, Any]) -> None:
     rows = ", ".join(f"{count:,} {name}" for name, count in plan["rows"].items())
     ranks = sorted(set(plan["ranks"].values()))
     console.print(f"rows        {rows}")
+    columns = ", ".join(str(name) for name in plan["columns"].values() if name is not None)
+    console.print(f"columns     {columns}; at most {plan['max_length']:,} tokens", markup=False, highlight=False)
     if plan["classes"]:
         # Names are anybody's: they may hold square brackets.
         console.print(f"classes     {_class_counts(plan['classes'])}", markup=False, highlight=False)
@@ -134,10 +136,11 @@ def show_plan(console: Console, plan: Mapping[str, Any]) -> None:
     console.print(f"memory      about {plan['memory_bytes'] / 2**20:,.0f} MiB (a rough estimate)")
     for told in plan["without_effect"]:
         console.print(f"settings    {told}", highlight=False)
+    for note in plan["notes"]:
+        console.print(f"note        {note}", markup=False, highlight=False)
     console.print(_passes_table(plan["passes"]))
     if "samples" in plan:
-        columns = ", ".join(f"{name}" for name in plan["columns"].values() if name is not None)
-        told = f"row format  {plan['format']} ({columns}); what is trained on is green, between ⟦ and ⟧:\n"
+        told = f"row format  {plan['format']}; what is trained on is green, between ⟦ and ⟧:\n"
         console.print(told, markup=False)
         samples = Text(plan["samples"])
         samples.highlight_regex(r"(?s)⟦.*?⟧", "green")

@@ -316,6 +316,13 @@ def evaluate_run(
     return metrics | trained.asking.text_metrics(trained.model, rows, trained.format, progress=progress)
 
 
+def own_rows(run: Path) -> str:
+    """Which rows `evaluate_run` measures where it is given none."""
+    record = require_finished(run)
+    split = "test" if "test" in record.metrics else "validation"
+    return f"the run's {record.plan['rows'][split]:,} {split} rows"
+
+
 def reply(trained: Trained, said: Sequence[str]) -> str:
     """What a run's model writes next, after turns of the user and itself; without a chat template after the last one.
 

@@ -133,11 +133,13 @@ def dry_run(config: Config) -> dict[str, Any]:
     require_whole_checkpoints(args)
     _, record = begin(job, args)
     method(job, Path("run") / SCORES_FILE, None)  # its names and numbers are checked too
+    notes = [note for note in record.notes if note not in record.plan["without_effect"]]
+    told = {**record.plan, "columns": job.data.columns(), "max_length": job.max_length, "notes": notes}
     if job.data.splits.format is None:
-        return record.plan
+        return told
     first = [job.data.samples["train"][j] for j in range(min(SHOWN, len(job.data.samples["train"])))]
     shown = show_samples(job.pretrained.tokenizer, first).plain
-    return {**record.plan, "format": job.data.splits.format.name, "columns": job.data.columns(), "samples": shown}
+    return {**told, "format": job.data.splits.format.name, "samples": shown}
 
 
 class WriteStart(TrainerCallback):

@@ -25,7 +25,7 @@ from tsqlora.data.survey import (
     texts_of,
     with_whole_targets,
 )
-from tsqlora.data.write import require_place
+from tsqlora.data.write import require_apart, require_place
 from tsqlora.errors import NotLearnedError, SettingsError
 from tsqlora.inference import Trained, device_of, open_run
 from tsqlora.job import (
@@ -96,8 +96,11 @@ def score_rows(
     with _partial(out) as (partial, tokens):
         if source.is_dir():
             ready = _run(source, overrides, tokens)
+            require_apart(out, ready.config.data.train)
         else:
-            ready = warmed_up(with_start(load_config(source, overrides)), partial / "warm-up", tokens, progress)
+            config = with_start(load_config(source, overrides))
+            require_apart(out, config.data.train, config.data.validation, config.data.test)
+            ready = warmed_up(config, partial / "warm-up", tokens, progress)
         scores = score_ready(ready, partial / "scoring", progress)
         scores = drop_rows(scores, drop, lambda: texts_of(ready.survey, "train"), tokens / "signatures")
         scores.save(out)

@@ -148,3 +148,13 @@ def test_targets_are_numbers_however_they_are_written() -> None:
 def test_targets_that_are_no_numbers_are_refused(value: Any) -> None:
     with pytest.raises(DataError, match=r"train.jsonl:12: label .* in column 'label' is no finite number; "):
         encode_targets(labelled(1.0, value), "label")
+
+
+def test_labels_of_two_kinds_are_told_with_the_rarer_ones_first_place() -> None:
+    rows = Rows(tuple({"label": value} for value in (0, 1, "1", 0, "0", 1)), "a.jsonl", (1, 2, 3, 4, 5, 6))
+    with pytest.raises(DataError) as caught:
+        read_labels(rows, "label")
+    assert str(caught.value) == (
+        "a.jsonl:3: the label '1' in column 'label' is text, as in 2 of 6 rows, and the others are integers; write all "
+        "as one kind"
+    )

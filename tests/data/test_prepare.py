@@ -58,6 +58,31 @@ def test_classes_that_differ_in_case_or_spaces_alone_are_told(tmp_path: Path) ->
         assert len(read(write_jsonl(tmp_path / "train.jsonl", rows)).labels.names) == 4
 
 
+def test_classes_that_look_like_measures_are_told(tmp_path: Path) -> None:
+    rows = ["text,score", *(f"good,{value}" for value in ("0.5", "1", "2.25") * 5)]
+    (tmp_path / "train.csv").write_text("\n".join(rows))
+    with pytest.warns(UserWarning, match="numbers with decimals, and each of 3 is learned as a class of its own"):
+        read(tmp_path / "train.csv")
+
+
+def test_one_class_alone_is_told_with_file_and_column(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "train.jsonl", [{"text": "good", "label": "a"}] * 5)
+    with pytest.raises(DataError, match=r"train\.jsonl, column 'label': the training labels hold 'a' and no other"):
+        read(path)
+
+
+def test_rows_of_other_splits_that_training_has_are_noted(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    train = [{"text": f"good {j}", "label": j % 2} for j in range(8)]
+    held_out, test = ([{"text": f"good {j}", "label": 0} for j in rows] for rows in ((8, 9), (1, 9, 3)))
+    paths = [
+        write_jsonl(tmp_path / f"{name}.jsonl", rows) for name, rows in (("a", train), ("b", held_out), ("c", test))
+    ]
+    splits = read(paths[0], validation=str(paths[1]), test=str(paths[2]))
+    assert prepare(splits, tokenizer, max_length=8).notes == (
+        "2 of 3 test rows are training rows, too: what is measured on them says little of new ones",
+    )
+
+
 def test_a_class_that_training_lacks_is_an_error_of_the_other_split(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:

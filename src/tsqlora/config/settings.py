@@ -79,7 +79,7 @@ class DataSettings(Section):
     validation: str | None = setting(None, "The same for validation; null takes a share of the training rows.")
     test: str | None = setting(None, "The same for the final test; null takes that beside data.train, if any.")
     text: str | None = setting(None, "Column of the text; null finds the usual ones.")
-    text_pair: str | None = setting(None, "Column of the second text; null finds the usual ones.")
+    text_pair: str | None = setting(None, "Column of the second text; null finds the usual one if text is null, too.")
     label: str | None = setting(None, "Column of the label; null finds the usual ones.")
     format: str | None = setting(None, "Row format of a generating model's data; null finds it by the columns.")
     prompt: str | None = setting(None, "Column of the prompt or document; null finds the usual ones.")

@@ -3,7 +3,7 @@
 import math
 import re
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +71,8 @@ def read_labels(rows: Rows, column: str) -> list[str | int]:
     DataError with file and row for a label that is missing or neither text nor an integer.
     """
     refuse_missing(rows, column, "label")
-    return _typed([label_at(rows, i, column) for i in range(len(rows))], typed=rows.typed)
+    labels, places = distinct_labels([rows], column)
+    return [labels[j] for j in places]
 
 
 def distinct_labels(parts: Iterable[Rows], column: str) -> tuple[list[str | int], np.ndarray]:
@@ -80,13 +81,39 @@ def distinct_labels(parts: Iterable[Rows], column: str) -> tuple[list[str | int]
     In order of first appearance.  Raises DataError as `read_labels`.
     """
     numbers: dict[str | int, int] = {}
+    firsts: dict[type, str] = {}
     found: list[np.ndarray] = []
     typed = True
     for rows in parts:
         typed = rows.typed
-        labels = (label_at(rows, i, column) for i in range(len(rows)))
+        labels = [label_at(rows, i, column) for i in range(len(rows))]
+        for i, label in enumerate(labels):
+            if type(label) not in firsts:
+                firsts[type(label)] = f"{rows.place(i)}: the label {label!r} in column '{column}'"
         found.append(np.array([numbers.setdefault(label, len(numbers)) for label in labels], dtype=np.int32))
-    return _typed(list(numbers), typed=typed), np.concatenate(found)
+    places = np.concatenate(found)
+    _require_one_kind(list(numbers), places, firsts)
+    return _typed(list(numbers), typed=typed), places
+
+
+def _require_one_kind(labels: Sequence[str | int], places: np.ndarray, firsts: Mapping[type, str]) -> None:
+    integers = int(np.array([isinstance(label, int) for label in labels])[places].sum())
+    if not 0 < integers < len(places):
+        return
+    few = min(integers, len(places) - integers)
+    kind, what, others = (int, "an integer", "text") if integers == few else (str, "text", "integers")
+    raise DataError(
+        f"{firsts[kind]} is {what}, as in {few} of {len(places)} rows, and the others are {others}; write all as one "
+        "kind"
+    )
+
+
+def classes_of(values: Iterable[str | int], source: str, column: str) -> LabelMap:
+    """`LabelMap.from_rows` of a file's labels; its errors say where."""
+    try:
+        return LabelMap.from_rows(values)
+    except DataError as error:
+        raise DataError(f"{source}, column '{column}': {error}") from None
 
 
 def _typed(values: list[str | int], *, typed: bool) -> list[str | int]:
@@ -113,6 +140,19 @@ def encode_targets(rows: Rows, column: str) -> list[float]:
     """
     refuse_missing(rows, column, "label")
     return [_target_at(rows, i, column) for i in range(len(rows))]
+
+
+def are_measures(names: Sequence[str | int]) -> bool:
+    """Whether classes are written as numbers with decimals, which may be meant as numbers.
+
+    >>> are_measures(("0.5", "1")), are_measures(("1.0", "2.0")), are_measures(("v1", "1.5"))
+    (True, False, False)
+    """
+    try:
+        numbers = [float(name) for name in names]
+    except ValueError:
+        return False
+    return all(map(math.isfinite, numbers)) and not all(number.is_integer() for number in numbers)
 
 
 def look_alikes(names: Iterable[str | int]) -> list[tuple[str, ...]]:

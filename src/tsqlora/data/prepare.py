@@ -12,10 +12,18 @@ from tsqlora.data.cells import is_blank
 from tsqlora.data.columns import Columns, find_columns
 from tsqlora.data.formats import Format, find_format
 from tsqlora.data.generation import left_out, rows_that_fit, tokenise_generation
-from tsqlora.data.labels import LabelMap, encode_labels, encode_targets, look_alikes, read_labels
+from tsqlora.data.labels import (
+    LabelMap,
+    are_measures,
+    classes_of,
+    encode_labels,
+    encode_targets,
+    look_alikes,
+    read_labels,
+)
 from tsqlora.data.rows import Rows, column_names, read_splits
 from tsqlora.data.split import split_rows, take
-from tsqlora.data.tokenise import TokenisedSplit, tokenise
+from tsqlora.data.tokenise import TokenisedSplit, row_hash, tokenise
 from tsqlora.errors import DataError, SettingsError
 
 
@@ -47,7 +55,7 @@ class Prepared:
     splits: Splits
     samples: Mapping[str, TokenisedSplit]
     notes: tuple[str, ...] = ()
-    """What the user should know: rows that were left out."""
+    """What the user should know: rows that were left out, and rows that are in two splits."""
 
     @property
     def hash(self) -> str:
@@ -89,7 +97,7 @@ def read_data(
         )
     if test is None:
         _leave_out_without_labels(rows, columns.label)
-    label_map = LabelMap.from_rows(read_labels(first, columns.label)) if classes else None
+    label_map = _classes_of(first, columns.label) if classes else None
     for alike in look_alikes(label_map.names if label_map else ()):
         warnings.warn(
             f"{first.source}: the classes {', '.join(map(repr, alike))} differ in case or spaces alone, and are "
@@ -102,6 +110,17 @@ def read_data(
         stratum = columns.label if classes else None
         rows["train"], rows["validation"] = split_rows(first, fraction=validation_fraction, seed=seed, label=stratum)
     return Splits({name: rows[name] for name in ("train", "validation", "test") if name in rows}, columns, label_map)
+
+
+def _classes_of(rows: Rows, column: str) -> LabelMap:
+    found = classes_of(read_labels(rows, column), rows.source, column)
+    if are_measures(found.names):
+        warnings.warn(
+            f"{rows.source}: the labels in column '{column}' are numbers with decimals, and each of {len(found.names)} "
+            "is learned as a class of its own; set task.type to regression if they are measured",
+            stacklevel=3,
+        )
+    return found
 
 
 def _leave_out_without_labels(rows: dict[str, Rows], column: str) -> None:
@@ -156,11 +175,26 @@ def prepare(
         fitting = {name: fit_whole(rows, splits, tokenizer, max_length, writing) for name, rows in splits.rows.items()}
         notes = [note for name, rows in splits.rows.items() if (note := left_out(rows, fitting[name]))]
         splits = replace(splits, rows={name: take(rows, fitting[name]) for name, rows in splits.rows.items()})
+    notes += _seen_in_training(splits)
     samples = {
         name: encode_split(rows, splits, tokenizer, max_length=max_length, writing=writing)
         for name, rows in splits.rows.items()
     }
     return Prepared(splits, samples, tuple(notes))
+
+
+def _seen_in_training(splits: Splits) -> list[str]:
+    """Rows of other splits that training has, too: of classes and numbers by the text, whatever the label is."""
+    used = asdict(splits.columns) | ({"label": None} if splits.format is None else {})
+    known = {row_hash(row, used) for row in splits.rows["train"].rows}
+    notes = []
+    for name, rows in splits.rows.items():
+        if name != "train" and (seen := sum(row_hash(row, used) in known for row in rows.rows)):
+            notes.append(
+                f"{seen} of {len(rows)} {name} rows are training rows, too: what is measured on them says little of "
+                "new ones"
+            )
+    return notes
 
 
 def fit_whole(

@@ -11,7 +11,7 @@ from tsqlora.data.cells import row_text
 from tsqlora.data.columns import Columns, find_columns
 from tsqlora.data.formats import Format, find_format
 from tsqlora.data.generation import kept_of_targets
-from tsqlora.data.labels import LabelMap, distinct_labels, encode_targets
+from tsqlora.data.labels import LabelMap, classes_of, distinct_labels, encode_targets
 from tsqlora.data.prepare import Prepared, Splits, Writing, encode_split, fit_whole
 from tsqlora.data.rows import Rows, Source, column_names, open_splits
 from tsqlora.data.split import held_out, take
@@ -168,7 +168,7 @@ def _labels(source: Source, column: str, *, classes: bool) -> tuple[LabelMap | N
     """The classes, and the number of each row's; all rows alike where labels are numbers."""
     if classes:
         labels, groups = distinct_labels(source.chunks(), column)
-        return LabelMap.from_rows(labels), groups
+        return classes_of(labels, source.name, column), groups
     return None, np.zeros(sum(len(encode_targets(chunk, column)) for chunk in source.chunks()), dtype=np.int64)
 
 

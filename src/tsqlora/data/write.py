@@ -99,6 +99,13 @@ def require_place(path: Path) -> None:
         raise SettingsError(f"--out {path} cannot be written ({error.strerror}); name another file") from None
 
 
+def require_apart(out: Path, *read: str | Path | None) -> None:
+    """Raises SettingsError where a file that is read would be replaced by what is made of it."""
+    for path in read:
+        if path is not None and os.path.exists(path) and out.exists() and os.path.samefile(path, out):
+            raise SettingsError(f"--out {out} is the file that is read, and would be replaced; name another file")
+
+
 def _write_jsonl(path: Path, rows: Sequence[Row]) -> None:
     # Half a surrogate pair, which JSON can spell, is written as JSON spells it.
     with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:

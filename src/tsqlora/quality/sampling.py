@@ -37,10 +37,16 @@ def effective_sample_size(p: Float[np.ndarray, " n"]) -> float:
 
 
 def draw_size(rows: int, fraction: float) -> int:
-    """How many of `rows` a fraction is, at least one.  Raises SettingsError outside 0 < f ≤ 1."""
+    """How many of `rows` a fraction is, rounded up: in 1/f draws every row can come once.
+
+    Raises SettingsError outside 0 < f ≤ 1.
+
+    >>> draw_size(1001, 0.5)
+    501
+    """
     if not 0 < fraction <= 1:
         raise SettingsError(f"fraction is {fraction}; it must be above 0 and at most 1")
-    return max(1, round(rows * fraction))
+    return max(1, math.ceil(rows * fraction - 1e-9))  # 0.3 · 10 is a little above 3
 
 
 def stratum_sizes(counts: Int[np.ndarray, " k"], size: int) -> Int[np.ndarray, " k"]:

@@ -10,7 +10,7 @@ import numpy as np
 from tsqlora.data.copy import can_copy, copy_rows
 from tsqlora.data.rows import Source, open_split
 from tsqlora.data.tokenise import row_hash
-from tsqlora.data.write import require_writable, write_rows
+from tsqlora.data.write import require_apart, require_writable, write_rows
 from tsqlora.errors import DataError
 from tsqlora.quality.scores import Scores, sample
 
@@ -23,6 +23,7 @@ def select_rows(scores_path: Path, out: Path, *, fraction: float, seed: int = 0,
     hash, quality and probability.
     """
     require_writable(out)
+    require_apart(out, scores_path, data)
     scores = Scores.load(scores_path)
     chosen = sample(scores, fraction, seed)
     if data is None:

@@ -79,6 +79,14 @@ def test_usual_names_that_are_named_keep_their_format() -> None:
     )
 
 
+@pytest.mark.parametrize("target", ["reply", "response", "output", "summary"])
+def test_two_named_columns_stand_as_they_are_whatever_their_names(target: str) -> None:
+    names = ("query", "context", "input", target)
+    assert find(*names, prompt="query", target=target) == Format("prompt", Columns("query", None, target))
+    told = find(*names, format="alpaca", prompt="query", target=target)
+    assert told == Format("alpaca", Columns("query", "input", target))
+
+
 def test_the_format_may_be_set_and_its_columns_named() -> None:
     assert find("a", "b", format="document", prompt="a", target="b") == Format("document", Columns("a", None, "b"))
     assert find("talk", format="sharegpt", messages="talk") == Format("sharegpt", Columns("talk", None, None))

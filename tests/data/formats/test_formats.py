@@ -51,6 +51,22 @@ def test_alpaca_is_a_chat_where_the_tokenizer_has_a_template() -> None:
     assert read(row, SEQ2SEQ) == Example("Add.\n\n1 2", "3")
 
 
+@pytest.mark.parametrize(
+    ("row", "column"),
+    [
+        ({"system": "Be a pirate.", "instruction": "Hi.", "output": "Arr"}, "system"),
+        ({"history": [["a", "b"]], "instruction": "Hi.", "output": "Arr"}, "history"),
+        ({"system": "Be a pirate.", "messages": [USER, ANSWER]}, "system"),
+        ({"system": "Be a pirate.", "conversations": [{"from": "gpt", "value": "Arr"}]}, "system"),
+    ],
+)
+def test_what_other_trainers_read_beside_a_chat_is_refused_by_name_unless_it_is_empty(
+    row: dict[str, Any], column: str
+) -> None:
+    assert f"train.jsonl:7: column '{column}' is not read here" in error(row)
+    assert read(row | {column: ""}) == read({name: value for name, value in row.items() if name != column})
+
+
 def test_prompt_and_completion_stand_as_they_are() -> None:
     assert read({"prompt": "2 + 2 = ", "completion": "4\n"}) == Example("2 + 2 = ", "4\n")
 

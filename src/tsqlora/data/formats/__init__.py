@@ -125,11 +125,11 @@ def _usual(pair: tuple[str, str | None], prompt: str | None, target: str | None,
 
 
 def _half_usual(pair: tuple[str, str | None], prompt: str | None, target: str | None, names: Collection[str]) -> bool:
-    """Whether one was named and the other is as usual."""
+    """Whether one alone was named and the other is as usual; two that are named stand as they are."""
     if pair[1] is None:
         return False
-    beside_prompt = prompt is not None and _fits(pair[1], target, names)
-    beside_target = target is not None and _fits(pair[0], prompt, names)
+    beside_prompt = target is None and prompt is not None and pair[1] in names
+    beside_target = prompt is None and target is not None and pair[0] in names
     return beside_prompt or beside_target
 
 

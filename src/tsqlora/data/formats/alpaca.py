@@ -2,6 +2,7 @@
 
 from tsqlora.data.cells import text_at, text_or_nothing
 from tsqlora.data.columns import Columns
+from tsqlora.data.formats.chat import refuse_unread
 from tsqlora.data.formats.example import Chat, Example, Manner, Turn
 from tsqlora.data.rows import Rows
 
@@ -22,6 +23,7 @@ def read(rows: Rows, i: int, columns: Columns, manner: Manner) -> Example | Chat
 
     A sequence-to-sequence model reads instruction and input as they stand, a blank line between them.
     """
+    refuse_unread(rows, i, ("system", "history"))
     instruction = text_at(rows, i, columns.text)
     further = text_or_nothing(rows, i, columns.text_pair)
     output = text_at(rows, i, columns.label) if manner.targets and columns.label is not None else None

@@ -1,7 +1,7 @@
 """A cell with a list of messages -> the turns of a chat, every one checked."""
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,10 @@ from tsqlora.errors import DataError, UnsupportedError, nearest
 UNREAD = ("tool_calls", "function_call", "reasoning_content", "thinking")
 """What a message may hold beside its content, and a model would not learn from this row."""
 _NOT_READ = "is not read here, so that a model would not learn it; write it into the content, or leave the row out"
+_NOT_READ_BESIDE = (
+    "is not read here, so that a model would not learn it; write it into the text or the messages, or leave the "
+    "column out"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +43,7 @@ def read_chat(rows: Rows, i: int, column: str, manner: Manner, keys: Keys) -> Ch
     if not isinstance(messages, list) or not messages:
         wanted = f'write a list of {{"{keys.role}": …, "{keys.content}": …}}'
         raise DataError(f"{place}: {_shown(messages)} in column '{column}' is no list of messages; {wanted}")
-    if rows.rows[i].get("tools"):
-        raise DataError(f"{place}: column 'tools' {_NOT_READ}")
+    refuse_unread(rows, i, ("tools", "system"))
     turns = tuple(_turn(message, number, place, column, keys) for number, message in enumerate(messages, start=1))
     answered = max((number for number, turn in enumerate(turns, start=1) if turn.role == "assistant"), default=0)
     if manner.targets and not answered:
@@ -51,6 +54,12 @@ def read_chat(rows: Rows, i: int, column: str, manner: Manner, keys: Keys) -> Ch
     if not kept:
         raise DataError(f"{place}: nothing in column '{column}' to answer; begin it with a user's message")
     return Chat(kept)
+
+
+def refuse_unread(rows: Rows, i: int, columns: Sequence[str]) -> None:
+    """Raises DataError where one of these columns, which other trainers read beside a chat, holds something."""
+    if unread := [column for column in columns if rows.rows[i].get(column)]:
+        raise DataError(f"{rows.place(i)}: column '{unread[0]}' {_NOT_READ_BESIDE}")
 
 
 def _turn(message: Any, number: int, place: str, column: str, keys: Keys) -> Turn:
