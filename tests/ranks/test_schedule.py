@@ -56,7 +56,7 @@ def test_a_short_run_has_no_adjustment() -> None:
             0.1,
             "ranks.warmup 0.9 and ranks.freeze 0.1 leave no step to adjust ranks in; together they must be below 1",
         ),
-        (9, 0, 0.1, 0.1, "ranks.interval is 0; give 1 optimizer step or more"),
+        (9, 0, 0.1, 0.1, "ranks.interval is 0; give a whole number of optimizer steps, 1 or more"),
         (-1, 1, 0.1, 0.1, "the run has -1 optimizer steps; give 0 or more"),
     ],
 )

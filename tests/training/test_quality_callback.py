@@ -23,11 +23,12 @@ import tsqlora as tsq
 from models import tiny_bert
 from scoring import assert_same, fingerprint
 from stock import ROWS, VOCAB, base_bert, make_trainer, moods, slotted_bert
-from tsqlora.errors import SettingsError, UnsupportedError
+from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.quality.scores import Scores
 from tsqlora.tasks.classification import Classification
 from tsqlora.training import drawing, quality_callback
 from tsqlora.training.guard import GuardCallback
+from tsqlora.training.infobatch_callback import InfoBatchCallback
 
 DATA = moods()
 CLEAR = moods(seed=1)
@@ -770,10 +771,124 @@ def test_another_data_set_than_the_trainers_is_refused(tmp_path: Path) -> None:
         make_trainer(slotted_bert(), tsq.QualitySubset(DATA, 0.5), tmp_path, [quality]).train()
 
 
-def test_a_plain_list_is_refused_with_the_cure() -> None:
-    text = r"QualityCallback got a list; .* make data = tsqlora\.QualitySubset\(rows\), and give it to the Trainer too"
+@pytest.mark.parametrize("callback", [tsq.QualityCallback, tsq.GuardCallback, tsq.HarvestCallback, InfoBatchCallback])
+def test_a_plain_list_is_refused_with_the_cure(callback: Any) -> None:
+    text = rf"{callback.__name__} got a list; .* make data = tsqlora\.QualitySubset\(rows\), and give it to the Trainer"
     with pytest.raises(SettingsError, match=text):
-        tsq.QualityCallback(DATA)  # type: ignore[arg-type]
+        callback(DATA)
+
+
+class Drawn(TrainerCallback):
+    """The rows of each epoch, and whether ranks were set from a quality sample."""
+
+    def __init__(self, data: tsq.QualitySubset) -> None:
+        self.data, self.rows = data, list[list[int]]()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.rows.append(sorted(self.data.indices.tolist()))
+
+
+@pytest.mark.parametrize("other", [tsq.RankCallback, tsq.GuardCallback, InfoBatchCallback])
+def test_a_later_training_without_the_callback_is_a_random_one(other: Any, tmp_path: Path) -> None:
+    quality, _ = run(tmp_path / "first", weights={"loss": 1.0}, guard=False)
+    subset = quality.data
+    fresh = tsq.QualitySubset(DATA, 0.5)
+    callback = other(interval=4) if other is tsq.RankCallback else other(subset)
+    drawn = Drawn(subset)
+    make_trainer(slotted_bert(), subset, tmp_path / "second", [callback, drawn], num_train_epochs=EPOCHS).train()
+    random = EPOCHS if other is not InfoBatchCallback else 2
+    assert drawn.rows[:random] == [sorted(fresh.draw(epoch).tolist()) for epoch in range(random)]
+    assert subset.scores is None
+    assert not (isinstance(callback, tsq.RankCallback) and callback.started)
+
+
+def test_ranks_move_in_a_training_after_one_that_ended_before_its_scoring(tmp_path: Path) -> None:
+    class Early(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = True
+
+    subset = tsq.QualitySubset(DATA, 0.5)
+    quality = tsq.QualityCallback(subset, reference=40)
+    with pytest.raises(TsqLoraError, match="before the scoring that was to come"):
+        make_trainer(slotted_bert(), subset, tmp_path / "a", [quality, Early()], num_train_epochs=EPOCHS).train()
+    ranks = tsq.RankCallback(interval=4, moves=3)
+    make_trainer(slotted_bert(), subset, tmp_path / "b", [ranks], num_train_epochs=EPOCHS).train()
+    assert ranks.events
+
+
+def test_scores_that_were_given_by_hand_stay(tmp_path: Path) -> None:
+    scores = run(tmp_path / "first", weights={"loss": 1.0}, guard=False)[0].data.scores
+    assert scores is not None
+    subset = tsq.QualitySubset(DATA, 0.5)
+    subset.use(scores, 0)
+    drawn = Drawn(subset)
+    ranks = tsq.RankCallback(interval=4, samples=16)
+    make_trainer(slotted_bert(), subset, tmp_path / "second", [ranks, drawn], num_train_epochs=EPOCHS).train()
+    assert (subset.scores is scores, ranks.started) == (True, True)
+
+
+def test_what_was_interrupted_does_not_draw_for_another_callback(tmp_path: Path) -> None:
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    subset = tsq.QualitySubset(DATA, 0.5)
+    quality = tsq.QualityCallback(subset, reference=40)
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(slotted_bert(), subset, tmp_path / "a", [quality, Interrupt()], num_train_epochs=EPOCHS).train()
+    drawn = Drawn(subset)
+    make_trainer(slotted_bert(), subset, tmp_path / "b", [tsq.GuardCallback(subset), drawn], num_train_epochs=3).train()
+    assert len(drawn.rows) == 3
+
+
+@pytest.mark.parametrize("other", [tsq.QualityCallback, tsq.RankCallback, tsq.GuardCallback])
+def test_an_epoch_that_is_cut_short_is_refused_by_name(other: Any, tmp_path: Path) -> None:
+    class Cut(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_epoch_stop = state.global_step == 2
+
+    subset = tsq.QualitySubset(DATA, 0.5)
+    callback = other(interval=4) if other is tsq.RankCallback else other(subset)
+    trainer = make_trainer(slotted_bert(), subset, tmp_path, [callback, Cut()], num_train_epochs=EPOCHS)
+    with pytest.raises(SettingsError, match=r"ended epoch 0 before its end \(control\.should_epoch_stop\)"):
+        trainer.train()
+
+
+def test_rows_of_other_lengths_that_come_one_at_a_time_need_no_padding(tmp_path: Path) -> None:
+    def one(rows: list[Any]) -> dict[str, torch.Tensor]:
+        return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+
+    by_length = sorted(DATA, key=lambda row: len(row["input_ids"]))
+    subset = tsq.QualitySubset([by_length[-1], *by_length[:-1]], 0.5)  # the first two differ
+    quality = tsq.QualityCallback(subset, reference=40)
+    further = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "num_train_epochs": EPOCHS}
+    trainer = make_trainer(slotted_bert(), subset, tmp_path, [quality], **further)
+    trainer.data_collator = one
+    trainer.train()
+    assert subset.scores is not None
+
+
+def test_a_collator_may_take_the_labels_out_of_its_rows(tmp_path: Path) -> None:
+    def popping(rows: list[Any]) -> dict[str, torch.Tensor]:
+        labels = torch.tensor([row.pop("labels") for row in rows])
+        return padded(rows) | {"labels": labels}
+
+    subset = tsq.QualitySubset(Fresh(), 0.5)
+    quality = tsq.QualityCallback(subset, reference=40)
+    trainer = make_trainer(slotted_bert(), subset, tmp_path, [quality], num_train_epochs=EPOCHS)
+    trainer.data_collator = popping
+    trainer.train()
+    assert subset.scores is not None
+
+
+class Fresh:
+    """Hands out each row anew, as `datasets.Dataset` does."""
+
+    def __len__(self) -> int:
+        return len(DATA)
+
+    def __getitem__(self, j: int) -> dict[str, Any]:
+        return dict(DATA[j])
 
 
 def test_an_order_by_length_that_the_sampler_would_undo_is_refused(tmp_path: Path) -> None:

@@ -76,6 +76,8 @@ class QualitySubset(Dataset[Any]):
         self.policy: Callable[[int], Drawn | None] | None = None
         """Draws an epoch in place of scores, or leaves it to them; the same again where it is asked again."""
         self.unbiased = False
+        self.scored_by: str | None = None
+        """The callback that the scores are of, or that they are waited for; None where `use` was called by hand."""
         self.drawn_by: str | None = None
         """The callback that draws in the training that is under way."""
         self._listeners: list[Callable[[list[int]], None]] = []
@@ -108,7 +110,12 @@ class QualitySubset(Dataset[Any]):
         """
         if len(scores) != len(self.dataset):
             raise SettingsError(f"there are {len(scores)} scores for {len(self.dataset)} rows")
-        self.scores, self.scored_epoch, self.unbiased = scores, epoch, unbiased
+        self.scores, self.scored_epoch, self.unbiased, self.scored_by = scores, epoch, unbiased, None
+
+    def forget(self) -> None:
+        """Draws as if nothing had been scored, nor were to be."""
+        self.scores, self.scored_epoch, self.unbiased, self.scored_by = None, 0, False, None
+        self.awaits_scores, self.task = False, None
 
     def set_epoch(self, epoch: int) -> None:
         """Draws the rows of an epoch, and their weights: for a loop of one's own.

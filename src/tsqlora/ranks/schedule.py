@@ -4,6 +4,7 @@ Warm-up (no change) → adjustment (every `interval` optimizer steps) → freeze
 """
 
 import math
+from numbers import Integral
 
 from tsqlora.errors import SettingsError
 
@@ -54,7 +55,7 @@ def _check_phases(total_steps: int, *, interval: int, warmup: float, freeze: flo
             f"ranks.warmup {warmup} and ranks.freeze {freeze} leave no step to adjust ranks in; "
             "together they must be below 1"
         )
-    if interval < 1:
-        raise SettingsError(f"ranks.interval is {interval}; give 1 optimizer step or more")
+    if not (isinstance(interval, Integral) and interval >= 1):
+        raise SettingsError(f"ranks.interval is {interval}; give a whole number of optimizer steps, 1 or more")
     if total_steps < 0:
         raise SettingsError(f"the run has {total_steps} optimizer steps; give 0 or more")

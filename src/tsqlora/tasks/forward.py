@@ -66,7 +66,8 @@ def each_its_row(collate: Collate) -> Collate:
     """
 
     def checked(samples: list[Any]) -> Batch:
-        batch = collate(samples)
+        # Copies, for collators that take the labels out of their samples.
+        batch = collate([dict(sample) if isinstance(sample, dict) else sample for sample in samples])
         labels = batch.get("labels")
         if labels is None and _is_pair(samples[0]):
             get_task("preference-tuning")

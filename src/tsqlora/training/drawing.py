@@ -3,11 +3,11 @@ under some samplers."""
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
-from transformers import TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import BatchRebalanceSampler, DistributedLengthGroupedSampler, LengthGroupedSampler
 
 from tsqlora.errors import SettingsError
@@ -24,8 +24,55 @@ def epoch_of(state: TrainerState) -> int:
 
 def draw_epoch(data: QualitySubset | None, state: TrainerState, by: str) -> None:
     """On epoch begin: its rows, unless another callback draws them."""
-    if data is not None and data.drawn_by in (None, by):
+    if data is None:
+        return
+    forget_absent(data, state)
+    if data.drawn_by in (None, by):
         data.begin_epoch(epoch_of(state), by)
+
+
+_PARTS = {
+    "QualityCallback": "quality",
+    "InfoBatchCallback": "infobatch",
+    "RankCallback": "ranks",
+    "GuardCallback": "guard",
+}
+"""What each callback that may draw is called among those which the Trainer has (`manifest.announce`)."""
+
+
+def forget_absent(data: QualitySubset, state: TrainerState) -> None:
+    """On epoch begin: takes back what callbacks of an earlier training have left, and this one has not.
+
+    Scores that were given by hand (`data.use`) stay.
+    """
+    present = cast(dict[str, Any], state.stateful_callbacks).get("tsqlora", {}).get("parts")
+    if present is None:
+        return
+    absent = {name for name, part in _PARTS.items() if part not in present}
+    if data.scored_by in absent:
+        data.forget()
+    if data.drawn_by in absent:
+        data.drawn_by = data.policy = None
+
+
+def require_subset(data: Any, name: str) -> None:
+    """Raises SettingsError for rows that no callback can draw, or be told of."""
+    if not isinstance(data, QualitySubset):
+        raise SettingsError(
+            f"{name} got a {type(data).__name__}; it goes with a QualitySubset: make data = "
+            "tsqlora.QualitySubset(rows), and give it to the Trainer too"
+        )
+
+
+def refuse_cut_epoch(data: QualitySubset | None, state: TrainerState, control: TrainerControl) -> None:
+    """On epoch end: raises SettingsError where a callback ended an epoch before its last row, and another follows."""
+    epoch = state.epoch or 0
+    cut = control.should_epoch_stop and not control.should_training_stop and epoch - epoch_of(state) > EPOCH_ERROR
+    if data is not None and cut and epoch_of(state) + 1 < state.num_train_epochs:
+        raise SettingsError(
+            f"a callback ended epoch {epoch_of(state)} before its end (control.should_epoch_stop), and a QualitySubset "
+            "is drawn, scored and resumed by whole epochs; lower its fraction, or set control.should_training_stop"
+        )
 
 
 def leave(data: QualitySubset | None, by: str) -> None:

@@ -17,7 +17,14 @@ from tsqlora import distributed
 from tsqlora.errors import SettingsError, TsqLoraError
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.training.checkpoint import GuardState, SkippedStep
-from tsqlora.training.drawing import draw_epoch, leave, refuse_evaluation, require_drawn_anew
+from tsqlora.training.drawing import (
+    draw_epoch,
+    leave,
+    refuse_cut_epoch,
+    refuse_evaluation,
+    require_drawn_anew,
+    require_subset,
+)
 from tsqlora.training.manifest import announce, checkpoint_folder, seal, whole_before
 from tsqlora.training.optimizer import finite_gradients, told_of_steps
 
@@ -47,6 +54,8 @@ class GuardCallback(TrainerCallback):
     def __init__(self, data: QualitySubset | None = None, *, limit: int = 5, ids: np.ndarray | None = None) -> None:
         if limit < 1:
             raise SettingsError(f"limit is {limit}; it must be at least 1")
+        if data is not None:
+            require_subset(data, "GuardCallback")
         self.data, self.limit, self.ids = data, limit, ids
         self.skipped: list[SkippedStep] = []
         """The first ones; `count` has all."""
@@ -83,6 +92,11 @@ class GuardCallback(TrainerCallback):
     ) -> None:
         draw_epoch(self.data, state, "GuardCallback")
         self._coming.clear()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        refuse_cut_epoch(self.data, state, control)
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

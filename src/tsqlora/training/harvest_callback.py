@@ -16,6 +16,7 @@ from tsqlora.gradients.sites import Scope
 from tsqlora.quality.harvest import Harvest
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.tasks import Task, require_answers
+from tsqlora.training.drawing import require_subset
 from tsqlora.training.row_weights import labels_of, require_rows_seen, take_over, trained_task
 
 HARVEST_FILE = "harvest.parquet"
@@ -44,6 +45,7 @@ class HarvestCallback(TrainerCallback):
         ids: np.ndarray | None = None,
         path: str | Path | None = None,
     ) -> None:
+        require_subset(data, "HarvestCallback")
         self.data, self.gradient, self.task, self.ids = data, gradient, task, ids
         self.scope: Scope = scope
         self.path = None if path is None else Path(path)

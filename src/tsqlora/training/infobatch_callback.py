@@ -12,7 +12,15 @@ from tsqlora.quality.infobatch import info_batch
 from tsqlora.quality.subset import Drawn, QualitySubset
 from tsqlora.tasks import Task
 from tsqlora.training.checkpoint import InfoBatchState
-from tsqlora.training.drawing import EPOCH_ERROR, epoch_of, leave, refuse_evaluation
+from tsqlora.training.drawing import (
+    EPOCH_ERROR,
+    epoch_of,
+    forget_absent,
+    leave,
+    refuse_cut_epoch,
+    refuse_evaluation,
+    require_subset,
+)
 from tsqlora.training.manifest import announce, checkpoint_folder, seal
 from tsqlora.training.row_weights import RowWeights
 
@@ -30,6 +38,7 @@ class InfoBatchCallback(TrainerCallback):
     """
 
     def __init__(self, data: QualitySubset, *, task: Task | None = None, seed: int = 0) -> None:
+        require_subset(data, "InfoBatchCallback")
         self.data, self.seed = data, seed
         self.row_weights = RowWeights(data, "InfoBatchCallback", task=task)
         self.losses = self.drawn_by = np.full(len(data.dataset), np.nan)
@@ -59,6 +68,7 @@ class InfoBatchCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        forget_absent(self.data, state)
         if self.data.scores is not None or self.data.awaits_scores:
             raise SettingsError("InfoBatchCallback and QualityCallback would both draw the rows; leave one of them out")
         epoch = epoch_of(state)
@@ -72,6 +82,7 @@ class InfoBatchCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.row_weights.end()
+        refuse_cut_epoch(self.data, state, control)
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

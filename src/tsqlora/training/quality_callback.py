@@ -31,7 +31,15 @@ from tsqlora.quality.terms import Asked
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate
 from tsqlora.training.checkpoint import QualityState, require_options
-from tsqlora.training.drawing import EPOCH_ERROR, epoch_of, leave, refuse_evaluation, require_drawn_anew
+from tsqlora.training.drawing import (
+    EPOCH_ERROR,
+    epoch_of,
+    leave,
+    refuse_cut_epoch,
+    refuse_evaluation,
+    require_drawn_anew,
+    require_subset,
+)
 from tsqlora.training.manifest import announce, checkpoint_folder, digest, seal
 from tsqlora.training.row_weights import RowWeights, trained_task
 
@@ -114,11 +122,7 @@ class QualityCallback(TrainerCallback):
         progress: Progress | None = None,
         collate: Collate | None = None,
     ) -> None:
-        if not isinstance(data, QualitySubset):
-            raise SettingsError(
-                f"QualityCallback got a {type(data).__name__}; it draws the rows of a QualitySubset: make "
-                "data = tsqlora.QualitySubset(rows), and give it to the Trainer too"
-            )
+        require_subset(data, "QualityCallback")
         if not warmup > 0:
             raise SettingsError(f"warmup is {warmup}; it must be above 0 passes: a model at chance scores at random")
         if not 0 < limit <= 1:
@@ -190,8 +194,9 @@ class QualityCallback(TrainerCallback):
         saved = QualityState.load(checkpoint_folder(args, state)) if state.global_step > 0 else None
         if saved is None or _awaits(saved):
             self._require_scorable(args, kwargs["model"], self.collate or kwargs["train_dataloader"].collate_fn)
-        self.data.policy, self.data.task = None, self.task
-        self.data.scores, self.data.awaits_scores, self._digest = None, True, None
+        self.data.forget()
+        self.data.policy, self.data.task, self.data.awaits_scores = None, self.task, True
+        self.data.scored_by, self._digest = "QualityCallback", None
         self.attempts, self.refused, self.scorings, self.seconds = [], None, 0, 0.0
         if saved is not None:
             self._resume(saved, self._path(args))
@@ -214,6 +219,7 @@ class QualityCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.row_weights.end()
+        refuse_cut_epoch(self.data, state, control)
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -270,7 +276,9 @@ class QualityCallback(TrainerCallback):
         """Before a warm-up, not after it: all that can be told by two rows."""
         # Reading rows may draw random numbers too, as augmentation does.
         with quiet(model):
-            rows = [self.data.dataset[j] for j in range(min(2, len(self.data.dataset)))]
+            rows = [
+                self.data.dataset[j] for j in range(min(2, args.per_device_train_batch_size, len(self.data.dataset)))
+            ]
         require_scorable(
             model,
             rows,
@@ -343,7 +351,7 @@ class QualityCallback(TrainerCallback):
 
     def _use(self, scores: Scores, epoch: int) -> None:
         self.data.use(scores, epoch, unbiased=self.unbiased)
-        self.data.awaits_scores = False
+        self.data.awaits_scores, self.data.scored_by = False, "QualityCallback"
 
     def _not_yet(self, why: str, state: TrainerState) -> None:
         self.attempts.append(why)

@@ -22,7 +22,7 @@ from tsqlora.ranks.policies import Policy, get_policy
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate
 from tsqlora.training.checkpoint import RankState
-from tsqlora.training.drawing import draw_epoch, leave, require_drawn_anew
+from tsqlora.training.drawing import draw_epoch, leave, refuse_cut_epoch, require_drawn_anew
 from tsqlora.training.manifest import announce, checkpoint_folder, seal
 from tsqlora.training.rank_loop import RankLoop
 from tsqlora.training.row_weights import trained_task
@@ -149,6 +149,11 @@ class RankCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         draw_epoch(_subset_of(kwargs), state, "RankCallback")
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        refuse_cut_epoch(_subset_of(kwargs), state, control)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
