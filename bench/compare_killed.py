@@ -1,6 +1,6 @@
 """`tsqlora compare` on SST-2, killed again and again, beside one that is left alone: is every number the same?
 
-    python bench/compare_killed.py [--rows 400] [--kills 4] [--seed 0] [--shared ../shared]
+    python bench/compare_killed.py [--rows 200] [--kills 3] [--seed 0] [--shared ../shared]
 
 Three methods and two seeds on prepared rows, a fifth of their labels wrong, and the full test set. The command, in a
 process of its own, is sent SIGKILL at a random moment and given again, until it ends. A cell that was finished when the
@@ -85,8 +85,8 @@ def timeless(value: Any) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, default=Path(__file__).parents[2] / "shared")
-    parser.add_argument("--rows", type=int, default=400)
-    parser.add_argument("--kills", type=int, default=4)
+    parser.add_argument("--rows", type=int, default=200)
+    parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0, help="Of the moments of the kills.")
     args = parser.parse_args()
     block = Block("sst2", args.rows, 0.2, 4)

@@ -358,7 +358,16 @@ def resume(results: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def compare_killed(results: Mapping[str, Any]) -> list[list[str]]:
+    """When each SIGKILL came, and whether in the end all was as where nothing was killed."""
+    kills, same = results["kills"], results["same"]
+    rows = [["SIGKILL", "seconds after the command", f"finished, of {results['cells']} cells"]]
+    rows += [[str(j), f"{kill['seconds']:.0f}", str(kill["finished cells"])] for j, kill in enumerate(kills, start=1)]
+    return [*rows, ["every number the same in the end", "–", "yes" if all(same.values()) else "no"]]
+
+
 TABLES: dict[str, Callable[[Mapping[str, Any]], list[list[str]]]] = {
+    "compare_killed": compare_killed,
     "guard": guard,
     "harvest-cost": harvest_cost,
     "harvest-picks": harvest_picks,
