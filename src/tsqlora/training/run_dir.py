@@ -123,9 +123,8 @@ def require_free(run: Path, *, resume: bool = False) -> None:
     """Raises SettingsError if the directory holds a run that is not to be resumed, or something else, or is no name."""
     try:
         known = (run / CONFIG_FILE).exists()
-        strangers = (
-            sorted(path.name for path in run.iterdir() if not _left_before_the_start(path)) if run.is_dir() else []
-        )
+        there = [] if known or not run.is_dir() else list(run.iterdir())
+        strangers = sorted(path.name for path in there if not _left_before_the_start(path))
     except OSError as error:
         raise SettingsError(f"--out {run} cannot be read ({error.strerror}); name another directory") from None
     if known:
