@@ -25,7 +25,7 @@ from origin import machine
 from tsqlora.compare.cells import CELLS_DIR
 from tsqlora.compare.comparison import TABLE_FILE
 from tsqlora.compare.run import commit
-from tsqlora.record import write_json
+from tsqlora.files import write_json
 
 METHODS, SEEDS = "lora,adalora,tsqlora", "0,1"
 RESULTS = Path(__file__).parent / "results" / "compare_killed.json"

@@ -27,6 +27,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tsqlora.training.record import versions
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -425,7 +427,7 @@ def tiny(place: Path) -> Path:
 
 
 def minilm(place: Path) -> Path:
-    from tsqlora.demo import bbc_news, package_folder
+    from tsqlora.run.demo import bbc_news, package_folder
 
     articles = random.Random(0).sample(bbc_news(), 128)
     rows = [{"text": " ".join(text.split()[:25]), "label": topic} for text, topic in articles]
@@ -460,8 +462,8 @@ def main() -> None:
     args = parser.parse_args()
     from origin import commit
 
-    import tsqlora.pipeline  # noqa: F401  (what is forked has it then)
-    from tsqlora.record import versions, write_json
+    import tsqlora.run.train  # noqa: F401  (what is forked has it then)
+    from tsqlora.files import write_json
 
     known: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
     cells = known.setdefault("cells", {})

@@ -37,7 +37,7 @@ def run_cli(arguments: list[str], told: Any, log: str, plan: Mapping[str, Any]) 
 
     phases = Phases(told, begun)
     phases.watch()
-    from tsqlora import cli
+    from tsqlora.cli import commands as cli
 
     sys.argv = ["tsqlora", *arguments]
     try:

@@ -31,7 +31,8 @@ from origin import commit
 from transformers import TrainingArguments
 
 from hostile import TARGETS, Case, varied
-from tsqlora.record import versions, write_json
+from tsqlora.files import write_json
+from tsqlora.training.record import versions
 from watch import attempt
 
 ROOT = Path(__file__).parents[1]

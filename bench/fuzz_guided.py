@@ -15,6 +15,8 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+from tsqlora.files import write_json
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -24,7 +26,6 @@ import torch
 
 with atheris.instrument_imports(include=["tsqlora", "yaml", "json"]):
     from hostile import BYTES, TARGETS, case_of_bytes
-from tsqlora.record import write_json
 from watch import attempt
 
 ROOT = Path(__file__).parents[1]

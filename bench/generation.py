@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from tsqlora.compare.cells import CELLS_DIR
 from tsqlora.compare.comparison import compare
-from tsqlora.config import Config, load_config
-from tsqlora.demo import package_folder
-from tsqlora.record import write_json
+from tsqlora.files import write_json
+from tsqlora.run.config import Config, load_config
+from tsqlora.run.demo import package_folder
 
 BENCH = Path(__file__).parent
 CACHE, RESULTS = BENCH / ".cache" / "generation", BENCH / "results" / "generation.json"

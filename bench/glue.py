@@ -26,10 +26,10 @@ from tsqlora.compare.cells import CELLS_DIR, Cell, Entry
 from tsqlora.compare.comparison import compare
 from tsqlora.compare.methods import POLICIES, entries
 from tsqlora.compare.run import Equal
-from tsqlora.config import Config, load_config
-from tsqlora.demo import package_folder
 from tsqlora.errors import SettingsError
-from tsqlora.record import write_json
+from tsqlora.files import write_json
+from tsqlora.run.config import Config, load_config
+from tsqlora.run.demo import package_folder
 
 BENCH = Path(__file__).parent
 CACHE, RESULTS = BENCH / ".cache" / "glue", BENCH / "results" / "glue"

@@ -17,13 +17,14 @@ from origin import commit, machine
 from selection import CACHE, Classification, control, prepare, train_epoch
 from selection_data import PASSES, Cell
 
+from tsqlora.files import write_json
 from tsqlora.quality.asked import PAPER_TERMS
-from tsqlora.quality.guard import guard_test, guarded
+from tsqlora.quality.fallback import guard_test, guarded
 from tsqlora.quality.rows import reference_indices
 from tsqlora.quality.sampling import expected_inclusion
 from tsqlora.quality.score import score
 from tsqlora.quality.scores import Scores, from_terms
-from tsqlora.record import versions, write_json
+from tsqlora.training.record import versions
 
 QUALITIES: dict[str, dict[str, float]] = {
     "paper": dict.fromkeys(PAPER_TERMS, 1 / 3),

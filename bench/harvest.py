@@ -28,12 +28,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 
 import tsqlora as tsq
 from scoring import RANK, Bench
-from tsqlora.demo import flip, package_folder
 from tsqlora.errors import NotLearnedError
+from tsqlora.files import write_json
 from tsqlora.quality.harvest import Harvest
-from tsqlora.quality.reject import reject
-from tsqlora.record import versions, write_json
+from tsqlora.quality.label_noise import reject
+from tsqlora.run.demo import flip, package_folder
 from tsqlora.tasks.classification import Classification
+from tsqlora.training.record import versions
 
 DATA_ROWS, WRONG, BATCH, RATE, MOST_PASSES = 1000, 0.2, 16, 1e-3, 3
 MEMORIES = (128, 512, 2048)

@@ -22,16 +22,17 @@ from origin import commit, machine
 from scipy.special import softmax
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from tsqlora.config import Config
 from tsqlora.data.write import write_rows
-from tsqlora.demo import bbc_news, flip, package_folder
+from tsqlora.files import write_json
 from tsqlora.quality.explain import likely_wrong, suspicion
 from tsqlora.quality.rows import reference_indices
 from tsqlora.quality.score import score
 from tsqlora.quality.scores import Scores
-from tsqlora.record import versions, write_json
-from tsqlora.scoring import warmed_up
+from tsqlora.run.config import Config
+from tsqlora.run.demo import bbc_news, flip, package_folder
+from tsqlora.run.score import warmed_up
 from tsqlora.training.fit import hardware_has_bf16
+from tsqlora.training.record import versions
 
 ROWS, WRONG, SEEDS = 1000, (0.1, 0.2, 0.4), (0, 1)
 SETTINGS = {"sst2": {"max_length": 32}, "bbc": {"max_length": 32}}

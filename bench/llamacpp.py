@@ -23,11 +23,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import tsqlora as tsq
-from tsqlora.adapter.files import read_adapter
-from tsqlora.adapter.gguf_file import FILE
-from tsqlora.demo import package_folder
-from tsqlora.exporting import export
-from tsqlora.record import versions, write_json
+from tsqlora.files import write_json
+from tsqlora.interop.files import read_adapter
+from tsqlora.interop.gguf import FILE
+from tsqlora.run.demo import package_folder
+from tsqlora.run.export import export
+from tsqlora.training.record import versions
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "bench" / "results" / "llamacpp.json"

@@ -18,11 +18,12 @@ import numpy as np
 from origin import commit, machine
 from scipy.stats import spearmanr
 
-from tsqlora.config import Config
 from tsqlora.data.write import write_rows
-from tsqlora.demo import package_folder
-from tsqlora.pipeline import train
-from tsqlora.record import versions, write_json
+from tsqlora.files import write_json
+from tsqlora.run.config import Config
+from tsqlora.run.demo import package_folder
+from tsqlora.run.train import train
+from tsqlora.training.record import versions
 
 ROWS, SEEDS, ESTIMATORS = 600, (0, 1, 2), ("sensitivity", "random")
 

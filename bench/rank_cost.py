@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import tsqlora as tsq
-from tsqlora.demo import package_folder
-from tsqlora.record import versions, write_json
+from tsqlora.files import write_json
+from tsqlora.run.demo import package_folder
+from tsqlora.training.record import versions
 
 TOKENS, RANK = 128, 8
 MODELS: dict[str, dict[str, int]] = {

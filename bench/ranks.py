@@ -33,18 +33,19 @@ from tsqlora.adapter.slots import active_parameters, find_slots
 from tsqlora.adapter.wrap import wrap
 from tsqlora.data.batches import bucketed_order
 from tsqlora.data.labels import LabelMap
-from tsqlora.demo import package_folder
+from tsqlora.files import write_json
 from tsqlora.gradients.sites import lora_layers
-from tsqlora.probe import probe_pass, weight_times_gradient
+from tsqlora.layer_sensitivity import probe_pass, weight_times_gradient
 from tsqlora.ranks import policies
 from tsqlora.ranks.allocate import Sensitivity, allocate
 from tsqlora.ranks.budget import costs, used
-from tsqlora.record import versions, write_json
+from tsqlora.run.demo import package_folder
 from tsqlora.tasks import Task, get_task
 from tsqlora.training import rank_loop
 from tsqlora.training.fit import hardware_has_bf16
 from tsqlora.training.load import load_pretrained
 from tsqlora.training.predict import predict_logits
+from tsqlora.training.record import versions
 
 CACHE = Path(__file__).parent / ".cache"
 ROWS, PASSES, LEARNING_RATE, BATCH, SCALE, PROBED = 2000, 4, 1e-3, 16, 2.0, 256

@@ -3,7 +3,7 @@
     python bench/recheck.py [--tasks sst2] [--wrong 0.2,0] [--seeds 0] [--rates 2.5e-4,5e-4] [--out FILE]
 
 MiniLM with LoRA r 4, rows and settings of `bench/glue.py`, eight epochs of a random half. Before each of epochs 2 to 6
-every row's logits are calibrated and `quality/reject.py` says what it would leave out; training goes on untouched.
+every row's logits are calibrated and `quality/label_noise.py` says what it would leave out; training goes on untouched.
 """
 
 import argparse
@@ -21,11 +21,12 @@ from transformers import TrainerCallback, set_seed
 from tsqlora.compare.cells import Cell, Entry
 from tsqlora.compare.methods import build
 from tsqlora.compare.run import planned_steps, settings_of
-from tsqlora.job import Job, arguments, fit_job, load, subset
-from tsqlora.quality.reject import reject
-from tsqlora.record import RunRecord, versions, write_json
+from tsqlora.files import write_json
+from tsqlora.quality.label_noise import reject
+from tsqlora.run.job import Job, arguments, fit_job, load, subset
 from tsqlora.tasks.classification import Classification
 from tsqlora.training.predict import predict_logits
+from tsqlora.training.record import RunRecord, versions
 
 EPOCHS = range(2, 7)
 

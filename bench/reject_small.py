@@ -3,7 +3,7 @@
     python bench/reject_small.py [--seeds 0,1,2] [--out bench/results/reject_small.json]
 
 MiniLM, uniform LoRA r 8, `training.learning_rate`'s default, a schedule of four passes; after each of the first three
-`quality/reject.py` says what it would leave out, and so does its version of 2026-11-26, which took the classes'
+`quality/label_noise.py` says what it would leave out, and so does its version of 2026-11-26, which took the classes'
 constants as they calibrate the logits before these are scaled.  No test rows: nothing is trained on what is left.
 """
 
@@ -21,9 +21,10 @@ from selection_data import Cell
 from selection_rules import Draw
 from transformers import get_scheduler
 
-from tsqlora.config.settings import TrainingSettings
+from tsqlora.files import write_json
 from tsqlora.quality import reject as today
-from tsqlora.record import versions, write_json
+from tsqlora.run.config.settings import TrainingSettings
+from tsqlora.training.record import versions
 
 OLDER = "fc60900"
 TASKS, ROWS, WRONG, PASSES, OF = ("bbc", "sst2"), (100, 200, 400), (0.0, 0.2), 3, 4

@@ -27,6 +27,8 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
+from tsqlora.training.record import versions
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -64,7 +66,8 @@ def child(arguments: list[str], told: Any, log: str) -> None:
     os.dup2(handle, 2)
     import torch
 
-    from tsqlora import cli, display
+    from tsqlora.cli import commands as cli
+    from tsqlora.cli import display
 
     torch.set_num_threads(1)
     progress = display.Display.progress
@@ -242,7 +245,7 @@ def tiny(place: Path) -> dict[str, Path]:
 
 
 def minilm(place: Path) -> dict[str, Path]:
-    from tsqlora.demo import bbc_news, package_folder
+    from tsqlora.run.demo import bbc_news, package_folder
 
     articles = random.Random(0).sample(bbc_news(), ROWS["minilm"])
     rows = [{"text": " ".join(text.split()[:WORDS]), "label": topic} for text, topic in articles]
@@ -274,8 +277,8 @@ def main() -> None:
     context: BaseContext = mp.get_context(args.start)
     from origin import commit
 
-    import tsqlora.pipeline  # noqa: F401  (what is forked has it then)
-    from tsqlora.record import versions, write_json
+    import tsqlora.run.train  # noqa: F401  (what is forked has it then)
+    from tsqlora.files import write_json
 
     known: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
     cells = known.setdefault("cells", {})

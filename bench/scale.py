@@ -40,14 +40,14 @@ import tsqlora as tsq
 from models import collate
 from runs import BAD, GOOD, PLAIN, make_rows, save_checkpoint, write_config, write_jsonl
 from stock import base_bert, moods
-from tsqlora import reading
-from tsqlora.config import load_config
 from tsqlora.data.survey import store
-from tsqlora.inference import open_run
-from tsqlora.pipeline import train
+from tsqlora.files import write_json
 from tsqlora.quality.select import select_rows
 from tsqlora.ranks.policies import get_policy
-from tsqlora.record import write_json
+from tsqlora.run import reading
+from tsqlora.run.config import load_config
+from tsqlora.run.predict import open_run
+from tsqlora.run.train import train
 
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / "bench" / ".cache" / "scale"

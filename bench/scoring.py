@@ -31,14 +31,15 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from tsqlora.demo import package_folder
-from tsqlora.gradients.quiet import quiet
+from tsqlora.files import write_json
+from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.gradients.sites import Scope, find_sites, lora_layers
 from tsqlora.quality.measure import measure
 from tsqlora.quality.reference import measure_reference
-from tsqlora.record import versions, write_json
+from tsqlora.run.demo import package_folder
 from tsqlora.tasks.classification import Classification
 from tsqlora.tasks.generation import Generation
+from tsqlora.training.record import versions
 
 RANK, CLASSES = 8, 2
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -113,14 +114,14 @@ class Bench:
             self.step()
 
     def reference(self, scope: Scope) -> None:
-        with quiet(self.model), self.autocast(cache=False):
+        with eval_mode(self.model), self.autocast(cache=False):
             batch = {**self.inputs, "labels": self.labels}
             self.references[scope] = measure_reference(self.model, [batch], self.task, self.sites[scope], self.offsets)
 
     def ours(self, scope: Scope, *, lookahead: bool) -> Tensor:
         if scope not in self.references:
             self.reference(scope)
-        with quiet(self.model), self.autocast(cache=False):
+        with eval_mode(self.model), self.autocast(cache=False):
             measured = measure(
                 self.model,
                 self.inputs,

@@ -31,15 +31,16 @@ from transformers import DataCollatorWithPadding, get_scheduler, set_seed
 from tsqlora.adapter.wrap import wrap
 from tsqlora.data.batches import bucketed_order, sorted_batches
 from tsqlora.data.labels import LabelMap
-from tsqlora.demo import package_folder
 from tsqlora.errors import NotLearnedError
+from tsqlora.files import write_json
 from tsqlora.quality.rows import reference_indices
 from tsqlora.quality.score import score
-from tsqlora.record import versions, write_json
+from tsqlora.run.demo import package_folder
 from tsqlora.tasks.classification import Classification
 from tsqlora.training.fit import hardware_has_bf16
 from tsqlora.training.load import load_pretrained
 from tsqlora.training.predict import predict_logits
+from tsqlora.training.record import versions
 
 CACHE = Path(__file__).parent / ".cache"
 LEARNING_RATE, BATCH, EVAL_BATCH, RANK = 1e-3, 16, 64, 8

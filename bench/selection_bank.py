@@ -16,9 +16,10 @@ from scipy.special import log_softmax, softmax
 from selection import CACHE, best_scale, stored
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from tsqlora.quality.reject import reject
+from tsqlora.files import write_json
+from tsqlora.quality.label_noise import reject
 from tsqlora.quality.terms import standardise
-from tsqlora.record import versions, write_json
+from tsqlora.training.record import versions
 
 RIDGE, NEIGHBOURS = 1.0, 100
 """Those of 0.001 to 1 and of 10 to 100 that found most in most of the states of 2026-11-25 (tried by hand)."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tsqlora.demo import bbc_news, flip
+from tsqlora.run.demo import bbc_news, flip
 
 PASSES = 4
 """Steps of a run, warm-up included, in passes over all rows: 8 epochs of halves."""

@@ -8,7 +8,7 @@ import numpy as np
 import scipy.special
 from sklearn.cluster import MiniBatchKMeans
 
-from tsqlora.quality.reject import LabelNoise, label_noise, reject
+from tsqlora.quality.label_noise import LabelNoise, label_noise, reject
 from tsqlora.quality.sampling import draw as gumbel_draw
 from tsqlora.quality.sampling import draw_size
 from tsqlora.quality.terms import quality, standardise

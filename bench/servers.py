@@ -34,8 +34,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from kinds import KINDS  # noqa: E402
 from loras import tiny_llama  # noqa: E402
-from tsqlora.adapter.files import WEIGHTS, read_adapter  # noqa: E402
-from tsqlora.record import versions, write_json  # noqa: E402
+from tsqlora.interop.files import WEIGHTS, read_adapter  # noqa: E402
+from tsqlora.training.record import versions, write_json  # noqa: E402
 
 OUT = ROOT / "bench" / "results" / "servers.json"
 Applied = dict[str, Tensor]

@@ -7,9 +7,9 @@ from typing import Any
 
 import typer.main
 
-from tsqlora.cli import app
-from tsqlora.config import REFUSED_ARGUMENTS, template
+from tsqlora.cli.commands import app
 from tsqlora.data.columns import USUAL_LABEL, USUAL_PAIR, USUAL_TEXT
+from tsqlora.run.config import REFUSED_ARGUMENTS, template
 
 DOCS = Path(__file__).parents[1] / "docs"
 

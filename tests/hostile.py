@@ -19,14 +19,14 @@ import yaml
 from hypothesis import strategies as st
 from rich.console import Console
 
-from tsqlora.adapter.doctor import examine
-from tsqlora.adapter.files import CONFIG, WEIGHTS, read_adapter
-from tsqlora.adapter_display import show_doctor
-from tsqlora.config import Config, Section, dump_config, load_config, template
+from tsqlora.cli.adapter_display import show_doctor
 from tsqlora.data.prepare import read_data
 from tsqlora.data.rows import read_rows
 from tsqlora.data.write import WRITERS, write_rows
-from tsqlora.record import RECORD_FILE, RunRecord
+from tsqlora.interop.doctor import examine
+from tsqlora.interop.files import CONFIG, WEIGHTS, read_adapter
+from tsqlora.run.config import Config, Section, dump_config, load_config, template
+from tsqlora.training.record import RECORD_FILE, RunRecord
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ from runs import Row, write_jsonl
 from tsqlora.compare.cells import Cell, Entry, save
 from tsqlora.compare.table import rows_of
 from tsqlora.data.tokenise import sample_hash
+from tsqlora.files import write_json
 from tsqlora.quality.scores import Scores, from_terms
 from tsqlora.ranks.events import RankEvent
-from tsqlora.record import RunRecord, write_json
+from tsqlora.training.record import RunRecord
 
 LAYERS = [f"bert.layer.{block}.attention.{kind}" for block in (0, 1) for kind in ("query", "value")] + ["bert.pooler"]
 CLASSES = ("no", "yes")

@@ -9,7 +9,7 @@ from transformers import BertForSequenceClassification, Trainer, TrainerCallback
 
 from models import collate, tiny_bert
 from stock import VOCAB, make_trainer, moods
-from tsqlora.rivals import Built, Setup, get_rival
+from tsqlora.baselines import Built, Setup, get_rival
 from tsqlora.training.load import Pretrained
 
 STEPS = 48

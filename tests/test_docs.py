@@ -94,7 +94,7 @@ def test_block_is_not_run(block: Block) -> None:
 
 @pytest.mark.parametrize("block", SETTINGS, ids=lambda block: block.place)
 def test_settings_load(block: Block, tmp_path: Path) -> None:
-    from tsqlora.config import load_config
+    from tsqlora.run.config import load_config
 
     if block.skipped:
         pytest.skip(block.skipped)

@@ -16,10 +16,10 @@ def test_the_public_list_and_the_lazy_table_agree() -> None:
 
 
 def test_a_submodule_of_the_same_name_does_not_hide_a_function() -> None:
-    code = "import tsqlora.probe, tsqlora as t; assert callable(t.sensitivity), t.sensitivity"
+    code = "import tsqlora.layer_sensitivity, tsqlora as t; assert callable(t.sensitivity), t.sensitivity"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_help_does_not_wait_for_torch() -> None:
-    code = "import sys, tsqlora.cli; assert 'torch' not in sys.modules"
+    code = "import sys, tsqlora.cli.commands; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -46,7 +46,7 @@ def hook(event, args):
     if event in ("socket.connect", "socket.getaddrinfo", "socket.sendto"):
         asked.append((event, args[-1]))
 sys.addaudithook(hook)
-from tsqlora import cli
+from tsqlora.cli import commands as cli
 sys.argv = ["tsqlora", *sys.argv[1:]]
 try:
     cli.main()

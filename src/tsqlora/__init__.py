@@ -10,15 +10,15 @@ if TYPE_CHECKING:
     from tsqlora.adapter.slots import active_parameters, active_ranks, finalize
     from tsqlora.adapter.wrap import wrap
     from tsqlora.errors import DataError, NotLearnedError, SettingsError, TsqLoraError, UnsupportedError
-    from tsqlora.probe import sensitivity
+    from tsqlora.layer_sensitivity import sensitivity
     from tsqlora.quality.score import score
     from tsqlora.quality.scores import Scores, sample
     from tsqlora.quality.subset import QualitySubset
     from tsqlora.ranks.allocate import Sensitivity, allocate
     from tsqlora.ranks.events import RankEvent
-    from tsqlora.training.guard import GuardCallback
     from tsqlora.training.harvest_callback import HarvestCallback
     from tsqlora.training.manifest import last_checkpoint
+    from tsqlora.training.nonfinite import GuardCallback
     from tsqlora.training.quality_callback import QualityCallback
     from tsqlora.training.rank_callback import RankCallback
     from tsqlora.training.rank_loop import RankLoop
@@ -60,8 +60,8 @@ _HOMES = {
     "quality.subset": ("QualitySubset",),
     "ranks.allocate": ("Sensitivity", "allocate"),
     "ranks.events": ("RankEvent",),
-    "probe": ("sensitivity",),
-    "training.guard": ("GuardCallback",),
+    "layer_sensitivity": ("sensitivity",),
+    "training.nonfinite": ("GuardCallback",),
     "training.harvest_callback": ("HarvestCallback",),
     "training.manifest": ("last_checkpoint",),
     "training.quality_callback": ("QualityCallback",),

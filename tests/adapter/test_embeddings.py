@@ -30,7 +30,7 @@ from tsqlora.adapter.change import new_row
 from tsqlora.adapter.resize import grow_slot
 from tsqlora.adapter.slots import find_slots
 from tsqlora.gradients.sites import lora_layers
-from tsqlora.probe import _omega, probe_pass
+from tsqlora.layer_sensitivity import _omega, probe_pass
 
 WORDS = "bert.embeddings.word_embeddings"
 TYPES = "bert.embeddings.token_type_embeddings"

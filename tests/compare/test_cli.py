@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
-from tsqlora import cli, console
+from tsqlora.cli import commands as cli
+from tsqlora.cli import console
 from tsqlora.compare.table import show_comparison
 
 

@@ -10,8 +10,8 @@ import pytest
 from runs import write_config
 from tsqlora.compare import comparison
 from tsqlora.compare.cells import Cell, Entry, load, path_of
-from tsqlora.config import Config, dump_config, load_config
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
+from tsqlora.run.config import Config, dump_config, load_config
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from runs import make_rows, save_checkpoint, write_config, write_jsonl
 from tsqlora.compare.comparison import compare
 from tsqlora.compare.methods import entries
 from tsqlora.compare.preflight import preflight
-from tsqlora.config import Config, load_config
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
-from tsqlora.job import load
+from tsqlora.run.config import Config, load_config
+from tsqlora.run.job import load
 
 
 @pytest.fixture(scope="module")

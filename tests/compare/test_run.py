@@ -16,10 +16,10 @@ from tsqlora.compare.cells import Cell, Entry
 from tsqlora.compare.methods import METHODS, POLICIES, entries
 from tsqlora.compare.run import commit_of, planned_steps, run_cell, settings_hash, settings_of, steps_in
 from tsqlora.compare.worker import in_own_process
-from tsqlora.config import Config, load_config
 from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
-from tsqlora.job import load
-from tsqlora.pipeline import dry_run
+from tsqlora.run.config import Config, load_config
+from tsqlora.run.job import load
+from tsqlora.run.train import dry_run
 
 ROWS = 160
 

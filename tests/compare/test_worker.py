@@ -12,7 +12,7 @@ import pytest
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
 from tsqlora.compare.cells import Cell, Entry
 from tsqlora.compare.worker import in_own_process
-from tsqlora.config import load_config
+from tsqlora.run.config import load_config
 
 LOADS_WITHOUT_END = """
 import signal

@@ -10,8 +10,8 @@ from browser import Page, axe, browser
 from made_runs import make_comparison, make_run
 from runs import make_rows
 from serving import serving
-from tsqlora.record import RunRecord
 from tsqlora.report.write import write_report
+from tsqlora.training.record import RunRecord
 
 pytestmark = pytest.mark.slow
 

@@ -10,9 +10,9 @@ from runs import make_rows
 from seen import Seen
 from serving import serving
 from tsqlora.errors import DataError, SettingsError
-from tsqlora.record import RunRecord
 from tsqlora.report import watch
 from tsqlora.report.watch import Watched, make_server, serve
+from tsqlora.training.record import RunRecord
 
 ROWS = make_rows(60, labels=("no", "yes"))
 NOW = {"phase": "training", "step": 30, "time": 1_700_000_000}

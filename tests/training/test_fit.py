@@ -10,10 +10,10 @@ from transformers import BartForSequenceClassification, TrainerCallback
 from byte_tokenizers import byte_tokenizer
 from models import generating, tiny_bart
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
-from tsqlora import job
-from tsqlora.config import Config, load_config
 from tsqlora.errors import SettingsError
-from tsqlora.pipeline import train
+from tsqlora.run import job
+from tsqlora.run.config import Config, load_config
+from tsqlora.run.train import train
 from tsqlora.training import fit
 
 

@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
-from tsqlora import pipeline
-from tsqlora.config import load_config
 from tsqlora.progress import Pulse
-from tsqlora.record import RunRecord
+from tsqlora.run import train as pipeline
+from tsqlora.run.config import load_config
 from tsqlora.training import live
 from tsqlora.training.live import SPAN, Pace
+from tsqlora.training.record import RunRecord
 
 
 @given(st.lists(st.tuples(st.integers(1, 64), st.integers(0, 999)), min_size=1, max_size=3 * SPAN))

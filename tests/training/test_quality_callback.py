@@ -27,8 +27,8 @@ from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.quality.scores import Scores
 from tsqlora.tasks.classification import Classification
 from tsqlora.training import drawing, quality_callback
-from tsqlora.training.guard import GuardCallback
 from tsqlora.training.infobatch_callback import InfoBatchCallback
+from tsqlora.training.nonfinite import GuardCallback
 
 DATA = moods()
 CLEAR = moods(seed=1)

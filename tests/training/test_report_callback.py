@@ -9,10 +9,10 @@ import pytest
 from transformers.integrations import integration_utils
 
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
-from tsqlora import pipeline
-from tsqlora.config import load_config
 from tsqlora.errors import SettingsError
-from tsqlora.record import RunRecord
+from tsqlora.run import train as pipeline
+from tsqlora.run.config import load_config
+from tsqlora.training.record import RunRecord
 from tsqlora.training.report_callback import CELL, GAP, NOWHERE, rank_map
 
 Told = list[tuple[str, Any, int]]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tsqlora.errors import DataError
-from tsqlora.record import write_json
+from tsqlora.files import write_json
 
 CELLS_DIR = "cells"
 

@@ -14,12 +14,12 @@ from tsqlora.compare.methods import METHODS, entries
 from tsqlora.compare.run import Equal
 from tsqlora.compare.table import differing, rows_of
 from tsqlora.compare.worker import checked_in_own_process, in_own_process
-from tsqlora.config import Config, dump_config, load_config
+from tsqlora.compat.hub import is_hub_id
 from tsqlora.errors import DataError, SettingsError, UnsupportedError, nearest
-from tsqlora.hub import is_hub_id
+from tsqlora.files import write_json, write_whole
 from tsqlora.progress import Progress
-from tsqlora.record import write_json, write_whole
 from tsqlora.report.metrics import lower_is_better
+from tsqlora.run.config import Config, dump_config, load_config
 from tsqlora.tasks import get_task
 from tsqlora.tasks.generation import Generation
 from tsqlora.tasks.texts import TEXT_METRICS

@@ -1,6 +1,6 @@
 """What can be compared: methods, policies that choose their rows, and how both are made from a job.
 
-To compare another method, add an entry to `tsqlora.rivals.RIVALS` or to METHODS; for another
+To compare another method, add an entry to `tsqlora.baselines.RIVALS` or to METHODS; for another
 choice of rows one to POLICIES.
 """
 
@@ -11,12 +11,12 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from tsqlora.adapter.slots import active_parameters
+from tsqlora.baselines import RIVALS, Built, Setup
 from tsqlora.compare.cells import Entry
 from tsqlora.errors import SettingsError, nearest
-from tsqlora.job import Job, quality_half, ranks_half, subset, with_slots
 from tsqlora.progress import Progress
 from tsqlora.quality.subset import QualitySubset
-from tsqlora.rivals import RIVALS, Built, Setup
+from tsqlora.run.job import Job, quality_half, ranks_half, subset, with_slots
 from tsqlora.training.infobatch_callback import InfoBatchCallback
 from tsqlora.training.quality_callback import QualityCallback
 from tsqlora.training.rank_callback import RankCallback

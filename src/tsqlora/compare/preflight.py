@@ -8,21 +8,21 @@ from pathlib import Path
 
 from tsqlora import distributed
 from tsqlora.adapter.slots import find_slots
+from tsqlora.baselines.methods import require_rival
 from tsqlora.compare.cells import Cell, Entry
 from tsqlora.compare.methods import METHODS, POLICIES, build
 from tsqlora.compare.run import TRIAL_STEPS, Equal, planned_steps, settings_of
-from tsqlora.config import Config
 from tsqlora.data.prepare import prepare
 from tsqlora.errors import SettingsError, UnsupportedError
-from tsqlora.gradients.quiet import quiet
+from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.gradients.sites import find_sites
-from tsqlora.job import Job, arguments, load, load_model, ranks_half, require_drawable, with_slots
-from tsqlora.plan import require_adjustments, warmup_epochs
 from tsqlora.quality.exact import require_exact
 from tsqlora.quality.sampling import draw_size
 from tsqlora.ranks.allocate import Sensitivity, allocate
-from tsqlora.reading import read, writing_of
-from tsqlora.rivals.methods import require_rival
+from tsqlora.run.config import Config
+from tsqlora.run.job import Job, arguments, load, load_model, ranks_half, require_drawable, with_slots
+from tsqlora.run.plan import require_adjustments, warmup_epochs
+from tsqlora.run.reading import read, writing_of
 from tsqlora.tasks import require_answers
 from tsqlora.training.quality_callback import SCORES_FILE, QualityCallback
 
@@ -147,7 +147,7 @@ def _require_gradients(job: Job, entry: Entry, quality: QualityCallback, steps: 
     model = build(replace(job, pretrained=pretrained), method, steps=steps)[0].model
     batch = job.collate(list(job.data.samples["train"].samples[:FEW]))
     try:
-        with quiet(model):
+        with eval_mode(model):
             require_exact(model, batch, job.task, find_sites(model, quality.scope), None)
     except UnsupportedError as error:
         raise UnsupportedError(

@@ -1,6 +1,6 @@
 """What the processes of cells begin with: the libraries, imported once, and without their talk."""
 
-from tsqlora.noise import quieten
+from tsqlora.compat.quieten import quieten
 
 quieten()
 import tsqlora.compare.preflight  # noqa: E402, F401

@@ -19,19 +19,19 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from tsqlora.compare.cells import Cell
 from tsqlora.compare.methods import POLICIES, Rows, build
-from tsqlora.config import Config
 from tsqlora.errors import SettingsError, TsqLoraError
-from tsqlora.job import Job, arguments, fit_job, load, measure, require_drawable
 from tsqlora.progress import Progress
 from tsqlora.quality.sampling import draw_size
 from tsqlora.quality.scores import Scores
-from tsqlora.record import RunRecord
+from tsqlora.run.config import Config
+from tsqlora.run.job import Job, arguments, fit_job, load, measure, require_drawable
 from tsqlora.tasks.generation import Generation
 from tsqlora.training.infobatch_callback import InfoBatchCallback
 from tsqlora.training.live import peak_memory
 from tsqlora.training.predict import predict_logits
 from tsqlora.training.quality_callback import SCORES_FILE, QualityCallback
 from tsqlora.training.rank_callback import RankCallback
+from tsqlora.training.record import RunRecord
 from tsqlora.training.write import token_metrics
 
 Equal = Literal["steps", "epochs", "seconds"]

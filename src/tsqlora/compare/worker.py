@@ -12,9 +12,9 @@ from typing import Any
 from tsqlora.compare.cells import Cell, Entry
 from tsqlora.compare.preflight import preflight
 from tsqlora.compare.run import Equal, run_cell
-from tsqlora.config import Config
 from tsqlora.errors import TsqLoraError
 from tsqlora.progress import Progress
+from tsqlora.run.config import Config
 
 PATIENCE = 5.0
 """Seconds in which a process ends by itself once nobody listens, its workers with it; else it is killed."""

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from tsqlora.compat.hub import is_hub_id
 from tsqlora.data.jsonl import read_json, read_jsonl
 from tsqlora.data.tables import read_csv, read_parquet, read_tsv
 from tsqlora.errors import DataError
-from tsqlora.hub import is_hub_id
 
 Records = Iterator[tuple[int, dict[str, Any]]]
 """Numbers of lines or rows, and the rows, read one after the other."""

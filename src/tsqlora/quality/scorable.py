@@ -8,9 +8,9 @@ from torch import nn
 
 from tsqlora import distributed
 from tsqlora.errors import UnsupportedError
-from tsqlora.gradients.quiet import quiet
+from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.gradients.sites import Scope, batch_coupled, find_sites, require_float64
-from tsqlora.memory import first_that_fits, halves
+from tsqlora.oom import first_that_fits, halves
 from tsqlora.quality.asked import PAPER_TERMS, TRUST, fitting, needs_gradients, require_precision, wanted_terms
 from tsqlora.quality.exact import require_exact, require_own_loss
 from tsqlora.quality.measure import measured_columns
@@ -45,7 +45,7 @@ def require_scorable(
     require_float64(next(model.parameters()).device)
     require_precision(wanted, autocast)
     collate = each_its_row(collate)
-    with quiet(model), precision(next(model.parameters()).device, autocast, cache=False):
+    with eval_mode(model), precision(next(model.parameters()).device, autocast, cache=False):
         # Together, not in portions: whether samples share a row shows in a batch.
         fitted = fitting(wanted, task, weights, reject, collate(list(rows)))
         sites = find_sites(model, scope) if needs_gradients(fitted) else {}

@@ -12,9 +12,9 @@ from torch import nn
 from tsqlora import distributed
 from tsqlora.data.batches import sorted_batches
 from tsqlora.errors import SettingsError, UnsupportedError
-from tsqlora.gradients.quiet import quiet
+from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.gradients.sites import Scope, Site, find_sites, require_float64
-from tsqlora.memory import Portions, first_that_fits, halves
+from tsqlora.oom import Portions, first_that_fits, halves
 from tsqlora.progress import Progress
 from tsqlora.quality.asked import (
     PAPER_TERMS,
@@ -28,10 +28,10 @@ from tsqlora.quality.asked import (
 )
 from tsqlora.quality.exact import require_exact, require_own_loss
 from tsqlora.quality.journal import Columns, Journal, identity_of
+from tsqlora.quality.label_noise import reject as reject_labels
 from tsqlora.quality.learned import LearnedTest
 from tsqlora.quality.measure import measured_columns
 from tsqlora.quality.reference import Reference, calibrate, measure_reference
-from tsqlora.quality.reject import reject as reject_labels
 from tsqlora.quality.rows import Dataset, batches_of, lengths_of, reference_rows
 from tsqlora.quality.scorable import require_apart
 from tsqlora.quality.scores import PREDICTIONS, Scores, from_terms, require_settings
@@ -120,7 +120,7 @@ def score(
         lambda: sorted_batches(lengths_of(dataset) if lengths is None else lengths, batch_size)
     )
     report = progress or (lambda *_: None)
-    with quiet(model), precision(next(model.parameters()).device, autocast, cache=False):
+    with eval_mode(model), precision(next(model.parameters()).device, autocast, cache=False):
         sites = find_sites(model, scope) if needs_gradients(wanted) else {}
         batches = distributed.together(lambda: list(batches_of(rows, collate, batch_size)))
 
@@ -164,7 +164,7 @@ def without_suspects(scores: Scores) -> Scores:
 
 def learned_on(model: nn.Module, rows: Sequence[Any], collate: Collate, *, task: Task, batch_size: int) -> LearnedTest:
     """Whether the model is ready to score: the test on these rows that `score` begins with."""
-    with quiet(model):
+    with eval_mode(model):
         return calibrate(model, batches_of(rows, each_its_row(collate), batch_size), task, enabled=False).learned
 
 

@@ -10,10 +10,10 @@ from html import escape
 from itertools import cycle, pairwise
 from typing import Any
 
-from tsqlora.display import layer_places
 from tsqlora.ranks.events import RankEvent
-from tsqlora.record import PhaseCost
+from tsqlora.ranks.places import layer_places
 from tsqlora.report.distributions import Distribution
+from tsqlora.training.record import PhaseCost
 
 Figure = dict[str, Any]
 

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tsqlora.compat.yaml12 import load_yaml
 from tsqlora.errors import DataError
 from tsqlora.quality.scores import Scores
-from tsqlora.record import RECORD_FILE, RunRecord
 from tsqlora.report.distributions import Distribution, distributions
 from tsqlora.report.samples import Samples, choose_samples
-from tsqlora.yaml12 import load_yaml
+from tsqlora.training.record import RECORD_FILE, RunRecord
 
 # As the run directory has them; training, which names them too, is not imported here.
 CONFIG_FILE = "config.yaml"

@@ -2,11 +2,11 @@
 
 from datetime import UTC, datetime
 
-from tsqlora.record import RunRecord
 from tsqlora.report import html
 from tsqlora.report.comparison import Mean
 from tsqlora.report.gather import Control, Gathered
 from tsqlora.report.metrics import gain_of, value_of, words
+from tsqlora.training.record import RunRecord
 
 
 def tiles(known: Gathered) -> str:

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from tsqlora.ranks.events import MOST_EVENTS
-from tsqlora.record import RunRecord
 from tsqlora.report.gather import Gathered
+from tsqlora.training.record import RunRecord
 
 _WHY = {
     "duplicate": "they repeat another row",

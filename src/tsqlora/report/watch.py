@@ -8,12 +8,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from tsqlora.errors import DataError, SettingsError
-from tsqlora.record import RECORD_FILE
 from tsqlora.report import html
 from tsqlora.report.comparison import is_comparison
 from tsqlora.report.gather import CONFIG_FILE, SCORES_FILE, Control, OfScores, control_of, gather, look_at
 from tsqlora.report.page import PLOTLY_PATH, assemble, plotly_script
 from tsqlora.report.run_page import run_page
+from tsqlora.training.record import RECORD_FILE
 
 HOST = "127.0.0.1"
 """No other machine can ask: the page holds texts of the training rows."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from tsqlora.data.write import require_place
 from tsqlora.errors import SettingsError
-from tsqlora.record import write_whole
+from tsqlora.files import write_whole
 from tsqlora.report.comparison import gather_comparison, is_comparison
 from tsqlora.report.comparison_page import comparison_page
 from tsqlora.report.gather import control_of, gather

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from tsqlora import distributed
 from tsqlora.errors import SettingsError, TsqLoraError
+from tsqlora.files import write_json
 from tsqlora.quality.journal import save_whole
 from tsqlora.ranks.events import RankEvent
-from tsqlora.record import write_json
 
 VERSION = 1
 RANKS_FILE = "tsqlora.json"

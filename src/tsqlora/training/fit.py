@@ -29,21 +29,22 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from tsqlora.data.packing import PackedCollator
 from tsqlora.data.tokenise import TokenisedSplit
 from tsqlora.errors import SettingsError
-from tsqlora.gradients.quiet import quiet
+from tsqlora.files import write_json
+from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.progress import Progress
 from tsqlora.quality.rows import reference_indices
 from tsqlora.quality.subset import QualitySubset
-from tsqlora.record import PhaseCost, RunRecord, write_json
 from tsqlora.tasks import Answers, Task
 from tsqlora.tasks.forward import Collate
 from tsqlora.tasks.generation import Generation
 from tsqlora.training.drawing import EPOCH_ERROR
-from tsqlora.training.guard import GuardCallback
 from tsqlora.training.live import KeepRecord, TellProgress
 from tsqlora.training.manifest import announce, checkpoint_folder, seal
+from tsqlora.training.nonfinite import GuardCallback
 from tsqlora.training.packed import require_packing
 from tsqlora.training.quality_callback import QualityCallback
 from tsqlora.training.rank_callback import RankCallback
+from tsqlora.training.record import PhaseCost, RunRecord
 from tsqlora.training.report_callback import ReportCallback
 
 COST_FILE = "tsqlora_cost.json"
@@ -212,7 +213,7 @@ def _divides_by_window(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     device = next(model.parameters()).device
     inputs = {name: value.to(device) for name, value in batch.items()}
     many = torch.tensor(10**6, device=device)
-    with quiet(model):
+    with eval_mode(model):
         mean, divided = (float(model(**inputs, **more).loss) for more in ({}, {"num_items_in_batch": many}))
     return abs(divided - mean) > 0.1 * abs(mean)
 

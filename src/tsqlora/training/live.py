@@ -13,8 +13,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from tsqlora.progress import Progress, Pulse
 from tsqlora.quality.subset import QualitySubset
-from tsqlora.record import RunRecord
 from tsqlora.training.rank_callback import RankCallback
+from tsqlora.training.record import RunRecord
 
 SPAN = 50
 """Steps over which speed is measured."""

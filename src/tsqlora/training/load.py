@@ -21,10 +21,10 @@ from transformers import (
 )
 
 from tsqlora.adapter.wrap import heads
+from tsqlora.compat.hub import is_hub_id
 from tsqlora.data.labels import LabelMap
 from tsqlora.errors import SettingsError
 from tsqlora.gradients.sites import bitsandbytes_bits, keep_as_trained
-from tsqlora.hub import is_hub_id
 from tsqlora.tasks.generation import Generation
 
 

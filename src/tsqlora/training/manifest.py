@@ -17,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from tsqlora import distributed
 from tsqlora.errors import SettingsError, TsqLoraError
-from tsqlora.record import write_json
+from tsqlora.files import write_json
 
 MANIFEST_FILE = "tsqlora_manifest.json"
 VERSION = 1

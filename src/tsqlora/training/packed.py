@@ -8,7 +8,7 @@ from torch import nn
 
 from tsqlora.data.packing import PackedCollator
 from tsqlora.errors import UnsupportedError
-from tsqlora.gradients.quiet import quiet
+from tsqlora.gradients.eval_mode import eval_mode
 
 
 def require_packing(model: nn.Module, collate: PackedCollator, sample: Mapping[str, Any]) -> None:
@@ -20,7 +20,7 @@ def require_packing(model: nn.Module, collate: PackedCollator, sample: Mapping[s
     length = min(len(sample["input_ids"]), collate.max_length // 2)
     one = {"input_ids": list(sample["input_ids"][:length]), "labels": list(sample["labels"][:length])}
     other = {**one, "input_ids": one["input_ids"][::-1]}
-    with quiet(model), torch.inference_mode():
+    with eval_mode(model), torch.inference_mode():
         alone, behind = _logits(model, collate, [one], 0, length), _logits(model, collate, [other, one], length, length)
     rounding = max(1e-4, 16 * torch.finfo(alone.dtype).eps)
     off = float((alone - behind).abs().max() / alone.abs().max())

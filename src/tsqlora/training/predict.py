@@ -9,8 +9,8 @@ from torch import nn
 
 from tsqlora.data.batches import sorted_batches
 from tsqlora.errors import TsqLoraError
-from tsqlora.gradients.quiet import quiet
-from tsqlora.memory import Portions
+from tsqlora.gradients.eval_mode import eval_mode
+from tsqlora.oom import Portions
 from tsqlora.progress import Progress
 from tsqlora.tasks.forward import Collate, model_logits, precision
 
@@ -37,7 +37,7 @@ def predict_logits(
         batch = collate([{k: v for k, v in samples[j].items() if k != "labels"} for j in indices])
         return model_logits(model, {name: value.to(device) for name, value in batch.items()}).cpu().numpy()
 
-    with torch.inference_mode(), quiet(model), precision(device, autocast):
+    with torch.inference_mode(), eval_mode(model), precision(device, autocast):
         for indices in sorted_batches([len(s["input_ids"]) for s in samples], batch_size):
             logits = np.concatenate(portions.of(indices, logits_of))
             out = np.empty((len(samples), logits.shape[1]), logits.dtype) if out is None else out

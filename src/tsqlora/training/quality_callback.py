@@ -16,12 +16,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from tsqlora import distributed
 from tsqlora.errors import DataError, NotLearnedError, SettingsError, TsqLoraError
-from tsqlora.gradients.quiet import quiet
+from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.gradients.sites import Scope
 from tsqlora.progress import Progress
 from tsqlora.quality.asked import require_softmax, wanted_terms
-from tsqlora.quality.guard import guarded
-from tsqlora.quality.reject import MOST
+from tsqlora.quality.fallback import guarded
+from tsqlora.quality.label_noise import MOST
 from tsqlora.quality.rows import REFERENCE_ROWS, reference_indices
 from tsqlora.quality.scorable import require_scorable
 from tsqlora.quality.score import score
@@ -80,7 +80,7 @@ class QualityCallback(TrainerCallback):
             (METHOD section 1); the loss that is logged stays without weights.
         recheck: while no label seems wrong, score rows again after every further `warmup` passes, as long
             as a third of the run is left: a model that has learned more may tell more.
-        guard: where the rows that Q draws would teach less than random ones (`quality/guard.py`), the scores'
+        guard: where the rows that Q draws would teach less than random ones (`quality/fallback.py`), the scores'
             record says so, a warning is given, and the kept rows are drawn at random.
         task: needed only where training has a loss of its own (class weights, a custom one).
         seed: of the reference rows.
@@ -275,7 +275,7 @@ class QualityCallback(TrainerCallback):
     def _require_scorable(self, args: TrainingArguments, model: nn.Module, collate: Any) -> None:
         """Before a warm-up, not after it: all that can be told by two rows."""
         # Reading rows may draw random numbers too, as augmentation does.
-        with quiet(model):
+        with eval_mode(model):
             rows = [
                 self.data.dataset[j] for j in range(min(2, args.per_device_train_batch_size, len(self.data.dataset)))
             ]

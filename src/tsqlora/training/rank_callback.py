@@ -15,7 +15,7 @@ from tsqlora import distributed
 from tsqlora.adapter.slots import find_slots, has_slots
 from tsqlora.adapter.wrap import wrap
 from tsqlora.errors import SettingsError, UnsupportedError
-from tsqlora.probe import Estimator, get_estimator
+from tsqlora.layer_sensitivity import Estimator, get_estimator
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.ranks.events import RankEvent
 from tsqlora.ranks.policies import Policy, get_policy

@@ -22,7 +22,7 @@ from tsqlora.adapter.moments import cut_moments, moments
 from tsqlora.adapter.slots import Slots, finalize, find_slots, has_slots, sync_config
 from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.gradients.sites import lora_layers, require_float64
-from tsqlora.probe import Estimator, Probe, get_estimator, probe_pass
+from tsqlora.layer_sensitivity import Estimator, Probe, get_estimator, probe_pass
 from tsqlora.ranks.allocate import Sensitivity, allocate
 from tsqlora.ranks.budget import caps, costs, used
 from tsqlora.ranks.events import RankEvent, bounded

@@ -13,9 +13,9 @@ from transformers.integrations.integration_utils import (
     get_reporting_integration_callbacks,
 )
 
-from tsqlora.display import layer_places
 from tsqlora.quality.scores import Scores
 from tsqlora.ranks.events import RankEvent
+from tsqlora.ranks.places import layer_places
 from tsqlora.training.quality_callback import QualityCallback
 from tsqlora.training.rank_callback import RankCallback
 

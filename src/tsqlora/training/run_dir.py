@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from tsqlora.errors import DataError, SettingsError, TsqLoraError
-from tsqlora.record import RECORD_FILE
+from tsqlora.training.record import RECORD_FILE
 
 CONFIG_FILE = "config.yaml"
 ADAPTER_DIR = "adapter"

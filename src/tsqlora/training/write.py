@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from tsqlora.data.batches import sorted_batches
 from tsqlora.errors import SettingsError, TsqLoraError
-from tsqlora.gradients.quiet import quiet
+from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.progress import Progress
 from tsqlora.tasks.forward import Collate, base_model, model_logits, precision, split_labels
 from tsqlora.tasks.generation import Generation
@@ -36,7 +36,7 @@ def token_metrics(
     """
     device = next(model.parameters()).device
     loss, right, tokens, done = 0.0, 0, 0, 0
-    with torch.inference_mode(), quiet(model), precision(device, autocast):
+    with torch.inference_mode(), eval_mode(model), precision(device, autocast):
         for indices in sorted_batches([len(s["input_ids"]) for s in samples], batch_size):
             inputs, labels = split_labels(collate([samples[j] for j in indices]), model)
             counts = task.count(model_logits(model, inputs, task), labels)
@@ -90,7 +90,7 @@ def write_texts(
     )
     texts = [""] * len(prompts)
     done = 0
-    with torch.inference_mode(), quiet(model), precision(device, autocast):
+    with torch.inference_mode(), eval_mode(model), precision(device, autocast):
         for indices in sorted_batches(lengths, batch_size):
             batch = collate([{k: v for k, v in prompts[j].items() if k != "labels"} for j in indices])
             inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}

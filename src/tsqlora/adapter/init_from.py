@@ -1,0 +1,98 @@
+"""A training that begins at an adapter: its ranks, its weights and its heads, whoever trained it."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+
+from tsqlora.adapter.wrap import inject, new_config, wrap
+from tsqlora.errors import DataError, UnsupportedError
+from tsqlora.interop.base import module_shapes
+from tsqlora.interop.files import PREFIX, read_adapter
+from tsqlora.interop.lora import LoraAdapter
+from tsqlora.interop.rewrite import commonest_scale, folded, require_fits, require_plain
+from tsqlora.interop.write import pattern_config, tensors_of
+
+
+def read_start(folder: Path) -> LoraAdapter:
+    """The adapter in a directory, at one scale: where scales differ, the others are folded into B.
+
+    Raises UnsupportedError, naming it, for what is no plain LoRA, and DataError for numbers that
+    are not finite, beside what `read_adapter` raises.
+    """
+    adapter = read_adapter(folder)
+    require_plain(adapter, "a training that goes on")
+    targets = {name: target for name, target in adapter.targets.items() if target.rank}
+    for name, target in targets.items():
+        if target.kind == "convolution":
+            raise UnsupportedError(f"{name} is a convolution, on which ranks do not change; export it as merged")
+        if not all(torch.isfinite(matrix).all() for matrix in (target.a, target.b)):
+            raise DataError(f"{name} of {folder} has numbers that are not finite; `tsqlora doctor` shows which layers")
+    if not targets:
+        raise DataError(f"{folder}: every layer has rank 0, and there is nothing to go on from")
+    scale = commonest_scale(targets.values())
+    return replace(adapter, targets={name: folded(target, scale) for name, target in targets.items()})
+
+
+def scale_of_all(adapter: LoraAdapter) -> float:
+    """The one scale of an adapter that `read_start` read."""
+    return next(iter(adapter.targets.values())).scale
+
+
+def mean_rank(adapter: LoraAdapter) -> float:
+    """The rank of a uniform LoRA on the same layers with as many parameters."""
+    return adapter.parameters / sum(target.inputs + target.outputs for target in adapter.targets.values())
+
+
+def start_from(
+    model: nn.Module, adapter: LoraAdapter, *, max_rank: int, dropout: float, modules_to_save: Sequence[str]
+) -> PeftModel:
+    """The model, changed in place, with slots that hold the adapter, and with the heads that came with it.
+
+    Args:
+        modules_to_save: that train whole beside those that the adapter came with.
+
+    Raises DataError where the adapter is of another base, or its head is of other classes.
+    """
+    shapes = module_shapes(model)
+    for name, target in adapter.targets.items():
+        require_fits(name, target, shapes)
+    _require_heads_fit(model, adapter)
+    came = [name for name in adapter.config.get("modules_to_save") or () if _holds(name, adapter)]
+    new = [name for name in modules_to_save if not any(f".{name}".endswith(f".{other}") for other in came)]
+    patterns = pattern_config(adapter.config, adapter.targets)
+    config = new_config(
+        model,
+        patterns["target_modules"],
+        dropout,
+        [*came, *new],
+        **{key: patterns[key] for key in ("r", "lora_alpha", "rank_pattern", "alpha_pattern")},
+    )
+    peft_model = inject(model, config)
+    # PEFT wants every module's weights: of a new head its own.
+    stored = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    stored |= {f"{PREFIX}{name}": tensor for name, tensor in tensors_of(replace(adapter, base_layers={})).items()}
+    if unknown := set_peft_model_state_dict(peft_model, stored).unexpected_keys:
+        raise DataError(f"the adapter has {unknown[0]}, for which the model has no place; give the base that it is for")
+    return wrap(peft_model, max_rank=max_rank)
+
+
+def _require_heads_fit(model: nn.Module, adapter: LoraAdapter) -> None:
+    parameters = dict(model.named_parameters())
+    for name, tensor in adapter.saved.items():
+        found = parameters.get(name)
+        if found is None:
+            raise DataError(f"the adapter came with {name}, which the model has not; give the base that it is for")
+        if found.shape != tensor.shape:
+            raise DataError(
+                f"the adapter came with {name} of shape {tuple(tensor.shape)}, and here it is {tuple(found.shape)}: "
+                "its head was trained on other classes; give rows of the same, or merge it and train the model"
+            )
+
+
+def _holds(module: str, adapter: LoraAdapter) -> bool:
+    """Whether the adapter came with weights of a module of this name."""
+    return any(f".{module}." in f".{name}" for name in adapter.saved)

@@ -1,0 +1,96 @@
+"""AdaLoRA, PEFT's own, told of every step at the right place.  Zhang et al. (2023), arXiv 2303.10512."""
+
+from typing import Any, cast
+
+from peft import PeftModel
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tsqlora.baselines.setup import Built, Setup, count_trainable, require_whole_run
+from tsqlora.baselines.svd import Due, PenaltyInTraining, build, config_of, pruning_steps, says_nothing, triplets_of
+from tsqlora.errors import TsqLoraError
+from tsqlora.ranks.baselines import change_phase, first_rank, interval, whole_rank
+
+NAME = "adalora"
+
+
+def adalora(setup: Setup) -> Built:
+    """AdaLoRA from 1.5 times the mean rank down to it, by PEFT's allocator.
+
+    tinit is a tenth of the steps, tfinal three tenths, deltaT a twentieth and at least 10: the phases of
+    our own callback. The smoothing (0.85) and the weight of the penalty (0.5) are PEFT's defaults. The
+    scale is alpha / mean_rank, as for every method: PEFT divides by the first rank, so lora_alpha is as
+    much larger.
+    """
+    mean = whole_rank(setup.mean_rank, NAME)
+    phase = change_phase(setup.steps, method=NAME)
+    model = build(
+        setup,
+        rank=first_rank(mean),
+        scale=setup.alpha / mean,
+        target_r=mean,
+        tinit=phase.start,
+        tfinal=setup.steps - phase.stop,
+        deltaT=interval(setup.steps),
+    )
+    return Built(
+        model,
+        (PenaltyInTraining(model, NAME), AdaLoraCallback(model)),
+        trainable=lambda: used_parameters(model),
+        ranks=lambda: kept_triplets(model),
+    )
+
+
+class AdaLoraCallback(TrainerCallback):
+    """Calls PEFT's `update_and_allocate` after each optimizer step, while its gradients are there.
+
+    PEFT's phases are over steps counted from 0, as `global_step` is before the Trainer counts the step. A
+    step that was skipped is not told, and an allocation that was due with it comes with the next one.
+    """
+
+    def __init__(self, model: PeftModel) -> None:
+        self.model, self.config = model, config_of(model)
+        self.final = cast(int, self.config.total_step) - self.config.tfinal
+        self.due = Due(pruning_steps(range(self.config.tinit, self.final), every=self.config.deltaT))
+        self.allocations: list[int] = []
+        """Steps at which the allocator chose triplets."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        require_whole_run(state, cast(int, self.config.total_step), NAME)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        step, skipped = state.global_step, says_nothing(triplets_of(self.model))
+        due = self.due.taken(step, skipped=skipped)
+        if skipped:
+            return
+        before = self.config.rank_pattern
+        cast(Any, self.model.base_model).update_and_allocate(step if due is None else due)
+        if self.config.rank_pattern is not before:
+            self.allocations.append(state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if max(self.allocations, default=0) < self.final:
+            raise TsqLoraError(
+                f"training ended after {state.global_step} steps, and AdaLoRA's ranks are final after step "
+                f"{self.final + 1}; train all the steps that it was built for"
+            )
+
+
+def kept_triplets(model: PeftModel) -> dict[str, int]:
+    """Each layer's triplets that the last allocation kept, all before the first."""
+    pattern = config_of(model).rank_pattern or {}
+    # PEFT leaves the adapter's name out of the pattern once it has saved the model.
+    kept = {key.partition(".lora_E")[0]: sum(mask) for key, mask in pattern.items()}
+    return {name: int(kept.get(name, triplets.rank)) for name, triplets in triplets_of(model).items()}
+
+
+def used_parameters(model: PeftModel) -> int:
+    """Trainable parameters without those of triplets that are masked."""
+    ranks = kept_triplets(model)
+    masked = sum((triplets.rank - ranks[name]) * triplets.cost for name, triplets in triplets_of(model).items())
+    return count_trainable(model) - masked

@@ -1,0 +1,261 @@
+"""W + s·P Λ Q, PEFT's AdaLoRA layers: scores of their triplets, and layers whose triplets come and go."""
+
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import AdaLoraConfig, PeftModel
+from peft.tuners.adalora.layer import AdaLoraLayer
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tsqlora.adapter.change import new_row
+from tsqlora.adapter.moments import Moment, moments
+from tsqlora.baselines.setup import Setup, adapt, layers_of
+from tsqlora.errors import UnsupportedError
+from tsqlora.training.optimizer import finite_gradients
+
+ADAPTER = "default"
+BETA = 0.85
+SMALLEST = 1e-13
+"""What the λ of a new triplet is at most, as ElaLoRA's released code has it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Triplets:
+    """The triplets of one layer."""
+
+    name: str
+    layer: AdaLoraLayer
+
+    @property
+    def q(self) -> nn.Parameter:
+        """rank × i"""
+        return self.layer.lora_A[ADAPTER]
+
+    @property
+    def p(self) -> nn.Parameter:
+        """o × rank"""
+        return self.layer.lora_B[ADAPTER]
+
+    @property
+    def lam(self) -> nn.Parameter:
+        """rank × 1"""
+        return self.layer.lora_E[ADAPTER]
+
+    @property
+    def rank(self) -> int:
+        return self.lam.shape[0]
+
+    @property
+    def cost(self) -> int:
+        """Parameters of one triplet."""
+        return self.q.shape[1] + self.p.shape[0] + 1
+
+    def matrices(self) -> tuple[tuple[nn.Parameter, int], tuple[nn.Parameter, int], tuple[nn.Parameter, int]]:
+        """Q, P and λ, each with the dimension along which its triplets lie."""
+        return (self.q, 0), (self.p, 1), (self.lam, 0)
+
+
+def build(setup: Setup, *, rank: int, scale: float, **options: Any) -> PeftModel:
+    """The model with P Λ Q of this rank in every target: PEFT's AdaLoRA layers, s for their scale.
+
+    PEFT divides lora_alpha by the first rank, for the whole run. Raises UnsupportedError for a model of whose task it
+    has no class: the plain one's forward pass goes past the penalty.
+    """
+    model = adapt(setup, kind=AdaLoraConfig, init_r=rank, lora_alpha=scale * rank, total_step=setup.steps, **options)
+    if type(model) is PeftModel:
+        raise UnsupportedError(
+            f"{type(setup.pretrained.model).__name__} is of no task that PEFT has a class for, so its orthogonality "
+            "penalty would be in no loss; leave out adalora, elalora and prune"
+        )
+    return model
+
+
+def triplets_of(model: PeftModel) -> dict[str, Triplets]:
+    """The triplets of every layer, by the layer's name in the base model."""
+    return {name: Triplets(name, layer) for name, layer in layers_of(model).items() if isinstance(layer, AdaLoraLayer)}
+
+
+def config_of(model: PeftModel) -> AdaLoraConfig:
+    config = model.peft_config[ADAPTER]
+    assert isinstance(config, AdaLoraConfig)
+    return config
+
+
+class PenaltyInTraining(TrainerCallback):
+    """Keeps PEFT's orthogonality penalty out of every loss but training's, and its weight the same in every step.
+
+    PEFT adds it to the loss of each forward pass that has labels, in evaluation too. It is on from a
+    step's first forward pass to the step's end. Where a step's gradient is the sum over several batches, each batch
+    has its part of the weight: `fit` tells of how many; before it does, the gradient is taken for that of their mean.
+    """
+
+    def __init__(self, model: PeftModel, method: str) -> None:
+        self.config, self.method = config_of(model), method
+        self.weight, self.config.orth_reg_weight = self.config.orth_reg_weight, 0.0
+        self.summed: Callable[[], int] = lambda: 1
+
+    def told_of_sums(self, summed: Callable[[], int]) -> None:
+        self.summed = summed
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        require_penalty(args.label_smoothing_factor, self.method)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.config.orth_reg_weight = self.weight / self.summed()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.config.orth_reg_weight = 0.0
+
+
+def require_penalty(label_smoothing: float, method: str) -> None:
+    """Raises UnsupportedError where the Trainer computes the loss itself, so that what PEFT adds to its own is lost."""
+    if label_smoothing:
+        raise UnsupportedError(
+            f"training.label_smoothing_factor is {label_smoothing:g}, and with it PEFT's orthogonality penalty is in "
+            f"no loss of {method}; set it to 0, or leave out {method}"
+        )
+
+
+def says_nothing(layers: Mapping[str, Triplets]) -> bool:
+    """Whether the step was skipped: no layer has a gradient any more, or one is not finite.
+
+    Raises UnsupportedError with the name of a layer that the loss does not reach, where it reaches others.
+    """
+    missing = [name for name, triplets in layers.items() if triplets.lam.grad is None]
+    if missing and len(missing) < len(layers):
+        raise UnsupportedError(
+            f"{missing[0]} has no gradient: the loss does not depend on it; leave it out of target_modules"
+        )
+    return bool(missing) or not finite_gradients(m for t in layers.values() for m, _ in t.matrices())
+
+
+class Due:
+    """Steps after which ranks move; a move that was due with a skipped step comes with the next one."""
+
+    def __init__(self, steps: Iterable[int]) -> None:
+        self.steps = frozenset(steps)
+        self._owed: int | None = None
+
+    def taken(self, step: int, *, skipped: bool) -> int | None:
+        """The step whose move comes now: this one, or a skipped one before it; None if none does."""
+        if step in self.steps:
+            self._owed = step
+        if skipped:
+            return None
+        taken, self._owed = self._owed, None
+        return taken
+
+
+def pruning_steps(phase: range, *, every: int) -> list[int]:
+    """Steps after which AdaLoRA's budget is applied: multiples of `every` within the phase, and its end."""
+    return [*(step for step in phase[1:] if step % every == 0), phase.stop]
+
+
+class Importance:
+    """Ī and Ū of every number of every triplet, as AdaLoRA and ElaLoRA smooth them."""
+
+    def __init__(self, layers: Mapping[str, Triplets]) -> None:
+        self.layers = layers
+        self.mean = {name: [torch.zeros_like(m) for m, _ in t.matrices()] for name, t in layers.items()}
+        self.spread = {name: [torch.zeros_like(m) for m, _ in t.matrices()] for name, t in layers.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Takes in |p·∇p| of the weights and gradients there are now."""
+        for name, triplets in self.layers.items():
+            for j, (matrix, _) in enumerate(triplets.matrices()):
+                assert matrix.grad is not None
+                raw = (matrix * matrix.grad).abs()
+                mean = self.mean[name][j] = BETA * self.mean[name][j] + (1 - BETA) * raw
+                self.spread[name][j] = BETA * self.spread[name][j] + (1 - BETA) * (raw - mean).abs()
+
+    def scores(self) -> dict[str, list[float]]:
+        """Ī·Ū of each triplet's λ, plus the means over its two vectors."""
+        found: dict[str, list[float]] = {}
+        for name in self.layers:
+            q, p, lam = (m * s for m, s in zip(self.mean[name], self.spread[name], strict=True))
+            found[name] = (lam.flatten() + (q.mean(1) + p.mean(0))).tolist()
+        return found
+
+    def changed(self, name: str, *, kept: Sequence[int], grown: int) -> None:
+        """Moves the records as `change` moves the triplets; new ones begin at zero."""
+        for table in (self.mean[name], self.spread[name]):
+            for j, (_, dim) in enumerate(self.layers[name].matrices()):
+                table[j] = _resized(table[j], dim, kept, _like(table[j], dim, grown))
+
+
+@torch.no_grad()
+def change(triplets: Triplets, *, kept: Sequence[int], grown: int, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    """Leaves a layer these triplets, followed by new ones; the optimizer's state moves with them.
+
+    Kept triplets keep weights and moments bit for bit. A new one has unit vectors in random directions
+    at right angles to those there, and a λ too small to change what the layer computes; its first moments
+    are zero, its second ones the mean of the kept, since Adam's step count is the whole tensor's.
+    """
+    assert kept or not grown
+    states = [moments(matrix, optimizer) for matrix, _ in triplets.matrices()]
+    news = new_triplets(triplets, kept, grown, seed=seed)
+    for (matrix, dim), state, new in zip(triplets.matrices(), states, news, strict=True):
+        for key, moment in state.items():
+            optimizer.state[matrix][key] = _resized(moment.kept, dim, kept, _beginning(moment, dim, kept, new))
+        matrix.data, matrix.grad = _resized(matrix.data, dim, kept, new), None
+    triplets.layer.r[ADAPTER] = triplets.rank
+
+
+def new_triplets(triplets: Triplets, kept: Sequence[int], count: int, *, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What is added to Q, P and λ."""
+    index = torch.tensor(kept, dtype=torch.int64, device=triplets.lam.device)
+    rows = _orthogonal_rows(triplets.q[index], count, seed=zlib.crc32(f"{seed}:{triplets.name}:Q".encode()))
+    columns = _orthogonal_rows(triplets.p.T[index], count, seed=zlib.crc32(f"{seed}:{triplets.name}:P".encode())).T
+    least = min([SMALLEST, *triplets.lam[index].abs().flatten().tolist()])
+    return rows, columns, triplets.lam.new_full((count, 1), least)
+
+
+def _orthogonal_rows(rows: Tensor, count: int, *, seed: int) -> Tensor:
+    there = rows.cpu()
+    for j in range(count):
+        new = nn.functional.normalize(new_row(there, None, seed=seed + j), dim=0)
+        there = torch.cat([there, new[None]])
+    return there[len(rows) :].to(rows.device)
+
+
+def _beginning(moment: Moment, dim: int, kept: Sequence[int], new: Tensor) -> Tensor:
+    """A moment's part for new triplets."""
+    if moment.scales is not None:
+        raise UnsupportedError("an optimizer in 8 bits cannot follow triplets that come and go; use AdamW")
+    if moment.beginning == "weight":
+        return new
+    if moment.beginning == "zero":
+        return torch.zeros_like(new)
+    index = torch.tensor(kept, dtype=torch.int64, device=new.device)
+    return moment.kept.index_select(dim, index).mean(dim, keepdim=True).expand_as(new)
+
+
+def _like(x: Tensor, dim: int, count: int) -> Tensor:
+    shape = list(x.shape)
+    shape[dim] = count
+    return x.new_zeros(shape)
+
+
+def _resized(x: Tensor, dim: int, kept: Sequence[int], new: Tensor) -> Tensor:
+    index = torch.tensor(kept, dtype=torch.int64, device=x.device)
+    return torch.cat([x.index_select(dim, index), new.to(x)], dim).contiguous()
+
+
+def tell_config(model: PeftModel) -> None:
+    """Writes the ranks into PEFT's config, so that the adapter, once saved, loads with PEFT alone."""
+    config, layers = config_of(model), triplets_of(model)
+    largest = max(triplets.rank for triplets in layers.values())
+    scale = config.lora_alpha / config.init_r
+    config.init_r, config.lora_alpha = largest, scale * largest  # pyright: ignore[reportAttributeAccessIssue]
+    config.rank_pattern = {
+        f"{name}.lora_E.{ADAPTER}": [j < triplets.rank for j in range(largest)] for name, triplets in layers.items()
+    }

@@ -1,0 +1,327 @@
+"""What a run looks like in a terminal: progress bars, plans, tables."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from tsqlora.progress import Pulse
+from tsqlora.ranks.places import layer_places
+
+_STEPS = ("warm-up", "training")
+_BLOCKS_ABREAST = 12
+_STACKED_BELOW = 70
+_CLASSES = 20
+_TEXT = 240
+"""Characters of a sample that are shown."""
+
+
+class Display:
+    """Progress bars, one a phase, and below them how training goes; a line now and then where there is no terminal.
+
+    Args:
+        every: seconds between two lines of one phase, without a terminal.
+    """
+
+    def __init__(self, console: Console, *, every: float = 30.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self.console, self.every, self.clock = console, every, clock
+        self.bars = Progress(
+            TextColumn("{task.description:<12}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=console,
+            speed_estimate_period=300,
+        )
+        self.pulse = Text()
+        self.live = Live(Group(self.bars, self.pulse), console=console, refresh_per_second=8)
+        self.phases: dict[str, TaskID] = {}
+        self.told: dict[str, float] = {}
+        self.begun: dict[str, tuple[float, int]] = {}
+
+    def __enter__(self) -> "Display":
+        if self.console.is_interactive:
+            self.live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.live.stop()
+
+    def say(self, text: str) -> None:
+        """A line above the bars, which start anew below it."""
+        for task in self.phases.values():
+            self.bars.remove_task(task)
+        self.phases, self.told, self.begun = {}, {}, {}
+        self.pulse.plain = ""
+        self.console.print(text)
+
+    def progress(self, phase: str, done: int, total: int, pulse: Pulse | None = None, /) -> None:
+        """The Progress that the library reports to."""
+        unit = "steps" if phase in _STEPS else "rows"
+        if phase not in self.phases:
+            self.phases[phase] = self.bars.add_task(phase, total=total, rate="")
+        task = self.bars.tasks[self.bars.task_ids.index(self.phases[phase])]
+        rate = f"{task.speed:.1f} {unit}/s" if task.speed else ""
+        self.bars.update(task.id, completed=done, total=total, rate=rate)
+        self.pulse.plain = "" if pulse is None else " · ".join(_pulse(pulse))
+        if not self.console.is_interactive:
+            self._tell(phase, done, total, unit, pulse)
+
+    def _tell(self, phase: str, done: int, total: int, unit: str, pulse: Pulse | None) -> None:
+        """A line when a phase begins, and one whenever `every` seconds have gone by."""
+        now, before = self.clock(), self.told.get(phase)
+        if before is not None and now - before < self.every:
+            return
+        self.told[phase] = now
+        begun, first = self.begun.setdefault(phase, (now, done))
+        if before is None:
+            self.console.print(f"{phase}: {total:,} {unit}", soft_wrap=True, highlight=False, markup=False)
+            return
+        left = [f"{duration((total - done) * (now - begun) / (done - first))} left"] if done > first else []
+        parts = [f"{done:,}/{total:,} {unit}", *left, *([] if pulse is None else _pulse(pulse))]
+        self.console.print(f"{phase}: {', '.join(parts)}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _pulse(pulse: Pulse) -> list[str]:
+    """How training goes, in words."""
+    rows, tokens = pulse.rows_a_second, pulse.tokens_a_second
+    return [
+        *([] if pulse.loss is None else [f"loss {pulse.loss:.4g}"]),
+        f"lr {pulse.learning_rate:.3g}",
+        *([] if rows is None else [f"{_rounded(rows)} samples/s"]),
+        *([] if tokens is None else [f"{_rounded(tokens)} tokens/s"]),
+        f"{pulse.moved:,} rank{'' if pulse.moved == 1 else 's'} moved",
+        f"{pulse.memory / 2**20:,.0f} MiB",
+    ]
+
+
+def _rounded(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+
+
+def duration(seconds: float) -> str:
+    """
+    >>> duration(40), duration(4000)
+    ('40 s', '1 h 7 min')
+    """
+    minutes = math.ceil(seconds / 60)
+    if seconds < 60:
+        return f"{math.ceil(seconds)} s"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+
+
+def show_plan(console: Console, plan: Mapping[str, Any]) -> None:
+    """The plan of a dry run."""
+    rows = ", ".join(f"{count:,} {name}" for name, count in plan["rows"].items())
+    ranks = sorted(set(plan["ranks"].values()))
+    console.print(f"rows        {rows}")
+    columns = ", ".join(str(name) for name in plan["columns"].values() if name is not None)
+    console.print(f"columns     {columns}; at most {plan['max_length']:,} tokens", markup=False, highlight=False)
+    if plan["classes"]:
+        # Names are anybody's: they may hold square brackets.
+        console.print(f"classes     {_class_counts(plan['classes'])}", markup=False, highlight=False)
+    console.print(f"an epoch    {plan['rows_an_epoch']:,} rows; {plan['epochs']} epochs, {plan['steps']:,} steps")
+    console.print(f"parameters  {plan['trainable']:,} trainable, of which {plan['budget']:,} are the ranks' budget")
+    console.print(f"ranks       {len(plan['ranks'])} layers at {' and '.join(map(str, ranks))}")
+    console.print(f"precision   {'bfloat16 autocast' if plan['bf16'] else 'float32'}")
+    console.print(f"memory      about {plan['memory_bytes'] / 2**20:,.0f} MiB (a rough estimate)")
+    for told in plan["without_effect"]:
+        console.print(f"settings    {told}", highlight=False)
+    for note in plan["notes"]:
+        console.print(f"note        {note}", markup=False, highlight=False)
+    console.print(_passes_table(plan["passes"]))
+    if "samples" in plan:
+        told = f"row format  {plan['format']}; what is trained on is green, between ⟦ and ⟧:\n"
+        console.print(told, markup=False)
+        samples = Text(plan["samples"])
+        samples.highlight_regex(r"(?s)⟦.*?⟧", "green")
+        console.print(samples)
+
+
+def _class_counts(classes: Mapping[str, int]) -> str:
+    """How many there are, and the rows of the first."""
+    shown = ", ".join(f"{_shortened(name)} ({count:,})" for name, count in list(classes.items())[:_CLASSES])
+    return f"{len(classes)}: {shown}{' …' if len(classes) > _CLASSES else ''}"
+
+
+def show_scoring_plan(console: Console, plan: Mapping[str, Any]) -> None:
+    """The plan of a scoring's dry run."""
+    console.print(f"rows        {plan['rows']:,} in {plan['batches']:,} batches")
+    if plan["held_out"]:
+        console.print(f"held out    {plan['held_out']:,} rows for validation, which are not scored")
+    console.print(f"memory      about {plan['memory_bytes'] / 2**20:,.0f} MiB (a rough estimate)")
+    console.print(f"disk        at most {plan['disk_bytes'] / 2**20:,.0f} MiB of samples while it runs")
+    console.print(_passes_table(plan["passes"]))
+
+
+def _passes_table(phases: Mapping[str, Mapping[str, int]]) -> Table:
+    table = Table("phase", "rows forward", "rows backward", title="passes", title_justify="left")
+    for phase, passes in phases.items():
+        table.add_row(phase, f"{passes['forward']:,}", f"{passes['backward']:,}")
+    return table
+
+
+def show_record(console: Console, record: Mapping[str, Any]) -> None:
+    """What a finished run did."""
+    table = Table("phase", "seconds", "rows forward", "rows backward", title="cost", title_justify="left")
+    for phase, cost in record["cost"].items():
+        table.add_row(phase, f"{cost['seconds']:.1f}", f"{cost['forward']:,}", f"{cost['backward']:,}")
+    console.print(table)
+    console.print(ranks_table(record["ranks"]))
+    for split, metrics in record["metrics"].items():
+        console.print(f"{split:<11} " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+    for note in record["notes"]:
+        console.print(f"note: {note}", markup=False)
+    console.print(f"adapter     {record['run']}/adapter", soft_wrap=True, markup=False)
+
+
+def show_allocation(console: Console, arguments: Mapping[str, Any]) -> None:
+    """LoraConfig's arguments, as ranks."""
+    show_numbers(console, {name: arguments[name] for name in ("out", "r", "lora_alpha")})
+    ranks = {name: arguments["rank_pattern"].get(name, arguments["r"]) for name in arguments["target_modules"]}
+    console.print(ranks_table(ranks))
+
+
+def ranks_table(ranks: Mapping[str, int]) -> Group:
+    """Ranks as kinds of module × blocks; blocks for which 80 columns have no room follow below."""
+    cells = {place: ranks[name] for name, place in layer_places(ranks).items()}
+    blocks = list(dict.fromkeys(block for block, _ in cells if block))
+    starts = range(0, len(blocks), _BLOCKS_ABREAST)
+    tables = [_some_ranks(cells, blocks[start : start + _BLOCKS_ABREAST]) for start in starts]
+    if alone := {kind: rank for (block, kind), rank in cells.items() if not block}:
+        table = Table("rank", "", box=None, padding=(0, 1, 0, 0))
+        for kind, rank in alone.items():
+            table.add_row(kind, str(rank))
+        tables.append(table)
+    return Group(*tables)
+
+
+def _some_ranks(cells: Mapping[tuple[str, str], int], blocks: Sequence[str]) -> Table:
+    table = Table("rank in block", box=None, padding=(0, 1, 0, 0))
+    for block in blocks:
+        table.add_column(block, justify="right")
+    for kind in dict.fromkeys(kind for block, kind in cells if block in blocks):
+        table.add_row(kind, *(str(cells.get((block, kind), "")) for block in blocks))
+    return table
+
+
+def show_numbers(console: Console, numbers: Mapping[str, Any]) -> None:
+    """Names and values, a line each."""
+    for name, value in numbers.items():
+        shown = f"{value:.4f}" if isinstance(value, float) else str(value)
+        console.print(f"{name:<22} {shown}", soft_wrap=True, highlight=False, markup=False)
+
+
+def show_scores(console: Console, result: Mapping[str, Any]) -> None:
+    """How scores came to be, and the samples that explain them."""
+    show_numbers(console, {name: value for name, value in result.items() if name != "explained"})
+    if "explained" in result:
+        show_explained(console, result["explained"])
+
+
+def show_explained(console: Console, explained: Mapping[str, Any]) -> None:
+    """Samples to look at, list by list."""
+    wrong = explained["likely_wrong_rows"]
+    titles = {
+        "highest": "highest quality",
+        "lowest": "lowest quality",
+        "suspicious": "most suspicious: highest loss within the class",
+        "likely_wrong": f"likely wrong labels: {wrong:,} in all",
+    }
+    for name, title in titles.items():
+        console.print()
+        if explained[name]:
+            console.print(_samples_table(title, explained[name], console.width))
+        else:
+            console.print(title, markup=False)
+
+
+def _samples_table(title: str, samples: Sequence[Mapping[str, Any]], width: int) -> Table:
+    """A row a sample; where there is no room for columns, its cells stand below each other."""
+    # Texts are anybody's: as Text they hold no markup.
+    table = Table(title=Text(title), title_justify="left", box=None, padding=(0, 1, 0, 0))
+    if width < _STACKED_BELOW:
+        table.show_header = False
+        table.add_column(overflow="fold")
+        for sample in samples:
+            place, q, label, model, text = _sample_cells(sample)
+            table.add_row(Text.assemble(place, "  Q ", q, "  label ", label, "  model ", model, "\n", text))
+        return table
+    table.add_column("id", justify="right")
+    table.add_column("Q", justify="right")
+    table.add_column("label", overflow="fold", max_width=20)
+    table.add_column("model", overflow="fold", max_width=20)
+    table.add_column("text, terms", ratio=1, overflow="fold")
+    for sample in samples:
+        table.add_row(*_sample_cells(sample))
+    return table
+
+
+def _sample_cells(sample: Mapping[str, Any]) -> tuple[Text, ...]:
+    said = _label(sample["predicted"]) if "predicted" in sample else "–"
+    if "predicted_probability" in sample:
+        said += f" {sample['predicted_probability']:.0%}"
+    terms = "  ".join(f"{name} {value:.3g}" for name, value in sample["terms"].items())
+    dropped = "" if sample["reason"] == "kept" else f"dropped: {sample['reason']}  "
+    return (
+        Text(str(sample["id"])),
+        Text(f"{sample['quality']:.2f}"),
+        Text(_label(sample["label"])),
+        Text(said),
+        Text.assemble(_shortened(sample["text"]), "\n", (dropped + terms, "dim")),
+    )
+
+
+def _label(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else _shortened(str(value))
+
+
+def _shortened(text: str) -> str:
+    """One line of what can be printed, the middle left out where it is long."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return line if len(line) <= _TEXT else f"{line[: _TEXT - 40]} … {line[-37:]}"
+
+
+def show_demo(console: Console, result: Mapping[str, Any]) -> None:
+    """The demo's comparison, side by side."""
+    runs: list[Mapping[str, Any]] = result["runs"]
+    table = Table("", *(run["name"] for run in runs), title="measured in this run", title_justify="left")
+    phases = list(dict.fromkeys(phase for run in runs for phase in run["seconds"]))
+    table.add_row("test accuracy", *(f"{run['test']['accuracy']:.1%}" for run in runs))
+    table.add_row("test macro-F1", *(f"{run['test']['macro_f1']:.3f}" for run in runs))
+    table.add_row("wrong labels among samples used", *(f"{run['wrong_share']:.1%}" for run in runs))
+    table.add_row("… once rows are scored", *(f"{run['wrong_share_late']:.1%}" for run in runs))
+    table.add_row("training steps", *(f"{run['steps']:,}" for run in runs))
+    table.add_row("trainable parameters", *(f"{run['trainable']:,}" for run in runs))
+    for phase in phases:
+        table.add_row(
+            f"seconds, {phase}", *(f"{run['seconds'][phase]:.1f}" if phase in run["seconds"] else "–" for run in runs)
+        )
+    table.add_row("seconds, total", *(f"{sum(run['seconds'].values()):.1f}" for run in runs))
+    console.print(table)
+    console.print(ranks_table(runs[-1]["ranks"]))
+    what = "the rows that TsqLoRA left out most surely" if result["left_out"] else "of the rows, none of them left out"
+    console.print(f"\nlowest quality: {what}", highlight=False)
+    suspects = Table("Q", "label given", "true label", "text")
+    for row in result["suspects"]:
+        suspects.add_row(
+            f"{row['quality']:.2f}", row["label"], row["true"], row["text"], style="red" if row["wrong"] else ""
+        )
+    console.print(suspects)
+    console.print(result["verdict"], highlight=False)
+    if result["out"]:
+        console.print(
+            f"runs are in {result['out']}; `PeftModel.from_pretrained(base, '…/tsqlora/adapter')` loads the adapter",
+            markup=False,
+        )
+        console.print(f"why, and what it cost: {result['report']}", soft_wrap=True, markup=False, highlight=False)

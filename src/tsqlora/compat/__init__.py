@@ -1,0 +1,1 @@
+"""Private and version-dependent interfaces of other libraries, one file a library."""

@@ -1,0 +1,1 @@
+"""Any LoRA adapter as files, ours or not: read, judge, rewrite, export, verify."""

@@ -1,0 +1,156 @@
+"""The model that an adapter is for: its modules' shapes from its config alone, or the model with its weights."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from tsqlora.compat.hub import is_hub_id, is_revision
+from tsqlora.errors import SettingsError
+from tsqlora.gradients.sites import is_gptq
+from tsqlora.interop.lora import LoraAdapter
+from tsqlora.interop.rewrite import Shape
+
+CLASSES = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+"""The class of transformers that PEFT's task_type asks for."""
+
+_HEADS = ("score", "classifier", "out_proj", "out", "logits_proj", "linear_out", "summary")
+"""Last names of the module that gives a classifier its outputs."""
+
+
+def module_shapes(model: nn.Module) -> dict[str, Shape]:
+    """The modules that LoRA can be put on, by name: linear layers, transformers' Conv1D, embeddings."""
+    shapes = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            shapes[name] = Shape("linear", module.in_features, module.out_features)
+        elif is_gptq(module):
+            shapes[name] = Shape("linear", cast(int, module.in_features), cast(int, module.out_features))
+        elif isinstance(module, Conv1D):
+            shapes[name] = Shape("linear", module.weight.shape[0], module.nf)
+        elif isinstance(module, nn.Embedding):
+            shapes[name] = Shape("embedding", module.num_embeddings, module.embedding_dim)
+    return shapes
+
+
+def base_skeleton(path: str, adapter: LoraAdapter) -> PreTrainedModel:
+    """The base model without weights, from its config alone.  Raises SettingsError for what is no model."""
+    try:
+        config = _config(path, adapter)
+        kind = _class(config, adapter)
+        with torch.device("meta"):
+            return kind.from_config(config) if kind.__name__.startswith("Auto") else kind(config)
+    except Exception as error:  # a stranger's config.json makes transformers raise anything
+        raise _no_base(path, error) from error
+
+
+def load_base(path: str, adapter: LoraAdapter, dtype: str | None = None) -> PreTrainedModel:
+    """The base model with its weights, in its own precision or the one named.  Raises as `base_skeleton`."""
+    try:
+        config, revision = _config(path, adapter), revision_of(path, adapter)
+        if adapter.config.get("task_type") == "SEQ_CLS":
+            _set_padding(config, path, revision)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # a head that the checkpoint lacks is the same every time
+            how: dict[str, Any] = {"dtype": "auto" if dtype is None else getattr(torch, dtype), "revision": revision}
+            if _labels(adapter):  # the head is the adapter's, whatever the checkpoint's is
+                how["ignore_mismatched_sizes"] = True
+            return _class(config, adapter).from_pretrained(path, config=config, **how).eval()
+    except Exception as error:  # a stranger's config.json makes transformers raise anything
+        raise _no_base(path, error) from error
+
+
+def _config(path: str, adapter: LoraAdapter) -> Any:
+    revision = revision_of(path, adapter)
+    return AutoConfig.from_pretrained(path, trust_remote_code=False, revision=revision, **_labels(adapter))
+
+
+def revision_of(path: str, adapter: LoraAdapter) -> str:
+    """Of the base that the adapter names, the revision that it names; of another, and by default, main.
+
+    Raises SettingsError for one that is none.
+    """
+    named = adapter.config.get("revision") if path == adapter.base else None
+    if named is not None and not is_revision(named):
+        raise SettingsError(f"the adapter names {named!r} as its base's revision, which is none; give --base")
+    return named or "main"
+
+
+def _set_padding(config: Any, path: str, revision: str) -> None:
+    """Where a config names no padding, behind which a decoder reads its class: the tokenizer's, else the end token."""
+    text = config.get_text_config()
+    if text.pad_token_id is None:
+        tokenizer: Any = load_tokenizer(path, revision)
+        known = (None, None) if tokenizer is None else (tokenizer.pad_token_id, tokenizer.eos_token_id)
+        ends = text.eos_token_id
+        own = ends[0] if isinstance(ends, list) else ends
+        text.pad_token_id = next((token for token in (*known, own) if token is not None), None)
+
+
+def load_tokenizer(path: str, revision: str = "main") -> PreTrainedTokenizerBase | None:
+    """The tokenizer in a directory or on the hub, if one is there."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, revision=revision)
+    except (OSError, ValueError, KeyError):
+        return None
+    # Without its files transformers makes a tokenizer to which every word is unknown.
+    return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
+
+
+def base_path(adapter: LoraAdapter, given: str | None) -> str:
+    """Where the base is: what the user says, else what the adapter names.  Raises SettingsError if that is nowhere."""
+    if given is not None:
+        return given
+    named = adapter.base
+    if named is None:
+        raise SettingsError("the adapter does not name its base model; give --base, a directory or a hub id")
+    # The name is whoever wrote the adapter's: it may not walk about in this machine's files.
+    if ".." in Path(named).parts:
+        raise SettingsError(f"the adapter names {named!r} as its base model, which is not followed; give --base")
+    # os.path: pathlib raises for names that no file can have.
+    if not os.path.isdir(named) and not is_hub_id(named):
+        raise SettingsError(f"the adapter names {named!r} as its base model, which is not here; give --base")
+    return named
+
+
+def _class(config: Any, adapter: LoraAdapter) -> Any:
+    """The task's class; without a task the one that the adapter was made on, else the checkpoint's own."""
+    if named := CLASSES.get(adapter.config.get("task_type") or ""):
+        return getattr(transformers, named)
+    found = getattr(transformers, str(_made_on(adapter) or (config.architectures or [""])[0]), None)
+    # transformers has functions and modules, too, whose names a stranger could write there.
+    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else transformers.AutoModel
+
+
+def _made_on(adapter: LoraAdapter) -> str | None:
+    """The class that an adapter without a task names."""
+    mapping = adapter.config.get("auto_mapping")
+    return mapping.get("base_model_class") if isinstance(mapping, dict) else None
+
+
+def _labels(adapter: LoraAdapter) -> Mapping[str, int]:
+    """How many outputs the head has that came with the adapter."""
+    task = adapter.config.get("task_type")
+    if task not in ("SEQ_CLS", "TOKEN_CLS") and (task or "Classification" not in str(_made_on(adapter))):
+        return {}
+    ends = tuple(f".{head}.weight" for head in _HEADS)
+    heads = [tensor for name, tensor in adapter.saved.items() if f".{name}".endswith(ends) and tensor.ndim == 2]
+    return {"num_labels": heads[-1].shape[0]} if heads else {}
+
+
+def _no_base(path: str, error: Exception) -> SettingsError:
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return SettingsError(f"--base {path}: no model can be loaded ({reason}); give a directory or a hub id")

@@ -1,0 +1,247 @@
+"""An adapter in the format that its consumer reads, compared with its source before it takes its place."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tsqlora.errors import SettingsError, nearest
+from tsqlora.interop import gguf
+from tsqlora.interop.base import module_shapes
+from tsqlora.interop.compress import ranks_for
+from tsqlora.interop.files import read_adapter
+from tsqlora.interop.lora import LoraAdapter
+from tsqlora.interop.merge import merge_into, reload, save_merged
+from tsqlora.interop.rewrite import compact, require_fits, truncate, universal
+from tsqlora.interop.verify import (
+    Difference,
+    compare_logits,
+    compare_updates,
+    compare_weights,
+    logits,
+    peft_logits,
+    takes_tokens,
+)
+from tsqlora.interop.write import new_directory, require_new, write_adapter
+
+FLOATS = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The model that an adapter is for, of which each format asks for what it needs.
+
+    Attributes:
+        skeleton: its modules and its config; weights may be absent.
+        load: the model itself, in a precision or, for None, its own; a new one each time.
+        tokenizer: if there is one.
+        compare: whether logits are to be compared, for which `load` is called.
+    """
+
+    skeleton: Callable[[], PreTrainedModel]
+    load: Callable[[str | None], PreTrainedModel]
+    tokenizer: Callable[[], PreTrainedTokenizerBase | None]
+    compare: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What was written, and how it compares with its source.
+
+    Attributes:
+        rank, targets: of the adapter written; None of a merged model.
+        truncation: ‖ΔW − ΔW'‖ / ‖ΔW‖ of each layer that was cut to a lower rank.
+        notes: what the user should know.
+    """
+
+    difference: Difference
+    rank: int | None = None
+    targets: int | None = None
+    truncation: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a format is given: the adapter as it is to be written, where PEFT can load it and where it goes."""
+
+    source: Path
+    adapter: LoraAdapter
+    folder: Path
+    base: Base | None
+    dtype: str | None
+
+    def require_base(self) -> Base:
+        if self.base is None:
+            raise SettingsError("this format needs the base model that the adapter is for; give --base")
+        return self.base
+
+
+def export_adapter(
+    source: Path,
+    out: Path,
+    *,
+    format: str,
+    base: Base | None = None,
+    dtype: str | None = None,
+    max_rank: int | None = None,
+    mean_rank: float | None = None,
+    curvature: Mapping[str, float] | None = None,
+) -> Exported:
+    """Writes the adapter in the directory `source` as `out`, a new directory, in one of FORMATS.
+
+    Each export is read back and compared with its source: the update of every layer, and logits
+    where the base is at hand. One that differs by more than its precision explains is an error, and
+    nothing is written.
+
+    Args:
+        base: needed by every format but peft.
+        dtype: of the numbers written, one of FLOATS; else the adapter's, or the base's if merged.
+        max_rank: cuts every layer to this rank by SVD first.
+        mean_rank: cuts to as many parameters as a uniform LoRA of this rank has, where least is lost.
+        curvature: what a change costs each layer, by which `mean_rank` weighs it; see `ranks_for`.
+
+    Raises SettingsError, DataError and UnsupportedError before anything is written; TsqLoraError
+    where the comparison fails.
+    """
+    if format not in FORMATS:
+        raise SettingsError(f"--format {format}: {nearest(format, FORMATS)}")
+    if dtype is not None and dtype not in FLOATS:
+        raise SettingsError(f"--dtype {dtype}: {nearest(dtype, FLOATS)}")
+    if max_rank is not None and max_rank < 1:
+        raise SettingsError(f"--max-rank {max_rank}: it must be at least 1")
+    if (max_rank, mean_rank) != (None, None) and format == "merged":
+        raise SettingsError(
+            "--max-rank and --mean-rank are for adapters, and a merged model has no ranks; leave them out"
+        )
+    require_new(out)
+    adapter, errors = read_adapter(source), {}
+    if (max_rank, mean_rank) != (None, None):
+        adapter, errors = truncate(adapter, _ranks(adapter, max_rank, mean_rank, curvature))
+    with TemporaryDirectory() as loadable, new_directory(out) as folder:
+        if errors or not all(target.rank for target in adapter.targets.values()):
+            # PEFT does not load a layer of rank 0.
+            source = Path(loadable)
+            write_adapter(compact(adapter), source)
+        done = FORMATS[format](Job(source, adapter, folder, base, dtype))
+    return replace(done, truncation=errors)
+
+
+def _ranks(
+    adapter: LoraAdapter, max_rank: int | None, mean_rank: float | None, curvature: Mapping[str, float] | None
+) -> dict[str, int]:
+    ranks = {name: target.rank for name, target in adapter.targets.items()}
+    if mean_rank is not None:
+        ranks = ranks_for(adapter, mean_rank, curvature=curvature)
+    return {name: rank if max_rank is None else min(rank, max_rank) for name, rank in ranks.items()}
+
+
+def _peft(job: Job) -> Exported:
+    if kept := [*job.adapter.variants(), *sorted(job.adapter.further)]:
+        return _written(job, job.adapter, f"it has {kept[0]}: tensors and settings are copied as they are")
+    return _written(job, compact(job.adapter))
+
+
+def _universal(job: Job) -> Exported:
+    skeleton = job.require_base().skeleton()
+    names = [name for name, _ in skeleton.named_modules()]
+    return _written(job, universal(job.adapter, module_shapes(skeleton), names))
+
+
+def _written(job: Job, export: LoraAdapter, *notes: str) -> Exported:
+    """Writes an adapter in PEFT's format, and compares it."""
+    dtype = getattr(torch, job.dtype or "float32")
+    write_adapter(export if job.dtype is None else _cast(export, dtype), job.folder)
+    back = read_adapter(job.folder)
+    difference = compare_updates(job.adapter, back, dtype)
+    return _with_logits(job, Exported(difference, back.rank, len(back.targets), notes=notes), job.folder, dtype)
+
+
+def _gguf(job: Job) -> Exported:
+    config = job.require_base().skeleton().config
+    gguf.require_exportable(job.adapter, config)
+    name = job.dtype or "float32"
+    if name not in gguf.DTYPES:
+        raise SettingsError(f"--dtype {name}: numbers of a GGUF adapter are {' or '.join(gguf.DTYPES)}")
+    dtype = gguf.DTYPES[name]
+    gguf.write_gguf(job.adapter, config, job.folder / gguf.FILE, dtype)
+    back = gguf.read_gguf(job.folder / gguf.FILE, job.adapter, config)
+    done = Exported(compare_updates(job.adapter, back, dtype), back.rank, len(back.targets))
+    with TemporaryDirectory() as folder:
+        # PEFT runs what was read back from the file.
+        write_adapter(compact(back), Path(folder))
+        return _with_logits(job, done, Path(folder), dtype)
+
+
+def _with_logits(job: Job, done: Exported, export: Path, dtype: torch.dtype) -> Exported:
+    """Logits of the base with the source and with the export, both by PEFT in float32."""
+    if job.base is None or not job.base.compare:
+        return done
+    model = job.base.load("float32")
+    _require_fit(job.adapter, model)
+    if not takes_tokens(model):
+        return replace(done, notes=(*done.notes, _not_compared(model)))
+    reference = peft_logits(model, job.source)
+    del model  # one base at a time
+    gap, size = compare_logits(reference, peft_logits(job.base.load("float32"), export), dtype)
+    return replace(done, difference=replace(done.difference, logits=gap, logits_size=size))
+
+
+def _merged(job: Job) -> Exported:
+    base = job.require_base()
+    model = base.load(job.dtype)
+    _require_fit(job.adapter, model)
+    save_merged(merge_into(model, job.adapter, job.source), base.tokenizer(), job.folder)
+    saved, dtype = reload(job.folder, model), model.dtype
+    del model  # one base at a time, beside what was made of it
+    if beyond := [*job.adapter.variants(), *job.adapter.further]:
+        note = f"it has {beyond[0]}: merged by PEFT, compared by logits alone"
+        done = Exported(Difference(0.0, 0.0, 0.0, layer=None), notes=(note,))
+    else:
+        done = Exported(compare_weights(base.load(job.dtype), saved, job.adapter))
+    if not takes_tokens(saved):
+        return replace(done, notes=(*done.notes, _not_compared(saved)))
+    # In float32, so that all that differs is the rounding of the weights.
+    reference = peft_logits(base.load(job.dtype).float(), job.source)
+    gap, size = compare_logits(reference, logits(saved.float()), dtype)
+    return replace(done, difference=replace(done.difference, logits=gap, logits_size=size))
+
+
+def _require_fit(adapter: LoraAdapter, model: PreTrainedModel) -> None:
+    shapes = module_shapes(model)
+    for name, target in adapter.targets.items():
+        if target.kind != "convolution":
+            require_fits(name, target, shapes)
+    there = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    for name, tensor in adapter.saved.items():
+        if name in there and there[name] != tensor.shape:
+            own, base = ("×".join(map(str, shape)) for shape in (tensor.shape, there[name]))
+            raise SettingsError(
+                f"the adapter came with {name} of {own}, and the base has {base}: where its vocabulary was enlarged "
+                "before training (resize_token_embeddings), save that base and name it with --base"
+            )
+
+
+def _not_compared(model: PreTrainedModel) -> str:
+    return f"logits not compared: the model takes {model.main_input_name}"
+
+
+def _cast(adapter: LoraAdapter, dtype: torch.dtype) -> LoraAdapter:
+    return replace(
+        adapter,
+        targets={name: replace(t, a=t.a.to(dtype), b=t.b.to(dtype)) for name, t in adapter.targets.items()},
+        saved={name: tensor.to(dtype) for name, tensor in adapter.saved.items()},
+        further={name: tensor.to(dtype) for name, tensor in adapter.further.items()},
+    )
+
+
+FORMATS: Mapping[str, Callable[[Job], Exported]] = {
+    "peft": _peft,
+    "universal": _universal,
+    "gguf": _gguf,
+    "merged": _merged,
+}
+"""Each writes job.folder and returns what it found; it raises where the export is not its source."""

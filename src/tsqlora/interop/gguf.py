@@ -1,0 +1,168 @@
+"""A LoRA file for llama.cpp: names by the gguf package's map, rows where llama.cpp keeps them, one alpha."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tsqlora.errors import SettingsError, UnsupportedError, nearest
+from tsqlora.interop.lora import LoraAdapter, Target
+from tsqlora.interop.rewrite import commonest_scale, require_plain
+
+FILE = "adapter.gguf"
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """What llama.cpp calls a model type, and which of its layers have their rows in another order there."""
+
+    name: str
+    permuted: tuple[str, ...] = ()
+
+
+_ROTARY = ("q_proj", "k_proj")
+ARCHITECTURES = {
+    "arcee": Architecture("ARCEE", _ROTARY),
+    "gemma": Architecture("GEMMA"),
+    "gemma2": Architecture("GEMMA2"),
+    "gemma3_text": Architecture("GEMMA3"),
+    "gpt2": Architecture("GPT2"),
+    "granite": Architecture("GRANITE", _ROTARY),
+    "llama": Architecture("LLAMA", _ROTARY),
+    "mistral": Architecture("LLAMA", _ROTARY),
+    "phi3": Architecture("PHI3"),
+    "qwen2": Architecture("QWEN2"),
+    "qwen3": Architecture("QWEN3"),
+    "smollm3": Architecture("SMOLLM3", _ROTARY),
+    "starcoder2": Architecture("STARCODER2"),
+}
+"""By model_type.  The gguf package maps names of some 120 architectures, but does not say which weights llama.cpp's
+converter rearranges: here are those of which that is known (llama.cpp conversion/llama.py and granite.py permute the
+rows of q and k for rotary embeddings; the others change norms only, or nothing)."""
+
+
+def require_exportable(adapter: LoraAdapter, config: Any) -> None:
+    """Raises UnsupportedError, naming it, for what a LoRA file of llama.cpp cannot hold; SettingsError without gguf."""
+    _gguf()
+    require_plain(adapter, "a GGUF file")
+    if heads := adapter.heads():
+        raise UnsupportedError(
+            f"the adapter came with the module {heads[0]}, and a LoRA file of llama.cpp holds no whole modules; export "
+            "it with --format merged"
+        )
+    if config.model_type not in ARCHITECTURES:
+        raise UnsupportedError(
+            f"the base is a {config.model_type}, of which it is not known how llama.cpp arranges its weights; "
+            f"{nearest(config.model_type, ARCHITECTURES)}"
+        )
+    for name, target in adapter.targets.items():
+        if target.kind == "convolution":
+            raise UnsupportedError(f"{name} is a convolution, which a GGUF file cannot hold; leave it out")
+        if config.tie_word_embeddings and (target.kind == "embedding" or name.endswith("lm_head")):
+            raise UnsupportedError(
+                f"{name} shares its weight with another layer in this base, and llama.cpp would change both; export it "
+                "with --format merged"
+            )
+
+
+def write_gguf(adapter: LoraAdapter, config: Any, path: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Writes the file.  llama.cpp scales each layer by alpha / its rank: what differs from that is folded into B."""
+    gguf = _gguf()
+    require_exportable(adapter, config)
+    architecture, names = _architecture(config), _names(config)
+    alpha = _alpha(adapter)
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[getattr(gguf.MODEL_ARCH, architecture.name)])
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    for name, target in adapter.targets.items():
+        if target.rank == 0:
+            continue
+        b = target.b.double() * (target.scale * target.rank / alpha)
+        b = permuted(b, _heads(name, config)) if name.endswith(architecture.permuted or ("\n",)) else b
+        # llama.cpp looks tokens up in A, so that it is stored token by token.
+        a = target.a.T if target.kind == "embedding" else target.a
+        stored = _stored_name(names, name, target)
+        for suffix, matrix in (("lora_a", a), ("lora_b", b)):
+            writer.add_tensor(f"{stored}.{suffix}", matrix.to(dtype).contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def read_gguf(path: Path, source: LoraAdapter, config: Any) -> LoraAdapter:
+    """The adapter that llama.cpp reads in a file, under the names of the one it was made from."""
+    gguf = _gguf()
+    reader = gguf.GGUFReader(path)
+    tensors = {t.name: torch.from_numpy(t.data.copy()).reshape(*reversed(t.shape.tolist())) for t in reader.tensors}
+    alpha = float(reader.fields[gguf.Keys.Adapter.LORA_ALPHA].contents())
+    architecture, names = _architecture(config), _names(config)
+    targets = {}
+    for name, original in source.targets.items():
+        if original.rank == 0:
+            continue
+        stored = _stored_name(names, name, original)
+        a, b = tensors.pop(f"{stored}.lora_a"), tensors.pop(f"{stored}.lora_b")
+        if original.kind == "embedding":
+            a = a.T
+        if name.endswith(architecture.permuted or ("\n",)):
+            b = b[permuted(torch.arange(b.shape[0])[:, None], _heads(name, config)).flatten().argsort()]
+        targets[name] = replace(original, a=a, b=b, scale=alpha / b.shape[1])
+    assert not tensors, f"tensors of no target: {', '.join(tensors)}"
+    return replace(source, targets=targets)
+
+
+def _stored_name(names: Any, name: str, target: Target) -> str:
+    stored = names.get_name(f"{name}.weight", try_suffixes=(".weight",))
+    if stored is None or (target.kind == "embedding" and stored != "token_embd.weight"):
+        raise UnsupportedError(f"{name} is no layer that llama.cpp puts LoRA on; export it with --format merged")
+    return stored
+
+
+def permuted(rows: Tensor, heads: int) -> Tensor:
+    """Rows of q or k as llama.cpp has them: in each head the two halves of a rotary embedding alternate.
+
+    >>> permuted(torch.arange(4)[:, None], 1).flatten().tolist()
+    [0, 2, 1, 3]
+    """
+    half = rows.shape[0] // heads // 2
+    return rows.reshape(heads, 2, half, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def _heads(name: str, config: Any) -> int:
+    heads = config.num_attention_heads
+    return (getattr(config, "num_key_value_heads", None) or heads) if name.endswith("k_proj") else heads
+
+
+def _alpha(adapter: LoraAdapter) -> float:
+    """The alpha with which most layers need nothing folded into B.  Never 0, which llama.cpp takes for none."""
+    scale = commonest_scale(adapter.targets.values())
+    ranks = Counter(t.rank for t in adapter.targets.values() if t.rank and t.scale == scale)
+    # Exact in float32, as the file has it.
+    return float(torch.tensor(scale * max(ranks, key=lambda rank: (ranks[rank], rank), default=1), dtype=torch.float32))
+
+
+def _architecture(config: Any) -> Architecture:
+    return ARCHITECTURES[config.model_type]
+
+
+def _names(config: Any) -> Any:
+    gguf = _gguf()
+    return gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, _architecture(config).name), config.num_hidden_layers)
+
+
+def _gguf() -> Any:
+    try:
+        import gguf
+    except ImportError:
+        raise SettingsError("--format gguf needs the package gguf; install it: pip install 'tsqlora[gguf]'") from None
+    return gguf
+
+
+DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "float16": torch.float16}
+"""What the file's numbers may be."""

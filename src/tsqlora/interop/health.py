@@ -1,0 +1,68 @@
+"""What the numbers of an adapter say by themselves: NaN, slots that do nothing, the rank that is really used."""
+
+from dataclasses import dataclass
+
+import torch
+
+from tsqlora.interop.lora import LoraAdapter, Target
+from tsqlora.interop.rewrite import decompose
+
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Values that vLLM's --max-lora-rank takes (vllm/config/lora.py, 0.30 to 0.33; it takes 1, too)."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerHealth:
+    """One layer's numbers.
+
+    Attributes:
+        nonfinite: NaN and infinite numbers in A and B; with any, the others are 0.
+        zero: slots whose row of A or column of B is zero.
+        duplicate: slots beyond these that add no direction: the rank of BA is lower by as many.
+        effective: exp of the entropy of the singular values of BA, normalised to sum 1
+            (Roy and Vetterli, 2007): between 1 and the rank, 0 for a layer that does nothing.
+        norm: ‖ΔW‖, Frobenius.
+    """
+
+    rank: int
+    nonfinite: int
+    zero: int
+    duplicate: int
+    effective: float
+    norm: float
+
+
+def layer_health(target: Target) -> LayerHealth:
+    """A layer's numbers.  Singular values below 1e-6 of the largest count as none: directions of float16 at best."""
+    broken = sum(int((~torch.isfinite(matrix)).sum()) for matrix in (target.a, target.b))
+    if broken or not target.rank:
+        return LayerHealth(target.rank, broken, 0, 0, 0.0, 0.0)
+    a, b = target.matrices()
+    alive = int(((a != 0).any(1) & (b != 0).any(0)).sum())
+    _, singular, _ = decompose(target)
+    used = singular[singular > 1e-6 * singular.max()]
+    shares = used / used.sum()
+    effective = float(torch.exp(-(shares * shares.log()).sum())) if len(used) else 0.0
+    norm = abs(target.scale) * float(singular.norm())
+    return LayerHealth(target.rank, 0, target.rank - alive, max(alive - len(used), 0), effective, norm)
+
+
+def health(adapter: LoraAdapter) -> dict[str, LayerHealth]:
+    """Each target's numbers."""
+    return {name: layer_health(target) for name, target in adapter.targets.items()}
+
+
+def broken(adapter: LoraAdapter) -> dict[str, int]:
+    """How many numbers are NaN or infinite in the tensors beside the targets' A and B, by name, where there are any."""
+    others = {**adapter.saved, **adapter.further}
+    counts = {name: int((~torch.isfinite(t.double())).sum()) for name, t in others.items() if t.is_floating_point()}
+    return {name: count for name, count in counts.items() if count}
+
+
+def vllm_rank(rank: int) -> int | None:
+    """The value of --max-lora-rank that vLLM needs for an adapter of this rank; None where there is none.
+
+    >>> vllm_rank(5), vllm_rank(9), vllm_rank(600)
+    (8, 16, None)
+    """
+    return next((value for value in VLLM_RANKS if value >= rank), None)

@@ -1,0 +1,202 @@
+"""That an export is what it was made from: its update, layer by layer, and a model's logits with it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from tsqlora.errors import TsqLoraError
+from tsqlora.interop.lora import LoraAdapter, Target
+
+_ROWS, _TOKENS = 4, 12
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How far an export is from its source.
+
+    Attributes:
+        update: largest |ΔW − ΔW'| of any layer. `relative`: the same in units of that layer's largest |ΔW|.
+        used: the largest share of what rounding may do that was used up; above 1 is an error.
+        layer: where that was; None where updates were not compared.
+        logits: largest difference of logits, None where no base was at hand. `logits_size`: the largest logit.
+    """
+
+    update: float
+    relative: float
+    used: float
+    layer: str | None = ""
+    logits: float | None = None
+    logits_size: float | None = None
+
+    def with_layer(self, name: str, gap: Tensor, bound: Tensor, delta: Tensor) -> "Difference":
+        """The worse of this and another layer, in each number."""
+        if not gap.numel():
+            return self
+        size, largest = float(delta.abs().max()), float(gap.max())
+        used = float((gap / bound.clamp(min=torch.finfo(torch.float64).tiny)).max())
+        return Difference(
+            max(self.update, largest),
+            max(self.relative, largest / size if size else 0.0),
+            max(self.used, used),
+            name if used > self.used else self.layer,
+        )
+
+
+def compare_updates(source: LoraAdapter, export: LoraAdapter, dtype: torch.dtype) -> Difference:
+    """The update of each layer against the other's; a layer that only one has is zero in the other.
+
+    What is allowed is what rounding the factors to `dtype` once may do: 2.1 ε·|s|·|B||A|.
+    Raises TsqLoraError, naming the layer, where an update differs by more, and where heads differ.
+    """
+    worst = Difference(0.0, 0.0, 0.0)
+    for name in sorted({*source.targets, *export.targets}):
+        mine, other = source.targets.get(name), export.targets.get(name)
+        delta = _delta(mine)
+        gap = (delta - _delta(other)).abs()
+        if not torch.isfinite(gap).all():
+            raise TsqLoraError(f"{name}: the update is not finite; `tsqlora doctor` shows which layers hold NaN")
+        bound = 2.1 * torch.finfo(dtype).eps * _products(mine or other) + least(dtype) * _sums(mine or other)
+        worst = worst.with_layer(name, gap, bound, delta)
+    if worst.used > 1:
+        raise TsqLoraError(
+            f"the export's update differs by {worst.update:.3g} in {worst.layer}, more than {dtype} explains; nothing "
+            "was written"
+        )
+    _require_equal_heads(source, export, dtype)
+    return worst
+
+
+def _delta(target: Target | None) -> Tensor:
+    return torch.zeros(1, dtype=torch.float64) if target is None else target.delta()
+
+
+def _products(target: Target | None) -> Tensor:
+    """|s|·|B||A|: the sizes of what is added up in ΔW."""
+    assert target is not None
+    a, b = target.matrices()
+    return abs(target.scale) * (b.abs() @ a.abs())
+
+
+def _sums(target: Target | None) -> Tensor:
+    """|s|·(Σ|A| + Σ|B|) over the ranks: what ΔW moves by where every number of A and B moves by one."""
+    assert target is not None
+    a, b = target.matrices()
+    return abs(target.scale) * (b.abs().sum(1, keepdim=True) + a.abs().sum(0, keepdim=True))
+
+
+def least(dtype: torch.dtype) -> float:
+    """The smallest number of a dtype above 0: what rounding may do to small ones, whatever their size.
+
+    >>> least(torch.float16) == 2.0**-24
+    True
+    """
+    known = torch.finfo(dtype)
+    return known.tiny * known.eps
+
+
+def _require_equal_heads(source: LoraAdapter, export: LoraAdapter, dtype: torch.dtype) -> None:
+    if source.saved.keys() != export.saved.keys():
+        raise TsqLoraError("the export has other saved modules than its source; nothing was written")
+    for name, tensor in source.saved.items():
+        gap = (tensor.double() - export.saved[name].double()).abs()
+        if not bool((gap <= tensor.double().abs() * torch.finfo(dtype).eps + least(dtype)).all()):
+            raise TsqLoraError(f"the export's {name} differs by {float(gap.max()):.3g}; nothing was written")
+
+
+def peft_logits(model: PreTrainedModel, folder: Path) -> Tensor:
+    """Logits of the model with an adapter, by PEFT; the model is used up."""
+    return logits(PeftModel.from_pretrained(model, str(folder)))
+
+
+def logits(model: nn.Module) -> Tensor:
+    """What the model says of a few rows of random tokens, in float32; its last hidden state where it has no logits."""
+    model.eval()
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        said = model(**{name: value.to(device) for name, value in probe_rows(model).items()})
+    if "start_logits" in said:  # question answering
+        return torch.stack([said.start_logits, said.end_logits]).float().cpu()
+    found = said.logits if "logits" in said else said.last_hidden_state
+    return found.float().cpu()
+
+
+def takes_tokens(model: PreTrainedModel) -> bool:
+    """Whether `logits` can feed the model."""
+    return model.main_input_name == "input_ids"
+
+
+def probe_rows(model: Any) -> dict[str, Tensor]:
+    """A batch of random tokens, the same for every model with this vocabulary, each row ending in its end token."""
+    config = model.config
+    generator = torch.Generator().manual_seed(0)
+    special = {config.pad_token_id, *_as_list(config.eos_token_id)} - {None}
+    ordinary = torch.tensor([token for token in range(config.get_text_config().vocab_size) if token not in special])
+    ids = ordinary[torch.randint(len(ordinary), (_ROWS, _TOKENS), generator=generator)]
+    if ends := _as_list(config.eos_token_id):
+        ids[:, -1] = ends[0]
+    rows = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if config.is_encoder_decoder:
+        rows["decoder_input_ids"] = ids
+    return rows
+
+
+def _as_list(token: Any) -> list[int]:
+    return [] if token is None else list(token) if isinstance(token, list) else [token]
+
+
+def compare_logits(reference: Tensor, export: Tensor, dtype: torch.dtype) -> tuple[float, float]:
+    """The largest difference and the largest logit.
+
+    Rounding weights to `dtype` moves logits by a few of its ε, float32's own sums by more than
+    its ε: 32 ε or 1e-4 of the largest are allowed.  Raises TsqLoraError beyond.
+    """
+    gap, size = float((reference - export).abs().max()), float(reference.abs().max())
+    if not gap <= max(32 * torch.finfo(dtype).eps, 1e-4) * size:
+        raise TsqLoraError(
+            f"the export's logits differ by {gap:.3g} of {size:.3g}, more than {dtype} explains; nothing was written"
+        )
+    return gap, size
+
+
+def compare_weights(base: PreTrainedModel, merged: PreTrainedModel, adapter: LoraAdapter) -> Difference:
+    """Each parameter of a merged model against base + ΔW, or against what the adapter saved of it.
+
+    What is allowed are two ε of the model's dtype of both terms, and ΔW's own sums in float32.
+    Raises TsqLoraError, naming the parameter.
+    """
+    expected, worst = dict(base.named_parameters(remove_duplicate=False)), Difference(0.0, 0.0, 0.0)
+    for name, parameter in merged.named_parameters():
+        module, _, leaf = name.rpartition(".")
+        eps = torch.finfo(parameter.dtype).eps
+        after, before = parameter.detach().double(), adapter.saved.get(name, expected[name]).detach().double()
+        delta, bound = torch.zeros_like(before), 2 * (eps * before.abs() + least(parameter.dtype))
+        target = adapter.targets.get(module) if leaf == "weight" else None
+        if target is not None:
+            turned = target.kind == "embedding" or isinstance(merged.get_submodule(module), Conv1D)
+            delta, products = (x.T if turned else x for x in (target.delta(), _products(target)))
+            bound = bound + max(2 * eps, target.rank * torch.finfo(torch.float32).eps) * products
+        worst = worst.with_layer(name, (after - before - delta).abs(), bound, delta)
+    if worst.used > 1:
+        raise TsqLoraError(
+            f"the merged {worst.layer} is not base + ΔW, by {worst.used:.3g} times what rounding explains; nothing was "
+            "written"
+        )
+    return worst
+
+
+def describe(difference: Difference) -> Mapping[str, Any]:
+    """For JSON; None for what was not compared."""
+    compared = difference.layer is not None
+    return {
+        "update_difference": difference.update if compared else None,
+        "relative_difference": difference.relative if compared else None,
+        "logits_difference": difference.logits,
+        "largest_logit": difference.logits_size,
+    }

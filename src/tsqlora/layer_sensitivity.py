@@ -1,0 +1,288 @@
+"""How much the loss depends on each layer: estimators, and the probe that measures them.
+
+METHOD section 2.  A probe looks at a backward pass, whoever runs it: a pass of its own over
+the quality sample, or a training step's.
+"""
+
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from tsqlora import distributed
+from tsqlora.errors import SettingsError, UnsupportedError, nearest
+from tsqlora.gradients.capture import Capture, capture
+from tsqlora.gradients.eval_mode import eval_mode
+from tsqlora.gradients.ghost import Factored, LookupGradient, wide
+from tsqlora.gradients.sites import effective_weight, lora_layers, lora_matrices, require_float64, target_site
+from tsqlora.ranks.allocate import Sensitivity
+from tsqlora.tasks import Task
+from tsqlora.tasks.forward import Collate, model_logits, precision, split_labels, task_of
+
+Estimator = Callable[[Tensor, Tensor, LoraLayer], Tensor]
+"""(a, b: n × t × o, layer) -> the sum over the n samples of the layer's number; a is n × t × i, of an Embedding the
+indices n × t."""
+
+CHUNK = 2**21
+"""Entries of per-sample gradients that exist at a time."""
+
+SAMPLED_OUTPUTS = 64
+
+SKETCH_ROWS = 8
+
+
+def weight_times_gradient(a: Shaped[Tensor, "n t *i"], b: Float[Tensor, "n t o"], layer: LoraLayer) -> Tensor:
+    """Σ over samples of mean |W ⊙ ∇W ℓ|, METHOD eq. 6.
+
+    The absolute value is taken per sample, so the number adds up over batches and processes.
+    """
+    return _weight_times_gradient(a, b, layer, every=1)
+
+
+def sampled(a: Shaped[Tensor, "n t *i"], b: Float[Tensor, "n t o"], layer: LoraLayer) -> Tensor:
+    """The same mean over every k-th output alone: about SAMPLED_OUTPUTS of a wide layer, up to twice as many.
+
+    Every input and every sample counts. The entries of eq. 6 cost as much as they are, whatever the length of a
+    sample; of short ones they were most of a step.
+    """
+    return _weight_times_gradient(a, b, layer, every=stride(b.shape[2]))
+
+
+def stride(outputs: int) -> int:
+    """Which outputs `sampled` takes of so many; no multiple of 16, which falls on few places of each attention head.
+
+    Those places differ: rotary positions turn some fast and some slowly.
+
+    >>> [stride(outputs) for outputs in (64, 384, 1536, 2048, 4096)]
+    [1, 6, 24, 37, 69]
+    """
+    every = max(1, outputs // SAMPLED_OUTPUTS)
+    return every + 5 if every % 16 == 0 else every
+
+
+def _weight_times_gradient(a: Tensor, b: Tensor, layer: LoraLayer, *, every: int) -> Tensor:
+    weight, b = effective_weight(layer, every=every).abs().to(wide(b)), b[..., ::every]
+    if _is_lookup(layer):
+        ids, rows = looked_up(a, wide(b), weight.shape[1])
+        return (rows.abs() * weight.T[ids]).sum() / weight.numel()
+    weight = weight.flatten()
+    return _over_chunks(a, b, lambda grads: (grads.abs_().flatten(1) @ weight).sum()) / weight.numel()
+
+
+def fisher(a: Shaped[Tensor, "n t *i"], b: Float[Tensor, "n t o"], layer: LoraLayer) -> Tensor:
+    """Σ over samples of mean (∇W ℓ)²; by ghost norms."""
+    b = wide(b)
+    gradient = LookupGradient(a, b) if _is_lookup(layer) else Factored(a.to(b), b)
+    return gradient.norm_sq().sum() / math.prod(_shape(layer))
+
+
+def adapter_only(a: Shaped[Tensor, "n t *i"], b: Float[Tensor, "n t o"], layer: LoraLayer) -> Tensor:
+    """Σ over samples of mean |θ ⊙ ∇θ ℓ| over the entries of A and B; dropout before A is left out."""
+    b = wide(b)
+    total, entries = b.new_zeros(()), 0
+    for adapter in layer.active_adapters:
+        down, up = (part.to(b) for part in lora_matrices(layer, adapter))
+        if _is_lookup(layer):
+            ids, rows = looked_up(a, b, down.shape[1])
+            by_down, between = (rows @ up) * down.T[ids], down.T[a]
+        else:
+            by_down, between = (b @ up).mT @ a.to(b) * down, a.to(b) @ down.T
+        by_up = b.mT @ between * up
+        total = total + layer.scaling[adapter] * (by_down.abs().sum() + by_up.abs().sum())
+        entries += down.numel() + up.numel()
+    return total / max(entries, 1)
+
+
+def uniform(a: Shaped[Tensor, "n t *i"], b: Float[Tensor, "n t o"], layer: LoraLayer) -> Tensor:
+    """The same for every layer: ranks stay uniform."""
+    return torch.tensor(float(len(a)), device=b.device)
+
+
+def random(a: Shaped[Tensor, "n t *i"], b: Float[Tensor, "n t o"], layer: LoraLayer) -> Tensor:
+    """Log-normal noise that says nothing, seeded by the gradient's own bits: the control."""
+    seed = zlib.crc32(b.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    noise = torch.randn((), generator=torch.Generator().manual_seed(seed))
+    return (noise.exp() * len(a)).to(b.device)
+
+
+ESTIMATORS: dict[str, Estimator] = {
+    "sensitivity": weight_times_gradient,
+    "sampled": sampled,
+    "fisher": fisher,
+    "adapter": adapter_only,
+    "uniform": uniform,
+    "random": random,
+}
+
+
+def get_estimator(estimator: str | Estimator) -> Estimator:
+    """An entry of ESTIMATORS, or the callable itself.  Raises SettingsError for an unknown name."""
+    if callable(estimator):
+        return estimator
+    if estimator not in ESTIMATORS:
+        raise SettingsError(f"unknown ranks.estimator '{estimator}'; {nearest(estimator, ESTIMATORS)}")
+    return ESTIMATORS[estimator]
+
+
+@dataclass(slots=True)
+class Probe:
+    """Adds up each layer's sensitivity and a sketch of its gradient over the backwards it sees."""
+
+    layers: Mapping[str, LoraLayer]
+    estimator: str | Estimator
+    seed: int = 0
+    samples: dict[str, int] = field(default_factory=dict)
+    totals: dict[str, Tensor] = field(default_factory=dict)
+    sketches: dict[str, Tensor] = field(default_factory=dict)
+
+    def watch(self, model: nn.Module) -> AbstractContextManager[Capture]:
+        """While open, every backward of `model` is added."""
+        return capture(model, {name: target_site(name, layer) for name, layer in self.layers.items()}, self._add)
+
+    def sensitivity(self) -> Sensitivity:
+        """The mean over the samples seen, on all processes; a layer that was not used has 0."""
+        zero = self._zero()
+        values = distributed.summed(torch.stack([self.totals.get(name, zero).to(zero) for name in self.layers]))
+        # Not every layer need be used in every pass; one that always is has seen them all.
+        samples = int(distributed.summed(torch.tensor(max(self.samples.values(), default=0), device=zero.device)))
+        if samples == 0:
+            raise UnsupportedError("no backward pass went through the LoRA layers while they were probed")
+        estimator = self.estimator if isinstance(self.estimator, str) else getattr(self.estimator, "__name__", "custom")
+        return Sensitivity(
+            {name: float(value) / samples for name, value in zip(self.layers, values, strict=True)},
+            {name: _shape(layer) for name, layer in self.layers.items()},
+            estimator,
+            samples,
+        )
+
+    def directions(self) -> dict[str, Float[Tensor, "k i"]]:
+        """Ω ∇W of each layer, summed over samples and processes; Ω is k × o."""
+        zero = self._zero()
+        unseen = {name: zero.new_zeros(SKETCH_ROWS, _shape(layer)[0]) for name, layer in self.layers.items()}
+        return {name: distributed.summed(self.sketches.get(name, zeros).to(zero)) for name, zeros in unseen.items()}
+
+    def _zero(self) -> Tensor:
+        """In what numbers processes add up, and where: a process adds zero for what it has not seen."""
+        layer = cast(nn.Module, next(iter(self.layers.values())))
+        return torch.zeros((), dtype=torch.float64, device=next(layer.parameters()).device)
+
+    def _add(self, name: str, a: Tensor, b: Tensor) -> None:
+        number = get_estimator(self.estimator)(a, b, self.layers[name])
+        sketched = _omega(name, self.seed, b.shape[2]).to(wide(b)) @ wide(b).flatten(0, 1).T
+        if _is_lookup(self.layers[name]):
+            inputs, _ = _shape(self.layers[name])
+            sketch = sketched.new_zeros(len(sketched), inputs).index_add_(1, a.flatten(), sketched)
+        else:
+            sketch = sketched @ a.flatten(0, 1).to(sketched)
+        self.samples[name] = self.samples.get(name, 0) + len(a)
+        self.totals[name] = self.totals.get(name, 0) + number
+        self.sketches[name] = self.sketches.get(name, 0) + sketch
+
+
+def sensitivity(
+    model: nn.Module,
+    dataset: Any,
+    collate: Collate,
+    *,
+    estimator: str | Estimator = "sensitivity",
+    task: Task | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
+    autocast: torch.dtype | None = None,
+) -> Sensitivity:
+    """Each LoRA layer's sensitivity on these samples: METHOD eq. 6.
+
+    `dataset` is the sample to measure on, the quality sample for the method as published. `estimator` is a name in
+    ESTIMATORS, or a function as those: "sensitivity" is eq. 6 over every weight, "sampled" the same over some of them,
+    which is cheaper and what RankCallback and the commands use. One forward and one backward pass; the model is left
+    as it was.
+
+    Raises UnsupportedError for a model without LoRA layers, SettingsError for an unknown estimator.
+    """
+    probe = probe_pass(
+        model,
+        dataset,
+        collate,
+        estimator=estimator,
+        task=task,
+        batch_size=batch_size,
+        seed=seed,
+        autocast=autocast,
+    )
+    return probe.sensitivity()
+
+
+def probe_pass(
+    model: nn.Module,
+    dataset: Any,
+    collate: Collate,
+    *,
+    estimator: str | Estimator = "sensitivity",
+    task: Task | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
+    autocast: torch.dtype | None = None,
+) -> Probe:
+    """A pass of its own over the samples: sensitivities, and gradient sketches."""
+    model = distributed.unwrapped(model)
+    layers = lora_layers(model)
+    if not layers:
+        raise UnsupportedError("the model has no LoRA layers to measure; make it with tsqlora.wrap(model)")
+    get_estimator(estimator)
+    if len(dataset) == 0:
+        raise SettingsError("there are no rows to measure sensitivity on")
+    task = task or task_of(model)
+    probe = Probe(layers, estimator, seed)
+    device = next(model.parameters()).device
+    require_float64(device)
+    with eval_mode(model), torch.enable_grad(), probe.watch(model) as tap:
+        for start in range(0, len(dataset), batch_size):
+            rows = [dataset[j] for j in range(start, min(start + batch_size, len(dataset)))]
+            inputs, labels = split_labels(collate(rows), model)
+            with precision(device, autocast):
+                losses = task.loss(model_logits(model, inputs, task), labels)
+            # Summed, not averaged: a sample's gradient must not depend on its batch.
+            torch.autograd.grad(losses.sum(), [tap.anchor], allow_unused=True)
+    return probe
+
+
+def looked_up(
+    ids: Int[Tensor, "n t"], b: Float[Tensor, "n t o"], vocabulary: int
+) -> tuple[Int[Tensor, " u"], Float[Tensor, "u o"]]:
+    """All rows of the samples' gradients of an Embedding that are not zero, and which rows of it they are."""
+    keys = ids + vocabulary * torch.arange(len(ids), device=ids.device)[:, None]
+    unique, places = torch.unique(keys, return_inverse=True)
+    rows = b.new_zeros(len(unique), b.shape[2]).index_add_(0, places.flatten(), b.flatten(0, 1))
+    return unique % vocabulary, rows
+
+
+def _is_lookup(layer: LoraLayer) -> bool:
+    return isinstance(layer.get_base_layer(), nn.Embedding)
+
+
+def _shape(layer: LoraLayer) -> tuple[int, int]:
+    return cast(int, layer.in_features), cast(int, layer.out_features)
+
+
+def _over_chunks(a: Tensor, b: Tensor, number: Callable[[Tensor], Tensor]) -> Tensor:
+    """Sum of `number(per-sample gradients)` over chunks small enough to stay in the cache.
+
+    `number` may change what it gets. Where b is in half precision entries are rounded to it, as training rounds.
+    """
+    step = max(1, CHUNK // (a.shape[2] * b.shape[2]))
+    a = a.to(b)
+    parts = [number(wide(b[k : k + step].mT @ a[k : k + step])) for k in range(0, len(a), step)]
+    return torch.stack(parts).sum()
+
+
+def _omega(name: str, seed: int, outputs: int) -> Float[Tensor, "k o"]:
+    """The sketching matrix of a layer: the same for the same seed, step and process."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
+    return torch.randn(SKETCH_ROWS, outputs, generator=generator) / SKETCH_ROWS**0.5

@@ -1,6 +1,0 @@
-"""Other methods, each built by one function for a stock Trainer: what `compare` compares with."""
-
-from tsqlora.rivals.methods import RIVALS, get_rival
-from tsqlora.rivals.setup import Built, Setup
-
-__all__ = ["RIVALS", "Built", "Setup", "get_rival"]

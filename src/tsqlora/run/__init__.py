@@ -1,0 +1,1 @@
+"""One run from settings to adapter: settings, job, plan, train, score, allocate, predict, record."""

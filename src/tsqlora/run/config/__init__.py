@@ -1,0 +1,27 @@
+"""Settings: YAML in, a frozen typed `Config` out, and back."""
+
+from tsqlora.run.config.file import dump_config, load_config, template
+from tsqlora.run.config.settings import (
+    PRESETS,
+    REFUSED_ARGUMENTS,
+    Config,
+    PresetName,
+    QualitySettings,
+    RankSettings,
+    Section,
+    WeightSettings,
+)
+
+__all__ = [
+    "PRESETS",
+    "REFUSED_ARGUMENTS",
+    "Config",
+    "PresetName",
+    "QualitySettings",
+    "RankSettings",
+    "Section",
+    "WeightSettings",
+    "dump_config",
+    "load_config",
+    "template",
+]

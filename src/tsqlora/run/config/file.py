@@ -1,0 +1,131 @@
+"""Settings in a file: YAML in, a checked `Config` out, and back."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from tsqlora.compat.yaml12 import MOST_BYTES, YamlProblem, dump_yaml, inline_yaml, load_yaml
+from tsqlora.errors import SettingsError
+from tsqlora.run.config.messages import allowed, explain
+from tsqlora.run.config.settings import Config, Section
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+    """The settings in a YAML file, checked.
+
+    `overrides` are `key.key=value` with the value in YAML; they win over the file. A relative
+    `model.path` or data file is looked for in the working directory, then beside the file, and
+    made absolute where found; what is not found is left as it is: a hub id.
+
+    Raises `SettingsError` naming the file (or `--set`), the dotted key, its value and the cure.
+    """
+    raw = _read(path)
+    assignments = [_parse_override(override) for override in overrides]
+    for key, value in assignments:
+        _assign(raw, key, value)
+    # Empty sections in place of absent ones: a missing key is then reported under its full name.
+    sections: dict[str, Any] = {name: {} for name in Config.model_fields}
+    try:
+        config = Config.model_validate(sections | raw)
+    except ValidationError as error:
+        message = explain(error.errors(), raw)
+        overridden = any(re.search(rf"(?<![\w.]){re.escape(key)}(?!\.?\w)", message) for key, _ in assignments)
+        raise SettingsError(f"{'--set' if overridden else path}: {message}") from None
+    return _with_absolute_paths(config, Path(path).parent)
+
+
+def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise SettingsError(
+            f"{path}: cannot be read ({error.strerror}); 'tsqlora init -o FILE' writes a file to start from"
+        ) from None
+    try:
+        raw = load_yaml(content)
+    except YamlProblem as error:
+        raise SettingsError(f"{path}: not valid YAML: {error}") from None
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise SettingsError(f"{path}: holds a {type(raw).__name__}, not settings; write sections, such as 'model:'")
+    return raw
+
+
+def dump_config(config: Config) -> str:
+    """YAML with every setting, which `load_config` reads back to an equal `Config`."""
+    return dump_yaml(config.model_dump())
+
+
+def template(task: str | None = None) -> str:
+    """YAML to start from: every setting with its description, type and default; it loads as it is."""
+    example = {"model.path": "sentence-transformers/all-MiniLM-L6-v2", "data.train": "train.jsonl"}
+    if task is not None:
+        example["task.type"] = task
+    lines = ["# Settings of a tsqlora run. What is left out has its default.", *_describe(Config, example)]
+    return "\n".join(lines) + "\n"
+
+
+def _describe(section: type[Section], example: Mapping[str, str], prefix: str = "") -> list[str]:
+    indent = "  " * prefix.count(".")
+    lines: list[str] = []
+    for name, field in section.model_fields.items():
+        key = f"{prefix}{name}"
+        lines += [*([] if prefix else [""]), f"{indent}# {field.description}"]
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Section):
+            lines += [f"{indent}{name}:", *_describe(inner, example, f"{key}.")]
+            continue
+        default = "required" if field.is_required() else f"default {inline_yaml(field.default)}"
+        value = inline_yaml(example.get(key, field.default))
+        lines.append(f"{indent}{name}: {value}  # {allowed(field)}; {default}")
+    return lines
+
+
+def _with_absolute_paths(config: Config, beside: Path) -> Config:
+    data = config.data
+    files = {name: _locate(getattr(data, name), beside) for name in ("train", "validation", "test")}
+    model = config.model.model_copy(update={"path": _locate(config.model.path, beside)})
+    adapter = config.adapter.model_copy(update={"init_from": _locate(config.adapter.init_from, beside)})
+    return config.model_copy(update={"model": model, "adapter": adapter, "data": data.model_copy(update=files)})
+
+
+def _locate(path: str | None, beside: Path) -> str | None:
+    if path is None:
+        return None
+    path = os.path.expanduser(path)
+    # os.path, not pathlib: exists() of the latter raises for names that no file can have.
+    here = (candidate for candidate in (path, os.path.join(beside, path)) if os.path.exists(candidate))
+    found = next(here, None)
+    return path if found is None else os.path.abspath(found)
+
+
+_MOST_DOTS = 9
+
+
+def _parse_override(override: str) -> tuple[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")) or key.count(".") > _MOST_DOTS:
+        raise SettingsError(f"--set: {override!r} is not key.key=value, such as quality.fraction=0.3")
+    try:
+        return key, load_yaml(text)
+    except YamlProblem as error:
+        raise SettingsError(f"--set: the value of {override!r} is not YAML ({error}); put it in quotes") from None
+
+
+def _assign(raw: dict[str, Any], key: str, value: object) -> None:
+    *sections, name = key.split(".")
+    here = raw
+    for depth, section in enumerate(sections, start=1):
+        if here.get(section) is None:
+            here[section] = {}
+        here = here[section]
+        if not isinstance(here, dict):
+            parent = ".".join(sections[:depth])
+            raise SettingsError(f"--set: unknown key {key!r}; {parent!r} has no settings under it")
+    here[name] = value

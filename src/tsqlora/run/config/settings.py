@@ -1,0 +1,308 @@
+"""Every setting, declared once: its type, bounds, default and one line of description.
+
+`template` prints them, and messages about wrong ones are made from them.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from tsqlora.compat.hub import is_revision
+from tsqlora.errors import SettingsError
+
+PresetName = Literal["default", "paper"]
+
+
+class Preset(NamedTuple):
+    """The weights of Q (METHOD eq. 4), and whether rows whose label seems wrong are left out (ours)."""
+
+    gradient_norm: float
+    loss_reduction: float
+    convergence: float
+    loss: float
+    ifd: float
+    reject: bool
+
+
+PRESETS: Mapping[PresetName, Preset] = {
+    "default": Preset(gradient_norm=0.0, loss_reduction=0.0, convergence=0.0, loss=0.0, ifd=0.0, reject=True),
+    "paper": Preset(gradient_norm=1 / 3, loss_reduction=1 / 3, convergence=1 / 3, loss=0.0, ifd=0.0, reject=False),
+}
+
+
+class Section(BaseModel):
+    """A mapping of settings: frozen, no unknown keys, no silent conversion, no empty text."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, str_min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_under_it_is_all_defaults(cls, given: Any) -> Any:
+        return {} if given is None else given
+
+
+def setting(default: Any, description: str, **bounds: Any) -> Any:
+    """A field with a default. One without is a plain `Field`, and must be set."""
+    return Field(default=default, description=description, **bounds)
+
+
+class ModelSettings(Section):
+    path: str = Field(description="Directory or hub id of the model to adapt.")
+    revision: str | None = setting(None, "Branch, tag or commit of a hub model.")
+    dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", "What the frozen weights are loaded as.")
+    quantization: Literal["4bit", "8bit"] | None = setting(
+        None, "Pack the frozen linear layers by bitsandbytes, 4bit as NF4; they compute in dtype. Null packs none."
+    )
+    trust_remote_code: bool = setting(False, "Run code that comes with the model.")
+
+    @model_validator(mode="after")
+    def _revision_is_no_path(self) -> "ModelSettings":
+        if self.revision is not None and not is_revision(self.revision):
+            raise SettingsError(f"model.revision is {self.revision!r}; it takes a branch, a tag or a commit")
+        return self
+
+
+class TaskSettings(Section):
+    type: str = setting(
+        "sequence-classification", "What the model learns: sequence-classification, regression, causal-lm, seq2seq."
+    )
+    max_new_tokens: int = setting(64, "Tokens that a generating model may write.", ge=1)
+    beams: int = setting(1, "Beams of a search; 1 writes greedily.", ge=1)
+
+
+class DataSettings(Section):
+    train: str = Field(description="File, directory of splits, or hub id of the training rows.")
+    validation: str | None = setting(None, "The same for validation; null takes a share of the training rows.")
+    test: str | None = setting(None, "The same for the final test; null takes that beside data.train, if any.")
+    text: str | None = setting(None, "Column of the text; null finds the usual ones.")
+    text_pair: str | None = setting(None, "Column of the second text; null finds the usual one if text is null, too.")
+    label: str | None = setting(None, "Column of the label; null finds the usual ones.")
+    format: str | None = setting(None, "Row format of a generating model's data; null finds it by the columns.")
+    prompt: str | None = setting(None, "Column of the prompt or document; null finds the usual ones.")
+    target: str | None = setting(None, "Column of the text to be written; null finds the usual ones.")
+    messages: str | None = setting(None, "Column of a chat's messages; null finds the usual ones.")
+    max_length: int | None = setting(None, "Tokens kept of a sample; null is the model's own limit.", ge=1)
+    max_target_length: int | None = setting(
+        None, "Tokens that a target may have behind an encoder; null is max_length.", ge=1
+    )
+    packing: bool = setting(False, "Train a causal model on rows that several samples share, each as if alone.")
+    validation_fraction: float = setting(
+        0.1, "Share of the training rows used where no validation is given.", gt=0, lt=1
+    )
+
+
+class WeightSettings(Section):
+    gradient_norm: float | None = setting(None, "Weight of the gradient norm in Q; null is the preset's.")
+    loss_reduction: float | None = setting(None, "Weight of the loss reduction in Q; null is the preset's.")
+    convergence: float | None = setting(None, "Weight of the convergence term in Q; null is the preset's.")
+    loss: float | None = setting(None, "Weight of the loss in Q; null is the preset's.")
+    ifd: float | None = setting(
+        None, "Weight of the instruction-following difficulty in Q, of causal-lm; null is the preset's."
+    )
+
+
+class QualitySettings(Section):
+    enabled: bool = setting(True, "Draw rows by quality; false draws the same share at random.")
+    fraction: float = setting(0.5, "Share of the rows that an epoch trains on.", gt=0, le=1)
+    preset: PresetName = setting("default", "Where weights and reject come from if not set.")
+    reject: bool | None = setting(
+        None, "Leave out rows whose label seems wrong, of classes, if there is evidence; null is the preset's."
+    )
+    weights: WeightSettings = setting(
+        WeightSettings(), "Weights of the terms of Q; where all are 0, kept rows are drawn equally often."
+    )
+    temperature: float | None = setting(None, "Of the softmax over Q: small is choosy; null is 1.", gt=0)
+    warmup: float = setting(1.0, "Passes over all rows, drawn at random, before scoring.", gt=0)
+    warmup_limit: float = setting(0.5, "Share of the run after which a model still at chance is refused.", gt=0, le=1)
+    resample: bool = setting(True, "Draw anew each epoch; false keeps the first draw.")
+    scope: Literal["adapter", "full"] = setting(
+        "adapter", "Gradients of what trains, or of the full target layers and the head."
+    )
+    reference: int = setting(512, "Rows whose mean gradient a sample is compared with.", ge=2)
+    calibrate: bool = setting(True, "Correct a leaning to one class before scoring.")
+    unbiased: bool = setting(
+        False, "Weigh rows that a softmax over Q draws, so that the gradient stays that of all kept rows."
+    )
+    guard: bool = setting(True, "Draw at random where the rows that Q draws would teach less than random ones.")
+    recheck: bool = setting(False, "Look for wrong labels again while none are evident and a third of the run is left.")
+    harvest: bool = setting(False, "Keep each row's terms as training's own passes show them, in harvest.parquet.")
+
+    def resolved_weights(self) -> dict[str, float] | None:
+        """Weight of each term of Q: what is set, else the preset's; None where all are 0: no Q decides.
+
+        >>> QualitySettings(weights=WeightSettings(gradient_norm=2.0)).resolved_weights()
+        {'gradient_norm': 2.0, 'loss_reduction': 0.0, 'convergence': 0.0, 'loss': 0.0, 'ifd': 0.0}
+        """
+        preset = PRESETS[self.preset]._asdict()
+        given = self.weights.model_dump()
+        weights = {term: preset[term] if weight is None else weight for term, weight in given.items()}
+        return weights if any(weights.values()) else None
+
+    def weighted_terms(self) -> list[str]:
+        """The terms that decide."""
+        return [term for term, weight in (self.resolved_weights() or {}).items() if weight]
+
+    def resolved_temperature(self) -> float:
+        """Temperature of the softmax over Q."""
+        return 1.0 if self.temperature is None else self.temperature
+
+    def resolved_reject(self) -> bool | None:
+        """Whether rows whose label seems wrong are left out; None: of classes, not of numbers."""
+        if self.reject is None and PRESETS[self.preset].reject:
+            return None if self.resolved_weights() is None else False
+        return bool(self.reject)
+
+    @model_validator(mode="after")
+    def _weights_have_a_softmax(self) -> "QualitySettings":
+        if self.unbiased and self.resolved_weights() is None:
+            raise SettingsError(
+                "quality.unbiased true is of a softmax over Q, and every weight of Q is 0; set quality.weights or "
+                "quality.preset, or leave it out: rows drawn evenly need no weights"
+            )
+        if self.unbiased and self.harvest:
+            raise SettingsError(
+                "quality.harvest reads gradients that quality.unbiased weighs; set one of them to false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _recheck_has_a_question(self) -> "QualitySettings":
+        if self.recheck and (self.resolved_weights() is not None or self.resolved_reject() is False):
+            raise SettingsError(
+                "quality.recheck true asks again whether labels seem wrong, which is asked where no weight of Q is set "
+                "and quality.reject is not false; leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _temperature_has_a_softmax(self) -> "QualitySettings":
+        if self.temperature is not None and self.resolved_weights() is None:
+            raise SettingsError(
+                f"quality.temperature {self.temperature} is of a softmax over Q, and every weight of Q is 0; set "
+                "quality.weights or quality.preset, or leave it out"
+            )
+        return self
+
+
+class RankSettings(Section):
+    policy: str = setting("tsqlora", "How ranks change: tsqlora, by sensitivity; fixed, not after the first ones.")
+    mean: float = setting(8.0, "Rank of a uniform LoRA of the same number of parameters.", gt=0, le=65536)
+    min: int = setting(1, "Least rank of a layer; 0 may remove it.", ge=0)
+    max: int | None = setting(None, "Greatest rank of a layer; null is twice the mean.", ge=1, le=65536)
+    gamma: float = setting(1.0, "Ranks follow sensitivity to this power; 0 is uniform.", ge=0)
+    estimator: str = setting(
+        "sampled", "How a layer's sensitivity is measured: sampled, sensitivity, fisher, adapter, uniform, random."
+    )
+    samples: int = setting(256, "Rows of the quality sample on which it is measured.", ge=1)
+    interval: int | None = setting(None, "Optimizer steps between changes; null is 1/20 of the run, at least 10.", ge=1)
+    warmup: float = setting(0.1, "Share of the run before ranks may change.", ge=0, lt=1)
+    freeze: float = setting(0.3, "Share of the run at its end without changes.", ge=0, lt=1)
+    moves: int | None = setting(None, "Ranks that may move in the first change; null is 1/4 of the layers.", ge=1)
+
+    def resolved_max(self) -> int:
+        """Greatest rank of a layer: what is set, else twice the mean, rounded up."""
+        return math.ceil(2 * self.mean) if self.max is None else self.max
+
+    @model_validator(mode="after")
+    def _bounds_leave_room(self) -> "RankSettings":
+        if self.min > self.resolved_max():
+            raise SettingsError(
+                f"ranks.min {self.min} is above ranks.max {self.resolved_max()}; lower it or raise ranks.max"
+            )
+        if self.warmup + self.freeze >= 1:
+            raise SettingsError(
+                f"ranks.warmup {self.warmup} and ranks.freeze {self.freeze} leave no steps in which ranks "
+                "change; make their sum less than 1"
+            )
+        return self
+
+
+class AdapterSettings(Section):
+    alpha: float = setting(16.0, "The update is scaled by alpha / ranks.mean, at every rank.", gt=0)
+    dropout: float = setting(0.0, "Dropout on the adapter's input.", ge=0, lt=1)
+    target_modules: str | list[str] = setting(
+        "all-linear", "Layers to adapt: names, a pattern, or all-linear.", min_length=1
+    )
+    init_from: str | None = setting(
+        None, "Adapter, or run, to go on from; alpha, target_modules and ranks.mean are then its own."
+    )
+
+
+# TrainingArguments that another setting decides, or that would break the method: the cure of each.
+REFUSED_ARGUMENTS: Mapping[str, str] = {
+    "num_train_epochs": "set training.epochs",
+    "max_steps": "set training.epochs",
+    "per_device_train_batch_size": "set training.batch_size",
+    "per_device_eval_batch_size": "set training.eval_batch_size",
+    "output_dir": "give the run directory as --out",
+    "resume_from_checkpoint": "give --resume",
+    "hub_token": "log in with `hf auth login` or set HF_TOKEN: settings are copied into the run's files",
+    "data_seed": "set training.seed, which decides the draws too",
+    "group_by_length": "leave it out: the order of the rows is the draw's",
+    "train_sampling_strategy": "leave it out: the order of the rows is the draw's",
+    "dataloader_drop_last": "leave it out: every drawn row is trained on",
+    "dataloader_persistent_workers": "leave it out: such workers would keep the first epoch's draw",
+    "remove_unused_columns": "leave it out: the columns that a task needs are chosen by the task",
+}
+
+
+class TrainingSettings(Section):
+    """What we set, and any further field of `transformers.TrainingArguments`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    epochs: int = setting(6, "Passes over the drawn share of the rows, warm-up included.", ge=1)
+    learning_rate: float = setting(5e-4, "Peak learning rate.", gt=0)
+    batch_size: int = setting(16, "Samples of a training batch on each device.", ge=1)
+    eval_batch_size: int = setting(64, "Samples of an evaluation batch.", ge=1)
+    bf16: bool | None = setting(None, "Compute in bfloat16; null does where the hardware has it.")
+    seed: int = setting(0, "Of every random draw.", ge=0, lt=2**32)
+
+    def further_arguments(self) -> dict[str, Any]:
+        """The settings that are handed on to `transformers.TrainingArguments` as they are."""
+        return dict(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def _further_names_are_known(self) -> "TrainingSettings":
+        names = self.further_arguments()
+        for name in sorted(names.keys() & REFUSED_ARGUMENTS.keys()):
+            raise SettingsError(f"'training.{name}' cannot be set; {REFUSED_ARGUMENTS[name]}")
+        known = _trainer_arguments() if names else frozenset[str]()
+        for name in sorted(names.keys() - known):
+            raise SettingsError(_unknown_training_key(name, known))
+        return self
+
+
+class Config(Section):
+    """Every setting of a run."""
+
+    model: ModelSettings = Field(description="The pretrained model.")
+    task: TaskSettings = setting(TaskSettings(), "The task.")
+    data: DataSettings = Field(description="The rows: JSON lines, CSV, TSV, Parquet, or from the hub.")
+    quality: QualitySettings = setting(QualitySettings(), "Which rows are worth learning from.")
+    ranks: RankSettings = setting(RankSettings(), "The rank of each layer.")
+    adapter: AdapterSettings = setting(AdapterSettings(), "The LoRA adapter.")
+    training: TrainingSettings = setting(
+        TrainingSettings(), "The training; any field of transformers.TrainingArguments may be added."
+    )
+
+
+def _trainer_arguments() -> frozenset[str]:
+    # Imported only when needed: it takes seconds.
+    from transformers import TrainingArguments
+
+    return frozenset(field.name for field in dataclasses.fields(TrainingArguments))
+
+
+def _unknown_training_key(name: str, trainer_arguments: frozenset[str]) -> str:
+    ours = list(TrainingSettings.model_fields)
+    theirs = sorted(trainer_arguments - REFUSED_ARGUMENTS.keys())
+    close = difflib.get_close_matches(name, [*ours, *theirs], n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return (
+        f"unknown key 'training.{name}'; {hint}choices: {', '.join(ours)}, or a field of transformers.TrainingArguments"
+    )

@@ -1,0 +1,101 @@
+"""What the settings say of the data -> its rows, or what passes over them say."""
+
+from collections.abc import Collection
+from typing import Any
+
+from tsqlora.data.prepare import Splits, Writing, read_data, read_texts
+from tsqlora.data.survey import Survey, survey_data, survey_texts
+from tsqlora.errors import SettingsError
+from tsqlora.run.config import Config
+from tsqlora.tasks import Task, get_task
+from tsqlora.tasks.classification import Classification
+from tsqlora.tasks.generation import Generation
+from tsqlora.tasks.regression import Regression
+
+OF_ANSWERS: dict[str, str | None] = {"data.label": "data.target", "data.text_pair": "data.prompt"}
+"""Settings that only classes and numbers have, and those of texts in their place."""
+OF_TEXTS: dict[str, str | None] = {
+    "data.format": None,
+    "data.prompt": "data.text",
+    "data.target": "data.label",
+    "data.messages": "data.text",
+    "task.max_new_tokens": None,
+    "task.beams": None,
+}
+"""The other way round; None where there is none."""
+
+
+def read(config: Config) -> Splits:
+    """The rows of every split."""
+    data = config.data
+    if writing_of(config) is not None:
+        return read_texts(data.train, data.validation, data.test, **_texts(config))
+    return read_data(data.train, data.validation, data.test, **_answers(config))
+
+
+def survey(config: Config) -> Survey:
+    """The same of files of any size."""
+    data = config.data
+    if writing_of(config) is not None:
+        return survey_texts(data.train, data.validation, data.test, **_texts(config))
+    return survey_data(data.train, data.validation, data.test, **_answers(config))
+
+
+def trained_task(config: Config) -> Task:
+    """The task, with the loss that training uses."""
+    smoothing = config.training.further_arguments().get("label_smoothing_factor", 0)
+    return get_task(config.task.type, **({"label_smoothing": smoothing} if smoothing else {}))
+
+
+def require_of_task(config: Config, keys: Collection[str] | None = None) -> None:
+    """Raises SettingsError for a setting that only another task reads, and that is not its default; of these keys."""
+    task = get_task(config.task.type)
+    foreign = dict(OF_ANSWERS if isinstance(task, Generation) else OF_TEXTS)
+    causal = isinstance(task, Generation) and task.causal
+    if not isinstance(task, Generation) or causal:
+        foreign["data.max_target_length"] = "data.max_length"
+    if not causal:
+        foreign["data.packing"] = None
+    if not isinstance(task, Classification):
+        foreign["quality.recheck"] = None
+    if isinstance(task, Regression) and config.training.further_arguments().get("label_smoothing_factor"):
+        raise SettingsError("training.label_smoothing_factor is of classes and tokens, and task.type is regression")
+    for key, own in foreign.items():
+        section, name = key.split(".")
+        settings = getattr(config, section)
+        if (keys is None or key in keys) and getattr(settings, name) != type(settings).model_fields[name].default:
+            cure = "leave it out" if own is None else f"set {own}, or leave it out"
+            raise SettingsError(f"{key} is set, which {task.name} does not read; {cure}")
+
+
+def writing_of(config: Config) -> Writing | None:
+    """How a generating model takes its samples; None for another task."""
+    task = get_task(config.task.type)
+    if not isinstance(task, Generation):
+        return None
+    return Writing(seq2seq=not task.causal, max_target_length=config.data.max_target_length)
+
+
+def _answers(config: Config) -> dict[str, Any]:
+    data = config.data
+    return {
+        "text": data.text,
+        "text_pair": data.text_pair,
+        "label": data.label,
+        "classes": isinstance(get_task(config.task.type), Classification),
+        "validation_fraction": data.validation_fraction,
+        "seed": config.training.seed,
+    }
+
+
+def _texts(config: Config) -> dict[str, Any]:
+    data = config.data
+    return {
+        "format": data.format,
+        "prompt": data.prompt,
+        "target": data.target,
+        "messages": data.messages,
+        "text": data.text,
+        "validation_fraction": data.validation_fraction,
+        "seed": config.training.seed,
+    }

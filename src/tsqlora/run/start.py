@@ -1,0 +1,78 @@
+"""Settings and notes of a run that begins at an adapter."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tsqlora.adapter.init_from import mean_rank, read_start, scale_of_all
+from tsqlora.errors import DataError, SettingsError
+from tsqlora.interop.lora import LoraAdapter
+from tsqlora.run.config import Config
+from tsqlora.training.record import RunRecord
+from tsqlora.training.run_dir import adapter_folder, is_run
+
+
+def with_start(config: Config) -> Config:
+    """The config with what adapter.init_from decides: ranks.mean, ranks.max, adapter.alpha and target_modules.
+
+    Once done, again changes nothing.  Raises SettingsError where one of them is set to something else; the default is
+    as good as not set, since the template of `tsqlora init` writes it.
+    """
+    adapter = start_of(config)
+    if adapter is None:
+        return config
+    mean, largest = mean_rank(adapter), adapter.rank
+    ranks = _agreed(config, "ranks", {"mean": mean})
+    targets = {"alpha": scale_of_all(adapter) * mean, "target_modules": sorted(adapter.targets)}
+    if config.ranks.max is None:
+        ranks["max"] = max(math.ceil(2 * mean), largest)
+    elif config.ranks.max < largest:
+        raise SettingsError(f"ranks.max is {config.ranks.max}, and adapter.init_from has a rank of {largest}; raise it")
+    return config.model_copy(
+        update={
+            "ranks": config.ranks.model_copy(update=ranks),
+            "adapter": config.adapter.model_copy(update=_agreed(config, "adapter", targets)),
+        }
+    )
+
+
+def start_of(config: Config) -> LoraAdapter | None:
+    """The adapter that a run begins at, if there is one."""
+    path = config.adapter.init_from
+    return None if path is None else read_start(adapter_folder(Path(path)))
+
+
+def start_notes(config: Config, labels: Sequence[Any] | None) -> list[str]:
+    """What a run's record says of where it began.
+
+    Raises DataError where that is a run of other classes, whose head would mean something else.
+    """
+    adapter, path = start_of(config), config.adapter.init_from
+    if adapter is None or path is None:
+        return []
+    notes = [f"begun at {path}: {len(adapter.targets)} layers, mean rank {mean_rank(adapter):.3g}"]
+    if not adapter.heads():
+        notes.append("that adapter came without a head: the head is new")
+    elif not is_run(Path(path)):
+        notes.append(f"its head is taken for one of these classes, in this order: {_listed(labels)}")
+    elif (before := RunRecord.load(Path(path)).labels) != (None if labels is None else list(labels)):
+        raise DataError(
+            f"{path} was trained on {_listed(before)}, and the rows have {_listed(labels)}; give rows of the same"
+        )
+    if adapter.base not in (None, config.model.path):
+        notes.append(f"that adapter names {adapter.base} as its base; its layers fit {config.model.path}")
+    return notes
+
+
+def _agreed(config: Config, section: str, decided: dict[str, Any]) -> dict[str, Any]:
+    settings = getattr(config, section)
+    for key, value in decided.items():
+        given = getattr(settings, key)
+        if given not in (value, type(settings).model_fields[key].default):
+            raise SettingsError(f"{section}.{key} is {given}, and that of adapter.init_from is {value}; leave it out")
+    return decided
+
+
+def _listed(labels: Sequence[Any] | None) -> str:
+    return "numbers" if labels is None else ", ".join(map(str, labels))

@@ -1,0 +1,209 @@
+"""A run from beginning to end: data, model, warm-up, scores, ranks, training, adapter, record."""
+
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import (
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from tsqlora import distributed
+from tsqlora.cli.sample_display import show_samples
+from tsqlora.errors import DataError, SettingsError, TsqLoraError
+from tsqlora.files import write_whole
+from tsqlora.oom import even_parts, first_that_fits, is_out_of_memory
+from tsqlora.progress import Progress
+from tsqlora.quality.scores import Scores
+from tsqlora.quality.subset import QualitySubset
+from tsqlora.run.card import write_card
+from tsqlora.run.config import Config, dump_config, load_config
+from tsqlora.run.job import arguments, begin, fit_job, harvesting, load, measure, method
+from tsqlora.run.start import with_start
+from tsqlora.training.fit import what_quality_did
+from tsqlora.training.manifest import newest_whole, require_whole_checkpoints, rows_at_once
+from tsqlora.training.quality_callback import SCORES_FILE, QualityCallback
+from tsqlora.training.record import RECORD_FILE, RunRecord
+from tsqlora.training.run_dir import ADAPTER_DIR, CHECKPOINT_DIR, CONFIG_FILE, locked, written
+from tsqlora.training.stop import StopCallback
+
+SHOWN = 2
+"""Samples of a generating model that a dry run shows."""
+GO_ON = "the same command with --resume goes on from the last whole checkpoint"
+
+
+def train(config: Config, run: Path, *, resume: bool = False, progress: Progress | None = None) -> RunRecord:
+    """Trains as the config says, into a run directory; returns what its run.json says.
+
+    With `resume` an unfinished run goes on from its last whole checkpoint, and a finished one is
+    left as it is.  Raises SettingsError where the directory holds another run.
+    """
+    config = with_start(config)
+    args = arguments(config, run)
+    if resume and (known := _begun(run, config)) is not None and known.status == "finished":
+        return known  # nothing is written, not even a lock
+    with locked(run, resume=resume) if distributed.is_first() else nullcontext():
+        before = _begun(run, config) if resume else None
+        if before is not None and before.status == "finished":
+            return before
+        stop = StopCallback(GO_ON)
+        resumable = not (args.save_only_model or config.quality.harvest)
+        with written(run), distributed.told_of_losses(GO_ON), stop if resumable else nullcontext():
+            return fitting_in_memory(config, run, lambda rows: _train(config, run, rows, before, stop, progress))
+
+
+def _train(
+    config: Config, run: Path, rows: int, before: RunRecord | None, stop: StopCallback, progress: Progress | None
+) -> RunRecord:
+    """From the last whole checkpoint, or the beginning, to the end; a device takes so many rows at once."""
+    args, progress = arguments(config, run, rows_at_once=rows), stop.watch(progress)
+    job = load(config)
+    if before is not None and before.data["hash"] != job.data.hash:
+        raise DataError(f"{config.data.train} has other rows than when {run} was begun; name another --out")
+    model, record = begin(job, args)
+    if config.quality.harvest and rows < config.training.batch_size:
+        # What was harvested until memory did not suffice is in no checkpoint.
+        shutil.rmtree(run / CHECKPOINT_DIR, ignore_errors=True)
+    checkpoint, passed_over = newest_whole(run / CHECKPOINT_DIR)
+    for why in passed_over:
+        warnings.warn(why, stacklevel=2)
+    record.notes += passed_over
+    if before is not None:
+        record.notes += other_versions(before.versions, record.versions)
+    if rows < config.training.batch_size:
+        record.notes.append(_in_parts(config, rows))
+    data, quality, ranks = method(job, run / SCORES_FILE, progress)
+    also = [WriteStart(run, config, record), *harvesting(job, data, run), stop]
+    fit_job(job, model, args, data, record, quality, ranks, progress, also=also, resume_from=checkpoint, run=run)
+    if quality is not None:
+        record.notes += what_to_note(quality, data)
+    record.notes += ranks.notes
+    record.quality = what_quality_did(quality, data)
+    record.rank_events, record.ranks = ranks.events, ranks.final
+    model.save_pretrained(str(run / ADAPTER_DIR), is_main_process=distributed.is_first())
+    measure(job, model, record, args, progress)
+    record.status = "finished"
+    if distributed.is_first():
+        record.save(run)
+        write_card(run, run / ADAPTER_DIR)
+    return record
+
+
+def fitting_in_memory(config: Config, run: Path, work: Callable[[int], RunRecord]) -> RunRecord:
+    """What `work` gives of as many rows at once as memory allows: a whole batch, or a part of it.
+
+    It is called again where memory did not suffice, and goes on from the last checkpoint; a run that is resumed begins
+    with what sufficed.
+    """
+    batch = config.training.batch_size
+    if (processes := distributed.launched()) > 1:
+        try:
+            return work(batch)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise TsqLoraError(
+                f"memory does not suffice for {batch} rows in each of {processes} processes; halve "
+                "training.batch_size, double training.gradient_accumulation_steps, and name another --out"
+            ) from error
+    sizes, known = even_parts(batch), newest_whole(run / CHECKPOINT_DIR)[0]
+    if known is not None and (before := rows_at_once(known)) in sizes:
+        sizes = sizes[sizes.index(before) :]
+    return first_that_fits(work, sizes, smaller=lambda rows: warnings.warn(_in_parts(config, rows), stacklevel=2))
+
+
+def _in_parts(config: Config, rows: int) -> str:
+    batch = config.training.batch_size
+    return (
+        f"memory does not suffice for {batch} rows at once: each batch is trained on in {batch // rows} parts of "
+        f"{rows}; its rows, the steps and the schedule stay"
+    )
+
+
+def dry_run(config: Config) -> dict[str, Any]:
+    """What `train` would do, with everything loaded and checked as it does; nothing is written."""
+    job = load(with_start(config))
+    args = arguments(job.config, Path("run"))
+    require_whole_checkpoints(args)
+    _, record = begin(job, args)
+    method(job, Path("run") / SCORES_FILE, None)  # its names and numbers are checked too
+    notes = [note for note in record.notes if note not in record.plan["without_effect"]]
+    told = {**record.plan, "columns": job.data.columns(), "max_length": job.max_length, "notes": notes}
+    if job.data.splits.format is None:
+        return told
+    first = [job.data.samples["train"][j] for j in range(min(SHOWN, len(job.data.samples["train"])))]
+    shown = show_samples(job.pretrained.tokenizer, first).plain
+    return {**told, "format": job.data.splits.format.name, "samples": shown}
+
+
+class WriteStart(TrainerCallback):
+    """Writes config.yaml and the record at the first step: until then nothing has begun that could be resumed."""
+
+    def __init__(self, run: Path, config: Config, record: RunRecord) -> None:
+        self.run, self.config, self.record = run, config, record
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and not (self.run / CONFIG_FILE).exists():
+            self.record.save(self.run)
+            write_whole(self.run / CONFIG_FILE, dump_config(self.config))
+
+
+def draws_of(config: Config, rows: int, run: Path) -> list[np.ndarray]:
+    """The rows that each epoch of a finished run was trained on, where it was scored once at most."""
+    data = QualitySubset(range(rows), config.quality.fraction, config.training.seed, resample=config.quality.resample)
+    if (run / SCORES_FILE).exists():
+        scores = Scores.load(run / SCORES_FILE)
+        data.use(scores, int(scores.record["epoch"]))
+    return [data.draw(epoch) for epoch in range(config.training.epochs)]
+
+
+def what_to_note(quality: QualityCallback, data: QualitySubset) -> list[str]:
+    """Why rows were drawn as they were."""
+    if quality.refused:
+        return [f"rows were drawn at random: {quality.refused}"]
+    guard = {} if data.scores is None else data.scores.record.get("guard", {})
+    if guard.get("passed") is False:
+        return [f"rows were drawn at random: {guard['why']}"]
+    noise = None if data.scores is None else data.scores.record.get("noise")
+    if data.scores is None or noise is None:
+        return []
+    if not noise["evident"]:
+        return ["there is no evidence of wrong labels: rows were drawn as a random control draws them"]
+    return [
+        f"about {noise['rate']:.0%} of the labels seem wrong ({noise['low']:.0%} to {noise['high']:.0%}): "
+        f"{(~data.scores.kept).sum()} of {len(data.scores)} rows were left out"
+    ]
+
+
+def other_versions(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """What to note of a run that is resumed with other libraries than it was begun with."""
+    changed = [f"{name} {version}" for name, version in before.items() if now.get(name) != version]
+    if not changed:
+        return []
+    return [f"begun with {', '.join(changed)} and resumed with others: not every bit is as in one go"]
+
+
+def _begun(run: Path, config: Config) -> RunRecord | None:
+    """The record of the run that the directory holds, if there is one.
+
+    Raises SettingsError if it has other settings, DataError if its record cannot be read.
+    """
+    if not (run / CONFIG_FILE).exists():
+        return None
+    if load_config(run / CONFIG_FILE) != config:
+        raise SettingsError(f"{run} was begun with other settings: see {run / CONFIG_FILE}; name another --out")
+    try:
+        return RunRecord.load(run)
+    except DataError:
+        raise DataError(
+            f"cannot resume: {run / RECORD_FILE} is missing or damaged; put a sound copy back, or name another --out"
+        ) from None

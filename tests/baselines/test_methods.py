@@ -1,0 +1,214 @@
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from peft.tuners.adalora.layer import AdaLoraLayer
+from torch import nn
+from transformers import BertForSequenceClassification, BitsAndBytesConfig
+from transformers.utils.quantization_config import QuantizationMethod
+
+import tsqlora as tsq
+from models import tiny_llama_classifier
+from setups import HEAD, STEPS, base, build, logits_of, make_setup, trainer_of
+from stock import moods
+from tsqlora.adapter.slots import active_ranks
+from tsqlora.baselines import RIVALS, get_rival
+from tsqlora.baselines.methods import require_rival
+from tsqlora.baselines.setup import layers_of
+from tsqlora.errors import SettingsError, UnsupportedError
+from tsqlora.training.load import Pretrained
+
+ADAPTERS = [name for name in RIVALS if name != "full"]
+TRIPLETS = ["adalora", "elalora", "elalora-as-released", "prune"]
+
+
+def head_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The head that trains."""
+    return {
+        name.rpartition(".")[2]: p.detach().clone()
+        for name, p in model.named_parameters()
+        if "classifier" in name and p.requires_grad
+    }
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_a_method_trains_in_a_stock_trainer_and_predicts(name: str, tmp_path: Path) -> None:
+    built = build(name, steps=30)
+    head = head_of(built.model)
+    trainer = trainer_of(built, tmp_path, max_steps=30, evaluate_on=moods(32, seed=1))
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < 0.8 * before
+    predictions = np.asarray(trainer.predict(moods(32, seed=2)).predictions)  # type: ignore[arg-type]
+    assert (predictions.argmax(1) == [row["labels"] for row in moods(32, seed=2)]).mean() > 0.9
+    assert all(not torch.equal(head[part], now) for part, now in head_of(built.model).items())
+    assert sum(built.ranks().values()) == (0 if name == "full" else 4 * 7)
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_a_method_begins_as_the_pretrained_model_with_its_head(name: str) -> None:
+    model = base()
+    logits, head = logits_of(model), head_of(model)
+    built = build(name, model)
+    # DoRA divides by a norm and multiplies by it again.
+    torch.testing.assert_close(logits_of(built.model), logits, rtol=0, atol=1e-5 if name == "dora" else 0)
+    assert head_of(built.model).keys() == head.keys()
+    assert all(torch.equal(head[part], now) for part, now in head_of(built.model).items())
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_method_adapts_the_layers_that_ours_adapts(name: str) -> None:
+    ours = tsq.wrap(base(), mean_rank=4, target_modules=["query", "dense"], modules_to_save=HEAD)
+    built = build(name, target_modules=["query", "dense"])
+    assert list(built.ranks()) == list(active_ranks(ours))
+    assert isinstance(built.model, PeftModel)
+    assert {n for n, p in built.model.named_parameters() if p.requires_grad and "lora_" not in n} == {
+        n for n, p in ours.named_parameters() if p.requires_grad and "lora_" not in n
+    }
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_what_a_checkpoint_lacks_trains_whole_and_without_an_adapter(name: str) -> None:
+    new = Pretrained(base(), cast(Any, None), ("bert.pooler.dense", "classifier"))
+    built = build(name, pretrained=new)
+    assert "bert.pooler.dense" not in built.ranks()
+    assert any("pooler" in n and p.requires_grad for n, p in built.model.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "rslora"])
+def test_parameters_are_those_that_peft_counts(name: str) -> None:
+    built = build(name)
+    assert isinstance(built.model, PeftModel)
+    assert built.trainable() == built.model.get_nb_trainable_parameters()[0]
+
+
+def test_lora_has_the_parameters_of_ours_at_the_same_mean_rank() -> None:
+    ours = tsq.wrap(base(), mean_rank=4, max_rank=4, modules_to_save=HEAD)
+    assert build("lora").trainable() == sum(p.numel() for p in ours.parameters() if p.requires_grad)
+
+
+def test_all_of_the_model_trains_in_full() -> None:
+    model = base()
+    assert build("full", model).trainable() == sum(p.numel() for p in model.parameters())
+    assert build("full", model.requires_grad_(False)).trainable() > 0
+
+
+PLANNED = {"mean_rank": 4, "max_rank": 8, "steps": STEPS, "rows": 64, "batch_size": 8, "label_smoothing": 0.0}
+
+
+def refused(name: str, model: nn.Module) -> str:
+    """What is said of a method before its training, and again where it is built."""
+    with pytest.raises(UnsupportedError) as before:
+        require_rival(name, **PLANNED, model=model)
+    with pytest.raises(UnsupportedError) as built:
+        build(name, model)
+    assert str(built.value) == str(before.value)
+    return str(before.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_half_precision_are_not_trained_in_full(dtype: torch.dtype) -> None:
+    assert refused("full", base(dtype=dtype)) == (
+        f"full trains the base's own weights, and bert.embeddings.word_embeddings.weight is {str(dtype)[6:]}, which "
+        "rounds small steps away; set model.dtype to float32, and training.bf16 to true for speed, or leave out full"
+    )
+    partly = base()
+    partly.get_submodule("bert.pooler").to(dtype)
+    assert "bert.pooler.dense.weight is" in refused("full", partly)
+
+
+# torch warns of its own script_method, which bitsandbytes imports.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_weights_are_not_trained_in_full(bits: int, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    base().save_pretrained(tmp_path)
+    how = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    packed = BertForSequenceClassification.from_pretrained(tmp_path, quantization_config=how, dtype=torch.float32)
+    assert refused("full", packed) == (
+        "full trains the base's own weights, and these are packed by bitsandbytes; set model.quantization to null, and "
+        "model.path to a base whose weights are whole, or leave out full"
+    )
+
+
+def test_weights_that_gptq_has_packed_are_not_trained_in_full() -> None:
+    model: Any = base()
+    model.is_quantized, model.quantization_method = True, QuantizationMethod.GPTQ  # as transformers marks them
+    assert "these are packed by gptq; set" in refused("full", model)
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_what_can_be_built_is_not_refused_before(name: str) -> None:
+    require_rival(name, **PLANNED, model=base() if name == "full" else base(dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("name", TRIPLETS)
+def test_triplets_cost_their_two_vectors_and_one_number(name: str, tmp_path: Path) -> None:
+    built = build(name)
+    trainer_of(built, tmp_path).train()
+    shapes = {n: (m.in_features, m.out_features) for n, m in base().named_modules() if isinstance(m, nn.Linear)}
+    head = sum(p.numel() for p in head_of(built.model).values())
+    assert built.trainable() == head + sum(r * (sum(shapes[n]) + 1) for n, r in built.ranks().items())
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_the_scale_is_that_of_lora_in_every_layer(name: str) -> None:
+    built = build(name, alpha=12.0)
+    assert isinstance(built.model, PeftModel)
+    for layer in layers_of(built.model).values():
+        scale = layer.scaling["default"]
+        if isinstance(layer, AdaLoraLayer):
+            scale /= layer.ranknum["default"].item()
+        assert scale == pytest.approx(12 / 4**0.5 if name == "rslora" else 12 / 4)
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_the_seed_decides_the_first_weights(name: str) -> None:
+    drawn = iter(range(4))
+
+    def weights(seed: int) -> list[torch.Tensor]:
+        torch.manual_seed(next(drawn))  # whatever was drawn before
+        return list(build(name, seed=seed).model.parameters())
+
+    assert all(torch.equal(a, b) for a, b in zip(weights(0), weights(0), strict=True))
+    if name not in ("full", "eva"):
+        assert not all(torch.equal(a, b) for a, b in zip(weights(0), weights(1), strict=True))
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("mean", [2.5, 0.5, float("nan")])
+def test_a_mean_rank_that_is_not_whole_is_refused(name: str, mean: float) -> None:
+    with pytest.raises(SettingsError, match=rf"ranks.mean is {mean:g}, and {name} needs a whole rank of 1 or more"):
+        build(name, mean_rank=mean)
+
+
+@pytest.mark.parametrize("name", ["elalora", "adalora", "eva"])
+def test_a_decoder_serves_as_well(name: str, tmp_path: Path) -> None:
+    model = tiny_llama_classifier(2, layers=1, dtype=torch.float32)
+    setup = make_setup(model, mean_rank=2, max_rank=4)
+    built = get_rival(name)(setup)
+    trainer_of(built, tmp_path).train()
+    assert sum(built.ranks().values()) == 2 * 7
+
+
+@pytest.mark.parametrize("name", ["adalora", "elalora", "prune"])
+def test_a_run_of_other_steps_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(tsq.TsqLoraError, match=f"{name} was built for a run of {STEPS} optimizer steps, and this one"):
+        trainer_of(build(name), tmp_path, max_steps=STEPS + 1).train()
+
+
+def test_an_unknown_method_is_told_the_known_ones() -> None:
+    with pytest.raises(SettingsError) as error:
+        get_rival("adalore")
+    assert str(error.value) == (
+        "method 'adalore' is unknown; did you mean 'adalora'? choices: adalora, dora, elalora, elalora-as-released, "
+        "eva, full, lora, prune, rslora"
+    )
+
+
+def test_a_target_that_is_not_there_is_named() -> None:
+    with pytest.raises(SettingsError, match=r"adapter\.target_modules nowhere"):
+        build("adalora", target_modules=["nowhere"])

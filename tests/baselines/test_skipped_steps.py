@@ -1,0 +1,89 @@
+"""A step that was skipped says nothing about ranks, and a move that was due with it comes with the next one."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import TrainerCallback
+
+from setups import STEPS, build, trainer_of
+from tsqlora.baselines import Built
+from tsqlora.baselines.adalora import AdaLoraCallback
+from tsqlora.baselines.elalora import ElaLoraCallback
+from tsqlora.baselines.prune import PruneCallback
+from tsqlora.baselines.svd import says_nothing, triplets_of
+from tsqlora.errors import UnsupportedError
+from tsqlora.training.nonfinite import GuardCallback
+
+MOVED: dict[int, list[int]] = {7: [10, 20, 30, 34], 10: [11, 20, 30, 34], 34: [10, 20, 30, 35]}
+"""When ranks are decided where the step of the key, counted from 0, is skipped."""
+
+
+class Spoil(TrainerCallback):
+    """Makes a gradient NaN before some steps."""
+
+    def __init__(self, model: Any, steps: set[int]) -> None:
+        self.parameter, self.steps = next(p for p in model.parameters() if p.requires_grad), steps
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step in self.steps:
+            cast(torch.Tensor, self.parameter.grad).fill_(torch.nan)
+
+
+def trained(name: str, folder: Path, *skipped: int, steps: int = STEPS) -> Built:
+    built = build(name, steps=steps)
+    guard = GuardCallback()
+    trainer_of(built, folder, Spoil(built.model, set(skipped)), guard, max_steps=steps).train()
+    assert [found.step - 1 for found in guard.skipped] == list(skipped)
+    return built
+
+
+def callback_of(built: Built, kind: type) -> Any:
+    (found,) = (c for c in built.callbacks if isinstance(c, kind))
+    return found
+
+
+@pytest.mark.parametrize("step", MOVED)
+def test_adalora_decides_with_the_next_step_and_its_mask_stays(step: int, tmp_path: Path) -> None:
+    built = trained("adalora", tmp_path, step)
+    assert callback_of(built, AdaLoraCallback).allocations == MOVED[step]
+    ranks = built.ranks()
+    assert sum(ranks.values()) == 4 * 7
+    for name, triplets in triplets_of(cast(PeftModel, built.model)).items():
+        assert int((triplets.lam != 0).sum()) == ranks[name]
+
+
+def test_a_step_that_is_skipped_once_ranks_are_final_leaves_the_mask(tmp_path: Path) -> None:
+    built = trained("adalora", tmp_path, 40, STEPS - 1)
+    for name, triplets in triplets_of(cast(PeftModel, built.model)).items():
+        assert int((triplets.lam != 0).sum()) == built.ranks()[name]
+
+
+@pytest.mark.parametrize("step", MOVED)
+def test_prune_comes_to_the_ranks_of_adalora(step: int, tmp_path: Path) -> None:
+    ours, theirs = (trained(name, tmp_path, step) for name in ("prune", "adalora"))
+    assert callback_of(ours, PruneCallback).final
+    assert ours.ranks() == theirs.ranks()
+
+
+@pytest.mark.parametrize("name", ["elalora", "elalora-as-released"])
+def test_elalora_moves_as_many_with_the_next_step(name: str, tmp_path: Path) -> None:
+    assert callback_of(trained(name, tmp_path, 7), ElaLoraCallback).changes == {10: 4, 20: 3, 30: 1}
+    assert callback_of(trained(name, tmp_path, 10, 11), ElaLoraCallback).changes == {12: 4, 20: 3, 30: 1}
+
+
+def test_of_a_step_without_gradients_or_with_one_that_is_not_finite_nothing_is_taken_in() -> None:
+    layers = triplets_of(cast(PeftModel, build("prune").model))
+    assert says_nothing(layers)
+    for triplets in layers.values():
+        for matrix, _ in triplets.matrices():
+            matrix.grad = torch.ones_like(matrix)
+    assert not says_nothing(layers)
+    one = next(iter(layers.values()))
+    cast(torch.Tensor, one.q.grad)[0, 0] = torch.inf
+    assert says_nothing(layers)
+    one.lam.grad = None
+    with pytest.raises(UnsupportedError, match=f"{one.name} has no gradient: the loss does not depend on it"):
+        says_nothing(layers)

@@ -1,0 +1,88 @@
+"""What is shown of an adapter fits 80 columns, names every layer whole, and says what happened."""
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from loras import lora_config, save_lora, tiny_llama
+from tsqlora.cli.adapter_display import show_doctor, show_export
+from tsqlora.interop.doctor import examine
+
+
+def shown(show: Any, value: Any, width: int = 80) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    show(console, value)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    config = lora_config(rank_pattern={"k_proj": 3, "layers.0.self_attn.v_proj": 20}, modules_to_save=["lm_head"])
+    return examine(save_lora(tmp_path_factory.mktemp("display") / "a", tiny_llama(), config))
+
+
+def unfolded(text: str) -> str:
+    return "".join(text.split())
+
+
+def test_the_doctors_report(report: dict[str, Any]) -> None:
+    text = shown(show_doctor, report)
+    assert "…" not in text
+    for name in report["ranks"]:
+        assert name in unfolded(text)
+    for line in (
+        "base         not named",
+        "layers       6, rank 3 to 20",
+        "more than BA lm_head",
+        "--max-lora-rank 32",
+    ):
+        assert line in text
+    assert "takesnosavedmodules" in unfolded(text)
+
+
+def test_every_layer_of_many_is_shown_by_its_kind(report: dict[str, Any]) -> None:
+    one = next(iter(report["health"]["layers"].values()))
+    layers = {f"model.layers.{j}.self_attn.q_proj": {**one, "rank": j} for j in range(1, 50)}
+    text = shown(show_doctor, report | {"health": report["health"] | {"layers": layers}})
+    assert "model.layers.*.self_attn.q_proj 49     1 to 49" in text
+    assert "--json has every layer" in text
+
+
+def test_damage_and_idle_layers_are_named(report: dict[str, Any]) -> None:
+    found = {"nonfinite": {"h.0.q": 3}, "zero_slots": 2, "duplicate_slots": 1, "idle_layers": ["h.1.q"]}
+    text = shown(show_doctor, report | {"health": report["health"] | found})
+    assert "NaN or ∞     3 numbers in h.0.q" in text
+    assert "dead slots   2 zero, 1 double" in text
+    assert "idle layers  1: h.1.q" in text
+
+
+def test_an_export_says_what_was_written_and_compared() -> None:
+    done = {
+        "out": "there",
+        "format": "universal",
+        "bytes": 1234,
+        "rank": 16,
+        "targets": 4,
+        "max_lora_rank": 16,
+        "update_difference": 1e-7,
+        "relative_difference": 3e-8,
+        "logits_difference": None,
+        "largest_logit": None,
+        "truncation": {f"layer.{j}": j / 10 for j in range(1, 9)},
+        "notes": ["mind [this]"],
+    }
+    text = shown(show_export, done)
+    assert text.splitlines()[:5] == [
+        "wrote there: universal, 1,234 bytes",
+        "rank         16, 4 layers",
+        "vLLM needs   --max-lora-rank 16",
+        "compared     ΔW within 1e-07, 3e-08 of a layer's largest",
+        "note: mind [this]",
+    ]
+    assert "truncated    8 layers, of which these lose most:" in text
+    assert "80.0% of ‖ΔW‖  layer.8" in text
+    assert "layer.2" not in text
+    assert "logits within 0.25, of 4" in shown(show_export, done | {"logits_difference": 0.25, "largest_logit": 4.0})
+    assert "compared" not in shown(show_export, done | {"update_difference": None})

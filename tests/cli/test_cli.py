@@ -1,0 +1,968 @@
+"""The command line as scripts see it: exit codes, one JSON object, errors of one or two lines."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from rich.console import Console
+from safetensors.torch import load_file
+from sklearn.metrics import accuracy_score, f1_score
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from runs import make_rows, save_checkpoint, write_config, write_jsonl
+from tsqlora.cli import commands as cli
+from tsqlora.cli import console
+from tsqlora.data.rows import read_rows
+from tsqlora.data.tokenise import row_hash, sample_hash
+from tsqlora.gradients.sites import lora_layers
+from tsqlora.quality.scores import Scores
+from tsqlora.run.config import load_config
+from tsqlora.training.rank_callback import RankCallback
+
+COMMANDS = ("demo", "init", "train", "score", "select", "allocate", "evaluate", "predict", "report", "compare")
+Run = Callable[..., tuple[int, str, str]]
+
+
+def run_cli(arguments: Sequence[str | Path], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of one command, in this process."""
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["tsqlora", *map(str, arguments)])
+        patch.setattr(console, "stdout", Console(width=200))
+        patch.setattr(console, "stderr", Console(width=200, stderr=True))
+        try:
+            cli.main()
+            code: Any = 0
+        except SystemExit as stopped:
+            code = stopped.code or 0
+    return (code, *capsys.readouterr())
+
+
+@pytest.fixture
+def tsqlora(capsys: pytest.CaptureFixture[str]) -> Run:
+    return lambda *arguments: run_cli(arguments, capsys)
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint, data and a configuration."""
+    folder = tmp_path_factory.mktemp("cli")
+    save_checkpoint(folder / "model")
+    write_jsonl(folder / "train.jsonl", make_rows(80))
+    write_jsonl(folder / "test.jsonl", make_rows(30, seed=5))
+    write_config(folder / "config.yaml", folder / "model", folder / "train.jsonl")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(place: Path) -> Path:
+    """The run that most tests share, trained by the command in a process of its own."""
+    command = [sys.executable, "-m", "tsqlora.cli", "train", str(place / "config.yaml"), "--out", str(place / "run")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (place / "stdout").write_text(done.stdout)
+    (place / "stderr").write_text(done.stderr)
+    return place / "run"
+
+
+# ------------------------------------------------------------------------------- help, usage
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command_has_an_example(command: str, tsqlora: Run) -> None:
+    code, out, _ = tsqlora(command, "--help")
+    assert code == 0
+    assert f"Example: tsqlora {command}" in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    "arguments", [["train"], ["fly"], ["train", "c.yaml", "--fast"], ["select", "s", "--fraction", "x", "--out", "o"]]
+)
+def test_bad_usage_exits_2_without_a_traceback(arguments: list[str], tsqlora: Run) -> None:
+    code, out, err = tsqlora(*arguments)
+    assert (code, out) == (2, "")
+    assert "Traceback" not in err
+    assert err.strip()
+
+
+def test_init_writes_settings_that_load_and_refuses_to_overwrite(tmp_path: Path, tsqlora: Run) -> None:
+    path = tmp_path / "tsq.yaml"
+    assert tsqlora("init", "-o", path, "--task", "regression")[0] == 0
+    assert load_config(path).task.type == "regression"
+    code, _, err = tsqlora("init", "-o", path)
+    assert code == 2
+    assert "exists already" in err
+
+
+# ---------------------------------------------------------------------------- what is refused
+
+
+def refused(tsqlora: Run, *arguments: str | Path) -> tuple[int, str]:
+    """Exit code and message of a command that must fail in one or two lines, with nothing on stdout."""
+    code, out, err = tsqlora(*arguments)
+    assert out == ""
+    assert "Traceback" not in err
+    lines = [line for line in err.splitlines() if line.startswith("error:") or "error:" in line]
+    assert len(lines) == 1, err
+    message = err[err.index("error:") :].strip()
+    assert len(message.splitlines()) <= 2, err
+    return code, message
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "message"),
+    [
+        ("data.train=nowhere.jsonl", 3, "nowhere.jsonl"),
+        ("quality.fracton=0.5", 2, "did you mean 'fraction'?"),
+        ("data.label=lable", 3, "did you mean 'label'?"),
+        ("quality.fraction=0", 2, "quality.fraction is 0"),
+        ("quality.fraction=1.5", 2, "quality.fraction is 1.5"),
+        ("ranks.mean=0.5", 2, "ranks.mean"),
+        ("adapter.target_modules=[nothing]", 2, "nothing"),
+        ("model.path=/no/such/model", 2, "/no/such/model"),
+        ("model.path=no-such-model", 2, "no-such-model"),
+        ("task.type=clasification", 2, "did you mean"),
+        ("task.type=multi-label", 2, "not built"),
+        ("quality.warmup=9", 2, "no scored epoch would be left"),
+        ("ranks.interval=1000", 2, "no adjustment fits"),
+        ("ranks.policy=nothing", 2, "choices"),
+        ("ranks.estimator=nothing", 2, "choices"),
+        ("data.max_length=1000", 2, "positions"),
+    ],
+)
+@pytest.mark.parametrize("dry", [False, True])
+def test_a_bad_setting_is_refused_before_anything_is_written(
+    override: str, code: int, message: str, dry: bool, place: Path, tmp_path: Path, tsqlora: Run
+) -> None:
+    out = tmp_path / "out"
+    found, text = refused(
+        tsqlora, "train", place / "config.yaml", "--set", override, "--out", out, *(["--dry-run"] if dry else [])
+    )
+    assert found == code, text
+    assert message in text
+    assert not (out / "config.yaml").exists(), "the directory must be free for the next attempt"
+
+
+GOOD_ROW = '{"text": "good", "label": "a"}\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "no rows"),
+        (GOOD_ROW + '{"text": "bad"}\n', "rows.jsonl:2: no label"),
+        (GOOD_ROW * 3, "no other class"),
+        ('{"text": "good"}\n' * 3, "no label column"),
+        (GOOD_ROW + '{"text": "", "label": "b"}\n' * 20 + GOOD_ROW * 20, "rows.jsonl:2: no text"),
+        (GOOD_ROW + "{broken\n", "rows.jsonl:2"),
+    ],
+)
+def test_bad_data_exits_3_and_names_file_and_row(
+    content: str, message: str, place: Path, tmp_path: Path, tsqlora: Run
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(content)
+    code, text = refused(
+        tsqlora, "train", place / "config.yaml", "--set", f"data.train={path}", "--out", tmp_path / "out"
+    )
+    assert code == 3
+    assert message in text
+
+
+def test_a_missing_configuration_exits_2(tsqlora: Run, tmp_path: Path) -> None:
+    code, text = refused(tsqlora, "train", tmp_path / "none.yaml")
+    assert code == 2
+    assert "none.yaml" in text
+
+
+@pytest.mark.parametrize("command", ["evaluate", "score", "allocate", "predict"])
+def test_a_directory_that_is_no_run_exits_3(command: str, tmp_path: Path, place: Path, tsqlora: Run) -> None:
+    needs = {"evaluate": [], "score": ["--out", tmp_path / "s.parquet"], "allocate": ["--out", tmp_path / "r.json"]}
+    needs["predict"] = ["--data", place / "test.jsonl", "--out", tmp_path / "p.jsonl"]
+    (tmp_path / "empty").mkdir()
+    code, text = refused(tsqlora, command, tmp_path / "empty", *needs[command])
+    assert code == 3
+    assert "is not a run" in text
+
+
+@pytest.mark.parametrize("command", ["select", "predict"])
+def test_an_unknown_extension_is_refused_with_the_known_ones(command: str, trained: Path, tsqlora: Run) -> None:
+    out = trained.parent / "subset.docx"
+    arguments = {
+        "select": [trained / "scores.parquet", "--fraction", "0.5"],
+        "predict": [trained, "--data", trained.parent / "test.jsonl"],
+    }
+    code, text = refused(tsqlora, command, *map(str, arguments[command]), "--out", out)
+    assert code == 2
+    for extension in (".docx", ".jsonl", ".csv", ".tsv", ".parquet"):
+        assert extension in text
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("fraction", ["0", "1.5", "-1"])
+def test_select_refuses_a_fraction_that_is_none(fraction: str, trained: Path, tmp_path: Path, tsqlora: Run) -> None:
+    code, text = refused(
+        tsqlora, "select", trained / "scores.parquet", "--fraction", fraction, "--out", tmp_path / "x.csv"
+    )
+    assert code == 2
+    assert "fraction" in text
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_directory_of_something_else_is_left_alone(resume: bool, place: Path, tmp_path: Path, tsqlora: Run) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    code, text = refused(tsqlora, "train", place / "config.yaml", "--out", tmp_path, *(["--resume"] if resume else []))
+    assert code == 2
+    assert "thesis.tex" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+# ------------------------------------------------------------------------------------ train
+
+
+def record_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "run.json").read_text())
+
+
+def test_json_is_one_object_and_nothing_noisy_is_on_stderr(trained: Path) -> None:
+    printed = json.loads((trained.parent / "stdout").read_text())
+    assert printed.pop("run") == str(trained)
+    assert printed == record_of(trained)
+    told = (trained.parent / "stderr").read_text().splitlines()
+    assert all(line.endswith((" steps", " rows")) for line in told if line.strip()), told
+
+
+def test_a_run_directory_has_all_that_the_contract_names(trained: Path) -> None:
+    assert {path.name for path in trained.iterdir()} >= {"config.yaml", "run.json", "scores.parquet", "adapter"}
+    record = record_of(trained)
+    assert record["status"] == "finished"
+    assert record["seed"] == 0
+    assert {"tsqlora", "torch", "transformers", "peft", "python"} <= record["versions"].keys()
+    assert len(record["data"]["hash"]) == 16
+    assert {"start", "adjustment"} >= {event["reason"] for event in record["rank_events"]}
+    assert record["rank_events"]
+    assert "accuracy" in record["metrics"]["validation"]
+    assert record["quality"]["used"] is True
+
+
+def test_the_id_of_a_score_is_the_rows_place_in_the_file_though_a_tenth_is_held_out(trained: Path) -> None:
+    rows = [json.loads(line) for line in (trained.parent / "train.jsonl").read_text().splitlines()]
+    scores = Scores.load(trained / "scores.parquet")
+    assert scores.ids is not None
+    assert scores.hashes is not None
+    assert len(scores) < len(rows)
+    columns = scores.record["columns"]
+    assert [row_hash(rows[place], columns) for place in scores.ids] == list(scores.hashes)
+
+
+def test_what_each_phase_cost_is_what_was_planned(trained: Path) -> None:
+    record = record_of(trained)
+    spent = {phase: (cost["forward"], cost["backward"]) for phase, cost in record["cost"].items()}
+    planned = {phase: (passes["forward"], passes["backward"]) for phase, passes in record["plan"]["passes"].items()}
+    assert {phase: spent[phase] for phase in planned} == planned
+    assert all(cost["seconds"] > 0 and cost["tokens"] > 0 for cost in record["cost"].values())
+
+
+def test_ranks_stay_within_the_budget_and_are_those_of_the_adapter(trained: Path) -> None:
+    record = record_of(trained)
+    config = LoraConfig.from_pretrained(str(trained / "adapter"))
+    assert all(event["used"] <= event["budget"] for event in record["rank_events"])
+    ranks = {name: dict(config.rank_pattern).get(name, config.r) for name in record["ranks"]}
+    assert ranks == record["ranks"]
+    tensors = load_file(trained / "adapter" / "adapter_model.safetensors")
+    for name, rank in record["ranks"].items():
+        assert tensors[f"base_model.model.{name}.lora_A.weight"].shape[0] == rank
+
+
+def test_its_own_config_repeats_the_run(trained: Path, tmp_path: Path, tsqlora: Run) -> None:
+    assert tsqlora("train", trained / "config.yaml", "--out", tmp_path / "again", "--json")[0] == 0
+    first, second = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (trained, tmp_path / "again"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert (tmp_path / "again" / "config.yaml").read_text() == (trained / "config.yaml").read_text()
+
+
+def stock_logits(run: Path, texts: Sequence[str]) -> torch.Tensor:
+    """Logits by plain transformers and PEFT, one text at a time."""
+    model_path = load_config(run / "config.yaml").model.path
+    base = AutoModelForSequenceClassification.from_pretrained(model_path, num_labels=2)
+    model = PeftModel.from_pretrained(base, str(run / "adapter")).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    with torch.no_grad():
+        return torch.cat([model(**tokenizer(text, return_tensors="pt")).logits for text in texts])
+
+
+def test_plain_peft_loads_the_adapter_with_the_same_predictions(trained: Path, tmp_path: Path, tsqlora: Run) -> None:
+    data, out = trained.parent / "test.jsonl", tmp_path / "p.jsonl"
+    assert tsqlora("predict", trained, "--data", data, "--out", out)[0] == 0
+    predicted = read_rows(out).rows
+    logits = stock_logits(trained, [row["text"] for row in predicted])
+    assert [row["prediction"] for row in predicted] == logits.argmax(1).tolist()
+    torch.testing.assert_close(
+        torch.tensor([row["probability"] for row in predicted]), logits.softmax(1).amax(1), atol=1e-5, rtol=0
+    )
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(place: Path, tmp_path: Path, tsqlora: Run) -> None:
+    arguments = ("train", place / "config.yaml", "--out", tmp_path / "none", "--dry-run")
+    code, out, _ = tsqlora(*arguments, "--json")
+    assert code == 0
+    plan = json.loads(out)
+    assert plan["steps"] == 6 * 5
+    assert plan["passes"]["warm-up"]["forward"] == 72
+    assert sum(plan["classes"].values()) == plan["rows"]["train"]
+    assert not (tmp_path / "none").exists()
+    assert "trainable" in tsqlora(*arguments)[1]
+
+
+def test_a_dry_run_refuses_what_the_run_would_before_its_first_step(place: Path, tmp_path: Path, tsqlora: Run) -> None:
+    one = ["--set", "training.save_total_limit=1", "--out", tmp_path / "none", "--dry-run"]
+    code, text = refused(tsqlora, "train", place / "config.yaml", *one)
+    assert code == 2
+    assert "save_total_limit 1 deletes the last whole checkpoint" in text
+
+
+def test_a_dry_run_tells_that_its_directory_is_taken(trained: Path, place: Path, tsqlora: Run) -> None:
+    code, _, err = tsqlora("train", place / "config.yaml", "--out", trained, "--dry-run")
+    assert (code, "would be refused" in err, "holds another run" in err) == (0, True, True)
+
+
+def test_a_dry_run_of_a_run_that_is_to_be_resumed_says_that_it_tells_of_the_whole(
+    trained: Path, place: Path, tsqlora: Run
+) -> None:
+    code, out, err = tsqlora("train", place / "config.yaml", "--out", trained, "--dry-run", "--resume", "--json")
+    assert (code, json.loads(out)["steps"]) == (0, record_of(trained)["plan"]["steps"])
+    assert ("the plan of the whole run" in err, "refused" in err) == (True, False)
+
+
+def test_a_directory_that_cannot_be_named_is_a_wrong_argument(place: Path, tmp_path: Path, tsqlora: Run) -> None:
+    code, text = refused(tsqlora, "train", place / "config.yaml", "--out", tmp_path / ("x" * 300))
+    assert (code, "File name too long" in text, "name another directory" in text) == (2, True, True)
+
+
+# ----------------------------------------------------------------------------------- report
+
+
+def test_a_run_has_its_report_from_its_directory_alone(trained: Path, tmp_path: Path, tsqlora: Run) -> None:
+    copied = tmp_path / "elsewhere"
+    shutil.copytree(trained, copied, ignore=shutil.ignore_patterns("adapter", "checkpoints"))
+    code, out, err = tsqlora("report", copied, "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out) == {
+        "report": str(copied / "report.html"),
+        "bytes": (copied / "report.html").stat().st_size,
+    }
+    text = (copied / "report.html").read_text(encoding="utf-8")
+    accuracy = record_of(trained)["metrics"]["validation"]["accuracy"]
+    assert f"<strong>{accuracy:.1%}</strong>" in text
+    assert "slots moved" in text or "slot moved" in text
+    code, out, _ = tsqlora("report", copied, "--out", tmp_path / "new" / "page.html")
+    assert code == 0
+    assert "page.html" in out
+    assert "<h1>elsewhere</h1>" in (tmp_path / "new" / "page.html").read_text(encoding="utf-8")
+
+
+def test_a_report_of_what_is_no_finished_run_is_refused(trained: Path, tmp_path: Path, tsqlora: Run) -> None:
+    code, text = refused(tsqlora, "report", tmp_path)
+    assert (code, "is not a run" in text) == (3, True)
+    record = json.loads((trained / "run.json").read_text()) | {"status": "running"}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    code, text = refused(tsqlora, "report", tmp_path)
+    assert (code, "has not finished" in text) == (3, True)
+    assert not (tmp_path / "report.html").exists()
+
+
+# ----------------------------------------------------------------------------------- resume
+
+
+def contents(run: Path) -> dict[str, tuple[int, bytes]]:
+    files = [path for path in run.rglob("*") if path.is_file()]
+    return {str(path.relative_to(run)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+def test_resuming_a_finished_run_changes_nothing(trained: Path, place: Path, tsqlora: Run) -> None:
+    before = contents(trained)
+    code, out, _ = tsqlora("train", place / "config.yaml", "--out", trained, "--resume", "--json")
+    assert code == 0
+    assert json.loads(out)["metrics"] == record_of(trained)["metrics"]
+    assert contents(trained) == before
+
+
+def test_training_into_another_run_is_refused(trained: Path, place: Path, tsqlora: Run) -> None:
+    code, text = refused(tsqlora, "train", place / "config.yaml", "--out", trained)
+    assert code == 2
+    assert "--resume" in text
+
+
+def test_resuming_with_other_settings_is_refused(trained: Path, place: Path, tsqlora: Run) -> None:
+    code, text = refused(
+        tsqlora, "train", place / "config.yaml", "--out", trained, "--resume", "--set", "training.seed=1"
+    )
+    assert code == 2
+    assert "other settings" in text
+
+
+@pytest.mark.parametrize("epoch", [1, 3])
+def test_a_killed_run_resumes_to_the_same_adapter(
+    epoch: int, trained: Path, place: Path, tmp_path: Path, tsqlora: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("train", place / "config.yaml", "--out", tmp_path / "run", "--resume", "--json")
+    begin = RankCallback.on_step_begin
+
+    def killed(self: RankCallback, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 5 * epoch + 2:
+            raise KeyboardInterrupt
+        begin(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(RankCallback, "on_step_begin", killed)
+    code, out, err = tsqlora(*arguments)
+    assert (code, out) == (130, "")
+    assert "--resume" in err
+    monkeypatch.setattr(RankCallback, "on_step_begin", begin)
+    code, out, err = tsqlora(*arguments)
+    assert code == 0, err
+    whole, resumed = record_of(trained), json.loads(out)
+    assert resumed["ranks"] == whole["ranks"]
+    assert resumed["metrics"] == whole["metrics"]
+    passes = [{p: (c["forward"], c["backward"]) for p, c in r["cost"].items()} for r in (whole, resumed)]
+    assert passes[0] == passes[1]
+    first, second = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (trained, tmp_path / "run"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_killed_behind_its_last_step_only_ends(
+    trained: Path, place: Path, tmp_path: Path, tsqlora: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While its adapter is written."""
+
+    def cut_off(self: PeftModel, folder: str, **kwargs: Any) -> None:
+        if Path(folder).name == "adapter":
+            (tmp_path / "run" / "adapter").mkdir()
+            (tmp_path / "run" / "adapter" / "adapter_model.safetensors").write_bytes(b"half")
+            raise KeyboardInterrupt
+        save(self, folder, **kwargs)
+
+    save, arguments = PeftModel.save_pretrained, ("train", place / "config.yaml", "--out", tmp_path / "run", "--resume")
+    with monkeypatch.context() as patch:
+        patch.setattr(PeftModel, "save_pretrained", cut_off)
+        assert tsqlora(*arguments)[0] == 130
+    code, _, err = tsqlora(*arguments)
+    assert code == 0, err
+    assert "training" not in err, "no step is trained again"
+    assert record_of(tmp_path / "run")["metrics"] == record_of(trained)["metrics"]
+    files = (run / "adapter" / "adapter_model.safetensors" for run in (trained, tmp_path / "run"))
+    assert len({path.read_bytes() for path in files}) == 1
+
+
+@pytest.fixture
+def stopped(place: Path, tmp_path: Path, tsqlora: Run, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run with checkpoints 10 and 15, and the whole run's settings."""
+    begin = RankCallback.on_step_begin
+
+    def killed(self: RankCallback, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 17:
+            raise KeyboardInterrupt
+        begin(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RankCallback, "on_step_begin", killed)
+        assert tsqlora("train", place / "config.yaml", "--out", tmp_path / "run")[0] == 130
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "tsqlora_manifest.json"])
+def test_a_damaged_checkpoint_is_passed_over_and_told(
+    name: str, stopped: Path, trained: Path, place: Path, tsqlora: Run
+) -> None:
+    path = stopped / "checkpoints" / "checkpoint-15" / name
+    path.write_bytes(path.read_bytes()[::-1])
+    code, _, err = tsqlora("train", place / "config.yaml", "--out", stopped, "--resume")
+    assert code == 0, err
+    assert f"warning: {path.parent} is passed over: {name} " in err
+    assert any(f"is passed over: {name} " in note for note in record_of(stopped)["notes"])
+    files = (run / "adapter" / "adapter_model.safetensors" for run in (trained, stopped))
+    assert len({path.read_bytes() for path in files}) == 1
+
+
+def test_a_run_with_nothing_whole_to_resume_from_is_refused(stopped: Path, place: Path, tsqlora: Run) -> None:
+    for path in (stopped / "checkpoints").rglob("rng_state.pth"):
+        path.unlink()
+    code, text = refused(tsqlora, "train", place / "config.yaml", "--out", stopped, "--resume")
+    assert code == 1
+    assert "no checkpoint is whole" in text
+    assert text.count("rng_state.pth is missing") == 2
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_text("{")])
+def test_a_run_whose_record_is_lost_is_not_resumed_until_it_is_back(
+    harm: Callable[[Path], Any], stopped: Path, place: Path, tsqlora: Run
+) -> None:
+    harm(stopped / "run.json")
+    code, text = refused(tsqlora, "train", place / "config.yaml", "--out", stopped, "--resume")
+    assert code == 3
+    assert text.endswith("run.json is missing or damaged; put a sound copy back, or name another --out")
+
+
+def test_the_lock_of_a_process_that_trains_is_respected(place: Path, tmp_path: Path, tsqlora: Run) -> None:
+    script = (
+        "import sys, time; from pathlib import Path; from tsqlora.training.run_dir import locked\n"
+        "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "run")], stdout=subprocess.PIPE) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == b"held\n"
+            code, text = refused(tsqlora, "train", place / "config.yaml", "--out", tmp_path / "run", "--resume")
+        finally:
+            holder.kill()
+    assert code == 2
+    assert "another process" in text
+
+
+# -------------------------------------------------------------------------- score and select
+
+
+@pytest.fixture(scope="session")
+def scored(trained: Path) -> Path:
+    """Scores by the weights of the shared run."""
+    from tsqlora.run.score import score_rows
+
+    score_rows(trained, trained.parent / "scores-of-run.parquet")
+    return trained.parent / "scores-of-run.parquet"
+
+
+def check_scores(path: Path, rows: int, train: Path) -> None:
+    table = pq.read_table(path)
+    assert {"id", "hash", "gradient_norm", "loss_reduction", "convergence", "quality", "probability"} <= set(
+        table.column_names
+    )
+    assert {"predicted", "predicted_probability", "label_probability", "reason"} <= set(table.column_names)
+    assert len(table) == rows
+    file = read_rows(train).rows
+    for place, name in zip(table["id"].to_pylist(), table["hash"].to_pylist(), strict=True):
+        assert name == sample_hash(file[place]["text"], "", str(file[place]["label"]))
+    assert table["probability"].to_numpy().sum() == pytest.approx(1)
+
+
+def test_scoring_a_run_gives_every_row_its_terms(scored: Path) -> None:
+    check_scores(scored, 72, scored.parent / "train.jsonl")
+
+
+def test_scoring_a_config_trains_its_warmup_first(place: Path, tmp_path: Path, tsqlora: Run) -> None:
+    code, out, _ = tsqlora("score", place / "config.yaml", "--out", tmp_path / "s.parquet", "--json")
+    assert code == 0
+    assert json.loads(out)["rows"] == 72
+    check_scores(tmp_path / "s.parquet", 72, place / "train.jsonl")
+    assert [path.name for path in tmp_path.iterdir()] == ["s.parquet"]
+
+
+@pytest.mark.parametrize("source", ["config.yaml", "run"])
+def test_a_dry_run_of_score_plans_and_writes_nothing(source: str, trained: Path, tsqlora: Run) -> None:
+    before = sorted(trained.parent.iterdir())
+    code, out, _ = tsqlora("score", trained.parent / source, "--dry-run", "--json")
+    assert code == 0
+    plan = json.loads(out)
+    assert (plan["rows"], plan["batches"]) == (72, 9)
+    assert "72 in 9 batches" in tsqlora("score", trained.parent / source, "--dry-run")[1]
+    assert sorted(trained.parent.iterdir()) == before
+
+
+def test_scores_are_explained_with_texts(scored: Path, tsqlora: Run) -> None:
+    code, out, _ = tsqlora("score", scored, "--explain", "3", "--json")
+    assert code == 0
+    found = json.loads(out)["explained"]
+    rows = read_rows(scored.parent / "train.jsonl").rows
+    for name in ("highest", "lowest", "suspicious"):
+        assert len(found[name]) == 3
+        for sample in found[name]:
+            assert rows[sample["id"]] == {"text": sample["text"], "label": sample["label"]}
+            assert sample["predicted"] in (0, 1)
+    shown = tsqlora("score", scored, "--explain", "3")[1]
+    assert "most suspicious" in shown
+    assert "likely wrong labels" in shown
+
+
+def test_a_runs_own_scores_are_explained_too(trained: Path, tsqlora: Run) -> None:
+    assert tsqlora("score", trained / "scores.parquet", "--explain", "1", "--json")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((), "give --explain N"), (("--explain", "0"), "at least 1"), (("--explain", "1", "--drop", "outlier"), "--drop")],
+)
+def test_scores_to_explain_need_a_number(arguments: tuple[str, ...], message: str, scored: Path, tsqlora: Run) -> None:
+    code, text = refused(tsqlora, "score", scored, *arguments)
+    assert code == 2
+    assert message in text
+
+
+def test_dropped_rows_are_counted_and_named(trained: Path, tmp_path: Path, tsqlora: Run) -> None:
+    rows = read_rows(trained.parent / "train.jsonl").rows
+    doubled = write_jsonl(tmp_path / "doubled.jsonl", [*rows, *rows[:10]])
+    arguments = ("--set", f"data.train={doubled}", "--set", f"data.validation={trained.parent / 'test.jsonl'}")
+    out = tmp_path / "s.parquet"
+    code, printed, _ = tsqlora("score", trained, *arguments, "--drop", "duplicate", "--out", out, "--json")
+    assert code == 0
+    assert (json.loads(printed)["rows"], json.loads(printed)["kept"]) == (90, 80)
+    assert pq.read_table(out)["reason"].to_pylist().count("duplicate") == 10
+    code, text = refused(tsqlora, "score", trained, "--drop", "bad", "--out", tmp_path / "t.parquet")
+    assert code == 2
+    assert "choices: duplicate, outlier" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("score", "tsq.yaml", "--data", "rows.jsonl", "--out", "s.parquet"), "--data is where --explain N finds"),
+        (("score", "tsq.yaml", "--drop", "duplicat", "--dry-run"), "choices: duplicate, outlier"),
+        (("report", "run", "--port", "80"), "--port is of --watch"),
+    ],
+)
+def test_an_option_that_would_count_for_nothing_is_refused(
+    arguments: tuple[str, ...], message: str, tsqlora: Run
+) -> None:
+    code, text = refused(tsqlora, *arguments)
+    assert code == 2
+    assert message in text
+
+
+def test_score_without_a_file_to_write_is_refused(place: Path, tsqlora: Run) -> None:
+    code, text = refused(tsqlora, "score", place / "config.yaml")
+    assert code == 2
+    assert "--out" in text
+
+
+@pytest.mark.parametrize("extension", ["jsonl", "csv", "tsv", "parquet"])
+def test_select_writes_the_drawn_rows_in_every_format(
+    extension: str, scored: Path, tmp_path: Path, tsqlora: Run
+) -> None:
+    arguments = ("select", scored, "--fraction", "0.25", "--seed", "3")
+    out = tmp_path / f"subset.{extension}"
+    code, printed, _ = tsqlora(*arguments, "--data", scored.parent / "train.jsonl", "--out", out, "--json")
+    assert code == 0
+    rows = read_rows(out).rows
+    assert json.loads(printed)["rows"] == len(rows) == 18
+    assert {row["text"] for row in rows} <= {row["text"] for row in make_rows(80)}
+
+
+def texts(path: Path) -> list[str]:
+    return sorted(row["text"] for row in read_rows(path).rows)
+
+
+@pytest.mark.parametrize("extension", ["jsonl", "csv"])
+def test_select_finds_rows_by_hash_in_any_order_and_format(
+    extension: str, scored: Path, tmp_path: Path, tsqlora: Run
+) -> None:
+    from tsqlora.data.write import write_rows
+
+    turned = tmp_path / f"turned.{extension}"
+    write_rows(turned, make_rows(80)[::-1])
+    for data, out in ((scored.parent / "train.jsonl", "a.jsonl"), (turned, "b.jsonl")):
+        assert tsqlora("select", scored, "--fraction", "0.5", "--data", data, "--out", tmp_path / out)[0] == 0
+    assert texts(tmp_path / "a.jsonl") == texts(tmp_path / "b.jsonl")
+
+
+def test_select_without_data_writes_what_is_known_of_the_rows(scored: Path, tmp_path: Path, tsqlora: Run) -> None:
+    out = tmp_path / "subset.csv"
+    assert tsqlora("select", scored, "--fraction", "0.5", "--out", out)[0] == 0
+    rows = read_rows(out).rows
+    assert len(rows) == 36
+    assert set(rows[0]) >= {"id", "hash", "quality", "probability"}
+
+
+def test_select_says_when_the_file_is_another(scored: Path, tmp_path: Path, tsqlora: Run) -> None:
+    other = scored.parent / "test.jsonl"
+    code, text = refused(tsqlora, "select", scored, "--fraction", "0.5", "--data", other, "--out", tmp_path / "x.csv")
+    assert code == 3
+    assert "drawn rows" in text
+
+
+def test_rows_are_not_replaced_by_what_is_drawn_or_known_of_them(
+    scored: Path, trained: Path, place: Path, tmp_path: Path, tsqlora: Run
+) -> None:
+    rows = shutil.copy(scored.parent / "train.jsonl", tmp_path / "rows.jsonl")
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(rows)
+    before = Path(rows).read_bytes()
+    asked = [
+        ("select", scored, "--fraction", "0.5", "--data", rows, "--out", link),
+        ("score", place / "config.yaml", "--set", f"data.train={rows}", "--out", link),
+        ("score", trained, "--set", f"data.train={rows}", "--out", rows),
+    ]
+    for arguments in asked:
+        code, text = refused(tsqlora, *arguments)
+        assert (code, "is the file that is read" in text) == (2, True)
+    assert Path(rows).read_bytes() == before
+
+
+# ---------------------------------------------------------------------------------- allocate
+
+
+@pytest.mark.parametrize("source", ["config.yaml", "run"])
+def test_allocate_gives_a_lora_config_with_those_ranks_and_one_scale(
+    source: str, trained: Path, tmp_path: Path, tsqlora: Run
+) -> None:
+    out = tmp_path / "ranks.json"
+    code, printed, _ = tsqlora("allocate", trained.parent / source, "--out", out, "--json")
+    assert code == 0
+    arguments = json.loads(out.read_text())
+    assert {"out": str(out), **arguments} == json.loads(printed)
+    base = AutoModelForSequenceClassification.from_pretrained(trained.parent / "model", num_labels=2)
+    layers = lora_layers(get_peft_model(base, LoraConfig(**arguments)))
+    names = {name.removeprefix("base_model.model."): layer for name, layer in layers.items()}
+    assert set(names) == set(arguments["target_modules"])
+    for name, layer in names.items():
+        rank = arguments["rank_pattern"].get(name, arguments["r"])
+        assert layer.r["default"] == rank
+        assert layer.scaling["default"] == pytest.approx(2.0)  # alpha 4 over mean rank 2
+    costs = {name: layer.in_features + layer.out_features for name, layer in names.items()}
+    assert sum(layer.r["default"] * costs[name] for name, layer in names.items()) <= 2 * sum(costs.values())
+
+
+# ----------------------------------------------------------------------- evaluate and predict
+
+
+def test_evaluate_says_what_sklearn_says_of_the_predictions(trained: Path, tmp_path: Path, tsqlora: Run) -> None:
+    data, out = trained.parent / "test.jsonl", tmp_path / "p.csv"
+    code, printed, _ = tsqlora("evaluate", trained, "--data", data, "--json")
+    assert code == 0
+    metrics = json.loads(printed)
+    assert tsqlora("predict", trained, "--data", data, "--out", out)[0] == 0
+    rows = read_rows(out).rows
+    truth, predicted = ([int(row[name]) for row in rows] for name in ("label", "prediction"))
+    assert metrics["accuracy"] == pytest.approx(accuracy_score(truth, predicted))
+    assert metrics["macro_f1"] == pytest.approx(f1_score(truth, predicted, average="macro"))
+    assert {"accuracy", "macro_f1", "matthews", "loss"} <= metrics.keys()
+
+
+def test_evaluate_without_data_repeats_the_runs_own_metrics(trained: Path, tsqlora: Run) -> None:
+    assert json.loads(tsqlora("evaluate", trained, "--json")[1]) == record_of(trained)["metrics"]["validation"]
+
+
+def test_predict_needs_no_labels_and_keeps_the_order(trained: Path, tmp_path: Path, tsqlora: Run) -> None:
+    rows = [{"text": row["text"], "note": j} for j, row in enumerate(make_rows(9, seed=2))]
+    data = write_jsonl(tmp_path / "new.jsonl", rows)
+    code, out, _ = tsqlora("predict", trained, "--data", data, "--out", tmp_path / "p.jsonl", "--json")
+    assert code == 0
+    assert json.loads(out)["rows"] == 9
+    assert [row["note"] for row in read_rows(tmp_path / "p.jsonl").rows] == list(range(9))
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
+def test_a_file_without_the_runs_columns_exits_3(command: str, trained: Path, tmp_path: Path, tsqlora: Run) -> None:
+    data = write_jsonl(tmp_path / "new.jsonl", [{"words": "good"}])
+    more = ["--out", tmp_path / "p.jsonl"] if command == "predict" else []
+    code, text = refused(tsqlora, command, trained, "--data", data, *more)
+    assert code == 3
+    assert "no column 'text'" in text
+
+
+# ------------------------------------------------------------------------- other kinds of runs
+
+
+# Here the warning is printed, as for a user: under pytest it would be an error.
+at_chance = pytest.mark.filterwarnings("default:no quality sampling:UserWarning")
+
+
+def train_on(
+    tsqlora: Run, folder: Path, model: Path, rows: Sequence[Mapping[str, Any]], **sections: Mapping[str, Any]
+) -> tuple[dict[str, Any], str]:
+    """The record of a run on these rows, and what stood on the screen."""
+    config = write_config(folder / "c.yaml", model, write_jsonl(folder / "rows.jsonl", rows), **sections)
+    code, out, err = tsqlora("train", config, "--out", folder / "run")
+    assert code == 0, err
+    return record_of(folder / "run"), out + err
+
+
+def test_without_quality_rows_are_drawn_at_random(place: Path, tmp_path: Path, tsqlora: Run) -> None:
+    record, _ = train_on(tsqlora, tmp_path, place / "model", make_rows(80), quality={"enabled": False, "fraction": 0.5})
+    assert record["quality"] == {"enabled": False, "used": False, "fraction": 0.5, "rows_an_epoch": 36}
+    assert record["plan"]["steps"] == 30
+    assert not (tmp_path / "run" / "scores.parquet").exists()
+    code, text = refused(tsqlora, "score", tmp_path / "c.yaml", "--out", tmp_path / "s.parquet")
+    assert code == 2
+    assert "quality.enabled" in text
+
+
+@at_chance
+def test_regression_predicts_numbers(place: Path, tmp_path: Path, tsqlora: Run) -> None:
+    rows = make_rows(80, labels=(-1.0, 1.5))
+    record, _ = train_on(tsqlora, tmp_path, place / "model", rows, task={"type": "regression"})
+    assert {"pearson", "spearman", "loss"} <= record["metrics"]["validation"].keys()
+    data = write_jsonl(tmp_path / "new.jsonl", rows[:4])
+    assert tsqlora("predict", tmp_path / "run", "--data", data, "--out", tmp_path / "p.jsonl")[0] == 0
+    predicted = read_rows(tmp_path / "p.jsonl").rows
+    assert all(isinstance(row["prediction"], float) and "probability" not in row for row in predicted)
+
+
+@at_chance
+def test_text_pairs_with_string_labels_give_their_names_back(place: Path, tmp_path: Path, tsqlora: Run) -> None:
+    rows = [
+        {"premise": "the day was", "hypothesis": row["text"], "label": row["label"]}
+        for row in make_rows(80, labels=("no", "yes"))
+    ]
+    record, _ = train_on(tsqlora, tmp_path, place / "model", rows)
+    assert record["data"]["columns"] == {"text": "premise", "text_pair": "hypothesis", "label": "label"}
+    assert record["labels"] == ["no", "yes"]
+    data = tmp_path / "rows.jsonl"
+    assert tsqlora("predict", tmp_path / "run", "--data", data, "--out", tmp_path / "p.tsv")[0] == 0
+    assert {row["prediction"] for row in read_rows(tmp_path / "p.tsv").rows} <= {"no", "yes"}
+
+
+@at_chance
+def test_a_model_at_chance_finishes_with_random_draws_and_says_so(place: Path, tmp_path: Path, tsqlora: Run) -> None:
+    rng = np.random.default_rng(0)
+    rows = [{**row, "label": int(rng.integers(2))} for row in make_rows(80)]
+    slow = {"training": {"epochs": 4, "learning_rate": 1e-7}}
+    record, screen = train_on(tsqlora, tmp_path, place / "model", rows, **slow)
+    assert record["quality"]["used"] is False
+    assert "standard errors" in record["quality"]["refused"]
+    assert any("drawn at random" in note for note in record["notes"])
+    assert "drawn at random" in screen
+    assert "UserWarning" not in screen
+    code, text = refused(tsqlora, "score", tmp_path / "c.yaml", "--out", tmp_path / "s.parquet")
+    assert code == 1
+    assert "constant guess" in text
+
+
+def test_brackets_in_an_error_are_shown_as_they_stand(tmp_path: Path, tsqlora: Run) -> None:
+    assert "[odd].yaml" in refused(tsqlora, "train", tmp_path / "[odd].yaml")[1]
+
+
+# ------------------------------------------------------------------------------- further corners
+
+
+def test_a_dry_run_tells_the_plan_that_the_run_then_records(trained: Path, place: Path, tsqlora: Run) -> None:
+    _, out, _ = tsqlora("train", place / "config.yaml", "--dry-run", "--json")
+    told, record = json.loads(out), record_of(trained)
+    assert {name: told[name] for name in record["plan"]} == record["plan"]
+    assert (told["columns"], told["max_length"]) == (record["data"]["columns"], record["data"]["max_length"])
+    assert told["notes"] == [note for note in record["notes"] if note in told["notes"]]
+
+
+def test_without_arguments_help_is_shown(tsqlora: Run) -> None:
+    code, out, _ = tsqlora()
+    assert code == 0
+    assert all(command in out for command in COMMANDS)
+
+
+def test_debug_shows_where_an_error_arose(tmp_path: Path, tsqlora: Run) -> None:
+    code, out, err = tsqlora("train", tmp_path / "none.yaml", "--debug")
+    assert (code, out) == (2, "")
+    assert "Traceback" in err
+    assert "error:" in err
+
+
+def test_what_was_not_foreseen_exits_1_in_one_line(place: Path, tsqlora: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(config: Any) -> None:
+        raise RuntimeError("first\nsecond")
+
+    monkeypatch.setattr("tsqlora.run.train.load", broken)
+    code, text = refused(tsqlora, "train", place / "config.yaml", "--dry-run")
+    assert (code, text) == (1, "error: RuntimeError: first; --debug shows where")
+
+
+def test_init_prints_yaml_or_one_json_object(tmp_path: Path, tsqlora: Run) -> None:
+    _, text, _ = tsqlora("init")
+    assert json.loads(tsqlora("init", "--json")[1]) == {"yaml": text}
+    path = tmp_path / "new" / "tsq.yaml"
+    assert json.loads(tsqlora("init", "-o", path, "--json")[1]) == {"out": str(path)}
+    assert path.read_text() == text
+
+
+def test_only_the_first_of_several_processes_speaks(
+    trained: Path, tsqlora: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert tsqlora("evaluate", trained, "--json") == (0, "", "")
+    assert "is not a run" in tsqlora("evaluate", trained.parent)[2]
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_run_killed_before_its_first_checkpoint_starts_over(
+    step: int, place: Path, tmp_path: Path, tsqlora: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("train", place / "config.yaml", "--out", tmp_path / "run")
+    begin = RankCallback.on_step_begin
+
+    def killed(self: RankCallback, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == step:
+            raise KeyboardInterrupt
+        begin(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(RankCallback, "on_step_begin", killed)
+    assert tsqlora(*arguments)[0] == 130
+    monkeypatch.setattr(RankCallback, "on_step_begin", begin)
+    if step == 0:
+        assert not (tmp_path / "run" / "config.yaml").exists(), "nothing began"
+    else:
+        assert record_of(tmp_path / "run")["status"] == "running"
+        assert "is not finished" in refused(tsqlora, "evaluate", tmp_path / "run")[1]
+        assert refused(tsqlora, *arguments)[0] == 2
+    code, _, err = tsqlora(*arguments, *(["--resume"] if step else []))
+    assert code == 0, err
+    assert record_of(tmp_path / "run")["status"] == "finished"
+
+
+def test_a_run_whose_data_changed_is_not_resumed(
+    place: Path, tmp_path: Path, tsqlora: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", make_rows(80))
+    arguments = ("train", place / "config.yaml", "--set", f"data.train={data}", "--out", tmp_path / "run", "--resume")
+
+    def killed(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RankCallback, "on_step_end", killed)
+        assert tsqlora(*arguments)[0] == 130
+    write_jsonl(data, make_rows(80, seed=1))
+    code, text = refused(tsqlora, *arguments)
+    assert code == 3
+    assert "has other rows than when" in text
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_run_and_one_speaks(place: Path, tmp_path: Path) -> None:
+    # Half a batch a process: the steps are those of the shared run, which has batches of 8.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    settings = ["--set", "training.batch_size=4", "--set", "training.use_cpu=true"]
+    command = ["-m", "tsqlora.cli", "train", str(place / "config.yaml"), "--out", str(tmp_path / "run"), *settings]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *command, "--json"], capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert record["status"] == "finished"
+    assert record["plan"]["steps"] == 30
+    assert record["cost"]["training"]["forward"] == record["plan"]["passes"]["training"]["forward"]
+    # As if both had been killed behind checkpoint 25, which has the random state of each.
+    adapter, run = tmp_path / "run" / "adapter" / "adapter_model.safetensors", tmp_path / "run"
+    whole = adapter.read_bytes()
+    named = json.loads((run / "checkpoints" / "checkpoint-25" / "tsqlora_manifest.json").read_text())["files"]
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= named.keys()
+    shutil.rmtree(run / "adapter")
+    (run / "checkpoints" / "checkpoint-30" / "rng_state_1.pth").unlink()
+    (run / "run.json").write_text(json.dumps({k: v for k, v in record.items() if k != "run"} | {"status": "running"}))
+    # By accelerate, whose --multi_gpu is what starts several processes on CPUs as well.
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch = [*accelerate, "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    done = subprocess.run([*launch, *command, "--resume"], capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("checkpoint-30 is passed over: rng_state_1.pth is missing") == 1
+    assert adapter.read_bytes() == whole
+
+
+def test_what_is_shown_says_nothing_to_the_terminal_itself() -> None:
+    shown = console.harmless({"a\x1b": ["\x1b]0;owned\x07", ("two\nlines", 1)], "n": None})
+    assert shown == {r"a\x1b": [r"\x1b]0;owned\x07", ["two\nlines", 1]], "n": None}

@@ -1,0 +1,204 @@
+"""`tsqlora export`, `merge` and `doctor` as scripts see them, on a run of ours and on any adapter."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from rich.console import Console
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from loras import lora_config, save_base, save_lora, tiny_llama
+from runs import make_rows, save_checkpoint, write_config, write_jsonl
+from tsqlora.cli import commands as cli
+from tsqlora.cli import console
+from tsqlora.interop.files import CONFIG, WEIGHTS, read_adapter
+from tsqlora.run.config import load_config
+from tsqlora.run.predict import open_run
+from tsqlora.run.train import train
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def tsqlora(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Exit code, stdout and stderr of one command, in this process."""
+
+    def run(*arguments: Any) -> tuple[int, str, str]:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["tsqlora", *map(str, arguments)])
+        monkeypatch.setattr(console, "stdout", Console(width=200))
+        monkeypatch.setattr(console, "stderr", Console(width=200, stderr=True))
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        return (int(stopped.value.code or 0), *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the whole method on a tiny BERT, whose ranks differ and of which a layer may have none."""
+    folder = tmp_path_factory.mktemp("adapters")
+    save_checkpoint(folder / "model")
+    write_jsonl(folder / "train.jsonl", make_rows(80, labels=("no", "yes")))
+    config = write_config(folder / "c.yaml", folder / "model", folder / "train.jsonl", ranks={"min": 0})
+    train(load_config(config), folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base and an adapter that is not ours, with rsLoRA and two ranks."""
+    folder = tmp_path_factory.mktemp("plain")
+    save_base(folder / "base", tiny_llama())
+    save_lora(folder / "adapter", tiny_llama(), lora_config(use_rslora=True, rank_pattern={"k_proj": 3}))
+    return folder
+
+
+def said(model: Any, run: Path) -> Tensor:
+    """Logits of some rows that the run was not trained on."""
+    tokenizer = AutoTokenizer.from_pretrained(run.parent / "model")
+    rows = tokenizer([row["text"] for row in make_rows(6, seed=9)], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        return model.eval()(**rows).logits.cpu()
+
+
+def test_our_own_runs_universal_adapter_says_the_same_in_plain_peft(run: Path, tmp_path: Path, tsqlora: Run) -> None:
+    assert len({target.rank for target in read_adapter(run / "adapter").targets.values()}) > 1
+    code, out, _ = tsqlora("export", run, "--format", "universal", "--out", tmp_path / "u", "--json")
+    report = json.loads(out)
+    assert (code, report["rank"], report["update_difference"]) == (0, 8, 0.0)
+    assert report["logits_difference"] < 1e-4 * max(report["largest_logit"], 1)
+    base = AutoModelForSequenceClassification.from_pretrained(run.parent / "model", num_labels=2)
+    exported = PeftModel.from_pretrained(base, str(tmp_path / "u"))
+    torch.testing.assert_close(said(exported, run), said(open_run(run).model, run), rtol=1e-4, atol=1e-4)
+
+
+def test_a_merged_run_is_a_model_and_a_tokenizer(run: Path, tmp_path: Path, tsqlora: Run) -> None:
+    code, out, _ = tsqlora("merge", run, "--out", tmp_path / "m", "--json")
+    assert (code, json.loads(out)["format"]) == (0, "merged")
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m")
+    torch.testing.assert_close(said(merged, run), said(open_run(run).model, run), rtol=1e-4, atol=1e-4)
+    assert merged.config.id2label == {0: "no", 1: "yes"}
+    tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "m", run.parent / "model")]
+    assert tokenizers[0]("good day").input_ids == tokenizers[1]("good day").input_ids
+    assert not (tmp_path / "m" / CONFIG).exists()
+    assert "fine-tuned on train.jsonl" in (tmp_path / "m" / "README.md").read_text(encoding="utf-8")
+
+
+def test_merge_is_export_as_merged_and_takes_a_precision(run: Path, tmp_path: Path, tsqlora: Run) -> None:
+    assert tsqlora("export", run, "--format", "merged", "--out", tmp_path / "e")[0] == 0
+    assert tsqlora("merge", run, "--out", tmp_path / "m")[0] == 0
+    assert (tmp_path / "e" / "model.safetensors").read_bytes() == (tmp_path / "m" / "model.safetensors").read_bytes()
+    assert tsqlora("merge", run, "--out", tmp_path / "half", "--dtype", "bfloat16")[0] == 0
+    half = AutoModelForSequenceClassification.from_pretrained(tmp_path / "half", dtype="auto")
+    assert half.dtype == torch.bfloat16
+
+
+def test_a_run_is_no_gguf_file_since_it_has_a_head(run: Path, tmp_path: Path, tsqlora: Run) -> None:
+    code, out, err = tsqlora("export", run, "--format", "gguf", "--out", tmp_path / "g")
+    assert (code, out) == (2, "")
+    assert "the adapter came with the module classifier, and a LoRA file of llama.cpp holds no whole modules" in err
+
+
+def test_a_run_knows_its_base(run: Path, tmp_path: Path, tsqlora: Run) -> None:
+    code, _, err = tsqlora("merge", run, "--out", tmp_path / "m", "--base", "other")
+    assert code == 2
+    assert "is a run, which knows its base model; leave out --base" in err
+
+
+@pytest.mark.parametrize("format", ["peft", "universal", "gguf", "merged"])
+def test_any_adapter_is_exported_in_every_format(format: str, plain: Path, tmp_path: Path, tsqlora: Run) -> None:
+    arguments = ("export", plain / "adapter", "--format", format, "--base", plain / "base", "--out")
+    code, out, _ = tsqlora(*arguments, tmp_path / "a", "--json")
+    report = json.loads(out)
+    assert (code, report["format"], report["notes"]) == (0, format, [])
+    assert report["logits_difference"] < 1e-4 * report["largest_logit"]
+    code, out, _ = tsqlora(*arguments, tmp_path / "b")
+    assert code == 0
+    assert out.startswith(f"wrote {tmp_path / 'b'}: {format}, ")
+    assert "compared     ΔW within" in out
+
+
+def test_what_a_lower_rank_costs_is_shown(plain: Path, tmp_path: Path, tsqlora: Run) -> None:
+    code, out, _ = tsqlora("export", plain / "adapter", "--format", "peft", "--max-rank", 2, "--out", tmp_path / "a")
+    assert code == 0
+    assert "truncated    6 layers, of which these lose most:" in out
+    assert "% of ‖ΔW‖  model.layers." in out
+
+
+def test_an_adapter_is_compressed_by_its_update_or_by_what_it_does_to_the_loss(
+    run: Path, plain: Path, tmp_path: Path, tsqlora: Run
+) -> None:
+    before = read_adapter(run / "adapter")
+    uniform = sum(target.inputs + target.outputs for target in before.targets.values())
+    for by in ("singular", "curvature"):
+        arguments = ("adapter", "compress", run, "--mean-rank", 1, "--by", by, "--out", tmp_path / by, "--json")
+        code, out, _ = tsqlora(*arguments)
+        assert (code, json.loads(out)["format"]) == (0, "peft")
+        assert 0.8 * uniform < read_adapter(tmp_path / by).parameters <= uniform < before.parameters
+    code, _, err = tsqlora(
+        "adapter", "compress", plain / "adapter", "--mean-rank", 1, "--by", "curvature", "--out", tmp_path / "x"
+    )
+    assert code == 2
+    assert "is no run, and which rows it was trained on is not known; leave out --by" in err
+    code, _, err = tsqlora("adapter", "compress", run, "--mean-rank", 1, "--by", "size", "--out", tmp_path / "x")
+    assert code == 2
+    assert "--by size: choices: curvature, singular" in err
+    assert "Example: tsqlora adapter compress" in tsqlora("adapter", "compress", "--help")[1]
+
+
+def test_the_doctor_shows_what_he_found(plain: Path, tsqlora: Run) -> None:
+    code, out, _ = tsqlora("doctor", plain / "adapter")
+    assert code == 0
+    for shown in ("vLLM", "SGLang", "universal", "gguf", "× ", "--max-lora-rank 8", "dead slots   0 zero, 0 double"):
+        assert shown in out
+    code, out, _ = tsqlora("doctor", plain / "adapter", "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert {consumer["name"] for consumer in report["consumers"]} >= {
+        "PEFT",
+        "vLLM",
+        "SGLang",
+        "llama.cpp",
+        "TGI",
+        "MLX",
+    }
+
+
+def test_the_doctor_sees_the_adapter_of_a_run(run: Path, tsqlora: Run) -> None:
+    code, out, _ = tsqlora("doctor", run, "--json")
+    report = json.loads(out)
+    assert (code, report["adapter"]) == (0, str(run / "adapter"))
+    assert report["heads"] == ["classifier"]
+    mends = {found["name"]: found["mend"] for found in report["consumers"]}
+    assert (mends["vLLM"], mends["vLLM to 0.31"]) == (None, "merged")
+
+
+def test_the_doctor_ends_well_whatever_he_found_and_with_3_where_he_cannot_read(
+    plain: Path, tmp_path: Path, tsqlora: Run
+) -> None:
+    broken = shutil.copytree(plain / "adapter", tmp_path / "broken")
+    settings = json.loads((broken / CONFIG).read_text())
+    (broken / CONFIG).write_text(json.dumps(settings | {"use_dora": True, "alpha_pattern": {"k_proj": 1}}))
+    assert tsqlora("doctor", broken)[0] == 0
+    (broken / WEIGHTS).rename(broken / "adapter_model.bin")
+    code, out, err = tsqlora("doctor", broken)
+    assert (code, out) == (3, "")
+    assert "a pickle, which can run code and is not opened" in err
+    assert len(err.strip().splitlines()) <= 2
+    assert tsqlora("doctor", tmp_path / "nowhere")[0] == 3
+
+
+@pytest.mark.parametrize("command", ["export", "merge", "doctor"])
+def test_help_has_an_example(command: str, tsqlora: Run) -> None:
+    code, out, _ = tsqlora(command, "--help")
+    assert code == 0
+    assert f"Example: tsqlora {command} " in out

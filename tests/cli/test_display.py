@@ -1,0 +1,288 @@
+"""What a user sees fits a terminal of 80 columns, and says what happened."""
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.cells import cell_len
+from rich.console import Console
+
+from tsqlora.cli.display import (
+    Display,
+    layer_places,
+    ranks_table,
+    show_allocation,
+    show_explained,
+    show_numbers,
+    show_plan,
+    show_record,
+    show_scores,
+    show_scoring_plan,
+)
+from tsqlora.progress import Pulse
+
+KINDS = ("attention.self.query", "attention.self.value", "attention.output.dense", "intermediate.dense")
+
+
+def shown(show: Any, value: Any) -> str:
+    console = Console(file=io.StringIO(), width=80)
+    show(console, value)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("blocks", [2, 12, 32])
+def test_every_rank_and_whole_name_is_shown_within_80_columns(blocks: int) -> None:
+    ranks = {f"bert.encoder.layer.{b}.{kind}": 100 + b for b in range(blocks) for kind in KINDS} | {"pooler.dense": 7}
+    text = shown(lambda console, table: console.print(table), ranks_table(ranks))
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
+    for kind in KINDS:
+        rows = [line.split() for line in text.splitlines() if line.startswith(kind)]
+        assert [int(cell) for row in rows for cell in row[1:]] == [100 + b for b in range(blocks)]
+    assert "pooler.dense 7" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "kind"),
+    [
+        ("bert.encoder.layer.3.attention.self.query", "3", "attention.self.query"),
+        ("bert.pooler.dense", "", "pooler.dense"),
+        ("model.layers.11.mlp.experts.2.up_proj", "11", "mlp.experts.2.up_proj"),
+        ("score", "", "score"),
+    ],
+)
+def test_a_name_splits_into_block_and_kind(name: str, block: str, kind: str) -> None:
+    assert layer_places([name]) == {name: (block, kind)}
+
+
+@pytest.mark.parametrize(
+    ("parts", "lead"),
+    [
+        (("encoder.encoder.layer", "decoder.bert.encoder.layer"), ""),
+        (("encoder.block", "decoder.block"), ""),
+        (("model.encoder.layers", "model.decoder.layers"), "model."),
+    ],
+)
+def test_an_encoders_layer_and_a_decoders_are_not_taken_for_one_another(parts: tuple[str, str], lead: str) -> None:
+    ranks = {f"{part}.{block}.query": 10 * j + block for j, part in enumerate(parts, 1) for block in range(3)}
+    ranks |= {f"{lead}{part}.pooler.dense": 50 + j for j, part in enumerate(("encoder", "decoder"))}
+    text = shown(lambda console, table: console.print(table), ranks_table(ranks))
+    told = {" ".join(line.split()) for line in text.splitlines()}
+    assert {"encoder query 10 11 12", "decoder query 20 21 22"} <= told
+    assert {"encoder pooler.dense 50", "decoder pooler.dense 51"} <= told
+
+
+@given(st.sets(st.lists(st.sampled_from(["a", "b", "0", "1", "encoder"]), min_size=1, max_size=5).map(".".join)))
+def test_no_two_layers_have_one_place(names: set[str]) -> None:
+    places = layer_places(names)
+    assert places.keys() == names
+    assert len(set(places.values())) == len(names)
+
+
+def test_notes_metrics_and_costs_of_a_run_are_shown() -> None:
+    record = {
+        "run": "a-run",
+        "cost": {"warm-up": {"seconds": 1.25, "forward": 1200, "backward": 1200, "tokens": 0}},
+        "ranks": {"layer.0.query": 3},
+        "metrics": {"validation": {"accuracy": 0.875}},
+        "notes": ["rows were drawn at random: [because]"],
+    }
+    text = shown(show_record, record)
+    for part in ("1,200", "accuracy 0.8750", "note: rows were drawn at random: [because]", "a-run/adapter"):
+        assert part in text
+
+
+def test_a_plan_shows_rows_steps_parameters_and_passes() -> None:
+    plan = {
+        "rows": {"train": 1000, "validation": 50},
+        "classes": {"[b]": 700, "no": 300},
+        "rows_an_epoch": 500,
+        "epochs": 4,
+        "steps": 128,
+        "trainable": 2048,
+        "budget": 2000,
+        "ranks": {"a": 7, "b": 8},
+        "bf16": True,
+        "memory_bytes": 2**30,
+        "passes": {"scoring": {"forward": 3024, "backward": 1512}},
+        "without_effect": ["ranks.moves without effect: ranks.policy is fixed"],
+        "columns": {"text": "[body]", "text_pair": None, "label": "mood"},
+        "max_length": 128,
+        "notes": ["3 of 50 validation rows [..] are training rows, too"],
+    }
+    text = shown(show_plan, plan)
+    assert "columns     [body], mood; at most 128 tokens" in text
+    assert "note        3 of 50 validation rows [..] are training rows" in text
+    assert "settings    ranks.moves without effect" in text
+    assert "2: [b] (700), no (300)" in text
+    parts = ("1,000 train, 50 validation", "4 epochs, 128 steps", "2,048", "2 layers at 7 and 8", "bfloat16", "3,024")
+    for part in parts:
+        assert part in text
+
+
+def test_a_plan_of_scoring_shows_rows_batches_and_passes() -> None:
+    plan = {
+        "rows": 1_000_000,
+        "batches": 31_250,
+        "held_out": 111_111,
+        "memory_bytes": 3 * 2**30,
+        "disk_bytes": 2**30,
+        "passes": {"scoring": {"forward": 2_001_024, "backward": 1_000_512}},
+    }
+    text = shown(show_scoring_plan, plan)
+    assert "1,000,000 in 31,250 batches" in text
+    assert "111,111 rows for validation, which are not scored" in text
+    assert "about 3,072 MiB" in text
+    assert "at most 1,024 MiB" in text
+    assert "2,001,024" in text
+
+
+def explained(text: str, label: str) -> dict[str, Any]:
+    sample = {
+        "id": 123456,
+        "text": text,
+        "label": label,
+        "predicted": "other",
+        "predicted_probability": 0.93,
+        "label_probability": 0.02,
+        "quality": -1.5,
+        "reason": "duplicate",
+        "terms": {"gradient_norm": 1.25, "loss_reduction": 0.5, "convergence": -0.75, "loss": 3.5},
+    }
+    lists = {name: [sample] for name in ("highest", "lowest", "suspicious")}
+    return {**lists, "likely_wrong": [], "likely_wrong_rows": 0}
+
+
+@pytest.mark.parametrize("width", [30, 40, 80, 200])
+@pytest.mark.parametrize(
+    "text", ["a [bold]plain[/bold] [/] text [link=x]", "\x1b[31mred\x1b[0m\n\r\ttwo   lines", "文字 " * 200, "w" * 500]
+)
+def test_samples_fit_any_terminal_and_show_texts_as_they_stand(text: str, width: int) -> None:
+    console = Console(file=io.StringIO(), width=width, force_terminal=False)
+    show_explained(console, explained(text, "[red]label"))
+    out = console.file.getvalue()  # type: ignore[attr-defined]
+    assert max(cell_len(line) for line in out.splitlines()) <= width
+    assert "\x1b" not in out
+    assert "likely wrong labels: 0 in all" in out
+    assert out.replace("\n", "").replace(" ", "").count("123456") == 3 or width < 80
+    if width == 200:
+        for part in (
+            "[red]label",
+            "other 93%",
+            "-1.50",
+            "dropped: duplicate",
+            "convergence -0.75",
+            text.replace("\x1b", " ").split()[0][:9],
+        ):
+            assert part in out
+
+
+def test_scores_are_shown_with_what_explains_them_only_if_asked_for() -> None:
+    assert "highest quality" not in shown(show_scores, {"scores": "s.parquet", "rows": 3})
+    text = shown(show_scores, {"rows": 3, "explained": explained("a", "b")})
+    assert text.index("rows") < text.index("highest quality") < text.index("most suspicious")
+
+
+def test_an_allocation_shows_the_rank_of_every_layer() -> None:
+    names = ["layer.0.query", "layer.0.value"]
+    arguments = {"r": 4, "lora_alpha": 8, "target_modules": names, "rank_pattern": {names[1]: 2}, "alpha_pattern": {}}
+    text = shown(show_allocation, {"out": "ranks.json", **arguments})
+    assert [line.split() for line in text.splitlines()][-2:] == [["query", "4"], ["value", "2"]]
+    assert "ranks.json" in text
+
+
+def test_numbers_are_a_line_each_and_brackets_are_no_markup() -> None:
+    lines = shown(show_numbers, {"accuracy": 0.5, "out": "[bold]x"}).splitlines()
+    assert [line.split() for line in lines] == [["accuracy", "0.5000"], ["out", "[bold]x"]]
+
+
+PULSE = Pulse(0.51234, 7.5e-4, 133.4, 8512.0, 12, 1203 * 2**20)
+
+
+def lines_of(console: Console) -> list[str]:
+    return [line for line in console.file.getvalue().splitlines() if line.strip()]  # type: ignore[attr-defined]
+
+
+def test_without_a_terminal_each_phase_is_one_line() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    with Display(console) as display:
+        for done in range(1, 4):
+            display.progress("training", done, 3, PULSE)
+        display.progress("scoring", 1, 9)
+    assert lines_of(console) == ["training: 3 steps", "scoring: 9 rows"]
+
+
+def test_without_a_terminal_a_long_phase_has_a_line_now_and_then_without_control_codes() -> None:
+    clock = iter(range(0, 10_000, 10))
+    console = Console(file=io.StringIO(), width=40)
+    with Display(console, every=30.0, clock=lambda: float(next(clock))) as display:
+        for done in range(1, 11):
+            display.progress("training", done, 1000, PULSE)
+    first, *later = lines_of(console)
+    assert first == "training: 1,000 steps"
+    assert [line.split()[1] for line in later] == ["4/1,000", "7/1,000", "10/1,000"]
+    told = "loss 0.5123, lr 0.00075, 133 samples/s, 8,512 tokens/s, 12 ranks moved, 1,203 MiB"
+    assert all(line.endswith(told) for line in later)
+    assert [line.split(", ")[1] for line in later] == [f"2 h {m} min left" for m in (46, 46, 45)], "ten seconds a step"
+    assert "\x1b" not in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "\r" not in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("terminal", ["dumb", "xterm"])
+def test_a_dumb_terminal_gets_lines_and_no_control_codes(terminal: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", terminal)
+    console = Console(file=io.StringIO(), width=80, force_terminal=True)
+    with Display(console) as display:
+        display.progress("training", 1, 3, PULSE)
+    assert ("\x1b" in console.file.getvalue()) == (terminal == "xterm")  # type: ignore[attr-defined]
+
+
+def terminal_lines(told: Callable[[Display], None], monkeypatch: pytest.MonkeyPatch, width: int = 80) -> list[str]:
+    """What stands in a terminal once the display was told this."""
+    monkeypatch.setenv("TERM", "xterm")
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    with Display(console) as display:
+        told(display)
+        lines = console.render_lines(display.live.get_renderable(), console.options)
+    return ["".join(segment.text for segment in line).rstrip() for line in lines]
+
+
+def test_bars_fit_a_terminal_of_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(display: Display) -> None:
+        display.progress("evaluation", 1, 123456)
+        display.progress("evaluation", 123456, 123456)
+
+    text = terminal_lines(told, monkeypatch)
+    assert "123456/123456" in text[0]
+    assert "…" not in text[0]
+    assert not any(text[1:])
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_while_training_a_terminal_says_how_it_goes(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = terminal_lines(lambda display: display.progress("training", 5, 10, PULSE), monkeypatch, width)
+    said = " ".join(text[1:])
+    for part in ("loss 0.5123", "lr 0.00075", "133 samples/s", "8,512 tokens/s", "12 ranks moved", "1,203 MiB"):
+        assert part in said
+    assert max(map(cell_len, text)) <= width
+
+
+def test_what_is_not_known_yet_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Pulse(None, 0.1, None, None, 1, 2**20)
+    text = terminal_lines(lambda display: display.progress("training", 1, 10, first), monkeypatch)
+    assert text[1] == "lr 0.1 · 1 rank moved · 1 MiB"
+
+
+def test_bars_of_what_is_over_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(display: Display) -> None:
+        for number in range(50):
+            display.progress("training", 1, 1, PULSE)
+            display.say(f"{number} is done")
+        display.progress("warm-up", 1, 1)
+
+    text = terminal_lines(told, monkeypatch)
+    assert len([line for line in text if line]) == 1
+    assert text[0].startswith("warm-up")

@@ -1,0 +1,203 @@
+"""Ten kinds of adapter, each with what every consumer makes of it."""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kinds import KINDS, Q0, Q1, damaged, saved
+from loras import lora_config, save_base, save_lora, tiny_llama
+from models import tiny_bert
+from tsqlora.interop.doctor import examine
+from tsqlora.interop.files import CONFIG, read_adapter
+from tsqlora.interop.health import layer_health
+from tsqlora.interop.lora import Target
+from tsqlora.interop.servers import CONSUMERS, rules_table
+from tsqlora.interop.write import write_adapter
+from tsqlora.run.export import export
+
+RIGHT = dict.fromkeys((consumer.name for consumer in CONSUMERS), "right")
+VLLM = ("vLLM", "vLLM to 0.31")
+SGLANG = ("SGLang", "SGLang to 0.5.23")
+SERVERS = (*VLLM, *SGLANG, "llama.cpp", "TGI", "MLX", "TensorRT-LLM")
+
+
+def of_all(names: Sequence[str], verdict: str) -> dict[str, str]:
+    return dict.fromkeys(names, verdict)
+
+
+EXPECTED: Mapping[str, Mapping[str, str]] = {
+    "uniform": {},
+    "ranks, one scale": of_all((*SGLANG, "MLX"), "refused -> universal")
+    | {"llama.cpp": "wrong -> gguf", "TensorRT-LLM": "wrong -> universal"},
+    "ranks, one alpha": of_all((*SGLANG, "MLX"), "refused -> universal")
+    | of_all(("vLLM to 0.31", "TGI"), "wrong -> universal"),
+    "alphas": of_all(("vLLM to 0.31", "SGLang to 0.5.23", "TGI", "MLX", "TensorRT-LLM"), "wrong -> universal")
+    | {"SGLang": "refused -> universal", "llama.cpp": "wrong -> gguf"},
+    "rslora": of_all(SGLANG, "wrong -> universal") | {"llama.cpp": "wrong -> gguf"},
+    "a layer without": of_all(SGLANG, "refused -> universal") | {"TGI": "wrong -> universal"},
+    "q alone": of_all(SGLANG, "refused -> universal"),
+    "q and v": {},
+    "up alone": of_all(SGLANG, "refused -> universal"),
+    "mlp": {},
+    "rank 0": of_all(("PEFT", "diffusers"), "refused -> peft")
+    | of_all(("vLLM", *SGLANG, "MLX"), "refused -> universal"),
+    "dora": of_all((*VLLM, *SGLANG, "llama.cpp"), "refused -> merged") | of_all(("TGI", "MLX"), "wrong -> merged"),
+    "embedding": {"TGI": "wrong -> merged"},
+    "head": of_all(SERVERS, "wrong -> merged") | of_all((*VLLM, "llama.cpp"), "refused -> merged"),
+    "classifier": of_all(SERVERS, "wrong -> merged")
+    | {"vLLM": "right"}
+    | of_all(("vLLM to 0.31", "llama.cpp"), "refused -> merged"),
+    "damaged": {},
+    "pissa": of_all(SERVERS, "wrong -> merged") | {"vLLM": "refused -> merged"},
+    "small rank": {"TGI": "wrong -> universal"},
+    "bias of B": of_all((*SGLANG, "llama.cpp", "TGI", "MLX", "TensorRT-LLM"), "wrong -> merged")
+    | of_all(VLLM, "refused -> merged"),
+}
+"""By kind of adapter, who does not read it right, and what mends it."""
+
+RUN = {"vllm 0.30.0": "vLLM to 0.31", "vllm 0.31.0": "vLLM to 0.31", "vllm 0.32.0": "vLLM", "vllm 0.33.0": "vLLM"}
+RUN["sglang 0.5.23"] = "SGLang to 0.5.23"
+"""Servers whose own code was run on these adapters by bench/servers.py, and what the doctor calls them."""
+
+
+def verdicts(report: Mapping[str, Any]) -> dict[str, str]:
+    found = {}
+    for consumer in report["consumers"]:
+        mended = f" -> {consumer['mend']}" if consumer["mend"] else ""
+        found[consumer["name"]] = consumer["verdict"] + mended
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_consumer_of_every_kind_of_adapter(kind: str, tmp_path: Path) -> None:
+    report = examine(KINDS[kind](tmp_path / "a"))
+    assert verdicts(report) == RIGHT | EXPECTED[kind]
+    json.dumps(report, allow_nan=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_doctor_says_what_vllm_and_sglang_were_seen_to_do(kind: str, tmp_path: Path) -> None:
+    results = Path(__file__).parents[2] / "bench" / "results" / "servers.json"
+    report = examine(KINDS[kind](tmp_path / "a"))
+    for server, seen in json.loads(results.read_text())["servers"].items():
+        if (server, kind) == ("vllm 0.31.0", "classifier"):
+            continue  # the first that takes it; the doctor says so in the reason
+        found, done = of(report, RUN[server]), seen[kind]
+        assert found["verdict"] == done["verdict"], (server, done)
+        assert found["factors"] == pytest.approx(done.get("factors", {}), rel=1e-5), server
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "universal" in str(EXPECTED[kind])])
+def test_the_universal_export_is_right_where_it_is_said_to_be(kind: str, tmp_path: Path) -> None:
+    save_base(tmp_path / "base", tiny_llama())
+    source = KINDS[kind](tmp_path / "a")
+    export(source, tmp_path / "out", format="universal", base=str(tmp_path / "base"))
+    assert verdicts(examine(tmp_path / "out")) == RIGHT
+
+
+def of(report: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    (found,) = (consumer for consumer in report["consumers"] if consumer["name"] == name)
+    return found
+
+
+def test_factors_by_hand(tmp_path: Path) -> None:
+    # s is 16/32 = 0.5 in q and 16/8 = 2 elsewhere; vLLM takes 16/8 for all.
+    report = examine(saved(rank_pattern={"q_proj": 32})(tmp_path / "a"))
+    assert of(report, "vLLM to 0.31")["factors"] == {Q0: 4.0, Q1: 4.0}
+    assert of(report, "vLLM to 0.31")["reasons"] == ["2 of 6 layers at 4 times their scale"]
+    assert report["max_lora_rank"] == 32
+    # s is 2 everywhere; llama.cpp takes 16/4 where the rank is 4.
+    report = examine(saved(rank_pattern={Q0: 4}, alpha_pattern={Q0: 8})(tmp_path / "b"))
+    assert of(report, "llama.cpp")["factors"] == {Q0: 2.0}
+    # rsLoRA: s is 16/√8, and SGLang takes 16/8.
+    report = examine(saved(use_rslora=True)(tmp_path / "c"))
+    assert of(report, "SGLang")["factors"][Q0] == pytest.approx(1 / math.sqrt(8))
+
+
+def test_layers_that_tgi_drops_are_named(tmp_path: Path) -> None:
+    report = examine(saved(target_modules=[Q0, "k_proj"])(tmp_path / "a"))
+    assert of(report, "TGI")["factors"] == {Q0: 0.0}
+    assert of(report, "TGI")["reasons"] == [f"{Q1} has no adapter, so that no layer of its kind gets one"]
+    assert "taken from the adapter's own names" in report["notes"][-1]
+
+
+def test_the_base_says_how_many_layers_there_are(tmp_path: Path) -> None:
+    save_base(tmp_path / "base", tiny_llama())
+    source = saved(target_modules=[Q0])(tmp_path / "a")
+    assert of(examine(source), "TGI")["verdict"] == "right", "one layer is all that the adapter speaks of"
+    config = json.loads((source / CONFIG).read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}
+    (source / CONFIG).write_text(json.dumps(config))
+    report = examine(source)
+    assert report["base_found"]
+    assert of(report, "TGI")["factors"] == {Q0: 0.0}
+
+
+def test_a_number_that_is_nobodys_block_implies_nothing(tmp_path: Path) -> None:
+    source = read_adapter(saved(target_modules=[Q0, Q1])(tmp_path / "a"))
+    far = {"model.layers.999999999999.self_attn.q_proj": source.targets[Q0], Q1: source.targets[Q1]}
+    (tmp_path / "far").mkdir()
+    write_adapter(replace(source, targets=far), tmp_path / "far")
+    assert of(examine(tmp_path / "far"), "TGI")["verdict"] == "right"
+
+
+def test_no_gguf_file_is_promised_for_a_base_that_llama_cpp_arranges_unknown_to_us(tmp_path: Path) -> None:
+    bert = tiny_bert().float()
+    save_base(tmp_path / "base", bert.bert)
+    config = lora_config(task_type="FEATURE_EXTRACTION", target_modules=["query"], use_rslora=True)
+    source = save_lora(tmp_path / "a", bert.bert, config)
+    assert of(examine(source), "llama.cpp")["mend"] == "gguf", "who knows"
+    settings = json.loads((source / CONFIG).read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}
+    (source / CONFIG).write_text(json.dumps(settings))
+    assert of(examine(source), "llama.cpp")["mend"] == "merged"
+
+
+def test_damage_is_found_where_it_is(tmp_path: Path) -> None:
+    health = examine(damaged(tmp_path / "a"))["health"]
+    assert health["nonfinite"] == {Q0: 1}
+    assert (health["zero_slots"], health["duplicate_slots"]) == (2 + 8, 1)
+    assert health["idle_layers"] == ["model.layers.1.self_attn.v_proj"]
+    assert health["layers"]["model.layers.0.self_attn.k_proj"]["zero"] == 2
+
+
+def test_effective_rank_by_hand() -> None:
+    # Singular values 2 and 2 of four slots, one zero, one doubled: two directions of equal size.
+    a = torch.tensor([[1.0, 0, 0], [0, 2, 0], [0, 0, 0], [1, 0, 0]])
+    b = torch.tensor([[1.0, 0, 0, 1], [0, 1, 5, 0]])
+    found = layer_health(Target(a, b, 0.5))
+    assert (found.rank, found.zero, found.duplicate) == (4, 1, 1)
+    assert found.effective == pytest.approx(2.0)
+    assert found.norm == pytest.approx(0.5 * math.sqrt(8))
+    assert layer_health(Target(torch.zeros(2, 3), torch.ones(3, 2), 1.0)).effective == 0
+    assert layer_health(Target(torch.zeros(0, 3), torch.zeros(3, 0), 1.0)).effective == 0
+
+
+def test_what_lies_beside_and_who_is_named_is_told(tmp_path: Path) -> None:
+    source = saved()(tmp_path / "a")
+    (source / "optimizer.pt").write_bytes(b"")
+    notes = examine(source)["notes"]
+    assert notes[0] == "optimizer.pt would run code when loaded, and was not opened; delete it"
+    assert notes[1].startswith("it names no base model")
+    config = json.loads((source / CONFIG).read_text()) | {"base_model_name_or_path": "/elsewhere/model"}
+    (source / CONFIG).write_text(json.dumps(config))
+    assert "is a directory of another machine, /elsewhere/model" in examine(source)["notes"][1]
+
+
+def test_every_rule_says_where_it_was_read() -> None:
+    assert len({consumer.name for consumer in CONSUMERS}) == len(CONSUMERS) == 10
+    for consumer in CONSUMERS:
+        assert all((consumer.version, consumer.source, consumer.rule))
+        assert set(consumer.evidence.split(", ")) <= {"C", "S", "I", "R"}
+
+
+def test_the_documents_table_is_the_rules() -> None:
+    document = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text(encoding="utf-8")
+    found = re.search(r"<!-- consumers -->\n\n(.*?)\n\n<!-- end -->", document, re.DOTALL)
+    assert found is not None
+    assert found[1].splitlines() == rules_table(), "print('\\n'.join(rules_table())) makes it anew"

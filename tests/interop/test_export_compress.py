@@ -1,0 +1,91 @@
+"""Ranks by singular values lose least of the update at their parameters."""
+
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loras import lora_config, save_base, save_lora, tiny_llama
+from tsqlora.errors import SettingsError
+from tsqlora.interop.compress import ranks_for
+from tsqlora.interop.files import read_adapter
+from tsqlora.interop.lora import LoraAdapter, Target
+from tsqlora.interop.rewrite import truncate
+from tsqlora.run.export import export
+
+
+def target(singular: list[float], inputs: int, outputs: int, scale: float = 1.0) -> Target:
+    """A target whose BA has these singular values."""
+    r = len(singular)
+    return Target(torch.eye(r, inputs), torch.eye(outputs, r) * torch.tensor(singular), scale)
+
+
+def test_ranks_by_hand() -> None:
+    # Worth by parameter, of 20 and 10 parameters a slot: 100/20, 1/20 against 4/10, 0.01/10.
+    adapter = LoraAdapter({"r": 2}, {"large": target([10, 1], 10, 10), "small": target([2, 0.1], 5, 5)})
+    assert ranks_for(adapter, 1) == {"large": 1, "small": 1}
+    assert ranks_for(adapter, 0.7) == {"large": 1, "small": 0}
+    assert ranks_for(adapter, 2) == {"large": 2, "small": 2}
+    # A scale of 10 makes 4 into 400, and 0.01 into 1: 0.1 by parameter, above the 0.05 of large's second.
+    adapter = LoraAdapter({"r": 2}, {"large": target([10, 1], 10, 10), "small": target([2, 0.1], 5, 5, scale=10)})
+    assert ranks_for(adapter, 5 / 3) == {"large": 1, "small": 2}
+    # 9 of 20 parameters are worth less than 6.25 of 10.
+    adapter = LoraAdapter({"r": 1}, {"large": target([3], 10, 10), "small": target([2.5], 5, 5)})
+    assert ranks_for(adapter, 2 / 3) == {"large": 0, "small": 1}
+
+
+def test_layers_whose_change_costs_more_keep_more() -> None:
+    # Alike but for the curvature: 4 times 1 is above 1.5 squared.
+    adapter = LoraAdapter({"r": 1}, {"steep": target([1], 10, 10), "flat": target([1.5], 10, 10)})
+    assert ranks_for(adapter, 0.5) == {"steep": 0, "flat": 1}
+    assert ranks_for(adapter, 0.5, curvature={"steep": 4.0, "flat": 1.0}) == {"steep": 1, "flat": 0}
+
+
+@given(
+    values=st.lists(st.lists(st.floats(0.1, 10), min_size=3, max_size=3), min_size=3, max_size=3),
+    mean=st.sampled_from((0.5, 1.0, 1.7, 2.5)),
+)
+def test_nothing_of_equal_cost_loses_less(values: list[list[float]], mean: float) -> None:
+    adapter = LoraAdapter({"r": 3}, {str(j): target(row, 4, 4) for j, row in enumerate(values)})
+    ranks = ranks_for(adapter, mean)
+    assert sum(ranks.values()) == math.floor(3 * mean)
+
+    def lost(kept: dict[str, int]) -> float:
+        return sum(sum(v * v for v in sorted(values[int(name)], reverse=True)[rank:]) for name, rank in kept.items())
+
+    others = (dict(zip(ranks, choice, strict=True)) for choice in itertools.product(range(4), repeat=3))
+    best = min(lost(other) for other in others if sum(other.values()) == sum(ranks.values()))
+    assert lost(ranks) == pytest.approx(best, rel=1e-5)
+
+
+def test_an_adapter_is_cut_to_a_mean_rank_and_keeps_to_it(tmp_path: Path) -> None:
+    save_base(tmp_path / "base", tiny_llama())
+    save_lora(tmp_path / "a", tiny_llama(), lora_config(alpha_pattern={"v_proj": 1}))
+    report = export(tmp_path / "a", tmp_path / "out", format="peft", base=str(tmp_path / "base"), mean_rank=2)
+    source, cut = read_adapter(tmp_path / "a"), read_adapter(tmp_path / "out")
+    assert cut.parameters <= source.parameters * 2 / 8
+    ranks = {name: found.rank for name, found in cut.targets.items()}
+    assert len(set(ranks.values())) > 1
+    for name, error in report["truncation"].items():
+        singular = torch.linalg.svdvals(source.targets[name].delta())
+        kept = ranks.get(name, 0)
+        assert error == pytest.approx(float(singular[kept:].norm() / singular.norm()), abs=1e-6)
+    assert report["logits_difference"] is not None
+
+
+def test_a_layer_that_loses_all_is_gone() -> None:
+    adapter = LoraAdapter({"r": 2}, {"a": target([3, 2], 4, 4), "b": target([1, 0.5], 4, 4)})
+    cut, errors = truncate(adapter, ranks_for(adapter, 1))
+    assert list(cut.targets) == ["a"]
+    assert errors == {"b": 1.0}
+
+
+@pytest.mark.parametrize(("mean", "told"), [(0.0, "must be above 0"), (-1.0, "must be above 0"), (0.1, "at rank 0")])
+def test_a_mean_rank_that_leaves_nothing_is_refused(mean: float, told: str) -> None:
+    adapter = LoraAdapter({"r": 2}, {"a": target([3, 2], 4, 4)})
+    with pytest.raises(SettingsError, match=told):
+        ranks_for(adapter, mean)

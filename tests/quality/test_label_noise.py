@@ -1,0 +1,350 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import approx_fprime, minimize
+from scipy.special import softmax
+
+from tsqlora.errors import SettingsError, TsqLoraError
+from tsqlora.quality.label_noise import LabelNoise, _fit, _largest_rate, _loss, _spread, label_noise, reject
+
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def rows_of(
+    seed: int, *, rows: int = 800, classes: int = 2, wrong: float = 0.0, sure: float = 3.0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Logits, labels, and which are wrong: labels come from the logits' softmax, then so many are replaced."""
+    rng = np.random.default_rng(seed)
+    logits = sure * rng.normal(size=(rows, classes))
+    chances = softmax(logits, axis=1).cumsum(1)
+    true = np.minimum((rng.random(rows)[:, None] > chances).sum(1), classes - 1)
+    bad = rng.permutation(rows) < round(wrong * rows)
+    return logits, np.where(bad, (true + rng.integers(1, classes, size=rows)) % classes, true), bad
+
+
+@settings(max_examples=12)
+@given(seed=SEEDS, kind=st.sampled_from([(0.1, 2), (0.2, 2), (0.1, 3), (0.4, 3), (0.2, 6), (0.4, 6)]))
+def test_the_rate_of_wrong_labels_is_found(seed: int, kind: tuple[float, int]) -> None:
+    # Of two classes 0.4 is left out: labels say little then, and in one of 13 such sets nothing is evident.
+    wrong, classes = kind
+    logits, labels, _ = rows_of(seed, wrong=wrong, classes=classes, rows=2000)
+    noise = label_noise(logits, labels)
+    assert noise.evident
+    assert noise.rate == pytest.approx(wrong, abs=0.1)
+    assert 0 < noise.low < noise.rate < noise.high
+
+
+@settings(max_examples=12)
+@given(seed=SEEDS, sure=st.sampled_from([0.1, 1.0, 4.0]), classes=st.sampled_from([2, 5]))
+def test_hard_rows_are_no_wrong_labels(seed: int, sure: float, classes: int) -> None:
+    logits, labels, _ = rows_of(seed, sure=sure, classes=classes)
+    noise = label_noise(logits, labels, level=0.9999)
+    assert not noise.evident
+    assert noise.low == 0
+
+
+def hardly_learned(seed: int, *, rows: int, wrong: float) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of five classes that tell them apart once scaled by 30; until then the classes' constants rule."""
+    rng = np.random.default_rng(seed)
+    often = np.log([0.4, 0.25, 0.2, 0.1, 0.05])
+    logits = 2.0 * rng.normal(size=(rows, 5))
+    true = (logits + often + rng.gumbel(size=(rows, 5))).argmax(1)
+    bad = rng.random(rows) < wrong
+    labels = np.where(bad, (true + rng.integers(1, 5, size=rows)) % 5, true)
+    # Near 0 these are what makes mean probabilities the classes' frequencies.
+    return logits / 30 + np.log(np.bincount(labels, minlength=5) / rows), labels
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_model_that_has_hardly_learned_is_no_evidence(seed: int) -> None:
+    noise = label_noise(*hardly_learned(seed, rows=200, wrong=0.0), level=0.9999)
+    assert not noise.evident
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_model_that_has_hardly_learned_tells_wrong_labels_that_it_knows(seed: int) -> None:
+    noise = label_noise(*hardly_learned(seed, rows=1000, wrong=0.2))
+    assert noise.evident
+    assert noise.rate == pytest.approx(0.2, abs=0.08)
+
+
+@pytest.mark.parametrize("often", [(0.5, 0.5), (0.6, 0.25, 0.1, 0.05)])
+def test_the_test_of_right_labels_errs_no_more_often_than_its_level_says(often: tuple[float, ...]) -> None:
+    found = []
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        logits = 3.0 * rng.normal(size=(300, len(often)))
+        labels = (logits + 3 * np.log(often) + rng.gumbel(size=logits.shape)).argmax(1)
+        found.append(label_noise(logits, labels, level=0.8).evident)
+    # 20 % of 60 and three standard errors.
+    assert 1 <= sum(found) <= 21
+
+
+@pytest.mark.parametrize(("level", "edge"), [(0.95, 2.7055), (0.9, 1.6424), (0.75, 0.4549)])
+def test_evidence_is_a_statistic_beyond_the_half_chi_squared_of_the_level(level: float, edge: float) -> None:
+    for statistic, expected in ((edge - 1e-3, False), (edge + 1e-3, True)):
+        assert LabelNoise(0.2, 0.1, 0.3, statistic, level, 1.0, np.zeros(2), np.full(2, 0.5), 100).evident == expected
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_at_a_bound_the_likelihood_has_fallen_to_the_edge_of_the_test(seed: int) -> None:
+    logits, labels, _ = rows_of(seed, wrong=0.2, rows=400)
+    noise = label_noise(logits, labels)
+
+    def profile(rate: float) -> float:
+        def loss(at: np.ndarray) -> float:
+            return float(_loss(np.array([rate, np.exp(at[0]), *at[1:]]), logits, labels)[0])
+
+        # In the fit's own valley: of some seeds far steeper scales have another.
+        start = np.array([np.log(noise.scale), *noise.offsets])
+        return minimize(loss, start, method="Nelder-Mead", options={"xatol": 1e-5, "fatol": 1e-9}).fun
+
+    for bound in (noise.low, noise.high):
+        fallen = 2 * 400 * (profile(bound) - profile(noise.rate))
+        # At a rate of 0, where there is nothing beyond, it need not have fallen as far.
+        assert fallen == pytest.approx(2.7055, abs=0.05) or (bound == 0 and fallen < 2.7055)
+
+
+@settings(max_examples=8)
+@given(seed=SEEDS, scale=st.sampled_from([0.01, 0.5, 7.0]), shift=st.floats(-5, 5))
+def test_scale_and_constants_of_rows_and_classes_change_nothing(seed: int, scale: float, shift: float) -> None:
+    logits, labels, _ = rows_of(seed, wrong=0.2, rows=300, classes=3)
+    mask, noise = reject(logits, labels)
+    constants = shift * (np.arange(300)[:, None] / 300 + np.array([0.0, 1.0, -1.0]))
+    again, scaled = reject(scale * logits + constants, labels)
+    assert scaled.rate == pytest.approx(noise.rate, abs=1e-3)
+    assert scaled.scale * scale == pytest.approx(noise.scale, rel=1e-2)
+    assert abs(int(again.sum()) - int(mask.sum())) <= 1
+
+
+@settings(max_examples=8)
+@given(seed=SEEDS)
+def test_the_order_of_rows_and_the_names_of_classes_change_nothing(seed: int) -> None:
+    logits, labels, _ = rows_of(seed, wrong=0.2, rows=300, classes=3)
+    rng = np.random.default_rng(seed)
+    order, names = rng.permutation(300), rng.permutation(3)
+    noise = label_noise(logits, labels)
+    moved = label_noise(logits[order][:, np.argsort(names)], names[labels[order]])
+    assert moved.rate == pytest.approx(noise.rate, abs=1e-4)
+    assert moved.statistic == pytest.approx(noise.statistic, abs=1e-3)
+
+
+@settings(max_examples=8)
+@given(seed=SEEDS, rate=st.floats(0.01, 0.6), scale=st.floats(0.1, 5), classes=st.integers(2, 4))
+def test_the_gradient_is_that_of_the_likelihood(seed: int, rate: float, scale: float, classes: int) -> None:
+    logits, labels, _ = rows_of(seed, rows=40, classes=classes, wrong=0.2)
+    offsets = np.random.default_rng(seed).normal(size=classes)
+    at = np.array([rate, scale, *offsets])
+    value, gradient = _loss(at, logits, labels)
+    share = [float((labels == c).mean()) for c in range(classes)]
+    by_hand = [
+        (1 - rate) * p[y] + rate * sum(p[c] * share[y] / (1 - share[c]) for c in range(classes) if c != y)
+        for p, y in zip(softmax(scale * logits + offsets, axis=1), labels, strict=True)
+    ]
+    assert value == pytest.approx(-np.mean(np.log(by_hand)))
+    expected = np.asarray(approx_fprime(at, lambda x: _loss(x, logits, labels)[0], 1e-7))
+    np.testing.assert_allclose(gradient, expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_fit_without_wrong_labels_ends_where_its_gradient_does(seed: int) -> None:
+    # What it misses would be taken for evidence.  With seed 5 L-BFGS ends early if the rate is fixed by equal bounds.
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(400, 3)) * np.array([6.0, 20.0, 20.0])
+    labels = (logits + np.array([-20.0, 0.0, 20.0]) + rng.gumbel(size=(400, 3))).argmax(1)
+    unit = (logits - logits.mean(0)) / _spread(logits)
+    _, at = _fit(unit, labels, np.array([0.0, 1.0, 0.0, 0.0, 0.0]), free=False)
+    _, gradient = _loss(at, unit, labels)
+    assert at[0] == 0
+    assert gradient[1] < 1e-4  # below 0 at the steepest scale
+    np.testing.assert_allclose(gradient[2:], 0, atol=1e-4)
+
+
+def rare(seed: int, wrong: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows of three classes and a few in a hundred of a fourth; a wrong label is that of another row."""
+    rng = np.random.default_rng(seed)
+    logits = 3.0 * rng.normal(size=(800, 4)) + np.array([0.0, 0.0, 0.0, -7.0])
+    true = (logits + rng.gumbel(size=logits.shape)).argmax(1)
+    labels, bad = true.copy(), rng.random(800) < wrong
+    for row in np.flatnonzero(bad):
+        labels[row] = rng.choice(true[true != true[row]])
+    return logits, labels, bad
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_rare_class_hides_no_wrong_labels(seed: int) -> None:
+    logits, labels, bad = rare(seed, 0.2)
+    assert 0 < (labels == 3).mean() < 0.05
+    mask, noise = reject(logits, labels)
+    assert noise.rate == pytest.approx(0.2, abs=0.07)
+    assert mask[bad].mean() > 0.6
+    assert bad[mask].mean() > 0.5
+    assert not label_noise(*rare(seed, 0.0)[:2], level=0.9999).evident
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_class_that_no_row_has_changes_nothing(seed: int) -> None:
+    # It hid wrong labels, when each of the others was expected as often.
+    logits, labels, _ = rows_of(seed, wrong=0.2, rows=600, classes=3)
+    unused = -9 + np.random.default_rng(seed).normal(size=600)
+    mask, noise = reject(logits, labels)
+    again, wider = reject(np.insert(logits, 1, unused, axis=1), labels + (labels > 0))
+    assert noise.evident
+    assert wider.rate == noise.rate
+    assert (wider.low, wider.high, wider.statistic) == (noise.low, noise.high, noise.statistic)
+    assert again.tolist() == mask.tolist()
+    assert np.isfinite(wider.offsets).tolist() == [True, False, True, True]
+
+
+def test_of_one_class_no_label_is_wrong() -> None:
+    logits = np.random.default_rng(0).normal(size=(50, 3))
+    mask, noise = reject(logits, np.full(50, 2))
+    assert (noise.rate, noise.low, noise.high, noise.evident) == (0, 0, 0, False)
+    assert not mask.any()
+    assert noise.doubt(logits, np.full(50, 2)).tolist() == [0.0] * 50
+    assert noise.to_dict()["offsets"] == [None, None, 0.0]
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.5), (0.9, 0.1), (0.25,) * 4, (0.6, 0.25, 0.1, 0.05), (0.4, 0.4, 0.2)])
+def test_up_to_the_largest_rate_no_label_is_likelier_in_rows_of_another_class(shares: tuple[float, ...]) -> None:
+    def contradicted(rate: float) -> bool:
+        pairs = [(y, c) for y in range(len(shares)) for c in range(len(shares)) if c != y]
+        return any(rate * shares[y] / (1 - shares[c]) > 1 - rate for y, c in pairs)
+
+    most = _largest_rate(np.array(shares))
+    assert not contradicted(most - 1e-9)
+    assert contradicted(most + 1e-9)
+
+
+def test_logits_that_say_nothing_fit_no_labels_that_contradict_them() -> None:
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        labels = rng.choice(4, p=[0.6, 0.25, 0.1, 0.05], size=200)
+        assert label_noise(rng.normal(size=(200, 4)), labels).rate < 0.57
+
+
+def test_doubt_by_hand() -> None:
+    noise = LabelNoise(0.2, 0.1, 0.3, 9.0, 0.95, 0.5, np.array([math.log(3), 0.0]), np.array([0.6, 0.4]), 100)
+    logits = np.array([[1.0, 1.0], [1.0, 1.0]])
+    # Right with 0.8 · ¾ against wrong with 0.2 · ¼, and 0.8 · ¼ against 0.2 · ¾.
+    assert noise.doubt(logits, np.array([0, 1])).tolist() == pytest.approx([0.05 / 0.65, 0.15 / 0.35])
+    noise = LabelNoise(0.2, 0.1, 0.3, 9.0, 0.95, 0.5, np.zeros(3), np.array([0.6, 0.2, 0.2]), 100)
+    # All equally likely: right with 0.8 · ⅓, wrong with 0.2 · ⅓ · (0.6/0.8 + 0.6/0.8) or 0.2 · ⅓ · (0.2/0.4 + 0.2/0.8).
+    expected = [0.3 / (0.8 + 0.3), 0.15 / (0.8 + 0.15)]
+    assert noise.doubt(np.ones((2, 3)), np.array([0, 2])).tolist() == pytest.approx(expected)
+
+
+@settings(max_examples=8)
+@given(seed=SEEDS)
+def test_doubts_add_up_to_the_rate(seed: int) -> None:
+    logits, labels, _ = rows_of(seed, wrong=0.2, classes=3)
+    noise = label_noise(logits, labels)
+    # Where the likelihood is greatest, its derivative in the rate says just that.
+    assert noise.doubt(logits, labels).mean() == pytest.approx(noise.rate, abs=1e-3)
+
+
+@settings(max_examples=8)
+@given(seed=SEEDS)
+def test_what_is_rejected_is_mostly_wrong(seed: int) -> None:
+    logits, labels, bad = rows_of(seed, wrong=0.2, sure=6.0, rows=2000, classes=4)
+    mask, noise = reject(logits, labels, doubt=0.5)
+    assert bad[mask].mean() > 0.75
+    doubts = noise.doubt(logits, labels)
+    for label in range(4):
+        mine = labels == label
+        assert doubts[mask & mine].min() >= doubts[~mask & mine].max()
+
+
+def test_classes_keep_their_shares() -> None:
+    logits, labels, _ = rows_of(0, rows=2000, sure=6.0)
+    bad = (labels == 0) & (np.random.default_rng(0).random(2000) < 0.1)
+    labels[bad] = 1  # wrong labels of one class only, which is doubted more often
+    mask, noise = reject(logits, labels)
+    doubted = noise.doubt(logits, labels) > 0.2
+    shares = [float(mask[labels == label].mean()) for label in np.unique(labels)]
+    assert np.ptp([float(doubted[labels == label].mean()) for label in np.unique(labels)]) > 0.05
+    assert np.ptp(shares) < 0.002
+    assert mask.sum() == pytest.approx(doubted.sum(), abs=2)
+
+
+def test_as_many_are_rejected_as_doubt_and_limit_say() -> None:
+    logits, labels, _ = rows_of(0, wrong=0.2)
+    doubts = label_noise(logits, labels).doubt(logits, labels)
+    for doubt in (0.05, 0.2, 0.5, 0.9):
+        mask, _ = reject(logits, labels, doubt=doubt, most=0.9)
+        assert mask.sum() == pytest.approx((doubts > doubt).sum(), abs=2)
+    mask, _ = reject(logits, labels, doubt=0.05, most=0.1)
+    assert mask.sum() == pytest.approx(80, abs=1)
+
+
+def test_nothing_is_rejected_where_nothing_is_evident() -> None:
+    mask, noise = reject(*rows_of(1)[:2])
+    assert not noise.evident
+    assert not mask.any()
+
+
+def test_a_model_that_says_nothing_rejects_nothing() -> None:
+    mask, noise = reject(np.zeros((50, 3)), np.arange(50) % 3)
+    assert not mask.any()
+    assert noise.statistic == pytest.approx(0, abs=1e-6)
+
+
+def test_of_equal_rows_the_earlier_goes() -> None:
+    # However sure, one in four contradicts: a floor. The surest twenty wrong rows are equally doubtful.
+    logits = np.repeat([[0.5, 0.0], [9.0, 0.0], [0.0, 9.0]], 40, axis=0)
+    labels = np.repeat([0, 0, 1], 40)
+    labels[3::4] = 1 - labels[3::4]
+    mask, noise = reject(logits, labels, most=5 / 120)
+    assert noise.evident
+    assert np.flatnonzero(mask).tolist() == [43, 47, 83, 87, 91]
+
+
+def test_the_record_is_plain() -> None:
+    record = LabelNoise(0.2, 0.1, 0.3, 9.0, 0.95, 1.5, np.zeros(2), np.array([0.3, 0.7]), 100).to_dict()
+    assert record == {
+        "rate": 0.2,
+        "low": 0.1,
+        "high": 0.3,
+        "statistic": 9.0,
+        "level": 0.95,
+        "scale": 1.5,
+        "rows": 100,
+        "offsets": [0.0, 0.0],
+        "shares": [0.3, 0.7],
+        "evident": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"level": 1.0}, "level is 1.0; it must be above 0.5 and below 1"),
+        ({"level": 0.5}, "level is 0.5; it must be above 0.5 and below 1"),
+        ({"doubt": 0.0}, "doubt is 0.0; it must be above 0 and below 1"),
+        ({"doubt": math.nan}, "doubt is nan; it must be above 0 and below 1"),
+        ({"most": 1.0}, "most is 1.0; it must be at least 0 and below 1"),
+        ({"most": -0.1}, "most is -0.1; it must be at least 0 and below 1"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(changes: dict[str, float], message: str) -> None:
+    with pytest.raises(SettingsError) as error:
+        reject(*rows_of(0, rows=20)[:2], **changes)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (5, 1), (0, 3)])
+def test_too_few_rows_or_classes_are_refused(shape: tuple[int, int]) -> None:
+    rows, classes = shape
+    with pytest.raises(SettingsError) as error:
+        label_noise(np.zeros(shape), np.zeros(rows, dtype=np.int64))
+    assert str(error.value) == f"{rows} rows of {classes} classes say nothing of wrong labels; give 2 or more of both"
+
+
+def test_logits_that_are_not_finite_are_refused() -> None:
+    logits, labels, _ = rows_of(0, rows=20)
+    logits[3, 1] = np.nan
+    with pytest.raises(TsqLoraError, match="1 of 20 rows have logits that are not finite"):
+        label_noise(logits, labels)

@@ -1,0 +1,110 @@
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from peft.tuners.adalora.layer import RankAllocator
+
+from oracles import slow_elalora_rule
+from tsqlora.errors import SettingsError
+from tsqlora.ranks.baselines import (
+    adalora_budget,
+    best_triplets,
+    change_phase,
+    elalora_moves,
+    elalora_steps,
+    first_rank,
+    interval,
+    whole_rank,
+)
+
+# Few values, so that many are equal.
+values = st.one_of(st.integers(0, 3).map(float), st.floats(0, 1))
+models = st.dictionaries(st.sampled_from("abcdef"), st.lists(values, min_size=1, max_size=6), min_size=1)
+
+
+@given(models, st.integers(0, 8), st.integers(0, 4))
+def test_elalora_moves_as_its_literal_transcription(scores: dict[str, list[float]], b: int, k: int) -> None:
+    moves = elalora_moves(scores, moves=b, offered=k)
+    pruned, expanded = slow_elalora_rule(scores, b=b, k=k)
+    assert {(layer, j) for layer, which in moves.drops.items() for j in which} == set(pruned)
+    assert moves.grows == {layer: expanded.count(layer) for layer in expanded}
+
+
+@given(models, st.integers(0, 8), st.integers(0, 4))
+def test_elalora_keeps_the_sum_of_ranks_and_one_rank_a_layer(scores: dict[str, list[float]], b: int, k: int) -> None:
+    moves = elalora_moves(scores, moves=b, offered=k)
+    dropped = {layer: len(set(which)) for layer, which in moves.drops.items()}
+    assert sum(dropped.values()) == sum(moves.grows.values()) <= b
+    assert all(count <= min(k, len(scores[layer]) - 1) for layer, count in dropped.items())
+
+
+@given(models, st.integers(0, 8))
+def test_a_layer_at_rank_one_neither_loses_nor_gains(scores: dict[str, list[float]], b: int) -> None:
+    scores = scores | {"one": [0.0], "single": [9.0]}
+    moves = elalora_moves(scores, moves=b)
+    assert not {"one", "single"} & {*moves.drops, *moves.grows}
+
+
+def test_where_the_pool_is_small_the_same_triplet_may_go_and_name_its_layer() -> None:
+    moves = elalora_moves({"a": [1.0, 2.0]}, moves=4)
+    assert (moves.drops, moves.grows) == ({"a": [0]}, {"a": 1})
+
+
+@given(st.permutations(range(12)), st.integers(0, 12), st.integers(0, 12))
+def test_the_best_triplets_are_kept(order: list[int], cut: int, keep: int) -> None:
+    scores = {"a": [float(x) for x in order[:cut]], "b": [float(x) for x in order[cut:]]}
+    kept = best_triplets(scores, keep=keep)
+    assert kept == {layer: [score >= 12 - keep for score in values] for layer, values in scores.items()}
+
+
+def test_what_equals_the_best_that_goes_goes_too() -> None:
+    assert best_triplets({"a": [1.0, 1.0], "b": [2.0, 0.0]}, keep=2) == {"a": [False, False], "b": [True, False]}
+
+
+@given(st.integers(4, 400), st.integers(1, 12), st.integers(1, 20))
+def test_the_budget_is_that_of_pefts_allocator(steps: int, mean: int, layers: int) -> None:
+    phase = change_phase(steps, method="adalora")
+    theirs = RankAllocator.__new__(RankAllocator)
+    theirs.peft_config = SimpleNamespace(tinit=phase.start, tfinal=steps - phase.stop, total_step=steps, deltaT=1)
+    theirs.init_bgt, theirs.target_bgt = first_rank(mean) * layers, mean * layers
+    for step in range(steps):
+        ours = adalora_budget(step, phase=phase, first=theirs.init_bgt, target=theirs.target_bgt)
+        assert ours == theirs.budget_schedule(step)[0]
+
+
+@given(st.integers(4, 3000))
+def test_elalora_moves_strictly_within_its_phase(steps: int) -> None:
+    phase = change_phase(steps, method="elalora")
+    try:
+        due = elalora_steps(steps)
+    except SettingsError:
+        assert not any(step % interval(steps) == 0 for step in range(phase.start + 1, phase.stop))
+        return
+    assert due == [t for t in range(steps) if phase.start < t < phase.stop and t % interval(steps) == 0]
+
+
+def test_the_interval_is_a_twentieth_of_the_run_and_at_least_ten() -> None:
+    assert [interval(steps) for steps in (30, 200, 500)] == [10, 10, 25]
+
+
+def test_a_run_that_is_too_short_is_refused() -> None:
+    with pytest.raises(SettingsError) as error:
+        change_phase(3, method="adalora")
+    assert str(error.value) == "the run has 3 optimizer steps, too few for adalora; train longer, or leave it out"
+    with pytest.raises(SettingsError) as error:
+        elalora_steps(14)
+    assert str(error.value) == (
+        "the run has 14 optimizer steps, and ElaLoRA would change no rank: it does so every 10 steps before step 10; "
+        "train longer, or leave it out"
+    )
+    assert elalora_steps(15) == [10]
+
+
+def test_a_rank_that_is_not_whole_is_refused() -> None:
+    assert whole_rank(8.0, "dora") == 8
+    with pytest.raises(SettingsError) as error:
+        whole_rank(2.5, "dora")
+    assert str(error.value) == (
+        "ranks.mean is 2.5, and dora needs a whole rank of 1 or more; set it to a whole number, or leave out dora"
+    )

@@ -1,0 +1,414 @@
+"""Whole runs of models that generate text: train, evaluate, predict, chat, score, explain, a dry run."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from transformers import BartForConditionalGeneration, GPT2LMHeadModel, LlamaForCausalLM
+
+from byte_tokenizers import byte_tokenizer
+from models import generating, tiny_bart, tiny_gpt2, tiny_llama_classifier
+from runs import write_config, write_jsonl
+from seen import Seen
+from tsqlora.errors import SettingsError, UnsupportedError
+from tsqlora.gradients.eval_mode import eval_mode
+from tsqlora.gradients.sites import bitsandbytes_bits
+from tsqlora.quality.explain import explain
+from tsqlora.quality.scores import Scores
+from tsqlora.report.write import write_report
+from tsqlora.run import train as pipeline
+from tsqlora.run.card import model_card
+from tsqlora.run.config import load_config
+from tsqlora.run.export import export
+from tsqlora.run.job import arguments, asking_of, load
+from tsqlora.run.predict import evaluate_run, open_run, predict_run, reply
+from tsqlora.run.score import score_rows
+from tsqlora.tasks import get_task
+from tsqlora.tasks.generation import Generation
+from tsqlora.tasks.texts import TEXT_METRICS
+from tsqlora.training import fit
+from tsqlora.training.collate import collate_of
+
+LAYER = "model.layers.0.mlp.down_proj"
+WORDS = ("pink", "blue", "grey", "teal")
+TRAINING = {"epochs": 4, "batch_size": 8, "learning_rate": 0.01, "bf16": False, "logging_strategy": "no"}
+
+
+def rows(n: int) -> list[dict[str, Any]]:
+    """Documents whose summary is their first word."""
+    return [{"document": f"{WORDS[j % 4]} {WORDS[j // 4 % 4]}", "summary": WORDS[j % 4]} for j in range(n)]
+
+
+def checkpoint(folder: Path, kind: str) -> Path:
+    """A tiny model that generates text, and a tokenizer of bytes."""
+    tokenizer = byte_tokenizer(opens=kind == "causal-lm", closes=kind == "seq2seq")
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    still = dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), 0.0)
+    size = {"vocab_size": len(tokenizer), "max_position_embeddings": 128, **special, **still}
+    if kind == "causal-lm":
+        model: Any = generating(LlamaForCausalLM, tiny_llama_classifier(), **size)
+    else:
+        model = generating(BartForConditionalGeneration, tiny_bart(), decoder_start_token_id=2, **size)
+    model.float().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["causal-lm", "seq2seq"])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, beside its config and data."""
+    folder = tmp_path_factory.mktemp(request.param)
+    write_jsonl(folder / "test.jsonl", rows(4))
+    config = write_config(
+        folder / "tsq.yaml",
+        checkpoint(folder / "model", request.param),
+        write_jsonl(folder / "train.jsonl", rows(40)),
+        task={"type": request.param, "max_new_tokens": 4},
+        training=TRAINING,
+    )
+    also = ["data.max_length=32", f"data.test={folder / 'test.jsonl'}"]
+    pipeline.train(load_config(config, also), folder / "run")
+    return folder / "run"
+
+
+def test_a_run_learns_scores_and_moves_ranks(run: Path) -> None:
+    record = json.loads((run / "run.json").read_text())
+    assert record["status"] == "finished"
+    assert record["data"]["format"] == "document"
+    assert record["quality"]["used"]
+    assert record["rank_events"]
+    assert record["quality"]["scores"]["learned"]["passed"]
+    assert record["quality"]["scores"]["learned"]["guess"] == "its own before it was adapted"
+    assert {"loss", "perplexity", "token_accuracy"} == set(record["metrics"]["validation"])
+    assert {"rouge1", "rouge2", "rougeL", "chrf", "loss", "perplexity", "token_accuracy"} == set(
+        record["metrics"]["test"]
+    )
+
+
+def test_metrics_are_all_that_the_task_says_and_those_of_texts(run: Path) -> None:
+    record = json.loads((run / "run.json").read_text())
+    measured = set(get_task(record["task"]).measured)
+    assert set(record["metrics"]["validation"]) == measured
+    assert set(record["metrics"]["test"]) == measured | set(TEXT_METRICS)
+
+
+def test_evaluating_writes_again_what_the_run_wrote(run: Path) -> None:
+    stored = evaluate_run(run)
+    again = evaluate_run(run, run.parent / "test.jsonl")
+    assert again == pytest.approx(stored, rel=1e-4)
+    assert evaluate_run(run, overrides=["task.max_new_tokens=1"])["chrf"] <= stored["chrf"]
+
+
+def test_predictions_are_texts_whatever_the_batch(run: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "new.jsonl", [{"document": row["document"]} for row in rows(6)])
+    predict_run(run, data, tmp_path / "out.jsonl")
+    predict_run(run, data, tmp_path / "one.jsonl", overrides=["training.eval_batch_size=1"])
+    together, alone = ((tmp_path / name).read_text() for name in ("out.jsonl", "one.jsonl"))
+    assert together == alone
+    assert all(isinstance(json.loads(line)["prediction"], str) for line in together.splitlines())
+
+
+def test_rows_whose_target_does_not_fit_are_evaluated_without_as_training_took_them(run: Path, tmp_path: Path) -> None:
+    mixed = [*rows(4), {"document": "pink", "summary": "pink " * 40}]
+    with pytest.warns(UserWarning, match=r"^1 of 5 rows are left out, whose targets do not fit whole: .*mixed\.jsonl"):
+        found = evaluate_run(run, write_jsonl(tmp_path / "mixed.jsonl", mixed))
+    assert found == evaluate_run(run, write_jsonl(tmp_path / "four.jsonl", rows(4)))
+
+
+def test_a_second_part_of_prompts_may_be_missing_altogether(tmp_path: Path) -> None:
+    asked = [{"instruction": row["document"], "input": "", "output": row["summary"]} for row in rows(20)]
+    config = write_config(
+        tmp_path / "tsq.yaml",
+        checkpoint(tmp_path / "model", "seq2seq"),
+        write_jsonl(tmp_path / "train.jsonl", asked),
+        task={"type": "seq2seq", "max_new_tokens": 4},
+        quality={"enabled": False, "fraction": 1.0},
+        ranks={"policy": "fixed", "mean": 2.0},
+        training={**TRAINING, "epochs": 1},
+    )
+    pipeline.train(load_config(config, ["data.max_length=64"]), tmp_path / "run")
+    without = write_jsonl(tmp_path / "new.jsonl", [{k: row[k] for k in ("instruction", "output")} for row in asked])
+    assert predict_run(tmp_path / "run", without, tmp_path / "out.jsonl") == 20
+    asked_again = write_jsonl(tmp_path / "old.jsonl", asked)
+    assert evaluate_run(tmp_path / "run", without) == evaluate_run(tmp_path / "run", asked_again)
+
+
+def test_a_model_that_writes_has_positions_for_it_before_it_is_trained(run: Path, tmp_path: Path) -> None:
+    config = load_config(run / "config.yaml", ["task.max_new_tokens=128"])
+    with pytest.raises(SettingsError, match="128 new ones are more than the model's 128 positions"):
+        pipeline.dry_run(config)
+
+
+def test_so_has_one_that_leaves_no_room_for_a_prompt(tmp_path: Path) -> None:
+    """A token that opens the text, and two of it."""
+    config = write_config(
+        tmp_path / "tsq.yaml",
+        checkpoint(tmp_path / "model", "causal-lm"),
+        write_jsonl(tmp_path / "train.jsonl", rows(20)),
+        task={"type": "causal-lm"},
+    )
+    also = [f"data.test={write_jsonl(tmp_path / 'test.jsonl', rows(3))}", "task.max_new_tokens="]
+    load(load_config(config, [also[0], also[1] + "125"]))
+    with pytest.raises(SettingsError, match="a prompt of 3 tokens and 126 new ones are more than the model's 128 pos"):
+        load(load_config(config, [also[0], also[1] + "126"]))
+
+
+def test_plain_text_of_which_nothing_is_written_needs_no_room_and_no_measures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = [{"text": row["document"]} for row in rows(20)]
+    config = write_config(
+        tmp_path / "tsq.yaml",
+        checkpoint(tmp_path / "model", "causal-lm"),
+        write_jsonl(tmp_path / "train.jsonl", plain),
+        task={"type": "causal-lm", "max_new_tokens": 500},
+    )
+    monkeypatch.setattr("tsqlora.run.job.require_text_metrics", lambda: pytest.fail("it asked for rouge-score"))
+    load(load_config(config, [f"data.test={write_jsonl(tmp_path / 'test.jsonl', plain[:3])}"]))
+
+
+def test_targets_have_no_more_tokens_than_the_model_has_positions(tmp_path: Path) -> None:
+    config = write_config(
+        tmp_path / "tsq.yaml",
+        checkpoint(tmp_path / "model", "seq2seq"),
+        write_jsonl(tmp_path / "train.jsonl", rows(20)),
+        task={"type": "seq2seq"},
+    )
+    load(load_config(config, ["data.max_target_length=128"]))
+    with pytest.raises(SettingsError, match=r"data\.max_target_length 129 is above the model's 128 positions; lower"):
+        load(load_config(config, ["data.max_target_length=129"]))
+
+
+def test_a_causal_models_prompts_leave_room_for_what_it_writes(tmp_path: Path) -> None:
+    long = {"document": "pink " * 30, "summary": "pink"}
+    config = write_config(
+        tmp_path / "tsq.yaml",
+        checkpoint(tmp_path / "model", "causal-lm"),
+        write_jsonl(tmp_path / "train.jsonl", rows(20)),
+        task={"type": "causal-lm", "max_new_tokens": 4},
+        quality={"enabled": False, "fraction": 1.0},
+        ranks={"policy": "fixed", "mean": 2.0},
+        training={**TRAINING, "epochs": 1},
+    )
+    also = ["data.max_length=128", f"data.test={write_jsonl(tmp_path / 'test.jsonl', [*rows(3), long])}"]
+    with pytest.warns(UserWarning, match=r"^1 of 4 prompts of .*test\.jsonl were cut to 124 tokens$"):
+        record = pipeline.train(load_config(config, also), tmp_path / "run")
+    assert record.status == "finished"
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("kind", ["causal-lm", "seq2seq"])
+def test_what_the_bases_generation_config_wants_changes_no_text(kind: str, beams: int, tmp_path: Path) -> None:
+    config = write_config(
+        tmp_path / "tsq.yaml",
+        checkpoint(tmp_path / "model", kind),
+        write_jsonl(tmp_path / "train.jsonl", rows(20)),
+        task={"type": kind, "max_new_tokens": 12, "beams": beams},
+    )
+    job = load(load_config(config))
+    model: Any = job.pretrained.model
+    asking = asking_of(job, arguments(job.config, tmp_path))
+    assert job.data.splits.format is not None
+    prompts = asking.prompts(job.data.splits.rows["validation"], job.data.splits.format)
+    plain = asking.texts(model, prompts, phase="", progress=None)
+    wants = {"min_length": 12, "min_new_tokens": 12, "repetition_penalty": 5.0, "no_repeat_ngram_size": 1}
+    model.generation_config.update(**wants, length_penalty=3.0, early_stopping=True)
+    assert asking.texts(model, prompts, phase="", progress=None) == plain
+
+
+@pytest.mark.parametrize("kind", [GPT2LMHeadModel, LlamaForCausalLM])
+def test_a_model_that_checkpoints_activations_writes_the_same(kind: Any) -> None:
+    like = tiny_gpt2() if kind is GPT2LMHeadModel else tiny_llama_classifier()
+    model = generating(kind, like, torch.float32, use_cache=True)
+    tokenizer = byte_tokenizer(opens=True, closes=False)
+    prompts = [{"input_ids": [5, 9, 12, 7], "attention_mask": [1] * 4}]
+    collate = collate_of(Generation("causal-lm", causal=True), model, tokenizer, max_length=32, left=True)
+
+    def written() -> list[list[int]]:
+        batch = collate(prompts)
+        with torch.inference_mode(), eval_mode(model):
+            return model.generate(**batch, max_new_tokens=8, do_sample=False, pad_token_id=0).tolist()
+
+    before = written()
+    model.train()
+    model.activation_checkpointing_enable()
+    assert written() == before
+    assert model.training
+
+
+def test_prompts_that_are_cut_are_told(run: Path, tmp_path: Path) -> None:
+    rows = [{"document": text, "summary": "pink"} for text in ("blue", "blue " * 60)]
+    write_jsonl(tmp_path / "long.jsonl", rows)
+    with pytest.warns(UserWarning, match=r"^1 of 2 prompts of .*long\.jsonl were cut to 32 tokens$"):
+        predict_run(run, tmp_path / "long.jsonl", tmp_path / "out.jsonl")
+
+
+def test_the_cards_own_code_loads_the_adapter(run: Path) -> None:
+    code = (run / "adapter" / "README.md").read_text().split("```python\n")[1].split("\n```")[0]
+    code = code.replace('"model"', repr(str(run.parent / "model"))).replace("THIS-DIRECTORY", str(run / "adapter"))
+    known: dict[str, Any] = {}
+    exec(code, known)
+    trained, loaded = open_run(run).model.state_dict(), known["model"].state_dict()
+    assert loaded.keys() == trained.keys()
+    assert all(torch.equal(loaded[name], value) for name, value in trained.items())
+    auto = next(name for name in known if name.startswith("Auto"))
+    assert f"model = {auto}.from_pretrained(" in model_card(run, format="merged")
+
+
+def test_a_reply_is_what_is_predicted(run: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "new.jsonl", [{"document": "pink blue"}])
+    predict_run(run, data, tmp_path / "out.jsonl")
+    assert reply(open_run(run), ["pink blue"]) == json.loads((tmp_path / "out.jsonl").read_text())["prediction"]
+
+
+def test_scores_alone_are_explained(run: Path, tmp_path: Path) -> None:
+    score_rows(run, tmp_path / "scores.parquet")
+    scores = Scores.load(tmp_path / "scores.parquet")
+    told = explain(scores, 2)
+    assert len(told["highest"]) == 2
+    assert told["likely_wrong_rows"] == 0
+    document, target = told["highest"][0]["text"].split("\n→ ")
+    assert document.split()[0] == target
+    assert target in WORDS
+    assert "predicted" not in told["highest"][0]
+
+
+def test_the_report_shows_prompts_with_their_targets_and_no_labels(run: Path) -> None:
+    seen = Seen(write_report(run).read_text())
+    heads = [text for text in seen.texts["button"] if text in ("label", "model says", "target tokens", "why here")]
+    assert heads == ["why here", "target tokens"]
+    assert any("→ " in text and text.split()[0] in WORDS for text in seen.texts["th"])
+
+
+def test_a_dry_run_shows_what_is_trained_on(run: Path) -> None:
+    plan = pipeline.dry_run(load_config(run / "config.yaml"))
+    assert plan["format"] == "document"
+    assert "⟦" in plan["samples"]
+
+
+def test_a_model_of_the_other_kind_is_refused(run: Path) -> None:
+    config = load_config(run / "config.yaml")
+    other = {"causal-lm": "seq2seq", "seq2seq": "causal-lm"}[config.task.type]
+    with pytest.raises(SettingsError, match=rf"task\.type is {other}; set it to {config.task.type}"):
+        pipeline.dry_run(load_config(run / "config.yaml", [f"task.type={other}"]))
+
+
+def test_a_classifier_is_no_generator(tmp_path: Path) -> None:
+    from runs import save_checkpoint
+
+    config = write_config(
+        tmp_path / "tsq.yaml",
+        save_checkpoint(tmp_path / "model"),
+        write_jsonl(tmp_path / "train.jsonl", rows(8)),
+        task={"type": "causal-lm"},
+    )
+    with pytest.raises(SettingsError, match=r"lacks .* weights of a model that generates text"):
+        pipeline.dry_run(load_config(config))
+
+
+@pytest.mark.parametrize("kind", ["causal-lm", "seq2seq"])
+def test_accumulated_steps_are_those_of_one_large_batch(kind: str, tmp_path: Path) -> None:
+    """A mean over tokens, whatever the model makes of the number of tokens that the Trainer tells it."""
+    # Adam would hide a gradient that is twice too large.
+    plain = {**TRAINING, "epochs": 1, "optim": "sgd", "learning_rate": 0.3, "max_grad_norm": 0}
+    found = []
+    for name, batch, steps in (("whole", 8, 1), ("parts", 4, 2)):
+        folder = tmp_path / name
+        config = write_config(
+            tmp_path / f"{name}.yaml",
+            checkpoint(tmp_path / "model", kind),
+            write_jsonl(tmp_path / "train.jsonl", rows(9)),  # one for validation, eight for the one step
+            task={"type": kind},
+            quality={"enabled": False, "fraction": 1.0},
+            ranks={"policy": "fixed", "mean": 2.0},
+            training={**plain, "batch_size": batch, "gradient_accumulation_steps": steps},
+        )
+        found.append(pipeline.train(load_config(config, ["data.max_length=32"]), folder).metrics["validation"]["loss"])
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
+def test_packed_training_is_the_padded_one(tmp_path: Path) -> None:
+    """Samples that share a row are as if alone, and are scored one by one all the same."""
+    found = []
+    for packing in (False, True):
+        config = write_config(
+            tmp_path / "tsq.yaml",
+            checkpoint(tmp_path / "model", "causal-lm"),
+            write_jsonl(tmp_path / "train.jsonl", rows(36)),
+            task={"type": "causal-lm"},
+            ranks={"policy": "fixed", "mean": 2.0},
+            training=TRAINING,
+        )
+        also = ["data.max_length=32", f"data.packing={str(packing).lower()}"]
+        run = tmp_path / f"run-{packing}"
+        with patch.object(fit, "GuardCallback", wraps=fit.GuardCallback) as guard:
+            record, scores = pipeline.train(load_config(config, also), run), Scores.load(run / "scores.parquet")
+        assert (guard.call_args.args == (None,)) == packing, "packed batches do not tell whose samples they are"
+        assert record.quality["used"]
+        found.append([record.metrics["validation"]["loss"], *scores.terms["loss"]])
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-2)
+
+
+def test_harvest_of_texts_is_refused_by_name(tmp_path: Path) -> None:
+    longer = [{"document": "pink", "summary": "pink pink pink"}] * 18
+    config = write_config(
+        tmp_path / "tsq.yaml",
+        checkpoint(tmp_path / "model", "causal-lm"),
+        write_jsonl(tmp_path / "train.jsonl", [*rows(18), *longer]),
+        task={"type": "causal-lm"},
+        quality={"harvest": True},
+        training=TRAINING,
+    )
+    with pytest.raises(UnsupportedError, match="harvest"):
+        pipeline.train(load_config(config, ["data.max_length=32"]), tmp_path / "run")
+
+
+# torch warns of its own script_method, which bitsandbytes imports.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_a_packed_base_is_trained_on_and_its_adapter_merged_into_the_whole_one(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    config = write_config(
+        tmp_path / "tsq.yaml",
+        checkpoint(tmp_path / "model", "causal-lm"),
+        write_jsonl(tmp_path / "train.jsonl", rows(40)),
+        task={"type": "causal-lm"},
+        training=TRAINING,
+    )
+    run = tmp_path / "run"
+    also = [
+        "data.max_length=32",
+        "model.quantization=4bit",
+        f"data.test={write_jsonl(tmp_path / 'test.jsonl', rows(4))}",
+    ]
+    record = pipeline.train(load_config(config, also), run)
+    assert record.quality["used"]
+    assert record.rank_events
+    assert bitsandbytes_bits(open_run(run).model.get_submodule(f"base_model.model.{LAYER}.base_layer")) == 4
+    assert evaluate_run(run, tmp_path / "test.jsonl") == pytest.approx(record.metrics["test"], rel=1e-4)
+    report = export(run, tmp_path / "merged", format="merged")
+    assert report["logits_difference"] <= 1e-4 * report["largest_logit"]
+    (note,) = report["notes"]
+    said = re.match(r"trained on a 4bit base and merged into the whole one: logits differ by (\S+) in the mean", note)
+    assert said is not None
+    assert 1e-4 < float(said[1]) < 1
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged")
+    assert not bitsandbytes_bits(merged.get_submodule(LAYER))
+
+
+def test_a_row_whose_target_does_not_fit_is_left_out_and_told(tmp_path: Path) -> None:
+    long = {"document": "pink", "summary": "pink " * 20}
+    config = write_config(
+        tmp_path / "tsq.yaml",
+        checkpoint(tmp_path / "model", "causal-lm"),
+        write_jsonl(tmp_path / "train.jsonl", [*rows(20), long]),
+        task={"type": "causal-lm"},
+    )
+    job = load(load_config(config, ["data.max_length=32", f"data.validation={tmp_path / 'train.jsonl'}"]))
+    assert len(job.data.samples["train"]) == len(job.data.splits.rows["train"]) == 20
+    assert job.data.notes[0].startswith("1 of 21 rows are left out, whose targets do not fit whole: ")
+    assert job.data.notes[0].endswith("train.jsonl:21")

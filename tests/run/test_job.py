@@ -1,0 +1,256 @@
+"""Every setting reaches what it is for: a key that nothing reads is a promise not kept."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from tsqlora.data.tokenise import TokenisedSplit
+from tsqlora.errors import SettingsError
+from tsqlora.layer_sensitivity import ESTIMATORS
+from tsqlora.ranks.policies import POLICIES
+from tsqlora.run import job, reading
+from tsqlora.run.config import Config, RankSettings, Section
+from tsqlora.run.score import warmed_up
+from tsqlora.training import fit
+
+REQUIRED = {"model.path": "a/model", "data.train": "rows.jsonl"}
+
+OTHER_VALUES: dict[str, Any] = {
+    "model.path": "another/model",
+    "model.revision": "v2",
+    "model.dtype": "bfloat16",
+    "model.quantization": "4bit",
+    "model.trust_remote_code": True,
+    "task.type": "regression",
+    "task.max_new_tokens": 7,
+    "task.beams": 3,
+    "data.train": "others.jsonl",
+    "data.validation": "validation.jsonl",
+    "data.test": "test.jsonl",
+    "data.text": "body",
+    "data.text_pair": "second",
+    "data.label": "topic",
+    "data.format": "alpaca",
+    "data.prompt": "question",
+    "data.target": "reply",
+    "data.messages": "talk",
+    "data.max_length": 20,
+    "data.max_target_length": 9,
+    "data.packing": True,
+    "data.validation_fraction": 0.3,
+    "quality.enabled": False,
+    "quality.fraction": 0.25,
+    "quality.preset": "paper",
+    "quality.reject": True,
+    "quality.weights.gradient_norm": 2.0,
+    "quality.weights.loss_reduction": 2.0,
+    "quality.weights.convergence": 2.0,
+    "quality.weights.loss": 2.0,
+    "quality.weights.ifd": 2.0,
+    "quality.temperature": 3.0,
+    "quality.warmup": 2.0,
+    "quality.warmup_limit": 0.9,
+    "quality.resample": False,
+    "quality.scope": "full",
+    "quality.reference": 64,
+    "quality.calibrate": False,
+    "quality.unbiased": True,
+    "quality.guard": False,
+    "quality.recheck": True,
+    "quality.harvest": True,
+    "ranks.policy": "fixed",
+    "ranks.mean": 4.0,
+    "ranks.min": 2,
+    "ranks.max": 30,
+    "ranks.gamma": 0.25,
+    "ranks.estimator": "fisher",
+    "ranks.samples": 32,
+    "ranks.interval": 7,
+    "ranks.warmup": 0.2,
+    "ranks.freeze": 0.4,
+    "ranks.moves": 3,
+    "adapter.alpha": 32.0,
+    "adapter.dropout": 0.2,
+    "adapter.target_modules": ["query"],
+    "adapter.init_from": "another/adapter",
+    "training.epochs": 9,
+    "training.learning_rate": 1e-5,
+    "training.batch_size": 4,
+    "training.eval_batch_size": 4,
+    "training.bf16": True,
+    "training.seed": 5,
+    # One of TrainingArguments' own.
+    "training.weight_decay": 0.1,
+}
+
+
+def settings(**overrides: Any) -> Config:
+    raw: dict[str, Any] = {}
+    for key, value in (REQUIRED | overrides).items():
+        *sections, name = key.split(".")
+        here = raw
+        for section in sections:
+            here = here.setdefault(section, {})
+        here[name] = value
+    return Config.model_validate(raw)
+
+
+def keys(section: type[Section] = Config, prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            yield from keys(kind, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def what_arrives(config: Config) -> dict[str, Any]:
+    """What each boundary of a job is given, with nothing loaded behind it."""
+    arrived: dict[str, Any] = {}
+    samples = TokenisedSplit([{"input_ids": [1], "labels": 0}] * 8, ("h",) * 8, 0)
+    tokenizer = SimpleNamespace(model_max_length=32)
+    splits = SimpleNamespace(labels=None, format=None, rows={})
+    answers = {
+        "load_pretrained": SimpleNamespace(model=None, tokenizer=tokenizer, positions=64, new_modules=()),
+        "prepare": SimpleNamespace(splits=splits, samples={"train": samples}, hash="", columns=dict, notes=()),
+        "collate_of": "a collator",
+        "packed_collator": "another",
+        "wrap": SimpleNamespace(peft_config={}),
+        "start_from": SimpleNamespace(peft_config={}),
+        "plan": {},
+        "active_parameters": 0,
+        "QualitySubset": [0] * 4,
+        "QualityCallback": "a callback",
+        "require_drawable": None,
+        "HarvestCallback": "another",
+        "RankCallback": None,
+    }
+
+    def boundary(name: str, answer: Any) -> Any:
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            # Objects of ours, which hold all settings, would differ for any reason.
+            plain = [a for a in args if a is None or isinstance(a, str | int | float)]
+            arrived[name] = (plain, {k: v for k, v in kwargs.items() if k != "about"})
+            return answer
+
+        return recorded
+
+    with ExitStack() as stack:
+        for name, answer in answers.items():
+            stack.enter_context(patch.object(job, name, boundary(name, answer)))
+        for name in ("read_data", "read_texts"):
+            stack.enter_context(patch.object(reading, name, boundary(name, splits)))
+        known = SimpleNamespace(bf16=False, per_device_eval_batch_size=1)
+        stack.enter_context(patch.object(fit, "TrainingArguments", boundary("TrainingArguments", known)))
+        stack.enter_context(patch.object(job, "hardware_has_bf16", lambda: False))
+        stack.enter_context(patch.object(job, "start_of", lambda config: config.adapter.init_from))
+        stack.enter_context(patch.object(job, "start_notes", lambda *_: []))
+        args = job.arguments(config, Path("run"))
+        loaded = job.load(config)
+        arrived["task"], arrived["packed"] = loaded.task.name, loaded.packed
+        asking = job.asking_of(loaded, args)
+        arrived["asking"] = (asking.max_new_tokens, asking.beams)
+        job.begin(loaded, args)
+        data, arrived["quality"], _ = job.method(loaded, Path("scores.parquet"), None)
+        inspect.unwrap(job.harvesting)(loaded, data, Path("run"))
+    del arrived["plan"], arrived["active_parameters"]
+    return arrived
+
+
+def test_what_choices_a_description_names_are_those_there_are() -> None:
+    told = {name: str(field.description) for name, field in RankSettings.model_fields.items()}
+    assert {*ESTIMATORS} == {*told["estimator"].removesuffix(".").partition(": ")[2].split(", ")}
+    assert all(f"{name}, " in told["policy"] for name in POLICIES)
+
+
+def test_every_key_has_another_value_here() -> None:
+    assert set(OTHER_VALUES) - {"training.weight_decay"} == set(keys())
+
+
+BESIDE: dict[str, dict[str, Any]] = {
+    **{f"data.{name}": {"task.type": "causal-lm"} for name in ("format", "prompt", "target", "messages", "packing")},
+    **{f"task.{name}": {"task.type": "causal-lm"} for name in ("max_new_tokens", "beams")},
+    "data.max_target_length": {"task.type": "seq2seq"},
+    "quality.weights.ifd": {"task.type": "causal-lm"},
+    "quality.temperature": {"quality.preset": "paper"},
+    "quality.unbiased": {"quality.preset": "paper"},
+}
+"""What a setting needs beside it to have a meaning."""
+
+
+@pytest.mark.parametrize(
+    ("task", "key", "cure"),
+    [
+        ("causal-lm", "data.label", "set data.target, or leave it out"),
+        ("seq2seq", "data.text_pair", "set data.prompt, or leave it out"),
+        ("causal-lm", "data.max_target_length", "set data.max_length, or leave it out"),
+        ("regression", "data.max_target_length", "set data.max_length, or leave it out"),
+        ("regression", "data.target", "set data.label, or leave it out"),
+        ("sequence-classification", "data.format", "leave it out"),
+        ("sequence-classification", "data.messages", "set data.text, or leave it out"),
+        ("sequence-classification", "task.beams", "leave it out"),
+        ("regression", "quality.recheck", "leave it out"),
+        ("sequence-classification", "data.packing", "leave it out"),
+        ("seq2seq", "data.packing", "leave it out"),
+    ],
+)
+def test_a_setting_that_the_task_does_not_read_is_refused(task: str, key: str, cure: str) -> None:
+    config = settings(**{"task.type": task, key: OTHER_VALUES[key]})
+    for look in (job.load, lambda config: warmed_up(config, Path("w"), Path("t"), None)):
+        with pytest.raises(SettingsError, match=f"^{key} is set, which {task} does not read; {cure}$"):
+            look(config)
+
+
+def test_smoothing_of_numbers_is_refused() -> None:
+    config = settings(**{"task.type": "regression", "training.label_smoothing_factor": 0.1})
+    with pytest.raises(SettingsError, match=r"of classes and tokens, and task\.type is regression"):
+        job.load(config)
+
+
+@pytest.mark.parametrize("key", sorted(OTHER_VALUES))
+def test_every_key_changes_what_some_boundary_is_given(key: str) -> None:
+    beside = BESIDE.get(key, {})
+    assert what_arrives(settings(**beside | {key: OTHER_VALUES[key]})) != what_arrives(settings(**beside))
+
+
+@pytest.mark.parametrize(
+    ("key", "boundary", "argument"),
+    [
+        ("model.dtype", "load_pretrained", "dtype"),
+        ("model.quantization", "load_pretrained", "quantization"),
+        ("data.validation_fraction", "read_data", "validation_fraction"),
+        ("data.max_length", "prepare", "max_length"),
+        ("quality.resample", "QualitySubset", "resample"),
+        ("quality.warmup_limit", "QualityCallback", "limit"),
+        ("quality.temperature", "QualityCallback", "temperature"),
+        ("quality.calibrate", "QualityCallback", "calibration"),
+        ("quality.unbiased", "QualityCallback", "unbiased"),
+        ("quality.guard", "QualityCallback", "guard"),
+        ("ranks.min", "RankCallback", "min_rank"),
+        ("ranks.gamma", "RankCallback", "gamma"),
+        ("ranks.max", "wrap", "max_rank"),
+        ("ranks.mean", "wrap", "mean_rank"),
+        ("adapter.alpha", "wrap", "alpha"),
+        ("training.eval_batch_size", "TrainingArguments", "per_device_eval_batch_size"),
+        ("training.epochs", "TrainingArguments", "num_train_epochs"),
+        ("training.weight_decay", "TrainingArguments", "weight_decay"),
+    ],
+)
+def test_a_setting_arrives_as_it_was_given(key: str, boundary: str, argument: str) -> None:
+    value = OTHER_VALUES[key]
+    assert what_arrives(settings(**BESIDE.get(key, {}) | {key: value}))[boundary][1][argument] == value
+
+
+@pytest.mark.parametrize("boundary", ["read_data", "TrainingArguments", "QualityCallback", "RankCallback"])
+def test_the_seed_decides_every_random_draw(boundary: str) -> None:
+    assert what_arrives(settings(**{"training.seed": 5}))[boundary][1]["seed"] == 5
+
+
+def test_without_quality_there_is_no_callback_for_it() -> None:
+    assert what_arrives(settings(**{"quality.enabled": False}))["quality"] is None

@@ -1,0 +1,215 @@
+"""A run read back says what it said when it was trained, of any file and in any format."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from runs import make_rows, save_checkpoint, write_config, write_jsonl
+from tsqlora.data.rows import read_rows
+from tsqlora.data.write import write_rows
+from tsqlora.errors import DataError, NotLearnedError, SettingsError
+from tsqlora.layer_sensitivity import sensitivity
+from tsqlora.quality.scores import Scores
+from tsqlora.run import predict as inference
+from tsqlora.run.allocate import allocate_ranks
+from tsqlora.run.config import Config, load_config
+from tsqlora.run.predict import device_of, evaluate_run, open_run, predict_run
+from tsqlora.run.score import score_rows
+from tsqlora.run.train import train
+from tsqlora.training.record import RunRecord
+
+NAMES = ("no", "yes")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run with its own test file, plain LoRA: what is read back does not depend on the method."""
+    folder = tmp_path_factory.mktemp("inference")
+    save_checkpoint(folder / "model")
+    for name, rows in (("train", 60), ("validation", 10), ("test", 20)):
+        write_jsonl(folder / "data" / f"{name}.jsonl", make_rows(rows, seed=rows, labels=NAMES))
+    plain = {"quality": {"enabled": False, "fraction": 1.0}, "ranks": {"policy": "fixed", "mean": 2.0}}
+    config = write_config(folder / "c.yaml", folder / "model", folder / "data", **plain, training={"epochs": 15})
+    train(load_config(config), folder / "run")
+    return folder / "run"
+
+
+def data_of(run: Path) -> Path:
+    return run.parent / "data" / "test.jsonl"
+
+
+def test_metrics_of_the_runs_own_file_are_those_it_recorded(run: Path) -> None:
+    recorded = RunRecord.load(run).metrics["test"]
+    assert evaluate_run(run) == recorded
+    assert evaluate_run(run, data_of(run)) == pytest.approx(recorded)
+
+
+def test_logits_do_not_depend_on_what_else_is_in_the_file(run: Path) -> None:
+    trained = open_run(run)
+    rows = read_rows(data_of(run))
+    samples = trained.encode(rows, labelled=False)
+    whole = trained.asking.logits(trained.model, samples.samples, phase="prediction", progress=None)
+    with torch.no_grad():
+        trained.model.eval()
+        alone = [trained.model(**trained.collate([sample])).logits for sample in samples.samples]
+    torch.testing.assert_close(torch.from_numpy(whole), torch.cat(alone), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("extension", ["jsonl", "csv", "tsv", "parquet"])
+def test_every_row_keeps_its_columns_and_its_place(extension: str, run: Path, tmp_path: Path) -> None:
+    rows = [{"id": f"r{j}", "text": row["text"], "note": 'a, "b"\n'} for j, row in enumerate(make_rows(7, seed=3))]
+    write_rows(tmp_path / f"in.{extension}", rows)
+    out = tmp_path / "new" / f"out.{extension}"
+    assert predict_run(run, tmp_path / f"in.{extension}", out) == 7
+    written = read_rows(out).rows
+    assert [{name: row[name] for name in rows[0]} for row in written] == rows
+    assert all(row["prediction"] in NAMES and 0.5 <= float(row["probability"]) <= 1 for row in written)
+
+
+def test_texts_that_are_cut_are_told(run: Path, tmp_path: Path) -> None:
+    rows = [{"text": text, "label": "no"} for text in ("fine", "fine " * 60)]
+    write_jsonl(tmp_path / "long.jsonl", rows)
+    with pytest.warns(UserWarning, match=r"^1 of 2 texts of .*long\.jsonl were cut to 32 tokens$"):
+        predict_run(run, tmp_path / "long.jsonl", tmp_path / "out.jsonl")
+    with pytest.warns(UserWarning, match=r"^1 of 2 texts of .*long\.jsonl were cut to 32 tokens$"):
+        evaluate_run(run, tmp_path / "long.jsonl")
+
+
+def test_predictions_may_take_the_place_of_their_file(run: Path, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", make_rows(4))
+    predict_run(run, path, path)
+    first = path.read_bytes()
+    predict_run(run, path, path)
+    assert path.read_bytes() == first
+
+
+def test_dates_of_a_parquet_file_come_out_as_text(run: Path, tmp_path: Path) -> None:
+    table = read_rows(data_of(run)).rows
+    write_rows(tmp_path / "rows.parquet", [{**row, "day": f"2026-01-{j + 1:02}"} for j, row in enumerate(table)])
+    days = pq.read_table(tmp_path / "rows.parquet")
+    day = days.schema.get_field_index("day")
+    pq.write_table(days.set_column(day, "day", days["day"].cast("date32")), tmp_path / "rows.parquet")
+    predict_run(run, tmp_path / "rows.parquet", tmp_path / "out.jsonl")
+    assert read_rows(tmp_path / "out.jsonl").rows[0]["day"] == "2026-01-01"
+
+
+def test_a_class_that_the_run_does_not_know_is_told_with_its_row(run: Path, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [*make_rows(2, labels=NAMES), {"text": "good", "label": "perhaps"}])
+    with pytest.raises(DataError, match=r"rows\.jsonl:3: label 'perhaps' is not among"):
+        evaluate_run(run, path)
+
+
+def test_labels_are_asked_for_only_where_they_are_needed(run: Path, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "good"}])
+    assert predict_run(run, path, tmp_path / "out.csv") == 1
+    with pytest.raises(DataError, match=r"has no column 'label', which the run was trained on; it has text"):
+        evaluate_run(run, path)
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_read(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingsError, match="cannot be written"):
+        predict_run(run, tmp_path / "none.jsonl", tmp_path / "file" / "out.jsonl")
+
+
+def copied(run: Path, folder: Path, **changed: Any) -> Path:
+    """The run beside its data, with something else in its record."""
+    shutil.copytree(run, folder / "run")
+    record = json.loads((run / "run.json").read_text())
+    (folder / "run" / "run.json").write_text(json.dumps(record | changed))
+    return folder / "run"
+
+
+def test_cells_that_a_spreadsheet_would_run_get_a_sign_before_them_and_it_is_said(run: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "in.jsonl", [{"text": "=1+1 good", "@x": "-2"}, {"text": "bad", "@x": "+cmd"}])
+    with pytest.warns(
+        UserWarning, match=r"3 cells of .*out\.csv begin like a formula .*\.jsonl keeps them as they are"
+    ):
+        predict_run(run, tmp_path / "in.jsonl", tmp_path / "out.csv")
+    written = read_rows(tmp_path / "out.csv").rows
+    assert [(row["text"], row["'@x"]) for row in written] == [("'=1+1 good", "-2"), ("bad", "'+cmd")]
+    predict_run(run, tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    assert read_rows(tmp_path / "out.jsonl").rows[0]["text"] == "=1+1 good"
+
+
+def test_code_of_a_runs_model_is_run_only_where_whoever_opens_it_says_so(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("trust_remote_code: false", "trust_remote_code: true"))
+    with pytest.raises(SettingsError, match=r"trust_remote_code true, .* set TSQLORA_TRUST_REMOTE_CODE=1"):
+        open_run(tmp_path / "run")
+    monkeypatch.setenv("TSQLORA_TRUST_REMOTE_CODE", "1")
+    assert open_run(tmp_path / "run").config.model.trust_remote_code
+
+
+def test_a_runs_adapter_that_is_a_pickle_is_not_opened(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    adapter = tmp_path / "run" / "adapter"
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    with pytest.raises(DataError, match="a pickle, which can run code and is not opened"):
+        open_run(tmp_path / "run")
+
+
+def test_an_unfinished_run_is_refused(run: Path, tmp_path: Path) -> None:
+    unfinished = copied(run, tmp_path, status="running")
+    for use in (evaluate_run, open_run):
+        with pytest.raises(DataError, match="is not finished; `tsqlora train --resume` goes on with it"):
+            use(unfinished)
+
+
+def test_a_run_scores_other_rows_by_its_own_classes(run: Path, tmp_path: Path) -> None:
+    other = write_jsonl(tmp_path / "other.jsonl", [{"text": row["text"], "label": "yes"} for row in make_rows(40)])
+    override = [f"data.train={other}", f"data.validation={data_of(run)}", "data.test=null"]
+    with pytest.raises(NotLearnedError, match="all 40 reference rows have the same label"):
+        score_rows(run, tmp_path / "s.parquet", overrides=override)
+    write_jsonl(other, make_rows(60, seed=60, labels=NAMES)[:19:-1])
+    scores = score_rows(run, tmp_path / "new" / "s.parquet", overrides=override)
+    assert scores.labels.tolist() == [1, 0] * 20, "ids are those of the run, whatever comes first"
+
+
+def test_ranks_are_not_measured_on_rows_that_are_no_longer_those_scored(run: Path, tmp_path: Path) -> None:
+    again = copied(run, tmp_path)
+    score_rows(again, again / "scores.parquet")
+    assert set(allocate_ranks(again)) >= {"r", "lora_alpha", "target_modules"}
+    other = write_jsonl(tmp_path / "other.jsonl", make_rows(60, seed=1, labels=NAMES))
+    with pytest.raises(DataError, match=r"scores\.parquet has scores of other rows than .*other\.jsonl has now"):
+        allocate_ranks(again, overrides=[f"data.train={other}", f"data.validation={data_of(run)}"])
+
+
+def test_ranks_are_measured_with_the_loss_of_training_on_the_rows_that_it_had(run: Path, tmp_path: Path) -> None:
+    """Where rows were left out, an epoch of all rows repeats the kept ones."""
+    again = copied(run, tmp_path)
+    score_rows(again, again / "scores.parquet")
+    scores = Scores.load(again / "scores.parquet")
+    scores.drop(np.arange(len(scores)) < 10, "duplicate").save(again / "scores.parquet")
+    with patch("tsqlora.run.allocate.sensitivity", side_effect=sensitivity) as measured:
+        allocate_ranks(
+            again, overrides=["quality.fraction=1.0", "ranks.samples=99", "training.label_smoothing_factor=0.1"]
+        )
+    assert len(measured.call_args.args[1]) == len(scores) - 10
+    assert measured.call_args.kwargs["task"].label_smoothing == 0.1
+
+
+@pytest.mark.parametrize(("use_cpu", "device"), [(False, "cuda"), (True, "cpu")])
+def test_models_are_put_on_the_accelerator_unless_told_not_to(
+    use_cpu: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Config.model_validate(
+        {"model": {"path": "m"}, "data": {"train": "t"}, "training": {"use_cpu": True} if use_cpu else {}}
+    )
+    found = torch.device("cuda")
+    monkeypatch.setattr(inference.torch.accelerator, "current_accelerator", lambda check_available: found)
+    assert device_of(config).type == device
+    monkeypatch.setattr(inference.torch.accelerator, "current_accelerator", lambda check_available: torch.device("mps"))
+    assert device_of(config).type == "cpu"
+    monkeypatch.setattr(inference.torch.accelerator, "current_accelerator", lambda check_available: None)
+    assert device_of(config).type == "cpu"

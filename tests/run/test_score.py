@@ -1,0 +1,256 @@
+"""Scoring alone: it goes on after a kill, gives the same bytes, and scores as a training run does."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runs import make_rows, save_checkpoint, write_config, write_jsonl
+from tsqlora.data.tokenise import sample_hash
+from tsqlora.errors import DataError, NotLearnedError, SettingsError
+from tsqlora.quality import journal
+from tsqlora.quality.scores import Scores
+from tsqlora.run import score as scoring
+from tsqlora.run.config import load_config
+from tsqlora.run.score import plan_scoring, score_rows
+from tsqlora.run.train import train
+
+Killer = Callable[[pytest.MonkeyPatch], Any]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scoring")
+    save_checkpoint(folder / "model")
+    write_jsonl(folder / "train.jsonl", make_rows(80))
+    write_config(folder / "config.yaml", folder / "model", folder / "train.jsonl")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(place: Path) -> Path:
+    train(load_config(place / "config.yaml"), place / "run")
+    return place / "run"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place: Path, run: Path) -> dict[str, bytes]:
+    files = {}
+    for source in ("config.yaml", "run"):
+        score_rows(place / source, place / f"{source}.parquet")
+        files[source] = (place / f"{source}.parquet").read_bytes()
+    return files
+
+
+@pytest.fixture(autouse=True)
+def _no_work_may_be_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "FLUSH_SECONDS", 0.0)
+
+
+def die(*_: Any, **__: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at(phase: str, rows: int) -> Killer:
+    """Kills when so much of a phase is done."""
+    return lambda _: lambda name, done, total, *_: die() if (name, done) == (phase, rows) else None
+
+
+def before(owner: Any, name: str) -> Killer:
+    """Kills where a function would be called."""
+    return lambda patch: patch.setattr(owner, name, die)
+
+
+def killed(source: Path, out: Path, killer: Killer) -> None:
+    """Scores in a process of its own, which is killed."""
+    child = os.fork()
+    if child == 0:
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                score_rows(source, out, progress=killer(patch))
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status), "it ended before it was killed"
+    assert not out.exists()
+
+
+MOMENTS = {
+    "reading": before(scoring, "store"),
+    "loading": before(scoring, "open_run"),
+    "reference": before(journal, "save_whole"),
+    "first batch": at("scoring", 8),
+    "fourth batch": at("scoring", 32),
+    "last batch": at("scoring", 72),
+    "writing": before(Scores, "save"),
+}
+EARLIER = {
+    "first step": at("warm-up", 1),
+    "second epoch": at("warm-up", 7),
+    "end of the warm-up": before(scoring, "save_whole"),
+    "after the warm-up": before(scoring, "load_file"),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_scoring_of_a_run_gives_the_same_bytes(
+    moment: str, run: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "s.parquet"
+    killed(run, out, MOMENTS[moment])
+    score_rows(run, out)
+    assert out.read_bytes() == undisturbed["run"]
+    assert [path.name for path in tmp_path.iterdir()] == ["s.parquet"]
+
+
+@pytest.mark.parametrize("moment", [*EARLIER, "fourth batch", "writing"])
+def test_a_killed_scoring_of_a_config_gives_the_same_bytes(
+    moment: str, place: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "s.parquet"
+    killed(place / "config.yaml", out, (EARLIER | MOMENTS)[moment])
+    score_rows(place / "config.yaml", out)
+    assert out.read_bytes() == undisturbed["config.yaml"]
+    assert [path.name for path in tmp_path.iterdir()] == ["s.parquet"]
+
+
+def test_it_may_be_killed_again_and_again(place: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    out = tmp_path / "s.parquet"
+    for killer in (*EARLIER.values(), at("scoring", 8), at("scoring", 16), at("scoring", 48)):
+        killed(place / "config.yaml", out, killer)
+    score_rows(place / "config.yaml", out)
+    assert out.read_bytes() == undisturbed["config.yaml"]
+
+
+@pytest.fixture
+def half_done(place: Path, tmp_path: Path) -> Path:
+    killed(place / "config.yaml", tmp_path / "s.parquet", at("scoring", 16))
+    return tmp_path / "s.parquet"
+
+
+def test_what_was_done_is_not_done_again(place: Path, half_done: Path) -> None:
+    seen: list[tuple[str, int]] = []
+    score_rows(place / "config.yaml", half_done, progress=lambda name, done, total, *_: seen.append((name, done)))
+    assert seen == [("scoring", rows) for rows in range(24, 73, 8)]
+
+
+@pytest.mark.parametrize("override", ["training.seed=1", "training.learning_rate=0.01", "quality.reference=30"])
+def test_what_is_left_of_another_scoring_is_refused(override: str, place: Path, half_done: Path) -> None:
+    with pytest.raises(SettingsError, match=r"s.parquet.partial/warm-up holds an unfinished scoring with other .*set"):
+        score_rows(place / "config.yaml", half_done, overrides=[override])
+    score_rows(place / "config.yaml", half_done)
+
+
+def test_what_is_left_of_other_rows_or_weights_is_refused(place: Path, run: Path, half_done: Path) -> None:
+    other = write_jsonl(half_done.parent / "other.jsonl", make_rows(80, seed=1))
+    with pytest.raises(
+        SettingsError, match=r"warm-up holds an unfinished scoring with other rows, settings; delete it"
+    ):
+        score_rows(place / "config.yaml", half_done, overrides=[f"data.train={other}"])
+    with pytest.raises(SettingsError, match=r"scoring holds an unfinished scoring with other weights; delete it"):
+        score_rows(run, half_done)
+
+
+def test_a_config_is_scored_as_its_training_run_scores(place: Path, run: Path, undisturbed: dict[str, bytes]) -> None:
+    ours, trained = Scores.load(place / "config.yaml.parquet"), Scores.load(run / "scores.parquet")
+    assert ours.hashes == trained.hashes
+    for name, values in trained.terms.items():
+        np.testing.assert_allclose(ours.terms[name], values, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_an_id_leads_to_the_row_of_the_file(place: Path, undisturbed: dict[str, bytes]) -> None:
+    scores, rows = Scores.load(place / "run.parquet"), make_rows(80)
+    assert scores.ids is not None
+    assert scores.ids.tolist() != list(range(72)), "a validation split was taken out"
+    for place_in_file, name in zip(scores.ids, scores.hashes or (), strict=True):
+        row = rows[place_in_file]
+        assert sample_hash(row["text"], "", str(row["label"])) == name
+
+
+def test_a_second_scoring_into_the_same_file_is_refused(place: Path, tmp_path: Path) -> None:
+    refused: list[str] = []
+
+    def meanwhile(*_: Any) -> None:
+        if not refused:
+            with pytest.raises(SettingsError) as error:
+                score_rows(place / "config.yaml", tmp_path / "s.parquet")
+            refused.append(str(error.value))
+
+    score_rows(place / "config.yaml", tmp_path / "s.parquet", progress=meanwhile)
+    assert refused == [f"another process is scoring into {tmp_path / 's.parquet'}; wait for it, or name another --out"]
+    assert [path.name for path in tmp_path.iterdir()] == ["s.parquet"]
+
+
+def test_rows_that_are_held_out_are_told_and_of_another_file_there_are_none(
+    place: Path, run: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    for source in ("config.yaml", "run"):
+        assert Scores.load(place / f"{source}.parquet").record["held_out"] == 8
+    shard = write_jsonl(tmp_path / "shard.jsonl", make_rows(50, seed=1))
+    override = f"data.train={shard}"
+    scores = score_rows(run, tmp_path / "s.parquet", overrides=[override])
+    assert (len(scores), scores.record["held_out"]) == (50, 0)
+    assert plan_scoring(run, overrides=[override])["rows"] == 50
+
+
+def test_another_file_is_read_by_the_runs_columns(
+    place: Path, run: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Though it has another usual column."""
+    plain = make_rows(50, seed=1)
+    own, more = (tmp_path / f"{name}.jsonl" for name in ("own", "more"))
+    write_jsonl(own, plain)
+    write_jsonl(more, [{"sentence": "bad", **row} for row in plain])
+    one, other = (
+        score_rows(run, tmp_path / f"{file.stem}.parquet", overrides=[f"data.train={file}"]) for file in (own, more)
+    )
+    assert one.hashes == other.hashes
+    assert np.array_equal(one.terms["loss"], other.terms["loss"])
+    lacking = write_jsonl(tmp_path / "lacking.jsonl", [{"sentence": "bad", "label": 1}])
+    with pytest.raises(
+        DataError, match=r"lacking\.jsonl has no column 'text', which the run was trained on; it has sen"
+    ):
+        score_rows(run, tmp_path / "s.parquet", overrides=[f"data.train={lacking}"])
+
+
+def test_what_cannot_be_scored_is_told_before_the_warm_up(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "fit_job", lambda *_, **__: pytest.fail("it trained"))
+    with pytest.raises(SettingsError, match="reject finds wrong labels of classes"):
+        score_rows(
+            place / "config.yaml", tmp_path / "s.parquet", overrides=["task.type=regression", "quality.reject=true"]
+        )
+
+
+def test_an_error_leaves_nothing_behind(place: Path, tmp_path: Path) -> None:
+    broken = write_jsonl(tmp_path / "data" / "broken.jsonl", [*make_rows(20), {"text": " ", "label": 1}])
+    with pytest.raises(DataError, match="no text"):
+        score_rows(place / "config.yaml", tmp_path / "s.parquet", overrides=[f"data.train={broken}"])
+    with pytest.raises(NotLearnedError):
+        score_rows(place / "config.yaml", tmp_path / "s.parquet", overrides=["training.learning_rate=1e-9"])
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+@pytest.mark.parametrize("source", ["config.yaml", "run"])
+def test_a_plan_counts_what_is_then_done(source: str, place: Path, run: Path, tmp_path: Path) -> None:
+    plan = plan_scoring(place / source)
+    assert (plan["rows"], plan["batches"]) == (72, 9)
+    assert plan["passes"]["scoring"] == {"forward": 2 * 72 + 2 * 40, "backward": 72 + 40}
+    assert plan["passes"].get("warm-up") == ({"forward": 72, "backward": 72} if source == "config.yaml" else None)
+    assert plan["memory_bytes"] > 0
+    assert plan["held_out"] == 8
+    assert not (tmp_path / "s.parquet").exists()
+
+
+def test_several_processes_are_refused_before_anything_is_written(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SettingsError, match="scoring was started as 2 processes, and one keeps what is done; start it"):
+        score_rows(place / "config.yaml", tmp_path / "scores.parquet")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,291 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+import scoring
+import tsqlora as tsq
+from models import collate, lora, samples, tiny_bert, tiny_gpt2, tiny_llama_classifier
+from oracles import slow_sensitivity
+from scoring import assert_unchanged, cross_entropy, fingerprint, squared_error
+from slotted import QUERY, WIDE, wrapped
+from tsqlora import layer_sensitivity as probe
+from tsqlora.gradients.sites import effective_weight, lora_layers
+from tsqlora.layer_sensitivity import ESTIMATORS, SKETCH_ROWS, Probe, probe_pass
+
+ROWS = samples(9, 3, lengths=(3, 11))
+
+
+def by_hand(model: nn.Module, number: Callable[[LoraLayer], Tensor]) -> dict[str, float]:
+    """Mean over ROWS of a layer's number after one sample's backward pass; W's gradient is its base weight's."""
+    model.eval()
+    layers = lora_layers(model)
+    totals = dict.fromkeys(layers, 0.0)
+    for layer in layers.values():
+        layer.get_base_layer().weight.requires_grad_(True)
+    for row in ROWS:
+        model.zero_grad()
+        model(**collate([row])).loss.backward()
+        for name, layer in layers.items():
+            totals[name] += float(number(layer).detach()) / len(ROWS)
+    return totals
+
+
+@pytest.mark.parametrize("chunk", [1, 1000, 2**21])
+@pytest.mark.parametrize("base", [tiny_bert, tiny_llama_classifier])
+def test_sensitivity_is_that_of_the_slow_twin(base: Any, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "CHUNK", chunk)
+    model = wrapped(base(), ranks={} if base is tiny_llama_classifier else {QUERY: 7, WIDE: 0})
+    measured = tsq.sensitivity(model, ROWS, collate, batch_size=4)
+    wanted = slow_sensitivity(
+        model,
+        [collate([row]) for row in ROWS],
+        sample_loss=cross_entropy,
+        layers=lora_layers(model),  # type: ignore[arg-type]
+        effective_weight=effective_weight,  # type: ignore[arg-type]
+    )
+    assert dict(measured.values) == pytest.approx(wanted, rel=1e-12 if base is tiny_bert else 1e-6)
+    assert (measured.estimator, measured.samples) == ("sensitivity", len(ROWS))
+    assert measured.shapes == {
+        name: (layer.in_features, layer.out_features) for name, layer in lora_layers(model).items()
+    }
+
+
+@pytest.mark.parametrize("base", [tiny_bert, tiny_gpt2])
+def test_sampled_is_the_mean_over_every_kth_output(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "SAMPLED_OUTPUTS", 5)
+    model = wrapped(base())
+
+    def every_kth(layer: LoraLayer) -> Tensor:
+        weight, outputs = layer.get_base_layer().weight, layer.out_features
+        product = (weight + layer.get_delta_weight("default")) * weight.grad
+        product = product.T if base is tiny_gpt2 else product
+        return product[:: max(1, outputs // 5)].abs().mean()
+
+    assert max(layer.out_features // 5 for layer in lora_layers(model).values()) > 1
+    measured = tsq.sensitivity(model, ROWS, collate, estimator="sampled", batch_size=4)
+    assert dict(measured.values) == pytest.approx(by_hand(model, every_kth), rel=1e-5)
+
+
+@pytest.mark.parametrize("head", [32, 64, 128, 256])
+@pytest.mark.parametrize("outputs", [1024, 2048, 3072, 4096, 6144, 8192])
+def test_sampled_sees_every_kind_of_place_in_a_head(outputs: int, head: int) -> None:
+    """Rotary positions turn head / 2 pairs of places, each at its own speed: of each eighth of them one is there."""
+    pairs = {output % (head // 2) for output in range(0, outputs, probe.stride(outputs))}
+    assert {pair * 16 // head for pair in pairs} == set(range(8))
+
+
+def test_sampled_leaves_narrow_layers_whole() -> None:
+    model = wrapped()
+    exact, some = (tsq.sensitivity(model, ROWS, collate, estimator=name).values for name in ("sensitivity", "sampled"))
+    assert all(layer.out_features < 2 * probe.SAMPLED_OUTPUTS for layer in lora_layers(model).values())
+    assert exact == some
+
+
+def test_sensitivity_of_a_transposed_weight_is_that_of_the_slow_twin() -> None:
+    model = lora(tiny_gpt2())
+    measured = tsq.sensitivity(model, ROWS, collate, batch_size=4)
+    wanted = slow_sensitivity(
+        model,
+        [collate([row]) for row in ROWS],
+        sample_loss=cross_entropy,
+        layers=lora_layers(model),  # type: ignore[arg-type]
+        effective_weight=scoring.effective_weight,
+    )
+    assert dict(measured.values) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_sensitivity_of_a_regression_is_that_of_the_slow_twin() -> None:
+    model = wrapped(tiny_bert(num_labels=1))
+    rows = samples(5, 3, regression=True)
+    wanted = slow_sensitivity(
+        model,
+        [collate([row], label_dtype=torch.float64) for row in rows],
+        sample_loss=squared_error,
+        layers=lora_layers(model),  # type: ignore[arg-type]
+        effective_weight=effective_weight,  # type: ignore[arg-type]
+    )
+    measured = tsq.sensitivity(model, rows, lambda batch: collate(batch, label_dtype=torch.float64))
+    assert dict(measured.values) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_fisher_is_the_mean_square_by_hand() -> None:
+    model = wrapped(ranks={QUERY: 7})
+    measured = tsq.sensitivity(model, ROWS, collate, estimator="fisher", batch_size=4)
+    wanted = by_hand(model, lambda layer: layer.get_base_layer().weight.grad.square().mean())
+    assert dict(measured.values) == pytest.approx(wanted, rel=1e-10)
+
+
+def test_adapter_is_the_mean_over_a_and_b_by_hand() -> None:
+    model = lora(tiny_bert(), dropout=0.0)
+
+    def mean(layer: LoraLayer) -> Tensor:
+        parts = (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+        return torch.cat([(part * part.grad).flatten() for part in parts]).abs().mean()
+
+    measured = tsq.sensitivity(model, ROWS, collate, estimator="adapter", batch_size=4)
+    assert dict(measured.values) == pytest.approx(by_hand(model, mean), rel=1e-10)
+
+
+def test_an_empty_adapter_has_no_adapter_sensitivity() -> None:
+    model = wrapped(ranks={QUERY: 0})
+    values = tsq.sensitivity(model, ROWS, collate, estimator="adapter").values
+    assert values[QUERY] == 0
+    assert values[WIDE] > 0
+
+
+@settings(max_examples=10)
+@given(batch_size=st.integers(1, 9), pad_to=st.integers(11, 20))
+def test_numbers_do_not_depend_on_batches_padding_or_order(batch_size: int, pad_to: int) -> None:
+    for estimator in ("sensitivity", "fisher", "adapter", "uniform"):
+        measured = tsq.sensitivity(
+            MODEL, ROWS[::-1], lambda rows: collate(rows, pad_to), estimator=estimator, batch_size=batch_size
+        )
+        assert dict(measured.values) == pytest.approx(WHOLE[estimator], rel=1e-10), estimator
+        assert measured.samples == len(ROWS)
+
+
+def test_uniform_is_one_everywhere() -> None:
+    assert set(tsq.sensitivity(MODEL, ROWS, collate, estimator="uniform", batch_size=4).values.values()) == {1.0}
+
+
+def test_random_differs_by_layer_and_repeats() -> None:
+    first, again = (tsq.sensitivity(MODEL, ROWS, collate, estimator="random").values for _ in range(2))
+    assert first == again
+    assert len(set(first.values())) == len(first)
+
+
+def test_an_estimator_may_be_a_function_of_ones_own() -> None:
+    def inputs(a: Tensor, b: Tensor, layer: Any) -> Tensor:
+        return torch.tensor(float(a.shape[2] * len(a)))
+
+    measured = tsq.sensitivity(MODEL, ROWS, collate, estimator=inputs)
+    assert measured.estimator == "inputs"
+    assert all(value == measured.shapes[name][0] for name, value in measured.values.items())
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_the_model_is_left_as_it_was(estimator: str) -> None:
+    model = wrapped().train()
+    model(**collate(ROWS)).loss.backward()
+    model.get_submodule("base_model.model.bert.pooler").eval()
+    before = fingerprint(model)
+    tsq.sensitivity(model, ROWS, collate, estimator=estimator)
+    assert_unchanged(before, model)
+
+
+def test_the_model_is_left_as_it_was_after_an_exception() -> None:
+    model = wrapped().train()
+    before = fingerprint(model)
+
+    def fails(a: Tensor, b: Tensor, layer: Any) -> Tensor:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        tsq.sensitivity(model, ROWS, collate, estimator=fails)
+    assert_unchanged(before, model)
+
+
+def test_dropout_is_off_and_frozen_models_are_measured_too() -> None:
+    model = wrapped().train()
+    measured = tsq.sensitivity(model, ROWS, collate).values
+    assert measured == WHOLE["sensitivity"]
+    model.requires_grad_(False)
+    assert tsq.sensitivity(model, ROWS, collate).values == measured
+
+
+def test_half_precision_is_near() -> None:
+    model = wrapped(dtype=torch.float32)
+    exact = tsq.sensitivity(model, ROWS, collate).values
+    half = tsq.sensitivity(model, ROWS, collate, autocast=torch.bfloat16).values
+    assert half != exact
+    assert dict(half) == pytest.approx(dict(exact), rel=0.1)
+
+
+def test_an_unknown_estimator_is_told_with_the_nearest() -> None:
+    with pytest.raises(tsq.SettingsError, match=r"unknown ranks.estimator 'fischer'; did you mean 'fisher'\?"):
+        tsq.sensitivity(MODEL, ROWS, collate, estimator="fischer")
+
+
+def test_a_model_without_lora_is_refused() -> None:
+    with pytest.raises(tsq.UnsupportedError, match=r"no LoRA layers to measure; make it with tsqlora.wrap"):
+        tsq.sensitivity(tiny_bert(), ROWS, collate)
+
+
+def test_no_rows_are_an_error() -> None:
+    with pytest.raises(tsq.SettingsError, match="no rows to measure sensitivity on"):
+        tsq.sensitivity(MODEL, [], collate)
+
+
+def test_a_probe_that_saw_no_backward_is_an_error() -> None:
+    watching = Probe(lora_layers(MODEL), "sensitivity")
+    with watching.watch(MODEL), torch.no_grad():
+        MODEL(**collate(ROWS))
+    with pytest.raises(tsq.UnsupportedError, match="no backward pass went through"):
+        watching.sensitivity()
+
+
+def test_a_layer_that_is_not_used_has_no_sensitivity_and_no_direction() -> None:
+    class Skips(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = nn.Linear(4, 4)
+            self.used = nn.Linear(4, 3)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return self.used(input_ids.float()[:, :4])
+
+    model = tsq.wrap(Skips(), mean_rank=2, target_modules=["unused", "used"])
+    found = probe_pass(model, ROWS, lambda rows: {k: v for k, v in collate(rows, 12).items() if k != "attention_mask"})
+    assert found.sensitivity().samples == len(ROWS)
+    assert found.sensitivity().values["unused"] == 0 < found.sensitivity().values["used"]
+    assert not found.directions()["unused"].any()
+
+
+def test_directions_are_a_sketch_of_the_layers_gradient() -> None:
+    """Its rows lie in the row space of ∇W and, over many seeds, have its Gram matrix as their mean."""
+    model = wrapped()
+    gradients: dict[str, Tensor] = {}
+
+    def keep(a: Tensor, b: Tensor, layer: Any) -> Tensor:
+        gradients[names[id(layer)]] = torch.einsum("nto,nti->oi", b, a)
+        return torch.ones(())
+
+    names = {id(layer): name for name, layer in lora_layers(model).items()}
+    gram = torch.zeros(16, 16, dtype=torch.float64)
+    for seed in range(80):
+        directions = probe_pass(model, ROWS, collate, estimator=keep, seed=seed).directions()
+        assert directions[QUERY].shape == (SKETCH_ROWS, 16)
+        gram += directions[QUERY].T @ directions[QUERY] / 80
+    wanted = gradients[QUERY].T @ gradients[QUERY]
+    assert float((gram - wanted).norm() / wanted.norm()) < 0.25
+
+
+def test_directions_add_up_over_batches_and_repeat_with_the_seed() -> None:
+    whole, parts = (probe_pass(MODEL, ROWS, collate, batch_size=size, seed=3).directions() for size in (9, 2))
+    other = probe_pass(MODEL, ROWS, collate, seed=4).directions()
+    for name, sketch in whole.items():
+        torch.testing.assert_close(sketch, parts[name])
+        assert not torch.allclose(sketch, other[name])
+
+
+def test_a_training_steps_own_backward_serves_up_to_a_factor() -> None:
+    """The mean loss of a batch has 1/n of each sample's gradient: only ratios count."""
+    model = wrapped()
+    watching = Probe(lora_layers(model), "sensitivity")
+    with watching.watch(model):
+        for rows in (ROWS[:3], ROWS[3:6], ROWS[6:]):
+            model(**collate(rows)).loss.backward()
+    measured = watching.sensitivity()
+    assert measured.samples == len(ROWS)
+    assert {n: 3 * v for n, v in measured.values.items()} == pytest.approx(dict(WHOLE["sensitivity"]), rel=1e-10)
+
+
+MODEL: PeftModel = wrapped()
+WHOLE = {name: tsq.sensitivity(MODEL, ROWS, collate, estimator=name).values for name in ESTIMATORS}
