@@ -12,10 +12,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from tsqlora.compat.yaml12 import inline_yaml
 from tsqlora.errors import SettingsError
 from tsqlora.run.config import (
     PRESETS,
     REFUSED_ARGUMENTS,
+    REMOVED_SETTINGS,
     Config,
     PresetName,
     QualitySettings,
@@ -222,6 +224,13 @@ def test_an_error_names_the_file_the_key_the_value_and_the_cure(text: str, messa
 def test_a_training_argument_that_we_decide_is_refused_with_the_cure(name: str) -> None:
     cure = REFUSED_ARGUMENTS[name]
     assert error_of(f"training: {{{name}: 1}}") == f"tsq.yaml: 'training.{name}' cannot be set; {cure}"
+
+
+@pytest.mark.parametrize("key", REMOVED_SETTINGS)
+def test_a_removed_setting_is_refused_by_its_name_unless_it_has_its_former_default(key: str) -> None:
+    default = inline_yaml(REMOVED_SETTINGS[key].default)
+    assert loaded("", f"{key}={default}") == loaded("")
+    assert key in error_of("", f"{key}=no-such-value")
 
 
 @pytest.mark.parametrize(

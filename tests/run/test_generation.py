@@ -26,7 +26,7 @@ from tsqlora.run.card import model_card
 from tsqlora.run.config import load_config
 from tsqlora.run.export import export
 from tsqlora.run.job import arguments, asking_of, load
-from tsqlora.run.predict import evaluate_run, open_run, predict_run, reply
+from tsqlora.run.predict import evaluate_run, open_run, predict_run
 from tsqlora.run.score import score_rows
 from tsqlora.tasks import get_task
 from tsqlora.tasks.generation import Generation
@@ -258,12 +258,6 @@ def test_the_cards_own_code_loads_the_adapter(run: Path) -> None:
     assert all(torch.equal(loaded[name], value) for name, value in trained.items())
     auto = next(name for name in known if name.startswith("Auto"))
     assert f"model = {auto}.from_pretrained(" in model_card(run, format="merged")
-
-
-def test_a_reply_is_what_is_predicted(run: Path, tmp_path: Path) -> None:
-    data = write_jsonl(tmp_path / "new.jsonl", [{"document": "pink blue"}])
-    predict_run(run, data, tmp_path / "out.jsonl")
-    assert reply(open_run(run), ["pink blue"]) == json.loads((tmp_path / "out.jsonl").read_text())["prediction"]
 
 
 def test_scores_alone_are_explained(run: Path, tmp_path: Path) -> None:

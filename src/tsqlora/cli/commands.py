@@ -309,25 +309,6 @@ def predict(
 
 
 @app.command()
-def chat(run: Run, max_new_tokens: NewTokens = None) -> None:
-    """A quick look at what a run's model writes: a line in, its answer out; an empty line or Ctrl-D ends it.
-
-    Example: tsqlora chat run --max-new-tokens 100
-    """
-    from tsqlora.run.predict import open_run, reply
-
-    trained = open_run(run, _writing(max_new_tokens, None))
-    said: list[str] = []
-    for line in sys.stdin:
-        if not line.strip():
-            break
-        answer = reply(trained, [*said, line.strip()])
-        print(answer, flush=True)
-        if answer.strip():  # a template has no turn without text
-            said += [line.strip(), answer]
-
-
-@app.command()
 def report(
     directory: Annotated[
         Path, typer.Argument(metavar="RUN|COMPARISON", help="A run's directory, or what `tsqlora compare` made.")

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from tsqlora.data.columns import Columns
-from tsqlora.data.formats import FORMATS, Format
+from tsqlora.data.formats import Format
 from tsqlora.data.generation import least_prompt, left_out, references, tokenise_generation
 from tsqlora.data.labels import LabelMap
 from tsqlora.data.prepare import Prepared, Splits, Writing, encode_split, fit_whole, prepare
@@ -321,24 +321,6 @@ def own_rows(run: Path) -> str:
     record = require_finished(run)
     split = "test" if "test" in record.metrics else "validation"
     return f"the run's {record.plan['rows'][split]:,} {split} rows"
-
-
-def reply(trained: Trained, said: Sequence[str]) -> str:
-    """What a run's model writes next, after turns of the user and itself; without a chat template after the last one.
-
-    Raises DataError for a task that writes no text.
-    """
-    format = trained.format
-    if format is None:
-        raise DataError(f"the run's task is {trained.task.name}, which writes no text; use `tsqlora predict`")
-    if trained.tokenizer.chat_template and not FORMATS[format.name].whole:
-        format = Format("messages", Columns("messages", None, None))
-    turns = [{"role": ("user", "assistant")[j % 2], "content": text} for j, text in enumerate(said)]
-    if format.name == "sharegpt":
-        format = replace(format, name="messages")
-    row: dict[str, Any] = {format.columns.text: turns if format.name == "messages" else said[-1]}
-    prompts = trained.asking.prompts(Rows((row,), "chat", (1,)), format)
-    return trained.asking.texts(trained.model, prompts, phase="chat", progress=None)[0]
 
 
 def predict_run(

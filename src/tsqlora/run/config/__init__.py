@@ -4,6 +4,7 @@ from tsqlora.run.config.file import dump_config, load_config, template
 from tsqlora.run.config.settings import (
     PRESETS,
     REFUSED_ARGUMENTS,
+    REMOVED_SETTINGS,
     Config,
     PresetName,
     QualitySettings,
@@ -15,6 +16,7 @@ from tsqlora.run.config.settings import (
 __all__ = [
     "PRESETS",
     "REFUSED_ARGUMENTS",
+    "REMOVED_SETTINGS",
     "Config",
     "PresetName",
     "QualitySettings",

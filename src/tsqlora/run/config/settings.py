@@ -6,7 +6,7 @@
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -277,6 +277,17 @@ class TrainingSettings(Section):
         return self
 
 
+class Removed(NamedTuple):
+    """A setting that no longer exists: its former default, and where it went or why."""
+
+    default: Any
+    why: str
+
+
+# A file that has one at its former default still loads: the run that it describes is the same.
+REMOVED_SETTINGS: Mapping[str, Removed] = {}
+
+
 class Config(Section):
     """Every setting of a run."""
 
@@ -289,6 +300,25 @@ class Config(Section):
     training: TrainingSettings = setting(
         TrainingSettings(), "The training; any field of transformers.TrainingArguments may be added."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_removed_settings(cls, given: Any) -> Any:
+        for key, removed in REMOVED_SETTINGS.items():
+            given = _without(given, key.split("."), f"{key} was removed", removed)
+        return given
+
+
+def _without(given: Any, path: Sequence[str], what: str, removed: Removed) -> Any:
+    """The mapping without the key at this path; SettingsError where it holds anything but its former default."""
+    name, *inner = path
+    if not isinstance(given, dict) or name not in given:
+        return given
+    if inner:
+        return given | {name: _without(given[name], inner, what, removed)}
+    if given[name] != removed.default:
+        raise SettingsError(f"{what}: {removed.why}")
+    return {key: value for key, value in given.items() if key != name}
 
 
 def _trainer_arguments() -> frozenset[str]:
