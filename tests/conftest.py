@@ -1,6 +1,7 @@
 """Before any test: no network, shapes checked while tests run, one thread, few random cases."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
@@ -13,7 +14,7 @@ for offline in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
     os.environ[offline] = "1"
 
 # The hook rewrites modules as they are imported, so nothing above may import tsqlora either.
-CHECKED = ("gradients", "quality", "ranks", "probe", "tasks", "adapter", "rivals")
+CHECKED = ("gradients", "quality", "ranks", "layer_sensitivity", "tasks", "adapter", "baselines")
 # The tower: an int is a float, as type checkers have it.
 BEARTYPE = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 install_import_hook([f"tsqlora.{name}" for name in CHECKED], BEARTYPE)
@@ -33,3 +34,11 @@ def shared_dir() -> Path:
     if not path.is_dir():
         pytest.skip(f"needs {path}, which is not there")
     return path
+
+
+@pytest.fixture
+def tsqlora(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Exit code, stdout and stderr of `tsqlora(*arguments)`, a command run in this process."""
+    from runs import run_cli
+
+    return lambda *arguments: run_cli(capsys, *arguments)

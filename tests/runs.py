@@ -1,12 +1,15 @@
-"""A tiny checkpoint, rows whose words decide the label, and settings of runs that take seconds."""
+"""A tiny checkpoint, rows whose words decide the label, settings of runs that take seconds, and the command line."""
 
 import json
 import random
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
+from rich.console import Console
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -14,6 +17,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from models import tiny_bert
+from tsqlora.cli import commands, console
 
 Row = dict[str, Any]
 
@@ -77,3 +81,15 @@ def write_config(path: Path, model: Path, data: Path, **sections: Mapping[str, A
         settings[name] = settings.get(name, {}) | dict(section)
     path.write_text(yaml.safe_dump(settings), encoding="utf-8")
     return path
+
+
+def run_cli(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Run `tsqlora ARGUMENTS` in this process: exit code, stdout and stderr."""
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["tsqlora", *map(str, arguments)])
+        patch.setattr(console, "stdout", Console(width=200))
+        patch.setattr(console, "stderr", Console(width=200, stderr=True))
+        with pytest.raises(SystemExit) as stopped:
+            commands.main()
+    return (int(stopped.value.code or 0), *capsys.readouterr())

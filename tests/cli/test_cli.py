@@ -14,13 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from rich.console import Console
 from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
-from tsqlora.cli import commands as cli
 from tsqlora.cli import console
 from tsqlora.data.rows import read_rows
 from tsqlora.data.tokenise import row_hash, sample_hash
@@ -31,26 +29,6 @@ from tsqlora.training.rank_callback import RankCallback
 
 COMMANDS = ("demo", "init", "train", "score", "select", "allocate", "evaluate", "predict", "report", "compare")
 Run = Callable[..., tuple[int, str, str]]
-
-
-def run_cli(arguments: Sequence[str | Path], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of one command, in this process."""
-    capsys.readouterr()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["tsqlora", *map(str, arguments)])
-        patch.setattr(console, "stdout", Console(width=200))
-        patch.setattr(console, "stderr", Console(width=200, stderr=True))
-        try:
-            cli.main()
-            code: Any = 0
-        except SystemExit as stopped:
-            code = stopped.code or 0
-    return (code, *capsys.readouterr())
-
-
-@pytest.fixture
-def tsqlora(capsys: pytest.CaptureFixture[str]) -> Run:
-    return lambda *arguments: run_cli(arguments, capsys)
 
 
 @pytest.fixture(scope="session")

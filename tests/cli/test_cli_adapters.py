@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,36 +9,17 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from loras import lora_config, save_base, save_lora, tiny_llama
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
-from tsqlora.cli import commands as cli
-from tsqlora.cli import console
 from tsqlora.interop.files import CONFIG, WEIGHTS, read_adapter
 from tsqlora.run.config import load_config
 from tsqlora.run.predict import open_run
 from tsqlora.run.train import train
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def tsqlora(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Exit code, stdout and stderr of one command, in this process."""
-
-    def run(*arguments: Any) -> tuple[int, str, str]:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["tsqlora", *map(str, arguments)])
-        monkeypatch.setattr(console, "stdout", Console(width=200))
-        monkeypatch.setattr(console, "stderr", Console(width=200, stderr=True))
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        return (int(stopped.value.code or 0), *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,16 @@
 """`tsqlora compare` as scripts see it."""
 
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
 
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
-from tsqlora.cli import commands as cli
-from tsqlora.cli import console
 from tsqlora.compare.table import show_comparison
+
+Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
@@ -23,26 +22,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
-) -> tuple[int, str, str]:
-    capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", ["tsqlora", "compare", *map(str, arguments)])
-    monkeypatch.setattr(console, "stdout", Console(width=200))
-    monkeypatch.setattr(console, "stderr", Console(width=200, stderr=True))
-    code: Any = 0
-    try:
-        cli.main()
-    except SystemExit as stopped:
-        code = stopped.code or 0
-    return (code, *capsys.readouterr())
-
-
-def test_one_json_object_is_printed_and_progress_goes_elsewhere(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_one_json_object_is_printed_and_progress_goes_elsewhere(place: Path, tmp_path: Path, tsqlora: Run) -> None:
     arguments = (place / "c.yaml", "--methods", "lora, lora+random", "--seeds", "3", "--out", tmp_path / "o", "--json")
-    code, out, err = run(monkeypatch, capsys, *arguments)
+    code, out, err = tsqlora("compare", *arguments)
     assert code == 0, err
     told = json.loads(out)
     assert [row["name"] for row in told["table"]] == ["lora+all", "lora+random"]
@@ -64,9 +46,9 @@ def test_one_json_object_is_printed_and_progress_goes_elsewhere(
     ],
 )
 def test_wrong_usage_exits_2_with_the_cure(
-    arguments: list[str], message: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    arguments: list[str], message: str, place: Path, tmp_path: Path, tsqlora: Run
 ) -> None:
-    code, out, err = run(monkeypatch, capsys, place / "c.yaml", *arguments, "--out", tmp_path / "out")
+    code, out, err = tsqlora("compare", place / "c.yaml", *arguments, "--out", tmp_path / "out")
     assert (code, out) == (2, "")
     assert message in err
     assert not (tmp_path / "out").exists()
