@@ -6,7 +6,6 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.gptq import GPTQLoraLinear
 from torch import Tensor, nn
 
 import tsqlora as tsq
@@ -107,8 +106,5 @@ def updates(model: nn.Module) -> dict[str, Tensor]:
 
 
 def update(layer: LoraLayer, adapter: str) -> Tensor:
-    """PEFT's own ΔW; over GPTQ, where it has none, the product."""
-    if isinstance(layer, GPTQLoraLinear):
-        product = cast(Tensor, layer.lora_B[adapter].weight) @ cast(Tensor, layer.lora_A[adapter].weight)
-        return layer.scaling[adapter] * product.detach()
+    """PEFT's own ΔW."""
     return cast(Any, layer).get_delta_weight(adapter).detach().clone()

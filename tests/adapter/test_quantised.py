@@ -1,6 +1,5 @@
-"""Bases whose weights are quantised, loaded as transformers loads them: bitsandbytes, torchao, GPTQ."""
+"""Bases whose weights are quantised, loaded as transformers loads them: bitsandbytes, torchao."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, GPTQConfig, LlamaForSequenceClassification, TorchAoConfig
+from transformers import BitsAndBytesConfig, LlamaForSequenceClassification, TorchAoConfig
 
 import tsqlora as tsq
 from models import collate, samples, tiny_llama_classifier
@@ -25,8 +23,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
     # bitsandbytes tells that it rounds float32 inputs, as it always does.
     pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast:UserWarning"),
-    # transformers tells that of a GPTQConfig it takes the backend, which is what is asked for.
-    pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning"),
 ]
 
 ROWS = samples(6, 3)
@@ -53,9 +49,8 @@ QUANTISED: dict[str, Callable[[], Any]] = {
     "nf4, scales quantised too": four_bit(True),
     "int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
     "torchao int8": torchao_int8,
-    "gptq": lambda: GPTQConfig(bits=4, backend="auto_trainable"),
 }
-FOUR_BIT = ("nf4", "nf4, scales quantised too", "gptq")
+FOUR_BIT = ("nf4", "nf4, scales quantised too")
 ROUNDS_INPUTS = ("int8",)
 """The layer computes with rounded inputs: what it gives is its weight times its input to a percent."""
 
@@ -68,38 +63,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(saved: Path, kind: str) -> LlamaForSequenceClassification:
-    if kind == "gptq":
-        saved = rounded_by_gptq(saved)
-    elif kind != "torchao int8":
+    if kind != "torchao int8":
         pytest.importorskip("bitsandbytes")
     return LlamaForSequenceClassification.from_pretrained(
         saved, quantization_config=QUANTISED[kind](), dtype=torch.float32
     )
-
-
-def rounded_by_gptq(saved: Path) -> Path:
-    """The same model as a GPTQ checkpoint; weights go to the nearest step, since only the format is of interest."""
-    # pip install --no-deps gptqmodel optimum device-smi pypcre tokenicer logbar defuser
-    pytest.importorskip("optimum.gptq", reason="optimum is not installed: GPTQ not tested")
-    kernels = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch", reason="gptqmodel is not installed")
-    folder, group = saved / "gptq", 32
-    if folder.exists():
-        return folder
-    model = LlamaForSequenceClassification.from_pretrained(saved, dtype=torch.float32)
-    for name, layer in list(model.model.layers.named_modules()):
-        if isinstance(layer, nn.Linear):
-            groups = layer.weight.data.unflatten(1, (-1, group))
-            packed = kernels.TorchLinear(4, group, True, False, *layer.weight.shape[::-1], bias=layer.bias is not None)
-            scales = groups.abs().amax(-1) / 7
-            packed.pack(layer, scales, torch.full_like(scales, 8), torch.arange(layer.in_features) // group)
-            model.model.layers.set_submodule(name, packed)
-    model.config.save_pretrained(folder)
-    save_file({k: v.clone() for k, v in model.state_dict().items()}, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    how = {"quant_method": "gptq", "bits": 4, "group_size": group, "sym": True, "desc_act": False}
-    config["quantization_config"] = how | {"checkpoint_format": "gptq_v2", "meta": {"quantizer": ["gptqmodel:7.7.0"]}}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 def quantised(saved: Path, kind: str, **options: Any) -> PeftModel:
@@ -214,8 +182,8 @@ def test_a_weight_that_was_packed_for_inference_is_refused(saved: Path) -> None:
         tsq.sensitivity(model, ROWS, collate)
 
 
-def test_a_gptq_layer_without_a_backward_pass_is_refused(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = load(saved, "gptq")
-    monkeypatch.setattr(type(base.get_submodule(Q)), "SUPPORTS_TRAINING", False)
-    with pytest.raises(tsq.UnsupportedError, match=r'no gradient passes; .* backend="auto_trainable"'):
-        tsq.wrap(base, mean_rank=4)
+def test_a_base_packed_by_gptq_is_refused_by_name() -> None:
+    base = tiny_llama_classifier()
+    base.config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    with pytest.raises(tsq.UnsupportedError, match="GPTQ"):
+        tsq.wrap(base)

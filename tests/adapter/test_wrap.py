@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 import tsqlora as tsq
-from models import collate, samples, tiny_bert, tiny_gpt2, tiny_llama_classifier, tiny_t5
+from models import collate, samples, tiny_bert, tiny_llama_classifier
 from scoring import logits_of
 from slotted import POOLER, QUERY, WIDE, assert_hidden_are_zero, fill, resize, take_steps, trained, wrapped
 from tsqlora.adapter.slots import find_slots
-from tsqlora.adapter.wrap import linear_names
 from tsqlora.gradients.sites import lora_layers
 from tsqlora.ranks.budget import budget, used
 
@@ -169,22 +168,6 @@ def test_targets_that_match_nothing_are_an_error_with_their_name(config: LoraCon
     options = {"target_modules": ["kwery"]} if config is None else {"config": config}
     with pytest.raises(tsq.SettingsError, match=r"^adapter\.target_modules kwery: "):
         tsq.wrap(tiny_bert(), **options)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("build", [tiny_bert, tiny_gpt2, tiny_llama_classifier, tiny_t5])
-def test_linear_layers_are_named_as_peft_has_all_linear(build: Callable[[], nn.Module]) -> None:
-    """By names of our own only where PEFT passes over layers: over GPTQ."""
-    assert set(linear_names(build())) == lora_layers(tsq.wrap(build())).keys()
-
-
-def test_over_gptq_layers_that_are_not_packed_stay_among_all_linear() -> None:
-    packed = type("PackableQuantLinear", (nn.Module,), {"__module__": "gptqmodel.nn_modules.qlinear"})
-    model = tiny_llama_classifier()
-    known = linear_names(model)
-    model.set_submodule(known[0], packed())
-    assert linear_names(model) == known
-    model.set_submodule(known[0], nn.Identity())
-    assert linear_names(model) == known[1:]
 
 
 def test_a_model_without_linear_layers_is_an_error() -> None:

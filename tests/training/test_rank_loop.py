@@ -20,7 +20,6 @@ from models import collate
 from scoring import assert_same
 from slotted import assert_hidden_are_zero, trained
 from stock import base_bert, make_trainer, moods, slotted_bert
-from tsqlora.adapter.moments import cut_moments, moments
 from tsqlora.adapter.slots import find_slots, has_slots
 from tsqlora.errors import UnsupportedError
 from tsqlora.training import rank_loop
@@ -229,23 +228,6 @@ def test_what_the_optimizer_keeps_of_active_slots_stays_when_the_model_is_plain(
         assert parameter.shape[dim] == rank
         for name, value in state.items():
             assert torch.equal(after[name], value.narrow(dim, 0, rank) if value.dim() else value)
-
-
-def test_in_8_bits_the_moments_of_active_slots_stay_too() -> None:
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    parameter = torch.nn.Parameter(torch.randn(16, 512))
-    optimizer = bitsandbytes.optim.AdamW8bit([parameter], lr=1e-3, min_8bit_size=1)
-    parameter.grad = torch.randn_like(parameter)
-    optimizer.step()
-    before = {name: moment.read()[:5].clone() for name, moment in moments(parameter, optimizer).items()}
-    cut_moments(parameter, 0, 5, optimizer)
-    parameter.data, parameter.grad = parameter.data[:5].clone(), torch.randn(5, 512)
-    after = moments(parameter, optimizer)
-    assert after.keys() == before.keys() == {"state1", "state2"}
-    for name, moment in after.items():
-        assert moment.scales is not None
-        assert torch.equal(moment.read(), before[name])
-    optimizer.step()
 
 
 @pytest.mark.parametrize("call", [tsq.RankLoop.before_forward, lambda ranks: ranks.start(ROWS, collate)])

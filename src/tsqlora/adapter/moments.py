@@ -1,4 +1,4 @@
-"""What optimizers keep for each number of a weight: read and changed, and how it begins in a new slot."""
+"""Per-element optimizer state (Adam moments, momentum): read, edit, and initialise for a new slot."""
 
 import re
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ BITSANDBYTES: Mapping[str, Mapping[str, Beginning]] = {
     "rmsprop": {"state1": "mean"},
     "adagrad": {"state1": "mean"},
 }
-"""The same by a bitsandbytes optimizer's own name, in 32 bits and in 8."""
+"""The same for the 32-bit state of bitsandbytes, by the optimizer's own name."""
 
 _BY_NORM = "steps at a rate that follows the norm of a whole matrix"
 _BY_SIDES = "keeps moments of rows and columns"
@@ -63,9 +63,6 @@ COUPLED: Mapping[str, str] = {
 By what they keep many could not be told from Adam or SGD."""
 
 _SERVED = "use AdamW, Adam or SGD"
-_SCALES = ("absmax1", "qmap1", "absmax2", "qmap2")
-_BLOCK = 256
-"""Numbers that share a scale in bitsandbytes' 8 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,19 +71,13 @@ class Moment:
 
     kept: Tensor
     beginning: Beginning
-    scales: tuple[Tensor, Tensor] | None
-    """Of 8 bits: the largest number of each block, and the values that codes stand for."""
 
     def read(self) -> Tensor:
-        """The whole of it, in floating point; `write` it after changing it."""
-        return distributed.whole(self.kept) if self.scales is None else _unpack(self.kept, *self.scales)
+        """The whole of it; `write` it after changing it."""
+        return distributed.whole(self.kept)
 
     def write(self, whole: Tensor) -> None:
-        """In 8 bits this rounds what was changed, by less than a fiftieth of the largest of 256 numbers."""
-        if self.scales is None:
-            distributed.assign(self.kept, whole)
-        else:
-            _pack(whole, self.kept, *self.scales)
+        distributed.assign(self.kept, whole)
 
 
 def moments(parameter: nn.Parameter, optimizer: torch.optim.Optimizer | None) -> dict[str, Moment]:
@@ -106,15 +97,19 @@ def moments(parameter: nn.Parameter, optimizer: torch.optim.Optimizer | None) ->
     state = inner.state.get(parameter, {})
     found: dict[str, Moment] = {}
     for name, value in state.items():
-        if _is_number(value) or (packs and name in _SCALES):
+        if packs and isinstance(value, Tensor) and value.dtype == torch.uint8:
+            raise UnsupportedError(
+                f"the optimizer {kind.__name__} keeps moments in 8 bits, in which slots cannot come and go; {_SERVED}, "
+                "or bitsandbytes' in 32 bits (optim_bits=32, paged_adamw_32bit)"
+            )
+        if _is_number(value):
             continue
         if name not in known or not _is_plain(value) or value.shape != parameter.shape:
             raise UnsupportedError(
                 f"the optimizer {kind.__name__} keeps '{name}' of {_form(value)} for a weight of shape "
                 f"{tuple(parameter.shape)}: it is not known how a rank change moves it; {_SERVED}"
             )
-        scales = (state[f"absmax{name[-1]}"], state[f"qmap{name[-1]}"]) if value.dtype == torch.uint8 else None
-        found[name] = Moment(value, known[name], scales)
+        found[name] = Moment(value, known[name])
     return found
 
 
@@ -130,14 +125,7 @@ def cut_moments(parameter: nn.Parameter, dim: int, size: int, optimizer: torch.o
         state.pop(parameter, None)
         return
     for name, moment in known.items():
-        whole = moment.read().narrow(dim, 0, size).clone(memory_format=torch.contiguous_format)
-        if moment.scales is None:
-            state[parameter][name] = whole
-            continue
-        _, qmap = moment.scales
-        codes, absmax = whole.to(torch.uint8), qmap.new_zeros(len(_blocks(whole)))
-        _pack(whole, codes, absmax, qmap)
-        state[parameter] |= {name: codes, f"absmax{name[-1]}": absmax}
+        state[parameter][name] = moment.read().narrow(dim, 0, size).clone(memory_format=torch.contiguous_format)
 
 
 def inner_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -148,25 +136,6 @@ def inner_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 def _has_word(name: str, word: str) -> bool:
     """Whether a class's name has the word, in letters of any case: FusedLAMB has Lamb, and LambdaAdam has not."""
     return re.search(f"(?i:{word})(?![a-z])", name) is not None
-
-
-def _unpack(codes: Tensor, absmax: Tensor, qmap: Tensor) -> Tensor:
-    return (qmap[_blocks(codes).long()] * absmax[:, None]).flatten()[: codes.numel()].view(codes.shape)
-
-
-def _pack(whole: Tensor, codes: Tensor, absmax: Tensor, qmap: Tensor) -> None:
-    """The nearest codes; where nothing was changed since `_unpack`, the same ones."""
-    blocks = _blocks(whole)
-    # Either end of the map: that of negative numbers is not -1.
-    ends = [blocks.amax(1) / qmap[-1]] + ([blocks.amin(1) / qmap[0]] if qmap[0] < 0 else [])
-    absmax.copy_(torch.stack(ends).amax(0))
-    shares = (blocks / absmax[:, None]).nan_to_num(0.0)
-    codes.copy_(torch.bucketize(shares, (qmap[1:] + qmap[:-1]) / 2).flatten()[: codes.numel()].view(codes.shape))
-
-
-def _blocks(x: Tensor) -> Tensor:
-    """The numbers that share a scale, a row each; the last filled up with zeros."""
-    return nn.functional.pad(x.flatten(), (0, -x.numel() % _BLOCK)).view(-1, _BLOCK)
 
 
 def _is_number(value: Any) -> bool:

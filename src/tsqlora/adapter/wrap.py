@@ -17,7 +17,7 @@ from tsqlora.adapter.plain import only_adapter, require_fresh
 from tsqlora.adapter.slots import install
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.gradients.layers import is_linear
-from tsqlora.gradients.sites import is_gptq, keep_as_trained, lora_layers
+from tsqlora.gradients.sites import keep_as_trained, lora_layers
 from tsqlora.ranks.allocate import Sensitivity, allocate
 from tsqlora.ranks.budget import Shapes, costs, used
 
@@ -123,9 +123,8 @@ def inject(model: nn.Module, config: LoraConfig) -> PeftModel:
     """`get_peft_model`, with errors that name the setting."""
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise UnsupportedError("the model has adapter layers and is no PeftModel; make it with peft.get_peft_model")
+    require_supported_packing(getattr(model, "config", None))
     wanted = config.target_modules
-    if wanted == "all-linear" and any(is_gptq(module) for module in model.modules()):
-        config.target_modules = linear_names(model)
     try:
         peft_model = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]  (any module will do)
     except ValueError as error:
@@ -135,15 +134,14 @@ def inject(model: nn.Module, config: LoraConfig) -> PeftModel:
     return peft_model
 
 
-def linear_names(model: nn.Module) -> list[str]:
-    """What all-linear means, also where PEFT's own passes over layers (GPTQ): all linear ones but heads and output."""
-    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    whole = tuple(heads(model))
-    return [
-        name
-        for name, module in model.named_modules()
-        if (is_linear(module) or is_gptq(module)) and module is not output and name.partition(".")[0] not in whole
-    ]
+def require_supported_packing(config: Any) -> None:
+    """Raises UnsupportedError for a model whose config says that its weights are packed by GPTQ."""
+    made = getattr(config, "quantization_config", None) or {}
+    if "gptq" in str(made.get("quant_method") if isinstance(made, dict) else made.quant_method).lower():
+        raise UnsupportedError(
+            "the base model is packed by GPTQ, over which ranks and scores are not supported; take the model it was "
+            "made from, with model.quantization 4bit (bitsandbytes)"
+        )
 
 
 def _adopt(model: PeftModel, max_rank: int | None) -> PeftModel:
@@ -197,8 +195,16 @@ def _random_linears(model: nn.Module) -> list[str]:
     loaded = [getattr(parameter, "_is_hf_initialized", False) for parameter in model.parameters()]
     if not any(loaded) or getattr(model, "is_quantized", False):
         return []
-    weights = {name: model.get_submodule(name).weight for name in linear_names(model)}
-    return [name for name, weight in weights.items() if not getattr(weight, "_is_hf_initialized", False)]
+    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    whole = tuple(heads(model))
+    return [
+        name
+        for name, module in model.named_modules()
+        if is_linear(module)
+        and module is not output
+        and name.partition(".")[0] not in whole
+        and not getattr(module.weight, "_is_hf_initialized", False)
+    ]
 
 
 def _task_type(model: nn.Module) -> TaskType | None:

@@ -229,8 +229,6 @@ def _orthogonal_rows(rows: Tensor, count: int, *, seed: int) -> Tensor:
 
 def _beginning(moment: Moment, dim: int, kept: Sequence[int], new: Tensor) -> Tensor:
     """A moment's part for new triplets."""
-    if moment.scales is not None:
-        raise UnsupportedError("an optimizer in 8 bits cannot follow triplets that come and go; use AdamW")
     if moment.beginning == "weight":
         return new
     if moment.beginning == "zero":

@@ -118,12 +118,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
             continue
         name, base = inner_name(name), module.get_base_layer()
         assert isinstance(base, nn.Module)
-        if is_gptq(base) and not cast(Any, base).SUPPORTS_TRAINING:
-            raise UnsupportedError(
-                f"{name} is GPT-QModel's {type(base).__name__}, through which no gradient passes; load the model with "
-                'quantization_config=GPTQConfig(bits=…, backend="auto_trainable")'
-            )
-        if not (is_linear(base) or is_embedding(base) or bitsandbytes_bits(base) or is_gptq(base)):
+        if not (is_linear(base) or is_embedding(base) or bitsandbytes_bits(base)):
             raise UnsupportedError(
                 f"{name} is LoRA over {type(base).__name__}, which is no plain linear layer or embedding; leave it out "
                 "of target_modules"
@@ -139,12 +134,6 @@ def bitsandbytes_bits(module: nn.Module) -> int:
     kind = type(module)
     bits = {"Linear4bit": 4, "Linear8bitLt": 8}.get(kind.__name__, 0)
     return bits if kind.__module__ == "bitsandbytes.nn.modules" else 0
-
-
-def is_gptq(module: nn.Module) -> bool:
-    """Whether it is a linear layer of GPT-QModel's, whose weight can be dequantised."""
-    kinds = {f"{kind.__module__}.{kind.__name__}" for kind in type(module).__mro__}
-    return "gptqmodel.nn_modules.qlinear.PackableQuantLinear" in kinds
 
 
 def keep_as_trained(model: nn.Module) -> None:
@@ -191,8 +180,6 @@ def effective_weight(layer: LoraLayer, *, every: int = 1) -> Float[Tensor, "o i"
 def _dequantised(base: nn.Module) -> Tensor:
     """The weight as the layer holds it, in floating point."""
     layer, bits = cast(Any, base), bitsandbytes_bits(base)
-    if is_gptq(base):
-        return layer.dequantize_weight().T.detach().float()
     if bits == 4 and getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
         raise UnsupportedError(
             "bitsandbytes has packed a 4-bit weight for inference on this CPU, which lets no gradient through; load "

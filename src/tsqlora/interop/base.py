@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import transformers
@@ -13,7 +13,6 @@ from transformers.pytorch_utils import Conv1D
 
 from tsqlora.compat.hub import is_hub_id, is_revision
 from tsqlora.errors import SettingsError
-from tsqlora.gradients.sites import is_gptq
 from tsqlora.interop.lora import LoraAdapter
 from tsqlora.interop.rewrite import Shape
 
@@ -37,8 +36,6 @@ def module_shapes(model: nn.Module) -> dict[str, Shape]:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             shapes[name] = Shape("linear", module.in_features, module.out_features)
-        elif is_gptq(module):
-            shapes[name] = Shape("linear", cast(int, module.in_features), cast(int, module.out_features))
         elif isinstance(module, Conv1D):
             shapes[name] = Shape("linear", module.weight.shape[0], module.nf)
         elif isinstance(module, nn.Embedding):

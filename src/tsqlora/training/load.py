@@ -15,12 +15,11 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
-    GPTQConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from tsqlora.adapter.wrap import heads
+from tsqlora.adapter.wrap import heads, require_supported_packing
 from tsqlora.compat.hub import is_hub_id
 from tsqlora.data.labels import LabelMap
 from tsqlora.errors import SettingsError
@@ -90,9 +89,8 @@ def load_pretrained(
         if generation is not None:
             _require_kind(generation, config, path)
         weights = getattr(torch, dtype)
-        packed = (
-            _packing(quantization, weights, generation, config, trust_remote_code) if quantization else _gptq(config)
-        )
+        require_supported_packing(config)
+        packed = _packing(quantization, weights, generation, config, trust_remote_code) if quantization else {}
         model, info = _auto_class(generation).from_pretrained(
             path,
             **common,
@@ -136,14 +134,6 @@ def _packing(
     four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
     kind = {"4bit": {"load_in_4bit": True, **four}, "8bit": {"load_in_8bit": True}}[quantization]
     return {"quantization_config": BitsAndBytesConfig(**kind, llm_int8_skip_modules=whole)}
-
-
-def _gptq(config: Any) -> dict[str, Any]:
-    """For `from_pretrained` of a GPTQ checkpoint: the kernels that have a backward pass, of which many have none."""
-    made = getattr(config, "quantization_config", None) or {}
-    if made.get("quant_method") != "gptq":
-        return {}
-    return {"quantization_config": GPTQConfig(bits=made["bits"], backend="auto_trainable")}
 
 
 def _require_whole(model: PreTrainedModel, new: tuple[str, ...], quantization: str | None) -> None:
