@@ -29,7 +29,8 @@ from slotted import (
     updates,
     wrapped,
 )
-from tsqlora.adapter.slots import ActivePrefix, adapter_config, find_slots, sync_config
+from tsqlora.adapter.slots import ActivePrefix, find_slots, sync_config
+from tsqlora.interop.patterns import lora_config
 
 ROWS = samples(5, 3)
 MIXED = {QUERY: 2, WIDE: 7, POOLER: 0}
@@ -140,9 +141,9 @@ def test_the_config_is_right_also_where_ranks_changed_since(tmp_path: Path) -> N
 def test_scale_times_rank_is_alpha_for_any_ranks(ranks: dict[str, int]) -> None:
     if not any(ranks.values()):
         with pytest.raises(tsq.SettingsError, match="every layer is at rank 0"):
-            adapter_config(ranks, scale=0.75)
+            lora_config(ranks, 0.75)
         return
-    config = LoraConfig(**adapter_config(ranks, scale=0.75))
+    config = LoraConfig(**lora_config(ranks, 0.75))
     for name, rank in ranks.items():
         assert (name in config.target_modules) == (rank > 0)  # type: ignore[operator]
         if rank:

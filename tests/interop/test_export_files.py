@@ -16,7 +16,8 @@ from torch import nn
 
 from loras import lora_config, save_base, save_lora, tiny_gpt2_lm, tiny_llama
 from tsqlora.errors import DataError
-from tsqlora.interop.files import CONFIG, WEIGHTS, read_adapter, scale_of
+from tsqlora.interop.files import CONFIG, WEIGHTS, read_adapter
+from tsqlora.interop.patterns import scale_of
 from tsqlora.run.export import export
 
 EVERYTHING = ["q_proj", "k_proj", "down_proj", "embed_tokens", "lm_head"]

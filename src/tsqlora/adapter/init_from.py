@@ -14,7 +14,7 @@ from tsqlora.interop.base import module_shapes
 from tsqlora.interop.files import PREFIX, read_adapter
 from tsqlora.interop.lora import LoraAdapter
 from tsqlora.interop.rewrite import commonest_scale, folded, require_fits, require_plain
-from tsqlora.interop.write import pattern_config, tensors_of
+from tsqlora.interop.write import config_for, tensors_of
 
 
 def read_start(folder: Path) -> LoraAdapter:
@@ -63,7 +63,7 @@ def start_from(
     _require_heads_fit(model, adapter)
     came = [name for name in adapter.config.get("modules_to_save") or () if _holds(name, adapter)]
     new = [name for name in modules_to_save if not any(f".{name}".endswith(f".{other}") for other in came)]
-    patterns = pattern_config(adapter.config, adapter.targets)
+    patterns = config_for(adapter)
     config = new_config(
         model,
         patterns["target_modules"],

@@ -7,7 +7,7 @@ are exactly zero, in weights and optimizer state. State dicts hold the active pa
 under PEFT's own names, and loading one sets the ranks from its shapes.
 """
 
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -21,6 +21,7 @@ from tsqlora import distributed
 from tsqlora.adapter.matrix import ActivePrefix, Matrix, matrices
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.gradients.sites import lora_layers
+from tsqlora.interop.patterns import alpha_for, lora_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,48 +179,11 @@ def sync_config(model: PeftModel) -> None:
     layers = find_slots(model).values()
     first = next(iter(layers))
     ranks = {slots.name: slots.rank for slots in layers}
-    for key, value in adapter_config(ranks, scale=first.scale).items():
+    for key, value in lora_config(ranks, first.scale).items():
         setattr(model.peft_config[first.adapter], key, value)
     for slots in layers:
         slots.layer.r[slots.adapter] = slots.rank
-        slots.layer.lora_alpha[slots.adapter] = _number(slots.scale * slots.rank)
-
-
-def adapter_config(ranks: Mapping[str, int], *, scale: float) -> dict[str, Any]:
-    """LoraConfig's arguments for these ranks: r, lora_alpha, target_modules and the patterns.
-
-    Layers at rank 0 are left out.  Raises SettingsError if all are.
-    """
-    active = {name: rank for name, rank in ranks.items() if rank > 0}
-    if not active:
-        raise SettingsError(
-            "every layer is at rank 0: nothing would be left of the adapter; raise ranks.mean or set ranks.min to 1"
-        )
-    largest = max(active.values())
-    mixed = active if len(set(active.values())) > 1 else {}
-    return {
-        "r": largest,
-        "lora_alpha": _number(scale * largest),
-        "target_modules": sorted(active),
-        "rank_pattern": {_pattern(name, active): rank for name, rank in mixed.items()},
-        "alpha_pattern": {_pattern(name, active): _number(scale * rank) for name, rank in mixed.items()},
-    }
-
-
-def _pattern(name: str, names: Iterable[str]) -> str:
-    """The key of a layer in PEFT's patterns, which are matched to the end of a layer's name.
-
-    Where another layer's name ends like this one, the key is tied to the name's start.
-
-    >>> _pattern("encoder.query", ["encoder.query", "vision.encoder.query"])
-    '^encoder.query'
-    """
-    return f"^{name}" if any(other.endswith(f".{name}") for other in names) else name
-
-
-def _number(x: float) -> float | int:
-    """A whole number as int, as LoraConfig's fields have it; else the float."""
-    return int(x) if float(x).is_integer() else x
+        slots.layer.lora_alpha[slots.adapter] = alpha_for(slots.scale, slots.rank)
 
 
 def _restore_base(model: PeftModel, slots: Slots) -> None:

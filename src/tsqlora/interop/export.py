@@ -15,7 +15,8 @@ from tsqlora.interop.compress import ranks_for
 from tsqlora.interop.files import read_adapter
 from tsqlora.interop.lora import LoraAdapter
 from tsqlora.interop.merge import merge_into, reload, save_merged
-from tsqlora.interop.rewrite import compact, require_fits, truncate, universal
+from tsqlora.interop.patterns import has_expressions
+from tsqlora.interop.rewrite import compact, require_fits, spelled_out, truncate, universal
 from tsqlora.interop.verify import (
     Difference,
     compare_logits,
@@ -126,6 +127,10 @@ def export_adapter(
             # PEFT does not load a layer of rank 0.
             source = Path(loadable)
             write_adapter(compact(adapter), source)
+        elif has_expressions(adapter.config):
+            # PEFT matches them by Python's re, which may never end.
+            source = Path(loadable)
+            write_adapter(spelled_out(adapter), source)
         done = FORMATS[format](Job(source, adapter, folder, base, dtype))
     return replace(done, truncation=errors)
 

@@ -4,7 +4,6 @@ No pickle is opened, no link followed out of the directory (a hub cache's own ex
 """
 
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from tsqlora.errors import DataError
 from tsqlora.interop.lora import Kind, LoraAdapter, Target
-from tsqlora.interop.patterns import compiled, require_quick
+from tsqlora.interop.patterns import PATTERNS, require_quick, scale_of
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -25,7 +24,6 @@ PREFIX = "base_model.model."
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 _MATRIX = re.compile(r"(?P<name>.+)\.(?P<matrix>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B)")
-_PATTERNS = ("rank_pattern", "alpha_pattern")
 _TEXTS = ("base_model_name_or_path", "task_type", "revision")
 _LARGEST = 1e9
 """Of ranks and alphas, whose quotients are then numbers."""
@@ -61,8 +59,8 @@ def read_adapter(folder: Path) -> LoraAdapter:
             saved[name] = tensor
     if not pairs:
         raise DataError(f"{folder / WEIGHTS} has no lora_A and lora_B; it holds no LoRA adapter")
-    patterns = [key for setting in _PATTERNS for key in config.get(setting) or ()]
-    require_quick(patterns, list(pairs), f"{path}: {' or '.join(_PATTERNS)}")
+    patterns = [key for setting in PATTERNS for key in config.get(setting) or ()]
+    require_quick(patterns, list(pairs), f"{path}: {' or '.join(PATTERNS)}")
     targets = {name: _target(name, pair, config) for name, pair in sorted(pairs.items())}
     return LoraAdapter(config, targets, saved, further, base_layers)
 
@@ -76,24 +74,6 @@ def require_safe(folder: Path) -> None:
 def pickles(folder: Path) -> list[str]:
     """Names of files in a directory that would run code when they are loaded."""
     return sorted(path.name for path in folder.iterdir() if path.suffix.lower() in PICKLES)
-
-
-def scale_of(name: str, config: Mapping[str, Any]) -> tuple[int, float]:
-    """The rank and the scale that PEFT gives a module: of each pattern the first key that matches wins.
-
-    >>> config = {"r": 8, "lora_alpha": 16, "rank_pattern": {"query": 4}, "alpha_pattern": {}}
-    >>> scale_of("encoder.0.query", config), scale_of("encoder.0.key", config)
-    ((4, 4.0), (8, 2.0))
-    """
-    rank = _by_pattern(config.get("rank_pattern"), name, config["r"])
-    alpha = _by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
-    if rank < 1:
-        return rank, 1.0
-    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _by_pattern(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    return next((value for key, value in (pattern or {}).items() if compiled(key).match(name)), default)
 
 
 def _target(name: str, pair: Mapping[str, Tensor], config: Mapping[str, Any]) -> Target:
@@ -127,7 +107,7 @@ def _config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise DataError(f"{path}: peft_type is {kind!r}, and only 'LORA' can be read")
-    for setting in _PATTERNS:
+    for setting in PATTERNS:
         pattern = config.get(setting) or {}
         if not isinstance(pattern, dict):
             raise DataError(f"{path}: {setting} is {pattern!r}; it must map names to numbers")

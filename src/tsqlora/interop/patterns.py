@@ -1,60 +1,144 @@
-"""Regular expressions that came with an adapter: tried where they can be given up, before anybody uses them."""
+"""PEFT's rank_pattern and alpha_pattern: written for given ranks, and matched where a stranger wrote them."""
 
-import json
+import math
 import re
-import subprocess
-import sys
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Collection, Iterable, Mapping
 from functools import lru_cache
+from typing import Any
 
-from tsqlora.errors import DataError
+import regex
 
-SECONDS = 1
-"""Of the processor, in which all patterns must have been tried on all names."""
+from tsqlora.errors import DataError, SettingsError
+
+PATTERNS = ("rank_pattern", "alpha_pattern")
+SECONDS = 5
+"""In which all patterns must have been tried on all names."""
 LONGEST = 2000
 """Characters of a pattern."""
 MOST_PAIRS = 25_000_000
 """Patterns times names."""
 
 _NAME = re.compile(r"\^?(\w|\\?\.|-)+\$?", re.ASCII)
-_TRIAL = f"""
-import json, re, resource, sys
-resource.setrlimit(resource.RLIMIT_CPU, ({SECONDS}, {SECONDS}))
-patterns, names = json.load(sys.stdin)
-for pattern in patterns:
-    for name in names:
-        re.match(pattern, name)
-"""
+
+
+def lora_config(ranks: Mapping[str, int], scale: float | Mapping[str, float]) -> dict[str, Any]:
+    """LoraConfig's arguments that give each layer its rank r and its scale s = alpha / r, by the layer's full name.
+
+    The patterns name every layer, or none where all are equal. Layers at rank 0 are left out.
+
+    >>> lora_config({"a": 2, "b": 4, "c": 0}, 2.0)["alpha_pattern"]
+    {'a': 4, 'b': 8}
+
+    Raises SettingsError if all layers are at rank 0.
+    """
+    active = {name: rank for name, rank in ranks.items() if rank > 0}
+    if not active:
+        raise SettingsError(
+            "every layer is at rank 0: nothing would be left of the adapter; raise ranks.mean or set ranks.min to 1"
+        )
+    alphas = {
+        name: alpha_for(scale[name] if isinstance(scale, Mapping) else scale, rank) for name, rank in active.items()
+    }
+    largest = max(active, key=lambda name: active[name])
+    return {
+        "r": active[largest],
+        "lora_alpha": alphas[largest],
+        "target_modules": sorted(active),
+        "rank_pattern": _pattern(active),
+        "alpha_pattern": _pattern(alphas),
+    }
+
+
+def alpha_for(scale: float, rank: int) -> float | int:
+    """The lora_alpha that gives a scale, to the last bit of alpha / rank if there is one; whole numbers as int.
+
+    >>> alpha_for(2.0, 8), alpha_for(0.3, 3) / 3, alpha_for(2.0, 0)
+    (16, 0.3, 0)
+    """
+    about = scale * rank
+    near = (about, math.nextafter(about, math.inf), math.nextafter(about, -math.inf))
+    alpha = next((alpha for alpha in near if rank and alpha / rank == scale), about)
+    return int(alpha) if alpha.is_integer() else alpha
+
+
+def _pattern(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {_key(name, values): value for name, value in values.items()} if len(set(values.values())) > 1 else {}
+
+
+def _key(name: str, names: Iterable[str]) -> str:
+    """The key of a layer in PEFT's patterns, which are matched to the end of a layer's name.
+
+    Where another layer's name ends like this one, the key is tied to the name's start.
+
+    >>> _key("encoder.query", ["encoder.query", "vision.encoder.query"])
+    '^encoder.query'
+    """
+    return f"^{name}" if any(other.endswith(f".{name}") for other in names) else name
+
+
+def scale_of(name: str, config: Mapping[str, Any]) -> tuple[int, float]:
+    """The rank and the scale that PEFT gives a module: of each pattern the first key that matches wins.
+
+    >>> config = {"r": 8, "lora_alpha": 16, "rank_pattern": {"query": 4}, "alpha_pattern": {}}
+    >>> scale_of("encoder.0.query", config), scale_of("encoder.0.key", config)
+    ((4, 4.0), (8, 2.0))
+    """
+    rank = _by_pattern(config.get("rank_pattern"), name, config["r"])
+    alpha = _by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
+    if rank < 1:
+        return rank, 1.0
+    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _by_pattern(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    return next((value for key, value in (pattern or {}).items() if _compiled(key).match(name)), default)
 
 
 @lru_cache(maxsize=1 << 16)
-def compiled(key: str) -> re.Pattern[str]:
+def _compiled(key: str) -> Any:
     """A key of rank_pattern or alpha_pattern as PEFT 0.21 matches it (peft.utils.other.get_pattern_key)."""
-    return re.compile(rf"(.*\.)?({key})$")
+    return (re if is_plain(key) else regex).compile(rf"(.*\.)?({key})$")
 
 
-def require_quick(keys: Sequence[str], names: Collection[str], source: str) -> None:
+def is_plain(key: str) -> bool:
+    """Whether a key is a module's name or the end of one, which Python's re matches in no time."""
+    return _NAME.fullmatch(key) is not None
+
+
+def has_expressions(config: Mapping[str, Any]) -> bool:
+    """Whether a key of the patterns is more than a name."""
+    return not all(is_plain(key) for setting in PATTERNS for key in config.get(setting) or ())
+
+
+def require_quick(keys: Collection[str], names: Collection[str], source: str) -> None:
     """Raises DataError if keys are no patterns, or take longer than SECONDS on these names.
 
-    Python's matching cannot be given up half-way, and may take longer than the universe is old:
-    patterns that are more than names are tried in a process of its own.
+    A pattern may take longer than the universe is old: one that is more than a name is tried by `regex`,
+    which gives up in time, and matched by it from then on.
     """
     for key in keys:
         if len(key) > LONGEST:
             raise DataError(f"{source} has a key of {len(key):,} characters ({key}); write names of modules")
         try:
             re.compile(key)
-            compiled(key)
-        except (re.error, OverflowError, RecursionError) as error:
+            re.compile(rf"(.*\.)?({key})$")
+            _compiled(key)
+        except (re.error, regex.error, OverflowError, RecursionError) as error:
             raise DataError(f"{source} has the key {key!r}, which is no pattern ({error})") from None
     if len(keys) * len(names) > MOST_PAIRS:
         raise DataError(f"{source} has {len(keys):,} keys for {len(names):,} layers, which takes too long to match")
-    suspects = sorted(key for key in keys if not _NAME.fullmatch(key))
-    if not suspects:
-        return
-    told = json.dumps([[compiled(key).pattern for key in suspects], list(names)])
-    # -I -S: no code from anywhere but the standard library.
-    command = [sys.executable, "-I", "-S", "-W", "ignore", "-c", _TRIAL]
-    if subprocess.run(command, input=told, text=True, stderr=subprocess.DEVNULL).returncode:
-        listed = ", ".join(map(repr, suspects))
-        raise DataError(f"{source} has keys that take too long to match ({listed}); write names of modules")
+    end = time.monotonic() + SECONDS
+    for key in keys:
+        if not is_plain(key):
+            _try(key, names, end, source)
+
+
+def _try(key: str, names: Collection[str], end: float, source: str) -> None:
+    try:
+        for name in names:
+            _compiled(key).match(name, timeout=max(end - time.monotonic(), 1e-6))
+    except TimeoutError:
+        raise DataError(
+            f"{source} has the key {key!r}, which takes too long to match; write names of modules"
+        ) from None

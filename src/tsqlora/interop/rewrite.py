@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tsqlora.errors import DataError, UnsupportedError
 from tsqlora.interop.lora import Kind, LoraAdapter, Target
-from tsqlora.interop.write import alpha_for, pattern_config, plain_config
+from tsqlora.interop.patterns import alpha_for, lora_config
+from tsqlora.interop.write import config_for, plain_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,15 @@ def compact(adapter: LoraAdapter) -> LoraAdapter:
     targets = {name: target for name, target in targets.items() if target.rank > 0}
     if not targets:
         raise DataError("every layer of the adapter is zero: it changes nothing, and nothing is left to export")
-    return replace(adapter, targets=targets, config=pattern_config(adapter.config, targets))
+    return _with_targets(adapter, targets)
+
+
+def spelled_out(adapter: LoraAdapter) -> LoraAdapter:
+    """The same adapter with each rank and alpha by the layer's full name, in place of regular expressions."""
+    targets = adapter.targets.items()
+    named = lora_config({name: t.rank for name, t in targets}, {name: t.scale for name, t in targets})
+    del named["target_modules"]
+    return replace(adapter, config={**adapter.config, **named, "use_rslora": False})
 
 
 def truncate(adapter: LoraAdapter, ranks: Mapping[str, int]) -> tuple[LoraAdapter, dict[str, float]]:
@@ -52,8 +61,12 @@ def truncate(adapter: LoraAdapter, ranks: Mapping[str, int]) -> tuple[LoraAdapte
     cut = {name: cut_to(target, ranks[name]) for name, target in adapter.targets.items() if target.rank > ranks[name]}
     targets = {**adapter.targets, **{name: target for name, (target, _) in cut.items()}}
     targets = {name: target for name, target in targets.items() if target.rank}
-    config = pattern_config(adapter.config, targets)
-    return replace(adapter, targets=targets, config=config), {name: error for name, (_, error) in cut.items()}
+    return _with_targets(adapter, targets), {name: error for name, (_, error) in cut.items()}
+
+
+def _with_targets(adapter: LoraAdapter, targets: Mapping[str, Target]) -> LoraAdapter:
+    changed = replace(adapter, targets=targets)
+    return replace(changed, config=config_for(changed))
 
 
 def cut_to(target: Target, rank: int) -> tuple[Target, float]:

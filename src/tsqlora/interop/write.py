@@ -1,7 +1,6 @@
 """An adapter -> a directory in PEFT's format, whole or not at all."""
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -14,7 +13,8 @@ from torch import Tensor
 
 from tsqlora.errors import SettingsError
 from tsqlora.interop.files import CONFIG, PREFIX, WEIGHTS
-from tsqlora.interop.lora import LoraAdapter, Target
+from tsqlora.interop.lora import LoraAdapter
+from tsqlora.interop.patterns import lora_config
 
 _MATRICES = {"embedding": ("lora_embedding_A", "lora_embedding_B")}
 
@@ -69,6 +69,13 @@ def tensors_of(adapter: LoraAdapter) -> dict[str, Tensor]:
     return tensors
 
 
+def config_for(adapter: LoraAdapter) -> dict[str, Any]:
+    """The adapter's config with the ranks and scales that its targets have."""
+    targets = adapter.targets.items()
+    scales = {name: target.scale for name, target in targets}
+    return plain_config(adapter.config, **lora_config({name: target.rank for name, target in targets}, scales))
+
+
 def plain_config(config: Mapping[str, Any], **changed: Any) -> dict[str, Any]:
     """A config in which `target_modules` alone say what is adapted, and with which PEFT leaves the base's weights."""
     return {
@@ -81,37 +88,3 @@ def plain_config(config: Mapping[str, Any], **changed: Any) -> dict[str, Any]:
         "layers_pattern": None,
         **changed,
     }
-
-
-def pattern_config(config: Mapping[str, Any], targets: Mapping[str, Target]) -> dict[str, Any]:
-    """A config that gives each target its rank and its scale by its full name: r, lora_alpha, patterns."""
-    largest = max(targets.values(), key=lambda target: target.rank)
-    alphas = {name: alpha_for(target.scale, target.rank) for name, target in targets.items()}
-    r, alpha = largest.rank, alpha_for(largest.scale, largest.rank)
-    return plain_config(
-        config,
-        r=r,
-        lora_alpha=alpha,
-        target_modules=sorted(targets),
-        rank_pattern={_key(name, targets): target.rank for name, target in targets.items() if target.rank != r},
-        alpha_pattern={_key(name, targets): alphas[name] for name in targets if alphas[name] != alpha},
-    )
-
-
-def alpha_for(scale: float, rank: int) -> float | int:
-    """The lora_alpha that gives a scale, to the last bit of alpha / rank if there is one; whole numbers as int.
-
-    >>> alpha_for(2.0, 8), alpha_for(0.3, 3) / 3
-    (16, 0.3)
-    """
-    about = scale * rank
-    alpha = next(
-        (a for a in (about, math.nextafter(about, math.inf), math.nextafter(about, -math.inf)) if a / rank == scale),
-        about,
-    )
-    return int(alpha) if alpha.is_integer() else alpha
-
-
-def _key(name: str, names: Mapping[str, Any]) -> str:
-    """The key of a module in PEFT's patterns: tied to the name's start where another name ends like it."""
-    return f"^{name}" if any(other.endswith(f".{name}") for other in names) else name

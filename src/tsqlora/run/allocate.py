@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tsqlora.adapter.slots import adapter_config
 from tsqlora.errors import DataError, NotLearnedError, SettingsError
+from tsqlora.interop.patterns import lora_config
 from tsqlora.layer_sensitivity import sensitivity
 from tsqlora.progress import Progress
 from tsqlora.quality.sampling import draw_size
@@ -35,7 +35,7 @@ def allocate_ranks(source: Path, *, overrides: Sequence[str] = (), progress: Pro
         with tempfile.TemporaryDirectory() as folder:
             ranks = warm_up(load(config), progress, scores_path=Path(folder) / SCORES_FILE)
         chosen = ranks.events[0].ranks
-    return adapter_config(chosen, scale=config.adapter.alpha / config.ranks.mean)
+    return lora_config(chosen, config.adapter.alpha / config.ranks.mean)
 
 
 def ranks_of(run: Trained, scores_path: Path) -> dict[str, int]:
