@@ -19,7 +19,6 @@ from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
-from tsqlora.cli import console
 from tsqlora.data.rows import read_rows
 from tsqlora.data.tokenise import row_hash, sample_hash
 from tsqlora.gradients.sites import lora_layers
@@ -27,7 +26,6 @@ from tsqlora.quality.scores import Scores
 from tsqlora.run.config import load_config
 from tsqlora.training.rank_callback import RankCallback
 
-COMMANDS = ("demo", "init", "train", "score", "select", "allocate", "evaluate", "predict", "report", "compare")
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -55,23 +53,6 @@ def trained(place: Path) -> Path:
 
 
 # ------------------------------------------------------------------------------- help, usage
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_of_every_command_has_an_example(command: str, tsqlora: Run) -> None:
-    code, out, _ = tsqlora(command, "--help")
-    assert code == 0
-    assert f"Example: tsqlora {command}" in " ".join(out.split())
-
-
-@pytest.mark.parametrize(
-    "arguments", [["train"], ["fly"], ["train", "c.yaml", "--fast"], ["select", "s", "--fraction", "x", "--out", "o"]]
-)
-def test_bad_usage_exits_2_without_a_traceback(arguments: list[str], tsqlora: Run) -> None:
-    code, out, err = tsqlora(*arguments)
-    assert (code, out) == (2, "")
-    assert "Traceback" not in err
-    assert err.strip()
 
 
 def test_init_writes_settings_that_load_and_refuses_to_overwrite(tmp_path: Path, tsqlora: Run) -> None:
@@ -156,12 +137,6 @@ def test_bad_data_exits_3_and_names_file_and_row(
     )
     assert code == 3
     assert message in text
-
-
-def test_a_missing_configuration_exits_2(tsqlora: Run, tmp_path: Path) -> None:
-    code, text = refused(tsqlora, "train", tmp_path / "none.yaml")
-    assert code == 2
-    assert "none.yaml" in text
 
 
 @pytest.mark.parametrize("command", ["evaluate", "score", "allocate", "predict"])
@@ -814,10 +789,6 @@ def test_a_model_at_chance_finishes_with_random_draws_and_says_so(place: Path, t
     assert "constant guess" in text
 
 
-def test_brackets_in_an_error_are_shown_as_they_stand(tmp_path: Path, tsqlora: Run) -> None:
-    assert "[odd].yaml" in refused(tsqlora, "train", tmp_path / "[odd].yaml")[1]
-
-
 # ------------------------------------------------------------------------------- further corners
 
 
@@ -827,28 +798,6 @@ def test_a_dry_run_tells_the_plan_that_the_run_then_records(trained: Path, place
     assert {name: told[name] for name in record["plan"]} == record["plan"]
     assert (told["columns"], told["max_length"]) == (record["data"]["columns"], record["data"]["max_length"])
     assert told["notes"] == [note for note in record["notes"] if note in told["notes"]]
-
-
-def test_without_arguments_help_is_shown(tsqlora: Run) -> None:
-    code, out, _ = tsqlora()
-    assert code == 0
-    assert all(command in out for command in COMMANDS)
-
-
-def test_debug_shows_where_an_error_arose(tmp_path: Path, tsqlora: Run) -> None:
-    code, out, err = tsqlora("train", tmp_path / "none.yaml", "--debug")
-    assert (code, out) == (2, "")
-    assert "Traceback" in err
-    assert "error:" in err
-
-
-def test_what_was_not_foreseen_exits_1_in_one_line(place: Path, tsqlora: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(config: Any) -> None:
-        raise RuntimeError("first\nsecond")
-
-    monkeypatch.setattr("tsqlora.run.train.load", broken)
-    code, text = refused(tsqlora, "train", place / "config.yaml", "--dry-run")
-    assert (code, text) == (1, "error: RuntimeError: first; --debug shows where")
 
 
 def test_init_prints_yaml_or_one_json_object(tmp_path: Path, tsqlora: Run) -> None:
@@ -939,8 +888,3 @@ def test_two_processes_train_one_run_and_one_speaks(place: Path, tmp_path: Path)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("checkpoint-30 is passed over: rng_state_1.pth is missing") == 1
     assert adapter.read_bytes() == whole
-
-
-def test_what_is_shown_says_nothing_to_the_terminal_itself() -> None:
-    shown = console.harmless({"a\x1b": ["\x1b]0;owned\x07", ("two\nlines", 1)], "n": None})
-    assert shown == {r"a\x1b": [r"\x1b]0;owned\x07", ["two\nlines", 1]], "n": None}

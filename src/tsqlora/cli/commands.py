@@ -80,6 +80,23 @@ def _run(arguments: list[str], *, debug: bool) -> int:
         return 1
 
 
+def _show_version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        print(f"tsqlora {version('tsqlora')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command()
 def demo(
     out: Annotated[Path | None, typer.Option(help="Keep the runs here; else a temporary directory.")] = None,

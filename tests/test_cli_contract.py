@@ -1,0 +1,183 @@
+"""The command line's contract, which scripts rely on: commands, options, exit codes, JSON, errors, help."""
+
+import json
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from loras import lora_config, save_base, save_lora, tiny_llama
+from runs import make_rows, save_checkpoint, write_config, write_jsonl
+from tsqlora.cli import console
+from tsqlora.cli.commands import app
+
+Run = Callable[..., tuple[int, str, str]]
+
+OPTIONS = {
+    "demo": "--out --seed",
+    "init": "-o --output --task",
+    "train": "--set --out --init-from --resume --dry-run",
+    "score": "--out --set --drop --explain --data --dry-run",
+    "select": "--out --fraction --seed --data",
+    "allocate": "--out --set",
+    "evaluate": "--data --max-new-tokens --beams",
+    "predict": "--data --out --max-new-tokens --beams",
+    "compare": "--methods --seeds --out --policies --equal --lr-sweep --lr --metric --set",
+    "export": "--format --out --base --dtype --max-rank --mean-rank",
+    "merge": "--out --base --dtype",
+    "adapter compress": "--out --mean-rank --by --base",
+    "doctor": "",
+    "report": "--out --control --watch --port",
+}
+"""Every command with its options, beside --json."""
+
+
+def command_of(name: str) -> Any:
+    found: Any = typer.main.get_command(app)
+    for part in name.split():
+        found = found.commands[part]
+    return found
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_command_has_its_options_and_json(name: str) -> None:
+    options = {option for parameter in command_of(name).params for option in parameter.opts}
+    assert {*OPTIONS[name].split(), "--json"} <= options
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_help_of_every_command_has_an_example(name: str, tsqlora: Run) -> None:
+    code, out, err = tsqlora(*name.split(), "--help")
+    assert (code, err) == (0, "")
+    assert f"Example: tsqlora {name}" in " ".join(out.split())
+
+
+def test_without_arguments_help_lists_every_command(tsqlora: Run) -> None:
+    code, out, _ = tsqlora()
+    assert code == 0
+    assert all(name.split()[0] in out for name in OPTIONS)
+
+
+def test_version(tsqlora: Run) -> None:
+    assert tsqlora("--version") == (0, f"tsqlora {version('tsqlora')}\n", "")
+
+
+# --- exit codes ----------------------------------------------------------------------------
+
+
+def assert_refused(answer: tuple[int, str, str], code: int, named: str) -> None:
+    """Nothing on stdout, one or two lines on stderr, which name what is wrong."""
+    found, out, err = answer
+    assert (found, out) == (code, ""), err
+    assert err.startswith("error: ")
+    assert len(err.splitlines()) <= 2, err
+    assert named in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("train", "CONFIG"),
+        ("fly", "fly"),
+        ("train c.yaml --fast", "--fast"),
+        ("select s --fraction x --out o", "--fraction"),
+        ("train none.yaml", "none.yaml"),
+        ("score c.yaml --explain 0", "--explain"),
+        ("report run --port 80", "--port"),
+        ("init -o taken.yaml", "taken.yaml"),
+        ("train taken.yaml", "qualty"),
+    ],
+)
+def test_wrong_usage_and_settings_exit_2(
+    arguments: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tsqlora: Run
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("taken.yaml").write_text("qualty: {}\n")
+    assert_refused(tsqlora(*arguments.split()), 2, named)
+    assert [path.name for path in tmp_path.iterdir()] == ["taken.yaml"], "a refused command leaves nothing behind"
+
+
+@pytest.mark.parametrize("command", ["evaluate", "report", "allocate --out r.json", "score --out s.parquet"])
+def test_bad_data_exits_3(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tsqlora: Run) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    name, *options = command.split()
+    assert_refused(tsqlora(name, "empty", *options), 3, "empty")
+    assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
+
+
+@pytest.mark.parametrize(("fails", "code"), [("first\nsecond", 1), (KeyboardInterrupt, 130)])
+def test_what_was_not_foreseen_exits_1_and_an_interrupt_130(
+    fails: Any, code: int, monkeypatch: pytest.MonkeyPatch, tsqlora: Run
+) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError(fails) if isinstance(fails, str) else fails
+
+    monkeypatch.setattr("tsqlora.run.config.load_config", broken)
+    found, out, err = tsqlora("train", "c.yaml")
+    assert (found, out, len(err.splitlines())) == (code, "", 1)
+    assert "Traceback" not in err
+    if code == 1:
+        assert err == "error: RuntimeError: first; --debug shows where\n"
+        assert "Traceback" in tsqlora("train", "c.yaml", "--debug")[2]
+
+
+def test_what_an_error_quotes_is_no_markup_and_says_nothing_to_the_terminal(tsqlora: Run) -> None:
+    assert r"[odd]\x1b.yaml" in tsqlora("train", "[odd]\x1b.yaml")[2]
+    shown = console.harmless({"a\x1b": ["\x1b]0;owned\x07", ("two\nlines", 1)], "n": None})
+    assert shown == {r"a\x1b": [r"\x1b]0;owned\x07", ["two\nlines", 1]], "n": None}
+
+
+# --- results -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """Where a checkpoint, rows, settings, a run, scores and an adapter that is not ours are."""
+    from tsqlora.run.config import load_config
+    from tsqlora.run.score import score_rows
+    from tsqlora.run.train import train
+
+    folder = tmp_path_factory.mktemp("contract")
+    save_checkpoint(folder / "model")
+    write_jsonl(folder / "rows.jsonl", make_rows(60))
+    plain = {"quality": {"enabled": False, "fraction": 0.5}, "ranks": {"policy": "fixed", "mean": 2.0}}
+    config = write_config(folder / "c.yaml", folder / "model", folder / "rows.jsonl", **plain)
+    train(load_config(config), folder / "run")
+    score_rows(folder / "run", folder / "scores.parquet")
+    save_base(folder / "base", tiny_llama())
+    save_lora(folder / "adapter", tiny_llama(), lora_config())
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "keys"),
+    [
+        ("init", "yaml"),
+        ("init -o new.yaml", "out"),
+        ("train c.yaml --out new", "run status seed metrics ranks rank_events cost versions plan data quality"),
+        ("train c.yaml --dry-run", "steps rows passes classes"),
+        ("score run --out new.parquet", "scores rows kept held_out"),
+        ("select scores.parquet --fraction 0.5 --data rows.jsonl --out new.jsonl", "out rows"),
+        ("allocate run --out new.json", "out r rank_pattern lora_alpha alpha_pattern target_modules"),
+        ("evaluate run --data rows.jsonl", "accuracy macro_f1 matthews loss"),
+        ("predict run --data rows.jsonl --out new.csv", "out rows"),
+        ("report run", "report bytes"),
+        ("export adapter --format universal --base base --out new", "out format"),
+        ("merge adapter --base base --out new", "out format"),
+        ("adapter compress adapter --base base --mean-rank 4 --out new", "out"),
+        ("doctor adapter", "adapter"),
+    ],
+)
+def test_json_is_one_object_on_stdout(
+    arguments: str, keys: str, folder: Path, monkeypatch: pytest.MonkeyPatch, tsqlora: Run
+) -> None:
+    monkeypatch.chdir(folder)
+    for new in folder.glob("new*"):
+        new.rename(new.with_name(f"old-{len(list(folder.iterdir()))}"))
+    code, out, err = tsqlora(*arguments.split(), "--json")
+    assert code == 0, err
+    assert set(keys.split()) <= json.loads(out).keys()

@@ -1,0 +1,103 @@
+"""The library's contract: the public names, the calls that the documentation shows, and what they return."""
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+
+import tsqlora as tsq
+from models import collate
+from scoring import logits_of
+from stock import base_bert, make_trainer, moods
+
+CALLS = {
+    "wrap": [
+        {"model": 0, "mean_rank": 8},
+        {"model": 0, "config": 0},
+        {"model": 0, "mean_rank": 8, "max_rank": 16, "alpha": 16.0, "dropout": 0.1, "target_modules": ["query"]},
+    ],
+    "QualitySubset": [{"dataset": [], "fraction": 0.5, "seed": 0}],
+    "QualityCallback": [{"data": 0}],
+    "RankCallback": [{"interval": 50}],
+    "RankLoop": [{"model": 0, "optimizer": 0, "total_steps": 100}],
+    "GuardCallback": [{}],
+    "ReportCallback": [{"trainer": 0}],
+    "score": [{"model": 0, "dataset": [], "collate": 0}],
+    "sample": [{"scores": 0, "fraction": 0.5, "seed": 0}],
+    "sensitivity": [{"model": 0, "dataset": [], "collate": 0}],
+    "allocate": [{"sensitivity": 0, "mean_rank": 8, "min_rank": 1, "max_rank": 16}],
+    "active_ranks": [{"model": 0}],
+    "active_parameters": [{"model": 0}],
+    "finalize": [{"model": 0}],
+    "last_checkpoint": [{"folder": "out"}],
+}
+"""Calls that users have written, by the names of their arguments."""
+EXIT_CODES = {"TsqLoraError": 1, "NotLearnedError": 1, "SettingsError": 2, "UnsupportedError": 2, "DataError": 3}
+VALUES = ["RankEvent", "Scores", "Sensitivity"]
+
+
+def test_the_public_names_are_there_and_listed() -> None:
+    assert {*CALLS, *EXIT_CODES, *VALUES} <= set(tsq.__all__)
+    assert tsq.__all__ == sorted(tsq.__all__) == sorted(name for names in tsq._HOMES.values() for name in names)
+    assert dir(tsq) == tsq.__all__
+    for name in tsq.__all__:
+        assert getattr(tsq, name).__name__ == name
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = tsq.nothing
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_of_the_documentation_is_accepted(name: str) -> None:
+    for arguments in CALLS[name]:
+        inspect.signature(getattr(tsq, name)).bind(**arguments)
+
+
+def test_what_may_be_given_by_place() -> None:
+    for name, count in (("wrap", 1), ("QualitySubset", 1), ("QualityCallback", 1), ("RankLoop", 3)):
+        inspect.signature(getattr(tsq, name)).bind(*range(count))
+    for name in ("score", "sensitivity"):
+        inspect.signature(getattr(tsq, name)).bind(*range(3))
+
+
+@pytest.mark.parametrize("name", EXIT_CODES)
+def test_every_error_is_one_of_ours_with_its_exit_code(name: str) -> None:
+    error = getattr(tsq, name)
+    assert issubclass(error, tsq.TsqLoraError)
+    assert error.exit_code == EXIT_CODES[name]
+
+
+def test_a_submodule_of_the_same_name_does_not_hide_a_function() -> None:
+    code = "import tsqlora.layer_sensitivity, tsqlora as t; assert callable(t.sensitivity), t.sensitivity"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_main_job_in_a_stock_trainer(tmp_path: Path) -> None:
+    """wrap, QualitySubset and both callbacks; the adapter loads in plain PEFT with the same logits."""
+    torch.manual_seed(0)
+    model = tsq.wrap(base_bert(), mean_rank=4)
+    assert isinstance(model, PeftModel)
+    rows = moods()
+    data = tsq.QualitySubset(rows, fraction=0.5, seed=0)
+    ranks = tsq.RankCallback(interval=2)
+    make_trainer(model, data, tmp_path, [tsq.QualityCallback(data), ranks], num_train_epochs=8).train()
+    assert len(data) == len(rows) // 2
+    assert isinstance(data.scores, tsq.Scores)
+    assert all(isinstance(event, tsq.RankEvent) for event in ranks.events)
+    assert any(event.moved for event in ranks.events)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    plain = PeftModel.from_pretrained(base_bert(), str(tmp_path / "adapter"))
+    torch.testing.assert_close(logits_of(plain, rows), logits_of(model, rows), rtol=1e-5, atol=1e-6)
+
+    scores = tsq.score(model, rows, collate)
+    assert len(scores) == len(rows)
+    drawn = tsq.sample(scores, fraction=0.5, seed=0)
+    assert len(np.unique(drawn)) == len(drawn) == len(rows) // 2
+    measured = tsq.sensitivity(model, rows, collate)
+    assert isinstance(measured, tsq.Sensitivity)
+    allocated = tsq.allocate(measured, mean_rank=8)
+    assert allocated.keys() == measured.values.keys()
