@@ -16,7 +16,6 @@ from transformers import (
 )
 
 from tsqlora import distributed
-from tsqlora.cli.sample_display import show_samples
 from tsqlora.errors import DataError, SettingsError, TsqLoraError
 from tsqlora.files import write_whole
 from tsqlora.oom import even_parts, first_that_fits, is_out_of_memory
@@ -26,6 +25,7 @@ from tsqlora.quality.subset import QualitySubset
 from tsqlora.run.card import write_card
 from tsqlora.run.config import Config, dump_config, load_config
 from tsqlora.run.job import arguments, begin, fit_job, harvesting, load, measure, method
+from tsqlora.run.preview import marked_samples
 from tsqlora.run.start import with_start
 from tsqlora.training.fit import what_quality_did
 from tsqlora.training.manifest import newest_whole, require_whole_checkpoints, rows_at_once
@@ -139,7 +139,7 @@ def dry_run(config: Config) -> dict[str, Any]:
     if job.data.splits.format is None:
         return told
     first = [job.data.samples["train"][j] for j in range(min(SHOWN, len(job.data.samples["train"])))]
-    shown = show_samples(job.pretrained.tokenizer, first).plain
+    shown = marked_samples(job.pretrained.tokenizer, first)
     return {**told, "format": job.data.splits.format.name, "samples": shown}
 
 

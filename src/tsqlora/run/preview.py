@@ -1,39 +1,32 @@
-"""What samples of generation look like in a terminal, with what is trained on marked."""
+"""Text of generation samples as the model sees it, with the trained part marked."""
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from tsqlora.data.generation import IGNORED
 
-_MARKS = ("⟦", "⟧")
 _LONGEST = 600
 """Characters of a stretch that are shown."""
 
 
-def show_samples(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Mapping[str, Any]]) -> Text:
-    """Each sample's text as the model sees it; what is trained on is green, and stands between ⟦ and ⟧."""
-    shown = Text()
-    for number, sample in enumerate(samples, start=1):
-        stretches = _stretches(tokenizer, sample)
-        tokens = sum(count for count, _, _ in stretches)
-        trained = sum(count for count, is_trained, _ in stretches if is_trained)
-        shown.append(f"sample {number}: {tokens} tokens, trained on ⟦{trained}⟧\n", style="bold")
-        for _, is_trained, text in stretches:
-            text = _shortened(text)
-            if is_trained:
-                shown.append(f"{_MARKS[0]}{text}{_MARKS[1]}", style="green")
-            else:
-                shown.append(text)
-        shown.append("\n")
-    return shown
+def marked_samples(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Mapping[str, Any]]) -> str:
+    """Each sample's text, the tokens that are trained on between ⟦ and ⟧."""
+    return "\n".join(_marked(tokenizer, number, sample) for number, sample in enumerate(samples, start=1)) + "\n"
+
+
+def _marked(tokenizer: PreTrainedTokenizerBase, number: int, sample: Mapping[str, Any]) -> str:
+    stretches = _stretches(tokenizer, sample)
+    tokens = sum(count for count, _, _ in stretches)
+    trained = sum(count for count, is_trained, _ in stretches if is_trained)
+    text = "".join(f"⟦{_shortened(text)}⟧" if is_trained else _shortened(text) for _, is_trained, text in stretches)
+    return f"sample {number}: {tokens} tokens, trained on ⟦{trained}⟧\n{text}"
 
 
 def _stretches(tokenizer: PreTrainedTokenizerBase, sample: Mapping[str, Any]) -> list[tuple[int, bool, str]]:
-    """Tokens, whether they are trained on, and text of each stretch."""
+    """(number of tokens, whether they are trained on, text) of each stretch."""
     ids, labels = sample["input_ids"], sample["labels"]
     if not _side_by_side(ids, labels):  # a sequence-to-sequence model writes beside what it reads
         return [(len(ids), False, _text(tokenizer, ids)), (len(labels), True, _text(tokenizer, labels))]
@@ -57,6 +50,6 @@ def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 
 def _shortened(text: str) -> str:
-    """What can be printed, the middle left out where it is long."""
+    """The printable text, its middle left out where it is long."""
     text = "".join(c if c.isprintable() or c == "\n" else " " for c in text)
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"

@@ -1,19 +1,17 @@
-"""What is trained on can be seen, with colours and without."""
-
-from rich.console import Console
+"""The trained part of a generation sample stands between marks."""
 
 from byte_tokenizers import CHATML, byte_tokenizer
-from tsqlora.cli.sample_display import show_samples
 from tsqlora.data.formats import find_format
 from tsqlora.data.generation import tokenise_generation
 from tsqlora.data.rows import Rows
+from tsqlora.run.preview import marked_samples
 
 
 def shown(row: dict, *, seq2seq: bool = False, merges: tuple = (), chat: str | None = None) -> str:
     tokenizer = byte_tokenizer(merges=merges, chat_template=chat)
     format = find_format(list(row), source="a.jsonl")
     split = tokenise_generation(Rows((row,), "a.jsonl", (1,)), format, tokenizer, max_length=4000, seq2seq=seq2seq)
-    return show_samples(tokenizer, split.samples).plain
+    return marked_samples(tokenizer, split.samples)
 
 
 def test_targets_stand_between_marks() -> None:
@@ -41,12 +39,3 @@ def test_long_texts_are_shortened_and_what_steers_a_terminal_is_not_printed() ->
     assert len(text) < 800
     assert " … " in text
     assert "\x1b" not in text
-
-
-def test_colours_are_there_where_the_terminal_has_them() -> None:
-    tokenizer = byte_tokenizer()
-    sample = {"input_ids": [70, 71], "labels": [-100, 71]}
-    console = Console(force_terminal=True, color_system="standard", width=80)
-    with console.capture() as printed:
-        console.print(show_samples(tokenizer, [sample]))
-    assert "b\x1b[32m⟦c⟧\x1b[0m" in printed.get()
