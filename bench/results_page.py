@@ -1,436 +1,353 @@
 """Writes docs/results.md and its plots from bench/results/glue/*.json: python bench/results_page.py [--check]
 
-`--check` compares the page alone: plots depend on the version of matplotlib, too.
+The text is bench/results_page.md.jinja. `--check` compares the page alone: plots depend on the version of matplotlib.
 """
 
 import sys
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import glue
-import numpy as np
-from results_plots import COSTS, PLOTS, plot
-from results_shown import (
+import jinja2
+import pandas as pd
+from glue_cells import (
+    BLOCK,
     BUSY,
+    KIND,
     ORDER,
+    REFERENCES,
     TASKS,
-    Block,
-    Cell,
     Over,
-    at_random,
-    blocks,
-    by_entry,
+    beside,
     chosen,
-    commit_of,
-    hidden,
-    in_float32_too,
-    is_bf16,
-    kind_of,
-    kinds,
-    loss_shares,
-    measured,
-    of_kind,
+    entries_of,
     over,
-    pairs,
-    passes,
-    quiet,
-    rank_of,
-    seed_of,
-    sweep,
-    time_shares,
-    trainable,
-    worked,
+    shown,
+    stored,
 )
-from tables import markdown
+from markdown_table import NONE, markdown
+from results_plots import COSTS, plot
 
-from tsqlora.compare.cells import Entry
 from tsqlora.compare.statistics import Interval, interval, verdict
-from tsqlora.compare.table import rows_of
 
-PAGE = PLOTS.parent / "results.md"
-REFERENCES = ("lora+all", "lora+random")
+BENCH = Path(__file__).parent
+PAGE = BENCH.parent / "docs" / "results.md"
+LORA = REFERENCES[0]
+
+Row = dict[str, Any]
 
 
 def page() -> str:
     """All of docs/results.md."""
-    found, swept = blocks(), sweep()
-    cells = [cell for block in found for cell in block["cells"].values()]
-    verdicts = sum(len(_beside(of_kind(found, kind))) for kind in kinds(found) if kind[0] == "steps")
-    parts = [f"# Results\n\n{IN_SHORT.format(verdicts=verdicts)}\n{in_short(found)}"]
-    parts.append("## How to read it\n\n" + READ.format(busy=_busy(cells), trainable=_trainable_of(found)))
-    parts.append(f"## What is missing\n\n{MISSING}{_left_out()}\n{markdown(missing(found))}")
-    parts.append("## Over tasks\n\n" + OVER_TASKS)
-    for kind in kinds(found):
-        parts.append(f"### {title_of(kind)}\n\n{markdown(over_tasks(found, kind))}{of_two_precisions(found, kind)}")
-    parts.append("## Task by task\n\n" + TASK_BY_TASK)
-    parts += [f"### {name_of(block)}\n\n{markdown(table(block))}{in_time(block)}{in_float32(block)}" for block in found]
-    parts.append(f"## Precision\n\n{PRECISION}\n{markdown(precisions(found))}")
-    old = sum(map(glue.stale, swept))
-    parts.append(f"## Learning rates\n\n{LEARNING_RATES.format(cells=len(swept), old=old)}\n{markdown(rates(swept))}")
-    images = (f"![Points against LoRA on all rows, by {label}](plots/{name}.svg)" for name, (label, _) in COSTS.items())
-    parts.append(f"## Plots\n\n{PLOTTED}\n" + "\n\n".join(images) + "\n")
-    commits = ", ".join(sorted({commit_of(cell) for cell in (*cells, *swept)}))
-    parts.append("## Where it comes from\n\n" + ORIGIN.format(cells=len(cells), swept=len(swept), commits=commits))
-    return "\n".join(parts)
+    everything = stored()
+    cells, swept = shown(everything), everything[everything["sweep"]]
+    kinds = [(title_of(of), of) for of in groups(cells, KIND)]
+    steps = [(title, of) for title, of in kinds if of["equal"].iloc[0] == "steps"]
+    return _template().render(
+        verdicts=sum(len(differing(of)) for _, of in steps),
+        steps=[{"title": t, "tasks": ", ".join(_tasks(of)), "verdicts": verdicts(of)} for t, of in steps],
+        busy=_busy(cells),
+        trainable=_range([share for of in groups(cells, BLOCK) for share in shares(of)["share"]], "{:.2f}"),
+        left_out=_left_out(everything),
+        missing=markdown(missing(cells)),
+        kinds=[{"title": t, "table": markdown(over_tasks(of)), "mixed": two_precisions(of)} for t, of in kinds],
+        blocks=[
+            {"title": name_of(of), "table": markdown(table(of)), "time": in_time(of), "float32": float32_cells(of)}
+            for of in groups(cells, BLOCK)
+        ],
+        precisions=markdown(precisions(cells)),
+        rates=markdown(rates(swept)),
+        old=int(swept["stale"].sum()),
+        cells=len(cells),
+        swept=len(swept),
+        plots={name: label for name, (label, _) in COSTS.items()},
+        commits=", ".join(sorted({*cells["commit"], *swept["commit"]})),
+    )
 
 
-IN_SHORT = """\
-Is it better than LoRA? Points of the metric over LoRA on all rows at equal optimizer steps and mean rank, in the mean
-over the tasks in brackets, with the 95 % interval over seeds; then by how many percent the test loss is higher, which
-says what the metric of classes does not: how sure a model is of what it gets wrong. Of {verdicts} such intervals one in
-twenty leaves out 0 by chance. What is missing below is not in it.
-"""
-READ = """\
-Every row is a way to train MiniLM (22.7 million parameters, six blocks) by an adapter in all its linear layers, at the
-same mean rank and number of optimizer steps: four passes over all rows in batches of 16. `+all` trains on every row,
-`+random` and `+quality` on half of the rows, drawn anew each epoch, for twice as many epochs. Where no label seems
-wrong `+quality` draws at random, as `+random` does: how many cells did is said beside the name. Such a cell is not
-always `lora+random`'s: each way to train has the learning rate that validation chose for it ([below](#learning-rates)),
-and `tsqlora` moves ranks as well; which of the two makes a difference these cells do not tell. `tsqlora-quality-only`
-has `lora+random`'s learning rate, and where it drew at random it is that control with a pass of scoring.
-
-The seed draws the training rows, which labels are wrong, the head and the batches, so differences are taken seed by
-seed. ± is a 95 % t-interval over seeds; where it holds 0 the difference is called noise. Test sets are whole, and
-decide nothing.
-
-*Trainable* parameters are those at the end, a range where seeds differ: layers of other shapes cost more a rank, so
-where ranks moved they are {trainable} of LoRA's on the same task. Rivals are described in [rivals.md](rivals.md).
-Blocks of *equal epochs* give every way as many epochs as half of the rows need for those steps, so that `+all` takes
-twice as many. Which rows `tsqlora` left out there was decided before 0243dc9 (see below): that moves their points a
-little, and their seconds not. Their seconds are of two cores and nothing beside; those of other blocks are of one core
-of a machine on which others worked as well: compare them within a block and with care{busy}.
-*Passes* count what must be computed, whatever the machine: rows forward, and twice for rows backward.
-
-MiniLM has seen sentence pairs like those of STS-B and RTE: the numbers compare these methods with each other, and with
-no published table.
-"""
-MISSING = """\
-The grid is four tasks, clean and with 20 % wrong labels, eight ways to train, three seeds each. A cell is shown if it
-has the learning rate that is chosen now and its code makes today's numbers. Not shown are therefore all cells before
-fa65ce3 (batches were padded otherwise, which moved every number a little), those of `+quality` before af1cb08, and
-those before 0243dc9 in which rows were left out (other rows were, then); each is replaced when it is run anew. Shown
-are `+quality` cells of older code in which no label was evident: today's question was asked of states like theirs,
-where it leaves out nothing either, and not of each of them; and cells of c47e939, before the fit's last two changes,
-which in states like theirs move at most 7 rows of 2,000 ([log.md](log.md)). A block of the grid is shown once each way
-to train has all three seeds: cells of others lie in `bench/results/glue/unfinished`.
-
-Not measured here: CoLA; mean ranks 2 and 8; 500 and 1,000 rows (but to choose learning rates); full fine-tuning,
-rsLoRA, DoRA, ElaLoRA as released; the policies `loss`, `el2n`, `gradnorm` and `infobatch`. `tsqlora compare` runs all
-of these. [Which rows](quality.md) has rules and rank 8 by another bench, [models that write](generation.md) summaries
-of XSum and SciTLDR, on few rows and without a sweep."""
-OVER_TASKS = """\
-Differences in points of the metric (accuracy; Spearman's correlation for STS-B): of each seed the mean over the *tasks*
-that both sides have, and of these the mean over the seeds that have all those tasks (how many, in brackets; "–" where
-none has). *Worst* is the lowest of one task and seed among them. Rows of other tasks cannot be
-ranked beside each other. *Loss* is by how many percent the test loss is higher, in the mean over tasks: a metric of
-classes does not see how sure a model is of what it gets wrong, and the loss does.
-"""
-TASK_BY_TASK = """\
-Points of the metric, and the loss on test rows (cross-entropy; of STS-B the squared error). *Seeds* are those that are
-finished, and those that failed; seconds are of those that ran beside nothing else (how many, in brackets, if not all).
-"""
-LEARNING_RATES = """\
-Accuracy on 600 validation rows after training on 1,000 clean rows of SST-2, in the mean over seeds (how many, in
-brackets); of the rates that most seeds tried the best one is used everywhere. {cells} trainings, {old} of them by older
-code, which made other numbers: those were not run anew.
-"""
-PRECISION = """\
-Cells are of bfloat16 autocast where the machine that made them has it, else of float32: which, is said below each
-table. Settings and rows are the same, so both count; where LoRA on all rows was made in both, a cell is compared with
-the one of its own precision. Those are:
-"""
-ORIGIN = """\
-Made by `make bench-results` from `bench/results/glue/*.json`: {cells} trainings, and {swept} that chose learning rates,
-by the code of {commits}.
-"""
-PLOTTED = """\
-A dot is a way to train in a block at equal steps: its mean over the seeds that it and LoRA on all rows have; by
-seconds, over those in which neither ran beside other work. Rows that are trained on are as many for all at equal
-steps, but for the last batch of an epoch: how many of them are distinct was not counted.
-"""
+def _template() -> jinja2.Template:
+    loader = jinja2.FileSystemLoader(BENCH)
+    strict = jinja2.Environment(
+        loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True
+    )
+    return strict.get_template("results_page.md.jinja")
 
 
-def _busy(cells: Sequence[Cell]) -> str:
-    found = [commit for commit in BUSY if commit in map(commit_of, cells)]
-    return f'; "–" stands for those by {", ".join(found)}, which ran beside as many as nine others' if found else ""
+def groups(cells: pd.DataFrame, by: Sequence[str]) -> list[pd.DataFrame]:
+    """The cells in groups, in the page's order."""
+    return [of for _, of in cells.groupby(list(by), sort=False)]
 
 
-def _trainable_of(found: Iterable[Block]) -> str:
-    return _range([share for block in found for shares in shares_of(block).values() for share in shares], "{:.2f}")
-
-
-def _left_out() -> str:
-    """How many cells are stored and not shown, and why."""
-    cells = [cell for block in measured() for cell in block["cells"].values()]
-    why = Counter(hidden(cell, chosen()["rates"]) for cell in cells)
-    found = [f"{count} {reason}" for reason, count in sorted(why.items(), key=str) if reason is not None]
-    return f" Stored and not shown are {'; '.join(found)}.\n" if found else "\n"
-
-
-def in_float32(block: Block) -> str:
-    """Which of its cells are of another precision than the others; nothing where all are of one."""
-    if len({is_bf16(cell) for cell in block["cells"].values()}) < 2:
-        return ""
-    seeds = {name: [seed_of(c) for c in cells if not is_bf16(c)] for name, cells in by_entry(block).items()}
-    named = [f"`{name}` (seed{'s' * (len(of) > 1)} {', '.join(map(str, of))})" for name, of in seeds.items() if of]
-    return f"\nIn float32, the others in bfloat16: {'; '.join(named)}.\n"
-
-
-def in_time(block: Block) -> str:
-    """Of a block at equal epochs: what share of the reference's seconds each way to train took."""
-    if block["block"]["equal"] != "epochs":
-        return ""
-    reference = REFERENCES[0]
-    shares = {name: [*time_shares(block, name, reference).values()] for name in by_entry(block) if name != reference}
-    told = [f"`{name}` {_times(interval(of))} ({_seeds_of(len(of))})" for name, of in shares.items() if of]
-    return f"\nSeconds, as a share of `{reference}`'s of the same seed: {'; '.join(told)}.\n" if told else ""
-
-
-def precisions(found: Sequence[Block]) -> list[list[str]]:
-    """The cells that were made in float32, too, beside those of their block."""
-    rows = [["", "seed", "bfloat16", "float32", "difference"]]
-    for block in found:
-        for (name, seed), cell in sorted(in_float32_too(block).items()):
-            before = next(c for c in by_entry(block)[name] if seed_of(c) == seed)
-            both = [100 * c["metrics"]["test"][block["block"]["metric"]] for c in (before, cell)]
-            rows.append([name_of(block), str(seed), *(f"{p:.1f}" for p in both), f"{both[1] - both[0]:+.1f}"])
-    return rows
-
-
-def missing(found: Sequence[Block]) -> list[list[str]]:
-    """A row a block of the grid: how many of its cells are finished, and the seeds that are not."""
-    rows = [["", "finished", "missing seeds"]]
-    for wrong in glue.GRID_WRONG:
-        for task in glue.GRID_TASKS:
-            block = {"block": asdict(glue.Block(task, glue.GRID_ROWS, wrong, glue.GRID_MEAN))}
-            of = by_entry(of_kind(found, kind_of(block)).get(task, {"cells": {}}))
-            left = {name: _not_finished(of.get(name, ())) for name in ORDER}
-            total = len(ORDER) * len(glue.GRID_SEEDS)
-            done = total - sum(map(len, left.values()))
-            told = "; ".join(f"`{name}` {', '.join(seeds)}" for name, seeds in left.items() if seeds)
-            rows.append([name_of(block), f"{done} of {total}", (told or "–") if of else "all"])
-    return rows
-
-
-def _not_finished(cells: Iterable[Cell]) -> list[str]:
-    seeds = {seed_of(cell): "failed" in cell for cell in cells}
-    return [f"{s} (failed)" if s in seeds else str(s) for s in glue.GRID_SEEDS if seeds.get(s, True)]
-
-
-def title_of(kind: tuple[Any, ...]) -> str:
-    equal, rows, wrong, mean = kind
+def title_of(cells: pd.DataFrame) -> str:
+    equal, rows, wrong, mean = cells[KIND].iloc[0]
     labels = f"{wrong:.0%} wrong labels" if wrong else "clean labels"
     return f"{rows:,} rows, {labels}, mean rank {mean}" + ("" if equal == "steps" else f", equal {equal}")
 
 
-def name_of(block: Block) -> str:
-    return f"{TASKS[block['block']['task']]}, {title_of(kind_of(block))}"
+def name_of(cells: pd.DataFrame) -> str:
+    return f"{_tasks(cells)[0]}, {title_of(cells)}"
 
 
-# ------------------------------------------------------------------------------- task by task
+def _tasks(cells: pd.DataFrame) -> list[str]:
+    return [TASKS[task] for task in cells["task"].unique()]
 
 
-def table(block: Block) -> list[list[str]]:
-    """One block: the metric, the difference from LoRA on all rows, in words, and the cost."""
-    metric, of = block["block"]["metric"], by_entry(block)
-    # The first is what others are compared with, also where it has no cell.
-    compared = [Entry(*name.split("+")) for name in dict.fromkeys((REFERENCES[0], *of))]
-    head = ["", metric, "minus `lora+all`", "", "loss", "over `lora+all`'s", "seeds", "trainable", "passes", "seconds"]
-    shown = [head]
-    for row in rows_of(compared, list(block["cells"].values()), metric=metric):
-        name, cells = row["name"], worked(of.get(row["name"], ()))
-        beside = over({"": block}, name, REFERENCES[0]).seeds
-        if name in of:
-            told = verdict(beside, REFERENCES[0]) if "difference" in row else row["verdict"]
-            shown.append(
-                [
-                    _named(name, [block]),
-                    _points(row["metrics"][metric], scale=100) if cells else "–",
-                    _points(asdict(beside), sign="+") if beside else "–",
-                    told.replace("lora+all", "`lora+all`"),
-                    f"{row['metrics']['loss']['mean']:.3f}" if cells else "–",
-                    _percent(over({"": block}, name, REFERENCES[0], loss_shares)),
-                    _seeds(row),
-                    _range([trainable(cell) for cell in cells], "{:,}"),
-                    f"{np.mean([passes(cell) for cell in cells]):,.0f}" if cells else "–",
-                    _seconds(cells),
-                ]
+# ------------------------------------------------------------------------ what is shown, and what not
+
+
+def _busy(cells: pd.DataFrame) -> str:
+    found = [commit for commit in BUSY if commit in set(cells["commit"])]
+    return f'; "–" stands for those by {", ".join(found)}, which ran beside as many as nine others' if found else ""
+
+
+def _left_out(cells: pd.DataFrame) -> str:
+    counts = cells.loc[~cells["sweep"], "hidden"].value_counts().sort_index()
+    told = "; ".join(f"{count} {reason}" for reason, count in counts.items())
+    return f" Stored and not shown are {told}." if told else ""
+
+
+def missing(cells: pd.DataFrame) -> list[Row]:
+    """A row a block of the grid: how many of its cells are finished, and the seeds that are not."""
+    rows = list[Row]()
+    for wrong in glue.GRID_WRONG:
+        for task in glue.GRID_TASKS:
+            about = {"equal": "steps", "rows": glue.GRID_ROWS, "wrong": wrong, "mean": glue.GRID_MEAN, "task": task}
+            of = cells[(cells[list(about)] == pd.Series(about)).all(axis=1)]
+            failed = {(cell.entry, cell.seed): cell.failed for cell in of.itertuples()}
+            left = {
+                entry: [f"{s} (failed)" if (entry, s) in failed else str(s) for s in seeds]
+                for entry in ORDER
+                if (seeds := [s for s in glue.GRID_SEEDS if failed.get((entry, s), True)])
+            }
+            total = len(ORDER) * len(glue.GRID_SEEDS)
+            told = "; ".join(f"`{entry}` {', '.join(seeds)}" for entry, seeds in left.items()) or NONE
+            rows.append(
+                {
+                    "": name_of(pd.DataFrame([about])),
+                    "finished": f"{total - sum(map(len, left.values()))} of {total}",
+                    "missing seeds": told if len(of) else "all",
+                }
             )
-    return shown
-
-
-def _seeds(row: Mapping[str, Any]) -> str:
-    told = [", ".join(map(str, sorted(row["seeds"])))] if row["seeds"] else []
-    if row["failed"]:
-        told.append(f"seed{_s(row['failed'])} {', '.join(map(str, sorted(row['failed'])))} failed")
-    return "; ".join(told)
-
-
-def _seconds(cells: Sequence[Cell]) -> str:
-    """Their mean over those that ran beside nothing else; how many, where that is not all."""
-    alone = [cell["seconds"] for cell in quiet(cells)]
-    return (f"{np.mean(alone):.0f}" + (f" ({len(alone)})" if len(alone) < len(cells) else "")) if alone else "–"
-
-
-def _range(values: Sequence[float], form: str) -> str:
-    ends = list(dict.fromkeys(form.format(value) for value in (min(values), max(values)))) if values else []
-    return " to ".join(ends) or "–"
-
-
-def _points(value: Mapping[str, Any], *, scale: float = 1.0, sign: str = "") -> str:
-    shown = f"{scale * value['mean']:{sign}.1f}"
-    return shown if value["half"] is None else f"{shown} ± {scale * value['half']:.1f}"
-
-
-def _percent(share: Over) -> str:
-    return f"{_points(asdict(share.seeds), sign='+')} %" if share.seeds else "–"
-
-
-def _times(share: Interval) -> str:
-    return f"{share.mean:.2f}" + ("" if share.half is None else f" ± {share.half:.2f}")
-
-
-def _s(several: Sequence[Any]) -> str:
-    return "" if len(several) == 1 else "s"
-
-
-# --------------------------------------------------------------------------------- over tasks
-
-
-def over_tasks(found: Sequence[Block], kind: tuple[Any, ...]) -> list[list[str]]:
-    """Differences over tasks from LoRA on all rows and on a random half."""
-    of = of_kind(found, kind)
-    columns = (column for other in REFERENCES for column in (f"minus `{other}`", "tasks", "worst"))
-    rows = [["", *columns, "loss, over `lora+all`'s"]]
-    for name in _names(of.values()):
-        row = [_named(name, of.values())]
-        for other in REFERENCES:
-            difference = over(of, name, other)
-            row += [*_told(difference), "–" if difference.worst is None else f"{difference.worst:+.1f}"]
-        rows.append([*row, _percent(over(of, name, REFERENCES[0], loss_shares))])
     return rows
 
 
-def of_two_precisions(found: Sequence[Block], kind: tuple[Any, ...]) -> str:
+# ----------------------------------------------------------------------------------- over tasks
+
+
+def differing(cells: pd.DataFrame) -> dict[str, Interval]:
+    """Each entry beside LoRA on all rows, where seeds have both."""
+    found = {entry: over(cells, entry, LORA).seeds for entry in entries_of(cells)}
+    return {entry: difference for entry, difference in found.items() if difference}
+
+
+def verdicts(cells: pd.DataFrame) -> str:
+    """Which entries differ from LoRA on all rows by more than noise."""
+    of = dict[str, list[str]]()
+    for entry, difference in differing(cells).items():
+        bounds = "" if difference.half is None else f" ({difference.low:+.2f} to {difference.high:+.2f})"
+        loss = _percent(over(cells, entry, LORA, "loss_share"))
+        of.setdefault(verdict(difference, f"`{LORA}`"), []).append(
+            f"`{entry}` {difference.mean:+.2f}{bounds}, loss {loss}"
+        )
+    ordered = sorted(of, key=lambda told: (not told.startswith("better"), not told.startswith("worse")))
+    return ". ".join(f"**{told.capitalize()}**: {'; '.join(of[told])}" for told in ordered) or "no seed in common"
+
+
+def over_tasks(cells: pd.DataFrame) -> list[Row]:
+    """Differences over tasks from LoRA on all rows and on a random half."""
+    rows = list[Row]()
+    for entry in entries_of(cells):
+        row: Row = {"": _named(entry, cells)}
+        for reference in REFERENCES:
+            found = over(cells, entry, reference)
+            row[f"minus `{reference}`"] = _difference(found)
+            row[f"tasks, `{reference}`"] = _of_tasks(found)
+            row[f"worst, `{reference}`"] = NONE if found.worst is None else f"{found.worst:+.1f}"
+        rows.append(row | {f"loss, over `{LORA}`'s": _percent(over(cells, entry, LORA, "loss_share"))})
+    return rows
+
+
+def two_precisions(cells: pd.DataFrame) -> str:
     """How many of the pairs that are subtracted are of two precisions; nothing where none is."""
-    said = []
-    for other in REFERENCES:
-        of = [(b, name) for b in of_kind(found, kind).values() for name in by_entry(b) if name != other]
-        beside = [pair for block, name in of for pair in pairs(block, name, other).values()]
-        if mixed := sum(is_bf16(ours) != is_bf16(theirs) for ours, theirs in beside):
-            said.append(f"{mixed} of the {len(beside)} from `{other}`")
+    said = list[str]()
+    for reference in REFERENCES:
+        pairs = beside(cells, reference)
+        pairs = pairs[pairs["entry"] != reference]
+        if mixed := int(pairs["mixed"].sum()):
+            said.append(f"{mixed} of the {len(pairs)} from `{reference}`")
     if not said:
         return ""
     return f"\nOne side in bfloat16 and the other in float32: {' and '.join(said)} differences of a task and seed.\n"
 
 
-def in_short(found: Sequence[Block]) -> str:
-    """At equal steps, a line a kind: which ways to train differ from LoRA on all rows by more than noise."""
-    told = ((kind, of_kind(found, kind)) for kind in kinds(found) if kind[0] == "steps")
-    return "".join(f"- *{title_of(kind)}* ({', '.join(TASKS[t] for t in of)}): {_verdicts(of)}.\n" for kind, of in told)
-
-
-def _beside(of: Mapping[str, Block]) -> dict[str, Interval]:
-    """Each way to train beside LoRA on all rows, where seeds have both."""
-    found = {name: over(of, name, REFERENCES[0]).seeds for name in _names(of.values())}
-    return {name: difference for name, difference in found.items() if difference}
-
-
-def _verdicts(of: Mapping[str, Block]) -> str:
-    groups = dict[str, list[str]]()
-    for name, difference in _beside(of).items():
-        told = f"`{name}` {_bounds(difference)}, loss {_percent(over(of, name, REFERENCES[0], loss_shares))}"
-        groups.setdefault(verdict(difference, "`lora+all`"), []).append(told)
-    first = ("better", "worse")  # what is noise comes last
-    ordered = sorted(groups, key=lambda told: [not told.startswith(word) for word in first])
-    return ". ".join(f"**{told.capitalize()}**: {'; '.join(groups[told])}" for told in ordered) or "no seed in common"
-
-
-def _bounds(of: Interval) -> str:
-    """Two decimals, so that a bound near 0 has its sign."""
-    return f"{of.mean:+.2f}" + ("" if of.half is None else f" ({of.low:+.2f} to {of.high:+.2f})")
-
-
-def summary(*, rows: int, mean: int) -> list[list[str]]:
+def summary(*, rows: int, mean: int) -> pd.DataFrame:
     """Differences from LoRA on all rows over tasks, with wrong labels and clean; parameters as a share of LoRA's."""
-    found = blocks()
-    of = {wrong: of_kind(found, ("steps", rows, wrong, mean)) for wrong in (0.2, 0.0)}
-    all_blocks = [block for by_task in of.values() for block in by_task.values()]
-    names = [name for name in _names(all_blocks) if name != REFERENCES[0]]
-    shares = [[share for block in all_blocks for share in shares_of(block).get(name, ())] for name in names]
-    columns = [
-        ["", *(_named(name, all_blocks) for name in names)],
-        ["trainable, of LoRA's", *(_range(of_name, "{:.2f}") for of_name in shares)],
+    cells = shown(stored())
+    cells = cells[(cells["equal"] == "steps") & (cells["rows"] == rows) & (cells["mean"] == mean)]
+    names = [entry for entry in entries_of(cells) if entry != LORA]
+    share = pd.concat([shares(of) for of in groups(cells, BLOCK)])
+    table: Row = {
+        "": [_named(name, cells) for name in names],
+        "trainable, of LoRA's": [_range(share.loc[share["entry"] == name, "share"], "{:.2f}") for name in names],
+    }
+    for label, wrong in (("20 % wrong labels", 0.2), ("clean", 0.0)):
+        found = [over(cells[cells["wrong"] == wrong], name, LORA) for name in names]
+        head, of = f"{label}, points minus LoRA's", [(_of_tasks(f), f.seeds.n if f.seeds else 0) for f in found]
+        if len({*of}) == 1 and of[0][1]:  # what all have in common stands in the head
+            table[f"{head} ({of[0][0]}; {_seeds_of(of[0][1])})"] = [_points(f.seeds, sign="+") for f in found]
+        else:
+            table |= {head: [_difference(f) for f in found], f"tasks, {label}": [tasks for tasks, _ in of]}
+    return pd.DataFrame(table)
+
+
+def shares(block: pd.DataFrame) -> pd.DataFrame:
+    """Trainable parameters as shares of LoRA's on all rows, where that has a cell."""
+    worked = block[~block["failed"]]
+    theirs = worked.loc[worked["entry"] == LORA, "trainable"]
+    return (
+        worked.assign(share=worked["trainable"] / theirs.iloc[0]) if len(theirs) else worked.head(0).assign(share=0.0)
+    )
+
+
+# --------------------------------------------------------------------------------- task by task
+
+
+def table(block: pd.DataFrame) -> list[Row]:
+    """One block: the metric, the difference from LoRA on all rows, in words, and the cost."""
+    rows = list[Row]()
+    for entry in entries_of(block):
+        cells = block[block["entry"] == entry]
+        worked = cells[~cells["failed"]]
+        difference = over(block, entry, LORA).seeds
+        told = "the reference" if entry == LORA else verdict(difference, LORA)
+        rows.append(
+            {
+                "": _named(entry, block),
+                block["metric"].iloc[0]: _points(interval([*worked["points"]])) if len(worked) else NONE,
+                f"minus `{LORA}`": _points(difference, sign="+"),
+                "verdict": told.replace(LORA, f"`{LORA}`") if len(worked) else "every seed failed",
+                "loss": _mean(worked["loss"], "{:.3f}"),
+                f"over `{LORA}`'s": _percent(over(block, entry, LORA, "loss_share")),
+                "seeds": _seeds(cells),
+                "trainable": _range(worked["trainable"].astype(int), "{:,}"),
+                "passes": _mean(worked["passes"], "{:,.0f}"),
+                "seconds": _mean(worked["seconds"].dropna(), "{:.0f}", of=len(worked)),
+            }
+        )
+    return rows
+
+
+def in_time(block: pd.DataFrame) -> str:
+    """Of a block at equal epochs: what share of LoRA's seconds each way to train took."""
+    if block["equal"].iloc[0] != "epochs":
+        return ""
+    pairs = beside(block, LORA).dropna(subset="time_share")
+    told = list[str]()
+    for entry in entries_of(pairs):
+        of = interval([*pairs.loc[pairs["entry"] == entry, "time_share"]])
+        half = "" if of.half is None else f" ± {of.half:.2f}"
+        if entry != LORA:
+            told.append(f"`{entry}` {of.mean:.2f}{half} ({_seeds_of(of.n)})")
+    return f"\nSeconds, as a share of `{LORA}`'s of the same seed: {'; '.join(told)}.\n" if told else ""
+
+
+def float32_cells(block: pd.DataFrame) -> str:
+    """Which cells are of another precision than the others; nothing where all are of one."""
+    if block["bf16"].nunique() < 2:
+        return ""
+    wide = block[~block["bf16"]]
+    seeds = {entry: [*wide.loc[wide["entry"] == entry, "seed"]] for entry in entries_of(wide)}
+    named = [f"`{entry}` (seed{_s(of)} {', '.join(map(str, of))})" for entry, of in seeds.items()]
+    return f"\nIn float32, the others in bfloat16: {'; '.join(named)}.\n"
+
+
+def precisions(cells: pd.DataFrame) -> list[Row]:
+    """The cells that were made in float32, too, beside those of their block."""
+    return [
+        {
+            "": name_of(pd.DataFrame([cell])),
+            "seed": str(cell["seed"]),
+            "bfloat16": f"{cell['points']:.1f}",
+            "float32": f"{cell['points_wide']:.1f}",
+            "difference": f"{cell['points_wide'] - cell['points']:+.1f}",
+        }
+        for cell in cells.dropna(subset="points_wide").to_dict("records")
     ]
-    for label, by_task in zip(("20 % wrong labels", "clean"), of.values(), strict=True):
-        columns += _columns(f"{label}, points minus LoRA's", [over(by_task, name, REFERENCES[0]) for name in names])
-    return [list(row) for row in zip(*columns, strict=True)]
 
 
-def _columns(head: str, found: Sequence[Over]) -> list[list[str]]:
-    """The differences and their tasks; tasks and seeds that all have in common stand in the head."""
-    told = [_told(difference) for difference in found]
-    known = [difference.seeds for difference in found if difference.seeds]
-    if len(known) == len(found) and len({(of, seeds.n) for (_, of), seeds in zip(told, known, strict=True)}) == 1:
-        head = f"{head} ({told[0][1]}; {_seeds_of(known[0].n)})"
-        return [[head, *(_points(asdict(seeds), sign="+") for seeds in known)]]
-    return [[head, *(points for points, _ in told)], ["tasks", *(of for _, of in told)]]
+def rates(swept: pd.DataFrame) -> list[Row]:
+    """Validation accuracy by learning rate, where they were chosen."""
+
+    def told(cells: pd.DataFrame) -> str:
+        worked, failed = cells.loc[~cells["failed"], "validation"], int(cells["failed"].sum())
+        if worked.empty:
+            return f"{failed} failed" if failed else NONE
+        return f"{worked.mean():.1f} ({len(worked)}{f'; {failed} failed' if failed else ''})"
+
+    tried, best = sorted(swept["rate"].unique()), chosen()["rates"]
+    return [
+        {"": f"`{entry}`"}
+        | {f"{rate:g}": told(swept[(swept["entry"] == entry) & (swept["rate"] == rate)]) for rate in tried}
+        | {"chosen": f"{best[entry]:g}" if entry in best else NONE}
+        for entry in entries_of(swept)
+    ]
 
 
-def shares_of(block: Block) -> dict[str, list[float]]:
-    """Trainable parameters by entry, as shares of LoRA's on all rows; of nothing where that has no cell."""
-    of = by_entry(block)
-    theirs = [trainable(cell) for cell in worked(of.get(REFERENCES[0], ()))]
-    return {name: [trainable(cell) / theirs[0] for cell in worked(cells)] for name, cells in of.items() if theirs}
+# -------------------------------------------------------------------------------------- wording
 
 
-def _names(found: Iterable[Block]) -> list[str]:
-    return sorted({name for block in found for name in by_entry(block)}, key=rank_of)
-
-
-def _named(name: str, found: Iterable[Block]) -> str:
+def _named(entry: str, cells: pd.DataFrame) -> str:
     """The name of a row, with what a reader of its numbers must know."""
-    cells = [cell for block in found for cell in by_entry(block).get(name, ())]
-    failed, random = [cell for cell in cells if "failed" in cell], [cell for cell in worked(cells) if at_random(cell)]
-    said = [f"{len(failed)} cell{_s(failed)} failed"] if failed else []
-    said += [f"{len(random)} of {len(worked(cells))} drew at random"] if random else []
-    return "".join([f"`{name}`", *(f", {what}" for what in said)])
+    of = cells[cells["entry"] == entry]
+    failed, random = of[of["failed"]], of[~of["failed"] & of["random"]]
+    said = [f"{len(failed)} cell{_s(failed)} failed"] if len(failed) else []
+    said += [f"{len(random)} of {len(of) - len(failed)} drew at random"] if len(random) else []
+    return ", ".join([f"`{entry}`", *said])
 
 
-def _told(difference: Over) -> tuple[str, str]:
-    seeds, tasks = difference.seeds, ", ".join(TASKS[task] for task in difference.tasks) or "–"
-    if seeds is None:
-        return "–", tasks
-    return f"{_points(asdict(seeds), sign='+')} ({_seeds_of(seeds.n)})", tasks
+def _seeds(cells: pd.DataFrame) -> str:
+    of = {failed: [str(seed) for seed in cells.loc[cells["failed"] == failed, "seed"]] for failed in (False, True)}
+    failed = [f"seed{_s(of[True])} {', '.join(of[True])} failed"] if of[True] else []
+    return "; ".join([", ".join(of[False]), *failed] if of[False] else failed)
+
+
+def _points(value: Interval | None, sign: str = "") -> str:
+    if value is None:
+        return NONE
+    return f"{value.mean:{sign}.1f}" + ("" if value.half is None else f" ± {value.half:.1f}")
+
+
+def _difference(found: Over) -> str:
+    return f"{_points(found.seeds, sign='+')} ({_seeds_of(found.seeds.n)})" if found.seeds else NONE
+
+
+def _of_tasks(found: Over) -> str:
+    return ", ".join(TASKS[task] for task in found.tasks) or NONE
+
+
+def _percent(share: Over) -> str:
+    return f"{_points(share.seeds, sign='+')} %" if share.seeds else NONE
+
+
+def _mean(values: pd.Series, form: str, of: int | None = None) -> str:
+    """The mean; where `of` is more than there are values, also how many."""
+    if values.empty:
+        return NONE
+    return form.format(values.mean()) + (f" ({len(values)})" if of is not None and len(values) < of else "")
+
+
+def _range(values: Iterable[float], form: str) -> str:
+    found = [*values]
+    return " to ".join(dict.fromkeys(form.format(value) for value in (min(found), max(found)))) if found else NONE
+
+
+def _s(several: Any) -> str:
+    return "" if len(several) == 1 else "s"
 
 
 def _seeds_of(n: int) -> str:
     return f"{n} seed{'' if n == 1 else 's'}"
-
-
-# ----------------------------------------------------------------------------- learning rates
-
-
-def rates(swept: Sequence[Cell]) -> list[list[str]]:
-    """Validation accuracy by learning rate, where they were chosen."""
-    tried = sorted({cell["cell"]["learning_rate"] for cell in swept})
-    rows = [["", *(f"{rate:g}" for rate in tried), "chosen"]]
-    for name in sorted(set(map(glue.entry_of, swept)), key=rank_of):
-        of = [cell for cell in swept if glue.entry_of(cell) == name]
-        shown = [_accuracy([cell for cell in of if cell["cell"]["learning_rate"] == rate]) for rate in tried]
-        rate = chosen()["rates"].get(name)
-        rows.append([f"`{name}`", *shown, "–" if rate is None else f"{rate:g}"])
-    return rows
-
-
-def _accuracy(cells: Sequence[Cell]) -> str:
-    found = [100 * cell["metrics"]["validation"]["accuracy"] for cell in worked(cells)]
-    failed = len(cells) - len(found)
-    if not found:
-        return f"{failed} failed" if failed else "–"
-    return f"{np.mean(found):.1f} ({len(found)}{f'; {failed} failed' if failed else ''})"
 
 
 def main() -> None:

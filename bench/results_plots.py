@@ -1,70 +1,27 @@
 """The plots of docs/results.md."""
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
-from results_shown import (
-    Block,
-    Cell,
-    blocks,
-    by_entry,
-    commit_of,
-    differences,
-    pairs,
-    passes,
-    rank_of,
-    time_shares,
-    trainable,
-)
+import pandas as pd
+from glue_cells import BLOCK, REFERENCES, beside, entries_of, rank_of, shown, stored
 
 PLOTS = Path(__file__).parents[1] / "docs" / "plots"
 COLOURS = ("#000000", "#e69f00", "#0072b2", "#56b4e9", "#009e73", "#d55e00", "#cc79a7", "#999933")
-"""Told apart by the colour-blind too (Okabe and Ito)."""
-
-REFERENCE = "lora+all"
-
-
-def _by_cell(cost: Callable[[Cell], float]) -> Callable[[Block, str], Mapping[int, float]]:
-    return lambda block, entry: {seed: cost(ours) for seed, (ours, _) in pairs(block, entry, REFERENCE).items()}
-
-
-def _samples(cell: Cell) -> int:
-    return sum(cell["cost"][phase]["backward"] for phase in ("warm-up", "training") if phase in cell["cost"])
-
-
-COSTS: dict[str, tuple[str, Callable[[Block, str], Mapping[int, float]]]] = {
-    "parameters": ("trainable parameters", _by_cell(trainable)),
-    "passes": ("passes", _by_cell(passes)),
-    "seconds": (f"seconds, as a share of {REFERENCE}'s", lambda block, entry: time_shares(block, entry, REFERENCE)),
-    "samples": ("rows trained on, repeats counted", _by_cell(_samples)),
+"""The palette of Okabe and Ito, which colour-blind readers can tell apart."""
+REFERENCE = REFERENCES[0]
+COSTS = {
+    "parameters": ("trainable parameters", "trainable"),
+    "passes": ("passes", "passes"),
+    "seconds": (f"seconds, as a share of {REFERENCE}'s", "time_share"),
+    "samples": ("rows trained on, repeats counted", "samples"),
 }
-"""By the name of a plot's file: its x-axis, and what an entry's cells of a block cost by seed."""
+"""By the name of a plot's file: the x-axis, and the column of `beside`."""
 
 
-class Dot(NamedTuple):
-    """An entry in a block: the means over the seeds that it and the reference have."""
-
-    entry: str
-    wrong: float
-    cost: float
-    difference: float
-    seeds: set[int]
-    commits: set[str]
-
-
-def dots_of(plot: str) -> list[Dot]:
-    """Of blocks at equal steps; of seconds, the seeds alone that ran beside nothing else.  The reference lies at 0."""
-    cost_of, found = COSTS[plot][1], list[Dot]()
-    for block in blocks():
-        for entry in by_entry(block) if block["block"]["equal"] == "steps" else ():
-            cost, gained = cost_of(block, entry), differences(block, entry, REFERENCE)
-            if cost:
-                both = [cell for seed, of in pairs(block, entry, REFERENCE).items() if seed in cost for cell in of]
-                means = (float(np.mean([by_seed[seed] for seed in sorted(cost)])) for by_seed in (cost, gained))
-                found.append(Dot(entry, block["block"]["wrong"], *means, {*cost}, {*map(commit_of, both)}))
-    return sorted(found, key=lambda dot: (rank_of(dot.entry), dot[1:4]))
+def dots_of(cells: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Mean cost and gain of each entry and block at equal steps; of seconds, over seeds that ran alone."""
+    pairs = beside(cells[cells["equal"] == "steps"], REFERENCE).dropna(subset=column)
+    return pairs.groupby([*BLOCK, "entry"], sort=False)[[column, "gain"]].mean().reset_index()
 
 
 def plot() -> None:
@@ -77,28 +34,29 @@ def plot() -> None:
     from matplotlib import pyplot
 
     PLOTS.mkdir(exist_ok=True)
-    for name, (label, _) in COSTS.items():
-        dots = dots_of(name)
+    cells = shown(stored())
+    for name, (label, column) in COSTS.items():
+        dots = dots_of(cells, column)
         figure, axes = pyplot.subplots(figsize=(8.4, 4.2), layout="constrained")
-        for entry in dict.fromkeys(dot.entry for dot in dots):
+        for entry in entries_of(dots):
             colour = COLOURS[rank_of(entry)[0] % len(COLOURS)]
             for wrong, marker in ((False, "o"), (True, "^")):
-                of = [(dot.cost, dot.difference) for dot in dots if dot.entry == entry and bool(dot.wrong) == wrong]
-                if of:
+                of = dots[(dots["entry"] == entry) & (dots["wrong"].astype(bool) == wrong)]
+                if len(of):
                     what = f"{entry}, {'20 % wrong' if wrong else 'clean'}"
-                    axes.scatter(*zip(*of, strict=True), color=colour, marker=marker, label=what, alpha=0.8)
+                    axes.scatter(of[column], of["gain"], color=colour, marker=marker, label=what, alpha=0.8)
         axes.axhline(0, color="#777777", linewidth=1)
         axes.set(xlabel=label, ylabel=f"points against {REFERENCE}")
         if axes.collections:
             axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
-        figure.supxlabel(_origin(dots), fontsize=7)
+        figure.supxlabel(_origin(cells, column), fontsize=7)
         figure.savefig(PLOTS / f"{name}.svg", metadata={"Date": None})
         pyplot.close(figure)
 
 
-def _origin(dots: list[Dot]) -> str:
-    if not dots:
+def _origin(cells: pd.DataFrame, column: str) -> str:
+    pairs = beside(cells[cells["equal"] == "steps"], REFERENCE).dropna(subset=column)
+    if pairs.empty:
         return f"no cells yet that can be compared with {REFERENCE}"
-    seeds = sorted(set[int]().union(*(dot.seeds for dot in dots)))
-    commits = sorted(set[str]().union(*(dot.commits for dot in dots)))
-    return f"seeds {', '.join(map(str, seeds))}; code {', '.join(commits)}"
+    commits = sorted({*pairs["commit"], *pairs["commit_theirs"]})
+    return f"seeds {', '.join(map(str, sorted(pairs['seed'].unique())))}; code {', '.join(commits)}"

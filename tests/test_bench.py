@@ -18,7 +18,7 @@ for name in sys.stdin.read().split():
     try:
         importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in ("atheris", "matplotlib", "llama_cpp", "gguf", "cleanlab", "opacus"):
+        if (error.name or "").split(".")[0] not in ("matplotlib", "llama_cpp", "gguf", "opacus"):
             raise
         print(f"{name} needs {error.name}")
 """
@@ -35,4 +35,4 @@ def test_every_benchmark_finds_what_it_imports() -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(names) > 20
+    assert len(names) > 10

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hostile import BYTES, TARGETS, Case, case_of_bytes, varied
+from hostile import TARGETS, Case, varied
 from watch import attempt
 
 
@@ -55,9 +55,3 @@ def test_the_watch_sees_what_it_is_for(tmp_path: Path, monkeypatch: pytest.Monke
     assert "cut off" in attempt(hangs, case, inside).told
     assert attempt(behaves, case, inside).kind == "read"
     assert not list(inside.iterdir())
-
-
-@pytest.mark.parametrize("target", BYTES)
-def test_what_a_guided_search_begins_with_is_sound(target: str, folder: Path) -> None:
-    for content in BYTES[target]:
-        assert attempt(TARGETS[target][1], case_of_bytes(target, content), folder).kind == "read"

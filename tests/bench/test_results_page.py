@@ -11,7 +11,7 @@ import pytest
 sys.path.append(str(Path(__file__).parents[2] / "bench"))
 glue: Any = importlib.import_module("glue")
 results_page: Any = importlib.import_module("results_page")
-results_shown: Any = importlib.import_module("results_shown")
+glue_cells: Any = importlib.import_module("glue_cells")
 
 SST2, MRPC, STSB = (glue.Block(task, 2000, 0.2, 4) for task in ("sst2", "mrpc", "stsb"))
 SWEEP, NOW = glue.Block("sst2", 1000, 0.0, 4), "c0ffee0"
@@ -65,6 +65,12 @@ def put(folder: Path, block: Any, *cells: Any) -> None:
 def section(title: str) -> str:
     """Of the page, from the first heading that has the title to the next."""
     return results_page.page().partition(title)[2].partition("\n#")[0]
+
+
+def summary() -> list[list[str]]:
+    """Of README: the head, and a row an entry."""
+    table = results_page.summary(rows=2000, mean=4)
+    return [list(table.columns), *table.values.tolist()]
 
 
 def row(of: str, name: str) -> list[str]:
@@ -148,15 +154,15 @@ def test_over_tasks_says_nothing_where_no_seed_has_all_tasks(results: Path) -> N
 def test_the_summary_says_of_which_tasks_each_mean_is(results: Path) -> None:
     put(results, SST2, a_cell(), a_cell("eva+all", 81.0, trainable=152_757), a_cell("lora+random"))
     put(results, MRPC, a_cell(), a_cell("lora+random", 84.0))
-    head, random, eva = results_page.summary(rows=2000, mean=4)
-    assert head[1:4] == ["trainable, of LoRA's", "20 % wrong labels, points minus LoRA's", "tasks"]
+    head, random, eva = summary()
+    assert head[1:4] == ["trainable, of LoRA's", "20 % wrong labels, points minus LoRA's", "tasks, 20 % wrong labels"]
     assert random == ["`lora+random`", "1.00", "+2.0 (1 seed)", "SST-2, MRPC", "–", "–"]
     assert eva == ["`eva+all`", "0.90", "+1.0 (1 seed)", "SST-2", "–", "–"]
 
 
 def test_the_summary_says_once_what_all_means_are_of(results: Path) -> None:
     put(results, SST2, a_cell(), a_cell("eva+all", 81.0), a_cell("lora+random", 79.0))
-    head, *rows = results_page.summary(rows=2000, mean=4)
+    head, *rows = summary()
     assert head[2] == "20 % wrong labels, points minus LoRA's (SST-2; 1 seed)"
     assert [found[2] for found in rows] == ["-1.0", "+1.0"]
 
@@ -177,7 +183,7 @@ def test_cells_that_drew_at_random_all_the_same_are_counted(results: Path, quali
     name = "`tsqlora+quality`" + (", 1 of 1 drew at random" if random else "")
     assert row(section("### SST-2"), "`tsqlora+quality`")[0] == name
     assert row(_over(), "`tsqlora+quality`")[0] == name
-    assert results_page.summary(rows=2000, mean=4)[1][0] == name
+    assert summary()[1][0] == name
 
 
 def test_trainable_is_a_range_where_seeds_differ(results: Path) -> None:
@@ -199,7 +205,7 @@ def test_an_entry_of_which_every_seed_failed_stands_in_the_tables(results: Path)
     assert "every seed failed" in found
     assert "seeds 0, 1 failed" in found
     assert row(_over(), "`eva+all`")[:2] == ["`eva+all`, 2 cells failed", "–"]
-    assert results_page.summary(rows=2000, mean=4)[1][:3] == ["`eva+all`, 2 cells failed", "–", "–"]
+    assert summary()[1][:3] == ["`eva+all`, 2 cells failed", "–", "–"]
 
 
 def test_differences_are_from_lora_on_all_rows_or_from_nothing(results: Path) -> None:
@@ -267,12 +273,15 @@ def test_plots_are_of_equal_steps_and_the_reference_lies_at_0(results: Path) -> 
     put(results, SST2, a_cell(), a_cell("eva+all", 81.0, trainable=5) | {"seconds": 45.0})
     put(results, glue.Block("sst2", 2000, 0.2, 4, "epochs"), a_cell(), a_cell("eva+all", 89.0))
     for name, (theirs, ours) in {"parameters": (169_730, 5), "seconds": (1.0, 0.5), "passes": (24_000, 24_000)}.items():
-        found = [(dot.entry, dot.cost, pytest.approx(dot.difference)) for dot in plots.dots_of(name)]
-        assert found == [("lora+all", theirs, 0.0), ("eva+all", ours, 1.0)]
+        column = plots.COSTS[name][1]
+        dots = plots.dots_of(glue_cells.shown(glue_cells.stored()), column)
+        assert [*dots["entry"]] == ["lora+all", "eva+all"]
+        assert [*dots[column]] == [theirs, ours]
+        assert [*dots["gain"]] == pytest.approx([0.0, 1.0])
 
 
 def test_seconds_of_fewer_seeds_than_the_row_has_say_so(results: Path) -> None:
-    put(results, SST2, a_cell(), a_cell(seed=1, commit=results_shown.BUSY[0]) | {"seconds": 900.0})
+    put(results, SST2, a_cell(), a_cell(seed=1, commit=glue_cells.BUSY[0]) | {"seconds": 900.0})
     assert row(section("### SST-2"), "`lora+all`")[-1] == "90 (1)"
 
 
@@ -281,7 +290,7 @@ def test_cells_of_another_precision_are_named_and_what_it_makes_is_shown(results
     put(results, SST2, a_cell() | {"bf16": True}, *wide)
     assert "In float32, the others in bfloat16: `eva+all` (seeds 0, 1)." in section("### SST-2")
     again = {"blocks": {SST2.name: {"0": a_cell(points=80.4) | {"bf16": False}}}}
-    (results.parent / results_shown.FLOAT32).write_text(json.dumps(again))
+    (results.parent / glue_cells.FLOAT32).write_text(json.dumps(again))
     assert row(section("## Precision"), "SST-2")[1:] == ["0", "80.0", "80.4", "+0.4"]
     put(results, SST2, a_cell() | {"bf16": True})
     assert "In float32" not in section("### SST-2")
@@ -294,10 +303,10 @@ def test_a_cell_is_compared_with_the_one_of_its_own_precision(results: Path) -> 
     assert row(section("### SST-2"), "`eva+all`")[2] == "+1.0 ± 0.0"
     assert "the other in float32: 3 of the 4 from `lora+all` and 1 of the 2 from `lora+random`" in _over()
     again = {str(seed): a_cell(points=80.5, seed=seed) | {"bf16": False} for seed in range(3)}
-    (results.parent / results_shown.FLOAT32).write_text(json.dumps({"blocks": {SST2.name: again}}))
+    (results.parent / glue_cells.FLOAT32).write_text(json.dumps({"blocks": {SST2.name: again}}))
     assert row(section("### SST-2"), "`eva+all`")[2:4] == ["+0.5 ± 0.0", "better than `lora+all`"]
     assert row(_over(), "`eva+all`")[1] == "+0.5 ± 0.0 (3 seeds)"
-    assert results_page.summary(rows=2000, mean=4)[-1][2] == "+0.5 ± 0.0 (3 seeds)"
+    assert summary()[-1][2] == "+0.5 ± 0.0 (3 seeds)"
     assert "the other in float32: 1 of the 2 from `lora+random`" in _over()
 
 
