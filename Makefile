@@ -1,19 +1,29 @@
-# What there is to run: demo, test, check, docs, bench, bench-scoring, bench-results, bench-llamacpp, constraints, clean.
+# What there is to run: demo, test, test-all, slow, check, docs, bench, bench-scoring, bench-results, bench-llamacpp, constraints, clean.
 # Each makes .venv first where it is missing, or where pyproject.toml or the pins changed.
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
+PYTEST := $(BIN)/pytest -n logical --dist loadfile
 
-.PHONY: demo test check docs bench bench-scoring bench-results bench-llamacpp constraints clean
+.PHONY: demo test test-all slow check docs bench bench-scoring bench-results bench-llamacpp constraints clean
 
 # Its runs are kept, with the report of the last one, until it is called again.
 demo: .venv/.installed-demo
 	rm -rf runs/demo
 	$(BIN)/tsqlora demo --out runs/demo
 
-test: .venv/.installed-dev .venv/axe
-	$(BIN)/pytest -n logical --dist loadfile -m "not docs"
+# The quick tests: at most five minutes on two cores.
+test: .venv/.installed-dev
+	$(PYTEST) -m "not slow and not docs"
+
+# The quick tests and then the slow ones; `make check` runs those of the documentation.
+test-all: test .venv/axe
+	$(PYTEST) -m "slow and not docs"
+
+# Measures which tests are slow, for half an hour, or only those of FILES, and lists them in tests/slow.txt.
+slow: .venv/.installed-dev .venv/axe
+	$(BIN)/pytest --measure -m "not docs" $(FILES)
 
 check: .venv/.installed-dev
 	$(BIN)/ruff check .
@@ -44,7 +54,7 @@ bench-results: .venv/.installed-bench
 	$(BIN)/python bench/results_page.py
 	$(BIN)/python bench/tables.py
 
-# Compiles llama.cpp first: a quarter of an hour on two cores. Then `make test` runs its tests, too.
+# Compiles llama.cpp first: a quarter of an hour on two cores. Then `make test-all` runs its tests, too.
 bench-llamacpp: .venv/.installed-llamacpp
 	$(BIN)/python bench/llamacpp.py
 	$(BIN)/python bench/tables.py

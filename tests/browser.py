@@ -100,10 +100,10 @@ class Page:
 
 
 def axe() -> str:
-    """axe-core's script, which `make test` installs by npm; the test that asks is skipped where there is none."""
+    """axe-core's script, which `make test-all` installs by npm; the test that asks is skipped where there is none."""
     path = Path(sys.prefix) / "axe" / "node_modules" / "axe-core" / "axe.min.js"
     if not path.exists():
-        pytest.skip(f"axe-core is not installed ({path}); make test does it where npm finds its registry")
+        pytest.skip(f"axe-core is not installed ({path}); make test-all does it where npm finds its registry")
     return path.read_text(encoding="utf-8")
 
 

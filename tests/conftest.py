@@ -19,6 +19,8 @@ CHECKED = ("gradients", "quality", "ranks", "layer_sensitivity", "tasks", "adapt
 BEARTYPE = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 install_import_hook([f"tsqlora.{name}" for name in CHECKED], BEARTYPE)
 
+pytest_plugins = ["slow"]
+
 # Tiny models are fastest on one thread, and their sums then come in one order.
 torch.set_num_threads(1)
 

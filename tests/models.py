@@ -37,16 +37,25 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 
 PAD = 0
 EOS = 59
-MAX_LENGTH = 64
 # HF's 0.02 makes a model this small almost constant: no curvature, and D would test nothing.
 WEIGHT_SCALE = 0.3
+SIZES = {
+    "vocab_size": 60,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 64,
+    "initializer_range": WEIGHT_SCALE,
+    "pad_token_id": PAD,
+}
+"""As most families name them."""
 
 
 def tiny_bert(
     num_labels: int = 3,
     layers: int = 2,
     hidden: int = 16,
-    heads: int = 2,
     intermediate: int = 32,
     vocab: int = 60,
     dtype: torch.dtype = torch.float64,
@@ -59,19 +68,13 @@ def tiny_bert(
     Dropout is 0.1 everywhere, so that the code under test must deal with it.  Biases and
     norms are perturbed away from 0 and 1, where mistakes would not show.
     """
+    sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": intermediate, "vocab_size": vocab}
     config = BertConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        intermediate_size=intermediate,
-        max_position_embeddings=MAX_LENGTH,
+        **SIZES | sizes,
         hidden_dropout_prob=0.1,
         attention_probs_dropout_prob=0.1,
         classifier_dropout=0.1,
-        initializer_range=WEIGHT_SCALE,
         num_labels=num_labels,
-        pad_token_id=PAD,
         problem_type=problem_type,
         attn_implementation="sdpa",
     )
@@ -82,10 +85,7 @@ def tiny_llama_classifier(
     num_labels: int = 3,
     layers: int = 2,
     hidden: int = 16,
-    heads: int = 2,
-    kv_heads: int = 1,
     intermediate: int = 32,
-    vocab: int = 60,
     dtype: torch.dtype = torch.float64,
     problem_type: str | None = None,
     *,
@@ -97,17 +97,10 @@ def tiny_llama_classifier(
     Its norms and rotary angles compute in float32 whatever `dtype` is: expect 1e-6, not 1e-12.
     """
     config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        intermediate_size=intermediate,
-        max_position_embeddings=MAX_LENGTH,
+        **SIZES | {"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": intermediate},
+        num_key_value_heads=1,
         attention_dropout=0.1,
-        initializer_range=WEIGHT_SCALE,
         num_labels=num_labels,
-        pad_token_id=PAD,
         problem_type=problem_type,
         use_cache=False,
         attn_implementation="sdpa",
@@ -115,28 +108,13 @@ def tiny_llama_classifier(
     return _built(LlamaForSequenceClassification, config, dtype, seed)
 
 
-def tiny_gpt2(
-    num_labels: int = 3, dtype: torch.dtype = torch.float64, *, seed: int = 0
-) -> GPT2ForSequenceClassification:
+def tiny_gpt2() -> GPT2ForSequenceClassification:
     """A decoder whose linear layers are transformers' Conv1D (weight i × o), with a head (score.weight)."""
-    config = GPT2Config(
-        vocab_size=60,
-        n_embd=16,
-        n_layer=2,
-        n_head=2,
-        n_inner=32,
-        n_positions=MAX_LENGTH,
-        bos_token_id=EOS,
-        eos_token_id=EOS,
-        initializer_range=WEIGHT_SCALE,
-        num_labels=num_labels,
-        pad_token_id=PAD,
-        use_cache=False,
-    )
-    return _built(GPT2ForSequenceClassification, config, dtype, seed)
+    config = GPT2Config(**SIZES, n_inner=32, bos_token_id=EOS, eos_token_id=EOS, num_labels=3, use_cache=False)
+    return _built(GPT2ForSequenceClassification, config)
 
 
-def tiny_t5(num_labels: int = 3, dtype: torch.dtype = torch.float64, *, seed: int = 0) -> T5ForSequenceClassification:
+def tiny_t5(dtype: torch.dtype = torch.float64) -> T5ForSequenceClassification:
     """An encoder and decoder that share one Embedding, with RMS norms; rows must end in EOS.
 
     Its norms compute in float32 whatever `dtype` is: expect 1e-6.
@@ -149,50 +127,34 @@ def tiny_t5(num_labels: int = 3, dtype: torch.dtype = torch.float64, *, seed: in
         num_layers=1,
         num_heads=2,
         feed_forward_proj="gated-gelu",
-        initializer_factor=1.0,
-        num_labels=num_labels,
+        num_labels=3,
         pad_token_id=PAD,
         eos_token_id=EOS,
         decoder_start_token_id=PAD,
         use_cache=False,
     )
-    return _built(T5ForSequenceClassification, config, dtype, seed)
+    return _built(T5ForSequenceClassification, config, dtype)
 
 
-def tiny_mpnet(
-    num_labels: int = 3, dtype: torch.dtype = torch.float64, *, seed: int = 0
-) -> MPNetForSequenceClassification:
+def tiny_mpnet() -> MPNetForSequenceClassification:
     """An encoder with a two-layer head (classifier.dense, classifier.out_proj)."""
-    config = MPNetConfig(
-        vocab_size=60,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=MAX_LENGTH,
-        initializer_range=WEIGHT_SCALE,
-        num_labels=num_labels,
-        pad_token_id=PAD,
-    )
-    return _built(MPNetForSequenceClassification, config, dtype, seed)
+    return _built(MPNetForSequenceClassification, MPNetConfig(**SIZES, num_labels=3))
 
 
-def tiny_bart(
-    num_labels: int = 3, dtype: torch.dtype = torch.float64, *, seed: int = 0
-) -> BartForSequenceClassification:
+def tiny_bart() -> BartForSequenceClassification:
     """An encoder and decoder with a head of two layers (classification_head); rows must end in EOS."""
+    sides = {
+        f"{side}_{name}": value
+        for side in ("encoder", "decoder")
+        for name, value in {"layers": 1, "attention_heads": 2, "ffn_dim": 32}.items()
+    }
     config = BartConfig(
         vocab_size=60,
         d_model=16,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-        max_position_embeddings=MAX_LENGTH,
+        **sides,
+        max_position_embeddings=64,
         init_std=WEIGHT_SCALE,
-        num_labels=num_labels,
+        num_labels=3,
         pad_token_id=PAD,
         bos_token_id=EOS - 1,
         eos_token_id=EOS,
@@ -200,10 +162,10 @@ def tiny_bart(
         forced_eos_token_id=None,
         use_cache=False,
     )
-    return _built(BartForSequenceClassification, config, dtype, seed)
+    return _built(BartForSequenceClassification, config)
 
 
-def tiny_vit(num_labels: int = 3, dtype: torch.dtype = torch.float64, *, seed: int = 0) -> ViTForImageClassification:
+def tiny_vit() -> ViTForImageClassification:
     """An image model: pixel_values of 3 × 8 × 8 in four patches, with a head (classifier)."""
     config = ViTConfig(
         hidden_size=16,
@@ -213,28 +175,26 @@ def tiny_vit(num_labels: int = 3, dtype: torch.dtype = torch.float64, *, seed: i
         image_size=8,
         patch_size=4,
         initializer_range=WEIGHT_SCALE,
-        num_labels=num_labels,
+        num_labels=3,
     )
-    return _built(ViTForImageClassification, config, dtype, seed)
+    return _built(ViTForImageClassification, config)
 
 
-def generating(
-    kind: type[Model], like: PreTrainedModel, dtype: torch.dtype = torch.float64, *, seed: int = 0, **options: Any
-) -> Model:
+def generating(kind: type[Model], like: PreTrainedModel, dtype: torch.dtype = torch.float64, **options: Any) -> Model:
     """A model that generates text, of a tiny classifier's sizes."""
     settings = like.config.to_dict() | options
     for name in ("num_labels", "id2label", "label2id", "architectures", "problem_type"):
         settings.pop(name, None)
-    return _built(kind, type(like.config)(**settings), dtype, seed)
+    return _built(kind, type(like.config)(**settings), dtype)
 
 
-def tiny_encoder_decoder(dtype: torch.dtype = torch.float64, *, seed: int = 0) -> EncoderDecoderModel:
+def tiny_encoder_decoder() -> EncoderDecoderModel:
     """Two encoders, one of which writes; rows must end in EOS."""
     one, other = (BertConfig(**tiny_bert(layers=1).config.to_dict()) for _ in range(2))
     config = EncoderDecoderConfig.from_encoder_decoder_configs(
         one, other, pad_token_id=PAD, eos_token_id=EOS, decoder_start_token_id=EOS
     )
-    return _built(EncoderDecoderModel, config, dtype, seed)
+    return _built(EncoderDecoderModel, config)
 
 
 GENERATORS: dict[str, Callable[[], PreTrainedModel]] = {
@@ -243,7 +203,7 @@ GENERATORS: dict[str, Callable[[], PreTrainedModel]] = {
     "gpt2": lambda: generating(GPT2LMHeadModel, tiny_gpt2()),
     "t5": lambda: generating(T5ForConditionalGeneration, tiny_t5()),
     "bart": lambda: generating(BartForConditionalGeneration, tiny_bart()),
-    "bert + bert": lambda: tiny_encoder_decoder(),
+    "bert + bert": tiny_encoder_decoder,
 }
 """Families of models that generate text; the last three have an encoder."""
 
@@ -401,7 +361,7 @@ def collate(
     }
 
 
-def _built(kind: Callable[[Config], Model], config: Config, dtype: torch.dtype, seed: int) -> Model:
+def _built(kind: Callable[[Config], Model], config: Config, dtype: torch.dtype = torch.float64, seed: int = 0) -> Model:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = kind(config)

@@ -65,6 +65,15 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def head(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What is trained beside LoRA."""
+    return {name: p for name, p in trainable(model).items() if "lora_" not in name}
+
+
+def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
 def slow(
     model: nn.Module,
     rows: Rows,
@@ -83,9 +92,9 @@ def slow(
         model,
         batches,
         sample_loss=loss,
-        layers={name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)},
+        layers=lora_layers(model),
         effective_weight=effective_weight,
-        head={name: p for name, p in trainable(model).items() if "lora_" not in name},
+        head=head(model),
         reference=reference,
         offsets=offsets,
     )
