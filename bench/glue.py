@@ -27,7 +27,7 @@ from tsqlora.compare.methods import POLICIES, entries
 from tsqlora.compare.run import Equal
 from tsqlora.errors import SettingsError
 from tsqlora.files import write_json
-from tsqlora.run.config import Config, load_config
+from tsqlora.run.config import REMOVED_SETTINGS, Config, load_config
 from tsqlora.run.demo import package_folder
 
 BENCH = Path(__file__).parent
@@ -229,9 +229,10 @@ def _shared(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Settings that are not the same; one that older code did not have yet had its default."""
+    """Settings that differ; one that older code did not have yet, or newer code has no longer, is at its default."""
     needed = {"model": {"path": "any"}, "task": {"type": "regression"}, "data": {"train": "any"}}
-    defaults = _flat(Config.model_validate(needed).model_dump(mode="json"))
+    removed = {key: setting.default for key, setting in REMOVED_SETTINGS.items()}
+    defaults = removed | _flat(Config.model_validate(needed).model_dump(mode="json"))
     old, new = defaults | _flat(before), defaults | _flat(now)
     return [
         f"{name} {old.get(name)}, now {new.get(name)}"

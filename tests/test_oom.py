@@ -189,17 +189,6 @@ def test_a_batch_is_trained_on_in_parts_with_the_same_steps(
         assert adapters[0] == adapters[1]
 
 
-def test_what_harvests_begins_anew_in_parts(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Since what it has of rows is in no checkpoint."""
-    harvesting = config.model_copy(update={"quality": config.quality.model_copy(update={"harvest": True})})
-    with monkeypatch.context() as patch:
-        Limit(patch, rows=4, first=12)
-        with pytest.warns(UserWarning, match="memory does not suffice for 8 rows at once"):
-            record = pipeline.train(harvesting, tmp_path / "run")
-    assert record.status == "finished"
-    assert (tmp_path / "run" / "harvest.parquet").exists()
-
-
 def test_a_resumed_run_begins_with_what_sufficed(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from tsqlora.quality.subset import QualitySubset
     from tsqlora.ranks.allocate import Sensitivity, allocate
     from tsqlora.ranks.events import RankEvent
-    from tsqlora.training.harvest_callback import HarvestCallback
     from tsqlora.training.manifest import last_checkpoint
     from tsqlora.training.nonfinite import GuardCallback
     from tsqlora.training.quality_callback import QualityCallback
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 __all__ = [
     "DataError",
     "GuardCallback",
-    "HarvestCallback",
     "NotLearnedError",
     "QualityCallback",
     "QualitySubset",
@@ -62,7 +60,6 @@ _HOMES = {
     "ranks.events": ("RankEvent",),
     "layer_sensitivity": ("sensitivity",),
     "training.nonfinite": ("GuardCallback",),
-    "training.harvest_callback": ("HarvestCallback",),
     "training.manifest": ("last_checkpoint",),
     "training.quality_callback": ("QualityCallback",),
     "training.rank_callback": ("RankCallback",),

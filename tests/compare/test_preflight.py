@@ -33,7 +33,7 @@ def checked(config: Config, *methods: str, known: tuple[int, ...] = (), equal: A
 def test_what_can_be_trained_passes(place: Path) -> None:
     paper = settings(place, quality={"fraction": 0.5, "reference": 40, "preset": "paper"})
     assert not checked(paper, "full", "lora", "dora", "adalora", "elalora", "eva", "prune", "tsqlora", "lora+gradnorm")
-    assert not checked(settings(place), "adalora+quality", "dora+el2n", "full+infobatch", "eva+gradnorm")
+    assert not checked(settings(place), "adalora+quality", "dora+el2n", "eva+gradnorm")
 
 
 @pytest.mark.parametrize("method", ["full", "dora", "adalora", "elalora", "prune"])
@@ -62,11 +62,6 @@ def test_scoring_by_gradients_that_a_method_does_not_show_is_refused(method: str
             r"lora\+loss: a draw of 1 rows cannot hold",
         ),
         ({"quality": {"fraction": 0.5, "warmup": 9.0}}, "lora+loss", r"lora\+loss: .* no scored epoch would be left"),
-        (
-            {"training": {"epochs": 2}},
-            "lora+infobatch",
-            r"lora\+infobatch: .* which takes 2 epochs, and the run has 2",
-        ),
     ],
 )
 def test_settings_that_an_entry_cannot_have_are_refused_by_its_name(

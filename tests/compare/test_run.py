@@ -14,11 +14,10 @@ import pytest
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
 from tsqlora.compare.cells import Cell, Entry
 from tsqlora.compare.methods import METHODS, POLICIES, entries
-from tsqlora.compare.run import commit_of, planned_steps, run_cell, settings_hash, settings_of, steps_in
+from tsqlora.compare.run import commit_of, planned_steps, run_cell, settings_hash, steps_in
 from tsqlora.compare.worker import in_own_process
 from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.run.config import Config, load_config
-from tsqlora.run.job import load
 from tsqlora.run.train import dry_run
 
 ROWS = 160
@@ -83,14 +82,6 @@ def test_a_cell_tells_why_its_policy_drew_at_random(place: Path) -> None:
     assert "train it longer first" in at_chance["quality"]["random"]
 
 
-def test_infobatch_that_never_drew_by_losses_says_so(place: Path) -> None:
-    quality = {"fraction": 0.5, "reference": 40}
-    short = run_cell(settings(place, quality=quality, training={"epochs": 2}), cell_of("lora+infobatch"), equal="steps")
-    assert short["quality"]["random"] == "no epoch began after every row had a loss"
-    longer = run_cell(settings(place, quality=quality), cell_of("lora+infobatch"), equal="steps")
-    assert longer["quality"]["random"] is None
-
-
 def test_a_commit_is_that_of_the_package_and_says_where_it_was_changed(tmp_path: Path) -> None:
     def git(*words: str) -> None:
         who = ("-c", "user.name=a", "-c", "user.email=a@b")
@@ -147,13 +138,6 @@ def test_a_cells_hash_is_of_what_decides_it_and_not_of_where_files_lie(place: Pa
     others += [hash_of(config, data="others"), hash_of(config, equal="epochs")]
     others += [hash_of(settings(place, ranks={"mean": 4.0})), hash_of(config)]
     assert len(set(others)) == len(others)
-
-
-def test_the_seed_of_a_cell_decides_what_infobatch_draws(place: Path) -> None:
-    def callback(seed: int) -> Any:
-        return POLICIES["infobatch"](load(settings_of(settings(place), cell_of("lora", seed), {})), place, None).also[0]
-
-    assert [callback(seed).seed for seed in (0, 3)] == [0, 3]
 
 
 def test_with_equal_epochs_who_has_all_rows_takes_more_steps(place: Path) -> None:

@@ -134,20 +134,6 @@ def in_trainer(rank: int, world: int, folder: Path) -> Any:
     }
 
 
-def weighed(rank: int, world: int, folder: Path) -> Any:
-    """Weights after a run whose rows have weights, a global batch of 8."""
-    model = quiet(slotted_bert())
-    data = tsq.QualitySubset(moods(), fraction=0.5, seed=0)
-    weights = {"convergence": 0.3, "gradient_norm": -0.3}
-    quality = tsq.QualityCallback(data, reference=32, weights=weights, unbiased=True, guard=False)
-    options = {"per_device_train_batch_size": 8 // world, "learning_rate": 0.02, "num_train_epochs": 4}
-    trainer = make_trainer(model, data, folder, [quality], average_tokens_across_devices=False, **options)
-    trainer.train()
-    assert data.weights is not None
-    told = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    return told | {"row weights": torch.from_numpy(data.weights)}
-
-
 def scored(rank: int, world: int, folder: Path) -> Any:
     """The files of three scorings, through DistributedDataParallel where there are several processes."""
     model = lora(tiny_bert(layers=1))
@@ -310,7 +296,6 @@ def work(rank: int, world: int, folder: Path) -> dict[str, Any]:
         "scored": scored(rank, world, folder),
         "refused": refused(rank, world) if world > 1 else {},
         "trainer": in_trainer(rank, world, folder / f"trainer-{world}"),
-        "weighed": weighed(rank, world, folder / f"weighed-{world}"),
     }
 
 

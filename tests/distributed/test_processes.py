@@ -105,12 +105,6 @@ def test_scores_between_two_epochs_are_those_of_one_process(told: list[dict[str,
         np.testing.assert_allclose(values, alone["terms"][name], rtol=1e-5, atol=1e-8)
 
 
-def test_rows_have_their_weights_in_whichever_process_they_are(told: list[dict[str, Any]]) -> None:
-    first, second, alone = (of["weighed"] for of in told)
-    assert_equal(first, second)
-    assert_close(first, alone, error=1e-5)
-
-
 def test_importance_is_the_same_in_every_process(told: list[dict[str, Any]]) -> None:
     first, second, alone = (of["trainer"]["importance"] for of in told)
     assert_equal(first, second)

@@ -117,61 +117,6 @@ def test_a_draw_is_a_function_of_scores_seed_and_epoch_alone() -> None:
     assert other.draw(3).tolist() != one.draw(3).tolist()
 
 
-@pytest.mark.parametrize("dropped", [0, 8])
-def test_weighted_means_of_draws_have_the_kept_rows_mean_as_expectation(dropped: int) -> None:
-    subset, scores = QualitySubset(range(40), 0.3), scored(40, stratified=True)
-    if dropped:
-        scores = scores.drop(np.arange(40) < dropped, "duplicate")
-    subset.use(scores, 0, unbiased=True)
-    gradients = np.random.default_rng(5).normal(size=40) + scores.quality
-    means, weights = [], []
-    for epoch in range(2000):
-        rows, own = subset.drawn(epoch)
-        assert own is not None
-        means.append(float(np.mean(own * gradients[rows])))
-        weights.append(float(own.mean()))
-    for found, wanted in ((means, gradients[scores.kept].mean()), (weights, 1.0)):
-        error = np.std(found) / np.sqrt(len(found))
-        assert abs(np.mean(found) - wanted) < 4 * error
-    plain = [float(np.mean(gradients[subset.draw(epoch)])) for epoch in range(200)]
-    assert np.mean(plain) > gradients[scores.kept].mean() + 0.3  # what weights take away
-
-
-def test_weights_stand_beside_their_rows_in_whatever_order_these_are() -> None:
-    lengths = np.random.default_rng(0).integers(1, 100, size=40).tolist()
-    pairs = []
-    for options in ({}, {"lengths": lengths, "batch_size": 4}):
-        subset = QualitySubset(range(40), 0.3, **options)
-        subset.use(scored(40), 0, unbiased=True)
-        subset.set_epoch(3)
-        assert subset.weights is not None
-        pairs.append(dict(zip(subset.indices.tolist(), subset.weights.tolist(), strict=True)))
-    assert pairs[0] == pairs[1]
-    assert len(set(pairs[0].values())) == len(pairs[0])
-
-
-def test_only_a_softmax_weighs() -> None:
-    subset = QualitySubset(range(40), 0.3)
-    assert subset.weights is None
-    subset.use(scored(40), 2, unbiased=True)
-    assert subset.drawn(1)[1] is None
-    assert subset.drawn(2)[1] is not None
-    subset.use(evenly(40), 2, unbiased=True)
-    assert subset.drawn(2)[1] is None
-    subset.use(scored(40), 2)
-    assert subset.drawn(2)[1] is None
-
-
-def test_a_policy_draws_the_epochs_that_it_does_not_leave_to_scores() -> None:
-    subset, plain = QualitySubset(range(40), 0.1), QualitySubset(range(40), 0.1)
-    subset.policy = lambda epoch: (np.arange(4), np.arange(4) / 2) if epoch else None
-    assert subset.draw(0).tolist() == plain.draw(0).tolist()
-    rows, weights = subset.drawn(1)
-    assert sorted(rows.tolist()) == [0, 1, 2, 3]
-    assert weights is not None
-    assert (weights == rows / 2).all()
-
-
 def test_listeners_are_told_the_rows_that_are_handed_out() -> None:
     subset = QualitySubset(range(20), 0.5)
     first: list[int] = []

@@ -122,28 +122,10 @@ def test_a_temperature_of_nothing_is_refused() -> None:
         loaded("quality: {temperature: 2.0}")
 
 
-def test_unbiased_weights_of_nothing_are_refused() -> None:
-    message = error_of("quality: {unbiased: true}")
-    assert message.startswith(
-        "tsq.yaml: quality.unbiased true is of a softmax over Q, and every weight of Q is 0; set qua"
-    )
-    assert loaded("quality: {unbiased: true, preset: paper}").quality.unbiased
-
-
 def test_a_path_from_home_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "mine").mkdir()
     assert loaded("", "model.path=~/mine").model.path == str(tmp_path / "mine")
-
-
-@pytest.mark.parametrize("other", ["reject: false", "preset: paper", "weights: {loss: 1}"])
-def test_looking_again_for_what_is_never_looked_for_is_refused(other: str) -> None:
-    assert "quality.recheck true asks again whether" in error_of(f"quality: {{recheck: true, {other}}}")
-
-
-def test_harvest_beside_unbiased_weights_is_refused() -> None:
-    message = error_of("quality: {unbiased: true, preset: paper, harvest: true}")
-    assert message.endswith("quality.harvest reads gradients that quality.unbiased weighs; set one of them to false")
 
 
 def test_the_greatest_rank_is_twice_the_mean_unless_set() -> None:
@@ -160,8 +142,7 @@ def test_the_greatest_rank_is_twice_the_mean_unless_set() -> None:
         (
             "quality: {fractoin: 0.3}",
             "unknown key 'quality.fractoin'; did you mean 'fraction'? choices: calibrate, enabled, fraction, "
-            "guard, harvest, preset, recheck, reference, reject, resample, scope, temperature, unbiased, warmup, "
-            "warmup_limit, weights",
+            "guard, preset, reference, reject, resample, scope, temperature, warmup, warmup_limit, weights",
         ),
         (
             "quality: {weights: {convergense: 1}}",

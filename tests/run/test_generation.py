@@ -15,7 +15,7 @@ from byte_tokenizers import byte_tokenizer
 from models import generating, tiny_bart, tiny_gpt2, tiny_llama_classifier
 from runs import write_config, write_jsonl
 from seen import Seen
-from tsqlora.errors import SettingsError, UnsupportedError
+from tsqlora.errors import SettingsError
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.gradients.sites import bitsandbytes_bits
 from tsqlora.quality.explain import explain
@@ -346,20 +346,6 @@ def test_packed_training_is_the_padded_one(tmp_path: Path) -> None:
         assert record.quality["used"]
         found.append([record.metrics["validation"]["loss"], *scores.terms["loss"]])
     np.testing.assert_allclose(found[1], found[0], rtol=1e-2)
-
-
-def test_harvest_of_texts_is_refused_by_name(tmp_path: Path) -> None:
-    longer = [{"document": "pink", "summary": "pink pink pink"}] * 18
-    config = write_config(
-        tmp_path / "tsq.yaml",
-        checkpoint(tmp_path / "model", "causal-lm"),
-        write_jsonl(tmp_path / "train.jsonl", [*rows(18), *longer]),
-        task={"type": "causal-lm"},
-        quality={"harvest": True},
-        training=TRAINING,
-    )
-    with pytest.raises(UnsupportedError, match="harvest"):
-        pipeline.train(load_config(config, ["data.max_length=32"]), tmp_path / "run")
 
 
 # torch warns of its own script_method, which bitsandbytes imports.

@@ -1,6 +1,5 @@
 """Every setting reaches what it is for: a key that nothing reads is a promise not kept."""
 
-import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -60,10 +59,7 @@ OTHER_VALUES: dict[str, Any] = {
     "quality.scope": "full",
     "quality.reference": 64,
     "quality.calibrate": False,
-    "quality.unbiased": True,
     "quality.guard": False,
-    "quality.recheck": True,
-    "quality.harvest": True,
     "ranks.policy": "fixed",
     "ranks.mean": 4.0,
     "ranks.min": 2,
@@ -128,7 +124,6 @@ def what_arrives(config: Config) -> dict[str, Any]:
         "QualitySubset": [0] * 4,
         "QualityCallback": "a callback",
         "require_drawable": None,
-        "HarvestCallback": "another",
         "RankCallback": None,
     }
 
@@ -157,8 +152,7 @@ def what_arrives(config: Config) -> dict[str, Any]:
         asking = job.asking_of(loaded, args)
         arrived["asking"] = (asking.max_new_tokens, asking.beams)
         job.begin(loaded, args)
-        data, arrived["quality"], _ = job.method(loaded, Path("scores.parquet"), None)
-        inspect.unwrap(job.harvesting)(loaded, data, Path("run"))
+        _, arrived["quality"], _ = job.method(loaded, Path("scores.parquet"), None)
     del arrived["plan"], arrived["active_parameters"]
     return arrived
 
@@ -179,7 +173,6 @@ BESIDE: dict[str, dict[str, Any]] = {
     "data.max_target_length": {"task.type": "seq2seq"},
     "quality.weights.ifd": {"task.type": "causal-lm"},
     "quality.temperature": {"quality.preset": "paper"},
-    "quality.unbiased": {"quality.preset": "paper"},
 }
 """What a setting needs beside it to have a meaning."""
 
@@ -195,7 +188,6 @@ BESIDE: dict[str, dict[str, Any]] = {
         ("sequence-classification", "data.format", "leave it out"),
         ("sequence-classification", "data.messages", "set data.text, or leave it out"),
         ("sequence-classification", "task.beams", "leave it out"),
-        ("regression", "quality.recheck", "leave it out"),
         ("sequence-classification", "data.packing", "leave it out"),
         ("seq2seq", "data.packing", "leave it out"),
     ],
@@ -230,7 +222,6 @@ def test_every_key_changes_what_some_boundary_is_given(key: str) -> None:
         ("quality.warmup_limit", "QualityCallback", "limit"),
         ("quality.temperature", "QualityCallback", "temperature"),
         ("quality.calibrate", "QualityCallback", "calibration"),
-        ("quality.unbiased", "QualityCallback", "unbiased"),
         ("quality.guard", "QualityCallback", "guard"),
         ("ranks.min", "RankCallback", "min_rank"),
         ("ranks.gamma", "RankCallback", "gamma"),

@@ -75,8 +75,6 @@ def test_rows_budget_and_parameters_are_the_models(model: PeftModel) -> None:
     ("quality", "warmup", "scoring"),
     [
         ({}, 100, (100 + 100, 0)),
-        ({"recheck": True}, 100, (2 * (100 + 100), 0)),
-        ({"recheck": True, "warmup": 0.1}, 50, (4 * (100 + 100), 0)),
         ({"reference": 40}, 100, (100 + 40, 0)),
         ({"weights": {"loss": -1.0}}, 100, (100 + 100, 0)),
         ({"weights": {"convergence": 1.0}}, 100, (100 + 2 * 100, 100 + 100)),
@@ -161,7 +159,6 @@ def test_what_cannot_be_done_is_refused(sections: dict[str, Any], message: str, 
             ["quality.scope, quality.guard without effect: no term of Q that has a weight is of gradients"],
         ),
         ({"ranks": {}, "quality": {"guard": False, "scope": "full", "preset": "paper"}}, []),
-        ({"ranks": {}, "quality": {"scope": "full", "harvest": True}}, []),
         ({"ranks": {}, "training": {"disable_tqdm": True}}, []),
         (
             {"ranks": {}, "training": {"disable_tqdm": False}},

@@ -27,7 +27,6 @@ from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.quality.scores import Scores
 from tsqlora.tasks.classification import Classification
 from tsqlora.training import drawing, quality_callback
-from tsqlora.training.infobatch_callback import InfoBatchCallback
 from tsqlora.training.nonfinite import GuardCallback
 
 DATA = moods()
@@ -165,82 +164,6 @@ def test_rows_whose_label_seems_wrong_are_left_out(tmp_path: Path, monkeypatch: 
     assert Scores.load(tmp_path / "scores.parquet").record["noise"] == {"rate": 0.1, "evident": True}
 
 
-def seen_at(call: int, monkeypatch: pytest.MonkeyPatch) -> tuple[np.ndarray, list[int]]:
-    """Rows whose label seems wrong from this scoring on, counted from 1; and the scorings so far, to be counted."""
-    doubtful, calls = np.arange(len(DATA)) % 8 == 3, [0]
-
-    def found(logits: np.ndarray, labels: np.ndarray) -> Any:
-        calls[0] += 1
-        evident = calls[0] >= call
-        noise = {"rate": 0.1 * evident, "evident": evident}
-        return doubtful & evident, SimpleNamespace(to_dict=lambda: noise)
-
-    monkeypatch.setattr("tsqlora.quality.score.reject_labels", found)
-    return doubtful, calls
-
-
-def test_while_no_label_seems_wrong_it_is_looked_for_again_after_each_pass(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    doubtful, calls = seen_at(2, monkeypatch)
-    watch = Watch()
-    quality, _ = run(tmp_path, also=(watch,), further={"num_train_epochs": 8}, recheck=True)
-    assert (calls, quality.scorings) == ([2], 2)
-    assert quality.data.scored_epoch == 4
-    control = tsq.QualitySubset(DATA, 0.5)
-    for epoch in range(8):
-        assert watch.drawn[epoch] == quality.data.draw(epoch).tolist()
-        assert doubtful[watch.drawn[epoch]].any() == (epoch < 4)
-        if epoch < 4:
-            assert watch.drawn[epoch] == control.draw(epoch).tolist()
-
-
-@pytest.mark.parametrize(
-    ("call", "epochs", "options", "scorings"),
-    [
-        (1, 8, {}, 1),  # evident at once
-        (9, 8, {}, 2),  # never: again at 4, and at 6 less than a third would be left
-        (9, 12, {}, 4),
-        (9, 5, {}, 1),
-        (9, 8, {"recheck": False}, 1),
-    ],
-)
-def test_labels_are_looked_at_again_only_while_it_can_help(
-    call: int, epochs: int, options: dict[str, Any], scorings: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _, calls = seen_at(call, monkeypatch)
-    quality, _ = run(tmp_path, further={"num_train_epochs": epochs}, **({"recheck": True} | options))
-    assert (calls, quality.scorings) == ([scorings], scorings)
-
-
-@pytest.mark.parametrize("options", [{"weights": {"loss": -1.0}, "reject": True}, {"reject": False}])
-def test_looking_again_for_what_is_never_looked_for_is_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(SettingsError, match=r"recheck asks again whether labels seem wrong, .* leave it out"):
-        tsq.QualityCallback(tsq.QualitySubset(DATA, 0.5), recheck=True, **options)
-
-
-@pytest.mark.parametrize("step", [6, 10, 15, 18])
-def test_a_run_resumed_around_a_second_scoring_has_the_same_rows(
-    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    saves = {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 8}
-    doubtful, calls = seen_at(2, monkeypatch)
-    watch, again = Watch(), Watch()
-    _, first = run(tmp_path, also=(watch,), further=saves, recheck=True)
-    written = (tmp_path / "scores.parquet").read_bytes()
-    # As many scorings have been seen at this step as the checkpoint knows of: one from step 8 on, two from step 16.
-    calls[0] = (step >= 8) + (step >= 16)
-    subset = tsq.QualitySubset(DATA, 0.5)
-    quality = tsq.QualityCallback(subset, reference=40, recheck=True)
-    resumed = make_trainer(slotted_bert(), subset, tmp_path, [again, quality], **saves)
-    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
-    assert quality.scorings == 2
-    assert again.drawn == {epoch: rows for epoch, rows in watch.drawn.items() if epoch >= step // 4}
-    assert not doubtful[quality.data.draw(7)].any()
-    assert (tmp_path / "scores.parquet").read_bytes() == written
-    assert_same(fingerprint(resumed.model), fingerprint(first.model), "model")
-
-
 @pytest.mark.parametrize(("options", "dropped"), [({"reject": False}, 0), ({"weights": GRADIENTS}, 0)])
 def test_rows_are_rejected_only_where_that_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], dropped: int
@@ -307,61 +230,19 @@ def test_the_guard_has_convergence_measured_where_gradients_are_there_anyway(tmp
     assert plain.data.scores.record["guard"] == {"checked": False, "why": "rows are drawn evenly: no Q decides"}
 
 
-class Weighed(TrainerCallback):
-    """The rows and weights of each step's epoch."""
-
-    def __init__(self) -> None:
-        self.seen: dict[int, Any] = {}
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        data = kwargs["train_dataloader"].dataset
-        weights = None if data.weights is None else data.weights.tolist()
-        self.seen[state.global_step] = (data.indices.tolist(), weights)
-
-
-UNBIASED: dict[str, Any] = {"weights": GRADIENTS, "unbiased": True, "guard": False}
-
-
-def test_unbiased_rows_have_weights_once_they_are_drawn_by_quality(tmp_path: Path) -> None:
-    watch = Weighed()
-    quality, trainer = run(tmp_path, also=(watch,), **UNBIASED)
-    assert [step for step, (_, weights) in watch.seen.items() if weights is None] == list(range(8))
-    for step in range(8, 20):
-        rows, weights = quality.data.drawn(step // 4)
-        assert weights is not None
-        assert watch.seen[step] == (rows.tolist(), weights.tolist())
-    plain, other = run(tmp_path, **(UNBIASED | {"unbiased": False}))
-    assert plain.data.draw(4).tolist() == quality.data.draw(4).tolist()
-    one, two = (made.model.state_dict() for made in (trainer, other))  # type: ignore[union-attr]
-    assert any(not torch.equal(one[name], two[name]) for name in one)
-
-
 @pytest.mark.parametrize("step", [7, 8, 10, 12, 17])
-def test_a_resumed_run_has_the_same_rows_and_weights(step: int, tmp_path: Path) -> None:
+def test_a_resumed_run_draws_the_same_rows(step: int, tmp_path: Path) -> None:
     saves = {"save_strategy": "steps", "save_steps": 1}
-    watch, resumed = Weighed(), Weighed()
-    _, trainer = run(tmp_path, also=(watch,), further=saves, **UNBIASED)
+    by_quality = {"weights": GRADIENTS, "guard": False}
+    watch, resumed = Watch(), Watch()
+    _, trainer = run(tmp_path, also=(watch,), further=saves, **by_quality)
     subset = tsq.QualitySubset(DATA, 0.5)
-    quality = tsq.QualityCallback(subset, reference=40, **UNBIASED)
+    quality = tsq.QualityCallback(subset, reference=40, **by_quality)
     again = make_trainer(slotted_bert(), subset, tmp_path, [resumed, quality], num_train_epochs=EPOCHS, **saves)
     again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
-    assert resumed.seen == {at: what for at, what in watch.seen.items() if at >= step}
+    assert resumed.drawn == {epoch: rows for epoch, rows in watch.drawn.items() if epoch >= step // 4}
     for name, value in trainer.model.state_dict().items():  # type: ignore[union-attr]
         assert torch.equal(value, again.model.state_dict()[name]), name  # type: ignore[union-attr]
-
-
-def test_unbiased_weights_without_a_softmax_are_refused() -> None:
-    text = (
-        "unbiased weights are of rows drawn by a softmax over Q, and Q has no weights; give weights, or leave unbiased"
-    )
-    with pytest.raises(SettingsError, match=text):
-        tsq.QualityCallback(tsq.QualitySubset(DATA, 0.5), unbiased=True)
-
-
-def test_unbiased_weights_need_to_see_the_rows(tmp_path: Path) -> None:
-    text = r"QualityCallback\(unbiased=True\) must see which rows are handed out; set dataloader_num_workers to 0"
-    with pytest.raises(SettingsError, match=text):
-        run(tmp_path, further={"dataloader_num_workers": 1}, **UNBIASED)
 
 
 def test_the_callback_itself_draws_anew() -> None:
@@ -771,7 +652,7 @@ def test_another_data_set_than_the_trainers_is_refused(tmp_path: Path) -> None:
         make_trainer(slotted_bert(), tsq.QualitySubset(DATA, 0.5), tmp_path, [quality]).train()
 
 
-@pytest.mark.parametrize("callback", [tsq.QualityCallback, tsq.GuardCallback, tsq.HarvestCallback, InfoBatchCallback])
+@pytest.mark.parametrize("callback", [tsq.QualityCallback, tsq.GuardCallback])
 def test_a_plain_list_is_refused_with_the_cure(callback: Any) -> None:
     text = rf"{callback.__name__} got a list; .* make data = tsqlora\.QualitySubset\(rows\), and give it to the Trainer"
     with pytest.raises(SettingsError, match=text):
@@ -788,7 +669,7 @@ class Drawn(TrainerCallback):
         self.rows.append(sorted(self.data.indices.tolist()))
 
 
-@pytest.mark.parametrize("other", [tsq.RankCallback, tsq.GuardCallback, InfoBatchCallback])
+@pytest.mark.parametrize("other", [tsq.RankCallback, tsq.GuardCallback])
 def test_a_later_training_without_the_callback_is_a_random_one(other: Any, tmp_path: Path) -> None:
     quality, _ = run(tmp_path / "first", weights={"loss": 1.0}, guard=False)
     subset = quality.data
@@ -796,8 +677,7 @@ def test_a_later_training_without_the_callback_is_a_random_one(other: Any, tmp_p
     callback = other(interval=4) if other is tsq.RankCallback else other(subset)
     drawn = Drawn(subset)
     make_trainer(slotted_bert(), subset, tmp_path / "second", [callback, drawn], num_train_epochs=EPOCHS).train()
-    random = EPOCHS if other is not InfoBatchCallback else 2
-    assert drawn.rows[:random] == [sorted(fresh.draw(epoch).tolist()) for epoch in range(random)]
+    assert drawn.rows == [sorted(fresh.draw(epoch).tolist()) for epoch in range(EPOCHS)]
     assert subset.scores is None
     assert not (isinstance(callback, tsq.RankCallback) and callback.started)
 

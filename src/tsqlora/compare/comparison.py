@@ -122,8 +122,6 @@ class Plan:
     def require_followed(self) -> None:
         """Raises SettingsError for settings that compare, or one of its entries, would not follow."""
         config = self.config
-        if config.quality.harvest:
-            raise SettingsError("quality.harvest keeps a file beside a run, and compare keeps none; set it to false")
         if config.training.further_arguments().get("load_best_model_at_end"):
             raise SettingsError(
                 "training.load_best_model_at_end needs checkpoints, and compare keeps none, for each training is "

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import TrainerCallback
-
 from tsqlora.adapter.slots import active_parameters
 from tsqlora.baselines import RIVALS, Built, Setup
 from tsqlora.compare.cells import Entry
@@ -17,7 +15,6 @@ from tsqlora.errors import SettingsError, nearest
 from tsqlora.progress import Progress
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.run.job import Job, quality_half, ranks_half, subset, with_slots
-from tsqlora.training.infobatch_callback import InfoBatchCallback
 from tsqlora.training.quality_callback import QualityCallback
 from tsqlora.training.rank_callback import RankCallback
 
@@ -45,7 +42,6 @@ class Rows:
 
     data: QualitySubset
     quality: QualityCallback | None = None
-    also: tuple[TrainerCallback, ...] = ()
 
 
 Policy = Callable[[Job, Path, Progress | None], Rows]
@@ -82,11 +78,6 @@ def _by_term(term: str) -> Policy:
     return rows
 
 
-def _info_batch(job: Job, scores_path: Path, progress: Progress | None) -> Rows:
-    data = subset(job, job.config.quality.fraction)
-    return Rows(data, also=(InfoBatchCallback(data, seed=job.config.training.seed),))
-
-
 POLICIES: Mapping[str, Policy] = {
     "all": _all,
     "random": _random,
@@ -94,7 +85,6 @@ POLICIES: Mapping[str, Policy] = {
     "loss": _by_term("loss"),
     "el2n": _by_term("el2n"),
     "gradnorm": _by_term("gradient_norm"),
-    "infobatch": _info_batch,
 }
 
 

@@ -17,13 +17,11 @@ from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.gradients.sites import find_sites
 from tsqlora.quality.exact import require_exact
-from tsqlora.quality.sampling import draw_size
 from tsqlora.ranks.allocate import Sensitivity, allocate
 from tsqlora.run.config import Config
 from tsqlora.run.job import Job, arguments, load, load_model, ranks_half, require_drawable, with_slots
-from tsqlora.run.plan import require_adjustments, warmup_epochs
+from tsqlora.run.plan import require_adjustments
 from tsqlora.run.reading import read, writing_of
-from tsqlora.tasks import require_answers
 from tsqlora.training.quality_callback import SCORES_FILE, QualityCallback
 
 FEW = 4
@@ -97,10 +95,6 @@ def _require(job: Job, entry: Entry, *, equal: Equal, built: set[str]) -> None:
         )
     else:
         _require_ranks(job, steps)
-    if entry.policy == "infobatch":
-        require_answers(job.task, "infobatch")
-        if equal != "seconds":
-            _require_second_draw(job)
     quality = POLICIES[entry.policy](job, Path(SCORES_FILE), None).quality
     if quality is None:
         return
@@ -126,17 +120,6 @@ def _require_ranks(job: Job, steps: int) -> None:
         shapes = {name: slots.shape for name, slots in find_slots(with_slots(config, pretrained)).items()}
         even = Sensitivity(dict.fromkeys(shapes, 1.0), shapes, "even", 0)
         allocate(even, mean_rank=r.mean, min_rank=r.min, max_rank=r.resolved_max(), gamma=r.gamma)
-
-
-def _require_second_draw(job: Job) -> None:
-    """Raises SettingsError where InfoBatch would end before every row has a loss, by which it draws."""
-    rows, epochs = len(job.data.samples["train"]), job.config.training.epochs
-    first = warmup_epochs(1.0, rows=rows, size=draw_size(rows, job.config.quality.fraction))
-    if epochs <= first:
-        raise SettingsError(
-            f"InfoBatch draws at random until every row has a loss, which takes {first} epochs, and the run has "
-            f"{epochs}; raise training.epochs or quality.fraction"
-        )
 
 
 def _require_gradients(job: Job, entry: Entry, quality: QualityCallback, steps: int) -> None:

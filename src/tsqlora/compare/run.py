@@ -26,7 +26,6 @@ from tsqlora.quality.scores import Scores
 from tsqlora.run.config import Config
 from tsqlora.run.job import Job, arguments, fit_job, load, measure, require_drawable
 from tsqlora.tasks.generation import Generation
-from tsqlora.training.infobatch_callback import InfoBatchCallback
 from tsqlora.training.live import peak_memory
 from tsqlora.training.predict import predict_logits
 from tsqlora.training.quality_callback import SCORES_FILE, QualityCallback
@@ -129,8 +128,7 @@ def _train(
         built, ranks = build(job, cell.entry.method, steps=args.max_steps)
     building = record.cost.pop("building")
     building.add(forward=built.cost.forward, backward=built.cost.backward, tokens=built.cost.tokens)
-    also = (*built.callbacks, *rows.also)
-    fit_job(job, built.model, args, rows.data, record, rows.quality, ranks, progress, also=also)
+    fit_job(job, built.model, args, rows.data, record, rows.quality, ranks, progress, also=built.callbacks)
     record.cost = {"building": building} | record.cost
     measure(job, built.model, record, args, progress)
     return {
@@ -143,9 +141,6 @@ def _train(
 
 def _what_was_drawn(rows: Rows) -> dict[str, Any]:
     drawn: dict[str, Any] = {"rows": len(rows.data.dataset), "rows_an_epoch": len(rows.data)}
-    for callback in rows.also:
-        if isinstance(callback, InfoBatchCallback):
-            drawn["random"] = None if callback.decided else "no epoch began after every row had a loss"
     if rows.quality is None:
         return drawn
     scores = rows.data.scores
@@ -180,7 +175,7 @@ def steps_in(seconds: float, settings: Config, cell: Cell) -> int:
         building = time.perf_counter() - begun
         rows = POLICIES[cell.entry.policy](job, Path(folder) / SCORES_FILE, None)
         record = RunRecord("trial", cell.seed, job.task.name, None, {}, {})
-        also = (*built.callbacks, *rows.also, clock)
+        also = (*built.callbacks, clock)
         try:
             fit_job(job, built.model, args, rows.data, record, None, ranks, None, also=also)
         except _TrialOver:

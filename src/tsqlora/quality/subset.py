@@ -14,9 +14,6 @@ from tsqlora.quality.sampling import draw, draw_size
 from tsqlora.quality.scores import Scores
 from tsqlora.tasks import Task
 
-Drawn = tuple[np.ndarray, np.ndarray | None]
-"""Rows, and the weight of each row's gradient; None where all are 1."""
-
 
 class QualitySubset(Dataset[Any]):
     """A map-style data set of a fixed length whose rows are drawn anew each epoch.
@@ -73,9 +70,6 @@ class QualitySubset(Dataset[Any]):
         """Set by QualityCallback while scoring is still to come: ranks wait for it."""
         self.task: Task | None = None
         """Training's own loss, where QualityCallback was given it: the first ranks follow it, too."""
-        self.policy: Callable[[int], Drawn | None] | None = None
-        """Draws an epoch in place of scores, or leaves it to them; the same again where it is asked again."""
-        self.unbiased = False
         self.scored_by: str | None = None
         """The callback that the scores are of, or that they are waited for; None where `use` was called by hand."""
         self.drawn_by: str | None = None
@@ -102,23 +96,19 @@ class QualitySubset(Dataset[Any]):
         finally:
             self._listeners.remove(listener)
 
-    def use(self, scores: Scores, epoch: int, *, unbiased: bool = False) -> None:
-        """From `epoch` on, rows are drawn by these scores.
-
-        `unbiased`: a row drawn by softmax has the weight m/(n q) of METHOD section 1 (m rows drawn, n kept, q the
-        chance of the row), so that the mean weighted gradient of a draw has that of the kept rows as expectation.
-        """
+    def use(self, scores: Scores, epoch: int) -> None:
+        """From `epoch` on, rows are drawn by these scores."""
         if len(scores) != len(self.dataset):
             raise SettingsError(f"there are {len(scores)} scores for {len(self.dataset)} rows")
-        self.scores, self.scored_epoch, self.unbiased, self.scored_by = scores, epoch, unbiased, None
+        self.scores, self.scored_epoch, self.scored_by = scores, epoch, None
 
     def forget(self) -> None:
         """Draws as if nothing had been scored, nor were to be."""
-        self.scores, self.scored_epoch, self.unbiased, self.scored_by = None, 0, False, None
+        self.scores, self.scored_epoch, self.scored_by = None, 0, None
         self.awaits_scores, self.task = False, None
 
     def set_epoch(self, epoch: int) -> None:
-        """Draws the rows of an epoch, and their weights: for a loop of one's own.
+        """Draw the rows of an epoch, for a custom loop.
 
         accelerate calls it, too, for each loader over this data set, an evaluation's as well; raises SettingsError
         where a callback draws and is in another epoch.
@@ -137,45 +127,36 @@ class QualitySubset(Dataset[Any]):
         self._draw(epoch)
 
     def _draw(self, epoch: int) -> None:
-        self.epoch = epoch
-        self.indices, self.weights = self.drawn(epoch)
+        self.epoch, self.indices = epoch, self.draw(epoch)
 
     def draw(self, epoch: int) -> np.ndarray:
         """The rows of an epoch, in the order in which they are trained on."""
-        return self.drawn(epoch)[0]
-
-    def drawn(self, epoch: int) -> Drawn:
-        """The rows of an epoch in order, and each one's weight; None where all are 1."""
-        rows, weights = self._chosen(epoch)
+        rows = self._chosen(epoch)
         rng = np.random.default_rng([self.seed, 3, epoch])
         if self.lengths is None or self.batch_size is None:
             order = rng.permutation(len(rows))
         else:
             lengths = [self.lengths[row] for row in rows]
             order = bucketed_order(lengths, batch_size=self.batch_size, rng=rng)
-        return rows[order], None if weights is None else weights[order]
+        return rows[order]
 
-    def _chosen(self, epoch: int) -> Drawn:
-        if self.policy is not None and (chosen := self.policy(epoch)) is not None:
-            return chosen
+    def _chosen(self, epoch: int) -> np.ndarray:
         if self.scores is None or epoch < self.scored_epoch:
-            # A warm-up, and a policy that has yet to see every row, go on through the rows all the same.
-            anew = self.resample or self.scores is not None or self.awaits_scores or self.policy is not None
-            return self._stretch(epoch if anew else 0, np.arange(len(self.dataset))), None
+            # A warm-up goes on through the rows all the same.
+            anew = self.resample or self.scores is not None or self.awaits_scores
+            return self._stretch(epoch if anew else 0, np.arange(len(self.dataset)))
         if self.scores.even:
             # Of kept rows what the control has of all; where there are fewer than an epoch holds, they repeat.
             epoch = epoch if self.resample else self.scored_epoch
-            return self._stretch(epoch, np.flatnonzero(self.scores.kept)), None
-        taken = draw(
+            return self._stretch(epoch, np.flatnonzero(self.scores.kept))
+        return draw(
             self.scores.quality,
             fraction=self.fraction,
             temperature=self.scores.temperature,
             rng=np.random.default_rng([self.seed, 2, epoch if self.resample else self.scored_epoch]),
             strata=self.scores.strata,
             kept=self.scores.kept,
-        )
-        # Training divides by the number of rows.
-        return taken.indices, taken.weights * len(taken.indices) if self.unbiased else None
+        ).indices
 
     def _stretch(self, epoch: int, rows: np.ndarray) -> np.ndarray:
         """The epoch's part of an endless row of random orders of these rows."""

@@ -39,7 +39,6 @@ from tsqlora.tasks.generation import Generation
 from tsqlora.tasks.texts import require_text_metrics
 from tsqlora.training.collate import collate_of
 from tsqlora.training.fit import fit, hardware_has_bf16, training_arguments
-from tsqlora.training.harvest_callback import HARVEST_FILE, HarvestCallback
 from tsqlora.training.load import Pretrained, load_pretrained
 from tsqlora.training.quality_callback import QualityCallback
 from tsqlora.training.rank_callback import RankCallback
@@ -247,9 +246,7 @@ def quality_half(
         scope=q.scope,
         reference=q.reference,
         calibration=q.calibrate,
-        unbiased=q.unbiased,
         guard=guard,
-        recheck=q.recheck,
         seed=job.config.training.seed,
         hashes=job.data.samples["train"].hashes,
         ids=job.data.samples["train"].ids,
@@ -297,12 +294,6 @@ def about_rows(config: Config, data: Prepared) -> dict[str, Any]:
         "classes": None if labels is None else list(labels.names),
         "format": None if data.splits.format is None else data.splits.format.name,
     }
-
-
-def harvesting(job: Job, data: QualitySubset, run: Path) -> list[TrainerCallback]:
-    """What keeps rows' terms from training's own passes, where that is asked for."""
-    q, ids = job.config.quality, job.data.samples["train"].ids
-    return [HarvestCallback(data, scope=q.scope, ids=ids, path=run / HARVEST_FILE)] if q.harvest else []
 
 
 def fit_job(

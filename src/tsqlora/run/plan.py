@@ -21,7 +21,6 @@ from tsqlora.run.config import Config, QualitySettings, Section
 from tsqlora.tasks import get_task
 from tsqlora.tasks.classification import Classification
 from tsqlora.tasks.generation import Generation
-from tsqlora.training.quality_callback import most_scorings
 
 BYTES_A_ROW = 500
 """Of a row that is scored: hash, place, length, terms and predictions, twice while they are written."""
@@ -70,12 +69,10 @@ def without_effect(config: Config) -> list[str]:
     gradients = any(term.gradient for term in wanted_terms(q.weighted_terms()).values())
     found = list[tuple[str, Section, Iterable[str], str]]()
     if not q.enabled:
-        counted = {"enabled", "fraction", "resample", "harvest", *({"scope"} if q.harvest else ())}
-        idle = [name for name in QualitySettings.model_fields if name not in counted]
+        idle = [name for name in QualitySettings.model_fields if name not in {"enabled", "fraction", "resample"}]
         found += [("quality", q, idle, "quality.enabled is false"), ("ranks", ranks, ["samples"], "nothing is scored")]
     elif not gradients:
-        idle = ["guard"] if q.harvest else ["scope", "guard"]
-        found.append(("quality", q, idle, "no term of Q that has a weight is of gradients"))
+        found.append(("quality", q, ["scope", "guard"], "no term of Q that has a weight is of gradients"))
     if ranks.policy == "fixed":
         idle = ["interval", "warmup", "freeze", "moves", *([] if q.enabled else ["estimator", "gamma"])]
         found.append(("ranks", ranks, idle, "ranks.policy is fixed"))
@@ -116,10 +113,7 @@ def scoring_plan(config: Config, model: PeftModel, *, rows: int, max_length: int
 
 
 def passes(config: Config, *, rows: int, size: int) -> dict[str, dict[str, int]]:
-    """Rows that go forward and backward in each phase, if the first test finds that the model has learned.
-
-    With quality.recheck scoring is counted as where no label ever seems wrong.
-    """
+    """Rows that go forward and backward in each phase, if the first test finds that the model has learned."""
     quality, epochs = config.quality, config.training.epochs
     if not quality.enabled:
         return {"training": dict.fromkeys(("forward", "backward"), size * epochs)}
@@ -129,11 +123,9 @@ def passes(config: Config, *, rows: int, size: int) -> dict[str, dict[str, int]]
             f"a warm-up of {quality.warmup:g} passes is {warmup} epochs of {size} rows, and the run has {epochs}: "
             "no scored epoch would be left; lower quality.warmup or raise training.epochs"
         )
-    scorings = most_scorings(warmup, epochs) if quality.recheck else 1
-    scoring = _scoring_passes(config, quality.weighted_terms(), rows=rows)
     return {
         "warm-up": dict.fromkeys(("forward", "backward"), size * warmup),
-        "scoring": {name: scorings * number for name, number in scoring.items()},
+        "scoring": _scoring_passes(config, quality.weighted_terms(), rows=rows),
         "ranks": dict.fromkeys(("forward", "backward"), min(config.ranks.samples, size)),
         "training": dict.fromkeys(("forward", "backward"), size * (epochs - warmup)),
     }

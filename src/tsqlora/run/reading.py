@@ -56,8 +56,6 @@ def require_of_task(config: Config, keys: Collection[str] | None = None) -> None
         foreign["data.max_target_length"] = "data.max_length"
     if not causal:
         foreign["data.packing"] = None
-    if not isinstance(task, Classification):
-        foreign["quality.recheck"] = None
     if isinstance(task, Regression) and config.training.further_arguments().get("label_smoothing_factor"):
         raise SettingsError("training.label_smoothing_factor is of classes and tokens, and task.type is regression")
     for key, own in foreign.items():

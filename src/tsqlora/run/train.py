@@ -1,6 +1,5 @@
 """A run from beginning to end: data, model, warm-up, scores, ranks, training, adapter, record."""
 
-import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -24,7 +23,7 @@ from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.run.card import write_card
 from tsqlora.run.config import Config, dump_config, load_config
-from tsqlora.run.job import arguments, begin, fit_job, harvesting, load, measure, method
+from tsqlora.run.job import arguments, begin, fit_job, load, measure, method
 from tsqlora.run.preview import marked_samples
 from tsqlora.run.start import with_start
 from tsqlora.training.fit import what_quality_did
@@ -54,8 +53,7 @@ def train(config: Config, run: Path, *, resume: bool = False, progress: Progress
         if before is not None and before.status == "finished":
             return before
         stop = StopCallback(GO_ON)
-        resumable = not (args.save_only_model or config.quality.harvest)
-        with written(run), distributed.told_of_losses(GO_ON), stop if resumable else nullcontext():
+        with written(run), distributed.told_of_losses(GO_ON), nullcontext() if args.save_only_model else stop:
             return fitting_in_memory(config, run, lambda rows: _train(config, run, rows, before, stop, progress))
 
 
@@ -68,9 +66,6 @@ def _train(
     if before is not None and before.data["hash"] != job.data.hash:
         raise DataError(f"{config.data.train} has other rows than when {run} was begun; name another --out")
     model, record = begin(job, args)
-    if config.quality.harvest and rows < config.training.batch_size:
-        # What was harvested until memory did not suffice is in no checkpoint.
-        shutil.rmtree(run / CHECKPOINT_DIR, ignore_errors=True)
     checkpoint, passed_over = newest_whole(run / CHECKPOINT_DIR)
     for why in passed_over:
         warnings.warn(why, stacklevel=2)
@@ -80,7 +75,7 @@ def _train(
     if rows < config.training.batch_size:
         record.notes.append(_in_parts(config, rows))
     data, quality, ranks = method(job, run / SCORES_FILE, progress)
-    also = [WriteStart(run, config, record), *harvesting(job, data, run), stop]
+    also = [WriteStart(run, config, record), stop]
     fit_job(job, model, args, data, record, quality, ranks, progress, also=also, resume_from=checkpoint, run=run)
     if quality is not None:
         record.notes += what_to_note(quality, data)

@@ -143,14 +143,15 @@ def base_model(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def task_of(model: nn.Module) -> Task:
+def task_of(model: nn.Module, *, label_smoothing: float = 0.0) -> Task:
     """What the model is made for: text, where it generates any; else regression for one label, else classification.
 
     Raises UnsupportedError naming what else it is made for.
     """
+    options = {"label_smoothing": label_smoothing} if label_smoothing else {}
     config, inner = getattr(model, "config", None), base_model(model)
     if isinstance(inner, GenerationMixin):
-        return get_task("seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal-lm")
+        return get_task("seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal-lm", **options)
     classes = {made.__name__ for made in type(inner).__mro__}
     for name, known in _MADE_FOR.items():
         if classes & set(known.values()):
@@ -159,4 +160,4 @@ def task_of(model: nn.Module) -> Task:
     if kind == "multi_label_classification":
         return get_task("multi-label-classification")
     regression = kind == "regression" or (kind is None and labels == 1)
-    return get_task("regression" if regression else "sequence-classification")
+    return get_task("regression" if regression else "sequence-classification", **options)

@@ -1,8 +1,8 @@
 """What the callbacks know, beside the Trainer's checkpoint: a resumed run goes on as if it had never stopped.
 
 The Trainer saves weights, optimizer, schedule and random state. RankCallback adds
-`tsqlora.json` and `tsqlora.safetensors`, QualityCallback `tsqlora_quality.json`, InfoBatchCallback
-`tsqlora_infobatch.safetensors`, GuardCallback `tsqlora_guard.json`, a run of `fit` its costs as `tsqlora_cost.json`.
+`tsqlora.json` and `tsqlora.safetensors`, QualityCallback `tsqlora_quality.json`, GuardCallback `tsqlora_guard.json`,
+a run of `fit` its costs as `tsqlora_cost.json`.
 """
 
 import json
@@ -26,7 +26,6 @@ RANKS_FILE = "tsqlora.json"
 IMPORTANCE_FILE = "tsqlora.safetensors"
 QUALITY_FILE = "tsqlora_quality.json"
 GUARD_FILE = "tsqlora_guard.json"
-INFOBATCH_FILE = "tsqlora_infobatch.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,23 +95,6 @@ class QualityState:
     def load(cls, folder: Path) -> "QualityState":
         """Raises TsqLoraError naming the file that is missing or cannot be read."""
         return cls(**_read(folder / QUALITY_FILE))
-
-
-@dataclass(frozen=True, slots=True)
-class InfoBatchState:
-    """What InfoBatchCallback knows: the loss that each row last had, now and when the epoch began."""
-
-    losses: Tensor
-    drawn_by: Tensor
-
-    def save(self, folder: Path) -> None:
-        if distributed.is_first():
-            save_whole(folder / INFOBATCH_FILE, {"losses": self.losses, "drawn_by": self.drawn_by})
-
-    @classmethod
-    def load(cls, folder: Path) -> "InfoBatchState":
-        """Raises TsqLoraError naming the file that is missing or cannot be read."""
-        return cls(**_tensors(folder / INFOBATCH_FILE))
 
 
 @dataclass(frozen=True, slots=True)

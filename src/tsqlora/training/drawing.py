@@ -33,7 +33,6 @@ def draw_epoch(data: QualitySubset | None, state: TrainerState, by: str) -> None
 
 _PARTS = {
     "QualityCallback": "quality",
-    "InfoBatchCallback": "infobatch",
     "RankCallback": "ranks",
     "GuardCallback": "guard",
 }
@@ -52,7 +51,7 @@ def forget_absent(data: QualitySubset, state: TrainerState) -> None:
     if data.scored_by in absent:
         data.forget()
     if data.drawn_by in absent:
-        data.drawn_by = data.policy = None
+        data.drawn_by = None
 
 
 def require_subset(data: Any, name: str) -> None:

@@ -1,7 +1,6 @@
 """Quality sampling in a stock Trainer: warm-up, scoring between two epochs, then quality draws."""
 
 import math
-import os
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -29,7 +28,7 @@ from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.quality.terms import Asked
 from tsqlora.tasks import Task
-from tsqlora.tasks.forward import Collate
+from tsqlora.tasks.forward import Collate, task_of
 from tsqlora.training.checkpoint import QualityState, require_options
 from tsqlora.training.drawing import (
     EPOCH_ERROR,
@@ -41,7 +40,6 @@ from tsqlora.training.drawing import (
     require_subset,
 )
 from tsqlora.training.manifest import announce, checkpoint_folder, digest, seal
-from tsqlora.training.row_weights import RowWeights, trained_task
 
 SCORES_FILE = "scores.parquet"
 
@@ -54,13 +52,9 @@ DECIDING = (
     "scope",
     "reference",
     "calibration",
-    "unbiased",
     "guard",
-    "recheck",
 )
 """Options that a resumed run must have as it had."""
-RECHECKED = 2 / 3
-"""Share of a run until which wrong labels are looked for again."""
 
 
 class QualityCallback(TrainerCallback):
@@ -76,10 +70,6 @@ class QualityCallback(TrainerCallback):
         warmup: passes over all rows before scoring.
         weights, temperature, reject, terms, scope, calibration: as in `tsqlora.score`.
         reference: how many of the rows, chosen at random, all are compared with; at least 2.
-        unbiased: weigh the rows that a softmax draws, so that the gradient's expectation is the kept rows' mean
-            (METHOD section 1); the loss that is logged stays without weights.
-        recheck: while no label seems wrong, score rows again after every further `warmup` passes, as long
-            as a third of the run is left: a model that has learned more may tell more.
         guard: where the rows that Q draws would teach less than random ones (`quality/fallback.py`), the scores'
             record says so, a warning is given, and the kept rows are drawn at random.
         task: needed only where training has a loss of its own (class weights, a custom one).
@@ -110,9 +100,7 @@ class QualityCallback(TrainerCallback):
         scope: Scope = "adapter",
         reference: int = REFERENCE_ROWS,
         calibration: bool = True,
-        unbiased: bool = False,
         guard: bool = True,
-        recheck: bool = False,
         task: Task | None = None,
         seed: int = 0,
         hashes: tuple[str, ...] | None = None,
@@ -130,20 +118,10 @@ class QualityCallback(TrainerCallback):
         if not (isinstance(reference, Integral) and reference >= 2):
             raise SettingsError(f"reference is {reference}; it must be a whole number of rows, at least 2")
         require_softmax(weights, temperature)
-        if unbiased and weights is None:
-            raise SettingsError(
-                "unbiased weights are of rows drawn by a softmax over Q, and Q has no weights; give weights, or leave "
-                "unbiased out: rows drawn evenly need none"
-            )
         if reject and weights is not None and data.fraction > 1 - MOST:
             raise SettingsError(
                 f"reject may leave out {MOST:.0%} of the rows, and weights draw {data.fraction:.0%} of all of them, "
                 f"none twice; set the fraction to {1 - MOST:g} or less, or leave out reject or the weights"
-            )
-        if recheck and (weights is not None or reject is False):
-            raise SettingsError(
-                "recheck asks again whether labels seem wrong, which is asked where there are no weights and reject is "
-                "not False; leave it out"
             )
         self.data = data
         self.warmup, self.limit = warmup, limit
@@ -153,9 +131,7 @@ class QualityCallback(TrainerCallback):
         # Once gradients are there it costs no more.
         self._asked = (*terms, "convergence") if guard and any(known[n].gradient for n in weighted) else tuple(terms)
         self.terms = wanted_terms([*self._asked, *weighted])
-        self.unbiased, self.guard, self.recheck = unbiased, guard, recheck
-        self.row_weights = RowWeights(data, "QualityCallback(unbiased=True)", task=task)
-        self.reject = reject
+        self.guard, self.reject = guard, reject
         self.temperature, self.calibration = temperature, calibration
         self.scope: Scope = scope
         self.reference, self.task, self.seed, self.hashes, self.ids = reference, task, seed, hashes, ids
@@ -188,14 +164,12 @@ class QualityCallback(TrainerCallback):
                 f"a warm-up of {self.warmup:g} passes is {self.warmup_epochs} epochs of {len(self.data)} rows, and "
                 f"the run has {epochs:g}: no scored epoch would be left; lower quality.warmup or raise training.epochs"
             )
-        if self.unbiased:
-            self.row_weights.begin(args, kwargs["model"])
         announce(args, state, "quality")
         saved = QualityState.load(checkpoint_folder(args, state)) if state.global_step > 0 else None
         if saved is None or _awaits(saved):
             self._require_scorable(args, kwargs["model"], self.collate or kwargs["train_dataloader"].collate_fn)
         self.data.forget()
-        self.data.policy, self.data.task, self.data.awaits_scores = None, self.task, True
+        self.data.task, self.data.awaits_scores = self.task, True
         self.data.scored_by, self._digest = "QualityCallback", None
         self.attempts, self.refused, self.scorings, self.seconds = [], None, 0, 0.0
         if saved is not None:
@@ -212,13 +186,10 @@ class QualityCallback(TrainerCallback):
             self._try_scoring(args, state, kwargs["model"], self.collate or kwargs["train_dataloader"].collate_fn)
             self.seconds += time.perf_counter() - start
         self.data.begin_epoch(epoch, "QualityCallback")
-        if self.unbiased:
-            self.row_weights.start(kwargs["model"])
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.row_weights.end()
         refuse_cut_epoch(self.data, state, control)
 
     def on_prediction_step(
@@ -237,7 +208,6 @@ class QualityCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.row_weights.stop()
         leave(self.data, "QualityCallback")
         if self.data.awaits_scores:
             early = state.global_step < state.max_steps
@@ -249,13 +219,7 @@ class QualityCallback(TrainerCallback):
 
     def _due(self, state: TrainerState) -> bool:
         """Whether rows are scored before the epoch that begins."""
-        epoch = epoch_of(state)
-        if self.data.awaits_scores:
-            return epoch >= self.warmup_epochs
-        noise = None if self.data.scores is None else self.data.scores.record.get("noise")
-        if not self.recheck or noise is None or noise["evident"]:
-            return False
-        return epoch == self.data.scored_epoch + self.warmup_epochs and epoch <= RECHECKED * state.num_train_epochs
+        return self.data.awaits_scores and epoch_of(state) >= self.warmup_epochs
 
     def _draws(self) -> dict[str, Any]:
         data = self.data
@@ -268,7 +232,7 @@ class QualityCallback(TrainerCallback):
         self.attempts, self.refused, self.seconds = saved.attempts, saved.refused, saved.seconds
         self._digest, self.scorings = saved.scores_sha256, saved.scorings
         if saved.scored_epoch is not None:
-            distributed.once(lambda: _bring_back(scores_path, saved.scores_sha256))
+            distributed.once(lambda: _require_same_scores(scores_path, saved.scores_sha256))
             self._use(Scores.load(scores_path), saved.scored_epoch)
         self.data.awaits_scores = _awaits(saved)
 
@@ -283,7 +247,7 @@ class QualityCallback(TrainerCallback):
             model,
             rows,
             collate,
-            task=trained_task(args, model, self.task),
+            task=self._task(args, model),
             own_loss=self.task is None and not args.label_smoothing_factor,
             weights=self.weights,
             reject=self.reject,
@@ -291,6 +255,9 @@ class QualityCallback(TrainerCallback):
             scope=self.scope,
             autocast=self._autocast(args),
         )
+
+    def _task(self, args: TrainingArguments, model: nn.Module) -> Task:
+        return self.task or task_of(model, label_smoothing=args.label_smoothing_factor)
 
     def _autocast(self, args: TrainingArguments) -> torch.dtype | None:
         lookahead = any(term.lookahead for term in self.terms.values())
@@ -300,17 +267,13 @@ class QualityCallback(TrainerCallback):
         outcome = self._score(args, state, model, collate)
         distributed.require_same("scores", outcome if isinstance(outcome, str) else outcome.quality.tobytes())
         if isinstance(outcome, str):
-            if self.data.awaits_scores:
-                self._not_yet(outcome, state)
+            self._not_yet(outcome, state)
             return
         outcome = self._guarded(outcome)
         self.scorings += 1
         if distributed.is_first():
             path = self._path(args)
             path.parent.mkdir(parents=True, exist_ok=True)
-            if self.scorings > 1:
-                # A checkpoint from before this epoch goes on with them.
-                os.replace(path, before(path))
             outcome.save(path)
             self._digest = digest(path, sync=True)
         self._use(outcome, epoch_of(state))
@@ -323,7 +286,7 @@ class QualityCallback(TrainerCallback):
                 self.data.dataset,
                 collate,
                 reference=reference_indices(len(self.data.dataset), self.reference, self.seed),
-                task=trained_task(args, model, self.task),
+                task=self._task(args, model),
                 weights=self.weights,
                 temperature=self.temperature,
                 reject=self.reject,
@@ -350,7 +313,7 @@ class QualityCallback(TrainerCallback):
         return scores
 
     def _use(self, scores: Scores, epoch: int) -> None:
-        self.data.use(scores, epoch, unbiased=self.unbiased)
+        self.data.use(scores, epoch)
         self.data.awaits_scores, self.data.scored_by = False, "QualityCallback"
 
     def _not_yet(self, why: str, state: TrainerState) -> None:
@@ -370,24 +333,8 @@ def _awaits(saved: QualityState) -> bool:
     return saved.scored_epoch is None and saved.refused is None
 
 
-def most_scorings(warmup_epochs: int, epochs: int) -> int:
-    """How often rows are scored where no label ever seems wrong.
-
-    >>> [most_scorings(2, epochs) for epochs in (5, 6, 8, 12)]
-    [1, 2, 2, 4]
-    """
-    return max(1, int(RECHECKED * epochs) // warmup_epochs)
-
-
-def before(scores_path: Path) -> Path:
-    """Where the scores are kept that newer ones have replaced."""
-    return scores_path.with_name(f"{scores_path.stem}.before{scores_path.suffix}")
-
-
-def _bring_back(path: Path, sha256: str | None) -> None:
-    """Makes the run's own scores stand where they did, if a later scoring had replaced them."""
-    if before(path).exists() and digest(before(path)) == sha256:
-        os.replace(before(path), path)
+def _require_same_scores(path: Path, sha256: str | None) -> None:
+    """Raises DataError unless the file holds the scores that the run drew by."""
     if not path.exists():
         raise DataError(
             f"cannot resume: {path} is missing, the scores that the run drew by; put it back, resume from a checkpoint "

@@ -20,12 +20,11 @@ from tsqlora.quality.subset import QualitySubset
 from tsqlora.ranks.events import RankEvent
 from tsqlora.ranks.policies import Policy, get_policy
 from tsqlora.tasks import Task
-from tsqlora.tasks.forward import Collate
+from tsqlora.tasks.forward import Collate, task_of
 from tsqlora.training.checkpoint import RankState
 from tsqlora.training.drawing import draw_epoch, leave, refuse_cut_epoch, require_drawn_anew
 from tsqlora.training.manifest import announce, checkpoint_folder, seal
 from tsqlora.training.rank_loop import RankLoop
-from tsqlora.training.row_weights import trained_task
 
 
 class RankCallback(TrainerCallback):
@@ -194,7 +193,7 @@ class RankCallback(TrainerCallback):
             # Not `data` itself: it tells what training is handed out.
             Subset(cast(Any, data.dataset), data.indices[np.sort(places)].tolist()),
             collate,
-            task=trained_task(args, distributed.unwrapped(model), self.task or data.task),
+            task=self.task or data.task or task_of(model, label_smoothing=args.label_smoothing_factor),
             batch_size=args.per_device_train_batch_size,
             autocast=torch.bfloat16 if args.bf16 else None,
         )

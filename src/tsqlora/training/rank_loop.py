@@ -6,7 +6,7 @@ warm-up ── start: ranks from the quality sample ── adjust every Δ steps
 import time
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, cast
 
@@ -32,7 +32,6 @@ from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate
 from tsqlora.training.checkpoint import RankState, require_options
 from tsqlora.training.optimizer import finite_gradients, require_trained, told_of_steps
-from tsqlora.training.row_weights import take_over
 
 WHERE = {
     "before_forward": "before the step's first forward pass",
@@ -133,7 +132,7 @@ class RankLoop:
         self._tap, self._held = ExitStack(), ExitStack()
         self._held.enter_context(told_of_steps(optimizer, self._before_step, self._after_step))
         self._held.enter_context(_compiled_for(2 + len(self.steps)))
-        take_over(self.model, "RankLoop", self._tap)
+        take_over(self.model, self._tap)
         for held in (self._tap, self._held):
             weakref.finalize(self, held.close)  # also where a step failed and nobody closes, at the latest on exit
 
@@ -442,3 +441,19 @@ def _compiled_for(sets_of_ranks: int) -> AbstractContextManager[Any]:
     config: Any = torch._dynamo.config
     names = ("recompile_limit", "accumulated_recompile_limit")
     return config.patch({name: getattr(config, name) * sets_of_ranks for name in names})
+
+
+def take_over(model: nn.Module, tap: ExitStack) -> None:
+    """Take down what an earlier training of the model, which failed or was interrupted, left on it.
+
+    That training's Trainer may still be alive, as in a notebook, which keeps the frames of the last error.
+    """
+    earlier = _TAPS[model]() if model in _TAPS else None
+    for left in (earlier, tap):
+        if left is not None:
+            left.close()
+    _TAPS[model] = weakref.ref(tap)
+
+
+_TAPS: MutableMapping[nn.Module, weakref.ref[ExitStack]] = weakref.WeakKeyDictionary()
+"""The hooks on each model; neither the model nor its hooks are kept alive."""

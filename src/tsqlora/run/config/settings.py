@@ -124,12 +124,7 @@ class QualitySettings(Section):
     )
     reference: int = setting(512, "Rows whose mean gradient a sample is compared with.", ge=2)
     calibrate: bool = setting(True, "Correct a leaning to one class before scoring.")
-    unbiased: bool = setting(
-        False, "Weigh rows that a softmax over Q draws, so that the gradient stays that of all kept rows."
-    )
     guard: bool = setting(True, "Draw at random where the rows that Q draws would teach less than random ones.")
-    recheck: bool = setting(False, "Look for wrong labels again while none are evident and a third of the run is left.")
-    harvest: bool = setting(False, "Keep each row's terms as training's own passes show them, in harvest.parquet.")
 
     def resolved_weights(self) -> dict[str, float] | None:
         """Weight of each term of Q: what is set, else the preset's; None where all are 0: no Q decides.
@@ -155,28 +150,6 @@ class QualitySettings(Section):
         if self.reject is None and PRESETS[self.preset].reject:
             return None if self.resolved_weights() is None else False
         return bool(self.reject)
-
-    @model_validator(mode="after")
-    def _weights_have_a_softmax(self) -> "QualitySettings":
-        if self.unbiased and self.resolved_weights() is None:
-            raise SettingsError(
-                "quality.unbiased true is of a softmax over Q, and every weight of Q is 0; set quality.weights or "
-                "quality.preset, or leave it out: rows drawn evenly need no weights"
-            )
-        if self.unbiased and self.harvest:
-            raise SettingsError(
-                "quality.harvest reads gradients that quality.unbiased weighs; set one of them to false"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _recheck_has_a_question(self) -> "QualitySettings":
-        if self.recheck and (self.resolved_weights() is not None or self.resolved_reject() is False):
-            raise SettingsError(
-                "quality.recheck true asks again whether labels seem wrong, which is asked where no weight of Q is set "
-                "and quality.reject is not false; leave it out"
-            )
-        return self
 
     @model_validator(mode="after")
     def _temperature_has_a_softmax(self) -> "QualitySettings":
@@ -285,7 +258,11 @@ class Removed(NamedTuple):
 
 
 # A file that has one at its former default still loads: the run that it describes is the same.
-REMOVED_SETTINGS: Mapping[str, Removed] = {}
+REMOVED_SETTINGS: Mapping[str, Removed] = {
+    "quality.unbiased": Removed(False, "rows drawn by Q taught less than random rows also with weights; leave it out"),
+    "quality.recheck": Removed(False, "a second look for wrong labels did not help; leave it out"),
+    "quality.harvest": Removed(False, "terms from training's own passes hardly know wrong labels; use tsqlora score"),
+}
 
 
 class Config(Section):
