@@ -40,7 +40,7 @@ import tsqlora as tsq
 from models import collate
 from runs import BAD, GOOD, PLAIN, make_rows, save_checkpoint, write_config, write_jsonl
 from stock import base_bert, moods
-from tsqlora.data.survey import store
+from tsqlora.data.prepare import prepare
 from tsqlora.files import write_json
 from tsqlora.quality.select import select_rows
 from tsqlora.ranks.policies import get_policy
@@ -97,14 +97,12 @@ def rows(count: int) -> dict[str, Any]:
     write_many(file, count)
     before, start = status("VmRSS"), time.process_time()
     files = {"train": str(file), "validation": str(CACHE / "few.jsonl"), "test": None}
-    survey = reading.survey(run.config.model_copy(update={"data": run.config.data.model_copy(update=files)}))
-    tokens = CACHE / f"{count}.tokens"
-    tokens.mkdir(exist_ok=True)
-    split = store(survey, run.tokenizer, tokens, max_length=run.max_length).samples["train"]
+    splits = reading.read(run.config.model_copy(update={"data": run.config.data.model_copy(update=files)}))
+    split = prepare(splits, run.tokenizer, max_length=run.max_length, folder=CACHE).samples["train"]
     stored = time.process_time() - start
     scores = tsq.score(
         run.model, split, run.collate, terms=(), weights={"loss": 1.0}, batch_size=1024, hashes=split.hashes,
-        ids=split.ids, lengths=split.lengths, record={"columns": asdict(survey.columns), "data": str(file)},
+        ids=split.ids, lengths=split.lengths, record={"columns": asdict(splits.columns), "data": str(file)},
     )  # fmt: skip
     scores.save(table)
     scored, peak = time.process_time() - start, status("VmHWM")
@@ -122,7 +120,6 @@ def rows(count: int) -> dict[str, Any]:
         "file_bytes": file.stat().st_size,
         "scores_bytes": table.stat().st_size,
     }
-    shutil.rmtree(tokens)
     for path in (file, table, CACHE / f"{count}.subset.jsonl"):
         path.unlink()
     return found

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from tsqlora.cli.adapter_display import show_doctor
-from tsqlora.data.prepare import read_data
 from tsqlora.data.rows import read_rows
+from tsqlora.data.splits import read_data
 from tsqlora.data.write import WRITERS, write_rows
 from tsqlora.interop.doctor import examine
 from tsqlora.interop.files import CONFIG, WEIGHTS, read_adapter
@@ -369,8 +369,8 @@ def read_file_of_rows(folder: Path, case: Case) -> None:
     rows = read_rows(folder / name)
     write_rows(folder / f"out{suffix}", rows.rows)
     read_data(
-        str(folder / name), None, None, text=None, text_pair=None, label=None,
-        classes=classes, validation_fraction=0.25, seed=0,
+        str(folder / name), None, None, answer="class" if classes else "number",
+        columns=dict.fromkeys(("text", "text_pair", "label")), validation_fraction=0.25, seed=0,
     )  # fmt: skip
 
 

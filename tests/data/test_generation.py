@@ -11,9 +11,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from byte_tokenizers import BOS, CHATML, EOS, byte_tokenizer
 from tsqlora.data.formats import Format, find_format
-from tsqlora.data.generation import IGNORED, left_out, references, rows_that_fit, tokenise_generation
+from tsqlora.data.generation import IGNORED, left_out, references, require_some, tokenise_generation
 from tsqlora.data.rows import Rows, column_names, read_rows
-from tsqlora.data.tokenise import TokenisedSplit, sample_hash
+from tsqlora.data.samples import TokenisedSplit
+from tsqlora.data.tokenise import sample_hash
 from tsqlora.errors import DataError, SettingsError, TsqLoraError
 
 BYTES, CHATTY, T5 = byte_tokenizer(), byte_tokenizer(chat_template=CHATML), byte_tokenizer(opens=False, closes=True)
@@ -112,30 +113,21 @@ def test_long_plain_text_loses_its_end() -> None:
     assert split.truncated == 1
 
 
-def test_a_target_that_does_not_fit_whole_is_named_and_the_number_of_such_rows() -> None:
+def test_a_row_whose_target_does_not_fit_whole_is_left_out_and_named() -> None:
     rows = pairs(("a", "bcd"), ("a", "bcde"), ("abc", "bcdefgh"))
-    assert error(DataError, rows, max_length=6) == (
-        "train.jsonl:8: the target needs 7 tokens, and 6 are kept (so in 2 rows); "
-        "raise data.max_length to 10, or leave them out"
-    )
-    assert make(rows, max_length=10).truncated == 1  # the last prompt keeps one token
-    fitting = rows_that_fit(rows, format_of(rows), BYTES, max_length=6, seq2seq=False)
-    np.testing.assert_array_equal(fitting, [0])
-    assert left_out(rows, fitting) == (
-        "2 of 3 rows are left out, whose targets do not fit whole: train.jsonl:8, train.jsonl:9"
-    )
-    assert str(left_out(rows_of(*[{}] * 4), np.array([], dtype=int))).endswith(":7, train.jsonl:8, train.jsonl:9, …")
-    assert left_out(rows, np.arange(3)) is None
+    assert left_out(whole := make(rows, max_length=10)) is None
+    assert whole.truncated == 1  # the last prompt keeps one token
+    split = make(rows, max_length=6)
+    np.testing.assert_array_equal(split.ids, [0])
+    assert (split.samples, split.hashes) == (whole.samples[:1], whole.hashes[:1])
+    assert split.left_out == (("train.jsonl:8", 7), ("train.jsonl:9", 10))
+    assert str(left_out(split)).endswith(": train.jsonl:8, train.jsonl:9")
+    assert str(left_out(make(pairs(*[("a", "bcdefgh")] * 4), max_length=6))).endswith("8, train.jsonl:9, …")
 
 
 def test_empty_targets_are_named_and_counted() -> None:
     rows = pairs(("a", "b"), ("a", " "), ("a", None), ("a", ""))
-    assert error(DataError, rows) == (
-        "train.jsonl:8: no text in column 'completion', the target (so in 3 rows); fill it in or leave the row out"
-    )
-    assert error(DataError, pairs(("a", ""))) == (
-        "train.jsonl:7: no text in column 'completion', the target; fill it in or leave the row out"
-    )
+    assert "train.jsonl:8: no target in column 'completion', nor in 2 more rows" in error(DataError, rows)
 
 
 def test_other_bad_rows_are_named() -> None:
@@ -145,13 +137,10 @@ def test_other_bad_rows_are_named() -> None:
 
 
 def test_a_split_in_which_nothing_would_be_trained_on_is_refused() -> None:
-    rows = pairs(("a", "bcdef"), ("a", "bcd"))
-    with pytest.raises(DataError) as caught:
-        rows_that_fit(rows, format_of(rows), BYTES, max_length=5, seq2seq=False)
-    assert str(caught.value) == (
-        "train.jsonl: no token would be trained on: none of 2 targets fits whole into 5 tokens; "
-        "raise data.max_length to 6 or more"
-    )
+    none = make(pairs(("a", "bcdef"), ("a", "bcd")), max_length=5)
+    with pytest.raises(DataError, match=r"train\.jsonl: .* data\.max_length to 6"):
+        require_some(none, "train.jsonl", 5, None, seq2seq=False)
+    require_some(make(pairs(("a", "b"))), "train.jsonl", 5, None, seq2seq=False)
 
 
 def test_room_for_text_is_asked_for() -> None:
@@ -192,7 +181,7 @@ def test_of_a_long_chat_the_oldest_turns_go_and_a_cut_answer_is_not_trained_on()
     assert shown(tokenizer, cut[0]) == ("<s>def|g|h|", "h|")
     assert cut.truncated == 1
     assert shown(tokenizer, make(rows, tokenizer, max_length=11)[0])[1] == "bcdef|h|"
-    assert "the target needs 4 tokens, and 3 are kept" in error(DataError, rows, tokenizer, max_length=3)
+    assert make(rows, tokenizer, max_length=3).left_out == (("train.jsonl:7", 4),)
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
@@ -226,7 +215,7 @@ def test_of_an_answer_that_begins_a_chat_the_templates_header_is_not_trained_on(
     assert shown(tokenizer, make(rows_of({"messages": chat}), tokenizer)[0])[1] == "hi<|im_end|>b<|im_end|>"
     alone = rows_of({"messages": chat[:1]})
     assert shown(tokenizer, make(alone, tokenizer)[0])[1] == "hi<|im_end|>"
-    assert "the target needs" in error(DataError, alone, tokenizer, max_length=3)
+    assert len(make(alone, tokenizer, max_length=3).left_out) == 1
 
 
 def test_what_is_measured_goes_on_from_what_its_answer_followed() -> None:
@@ -270,13 +259,14 @@ def test_sequence_to_sequence_reads_the_prompt_and_writes_the_target() -> None:
     assert BYTES.decode(make(pairs(("ab", "c")), seq2seq=True)[0]["labels"]) == "<s>c</s>"
 
 
-def test_a_long_source_is_cut_on_the_left_and_a_long_target_is_named() -> None:
+def test_a_long_source_is_cut_on_the_left_and_a_long_target_is_left_out() -> None:
     split = make(pairs(("abcdef", "gh")), T5, seq2seq=True, max_length=4)
     assert (T5.decode(split[0]["input_ids"]), T5.decode(split[0]["labels"])) == ("def</s>", "gh</s>")
     assert split.truncated == 1
-    assert error(DataError, pairs(("ab", "cdef")), T5, seq2seq=True, max_length=8, max_target_length=4) == (
-        "train.jsonl:7: the target needs 5 tokens, and 4 are kept; raise data.max_target_length to 5, or leave them out"
-    )
+    long = make(pairs(("ab", "cdef")), T5, seq2seq=True, max_length=8, max_target_length=4)
+    assert long.left_out == (("train.jsonl:7", 5),)
+    with pytest.raises(DataError, match=r"data\.max_target_length to 5"):
+        require_some(long, "train.jsonl", 8, 4, seq2seq=True)
 
 
 def test_samples_do_not_depend_on_their_neighbours() -> None:

@@ -4,13 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tsqlora.data.rows import READERS, column_names, read_rows, read_splits
+from tsqlora.data import rows as rows_module
+from tsqlora.data.rows import READERS, Source, column_names, open_splits, read_rows
 from tsqlora.errors import DataError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
@@ -190,6 +192,24 @@ def test_a_missing_file_is_not_looked_for_on_the_hub(source: str, monkeypatch: p
     assert error(source).startswith(f"no file {source}; correct the path, seen from ")
 
 
+@pytest.mark.parametrize("suffix", READERS)
+def test_every_reader_gives_one_row_after_the_other(suffix: str, tmp_path: Path) -> None:
+    rows = [{"text": "a"}, {"text": "b"}]
+    assert next(iter(READERS[suffix](write_as(tmp_path / f"t{suffix}", rows))))[1] == rows[0]
+
+
+def test_chunks_are_the_rows_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "t.jsonl", "\n\n".join(json.dumps({"text": j}) for j in range(10)))
+    for size in (1, 3, 10, 99):
+        monkeypatch.setattr(rows_module, "CHUNK", size)
+        parts = list(open_splits(str(path), None, None)["train"].chunks())
+        assert [len(part) for part in parts] == [min(size, 10 - j) for j in range(0, 10, size)]
+        assert [row["text"] for part in parts for row in part.rows] == list(range(10))
+        some = open_splits(str(path), None, None)["train"].read(np.array([0, 4, 5, 9]))
+        assert ([row["text"] for row in some.rows], some.ids.tolist()) == ([0, 4, 5, 9], [0, 4, 5, 9])
+        assert some.numbers == (1, 9, 11, 19)
+
+
 # Splits
 
 
@@ -199,41 +219,41 @@ def directory(tmp_path: Path, *names: str) -> str:
     return str(tmp_path)
 
 
-def first_texts(splits: dict[str, Any]) -> dict[str, str]:
-    return {name: rows.rows[0]["text"] for name, rows in splits.items()}
+def first_texts(splits: dict[str, Source]) -> dict[str, str]:
+    return {name: source.read().rows[0]["text"] for name, source in splits.items()}
 
 
 @pytest.mark.parametrize("validation", ["validation.jsonl", "valid.jsonl", "Dev.jsonl"])
 def test_splits_of_a_directory_are_found_by_name(validation: str, tmp_path: Path) -> None:
     folder = directory(tmp_path, "test.jsonl", validation, "train.jsonl", "notes.jsonl", ".train.swp")
-    found = read_splits(folder, None, None)
+    found = open_splits(folder, None, None)
     assert first_texts(found) == {"train": "train.jsonl", "validation": validation, "test": "test.jsonl"}
     assert list(found) == ["train", "validation", "test"]
-    assert found["train"].place(0) == f"{tmp_path / 'train.jsonl'}:1"
+    assert found["train"].read().place(0) == f"{tmp_path / 'train.jsonl'}:1"
 
 
 def test_an_explicit_split_takes_the_place_of_the_directory_s(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     other = directory(tmp_path / "other", "mine.jsonl")
     folder = directory(tmp_path, "train.jsonl", "dev.jsonl", "valid.jsonl", "test.jsonl")
-    found = read_splits(folder, f"{other}/mine.jsonl", None)
+    found = open_splits(folder, f"{other}/mine.jsonl", None)
     assert first_texts(found) == {"train": "train.jsonl", "validation": "mine.jsonl", "test": "test.jsonl"}
 
 
 def test_a_training_file_alone_has_no_other_split(tmp_path: Path) -> None:
     folder = directory(tmp_path, "train.jsonl", "test.jsonl")
-    assert first_texts(read_splits(f"{folder}/train.jsonl", None, None)) == {"train": "train.jsonl"}
+    assert first_texts(open_splits(f"{folder}/train.jsonl", None, None)) == {"train": "train.jsonl"}
 
 
 def test_two_files_of_one_split_are_refused(tmp_path: Path) -> None:
     folder = directory(tmp_path, "train.jsonl", "dev.jsonl", "valid.csv")
     with pytest.raises(DataError, match=r"has 2 candidates for validation: dev.jsonl, valid.csv; keep one"):
-        read_splits(folder, None, None)
+        open_splits(folder, None, None)
 
 
 def test_a_directory_without_training_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has no split train; name the training file in data.train"):
-        read_splits(directory(tmp_path, "test.jsonl"), None, None)
+        open_splits(directory(tmp_path, "test.jsonl"), None, None)
 
 
 def test_one_split_of_a_directory_can_be_read(tmp_path: Path) -> None:
@@ -249,9 +269,9 @@ def test_one_split_of_a_directory_can_be_read(tmp_path: Path) -> None:
 def test_a_hub_data_set_is_read_by_its_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = {name: datasets.Dataset.from_list([{"text": name}] * 2) for name in ("train", "dev", "extra")}
     monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict(parts))
-    found = read_splits("owner/name", None, None)
+    found = open_splits("owner/name", None, None)
     assert first_texts(found) == {"train": "train", "validation": "dev"}
-    assert found["validation"].place(1) == "owner/name[dev]:2"
+    assert found["validation"].read().place(1) == "owner/name[dev]:2"
     assert read_rows("name", split="extra").rows[0] == {"text": "extra"}
 
 

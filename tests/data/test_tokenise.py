@@ -9,7 +9,8 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast
 
 from tsqlora.data.columns import Columns
 from tsqlora.data.rows import Rows
-from tsqlora.data.tokenise import TokenisedSplit, tokenise
+from tsqlora.data.samples import TokenisedSplit
+from tsqlora.data.tokenise import tokenise
 from tsqlora.errors import DataError, SettingsError
 
 TEXT, PAIR = Columns("text", None, "label"), Columns("text", "pair", "label")
@@ -51,7 +52,7 @@ def test_samples_are_what_a_model_takes(tokenizer: PreTrainedTokenizerFast) -> N
         "attention_mask": [1, 1, 1, 1],
         "labels": 1,
     }
-    assert (len(split), split.lengths, split.truncated) == (2, (4, 3), 0)
+    assert (len(split), split.lengths, split.truncated) == (2, [4, 3], 0)
 
 
 def test_a_pair_is_one_sample(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -153,10 +154,10 @@ def test_a_limit_without_room_for_text_is_refused(
     tokenizer: PreTrainedTokenizerFast, columns: Columns, least: int
 ) -> None:
     rows = rows_of({"text": "a b", "pair": "c d"})
-    assert tokenise(rows, columns, tokenizer, max_length=least, labels=None).lengths == (least,)
+    assert tokenise(rows, columns, tokenizer, max_length=least, labels=None).lengths == [least]
     with pytest.raises(SettingsError, match=rf"data.max_length {least - 1} leaves no room .* to {least} or more"):
         tokenise(rows, columns, tokenizer, max_length=least - 1, labels=None)
 
 
 def test_a_split_can_be_made_by_hand() -> None:
-    assert TokenisedSplit([{"input_ids": [1, 2]}], ("0" * 16,), 0).lengths == (2,)
+    assert TokenisedSplit([{"input_ids": [1, 2]}], ("0" * 16,), 0).lengths == [2]

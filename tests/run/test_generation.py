@@ -214,7 +214,7 @@ def test_what_the_bases_generation_config_wants_changes_no_text(kind: str, beams
     model: Any = job.pretrained.model
     asking = asking_of(job, arguments(job.config, tmp_path))
     assert job.data.splits.format is not None
-    prompts = asking.prompts(job.data.splits.rows["validation"], job.data.splits.format)
+    prompts = asking.prompts(job.data.splits.rows("validation"), job.data.splits.format)
     plain = asking.texts(model, prompts, phase="", progress=None)
     wants = {"min_length": 12, "min_new_tokens": 12, "repetition_penalty": 5.0, "no_repeat_ngram_size": 1}
     model.generation_config.update(**wants, length_penalty=3.0, early_stopping=True)
@@ -389,6 +389,6 @@ def test_a_row_whose_target_does_not_fit_is_left_out_and_told(tmp_path: Path) ->
         task={"type": "causal-lm"},
     )
     job = load(load_config(config, ["data.max_length=32", f"data.validation={tmp_path / 'train.jsonl'}"]))
-    assert len(job.data.samples["train"]) == len(job.data.splits.rows["train"]) == 20
+    assert len(job.data.samples["train"]) == len(job.data.splits.rows("train")) == 20
     assert job.data.notes[0].startswith("1 of 21 rows are left out, whose targets do not fit whole: ")
     assert job.data.notes[0].endswith("train.jsonl:21")

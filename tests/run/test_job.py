@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import pytest
 
-from tsqlora.data.tokenise import TokenisedSplit
+from tsqlora.data.samples import TokenisedSplit
 from tsqlora.errors import SettingsError
 from tsqlora.layer_sensitivity import ESTIMATORS
 from tsqlora.ranks.policies import POLICIES
@@ -111,7 +111,7 @@ def what_arrives(config: Config) -> dict[str, Any]:
     arrived: dict[str, Any] = {}
     samples = TokenisedSplit([{"input_ids": [1], "labels": 0}] * 8, ("h",) * 8, 0)
     tokenizer = SimpleNamespace(model_max_length=32)
-    splits = SimpleNamespace(labels=None, format=None, rows={})
+    splits = SimpleNamespace(labels=None, format=None, sources={})
     answers = {
         "load_pretrained": SimpleNamespace(model=None, tokenizer=tokenizer, positions=64, new_modules=()),
         "prepare": SimpleNamespace(splits=splits, samples={"train": samples}, hash="", columns=dict, notes=()),
@@ -139,8 +139,7 @@ def what_arrives(config: Config) -> dict[str, Any]:
     with ExitStack() as stack:
         for name, answer in answers.items():
             stack.enter_context(patch.object(job, name, boundary(name, answer)))
-        for name in ("read_data", "read_texts"):
-            stack.enter_context(patch.object(reading, name, boundary(name, splits)))
+        stack.enter_context(patch.object(reading, "read_data", boundary("read_data", splits)))
         known = SimpleNamespace(bf16=False, per_device_eval_batch_size=1)
         stack.enter_context(patch.object(fit, "TrainingArguments", boundary("TrainingArguments", known)))
         stack.enter_context(patch.object(job, "hardware_has_bf16", lambda: False))

@@ -11,7 +11,7 @@ from peft import PeftModel
 
 import tsqlora as tsq
 from models import samples, tiny_bert
-from tsqlora.data.tokenise import TokenisedSplit
+from tsqlora.data.samples import TokenisedSplit
 from tsqlora.errors import SettingsError
 from tsqlora.run.config import Config
 from tsqlora.run.plan import passes, plan, scoring_plan, without_effect

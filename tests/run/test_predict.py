@@ -54,7 +54,7 @@ def test_metrics_of_the_runs_own_file_are_those_it_recorded(run: Path) -> None:
 def test_logits_do_not_depend_on_what_else_is_in_the_file(run: Path) -> None:
     trained = open_run(run)
     rows = read_rows(data_of(run))
-    samples = trained.encode(rows, labelled=False)
+    samples = trained.unlabelled(rows)
     whole = trained.asking.logits(trained.model, samples.samples, phase="prediction", progress=None)
     with torch.no_grad():
         trained.model.eval()

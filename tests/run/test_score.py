@@ -80,7 +80,7 @@ def killed(source: Path, out: Path, killer: Killer) -> None:
 
 
 MOMENTS = {
-    "reading": before(scoring, "store"),
+    "reading": before(scoring, "prepare"),
     "loading": before(scoring, "open_run"),
     "reference": before(journal, "save_whole"),
     "first batch": at("scoring", 8),

@@ -1,17 +1,65 @@
-"""Texts out of rows: what a cell must hold, and what is said where it does not."""
+"""Cells of rows: which hold nothing, and which hold text."""
 
+import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 from tsqlora.data.rows import Rows
 from tsqlora.errors import DataError
 
+_SHOWN = 5
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a cell holds nothing: null, NaN, or text of spaces alone."""
+    blank = isinstance(value, str) and not value.strip()
+    return value is None or blank or (isinstance(value, float) and math.isnan(value))
+
+
+def require_filled(parts: Iterable[Rows], columns: Mapping[str, str]) -> Iterator[Rows]:
+    """The same rows, as long as none lacks something in `columns` (name -> what the column holds).
+
+    Raises DataError with the place of the first row that does, and the number of all in the parts: whoever cleans a
+    file wants to know how many there are.
+    """
+    rest = iter(parts)
+    for rows in rest:
+        for column, what in columns.items():
+            if any(is_missing(row.get(column)) for row in rows.rows):
+                raise _missing(chain([rows], rest), column, what)
+        yield rows
+
+
+def refuse_missing(rows: Rows, column: str, what: str) -> None:
+    """`require_filled` of one part and one column."""
+    for _ in require_filled([rows], {column: what}):
+        pass
+
+
+def _missing(parts: Iterable[Rows], column: str, what: str) -> DataError:
+    found = [
+        (rows.place(i), rows.numbers[i])
+        for rows in parts
+        for i, row in enumerate(rows.rows)
+        if is_missing(row.get(column))
+    ]
+    first, further = found[0][0], found[1:]
+    if not further:
+        return DataError(f"{first}: no {what} in column '{column}'; fill it in or leave the row out")
+    numbers = ", ".join(str(number) for _, number in further[:_SHOWN])
+    more = ", …" if len(further) > _SHOWN else ""
+    return DataError(
+        f"{first}: no {what} in column '{column}', nor in {len(further)} more rows ({numbers}{more}); "
+        "fill them in or leave the rows out"
+    )
+
 
 def text_at(rows: Rows, i: int, column: str) -> str:
     """The text of row i in a column.  Raises DataError with file and row where there is none."""
     value = rows.rows[i].get(column)
-    if is_blank(value):
+    if is_missing(value):
         raise DataError(f"{rows.place(i)}: no text in column '{column}'; fill it in or leave the row out")
     return as_text(value, f"column '{column}'", rows.place(i))
 
@@ -19,7 +67,7 @@ def text_at(rows: Rows, i: int, column: str) -> str:
 def text_or_nothing(rows: Rows, i: int, column: str | None) -> str:
     """The same, and "" where the cell or the column is not there."""
     value = None if column is None else rows.rows[i].get(column)
-    return "" if is_blank(value) else as_text(value, f"column '{column}'", rows.place(i))
+    return "" if is_missing(value) else as_text(value, f"column '{column}'", rows.place(i))
 
 
 def as_text(value: Any, where: str, place: str) -> str:
@@ -27,8 +75,11 @@ def as_text(value: Any, where: str, place: str) -> str:
     if not isinstance(value, str):
         kind = type(value).__name__
         raise DataError(f"{place}: {kind} {reprlib.repr(value)} in {where} is no text; write a string")
-    if not _is_unicode(value):
-        raise DataError(f"{place}: {where} has half a surrogate pair (\\ud800..\\udfff); remove it")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        cure = "has half a surrogate pair (\\ud800..\\udfff); remove it"
+        raise DataError(f"{place}: {where} {cure}") from None
     return value
 
 
@@ -46,16 +97,3 @@ def _cell_text(cell: Any) -> str:
     if isinstance(cell, list):
         return "\n".join(": ".join(map(str, item.values())) if isinstance(item, dict) else str(item) for item in cell)
     return str(cell)
-
-
-def is_blank(value: Any) -> bool:
-    """Nothing, or white space only."""
-    return value is None or (isinstance(value, str) and not value.strip())
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -4,11 +4,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
 
-from tsqlora.data.cells import is_blank
+from tsqlora.data.cells import refuse_missing
 from tsqlora.data.formats import Format
 from tsqlora.data.formats.example import Chat, Example, Manner
 from tsqlora.data.pieces import pieces_of
@@ -23,7 +21,8 @@ from tsqlora.data.runs import (
     tokens_of,
     written_tokens,
 )
-from tsqlora.data.tokenise import TokenisedSplit, row_hash
+from tsqlora.data.samples import TokenisedSplit
+from tsqlora.data.tokenise import row_hash
 from tsqlora.errors import DataError, SettingsError
 
 IGNORED = -100
@@ -65,62 +64,49 @@ def tokenise_generation(
 
     Too long a prompt is cut on the left, after the tokens that open every text, and too long a
     plain text on the right; `truncated` counts both. Of a chat the oldest turns go first, and a
-    turn that was cut is not trained on. Raises DataError with file and row for what a row lacks,
-    and for targets that are empty or do not fit whole.
+    turn that was cut is not trained on. A row whose target does not fit whole is left out. Raises
+    DataError with file and row for what a row lacks, and for targets that are empty.
     """
     made = _make(rows, format, tokenizer, max_length, seq2seq=seq2seq, with_targets=with_targets, measured=measured)
-    most, setting = kept_of_targets(max_length, max_target_length, seq2seq=seq2seq)
-    if long := [i for i, one in enumerate(made) if one.needs > most]:
-        raise DataError(
-            f"{rows.place(long[0])}: the target needs {made[long[0]].needs} tokens, and {most} are kept"
-            f"{_and_others(len(long))}; raise {setting} to {max(made[i].needs for i in long)}, or leave them out"
-        )
+    most, _ = _room_of_targets(max_length, max_target_length, seq2seq=seq2seq)
     used = asdict(format.columns)
-    hashes = tuple(row_hash(row, used) for row in rows.rows)
-    return TokenisedSplit([one.sample for one in made], hashes, sum(one.cut for one in made), rows.ids)
+    fitting = [i for i, one in enumerate(made) if one.needs <= most]
+    return TokenisedSplit(
+        [made[i].sample for i in fitting],
+        tuple(row_hash(rows.rows[i], used) for i in fitting),
+        sum(made[i].cut for i in fitting),
+        rows.ids[fitting],
+        tuple((rows.place(i), one.needs) for i, one in enumerate(made) if one.needs > most),
+    )
 
 
-def rows_that_fit(
-    rows: Rows,
-    format: Format,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int,
-    seq2seq: bool,
-    max_target_length: int | None = None,
-    may_be_none: bool = False,
-) -> Int[np.ndarray, " k"]:
-    """Which rows have a target that fits whole, ascending.
-
-    Raises DataError where none has, so that no token would be trained on, unless there `may_be_none`, and as
-    `tokenise_generation` for all else.
-    """
-    made = _make(rows, format, tokenizer, max_length, seq2seq=seq2seq, with_targets=True)
-    most, setting = kept_of_targets(max_length, max_target_length, seq2seq=seq2seq)
-    fitting = np.flatnonzero([one.needs <= most for one in made])
-    if not len(fitting) and not may_be_none:
-        raise DataError(
-            f"{rows.source}: no token would be trained on: none of {len(rows)} targets fits whole into {most} tokens; "
-            f"raise {setting} to {min(one.needs for one in made)} or more"
-        )
-    return fitting
-
-
-def kept_of_targets(max_length: int, max_target_length: int | None, *, seq2seq: bool) -> tuple[int, str]:
-    """How many tokens of a target are kept, and the setting that says so."""
+def _room_of_targets(max_length: int, max_target_length: int | None, *, seq2seq: bool) -> tuple[int, str]:
+    """How many tokens a target may have, and the setting that says so."""
     if seq2seq and max_target_length:
         return max_target_length, "data.max_target_length"
     return max_length, "data.max_length"
 
 
-def left_out(rows: Rows, fitting: Int[np.ndarray, " k"]) -> str | None:
-    """For a note: how many rows `rows_that_fit` left out, and where the first of them are; None where none was."""
-    others = np.setdiff1d(np.arange(len(rows)), fitting)
-    if not len(others):
+def require_some(
+    split: TokenisedSplit, source: str, max_length: int, max_target_length: int | None, seq2seq: bool
+) -> None:
+    """Raises DataError where no target fits whole, so that no token would be trained on."""
+    if len(split):
+        return
+    most, setting = _room_of_targets(max_length, max_target_length, seq2seq=seq2seq)
+    raise DataError(
+        f"{source}: no token would be trained on: none of {len(split.left_out)} targets fits whole into {most} tokens; "
+        f"raise {setting} to {min(needs for _, needs in split.left_out)} or more"
+    )
+
+
+def left_out(split: TokenisedSplit) -> str | None:
+    """For a note: how many rows were left out, and where the first of them are; None where none was."""
+    if not split.left_out:
         return None
-    first = ", ".join(rows.place(int(i)) for i in others[:_SHOWN])
-    more = ", …" if len(others) > _SHOWN else ""
-    return f"{len(others)} of {len(rows)} rows are left out, whose targets do not fit whole: {first}{more}"
+    count, first = len(split.left_out), ", ".join(place for place, _ in split.left_out[:_SHOWN])
+    more = ", …" if count > _SHOWN else ""
+    return f"{count} of {len(split) + count} rows are left out, whose targets do not fit whole: {first}{more}"
 
 
 def references(rows: Rows, format: Format) -> list[str]:
@@ -141,8 +127,8 @@ def _make(
 ) -> list[Made]:
     require_end(tokenizer, seq2seq=seq2seq)
     _require_room(tokenizer, max_length)
-    if with_targets:
-        _require_targets(rows, format)
+    if with_targets and format.columns.label is not None:
+        refuse_missing(rows, format.columns.label, "target")
     manner = Manner(seq2seq=seq2seq, chat=bool(tokenizer.chat_template), targets=with_targets, measured=measured)
     examples = [format.read(rows, i, manner) for i in range(len(rows))]
     if seq2seq:
@@ -223,26 +209,9 @@ def _require_room(tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         )
 
 
-def _require_targets(rows: Rows, format: Format) -> None:
-    """That no target is empty, told all at once; what else may be wrong is told row by row."""
-    column = format.columns.label
-    if column is None:
-        return
-    if empty := [i for i, row in enumerate(rows.rows) if is_blank(row.get(column))]:
-        raise DataError(
-            f"{rows.place(empty[0])}: no text in column '{column}', the target{_and_others(len(empty))}; "
-            "fill it in or leave the row out"
-        )
-
-
 def _require_tokens(ids: Sequence[int], place: str) -> None:
     if not ids:
         raise DataError(f"{place}: the tokenizer makes no token of this text; leave the row out")
-
-
-def _and_others(count: int) -> str:
-    """For an error that names the first of some rows."""
-    return "" if count == 1 else f" (so in {count} rows)"
 
 
 def _last_target(example: Example | Chat) -> str:

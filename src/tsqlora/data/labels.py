@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tsqlora.data.missing import is_missing, refuse_missing
+from tsqlora.data.cells import is_missing, refuse_missing
 from tsqlora.data.rows import Rows
 from tsqlora.errors import DataError
 
@@ -64,21 +64,11 @@ class LabelMap:
         return cls(tuple(stored["names"]))
 
 
-def read_labels(rows: Rows, column: str) -> list[str | int]:
-    """Every row's label, as `LabelMap.from_rows` takes them.
-
-    In a format without types (CSV), labels that are all integers are integers. Raises
-    DataError with file and row for a label that is missing or neither text nor an integer.
-    """
-    refuse_missing(rows, column, "label")
-    labels, places = distinct_labels([rows], column)
-    return [labels[j] for j in places]
-
-
 def distinct_labels(parts: Iterable[Rows], column: str) -> tuple[list[str | int], np.ndarray]:
-    """What `read_labels` finds in rows that come in parts: each label once, and which one each row has.
+    """Each label once, in order of first appearance, and which one each row has.
 
-    In order of first appearance.  Raises DataError as `read_labels`.
+    In a format without types (CSV), labels that are all integers are integers. Raises DataError with file and row for
+    a label that is neither text nor an integer, and for text beside integers.
     """
     numbers: dict[str | int, int] = {}
     firsts: dict[type, str] = {}
@@ -123,7 +113,7 @@ def _typed(values: list[str | int], *, typed: bool) -> list[str | int]:
 
 
 def encode_labels(rows: Rows, column: str, label_map: LabelMap) -> list[int]:
-    """Every row's class id. Raises DataError as `read_labels`, and for a label that is no class."""
+    """Every row's class id. Raises DataError with file and row for what is no label or no class."""
     refuse_missing(rows, column, "label")
     ids: dict[str | int, int] = {}
     for i in range(len(rows)):
@@ -169,7 +159,7 @@ def look_alikes(names: Iterable[str | int]) -> list[tuple[str, ...]]:
 
 
 def label_at(rows: Rows, i: int, column: str) -> str | int:
-    """One row's label.  Raises DataError as `read_labels`."""
+    """One row's label.  Raises DataError with file and row for what can be none."""
     value = rows.rows[i].get(column)
     wrong = _what_is_wrong(value)
     if wrong is not None:

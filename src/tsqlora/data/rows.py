@@ -3,9 +3,9 @@
 import difflib
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +38,15 @@ SPLIT_NAMES: dict[str, tuple[str, ...]] = {
 
 
 CHUNK = 1024
-"""Rows that are in memory at a time, where not all are."""
+"""Rows of a source that are in memory at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows of one split; `numbers[i]` is the 1-based line or row of `rows[i]` in `source`.
+    """Some rows of one source; `numbers[i]` is the 1-based line or row of `rows[i]` in `source`.
 
     `typed` is False where the format has no types (CSV), so that "3" may be the number 3.
-    `places` are the rows' places in what was read, from 0; None where they are all of it.
+    `places` are the rows' places in the source, from 0; None where they are all of it.
     """
 
     rows: tuple[dict[str, Any], ...]
@@ -60,12 +60,18 @@ class Rows:
 
     @property
     def ids(self) -> np.ndarray:
-        """The place of each row in what was read, from 0."""
+        """The place of each row in its source, from 0."""
         return np.arange(len(self)) if self.places is None else self.places
 
     def place(self, i: int) -> str:
         """Where row i is, as errors say it: `train.jsonl:17`."""
         return f"{self.source}:{self.numbers[i]}"
+
+    def take(self, indices: Iterable[int]) -> "Rows":
+        """Some of the rows, each with its number and place."""
+        chosen = list(indices)
+        rows, numbers = (tuple(values[i] for i in chosen) for values in (self.rows, self.numbers))
+        return replace(self, rows=rows, numbers=numbers, places=self.ids[chosen])
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,25 +83,33 @@ class Source:
     path: Path | None
     records: Callable[[], Records]
 
-    def read(self) -> Rows:
-        """All rows.  Raises DataError for what is broken, and for a split without rows."""
-        numbers, rows = zip(*self._some(self.records()), strict=True)
-        return Rows(rows, self.name, numbers, typed=self.typed)
+    def read(self, places: np.ndarray | None = None) -> Rows:
+        """All rows, or those at `places`, in memory.  Raises as `chunks`."""
+        parts = list(self.chunks(places))
+        rows, numbers = (tuple(chain.from_iterable(getattr(p, name) for p in parts)) for name in ("rows", "numbers"))
+        return Rows(rows, self.name, numbers, typed=self.typed, places=np.concatenate([part.ids for part in parts]))
 
-    def chunks(self, size: int = CHUNK) -> Iterator[Rows]:
-        """The rows in order, `size` at a time, so that few are in memory.  Raises as `read`."""
-        records = iter(self._some(self.records()))
-        while part := list(islice(records, size)):
+    def chunks(self, places: np.ndarray | None = None) -> Iterator[Rows]:
+        """The rows in order, or those at `places` (ascending), read CHUNK at a time.
+
+        Raises DataError for what is broken, and for a source without rows.
+        """
+        records, start = iter(self.records()), 0
+        while part := list(islice(records, CHUNK)):
             numbers, rows = zip(*part, strict=True)
-            yield Rows(rows, self.name, numbers, typed=self.typed)
-
-    def _some(self, records: Records) -> Records:
-        first = next(records, None)
-        if first is None:
+            here = Rows(rows, self.name, numbers, typed=self.typed, places=np.arange(start, start + len(rows)))
+            if places is None:
+                yield here
+            elif len(wanted := places[slice(*np.searchsorted(places, [start, start + len(rows)]))]):
+                yield here.take(wanted - start)
+            start += len(rows)
+        if start == 0:
             cure = "name another split or data set" if self.path is None else "write at least one, or name another file"
             raise DataError(f"{self.name} has no rows; {cure}")
-        yield first
-        yield from records
+
+    def columns(self) -> tuple[str, ...]:
+        """Every column that some row has, in the order of first appearance."""
+        return tuple(dict.fromkeys(name for rows in self.chunks() for name in column_names(rows)))
 
 
 def column_names(rows: Rows) -> tuple[str, ...]:
@@ -124,18 +138,13 @@ def open_split(source: str | Path, *, split: str | None = None) -> Source:
     return next(iter(found.values()))
 
 
-def read_splits(train: str, validation: str | None, test: str | None) -> dict[str, Rows]:
-    """Rows by split name: always "train", and "validation" and "test" where there are any.
+def open_splits(train: str, validation: str | None, test: str | None) -> dict[str, Source]:
+    """Sources by split name: always "train", and "validation" and "test" where there are any.
 
     `train` is a file, a directory of files named train.*, validation.* (valid.*, dev.*) and
     test.*, or a hub id; an explicit `validation` or `test` takes the place of what is found
-    there. Raises DataError as `read_rows` does, and for two files of one split.
+    there. Raises DataError for what is missing, and for two files of one split.
     """
-    return {name: source.read() for name, source in open_splits(train, validation, test).items()}
-
-
-def open_splits(train: str, validation: str | None, test: str | None) -> dict[str, Source]:
-    """The same, not read yet."""
     explicit = {name: path for name, path in (("validation", validation), ("test", test)) if path is not None}
     found = _open_train(train, wanted=[name for name in SPLIT_NAMES if name not in explicit])
     found |= {name: open_split(path, split=name) for name, path in explicit.items()}

@@ -3,47 +3,16 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from tsqlora.data.cells import text_at
+from tsqlora.data.cells import refuse_missing, text_at
 from tsqlora.data.columns import Columns
-from tsqlora.data.missing import refuse_missing
 from tsqlora.data.rows import Rows
-from tsqlora.data.stored import StoredSamples
+from tsqlora.data.samples import TokenisedSplit
 from tsqlora.errors import DataError, SettingsError
-
-
-@dataclass(frozen=True, slots=True)
-class TokenisedSplit:
-    """Samples as a Trainer takes them: this is a map-style torch data set.
-
-    A sample has input_ids, attention_mask, token_type_ids where the tokenizer makes them, and
-    labels where the rows had them. `hashes` name the samples for good, whatever their order;
-    `truncated` counts those that were cut to the maximal length. `ids` are the rows' places in
-    the file that was read, counted from 0, where they are known.
-    """
-
-    samples: Sequence[dict[str, Any]]
-    hashes: tuple[str, ...]
-    truncated: int
-    ids: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        return self.samples[i]
-
-    @property
-    def lengths(self) -> Sequence[int]:
-        """Tokens of each sample."""
-        if isinstance(self.samples, StoredSamples):
-            return self.samples.lengths
-        return tuple(len(sample["input_ids"]) for sample in self.samples)
 
 
 def tokenise(

@@ -105,7 +105,11 @@ def load(config: Config) -> Job:
     pretrained, length = load_model(config, splits.labels)
     data = prepare(splits, pretrained.tokenizer, max_length=length, writing=writing_of(config))
     task = get_task(config.task.type)
-    if isinstance(task, Generation) and "test" in splits.rows and not (splits.format and splits.format.name == "text"):
+    if (
+        isinstance(task, Generation)
+        and "test" in splits.sources
+        and not (splits.format and splits.format.name == "text")
+    ):
         require_text_metrics()
         shortest = least_prompt(pretrained.tokenizer) if task.causal else 1
         require_room(pretrained.positions, config.task.max_new_tokens, longest=shortest)
@@ -263,7 +267,7 @@ def require_drawable(job: Job, quality: QualityCallback) -> None:
         return
     require_terms(quality.weights, job.task)
     if isinstance(job.task, Classification):
-        labels = [sample["labels"] for sample in job.data.samples["train"].samples]
+        labels = job.data.samples["train"].labels
         stratum_sizes(np.unique(labels, return_counts=True)[1], len(quality.data))
 
 
@@ -355,6 +359,6 @@ def measure(job: Job, model: nn.Module, record: RunRecord, args: TrainingArgumen
             record.metrics[split] = asking.metrics(model, samples.samples, phase=split, progress=progress)
             if split == "test" and splits.format is not None:
                 record.metrics[split] |= asking.text_metrics(
-                    model, splits.rows[split], splits.format, progress=progress
+                    model, splits.rows(split), splits.format, progress=progress
                 )
         cost.add(forward=len(samples), tokens=sum(samples.lengths))

@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import TrainingArguments
 
 from tsqlora.adapter.slots import active_parameters, active_ranks, find_slots
-from tsqlora.data.tokenise import TokenisedSplit
+from tsqlora.data.samples import TokenisedSplit
 from tsqlora.errors import SettingsError
 from tsqlora.gradients.sites import lora_layers
 from tsqlora.quality.asked import PAPER_TERMS, wanted_terms
@@ -91,7 +91,7 @@ def classes(config: Config, model: PeftModel, rows: TokenisedSplit) -> dict[str,
     """Rows of each class, by its name; None where there are no classes."""
     if not isinstance(get_task(config.task.type), Classification):
         return None
-    counts = Counter(sample["labels"] for sample in rows.samples)
+    counts = Counter(rows.labels.tolist())
     return {str(name): counts[j] for j, name in model.config.id2label.items()}
 
 

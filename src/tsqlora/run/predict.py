@@ -18,10 +18,11 @@ from tsqlora.data.columns import Columns
 from tsqlora.data.formats import Format
 from tsqlora.data.generation import least_prompt, left_out, references, tokenise_generation
 from tsqlora.data.labels import LabelMap
-from tsqlora.data.prepare import Prepared, Splits, Writing, encode_split, fit_whole, prepare
-from tsqlora.data.rows import Rows, column_names, read_rows
-from tsqlora.data.split import take
-from tsqlora.data.tokenise import TokenisedSplit
+from tsqlora.data.prepare import Prepared, Writing, prepare
+from tsqlora.data.rows import Rows, Source, column_names, open_split, read_rows
+from tsqlora.data.samples import TokenisedSplit
+from tsqlora.data.splits import Splits, whole
+from tsqlora.data.tokenise import tokenise
 from tsqlora.data.write import SHEETS, require_writable, without_formulas, write_rows
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.interop.files import require_safe
@@ -137,17 +138,15 @@ class Asking:
         require_text_metrics()
         prompts = self.prompts(rows, format, measured=True)
         if self.prompt_length < self.max_length:  # what max_length cuts is told where rows are read
-            tell_of_cuts(prompts, rows, "prompts", self.prompt_length)
+            tell_of_cuts(prompts, rows.source, "prompts", self.prompt_length)
         written = self.texts(model, prompts, phase="writing", progress=progress)
         return text_metrics(written, references(rows, format))
 
 
-def tell_of_cuts(split: TokenisedSplit, rows: Rows, what: str, kept: int) -> None:
+def tell_of_cuts(split: TokenisedSplit, source: str, what: str, kept: int) -> None:
     """Warns where rows were cut."""
     if split.truncated:
-        warnings.warn(
-            f"{split.truncated} of {len(split)} {what} of {rows.source} were cut to {kept} tokens", stacklevel=3
-        )
+        warnings.warn(f"{split.truncated} of {len(split)} {what} of {source} were cut to {kept} tokens", stacklevel=3)
 
 
 TRUST = "TSQLORA_TRUST_REMOTE_CODE"
@@ -204,29 +203,27 @@ class Trained:
         )
 
     def prepare(self, splits: Splits) -> Prepared:
-        """Splits as samples, with the run's own classes."""
-        own = replace(splits, labels=self.labels)
+        """Splits as samples, with the run's own columns and classes."""
+        own = replace(splits, columns=self.columns, labels=self.labels, format=self.format)
         return prepare(own, self.tokenizer, max_length=self.max_length, writing=self.writing)
 
-    def encode(self, rows: Rows, *, labelled: bool) -> TokenisedSplit:
-        """Rows of any file as samples."""
-        self.require_columns(column_names(rows), rows.source, labelled=labelled)
-        own = Splits({}, self.columns, self.labels, self.format)
-        split = encode_split(
-            rows, own, self.tokenizer, max_length=self.max_length, writing=self.writing, labelled=labelled
-        )
-        tell_of_cuts(split, rows, "texts" if self.format is None else "prompts", self.max_length)
-        return split
-
-    def fitting(self, rows: Rows) -> Rows:
-        """Those whose target fits whole, as training takes them, with a warning of the others."""
-        if self.format is None or self.writing is None:
-            return rows
-        own = Splits({}, self.columns, self.labels, self.format)
-        kept = fit_whole(rows, own, self.tokenizer, self.max_length, self.writing)
-        if out := left_out(rows, kept):
+    def labelled(self, name: str, source: Source, places: np.ndarray | None = None) -> Prepared:
+        """The rows of a source (at `places`) as a split, with warnings of what was cut and left out."""
+        self.require_columns(source.columns(), source.name, labelled=True)
+        splits = whole(name, source, self.columns, self.labels, self.format)
+        prepared = self.prepare(splits if places is None else replace(splits, places={name: places}))
+        split = prepared.samples[name]
+        if out := left_out(split):
             warnings.warn(out, stacklevel=2)
-        return take(rows, kept)
+        tell_of_cuts(split, source.name, "texts" if self.format is None else "prompts", self.max_length)
+        return prepared
+
+    def unlabelled(self, rows: Rows) -> TokenisedSplit:
+        """Rows of any file as samples without labels, with a warning of what was cut."""
+        self.require_columns(column_names(rows), rows.source, labelled=False)
+        split = tokenise(rows, self.columns, self.tokenizer, max_length=self.max_length, labels=None)
+        tell_of_cuts(split, rows.source, "texts", self.max_length)
+        return split
 
     def require_columns(self, names: Collection[str], source: str, *, labelled: bool) -> None:
         """Raises DataError where a file with these columns lacks one that the run was trained on."""
@@ -303,16 +300,17 @@ def evaluate_run(
         return record.metrics["test" if "test" in record.metrics else "validation"]
     trained = open_run(run, overrides)
     if data is None:
-        splits = read(trained.config).rows
-        rows = splits["test" if "test" in splits else "validation"]
+        splits = read(trained.config)
+        name = "test" if "test" in splits.sources else "validation"
+        prepared = trained.labelled(name, splits.sources[name], splits.places[name])
     else:
-        rows = read_rows(data, split="test")
-    trained.require_columns(column_names(rows), rows.source, labelled=True)
-    rows = trained.fitting(rows)
-    samples = trained.encode(rows, labelled=True)
-    metrics = trained.asking.metrics(trained.model, samples.samples, phase="evaluation", progress=progress)
+        name = "test"
+        prepared = trained.labelled(name, open_split(data, split=name))
+    samples = prepared.samples[name].samples
+    metrics = trained.asking.metrics(trained.model, samples, phase="evaluation", progress=progress)
     if trained.format is None:
         return metrics
+    rows = prepared.splits.rows(name)
     return metrics | trained.asking.text_metrics(trained.model, rows, trained.format, progress=progress)
 
 
@@ -352,13 +350,13 @@ def _texts(trained: Trained, rows: Rows, progress: Progress | None) -> list[dict
     trained.require_columns(column_names(rows), rows.source, labelled=False)
     asking = trained.asking
     prompts = asking.prompts(rows, trained.format)
-    tell_of_cuts(prompts, rows, "prompts", asking.prompt_length)
+    tell_of_cuts(prompts, rows.source, "prompts", asking.prompt_length)
     texts = asking.texts(trained.model, prompts, phase="prediction", progress=progress)
     return [{"prediction": text} for text in texts]
 
 
 def _answers(trained: Trained, rows: Rows, progress: Progress | None) -> list[dict[str, Any]]:
-    samples = trained.encode(rows, labelled=False).samples
+    samples = trained.unlabelled(rows).samples
     logits = trained.asking.logits(trained.model, list(samples), phase="prediction", progress=progress)
     predicted = require_answers(trained.task, "a prediction").predictions(logits)
     if trained.labels is None:

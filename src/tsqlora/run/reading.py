@@ -1,10 +1,9 @@
-"""What the settings say of the data -> its rows, or what passes over them say."""
+"""What the settings say of the data -> its splits."""
 
 from collections.abc import Collection
-from typing import Any
 
-from tsqlora.data.prepare import Splits, Writing, read_data, read_texts
-from tsqlora.data.survey import Survey, survey_data, survey_texts
+from tsqlora.data.prepare import Writing
+from tsqlora.data.splits import Answer, Splits, read_data
 from tsqlora.errors import SettingsError
 from tsqlora.run.config import Config
 from tsqlora.tasks import Task, get_task
@@ -26,19 +25,24 @@ OF_TEXTS: dict[str, str | None] = {
 
 
 def read(config: Config) -> Splits:
-    """The rows of every split."""
-    data = config.data
-    if writing_of(config) is not None:
-        return read_texts(data.train, data.validation, data.test, **_texts(config))
-    return read_data(data.train, data.validation, data.test, **_answers(config))
+    """Where the rows of every split are."""
+    data, answer = config.data, _answer(get_task(config.task.type))
+    texts = ("format", "prompt", "target", "messages", "text")
+    return read_data(
+        data.train,
+        data.validation,
+        data.test,
+        answer=answer,
+        columns={name: getattr(data, name) for name in (texts if answer == "text" else ("text", "text_pair", "label"))},
+        validation_fraction=data.validation_fraction,
+        seed=config.training.seed,
+    )
 
 
-def survey(config: Config) -> Survey:
-    """The same of files of any size."""
-    data = config.data
-    if writing_of(config) is not None:
-        return survey_texts(data.train, data.validation, data.test, **_texts(config))
-    return survey_data(data.train, data.validation, data.test, **_answers(config))
+def _answer(task: Task) -> Answer:
+    if isinstance(task, Generation):
+        return "text"
+    return "class" if isinstance(task, Classification) else "number"
 
 
 def trained_task(config: Config) -> Task:
@@ -72,28 +76,3 @@ def writing_of(config: Config) -> Writing | None:
     if not isinstance(task, Generation):
         return None
     return Writing(seq2seq=not task.causal, max_target_length=config.data.max_target_length)
-
-
-def _answers(config: Config) -> dict[str, Any]:
-    data = config.data
-    return {
-        "text": data.text,
-        "text_pair": data.text_pair,
-        "label": data.label,
-        "classes": isinstance(get_task(config.task.type), Classification),
-        "validation_fraction": data.validation_fraction,
-        "seed": config.training.seed,
-    }
-
-
-def _texts(config: Config) -> dict[str, Any]:
-    data = config.data
-    return {
-        "format": data.format,
-        "prompt": data.prompt,
-        "target": data.target,
-        "messages": data.messages,
-        "text": data.text,
-        "validation_fraction": data.validation_fraction,
-        "seed": config.training.seed,
-    }

@@ -11,19 +11,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tsqlora import distributed
-from tsqlora.data.prepare import Prepared, Writing
-from tsqlora.data.survey import (
-    Survey,
-    column_names_of,
-    count_held_out,
-    store,
-    survey_whole,
-    texts_of,
-    with_whole_targets,
-)
+from tsqlora.data.generation import left_out
+from tsqlora.data.prepare import Prepared, prepare
+from tsqlora.data.rows import open_split
+from tsqlora.data.splits import Splits, whole
 from tsqlora.data.write import require_apart, require_place
 from tsqlora.errors import NotLearnedError, SettingsError
 from tsqlora.progress import Progress
@@ -66,7 +60,6 @@ class Ready:
     task: Task
     model: nn.Module
     collate: Collate
-    survey: Survey
     data: Prepared
 
 
@@ -103,7 +96,7 @@ def score_rows(
             require_apart(out, config.data.train, config.data.validation, config.data.test)
             ready = warmed_up(config, partial / "warm-up", tokens, progress)
         scores = score_ready(ready, partial / "scoring", progress)
-        scores = drop_rows(scores, drop, lambda: texts_of(ready.survey, "train"), tokens / "signatures")
+        scores = drop_rows(scores, drop, lambda: ready.data.splits.texts("train"), tokens / "signatures")
         scores.save(out)
     return scores
 
@@ -114,15 +107,15 @@ def plan_scoring(source: Path, *, overrides: Sequence[str] = (), drop: Sequence[
     if source.is_dir():
         run = open_run(source, overrides)
         config, model, length = run.config, run.model, run.max_length
-        survey = _survey(source, run)
+        splits = _splits(source, run)
     else:
         config = _enabled(with_start(load_config(source, overrides)))
-        survey = reading.survey(config)
-        pretrained, length = load_model(config, survey.labels)
+        splits = reading.read(config)
+        pretrained, length = load_model(config, splits.labels)
         model = with_slots(config, pretrained)
-    rows = len(survey.places["train"])
+    rows = len(splits.places["train"])
     plan = scoring_plan(config, model, rows=rows, max_length=length, warmup=not source.is_dir())
-    return {"rows": rows, "held_out": count_held_out(survey), **plan}
+    return {"rows": rows, "held_out": splits.held_out, **plan}
 
 
 @contextmanager
@@ -148,27 +141,25 @@ def _partial(out: Path) -> Iterator[tuple[Path, Path]]:
 
 def _run(source: Path, overrides: Sequence[str], tokens: Path) -> Ready:
     run = open_run(source, overrides)
-    survey = _whole(_survey(source, run), run.tokenizer, run.max_length, run.writing)
-    data = store(survey, run.tokenizer, tokens, max_length=run.max_length, writing=run.writing)
-    return Ready(run.config, reading.trained_task(run.config), run.model, run.collate, survey, data)
+    data = prepare(_splits(source, run), run.tokenizer, max_length=run.max_length, writing=run.writing, folder=tokens)
+    _tell_left_out(data)
+    return Ready(run.config, reading.trained_task(run.config), run.model, run.collate, data)
 
 
-def _survey(source: Path, run: Trained) -> Survey:
+def _splits(source: Path, run: Trained) -> Splits:
     """Of the run's own rows as its training split them; of another file whole, by the run's columns and classes."""
     path = run.config.data.train
     if path == load_config(source / CONFIG_FILE).data.train:
-        return replace(reading.survey(run.config), labels=run.labels)
-    survey = survey_whole(path, run.columns, run.labels, run.format)
-    file = survey.sources["train"]
-    run.require_columns(column_names_of(file), file.name, labelled=True)
-    return survey
+        return replace(reading.read(run.config), labels=run.labels)
+    file = open_split(path, split="train")
+    run.require_columns(file.columns(), file.name, labelled=True)
+    return whole("train", file, run.columns, run.labels, run.format)
 
 
-def _whole(survey: Survey, tokenizer: PreTrainedTokenizerBase, max_length: int, writing: Writing | None) -> Survey:
-    survey, notes = with_whole_targets(survey, tokenizer, max_length=max_length, writing=writing)
-    for note in notes:
-        warnings.warn(note, stacklevel=2)
-    return survey
+def _tell_left_out(data: Prepared) -> None:
+    for split in data.samples.values():
+        if note := left_out(split):
+            warnings.warn(note, stacklevel=2)
 
 
 def warmed_up(config: Config, folder: Path, tokens: Path, progress: Progress | None) -> Ready:
@@ -177,22 +168,22 @@ def warmed_up(config: Config, folder: Path, tokens: Path, progress: Progress | N
     It begins anew at the last epoch that was finished. The weights are always those of the
     folder's file, in a model that was never trained: so a scoring that was cut off has the same.
     """
-    survey = reading.survey(_enabled(config))
-    pretrained, length = load_model(config, survey.labels)
+    splits = reading.read(_enabled(config))
+    pretrained, length = load_model(config, splits.labels)
     writing = reading.writing_of(config)
-    survey = _whole(survey, pretrained.tokenizer, length, writing)
-    data = store(survey, pretrained.tokenizer, tokens, max_length=length, writing=writing)
+    data = prepare(splits, pretrained.tokenizer, max_length=length, writing=writing, folder=tokens)
+    _tell_left_out(data)
     job = Job(config, reading.trained_task(config), pretrained, data, length)
     bind(folder, {"rows": data.hash, "settings": dump_config(config), "torch": torch.__version__})
     theta = folder / WARM_UP_FILE
     if not theta.exists():
         save_whole(theta, _trainable(_train(job, folder, progress)))
-        pretrained, _ = load_model(config, survey.labels)
+        pretrained, _ = load_model(config, splits.labels)
     model = with_slots(config, pretrained)
     with torch.no_grad():
         for name, value in load_file(theta).items():
             model.get_parameter(name).copy_(value)
-    return Ready(config, job.task, model.to(device_of(config)), job.collate, survey, data)
+    return Ready(config, job.task, model.to(device_of(config)), job.collate, data)
 
 
 def _train(job: Job, folder: Path, progress: Progress | None) -> nn.Module:
@@ -270,7 +261,7 @@ def score_ready(ready: Ready, journal: Path | None = None, progress: Progress | 
         hashes=samples.hashes,
         ids=samples.ids,
         lengths=samples.lengths,
-        record={**about_rows(ready.config, ready.data), "held_out": count_held_out(ready.survey)},
+        record={**about_rows(ready.config, ready.data), "held_out": ready.data.splits.held_out},
         journal=journal,
         progress=progress,
     )

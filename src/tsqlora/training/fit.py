@@ -27,7 +27,7 @@ from transformers.integrations.integration_utils import (
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from tsqlora.data.packing import PackedCollator
-from tsqlora.data.tokenise import TokenisedSplit
+from tsqlora.data.samples import TokenisedSplit
 from tsqlora.errors import SettingsError
 from tsqlora.files import write_json
 from tsqlora.gradients.eval_mode import eval_mode

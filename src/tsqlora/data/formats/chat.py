@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tsqlora.data.cells import as_text, is_blank
+from tsqlora.data.cells import as_text, is_missing
 from tsqlora.data.formats.example import Chat, Manner, Turn
 from tsqlora.data.rows import Rows
 from tsqlora.errors import DataError, UnsupportedError, nearest
@@ -74,7 +74,7 @@ def _turn(message: Any, number: int, place: str, column: str, keys: Keys) -> Tur
         raise DataError(f"{place}: {where} has an unknown {keys.role}, {role!r}; {nearest(str(role), keys.roles)}")
     if unread := [key for key in UNREAD if message.get(key)]:
         raise DataError(f"{place}: {where} has '{unread[0]}', which {_NOT_READ}")
-    if is_blank(content):
+    if is_missing(content):
         raise DataError(f"{place}: {where} has no text in '{keys.content}'; fill it in or leave the row out")
     return Turn(keys.roles[role], as_text(content, f"'{keys.content}' of {where}", place))
 

@@ -1,0 +1,114 @@
+"""Tokenised samples of a split: in memory, or in an Arrow file that is memory-mapped."""
+
+import mmap
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+from uuid import uuid4
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+
+class ArrowSamples(Sequence[dict[str, Any]]):
+    """Rows of an Arrow table, each decoded into plain lists and numbers when it is asked for."""
+
+    def __init__(self, table: pa.Table) -> None:
+        from datasets import Dataset  # seconds to import
+
+        # With a fingerprint of ours, since `datasets` would read the whole table to make one.
+        self.dataset = Dataset(table, fingerprint=uuid4().hex)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @overload
+    def __getitem__(self, i: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[dict[str, Any]]: ...
+    def __getitem__(self, i: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+        if isinstance(i, slice):
+            return [self.dataset[j] for j in range(*i.indices(len(self)))]
+        return self.dataset[i]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sample."""
+        return pc.list_value_length(self.dataset.data["input_ids"]).to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Labels that are numbers."""
+        return self.dataset.data["labels"].to_numpy()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenisedSplit:
+    """Samples as a Trainer takes them: this is a map-style torch data set.
+
+    A sample has input_ids, attention_mask, token_type_ids where the tokenizer makes them, and
+    labels where the rows had them. `hashes` name the samples for good, whatever their order;
+    `truncated` counts those that were cut to the maximal length. `ids` are the rows' places in
+    the file that was read, counted from 0, where they are known. `left_out` has the place of
+    every row whose target does not fit whole, and the tokens that it needs.
+    """
+
+    samples: Sequence[dict[str, Any]]
+    hashes: tuple[str, ...]
+    truncated: int
+    ids: np.ndarray | None = None
+    left_out: tuple[tuple[str, int], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return self.samples[i]
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Tokens of each sample."""
+        if isinstance(self.samples, ArrowSamples):
+            return self.samples.lengths
+        return [len(sample["input_ids"]) for sample in self.samples]
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The label of each sample, where it is one number."""
+        if isinstance(self.samples, ArrowSamples):
+            return self.samples.labels
+        return np.array([sample["labels"] for sample in self.samples])
+
+
+def store(parts: Iterable[TokenisedSplit], folder: Path | None = None) -> TokenisedSplit:
+    """One split of all parts, with its samples on disk; one part is in memory at a time.
+
+    They are in a temporary file of `folder` (None: the system's) that has no name, so that nothing is left of it when
+    the process ends, however it ends.
+    """
+    hashes, ids, left_out, truncated = list[str](), list[np.ndarray](), list[tuple[str, int]](), 0
+    writer: pa.RecordBatchStreamWriter | None = None
+    with tempfile.TemporaryFile(dir=folder) as file:
+        for part in parts:
+            hashes += part.hashes
+            ids.append(np.arange(len(part)) if part.ids is None else part.ids)
+            left_out += part.left_out
+            truncated += part.truncated
+            if len(part):
+                writer = writer or pa.ipc.new_stream(file, _schema(part[0]))
+                writer.write_batch(pa.RecordBatch.from_pylist(list(part.samples), schema=_schema(part[0])))
+        samples: Sequence[dict[str, Any]] = []
+        if writer is not None:
+            writer.close()
+            file.flush()
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            samples = ArrowSamples(pa.ipc.open_stream(pa.py_buffer(mapped)).read_all())
+    return TokenisedSplit(samples, tuple(hashes), truncated, np.concatenate(ids), tuple(left_out))
+
+
+def _schema(sample: dict[str, Any]) -> pa.Schema:
+    kinds = {list: pa.list_(pa.int32()), int: pa.int64(), float: pa.float64()}
+    return pa.schema([(key, kinds[type(value)]) for key, value in sample.items()])
