@@ -38,6 +38,14 @@ def shared_dir() -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of the test file's own, with a checkpoint, 80 rows and settings: model, train.jsonl and c.yaml."""
+    from runs import set_up
+
+    return set_up(tmp_path_factory.mktemp("place"))
+
+
 @pytest.fixture
 def tsqlora(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Exit code, stdout and stderr of `tsqlora(*arguments)`, a command run in this process."""

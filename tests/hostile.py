@@ -4,7 +4,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from io import BytesIO, StringIO
 from itertools import pairwise
@@ -49,32 +49,11 @@ def lay(case: Case, folder: Path) -> None:
 # ------------------------------------------------------------------------------- values
 
 _TEXTS = (
-    "",
-    " ",
-    "\0",
-    "\x1b[2J\x1b]0;owned\x07",
-    "=cmd|' /C calc'!A0",
-    "@SUM(1+1)",
-    "<script>alert(1)</script>",
-    "[bold]",
-    "../../../etc/passwd",
-    "/etc/passwd",
-    "~nobody-of-this-name/x",
-    "file:///etc/passwd",
-    "a" * 5000,
-    "(a+)+$",
-    "(.*)*x",
-    "(a|aa)+$",
-    "\u202etxt.exe",
-    "\u2028",
-    "\r",
-    "𝕳\u0301",
-    "nan",
-    "1" * 5000,
-    "null",
-    "{{7*7}}",
-    "%s%n",
-)
+    "", " ", "\0", "\r", "\u2028", "\u202etxt.exe", "\x1b[2J\x1b]0;owned\x07", "𝕳\u0301", "a" * 5000, "1" * 5000,
+    "nan", "null", "=cmd|' /C calc'!A0", "@SUM(1+1)", "<script>alert(1)</script>", "[bold]", "{{7*7}}", "%s%n",
+    "../../../etc/passwd", "/etc/passwd", "~nobody-of-this-name/x", "file:///etc/passwd",
+    "(a+)+$", "(.*)*x", "(a|aa)+$",
+)  # fmt: skip
 _NUMBERS = (0, -1, 1, 2**31, 2**63, -(2**63) - 1, 2**64, 10**400, 0.0, -0.0, 5e-324, 1e308, float("inf"), float("nan"))
 
 texts = st.one_of(st.sampled_from(_TEXTS), st.text(max_size=20))
@@ -104,20 +83,9 @@ def damaged(draw: st.DrawFn, sound: st.SearchStrategy[bytes]) -> bytes:
 
 
 _WORD = re.compile(rb'"[^"\n]{0,200}"|-?\d+(?:\.\d+)?|true|false|null|[A-Za-z_]\w*')
-_OTHERS = {
+_OTHERS: Mapping[bytes, Sequence[bytes]] = {
     b'"': (b'""', b'"\\u0000"', b'"(.*)*x"', b'"../x"', b'"=1+1"', b'"\\ud800"', b'"layers.1.q"', b'"F16"', b'"b"'),
-    b"-0123456789": (
-        b"0",
-        b"1",
-        b"-1",
-        b"2",
-        b"3.5",
-        b"8",
-        b"1e999",
-        b"NaN",
-        b"99999999999999999999",
-        b"9007199254740993",
-    ),
+    b"-0123456789": b"0 1 -1 2 3.5 8 1e999 NaN 99999999999999999999 9007199254740993".split(),
     b"": (b"null", b"true", b"[]", b"{}", b"[[1]]", b"x", b"0"),
 }
 
@@ -197,23 +165,8 @@ _BOMBS = (
     "--- a\n--- b\n",
     "\tmodel: x\n",
 )
-_WORDS = (
-    *"[]{}:,-?!&*|>'\"%#@`",
-    "\n",
-    "  ",
-    " ",
-    "<<",
-    "&a",
-    "*a",
-    "!!str",
-    "!!binary",
-    "model",
-    "path",
-    "ranks",
-    "mean",
-    "0x",
-    "1e9",
-)
+_KEYWORDS = ("<<", "&a", "*a", "!!str", "!!binary", "model", "path", "ranks", "mean", "0x", "1e9")
+_WORDS = (*"[]{}:,-?!&*|>'\"%#@` \n", "  ", *_KEYWORDS)
 
 
 @st.composite
@@ -395,19 +348,8 @@ _SLOTS = (
     "lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "weight",
     "base_layer.weight",
 )  # fmt: skip
-_DTYPES = {
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "F64": 8,
-    "I64": 8,
-    "BOOL": 1,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "C64": 8,
-    "U16": 2,
-    "X": 4,
-}
+_SIZES = {8: ("F64", "I64", "C64"), 4: ("F32",), 2: ("F16", "BF16", "U16"), 1: ("BOOL", "F8_E4M3", "F8_E5M2")}
+_DTYPES = {name: size for size, names in _SIZES.items() for name in names} | {"X": 4}
 
 
 def safetensors_bytes(tensors: Mapping[str, tuple[str, list[int], bytes]], **lies: Any) -> bytes:
@@ -433,11 +375,9 @@ def _bytes_of(draw: st.DrawFn, dtype: str, shape: list[int]) -> bytes:
     kind = draw(st.sampled_from(["zeros", "random", "random", "nan"]))
     if size > 1 << 16 or kind == "zeros":
         return bytes(min(size, 1 << 16))
-    return (
-        b"\xff" * size
-        if kind == "nan"
-        else draw(st.binary(min_size=min(size, 64), max_size=64)).ljust(size, b"\x3c")[:size]
-    )
+    if kind == "nan":
+        return b"\xff" * size
+    return draw(st.binary(min_size=min(size, 64), max_size=64)).ljust(size, b"\x3c")[:size]
 
 
 @st.composite

@@ -8,42 +8,20 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-LAYERS = 2
+from models import SIZES
+
+LAYERS = SIZES["num_hidden_layers"]
 
 
 def tiny_llama(*, tied: bool = False) -> LlamaForCausalLM:
     """A causal model of two layers with two heads, of which keys and values have one."""
-    config = LlamaConfig(
-        vocab_size=60,
-        hidden_size=16,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=32,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        tie_word_embeddings=tied,
-    )
+    config = LlamaConfig(**SIZES, num_key_value_heads=1, bos_token_id=1, eos_token_id=2, tie_word_embeddings=tied)
     return _built(lambda: LlamaForCausalLM(config))
 
 
 def tiny_gpt2_lm() -> GPT2LMHeadModel:
     """A causal model whose linear layers are Conv1D (weight i × o)."""
-    config = GPT2Config(
-        vocab_size=60,
-        n_embd=16,
-        n_layer=LAYERS,
-        n_head=2,
-        n_inner=32,
-        n_positions=64,
-        bos_token_id=1,
-        eos_token_id=2,
-        initializer_range=0.3,
-        tie_word_embeddings=False,
-    )
+    config = GPT2Config(**SIZES, n_inner=32, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False)
     return _built(lambda: GPT2LMHeadModel(config))
 
 

@@ -83,6 +83,14 @@ def write_config(path: Path, model: Path, data: Path, **sections: Mapping[str, A
     return path
 
 
+def set_up(folder: Path, *, rows: int = 80, labels: Sequence[Any] = (0, 1), **sections: Mapping[str, Any]) -> Path:
+    """The folder, with a checkpoint (model), rows (train.jsonl) and settings (c.yaml), which `sections` change."""
+    model = save_checkpoint(folder / "model")
+    data = write_jsonl(folder / "train.jsonl", make_rows(rows, labels=labels))
+    write_config(folder / "c.yaml", model, data, **sections)
+    return folder
+
+
 def run_cli(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
     """Run `tsqlora ARGUMENTS` in this process: exit code, stdout and stderr."""
     capsys.readouterr()

@@ -10,7 +10,7 @@ import pytest
 import typer
 
 from loras import lora_config, save_base, save_lora, tiny_llama
-from runs import make_rows, save_checkpoint, write_config, write_jsonl
+from runs import set_up
 from tsqlora.cli import console
 from tsqlora.cli.commands import app
 
@@ -135,18 +135,15 @@ def test_what_an_error_quotes_is_no_markup_and_says_nothing_to_the_terminal(tsql
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where a checkpoint, rows, settings, a run, scores and an adapter that is not ours are."""
     from tsqlora.run.config import load_config
     from tsqlora.run.score import score_rows
     from tsqlora.run.train import train
 
     folder = tmp_path_factory.mktemp("contract")
-    save_checkpoint(folder / "model")
-    write_jsonl(folder / "rows.jsonl", make_rows(60))
     plain = {"quality": {"enabled": False, "fraction": 0.5}, "ranks": {"policy": "fixed", "mean": 2.0}}
-    config = write_config(folder / "c.yaml", folder / "model", folder / "rows.jsonl", **plain)
-    train(load_config(config), folder / "run")
+    train(load_config(set_up(folder, rows=60, **plain) / "c.yaml"), folder / "run")
     score_rows(folder / "run", folder / "scores.parquet")
     save_base(folder / "base", tiny_llama())
     save_lora(folder / "adapter", tiny_llama(), lora_config())
@@ -161,10 +158,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
         ("train c.yaml --out new", "run status seed metrics ranks rank_events cost versions plan data quality"),
         ("train c.yaml --dry-run", "steps rows passes classes"),
         ("score run --out new.parquet", "scores rows kept held_out"),
-        ("select scores.parquet --fraction 0.5 --data rows.jsonl --out new.jsonl", "out rows"),
+        ("select scores.parquet --fraction 0.5 --data train.jsonl --out new.jsonl", "out rows"),
         ("allocate run --out new.json", "out r rank_pattern lora_alpha alpha_pattern target_modules"),
-        ("evaluate run --data rows.jsonl", "accuracy macro_f1 matthews loss"),
-        ("predict run --data rows.jsonl --out new.csv", "out rows"),
+        ("evaluate run --data train.jsonl", "accuracy macro_f1 matthews loss"),
+        ("predict run --data train.jsonl --out new.csv", "out rows"),
         ("report run", "report bytes"),
         ("export adapter --format universal --base base --out new", "out format"),
         ("merge adapter --base base --out new", "out format"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from runs import make_rows, save_checkpoint, write_config, write_jsonl
+from runs import set_up
 
 ROOT = Path(__file__).parents[1]
 SECRET = "hf_0123456789abcdefSECRET"
@@ -29,8 +29,9 @@ def hook(event, args):
         touched.append((event, args))
 sys.addaudithook(hook)
 import tsqlora
-# preload is what a server of processes imports to be warm: that is its effect.
-names = [m.name for m in pkgutil.walk_packages(tsqlora.__path__, "tsqlora.") if m.name != "tsqlora.compare.preload"]
+# preload is what a server of processes imports to be warm, and __main__ is the program: that is their effect.
+programs = ("tsqlora.compare.preload", "tsqlora.cli.__main__")
+names = [m.name for m in pkgutil.walk_packages(tsqlora.__path__, "tsqlora.") if m.name not in programs]
 for name in names:
     importlib.import_module(name)
 after = state()
@@ -62,10 +63,8 @@ def test_importing_any_module_touches_no_file_no_network_and_nothing_of_the_proc
 
 
 def test_a_run_asks_nobody_and_writes_no_secret_down(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path / "model")
-    write_jsonl(tmp_path / "rows.jsonl", make_rows(40))
     control = {"quality": {"enabled": False, "fraction": 1.0}, "training": {"epochs": 2}}
-    config = write_config(tmp_path / "c.yaml", tmp_path / "model", tmp_path / "rows.jsonl", **control)
+    config = set_up(tmp_path, rows=40, **control) / "c.yaml"
     # Not offline: whoever wanted to ask could.
     kept = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
     secrets = dict.fromkeys(("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY"), SECRET)

@@ -7,19 +7,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from runs import make_rows, save_checkpoint, write_config, write_jsonl
 from tsqlora.compare.table import show_comparison
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("compare-cli")
-    save_checkpoint(folder / "model")
-    write_jsonl(folder / "train.jsonl", make_rows(80))
-    write_config(folder / "c.yaml", folder / "model", folder / "train.jsonl")
-    return folder
 
 
 def test_one_json_object_is_printed_and_progress_goes_elsewhere(place: Path, tmp_path: Path, tsqlora: Run) -> None:

@@ -5,21 +5,13 @@ from typing import Any
 
 import pytest
 
-from runs import make_rows, save_checkpoint, write_config, write_jsonl
+from runs import make_rows, write_config, write_jsonl
 from tsqlora.compare.comparison import compare
 from tsqlora.compare.methods import entries
 from tsqlora.compare.preflight import preflight
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
 from tsqlora.run.config import Config, load_config
 from tsqlora.run.job import load
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("preflight")
-    save_checkpoint(folder / "model")
-    write_jsonl(folder / "train.jsonl", make_rows(80))
-    return folder
 
 
 def settings(place: Path, **sections: Any) -> Config:
