@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tsqlora.compat.yaml12 import load_yaml
+from tsqlora.compat.yaml import load_yaml
 from tsqlora.errors import DataError
 from tsqlora.quality.scores import Scores
 from tsqlora.report.distributions import Distribution, distributions

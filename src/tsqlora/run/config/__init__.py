@@ -1,6 +1,6 @@
 """Settings: YAML in, a frozen typed `Config` out, and back."""
 
-from tsqlora.run.config.file import dump_config, load_config, template
+from tsqlora.run.config.file import dump_config, load_config
 from tsqlora.run.config.settings import (
     PRESETS,
     REFUSED_ARGUMENTS,
@@ -12,6 +12,7 @@ from tsqlora.run.config.settings import (
     Section,
     WeightSettings,
 )
+from tsqlora.run.config.template import template
 
 __all__ = [
     "PRESETS",

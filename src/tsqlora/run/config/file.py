@@ -2,16 +2,16 @@
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from tsqlora.compat.yaml12 import MOST_BYTES, YamlProblem, dump_yaml, inline_yaml, load_yaml
+from tsqlora.compat.yaml import MOST_BYTES, YamlProblem, dump_yaml, load_yaml
 from tsqlora.errors import SettingsError
-from tsqlora.run.config.messages import allowed, explain
-from tsqlora.run.config.settings import Config, Section
+from tsqlora.run.config.messages import explain
+from tsqlora.run.config.settings import Config
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
@@ -32,7 +32,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     try:
         config = Config.model_validate(sections | raw)
     except ValidationError as error:
-        message = explain(error.errors(), raw)
+        message = explain(error)
         overridden = any(re.search(rf"(?<![\w.]){re.escape(key)}(?!\.?\w)", message) for key, _ in assignments)
         raise SettingsError(f"{'--set' if overridden else path}: {message}") from None
     return _with_absolute_paths(config, Path(path).parent)
@@ -60,31 +60,6 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
 def dump_config(config: Config) -> str:
     """YAML with every setting, which `load_config` reads back to an equal `Config`."""
     return dump_yaml(config.model_dump())
-
-
-def template(task: str | None = None) -> str:
-    """YAML to start from: every setting with its description, type and default; it loads as it is."""
-    example = {"model.path": "sentence-transformers/all-MiniLM-L6-v2", "data.train": "train.jsonl"}
-    if task is not None:
-        example["task.type"] = task
-    lines = ["# Settings of a tsqlora run. What is left out has its default.", *_describe(Config, example)]
-    return "\n".join(lines) + "\n"
-
-
-def _describe(section: type[Section], example: Mapping[str, str], prefix: str = "") -> list[str]:
-    indent = "  " * prefix.count(".")
-    lines: list[str] = []
-    for name, field in section.model_fields.items():
-        key = f"{prefix}{name}"
-        lines += [*([] if prefix else [""]), f"{indent}# {field.description}"]
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, Section):
-            lines += [f"{indent}{name}:", *_describe(inner, example, f"{key}.")]
-            continue
-        default = "required" if field.is_required() else f"default {inline_yaml(field.default)}"
-        value = inline_yaml(example.get(key, field.default))
-        lines.append(f"{indent}{name}: {value}  # {allowed(field)}; {default}")
-    return lines
 
 
 def _with_absolute_paths(config: Config, beside: Path) -> Config:

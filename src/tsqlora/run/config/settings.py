@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
 
 from tsqlora.compat.hub import is_revision
 from tsqlora.errors import SettingsError
@@ -48,6 +49,12 @@ class Section(BaseModel):
 def setting(default: Any, description: str, **bounds: Any) -> Any:
     """A field with a default. One without is a plain `Field`, and must be set."""
     return Field(default=default, description=description, **bounds)
+
+
+def section_of(field: FieldInfo) -> type[Section] | None:
+    """The section that a field holds; None for a setting."""
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
 
 
 class ModelSettings(Section):

@@ -1,0 +1,64 @@
+"""YAML to start from: every setting with its description, what it takes and its default."""
+
+import types
+from collections.abc import Mapping
+from typing import Any, Literal, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic.fields import FieldInfo
+
+from tsqlora.compat.yaml import dump_yaml
+from tsqlora.run.config.settings import Config, Section, section_of
+
+
+def template(task: str | None = None) -> str:
+    """The file that `tsqlora init` writes; it loads as it is."""
+    example = {"model.path": "sentence-transformers/all-MiniLM-L6-v2", "data.train": "train.jsonl"}
+    if task is not None:
+        example["task.type"] = task
+    lines = ["# Settings of a tsqlora run. What is left out has its default.", *_describe(Config, example)]
+    return "\n".join(lines) + "\n"
+
+
+def _describe(section: type[Section], example: Mapping[str, str], prefix: str = "") -> list[str]:
+    indent = "  " * prefix.count(".")
+    lines: list[str] = []
+    for name, field in section.model_fields.items():
+        key = f"{prefix}{name}"
+        lines += [*([] if prefix else [""]), f"{indent}# {field.description}"]
+        if (inner := section_of(field)) is not None:
+            lines += [f"{indent}{name}:", *_describe(inner, example, f"{key}.")]
+            continue
+        default = "required" if field.is_required() else f"default {dump_yaml(field.default, inline=True)}"
+        value = dump_yaml(example.get(key, field.default), inline=True)
+        lines.append(f"{indent}{name}: {value}  # {_allowed(field)}; {default}")
+    return lines
+
+
+_WORDS = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list[str]: "a list of texts",
+    dict[str, float]: "a number for each term",
+    types.NoneType: "null",
+}
+_BOUNDS = {Gt: ("gt", ">"), Ge: ("ge", ">="), Lt: ("lt", "<"), Le: ("le", "<=")}
+
+
+def _allowed(field: FieldInfo) -> str:
+    """What a setting takes, in words: 'a number > 0 and <= 1, or null'."""
+    is_union = get_origin(field.annotation) in (Union, types.UnionType)
+    members: tuple[Any, ...] = get_args(field.annotation) if is_union else (field.annotation,)
+    first, *others = [
+        " or ".join(map(str, get_args(member))) if get_origin(member) is Literal else _WORDS[member]
+        for member in members
+    ]
+    bounds = [
+        f"{symbol} {getattr(bound, attribute)}"
+        for kind, (attribute, symbol) in _BOUNDS.items()
+        for bound in field.metadata
+        if isinstance(bound, kind)
+    ]
+    return ", or ".join([" ".join([first, " and ".join(bounds)]).strip(), *others])
