@@ -15,6 +15,8 @@ for offline in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 # The hook rewrites modules as they are imported, so nothing above may import tsqlora either.
 CHECKED = ("gradients", "quality", "ranks", "layer_sensitivity", "tasks", "adapter", "baselines")
+SOURCE = Path(__file__).parents[1] / "src" / "tsqlora"
+assert all((SOURCE / name).is_dir() or (SOURCE / f"{name}.py").is_file() for name in CHECKED), "a module was renamed"
 # The tower: an int is a float, as type checkers have it.
 BEARTYPE = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 install_import_hook([f"tsqlora.{name}" for name in CHECKED], BEARTYPE)

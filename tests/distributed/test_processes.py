@@ -1,6 +1,7 @@
 """What two and three processes do together is what one does alone: DDP, FSDP2, sharded scoring."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -77,8 +78,7 @@ def test_processes_with_gradients_of_their_own_agree_on_ranks_and_weights(told: 
 
 
 def test_processes_with_different_ranks_are_an_error_in_each(told: list[dict[str, Any]]) -> None:
-    wanted = "TsqLoraError: the 2 processes have different ranks; give all of them the same model, settings and seed"
-    assert [of["other ranks"] for of in told[:2]] == [wanted, wanted]
+    assert all(re.match("TsqLoraError: the 2 processes .* ranks", of["other ranks"]) for of in told[:2])
 
 
 # --- DDP ----------------------------------------------------------------------------------
@@ -130,10 +130,9 @@ def test_an_error_of_one_process_is_told_in_all(told: list[dict[str, Any]]) -> N
     for name in ("reference", "pass"):
         assert first[name] == "TsqLoraError: process 1: ValueError: a broken row"
         assert second[name] == "ValueError: a broken row"
-    assert first["chance"] == second["chance"]
-    assert first["chance"].startswith("NotLearnedError: the model's loss on 12 reference rows is")
-    message = "UnsupportedError: a journal is kept by one process; leave it out, or score in one process"
-    assert first["journal"] == second["journal"] == message
+    for name, error in (("chance", "NotLearnedError"), ("journal", "UnsupportedError")):
+        assert first[name] == second[name]
+        assert first[name].startswith(error)
 
 
 # --- FSDP2 --------------------------------------------------------------------------------
@@ -159,13 +158,8 @@ def test_what_is_saved_of_weights_in_parts_loads_as_a_plain_adapter(told: list[d
 
 def test_what_weights_in_parts_cannot_do_is_refused_by_name(told: list[dict[str, Any]]) -> None:
     for of in told[:2]:
-        assert of["looped"]["finalize"] == (
-            "UnsupportedError: the model's weights are in parts over processes (FSDP), so its slots stay: "
-            "RankLoop.finish(finalize_model=False), and save its full state dict, which is plain PEFT"
-        )
-        assert of["looped"]["score"] == (
-            "UnsupportedError: the model's weights are in parts over processes (FSDP); score before fully_shard"
-        )
+        assert re.match("UnsupportedError: .*FSDP.*finalize_model=False", of["looped"]["finalize"])
+        assert re.match("UnsupportedError: .*FSDP", of["looped"]["score"])
 
 
 def test_slots_in_parts_move_bit_for_bit_with_their_moments(told: list[dict[str, Any]]) -> None:
