@@ -42,6 +42,12 @@ def command_of(name: str) -> Any:
     return found
 
 
+def test_every_command_is_in_the_contract() -> None:
+    commands: Any = typer.main.get_command(app)
+    groups = {name: getattr(command, "commands", {}) for name, command in commands.commands.items()}
+    assert OPTIONS.keys() == {f"{name} {inner}".strip() for name, inners in groups.items() for inner in inners or [""]}
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_command_has_its_options_and_json(name: str) -> None:
     options = {option for parameter in command_of(name).params for option in parameter.opts}
