@@ -52,14 +52,12 @@ def tab() -> Iterator[Page]:
 
 @pytest.mark.parametrize("width", [390, 1440])
 @pytest.mark.parametrize("dark", [False, True])
-def test_it_opens_soon_without_an_error_or_a_request_and_nothing_overflows(
+def test_it_opens_without_an_error_or_a_request_and_nothing_overflows(
     width: int, dark: bool, tab: Page, page: Path
 ) -> None:
     tab.told.clear()
     tab.requests.clear()
-    begin = time.perf_counter()
     tab.open(page, width=width, dark=dark)
-    assert time.perf_counter() - begin < 60, "in two seconds on a free machine"
     assert tab.told == []
     assert [url for url in tab.requests if not url.startswith("data:")] == [page.as_uri()]
     assert tab.run("document.documentElement.scrollWidth") == width

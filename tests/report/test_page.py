@@ -1,16 +1,15 @@
 """The page: whole, small, the same each time, loading nothing, and no text of the data is code in it."""
 
 import html
+import importlib
 import json
 import re
 import sys
-import time
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,10 +18,11 @@ from made_runs import LAYERS, make_run, rank_events, scores_of
 from runs import make_rows
 from seen import Seen
 from tsqlora.errors import SettingsError
-from tsqlora.report.figures import DARK, FRAMES, Grid, loss_curve, rank_frames, rank_map, thinned
+from tsqlora.report.figures import DARK, FRAMES, Grid, curves, rank_frames, rank_map, thinned
 from tsqlora.report.gather import control_of, gather
-from tsqlora.report.html import data as as_json
+from tsqlora.report.page import environment, render
 from tsqlora.report.run_page import run_page
+from tsqlora.report.samples import Sample, Samples
 from tsqlora.report.write import write_report
 
 ROWS = make_rows(60, labels=("no", "yes"))
@@ -51,6 +51,9 @@ def test_a_page_has_its_parts_in_order_and_a_place_for_each_figure(tmp_path: Pat
     assert set(drawn) <= set(seen.ids())
     assert {"loss", "metric", "ranks-map", "sensitivity-first", "sensitivity-last", "cost-bars"} < set(drawn)
     assert sum(name.startswith("histogram") for name in drawn) == 4, "two terms, Q and p"
+    for name in drawn:
+        place = next(found for _, found in seen.tags if found.get("id") == name)
+        assert (place["role"], bool(place["aria-label"])) == ("img", True)
     said = " ".join(seen.texts["main"])
     for text in ("87.5%", "12,345", "50 of 100 rows", "1.5 s", "3 rows were left out because they repeat another row"):
         assert text in said
@@ -73,15 +76,6 @@ def test_rows_that_are_left_out_for_their_labels_are_the_most_doubted_of_their_c
     scores.drop(np.arange(len(ROWS)) < 5, "confident negative").save(run / "scores.parquet")
     said = " ".join(made(run).texts["main"])
     assert "5 rows were left out because the model doubts their labels most, the same share of each class" in said
-
-
-def test_every_figure_is_one_that_plotly_knows_and_has_a_name_for_screen_readers(tmp_path: Path) -> None:
-    seen = made(make_run(tmp_path, rows=ROWS))
-    for name, figure in seen.page_data()["figures"].items():
-        go.Figure(figure["data"], figure["layout"])  # raises for what plotly does not know
-        place = next(found for _, found in seen.tags if found.get("id") == name)
-        assert place["role"] == "img"
-        assert place["aria-label"]
 
 
 def test_tables_and_controls_are_usable_without_sight_or_mouse(tmp_path: Path) -> None:
@@ -137,25 +131,26 @@ def test_hostile_texts_stay_texts_wherever_they_come_from(tmp_path: Path) -> Non
     assert html.escape(HOSTILE, quote=False) in kinds
 
 
-@given(text=st.text(st.characters(exclude_categories=["Cs"])))
-def test_json_in_the_page_is_the_value_and_cannot_end_its_element(text: str) -> None:
-    made = as_json("x", {"figures": text + "</script><!--"})
-    inside = made.removeprefix('<script type="application/json" id="x">').removesuffix("</script>")
-    assert not set("<>&") & set(inside)
-    assert json.loads(inside)["figures"] == text + "</script><!--"
-
-
-SIGNS = st.sampled_from(["<b>", "</td>", "<script>", "&lt;", "&amp;", '"', "'", "<!--", "]]>", "long " * 50])
+SIGNS = st.sampled_from(
+    ["<b>", "</script>", "<script>", "&lt;", "&amp;", '"', "'", "<!--", "]]>", "{{ 1 }}", "long " * 50]
+)
 TEXTS = st.lists(SIGNS | st.text(st.characters(exclude_categories=["Cs", "Cc"])), min_size=1).map("".join)
 
 
 @given(text=TEXTS)
-def test_any_text_of_a_sample_is_shown_as_it_is(text: str) -> None:
-    from tsqlora.report.sample_table import sample_table
-    from tsqlora.report.samples import Sample, Samples
+def test_any_text_is_shown_as_it_is_and_ends_no_element(text: str) -> None:
+    seen = Seen(render("waiting.html", script="/* plotly */", name=text, why=text, frames=[text]))
+    assert seen.texts["h1"] == [text]
+    assert text in seen.texts["p"]
+    assert seen.page_data()["frames"] == [text]
+    assert sum(tag in ("script", "img", "b") for tag, _ in seen.tags) == 3
 
+
+@given(text=TEXTS)
+def test_any_text_of_a_sample_is_shown_as_it_is(text: str) -> None:
     sample = Sample(1, ("most valuable",), text, text, text, 0.5, True, 1.0, 0.1, "kept", {"loss": 1.0})
-    seen = Seen(sample_table(Samples([sample], "label", ("loss",), 1, {"kept": 1}, 1, None)))
+    samples = Samples([sample], "label", ("loss",), 1, {"kept": 1}, 1, None)
+    seen = Seen(environment().get_template("samples.html").render(samples=samples))
     assert text in seen.texts["th"][-1]
     assert seen.texts["td"][1] == text
     assert [tag for tag, _ in seen.tags if tag in ("script", "img", "a")] == []
@@ -170,13 +165,13 @@ def test_nothing_is_loaded_and_the_policy_forbids_it(tmp_path: Path) -> None:
         assert str(found.get("href", "#")).startswith("#")
     policy = next(f["content"] for t, f in seen.tags if f.get("http-equiv") == "Content-Security-Policy")
     assert str(policy).startswith("default-src 'none'")
-    styles = files("tsqlora.report").joinpath("page.css").read_text()
+    styles = files("tsqlora.report").joinpath("templates/page.css").read_text()
     assert "url(" not in styles
     assert "@import" not in styles
 
 
 def test_both_themes_have_every_colour(tmp_path: Path) -> None:
-    styles = files("tsqlora.report").joinpath("page.css").read_text()
+    styles = files("tsqlora.report").joinpath("templates/page.css").read_text()
     light, system, chosen = (
         set(re.findall(r"(--[a-z-]+):", styles[styles.index(start) :].split("}")[0]))
         for start in (":root {", ':root:not([data-theme="light"])', ':root[data-theme="dark"]')
@@ -196,7 +191,7 @@ def test_the_same_run_gives_the_same_bytes_also_as_a_copy(tmp_path: Path) -> Non
     assert write_report(run.rename(tmp_path / "other" / "run")).read_bytes() == first
 
 
-def test_a_million_scores_give_a_small_page_in_bounded_time(tmp_path: Path) -> None:
+def test_a_million_scores_give_a_small_page(tmp_path: Path) -> None:
     many, few = 1_000_000, [{"text": "word " * 1000, "label": "no"}, *ROWS]
     run = make_run(tmp_path, rows=few)
     scores = scores_of(tmp_path / "train.jsonl", few)
@@ -213,10 +208,7 @@ def test_a_million_scores_give_a_small_page_in_bounded_time(tmp_path: Path) -> N
         predictions={name: values[places] for name, values in scores.predictions.items()},
     )
     repeated.save(run / "scores.parquet")
-    begin = time.process_time()
-    made = write_report(run)
-    assert made.stat().st_size < 6_000_000
-    assert time.process_time() - begin < 30
+    assert write_report(run).stat().st_size < 6_000_000
 
 
 @pytest.mark.parametrize("rows", [None, ROWS])
@@ -260,13 +252,18 @@ def test_scores_of_a_regression_have_numbers_for_labels(tmp_path: Path) -> None:
 
 
 def test_without_plotly_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "plotly.offline", None)
-    with pytest.raises(SettingsError, match=r"a report needs plotly; install it with: pip install 'tsqlora\[report\]'"):
+    for name in ("plotly.offline", "plotly.graph_objects"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SettingsError, match=r"tsqlora\[report\]"):
         write_report(make_run(tmp_path))
+    for name in ("figures", "gather", "run_page", "watch"):
+        monkeypatch.delitem(sys.modules, f"tsqlora.report.{name}", raising=False)
+    with pytest.raises(SettingsError, match=r"tsqlora\[report\]"):
+        importlib.import_module("tsqlora.report.watch")
 
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="is a directory; name a file"):
+    with pytest.raises(SettingsError, match=re.escape(str(tmp_path))):
         write_report(make_run(tmp_path), tmp_path)
 
 
@@ -279,15 +276,15 @@ def test_the_rank_map_has_a_state_for_the_start_and_each_adjustment() -> None:
     for frame, ranks in zip(frames, [first, *(event.ranks for event in events)], strict=True):
         shown = [rank for row in frame["z"] for rank in row if rank is not None]
         assert sorted(shown) == sorted(ranks.values())
-    assert rank_map(first, events)["data"][0]["z"] == frames[-1]["z"]
+    assert [list(row) for row in rank_map(first, events).figure.data[0].z] == frames[-1]["z"]
     assert len(rank_frames(first, rank_events(1000))) == FRAMES
 
 
 def test_warm_up_scoring_and_adjustments_are_marked_in_the_curve() -> None:
-    figure = loss_curve([{"step": 10, "loss": 1.0}], scored=20, warmup=20, events=rank_events(3))
-    assert [(shape["type"], shape["x1"]) for shape in figure["layout"]["shapes"]] == [("rect", 20), ("line", 20)]
-    assert [note["text"] for note in figure["layout"]["annotations"]] == ["warm-up", "scoring"]
-    assert figure["data"][-1]["x"] == [10, 20, 30]
+    (drawn,) = curves([{"step": 10, "loss": 1.0}], scored=20, events=rank_events(3))
+    assert [(shape.type, shape.x1) for shape in drawn.figure.layout.shapes] == [("rect", 20), ("line", 20)]
+    assert [note.text for note in drawn.figure.layout.annotations] == ["warm-up", "scoring"]
+    assert drawn.figure.data[-1].x == (10, 20, 30)
 
 
 @given(st.lists(st.integers(), unique=True), st.integers(2, 20))

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tsqlora.errors import DataError
 
@@ -16,8 +16,7 @@ CHOSEN_ON_SHOWN = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Mean:
+class Mean(NamedTuple):
     """A mean over n seeds and the half width of its 95 % interval: None where one seed says nothing of the spread."""
 
     mean: float
@@ -27,11 +26,10 @@ class Mean:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """One training that is shown: of a method with one seed."""
+    """One training that did not fail: a method with one seed."""
 
     seed: int
     metrics: dict[str, float]
-    validation: dict[str, float]
     phases: dict[str, float]
     passes: int
     """Rows forward, and rows backward twice: what is computed, whatever the machine."""
@@ -41,22 +39,19 @@ class Trained:
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A method with the way in which its rows are chosen: what came of it, seed by seed and in the mean.
+    """A method with the way in which its rows are chosen: its results seed by seed and in the mean.
 
-    Of a method of which every seed failed there are no means. `difference` is from the reference, None for the
-    reference itself and where no seed is common.
+    A method of which every seed failed has no means. `difference` is from the reference, None for the reference
+    itself and where no seed is common.
     """
 
     name: str
     verdict: str
     metrics: dict[str, Mean]
     difference: Mean | None
-    seconds: Mean | None
     steps: int
-    trainable: int
-    """The most of any seed."""
-    counted: str
-    """The same in the mean, with the range."""
+    trainable: str
+    """The mean count, with the range where seeds differ."""
     memory: int
     learning_rates: list[float]
     trained: list[Trained]
@@ -64,10 +59,28 @@ class Method:
     at_random: dict[int, str]
     """Why rows were not drawn by scores, by seed, where they were to be."""
 
+    @property
+    def seconds(self) -> float:
+        """The mean over seeds, like `passes` and `phases`."""
+        return sum(trained.seconds for trained in self.trained) / len(self.trained)
+
+    @property
+    def passes(self) -> float:
+        return sum(trained.passes for trained in self.trained) / len(self.trained)
+
+    @property
+    def phases(self) -> dict[str, float]:
+        names = dict.fromkeys(phase for trained in self.trained for phase in trained.phases)
+        return {name: sum(t.phases.get(name, 0.0) for t in self.trained) / len(self.trained) for name in names}
+
+    def by_seed(self, metric: str) -> dict[int, float]:
+        """A metric of each seed that did not fail."""
+        return {trained.seed: trained.metrics[metric] for trained in self.trained}
+
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """A learning rate of a sweep, and what validation rows said of it."""
+    """A learning rate of a sweep, and the metric that it reached on validation rows."""
 
     method: str
     rate: float
@@ -76,16 +89,8 @@ class Tried:
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
-    """Learning rates as they were given: to be tried, or of methods."""
-
-    sweep: list[float]
-    rates: dict[str, float]
-
-
-@dataclass(frozen=True, slots=True)
 class Comparison:
-    """All that a page is made of."""
+    """All that a page is made of. `sweep_rates` and `rates` are learning rates as the command had them."""
 
     name: str
     metric: str
@@ -93,9 +98,10 @@ class Comparison:
     equal: str
     seeds: list[int]
     methods: list[Method]
-    reference: str
+    reference: Method
     sweep: list[Tried]
-    given: Given
+    sweep_rates: list[float]
+    rates: dict[str, float]
     task: str
     settings: dict[str, Any]
     versions: dict[str, str]
@@ -104,12 +110,17 @@ class Comparison:
     """Whether the rows that chose learning rates are those that are shown."""
     data: list[str]
     precisions: list[str]
-    """The floating point that cells were trained in, where it is known."""
+    """The floating point that cells were trained in, where it is recorded."""
 
     @property
     def worked(self) -> list[Method]:
         """The methods of which some seed did not fail."""
         return [method for method in self.methods if method.trained]
+
+    @property
+    def others(self) -> list[Method]:
+        """Of those all but the reference."""
+        return [method for method in self.worked if method is not self.reference]
 
 
 def counted(mean: float, between: Sequence[int] | None) -> str:
@@ -172,16 +183,18 @@ def _comparison(name: str, table: Mapping[str, Any], cells: list[dict[str, Any]]
         raise DataError(f"{name}: {CELLS_DIR} has no file of {missing}, which {TABLE_FILE} names; copy it, too")
     every = [cell for found in shown for cell in found]
     sweep = _sweep(rows, cells, metric, table["seeds"], table.get("sweep"))
+    methods = [_method(row, found) for row, found in zip(rows, shown, strict=True)]
     return Comparison(
         name=name,
         metric=metric,
         split=next((row["split"] for row in rows if "split" in row), "test"),
         equal=table["equal"],
         seeds=list(table["seeds"]),
-        methods=[_method(row, found) for row, found in zip(rows, shown, strict=True)],
-        reference=next((row["name"] for row in rows if row["verdict"] == "the reference"), rows[0]["name"]),
+        methods=methods,
+        reference=next((method for method in methods if method.verdict == "the reference"), methods[0]),
         sweep=sweep,
-        given=Given(table.get("sweep", sorted({tried.rate for tried in sweep})), table.get("rates", {})),
+        sweep_rates=list(table.get("sweep", sorted({tried.rate for tried in sweep}))),
+        rates=dict(table.get("rates", {})),
         task=str(every[0].get("task", "")),
         settings=dict(every[0].get("settings", {})),
         versions=_versions(every),
@@ -210,10 +223,8 @@ def _method(row: Mapping[str, Any], cells: list[dict[str, Any]]) -> Method:
         verdict=row["verdict"],
         metrics={name: Mean(**value) for name, value in row.get("metrics", {}).items()},
         difference=Mean(**row["difference"]) if row.get("difference") else None,
-        seconds=Mean(**row["seconds"]) if "seconds" in row else None,
         steps=row.get("steps", 0),
-        trainable=row.get("trainable", 0),
-        counted=counted(row.get("trainable_mean", row.get("trainable", 0)), row.get("trainable_range")),
+        trainable=counted(row.get("trainable_mean", row.get("trainable", 0)), row.get("trainable_range")),
         memory=row.get("peak_memory_bytes", 0),
         learning_rates=list(row["learning_rates"]),
         trained=sorted((_trained(c, row["split"]) for c in cells if "failed" not in c), key=lambda t: t.seed),
@@ -227,7 +238,6 @@ def _trained(cell: Mapping[str, Any], split: str) -> Trained:
     return Trained(
         seed=cell["cell"]["seed"],
         metrics=dict(cell["metrics"][split]),
-        validation=dict(cell["metrics"].get("validation", {})),
         phases={phase: value["seconds"] for phase, value in cost.items()},
         passes=sum(value["forward"] + 2 * value["backward"] for value in cost.values()),
         seconds=cell["seconds"],

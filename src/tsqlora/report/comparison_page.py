@@ -1,283 +1,301 @@
-"""What was gathered of a comparison -> its page."""
+"""A comparison -> its page: differences seed by seed, and cost against quality."""
 
 import json
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from itertools import cycle
 from typing import Any
 
-from tsqlora.report import comparison_figures as figures
-from tsqlora.report import html
-from tsqlora.report.comparison import CHOSEN_ON_SHOWN, Comparison, Method, short
-from tsqlora.report.metrics import gain_of, lower_is_better, mean_of, value_of, words
-from tsqlora.report.page import Part, assemble
+import plotly.graph_objects as go
+
+from tsqlora.report.comparison import CHOSEN_ON_SHOWN, Comparison, Method, Tried, short
+from tsqlora.report.figures import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, Drawn, framed, plain
+from tsqlora.report.metrics import as_points, gain_of, lower_is_better, value_of, words
+from tsqlora.report.page import Table, render
 
 FEW = 3
 """Seeds below which a verdict is not given."""
+VERDICTS = {
+    "better": (BLUE, "triangle-right"),
+    "within noise": (INK, "circle"),
+    "worse": (ORANGE, "triangle-left"),
+    "too few seeds": (GREY, "x"),
+}
+"""Kinds of verdict, as legends have them, with their marks."""
+_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, GREY)
+_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "triangle-down")
+_PHASES = ("building", "warm-up", "scoring", "ranks", "training")
+_ROW, _FRAME = 46, 100
+"""Pixels of a method, and of axis and legend."""
 
 
-def comparison_page(known: Comparison, script: str | None) -> str:
-    """The page as one text; `script` as in `assemble`."""
-    parts = _PARTS if known.worked else [part for part in _PARTS if part[0] in ("found", "settings")]
-    return assemble(
-        [(name, title, part(known)) for name, title, part in parts if name != "rates" or known.sweep],
-        title=f"{known.name}: report of a comparison",
-        name=known.name,
-        about=f"{known.task} · {len(known.methods)} methods at equal {known.equal} · seeds {_listed(known.seeds)}",
-        source="the comparison’s directory",
+def comparison_page(comparison: Comparison, script: str | None) -> str:
+    """The page as one text; `script` as in `render`."""
+    metric, worked = comparison.metric, comparison.worked
+    measured = f"{comparison.split} {words(metric)}"
+    comparable = bool(comparison.others and comparison.reference.trained)
+    drawn = {
+        "differences": [difference_plot(comparison)] if comparable else [],
+        "costs": [
+            quality_by_cost(comparison, "seconds", "seconds", lambda method: method.seconds),
+            quality_by_cost(comparison, "passes", "passes of a row", lambda method: method.passes),
+        ],
+        "phases": [phase_bars(comparison)] if any(method.phases for method in worked) else [],
+    }
+    best = (min if lower_is_better(metric) else max)(worked, key=lambda m: m.metrics[metric].mean, default=None)
+    return render(
+        "comparison.html",
         script=script,
+        figures=[figure for part in drawn.values() for figure in part],
+        drawn=drawn,
+        title=f"{comparison.name}: report of a comparison",
+        name=comparison.name,
+        about=f"{comparison.task} · {len(comparison.methods)} methods at equal {comparison.equal} · "
+        f"seeds {', '.join(map(str, comparison.seeds))}",
+        comparison=comparison,
+        reference=comparison.reference,
+        metric=metric,
+        measured=measured.capitalize(),
+        lower=lower_is_better(metric),
+        best=best,
+        quickest=min(worked, key=lambda method: method.seconds, default=None),
+        by_verdict={kind: [m for m in comparison.others if verdict_of(m) == kind] for kind in VERDICTS},
+        few=FEW,
+        chosen_on_shown=CHOSEN_ON_SHOWN if comparison.chosen_on_shown else None,
+        tables=_tables(comparison, measured.capitalize()),
+        command=_command(comparison),
+        settings=json.dumps(comparison.settings, indent=2),
+        notes=dict.fromkeys(f"{m.name}, seed {t.seed}: {note}" for m in worked for t in m.trained for note in t.notes),
+        commits=list(map(short, comparison.commits)),
     )
 
 
-def _listed(values: list[Any]) -> str:
-    return ", ".join(map(str, values))
+def verdict_of(method: Method) -> str:
+    """The kind of a method's verdict, which begins with it."""
+    return next((kind for kind in VERDICTS if method.verdict.startswith(kind)), "too few seeds")
 
 
-def _seconds(seconds: float) -> str:
-    return f"{seconds:,.0f} s" if seconds < 600 else f"{seconds / 60:,.0f} min"
+def _command(comparison: Comparison) -> str:
+    """The command that repeats the comparison, quoted for a shell."""
+    words = ["tsqlora", "compare", f"{comparison.name}/config.yaml"]
+    words += ["--methods", ",".join(method.name for method in comparison.methods)]
+    words += ["--seeds", ",".join(map(str, comparison.seeds))]
+    words += ["--equal", comparison.equal, "--metric", comparison.metric]
+    if comparison.sweep_rates:
+        words += ["--lr-sweep", ",".join(map(str, comparison.sweep_rates))]
+    for name, rate in comparison.rates.items():
+        words += ["--lr", f"{name}={rate}"]
+    return shlex.join([*words, "--out", f"{comparison.name}-again"])
 
 
-# ------------------------------------------------------------------------------------ parts
+# ----------------------------------------------------------------------------------- tables
 
 
-def _summary(known: Comparison) -> Part:
-    found = (_best(known), _better(known), _trainings(known), _quickest(known))
-    return [f'<dl class="tiles">{"".join(html.tile(*tile) for tile in found)}</dl>'], {}
+def _tables(comparison: Comparison, measured: str) -> dict[str, Table]:
+    metric, methods, worked = comparison.metric, comparison.methods, comparison.worked
+    interval = "mean ± 95 % interval"
+    names = list(dict.fromkeys(name for method in worked for name in method.metrics))
+    return {
+        "found": Table(
+            f"{measured}, {interval}",
+            ["method", words(metric), f"minus {comparison.reference.name}", "which is", "seeds"],
+            [_found(comparison, method) for method in methods],
+            texts=[3],
+        ),
+        "seeds": Table(
+            f"{measured} by seed",
+            ["method", *(f"seed {seed}" for seed in comparison.seeds)],
+            [[method.name, *(_seed(method, seed, metric) for seed in comparison.seeds)] for method in methods],
+        ),
+        "costs": _costs(worked),
+        "metrics": Table(
+            f"{comparison.split} rows, {interval}".capitalize(),
+            ["method", *map(words, names)],
+            [[m.name, *(value_of(n, *m.metrics[n][:2]) if n in m.metrics else "" for n in names)] for m in worked],
+        ),
+        "sweep": _sweep(comparison),
+        "rates": Table(
+            "Learning rate of each method",
+            ["method", "rate"],
+            [[method.name, ", ".join(f"{rate:g}" for rate in method.learning_rates)] for method in methods],
+            texts=[1],
+        ),
+        "versions": Table("Versions", ["library", "version"], list(comparison.versions.items()), texts=[1]),
+    }
 
 
-def _best(known: Comparison) -> html.Tile:
-    metric = known.metric
-    lower = lower_is_better(metric)
-    best = (min if lower else max)(known.worked, key=lambda m: m.metrics[metric].mean)
-    against = [] if best.difference is None else [f"{gain_of(metric, best.difference)} against {known.reference}"]
-    return (
-        f"{'Lowest' if lower else 'Highest'} mean",
-        value_of(metric, best.metrics[metric].mean),
-        [best.name, *against, best.verdict],
-    )
-
-
-def _better(known: Comparison) -> html.Tile:
-    reference = next(m for m in known.methods if m.name == known.reference)
-    theirs = mean_of(known.metric, reference.metrics[known.metric]) if reference.trained else "only failures"
-    count = sum(figures.verdict_of(m) is figures.Verdict.BETTER for m in known.methods)
-    others = f"of {len(known.methods) - 1} others than {known.reference}"
-    return "Clearly better", str(count), [others, f"which has {theirs}"]
-
-
-def _trainings(known: Comparison) -> html.Tile:
-    failed = sum(len(m.failed) for m in known.methods)
-    done = failed + sum(len(m.trained) for m in known.methods)
-    of = f"{len(known.methods)} methods, seeds {_listed(known.seeds)}"
-    return "Trainings", str(done), [of, f"{failed} failed" if failed else "none failed"]
-
-
-def _quickest(known: Comparison) -> html.Tile:
-    quickest = min(known.worked, key=_mean_seconds)
-    spent = sum(t.seconds for m in known.worked for t in m.trained)
-    return "Quickest", _seconds(_mean_seconds(quickest)), [quickest.name, f"all together {_seconds(spent)}"]
-
-
-def _mean_seconds(method: Method) -> float:
-    return sum(t.seconds for t in method.trained) / len(method.trained)
-
-
-def _found(known: Comparison) -> Part:
-    rows = [
-        [
-            method.name + _how_many_at_random(method),
-            mean_of(known.metric, method.metrics[known.metric]) if method.trained else "–",
-            gain_of(known.metric, method.difference) if method.difference else "–",
-            method.verdict,
-            len(method.trained),
-        ]
-        for method in known.methods
+def _found(comparison: Comparison, method: Method) -> list[Any]:
+    random, seeds = len(method.at_random), len(method.trained)
+    mean, difference = method.metrics.get(comparison.metric), method.difference
+    return [
+        method.name + (f" ({random} of {seeds} seeds drew at random)" if random else ""),
+        value_of(comparison.metric, mean.mean, mean.half) if mean else "–",
+        gain_of(comparison.metric, difference.mean, difference.half) if difference else "–",
+        method.verdict,
+        seeds,
     ]
-    heads = ["method", words(known.metric), f"minus {known.reference}", "which is", "seeds"]
-    title = f"{known.split} {words(known.metric)}, mean ± 95 % interval".capitalize()
-    return [html.bullets(_sentences(known)), html.table(title, heads, rows, numbers=(1, 2, 4))], {}
 
 
-def _how_many_at_random(method: Method) -> str:
-    count = len(method.at_random)
-    return f" ({count} of {len(method.trained)} seeds drew at random)" if count else ""
+def _seed(method: Method, seed: int, metric: str) -> str:
+    reached = method.by_seed(metric)
+    return value_of(metric, reached[seed]) if seed in reached else "failed" if seed in method.failed else "–"
 
 
-def _sentences(known: Comparison) -> list[str]:
-    """What the differences say, kind by kind, and what failed."""
-    others = [method for method in known.worked if method.name != known.reference]
-    said = []
-    for kind, told in (
-        (figures.Verdict.BETTER, "Better than {}"),
-        (figures.Verdict.WORSE, "Worse than {}"),
-        (figures.Verdict.NOISE, "No difference from {} that chance could not have made"),
-        (figures.Verdict.UNKNOWN, "Too few seeds to tell from {}"),
-    ):
-        if of := [m for m in others if figures.verdict_of(m) is kind]:
-            said.append(f"{told.format(known.reference)}: {'; '.join(_with_gain(known, m) for m in of)}.")
-    if any(figures.verdict_of(m) is figures.Verdict.UNKNOWN for m in others):
-        said.append(
-            f"A verdict needs {FEW} seeds, since two may agree by chance: give the same compare command with further "
-            "seeds; what is known is not run again."
-        )
-    for method in known.methods:
-        said += [f"{method.name} failed with seed {seed}: {why}." for seed, why in method.failed.items()]
-        said += [f"{method.name} drew rows at random with seed {s}: {why}." for s, why in method.at_random.items()]
-    return said
+def _phases(methods: Sequence[Method]) -> list[str]:
+    """Phases that any training had, in the order in which they begin."""
+    names = dict.fromkeys(phase for method in methods for phase in method.phases)
+    return [phase for phase in _PHASES if phase in names] + [phase for phase in names if phase not in _PHASES]
 
 
-def _with_gain(known: Comparison, method: Method) -> str:
-    return method.name if method.difference is None else f"{method.name} ({gain_of(known.metric, method.difference)})"
-
-
-def _differences(known: Comparison) -> Part:
-    others = [m for m in known.worked if m.name != known.reference]
-    if not others or not figures.by_seed(known, known.reference):
-        return [html.paragraph("There is nothing to compare: only one method has results.", kind="missing")], {}
-    said = "; ".join(f"{m.name} {gain_of(known.metric, m.difference)}" for m in others if m.difference)
-    how = (
-        "Large: the mean over seeds with its 95 % interval. Rings: each seed. Where the interval holds the line at 0, "
-        "the difference may be chance."
-    )
-    place = html.figure("difference-plot", f"Difference from {known.reference}, seed by seed", said)
-    return [html.paragraph(how, kind="how"), place], {"difference-plot": figures.difference_plot(known)}
-
-
-def _seeds(known: Comparison) -> Part:
-    said = f"{words(known.metric)} of each method by seed; the table below has the numbers."
-    of = {m.name: figures.by_seed(known, m.name) for m in known.methods}
+def _costs(methods: Sequence[Method]) -> Table:
+    phases = _phases(methods)
     rows = [
         [
             method.name,
-            *(
-                value_of(known.metric, of[method.name][seed])
-                if seed in of[method.name]
-                else ("failed" if seed in method.failed else "–")
-                for seed in known.seeds
-            ),
+            f"{method.seconds:,.1f}",
+            *(f"{method.phases[phase]:,.1f}" if phase in method.phases else "–" for phase in phases),
+            f"{method.passes:,.0f}",
+            f"{method.steps:,}",
+            method.trainable,
+            f"{method.memory / 2**20:,.0f}",
         ]
-        for method in known.methods
+        for method in methods
     ]
-    heads = ["method", *(f"seed {seed}" for seed in known.seeds)]
-    how = "A line for each seed. Seeds differ in rows, head and batches, so compare methods along a line."
-    return [
-        html.paragraph(how, kind="how"),
-        html.figure("seed-plot", f"{known.split} {words(known.metric)} by seed".capitalize(), said),
-        html.table("By seed", heads, rows, numbers=range(1, len(heads)), narrow=True),
-    ], {"seed-plot": figures.seed_plot(known)}
+    head = ["method", "seconds", *phases, "passes", "steps", "trainable", "peak MiB"]
+    return Table("Cost, means over seeds", head, rows)
 
 
-def _costs(known: Comparison) -> Part:
-    drawn = {
-        "by-seconds": figures.quality_by_cost(known, "seconds", _mean_seconds),
-        "by-passes": figures.quality_by_cost(known, "passes of a row", figures.passes_of),
-    }
-    quality = f"{known.split} {words(known.metric)}"
-    told = "The table below has the numbers."
-    places = [
-        html.figure("by-seconds", f"{quality} over seconds".capitalize(), told),
-        html.figure("by-passes", f"{quality} over passes".capitalize(), told),
-    ]
-    phases = figures.phases_of(known)
-    rows = [_cost_row(method, phases) for method in known.worked]
-    heads = ["method", "seconds", *phases, "passes", "steps", "trainable", "peak MiB"]
-    how = (
-        f"The {'lower' if lower_is_better(known.metric) else 'upper'} left is best: much reached, little spent. "
-        "Seconds are of one machine, and comparable only where "
-        "nothing else ran; passes are rows forward and twice for rows backward. Bars: 95 % intervals."
-    )
-    if any(phases):
-        drawn["phases"] = figures.phase_bars(known)
-        places.append(html.figure("phases", "Mean seconds by phase", told))
-    return [
-        html.paragraph(how, kind="how"),
-        f'<div class="grid">{"".join(places[:2])}</div>',
-        *places[2:],
-        html.table("Cost, means over seeds", heads, rows, numbers=range(1, len(heads))),
-    ], drawn
+def _sweep(comparison: Comparison) -> Table:
+    tried = {(one.method, one.rate): one for one in comparison.sweep}
+    methods, rates = dict.fromkeys(one.method for one in comparison.sweep), sorted({rate for _, rate in tried})
 
-
-def _cost_row(method: Method, phases: list[str]) -> list[Any]:
-    seconds = figures.seconds_of(method)
-    by_phase = [f"{seconds[phase]:,.1f}" if phase in seconds else "–" for phase in phases]
-    memory = f"{method.memory / 2**20:,.0f}"
-    return [
-        method.name,
-        f"{_mean_seconds(method):,.1f}",
-        *by_phase,
-        f"{figures.passes_of(method):,.0f}",
-        f"{method.steps:,}",
-        method.counted,
-        memory,
-    ]
-
-
-def _metrics(known: Comparison) -> Part:
-    names = list(dict.fromkeys(name for method in known.worked for name in method.metrics))
-    rows = [[m.name, *(mean_of(n, m.metrics[n]) if n in m.metrics else "" for n in names)] for m in known.worked]
-    heads = ["method", *map(words, names)]
-    title = f"{known.split} rows, mean ± 95 % interval".capitalize()
-    return [html.table(title, heads, rows, numbers=range(1, len(heads)))], {}
-
-
-def _rates(known: Comparison) -> Part:
-    rates = sorted({tried.rate for tried in known.sweep})
-    cells = {(tried.method, tried.rate): tried for tried in known.sweep}
-
-    def cell(method: str, rate: float) -> str:
-        tried = cells.get((method, rate))
-        if tried is None:
+    def cell(one: Tried | None) -> str:
+        if one is None:
             return ""
-        shown = "failed" if tried.value is None else value_of(known.metric, tried.value)
-        return f"✓ {shown}" if tried.chosen else shown
+        shown = "failed" if one.value is None else value_of(comparison.metric, one.value)
+        return f"✓ {shown}" if one.chosen else shown
 
-    rows = [[m, *(cell(m, rate) for rate in rates)] for m in dict.fromkeys(t.method for t in known.sweep)]
-    heads = ["method", *(f"{rate:g}" for rate in rates)]
-    how = f"Every rate with seed {known.seeds[0]}; the one with ✓ was best on validation rows and used for all "
-    how += "seeds: the smallest where every one failed."
-    if known.chosen_on_shown:
-        how += f" {CHOSEN_ON_SHOWN}"
-    title = f"Validation {words(known.metric)} by learning rate"
-    return [html.paragraph(how, kind="how"), html.table(title, heads, rows, numbers=range(1, len(heads)))], {}
-
-
-def _command(known: Comparison) -> str:
-    """That makes the comparison anew, as a shell takes it."""
-    words = ["tsqlora", "compare", f"{known.name}/config.yaml"]
-    words += ["--methods", ",".join(method.name for method in known.methods)]
-    words += ["--seeds", ",".join(map(str, known.seeds)), "--equal", known.equal, "--metric", known.metric]
-    if known.given.sweep:
-        words += ["--lr-sweep", ",".join(map(str, known.given.sweep))]
-    for name, rate in known.given.rates.items():
-        words += ["--lr", f"{name}={rate}"]
-    return shlex.join([*words, "--out", f"{known.name}-again"])
-
-
-def _settings(known: Comparison) -> Part:
-    rates = [[m.name, ", ".join(f"{rate:g}" for rate in m.learning_rates)] for m in known.methods]
-    notes: Mapping[str, None] = dict.fromkeys(
-        f"{m.name}, seed {t.seed}: {note}" for m in known.methods for t in m.trained for note in t.notes
+    return Table(
+        f"Validation {words(comparison.metric)} by learning rate",
+        ["method", *(f"{rate:g}" for rate in rates)],
+        [[method, *(cell(tried.get((method, rate))) for rate in rates)] for method in methods],
     )
-    seeds = f"with seed {known.methods[0].trained[0].seed}" if known.methods[0].trained else "that failed"
-    return [
-        html.paragraph("To repeat this comparison, beside its directory:"),
-        html.code(_command(known)),
-        html.folded("Notes of the trainings", html.bullets(list(notes))) if notes else "",
-        html.folded(f"Settings of {known.methods[0].name} {seeds}", html.code(json.dumps(known.settings, indent=2))),
-        html.table("Learning rate of each method", ["method", "rate"], rates, narrow=True),
-        html.table("Versions", ["library", "version"], list(known.versions.items()), narrow=True),
-        html.paragraph(f"Precision: {_listed(known.precisions) or 'not recorded'}"),
-        html.paragraph(f"Commit: {_listed(list(map(short, known.commits))) or 'an installed package'}"),
-        html.paragraph(f"Hash of the rows: {_listed(known.data) or 'not recorded'}"),
-    ], {}
 
 
-_PARTS: tuple[tuple[str, str, Callable[[Comparison], Part]], ...] = (
-    ("summary", "Summary", _summary),
-    ("found", "What was found", _found),
-    ("differences", "Differences", _differences),
-    ("seeds", "Seed by seed", _seeds),
-    ("costs", "Cost against quality", _costs),
-    ("metrics", "All metrics", _metrics),
-    ("rates", "Learning rates", _rates),
-    ("settings", "Settings, and how to repeat it", _settings),
-)
+# ---------------------------------------------------------------------------------- figures
+
+
+def difference_plot(comparison: Comparison) -> Drawn:
+    """Each method's difference from the reference: its mean with the interval, and every seed as a small ring."""
+    metric, reference, others = comparison.metric, comparison.reference, comparison.others
+    scale = 100 if as_points(metric) else 1
+    theirs = reference.by_seed(metric)
+    rings = [
+        (scale * (value - theirs[seed]), _label(method), f"seed {seed}")
+        for method in others
+        for seed, value in method.by_seed(metric).items()
+        if seed in theirs
+    ]
+    seeds = go.Scatter(
+        mode="markers",
+        name="one seed",
+        marker={"color": GREY, "size": 9, "symbol": "circle-open", "line": {"width": 1.5}},
+        hovertemplate="%{text}: %{x:+.3~f}<extra></extra>",
+        **dict(zip(("x", "y", "text"), zip(*rings, strict=True), strict=False)),
+    )
+    unit = "points" if as_points(metric) else words(metric)
+    figure = framed(
+        [seeds, *(_intervals(kind, others, metric, scale) for kind in VERDICTS)],
+        height=_FRAME + _ROW * len(others),
+        xaxis_title=plain(f"{unit}, minus {reference.name}"),
+        yaxis=_rows(others),
+    )
+    figure.update_traces(showlegend=False, selector=lambda trace: not trace.x)
+    figure.add_vline(x=0, line={"color": INK, "width": 1.5}, layer="below")
+    text = "; ".join(f"{m.name} {gain_of(metric, *m.difference[:2])}" for m in others if m.difference)
+    return Drawn("difference-plot", f"Difference from {reference.name}, seed by seed", text, figure)
+
+
+def _intervals(kind: str, methods: Sequence[Method], metric: str, scale: int) -> go.Scatter:
+    """The methods of one kind of verdict."""
+    colour, symbol = VERDICTS[kind]
+    shown = [(_label(m), m.difference) for m in methods if m.difference and verdict_of(m) == kind]
+    return go.Scatter(
+        mode="markers",
+        name=kind,
+        x=[scale * difference.mean for _, difference in shown],
+        y=[label for label, _ in shown],
+        error_x={
+            "array": [scale * (difference.half or 0.0) for _, difference in shown],
+            **{"type": "data", "color": colour, "thickness": 2.5, "width": 6},
+        },
+        marker={"color": colour, "size": 13, "symbol": symbol},
+        text=[f"{gain_of(metric, d.mean, d.half)} over {d.n} seeds" for _, d in shown],
+        hovertemplate="%{text}<extra></extra>",
+    )
+
+
+def quality_by_cost(comparison: Comparison, id: str, axis: str, cost: Callable[[Method], float]) -> Drawn:
+    """A method's metric over its cost: the nearer to the upper left (of a loss the lower) the better."""
+    metric = comparison.metric
+    scale = 100 if as_points(metric) else 1
+    traces = []
+    for method, colour, symbol in zip(comparison.worked, cycle(_COLOURS), cycle(_SYMBOLS), strict=False):
+        reached = method.metrics[metric]
+        trace = go.Scatter(
+            mode="markers",
+            name=plain(method.name),
+            x=[cost(method)],
+            y=[scale * reached.mean],
+            error_y={"type": "data", "array": [scale * (reached.half or 0.0)], "color": colour, "width": 5},
+            marker={"color": colour, "size": 13, "symbol": symbol},
+            hovertemplate=f"{plain(method.name)}<br>%{{x:,.4~s}}, %{{y:.4~f}}<extra></extra>",
+        )
+        traces.append(trace)
+    measured = f"{comparison.split} {words(metric)}"
+    figure = framed(
+        traces,
+        height=320 + 22 * len(traces),
+        legend={"orientation": "v"},
+        xaxis={"title": {"text": axis}, "rangemode": "tozero", "nticks": 6},
+        yaxis_title=plain(f"{measured}{', %' if as_points(metric) else ''}"),
+    )
+    return Drawn(f"by-{id}", f"{measured} over {id}".capitalize(), "The table below has the numbers.", figure)
+
+
+def phase_bars(comparison: Comparison) -> Drawn:
+    """Mean seconds by phase, stacked."""
+    methods = comparison.worked
+    traces = [
+        go.Bar(
+            orientation="h",
+            name=plain(phase),
+            y=[_label(method) for method in methods],
+            x=[method.phases.get(phase, 0.0) for method in methods],
+            marker={"color": colour},
+            hovertemplate=f"{plain(phase)}: %{{x:,.1f}} s<extra></extra>",
+        )
+        for phase, colour in zip(_phases(methods), cycle(_COLOURS), strict=False)
+    ]
+    figure = framed(
+        traces,
+        height=_FRAME + _ROW * len(methods),
+        xaxis={"title": {"text": "seconds"}, "rangemode": "tozero", "nticks": 6},
+        yaxis=_rows(methods),
+        barmode="stack",
+        bargap=0.35,
+        legend_traceorder="normal",
+    )
+    return Drawn("phases", "Mean seconds by phase", "The table below has the numbers.", figure)
+
+
+def _label(method: Method) -> str:
+    """A name in two lines, for phones."""
+    return plain(method.name).replace("+", "<br>+")
+
+
+def _rows(methods: Sequence[Method]) -> dict[str, Any]:
+    """An axis with a row for each method, the first on top."""
+    order = [_label(method) for method in methods]
+    category = {"type": "category", "categoryorder": "array", "categoryarray": order}
+    return {**category, "range": [len(order) - 0.5, -0.5], "showgrid": True, "fixedrange": True}

@@ -1,21 +1,30 @@
-"""Plain values -> plotly's figures, as the dicts that plotly.js takes.
+"""A run's values -> plotly figures.
 
-Colours are those of the light theme; the page puts DARK's in their place. They are told apart by
-the colour-blind too (after Okabe and Ito; maps of numbers by lightness), and never say anything alone.
+Colours are those of the light theme; the page's script replaces them by DARK's. Colour-blind readers can tell them
+apart (after Okabe and Ito; maps by lightness), and no colour says anything alone.
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from itertools import cycle, pairwise
 from typing import Any
 
+import numpy as np
+
+from tsqlora.errors import SettingsError
+from tsqlora.quality.scores import Scores
 from tsqlora.ranks.events import RankEvent
 from tsqlora.ranks.places import layer_places
-from tsqlora.report.distributions import Distribution
+from tsqlora.report.metrics import words
+from tsqlora.report.page import NO_PLOTLY
 from tsqlora.training.record import PhaseCost
 
-Figure = dict[str, Any]
+try:
+    import plotly.graph_objects as go
+except ImportError:
+    raise SettingsError(NO_PLOTLY) from None
 
 BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#c44e00", "#007f5f", "#8a4a9e"
 GREY, PALE = "#5f6b7a", "#e3e8ef"
@@ -31,84 +40,43 @@ FRAMES = 200
 _POINTS = 2000
 """Points of a curve that a page holds."""
 _FEW = 12
-"""Points of a curve up to which each is marked: a line of one is not seen."""
+"""Points of a curve up to which each has a marker: a line of one point cannot be seen."""
+BINS = 40
+TAIL = 0.002
+"""The share of rows at each end that the outermost bins take in, however far away they are."""
 
 
-def framed(traces: list[dict[str, Any]], *, height: int, x: Mapping[str, Any], y: Mapping[str, Any]) -> Figure:
-    """Traces with the layout that all figures share; the page sets fonts and lines by its theme."""
-    layout = {
-        "height": height,
-        "margin": {"l": 8, "r": 8, "t": 12, "b": 8},
-        "xaxis": {"automargin": True, "zeroline": False, **x},
-        "yaxis": {"automargin": True, "zeroline": False, **y},
-        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
-        "hoverlabel": {"align": "left"},
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-    }
-    return {"data": traces, "layout": layout}
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A figure with its id in the page, its title, and the text that a screen reader says in its place."""
+
+    id: str
+    title: str
+    text: str
+    figure: go.Figure
+
+
+def framed(traces: Sequence[Any], *, height: int, **layout: Any) -> go.Figure:
+    """Traces with the layout that all figures share; the page's script sets fonts and lines by its theme."""
+    figure = go.Figure(
+        list(traces),
+        {
+            "height": height,
+            "template": {},  # plotly's own would be 7 kB in every figure
+            "margin": {"l": 8, "r": 8, "t": 12, "b": 8},
+            "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+            "hoverlabel_align": "left",
+            "paper_bgcolor": "rgba(0,0,0,0)",
+            "plot_bgcolor": "rgba(0,0,0,0)",
+        },
+    )
+    axis = {"automargin": True, "zeroline": False}
+    return figure.update_layout(xaxis=axis, yaxis=axis).update_layout(layout)
 
 
 def plain(text: str) -> str:
-    """Text that plotly shows as it stands: it would read tags."""
+    """A text that plotly shows as it is: it would read tags."""
     return escape(text, quote=False)
-
-
-def number(value: float) -> float | None:
-    """A number as JSON has it: what is not finite is a gap."""
-    return float(value) if math.isfinite(value) else None
-
-
-# ---------------------------------------------------------------------------------- curves
-
-
-def loss_curve(
-    history: Sequence[Mapping[str, float]], *, scored: int | None, warmup: int | None, events: Sequence[RankEvent]
-) -> Figure:
-    """Training and validation loss by step; warm-up is shaded, scoring a line, each adjustment a triangle."""
-    traces = [
-        _curve(history, "loss", "training loss", BLUE, "lines"),
-        _curve(history, "eval_loss", "validation loss", ORANGE, "lines+markers"),
-    ]
-    figure = framed(
-        [trace for trace in traces if trace["x"]],
-        height=340,
-        x={"title": {"text": "step"}},
-        y={"title": {"text": "loss"}},
-    )
-    _mark(figure, scored=scored, warmup=warmup, events=events)
-    return figure
-
-
-def metric_curve(
-    history: Sequence[Mapping[str, float]], *, scored: int | None, warmup: int | None, events: Sequence[RankEvent]
-) -> Figure | None:
-    """Metrics of the validation rows by step; None where none was measured while training."""
-    names = list(dict.fromkeys(n for entry in history for n in entry if n.startswith("eval_") and n != "eval_loss"))
-    if not names:
-        return None
-    traces = [
-        _curve(history, name, plain(name.removeprefix("eval_").replace("_", " ")), colour, "lines+markers")
-        for name, colour in zip(names, cycle(_METRICS), strict=False)
-    ]
-    for trace, dash in zip(traces, cycle(_DASHES), strict=False):
-        trace["line"]["dash"] = dash
-    figure = framed(traces, height=300, x={"title": {"text": "step"}}, y={"title": {"text": "validation"}})
-    _mark(figure, scored=scored, warmup=warmup, events=events)
-    return figure
-
-
-def _curve(history: Sequence[Mapping[str, float]], key: str, name: str, colour: str, mode: str) -> dict[str, Any]:
-    points = thinned([(int(entry["step"]), number(entry[key])) for entry in history if key in entry], _POINTS)
-    return {
-        "type": "scatter",
-        "mode": mode if len(points) > _FEW else "lines+markers",
-        "name": name,
-        "x": [step for step, _ in points],
-        "y": [value for _, value in points],
-        "line": {"color": colour, "width": 2},
-        "marker": {"color": colour, "size": 7},
-    }
 
 
 def thinned(values: Sequence[Any], most: int) -> list[Any]:
@@ -118,38 +86,66 @@ def thinned(values: Sequence[Any], most: int) -> list[Any]:
     return [values[round(j * (len(values) - 1) / (most - 1))] for j in range(most)]
 
 
-def _mark(figure: Figure, *, scored: int | None, warmup: int | None, events: Sequence[RankEvent]) -> None:
-    shapes: list[dict[str, Any]] = []
-    notes: list[dict[str, Any]] = []
-    if warmup:
-        band = {"type": "rect", "xref": "x", "yref": "paper", "x0": 0, "x1": warmup, "y0": 0, "y1": 1}
-        shapes.append({**band, "fillcolor": PALE, "line": {"width": 0}, "layer": "below"})
-        notes.append(_note("warm-up", 0, "left"))
-    if scored is not None:
-        line = {"type": "line", "xref": "x", "yref": "paper", "x0": scored, "x1": scored, "y0": 0, "y1": 1}
-        shapes.append({**line, "line": {"color": GREEN, "width": 2, "dash": "dash"}})
-        notes.append(_note("scoring", scored, "left"))
-    if shown := thinned(list(events), FRAMES):
-        figure["data"].append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": "ranks adjusted",
-                "x": [event.step for event in shown],
-                "y": [0.03] * len(shown),
-                "yaxis": "y2",
-                "marker": {"color": GREY, "size": 9, "symbol": "triangle-up"},
-                "text": [f"step {event.step}: {moved(event)}" for event in shown],
-                "hoverinfo": "text",
-            }
+# ---------------------------------------------------------------------------------- curves
+
+
+def curves(history: Sequence[Mapping[str, float]], *, scored: int | None, events: Sequence[RankEvent]) -> list[Drawn]:
+    """Losses by step, and validation metrics where any were logged."""
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    fell = f" It went from {losses[0]:.3g} to {losses[-1]:.3g}." if losses else ""
+    traces = [_curve(history, "loss", "training loss", BLUE), _curve(history, "eval_loss", "validation loss", ORANGE)]
+    loss = framed([trace for trace in traces if trace.x], height=340, yaxis_title="loss")
+    drawn = [Drawn("loss", "Loss", f"Training and validation loss by step.{fell}", loss)]
+    names = dict.fromkeys(n for entry in history for n in entry if n.startswith("eval_") and n != "eval_loss")
+    if names:
+        styles = zip(names, cycle(_METRICS), cycle(_DASHES), strict=False)
+        traces = [_curve(history, n, words(n.removeprefix("eval_")), colour, dash) for n, colour, dash in styles]
+        metric = framed(traces, height=300, yaxis_title="validation")
+        drawn.append(Drawn("metric", "Metrics of the validation rows", "Validation metrics by step.", metric))
+    for one in drawn:
+        _mark(one.figure, scored=scored, events=events)
+    return drawn
+
+
+def _curve(history: Sequence[Mapping[str, float]], key: str, name: str, colour: str, dash: str = "solid") -> go.Scatter:
+    points = thinned([(int(entry["step"]), entry[key]) for entry in history if key in entry], _POINTS)
+    return go.Scatter(
+        mode="lines" if len(points) > _FEW else "lines+markers",
+        name=plain(name),
+        x=[step for step, _ in points],
+        y=[value if math.isfinite(value) else None for _, value in points],
+        line={"color": colour, "width": 2, "dash": dash},
+        marker={"color": colour, "size": 7},
+    )
+
+
+def _mark(figure: go.Figure, *, scored: int | None, events: Sequence[RankEvent]) -> None:
+    """Shades the warm-up, and marks scoring by a line and each adjustment by a triangle."""
+    figure.update_xaxes(title="step")
+    if scored:
+        figure.add_vrect(
+            x0=0,
+            x1=scored,
+            fillcolor=PALE,
+            line_width=0,
+            layer="below",
+            annotation_text="warm-up",
+            annotation_position="top left",
         )
-        figure["layout"]["yaxis2"] = {"overlaying": "y", "range": [0, 1], "visible": False, "fixedrange": True}
-    figure["layout"] |= {"shapes": shapes, "annotations": notes}
-
-
-def _note(text: str, x: float, anchor: str) -> dict[str, Any]:
-    place = {"x": x, "xref": "x", "xanchor": anchor, "y": 1, "yref": "paper", "yanchor": "top"}
-    return {"text": text, "showarrow": False, "font": {"size": 12}, **place}
+    if scored is not None:
+        figure.add_vline(x=scored, line={"color": GREEN, "width": 2, "dash": "dash"}, annotation_text="scoring")
+    if shown := thinned(list(events), FRAMES):
+        figure.add_scatter(
+            mode="markers",
+            name="ranks adjusted",
+            x=[event.step for event in shown],
+            y=[0.03] * len(shown),
+            yaxis="y2",
+            marker={"color": GREY, "size": 9, "symbol": "triangle-up"},
+            text=[f"step {event.step}: {moved(event)}" for event in shown],
+            hoverinfo="text",
+        )
+        figure.update_layout(yaxis2={"overlaying": "y", "range": [0, 1], "visible": False, "fixedrange": True})
 
 
 # ----------------------------------------------------------------------------------- ranks
@@ -171,15 +167,6 @@ class Grid:
         """A list for each kind, with a value for each block; None where there is no such layer."""
         return [[values.get(self._layers.get((kind, block), "")) for block in self.blocks] for kind in self.kinds]
 
-    @property
-    def height(self) -> int:
-        return 90 + 34 * len(self.kinds)
-
-    @property
-    def width(self) -> int:
-        """Least pixels in which numbers in cells can be read, names beside them."""
-        return 34 * len(self.blocks) + 7 * max(map(len, self.kinds)) + 70
-
 
 def moved(event: RankEvent) -> str:
     """How many slots went from one layer to another."""
@@ -187,26 +174,33 @@ def moved(event: RankEvent) -> str:
 
 
 def rank_frames(first: Mapping[str, int], events: Sequence[RankEvent]) -> list[dict[str, Any]]:
-    """States of the rank map in order: step, what to say of it, and ranks by kind × block."""
+    """States of the rank map in order: step, what happened, and ranks by kind × block."""
     grid = Grid(list(first))
     states = [(0, "the start", first), *((e.step, moved(e), e.ranks) for e in events)]
     return [{"step": step, "what": what, "z": grid.rows(ranks)} for step, what, ranks in thinned(states, FRAMES)]
 
 
-def rank_map(first: Mapping[str, int], events: Sequence[RankEvent]) -> Figure:
+def rank_map(first: Mapping[str, int], events: Sequence[RankEvent]) -> Drawn:
     """The last ranks as coloured cells with their numbers, on a scale that fits every state."""
-    grid = Grid(list(first))
     most = max(rank for ranks in (first, *(event.ranks for event in events)) for rank in ranks.values())
     last = events[-1].ranks if events else first
-    return _heatmap(grid, grid.rows(last), most=most, title="rank", text="%{z}", hover="rank %{z}")
+    figure = _heatmap(Grid(list(first)), last, most=most, title="rank", text="%{z}", hover="rank %{z}")
+    text = f"Ranks of {len(last)} layers by block and kind of module; the table below has them all."
+    return Drawn("ranks-map", "Rank map", text, figure)
 
 
-def sensitivity_map(event: RankEvent, *, most: float) -> Figure:
-    """Each layer's share of the sum of all sensitivities, in percent."""
-    grid = Grid(list(event.sensitivity))
-    return _heatmap(
-        grid, grid.rows(shares(event)), most=most, title="%", text="%{z:.1f}", hover="%{z:.2f} % of the sum"
-    )
+def sensitivity_maps(events: Sequence[RankEvent]) -> list[Drawn]:
+    """Each layer's share of the sum of all sensitivities, in percent, at the first and at the last adjustment."""
+    first, last = shares(events[0]), shares(events[-1])
+    most, top = max([*first.values(), *last.values()]), max(last, key=lambda layer: last[layer])
+    largest = f" {top} has the largest share, {last[top]:.1f} %."
+    drawn = []
+    for when, event, values, more in (("first", events[0], first, ""), ("last", events[-1], last, largest)):
+        grid = Grid(list(values))
+        figure = _heatmap(grid, values, most=most, title="%", text="%{z:.1f}", hover="%{z:.2f} % of the sum")
+        title, text = f"{when}, at step {event.step:,}".capitalize(), f"Sensitivity by layer at {when}.{more}"
+        drawn.append(Drawn(f"sensitivity-{when}", title, text, figure))
+    return drawn
 
 
 def shares(event: RankEvent) -> dict[str, float]:
@@ -215,82 +209,111 @@ def shares(event: RankEvent) -> dict[str, float]:
     return {layer: 100 * value / total if total else 0.0 for layer, value in event.sensitivity.items()}
 
 
-def _heatmap(grid: Grid, z: list[list[Any]], *, most: float, title: str, text: str, hover: str) -> Figure:
-    trace = {
-        "type": "heatmap",
-        "z": z,
-        "x": grid.blocks,
-        "y": [plain(kind) for kind in grid.kinds],
-        "zmin": 0,
-        "zmax": most or 1,
-        "colorscale": [[j / (len(SCALE) - 1), colour] for j, colour in enumerate(SCALE)],
-        "textfont": {"color": INK, "size": 13},
-        "texttemplate": text,
-        "hovertemplate": f"block %{{x}}, %{{y}}<br>{hover}<extra></extra>",
-        "hoverongaps": False,
-        "xgap": 2,
-        "ygap": 2,
-        "colorbar": {"title": {"text": title}, "thickness": 10, "len": 1},
-    }
-    figure = framed(
-        [trace],
-        height=grid.height,
-        x={"type": "category", "title": {"text": "block"}, "showgrid": False, "fixedrange": True},
-        y={"type": "category", "autorange": "reversed", "showgrid": False, "fixedrange": True},
+def _heatmap(grid: Grid, values: Mapping[str, Any], *, most: float, title: str, text: str, hover: str) -> go.Figure:
+    trace = go.Heatmap(
+        z=grid.rows(values),
+        x=grid.blocks,
+        y=[plain(kind) for kind in grid.kinds],
+        zmin=0,
+        zmax=most or 1,
+        colorscale=[[j / (len(SCALE) - 1), colour] for j, colour in enumerate(SCALE)],
+        textfont={"color": INK, "size": 13},
+        texttemplate=text,
+        hovertemplate=f"block %{{x}}, %{{y}}<br>{hover}<extra></extra>",
+        hoverongaps=False,
+        xgap=2,
+        ygap=2,
+        colorbar={"title": {"text": title}, "thickness": 10, "len": 1},
     )
-    return figure | {"width": grid.width}
+    cells = {"type": "category", "showgrid": False, "fixedrange": True}
+    return framed(
+        [trace],
+        height=90 + 34 * len(grid.kinds),
+        # The least in which numbers in cells can be read, names beside them.
+        width=34 * len(grid.blocks) + 7 * max(map(len, grid.kinds)) + 70,
+        xaxis={**cells, "title": {"text": "block"}},
+        yaxis={**cells, "autorange": "reversed"},
+    )
 
 
 # --------------------------------------------------------------------------- distributions
 
 
-def histogram(known: Distribution) -> Figure:
-    """Bars of the kept rows and a line of the left-out ones, each as a share of its own."""
-    middle = [(low + high) / 2 for low, high in pairwise(known.edges)]
-    edges = list(pairwise(known.edges))
-    traces = []
-    for name, counts, colour in (("kept", known.kept, BLUE), ("left out", known.left_out, ORANGE)):
-        total = sum(counts)
-        if not total:
-            continue
-        trace = {
-            "name": f"{name}: {total:,}",
-            "x": middle,
-            "y": [count / total for count in counts],
-            "hovertext": [
-                f"{name}: {count:,} rows of {low:.4g} to {high:.4g}"
-                for count, (low, high) in zip(counts, edges, strict=True)
-            ],
-            "hoverinfo": "text",
-        }
-        if name == "kept":
-            traces.append(trace | {"type": "bar", "marker": {"color": colour, "line": {"width": 0}}})
-        else:
-            line = {"color": colour, "width": 2.5, "shape": "hvh"}
-            traces.append(trace | {"type": "scatter", "mode": "lines", "line": line})
-    figure = framed(traces, height=240, x={"nticks": 6}, y={"tickformat": ".0%", "rangemode": "tozero", "nticks": 5})
-    figure["layout"] |= {"bargap": 0, "showlegend": True}
-    return figure
+def histograms(scores: Scores) -> list[Drawn]:
+    """Each term, the quality Q and the probability p of all rows: kept rows as bars, left-out ones as a line."""
+    kept = scores.kept
+    named = [(words(name), values, ~kept) for name, values in scores.terms.items()]
+    named.append(("Q, the quality", scores.quality, ~kept))
+    named.append(("p, the probability of a draw", scores.probability, np.zeros_like(kept)))  # left-out rows have none
+    return [
+        _histogram(f"histogram-{j}", name, np.asarray(values, dtype=np.float64), kept, left_out)
+        for j, (name, values, left_out) in enumerate(named)
+    ]
+
+
+def _histogram(id: str, name: str, values: np.ndarray, kept: np.ndarray, left_out: np.ndarray) -> Drawn:
+    shown = values[kept | left_out]
+    edges = bins(shown)
+    least, most = f"{shown.min():.4g}", f"{shown.max():.4g}"
+    span = f"each {least}" if least == most else f"from {least} to {most}"
+    line = {"color": ORANGE, "width": 2.5, "shape": "hvh"}
+    traces = [
+        kind(**_counted(values[rows], edges, label), **style)
+        for label, rows, kind, style in (
+            ("kept", kept, go.Bar, {"marker": {"color": BLUE, "line": {"width": 0}}}),
+            ("left out", left_out, go.Scatter, {"mode": "lines", "line": line}),
+        )
+        if rows.any()
+    ]
+    axes: dict[str, Any] = {"xaxis": {"nticks": 6}, "yaxis": {"tickformat": ".0%", "rangemode": "tozero", "nticks": 5}}
+    figure = framed(traces, height=240, bargap=0, showlegend=True, **axes)
+    text = f"{name} of {kept.sum():,} kept and {left_out.sum():,} left-out rows, {span}."
+    return Drawn(id, f"{name} ({span})", text, figure)
+
+
+def bins(values: np.ndarray) -> np.ndarray:
+    """Edges of BINS bins between the tails; around a single value, up to rounding, some that hold it."""
+    for low, high in (np.quantile(values, [TAIL, 1 - TAIL]), (values.min(), values.max())):
+        if high - low > 1e-12 * max(abs(low), abs(high)):
+            return np.linspace(low, high, BINS + 1)
+    spread = abs(values[0]) / 2 or 0.5
+    return np.linspace(values[0] - spread, values[0] + spread, BINS + 1)
+
+
+def _counted(values: np.ndarray, edges: np.ndarray, name: str) -> dict[str, Any]:
+    """How many values each bin holds, as shares; the outermost bins hold what lies beyond."""
+    counts = np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0].tolist()
+    return {
+        "name": f"{name}: {len(values):,}",
+        "x": [(low + high) / 2 for low, high in pairwise(edges.tolist())],
+        "y": [count / len(values) for count in counts],
+        "hovertext": [
+            f"{name}: {count:,} rows of {low:.4g} to {high:.4g}"
+            for count, (low, high) in zip(counts, pairwise(edges), strict=True)
+        ],
+        "hoverinfo": "text",
+    }
 
 
 # ------------------------------------------------------------------------------------ cost
 
 
-def cost_bars(cost: Mapping[str, PhaseCost]) -> Figure:
+def cost_bars(cost: Mapping[str, PhaseCost]) -> Drawn:
     """Seconds by phase."""
-    trace = {
-        "type": "bar",
-        "orientation": "h",
-        "y": [plain(name) for name in cost],
-        "x": [phase.seconds for phase in cost.values()],
-        "text": [f"{phase.seconds:,.1f} s" for phase in cost.values()],
-        "textposition": "auto",
-        "marker": {"color": BLUE},
-        "hoverinfo": "y+text",
-    }
-    return framed(
+    trace = go.Bar(
+        orientation="h",
+        y=[plain(name) for name in cost],
+        x=[phase.seconds for phase in cost.values()],
+        text=[f"{phase.seconds:,.1f} s" for phase in cost.values()],
+        textposition="auto",
+        marker={"color": BLUE},
+        hoverinfo="y+text",
+    )
+    figure = framed(
         [trace],
         height=70 + 34 * len(cost),
-        x={"title": {"text": "seconds"}, "rangemode": "tozero"},
-        y={"type": "category", "autorange": "reversed", "showgrid": False},
+        xaxis={"title": {"text": "seconds"}, "rangemode": "tozero"},
+        yaxis={"type": "category", "autorange": "reversed", "showgrid": False},
     )
+    text = ", ".join(f"{name} {phase.seconds:.1f} seconds" for name, phase in cost.items())
+    return Drawn("cost-bars", "Seconds by phase", text, figure)

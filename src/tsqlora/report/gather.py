@@ -1,4 +1,4 @@
-"""A run directory -> what its report shows, as plain values of bounded size."""
+"""A run directory -> what its report shows, of bounded size."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any
 from tsqlora.compat.yaml import load_yaml
 from tsqlora.errors import DataError
 from tsqlora.quality.scores import Scores
-from tsqlora.report.distributions import Distribution, distributions
+from tsqlora.report.figures import Drawn, histograms
 from tsqlora.report.samples import Samples, choose_samples
 from tsqlora.training.record import RECORD_FILE, RunRecord
 
@@ -26,34 +26,38 @@ class Control:
 
 
 @dataclass(frozen=True, slots=True)
-class Gathered:
-    """All that a page is made of.
+class ScoresView:
+    """What the page shows of a file of scores."""
 
-    What is missing is None, and `missing` says why: by `scores`, `history` and `events`. `control` is another run, with
-    which this one is compared.
-    """
+    histograms: list[Drawn]
+    samples: Samples
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """A run's files. `missing` says why there are no scores, no history or no rank events, by those names."""
 
     name: str
     record: RunRecord
     settings: str
     config: dict[str, Any]
-    distributions: list[Distribution] | None
-    samples: Samples | None
+    scores: ScoresView | None
     missing: dict[str, str]
     control: Control | None = None
 
 
-OfScores = tuple[list[Distribution], Samples]
-
-
-def look_at(path: Path) -> OfScores:
-    """What is shown of a file of scores."""
+def read_scores(path: Path) -> ScoresView:
+    """Reads a file of scores."""
     scores = Scores.load(path)
-    return distributions(scores), choose_samples(scores)
+    return ScoresView(histograms(scores), choose_samples(scores))
 
 
 def gather(
-    run: Path, *, control: Control | None = None, unfinished: bool = False, look: Callable[[Path], OfScores] = look_at
+    run: Path,
+    *,
+    control: Control | None = None,
+    unfinished: bool = False,
+    read: Callable[[Path], ScoresView] = read_scores,
 ) -> Gathered:
     """Reads run.json, config.yaml, scores.parquet and, where it still is, the file of the training rows.
 
@@ -67,15 +71,14 @@ def gather(
             f"by --watch, or go on with: tsqlora train {run / CONFIG_FILE} --out {run} --resume"
         )
     settings, config = _config(run / CONFIG_FILE)
-    seen = look(run / SCORES_FILE) if (run / SCORES_FILE).exists() else None
+    scores = read(run / SCORES_FILE) if (run / SCORES_FILE).exists() else None
     return Gathered(
         name=run.resolve().name,
         record=record,
         settings=settings,
         config=config,
-        distributions=None if seen is None else seen[0],
-        samples=None if seen is None else seen[1],
-        missing=_missing(record, config, scored=seen is not None),
+        scores=scores,
+        missing=_missing(record, config, scored=scores is not None),
         control=control,
     )
 
@@ -99,23 +102,27 @@ def _config(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _missing(record: RunRecord, config: dict[str, Any], *, scored: bool) -> dict[str, str]:
-    missing: dict[str, str] = {}
-    begun = record.status != "finished"
-    if not scored and begun and record.quality.get("enabled") and not record.quality.get("refused"):
-        missing["scores"] = "Rows are not scored yet: that comes after the warm-up."
-    elif not scored and not record.quality.get("enabled"):
-        missing["scores"] = "Rows were not scored: quality.enabled is false, so every draw was a random one."
-    elif not scored and record.quality.get("refused"):
-        missing["scores"] = f"Rows were not scored: {record.quality['refused']}."
-    elif not scored:
-        missing["scores"] = f"The directory has no {SCORES_FILE}: what it says of the rows is left out."
-    if not record.history and begun:
-        missing["history"] = "Nothing was logged yet."
-    elif not record.history:
-        missing["history"] = "The run logged no losses (training.logging_strategy is no, or an older version wrote it)."
-    policy = config.get("ranks", {}).get("policy")
-    if not record.rank_events and begun and policy != "fixed":
-        missing["events"] = "Ranks have not moved yet."
-    elif not record.rank_events:
-        missing["events"] = f"Ranks never moved: ranks.policy is {policy}."
+    begun, policy, missing = record.status != "finished", config.get("ranks", {}).get("policy"), dict[str, str]()
+    if not scored:
+        missing["scores"] = _no_scores(record, begun=begun)
+    if not record.history:
+        missing["history"] = (
+            "Nothing was logged yet."
+            if begun
+            else "The run logged no losses (training.logging_strategy is no, or an older version wrote it)."
+        )
+    if not record.rank_events:
+        yet = begun and policy != "fixed"
+        missing["events"] = "Ranks have not moved yet." if yet else f"Ranks never moved: ranks.policy is {policy}."
     return missing
+
+
+def _no_scores(record: RunRecord, *, begun: bool) -> str:
+    quality = record.quality
+    if not quality.get("enabled"):
+        return "Rows were not scored: quality.enabled is false, so every draw was a random one."
+    if quality.get("refused"):
+        return f"Rows were not scored: {quality['refused']}."
+    if begun:
+        return "Rows are not scored yet: that comes after the warm-up."
+    return f"The directory has no {SCORES_FILE}: what it says of the rows is left out."

@@ -1,6 +1,4 @@
-"""How a metric, its mean and a difference are written: accuracies in percent, their differences in points."""
-
-from tsqlora.report.comparison import Mean
+"""How a metric and a difference are written: accuracies in percent, their differences in points."""
 
 
 def as_points(metric: str) -> bool:
@@ -18,34 +16,27 @@ def words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def value_of(metric: str, value: float) -> str:
-    """One value.
+def value_of(metric: str, value: float, half: float | None = None) -> str:
+    """A value, with the half width of its interval where there is one.
 
     >>> value_of("accuracy", 0.8125), value_of("matthews", 0.8125)
     ('81.2%', '0.812')
-    """
-    return f"{value:.1%}" if as_points(metric) else f"{value:.3f}"
-
-
-def mean_of(metric: str, value: Mean) -> str:
-    """A mean with its interval, where there is one.
-
-    >>> mean_of("accuracy", Mean(0.8125, 0.01, 3))
+    >>> value_of("accuracy", 0.8125, 0.01)
     '81.2 ± 1.0%'
     """
-    if value.half is None:
-        return value_of(metric, value.mean)
-    if as_points(metric):
-        return f"{100 * value.mean:.1f} ± {100 * value.half:.1f}%"
-    return f"{value.mean:.3f} ± {value.half:.3f}"
+    scale, digits, unit = (100, 1, "%") if as_points(metric) else (1, 3, "")
+    return f"{scale * value:.{digits}f}{_interval(half, scale, digits)}{unit}"
 
 
-def gain_of(metric: str, value: Mean) -> str:
-    """A difference with its sign and its interval, where there is one.
+def gain_of(metric: str, value: float, half: float | None = None) -> str:
+    """A difference with its sign, and the half width of its interval where there is one.
 
-    >>> gain_of("accuracy", Mean(-0.0001, 0.01, 3)), gain_of("pearson", Mean(0.02, None, 1))
+    >>> gain_of("accuracy", -0.0001, 0.01), gain_of("pearson", 0.02)
     ('+0.0 ± 1.0 points', '+0.020')
     """
     scale, digits, unit = (100, 1, " points") if as_points(metric) else (1, 3, "")
-    half = "" if value.half is None else f" ± {scale * value.half:.{digits}f}"
-    return f"{scale * value.mean:+z.{digits}f}{half}{unit}"
+    return f"{scale * value:+z.{digits}f}{_interval(half, scale, digits)}{unit}"
+
+
+def _interval(half: float | None, scale: int, digits: int) -> str:
+    return "" if half is None else f" ± {scale * half:.{digits}f}"

@@ -1,64 +1,106 @@
-"""Parts -> one HTML file: figures, texts and plotly together, and a policy that forbids every request."""
+"""A template and its values -> one HTML file that loads nothing from elsewhere."""
 
-from collections.abc import Mapping, Sequence
-from html import escape
-from importlib.resources import files
-from typing import Any
+from collections.abc import Iterable, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from tsqlora.errors import SettingsError
-from tsqlora.report import figures, html
-
-Part = tuple[list[str], dict[str, figures.Figure]]
-"""What stands in a part of a page, and the figures that it has room for."""
+from tsqlora.report import metrics
 
 # No part of the page may load anything, whatever a text in it says.
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 _SERVED = _POLICY.replace("script-src", "script-src 'self'") + "; connect-src 'self'"
-"""Of a page that asks the server that it came from how the run goes on."""
+"""For a page that asks its server whether the run has gone on."""
 PLOTLY_PATH = "/plotly.js"
+NO_PLOTLY = "a report needs plotly; install it with: pip install 'tsqlora[report]'"
+
+
+class Table(NamedTuple):
+    """Rows under a caption; cells are numbers, but for the first column and those in `texts`."""
+
+    caption: str
+    head: Sequence[str]
+    rows: Iterable[Sequence[Any]]
+    texts: Sequence[int] = ()
 
 
 def plotly_script() -> str:
-    """plotly.js, which the page brings along.  Raises SettingsError where the extra is not installed."""
+    """The source of plotly.js.  Raises SettingsError where the extra is not installed."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
-        raise SettingsError("a report needs plotly; install it with: pip install 'tsqlora[report]'") from None
+        raise SettingsError(NO_PLOTLY) from None
     return get_plotlyjs()
 
 
-def assemble(
-    parts: Sequence[tuple[str, str, Part]],
-    *,
-    title: str,
-    name: str,
-    about: str,
-    source: str,
-    script: str | None,
-    frames: Sequence[Mapping[str, Any]] = (),
-) -> str:
-    """The page as one text, of parts with their ids and titles.
+def render(template: str, *, script: str | None, figures: Iterable[Any] = (), **values: Any) -> str:
+    """The page that a template makes of figures (`figures.Drawn`) and other values.
 
-    `script` is plotly.js; with None the page is one that `watch.py` serves: it loads plotly from there, and looks
-    every few seconds for a newer one.
+    `script` is plotly.js; None makes a page for `watch.py`'s server, which loads plotly from there and follows the run.
     """
+    from tsqlora.report.figures import DARK  # needs plotly, which `plotly_script` asks for in better words
+
+    drawn = {figure.id: figure for figure in figures}
+    data = {
+        "figures": {name: figure.figure.to_plotly_json() for name, figure in drawn.items()},
+        "frames": values.pop("frames", []),
+        "dark": DARK,
+    }
     served = script is None
-    drawn = {key: figure for _, _, (_, found) in parts for key, figure in found.items()}
-    return _packaged("page.html").format(
-        policy=_SERVED if served else _POLICY,
-        title=escape(title),
-        name=escape(name),
-        about=escape(about),
-        source=escape(source),
-        live='<output id="watched" aria-live="polite"></output>' if served else "",
-        css=_packaged("page.css"),
-        links="".join(f'<a href="#{key}">{escape(heading)}</a>' for key, heading, _ in parts),
-        sections="\n".join(html.section(key, heading, *texts) for key, heading, (texts, _) in parts),
-        data=html.data("page-data", {"figures": drawn, "frames": list(frames), "dark": figures.DARK}),
-        plotly=f'<script src="{PLOTLY_PATH}"></script>' if served else f"<script>{script}</script>",
-        js=_packaged("page.js") + (_packaged("watch.js") if served else ""),
+    return (
+        environment()
+        .get_template(template)
+        .render(
+            **values,
+            figures=drawn,
+            data=data,
+            served=served,
+            policy=_SERVED if served else _POLICY,
+            plotly=Markup(f'<script src="{PLOTLY_PATH}"></script>' if served else f"<script>{script}</script>"),
+        )
     )
 
 
-def _packaged(name: str) -> str:
-    return (files("tsqlora.report") / name).read_text(encoding="utf-8")
+@cache
+def environment() -> Environment:
+    """Jinja with every text escaped, and a name that a template does not get is an error."""
+    made = Environment(
+        loader=PackageLoader("tsqlora.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.policies["json.dumps_function"] = _json
+    made.policies["json.dumps_kwargs"] = {}
+    made.filters |= {"spec": format, "words": metrics.words, "duration": duration, "sentence": sentence}
+    made.globals |= {"value_of": metrics.value_of, "gain_of": metrics.gain_of}
+    return made
+
+
+def _json(value: Any) -> str:
+    """JSON in which a number that is not finite is null."""
+    from plotly.io.json import to_json_plotly
+
+    return str(to_json_plotly(value, engine="json"))
+
+
+def duration(seconds: float) -> str:
+    """
+    >>> duration(42.4), duration(1200), duration(72000)
+    ('42 s', '20 min', '20 h')
+    """
+    if seconds < 600:
+        return f"{seconds:,.0f} s"
+    return f"{seconds / 60:,.0f} min" if seconds < 36000 else f"{seconds / 3600:,.0f} h"
+
+
+def sentence(text: str) -> str:
+    """
+    >>> sentence("about 20% of the labels seem wrong")
+    'About 20% of the labels seem wrong.'
+    """
+    return f"{text[:1].upper()}{text[1:]}{'' if text.endswith('.') else '.'}"

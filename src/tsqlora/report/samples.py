@@ -35,6 +35,28 @@ class Sample:
     reason: str
     terms: dict[str, float]
 
+    @property
+    def marks(self) -> list[str]:
+        """The names by which the page's list shows this row."""
+        wrong, left_out = ["likely wrong"] * self.likely_wrong, ["left out"] * (self.reason != "kept")
+        return [*self.lists, *wrong, *left_out]
+
+    @property
+    def why(self) -> str:
+        """Why this row is shown."""
+        wrong = ["likely wrong label"] * self.likely_wrong
+        return ", ".join([*self.lists, *wrong, *([f"left out: {self.reason}"] if self.reason != "kept" else [])])
+
+    @property
+    def says(self) -> str:
+        """The class that the model predicts, and its probability."""
+        sure = "" if self.sure is None else f" ({self.sure:.0%})"
+        return f"{self.predicted or ''}{sure}"
+
+    @property
+    def numbers(self) -> list[float]:
+        return [self.quality, self.probability, *self.terms.values()]
+
 
 @dataclass(frozen=True, slots=True)
 class Samples:
@@ -52,6 +74,11 @@ class Samples:
     reasons: dict[str, int]
     likely_wrong: int | None
     without_texts: str | None
+
+    @property
+    def lists(self) -> list[str]:
+        """Names of the lists that have rows."""
+        return list(dict.fromkeys(name for row in self.rows for name in row.lists))
 
 
 def choose_samples(scores: Scores) -> Samples:

@@ -8,10 +8,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from tsqlora.errors import DataError, SettingsError
-from tsqlora.report import html
 from tsqlora.report.comparison import is_comparison
-from tsqlora.report.gather import CONFIG_FILE, SCORES_FILE, Control, OfScores, control_of, gather, look_at
-from tsqlora.report.page import PLOTLY_PATH, assemble, plotly_script
+from tsqlora.report.gather import CONFIG_FILE, SCORES_FILE, Control, ScoresView, control_of, gather, read_scores
+from tsqlora.report.page import PLOTLY_PATH, plotly_script, render
 from tsqlora.report.run_page import run_page
 from tsqlora.training.record import RECORD_FILE
 
@@ -42,7 +41,7 @@ class Watched:
         self.run, self.control, self.plotly = run, control, plotly_script().encode()
         self.page_of = lru_cache(maxsize=1)(self._page_of)
         # A million scores take seconds to read, and are written once or twice in a run.
-        self.scores_of = lru_cache(maxsize=1)(lambda path, stamp: look_at(path))
+        self.scores_of = lru_cache(maxsize=1)(lambda path, stamp: read_scores(path))
 
     def page(self) -> bytes:
         """The page; of a run that has not begun, or cannot be read, one that says so."""
@@ -50,20 +49,16 @@ class Watched:
 
     def _page_of(self, stamps: object) -> bytes:
         try:
-            known = gather(self.run, control=self.control, unfinished=True, look=self._look)
+            run = gather(self.run, control=self.control, unfinished=True, read=self._read_scores)
         except DataError as error:
-            return self._waiting(str(error)).encode()
-        return run_page(known, None).encode()
+            begun = (self.run / RECORD_FILE).exists()
+            why = f"{self.run} holds no run yet. Its page comes with the first step of its training."
+            name = self.run.resolve().name
+            return render("waiting.html", script=None, name=name, why=str(error) if begun else why).encode()
+        return run_page(run, None).encode()
 
-    def _look(self, path: Path) -> OfScores:
+    def _read_scores(self, path: Path) -> ScoresView:
         return self.scores_of(path, _stamp(path))
-
-    def _waiting(self, why: str) -> str:
-        begun = (self.run / RECORD_FILE).exists()
-        said = why if begun else f"{self.run} holds no run yet. Its page comes with the first step of its training."
-        parts = [("waiting", "Waiting", ([html.paragraph(said)], {}))]
-        name = self.run.resolve().name
-        return assemble(parts, title=name, name=name, about="", source="the run’s directory", script=None)
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

@@ -6,10 +6,7 @@ from tsqlora.data.write import require_place
 from tsqlora.errors import SettingsError
 from tsqlora.files import write_whole
 from tsqlora.report.comparison import gather_comparison, is_comparison
-from tsqlora.report.comparison_page import comparison_page
-from tsqlora.report.gather import control_of, gather
 from tsqlora.report.page import plotly_script
-from tsqlora.report.run_page import run_page
 
 REPORT_FILE = "report.html"
 
@@ -23,6 +20,11 @@ def write_report(directory: Path, out: Path | None = None, *, control: Path | No
     where the directory cannot be read.
     """
     script = plotly_script()
+    # These need plotly; the line above says so in better words than an ImportError.
+    from tsqlora.report.comparison_page import comparison_page
+    from tsqlora.report.gather import control_of, gather
+    from tsqlora.report.run_page import run_page
+
     place = directory / REPORT_FILE if out is None else out
     if is_comparison(directory):
         if control is not None:

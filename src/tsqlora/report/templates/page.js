@@ -26,7 +26,7 @@ const page = (() => {
     layout.hoverlabel = { align: "left", bgcolor: css("--card"), bordercolor: css("--soft"), font: { color: ink } };
     // What cannot be read any smaller scrolls by itself.
     const room = place.parentElement.clientWidth;
-    layout.width = Math.max(room, figure.width || 0);
+    layout.width = Math.max(room, layout.width || 0);
     return Plotly.react(place, drawn.data, layout, { displayModeBar: false, responsive: false, scrollZoom: false });
   };
   const drawAll = () => { for (const id of Object.keys(known.figures)) if (byId(id)) draw(id); showFrame(); focusable(); };
