@@ -194,7 +194,7 @@ def judged(load: Callable[[Path], Applied], folder: Path) -> dict[str, Any]:
         return {"verdict": "refused", "why": f"{type(error).__name__}: {error}".splitlines()[0][:160]}
     factors, beyond = {}, [*(head for head in adapter.heads() if head not in applied), *adapter.variants()]
     for name, target in adapter.targets.items():
-        mine = target.delta()
+        mine = torch.from_numpy(target.delta())
         if target.rank == 0 or not torch.isfinite(mine).all() or not mine.any():
             continue
         theirs = applied.get(name, torch.zeros_like(mine)).double()

@@ -3,17 +3,20 @@
 import json
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
 
 from kinds import KINDS, Q0, Q1, damaged, saved
 from loras import lora_config, save_base, save_lora, tiny_llama
 from models import tiny_bert
+from tsqlora.interop.checkpoint import base_weights
 from tsqlora.interop.doctor import examine
 from tsqlora.interop.files import CONFIG, read_adapter
 from tsqlora.interop.health import layer_health
@@ -102,6 +105,10 @@ def test_the_universal_export_is_right_where_it_is_said_to_be(kind: str, tmp_pat
     assert verdicts(examine(tmp_path / "out")) == RIGHT
 
 
+def edit(folder: Path, **changed: Any) -> None:
+    (folder / CONFIG).write_text(json.dumps(json.loads((folder / CONFIG).read_text()) | changed))
+
+
 def of(report: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     (found,) = (consumer for consumer in report["consumers"] if consumer["name"] == name)
     return found
@@ -121,6 +128,32 @@ def test_factors_by_hand(tmp_path: Path) -> None:
     assert of(report, "SGLang")["factors"][Q0] == pytest.approx(1 / math.sqrt(8))
 
 
+def test_the_doctor_needs_no_torch(tmp_path: Path) -> None:
+    save_base(tmp_path / "base", tiny_llama())
+    source = KINDS["ranks, one alpha"](tmp_path / "a")
+    edit(source, base_model_name_or_path=str(tmp_path / "base"))
+    script = (
+        "import sys; from tsqlora.cli import main; sys.argv[0] = 'tsqlora'\n"
+        "try: main()\n"
+        "finally: assert not {'torch', 'transformers', 'peft'} & sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", script, "doctor", source, "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["base_found"]
+    assert report["universal_parameters"]
+
+
+@pytest.mark.parametrize(("prefix", "body"), [("", False), ("bert.", False), ("", True)])
+def test_a_body_and_its_model_with_a_head_name_their_layers_alike(prefix: str, body: bool, tmp_path: Path) -> None:
+    bert = tiny_bert().float()
+    save_base(tmp_path / "base", bert.bert if body else bert)
+    weights = base_weights(str(tmp_path / "base"), [f"{prefix}encoder.layer.0.attention.self.query"])
+    assert weights is not None
+    assert f"{prefix}encoder.layer.1.attention.self.key" in weights
+    assert base_weights(str(tmp_path / "base"), ["encoder.layer.0.other"]) is None
+
+
 def test_layers_that_tgi_drops_are_named(tmp_path: Path) -> None:
     report = examine(saved(target_modules=[Q0, "k_proj"])(tmp_path / "a"))
     assert of(report, "TGI")["factors"] == {Q0: 0.0}
@@ -132,8 +165,7 @@ def test_the_base_says_how_many_layers_there_are(tmp_path: Path) -> None:
     save_base(tmp_path / "base", tiny_llama())
     source = saved(target_modules=[Q0])(tmp_path / "a")
     assert of(examine(source), "TGI")["verdict"] == "right", "one layer is all that the adapter speaks of"
-    config = json.loads((source / CONFIG).read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}
-    (source / CONFIG).write_text(json.dumps(config))
+    edit(source, base_model_name_or_path=str(tmp_path / "base"))
     report = examine(source)
     assert report["base_found"]
     assert of(report, "TGI")["factors"] == {Q0: 0.0}
@@ -153,8 +185,7 @@ def test_no_gguf_file_is_promised_for_a_base_that_llama_cpp_arranges_unknown_to_
     config = lora_config(task_type="FEATURE_EXTRACTION", target_modules=["query"], use_rslora=True)
     source = save_lora(tmp_path / "a", bert.bert, config)
     assert of(examine(source), "llama.cpp")["mend"] == "gguf", "who knows"
-    settings = json.loads((source / CONFIG).read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}
-    (source / CONFIG).write_text(json.dumps(settings))
+    edit(source, base_model_name_or_path=str(tmp_path / "base"))
     assert of(examine(source), "llama.cpp")["mend"] == "merged"
 
 
@@ -168,14 +199,14 @@ def test_damage_is_found_where_it_is(tmp_path: Path) -> None:
 
 def test_effective_rank_by_hand() -> None:
     # Singular values 2 and 2 of four slots, one zero, one doubled: two directions of equal size.
-    a = torch.tensor([[1.0, 0, 0], [0, 2, 0], [0, 0, 0], [1, 0, 0]])
-    b = torch.tensor([[1.0, 0, 0, 1], [0, 1, 5, 0]])
+    a = np.array([[1.0, 0, 0], [0, 2, 0], [0, 0, 0], [1, 0, 0]])
+    b = np.array([[1.0, 0, 0, 1], [0, 1, 5, 0]])
     found = layer_health(Target(a, b, 0.5))
     assert (found.rank, found.zero, found.duplicate) == (4, 1, 1)
     assert found.effective == pytest.approx(2.0)
     assert found.norm == pytest.approx(0.5 * math.sqrt(8))
-    assert layer_health(Target(torch.zeros(2, 3), torch.ones(3, 2), 1.0)).effective == 0
-    assert layer_health(Target(torch.zeros(0, 3), torch.zeros(3, 0), 1.0)).effective == 0
+    assert layer_health(Target(np.zeros((2, 3)), np.ones((3, 2)), 1.0)).effective == 0
+    assert layer_health(Target(np.zeros((0, 3)), np.zeros((3, 0)), 1.0)).effective == 0
 
 
 def test_what_lies_beside_and_who_is_named_is_told(tmp_path: Path) -> None:
@@ -184,8 +215,7 @@ def test_what_lies_beside_and_who_is_named_is_told(tmp_path: Path) -> None:
     notes = examine(source)["notes"]
     assert notes[0] == "optimizer.pt would run code when loaded, and was not opened; delete it"
     assert notes[1].startswith("it names no base model")
-    config = json.loads((source / CONFIG).read_text()) | {"base_model_name_or_path": "/elsewhere/model"}
-    (source / CONFIG).write_text(json.dumps(config))
+    edit(source, base_model_name_or_path="/elsewhere/model")
     assert "is a directory of another machine, /elsewhere/model" in examine(source)["notes"][1]
 
 

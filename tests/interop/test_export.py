@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -35,7 +36,8 @@ from loras import LAYERS, lora_config, save_base, save_lora, tiny_gpt2_lm, tiny_
 from models import tiny_bert, tiny_llama_classifier
 from tsqlora.errors import DataError, SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.interop import export as export_module
-from tsqlora.interop.base import module_shapes, revision_of
+from tsqlora.interop.base import module_shapes
+from tsqlora.interop.checkpoint import revision_of
 from tsqlora.interop.files import CONFIG, read_adapter
 from tsqlora.interop.lora import LoraAdapter, Target
 from tsqlora.interop.merge import merge_into
@@ -117,10 +119,10 @@ def test_universal_is_one_rank_and_the_same_update_in_plain_peft(case: Any, tmp_
     kinds |= {other for name in kinds for pair in STACKED if name in pair for other in pair if "k_proj" not in other}
     assert back.targets.keys() == {name for name in module_shapes(model) if kind(name) in kinds}
     for name, target in back.targets.items():
-        mine = source.targets[name].delta() if name in source.targets else torch.zeros(1, dtype=torch.float64)
+        mine = source.targets[name].delta() if name in source.targets else np.zeros_like(target.delta())
         if is_constant(source):
-            assert torch.equal(target.delta(), mine.expand_as(target.delta()))
-        assert float((target.delta() - mine).abs().max()) <= 2 * FLOAT32 * float(mine.abs().max())
+            assert np.array_equal(target.delta(), mine)
+        assert np.abs(target.delta() - mine).max() <= 2 * FLOAT32 * np.abs(mine).max()
     torch.testing.assert_close(logits_with(model, out), logits_with(BASES[base][0](), folder), rtol=1e-4, atol=1e-4)
 
 
@@ -134,11 +136,11 @@ def test_universal_and_back_is_the_smallest_form_of_the_source(case: Any, tmp_pa
     there = universal(source, module_shapes(model), [name for name, _ in model.named_modules()])
     back = compact(there)
     assert {name: t.rank for name, t in back.targets.items()} == {name: t.rank for name, t in source.targets.items()}
-    assert compare_updates(source, back, torch.float32).used <= 1
+    assert compare_updates(source, back, "F32").used <= 1
     if is_constant(source):
         for name, target in source.targets.items():
-            assert torch.equal(back.targets[name].a, target.a)
-            assert torch.equal(back.targets[name].b, target.b)
+            assert np.array_equal(back.targets[name].a, target.a)
+            assert np.array_equal(back.targets[name].b, target.b)
 
 
 @given(case=adapters())
@@ -228,7 +230,7 @@ def test_a_base_that_is_not_named_or_not_here_is_asked_for(
 
 def test_rank_zero_in_a_file_is_padded_or_left_out(place: Path, tmp_path: Path) -> None:
     source = read_adapter(place / "adapter")
-    empty = Target(torch.zeros(0, 16), torch.zeros(16, 0), 1.0)
+    empty = Target(np.zeros((0, 16)), np.zeros((16, 0)), 1.0)
     config = {**source.config, "rank_pattern": {**source.config["rank_pattern"], "1.self_attn.q_proj": 0}}
     targets = {**source.targets, "model.layers.1.self_attn.q_proj": empty}
     write_into(tmp_path / "zero", replace(source, targets=targets, config=config))
@@ -251,13 +253,13 @@ def test_truncation_is_the_best_there_is_and_its_error_is_told(place: Path, tmp_
     assert report["truncation"].keys() == {"model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"}
     for name, target in source.targets.items():
         mine, other = target.delta(), cut.targets[name].delta()
-        singular = torch.linalg.svdvals(mine)
-        best = float(singular[4:].norm() / singular.norm())
-        assert float((mine - other).norm() / mine.norm()) == pytest.approx(best, abs=1e-6)
+        singular = np.linalg.svd(mine, compute_uv=False)
+        best = np.linalg.norm(singular[4:]) / np.linalg.norm(singular)
+        assert np.linalg.norm(mine - other) / np.linalg.norm(mine) == pytest.approx(best, abs=1e-6)
         assert report["truncation"].get(name, 0.0) == pytest.approx(best, abs=1e-6)
     exact, errors = truncate(source, dict.fromkeys(source.targets, 9))
     assert errors == {}
-    assert compare_updates(source, exact, torch.float32).update == 0
+    assert compare_updates(source, exact, "F32").update == 0
 
 
 ELSEWHERE = """
@@ -419,7 +421,7 @@ def test_logits_that_differ_write_nothing(place: Path, tmp_path: Path, monkeypat
 def test_nan_is_not_exported(place: Path, tmp_path: Path) -> None:
     source = read_adapter(place / "adapter")
     name, target = next(iter(source.targets.items()))
-    broken = replace(target, a=target.a.clone().fill_(float("nan")))
+    broken = replace(target, a=np.full_like(target.a, np.nan))
     write_into(tmp_path / "nan", replace(source, targets={**source.targets, name: broken}))
     with pytest.raises(TsqLoraError, match=f"{name}: the update is not finite"):
         export(tmp_path / "nan", tmp_path / "out", format="universal", base=str(place / "base"))
@@ -428,7 +430,7 @@ def test_nan_is_not_exported(place: Path, tmp_path: Path) -> None:
 
 def test_an_adapter_that_does_nothing_is_not_exported_as_nothing(place: Path, tmp_path: Path) -> None:
     source = read_adapter(place / "adapter")
-    zero = {name: replace(target, b=torch.zeros_like(target.b)) for name, target in source.targets.items()}
+    zero = {name: replace(target, b=np.zeros_like(target.b)) for name, target in source.targets.items()}
     write_into(tmp_path / "zero", replace(source, targets=zero))
     with pytest.raises(DataError, match="every layer of the adapter is zero"):
         export(tmp_path / "zero", tmp_path / "out", format="peft")
@@ -597,7 +599,7 @@ def test_a_place_that_no_new_directory_can_take_is_refused(
 def test_numbers_of_another_precision_are_within_it(place: Path, tmp_path: Path) -> None:
     report = export(place / "adapter", tmp_path / "out", format="universal", base=str(place / "base"), dtype="bfloat16")
     assert 0 < report["relative_difference"] < 0.02
-    assert {target.a.dtype for target in read_adapter(tmp_path / "out").targets.values()} == {torch.bfloat16}
+    assert {target.dtype for target in read_adapter(tmp_path / "out").targets.values()} == {"BF16"}
 
 
 def test_an_export_names_its_targets_by_endings_that_no_other_module_has(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
@@ -22,11 +21,12 @@ from tsqlora.interop.base import module_shapes
 from tsqlora.interop.files import read_adapter
 from tsqlora.interop.gguf import ARCHITECTURES, FILE, permuted, read_gguf, write_gguf
 from tsqlora.interop.lora import LoraAdapter, Target
+from tsqlora.interop.tensors import Array
 from tsqlora.interop.verify import compare_updates
 from tsqlora.run.export import export
 
 
-def llama_cpp(path: Path) -> dict[str, Tensor]:
+def llama_cpp(path: Path) -> dict[str, Array]:
     """The updates that llama.cpp applies, by the names of its tensors, an embedding's token by token.
 
     src/llama-adapter.h at 215841f, get_scale: alpha / b->ne[0], where ne[0] is the last dimension
@@ -37,7 +37,7 @@ def llama_cpp(path: Path) -> dict[str, Tensor]:
     assert reader.fields["general.type"].contents() == "adapter"
     assert reader.fields["adapter.type"].contents() == "lora"
     alpha = float(reader.fields["adapter.lora.alpha"].contents())
-    tensors = {t.name: torch.from_numpy(np.array(t.data)).double() for t in reader.tensors}
+    tensors = {t.name: np.array(t.data).astype(np.float64) for t in reader.tensors}
     updates = {}
     for name in tensors:
         assert name.endswith((".lora_a", ".lora_b")), name
@@ -48,14 +48,14 @@ def llama_cpp(path: Path) -> dict[str, Tensor]:
     return updates
 
 
-def as_transformers_has_it(update: Tensor, name: str, config: Any) -> Tensor:
+def as_transformers_has_it(update: Array, name: str, config: Any) -> Array:
     """A tensor of llama.cpp's read back by transformers' own loader of GGUF files.
 
     It has no loader of its own for what llama.cpp treats as a Llama.
     """
     like = "llama" if ARCHITECTURES[config.model_type].permuted else config.model_type
     processor = TENSOR_PROCESSORS.get(like, TensorProcessor)(config=config.to_dict())
-    return torch.from_numpy(processor.process(update.numpy(), name).weights.copy())
+    return processor.process(update, name).weights
 
 
 @given(
@@ -84,8 +84,8 @@ def test_the_file_is_the_adapter_whatever_its_ranks_and_scales(
         stored = f"{part}.weight" if part == "token_embd" else f"blk.{name.split('.')[2]}.{part}.weight"
         mine = target.delta().T if target.kind == "embedding" else target.delta()
         found = as_transformers_has_it(theirs[stored], stored, config)
-        torch.testing.assert_close(found, mine, rtol=1e-6, atol=1e-6 * float(mine.abs().max()))
-    assert compare_updates(source, read_gguf(tmp_path / FILE, source, config), torch.float32).used <= 1
+        np.testing.assert_allclose(found, mine, rtol=1e-6, atol=1e-6 * np.abs(mine).max())
+    assert compare_updates(source, read_gguf(tmp_path / FILE, source, config), "F32").used <= 1
     (tmp_path / FILE).unlink()
 
 
@@ -94,11 +94,9 @@ def test_every_linear_layer_of_an_architecture_is_where_transformers_finds_it(mo
     config = small(model_type)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    generator = torch.Generator().manual_seed(0)
+    draw = np.random.default_rng(0).standard_normal
     targets = {
-        name: Target(
-            torch.randn(2, shape.inputs, generator=generator), torch.randn(shape.outputs, 2, generator=generator), 2.0
-        )
+        name: Target(draw((2, shape.inputs), np.float32), draw((shape.outputs, 2), np.float32), 2.0)
         for name, shape in module_shapes(model).items()
         if shape.kind == "linear" and name != "lm_head"
     }
@@ -112,7 +110,7 @@ def test_every_linear_layer_of_an_architecture_is_where_transformers_finds_it(mo
         found = as_transformers_has_it(theirs.pop(stored), stored, config)
         # transformers turns GPT-2's for its Conv1D, whose weight is i × o.
         mine = target.delta().T if model_type == "gpt2" else target.delta()
-        torch.testing.assert_close(found, mine, rtol=1e-6, atol=1e-5)
+        np.testing.assert_allclose(found, mine, rtol=1e-6, atol=1e-5)
     assert not theirs
 
 
@@ -139,16 +137,16 @@ def small(model_type: str) -> Any:
 
 def test_rows_alternate_between_the_halves_of_each_head() -> None:
     # Two heads of four rows each: rows 0 1 | 2 3 become 0 2 1 3.
-    assert permuted(torch.arange(8)[:, None], 2).flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert permuted(np.arange(8)[:, None], 2).flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
 def test_a_uniform_adapter_is_stored_bit_for_bit(tmp_path: Path) -> None:
     source = read_adapter(save_lora(tmp_path / "a", tiny_llama(), lora_config(target_modules=["v_proj", "lm_head"])))
     write_gguf(source, tiny_llama().config, tmp_path / FILE)
-    tensors = {t.name: torch.from_numpy(np.array(t.data)) for t in gguf.GGUFReader(tmp_path / FILE).tensors}
+    tensors = {t.name: np.array(t.data) for t in gguf.GGUFReader(tmp_path / FILE).tensors}
     target = source.targets["model.layers.1.self_attn.v_proj"]
-    assert torch.equal(tensors["blk.1.attn_v.weight.lora_a"], target.a)
-    assert torch.equal(tensors["blk.1.attn_v.weight.lora_b"], target.b)
+    assert np.array_equal(tensors["blk.1.attn_v.weight.lora_a"], target.a)
+    assert np.array_equal(tensors["blk.1.attn_v.weight.lora_b"], target.b)
     assert "output.weight.lora_a" in tensors
 
 

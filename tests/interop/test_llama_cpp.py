@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -80,7 +81,7 @@ def write_base(model: PreTrainedModel, path: Path) -> None:
         writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     for name, parameter in model.named_parameters():
-        tensor = parameter.detach()
+        tensor = parameter.detach().numpy()
         if name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight")):
             tensor = tensor.T
         for layer, count in (("q_proj", heads), ("k_proj", kv_heads)):
@@ -88,7 +89,7 @@ def write_base(model: PreTrainedModel, path: Path) -> None:
                 tensor = permuted(tensor, count)
         stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert stored is not None, name
-        writer.add_tensor(stored, tensor.contiguous().numpy())
+        writer.add_tensor(stored, np.ascontiguousarray(tensor))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
+import numpy as np
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load
 from torch import nn
 
 from tsqlora.adapter.wrap import inject, new_config, wrap
@@ -14,6 +15,7 @@ from tsqlora.interop.base import module_shapes
 from tsqlora.interop.files import PREFIX, read_adapter
 from tsqlora.interop.lora import LoraAdapter
 from tsqlora.interop.rewrite import commonest_scale, folded, require_fits, require_plain
+from tsqlora.interop.tensors import to_bytes
 from tsqlora.interop.write import config_for, tensors_of
 
 
@@ -29,7 +31,7 @@ def read_start(folder: Path) -> LoraAdapter:
     for name, target in targets.items():
         if target.kind == "convolution":
             raise UnsupportedError(f"{name} is a convolution, on which ranks do not change; export it as merged")
-        if not all(torch.isfinite(matrix).all() for matrix in (target.a, target.b)):
+        if not all(np.isfinite(matrix).all() for matrix in (target.a, target.b)):
             raise DataError(f"{name} of {folder} has numbers that are not finite; `tsqlora doctor` shows which layers")
     if not targets:
         raise DataError(f"{folder}: every layer has rank 0, and there is nothing to go on from")
@@ -74,7 +76,8 @@ def start_from(
     peft_model = inject(model, config)
     # PEFT wants every module's weights: of a new head its own.
     stored = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
-    stored |= {f"{PREFIX}{name}": tensor for name, tensor in tensors_of(replace(adapter, base_layers={})).items()}
+    came_with = load(to_bytes(tensors_of(replace(adapter, base_layers={}))))
+    stored |= {f"{PREFIX}{name}": tensor for name, tensor in came_with.items()}
     if unknown := set_peft_model_state_dict(peft_model, stored).unexpected_keys:
         raise DataError(f"the adapter has {unknown[0]}, for which the model has no place; give the base that it is for")
     return wrap(peft_model, max_rank=max_rank)

@@ -91,7 +91,7 @@ def _show_health(console: Console, health: Mapping[str, Any]) -> None:
 
 
 def _by_kind(console: Console, layers: Mapping[str, Mapping[str, Any]]) -> None:
-    from tsqlora.interop.rewrite import layer_kind  # torch, which --help does not wait for
+    from tsqlora.interop.rewrite import layer_kind
 
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for name, layer in layers.items():

@@ -480,9 +480,10 @@ def doctor(source: Adapter, as_json: Json = False) -> None:
 
     Example: tsqlora doctor adapter --json
     """
-    from tsqlora.run import export as exporting
+    from tsqlora.interop.doctor import examine
+    from tsqlora.training.run_dir import adapter_folder
 
-    console.show(exporting.examine(source), as_json, show_doctor)
+    console.show(examine(adapter_folder(source)), as_json, show_doctor)
 
 
 def _writing(max_new_tokens: int | None, beams: int | None) -> list[str]:

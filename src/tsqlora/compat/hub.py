@@ -2,9 +2,8 @@
 
 import re
 
-_PART = r"[A-Za-z0-9_](?:[\w.-]*[\w])?"
-_ID = re.compile(rf"{_PART}(?:/{_PART})?", re.ASCII)
-_LONGEST = 96
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 
 def is_hub_id(name: str) -> bool:
@@ -13,7 +12,11 @@ def is_hub_id(name: str) -> bool:
     >>> [is_hub_id(name) for name in ("gpt2", "org/model-1.0", "../x", "a/b/c", "a/..", "/etc", "https://x", "a--b")]
     [True, True, False, False, False, False, False, False]
     """
-    return len(name) <= _LONGEST and bool(_ID.fullmatch(name)) and "--" not in name and ".." not in name
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def is_revision(name: str) -> bool:

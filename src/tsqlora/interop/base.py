@@ -1,8 +1,6 @@
 """The model that an adapter is for: its modules' shapes from its config alone, or the model with its weights."""
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +9,8 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from tsqlora.compat.hub import is_hub_id, is_revision
 from tsqlora.errors import SettingsError
+from tsqlora.interop.checkpoint import revision_of
 from tsqlora.interop.lora import LoraAdapter
 from tsqlora.interop.rewrite import Shape
 
@@ -75,17 +73,6 @@ def _config(path: str, adapter: LoraAdapter) -> Any:
     return AutoConfig.from_pretrained(path, trust_remote_code=False, revision=revision, **_labels(adapter))
 
 
-def revision_of(path: str, adapter: LoraAdapter) -> str:
-    """Of the base that the adapter names, the revision that it names; of another, and by default, main.
-
-    Raises SettingsError for one that is none.
-    """
-    named = adapter.config.get("revision") if path == adapter.base else None
-    if named is not None and not is_revision(named):
-        raise SettingsError(f"the adapter names {named!r} as its base's revision, which is none; give --base")
-    return named or "main"
-
-
 def _set_padding(config: Any, path: str, revision: str) -> None:
     """Where a config names no padding, behind which a decoder reads its class: the tokenizer's, else the end token."""
     text = config.get_text_config()
@@ -105,22 +92,6 @@ def load_tokenizer(path: str, revision: str = "main") -> PreTrainedTokenizerBase
         return None
     # Without its files transformers makes a tokenizer to which every word is unknown.
     return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
-
-
-def base_path(adapter: LoraAdapter, given: str | None) -> str:
-    """Where the base is: what the user says, else what the adapter names.  Raises SettingsError if that is nowhere."""
-    if given is not None:
-        return given
-    named = adapter.base
-    if named is None:
-        raise SettingsError("the adapter does not name its base model; give --base, a directory or a hub id")
-    # The name is whoever wrote the adapter's: it may not walk about in this machine's files.
-    if ".." in Path(named).parts:
-        raise SettingsError(f"the adapter names {named!r} as its base model, which is not followed; give --base")
-    # os.path: pathlib raises for names that no file can have.
-    if not os.path.isdir(named) and not is_hub_id(named):
-        raise SettingsError(f"the adapter names {named!r} as its base model, which is not here; give --base")
-    return named
 
 
 def _class(config: Any, adapter: LoraAdapter) -> Any:
@@ -144,7 +115,7 @@ def _labels(adapter: LoraAdapter) -> Mapping[str, int]:
     if task not in ("SEQ_CLS", "TOKEN_CLS") and (task or "Classification" not in str(_made_on(adapter))):
         return {}
     ends = tuple(f".{head}.weight" for head in _HEADS)
-    heads = [tensor for name, tensor in adapter.saved.items() if f".{name}".endswith(ends) and tensor.ndim == 2]
+    heads = [tensor for name, tensor in adapter.saved.items() if f".{name}".endswith(ends) and len(tensor.shape) == 2]
     return {"num_labels": heads[-1].shape[0]} if heads else {}
 
 

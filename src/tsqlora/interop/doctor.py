@@ -1,4 +1,7 @@
-"""What is to be known of an adapter before it is served: who reads it right, what mends it, what its numbers say."""
+"""Judge an adapter before it is served: who reads it right, what mends it, what its numbers say.
+
+Reads files with numpy and safetensors alone: no torch, no base model in memory.
+"""
 
 import os
 from collections.abc import Mapping
@@ -6,10 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from tsqlora.errors import SettingsError, TsqLoraError
-from tsqlora.interop.base import base_path, base_skeleton, module_shapes
+from tsqlora.interop.checkpoint import base_config, base_path, base_weights
 from tsqlora.interop.files import pickles, read_adapter
 from tsqlora.interop.gguf import ARCHITECTURES
 from tsqlora.interop.health import broken, health, vllm_rank
@@ -28,8 +29,9 @@ def examine(folder: Path) -> dict[str, Any]:
     """Everything that can be said of the adapter in a directory, ready for JSON.  Raises DataError for what is none."""
     adapter = read_adapter(folder)
     base = _base(adapter)
-    shapes = _implied(adapter) if base is None else module_shapes(base)
-    model_type = None if base is None else base.config.model_type
+    there = _shapes(adapter, base)
+    shapes = _implied(adapter) if there is None else there
+    model_type = None if base is None else base_config(base).get("model_type")
     layers = _layers(adapter, shapes)
     mended = _universal(adapter, shapes)
     consumers = []
@@ -52,7 +54,7 @@ def examine(folder: Path) -> dict[str, Any]:
     return {
         "adapter": str(folder),
         "base": adapter.base,
-        "base_found": base is not None,
+        "base_found": there is not None,
         "rank": adapter.rank,
         "ranks": ranks,
         "scales": {name: target.scale for name, target in adapter.targets.items()},
@@ -64,7 +66,7 @@ def examine(folder: Path) -> dict[str, Any]:
         "max_lora_rank": vllm_rank(max(adapter.rank, adapter.config["r"])),
         "consumers": consumers,
         "health": _health(adapter),
-        "notes": _notes(folder, adapter, found=base is not None),
+        "notes": _notes(folder, adapter, found=there is not None),
     }
 
 
@@ -89,13 +91,32 @@ def _universal(adapter: LoraAdapter, shapes: Mapping[str, Shape]) -> LoraAdapter
         return None
 
 
-def _base(adapter: LoraAdapter) -> PreTrainedModel | None:
-    """The base's modules, if it is on this machine."""
+def _shapes(adapter: LoraAdapter, folder: str | None) -> dict[str, Shape] | None:
+    """The base's modules that are of the adapter's kinds or their partners, if its files are on this machine."""
+    weights = None if folder is None else base_weights(folder, adapter.targets)
+    if weights is None:
+        return None
+    kinds = {layer_kind(name): target for name, target in adapter.targets.items()}
+    beside = {layer_kind(partner) for name in adapter.targets for partner in partners(name)}
+    shapes = {}
+    for name, shape in weights.items():
+        if (target := kinds.get(layer_kind(name))) is not None:
+            sizes = (target.inputs, target.outputs)
+            # Conv1D and Embedding have their inputs first, Linear has them last.
+            turned = tuple(reversed(shape)) if sizes != shape else shape
+            shapes[name] = Shape(target.kind, *turned) if len(shape) == 2 else Shape(target.kind, *sizes)
+        elif layer_kind(name) in beside and len(shape) == 2:
+            shapes[name] = Shape("linear", shape[1], shape[0])
+    return shapes
+
+
+def _base(adapter: LoraAdapter) -> str | None:
+    """The base's directory, if it is on this machine."""
     try:
         path = base_path(adapter, None)
-        return base_skeleton(path, adapter) if os.path.isdir(path) else None
     except SettingsError:
         return None
+    return path if os.path.isdir(path) else None
 
 
 def _implied(adapter: LoraAdapter) -> dict[str, Shape]:

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tsqlora.errors import SettingsError, nearest
@@ -18,6 +17,7 @@ from tsqlora.interop.merge import merge_into, reload, save_merged
 from tsqlora.interop.patterns import has_expressions
 from tsqlora.interop.rewrite import compact, require_fits, spelled_out, truncate, universal
 from tsqlora.interop.verify import (
+    NAMES,
     Difference,
     compare_logits,
     compare_updates,
@@ -28,7 +28,8 @@ from tsqlora.interop.verify import (
 )
 from tsqlora.interop.write import new_directory, require_new, write_adapter
 
-FLOATS = ("float32", "bfloat16", "float16")
+FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+"""What `dtype` may be, and safetensors' names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +159,7 @@ def _universal(job: Job) -> Exported:
 
 def _written(job: Job, export: LoraAdapter, *notes: str) -> Exported:
     """Writes an adapter in PEFT's format, and compares it."""
-    dtype = getattr(torch, job.dtype or "float32")
+    dtype = FLOATS[job.dtype or "float32"]
     write_adapter(export if job.dtype is None else _cast(export, dtype), job.folder)
     back = read_adapter(job.folder)
     difference = compare_updates(job.adapter, back, dtype)
@@ -181,7 +182,7 @@ def _gguf(job: Job) -> Exported:
         return _with_logits(job, done, Path(folder), dtype)
 
 
-def _with_logits(job: Job, done: Exported, export: Path, dtype: torch.dtype) -> Exported:
+def _with_logits(job: Job, done: Exported, export: Path, dtype: str) -> Exported:
     """Logits of the base with the source and with the export, both by PEFT in float32."""
     if job.base is None or not job.base.compare:
         return done
@@ -200,7 +201,7 @@ def _merged(job: Job) -> Exported:
     model = base.load(job.dtype)
     _require_fit(job.adapter, model)
     save_merged(merge_into(model, job.adapter, job.source), base.tokenizer(), job.folder)
-    saved, dtype = reload(job.folder, model), model.dtype
+    saved, dtype = reload(job.folder, model), NAMES[model.dtype]
     del model  # one base at a time, beside what was made of it
     if beyond := [*job.adapter.variants(), *job.adapter.further]:
         note = f"it has {beyond[0]}: merged by PEFT, compared by logits alone"
@@ -234,10 +235,10 @@ def _not_compared(model: PreTrainedModel) -> str:
     return f"logits not compared: the model takes {model.main_input_name}"
 
 
-def _cast(adapter: LoraAdapter, dtype: torch.dtype) -> LoraAdapter:
+def _cast(adapter: LoraAdapter, dtype: str) -> LoraAdapter:
     return replace(
         adapter,
-        targets={name: replace(t, a=t.a.to(dtype), b=t.b.to(dtype)) for name, t in adapter.targets.items()},
+        targets={name: replace(target, dtype=dtype) for name, target in adapter.targets.items()},
         saved={name: tensor.to(dtype) for name, tensor in adapter.saved.items()},
         further={name: tensor.to(dtype) for name, tensor in adapter.further.items()},
     )

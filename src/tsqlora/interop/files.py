@@ -9,14 +9,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from tsqlora.errors import DataError
 from tsqlora.interop.lora import Kind, LoraAdapter, Target
 from tsqlora.interop.patterns import PATTERNS, require_quick, scale_of
+from tsqlora.interop.tensors import PRECISIONS, Stored, read_tensors
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -29,8 +27,6 @@ _LARGEST = 1e9
 """Of ranks and alphas, whose quotients are then numbers."""
 _MOST_CONFIG_BYTES = 1 << 24
 _LONGEST_NAME = 500
-_FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
-"""What A and B may be made of; torch does not calculate with float8."""
 _FURTHER = re.compile(r"\.(lora_\w+|token_adapter|trainable_tokens_\w+)(\.|$)")
 
 
@@ -43,10 +39,10 @@ def read_adapter(folder: Path) -> LoraAdapter:
     path = _inside(folder, CONFIG)
     config = _config(path)
     tensors = _tensors(folder)
-    pairs: dict[str, dict[str, Tensor]] = {}
-    saved: dict[str, Tensor] = {}
-    further: dict[str, Tensor] = {}
-    base_layers: dict[str, Tensor] = {}
+    pairs: dict[str, dict[str, Stored]] = {}
+    saved: dict[str, Stored] = {}
+    further: dict[str, Stored] = {}
+    base_layers: dict[str, Stored] = {}
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         if match := _MATRIX.fullmatch(name):
@@ -76,16 +72,16 @@ def pickles(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.suffix.lower() in PICKLES)
 
 
-def _target(name: str, pair: Mapping[str, Tensor], config: Mapping[str, Any]) -> Target:
+def _target(name: str, pair: Mapping[str, Stored], config: Mapping[str, Any]) -> Target:
     embedding = any("embedding" in matrix for matrix in pair)
     wanted = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
     if set(pair) != set(wanted):
         raise DataError(f"{name} has {_listed(pair)} alone; the file is incomplete: save the adapter again")
     a, b = (pair[matrix] for matrix in wanted)
-    kind: Kind = "embedding" if embedding else "convolution" if a.ndim > 2 else "linear"
-    if a.ndim < 2 or b.ndim != a.ndim or not {a.dtype, b.dtype} <= _FLOATS:
+    kind: Kind = "embedding" if embedding else "convolution" if len(a.shape) > 2 else "linear"
+    if len(a.shape) < 2 or len(b.shape) != len(a.shape) or not {a.dtype, b.dtype} <= PRECISIONS.keys():
         raise DataError(f"{name}: lora_A is {_shown(a)} and lora_B {_shown(b)}; they are no matrices of one kind")
-    if not (a.shape[1:].numel() and b.shape[0] and b.shape[2:].numel()):
+    if not all((*a.shape[1:], b.shape[0], *b.shape[2:])):
         raise DataError(f"{name}: lora_A is {_shown(a)} and lora_B {_shown(b)}; a module takes and gives something")
     if a.shape[0] != b.shape[1]:
         raise DataError(f"{name}: lora_A is {_shown(a)} and lora_B {_shown(b)}; their ranks differ")
@@ -94,7 +90,8 @@ def _target(name: str, pair: Mapping[str, Tensor], config: Mapping[str, Any]) ->
         raise DataError(
             f"{name}: lora_A is {_shown(a)}, and {CONFIG} says rank {rank}; weights and settings are of two adapters"
         )
-    return Target(a, b, scale, kind)
+    dtype = a.dtype if a.dtype == b.dtype else "F32" if "F64" not in (a.dtype, b.dtype) else "F64"
+    return Target(a.numbers(), b.numbers(), scale, kind, dtype)
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -132,10 +129,10 @@ def _require_number(path: Path, setting: str, value: Any) -> None:
         raise DataError(f"{path}: {setting} is {value!r}; it must be a number")
 
 
-def _tensors(folder: Path) -> dict[str, Tensor]:
+def _tensors(folder: Path) -> dict[str, Stored]:
     path = _inside(folder, WEIGHTS)
     try:
-        tensors = load_file(path)
+        tensors = read_tensors(path)
     except (SafetensorError, OSError, KeyError) as error:
         raise DataError(f"{path} cannot be read ({str(error).splitlines()[0]}); save the adapter again") from None
     for key in tensors:
@@ -167,8 +164,8 @@ def _inside(folder: Path, name: str) -> Path:
     return path
 
 
-def _shown(tensor: Tensor) -> str:
-    return f"{' × '.join(map(str, tensor.shape))} {str(tensor.dtype).removeprefix('torch.')}"
+def _shown(tensor: Stored) -> str:
+    return f"{' × '.join(map(str, tensor.shape))} {tensor.dtype}"
 
 
 def _listed(names: Iterable[str]) -> str:

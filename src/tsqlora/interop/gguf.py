@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from tsqlora.errors import SettingsError, UnsupportedError, nearest
 from tsqlora.interop.lora import LoraAdapter, Target
 from tsqlora.interop.rewrite import commonest_scale, require_plain
+from tsqlora.interop.tensors import Array, rounded
 
 FILE = "adapter.gguf"
 
@@ -69,7 +69,7 @@ def require_exportable(adapter: LoraAdapter, config: Any) -> None:
             )
 
 
-def write_gguf(adapter: LoraAdapter, config: Any, path: Path, dtype: torch.dtype = torch.float32) -> None:
+def write_gguf(adapter: LoraAdapter, config: Any, path: Path, dtype: str = "F32") -> None:
     """Writes the file.  llama.cpp scales each layer by alpha / its rank: what differs from that is folded into B."""
     gguf = _gguf()
     require_exportable(adapter, config)
@@ -82,13 +82,13 @@ def write_gguf(adapter: LoraAdapter, config: Any, path: Path, dtype: torch.dtype
     for name, target in adapter.targets.items():
         if target.rank == 0:
             continue
-        b = target.b.double() * (target.scale * target.rank / alpha)
+        b = target.b.astype(np.float64) * (target.scale * target.rank / alpha)
         b = permuted(b, _heads(name, config)) if name.endswith(architecture.permuted or ("\n",)) else b
         # llama.cpp looks tokens up in A, so that it is stored token by token.
         a = target.a.T if target.kind == "embedding" else target.a
         stored = _stored_name(names, name, target)
         for suffix, matrix in (("lora_a", a), ("lora_b", b)):
-            writer.add_tensor(f"{stored}.{suffix}", matrix.to(dtype).contiguous().numpy())
+            writer.add_tensor(f"{stored}.{suffix}", rounded(matrix, dtype))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -99,7 +99,7 @@ def read_gguf(path: Path, source: LoraAdapter, config: Any) -> LoraAdapter:
     """The adapter that llama.cpp reads in a file, under the names of the one it was made from."""
     gguf = _gguf()
     reader = gguf.GGUFReader(path)
-    tensors = {t.name: torch.from_numpy(t.data.copy()).reshape(*reversed(t.shape.tolist())) for t in reader.tensors}
+    tensors = {t.name: np.array(t.data).reshape(*reversed(t.shape.tolist())) for t in reader.tensors}
     alpha = float(reader.fields[gguf.Keys.Adapter.LORA_ALPHA].contents())
     architecture, names = _architecture(config), _names(config)
     targets = {}
@@ -111,8 +111,10 @@ def read_gguf(path: Path, source: LoraAdapter, config: Any) -> LoraAdapter:
         if original.kind == "embedding":
             a = a.T
         if name.endswith(architecture.permuted or ("\n",)):
-            b = b[permuted(torch.arange(b.shape[0])[:, None], _heads(name, config)).flatten().argsort()]
-        targets[name] = replace(original, a=a, b=b, scale=alpha / b.shape[1])
+            b = b[permuted(np.arange(b.shape[0])[:, None], _heads(name, config)).flatten().argsort()]
+        targets[name] = replace(
+            original, a=a, b=b, scale=alpha / b.shape[1], dtype="F16" if b.dtype == np.float16 else "F32"
+        )
     assert not tensors, f"tensors of no target: {', '.join(tensors)}"
     return replace(source, targets=targets)
 
@@ -124,10 +126,10 @@ def _stored_name(names: Any, name: str, target: Target) -> str:
     return stored
 
 
-def permuted(rows: Tensor, heads: int) -> Tensor:
+def permuted(rows: Array, heads: int) -> Array:
     """Rows of q or k as llama.cpp has them: in each head the two halves of a rotary embedding alternate.
 
-    >>> permuted(torch.arange(4)[:, None], 1).flatten().tolist()
+    >>> permuted(np.arange(4)[:, None], 1).flatten().tolist()
     [0, 2, 1, 3]
     """
     half = rows.shape[0] // heads // 2
@@ -144,7 +146,7 @@ def _alpha(adapter: LoraAdapter) -> float:
     scale = commonest_scale(adapter.targets.values())
     ranks = Counter(t.rank for t in adapter.targets.values() if t.rank and t.scale == scale)
     # Exact in float32, as the file has it.
-    return float(torch.tensor(scale * max(ranks, key=lambda rank: (ranks[rank], rank), default=1), dtype=torch.float32))
+    return float(np.float32(scale * max(ranks, key=lambda rank: (ranks[rank], rank), default=1)))
 
 
 def _architecture(config: Any) -> Architecture:
@@ -164,5 +166,5 @@ def _gguf() -> Any:
     return gguf
 
 
-DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "float16": torch.float16}
+DTYPES: Mapping[str, str] = {"float32": "F32", "float16": "F16"}
 """What the file's numbers may be."""

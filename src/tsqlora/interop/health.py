@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 
 from tsqlora.interop.lora import LoraAdapter, Target
 from tsqlora.interop.rewrite import decompose
+from tsqlora.interop.tensors import Array
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM's --max-lora-rank takes (vllm/config/lora.py, 0.30 to 0.33; it takes 1, too)."""
@@ -34,16 +35,15 @@ class LayerHealth:
 
 def layer_health(target: Target) -> LayerHealth:
     """A layer's numbers.  Singular values below 1e-6 of the largest count as none: directions of float16 at best."""
-    broken = sum(int((~torch.isfinite(matrix)).sum()) for matrix in (target.a, target.b))
+    broken = sum(_nonfinite(matrix) for matrix in (target.a, target.b))
     if broken or not target.rank:
         return LayerHealth(target.rank, broken, 0, 0, 0.0, 0.0)
-    a, b = target.matrices()
-    alive = int(((a != 0).any(1) & (b != 0).any(0)).sum())
+    alive = int(target.used().sum())
     _, singular, _ = decompose(target)
-    used = singular[singular > 1e-6 * singular.max()]
+    used = singular[singular > 1e-6 * singular[0]]
     shares = used / used.sum()
-    effective = float(torch.exp(-(shares * shares.log()).sum())) if len(used) else 0.0
-    norm = abs(target.scale) * float(singular.norm())
+    effective = float(np.exp(-(shares * np.log(shares)).sum())) if len(used) else 0.0
+    norm = abs(target.scale) * float(np.linalg.norm(singular))
     return LayerHealth(target.rank, 0, target.rank - alive, max(alive - len(used), 0), effective, norm)
 
 
@@ -55,8 +55,12 @@ def health(adapter: LoraAdapter) -> dict[str, LayerHealth]:
 def broken(adapter: LoraAdapter) -> dict[str, int]:
     """How many numbers are NaN or infinite in the tensors beside the targets' A and B, by name, where there are any."""
     others = {**adapter.saved, **adapter.further}
-    counts = {name: int((~torch.isfinite(t.double())).sum()) for name, t in others.items() if t.is_floating_point()}
+    counts = {name: _nonfinite(tensor.numbers()) for name, tensor in others.items() if tensor.is_float}
     return {name: count for name, count in counts.items() if count}
+
+
+def _nonfinite(numbers: Array) -> int:
+    return int((~np.isfinite(numbers)).sum())
 
 
 def vllm_rank(rank: int) -> int | None:

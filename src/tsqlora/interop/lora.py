@@ -1,10 +1,13 @@
 """A LoRA adapter as a value: its targets, each W + s·BA, and what came with them."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import Tensor
+import numpy as np
+
+from tsqlora.interop.tensors import Array, Stored
 
 Kind = Literal["linear", "embedding", "convolution"]
 
@@ -14,12 +17,16 @@ class Target:
     """One module's adapter: A (r, i…), B (o, r…) and the scale s, so that ΔW = s·BA.
 
     An embedding's inputs are its rows: i counts tokens, and its weight is (BA)ᵀ's shape.
+
+    Attributes:
+        dtype: safetensors' name of the precision, whose numbers A and B hold exactly.
     """
 
-    a: Tensor
-    b: Tensor
+    a: Array
+    b: Array
     scale: float
     kind: Kind = "linear"
+    dtype: str = "F32"
 
     @property
     def rank(self) -> int:
@@ -28,21 +35,27 @@ class Target:
     @property
     def inputs(self) -> int:
         """What a slot reads: a row of A, flattened."""
-        return self.a.shape[1:].numel()
+        return math.prod(self.a.shape[1:])
 
     @property
     def outputs(self) -> int:
         return self.b.shape[0]
 
-    def matrices(self) -> tuple[Tensor, Tensor]:
+    def matrices(self) -> tuple[Array, Array]:
         """A (r, i) and B (o, r) in float64, a convolution's kernel flattened."""
-        return self.a.double().reshape(self.rank, self.inputs), self.b.double().reshape(self.outputs, self.rank)
+        a, b = (matrix.astype(np.float64) for matrix in (self.a, self.b))
+        return a.reshape(self.rank, self.inputs), b.reshape(self.outputs, self.rank)
 
-    def delta(self) -> Tensor:
+    def used(self) -> Array:
+        """Which slots do something: neither A's row nor B's column is zero."""
+        a, b = self.a.reshape(self.rank, self.inputs), self.b.reshape(self.outputs, self.rank)
+        return (a != 0).any(1) & (b != 0).any(0)
+
+    def delta(self) -> Array:
         """ΔW (o, i) in float64.  Slots that are zero take no part, so that padding leaves every bit."""
         a, b = self.matrices()
-        used = (a != 0).any(1) & (b != 0).any(0)
-        return self.scale * (b[:, used] @ a[used])
+        used = self.used()
+        return self.scale * (np.ascontiguousarray(b[:, used]) @ a[used])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,9 +72,9 @@ class LoraAdapter:
 
     config: Mapping[str, Any]
     targets: Mapping[str, Target]
-    saved: Mapping[str, Tensor] = field(default_factory=dict)
-    further: Mapping[str, Tensor] = field(default_factory=dict)
-    base_layers: Mapping[str, Tensor] = field(default_factory=dict)
+    saved: Mapping[str, Stored] = field(default_factory=dict)
+    further: Mapping[str, Stored] = field(default_factory=dict)
+    base_layers: Mapping[str, Stored] = field(default_factory=dict)
 
     @property
     def base(self) -> str | None:
@@ -76,12 +89,13 @@ class LoraAdapter:
     @property
     def parameters(self) -> int:
         """Numbers in A and B, all targets together."""
-        return sum(target.a.numel() + target.b.numel() for target in self.targets.values())
+        return sum(target.a.size + target.b.size for target in self.targets.values())
 
     def heads(self) -> list[str]:
         """The modules that were saved whole.
 
-        >>> LoraAdapter({}, {}, {"classifier.weight": Tensor(), "classifier.bias": Tensor()}).heads()
+        >>> weight = Stored(np.zeros(2))
+        >>> LoraAdapter({}, {}, {"classifier.weight": weight, "classifier.bias": weight}).heads()
         ['classifier']
         """
         return sorted({name.rpartition(".")[0] for name in self.saved})

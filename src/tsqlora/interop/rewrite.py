@@ -5,12 +5,12 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from tsqlora.errors import DataError, UnsupportedError
 from tsqlora.interop.lora import Kind, LoraAdapter, Target
 from tsqlora.interop.patterns import alpha_for, lora_config
+from tsqlora.interop.tensors import PRECISIONS, Array, rounded
 from tsqlora.interop.write import config_for, plain_config
 
 
@@ -72,22 +72,21 @@ def _with_targets(adapter: LoraAdapter, targets: Mapping[str, Target]) -> LoraAd
 def cut_to(target: Target, rank: int) -> tuple[Target, float]:
     """One target at a lower rank, and its relative error in the Frobenius norm."""
     left, singular, right = decompose(target)
-    total = float(singular.square().sum())
-    error = (float(singular[rank:].square().sum()) / total) ** 0.5 if total else 0.0
-    root = singular[:rank].sqrt()
-    a = (root[:, None] * right[:rank]).to(target.a.dtype).reshape(rank, *target.a.shape[1:])
-    b = (left[:, :rank] * root).to(target.b.dtype).reshape(target.outputs, rank, *target.b.shape[2:])
+    total = float(np.square(singular).sum())
+    error = (float(np.square(singular[rank:]).sum()) / total) ** 0.5 if total else 0.0
+    root = np.sqrt(singular[:rank])
+    a = rounded(root[:, None] * right[:rank], target.dtype).reshape(rank, *target.a.shape[1:])
+    b = rounded(left[:, :rank] * root, target.dtype).reshape(target.outputs, rank, *target.b.shape[2:])
     return replace(target, a=a, b=b), error
 
 
-def decompose(target: Target) -> tuple[Tensor, Tensor, Tensor]:
+def decompose(target: Target) -> tuple[Array, Array, Array]:
     """SVD of BA, without s: o × r, r singular values falling, r × i, in float64.  Never forms o × i."""
     a, b = target.matrices()
-    qa, ra = torch.linalg.qr(a.T)
-    qb, rb = torch.linalg.qr(b)
-    left, singular, right = torch.linalg.svd(rb @ ra.T)
-    k = min(left.shape[1], right.shape[0])
-    return qb @ left[:, :k], singular, right[:k] @ qa.T
+    qa, ra = np.linalg.qr(a.T)
+    qb, rb = np.linalg.qr(b)
+    left, singular, right = np.linalg.svd(rb @ ra.T, full_matrices=False)
+    return qb @ left, singular, right @ qa.T
 
 
 def universal(adapter: LoraAdapter, shapes: Mapping[str, Shape], names: Collection[str]) -> LoraAdapter:
@@ -129,9 +128,9 @@ def universal(adapter: LoraAdapter, shapes: Mapping[str, Shape], names: Collecti
     return replace(adapter, targets=targets, config=config, base_layers={})
 
 
-def _zero(shape: Shape, rank: int, scale: float, dtype: torch.dtype) -> Target:
-    a, b = torch.zeros(rank, shape.inputs, dtype=dtype), torch.zeros(shape.outputs, rank, dtype=dtype)
-    return Target(a, b, scale, shape.kind)
+def _zero(shape: Shape, rank: int, scale: float, dtype: str) -> Target:
+    kind = PRECISIONS[dtype].numpy
+    return Target(np.zeros((rank, shape.inputs), kind), np.zeros((shape.outputs, rank), kind), scale, shape.kind, dtype)
 
 
 def require_fits(name: str, target: Target, shapes: Mapping[str, Shape]) -> None:
@@ -183,14 +182,15 @@ def folded(target: Target, scale: float) -> Target:
     # α = s·r, divided by r again, is s but for its last bit.
     if math.isclose(target.scale, scale, rel_tol=1e-12) or target.rank == 0:
         return replace(target, scale=scale)
-    return replace(target, b=(target.b.double() * (target.scale / scale)).float(), a=target.a.float(), scale=scale)
+    b = rounded(target.b.astype(np.float64) * (target.scale / scale), "F32")
+    return replace(target, a=rounded(target.a, "F32"), b=b, scale=scale, dtype="F32")
 
 
 def padded(target: Target, rank: int) -> Target:
     """The same target with zero rows of A and zero columns of B up to a rank."""
     more = rank - target.rank
-    a = torch.cat([target.a, target.a.new_zeros(more, *target.a.shape[1:])])
-    b = torch.cat([target.b, target.b.new_zeros(target.outputs, more, *target.b.shape[2:])], dim=1)
+    a = np.concatenate([target.a, np.zeros((more, *target.a.shape[1:]), target.a.dtype)])
+    b = np.concatenate([target.b, np.zeros((target.outputs, more, *target.b.shape[2:]), target.b.dtype)], axis=1)
     return replace(target, a=a, b=b)
 
 
@@ -212,8 +212,7 @@ def suffixes(targets: Collection[str], names: Collection[str]) -> list[str]:
 
 
 def _alive(target: Target) -> Target:
-    a, b = target.matrices()
-    used = (a != 0).any(1) & (b != 0).any(0)
+    used = target.used()
     return replace(target, a=target.a[used], b=target.b[:, used])
 
 
@@ -226,6 +225,6 @@ def layer_kind(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
-def _widest(targets: Collection[Target]) -> torch.dtype:
-    dtypes = {tensor.dtype for target in targets for tensor in (target.a, target.b)}
-    return dtypes.pop() if len(dtypes) == 1 else torch.float32
+def _widest(targets: Collection[Target]) -> str:
+    dtypes = {target.dtype for target in targets}
+    return dtypes.pop() if len(dtypes) == 1 else "F32"

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -13,8 +14,11 @@ from transformers.pytorch_utils import Conv1D
 
 from tsqlora.errors import TsqLoraError
 from tsqlora.interop.lora import LoraAdapter, Target
+from tsqlora.interop.tensors import PRECISIONS, Array
 
 _ROWS, _TOKENS = 4, 12
+NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+"""What safetensors calls torch's dtypes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +39,12 @@ class Difference:
     logits: float | None = None
     logits_size: float | None = None
 
-    def with_layer(self, name: str, gap: Tensor, bound: Tensor, delta: Tensor) -> "Difference":
+    def with_layer(self, name: str, gap: Array, bound: Array, delta: Array) -> "Difference":
         """The worse of this and another layer, in each number."""
-        if not gap.numel():
+        if not gap.size:
             return self
-        size, largest = float(delta.abs().max()), float(gap.max())
-        used = float((gap / bound.clamp(min=torch.finfo(torch.float64).tiny)).max())
+        size, largest = float(np.abs(delta).max()), float(gap.max())
+        used = float((gap / np.maximum(bound, np.finfo(np.float64).tiny)).max())
         return Difference(
             max(self.update, largest),
             max(self.relative, largest / size if size else 0.0),
@@ -49,20 +53,22 @@ class Difference:
         )
 
 
-def compare_updates(source: LoraAdapter, export: LoraAdapter, dtype: torch.dtype) -> Difference:
+def compare_updates(source: LoraAdapter, export: LoraAdapter, dtype: str) -> Difference:
     """The update of each layer against the other's; a layer that only one has is zero in the other.
 
-    What is allowed is what rounding the factors to `dtype` once may do: 2.1 ε·|s|·|B||A|.
+    What is allowed is what rounding the factors once to `dtype`, one of PRECISIONS, may do: 2.1 ε·|s|·|B||A|.
     Raises TsqLoraError, naming the layer, where an update differs by more, and where heads differ.
     """
-    worst = Difference(0.0, 0.0, 0.0)
+    worst, precision = Difference(0.0, 0.0, 0.0), PRECISIONS[dtype]
     for name in sorted({*source.targets, *export.targets}):
         mine, other = source.targets.get(name), export.targets.get(name)
         delta = _delta(mine)
-        gap = (delta - _delta(other)).abs()
-        if not torch.isfinite(gap).all():
+        gap = np.abs(delta - _delta(other))
+        if not np.isfinite(gap).all():
             raise TsqLoraError(f"{name}: the update is not finite; `tsqlora doctor` shows which layers hold NaN")
-        bound = 2.1 * torch.finfo(dtype).eps * _products(mine or other) + least(dtype) * _sums(mine or other)
+        one = mine or other
+        assert one is not None
+        bound = 2.1 * precision.eps * _products(one) + precision.least * _sums(one)
         worst = worst.with_layer(name, gap, bound, delta)
     if worst.used > 1:
         raise TsqLoraError(
@@ -73,40 +79,30 @@ def compare_updates(source: LoraAdapter, export: LoraAdapter, dtype: torch.dtype
     return worst
 
 
-def _delta(target: Target | None) -> Tensor:
-    return torch.zeros(1, dtype=torch.float64) if target is None else target.delta()
+def _delta(target: Target | None) -> Array:
+    return np.zeros((1, 1)) if target is None else target.delta()
 
 
-def _products(target: Target | None) -> Tensor:
+def _products(target: Target) -> Array:
     """|s|·|B||A|: the sizes of what is added up in ΔW."""
-    assert target is not None
     a, b = target.matrices()
-    return abs(target.scale) * (b.abs() @ a.abs())
+    return abs(target.scale) * (np.abs(b) @ np.abs(a))
 
 
-def _sums(target: Target | None) -> Tensor:
+def _sums(target: Target) -> Array:
     """|s|·(Σ|A| + Σ|B|) over the ranks: what ΔW moves by where every number of A and B moves by one."""
-    assert target is not None
     a, b = target.matrices()
-    return abs(target.scale) * (b.abs().sum(1, keepdim=True) + a.abs().sum(0, keepdim=True))
+    return abs(target.scale) * (np.abs(b).sum(1, keepdims=True) + np.abs(a).sum(0, keepdims=True))
 
 
-def least(dtype: torch.dtype) -> float:
-    """The smallest number of a dtype above 0: what rounding may do to small ones, whatever their size.
-
-    >>> least(torch.float16) == 2.0**-24
-    True
-    """
-    known = torch.finfo(dtype)
-    return known.tiny * known.eps
-
-
-def _require_equal_heads(source: LoraAdapter, export: LoraAdapter, dtype: torch.dtype) -> None:
+def _require_equal_heads(source: LoraAdapter, export: LoraAdapter, dtype: str) -> None:
     if source.saved.keys() != export.saved.keys():
         raise TsqLoraError("the export has other saved modules than its source; nothing was written")
+    precision = PRECISIONS[dtype]
     for name, tensor in source.saved.items():
-        gap = (tensor.double() - export.saved[name].double()).abs()
-        if not bool((gap <= tensor.double().abs() * torch.finfo(dtype).eps + least(dtype)).all()):
+        mine, other = (one.numbers().astype(np.float64) for one in (tensor, export.saved[name]))
+        gap = np.abs(mine - other)
+        if not (gap <= np.abs(mine) * precision.eps + precision.least).all():
             raise TsqLoraError(f"the export's {name} differs by {float(gap.max()):.3g}; nothing was written")
 
 
@@ -151,14 +147,14 @@ def _as_list(token: Any) -> list[int]:
     return [] if token is None else list(token) if isinstance(token, list) else [token]
 
 
-def compare_logits(reference: Tensor, export: Tensor, dtype: torch.dtype) -> tuple[float, float]:
+def compare_logits(reference: Tensor, export: Tensor, dtype: str) -> tuple[float, float]:
     """The largest difference and the largest logit.
 
     Rounding weights to `dtype` moves logits by a few of its ε, float32's own sums by more than
     its ε: 32 ε or 1e-4 of the largest are allowed.  Raises TsqLoraError beyond.
     """
     gap, size = float((reference - export).abs().max()), float(reference.abs().max())
-    if not gap <= max(32 * torch.finfo(dtype).eps, 1e-4) * size:
+    if not gap <= max(32 * PRECISIONS[dtype].eps, 1e-4) * size:
         raise TsqLoraError(
             f"the export's logits differ by {gap:.3g} of {size:.3g}, more than {dtype} explains; nothing was written"
         )
@@ -174,21 +170,26 @@ def compare_weights(base: PreTrainedModel, merged: PreTrainedModel, adapter: Lor
     expected, worst = dict(base.named_parameters(remove_duplicate=False)), Difference(0.0, 0.0, 0.0)
     for name, parameter in merged.named_parameters():
         module, _, leaf = name.rpartition(".")
-        eps = torch.finfo(parameter.dtype).eps
-        after, before = parameter.detach().double(), adapter.saved.get(name, expected[name]).detach().double()
-        delta, bound = torch.zeros_like(before), 2 * (eps * before.abs() + least(parameter.dtype))
+        precision, after = PRECISIONS[NAMES[parameter.dtype]], _numbers(parameter)
+        saved = adapter.saved.get(name)
+        before = _numbers(expected[name]) if saved is None else saved.numbers().astype(np.float64)
+        delta, bound = np.zeros_like(before), 2 * (precision.eps * np.abs(before) + precision.least)
         target = adapter.targets.get(module) if leaf == "weight" else None
         if target is not None:
             turned = target.kind == "embedding" or isinstance(merged.get_submodule(module), Conv1D)
             delta, products = (x.T if turned else x for x in (target.delta(), _products(target)))
-            bound = bound + max(2 * eps, target.rank * torch.finfo(torch.float32).eps) * products
-        worst = worst.with_layer(name, (after - before - delta).abs(), bound, delta)
+            bound = bound + max(2 * precision.eps, target.rank * PRECISIONS["F32"].eps) * products
+        worst = worst.with_layer(name, np.abs(after - before - delta), bound, delta)
     if worst.used > 1:
         raise TsqLoraError(
             f"the merged {worst.layer} is not base + ΔW, by {worst.used:.3g} times what rounding explains; nothing was "
             "written"
         )
     return worst
+
+
+def _numbers(parameter: nn.Parameter) -> Array:
+    return parameter.detach().cpu().double().numpy()
 
 
 def describe(difference: Difference) -> Mapping[str, Any]:

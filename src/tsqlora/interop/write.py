@@ -8,13 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-from torch import Tensor
-
 from tsqlora.errors import SettingsError
 from tsqlora.interop.files import CONFIG, PREFIX, WEIGHTS
 from tsqlora.interop.lora import LoraAdapter
 from tsqlora.interop.patterns import lora_config
+from tsqlora.interop.tensors import Stored, store, to_bytes
 
 _MATRICES = {"embedding": ("lora_embedding_A", "lora_embedding_B")}
 
@@ -54,18 +52,17 @@ def require_new(out: Path) -> None:
 
 def write_adapter(adapter: LoraAdapter, folder: Path) -> None:
     """Writes adapter_config.json and adapter_model.safetensors into a directory that is there."""
-    # A copy each: safetensors refuses tensors that share memory.
-    stored = {f"{PREFIX}{name}": tensor.detach().clone().contiguous() for name, tensor in tensors_of(adapter).items()}
-    save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
+    stored = {f"{PREFIX}{name}": tensor for name, tensor in tensors_of(adapter).items()}
+    (folder / WEIGHTS).write_bytes(to_bytes(stored))
     (folder / CONFIG).write_text(json.dumps(dict(adapter.config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def tensors_of(adapter: LoraAdapter) -> dict[str, Tensor]:
+def tensors_of(adapter: LoraAdapter) -> dict[str, Stored]:
     """Everything that the file of an adapter holds, by its names in the base model."""
     tensors = {**adapter.saved, **adapter.further, **adapter.base_layers}
     for name, target in adapter.targets.items():
         a, b = _MATRICES.get(target.kind, ("lora_A.weight", "lora_B.weight"))
-        tensors |= {f"{name}.{a}": target.a, f"{name}.{b}": target.b}
+        tensors |= {f"{name}.{a}": store(target.a, target.dtype), f"{name}.{b}": store(target.b, target.dtype)}
     return tensors
 
 

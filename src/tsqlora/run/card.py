@@ -1,13 +1,12 @@
 """The model card of a run, in the Hub's format: what it was made of, how it does, what it cost, how to load it."""
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from tsqlora.compat.hub import is_hub_id
 from tsqlora.data.rows import READERS
@@ -19,6 +18,8 @@ from tsqlora.training.record import RunRecord
 from tsqlora.training.run_dir import CONFIG_FILE
 
 FILE = "README.md"
+_TEMPLATE = Path(__file__).with_name("card.md.jinja")
+_WHAT = {"merged": "A plain model: base and adapter in one.", "gguf": "A LoRA file for llama.cpp."}
 _PIPELINES = {
     "sequence-classification": "text-classification",
     "regression": "text-classification",
@@ -41,26 +42,40 @@ def write_card(run: Path, folder: Path, *, format: str = "peft", cut: bool = Fal
 def model_card(run: Path, *, format: str = "peft", cut: bool = False) -> str:
     """The card of a run's adapter, or of what it was exported as: metadata and Markdown.
 
-    Of one whose ranks were cut since, `cut`, ranks and results are not told: they are not its own.
-    Paths of this machine are not told: of a directory or a file only its name.
+    The card of an adapter whose ranks were `cut` since has neither ranks nor results: they are not its own.
+    Paths of this machine do not appear: a directory or a file has only its name.
     """
     config, record = load_config(run / CONFIG_FILE), RunRecord.load(run)
     if cut:
         record = replace(record, metrics={}, ranks={})
-    parts = [
-        f"# {_text(_name(config.model.path))}, fine-tuned on {_text(_name(str(config.data.train)))}",
-        _summary(config, record, format, cut=cut),
-        *_section("How to load it", [_loading(config, record, format)]),
-        *_section("Results", _table(["rows", "metric", "value"], _results(record))),
-        *_section("Data", _data(config, record)),
-        *_section("Ranks", _ranks(record.ranks) if format != "merged" else []),
-        *_section("Cost", _table(["phase", "seconds", "rows forward", "rows backward", "tokens"], _costs(record))),
-        *_section("Made with", [", ".join(f"{name} {version}" for name, version in record.versions.items())]),
-    ]
-    return f"---\n{_metadata(config, record, format)}\n---\n\n" + "\n\n".join(parts) + "\n"
+    blocks, ranks = _ranks({} if format == "merged" else record.ranks)
+    card = ModelCard.from_template(
+        _metadata(config, record, format),
+        template_path=str(_TEMPLATE),
+        text=_text,
+        base=_name(config.model.path),
+        data=_name(str(config.data.train)),
+        record=record,
+        format=format,
+        what=_WHAT.get(format, "A LoRA adapter in the format of PEFT."),
+        cut=cut,
+        kind=_CLASSES.get(record.task, "AutoModel"),
+        arguments=_arguments(config, record),
+        results=[[s, name, f"{value:.4f}"] for s, values in record.metrics.items() for name, value in values.items()],
+        rows=", ".join(f"{count:,} {split}" for split, count in record.plan["rows"].items()),
+        labels=", ".join(map(_text, record.labels or ())),
+        drawn=_drawn(config, record.quality),
+        blocks=blocks,
+        ranks=ranks,
+        costs=[
+            [phase, f"{c.seconds:.1f}", f"{c.forward:,}", f"{c.backward:,}", f"{c.tokens:,}"]
+            for phase, c in record.cost.items()
+        ],
+    )
+    return str(card)
 
 
-def _metadata(config: Config, record: RunRecord, format: str) -> str:
+def _metadata(config: Config, record: RunRecord, format: str) -> ModelCardData:
     data, base = str(config.data.train), config.model.path
     results = [
         EvalResult(
@@ -83,47 +98,17 @@ def _metadata(config: Config, record: RunRecord, format: str) -> str:
         pipeline_tag=_PIPELINES.get(record.task),
         tags=["tsqlora", *([] if format == "merged" else ["lora"])],
         eval_results=results or None,
-    ).to_yaml()
-
-
-def _summary(config: Config, record: RunRecord, format: str, *, cut: bool) -> str:
-    what = {"merged": "A plain model: base and adapter in one.", "gguf": "A LoRA file for llama.cpp."}
-    return (
-        f"{what.get(format, 'A LoRA adapter in the format of PEFT.')} Task: {_text(record.task)}. Base model: "
-        f"{_text(_name(config.model.path))}. {record.parameters.get('trainable', 0):,} parameters were trained."
-        + (" Its ranks were cut after training, and nothing was measured since." if cut else "")
     )
 
 
-def _loading(config: Config, record: RunRecord, format: str) -> str:
-    kind = _CLASSES.get(record.task, "AutoModel")
-    labels = f", num_labels={len(record.labels or [None])}" if "Classification" in kind else ""
+def _arguments(config: Config, record: RunRecord) -> str:
+    """What `from_pretrained` takes for the base, as Python."""
+    arguments = json.dumps(_name(config.model.path), ensure_ascii=False)
+    if "Classification" in _CLASSES.get(record.task, ""):
+        arguments += f", num_labels={len(record.labels or [None])}"
     if config.model.revision is not None:
-        labels += f", revision={json.dumps(config.model.revision)}"
-    if format == "gguf":
-        return "```bash\nllama-cli -m BASE.gguf --lora adapter.gguf\n```"
-    if format == "merged":
-        return f'```python\nfrom transformers import {kind}\n\nmodel = {kind}.from_pretrained("THIS-DIRECTORY")\n```'
-    return (
-        f"```python\nfrom peft import PeftModel\nfrom transformers import {kind}\n\n"
-        f"base = {kind}.from_pretrained({json.dumps(_name(config.model.path), ensure_ascii=False)}{labels})\n"
-        'model = PeftModel.from_pretrained(base, "THIS-DIRECTORY")\n```'
-    )
-
-
-def _results(record: RunRecord) -> list[list[str]]:
-    return [[split, name, f"{value:.4f}"] for split, values in record.metrics.items() for name, value in values.items()]
-
-
-def _data(config: Config, record: RunRecord) -> list[str]:
-    rows = ", ".join(f"{count:,} {split}" for split, count in record.plan["rows"].items())
-    lines = [
-        f"{_text(_name(str(config.data.train)))}: {rows} rows; hash `{_text(record.data['hash'])}`, seed {record.seed}."
-    ]
-    lines.append(f"Trained on {_drawn(config, record.quality)}.")
-    if record.labels is not None:
-        lines.append(f"Labels: {', '.join(map(_text, record.labels))}.")
-    return ["\n".join([*lines, *(f"Note: {_text(note)}." for note in record.notes)])]
+        arguments += f", revision={json.dumps(config.model.revision)}"
+    return arguments
 
 
 def _drawn(config: Config, quality: Mapping[str, Any]) -> str:
@@ -144,43 +129,12 @@ def _drawn(config: Config, quality: Mapping[str, Any]) -> str:
     return f"{random}: their quality gave no reason to draw otherwise"
 
 
-def _ranks(ranks: Mapping[str, int]) -> list[str]:
-    """Ranks by kind of layer and block, as numbers and as bars."""
-    cells = {place: ranks[name] for name, place in layer_places(ranks).items()}
+def _ranks(ranks: Mapping[str, int]) -> tuple[list[str], list[list[str]]]:
+    """The numbers of the blocks, and a row for each kind of layer: its name, and its rank in each block."""
+    cells = {place: str(ranks[name]) for name, place in layer_places(ranks).items()}
     blocks = sorted({block for block, _ in cells}, key=lambda block: int(block or -1))
-    rows = []
-    for kind in dict.fromkeys(kind for _, kind in cells):
-        found = [cells.get((block, kind)) for block in blocks]
-        shown = ("" if rank is None else str(rank) for rank in found)
-        rows.append([kind, *shown, _bars([rank for rank in found if rank is not None], max(ranks.values()))])
-    return _table(["rank in block", *(block or "–" for block in blocks), "plot"], rows)
-
-
-def _bars(ranks: Sequence[int], most: int) -> str:
-    """A bar for each rank, in eighths of the largest; none for rank 0.
-
-    >>> _bars([0, 1, 4, 8], 8)
-    '·▁▄█'
-    """
-    return "".join("·▁▂▃▄▅▆▇█"[math.ceil(8 * rank / max(most, 1))] for rank in ranks)
-
-
-def _costs(record: RunRecord) -> list[list[str]]:
-    return [
-        [phase, f"{cost.seconds:.1f}", f"{cost.forward:,}", f"{cost.backward:,}", f"{cost.tokens:,}"]
-        for phase, cost in record.cost.items()
-    ]
-
-
-def _section(title: str, lines: Sequence[str]) -> list[str]:
-    return [f"## {title}", "\n".join(lines)] if lines else []
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    if not rows:
-        return []
-    escaped = [[_text(cell).replace("|", "\\|") for cell in row] for row in (head, ["---"] * len(head), *rows)]
-    return [f"| {' | '.join(row)} |" for row in escaped]
+    kinds = dict.fromkeys(kind for _, kind in cells)
+    return [block or "–" for block in blocks], [[kind, *(cells.get((b, kind), "") for b in blocks)] for kind in kinds]
 
 
 _MARKS = {**{ord(mark): f"\\{mark}" for mark in "\\`[]*"}, ord("<"): "&lt;", ord(">"): "&gt;", ord("&"): "&amp;"}

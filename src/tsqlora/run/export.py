@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from huggingface_hub import HfApi
 
-from tsqlora.errors import SettingsError, nearest
+from tsqlora.compat.hub import is_hub_id
+from tsqlora.errors import SettingsError, TsqLoraError, nearest
 from tsqlora.interop import doctor
-from tsqlora.interop.base import base_path, base_skeleton, load_base, load_tokenizer, revision_of
+from tsqlora.interop.base import base_skeleton, load_base, load_tokenizer
+from tsqlora.interop.checkpoint import base_path, revision_of
 from tsqlora.interop.export import Base, Exported, export_adapter
 from tsqlora.interop.files import read_adapter
 from tsqlora.interop.health import vllm_rank
@@ -18,7 +21,6 @@ from tsqlora.layer_sensitivity import sensitivity
 from tsqlora.run.card import write_card
 from tsqlora.run.predict import open_run
 from tsqlora.run.reading import read, trained_task
-from tsqlora.run.upload import push, require_repository
 from tsqlora.training.run_dir import adapter_folder, is_run
 
 WHOLE = "model.quantization=null"
@@ -49,8 +51,8 @@ def export(
     """
     if by not in WEIGHINGS:
         raise SettingsError(f"--by {by}: {nearest(by, WEIGHINGS)}")
-    if push_to_hub is not None:
-        require_repository(push_to_hub)
+    if push_to_hub is not None and not is_hub_id(push_to_hub):
+        raise SettingsError(f"--push-to-hub {push_to_hub} is no name of a repository; give NAME or OWNER/NAME")
     measured = WEIGHINGS[by](source)
     if is_run(source):
         if base is not None:
@@ -73,7 +75,20 @@ def export(
     report = _report(out, format, done)
     if is_run(source) and format == "merged":
         report["notes"] += _off_packed(source, out)
-    return report if push_to_hub is None else report | {"pushed": push(out, push_to_hub)}
+    return report if push_to_hub is None else report | {"pushed": _push(out, push_to_hub)}
+
+
+def _push(folder: Path, repo: str) -> str:
+    """Uploads a directory as one commit, into a new private repository where there is none; the commit's address."""
+    hub = HfApi()
+    try:
+        named = hub.create_repo(repo, private=True, exist_ok=True).repo_id  # with its owner
+        return str(hub.upload_folder(repo_id=named, folder_path=folder, commit_message="Upload adapter").commit_url)
+    except Exception as error:  # of the network, the login or the hub: the directory stays, whatever it is
+        raise TsqLoraError(
+            f"{folder} is written, and was not pushed to {repo} ({type(error).__name__}: {str(error).strip()}); log in "
+            f"with `hf auth login`, then `hf upload {repo} {folder}`"
+        ) from error
 
 
 def compress(

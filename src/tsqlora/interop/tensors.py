@@ -1,0 +1,125 @@
+"""Tensors of a safetensors file as numpy arrays, without torch: bfloat16 and float8 too, which numpy lacks."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import deserialize
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+_NUMPY: Mapping[str, str] = {
+    **{f"{kind}{8 * size}": f"<{kind.lower()}{size}" for kind in "IU" for size in (1, 2, 4, 8)},
+    **{"F64": "<f8", "F32": "<f4", "F16": "<f2", "BOOL": "?", "BF16": "<u2", "F8_E4M3": "u1", "F8_E5M2": "u1"},
+}
+"""The numpy dtype of the bits, by safetensors' name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """A floating-point format: `numpy` holds its numbers, eps is its relative and least its absolute resolution."""
+
+    numpy: type[np.floating]
+    eps: float
+    least: float
+
+
+PRECISIONS: Mapping[str, Precision] = {
+    "F64": Precision(np.float64, 2.0**-52, 2.0**-1074),
+    "F32": Precision(np.float32, 2.0**-23, 2.0**-149),
+    "F16": Precision(np.float16, 2.0**-10, 2.0**-24),
+    "BF16": Precision(np.float32, 2.0**-7, 2.0**-133),
+}
+"""What A and B may be made of, by safetensors' name."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stored:
+    """A tensor as a file holds it: safetensors' name of its dtype, and its bits where numpy has no such dtype."""
+
+    raw: Array
+    dtype: str = "F32"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.raw.shape
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype in PRECISIONS or self.dtype.startswith("F8")
+
+    def numbers(self) -> Array:
+        """Its numbers, exactly."""
+        if self.dtype == "BF16":
+            return (self.raw.astype(np.uint32) << 16).view(np.float32)
+        if self.dtype == "F8_E5M2":  # the upper half of a float16
+            return (self.raw.astype(np.uint16) << 8).view(np.float16)
+        if self.dtype == "F8_E4M3":
+            return _E4M3[self.raw]
+        return self.raw
+
+    def to(self, dtype: str) -> "Stored":
+        """Rounded to another precision."""
+        return self if dtype == self.dtype else store(self.numbers(), dtype)
+
+
+def _e4m3() -> Array:
+    """The 256 numbers of float8 e4m3fn: no infinity, and NaN where all bits but the sign are set."""
+    bits = np.arange(128)
+    exponent, fraction = bits >> 3, (bits & 7) / 8
+    numbers = np.where(exponent == 0, np.ldexp(fraction, -6), np.ldexp(1 + fraction, exponent - 7)).astype(np.float32)
+    numbers[127] = np.nan
+    return np.concatenate([numbers, -numbers])
+
+
+_E4M3 = _e4m3()
+
+
+def rounded(numbers: Array, dtype: str) -> Array:
+    """The nearest numbers of a precision, in the numpy dtype that holds them.
+
+    >>> rounded(np.array([1.0, 1.00390625, 1.005]), "BF16").tolist()
+    [1.0, 1.0, 1.0078125]
+    """
+    with np.errstate(over="ignore"):
+        near = np.ascontiguousarray(numbers).astype(PRECISIONS[dtype].numpy)
+    if dtype != "BF16":
+        return near
+    bits = near.view(np.uint32)
+    even = ((bits + (0x7FFF + ((bits >> 16) & 1))) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+    return np.where(np.isnan(near), near, even)
+
+
+def store(numbers: Array, dtype: str) -> Stored:
+    """Numbers as a file holds them in a precision, rounded to the nearest."""
+    near = rounded(numbers, dtype)
+    return Stored((near.view(np.uint32) >> 16).astype(np.uint16) if dtype == "BF16" else near, dtype)
+
+
+def read_tensors(path: Path) -> dict[str, Stored]:
+    """A file's tensors by name.  Raises SafetensorError for a broken file, KeyError for a dtype that has no numbers."""
+    found = {}
+    for name, view in deserialize(path.read_bytes()):
+        bits = np.frombuffer(view["data"], _NUMPY[view["dtype"]])
+        found[name] = Stored(bits.reshape(view["shape"]), view["dtype"])
+    return found
+
+
+def to_bytes(tensors: Mapping[str, Stored]) -> bytes:
+    """A safetensors file of these tensors, which PEFT and transformers read: a header in JSON, then the numbers.
+
+    safetensors' own functions take torch's tensors, or numpy's without bfloat16.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    parts, end = [], 0
+    # The widest first, so that each number lies at a multiple of its size.
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].raw.itemsize, item[0])):
+        parts.append(tensor.raw.tobytes())
+        begin, end = end, end + len(parts[-1])
+        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, *parts])
