@@ -209,14 +209,14 @@ def test_effective_rank_by_hand() -> None:
     assert layer_health(Target(np.zeros((0, 3)), np.zeros((3, 0)), 1.0)).effective == 0
 
 
-def test_what_lies_beside_and_who_is_named_is_told(tmp_path: Path) -> None:
+def test_pickles_and_a_base_elsewhere_are_noted(tmp_path: Path) -> None:
     source = saved()(tmp_path / "a")
     (source / "optimizer.pt").write_bytes(b"")
     notes = examine(source)["notes"]
-    assert notes[0] == "optimizer.pt would run code when loaded, and was not opened; delete it"
-    assert notes[1].startswith("it names no base model")
+    assert "optimizer.pt" in notes[0]
+    assert "base model" in notes[1]
     edit(source, base_model_name_or_path="/elsewhere/model")
-    assert "is a directory of another machine, /elsewhere/model" in examine(source)["notes"][1]
+    assert "/elsewhere/model" in examine(source)["notes"][1]
 
 
 def test_every_rule_says_where_it_was_read() -> None:

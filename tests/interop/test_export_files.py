@@ -104,76 +104,82 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "named"),
     [
-        ({"peft_type": "IA3"}, "peft_type is 'IA3', and only 'LORA' can be read"),
-        ({"r": "8"}, "r is '8'; it must be a number"),
-        ({"r": 0}, "r is 0; it must be at least 1"),
-        ({"r": None}, "r is None; it must be a number"),
-        ({"lora_alpha": float("nan")}, "lora_alpha is nan; it must be a number"),
-        ({"rank_pattern": ["q"]}, r"rank_pattern is \['q'\]; it must map names to numbers"),
-        ({"rank_pattern": {"q_proj": 2.5}}, "the rank 2.5 is no whole number"),
-        ({"alpha_pattern": {"(": 1}}, r"alpha_pattern has the key '\(', which is no pattern"),
-        ({"r": 4}, "lora_A is 8 × 16 F32, and adapter_config.json says rank 4"),
+        ({"peft_type": "IA3"}, "'IA3'"),
+        ({"r": "8"}, "r is '8'"),
+        ({"r": 0}, "r is 0"),
+        ({"r": None}, "r is None"),
+        ({"r": 10**400}, "r is"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+        ({"lora_alpha": 1e300}, r"lora_alpha is 1e\+300"),
+        ({"rank_pattern": ["q"]}, r"rank_pattern is \['q'\]"),
+        ({"rank_pattern": {"q_proj": 2.5}}, "rank 2.5"),
+        ({"rank_pattern": {"q": 10**30}}, "rank_pattern"),
+        ({"rank_pattern": {"q" * 3000: 2}}, "3,000 characters"),
+        ({"rank_pattern": {"(?i)q": 2}}, r"rank_pattern .* '\(\?i\)q'"),
+        ({"alpha_pattern": {"(": 1}}, r"alpha_pattern .* '\('"),
+        ({"base_model_name_or_path": {"a": 1}}, "base_model_name_or_path"),
+        ({"task_type": ["SEQ_CLS"]}, "task_type"),
+        ({"r": 4}, "8 × 16 F32, .* rank 4"),
     ],
 )
-def test_settings_that_are_broken_are_told(changed: dict[str, Any], told: str, folder: Path) -> None:
+def test_broken_settings_are_named(changed: dict[str, Any], named: str, folder: Path) -> None:
     edit_config(folder, **changed)
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=named) as refused:
         read_adapter(folder)
+    assert len(str(refused.value)) < 1600
 
 
 @pytest.mark.parametrize(
-    ("edit", "told"),
+    ("edit", "named"),
     [
-        (lambda t: t.pop(FIRST), "q_proj has lora_B.weight alone; the file is incomplete"),
-        (
-            lambda t: t.update({FIRST: torch.zeros(4, 16)}),
-            "lora_A is 4 × 16 F32 and lora_B 16 × 8",
-        ),
-        (lambda t: t.update({FIRST: torch.zeros(8)}), "they are no matrices of one kind"),
-        (lambda t: t.update({FIRST: torch.zeros(8, 16, dtype=torch.int8)}), "they are no matrices of one kind"),
-        (lambda t: t.update({"base_model.model.../../etc/passwd": torch.zeros(1)}), "names no module"),
-        (lambda t: t.update({"base_model.model.a..b.weight": torch.zeros(1)}), "names no module"),
-        (lambda t: t.update({"base_model.model.h.\u00b2.weight": torch.zeros(1)}), "names no module"),
-        (lambda t: t.update({"lora_te.weight": torch.zeros(1)}), "is none of PEFT's"),
-        (lambda t: [t.pop(key) for key in list(t)], "has no lora_A and lora_B"),
+        (lambda t: t.pop(FIRST), r"q_proj has lora_B\.weight alone"),
+        (lambda t: t.update({FIRST: torch.zeros(4, 16)}), "lora_A is 4 × 16 F32 and lora_B 16 × 8"),
+        (lambda t: t.update({FIRST: torch.zeros(8)}), "lora_A is 8 F32"),
+        (lambda t: t.update({FIRST: torch.zeros(8, 0)}), "lora_A is 8 × 0 F32"),
+        (lambda t: t.update({FIRST: torch.zeros(8, 16, dtype=torch.int8)}), "8 × 16 I8"),
+        (lambda t: t.update({FIRST: torch.zeros(8, 16).to(torch.float8_e4m3fn)}), "8 × 16 F8_E4M3"),
+        (lambda t: t.update({"base_model.model.../../etc/passwd": torch.zeros(1)}), "etc/passwd"),
+        (lambda t: t.update({"base_model.model.a..b.weight": torch.zeros(1)}), "a..b"),
+        (lambda t: t.update({"base_model.model.h.\u00b2.weight": torch.zeros(1)}), "h."),
+        (lambda t: t.update({f"base_model.model.{'1' * 5000}.weight": torch.zeros(1)}), "1111"),
+        (lambda t: t.update({"lora_te.weight": torch.zeros(1)}), "lora_te"),
+        (lambda t: [t.pop(key) for key in list(t)], "no lora_A"),
     ],
 )
-def test_tensors_that_do_not_fit_are_told(edit: Callable[[Any], Any], told: str, folder: Path) -> None:
+def test_tensors_that_do_not_fit_are_named(edit: Callable[[Any], Any], named: str, folder: Path) -> None:
     edit_tensors(folder, edit)
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=named) as refused:
         read_adapter(folder)
+    assert len(str(refused.value)) < 1600
 
 
 def test_a_pickle_is_refused_by_name_and_not_opened(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
     (folder / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
-    with pytest.raises(DataError, match=r"adapter_model\.bin, a pickle, which can run code and is not opened"):
+    with pytest.raises(DataError, match=r"adapter_model\.bin"):
         read_adapter(folder)
 
 
-def test_files_that_are_not_there_or_not_what_they_should_be_are_told(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="nowhere is no directory; give the one that holds"):
-        read_adapter(tmp_path / "nowhere")
-    with pytest.raises(DataError, match=r"has no adapter_config\.json"):
-        read_adapter(tmp_path)
+def test_files_that_are_missing_or_broken_are_named(folder: Path, tmp_path: Path) -> None:
+    for place, named in ((tmp_path / "nowhere", "nowhere"), (tmp_path, CONFIG)):
+        with pytest.raises(DataError, match=named):
+            read_adapter(place)
     (folder / WEIGHTS).write_bytes(b"no safetensors at all")
-    with pytest.raises(DataError, match=r"adapter_model\.safetensors cannot be read"):
+    with pytest.raises(DataError, match=WEIGHTS):
         read_adapter(folder)
-    (folder / CONFIG).write_text("{")
-    with pytest.raises(DataError, match="is no JSON"):
-        read_adapter(folder)
-    (folder / CONFIG).write_text("[]")
-    with pytest.raises(DataError, match="peft_type is 'list'"):
-        read_adapter(folder)
+    for text in ("{", "[]"):
+        (folder / CONFIG).write_text(text)
+        with pytest.raises(DataError, match=CONFIG):
+            read_adapter(folder)
 
 
 def test_a_link_out_of_the_directory_is_refused_and_one_into_the_hub_cache_is_not(folder: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     (folder / WEIGHTS).rename(elsewhere)
     (folder / WEIGHTS).symlink_to(elsewhere)
-    with pytest.raises(DataError, match=r"leads to .*elsewhere, out of its directory; copy the file there"):
+    with pytest.raises(DataError, match="elsewhere"):
         read_adapter(folder)
     blobs, snapshot = tmp_path / "repo" / "blobs", tmp_path / "repo" / "snapshots" / "abc"
     blobs.mkdir(parents=True)

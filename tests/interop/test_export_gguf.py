@@ -1,6 +1,6 @@
 """What llama.cpp reads in an exported file is the adapter: names, order of rows, alpha / rank."""
 
-import builtins
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from models import tiny_bert
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.interop.base import module_shapes
 from tsqlora.interop.files import read_adapter
-from tsqlora.interop.gguf import ARCHITECTURES, FILE, permuted, read_gguf, write_gguf
+from tsqlora.interop.gguf import ARCHITECTURES, FILE, read_gguf, write_gguf
 from tsqlora.interop.lora import LoraAdapter, Target
 from tsqlora.interop.tensors import Array
 from tsqlora.interop.verify import compare_updates
@@ -135,11 +135,6 @@ def small(model_type: str) -> Any:
     return config
 
 
-def test_rows_alternate_between_the_halves_of_each_head() -> None:
-    # Two heads of four rows each: rows 0 1 | 2 3 become 0 2 1 3.
-    assert permuted(np.arange(8)[:, None], 2).flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
-
-
 def test_a_uniform_adapter_is_stored_bit_for_bit(tmp_path: Path) -> None:
     source = read_adapter(save_lora(tmp_path / "a", tiny_llama(), lora_config(target_modules=["v_proj", "lm_head"])))
     write_gguf(source, tiny_llama().config, tmp_path / FILE)
@@ -161,55 +156,32 @@ def test_the_export_is_compared_by_update_and_logits(tmp_path: Path) -> None:
     assert "max_lora_rank" not in report
     half = export(tmp_path / "a", tmp_path / "half", format="gguf", base=str(tmp_path / "base"), dtype="float16")
     assert half["bytes"] < 0.7 * report["bytes"]
-    with pytest.raises(SettingsError, match="--dtype bfloat16: numbers of a GGUF adapter are float32 or float16"):
+    with pytest.raises(SettingsError, match="--dtype bfloat16"):
         export(tmp_path / "a", tmp_path / "x", format="gguf", base=str(tmp_path / "base"), dtype="bfloat16")
 
 
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "head": (
-        tiny_llama,
-        {"modules_to_save": ["lm_head"]},
-        "came with the module lm_head, and a LoRA file of llama.cpp holds",
-    ),
-    "dora": (tiny_llama, {"use_dora": True}, "the adapter has use_dora, which a GGUF file cannot hold"),
-    "unknown": (
-        lambda: tiny_bert().float(),
-        {"target_modules": ["query"], "task_type": None},
-        "the base is a bert, of which it is not known how llama.cpp arranges its weights; choices: arcee, gemma",
-    ),
-    "position": (
-        tiny_gpt2_lm,
-        {"target_modules": ["wpe"], "fan_in_fan_out": True},
-        "transformer.wpe is no layer that llama.cpp puts LoRA on",
-    ),
-    "tied": (
-        lambda: tiny_llama(tied=True),
-        {"target_modules": ["embed_tokens"]},
-        "model.embed_tokens shares its weight with another layer in this base",
-    ),
+    "head": (tiny_llama, {"modules_to_save": ["lm_head"]}, "lm_head"),
+    "dora": (tiny_llama, {"use_dora": True}, "use_dora"),
+    "unknown": (lambda: tiny_bert().float(), {"target_modules": ["query"], "task_type": None}, "bert.*arcee, gemma"),
+    "position": (tiny_gpt2_lm, {"target_modules": ["wpe"], "fan_in_fan_out": True}, r"transformer\.wpe"),
+    "tied": (lambda: tiny_llama(tied=True), {"target_modules": ["embed_tokens"]}, r"model\.embed_tokens"),
 }
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_a_file_cannot_hold_is_refused_by_name(case: str, tmp_path: Path) -> None:
-    base, options, told = REFUSED[case]
+    base, options, named = REFUSED[case]
     save_base(tmp_path / "base", base())
     save_lora(tmp_path / "a", base(), lora_config(**options))
-    with pytest.raises(UnsupportedError, match=told):
+    with pytest.raises(UnsupportedError, match=named):
         export(tmp_path / "a", tmp_path / "out", format="gguf", base=str(tmp_path / "base"))
     assert not (tmp_path / "out").exists()
 
 
-def test_without_the_package_the_cure_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    imported = builtins.__import__
-
-    def missing(name: str, *rest: Any) -> Any:
-        if name == "gguf":
-            raise ImportError
-        return imported(name, *rest)
-
+def test_without_the_package_its_name_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = read_adapter(save_lora(tmp_path / "a", tiny_llama(), lora_config()))
-    monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(SettingsError, match=r"needs the package gguf; install it: pip install 'tsqlora\[gguf\]'"):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(SettingsError, match=r"tsqlora\[gguf\]"):
         write_gguf(source, tiny_llama().config, tmp_path / FILE)

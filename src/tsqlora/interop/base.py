@@ -1,6 +1,8 @@
 """The model that an adapter is for: its modules' shapes from its config alone, or the model with its weights."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +12,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from transformers.pytorch_utils import Conv1D
 
 from tsqlora.errors import SettingsError
-from tsqlora.interop.checkpoint import revision_of
+from tsqlora.interop.checkpoint import base_path, revision_of
+from tsqlora.interop.files import read_adapter
 from tsqlora.interop.lora import LoraAdapter
 from tsqlora.interop.rewrite import Shape
 
@@ -26,6 +29,35 @@ CLASSES = {
 
 _HEADS = ("score", "classifier", "out_proj", "out", "logits_proj", "linear_out", "summary")
 """Last names of the module that gives a classifier its outputs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The model that an adapter is for, of which each format asks for what it needs.
+
+    Attributes:
+        skeleton: its modules and its config; weights may be absent.
+        load: the model itself, in a precision or, for None, its own; a new one each time.
+        tokenizer: if there is one.
+        compare: whether logits are to be compared, for which `load` is called.
+    """
+
+    skeleton: Callable[[], PreTrainedModel]
+    load: Callable[[str | None], PreTrainedModel]
+    tokenizer: Callable[[], PreTrainedTokenizerBase | None]
+    compare: bool = True
+
+
+def base_of(folder: Path, path: str | None) -> Base:
+    """The base of the adapter in a directory: at `path`, where logits are compared, else the one that it names."""
+    adapter = read_adapter(folder)
+    where = base_path(adapter, path)
+    return Base(
+        lambda: base_skeleton(where, adapter),
+        lambda dtype: load_base(where, adapter, dtype),
+        lambda: load_tokenizer(str(folder)) or load_tokenizer(where, revision_of(where, adapter)),
+        compare=path is not None,
+    )
 
 
 def module_shapes(model: nn.Module) -> dict[str, Shape]:

@@ -4,14 +4,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from tsqlora.errors import SettingsError, nearest
 from tsqlora.interop import gguf
-from tsqlora.interop.base import module_shapes
+from tsqlora.interop.base import Base, module_shapes
 from tsqlora.interop.compress import ranks_for
 from tsqlora.interop.files import read_adapter
+from tsqlora.interop.health import vllm_rank
 from tsqlora.interop.lora import LoraAdapter
 from tsqlora.interop.merge import merge_into, reload, save_merged
 from tsqlora.interop.patterns import has_expressions
@@ -22,6 +24,7 @@ from tsqlora.interop.verify import (
     compare_logits,
     compare_updates,
     compare_weights,
+    describe,
     logits,
     peft_logits,
     takes_tokens,
@@ -30,23 +33,6 @@ from tsqlora.interop.write import new_directory, require_new, write_adapter
 
 FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """What `dtype` may be, and safetensors' names."""
-
-
-@dataclass(frozen=True, slots=True)
-class Base:
-    """The model that an adapter is for, of which each format asks for what it needs.
-
-    Attributes:
-        skeleton: its modules and its config; weights may be absent.
-        load: the model itself, in a precision or, for None, its own; a new one each time.
-        tokenizer: if there is one.
-        compare: whether logits are to be compared, for which `load` is called.
-    """
-
-    skeleton: Callable[[], PreTrainedModel]
-    load: Callable[[str | None], PreTrainedModel]
-    tokenizer: Callable[[], PreTrainedTokenizerBase | None]
-    compare: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +50,16 @@ class Exported:
     targets: int | None = None
     truncation: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def report(self, out: Path, format: str) -> dict[str, Any]:
+        """For JSON: what was written into `out`, and how it compares."""
+        report: dict[str, Any] = {"out": str(out), "format": format, **describe(self.difference)}
+        if self.rank is not None:
+            report |= {"rank": self.rank, "targets": self.targets}
+            if format != "gguf":
+                report["max_lora_rank"] = vllm_rank(self.rank)
+        size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+        return report | {"bytes": size, "truncation": dict(self.truncation), "notes": list(self.notes)}
 
 
 @dataclass(frozen=True, slots=True)

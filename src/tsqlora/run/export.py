@@ -1,4 +1,4 @@
-"""The adapter of a run, or any other, for the world outside: `tsqlora export`, `merge` and `doctor`."""
+"""Export the adapter of a run, or any other: what a run adds is its base model, its rows and a model card."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,14 +9,10 @@ from huggingface_hub import HfApi
 
 from tsqlora.compat.hub import is_hub_id
 from tsqlora.errors import SettingsError, TsqLoraError, nearest
-from tsqlora.interop import doctor
-from tsqlora.interop.base import base_skeleton, load_base, load_tokenizer
-from tsqlora.interop.checkpoint import base_path, revision_of
-from tsqlora.interop.export import Base, Exported, export_adapter
-from tsqlora.interop.files import read_adapter
-from tsqlora.interop.health import vllm_rank
+from tsqlora.interop.base import Base, base_of
+from tsqlora.interop.export import export_adapter
 from tsqlora.interop.merge import reload
-from tsqlora.interop.verify import describe, logits, takes_tokens
+from tsqlora.interop.verify import logits, takes_tokens
 from tsqlora.layer_sensitivity import sensitivity
 from tsqlora.run.card import write_card
 from tsqlora.run.predict import open_run
@@ -39,11 +35,11 @@ def export(
     by: str = "singular",
     push_to_hub: str | None = None,
 ) -> dict[str, Any]:
-    """Writes the adapter of a run or of a directory as `out`, as `export_adapter` does; what was written, for JSON.
+    """Writes the adapter of a run or of a directory as `out`, by `export_adapter`; returns a report for JSON.
 
-    A run knows its base model, and what is made of it gets a model card. Of another adapter, logits
-    are compared where `base` is given or its weights are needed; else the base that it names is
-    read for its modules' shapes alone.
+    A run knows its base model, and its export gets a model card. For another adapter, logits are
+    compared where `base` is given or its weights are needed; else only the shapes of the base that
+    the adapter names are read.
 
     Args:
         by: how `mean_rank` weighs layers: alike, or by their `curvature` on a run's own rows.
@@ -59,7 +55,7 @@ def export(
             raise SettingsError(f"{source} is a run, which knows its base model; leave out --base")
         model = _base_of_run(source)
     else:
-        model = _base_of_adapter(source, base, format)
+        model = None if base is None and format == "peft" else base_of(source, base)
     done = export_adapter(
         adapter_folder(source),
         out,
@@ -72,7 +68,7 @@ def export(
     )
     if is_run(source):
         write_card(source, out, format=format, cut=bool(done.truncation))
-    report = _report(out, format, done)
+    report = done.report(out, format)
     if is_run(source) and format == "merged":
         report["notes"] += _off_packed(source, out)
     return report if push_to_hub is None else report | {"pushed": _push(out, push_to_hub)}
@@ -127,11 +123,6 @@ WEIGHINGS: Mapping[str, Callable[[Path], dict[str, float] | None]] = {
 """How directions of different layers are compared: by their singular values alone, or by what they do to the loss."""
 
 
-def examine(source: Path) -> dict[str, Any]:
-    """What the doctor says of the adapter of a run or of a directory."""
-    return doctor.examine(adapter_folder(source))
-
-
 def _base_of_run(run: Path) -> Base:
     """The whole base, also of a run that had it packed: merging into packed weights would round them again."""
 
@@ -154,27 +145,3 @@ def _off_packed(run: Path, merged: Path) -> list[str]:
         f"trained on a {packed} base and merged into the whole one: logits differ by {float(gap.mean()):.3g} in the "
         f"mean and {float(gap.max()):.3g} at most, where the largest is {float(trained.abs().max()):.3g}"
     ]
-
-
-def _base_of_adapter(folder: Path, given: str | None, format: str) -> Base | None:
-    if given is None and format == "peft":
-        return None
-    adapter = read_adapter(folder)
-    path = base_path(adapter, given)
-    return Base(
-        lambda: base_skeleton(path, adapter),
-        lambda dtype: load_base(path, adapter, dtype),
-        lambda: load_tokenizer(str(folder)) or load_tokenizer(path, revision_of(path, adapter)),
-        compare=given is not None,
-    )
-
-
-def _report(out: Path, format: str, done: Exported) -> dict[str, Any]:
-    report: dict[str, Any] = {"out": str(out), "format": format, **describe(done.difference)}
-    if done.rank is not None:
-        report |= {"rank": done.rank, "targets": done.targets}
-    if done.rank is not None and format != "gguf":
-        report["max_lora_rank"] = vllm_rank(done.rank)
-    files = [path for path in out.rglob("*") if path.is_file()]
-    report |= {"bytes": sum(path.stat().st_size for path in files), "truncation": dict(done.truncation)}
-    return report | {"notes": list(done.notes)}
