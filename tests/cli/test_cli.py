@@ -19,8 +19,8 @@ from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
+from tsqlora.data.cells import row_hash, sample_hash
 from tsqlora.data.rows import read_rows
-from tsqlora.data.tokenise import row_hash, sample_hash
 from tsqlora.gradients.sites import lora_layers
 from tsqlora.quality.scores import Scores
 from tsqlora.run.config import load_config

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from runs import save_checkpoint
-from tsqlora.data.batches import bucketed_order, collator, sorted_batches
+from tsqlora.data.batches import bucketed_order, sorted_batches
+from tsqlora.data.collate import collator
 
 LENGTHS = st.lists(st.integers(1, 500), max_size=300)
 BATCH_SIZES = st.integers(1, 9)

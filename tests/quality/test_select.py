@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from runs import Row, make_rows
+from tsqlora.data.cells import row_hash, sample_hash
 from tsqlora.data.formats import find_format
 from tsqlora.data.rows import read_rows
-from tsqlora.data.tokenise import row_hash, sample_hash
 from tsqlora.data.write import write_rows
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.quality.scores import Scores, from_terms, sample

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
-from tsqlora.data.tokenise import sample_hash
+from tsqlora.data.cells import sample_hash
 from tsqlora.errors import DataError, NotLearnedError, SettingsError
 from tsqlora.quality import journal
 from tsqlora.quality.scores import Scores

@@ -1,15 +1,16 @@
 """Files and hub ids -> rows -> tokenised samples.
 
-    rows.py      a file, a directory or a hub id -> Rows, every row with its line number
-    jsonl.py  tables.py  utf8.py     how each format is read
-    columns.py   which columns hold the text, its pair and the label
-    labels.py    labels -> class ids or target numbers
-    split.py     a seeded validation split
-    tokenise.py  rows -> the samples that a Trainer takes
-    formats/     the row formats of generation, one file each; which one a file has
-    pieces.py  runs.py       what a row says -> text in pieces -> tokens that meet where the pieces do
-    generation.py  collate.py  rows -> samples of which only targets are trained on -> batches
-    batches.py   orders in which batches hold samples of like length
+    rows.py          a file, a directory or a hub id -> its rows in chunks, every row with its line number
+    jsonl.py  tables.py  utf8.py     how each file format is read
+    cells.py         what a row's cells hold: nothing, text; the hash that names a row
+    columns.py  labels.py            which columns hold text and label; labels -> class ids or target numbers
+    formats/         the row formats of generation: which one a file has, how a row becomes prompt and target or a chat
+    splits.py        files -> the places of each split's rows, the columns and the classes
+    tokenise.py      rows with one answer -> samples
+    generation.py  target_tokens.py  rows of texts -> samples of which only targets are trained on
+    prepare.py  samples.py           splits -> samples in an Arrow file, the only place where rows become a data set
+    batches.py  collate.py  packing.py   the order of samples, and batches of them
+    write.py  copy.py                rows -> a file; some rows of a file as they stand
 
 Nothing is re-exported: reading rows must not wait for the import of a tokenizer.
 """

@@ -4,20 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Int
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 # Batches among which samples are sorted: more pads less, fewer mixes better.
 MEGABATCH = 50
-
-# For every shape the processor's library prepares a kernel, which costs time and some 350 KB; GPUs like it too.
-MULTIPLE = 8
-
-
-def collator(tokenizer: PreTrainedTokenizerBase, *, max_length: int, positions: int | None) -> DataCollatorWithPadding:
-    """Pads a batch to the next multiple of 8 tokens, where the model has so many positions."""
-    longest = -(-max_length // MULTIPLE) * MULTIPLE
-    fits = positions is None or longest <= positions
-    return DataCollatorWithPadding(tokenizer, pad_to_multiple_of=MULTIPLE if fits else None)
 
 
 def bucketed_order(lengths: Sequence[int], *, batch_size: int, rng: np.random.Generator) -> Int[np.ndarray, " n"]:

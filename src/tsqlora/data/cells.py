@@ -1,5 +1,7 @@
-"""Cells of rows: which hold nothing, and which hold text."""
+"""Cells of rows: which hold nothing, which hold text, and the hash that names a row by them."""
 
+import hashlib
+import json
 import math
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -97,3 +99,25 @@ def _cell_text(cell: Any) -> str:
     if isinstance(cell, list):
         return "\n".join(": ".join(map(str, item.values())) if isinstance(item, dict) else str(item) for item in cell)
     return str(cell)
+
+
+def sample_hash(text: str, pair: str, label: str) -> str:
+    """First 16 hex digits of the SHA-256 of text, pair and label, set apart by U+001F."""
+    return hashlib.sha256(f"{text}\x1f{pair}\x1f{label}".encode()).hexdigest()[:16]
+
+
+def row_hash(row: Mapping[str, Any], columns: Mapping[str, str | None]) -> str:
+    """`sample_hash` of a row's columns `text`, `text_pair` and `label`; what is not there is as good as empty.
+
+    The label as the row writes it: its id would change with the other classes.
+    """
+    used = (columns["text"], columns["text_pair"], columns["label"])
+    values = (None if column is None else row.get(column) for column in used)
+    return sample_hash(*("" if value is None else _written(value) for value in values))
+
+
+def _written(value: Any) -> str:
+    """Lists, which messages are, as JSON in one order of keys: a file may change it on its way through Parquet."""
+    if isinstance(value, list | dict):
+        return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    return str(value)

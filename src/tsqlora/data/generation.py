@@ -6,14 +6,15 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from tsqlora.data.cells import refuse_missing
+from tsqlora.data.cells import refuse_missing, row_hash
 from tsqlora.data.formats import Format
 from tsqlora.data.formats.example import Chat, Example, Manner
-from tsqlora.data.pieces import pieces_of
 from tsqlora.data.rows import Rows
-from tsqlora.data.runs import (
+from tsqlora.data.samples import TokenisedSplit
+from tsqlora.data.target_tokens import (
     Run,
     ended,
+    pieces_of,
     plain_tokens,
     require_end,
     special_tokens,
@@ -21,8 +22,6 @@ from tsqlora.data.runs import (
     tokens_of,
     written_tokens,
 )
-from tsqlora.data.samples import TokenisedSplit
-from tsqlora.data.tokenise import row_hash
 from tsqlora.errors import DataError, SettingsError
 
 IGNORED = -100

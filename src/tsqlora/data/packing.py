@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from tsqlora.data.batches import MULTIPLE
-from tsqlora.data.collate import padding_of
+from tsqlora.data.collate import MULTIPLE, padding_of
 from tsqlora.data.generation import IGNORED
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from tsqlora.data.cells import row_hash
 from tsqlora.data.generation import left_out, require_some, tokenise_generation
 from tsqlora.data.labels import encode_labels, encode_targets
 from tsqlora.data.rows import Rows
 from tsqlora.data.samples import TokenisedSplit, store
 from tsqlora.data.splits import Splits
-from tsqlora.data.tokenise import row_hash, tokenise
+from tsqlora.data.tokenise import tokenise
 from tsqlora.errors import SettingsError
 
 

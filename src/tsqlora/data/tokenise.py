@@ -1,14 +1,12 @@
 """Rows -> tokenised samples."""
 
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from tsqlora.data.cells import refuse_missing, text_at
+from tsqlora.data.cells import refuse_missing, row_hash, text_at
 from tsqlora.data.columns import Columns
 from tsqlora.data.rows import Rows
 from tsqlora.data.samples import TokenisedSplit
@@ -38,28 +36,6 @@ def tokenise(
         samples = [{**sample, "labels": label} for sample, label in zip(samples, labels, strict=True)]
     used = asdict(columns)
     return TokenisedSplit(samples, tuple(row_hash(row, used) for row in rows.rows), truncated, rows.ids)
-
-
-def sample_hash(text: str, pair: str, label: str) -> str:
-    """First 16 hex digits of the SHA-256 of text, pair and label, set apart by U+001F."""
-    return hashlib.sha256(f"{text}\x1f{pair}\x1f{label}".encode()).hexdigest()[:16]
-
-
-def row_hash(row: Mapping[str, Any], columns: Mapping[str, str | None]) -> str:
-    """`sample_hash` of a row's columns `text`, `text_pair` and `label`; what is not there is as good as empty.
-
-    The label as the row writes it: its id would change with the other classes.
-    """
-    used = (columns["text"], columns["text_pair"], columns["label"])
-    values = (None if column is None else row.get(column) for column in used)
-    return sample_hash(*("" if value is None else _written(value) for value in values))
-
-
-def _written(value: Any) -> str:
-    """Lists, which messages are, as JSON in one order of keys: a file may change it on its way through Parquet."""
-    if isinstance(value, list | dict):
-        return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
-    return str(value)
 
 
 def _encode(

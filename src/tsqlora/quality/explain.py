@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from tsqlora.data.cells import row_text
+from tsqlora.data.cells import row_hash, row_text
 from tsqlora.data.rows import Source, open_split
-from tsqlora.data.tokenise import row_hash
 from tsqlora.errors import DataError
 from tsqlora.quality.scores import REASONS, Scores
 

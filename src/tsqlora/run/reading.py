@@ -3,13 +3,10 @@
 from collections.abc import Collection
 
 from tsqlora.data.prepare import Writing
-from tsqlora.data.splits import Answer, Splits, read_data
+from tsqlora.data.splits import Splits, read_data
 from tsqlora.errors import SettingsError
 from tsqlora.run.config import Config
 from tsqlora.tasks import Task, get_task
-from tsqlora.tasks.classification import Classification
-from tsqlora.tasks.generation import Generation
-from tsqlora.tasks.regression import Regression
 
 OF_ANSWERS: dict[str, str | None] = {"data.label": "data.target", "data.text_pair": "data.prompt"}
 """Settings that only classes and numbers have, and those of texts in their place."""
@@ -26,7 +23,7 @@ OF_TEXTS: dict[str, str | None] = {
 
 def read(config: Config) -> Splits:
     """Where the rows of every split are."""
-    data, answer = config.data, _answer(get_task(config.task.type))
+    data, answer = config.data, get_task(config.task.type).answer
     texts = ("format", "prompt", "target", "messages", "text")
     return read_data(
         data.train,
@@ -39,12 +36,6 @@ def read(config: Config) -> Splits:
     )
 
 
-def _answer(task: Task) -> Answer:
-    if isinstance(task, Generation):
-        return "text"
-    return "class" if isinstance(task, Classification) else "number"
-
-
 def trained_task(config: Config) -> Task:
     """The task, with the loss that training uses."""
     smoothing = config.training.further_arguments().get("label_smoothing_factor", 0)
@@ -54,13 +45,13 @@ def trained_task(config: Config) -> Task:
 def require_of_task(config: Config, keys: Collection[str] | None = None) -> None:
     """Raises SettingsError for a setting that only another task reads, and that is not its default; of these keys."""
     task = get_task(config.task.type)
-    foreign = dict(OF_ANSWERS if isinstance(task, Generation) else OF_TEXTS)
-    causal = isinstance(task, Generation) and task.causal
-    if not isinstance(task, Generation) or causal:
+    foreign = dict(OF_ANSWERS if task.answer == "text" else OF_TEXTS)
+    causal = task.name == "causal-lm"
+    if task.answer != "text" or causal:
         foreign["data.max_target_length"] = "data.max_length"
     if not causal:
         foreign["data.packing"] = None
-    if isinstance(task, Regression) and config.training.further_arguments().get("label_smoothing_factor"):
+    if task.answer == "number" and config.training.further_arguments().get("label_smoothing_factor"):
         raise SettingsError("training.label_smoothing_factor is of classes and tokens, and task.type is regression")
     for key, own in foreign.items():
         section, name = key.split(".")
@@ -73,6 +64,6 @@ def require_of_task(config: Config, keys: Collection[str] | None = None) -> None
 def writing_of(config: Config) -> Writing | None:
     """How a generating model takes its samples; None for another task."""
     task = get_task(config.task.type)
-    if not isinstance(task, Generation):
+    if task.answer != "text":
         return None
-    return Writing(seq2seq=not task.causal, max_target_length=config.data.max_target_length)
+    return Writing(seq2seq=task.name == "seq2seq", max_target_length=config.data.max_target_length)

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
@@ -21,6 +21,9 @@ class Task(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    answer: ClassVar[Literal["class", "number", "text"]]
+    """What a row's label is."""
 
     headline: ClassVar[str]
     """The metric by which runs are compared, unless another is asked for; more is better."""

@@ -1,7 +1,7 @@
 """Sequence classification: one of k classes for each sample, cross-entropy."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ class Classification:
     """
 
     name: ClassVar[str] = "sequence-classification"
+    answer: ClassVar[Literal["class", "number", "text"]] = "class"
     headline: ClassVar[str] = "accuracy"
     measured: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1", "matthews", "loss")
 

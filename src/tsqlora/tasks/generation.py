@@ -1,7 +1,7 @@
 """Text generation: each sample's mean cross-entropy over its target tokens."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,7 @@ class Generation:
     name: str
     causal: bool
     label_smoothing: float = 0.0
+    answer: ClassVar[Literal["class", "number", "text"]] = "text"
     headline: ClassVar[str] = "token_accuracy"
     measured: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy")
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ class Regression:
     """The squared-error task on logits of width 1."""
 
     name: ClassVar[str] = "regression"
+    answer: ClassVar[Literal["class", "number", "text"]] = "number"
     headline: ClassVar[str] = "spearman"
     measured: ClassVar[tuple[str, ...]] = ("pearson", "spearman", "mse", "loss")
 

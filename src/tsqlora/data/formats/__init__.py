@@ -1,11 +1,12 @@
-"""Row formats for models that write: which one a file has, and how its rows are read. One file a format."""
+"""Row formats for models that write: which one a file has, and how its rows are read."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from tsqlora.data.columns import Columns, check_named
-from tsqlora.data.formats import alpaca, document, messages, prompt, sharegpt, text
+from tsqlora.data.formats.chats import read_messages, read_sharegpt
 from tsqlora.data.formats.example import Chat, Example, Manner
+from tsqlora.data.formats.texts import read_alpaca, read_document, read_prompt, read_text
 from tsqlora.data.rows import Rows
 from tsqlora.errors import DataError, SettingsError, nearest
 
@@ -34,11 +35,11 @@ class Kind:
 
 # In the order in which they are looked for: a file of chats may have their text in one piece beside them.
 FORMATS: dict[str, Kind] = {
-    "messages": Kind(messages.read, (("messages", None),), setting="data.messages"),
-    "sharegpt": Kind(sharegpt.read, (("conversations", None), ("conversation", None)), setting="data.messages"),
-    "alpaca": Kind(alpaca.read, (("instruction", "output"), ("instruction", "response")), further=("input", "context")),
+    "messages": Kind(read_messages, (("messages", None),), setting="data.messages"),
+    "sharegpt": Kind(read_sharegpt, (("conversations", None), ("conversation", None)), setting="data.messages"),
+    "alpaca": Kind(read_alpaca, (("instruction", "output"), ("instruction", "response")), further=("input", "context")),
     "prompt": Kind(
-        prompt.read,
+        read_prompt,
         (
             ("prompt", "completion"),
             ("prompt", "response"),
@@ -49,7 +50,7 @@ FORMATS: dict[str, Kind] = {
         ),
     ),
     "document": Kind(
-        document.read,
+        read_document,
         (
             ("document", "summary"),
             ("article", "highlights"),
@@ -61,7 +62,7 @@ FORMATS: dict[str, Kind] = {
             ("source", "target"),
         ),
     ),
-    "text": Kind(text.read, (("text", None), ("content", None)), setting="data.text"),
+    "text": Kind(read_text, (("text", None), ("content", None)), setting="data.text"),
 }
 
 

@@ -1,4 +1,4 @@
-"""A cell with a list of messages -> the turns of a chat, every one checked."""
+"""A cell with a list of messages, by role and content or as ShareGPT's -> the turns of a chat, every one checked."""
 
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tsqlora.data.cells import as_text, is_missing
+from tsqlora.data.columns import Columns
 from tsqlora.data.formats.example import Chat, Manner, Turn
 from tsqlora.data.rows import Rows
 from tsqlora.errors import DataError, UnsupportedError, nearest
@@ -26,6 +27,44 @@ class Keys:
     role: str
     content: str
     roles: Mapping[str, str]
+
+
+MESSAGES = Keys(
+    role="role",
+    content="content",
+    roles={
+        "system": "system",
+        "developer": "developer",
+        "user": "user",
+        "assistant": "assistant",
+        "tool": "tool",
+    },
+)
+
+SHAREGPT = Keys(
+    role="from",
+    content="value",
+    roles={
+        "system": "system",
+        "human": "user",
+        "user": "user",
+        "gpt": "assistant",
+        "assistant": "assistant",
+        "chatgpt": "assistant",
+        "model": "assistant",
+        "tool": "tool",
+    },
+)
+
+
+def read_messages(rows: Rows, i: int, columns: Columns, manner: Manner) -> Chat:
+    """Lists of {"role": …, "content": …}, as they stand."""
+    return read_chat(rows, i, columns.text, manner, MESSAGES)
+
+
+def read_sharegpt(rows: Rows, i: int, columns: Columns, manner: Manner) -> Chat:
+    """Lists of {"from": …, "value": …}, by the names that chat templates know: human is user, gpt is assistant."""
+    return read_chat(rows, i, columns.text, manner, SHAREGPT)
 
 
 def read_chat(rows: Rows, i: int, column: str, manner: Manner, keys: Keys) -> Chat:
