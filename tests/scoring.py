@@ -1,6 +1,6 @@
 """What tests of scoring share: models that have learned something, the slow twin, all that must not change."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from models import collate
-from oracles import SampleLoss, SlowScores, slow_calibration, slow_scores, slow_scores_full
+from oracles import SampleLoss, SlowScores, slow_calibration, slow_scores, slow_scores_full, slow_sensitivity
 from tsqlora.quality.scores import Scores
 
 Rows = Sequence[dict[str, Any]]
@@ -104,6 +104,20 @@ def effective_weight(layer: Any) -> Tensor:
     """W + s·BA as out × in."""
     weight = layer.get_base_layer().weight + layer.get_delta_weight("default")
     return weight.T if layer.fan_in_fan_out or isinstance(layer.get_base_layer(), nn.Embedding) else weight
+
+
+def slow_layers(
+    model: nn.Module,
+    rows: Rows,
+    *,
+    loss: SampleLoss = cross_entropy,
+    label_dtype: torch.dtype | None = None,
+    weight: Callable[[Any], Tensor] = effective_weight,
+) -> dict[str, float]:
+    """The oracle's sensitivity of each layer with LoRA, by its name in the base model."""
+    batches = [collate([row], label_dtype=label_dtype) for row in rows]
+    layers = {name.removeprefix("base_model.model."): layer for name, layer in lora_layers(model).items()}
+    return slow_sensitivity(model, batches, sample_loss=loss, layers=layers, effective_weight=weight)
 
 
 def slow_offsets(model: nn.Module, rows: Rows) -> Tensor:

@@ -9,14 +9,12 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-import scoring
 import tsqlora as tsq
 from models import collate, lora, samples, tiny_bert, tiny_gpt2, tiny_llama_classifier
-from oracles import slow_sensitivity
-from scoring import assert_unchanged, cross_entropy, fingerprint, squared_error
+from scoring import assert_unchanged, fingerprint, slow_layers, squared_error
 from slotted import QUERY, WIDE, wrapped
 from tsqlora import layer_sensitivity as probe
-from tsqlora.gradients.sites import effective_weight, lora_layers
+from tsqlora.gradients.sites import lora_layers
 from tsqlora.layer_sensitivity import ESTIMATORS, SKETCH_ROWS, Probe, probe_pass
 
 ROWS = samples(9, 3, lengths=(3, 11))
@@ -43,13 +41,7 @@ def test_sensitivity_is_that_of_the_slow_twin(base: Any, chunk: int, monkeypatch
     monkeypatch.setattr(probe, "CHUNK", chunk)
     model = wrapped(base(), ranks={} if base is tiny_llama_classifier else {QUERY: 7, WIDE: 0})
     measured = tsq.sensitivity(model, ROWS, collate, batch_size=4)
-    wanted = slow_sensitivity(
-        model,
-        [collate([row]) for row in ROWS],
-        sample_loss=cross_entropy,
-        layers=lora_layers(model),  # type: ignore[arg-type]
-        effective_weight=effective_weight,  # type: ignore[arg-type]
-    )
+    wanted = slow_layers(model, ROWS)
     assert dict(measured.values) == pytest.approx(wanted, rel=1e-12 if base is tiny_bert else 1e-6)
     assert (measured.estimator, measured.samples) == ("sensitivity", len(ROWS))
     assert measured.shapes == {
@@ -91,26 +83,14 @@ def test_sampled_leaves_narrow_layers_whole() -> None:
 def test_sensitivity_of_a_transposed_weight_is_that_of_the_slow_twin() -> None:
     model = lora(tiny_gpt2())
     measured = tsq.sensitivity(model, ROWS, collate, batch_size=4)
-    wanted = slow_sensitivity(
-        model,
-        [collate([row]) for row in ROWS],
-        sample_loss=cross_entropy,
-        layers=lora_layers(model),  # type: ignore[arg-type]
-        effective_weight=scoring.effective_weight,
-    )
+    wanted = slow_layers(model, ROWS)
     assert dict(measured.values) == pytest.approx(wanted, rel=1e-12)
 
 
 def test_sensitivity_of_a_regression_is_that_of_the_slow_twin() -> None:
     model = wrapped(tiny_bert(num_labels=1))
     rows = samples(5, 3, regression=True)
-    wanted = slow_sensitivity(
-        model,
-        [collate([row], label_dtype=torch.float64) for row in rows],
-        sample_loss=squared_error,
-        layers=lora_layers(model),  # type: ignore[arg-type]
-        effective_weight=effective_weight,  # type: ignore[arg-type]
-    )
+    wanted = slow_layers(model, rows, loss=squared_error, label_dtype=torch.float64)
     measured = tsq.sensitivity(model, rows, lambda batch: collate(batch, label_dtype=torch.float64))
     assert dict(measured.values) == pytest.approx(wanted, rel=1e-12)
 

@@ -12,8 +12,7 @@ from transformers import BitsAndBytesConfig, LlamaForSequenceClassification, Tor
 
 import tsqlora as tsq
 from models import collate, samples, tiny_llama_classifier
-from oracles import slow_sensitivity
-from scoring import assert_agree, cross_entropy, logits_of, slow, slow_offsets, teach
+from scoring import assert_agree, logits_of, slow, slow_layers, slow_offsets, teach
 from slotted import assert_hidden_are_zero, resize, take_steps, trained, update, updates
 from tsqlora.adapter.slots import find_slots
 from tsqlora.gradients.sites import bitsandbytes_bits, effective_weight, lora_layers
@@ -109,13 +108,7 @@ def test_measuring_leaves_the_model_as_it_was(saved: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", [kind for kind in QUANTISED if kind not in ROUNDS_INPUTS])
 def test_sensitivity_over_a_quantised_base_is_that_of_the_slow_twin(saved: Path, kind: str) -> None:
     model = quantised(saved, kind)
-    wanted = slow_sensitivity(
-        model,
-        [collate([row]) for row in ROWS],
-        sample_loss=cross_entropy,
-        layers=lora_layers(model),  # type: ignore[arg-type]
-        effective_weight=effective_weight,  # type: ignore[arg-type]
-    )
+    wanted = slow_layers(model, ROWS, weight=effective_weight)
     assert dict(tsq.sensitivity(model, ROWS, collate, batch_size=4).values) == pytest.approx(wanted, rel=1e-3)
 
 
