@@ -132,7 +132,7 @@ class Bench:
         return {"phase": phase, "count": count, "delay": rng.uniform(0, seconds if seconds > SHORT else seconds / 2)}
 
     def killed(self, run: Path) -> Path:
-        """A copy of a run that was killed behind its scoring and three checkpoints; the newest whole one."""
+        """A copy of a run that was killed behind its scoring and three checkpoints; the newest complete one."""
         if not self._killed.exists():
             _, count, _ = self.moments["adjustment"][-1]
             process = self.train(self._killed, phase="adjustment", count=count, delay=0.0, signal=signal.SIGKILL)
@@ -193,7 +193,7 @@ def kill(bench: Bench, run: Path, number: int, rng: random.Random) -> dict[str, 
             break  # what was left of it had no such moment
         if code != -signal.SIGKILL:
             raise Lost(f"exit {code} where SIGKILL was to come in {phase}: {process.said()[-300:]}")
-        kills.append({"phase": process.where, "last whole checkpoint": newest(run)})
+        kills.append({"phase": process.where, "last complete checkpoint": newest(run)})
     bench.resumed(run)
     return {"kills": kills}
 

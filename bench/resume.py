@@ -217,7 +217,7 @@ def cell(context: Any, config: Path, place: Path, alone: Alone, number: int, see
 
 def seal_cost(run: Path) -> dict[str, Any]:
     """Of the last checkpoint: seconds of sealing it, medians of 15, files just written or on the disk already."""
-    from tsqlora.training.manifest import fault, write_manifest
+    from tsqlora.training.checkpoints import fault, write_manifest
 
     source = run / "checkpoints" / f"checkpoint-{max(steps(run))}"
     seconds: dict[str, list[float]] = {"seal": [], "seal again": [], "check": []}

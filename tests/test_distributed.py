@@ -17,7 +17,7 @@ def test_one_process_is_alone_with_its_values() -> None:
     assert distributed.gathered(values) == [values]
     assert distributed.share(values) is values
     assert distributed.once(lambda: values) is values
-    assert distributed.whole(values) is values
+    assert distributed.full_tensor(values) is values
     assert not distributed.is_sharded(values)
     distributed.require_same("values", values)
 
@@ -60,5 +60,5 @@ def test_an_exchange_without_its_other_end_is_told_with_advice(
         if told
         else rf"^{re.escape(said)}$"
     )
-    with pytest.raises(TsqLoraError if told else RuntimeError, match=words), distributed.told_of_losses("go on"):
+    with pytest.raises(TsqLoraError if told else RuntimeError, match=words), distributed.explain_lost_peer("go on"):
         raise RuntimeError(said)

@@ -17,7 +17,7 @@ import tsqlora as tsq
 from models import collate, lora, samples, tiny_bert
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
 from scoring import teach
-from tsqlora.oom import Portions, even_parts, first_that_fits, halves, is_out_of_memory
+from tsqlora.oom import BatchSplitter, even_parts, halves, is_out_of_memory, retry_on_oom
 from tsqlora.run import train as pipeline
 from tsqlora.run.config import Config, load_config
 from tsqlora.training.predict import predict_logits
@@ -57,7 +57,7 @@ def test_parts_are_even_and_end_at_one_row(rows: int) -> None:
 
 @given(st.integers(1, 40), st.integers(1, 40))
 def test_portions_give_every_row_once_in_order_and_remember_what_fits(rows: int, most: int) -> None:
-    portions, tried = Portions(), []
+    portions, tried = BatchSplitter(), []
 
     def work(part: np.ndarray) -> list[int]:
         tried.append(len(part))
@@ -81,7 +81,7 @@ def test_one_row_that_does_not_fit_is_told_with_advice() -> None:
         tsq.TsqLoraError,
         match=r"^memory does not suffice for one row at a time \(1 rows\); lower data\.max_length, or use a smaller",
     ):
-        first_that_fits(work, halves(8))
+        retry_on_oom(work, halves(8))
 
 
 def test_other_errors_are_not_tried_again() -> None:
@@ -92,7 +92,7 @@ def test_other_errors_are_not_tried_again() -> None:
         raise ValueError("shape")
 
     with pytest.raises(ValueError, match="shape"):
-        first_that_fits(work, halves(8))
+        retry_on_oom(work, halves(8))
     assert tried == [8]
 
 

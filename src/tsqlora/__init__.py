@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tsqlora.quality.subset import QualitySubset
     from tsqlora.ranks.allocate import Sensitivity, allocate
     from tsqlora.ranks.events import RankEvent
-    from tsqlora.training.manifest import last_checkpoint
+    from tsqlora.training.checkpoints import last_checkpoint
     from tsqlora.training.nonfinite import GuardCallback
     from tsqlora.training.quality_callback import QualityCallback
     from tsqlora.training.rank_callback import RankCallback
@@ -60,7 +60,7 @@ _HOMES = {
     "ranks.events": ("RankEvent",),
     "layer_sensitivity": ("sensitivity",),
     "training.nonfinite": ("GuardCallback",),
-    "training.manifest": ("last_checkpoint",),
+    "training.checkpoints": ("last_checkpoint",),
     "training.quality_callback": ("QualityCallback",),
     "training.rank_callback": ("RankCallback",),
     "training.rank_loop": ("RankLoop",),

@@ -83,13 +83,13 @@ def require_same(what: str, value: Any) -> None:
         )
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor of which FSDP2 gave each process a part; any other tensor itself, not a copy."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The full tensor of one that FSDP2 has sharded; any other tensor itself, not a copy."""
     return cast(Any, tensor).full_tensor() if is_sharded(tensor) else tensor
 
 
 def assign(tensor: Tensor, value: Tensor) -> None:
-    """Makes what `whole` gave, and was changed since, the tensor's value: each process keeps its part."""
+    """Makes what `full_tensor` gave, and was changed since, the tensor's value: each process keeps its part."""
     if is_sharded(tensor):
         from torch.distributed.tensor import distribute_tensor
 
@@ -110,8 +110,8 @@ def is_sharded(tensor: Any) -> bool:
 
 
 @contextmanager
-def told_of_losses(advice: str) -> Generator[None]:
-    """Raises TsqLoraError in place of what an exchange says when another process is gone."""
+def explain_lost_peer(advice: str) -> Generator[None]:
+    """Turn a collective's cryptic error after a peer died into a TsqLoraError."""
     try:
         yield
     except RuntimeError as error:

@@ -1,17 +1,55 @@
-"""Write a file whole or not at all."""
+"""Write a file or a directory atomically: whoever reads it finds the old one or the new one, never a part."""
 
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+if TYPE_CHECKING:  # torch takes seconds to import, and `tsqlora --help` writes nothing
+    from torch import Tensor
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`: write a file or make a directory there, and it takes the place of `path`.
+
+    A file is synced to the disk before it is renamed. After an error nothing is left, and `path` is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    _remove(temporary)  # of a killed process of this number
+    try:
+        yield temporary
+        if temporary.is_file():
+            with open(temporary, "r+b") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    finally:
+        _remove(temporary)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file in UTF-8, as `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes a JSON file, as `write_whole`; numpy's numbers as plain ones."""
-    write_whole(path, json.dumps(value, indent=2, default=_plain) + "\n")
+    """Writes a JSON file, as `replacing`; numpy's numbers as plain ones."""
+    write_text(path, json.dumps(value, indent=2, default=_plain) + "\n")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file, as `replacing`."""
+    from safetensors.torch import save_file
+
+    with replacing(path) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
 
 
 def _plain(value: Any) -> Any:
@@ -20,20 +58,16 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{value!r} is no JSON value")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file whole or not at all: to a temporary name, synced, then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
+def _sync_folder(folder: Path) -> None:
     """Names that were given in a folder outlast a loss of power."""
     if os.name == "posix":  # elsewhere a folder cannot be opened
         handle = os.open(folder, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Out of memory: the same work, on fewer rows at once."""
+"""Out of memory: the same work, in smaller micro batches."""
 
 from collections.abc import Callable, Iterable
 from typing import TypeVar
@@ -21,7 +21,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def halves(rows: int) -> list[int]:
-    """How many rows to try at once.
+    """Micro batch sizes to try in turn.
 
     >>> halves(13)
     [13, 6, 3, 1]
@@ -38,12 +38,10 @@ def even_parts(rows: int) -> list[int]:
     return [rows] if rows <= 1 else [rows, *even_parts(max(d for d in range(1, rows // 2 + 1) if rows % d == 0))]
 
 
-def first_that_fits(
-    work: Callable[[int], R], sizes: Iterable[int], *, smaller: Callable[[int], None] | None = None
-) -> R:
-    """What `work` gives of the first of these numbers of rows for which memory suffices; `smaller` is told each other.
+def retry_on_oom(work: Callable[[int], R], sizes: Iterable[int], *, smaller: Callable[[int], None] | None = None) -> R:
+    """What `work` gives with the first of these micro batch sizes that fits; `smaller` is called before a retry.
 
-    Raises TsqLoraError where it does not suffice for the last.
+    Raises TsqLoraError where the last one does not fit.
     """
     for place, size in enumerate(sizes):
         if place:
@@ -62,15 +60,15 @@ def first_that_fits(
     )
 
 
-class Portions:
-    """Batches in as large portions as memory allows; what did not suffice once is not tried again."""
+class BatchSplitter:
+    """Splits batches into parts that fit in memory; a size that did not fit once is not tried again."""
 
     def __init__(self) -> None:
         self.most: int | None = None
-        """Rows of a portion; None while whole batches go."""
+        """Rows of a part; None while whole batches fit."""
 
     def of(self, batch: np.ndarray, work: Callable[[np.ndarray], R]) -> list[R]:
-        """What `work` gives of each portion of the batch's row numbers, in order."""
+        """What `work` gives of each part of the batch's row numbers, in order."""
         done, results = 0, list[R]()
         while done < len(batch):
             rest = batch[done : done + (self.most or len(batch))]
@@ -78,7 +76,7 @@ class Portions:
             def first_part(size: int, rest: np.ndarray = rest) -> tuple[int, R]:
                 return size, work(rest[:size])
 
-            size, result = first_that_fits(first_part, halves(len(rest)), smaller=self._remember)
+            size, result = retry_on_oom(first_part, halves(len(rest)), smaller=self._remember)
             results.append(result)
             done += size
         return results

@@ -283,7 +283,7 @@ def test_a_dry_run_refuses_what_the_run_would_before_its_first_step(place: Path,
     one = ["--set", "training.save_total_limit=1", "--out", tmp_path / "none", "--dry-run"]
     code, text = refused(tsqlora, "train", place / "config.yaml", *one)
     assert code == 2
-    assert "save_total_limit 1 deletes the last whole checkpoint" in text
+    assert "save_total_limit 1 deletes the last complete checkpoint" in text
 
 
 def test_a_dry_run_tells_that_its_directory_is_taken(trained: Path, place: Path, tsqlora: Run) -> None:
@@ -453,7 +453,7 @@ def test_a_run_with_nothing_whole_to_resume_from_is_refused(stopped: Path, place
         path.unlink()
     code, text = refused(tsqlora, "train", place / "config.yaml", "--out", stopped, "--resume")
     assert code == 1
-    assert "no checkpoint is whole" in text
+    assert "no checkpoint is complete" in text
     assert text.count("rng_state.pth is missing") == 2
 
 

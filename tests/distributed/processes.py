@@ -277,7 +277,7 @@ def everything(slots: Slots, optimizer: torch.optim.Optimizer) -> list[Tensor]:
     for parameter, dim in slots.matrices():
         assert parameter.grad is not None
         states = [moment.read() for moment in moments(parameter, optimizer).values()]
-        wholes = [distributed.whole(parameter.detach()), distributed.whole(parameter.grad), *states]
+        wholes = [distributed.full_tensor(parameter.detach()), distributed.full_tensor(parameter.grad), *states]
         found += [tensor.transpose(0, dim).clone() for tensor in wholes]
     return found
 

@@ -82,7 +82,7 @@ def killed(source: Path, out: Path, killer: Killer) -> None:
 MOMENTS = {
     "reading": before(scoring, "prepare"),
     "loading": before(scoring, "open_run"),
-    "reference": before(journal, "save_whole"),
+    "reference": before(journal, "write_tensors"),
     "first batch": at("scoring", 8),
     "fourth batch": at("scoring", 32),
     "last batch": at("scoring", 72),
@@ -91,7 +91,7 @@ MOMENTS = {
 EARLIER = {
     "first step": at("warm-up", 1),
     "second epoch": at("warm-up", 7),
-    "end of the warm-up": before(scoring, "save_whole"),
+    "end of the warm-up": before(scoring, "write_tensors"),
     "after the warm-up": before(scoring, "load_file"),
 }
 

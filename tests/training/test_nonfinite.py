@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback
 
 import tsqlora as tsq
 from stock import make_trainer, moods, slotted_bert
-from tsqlora.training.checkpoint import GUARD_FILE
+from tsqlora.training.callback_state import GUARD_FILE
 from tsqlora.training.nonfinite import NAMED
 
 ROWS = moods(40)
@@ -176,7 +176,7 @@ def test_too_many_end_the_training_with_advice_and_undamaged_weights(tmp_path: P
     with pytest.raises(
         tsq.TsqLoraError,
         match=r"^3 of the last 4 steps had a loss or gradient that is not finite, the last at step 14 \(its rows are "
-        r"not known\); they were skipped, and the weights are as before; the last whole checkpoint from before them "
+        r"not known\); they were skipped, and the weights are as before; the last complete checkpoint from before them "
         rf"is {tmp_path}/checkpoint-8\. Look at the rows, lower the learning rate \(0\.02\), or compute in float32$",
     ):
         made.train()

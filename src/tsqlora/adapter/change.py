@@ -69,7 +69,7 @@ def plan_changes(
     drops, grows = rank_changes({name: slots.rank for name, slots in layers.items()}, ranks)
     rows: dict[str, Tensor] = {}
     for name, count in grows.items():
-        old = distributed.whole(layers[name].a.detach())[: layers[name].rank].cpu()
+        old = distributed.full_tensor(layers[name].a.detach())[: layers[name].rank].cpu()
         new = old
         for _ in range(count):
             row_seed = zlib.crc32(f"{seed}:{name}:{len(new)}".encode())

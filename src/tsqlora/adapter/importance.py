@@ -91,7 +91,7 @@ class Importance:
         """The norm of each active slot's product."""
         slots = self.layers[name]
         norms = [
-            distributed.whole(parameter.detach()).movedim(dim, 0)[: slots.rank].flatten(1).float().norm(dim=1)
+            distributed.full_tensor(parameter.detach()).movedim(dim, 0)[: slots.rank].flatten(1).float().norm(dim=1)
             for parameter, dim in slots.matrices()
         ]
         return (norms[0] * norms[1]).to(self.mean)
@@ -122,4 +122,4 @@ def slot_products(
     a: Float[Tensor, "r i"], grad_a: Float[Tensor, "r i"], b: Float[Tensor, "o r"], grad_b: Float[Tensor, "o r"]
 ) -> Float[Tensor, " r"]:
     """|Σ θ·∇θ| of each slot, over its row of A and its column of B."""
-    return (distributed.whole((a * grad_a).sum(1)) + distributed.whole((b * grad_b).sum(0))).abs().float()
+    return (distributed.full_tensor((a * grad_a).sum(1)) + distributed.full_tensor((b * grad_b).sum(0))).abs().float()

@@ -74,7 +74,7 @@ class Moment:
 
     def read(self) -> Tensor:
         """The whole of it; `write` it after changing it."""
-        return distributed.whole(self.kept)
+        return distributed.full_tensor(self.kept)
 
     def write(self, whole: Tensor) -> None:
         distributed.assign(self.kept, whole)

@@ -31,7 +31,7 @@ def drop_slots(slots: Slots, which: Sequence[int], optimizer: torch.optim.Optimi
     with torch.no_grad():
         for (parameter, dim), state in zip(slots.matrices(), states, strict=True):
             for tensor in [parameter] if parameter.grad is None else [parameter, parameter.grad]:
-                distributed.assign(tensor, moved(distributed.whole(tensor), dim))
+                distributed.assign(tensor, moved(distributed.full_tensor(tensor), dim))
             for moment in state.values():
                 moment.write(moved(moment.read(), dim))
     slots.set_rank(len(kept))
@@ -55,7 +55,7 @@ def grow_slot(
     states = [moments(parameter, optimizer) for parameter, _ in slots.matrices()]
     with torch.no_grad():
         for (parameter, dim), state, value, means in zip(slots.matrices(), states, (row, 0), fallback, strict=True):
-            weight = distributed.whole(parameter)
+            weight = distributed.full_tensor(parameter)
             _put(weight.select(dim, rank), value)
             distributed.assign(parameter, weight)
             for name, moment in state.items():

@@ -16,7 +16,7 @@ from tsqlora.compare.table import differing, rows_of
 from tsqlora.compare.worker import checked_in_own_process, in_own_process
 from tsqlora.compat.hub import is_hub_id
 from tsqlora.errors import DataError, SettingsError, UnsupportedError, nearest
-from tsqlora.files import write_json, write_whole
+from tsqlora.files import write_json, write_text
 from tsqlora.progress import Progress
 from tsqlora.report.metrics import lower_is_better
 from tsqlora.run.config import Config, dump_config, load_config
@@ -290,7 +290,7 @@ def _claim(plan: Plan) -> None:
             raise SettingsError(f"{plan.out} holds a comparison with other settings; name another --out")
         return
     write_json(plan.out / SETTINGS_FILE, about)
-    write_whole(plan.out / CONFIG_FILE, dump_config(plan.config))
+    write_text(plan.out / CONFIG_FILE, dump_config(plan.config))
 
 
 def _claimed(path: Path) -> dict[str, str]:

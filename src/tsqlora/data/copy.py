@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from tsqlora.data.jsonl import json_lines
 from tsqlora.data.tables import parquet_file, records
 from tsqlora.data.utf8 import bom_length
-from tsqlora.data.write import replacing
+from tsqlora.files import replacing
 
 Span = tuple[int, int]
 """Where something starts and ends in a file's bytes."""

@@ -2,13 +2,13 @@
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tsqlora.errors import SettingsError
+from tsqlora.files import replacing
 from tsqlora.interop.files import CONFIG, PREFIX, WEIGHTS
 from tsqlora.interop.lora import LoraAdapter
 from tsqlora.interop.patterns import lora_config
@@ -25,17 +25,12 @@ def new_directory(out: Path) -> Iterator[Path]:
     """
     require_new(out)
     out = Path(os.path.realpath(out))  # a link to a directory stays
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process of this number
-    try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise SettingsError(f"--out {out} cannot be written ({error.strerror}); name another directory") from None
-    try:
+    with replacing(out) as temporary:
+        try:
+            temporary.mkdir(parents=True)
+        except OSError as error:
+            raise SettingsError(f"--out {out} cannot be written ({error.strerror}); name another directory") from None
         yield temporary
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def require_new(out: Path) -> None:

@@ -12,10 +12,10 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file as load_columns
 from safetensors.numpy import save_file as save_columns
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tsqlora.errors import SettingsError
+from tsqlora.files import replacing, write_json, write_tensors
 from tsqlora.gradients.ghost import MeanGradient
 from tsqlora.quality.learned import LearnedTest
 from tsqlora.quality.reference import Reference
@@ -36,7 +36,7 @@ def bind(folder: Path, identity: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     manifest = folder / MANIFEST_FILE
     if not manifest.exists():
-        _write_whole(manifest, json.dumps(identity, indent=1))
+        write_json(manifest, identity)
         return
     known = json.loads(manifest.read_text(encoding="utf-8"))
     wanted = json.loads(json.dumps(identity))
@@ -79,7 +79,7 @@ class Journal:
             tensors |= {name: tensor for name, tensor in parts.items() if tensor is not None}
         learned = {name: value for name, value in test.to_dict().items() if name != "passed"}
         about = {"norm": reference.norm, "eta": reference.eta, "rows": reference.rows, "learned": learned}
-        save_whole(self.folder / REFERENCE_FILE, tensors, {"tsqlora": json.dumps(about)})
+        write_tensors(self.folder / REFERENCE_FILE, tensors, {"tsqlora": json.dumps(about)})
 
     def parts(self) -> Iterable[tuple[int, int, Columns]]:
         """Columns of the batches from one number up to another, from batch 0 on without a gap."""
@@ -100,17 +100,9 @@ class Journal:
     def _flush(self) -> None:
         path = self.folder / f"batches-{self.done - len(self._waiting):09}-{self.done:09}.safetensors"
         columns = {name: np.concatenate([part[name] for part in self._waiting]) for name in self._waiting[0]}
-        unfinished = path.with_suffix(".tmp")
-        save_columns(columns, unfinished)
-        unfinished.replace(path)
+        with replacing(path) as unfinished:
+            save_columns(columns, unfinished)
         self._waiting, self._written = [], time.monotonic()
-
-
-def save_whole(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file, whole or not at all."""
-    unfinished = path.with_suffix(".tmp")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unfinished, metadata)
-    unfinished.replace(path)
 
 
 def identity_of(
@@ -135,9 +127,3 @@ def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
         flat = tensor.detach().cpu().contiguous().flatten()
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _write_whole(path: Path, text: str) -> None:
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)

@@ -10,7 +10,7 @@ from tsqlora import distributed
 from tsqlora.errors import UnsupportedError
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.gradients.sites import Scope, batch_coupled, find_sites, require_float64
-from tsqlora.oom import first_that_fits, halves
+from tsqlora.oom import halves, retry_on_oom
 from tsqlora.quality.asked import PAPER_TERMS, TRUST, fitting, needs_gradients, require_precision, wanted_terms
 from tsqlora.quality.exact import require_exact, require_own_loss
 from tsqlora.quality.measure import measured_columns
@@ -59,7 +59,7 @@ def require_scorable(
             if sites:
                 require_exact(model, batch, task, sites, None)
 
-        first_that_fits(look, halves(len(rows)))
+        retry_on_oom(look, halves(len(rows)))
 
 
 def require_apart(model: nn.Module) -> None:

@@ -14,7 +14,7 @@ from tsqlora.data.batches import sorted_batches
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.gradients.sites import Scope, Site, find_sites, require_float64
-from tsqlora.oom import Portions, first_that_fits, halves
+from tsqlora.oom import BatchSplitter, halves, retry_on_oom
 from tsqlora.progress import Progress
 from tsqlora.quality.asked import (
     PAPER_TERMS,
@@ -129,7 +129,7 @@ def score(
 
         if task is None:
             task = own_task = task_of(model)
-            first_that_fits(lambda size: require_own_loss(model, in_batches(size)[0], own_task), halves(batch_size))
+            retry_on_oom(lambda size: require_own_loss(model, in_batches(size)[0], own_task), halves(batch_size))
         wanted = fitting(wanted, task, weights, reject, batches[0])
         kept = None
         if journal is not None:
@@ -195,7 +195,7 @@ def _settle(
         # Through the memory of the machine: another process has another device.
         return found.to(torch.device("cpu")) if distributed.active() else found, settled.learned
 
-    found, test = distributed.once(lambda: first_that_fits(settle, halves(batch_size)))
+    found, test = distributed.once(lambda: retry_on_oom(settle, halves(batch_size)))
     if journal is not None:
         journal.save_reference(found, test)
     return found.to(device), test
@@ -227,7 +227,7 @@ def _pass(
         mine = distributed.share(batches[done:])
         before = sum(map(len, batches[:done]))
         parts: list[tuple[np.ndarray, Columns]] = []
-        portions = Portions()
+        portions = BatchSplitter()
 
         def numbers_of(indices: np.ndarray) -> Columns:
             batch, own_rows = collate([dataset[int(j)] for j in indices]), in_reference[torch.as_tensor(indices)]

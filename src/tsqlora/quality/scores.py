@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tsqlora.errors import DataError, SettingsError, TsqLoraError, nearest
+from tsqlora.files import replacing
 from tsqlora.quality.sampling import draw, effective_sample_size, probabilities, require_temperature
 from tsqlora.quality.terms import quality, standardise
 
@@ -109,10 +110,8 @@ class Scores:
         }
         about = {"stratified": self.stratified, **self.record}
         metadata = {_METADATA: json.dumps(about, allow_nan=False, default=_plain).encode()}
-        # Whole or not at all: a run that is resumed takes what it finds.
-        unfinished = Path(f"{path}.tmp")
-        pq.write_table(pa.table(columns).replace_schema_metadata(metadata), unfinished, row_group_size=_ROW_GROUP)
-        unfinished.replace(path)
+        with replacing(Path(path)) as unfinished:
+            pq.write_table(pa.table(columns).replace_schema_metadata(metadata), unfinished, row_group_size=_ROW_GROUP)
 
     @classmethod
     def load(cls, path: str | Path) -> "Scores":

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from tsqlora.data.write import require_place
 from tsqlora.errors import SettingsError
-from tsqlora.files import write_whole
+from tsqlora.files import write_text
 from tsqlora.report.comparison import gather_comparison, is_comparison
 from tsqlora.report.page import plotly_script
 
@@ -33,5 +33,5 @@ def write_report(directory: Path, out: Path | None = None, *, control: Path | No
     else:
         page = run_page(gather(directory, control=None if control is None else control_of(control)), script)
     require_place(place)
-    write_whole(place, page)
+    write_text(place, page)
     return place

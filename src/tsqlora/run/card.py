@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from tsqlora.compat.hub import is_hub_id
 from tsqlora.data.rows import READERS
 from tsqlora.errors import printable
-from tsqlora.files import write_whole
+from tsqlora.files import write_text
 from tsqlora.ranks.places import layer_places
 from tsqlora.run.config import Config, load_config
 from tsqlora.training.record import RunRecord
@@ -36,7 +36,7 @@ _CLASSES = {
 
 def write_card(run: Path, folder: Path, *, format: str = "peft", cut: bool = False) -> None:
     """Writes the run's card into a directory beside the weights that stand there."""
-    write_whole(folder / FILE, model_card(run, format=format, cut=cut))
+    write_text(folder / FILE, model_card(run, format=format, cut=cut))
 
 
 def model_card(run: Path, *, format: str = "peft", cut: bool = False) -> str:

@@ -73,16 +73,16 @@ class Job:
         return packed_collator(self.pretrained.tokenizer, max_length=self.max_length)
 
 
-def arguments(config: Config, run: Path, *, rows_at_once: int | None = None) -> TrainingArguments:
+def arguments(config: Config, run: Path, *, micro_batch_size: int | None = None) -> TrainingArguments:
     """The Trainer's arguments; bfloat16 where the config says so, or else where the hardware has it.
 
-    `rows_at_once`: a device takes a batch in parts of so many rows, whose gradients are accumulated.
+    `micro_batch_size`: a device takes a batch in parts of so many rows, whose gradients are accumulated.
     """
     settings = config.training
     generates = isinstance(get_task(config.task.type), Generation)
     # Of a validation in mid-run no logits are kept: they are a vocabulary wide, for every token.
     further = ({"prediction_loss_only": True} if generates else {}) | settings.further_arguments()
-    rows = rows_at_once or settings.batch_size
+    rows = micro_batch_size or settings.batch_size
     if rows < settings.batch_size:
         windows = int(further.get("gradient_accumulation_steps", 1))
         further["gradient_accumulation_steps"] = windows * settings.batch_size // rows

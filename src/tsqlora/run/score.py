@@ -23,7 +23,7 @@ from tsqlora.errors import NotLearnedError, SettingsError
 from tsqlora.progress import Progress
 from tsqlora.quality.asked import PAPER_TERMS, require_terms
 from tsqlora.quality.drop import drop_rows, require_drops
-from tsqlora.quality.journal import bind, save_whole
+from tsqlora.quality.journal import bind, write_tensors
 from tsqlora.quality.rows import reference_indices
 from tsqlora.quality.scorable import require_scorable
 from tsqlora.quality.score import learned_on, score
@@ -46,7 +46,7 @@ from tsqlora.run.predict import Trained, device_of, open_run
 from tsqlora.run.start import with_start
 from tsqlora.tasks import Task, get_task
 from tsqlora.tasks.forward import Collate
-from tsqlora.training.manifest import last_checkpoint
+from tsqlora.training.checkpoints import last_checkpoint
 from tsqlora.training.run_dir import CHECKPOINT_DIR, CONFIG_FILE, LOCK_FILE, alone_in
 
 WARM_UP_FILE = "theta.safetensors"
@@ -177,7 +177,7 @@ def warmed_up(config: Config, folder: Path, tokens: Path, progress: Progress | N
     bind(folder, {"rows": data.hash, "settings": dump_config(config), "torch": torch.__version__})
     theta = folder / WARM_UP_FILE
     if not theta.exists():
-        save_whole(theta, _trainable(_train(job, folder, progress)))
+        write_tensors(theta, _trainable(_train(job, folder, progress)))
         pretrained, _ = load_model(config, splits.labels)
     model = with_slots(config, pretrained)
     with torch.no_grad():

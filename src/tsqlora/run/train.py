@@ -16,8 +16,8 @@ from transformers import (
 
 from tsqlora import distributed
 from tsqlora.errors import DataError, SettingsError, TsqLoraError
-from tsqlora.files import write_whole
-from tsqlora.oom import even_parts, first_that_fits, is_out_of_memory
+from tsqlora.files import write_text
+from tsqlora.oom import even_parts, is_out_of_memory, retry_on_oom
 from tsqlora.progress import Progress
 from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import QualitySubset
@@ -26,8 +26,8 @@ from tsqlora.run.config import Config, dump_config, load_config
 from tsqlora.run.job import arguments, begin, fit_job, load, measure, method
 from tsqlora.run.preview import marked_samples
 from tsqlora.run.start import with_start
+from tsqlora.training.checkpoints import micro_batch_size, newest_complete, require_resumable_saves
 from tsqlora.training.fit import what_quality_did
-from tsqlora.training.manifest import newest_whole, require_whole_checkpoints, rows_at_once
 from tsqlora.training.quality_callback import SCORES_FILE, QualityCallback
 from tsqlora.training.record import RECORD_FILE, RunRecord
 from tsqlora.training.run_dir import ADAPTER_DIR, CHECKPOINT_DIR, CONFIG_FILE, locked, written
@@ -35,13 +35,13 @@ from tsqlora.training.stop import StopCallback
 
 SHOWN = 2
 """Samples of a generating model that a dry run shows."""
-GO_ON = "the same command with --resume goes on from the last whole checkpoint"
+GO_ON = "the same command with --resume goes on from the last complete checkpoint"
 
 
 def train(config: Config, run: Path, *, resume: bool = False, progress: Progress | None = None) -> RunRecord:
     """Trains as the config says, into a run directory; returns what its run.json says.
 
-    With `resume` an unfinished run goes on from its last whole checkpoint, and a finished one is
+    With `resume` an unfinished run goes on from its last complete checkpoint, and a finished one is
     left as it is.  Raises SettingsError where the directory holds another run.
     """
     config = with_start(config)
@@ -53,20 +53,20 @@ def train(config: Config, run: Path, *, resume: bool = False, progress: Progress
         if before is not None and before.status == "finished":
             return before
         stop = StopCallback(GO_ON)
-        with written(run), distributed.told_of_losses(GO_ON), nullcontext() if args.save_only_model else stop:
+        with written(run), distributed.explain_lost_peer(GO_ON), nullcontext() if args.save_only_model else stop:
             return fitting_in_memory(config, run, lambda rows: _train(config, run, rows, before, stop, progress))
 
 
 def _train(
     config: Config, run: Path, rows: int, before: RunRecord | None, stop: StopCallback, progress: Progress | None
 ) -> RunRecord:
-    """From the last whole checkpoint, or the beginning, to the end; a device takes so many rows at once."""
-    args, progress = arguments(config, run, rows_at_once=rows), stop.watch(progress)
+    """From the last complete checkpoint, or the beginning, to the end; a device takes so many rows at once."""
+    args, progress = arguments(config, run, micro_batch_size=rows), stop.watch(progress)
     job = load(config)
     if before is not None and before.data["hash"] != job.data.hash:
         raise DataError(f"{config.data.train} has other rows than when {run} was begun; name another --out")
     model, record = begin(job, args)
-    checkpoint, passed_over = newest_whole(run / CHECKPOINT_DIR)
+    checkpoint, passed_over = newest_complete(run / CHECKPOINT_DIR)
     for why in passed_over:
         warnings.warn(why, stacklevel=2)
     record.notes += passed_over
@@ -108,10 +108,10 @@ def fitting_in_memory(config: Config, run: Path, work: Callable[[int], RunRecord
                 f"memory does not suffice for {batch} rows in each of {processes} processes; halve "
                 "training.batch_size, double training.gradient_accumulation_steps, and name another --out"
             ) from error
-    sizes, known = even_parts(batch), newest_whole(run / CHECKPOINT_DIR)[0]
-    if known is not None and (before := rows_at_once(known)) in sizes:
+    sizes, known = even_parts(batch), newest_complete(run / CHECKPOINT_DIR)[0]
+    if known is not None and (before := micro_batch_size(known)) in sizes:
         sizes = sizes[sizes.index(before) :]
-    return first_that_fits(work, sizes, smaller=lambda rows: warnings.warn(_in_parts(config, rows), stacklevel=2))
+    return retry_on_oom(work, sizes, smaller=lambda rows: warnings.warn(_in_parts(config, rows), stacklevel=2))
 
 
 def _in_parts(config: Config, rows: int) -> str:
@@ -126,7 +126,7 @@ def dry_run(config: Config) -> dict[str, Any]:
     """What `train` would do, with everything loaded and checked as it does; nothing is written."""
     job = load(with_start(config))
     args = arguments(job.config, Path("run"))
-    require_whole_checkpoints(args)
+    require_resumable_saves(args)
     _, record = begin(job, args)
     method(job, Path("run") / SCORES_FILE, None)  # its names and numbers are checked too
     notes = [note for note in record.notes if note not in record.plan["without_effect"]]
@@ -149,7 +149,7 @@ class WriteStart(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero and not (self.run / CONFIG_FILE).exists():
             self.record.save(self.run)
-            write_whole(self.run / CONFIG_FILE, dump_config(self.config))
+            write_text(self.run / CONFIG_FILE, dump_config(self.config))
 
 
 def draws_of(config: Config, rows: int, run: Path) -> list[np.ndarray]:

@@ -3,7 +3,7 @@ under some samplers."""
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
@@ -12,6 +12,7 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler, DistributedLeng
 
 from tsqlora.errors import SettingsError
 from tsqlora.quality.subset import QualitySubset
+from tsqlora.training.checkpoints import registered_parts
 
 EPOCH_ERROR = 1e-6
 """The Trainer counts epochs as a float; a step is a larger part of one than this."""
@@ -36,7 +37,7 @@ _PARTS = {
     "RankCallback": "ranks",
     "GuardCallback": "guard",
 }
-"""What each callback that may draw is called among those which the Trainer has (`manifest.announce`)."""
+"""What each callback that may draw is called among those which the Trainer has (`checkpoints.register_part`)."""
 
 
 def forget_absent(data: QualitySubset, state: TrainerState) -> None:
@@ -44,7 +45,7 @@ def forget_absent(data: QualitySubset, state: TrainerState) -> None:
 
     Scores that were given by hand (`data.use`) stay.
     """
-    present = cast(dict[str, Any], state.stateful_callbacks).get("tsqlora", {}).get("parts")
+    present = registered_parts(state)
     if present is None:
         return
     absent = {name for name, part in _PARTS.items() if part not in present}

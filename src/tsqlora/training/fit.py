@@ -37,9 +37,9 @@ from tsqlora.quality.subset import QualitySubset
 from tsqlora.tasks import Answers, Task
 from tsqlora.tasks.forward import Collate
 from tsqlora.tasks.generation import Generation
+from tsqlora.training.checkpoints import register_part, saving_part
 from tsqlora.training.drawing import EPOCH_ERROR
 from tsqlora.training.live import KeepRecord, TellProgress
-from tsqlora.training.manifest import announce, checkpoint_folder, seal
 from tsqlora.training.nonfinite import GuardCallback
 from tsqlora.training.packed import require_packing
 from tsqlora.training.quality_callback import QualityCallback
@@ -326,9 +326,9 @@ class CostCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        announce(args, state, "cost")
-        if state.global_step > 0:
-            saved = json.loads((checkpoint_folder(args, state) / COST_FILE).read_text())
+        resumed = register_part(args, state, "cost")
+        if resumed is not None:
+            saved = json.loads((resumed / COST_FILE).read_text())
             self.record.cost |= {phase: PhaseCost(**cost) for phase, cost in saved["cost"].items()}
             self.warmup_steps = saved["warmup_steps"]
 
@@ -354,10 +354,10 @@ class CostCallback(TrainerCallback):
             self._end_epoch(state)
         elif self.started is not None:
             self._add_seconds(self.started)
-        if state.is_world_process_zero:
-            cost = {phase: asdict(cost) for phase, cost in self.record.cost.items()}
-            write_json(checkpoint_folder(args, state) / COST_FILE, {"cost": cost, "warmup_steps": self.warmup_steps})
-        seal(args, state, "cost")
+        with saving_part(args, state, "cost") as folder:
+            if state.is_world_process_zero:
+                cost = {phase: asdict(cost) for phase, cost in self.record.cost.items()}
+                write_json(folder / COST_FILE, {"cost": cost, "warmup_steps": self.warmup_steps})
 
     def place(self, state: TrainerState) -> tuple[str, int, int]:
         """The phase that a step is of, its steps that are done and its steps in all."""

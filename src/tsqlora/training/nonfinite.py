@@ -16,7 +16,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from tsqlora import distributed
 from tsqlora.errors import SettingsError, TsqLoraError
 from tsqlora.quality.subset import QualitySubset
-from tsqlora.training.checkpoint import GuardState, SkippedStep
+from tsqlora.training.callback_state import GuardState, SkippedStep
+from tsqlora.training.checkpoints import complete_before, register_part, saving_part
 from tsqlora.training.drawing import (
     draw_epoch,
     leave,
@@ -25,8 +26,7 @@ from tsqlora.training.drawing import (
     require_drawn_anew,
     require_subset,
 )
-from tsqlora.training.manifest import announce, checkpoint_folder, seal, whole_before
-from tsqlora.training.optimizer import finite_gradients, told_of_steps
+from tsqlora.training.optimizer import call_around_steps, finite_gradients
 
 NAMED = 100
 """Skipped steps that are named; all are counted."""
@@ -45,7 +45,7 @@ class GuardCallback(TrainerCallback):
             the rows of a skipped step are not known. Leave it out where a batch packs several samples into a row.
         ids: the place of each of its rows in the file that it comes from, by which they are named.
         limit: with so many skipped among the last 2·limit steps training ends: TsqLoraError with advice, which names
-            the last whole checkpoint from before them.
+            the last complete checkpoint from before them.
 
     Where a gradient scaler is at work, it skips steps itself while it looks for its scale; those count once the scale
     is below 1.
@@ -73,14 +73,14 @@ class GuardCallback(TrainerCallback):
     ) -> None:
         if self.data is not None:
             require_drawn_anew(args, kwargs["train_dataloader"])
-        announce(args, state, "guard")
+        resumed = register_part(args, state, "guard")
         self._held.close()
-        saved = GuardState.load(checkpoint_folder(args, state)) if state.global_step > 0 else GuardState([], 0, [])
+        saved = GuardState([], 0, []) if resumed is None else GuardState.load(resumed)
         self.skipped, self.count = list(saved.skipped), saved.count
         self._recent = deque(saved.recent, maxlen=self.limit)
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self._held.enter_context(told_of_steps(optimizer, self._before_step, self._after_step))
+        self._held.enter_context(call_around_steps(optimizer, self._before_step, self._after_step))
         # Compiled code runs no hook that came after it; gradients are looked at all the same.
         if not (args.torch_compile or is_compiled_module(model)):
             self._held.callback(model.register_forward_hook(_without_keeping(self._forward), with_kwargs=True).remove)
@@ -117,8 +117,8 @@ class GuardCallback(TrainerCallback):
             self._skip(args, state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        GuardState(self.skipped, self.count, list(self._recent)).save(checkpoint_folder(args, state))
-        seal(args, state, "guard")
+        with saving_part(args, state, "guard") as folder:
+            GuardState(self.skipped, self.count, list(self._recent)).save(folder)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -185,8 +185,8 @@ class GuardCallback(TrainerCallback):
                 f"{what}, and no step before had a finite one: the base model's weights are not finite, or its dtype "
                 "is too narrow; use float32 (bf16 and fp16 false), or another base"
             )
-        start = whole_before(str(args.output_dir), first)
-        back = "" if start is None else f"; the last whole checkpoint from before them is {start}"
+        start = complete_before(str(args.output_dir), first)
+        back = "" if start is None else f"; the last complete checkpoint from before them is {start}"
         return (
             f"{what}, the last at step {last.step} ({last.told()}); they were skipped, and the weights are as before"
             f"{back}. Look at the rows, lower the learning rate ({args.learning_rate:g}), or compute in float32"

@@ -1,4 +1,4 @@
-"""What is asked of the optimizer: that it trains the slots, tells of its steps, and has finite gradients."""
+"""What training needs of an optimizer: it trains the slots, calls back around its steps, has finite gradients."""
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -31,12 +31,12 @@ def require_trained(layers: Mapping[str, Slots], optimizer: torch.optim.Optimize
             )
 
 
-def told_of_steps(
+def call_around_steps(
     optimizer: torch.optim.Optimizer, before: Callable[[], None], after: Callable[[], None]
 ) -> AbstractContextManager[Any]:
-    """Until it is left, two methods are called around each step, whose object is not kept alive.
+    """Context manager: call before() and after() around each optimizer.step(). Holds weak references.
 
-    Within a step they may be called again: by an optimizer that is made from another.
+    An optimizer that wraps another calls them twice within a step.
     """
     kept, hooks = inner_optimizer(optimizer), ExitStack()
     try:
@@ -53,7 +53,7 @@ def told_of_steps(
 def finite_gradients(parameters: Iterable[nn.Parameter]) -> bool:
     """Whether every number of their gradients is finite; so where there are none."""
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return not grads or bool(distributed.whole(torch.nn.utils.get_total_norm(grads)).isfinite())
+    return not grads or bool(distributed.full_tensor(torch.nn.utils.get_total_norm(grads)).isfinite())
 
 
 def _as_hook(method: Callable[[], None]) -> Callable[..., None]:

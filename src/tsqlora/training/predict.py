@@ -10,7 +10,7 @@ from torch import nn
 from tsqlora.data.batches import sorted_batches
 from tsqlora.errors import TsqLoraError
 from tsqlora.gradients.eval_mode import eval_mode
-from tsqlora.oom import Portions
+from tsqlora.oom import BatchSplitter
 from tsqlora.progress import Progress
 from tsqlora.tasks.forward import Collate, model_logits, precision
 
@@ -31,7 +31,7 @@ def predict_logits(
     """
     device = next(model.parameters()).device
     out: np.ndarray | None = None
-    done, portions = 0, Portions()
+    done, portions = 0, BatchSplitter()
 
     def logits_of(indices: np.ndarray) -> np.ndarray:
         batch = collate([{k: v for k, v in samples[j].items() if k != "labels"} for j in indices])

@@ -29,7 +29,8 @@ from tsqlora.quality.subset import QualitySubset
 from tsqlora.quality.terms import Asked
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate, task_of
-from tsqlora.training.checkpoint import QualityState, require_options
+from tsqlora.training.callback_state import QualityState, require_options
+from tsqlora.training.checkpoints import digest, register_part, saving_part
 from tsqlora.training.drawing import (
     EPOCH_ERROR,
     epoch_of,
@@ -39,7 +40,6 @@ from tsqlora.training.drawing import (
     require_drawn_anew,
     require_subset,
 )
-from tsqlora.training.manifest import announce, checkpoint_folder, digest, seal
 
 SCORES_FILE = "scores.parquet"
 
@@ -164,8 +164,8 @@ class QualityCallback(TrainerCallback):
                 f"a warm-up of {self.warmup:g} passes is {self.warmup_epochs} epochs of {len(self.data)} rows, and "
                 f"the run has {epochs:g}: no scored epoch would be left; lower quality.warmup or raise training.epochs"
             )
-        announce(args, state, "quality")
-        saved = QualityState.load(checkpoint_folder(args, state)) if state.global_step > 0 else None
+        resumed = register_part(args, state, "quality")
+        saved = None if resumed is None else QualityState.load(resumed)
         if saved is None or _awaits(saved):
             self._require_scorable(args, kwargs["model"], self.collate or kwargs["train_dataloader"].collate_fn)
         self.data.forget()
@@ -202,8 +202,8 @@ class QualityCallback(TrainerCallback):
         saved = QualityState(
             scored, self._digest, self.attempts, self.refused, self.seconds, self.scorings, self._draws()
         )
-        saved.save(checkpoint_folder(args, state))
-        seal(args, state, "quality")
+        with saving_part(args, state, "quality") as folder:
+            saved.save(folder)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

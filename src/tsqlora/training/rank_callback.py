@@ -21,9 +21,9 @@ from tsqlora.ranks.events import RankEvent
 from tsqlora.ranks.policies import Policy, get_policy
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate, task_of
-from tsqlora.training.checkpoint import RankState
+from tsqlora.training.callback_state import RankState
+from tsqlora.training.checkpoints import register_part, saving_part
 from tsqlora.training.drawing import draw_epoch, leave, refuse_cut_epoch, require_drawn_anew
-from tsqlora.training.manifest import announce, checkpoint_folder, seal
 from tsqlora.training.rank_loop import RankLoop
 
 
@@ -130,12 +130,12 @@ class RankCallback(TrainerCallback):
         distributed.refuse_copies(args.n_gpu)
         distributed.refuse_deepspeed(args.deepspeed_plugin)
         require_drawn_anew(args, kwargs["train_dataloader"])
-        announce(args, state, "ranks")
+        resumed = register_part(args, state, "ranks")
         if self.loop is not None:
             self.loop.close()  # an attempt that failed may have left it open
         if not has_slots(kwargs["model"]):
             raise UnsupportedError(_NO_SLOTS)
-        saved = RankState.load(checkpoint_folder(args, state)) if state.global_step > 0 else None
+        saved = None if resumed is None else RankState.load(resumed)
         options = dict(self.options)
         if saved is not None and options["interval"] is None:
             # By default it follows the number of steps, which may be another now.
@@ -172,8 +172,8 @@ class RankCallback(TrainerCallback):
         self._running.after_optimizer_step()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._running.state().save(checkpoint_folder(args, state))
-        seal(args, state, "ranks")
+        with saving_part(args, state, "ranks") as folder:
+            self._running.state().save(folder)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

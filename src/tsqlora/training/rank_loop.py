@@ -30,8 +30,8 @@ from tsqlora.ranks.policies import Policy, get_policy, require_bounds
 from tsqlora.ranks.schedule import adjustment_steps, moves_allowed
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate
-from tsqlora.training.checkpoint import RankState, require_options
-from tsqlora.training.optimizer import finite_gradients, require_trained, told_of_steps
+from tsqlora.training.callback_state import RankState, require_options
+from tsqlora.training.optimizer import call_around_steps, finite_gradients, require_trained
 
 WHERE = {
     "before_forward": "before the step's first forward pass",
@@ -130,7 +130,7 @@ class RankLoop:
         """What was warned of, for a record."""
         self._probe: Probe | None = None
         self._tap, self._held = ExitStack(), ExitStack()
-        self._held.enter_context(told_of_steps(optimizer, self._before_step, self._after_step))
+        self._held.enter_context(call_around_steps(optimizer, self._before_step, self._after_step))
         self._held.enter_context(_compiled_for(2 + len(self.steps)))
         take_over(self.model, self._tap)
         for held in (self._tap, self._held):
@@ -332,7 +332,7 @@ class RankLoop:
             return
         grads = [parameter.grad for slots in self.layers.values() for parameter, _ in slots.matrices()]
         # A step of zeros is torch.distributed.checkpoint's, which makes the optimizer's state in order to load it.
-        if any(grad is not None and bool(distributed.whole(grad).any()) for grad in grads):
+        if any(grad is not None and bool(distributed.full_tensor(grad).any()) for grad in grads):
             raise TsqLoraError(
                 f"optimizer.step(): {self._next}() is missing in step {self.step + 1}: call it {WHERE[self._next]}; a "
                 "RankLoop that was given up is to be closed: close()"

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from tsqlora import distributed
 from tsqlora.errors import SettingsError, TsqLoraError
-from tsqlora.files import write_json
-from tsqlora.quality.journal import save_whole
+from tsqlora.files import write_json, write_tensors
 from tsqlora.ranks.events import RankEvent
 
 VERSION = 1
@@ -51,7 +50,7 @@ class RankState:
         if not distributed.is_first():
             return
         told = self.to_dict()
-        save_whole(folder / IMPORTANCE_FILE, told.pop("importance"))
+        write_tensors(folder / IMPORTANCE_FILE, told.pop("importance"))
         write_json(folder / RANKS_FILE, {"version": VERSION, **told})
 
     @classmethod
@@ -176,5 +175,5 @@ def _read(path: Path) -> dict[str, Any]:
 def _unusable(path: Path, error: Exception) -> TsqLoraError:
     why = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
     return TsqLoraError(
-        f"cannot resume: {path} {why}; resume from a whole checkpoint in the run's own output_dir, or start anew"
+        f"cannot resume: {path} {why}; resume from a complete checkpoint in the run's own output_dir, or start anew"
     )

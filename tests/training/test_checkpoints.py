@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 import tsqlora as tsq
 from stock import make_trainer, moods, slotted_bert
 from tsqlora import distributed
-from tsqlora.training.manifest import MANIFEST_FILE, announce, fault, newest_whole, write_manifest
+from tsqlora.training.checkpoints import MANIFEST_FILE, fault, newest_complete, register_part, write_manifest
 
 DATA = moods()
 OURS = {"tsqlora.json", "tsqlora.safetensors", "tsqlora_quality.json"}
@@ -171,8 +171,7 @@ def test_when_all_are_damaged_that_is_an_error(run: Path) -> None:
     (run / "checkpoint-12" / MANIFEST_FILE).unlink()
     with pytest.raises(
         tsq.TsqLoraError,
-        match=rf"no checkpoint is whole: .*checkpoint-12 is passed over: it has no {MANIFEST_FILE}.*; "
-        r".*checkpoint-8 is passed over: optimizer\.pt has .*; put a sound copy of one back, or start anew elsewhere",
+        match=rf"checkpoint-12 is passed over: .* {MANIFEST_FILE}.*checkpoint-8 is passed over: optimizer\.pt",
     ):
         tsq.last_checkpoint(run)
 
@@ -180,7 +179,7 @@ def test_when_all_are_damaged_that_is_an_error(run: Path) -> None:
 def test_when_none_was_ever_finished_training_begins_anew(run: Path) -> None:
     for step in (8, 12):
         (run / f"checkpoint-{step}" / MANIFEST_FILE).unlink()
-    found, passed_over = newest_whole(run)
+    found, passed_over = newest_complete(run)
     assert found is None
     assert [why.partition(" is passed over")[0] for why in passed_over] == [
         str(run / f"checkpoint-{n}") for n in (12, 8)
@@ -200,8 +199,8 @@ def test_a_crash_before_the_last_of_the_callbacks_leaves_no_manifest(order: tupl
 
 
 def test_a_checkpoint_that_is_written_anew_is_not_taken_for_the_old_one(run: Path) -> None:
-    """Its folder has an old manifest, and all of an old run's files."""
-    with pytest.raises(KeyboardInterrupt):
+    """Of the old run, which is kept under another name."""
+    with pytest.raises(KeyboardInterrupt), pytest.warns(UserWarning, match="earlier"):
         trainer(run, (0, 2, 1), fail=8, learning_rate=0.01).train()
     assert fault(run / "checkpoint-8") is not None
 
@@ -250,12 +249,11 @@ def test_resuming_by_name_refuses_a_damaged_checkpoint_and_names_another(run: Pa
     swapped(run / "checkpoint-12" / "tsqlora.json")
     with pytest.raises(
         tsq.TsqLoraError,
-        match=r"cannot resume: .*checkpoint-12 is not whole: tsqlora\.json has other content than was written; "
-        r"resume from .*checkpoint-8$",
+        match=r"checkpoint-12 is not complete: tsqlora\.json .*checkpoint-8$",
     ):
         trainer(run).train(resume_from_checkpoint=True)
     shutil.rmtree(run / "checkpoint-8")
-    with pytest.raises(tsq.TsqLoraError, match=r"; no other checkpoint there is whole, start anew$"):
+    with pytest.raises(tsq.TsqLoraError, match=r"start anew$"):
         trainer(run).train(resume_from_checkpoint=True)
 
 
@@ -300,7 +298,7 @@ def test_a_run_that_was_moved_or_copied_goes_on(whole: Path, run: Path, tmp_path
 
 def test_one_checkpoint_at_a_time_is_refused(tmp_path: Path) -> None:
     made = trainer(tmp_path, save_total_limit=1)
-    with pytest.raises(tsq.SettingsError, match=r"save_total_limit 1 deletes the last whole .*; set it to 2 or more"):
+    with pytest.raises(tsq.SettingsError, match="save_total_limit"):
         made.train()
     assert made.state.global_step == 0
     trainer(tmp_path, save_total_limit=1, save_strategy="no").train()
@@ -341,10 +339,12 @@ def test_what_a_wrong_clock_left_unfinished_outlives_no_new_checkpoint(run: Path
 
 def test_checkpoints_of_an_earlier_run_in_the_folder_go_first_and_are_never_the_newest(tmp_path: Path) -> None:
     trainer(tmp_path, save_total_limit=2).train()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), pytest.warns(UserWarning, match="checkpoint-16, checkpoint-20"):
         trainer(tmp_path, (0, 1, 2), fail=4, save_total_limit=2).train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-20.earlier", "checkpoint-4"]
     assert tsq.last_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
-    trainer(tmp_path, save_total_limit=3, max_steps=16).train()
+    with pytest.warns(UserWarning, match="checkpoint-4"):
+        trainer(tmp_path, save_total_limit=3, max_steps=16).train()
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (12, 16, 8)]
     assert tsq.last_checkpoint(tmp_path) == tmp_path / "checkpoint-16"
 
@@ -354,8 +354,8 @@ def test_checkpoints_of_a_search_are_refused(tmp_path: Path) -> None:
         return TrainerState(is_hyper_param_search=True)
 
     with pytest.raises(tsq.SettingsError, match="hyperparameter_search saves each trial in a folder of its own"):
-        announce(trainer(tmp_path).args, search(), "ranks")
-    announce(trainer(tmp_path, save_strategy="no").args, search(), "ranks")
+        register_part(trainer(tmp_path).args, search(), "ranks")
+    register_part(trainer(tmp_path, save_strategy="no").args, search(), "ranks")
 
 
 def test_weights_alone_are_nothing_to_resume_from(tmp_path: Path) -> None:
@@ -385,5 +385,5 @@ def test_a_best_checkpoint_that_cannot_be_brought_back_is_told(how: str, run: Pa
     else:
         cut_off(run / "checkpoint-8" / "adapter_model.safetensors")
     best = {"load_best_model_at_end": True, "eval_strategy": "epoch", "evaluate_on": DATA[:16]}
-    with pytest.raises(tsq.TsqLoraError, match=r"checkpoint-8 is not (whole|there)"):
+    with pytest.raises(tsq.TsqLoraError, match=r"checkpoint-8 is not (complete|there)"):
         trainer(run, **best).train(resume_from_checkpoint=str(run / "checkpoint-12"))

@@ -1,0 +1,273 @@
+"""Which checkpoints are complete: those whose manifest lists every file, each as it is on the disk.
+
+The Trainer writes straight into checkpoint-N, and deletes old checkpoints before callbacks add their files. So the last
+callback to add its part syncs every file to the disk, hashes it, and renames the manifest into place.
+
+    register_part(args, state, "ranks")                 on train begin: gives the checkpoint to resume from
+    with saving_part(args, state, "ranks") as folder:   on save: the last part completes the checkpoint
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+
+from tsqlora import distributed
+from tsqlora.compat.transformers import saved_note, set_deletion_order
+from tsqlora.errors import SettingsError, TsqLoraError
+from tsqlora.files import write_json
+
+MANIFEST_FILE = "tsqlora_manifest.json"
+VERSION = 1
+TRAINER_STATE_FILE = "trainer_state.json"
+EARLIER = ".earlier"
+"""Ends the name of another training's checkpoint: no step of this one writes there, and resuming never takes it."""
+_NOTE = "tsqlora"
+"""Our key in a Trainer's state."""
+
+
+class Checkpoints:
+    """The checkpoints that one training writes, each of which is complete once every registered part is in it.
+
+    Where a training is resumed, its checkpoint is checked first, and the best one if it is to be brought back. Later
+    checkpoints in the folder are another training's, and are renamed.
+    """
+
+    def __init__(self, args: TrainingArguments, state: TrainerState) -> None:
+        saves = require_resumable_saves(args)
+        if saves and state.is_hyper_param_search:
+            raise SettingsError(
+                "hyperparameter_search saves each trial in a folder of its own, of which callbacks are not told; set "
+                "save_strategy to 'no', and train once more with the best values"
+            )
+        self.parts: list[str] = []
+        self._folder: Path | None = None
+        self._missing: set[str] = set()
+        self._resumable = not args.save_only_model
+        note = saved_note(state, _NOTE)
+        if state.global_step > 0:
+            _require_resumable(args, checkpoint_folder(args, state), note.get("run"))
+        if saves and distributed.is_first():
+            _set_aside(Path(str(args.output_dir)), after=state.global_step)
+        # Each training has a name of its own, also one that goes on from the same checkpoint as another.
+        note |= {"run": uuid.uuid4().hex, "rows": args.per_device_train_batch_size}
+
+    def register(self, part: str) -> None:
+        if part in self.parts:
+            raise SettingsError(f"the Trainer has two callbacks for {part}; give it one of each kind at most")
+        self.parts.append(part)
+
+    def complete(self, part: str, folder: Path) -> None:
+        """A part is written into a checkpoint."""
+        if folder != self._folder or not self._missing:
+            self._folder, self._missing = folder, {*self.parts}
+        self._missing -= {part}
+        if self._missing or not self._resumable:
+            return
+        distributed.wait()  # each process writes its own random state
+        if distributed.is_first():
+            write_manifest(folder)
+            set_deletion_order(_in_deletion_order(folder.parent))
+
+
+_OF_TRAINING: dict[int, Checkpoints] = {}
+"""By the id of the state that the Trainer makes for each training; callbacks share nothing else."""
+
+
+def register_part(args: TrainingArguments, state: TrainerState, part: str) -> Path | None:
+    """On train begin: this callback adds a part to every checkpoint. Gives the checkpoint that is resumed, if one is.
+
+    Raises TsqLoraError naming the file that is damaged, or the folder that is of another run; SettingsError where two
+    callbacks add one part, and where there would be times without a complete checkpoint.
+    """
+    if id(state) not in _OF_TRAINING:
+        _OF_TRAINING[id(state)] = Checkpoints(args, state)
+        weakref.finalize(state, _OF_TRAINING.pop, id(state), None)
+    _OF_TRAINING[id(state)].register(part)
+    return checkpoint_folder(args, state) if state.global_step > 0 else None
+
+
+@contextmanager
+def saving_part(args: TrainingArguments, state: TrainerState, part: str) -> Iterator[Path]:
+    """On save: where to write a part, which is complete when the block ends."""
+    folder = checkpoint_folder(args, state)
+    yield folder
+    _OF_TRAINING[id(state)].complete(part, folder)
+
+
+def registered_parts(state: TrainerState) -> list[str] | None:
+    """The parts of this training's checkpoints; None where no callback of ours is in it."""
+    known = _OF_TRAINING.get(id(state))
+    return None if known is None else known.parts
+
+
+def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    """Where the Trainer keeps the checkpoint of the step that it is at."""
+    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def require_resumable_saves(args: TrainingArguments) -> bool:
+    """Whether a run saves what can be resumed.  Raises SettingsError where there would be times without any."""
+    saves = args.save_strategy != SaveStrategy.NO and not args.save_only_model
+    if saves and args.save_total_limit == 1:
+        raise SettingsError(
+            "save_total_limit 1 deletes the last complete checkpoint before the next one is; set it to 2 or more"
+        )
+    return saves
+
+
+def write_manifest(folder: Path) -> None:
+    """Syncs what is in a checkpoint to the disk, and says that this is all of it."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST_FILE]
+    # What begins with a dot is left over from a write that was cut off.
+    files = {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": digest(path, sync=True)}
+        for path in paths
+        if not path.name.startswith(".")
+    }
+    write_json(folder / MANIFEST_FILE, {"version": VERSION, "files": files})
+
+
+def digest(path: Path, *, sync: bool = False) -> str:
+    """A file's SHA-256; with `sync` it is on the disk first."""
+    with open(path, "r+b" if sync else "rb") as file:
+        if sync:
+            os.fsync(file.fileno())
+        return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
+
+
+def fault(folder: Path) -> str | None:
+    """Why a checkpoint is not complete; None if it is."""
+    if not folder.is_dir():
+        return "it is not there"
+    try:
+        manifest = json.loads((folder / MANIFEST_FILE).read_text())
+        if manifest["version"] != VERSION:
+            return f"{MANIFEST_FILE} was written by another version of tsqlora"
+        files = {str(name): (about["size"], about["sha256"]) for name, about in manifest["files"].items()}
+    except FileNotFoundError:
+        return f"it has no {MANIFEST_FILE}: it was not finished, or not written for resuming"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST_FILE} cannot be read"
+    for name, (size, content) in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, and was written with {size}"
+        if digest(path) != content:
+            return f"{name} has other content than was written"
+    return None
+
+
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """The newest complete checkpoint in a Trainer's output_dir, for `train(resume_from_checkpoint=...)`.
+
+    None where no checkpoint was ever finished: training begins anew. Warns of newer ones that are passed over, and says
+    why. Raises TsqLoraError where checkpoints were finished, and all of them are damaged; in the first process, whose
+    Trainer makes the folder, SettingsError where it is not there.
+    """
+    if not Path(folder).is_dir() and distributed.is_first():
+        raise SettingsError(f"{folder} is not there; give the output_dir of the run, which Trainer(...) makes")
+    found, passed_over = newest_complete(Path(folder))
+    for why in passed_over:
+        warnings.warn(why, stacklevel=2)
+    return found
+
+
+def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
+    """As `last_checkpoint`, with what it would warn of; none where the folder is not there."""
+    passed_over: list[str] = []
+    for checkpoint in (checkpoints := _newest_first(folder)):
+        why = fault(checkpoint)
+        if why is None:
+            return checkpoint, passed_over
+        passed_over.append(f"{checkpoint} is passed over: {why}")
+    if any((checkpoint / MANIFEST_FILE).exists() for checkpoint in checkpoints):
+        raise TsqLoraError(
+            f"no checkpoint is complete: {'; '.join(passed_over)}; put a sound copy back, or start anew elsewhere"
+        )
+    return None, passed_over
+
+
+def complete_before(folder: str | Path, step: int) -> Path | None:
+    """The newest complete checkpoint of an earlier step than this one."""
+    earlier = (path for path in _newest_first(Path(folder)) if _step_of(path) < step)
+    return next((path for path in earlier if fault(path) is None), None)
+
+
+def micro_batch_size(checkpoint: Path) -> int | None:
+    """How many rows a device took at once when the checkpoint was written, if that is known."""
+    state = json.loads((checkpoint / TRAINER_STATE_FILE).read_text())
+    return state["stateful_callbacks"].get(_NOTE, {}).get("rows")
+
+
+def _require_resumable(args: TrainingArguments, folder: Path, loaded: str | None) -> None:
+    """That what callbacks will read is complete, and of the training whose checkpoint the Trainer has loaded."""
+    _require_complete(folder)
+    state = json.loads((folder / TRAINER_STATE_FILE).read_text())
+    if state["stateful_callbacks"].get(_NOTE, {}).get("run") != loaded:
+        raise TsqLoraError(
+            f"cannot resume: {folder} is of another run than the checkpoint that was loaded; resume with the "
+            "output_dir that it was written in"
+        )
+    # The Trainer forgets the best one where it is gone.
+    if args.load_best_model_at_end and (best := state["best_model_checkpoint"]) is not None:
+        _require_complete(Path(best))
+
+
+def _require_complete(folder: Path) -> None:
+    why = fault(folder)
+    if why is None:
+        return
+    if not folder.is_dir():
+        raise TsqLoraError(
+            f"cannot resume: {folder} is not there; resume with the output_dir that the run was begun in, where it was"
+        )
+    others = (other for other in _newest_first(folder.parent) if fault(other) is None)
+    other = next(others, None)
+    cure = "no other checkpoint there is complete, start anew" if other is None else f"resume from {other}"
+    raise TsqLoraError(f"cannot resume: {folder} is not complete: {why}; {cure}")
+
+
+def _set_aside(folder: Path, *, after: int) -> None:
+    """Renames checkpoints of later steps than a training begins at: another training's, or never finished."""
+    later = [path for path in _newest_first(folder) if _step_of(path) > after]
+    for path in later:
+        shutil.rmtree(f"{path}{EARLIER}", ignore_errors=True)
+        path.rename(f"{path}{EARLIER}")
+    if finished := [path.name for path in reversed(later) if Path(f"{path}{EARLIER}", MANIFEST_FILE).exists()]:
+        warnings.warn(
+            f"{folder} has checkpoints of an earlier training that went further ({', '.join(finished)}): they are "
+            f"renamed to checkpoint-N{EARLIER}, and the first that save_total_limit deletes",
+            stacklevel=4,
+        )
+    set_deletion_order(_in_deletion_order(folder))
+
+
+def _in_deletion_order(folder: Path) -> list[Path]:
+    return [*folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*{EARLIER}"), *reversed(_newest_first(folder))]
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    """By their steps; behind them those that version 0.1 dated in the first second of 1970: another training's."""
+    steps = {
+        int(number): path
+        for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if (number := path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")).isdecimal() and path.is_dir()
+    }
+    return sorted((steps[number] for number in sorted(steps, reverse=True)), key=lambda path: path.stat().st_mtime < 1)
