@@ -8,10 +8,11 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import is_compiled_module
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tsqlora.compat.accelerate import is_compiled
+from tsqlora.compat.torch import inside_compiled
 from tsqlora.errors import TsqLoraError, UnsupportedError
 
 T = TypeVar("T")
@@ -162,8 +163,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, DistributedDataParallel):
             model = model.module
-        elif is_compiled_module(model):
-            model = cast(nn.Module, model._orig_mod)
+        elif is_compiled(model):
+            model = inside_compiled(model)
         elif type(model).__name__ == "DeepSpeedEngine":
             refuse_deepspeed(model)
         else:

@@ -17,11 +17,12 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from tsqlora import distributed
+from tsqlora.compat.peft import lora_matrices
 from tsqlora.errors import SettingsError, UnsupportedError, nearest
 from tsqlora.gradients.capture import Capture, capture
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.gradients.ghost import Factored, LookupGradient, wide
-from tsqlora.gradients.sites import effective_weight, lora_layers, lora_matrices, require_float64, target_site
+from tsqlora.gradients.sites import effective_weight, lora_layers, require_float64, target_site
 from tsqlora.ranks.allocate import Sensitivity
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate, model_logits, precision, split_labels, task_of

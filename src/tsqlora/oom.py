@@ -5,8 +5,8 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
+from tsqlora.compat.accelerate import clear_device_cache, says_out_of_memory
 from tsqlora.errors import TsqLoraError
 
 R = TypeVar("R")
@@ -17,7 +17,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     # oneDNN, which computes on processors, does not say more.
-    return isinstance(error, RuntimeError) and (should_reduce_batch_size(error) or "could not create a" in str(error))
+    return isinstance(error, RuntimeError) and (says_out_of_memory(error) or "could not create a" in str(error))
 
 
 def halves(rows: int) -> list[int]:

@@ -15,7 +15,8 @@ from models import collate, samples, tiny_llama_classifier
 from scoring import assert_agree, logits_of, slow, slow_layers, slow_offsets, teach
 from slotted import assert_hidden_are_zero, resize, take_steps, trained, update, updates
 from tsqlora.adapter.slots import find_slots
-from tsqlora.gradients.sites import bitsandbytes_bits, effective_weight, lora_layers
+from tsqlora.compat.bitsandbytes import linear_bits
+from tsqlora.gradients.sites import effective_weight, lora_layers
 
 pytestmark = [
     # torch warns of its own script_method, which bitsandbytes imports.
@@ -143,7 +144,7 @@ def test_ranks_change_over_a_quantised_base_and_plain_peft_loads_the_adapter(
     model.save_pretrained(str(tmp_path))
     loaded = PeftModel.from_pretrained(load(saved, kind), str(tmp_path))
     for module in loaded.modules():
-        if bitsandbytes_bits(module) == 4:
+        if linear_bits(module) == 4:
             module.support_avx512bf16_for_cpu = False  # which rounds to bfloat16, in evaluation only
     torch.testing.assert_close(logits_of(loaded, ROWS), before, rtol=1e-5, atol=1e-5)
 

@@ -15,9 +15,9 @@ from byte_tokenizers import byte_tokenizer
 from models import generating, tiny_bart, tiny_gpt2, tiny_llama_classifier
 from runs import write_config, write_jsonl
 from seen import Seen
+from tsqlora.compat.bitsandbytes import linear_bits
 from tsqlora.errors import SettingsError
 from tsqlora.gradients.eval_mode import eval_mode
-from tsqlora.gradients.sites import bitsandbytes_bits
 from tsqlora.quality.explain import explain
 from tsqlora.quality.scores import Scores
 from tsqlora.report.write import write_report
@@ -368,7 +368,7 @@ def test_a_packed_base_is_trained_on_and_its_adapter_merged_into_the_whole_one(t
     record = pipeline.train(load_config(config, also), run)
     assert record.quality["used"]
     assert record.rank_events
-    assert bitsandbytes_bits(open_run(run).model.get_submodule(f"base_model.model.{LAYER}.base_layer")) == 4
+    assert linear_bits(open_run(run).model.get_submodule(f"base_model.model.{LAYER}.base_layer")) == 4
     assert evaluate_run(run, tmp_path / "test.jsonl") == pytest.approx(record.metrics["test"], rel=1e-4)
     report = export(run, tmp_path / "merged", format="merged")
     assert report["logits_difference"] <= 1e-4 * report["largest_logit"]
@@ -377,7 +377,7 @@ def test_a_packed_base_is_trained_on_and_its_adapter_merged_into_the_whole_one(t
     assert said is not None
     assert 1e-4 < float(said[1]) < 1
     merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged")
-    assert not bitsandbytes_bits(merged.get_submodule(LAYER))
+    assert not linear_bits(merged.get_submodule(LAYER))
 
 
 def test_a_row_whose_target_does_not_fit_is_left_out_and_told(tmp_path: Path) -> None:

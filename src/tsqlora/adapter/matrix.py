@@ -8,6 +8,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization, type_before_parametrizations
 
+from tsqlora.compat.peft import places_of
+from tsqlora.compat.torch import show_directly
+
 
 class ActivePrefix(nn.Module):
     """Shows the first `rank` slots of a matrix along `dim`."""
@@ -64,7 +67,7 @@ class Matrix:
         full.narrow(self.dim, 0, rank).copy_(weight.detach().narrow(self.dim, 0, rank))
         weight.data, weight.grad = full, None
         register_parametrization(self.holder, self.tensor, ActivePrefix(self.dim, rank), unsafe=True)
-        _show_directly(type(self.holder), self.tensor)
+        show_directly(type(self.holder), self.tensor)
         self._tell_linear(capacity)
 
     def make_plain(self) -> None:
@@ -83,30 +86,8 @@ class Matrix:
             setattr(self.holder, ("out_features", "in_features")[self.dim], slots)
 
 
-def _show_directly(kind: type[nn.Module], tensor: str) -> None:
-    """In the class that torch made for one module and its copies: the same tensor, without two calls of modules.
-
-    They would take longer than the product with a small matrix, three times in each forward pass of a layer.
-    """
-
-    def shown(holder: Any) -> Tensor:
-        parts = holder._modules["parametrizations"]._modules[tensor]
-        if len(parts._modules) > 1:
-            return parts()  # somebody's own parametrisation of what is shown
-        return parts._modules["0"].forward(parts._parameters["original"])
-
-    setattr(kind, tensor, property(shown, kind.__dict__[tensor].fset))
-
-
 def matrices(name: str, layer: LoraLayer, adapter: str) -> tuple[Matrix, Matrix]:
     """Where PEFT keeps A and B of a layer's adapter."""
+    (a, name_a, path_a), (b, name_b, path_b) = places_of(layer, adapter)
     path = f"base_model.model.{name}"
-    if adapter in layer.lora_embedding_A:
-        return (
-            Matrix(layer.lora_embedding_A, adapter, f"{path}.lora_embedding_A", 0),
-            Matrix(layer.lora_embedding_B, adapter, f"{path}.lora_embedding_B", 1),
-        )
-    return (
-        Matrix(layer.lora_A[adapter], "weight", f"{path}.lora_A.{adapter}", 0),
-        Matrix(layer.lora_B[adapter], "weight", f"{path}.lora_B.{adapter}", 1),
-    )
+    return Matrix(a, name_a, f"{path}.{path_a}", 0), Matrix(b, name_b, f"{path}.{path_b}", 1)

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from tsqlora import distributed
+from tsqlora.compat.accelerate import inner_optimizer
+from tsqlora.compat.bitsandbytes import is_eight_bit, optimizer_name
 from tsqlora.errors import UnsupportedError
 
 Beginning = Literal["zero", "mean", "weight"]
@@ -92,12 +93,12 @@ def moments(parameter: nn.Parameter, optimizer: torch.optim.Optimizer | None) ->
     for word, why in COUPLED.items():
         if any(_has_word(base.__name__, word) for base in kind.__mro__):
             raise UnsupportedError(f"the optimizer {kind.__name__} {why}, so slots cannot come and go; {_SERVED}")
-    packs = kind.__module__.startswith("bitsandbytes.")
-    known = BITSANDBYTES.get(inner.optimizer_name, {}) if packs else BEGINNINGS
+    packs = optimizer_name(inner)
+    known = BEGINNINGS if packs is None else BITSANDBYTES.get(packs, {})
     state = inner.state.get(parameter, {})
     found: dict[str, Moment] = {}
     for name, value in state.items():
-        if packs and isinstance(value, Tensor) and value.dtype == torch.uint8:
+        if packs is not None and is_eight_bit(value):
             raise UnsupportedError(
                 f"the optimizer {kind.__name__} keeps moments in 8 bits, in which slots cannot come and go; {_SERVED}, "
                 "or bitsandbytes' in 32 bits (optim_bits=32, paged_adamw_32bit)"
@@ -126,11 +127,6 @@ def cut_moments(parameter: nn.Parameter, dim: int, size: int, optimizer: torch.o
         return
     for name, moment in known.items():
         state[parameter][name] = moment.read().narrow(dim, 0, size).clone(memory_format=torch.contiguous_format)
-
-
-def inner_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The one that steps, inside accelerate's."""
-    return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
 
 
 def _has_word(name: str, word: str) -> bool:

@@ -1,6 +1,5 @@
 """Which LoRA goes with changing ranks: plain s·BA, alone in its model.  The rest is refused by name."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -8,12 +7,13 @@ from peft import LoraConfig, PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from tsqlora.adapter.slots import has_slots
+from tsqlora.compat.peft import VARIANTS, lora_matrices
 from tsqlora.errors import UnsupportedError
-from tsqlora.gradients.sites import lora_layers, lora_matrices
+from tsqlora.gradients.sites import lora_layers
 
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 _NOT_PLAIN = (
-    *(field.name for field in dataclasses.fields(LoraConfig) if field.metadata.get("is_lora_variant")),
+    *VARIANTS,
     "lora_bias",
     "use_qalora",
     "layer_replication",

@@ -7,7 +7,7 @@ are exactly zero, in weights and optimizer state. State dicts hold the active pa
 under PEFT's own names, and loading one sets the ranks from its shapes.
 """
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from tsqlora import distributed
 from tsqlora.adapter.matrix import ActivePrefix, Matrix, matrices
+from tsqlora.compat.peft import forget_adapter
+from tsqlora.compat.torch import remove_state_dict_hooks
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.gradients.sites import lora_layers
 from tsqlora.interop.patterns import alpha_for, lora_config
@@ -165,8 +167,7 @@ def finalize(model: PeftModel) -> PeftModel:
             continue
         for part in slots.parts:
             part.make_plain()
-    _forget(model._state_dict_hooks, _save_active)
-    _forget(model._load_state_dict_pre_hooks, _load_active)
+    remove_state_dict_hooks(model, _save_active, _load_active)
     del model.get_nb_trainable_parameters
     return model
 
@@ -189,11 +190,7 @@ def sync_config(model: PeftModel) -> None:
 def _restore_base(model: PeftModel, slots: Slots) -> None:
     """The layer without this adapter: its base layer, unless others have theirs there."""
     if any(adapter != slots.adapter for adapter in slots.layer.r):
-        # Not by delete_adapter, which would make another one active in this layer alone.
-        for attribute in (*slots.layer.adapter_layer_names, *slots.layer.other_param_names):
-            held: Any = getattr(slots.layer, attribute)
-            if slots.adapter in held:
-                del held[slots.adapter]
+        forget_adapter(slots.layer, slots.adapter)
         return
     parent, _, child = slots.name.rpartition(".")
     base = model.get_base_model()
@@ -249,9 +246,3 @@ def _saved_rank(slots: Slots, a: Tensor | None, b: Tensor | None) -> int:
             "model with a larger max_rank"
         )
     return a.shape[0]
-
-
-def _forget(hooks: MutableMapping[int, Any], ours: Any) -> None:
-    """Removes a function of ours from a module's hooks; torch wraps those that are given the module."""
-    for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) is ours]:
-        del hooks[key]

@@ -15,9 +15,11 @@ from transformers.pytorch_utils import Conv1D
 
 from tsqlora.adapter.plain import only_adapter, require_fresh
 from tsqlora.adapter.slots import install
+from tsqlora.compat.bitsandbytes import keep_as_trained
+from tsqlora.compat.transformers import packing_method, was_loaded
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.gradients.layers import is_linear
-from tsqlora.gradients.sites import keep_as_trained, lora_layers
+from tsqlora.gradients.sites import lora_layers
 from tsqlora.ranks.allocate import Sensitivity, allocate
 from tsqlora.ranks.budget import Shapes, costs, used
 
@@ -136,8 +138,7 @@ def inject(model: nn.Module, config: LoraConfig) -> PeftModel:
 
 def require_supported_packing(config: Any) -> None:
     """Raises UnsupportedError for a model whose config says that its weights are packed by GPTQ."""
-    made = getattr(config, "quantization_config", None) or {}
-    if "gptq" in str(made.get("quant_method") if isinstance(made, dict) else made.quant_method).lower():
+    if packing_method(config) == "gptq":
         raise UnsupportedError(
             "the base model is packed by GPTQ, over which ranks and scores are not supported; take the model it was "
             "made from, with model.quantization 4bit (bitsandbytes)"
@@ -192,8 +193,7 @@ def _random_linears(model: nn.Module) -> list[str]:
 
     transformers marks every parameter that it has loaded; of a model without any mark nothing is known.
     """
-    loaded = [getattr(parameter, "_is_hf_initialized", False) for parameter in model.parameters()]
-    if not any(loaded) or getattr(model, "is_quantized", False):
+    if not any(map(was_loaded, model.parameters())) or getattr(model, "is_quantized", False):
         return []
     output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     whole = tuple(heads(model))
@@ -203,7 +203,7 @@ def _random_linears(model: nn.Module) -> list[str]:
         if is_linear(module)
         and module is not output
         and name.partition(".")[0] not in whole
-        and not getattr(module.weight, "_is_hf_initialized", False)
+        and not was_loaded(module.weight)
     ]
 
 

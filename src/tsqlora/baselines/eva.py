@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from peft import EvaConfig, initialize_lora_eva_weights
 from peft.tuners.lora import Linear
-from peft.tuners.lora.eva import prepare_layer_inputs_fn_language_modeling
 from torch import Tensor, nn
 
 from tsqlora.baselines.setup import Built, Setup, adapt, count_trainable, layers_of
+from tsqlora.compat.peft import unpadded_inputs
 from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.ranks.baselines import whole_rank
 from tsqlora.tasks.forward import writes_behind_encoder
@@ -97,7 +97,7 @@ def layer_inputs(layer_input: Any, model_input: Tensor, layer_name: str) -> Tens
     found = layer_input if isinstance(layer_input, Tensor) else layer_input[0]
     if found.dim() == 2:
         return found.contiguous()
-    return prepare_layer_inputs_fn_language_modeling(found, model_input, layer_name)
+    return unpadded_inputs(found, model_input, layer_name)
 
 
 class CountedForward:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from tsqlora.compat.datasets import file_kinds
 from tsqlora.compat.hub import is_hub_id
 from tsqlora.data.jsonl import read_json, read_jsonl
 from tsqlora.data.tables import read_csv, read_parquet, read_tsv
@@ -216,9 +217,8 @@ def _refuse_missing_file(path: Path, source: str | Path) -> None:
 def _load_hub(name: str) -> Mapping[str, Any]:
     """Hub data set -> its splits. Raises DataError whatever went wrong in loading it."""
     import datasets  # seconds to import, and only hub ids need it
-    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as KINDS
 
-    if name in KINDS:  # it would take whatever files lie in the working directory
+    if name in file_kinds():  # it would take whatever files lie in the working directory
         raise DataError(f"{name} is a kind of file and no data set; name the file, or a directory of splits")
     try:
         return {str(split): data for split, data in datasets.load_dataset(name).items()}

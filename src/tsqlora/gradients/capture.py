@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from tsqlora.compat.torch import is_view
 from tsqlora.errors import UnsupportedError
 from tsqlora.gradients.layers import call_input
 from tsqlora.gradients.sites import Site, seen
@@ -88,7 +89,7 @@ class _Tap(torch.autograd.Function):
         ctx.site, ctx.module, ctx.under_way = site, module, under_way
         # Passed on as it is, as if changed in place: a model may change what it gets, and autograd lets it do
         # that to a dirty tensor or to a copy, not to a view.
-        if y._is_view():
+        if is_view(y):
             return y.clone()
         ctx.mark_dirty(y)
         return y

@@ -5,15 +5,15 @@ transpose): inputs a. Gain (LayerNorm, RMSNorm, any layer that is affine in a ve
 weights, one a feature): the normalised input. Lookup (Embedding): the indices.
 """
 
-import copy
 import inspect
 from collections.abc import Mapping
-from typing import Any, TypeGuard, cast
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from tsqlora.compat.torch import with_weight
 from tsqlora.errors import UnsupportedError
 from tsqlora.gradients.ghost import Gain, Kind, Linear, Lookup
 
@@ -99,13 +99,6 @@ def _without_gain(module: nn.Module, x: Tensor, name: str) -> Tensor:
         )
     with torch.no_grad():
         ones, zeros = (
-            _with_weight(module, fill(weight)).forward(x.to(weight)) for fill in (torch.ones_like, torch.zeros_like)
+            with_weight(module, fill(weight)).forward(x.to(weight)) for fill in (torch.ones_like, torch.zeros_like)
         )
     return ones - zeros
-
-
-def _with_weight(module: nn.Module, weight: Tensor) -> nn.Module:
-    """A copy that shares everything but its weight; its forward runs none of the module's hooks."""
-    twin = cast(Any, copy.copy(module))
-    twin._parameters = {**twin._parameters, "weight": nn.Parameter(weight, requires_grad=False)}
-    return twin

@@ -13,11 +13,12 @@ from typing import Any, Literal, TypedDict, cast, get_args
 import torch
 from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
-from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
+from tsqlora.compat.bitsandbytes import dequantised, is_packed_for_inference, linear_bits
+from tsqlora.compat.peft import dequantize_module_weight, has_variant, lora_matrices
 from tsqlora.errors import SettingsError, UnsupportedError, nearest
 from tsqlora.gradients.ghost import LINEAR, Kind, LayerGradient, Linear, Lookup
 from tsqlora.gradients.layers import BATCH_NORMS, input_of, is_embedding, is_linear, kind_of, output_gradient_of
@@ -118,32 +119,15 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
             continue
         name, base = inner_name(name), module.get_base_layer()
         assert isinstance(base, nn.Module)
-        if not (is_linear(base) or is_embedding(base) or bitsandbytes_bits(base)):
+        if not (is_linear(base) or is_embedding(base) or linear_bits(base)):
             raise UnsupportedError(
                 f"{name} is LoRA over {type(base).__name__}, which is no plain linear layer or embedding; leave it out "
                 "of target_modules"
             )
-        if module.lora_variant or any(module.lora_bias.values()):
+        if has_variant(module):
             raise UnsupportedError(f"{name} uses a LoRA variant (DoRA or lora_bias); use plain LoRA")
         layers[name] = module
     return layers
-
-
-def bitsandbytes_bits(module: nn.Module) -> int:
-    """4 or 8 for its quantised linear layers, which compute in their own way what their weight dequantised would."""
-    kind = type(module)
-    bits = {"Linear4bit": 4, "Linear8bitLt": 8}.get(kind.__name__, 0)
-    return bits if kind.__module__ == "bitsandbytes.nn.modules" else 0
-
-
-def keep_as_trained(model: nn.Module) -> None:
-    """Keeps bitsandbytes from packing 4-bit weights anew for inference, as on some CPUs at the first evaluation.
-
-    No gradient passes what it packs, and shapes that are no multiple of 32 it cannot pack.
-    """
-    for module in model.modules():
-        if bitsandbytes_bits(module) == 4:
-            cast(Any, module).support_avx512bf16_for_cpu = False
 
 
 def require_float64(device: torch.device) -> None:
@@ -179,23 +163,12 @@ def effective_weight(layer: LoraLayer, *, every: int = 1) -> Float[Tensor, "o i"
 
 def _dequantised(base: nn.Module) -> Tensor:
     """The weight as the layer holds it, in floating point."""
-    layer, bits = cast(Any, base), bitsandbytes_bits(base)
-    if bits == 4 and getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+    if is_packed_for_inference(base):
         raise UnsupportedError(
             "bitsandbytes has packed a 4-bit weight for inference on this CPU, which lets no gradient through; load "
             "the model anew and wrap it before it is first evaluated"
         )
-    if bits:
-        # Not dequantize_module_weight: on a CPU that gives the layer another weight, without its scales.
-        return dequantize_bnb_weight(layer.weight, state=layer.state if bits == 8 else None).detach()
-    return dequantize_module_weight(base).detach()
-
-
-def lora_matrices(layer: LoraLayer, adapter: str) -> tuple[Float[Tensor, "r i"], Float[Tensor, "o r"]]:
-    """A and B, wherever PEFT keeps them."""
-    if adapter in layer.lora_embedding_A:
-        return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
-    return cast(Tensor, layer.lora_A[adapter].weight), cast(Tensor, layer.lora_B[adapter].weight)
+    return dequantised(base) if linear_bits(base) else dequantize_module_weight(base).detach()
 
 
 def batch_coupled(model: nn.Module) -> list[str]:

@@ -9,8 +9,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GenerationMixin
-from transformers.models.auto import modeling_auto
 
+from tsqlora.compat.transformers import CLASSES_OF
 from tsqlora.errors import DataError, UnsupportedError
 from tsqlora.tasks import Task, get_task
 from tsqlora.tasks.classification import Classification
@@ -18,13 +18,6 @@ from tsqlora.tasks.generation import Generation
 
 Batch = Mapping[str, Any]
 Collate = Callable[[list[Any]], Batch]
-
-_MADE_FOR = {
-    "token-classification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-    "question-answering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
-    "masked-lm": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-}
-"""transformers' classes, by kind of model, for tasks that are not built."""
 
 
 def split_labels(batch: Batch, model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
@@ -153,7 +146,7 @@ def task_of(model: nn.Module, *, label_smoothing: float = 0.0) -> Task:
     if isinstance(inner, GenerationMixin):
         return get_task("seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal-lm", **options)
     classes = {made.__name__ for made in type(inner).__mro__}
-    for name, known in _MADE_FOR.items():
+    for name, known in CLASSES_OF.items():
         if classes & set(known.values()):
             return get_task(name)
     kind, labels = getattr(config, "problem_type", None), getattr(config, "num_labels", 2)

@@ -5,11 +5,11 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 from transformers import TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_pt_utils import BatchRebalanceSampler, DistributedLengthGroupedSampler, LengthGroupedSampler
 
+from tsqlora.compat.accelerate import inner_batch_sampler
+from tsqlora.compat.transformers import knows_lengths
 from tsqlora.errors import SettingsError
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.training.checkpoints import registered_parts
@@ -107,11 +107,9 @@ def require_by_place(loader: DataLoader[Any]) -> None:
 
     They are made once, of the first draw; in the next one other rows are in the places that they know.
     """
-    batches: Any = loader.batch_sampler
-    while isinstance(batches, BatchSamplerShard):  # of several processes
-        batches = batches.batch_sampler
+    batches = inner_batch_sampler(loader.batch_sampler)
     sampler = getattr(batches, "sampler", batches)
-    if isinstance(sampler, LengthGroupedSampler | DistributedLengthGroupedSampler | BatchRebalanceSampler):
+    if knows_lengths(sampler):
         raise SettingsError(
             f"{type(sampler).__name__} reads the rows' lengths once, and a QualitySubset has other rows in the next "
             "epoch; leave train_sampling_strategy out of the TrainingArguments, or set it to 'sequential' and let "

@@ -20,12 +20,9 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.integrations.integration_utils import (
-    get_available_reporting_integrations,
-    get_reporting_integration_callbacks,
-)
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from tsqlora.compat.transformers import installed_reporters, reporter_kinds, set_loss_scaling, summed_batches
 from tsqlora.data.packing import PackedCollator
 from tsqlora.data.samples import TokenisedSplit
 from tsqlora.errors import SettingsError
@@ -109,11 +106,11 @@ def training_arguments(
 def _require_reporters(named: str | list[str]) -> None:
     """Raises SettingsError for a reporter that is unknown or not installed, before anything is loaded."""
     try:
-        get_reporting_integration_callbacks(named)
+        reporter_kinds(named)
     except ValueError as error:
         raise SettingsError(f"training.report_to: {error}") from None
     names = {named} if isinstance(named, str) else {*named}
-    for name in sorted(names & _REPORTERS - {*get_available_reporting_integrations()}):
+    for name in sorted(names & _REPORTERS - installed_reporters()):
         raise SettingsError(f"training.report_to: {name} is not installed; install it with: pip install {name}")
 
 
@@ -124,11 +121,6 @@ class AddsToLoss(Protocol):
     def told_of_sums(self, summed: Callable[[], int]) -> None:
         """`summed` gives their number once the step has begun; 1 where its gradient is that of their mean."""
         ...
-
-
-def summed_batches(trainer: Trainer) -> int:
-    """Over how many batches the step under way sums the loss; 1 where the Trainer takes their mean."""
-    return trainer.current_gradient_accumulation_steps if trainer.loss_is_scaled_for_ga else 1
 
 
 def fit(
@@ -187,12 +179,8 @@ def fit(
     trainer.remove_callback(ProgressCallback)
     if args.report_to:
         trainer.add_callback(ReportCallback(trainer))
-    # A loss is the mean over its batch, also of models that the Trainer takes for having divided by the whole window.
-    # Smoothed losses are the Trainer's own, which does divide where it can count.
-    trainer.loss_is_scaled_for_ga = trainer.model_accepts_loss_kwargs and (
-        trainer.label_smoother is not None
-        or (isinstance(task, Generation) and _divides_by_window(model, collate([data.dataset[0]])))
-    )
+    divides = isinstance(task, Generation) and _divides_by_window(model, collate([data.dataset[0]]))
+    set_loss_scaling(trainer, divides_by_window=divides)
     for callback in also:
         if isinstance(callback, AddsToLoss):
             callback.told_of_sums(partial(summed_batches, trainer))

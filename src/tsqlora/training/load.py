@@ -20,10 +20,10 @@ from transformers import (
 )
 
 from tsqlora.adapter.wrap import heads, require_supported_packing
+from tsqlora.compat.bitsandbytes import keep_as_trained, linear_bits
 from tsqlora.compat.hub import is_hub_id
 from tsqlora.data.labels import LabelMap
 from tsqlora.errors import SettingsError
-from tsqlora.gradients.sites import bitsandbytes_bits, keep_as_trained
 from tsqlora.tasks.generation import Generation
 
 
@@ -139,7 +139,7 @@ def _packing(
 def _require_whole(model: PreTrainedModel, new: tuple[str, ...], quantization: str | None) -> None:
     """Layers that train whole must not be packed."""
     for name in new:
-        if any(bitsandbytes_bits(module) for module in model.get_submodule(name).modules()):
+        if any(linear_bits(module) for module in model.get_submodule(name).modules()):
             raise SettingsError(
                 f"model.quantization {quantization} packs {name}, which the checkpoint lacks and must be trained; "
                 "leave model.quantization out"

@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import is_compiled_module
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tsqlora import distributed
+from tsqlora.compat.accelerate import is_compiled, loss_scale
 from tsqlora.errors import SettingsError, TsqLoraError
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.training.callback_state import GuardState, SkippedStep
@@ -82,7 +81,7 @@ class GuardCallback(TrainerCallback):
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._held.enter_context(call_around_steps(optimizer, self._before_step, self._after_step))
         # Compiled code runs no hook that came after it; gradients are looked at all the same.
-        if not (args.torch_compile or is_compiled_module(model)):
+        if not (args.torch_compile or is_compiled(model)):
             self._held.callback(model.register_forward_hook(_without_keeping(self._forward), with_kwargs=True).remove)
             if self.data is not None:
                 self._held.enter_context(self.data.announcing(self._coming.extend))
@@ -206,8 +205,8 @@ def _without_keeping(method: Callable[..., None]) -> Callable[..., None]:
 
 def _looks_for_its_scale(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a gradient scaler skips the step, as it does until its scale is low enough."""
-    scaler = optimizer.scaler if isinstance(optimizer, AcceleratedOptimizer) else None
-    return scaler is not None and scaler.get_scale() >= 1
+    scale = loss_scale(optimizer)
+    return scale is not None and scale >= 1
 
 
 def _rows_in(values: Iterable[Any]) -> int:

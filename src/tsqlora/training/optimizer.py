@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from tsqlora import distributed
-from tsqlora.adapter.moments import inner_optimizer
 from tsqlora.adapter.slots import Slots
+from tsqlora.compat.accelerate import inner_optimizer
 from tsqlora.errors import SettingsError, UnsupportedError
 
 

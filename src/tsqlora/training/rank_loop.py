@@ -7,11 +7,10 @@ import time
 import warnings
 import weakref
 from collections.abc import Mapping, MutableMapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
-import torch._dynamo.config
 from peft import LoraConfig, PeftModel
 from torch import nn
 
@@ -20,6 +19,7 @@ from tsqlora.adapter.change import change_ranks
 from tsqlora.adapter.importance import Importance
 from tsqlora.adapter.moments import cut_moments, moments
 from tsqlora.adapter.slots import Slots, finalize, find_slots, has_slots, sync_config
+from tsqlora.compat.torch import compile_limits
 from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.gradients.sites import lora_layers, require_float64
 from tsqlora.layer_sensitivity import Estimator, Probe, get_estimator, probe_pass
@@ -131,7 +131,7 @@ class RankLoop:
         self._probe: Probe | None = None
         self._tap, self._held = ExitStack(), ExitStack()
         self._held.enter_context(call_around_steps(optimizer, self._before_step, self._after_step))
-        self._held.enter_context(_compiled_for(2 + len(self.steps)))
+        self._held.enter_context(compile_limits(2 + len(self.steps)))
         take_over(self.model, self._tap)
         for held in (self._tap, self._held):
             weakref.finalize(self, held.close)  # also where a step failed and nobody closes, at the latest on exit
@@ -434,13 +434,6 @@ def _peft_model(model: nn.Module) -> PeftModel:
     if len(found) != 1:
         raise UnsupportedError(f"the model has {len(found)} PeftModels within it, and ranks change in one")
     return found[0]
-
-
-def _compiled_for(sets_of_ranks: int) -> AbstractContextManager[Any]:
-    """torch.compile as often as it may for one set of ranks, for each: beyond its limit it gives up in silence."""
-    config: Any = torch._dynamo.config
-    names = ("recompile_limit", "accumulated_recompile_limit")
-    return config.patch({name: getattr(config, name) * sets_of_ranks for name in names})
 
 
 def take_over(model: nn.Module, tap: ExitStack) -> None:

@@ -3,8 +3,8 @@
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
+from tsqlora.compat.transformers import callbacks_of, reporter_kinds
 from tsqlora.quality.scores import Scores
 from tsqlora.ranks.events import RankEvent
 from tsqlora.training.quality_callback import QualityCallback
@@ -24,8 +24,8 @@ class ReportCallback(TrainerCallback):
     """
 
     def __init__(self, trainer: Trainer) -> None:
-        callbacks = trainer.callback_handler.callbacks
-        kinds = tuple(get_reporting_integration_callbacks(trainer.args.report_to))
+        callbacks = callbacks_of(trainer)
+        kinds = reporter_kinds(trainer.args.report_to)
         self.reporters = [callback for callback in callbacks if isinstance(callback, kinds)]
         self.ranks = next((callback for callback in callbacks if isinstance(callback, RankCallback)), None)
         self.quality = next((callback for callback in callbacks if isinstance(callback, QualityCallback)), None)

@@ -1,0 +1,30 @@
+"""What tsqlora needs of accelerate that is private or differs between versions."""
+
+from typing import Any
+
+import torch
+from accelerate.data_loader import BatchSamplerShard
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import is_compiled_module as is_compiled
+from accelerate.utils.memory import clear_device_cache
+from accelerate.utils.memory import should_reduce_batch_size as says_out_of_memory
+
+__all__ = ["clear_device_cache", "is_compiled", "says_out_of_memory"]
+
+
+def inner_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer that steps, inside accelerate's."""
+    return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+
+
+def loss_scale(optimizer: torch.optim.Optimizer) -> float | None:
+    """The present scale of the gradient scaler inside accelerate's optimizer; None where there is none."""
+    scaler = optimizer.scaler if isinstance(optimizer, AcceleratedOptimizer) else None
+    return None if scaler is None else scaler.get_scale()
+
+
+def inner_batch_sampler(sampler: Any) -> Any:
+    """The batch sampler whose batches accelerate shares out among processes."""
+    while isinstance(sampler, BatchSamplerShard):
+        sampler = sampler.batch_sampler
+    return sampler

@@ -1,0 +1,54 @@
+"""What tsqlora needs of PEFT that is private or differs between versions."""
+
+import dataclasses
+from typing import Any, cast
+
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.eva import prepare_layer_inputs_fn_language_modeling as unpadded_inputs
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+
+__all__ = ["dequantize_module_weight", "unpadded_inputs"]
+
+Place = tuple[nn.Module, str, str]
+"""Where a tensor is: the module that holds it, its name there, and the module's name in the LoRA layer."""
+
+VARIANTS = tuple(field.name for field in dataclasses.fields(LoraConfig) if field.metadata.get("is_lora_variant"))
+"""Options of LoraConfig whose update is not s·BA, such as use_dora."""
+
+
+def has_variant(layer: LoraLayer) -> bool:
+    """Whether a LoRA layer adds something else than s·BA: a variant such as DoRA, or a bias."""
+    return bool(layer.lora_variant) or any(layer.lora_bias.values())
+
+
+def places_of(layer: LoraLayer, adapter: str) -> tuple[Place, Place]:
+    """Where A and B of a layer's adapter are.
+
+    An Embedding's are entries of a ParameterDict, a linear layer's the weights of two linear layers.
+    """
+    if adapter in layer.lora_embedding_A:
+        return (
+            (layer.lora_embedding_A, adapter, "lora_embedding_A"),
+            (layer.lora_embedding_B, adapter, "lora_embedding_B"),
+        )
+    return (
+        (layer.lora_A[adapter], "weight", f"lora_A.{adapter}"),
+        (layer.lora_B[adapter], "weight", f"lora_B.{adapter}"),
+    )
+
+
+def lora_matrices(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
+    """A (r × i) and B (o × r) of a layer's adapter, as its forward pass uses them."""
+    if adapter in layer.lora_embedding_A:
+        return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+    return cast(Tensor, layer.lora_A[adapter].weight), cast(Tensor, layer.lora_B[adapter].weight)
+
+
+def forget_adapter(layer: LoraLayer, adapter: str) -> None:
+    """Takes an adapter off one layer; `delete_adapter` would make another one active in this layer alone."""
+    for attribute in (*layer.adapter_layer_names, *layer.other_param_names):
+        by_adapter: Any = getattr(layer, attribute)
+        if adapter in by_adapter:
+            del by_adapter[adapter]
