@@ -73,25 +73,23 @@ def test_a_merged_run_is_a_model_and_a_tokenizer(run: Path, tmp_path: Path, tsql
     assert "fine-tuned on train.jsonl" in (tmp_path / "m" / "README.md").read_text(encoding="utf-8")
 
 
-def test_merge_is_export_as_merged_and_takes_a_precision(run: Path, tmp_path: Path, tsqlora: Run) -> None:
-    assert tsqlora("export", run, "--format", "merged", "--out", tmp_path / "e")[0] == 0
-    assert tsqlora("merge", run, "--out", tmp_path / "m")[0] == 0
+def test_merge_is_export_as_merged(run: Path, tmp_path: Path, tsqlora: Run) -> None:
+    for name, command in (("e", ("export", run, "--format", "merged")), ("m", ("merge", run))):
+        assert tsqlora(*command, "--dtype", "bfloat16", "--out", tmp_path / name)[0] == 0
     assert (tmp_path / "e" / "model.safetensors").read_bytes() == (tmp_path / "m" / "model.safetensors").read_bytes()
-    assert tsqlora("merge", run, "--out", tmp_path / "half", "--dtype", "bfloat16")[0] == 0
-    half = AutoModelForSequenceClassification.from_pretrained(tmp_path / "half", dtype="auto")
+    half = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m", dtype="auto")
     assert half.dtype == torch.bfloat16
 
 
-def test_a_run_is_no_gguf_file_since_it_has_a_head(run: Path, tmp_path: Path, tsqlora: Run) -> None:
-    code, out, err = tsqlora("export", run, "--format", "gguf", "--out", tmp_path / "g")
-    assert (code, out) == (2, "")
-    assert "the adapter came with the module classifier, and a LoRA file of llama.cpp holds no whole modules" in err
-
-
-def test_a_run_knows_its_base(run: Path, tmp_path: Path, tsqlora: Run) -> None:
-    code, _, err = tsqlora("merge", run, "--out", tmp_path / "m", "--base", "other")
-    assert code == 2
-    assert "is a run, which knows its base model; leave out --base" in err
+def test_what_a_run_is_not_made_into_is_named(run: Path, tmp_path: Path, tsqlora: Run) -> None:
+    for command, named in (
+        (("export", run, "--format", "gguf"), "classifier"),
+        (("merge", run, "--base", "other"), "--base"),
+        (("adapter", "compress", run, "--mean-rank", 1, "--by", "size"), "--by size"),
+    ):
+        code, out, err = tsqlora(*command, "--out", tmp_path / "x")
+        assert (code, out) == (2, "")
+        assert named in err
 
 
 @pytest.mark.parametrize("format", ["peft", "universal", "gguf", "merged"])
@@ -128,29 +126,14 @@ def test_an_adapter_is_compressed_by_its_update_or_by_what_it_does_to_the_loss(
         "adapter", "compress", plain / "adapter", "--mean-rank", 1, "--by", "curvature", "--out", tmp_path / "x"
     )
     assert code == 2
-    assert "is no run, and which rows it was trained on is not known; leave out --by" in err
-    code, _, err = tsqlora("adapter", "compress", run, "--mean-rank", 1, "--by", "size", "--out", tmp_path / "x")
-    assert code == 2
-    assert "--by size: choices: curvature, singular" in err
-    assert "Example: tsqlora adapter compress" in tsqlora("adapter", "compress", "--help")[1]
+    assert "--by" in err
 
 
-def test_the_doctor_shows_what_he_found(plain: Path, tsqlora: Run) -> None:
+def test_the_doctor_shows_what_it_found(plain: Path, tsqlora: Run) -> None:
     code, out, _ = tsqlora("doctor", plain / "adapter")
     assert code == 0
     for shown in ("vLLM", "SGLang", "universal", "gguf", "× ", "--max-lora-rank 8", "dead slots   0 zero, 0 double"):
         assert shown in out
-    code, out, _ = tsqlora("doctor", plain / "adapter", "--json")
-    report = json.loads(out)
-    assert code == 0
-    assert {consumer["name"] for consumer in report["consumers"]} >= {
-        "PEFT",
-        "vLLM",
-        "SGLang",
-        "llama.cpp",
-        "TGI",
-        "MLX",
-    }
 
 
 def test_the_doctor_sees_the_adapter_of_a_run(run: Path, tsqlora: Run) -> None:
@@ -162,7 +145,7 @@ def test_the_doctor_sees_the_adapter_of_a_run(run: Path, tsqlora: Run) -> None:
     assert (mends["vLLM"], mends["vLLM to 0.31"]) == (None, "merged")
 
 
-def test_the_doctor_ends_well_whatever_he_found_and_with_3_where_he_cannot_read(
+def test_the_doctor_ends_well_whatever_it_found_and_with_3_where_it_cannot_read(
     plain: Path, tmp_path: Path, tsqlora: Run
 ) -> None:
     broken = shutil.copytree(plain / "adapter", tmp_path / "broken")
@@ -175,10 +158,3 @@ def test_the_doctor_ends_well_whatever_he_found_and_with_3_where_he_cannot_read(
     assert "a pickle, which can run code and is not opened" in err
     assert len(err.strip().splitlines()) <= 2
     assert tsqlora("doctor", tmp_path / "nowhere")[0] == 3
-
-
-@pytest.mark.parametrize("command", ["export", "merge", "doctor"])
-def test_help_has_an_example(command: str, tsqlora: Run) -> None:
-    code, out, _ = tsqlora(command, "--help")
-    assert code == 0
-    assert f"Example: tsqlora {command} " in out

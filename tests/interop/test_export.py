@@ -467,15 +467,16 @@ def test_an_export_that_is_not_its_source_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("number", "format", "error"), [(np.nan, "universal", TsqLoraError), (0.0, "peft", DataError)])
+@pytest.mark.parametrize("number", [np.nan, np.inf, 0.0])
+@pytest.mark.parametrize("options", [{}, {"mean_rank": 1}])
 def test_an_adapter_of_nan_or_of_nothing_is_not_exported(
-    number: float, format: str, error: type[Exception], place: Path, tmp_path: Path
+    number: float, options: dict[str, Any], place: Path, tmp_path: Path
 ) -> None:
     source = read_adapter(place / "adapter")
     broken = {name: replace(target, b=np.full_like(target.b, number)) for name, target in source.targets.items()}
     write_into(tmp_path / "broken", replace(source, targets=broken))
-    with pytest.raises(error):
-        export(tmp_path / "broken", tmp_path / "out", format=format, base=str(place / "base"))
+    with pytest.raises((DataError, SettingsError)):
+        export(tmp_path / "broken", tmp_path / "out", format="peft", **options)
     assert not (tmp_path / "out").exists()
 
 

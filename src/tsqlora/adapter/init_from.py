@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load
 from torch import nn
@@ -13,6 +12,7 @@ from tsqlora.adapter.wrap import inject, new_config, wrap
 from tsqlora.errors import DataError, UnsupportedError
 from tsqlora.interop.base import module_shapes
 from tsqlora.interop.files import PREFIX, read_adapter
+from tsqlora.interop.health import require_finite
 from tsqlora.interop.lora import LoraAdapter
 from tsqlora.interop.rewrite import commonest_scale, folded, require_fits, require_plain
 from tsqlora.interop.tensors import to_bytes
@@ -27,12 +27,11 @@ def read_start(folder: Path) -> LoraAdapter:
     """
     adapter = read_adapter(folder)
     require_plain(adapter, "a training that goes on")
+    require_finite(adapter)
     targets = {name: target for name, target in adapter.targets.items() if target.rank}
     for name, target in targets.items():
         if target.kind == "convolution":
             raise UnsupportedError(f"{name} is a convolution, on which ranks do not change; export it as merged")
-        if not all(np.isfinite(matrix).all() for matrix in (target.a, target.b)):
-            raise DataError(f"{name} of {folder} has numbers that are not finite; `tsqlora doctor` shows which layers")
     if not targets:
         raise DataError(f"{folder}: every layer has rank 0, and there is nothing to go on from")
     scale = commonest_scale(targets.values())

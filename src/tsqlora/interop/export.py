@@ -13,7 +13,7 @@ from tsqlora.interop import gguf
 from tsqlora.interop.base import Base, module_shapes
 from tsqlora.interop.compress import ranks_for
 from tsqlora.interop.files import read_adapter
-from tsqlora.interop.health import vllm_rank
+from tsqlora.interop.health import require_finite, vllm_rank
 from tsqlora.interop.lora import LoraAdapter
 from tsqlora.interop.merge import merge_into, reload, save_merged
 from tsqlora.interop.patterns import has_expressions
@@ -117,6 +117,7 @@ def export_adapter(
         )
     require_new(out)
     adapter, errors = read_adapter(source), {}
+    require_finite(adapter)
     if (max_rank, mean_rank) != (None, None):
         adapter, errors = truncate(adapter, _ranks(adapter, max_rank, mean_rank, curvature))
     with TemporaryDirectory() as loadable, new_directory(out) as folder:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tsqlora.errors import DataError
 from tsqlora.interop.lora import LoraAdapter, Target
 from tsqlora.interop.rewrite import decompose
 from tsqlora.interop.tensors import Array
@@ -61,6 +62,13 @@ def broken(adapter: LoraAdapter) -> dict[str, int]:
 
 def _nonfinite(numbers: Array) -> int:
     return int((~np.isfinite(numbers)).sum())
+
+
+def require_finite(adapter: LoraAdapter) -> None:
+    """Raises DataError, naming the layer, where A or B has NaN or infinite numbers."""
+    for name, target in adapter.targets.items():
+        if _nonfinite(target.a) or _nonfinite(target.b):
+            raise DataError(f"{name} has numbers that are not finite; `tsqlora doctor` shows which layers have them")
 
 
 def vllm_rank(rank: int) -> int | None:
