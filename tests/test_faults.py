@@ -5,12 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 BENCH = Path(__file__).parents[1] / "bench" / "faults.py"
 
 
-@pytest.mark.slow
 def test_a_training_survives_what_befalls_it(tmp_path: Path) -> None:
     """Killed in every phase, stopped, one of two processes killed; the other groups have tests of their own."""
     groups, out = "kill:7,signal:1,process:1", tmp_path / "faults.json"

@@ -860,7 +860,6 @@ def test_a_run_whose_data_changed_is_not_resumed(
     assert "has other rows than when" in text
 
 
-@pytest.mark.slow
 def test_two_processes_train_one_run_and_one_speaks(place: Path, tmp_path: Path) -> None:
     # Half a batch a process: the steps are those of the shared run, which has batches of 8.
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

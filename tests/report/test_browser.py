@@ -13,8 +13,6 @@ from serving import serving
 from tsqlora.report.write import write_report
 from tsqlora.training.record import RunRecord
 
-pytestmark = pytest.mark.slow
-
 SHOWN = "[...document.querySelectorAll('#sample-table tbody tr')].filter(r => !r.hidden)"
 AT = {"phase": "training", "time": 1_700_000_000}
 LOSSES = f"{SHOWN}.map(r => Number(r.cells[6].dataset.value))"

@@ -83,7 +83,6 @@ def test_a_missing_package_is_named_with_the_cure() -> None:
         demo.package_folder("no_such_package")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kept", [True, False])
 def test_the_demo_compares_three_runs_at_equal_parameters(
     kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
