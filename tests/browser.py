@@ -1,6 +1,5 @@
-"""A headless Chromium by its own protocol, over pipes: pages are opened, clicked, measured and pictured."""
+"""A headless Chromium by its own protocol, over pipes: pages are opened, clicked and measured."""
 
-import base64
 import json
 import os
 import shutil
@@ -89,14 +88,6 @@ class Page:
         """One key, down and up."""
         for kind in ("keyDown", "keyUp"):
             self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
-
-    def picture(self, path: Path, *, part: str = "html") -> None:
-        """A PNG of the whole of an element."""
-        measured = f"document.querySelector('{part}').getBoundingClientRect()"
-        box = self.run(f"(b => [b.x + scrollX, b.y + scrollY, b.width, b.height])({measured})")
-        clip = dict(zip(("x", "y", "width", "height"), box, strict=True)) | {"scale": 1}
-        shot = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)
-        path.write_bytes(base64.b64decode(shot["data"]))
 
 
 def axe() -> str:

@@ -16,7 +16,7 @@ from tsqlora.quality.scores import Scores
 Rows = Sequence[dict[str, Any]]
 
 
-def teach(model: nn.Module, rows: Rows, *, sharpness: float = 3.0, seed: int = 0) -> None:
+def teach(model: nn.Module, rows: Rows, *, sharpness: float = 3.0) -> None:
     """Gives the rows labels that the model has learned, after making its head surer of itself.
 
     Logits get this standard deviation, and mean 0 where the head has a bias. The label is the
@@ -33,7 +33,7 @@ def teach(model: nn.Module, rows: Rows, *, sharpness: float = 3.0, seed: int = 0
             if name.endswith("bias"):
                 parameter.sub_(factor * logits.mean(0))
     logits = logits_of(model, rows)
-    noise = np.random.default_rng(seed).standard_normal(len(rows)) * float(logits.std()) / 8
+    noise = np.random.default_rng(0).standard_normal(len(rows)) * float(logits.std()) / 8
     labels = (logits[:, 0].numpy() + noise) if logits.shape[1] == 1 else logits.argmax(1).numpy()
     for row, label in zip(rows, labels.tolist(), strict=True):
         row["labels"] = label

@@ -33,7 +33,6 @@ def wrapped(
     *,
     dtype: torch.dtype = torch.float64,
     ranks: Mapping[str, int] | None = None,
-    spread: float = 0.1,
     seed: int = 0,
     **options: Any,
 ) -> PeftModel:
@@ -42,16 +41,16 @@ def wrapped(
         torch.manual_seed(seed)
         slotted = tsq.wrap(tiny_bert(dtype=dtype) if model is None else model, **({"mean_rank": 4} | options))
         slotted.to(dtype)
-        fill(slotted, spread=spread)
+        fill(slotted)
         resize(slotted, ranks or {})
     return slotted.eval()
 
 
-def fill(model: PeftModel, *, spread: float = 0.1) -> None:
+def fill(model: PeftModel) -> None:
     """Gives every active column of B some noise."""
     with torch.no_grad():
         for slots in find_slots(model).values():
-            slots.b[:, : slots.rank] = spread * torch.randn(slots.b.shape[0], slots.rank)
+            slots.b[:, : slots.rank] = 0.1 * torch.randn(slots.b.shape[0], slots.rank)
 
 
 def resize(model: PeftModel, ranks: Mapping[str, int]) -> None:
