@@ -1,7 +1,7 @@
 """The page in a real browser: no error, no request, nothing overflows, and every control does what it says."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -46,6 +46,14 @@ def page(request: pytest.FixtureRequest) -> Path:
 def tab() -> Iterator[Page]:
     with browser() as page:
         yield page
+
+
+def until(holds: Callable[[], bool]) -> None:
+    """Waits until it holds, for a minute at most."""
+    end = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("width", [390, 1440])
@@ -108,10 +116,7 @@ def test_while_a_run_trains_its_page_follows_and_what_the_reader_set_stays(tab: 
         record = RunRecord.load(run)
         record.now = AT | {"step": 20}
         record.save(run)
-        end = time.monotonic() + 60
-        while tab.run(first) != "50%":
-            assert time.monotonic() < end
-            time.sleep(0.1)
+        until(lambda: tab.run(first) == "50%")
         assert tab.run("document.getElementById('watched').textContent") == "● live"
         assert tab.run("document.getElementById('frame-said').textContent") == "step 10: 1 slot moved"
         assert tab.run(f"{SHOWN}.every(r => r.textContent.includes('river')) && {SHOWN}.length > 0")
@@ -123,10 +128,7 @@ def test_while_a_run_trains_its_page_follows_and_what_the_reader_set_stays(tab: 
         asked = {url for url in tab.requests if not url.startswith("data:")}
         assert asked == {f"http://127.0.0.1:{port}/", f"http://127.0.0.1:{port}/plotly.js"}
         assert tab.told == []
-    end = time.monotonic() + 60
-    while "The server has stopped" not in tab.run("document.getElementById('watched').textContent"):
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    until(lambda: "The server has stopped" in tab.run("document.getElementById('watched').textContent"))
 
 
 def test_the_theme_follows_the_system_until_it_is_chosen(tab: Page, report: Path) -> None:
@@ -144,27 +146,20 @@ def test_the_theme_follows_the_system_until_it_is_chosen(tab: Page, report: Path
     assert tab.run(ink) == dark
 
 
-def test_the_slider_shows_the_ranks_of_each_adjustment_by_keyboard(tab: Page, report: Path) -> None:
+def test_the_slider_and_the_animation_show_the_ranks_of_each_adjustment(tab: Page, report: Path) -> None:
     tab.open(report, width=1440)
-    cell = "document.getElementById('ranks-map').data[0].z[0][0]"
+    cell, frame = "document.getElementById('ranks-map').data[0].z[0][0]", "document.getElementById('frame').value"
     assert tab.run(cell) == 4, "the third adjustment moved it back"
     tab.run("document.getElementById('frame').focus()")
     tab.press("ArrowLeft", 37)
     assert tab.run(cell) == 2
     assert tab.run("document.getElementById('frame').getAttribute('aria-valuetext')") == "step 20: 1 slot moved"
     assert tab.run("document.getElementById('frame-said').textContent") == "step 20: 1 slot moved"
-
-
-def test_the_animation_plays_to_its_end_and_stops(tab: Page, report: Path) -> None:
-    tab.open(report, width=1440)
+    tab.run(f"{frame} = '3'")
     tab.run("document.getElementById('play').click()")
-    assert tab.run("document.getElementById('frame').value") == "0"
-    assert tab.run("document.getElementById('play').textContent") == "Pause"
-    end = time.monotonic() + 20
-    while tab.run("document.getElementById('play').textContent") == "Pause":
-        assert time.monotonic() < end
-        time.sleep(0.2)
-    assert tab.run("document.getElementById('frame').value") == "3"
+    assert tab.run(frame) == "0"
+    until(lambda: tab.run("document.getElementById('play').textContent") == "Play")
+    assert tab.run(frame) == "3"
 
 
 def test_a_heading_sorts_by_number_up_and_down(tab: Page, report: Path) -> None:

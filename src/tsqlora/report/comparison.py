@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from tsqlora.errors import DataError
 
-# As `compare` names them, which is not imported here: a report needs no training.
+# compare/ imports these names: a report needs nothing of it.
 SETTINGS_FILE, TABLE_FILE, CELLS_DIR = "comparison.json", "table.json", "cells"
 CHOSEN_ON_SHOWN = (
     "There are no test rows: the numbers of the first seed are of the validation rows that chose its rate, and so the "

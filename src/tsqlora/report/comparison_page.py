@@ -13,8 +13,6 @@ from tsqlora.report.figures import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, Drawn
 from tsqlora.report.metrics import as_points, gain_of, lower_is_better, value_of, words
 from tsqlora.report.page import Table, render
 
-FEW = 3
-"""Seeds below which a verdict is not given."""
 VERDICTS = {
     "better": (BLUE, "triangle-right"),
     "within noise": (INK, "circle"),
@@ -60,7 +58,6 @@ def comparison_page(comparison: Comparison, script: str | None) -> str:
         best=best,
         quickest=min(worked, key=lambda method: method.seconds, default=None),
         by_verdict={kind: [m for m in comparison.others if verdict_of(m) == kind] for kind in VERDICTS},
-        few=FEW,
         chosen_on_shown=CHOSEN_ON_SHOWN if comparison.chosen_on_shown else None,
         tables=_tables(comparison, measured.capitalize()),
         command=_command(comparison),

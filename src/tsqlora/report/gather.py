@@ -11,9 +11,9 @@ from tsqlora.quality.scores import Scores
 from tsqlora.report.figures import Drawn, histograms
 from tsqlora.report.samples import Samples, choose_samples
 from tsqlora.training.record import RECORD_FILE, RunRecord
+from tsqlora.training.run_dir import CONFIG_FILE
 
-# As the run directory has them; training, which names them too, is not imported here.
-CONFIG_FILE = "config.yaml"
+# QualityCallback, which names it too, would import the Trainer.
 SCORES_FILE = "scores.parquet"
 
 

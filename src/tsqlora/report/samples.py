@@ -21,41 +21,31 @@ LONGEST = 500
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One row: `lists` are those that it is in, `text` is None where it was not found."""
+    """One row: `lists` are those that it is in, `text` is None where it was not found.
+
+    `prediction` is the class that the model says, with its probability; `numbers` are Q, p and the terms.
+    """
 
     id: int
     lists: tuple[str, ...]
     text: str | None
     label: str
-    predicted: str | None
-    sure: float | None
+    prediction: str
     likely_wrong: bool
-    quality: float
-    probability: float
     reason: str
-    terms: dict[str, float]
+    numbers: list[float]
 
     @property
     def marks(self) -> list[str]:
-        """The names by which the page's list shows this row."""
+        """The names under which the page's selection shows this row."""
         wrong, left_out = ["likely wrong"] * self.likely_wrong, ["left out"] * (self.reason != "kept")
         return [*self.lists, *wrong, *left_out]
 
     @property
     def why(self) -> str:
         """Why this row is shown."""
-        wrong = ["likely wrong label"] * self.likely_wrong
-        return ", ".join([*self.lists, *wrong, *([f"left out: {self.reason}"] if self.reason != "kept" else [])])
-
-    @property
-    def says(self) -> str:
-        """The class that the model predicts, and its probability."""
-        sure = "" if self.sure is None else f" ({self.sure:.0%})"
-        return f"{self.predicted or ''}{sure}"
-
-    @property
-    def numbers(self) -> list[float]:
-        return [self.quality, self.probability, *self.terms.values()]
+        more = {"likely wrong": "likely wrong label", "left out": f"left out: {self.reason}"}
+        return ", ".join(more.get(mark, mark) for mark in self.marks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,20 +125,17 @@ def _texts(scores: Scores, rows: Iterable[int]) -> tuple[dict[int, str], str | N
 
 
 def _sample(scores: Scores, j: int, lists: tuple[str, ...], text: str | None, wrong: bool) -> Sample:
-    said = scores.predictions.get("predicted")
-    sure = scores.predictions.get("predicted_probability")
+    predicted, sure = (scores.predictions.get(name) for name in ("predicted", "predicted_probability"))
+    says = "" if predicted is None else _label(scores, predicted[j])
     return Sample(
         id=j if scores.ids is None else int(scores.ids[j]),
         lists=lists,
         text=None if text is None else _shortened(text),
         label=_label(scores, scores.labels[j]),
-        predicted=None if said is None else _label(scores, said[j]),
-        sure=None if sure is None else float(sure[j]),
+        prediction=says if sure is None else f"{says} ({sure[j]:.0%})",
         likely_wrong=wrong,
-        quality=float(scores.quality[j]),
-        probability=float(scores.probability[j]),
         reason=REASONS[0 if scores.reasons is None else int(scores.reasons[j])],
-        terms={name: float(values[j]) for name, values in scores.terms.items()},
+        numbers=[float(values[j]) for values in (scores.quality, scores.probability, *scores.terms.values())],
     )
 
 

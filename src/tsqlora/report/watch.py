@@ -9,10 +9,11 @@ from pathlib import Path
 
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.report.comparison import is_comparison
-from tsqlora.report.gather import CONFIG_FILE, SCORES_FILE, Control, ScoresView, control_of, gather, read_scores
+from tsqlora.report.gather import SCORES_FILE, Control, ScoresView, control_of, gather, read_scores
 from tsqlora.report.page import PLOTLY_PATH, plotly_script, render
 from tsqlora.report.run_page import run_page
 from tsqlora.training.record import RECORD_FILE
+from tsqlora.training.run_dir import CONFIG_FILE
 
 HOST = "127.0.0.1"
 """No other machine can ask: the page holds texts of the training rows."""
