@@ -1,15 +1,10 @@
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
 
-from runs import save_checkpoint
 from tsqlora.data.batches import bucketed_order, sorted_batches
-from tsqlora.data.collate import collator
 
 LENGTHS = st.lists(st.integers(1, 500), max_size=300)
 BATCH_SIZES = st.integers(1, 9)
@@ -66,17 +61,3 @@ def test_sorted_batches_hold_every_sample_once_longest_first(lengths: list[int],
     assert sorted(flat) == list(range(len(lengths)))
     assert [lengths[i] for i in flat] == sorted(lengths, reverse=True)
     assert all(len(batch) == batch_size for batch in batches[:-1])
-
-
-@pytest.mark.parametrize(
-    ("max_length", "positions", "wanted"), [(32, 32, 16), (30, 32, 16), (30, 31, 13), (30, None, 16)]
-)
-def test_batches_are_padded_to_a_multiple_of_8_where_the_model_has_the_positions(
-    max_length: int, positions: int | None, wanted: int, tmp_path: Path
-) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(save_checkpoint(tmp_path))
-    batch = collator(tokenizer, max_length=max_length, positions=positions)(
-        [{"input_ids": list(range(4, 4 + n)), "labels": 0} for n in (13, 9)]
-    )
-    assert batch["input_ids"].shape == (2, wanted)
-    assert batch["attention_mask"].sum(1).tolist() == [13, 9]

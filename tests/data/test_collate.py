@@ -1,14 +1,17 @@
-"""Batches of generation: what is padded does not count, on either side."""
+"""What is padded does not count, on either side."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from byte_tokenizers import PAD, byte_tokenizer
-from tsqlora.data.collate import generation_collator
+from runs import save_checkpoint
+from tsqlora.data.collate import collator, generation_collator
 from tsqlora.data.generation import IGNORED
 from tsqlora.errors import SettingsError
 
@@ -64,3 +67,17 @@ def test_the_end_token_pads_where_there_is_no_other() -> None:
     tokenizer.eos_token = None
     with pytest.raises(SettingsError, match="neither a padding nor an end token"):
         generation_collator(tokenizer, seq2seq=False)
+
+
+@pytest.mark.parametrize(
+    ("max_length", "positions", "wanted"), [(32, 32, 16), (30, 32, 16), (30, 31, 13), (30, None, 16)]
+)
+def test_batches_are_padded_to_a_multiple_of_8_where_the_model_has_the_positions(
+    max_length: int, positions: int | None, wanted: int, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(save_checkpoint(tmp_path))
+    batch = collator(tokenizer, max_length=max_length, positions=positions)(
+        [{"input_ids": list(range(4, 4 + n)), "labels": 0} for n in (13, 9)]
+    )
+    assert batch["input_ids"].shape == (2, wanted)
+    assert batch["attention_mask"].sum(1).tolist() == [13, 9]

@@ -51,20 +51,15 @@ def test_no_label_is_no_error() -> None:
     assert find(["text"]) == Columns("text", None, None)
 
 
-def test_a_named_column_that_is_missing_gives_the_nearest() -> None:
-    with pytest.raises(DataError) as caught:
-        find(["text", "labels"], label="labls")
-    assert str(caught.value) == (
-        "train.csv has no column 'labls', which data.label names; did you mean 'labels'? choices: labels, text"
-    )
-
-
-def test_one_column_named_for_two_uses_is_refused() -> None:
-    with pytest.raises(DataError, match=r"data.text and data.label both name column 'text' of train.csv"):
-        find(["text"], text="text", label="text")
-
-
-def test_a_file_without_text_lists_its_columns() -> None:
-    with pytest.raises(DataError) as caught:
-        find(["body", "label"])
-    assert str(caught.value) == "no text column in train.csv; set data.text to one of its columns: body, label"
+@pytest.mark.parametrize(
+    ("names", "settings", "told"),
+    [
+        (["text", "labels"], {"label": "labls"}, ["'labls'", "data.label", "mean 'labels'"]),
+        (["text"], {"text": "text", "label": "text"}, ["data.text and data.label", "'text'"]),
+        (["body", "label"], {}, ["data.text", "body, label"]),
+    ],
+)
+def test_what_cannot_be_is_refused(names: list[str], settings: dict[str, str], told: list[str]) -> None:
+    with pytest.raises(DataError, match=r"train\.csv") as caught:
+        find(names, **settings)
+    assert all(name in str(caught.value) for name in told)

@@ -134,43 +134,49 @@ def test_columns_are_those_of_all_rows_in_order_of_appearance(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "message"),
+    ("name", "text", "told"),
     [
-        ("t.jsonl", "", "t.jsonl has no rows; write at least one, or name another file"),
+        ("t.jsonl", "", "t.jsonl has no rows"),
         ("t.jsonl", "\n \n", "t.jsonl has no rows"),
         ("t.csv", "", "t.csv has no rows"),
         ("t.csv", "text,label\n", "t.csv has no rows"),
         ("t.json", "[]", "t.json has no rows"),
-        ("t.jsonl", '{"a": 1}\n{"a": 1,}', "t.jsonl:2: not JSON ("),
-        ("t.jsonl", '{"a": 1}\n\n[1]', "t.jsonl:3: a list where a row must be an object like"),
-        ("t.jsonl", '"a"', "t.jsonl:1: a str where a row must be an object"),
-        ("t.jsonl", "[" * 100_000, "t.jsonl:1: not JSON ("),
-        ("t.jsonl", '{"a": ' + "1" * 5000 + "}", "t.jsonl:1: not JSON (Exceeds the limit"),
-        ("t.json", '[{"a": 1},\n{"a"}]', "t.json:2: not a JSON array ("),
-        ("t.json", '[{"a": 1},\n2]', "t.json:2: a int where a row must be an object"),
-        ("t.csv", "text,label\na,0\nb\n", "t.csv:3: 1 fields where the header names 2 (text, label); put"),
+        ("t.jsonl", '{"a": 1}\n{"a": 1,}', "t.jsonl:2: "),
+        ("t.jsonl", '{"a": 1}\n\n[1]', "t.jsonl:3: a list"),
+        ("t.jsonl", '"a"', "t.jsonl:1: a str"),
+        ("t.jsonl", '{"n": ' + "[" * 100_000 + "}", "t.jsonl:1: "),
+        ("t.jsonl", '{"a": ' + "1" * 5000 + "}", "t.jsonl:1: "),
+        ("t.jsonl", '{"text": "a", "text": "b"}', "t.jsonl:1: not JSON ('text' is there twice"),
+        ("t.jsonl", '{"text": "\0"}', "t.jsonl:1: "),
+        ("t.json", '[{"a": 1},\n{"a"}]', "t.json:2: "),
+        ("t.json", '[{"a": 1},\n2]', "t.json:2: a int"),
+        ("t.json", '[{"text": {"x": 1, "x": 2}}]', "'x' is there twice"),
+        ("t.csv", "text,label\na,0\nb\n", "t.csv:3: 1 fields where the header names 2"),
         ("t.csv", 'text,label\n"a\nb",0\nc,d,1\n', "t.csv:4: 3 fields where the header names 2"),
-        ("t.csv", 'text,label\na,0\n"b,1\nc,0\n', "t.csv:3: broken record (unexpected end of data); put"),
-        ("t.tsv", 'text\tlabel\n"a" b\t0\n', "t.tsv:2: broken record ("),
-        ("t.csv", "text;label\na;0\n", "t.csv:1: columns seem to be separated by ';' (text;label); save the file with"),
+        ("t.csv", 'text,label\na,0\n"b,1\nc,0\n', "t.csv:3: broken record"),
+        ("t.tsv", 'text\tlabel\n"a" b\t0\n', "t.tsv:2: broken record"),
+        ("t.csv", "text;label\na;0\n", "t.csv:1: columns seem to be separated by ';'"),
         ("t.csv", "text\tlabel\na\t0\n", r"t.csv:1: columns seem to be separated by '\t'"),
         ("t.tsv", "text,label\na,0\n", "t.tsv:1: columns seem to be separated by ','"),
-        ("t.csv", "\ntext,label,text\na,0,b\n", "t.csv:2: column 'text' is there twice; rename one"),
-        ("t.txt", "a", "t.txt: unknown extension '.txt'; known: .jsonl, .json, .csv, .tsv, .parquet"),
-        ("t", "a", "unknown extension ''; known: .jsonl"),
-        ("t.parquet", "a", "t.parquet cannot be read as Parquet ("),
+        ("t.csv", "\ntext,label,text\na,0,b\n", "t.csv:2: column 'text' is there twice"),
+        ("t.txt", "a", ", ".join(READERS)),
+        ("t.tar.gz", "a", "'.gz'"),
+        ("t", "a", "extension ''"),
+        ("t.parquet", "PAR1", "t.parquet cannot be read as Parquet"),
     ],
 )
-def test_what_is_wrong_is_said_with_file_and_line(name: str, text: str, message: str, tmp_path: Path) -> None:
-    assert message in error(write(tmp_path / name, text))
+def test_what_is_wrong_is_said_with_file_and_line(name: str, text: str, told: str, tmp_path: Path) -> None:
+    assert told in error(write(tmp_path / name, text))
 
 
 def test_a_byte_that_is_not_utf8_is_named_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
-    path.write_bytes(b"\xef\xbb\xbftext\nabc\ncaf\xe9\n")
-    assert "t.csv:3: byte 0xe9 is not UTF-8; save the file as UTF-8" in error(path)
-    path.write_bytes("text\nabc\n".encode("utf-16"))
-    assert "t.csv:1: byte 0xff is not UTF-8" in error(path)
+    for content, told in (
+        (b"\xef\xbb\xbftext\nabc\ncaf\xe9\n", "3: byte 0xe9"),
+        ("text\n".encode("utf-16"), "1: byte 0xff"),
+    ):
+        path.write_bytes(content)
+        assert f"t.csv:{told}" in error(path)
 
 
 def test_duplicate_parquet_columns_are_refused(tmp_path: Path) -> None:
@@ -181,15 +187,19 @@ def test_duplicate_parquet_columns_are_refused(tmp_path: Path) -> None:
 
 def test_a_mistyped_file_is_told_what_is_there(tmp_path: Path) -> None:
     write(tmp_path / "tickets.csv", "text\na\n")
-    assert f"no file {tmp_path}/ticket.csv; did you mean '{tmp_path}/tickets.csv'? correct the path" in error(
-        tmp_path / "ticket.csv"
-    )
+    assert f"mean '{tmp_path}/tickets.csv'" in error(tmp_path / "ticket.csv")
 
 
-@pytest.mark.parametrize("source", ["train.jsonl", "data/train.csv", "./train", "/no/such/train", "a/b/c"])
-def test_a_missing_file_is_not_looked_for_on_the_hub(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "source",
+    [
+        *("train.jsonl", "data/train.csv", "./train", "/no/such/train", "~no-such-user/x", "a" * 5000),
+        *("a/b/c", "a/../b", "a\0b", "http://x", "a--b", "\ud800"),
+    ],
+)
+def test_what_is_no_hub_id_is_not_asked_for_on_the_hub(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", lambda name: pytest.fail(f"asked the hub for {name}"))
-    assert error(source).startswith(f"no file {source}; correct the path, seen from ")
+    assert error(source).startswith("no file ")
 
 
 @pytest.mark.parametrize("suffix", READERS)
@@ -247,20 +257,20 @@ def test_a_training_file_alone_has_no_other_split(tmp_path: Path) -> None:
 
 def test_two_files_of_one_split_are_refused(tmp_path: Path) -> None:
     folder = directory(tmp_path, "train.jsonl", "dev.jsonl", "valid.csv")
-    with pytest.raises(DataError, match=r"has 2 candidates for validation: dev.jsonl, valid.csv; keep one"):
+    with pytest.raises(DataError, match=r"validation: dev.jsonl, valid.csv"):
         open_splits(folder, None, None)
 
 
 def test_a_directory_without_training_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"has no split train; name the training file in data.train"):
+    with pytest.raises(DataError, match=r"data\.train"):
         open_splits(directory(tmp_path, "test.jsonl"), None, None)
 
 
 def test_one_split_of_a_directory_can_be_read(tmp_path: Path) -> None:
     folder = directory(tmp_path, "train.jsonl", "test.jsonl")
     assert read_rows(folder, split="test").rows == ({"text": "test.jsonl"},)
-    assert "has the splits train, test; name one file or one split of it" in error(folder)
-    assert "has no split validation; name one file or one split of it" in error(folder, split="validation")
+    assert "train, test" in error(folder)
+    assert "validation" in error(folder, split="validation")
 
 
 # The hub
@@ -278,15 +288,17 @@ def test_a_hub_data_set_is_read_by_its_splits(monkeypatch: pytest.MonkeyPatch) -
 def test_an_empty_hub_split_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     empty = datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": []})})
     monkeypatch.setattr(datasets, "load_dataset", lambda name: empty)
-    assert error("owner/name") == "owner/name[train] has no rows; name another split or data set"
+    assert error("owner/name").startswith("owner/name[train] has no rows")
 
 
-@pytest.mark.parametrize("reason", [FileNotFoundError("no such thing\nand more"), ConnectionError()])
-def test_whatever_the_hub_says_becomes_one_error(reason: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("reason", "told"),
+    [(FileNotFoundError("no such\nand more"), "(no such)"), (ConnectionError(), "(ConnectionError)")],
+)
+def test_whatever_the_hub_says_becomes_one_error(reason: Exception, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(name: str) -> None:
         raise reason
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    message = error("owner/name")
-    assert message.startswith("owner/name is neither a local file or directory nor a loadable hub data set (")
-    assert "no such thing)" in message or "ConnectionError)" in message
+    assert "owner/name" in (message := error("owner/name"))
+    assert told in message

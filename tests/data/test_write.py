@@ -35,20 +35,20 @@ def test_columns_are_those_that_some_row_has(tmp_path: Path) -> None:
 
 
 def test_an_unknown_extension_lists_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"unknown extension '\.txt'; known: \.jsonl, \.csv, \.tsv, \.parquet"):
+    with pytest.raises(SettingsError, match=r"'\.txt'.*\.jsonl, \.csv, \.tsv, \.parquet"):
         write_rows(tmp_path / "r.txt", ROWS)
 
 
 def test_a_directory_is_no_file(tmp_path: Path) -> None:
     (tmp_path / "r.csv").mkdir()
-    with pytest.raises(SettingsError, match="is a directory; name a file"):
+    with pytest.raises(SettingsError, match=r"r\.csv"):
         write_rows(tmp_path / "r.csv", ROWS)
 
 
 def test_what_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "r.parquet"
     write_rows(path, ROWS)
-    with pytest.raises(DataError, match=r"column 'a' does not fit into Parquet .*; write \.jsonl"):
+    with pytest.raises(DataError, match="column 'a'"):
         write_rows(path, [{"a": 1}, {"a": "text"}])
     assert list(read_rows(path).rows) == ROWS
     assert [file.name for file in tmp_path.iterdir()] == ["r.parquet"]

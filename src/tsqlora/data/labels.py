@@ -54,15 +54,6 @@ class LabelMap:
             )
         return self.names.index(name)
 
-    def to_dict(self) -> dict[str, Any]:
-        """What JSON can hold; `from_dict` makes the same map of it."""
-        return {"names": list(self.names)}
-
-    @classmethod
-    def from_dict(cls, stored: dict[str, Any]) -> "LabelMap":
-        """The map that `to_dict` stored."""
-        return cls(tuple(stored["names"]))
-
 
 def distinct_labels(parts: Iterable[Rows], column: str) -> tuple[list[str | int], np.ndarray]:
     """Each label once, in order of first appearance, and which one each row has.
@@ -176,9 +167,7 @@ def _id_at(rows: Rows, i: int, value: str | int, label_map: LabelMap) -> int:
 
 
 def _target_at(rows: Rows, i: int, column: str) -> float:
-    value = rows.rows[i].get(column)
-    if is_missing(value):
-        raise DataError(f"{rows.place(i)}: no label in column '{column}'; fill it in or leave the row out")
+    value = rows.rows[i][column]
     try:
         target = math.nan if isinstance(value, bool) else float(value)  # pyright: ignore[reportArgumentType]
     except (TypeError, ValueError, OverflowError):

@@ -14,7 +14,7 @@ import numpy as np
 from tsqlora.compat.datasets import file_kinds
 from tsqlora.compat.hub import is_hub_id
 from tsqlora.data.jsonl import read_json, read_jsonl
-from tsqlora.data.tables import read_csv, read_parquet, read_tsv
+from tsqlora.data.tables import read_delimited, read_parquet
 from tsqlora.errors import DataError
 
 Records = Iterator[tuple[int, dict[str, Any]]]
@@ -23,8 +23,8 @@ Records = Iterator[tuple[int, dict[str, Any]]]
 READERS: dict[str, Callable[[Path], Records]] = {
     ".jsonl": read_jsonl,
     ".json": read_json,
-    ".csv": read_csv,
-    ".tsv": read_tsv,
+    ".csv": partial(read_delimited, delimiter=","),
+    ".tsv": partial(read_delimited, delimiter="\t"),
     ".parquet": read_parquet,
 }
 
@@ -130,8 +130,6 @@ def read_rows(source: str | Path, *, split: str | None = None) -> Rows:
 
 def open_split(source: str | Path, *, split: str | None = None) -> Source:
     """The same, not read yet."""
-    if os.path.isfile(_local(source)):
-        return _of_file(_local(source))
     found = _open_splits(source, wanted=SPLIT_NAMES if split is None else (split,))
     if len(found) != 1:
         there = f"has the splits {', '.join(found)}" if found else f"has no split {split or 'of a known name'}"
@@ -147,23 +145,19 @@ def open_splits(train: str, validation: str | None, test: str | None) -> dict[st
     there. Raises DataError for what is missing, and for two files of one split.
     """
     explicit = {name: path for name, path in (("validation", validation), ("test", test)) if path is not None}
-    found = _open_train(train, wanted=[name for name in SPLIT_NAMES if name not in explicit])
+    found = _open_splits(train, wanted=[name for name in SPLIT_NAMES if name not in explicit])
+    if "train" not in found:
+        raise DataError(f"{train} has no split train; name the training file in data.train")
     found |= {name: open_split(path, split=name) for name, path in explicit.items()}
     return {name: found[name] for name in SPLIT_NAMES if name in found}
 
 
-def _open_train(train: str, *, wanted: Collection[str]) -> dict[str, Source]:
-    if os.path.isfile(_local(train)):
-        return {"train": _of_file(_local(train))}
-    found = _open_splits(train, wanted=wanted)
-    if "train" not in found:
-        raise DataError(f"{train} has no split train; name the training file in data.train")
-    return found
-
-
 def _open_splits(source: str | Path, *, wanted: Collection[str]) -> dict[str, Source]:
-    """Those of the wanted splits that the source has."""
-    path = _local(source)
+    """Those of the wanted splits that the source has; a file is the first of them, whatever it is called."""
+    path = Path(os.path.expanduser(source))
+    # os.path, not pathlib, here and below: the latter raises for names that no file can have.
+    if os.path.isfile(path):
+        return {next(iter(wanted)): _of_file(path)}
     if os.path.isdir(path):
         files = {file.name: file for file in _listed(path) if file.is_file()}
         names = _match_splits({name: file.stem for name, file in files.items()}, wanted, source)
@@ -199,11 +193,6 @@ def _listed(folder: Path) -> list[Path]:
         return sorted(folder.iterdir())
     except OSError as exc:
         raise DataError(f"cannot read {folder}: {exc.strerror}") from exc
-
-
-def _local(source: str | Path) -> Path:
-    # os.path, not pathlib, here and where it is looked for: the latter raises for names that no file can have.
-    return Path(os.path.expanduser(source))
 
 
 def _refuse_missing_file(path: Path, source: str | Path) -> None:

@@ -17,19 +17,6 @@ _PARQUET_BATCH = 1024
 """Rows that are in memory at a time, where rows are read one after the other."""
 
 
-def read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Each record with the number of the line it starts on, one after the other; every cell is text.
-
-    Raises DataError with file and line for broken quotes and for a wrong number of fields.
-    """
-    return _read_delimited(path, delimiter=",")
-
-
-def read_tsv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """As `read_csv`, with tabs between the fields and the same quoting."""
-    return _read_delimited(path, delimiter="\t")
-
-
 def read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Each row with its 1-based number, one after the other. Raises DataError for what is not Parquet."""
     number = 0
@@ -61,7 +48,11 @@ def parquet_file(path: Path) -> Iterator[pq.ParquetFile]:
         raise DataError(f"{path} cannot be read as Parquet ({reason}); write the file anew") from exc
 
 
-def _read_delimited(path: Path, *, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_delimited(path: Path, *, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each record of a CSV or TSV file with the number of the line it starts on, one after the other; cells are text.
+
+    Raises DataError with file and line for broken quotes and for a wrong number of fields.
+    """
     found = records(path, delimiter=delimiter)
     first, header, _, _ = next(found, (1, [], 0, 0))
     _refuse_other_separator(header, delimiter, f"{path}:{first}")

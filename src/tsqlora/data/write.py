@@ -7,6 +7,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +113,6 @@ def _write_csv(path: Path, rows: Sequence[Row], *, delimiter: str = ",") -> None
         writer.writerows(rows)
 
 
-def _write_tsv(path: Path, rows: Sequence[Row]) -> None:
-    _write_csv(path, rows, delimiter="\t")
-
-
 def _write_parquet(path: Path, rows: Sequence[Row]) -> None:
     columns = {}
     for name in _names(rows):
@@ -135,6 +132,6 @@ def _names(rows: Sequence[Row]) -> list[str]:
 WRITERS: dict[str, Callable[[Path, Sequence[Row]], None]] = {
     ".jsonl": _write_jsonl,
     ".csv": _write_csv,
-    ".tsv": _write_tsv,
+    ".tsv": partial(_write_csv, delimiter="\t"),
     ".parquet": _write_parquet,
 }

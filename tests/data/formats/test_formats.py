@@ -119,118 +119,45 @@ def test_sharegpt_has_other_names_for_the_same() -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "names"),
     [
-        (
-            {"prompt": "", "completion": "a"},
-            "train.jsonl:7: no text in column 'prompt'; fill it in or leave the row out",
-        ),
-        (
-            {"prompt": 3, "completion": "a"},
-            "train.jsonl:7: int 3 in column 'prompt' is no text; write a string",
-        ),
-        (
-            {"instruction": "a", "input": ["b"], "output": "c"},
-            "train.jsonl:7: list ['b'] in column 'input' is no text; write a string",
-        ),
-        (
-            {"document": "a\ud800", "summary": "b"},
-            "train.jsonl:7: column 'document' has half a surrogate pair (\\ud800..\\udfff); remove it",
-        ),
-        (
-            {"messages": "hi"},
-            "train.jsonl:7: str 'hi' in column 'messages' is no list of messages; "
-            'write a list of {"role": …, "content": …}',
-        ),
-        (
-            {"messages": None},
-            "train.jsonl:7: nothing in column 'messages' is no list of messages; "
-            'write a list of {"role": …, "content": …}',
-        ),
-        (
-            {"messages": []},
-            "train.jsonl:7: list [] in column 'messages' is no list of messages; "
-            'write a list of {"role": …, "content": …}',
-        ),
-        (
-            {"messages": [USER, "ho"]},
-            "train.jsonl:7: message 2 in column 'messages' is str 'ho'; write an object with role and content",
-        ),
-        (
-            {"messages": [{"role": "user"}, ANSWER]},
-            "train.jsonl:7: message 1 in column 'messages' has no 'content', only role; "
-            "write it, or set data.format to sharegpt (from, value)",
-        ),
-        (
-            {"messages": [{"from": "human", "value": "hi"}]},
-            "train.jsonl:7: message 1 in column 'messages' has no 'role', only from, value; "
-            "write it, or set data.format to sharegpt (from, value)",
-        ),
-        (
-            {"messages": [{"role": "asistant", "content": "hi"}]},
-            "train.jsonl:7: message 1 in column 'messages' has an unknown role, 'asistant'; did you mean 'assistant'? "
-            "choices: assistant, developer, system, tool, user",
-        ),
-        (
-            {"messages": [{"role": 3, "content": "hi"}]},
-            "train.jsonl:7: message 1 in column 'messages' has an unknown role, 3; "
-            "choices: assistant, developer, system, tool, user",
-        ),
-        (
-            {"messages": [USER, {"role": "assistant", "content": " "}]},
-            "train.jsonl:7: message 2 in column 'messages' has no text in 'content'; fill it in or leave the row out",
-        ),
-        (
-            {"messages": [USER, {"role": "assistant", "content": ["x"]}]},
-            "train.jsonl:7: list ['x'] in 'content' of message 2 in column 'messages' is no text; write a string",
-        ),
-        (
-            {"messages": [USER]},
-            "train.jsonl:7: no assistant's turn in column 'messages' to be trained on; leave the row out",
-        ),
-        (
-            {"conversations": [{"from": "bot", "value": "hi"}]},
-            "train.jsonl:7: message 1 in column 'conversations' has an unknown from, 'bot'; choices: assistant",
-        ),
-        (
-            {"conversations": [USER]},
-            "train.jsonl:7: message 1 in column 'conversations' has no 'from', only role, content; "
-            "write it, or set data.format to messages (role, content)",
-        ),
+        ({"prompt": "", "completion": "a"}, ["'prompt'"]),
+        ({"prompt": 3, "completion": "a"}, ["int 3", "'prompt'"]),
+        ({"instruction": "a", "input": ["b"], "output": "c"}, ["list ['b']", "'input'"]),
+        ({"document": "a\ud800", "summary": "b"}, ["'document'", "surrogate"]),
+        ({"messages": "hi"}, ["str 'hi'", "'messages'", '"role"', '"content"']),
+        ({"messages": None}, ["'messages'", '"role"']),
+        ({"messages": []}, ["list []", "'messages'"]),
+        ({"messages": [USER, "ho"]}, ["message 2", "str 'ho'"]),
+        ({"messages": [{"role": "user"}, ANSWER]}, ["message 1", "'content'", "only role"]),
+        ({"messages": [{"from": "human", "value": "hi"}]}, ["message 1", "'role'", "data.format to sharegpt"]),
+        ({"messages": [{"role": "asistant", "content": "hi"}]}, ["message 1", "'asistant'", "mean 'assistant'"]),
+        ({"messages": [{"role": 3, "content": "hi"}]}, ["message 1", "role, 3"]),
+        ({"messages": [USER, {"role": "assistant", "content": " "}]}, ["message 2", "'content'"]),
+        ({"messages": [USER, {"role": "assistant", "content": ["x"]}]}, ["list ['x']", "message 2"]),
+        ({"messages": [USER]}, ["'messages'", "assistant"]),
+        ({"messages": [USER, ANSWER | {"tool_calls": [{"name": "f"}]}]}, ["message 2", "'tool_calls'"]),
+        ({"messages": [USER, ANSWER | {"reasoning_content": "so"}]}, ["message 2", "'reasoning_content'"]),
+        ({"messages": [USER, ANSWER], "tools": [{"name": "f"}]}, ["'tools'"]),
+        ({"conversations": [{"from": "bot", "value": "hi"}]}, ["message 1", "from, 'bot'"]),
+        ({"conversations": [USER]}, ["message 1", "'from'", "data.format to messages"]),
     ],
 )
-def test_bad_rows_are_named(row: dict[str, Any], told: str) -> None:
-    assert error(row).startswith(told)
+def test_bad_rows_are_named(row: dict[str, Any], names: list[str]) -> None:
+    told = error(row)
+    assert told.startswith("train.jsonl:7: ")
+    assert all(name in told for name in names), told
 
 
-@pytest.mark.parametrize(
-    ("more", "tools", "told"),
-    [
-        (
-            {"tool_calls": [{"name": "f"}]},
-            None,
-            "message 2 in column 'messages' has 'tool_calls', which is not read here",
-        ),
-        ({"reasoning_content": "so"}, None, "has 'reasoning_content', which is not read here, so that a model would"),
-        ({}, [{"name": "f"}], "column 'tools' is not read here"),
-    ],
-)
-def test_what_a_model_would_not_learn_of_a_chat_is_named(more: Any, tools: Any, told: str) -> None:
-    answer = {"role": "assistant", "content": "b"}
-    row = {"messages": [USER, answer | more], "tools": tools}
-    assert told in error(row)
-    assert read(row | {"messages": [USER, answer | dict.fromkeys(more)], "tools": None})
+def test_a_key_that_is_empty_is_as_good_as_none() -> None:
+    row = {"messages": [USER, ANSWER]}
+    assert read({"messages": [USER, ANSWER | {"tool_calls": None}], "tools": None}) == read(row)
 
 
 def test_a_chat_with_nothing_to_answer_is_named() -> None:
-    assert error({"messages": [ANSWER]}, ASKED) == (
-        "train.jsonl:7: nothing in column 'messages' to answer; begin it with a user's message"
-    )
+    assert "train.jsonl:7: nothing in column 'messages'" in error({"messages": [ANSWER]}, ASKED)
 
 
 def test_chats_are_for_causal_models() -> None:
     told = error({"messages": [USER, ANSWER]}, SEQ2SEQ, UnsupportedError)
-    assert told == (
-        "train.jsonl: chats in column 'messages' are for causal-lm; "
-        "for seq2seq give columns of text: data.prompt and data.target"
-    )
+    assert all(name in told for name in ("'messages'", "causal-lm", "data.prompt and data.target"))
