@@ -1,14 +1,10 @@
 """Bytes of a file -> text, always UTF-8, whole or line by line."""
 
 import codecs
-import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from tsqlora.errors import DataError
-
-_BLOCK = 1 << 18
 
 
 def read_utf8(path: Path) -> str:
@@ -28,9 +24,10 @@ def utf8_lines(path: Path, *, newline: str) -> Iterator[tuple[str, int]]:
     try:
         _refuse_compressed(path)
         at = bom_length(path)
-        for line in io.TextIOWrapper(io.BufferedReader(_Blocks(path, at), _BLOCK), encoding="utf-8", newline=newline):
-            at += len(line.encode())
-            yield line, at
+        with open(path, encoding="utf-8-sig", newline=newline) as file:
+            for line in file:
+                at += len(line.encode())
+                yield line, at
     except OSError as exc:
         raise DataError(f"cannot read {path}: {exc.strerror}") from exc
     except UnicodeDecodeError as exc:
@@ -57,23 +54,6 @@ def _refuse_compressed(path: Path) -> None:
     for magic, name in _COMPRESSED.items():
         if start.startswith(magic):
             raise DataError(f"{path} is compressed ({name}); unpack it and name the file inside")
-
-
-class _Blocks(io.RawIOBase):
-    """A file's bytes from a place on; it is open only while they are read, so nothing is left open half-way."""
-
-    def __init__(self, path: Path, at: int) -> None:
-        self.path, self.at = path, at
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(self.at)
-            count = file.readinto(buffer) or 0
-        self.at += count
-        return count
 
 
 def _where_not_utf8(path: Path) -> str:
