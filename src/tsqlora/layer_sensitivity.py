@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int, Shaped
 from peft.tuners.lora import LoraLayer
@@ -24,6 +25,7 @@ from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.gradients.ghost import Factored, LookupGradient, wide
 from tsqlora.gradients.sites import effective_weight, lora_layers, require_float64, target_site
 from tsqlora.ranks.allocate import Sensitivity
+from tsqlora.seeds import stream
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate, model_logits, precision, split_labels, task_of
 
@@ -121,6 +123,11 @@ ESTIMATORS: dict[str, Estimator] = {
     "uniform": uniform,
     "random": random,
 }
+
+
+def sensitivity_rows(rows: int, samples: int, seed: int) -> Int[np.ndarray, " m"]:
+    """Draw which of the rows sensitivities are measured on: places, ascending."""
+    return np.sort(stream("sensitivity rows", seed).permutation(rows)[:samples])
 
 
 def get_estimator(estimator: str | Estimator) -> Estimator:

@@ -319,5 +319,5 @@ def test_a_checkpoint_of_another_version_is_named(tmp_path: Path) -> None:
     QualityState(2, "digest", [], None, 1.5, 1).save(tmp_path)
     path = tmp_path / "tsqlora_quality.json"
     path.write_text(path.read_text().replace('"version": 1', '"version": 9'))
-    with pytest.raises(tsq.TsqLoraError, match="written by another version of tsqlora"):
+    with pytest.raises(tsq.TsqLoraError, match="by a version of tsqlora that draws other rows"):
         QualityState.load(tmp_path)

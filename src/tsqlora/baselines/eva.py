@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from peft import EvaConfig, initialize_lora_eva_weights
 from peft.tuners.lora import Linear
@@ -13,6 +12,7 @@ from tsqlora.baselines.setup import Built, Setup, adapt, count_trainable, layers
 from tsqlora.compat.peft import unpadded_inputs
 from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.ranks.baselines import whole_rank
+from tsqlora.seeds import stream
 from tsqlora.tasks.forward import writes_behind_encoder
 from tsqlora.training.record import PhaseCost
 
@@ -84,7 +84,7 @@ def batches_of(setup: Setup) -> list[dict[str, Tensor]]:
     A layer that sees one row a sample, as a pooler does, has nothing else to find them in.
     """
     size = max(setup.batch_size, setup.max_rank)
-    order = np.random.default_rng([setup.seed, 5]).permutation(len(setup.samples))
+    order = stream("EVA batches", setup.seed).permutation(len(setup.samples))
     rows: Sequence[dict[str, Any]] = [dict(setup.samples[j]) for j in order]
     return [
         {name: value for name, value in setup.collate(rows[start : start + size]).items() if name != "labels"}

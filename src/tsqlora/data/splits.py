@@ -163,6 +163,7 @@ def held_out(groups: np.ndarray, *, fraction: float, seed: int, source: str) -> 
     most = [size - 1 for size in sizes]
     if sum(most) < 1:
         raise DataError(f"{source} has too few rows to split off a validation set; name one in data.validation")
+    # No stream of `seeds`: other draws would put rows that an older run held out among those it trained on.
     rng = np.random.default_rng(seed)
     out = np.zeros(len(groups), dtype=np.bool_)
     for group, count in enumerate(_quotas(sizes, most, fraction)):

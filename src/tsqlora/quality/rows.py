@@ -6,6 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from tsqlora.errors import SettingsError
+from tsqlora.seeds import stream
 from tsqlora.tasks.forward import Batch, Collate
 
 REFERENCE_ROWS = 512
@@ -22,7 +23,7 @@ class Dataset(Protocol):
 
 def reference_indices(rows: int, size: int, seed: int) -> list[int]:
     """The default reference: `size` of the rows, or all of them if there are fewer."""
-    rng = np.random.default_rng([seed, 1])
+    rng = stream("reference rows", seed)
     return sorted(rng.permutation(rows)[:size].tolist())
 
 

@@ -14,6 +14,7 @@ from tsqlora.errors import DataError, SettingsError, TsqLoraError, nearest
 from tsqlora.files import replacing
 from tsqlora.quality.sampling import draw, effective_sample_size, probabilities, require_temperature
 from tsqlora.quality.terms import quality, standardise
+from tsqlora.seeds import stream
 
 _METADATA = b"tsqlora"
 _ROW_GROUP = 1 << 15
@@ -268,7 +269,7 @@ def sample(scores: Scores, fraction: float = 0.5, seed: int = 0) -> np.ndarray:
         np.zeros(len(scores)) if scores.even else scores.quality,
         fraction=fraction,
         temperature=scores.temperature,
-        rng=np.random.default_rng([seed, 0]),
+        rng=stream("quality draw", seed, 0),
         strata=scores.strata,
         kept=scores.kept,
     ).indices

@@ -12,6 +12,7 @@ from tsqlora.errors import SettingsError
 from tsqlora.quality.rows import Dataset as Rows
 from tsqlora.quality.sampling import draw, draw_size
 from tsqlora.quality.scores import Scores
+from tsqlora.seeds import stream
 from tsqlora.tasks import Task
 
 
@@ -132,7 +133,7 @@ class QualitySubset(Dataset[Any]):
     def draw(self, epoch: int) -> np.ndarray:
         """The rows of an epoch, in the order in which they are trained on."""
         rows = self._chosen(epoch)
-        rng = np.random.default_rng([self.seed, 3, epoch])
+        rng = stream("epoch order", self.seed, epoch)
         if self.lengths is None or self.batch_size is None:
             order = rng.permutation(len(rows))
         else:
@@ -153,7 +154,7 @@ class QualitySubset(Dataset[Any]):
             self.scores.quality,
             fraction=self.fraction,
             temperature=self.scores.temperature,
-            rng=np.random.default_rng([self.seed, 2, epoch if self.resample else self.scored_epoch]),
+            rng=stream("quality draw", self.seed, epoch if self.resample else self.scored_epoch),
             strata=self.scores.strata,
             kept=self.scores.kept,
         ).indices
@@ -162,5 +163,5 @@ class QualitySubset(Dataset[Any]):
         """The epoch's part of an endless row of random orders of these rows."""
         n, start = len(rows), epoch * self.size
         passes = range(start // n, (start + self.size - 1) // n + 1)
-        orders = [np.random.default_rng([self.seed, 1, p]).permutation(n) for p in passes]
+        orders = [stream("row order", self.seed, p).permutation(n) for p in passes]
         return rows[np.concatenate(orders)[start % n :][: self.size]]

@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from tsqlora.errors import DataError, NotLearnedError, SettingsError
 from tsqlora.interop.patterns import lora_config
-from tsqlora.layer_sensitivity import sensitivity
+from tsqlora.layer_sensitivity import sensitivity, sensitivity_rows
 from tsqlora.progress import Progress
 from tsqlora.quality.sampling import draw_size
 from tsqlora.quality.scores import Scores, sample
@@ -53,7 +53,7 @@ def ranks_of(run: Trained, scores_path: Path) -> dict[str, int]:
         fraction, kept = run.config.quality.fraction, np.flatnonzero(scores.kept)
         # Where fewer are kept than an epoch holds, training repeats them.
         rows = kept if draw_size(len(scores), fraction) >= len(kept) else sample(scores, fraction, seed)
-    rows = np.random.default_rng([seed, 4]).permutation(rows)[: r.samples]
+    rows = rows[sensitivity_rows(len(rows), r.samples, seed)]
     measured = sensitivity(
         run.model,
         [samples[row] for row in sorted(rows.tolist())],

@@ -23,6 +23,7 @@ from tsqlora.report.page import plotly_script
 from tsqlora.report.write import write_report
 from tsqlora.run.config import Config
 from tsqlora.run.train import draws_of, train
+from tsqlora.seeds import stream
 from tsqlora.training.quality_callback import SCORES_FILE
 from tsqlora.training.record import RunRecord
 from tsqlora.training.run_dir import require_free
@@ -82,7 +83,7 @@ def run_demo(out: Path | None, *, seed: int, progress: Progress | None, say: Cal
 
 def make_data(seed: int) -> dict[str, News]:
     """Seeded splits without duplicates between them; only training labels are made wrong."""
-    rng = np.random.default_rng([seed, 10])
+    rng = stream("demo data", seed)
     articles = bbc_news()
     order = rng.permutation(len(articles))[: TRAIN_ROWS + VALIDATION_ROWS + TEST_ROWS]
     chosen = [articles[j] for j in order]

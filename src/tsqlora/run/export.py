@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from huggingface_hub import HfApi
 
 from tsqlora.compat.hub import is_hub_id
@@ -13,7 +12,7 @@ from tsqlora.interop.base import Base, base_of
 from tsqlora.interop.export import export_adapter
 from tsqlora.interop.merge import reload
 from tsqlora.interop.verify import logits, takes_tokens
-from tsqlora.layer_sensitivity import sensitivity
+from tsqlora.layer_sensitivity import sensitivity, sensitivity_rows
 from tsqlora.run.card import write_card
 from tsqlora.run.predict import open_run
 from tsqlora.run.reading import read, trained_task
@@ -104,10 +103,10 @@ def curvature(source: Path) -> dict[str, float]:
         raise SettingsError(f"{source} is no run, and which rows it was trained on is not known; leave out --by")
     run = open_run(source)
     samples, settings = run.prepare(read(run.config)).samples["train"], run.config.ranks
-    rows = np.random.default_rng([run.config.training.seed, 4]).permutation(len(samples))[: settings.samples]
+    rows = sensitivity_rows(len(samples), settings.samples, run.config.training.seed)
     measured = sensitivity(
         run.model,
-        [samples[row] for row in sorted(rows.tolist())],
+        [samples[row] for row in rows],
         run.collate,
         estimator="fisher",
         task=trained_task(run.config),

@@ -20,7 +20,8 @@ from tsqlora.errors import SettingsError, TsqLoraError
 from tsqlora.files import write_json, write_tensors
 from tsqlora.ranks.events import RankEvent
 
-VERSION = 1
+VERSION = 2
+"""Of the callbacks' files. 2: draws come from the named streams of `seeds`, so that rows are others than with 1."""
 RANKS_FILE = "tsqlora.json"
 IMPORTANCE_FILE = "tsqlora.safetensors"
 QUALITY_FILE = "tsqlora_quality.json"
@@ -168,7 +169,9 @@ def _read(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, ValueError) as error:
         raise _unusable(path, error) from error
     if told.pop("version", None) != VERSION:
-        raise TsqLoraError(f"{path} was written by another version of tsqlora; resume with that version")
+        raise TsqLoraError(
+            f"{path} was written by a version of tsqlora that draws other rows; resume with that version, or start anew"
+        )
     return told
 
 

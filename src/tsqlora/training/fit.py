@@ -9,7 +9,6 @@ from pathlib import Path
 from time import perf_counter, time
 from typing import Any, Protocol, cast, runtime_checkable
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import (
@@ -28,6 +27,7 @@ from tsqlora.data.samples import TokenisedSplit
 from tsqlora.errors import SettingsError
 from tsqlora.files import write_json
 from tsqlora.gradients.eval_mode import eval_mode
+from tsqlora.layer_sensitivity import sensitivity_rows
 from tsqlora.progress import Progress
 from tsqlora.quality.rows import reference_indices
 from tsqlora.quality.subset import QualitySubset
@@ -282,7 +282,7 @@ def scoring_cost(quality: QualityCallback, task: Task) -> PhaseCost:
 
 def ranks_cost(ranks: RankCallback, data: QualitySubset) -> PhaseCost:
     """What the first ranks took: a pass over rows of the first quality draw."""
-    chosen = np.random.default_rng([ranks.seed, 4]).permutation(len(data))[: ranks.samples]
+    chosen = sensitivity_rows(len(data), ranks.samples, ranks.seed)
     tokens = tokens_of(data, data.draw(data.scored_epoch)[chosen])
     return PhaseCost(ranks.seconds, forward=len(chosen), backward=len(chosen), tokens=tokens)
 

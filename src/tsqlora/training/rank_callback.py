@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from numbers import Integral
 from typing import Any, cast
 
-import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
@@ -15,7 +14,7 @@ from tsqlora import distributed
 from tsqlora.adapter.slots import find_slots, has_slots
 from tsqlora.adapter.wrap import wrap
 from tsqlora.errors import SettingsError, UnsupportedError
-from tsqlora.layer_sensitivity import Estimator, get_estimator
+from tsqlora.layer_sensitivity import Estimator, get_estimator, sensitivity_rows
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.ranks.events import RankEvent
 from tsqlora.ranks.policies import Policy, get_policy
@@ -188,10 +187,10 @@ class RankCallback(TrainerCallback):
 
     def _start(self, args: TrainingArguments, model: nn.Module, data: QualitySubset, collate: Any) -> None:
         """The first ranks, from sensitivities on the quality sample."""
-        places = np.random.default_rng([self.seed, 4]).permutation(len(data))[: self.samples]
+        places = sensitivity_rows(len(data), self.samples, self.seed)
         self._running.start(
             # Not `data` itself: it tells what training is handed out.
-            Subset(cast(Any, data.dataset), data.indices[np.sort(places)].tolist()),
+            Subset(cast(Any, data.dataset), data.indices[places].tolist()),
             collate,
             task=self.task or data.task or task_of(model, label_smoothing=args.label_smoothing_factor),
             batch_size=args.per_device_train_batch_size,
