@@ -53,7 +53,7 @@ def make_trainer(
 ) -> Trainer:
     options: dict[str, Any] = {
         "num_train_epochs": 6,
-        "learning_rate": 0.05,
+        "learning_rate": 0.03,
         "per_device_train_batch_size": 8,
         "save_strategy": "no",
         "logging_strategy": "no",

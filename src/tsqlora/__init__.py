@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from tsqlora.adapter.wrap import wrap
     from tsqlora.errors import DataError, NotLearnedError, SettingsError, TsqLoraError, UnsupportedError
     from tsqlora.layer_sensitivity import sensitivity
+    from tsqlora.quality.epochs import sample
     from tsqlora.quality.score import score
-    from tsqlora.quality.scores import Scores, sample
+    from tsqlora.quality.scores import Scores
     from tsqlora.quality.subset import QualitySubset
     from tsqlora.ranks.allocate import Sensitivity, allocate
     from tsqlora.ranks.events import RankEvent
@@ -53,8 +54,9 @@ _HOMES = {
     "adapter.slots": ("active_parameters", "active_ranks", "finalize"),
     "adapter.wrap": ("wrap",),
     "errors": ("DataError", "NotLearnedError", "SettingsError", "TsqLoraError", "UnsupportedError"),
+    "quality.epochs": ("sample",),
     "quality.score": ("score",),
-    "quality.scores": ("Scores", "sample"),
+    "quality.scores": ("Scores",),
     "quality.subset": ("QualitySubset",),
     "ranks.allocate": ("Sensitivity", "allocate"),
     "ranks.events": ("RankEvent",),

@@ -8,7 +8,8 @@ import pytest
 
 from tsqlora.errors import SettingsError
 from tsqlora.quality.drop import DROPS, drop_rows, outliers, require_drops
-from tsqlora.quality.scores import REASONS, Scores, from_terms, sample
+from tsqlora.quality.epochs import sample
+from tsqlora.quality.scores import REASONS, Scores, from_terms
 
 
 def made(norms: np.ndarray, **changes: Any) -> Scores:

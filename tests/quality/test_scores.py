@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from tsqlora.errors import DataError, SettingsError, TsqLoraError
-from tsqlora.quality.scores import Scores, from_terms, sample
+from tsqlora.quality.epochs import sample
+from tsqlora.quality.scores import Scores, from_terms
 
 
 def made(**changes: Any) -> Scores:

@@ -13,7 +13,8 @@ from tsqlora.data.formats import find_format
 from tsqlora.data.rows import read_rows
 from tsqlora.data.write import write_rows
 from tsqlora.errors import DataError, SettingsError
-from tsqlora.quality.scores import Scores, from_terms, sample
+from tsqlora.quality.epochs import sample
+from tsqlora.quality.scores import Scores, from_terms
 from tsqlora.quality.select import select_rows
 
 COLUMNS = {"columns": {"text": "text", "text_pair": None, "label": "label"}}

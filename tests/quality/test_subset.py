@@ -152,7 +152,7 @@ def test_without_scores_the_first_draw_is_kept_and_a_warm_up_goes_on() -> None:
     kept, first = [sorted(subset.draw(epoch)) for epoch in (0, 1, 5)], subset.draw(0).tolist()
     assert kept[0] == kept[1] == kept[2]
     assert subset.draw(1).tolist() != first  # in another order
-    subset.awaits_scores = True
+    subset.plan = subset.plan.unscored(awaits_scores=True)
     assert sorted(np.concatenate([subset.draw(epoch) for epoch in range(4)])) == list(range(40))
 
 

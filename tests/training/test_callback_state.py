@@ -43,7 +43,7 @@ def trainer(folder: Path, *also: TrainerCallback, max_rank: int = 8, interval: i
     quality = tsq.QualityCallback(subset, reference=40)
     ranks = tsq.RankCallback(interval=interval, moves=3, samples=16, freeze=0.2)
     model = slotted_bert(max_rank=max_rank)
-    options = {"save_strategy": "epoch", "learning_rate": 0.05} | further
+    options = {"save_strategy": "epoch", "learning_rate": 0.03} | further
     return make_trainer(model, subset, folder, [quality, ranks, *also], **options)
 
 
@@ -95,7 +95,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     events = callback(made, tsq.RankCallback).events
     assert [event.reason for event in events[:2]] == ["start", "adjustment"]
     assert sum(event.moved > 0 for event in events) > 1
-    assert callback(made, tsq.QualityCallback).data.scored_epoch == 2
+    assert callback(made, tsq.QualityCallback).data.plan.scored_epoch == 2
     return made
 
 
@@ -278,7 +278,7 @@ def test_tests_of_what_was_learned_are_neither_repeated_nor_moved(step: int, tmp
     quality = callback(resumed, tsq.QualityCallback)
     assert len(quality.attempts) == 2
     assert quality.refused == quality.attempts[-1]
-    assert not quality.data.awaits_scores
+    assert not quality.data.plan.awaits_scores
 
 
 def state() -> RankState:
@@ -318,6 +318,6 @@ def test_a_damaged_checkpoint_is_named(name: str, damage: str, tmp_path: Path) -
 def test_a_checkpoint_of_another_version_is_named(tmp_path: Path) -> None:
     QualityState(2, "digest", [], None, 1.5, 1).save(tmp_path)
     path = tmp_path / "tsqlora_quality.json"
-    path.write_text(path.read_text().replace('"version": 1', '"version": 9'))
+    path.write_text(path.read_text().replace('"version": 2', '"version": 1'))
     with pytest.raises(tsq.TsqLoraError, match="by a version of tsqlora that draws other rows"):
         QualityState.load(tmp_path)

@@ -4,7 +4,6 @@ Pure functions of numbers; randomness arrives as a generator.
 """
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -76,11 +75,7 @@ def capped_sizes(counts: Int[np.ndarray, " k"], size: int, limits: Int[np.ndarra
     >>> capped_sizes(np.array([50, 30, 20]), 20, np.array([2, 30, 20]))
     array([ 2, 11,  7])
     """
-    if limits.sum() < size:
-        raise SettingsError(
-            f"a draw of {size} rows is more than the {limits.sum()} of {counts.sum()} rows that were not dropped; "
-            f"lower fraction to {math.floor(1000 * limits.sum() / counts.sum()) / 1000:g}"
-        )
+    require_enough(size, kept=int(limits.sum()), rows=int(counts.sum()))
     sizes = stratum_sizes(counts, size)
     full = sizes > limits
     if full.any():
@@ -89,24 +84,21 @@ def capped_sizes(counts: Int[np.ndarray, " k"], size: int, limits: Int[np.ndarra
     return sizes
 
 
-@dataclass(frozen=True, slots=True)
-class Draw:
-    """Rows drawn without replacement, in ascending order, and their unbiased weights."""
+def require_enough(size: int, *, kept: int, rows: int) -> None:
+    """Raises SettingsError where a draw has more rows than were kept."""
+    if kept < size:
+        raise SettingsError(
+            f"a draw of {size} rows is more than the {kept} of {rows} rows that were not dropped; "
+            f"lower fraction to {math.floor(1000 * kept / rows) / 1000:g}"
+        )
 
-    indices: Int[np.ndarray, " m"]
-    weights: Float[np.ndarray, " m"]
-    """1/(n q), n counting what was kept: the weighted sum of losses has the kept rows' mean as expectation."""
 
+def gumbel_top_k(phi: Float[np.ndarray, " n"], k: int, rng: np.random.Generator) -> Int[np.ndarray, " k"]:
+    """The k rows with the largest φ + Gumbel noise.
 
-def gumbel_top_k(phi: Float[np.ndarray, " n"], k: int, rng: np.random.Generator) -> tuple[Int[np.ndarray, " k"], float]:
-    """The k rows with the largest φ + Gumbel noise, and the (k+1)-th key κ.
-
-    This is exactly successive sampling from softmax(φ) without replacement (Kool et al.,
-    2019).  κ is −∞ where every row is taken.
+    This is exactly successive sampling from softmax(φ) without replacement (Kool et al., 2019).
     """
-    keys = phi + rng.gumbel(size=len(phi))
-    order = np.argsort(-keys, kind="stable")
-    return order[:k], float(keys[order[k]]) if k < len(order) else -np.inf
+    return np.argsort(-(phi + rng.gumbel(size=len(phi))), kind="stable")[:k]
 
 
 def inclusion(phi: Float[np.ndarray, " m"], threshold: float) -> Float[np.ndarray, " m"]:
@@ -123,22 +115,14 @@ def draw(
     rng: np.random.Generator,
     strata: Int[np.ndarray, " n"] | None = None,
     kept: Bool[np.ndarray, " n"] | None = None,
-) -> Draw:
-    """A sample of `fraction` of all rows by softmax(Q/τ), each stratum with its own share of all rows.
+) -> Int[np.ndarray, " m"]:
+    """A sample of `fraction` of all rows by softmax(Q/τ), ascending; each stratum has its own share of all rows.
 
     Only `kept` rows are drawn; where a stratum has too few, the others fill up in proportion.
     """
     phi = log_weights(quality, temperature)
-    indices: list[np.ndarray] = []
-    chances: list[np.ndarray] = []
     groups = _groups(len(quality), fraction, strata, kept)
-    for rows, size in groups:
-        taken, threshold = gumbel_top_k(phi[rows], size, rng)
-        indices.append(rows[taken])
-        chances.append(inclusion(phi[rows[taken]], threshold))
-    order = np.argsort(np.concatenate(indices))
-    weights = 1 / (sum(len(rows) for rows, _ in groups) * np.concatenate(chances))
-    return Draw(np.concatenate(indices)[order], weights[order])
+    return np.sort(np.concatenate([rows[gumbel_top_k(phi[rows], size, rng)] for rows, size in groups]))
 
 
 def expected_inclusion(

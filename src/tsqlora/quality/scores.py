@@ -12,9 +12,8 @@ import pyarrow.parquet as pq
 
 from tsqlora.errors import DataError, SettingsError, TsqLoraError, nearest
 from tsqlora.files import replacing
-from tsqlora.quality.sampling import draw, effective_sample_size, probabilities, require_temperature
+from tsqlora.quality.sampling import effective_sample_size, probabilities, require_temperature
 from tsqlora.quality.terms import quality, standardise
-from tsqlora.seeds import stream
 
 _METADATA = b"tsqlora"
 _ROW_GROUP = 1 << 15
@@ -257,19 +256,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     raise TypeError(f"{value!r} of the scores' record is no JSON value")
-
-
-def sample(scores: Scores, fraction: float = 0.5, seed: int = 0) -> np.ndarray:
-    """Indices of a quality sample: `fraction` of the rows, drawn without replacement by their probability.
-
-    Stratified by label for classification, ascending, the same for the same seed; dropped rows never.
-    Raises SettingsError for a fraction outside 0 < f ≤ 1, or of more rows than were kept.
-    """
-    return draw(
-        np.zeros(len(scores)) if scores.even else scores.quality,
-        fraction=fraction,
-        temperature=scores.temperature,
-        rng=stream("quality draw", seed, 0),
-        strata=scores.strata,
-        kept=scores.kept,
-    ).indices

@@ -12,7 +12,8 @@ from tsqlora.data.copy import can_copy, copy_rows
 from tsqlora.data.rows import Source, open_split
 from tsqlora.data.write import require_apart, require_writable, write_rows
 from tsqlora.errors import DataError
-from tsqlora.quality.scores import Scores, sample
+from tsqlora.quality.epochs import sample
+from tsqlora.quality.scores import Scores
 
 
 def select_rows(scores_path: Path, out: Path, *, fraction: float, seed: int = 0, data: Path | None = None) -> int:

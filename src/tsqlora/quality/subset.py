@@ -9,26 +9,23 @@ from torch.utils.data import Dataset
 
 from tsqlora.data.batches import bucketed_order
 from tsqlora.errors import SettingsError
+from tsqlora.quality.epochs import EpochPlan
 from tsqlora.quality.rows import Dataset as Rows
-from tsqlora.quality.sampling import draw, draw_size
 from tsqlora.quality.scores import Scores
 from tsqlora.seeds import stream
 from tsqlora.tasks import Task
 
 
 class QualitySubset(Dataset[Any]):
-    """A map-style data set of a fixed length whose rows are drawn anew each epoch.
+    """A map-style data set of fixed length whose rows follow its `plan` from epoch to epoch.
 
-    Before scores are known an epoch is the next stretch of a random order of all rows, so
-    that a pass over them leaves none out; afterwards the same of the rows that scores keep, or a
-    sample by their softmax, as the scores say. A draw is a pure
-    function of (scores, seed, epoch): an epoch entered again after a crash has the same rows.
+    A draw is a pure function of (scores, seed, epoch): an epoch entered again after a crash has the same rows.
+    To draw otherwise, set `plan` to another EpochPlan before the epoch begins.
 
     Args:
         dataset: any map-style data set.
         fraction: share of its rows that an epoch has, 0 < fraction ≤ 1.
-        resample: draw anew each epoch; else the first draw by quality is kept, or the first of
-            all where nothing is scored.
+        resample: as in EpochPlan.
         lengths, batch_size: tokens of every row, and the Trainer's batch size; then rows of
             like length stand together, for a Trainer that samples sequentially.
     """
@@ -60,27 +57,17 @@ class QualitySubset(Dataset[Any]):
         if lengths is not None and len(lengths) != len(dataset):
             raise SettingsError(f"there are {len(lengths)} lengths for {len(dataset)} rows")
         self.dataset = dataset
-        self.fraction = fraction
-        self.seed = seed
-        self.resample = resample
-        self.lengths = lengths
-        self.batch_size = batch_size
-        self.scores: Scores | None = None
-        self.scored_epoch = 0
-        self.awaits_scores = False
-        """Set by QualityCallback while scoring is still to come: ranks wait for it."""
+        self.plan = EpochPlan(len(dataset), fraction, seed, resample)
+        self.lengths, self.batch_size = lengths, batch_size
         self.task: Task | None = None
         """Training's own loss, where QualityCallback was given it: the first ranks follow it, too."""
-        self.scored_by: str | None = None
-        """The callback that the scores are of, or that they are waited for; None where `use` was called by hand."""
         self.drawn_by: str | None = None
         """The callback that draws in the training that is under way."""
         self._listeners: list[Callable[[list[int]], None]] = []
-        self.size = draw_size(len(dataset), fraction)
         self.set_epoch(0)
 
     def __len__(self) -> int:
-        return self.size
+        return self.plan.size
 
     def __getitem__(self, index: int) -> Any:
         row = int(self.indices[index])
@@ -97,16 +84,14 @@ class QualitySubset(Dataset[Any]):
         finally:
             self._listeners.remove(listener)
 
+    @property
+    def scores(self) -> Scores | None:
+        """What rows are drawn by; None while they are drawn at random."""
+        return self.plan.scores
+
     def use(self, scores: Scores, epoch: int) -> None:
         """From `epoch` on, rows are drawn by these scores."""
-        if len(scores) != len(self.dataset):
-            raise SettingsError(f"there are {len(scores)} scores for {len(self.dataset)} rows")
-        self.scores, self.scored_epoch, self.scored_by = scores, epoch, None
-
-    def forget(self) -> None:
-        """Draws as if nothing had been scored, nor were to be."""
-        self.scores, self.scored_epoch, self.scored_by = None, 0, None
-        self.awaits_scores, self.task = False, None
+        self.plan = self.plan.scored(scores, epoch)
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the rows of an epoch, for a custom loop.
@@ -132,36 +117,8 @@ class QualitySubset(Dataset[Any]):
 
     def draw(self, epoch: int) -> np.ndarray:
         """The rows of an epoch, in the order in which they are trained on."""
-        rows = self._chosen(epoch)
-        rng = stream("epoch order", self.seed, epoch)
+        rows, rng = self.plan.draw(epoch), stream("epoch order", self.plan.seed, epoch)
         if self.lengths is None or self.batch_size is None:
-            order = rng.permutation(len(rows))
-        else:
-            lengths = [self.lengths[row] for row in rows]
-            order = bucketed_order(lengths, batch_size=self.batch_size, rng=rng)
-        return rows[order]
-
-    def _chosen(self, epoch: int) -> np.ndarray:
-        if self.scores is None or epoch < self.scored_epoch:
-            # A warm-up goes on through the rows all the same.
-            anew = self.resample or self.scores is not None or self.awaits_scores
-            return self._stretch(epoch if anew else 0, np.arange(len(self.dataset)))
-        if self.scores.even:
-            # Of kept rows what the control has of all; where there are fewer than an epoch holds, they repeat.
-            epoch = epoch if self.resample else self.scored_epoch
-            return self._stretch(epoch, np.flatnonzero(self.scores.kept))
-        return draw(
-            self.scores.quality,
-            fraction=self.fraction,
-            temperature=self.scores.temperature,
-            rng=stream("quality draw", self.seed, epoch if self.resample else self.scored_epoch),
-            strata=self.scores.strata,
-            kept=self.scores.kept,
-        ).indices
-
-    def _stretch(self, epoch: int, rows: np.ndarray) -> np.ndarray:
-        """The epoch's part of an endless row of random orders of these rows."""
-        n, start = len(rows), epoch * self.size
-        passes = range(start // n, (start + self.size - 1) // n + 1)
-        orders = [stream("row order", self.seed, p).permutation(n) for p in passes]
-        return rows[np.concatenate(orders)[start % n :][: self.size]]
+            return rows[rng.permutation(len(rows))]
+        lengths = [self.lengths[row] for row in rows]
+        return rows[bucketed_order(lengths, batch_size=self.batch_size, rng=rng)]

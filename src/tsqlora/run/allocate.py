@@ -12,8 +12,8 @@ from tsqlora.errors import DataError, NotLearnedError, SettingsError
 from tsqlora.interop.patterns import lora_config
 from tsqlora.layer_sensitivity import sensitivity, sensitivity_rows
 from tsqlora.progress import Progress
-from tsqlora.quality.sampling import draw_size
-from tsqlora.quality.scores import Scores, sample
+from tsqlora.quality.epochs import EpochPlan
+from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.ranks.allocate import allocate
 from tsqlora.run.config import load_config
@@ -50,13 +50,13 @@ def ranks_of(run: Trained, scores_path: Path) -> dict[str, int]:
         scores = Scores.load(scores_path)
         if scores.hashes != samples.hashes:
             raise DataError(f"{scores_path} has scores of other rows than {run.config.data.train} has now; train anew")
-        fraction, kept = run.config.quality.fraction, np.flatnonzero(scores.kept)
-        # Where fewer are kept than an epoch holds, training repeats them.
-        rows = kept if draw_size(len(scores), fraction) >= len(kept) else sample(scores, fraction, seed)
+        epoch = int(scores.record.get("epoch", 0))
+        plan = EpochPlan(len(scores), run.config.quality.fraction, seed, scores=scores, scored_epoch=epoch)
+        rows = np.unique(plan.draw(epoch))  # where few are kept an epoch repeats them
     rows = rows[sensitivity_rows(len(rows), r.samples, seed)]
     measured = sensitivity(
         run.model,
-        [samples[row] for row in sorted(rows.tolist())],
+        [samples[row] for row in rows.tolist()],
         run.collate,
         estimator=r.estimator,
         task=trained_task(run.config),
@@ -95,7 +95,7 @@ class StopOnceScored(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         control.should_save = False
-        control.should_training_stop = not self.data.awaits_scores
+        control.should_training_stop = not self.data.plan.awaits_scores
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -193,7 +193,7 @@ def _train(job: Job, folder: Path, progress: Progress | None) -> nn.Module:
     model, record = begin(job, args)
     samples, q, seed = job.data.samples["train"], config.quality, config.training.seed
     data = QualitySubset(samples, q.fraction, seed, lengths=samples.lengths, batch_size=config.training.batch_size)
-    data.awaits_scores = True
+    data.plan = data.plan.unscored(awaits_scores=True)
     reference = [samples[row] for row in reference_indices(len(samples), q.reference, seed)]
     require_scorable(
         model,

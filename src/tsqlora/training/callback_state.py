@@ -169,8 +169,9 @@ def _read(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, ValueError) as error:
         raise _unusable(path, error) from error
     if told.pop("version", None) != VERSION:
-        raise TsqLoraError(
-            f"{path} was written by a version of tsqlora that draws other rows; resume with that version, or start anew"
+        raise SettingsError(
+            f"{path} was written by a version of tsqlora that draws other rows; resume with that version, or start "
+            "again in another --out (output_dir)"
         )
     return told
 

@@ -49,8 +49,8 @@ def forget_absent(data: QualitySubset, state: TrainerState) -> None:
     if present is None:
         return
     absent = {name for name, part in _PARTS.items() if part not in present}
-    if data.scored_by in absent:
-        data.forget()
+    if data.plan.by in absent:
+        data.plan, data.task = data.plan.unscored(), None
     if data.drawn_by in absent:
         data.drawn_by = None
 

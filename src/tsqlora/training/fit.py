@@ -223,7 +223,7 @@ def so_far(record: RunRecord, state: TrainerState, cost: "CostCallback") -> RunR
 
 def what_quality_did(quality: QualityCallback | None, data: QualitySubset) -> dict[str, Any]:
     """For the record: whether rows were drawn by quality, and if not, why."""
-    drawn = {"fraction": data.fraction, "rows_an_epoch": len(data)}
+    drawn = {"fraction": data.plan.fraction, "rows_an_epoch": len(data)}
     if quality is None:
         return {"enabled": False, "used": False, **drawn}
     told = {"enabled": True, "used": data.scores is not None, **drawn, "attempts": quality.attempts}
@@ -283,7 +283,7 @@ def scoring_cost(quality: QualityCallback, task: Task) -> PhaseCost:
 def ranks_cost(ranks: RankCallback, data: QualitySubset) -> PhaseCost:
     """What the first ranks took: a pass over rows of the first quality draw."""
     chosen = sensitivity_rows(len(data), ranks.samples, ranks.seed)
-    tokens = tokens_of(data, data.draw(data.scored_epoch)[chosen])
+    tokens = tokens_of(data, data.draw(data.plan.scored_epoch)[chosen])
     return PhaseCost(ranks.seconds, forward=len(chosen), backward=len(chosen), tokens=tokens)
 
 
@@ -328,7 +328,7 @@ class CostCallback(TrainerCallback):
             self.started = perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.data.awaits_scores:
+        if self.data.plan.awaits_scores:
             self.warmup_steps = state.global_step
 
     def on_epoch_end(
@@ -380,11 +380,11 @@ class CostCallback(TrainerCallback):
         self.started, self.rank_seconds = now, rank_seconds
 
     def _phase(self) -> str:
-        return "warm-up" if self.data.awaits_scores else "training"
+        return "warm-up" if self.data.plan.awaits_scores else "training"
 
     def _steps(self, state: TrainerState) -> tuple[int, int]:
         """Steps of the phase that are done, and its steps in all; a warm-up may turn out longer."""
-        if not self.data.awaits_scores:
+        if not self.data.plan.awaits_scores:
             return state.global_step - self.warmup_steps, state.max_steps - self.warmup_steps
         epoch_steps = state.max_steps // state.num_train_epochs
         expected = 0 if self.quality is None else self.quality.warmup_epochs * epoch_steps

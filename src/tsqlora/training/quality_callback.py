@@ -118,10 +118,10 @@ class QualityCallback(TrainerCallback):
         if not (isinstance(reference, Integral) and reference >= 2):
             raise SettingsError(f"reference is {reference}; it must be a whole number of rows, at least 2")
         require_softmax(weights, temperature)
-        if reject and weights is not None and data.fraction > 1 - MOST:
+        if reject and weights is not None and data.plan.fraction > 1 - MOST:
             raise SettingsError(
-                f"reject may leave out {MOST:.0%} of the rows, and weights draw {data.fraction:.0%} of all of them, "
-                f"none twice; set the fraction to {1 - MOST:g} or less, or leave out reject or the weights"
+                f"reject may leave out {MOST:.0%} of the rows, and weights draw {data.plan.fraction:.0%} of all of "
+                f"them, none twice; set the fraction to {1 - MOST:g} or less, or leave out reject or the weights"
             )
         self.data = data
         self.warmup, self.limit = warmup, limit
@@ -168,9 +168,8 @@ class QualityCallback(TrainerCallback):
         saved = None if resumed is None else QualityState.load(resumed)
         if saved is None or _awaits(saved):
             self._require_scorable(args, kwargs["model"], self.collate or kwargs["train_dataloader"].collate_fn)
-        self.data.forget()
-        self.data.task, self.data.awaits_scores = self.task, True
-        self.data.scored_by, self._digest = "QualityCallback", None
+        self.data.plan = self.data.plan.unscored(awaits_scores=True, by="QualityCallback")
+        self.data.task, self._digest = self.task, None
         self.attempts, self.refused, self.scorings, self.seconds = [], None, 0, 0.0
         if saved is not None:
             self._resume(saved, self._path(args))
@@ -198,7 +197,7 @@ class QualityCallback(TrainerCallback):
         refuse_evaluation(self.data, kwargs)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        scored = None if self.data.scores is None else self.data.scored_epoch
+        scored = None if self.data.scores is None else self.data.plan.scored_epoch
         saved = QualityState(
             scored, self._digest, self.attempts, self.refused, self.seconds, self.scorings, self._draws()
         )
@@ -209,7 +208,7 @@ class QualityCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         leave(self.data, "QualityCallback")
-        if self.data.awaits_scores:
+        if self.data.plan.awaits_scores:
             early = state.global_step < state.max_steps
             how = f"was stopped at step {state.global_step} of {state.max_steps}" if early else "ended"
             raise TsqLoraError(
@@ -219,11 +218,11 @@ class QualityCallback(TrainerCallback):
 
     def _due(self, state: TrainerState) -> bool:
         """Whether rows are scored before the epoch that begins."""
-        return self.data.awaits_scores and epoch_of(state) >= self.warmup_epochs
+        return self.data.plan.awaits_scores and epoch_of(state) >= self.warmup_epochs
 
     def _draws(self) -> dict[str, Any]:
-        data = self.data
-        about = {"rows": len(data.dataset), "fraction": data.fraction, "seed": data.seed, "resample": data.resample}
+        data, plan = self.data, self.data.plan
+        about = {"rows": plan.rows, "fraction": plan.fraction, "seed": plan.seed, "resample": plan.resample}
         scored = {name: getattr(self, name) for name in DECIDING}
         return {**about, "batch_size": data.batch_size, "terms": list(self.terms), **scored, "seed to score": self.seed}
 
@@ -234,7 +233,8 @@ class QualityCallback(TrainerCallback):
         if saved.scored_epoch is not None:
             distributed.once(lambda: _require_same_scores(scores_path, saved.scores_sha256))
             self._use(Scores.load(scores_path), saved.scored_epoch)
-        self.data.awaits_scores = _awaits(saved)
+        elif saved.refused is not None:
+            self._give_up()
 
     def _require_scorable(self, args: TrainingArguments, model: nn.Module, collate: Any) -> None:
         """Before a warm-up, not after it: all that can be told by two rows."""
@@ -307,21 +307,23 @@ class QualityCallback(TrainerCallback):
     def _guarded(self, scores: Scores) -> Scores:
         if not self.guard:
             return scores
-        scores, test = guarded(scores, self.data.fraction)
+        scores, test = guarded(scores, self.data.plan.fraction)
         if test is not None and not test.passed:
             warnings.warn(f"rows are drawn at random, not by Q: {test.told}", stacklevel=2)
         return scores
 
     def _use(self, scores: Scores, epoch: int) -> None:
-        self.data.use(scores, epoch)
-        self.data.awaits_scores, self.data.scored_by = False, "QualityCallback"
+        self.data.plan = self.data.plan.scored(scores, epoch, by="QualityCallback")
+
+    def _give_up(self) -> None:
+        self.data.plan = self.data.plan.unscored(by="QualityCallback")
 
     def _not_yet(self, why: str, state: TrainerState) -> None:
         self.attempts.append(why)
         last = state.num_train_epochs - 1
         if epoch_of(state) >= min(self.limit * state.num_train_epochs, last):
             self.refused = why
-            self.data.awaits_scores = False
+            self._give_up()
             warnings.warn(f"no quality sampling in this run, random draws go on: {why}", stacklevel=2)
 
     def _path(self, args: TrainingArguments) -> Path:

@@ -157,10 +157,10 @@ class RankCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         loader, data = kwargs["train_dataloader"], _subset_of(kwargs)
-        if data is not None and data.scores is not None and not data.awaits_scores and not self._running.started:
+        if data is not None and data.scores is not None and not data.plan.awaits_scores and not self._running.started:
             self._start(args, kwargs["model"], data, self.collate or loader.collate_fn)
         # While scoring is to come, which will set the ranks, they stay.
-        self._running.before_forward(adjust=data is None or not data.awaits_scores)
+        self._running.before_forward(adjust=data is None or not data.plan.awaits_scores)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
