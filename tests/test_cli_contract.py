@@ -106,7 +106,10 @@ def test_wrong_usage_and_settings_exit_2(
     assert [path.name for path in tmp_path.iterdir()] == ["taken.yaml"], "a refused command leaves nothing behind"
 
 
-@pytest.mark.parametrize("command", ["evaluate", "report", "allocate --out r.json", "score --out s.parquet"])
+@pytest.mark.parametrize(
+    "command",
+    ["evaluate", "report", "allocate --out r.json", "score --out s.parquet", "predict --data d.jsonl --out p.jsonl"],
+)
 def test_bad_data_exits_3(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tsqlora: Run) -> None:
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()

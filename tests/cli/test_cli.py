@@ -5,7 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tsqlora.data.rows import read_rows
 from tsqlora.gradients.sites import lora_layers
 from tsqlora.quality.scores import Scores
 from tsqlora.run.config import load_config
+from tsqlora.run.train import train
 from tsqlora.training.rank_callback import RankCallback
 
 Run = Callable[..., tuple[int, str, str]]
@@ -137,16 +139,6 @@ def test_bad_data_exits_3_and_names_file_and_row(
     )
     assert code == 3
     assert message in text
-
-
-@pytest.mark.parametrize("command", ["evaluate", "score", "allocate", "predict"])
-def test_a_directory_that_is_no_run_exits_3(command: str, tmp_path: Path, place: Path, tsqlora: Run) -> None:
-    needs = {"evaluate": [], "score": ["--out", tmp_path / "s.parquet"], "allocate": ["--out", tmp_path / "r.json"]}
-    needs["predict"] = ["--data", place / "test.jsonl", "--out", tmp_path / "p.jsonl"]
-    (tmp_path / "empty").mkdir()
-    code, text = refused(tsqlora, command, tmp_path / "empty", *needs[command])
-    assert code == 3
-    assert "is not a run" in text
 
 
 @pytest.mark.parametrize("command", ["select", "predict"])
@@ -339,6 +331,21 @@ def test_a_report_of_what_is_no_finished_run_is_refused(trained: Path, tmp_path:
 # ----------------------------------------------------------------------------------- resume
 
 
+@contextmanager
+def killed_at(step: int) -> Iterator[None]:
+    """A training inside the `with` is interrupted where this step would begin."""
+    begin = RankCallback.on_step_begin
+
+    def killed(self: RankCallback, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == step:
+            raise KeyboardInterrupt
+        begin(self, args, state, control, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RankCallback, "on_step_begin", killed)
+        yield
+
+
 def contents(run: Path) -> dict[str, tuple[int, bytes]]:
     files = [path for path in run.rglob("*") if path.is_file()]
     return {str(path.relative_to(run)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
@@ -368,21 +375,13 @@ def test_resuming_with_other_settings_is_refused(trained: Path, place: Path, tsq
 
 @pytest.mark.parametrize("epoch", [1, 3])
 def test_a_killed_run_resumes_to_the_same_adapter(
-    epoch: int, trained: Path, place: Path, tmp_path: Path, tsqlora: Run, monkeypatch: pytest.MonkeyPatch
+    epoch: int, trained: Path, place: Path, tmp_path: Path, tsqlora: Run
 ) -> None:
     arguments = ("train", place / "config.yaml", "--out", tmp_path / "run", "--resume", "--json")
-    begin = RankCallback.on_step_begin
-
-    def killed(self: RankCallback, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 5 * epoch + 2:
-            raise KeyboardInterrupt
-        begin(self, args, state, control, **kwargs)
-
-    monkeypatch.setattr(RankCallback, "on_step_begin", killed)
-    code, out, err = tsqlora(*arguments)
+    with killed_at(5 * epoch + 2):
+        code, out, err = tsqlora(*arguments)
     assert (code, out) == (130, "")
     assert "--resume" in err
-    monkeypatch.setattr(RankCallback, "on_step_begin", begin)
     code, out, err = tsqlora(*arguments)
     assert code == 0, err
     whole, resumed = record_of(trained), json.loads(out)
@@ -418,20 +417,17 @@ def test_a_run_killed_behind_its_last_step_only_ends(
     assert len({path.read_bytes() for path in files}) == 1
 
 
+@pytest.fixture(scope="session")
+def stopped_once(place: Path) -> Path:
+    with killed_at(17), pytest.raises(KeyboardInterrupt):
+        train(load_config(place / "config.yaml"), place / "stopped")
+    return place / "stopped"
+
+
 @pytest.fixture
-def stopped(place: Path, tmp_path: Path, tsqlora: Run, monkeypatch: pytest.MonkeyPatch) -> Path:
+def stopped(stopped_once: Path, tmp_path: Path) -> Path:
     """A run with checkpoints 10 and 15, and the whole run's settings."""
-    begin = RankCallback.on_step_begin
-
-    def killed(self: RankCallback, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 17:
-            raise KeyboardInterrupt
-        begin(self, args, state, control, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RankCallback, "on_step_begin", killed)
-        assert tsqlora("train", place / "config.yaml", "--out", tmp_path / "run")[0] == 130
-    return tmp_path / "run"
+    return Path(shutil.copytree(stopped_once, tmp_path / "run"))
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "tsqlora_manifest.json"])
@@ -550,16 +546,6 @@ def test_a_runs_own_scores_are_explained_too(trained: Path, tsqlora: Run) -> Non
     assert tsqlora("score", trained / "scores.parquet", "--explain", "1", "--json")[0] == 0
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [((), "give --explain N"), (("--explain", "0"), "at least 1"), (("--explain", "1", "--drop", "outlier"), "--drop")],
-)
-def test_scores_to_explain_need_a_number(arguments: tuple[str, ...], message: str, scored: Path, tsqlora: Run) -> None:
-    code, text = refused(tsqlora, "score", scored, *arguments)
-    assert code == 2
-    assert message in text
-
-
 def test_dropped_rows_are_counted_and_named(trained: Path, tmp_path: Path, tsqlora: Run) -> None:
     rows = read_rows(trained.parent / "train.jsonl").rows
     doubled = write_jsonl(tmp_path / "doubled.jsonl", [*rows, *rows[:10]])
@@ -577,23 +563,19 @@ def test_dropped_rows_are_counted_and_named(trained: Path, tmp_path: Path, tsqlo
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("score", "tsq.yaml", "--data", "rows.jsonl", "--out", "s.parquet"), "--data is where --explain N finds"),
-        (("score", "tsq.yaml", "--drop", "duplicat", "--dry-run"), "choices: duplicate, outlier"),
-        (("report", "run", "--port", "80"), "--port is of --watch"),
+        ("score SCORES", "--explain"),
+        ("score SCORES --explain 0", "at least 1"),
+        ("score SCORES --explain 1 --drop outlier", "--drop"),
+        ("score tsq.yaml", "--out"),
+        ("score tsq.yaml --data rows.jsonl --out s.parquet", "--explain"),
+        ("score tsq.yaml --drop duplicat --dry-run", "choices: duplicate, outlier"),
+        ("report run --port 80", "--watch"),
     ],
 )
-def test_an_option_that_would_count_for_nothing_is_refused(
-    arguments: tuple[str, ...], message: str, tsqlora: Run
-) -> None:
-    code, text = refused(tsqlora, *arguments)
+def test_options_that_do_not_go_together_are_refused(arguments: str, message: str, scored: Path, tsqlora: Run) -> None:
+    code, text = refused(tsqlora, *arguments.replace("SCORES", str(scored)).split())
     assert code == 2
     assert message in text
-
-
-def test_score_without_a_file_to_write_is_refused(place: Path, tsqlora: Run) -> None:
-    code, text = refused(tsqlora, "score", place / "config.yaml")
-    assert code == 2
-    assert "--out" in text
 
 
 @pytest.mark.parametrize("extension", ["jsonl", "csv", "tsv", "parquet"])
@@ -800,14 +782,6 @@ def test_a_dry_run_tells_the_plan_that_the_run_then_records(trained: Path, place
     assert told["notes"] == [note for note in record["notes"] if note in told["notes"]]
 
 
-def test_init_prints_yaml_or_one_json_object(tmp_path: Path, tsqlora: Run) -> None:
-    _, text, _ = tsqlora("init")
-    assert json.loads(tsqlora("init", "--json")[1]) == {"yaml": text}
-    path = tmp_path / "new" / "tsq.yaml"
-    assert json.loads(tsqlora("init", "-o", path, "--json")[1]) == {"out": str(path)}
-    assert path.read_text() == text
-
-
 def test_only_the_first_of_several_processes_speaks(
     trained: Path, tsqlora: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -818,19 +792,11 @@ def test_only_the_first_of_several_processes_speaks(
 
 @pytest.mark.parametrize("step", [0, 2])
 def test_a_run_killed_before_its_first_checkpoint_starts_over(
-    step: int, place: Path, tmp_path: Path, tsqlora: Run, monkeypatch: pytest.MonkeyPatch
+    step: int, place: Path, tmp_path: Path, tsqlora: Run
 ) -> None:
     arguments = ("train", place / "config.yaml", "--out", tmp_path / "run")
-    begin = RankCallback.on_step_begin
-
-    def killed(self: RankCallback, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == step:
-            raise KeyboardInterrupt
-        begin(self, args, state, control, **kwargs)
-
-    monkeypatch.setattr(RankCallback, "on_step_begin", killed)
-    assert tsqlora(*arguments)[0] == 130
-    monkeypatch.setattr(RankCallback, "on_step_begin", begin)
+    with killed_at(step):
+        assert tsqlora(*arguments)[0] == 130
     if step == 0:
         assert not (tmp_path / "run" / "config.yaml").exists(), "nothing began"
     else:
@@ -842,17 +808,10 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(
     assert record_of(tmp_path / "run")["status"] == "finished"
 
 
-def test_a_run_whose_data_changed_is_not_resumed(
-    place: Path, tmp_path: Path, tsqlora: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_whose_data_changed_is_not_resumed(place: Path, tmp_path: Path, tsqlora: Run) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", make_rows(80))
     arguments = ("train", place / "config.yaml", "--set", f"data.train={data}", "--out", tmp_path / "run", "--resume")
-
-    def killed(*args: Any, **kwargs: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RankCallback, "on_step_end", killed)
+    with killed_at(1):
         assert tsqlora(*arguments)[0] == 130
     write_jsonl(data, make_rows(80, seed=1))
     code, text = refused(tsqlora, *arguments)
