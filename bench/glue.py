@@ -315,10 +315,9 @@ def main() -> None:
                 for rows in args.rows.split(","):
                     for mean in args.means.split(","):
                         block = Block(task, int(rows), float(wrong), int(mean), args.equal)
-                        # Whose seconds are equal must be told of the first one's in one call.
-                        for some in [methods] if args.equal == "seconds" else [[method] for method in methods]:
-                            names = [entry.name for entry in entries(some)]
-                            run(block, int(seed), some, args.shared, rates={name: rates[name] for name in names})
+                        for method in methods:
+                            name = entries([method])[0].name
+                            run(block, int(seed), [method], args.shared, rates={name: rates[name]})
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tsqlora.compare.run import commit
+from tsqlora.compare.origin import commit
 
 commit()  # now, when the code is imported, and not hours later
 

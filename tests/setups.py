@@ -1,4 +1,4 @@
-"""What tests of rival methods share: a tiny pretrained model, a setup, a run in a stock Trainer."""
+"""What tests of baselines share: a tiny pretrained model, a setup, a run in a stock Trainer."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -9,7 +9,7 @@ from transformers import BertForSequenceClassification, Trainer, TrainerCallback
 
 from models import collate, tiny_bert
 from stock import VOCAB, make_trainer, moods
-from tsqlora.baselines import Built, Setup, get_rival
+from tsqlora.baselines import BASELINES, Built, Setup
 from tsqlora.training.load import Pretrained
 
 STEPS = 48
@@ -40,7 +40,7 @@ def make_setup(model: Any = None, **changes: Any) -> Setup:
 
 
 def build(name: str, model: Any = None, **changes: Any) -> Built:
-    return get_rival(name)(make_setup(model, **changes))
+    return BASELINES[name](make_setup(model, **changes))
 
 
 def trainer_of(built: Built, folder: Path, *also: TrainerCallback, **options: Any) -> Trainer:

@@ -18,10 +18,8 @@ from tsqlora.baselines import Built
 from tsqlora.baselines.elalora import ElaLoraCallback
 from tsqlora.baselines.svd import BETA, SMALLEST, Importance, Triplets, change, triplets_of
 from tsqlora.errors import UnsupportedError
-from tsqlora.ranks.baselines import elalora_steps
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
-BOTH = ["elalora", "elalora-as-released"]
 
 
 class Before(TrainerCallback):
@@ -43,7 +41,7 @@ class After(TrainerCallback):
     """What there is at the end of each optimizer step."""
 
     def __init__(self, built: Built) -> None:
-        self.built, self.ranks, self.parameters = built, list[dict[str, int]](), list[int]()
+        self.built, self.ranks = built, list[dict[str, int]]()
         self.rates, self.kept = list[float](), list[int]()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -51,15 +49,14 @@ class After(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.ranks.append(self.built.ranks())
-        self.parameters.append(self.built.trainable())
         self.kept.append(len(kwargs["optimizer"].state))
 
 
-def run(name: str, folder: Path, **options: Any) -> tuple[Built, Before, After]:
-    built = build(name)
+def run(folder: Path) -> tuple[Built, Before, After]:
+    built = build("elalora")
     before, after = Before(cast(PeftModel, built.model)), After(built)
     watched = Built(built.model, (before, *built.callbacks), built.trainable, built.ranks)
-    trainer_of(watched, folder, after, **options).train()
+    trainer_of(watched, folder, after).train()
     return built, before, after
 
 
@@ -68,9 +65,8 @@ def callback_of(built: Built) -> ElaLoraCallback:
     return found
 
 
-@pytest.mark.parametrize("name", BOTH)
-def test_ranks_are_those_of_the_literal_rule_on_recorded_importances(name: str, tmp_path: Path) -> None:
-    built, before, after = run(name, tmp_path)
+def test_ranks_are_those_of_the_literal_rule_on_recorded_importances(tmp_path: Path) -> None:
+    built, before, after = run(tmp_path)
     expected, scores = slow_elalora_run(
         before.importances,
         {n: (t.q.shape[1], t.p.shape[0]) for n, t in before.layers.items()},
@@ -86,12 +82,10 @@ def test_ranks_are_those_of_the_literal_rule_on_recorded_importances(name: str, 
         assert found == pytest.approx(scores[layer], rel=1e-3)
     assert callback_of(built).changes == {10: 4, 20: 3, 30: 1}
     assert len({tuple(ranks.values()) for ranks in after.ranks}) == 4
-
-
-@pytest.mark.parametrize("name", BOTH)
-def test_the_sum_of_ranks_is_the_same_at_every_step(name: str, tmp_path: Path) -> None:
-    _, _, after = run(name, tmp_path)
     assert {sum(ranks.values()) for ranks in after.ranks} == {4 * 7}
+    # The optimizer's state stays, and its schedule goes on.
+    assert len(set(after.kept)) == 1
+    assert after.rates == [pytest.approx(0.02 * (1 - step / STEPS)) for step in range(STEPS)]
 
 
 def ready() -> tuple[PeftModel, torch.optim.Optimizer]:
@@ -121,13 +115,6 @@ def test_a_change_takes_what_is_pruned_from_the_update_and_adds_next_to_nothing(
     assert triplets.rank == triplets.layer.r["default"] == 5
     torch.testing.assert_close(after.pop(QUERY), before.pop(QUERY) - gone, rtol=0, atol=1e-8)
     assert all(torch.equal(after[name], before[name]) for name in before)
-
-
-def test_growing_alone_leaves_the_update_as_it_is() -> None:
-    model, optimizer = ready()
-    before = updates(model)[QUERY].double()
-    change(triplets_of(model)[QUERY], kept=[0, 1, 2, 3], grown=2, optimizer=optimizer, seed=0)
-    assert (updates(model)[QUERY].double() - before).abs().max() <= 1e-8
 
 
 def test_a_new_triplet_is_of_unit_vectors_at_right_angles_to_those_there() -> None:
@@ -221,21 +208,6 @@ def test_moments_of_new_triplets_begin_at_zero_and_at_the_mean() -> None:
         assert mean.any()
 
 
-def test_elalora_keeps_the_optimizers_state_and_the_schedule(tmp_path: Path) -> None:
-    _, _, after = run("elalora", tmp_path)
-    assert len(set(after.kept)) == 1
-    assert after.rates == [pytest.approx(0.02 * (1 - step / STEPS)) for step in range(STEPS)]
-
-
-def test_as_released_throws_the_state_away_and_the_rate_stays_at_its_peak(tmp_path: Path) -> None:
-    _, _, after = run("elalora-as-released", tmp_path, warmup_steps=20)
-    due = elalora_steps(STEPS)
-    assert [step for step, kept in enumerate(after.kept) if kept == 0] == due
-    first = due[0] + 1
-    assert after.rates[:first] == [pytest.approx(0.02 * step / 20) for step in range(first)]
-    assert after.rates[first:] == [0.02] * (STEPS - first)
-
-
 def test_the_penalty_is_a_tenth_of_the_mean_distance_from_orthonormal_and_in_training_only(tmp_path: Path) -> None:
     built = build("elalora")
     model = cast(PeftModel, built.model)
@@ -269,7 +241,7 @@ def expected_penalty(model: PeftModel) -> float:
 # PEFT warns so of every AdaLoRA adapter, of its own too, and goes by the pattern nevertheless.
 @pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning")
 def test_an_adapter_with_moved_ranks_loads_with_peft_alone(tmp_path: Path) -> None:
-    built, _, _ = run("elalora", tmp_path)
+    built, _, _ = run(tmp_path)
     model = cast(PeftModel, built.model)
     model.save_pretrained(str(tmp_path / "adapter"))
     assert len(set(built.ranks().values())) > 1
@@ -282,22 +254,18 @@ def test_a_run_that_ends_before_the_first_move_is_an_error(tmp_path: Path) -> No
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             control.should_training_stop = state.global_step == 10
 
-    with pytest.raises(tsq.TsqLoraError) as error:
+    with pytest.raises(tsq.TsqLoraError, match=r"after 10 steps.* step 11.*elalora"):
         trainer_of(build("elalora"), tmp_path, Stop()).train()
-    assert str(error.value) == (
-        "training ended after 10 steps, and no rank was ever moved: the first move was to be after step 11; train "
-        "longer, or leave out elalora"
-    )
 
 
 def test_a_run_is_not_resumed(tmp_path: Path) -> None:
     trainer_of(build("elalora"), tmp_path, save_strategy="steps", save_steps=8).train()
-    with pytest.raises(UnsupportedError, match="elalora keeps no state in checkpoints, so its run cannot go on from"):
+    with pytest.raises(UnsupportedError, match="elalora"):
         trainer_of(build("elalora"), tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
 
 
 def test_a_layer_that_the_loss_does_not_reach_is_named(tmp_path: Path) -> None:
     built = build("elalora")
     cast(Any, built.model).base_model.model.bert.pooler.forward = lambda hidden: hidden[:, 0]
-    with pytest.raises(UnsupportedError, match=r"bert.pooler.dense has no gradient: the loss does not depend on it"):
+    with pytest.raises(UnsupportedError, match=r"bert\.pooler\.dense has no gradient"):
         trainer_of(built, tmp_path).train()

@@ -8,21 +8,19 @@ from peft import PeftModel
 from peft.tuners.adalora.layer import AdaLoraLayer
 from torch import nn
 from transformers import BertForSequenceClassification, BitsAndBytesConfig
-from transformers.utils.quantization_config import QuantizationMethod
 
 import tsqlora as tsq
 from models import tiny_llama_classifier
 from setups import HEAD, STEPS, base, build, logits_of, make_setup, trainer_of
 from stock import moods
 from tsqlora.adapter.slots import active_ranks
-from tsqlora.baselines import RIVALS, get_rival
-from tsqlora.baselines.methods import require_rival
+from tsqlora.baselines import BASELINES
 from tsqlora.baselines.setup import layers_of
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.training.load import Pretrained
 
-ADAPTERS = [name for name in RIVALS if name != "full"]
-TRIPLETS = ["adalora", "elalora", "elalora-as-released", "prune"]
+ADAPTERS = [name for name in BASELINES if name != "full"]
+TRIPLETS = ["adalora", "elalora"]
 
 
 def head_of(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -34,7 +32,7 @@ def head_of(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("name", RIVALS)
+@pytest.mark.parametrize("name", BASELINES)
 def test_a_method_trains_in_a_stock_trainer_and_predicts(name: str, tmp_path: Path) -> None:
     built = build(name, steps=30)
     head = head_of(built.model)
@@ -48,7 +46,7 @@ def test_a_method_trains_in_a_stock_trainer_and_predicts(name: str, tmp_path: Pa
     assert sum(built.ranks().values()) == (0 if name == "full" else 4 * 7)
 
 
-@pytest.mark.parametrize("name", RIVALS)
+@pytest.mark.parametrize("name", BASELINES)
 def test_a_method_begins_as_the_pretrained_model_with_its_head(name: str) -> None:
     model = base()
     logits, head = logits_of(model), head_of(model)
@@ -96,28 +94,14 @@ def test_all_of_the_model_trains_in_full() -> None:
     assert build("full", model.requires_grad_(False)).trainable() > 0
 
 
-PLANNED = {"mean_rank": 4, "max_rank": 8, "steps": STEPS, "rows": 64, "batch_size": 8, "label_smoothing": 0.0}
-
-
-def refused(name: str, model: nn.Module) -> str:
-    """What is said of a method before its training, and again where it is built."""
-    with pytest.raises(UnsupportedError) as before:
-        require_rival(name, **PLANNED, model=model)
-    with pytest.raises(UnsupportedError) as built:
-        build(name, model)
-    assert str(built.value) == str(before.value)
-    return str(before.value)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_in_half_precision_are_not_trained_in_full(dtype: torch.dtype) -> None:
-    assert refused("full", base(dtype=dtype)) == (
-        f"full trains the base's own weights, and bert.embeddings.word_embeddings.weight is {str(dtype)[6:]}, which "
-        "rounds small steps away; set model.dtype to float32, and training.bf16 to true for speed, or leave out full"
-    )
+    with pytest.raises(UnsupportedError, match=r"bert\.embeddings\.word_embeddings\.weight .*model\.dtype"):
+        build("full", base(dtype=dtype))
     partly = base()
     partly.get_submodule("bert.pooler").to(dtype)
-    assert "bert.pooler.dense.weight is" in refused("full", partly)
+    with pytest.raises(UnsupportedError, match=r"bert\.pooler\.dense\.weight"):
+        build("full", partly)
 
 
 # torch warns of its own script_method, which bitsandbytes imports.
@@ -128,21 +112,8 @@ def test_packed_weights_are_not_trained_in_full(bits: int, tmp_path: Path) -> No
     base().save_pretrained(tmp_path)
     how = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
     packed = BertForSequenceClassification.from_pretrained(tmp_path, quantization_config=how, dtype=torch.float32)
-    assert refused("full", packed) == (
-        "full trains the base's own weights, and these are packed by bitsandbytes; set model.quantization to null, and "
-        "model.path to a base whose weights are whole, or leave out full"
-    )
-
-
-def test_weights_that_gptq_has_packed_are_not_trained_in_full() -> None:
-    model: Any = base()
-    model.is_quantized, model.quantization_method = True, QuantizationMethod.GPTQ  # as transformers marks them
-    assert "these are packed by gptq; set" in refused("full", model)
-
-
-@pytest.mark.parametrize("name", RIVALS)
-def test_what_can_be_built_is_not_refused_before(name: str) -> None:
-    require_rival(name, **PLANNED, model=base() if name == "full" else base(dtype=torch.bfloat16))
+    with pytest.raises(UnsupportedError, match=r"bitsandbytes.*model\.quantization"):
+        build("full", packed)
 
 
 @pytest.mark.parametrize("name", TRIPLETS)
@@ -165,7 +136,7 @@ def test_the_scale_is_that_of_lora_in_every_layer(name: str) -> None:
         assert scale == pytest.approx(12 / 4**0.5 if name == "rslora" else 12 / 4)
 
 
-@pytest.mark.parametrize("name", RIVALS)
+@pytest.mark.parametrize("name", BASELINES)
 def test_the_seed_decides_the_first_weights(name: str) -> None:
     drawn = iter(range(4))
 
@@ -181,7 +152,7 @@ def test_the_seed_decides_the_first_weights(name: str) -> None:
 @pytest.mark.parametrize("name", ADAPTERS)
 @pytest.mark.parametrize("mean", [2.5, 0.5, float("nan")])
 def test_a_mean_rank_that_is_not_whole_is_refused(name: str, mean: float) -> None:
-    with pytest.raises(SettingsError, match=rf"ranks.mean is {mean:g}, and {name} needs a whole rank of 1 or more"):
+    with pytest.raises(SettingsError, match=rf"ranks\.mean .*{name}"):
         build(name, mean_rank=mean)
 
 
@@ -189,24 +160,15 @@ def test_a_mean_rank_that_is_not_whole_is_refused(name: str, mean: float) -> Non
 def test_a_decoder_serves_as_well(name: str, tmp_path: Path) -> None:
     model = tiny_llama_classifier(2, layers=1, dtype=torch.float32)
     setup = make_setup(model, mean_rank=2, max_rank=4)
-    built = get_rival(name)(setup)
+    built = BASELINES[name](setup)
     trainer_of(built, tmp_path).train()
     assert sum(built.ranks().values()) == 2 * 7
 
 
-@pytest.mark.parametrize("name", ["adalora", "elalora", "prune"])
+@pytest.mark.parametrize("name", TRIPLETS)
 def test_a_run_of_other_steps_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(tsq.TsqLoraError, match=f"{name} was built for a run of {STEPS} optimizer steps, and this one"):
+    with pytest.raises(tsq.TsqLoraError, match=f"{name}.*{STEPS}"):
         trainer_of(build(name), tmp_path, max_steps=STEPS + 1).train()
-
-
-def test_an_unknown_method_is_told_the_known_ones() -> None:
-    with pytest.raises(SettingsError) as error:
-        get_rival("adalore")
-    assert str(error.value) == (
-        "method 'adalore' is unknown; did you mean 'adalora'? choices: adalora, dora, elalora, elalora-as-released, "
-        "eva, full, lora, prune, rslora"
-    )
 
 
 def test_a_target_that_is_not_there_is_named() -> None:

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -14,10 +16,12 @@ import pytest
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
 from tsqlora.compare.cells import Cell, Entry
 from tsqlora.compare.methods import METHODS, POLICIES, entries
-from tsqlora.compare.run import commit_of, planned_steps, run_cell, settings_hash, steps_in
+from tsqlora.compare.origin import PACKAGE, commit_of
+from tsqlora.compare.run import planned_steps, run_cell, settings_hash
 from tsqlora.compare.worker import in_own_process
 from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.run.config import Config, load_config
+from tsqlora.run.job import load
 from tsqlora.run.train import dry_run
 
 ROWS = 160
@@ -92,7 +96,7 @@ def test_a_commit_is_that_of_the_package_and_says_where_it_was_changed(tmp_path:
 
     package = tmp_path / "src" / "tsqlora"
     package.mkdir(parents=True)
-    (package / "cli.py").write_text("one")
+    (package / "__init__.py").write_text("one")
     assert asked() is None  # no checkout
     git("init")
     (tmp_path / "readme").write_text("somebody's own project around an installed package")
@@ -106,14 +110,15 @@ def test_a_commit_is_that_of_the_package_and_says_where_it_was_changed(tmp_path:
     assert len(clean) == 40
     (tmp_path / "readme").write_text("what is not code")
     assert asked() == clean
-    (package / "cli.py").write_text("two")
+    (package / "__init__.py").write_text("two")
     assert asked() == f"{clean}-dirty"
+    assert (PACKAGE / "__init__.py").exists()  # the file by which a checkout is told
 
 
 def test_the_commit_is_asked_for_before_the_first_cell_and_then_stays() -> None:
     """Cells of hours begin in processes that come from one, whose code was imported before the first of them."""
     asked = (
-        "import tsqlora.compare.preload; from tsqlora.compare.run import commit; print(commit.cache_info().currsize)"
+        "import tsqlora.compare.preload; from tsqlora.compare.origin import commit; print(commit.cache_info().currsize)"
     )
     done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1"]
@@ -141,38 +146,16 @@ def test_a_cells_hash_is_of_what_decides_it_and_not_of_where_files_lie(place: Pa
 
 
 def test_with_equal_epochs_who_has_all_rows_takes_more_steps(place: Path) -> None:
-    assert planned_steps(settings(place), ROWS, cell_of("lora"), equal="epochs") == 120
-    assert planned_steps(settings(place), ROWS, cell_of("lora+random"), equal="epochs") == 60
+    job = load(settings(place))
+    assert planned_steps(job, cell_of("lora"), equal="epochs") == 120
+    assert planned_steps(job, cell_of("lora+random"), equal="epochs") == 60
     accumulated = settings(place, training={"epochs": 6, "batch_size": 8, "gradient_accumulation_steps": 2})
-    assert planned_steps(accumulated, ROWS, cell_of("lora"), equal="steps") == 30
-
-
-def test_more_seconds_are_more_steps(place: Path) -> None:
-    few, many = (steps_in(seconds, settings(place), cell_of("tsqlora")) for seconds in (2.0, 20.0))
-    assert 0 < few < many
-    with pytest.raises(SettingsError, match="no step fits"):
-        steps_in(1e-4, settings(place), cell_of("tsqlora"))
+    assert planned_steps(replace(job, config=accumulated), cell_of("lora"), equal="steps") == 30
 
 
 def test_a_training_that_diverges_is_a_result(place: Path) -> None:
     found = run_cell(settings(place), Cell(Entry("full", "all"), 0, 1e20), equal="steps")
     assert "not finite" in found["failed"]
-
-
-def test_seconds_that_are_too_few_are_a_result_and_end_no_comparison(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = run_cell(settings(place), cell_of("tsqlora"), equal="seconds", seconds=1e-4)
-    assert "no step fits into" in found["failed"]
-    monkeypatch.setattr("tsqlora.compare.run.steps_in", lambda *_: 3)
-    found = run_cell(settings(place), cell_of("tsqlora"), equal="seconds", seconds=9.0)
-    assert "no scored epoch would be left" in found["failed"]
-
-
-def test_one_that_diverges_in_its_trial_is_a_result_too(place: Path) -> None:
-    found = run_cell(settings(place), Cell(Entry("full", "all"), 0, 1e20), equal="seconds", seconds=9.0)
-    assert "not finite" in found["failed"]
-    assert found["steps"] == 0
 
 
 def test_a_term_that_the_task_has_not_is_refused_before_the_warm_up(place: Path) -> None:
@@ -204,20 +187,14 @@ def test_settings_that_are_wrong_are_no_result(place: Path) -> None:
 
 def test_a_process_of_its_own_gives_the_same_and_hands_errors_on(place: Path) -> None:
     told: list[str] = []
-    found = in_own_process(
-        settings(place), cell_of("lora"), equal="steps", seconds=None, progress=lambda phase, *_: told.append(phase)
-    )
+    work = partial(run_cell, settings(place), cell_of("lora"), equal="steps")
+    found = in_own_process("lora", work, lambda phase, *_: told.append(phase))
     here = run_cell(settings(place), cell_of("lora"), equal="steps")
     assert found["metrics"] == here["metrics"]
     assert {"training", "validation", "test"} <= set(told)
+    wrong = settings(place, quality={"fraction": 0.5, "warmup": 9.0})
     with pytest.raises(SettingsError, match="no scored epoch"):
-        in_own_process(
-            settings(place, quality={"fraction": 0.5, "warmup": 9.0}),
-            cell_of("tsqlora"),
-            equal="steps",
-            seconds=None,
-            progress=None,
-        )
+        in_own_process("wrong", partial(run_cell, wrong, cell_of("tsqlora"), equal="steps"))
 
 
 def test_a_process_that_dies_is_told(place: Path) -> None:
@@ -229,7 +206,7 @@ def test_a_process_that_dies_is_told(place: Path) -> None:
                 process.kill()
 
     with pytest.raises(TsqLoraError, match="its process ended with code"):
-        in_own_process(settings(place), cell_of("lora"), equal="steps", seconds=None, progress=die)
+        in_own_process("lora", partial(run_cell, settings(place), cell_of("lora"), equal="steps"), die)
 
 
 def test_a_comparison_that_is_killed_takes_its_training_along_and_goes_on(place: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -11,6 +12,7 @@ import pytest
 
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
 from tsqlora.compare.cells import Cell, Entry
+from tsqlora.compare.run import run_cell
 from tsqlora.compare.worker import in_own_process
 from tsqlora.run.config import load_config
 
@@ -18,10 +20,10 @@ LOADS_WITHOUT_END = """
 import signal
 from functools import partial
 from torch.utils.data import DataLoader
-from tsqlora.compare.worker import _apart
+from tsqlora.compare.worker import in_own_process
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may run in the background, where it is ignored
-_apart("loading", partial(sum, DataLoader(range(10**9), batch_size=None, num_workers=1, collate_fn=int)))
+in_own_process("loading", partial(sum, DataLoader(range(10**9), batch_size=None, num_workers=1, collate_fn=int)))
 """
 PROCESSES = 4
 """What tracks resources, the server, its child, and the child's worker."""
@@ -31,7 +33,8 @@ def test_rows_of_a_cell_may_come_from_workers(tmp_path: Path) -> None:
     training = {"epochs": 2, "batch_size": 8, "bf16": False, "dataloader_num_workers": 1}
     model, data = save_checkpoint(tmp_path / "model"), write_jsonl(tmp_path / "train.jsonl", make_rows(40))
     config = load_config(write_config(tmp_path / "c.yaml", model, data, training=training))
-    found = in_own_process(config, Cell(Entry("lora", "all"), 0, 0.02), equal="steps", seconds=None, progress=None)
+    cell = Cell(Entry("lora", "all"), 0, 0.02)
+    found = in_own_process(cell.name, partial(run_cell, config, cell, equal="steps"))
     assert "failed" not in found
     assert found["steps"] == 6
 

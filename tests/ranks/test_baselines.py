@@ -1,19 +1,13 @@
-from types import SimpleNamespace
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from peft.tuners.adalora.layer import RankAllocator
 
 from oracles import slow_elalora_rule
 from tsqlora.errors import SettingsError
 from tsqlora.ranks.baselines import (
-    adalora_budget,
-    best_triplets,
     change_phase,
     elalora_moves,
     elalora_steps,
-    first_rank,
     interval,
     whole_rank,
 )
@@ -51,28 +45,6 @@ def test_where_the_pool_is_small_the_same_triplet_may_go_and_name_its_layer() ->
     assert (moves.drops, moves.grows) == ({"a": [0]}, {"a": 1})
 
 
-@given(st.permutations(range(12)), st.integers(0, 12), st.integers(0, 12))
-def test_the_best_triplets_are_kept(order: list[int], cut: int, keep: int) -> None:
-    scores = {"a": [float(x) for x in order[:cut]], "b": [float(x) for x in order[cut:]]}
-    kept = best_triplets(scores, keep=keep)
-    assert kept == {layer: [score >= 12 - keep for score in values] for layer, values in scores.items()}
-
-
-def test_what_equals_the_best_that_goes_goes_too() -> None:
-    assert best_triplets({"a": [1.0, 1.0], "b": [2.0, 0.0]}, keep=2) == {"a": [False, False], "b": [True, False]}
-
-
-@given(st.integers(4, 400), st.integers(1, 12), st.integers(1, 20))
-def test_the_budget_is_that_of_pefts_allocator(steps: int, mean: int, layers: int) -> None:
-    phase = change_phase(steps, method="adalora")
-    theirs = RankAllocator.__new__(RankAllocator)
-    theirs.peft_config = SimpleNamespace(tinit=phase.start, tfinal=steps - phase.stop, total_step=steps, deltaT=1)
-    theirs.init_bgt, theirs.target_bgt = first_rank(mean) * layers, mean * layers
-    for step in range(steps):
-        ours = adalora_budget(step, phase=phase, first=theirs.init_bgt, target=theirs.target_bgt)
-        assert ours == theirs.budget_schedule(step)[0]
-
-
 @given(st.integers(4, 3000))
 def test_elalora_moves_strictly_within_its_phase(steps: int) -> None:
     phase = change_phase(steps, method="elalora")
@@ -89,22 +61,14 @@ def test_the_interval_is_a_twentieth_of_the_run_and_at_least_ten() -> None:
 
 
 def test_a_run_that_is_too_short_is_refused() -> None:
-    with pytest.raises(SettingsError) as error:
+    with pytest.raises(SettingsError, match=r"3 optimizer steps.*adalora"):
         change_phase(3, method="adalora")
-    assert str(error.value) == "the run has 3 optimizer steps, too few for adalora; train longer, or leave it out"
-    with pytest.raises(SettingsError) as error:
+    with pytest.raises(SettingsError, match=r"14 optimizer steps.*ElaLoRA"):
         elalora_steps(14)
-    assert str(error.value) == (
-        "the run has 14 optimizer steps, and ElaLoRA would change no rank: it does so every 10 steps before step 10; "
-        "train longer, or leave it out"
-    )
     assert elalora_steps(15) == [10]
 
 
 def test_a_rank_that_is_not_whole_is_refused() -> None:
     assert whole_rank(8.0, "dora") == 8
-    with pytest.raises(SettingsError) as error:
+    with pytest.raises(SettingsError, match=r"ranks\.mean is 2\.5.*dora"):
         whole_rank(2.5, "dora")
-    assert str(error.value) == (
-        "ranks.mean is 2.5, and dora needs a whole rank of 1 or more; set it to a whole number, or leave out dora"
-    )

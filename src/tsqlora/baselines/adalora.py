@@ -1,4 +1,4 @@
-"""AdaLoRA, PEFT's own, told of every step at the right place.  Zhang et al. (2023), arXiv 2303.10512."""
+"""PEFT's AdaLoRA, its allocator called at every step at the right place.  Zhang et al. (2023), arXiv 2303.10512."""
 
 from typing import Any, cast
 
@@ -6,7 +6,8 @@ from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tsqlora.baselines.setup import Built, Setup, count_trainable, require_whole_run
-from tsqlora.baselines.svd import Due, PenaltyInTraining, build, config_of, pruning_steps, says_nothing, triplets_of
+from tsqlora.baselines.svd import Due, PenaltyInTraining, build, config_of, says_nothing, triplets_of
+from tsqlora.compat.peft import allocate_triplets, chosen_triplets
 from tsqlora.errors import TsqLoraError
 from tsqlora.ranks.baselines import change_phase, first_rank, interval, whole_rank
 
@@ -44,32 +45,30 @@ class AdaLoraCallback(TrainerCallback):
     """Calls PEFT's `update_and_allocate` after each optimizer step, while its gradients are there.
 
     PEFT's phases are over steps counted from 0, as `global_step` is before the Trainer counts the step. A
-    step that was skipped is not told, and an allocation that was due with it comes with the next one.
+    skipped step is left out, and an allocation that was due with it comes with the next one.
     """
 
     def __init__(self, model: PeftModel) -> None:
-        self.model, self.config = model, config_of(model)
-        self.final = cast(int, self.config.total_step) - self.config.tfinal
-        self.due = Due(pruning_steps(range(self.config.tinit, self.final), every=self.config.deltaT))
+        self.model, self.config, self.layers = model, config_of(model), triplets_of(model)
+        self.steps = cast(int, self.config.total_step)
+        self.final = self.steps - self.config.tfinal
+        multiples = (step for step in range(self.config.tinit + 1, self.final) if step % self.config.deltaT == 0)
+        self.due = Due([*multiples, self.final])
         self.allocations: list[int] = []
         """Steps at which the allocator chose triplets."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        require_whole_run(state, cast(int, self.config.total_step), NAME)
+        require_whole_run(state, self.steps, NAME)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        step, skipped = state.global_step, says_nothing(triplets_of(self.model))
+        step, skipped = state.global_step, says_nothing(self.layers)
         due = self.due.taken(step, skipped=skipped)
-        if skipped:
-            return
-        before = self.config.rank_pattern
-        cast(Any, self.model.base_model).update_and_allocate(step if due is None else due)
-        if self.config.rank_pattern is not before:
-            self.allocations.append(state.global_step)
+        if not skipped and allocate_triplets(self.model, self.config, step if due is None else due):
+            self.allocations.append(step)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -83,9 +82,7 @@ class AdaLoraCallback(TrainerCallback):
 
 def kept_triplets(model: PeftModel) -> dict[str, int]:
     """Each layer's triplets that the last allocation kept, all before the first."""
-    pattern = config_of(model).rank_pattern or {}
-    # PEFT leaves the adapter's name out of the pattern once it has saved the model.
-    kept = {key.partition(".lora_E")[0]: sum(mask) for key, mask in pattern.items()}
+    kept = chosen_triplets(config_of(model))
     return {name: int(kept.get(name, triplets.rank)) for name, triplets in triplets_of(model).items()}
 
 

@@ -14,13 +14,14 @@ from tsqlora.baselines.svd import (
     build,
     change,
     says_nothing,
-    tell_config,
     triplets_of,
+    write_ranks,
 )
 from tsqlora.errors import TsqLoraError
 from tsqlora.ranks.baselines import MOVES, change_phase, elalora_moves, elalora_steps, whole_rank
 from tsqlora.ranks.schedule import moves_allowed
 
+NAME = "elalora"
 ORTHOGONALITY = 0.1
 """The weight of the penalty, ElaLoRA's own."""
 
@@ -31,28 +32,12 @@ def elalora(setup: Setup) -> Built:
     The layers and the penalty, a mean of Frobenius norms, are PEFT's for AdaLoRA, which has both from the
     same code. The optimizer's state of kept triplets stays.
     """
-    return _build(setup, "elalora", as_released=False)
-
-
-def elalora_as_released(setup: Setup) -> Built:
-    """ElaLoRA, and what its released code does to the optimizer at each change.
-
-    All of its state is thrown away, and from the first change on the learning rate is constant at its
-    peak: the code makes a new optimizer, of which the schedule does not know.
-    """
-    return _build(setup, "elalora-as-released", as_released=True)
-
-
-def _build(setup: Setup, name: str, *, as_released: bool) -> Built:
-    mean = whole_rank(setup.mean_rank, name)
-    elalora_steps(setup.steps)  # a run that is too short is told now
+    mean = whole_rank(setup.mean_rank, NAME)
+    elalora_steps(setup.steps)  # raises for a run that is too short
     model = build(setup, rank=mean, scale=setup.alpha / mean, target_r=mean, orth_reg_weight=ORTHOGONALITY)
     return Built(
         model,
-        (
-            PenaltyInTraining(model, name),
-            ElaLoraCallback(model, setup.steps, name=name, as_released=as_released, seed=setup.seed),
-        ),
+        (PenaltyInTraining(model, NAME), ElaLoraCallback(model, setup.steps, seed=setup.seed)),
         trainable=lambda: count_trainable(model),
         ranks=lambda: {name: triplets.rank for name, triplets in triplets_of(model).items()},
     )
@@ -64,26 +49,18 @@ class ElaLoraCallback(TrainerCallback):
     Steps are counted from 0, as `global_step` is before the Trainer counts the step.
     """
 
-    def __init__(self, model: PeftModel, steps: int, *, name: str, as_released: bool, seed: int) -> None:
-        self.model, self.steps, self.name, self.as_released, self.seed = model, steps, name, as_released, seed
+    def __init__(self, model: PeftModel, steps: int, *, seed: int) -> None:
+        self.model, self.steps, self.seed = model, steps, seed
         self.layers = triplets_of(model)
         self.importance = Importance(self.layers)
-        self.phase, self.due = change_phase(steps, method=name), Due(elalora_steps(steps))
+        self.phase, self.due = change_phase(steps, method=NAME), Due(elalora_steps(steps))
         self.changes: dict[int, int] = {}
         """How many triplets changed places, by step."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        require_whole_run(state, self.steps, self.name)
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        optimizer = kwargs["optimizer"]
-        if self.as_released and self.changes:
-            for group in optimizer.param_groups:
-                group["lr"] = optimizer.defaults["lr"]
+        require_whole_run(state, self.steps, NAME)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -101,7 +78,7 @@ class ElaLoraCallback(TrainerCallback):
         if not self.changes:
             raise TsqLoraError(
                 f"training ended after {state.global_step} steps, and no rank was ever moved: the first move was to be "
-                f"after step {min(self.due.steps) + 1}; train longer, or leave out {self.name}"
+                f"after step {min(self.due.steps) + 1}; train longer, or leave out {NAME}"
             )
 
     def _move(self, step: int, due: int, optimizer: torch.optim.Optimizer) -> None:
@@ -114,6 +91,4 @@ class ElaLoraCallback(TrainerCallback):
                 self.importance.changed(name, kept=kept, grown=grown)
         if moves.drops:
             self.changes[step] = sum(moves.grows.values())
-            tell_config(self.model)
-            if self.as_released:
-                optimizer.state.clear()
+            write_ranks(self.model)

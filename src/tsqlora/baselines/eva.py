@@ -9,7 +9,7 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
 from tsqlora.baselines.setup import Built, Setup, adapt, count_trainable, layers_of
-from tsqlora.compat.peft import unpadded_inputs
+from tsqlora.compat.peft import eva_layer_inputs
 from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.ranks.baselines import whole_rank
 from tsqlora.seeds import stream
@@ -46,7 +46,7 @@ def eva(setup: Setup) -> Built:
         model,
         batches,
         forward_fn=forward,
-        prepare_layer_inputs_fn=layer_inputs,  # pyright: ignore[reportArgumentType]
+        prepare_layer_inputs_fn=eva_layer_inputs,  # pyright: ignore[reportArgumentType]
         show_progress_bar=False,
     )
     return Built(
@@ -90,14 +90,6 @@ def batches_of(setup: Setup) -> list[dict[str, Tensor]]:
         {name: value for name, value in setup.collate(rows[start : start + size]).items() if name != "labels"}
         for start in range(0, len(rows) - size + 1, size)
     ]
-
-
-def layer_inputs(layer_input: Any, model_input: Tensor, layer_name: str) -> Tensor:
-    """Inputs of a layer at tokens that are not padding; of a layer that sees one row a sample, all."""
-    found = layer_input if isinstance(layer_input, Tensor) else layer_input[0]
-    if found.dim() == 2:
-        return found.contiguous()
-    return unpadded_inputs(found, model_input, layer_name)
 
 
 class CountedForward:

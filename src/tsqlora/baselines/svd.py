@@ -69,7 +69,7 @@ def build(setup: Setup, *, rank: int, scale: float, **options: Any) -> PeftModel
     if type(model) is PeftModel:
         raise UnsupportedError(
             f"{type(setup.pretrained.model).__name__} is of no task that PEFT has a class for, so its orthogonality "
-            "penalty would be in no loss; leave out adalora, elalora and prune"
+            "penalty would be in no loss; leave out adalora and elalora"
         )
     return model
 
@@ -152,11 +152,6 @@ class Due:
             return None
         taken, self._owed = self._owed, None
         return taken
-
-
-def pruning_steps(phase: range, *, every: int) -> list[int]:
-    """Steps after which AdaLoRA's budget is applied: multiples of `every` within the phase, and its end."""
-    return [*(step for step in phase[1:] if step % every == 0), phase.stop]
 
 
 class Importance:
@@ -248,7 +243,7 @@ def _resized(x: Tensor, dim: int, kept: Sequence[int], new: Tensor) -> Tensor:
     return torch.cat([x.index_select(dim, index), new.to(x)], dim).contiguous()
 
 
-def tell_config(model: PeftModel) -> None:
+def write_ranks(model: PeftModel) -> None:
     """Writes the ranks into PEFT's config, so that the adapter, once saved, loads with PEFT alone."""
     config, layers = config_of(model), triplets_of(model)
     largest = max(triplets.rank for triplets in layers.values())

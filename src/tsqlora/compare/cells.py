@@ -1,6 +1,6 @@
 """A cell of a comparison: one method on one choice of rows, one seed, one learning rate.
 
-What a finished cell found is one JSON file, so that a comparison that was cut off goes on.
+The result of a finished cell is one JSON file, so that an interrupted comparison goes on.
 """
 
 import json
@@ -11,20 +11,19 @@ from typing import Any
 
 from tsqlora.errors import DataError
 from tsqlora.files import write_json
-
-CELLS_DIR = "cells"
+from tsqlora.report.comparison import CELLS_DIR
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What is compared: a method, and the policy that chooses its rows."""
+    """A method, and the policy that chooses its rows."""
 
     method: str
     policy: str
 
     @property
     def name(self) -> str:
-        """As it is given to `--methods`.
+        """The entry as `--methods` names it.
 
         >>> Entry("lora", "random").name
         'lora+random'
@@ -42,7 +41,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Of its file.
+        """The name of its file.
 
         >>> Cell(Entry("lora", "all"), 0, 1e-3).name
         'lora+all_seed0_lr0.001'
@@ -60,25 +59,25 @@ def path_of(out: Path, cell: Cell) -> Path:
 
 
 def save(out: Path, cell: Cell, found: Mapping[str, Any]) -> None:
-    """Writes what a cell found, whole or not at all."""
+    """Writes a cell's result, whole or not at all."""
     path = path_of(out, cell)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, found)
 
 
 def load(out: Path, cell: Cell) -> dict[str, Any] | None:
-    """What a cell found, None if it was not run.  Raises DataError for a file that is not a cell's."""
+    """A cell's result, None if it was not run.  Raises DataError for a file that is not this cell's."""
     path = path_of(out, cell)
     if not path.exists():
         return None
     found = _read(path)
     if found["cell"] != cell.to_dict():
-        raise DataError(f"{path} is of another cell; remove it, and it is run anew")
+        raise DataError(f"{path} is of another cell; remove it, and it is run again")
     return found
 
 
 def known_seeds(out: Path, seeds: Sequence[int]) -> list[int]:
-    """Those of which there is a cell."""
+    """The seeds of which there is a cell."""
     return [seed for seed in seeds if any((out / CELLS_DIR).glob(f"*_seed{seed}_lr*.json"))]
 
 
@@ -100,5 +99,5 @@ def _read(path: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(path.read_text())
         found["cell"]["seed"]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not a cell's result ({error}); remove it, and it is run anew") from None
+        raise DataError(f"{path}: not a cell's result ({error}); remove it, and it is run again") from None
     return found

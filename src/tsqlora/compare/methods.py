@@ -1,15 +1,16 @@
 """What can be compared: methods, policies that choose their rows, and how both are made from a job.
 
-To compare another method, add an entry to `tsqlora.baselines.RIVALS` or to METHODS; for another
+To compare another method, add an entry to `tsqlora.baselines.BASELINES` or to METHODS; for another
 choice of rows one to POLICIES.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tsqlora.adapter.slots import active_parameters
-from tsqlora.baselines import RIVALS, Built, Setup
+from tsqlora.baselines import BASELINES, Built, Setup
 from tsqlora.compare.cells import Entry
 from tsqlora.errors import SettingsError, nearest
 from tsqlora.progress import Progress
@@ -21,15 +22,20 @@ from tsqlora.training.rank_callback import RankCallback
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A way to train: a rival's model, or ours whose ranks move."""
+    """A way to train: a baseline's model, or ours whose ranks move."""
 
     policy: str
-    """The rows that it has unless others are asked for."""
-    rival: str | None
-    """The entry of RIVALS; None is ours."""
+    """The rows that it has unless `METHOD+POLICY` names others."""
+    baseline: str | None
+    """The entry of BASELINES; None is ours."""
+
+    @property
+    def moves_ranks(self) -> bool:
+        """Whether ranks follow sensitivity, as `ranks` in the config says."""
+        return self.baseline is None
 
 
-METHODS: Mapping[str, Method] = {name: Method("all", name) for name in RIVALS} | {
+METHODS: Mapping[str, Method] = {name: Method("all", name) for name in BASELINES} | {
     "tsqlora": Method("quality", None),
     "tsqlora-quality-only": Method("quality", "lora"),
     "tsqlora-ranks-only": Method("all", None),
@@ -55,25 +61,22 @@ def _random(job: Job, scores_path: Path, progress: Progress | None) -> Rows:
     return Rows(subset(job, job.config.quality.fraction))
 
 
+def _by(job: Job, scores_path: Path, progress: Progress | None, **rule: Any) -> Rows:
+    data = subset(job, job.config.quality.fraction)
+    return Rows(data, quality_half(job, data, scores_path, progress, **rule))
+
+
 def _quality(job: Job, scores_path: Path, progress: Progress | None) -> Rows:
-    q, data = job.config.quality, subset(job, job.config.quality.fraction)
-    decides = {
-        "weights": q.resolved_weights(),
-        "temperature": q.resolved_temperature(),
-        "reject": q.resolved_reject(),
-        "guard": q.guard,
-    }
-    return Rows(data, quality_half(job, data, scores_path, progress, **decides))
+    q = job.config.quality
+    weights, temperature, reject = q.resolved_weights(), q.resolved_temperature(), q.resolved_reject()
+    return _by(job, scores_path, progress, weights=weights, temperature=temperature, reject=reject, guard=q.guard)
 
 
 def _by_term(term: str) -> Policy:
     """A softmax of one term alone, which no guard of ours turns back: of more of it, more rows."""
 
     def rows(job: Job, scores_path: Path, progress: Progress | None) -> Rows:
-        data = subset(job, job.config.quality.fraction)
-        decides = {"weights": {term: 1.0}, "temperature": 1.0, "reject": False, "guard": False}
-        quality = quality_half(job, data, scores_path, progress, **decides)
-        return Rows(data, quality)
+        return _by(job, scores_path, progress, weights={term: 1.0}, temperature=1.0, reject=False, guard=False)
 
     return rows
 
@@ -88,31 +91,42 @@ POLICIES: Mapping[str, Policy] = {
 }
 
 
-def entries(methods: Iterable[str], policies: Sequence[str] = ()) -> list[Entry]:
-    """What is compared: METHOD, METHOD+POLICY, or with `policies` every method with each.
+def crossed(methods: Iterable[str], policies: Sequence[str]) -> list[str]:
+    """Every method with every policy, as METHOD+POLICY; the methods as they are where no policy is named.
 
-    Raises SettingsError for unknown names, for two of a kind, and for a policy of its own beside `policies`.
+    Raises SettingsError for a method that names a policy of its own beside `policies`.
+
+    >>> crossed(["lora", "dora"], ["all", "random"])
+    ['lora+all', 'lora+random', 'dora+all', 'dora+random']
+    """
+    names = list(methods)
+    for name in names:
+        method, plus, _ = name.partition("+")
+        if plus and policies:
+            raise SettingsError(
+                f"--policies crosses every method, and --methods names '{name}' with one of its own; give {method} "
+                "alone, or leave out --policies"
+            )
+    return [f"{name}+{policy}" for name in names for policy in policies] if policies else names
+
+
+def entries(methods: Iterable[str]) -> list[Entry]:
+    """What METHOD or METHOD+POLICY names; SettingsError for unknown names, and for two of a kind.
 
     >>> [entry.name for entry in entries(["lora", "lora+random", "tsqlora"])]
     ['lora+all', 'lora+random', 'tsqlora+quality']
     """
     found: list[Entry] = []
-    for given in methods:
-        method, plus, policy = given.partition("+")
+    for name in methods:
+        method, plus, policy = name.partition("+")
         if method not in METHODS:
             raise SettingsError(f"--methods: '{method}' is unknown; {nearest(method, METHODS)}")
-        if plus and policies:
-            raise SettingsError(
-                f"--policies crosses every method, and --methods names '{given}' with one of its own; give {method} "
-                "alone, or leave out --policies"
-            )
-        chosen = [policy] if plus else policies or [METHODS[method].policy]
-        for name in chosen:
-            if name not in POLICIES:
-                raise SettingsError(f"policy '{name}' is unknown; {nearest(name, POLICIES)}")
-            if Entry(method, name) in found:
-                raise SettingsError(f"--methods names {method}+{name} twice")
-            found.append(Entry(method, name))
+        entry = Entry(method, policy if plus else METHODS[method].policy)
+        if entry.policy not in POLICIES:
+            raise SettingsError(f"policy '{entry.policy}' is unknown; {nearest(entry.policy, POLICIES)}")
+        if entry in found:
+            raise SettingsError(f"--methods names {entry.name} twice")
+        found.append(entry)
     if not found:
         raise SettingsError(f"--methods is empty; choices: {', '.join(METHODS)}")
     return found
@@ -120,8 +134,8 @@ def entries(methods: Iterable[str], policies: Sequence[str] = ()) -> list[Entry]
 
 def build(job: Job, method: str, *, steps: int) -> tuple[Built, RankCallback | None]:
     """The method's model, and our ranks where they move; the job's pretrained model is changed in place."""
-    config, rival = job.config, METHODS[method].rival
-    if rival is None:
+    config, baseline = job.config, METHODS[method].baseline
+    if baseline is None:
         model, ranks = with_slots(config, job.pretrained), ranks_half(job)
         return Built(model, (), lambda: active_parameters(model), lambda: ranks.final), ranks
     setup = Setup(
@@ -137,4 +151,4 @@ def build(job: Job, method: str, *, steps: int) -> tuple[Built, RankCallback | N
         batch_size=config.training.batch_size,
         seed=config.training.seed,
     )
-    return RIVALS[rival](setup), None
+    return BASELINES[baseline](setup), None

@@ -8,12 +8,12 @@ import scipy.stats
 
 CONFIDENCE = 0.95
 FEWEST = 3
-"""Seeds of which a verdict is given."""
+"""Seeds that a verdict needs: one or two may agree by chance."""
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A mean over n values, and the half width of its t-interval: None where one value says nothing of the spread."""
+    """A mean of n values and the half width of its t-interval, None for a single value."""
 
     mean: float
     half: float | None
@@ -34,22 +34,22 @@ def interval(values: Sequence[float]) -> Interval:
     >>> interval([1.0, 2.0, 3.0])
     Interval(mean=2.0, half=2.484..., n=3)
     """
-    n = len(values)
-    mean = math.fsum(values) / n
+    n, mean = len(values), math.fsum(values) / len(values)
     if n < 2:
         return Interval(mean, None, n)
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
-    return Interval(mean, float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * deviation / math.sqrt(n), n)
+    # Not ttest_rel's own interval: it warns where all values are equal, as runs with the same draws are.
+    half = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * scipy.stats.sem(values)
+    return Interval(mean, float(half), n)
 
 
 def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Interval | None:
-    """The mean of ours minus theirs over the seeds that both have; None if there are none."""
+    """The paired difference, ours minus theirs, over the seeds that both have; None if there are none."""
     seeds = sorted(ours.keys() & theirs.keys())
     return interval([ours[seed] - theirs[seed] for seed in seeds]) if seeds else None
 
 
 def verdict(difference: Interval | None, other: str, *, lower_is_better: bool = False) -> str:
-    """What a difference says, in words; of one or two seeds nothing, since two may agree by chance.
+    """The difference in words.
 
     >>> verdict(Interval(0.02, 0.03, 3), "lora")
     'within noise of lora'

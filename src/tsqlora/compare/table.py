@@ -47,7 +47,7 @@ def _row(
     }
     if not worked:
         return row | {"verdict": "every seed failed"}
-    split, trainable = split_of(worked[0]), [f["parameters"]["trainable"] for f in worked]
+    split, trainable = measured_on(worked[0]), [f["parameters"]["trainable"] for f in worked]
     row |= {
         "split": split,
         "metrics": {
@@ -99,8 +99,8 @@ def named(row: Mapping[str, Any]) -> str:
     return f"{row['name']} ({'; '.join(said)})" if said else row["name"]
 
 
-def split_of(found: Found) -> str:
-    """Where a cell was measured."""
+def measured_on(found: Found) -> str:
+    """The split that a cell's table row is measured on."""
     return "test" if "test" in found["metrics"] else "validation"
 
 
@@ -109,7 +109,7 @@ def _entry(found: Found) -> Entry:
 
 
 def _by_seed(found: Sequence[Found], metric: str) -> dict[int, float]:
-    return {f["cell"]["seed"]: f["metrics"][split_of(f)][metric] for f in found if "failed" not in f}
+    return {f["cell"]["seed"]: f["metrics"][measured_on(f)][metric] for f in found if "failed" not in f}
 
 
 def _told(value: Interval) -> dict[str, Any]:

@@ -1,45 +1,25 @@
-"""A cell in a process of its own, which dies with its parent and gives back all its memory."""
+"""Work in a process of its own, which dies with its parent and gives back all its memory."""
 
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from tsqlora.compare.cells import Cell, Entry
-from tsqlora.compare.preflight import preflight
-from tsqlora.compare.run import Equal, run_cell
 from tsqlora.errors import TsqLoraError
 from tsqlora.progress import Progress
-from tsqlora.run.config import Config
 
 PATIENCE = 5.0
 """Seconds in which a process ends by itself once nobody listens, its workers with it; else it is killed."""
 
 
-def in_own_process(
-    config: Config, cell: Cell, *, equal: Equal, seconds: float | None, progress: Progress | None
-) -> dict[str, Any]:
-    """As `run_cell`, in a new process: its peak of memory is its own, and no cell sees what another left behind."""
-    return _apart(cell.name, partial(run_cell, config, cell, equal=equal, seconds=seconds), progress)
+def in_own_process(name: str, work: Callable[..., Any], progress: Progress | None = None) -> Any:
+    """The result of `work` in a new process: its peak of memory is its own, and no cell sees another's leftovers.
 
-
-def checked_in_own_process(
-    config: Config,
-    entries: Sequence[Entry],
-    seed: int,
-    *,
-    known: Sequence[int],
-    equal: Equal,
-) -> dict[int, str]:
-    """As `preflight`, in a new process, so that no model stays in memory beside the cells."""
-    return _apart("preflight", partial(preflight, config, entries, seed, known=known, equal=equal))
-
-
-def _apart(name: str, work: Callable[..., Any], progress: Progress | None = None) -> Any:
+    With `progress`, `work` is called with a `progress` that reports to it. Errors of `work` are raised here.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tsqlora.compare.preload"])
     ours, theirs = context.Pipe()
@@ -62,15 +42,15 @@ def _apart(name: str, work: Callable[..., Any], progress: Progress | None = None
 
 
 def _answer(child: Connection, progress: Progress | None) -> Any:
-    """What was found at the other end, whose progress is told on; its error is raised."""
+    """The result from the other end; progress is passed on, an error raised."""
     while True:
-        kind, told = child.recv()
+        kind, content = child.recv()
         if kind == "progress" and progress is not None:
-            progress(*told)
+            progress(*content)
         if kind == "found":
-            return told
+            return content
         if kind == "error":
-            raise told
+            raise content
 
 
 def _serve(parent: Connection, work: Callable[..., Any], watched: bool) -> None:
@@ -79,8 +59,8 @@ def _serve(parent: Connection, work: Callable[..., Any], watched: bool) -> None:
     multiprocessing.set_start_method(None, force=True)
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
     try:
-        told = {"progress": lambda *at: parent.send(("progress", at))} if watched else {}
-        parent.send(("found", work(**told)))
+        options = {"progress": lambda *at: parent.send(("progress", at))} if watched else {}
+        parent.send(("found", work(**options)))
     except Exception as error:
         parent.send(("error", error))
 

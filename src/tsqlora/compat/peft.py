@@ -3,13 +3,13 @@
 import dataclasses
 from typing import Any, cast
 
-from peft import LoraConfig
+from peft import AdaLoraConfig, LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.eva import prepare_layer_inputs_fn_language_modeling as unpadded_inputs
+from peft.tuners.lora.eva import prepare_layer_inputs_fn_language_modeling
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
-__all__ = ["dequantize_module_weight", "unpadded_inputs"]
+__all__ = ["dequantize_module_weight"]
 
 Place = tuple[nn.Module, str, str]
 """Where a tensor is: the module that holds it, its name there, and the module's name in the LoRA layer."""
@@ -52,3 +52,29 @@ def forget_adapter(layer: LoraLayer, adapter: str) -> None:
         by_adapter: Any = getattr(layer, attribute)
         if adapter in by_adapter:
             del by_adapter[adapter]
+
+
+def allocate_triplets(model: PeftModel, config: AdaLoraConfig, step: int) -> bool:
+    """Calls AdaLoRA's `update_and_allocate`; whether the allocator chose triplets at this step.
+
+    PEFT returns nothing, but replaces `rank_pattern` by a new dict whenever it has chosen.
+    """
+    before = config.rank_pattern
+    cast(Any, model.base_model).update_and_allocate(step)
+    return config.rank_pattern is not before
+
+
+def chosen_triplets(config: AdaLoraConfig) -> dict[str, int]:
+    """How many triplets the last allocation kept, by the layer's name in the base model; empty before the first.
+
+    A key is `NAME.lora_E.ADAPTER`, and `NAME.lora_E` once the model has been saved.
+    """
+    return {key.partition(".lora_E")[0]: sum(mask) for key, mask in (config.rank_pattern or {}).items()}
+
+
+def eva_layer_inputs(layer_input: Any, model_input: Tensor, layer_name: str) -> Tensor:
+    """The inputs that EVA reads of a layer: tokens that are not padding, or all rows where a sample is one row."""
+    found = layer_input if isinstance(layer_input, Tensor) else layer_input[0]
+    if found.dim() == 2:
+        return found.contiguous()
+    return prepare_layer_inputs_fn_language_modeling(found, model_input, layer_name)

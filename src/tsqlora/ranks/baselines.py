@@ -1,4 +1,4 @@
-"""How rivals decide on ranks, as functions of the scores of their triplets: ElaLoRA, AdaLoRA.  METHOD, Baselines.
+"""How AdaLoRA and ElaLoRA decide on ranks, as functions of steps and of the scores of triplets.  METHOD, Baselines.
 
 A triplet is one rank of W + s·P Λ Q: a number λ with its column of P and row of Q.
 """
@@ -113,31 +113,3 @@ def first_rank(mean: int) -> int:
     [2, 3, 5, 6, 12]
     """
     return math.floor(1.5 * mean + 0.5)
-
-
-def adalora_budget(step: int, *, phase: range, first: int, target: int) -> int:
-    """How many triplets AdaLoRA keeps at `step`: a cubic from `first` to `target` over the phase.
-
-    >>> [adalora_budget(step, phase=range(10, 70), first=120, target=80) for step in (10, 40, 70, 90)]
-    [120, 85, 80, 80]
-    """
-    if step <= phase.start:
-        return first
-    if step >= phase.stop:
-        return target
-    left = 1 - (step - phase.start) / (phase.stop - phase.start)
-    return int((first - target) * left**3 + target)
-
-
-def best_triplets(scores: Scores, *, keep: int) -> dict[str, list[bool]]:
-    """AdaLoRA's rule: which triplets are among the `keep` best of all layers together.
-
-    What equals the best of those that go, goes too, as in PEFT: fewer are kept then.
-
-    >>> best_triplets({"query": [0.1, 0.9], "key": [0.5, 0.2]}, keep=2)
-    {'query': [False, True], 'key': [True, False]}
-    """
-    ascending = sorted(score for values in scores.values() for score in values)
-    gone = len(ascending) - keep
-    highest_gone = ascending[gone - 1] if gone > 0 else -math.inf
-    return {layer: [score > highest_gone for score in values] for layer, values in scores.items()}
