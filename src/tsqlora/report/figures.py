@@ -254,7 +254,7 @@ def histograms(scores: Scores) -> list[Drawn]:
 def _histogram(id: str, name: str, values: np.ndarray, kept: np.ndarray, left_out: np.ndarray) -> Drawn:
     shown = values[kept | left_out]
     edges = bins(shown)
-    least, most = f"{shown.min():.4g}", f"{shown.max():.4g}"
+    least, most = f"{shown.min() + 0.0:.4g}", f"{shown.max() + 0.0:.4g}"  # no -0
     span = f"each {least}" if least == most else f"from {least} to {most}"
     line = {"color": ORANGE, "width": 2.5, "shape": "hvh"}
     traces = [
