@@ -8,7 +8,7 @@ forward (with the model's dropout), backward, clipping, AdamW. Scoring charges w
 the reference's pass is timed apart. Floors are counted in floating-point operations of matrix products, in units of the
 training step's own. Peak memory is that of a process of its own, beyond what it holds once the model is loaded.
 With --decoder it is 4 rows of a new Llama as wide as SmolLM2-135M, eight blocks deep, half of each row its target;
-without the rivals.
+without the others.
 """
 
 import argparse
@@ -49,7 +49,7 @@ OURS: dict[str, tuple[Scope, bool]] = {
     "norm + convergence, full": ("full", False),
     "all three, full": ("full", True),
 }
-RIVALS = ("loop, all three", "vmap(grad), norm", "opacus, norm")
+OTHERS = ("loop, all three", "vmap(grad), norm", "opacus, norm")
 
 
 class Bench:
@@ -58,7 +58,7 @@ class Bench:
     rows = 32
     task: Any = Classification()
     offsets: Tensor | None = torch.zeros(CLASSES)
-    rivals: tuple[str, ...] = RIVALS
+    others: tuple[str, ...] = OTHERS
 
     def __init__(self, length: int, dtype: str) -> None:
         torch.manual_seed(0)
@@ -202,9 +202,9 @@ class Bench:
             for name, (scope, look) in OURS.items()
         }
         reference = {"reference": lambda: self.reference("adapter"), "reference, full": lambda: self.reference("full")}
-        rivals = {n: f for n, f in zip(RIVALS, (self.loop, self.vmap, self.opacus), strict=True) if n in self.rivals}
+        others = {n: f for n, f in zip(OTHERS, (self.loop, self.vmap, self.opacus), strict=True) if n in self.others}
         steps = {"training step": self.step, "training step, no dropout": self.step_without_dropout}
-        return {**steps, **ours, **reference, **rivals}
+        return {**steps, **ours, **reference, **others}
 
     def floors(self) -> dict[str, float]:
         """Operations that cannot be avoided, in units of a training step's."""
@@ -237,7 +237,7 @@ class Decoder(Bench):
     rows = 4
     task = Generation("causal-lm", causal=True)
     offsets = None
-    rivals = ()
+    others = ()
 
     def base(self) -> Any:
         return LlamaForCausalLM(
@@ -259,22 +259,22 @@ class Decoder(Bench):
 
 
 def agree(bench: Bench) -> dict[str, float]:
-    """Largest relative difference of the rivals' norms from ours: they compute the same."""
-    if not bench.rivals:
+    """Largest relative difference of the others' norms from ours: they compute the same."""
+    if not bench.others:
         return {}
     wanted = bench.ours("adapter", lookahead=False)
     return {
         name: float(((f() - wanted) / wanted).abs().max())
-        for name, f in zip(RIVALS, (bench.loop, bench.vmap, bench.opacus), strict=True)
+        for name, f in zip(OTHERS, (bench.loop, bench.vmap, bench.opacus), strict=True)
     }
 
 
-def time_all(bench: Bench, rounds: int, rivals: int) -> dict[str, list[float]]:
-    """Seconds of every round; the slow rivals run in `rivals` of them."""
+def time_all(bench: Bench, rounds: int, others: int) -> dict[str, list[float]]:
+    """Seconds of every round; the slow others run in `others` of them."""
     seconds: dict[str, list[float]] = {}
     for number in range(rounds + 1):
         for name, f in bench.all().items():
-            if name in RIVALS and number > rivals:
+            if name in OTHERS and number > others:
                 continue
             start = time.perf_counter()
             f()
@@ -311,7 +311,7 @@ def main() -> None:
     parser.add_argument("--lengths", default="32,128,256")
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--rivals", type=int, default=2, help="rounds in which the slow rivals run")
+    parser.add_argument("--others", type=int, default=2, help="rounds in which the slow others run")
     parser.add_argument("--decoder", action="store_true")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "scoring.json")
@@ -326,7 +326,7 @@ def main() -> None:
         for dtype in args.dtypes.split(","):
             bench = kind(length, dtype)
             name = f"{length}/{dtype}{'/decoder' if args.decoder else ''}"
-            seconds = time_all(bench, args.rounds, args.rivals)
+            seconds = time_all(bench, args.rounds, args.others)
             medians = {name: statistics.median(values) for name, values in seconds.items()}
             cells[name] = {
                 "commit": commit(),
