@@ -86,6 +86,7 @@ def tiny_llama_classifier(
     layers: int = 2,
     hidden: int = 16,
     intermediate: int = 32,
+    vocab: int = 60,
     dtype: torch.dtype = torch.float64,
     problem_type: str | None = None,
     *,
@@ -96,8 +97,9 @@ def tiny_llama_classifier(
     k and v are narrower than q, so target layers differ in shape.  Attention dropout is 0.1.
     Its norms and rotary angles compute in float32 whatever `dtype` is: expect 1e-6, not 1e-12.
     """
+    sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": intermediate, "vocab_size": vocab}
     config = LlamaConfig(
-        **SIZES | {"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": intermediate},
+        **SIZES | sizes,
         num_key_value_heads=1,
         attention_dropout=0.1,
         num_labels=num_labels,

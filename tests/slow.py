@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 LIST = Path(__file__).with_name("slow.txt")
-LIMIT = 4.0
+LIMIT = 2.0
 HEAD = "# The slow tests, measured by `make slow`: a file, or a test of it with all its parameters.\n"
 
 

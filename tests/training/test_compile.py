@@ -144,7 +144,6 @@ def test_scoring_between_epochs_is_not_compiled(by: str, tmp_path: Path) -> None
     assert compiled_graphs() == sets_of_ranks(ended[0][0])
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="inductor compiles with gcc, which is not there")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own, on importing inductor
 def test_compiled_by_inductor_ranks_move_as_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

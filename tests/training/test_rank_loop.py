@@ -552,7 +552,6 @@ def test_a_loop_that_is_forgotten_leaves_nothing_behind() -> None:
     assert torch._dynamo.config.recompile_limit == limit
 
 
-@pytest.mark.slow
 def test_a_script_that_fails_in_a_measured_step_tells_its_own_error_last() -> None:
     code = """
 from stock import *
