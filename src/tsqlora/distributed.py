@@ -34,6 +34,11 @@ def summed(values: Tensor) -> Tensor:
     return values
 
 
+def any_process(here: bool, device: torch.device) -> bool:
+    """Whether it is so in any process; one process alone does not wait for its device."""
+    return bool(summed(torch.tensor(float(here), device=device)) > 0) if active() else here
+
+
 def from_first(value: T) -> T:
     """The first process's value, on every process: what is decided is decided once."""
     if not active():

@@ -165,3 +165,28 @@ def test_gradients_that_cannot_be_seen_are_refused() -> None:
 
 
 MODEL = wrapped()
+
+
+def test_an_update_waits_for_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each number that goes to the host does, and each tensor that is made of the host's numbers."""
+    layers = find_slots(MODEL)
+    importance = Importance(layers)
+    set_products(layers, {name: [1.0, 2.0, 3.0, 4.0] for name in layers})
+    importance.update()
+    waits = []
+    for name in ("__bool__", "__float__", "__int__", "item", "tolist", "cpu"):
+        real = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda *args, real=real: waits.append(real) or real(*args))
+    monkeypatch.setattr(
+        torch, "tensor", lambda *args, real=torch.tensor, **more: waits.append(real) or real(*args, **more)
+    )
+    assert importance.update(torch.ones(()))
+    assert len(waits) == 1
+
+
+@pytest.mark.parametrize("norm", [float("nan"), float("inf")])
+def test_other_gradients_that_are_not_finite_change_nothing(norm: float) -> None:
+    importance = Importance(layers := find_slots(MODEL))
+    set_products(layers, {name: [1.0, 2.0, 3.0, 4.0] for name in layers})
+    assert not importance.update(torch.tensor(norm))
+    assert not importance.age.any()

@@ -2,12 +2,62 @@
 
 from typing import Any, cast
 
+import pytest
 import torch
-from peft import AdaLoraConfig, PeftModel
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 
+from models import tiny_bert
 from setups import build
 from tsqlora.baselines.svd import config_of
-from tsqlora.compat.peft import allocate_triplets, chosen_triplets, eva_layer_inputs
+from tsqlora.compat.peft import (
+    VARIANTS,
+    allocate_triplets,
+    chosen_triplets,
+    eva_layer_inputs,
+    forget_adapter,
+    has_variant,
+    lora_matrices,
+    places_of,
+)
+
+EMBEDDING, QUERY = "bert.embeddings.word_embeddings", "bert.encoder.layer.0.attention.self.query"
+
+
+def layers_of(**options: Any) -> dict[str, LoraLayer]:
+    config = LoraConfig(r=3, target_modules=[EMBEDDING, QUERY], **options)
+    model = get_peft_model(tiny_bert(dtype=torch.float32), config)
+    return {name: model.get_base_model().get_submodule(name) for name in (EMBEDDING, QUERY)}  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", [EMBEDDING, QUERY])
+def test_a_and_b_are_where_they_are_looked_for_and_make_the_update(name: str) -> None:
+    """`lora_A` and `lora_B` are linear layers by adapter; `lora_embedding_A` and `_B` parameters by adapter."""
+    layer: Any = layers_of(init_lora_weights=False)[name]
+    a, b = lora_matrices(layer, "default")
+    update = layer.scaling["default"] * b @ a
+    torch.testing.assert_close(layer.get_delta_weight("default"), update.T if name == EMBEDDING else update)
+    for (holder, tensor, path), matrix in zip(places_of(layer, "default"), (a, b), strict=True):
+        assert getattr(holder, tensor) is matrix
+        assert layer.get_submodule(path) is holder
+
+
+def test_variants_are_marked_in_the_config_and_in_their_layers() -> None:
+    """`metadata["is_lora_variant"]` of LoraConfig's fields; `lora_variant` and `lora_bias` of LoraLayer."""
+    assert "use_dora" in VARIANTS
+    assert not has_variant(layers_of()[QUERY])
+    assert has_variant(layers_of(use_dora=True)[QUERY])
+    model = get_peft_model(tiny_bert(dtype=torch.float32), LoraConfig(target_modules=[QUERY], lora_bias=True))
+    assert has_variant(model.get_base_model().get_submodule(QUERY))  # type: ignore[arg-type]
+
+
+def test_a_layer_forgets_an_adapter() -> None:
+    """`adapter_layer_names` and `other_param_names` name all that a layer keeps by adapter."""
+    layer: Any = layers_of()[QUERY]
+    x = torch.randn(2, layer.in_features)
+    forget_adapter(layer, "default")
+    assert "default" not in {*layer.r, *layer.lora_A, *layer.scaling, *layer.lora_dropout}
+    assert torch.equal(layer(x), layer.get_base_layer()(x))
 
 
 def test_the_allocator_says_when_it_chose_and_how_many_triplets_are_kept() -> None:

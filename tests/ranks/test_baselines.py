@@ -8,9 +8,9 @@ from tsqlora.ranks.baselines import (
     change_phase,
     elalora_moves,
     elalora_steps,
-    interval,
     whole_rank,
 )
+from tsqlora.ranks.schedule import default_interval
 
 # Few values, so that many are equal.
 values = st.one_of(st.integers(0, 3).map(float), st.floats(0, 1))
@@ -51,13 +51,9 @@ def test_elalora_moves_strictly_within_its_phase(steps: int) -> None:
     try:
         due = elalora_steps(steps)
     except SettingsError:
-        assert not any(step % interval(steps) == 0 for step in range(phase.start + 1, phase.stop))
+        assert not any(step % default_interval(steps) == 0 for step in range(phase.start + 1, phase.stop))
         return
-    assert due == [t for t in range(steps) if phase.start < t < phase.stop and t % interval(steps) == 0]
-
-
-def test_the_interval_is_a_twentieth_of_the_run_and_at_least_ten() -> None:
-    assert [interval(steps) for steps in (30, 200, 500)] == [10, 10, 25]
+    assert due == [t for t in range(steps) if phase.start < t < phase.stop and t % default_interval(steps) == 0]
 
 
 def test_a_run_that_is_too_short_is_refused() -> None:

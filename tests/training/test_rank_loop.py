@@ -230,6 +230,22 @@ def test_what_the_optimizer_keeps_of_active_slots_stays_when_the_model_is_plain(
             assert torch.equal(after[name], value.narrow(dim, 0, rank) if value.dim() else value)
 
 
+def test_the_first_adjustment_moves_ranks_also_after_a_skipped_step() -> None:
+    """A step that is not finite ages no slot, and there is none then that is an interval old."""
+    ranks = begin()
+    for step in range(4):
+        ranks.before_forward()
+        loss = ranks.model(**batch(step)).loss
+        (loss * (torch.nan if step == 1 else 1)).backward()
+        ranks.before_optimizer_step()
+        if step != 1:
+            ranks.optimizer.step()
+        ranks.after_optimizer_step()
+        ranks.optimizer.zero_grad()
+    assert [event.step for event in ranks.events] == [4]
+    assert ranks.events[0].moved > 0
+
+
 @pytest.mark.parametrize("call", [tsq.RankLoop.before_forward, lambda ranks: ranks.start(ROWS, collate)])
 def test_a_finished_loop_does_not_go_on(call: Callable[[tsq.RankLoop], None]) -> None:
     ranks = whole_run()

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import TrainerCallback
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import tsqlora as tsq
 from stock import make_trainer, moods, slotted_bert
@@ -145,3 +146,11 @@ def test_a_worker_of_a_data_loader_only_takes_note() -> None:
         stop._process = os.getpid() + 1
         stop._come(signal.SIGTERM, None)
     assert stop.asked is None
+
+
+def test_a_step_without_a_signal_does_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only several processes have something to exchange."""
+    monkeypatch.setattr(torch, "tensor", None)
+    control = TrainerControl()
+    StopCallback("go on").on_step_end(TrainingArguments("out", use_cpu=True), TrainerState(), control)
+    assert not control.should_save

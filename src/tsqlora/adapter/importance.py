@@ -30,19 +30,24 @@ class Importance:
         self.mean = torch.zeros(size, device=device)
         self.spread = torch.zeros(size, device=device)
         self.age = torch.zeros(size, device=device, dtype=torch.int64)
+        self._ranks: tuple[int, ...] = ()
+        self._shown = torch.zeros(size, device=device, dtype=torch.bool)
 
     @torch.no_grad()
-    def update(self) -> bool:
-        """Takes in the gradients there are now; False, and nothing changes, if one is not finite.
+    def update(self, others: Tensor | None = None) -> bool:
+        """Takes in the gradients there are now; False, and nothing changes, if one or `others` is not finite.
+
+        `others` is the norm of the gradients of what is not LoRA. One number goes to the host, so that a step waits
+        for the device once.
 
         Raises UnsupportedError if no slot has a gradient: whatever trains the model hides them.
         """
         raw, active = self._raw(), self._active()
         total = raw.sum()
-        if not torch.isfinite(total):
+        finite = total.isfinite() if others is None else total.isfinite() & others.to(total.device).isfinite()
+        if not finite:
             return False
-        if total > 0:
-            raw = raw / total
+        raw = raw / torch.where(total > 0, total, 1)
         self.age += active
         self.mean = torch.where(active, BETA * self.mean + (1 - BETA) * raw, 0)
         surprise = (raw - self.mean / self._correction()).abs()
@@ -64,8 +69,11 @@ class Importance:
         return torch.stack([zeros if products is None else products.to(zeros.device) for products in found])
 
     def _active(self) -> Bool[Tensor, "layers capacity"]:
-        ranks = torch.tensor([slots.rank for slots in self.layers.values()], device=self.mean.device)
-        return torch.arange(self.mean.shape[1], device=self.mean.device) < ranks[:, None]
+        ranks = tuple(slots.rank for slots in self.layers.values())
+        if ranks != self._ranks:
+            places = torch.arange(self.mean.shape[1], device=self.mean.device)
+            self._ranks, self._shown = ranks, places < torch.tensor(ranks, device=self.mean.device)[:, None]
+        return self._shown
 
     def of(self, name: str) -> Float[Tensor, " r"]:
         """Ī·Ū of a layer's active slots; comparable between layers."""

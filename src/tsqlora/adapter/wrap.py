@@ -21,7 +21,7 @@ from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.gradients.layers import is_linear
 from tsqlora.gradients.sites import lora_layers
 from tsqlora.ranks.allocate import Sensitivity, allocate
-from tsqlora.ranks.budget import Shapes, costs, used
+from tsqlora.ranks.budget import Shapes, costs, default_max_rank, used
 
 MEAN_RANK = 8.0
 ALPHA = 16.0
@@ -109,7 +109,7 @@ def _build(
     model: nn.Module, config: LoraConfig, mean: float, max_rank: int | None, *, alpha: float, divisor: float
 ) -> PeftModel:
     """A new adapter at its capacity, of which uniform ranks are active; its scale is alpha / divisor."""
-    config.r = math.ceil(2 * mean) if max_rank is None else max_rank
+    config.r = default_max_rank(mean) if max_rank is None else max_rank
     if not 0 < mean <= config.r:
         raise SettingsError(f"ranks.mean is {mean:g}; it must be above 0 and at most ranks.max, {config.r}")
     peft_model = inject(model, config)
@@ -162,7 +162,7 @@ def _adopt(model: PeftModel, max_rank: int | None) -> PeftModel:
     shapes = _shapes(layers)
     largest = max(ranks, key=lambda name: ranks[name])
     mean = used(ranks, shapes) / sum(costs(shapes).values())
-    capacity = max(math.ceil(2 * mean), ranks[largest]) if max_rank is None else max_rank
+    capacity = default_max_rank(mean, least=ranks[largest]) if max_rank is None else max_rank
     if capacity < ranks[largest]:
         raise SettingsError(f"max_rank is {capacity}, and {largest} has rank {ranks[largest]}; raise max_rank")
     return _with_slots(model, ranks, capacity=capacity)

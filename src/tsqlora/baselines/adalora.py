@@ -9,7 +9,8 @@ from tsqlora.baselines.setup import Built, Setup, count_trainable, require_whole
 from tsqlora.baselines.svd import Due, PenaltyInTraining, build, config_of, says_nothing, triplets_of
 from tsqlora.compat.peft import allocate_triplets, chosen_triplets
 from tsqlora.errors import TsqLoraError
-from tsqlora.ranks.baselines import change_phase, first_rank, interval, whole_rank
+from tsqlora.ranks.baselines import change_phase, first_rank, whole_rank
+from tsqlora.ranks.schedule import default_interval
 
 NAME = "adalora"
 
@@ -31,7 +32,7 @@ def adalora(setup: Setup) -> Built:
         target_r=mean,
         tinit=phase.start,
         tfinal=setup.steps - phase.stop,
-        deltaT=interval(setup.steps),
+        deltaT=default_interval(setup.steps),
     )
     return Built(
         model,

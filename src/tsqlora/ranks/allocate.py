@@ -12,7 +12,7 @@ from fractions import Fraction
 from typing import Any
 
 from tsqlora.errors import DataError, SettingsError
-from tsqlora.ranks.budget import Shapes, budget, caps, costs, fill, used
+from tsqlora.ranks.budget import Shapes, budget, caps, costs, default_max_rank, fill, used
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ def allocate(
     {'query': 6, 'key': 2}
     """
     shapes, total = sensitivity.shapes, budget(mean_rank, sensitivity.shapes)
-    most = max(math.ceil(2 * mean_rank), min_rank) if max_rank is None else max_rank
+    most = default_max_rank(mean_rank, least=min_rank) if max_rank is None else max_rank
     _check_options(mean_rank=mean_rank, min_rank=min_rank, max_rank=most, gamma=gamma)
     high = caps(shapes, most)
     low = {layer: min(min_rank, cap) for layer, cap in high.items()}

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tsqlora.errors import SettingsError
-from tsqlora.ranks.schedule import adjustment_steps
+from tsqlora.ranks.schedule import adjustment_steps, default_interval
 
 WARMUP, FREEZE = 0.1, 0.3
 """Shares of the run before ranks first change, and after they last do: those of our own callback."""
@@ -45,11 +45,6 @@ def whole_rank(mean_rank: float, method: str) -> int:
     return int(mean_rank)
 
 
-def interval(steps: int) -> int:
-    """Optimizer steps between changes of rank: a twentieth of the run, at least 10."""
-    return max(10, steps // 20)
-
-
 def change_phase(steps: int, *, method: str) -> range:
     """The phase of a run in which ranks may change: it begins at `start`, and at `stop` ranks are final.
 
@@ -72,7 +67,7 @@ def elalora_steps(steps: int) -> list[int]:
     >>> elalora_steps(60)
     [10, 20, 30, 40]
     """
-    phase, every = change_phase(steps, method="elalora"), interval(steps)
+    phase, every = change_phase(steps, method="elalora"), default_interval(steps)
     due = [step for step in phase[1:] if step % every == 0]
     if not due:
         raise SettingsError(

@@ -39,6 +39,15 @@ def caps(shapes: Shapes, max_rank: int) -> dict[str, int]:
     return {layer: min(max_rank, i, o) for layer, (i, o) in shapes.items()}
 
 
+def default_max_rank(mean_rank: float, *, least: int = 1) -> int:
+    """Highest rank of a layer unless one is set: twice the mean, rounded up, and no less than `least`.
+
+    >>> default_max_rank(2.2), default_max_rank(2.2, least=6)
+    (5, 6)
+    """
+    return max(math.ceil(2 * mean_rank), least)
+
+
 def budget(mean_rank: float, shapes: Shapes) -> int:
     """Parameters that a uniform LoRA of rank `mean_rank` would have: ⌊r̄ Σ c⌋, METHOD eq. 7.
 

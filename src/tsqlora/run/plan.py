@@ -14,9 +14,9 @@ from tsqlora.errors import SettingsError
 from tsqlora.gradients.sites import lora_layers
 from tsqlora.quality.asked import PAPER_TERMS, wanted_terms
 from tsqlora.quality.sampling import draw_size
+from tsqlora.ranks import schedule
 from tsqlora.ranks.allocate import Sensitivity, allocate
 from tsqlora.ranks.budget import used
-from tsqlora.ranks.schedule import adjustment_steps
 from tsqlora.run.config import Config, QualitySettings, Section
 from tsqlora.tasks import get_task
 from tsqlora.tasks.classification import Classification
@@ -166,9 +166,4 @@ def require_adjustments(config: Config, steps: int) -> None:
     ranks = config.ranks
     if ranks.policy == "fixed":
         return
-    interval = max(10, steps // 20) if ranks.interval is None else ranks.interval
-    if len(adjustment_steps(steps, interval=interval, warmup=ranks.warmup, freeze=ranks.freeze)) == 0:
-        raise SettingsError(
-            f"no adjustment fits into {steps} steps with ranks.interval {interval}, ranks.warmup {ranks.warmup:g} "
-            f"and ranks.freeze {ranks.freeze:g}; lower them, train longer, or use ranks.policy fixed"
-        )
+    schedule.require_adjustments(steps, interval=ranks.interval, warmup=ranks.warmup, freeze=ranks.freeze)

@@ -1,6 +1,5 @@
 """Settings and notes of a run that begins at an adapter."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from tsqlora.adapter.init_from import mean_rank, read_start, scale_of_all
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.interop.lora import LoraAdapter
+from tsqlora.ranks.budget import default_max_rank
 from tsqlora.run.config import Config
 from tsqlora.training.record import RunRecord
 from tsqlora.training.run_dir import adapter_folder, is_run
@@ -26,7 +26,7 @@ def with_start(config: Config) -> Config:
     ranks = _agreed(config, "ranks", {"mean": mean})
     targets = {"alpha": scale_of_all(adapter) * mean, "target_modules": sorted(adapter.targets)}
     if config.ranks.max is None:
-        ranks["max"] = max(math.ceil(2 * mean), largest)
+        ranks["max"] = default_max_rank(mean, least=largest)
     elif config.ranks.max < largest:
         raise SettingsError(f"ranks.max is {config.ranks.max}, and adapter.init_from has a rank of {largest}; raise it")
     return config.model_copy(

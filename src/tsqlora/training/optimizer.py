@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tsqlora import distributed
 from tsqlora.adapter.slots import Slots
@@ -50,10 +50,16 @@ def call_around_steps(
     return hooks
 
 
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor | None:
+    """The norm of their gradients together, on the device: finite where every number is; None where there are none."""
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return distributed.full_tensor(torch.nn.utils.get_total_norm(grads)) if grads else None
+
+
 def finite_gradients(parameters: Iterable[nn.Parameter]) -> bool:
     """Whether every number of their gradients is finite; so where there are none."""
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return not grads or bool(distributed.full_tensor(torch.nn.utils.get_total_norm(grads)).isfinite())
+    norm = gradient_norm(parameters)
+    return norm is None or bool(norm.isfinite())
 
 
 def _as_hook(method: Callable[[], None]) -> Callable[..., None]:

@@ -15,7 +15,6 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 
 from tsqlora import distributed
-from tsqlora.adapter.change import change_ranks
 from tsqlora.adapter.importance import Importance
 from tsqlora.adapter.moments import cut_moments, moments
 from tsqlora.adapter.slots import Slots, finalize, find_slots, has_slots, sync_config
@@ -23,22 +22,15 @@ from tsqlora.compat.torch import compile_limits
 from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.gradients.sites import lora_layers, require_float64
 from tsqlora.layer_sensitivity import Estimator, Probe, get_estimator, probe_pass
-from tsqlora.ranks.allocate import Sensitivity, allocate
-from tsqlora.ranks.budget import caps, costs, used
-from tsqlora.ranks.events import RankEvent, bounded
-from tsqlora.ranks.policies import Policy, get_policy, require_bounds
-from tsqlora.ranks.schedule import adjustment_steps, moves_allowed
+from tsqlora.ranks.events import RankEvent
+from tsqlora.ranks.policies import Policy, get_policy
+from tsqlora.ranks.schedule import default_interval, require_adjustments
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate
 from tsqlora.training.callback_state import RankState, require_options
-from tsqlora.training.optimizer import call_around_steps, finite_gradients, require_trained
-
-WHERE = {
-    "before_forward": "before the step's first forward pass",
-    "before_optimizer_step": "when the step's gradients are complete, before optimizer.step()",
-    "after_optimizer_step": "after optimizer.step()",
-}
-"""The calls of a step in their order, and where each belongs."""
+from tsqlora.training.optimizer import gradient_norm, require_trained
+from tsqlora.training.rank_changes import RankChanges, RankRules
+from tsqlora.training.step_order import StepOrder
 
 
 class RankLoop:
@@ -94,52 +86,83 @@ class RankLoop:
         estimator: str | Estimator = "sampled",
         seed: int = 0,
     ) -> None:
-        get_estimator(estimator)
+        self._options = {
+            "ranks.policy": _name_of(get_policy(policy)),
+            "ranks.estimator": _name_of(get_estimator(estimator)),
+            "ranks.min": min_rank,
+            "ranks.gamma": gamma,
+            "ranks.warmup": warmup,
+            "ranks.freeze": freeze,
+            "seed": seed,
+        }
         self.model, self.optimizer = distributed.unwrapped(model), optimizer
         self.peft = _peft_model(self.model)
         self.layers, self.final = find_slots(self.model), dict[str, int]()
         require_trained(self.layers, optimizer)
         require_float64(next(self.model.parameters()).device)
         _require_no_bias(self.peft, self.layers, min_rank)
-        self.shapes = {name: slots.shape for name, slots in self.layers.items()}
-        self.capacity = max(slots.capacity for slots in self.layers.values())
-        self.policy, self.estimator, self.seed = get_policy(policy), estimator, seed
-        self.min_rank, self.gamma = min_rank, gamma
-        self.moves = max(1, len(self.layers) // 4) if moves is None else moves
-        self.interval = max(10, total_steps // 20) if interval is None else interval
-        self._options = {
-            "ranks.policy": _called(self.policy),
-            "ranks.estimator": _called(get_estimator(estimator)),
-            "ranks.min": min_rank,
-            "ranks.gamma": gamma,
-            "ranks.moves": self.moves,
-            "ranks.warmup": warmup,
-            "ranks.freeze": freeze,
-            "seed": seed,
-        }
-        self.steps = self._schedule(total_steps, warmup=warmup, freeze=freeze)
-        self.budget = used(self.ranks, self.shapes)
-        self.importance = Importance(self.layers)
-        slots = {id(parameter) for layer in self.layers.values() for parameter, _ in layer.matrices()}
+        self.estimator, self.seed = estimator, seed
+        self.interval = default_interval(total_steps) if interval is None else interval
+        fixed = get_policy(policy) is get_policy("fixed")
+        steps = (
+            range(0)
+            if fixed
+            else require_adjustments(total_steps, interval=self.interval, warmup=warmup, freeze=freeze)
+        )
+        self.rules = RankRules(
+            policy=get_policy(policy),
+            steps=steps,
+            interval=self.interval,
+            moves=max(1, len(self.layers) // 4) if moves is None else moves,
+            min_rank=min_rank,
+            gamma=gamma,
+            seed=seed,
+        )
+        self.changes = RankChanges(self.layers, optimizer, self.rules)
+        parameters = [parameter for slots in self.layers.values() for parameter, _ in slots.matrices()]
+        slots = {id(parameter) for parameter in parameters}
         self._others = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in slots]
-        self.step, self.events, self.started, self.seconds = 0, list[RankEvent](), False, 0.0
-        self._target(dict.fromkeys(self.layers, 1.0))  # bad bounds are told before training
-        self._next, self._stepped, self._postponed = "before_forward", False, False
-        self._withheld, self._rehearsal = False, False
+        self.order = StepOrder(parameters)
+        self.started, self.seconds = False, 0.0
+        self._postponed = self._withheld = self._rehearsal = False
         self.notes: list[str] = []
         """What was warned of, for a record."""
         self._probe: Probe | None = None
         self._tap, self._held = ExitStack(), ExitStack()
-        self._held.enter_context(call_around_steps(optimizer, self._before_step, self._after_step))
-        self._held.enter_context(compile_limits(2 + len(self.steps)))
+        self._held.enter_context(self.order.watch(optimizer))
+        self._held.enter_context(compile_limits(2 + len(steps)))
         take_over(self.model, self._tap)
         for held in (self._tap, self._held):
             weakref.finalize(self, held.close)  # also where a step failed and nobody closes, at the latest on exit
 
     @property
+    def events(self) -> list[RankEvent]:
+        """Every decision."""
+        return self.changes.events
+
+    @property
+    def budget(self) -> int:
+        """Parameters."""
+        return self.changes.budget
+
+    @property
+    def importance(self) -> Importance:
+        return self.changes.importance
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that are done."""
+        return self.order.step
+
+    @property
+    def steps(self) -> range:
+        """The steps after which ranks are adjusted."""
+        return self.rules.steps
+
+    @property
     def ranks(self) -> dict[str, int]:
         """Each layer's rank as it is now; the last ones after `finish`."""
-        return self.final or {name: slots.rank for name, slots in self.layers.items()}
+        return self.final or self.changes.ranks
 
     def start(
         self,
@@ -156,7 +179,7 @@ class RankLoop:
         """
         begun = time.perf_counter()
         self._require_running()
-        self._expect("before_forward")
+        self.order.expect("before_forward")
         probe = probe_pass(
             self.model,
             dataset,
@@ -168,9 +191,7 @@ class RankLoop:
             autocast=autocast,
         )
         self.started = True
-        measured = probe.sensitivity()
-        target = self._target(measured.values)
-        self._change("start", probe, measured, target, distributed.from_first(target))
+        self.changes.start(probe, self.step)
         if len(self.steps) > 0 and self.step >= self.steps[-1]:
             self._note(
                 f"ranks were set at step {self.step} and stay: the last step to adjust them was {self.steps[-1]}; "
@@ -183,11 +204,10 @@ class RankLoop:
 
         With adjust=False ranks stay as they are in this step.
         """
-        if self._next == "before_optimizer_step":
+        if self.order.next == "before_optimizer_step":
             return
         self._require_running()
-        self._expect("before_forward")
-        self._next = "before_optimizer_step"
+        self.order.come("before_forward")
         step = self.step + 1
         self._withheld |= not adjust and step in self.steps[-1:]
         due = adjust and (step in self.steps or (self._postponed and step < self.steps.stop))
@@ -199,10 +219,9 @@ class RankLoop:
 
     def before_optimizer_step(self) -> None:
         """Takes in the step's gradients."""
-        self._expect("before_optimizer_step")
-        self._next, self._stepped = "after_optimizer_step", False
+        self.order.come("before_optimizer_step")
         # Once ranks are final, nothing asks what slots are worth.
-        finite = self._final() or (finite_gradients(self._others) and self.importance.update())
+        finite = self._final() or self.importance.update(gradient_norm(self._others))
         self._tap.close()
         # A step whose gradients are not finite is skipped, and says nothing about ranks either.
         self._postponed = self._probe is not None and not finite and not self._rehearsal
@@ -213,9 +232,7 @@ class RankLoop:
 
     def after_optimizer_step(self) -> None:
         """Closes the step, and adjusts the ranks if it was measured."""
-        self._expect("after_optimizer_step")
-        self._next = "before_forward"
-        self.step += 1
+        self.order.come("after_optimizer_step")
         if self.step == 1 and len(self.steps) > 0:
             # Its state is there from now on: an optimizer that cannot be served is told at once.
             for slots in self.layers.values():
@@ -223,7 +240,7 @@ class RankLoop:
         if self._probe is not None:
             begun = time.perf_counter()
             probe, self._probe = self._probe, None
-            self._adjust(probe)
+            self.changes.adjust(probe, self.step)
             self.seconds += time.perf_counter() - begun
 
     def finish(self, *, finalize_model: bool = True) -> PeftModel:
@@ -233,8 +250,8 @@ class RankLoop:
         """
         if self.final:
             return self._plain() if finalize_model else self.peft
-        if self._next == "after_optimizer_step":
-            self._expect("before_forward")
+        if self.order.next == "after_optimizer_step":
+            self.order.expect("before_forward")
         self.close()
         if not self.events and self._withheld:
             self._note(
@@ -247,7 +264,7 @@ class RankLoop:
                 f"step {self.steps.start}; train longer, lower interval, or leave ranks as they are"
             )
         sync_config(self.peft)
-        self.final, self._next = self.ranks, "before_forward"
+        self.final, self.order.next = self.ranks, "before_forward"
         return self._plain() if finalize_model else self.peft
 
     def _plain(self) -> PeftModel:
@@ -278,7 +295,7 @@ class RankLoop:
             budget=self.budget,
             interval=self.interval,
             seconds=self.seconds,
-            options=dict(self._options),
+            options={**self._options, "ranks.moves": self.rules.moves},
         )
 
     def restore(self, saved: RankState, *, step: int) -> None:
@@ -290,19 +307,20 @@ class RankLoop:
             raise SettingsError("the checkpoint is of a run with other layers; resume with the run's own")
         slots, own_slots = saved.importance["mean"].shape[1], self.importance.mean.shape[1]
         begun = {**(saved.options or {}), "ranks.max": slots, "ranks.interval": saved.interval}
-        require_options(begun, {**self._options, "ranks.max": own_slots, "ranks.interval": self.interval})
+        now = {**self._options, "ranks.moves": self.rules.moves}
+        require_options(begun, {**now, "ranks.max": own_slots, "ranks.interval": self.interval})
         if saved.events and saved.events[-1].ranks != self.ranks:
             raise SettingsError(
                 "the model has other ranks than the checkpoint; load the model's state before the loop's"
             )
         self.importance.restore(saved.importance)
-        self.events, self.started, self._postponed = list(saved.events), saved.started, saved.postponed
-        self._withheld = saved.withheld
-        self.budget, self.seconds, self.step = saved.budget, saved.seconds, step
+        self.changes.events, self.changes.budget = list(saved.events), saved.budget
+        self.started, self._postponed, self._withheld = saved.started, saved.postponed, saved.withheld
+        self.seconds, self.order.step = saved.seconds, step
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint, beside the model's and the optimizer's; `torch.load(weights_only=True)` reads it."""
-        self._expect("before_forward")
+        self.order.expect("before_forward")
         return {"step": self.step, **self.state().to_dict()}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -319,100 +337,12 @@ class RankLoop:
         """Whether ranks will not change any more."""
         return self.step >= self.steps.stop and (self.started or bool(self.events))
 
-    def _expect(self, call: str) -> None:
-        if self._next != call:
-            raise TsqLoraError(f"{self._next}() is missing in step {self.step + 1}: call it {WHERE[self._next]}")
-
     def _require_running(self) -> None:
         if self.final:
             raise TsqLoraError(f"the run was finished at step {self.step}; make another RankLoop to train further")
 
-    def _before_step(self) -> None:
-        if self._next == "after_optimizer_step" and not self._stepped:
-            return
-        grads = [parameter.grad for slots in self.layers.values() for parameter, _ in slots.matrices()]
-        # A step of zeros is torch.distributed.checkpoint's, which makes the optimizer's state in order to load it.
-        if any(grad is not None and bool(distributed.full_tensor(grad).any()) for grad in grads):
-            raise TsqLoraError(
-                f"optimizer.step(): {self._next}() is missing in step {self.step + 1}: call it {WHERE[self._next]}; a "
-                "RankLoop that was given up is to be closed: close()"
-            )
 
-    def _after_step(self) -> None:
-        self._stepped = True  # an optimizer made from another calls its hooks twice
-
-    def _schedule(self, total: int, *, warmup: float, freeze: float) -> range:
-        if self.policy is get_policy("fixed"):
-            return range(0)
-        steps = adjustment_steps(total, interval=self.interval, warmup=warmup, freeze=freeze)
-        if len(steps) == 0:
-            raise SettingsError(
-                f"no adjustment fits into {total} steps with ranks.interval {self.interval}, ranks.warmup "
-                f"{warmup:g} and ranks.freeze {freeze:g}; lower them, train longer, or use ranks.policy fixed"
-            )
-        return steps
-
-    def _adjust(self, probe: Probe) -> None:
-        measured = probe.sensitivity()
-        target = self._target(measured.values)
-        self._change("adjustment", probe, measured, target, self._decided(target))
-
-    def _decided(self, target: Mapping[str, int]) -> dict[str, int]:
-        """The policy's ranks, the first process's on every process.  Raises SettingsError if they break a bound."""
-        droppable = {n: int((self.importance.ages(n) >= self.interval).sum()) for n in self.layers}
-        answer = self.policy(
-            self.ranks,
-            target=target,
-            droppable=dict(droppable),  # a policy may count down in it
-            shapes=self.shapes,
-            caps=caps(self.shapes, self.capacity),
-            budget=self.budget,
-            moves=moves_allowed(self.step, self.steps, first=self.moves),
-            min_rank=self.min_rank,
-        )
-        return require_bounds(
-            distributed.from_first(answer),  # so that what is refused is refused in every process
-            self.ranks,
-            policy=self.policy,
-            droppable=droppable,
-            shapes=self.shapes,
-            caps=caps(self.shapes, self.capacity),
-            budget=self.budget,
-            min_rank=self.min_rank,
-        )
-
-    def _change(
-        self, reason: str, probe: Probe, measured: Sensitivity, target: Mapping[str, int], ranks: Mapping[str, int]
-    ) -> None:
-        """Carries out a decision and writes it down, sensitivities as shares of their sum."""
-        moved = change_ranks(
-            self.layers,
-            ranks,
-            importance=self.importance,
-            sketches=probe.directions(),
-            optimizer=self.optimizer,
-            min_age=0 if reason == "start" else self.interval,
-            seed=self.seed + self.step,
-        )
-        spent = used(self.ranks, self.shapes)
-        assert self.ranks == ranks
-        assert spent <= self.budget
-        total = sum(measured.values.values()) or 1.0
-        shares = {name: value / total for name, value in measured.values.items()}
-        event = RankEvent(self.step, reason, ranks, target, shares, moved, spent, self.budget)
-        self.events = bounded([*self.events, event])
-
-    def _target(self, values: Mapping[str, float]) -> dict[str, int]:
-        return allocate(
-            Sensitivity(values, self.shapes, "target", 0),
-            mean_rank=self.budget / sum(costs(self.shapes).values()),
-            min_rank=self.min_rank,
-            max_rank=self.capacity,
-            gamma=self.gamma,
-        )
-
-
-def _called(function: Any) -> str:
+def _name_of(function: Any) -> str:
     return str(getattr(function, "__name__", type(function).__name__))
 
 

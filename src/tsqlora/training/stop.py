@@ -7,7 +7,6 @@ import warnings
 from types import FrameType
 from typing import Any
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tsqlora import distributed
@@ -61,7 +60,7 @@ class StopCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # Of several processes not every one may have heard of it by this step.
-        if float(distributed.summed(torch.tensor(float(self.asked or 0), device=args.device))) > 0:
+        if distributed.any_process(self.asked is not None, args.device):
             self.asked = self.asked or signal.SIGTERM
             control.should_save = True
             self._saved = state.global_step

@@ -5,7 +5,6 @@
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -14,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from tsqlora.compat.hub import is_revision
 from tsqlora.errors import SettingsError
+from tsqlora.ranks.budget import default_max_rank
 
 PresetName = Literal["default", "paper"]
 
@@ -185,7 +185,7 @@ class RankSettings(Section):
 
     def resolved_max(self) -> int:
         """Greatest rank of a layer: what is set, else twice the mean, rounded up."""
-        return math.ceil(2 * self.mean) if self.max is None else self.max
+        return default_max_rank(self.mean) if self.max is None else self.max
 
     @model_validator(mode="after")
     def _bounds_leave_room(self) -> "RankSettings":

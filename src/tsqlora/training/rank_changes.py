@@ -1,0 +1,125 @@
+"""Decide ranks from a measured gradient, carry the decision out on the model, and write it down.  METHOD section 4."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from tsqlora import distributed
+from tsqlora.adapter.change import change_ranks
+from tsqlora.adapter.importance import Importance
+from tsqlora.adapter.slots import Slots
+from tsqlora.layer_sensitivity import Probe
+from tsqlora.ranks.allocate import Sensitivity, allocate
+from tsqlora.ranks.budget import caps, costs, used
+from tsqlora.ranks.events import RankEvent, bounded
+from tsqlora.ranks.policies import Policy, require_bounds
+from tsqlora.ranks.schedule import moves_allowed
+
+
+@dataclass(frozen=True, slots=True)
+class RankRules:
+    """How ranks move: `steps` are those that adjust them, `moves` the slots that may move in the first of them."""
+
+    policy: Policy
+    steps: range
+    interval: int
+    moves: int
+    min_rank: int
+    gamma: float
+    seed: int
+
+
+class RankChanges:
+    """The ranks of a model, at constant parameters: those that it has at first are the budget."""
+
+    def __init__(self, layers: Mapping[str, Slots], optimizer: torch.optim.Optimizer, rules: RankRules) -> None:
+        self.layers, self.optimizer, self.rules = layers, optimizer, rules
+        self.shapes = {name: slots.shape for name, slots in layers.items()}
+        self.capacity = max(slots.capacity for slots in layers.values())
+        self.budget = used(self.ranks, self.shapes)
+        self.importance = Importance(layers)
+        self.events: list[RankEvent] = []
+        self._target(dict.fromkeys(layers, 1.0))  # bad bounds are refused before training
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        return {name: slots.rank for name, slots in self.layers.items()}
+
+    def start(self, probe: Probe, step: int) -> None:
+        """Sets the ranks to the targets of METHOD eq. 7."""
+        measured = probe.sensitivity()
+        target = self._target(measured.values)
+        ranks = distributed.from_first(target)
+        moved = self._change(ranks, probe, step, min_age=0)
+        self._record("start", step, ranks, target, measured, moved)
+
+    def adjust(self, probe: Probe, step: int) -> None:
+        """Moves the ranks towards the targets, as the policy says."""
+        measured = probe.sensitivity()
+        target = self._target(measured.values)
+        # Skipped steps age no slot: one that was there in every other step is old enough.
+        min_age = min(self.rules.interval, int(self.importance.age.max()))
+        ranks = self._decide(target, step, min_age=min_age)
+        moved = self._change(ranks, probe, step, min_age=min_age)
+        self._record("adjustment", step, ranks, target, measured, moved)
+
+    def _target(self, values: Mapping[str, float]) -> dict[str, int]:
+        return allocate(
+            Sensitivity(values, self.shapes, "target", 0),
+            mean_rank=self.budget / sum(costs(self.shapes).values()),
+            min_rank=self.rules.min_rank,
+            max_rank=self.capacity,
+            gamma=self.rules.gamma,
+        )
+
+    def _decide(self, target: Mapping[str, int], step: int, *, min_age: int) -> dict[str, int]:
+        """The policy's ranks, the first process's on every process.  Raises SettingsError if they break a bound."""
+        rules, ages = self.rules, self.importance.age.cpu()
+        droppable = {
+            name: int((ages[j, : slots.rank] >= min_age).sum()) for j, (name, slots) in enumerate(self.layers.items())
+        }
+        bounds = {
+            "shapes": self.shapes,
+            "caps": caps(self.shapes, self.capacity),
+            "budget": self.budget,
+            "min_rank": rules.min_rank,
+        }
+        answer = rules.policy(
+            self.ranks,
+            target=target,
+            droppable=dict(droppable),  # a policy may count down in it
+            moves=moves_allowed(step, rules.steps, first=rules.moves),
+            **bounds,
+        )
+        # From the first process, so that what is refused is refused in every process.
+        answer = distributed.from_first(answer)
+        return require_bounds(answer, self.ranks, policy=rules.policy, droppable=droppable, **bounds)
+
+    def _change(self, ranks: Mapping[str, int], probe: Probe, step: int, *, min_age: int) -> int:
+        return change_ranks(
+            self.layers,
+            ranks,
+            importance=self.importance,
+            sketches=probe.directions(),
+            optimizer=self.optimizer,
+            min_age=min_age,
+            seed=self.rules.seed + step,
+        )
+
+    def _record(
+        self,
+        reason: str,
+        step: int,
+        ranks: Mapping[str, int],
+        target: Mapping[str, int],
+        measured: Sensitivity,
+        moved: int,
+    ) -> None:
+        """Writes a decision down, sensitivities as shares of their sum."""
+        spent = used(self.ranks, self.shapes)
+        assert self.ranks == ranks
+        assert spent <= self.budget
+        total = sum(measured.values.values()) or 1.0
+        shares = {name: value / total for name, value in measured.values.items()}
+        self.events = bounded([*self.events, RankEvent(step, reason, ranks, target, shares, moved, spent, self.budget)])

@@ -1,0 +1,63 @@
+"""The calls of a training step in their order, and around optimizer.step(): a missing one is named before it harms."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+
+from tsqlora import distributed
+from tsqlora.errors import TsqLoraError
+from tsqlora.training.optimizer import call_around_steps
+
+WHERE = {
+    "before_forward": "before the step's first forward pass",
+    "before_optimizer_step": "when the step's gradients are complete, before optimizer.step()",
+    "after_optimizer_step": "after optimizer.step()",
+}
+"""The calls of a step in their order, and where each belongs."""
+
+
+class StepOrder:
+    """Which call of a step comes next, and how many steps are done.
+
+    Args:
+        parameters: their gradients say whether a step of the optimizer, without its calls, is training's.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.step, self.next = 0, "before_forward"
+        self._parameters, self._stepped = parameters, False
+
+    def watch(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[Any]:
+        """While it is open, optimizer.step() raises TsqLoraError where a call is missing."""
+        return call_around_steps(optimizer, self._before_step, self._after_step)
+
+    def expect(self, call: str) -> None:
+        if self.next != call:
+            raise TsqLoraError(f"{self.next}() is missing in step {self.step + 1}: call it {WHERE[self.next]}")
+
+    def come(self, call: str) -> None:
+        """This call is made now, and the one after it is next."""
+        self.expect(call)
+        calls = list(WHERE)
+        self.next = calls[(calls.index(call) + 1) % len(calls)]
+        if call == "before_optimizer_step":
+            self._stepped = False
+        if call == "after_optimizer_step":
+            self.step += 1
+
+    def _before_step(self) -> None:
+        if self.next == "after_optimizer_step" and not self._stepped:
+            return
+        grads = [parameter.grad for parameter in self._parameters]
+        # A step of zeros is torch.distributed.checkpoint's, which makes the optimizer's state in order to load it.
+        if any(grad is not None and bool(distributed.full_tensor(grad).any()) for grad in grads):
+            raise TsqLoraError(
+                f"optimizer.step(): {self.next}() is missing in step {self.step + 1}: call it {WHERE[self.next]}; a "
+                "RankLoop that was given up is to be closed: close()"
+            )
+
+    def _after_step(self) -> None:
+        self._stepped = True  # an optimizer made from another calls its hooks twice
