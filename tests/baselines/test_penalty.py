@@ -19,7 +19,8 @@ from tsqlora.baselines.svd import config_of
 from tsqlora.errors import UnsupportedError
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.tasks import get_task
-from tsqlora.training.fit import fit, training_arguments
+from tsqlora.training.arguments import training_arguments
+from tsqlora.training.fit import fit
 from tsqlora.training.record import RunRecord
 
 Rows = list[dict[str, Any]]
@@ -91,15 +92,10 @@ def trained(name: str, kind: str, folder: Path, *, batch_size: int, window: int)
     )
     fit(
         built.model,
-        QualitySubset(rows(ROWS), 1.0),
         args,
-        task=get_task(task),
-        tokenizer=cast(Any, None),
-        collate=collate,
-        validation=cast(Any, rows(8)),
-        record=RunRecord("running", 0, task, None, {}, {}),
-        quality=None,
-        ranks=None,
+        Method(QualitySubset(rows(ROWS), 1.0)),
+        Inputs(get_task(task), cast(Any, None), collate, cast(Any, rows(8))),
+        RunRecord("running", 0, task, None, {}, {}),
         also=(*built.callbacks, watch),
     )
     return watch

@@ -39,7 +39,7 @@ from tsqlora.adapter.resize import drop_slots, grow_slot
 from tsqlora.adapter.slots import Slots, active_ranks, find_slots
 from tsqlora.gradients.sites import lora_layers
 from tsqlora.layer_sensitivity import Probe
-from tsqlora.training.fit import training_arguments
+from tsqlora.training.arguments import training_arguments
 
 ROWS = samples(8, 3)
 MOODS = moods(96)

@@ -15,7 +15,7 @@ from tsqlora.data.samples import TokenisedSplit
 from tsqlora.errors import SettingsError
 from tsqlora.run.config import Config
 from tsqlora.run.plan import passes, plan, scoring_plan, without_effect
-from tsqlora.training.fit import training_arguments
+from tsqlora.training.arguments import training_arguments
 
 
 def split(rows: int) -> TokenisedSplit:

@@ -15,6 +15,7 @@ from tsqlora.run import job
 from tsqlora.run.config import Config, load_config
 from tsqlora.run.train import train
 from tsqlora.training import fit
+from tsqlora.training.arguments import hardware_has_bf16, training_arguments
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +176,7 @@ def test_accumulated_batches_have_the_gradient_of_one(smoothing: float, place: P
 
 
 def arguments(**further: Any) -> Any:
-    return fit.training_arguments(
+    return training_arguments(
         Path("nowhere"),
         epochs=2,
         learning_rate=1e-3,
@@ -248,7 +249,7 @@ def test_bfloat16_is_used_where_the_hardware_computes_in_it(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda is not None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bool(cuda))
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
-    assert fit.hardware_has_bf16() is expected
+    assert hardware_has_bf16() is expected
 
 
 def test_of_many_losses_every_so_many_th_is_kept_and_every_evaluation() -> None:

@@ -385,7 +385,7 @@ def test_a_peft_model_needs_no_wrap(tmp_path: Path, max_rank: int | None) -> Non
     assert callback.loop.budget == sum(4 * sum(shape) for shape in shapes().values())
     assert sum(event.moved for event in callback.events) > 0
     for event in callback.events:
-        assert_well_spent(event, capacity=callback.loop.capacity)
+        assert_well_spent(event, capacity=callback.loop.changes.capacity)
     model.save_pretrained(tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(base_bert(), str(tmp_path / "adapter"))
     assert_same(weights(loaded), weights(model), "plain PEFT")

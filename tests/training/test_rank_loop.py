@@ -98,8 +98,8 @@ def test_a_loop_of_ones_own_does_what_the_trainer_does(tmp_path: Path) -> None:
 def test_hidden_slots_are_zero_and_the_budget_holds_at_every_step() -> None:
     def check(ranks: tsq.RankLoop) -> None:
         assert_hidden_are_zero(ranks.model, ranks.optimizer)
-        used = sum(rank * sum(ranks.shapes[name]) for name, rank in ranks.ranks.items())
-        assert used <= ranks.budget == 4 * sum(map(sum, ranks.shapes.values()))
+        used = sum(rank * sum(ranks.changes.shapes[name]) for name, rank in ranks.ranks.items())
+        assert used <= ranks.budget == 4 * sum(map(sum, ranks.changes.shapes.values()))
 
     ranks = whole_run(also=check)
     assert sum(event.moved for event in ranks.events) > 0

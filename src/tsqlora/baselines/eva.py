@@ -14,7 +14,7 @@ from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.ranks.baselines import whole_rank
 from tsqlora.seeds import stream
 from tsqlora.tasks.forward import writes_behind_encoder
-from tsqlora.training.record import PhaseCost
+from tsqlora.training.cost import PhaseCost
 
 NAME = "eva"
 MOST_PASSES = 20

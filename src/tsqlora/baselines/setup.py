@@ -13,8 +13,8 @@ from tsqlora.adapter.wrap import inject, new_config
 from tsqlora.errors import TsqLoraError, UnsupportedError
 from tsqlora.gradients.sites import inner_name
 from tsqlora.tasks.forward import Collate
+from tsqlora.training.cost import PhaseCost
 from tsqlora.training.load import Pretrained
-from tsqlora.training.record import PhaseCost
 
 
 @dataclass(frozen=True, slots=True)

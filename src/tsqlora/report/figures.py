@@ -19,7 +19,7 @@ from tsqlora.ranks.events import RankEvent
 from tsqlora.ranks.places import layer_places
 from tsqlora.report.metrics import words
 from tsqlora.report.page import NO_PLOTLY
-from tsqlora.training.record import PhaseCost
+from tsqlora.training.cost import PhaseCost
 
 try:
     import plotly.graph_objects as go

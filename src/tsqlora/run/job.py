@@ -37,8 +37,9 @@ from tsqlora.tasks.classification import Classification
 from tsqlora.tasks.forward import Collate
 from tsqlora.tasks.generation import Generation
 from tsqlora.tasks.texts import require_text_metrics
+from tsqlora.training.arguments import hardware_has_bf16, training_arguments
 from tsqlora.training.collate import collate_of
-from tsqlora.training.fit import fit, hardware_has_bf16, training_arguments
+from tsqlora.training.fit import Inputs, Method, fit
 from tsqlora.training.load import Pretrained, load_pretrained
 from tsqlora.training.quality_callback import QualityCallback
 from tsqlora.training.rank_callback import RankCallback
@@ -317,17 +318,11 @@ def fit_job(
     """Warm-up, scoring and training: one stock Trainer, one optimizer, one schedule."""
     fit(
         model,
-        data,
         args,
-        task=job.task,
-        tokenizer=job.pretrained.tokenizer,
-        collate=job.collate,
-        packed=job.packed,
-        validation=job.data.samples["validation"],
-        record=record,
-        quality=quality,
-        ranks=ranks,
-        also=tuple(also),
+        Method(data, quality, ranks),
+        Inputs(job.task, job.pretrained.tokenizer, job.collate, job.data.samples["validation"], job.packed),
+        record,
+        also=also,
         resume_from=resume_from,
         progress=progress,
         run=run,

@@ -21,6 +21,7 @@ from tsqlora.run.config import Config, QualitySettings, Section
 from tsqlora.tasks import get_task
 from tsqlora.tasks.classification import Classification
 from tsqlora.tasks.generation import Generation
+from tsqlora.training.cost import scoring_passes
 
 BYTES_A_ROW = 500
 """Of a row that is scored: hash, place, length, terms and predictions, twice while they are written."""
@@ -134,15 +135,9 @@ def passes(config: Config, *, rows: int, size: int) -> dict[str, dict[str, int]]
 def _scoring_passes(config: Config, asked: Iterable[str], *, rows: int) -> dict[str, int]:
     """Rows forward and backward in one scoring that has these terms."""
     reference = min(config.quality.reference, rows)
-    terms = wanted_terms(asked).values()
-    forward = 1 + any(term.lookahead for term in terms) + any(term.alone for term in terms)
-    gradients = any(term.gradient for term in terms)
-    # Of text the test is against the model as it was before its adapter learned.
-    tests = (2 if gradients else 1) + isinstance(get_task(config.task.type), Generation)
-    return {
-        "forward": rows * forward + tests * reference,
-        "backward": rows + reference if gradients else 0,
-    }
+    text = isinstance(get_task(config.task.type), Generation)
+    cost = scoring_passes(wanted_terms(asked).values(), text=text).cost(rows, reference)
+    return {"forward": cost.forward, "backward": cost.backward}
 
 
 def warmup_epochs(passes: float, *, rows: int, size: int) -> int:

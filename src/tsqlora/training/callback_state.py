@@ -44,6 +44,9 @@ class RankState:
     seconds: float
     withheld: bool = False
     """Whether the last step that was to adjust did not, since scoring was to come."""
+    passes: int = 0
+    """Rows that went forward and backward for the first ranks, and their tokens."""
+    tokens: int = 0
     options: dict[str, Any] | None = None
     """What the loop was made with beside `interval`; None in checkpoints that do not tell."""
 

@@ -1,6 +1,7 @@
 """Ranks that follow sensitivity, in a stock Trainer: `RankLoop`, told of each step by a callback."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from numbers import Integral
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate, task_of
 from tsqlora.training.callback_state import RankState
 from tsqlora.training.checkpoints import register_part, saving_part
+from tsqlora.training.cost import PhaseCost
 from tsqlora.training.drawing import draw_epoch, leave, refuse_cut_epoch, require_drawn_anew
 from tsqlora.training.rank_loop import RankLoop
 
@@ -103,6 +105,11 @@ class RankCallback(TrainerCallback):
     @property
     def seconds(self) -> float:
         return 0.0 if self.loop is None else self.loop.seconds
+
+    @property
+    def cost(self) -> PhaseCost:
+        """What the first ranks took."""
+        return PhaseCost() if self.loop is None else replace(self.loop.spent, seconds=self.loop.seconds)
 
     @property
     def started(self) -> bool:
@@ -187,15 +194,17 @@ class RankCallback(TrainerCallback):
 
     def _start(self, args: TrainingArguments, model: nn.Module, data: QualitySubset, collate: Any) -> None:
         """The first ranks, from sensitivities on the quality sample."""
-        places = sensitivity_rows(len(data), self.samples, self.seed)
+        rows = data.indices[sensitivity_rows(len(data), self.samples, self.seed)].tolist()
         self._running.start(
             # Not `data` itself: it tells what training is handed out.
-            Subset(cast(Any, data.dataset), data.indices[places].tolist()),
+            Subset(cast(Any, data.dataset), rows),
             collate,
             task=self.task or data.task or task_of(model, label_smoothing=args.label_smoothing_factor),
             batch_size=args.per_device_train_batch_size,
             autocast=torch.bfloat16 if args.bf16 else None,
         )
+        if data.lengths is not None:
+            self._running.spent.add(tokens=sum(data.lengths[row] for row in rows))
 
 
 def _subset_of(known: Mapping[str, Any]) -> QualitySubset | None:

@@ -28,6 +28,7 @@ from tsqlora.ranks.schedule import default_interval, require_adjustments
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate
 from tsqlora.training.callback_state import RankState, require_options
+from tsqlora.training.cost import PhaseCost
 from tsqlora.training.optimizer import gradient_norm, require_trained
 from tsqlora.training.rank_changes import RankChanges, RankRules
 from tsqlora.training.step_order import StepOrder
@@ -124,6 +125,8 @@ class RankLoop:
         self._others = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in slots]
         self.order = StepOrder(parameters)
         self.started, self.seconds = False, 0.0
+        self.spent = PhaseCost()
+        """Of the first ranks: passes of rows, and tokens where whoever started knows them."""
         self._postponed = self._withheld = self._rehearsal = False
         self.notes: list[str] = []
         """What was warned of, for a record."""
@@ -192,6 +195,7 @@ class RankLoop:
         )
         self.started = True
         self.changes.start(probe, self.step)
+        self.spent.add(forward=len(dataset), backward=len(dataset))
         if len(self.steps) > 0 and self.step >= self.steps[-1]:
             self._note(
                 f"ranks were set at step {self.step} and stay: the last step to adjust them was {self.steps[-1]}; "
@@ -295,6 +299,8 @@ class RankLoop:
             budget=self.budget,
             interval=self.interval,
             seconds=self.seconds,
+            passes=self.spent.forward,
+            tokens=self.spent.tokens,
             options={**self._options, "ranks.moves": self.rules.moves},
         )
 
@@ -317,6 +323,7 @@ class RankLoop:
         self.changes.events, self.changes.budget = list(saved.events), saved.budget
         self.started, self._postponed, self._withheld = saved.started, saved.postponed, saved.withheld
         self.seconds, self.order.step = saved.seconds, step
+        self.spent = PhaseCost(forward=saved.passes, backward=saved.passes, tokens=saved.tokens)
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint, beside the model's and the optimizer's; `torch.load(weights_only=True)` reads it."""

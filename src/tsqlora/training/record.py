@@ -13,25 +13,10 @@ from typing import Any
 from tsqlora.errors import DataError
 from tsqlora.files import write_json
 from tsqlora.ranks.events import RankEvent
+from tsqlora.training.cost import PhaseCost
 
 RECORD_FILE = "run.json"
 _LIBRARIES = ("tsqlora", "torch", "transformers", "peft", "datasets", "accelerate")
-
-
-@dataclass(slots=True)
-class PhaseCost:
-    """What one phase of a run took. Passes count samples: a row forward, a row backward."""
-
-    seconds: float = 0.0
-    forward: int = 0
-    backward: int = 0
-    tokens: int = 0
-
-    def add(self, *, seconds: float = 0.0, forward: int = 0, backward: int = 0, tokens: int = 0) -> None:
-        self.seconds += seconds
-        self.forward += forward
-        self.backward += backward
-        self.tokens += tokens
 
 
 @dataclass(slots=True)
