@@ -1,0 +1,219 @@
+"""A task's last linear layer, fitted on the features that it is given.  METHOD 1.1.
+
+Linear probing before fine-tuning (Kumar et al. 2022); the scale by Tomihari and Sato (2024): a head of large norm
+slows the features' own learning.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Shaped
+from scipy.optimize import brentq
+from scipy.special import log_softmax
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import KFold, StratifiedKFold
+
+from tsqlora.quality.ridge import fit_ridge
+
+Kind = Literal["classes", "numbers", "labels"]
+"""One of k classes a row, one number, or any of k labels (multi-label)."""
+
+STRENGTHS = np.geomspace(1e-2, 1e4, 7)
+"""sklearn's C to choose from, on features of mean square norm 1."""
+FOLDS = 3
+ROWS_TO_CHOOSE = 5_000
+"""The strength is chosen on at most so many rows."""
+MARGIN = 2.0
+"""Standard errors by which a fitted head's out-of-fold loss must lie below that of the head that is there."""
+LEAST_SCALE = 1e-3
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LinearHead:
+    """logits = features · weightᵀ + bias."""
+
+    weight: Float[np.ndarray, "k d"]
+    bias: Float[np.ndarray, " k"]
+
+    def logits(self, features: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n k"]:
+        return features.astype(np.float64) @ self.weight.T + self.bias
+
+    def scaled(self, by: float) -> "LinearHead":
+        return LinearHead(self.weight * by, self.bias * by)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeadFit:
+    """A head fitted on all rows, and what it loses on rows that its fit has not seen."""
+
+    head: LinearHead
+    strength: float
+    rows: Int[np.ndarray, " m"]
+    """The rows on which the strength was chosen, at most 5,000."""
+    losses: Float[np.ndarray, " m"]
+    """Out of fold, of those rows."""
+    scale: float
+    """What the head was multiplied by, so that the training loss starts where the out-of-fold loss is."""
+
+    @property
+    def loss(self) -> float:
+        return float(self.losses.mean())
+
+    def better_than(self, losses: Float[np.ndarray, " m"]) -> bool:
+        """Whether its out-of-fold losses lie below these of the same rows, paired, by 2 standard errors."""
+        gain = losses - self.losses
+        error = float(gain.std(ddof=1)) / len(gain) ** 0.5 if len(gain) > 1 else np.inf
+        return float(gain.mean()) > MARGIN * error
+
+
+def fit_head(
+    features: Float[np.ndarray, "n d"],
+    targets: Shaped[np.ndarray, "n *k"],
+    *,
+    kind: Kind,
+    width: int,
+    intercept: bool = True,
+    class_weights: Float[np.ndarray, " k"] | None = None,
+    rng: np.random.Generator,
+) -> HeadFit:
+    """The head of `width` outputs whose regularisation loses least out of fold, at a calibrated scale.
+
+    Classes: multinomial logistic regression; numbers: least squares; labels: a binary regression each. A class that no
+    row has gets the logit of a class seen in less than one row.
+    """
+    features = np.asarray(features, dtype=np.float32)
+    unit = float(np.sqrt(np.square(features, dtype=np.float64).sum(axis=1).mean())) or 1.0
+    features = features / np.float32(unit)
+    some = np.sort(rng.permutation(len(features))[:ROWS_TO_CHOOSE])
+    if kind == "numbers":
+        return _least_squares(features, targets, some, unit, intercept)
+    fit: Callable[..., LinearHead] = _softmax if kind == "classes" else _sigmoids
+    options = {"width": width, "intercept": intercept, "class_weights": class_weights}
+    losses, strength = _out_of_fold(fit, features[some], targets[some], kind, options, rng)
+    head = fit(features, targets, strength=strength, **options)
+    scale = _calibrated_scale(head, features, targets, kind, float(losses.mean()))
+    head = LinearHead(head.weight / unit, head.bias).scaled(scale)
+    return HeadFit(head, strength, some, losses, scale)
+
+
+def row_losses(
+    logits: Float[np.ndarray, "n k"], targets: Shaped[np.ndarray, "n *k"], kind: Kind
+) -> Float[np.ndarray, " n"]:
+    """Cross-entropy, squared error, or the mean binary cross-entropy of the labels."""
+    if kind == "numbers":
+        return np.square(logits[:, 0] - targets)
+    if kind == "classes":
+        return -log_softmax(logits, axis=1)[np.arange(len(targets)), targets]
+    return np.logaddexp(0, np.where(targets.astype(bool), -logits, logits)).mean(axis=1)
+
+
+def _out_of_fold(
+    fit: Callable[..., LinearHead],
+    features: Float[np.ndarray, "m d"],
+    targets: Shaped[np.ndarray, "m *k"],
+    kind: Kind,
+    options: dict[str, object],
+    rng: np.random.Generator,
+) -> tuple[Float[np.ndarray, " m"], float]:
+    """The losses of each row by the fit on two other thirds, and the strength at which they are least."""
+    best: tuple[Float[np.ndarray, " m"], float] | None = None
+    folds = list(_folds(targets, kind, rng))
+    for strength in STRENGTHS:
+        losses = np.empty(len(targets))
+        for train, held in folds:
+            head = fit(features[train], targets[train], strength=float(strength), **options)
+            losses[held] = row_losses(head.logits(features[held]), targets[held], kind)
+        if best is not None and losses.mean() > best[0].mean():
+            break  # the loss has one valley: a weaker penalty only fits longer
+        best = losses, float(strength)
+    assert best is not None
+    return best
+
+
+def _folds(targets: np.ndarray, kind: Kind, rng: np.random.Generator):
+    seed = int(rng.integers(2**31))
+    if kind == "classes" and np.bincount(targets)[np.unique(targets)].min() >= FOLDS:
+        return StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(targets, targets)
+    return KFold(FOLDS, shuffle=True, random_state=seed).split(targets)
+
+
+def _softmax(
+    features: Float[np.ndarray, "n d"],
+    labels: Int[np.ndarray, " n"],
+    *,
+    strength: float,
+    width: int,
+    intercept: bool,
+    class_weights: Float[np.ndarray, " k"] | None,
+) -> LinearHead:
+    present = np.unique(labels)
+    weight = np.zeros((width, features.shape[1]))
+    bias = np.zeros(width)
+    if len(present) > 1:
+        shares = None if class_weights is None else class_weights[labels]
+        coefficients, intercepts = _logistic(features, labels, strength, intercept, shares)
+        if len(present) == 2:  # sklearn gives the second class's log-odds
+            coefficients = np.concatenate([-coefficients, coefficients]) / 2
+            intercepts = np.concatenate([-intercepts, intercepts]) / 2
+        weight[present], bias[present] = coefficients, intercepts
+    if intercept and len(present) < width:
+        absent = np.setdiff1d(np.arange(width), present)
+        bias[absent] = bias[present].min() - np.log(len(labels) + 1)
+    return LinearHead(weight, bias)
+
+
+def _sigmoids(
+    features: Float[np.ndarray, "n d"],
+    labels: Bool[np.ndarray, "n k"],
+    *,
+    strength: float,
+    width: int,
+    intercept: bool,
+    class_weights: Float[np.ndarray, " k"] | None,
+) -> LinearHead:
+    weight, bias = np.zeros((width, features.shape[1])), np.zeros(width)
+    for k in range(width):
+        own = labels[:, k].astype(int)
+        if len(np.unique(own)) == 2:
+            coefficients, intercepts = _logistic(features, own, strength, intercept, None)
+            weight[k], bias[k] = coefficients[0], intercepts[0]
+        elif intercept:
+            bias[k] = (1 if own[0] else -1) * np.log(len(own) + 1)
+    return LinearHead(weight, bias)
+
+
+def _logistic(
+    features: np.ndarray, labels: np.ndarray, strength: float, intercept: bool, shares: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    model = LogisticRegression(C=strength, fit_intercept=intercept, max_iter=200, tol=1e-3)
+    with warnings.catch_warnings():
+        # A fit that is cut short is compared out of fold like any other.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(features, labels, sample_weight=shares)
+    return model.coef_, np.asarray(model.intercept_) if intercept else np.zeros(len(model.coef_))
+
+
+def _least_squares(
+    features: np.ndarray, targets: np.ndarray, some: np.ndarray, unit: float, intercept: bool
+) -> HeadFit:
+    ridge = fit_ridge(features, targets[:, None], intercept=intercept)
+    losses = row_losses(ridge.left_out[some].astype(np.float64), targets[some], "numbers")
+    return HeadFit(LinearHead(ridge.weight / unit, ridge.bias), ridge.strength, some, losses, 1.0)
+
+
+def _calibrated_scale(
+    head: LinearHead, features: np.ndarray, targets: np.ndarray, kind: Kind, out_of_fold: float
+) -> float:
+    """The factor, at most 1, at which the training loss is the out-of-fold loss."""
+    logits = head.logits(features)
+
+    def excess(scale: float) -> float:
+        return float(row_losses(scale * logits, targets, kind).mean()) - out_of_fold
+
+    if excess(1.0) >= 0 or excess(LEAST_SCALE) <= 0:
+        return 1.0
+    return float(brentq(excess, LEAST_SCALE, 1.0, xtol=1e-3))  # pyright: ignore[reportArgumentType]

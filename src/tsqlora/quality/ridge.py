@@ -1,0 +1,105 @@
+"""Ridge regression in closed form, with exact leave-one-out predictions by the hat matrix.  METHOD 1.1."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy.optimize import minimize_scalar
+from scipy.special import logsumexp
+
+ROWS_AT_ONCE = 16_384
+"""Features may be a memory map of a million rows: they are read in parts of so many."""
+STRENGTHS = np.geomspace(1e-5, 1e2, 15)
+"""Ridge strengths to choose from, in units of the features' mean eigenvalue."""
+ROWS_TO_CHOOSE = 5_000
+"""The strength is chosen by the leave-one-out error of at most so many rows."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ridge:
+    """A least-squares fit of targets on features, and what it predicts for each row without that row."""
+
+    weight: Float[np.ndarray, "k d"]
+    bias: Float[np.ndarray, " k"]
+    """Zero where the fit has no intercept."""
+    strength: float
+    left_out: Float[np.ndarray, "n k"]
+    """Row i's prediction by the fit on all other rows: ŷ − (y − ŷ)·h/(1 − h), h the hat matrix's diagonal."""
+
+
+def fit_ridge(
+    features: Float[np.ndarray, "n d"], targets: Float[np.ndarray, "n k"], *, intercept: bool = True
+) -> Ridge:
+    """The fit whose strength has the least leave-one-out squared error.
+
+    Cost: n·d² + (strengths · min(n, 5,000) + n)·d·k operations, and d³ for the eigenvectors.
+    """
+    n = len(features)
+    mean = _mean(features) if intercept else np.zeros(features.shape[1])
+    centre = targets.mean(axis=0, dtype=np.float64) if intercept else np.zeros(targets.shape[1])
+    gram, cross = np.zeros((len(mean), len(mean))), np.zeros((len(mean), len(centre)))
+    for rows, part in _parts(features, mean):
+        gram += part.T @ part
+        cross += part.T @ (targets[rows] - centre)
+    values, vectors = np.linalg.eigh(gram)
+    values, cross = values.clip(0), vectors.T @ cross
+    own = 1 / n if intercept else 0.0  # what the intercept adds to each h
+
+    some = np.linspace(0, n - 1, min(n, ROWS_TO_CHOOSE)).astype(int)
+    rotated, answers = (features[some] - mean) @ vectors, targets[some] - centre
+    unit = max(float(values.mean()), np.finfo(np.float64).tiny)
+
+    def error(strength: float) -> float:
+        left_out = _left_out(rotated, answers, cross, values + strength, own)
+        return float(np.square(answers - left_out).mean())
+
+    strength = min((float(s) * unit for s in STRENGTHS), key=error)
+    weight = (vectors @ (cross / (values + strength)[:, None])).T
+    left_out = np.empty(targets.shape, dtype=np.float32)
+    for rows, part in _parts(features, mean):
+        answers = targets[rows] - centre
+        left_out[rows] = centre + _left_out(part @ vectors, answers, cross, values + strength, own)
+    return Ridge(weight, centre - weight @ mean, strength, left_out)
+
+
+def fit_temperature(scores: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"]) -> float:
+    """The T for which softmax(scores / T) gives the labels the least mean cross-entropy."""
+    rows = np.arange(len(labels))
+    spread = float(np.square(scores - scores.mean(axis=1, keepdims=True)).mean() ** 0.5) or 1.0
+
+    def loss(log_scale: float) -> float:
+        scaled = scores * (np.exp(log_scale) / spread)
+        return float((logsumexp(scaled, axis=1) - scaled[rows, labels]).mean())
+
+    found = minimize_scalar(loss, bounds=(-5.0, 6.0), method="bounded", options={"xatol": 1e-3})
+    return spread / float(np.exp(found.x))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _left_out(
+    rotated: Float[np.ndarray, "n d"],
+    answers: Float[np.ndarray, "n k"],
+    cross: Float[np.ndarray, "d k"],
+    shrunk: Float[np.ndarray, " d"],
+    own: float,
+) -> Float[np.ndarray, "n k"]:
+    """Leave-one-out predictions of centred answers, in the basis of the eigenvectors."""
+    fitted = rotated @ (cross / shrunk[:, None])
+    hat = (own + np.square(rotated) @ (1 / shrunk)).clip(max=1 - 1e-9)[:, None]
+    return fitted - (answers - fitted) * (hat / (1 - hat))
+
+
+def _mean(features: Float[np.ndarray, "n d"]) -> Float[np.ndarray, " d"]:
+    total = np.zeros(features.shape[1])
+    for _, part in _parts(features, total.copy()):
+        total += part.sum(axis=0)
+    return total / len(features)
+
+
+def _parts(
+    features: Float[np.ndarray, "n d"], mean: Float[np.ndarray, " d"]
+) -> Iterator[tuple[slice, Float[np.ndarray, "m d"]]]:
+    """Centred features in float64, so many rows at once."""
+    for start in range(0, len(features), ROWS_AT_ONCE):
+        rows = slice(start, min(start + ROWS_AT_ONCE, len(features)))
+        yield rows, features[rows].astype(np.float64) - mean

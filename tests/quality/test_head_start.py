@@ -1,0 +1,77 @@
+"""A fitted head in place of a random one."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tsqlora.quality.features import Head
+from tsqlora.quality.head_start import WHITENED_STD, fit_start, install, whiten
+
+
+class TwoLayers(nn.Module):
+    """A new dense layer, tanh, and the last one; the dense layer as bad as random ones can be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.last = nn.Linear(12, 12), nn.Linear(12, 3)
+        with torch.no_grad():
+            self.dense.weight.mul_(30)  # tanh saturates
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.tanh(self.dense(x)))
+
+
+@pytest.fixture
+def rows() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 300)
+    return (rng.normal(size=(3, 12))[labels] + rng.normal(size=(300, 12))).astype(np.float32), labels
+
+
+def test_whitened_outputs_are_uncorrelated_and_of_one_spread(rows: tuple[np.ndarray, np.ndarray]) -> None:
+    layer = whiten(rows[0], 12)
+    outputs = rows[0] @ layer.weight.T + layer.bias
+    np.testing.assert_allclose(np.cov(outputs.T, bias=True), WHITENED_STD**2 * np.eye(12), atol=1e-5)
+
+
+def test_a_narrower_layer_has_the_leading_components() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(100, 4)) * [10, 5, 0.1, 0.1]
+    layer = whiten(x, 2)
+    assert np.abs(layer.weight[:, 2:]).max() < np.abs(layer.weight[:, :2]).max()
+
+
+def test_the_installed_head_gives_the_fitted_logits(rows: tuple[np.ndarray, np.ndarray]) -> None:
+    x, y = rows
+    torch.manual_seed(0)
+    model, inputs = TwoLayers(), torch.from_numpy(x)
+    with torch.no_grad():
+        features = torch.tanh(model.dense(inputs)).numpy()
+        before = model(inputs)
+    start = fit_start(
+        features,
+        y,
+        nn.functional.cross_entropy(before, torch.from_numpy(y), reduction="none").numpy(),
+        kind="classes",
+        width=3,
+        intercept=True,
+        dense_inputs=x,
+        activation="tanh",
+        rng=lambda: np.random.default_rng(0),
+    )
+    assert start.replaces
+    assert start.dense is not None  # a saturated layer says less than a whitened one
+    install(Head("last", model.last, model.dense, "tanh"), start)
+    with torch.no_grad():
+        loss = nn.functional.cross_entropy(model(inputs), torch.from_numpy(y))
+    assert float(loss) == pytest.approx(start.fit.loss, rel=0.05)
+    assert start.summary()["replaced"]
+
+
+def test_a_trained_head_stays(rows: tuple[np.ndarray, np.ndarray]) -> None:
+    x, y = rows
+    start = fit_start(
+        x, y, np.full(300, 1e-3), kind="classes", width=3, intercept=True, rng=lambda: np.random.default_rng(0)
+    )
+    assert not start.replaces

@@ -1,0 +1,81 @@
+"""A head fitted on features: its strength by folds, its scale by the out-of-fold loss."""
+
+import numpy as np
+import pytest
+
+from tsqlora.quality.linear_head import Kind, fit_head, row_losses
+
+
+def classes(n: int, k: int, d: int = 8, spread: float = 1.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    centres, labels = rng.normal(size=(k, d)), rng.integers(0, k, n)
+    return centres[labels] + spread * rng.normal(size=(n, d)), labels
+
+
+def test_unseen_rows_are_classified() -> None:
+    x, y = classes(600, 4)
+    fit = fit_head(x[:400], y[:400], kind="classes", width=4, rng=np.random.default_rng(0))
+    assert (fit.head.logits(x[400:]).argmax(1) == y[400:]).mean() > 0.8
+    assert fit.loss == pytest.approx(row_losses(fit.head.logits(x[400:]), y[400:], "classes").mean(), rel=0.5)
+
+
+@pytest.mark.parametrize("kind", ["classes", "labels"])
+def test_training_starts_at_the_out_of_fold_loss(kind: Kind) -> None:
+    x, y = classes(120, 3, d=40)
+    targets = y if kind == "classes" else np.eye(3, dtype=bool)[y]
+    fit = fit_head(x, targets, kind=kind, width=3, rng=np.random.default_rng(0))
+    assert fit.scale < 1  # 40 features part 120 rows better than they know
+    assert row_losses(fit.head.logits(x), targets, kind).mean() == pytest.approx(fit.loss, rel=1e-2)
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1e3])
+def test_the_features_scale_decides_nothing(factor: float) -> None:
+    x, y = classes(100, 3)
+    one, other = (fit_head(x * by, y, kind="classes", width=3, rng=np.random.default_rng(0)) for by in (1.0, factor))
+    np.testing.assert_allclose(one.head.logits(x), other.head.logits(x * factor), atol=2e-2)
+    assert one.strength == other.strength
+
+
+def test_a_class_without_rows_is_the_least_likely() -> None:
+    x, y = classes(60, 3)
+    logits = fit_head(x, y, kind="classes", width=5, rng=np.random.default_rng(0)).head.logits(x)
+    assert (logits[:, 3:].max(1) < logits[:, :3].max(1)).all()
+
+
+def test_a_layer_without_bias_gets_none() -> None:
+    x, y = classes(60, 3)
+    fit = fit_head(x, y, kind="classes", width=3, intercept=False, rng=np.random.default_rng(0))
+    assert not fit.head.bias.any()
+
+
+def test_class_weights_move_the_border() -> None:
+    x, y = classes(200, 2, spread=3)
+    weights = np.array([1.0, 20.0])
+    plain, weighted = (
+        fit_head(x, y, kind="classes", width=2, class_weights=w, rng=np.random.default_rng(0)).head.logits(x)
+        for w in (None, weights)
+    )
+    assert weighted.argmax(1).sum() > plain.argmax(1).sum()
+
+
+def test_numbers_are_fitted_by_least_squares() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(300, 5))
+    y = x @ np.arange(5.0) + 2 + 0.1 * rng.normal(size=300)
+    fit = fit_head(x, y, kind="numbers", width=1, rng=rng)
+    np.testing.assert_allclose(fit.head.weight[0], np.arange(5.0), atol=0.05)
+    assert fit.loss == pytest.approx(0.01, rel=0.3)
+
+
+def test_a_head_is_better_only_beyond_noise() -> None:
+    x, y = classes(200, 3, spread=0.5)
+    fit = fit_head(x, y, kind="classes", width=3, rng=np.random.default_rng(0))
+    assert fit.better_than(np.full(200, np.log(3)))
+    assert not fit.better_than(fit.losses + np.random.default_rng(1).normal(size=200))
+    assert not fit.better_than(np.zeros(200))
+
+
+def test_features_that_say_nothing_do_not_replace_a_constant() -> None:
+    rng = np.random.default_rng(0)
+    fit = fit_head(rng.normal(size=(200, 30)), rng.integers(0, 4, 200), kind="classes", width=4, rng=rng)
+    assert not fit.better_than(np.full(200, np.log(4)))
