@@ -30,6 +30,8 @@ ROWS_TO_CHOOSE = 5_000
 MARGIN = 2.0
 """Standard errors by which a fitted head's out-of-fold loss must lie below that of the head that is there."""
 LEAST_SCALE = 1e-3
+TOLERANCE = 1e-2
+"""Of the gradient, as a share of its largest entry at weights of zero: with many classes that is small itself."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,18 +87,20 @@ def fit_head(
     Classes: multinomial logistic regression; numbers: least squares; labels: a binary regression each. A class that no
     row has gets the logit of a class seen in less than one row.
     """
-    features = np.asarray(features, dtype=np.float32)
+    # Centred, where a bias takes the centre up again: features of like direction make for a long fit.
+    centre = features.mean(axis=0, dtype=np.float64) if intercept else np.zeros(features.shape[1])
+    features = features - centre.astype(np.float32)
     unit = float(np.sqrt(np.square(features, dtype=np.float64).sum(axis=1).mean())) or 1.0
-    features = features / np.float32(unit)
+    features = (features / unit).astype(np.float32)
     some = np.sort(rng.permutation(len(features))[:ROWS_TO_CHOOSE])
     if kind == "numbers":
-        return _least_squares(features, targets, some, unit, intercept)
+        return _least_squares(features, targets, some, centre, unit, intercept)
     fit: Callable[..., LinearHead] = _softmax if kind == "classes" else _sigmoids
     options = {"width": width, "intercept": intercept, "class_weights": class_weights}
     losses, strength = _out_of_fold(fit, features[some], targets[some], kind, options, rng)
     head = fit(features, targets, strength=strength, **options)
     scale = _calibrated_scale(head, features, targets, kind, float(losses.mean()))
-    head = LinearHead(head.weight / unit, head.bias).scaled(scale)
+    head = LinearHead(head.weight / unit, head.bias - head.weight @ centre / unit).scaled(scale)
     return HeadFit(head, strength, some, losses, scale)
 
 
@@ -189,7 +193,9 @@ def _sigmoids(
 def _logistic(
     features: np.ndarray, labels: np.ndarray, strength: float, intercept: bool, shares: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    model = LogisticRegression(C=strength, fit_intercept=intercept, max_iter=200, tol=1e-3)
+    onehot = labels[:, None] == np.unique(labels)
+    start = np.abs((onehot - onehot.mean(axis=0)).T.astype(np.float32) @ features / len(labels)).max()
+    model = LogisticRegression(C=strength, fit_intercept=intercept, max_iter=300, tol=max(TOLERANCE * start, 1e-12))
     with warnings.catch_warnings():
         # A fit that is cut short is compared out of fold like any other.
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -198,11 +204,12 @@ def _logistic(
 
 
 def _least_squares(
-    features: np.ndarray, targets: np.ndarray, some: np.ndarray, unit: float, intercept: bool
+    features: np.ndarray, targets: np.ndarray, some: np.ndarray, centre: np.ndarray, unit: float, intercept: bool
 ) -> HeadFit:
     ridge = fit_ridge(features, targets[:, None], intercept=intercept)
     losses = row_losses(ridge.left_out[some].astype(np.float64), targets[some], "numbers")
-    return HeadFit(LinearHead(ridge.weight / unit, ridge.bias), ridge.strength, some, losses, 1.0)
+    head = LinearHead(ridge.weight / unit, ridge.bias - ridge.weight @ centre / unit)
+    return HeadFit(head, ridge.strength, some, losses, 1.0)
 
 
 def _calibrated_scale(
