@@ -13,6 +13,8 @@ Stream = Literal[
     "sensitivity rows",
     "EVA batches",
     "demo data",
+    "head start",
+    "head folds",
 ]
 
 STREAMS: Mapping[Stream, int] = {
@@ -23,6 +25,8 @@ STREAMS: Mapping[Stream, int] = {
     "sensitivity rows": 5,
     "EVA batches": 6,
     "demo data": 7,
+    "head start": 8,
+    "head folds": 9,
 }
 """Numbers are never used again: an old run repeats only while its streams keep theirs."""
 

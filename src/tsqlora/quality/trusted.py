@@ -76,7 +76,7 @@ def _train(
             loss = task.batch_loss(losses, labels)
             if not torch.isfinite(loss):
                 raise TsqLoraError(
-                    f"the loss on trusted rows is {float(loss.detach())} at a learning rate of {learning_rate:g}; lower "
+                    f"the loss on trusted rows is {float(loss.detach())} at a rate of {learning_rate:g}; lower "
                     "training.learning_rate, or look at the rows of data.trusted"
                 )
             loss.backward()
