@@ -15,9 +15,6 @@ from tsqlora.quality.scores import Scores
 from tsqlora.ranks.events import RankEvent
 from tsqlora.training.callback_state import QualityState, RankState
 
-# Runs go back to an earlier checkpoint of the same folder.
-pytestmark = pytest.mark.filterwarnings("ignore:.* has checkpoints of an earlier training:UserWarning")
-
 DATA = moods()
 FILES = ("tsqlora.json", "tsqlora.safetensors", "tsqlora_quality.json")
 

@@ -246,7 +246,8 @@ def _set_aside(folder: Path, *, after: int) -> None:
     for path in later:
         shutil.rmtree(f"{path}{EARLIER}", ignore_errors=True)
         path.rename(f"{path}{EARLIER}")
-    if finished := [path.name for path in reversed(later) if Path(f"{path}{EARLIER}", MANIFEST_FILE).exists()]:
+    finished = [path.name for path in reversed(later) if Path(f"{path}{EARLIER}", MANIFEST_FILE).exists()]
+    if finished and after == 0:  # whoever resumes has chosen to go back
         warnings.warn(
             f"{folder} has checkpoints of an earlier training that went further ({', '.join(finished)}): they are "
             f"renamed to checkpoint-N{EARLIER}, and the first that save_total_limit deletes",

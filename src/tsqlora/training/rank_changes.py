@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -28,6 +29,25 @@ class RankRules:
     min_rank: int
     gamma: float
     seed: int
+    warmup: float
+    freeze: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a resumed run must have as it had, by the names of its settings."""
+        return {
+            "ranks.policy": name_of(self.policy),
+            "ranks.interval": self.interval,
+            "ranks.moves": self.moves,
+            "ranks.min": self.min_rank,
+            "ranks.gamma": self.gamma,
+            "ranks.warmup": self.warmup,
+            "ranks.freeze": self.freeze,
+            "seed": self.seed,
+        }
+
+
+def name_of(function: Any) -> str:
+    return str(getattr(function, "__name__", type(function).__name__))
 
 
 class RankChanges:

@@ -30,7 +30,7 @@ from tsqlora.tasks.forward import Collate
 from tsqlora.training.callback_state import RankState, require_options
 from tsqlora.training.cost import PhaseCost
 from tsqlora.training.optimizer import gradient_norm, require_trained
-from tsqlora.training.rank_changes import RankChanges, RankRules
+from tsqlora.training.rank_changes import RankChanges, RankRules, name_of
 from tsqlora.training.step_order import StepOrder
 
 
@@ -87,15 +87,7 @@ class RankLoop:
         estimator: str | Estimator = "sampled",
         seed: int = 0,
     ) -> None:
-        self._options = {
-            "ranks.policy": _name_of(get_policy(policy)),
-            "ranks.estimator": _name_of(get_estimator(estimator)),
-            "ranks.min": min_rank,
-            "ranks.gamma": gamma,
-            "ranks.warmup": warmup,
-            "ranks.freeze": freeze,
-            "seed": seed,
-        }
+        get_estimator(estimator)  # an unknown one is refused at once
         self.model, self.optimizer = distributed.unwrapped(model), optimizer
         self.peft = _peft_model(self.model)
         self.layers, self.final = find_slots(self.model), dict[str, int]()
@@ -104,20 +96,16 @@ class RankLoop:
         _require_no_bias(self.peft, self.layers, min_rank)
         self.estimator, self.seed = estimator, seed
         self.interval = default_interval(total_steps) if interval is None else interval
-        fixed = get_policy(policy) is get_policy("fixed")
-        steps = (
-            range(0)
-            if fixed
-            else require_adjustments(total_steps, interval=self.interval, warmup=warmup, freeze=freeze)
-        )
         self.rules = RankRules(
             policy=get_policy(policy),
-            steps=steps,
+            steps=_adjustments(policy, total_steps, self.interval, warmup=warmup, freeze=freeze),
             interval=self.interval,
             moves=max(1, len(self.layers) // 4) if moves is None else moves,
             min_rank=min_rank,
             gamma=gamma,
             seed=seed,
+            warmup=warmup,
+            freeze=freeze,
         )
         self.changes = RankChanges(self.layers, optimizer, self.rules)
         parameters = [parameter for slots in self.layers.values() for parameter, _ in slots.matrices()]
@@ -133,7 +121,7 @@ class RankLoop:
         self._probe: Probe | None = None
         self._tap, self._held = ExitStack(), ExitStack()
         self._held.enter_context(self.order.watch(optimizer))
-        self._held.enter_context(compile_limits(2 + len(steps)))
+        self._held.enter_context(compile_limits(2 + len(self.steps)))
         take_over(self.model, self._tap)
         for held in (self._tap, self._held):
             weakref.finalize(self, held.close)  # also where a step failed and nobody closes, at the latest on exit
@@ -301,7 +289,7 @@ class RankLoop:
             seconds=self.seconds,
             passes=self.spent.forward,
             tokens=self.spent.tokens,
-            options={**self._options, "ranks.moves": self.rules.moves},
+            options=self._options,
         )
 
     def restore(self, saved: RankState, *, step: int) -> None:
@@ -313,8 +301,7 @@ class RankLoop:
             raise SettingsError("the checkpoint is of a run with other layers; resume with the run's own")
         slots, own_slots = saved.importance["mean"].shape[1], self.importance.mean.shape[1]
         begun = {**(saved.options or {}), "ranks.max": slots, "ranks.interval": saved.interval}
-        now = {**self._options, "ranks.moves": self.rules.moves}
-        require_options(begun, {**now, "ranks.max": own_slots, "ranks.interval": self.interval})
+        require_options(begun, {**self._options, "ranks.max": own_slots})
         if saved.events and saved.events[-1].ranks != self.ranks:
             raise SettingsError(
                 "the model has other ranks than the checkpoint; load the model's state before the loop's"
@@ -336,6 +323,10 @@ class RankLoop:
         step = known.pop("step")
         self.restore(RankState.from_dict(known), step=step)
 
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {**self.rules.to_dict(), "ranks.estimator": name_of(get_estimator(self.estimator))}
+
     def _note(self, what: str) -> None:
         self.notes.append(what)
         warnings.warn(what, stacklevel=3)
@@ -349,8 +340,10 @@ class RankLoop:
             raise TsqLoraError(f"the run was finished at step {self.step}; make another RankLoop to train further")
 
 
-def _name_of(function: Any) -> str:
-    return str(getattr(function, "__name__", type(function).__name__))
+def _adjustments(policy: str | Policy, total: int, interval: int, *, warmup: float, freeze: float) -> range:
+    if get_policy(policy) is get_policy("fixed"):
+        return range(0)
+    return require_adjustments(total, interval=interval, warmup=warmup, freeze=freeze)
 
 
 def _require_no_bias(model: PeftModel, layers: Mapping[str, Slots], min_rank: int) -> None:
