@@ -20,7 +20,7 @@ from tsqlora.errors import UnsupportedError
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.tasks import get_task
 from tsqlora.training.arguments import training_arguments
-from tsqlora.training.fit import fit
+from tsqlora.training.fit import Inputs, Method, fit
 from tsqlora.training.record import RunRecord
 
 Rows = list[dict[str, Any]]
