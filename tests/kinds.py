@@ -11,9 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForSequenceClassification
 
 from loras import lora_config, save_lora, tiny_llama
-from tsqlora.interop.files import WEIGHTS, read_adapter
+from tsqlora.interop.files import WEIGHTS, read_adapter, write_adapter
 from tsqlora.interop.lora import Target
-from tsqlora.interop.write import write_adapter
 
 Q0, Q1 = (f"model.layers.{j}.self_attn.q_proj" for j in (0, 1))
 Build = Callable[[Path], Path]

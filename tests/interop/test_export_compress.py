@@ -2,20 +2,14 @@
 
 import itertools
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loras import lora_config, save_base, save_lora, tiny_llama
-from tsqlora.errors import SettingsError
-from tsqlora.interop.compress import ranks_for
-from tsqlora.interop.files import read_adapter
 from tsqlora.interop.lora import LoraAdapter, Target
-from tsqlora.interop.rewrite import truncate
-from tsqlora.run.export import export
+from tsqlora.interop.rewrite import ranks_for, truncate
 
 
 def target(singular: list[float], inputs: int, outputs: int, scale: float = 1.0) -> Target:
@@ -62,30 +56,8 @@ def test_nothing_of_equal_cost_loses_less(values: list[list[float]], mean: float
     assert lost(ranks) == pytest.approx(best, rel=1e-5)
 
 
-def test_an_adapter_is_cut_to_a_mean_rank_and_keeps_to_it(tmp_path: Path) -> None:
-    save_base(tmp_path / "base", tiny_llama())
-    save_lora(tmp_path / "a", tiny_llama(), lora_config(alpha_pattern={"v_proj": 1}))
-    report = export(tmp_path / "a", tmp_path / "out", format="peft", base=str(tmp_path / "base"), mean_rank=2)
-    source, cut = read_adapter(tmp_path / "a"), read_adapter(tmp_path / "out")
-    assert cut.parameters <= source.parameters * 2 / 8
-    ranks = {name: found.rank for name, found in cut.targets.items()}
-    assert len(set(ranks.values())) > 1
-    for name, error in report["truncation"].items():
-        singular = np.linalg.svd(source.targets[name].delta(), compute_uv=False)
-        kept = ranks.get(name, 0)
-        assert error == pytest.approx(np.linalg.norm(singular[kept:]) / np.linalg.norm(singular), abs=1e-6)
-    assert report["logits_difference"] is not None
-
-
 def test_a_layer_that_loses_all_is_gone() -> None:
     adapter = LoraAdapter({"r": 2}, {"a": target([3, 2], 4, 4), "b": target([1, 0.5], 4, 4)})
     cut, errors = truncate(adapter, ranks_for(adapter, 1))
     assert list(cut.targets) == ["a"]
     assert errors == {"b": 1.0}
-
-
-@pytest.mark.parametrize(("mean", "told"), [(0.0, "must be above 0"), (-1.0, "must be above 0"), (0.1, "at rank 0")])
-def test_a_mean_rank_that_leaves_nothing_is_refused(mean: float, told: str) -> None:
-    adapter = LoraAdapter({"r": 2}, {"a": target([3, 2], 4, 4)})
-    with pytest.raises(SettingsError, match=told):
-        ranks_for(adapter, mean)

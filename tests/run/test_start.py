@@ -16,9 +16,8 @@ from runs import make_rows, save_checkpoint, write_config, write_jsonl
 from tsqlora.adapter.init_from import mean_rank, read_start
 from tsqlora.adapter.slots import active_ranks
 from tsqlora.errors import DataError, SettingsError, TsqLoraError, UnsupportedError
-from tsqlora.interop.files import read_adapter
+from tsqlora.interop.files import read_adapter, write_adapter
 from tsqlora.interop.verify import logits
-from tsqlora.interop.write import write_adapter
 from tsqlora.run.config import Config, load_config
 from tsqlora.run.job import load, with_slots
 from tsqlora.run.predict import open_run
@@ -139,7 +138,7 @@ def test_another_base_is_refused(place: Path, tmp_path: Path) -> None:
     save_lora(tmp_path / "a", tiny_llama(), lora_config())
     with pytest.raises(DataError, match=r"the base model has no module model\.layers\.0\.self_attn\.k_proj"):
         dry_run(config_of(place, tmp_path / "a"))
-    with pytest.raises(DataError, match="is no directory"):
+    with pytest.raises(DataError, match="nowhere has no"):
         config_of(place, "nowhere")
 
 

@@ -11,12 +11,11 @@ from torch import nn
 from tsqlora.adapter.wrap import inject, new_config, wrap
 from tsqlora.errors import DataError, UnsupportedError
 from tsqlora.interop.base import module_shapes
-from tsqlora.interop.files import PREFIX, read_adapter
+from tsqlora.interop.files import PREFIX, config_for, read_adapter, tensors_of
 from tsqlora.interop.health import require_finite
 from tsqlora.interop.lora import LoraAdapter
 from tsqlora.interop.rewrite import commonest_scale, folded, require_fits, require_plain
 from tsqlora.interop.tensors import to_bytes
-from tsqlora.interop.write import config_for, tensors_of
 
 
 def read_start(folder: Path) -> LoraAdapter:

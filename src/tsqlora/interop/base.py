@@ -49,13 +49,19 @@ class Base:
 
 
 def base_of(folder: Path, path: str | None) -> Base:
-    """The base of the adapter in a directory: at `path`, where logits are compared, else the one that it names."""
+    """The base of the adapter in a directory: at `path`, where logits are compared, else the one that it names.
+
+    Each of its functions raises SettingsError where that is nowhere.
+    """
     adapter = read_adapter(folder)
-    where = base_path(adapter, path)
+
+    def where() -> str:
+        return base_path(adapter, path)
+
     return Base(
-        lambda: base_skeleton(where, adapter),
-        lambda dtype: load_base(where, adapter, dtype),
-        lambda: load_tokenizer(str(folder)) or load_tokenizer(where, revision_of(where, adapter)),
+        lambda: base_skeleton(where(), adapter),
+        lambda dtype: load_base(where(), adapter, dtype),
+        lambda: load_tokenizer(str(folder)) or load_tokenizer(where(), revision_of(where(), adapter)),
         compare=path is not None,
     )
 
@@ -136,7 +142,6 @@ def _class(config: Any, adapter: LoraAdapter) -> Any:
 
 
 def _made_on(adapter: LoraAdapter) -> str | None:
-    """The class that an adapter without a task names."""
     mapping = adapter.config.get("auto_mapping")
     return mapping.get("base_model_class") if isinstance(mapping, dict) else None
 

@@ -19,15 +19,11 @@ def base_path(adapter: LoraAdapter, given: str | None) -> str:
     """Where the base is: what the user says, else what the adapter names.  Raises SettingsError if that is nowhere."""
     if given is not None:
         return given
-    named = adapter.base
-    if named is None:
-        raise SettingsError("the adapter does not name its base model; give --base, a directory or a hub id")
+    named = adapter.base or ""
     # The name is whoever wrote the adapter's: it may not walk about in this machine's files.
-    if ".." in Path(named).parts:
-        raise SettingsError(f"the adapter names {named!r} as its base model, which is not followed; give --base")
     # os.path: pathlib raises for names that no file can have.
-    if not os.path.isdir(named) and not is_hub_id(named):
-        raise SettingsError(f"the adapter names {named!r} as its base model, which is not here; give --base")
+    if ".." in Path(named).parts or not (os.path.isdir(named) or is_hub_id(named)):
+        raise SettingsError(f"the adapter's base model ({named!r}) is not here; give --base, a directory or a hub id")
     return named
 
 

@@ -13,7 +13,7 @@ from tsqlora.errors import SettingsError, TsqLoraError
 from tsqlora.interop.checkpoint import base_config, base_path, base_weights
 from tsqlora.interop.files import pickles, read_adapter
 from tsqlora.interop.gguf import ARCHITECTURES
-from tsqlora.interop.health import broken, health, vllm_rank
+from tsqlora.interop.health import layer_health, nonfinite, vllm_rank
 from tsqlora.interop.lora import LoraAdapter
 from tsqlora.interop.rewrite import Shape, layer_kind, partners, universal
 from tsqlora.interop.servers import CONSUMERS, Consumer, Layers, judge
@@ -141,9 +141,9 @@ def _layers(adapter: LoraAdapter, shapes: Mapping[str, Shape]) -> dict[str, list
 
 
 def _health(adapter: LoraAdapter) -> dict[str, Any]:
-    layers = health(adapter)
+    layers = {name: layer_health(target) for name, target in adapter.targets.items()}
     return {
-        "nonfinite": {name: layer.nonfinite for name, layer in layers.items() if layer.nonfinite} | broken(adapter),
+        "nonfinite": nonfinite(adapter),
         "zero_slots": sum(layer.zero for layer in layers.values()),
         "duplicate_slots": sum(layer.duplicate for layer in layers.values()),
         "idle_layers": [name for name, layer in layers.items() if not layer.norm and not layer.nonfinite],

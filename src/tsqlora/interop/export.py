@@ -6,30 +6,29 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from transformers import PreTrainedModel
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tsqlora.errors import SettingsError, nearest
+from tsqlora.errors import SettingsError, UnsupportedError, nearest
 from tsqlora.interop import gguf
 from tsqlora.interop.base import Base, module_shapes
-from tsqlora.interop.compress import ranks_for
-from tsqlora.interop.files import read_adapter
+from tsqlora.interop.files import new_directory, read_adapter, require_new, write_adapter
 from tsqlora.interop.health import require_finite, vllm_rank
 from tsqlora.interop.lora import LoraAdapter
-from tsqlora.interop.merge import merge_into, reload, save_merged
 from tsqlora.interop.patterns import has_expressions
-from tsqlora.interop.rewrite import compact, require_fits, spelled_out, truncate, universal
+from tsqlora.interop.rewrite import compact, ranks_for, require_fits, spelled_out, truncate, universal
 from tsqlora.interop.verify import (
     NAMES,
     Difference,
     compare_logits,
     compare_updates,
     compare_weights,
-    describe,
     logits,
     peft_logits,
     takes_tokens,
 )
-from tsqlora.interop.write import new_directory, require_new, write_adapter
 
 FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """What `dtype` may be, and safetensors' names."""
@@ -53,7 +52,16 @@ class Exported:
 
     def report(self, out: Path, format: str) -> dict[str, Any]:
         """For JSON: what was written into `out`, and how it compares."""
-        report: dict[str, Any] = {"out": str(out), "format": format, **describe(self.difference)}
+        found = self.difference
+        compared = found.layer is not None
+        report: dict[str, Any] = {
+            "out": str(out),
+            "format": format,
+            "update_difference": found.update if compared else None,
+            "relative_difference": found.relative if compared else None,
+            "logits_difference": found.logits,
+            "largest_logit": found.logits_size,
+        }
         if self.rank is not None:
             report |= {"rank": self.rank, "targets": self.targets}
             if format != "gguf":
@@ -69,13 +77,8 @@ class Job:
     source: Path
     adapter: LoraAdapter
     folder: Path
-    base: Base | None
+    base: Base
     dtype: str | None
-
-    def require_base(self) -> Base:
-        if self.base is None:
-            raise SettingsError("this format needs the base model that the adapter is for; give --base")
-        return self.base
 
 
 def export_adapter(
@@ -83,7 +86,7 @@ def export_adapter(
     out: Path,
     *,
     format: str,
-    base: Base | None = None,
+    base: Base,
     dtype: str | None = None,
     max_rank: int | None = None,
     mean_rank: float | None = None,
@@ -96,7 +99,6 @@ def export_adapter(
     nothing is written.
 
     Args:
-        base: needed by every format but peft.
         dtype: of the numbers written, one of FLOATS; else the adapter's, or the base's if merged.
         max_rank: cuts every layer to this rank by SVD first.
         mean_rank: cuts to as many parameters as a uniform LoRA of this rank has, where least is lost.
@@ -107,14 +109,9 @@ def export_adapter(
     """
     if format not in FORMATS:
         raise SettingsError(f"--format {format}: {nearest(format, FORMATS)}")
-    if dtype is not None and dtype not in FLOATS:
-        raise SettingsError(f"--dtype {dtype}: {nearest(dtype, FLOATS)}")
-    if max_rank is not None and max_rank < 1:
-        raise SettingsError(f"--max-rank {max_rank}: it must be at least 1")
-    if (max_rank, mean_rank) != (None, None) and format == "merged":
-        raise SettingsError(
-            "--max-rank and --mean-rank are for adapters, and a merged model has no ranks; leave them out"
-        )
+    floats = gguf.DTYPES if format == "gguf" else FLOATS
+    if dtype is not None and dtype not in floats:
+        raise SettingsError(f"--dtype {dtype}: {nearest(dtype, floats)}")
     require_new(out)
     adapter, errors = read_adapter(source), {}
     require_finite(adapter)
@@ -139,7 +136,7 @@ def _ranks(
     ranks = {name: target.rank for name, target in adapter.targets.items()}
     if mean_rank is not None:
         ranks = ranks_for(adapter, mean_rank, curvature=curvature)
-    return {name: rank if max_rank is None else min(rank, max_rank) for name, rank in ranks.items()}
+    return ranks if max_rank is None else {name: max(min(rank, max_rank), 0) for name, rank in ranks.items()}
 
 
 def _peft(job: Job) -> Exported:
@@ -149,7 +146,7 @@ def _peft(job: Job) -> Exported:
 
 
 def _universal(job: Job) -> Exported:
-    skeleton = job.require_base().skeleton()
+    skeleton = job.base.skeleton()
     names = [name for name, _ in skeleton.named_modules()]
     return _written(job, universal(job.adapter, module_shapes(skeleton), names))
 
@@ -164,12 +161,7 @@ def _written(job: Job, export: LoraAdapter, *notes: str) -> Exported:
 
 
 def _gguf(job: Job) -> Exported:
-    config = job.require_base().skeleton().config
-    gguf.require_exportable(job.adapter, config)
-    name = job.dtype or "float32"
-    if name not in gguf.DTYPES:
-        raise SettingsError(f"--dtype {name}: numbers of a GGUF adapter are {' or '.join(gguf.DTYPES)}")
-    dtype = gguf.DTYPES[name]
+    config, dtype = job.base.skeleton().config, gguf.DTYPES[job.dtype or "float32"]
     gguf.write_gguf(job.adapter, config, job.folder / gguf.FILE, dtype)
     back = gguf.read_gguf(job.folder / gguf.FILE, job.adapter, config)
     done = Exported(compare_updates(job.adapter, back, dtype), back.rank, len(back.targets))
@@ -181,7 +173,7 @@ def _gguf(job: Job) -> Exported:
 
 def _with_logits(job: Job, done: Exported, export: Path, dtype: str) -> Exported:
     """Logits of the base with the source and with the export, both by PEFT in float32."""
-    if job.base is None or not job.base.compare:
+    if not job.base.compare:
         return done
     model = job.base.load("float32")
     _require_fit(job.adapter, model)
@@ -194,7 +186,7 @@ def _with_logits(job: Job, done: Exported, export: Path, dtype: str) -> Exported
 
 
 def _merged(job: Job) -> Exported:
-    base = job.require_base()
+    base = job.base
     model = base.load(job.dtype)
     _require_fit(job.adapter, model)
     save_merged(merge_into(model, job.adapter, job.source), base.tokenizer(), job.folder)
@@ -226,6 +218,41 @@ def _require_fit(adapter: LoraAdapter, model: PreTrainedModel) -> None:
                 f"the adapter came with {name} of {own}, and the base has {base}: where its vocabulary was enlarged "
                 "before training (resize_token_embeddings), save that base and name it with --base"
             )
+
+
+def merge_into(base: PreTrainedModel, adapter: LoraAdapter, folder: Path) -> PreTrainedModel:
+    """The base, which is used up, with the adapter of a directory merged into it by PEFT.
+
+    Raises UnsupportedError for a base whose weights are packed: merging would round them again.
+    """
+    if getattr(base, "is_quantized", False):
+        raise UnsupportedError("the base is quantised, and merging would round it again; give the base it was made of")
+    if any(target.kind == "embedding" or name.endswith("lm_head") for name, target in adapter.targets.items()):
+        _untie(base)
+    merged = PeftModel.from_pretrained(base, str(folder)).merge_and_unload(safe_merge=True)
+    assert isinstance(merged, PreTrainedModel)
+    return merged
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """An output layer that shares the embedding's weight gets its own: an update of one is none of the other's."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is embedding.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone())
+        model.config.tie_word_embeddings = False
+
+
+def save_merged(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    """Model and tokenizer, as transformers saves them: safetensors."""
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def reload(folder: Path, like: PreTrainedModel) -> PreTrainedModel:
+    """What was saved, read back as the same class in the same precision."""
+    kind = type(like)
+    return kind.from_pretrained(folder, dtype=like.dtype if like.dtype.is_floating_point else torch.float32).eval()
 
 
 def _not_compared(model: PreTrainedModel) -> str:

@@ -1,20 +1,23 @@
-"""A directory in PEFT's format, read without trust: adapter_config.json and adapter_model.safetensors, nothing else.
+"""A directory in PEFT's format, read without trust and written: adapter_config.json and adapter_model.safetensors.
 
 No pickle is opened, no link followed out of the directory (a hub cache's own excepted), no code run.
 """
 
 import json
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from tsqlora.errors import DataError
+from tsqlora.errors import DataError, SettingsError
+from tsqlora.files import replacing
 from tsqlora.interop.lora import Kind, LoraAdapter, Target
-from tsqlora.interop.patterns import PATTERNS, require_quick, scale_of
-from tsqlora.interop.tensors import PRECISIONS, Stored, read_tensors
+from tsqlora.interop.patterns import PATTERNS, lora_config, require_quick, scale_of
+from tsqlora.interop.tensors import PRECISIONS, Stored, read_tensors, store, to_bytes
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -22,7 +25,11 @@ PREFIX = "base_model.model."
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 _MATRIX = re.compile(r"(?P<name>.+)\.(?P<matrix>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B)")
-_TEXTS = ("base_model_name_or_path", "task_type", "revision")
+_KEY = re.compile(rf"{re.escape(PREFIX)}[\w-]+(\.[\w-]+)*", re.ASCII)
+_MATRICES = {
+    "linear": ("lora_A.weight", "lora_B.weight"),
+    "embedding": ("lora_embedding_A", "lora_embedding_B"),
+}
 _LARGEST = 1e9
 """Of ranks and alphas, whose quotients are then numbers."""
 _MOST_CONFIG_BYTES = 1 << 24
@@ -74,59 +81,67 @@ def pickles(folder: Path) -> list[str]:
 
 def _target(name: str, pair: Mapping[str, Stored], config: Mapping[str, Any]) -> Target:
     embedding = any("embedding" in matrix for matrix in pair)
-    wanted = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+    wanted = _MATRICES["embedding" if embedding else "linear"]
     if set(pair) != set(wanted):
-        raise DataError(f"{name} has {_listed(pair)} alone; the file is incomplete: save the adapter again")
-    a, b = (pair[matrix] for matrix in wanted)
-    kind: Kind = "embedding" if embedding else "convolution" if len(a.shape) > 2 else "linear"
-    if len(a.shape) < 2 or len(b.shape) != len(a.shape) or not {a.dtype, b.dtype} <= PRECISIONS.keys():
-        raise DataError(f"{name}: lora_A is {_shown(a)} and lora_B {_shown(b)}; they are no matrices of one kind")
-    if not all((*a.shape[1:], b.shape[0], *b.shape[2:])):
-        raise DataError(f"{name}: lora_A is {_shown(a)} and lora_B {_shown(b)}; a module takes and gives something")
-    if a.shape[0] != b.shape[1]:
-        raise DataError(f"{name}: lora_A is {_shown(a)} and lora_B {_shown(b)}; their ranks differ")
-    rank, scale = scale_of(name, config)
-    if a.shape[0] not in (rank, 0):
         raise DataError(
-            f"{name}: lora_A is {_shown(a)}, and {CONFIG} says rank {rank}; weights and settings are of two adapters"
+            f"{name} has {' and '.join(sorted(pair))} alone; the file is incomplete: save the adapter again"
         )
+    a, b = (pair[matrix] for matrix in wanted)
+    rank, scale = scale_of(name, config)
+    fit = (
+        {a.dtype, b.dtype} <= PRECISIONS.keys()
+        and len(a.shape) == len(b.shape) >= 2
+        and a.shape[0] == b.shape[1]
+        and a.shape[0] in (rank, 0)
+        and all((*a.shape[1:], b.shape[0], *b.shape[2:]))
+    )
+    if not fit:
+        raise DataError(
+            f"{name}: lora_A is {_shown(a)}, lora_B {_shown(b)} and the rank of {CONFIG} {rank}, which do not fit each "
+            "other; save the adapter again"
+        )
+    kind: Kind = "embedding" if embedding else "convolution" if len(a.shape) > 2 else "linear"
     dtype = a.dtype if a.dtype == b.dtype else "F32" if "F64" not in (a.dtype, b.dtype) else "F64"
     return Target(a.numbers(), b.numbers(), scale, kind, dtype)
 
 
-def _config(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > _MOST_CONFIG_BYTES:
-        raise DataError(f"{path} has {path.stat().st_size:,} bytes, which is no adapter's settings")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is no JSON ({error})") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise DataError(f"{path}: peft_type is {kind!r}, and only 'LORA' can be read")
-    for setting in PATTERNS:
-        pattern = config.get(setting) or {}
-        if not isinstance(pattern, dict):
-            raise DataError(f"{path}: {setting} is {pattern!r}; it must map names to numbers")
-        for key, value in pattern.items():
-            _require_number(path, f"{setting}[{key!r}]", value)
-    for setting, value in (("r", config.get("r")), ("lora_alpha", config.get("lora_alpha", 8))):
-        _require_number(path, setting, value)
-    for setting in _TEXTS:
-        if not isinstance(config.get(setting), str | None):
-            raise DataError(f"{path}: {setting} is {config[setting]!r}; it must be text")
-    if config["r"] < 1:
-        raise DataError(f"{path}: r is {config['r']}; it must be at least 1")
-    for rank in (config["r"], *(config.get("rank_pattern") or {}).values()):
-        if not isinstance(rank, int):
-            raise DataError(f"{path}: the rank {rank} is no whole number")
-    return config
-
-
-def _require_number(path: Path, setting: str, value: Any) -> None:
+def _is_number(value: Any) -> bool:
     # No comparison with a NaN is true.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
-        raise DataError(f"{path}: {setting} is {value!r}; it must be a number")
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and _is_number(value)
+
+
+def _maps_to(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: not value or (isinstance(value, dict) and all(map(fits, value.values())))
+
+
+_FITS: Mapping[str, Callable[[Any], bool]] = {
+    "peft_type": lambda value: value == "LORA",
+    "r": lambda value: _is_rank(value) and value >= 1,
+    "lora_alpha": _is_number,
+    "rank_pattern": _maps_to(_is_rank),
+    "alpha_pattern": _maps_to(_is_number),
+    **dict.fromkeys(
+        ("base_model_name_or_path", "task_type", "revision"), lambda value: value is None or isinstance(value, str)
+    ),
+}
+"""What can be read of adapter_config.json, setting by setting."""
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _MOST_CONFIG_BYTES:
+            raise ValueError(f"it has {path.stat().st_size:,} bytes")
+        config = {"lora_alpha": 8} | json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise DataError(f"{path} holds no adapter's settings ({error})") from None
+    for setting, fits in _FITS.items():
+        if not fits(config.get(setting)):
+            raise DataError(f"{path}: {setting} is {config.get(setting)!r}, which no LoRA of PEFT's has")
+    return config
 
 
 def _tensors(folder: Path) -> dict[str, Stored]:
@@ -136,26 +151,22 @@ def _tensors(folder: Path) -> dict[str, Stored]:
     except (SafetensorError, OSError, KeyError) as error:
         raise DataError(f"{path} cannot be read ({str(error).splitlines()[0]}); save the adapter again") from None
     for key in tensors:
-        if not key.startswith(PREFIX):
-            raise DataError(f"{path}: the tensor {key!r} is none of PEFT's, whose names begin with {PREFIX!r}")
-        if len(key) > _LONGEST_NAME or not all(re.fullmatch(r"[\w-]+", part, re.ASCII) for part in key.split(".")):
-            raise DataError(f"{path}: the tensor {key!r} names no module")
+        if len(key) > _LONGEST_NAME or not _KEY.fullmatch(key):
+            raise DataError(f"{path}: the tensor {key!r} is none of PEFT's: {PREFIX!r} and the name of a module")
     return tensors
 
 
 def _inside(folder: Path, name: str) -> Path:
     """A file of the directory that really lies in it."""
     path = folder / name
-    if not folder.is_dir():
-        raise DataError(f"{folder} is no directory; give the one that holds {CONFIG}")
     if not path.exists():
-        unsafe = pickles(folder)
-        if name == WEIGHTS and unsafe:
+        unsafe = pickles(folder) if name == WEIGHTS else ()
+        if unsafe:
             raise DataError(
                 f"{folder} has its weights as {unsafe[0]}, a pickle, which can run code and is not opened; load the "
                 "adapter with PEFT where you trust it, and save it with save_pretrained"
             )
-        raise DataError(f"{folder} has no {name}; it is no adapter that PEFT saved")
+        raise DataError(f"{folder} has no {name}; give the directory of an adapter that PEFT saved")
     real, home = path.resolve(), folder.resolve()
     # A hub cache's snapshots/REVISION/ holds links into its blobs/.
     allowed = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
@@ -168,5 +179,67 @@ def _shown(tensor: Stored) -> str:
     return f"{' × '.join(map(str, tensor.shape))} {tensor.dtype}"
 
 
-def _listed(names: Iterable[str]) -> str:
-    return " and ".join(sorted(names))
+# ------------------------------------------------------------------------------------ writing
+
+
+@contextmanager
+def new_directory(out: Path) -> Iterator[Path]:
+    """A directory beside `out` that takes its place in the end, and is gone after an error.
+
+    Raises SettingsError where `out` holds something, or cannot be made.
+    """
+    require_new(out)
+    out = Path(os.path.realpath(out))  # a link to a directory stays
+    with ExitStack() as stack:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            temporary = stack.enter_context(replacing(out))
+            temporary.mkdir()
+        except OSError as error:
+            raise SettingsError(f"--out {out} cannot be written ({error.strerror}); name another directory") from None
+        yield temporary
+
+
+def require_new(out: Path) -> None:
+    """Raises SettingsError where something is in the way, or nothing can take the directory's place."""
+    there = os.path.realpath(out)
+    stays = os.path.ismount(there) or there == os.path.realpath(os.getcwd())
+    if stays or (os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir()))):
+        raise SettingsError(f"--out {out} is there already; name a directory that does not exist, such as one in it")
+
+
+def write_adapter(adapter: LoraAdapter, folder: Path) -> None:
+    """Writes adapter_config.json and adapter_model.safetensors into a directory that is there."""
+    stored = {f"{PREFIX}{name}": tensor for name, tensor in tensors_of(adapter).items()}
+    (folder / WEIGHTS).write_bytes(to_bytes(stored))
+    (folder / CONFIG).write_text(json.dumps(dict(adapter.config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def tensors_of(adapter: LoraAdapter) -> dict[str, Stored]:
+    """Everything that the file of an adapter holds, by its names in the base model."""
+    tensors = {**adapter.saved, **adapter.further, **adapter.base_layers}
+    for name, target in adapter.targets.items():
+        a, b = _MATRICES.get(target.kind, _MATRICES["linear"])
+        tensors |= {f"{name}.{a}": store(target.a, target.dtype), f"{name}.{b}": store(target.b, target.dtype)}
+    return tensors
+
+
+def config_for(adapter: LoraAdapter) -> dict[str, Any]:
+    """The adapter's config with the ranks and scales that its targets have."""
+    targets = adapter.targets.items()
+    scales = {name: target.scale for name, target in targets}
+    return plain_config(adapter.config, **lora_config({name: target.rank for name, target in targets}, scales))
+
+
+def plain_config(config: Mapping[str, Any], **changed: Any) -> dict[str, Any]:
+    """A config in which `target_modules` alone say what is adapted, and with which PEFT leaves the base's weights."""
+    return {
+        **config,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "use_rslora": False,
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        **changed,
+    }

@@ -46,8 +46,7 @@ rows of q and k for rotary embeddings; the others change norms only, or nothing)
 
 
 def require_exportable(adapter: LoraAdapter, config: Any) -> None:
-    """Raises UnsupportedError, naming it, for what a LoRA file of llama.cpp cannot hold; SettingsError without gguf."""
-    _gguf()
+    """Raises UnsupportedError, naming it, for what a LoRA file of llama.cpp cannot hold."""
     require_plain(adapter, "a GGUF file")
     if heads := adapter.heads():
         raise UnsupportedError(
@@ -60,8 +59,6 @@ def require_exportable(adapter: LoraAdapter, config: Any) -> None:
             f"{nearest(config.model_type, ARCHITECTURES)}"
         )
     for name, target in adapter.targets.items():
-        if target.kind == "convolution":
-            raise UnsupportedError(f"{name} is a convolution, which a GGUF file cannot hold; leave it out")
         if config.tie_word_embeddings and (target.kind == "embedding" or name.endswith("lm_head")):
             raise UnsupportedError(
                 f"{name} shares its weight with another layer in this base, and llama.cpp would change both; export it "
@@ -70,10 +67,13 @@ def require_exportable(adapter: LoraAdapter, config: Any) -> None:
 
 
 def write_gguf(adapter: LoraAdapter, config: Any, path: Path, dtype: str = "F32") -> None:
-    """Writes the file.  llama.cpp scales each layer by alpha / its rank: what differs from that is folded into B."""
+    """Writes the file; raises as `require_exportable`.
+
+    llama.cpp scales each layer by alpha / its rank: what differs from that is folded into B.
+    """
     gguf = _gguf()
     require_exportable(adapter, config)
-    architecture, names = _architecture(config), _names(config)
+    architecture, names = ARCHITECTURES[config.model_type], _names(config)
     alpha = _alpha(adapter)
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[getattr(gguf.MODEL_ARCH, architecture.name)])
     writer.add_type(gguf.GGUFType.ADAPTER)
@@ -83,7 +83,7 @@ def write_gguf(adapter: LoraAdapter, config: Any, path: Path, dtype: str = "F32"
         if target.rank == 0:
             continue
         b = target.b.astype(np.float64) * (target.scale * target.rank / alpha)
-        b = permuted(b, _heads(name, config)) if name.endswith(architecture.permuted or ("\n",)) else b
+        b = permuted(b, _heads(name, config)) if name.endswith(architecture.permuted) else b
         # llama.cpp looks tokens up in A, so that it is stored token by token.
         a = target.a.T if target.kind == "embedding" else target.a
         stored = _stored_name(names, name, target)
@@ -101,7 +101,7 @@ def read_gguf(path: Path, source: LoraAdapter, config: Any) -> LoraAdapter:
     reader = gguf.GGUFReader(path)
     tensors = {t.name: np.array(t.data).reshape(*reversed(t.shape.tolist())) for t in reader.tensors}
     alpha = float(reader.fields[gguf.Keys.Adapter.LORA_ALPHA].contents())
-    architecture, names = _architecture(config), _names(config)
+    architecture, names = ARCHITECTURES[config.model_type], _names(config)
     targets = {}
     for name, original in source.targets.items():
         if original.rank == 0:
@@ -110,7 +110,7 @@ def read_gguf(path: Path, source: LoraAdapter, config: Any) -> LoraAdapter:
         a, b = tensors.pop(f"{stored}.lora_a"), tensors.pop(f"{stored}.lora_b")
         if original.kind == "embedding":
             a = a.T
-        if name.endswith(architecture.permuted or ("\n",)):
+        if name.endswith(architecture.permuted):
             b = b[permuted(np.arange(b.shape[0])[:, None], _heads(name, config)).flatten().argsort()]
         targets[name] = replace(
             original, a=a, b=b, scale=alpha / b.shape[1], dtype="F16" if b.dtype == np.float16 else "F32"
@@ -149,13 +149,10 @@ def _alpha(adapter: LoraAdapter) -> float:
     return float(np.float32(scale * max(ranks, key=lambda rank: (ranks[rank], rank), default=1)))
 
 
-def _architecture(config: Any) -> Architecture:
-    return ARCHITECTURES[config.model_type]
-
-
 def _names(config: Any) -> Any:
     gguf = _gguf()
-    return gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, _architecture(config).name), config.num_hidden_layers)
+    architecture = getattr(gguf.MODEL_ARCH, ARCHITECTURES[config.model_type].name)
+    return gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
 
 
 def _gguf() -> Any:

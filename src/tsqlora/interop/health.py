@@ -48,15 +48,11 @@ def layer_health(target: Target) -> LayerHealth:
     return LayerHealth(target.rank, 0, target.rank - alive, max(alive - len(used), 0), effective, norm)
 
 
-def health(adapter: LoraAdapter) -> dict[str, LayerHealth]:
-    """Each target's numbers."""
-    return {name: layer_health(target) for name, target in adapter.targets.items()}
-
-
-def broken(adapter: LoraAdapter) -> dict[str, int]:
-    """How many numbers are NaN or infinite in the tensors beside the targets' A and B, by name, where there are any."""
+def nonfinite(adapter: LoraAdapter) -> dict[str, int]:
+    """How many numbers are NaN or infinite in each target and in each tensor beside them, where there are any."""
+    counts = {name: _nonfinite(target.a) + _nonfinite(target.b) for name, target in adapter.targets.items()}
     others = {**adapter.saved, **adapter.further}
-    counts = {name: _nonfinite(tensor.numbers()) for name, tensor in others.items() if tensor.is_float}
+    counts |= {name: _nonfinite(tensor.numbers()) for name, tensor in others.items() if tensor.is_float}
     return {name: count for name, count in counts.items() if count}
 
 
@@ -65,10 +61,9 @@ def _nonfinite(numbers: Array) -> int:
 
 
 def require_finite(adapter: LoraAdapter) -> None:
-    """Raises DataError, naming the layer, where A or B has NaN or infinite numbers."""
-    for name, target in adapter.targets.items():
-        if _nonfinite(target.a) or _nonfinite(target.b):
-            raise DataError(f"{name} has numbers that are not finite; `tsqlora doctor` shows which layers have them")
+    """Raises DataError, naming the layer, for NaN and infinite numbers."""
+    if found := nonfinite(adapter):
+        raise DataError(f"{next(iter(found))} has numbers that are not finite; `tsqlora doctor` shows all that have")
 
 
 def vllm_rank(rank: int) -> int | None:

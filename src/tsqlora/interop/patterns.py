@@ -35,7 +35,8 @@ def lora_config(ranks: Mapping[str, int], scale: float | Mapping[str, float]) ->
     active = {name: rank for name, rank in ranks.items() if rank > 0}
     if not active:
         raise SettingsError(
-            "every layer is at rank 0: nothing would be left of the adapter; raise ranks.mean or set ranks.min to 1"
+            "every layer is at rank 0: nothing would be left of the adapter; raise ranks.mean or set ranks.min to 1; "
+            "for an export raise --mean-rank or --max-rank"
         )
     alphas = {
         name: alpha_for(scale[name] if isinstance(scale, Mapping) else scale, rank) for name, rank in active.items()
@@ -117,28 +118,17 @@ def require_quick(keys: Collection[str], names: Collection[str], source: str) ->
     A pattern may take longer than the universe is old: one that is more than a name is tried by `regex`,
     which gives up in time, and matched by it from then on.
     """
-    for key in keys:
-        if len(key) > LONGEST:
-            raise DataError(f"{source} has a key of {len(key):,} characters ({key}); write names of modules")
-        try:
-            re.compile(key)
-            re.compile(rf"(.*\.)?({key})$")
-            _compiled(key)
-        except (re.error, regex.error, OverflowError, RecursionError) as error:
-            raise DataError(f"{source} has the key {key!r}, which is no pattern ({error})") from None
-    if len(keys) * len(names) > MOST_PAIRS:
-        raise DataError(f"{source} has {len(keys):,} keys for {len(names):,} layers, which takes too long to match")
-    end = time.monotonic() + SECONDS
-    for key in keys:
-        if not is_plain(key):
-            _try(key, names, end, source)
-
-
-def _try(key: str, names: Collection[str], end: float, source: str) -> None:
+    end, key = time.monotonic() + SECONDS, ""
     try:
-        for name in names:
-            _compiled(key).match(name, timeout=max(end - time.monotonic(), 1e-6))
+        if len(keys) * len(names) > MOST_PAIRS:
+            raise TimeoutError
+        for key in keys:
+            if len(key) > LONGEST:
+                raise TimeoutError
+            re.compile(rf"(.*\.)?({key})$")
+            for name in () if is_plain(key) else names:
+                _compiled(key).match(name, timeout=max(end - time.monotonic(), 1e-6))
     except TimeoutError:
-        raise DataError(
-            f"{source} has the key {key!r}, which takes too long to match; write names of modules"
-        ) from None
+        raise DataError(f"{source} ({key!r}) takes too long to match; write names of modules") from None
+    except (re.error, regex.error, OverflowError, RecursionError) as error:
+        raise DataError(f"{source} has the key {key!r}, which is no pattern ({error})") from None

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tsqlora.errors import DataError, UnsupportedError
+from tsqlora.interop.files import config_for, plain_config
 from tsqlora.interop.lora import Kind, LoraAdapter, Target
 from tsqlora.interop.patterns import alpha_for, lora_config
 from tsqlora.interop.tensors import PRECISIONS, Array, rounded
-from tsqlora.interop.write import config_for, plain_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +34,12 @@ def require_plain(adapter: LoraAdapter, doing: str) -> None:
 def compact(adapter: LoraAdapter) -> LoraAdapter:
     """Without the slots that are zero and the targets of which nothing is left: PEFT's format at its smallest.
 
-    ΔW is the same, to the bit.  Raises DataError if nothing at all is left.
+    ΔW is the same, to the bit.  Raises SettingsError if nothing at all is left.
     """
     require_plain(adapter, "a rewritten adapter")
-    targets = {name: _alive(target) for name, target in adapter.targets.items()}
-    targets = {name: target for name, target in targets.items() if target.rank > 0}
-    if not targets:
-        raise DataError("every layer of the adapter is zero: it changes nothing, and nothing is left to export")
-    return _with_targets(adapter, targets)
+    used = {name: target.used() for name, target in adapter.targets.items()}
+    targets = {name: replace(t, a=t.a[used[name]], b=t.b[:, used[name]]) for name, t in adapter.targets.items()}
+    return _with_targets(adapter, {name: target for name, target in targets.items() if target.rank})
 
 
 def spelled_out(adapter: LoraAdapter) -> LoraAdapter:
@@ -60,8 +58,32 @@ def truncate(adapter: LoraAdapter, ranks: Mapping[str, int]) -> tuple[LoraAdapte
     require_plain(adapter, "a truncated adapter")
     cut = {name: cut_to(target, ranks[name]) for name, target in adapter.targets.items() if target.rank > ranks[name]}
     targets = {**adapter.targets, **{name: target for name, (target, _) in cut.items()}}
-    targets = {name: target for name, target in targets.items() if target.rank}
-    return _with_targets(adapter, targets), {name: error for name, (_, error) in cut.items()}
+    left = _with_targets(adapter, {name: target for name, target in targets.items() if target.rank})
+    return left, {name: error for name, (_, error) in cut.items()}
+
+
+def ranks_for(
+    adapter: LoraAdapter, mean_rank: float, *, curvature: Mapping[str, float] | None = None
+) -> dict[str, int]:
+    """The ranks with which least of the update is lost at the parameters of a uniform LoRA of `mean_rank`.
+
+    A direction of layer l is worth (s_l·σ)², times the layer's `curvature` where that is known, and costs
+    as many parameters as l has inputs and outputs: the dearest by worth per parameter are kept, as long
+    as they fit. Greedy, which is within one direction of the best there is. Ties go by name.
+    """
+    costs = {name: target.inputs + target.outputs for name, target in adapter.targets.items()}
+    left = mean_rank * sum(costs.values())
+    worth = []
+    for name, target in adapter.targets.items():
+        _, singular, _ = decompose(target)
+        weight = target.scale**2 * (1.0 if curvature is None else curvature[name])
+        worth += [(-weight * float(value) ** 2 / costs[name], name) for value in singular if value > 0]
+    ranks = dict.fromkeys(adapter.targets, 0)
+    for _, name in sorted(worth):
+        if costs[name] <= left:
+            ranks[name] += 1
+            left -= costs[name]
+    return ranks
 
 
 def _with_targets(adapter: LoraAdapter, targets: Mapping[str, Target]) -> LoraAdapter:
@@ -109,9 +131,14 @@ def universal(adapter: LoraAdapter, shapes: Mapping[str, Shape], names: Collecti
     wanted = {name: shape for name, shape in shapes.items() if layer_kind(name) in kinds}
     rank = served_rank(adapter.rank)
     scale = commonest_scale(adapter.targets.values())
-    dtype = _widest(adapter.targets.values())
+    dtypes = {target.dtype for target in adapter.targets.values()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else "F32"
     # One for all layers of a shape: an adapter of one layer may imply a thousand.
-    zero = {shape: _zero(shape, rank, scale, dtype) for shape in set(wanted.values())}
+    numpy = PRECISIONS[dtype].numpy
+    zero = {
+        s: Target(np.zeros((rank, s.inputs), numpy), np.zeros((s.outputs, rank), numpy), scale, s.kind, dtype)
+        for s in set(wanted.values())
+    }
     targets = {
         name: padded(folded(target, scale), rank) if (target := adapter.targets.get(name)) else zero[shape]
         for name, shape in wanted.items()
@@ -126,11 +153,6 @@ def universal(adapter: LoraAdapter, shapes: Mapping[str, Shape], names: Collecti
     )
     # The base has these, whose shapes fit; servers expect nothing but A and B.
     return replace(adapter, targets=targets, config=config, base_layers={})
-
-
-def _zero(shape: Shape, rank: int, scale: float, dtype: str) -> Target:
-    kind = PRECISIONS[dtype].numpy
-    return Target(np.zeros((rank, shape.inputs), kind), np.zeros((shape.outputs, rank), kind), scale, shape.kind, dtype)
 
 
 def require_fits(name: str, target: Target, shapes: Mapping[str, Shape]) -> None:
@@ -211,11 +233,6 @@ def suffixes(targets: Collection[str], names: Collection[str]) -> list[str]:
     return sorted(found)
 
 
-def _alive(target: Target) -> Target:
-    used = target.used()
-    return replace(target, a=target.a[used], b=target.b[:, used])
-
-
 def layer_kind(name: str) -> str:
     """What a module is called in any layer.
 
@@ -223,8 +240,3 @@ def layer_kind(name: str) -> str:
     'layers.*.mlp.fc1'
     """
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
-
-
-def _widest(targets: Collection[Target]) -> str:
-    dtypes = {target.dtype for target in targets}
-    return dtypes.pop() if len(dtypes) == 1 else "F32"

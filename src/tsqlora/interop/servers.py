@@ -102,30 +102,22 @@ def _own(adapter: LoraAdapter, target: Target) -> float:
     return target.scale
 
 
-def _global(adapter: LoraAdapter, target: Target) -> float:
-    """lora_alpha / r of the config for every layer, with rsLoRA's root."""
-    return _alpha(adapter) / _divisor(adapter, adapter.config["r"])
+def _alpha_by(*, own: bool, rslora: bool = True) -> Callable[[LoraAdapter, Target], float]:
+    """lora_alpha of the config over r, or over the layer's own rank; the root of that for rsLoRA where it is known."""
+
+    def scale(adapter: LoraAdapter, target: Target) -> float:
+        rank = target.rank if own else adapter.config["r"]
+        root = rslora and adapter.config.get("use_rslora")
+        return adapter.config.get("lora_alpha", 8) / (math.sqrt(rank) if root else rank)
+
+    return scale
 
 
-def _global_without_rslora(adapter: LoraAdapter, target: Target) -> float:
-    return _alpha(adapter) / adapter.config["r"]
+_global, _global_without_rslora = _alpha_by(own=False), _alpha_by(own=False, rslora=False)
 
 
-def _by_own_rank(adapter: LoraAdapter, target: Target) -> float:
-    """lora_alpha of the config / the layer's own rank, with rsLoRA's root."""
-    return _alpha(adapter) / _divisor(adapter, target.rank)
-
-
-def _by_own_rank_without_rslora(adapter: LoraAdapter, target: Target) -> float:
-    return _alpha(adapter) / target.rank or 1.0  # llama.cpp takes an alpha of 0 for none
-
-
-def _alpha(adapter: LoraAdapter) -> float:
-    return adapter.config.get("lora_alpha", 8)
-
-
-def _divisor(adapter: LoraAdapter, rank: int) -> float:
-    return math.sqrt(rank) if adapter.config.get("use_rslora") else rank
+def _llama_cpp(adapter: LoraAdapter, target: Target) -> float:
+    return _alpha_by(own=True, rslora=False)(adapter, target) or 1.0  # it takes an alpha of 0 for none
 
 
 # ------------------------------------------------------------------------------------ checks
@@ -317,7 +309,7 @@ CONSUMERS = (
         "convert_lora_to_gguf.py, src/llama-adapter.h",
         "S",
         "lora_alpha / the layer's own rank, also with rsLoRA; the converter stops at any other tensor",
-        _by_own_rank_without_rslora,
+        _llama_cpp,
         (_heads("refused", "its converter stops at saved modules"), _stray_tensors, _leaves_out_all_but()),
         "its GGUF file",
     ),
@@ -363,7 +355,7 @@ CONSUMERS = (
         "tensorrt_llm/lora_manager.py; issue 1668",
         "S, I",
         "lora_alpha / the layer's own rank, with rsLoRA its root; takes DoRA",
-        _by_own_rank,
+        _alpha_by(own=True),
         (_heads("wrong", "loads no saved modules"), _leaves_out_all_but("use_dora")),
     ),
 )

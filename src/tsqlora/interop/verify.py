@@ -1,6 +1,5 @@
 """That an export is what it was made from: its update, layer by layer, and a model's logits with it."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ class Difference:
     """How far an export is from its source.
 
     Attributes:
-        update: largest |ΔW − ΔW'| of any layer. `relative`: the same in units of that layer's largest |ΔW|.
+        update: largest |ΔW − ΔW'| of any layer or head. `relative`: in units of that layer's largest |ΔW|.
         used: the largest share of what rounding may do that was used up; above 1 is an error.
         layer: where that was; None where updates were not compared.
         logits: largest difference of logits, None where no base was at hand. `logits_size`: the largest logit.
@@ -43,6 +42,7 @@ class Difference:
         """The worse of this and another layer, in each number."""
         if not gap.size:
             return self
+        gap = np.nan_to_num(gap, nan=np.inf)
         size, largest = float(np.abs(delta).max()), float(gap.max())
         used = float((gap / np.maximum(bound, np.finfo(np.float64).tiny)).max())
         return Difference(
@@ -54,27 +54,32 @@ class Difference:
 
 
 def compare_updates(source: LoraAdapter, export: LoraAdapter, dtype: str) -> Difference:
-    """The update of each layer against the other's; a layer that only one has is zero in the other.
+    """The update of each layer, and each head, against the other's; a layer that only one has is zero in the other.
 
     What is allowed is what rounding the factors once to `dtype`, one of PRECISIONS, may do: 2.1 ε·|s|·|B||A|.
-    Raises TsqLoraError, naming the layer, where an update differs by more, and where heads differ.
+    Raises TsqLoraError, naming the layer, where one differs by more.
     """
     worst, precision = Difference(0.0, 0.0, 0.0), PRECISIONS[dtype]
     for name in sorted({*source.targets, *export.targets}):
         mine, other = source.targets.get(name), export.targets.get(name)
         delta = _delta(mine)
-        gap = np.abs(delta - _delta(other))
         one = mine or other
         assert one is not None
         bound = 2.1 * precision.eps * _products(one) + precision.least * _sums(one)
-        worst = worst.with_layer(name, gap, bound, delta)
+        worst = worst.with_layer(name, np.abs(delta - _delta(other)), bound, delta)
+    for name, tensor in source.saved.items():
+        head, theirs = (stored.numbers().astype(np.float64) for stored in (tensor, export.saved[name]))
+        worst = worst.with_layer(name, np.abs(head - theirs), np.abs(head) * precision.eps + precision.least, head)
+    _require_rounding(worst, dtype)
+    return worst
+
+
+def _require_rounding(worst: Difference, dtype: str) -> None:
     if worst.used > 1:
         raise TsqLoraError(
-            f"the export's update differs by {worst.update:.3g} in {worst.layer}, more than {dtype} explains; nothing "
-            "was written"
+            f"the export's {worst.layer} differs by {worst.update:.3g}, {worst.used:.3g} times what {dtype} explains; "
+            "nothing was written"
         )
-    _require_equal_heads(source, export, dtype)
-    return worst
 
 
 def _delta(target: Target | None) -> Array:
@@ -178,24 +183,9 @@ def compare_weights(base: PreTrainedModel, merged: PreTrainedModel, adapter: Lor
             delta, products = (x.T if turned else x for x in (target.delta(), _products(target)))
             bound = bound + max(2 * precision.eps, target.rank * PRECISIONS["F32"].eps) * products
         worst = worst.with_layer(name, np.abs(after - before - delta), bound, delta)
-    if worst.used > 1:
-        raise TsqLoraError(
-            f"the merged {worst.layer} is not base + ΔW, by {worst.used:.3g} times what rounding explains; nothing was "
-            "written"
-        )
+    _require_rounding(worst, NAMES[merged.dtype])
     return worst
 
 
 def _numbers(parameter: nn.Parameter) -> Array:
     return parameter.detach().cpu().double().numpy()
-
-
-def describe(difference: Difference) -> Mapping[str, Any]:
-    """For JSON; None for what was not compared."""
-    compared = difference.layer is not None
-    return {
-        "update_difference": difference.update if compared else None,
-        "relative_difference": difference.relative if compared else None,
-        "logits_difference": difference.logits,
-        "largest_logit": difference.logits_size,
-    }

@@ -147,41 +147,33 @@ def is_comparison(directory: Path) -> bool:
 
 
 def gather_comparison(directory: Path) -> Comparison:
-    """Reads table.json and the cells that it is of.
-
-    Raises DataError where the comparison has not finished, or a file is none of a comparison's.
-    """
-    table = _read(directory / TABLE_FILE)
+    """Reads table.json and the cells that it is of.  Raises DataError for what no finished comparison leaves."""
     try:
+        table = _read(directory / TABLE_FILE)
         cells = [_read(path) for path in sorted((directory / CELLS_DIR).glob("*.json"))]
         return _comparison(directory.resolve().name, table, cells)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, DataError):
-            raise
+    except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
-            f"{directory}: not what a comparison leaves ({type(error).__name__}: {error}); "
-            "the same compare command makes its table anew"
+            f"{directory}: {TABLE_FILE} and {CELLS_DIR} are not what a finished comparison leaves "
+            f"({type(error).__name__}: {error}); give its compare command again"
         ) from None
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise DataError(
-            f"{path}: no such file; the comparison has not finished: give its compare command again"
-        ) from None
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{path}: not JSON as a comparison leaves it ({error})") from None
+    return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def _comparison(name: str, table: Mapping[str, Any], cells: list[dict[str, Any]]) -> Comparison:
     rows, metric = table["table"], table["metric"]
     shown = [[cell for cell in cells if _is_of(cell["cell"], row)] for row in rows]
-    if any(not found for found in shown):
-        missing = next(row["name"] for row, found in zip(rows, shown, strict=True) if not found)
-        raise DataError(f"{name}: {CELLS_DIR} has no file of {missing}, which {TABLE_FILE} names; copy it, too")
+    for row, found in zip(rows, shown, strict=True):
+        if not found:
+            raise LookupError(f"{CELLS_DIR} has no file of {row['name']}")
     every = [cell for found in shown for cell in found]
+    versions: dict[str, set[str]] = {}
+    for cell in every:
+        for library, version in cell.get("versions", {}).items():
+            versions.setdefault(library, set()).add(str(version))
     sweep = _sweep(rows, cells, metric, table["seeds"], table.get("sweep"))
     methods = [_method(row, found) for row, found in zip(rows, shown, strict=True)]
     return Comparison(
@@ -197,18 +189,12 @@ def _comparison(name: str, table: Mapping[str, Any], cells: list[dict[str, Any]]
         rates=dict(table.get("rates", {})),
         task=str(every[0].get("task", "")),
         settings=dict(every[0].get("settings", {})),
-        versions=_versions(every),
+        versions={library: ", ".join(sorted(found)) for library, found in versions.items()},
         commits=sorted({cell["commit"] for cell in every if cell.get("commit")}),
         chosen_on_shown=bool(sweep) and not any("test" in cell.get("metrics", {}) for cell in every),
         data=sorted({cell["data_hash"] for cell in every if cell.get("data_hash")}),
         precisions=sorted({"bfloat16" if cell["bf16"] else "float32" for cell in every if "bf16" in cell}),
     )
-
-
-def _versions(cells: list[dict[str, Any]]) -> dict[str, str]:
-    """Of each library every version that a cell was trained with."""
-    names = dict.fromkeys(name for cell in cells for name in cell.get("versions", {}))
-    return {n: ", ".join(sorted({str(c["versions"][n]) for c in cells if n in c.get("versions", {})})) for n in names}
 
 
 def _is_of(cell: Mapping[str, Any], row: Mapping[str, Any]) -> bool:

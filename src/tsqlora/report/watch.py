@@ -108,9 +108,7 @@ def make_server(watched: Watched, port: int) -> ThreadingHTTPServer:
 
     try:
         server = ThreadingHTTPServer((HOST, port), Handler)
-    except OverflowError:
-        raise SettingsError(f"--port {port}: a port is 0 to 65535; 0 takes any that is free") from None
-    except OSError as error:
-        raise SettingsError(f"--port {port} cannot be used ({error.strerror}); name another, or 0 for any") from None
+    except (OSError, OverflowError) as error:
+        raise SettingsError(f"--port {port} cannot be used ({error}); name another, or 0 for any") from None
     server.daemon_threads = True
     return server

@@ -9,8 +9,7 @@ from huggingface_hub import HfApi
 from tsqlora.compat.hub import is_hub_id
 from tsqlora.errors import SettingsError, TsqLoraError, nearest
 from tsqlora.interop.base import Base, base_of
-from tsqlora.interop.export import export_adapter
-from tsqlora.interop.merge import reload
+from tsqlora.interop.export import export_adapter, reload
 from tsqlora.interop.verify import logits, takes_tokens
 from tsqlora.layer_sensitivity import sensitivity, sensitivity_rows
 from tsqlora.run.card import write_card
@@ -49,17 +48,13 @@ def export(
     if push_to_hub is not None and not is_hub_id(push_to_hub):
         raise SettingsError(f"--push-to-hub {push_to_hub} is no name of a repository; give NAME or OWNER/NAME")
     measured = WEIGHINGS[by](source)
-    if is_run(source):
-        if base is not None:
-            raise SettingsError(f"{source} is a run, which knows its base model; leave out --base")
-        model = _base_of_run(source)
-    else:
-        model = None if base is None and format == "peft" else base_of(source, base)
+    if is_run(source) and base is not None:
+        raise SettingsError(f"{source} is a run, which knows its base model; leave out --base")
     done = export_adapter(
         adapter_folder(source),
         out,
         format=format,
-        base=model,
+        base=_base_of_run(source) if is_run(source) else base_of(source, base),
         dtype=dtype,
         max_rank=max_rank,
         mean_rank=mean_rank,
