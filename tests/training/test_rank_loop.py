@@ -82,7 +82,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 def test_a_loop_of_ones_own_does_what_the_trainer_does(tmp_path: Path) -> None:
     callback, model = tsq.RankCallback(**PERIOD), certain(slotted_bert())
-    options = {"lr_scheduler_type": "constant", "max_grad_norm": 0.0, "optim": "adamw_torch"}
+    options = {"learning_rate": 0.05, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "optim": "adamw_torch"}
     make_trainer(model, ROWS, tmp_path, [callback], **options).train()
     ranks = whole_run()
     finished = ranks.finish()
