@@ -22,7 +22,7 @@ from tsqlora.training.arguments import hardware_has_bf16, training_arguments
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fit")
     save_checkpoint(folder / "model")
-    write_jsonl(folder / "train.jsonl", make_rows(60))
+    write_jsonl(folder / "train.jsonl", make_rows(60, seed=1))
     return folder
 
 
