@@ -1,5 +1,6 @@
 """What is gathered of a run: bins that hold every row, the rows worth a look, and why something is missing."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,15 +57,11 @@ def test_the_samples_are_the_best_the_worst_and_the_suspicious(tmp_path: Path) -
     assert found.without_texts is None
 
 
-def test_of_few_rows_none_is_both_the_most_and_the_least_valuable(tmp_path: Path) -> None:
-    found = choose_samples(scores_of(write_jsonl(tmp_path / "train.jsonl", ROWS), ROWS))
-    assert not [row for row in found.rows if {"most valuable", "least valuable"} <= set(row.lists)]
-
-
-def test_rows_of_one_worth_are_only_suspicious(tmp_path: Path) -> None:
+def test_no_row_is_both_the_most_and_the_least_valuable(tmp_path: Path) -> None:
     scores = scores_of(write_jsonl(tmp_path / "train.jsonl", ROWS), ROWS)
-    found = choose_samples(replace(scores, quality=np.zeros(60)))
-    assert {name for row in found.rows for name in row.lists} == {"most suspicious"}
+    assert not any({"most valuable", "least valuable"} <= set(row.lists) for row in choose_samples(scores).rows)
+    alike = choose_samples(replace(scores, quality=np.zeros(60)))
+    assert {name for row in alike.rows for name in row.lists} == {"most suspicious"}
 
 
 @pytest.mark.parametrize(
@@ -116,19 +113,18 @@ def test_what_a_run_lacks_is_said(tmp_path: Path) -> None:
     assert "no scores.parquet" in lost.missing["scores"]
 
 
-def test_what_is_no_finished_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"run\.json"):
-        gather(tmp_path)
+@pytest.mark.parametrize("file", ["run.json", "config.yaml", "scores.parquet"])
+def test_a_file_that_cannot_be_read_is_named(file: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path, rows=ROWS)
+    (run / file).write_text("- broken")
+    with pytest.raises(DataError, match=re.escape(file)):
+        gather(run)
+    if file != "scores.parquet":
+        (run / file).unlink()
+        with pytest.raises(DataError, match=re.escape(file)):
+            gather(run)
+
+
+def test_a_run_that_has_not_finished_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="--resume"):
         gather(make_run(tmp_path, status="running"))
-    run = make_run(tmp_path / "2")
-    (run / "config.yaml").write_text("- a list")
-    with pytest.raises(DataError, match=r"config\.yaml"):
-        gather(run)
-    (run / "config.yaml").unlink()
-    with pytest.raises(DataError, match=r"config\.yaml"):
-        gather(run)
-    run = make_run(tmp_path / "3", rows=ROWS)
-    (run / "scores.parquet").write_text("broken")
-    with pytest.raises(DataError, match=r"scores\.parquet"):
-        gather(run)

@@ -46,7 +46,7 @@ def test_a_page_has_its_parts_in_order_and_a_place_for_each_figure(seen: Seen) -
     assert seen.sections() == parts.split()
     drawn = seen.page_data()["figures"]
     assert set(drawn) <= set(seen.ids())
-    assert {"loss", "metric", "ranks-map", "sensitivity-first", "sensitivity-last", "cost-bars"} < set(drawn)
+    assert {"loss", "metric", "ranks-map", "sensitivity-first", "sensitivity-last"} < set(drawn)
     assert sum(name.startswith("histogram") for name in drawn) == 4, "two terms, Q and p"
     for name in drawn:
         place = next(found for _, found in seen.tags if found.get("id") == name)
@@ -65,14 +65,6 @@ def test_a_control_of_other_rows_is_said_to_be_one(tmp_path: Path) -> None:
         said = " ".join(Seen(run_page(gather(run, control=control_of(control)), "/* plotly */")).texts["main"])
         assert "+7.5 points against run" in said
         assert ("which had other rows" in said) == told
-
-
-def test_rows_that_are_left_out_for_their_labels_are_the_most_doubted_of_their_class(tmp_path: Path) -> None:
-    run = make_run(tmp_path, rows=ROWS)
-    scores = scores_of(tmp_path / "train.jsonl", ROWS, dropped=0)
-    scores.drop(np.arange(len(ROWS)) < 5, "confident negative").save(run / "scores.parquet")
-    said = " ".join(made(run).texts["main"])
-    assert "5 rows were left out because the model doubts their labels most, the same share of each class" in said
 
 
 def test_tables_and_controls_are_usable_without_sight_or_mouse(seen: Seen) -> None:
@@ -248,11 +240,6 @@ def test_without_plotly_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.delitem(sys.modules, f"tsqlora.report.{name}", raising=False)
     with pytest.raises(SettingsError, match=r"tsqlora\[report\]"):
         importlib.import_module("tsqlora.report.watch")
-
-
-def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=re.escape(str(tmp_path))):
-        write_report(make_run(tmp_path), tmp_path)
 
 
 def test_the_rank_map_has_a_state_for_the_start_and_each_adjustment() -> None:

@@ -68,11 +68,6 @@ def test_plotly_and_the_page_are_all_that_is_served_and_only_under_its_own_name(
         assert str(policy).endswith("; connect-src 'self'")
 
 
-def test_no_other_machine_can_ask(tmp_path: Path) -> None:
-    with make_server(Watched(tmp_path), 0) as server:
-        assert server.server_address[0] == "127.0.0.1"
-
-
 def test_it_waits_for_a_run_that_has_not_begun_and_outlasts_files_that_cannot_be_read(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with serving(run) as port:
@@ -108,6 +103,8 @@ def test_wrong_uses_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="--watch"):
         serve(make_comparison(tmp_path), say=print)
     run = make_run(tmp_path / "2", status="running")
+    with make_server(Watched(run), 0) as server:
+        assert server.server_address[0] == "127.0.0.1", "no other machine can ask"
     with pytest.raises(DataError, match="control"):
         serve(run, control=run, say=print)
     with serving(run) as port, pytest.raises(SettingsError, match=rf"--port {port}"):

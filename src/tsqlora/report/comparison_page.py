@@ -38,7 +38,6 @@ def comparison_page(comparison: Comparison, script: str | None) -> str:
             quality_by_cost(comparison, "seconds", "seconds", lambda method: method.seconds),
             quality_by_cost(comparison, "passes", "passes of a row", lambda method: method.passes),
         ],
-        "phases": [phase_bars(comparison)] if any(method.phases for method in worked) else [],
     }
     best = (min if lower_is_better(metric) else max)(worked, key=lambda m: m.metrics[metric].mean, default=None)
     return render(
@@ -138,14 +137,9 @@ def _seed(method: Method, seed: int, metric: str) -> str:
     return value_of(metric, reached[seed]) if seed in reached else "failed" if seed in method.failed else "–"
 
 
-def _phases(methods: Sequence[Method]) -> list[str]:
-    """Phases that any training had, in the order in which they begin."""
-    names = dict.fromkeys(phase for method in methods for phase in method.phases)
-    return [phase for phase in _PHASES if phase in names] + [phase for phase in names if phase not in _PHASES]
-
-
 def _costs(methods: Sequence[Method]) -> Table:
-    phases = _phases(methods)
+    names = dict.fromkeys(phase for method in methods for phase in method.phases)
+    phases = [*(phase for phase in _PHASES if phase in names), *(phase for phase in names if phase not in _PHASES)]
     rows = [
         [
             method.name,
@@ -258,32 +252,6 @@ def quality_by_cost(comparison: Comparison, id: str, axis: str, cost: Callable[[
         yaxis_title=plain(f"{measured}{', %' if as_points(metric) else ''}"),
     )
     return Drawn(f"by-{id}", f"{measured} over {id}".capitalize(), "The table below has the numbers.", figure)
-
-
-def phase_bars(comparison: Comparison) -> Drawn:
-    """Mean seconds by phase, stacked."""
-    methods = comparison.worked
-    traces = [
-        go.Bar(
-            orientation="h",
-            name=plain(phase),
-            y=[_label(method) for method in methods],
-            x=[method.phases.get(phase, 0.0) for method in methods],
-            marker={"color": colour},
-            hovertemplate=f"{plain(phase)}: %{{x:,.1f}} s<extra></extra>",
-        )
-        for phase, colour in zip(_phases(methods), cycle(_COLOURS), strict=False)
-    ]
-    figure = framed(
-        traces,
-        height=_FRAME + _ROW * len(methods),
-        xaxis={"title": {"text": "seconds"}, "rangemode": "tozero", "nticks": 6},
-        yaxis=_rows(methods),
-        barmode="stack",
-        bargap=0.35,
-        legend_traceorder="normal",
-    )
-    return Drawn("phases", "Mean seconds by phase", "The table below has the numbers.", figure)
 
 
 def _label(method: Method) -> str:

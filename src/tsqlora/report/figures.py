@@ -19,7 +19,6 @@ from tsqlora.ranks.events import RankEvent
 from tsqlora.ranks.places import layer_places
 from tsqlora.report.metrics import words
 from tsqlora.report.page import NO_PLOTLY
-from tsqlora.training.cost import PhaseCost
 
 try:
     import plotly.graph_objects as go
@@ -293,27 +292,3 @@ def _counted(values: np.ndarray, edges: np.ndarray, name: str) -> dict[str, Any]
         ],
         "hoverinfo": "text",
     }
-
-
-# ------------------------------------------------------------------------------------ cost
-
-
-def cost_bars(cost: Mapping[str, PhaseCost]) -> Drawn:
-    """Seconds by phase."""
-    trace = go.Bar(
-        orientation="h",
-        y=[plain(name) for name in cost],
-        x=[phase.seconds for phase in cost.values()],
-        text=[f"{phase.seconds:,.1f} s" for phase in cost.values()],
-        textposition="auto",
-        marker={"color": BLUE},
-        hoverinfo="y+text",
-    )
-    figure = framed(
-        [trace],
-        height=70 + 34 * len(cost),
-        xaxis={"title": {"text": "seconds"}, "rangemode": "tozero"},
-        yaxis={"type": "category", "autorange": "reversed", "showgrid": False},
-    )
-    text = ", ".join(f"{name} {phase.seconds:.1f} seconds" for name, phase in cost.items())
-    return Drawn("cost-bars", "Seconds by phase", text, figure)

@@ -24,8 +24,7 @@ def value_of(metric: str, value: float, half: float | None = None) -> str:
     >>> value_of("accuracy", 0.8125, 0.01)
     '81.2 ± 1.0%'
     """
-    scale, digits, unit = (100, 1, "%") if as_points(metric) else (1, 3, "")
-    return f"{scale * value:.{digits}f}{_interval(half, scale, digits)}{unit}"
+    return _shown(metric, value, half, "", "%")
 
 
 def gain_of(metric: str, value: float, half: float | None = None) -> str:
@@ -34,9 +33,10 @@ def gain_of(metric: str, value: float, half: float | None = None) -> str:
     >>> gain_of("accuracy", -0.0001, 0.01), gain_of("pearson", 0.02)
     ('+0.0 ± 1.0 points', '+0.020')
     """
-    scale, digits, unit = (100, 1, " points") if as_points(metric) else (1, 3, "")
-    return f"{scale * value:+z.{digits}f}{_interval(half, scale, digits)}{unit}"
+    return _shown(metric, value, half, "+z", " points")
 
 
-def _interval(half: float | None, scale: int, digits: int) -> str:
-    return "" if half is None else f" ± {scale * half:.{digits}f}"
+def _shown(metric: str, value: float, half: float | None, sign: str, unit: str) -> str:
+    scale, digits, unit = (100, 1, unit) if as_points(metric) else (1, 3, "")
+    interval = "" if half is None else f" ± {scale * half:.{digits}f}"
+    return f"{scale * value:{sign}.{digits}f}{interval}{unit}"

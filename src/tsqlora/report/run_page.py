@@ -29,7 +29,6 @@ def run_page(run: Gathered, script: str | None) -> str:
         "ranks": [figures.rank_map(record.plan["ranks"], events)] if events else [],
         "sensitivity": figures.sensitivity_maps(measured) if measured else [],
         "distributions": run.scores.histograms if run.scores else [],
-        "cost": [figures.cost_bars(record.cost)],
     }
     return render(
         "run.html",
