@@ -440,7 +440,13 @@ def minilm(place: Path) -> Path:
 def wide(place: Path) -> Path:
     """Batches of 512 rows of 30 words."""
     rows = [row | {"text": " ".join([row["text"]] * 4)} for row in make_rows(1200, labels=("süß", "herb"))]
-    training = {"epochs": 4, "batch_size": 512, "eval_batch_size": 512, "save_strategy": "steps", "save_steps": 3}
+    training = {
+        "epochs": 4,
+        "batch_size": 512,
+        "per_device_eval_batch_size": 512,
+        "save_strategy": "steps",
+        "save_steps": 3,
+    }
     return write_config(
         place / "wide.yaml", place / "model", write_jsonl(place / "wide.jsonl", rows), **settings(training)
     )

@@ -46,7 +46,7 @@ from tsqlora.quality.select import select_rows
 from tsqlora.ranks.policies import get_policy
 from tsqlora.run import reading
 from tsqlora.run.config import load_config
-from tsqlora.run.predict import open_run
+from tsqlora.run.finished import open_run
 from tsqlora.run.train import train
 
 ROOT = Path(__file__).parents[1]
@@ -98,10 +98,11 @@ def rows(count: int) -> dict[str, Any]:
     before, start = status("VmRSS"), time.process_time()
     files = {"train": str(file), "validation": str(CACHE / "few.jsonl"), "test": None}
     splits = reading.read(run.config.model_copy(update={"data": run.config.data.model_copy(update=files)}))
-    split = prepare(splits, run.tokenizer, max_length=run.max_length, folder=CACHE).samples["train"]
+    split = prepare(splits, run.pretrained.tokenizer, max_length=run.max_length, folder=CACHE).samples["train"]
     stored = time.process_time() - start
     scores = tsq.score(
-        run.model, split, run.collate, terms=(), weights={"loss": 1.0}, batch_size=1024, hashes=split.hashes,
+        run.model, split, run.predictor.collate(), terms=(), weights={"loss": 1.0}, batch_size=1024,
+        hashes=split.hashes,
         ids=split.ids, lengths=split.lengths, record={"columns": asdict(splits.columns), "data": str(file)},
     )  # fmt: skip
     scores.save(table)

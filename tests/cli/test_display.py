@@ -108,7 +108,7 @@ def test_a_plan_shows_rows_steps_parameters_and_passes() -> None:
         "bf16": True,
         "memory_bytes": 2**30,
         "passes": {"scoring": {"forward": 3024, "backward": 1512}},
-        "without_effect": ["ranks.moves without effect: ranks.policy is fixed"],
+        "without_effect": ["ranks.interval without effect: ranks.policy is fixed"],
         "columns": {"text": "[body]", "text_pair": None, "label": "mood"},
         "max_length": 128,
         "notes": ["3 of 50 validation rows [..] are training rows, too"],
@@ -116,7 +116,7 @@ def test_a_plan_shows_rows_steps_parameters_and_passes() -> None:
     text = shown(show_plan, plan)
     assert "columns     [body], mood; at most 128 tokens" in text
     assert "note        3 of 50 validation rows [..] are training rows" in text
-    assert "settings    ranks.moves without effect" in text
+    assert "settings    ranks.interval without effect" in text
     assert "2: [b] (700), no (300)" in text
     parts = ("1,000 train, 50 validation", "4 epochs, 128 steps", "2,048", "2 layers at 7 and 8", "bfloat16", "3,024")
     for part in parts:

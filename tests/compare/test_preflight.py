@@ -24,7 +24,7 @@ def checked(config: Config, *methods: str, known: tuple[int, ...] = ()) -> dict[
 
 
 def test_what_can_be_trained_passes(place: Path) -> None:
-    paper = settings(place, quality={"fraction": 0.5, "reference": 40, "preset": "paper"})
+    paper = settings(place, quality={"fraction": 0.5, "preset": "paper"})
     assert not checked(paper, "full", "lora", "dora", "adalora", "elalora", "eva", "tsqlora", "lora+gradnorm")
     assert not checked(settings(place), "adalora+quality", "dora+el2n", "eva+gradnorm")
 

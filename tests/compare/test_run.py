@@ -79,7 +79,7 @@ def test_a_rivals_term_draws_by_its_softmax_and_our_guard_does_not_turn_it_back(
 def test_a_cell_tells_why_its_policy_drew_at_random(place: Path) -> None:
     even = run_cell(settings(place), cell_of("lora+quality"), equal="steps")
     assert even["quality"]["random"] == "no row was left out, and rows are drawn evenly"
-    guarded = settings(place, quality={"fraction": 0.5, "reference": 40, "weights": {"gradient_norm": 1.0}})
+    guarded = settings(place, quality={"fraction": 0.5, "weights": {"gradient_norm": 1.0}})
     turned_back = run_cell(guarded, cell_of("lora+quality"), equal="steps")
     assert "of rows drawn by Q" in turned_back["quality"]["random"]
     at_chance = run_cell(settings(place), Cell(Entry("lora", "loss"), 0, 1e-7), equal="steps")

@@ -13,8 +13,8 @@ from runs import make_rows, save_checkpoint, write_config, write_jsonl
 from tsqlora.run.card import model_card
 from tsqlora.run.config import load_config
 from tsqlora.run.export import export
+from tsqlora.run.finished import TRUST
 from tsqlora.run.job import load, with_slots
-from tsqlora.run.predict import TRUST
 from tsqlora.run.train import train
 from tsqlora.training.record import RunRecord
 

@@ -22,7 +22,6 @@ from tsqlora.run.config import (
     PresetName,
     QualitySettings,
     RankSettings,
-    WeightSettings,
     dump_config,
     load_config,
     template,
@@ -91,14 +90,12 @@ def test_presets_are_those_that_the_type_names() -> None:
 
 def test_weights_and_temperature_come_from_the_preset_unless_set() -> None:
     assert QualitySettings().resolved_weights() is None
-    assert QualitySettings(weights=WeightSettings(loss=-1.0)).weighted_terms() == ["loss"]
-    paper = QualitySettings(preset="paper", weights=WeightSettings(convergence=2.0), temperature=3.0)
+    assert QualitySettings(weights={"loss": -1.0, "convergence": 0.0}).resolved_weights() == {"loss": -1.0}
+    paper = QualitySettings(preset="paper", weights={"convergence": 2.0}, temperature=3.0)
     assert paper.resolved_weights() == {
         "gradient_norm": 1 / 3,
         "loss_reduction": 1 / 3,
         "convergence": 2.0,
-        "loss": 0.0,
-        "ifd": 0.0,
     }
     assert paper.resolved_temperature() == 3.0
     assert QualitySettings(preset="paper").resolved_temperature() == 1.0
@@ -109,7 +106,7 @@ def test_suspect_rows_are_left_out_unless_a_softmax_of_quality_decides() -> None
     assert QualitySettings(reject=True).resolved_reject() is True
     assert QualitySettings(reject=False).resolved_reject() is False
     assert QualitySettings(preset="paper").resolved_reject() is False
-    assert QualitySettings(weights=WeightSettings(loss=-1.0)).resolved_reject() is False
+    assert QualitySettings(weights={"loss": -1.0}).resolved_reject() is False
     assert QualitySettings(preset="paper", reject=True).resolved_reject() is True
 
 
@@ -149,7 +146,8 @@ def test_the_greatest_rank_is_twice_the_mean_unless_set() -> None:
         ("adapter: {target_modules: [1]}", "adapter.target_modules", "string"),
         ("adapter: 3", "adapter is 3", "dictionary"),
         ("ranks: {min: 20}", "ranks.min 20", "ranks.max 16"),
-        ("ranks: {warmup: 0.5, freeze: 0.5}", "ranks.warmup 0.5", "ranks.freeze 0.5"),
+        ("quality: {weights: {convergense: 1}}", "quality.weights.convergense", "'convergence'"),
+        ("quality: {weights: {loss: much}}", "quality.weights.loss is much", "number"),
         ("quality: {temperature: 2.0}", "quality.temperature", "quality.weights"),
         ("quality: {fraction: 1, fraction: 1}", "line 5", "fraction"),
         ("model: {path: other}", "line 5", "model"),
@@ -221,7 +219,7 @@ def test_override_values_are_yaml() -> None:
         "task.type=a=b",
     )
     assert config.training.learning_rate == 1e-3
-    assert config.quality.weights.gradient_norm == 1.0
+    assert config.quality.weights == {"gradient_norm": 1.0}
     assert config.adapter.target_modules == ["query", "value"]
     assert config.data.label is None
     assert config.task.type == "a=b"
@@ -291,6 +289,7 @@ configs = st.builds(
             "fraction": st.floats(0, 1, exclude_min=True),
             "preset": st.sampled_from(sorted(PRESETS)),
             "reject": st.none() | st.booleans(),
+            "weights": st.dictionaries(st.sampled_from(["loss", "convergence"]), st.floats(-2, 2)),
         }
     ),
     adapter=st.fixed_dictionaries({"target_modules": st.text(min_size=1) | st.lists(st.text(min_size=1), min_size=1)}),
@@ -334,4 +333,4 @@ def test_further_training_arguments_are_fields_of_the_trainer() -> None:
     assert config.training.further_arguments() == {"weight_decay": 0.1, "warmup_steps": 0.06}
     # Renamed by transformers in the meantime, still refused by name.
     assert set(REFUSED_ARGUMENTS) - theirs <= {"group_by_length"}
-    assert math.isclose(sum(PRESETS["paper"][:3]), 1)
+    assert math.isclose(sum(PRESETS["paper"].values()), 1)

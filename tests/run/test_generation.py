@@ -25,8 +25,10 @@ from tsqlora.run import train as pipeline
 from tsqlora.run.card import model_card
 from tsqlora.run.config import load_config
 from tsqlora.run.export import export
-from tsqlora.run.job import arguments, asking_of, load
-from tsqlora.run.predict import evaluate_run, open_run, predict_run
+from tsqlora.run.finished import open_run
+from tsqlora.run.fit import arguments, predictor_of
+from tsqlora.run.job import load
+from tsqlora.run.predict import evaluate_run, predict_run
 from tsqlora.run.score import score_rows
 from tsqlora.tasks import get_task
 from tsqlora.tasks.generation import Generation
@@ -107,7 +109,7 @@ def test_evaluating_writes_again_what_the_run_wrote(run: Path) -> None:
 def test_predictions_are_texts_whatever_the_batch(run: Path, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "new.jsonl", [{"document": row["document"]} for row in rows(6)])
     predict_run(run, data, tmp_path / "out.jsonl")
-    predict_run(run, data, tmp_path / "one.jsonl", overrides=["training.eval_batch_size=1"])
+    predict_run(run, data, tmp_path / "one.jsonl", overrides=["training.per_device_eval_batch_size=1"])
     together, alone = ((tmp_path / name).read_text() for name in ("out.jsonl", "one.jsonl"))
     assert together == alone
     assert all(isinstance(json.loads(line)["prediction"], str) for line in together.splitlines())
@@ -153,9 +155,9 @@ def test_so_has_one_that_leaves_no_room_for_a_prompt(tmp_path: Path) -> None:
         task={"type": "causal-lm"},
     )
     also = [f"data.test={write_jsonl(tmp_path / 'test.jsonl', rows(3))}", "task.max_new_tokens="]
-    load(load_config(config, [also[0], also[1] + "125"]))
+    pipeline.dry_run(load_config(config, [also[0], also[1] + "125"]))
     with pytest.raises(SettingsError, match="a prompt of 3 tokens and 126 new ones are more than the model's 128 pos"):
-        load(load_config(config, [also[0], also[1] + "126"]))
+        pipeline.dry_run(load_config(config, [also[0], also[1] + "126"]))
 
 
 def test_plain_text_of_which_nothing_is_written_needs_no_room_and_no_measures(
@@ -168,20 +170,8 @@ def test_plain_text_of_which_nothing_is_written_needs_no_room_and_no_measures(
         write_jsonl(tmp_path / "train.jsonl", plain),
         task={"type": "causal-lm", "max_new_tokens": 500},
     )
-    monkeypatch.setattr("tsqlora.run.job.require_text_metrics", lambda: pytest.fail("it asked for rouge-score"))
-    load(load_config(config, [f"data.test={write_jsonl(tmp_path / 'test.jsonl', plain[:3])}"]))
-
-
-def test_targets_have_no_more_tokens_than_the_model_has_positions(tmp_path: Path) -> None:
-    config = write_config(
-        tmp_path / "tsq.yaml",
-        checkpoint(tmp_path / "model", "seq2seq"),
-        write_jsonl(tmp_path / "train.jsonl", rows(20)),
-        task={"type": "seq2seq"},
-    )
-    load(load_config(config, ["data.max_target_length=128"]))
-    with pytest.raises(SettingsError, match=r"data\.max_target_length 129 is above the model's 128 positions; lower"):
-        load(load_config(config, ["data.max_target_length=129"]))
+    monkeypatch.setattr("tsqlora.run.fit.require_text_metrics", lambda: pytest.fail("it asked for rouge-score"))
+    pipeline.dry_run(load_config(config, [f"data.test={write_jsonl(tmp_path / 'test.jsonl', plain[:3])}"]))
 
 
 def test_a_causal_models_prompts_leave_room_for_what_it_writes(tmp_path: Path) -> None:
@@ -212,13 +202,13 @@ def test_what_the_bases_generation_config_wants_changes_no_text(kind: str, beams
     )
     job = load(load_config(config))
     model: Any = job.pretrained.model
-    asking = asking_of(job, arguments(job.config, tmp_path))
+    predictor = predictor_of(job, model, arguments(job.config, tmp_path))
     assert job.data.splits.format is not None
-    prompts = asking.prompts(job.data.splits.rows("validation"), job.data.splits.format)
-    plain = asking.texts(model, prompts, phase="", progress=None)
+    prompts = predictor.prompts(job.data.splits.rows("validation"), job.data.splits.format)
+    plain = predictor.texts(prompts, phase="", progress=None)
     wants = {"min_length": 12, "min_new_tokens": 12, "repetition_penalty": 5.0, "no_repeat_ngram_size": 1}
     model.generation_config.update(**wants, length_penalty=3.0, early_stopping=True)
-    assert asking.texts(model, prompts, phase="", progress=None) == plain
+    assert predictor.texts(prompts, phase="", progress=None) == plain
 
 
 @pytest.mark.parametrize("kind", [GPT2LMHeadModel, LlamaForCausalLM])

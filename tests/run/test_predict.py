@@ -17,10 +17,10 @@ from tsqlora.data.write import write_rows
 from tsqlora.errors import DataError, NotLearnedError, SettingsError
 from tsqlora.layer_sensitivity import sensitivity
 from tsqlora.quality.scores import Scores
-from tsqlora.run import predict as inference
 from tsqlora.run.allocate import allocate_ranks
 from tsqlora.run.config import Config, load_config
-from tsqlora.run.predict import device_of, evaluate_run, open_run, predict_run
+from tsqlora.run.finished import device_of, open_run
+from tsqlora.run.predict import evaluate_run, predict_run
 from tsqlora.run.score import score_rows
 from tsqlora.run.train import train
 from tsqlora.training.record import RunRecord
@@ -55,11 +55,9 @@ def test_logits_do_not_depend_on_what_else_is_in_the_file(run: Path) -> None:
     trained = open_run(run)
     rows = read_rows(data_of(run))
     samples = trained.unlabelled(rows)
-    whole = trained.asking.logits(trained.model, samples.samples, phase="prediction", progress=None)
-    with torch.no_grad():
-        trained.model.eval()
-        alone = [trained.model(**trained.collate([sample])).logits for sample in samples.samples]
-    torch.testing.assert_close(torch.from_numpy(whole), torch.cat(alone), atol=1e-5, rtol=0)
+    whole = trained.predictor.logits(samples.samples, phase="prediction", progress=None)
+    alone = [trained.predictor.logits([sample], phase="prediction", progress=None) for sample in samples.samples]
+    np.testing.assert_allclose(whole, np.concatenate(alone), atol=1e-5)
 
 
 @pytest.mark.parametrize("extension", ["jsonl", "csv", "tsv", "parquet"])
@@ -192,9 +190,7 @@ def test_ranks_are_measured_with_the_loss_of_training_on_the_rows_that_it_had(ru
     scores = Scores.load(again / "scores.parquet")
     scores.drop(np.arange(len(scores)) < 10, "duplicate").save(again / "scores.parquet")
     with patch("tsqlora.run.allocate.sensitivity", side_effect=sensitivity) as measured:
-        allocate_ranks(
-            again, overrides=["quality.fraction=1.0", "ranks.samples=99", "training.label_smoothing_factor=0.1"]
-        )
+        allocate_ranks(again, overrides=["quality.fraction=1.0", "training.label_smoothing_factor=0.1"])
     assert len(measured.call_args.args[1]) == len(scores) - 10
     assert measured.call_args.kwargs["task"].label_smoothing == 0.1
 
@@ -207,9 +203,9 @@ def test_models_are_put_on_the_accelerator_unless_told_not_to(
         {"model": {"path": "m"}, "data": {"train": "t"}, "training": {"use_cpu": True} if use_cpu else {}}
     )
     found = torch.device("cuda")
-    monkeypatch.setattr(inference.torch.accelerator, "current_accelerator", lambda check_available: found)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found)
     assert device_of(config).type == device
-    monkeypatch.setattr(inference.torch.accelerator, "current_accelerator", lambda check_available: torch.device("mps"))
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("mps"))
     assert device_of(config).type == "cpu"
-    monkeypatch.setattr(inference.torch.accelerator, "current_accelerator", lambda check_available: None)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
     assert device_of(config).type == "cpu"

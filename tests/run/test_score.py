@@ -14,6 +14,7 @@ from tsqlora.data.cells import sample_hash
 from tsqlora.errors import DataError, NotLearnedError, SettingsError
 from tsqlora.quality import journal
 from tsqlora.quality.scores import Scores
+from tsqlora.run import finished
 from tsqlora.run import score as scoring
 from tsqlora.run.config import load_config
 from tsqlora.run.score import plan_scoring, score_rows
@@ -80,7 +81,7 @@ def killed(source: Path, out: Path, killer: Killer) -> None:
 
 
 MOMENTS = {
-    "reading": before(scoring, "prepare"),
+    "reading": before(finished, "prepare"),
     "loading": before(scoring, "open_run"),
     "reference": before(journal, "write_tensors"),
     "first batch": at("scoring", 8),
@@ -138,7 +139,7 @@ def test_what_was_done_is_not_done_again(place: Path, half_done: Path) -> None:
     assert seen == [("scoring", rows) for rows in range(24, 73, 8)]
 
 
-@pytest.mark.parametrize("override", ["training.seed=1", "training.learning_rate=0.01", "quality.reference=30"])
+@pytest.mark.parametrize("override", ["training.seed=1", "training.learning_rate=0.01", "quality.weights.loss=1"])
 def test_what_is_left_of_another_scoring_is_refused(override: str, place: Path, half_done: Path) -> None:
     with pytest.raises(SettingsError, match=r"s.parquet.partial/warm-up holds an unfinished scoring with other .*set"):
         score_rows(place / "config.yaml", half_done, overrides=[override])
@@ -220,7 +221,7 @@ def test_another_file_is_read_by_the_runs_columns(
 def test_what_cannot_be_scored_is_told_before_the_warm_up(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scoring, "fit_job", lambda *_, **__: pytest.fail("it trained"))
+    monkeypatch.setattr(scoring, "fit", lambda *_, **__: pytest.fail("it trained"))
     with pytest.raises(SettingsError, match="reject finds wrong labels of classes"):
         score_rows(
             place / "config.yaml", tmp_path / "s.parquet", overrides=["task.type=regression", "quality.reject=true"]

@@ -19,8 +19,8 @@ from tsqlora.errors import DataError, SettingsError, TsqLoraError, UnsupportedEr
 from tsqlora.interop.files import read_adapter, write_adapter
 from tsqlora.interop.verify import logits
 from tsqlora.run.config import Config, load_config
+from tsqlora.run.finished import open_run
 from tsqlora.run.job import load, with_slots
-from tsqlora.run.predict import open_run
 from tsqlora.run.start import with_start
 from tsqlora.run.train import dry_run, train
 from tsqlora.training.record import RunRecord

@@ -11,8 +11,11 @@ from byte_tokenizers import byte_tokenizer
 from models import generating, tiny_bart
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
 from tsqlora.errors import SettingsError
-from tsqlora.run import job
+from tsqlora.run import fit as run_fit
+from tsqlora.run.callbacks import build_callbacks
 from tsqlora.run.config import Config, load_config
+from tsqlora.run.fit import begin
+from tsqlora.run.job import load
 from tsqlora.run.train import train
 from tsqlora.training import fit
 from tsqlora.training.arguments import hardware_has_bf16, training_arguments
@@ -39,24 +42,22 @@ class Counted:
     def __init__(
         self, config: Config, run: Path, *, resume_from: Path | None = None, also: TrainerCallback | None = None
     ) -> None:
-        args = job.arguments(config, run)
-        loaded = job.load(config)
-        model, self.record = job.begin(loaded, args)
-        self.data, self.quality, self.ranks = job.method(loaded, run / "scores.parquet", None)
+        args, loaded = run_fit.arguments(config, run), load(config)
+        method = build_callbacks(loaded, run / "scores.parquet")
+        self.data, self.quality, self.ranks = method.data, method.quality, method.ranks
+        model, self.record = begin(loaded, args, method)
         self.told: list[tuple[str, int, int]] = []
         self.rows = self.tokens = 0
         counting = model.base_model.model.register_forward_pre_hook(self._count, with_kwargs=True)
         try:
-            job.fit_job(
-                loaded,
+            fit.fit(
                 model,
                 args,
-                self.data,
+                method,
+                loaded.inputs,
                 self.record,
-                self.quality,
-                self.ranks,
-                lambda phase, done, total, _pulse=None: self.told.append((phase, done, total)),
                 also=[also or TrainerCallback()],
+                progress=lambda phase, done, total, _pulse=None: self.told.append((phase, done, total)),
                 resume_from=resume_from,
             )
         finally:
@@ -209,10 +210,10 @@ def test_arguments_that_the_trainer_refuses_are_wrong_settings(wrong: dict[str, 
 def test_who_asks_for_fp16_alone_does_not_get_bfloat16_beside_it(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job, "hardware_has_bf16", lambda: True)
+    monkeypatch.setattr(run_fit, "hardware_has_bf16", lambda: True)
     unsaid = {**QUICK, "bf16": None}
-    assert job.arguments(settings(place, training=unsaid), tmp_path).bf16
-    args = job.arguments(settings(place, training={**unsaid, "fp16": True}), tmp_path)
+    assert run_fit.arguments(settings(place, training=unsaid), tmp_path).bf16
+    args = run_fit.arguments(settings(place, training={**unsaid, "fp16": True}), tmp_path)
     assert (args.fp16, args.bf16) == (True, False)
 
 

@@ -15,7 +15,8 @@ from tsqlora.compare.cells import Entry
 from tsqlora.errors import SettingsError, nearest
 from tsqlora.progress import Progress
 from tsqlora.quality.subset import QualitySubset
-from tsqlora.run.job import Job, quality_half, ranks_half, subset, with_slots
+from tsqlora.run.callbacks import quality_callback, rank_callback, subset
+from tsqlora.run.job import Job, with_slots
 from tsqlora.training.quality_callback import QualityCallback
 from tsqlora.training.rank_callback import RankCallback
 
@@ -63,13 +64,11 @@ def _random(job: Job, scores_path: Path, progress: Progress | None) -> Rows:
 
 def _by(job: Job, scores_path: Path, progress: Progress | None, **rule: Any) -> Rows:
     data = subset(job, job.config.quality.fraction)
-    return Rows(data, quality_half(job, data, scores_path, progress, **rule))
+    return Rows(data, quality_callback(job, data, scores_path, progress, **rule))
 
 
 def _quality(job: Job, scores_path: Path, progress: Progress | None) -> Rows:
-    q = job.config.quality
-    weights, temperature, reject = q.resolved_weights(), q.resolved_temperature(), q.resolved_reject()
-    return _by(job, scores_path, progress, weights=weights, temperature=temperature, reject=reject, guard=q.guard)
+    return _by(job, scores_path, progress)
 
 
 def _by_term(term: str) -> Policy:
@@ -136,7 +135,7 @@ def build(job: Job, method: str, *, steps: int) -> tuple[Built, RankCallback | N
     """The method's model, and our ranks where they move; the job's pretrained model is changed in place."""
     config, baseline = job.config, METHODS[method].baseline
     if baseline is None:
-        model, ranks = with_slots(config, job.pretrained), ranks_half(job)
+        model, ranks = with_slots(config, job.pretrained), rank_callback(job)
         return Built(model, (), lambda: active_parameters(model), lambda: ranks.final), ranks
     setup = Setup(
         pretrained=job.pretrained,

@@ -27,7 +27,7 @@ def preflight(
         settings = _of_seed(config, seed)
         job = load(settings)
         for entry in entries:
-            pretrained, _ = load_model(settings, job.data.splits.labels)
+            pretrained = load_model(settings, job.task, job.data.splits.labels)
             try:
                 rehearse(replace(job, pretrained=pretrained), Cell(entry, seed, settings.training.learning_rate), equal)
             except (SettingsError, UnsupportedError) as error:

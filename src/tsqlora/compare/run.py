@@ -21,7 +21,9 @@ from tsqlora.progress import Progress
 from tsqlora.quality.sampling import draw_size
 from tsqlora.quality.scores import Scores
 from tsqlora.run.config import Config
-from tsqlora.run.job import Job, arguments, fit_job, load, measure, require_drawable
+from tsqlora.run.fit import arguments, measure
+from tsqlora.run.job import Job, load
+from tsqlora.training.fit import Method, fit
 from tsqlora.training.live import peak_memory
 from tsqlora.training.quality_callback import SCORES_FILE
 from tsqlora.training.record import RunRecord
@@ -116,15 +118,13 @@ def _train(
         args = arguments(settings_of(job.config, cell, max_steps=steps), Path(folder))
         distributed.refuse_copies(args.n_gpu)
         rows = POLICIES[cell.entry.policy](job, Path(folder) / SCORES_FILE, progress)
-        if rows.quality is not None:
-            require_drawable(job, rows.quality)
         with record.timed("building"):
             set_seed(cell.seed)
             built, ranks = build(job, cell.entry.method, steps=steps)
         building = record.cost.pop("building")
         building.add(forward=built.cost.forward, backward=built.cost.backward, tokens=built.cost.tokens)
-        callbacks = (*built.callbacks, *also)
-        fit_job(job, built.model, args, rows.data, record, rows.quality, ranks, progress, also=callbacks)
+        method, callbacks = Method(rows.data, rows.quality, ranks), (*built.callbacks, *also)
+        fit(built.model, args, method, job.inputs, record, also=callbacks, progress=progress)
         record.cost = {"building": building} | record.cost
         measure(job, built.model, record, args, progress)
     return {

@@ -1,4 +1,4 @@
-"""Ranks alone, for any trainer: by a config's warm-up or a run's weights."""
+"""Ranks alone, for any trainer: after a config's warm-up or by a run's weights."""
 
 import tempfile
 from collections.abc import Sequence
@@ -6,79 +6,88 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tsqlora.errors import DataError, NotLearnedError, SettingsError
+from tsqlora.errors import DataError, NotLearnedError
 from tsqlora.interop.patterns import lora_config
 from tsqlora.layer_sensitivity import sensitivity, sensitivity_rows
 from tsqlora.progress import Progress
 from tsqlora.quality.epochs import EpochPlan
 from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import QualitySubset
-from tsqlora.ranks.allocate import allocate
+from tsqlora.ranks.allocate import Sensitivity, allocate
+from tsqlora.run.callbacks import build_callbacks, rank_callback
 from tsqlora.run.config import load_config
-from tsqlora.run.job import NOTHING_TO_SCORE, Job, arguments, begin, fit_job, load, method
-from tsqlora.run.predict import Trained, open_run
-from tsqlora.run.reading import read, trained_task
+from tsqlora.run.finished import FinishedRun, open_run
+from tsqlora.run.fit import arguments, begin
+from tsqlora.run.job import Job, load, require_scoring
+from tsqlora.run.reading import read
 from tsqlora.run.start import with_start
+from tsqlora.training.fit import fit
 from tsqlora.training.quality_callback import SCORES_FILE, QualityCallback
-from tsqlora.training.rank_callback import RankCallback
 
 
 def allocate_ranks(source: Path, *, overrides: Sequence[str] = (), progress: Progress | None = None) -> dict[str, Any]:
-    """LoraConfig's arguments with the ranks that the quality sample asks for."""
+    """LoraConfig's arguments with ranks by the sensitivities on the quality sample."""
     if source.is_dir():
         run = open_run(source, overrides)
-        config, chosen = run.config, ranks_of(run, source / SCORES_FILE)
+        config, ranks = run.config, _ranks_of(run, source / SCORES_FILE)
     else:
         config = with_start(load_config(source, overrides))
-        with tempfile.TemporaryDirectory() as folder:
-            ranks = warm_up(load(config), progress, scores_path=Path(folder) / SCORES_FILE)
-        chosen = ranks.events[0].ranks
-    return lora_config(chosen, config.adapter.alpha / config.ranks.mean)
+        require_scoring(config)
+        ranks = _first_ranks(load(config), progress)
+    return lora_config(ranks, config.adapter.alpha / config.ranks.mean)
 
 
-def ranks_of(run: Trained, scores_path: Path) -> dict[str, int]:
+def _ranks_of(run: FinishedRun, scores_path: Path) -> dict[str, int]:
     """Ranks by the sensitivities of a trained run, on its quality sample, or at random if unscored.
 
     Raises DataError if the scores are not those of the run's rows.
     """
-    r, seed = run.config.ranks, run.config.training.seed
-    samples = run.prepare(read(run.config)).samples["train"]
+    r = run.config.ranks
+    job = run.job(read(run.config))
+    samples = job.data.samples["train"]
     rows = np.arange(len(samples))
     if scores_path.exists():
         scores = Scores.load(scores_path)
         if scores.hashes != samples.hashes:
             raise DataError(f"{scores_path} has scores of other rows than {run.config.data.train} has now; train anew")
-        epoch = int(scores.record.get("epoch", 0))
-        plan = EpochPlan(len(scores), run.config.quality.fraction, seed, scores=scores, scored_epoch=epoch)
+        fraction, epoch = run.config.quality.fraction, int(scores.record.get("epoch", 0))
+        plan = EpochPlan(len(scores), fraction, run.config.training.seed, scores=scores, scored_epoch=epoch)
         rows = np.unique(plan.draw(epoch))  # where few are kept an epoch repeats them
-    rows = rows[sensitivity_rows(len(rows), r.samples, seed)]
-    measured = sensitivity(
-        run.model,
-        [samples[row] for row in rows.tolist()],
-        run.collate,
-        estimator=r.estimator,
-        task=trained_task(run.config),
-        batch_size=run.config.training.batch_size,
+    measured = sensitivities(job, run.model, rows, estimator=r.estimator)
+    return dict(allocate(measured, mean_rank=r.mean, min_rank=r.min, max_rank=r.resolved_max()))
+
+
+def sensitivities(job: Job, model: nn.Module, rows: np.ndarray, *, estimator: str) -> Sensitivity:
+    """Layer sensitivities on as many of these training rows as RankCallback takes, drawn by the seed."""
+    samples, training = job.data.samples["train"], job.config.training
+    chosen = sensitivity_rows(len(rows), rank_callback(job).samples, training.seed)
+    return sensitivity(
+        model,
+        [samples[row] for row in rows[chosen].tolist()],
+        job.collate,
+        estimator=estimator,
+        task=job.task,
+        batch_size=training.batch_size,
     )
-    return allocate(measured, mean_rank=r.mean, min_rank=r.min, max_rank=r.resolved_max(), gamma=r.gamma)
 
 
-def warm_up(job: Job, progress: Progress | None, *, scores_path: Path) -> RankCallback:
-    """Trains only until the rows are scored and the first ranks are decided.
+def _first_ranks(job: Job, progress: Progress | None) -> dict[str, int]:
+    """The first ranks that a training decides; it ends once the rows are scored.
 
     Raises NotLearnedError if the model is still at chance when the config gives up.
     """
-    if not job.config.quality.enabled:
-        raise SettingsError(NOTHING_TO_SCORE)
     with tempfile.TemporaryDirectory() as folder:
         args = arguments(job.config, Path(folder))
-        model, record = begin(job, args)
-        data, quality, ranks = method(job, scores_path, progress)
-        assert quality is not None
-        fit_job(job, model, args, data, record, quality, ranks, progress, also=[StopOnceScored(data, quality)])
-    return ranks
+        method = build_callbacks(job, Path(folder) / SCORES_FILE, progress)
+        assert method.quality is not None
+        assert method.ranks is not None
+        model, record = begin(job, args, method)
+        stop = StopOnceScored(method.data, method.quality)
+        fit(model, args, method, job.inputs, record, also=[stop], progress=progress)
+    return dict(method.ranks.events[0].ranks)
 
 
 class StopOnceScored(TrainerCallback):

@@ -45,7 +45,7 @@ def model_card(run: Path, *, format: str = "peft", cut: bool = False) -> str:
     The card of an adapter whose ranks were `cut` since has neither ranks nor results: they are not its own.
     Paths of this machine do not appear: a directory or a file has only its name.
     """
-    config, record = load_config(run / CONFIG_FILE), RunRecord.load(run)
+    config, record = load_config(run / CONFIG_FILE, trained=True), RunRecord.load(run)
     if cut:
         record = replace(record, metrics={}, ranks={})
     blocks, ranks = _ranks({} if format == "merged" else record.ranks)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from huggingface_hub import HfApi
 
 from tsqlora.compat.hub import is_hub_id
@@ -11,10 +12,10 @@ from tsqlora.errors import SettingsError, TsqLoraError, nearest
 from tsqlora.interop.base import Base, base_of
 from tsqlora.interop.export import export_adapter, reload
 from tsqlora.interop.verify import logits, takes_tokens
-from tsqlora.layer_sensitivity import sensitivity, sensitivity_rows
+from tsqlora.run.allocate import sensitivities
 from tsqlora.run.card import write_card
-from tsqlora.run.predict import open_run
-from tsqlora.run.reading import read, trained_task
+from tsqlora.run.finished import open_run
+from tsqlora.run.reading import read
 from tsqlora.training.run_dir import adapter_folder, is_run
 
 WHOLE = "model.quantization=null"
@@ -97,17 +98,9 @@ def curvature(source: Path) -> dict[str, float]:
     if not is_run(source):
         raise SettingsError(f"{source} is no run, and which rows it was trained on is not known; leave out --by")
     run = open_run(source)
-    samples, settings = run.prepare(read(run.config)).samples["train"], run.config.ranks
-    rows = sensitivity_rows(len(samples), settings.samples, run.config.training.seed)
-    measured = sensitivity(
-        run.model,
-        [samples[row] for row in rows],
-        run.collate,
-        estimator="fisher",
-        task=trained_task(run.config),
-        batch_size=run.config.training.batch_size,
-    )
-    return dict(measured.values)
+    job = run.job(read(run.config))
+    rows = np.arange(len(job.data.samples["train"]))
+    return dict(sensitivities(job, run.model, rows, estimator="fisher").values)
 
 
 WEIGHINGS: Mapping[str, Callable[[Path], dict[str, float] | None]] = {
@@ -124,7 +117,7 @@ def _base_of_run(run: Path) -> Base:
         opened = open_run(run, [WHOLE, *([] if dtype is None else [f"model.dtype={dtype}"])])
         return opened.model.unload().cpu().eval()
 
-    return Base(lambda: load(None), load, lambda: open_run(run, [WHOLE]).tokenizer)
+    return Base(lambda: load(None), load, lambda: open_run(run, [WHOLE]).pretrained.tokenizer)
 
 
 def _off_packed(run: Path, merged: Path) -> list[str]:

@@ -47,8 +47,6 @@ def require_of_task(config: Config, keys: Collection[str] | None = None) -> None
     task = get_task(config.task.type)
     foreign = dict(OF_ANSWERS if task.answer == "text" else OF_TEXTS)
     causal = task.name == "causal-lm"
-    if task.answer != "text" or causal:
-        foreign["data.max_target_length"] = "data.max_length"
     if not causal:
         foreign["data.packing"] = None
     if task.answer == "number" and config.training.further_arguments().get("label_smoothing_factor"):
@@ -66,4 +64,4 @@ def writing_of(config: Config) -> Writing | None:
     task = get_task(config.task.type)
     if task.answer != "text":
         return None
-    return Writing(seq2seq=task.name == "seq2seq", max_target_length=config.data.max_target_length)
+    return Writing(seq2seq=task.name == "seq2seq", max_target_length=None)

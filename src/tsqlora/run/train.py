@@ -21,13 +21,15 @@ from tsqlora.oom import even_parts, is_out_of_memory, retry_on_oom
 from tsqlora.progress import Progress
 from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import QualitySubset
+from tsqlora.run.callbacks import build_callbacks
 from tsqlora.run.card import write_card
 from tsqlora.run.config import Config, dump_config, load_config
-from tsqlora.run.job import arguments, begin, fit_job, load, measure, method
+from tsqlora.run.fit import arguments, begin, measure
+from tsqlora.run.job import load
 from tsqlora.run.preview import marked_samples
 from tsqlora.run.start import with_start
 from tsqlora.training.checkpoints import micro_batch_size, newest_complete, require_resumable_saves
-from tsqlora.training.fit import what_quality_did
+from tsqlora.training.fit import fit, what_quality_did
 from tsqlora.training.quality_callback import SCORES_FILE, QualityCallback
 from tsqlora.training.record import RECORD_FILE, RunRecord
 from tsqlora.training.run_dir import ADAPTER_DIR, CHECKPOINT_DIR, CONFIG_FILE, locked, written
@@ -65,7 +67,8 @@ def _train(
     job = load(config)
     if before is not None and before.data["hash"] != job.data.hash:
         raise DataError(f"{config.data.train} has other rows than when {run} was begun; name another --out")
-    model, record = begin(job, args)
+    method = build_callbacks(job, run / SCORES_FILE, progress)
+    model, record = begin(job, args, method)
     checkpoint, passed_over = newest_complete(run / CHECKPOINT_DIR)
     for why in passed_over:
         warnings.warn(why, stacklevel=2)
@@ -74,9 +77,10 @@ def _train(
         record.notes += other_versions(before.versions, record.versions)
     if rows < config.training.batch_size:
         record.notes.append(_in_parts(config, rows))
-    data, quality, ranks = method(job, run / SCORES_FILE, progress)
     also = [WriteStart(run, config, record), stop]
-    fit_job(job, model, args, data, record, quality, ranks, progress, also=also, resume_from=checkpoint, run=run)
+    fit(model, args, method, job.inputs, record, also=also, resume_from=checkpoint, progress=progress, run=run)
+    data, quality, ranks = method.data, method.quality, method.ranks
+    assert ranks is not None
     if quality is not None:
         record.notes += what_to_note(quality, data)
     record.notes += ranks.notes
@@ -127,8 +131,7 @@ def dry_run(config: Config) -> dict[str, Any]:
     job = load(with_start(config))
     args = arguments(job.config, Path("run"))
     require_resumable_saves(args)
-    _, record = begin(job, args)
-    method(job, Path("run") / SCORES_FILE, None)  # its names and numbers are checked too
+    _, record = begin(job, args, build_callbacks(job, Path("run") / SCORES_FILE))
     notes = [note for note in record.notes if note not in record.plan["without_effect"]]
     told = {**record.plan, "columns": job.data.columns(), "max_length": job.max_length, "notes": notes}
     if job.data.splits.format is None:

@@ -187,7 +187,7 @@ class RankLoop:
         if len(self.steps) > 0 and self.step >= self.steps[-1]:
             self._note(
                 f"ranks were set at step {self.step} and stay: the last step to adjust them was {self.steps[-1]}; "
-                "train longer, or lower quality.warmup or ranks.freeze"
+                "train longer, or lower quality.warmup or freeze"
             )
         self.seconds += time.perf_counter() - begun
 
@@ -248,7 +248,7 @@ class RankLoop:
         if not self.events and self._withheld:
             self._note(
                 f"ranks are as they were: the last step to adjust them was {self.steps[-1]}, and until then scoring "
-                "was to come; train longer, or lower quality.warmup or ranks.freeze"
+                "was to come; train longer, or lower quality.warmup or freeze"
             )
         elif not self.events and len(self.steps) > 0:
             raise TsqLoraError(

@@ -10,7 +10,6 @@ from tsqlora.run.config.settings import (
     QualitySettings,
     RankSettings,
     Section,
-    WeightSettings,
 )
 from tsqlora.run.config.template import template
 
@@ -23,7 +22,6 @@ __all__ = [
     "QualitySettings",
     "RankSettings",
     "Section",
-    "WeightSettings",
     "dump_config",
     "load_config",
     "template",

@@ -11,19 +11,20 @@ from pydantic import ValidationError
 from tsqlora.compat.yaml import MOST_BYTES, YamlProblem, dump_yaml, load_yaml
 from tsqlora.errors import SettingsError
 from tsqlora.run.config.messages import explain
-from tsqlora.run.config.settings import Config
+from tsqlora.run.config.settings import Config, without_removed
 
 
-def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, trained: bool = False) -> Config:
     """The settings in a YAML file, checked.
 
     `overrides` are `key.key=value` with the value in YAML; they win over the file. A relative
     `model.path` or data file is looked for in the working directory, then beside the file, and
-    made absolute where found; what is not found is left as it is: a hub id.
+    made absolute where found; what is not found is left as it is: a hub id. With `trained` the file is a finished
+    run's: settings that were removed since, which steered its training, are passed over.
 
     Raises `SettingsError` naming the file (or `--set`), the dotted key, its value and the cure.
     """
-    raw = _read(path)
+    raw = without_removed(_read(path), any_value=trained)
     assignments = [_parse_override(override) for override in overrides]
     for key, value in assignments:
         _assign(raw, key, value)

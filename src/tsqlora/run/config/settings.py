@@ -8,31 +8,21 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from tsqlora.compat.hub import is_revision
-from tsqlora.errors import SettingsError
+from tsqlora.errors import SettingsError, nearest
 from tsqlora.ranks.budget import default_max_rank
 
 PresetName = Literal["default", "paper"]
 
 
-class Preset(NamedTuple):
-    """The weights of Q (METHOD eq. 4), and whether rows whose label seems wrong are left out (ours)."""
-
-    gradient_norm: float
-    loss_reduction: float
-    convergence: float
-    loss: float
-    ifd: float
-    reject: bool
-
-
-PRESETS: Mapping[PresetName, Preset] = {
-    "default": Preset(gradient_norm=0.0, loss_reduction=0.0, convergence=0.0, loss=0.0, ifd=0.0, reject=True),
-    "paper": Preset(gradient_norm=1 / 3, loss_reduction=1 / 3, convergence=1 / 3, loss=0.0, ifd=0.0, reject=False),
+PRESETS: Mapping[PresetName, Mapping[str, float]] = {
+    "default": {},
+    "paper": {"gradient_norm": 1 / 3, "loss_reduction": 1 / 3, "convergence": 1 / 3},
 }
+"""Weights of the terms of Q (METHOD eq. 4). Without weights, no Q decides."""
 
 
 class Section(BaseModel):
@@ -93,60 +83,34 @@ class DataSettings(Section):
     target: str | None = setting(None, "Column of the text to be written; null finds the usual ones.")
     messages: str | None = setting(None, "Column of a chat's messages; null finds the usual ones.")
     max_length: int | None = setting(None, "Tokens kept of a sample; null is the model's own limit.", ge=1)
-    max_target_length: int | None = setting(
-        None, "Tokens that a target may have behind an encoder; null is max_length.", ge=1
-    )
     packing: bool = setting(False, "Train a causal model on rows that several samples share, each as if alone.")
     validation_fraction: float = setting(
         0.1, "Share of the training rows used where no validation is given.", gt=0, lt=1
     )
 
 
-class WeightSettings(Section):
-    gradient_norm: float | None = setting(None, "Weight of the gradient norm in Q; null is the preset's.")
-    loss_reduction: float | None = setting(None, "Weight of the loss reduction in Q; null is the preset's.")
-    convergence: float | None = setting(None, "Weight of the convergence term in Q; null is the preset's.")
-    loss: float | None = setting(None, "Weight of the loss in Q; null is the preset's.")
-    ifd: float | None = setting(
-        None, "Weight of the instruction-following difficulty in Q, of causal-lm; null is the preset's."
-    )
-
-
 class QualitySettings(Section):
     enabled: bool = setting(True, "Draw rows by quality; false draws the same share at random.")
     fraction: float = setting(0.5, "Share of the rows that an epoch trains on.", gt=0, le=1)
-    preset: PresetName = setting("default", "Where weights and reject come from if not set.")
+    preset: PresetName = setting("default", "Where the weights that are not set come from; paper is the published Q.")
     reject: bool | None = setting(
-        None, "Leave out rows whose label seems wrong, of classes, if there is evidence; null is the preset's."
+        None, "Leave out rows whose label seems wrong; null does where classes are drawn without weights."
     )
-    weights: WeightSettings = setting(
-        WeightSettings(), "Weights of the terms of Q; where all are 0, kept rows are drawn equally often."
+    weights: dict[str, float] = setting(
+        {}, "Weights of the terms of Q; where none is above 0, kept rows are drawn equally often."
     )
     temperature: float | None = setting(None, "Of the softmax over Q: small is choosy; null is 1.", gt=0)
     warmup: float = setting(1.0, "Passes over all rows, drawn at random, before scoring.", gt=0)
-    warmup_limit: float = setting(0.5, "Share of the run after which a model still at chance is refused.", gt=0, le=1)
-    resample: bool = setting(True, "Draw anew each epoch; false keeps the first draw.")
-    scope: Literal["adapter", "full"] = setting(
-        "adapter", "Gradients of what trains, or of the full target layers and the head."
-    )
-    reference: int = setting(512, "Rows whose mean gradient a sample is compared with.", ge=2)
-    calibrate: bool = setting(True, "Correct a leaning to one class before scoring.")
-    guard: bool = setting(True, "Draw at random where the rows that Q draws would teach less than random ones.")
+    resample: bool = setting(True, "Sample fresh rows each epoch; false keeps the first draw.")
 
     def resolved_weights(self) -> dict[str, float] | None:
         """Weight of each term of Q: what is set, else the preset's; None where all are 0: no Q decides.
 
-        >>> QualitySettings(weights=WeightSettings(gradient_norm=2.0)).resolved_weights()
-        {'gradient_norm': 2.0, 'loss_reduction': 0.0, 'convergence': 0.0, 'loss': 0.0, 'ifd': 0.0}
+        >>> QualitySettings(weights={"gradient_norm": 2.0, "loss": 0.0}).resolved_weights()
+        {'gradient_norm': 2.0}
         """
-        preset = PRESETS[self.preset]._asdict()
-        given = self.weights.model_dump()
-        weights = {term: preset[term] if weight is None else weight for term, weight in given.items()}
-        return weights if any(weights.values()) else None
-
-    def weighted_terms(self) -> list[str]:
-        """The terms that decide."""
-        return [term for term, weight in (self.resolved_weights() or {}).items() if weight]
+        weights = {term: weight for term, weight in ({**PRESETS[self.preset], **self.weights}).items() if weight}
+        return weights or None
 
     def resolved_temperature(self) -> float:
         """Temperature of the softmax over Q."""
@@ -154,16 +118,27 @@ class QualitySettings(Section):
 
     def resolved_reject(self) -> bool | None:
         """Whether rows whose label seems wrong are left out; None: of classes, not of numbers."""
-        if self.reject is None and PRESETS[self.preset].reject:
+        if self.reject is None:
             return None if self.resolved_weights() is None else False
-        return bool(self.reject)
+        return self.reject
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _null_is_the_presets(cls, given: Any) -> Any:
+        given = {} if given is None else given
+        return {term: weight for term, weight in given.items() if weight is not None} if type(given) is dict else given
 
     @model_validator(mode="after")
-    def _temperature_has_a_softmax(self) -> "QualitySettings":
+    def _terms_exist(self) -> "QualitySettings":
+        if self.weights:
+            from tsqlora.quality.terms import TERMS  # imports torch
+
+            for term in self.weights.keys() - TERMS.keys():
+                raise SettingsError(f"unknown key 'quality.weights.{term}'; {nearest(term, TERMS)}")
         if self.temperature is not None and self.resolved_weights() is None:
             raise SettingsError(
-                f"quality.temperature {self.temperature} is of a softmax over Q, and every weight of Q is 0; set "
-                "quality.weights or quality.preset, or leave it out"
+                f"quality.temperature {self.temperature} needs softmax sampling, but all weights are 0; set "
+                "quality.weights or quality.preset, or remove it"
             )
         return self
 
@@ -173,15 +148,10 @@ class RankSettings(Section):
     mean: float = setting(8.0, "Rank of a uniform LoRA of the same number of parameters.", gt=0, le=65536)
     min: int = setting(1, "Least rank of a layer; 0 may remove it.", ge=0)
     max: int | None = setting(None, "Greatest rank of a layer; null is twice the mean.", ge=1, le=65536)
-    gamma: float = setting(1.0, "Ranks follow sensitivity to this power; 0 is uniform.", ge=0)
     estimator: str = setting(
         "sampled", "How a layer's sensitivity is measured: sampled, sensitivity, fisher, adapter, uniform, random."
     )
-    samples: int = setting(256, "Rows of the quality sample on which it is measured.", ge=1)
     interval: int | None = setting(None, "Optimizer steps between changes; null is 1/20 of the run, at least 10.", ge=1)
-    warmup: float = setting(0.1, "Share of the run before ranks may change.", ge=0, lt=1)
-    freeze: float = setting(0.3, "Share of the run at its end without changes.", ge=0, lt=1)
-    moves: int | None = setting(None, "Ranks that may move in the first change; null is 1/4 of the layers.", ge=1)
 
     def resolved_max(self) -> int:
         """Greatest rank of a layer: what is set, else twice the mean, rounded up."""
@@ -192,11 +162,6 @@ class RankSettings(Section):
         if self.min > self.resolved_max():
             raise SettingsError(
                 f"ranks.min {self.min} is above ranks.max {self.resolved_max()}; lower it or raise ranks.max"
-            )
-        if self.warmup + self.freeze >= 1:
-            raise SettingsError(
-                f"ranks.warmup {self.warmup} and ranks.freeze {self.freeze} leave no steps in which ranks "
-                "change; make their sum less than 1"
             )
         return self
 
@@ -217,7 +182,6 @@ REFUSED_ARGUMENTS: Mapping[str, str] = {
     "num_train_epochs": "set training.epochs",
     "max_steps": "set training.epochs",
     "per_device_train_batch_size": "set training.batch_size",
-    "per_device_eval_batch_size": "set training.eval_batch_size",
     "output_dir": "give the run directory as --out",
     "resume_from_checkpoint": "give --resume",
     "hub_token": "log in with `hf auth login` or set HF_TOKEN: settings are copied into the run's files",
@@ -238,13 +202,18 @@ class TrainingSettings(Section):
     epochs: int = setting(6, "Passes over the drawn share of the rows, warm-up included.", ge=1)
     learning_rate: float = setting(5e-4, "Peak learning rate.", gt=0)
     batch_size: int = setting(16, "Samples of a training batch on each device.", ge=1)
-    eval_batch_size: int = setting(64, "Samples of an evaluation batch.", ge=1)
-    bf16: bool | None = setting(None, "Compute in bfloat16; null does where the hardware has it.")
     seed: int = setting(0, "Of every random draw.", ge=0, lt=2**32)
 
     def further_arguments(self) -> dict[str, Any]:
         """The settings that are handed on to `transformers.TrainingArguments` as they are."""
         return dict(self.model_extra or {})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bf16_null_is_not_set(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("bf16", 0) is None:  # as version 0.1 wrote it
+            return {name: value for name, value in given.items() if name != "bf16"}
+        return given
 
     @model_validator(mode="after")
     def _further_names_are_known(self) -> "TrainingSettings":
@@ -266,9 +235,21 @@ class Removed(NamedTuple):
 
 # A file that has one at its former default still loads: the run that it describes is the same.
 REMOVED_SETTINGS: Mapping[str, Removed] = {
+    "data.max_target_length": Removed(None, "set data.max_length, which targets behind an encoder have too"),
+    "quality.warmup_limit": Removed(0.5, "it is the argument limit of QualityCallback; remove it"),
+    "quality.scope": Removed("adapter", "it is an argument of tsqlora.score and QualityCallback; remove it"),
+    "quality.reference": Removed(512, "it is an argument of tsqlora.score and QualityCallback; remove it"),
+    "quality.calibrate": Removed(True, "it is the argument calibration of tsqlora.score; remove it"),
+    "quality.guard": Removed(True, "it is an argument of QualityCallback; remove it"),
     "quality.unbiased": Removed(False, "rows drawn by Q taught less than random rows also with weights; leave it out"),
     "quality.recheck": Removed(False, "a second look for wrong labels did not help; leave it out"),
     "quality.harvest": Removed(False, "terms from training's own passes hardly know wrong labels; use tsqlora score"),
+    "ranks.gamma": Removed(1.0, "it is an argument of RankCallback and tsqlora.allocate; remove it"),
+    "ranks.samples": Removed(256, "it is an argument of RankCallback; remove it"),
+    "ranks.warmup": Removed(0.1, "it is an argument of RankCallback; remove it"),
+    "ranks.freeze": Removed(0.3, "it is an argument of RankCallback; remove it"),
+    "ranks.moves": Removed(None, "it is an argument of RankCallback; remove it"),
+    "training.eval_batch_size": Removed(64, "set training.per_device_eval_batch_size"),
 }
 
 
@@ -288,21 +269,28 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _drop_removed_settings(cls, given: Any) -> Any:
-        for key, removed in REMOVED_SETTINGS.items():
-            given = _without(given, key.split("."), f"{key} was removed", removed)
-        return given
+        return without_removed(given)
 
 
-def _without(given: Any, path: Sequence[str], what: str, removed: Removed) -> Any:
-    """The mapping without the key at this path; SettingsError where it holds anything but its former default."""
+def without_removed(given: Any, *, any_value: bool = False) -> Any:
+    """The mapping without REMOVED_SETTINGS.
+
+    Raises SettingsError for one that has another value than its former default, unless `any_value` allows it.
+    """
+    for key, removed in REMOVED_SETTINGS.items():
+        given = _without(given, key.split("."), None if any_value else removed, key)
+    return given
+
+
+def _without(given: Any, path: Sequence[str], removed: Removed | None, key: str) -> Any:
     name, *inner = path
     if not isinstance(given, dict) or name not in given:
         return given
     if inner:
-        return given | {name: _without(given[name], inner, what, removed)}
-    if given[name] != removed.default:
-        raise SettingsError(f"{what}: {removed.why}")
-    return {key: value for key, value in given.items() if key != name}
+        return given | {name: _without(given[name], inner, removed, key)}
+    if removed is not None and given[name] != removed.default:
+        raise SettingsError(f"{key} was removed: {removed.why}")
+    return {other: value for other, value in given.items() if other != name}
 
 
 def _trainer_arguments() -> frozenset[str]:

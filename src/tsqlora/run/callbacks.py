@@ -1,0 +1,89 @@
+"""The callbacks that a config describes, and the rows that they draw."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tsqlora.errors import SettingsError
+from tsqlora.progress import Progress
+from tsqlora.quality.asked import require_terms
+from tsqlora.quality.sampling import stratum_sizes
+from tsqlora.quality.subset import QualitySubset
+from tsqlora.run.config import Config
+from tsqlora.run.job import Job
+from tsqlora.tasks.classification import Classification
+from tsqlora.training.fit import Method
+from tsqlora.training.quality_callback import QualityCallback
+from tsqlora.training.rank_callback import RankCallback
+
+
+def subset(job: Job, fraction: float) -> QualitySubset:
+    """The training rows, of which an epoch sees this share."""
+    samples, training = job.data.samples["train"], job.config.training
+    return QualitySubset(
+        samples,
+        fraction,
+        training.seed,
+        resample=job.config.quality.resample,
+        lengths=samples.lengths,
+        batch_size=training.batch_size,
+    )
+
+
+def scoring_rule(config: Config) -> dict[str, Any]:
+    """How scores become draws, as arguments of `tsqlora.score` and QualityCallback."""
+    q = config.quality
+    return {"weights": q.resolved_weights(), "temperature": q.resolved_temperature(), "reject": q.resolved_reject()}
+
+
+def quality_callback(
+    job: Job, data: QualitySubset, scores_path: Path, progress: Progress | None, **rule: Any
+) -> QualityCallback:
+    """The QualityCallback that the config describes, with another rule than `scoring_rule` where one is given.
+
+    Raises SettingsError or UnsupportedError for terms that the task does not have, and for a draw that is too small.
+    """
+    samples, classes = job.data.samples["train"], isinstance(job.task, Classification)
+    if job.config.quality.reject and not classes:
+        raise SettingsError(
+            f"quality.reject finds wrong labels of classes, and the task is {job.task.name}; leave it out"
+        )
+    quality = QualityCallback(
+        data,
+        job.config.quality.warmup,
+        **(scoring_rule(job.config) | rule),
+        seed=job.config.training.seed,
+        hashes=samples.hashes,
+        ids=samples.ids,
+        about=job.scored_rows,
+        scores_path=scores_path,
+        progress=progress,
+        collate=job.collate,
+    )
+    if quality.weights is not None:
+        require_terms(quality.weights, job.task)
+        if classes:
+            stratum_sizes(np.unique(samples.labels, return_counts=True)[1], len(data))
+    return quality
+
+
+def rank_callback(job: Job) -> RankCallback:
+    """The RankCallback that the config describes."""
+    r = job.config.ranks
+    return RankCallback(
+        r.interval,
+        min_rank=r.min,
+        policy=r.policy,
+        estimator=r.estimator,
+        seed=job.config.training.seed,
+        collate=job.collate,
+    )
+
+
+def build_callbacks(job: Job, scores_path: Path, progress: Progress | None = None) -> Method:
+    """The QualitySubset, QualityCallback and RankCallback that the config describes."""
+    q = job.config.quality
+    data = subset(job, q.fraction)
+    quality = quality_callback(job, data, scores_path, progress) if q.enabled else None
+    return Method(data, quality, rank_callback(job))
