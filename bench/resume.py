@@ -67,16 +67,16 @@ def child(arguments: list[str], told: Any, log: str) -> None:
     import torch
 
     from tsqlora.cli import commands as cli
-    from tsqlora.cli import display
+    from tsqlora.cli import progress_bars
 
     torch.set_num_threads(1)
-    progress = display.Display.progress
+    progress = progress_bars.Display.progress
 
     def counted(self: Any, phase: str, done: int, total: int) -> None:
         told[:] = [told[0] + 1, PHASES.index(phase), done, total]
         progress(self, phase, done, total)
 
-    display.Display.progress = counted
+    progress_bars.Display.progress = counted
     sys.argv = ["tsqlora", *arguments]
     cli.main()
 

@@ -15,7 +15,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 CLI = """# Command line
 
-<!-- Made by scripts/reference_pages.py from src/tsqlora/cli.py. -->
+<!-- Made by scripts/reference_pages.py from src/tsqlora/cli/. -->
 
 `tsqlora COMMAND --help` says the same in a terminal. Exit codes: 0 done, 1 failed while running, 2 wrong usage or
 settings, 3 bad data, 130 Ctrl-C, 143 SIGTERM. An error is one or two lines: the thing, the value, the cure; `--debug`
@@ -25,7 +25,7 @@ after any command shows where it arose.
 
 SETTINGS = """# All settings
 
-<!-- Made by scripts/reference_pages.py from src/tsqlora/config/settings.py. -->
+<!-- Made by scripts/reference_pages.py from src/tsqlora/run/config/settings.py. -->
 
 This is what `tsqlora init` writes: every setting with what it takes and its default. Two are required, `model.path`
 and `data.train`; leave out what you do not change. [Choosing settings](settings.md) says which of them matter. A name

@@ -11,7 +11,6 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from tsqlora.cli.display import (
-    Display,
     layer_places,
     ranks_table,
     show_allocation,
@@ -22,6 +21,7 @@ from tsqlora.cli.display import (
     show_scores,
     show_scoring_plan,
 )
+from tsqlora.cli.progress_bars import Display
 from tsqlora.progress import Pulse
 
 KINDS = ("attention.self.query", "attention.self.value", "attention.output.dense", "intermediate.dense")

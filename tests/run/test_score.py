@@ -241,7 +241,7 @@ def test_an_error_leaves_nothing_behind(place: Path, tmp_path: Path) -> None:
 def test_a_plan_counts_what_is_then_done(source: str, place: Path, run: Path, tmp_path: Path) -> None:
     plan = plan_scoring(place / source)
     assert (plan["rows"], plan["batches"]) == (72, 9)
-    assert plan["passes"]["scoring"] == {"forward": 2 * 72 + 2 * 40, "backward": 72 + 40}
+    assert plan["passes"]["scoring"] == {"forward": 2 * 72 + 2 * 72, "backward": 72 + 72}
     assert plan["passes"].get("warm-up") == ({"forward": 72, "backward": 72} if source == "config.yaml" else None)
     assert plan["memory_bytes"] > 0
     assert plan["held_out"] == 8

@@ -113,7 +113,7 @@ def test_a_warm_up_that_turns_out_longer_has_longer_bars(place: Path, tmp_path: 
     warm_up = [(done, total) for phase, done, total in refused.told if phase == "warm-up"]
     assert warm_up == [(step, max(8, -(-step // 4) * 4)) for step in range(1, len(warm_up) + 1)]
     assert refused.quality is not None
-    assert refused.record.cost["scoring"].forward == 40 * len(refused.quality.attempts)
+    assert refused.record.cost["scoring"].forward == len(refused.data.dataset) * len(refused.quality.attempts)
     assert refused.record.cost["scoring"].backward == 0
     assert "ranks" not in refused.record.cost
 

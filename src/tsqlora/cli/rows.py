@@ -1,0 +1,112 @@
+"""Commands that choose rows and ranks for any trainer: score, select, allocate."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tsqlora.cli import console
+from tsqlora.cli.display import show_allocation, show_numbers, show_scores, show_scoring_plan
+from tsqlora.cli.options import Json, Set, Source
+from tsqlora.cli.progress_bars import Display
+from tsqlora.errors import SettingsError
+from tsqlora.files import write_json
+
+if TYPE_CHECKING:
+    from tsqlora.quality.scores import Scores
+
+
+def score(
+    source: Annotated[Path, typer.Argument(metavar="CONFIG|RUN|SCORES", help="Scores only to explain them.")],
+    out: Annotated[Path | None, typer.Option(help="Parquet file to write.")] = None,
+    set_: Set = None,
+    drop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KIND", help="Kind of rows that is never drawn: duplicate, outlier; repeatable."),
+    ] = None,
+    explain: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Show the N best, worst and most suspicious samples."),
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="The scored file, where --explain does not find it.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, score nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Scores every training row: after a config's warm-up, or by the weights of a run.
+
+    Without data.validation a tenth of the rows is held out, as in training.
+    Of a RUN and another file (--set data.train=...) every row is scored.
+    Rows are never all in memory. A scoring that was cut off goes on when the
+    same command is given again: what it has is kept in OUT.partial until it is
+    done.
+
+    Example: tsqlora score tsq.yaml --out scores.parquet --explain 10
+    """
+    from tsqlora.quality.scores import Scores
+    from tsqlora.run.score import plan_scoring, score_rows
+
+    if data is not None and explain is None:
+        raise SettingsError(
+            "--data is where --explain N finds the scored rows; rows to score are named by --set data.train=FILE"
+        )
+    if source.suffix == ".parquet" and source.is_file():
+        if drop or set_ or out or dry_run or explain is None:
+            raise SettingsError(f"{source} has scores already; give --explain N, and leave out what makes new ones")
+        out, scores = source, Scores.load(source)
+    elif dry_run:
+        console.show(plan_scoring(source, overrides=set_ or [], drop=drop or []), as_json, show_scoring_plan)
+        return
+    elif out is None:
+        raise SettingsError("score writes a file; name it: --out scores.parquet")
+    else:
+        with Display(console.stderr) as display:
+            scores = score_rows(source, out, overrides=set_ or [], drop=drop or [], progress=display.progress)
+    console.show(_summary(scores, out, explain, data), as_json, show_scores)
+
+
+def _summary(scores: "Scores", path: Path, explain: int | None, data: Path | None) -> dict[str, Any]:
+    """How the scores came to be, and with `explain` so many samples of each kind."""
+    from tsqlora.quality.explain import explain as explain_samples
+
+    names = ("eta", "effective_sample_size", "reference_rows", "weights", "temperature", "scope")
+    counts = {"rows": len(scores), "kept": int(scores.kept.sum()), "held_out": scores.record.get("held_out", 0)}
+    summary = {"scores": str(path), **counts, **{name: scores.record[name] for name in names}}
+    return summary if explain is None else summary | {"explained": explain_samples(scores, explain, data=data)}
+
+
+def select(
+    scores: Annotated[Path, typer.Argument(metavar="SCORES", help="What `tsqlora score` wrote.")],
+    out: Annotated[Path, typer.Option(help="File to write: .jsonl, .csv, .tsv or .parquet.")],
+    fraction: Annotated[float, typer.Option(help="Share of the rows, above 0 and at most 1.")],
+    seed: Annotated[int, typer.Option(help="Of the draw.", min=0)] = 0,
+    data: Annotated[Path | None, typer.Option(help="The scored file: its rows are written.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Draws a quality sample from scores and writes its rows, for any trainer.
+
+    Example: tsqlora select scores.parquet --fraction 0.3 --data train.jsonl --out subset.jsonl
+    """
+    from tsqlora.quality.select import select_rows
+
+    rows = select_rows(scores, out, fraction=fraction, seed=seed, data=data)
+    console.show({"out": str(out), "rows": rows}, as_json, show_numbers)
+
+
+def allocate(
+    source: Source,
+    out: Annotated[Path, typer.Option(help="JSON file to write.")],
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Ranks by sensitivity, as arguments of PEFT's LoraConfig.
+
+    Example: tsqlora allocate tsq.yaml --out ranks.json
+    """
+    from tsqlora.data.write import require_place
+    from tsqlora.run.allocate import allocate_ranks
+
+    require_place(out)
+    with Display(console.stderr) as display:
+        arguments = allocate_ranks(source, overrides=set_ or [], progress=display.progress)
+    write_json(out, arguments)
+    console.show({"out": str(out), **arguments}, as_json, show_allocation)

@@ -1,0 +1,141 @@
+"""Commands that make and use a run: demo, init, train, evaluate, predict."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tsqlora.cli import console
+from tsqlora.cli.display import show_demo, show_numbers, show_plan, show_record
+from tsqlora.cli.options import Beams, ConfigFile, Json, NewTokens, Run, Set
+from tsqlora.cli.progress_bars import Display
+from tsqlora.errors import SettingsError
+
+
+def demo(
+    out: Annotated[Path | None, typer.Option(help="Keep the runs here; else a temporary directory.")] = None,
+    seed: Annotated[int, typer.Option(help="Of every random draw.", min=0)] = 0,
+    as_json: Json = False,
+) -> None:
+    """The main job on an embedded model and data: three trainings side by side, with wrong labels to find.
+
+    Example: tsqlora demo --out demo-runs
+    """
+    from tsqlora.run.demo import run_demo
+
+    with Display(console.stderr) as display:
+        result = run_demo(out, seed=seed, progress=display.progress, say=display.say)
+    console.show(result, as_json, show_demo)
+
+
+def init(
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="File to write; else stdout.")] = None,
+    task: Annotated[str | None, typer.Option(help="The task's type.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Writes a YAML file with every setting, its type and its default.
+
+    Example: tsqlora init -o tsq.yaml --task regression
+    """
+    from tsqlora.data.write import require_place
+    from tsqlora.run.config import template
+    from tsqlora.tasks import get_task
+
+    if task is not None:
+        get_task(task)
+    if output is None:
+        print(json.dumps({"yaml": template(task)}) if as_json else template(task), end="\n" if as_json else "")
+        return
+    if output.exists():
+        raise SettingsError(f"{output} exists already; name another file")
+    require_place(output)
+    output.write_text(template(task), encoding="utf-8")
+    console.note(f"wrote {output}; set model.path and data.train, then: tsqlora train {output}")
+    if as_json:
+        print(json.dumps({"out": str(output)}))
+
+
+def train(
+    config: ConfigFile,
+    set_: Set = None,
+    out: Annotated[Path, typer.Option(help="The run's directory.")] = Path("run"),
+    init_from: Annotated[
+        str | None, typer.Option(metavar="RUN|ADAPTER", help="Go on from this adapter; --set adapter.init_from=…")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where the run stopped; start if it never began.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, train nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Trains: warm-up, scores, ranks, quality draws; writes an adapter that plain PEFT loads.
+
+    Example: tsqlora train tsq.yaml --set quality.fraction=0.3 --out run
+    """
+    from tsqlora.run import train as pipeline
+    from tsqlora.run.config import load_config
+    from tsqlora.training.run_dir import require_free
+
+    start = [] if init_from is None else [f"adapter.init_from={json.dumps(init_from, ensure_ascii=False)}"]
+    settings = load_config(config, [*(set_ or []), *start])
+    if dry_run:
+        console.show(pipeline.dry_run(settings), as_json, show_plan)
+        try:
+            require_free(out, resume=resume)
+        except SettingsError as taken:
+            console.note(f"the run itself would be refused: {taken}")
+        if resume:
+            console.note("this is the plan of the whole run; --resume does what is left of it")
+        return
+    with Display(console.stderr) as display:
+        record = pipeline.train(settings, out, resume=resume, progress=display.progress)
+    console.show({"run": str(out), **record.to_dict()}, as_json, show_record)
+
+
+def evaluate(
+    run: Run,
+    data: Annotated[Path | None, typer.Option(help="A labelled file; else the run's own test or validation.")] = None,
+    max_new_tokens: NewTokens = None,
+    beams: Beams = None,
+    as_json: Json = False,
+) -> None:
+    """The task's metrics; generated text is measured by writing it.
+
+    Example: tsqlora evaluate run --data test.jsonl --json
+    """
+    from tsqlora.run.predict import evaluate_run, own_rows
+
+    with Display(console.stderr) as display:
+        metrics = evaluate_run(run, data, overrides=_writing(max_new_tokens, beams), progress=display.progress)
+    console.show(metrics, as_json, show_numbers)
+    if data is None:
+        console.note(f"measured on {own_rows(run)}; --data FILE measures on others")
+
+
+def predict(
+    run: Run,
+    data: Annotated[Path, typer.Option(help="File of rows; they need no label.")],
+    out: Annotated[Path, typer.Option(help="File to write: .jsonl, .csv, .tsv or .parquet.")],
+    max_new_tokens: NewTokens = None,
+    beams: Beams = None,
+    as_json: Json = False,
+) -> None:
+    """Writes the file's rows with a prediction each: a class, a number, or a text.
+
+    New columns are `prediction` and, of classes, `probability`; columns of such
+    a name are replaced.
+
+    Example: tsqlora predict run --data new.jsonl --out predicted.jsonl
+    """
+    from tsqlora.run.predict import predict_run
+
+    with Display(console.stderr) as display:
+        rows = predict_run(run, data, out, overrides=_writing(max_new_tokens, beams), progress=display.progress)
+    console.show({"out": str(out), "rows": rows}, as_json, show_numbers)
+
+
+def _writing(max_new_tokens: int | None, beams: int | None) -> list[str]:
+    """Settings that are given as options."""
+    given = {"task.max_new_tokens": max_new_tokens, "task.beams": beams}
+    return [f"{name}={value}" for name, value in given.items() if value is not None]
