@@ -272,7 +272,7 @@ def test_an_adjustment_put_off_until_ranks_are_frozen_is_left_out(tmp_path: Path
 def test_first_ranks_come_from_the_quality_sample_in_whatever_way_the_trainer_trains(
     tmp_path: Path, further: dict[str, Any]
 ) -> None:
-    data, ranks = tsq.QualitySubset(ROWS, 0.8), tsq.RankCallback(interval=2, moves=3, samples=16, freeze=0.1)
+    data, ranks = tsq.QualitySubset(ROWS, 0.8, seed=1), tsq.RankCallback(interval=2, moves=3, samples=16, freeze=0.1)
     quality = tsq.QualityCallback(data, reference=40)
     options: dict[str, Any] = {"learning_rate": 0.05, "num_train_epochs": 4} | further
     make_trainer(slotted_bert(), data, tmp_path, [quality, ranks], **options).train()
@@ -573,7 +573,7 @@ def test_the_first_ranks_follow_the_loss_that_is_trained_on(tmp_path: Path) -> N
     weighted = Classification(class_weights=torch.tensor([1.0, 3.0]))
 
     def first_shares(name: str, task: Any = None, **further: Any) -> Any:
-        data = tsq.QualitySubset(moods(), 0.5)
+        data = tsq.QualitySubset(moods(), 0.5, seed=1)
         callback = tsq.RankCallback(interval=4, task=task)
         callbacks = [tsq.QualityCallback(data, reference=40, task=weighted), callback]
         make_trainer(slotted_bert(), data, tmp_path / name, callbacks, **further).train()
