@@ -19,7 +19,7 @@ from models import tiny_bert
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.interop.base import module_shapes
 from tsqlora.interop.files import read_adapter
-from tsqlora.interop.gguf import ARCHITECTURES, FILE, read_gguf, write_gguf
+from tsqlora.interop.gguf import ARCHITECTURES, FILE, PERMUTED, read_gguf, write_gguf
 from tsqlora.interop.lora import LoraAdapter, Target
 from tsqlora.interop.tensors import Array
 from tsqlora.interop.verify import compare_updates
@@ -53,7 +53,7 @@ def as_transformers_has_it(update: Array, name: str, config: Any) -> Array:
 
     It has no loader of its own for what llama.cpp treats as a Llama.
     """
-    like = "llama" if ARCHITECTURES[config.model_type].permuted else config.model_type
+    like = "llama" if config.model_type in PERMUTED else config.model_type
     processor = TENSOR_PROCESSORS.get(like, TensorProcessor)(config=config.to_dict())
     return processor.process(update, name).weights
 
@@ -103,7 +103,7 @@ def test_every_linear_layer_of_an_architecture_is_where_transformers_finds_it(mo
     write_gguf(LoraAdapter({"r": 2}, targets), config, tmp_path / FILE)
     theirs = llama_cpp(tmp_path / FILE)
     assert len(theirs) == len(targets)
-    maps = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, ARCHITECTURES[model_type].name), config.num_hidden_layers)
+    maps = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, ARCHITECTURES[model_type]), config.num_hidden_layers)
     for name, target in targets.items():
         stored = maps.get_name(f"{name}.weight", try_suffixes=(".weight",))
         assert stored is not None

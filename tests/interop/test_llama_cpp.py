@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from loras import lora_config, save_base, save_lora, tiny_gpt2_lm, tiny_llama
-from tsqlora.interop.gguf import ARCHITECTURES, FILE, permuted
+from tsqlora.interop.gguf import ARCHITECTURES, FILE, PERMUTED, permuted
 from tsqlora.interop.verify import probe_rows
 from tsqlora.run.export import export
 
@@ -60,8 +60,7 @@ CASES: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any]]] = {
 def write_base(model: PreTrainedModel, path: Path) -> None:
     """A GGUF file of a tiny model, without a vocabulary, in float32."""
     config: Any = model.config
-    architecture = ARCHITECTURES[config.model_type]
-    arch = getattr(gguf.MODEL_ARCH, architecture.name)
+    arch = getattr(gguf.MODEL_ARCH, ARCHITECTURES[config.model_type])
     heads, dimension = config.num_attention_heads, config.hidden_size
     kv_heads = getattr(config, "num_key_value_heads", heads)
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
@@ -85,7 +84,7 @@ def write_base(model: PreTrainedModel, path: Path) -> None:
         if name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight")):
             tensor = tensor.T
         for layer, count in (("q_proj", heads), ("k_proj", kv_heads)):
-            if architecture.permuted and f".{layer}." in name:
+            if config.model_type in PERMUTED and f".{layer}." in name:
                 tensor = permuted(tensor, count)
         stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert stored is not None, name

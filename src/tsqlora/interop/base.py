@@ -1,6 +1,7 @@
 """The model that an adapter is for: its modules' shapes from its config alone, or the model with its weights."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,18 +82,16 @@ def module_shapes(model: nn.Module) -> dict[str, Shape]:
 
 def base_skeleton(path: str, adapter: LoraAdapter) -> PreTrainedModel:
     """The base model without weights, from its config alone.  Raises SettingsError for what is no model."""
-    try:
+    with _loading(path):
         config = _config(path, adapter)
         kind = _class(config, adapter)
         with torch.device("meta"):
             return kind.from_config(config) if kind.__name__.startswith("Auto") else kind(config)
-    except Exception as error:  # a stranger's config.json makes transformers raise anything
-        raise _no_base(path, error) from error
 
 
 def load_base(path: str, adapter: LoraAdapter, dtype: str | None = None) -> PreTrainedModel:
     """The base model with its weights, in its own precision or the one named.  Raises as `base_skeleton`."""
-    try:
+    with _loading(path):
         config, revision = _config(path, adapter), revision_of(path, adapter)
         if adapter.config.get("task_type") == "SEQ_CLS":
             _set_padding(config, path, revision)
@@ -102,8 +101,17 @@ def load_base(path: str, adapter: LoraAdapter, dtype: str | None = None) -> PreT
             if _labels(adapter):  # the head is the adapter's, whatever the checkpoint's is
                 how["ignore_mismatched_sizes"] = True
             return _class(config, adapter).from_pretrained(path, config=config, **how).eval()
+
+
+@contextmanager
+def _loading(path: str) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # a stranger's config.json makes transformers raise anything
-        raise _no_base(path, error) from error
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise SettingsError(
+            f"--base {path}: no model can be loaded ({reason}); give a directory or a hub id"
+        ) from error
 
 
 def _config(path: str, adapter: LoraAdapter) -> Any:
@@ -154,8 +162,3 @@ def _labels(adapter: LoraAdapter) -> Mapping[str, int]:
     ends = tuple(f".{head}.weight" for head in _HEADS)
     heads = [tensor for name, tensor in adapter.saved.items() if f".{name}".endswith(ends) and len(tensor.shape) == 2]
     return {"num_labels": heads[-1].shape[0]} if heads else {}
-
-
-def _no_base(path: str, error: Exception) -> SettingsError:
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return SettingsError(f"--base {path}: no model can be loaded ({reason}); give a directory or a hub id")

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +16,28 @@ from tsqlora.interop.tensors import Array, rounded
 FILE = "adapter.gguf"
 
 
-@dataclass(frozen=True, slots=True)
-class Architecture:
-    """What llama.cpp calls a model type, and which of its layers have their rows in another order there."""
-
-    name: str
-    permuted: tuple[str, ...] = ()
-
-
-_ROTARY = ("q_proj", "k_proj")
 ARCHITECTURES = {
-    "arcee": Architecture("ARCEE", _ROTARY),
-    "gemma": Architecture("GEMMA"),
-    "gemma2": Architecture("GEMMA2"),
-    "gemma3_text": Architecture("GEMMA3"),
-    "gpt2": Architecture("GPT2"),
-    "granite": Architecture("GRANITE", _ROTARY),
-    "llama": Architecture("LLAMA", _ROTARY),
-    "mistral": Architecture("LLAMA", _ROTARY),
-    "phi3": Architecture("PHI3"),
-    "qwen2": Architecture("QWEN2"),
-    "qwen3": Architecture("QWEN3"),
-    "smollm3": Architecture("SMOLLM3", _ROTARY),
-    "starcoder2": Architecture("STARCODER2"),
+    "arcee": "ARCEE",
+    "gemma": "GEMMA",
+    "gemma2": "GEMMA2",
+    "gemma3_text": "GEMMA3",
+    "gpt2": "GPT2",
+    "granite": "GRANITE",
+    "llama": "LLAMA",
+    "mistral": "LLAMA",
+    "phi3": "PHI3",
+    "qwen2": "QWEN2",
+    "qwen3": "QWEN3",
+    "smollm3": "SMOLLM3",
+    "starcoder2": "STARCODER2",
 }
-"""By model_type.  The gguf package maps names of some 120 architectures, but does not say which weights llama.cpp's
-converter rearranges: here are those of which that is known (llama.cpp conversion/llama.py and granite.py permute the
-rows of q and k for rotary embeddings; the others change norms only, or nothing)."""
+PERMUTED = ("arcee", "granite", "llama", "mistral", "smollm3")
+"""What llama.cpp calls a model_type; of PERMUTED it has the rows of q and k in another order.
+
+The gguf package maps names of some 120 architectures, but does not say which weights llama.cpp's converter
+rearranges: here are those of which that is known (conversion/llama.py and granite.py permute the rows of q and k for
+rotary embeddings; the others change norms only, or nothing).
+"""
 
 
 def require_exportable(adapter: LoraAdapter, config: Any) -> None:
@@ -73,9 +68,8 @@ def write_gguf(adapter: LoraAdapter, config: Any, path: Path, dtype: str = "F32"
     """
     gguf = _gguf()
     require_exportable(adapter, config)
-    architecture, names = ARCHITECTURES[config.model_type], _names(config)
-    alpha = _alpha(adapter)
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[getattr(gguf.MODEL_ARCH, architecture.name)])
+    names, alpha = _names(config), _alpha(adapter)
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[getattr(gguf.MODEL_ARCH, ARCHITECTURES[config.model_type])])
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
@@ -83,7 +77,8 @@ def write_gguf(adapter: LoraAdapter, config: Any, path: Path, dtype: str = "F32"
         if target.rank == 0:
             continue
         b = target.b.astype(np.float64) * (target.scale * target.rank / alpha)
-        b = permuted(b, _heads(name, config)) if name.endswith(architecture.permuted) else b
+        if heads := _heads(name, config):
+            b = permuted(b, heads)
         # llama.cpp looks tokens up in A, so that it is stored token by token.
         a = target.a.T if target.kind == "embedding" else target.a
         stored = _stored_name(names, name, target)
@@ -101,8 +96,7 @@ def read_gguf(path: Path, source: LoraAdapter, config: Any) -> LoraAdapter:
     reader = gguf.GGUFReader(path)
     tensors = {t.name: np.array(t.data).reshape(*reversed(t.shape.tolist())) for t in reader.tensors}
     alpha = float(reader.fields[gguf.Keys.Adapter.LORA_ALPHA].contents())
-    architecture, names = ARCHITECTURES[config.model_type], _names(config)
-    targets = {}
+    names, targets = _names(config), {}
     for name, original in source.targets.items():
         if original.rank == 0:
             continue
@@ -110,8 +104,8 @@ def read_gguf(path: Path, source: LoraAdapter, config: Any) -> LoraAdapter:
         a, b = tensors.pop(f"{stored}.lora_a"), tensors.pop(f"{stored}.lora_b")
         if original.kind == "embedding":
             a = a.T
-        if name.endswith(architecture.permuted):
-            b = b[permuted(np.arange(b.shape[0])[:, None], _heads(name, config)).flatten().argsort()]
+        if heads := _heads(name, config):
+            b = b[permuted(np.arange(b.shape[0])[:, None], heads).flatten().argsort()]
         targets[name] = replace(
             original, a=a, b=b, scale=alpha / b.shape[1], dtype="F16" if b.dtype == np.float16 else "F32"
         )
@@ -136,8 +130,11 @@ def permuted(rows: Array, heads: int) -> Array:
     return rows.reshape(heads, 2, half, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def _heads(name: str, config: Any) -> int:
-    heads = config.num_attention_heads
+def _heads(name: str, config: Any) -> int | None:
+    """How many heads the rows of a layer are of, where llama.cpp has them in another order."""
+    if config.model_type not in PERMUTED or not name.endswith(("q_proj", "k_proj")):
+        return None
+    heads: int = config.num_attention_heads
     return (getattr(config, "num_key_value_heads", None) or heads) if name.endswith("k_proj") else heads
 
 
@@ -151,7 +148,7 @@ def _alpha(adapter: LoraAdapter) -> float:
 
 def _names(config: Any) -> Any:
     gguf = _gguf()
-    architecture = getattr(gguf.MODEL_ARCH, ARCHITECTURES[config.model_type].name)
+    architecture = getattr(gguf.MODEL_ARCH, ARCHITECTURES[config.model_type])
     return gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
 
 

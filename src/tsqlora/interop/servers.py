@@ -165,6 +165,9 @@ def _heads(verdict: Verdict, why: str) -> Check:
     return check
 
 
+_NO_HEADS = _heads("wrong", "loads no saved modules")
+
+
 def _stray_tensors(adapter: LoraAdapter, layers: Layers) -> Problem | None:
     names = sorted(adapter.further)
     return Problem("refused", f"stops at a tensor that is no A or B: {names[0]}") if names else None
@@ -244,7 +247,7 @@ _VLLM_REFUSES = (
     "use_bdlora",
     "use_qalora",
 )
-_SGLANG_CHECKS = (_refuses("use_dora"), _heads("wrong", "loads no saved modules"), _leaves_out_all_but("use_dora"))
+_SGLANG_CHECKS = (_refuses("use_dora"), _NO_HEADS, _leaves_out_all_but("use_dora"))
 
 CONSUMERS = (
     Consumer(
@@ -326,7 +329,7 @@ CONSUMERS = (
             _missing_layers,
             _embeddings,
             _padded_rank,
-            _heads("wrong", "loads no saved modules"),
+            _NO_HEADS,
             _leaves_out_all_but(),
         ),
     ),
@@ -337,7 +340,7 @@ CONSUMERS = (
         "S, R",
         "one rank and one scale for all layers",
         _global,
-        (_unequal_ranks, _heads("wrong", "loads no saved modules"), _leaves_out_all_but()),
+        (_unequal_ranks, _NO_HEADS, _leaves_out_all_but()),
         "converted weights",
     ),
     Consumer(
@@ -356,7 +359,7 @@ CONSUMERS = (
         "S, I",
         "lora_alpha / the layer's own rank, with rsLoRA its root; takes DoRA",
         _alpha_by(own=True),
-        (_heads("wrong", "loads no saved modules"), _leaves_out_all_but("use_dora")),
+        (_NO_HEADS, _leaves_out_all_but("use_dora")),
     ),
 )
 """Sources are paths in the projects' repositories, at the commit named in `version`."""

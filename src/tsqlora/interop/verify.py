@@ -61,12 +61,10 @@ def compare_updates(source: LoraAdapter, export: LoraAdapter, dtype: str) -> Dif
     """
     worst, precision = Difference(0.0, 0.0, 0.0), PRECISIONS[dtype]
     for name in sorted({*source.targets, *export.targets}):
-        mine, other = source.targets.get(name), export.targets.get(name)
-        delta = _delta(mine)
-        one = mine or other
-        assert one is not None
+        one = source.targets.get(name) or export.targets[name]
+        delta, other = (a.targets[name].delta() if name in a.targets else np.zeros((1, 1)) for a in (source, export))
         bound = 2.1 * precision.eps * _products(one) + precision.least * _sums(one)
-        worst = worst.with_layer(name, np.abs(delta - _delta(other)), bound, delta)
+        worst = worst.with_layer(name, np.abs(delta - other), bound, delta)
     for name, tensor in source.saved.items():
         head, theirs = (stored.numbers().astype(np.float64) for stored in (tensor, export.saved[name]))
         worst = worst.with_layer(name, np.abs(head - theirs), np.abs(head) * precision.eps + precision.least, head)
@@ -80,10 +78,6 @@ def _require_rounding(worst: Difference, dtype: str) -> None:
             f"the export's {worst.layer} differs by {worst.update:.3g}, {worst.used:.3g} times what {dtype} explains; "
             "nothing was written"
         )
-
-
-def _delta(target: Target | None) -> Array:
-    return np.zeros((1, 1)) if target is None else target.delta()
 
 
 def _products(target: Target) -> Array:

@@ -2,8 +2,10 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from tsqlora.quality.terms import Term
+if TYPE_CHECKING:  # `tsqlora doctor` reads a run's directory without torch
+    from tsqlora.quality.terms import Term
 
 
 @dataclass(slots=True)
@@ -38,7 +40,7 @@ class ScoringPasses:
         return PhaseCost(forward=self.rows * rows + self.reference * reference, backward=backward)
 
 
-def scoring_passes(terms: Collection[Term], *, text: bool) -> ScoringPasses:
+def scoring_passes(terms: "Collection[Term]", *, text: bool) -> ScoringPasses:
     """Of a scoring with these terms; `text` for a model that generates text.
 
     The reference is passed forward for calibration, and every row forward. Where a term needs gradients both go
