@@ -197,12 +197,3 @@ def test_the_weight_that_peft_copies_beside_an_embedding_is_no_head(format: str,
     assert read_adapter(tmp_path / "a").heads() == []
     export(tmp_path / "a", tmp_path / "out", format=format, base=str(tmp_path / "base"))
     assert bool(read_adapter(tmp_path / "out").base_layers) == (format == "peft")
-
-
-def test_a_saved_head_and_what_is_beyond_a_and_b_are_told_apart(tmp_path: Path) -> None:
-    save_lora(tmp_path, tiny_llama(), lora_config(use_dora=True, modules_to_save=["lm_head"]))
-    adapter = read_adapter(tmp_path)
-    assert adapter.heads() == ["lm_head"]
-    assert adapter.variants() == ["use_dora"]
-    assert len(adapter.further) == 6
-    assert all("magnitude" in name for name in adapter.further)
