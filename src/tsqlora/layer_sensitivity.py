@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from tsqlora import distributed
 from tsqlora.compat.peft import lora_matrices
+from tsqlora.compat.torch import upcast
 from tsqlora.errors import SettingsError, UnsupportedError, nearest
 from tsqlora.gradients.capture import Capture, capture
 from tsqlora.gradients.eval_mode import eval_mode
-from tsqlora.gradients.ghost import Factored, LookupGradient, wide
+from tsqlora.gradients.ghost import Factored, LookupGradient
 from tsqlora.gradients.sites import effective_weight, lora_layers, require_float64, target_site
 from tsqlora.ranks.allocate import Sensitivity
 from tsqlora.seeds import stream
@@ -71,9 +72,9 @@ def stride(outputs: int) -> int:
 
 
 def _weight_times_gradient(a: Tensor, b: Tensor, layer: LoraLayer, *, every: int) -> Tensor:
-    weight, b = effective_weight(layer, every=every).abs().to(wide(b)), b[..., ::every]
+    weight, b = effective_weight(layer, every=every).abs().to(upcast(b)), b[..., ::every]
     if _is_lookup(layer):
-        ids, rows = looked_up(a, wide(b), weight.shape[1])
+        ids, rows = looked_up(a, upcast(b), weight.shape[1])
         return (rows.abs() * weight.T[ids]).sum() / weight.numel()
     weight = weight.flatten()
     return _over_chunks(a, b, lambda grads: (grads.abs_().flatten(1) @ weight).sum()) / weight.numel()
@@ -81,14 +82,14 @@ def _weight_times_gradient(a: Tensor, b: Tensor, layer: LoraLayer, *, every: int
 
 def fisher(a: Shaped[Tensor, "n t *i"], b: Float[Tensor, "n t o"], layer: LoraLayer) -> Tensor:
     """Σ over samples of mean (∇W ℓ)²; by ghost norms."""
-    b = wide(b)
+    b = upcast(b)
     gradient = LookupGradient(a, b) if _is_lookup(layer) else Factored(a.to(b), b)
     return gradient.norm_sq().sum() / math.prod(_shape(layer))
 
 
 def adapter_only(a: Shaped[Tensor, "n t *i"], b: Float[Tensor, "n t o"], layer: LoraLayer) -> Tensor:
     """Σ over samples of mean |θ ⊙ ∇θ ℓ| over the entries of A and B; dropout before A is left out."""
-    b = wide(b)
+    b = upcast(b)
     total, entries = b.new_zeros(()), 0
     for adapter in layer.active_adapters:
         down, up = (part.to(b) for part in lora_matrices(layer, adapter))
@@ -183,7 +184,7 @@ class Probe:
 
     def _add(self, name: str, a: Tensor, b: Tensor) -> None:
         number = get_estimator(self.estimator)(a, b, self.layers[name])
-        sketched = _omega(name, self.seed, b.shape[2]).to(wide(b)) @ wide(b).flatten(0, 1).T
+        sketched = _omega(name, self.seed, b.shape[2]).to(upcast(b)) @ upcast(b).flatten(0, 1).T
         if _is_lookup(self.layers[name]):
             inputs, _ = _shape(self.layers[name])
             sketch = sketched.new_zeros(len(sketched), inputs).index_add_(1, a.flatten(), sketched)
@@ -286,7 +287,7 @@ def _over_chunks(a: Tensor, b: Tensor, number: Callable[[Tensor], Tensor]) -> Te
     """
     step = max(1, CHUNK // (a.shape[2] * b.shape[2]))
     a = a.to(b)
-    parts = [number(wide(b[k : k + step].mT @ a[k : k + step])) for k in range(0, len(a), step)]
+    parts = [number(upcast(b[k : k + step].mT @ a[k : k + step])) for k in range(0, len(a), step)]
     return torch.stack(parts).sum()
 
 

@@ -133,13 +133,13 @@ def test_labels_of_one_class_leave_nothing_to_match() -> None:
 def test_calibration_of_logits_that_are_not_finite_is_refused() -> None:
     logits, labels = batch(0, 3)
     logits[4, 1] = torch.nan
-    with pytest.raises(TsqLoraError, match=r"some logits are not finite; lower training.learning_rate"):
+    with pytest.raises(TsqLoraError, match="not finite"):
         PLAIN.offsets(logits, labels)
 
 
 def test_calibration_that_does_not_converge_is_refused() -> None:
     logits, labels = batch(0, 3, scale=1e6)
-    with pytest.raises(TsqLoraError, match=r"calibration is off by .* after 200 steps; the logits are too ext"):
+    with pytest.raises(TsqLoraError, match="calibration is off"):
         PLAIN.offsets(logits, labels)
 
 

@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import M2M100Config, M2M100ForConditionalGeneration
 
 from models import GENERATORS, tiny_bert
 from tsqlora.errors import UnsupportedError
@@ -33,10 +32,9 @@ def test_logits_are_taken_of_a_tensor_and_of_a_dict(give: Any) -> None:
     assert torch.equal(model_logits(model, {"x": x}), model.layer(x))
 
 
-@pytest.mark.parametrize(("give", "kind"), [(lambda y: {"scores": y}, "dict"), (lambda y: (y,), "tuple")])
-def test_a_model_that_gives_no_logits_is_refused_by_what_it_gives(give: Any, kind: str) -> None:
-    text = f"the model gives {kind} without logits; it must return them, or an output or a dict with 'logits'"
-    with pytest.raises(UnsupportedError, match=text):
+@pytest.mark.parametrize("give", [lambda y: {"scores": y}, lambda y: (y,)])
+def test_a_model_that_gives_no_logits_is_refused(give: Any) -> None:
+    with pytest.raises(UnsupportedError, match="without logits"):
         model_logits(Gives(give), {"x": torch.randn(4, 2)})
 
 
@@ -50,16 +48,6 @@ def test_a_decoder_behind_an_encoder_reads_the_target_though_labels_are_taken_aw
     assert torch.equal(labels, LABELS)
     given = {**batch, "decoder_input_ids": torch.zeros_like(LABELS)}
     assert torch.equal(split_labels(given, model)[0]["decoder_input_ids"], given["decoder_input_ids"])
-
-
-def test_a_decoder_whose_inputs_nobody_makes_is_refused_by_name() -> None:
-    sizes: dict[str, Any] = {
-        f"{side}_{name}": 1 for side in ("encoder", "decoder") for name in ("layers", "attention_heads")
-    }
-    model = M2M100ForConditionalGeneration(M2M100Config(vocab_size=20, d_model=8, **sizes))
-    text = "have no 'decoder_input_ids', and M2M100ForConditionalGeneration does not say how they are made of labels"
-    with pytest.raises(UnsupportedError, match=text):
-        split_labels({"input_ids": IDS, "labels": LABELS}, model)
 
 
 def test_a_classifiers_inputs_are_left_alone() -> None:

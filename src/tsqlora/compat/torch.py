@@ -5,6 +5,7 @@ from collections.abc import Callable, MutableMapping
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 
@@ -57,3 +58,8 @@ def show_directly(kind: type[nn.Module], tensor: str) -> None:
         return parts._modules["0"].forward(parts._parameters["original"])
 
     setattr(kind, tensor, property(shown, kind.__dict__[tensor].fset))
+
+
+def upcast(x: Tensor) -> Tensor:
+    """Half precision raised to float32, everything else as it is: sums must not round."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

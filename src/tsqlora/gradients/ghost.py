@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from tsqlora.compat.torch import upcast
+
 MOST_AT_ONCE = 2**24
 """Numbers of an n × t × t product that exist at once: 64 MiB in float32. Longer samples are taken in parts."""
 
@@ -43,11 +45,11 @@ class Explicit:
     weight: Float[Tensor, "n o i"]
 
     def norm_sq(self) -> Float[Tensor, " n"]:
-        norm: Tensor = cast(Any, torch.linalg).vector_norm(self.weight, dim=(1, 2), dtype=wide(self.weight).dtype)
+        norm: Tensor = cast(Any, torch.linalg).vector_norm(self.weight, dim=(1, 2), dtype=upcast(self.weight).dtype)
         return norm.square()
 
     def dot(self, other: Float[Tensor, "o i"]) -> Float[Tensor, " n"]:
-        return wide(self.weight).flatten(1) @ other.flatten()
+        return upcast(self.weight).flatten(1) @ other.flatten()
 
     def apply(self, x: Float[Tensor, "n t i"]) -> Float[Tensor, "n t o"]:
         return x @ self.weight.mT.to(x.dtype)
@@ -67,11 +69,11 @@ class Factored:
     def norm_sq(self) -> Float[Tensor, " n"]:
         # ‖bᵀa‖² = ⟨aaᵀ, bbᵀ⟩. Rounding may leave it a hair below zero.
         pairs = zip(_parts(self.a, self.a.shape[1]), _parts(self.b, self.a.shape[1]), strict=True)
-        grams = [(wide(a @ self.a.mT) * wide(b @ self.b.mT)).sum((1, 2)) for a, b in pairs]
+        grams = [(upcast(a @ self.a.mT) * upcast(b @ self.b.mT)).sum((1, 2)) for a, b in pairs]
         return torch.stack(grams).sum(0).clamp_min(0)
 
     def dot(self, other: Float[Tensor, "o i"]) -> Float[Tensor, " n"]:
-        return (wide(self.a @ other.mT.to(self.a.dtype)) * wide(self.b)).sum((1, 2))
+        return (upcast(self.a @ other.mT.to(self.a.dtype)) * upcast(self.b)).sum((1, 2))
 
     def apply(self, x: Float[Tensor, "n t i"]) -> Float[Tensor, "n t o"]:
         a, b = self.a.mT.to(x.dtype), self.b.to(x.dtype)
@@ -106,10 +108,10 @@ class LookupGradient:
     b: Float[Tensor, "n t o"]
 
     def norm_sq(self) -> Float[Tensor, " n"]:
-        return (wide(self.look_up(self.ids)) * wide(self.b)).sum((1, 2)).clamp_min(0)
+        return (upcast(self.look_up(self.ids)) * upcast(self.b)).sum((1, 2)).clamp_min(0)
 
     def dot(self, other: Float[Tensor, "v o"]) -> Float[Tensor, " n"]:
-        return (other[self.ids] * wide(self.b)).sum((1, 2))
+        return (other[self.ids] * upcast(self.b)).sum((1, 2))
 
     def apply(self, x: Int[Tensor, "n t"]) -> Float[Tensor, "n t o"]:
         return self.look_up(x)
@@ -136,14 +138,8 @@ def _in_parts(work: Callable[[Tensor], Tensor], x: Shaped[Tensor, "n t *i"], tok
 def weight_gradient(a: Float[Tensor, "n t i"], b: Float[Tensor, "n t o"]) -> WeightGradient:
     """Each sample's weight gradient bᵀa, in the cheaper of its two forms."""
     a = a.to(b.dtype)
-    if factored_is_cheaper(tokens=a.shape[1], inputs=a.shape[2], outputs=b.shape[2]):
-        return Factored(a, b)
-    return Explicit(b.mT @ a)
-
-
-def factored_is_cheaper(*, tokens: int, inputs: int, outputs: int) -> bool:
-    """Whether t²(i + o) operations and t(i + o) numbers are fewer than t·i·o and i·o."""
-    return tokens * (inputs + outputs) < inputs * outputs
+    tokens, inputs, outputs = *a.shape[1:], b.shape[2]
+    return Factored(a, b) if tokens * (inputs + outputs) < inputs * outputs else Explicit(b.mT @ a)
 
 
 @runtime_checkable  # for beartype, which checks annotations while tests run
@@ -167,7 +163,7 @@ class Linear:
         return weight_gradient(a, b)
 
     def summed(self, a: Float[Tensor, "n t i"], b: Float[Tensor, "n t o"]) -> Float[Tensor, "o i"]:
-        return wide(b.flatten(0, 1).mT @ a.to(b.dtype).flatten(0, 1))
+        return upcast(b.flatten(0, 1).mT @ a.to(b.dtype).flatten(0, 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,10 +171,10 @@ class Gain:
     """y = x̂ ⊙ w: a is the normalised input x̂."""
 
     def gradient(self, a: Float[Tensor, "n t o"], b: Float[Tensor, "n t o"]) -> GainGradient:
-        return GainGradient((wide(a) * wide(b)).sum(1))
+        return GainGradient((upcast(a) * upcast(b)).sum(1))
 
     def summed(self, a: Float[Tensor, "n t o"], b: Float[Tensor, "n t o"]) -> Float[Tensor, " o"]:
-        return (wide(a) * wide(b)).sum((0, 1))
+        return (upcast(a) * upcast(b)).sum((0, 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +187,7 @@ class Lookup:
         return LookupGradient(a, b)
 
     def summed(self, a: Int[Tensor, "n t"], b: Float[Tensor, "n t o"]) -> Float[Tensor, "v o"]:
-        b = wide(b).flatten(0, 1)
+        b = upcast(b).flatten(0, 1)
         return b.new_zeros(self.rows, b.shape[1]).index_add_(0, a.flatten(), b)
 
 
@@ -235,7 +231,7 @@ class LayerGradient:
         if self.weight is not None:
             parts.append(self.weight.norm_sq())
         if self.bias is not None:
-            parts.append(wide(self.bias).square().sum(1))
+            parts.append(upcast(self.bias).square().sum(1))
         return torch.stack(parts).sum(0)
 
     def dot(self, mean: MeanGradient) -> Float[Tensor, " n"]:
@@ -243,7 +239,7 @@ class LayerGradient:
         if self.weight is not None and mean.weight is not None:
             parts.append(self.weight.dot(mean.weight))
         if self.bias is not None and mean.bias is not None:
-            parts.append(wide(self.bias) @ mean.bias)
+            parts.append(upcast(self.bias) @ mean.bias)
         return torch.stack(parts).sum(0)
 
     def apply(self, x: Shaped[Tensor, "n t *i"]) -> Float[Tensor, "n t o"]:
@@ -260,25 +256,14 @@ def layer_gradient(
     a: Shaped[Tensor, "n t *i"], b: Float[Tensor, "n t o"], *, weight: bool, bias: bool, kind: Kind = LINEAR
 ) -> LayerGradient:
     """Each sample's gradient of the parts of a layer that belong to θ."""
-    return LayerGradient(
-        kind.gradient(a, b) if weight else None,
-        wide(b).sum(1) if bias else None,
-    )
+    return LayerGradient(kind.gradient(a, b) if weight else None, upcast(b).sum(1) if bias else None)
 
 
 def summed_gradient(
     a: Shaped[Tensor, "n t *i"], b: Float[Tensor, "n t o"], *, weight: bool, bias: bool, kind: Kind = LINEAR
 ) -> MeanGradient:
     """The same, summed over the samples of the batch."""
-    return MeanGradient(
-        kind.summed(a, b) if weight else None,
-        wide(b).sum((0, 1)) if bias else None,
-    )
-
-
-def wide(x: Tensor) -> Tensor:
-    """Half precision raised to float32, everything else as it is: sums must not round."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return MeanGradient(kind.summed(a, b) if weight else None, upcast(b).sum((0, 1)) if bias else None)
 
 
 def _add(x: Tensor | None, y: Tensor | None) -> Tensor | None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tsqlora.gradients.ghost import wide
+from tsqlora.compat.torch import upcast
 from tsqlora.quality.terms import Measured
 from tsqlora.tasks import Task, require_answers
 
@@ -15,7 +15,7 @@ def predictions(measured: Measured, task: Task) -> dict[str, Tensor]:
     """
     if measured.logits is None:
         return {}
-    logits = wide(measured.logits)
+    logits = upcast(measured.logits)
     predicted = torch.as_tensor(require_answers(task, "a prediction").predictions(logits.cpu().numpy()))
     if logits.shape[1] == 1:
         return {"predicted": predicted}

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from scipy.optimize import minimize
+from scipy.special import logsumexp, softmax
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor
 
@@ -17,7 +19,6 @@ FLOOR = 1e-12
 
 # Offsets are exact to this in every class's mean probability.
 TOLERANCE = 1e-8
-MOST_STEPS = 200
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -119,60 +120,38 @@ def match_frequencies(
 ) -> Float[Tensor, " k"]:
     """The o, of sum 0, for which Σ_i w_i softmax(logits_i + o) equals the frequencies.
 
-    It is the maximum of the concave  f·o - Σ_i w_i logsumexp(logits_i + o)  and exists for
-    finite logits and frequencies that are all positive; float64, exact to 1e-8. Newton's
-    method with a ridge proportional to the error: steps stay bounded where softmax is
-    saturated, and near the solution the ridge vanishes and convergence is quadratic.
-    Raises TsqLoraError for logits that are not finite, and without convergence in 200 steps.
+    It is the minimum of the convex  Σ_i w_i logsumexp(logits_i + o) - f·o  and exists for finite logits and
+    frequencies that are all positive; float64, exact to 1e-8. Raises TsqLoraError for logits that are not finite,
+    and for some that are too extreme to be matched.
     """
     if not torch.isfinite(logits).all():
         raise TsqLoraError("some logits are not finite; lower training.learning_rate or use another dtype")
-    offsets = torch.zeros_like(frequencies)
-    error = torch.inf
-    for _ in range(MOST_STEPS):
-        probabilities = torch.softmax(logits + offsets, dim=1)
-        gradient = frequencies - weights @ probabilities
-        error = gradient.abs().max().item()
-        if error <= TOLERANCE:
-            return offsets - offsets.mean()
-        direction = _newton_direction(probabilities, gradient, weights)
-        offsets = _ascend(offsets, direction, gradient, logits, frequencies, weights)
-    raise TsqLoraError(
-        f"calibration is off by {error:.1e} after {MOST_STEPS} steps; the logits are too extreme "
-        f"(up to {logits.abs().max().item():.3g}); lower training.learning_rate"
-    )
+    z, f, w = (values.cpu().numpy() for values in (logits, frequencies, weights))
 
+    def gradient(o: np.ndarray) -> np.ndarray:
+        return w @ softmax(z + o, axis=1) - f
 
-def _newton_direction(
-    probabilities: Float[Tensor, "n k"], gradient: Float[Tensor, " k"], weights: Float[Tensor, " n"]
-) -> Float[Tensor, " k"]:
-    weighted = weights[:, None] * probabilities
-    curvature = torch.diag(weighted.sum(dim=0)) - probabilities.T @ weighted
-    # A twentieth: the longest step is then about 20 in the logits.
-    ridge = gradient.abs().max() / 20
-    return torch.linalg.solve(curvature + torch.diag(ridge.expand(len(gradient))), gradient)
+    def curvature(o: np.ndarray) -> np.ndarray:
+        p = softmax(z + o, axis=1)
+        return np.diag(w @ p) - p.T @ (w[:, None] * p)
 
-
-def _ascend(
-    offsets: Float[Tensor, " k"],
-    direction: Float[Tensor, " k"],
-    gradient: Float[Tensor, " k"],
-    logits: Float[Tensor, "n k"],
-    frequencies: Float[Tensor, " k"],
-    weights: Float[Tensor, " n"],
-) -> Float[Tensor, " k"]:
-    """One step along the direction, halved until the objective rises as far as it should."""
-
-    def objective(at: Float[Tensor, " k"]) -> Float[Tensor, ""]:
-        return frequencies @ at - weights @ torch.logsumexp(logits + at, dim=1)
-
-    start, slope = objective(offsets), gradient @ direction
-    # Near the solution the rise is smaller than the rounding of the objective.
-    rounding = 1e-14 * (1 + start.abs())
-    step = 1.0
-    while objective(offsets + step * direction) < start + 1e-4 * step * slope - rounding and step > 1e-12:
-        step /= 2
-    return offsets + step * direction
+    found = minimize(
+        lambda o: w @ logsumexp(z + o, axis=1) - f @ o,
+        np.zeros(len(f)),
+        jac=gradient,
+        hess=curvature,
+        method="trust-ncg",
+        options={"gtol": TOLERANCE / 10},
+    ).x
+    # Near the minimum the objective's rounding stops the search; the gradient's allows one more step.
+    found -= np.linalg.lstsq(curvature(found), gradient(found))[0]
+    error = np.abs(gradient(found)).max()
+    if not error <= TOLERANCE:
+        raise TsqLoraError(
+            f"calibration is off by {error:.1e}; the logits are too extreme (up to {np.abs(z).max():.3g}); "
+            "lower training.learning_rate"
+        )
+    return torch.from_numpy(found - found.mean()).to(frequencies.device)
 
 
 def _matthews(labels: Int[np.ndarray, " n"], predicted: Int[np.ndarray, " n"]) -> float:

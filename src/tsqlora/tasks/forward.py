@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GenerationMixin
 
+from tsqlora.compat.torch import upcast
 from tsqlora.compat.transformers import CLASSES_OF
 from tsqlora.errors import DataError, UnsupportedError
 from tsqlora.tasks import Task, get_task
@@ -33,23 +34,15 @@ def split_labels(batch: Batch, model: nn.Module) -> tuple[dict[str, Tensor], Ten
     labels = inputs.pop("labels")
     inner = base_model(model)
     if writes_behind_encoder(inner) and not inputs.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}:
-        inputs["decoder_input_ids"] = _one_late(inner, labels)
+        make = getattr(inner, "prepare_decoder_input_ids_from_labels", None)
+        if make is not None:  # else the model says itself that it lacks them
+            inputs["decoder_input_ids"] = make(labels=labels)
     return inputs, labels
 
 
 def writes_behind_encoder(inner: nn.Module) -> bool:
     """Whether it writes with a decoder of its own what an encoder has read, as T5 and BART do."""
     return isinstance(inner, GenerationMixin) and bool(getattr(inner.config, "is_encoder_decoder", False))
-
-
-def _one_late(inner: nn.Module, labels: Tensor) -> Tensor:
-    make = getattr(inner, "prepare_decoder_input_ids_from_labels", None)
-    if make is None:
-        raise UnsupportedError(
-            f"the collator's batches have no 'decoder_input_ids', and {type(inner).__name__} does not say how they are "
-            "made of labels; use a collator that makes them"
-        )
-    return make(labels=labels)
 
 
 def each_its_row(collate: Collate) -> Collate:
@@ -103,7 +96,7 @@ def model_logits(model: nn.Module, inputs: Mapping[str, Tensor], task: Task | No
     if logits.dim() != (3 if generates else 2) or logits.shape[0] != next(iter(inputs.values())).shape[0]:
         wanted = "one row for each token of a sample" if generates else "one row a sample"
         raise UnsupportedError(f"the model's logits have shape {tuple(logits.shape)}; {wanted} is needed")
-    return logits.float() if not generates and logits.dtype in (torch.float16, torch.bfloat16) else logits
+    return logits if generates else upcast(logits)
 
 
 def output_part(output: Any, name: str) -> Tensor | None:

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tsqlora.compat.torch import upcast
+
 IGNORED = -100
 """The label of a token that is not trained on."""
 
@@ -66,9 +68,9 @@ class Generation:
         """Each sample's loss, right tokens and tokens, as sums."""
         targets = self.targets(labels)
         flat, wanted = logits.flatten(0, 1), targets.flatten()
-        losses, right = _wide(flat.new_zeros(len(wanted))), torch.zeros_like(wanted)
+        losses, right = upcast(flat.new_zeros(len(wanted))), torch.zeros_like(wanted)
         for rows in _chunks(wanted != IGNORED, flat.shape[1]):
-            z = _wide(flat[rows])
+            z = upcast(flat[rows])
             losses[rows] = F.cross_entropy(z, wanted[rows], reduction="none")
             right[rows] = (z.argmax(1) == wanted[rows]).long()
         tokens = (targets != IGNORED).sum(1)
@@ -96,9 +98,11 @@ class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
         flat, wanted = logits.flatten(0, 1), targets.flatten()
-        losses = _wide(flat.new_zeros(len(wanted)))
+        losses = upcast(flat.new_zeros(len(wanted)))
         for rows in _chunks(wanted != IGNORED, flat.shape[1]):
-            losses[rows] = F.cross_entropy(_wide(flat[rows]), wanted[rows], reduction="none", label_smoothing=smoothing)
+            losses[rows] = F.cross_entropy(
+                upcast(flat[rows]), wanted[rows], reduction="none", label_smoothing=smoothing
+            )
         ctx.save_for_backward(logits, targets)
         ctx.smoothing = smoothing
         return losses.view_as(targets)
@@ -110,7 +114,7 @@ class _TokenLosses(torch.autograd.Function):
         flat, wanted, smoothing = logits.flatten(0, 1), targets.flatten(), ctx.smoothing
         grad = grad.flatten()
         for rows in _chunks(wanted != IGNORED, flat.shape[1]):
-            p = _wide(flat[rows]).softmax(1)
+            p = upcast(flat[rows]).softmax(1)
             p.sub_(smoothing / p.shape[1])
             p.scatter_add_(1, wanted[rows][:, None], p.new_full((len(rows), 1), smoothing - 1))
             flat[rows] = (p * grad[rows][:, None]).to(flat.dtype)
@@ -122,8 +126,3 @@ def _chunks(wanted: Bool[Tensor, " m"], vocabulary: int) -> tuple[Int[Tensor, " 
     """Places of the tokens that are wanted, so many at a time that their logits are a chunk."""
     rows = wanted.nonzero().squeeze(1)
     return rows.split(max(1, CHUNK // vocabulary)) if len(rows) else ()
-
-
-def _wide(logits: Tensor) -> Tensor:
-    """Not in half precision."""
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
