@@ -11,8 +11,7 @@ from transformers import AutoTokenizer
 
 from byte_tokenizers import PAD, byte_tokenizer
 from runs import save_checkpoint
-from tsqlora.data.collate import collator, generation_collator
-from tsqlora.data.generation import IGNORED
+from tsqlora.data.batches import IGNORED, collator, generation_collator
 from tsqlora.errors import SettingsError
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=1, max_size=5)

@@ -13,9 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tsqlora.data.copy import COPIERS, can_copy, copy_rows
 from tsqlora.data.rows import read_rows
-from tsqlora.data.write import WRITERS
+from tsqlora.data.write import COPIERS, WRITERS, can_copy, copy_rows
 
 BOM = b"\xef\xbb\xbf"
 CELL = st.text(st.characters(exclude_categories=["Cs"]), max_size=6) | st.sampled_from(

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from byte_tokenizers import BOS, CHATML, EOS, byte_tokenizer
+from tsqlora.data.batches import IGNORED
 from tsqlora.data.cells import sample_hash
 from tsqlora.data.formats import Format, find_format
-from tsqlora.data.generation import IGNORED, left_out, references, require_some, tokenise_generation
+from tsqlora.data.generation import left_out, references, require_some, tokenise_generation
 from tsqlora.data.rows import Rows, column_names, read_rows
 from tsqlora.data.samples import TokenisedSplit
 from tsqlora.errors import DataError, SettingsError, TsqLoraError

@@ -20,8 +20,8 @@ def test_an_archive_is_told_whatever_it_is_called(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(gzip.compress(b'{"text": "a"}'))
     with zipfile.ZipFile(tmp_path / "a.csv", "w") as archive:
         archive.writestr("b.csv", "text\na\n")
-    for name, kind in (("a.jsonl", "gzip"), ("a.csv", "zip")):
-        with pytest.raises(DataError, match=rf"{name} .*{kind}"):
+    for name in ("a.jsonl", "a.csv"):
+        with pytest.raises(DataError, match=rf"{name}.*compressed"):
             read_rows(tmp_path / name)
 
 

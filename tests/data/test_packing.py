@@ -19,9 +19,7 @@ from transformers import (
 )
 
 from byte_tokenizers import byte_tokenizer
-from tsqlora.data.collate import generation_collator
-from tsqlora.data.generation import IGNORED
-from tsqlora.data.packing import PackedCollator, pack, packed_collator
+from tsqlora.data.batches import IGNORED, PackedCollator, generation_collator, pack, packed_collator
 
 LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=20)
 SIZES: dict[str, Any] = {

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from byte_tokenizers import byte_tokenizer
-from tsqlora.data.packing import packed_collator
+from tsqlora.data.batches import packed_collator
 from tsqlora.errors import UnsupportedError
 from tsqlora.training.packed import require_packing
 

@@ -1,7 +1,7 @@
 """Files and hub ids -> rows -> tokenised samples.
 
     rows.py          a file, a directory or a hub id -> its rows in chunks, every row with its line number
-    jsonl.py  tables.py  utf8.py     how each file format is read
+    readers.py       how each file format is read
     cells.py         what a row's cells hold: nothing, text; the hash that names a row
     columns.py  labels.py            which columns hold text and label; labels -> class ids or target numbers
     formats/         the row formats of generation: which one a file has, how a row becomes prompt and target or a chat
@@ -9,8 +9,8 @@
     tokenise.py      rows with one answer -> samples
     generation.py  target_tokens.py  rows of texts -> samples of which only targets are trained on
     prepare.py  samples.py           splits -> samples in an Arrow file, the only place where rows become a data set
-    batches.py  collate.py  packing.py   the order of samples, and batches of them
-    write.py  copy.py                rows -> a file; some rows of a file as they stand
+    batches.py       the order of samples, and padded or packed batches of them
+    write.py         rows -> a file; some rows of a file as they stand
 
 Nothing is re-exported: reading rows must not wait for the import of a tokenizer.
 """

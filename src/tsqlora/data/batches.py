@@ -1,9 +1,19 @@
-"""Batches of like lengths, so that little is padded, and of few different ones."""
+"""The order of samples, and padded or packed batches of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Int
+from torch import Tensor
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+
+from tsqlora.errors import SettingsError
+
+IGNORED = -100
+"""The label of a token that is not trained on."""
 
 # Batches among which samples are sorted: more pads less, fewer mixes better.
 MEGABATCH = 50
@@ -43,3 +53,127 @@ def _longest_first(indices: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 def _cut(indices: np.ndarray, size: int) -> list[np.ndarray]:
     return [indices[start : start + size] for start in range(0, len(indices), size)]
+
+
+# For every shape the processor's library prepares a kernel, which costs time and some 350 KB; GPUs like it too.
+MULTIPLE = 8
+
+
+def collator(tokenizer: PreTrainedTokenizerBase, *, max_length: int, positions: int | None) -> DataCollatorWithPadding:
+    """Pads a batch to the next multiple of 8 tokens, where the model has so many positions."""
+    longest = -(-max_length // MULTIPLE) * MULTIPLE
+    fits = positions is None or longest <= positions
+    return DataCollatorWithPadding(tokenizer, pad_to_multiple_of=MULTIPLE if fits else None)
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationCollator:
+    """Pads input_ids, attention_mask and labels, if there are any; other keys are left out.
+
+    Args:
+        pad: the token that inputs are filled up with; the attention mask is 0 there, and labels are -100.
+        seq2seq: labels are of a length of their own; else they are as long as the inputs.
+        multiple: lengths are rounded up to a multiple of this.
+        left: inputs are filled up on the left, so that what a causal model writes follows on them.
+    """
+
+    pad: int
+    seq2seq: bool
+    multiple: int
+    left: bool
+
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        fill = {"input_ids": self.pad, "attention_mask": 0, "labels": IGNORED}
+        batch = {}
+        for key in (key for key in fill if key in samples[0]):
+            left = self.left and not (self.seq2seq and key == "labels")
+            batch[key] = _padded([sample[key] for sample in samples], fill[key], self.multiple, left=left)
+        return batch
+
+
+def generation_collator(
+    tokenizer: PreTrainedTokenizerBase, *, seq2seq: bool, multiple: int = MULTIPLE, left: bool = False
+) -> GenerationCollator:
+    """Pads to the right for training and scoring, to the left for writing.
+
+    Raises SettingsError for a tokenizer with neither a padding nor an end token.
+    """
+    return GenerationCollator(padding_of(tokenizer), seq2seq, multiple, left)
+
+
+def padding_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token to fill up with: the tokenizer's padding, else its end token."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if not isinstance(pad, int):
+        raise SettingsError("the tokenizer has neither a padding nor an end token; set one")
+    return pad
+
+
+def _padded(rows: Sequence[Sequence[int]], fill: int, multiple: int, *, left: bool) -> Tensor:
+    width = -(-max(map(len, rows)) // multiple) * multiple
+    padded = torch.full((len(rows), width), fill, dtype=torch.int64)
+    for j, row in enumerate(rows):
+        kept = slice(width - len(row), width) if left else slice(0, len(row))
+        padded[j, kept] = torch.tensor(row, dtype=torch.int64)
+    return padded
+
+
+def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
+    """Which samples share a row of at most `max_length` tokens: the longest first, each into the first row with room.
+
+    Rows and the samples in a row are in ascending order. A sample that is longer has a row of its own.
+
+    >>> pack([3, 6, 2, 1], 8)
+    [[0, 3], [1, 2]]
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for j in sorted(range(len(lengths)), key=lambda j: -lengths[j]):
+        row = next((k for k, left in enumerate(room) if lengths[j] <= left), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(max_length)
+        rows[row].append(j)
+        room[row] -= lengths[j]
+    return sorted(sorted(row) for row in rows)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedCollator:
+    """Batches of fewer rows than samples, for training a causal model.
+
+    Positions start anew with each sample, and there is neither attention mask nor cache: from that
+    transformers makes the mask, of whatever kind the model's attention takes, that keeps each
+    sample to itself. The first token of a sample follows from nothing, and is not trained on.
+
+    Args:
+        pad: the token that rows are filled up with; its positions are those of one more sample.
+        max_length: tokens of a row, unless a sample has more.
+        multiple: rows are rounded up to a multiple of this.
+    """
+
+    pad: int
+    max_length: int
+    multiple: int
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        lengths = [len(sample["input_ids"]) for sample in samples]
+        rows = pack(lengths, self.max_length)
+        width = max(sum(lengths[j] for j in row) for row in rows)
+        width = -(-width // self.multiple) * self.multiple
+        columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "position_ids": []}
+        for row in rows:
+            over = width - sum(lengths[j] for j in row)
+            ids = [token for j in row for token in samples[j]["input_ids"]]
+            labels = [label for j in row for label in (IGNORED, *samples[j]["labels"][1:])]
+            positions = [place for j in row for place in range(lengths[j])]
+            columns["input_ids"].append(ids + [self.pad] * over)
+            columns["labels"].append(labels + [IGNORED] * over)
+            columns["position_ids"].append([*positions, *range(over)])
+        batch: dict[str, Any] = {key: torch.tensor(values) for key, values in columns.items()}
+        return {**batch, "use_cache": False}
+
+
+def packed_collator(tokenizer: PreTrainedTokenizerBase, *, max_length: int, multiple: int = MULTIPLE) -> PackedCollator:
+    """Packs each batch's samples into rows of `max_length` tokens.  Raises SettingsError as `generation_collator`."""
+    return PackedCollator(padding_of(tokenizer), max_length, multiple)

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from tsqlora.data.batches import IGNORED
 from tsqlora.data.cells import refuse_missing, row_hash
 from tsqlora.data.formats import Format
 from tsqlora.data.formats.example import Chat, Example, Manner
@@ -23,9 +24,6 @@ from tsqlora.data.target_tokens import (
     written_tokens,
 )
 from tsqlora.errors import DataError, SettingsError
-
-IGNORED = -100
-"""The label of a token that is not trained on."""
 
 _SHOWN = 3
 """Rows that a note names."""

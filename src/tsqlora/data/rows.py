@@ -13,23 +13,8 @@ import numpy as np
 
 from tsqlora.compat.datasets import file_kinds
 from tsqlora.compat.hub import is_hub_id
-from tsqlora.data.jsonl import read_json, read_jsonl
-from tsqlora.data.tables import read_delimited, read_parquet
+from tsqlora.data.readers import READERS, UNTYPED, Records
 from tsqlora.errors import DataError
-
-Records = Iterator[tuple[int, dict[str, Any]]]
-"""Numbers of lines or rows, and the rows, read one after the other."""
-
-READERS: dict[str, Callable[[Path], Records]] = {
-    ".jsonl": read_jsonl,
-    ".json": read_json,
-    ".csv": partial(read_delimited, delimiter=","),
-    ".tsv": partial(read_delimited, delimiter="\t"),
-    ".parquet": read_parquet,
-}
-
-# Formats whose cells are all text, whatever they stand for.
-UNTYPED = (".csv", ".tsv")
 
 SPLIT_NAMES: dict[str, tuple[str, ...]] = {
     "train": ("train",),

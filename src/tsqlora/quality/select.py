@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 from tsqlora.data.cells import row_hash
-from tsqlora.data.copy import can_copy, copy_rows
 from tsqlora.data.rows import Source, open_split
-from tsqlora.data.write import require_apart, require_writable, write_rows
+from tsqlora.data.write import can_copy, copy_rows, require_apart, require_writable, write_rows
 from tsqlora.errors import DataError
 from tsqlora.quality.epochs import sample
 from tsqlora.quality.scores import Scores

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from tsqlora.compat.hub import is_hub_id
-from tsqlora.data.rows import READERS
+from tsqlora.data.readers import READERS
 from tsqlora.errors import printable
 from tsqlora.files import write_text
 from tsqlora.ranks.places import layer_places

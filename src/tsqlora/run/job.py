@@ -9,8 +9,8 @@ from transformers import set_seed
 
 from tsqlora.adapter.init_from import start_from
 from tsqlora.adapter.wrap import wrap
+from tsqlora.data.batches import PackedCollator, packed_collator
 from tsqlora.data.labels import LabelMap
-from tsqlora.data.packing import PackedCollator, packed_collator
 from tsqlora.data.prepare import Prepared, prepare, resolve_max_length
 from tsqlora.data.splits import Splits
 from tsqlora.errors import SettingsError

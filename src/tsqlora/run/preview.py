@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from tsqlora.data.generation import IGNORED
+from tsqlora.tasks.generation import IGNORED
 
 _LONGEST = 600
 """Characters of a stretch that are shown."""

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from tsqlora.data.collate import MULTIPLE, GenerationCollator, collator, generation_collator
+from tsqlora.data.batches import MULTIPLE, GenerationCollator, collator, generation_collator
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Batch, Collate, base_model
 from tsqlora.tasks.generation import Generation

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from tsqlora.compat.transformers import set_loss_scaling, summed_batches
-from tsqlora.data.packing import PackedCollator
+from tsqlora.data.batches import PackedCollator
 from tsqlora.data.samples import TokenisedSplit
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.progress import Progress

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tsqlora.data.packing import PackedCollator
+from tsqlora.data.batches import PackedCollator
 from tsqlora.errors import UnsupportedError
 from tsqlora.gradients.eval_mode import eval_mode
 
