@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from runs import make_rows, write_jsonl
 from tsqlora.data.labels import LabelMap
 from tsqlora.data.splits import Splits, held_out, read_data
-from tsqlora.errors import DataError, SettingsError
+from tsqlora.errors import DataError
 
 GROUPS = st.lists(st.sampled_from([0, 0, 0, 1, 2]), min_size=2, max_size=60).map(
     lambda groups: np.unique(groups, return_inverse=True)[1]
@@ -66,12 +66,6 @@ def test_what_the_floors_leave_goes_to_the_largest_remainder() -> None:
 def test_rows_that_cannot_be_split_are_refused(groups: list[int]) -> None:
     with pytest.raises(DataError, match=r"train.csv .* data.validation"):
         held_out(np.array(groups), fraction=0.5, seed=0, source="train.csv")
-
-
-@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 1.5])
-def test_a_fraction_that_is_no_share_is_refused(fraction: float) -> None:
-    with pytest.raises(SettingsError, match="validation fraction"):
-        held_out(np.array([0, 0]), fraction=fraction, seed=0, source="")
 
 
 # Splits of files
@@ -129,11 +123,11 @@ def test_a_test_split_without_labels_that_was_not_asked_for_is_left_out(label: A
     ("rows", "answer", "told"),
     [
         ([{"text": "good", "mood": 1}] * 3, "class", "train.jsonl has no label column; name it in data.label"),
-        ([{"text": "good", "label": "a"}] * 5, "class", "train.jsonl, column 'label': the training labels hold 'a'"),
+        ([{"text": "good", "label": "a"}] * 5, "class", "train.jsonl, column 'label': 'a' is the only class"),
         ([*make_rows(10), {"text": "good", "label": "warm"}], "class", "train.jsonl:11: the label 'warm'"),
         ([*make_rows(10), {"text": "good", "label": "warm"}], "number", "train.jsonl:11: label 'warm'"),
         ([*make_rows(8), {"text": "good", "label": None}], "class", "train.jsonl:9: no label in column 'label';"),
-        ([{"label": 1}, *make_rows(2500), {"label": 1}, {"label": 1}], "class", "2 more rows (2502, 2503)"),
+        ([{"label": 1}, *make_rows(2500), {"label": 1}, {"label": 1}], "class", "nor in 2 more rows"),
         ([*make_rows(2), {"label": 1, "words": "good"}], "class", "train.jsonl:3: no text in column 'text'"),
         ([{"text": "", "label": 0.5}], "number", "train.jsonl:1: no text in column 'text'"),
     ],
@@ -147,7 +141,7 @@ def test_empty_cells_of_every_split_are_counted(tmp_path: Path) -> None:
     other = write_jsonl(
         tmp_path / "other.jsonl", [{"text": None, "label": 0}, *make_rows(1), {"text": " ", "label": 1}]
     )
-    assert "other.jsonl:1: no text in column 'text', nor in 1 more rows (3)" in error(train, validation=str(other))
+    assert "other.jsonl:1: no text in column 'text', nor in 1 more rows" in error(train, validation=str(other))
     pairs = [{"prompt": "a", "completion": text} for text in ("b", "", None, " ")]
     columns = dict.fromkeys(("format", "prompt", "target", "messages", "text"))
     told = error(write_jsonl(train, pairs), answer="text", columns=columns)

@@ -48,7 +48,7 @@ def test_a_directory_is_no_file(tmp_path: Path) -> None:
 def test_what_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "r.parquet"
     write_rows(path, ROWS)
-    with pytest.raises(DataError, match="column 'a'"):
+    with pytest.raises(DataError, match=r"write \.jsonl"):
         write_rows(path, [{"a": 1}, {"a": "text"}])
     assert list(read_rows(path).rows) == ROWS
     assert [file.name for file in tmp_path.iterdir()] == ["r.parquet"]

@@ -5,13 +5,10 @@ import json
 import math
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain
 from typing import Any
 
 from tsqlora.data.rows import Rows
 from tsqlora.errors import DataError
-
-_SHOWN = 5
 
 
 def is_missing(value: Any) -> bool:
@@ -23,39 +20,19 @@ def is_missing(value: Any) -> bool:
 def require_filled(parts: Iterable[Rows], columns: Mapping[str, str]) -> Iterator[Rows]:
     """The same rows, as long as none lacks something in `columns` (name -> what the column holds).
 
-    Raises DataError with the place of the first row that does, and the number of all in the parts: whoever cleans a
-    file wants to know how many there are.
+    Raises DataError with the place of the first row that does, and the number of further ones: whoever cleans a file
+    wants to know how many there are.
     """
     rest = iter(parts)
     for rows in rest:
         for column, what in columns.items():
-            if any(is_missing(row.get(column)) for row in rows.rows):
-                raise _missing(chain([rows], rest), column, what)
+            if lacking := [i for i in range(len(rows)) if is_missing(rows.rows[i].get(column))]:
+                further = len(lacking) - 1 + sum(is_missing(row.get(column)) for part in rest for row in part.rows)
+                also = f", nor in {further} more rows" if further else ""
+                raise DataError(
+                    f"{rows.place(lacking[0])}: no {what} in column '{column}'{also}; fill it in or leave the row out"
+                )
         yield rows
-
-
-def refuse_missing(rows: Rows, column: str, what: str) -> None:
-    """`require_filled` of one part and one column."""
-    for _ in require_filled([rows], {column: what}):
-        pass
-
-
-def _missing(parts: Iterable[Rows], column: str, what: str) -> DataError:
-    found = [
-        (rows.place(i), rows.numbers[i])
-        for rows in parts
-        for i, row in enumerate(rows.rows)
-        if is_missing(row.get(column))
-    ]
-    first, further = found[0][0], found[1:]
-    if not further:
-        return DataError(f"{first}: no {what} in column '{column}'; fill it in or leave the row out")
-    numbers = ", ".join(str(number) for _, number in further[:_SHOWN])
-    more = ", …" if len(further) > _SHOWN else ""
-    return DataError(
-        f"{first}: no {what} in column '{column}', nor in {len(further)} more rows ({numbers}{more}); "
-        "fill them in or leave the rows out"
-    )
 
 
 def text_at(rows: Rows, i: int, column: str) -> str:

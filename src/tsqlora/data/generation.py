@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from tsqlora.data.batches import IGNORED
-from tsqlora.data.cells import refuse_missing, row_hash
+from tsqlora.data.cells import row_hash
 from tsqlora.data.formats import Format
 from tsqlora.data.formats.example import Chat, Example, Manner
 from tsqlora.data.rows import Rows
@@ -23,7 +23,8 @@ from tsqlora.data.target_tokens import (
     tokens_of,
     written_tokens,
 )
-from tsqlora.errors import DataError, SettingsError
+from tsqlora.data.tokenise import require_room, require_tokens
+from tsqlora.errors import DataError
 
 _SHOWN = 3
 """Rows that a note names."""
@@ -123,9 +124,7 @@ def _make(
     measured: bool = False,
 ) -> list[Made]:
     require_end(tokenizer, seq2seq=seq2seq)
-    _require_room(tokenizer, max_length)
-    if with_targets and format.columns.label is not None:
-        refuse_missing(rows, format.columns.label, "target")
+    require_room(max_length, least_prompt(tokenizer) - 2, 2)
     manner = Manner(seq2seq=seq2seq, chat=bool(tokenizer.chat_template), targets=with_targets, measured=measured)
     examples = [format.read(rows, i, manner) for i in range(len(rows))]
     if seq2seq:
@@ -140,7 +139,7 @@ def _causal(
     pieces = [pieces_of(example, tokenizer, rows.place(i)) for i, example in enumerate(examples)]
     made = []
     for i, (example, runs) in enumerate(zip(examples, tokens_of(pieces, tokenizer), strict=True)):
-        _require_tokens(runs[-1].ids, rows.place(i))
+        require_tokens(runs[-1].ids, rows.place(i))
         if isinstance(example, Chat):  # the template writes special tokens itself
             opening, runs = split_opening(runs, tokenizer)
         else:
@@ -182,11 +181,11 @@ def _seq2seq(
     written = written_tokens([target for _, target in sides if target is not None], tokenizer)
     special, made = set(tokenizer.all_special_ids), []
     for i, ids in enumerate(sources):
-        _require_tokens(ids, rows.place(i))
+        require_tokens(ids, rows.place(i))
         input_ids = [*front, *ids[-room:], *back]
         sample: dict[str, Any] = {"input_ids": input_ids, "attention_mask": [1] * len(input_ids)}
         if written:
-            _require_tokens([token for token in written[i] if token not in special], rows.place(i))
+            require_tokens([token for token in written[i] if token not in special], rows.place(i))
             sample["labels"] = written[i]
         made.append(Made(sample, len(ids) > room, len(written[i]) if written else 0))
     return made
@@ -195,20 +194,6 @@ def _seq2seq(
 def least_prompt(tokenizer: PreTrainedTokenizerBase) -> int:
     """Tokens without which there is no room for text: the special ones, and two."""
     return sum(map(len, special_tokens(tokenizer))) + 2
-
-
-def _require_room(tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-    least = least_prompt(tokenizer)
-    if max_length < least:
-        raise SettingsError(
-            f"data.max_length {max_length} leaves no room for text beside {least - 2} special tokens; "
-            f"set it to {least} or more"
-        )
-
-
-def _require_tokens(ids: Sequence[int], place: str) -> None:
-    if not ids:
-        raise DataError(f"{place}: the tokenizer makes no token of this text; leave the row out")
 
 
 def _last_target(example: Example | Chat) -> str:

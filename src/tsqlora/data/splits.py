@@ -13,7 +13,7 @@ from tsqlora.data.columns import Columns, find_columns
 from tsqlora.data.formats import Format, find_format
 from tsqlora.data.labels import LabelMap, are_measures, classes_of, distinct_labels, encode_targets, look_alikes
 from tsqlora.data.rows import Rows, Source, open_splits
-from tsqlora.errors import DataError, SettingsError
+from tsqlora.errors import DataError
 
 Answer = Literal["class", "number", "text"]
 """What a row's label is."""
@@ -153,11 +153,8 @@ def held_out(groups: np.ndarray, *, fraction: float, seed: int, source: str) -> 
     """Whether each row is for validation: a random `fraction` of them; `groups` numbers each row's class.
 
     Each class gives its share, by largest remainder, and keeps at least one row for training. Both sides have at least
-    one row; the same groups and seed give the same split. Raises SettingsError for a fraction outside (0, 1),
-    DataError where the rows are too few.
+    one row; the same groups and seed give the same split. Raises DataError where the rows are too few.
     """
-    if not 0 < fraction < 1:
-        raise SettingsError(f"validation fraction {fraction} is not between 0 and 1; set a share such as 0.1")
     sizes = np.bincount(groups).tolist()
     # A class that left training altogether would be unknown to the model that is validated.
     most = [size - 1 for size in sizes]

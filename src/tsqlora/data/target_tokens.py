@@ -38,7 +38,6 @@ def chat_pieces(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, place
     stands before, it is one piece. Raises DataError where the template refuses the turns, or rewrites what stands
     before an answer that is to be trained on, so that no part of the text is the turn's.
     """
-    require_template(tokenizer)
     asked = None if turns[-1].role == "assistant" else _rendered(turns, tokenizer, place, ask=True)
     pieces, seen = list[Piece](), ""
     for i, turn in enumerate(turns):
@@ -69,16 +68,6 @@ def _before(turn: Turn, whole: str) -> str:
     return whole[:at] if at >= 0 else whole
 
 
-def require_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises SettingsError for a tokenizer that has no chat template."""
-    if not tokenizer.chat_template:
-        owner = tokenizer.name_or_path or "the model"
-        raise SettingsError(
-            f"the tokenizer of {owner} has no chat template, which rows of messages need; "
-            "use a chat model, or put a chat_template.jinja beside the tokenizer"
-        )
-
-
 def _to_end_token(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     end, cut = tokenizer.eos_token, text.rstrip()
     return cut if isinstance(end, str) and cut.endswith(end) else text
@@ -90,7 +79,9 @@ def _rendered(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, place: 
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
     except (TemplateError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise DataError(f"{place}: the chat template refuses these turns ({reason}); correct their order") from error
+        raise DataError(
+            f"{place}: the chat template writes no such turns ({reason}); correct one of the two"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from tsqlora.data.cells import refuse_missing, row_hash, text_at
+from tsqlora.data.cells import row_hash, text_at
 from tsqlora.data.columns import Columns
 from tsqlora.data.rows import Rows
 from tsqlora.data.samples import TokenisedSplit
@@ -27,15 +27,32 @@ def tokenise(
     file and row for a text that is missing, empty or no text, SettingsError where `max_length`
     leaves no room for text.
     """
-    _check_room(tokenizer, columns, max_length)
-    texts = _texts(rows, columns.text)
-    pairs = None if columns.text_pair is None else _texts(rows, columns.text_pair)
+    pair = columns.text_pair
+    require_room(max_length, tokenizer.num_special_tokens_to_add(pair=pair is not None), 1 if pair is None else 2)
+    texts = [text_at(rows, i, columns.text) for i in range(len(rows))]
+    pairs = None if pair is None else [text_at(rows, i, pair) for i in range(len(rows))]
     samples, truncated = _encode(tokenizer, texts, pairs, max_length)
-    _check_tokens(samples, rows)
+    for i, sample in enumerate(samples):
+        require_tokens(sample["input_ids"], rows.place(i))
     if labels is not None:
         samples = [{**sample, "labels": label} for sample, label in zip(samples, labels, strict=True)]
     used = asdict(columns)
     return TokenisedSplit(samples, tuple(row_hash(row, used) for row in rows.rows), truncated, rows.ids)
+
+
+def require_room(max_length: int, special: int, texts: int) -> None:
+    """Raises SettingsError where special tokens leave no room for so many tokens of text."""
+    if max_length < special + texts:
+        raise SettingsError(
+            f"data.max_length {max_length} leaves no room for text beside {special} special tokens; "
+            f"set it to {special + texts} or more"
+        )
+
+
+def require_tokens(ids: Sequence[int], place: str) -> None:
+    """Raises DataError with the place for a text without any token."""
+    if not ids:
+        raise DataError(f"{place}: the tokenizer makes no token of this text; leave the row out")
 
 
 def _encode(
@@ -65,24 +82,3 @@ def _call(
         verbose=False,  # too long is no surprise here: it is counted
     )
     return [{key: values[i] for key, values in encoded.items()} for i in range(len(texts))]
-
-
-def _texts(rows: Rows, column: str) -> list[str]:
-    refuse_missing(rows, column, "text")
-    return [text_at(rows, i, column) for i in range(len(rows))]
-
-
-def _check_room(tokenizer: PreTrainedTokenizerBase, columns: Columns, max_length: int) -> None:
-    special = tokenizer.num_special_tokens_to_add(pair=columns.text_pair is not None)
-    texts = 1 if columns.text_pair is None else 2
-    if max_length < special + texts:
-        raise SettingsError(
-            f"data.max_length {max_length} leaves no room for text beside {special} special tokens; "
-            f"set it to {special + texts} or more"
-        )
-
-
-def _check_tokens(samples: Sequence[dict[str, Any]], rows: Rows) -> None:
-    for i, sample in enumerate(samples):
-        if not sample["input_ids"]:
-            raise DataError(f"{rows.place(i)}: the tokenizer makes no token of this text; leave the row out")

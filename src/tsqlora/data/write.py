@@ -117,14 +117,7 @@ def _write_csv(path: Path, rows: Sequence[Row], *, delimiter: str = ",") -> None
 
 
 def _write_parquet(path: Path, rows: Sequence[Row]) -> None:
-    columns = {}
-    for name in _names(rows):
-        try:
-            columns[name] = pa.array([row.get(name) for row in rows])
-        except (pa.ArrowException, UnicodeError, ArithmeticError) as error:
-            reason = str(error).splitlines()[0]
-            raise DataError(f"column '{name}' does not fit into Parquet ({reason}); write .jsonl") from error
-    pq.write_table(pa.table(columns), path)
+    pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in _names(rows)}), path)
 
 
 def _names(rows: Sequence[Row]) -> list[str]:

@@ -104,47 +104,42 @@ def find_format(
     check_named(named, names, source)
     _check_together(format, {key for key, name in named.items() if name is not None})
     if whole := messages or text:
-        return Format(format or _of_whole(whole, "data.messages" if messages else "data.text"), _one(whole))
+        return Format(
+            format or _of_whole(whole, "data.messages" if messages else "data.text"), Columns(whole, None, None)
+        )
     kinds = FORMATS if format is None else {format: FORMATS[format]}
     # A named column next to a usual one is as good as two usual ones, where those are not there.
-    for fits in (_usual, _half_usual):
+    for both in (True, False):
         for name, kind in kinds.items():
             for pair in kind.usual:
-                if fits(pair, prompt, target, names):
+                if _fits(pair, prompt, target, names, both=both):
                     return Format(name, _columns(kind, prompt or pair[0], target or pair[1], names))
     if prompt is None or target is None:
-        raise DataError(_nothing_found(source, names, format, prompt, target))
+        beside = f" beside '{prompt or target}'" if prompt or target else ""
+        wanted = "no known row format" if format is None else f"none of the usual columns of data.format {format}"
+        raise DataError(
+            f"{source} has {wanted}{beside}; name data.prompt and data.target, data.messages, or data.text; "
+            f"columns: {', '.join(names)}"
+        )
     name = format or "prompt"
     return Format(name, _columns(FORMATS[name], prompt, target, names))
 
 
-def _usual(pair: tuple[str, str | None], prompt: str | None, target: str | None, names: Collection[str]) -> bool:
-    """Whether both are as usual: the one that was named, or, where none was, a column's."""
-    if pair[1] is None:
-        return prompt is None and target is None and pair[0] in names
-    return _fits(pair[0], prompt, names) and _fits(pair[1], target, names)
-
-
-def _half_usual(pair: tuple[str, str | None], prompt: str | None, target: str | None, names: Collection[str]) -> bool:
-    """Whether one alone was named and the other is as usual; two that are named stand as they are."""
-    if pair[1] is None:
-        return False
-    beside_prompt = target is None and prompt is not None and pair[1] in names
-    beside_target = prompt is None and target is not None and pair[0] in names
-    return beside_prompt or beside_target
-
-
-def _fits(usual: str, named: str | None, names: Collection[str]) -> bool:
-    return usual == named if named is not None else usual in names
+def _fits(
+    usual: tuple[str, str | None], prompt: str | None, target: str | None, names: Collection[str], *, both: bool
+) -> bool:
+    """Whether both columns are as usual, be they named or there; else whether one is, and the other was named."""
+    first, second = usual
+    if second is None:
+        return both and not (prompt or target) and first in names
+    if both:
+        return (prompt or first) == first and (target or second) == second and {first, second} <= {*names}
+    return (prompt is None) != (target is None) and (first if prompt is None else second) in names
 
 
 def _columns(kind: Kind, prompt: str, target: str | None, names: Collection[str]) -> Columns:
     further = next((name for name in kind.further if name in names and name not in (prompt, target)), None)
     return Columns(prompt, further, target)
-
-
-def _one(name: str) -> Columns:
-    return Columns(name, None, None)
 
 
 def _of_whole(column: str, setting: str) -> str:
@@ -164,20 +159,3 @@ def _check_together(format: str | None, named: Collection[str]) -> None:
     wanted = {FORMATS[format].setting} if FORMATS[format].whole else {"data.prompt", "data.target"}
     if wrong := sorted(set(named) - wanted):
         raise SettingsError(f"{wrong[0]} does not go with data.format {format}; set {' and '.join(sorted(wanted))}")
-
-
-def _nothing_found(
-    source: str, names: Sequence[str], format: str | None, prompt: str | None, target: str | None
-) -> str:
-    columns = f"columns: {', '.join(names)}"
-    if prompt is not None:
-        return f"{source} has no usual target beside '{prompt}'; name it in data.target; {columns}"
-    if target is not None:
-        return f"{source} has no usual prompt beside '{target}'; name it in data.prompt; {columns}"
-    if format is None:
-        return (
-            f"{source} has no known row format; set data.prompt and data.target, data.messages, or data.text; {columns}"
-        )
-    usual = " or ".join("+".join(filter(None, pair)) for pair in FORMATS[format].usual)
-    setting = FORMATS[format].setting if FORMATS[format].whole else "data.prompt and data.target"
-    return f"{source} has no {usual} for data.format {format}; name them: {setting}; {columns}"

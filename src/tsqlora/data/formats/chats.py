@@ -13,11 +13,7 @@ from tsqlora.errors import DataError, UnsupportedError, nearest
 
 UNREAD = ("tool_calls", "function_call", "reasoning_content", "thinking")
 """What a message may hold beside its content, and a model would not learn from this row."""
-_NOT_READ = "is not read here, so that a model would not learn it; write it into the content, or leave the row out"
-_NOT_READ_BESIDE = (
-    "is not read here, so that a model would not learn it; write it into the text or the messages, or leave the "
-    "column out"
-)
+_NOT_READ = "is not read here, so that a model would not learn it; write it into the text, or leave it out"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +94,7 @@ def read_chat(rows: Rows, i: int, column: str, manner: Manner, keys: Keys) -> Ch
 def refuse_unread(rows: Rows, i: int, columns: Sequence[str]) -> None:
     """Raises DataError where one of these columns, which other trainers read beside a chat, holds something."""
     if unread := [column for column in columns if rows.rows[i].get(column)]:
-        raise DataError(f"{rows.place(i)}: column '{unread[0]}' {_NOT_READ_BESIDE}")
+        raise DataError(f"{rows.place(i)}: column '{unread[0]}' {_NOT_READ}")
 
 
 def _turn(message: Any, number: int, place: str, column: str, keys: Keys) -> Turn:
@@ -107,7 +103,8 @@ def _turn(message: Any, number: int, place: str, column: str, keys: Keys) -> Tur
         raise DataError(f"{place}: {where} is {_shown(message)}; write an object with {keys.role} and {keys.content}")
     for key in (keys.role, keys.content):
         if key not in message:
-            raise DataError(f"{place}: {where} has no '{key}', only {', '.join(map(str, message))}; {_cure(keys)}")
+            other = "sharegpt (from, value)" if keys is MESSAGES else "messages (role, content)"
+            raise DataError(f"{place}: {where} has no '{key}'; write it, or set data.format to {other}")
     role, content = message[keys.role], message[keys.content]
     if not isinstance(role, str) or role not in keys.roles:
         raise DataError(f"{place}: {where} has an unknown {keys.role}, {role!r}; {nearest(str(role), keys.roles)}")
@@ -116,11 +113,6 @@ def _turn(message: Any, number: int, place: str, column: str, keys: Keys) -> Tur
     if is_missing(content):
         raise DataError(f"{place}: {where} has no text in '{keys.content}'; fill it in or leave the row out")
     return Turn(keys.roles[role], as_text(content, f"'{keys.content}' of {where}", place))
-
-
-def _cure(keys: Keys) -> str:
-    other = "sharegpt (from, value)" if keys.role == "role" else "messages (role, content)"
-    return f"write it, or set data.format to {other}"
 
 
 def _shown(value: Any) -> str:
