@@ -41,10 +41,8 @@ def distinct_labels(parts: Iterable[Rows], column: str) -> tuple[list[str | int]
                     "unlike those before; write all as text or all as integers"
                 )
         found.append(np.array([numbers.setdefault(label, len(numbers)) for label in labels], dtype=np.int32))
-    values = list(numbers)
-    if not typed and all(_is_integer(str(value)) for value in values):
-        values = [int(value) for value in values]
-    return values, np.concatenate(found)
+    integers = not typed and all(_is_integer(str(value)) for value in numbers)
+    return [int(value) if integers else value for value in numbers], np.concatenate(found)
 
 
 def classes_of(labels: Iterable[str | int], source: str, column: str) -> LabelMap:
