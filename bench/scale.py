@@ -42,6 +42,7 @@ from runs import BAD, GOOD, PLAIN, make_rows, save_checkpoint, write_config, wri
 from stock import base_bert, moods
 from tsqlora.data.prepare import prepare
 from tsqlora.files import write_json
+from tsqlora.quality.rule import PAPER_TERMS
 from tsqlora.quality.select import select_rows
 from tsqlora.ranks.policies import get_policy
 from tsqlora.run import reading
@@ -100,11 +101,10 @@ def rows(count: int) -> dict[str, Any]:
     splits = reading.read(run.config.model_copy(update={"data": run.config.data.model_copy(update=files)}))
     split = prepare(splits, run.pretrained.tokenizer, max_length=run.max_length, folder=CACHE).samples["train"]
     stored = time.process_time() - start
-    scores = tsq.score(
-        run.model, split, run.predictor.collate(), terms=(), weights={"loss": 1.0}, batch_size=1024,
-        hashes=split.hashes,
-        ids=split.ids, lengths=split.lengths, record={"columns": asdict(splits.columns), "data": str(file)},
-    )  # fmt: skip
+    about = {"columns": asdict(splits.columns), "data": str(file)}
+    names = tsq.RowNames(split.ids, split.hashes, split.lengths, about)
+    rule, compute = tsq.ScoringRule(weights={"loss": 1.0}), tsq.Compute(batch_size=1024)
+    scores = tsq.score(run.model, split, run.predictor.collate(), rule=rule, rows=names, compute=compute)
     scores.save(table)
     scored, peak = time.process_time() - start, status("VmHWM")
     del scores
@@ -315,7 +315,9 @@ def one_process(rank: int, processes: int, folder: Path) -> None:
 
     handle = model.register_forward_pre_hook(count_rows, with_kwargs=True)
     start = time.process_time()
-    tsq.score(model, rows_, collate, batch_size=8, reference=range(16), hashes=[str(j) for j in range(96)])
+    rule = tsq.ScoringRule(terms=PAPER_TERMS, reference=range(16))
+    names = tsq.RowNames(hashes=[str(j) for j in range(96)])
+    tsq.score(model, rows_, collate, rule=rule, rows=names, compute=tsq.Compute(batch_size=8))
     seconds = time.process_time() - start
     handle.remove()
     found = {

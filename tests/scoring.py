@@ -1,6 +1,7 @@
 """What tests of scoring share: models that have learned something, the slow twin, all that must not change."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,11 @@ import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+import tsqlora as tsq
 from models import collate
 from oracles import SampleLoss, SlowScores, slow_calibration, slow_scores, slow_scores_full, slow_sensitivity
+from tsqlora.quality.rule import PAPER_TERMS, RowNames, ScoringRule
+from tsqlora.quality.score import Compute
 from tsqlora.quality.scores import Scores
 
 Rows = Sequence[dict[str, Any]]
@@ -173,3 +177,28 @@ def assert_same(left: Any, right: Any, name: str) -> None:
             assert_same(value, right[key], f"{name} {key}")
     else:
         assert left == right, name
+
+
+def score_by(model: Any, dataset: Any, collate: Any, *, task: Any = None, **options: Any) -> Scores:
+    """`tsqlora.score` with the fields of its rule, its rows' names and its computing as options."""
+    given = _values({"terms": PAPER_TERMS} | options)
+    return tsq.score(model, dataset, collate, task=task, **given)
+
+
+def quality_by(data: Any, warmup: float = 1.0, **options: Any) -> tsq.QualityCallback:
+    """The same for `QualityCallback`."""
+    own = {
+        name: options.pop(name) for name in ("limit", "task", "scores_path", "progress", "collate") if name in options
+    }
+    return tsq.QualityCallback(data, warmup, **own, **_values(options))
+
+
+def _values(options: dict[str, Any]) -> dict[str, Any]:
+    kinds = {"rule": ScoringRule, "rows": RowNames, "compute": Compute}
+    found = {
+        name: kind(**{f.name: options.pop(f.name) for f in fields(kind) if f.name in options})
+        for name, kind in kinds.items()
+        if any(f.name in options for f in fields(kind))
+    }
+    assert not options, options
+    return found

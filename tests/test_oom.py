@@ -16,7 +16,7 @@ from transformers import BertModel
 import tsqlora as tsq
 from models import collate, lora, samples, tiny_bert
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
-from scoring import teach
+from scoring import score_by, teach
 from tsqlora.oom import BatchSplitter, even_parts, halves, is_out_of_memory, retry_on_oom
 from tsqlora.run import train as pipeline
 from tsqlora.run.config import Config, load_config
@@ -125,9 +125,9 @@ def test_rows_are_scored_in_parts_as_they_are_in_one(
     model, rows = lora(tiny_bert(layers=1)), samples(24, 3)
     teach(model, rows)
     options: dict[str, Any] = {"reference": list(range(16)), "batch_size": 8, "terms": terms}
-    whole = tsq.score(model, rows, collate, **options)
+    whole = score_by(model, rows, collate, **options)
     limit = Limit(monkeypatch, rows=3, first=first)
-    parts = tsq.score(model, rows, collate, **options)
+    parts = score_by(model, rows, collate, **options)
     assert max(limit.sizes[first:]) <= 3
     for name, values in whole.terms.items():
         np.testing.assert_allclose(parts.terms[name], values, rtol=1e-6, atol=1e-9)

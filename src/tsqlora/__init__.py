@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from tsqlora.errors import DataError, NotLearnedError, SettingsError, TsqLoraError, UnsupportedError
     from tsqlora.layer_sensitivity import sensitivity
     from tsqlora.quality.epochs import sample
-    from tsqlora.quality.score import score
+    from tsqlora.quality.rule import RowNames, ScoringRule
+    from tsqlora.quality.score import Compute, score
     from tsqlora.quality.scores import Scores
     from tsqlora.quality.subset import QualitySubset
     from tsqlora.ranks.allocate import Sensitivity, allocate
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from tsqlora.training.report_callback import ReportCallback
 
 __all__ = [
+    "Compute",
     "DataError",
     "GuardCallback",
     "NotLearnedError",
@@ -34,7 +36,9 @@ __all__ = [
     "RankEvent",
     "RankLoop",
     "ReportCallback",
+    "RowNames",
     "Scores",
+    "ScoringRule",
     "Sensitivity",
     "SettingsError",
     "TsqLoraError",
@@ -55,7 +59,8 @@ _HOMES = {
     "adapter.wrap": ("wrap",),
     "errors": ("DataError", "NotLearnedError", "SettingsError", "TsqLoraError", "UnsupportedError"),
     "quality.epochs": ("sample",),
-    "quality.score": ("score",),
+    "quality.rule": ("RowNames", "ScoringRule"),
+    "quality.score": ("Compute", "score"),
     "quality.scores": ("Scores",),
     "quality.subset": ("QualitySubset",),
     "ranks.allocate": ("Sensitivity", "allocate"),

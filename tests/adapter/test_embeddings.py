@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import tsqlora as tsq
 from models import PAD, collate, samples, tiny_bert, tiny_llama_classifier
-from scoring import assert_agree, logits_of, slow, slow_layers, slow_offsets, teach
+from scoring import assert_agree, logits_of, score_by, slow, slow_layers, slow_offsets, teach
 from slotted import (
     QUERY,
     assert_hidden_are_zero,
@@ -260,7 +260,7 @@ def test_numbers_of_an_embedding_do_not_depend_on_the_batch_or_padding() -> None
 def test_scope_full_scores_an_embeddings_weight_as_the_slow_twin_does() -> None:
     model, rows = repeated(tiny_bert)
     teach(model, rows)
-    scores = tsq.score(model, rows, collate, reference=range(5), scope="full")
+    scores = score_by(model, rows, collate, reference=range(5), scope="full")
     assert_agree(scores, slow(model, rows, range(5), scope="full", offsets=slow_offsets(model, rows[:5])))
 
 

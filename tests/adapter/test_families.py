@@ -24,7 +24,7 @@ from models import (
     tiny_t5,
     tiny_vit,
 )
-from scoring import assert_agree, logits_of, slow, slow_offsets, teach
+from scoring import assert_agree, logits_of, score_by, slow, slow_offsets, teach
 from slotted import assert_hidden_are_zero, trained, updates, wrapped
 from tsqlora.adapter.resize import drop_slots, grow_slot
 from tsqlora.adapter.slots import find_slots
@@ -114,5 +114,5 @@ def test_every_family_trains_changes_ranks_and_is_plain_peft_in_the_end(family: 
 def test_images_are_scored_as_by_the_slow_twin() -> None:
     model, rows = wrapped(tiny_vit()), images(10, 3)
     teach(model, rows)
-    scores = tsq.score(model, rows, collate, reference=range(6), batch_size=4)
+    scores = score_by(model, rows, collate, reference=range(6), batch_size=4)
     assert_agree(scores, slow(model, rows, range(6), offsets=slow_offsets(model, rows[:6])))

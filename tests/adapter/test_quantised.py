@@ -12,7 +12,7 @@ from transformers import BitsAndBytesConfig, LlamaForSequenceClassification, Tor
 
 import tsqlora as tsq
 from models import collate, samples, tiny_llama_classifier
-from scoring import assert_agree, logits_of, slow, slow_layers, slow_offsets, teach
+from scoring import assert_agree, logits_of, score_by, slow, slow_layers, slow_offsets, teach
 from slotted import assert_hidden_are_zero, resize, take_steps, trained, update, updates
 from tsqlora.adapter.slots import find_slots
 from tsqlora.compat.bitsandbytes import linear_bits
@@ -153,7 +153,7 @@ def test_ranks_change_over_a_quantised_base_and_plain_peft_loads_the_adapter(
 def test_samples_are_scored_over_a_quantised_base_as_by_the_slow_twin(saved: Path, kind: str) -> None:
     model, rows = quantised(saved, kind), samples(30, 3)
     teach(model, rows)
-    scores = tsq.score(model, rows, collate, reference=range(25), batch_size=4)
+    scores = score_by(model, rows, collate, reference=range(25), batch_size=4)
     assert_agree(scores, slow(model, rows, range(25), offsets=slow_offsets(model, rows[:25])), rtol=1e-3)
 
 
@@ -161,10 +161,10 @@ def test_losses_over_8_bit_are_scored_and_gradients_refused_since_outliers_coupl
     model, rows = quantised(saved, "int8"), samples(14, 3)
     teach(model, rows)
     losses = nn.functional.cross_entropy(logits_of(model, rows), torch.tensor([row["labels"] for row in rows]))
-    scores = tsq.score(model, rows, collate, terms=("loss",), calibration=False, batch_size=1)
+    scores = score_by(model, rows, collate, terms=("loss",), calibration=False, batch_size=1)
     assert float(scores.terms["loss"].mean()) == pytest.approx(float(losses), rel=1e-4)
     with pytest.raises(tsq.UnsupportedError, match="something couples the samples of a batch"):
-        tsq.score(model, rows, collate, reference=range(10), batch_size=4)
+        score_by(model, rows, collate, reference=range(10), batch_size=4)
 
 
 def test_a_weight_that_was_packed_for_inference_is_refused(saved: Path) -> None:

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tsqlora as tsq
 from models import collate, lora, samples, tiny_bert
-from scoring import teach
+from scoring import quality_by, score_by, teach
 from slotted import POOLER, QUERY, WIDE, backward, trained, wrapped
 from stock import base_bert, make_trainer, moods, slotted_bert
 from tsqlora import distributed
@@ -110,7 +110,7 @@ def in_trainer(rank: int, world: int, folder: Path) -> Any:
     model = quiet(slotted_bert())
     data = tsq.QualitySubset(moods(), fraction=0.5, seed=0)
     ranks = tsq.RankCallback(interval=2, warmup=0.0, freeze=0.2, finalize=False)
-    quality = tsq.QualityCallback(data, warmup=1.0, reference=32, terms=["gradient_norm"])
+    quality = quality_by(data, warmup=1.0, reference=32, terms=["gradient_norm"])
     numbers = {"epochs": 1, "learning_rate": 0.1, "batch_size": 1, "eval_batch_size": 1, "seed": 0}
     ours = training_arguments(folder, **numbers, bf16=False, further={})
     trainer = make_trainer(
@@ -154,7 +154,7 @@ def scored(rank: int, world: int, folder: Path) -> Any:
 
         path = folder / f"{name}-{world}-{rank}.parquet"
         trains = DistributedDataParallel(model) if world > 1 else model
-        tsq.score(trains, rows, count, reference=[0, 3, 4, 6, 8, 9, 12], batch_size=4, **options).save(path)
+        score_by(trains, rows, count, reference=[0, 3, 4, 6, 8, 9, 12], batch_size=4, **options).save(path)
         files[name] = (path.read_bytes(), sum(seen) - 7)
     return files
 
@@ -174,10 +174,10 @@ def refused(rank: int, world: int) -> Any:
     shuffled = [row | {"labels": (row["labels"] + 1) % 3} for row in learned]
     hashes = [str(j) for j in range(12)]
     return {
-        "chance": told(lambda: tsq.score(model, shuffled, collate, **options)),
-        "reference": told(lambda: tsq.score(model, learned, broken, **options)),
-        "pass": told(lambda: tsq.score(model, learned, broken, reference=[0, 1, 2], batch_size=5)),
-        "journal": told(lambda: tsq.score(model, rows, collate, hashes=hashes, journal=Path("none"))),
+        "chance": told(lambda: score_by(model, shuffled, collate, **options)),
+        "reference": told(lambda: score_by(model, learned, broken, **options)),
+        "pass": told(lambda: score_by(model, learned, broken, reference=[0, 1, 2], batch_size=5)),
+        "journal": told(lambda: score_by(model, rows, collate, hashes=hashes, journal=Path("none"))),
     }
 
 
@@ -237,7 +237,7 @@ def looped(rank: int, world: int, folder: Path) -> Any:
         "state": {name: tensor.clone() for name, tensor in state.items() if tensor.is_floating_point()},
         "finalize": refusal,
         "logits": logits,
-        "score": told(lambda: tsq.score(model, MOODS, collate)) if world > 1 else "",
+        "score": told(lambda: score_by(model, MOODS, collate)) if world > 1 else "",
     }
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import tsqlora as tsq
+from scoring import quality_by
 from stock import make_trainer, moods, slotted_bert
 
 TOLD = r"DeepSpeed keeps gradients and moments, .* can follow them; use accelerate launch without DeepSpeed \(DDP\)"
@@ -24,7 +25,7 @@ class DeepSpeedEngine(nn.Module):
 @pytest.mark.parametrize("half", ["ranks", "quality"])
 def test_a_trainer_with_deepspeed_is_refused_at_the_start(half: str, tmp_path: Path) -> None:
     data = tsq.QualitySubset(moods(), fraction=0.5, seed=0)
-    callbacks: dict[str, Any] = {"ranks": tsq.RankCallback(interval=2), "quality": tsq.QualityCallback(data)}
+    callbacks: dict[str, Any] = {"ranks": tsq.RankCallback(interval=2), "quality": quality_by(data)}
     trainer = make_trainer(slotted_bert(), data, tmp_path, [callbacks[half]])
     # As TrainingArguments(deepspeed=...) and ACCELERATE_USE_DEEPSPEED set it.
     assert trainer.args.deepspeed_plugin is None

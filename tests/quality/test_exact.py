@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import tsqlora as tsq
 from oracles import slow_scores
-from scoring import assert_agree, squared_error
+from scoring import assert_agree, score_by, squared_error
 from tsqlora.errors import UnsupportedError
 from tsqlora.tasks import Task
 from tsqlora.tasks.regression import Regression
@@ -69,7 +69,7 @@ def score(
 ) -> tsq.Scores:
     task = Regression() if task is None else task
     how = {"reference": range(8), "task": task, "calibration": False, "batch_size": batch_size, "scope": scope}
-    return tsq.score(model, rows_for(model, tokens), collate, **how)
+    return score_by(model, rows_for(model, tokens), collate, **how)
 
 
 def assert_scored_as_the_twin(model: nn.Module) -> None:
@@ -287,6 +287,6 @@ def test_a_model_whose_forward_takes_no_labels_needs_no_task() -> None:
     def collate_classes(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         return collate(rows) | {"labels": torch.tensor([row["labels"] for row in rows])}
 
-    scores = tsq.score(model, rows, collate_classes)
+    scores = score_by(model, rows, collate_classes)
     assert np.isfinite(scores.quality).all()
     assert scores.strata is not None

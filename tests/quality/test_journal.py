@@ -11,7 +11,7 @@ from torch import Tensor
 
 import tsqlora as tsq
 from models import collate, lora, samples, tiny_bert
-from scoring import teach
+from scoring import score_by, teach
 from tsqlora.errors import SettingsError
 from tsqlora.quality import journal as journal_module
 from tsqlora.quality import score as score_module
@@ -57,7 +57,7 @@ def score(learned: tuple[PeftModel, list[dict[str, Any]]], collate: Any, folder:
         "hashes": HASHES,
         "journal": folder,
     } | options
-    return tsq.score(*learned, collate, **given)
+    return score_by(*learned, collate, **given)
 
 
 def _measured_again(*_: Any, **__: Any) -> None:

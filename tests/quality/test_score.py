@@ -20,6 +20,7 @@ from scoring import (
     cross_entropy,
     fingerprint,
     logits_of,
+    score_by,
     slow,
     slow_offsets,
     squared_error,
@@ -62,7 +63,7 @@ def slotted(dtype: torch.dtype = torch.float64) -> tuple[PeftModel, Rows]:
 
 
 def score(model: nn.Module, rows: Rows, **options: Any) -> tsq.Scores:
-    return tsq.score(model, rows, collate, **{"reference": REFERENCE, "batch_size": 7} | options)
+    return score_by(model, rows, collate, **{"reference": REFERENCE, "batch_size": 7} | options)
 
 
 # --- the twin -----------------------------------------------------------------------------
@@ -246,7 +247,7 @@ def test_scores_depend_on_neither_batch_nor_padding(scope: str) -> None:
     expected = score(model, rows, scope=scope, batch_size=1)
     for size in (3, N):
         assert_equal_scores(expected, score(model, rows, scope=scope, batch_size=size))
-    padded = tsq.score(model, rows, partial(collate, pad_to=40), reference=REFERENCE, scope=scope, batch_size=5)
+    padded = score_by(model, rows, partial(collate, pad_to=40), reference=REFERENCE, scope=scope, batch_size=5)
     assert_equal_scores(expected, padded)
 
 
@@ -339,7 +340,7 @@ def in_training() -> tuple[PeftModel, Rows]:
 def test_the_model_is_left_as_it_was(in_training: tuple[PeftModel, Rows], scope: str) -> None:
     model, rows = in_training
     before = fingerprint(model)
-    tsq.score(model, rows, breaking(at=-1), reference=REFERENCE, batch_size=4, scope=scope)
+    score_by(model, rows, breaking(at=-1), reference=REFERENCE, batch_size=4, scope=scope)
     assert_unchanged(before, model)
 
 
@@ -348,7 +349,7 @@ def test_the_model_is_left_as_it_was_when_the_collator_raises(in_training: tuple
     model, rows = in_training
     before = fingerprint(model)
     with pytest.raises(Breaks):
-        tsq.score(model, rows, breaking(at), reference=REFERENCE, batch_size=4)
+        score_by(model, rows, breaking(at), reference=REFERENCE, batch_size=4)
     assert_unchanged(before, model)
 
 
@@ -392,7 +393,7 @@ def test_a_model_at_chance_is_refused() -> None:
         r"-?\d+\.\d standard errors below, and scoring needs more than 2; train it longer first"
     )
     with pytest.raises(NotLearnedError, match=message):
-        tsq.score(model, rows, collate)
+        score_by(model, rows, collate)
 
 
 def test_a_model_with_broken_weights_is_refused() -> None:
@@ -481,7 +482,7 @@ def test_only_a_term_that_looks_ahead_costs_another_forward() -> None:
 
 def test_the_default_reference_is_drawn_by_the_seed() -> None:
     model, rows = adapted(layers=1)
-    scores = tsq.score(model, rows, collate)
+    scores = score_by(model, rows, collate)
     assert scores.record["reference"] == list(range(N))
     assert scores.record["reference_rows"] == N
 

@@ -13,7 +13,7 @@ from torch import Tensor
 import tsqlora as tsq
 from models import GENERATORS, lora, text_collator, texts
 from oracles import slow_scores, slow_scores_full
-from scoring import assert_agree, assert_unchanged, effective_weight, fingerprint, trainable
+from scoring import assert_agree, assert_unchanged, effective_weight, fingerprint, score_by, trainable
 from tsqlora.errors import NotLearnedError, SettingsError, UnsupportedError
 from tsqlora.quality.scores import Scores
 
@@ -47,7 +47,7 @@ def mean_over_tokens(family: str) -> Any:
 
 def scored(model: PeftModel, rows: list[dict[str, Any]], **options: Any) -> Scores:
     options = {"collate": text_collator(model), "batch_size": 4, **options}
-    return tsq.score(model, rows, options.pop("collate"), reference=REFERENCE, **options)
+    return score_by(model, rows, options.pop("collate"), reference=REFERENCE, **options)
 
 
 @pytest.mark.parametrize("scope", ["adapter", "full"])

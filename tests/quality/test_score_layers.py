@@ -8,9 +8,8 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-import tsqlora as tsq
 from models import EOS, collate, lora, samples, tiny_bert, tiny_gpt2, tiny_llama_classifier, tiny_mpnet, tiny_t5
-from scoring import assert_agree, assert_unchanged, fingerprint, slow, slow_offsets, teach
+from scoring import assert_agree, assert_unchanged, fingerprint, score_by, slow, slow_offsets, teach
 from tsqlora.errors import UnsupportedError
 from tsqlora.gradients.sites import find_sites
 
@@ -52,7 +51,7 @@ def adapted(family: str, *, unfreeze: tuple[str, ...] = (), **options: Any) -> t
 def assert_twin(model: PeftModel, rows: list[dict[str, Any]], scope: str = "adapter", **options: Any) -> None:
     offsets = slow_offsets(model, [rows[j] for j in REFERENCE])
     before = fingerprint(model)
-    scores = tsq.score(model, rows, collate, reference=REFERENCE, batch_size=4, scope=scope, **options)
+    scores = score_by(model, rows, collate, reference=REFERENCE, batch_size=4, scope=scope, **options)
     assert_unchanged(before, model)
     # Some norms compute in float32 whatever the model is in, and look-ahead is a small difference.
     assert_agree(scores, slow(model, rows, REFERENCE, scope=scope, offsets=offsets), rtol=1e-4)
@@ -92,9 +91,9 @@ def test_everything_that_trains_counts(family: str) -> None:
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])  # MPNet's has no checkpointing
 def test_gradient_checkpointing_changes_no_score(family: str, scope: Literal["adapter", "full"]) -> None:
     model, rows = adapted(family, unfreeze=NORMS_AND_EMBEDDINGS[family], dropout=0.0)
-    plain = tsq.score(model, rows, collate, reference=REFERENCE, batch_size=4, scope=scope)
+    plain = score_by(model, rows, collate, reference=REFERENCE, batch_size=4, scope=scope)
     model.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
-    checkpointed = tsq.score(model, rows, collate, reference=REFERENCE, batch_size=4, scope=scope)
+    checkpointed = score_by(model, rows, collate, reference=REFERENCE, batch_size=4, scope=scope)
     for name, values in plain.terms.items():
         torch.testing.assert_close(
             torch.from_numpy(checkpointed.terms[name]), torch.from_numpy(values), rtol=1e-6, atol=1e-9
@@ -127,7 +126,7 @@ def test_an_embedding_with_padding_that_may_share_its_weight_with_the_head(tied:
     model, rows = Words(tied=tied), samples(N, 3, vocab=EOS)
     for row, label in zip(rows, _predictions(model, rows), strict=True):
         row["labels"] = label
-    scores = tsq.score(model, rows, collate, reference=REFERENCE, batch_size=4, calibration=False)
+    scores = score_by(model, rows, collate, reference=REFERENCE, batch_size=4, calibration=False)
     assert_agree(scores, slow(model, rows, REFERENCE), rtol=1e-7)
 
 
@@ -140,7 +139,7 @@ def _predictions(model: nn.Module, rows: list[dict[str, Any]]) -> list[int]:
 def test_positions_are_refused_by_name() -> None:
     model, rows = adapted("bert", unfreeze=("position_embeddings",))
     with pytest.raises(UnsupportedError, match="position_embeddings is called on a tensor of shape"):
-        tsq.score(model, rows, collate, reference=REFERENCE, batch_size=4)
+        score_by(model, rows, collate, reference=REFERENCE, batch_size=4)
 
 
 class Squared(nn.Module):
@@ -159,4 +158,4 @@ def test_a_layer_that_only_looks_like_a_norm_is_found_out() -> None:
     model.base_model.model.bert.encoder.layer[1].output.LayerNorm = Squared()
     teach(model, rows)
     with pytest.raises(UnsupportedError, match="LayerNorm is used in a way that its own forward does not show"):
-        tsq.score(model, rows, collate, reference=REFERENCE, batch_size=4)
+        score_by(model, rows, collate, reference=REFERENCE, batch_size=4)

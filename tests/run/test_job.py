@@ -109,7 +109,8 @@ def what_arrives(config: Config) -> dict[str, Any]:
         (job, "start_from"): model,
         (reading, "read_data"): splits,
         (callbacks, "QualitySubset"): [0] * 4,
-        (callbacks, "QualityCallback"): SimpleNamespace(weights=None),
+        (callbacks, "QualityCallback"): None,
+        (callbacks, "ScoringRule"): SimpleNamespace(weights=None),
         (callbacks, "RankCallback"): None,
         (fit, "training_arguments"): SimpleNamespace(bf16=False, per_device_eval_batch_size=1),
     }
@@ -195,10 +196,10 @@ def test_every_key_changes_what_some_boundary_is_given(key: str) -> None:
         ("model.dtype", "load_pretrained", "dtype"),
         ("model.quantization", "load_pretrained", "quantization"),
         ("data.validation_fraction", "read_data", "validation_fraction"),
-        ("quality.weights", "QualityCallback", "weights"),
+        ("quality.weights", "ScoringRule", "weights"),
         ("data.max_length", "prepare", "max_length"),
         ("quality.resample", "QualitySubset", "resample"),
-        ("quality.temperature", "QualityCallback", "temperature"),
+        ("quality.temperature", "ScoringRule", "temperature"),
         ("ranks.min", "RankCallback", "min_rank"),
         ("ranks.max", "wrap", "max_rank"),
         ("ranks.mean", "wrap", "mean_rank"),
@@ -212,7 +213,7 @@ def test_a_setting_arrives_as_it_was_given(key: str, boundary: str, argument: st
     assert what_arrives(settings(**BESIDE.get(key, {}) | {key: value}))[boundary][1][argument] == value
 
 
-@pytest.mark.parametrize("boundary", ["read_data", "training_arguments", "QualityCallback", "RankCallback"])
+@pytest.mark.parametrize("boundary", ["read_data", "training_arguments", "ScoringRule", "RankCallback"])
 def test_the_seed_decides_every_random_draw(boundary: str) -> None:
     assert what_arrives(settings(**{"training.seed": 5}))[boundary][1]["seed"] == 5
 

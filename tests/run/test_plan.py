@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def planned(config: Config, model: PeftModel, *, rows: int = 100, **quality: Any
     }
     q, r = config.quality, config.ranks
     data = tsq.QualitySubset(splits["train"], q.fraction)
-    scored = tsq.QualityCallback(data, q.warmup, **(scoring_rule(config) | quality)) if q.enabled else None
+    scored = tsq.QualityCallback(data, q.warmup, rule=replace(scoring_rule(config), **quality)) if q.enabled else None
     ranks = tsq.RankCallback(r.interval, policy=r.policy, samples=20)
     args = arguments(config, Path("nowhere"))
     return plan(config, trained_task(config), model, splits, args, Method(data, scored, ranks))

@@ -10,6 +10,7 @@ from peft import PeftModel
 from transformers import Trainer, TrainerCallback
 
 import tsqlora as tsq
+from scoring import quality_by
 from stock import base_bert, make_trainer, moods, slotted_bert
 from tsqlora.quality.scores import Scores
 from tsqlora.ranks.events import RankEvent
@@ -37,7 +38,7 @@ class Interrupt(TrainerCallback):
 def trainer(folder: Path, *also: TrainerCallback, max_rank: int = 8, interval: int = 3, **further: Any) -> Trainer:
     """Six epochs of four steps; scores come behind the second, ranks with them."""
     subset = tsq.QualitySubset(DATA, 0.5)
-    quality = tsq.QualityCallback(subset, reference=40)
+    quality = quality_by(subset, reference=40)
     ranks = tsq.RankCallback(interval=interval, moves=3, samples=16, freeze=0.2)
     model = slotted_bert(max_rank=max_rank)
     options = {"save_strategy": "epoch", "learning_rate": 0.03} | further

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from transformers import Trainer, TrainerCallback, TrainerState
 
 import tsqlora as tsq
+from scoring import quality_by
 from stock import make_trainer, moods, slotted_bert
 from tsqlora import distributed
 from tsqlora.training.checkpoints import MANIFEST_FILE, fault, newest_complete, register_part, write_manifest
@@ -38,7 +39,7 @@ class Fail(TrainerCallback):
 def trainer(folder: Path, order: tuple[int, ...] = (0, 1), fail: int = 0, **further: Any) -> Trainer:
     """Five epochs of four steps, scored behind the second; `order` is of quality, ranks and the crash."""
     subset = tsq.QualitySubset(DATA, 0.5)
-    quality = tsq.QualityCallback(subset, reference=40)
+    quality = quality_by(subset, reference=40)
     callbacks = (quality, tsq.RankCallback(interval=3, moves=3, samples=16, freeze=0.2), Fail(fail))
     options = {"save_strategy": "epoch", "num_train_epochs": 5} | further
     return make_trainer(slotted_bert(), subset, folder, [callbacks[j] for j in order], **options)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 import tsqlora as tsq
-from scoring import assert_same
+from scoring import assert_same, quality_by
 from slotted import assert_hidden_are_zero, trained
 from stock import make_trainer, moods, slotted_bert
 
@@ -130,7 +130,7 @@ def test_scoring_between_epochs_is_not_compiled(by: str, tmp_path: Path) -> None
     ended: list[Any] = []
     for compiled in (False, True):
         data = tsq.QualitySubset([even(row) for row in moods()], 0.5)
-        quality = tsq.QualityCallback(data, reference=40, weights={"convergence": 1.0})
+        quality = quality_by(data, reference=40, weights={"convergence": 1.0})
         ranks = tsq.RankCallback(interval=2, moves=3, samples=16)
         model = bert()
         called = torch.compile(model, backend="eager") if compiled and by == "the user" else model

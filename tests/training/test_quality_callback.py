@@ -21,7 +21,7 @@ from transformers import (
 
 import tsqlora as tsq
 from models import tiny_bert
-from scoring import assert_same, fingerprint
+from scoring import assert_same, fingerprint, quality_by
 from stock import ROWS, VOCAB, base_bert, make_trainer, moods, slotted_bert
 from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.quality.scores import Scores
@@ -63,7 +63,7 @@ def run(
     **options: Any,
 ) -> tuple[tsq.QualityCallback, Trainer]:
     subset = tsq.QualitySubset(data, 0.5)
-    quality = tsq.QualityCallback(subset, **({"reference": 40} | options))
+    quality = quality_by(subset, **({"reference": 40} | options))
     callbacks: list[TrainerCallback] = [quality]
     if ranks:
         callbacks.insert(1 if first else 0, tsq.RankCallback(interval=4, moves=3, samples=16))
@@ -104,7 +104,7 @@ def test_scores_are_on_disk_before_the_first_step_that_uses_them(tmp_path: Path)
     saved = Scores.load(tmp_path / "scores.parquet")
     assert np.array_equal(saved.quality, quality.data.scores.quality)  # type: ignore[union-attr]
     assert (saved.record["epoch"], saved.record["step"], saved.record["note"]) == (2, 8, "by a test")
-    assert saved.record["reference_rows"] == quality.reference == 40
+    assert saved.record["reference_rows"] == quality.rule.reference == 40
     assert list(saved.terms) == list(quality.terms) == ["loss", "el2n"]
     assert quality.seconds > 0
     assert (quality.refused, quality.attempts, watch.modes) == (None, [], {True})
@@ -176,7 +176,7 @@ def test_rows_are_rejected_only_where_that_is_asked_for(
 
 def test_a_temperature_of_nothing_is_refused() -> None:
     with pytest.raises(SettingsError, match=r"temperature 2\.0 is of a softmax over Q, and Q has no weights"):
-        tsq.QualityCallback(tsq.QualitySubset(DATA, 0.5), temperature=2.0)
+        quality_by(tsq.QualitySubset(DATA, 0.5), temperature=2.0)
 
 
 BACKWARDS: dict[str, Any] = {"weights": {"convergence": -1.0}, "temperature": 0.3}
@@ -203,7 +203,7 @@ def test_a_resumed_run_goes_on_as_the_guard_decided(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="rows are drawn at random, not by Q"):
         run(tmp_path, data=CLEAR, also=(watch,), further=saves, **BACKWARDS)
     subset = tsq.QualitySubset(CLEAR, 0.5)
-    quality = tsq.QualityCallback(subset, reference=40, **BACKWARDS)
+    quality = quality_by(subset, reference=40, **BACKWARDS)
     resumed = make_trainer(slotted_bert(), subset, tmp_path, [again, quality], num_train_epochs=EPOCHS, **saves)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-14"))
     assert quality.data.scores is not None
@@ -237,7 +237,7 @@ def test_a_resumed_run_draws_the_same_rows(step: int, tmp_path: Path) -> None:
     watch, resumed = Watch(), Watch()
     _, trainer = run(tmp_path, also=(watch,), further=saves, **by_quality)
     subset = tsq.QualitySubset(DATA, 0.5)
-    quality = tsq.QualityCallback(subset, reference=40, **by_quality)
+    quality = quality_by(subset, reference=40, **by_quality)
     again = make_trainer(slotted_bert(), subset, tmp_path, [resumed, quality], num_train_epochs=EPOCHS, **saves)
     again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
     assert resumed.drawn == {epoch: rows for epoch, rows in watch.drawn.items() if epoch >= step // 4}
@@ -249,7 +249,7 @@ def test_the_callback_itself_draws_anew() -> None:
     """accelerate calls set_epoch as well, but with several processes not under every sampler."""
     subset = tsq.QualitySubset(DATA, 0.5)
     state: Any = SimpleNamespace(epoch=1.0)
-    tsq.QualityCallback(subset).on_epoch_begin(None, state, None)  # type: ignore[arg-type]
+    quality_by(subset).on_epoch_begin(None, state, None)  # type: ignore[arg-type]
     assert subset.indices.tolist() == subset.draw(1).tolist()
 
 
@@ -278,7 +278,7 @@ def test_scoring_leaves_training_alone(tmp_path: Path) -> None:
 
     seen: list[Any] = []
     subset = tsq.QualitySubset(DATA, 0.5)
-    callbacks = [Around(seen), tsq.QualityCallback(subset, terms=("loss_reduction",), reference=40), Around(seen)]
+    callbacks = [Around(seen), quality_by(subset, terms=("loss_reduction",), reference=40), Around(seen)]
     make_trainer(slotted_bert(), subset, tmp_path, callbacks, num_train_epochs=EPOCHS).train()
     (before, optimizer), (after, optimizer_after) = seen
     assert subset.scores is not None
@@ -294,7 +294,7 @@ def test_a_run_whose_scores_are_not_used_ends_as_one_without_scoring(
     monkeypatch.setattr(tsq.QualitySubset, "use", lambda *_, **__: None)
     for scoring in (True, False):
         subset = tsq.QualitySubset(DATA, 0.5)
-        scores = tsq.QualityCallback(subset, terms=("loss_reduction",), reference=40)
+        scores = quality_by(subset, terms=("loss_reduction",), reference=40)
         callback = scores if scoring else Redraw(subset)
         trainer = make_trainer(slotted_bert(), subset, tmp_path, [callback], num_train_epochs=EPOCHS)
         trainer.train()
@@ -342,7 +342,7 @@ def test_a_model_that_learns_nothing_is_trained_on_random_draws_with_a_warning(t
 def test_ranks_still_follow_sensitivity_where_scoring_is_refused(tmp_path: Path) -> None:
     subset = tsq.QualitySubset(noise(), 0.5)
     ranks = tsq.RankCallback(interval=4, moves=3)
-    callbacks = [tsq.QualityCallback(subset, reference=40), ranks]
+    callbacks = [quality_by(subset, reference=40), ranks]
     with pytest.warns(UserWarning, match="no quality sampling"):
         make_trainer(slotted_bert(), subset, tmp_path, callbacks, num_train_epochs=6, learning_rate=1e-6).train()
     assert {event.reason for event in ranks.events} == {"adjustment"}
@@ -351,7 +351,7 @@ def test_ranks_still_follow_sensitivity_where_scoring_is_refused(tmp_path: Path)
 def test_where_all_adjustments_fell_into_the_warm_up_a_refused_scoring_ends_with_a_warning(tmp_path: Path) -> None:
     subset = tsq.QualitySubset(noise(), 0.5)
     ranks = tsq.RankCallback(interval=2)
-    callbacks = [tsq.QualityCallback(subset, reference=40), ranks]
+    callbacks = [quality_by(subset, reference=40), ranks]
     model = slotted_bert()
     with (
         pytest.warns(UserWarning, match="ranks are as they were: the last step to adjust them was 8, and until then"),
@@ -365,7 +365,7 @@ def test_where_all_adjustments_fell_into_the_warm_up_a_refused_scoring_ends_with
 def test_ranks_that_no_adjustment_will_follow_are_told_when_they_are_set(tmp_path: Path) -> None:
     subset = tsq.QualitySubset(DATA, 0.5)
     ranks = tsq.RankCallback(interval=2)
-    callbacks = [tsq.QualityCallback(subset, reference=40), ranks]
+    callbacks = [quality_by(subset, reference=40), ranks]
     with pytest.warns(UserWarning, match="ranks were set at step 8 and stay: the last step to adjust them was 8;"):
         make_trainer(slotted_bert(), subset, tmp_path, callbacks, num_train_epochs=3).train()
     assert [(event.step, event.reason) for event in ranks.events] == [(8, "start")]
@@ -387,7 +387,7 @@ def test_a_model_with_a_loss_of_its_own_is_refused_before_the_warm_up(tmp_path: 
         subset = tsq.QualitySubset(DATA, 0.5)
         torch.manual_seed(1)  # of two classes that a model finds equally likely weights do not show
         model = tsq.wrap(Weighted(base_bert().config))
-        quality = tsq.QualityCallback(subset, reference=40, **options)
+        quality = quality_by(subset, reference=40, **options)
         return make_trainer(model, subset, tmp_path, [quality], num_train_epochs=EPOCHS)
 
     alone = trainer()
@@ -400,13 +400,13 @@ def test_a_model_with_a_loss_of_its_own_is_refused_before_the_warm_up(tmp_path: 
 @pytest.mark.parametrize("guard", [False, True])
 def test_evaluating_on_the_subset_that_is_trained_on_is_refused(guard: bool, tmp_path: Path) -> None:
     subset = tsq.QualitySubset(DATA, 0.5)
-    callback = GuardCallback(subset) if guard else tsq.QualityCallback(subset, reference=40)
+    callback = GuardCallback(subset) if guard else quality_by(subset, reference=40)
     further = {"evaluate_on": {"train": subset}, "eval_strategy": "steps", "eval_steps": 2}
     trainer = make_trainer(slotted_bert(), subset, tmp_path, [callback], num_train_epochs=EPOCHS, **further)
     with pytest.raises(SettingsError, match="eval_dataset is the QualitySubset that is trained on"):
         trainer.train()
     assert trainer.state.global_step == 2
-    other = make_trainer(slotted_bert(), subset, tmp_path, [tsq.QualityCallback(subset, reference=40)])
+    other = make_trainer(slotted_bert(), subset, tmp_path, [quality_by(subset, reference=40)])
     other.train()
     other.evaluate(subset)  # nothing draws any more
 
@@ -436,13 +436,14 @@ def test_an_epoch_of_anothers_is_refused_while_a_callback_draws() -> None:
     ],
 )
 @pytest.mark.parametrize("at", [5, 10])
+@pytest.mark.filterwarnings("ignore:.*has checkpoints of an earlier training:UserWarning")
 def test_a_run_is_not_resumed_with_other_scores_or_draws(
     at: int, draws: dict[str, Any], scores: dict[str, Any], told: str, tmp_path: Path
 ) -> None:
     saves = {"num_train_epochs": EPOCHS, "save_strategy": "steps", "save_steps": 5}
     run(tmp_path, further=saves)
     subset = tsq.QualitySubset(DATA, 0.5, **draws)
-    quality = tsq.QualityCallback(subset, **{"reference": 40, **scores})
+    quality = quality_by(subset, **{"reference": 40, **scores})
     trainer = make_trainer(slotted_bert(), subset, tmp_path, [quality], **saves)
     with pytest.raises(SettingsError, match=f"the run that is resumed had {told}; resume with what the run was begun"):
         trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{at}"))
@@ -466,7 +467,7 @@ def test_with_a_fixed_policy_the_first_ranks_hold(tmp_path: Path) -> None:
     subset = tsq.QualitySubset(DATA, 0.5)
     ranks = tsq.RankCallback(policy="fixed", samples=16)
     make_trainer(
-        slotted_bert(), subset, tmp_path, [tsq.QualityCallback(subset, reference=40), ranks], num_train_epochs=EPOCHS
+        slotted_bert(), subset, tmp_path, [quality_by(subset, reference=40), ranks], num_train_epochs=EPOCHS
     ).train()
     assert [event.reason for event in ranks.events] == ["start"]
     assert ranks.final == ranks.events[0].ranks
@@ -477,7 +478,7 @@ def test_ranks_wait_for_the_scores(tmp_path: Path) -> None:
     subset = tsq.QualitySubset(DATA, 0.5)
     ranks = tsq.RankCallback(interval=2, moves=3, samples=16)
     make_trainer(
-        slotted_bert(), subset, tmp_path, [tsq.QualityCallback(subset, reference=40), ranks], num_train_epochs=EPOCHS
+        slotted_bert(), subset, tmp_path, [quality_by(subset, reference=40), ranks], num_train_epochs=EPOCHS
     ).train()
     assert [event.step for event in ranks.events] == [8, 10, 12]
 
@@ -517,9 +518,9 @@ def test_settings_that_cannot_work_are_told_before_training(
 def test_more_rows_than_weights_and_rejection_may_leave_are_refused_at_once() -> None:
     subset, weights = tsq.QualitySubset(DATA, 0.9), {"loss": -1.0}
     with pytest.raises(tsq.SettingsError, match="reject may leave out 50% of the rows, and weights draw 90% of all of"):
-        tsq.QualityCallback(subset, weights=weights, reject=True)
-    tsq.QualityCallback(subset, weights=weights)
-    tsq.QualityCallback(tsq.QualitySubset(DATA, 0.5), weights=weights, reject=True)
+        quality_by(subset, weights=weights, reject=True)
+    quality_by(subset, weights=weights)
+    quality_by(tsq.QualitySubset(DATA, 0.5), weights=weights, reject=True)
 
 
 def of_kind(made: type[PreTrainedModel]) -> PreTrainedModel:
@@ -622,7 +623,7 @@ def test_what_cannot_be_scored_is_refused_before_the_first_step(case: str, tmp_p
     made, data, options, text = REFUSED[case]
     model: Any = made()
     subset, watch = tsq.QualitySubset(data, 0.5), Watch()
-    quality = tsq.QualityCallback(subset, reference=40, **options)
+    quality = quality_by(subset, reference=40, **options)
     trainer = make_trainer(model, subset, tmp_path, [watch, quality], num_train_epochs=EPOCHS)
     trainer.data_collator = padded
     with pytest.raises(tsq.TsqLoraError, match=text):
@@ -643,13 +644,13 @@ def test_a_run_resumed_behind_its_scoring_is_not_looked_at_again(
     for step, looked in ((4, 1), (8, 1), (10, 0)):
         looks.clear()
         subset = tsq.QualitySubset(DATA, 0.5)
-        resumed = make_trainer(slotted_bert(), subset, tmp_path, [tsq.QualityCallback(subset, reference=40)], **saves)
+        resumed = make_trainer(slotted_bert(), subset, tmp_path, [quality_by(subset, reference=40)], **saves)
         resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         assert len(looks) == looked
 
 
 def test_another_data_set_than_the_trainers_is_refused(tmp_path: Path) -> None:
-    quality = tsq.QualityCallback(tsq.QualitySubset(DATA, 0.5))
+    quality = quality_by(tsq.QualitySubset(DATA, 0.5))
     with pytest.raises(tsq.SettingsError, match="need the same QualitySubset"):
         make_trainer(slotted_bert(), tsq.QualitySubset(DATA, 0.5), tmp_path, [quality]).train()
 
@@ -690,7 +691,7 @@ def test_ranks_move_in_a_training_after_one_that_ended_before_its_scoring(tmp_pa
             control.should_training_stop = True
 
     subset = tsq.QualitySubset(DATA, 0.5)
-    quality = tsq.QualityCallback(subset, reference=40)
+    quality = quality_by(subset, reference=40)
     with pytest.raises(TsqLoraError, match="before the scoring that was to come"):
         make_trainer(slotted_bert(), subset, tmp_path / "a", [quality, Early()], num_train_epochs=EPOCHS).train()
     ranks = tsq.RankCallback(interval=4, moves=3)
@@ -715,7 +716,7 @@ def test_what_was_interrupted_does_not_draw_for_another_callback(tmp_path: Path)
             raise KeyboardInterrupt
 
     subset = tsq.QualitySubset(DATA, 0.5)
-    quality = tsq.QualityCallback(subset, reference=40)
+    quality = quality_by(subset, reference=40)
     with pytest.raises(KeyboardInterrupt):
         make_trainer(slotted_bert(), subset, tmp_path / "a", [quality, Interrupt()], num_train_epochs=EPOCHS).train()
     drawn = Drawn(subset)
@@ -742,7 +743,7 @@ def test_rows_of_other_lengths_that_come_one_at_a_time_need_no_padding(tmp_path:
 
     by_length = sorted(DATA, key=lambda row: len(row["input_ids"]))
     subset = tsq.QualitySubset([by_length[-1], *by_length[:-1]], 0.5)  # the first two differ
-    quality = tsq.QualityCallback(subset, reference=40)
+    quality = quality_by(subset, reference=40)
     further = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "num_train_epochs": EPOCHS}
     trainer = make_trainer(slotted_bert(), subset, tmp_path, [quality], **further)
     trainer.data_collator = one
@@ -756,7 +757,7 @@ def test_a_collator_may_take_the_labels_out_of_its_rows(tmp_path: Path) -> None:
         return padded(rows) | {"labels": labels}
 
     subset = tsq.QualitySubset(Fresh(), 0.5)
-    quality = tsq.QualityCallback(subset, reference=40)
+    quality = quality_by(subset, reference=40)
     trainer = make_trainer(slotted_bert(), subset, tmp_path, [quality], num_train_epochs=EPOCHS)
     trainer.data_collator = popping
     trainer.train()
@@ -775,7 +776,7 @@ class Fresh:
 
 def test_an_order_by_length_that_the_sampler_would_undo_is_refused(tmp_path: Path) -> None:
     subset = tsq.QualitySubset(DATA, 0.5, lengths=[len(row["input_ids"]) for row in DATA], batch_size=8)
-    quality = tsq.QualityCallback(subset, reference=40)
+    quality = quality_by(subset, reference=40)
     text = r"QualitySubset\(lengths=..., batch_size=...\) puts rows of like length together, and .* mixes them again"
     with pytest.raises(SettingsError, match=text):
         make_trainer(slotted_bert(), subset, tmp_path, [quality], train_sampling_strategy="random").train()

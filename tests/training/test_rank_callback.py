@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerState
 
 import tsqlora as tsq
 from models import lora
-from scoring import assert_same
+from scoring import assert_same, quality_by
 from slotted import assert_hidden_are_zero
 from stock import base_bert, make_trainer, moods, slotted_bert
 from tsqlora.adapter.slots import ActivePrefix, find_slots
@@ -273,7 +273,7 @@ def test_first_ranks_come_from_the_quality_sample_in_whatever_way_the_trainer_tr
     tmp_path: Path, further: dict[str, Any]
 ) -> None:
     data, ranks = tsq.QualitySubset(ROWS, 0.8, seed=1), tsq.RankCallback(interval=2, moves=3, samples=16, freeze=0.1)
-    quality = tsq.QualityCallback(data, reference=40)
+    quality = quality_by(data, reference=40)
     options: dict[str, Any] = {"learning_rate": 0.05, "num_train_epochs": 4} | further
     make_trainer(slotted_bert(), data, tmp_path, [quality, ranks], **options).train()
     assert data.scores is not None
@@ -575,7 +575,7 @@ def test_the_first_ranks_follow_the_loss_that_is_trained_on(tmp_path: Path) -> N
     def first_shares(name: str, task: Any = None, **further: Any) -> Any:
         data = tsq.QualitySubset(moods(), 0.5, seed=3)
         callback = tsq.RankCallback(interval=4, task=task)
-        callbacks = [tsq.QualityCallback(data, reference=40, task=weighted), callback]
+        callbacks = [quality_by(data, reference=40, task=weighted), callback]
         make_trainer(slotted_bert(), data, tmp_path / name, callbacks, **({"learning_rate": 0.02} | further)).train()
         return callback.events[0].sensitivity
 
@@ -675,7 +675,7 @@ def test_first_ranks_from_no_rows_are_refused_at_once(samples: int) -> None:
 
 def test_copies_of_the_model_are_refused() -> None:
     args, nothing = cast(Any, SimpleNamespace(n_gpu=2)), cast(Any, None)
-    for callback in (tsq.RankCallback(), tsq.QualityCallback(tsq.QualitySubset(ROWS))):
+    for callback in (tsq.RankCallback(), quality_by(tsq.QualitySubset(ROWS))):
         with pytest.raises(tsq.UnsupportedError, match=r"2 GPUs in one process .* CUDA_VISIBLE_DEVICES=0"):
             callback.on_train_begin(args, nothing, nothing)
 

@@ -13,6 +13,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import tsqlora as tsq
+from scoring import quality_by
 from stock import make_trainer, moods, slotted_bert
 from tsqlora.errors import StoppedError
 from tsqlora.training.stop import SIGNALS, StopCallback
@@ -54,7 +55,7 @@ class SendAt(TrainerCallback):
 def train(folder: Path, *also: TrainerCallback, resume: bool = False, **further: Any) -> Path:
     """Five epochs of four steps, scored behind the second; the end's weights are in checkpoint-20."""
     data = tsq.QualitySubset(ROWS, 0.5)
-    callbacks = [tsq.QualityCallback(data, reference=40), tsq.RankCallback(interval=3, samples=16, freeze=0.2), *also]
+    callbacks = [quality_by(data, reference=40), tsq.RankCallback(interval=3, samples=16, freeze=0.2), *also]
     options = {"save_strategy": "epoch", "num_train_epochs": 5} | further
     made = make_trainer(slotted_bert(), data, folder, callbacks, **options)
     made.train(resume_from_checkpoint=str(tsq.last_checkpoint(folder)) if resume else None)

@@ -5,9 +5,8 @@ choice of rows one to POLICIES.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from tsqlora.adapter.slots import active_parameters
 from tsqlora.baselines import BASELINES, Built, Setup
@@ -15,7 +14,7 @@ from tsqlora.compare.cells import Entry
 from tsqlora.errors import SettingsError, nearest
 from tsqlora.progress import Progress
 from tsqlora.quality.subset import QualitySubset
-from tsqlora.run.callbacks import quality_callback, rank_callback, subset
+from tsqlora.run.callbacks import quality_callback, rank_callback, scoring_rule, subset
 from tsqlora.run.job import Job, with_slots
 from tsqlora.training.quality_callback import QualityCallback
 from tsqlora.training.rank_callback import RankCallback
@@ -62,20 +61,18 @@ def _random(job: Job, scores_path: Path, progress: Progress | None) -> Rows:
     return Rows(subset(job, job.config.quality.fraction))
 
 
-def _by(job: Job, scores_path: Path, progress: Progress | None, **rule: Any) -> Rows:
-    data = subset(job, job.config.quality.fraction)
-    return Rows(data, quality_callback(job, data, scores_path, progress, **rule))
-
-
 def _quality(job: Job, scores_path: Path, progress: Progress | None) -> Rows:
-    return _by(job, scores_path, progress)
+    data = subset(job, job.config.quality.fraction)
+    return Rows(data, quality_callback(job, data, scores_path, progress))
 
 
 def _by_term(term: str) -> Policy:
     """A softmax of one term alone, which no guard of ours turns back: of more of it, more rows."""
 
     def rows(job: Job, scores_path: Path, progress: Progress | None) -> Rows:
-        return _by(job, scores_path, progress, weights={term: 1.0}, temperature=1.0, reject=False, guard=False)
+        data = subset(job, job.config.quality.fraction)
+        rule = replace(scoring_rule(job.config), weights={term: 1.0}, temperature=1.0, reject=False, guard=False)
+        return Rows(data, quality_callback(job, data, scores_path, progress, rule=rule))
 
     return rows
 

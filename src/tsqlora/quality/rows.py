@@ -28,11 +28,11 @@ def reference_indices(rows: int, size: int, seed: int) -> list[int]:
 
 
 def reference_rows(
-    reference: Sequence[int] | Dataset | None, dataset: Dataset, seed: int
+    reference: int | Sequence[int] | Dataset, dataset: Dataset, seed: int
 ) -> tuple[list[int], list[Any]]:
     """The places in the data set of what is in the reference, and the reference's rows."""
-    if reference is None:
-        reference = reference_indices(len(dataset), REFERENCE_ROWS, seed)
+    if isinstance(reference, int):
+        reference = reference_indices(len(dataset), reference, seed)
     if len(reference) < 2:
         raise SettingsError(f"the reference has {len(reference)} rows; it needs at least 2")
     rows = [reference[j] for j in range(len(reference))]

@@ -1,6 +1,6 @@
 """Whether a model, a task and their rows can be scored at all."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,13 +9,12 @@ from torch import nn
 from tsqlora import distributed
 from tsqlora.errors import UnsupportedError
 from tsqlora.gradients.eval_mode import eval_mode
-from tsqlora.gradients.sites import Scope, batch_coupled, find_sites, require_float64
+from tsqlora.gradients.sites import batch_coupled, find_sites, require_float64
 from tsqlora.oom import halves, retry_on_oom
-from tsqlora.quality.asked import PAPER_TERMS, TRUST, fitting, needs_gradients, require_precision, wanted_terms
 from tsqlora.quality.exact import require_exact, require_own_loss
 from tsqlora.quality.measure import measured_columns
 from tsqlora.quality.reference import Reference
-from tsqlora.quality.terms import Asked
+from tsqlora.quality.rule import ScoringRule, fitting, needs_gradients, require_precision
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate, each_its_row, precision
 
@@ -27,10 +26,7 @@ def require_scorable(
     *,
     task: Task,
     own_loss: bool = False,
-    weights: Mapping[str, float] | None = None,
-    reject: bool | None = None,
-    terms: Sequence[Asked] = PAPER_TERMS,
-    scope: Scope = "adapter",
+    rule: ScoringRule,
     autocast: torch.dtype | None = None,
 ) -> None:
     """Raises what `score` would say of the model, the task and these few rows: before a warm-up, not after it.
@@ -38,8 +34,7 @@ def require_scorable(
     With `own_loss` the task is a guess by the model's config, and its loss must be what the model computes itself.
     It costs a forward pass of the rows, and where a term needs gradients their check.  The model is left as it was.
     """
-    weights = dict(TRUST if weights is None else weights)
-    wanted = wanted_terms([*terms, *(n for n, w in weights.items() if w)])
+    wanted = rule.measured()
     model = distributed.unwrapped(model)
     require_apart(model)
     require_float64(next(model.parameters()).device)
@@ -47,8 +42,8 @@ def require_scorable(
     collate = each_its_row(collate)
     with eval_mode(model), precision(next(model.parameters()).device, autocast, cache=False):
         # Together, not in portions: whether samples share a row shows in a batch.
-        fitted = fitting(wanted, task, weights, reject, collate(list(rows)))
-        sites = find_sites(model, scope) if needs_gradients(fitted) else {}
+        fitted = fitting(wanted, task, rule, collate(list(rows)))
+        sites = find_sites(model, rule.scope) if needs_gradients(fitted) else {}
         without = {name: term for name, term in fitted.items() if not term.gradient}
 
         def look(size: int) -> None:

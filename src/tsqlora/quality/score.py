@@ -1,7 +1,7 @@
 """One pass over a data set gives every sample's terms, exactly, in batches.  METHOD section 1."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,9 @@ from tsqlora import distributed
 from tsqlora.data.batches import sorted_batches
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.gradients.eval_mode import eval_mode
-from tsqlora.gradients.sites import Scope, Site, find_sites, require_float64
+from tsqlora.gradients.sites import Site, find_sites, require_float64
 from tsqlora.oom import BatchSplitter, halves, retry_on_oom
 from tsqlora.progress import Progress
-from tsqlora.quality.asked import (
-    PAPER_TERMS,
-    TRUST,
-    fitting,
-    needs_gradients,
-    of_classes,
-    require_precision,
-    require_softmax,
-    wanted_terms,
-)
 from tsqlora.quality.exact import require_exact, require_own_loss
 from tsqlora.quality.journal import Columns, Journal, identity_of
 from tsqlora.quality.label_noise import reject as reject_labels
@@ -33,11 +23,40 @@ from tsqlora.quality.learned import LearnedTest
 from tsqlora.quality.measure import measured_columns
 from tsqlora.quality.reference import Reference, calibrate, measure_reference
 from tsqlora.quality.rows import Dataset, batches_of, lengths_of, reference_rows
+from tsqlora.quality.rule import (
+    PAPER_TERMS,
+    RowNames,
+    ScoringRule,
+    fitting,
+    needs_gradients,
+    of_classes,
+    require_precision,
+)
 from tsqlora.quality.scorable import require_apart
-from tsqlora.quality.scores import PREDICTIONS, Scores, from_terms, require_settings
-from tsqlora.quality.terms import Asked, Term
+from tsqlora.quality.scores import PREDICTIONS, Scores, from_terms, require_names
+from tsqlora.quality.terms import Term
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Batch, Collate, each_its_row, precision, task_of
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """How scores are computed; what they say does not depend on it but for rounding."""
+
+    batch_size: int = 32
+    """Samples of a pass."""
+    autocast: torch.dtype | None = None
+    """Compute in this dtype; then terms are good to about two digits, and `loss_reduction`, a small difference, is
+    refused."""
+    journal: Path | None = None
+    """A folder in which what is measured is kept. If the process ends before it is done, the same call goes on there
+    and gives the same scores; delete it when they are saved. It needs the rows' hashes."""
+    progress: Progress | None = None
+    """Called with (phase, rows done, rows in all)."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise SettingsError(f"batch_size is {self.batch_size}; it must be at least 1")
 
 
 def score(
@@ -45,98 +64,53 @@ def score(
     dataset: Dataset,
     collate: Collate,
     *,
-    reference: Sequence[int] | Dataset | None = None,
+    rule: ScoringRule | None = None,
     task: Task | None = None,
-    weights: Mapping[str, float] | None = None,
-    temperature: float = 1.0,
-    reject: bool | None = None,
-    terms: Sequence[Asked] = PAPER_TERMS,
-    scope: Scope = "adapter",
-    calibration: bool = True,
-    batch_size: int = 32,
-    seed: int = 0,
-    autocast: torch.dtype | None = None,
-    hashes: Sequence[str] | None = None,
-    ids: np.ndarray | None = None,
-    lengths: Sequence[int] | None = None,
-    record: Mapping[str, Any] | None = None,
-    journal: Path | None = None,
-    progress: Progress | None = None,
+    rows: RowNames | None = None,
+    compute: Compute | None = None,
 ) -> Scores:
     """Every sample's worth to the model as it is now.
 
     Args:
         model: as it trains; it is left exactly as it was, also after an error.
         dataset: its rows go to `collate`, which gives the model's inputs and `labels`.
-        reference: the rows whose mean gradient `convergence` compares with: indices into
-            `dataset`, or samples. One that is in `dataset` as well, the same or equal, is taken
-            out of its own mean. By default 512 rows of `dataset`, drawn by `seed`.
+        rule: what is measured, and how rows are drawn by it; by default the published terms, and even draws.
         task: its loss must be the one that training uses; by default what the model's
             config says (text generation, classification, or regression for one label).
-        weights: of the terms in Q, by whose softmax rows are then drawn; a term with a weight is
-            always measured. None draws evenly, and for classes first drops rows whose label
-            seems wrong, if there is evidence of wrong labels (docs/quality.md).
-        temperature: of the softmax over Q; small is choosy.
-        reject: whether such rows are dropped; None: without weights, and for classes.
-        terms: what else to measure, by a name of TERMS, or as a function or Term of one's own. Gradients cost a
-            backward pass, `loss_reduction` one more forward, `ifd` one of the targets alone.
-        scope: gradients of what trains ("adapter"), or of the whole target layers and the head ("full").
-        calibration: first correct a leaning of the logits to one class, or of numbers to one side.
-        batch_size: samples of a pass; scores do not depend on it but for rounding.
-        seed: of the reference rows that are drawn.
-        hashes: what each row holds, as a name of it: a scores' file tells by them whether its rows are still there.
-        autocast: compute in this dtype; then terms are good to about two digits, and
-            `loss_reduction`, a small difference, is refused.
-        ids: the place of each row in the file that it comes from, for the scores' own file.
-        lengths: tokens of every row, where they are known: then rows are read once.
-        record: what else the scores' record should say.
-        journal: a folder in which what is measured is kept. If the process ends before it is
-            done, the same call goes on there and gives the same scores; delete it when they
-            are saved. It needs `hashes`.
-        progress: told (phase, rows done, rows in all) as it goes.
+        rows: ids, hashes and lengths of the rows.
+        compute: batch size, precision, journal and progress.
 
     Raises NotLearnedError for a model at chance, whose scores would rank nothing;
     UnsupportedError naming what cannot be scored exactly; SettingsError.
     """
-    require_softmax(weights, temperature)
-    even, weights = weights is None, dict(TRUST if weights is None else weights)
-    wanted = wanted_terms([*terms, *(n for n, w in weights.items() if w)])
-    if len(dataset) == 0:
-        raise SettingsError("there are no rows to score")
-    require_settings(len(dataset), weights=weights, temperature=temperature, hashes=hashes, ids=ids)
-    if batch_size < 1:
-        raise SettingsError(f"batch_size is {batch_size}; it must be at least 1")
+    rule, rows, compute = rule or ScoringRule(terms=PAPER_TERMS), rows or RowNames(), compute or Compute()
     model = distributed.unwrapped(model)
-    require_apart(model)
-    require_float64(next(model.parameters()).device)
-    require_precision(wanted, autocast)
-    if journal is not None and hashes is None:
-        raise SettingsError("a journal needs hashes: they tell whether the rows are still the same")
-    if journal is not None and distributed.active():
-        raise UnsupportedError("a journal is kept by one process; leave it out, or score in one process")
-    collate = each_its_row(collate)
-    own, rows = distributed.together(lambda: reference_rows(reference, dataset, seed))
+    _require_possible(model, dataset, rule, rows, compute)
+    collate, batch_size = each_its_row(collate), compute.batch_size
+    own, reference = distributed.together(lambda: reference_rows(rule.reference, dataset, rule.seed))
     planned = distributed.together(
-        lambda: sorted_batches(lengths_of(dataset) if lengths is None else lengths, batch_size)
+        lambda: sorted_batches(lengths_of(dataset) if rows.lengths is None else rows.lengths, batch_size)
     )
-    report = progress or (lambda *_: None)
-    with eval_mode(model), precision(next(model.parameters()).device, autocast, cache=False):
-        sites = find_sites(model, scope) if needs_gradients(wanted) else {}
-        batches = distributed.together(lambda: list(batches_of(rows, collate, batch_size)))
+    report = compute.progress or (lambda *_: None)
+    with eval_mode(model), precision(next(model.parameters()).device, compute.autocast, cache=False):
+        wanted = rule.measured()
+        sites = find_sites(model, rule.scope) if needs_gradients(wanted) else {}
+        batches = distributed.together(lambda: list(batches_of(reference, collate, batch_size)))
 
         def in_batches(size: int) -> list[Batch]:
-            return batches if size == batch_size else list(batches_of(rows, collate, size))
+            return batches if size == batch_size else list(batches_of(reference, collate, size))
 
         if task is None:
             task = own_task = task_of(model)
             retry_on_oom(lambda size: require_own_loss(model, in_batches(size)[0], own_task), halves(batch_size))
-        wanted = fitting(wanted, task, weights, reject, batches[0])
+        wanted = fitting(wanted, task, rule, batches[0])
         kept = None
-        if journal is not None:
-            settings = {"terms": list(wanted), "scope": scope, "calibration": calibration, "batch size": batch_size}
-            settings |= {"seed": seed, "autocast": str(autocast), "reference": own, "task": repr(task)}
-            kept = Journal(journal, identity_of(model, hashes or (), batches, settings))
-        found, test = _settle(model, in_batches, batch_size, task, sites, calibration, kept)
+        if compute.journal is not None:
+            settings = {"terms": list(wanted), "scope": rule.scope, "calibration": rule.calibration}
+            settings |= {"batch size": batch_size, "seed": rule.seed, "autocast": str(compute.autocast)}
+            settings |= {"reference": own, "task": repr(task)}
+            kept = Journal(compute.journal, identity_of(model, rows.hashes or (), batches, settings))
+        found, test = _settle(model, in_batches, batch_size, task, sites, rule.calibration, kept)
         measured = _pass(model, dataset, collate, task, sites, found, own, wanted, planned, kept, report)
     labels = measured.pop("label")
     predicted = {name: measured.pop(name) for name in PREDICTIONS if name in measured}
@@ -144,15 +118,29 @@ def score(
         measured,
         labels=labels,
         stratified=of_classes(task, labels),
-        weights=weights,
-        even=even,
-        temperature=temperature,
-        record=_record(found, test, own, scope, seed, autocast) | dict(record or {}),
-        hashes=hashes,
-        ids=ids,
+        weights=rule.q,
+        even=rule.even,
+        temperature=rule.temperature,
+        record=_record(found, test, own, rule, compute.autocast) | dict(rows.about),
+        hashes=rows.hashes,
+        ids=rows.ids,
         predictions=predicted,
     )
-    return without_suspects(scores) if scores.stratified and (even if reject is None else reject) else scores
+    return without_suspects(scores) if rule.rejects(scores.stratified) else scores
+
+
+def _require_possible(model: nn.Module, dataset: Dataset, rule: ScoringRule, rows: RowNames, compute: Compute) -> None:
+    """Raises SettingsError or UnsupportedError for what cannot be scored, before anything is measured."""
+    if len(dataset) == 0:
+        raise SettingsError("there are no rows to score")
+    require_names(len(dataset), hashes=rows.hashes, ids=rows.ids)
+    require_apart(model)
+    require_float64(next(model.parameters()).device)
+    require_precision(rule.measured(), compute.autocast)
+    if compute.journal is not None and rows.hashes is None:
+        raise SettingsError("a journal needs hashes: they tell whether the rows are still the same")
+    if compute.journal is not None and distributed.active():
+        raise UnsupportedError("a journal is kept by one process; leave it out, or score in one process")
 
 
 def without_suspects(scores: Scores) -> Scores:
@@ -260,13 +248,12 @@ def _record(
     reference: Reference,
     test: LearnedTest,
     own: Sequence[int],
-    scope: Scope,
-    seed: int,
+    rule: ScoringRule,
     autocast: torch.dtype | None,
 ) -> dict[str, Any]:
     return {
-        "scope": scope,
-        "seed": seed,
+        "scope": rule.scope,
+        "seed": rule.seed,
         "eta": reference.eta if reference.mean else None,
         "offsets": None if reference.offsets is None else reference.offsets.tolist(),
         "reference_norm": reference.norm if reference.mean else None,

@@ -185,7 +185,11 @@ def from_terms(
     Standardised within the class where `stratified`.  Raises SettingsError for a weight that is
     not finite or whose term was not measured, TsqLoraError naming the first row with a value that is not finite.
     """
-    require_settings(len(labels), weights=weights, temperature=temperature, hashes=hashes, ids=ids)
+    require_temperature(temperature)
+    for name, weight in weights.items():
+        if not np.isfinite(weight):
+            raise SettingsError(f"the weight of '{name}' is {weight}; it must be a finite number")
+    require_names(len(labels), hashes=hashes, ids=ids)
     if unknown := [name for name, weight in weights.items() if weight and name not in terms]:
         raise SettingsError(f"'{unknown[0]}' has a weight and was not measured; {nearest(unknown[0], terms)}")
     for name, values in terms.items():
@@ -222,19 +226,8 @@ def _probabilities(quality: np.ndarray, kept: np.ndarray, *, even: bool, tempera
     return probabilities(np.where(kept, 0.0 if even else quality, -np.inf), temperature=temperature)
 
 
-def require_settings(
-    rows: int,
-    *,
-    weights: Mapping[str, float],
-    temperature: float,
-    hashes: Sequence[str] | None,
-    ids: np.ndarray | None,
-) -> None:
-    """Raises SettingsError for what `from_terms` could not use, before anything is measured."""
-    require_temperature(temperature)
-    for name, weight in weights.items():
-        if not np.isfinite(weight):
-            raise SettingsError(f"the weight of '{name}' is {weight}; it must be a finite number")
+def require_names(rows: int, *, hashes: Sequence[str] | None, ids: np.ndarray | None) -> None:
+    """Raises SettingsError for hashes or ids of another number of rows."""
     if hashes is not None and len(hashes) != rows:
         raise SettingsError(f"there are {len(hashes)} hashes for {rows} rows")
     if ids is not None and len(ids) != rows:

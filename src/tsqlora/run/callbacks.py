@@ -7,7 +7,7 @@ import numpy as np
 
 from tsqlora.errors import SettingsError
 from tsqlora.progress import Progress
-from tsqlora.quality.asked import require_terms
+from tsqlora.quality.rule import RowNames, ScoringRule, require_terms
 from tsqlora.quality.sampling import stratum_sizes
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.run.config import Config
@@ -31,41 +31,48 @@ def subset(job: Job, fraction: float) -> QualitySubset:
     )
 
 
-def scoring_rule(config: Config) -> dict[str, Any]:
-    """How scores become draws, as arguments of `tsqlora.score` and QualityCallback."""
+def scoring_rule(config: Config) -> ScoringRule:
+    """How the config has rows scored and drawn."""
     q = config.quality
-    return {"weights": q.resolved_weights(), "temperature": q.resolved_temperature(), "reject": q.resolved_reject()}
+    return ScoringRule(
+        weights=q.resolved_weights(),
+        temperature=q.resolved_temperature(),
+        reject=q.resolved_reject(),
+        seed=config.training.seed,
+    )
+
+
+def row_names(job: Job, **about: Any) -> RowNames:
+    """The training rows' ids, hashes and lengths, and where they are."""
+    samples = job.data.samples["train"]
+    return RowNames(samples.ids, samples.hashes, samples.lengths, {**job.scored_rows, **about})
 
 
 def quality_callback(
-    job: Job, data: QualitySubset, scores_path: Path, progress: Progress | None, **rule: Any
+    job: Job, data: QualitySubset, scores_path: Path, progress: Progress | None, *, rule: ScoringRule | None = None
 ) -> QualityCallback:
     """The QualityCallback that the config describes, with another rule than `scoring_rule` where one is given.
 
     Raises SettingsError or UnsupportedError for terms that the task does not have, and for a draw that is too small.
     """
-    samples, classes = job.data.samples["train"], isinstance(job.task, Classification)
+    rule, classes = rule or scoring_rule(job.config), isinstance(job.task, Classification)
     if job.config.quality.reject and not classes:
         raise SettingsError(
             f"quality.reject finds wrong labels of classes, and the task is {job.task.name}; leave it out"
         )
-    quality = QualityCallback(
+    if rule.weights is not None:
+        require_terms(rule.weights, job.task)
+        if classes:
+            stratum_sizes(np.unique(job.data.samples["train"].labels, return_counts=True)[1], len(data))
+    return QualityCallback(
         data,
         job.config.quality.warmup,
-        **(scoring_rule(job.config) | rule),
-        seed=job.config.training.seed,
-        hashes=samples.hashes,
-        ids=samples.ids,
-        about=job.scored_rows,
+        rule=rule,
+        rows=row_names(job),
         scores_path=scores_path,
         progress=progress,
         collate=job.collate,
     )
-    if quality.weights is not None:
-        require_terms(quality.weights, job.task)
-        if classes:
-            stratum_sizes(np.unique(samples.labels, return_counts=True)[1], len(data))
-    return quality
 
 
 def rank_callback(job: Job) -> RankCallback:

@@ -14,7 +14,7 @@ from tsqlora.data.labels import LabelMap
 from tsqlora.data.prepare import Prepared, prepare, resolve_max_length
 from tsqlora.data.splits import Splits
 from tsqlora.errors import SettingsError
-from tsqlora.quality.asked import require_terms
+from tsqlora.quality.rule import require_terms
 from tsqlora.run.config import Config
 from tsqlora.run.reading import read, require_of_task, trained_task, writing_of
 from tsqlora.run.start import start_of

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftModel
 from transformers import TrainingArguments
@@ -12,8 +12,8 @@ from tsqlora.adapter.slots import active_parameters, active_ranks, find_slots
 from tsqlora.data.samples import TokenisedSplit
 from tsqlora.errors import SettingsError
 from tsqlora.gradients.sites import lora_layers
-from tsqlora.quality.asked import PAPER_TERMS, wanted_terms
 from tsqlora.quality.rows import REFERENCE_ROWS
+from tsqlora.quality.rule import PAPER_TERMS, wanted_terms
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.ranks.allocate import Sensitivity, allocate
 from tsqlora.ranks.budget import used
@@ -135,7 +135,7 @@ def _passes(task: Task, method: Method, *, epochs: int) -> dict[str, dict[str, i
     warmup = quality.warmup_epochs
     return {
         "warm-up": _both(size * warmup),
-        "scoring": _scoring(task, quality.terms, rows=len(data.dataset), reference=quality.reference),
+        "scoring": _scoring(task, quality.terms, rows=len(data.dataset), reference=cast(int, quality.rule.reference)),
         "ranks": _both(min(ranks.samples, size)),
         "training": _both(size * (epochs - warmup)),
     }

@@ -18,14 +18,14 @@ from tsqlora.data.splits import Splits, whole
 from tsqlora.data.write import require_apart, require_place
 from tsqlora.errors import NotLearnedError, SettingsError
 from tsqlora.progress import Progress
-from tsqlora.quality.asked import PAPER_TERMS
 from tsqlora.quality.drop import drop_rows, require_drops
 from tsqlora.quality.journal import bind, write_tensors
 from tsqlora.quality.rows import REFERENCE_ROWS, reference_indices
+from tsqlora.quality.rule import PAPER_TERMS
 from tsqlora.quality.scorable import require_scorable
-from tsqlora.quality.score import learned_on, score
+from tsqlora.quality.score import Compute, learned_on, score
 from tsqlora.quality.scores import Scores
-from tsqlora.run.callbacks import build_callbacks, scoring_rule
+from tsqlora.run.callbacks import build_callbacks, row_names, scoring_rule
 from tsqlora.run.config import Config, dump_config, load_config
 from tsqlora.run.finished import FinishedRun, device_of, open_run
 from tsqlora.run.fit import arguments, begin
@@ -158,7 +158,7 @@ def _train(job: Job, folder: Path, progress: Progress | None) -> nn.Module:
     data.plan = data.plan.unscored(awaits_scores=True)
     samples = job.data.samples["train"]
     reference = [samples[j] for j in reference_indices(len(samples), REFERENCE_ROWS, job.config.training.seed)]
-    require_scorable(model, reference[:2], job.collate, task=job.task, weights=quality.weights, reject=quality.reject)
+    require_scorable(model, reference[:2], job.collate, task=job.task, rule=quality.rule)
     stop, checkpoints = StopOnceLearned(job, quality, reference), folder / CHECKPOINT_DIR
     resume_from = last_checkpoint(checkpoints) if checkpoints.is_dir() else None
     fit(model, args, Method(data), job.inputs, record, also=[stop], resume_from=resume_from, progress=progress)
@@ -198,22 +198,14 @@ class StopOnceLearned(TrainerCallback):
 
 def score_job(job: Job, model: nn.Module, journal: Path | None = None, progress: Progress | None = None) -> Scores:
     """Every training row's scores; with a journal they are resumable."""
-    samples = job.data.samples["train"]
     return score(
         model,
-        samples,
+        job.data.samples["train"],
         job.collate,
+        rule=replace(scoring_rule(job.config), terms=PAPER_TERMS),
         task=job.task,
-        **scoring_rule(job.config),
-        terms=PAPER_TERMS,
-        batch_size=job.config.training.batch_size,
-        seed=job.config.training.seed,
-        hashes=samples.hashes,
-        ids=samples.ids,
-        lengths=samples.lengths,
-        record={**job.scored_rows, "held_out": job.data.splits.held_out},
-        journal=journal,
-        progress=progress,
+        rows=row_names(job, held_out=job.data.splits.held_out),
+        compute=Compute(job.config.training.batch_size, journal=journal, progress=progress),
     )
 
 

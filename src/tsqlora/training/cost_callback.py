@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -31,7 +31,7 @@ def tokens_of(data: QualitySubset, rows: Iterable[int]) -> int:
 def scoring_cost(quality: QualityCallback, *, text: bool) -> PhaseCost:
     """What scoring took, tests of a model still at chance included."""
     data = quality.data
-    reference = reference_indices(len(data.dataset), quality.reference, quality.seed)
+    reference = reference_indices(len(data.dataset), cast(int, quality.rule.reference), quality.rule.seed)
     passes = scoring_passes(quality.terms.values(), text=text)
     failed = len(quality.attempts) * passes.test
     cost = PhaseCost(quality.seconds, forward=failed * len(reference), tokens=failed * tokens_of(data, reference))

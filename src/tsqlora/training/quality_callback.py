@@ -3,12 +3,10 @@
 import math
 import time
 import warnings
-from collections.abc import Mapping, Sequence
-from numbers import Integral
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -16,17 +14,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from tsqlora import distributed
 from tsqlora.errors import DataError, NotLearnedError, SettingsError, TsqLoraError
 from tsqlora.gradients.eval_mode import eval_mode
-from tsqlora.gradients.sites import Scope
 from tsqlora.progress import Progress
-from tsqlora.quality.asked import require_softmax, wanted_terms
 from tsqlora.quality.fallback import guarded
-from tsqlora.quality.label_noise import MOST
-from tsqlora.quality.rows import REFERENCE_ROWS, reference_indices
+from tsqlora.quality.rule import RowNames, ScoringRule
 from tsqlora.quality.scorable import require_scorable
-from tsqlora.quality.score import score
+from tsqlora.quality.score import Compute, score
 from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import QualitySubset
-from tsqlora.quality.terms import Asked
+from tsqlora.quality.terms import Term
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate, task_of
 from tsqlora.training.callback_state import QualityState, require_options
@@ -43,19 +38,6 @@ from tsqlora.training.drawing import (
 
 SCORES_FILE = "scores.parquet"
 
-DECIDING = (
-    "warmup",
-    "limit",
-    "weights",
-    "temperature",
-    "reject",
-    "scope",
-    "reference",
-    "calibration",
-    "guard",
-)
-"""Options that a resumed run must have as it had."""
-
 
 class QualityCallback(TrainerCallback):
     """Scores the rows of a QualitySubset once the model has learned something, then draws by them.
@@ -68,14 +50,10 @@ class QualityCallback(TrainerCallback):
     Args:
         data: the Trainer's train_dataset.
         warmup: passes over all rows before scoring.
-        weights, temperature, reject, terms, scope, calibration: as in `tsqlora.score`.
-        reference: how many of the rows, chosen at random, all are compared with; at least 2.
-        guard: where the rows that Q draws would teach less than random ones (`quality/fallback.py`), the scores'
-            record says so, a warning is given, and the kept rows are drawn at random.
+        rule: what is measured, and how rows are drawn by it; its reference is a number of rows.
         task: needed only where training has a loss of its own (class weights, a custom one).
-        seed: of the reference rows.
-        hashes, ids, progress: as in `tsqlora.score`.
-        about: what else the scores' record should say.
+        rows: ids and hashes of the rows, and what else the scores' record should say.
+        progress: called with (phase, rows done, rows in all) while rows are scored.
         scores_path: where scores are written; by default scores.parquet in the output_dir.
         collate: makes the batches that are scored; by default the Trainer's own, of which each row is a sample.
 
@@ -93,19 +71,9 @@ class QualityCallback(TrainerCallback):
         warmup: float = 1.0,
         *,
         limit: float = 0.5,
-        weights: Mapping[str, float] | None = None,
-        temperature: float = 1.0,
-        reject: bool | None = None,
-        terms: Sequence[Asked] = (),
-        scope: Scope = "adapter",
-        reference: int = REFERENCE_ROWS,
-        calibration: bool = True,
-        guard: bool = True,
+        rule: ScoringRule | None = None,
         task: Task | None = None,
-        seed: int = 0,
-        hashes: tuple[str, ...] | None = None,
-        ids: np.ndarray | None = None,
-        about: Mapping[str, Any] | None = None,
+        rows: RowNames | None = None,
         scores_path: str | Path | None = None,
         progress: Progress | None = None,
         collate: Collate | None = None,
@@ -115,27 +83,14 @@ class QualityCallback(TrainerCallback):
             raise SettingsError(f"warmup is {warmup}; it must be above 0 passes: a model at chance scores at random")
         if not 0 < limit <= 1:
             raise SettingsError(f"limit is {limit}; it must be above 0 and at most 1")
-        if not (isinstance(reference, Integral) and reference >= 2):
-            raise SettingsError(f"reference is {reference}; it must be a whole number of rows, at least 2")
-        require_softmax(weights, temperature)
-        if reject and weights is not None and data.plan.fraction > 1 - MOST:
+        self.data, self.warmup, self.limit = data, warmup, limit
+        self.rule = (rule or ScoringRule()).guarded()
+        self.rule.require_room(data.plan.fraction)
+        if not isinstance(self.rule.reference, int):
             raise SettingsError(
-                f"reject may leave out {MOST:.0%} of the rows, and weights draw {data.plan.fraction:.0%} of all of "
-                f"them, none twice; set the fraction to {1 - MOST:g} or less, or leave out reject or the weights"
+                "QualityCallback chooses its reference rows; give ScoringRule(reference=...) their number"
             )
-        self.data = data
-        self.warmup, self.limit = warmup, limit
-        self.weights = None if weights is None else dict(weights)
-        weighted = [name for name, weight in (weights or {}).items() if weight]
-        known = wanted_terms([*terms, *weighted])
-        # Once gradients are there it costs no more.
-        self._asked = (*terms, "convergence") if guard and any(known[n].gradient for n in weighted) else tuple(terms)
-        self.terms = wanted_terms([*self._asked, *weighted])
-        self.guard, self.reject = guard, reject
-        self.temperature, self.calibration = temperature, calibration
-        self.scope: Scope = scope
-        self.reference, self.task, self.seed, self.hashes, self.ids = reference, task, seed, hashes, ids
-        self.about = dict(about or {})
+        self.task, self.rows = task, rows or RowNames()
         self.scores_path = None if scores_path is None else Path(scores_path)
         self.progress, self.collate = progress, collate
         self.refused: str | None = None
@@ -144,6 +99,11 @@ class QualityCallback(TrainerCallback):
         """How often all rows were scored."""
         self.seconds = 0.0
         self._digest: str | None = None
+
+    @property
+    def terms(self) -> dict[str, Term]:
+        """What a scoring measures."""
+        return self.rule.measured()
 
     @property
     def warmup_epochs(self) -> int:
@@ -223,8 +183,10 @@ class QualityCallback(TrainerCallback):
     def _draws(self) -> dict[str, Any]:
         data, plan = self.data, self.data.plan
         about = {"rows": plan.rows, "fraction": plan.fraction, "seed": plan.seed, "resample": plan.resample}
-        scored = {name: getattr(self, name) for name in DECIDING}
-        return {**about, "batch_size": data.batch_size, "terms": list(self.terms), **scored, "seed to score": self.seed}
+        rule = {f.name: getattr(self.rule, f.name) for f in fields(self.rule) if f.name not in ("terms", "seed")}
+        rule["weights"] = None if self.rule.weights is None else dict(self.rule.weights)
+        decides = {"warmup": self.warmup, "limit": self.limit, "terms": list(self.terms), **rule}
+        return {**about, "batch_size": data.batch_size, **decides, "seed to score": self.rule.seed}
 
     def _resume(self, saved: QualityState, scores_path: Path) -> None:
         require_options(saved.draws, self._draws())
@@ -249,10 +211,7 @@ class QualityCallback(TrainerCallback):
             collate,
             task=self._task(args, model),
             own_loss=self.task is None and not args.label_smoothing_factor,
-            weights=self.weights,
-            reject=self.reject,
-            terms=self._asked,
-            scope=self.scope,
+            rule=self.rule,
             autocast=self._autocast(args),
         )
 
@@ -285,27 +244,16 @@ class QualityCallback(TrainerCallback):
                 model,
                 self.data.dataset,
                 collate,
-                reference=reference_indices(len(self.data.dataset), self.reference, self.seed),
+                rule=self.rule,
                 task=self._task(args, model),
-                weights=self.weights,
-                temperature=self.temperature,
-                reject=self.reject,
-                terms=self._asked,
-                scope=self.scope,
-                calibration=self.calibration,
-                batch_size=args.per_device_train_batch_size,
-                seed=self.seed,
-                autocast=self._autocast(args),
-                hashes=self.hashes,
-                ids=self.ids,
-                progress=self.progress,
-                record={"epoch": epoch_of(state), "step": state.global_step, **self.about},
+                rows=replace(self.rows, about={"epoch": epoch_of(state), "step": state.global_step, **self.rows.about}),
+                compute=Compute(args.per_device_train_batch_size, self._autocast(args), progress=self.progress),
             )
         except NotLearnedError as error:
             return str(error)
 
     def _guarded(self, scores: Scores) -> Scores:
-        if not self.guard:
+        if not self.rule.guard:
             return scores
         scores, test = guarded(scores, self.data.plan.fraction)
         if test is not None and not test.passed:
