@@ -195,12 +195,6 @@ def test_what_is_no_hub_id_is_not_asked_for_on_the_hub(source: str, monkeypatch:
     assert error(source).startswith("no file ")
 
 
-@pytest.mark.parametrize("suffix", READERS)
-def test_every_reader_gives_one_row_after_the_other(suffix: str, tmp_path: Path) -> None:
-    rows = [{"text": "a"}, {"text": "b"}]
-    assert next(iter(READERS[suffix](write_as(tmp_path / f"t{suffix}", rows))))[1] == rows[0]
-
-
 def test_chunks_are_the_rows_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "t.jsonl", "\n\n".join(json.dumps({"text": j}) for j in range(10)))
     for size in (1, 3, 10, 99):
