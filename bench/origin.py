@@ -1,15 +1,38 @@
-"""Where a result comes from: the commit and the machine that made it."""
+"""Files of results, and where a result comes from: the commit, the versions and the machine that made it."""
 
+import argparse
+import json
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tsqlora.compare.origin import commit
+from tsqlora.files import write_json
+from tsqlora.training.record import versions
 
+ROOT = Path(__file__).parents[1]
 commit()  # now, when the code is imported, and not hours later
+
+
+def parser_of(doc: str | None, name: str) -> argparse.ArgumentParser:
+    """Arguments of a benchmark, which its docstring explains; its results are bench/results/NAME.json."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / f"{name}.json")
+    return parser
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The results that there are."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write(path: Path, found: Mapping[str, Any]) -> None:
+    """Writes results and the versions that made them."""
+    write_json(path, {**found, "versions": versions()})
 
 
 def machine() -> dict[str, Any]:

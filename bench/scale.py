@@ -10,38 +10,32 @@ Each part is a process of its own, and an entry of bench/results/scale.json. Ope
 timed, so that they do not depend on what else the machine does; seconds are the processor's, and say so.
 """
 
-import argparse
 import json
 import os
 import random
-import resource
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 import torch
 import torch.distributed as dist
-from origin import commit
+from made import BAD, GOOD, PLAIN, bert, make_rows, save_checkpoint, write_config, write_jsonl
+from origin import ROOT, commit, parser_of, read, write
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 import tsqlora as tsq
-from models import collate
-from runs import BAD, GOOD, PLAIN, make_rows, save_checkpoint, write_config, write_jsonl
-from stock import base_bert, moods
 from tsqlora.data.prepare import prepare
-from tsqlora.files import write_json
 from tsqlora.quality.rule import PAPER_TERMS
 from tsqlora.quality.select import select_rows
 from tsqlora.ranks.policies import get_policy
@@ -50,9 +44,7 @@ from tsqlora.run.config import load_config
 from tsqlora.run.finished import open_run
 from tsqlora.run.train import train
 
-ROOT = Path(__file__).parents[1]
 CACHE = ROOT / "bench" / ".cache" / "scale"
-OUT = ROOT / "bench" / "results" / "scale.json"
 MIB = 2**20
 
 
@@ -152,9 +144,8 @@ def restless(ranks: Mapping[str, int], *, target: Mapping[str, int], **limits: A
 
 def steps(count: int) -> dict[str, Any]:
     """Short steps of a tiny BERT with moving ranks and quality draws, an adjustment every ten."""
-    rows_ = moods(64)
-    model = tsq.wrap(base_bert(), mean_rank=4)
-    data = tsq.QualitySubset(rows_, fraction=0.5, seed=0)
+    model = tsq.wrap(bert(vocab=100, layers=1, hidden=8, labels=2), mean_rank=4)
+    data = tsq.QualitySubset(sentences(64, 8), fraction=0.5, seed=0)
     ranks, watch = tsq.RankCallback(policy=restless, interval=10, warmup=0.0, freeze=0.0), Watch(count)
     args = TrainingArguments(
         str(CACHE / "steps"), max_steps=count, per_device_train_batch_size=8, learning_rate=0.003, use_cpu=True,
@@ -208,6 +199,11 @@ def sentences(count: int, tokens: int) -> list[dict[str, Any]]:
     return rows_
 
 
+def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """A batch of rows of one length."""
+    return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+
+
 @contextmanager
 def held(model: nn.Module) -> Iterator[list[int]]:
     """Bytes that autograd keeps for the backward pass beside the parameters, each tensor's memory counted once."""
@@ -236,11 +232,14 @@ def predicted(model: Any, tokens: int, width: int, depth: int) -> dict[str, floa
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     linear = sum(m.weight.numel() for name, m in layers.items() if name.endswith("base_layer"))
     lora = sum(m.weight.numel() for name, m in layers.items() if "lora_" in name)
-    attention = 4 * tokens**2 * width * depth
+    return formulas(tokens, linear, lora, 4 * tokens**2 * width * depth)
+
+
+def formulas(tokens: int, linear: int, lora: int, attention: int) -> dict[str, float]:
+    """Operations of a forward pass and of a training step, by the weights of linear layers, and of A and B."""
     forward = 2 * tokens * (linear + lora) + attention
     # Backward: the gradient of the inputs of each layer, and of A and B; of the attention's products both factors'.
-    backward = 2 * tokens * (linear + 2 * lora) + 2 * attention
-    return {"forward": forward, "step": forward + backward}
+    return {"forward": forward, "step": forward + 2 * tokens * (linear + 2 * lora) + 2 * attention}
 
 
 def model_point(*, count: int, tokens: int, width: int, depth: int) -> dict[str, Any]:
@@ -257,16 +256,12 @@ def model_point(*, count: int, tokens: int, width: int, depth: int) -> dict[str,
     with held(model) as kept:
         model(**batch)
     told = predicted(model, tokens, width, depth)
-    start = time.process_time()
-    step()
-    seconds = time.process_time() - start
     return {
         "rows": count, "tokens": tokens, "width": width, "depth": depth,
         "forward": counted(forward), "forward_predicted": count * told["forward"],
         "step": counted(step), "step_predicted": count * told["step"],
         "held_bytes": kept[0],
         "held_a_token_and_layer_of_width": round(kept[0] / (count * tokens * width * depth), 2),
-        "processor_seconds_of_a_step": round(seconds, 3),
     }  # fmt: skip
 
 
@@ -358,9 +353,7 @@ def plan() -> dict[str, Any]:
         layers = [(d, d), (d, keys), (d, keys), (d, d), (d, inner), (d, inner), (inner, d)]
         linear = depth * sum(i * o for i, o in layers)
         lora = depth * ASSUMED["rank"] * sum(i + o for i, o in layers)
-        attention = 4 * t**2 * d * depth
-        forward = 2 * t * (linear + lora) + attention
-        step = forward + 2 * t * (linear + 2 * lora) + 2 * attention
+        forward, step = formulas(t, linear, lora, 4 * t**2 * d * depth).values()
         kept = 2 * t * d * ASSUMED["micro_batch"]  # bfloat16, the input of each checkpointed layer
         found[name] = {
             "linear": linear, "lora": lora, "forward": forward, "step": step, "step_checkpointed": step + forward,
@@ -379,35 +372,31 @@ def plan() -> dict[str, Any]:
 # ------------------------------------------------------------------------------------ main
 
 
-def save(key: str, value: Any) -> None:
-    found = json.loads(OUT.read_text()) if OUT.exists() else {}
-    found[key] = {"commit": commit()[:7], "torch": torch.__version__, "found": value}
-    write_json(OUT, found)
-    print(key, json.dumps(value)[:600], flush=True)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["rows", "steps", "model", "processes", "plan"])
+    parts: dict[str, Callable[[], Any]] = {
+        "rows": lambda: rows(int(given.rows)),
+        "steps": lambda: steps(given.steps),
+        "model": model,
+        "processes": lambda: [processes(count) for count in (1, 2, 3)],
+        "plan": plan,
+    }
+    parser = parser_of(__doc__, "scale")
+    parser.add_argument("part", choices=parts)
     parser.add_argument("--rows", default="100000,1000000")
     parser.add_argument("--steps", type=int, default=100_000)
-    parser.add_argument("--only", action="store_true", help="this size alone, in this process")
     given = parser.parse_args()
     torch.set_num_threads(1)
     CACHE.mkdir(parents=True, exist_ok=True)
-    if given.part == "rows" and not given.only:
-        finished_run()
+    if given.part == "rows" and "," in given.rows:
         for count in given.rows.split(","):
-            subprocess.run([sys.executable, __file__, "rows", "--rows", count, "--only"], check=True)
-    elif given.part == "rows":
-        save(f"rows-{given.rows}", rows(int(given.rows)))
-    elif given.part == "steps":
-        save("steps", steps(given.steps))
-    elif given.part in ("model", "plan"):
-        save(given.part, {"model": model, "plan": plan}[given.part]())
-    else:
-        save("processes", [processes(count) for count in (1, 2, 3)])
-    print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:,.0f} MiB")
+            command = [sys.executable, __file__, "rows", "--rows", count, "--out", str(given.out)]
+            subprocess.run(command, check=True)
+        return
+    found = parts[given.part]()
+    key = f"rows-{given.rows}" if given.part == "rows" else given.part
+    entry = {"commit": (commit() or "unknown")[:7], "torch": torch.__version__, "found": found}
+    write(given.out, read(given.out) | {key: entry})
+    print(key, json.dumps(found)[:600])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What vLLM and SGLang make of each kind of adapter, by their own loading code, beside what the doctor says.
 
     pip download --no-deps --dest WHEELS vllm==0.33.0        (and the other versions, SGLang)
-    python bench/servers.py WHEELS [--out FILE]
+    python tests/kinds.py ADAPTERS                           (an adapter of each kind, on a tiny Llama)
+    python bench/servers.py WHEELS ADAPTERS [--out FILE]
 
 The servers do not install without a GPU, but the files of theirs that read an adapter need little of the rest. They are
 taken out of each wheel in WHEELS and run as they are; what they import beside torch and huggingface_hub (loggers,
@@ -10,7 +11,6 @@ give the B that is multiplied with A. Of SGLang it is LoRAConfig and LoRAAdapter
 in a buffer, every A of as many rows as the config's r) are restated in `sglang_pool`.
 """
 
-import argparse
 import ast
 import importlib
 import json
@@ -26,18 +26,13 @@ from pathlib import Path
 from typing import Any, Union
 
 import torch
+from origin import parser_of, write
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import LlamaConfig
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+from tsqlora.interop.files import CONFIG, WEIGHTS, read_adapter
 
-from kinds import KINDS  # noqa: E402
-from loras import tiny_llama  # noqa: E402
-from tsqlora.interop.files import WEIGHTS, read_adapter  # noqa: E402
-from tsqlora.training.record import versions, write_json  # noqa: E402
-
-OUT = ROOT / "bench" / "results" / "servers.json"
 Applied = dict[str, Tensor]
 """By layer, what a server adds to W; an empty tensor for a module that it takes whole."""
 LLAMA = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head"}
@@ -123,15 +118,18 @@ def code_of(wheel: Path, package: str, real: set[str]) -> Iterator[None]:
                 del sys.modules[name]
 
 
+def base_of(adapter: Path) -> LlamaConfig:
+    return LlamaConfig.from_pretrained(adapter.parent / "base")
+
+
 def vllm(folder: Path) -> Applied:
     """vLLM's worker_manager._load_adapter, with the largest --max-lora-rank."""
     helper_of = importlib.import_module("vllm.lora.peft_helper").PEFTHelper
     model_of = importlib.import_module("vllm.lora.lora_model").LoRAModel
     helper = helper_of.from_local_dir(str(folder), None)
     helper.validate_legal(types.SimpleNamespace(max_lora_rank=512))
-    vocabulary = tiny_llama().config.vocab_size
     model = model_of.from_local_checkpoint(
-        str(folder), LLAMA, helper, device="cpu", dtype=torch.float32, model_vocab_size=vocabulary
+        str(folder), LLAMA, helper, device="cpu", dtype=torch.float32, model_vocab_size=base_of(folder).vocab_size
     )
     layers = {name: lora.optimize() for name, lora in model.loras.items()}
     heads = dict.fromkeys(getattr(model, "modules_to_save", ()), torch.empty(0))
@@ -140,17 +138,19 @@ def vllm(folder: Path) -> Applied:
 
 def sglang(folder: Path) -> Applied:
     """SGLang's lora_manager._load_lora_adapter and what its memory pool then takes."""
-    config = importlib.import_module("sglang.srt.lora.lora_config").LoRAConfig(str(folder), base_vocab_size=60)
+    config = importlib.import_module("sglang.srt.lora.lora_config").LoRAConfig(
+        str(folder), base_vocab_size=base_of(folder).vocab_size
+    )
     if config.use_dora:  # lora_manager.validate_new_adapter
         raise ValueError("LoRA serving currently doesn't support DoRA adapters")
     of = importlib.import_module("sglang.srt.lora.lora").LoRAAdapter
-    adapter = of("uid", config, tiny_llama().config, None, None)
+    adapter = of("uid", config, base, None, None)
     adapter.initialize_weights_from_tensors(load_file(folder / WEIGHTS))
     found = {name: weight for layer in adapter.layers for name, weight in layer.weights.items()}
-    return sglang_pool(found | adapter.embedding_layers, config.r, adapter.scaling)
+    return sglang_pool(found | adapter.embedding_layers, config.r, adapter.scaling, base)
 
 
-def sglang_pool(weights: Mapping[str, Tensor], rank: int, scaling: float) -> Applied:
+def sglang_pool(weights: Mapping[str, Tensor], rank: int, scaling: float, base: LlamaConfig) -> Applied:
     """As sglang/srt/lora/mem_pool.py's load_lora_weight_to_buffer does, at 0.5.23.
 
     Layers that share an input are stacked, qkv_proj thrice and gate_up_proj twice; a weight that is in no buffer, or
@@ -158,13 +158,13 @@ def sglang_pool(weights: Mapping[str, Tensor], rank: int, scaling: float) -> App
     """
     buffer_of = importlib.import_module("sglang.srt.lora.utils").get_target_module_name
     stacked = {"qkv_proj": 3, "gate_up_proj": 2, "o_proj": 1, "down_proj": 1, "embed_tokens": 1, "lm_head": 1}
-    config, applied = tiny_llama().config, {}
-    size = config.hidden_size // config.num_attention_heads
+    size = base.hidden_size // base.num_attention_heads
     rows = {
-        "qkv_proj": [size * config.num_attention_heads, *([size * config.num_key_value_heads] * 2)],
-        "gate_up_proj": [config.intermediate_size] * 2,
+        "qkv_proj": [size * base.num_attention_heads, *([size * base.num_key_value_heads] * 2)],
+        "gate_up_proj": [base.intermediate_size] * 2,
     }
     parts = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+    applied: Applied = {}
     for name, a in weights.items():
         buffer = buffer_of(name, set(stacked))
         if "lora_A" not in name and "lora_embedding_A" not in name:
@@ -206,20 +206,19 @@ def judged(load: Callable[[Path], Applied], folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "servers")
     parser.add_argument("wheels", type=Path)
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("adapters", type=Path)
     args = parser.parse_args()
     found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        adapters = {kind: build(Path(folder) / kind) for kind, build in KINDS.items()}
-        for wheel in sorted(args.wheels.glob("*.whl")):
-            package, version, *_ = wheel.name.split("-")
-            load, real = SERVERS[package]
-            with code_of(wheel, package, real):
-                found[f"{package} {version}"] = {kind: judged(load, path) for kind, path in adapters.items()}
-            print(json.dumps({name: {k: v["verdict"] for k, v in kinds.items()} for name, kinds in found.items()}))
-    write_json(args.out, {"versions": versions(), "servers": found})
+    for wheel in sorted(args.wheels.glob("*.whl")):
+        package, version, *_ = wheel.name.split("-")
+        load, real = SERVERS[package]
+        with code_of(wheel, package, real):
+            kinds = {file.parent.name: judged(load, file.parent) for file in sorted(args.adapters.glob(f"*/{CONFIG}"))}
+        found[f"{package} {version}"] = kinds
+        print(package, version, json.dumps({kind: seen["verdict"] for kind, seen in kinds.items()}))
+    write(args.out, {"servers": found})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What strangers' files look like: random, damaged, malicious.  Tests draw a few cases, bench/fuzz.py many."""
+"""What strangers' files look like: random, damaged, malicious.  Tests draw a few cases, fuzz.py many."""
 
 import json
 import os

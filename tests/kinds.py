@@ -1,6 +1,7 @@
 """The kinds of adapter that a reader may meet, each built on a tiny Llama: what the doctor is asked about."""
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -71,3 +72,9 @@ KINDS: Mapping[str, Build] = {
     "small rank": saved(r=4, lora_alpha=8),
     "bias of B": saved(bias="lora_only"),
 }
+
+if __name__ == "__main__":  # for bench/servers.py
+    place = Path(sys.argv[1])
+    tiny_llama().config.save_pretrained(place / "base")
+    for kind, build in KINDS.items():
+        build(place / kind)

@@ -1,4 +1,4 @@
-"""Every reader, given what strangers may write, reads it or refuses it in two lines; bench/fuzz.py asks more often."""
+"""Every reader, given what strangers may write, reads it or refuses it in two lines; fuzz.py asks more often."""
 
 from pathlib import Path
 from random import Random

@@ -1,11 +1,11 @@
 """Random, damaged and malicious files for everything that reads files: no traceback, no hang, nothing else touched.
 
-    python bench/fuzz.py [--targets settings,doctor] [--cases 100000] [--out FILE]
+    python tests/fuzz.py [--targets settings,doctor] [--cases 100000] [--out FILE]
 
-A case is files in a directory (tests/hostile.py): one in 20 is drawn by hypothesis, the others are variations of it.
+A case is files in a directory (hostile.py): one in 20 is drawn by hypothesis, the others are variations of it.
 The reader may read it, or refuse it with one of our errors, in two lines. Failures are: any other exception; more than
 a second of the processor; a file that is opened for writing or changed outside of the case's directory, a process that
-is not our own Python, a socket, a pickle (tests/watch.py). Chunks of 1,000 cases are drawn by their number and counted
+is not our own Python, a socket, a pickle (watch.py). Chunks of 1,000 cases are drawn by their number and counted
 when they are done, so that a run goes on where it was; the cases of failures are kept in bench/.cache/fuzz.
 """
 
@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import pickle
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -21,16 +20,15 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 import hypothesis
 import torch
 from hypothesis import HealthCheck, Phase, given
-from origin import commit
 from transformers import TrainingArguments
 
 from hostile import TARGETS, Case, varied
+from tsqlora.compare.origin import commit
 from tsqlora.files import write_json
 from tsqlora.training.record import versions
 from watch import attempt
@@ -100,7 +98,7 @@ def main() -> None:
     torch.set_num_threads(1)
     TrainingArguments("x", report_to="none")  # what is imported late makes its caches now
     targets = given_.targets.split(",")
-    now = {"commit": commit()[:7], "versions": versions() | {"hypothesis": hypothesis.__version__}}
+    now = {"commit": (commit() or "unknown")[:7], "versions": versions() | {"hypothesis": hypothesis.__version__}}
     found = json.loads(given_.out.read_text()) if given_.out.exists() else {"engine": "hypothesis", "targets": {}}
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
         while waiting := [t for t in targets if found["targets"].get(t, {"cases": 0})["cases"] < given_.cases]:
