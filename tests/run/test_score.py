@@ -191,7 +191,7 @@ def test_rows_that_are_held_out_are_told_and_of_another_file_there_are_none(
 ) -> None:
     for source in ("config.yaml", "run"):
         assert Scores.load(place / f"{source}.parquet").record["held_out"] == 8
-    shard = write_jsonl(tmp_path / "shard.jsonl", make_rows(50, seed=1))
+    shard = write_jsonl(tmp_path / "shard.jsonl", make_rows(50))
     override = f"data.train={shard}"
     scores = score_rows(run, tmp_path / "s.parquet", overrides=[override])
     assert (len(scores), scores.record["held_out"]) == (50, 0)
@@ -202,7 +202,7 @@ def test_another_file_is_read_by_the_runs_columns(
     place: Path, run: Path, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
     """Though it has another usual column."""
-    plain = make_rows(50, seed=1)
+    plain = make_rows(50)  # which the model has learned
     own, more = (tmp_path / f"{name}.jsonl" for name in ("own", "more"))
     write_jsonl(own, plain)
     write_jsonl(more, [{"sentence": "bad", **row} for row in plain])
