@@ -281,3 +281,12 @@ def test_an_id_is_the_place_that_was_given(tmp_path: Path) -> None:
     loaded = Scores.load(tmp_path / "s.parquet").ids
     assert loaded is not None
     assert loaded.tolist() == list(range(1, 61, 2))
+
+
+@pytest.mark.parametrize("metadata", [b"{", b"[]", b"{}", b'{"stratified": true}'])
+def test_a_file_whose_record_is_damaged_or_lacks_something_is_named(metadata: bytes, tmp_path: Path) -> None:
+    made().save(tmp_path / "s.parquet")
+    table = pq.read_table(tmp_path / "s.parquet").replace_schema_metadata({b"tsqlora": metadata})
+    pq.write_table(table, tmp_path / "s.parquet")
+    with pytest.raises(DataError, match=r"s\.parquet"):
+        Scores.load(tmp_path / "s.parquet")

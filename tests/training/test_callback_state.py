@@ -1,3 +1,4 @@
+import json
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from scoring import quality_by
 from stock import base_bert, make_trainer, moods, slotted_bert
 from tsqlora.quality.scores import Scores
 from tsqlora.ranks.events import RankEvent
-from tsqlora.training.callback_state import QualityState, RankState
+from tsqlora.training.callback_state import VERSION, QualityState, RankState
 
 DATA = moods()
 FILES = ("tsqlora.json", "tsqlora.safetensors", "tsqlora_quality.json")
@@ -318,4 +319,12 @@ def test_a_checkpoint_of_another_version_is_named(tmp_path: Path) -> None:
     path = tmp_path / "tsqlora_quality.json"
     path.write_text(path.read_text().replace('"version": 2', '"version": 1'))
     with pytest.raises(tsq.TsqLoraError, match="by a version of tsqlora that draws other rows"):
+        QualityState.load(tmp_path)
+
+
+@pytest.mark.parametrize("entries", [{}, {"newer": 1}])
+def test_a_checkpoint_with_other_entries_is_named(entries: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "tsqlora_quality.json"
+    path.write_text(json.dumps({"version": VERSION, **entries}))
+    with pytest.raises(tsq.TsqLoraError, match="tsqlora_quality"):
         QualityState.load(tmp_path)

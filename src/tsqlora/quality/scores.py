@@ -126,7 +126,7 @@ class Scores:
         missing = {"label", "quality", "probability"} - set(table.column_names)
         if metadata is None or missing:
             raise DataError(f"{path}: not a file of scores; `tsqlora score` writes one")
-        record = json.loads(metadata)
+        record = _record_of(metadata, path)
         columns = {name: _numbers(table[name]) for name in table.column_names if name not in ("hash", "reason")}
         return cls(
             terms={name: values for name, values in columns.items() if name not in (*_OWN, *PREDICTIONS)},
@@ -140,6 +140,19 @@ class Scores:
             reasons=_reasons(table, path) if "reason" in table.column_names else None,
             predictions={name: columns[name] for name in PREDICTIONS if name in columns},
         )
+
+
+def _record_of(metadata: bytes, path: str | Path) -> dict[str, Any]:
+    """The scores' record, with all that drawing reads.  Raises DataError naming the file."""
+    try:
+        record = json.loads(metadata)
+    except ValueError as error:
+        raise DataError(f"{path}: its record is damaged ({error}); score again") from None
+    needed = {"stratified", "temperature", "effective_sample_size"}
+    if not isinstance(record, dict) or (missing := sorted(needed - record.keys())):
+        what = "is no mapping" if not isinstance(record, dict) else f"lacks {', '.join(missing)}"
+        raise DataError(f"{path}: its record {what}; score again")
+    return record
 
 
 def _column(values: np.ndarray) -> Any:

@@ -97,7 +97,11 @@ class QualityState:
     @classmethod
     def load(cls, folder: Path) -> "QualityState":
         """Raises TsqLoraError naming the file that is missing or cannot be read."""
-        return cls(**_read(folder / QUALITY_FILE))
+        path = folder / QUALITY_FILE
+        try:
+            return cls(**_read(path))
+        except TypeError as error:
+            raise _unusable(path, error) from error
 
 
 @dataclass(frozen=True, slots=True)
