@@ -49,7 +49,7 @@ def start_head(
     model, collate = distributed.unwrapped(model), each_its_row(collate)
     chosen = np.sort(stream("head start", seed).permutation(len(rows))[:ROWS_TO_FIT])
     sizes = np.asarray(lengths_of(rows) if lengths is None else lengths)[chosen]
-    batches = [chosen[places] for places in sorted_batches(sizes.tolist(), batch_size)]
+    batches = [chosen[places] for places in sorted_batches([int(size) for size in sizes], batch_size)]
     device = next(model.parameters()).device
     with eval_mode(model), torch.no_grad(), precision(device, autocast, cache=False):
         head = _find(model, collate([rows[int(j)] for j in batches[0]]), task)
