@@ -110,13 +110,13 @@ def tiny_llama_classifier(
     return _built(LlamaForSequenceClassification, config, dtype, seed)
 
 
-def tiny_gpt2() -> GPT2ForSequenceClassification:
+def tiny_gpt2(seed: int = 0) -> GPT2ForSequenceClassification:
     """A decoder whose linear layers are transformers' Conv1D (weight i × o), with a head (score.weight)."""
     config = GPT2Config(**SIZES, n_inner=32, bos_token_id=EOS, eos_token_id=EOS, num_labels=3, use_cache=False)
-    return _built(GPT2ForSequenceClassification, config)
+    return _built(GPT2ForSequenceClassification, config, seed=seed)
 
 
-def tiny_t5(dtype: torch.dtype = torch.float64) -> T5ForSequenceClassification:
+def tiny_t5(dtype: torch.dtype = torch.float64, seed: int = 0) -> T5ForSequenceClassification:
     """An encoder and decoder that share one Embedding, with RMS norms; rows must end in EOS.
 
     Its norms compute in float32 whatever `dtype` is: expect 1e-6.
@@ -135,12 +135,12 @@ def tiny_t5(dtype: torch.dtype = torch.float64) -> T5ForSequenceClassification:
         decoder_start_token_id=PAD,
         use_cache=False,
     )
-    return _built(T5ForSequenceClassification, config, dtype)
+    return _built(T5ForSequenceClassification, config, dtype, seed)
 
 
-def tiny_mpnet() -> MPNetForSequenceClassification:
+def tiny_mpnet(seed: int = 0) -> MPNetForSequenceClassification:
     """An encoder with a two-layer head (classifier.dense, classifier.out_proj)."""
-    return _built(MPNetForSequenceClassification, MPNetConfig(**SIZES, num_labels=3))
+    return _built(MPNetForSequenceClassification, MPNetConfig(**SIZES, num_labels=3), seed=seed)
 
 
 def tiny_bart() -> BartForSequenceClassification:
