@@ -91,7 +91,7 @@ def test_adjustments_are_reported_also_after_older_ones_were_thinned_out(monkeyp
             assert told["logs"]["ranks/parameters"] == state.global_step
             self.steps.append(state.global_step)
 
-    monkeypatch.setattr(report_callback, "get_reporting_integration_callbacks", lambda names: [Reporter])
+    monkeypatch.setattr(report_callback, "reporter_kinds", lambda names: (Reporter,))
     reporter, ranks, args = Reporter(), RankCallback(), SimpleNamespace(report_to=["x"])
     ranks.loop = cast(Any, SimpleNamespace(events=[]))
     callbacks = SimpleNamespace(callbacks=[ranks, reporter])
