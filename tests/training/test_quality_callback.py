@@ -500,7 +500,6 @@ def test_scores_are_of_the_smoothed_loss_that_training_uses(tmp_path: Path) -> N
         ({"warmup": 1.0}, {"max_steps": 8}, "a warm-up of 1 passes is 2 epochs of 32 rows, and the run has 2"),
         ({}, {"dataloader_persistent_workers": True, "dataloader_num_workers": 1}, "persistent_workers keeps an old"),
         ({"warmup": 0.0}, {}, "warmup is 0.0; it must be above 0 passes"),
-        ({"limit": 0.0}, {}, "limit is 0.0; it must be above 0"),
         ({"terms": ("lerned",)}, {}, "lerned"),
         ({"reference": 1}, {}, "reference is 1; it must be a whole number of rows, at least 2"),
         ({"reference": 0}, {}, "reference is 0; it must be a whole number of rows, at least 2"),

@@ -35,7 +35,7 @@ from tsqlora.run.reading import read
 from tsqlora.run.start import with_start
 from tsqlora.training.checkpoints import last_checkpoint
 from tsqlora.training.fit import Method, fit
-from tsqlora.training.quality_callback import QualityCallback
+from tsqlora.training.quality_callback import WARMUP_LIMIT, QualityCallback
 from tsqlora.training.run_dir import CHECKPOINT_DIR, CONFIG_FILE, LOCK_FILE, alone_in
 
 WARM_UP_FILE = "theta.safetensors"
@@ -168,7 +168,7 @@ def _train(job: Job, folder: Path, progress: Progress | None) -> nn.Module:
 class StopOnceLearned(TrainerCallback):
     """Ends a warm-up after the first epoch, of those from which it may, that leaves the model above chance.
 
-    As QualityCallback counts them: `warmup` passes over all rows at least, at most `limit`
+    As QualityCallback counts them: `warmup` passes over all rows at least, at most half
     of the run's epochs. Then NotLearnedError.
     """
 
@@ -192,7 +192,7 @@ class StopOnceLearned(TrainerCallback):
             control.should_training_stop = True
             # The weights are kept otherwise, and a checkpoint from here would go on training.
             control.should_save = False
-        elif epochs >= min(self.quality.limit * state.num_train_epochs, state.num_train_epochs - 1):
+        elif epochs >= min(WARMUP_LIMIT * state.num_train_epochs, state.num_train_epochs - 1):
             test.require()
 
 

@@ -39,12 +39,16 @@ from tsqlora.training.drawing import (
 SCORES_FILE = "scores.parquet"
 
 
+WARMUP_LIMIT = 0.5
+"""Share of a run's epochs after which a model that is still at chance is not waited for."""
+
+
 class QualityCallback(TrainerCallback):
     """Scores the rows of a QualitySubset once the model has learned something, then draws by them.
 
     Warm-up epochs are the first part of the run: random draws, `warmup` passes over all rows.
     Before the next epoch the model is tested against chance; while it is not better, random
-    draws go on, up to `limit` of the run's epochs. If it still is not, `refused` says why,
+    draws go on, up to half of the run's epochs. If it still is not, `refused` says why,
     a warning is given, and the run goes on with random draws.
 
     Args:
@@ -70,7 +74,6 @@ class QualityCallback(TrainerCallback):
         data: QualitySubset,
         warmup: float = 1.0,
         *,
-        limit: float = 0.5,
         rule: ScoringRule | None = None,
         task: Task | None = None,
         rows: RowNames | None = None,
@@ -81,9 +84,7 @@ class QualityCallback(TrainerCallback):
         require_subset(data, "QualityCallback")
         if not warmup > 0:
             raise SettingsError(f"warmup is {warmup}; it must be above 0 passes: a model at chance scores at random")
-        if not 0 < limit <= 1:
-            raise SettingsError(f"limit is {limit}; it must be above 0 and at most 1")
-        self.data, self.warmup, self.limit = data, warmup, limit
+        self.data, self.warmup = data, warmup
         self.rule = (rule or ScoringRule()).guarded()
         self.rule.require_room(data.plan.fraction)
         if not isinstance(self.rule.reference, int):
@@ -185,7 +186,7 @@ class QualityCallback(TrainerCallback):
         about = {"rows": plan.rows, "fraction": plan.fraction, "seed": plan.seed, "resample": plan.resample}
         rule = {f.name: getattr(self.rule, f.name) for f in fields(self.rule) if f.name not in ("terms", "seed")}
         rule["weights"] = None if self.rule.weights is None else dict(self.rule.weights)
-        decides = {"warmup": self.warmup, "limit": self.limit, "terms": list(self.terms), **rule}
+        decides = {"warmup": self.warmup, "limit": WARMUP_LIMIT, "terms": list(self.terms), **rule}
         return {**about, "batch_size": data.batch_size, **decides, "seed to score": self.rule.seed}
 
     def _resume(self, saved: QualityState, scores_path: Path) -> None:
@@ -269,7 +270,7 @@ class QualityCallback(TrainerCallback):
     def _not_yet(self, why: str, state: TrainerState) -> None:
         self.attempts.append(why)
         last = state.num_train_epochs - 1
-        if epoch_of(state) >= min(self.limit * state.num_train_epochs, last):
+        if epoch_of(state) >= min(WARMUP_LIMIT * state.num_train_epochs, last):
             self.refused = why
             self._give_up()
             warnings.warn(f"no quality sampling in this run, random draws go on: {why}", stacklevel=2)
