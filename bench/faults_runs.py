@@ -217,7 +217,10 @@ def wide(place: Path) -> Path:
 
 
 def _with(place: Path, name: str, model: Path, rows: list[Any], ranks: Any, training: Any) -> Path:
-    data, defaults = write_jsonl(place / f"{name}.jsonl", rows), {"epochs": 6, "batch_size": 8, "learning_rate": 0.02}
+    data, defaults = (
+        write_jsonl(place / f"{name}.jsonl", rows),
+        {"epochs": 6, "batch_size": 8, "learning_rate": 0.02, "seed": 2},
+    )
     common = {"bf16": False, "logging_strategy": "no"}
     ranks = {"mean": 2.0} | ranks
     return write_config(place / f"{name}.yaml", model, data, ranks=ranks, training=defaults | common | training)

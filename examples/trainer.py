@@ -9,10 +9,10 @@ import tsqlora as tsq
 
 
 def rows(n: int, seed: int, wrong: float = 0.0) -> list[dict[str, Tensor]]:
-    """Eight tokens, more of them low (class 0) or high (class 1); a share of the labels is wrong."""
+    """Eight tokens, low ones (class 0) or high ones (class 1); a share of the labels is wrong."""
     random = torch.Generator().manual_seed(seed)
     label = torch.arange(n) % 2
-    tokens = torch.randint(1, 40, (n, 8), generator=random) + 20 * label[:, None]
+    tokens = torch.randint(1, 30, (n, 8), generator=random) + 29 * label[:, None]
     label = torch.where(torch.rand(n, generator=random) < wrong, 1 - label, label)
     return [{"input_ids": x, "labels": y} for x, y in zip(tokens, label, strict=True)]
 
