@@ -48,6 +48,8 @@ from tsqlora.interop.tensors import PRECISIONS
 from tsqlora.interop.verify import compare_updates, compare_weights, logits, probe_rows
 from tsqlora.run.export import export
 
+WRITTEN = Path(__file__).parents[1] / "fixtures" / "v0.1"
+
 KINDS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")
 LLAMA = [f"model.layers.{j}.{name}" for j in range(LAYERS) for name in KINDS]
 GPT2 = [f"transformer.h.{j}.{name}" for j in range(LAYERS) for name in ("attn.c_attn", "mlp.c_proj")]
@@ -135,6 +137,15 @@ def test_any_adapter_is_the_same_in_every_form(case: Any, tmp_path: Path) -> Non
     small = compact(padded)
     assert {name: t.rank for name, t in small.targets.items()} == {name: t.rank for name, t in source.targets.items()}
     assert compare_updates(source, small, "F32").used <= 1
+
+
+@pytest.mark.parametrize("kept", [("classifier.weight",), ("classifier.weight", "classifier.bias", "score.weight")])
+def test_a_head_that_only_one_side_has_is_an_error(kept: tuple[str, ...]) -> None:
+    source = read_adapter(WRITTEN / "run" / "adapter")
+    tensor = next(iter(source.saved.values()))
+    source = replace(source, saved={"classifier.weight": tensor, "classifier.bias": tensor})
+    with pytest.raises(TsqLoraError, match=r"classifier\.bias|score\.weight"):
+        compare_updates(source, replace(source, saved=dict.fromkeys(kept, tensor)), "F32")
     if constant:
         for name, target in source.targets.items():
             assert np.array_equal(small.targets[name].a, target.a)
