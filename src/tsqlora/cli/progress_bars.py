@@ -50,7 +50,7 @@ class Display:
         self.live.stop()
 
     def say(self, text: str) -> None:
-        """A line above the bars, which start anew below it."""
+        """Print a line above the bars."""
         for task in self.phases.values():
             self.bars.remove_task(task)
         self.phases, self.told, self.begun = {}, {}, {}

@@ -131,7 +131,7 @@ def parquet_file(path: Path) -> Iterator[pq.ParquetFile]:
         raise
     except Exception as exc:  # no Parquet; text that is not UTF-8, a date that no calendar has, an unknown time zone …
         reason = next(iter(str(exc).splitlines()), type(exc).__name__)
-        raise DataError(f"{path} cannot be read as Parquet ({reason}); write the file anew") from exc
+        raise DataError(f"{path} cannot be read as Parquet ({reason}); export it again") from exc
 
 
 def read_delimited(path: Path, *, delimiter: str) -> Records:

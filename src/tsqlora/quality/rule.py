@@ -69,11 +69,6 @@ class ScoringRule:
             raise SettingsError(f"reference is {self.reference}; it must be a whole number of rows, at least 2")
         self.measured()
 
-    @classmethod
-    def paper(cls, **changes: Any) -> "ScoringRule":
-        """The published Q: equal weights of three gradient terms, no row rejected."""
-        return cls(**{"weights": dict.fromkeys(PAPER_TERMS, 1 / 3), "reject": False} | changes)
-
     @property
     def even(self) -> bool:
         """Whether kept rows are drawn equally often."""
