@@ -133,7 +133,9 @@ def test_a_cells_hash_is_of_what_decides_it_and_not_of_where_files_lie(place: Pa
         return settings_hash(config, cell_of(name), equal=equal, data=data)
 
     config, moved = settings(place), copytree(place, tmp_path / "moved")
-    elsewhere = load_config(place / "c.yaml", [f"data.{s}={moved / s}.jsonl" for s in ("train", "validation", "test")])
+    elsewhere = load_config(
+        place / "c.yaml", [f"data.{s}={moved / s}.jsonl" for s in ("train", "validation", "test", "trusted")]
+    )
     assert hash_of(elsewhere) == hash_of(config)
     others = [hash_of(config, name) for name in ("dora", "lora+random")]
     others += [hash_of(config, data="others"), hash_of(config, equal="epochs")]

@@ -237,6 +237,19 @@ def test_an_explicit_split_takes_the_place_of_the_directory_s(tmp_path: Path) ->
     assert first_texts(found) == {"train": "train.jsonl", "validation": "mine.jsonl", "test": "test.jsonl"}
 
 
+def test_trusted_rows_are_those_that_are_named_alone(tmp_path: Path) -> None:
+    names = ("train", "trusted", "test")
+    folder = directory(tmp_path, *(f"{name}.jsonl" for name in names))
+    assert list(open_splits(folder, None, None)) == ["train", "test"]
+    for trusted in (folder, f"{folder}/trusted.jsonl"):
+        assert first_texts(open_splits(folder, None, None, trusted)) == {name: f"{name}.jsonl" for name in names}
+    (tmp_path / "one").mkdir()
+    one = directory(tmp_path / "one", "train.jsonl")
+    assert open_splits(folder, None, None, one)["trusted"].name == f"{one}/train.jsonl"
+    with pytest.raises(DataError, match="name one file"):
+        open_splits(one, None, None, directory(tmp_path / "one", "test.jsonl"))
+
+
 def test_a_training_file_alone_has_no_other_split(tmp_path: Path) -> None:
     folder = directory(tmp_path, "train.jsonl", "test.jsonl")
     assert first_texts(open_splits(f"{folder}/train.jsonl", None, None)) == {"train": "train.jsonl"}

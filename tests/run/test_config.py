@@ -258,11 +258,12 @@ def test_a_path_is_looked_for_here_then_beside_the_file_else_it_is_a_hub_id(tmp_
     for file in (tmp_path / "both.jsonl", beside / "both.jsonl", beside / "near.jsonl"):
         file.touch()
     (beside / "tsq.yaml").write_text(
-        "model: {path: org/model}\ndata: {train: both.jsonl, validation: near.jsonl, test: org/rows}"
+        "model: {path: org/model}\n"
+        "data: {train: both.jsonl, validation: near.jsonl, trusted: near.jsonl, test: org/rows}"
     )
     config = load_config("configs/tsq.yaml")
     assert config.data.train == str(tmp_path / "both.jsonl")
-    assert config.data.validation == str(beside / "near.jsonl")
+    assert config.data.validation == config.data.trusted == str(beside / "near.jsonl")
     assert config.data.test == "org/rows"
     assert config.model.path == "org/model"
 

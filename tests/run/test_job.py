@@ -31,6 +31,7 @@ OTHER_VALUES: dict[str, Any] = {
     "data.train": "others.jsonl",
     "data.validation": "validation.jsonl",
     "data.test": "test.jsonl",
+    "data.trusted": "trusted.jsonl",
     "data.text": "body",
     "data.text_pair": "second",
     "data.label": "topic",

@@ -97,7 +97,7 @@ def settings_hash(settings: Config, cell: Cell, *, equal: Equal, data: str) -> s
 
     The paths of the rows' files are left out.
     """
-    about = settings.model_dump(exclude={"data": {"train", "validation", "test"}})
+    about = settings.model_dump(exclude={"data": {"train", "trusted", "validation", "test"}})
     decides = {"settings": about, "cell": cell.to_dict(), "equal": equal, "data": data}
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 

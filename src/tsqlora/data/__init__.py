@@ -9,6 +9,7 @@
     tokenise.py      rows with one answer -> samples
     generation.py  target_tokens.py  rows of texts -> samples of which only targets are trained on
     prepare.py  samples.py           splits -> samples in an Arrow file, the only place where rows become a data set
+    trusted.py       trusted rows against those that measure, and against training rows that repeat them
     batches.py       the order of samples, and padded or packed batches of them
     write.py         rows -> a file; some rows of a file as they stand
 

@@ -1,5 +1,6 @@
 """Rows -> tokenised samples of which only the targets are trained on."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -113,6 +114,15 @@ def references(rows: Rows, format: Format) -> list[str]:
     return [_last_target(example).strip() for example in examples]
 
 
+def inputs(rows: Rows, format: Format) -> list[str]:
+    """What each row's answer goes on from, as text: the prompt, or a chat's turns before the last answer.
+
+    Of a row without any, such as plain text, all that it says.
+    """
+    examples = (format.read(rows, i, Manner(seq2seq=False, chat=False)) for i in range(len(rows)))
+    return [_input(example) for example in examples]
+
+
 def _make(
     rows: Rows,
     format: Format,
@@ -194,6 +204,15 @@ def _seq2seq(
 def least_prompt(tokenizer: PreTrainedTokenizerBase) -> int:
     """Tokens without which there is no room for text: the special ones, and two."""
     return sum(map(len, special_tokens(tokenizer))) + 2
+
+
+def _input(example: Example | Chat) -> str:
+    if isinstance(example, Example):
+        return example.prompt or str(example.target)
+    before = example.turns[:-1]
+    # Under one system prompt all answers that nobody asked for would have the same input.
+    lone = all(turn.role == "system" for turn in before)
+    return json.dumps([(turn.role, turn.content) for turn in (example.turns if lone else before)])
 
 
 def _last_target(example: Example | Chat) -> str:

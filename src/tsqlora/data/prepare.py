@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from tsqlora.data.cells import row_hash
 from tsqlora.data.generation import left_out, require_some, tokenise_generation
 from tsqlora.data.labels import encode_labels, encode_targets
 from tsqlora.data.rows import Rows
 from tsqlora.data.samples import TokenisedSplit, store
-from tsqlora.data.splits import Splits
+from tsqlora.data.splits import MEASURED, Splits
 from tsqlora.data.tokenise import tokenise
+from tsqlora.data.trusted import apart, input_numbers, numbers_of, repeated
 from tsqlora.errors import SettingsError
 
 
@@ -34,6 +34,8 @@ class Prepared:
     samples: Mapping[str, TokenisedSplit]
     notes: tuple[str, ...] = ()
     """What the user should know: rows that were left out, and rows that are in two splits."""
+    in_trusted: np.ndarray | None = None
+    """Whether each training sample's input is a trusted row's, whatever its label; None without trusted rows."""
 
     @property
     def hash(self) -> str:
@@ -61,8 +63,10 @@ def prepare(
     """Every split tokenised, with encoded labels; for a generating model with targets.
 
     Rows are read in chunks and samples kept on disk, as in `store`. A row whose target does not fit whole is left out
-    of splits and samples, and a note says so.
+    of splits and samples, and a note says so; so is a trusted row whose input validation or test has, too.
+    Raises DataError where no trusted row is left, or no training row but those that repeat them.
     """
+    splits, measured_too = apart(splits)
     samples, texts = dict[str, TokenisedSplit](), dict[str, np.ndarray]()
     for name in splits.sources:
         found = list[np.ndarray]()
@@ -73,8 +77,9 @@ def prepare(
                 samples[name], splits.sources[name].name, max_length, writing.max_target_length, writing.seq2seq
             )
     places = {name: split.ids for name, split in samples.items() if split.ids is not None}
-    notes = [note for split in samples.values() if (note := left_out(split))] + _seen_in_training(texts)
-    return Prepared(replace(splits, places=places), samples, tuple(notes))
+    splits = replace(splits, places=places)
+    notes = [note for split in samples.values() if (note := left_out(split))]
+    return Prepared(splits, samples, (*notes, *measured_too, *_seen_in_training(texts)), repeated(splits))
 
 
 def _encoded(
@@ -86,19 +91,17 @@ def _encoded(
     texts: list[np.ndarray],
 ) -> Iterator[TokenisedSplit]:
     """The split chunk by chunk; a number for the text of each sample is put into `texts`."""
-    unlabelled = asdict(splits.columns) | {"label": None}
     for rows in splits.chunks(name):
         part = _encode(rows, splits, tokenizer, max_length, writing)
-        hashes = part.hashes if splits.format is not None else (row_hash(row, unlabelled) for row in rows.rows)
-        texts.append(np.array([int(name, 16) for name in hashes], dtype=np.uint64))
+        texts.append(numbers_of(part.hashes) if splits.format is not None else input_numbers(rows, splits))
         yield part
 
 
 def _seen_in_training(texts: Mapping[str, np.ndarray]) -> list[str]:
-    """Rows of other splits that training has, too: of classes and numbers by the text, whatever the label is."""
+    """Rows to measure on that training has, too: of classes and numbers by the text, whatever the label is."""
     if "train" not in texts:
         return []
-    seen = {name: int(np.isin(found, texts["train"]).sum()) for name, found in texts.items() if name != "train"}
+    seen = {name: int(np.isin(texts[name], texts["train"]).sum()) for name in MEASURED if name in texts}
     return [
         f"{count} of {len(texts[name])} {name} rows are training rows, too: what is measured on them says little of "
         "new ones"

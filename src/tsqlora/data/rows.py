@@ -21,6 +21,10 @@ SPLIT_NAMES: dict[str, tuple[str, ...]] = {
     "validation": ("validation", "valid", "dev"),
     "test": ("test",),
 }
+"""The splits that a directory or hub data set may have, and what each may be called there."""
+
+ORDER = ("train", "trusted", "validation", "test")
+"""All splits, in the order in which they are read; trusted rows are never taken from beside the training rows."""
 
 
 CHUNK = 1024
@@ -122,19 +126,23 @@ def open_split(source: str | Path, *, split: str | None = None) -> Source:
     return next(iter(found.values()))
 
 
-def open_splits(train: str, validation: str | None, test: str | None) -> dict[str, Source]:
-    """Sources by split name: always "train", and "validation" and "test" where there are any.
+def open_splits(train: str, validation: str | None, test: str | None, trusted: str | None = None) -> dict[str, Source]:
+    """Sources by split name, in ORDER: always "train", and the others where there are any.
 
     `train` is a file, a directory of files named train.*, validation.* (valid.*, dev.*) and
     test.*, or a hub id; an explicit `validation` or `test` takes the place of what is found
-    there. Raises DataError for what is missing, and for two files of one split.
+    there. Of a directory or hub id, `trusted` is the split of that name, else the only one.
+    Raises DataError for what is missing, and for two files of one split.
     """
     explicit = {name: path for name, path in (("validation", validation), ("test", test)) if path is not None}
     found = _open_splits(train, wanted=[name for name in SPLIT_NAMES if name not in explicit])
     if "train" not in found:
         raise DataError(f"{train} has no split train; name the training file in data.train")
     found |= {name: open_split(path, split=name) for name, path in explicit.items()}
-    return {name: found[name] for name in SPLIT_NAMES if name in found}
+    if trusted is not None:
+        named = _open_splits(trusted, wanted=("trusted",))
+        found["trusted"] = named.get("trusted") or open_split(trusted)
+    return {name: found[name] for name in ORDER if name in found}
 
 
 def _open_splits(source: str | Path, *, wanted: Collection[str]) -> dict[str, Source]:

@@ -12,8 +12,11 @@ from tsqlora.data.cells import is_missing, require_filled, row_text
 from tsqlora.data.columns import Columns, find_columns
 from tsqlora.data.formats import Format, find_format
 from tsqlora.data.labels import LabelMap, are_measures, classes_of, distinct_labels, encode_targets, look_alikes
-from tsqlora.data.rows import Rows, Source, open_splits
+from tsqlora.data.rows import ORDER, Rows, Source, open_splits
 from tsqlora.errors import DataError
+
+MEASURED = ("validation", "test")
+"""The splits that are not trained on, but measured on."""
 
 Answer = Literal["class", "number", "text"]
 """What a row's label is."""
@@ -68,14 +71,15 @@ def read_data(
     columns: Mapping[str, str | None],
     validation_fraction: float,
     seed: int,
+    trusted: str | None = None,
 ) -> Splits:
-    """The splits train, validation (a seeded share of train where none is given), and test if any.
+    """The splits train, trusted if named, validation (a seeded share of train where none is given), and test if any.
 
     `columns` are the options of `find_format` where the answer is text, of `find_columns` elsewhere. Every row is read
     and every label checked. A test split beside the training rows that has no label is left out, with a warning:
     benchmarks keep theirs. Raises DataError with file and row.
     """
-    sources = open_splits(train, validation, test)
+    sources = open_splits(train, validation, test, trusted)
     first = sources["train"]
     format = find_format(first.columns(), source=first.name, **columns) if answer == "text" else None
     found = format.columns if format else find_columns(first.columns(), source=first.name, **columns)
@@ -95,7 +99,7 @@ def read_data(
     for name, source in sources.items():
         if name not in places:
             places[name] = _all_places(source, found, format)
-    ordered = [name for name in ("train", "validation", "test") if name in sources]
+    ordered = [name for name in ORDER if name in sources]
     return Splits({n: sources[n] for n in ordered}, {n: places[n] for n in ordered}, found, labels, format)
 
 

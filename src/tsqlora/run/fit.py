@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 
 from tsqlora.adapter.slots import active_parameters
 from tsqlora.data.generation import least_prompt
+from tsqlora.data.splits import MEASURED
 from tsqlora.progress import Progress
 from tsqlora.run.config import Config
 from tsqlora.run.job import Job, with_slots
@@ -110,9 +111,8 @@ def predictor_of(job: Job, model: nn.Module, args: TrainingArguments) -> Predict
 def measure(job: Job, model: nn.Module, record: RunRecord, args: TrainingArguments, progress: Progress | None) -> None:
     """Add the metrics of validation and test to the record; of generated text, what is written on the test rows."""
     predictor, splits = predictor_of(job, model, args), job.data.splits
-    for split, samples in job.data.samples.items():
-        if split == "train":
-            continue
+    for split in (name for name in MEASURED if name in job.data.samples):
+        samples = job.data.samples[split]
         with record.timed("evaluation") as cost:
             record.metrics[split] = predictor.metrics(samples.samples, phase=split, progress=progress)
             if split == "test" and splits.format is not None:

@@ -33,6 +33,7 @@ def read(config: Config) -> Splits:
         columns={name: getattr(data, name) for name in (texts if answer == "text" else ("text", "text_pair", "label"))},
         validation_fraction=data.validation_fraction,
         seed=config.training.seed,
+        trusted=data.trusted,
     )
 
 

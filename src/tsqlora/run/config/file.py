@@ -65,7 +65,7 @@ def dump_config(config: Config) -> str:
 
 def _with_absolute_paths(config: Config, beside: Path) -> Config:
     data = config.data
-    files = {name: _locate(getattr(data, name), beside) for name in ("train", "validation", "test")}
+    files = {name: _locate(getattr(data, name), beside) for name in ("train", "trusted", "validation", "test")}
     model = config.model.model_copy(update={"path": _locate(config.model.path, beside)})
     adapter = config.adapter.model_copy(update={"init_from": _locate(config.adapter.init_from, beside)})
     return config.model_copy(update={"model": model, "adapter": adapter, "data": data.model_copy(update=files)})

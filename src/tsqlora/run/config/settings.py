@@ -75,6 +75,10 @@ class DataSettings(Section):
     train: str = Field(description="File, directory of splits, or hub id of the training rows.")
     validation: str | None = setting(None, "The same for validation; null takes a share of the training rows.")
     test: str | None = setting(None, "The same for the final test; null takes that beside data.train, if any.")
+    trusted: str | None = setting(
+        None,
+        "Rows that look like what the model shall be good at; 32 to 200 are enough; they are trained on last.",
+    )
     text: str | None = setting(None, "Column of the text; null finds the usual ones.")
     text_pair: str | None = setting(None, "Column of the second text; null finds the usual one if text is null, too.")
     label: str | None = setting(None, "Column of the label; null finds the usual ones.")
