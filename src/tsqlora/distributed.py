@@ -58,6 +58,15 @@ def gathered(value: T) -> list[T]:
     return values
 
 
+def to_first(value: T) -> list[T] | None:
+    """Every process's value, in their order, in the first one; None in the others."""
+    if not active():
+        return [value]
+    values: list[Any] | None = [None] * dist.get_world_size() if is_first() else None
+    dist.gather_object(value, values, dst=0)
+    return values
+
+
 def together(work: Callable[[], T]) -> T:
     """What `work` gives here.  Whatever error it has in one process is raised in all, so that none waits for it."""
     value, error = _attempt(work)

@@ -15,6 +15,8 @@ Stream = Literal[
     "demo data",
     "head start",
     "head folds",
+    "trusted order",
+    "trusted model",
 ]
 
 STREAMS: Mapping[Stream, int] = {
@@ -27,6 +29,8 @@ STREAMS: Mapping[Stream, int] = {
     "demo data": 7,
     "head start": 8,
     "head folds": 9,
+    "trusted order": 10,
+    "trusted model": 11,
 }
 """Numbers are never used again: an old run repeats only while its streams keep theirs."""
 

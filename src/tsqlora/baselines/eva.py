@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from tsqlora.baselines.setup import Built, Setup, adapt, count_trainable, layers_of
 from tsqlora.compat.peft import eva_layer_inputs
 from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
+from tsqlora.quality.cost import PhaseCost
 from tsqlora.ranks.baselines import whole_rank
 from tsqlora.seeds import stream
 from tsqlora.tasks.forward import writes_behind_encoder
-from tsqlora.training.cost import PhaseCost
 
 NAME = "eva"
 MOST_PASSES = 20

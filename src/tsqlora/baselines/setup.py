@@ -12,8 +12,8 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerState, set_see
 from tsqlora.adapter.wrap import inject, new_config
 from tsqlora.errors import TsqLoraError, UnsupportedError
 from tsqlora.gradients.sites import inner_name
+from tsqlora.quality.cost import PhaseCost
 from tsqlora.tasks.forward import Collate
-from tsqlora.training.cost import PhaseCost
 from tsqlora.training.load import Pretrained
 
 

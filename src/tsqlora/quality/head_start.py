@@ -2,14 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Shaped
-from torch import nn
+from torch import Tensor, nn
 
 from tsqlora.quality.features import ACTIVATIONS, Head
-from tsqlora.quality.linear_head import HeadFit, Kind, fit_head
+from tsqlora.quality.forward_pass import Forward, empty
+from tsqlora.quality.linear_head import HeadFit, Kind, fit_head, row_losses
+from tsqlora.quality.ridge import ROWS_AT_ONCE
 
 WHITENED_STD = 0.5
 """Of what a whitened dense layer gives: within the range in which tanh is nearly linear."""
@@ -33,6 +36,8 @@ class HeadStart:
     replaces: bool
     """Whether the fitted head's out-of-fold loss lies below that by 2 standard errors."""
     dense: Dense | None = None
+    trusted: bool = False
+    """Whether it was fitted on trusted rows."""
 
     def summary(self) -> dict[str, float | int | bool]:
         """For the scores' record and the report."""
@@ -44,6 +49,7 @@ class HeadStart:
             "strength": self.fit.strength,
             "scale": self.fit.scale,
             "whitened": self.dense is not None,
+            "trusted": self.trusted,
         }
 
 
@@ -76,6 +82,30 @@ def fit_start(
     return HeadStart(fit, float(present.mean()), fit.better_than(present), dense)
 
 
+def of_trusted(start: HeadStart, features: Float[np.ndarray, "m d"], trusted: Forward, **options: Any) -> HeadStart:
+    """The head fitted on trusted rows alone, in place of `start`'s where its losses on them, out of fold, are lower."""
+    kind: Kind = options["kind"]
+    there = start.fit.head.logits(features) if start.replaces else trusted.logits
+    assert there is not None
+    rng = options.pop("rng")
+    fit = fit_head(features, trusted.labels, **options, rng=rng())
+    losses = row_losses(there.astype(np.float64), trusted.labels, kind)[fit.rows]
+    return HeadStart(fit, float(losses.mean()), fit.loss < float(losses.mean()), start.dense, trusted=True)
+
+
+def features_with(start: HeadStart, of: Forward, layer: Head) -> Float[np.ndarray, "n d"]:
+    """What the last linear layer is given once the start is installed."""
+    assert of.features is not None
+    if start.dense is None or of.dense is None or not start.replaces:
+        return of.features
+    found = empty(of.features.shape, np.dtype(np.float32))
+    for first in range(0, len(found), ROWS_AT_ONCE):
+        rows = slice(first, first + ROWS_AT_ONCE)
+        outputs = of.dense[rows].astype(np.float64) @ start.dense.weight.T + start.dense.bias
+        found[rows] = ACTIVATIONS[layer.activation](torch.from_numpy(outputs)).numpy()
+    return found
+
+
 def whiten(inputs: Float[np.ndarray, "n i"], outputs: int) -> Dense:
     """A linear layer whose outputs are the inputs' leading principal components, uncorrelated and of one spread."""
     mean = inputs.mean(axis=0, dtype=np.float64)
@@ -89,15 +119,24 @@ def whiten(inputs: Float[np.ndarray, "n i"], outputs: int) -> Dense:
 
 
 @torch.no_grad()
-def install(head: Head, start: HeadStart) -> None:
-    """Write the fitted weights into the layers, in place."""
+def install(head: Head, start: HeadStart) -> Callable[[], None]:
+    """Write the fitted weights into the layers, in place; what is returned puts the former ones back."""
     parts: list[tuple[nn.Linear | None, np.ndarray, np.ndarray]] = [
         (head.linear, start.fit.head.weight, start.fit.head.bias)
     ]
     if start.dense is not None:
         parts.append((head.dense, start.dense.weight, start.dense.bias))
+    before: list[tuple[Tensor, Tensor]] = []
     for layer, weight, bias in parts:
         assert layer is not None
-        layer.weight.copy_(torch.from_numpy(weight))
-        if layer.bias is not None:
-            layer.bias.copy_(torch.from_numpy(bias))
+        for parameter, value in ((layer.weight, weight), (layer.bias, bias)):
+            if parameter is not None:
+                before.append((parameter, parameter.detach().clone()))
+                parameter.copy_(torch.from_numpy(value))
+
+    @torch.no_grad()
+    def undo() -> None:
+        for parameter, value in before:
+            parameter.copy_(value)
+
+    return undo

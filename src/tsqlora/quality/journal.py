@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from tsqlora.errors import SettingsError
 from tsqlora.files import replacing, write_json, write_tensors
 from tsqlora.gradients.ghost import MeanGradient
-from tsqlora.quality.learned import LearnedTest
 from tsqlora.quality.reference import Reference
 
 MANIFEST_FILE = "manifest.json"
@@ -58,7 +57,7 @@ class Journal:
         self._waiting: list[Columns] = []
         self._written = time.monotonic()
 
-    def reference(self, device: torch.device) -> tuple[Reference, LearnedTest] | None:
+    def reference(self, device: torch.device) -> Reference | None:
         """What was saved of the reference, None if nothing was."""
         path = self.folder / REFERENCE_FILE
         if not path.exists():
@@ -69,16 +68,14 @@ class Journal:
             about = json.loads(file.metadata()["tsqlora"])
         sites = dict.fromkeys(name.split(":", 1)[1] for name in tensors if ":" in name)
         mean = {site: MeanGradient(tensors.get(f"weight:{site}"), tensors.get(f"bias:{site}")) for site in sites}
-        test = LearnedTest(**about.pop("learned"))
-        return Reference(mean=mean, offsets=tensors.get("offsets"), **about), test
+        return Reference(mean=mean, offsets=tensors.get("offsets"), **about)
 
-    def save_reference(self, reference: Reference, test: LearnedTest) -> None:
+    def save_reference(self, reference: Reference) -> None:
         tensors = {} if reference.offsets is None else {"offsets": reference.offsets}
         for site, mean in reference.mean.items():
             parts = {f"weight:{site}": mean.weight, f"bias:{site}": mean.bias}
             tensors |= {name: tensor for name, tensor in parts.items() if tensor is not None}
-        learned = {name: value for name, value in test.to_dict().items() if name != "passed"}
-        about = {"norm": reference.norm, "eta": reference.eta, "rows": reference.rows, "learned": learned}
+        about = {"norm": reference.norm, "eta": reference.eta, "rows": reference.rows}
         write_tensors(self.folder / REFERENCE_FILE, tensors, {"tsqlora": json.dumps(about)})
 
     def parts(self) -> Iterable[tuple[int, int, Columns]]:

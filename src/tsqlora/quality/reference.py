@@ -1,10 +1,9 @@
 """The reference: the mean gradient that samples are compared with, and what else it settles.
 
-Two passes over some rows. Without gradients: the calibration, and whether the model has
-learned. With them: ḡ, its norm, and the step size η of the look-ahead.  METHOD section 1.
+Two passes over some rows. Without gradients: the calibration. With them: ḡ, its norm, and the step size η of the
+look-ahead.  METHOD section 1.
 """
 
-import math
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -12,7 +11,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -20,22 +18,12 @@ from tsqlora.errors import UnsupportedError
 from tsqlora.gradients.capture import Consume, capture
 from tsqlora.gradients.ghost import MeanGradient, layer_gradient, summed_gradient
 from tsqlora.gradients.sites import Site
-from tsqlora.quality.learned import LearnedTest, learned
-from tsqlora.tasks import Answers, Task, require_answers
+from tsqlora.tasks import Task, require_answers
 from tsqlora.tasks.forward import Batch, model_logits, split_labels
 from tsqlora.tasks.generation import Generation
 
 SHORT = 128
 """Tokens up to which plain attention is not slower than the fused one."""
-
-
-@dataclass(frozen=True, slots=True)
-class Calibration:
-    """Constants added to the logits while scoring, and the test that the model has learned."""
-
-    offsets: Float[Tensor, " k"] | None
-    """None where text is generated: there are no classes to lean to."""
-    learned: LearnedTest
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,46 +43,21 @@ class Reference:
         return replace(self, mean=mean, offsets=None if self.offsets is None else self.offsets.to(device))
 
 
-def calibrate(model: nn.Module, batches: Iterable[Batch], task: Task, *, enabled: bool) -> Calibration:
-    """One pass without gradients: offsets (zeros unless `enabled`) and the learned test.
+def calibrate(model: nn.Module, batches: Iterable[Batch], task: Task, *, enabled: bool) -> Float[Tensor, " k"] | None:
+    """Constants to add to the logits while scoring, by a pass without gradients; None where nothing leans.
 
-    Of generated text there are no offsets, and the test compares with the model as it was before its adapter
-    learned anything, in one more pass.
+    Text has no classes to lean to.
     """
-    if isinstance(task, Generation):
-        return Calibration(None, _against_step_0(model, batches, task))
-    return _calibrate(model, batches, require_answers(task, "calibration"), enabled=enabled)
-
-
-@torch.no_grad()
-def _against_step_0(model: nn.Module, batches: Iterable[Batch], task: Generation) -> LearnedTest:
-    """Losses now and with the adapter off; of a model without an adapter, those of a guess among all tokens."""
-    losses: list[Tensor] = []
-    before: list[Tensor] = []
-    for batch in batches:
-        inputs, labels = split_labels(batch, model)
-        logits = model_logits(model, inputs, task)
-        losses.append(task.loss(logits, labels))
-        if isinstance(model, PeftModel):
-            with model.disable_adapter():
-                before.append(task.loss(model_logits(model, inputs, task), labels))
-        else:
-            before.append(torch.full_like(losses[-1], math.log(logits.shape[2])))
-    return learned(torch.cat(losses), torch.cat(before), "its own before it was adapted")
-
-
-def _calibrate(model: nn.Module, batches: Iterable[Batch], task: Answers, *, enabled: bool) -> Calibration:
+    if not enabled or isinstance(task, Generation):
+        return None
+    answers = require_answers(task, "calibration")
     parts: list[tuple[Tensor, Tensor]] = []
     with torch.no_grad():
         for batch in batches:
             inputs, y = split_labels(batch, model)
             parts.append((model_logits(model, inputs, task), y))
     logits, labels = (torch.cat(columns) for columns in zip(*parts, strict=True))
-    constant = task.chance(labels, logits.shape[1]).to(logits)
-    guess = constant.expand_as(logits).contiguous()
-    test = learned(sample_losses(task, logits, labels), sample_losses(task, guess, labels))
-    offsets = task.offsets(logits, labels) if enabled else torch.zeros_like(constant)
-    return Calibration(offsets.to(logits), test)
+    return answers.offsets(logits, labels).to(logits)
 
 
 def measure_reference(

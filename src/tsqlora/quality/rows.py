@@ -8,6 +8,7 @@ import numpy as np
 from tsqlora.errors import SettingsError
 from tsqlora.seeds import stream
 from tsqlora.tasks.forward import Batch, Collate
+from tsqlora.tasks.generation import IGNORED
 
 REFERENCE_ROWS = 512
 
@@ -46,11 +47,27 @@ def reference_rows(
 
 def _own_places(rows: Sequence[Any], dataset: Dataset) -> list[int]:
     """Places in the data set of samples that are among these rows: the same object, or one that holds the same."""
-    objects, held = {id(row) for row in rows}, {_held(row) for row in rows} - {None}
-    return [j for j in range(len(dataset)) if id(row := dataset[j]) in objects or _held(row) in held]
+    objects, known = {id(row) for row in rows}, {held(row) for row in rows} - {None}
+    return [j for j in range(len(dataset)) if id(row := dataset[j]) in objects or held(row) in known]
 
 
-def _held(row: Any) -> tuple[Any, ...] | None:
+LABELS = ("label", "labels", "label_ids")
+
+
+def input_of(row: Any) -> tuple[Any, ...] | None:
+    """What a row holds beside its label: of text that is written the tokens of the prompt."""
+    if not isinstance(row, Mapping):
+        return None
+    ids, labels = row.get("input_ids"), row.get("labels")
+    if ids is None:
+        return held({name: value for name, value in row.items() if name not in LABELS})
+    if labels is not None and np.ndim(labels) == 1 and len(labels) == len(ids):
+        prompt = np.asarray(ids)[np.asarray(labels) == IGNORED]
+        return held({"input_ids": prompt}) if len(prompt) else held({"input_ids": ids})
+    return held({"input_ids": ids})
+
+
+def held(row: Any) -> tuple[Any, ...] | None:
     """What a row of numbers and texts holds, so that it can be found again; None where that cannot be told."""
     if not isinstance(row, Mapping):
         return None

@@ -3,14 +3,17 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tsqlora.errors import SettingsError, UnsupportedError
+from tsqlora.errors import SettingsError, UnsupportedError, nearest
 from tsqlora.gradients.sites import Scope
+from tsqlora.progress import Progress
+from tsqlora.quality.gate import GATES, Gate
 from tsqlora.quality.label_noise import MOST
 from tsqlora.quality.rows import REFERENCE_ROWS, Dataset
 from tsqlora.quality.sampling import require_temperature
@@ -54,7 +57,15 @@ class ScoringRule:
     """Whether QualityCallback draws kept rows at random where the rows that Q draws would teach less than random ones
     (`quality/fallback.py`)."""
     seed: int = 0
-    """Of the reference rows that are chosen."""
+    """Of the reference rows that are chosen, of the head's folds and of the trusted model."""
+    gate: Gate | None = None
+    """Which rows leave the pool because the trusted model disagrees with them (`quality/gate.py`); None keeps all."""
+    head_start: bool = True
+    """Whether a head that is better than the model's own is fitted before the first step."""
+    look_again: bool = True
+    """Whether QualityCallback looks at all rows again after a third of the steps."""
+    select: bool = True
+    """False draws all rows evenly, unscored, with the same head start: the control."""
 
     def __post_init__(self) -> None:
         require_temperature(self.temperature)
@@ -67,6 +78,8 @@ class ScoringRule:
                 raise SettingsError(f"the weight of '{name}' is {weight}; it must be a finite number")
         if isinstance(self.reference, Integral) and self.reference < 2:
             raise SettingsError(f"reference is {self.reference}; it must be a whole number of rows, at least 2")
+        if self.gate is not None and self.gate not in GATES:
+            raise SettingsError(f"unknown quality.gate '{self.gate}'; {nearest(self.gate, GATES)}")
         self.measured()
 
     @property
@@ -90,9 +103,22 @@ class ScoringRule:
             return replace(self, terms=(*self.terms, "convergence"))
         return self
 
+    def trusting(self, task: Task, trusted: bool) -> "ScoringRule":
+        """The rule for a task: text that has trusted rows, and no weights, is drawn by its reducible loss."""
+        if trusted and self.weights is None and isinstance(task, Generation) and self.select:
+            return replace(self, weights={"reducible_loss": 1.0})
+        return self
+
     def rejects(self, stratified: bool) -> bool:
         """Whether rows whose label seems wrong are dropped; `stratified`: labels are classes."""
         return stratified and (self.even if self.reject is None else self.reject)
+
+    def require_trusted(self, given: bool) -> None:
+        """Raises SettingsError for what only trusted rows can say, where there are none."""
+        asked = [name for name, term in self.measured().items() if term.trusted]
+        what = f"gate '{self.gate}'" if self.gate is not None else f"term '{asked[0]}'" if asked else None
+        if what is not None and not given:
+            raise SettingsError(f"{what} needs trusted rows: name them in data.trusted, or give trusted=rows")
 
     def require_room(self, fraction: float) -> None:
         """Raises SettingsError where rejection might leave fewer rows than a softmax draws."""
@@ -117,10 +143,34 @@ class RowNames:
     """What else the scores' record should say."""
 
 
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """How scores are computed; what they say does not depend on it but for rounding."""
+
+    batch_size: int = 32
+    """Samples of a pass."""
+    autocast: torch.dtype | None = None
+    """Compute in this dtype; then terms are good to about two digits, and `loss_reduction`, a small difference, is
+    refused."""
+    journal: Path | None = None
+    """A folder in which what is measured is kept. If the process ends before it is done, the same call goes on there
+    and gives the same scores; delete it when they are saved. It needs the rows' hashes."""
+    progress: Progress | None = None
+    """Called with (phase, rows done, rows in all)."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise SettingsError(f"batch_size is {self.batch_size}; it must be at least 1")
+
+
 def wanted_terms(names: Iterable[Asked]) -> dict[str, Term]:
     """The terms of these names, and those that cost no more.  Raises SettingsError for an unknown one."""
     found = get_terms(dict.fromkeys([*names, *FREE_TERMS]))
     return found | get_terms(["cosine"]) if needs_gradients(found) else found
+
+
+def needs_trusted(terms: Mapping[str, Term]) -> bool:
+    return any(term.trusted for term in terms.values())
 
 
 def require_terms(weights: Mapping[str, float], task: Task) -> None:

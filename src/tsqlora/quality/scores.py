@@ -20,11 +20,12 @@ _ROW_GROUP = 1 << 15
 """Rows that are encoded, in memory, at a time."""
 _OWN = ("id", "hash", "label", "quality", "probability", "reason")
 
-REASONS = ("kept", "duplicate", "outlier", "confident negative")
+REASONS = ("kept", "duplicate", "outlier", "confident negative", "gated", "trusted row")
 """Why a row is drawn from or dropped; `Scores.reasons` holds places in this table."""
 
 PREDICTIONS = ("predicted", "predicted_probability", "label_probability", "logits")
-"""What the calibrated model says of a row: class or number; for classes its probability, the label's, and k logits."""
+"""What is predicted for a row, by a fit that has not seen it where the record says `out_of_sample`, else by the model:
+class or number; for classes its probability, the label's, and k logits."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

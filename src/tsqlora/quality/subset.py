@@ -1,5 +1,6 @@
-"""The share of a data set that an epoch trains on: random at first, by quality once scored."""
+"""The share of a data set that an epoch trains on, and the trusted rows that a run ends with."""
 
+import hashlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from tsqlora.data.batches import bucketed_order
 from tsqlora.errors import SettingsError
 from tsqlora.quality.epochs import EpochPlan
 from tsqlora.quality.rows import Dataset as Rows
+from tsqlora.quality.rows import held, input_of
 from tsqlora.quality.scores import Scores
 from tsqlora.seeds import stream
 from tsqlora.tasks import Task
@@ -25,6 +27,8 @@ class QualitySubset(Dataset[Any]):
     Args:
         dataset: any map-style data set.
         fraction: share of its rows that an epoch has, 0 < fraction ≤ 1.
+        trusted: rows that look like what the model shall be good at, made as the data set's are; 32 to 200 are enough.
+            An epoch stays as long as it is; with QualityCallback the last third of a run trains on them alone.
         resample: as in EpochPlan.
         lengths, batch_size: tokens of every row, and the Trainer's batch size; then rows of
             like length stand together, for a Trainer that samples sequentially.
@@ -36,6 +40,7 @@ class QualitySubset(Dataset[Any]):
         fraction: float = 0.5,
         seed: int = 0,
         *,
+        trusted: Rows | None = None,
         resample: bool = True,
         lengths: Sequence[int] | None = None,
         batch_size: int | None = None,
@@ -57,7 +62,10 @@ class QualitySubset(Dataset[Any]):
         if lengths is not None and len(lengths) != len(dataset):
             raise SettingsError(f"there are {len(lengths)} lengths for {len(dataset)} rows")
         self.dataset = dataset
-        self.plan = EpochPlan(len(dataset), fraction, seed, resample)
+        self.trusted: Rows = () if trusted is None else trusted
+        self.plan = EpochPlan(
+            len(dataset), fraction, seed, resample, trusted=len(self.trusted), excluded=equals(dataset, self.trusted)
+        )
         self.lengths, self.batch_size = lengths, batch_size
         self.task: Task | None = None
         """Training's own loss, where QualityCallback was given it: the first ranks follow it, too."""
@@ -73,7 +81,8 @@ class QualitySubset(Dataset[Any]):
         row = int(self.indices[index])
         for listener in self._listeners:
             listener([row])
-        return self.dataset[row]
+        rows = len(self.dataset)
+        return self.dataset[row] if row < rows else self.trusted[row - rows]
 
     @contextmanager
     def announcing(self, listener: Callable[[list[int]], None]) -> Generator[None]:
@@ -88,6 +97,16 @@ class QualitySubset(Dataset[Any]):
     def scores(self) -> Scores | None:
         """What rows are drawn by; None while they are drawn at random."""
         return self.plan.scores
+
+    @property
+    def trusted_hash(self) -> str | None:
+        """16 hex digits that name the trusted rows; None where there are none."""
+        if not len(self.trusted):
+            return None
+        digest = hashlib.sha256()
+        for j in range(len(self.trusted)):
+            digest.update(repr(held(self.trusted[j])).encode())
+        return digest.hexdigest()[:16]
 
     def use(self, scores: Scores, epoch: int) -> None:
         """From `epoch` on, rows are drawn by these scores."""
@@ -116,9 +135,24 @@ class QualitySubset(Dataset[Any]):
         self.epoch, self.indices = epoch, self.draw(epoch)
 
     def draw(self, epoch: int) -> np.ndarray:
-        """The rows of an epoch, in the order in which they are trained on."""
-        rows, rng = self.plan.draw(epoch), stream("epoch order", self.plan.seed, epoch)
-        if self.lengths is None or self.batch_size is None:
+        """The rows of an epoch, in the order in which they are trained on; trusted ones are numbered from the last."""
+        rows, trusted = self.plan.from_pool(epoch), self.plan.from_trusted(epoch)
+        if self.plan.trusted_from is None:
+            rows, trusted = np.concatenate([rows, trusted]), trusted[:0]
+        return np.concatenate([self._in_order(rows, stream("epoch order", self.plan.seed, epoch)), trusted])
+
+    def _in_order(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        if self.lengths is None or self.batch_size is None or len(rows) == 0:
             return rows[rng.permutation(len(rows))]
-        lengths = [self.lengths[row] for row in rows]
+        longest = max(self.lengths)  # of trusted rows nobody knows
+        lengths = [self.lengths[row] if row < len(self.lengths) else longest for row in rows]
         return rows[bucketed_order(lengths, batch_size=self.batch_size, rng=rng)]
+
+
+def equals(dataset: Rows, others: Rows) -> np.ndarray | None:
+    """Which rows of the data set have the input of one of the others, whatever their label; None where none has."""
+    inputs = {input_of(others[j]) for j in range(len(others))} - {None}
+    if not inputs:
+        return None
+    mask = np.array([input_of(dataset[j]) in inputs for j in range(len(dataset))])
+    return mask if mask.any() else None

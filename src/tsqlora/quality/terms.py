@@ -36,6 +36,8 @@ class Measured:
     """After each sample's own step."""
     alone_loss: Float[Tensor, " n"] | None = None
     """Of the target without its prompt."""
+    trusted_loss: Float[Tensor, " n"] | None = None
+    """Of the trusted model θ_R."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,8 @@ class Term:
     """Whether it is known only where a sample has one answer, a class or a number."""
     alone: bool = False
     """Whether it needs the loss of the target without its prompt, which costs one more forward pass."""
+    trusted: bool = False
+    """Whether it needs the trusted model's loss, which costs its training and a forward pass."""
 
 
 def _asked(number: Float[Tensor, "*n"] | None) -> Float[Tensor, "*n"]:
@@ -91,6 +95,12 @@ def _ifd(m: Measured) -> Float[Tensor, " n"]:
     return torch.where(alone > 0, m.loss / alone.clamp_min(torch.finfo(m.loss.dtype).tiny), 1)
 
 
+def _reducible_loss(m: Measured) -> Float[Tensor, " n"]:
+    """ℓ(θ) − ℓ(θ_R), eq. 3′ (after RHO-loss and CoLoR-Filter); divided by ℓ(θ) where the answer is text."""
+    difference = m.loss - _asked(m.trusted_loss)
+    return difference if m.logits is not None else difference / m.loss.clamp_min(torch.finfo(m.loss.dtype).tiny)
+
+
 TERMS: dict[str, Term] = {
     "gradient_norm": Term(_gradient_norm, gradient=True),
     "loss_reduction": Term(_loss_reduction, gradient=True, lookahead=True),
@@ -99,6 +109,7 @@ TERMS: dict[str, Term] = {
     "loss": Term(lambda m: m.loss),
     "el2n": Term(_el2n, answers=True),
     "ifd": Term(_ifd, alone=True),
+    "reducible_loss": Term(_reducible_loss, trusted=True),
 }
 
 

@@ -1,19 +1,21 @@
-"""The trusted model θ_R: the run's model, trained on trusted rows alone, and what it says of other rows.  METHOD 1.2.
+"""The trusted model θ_R: the run's model, trained on trusted rows alone.  METHOD 1.2.
 
-Formulas after RHO-loss (Mindermann et al. 2022) and CoLoR-Filter (Brandfonbrener et al. 2024).
+After RHO-loss (Mindermann et al. 2022) and CoLoR-Filter (Brandfonbrener et al. 2024).
 """
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import nn
 
-from tsqlora.errors import TsqLoraError
+from tsqlora.errors import SettingsError, TsqLoraError
 from tsqlora.gradients.eval_mode import eval_mode
+from tsqlora.quality.rows import Dataset
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Batch, Collate, model_logits, precision, split_labels
 
@@ -24,10 +26,29 @@ RATE = 2.0
 """Times the run's learning rate."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Trusted:
+    """Rows that look like what the model shall be good at, and how a model is trained on them alone."""
+
+    rows: Dataset
+    learning_rate: float = 5e-4
+    """Of the run; the trusted model has twice as much."""
+    batch_size: int = BATCH_SIZE
+    """Of the run; the trusted model has it where the answer is text, else 16."""
+    twins: Bool[np.ndarray, " n"] | None = None
+    """Rows of the data set that have the input of one of these; they are not drawn."""
+    loss: Float[np.ndarray, " n"] | None = None
+    """The trusted model's losses on the data set, where an earlier look measured them."""
+
+    def __post_init__(self) -> None:
+        if len(self.rows) < 2:
+            raise SettingsError(f"there is {len(self.rows)} trusted row; give at least 2, better 32 to 200")
+
+
 @contextmanager
 def trusted_model(
     model: nn.Module,
-    rows: Sequence[Any],
+    rows: Dataset,
     collate: Collate,
     *,
     task: Task,
@@ -36,17 +57,19 @@ def trusted_model(
     batch_size: int = BATCH_SIZE,
     autocast: torch.dtype | None = None,
     rng: np.random.Generator,
+    start: Callable[[], None] = lambda: None,
 ) -> Generator[None]:
     """While open, the model is trained on these rows alone; afterwards it is as it was, bit for bit.
 
-    AdamW without weight decay, without dropout, at a constant rate; a fresh order in each pass over the rows. Weights,
-    gradients, modes and the state of the random generators are restored, also after an error. Raises TsqLoraError where
-    a loss is not finite.
+    AdamW without weight decay, without dropout, at a constant rate; a fresh order in each pass over the rows. `start`
+    is called first, and may change trainable weights, such as a head's. Weights, gradients, modes and the state of the
+    random generators are restored, also after an error. Raises TsqLoraError where a loss is not finite.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     before = [(p, p.detach().clone(), p.grad) for p in parameters]
     with eval_mode(model):
         try:
+            start()
             _train(model, _batches(rows, collate, batch_size, steps, rng), task, parameters, learning_rate, autocast)
             yield
         finally:
@@ -85,7 +108,7 @@ def _train(
 
 
 def _batches(
-    rows: Sequence[Any], collate: Collate, batch_size: int, steps: int, rng: np.random.Generator
+    rows: Dataset, collate: Collate, batch_size: int, steps: int, rng: np.random.Generator
 ) -> Callable[[], Generator[Batch]]:
     def generate() -> Generator[Batch]:
         order = np.concatenate([rng.permutation(len(rows)) for _ in range(-(-steps * batch_size // len(rows)))])
@@ -93,32 +116,3 @@ def _batches(
             yield collate([rows[int(j)] for j in order[step * batch_size : (step + 1) * batch_size]])
 
     return generate
-
-
-def reducible_loss(
-    loss: Float[np.ndarray, " n"], trusted: Float[np.ndarray, " n"], *, relative: bool = False
-) -> Float[np.ndarray, " n"]:
-    """R_i = ℓ_i(θ) − ℓ_i(θ_R), eq. 3′; `relative` divides by ℓ_i(θ), for text.
-
-    >>> reducible_loss(np.array([2.0, 1.0]), np.array([1.0, 3.0])).tolist()
-    [1.0, -2.0]
-    """
-    difference = loss - trusted
-    return difference / np.maximum(loss, np.finfo(loss.dtype).tiny) if relative else difference
-
-
-def gate_classes(
-    trusted: Float[np.ndarray, " n"], labels: Int[np.ndarray, " n"], trusted_labels: Int[np.ndarray, " m"]
-) -> Bool[np.ndarray, " n"]:
-    """Which rows pass: θ_R finds the label at least as likely as its share among the trusted rows.
-
-    `trusted` are the rows' cross-entropies under θ_R. A class without a trusted row is not judged: its rows pass.
-    """
-    width = int(max(labels.max(), trusted_labels.max())) + 1
-    share = np.bincount(trusted_labels, minlength=width) / len(trusted_labels)
-    return (np.exp(-trusted) >= share[labels]) | (share[labels] == 0)
-
-
-def gate_numbers(trusted: Float[np.ndarray, " n"], trusted_numbers: Float[np.ndarray, " m"]) -> Bool[np.ndarray, " n"]:
-    """Which rows pass: θ_R's squared error is at most the variance of the trusted rows' numbers."""
-    return trusted <= trusted_numbers.var()

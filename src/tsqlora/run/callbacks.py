@@ -25,6 +25,7 @@ def subset(job: Job, fraction: float) -> QualitySubset:
         samples,
         fraction,
         training.seed,
+        trusted=job.data.samples.get("trusted"),
         resample=job.config.quality.resample,
         lengths=samples.lengths,
         batch_size=training.batch_size,
@@ -39,6 +40,10 @@ def scoring_rule(config: Config) -> ScoringRule:
         temperature=q.resolved_temperature(),
         reject=q.resolved_reject(),
         seed=config.training.seed,
+        gate=q.gate,
+        head_start=q.head_start,
+        look_again=q.look_again,
+        select=q.enabled,
     )
 
 
@@ -66,7 +71,6 @@ def quality_callback(
             stratum_sizes(np.unique(job.data.samples["train"].labels, return_counts=True)[1], len(data))
     return QualityCallback(
         data,
-        job.config.quality.warmup,
         rule=rule,
         rows=row_names(job),
         scores_path=scores_path,
@@ -92,5 +96,5 @@ def build_callbacks(job: Job, scores_path: Path, progress: Progress | None = Non
     """The QualitySubset, QualityCallback and RankCallback that the config describes."""
     q = job.config.quality
     data = subset(job, q.fraction)
-    quality = quality_callback(job, data, scores_path, progress) if q.enabled else None
+    quality = quality_callback(job, data, scores_path, progress) if q.enabled or q.head_start else None
     return Method(data, quality, rank_callback(job))

@@ -12,6 +12,7 @@ from tsqlora.adapter.slots import active_parameters, active_ranks, find_slots
 from tsqlora.data.samples import TokenisedSplit
 from tsqlora.errors import SettingsError
 from tsqlora.gradients.sites import lora_layers
+from tsqlora.quality.cost import scoring_passes
 from tsqlora.quality.rows import REFERENCE_ROWS
 from tsqlora.quality.rule import PAPER_TERMS, wanted_terms
 from tsqlora.quality.subset import QualitySubset
@@ -22,7 +23,6 @@ from tsqlora.run.config import Config, QualitySettings, Section
 from tsqlora.tasks import Task
 from tsqlora.tasks.classification import Classification
 from tsqlora.tasks.generation import Generation
-from tsqlora.training.cost import scoring_passes
 from tsqlora.training.fit import Method
 from tsqlora.training.quality_callback import QualityCallback
 

@@ -18,10 +18,11 @@ from torch import Tensor
 from tsqlora import distributed
 from tsqlora.errors import SettingsError, TsqLoraError
 from tsqlora.files import write_json, write_tensors
+from tsqlora.quality.cost import PhaseCost
 from tsqlora.ranks.events import RankEvent
 
-VERSION = 2
-"""Of the callbacks' files. 2: draws come from the named streams of `seeds`, so that rows are others than with 1."""
+VERSION = 3
+"""Of the callbacks' files. 3: a look before the first step, in place of a warm-up; 2: draws from named streams."""
 RANKS_FILE = "tsqlora.json"
 IMPORTANCE_FILE = "tsqlora.safetensors"
 QUALITY_FILE = "tsqlora_quality.json"
@@ -78,17 +79,16 @@ class RankState:
 class QualityState:
     """What QualityCallback knows beside the scores, which have a file of their own."""
 
+    looks: list[dict[str, Any]]
+    """What each look found."""
     scored_epoch: int | None
     """The first epoch drawn by the scores; None while there are none."""
     scores_sha256: str | None
     """Of the scores' file."""
-    attempts: list[str]
-    refused: str | None
-    seconds: float
-    scorings: int
-    """How often all rows were scored."""
-    draws: dict[str, Any] | None = None
-    """What decides scores and draws; None in checkpoints that do not tell."""
+    spent: dict[str, PhaseCost]
+    """What looks took, by phase."""
+    draws: dict[str, Any]
+    """What decides scores and draws."""
 
     def save(self, folder: Path) -> None:
         if distributed.is_first():
@@ -98,9 +98,10 @@ class QualityState:
     def load(cls, folder: Path) -> "QualityState":
         """Raises TsqLoraError naming the file that is missing or cannot be read."""
         path = folder / QUALITY_FILE
+        told = _read(path)
         try:
-            return cls(**_read(path))
-        except TypeError as error:
+            return cls(**{**told, "spent": {phase: PhaseCost(**cost) for phase, cost in told["spent"].items()}})
+        except (TypeError, KeyError) as error:
             raise _unusable(path, error) from error
 
 

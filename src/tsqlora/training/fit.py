@@ -84,7 +84,7 @@ def fit(
     data, task, packed = method.data, inputs.task, inputs.packed
     # A packed batch does not say how many samples it has.
     guard = GuardCallback(data if packed is None else None, ids=getattr(data.dataset, "ids", None))
-    cost = CostCallback(data, record, method.quality, method.ranks, text=isinstance(task, Generation))
+    cost = CostCallback(data, record, method.quality, method.ranks)
     live: list[TrainerCallback] = []
     if progress is not None:
         live.append(TellProgress(data, method.ranks, progress, cost.place))
@@ -153,12 +153,12 @@ def so_far(record: RunRecord, state: TrainerState, cost: "CostCallback") -> RunR
 
 def what_quality_did(quality: QualityCallback | None, data: QualitySubset) -> dict[str, Any]:
     """For the record: whether rows were drawn by quality, and if not, why."""
-    drawn = {"fraction": data.plan.fraction, "rows_an_epoch": len(data)}
+    drawn = {"fraction": data.plan.fraction, "rows_an_epoch": len(data), "trusted_rows": len(data.trusted)}
     if quality is None:
         return {"enabled": False, "used": False, **drawn}
-    told = {"enabled": True, "used": data.scores is not None, **drawn, "attempts": quality.attempts}
+    told = {"enabled": quality.rule.select, "used": data.scores is not None, **drawn, "looks": quality.looks}
     if data.scores is None:
-        return told | {"refused": quality.refused}
+        return told | {"why_not": quality.why_not}
     return told | {"scores": dict(data.scores.record)}
 
 

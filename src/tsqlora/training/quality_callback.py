@@ -1,31 +1,35 @@
-"""Quality sampling in a stock Trainer: warm-up, scoring between two epochs, then quality draws."""
+"""The look at all rows in a stock Trainer: a fitted head, and which rows are drawn, before the first step."""
 
 import math
 import time
 import warnings
-from dataclasses import fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import SequentialSampler
+from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tsqlora import distributed
-from tsqlora.errors import DataError, NotLearnedError, SettingsError, TsqLoraError
+from tsqlora.errors import DataError, SettingsError
 from tsqlora.gradients.eval_mode import eval_mode
-from tsqlora.progress import Progress
+from tsqlora.progress import Progress, Pulse
+from tsqlora.quality.cost import PhaseCost
+from tsqlora.quality.epochs import trusted_steps
 from tsqlora.quality.fallback import guarded
-from tsqlora.quality.rule import RowNames, ScoringRule
+from tsqlora.quality.look import look, start_head
+from tsqlora.quality.rule import Compute, RowNames, ScoringRule
 from tsqlora.quality.scorable import require_scorable
-from tsqlora.quality.score import Compute, score
 from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import QualitySubset
-from tsqlora.quality.terms import Term
+from tsqlora.quality.trusted import Trusted
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate, task_of
 from tsqlora.training.callback_state import QualityState, require_options
-from tsqlora.training.checkpoints import digest, register_part, saving_part
+from tsqlora.training.checkpoints import checkpoint_folder, digest, register_part, saving_part
 from tsqlora.training.drawing import (
     EPOCH_ERROR,
     epoch_of,
@@ -37,42 +41,64 @@ from tsqlora.training.drawing import (
 )
 
 SCORES_FILE = "scores.parquet"
+LOOK_AGAIN = 1 / 3
+"""Share of a run's steps after which all rows are looked at again, at the next epoch's beginning."""
 
 
-WARMUP_LIMIT = 0.5
-"""Share of a run's epochs after which a model that is still at chance is not waited for."""
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Which steps of a run begin something."""
+
+    trusted_step: int
+    """From it on steps train on trusted rows; the run's last one where there are none."""
+    trusted_from: tuple[int, int] | None
+    """The same as an epoch and the place in it."""
+    second_look: int | None
+    """The epoch before which all rows are looked at again."""
+
+    @classmethod
+    def of(cls, data: QualitySubset, args: TrainingArguments, total: int, batches: int) -> "Schedule":
+        """Of a run of so many optimizer steps, whose epochs have so many batches."""
+        accumulated = args.gradient_accumulation_steps
+        an_epoch, a_step = (
+            max(1, math.ceil(batches / accumulated)),
+            args.train_batch_size * accumulated * args.world_size,
+        )
+        first = total - trusted_steps(total, data.plan.trusted, a_step)
+        epoch, step = divmod(first, an_epoch)
+        place = (epoch, min(step * a_step, len(data))) if first < total else None
+        epochs = range(1, math.ceil(total / an_epoch))
+        again = (e for e in epochs if LOOK_AGAIN * total <= e * an_epoch < first)
+        return cls(first, place, next(again, None))
 
 
 class QualityCallback(TrainerCallback):
-    """Scores the rows of a QualitySubset once the model has learned something, then draws by them.
+    """Looks at the rows of a QualitySubset before the first step: fits a new head, and decides which rows are drawn.
 
-    Warm-up epochs are the first part of the run: random draws, `warmup` passes over all rows.
-    Before the next epoch the model is tested against chance; while it is not better, random
-    draws go on, up to half of the run's epochs. If it still is not, `refused` says why,
-    a warning is given, and the run goes on with random draws.
+    A head that is no better than chance is replaced by one that is fitted on the features that it is given. Rows whose
+    label seems wrong are left out where there is evidence of wrong labels; what the rule says decides the rest. With
+    trusted rows the run trains on the pool first, and on them last. A run of several epochs looks again after a third
+    of its steps.
 
     Args:
         data: the Trainer's train_dataset.
-        warmup: passes over all rows before scoring.
         rule: what is measured, and how rows are drawn by it; its reference is a number of rows.
         task: needed only where training has a loss of its own (class weights, a custom one).
         rows: ids and hashes of the rows, and what else the scores' record should say.
-        progress: called with (phase, rows done, rows in all) while rows are scored.
         scores_path: where scores are written; by default scores.parquet in the output_dir.
+        progress: called with (phase, rows done, rows in all); by default a bar where the Trainer shows bars.
         collate: makes the batches that are scored; by default the Trainer's own, of which each row is a sample.
 
     Scores are computed in training's precision, unless `loss_reduction` is measured: that
     is a small difference, and needs float32.
 
-    Raises SettingsError for options that mean nothing together, at once; before the first step SettingsError or
-    UnsupportedError naming what of the training cannot be scored or drawn; at its end TsqLoraError where no row was
-    ever scored.
+    `looks` says what each look found. Raises SettingsError for options that mean nothing together, at once; before the
+    first step SettingsError or UnsupportedError naming what of the training cannot be scored or drawn.
     """
 
     def __init__(
         self,
         data: QualitySubset,
-        warmup: float = 1.0,
         *,
         rule: ScoringRule | None = None,
         task: Task | None = None,
@@ -82,58 +108,55 @@ class QualityCallback(TrainerCallback):
         collate: Collate | None = None,
     ) -> None:
         require_subset(data, "QualityCallback")
-        if not warmup > 0:
-            raise SettingsError(f"warmup is {warmup}; it must be above 0 passes: a model at chance scores at random")
-        self.data, self.warmup = data, warmup
+        self.data = data
         self.rule = (rule or ScoringRule()).guarded()
         self.rule.require_room(data.plan.fraction)
         if not isinstance(self.rule.reference, int):
             raise SettingsError(
                 "QualityCallback chooses its reference rows; give ScoringRule(reference=...) their number"
             )
+        self.rule.require_trusted(len(data.trusted) > 0)
         self.task, self.rows = task, rows or RowNames()
         self.scores_path = None if scores_path is None else Path(scores_path)
         self.progress, self.collate = progress, collate
-        self.refused: str | None = None
-        self.attempts: list[str] = []
-        self.scorings = 0
-        """How often all rows were scored."""
-        self.seconds = 0.0
+        self.schedule = Schedule(0, None, None)
+        self.notes: list[str] = []
+        """What was warned of, for a record."""
+        self._forget()
+
+    def _forget(self) -> None:
+        self.looks: list[dict[str, Any]] = []
+        self.spent: dict[str, PhaseCost] = {}
         self._digest: str | None = None
-
-    @property
-    def terms(self) -> dict[str, Term]:
-        """What a scoring measures."""
-        return self.rule.measured()
-
-    @property
-    def warmup_epochs(self) -> int:
-        """Epochs of the subset that `warmup` passes over all rows take."""
-        return math.ceil(self.warmup * len(self.data.dataset) / len(self.data) - 1e-9)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         distributed.refuse_copies(args.n_gpu)
         distributed.refuse_deepspeed(args.deepspeed_plugin)
-        if kwargs["train_dataloader"].dataset is not self.data:
+        loader, model, data = kwargs["train_dataloader"], kwargs["model"], self.data
+        if loader.dataset is not data:
             raise SettingsError("QualityCallback(data) and Trainer(train_dataset=data) need the same QualitySubset")
-        require_drawn_anew(args, kwargs["train_dataloader"])
-        epochs = args.num_train_epochs if args.max_steps <= 0 else state.num_train_epochs
-        if self.warmup_epochs >= epochs:
-            raise SettingsError(
-                f"a warm-up of {self.warmup:g} passes is {self.warmup_epochs} epochs of {len(self.data)} rows, and "
-                f"the run has {epochs:g}: no scored epoch would be left; lower quality.warmup or raise training.epochs"
-            )
-        resumed = register_part(args, state, "quality")
-        saved = None if resumed is None else QualityState.load(resumed)
-        if saved is None or _awaits(saved):
-            self._require_scorable(args, kwargs["model"], self.collate or kwargs["train_dataloader"].collate_fn)
-        self.data.plan = self.data.plan.unscored(awaits_scores=True, by="QualityCallback")
-        self.data.task, self._digest = self.task, None
-        self.attempts, self.refused, self.scorings, self.seconds = [], None, 0, 0.0
+        require_drawn_anew(args, loader)
+        saved = QualityState.load(checkpoint_folder(args, state)) if state.global_step > 0 else None
+        if saved is not None:
+            require_options(saved.draws, self._draws())
+        register_part(args, state, "quality")
+        self.schedule = Schedule.of(data, args, state.max_steps, len(loader))
+        ends_trusted = self.rule.select and self.schedule.trusted_from is not None
+        if ends_trusted:
+            loader.set_sampler(SequentialSampler(data))
+        plan = data.plan.unscored(awaits_scores=self.rule.select, by="QualityCallback")
+        data.plan = replace(plan, trusted_from=self.schedule.trusted_from if ends_trusted else None)
+        data.task = self.task
+        self._forget()
         if saved is not None:
             self._resume(saved, self._path(args))
+        elif self.rule.select:
+            self._require_scorable(args, model, loader.collate_fn)
+            self._look(args, state, model, loader.collate_fn)
+        elif self.rule.head_start:
+            self._start_head(args, model, loader.collate_fn)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -141,11 +164,20 @@ class QualityCallback(TrainerCallback):
         epoch = epoch_of(state)
         # A run resumed in the middle of an epoch begins it again, with weights that are further on.
         at_start = abs((state.epoch or 0) - epoch) < EPOCH_ERROR
-        if at_start and self._due(state):
-            start = time.perf_counter()
-            self._try_scoring(args, state, kwargs["model"], self.collate or kwargs["train_dataloader"].collate_fn)
-            self.seconds += time.perf_counter() - start
+        if at_start and epoch == self.schedule.second_look and len(self.looks) == 1 and self._renews():
+            self._look(args, state, kwargs["model"], kwargs["train_dataloader"].collate_fn)
         self.data.begin_epoch(epoch, "QualityCallback")
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        begins = self.data.plan.trusted_from is not None and state.global_step == self.schedule.trusted_step
+        if begins and args.load_best_model_at_end:
+            # Validation rows that look like the pool would choose a checkpoint from before the trusted rows.
+            state.best_metric = state.best_model_checkpoint = None
+            self._note(
+                f"the best checkpoint is one of the steps from {state.global_step} on, which train on trusted rows"
+            )
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -159,9 +191,7 @@ class QualityCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         scored = None if self.data.scores is None else self.data.plan.scored_epoch
-        saved = QualityState(
-            scored, self._digest, self.attempts, self.refused, self.seconds, self.scorings, self._draws()
-        )
+        saved = QualityState(self.looks, scored, self._digest, self.spent, self._draws())
         with saving_part(args, state, "quality") as folder:
             saved.save(folder)
 
@@ -169,38 +199,51 @@ class QualityCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         leave(self.data, "QualityCallback")
-        if self.data.plan.awaits_scores:
-            early = state.global_step < state.max_steps
-            how = f"was stopped at step {state.global_step} of {state.max_steps}" if early else "ended"
-            raise TsqLoraError(
-                f"training {how} at epoch {state.epoch or 0:g}, before the scoring that was to come after "
-                f"{self.warmup_epochs} epochs; train longer, or leave out QualityCallback"
+        if self.data.plan.trusted_from is not None and state.global_step <= self.schedule.trusted_step:
+            self._note(
+                f"training ended at step {state.global_step}, and the trusted rows were to be trained on from step "
+                f"{self.schedule.trusted_step} on: it did not train on them; train longer, or stop later"
             )
 
-    def _due(self, state: TrainerState) -> bool:
-        """Whether rows are scored before the epoch that begins."""
-        return self.data.plan.awaits_scores and epoch_of(state) >= self.warmup_epochs
+    @property
+    def why_not(self) -> str | None:
+        """Why the last look said nothing of which rows are worth more; None where it did."""
+        return self.looks[-1]["not_ready"] if self.looks else None
+
+    def _note(self, what: str) -> None:
+        self.notes.append(what)
+        warnings.warn(what, stacklevel=3)
+
+    def _renews(self) -> bool:
+        """Whether a second look can say something else."""
+        scores = self.data.scores
+        if scores is None:
+            return self.rule.look_again
+        evidence = self.rule.rejects(scores.stratified) and not len(self.data.trusted)
+        return self.rule.look_again and (evidence or not scores.even)
 
     def _draws(self) -> dict[str, Any]:
         data, plan = self.data, self.data.plan
         about = {"rows": plan.rows, "fraction": plan.fraction, "seed": plan.seed, "resample": plan.resample}
         rule = {f.name: getattr(self.rule, f.name) for f in fields(self.rule) if f.name not in ("terms", "seed")}
         rule["weights"] = None if self.rule.weights is None else dict(self.rule.weights)
-        decides = {"warmup": self.warmup, "limit": WARMUP_LIMIT, "terms": list(self.terms), **rule}
+        decides = {"terms": list(self.rule.measured()), "trusted rows": data.trusted_hash, **rule}
         return {**about, "batch_size": data.batch_size, **decides, "seed to score": self.rule.seed}
 
     def _resume(self, saved: QualityState, scores_path: Path) -> None:
-        require_options(saved.draws, self._draws())
-        self.attempts, self.refused, self.seconds = saved.attempts, saved.refused, saved.seconds
-        self._digest, self.scorings = saved.scores_sha256, saved.scorings
-        if saved.scored_epoch is not None:
-            distributed.once(lambda: _require_same_scores(scores_path, saved.scores_sha256))
-            self._use(Scores.load(scores_path), saved.scored_epoch)
-        elif saved.refused is not None:
-            self._give_up()
+        self.looks, self.spent, self._digest = saved.looks, dict(saved.spent), saved.scores_sha256
+        if saved.scored_epoch is None:
+            return
+        # Of a run that went on after this checkpoint, the first look's scores have another name.
+        paths = [path for path in (scores_path, first_scores(scores_path)) if path.exists()]
+        path = distributed.once(lambda: next((p for p in paths if digest(p) == saved.scores_sha256), None))
+        if path is None:
+            what = "has other scores than the run had" if paths else "is missing, the scores that the run drew by"
+            raise DataError(f"cannot resume: {scores_path} {what}; put it back, or start again")
+        self.data.plan = self.data.plan.scored(Scores.load(path), saved.scored_epoch, by="QualityCallback")
 
     def _require_scorable(self, args: TrainingArguments, model: nn.Module, collate: Any) -> None:
-        """Before a warm-up, not after it: all that can be told by two rows."""
+        """Before the look, not in the middle of it: all that two rows tell."""
         # Reading rows may draw random numbers too, as augmentation does.
         with eval_mode(model):
             rows = [
@@ -209,7 +252,7 @@ class QualityCallback(TrainerCallback):
         require_scorable(
             model,
             rows,
-            collate,
+            self.collate or collate,
             task=self._task(args, model),
             own_loss=self.task is None and not args.label_smoothing_factor,
             rule=self.rule,
@@ -220,76 +263,110 @@ class QualityCallback(TrainerCallback):
         return self.task or task_of(model, label_smoothing=args.label_smoothing_factor)
 
     def _autocast(self, args: TrainingArguments) -> torch.dtype | None:
-        lookahead = any(term.lookahead for term in self.terms.values())
+        lookahead = any(term.lookahead for term in self.rule.measured().values())
         return torch.bfloat16 if args.bf16 and not lookahead else None
 
-    def _try_scoring(self, args: TrainingArguments, state: TrainerState, model: nn.Module, collate: Any) -> None:
-        outcome = self._score(args, state, model, collate)
-        distributed.require_same("scores", outcome if isinstance(outcome, str) else outcome.quality.tobytes())
-        if isinstance(outcome, str):
-            self._not_yet(outcome, state)
-            return
-        outcome = self._guarded(outcome)
-        self.scorings += 1
-        if distributed.is_first():
-            path = self._path(args)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            outcome.save(path)
-            self._digest = digest(path, sync=True)
-        self._use(outcome, epoch_of(state))
+    def _compute(self, args: TrainingArguments) -> Compute:
+        progress = self.progress
+        if progress is None and not args.disable_tqdm and distributed.is_first():
+            progress = _bar(self.data)
+        return Compute(args.per_device_train_batch_size, self._autocast(args), progress=progress)
 
-    def _score(self, args: TrainingArguments, state: TrainerState, model: nn.Module, collate: Any) -> Scores | str:
-        """The scores, or why the model cannot give any yet."""
-        try:
-            return score(
-                model,
-                self.data.dataset,
-                collate,
-                rule=self.rule,
-                task=self._task(args, model),
-                rows=replace(self.rows, about={"epoch": epoch_of(state), "step": state.global_step, **self.rows.about}),
-                compute=Compute(args.per_device_train_batch_size, self._autocast(args), progress=self.progress),
-            )
-        except NotLearnedError as error:
-            return str(error)
+    def _trusted(self, args: TrainingArguments) -> Trusted | None:
+        data, scores = self.data, self.data.scores
+        if not len(data.trusted):
+            return None
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        known = None if scores is None else scores.terms.get("trusted_loss")
+        return Trusted(data.trusted, args.learning_rate, batch, twins=data.plan.excluded, loss=known)
+
+    def _look(self, args: TrainingArguments, state: TrainerState, model: nn.Module, collate: Any) -> None:
+        epoch = epoch_of(state)
+        about = {"epoch": epoch, "step": state.global_step, "look": len(self.looks) + 1, **self.rows.about}
+        found = look(
+            model,
+            self.data.dataset,
+            self.collate or collate,
+            rule=self.rule if not self.looks else replace(self.rule, head_start=False),
+            task=self._task(args, model),
+            rows=replace(self.rows, lengths=self.rows.lengths or self.data.lengths, about=about),
+            compute=self._compute(args),
+            fraction=self.data.plan.fraction,
+            trusted=self._trusted(args),
+        )
+        for phase, cost in (("look", found.cost), ("trusted model", found.trusted_cost)):
+            if cost.forward:
+                self.spent.setdefault(phase, PhaseCost()).add(**asdict(cost))
+        scores = self._guarded(found.scores)
+        self._write(scores, self._path(args))
+        self.looks.append(_summary(scores, found.why_not))
+        plan = self.data.plan
+        if found.why_not is None:
+            self.data.plan = plan.scored(scores, epoch, by="QualityCallback")
+        else:
+            self.data.plan = plan.unscored(awaits_scores=True, by="QualityCallback")
+            more = "until the second look" if len(self.looks) == 1 and self.schedule.second_look else "to the end"
+            self._note(f"rows are drawn evenly and ranks stay {more}: {found.why_not}")
+
+    def _start_head(self, args: TrainingArguments, model: nn.Module, collate: Any) -> None:
+        """Of a look the head alone: for the control."""
+        start, task = time.perf_counter(), self._task(args, model)
+        started = start_head(
+            distributed.unwrapped(model),
+            self.data.dataset,
+            self.collate or collate,
+            rule=self.rule,
+            task=task,
+            rows=replace(self.rows, lengths=self.rows.lengths or self.data.lengths),
+            compute=self._compute(args),
+            trusted=self._trusted(args),
+        )
+        head = None if started.head is None else started.head.summary()
+        self.looks.append({"step": 0, "epoch": 0, "head_start": head, "not_ready": None})
+        rows = len(self.data.dataset)
+        self.spent["look"] = PhaseCost(time.perf_counter() - start, rows + len(self.data.trusted))
 
     def _guarded(self, scores: Scores) -> Scores:
         if not self.rule.guard:
             return scores
         scores, test = guarded(scores, self.data.plan.fraction)
         if test is not None and not test.passed:
-            warnings.warn(f"rows are drawn at random, not by Q: {test.told}", stacklevel=2)
+            self._note(f"rows are drawn at random, not by Q: {test.told}")
         return scores
 
-    def _use(self, scores: Scores, epoch: int) -> None:
-        self.data.plan = self.data.plan.scored(scores, epoch, by="QualityCallback")
-
-    def _give_up(self) -> None:
-        self.data.plan = self.data.plan.unscored(by="QualityCallback")
-
-    def _not_yet(self, why: str, state: TrainerState) -> None:
-        self.attempts.append(why)
-        last = state.num_train_epochs - 1
-        if epoch_of(state) >= min(WARMUP_LIMIT * state.num_train_epochs, last):
-            self.refused = why
-            self._give_up()
-            warnings.warn(f"no quality sampling in this run, random draws go on: {why}", stacklevel=2)
+    def _write(self, scores: Scores, path: Path) -> None:
+        if not distributed.is_first():
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if self.data.scores is not None:
+            self.data.scores.save(first_scores(path))
+        scores.save(path)
+        self._digest = digest(path, sync=True)
 
     def _path(self, args: TrainingArguments) -> Path:
         return self.scores_path or Path(str(args.output_dir)) / SCORES_FILE
 
 
-def _awaits(saved: QualityState) -> bool:
-    """Whether scoring was still to come."""
-    return saved.scored_epoch is None and saved.refused is None
+def first_scores(path: Path) -> Path:
+    """Where the first look's scores are kept, once a second one has others."""
+    return path.with_name(f"{path.stem}-1{path.suffix}")
 
 
-def _require_same_scores(path: Path, sha256: str | None) -> None:
-    """Raises DataError unless the file holds the scores that the run drew by."""
-    if not path.exists():
-        raise DataError(
-            f"cannot resume: {path} is missing, the scores that the run drew by; put it back, resume from a checkpoint "
-            "before the scoring, or start anew"
-        )
-    if digest(path) != sha256:
-        raise DataError(f"{path} has other scores than the run had; resume with its own, or start anew")
+def _summary(scores: Scores, why_not: str | None) -> dict[str, Any]:
+    """A look for run.json and the report."""
+    told = {name: scores.record.get(name) for name in ("epoch", "step", "head_start", "noise", "gate")}
+    return {**told, "not_ready": why_not, "rows": len(scores), "kept": int(scores.kept.sum())}
+
+
+def _bar(data: QualitySubset) -> Progress:
+    """A bar for each pass, with the time that is left."""
+    bars: dict[str, tqdm] = {}
+
+    def show(phase: str, done: int, total: int, pulse: Pulse | None = None, /) -> None:
+        if phase not in bars:
+            bars[phase] = tqdm(total=total, desc=f"{phase} at {len(data.dataset)} rows", leave=False)
+        bars[phase].update(done - bars[phase].n)
+        if done >= total:
+            bars.pop(phase).close()
+
+    return show

@@ -16,6 +16,7 @@ from tsqlora.adapter.slots import find_slots, has_slots
 from tsqlora.adapter.wrap import wrap
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.layer_sensitivity import Estimator, get_estimator, sensitivity_rows
+from tsqlora.quality.cost import PhaseCost
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.ranks.events import RankEvent
 from tsqlora.ranks.policies import Policy, get_policy
@@ -23,7 +24,6 @@ from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate, task_of
 from tsqlora.training.callback_state import RankState
 from tsqlora.training.checkpoints import register_part, saving_part
-from tsqlora.training.cost import PhaseCost
 from tsqlora.training.drawing import draw_epoch, leave, refuse_cut_epoch, require_drawn_anew
 from tsqlora.training.rank_loop import RankLoop
 

@@ -22,13 +22,13 @@ from tsqlora.compat.torch import compile_limits
 from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.gradients.sites import lora_layers, require_float64
 from tsqlora.layer_sensitivity import Estimator, Probe, get_estimator, probe_pass
+from tsqlora.quality.cost import PhaseCost
 from tsqlora.ranks.events import RankEvent
 from tsqlora.ranks.policies import Policy, get_policy
 from tsqlora.ranks.schedule import default_interval, require_adjustments
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate
 from tsqlora.training.callback_state import RankState, require_options
-from tsqlora.training.cost import PhaseCost
 from tsqlora.training.optimizer import gradient_norm, require_trained
 from tsqlora.training.rank_changes import RankChanges, RankRules, name_of
 from tsqlora.training.step_order import StepOrder

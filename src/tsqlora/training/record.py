@@ -12,8 +12,8 @@ from typing import Any
 
 from tsqlora.errors import DataError
 from tsqlora.files import write_json
+from tsqlora.quality.cost import PhaseCost
 from tsqlora.ranks.events import RankEvent
-from tsqlora.training.cost import PhaseCost
 
 RECORD_FILE = "run.json"
 _LIBRARIES = ("tsqlora", "torch", "transformers", "peft", "datasets", "accelerate")

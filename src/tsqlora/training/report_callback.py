@@ -29,21 +29,21 @@ class ReportCallback(TrainerCallback):
         self.reporters = [callback for callback in callbacks if isinstance(callback, kinds)]
         self.ranks = next((callback for callback in callbacks if isinstance(callback, RankCallback)), None)
         self.quality = next((callback for callback in callbacks if isinstance(callback, QualityCallback)), None)
-        self.adjusted, self.scorings = -1, 0
+        self.adjusted, self.looks = -1, 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # A resumed run's earlier decisions were reported when they were made.
         self.adjusted = self.ranks.events[-1].step if self.ranks is not None and self.ranks.events else -1
-        self.scorings = 0 if self.quality is None else self.quality.scorings
+        self.looks = 0 if self.quality is None or state.global_step == 0 else len(self.quality.looks)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         scalars: dict[str, float] = {}
-        if self.quality is not None and self.quality.scorings > self.scorings:
-            self.scorings = self.quality.scorings
-            assert self.quality.data.scores is not None
-            scalars |= of_scores(self.quality.data.scores)
+        if self.quality is not None and len(self.quality.looks) > self.looks:
+            self.looks = len(self.quality.looks)
+            if self.quality.data.scores is not None:
+                scalars |= of_scores(self.quality.data.scores)
         # By step, not by place: of many events the older ones are thinned out.
         for event in [] if self.ranks is None else self.ranks.events:
             if event.step > self.adjusted:

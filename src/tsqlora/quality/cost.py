@@ -1,0 +1,47 @@
+"""What training costs: passes of rows forward and backward, tokens and seconds, by phase."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # `tsqlora doctor` reads a run's directory without torch
+    from tsqlora.quality.terms import Term
+
+
+@dataclass(slots=True)
+class PhaseCost:
+    """What one phase of a run took. Passes count samples: a row forward, a row backward."""
+
+    seconds: float = 0.0
+    forward: int = 0
+    backward: int = 0
+    tokens: int = 0
+
+    def add(self, *, seconds: float = 0.0, forward: int = 0, backward: int = 0, tokens: int = 0) -> None:
+        self.seconds += seconds
+        self.forward += forward
+        self.backward += backward
+        self.tokens += tokens
+
+
+def look_cost(terms: "Collection[Term]", *, rows: int, reference: int, trusted: int = 0) -> PhaseCost:
+    """Of one look that measures these terms, without the trusted model.
+
+    Every row, and every trusted one, goes forward once. Where a term needs gradients all rows go forward and backward
+    again, and the reference forward for calibration and once more with gradients; where terms look ahead, or take the
+    target alone, rows go forward once more each.
+    """
+    cost = PhaseCost(forward=rows + trusted)
+    gradients, alone = any(term.gradient for term in terms), any(term.alone for term in terms)
+    if gradients or alone:
+        cost.add(forward=rows + reference)
+    if gradients:
+        cost.add(forward=reference, backward=rows + reference)
+    return PhaseCost(
+        forward=cost.forward + rows * (any(term.lookahead for term in terms) + alone), backward=cost.backward
+    )
+
+
+def trusted_cost(rows: int, *, steps: int, batch_size: int) -> PhaseCost:
+    """Of the trusted model: its steps, and a forward pass over all rows."""
+    return PhaseCost(forward=steps * batch_size + rows, backward=steps * batch_size)
