@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tsqlora.adapter.slots import active_parameters, active_ranks, finalize
     from tsqlora.adapter.wrap import wrap
-    from tsqlora.errors import DataError, NotLearnedError, SettingsError, TsqLoraError, UnsupportedError
+    from tsqlora.errors import DataError, SettingsError, TsqLoraError, UnsupportedError
     from tsqlora.layer_sensitivity import sensitivity
     from tsqlora.quality.epochs import sample
     from tsqlora.quality.rule import RowNames, ScoringRule
@@ -29,7 +29,6 @@ __all__ = [
     "Compute",
     "DataError",
     "GuardCallback",
-    "NotLearnedError",
     "QualityCallback",
     "QualitySubset",
     "RankCallback",
@@ -57,7 +56,7 @@ __all__ = [
 _HOMES = {
     "adapter.slots": ("active_parameters", "active_ranks", "finalize"),
     "adapter.wrap": ("wrap",),
-    "errors": ("DataError", "NotLearnedError", "SettingsError", "TsqLoraError", "UnsupportedError"),
+    "errors": ("DataError", "SettingsError", "TsqLoraError", "UnsupportedError"),
     "quality.epochs": ("sample",),
     "quality.rule": ("RowNames", "ScoringRule"),
     "quality.score": ("Compute", "score"),

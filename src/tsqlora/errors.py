@@ -4,7 +4,6 @@
     ├── SettingsError       exit 2   wrong usage or settings
     ├── DataError           exit 3   a file, a row or a label is wrong; names which
     ├── UnsupportedError    exit 2   a layer, model or option that cannot be exact; names it
-    ├── NotLearnedError     exit 1   scoring refused: the model does not beat chance yet
     └── StoppedError        exit 128 and the signal's number   asked to stop: what was done is kept
 
 Messages give the thing, the value, the cure, in one or two lines.
@@ -39,10 +38,6 @@ class UnsupportedError(TsqLoraError, NotImplementedError):
     """Something that tsqlora cannot do exactly, refused by name."""
 
     exit_code = 2
-
-
-class NotLearnedError(TsqLoraError, RuntimeError):
-    """The model is at chance, so scores would be noise."""
 
 
 class StoppedError(TsqLoraError):

@@ -14,7 +14,7 @@ from tsqlora.compare.cells import Entry
 from tsqlora.errors import SettingsError, nearest
 from tsqlora.progress import Progress
 from tsqlora.quality.subset import QualitySubset
-from tsqlora.run.callbacks import quality_callback, rank_callback, scoring_rule, subset
+from tsqlora.run.callbacks import control_rule, quality_callback, rank_callback, scoring_rule, subset
 from tsqlora.run.job import Job, with_slots
 from tsqlora.training.quality_callback import QualityCallback
 from tsqlora.training.rank_callback import RankCallback
@@ -57,6 +57,16 @@ def _all(job: Job, scores_path: Path, progress: Progress | None) -> Rows:
     return Rows(subset(job, 1.0))
 
 
+def _head(job: Job, scores_path: Path, progress: Progress | None) -> Rows:
+    data = subset(job, 1.0)
+    return Rows(data, quality_callback(job, data, scores_path, progress, rule=control_rule(job.config)))
+
+
+def _even(job: Job, scores_path: Path, progress: Progress | None) -> Rows:
+    data = subset(job, job.config.quality.fraction)
+    return Rows(data, quality_callback(job, data, scores_path, progress, rule=control_rule(job.config)))
+
+
 def _random(job: Job, scores_path: Path, progress: Progress | None) -> Rows:
     return Rows(subset(job, job.config.quality.fraction))
 
@@ -79,6 +89,8 @@ def _by_term(term: str) -> Policy:
 
 POLICIES: Mapping[str, Policy] = {
     "all": _all,
+    "head": _head,
+    "even": _even,
     "random": _random,
     "quality": _quality,
     "loss": _by_term("loss"),

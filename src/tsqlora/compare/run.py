@@ -17,7 +17,7 @@ from tsqlora.compare.cells import Cell
 from tsqlora.compare.methods import POLICIES, Rows, build
 from tsqlora.compare.origin import PACKAGE, commit
 from tsqlora.errors import TsqLoraError
-from tsqlora.progress import Progress
+from tsqlora.progress import Progress, Pulse
 from tsqlora.quality.sampling import draw_size
 from tsqlora.quality.scores import Scores
 from tsqlora.run.config import Config
@@ -25,7 +25,7 @@ from tsqlora.run.fit import arguments, measure
 from tsqlora.run.job import Job, load
 from tsqlora.training.fit import Method, fit
 from tsqlora.training.live import peak_memory
-from tsqlora.training.quality_callback import SCORES_FILE
+from tsqlora.training.quality_callback import SCORES_FILE, QualityCallback
 from tsqlora.training.record import RunRecord
 
 Equal = Literal["steps", "epochs"]
@@ -67,14 +67,18 @@ def run_cell(config: Config, cell: Cell, *, equal: Equal, progress: Progress | N
 
 
 def rehearse(job: Job, cell: Cell, equal: Equal) -> None:
-    """Builds the cell's model and begins its training, which ends before the first step."""
+    """Builds the cell's model and begins its training, which ends with the look's first batch, or before a step."""
     record = RunRecord("rehearsal", cell.seed, job.task.name, None, {}, {})
     with suppress(_Begun):
-        _train(job, cell, planned_steps(job, cell, equal=equal), record, None, _StopAtStart())
+        _train(job, cell, planned_steps(job, cell, equal=equal), record, _stop_looking, _StopAtStart())
 
 
 class _Begun(Exception):
     """Training was about to take its first step."""
+
+
+def _stop_looking(phase: str, done: int, total: int, pulse: Pulse | None = None, /) -> None:
+    raise _Begun
 
 
 class _StopAtStart(TrainerCallback):
@@ -142,14 +146,16 @@ def _draws(rows: Rows) -> dict[str, Any]:
         return drawn
     scores = rows.data.scores
     noise = None if scores is None else scores.record.get("noise")
-    random = _why_at_random(rows.quality.refused, scores)
-    return drawn | {"scored": scores is not None, "refused": rows.quality.refused, "random": random, "noise": noise}
+    random = _why_at_random(rows.quality, scores)
+    return drawn | {"looks": rows.quality.looks, "random": random, "noise": noise}
 
 
-def _why_at_random(refused: str | None, scores: Scores | None) -> str | None:
-    """Why a policy that scores drew rows as `random` does; None where its scores decided."""
+def _why_at_random(quality: QualityCallback, scores: Scores | None) -> str | None:
+    """Why a policy that scores drew rows evenly; None where its scores decided, and of a control."""
+    if not quality.rule.select:
+        return None
     if scores is None:
-        return refused or "rows were never scored"
+        return quality.why_not
     guard = scores.record.get("guard", {})
     if guard.get("passed") is False:
         return str(guard["why"])

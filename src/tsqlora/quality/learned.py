@@ -1,12 +1,19 @@
 """Has the model learned something?  Scores of a model at chance rank nothing.  METHOD 1."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
-from jaxtyping import Float
-from torch import Tensor
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
 
 from tsqlora.errors import TsqLoraError
+from tsqlora.gradients.eval_mode import eval_mode
+from tsqlora.quality.rows import batches_of
+from tsqlora.tasks import Answers, Task
+from tsqlora.tasks.forward import Collate, model_logits, precision, split_labels
 
 MARGIN = 2.0
 """Standard errors by which the mean loss must lie below the constant predictor's."""
@@ -57,3 +64,31 @@ def learned(losses: Float[Tensor, " n"], chance: Float[Tensor, " n"]) -> Learned
     # Not below rounding: rows that are all alike would be infinitely many errors away.
     error = max(float(difference.std()) / math.sqrt(len(difference)), 1e-9 * abs(mean))
     return LearnedTest(len(difference), float(losses.mean()), float(chance.mean()), mean / error if error else 0.0)
+
+
+def is_ready(
+    model: nn.Module,
+    rows: Sequence[Any],
+    collate: Collate,
+    *,
+    task: Task,
+    batch_size: int,
+    autocast: torch.dtype | None,
+) -> bool:
+    """Whether a model's gradients on these rows say something: it writes text, or beats a constant guess."""
+    if not isinstance(task, Answers):
+        return True
+    parts: list[tuple[Tensor, Tensor]] = []
+    with eval_mode(model), torch.no_grad():
+        for batch in batches_of(rows, collate, batch_size):
+            inputs, labels = split_labels(batch, model)
+            with precision(labels.device, autocast, cache=False):
+                parts.append((model_logits(model, inputs, task), labels))
+    logits, labels = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    return len(labels) > 1 and against_chance(task, logits, labels).passed
+
+
+def against_chance(task: Answers, logits: Float[Tensor, "n k"], labels: Shaped[Tensor, " n"]) -> LearnedTest:
+    """The test of a model's losses against those of the constant guess that loses least on the same rows."""
+    constant = task.chance(labels, logits.shape[1]).to(logits).expand_as(logits).contiguous()
+    return learned(task.loss(logits, labels), task.loss(constant, labels))

@@ -22,7 +22,7 @@ from tsqlora.quality.gate import GATES, left_out
 from tsqlora.quality.gradient_pass import gradient_pass
 from tsqlora.quality.head_start import HeadStart, features_with, fit_start, install, of_trusted
 from tsqlora.quality.label_noise import reject
-from tsqlora.quality.learned import learned
+from tsqlora.quality.learned import against_chance
 from tsqlora.quality.linear_head import Kind, row_losses
 from tsqlora.quality.predictions import predictions
 from tsqlora.quality.ridge import fit_ridge, leave_one_out_logits
@@ -177,9 +177,7 @@ def _why_not(started: Started, task: Task) -> str | None:
     if not isinstance(task, Answers) or len(pool.labels) < 2:
         return None
     assert pool.logits is not None
-    logits, labels = torch.from_numpy(_logits(started, pool)), torch.from_numpy(pool.labels)
-    constant = task.chance(labels, logits.shape[1]).to(logits).expand_as(logits).contiguous()
-    test = learned(task.loss(logits, labels), task.loss(constant, labels))
+    test = against_chance(task, torch.from_numpy(_logits(started, pool)), torch.from_numpy(pool.labels))
     return None if test.passed else test.told
 
 

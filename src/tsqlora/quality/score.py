@@ -1,6 +1,7 @@
 """Every sample's worth to a model, for any trainer.  METHOD section 1."""
 
 import warnings
+
 from torch import nn
 
 from tsqlora import distributed

@@ -12,7 +12,7 @@ from tsqlora.data.batches import bucketed_order
 from tsqlora.errors import SettingsError
 from tsqlora.quality.epochs import EpochPlan
 from tsqlora.quality.rows import Dataset as Rows
-from tsqlora.quality.rows import held, input_of
+from tsqlora.quality.rows import held, input_of, lengths_of
 from tsqlora.quality.scores import Scores
 from tsqlora.seeds import stream
 from tsqlora.tasks import Task
@@ -67,6 +67,8 @@ class QualitySubset(Dataset[Any]):
             len(dataset), fraction, seed, resample, trusted=len(self.trusted), excluded=equals(dataset, self.trusted)
         )
         self.lengths, self.batch_size = lengths, batch_size
+        if lengths is not None and len(self.trusted):
+            self.lengths = [*lengths, *lengths_of(self.trusted)]
         self.task: Task | None = None
         """Training's own loss, where QualityCallback was given it: the first ranks follow it, too."""
         self.drawn_by: str | None = None
@@ -81,6 +83,13 @@ class QualitySubset(Dataset[Any]):
         row = int(self.indices[index])
         for listener in self._listeners:
             listener([row])
+        return self._row(row)
+
+    def row_at(self, index: int) -> Any:
+        """The row at a place of the epoch, without telling anybody that it is handed out."""
+        return self._row(int(self.indices[index]))
+
+    def _row(self, row: int) -> Any:
         rows = len(self.dataset)
         return self.dataset[row] if row < rows else self.trusted[row - rows]
 
@@ -144,8 +153,7 @@ class QualitySubset(Dataset[Any]):
     def _in_order(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         if self.lengths is None or self.batch_size is None or len(rows) == 0:
             return rows[rng.permutation(len(rows))]
-        longest = max(self.lengths)  # of trusted rows nobody knows
-        lengths = [self.lengths[row] if row < len(self.lengths) else longest for row in rows]
+        lengths = [self.lengths[row] for row in rows]
         return rows[bucketed_order(lengths, batch_size=self.batch_size, rng=rng)]
 
 

@@ -6,7 +6,6 @@ After RHO-loss (Mindermann et al. 2022) and CoLoR-Filter (Brandfonbrener et al. 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch

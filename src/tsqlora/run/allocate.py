@@ -1,4 +1,4 @@
-"""Ranks alone, for any trainer: after a config's warm-up or by a run's weights."""
+"""Ranks alone, for any trainer: before the first step of a config's training or by a run's weights."""
 
 import tempfile
 from collections.abc import Sequence
@@ -9,13 +9,12 @@ import numpy as np
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tsqlora.errors import DataError, NotLearnedError
+from tsqlora.errors import DataError
 from tsqlora.interop.patterns import lora_config
 from tsqlora.layer_sensitivity import sensitivity, sensitivity_rows
 from tsqlora.progress import Progress
 from tsqlora.quality.epochs import EpochPlan
 from tsqlora.quality.scores import Scores
-from tsqlora.quality.subset import QualitySubset
 from tsqlora.ranks.allocate import Sensitivity, allocate
 from tsqlora.run.callbacks import build_callbacks, rank_callback
 from tsqlora.run.config import load_config
@@ -25,7 +24,7 @@ from tsqlora.run.job import Job, load, require_scoring
 from tsqlora.run.reading import read
 from tsqlora.run.start import with_start
 from tsqlora.training.fit import fit
-from tsqlora.training.quality_callback import SCORES_FILE, QualityCallback
+from tsqlora.training.quality_callback import SCORES_FILE
 
 
 def allocate_ranks(source: Path, *, overrides: Sequence[str] = (), progress: Progress | None = None) -> dict[str, Any]:
@@ -75,38 +74,24 @@ def sensitivities(job: Job, model: nn.Module, rows: np.ndarray, *, estimator: st
 
 
 def _first_ranks(job: Job, progress: Progress | None) -> dict[str, int]:
-    """The first ranks that a training decides; it ends once the rows are scored.
-
-    Raises NotLearnedError if the model is still at chance when the config gives up.
-    """
+    """The ranks that a training begins with."""
     with tempfile.TemporaryDirectory() as folder:
         args = arguments(job.config, Path(folder))
         method = build_callbacks(job, Path(folder) / SCORES_FILE, progress)
-        assert method.quality is not None
         assert method.ranks is not None
         model, record = begin(job, args, method)
-        stop = StopOnceScored(method.data, method.quality)
-        fit(model, args, method, job.inputs, record, also=[stop], progress=progress)
-    return dict(method.ranks.events[0].ranks)
+        fit(model, args, method, job.inputs, record, also=[StopAtOnce()], progress=progress)
+    return dict(method.ranks.events[0].ranks if method.ranks.events else method.ranks.final)
 
 
-class StopOnceScored(TrainerCallback):
-    """Ends the training at the first step after scoring; NotLearnedError where scoring was refused."""
-
-    def __init__(self, data: QualitySubset, quality: QualityCallback) -> None:
-        self.data, self.quality = data, quality
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.quality.refused is not None:
-            raise NotLearnedError(self.quality.refused)
+class StopAtOnce(TrainerCallback):
+    """Ends the training after its first step, before which ranks were set."""
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        control.should_save = False
-        control.should_training_stop = not self.data.plan.awaits_scores
+        control.should_save = control.should_evaluate = False
+        control.should_training_stop = True
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        control.should_save = False
+        control.should_save = control.should_evaluate = False

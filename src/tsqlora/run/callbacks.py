@@ -9,7 +9,8 @@ from tsqlora.errors import SettingsError
 from tsqlora.progress import Progress
 from tsqlora.quality.rule import RowNames, ScoringRule, require_terms
 from tsqlora.quality.sampling import stratum_sizes
-from tsqlora.quality.subset import QualitySubset
+from tsqlora.quality.subset import QualitySubset, equals
+from tsqlora.quality.trusted import Trusted
 from tsqlora.run.config import Config
 from tsqlora.run.job import Job
 from tsqlora.tasks.classification import Classification
@@ -45,6 +46,19 @@ def scoring_rule(config: Config) -> ScoringRule:
         look_again=q.look_again,
         select=q.enabled,
     )
+
+
+def control_rule(config: Config) -> ScoringRule:
+    """Even draws of all rows, with the head start."""
+    return ScoringRule(select=False, head_start=True, seed=config.training.seed)
+
+
+def trusted_of(job: Job) -> Trusted | None:
+    """The rows of data.trusted, and how a model is trained on them alone."""
+    rows, training = job.data.samples.get("trusted"), job.config.training
+    if rows is None:
+        return None
+    return Trusted(rows, training.learning_rate, training.batch_size, twins=equals(job.data.samples["train"], rows))
 
 
 def row_names(job: Job, **about: Any) -> RowNames:

@@ -3,19 +3,18 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import Any
 
 from peft import PeftModel
 from transformers import TrainingArguments
 
 from tsqlora.adapter.slots import active_parameters, active_ranks, find_slots
 from tsqlora.data.samples import TokenisedSplit
-from tsqlora.errors import SettingsError
 from tsqlora.gradients.sites import lora_layers
-from tsqlora.quality.cost import scoring_passes
+from tsqlora.quality.cost import look_cost, trusted_cost
 from tsqlora.quality.rows import REFERENCE_ROWS
-from tsqlora.quality.rule import PAPER_TERMS, wanted_terms
-from tsqlora.quality.subset import QualitySubset
+from tsqlora.quality.rule import PAPER_TERMS, ScoringRule, needs_trusted
+from tsqlora.quality.trusted import STEPS, STEPS_OF_TEXT
 from tsqlora.ranks.allocate import Sensitivity, allocate
 from tsqlora.ranks.budget import used
 from tsqlora.ranks.schedule import require_adjustments
@@ -24,7 +23,6 @@ from tsqlora.tasks import Task
 from tsqlora.tasks.classification import Classification
 from tsqlora.tasks.generation import Generation
 from tsqlora.training.fit import Method
-from tsqlora.training.quality_callback import QualityCallback
 
 BYTES_A_ROW = 500
 """Of a row that is scored: hash, place, length, terms and predictions, twice while they are written."""
@@ -42,8 +40,8 @@ def plan(
 ) -> dict[str, Any]:
     """Samples, steps, budget, ranks at the start, passes by phase, and a memory estimate.
 
-    Raises SettingsError for what could not be carried out: no epoch left after the warm-up,
-    no step at which ranks may change, a budget below the least ranks.
+    Raises SettingsError for what could not be carried out: no step at which ranks may change, a budget below the least
+    ranks.
     """
     data, ranks_callback = method.data, method.ranks
     assert ranks_callback is not None
@@ -63,7 +61,7 @@ def plan(
         "rows_an_epoch": len(data),
         "epochs": config.training.epochs,
         "steps": steps,
-        "passes": _passes(task, method, epochs=config.training.epochs),
+        "passes": _passes(task, method, steps=steps, batch=args.train_batch_size * args.gradient_accumulation_steps),
         "ranks": ranks,
         "budget": used(ranks, shapes),
         "trainable": active_parameters(model),
@@ -77,7 +75,7 @@ def without_effect(config: Config) -> list[str]:
     """Settings that are not their default and count for nothing beside the others, each group with the reason."""
     found = list[tuple[str, Section, Iterable[str], str]]()
     if not config.quality.enabled:
-        idle = QualitySettings.model_fields.keys() - {"enabled", "fraction", "resample"}
+        idle = QualitySettings.model_fields.keys() - {"enabled", "fraction", "resample", "head_start"}
         found.append(("quality", config.quality, idle, "quality.enabled is false"))
     if config.ranks.policy == "fixed":
         idle = {"interval", *([] if config.quality.enabled else ["estimator"])}
@@ -103,52 +101,46 @@ def _classes(task: Task, model: PeftModel, rows: TokenisedSplit) -> dict[str, in
     return {str(name): counts[j] for j, name in model.config.id2label.items()}
 
 
-def scoring_plan(
-    config: Config, task: Task, model: PeftModel, *, rows: int, max_length: int, warmup: bool
-) -> dict[str, Any]:
-    """Rows, batches, passes by phase, and bounds of memory and disk; with `warmup` it is trained first.
-
-    Raises SettingsError for a warm-up that is longer than the run.
-    """
-    q = config.quality
-    terms = (*PAPER_TERMS, *(q.resolved_weights() or {}))
-    passes = {"scoring": _scoring(task, terms, rows=rows, reference=REFERENCE_ROWS)}
-    if warmup:
-        quality = QualityCallback(QualitySubset(range(rows), q.fraction), q.warmup)
-        require_scored_epoch(quality, config.training.epochs)
-        passes = {"warm-up": _both(quality.warmup_epochs * len(quality.data))} | passes
+def scoring_plan(config: Config, task: Task, model: PeftModel, *, rows: int, max_length: int) -> dict[str, Any]:
+    """Rows, batches, passes, and bounds of memory and disk."""
+    rule = ScoringRule(weights=config.quality.resolved_weights(), terms=PAPER_TERMS)
     return {
         "rows": rows,
         "batches": math.ceil(rows / config.training.batch_size),
-        "passes": passes,
+        "passes": {"look": _look(rule, task, rows=rows, trusted=0)},
         "memory_bytes": memory(config, task, model, longest=max_length, bf16=False) + rows * BYTES_A_ROW,
         "disk_bytes": rows * max_length * BYTES_A_TOKEN,
     }
 
 
-def _passes(task: Task, method: Method, *, epochs: int) -> dict[str, dict[str, int]]:
-    """Rows that go forward and backward in each phase, if the first test finds that the model has learned."""
+def _passes(task: Task, method: Method, *, steps: int, batch: int) -> dict[str, dict[str, int]]:
+    """Rows that go forward and backward in each phase: of the first look, and of the steps."""
     data, quality, ranks, size = method.data, method.quality, method.ranks, len(method.data)
-    if quality is None or ranks is None:
-        return {"training": _both(size * epochs)}
-    require_scored_epoch(quality, epochs)
-    warmup = quality.warmup_epochs
-    return {
-        "warm-up": _both(size * warmup),
-        "scoring": _scoring(task, quality.terms, rows=len(data.dataset), reference=cast(int, quality.rule.reference)),
-        "ranks": _both(min(ranks.samples, size)),
-        "training": _both(size * (epochs - warmup)),
-    }
+    found: dict[str, dict[str, int]] = {}
+    n, trusted = len(data.dataset), len(data.trusted)
+    if quality is not None and quality.rule.select:
+        rule = quality.rule.trusting(task, trusted > 0)
+        found["look"] = _look(rule, task, rows=n, trusted=trusted)
+        if trusted and (rule.gate is not None or needs_trusted(rule.measured())):
+            text = isinstance(task, Generation)
+            cost = trusted_cost(n, steps=STEPS_OF_TEXT if text else STEPS, batch_size=min(trusted, batch))
+            found["trusted model"] = {"forward": cost.forward, "backward": cost.backward}
+    elif quality is not None:
+        found["look"] = {"forward": n + trusted, "backward": 0}
+    if ranks is not None and quality is not None and quality.rule.select:
+        found["ranks"] = _both(min(ranks.samples, size))
+    return found | {"training": _both(steps * batch)}
 
 
 def _both(rows: int) -> dict[str, int]:
     return {"forward": rows, "backward": rows}
 
 
-def _scoring(task: Task, terms: Iterable[str], *, rows: int, reference: int) -> dict[str, int]:
-    """Rows forward and backward in one scoring that has these terms."""
-    known = wanted_terms(terms).values()
-    cost = scoring_passes(known, text=isinstance(task, Generation)).cost(rows, min(reference, rows))
+def _look(rule: ScoringRule, task: Task, *, rows: int, trusted: int) -> dict[str, int]:
+    """Rows forward and backward in one look."""
+    terms = [term for term in rule.measured().values() if not (term.answers and isinstance(task, Generation))]
+    reference = trusted or min(REFERENCE_ROWS, rows)
+    cost = look_cost(terms, rows=rows, reference=reference, trusted=trusted)
     return {"forward": cost.forward, "backward": cost.backward}
 
 
@@ -161,12 +153,3 @@ def memory(config: Config, task: Task, model: PeftModel, *, longest: int, bf16: 
     if isinstance(task, Generation):
         features += 3 * int(getattr(model.config, "vocab_size", 0))  # logits, in float32 once more, and their gradient
     return weights + trained + config.training.batch_size * longest * features * (2 if bf16 else 4)
-
-
-def require_scored_epoch(quality: QualityCallback, epochs: int) -> None:
-    """Raises SettingsError for a warm-up that takes the whole run."""
-    if quality.warmup_epochs >= epochs:
-        raise SettingsError(
-            f"a warm-up of {quality.warmup:g} passes is {quality.warmup_epochs} epochs of {len(quality.data)} rows, "
-            f"and the run has {epochs}: no scored epoch would be left; lower quality.warmup or raise training.epochs"
-        )

@@ -1,4 +1,4 @@
-"""A run from beginning to end: data, model, warm-up, scores, ranks, training, adapter, record."""
+"""A run from beginning to end: data, model, look, ranks, training, adapter, record."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -30,7 +30,7 @@ from tsqlora.run.preview import marked_samples
 from tsqlora.run.start import with_start
 from tsqlora.training.checkpoints import micro_batch_size, newest_complete, require_resumable_saves
 from tsqlora.training.fit import fit, what_quality_did
-from tsqlora.training.quality_callback import SCORES_FILE, QualityCallback
+from tsqlora.training.quality_callback import SCORES_FILE, QualityCallback, first_scores
 from tsqlora.training.record import RECORD_FILE, RunRecord
 from tsqlora.training.run_dir import ADAPTER_DIR, CHECKPOINT_DIR, CONFIG_FILE, locked, written
 from tsqlora.training.stop import StopCallback
@@ -156,29 +156,28 @@ class WriteStart(TrainerCallback):
 
 
 def draws_of(config: Config, rows: int, run: Path) -> list[np.ndarray]:
-    """The rows that each epoch of a finished run was trained on, where it was scored once at most."""
+    """The training rows that each epoch of a finished run was trained on, without trusted rows."""
     data = QualitySubset(range(rows), config.quality.fraction, config.training.seed, resample=config.quality.resample)
-    if (run / SCORES_FILE).exists():
-        scores = Scores.load(run / SCORES_FILE)
-        data.use(scores, int(scores.record["epoch"]))
-    return [data.draw(epoch) for epoch in range(config.training.epochs)]
+    plans = {0: data.plan}
+    for path in (first_scores(run / SCORES_FILE), run / SCORES_FILE):
+        if path.exists():
+            scores = Scores.load(path)
+            plans[int(scores.record["epoch"])] = data.plan.scored(scores, int(scores.record["epoch"]))
+    return [plans[max(e for e in plans if e <= epoch)].draw(epoch) for epoch in range(config.training.epochs)]
 
 
 def what_to_note(quality: QualityCallback, data: QualitySubset) -> list[str]:
     """Why rows were drawn as they were."""
-    if quality.refused:
-        return [f"rows were drawn at random: {quality.refused}"]
-    guard = {} if data.scores is None else data.scores.record.get("guard", {})
-    if guard.get("passed") is False:
-        return [f"rows were drawn at random: {guard['why']}"]
+    noted = list(quality.notes)
     noise = None if data.scores is None else data.scores.record.get("noise")
     if data.scores is None or noise is None:
-        return []
+        return noted
     if not noise["evident"]:
-        return ["there is no evidence of wrong labels: rows were drawn as a random control draws them"]
+        return [*noted, "there is no evidence of wrong labels: rows were drawn as a random control draws them"]
     return [
+        *noted,
         f"about {noise['rate']:.0%} of the labels seem wrong ({noise['low']:.0%} to {noise['high']:.0%}): "
-        f"{(~data.scores.kept).sum()} of {len(data.scores)} rows were left out"
+        f"{(~data.scores.kept).sum()} of {len(data.scores)} rows were left out",
     ]
 
 

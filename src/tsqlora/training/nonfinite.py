@@ -174,7 +174,8 @@ class GuardCallback(TrainerCallback):
             raise TsqLoraError(self._advice(args))
 
     def _named(self, row: int) -> int:
-        return row if self.ids is None else int(self.ids[row])
+        # Trusted rows, which are numbered behind all others, have no place in that file.
+        return row if self.ids is None or row >= len(self.ids) else int(self.ids[row])
 
     def _advice(self, args: TrainingArguments) -> str:
         first, last = self._recent[0].step, self._recent[-1]

@@ -272,6 +272,12 @@ class QualityCallback(TrainerCallback):
             progress = _bar(self.data)
         return Compute(args.per_device_train_batch_size, self._autocast(args), progress=progress)
 
+    def _names(self, about: dict[str, Any]) -> RowNames:
+        lengths, known = self.rows.lengths, self.data.lengths
+        if lengths is None and known is not None:
+            lengths = known[: len(self.data.dataset)]
+        return replace(self.rows, lengths=lengths, about={**about, **self.rows.about})
+
     def _trusted(self, args: TrainingArguments) -> Trusted | None:
         data, scores = self.data, self.data.scores
         if not len(data.trusted):
@@ -282,14 +288,14 @@ class QualityCallback(TrainerCallback):
 
     def _look(self, args: TrainingArguments, state: TrainerState, model: nn.Module, collate: Any) -> None:
         epoch = epoch_of(state)
-        about = {"epoch": epoch, "step": state.global_step, "look": len(self.looks) + 1, **self.rows.about}
+        about = {"epoch": epoch, "step": state.global_step, "look": len(self.looks) + 1}
         found = look(
             model,
             self.data.dataset,
             self.collate or collate,
             rule=self.rule if not self.looks else replace(self.rule, head_start=False),
             task=self._task(args, model),
-            rows=replace(self.rows, lengths=self.rows.lengths or self.data.lengths, about=about),
+            rows=self._names(about),
             compute=self._compute(args),
             fraction=self.data.plan.fraction,
             trusted=self._trusted(args),
@@ -317,7 +323,7 @@ class QualityCallback(TrainerCallback):
             self.collate or collate,
             rule=self.rule,
             task=task,
-            rows=replace(self.rows, lengths=self.rows.lengths or self.data.lengths),
+            rows=self._names({}),
             compute=self._compute(args),
             trusted=self._trusted(args),
         )

@@ -1,14 +1,13 @@
 """Ranks that follow sensitivity, in a stock Trainer: `RankLoop`, told of each step by a callback."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import replace
 from numbers import Integral
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import nn
-from torch.utils.data import Subset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tsqlora import distributed
@@ -17,6 +16,7 @@ from tsqlora.adapter.wrap import wrap
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.layer_sensitivity import Estimator, get_estimator, sensitivity_rows
 from tsqlora.quality.cost import PhaseCost
+from tsqlora.quality.learned import is_ready
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.ranks.events import RankEvent
 from tsqlora.ranks.policies import Policy, get_policy
@@ -32,15 +32,15 @@ class RankCallback(TrainerCallback):
     """Moves rank between the layers of a LoRA model, at constant parameters, in transformers' or TRL's Trainer.
 
     The model is one from `tsqlora.wrap`, or a PeftModel with plain LoRA (`get_peft_model`, SFTTrainer's
-    `peft_config`), whose ranks become changeable when the Trainer is made. With a scored QualitySubset as
-    train_dataset, ranks are first set from sensitivities on the quality sample. Every `interval` optimizer
-    steps they then move towards the target that the step's own backward gives. At the end the model
+    `peft_config`), whose ranks become changeable when the Trainer is made. Ranks are first set from sensitivities on
+    rows of the first epoch, unless the model is at chance, as with a new head that no look has fitted. Every `interval`
+    optimizer steps they then move towards the target that the step's own backward gives. At the end the model
     becomes a plain PEFT model. A sample is a row of a batch: with SFTTrainer's packing all that is
     packed into a row, and in a batch without padding all of the batch.
 
     Args:
         max_rank: of a PeftModel without slots, how many a layer gets; twice its rank if not given.
-        samples: how many rows of the quality sample the first ranks are measured on; at least 1.
+        samples: how many rows of the first epoch the first ranks are measured on; at least 1.
         collate: makes the batches of those rows; by default the Trainer's own.
         task: their loss; needed only where training has a loss of its own (class weights, a custom one), and
             QualityCallback was not told it.
@@ -113,7 +113,7 @@ class RankCallback(TrainerCallback):
 
     @property
     def started(self) -> bool:
-        """Whether the first ranks came from the quality sample."""
+        """Whether the first ranks were set from sensitivities."""
         return self.loop is not None and self.loop.started
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -164,10 +164,13 @@ class RankCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         loader, data = kwargs["train_dataloader"], _subset_of(kwargs)
-        if data is not None and data.scores is not None and not data.plan.awaits_scores and not self._running.started:
-            self._start(args, kwargs["model"], data, self.collate or loader.collate_fn)
-        # While scoring is to come, which will set the ranks, they stay.
-        self._running.before_forward(adjust=data is None or not data.plan.awaits_scores)
+        waits = data is not None and data.plan.awaits_scores
+        scored = data is not None and data.scores is not None
+        first = state.global_step == 0 and isinstance(loader.dataset, Sized)
+        if not (waits or self._running.started) and (scored or first):
+            self._start(args, kwargs["model"], loader.dataset, self.collate or loader.collate_fn)
+        # While the model's gradients say nothing yet, ranks stay.
+        self._running.before_forward(adjust=not waits)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -192,19 +195,25 @@ class RankCallback(TrainerCallback):
         assert self.loop is not None
         return self.loop
 
-    def _start(self, args: TrainingArguments, model: nn.Module, data: QualitySubset, collate: Any) -> None:
-        """The first ranks, from sensitivities on the quality sample."""
-        rows = data.indices[sensitivity_rows(len(data), self.samples, self.seed)].tolist()
-        self._running.start(
-            # Not `data` itself: it tells what training is handed out.
-            Subset(cast(Any, data.dataset), rows),
-            collate,
-            task=self.task or data.task or task_of(model, label_smoothing=args.label_smoothing_factor),
-            batch_size=args.per_device_train_batch_size,
-            autocast=torch.bfloat16 if args.bf16 else None,
-        )
-        if data.lengths is not None:
-            self._running.spent.add(tokens=sum(data.lengths[row] for row in rows))
+    def _start(self, args: TrainingArguments, model: nn.Module, data: Any, collate: Any) -> None:
+        """The first ranks, from sensitivities on rows of the first epoch.
+
+        Without a look nobody knows whether the model has a head that is worth reading: one at chance keeps its ranks.
+        """
+        places = sensitivity_rows(len(data), self.samples, self.seed).tolist()
+        looked = isinstance(data, QualitySubset)
+        rows = [data.row_at(place) if looked else data[place] for place in places]
+        task = self.task or (data.task if looked else None)
+        options: dict[str, Any] = {
+            "task": task or task_of(model, label_smoothing=args.label_smoothing_factor),
+            "batch_size": args.per_device_train_batch_size,
+            "autocast": torch.bfloat16 if args.bf16 else None,
+        }
+        if not (looked or is_ready(model, rows, collate, **options)):
+            return
+        self._running.start(rows, collate, **options)
+        if looked and data.lengths is not None:
+            self._running.spent.add(tokens=sum(data.lengths[row] for row in data.indices[places]))
 
 
 def _subset_of(known: Mapping[str, Any]) -> QualitySubset | None:

@@ -94,7 +94,7 @@ class DataSettings(Section):
 
 
 class QualitySettings(Section):
-    enabled: bool = setting(True, "Draw rows by quality; false draws the same share at random.")
+    enabled: bool = setting(True, "Select rows; false draws the same share at random, with the same head start.")
     fraction: float = setting(0.5, "Share of the rows that an epoch trains on.", gt=0, le=1)
     preset: PresetName = setting("default", "Where the weights that are not set come from; paper is the published Q.")
     reject: bool | None = setting(
@@ -104,7 +104,11 @@ class QualitySettings(Section):
         {}, "Weights of the terms of Q; where none is above 0, kept rows are drawn equally often."
     )
     temperature: float | None = setting(None, "Of the softmax over Q: small is choosy; null is 1.", gt=0)
-    warmup: float = setting(1.0, "Passes over all rows, drawn at random, before scoring.", gt=0)
+    gate: Literal["share", "surest"] | None = setting(
+        None, "Leave out rows that a model of the trusted rows alone disagrees with; null leaves out none."
+    )
+    head_start: bool = setting(True, "Fit a new head before the first step.")
+    look_again: bool = setting(True, "Look at all rows again after a third of the steps.")
     resample: bool = setting(True, "Sample fresh rows each epoch; false keeps the first draw.")
 
     def resolved_weights(self) -> dict[str, float] | None:
@@ -203,7 +207,7 @@ class TrainingSettings(Section):
 
     model_config = ConfigDict(extra="allow")
 
-    epochs: int = setting(6, "Passes over the drawn share of the rows, warm-up included.", ge=1)
+    epochs: int = setting(6, "Passes over the drawn share of the rows.", ge=1)
     learning_rate: float = setting(5e-4, "Peak learning rate.", gt=0)
     batch_size: int = setting(16, "Samples of a training batch on each device.", ge=1)
     seed: int = setting(0, "Of every random draw.", ge=0, lt=2**32)
@@ -240,7 +244,8 @@ class Removed(NamedTuple):
 # A file that has one at its former default still loads: the run that it describes is the same.
 REMOVED_SETTINGS: Mapping[str, Removed] = {
     "data.max_target_length": Removed(None, "set data.max_length, which targets behind an encoder have too"),
-    "quality.warmup_limit": Removed(0.5, "it is the argument limit of QualityCallback; remove it"),
+    "quality.warmup": Removed(1.0, "rows are looked at before the first step; remove it"),
+    "quality.warmup_limit": Removed(0.5, "rows are looked at before the first step; remove it"),
     "quality.scope": Removed("adapter", "it is an argument of tsqlora.score and QualityCallback; remove it"),
     "quality.reference": Removed(512, "it is an argument of tsqlora.score and QualityCallback; remove it"),
     "quality.calibrate": Removed(True, "it is the argument calibration of tsqlora.score; remove it"),
