@@ -50,7 +50,9 @@ def plan(
     ranks = active_ranks(model)
     shapes = {name: slots.shape for name, slots in find_slots(model).items()}
     batches = math.ceil(len(data) / (args.train_batch_size * args.world_size))
-    steps = math.ceil(batches / args.gradient_accumulation_steps) * config.training.epochs
+    steps_an_epoch = math.ceil(batches / args.gradient_accumulation_steps)
+    steps = config.training.max_steps or math.ceil(config.training.epochs * steps_an_epoch)
+    epochs = steps / steps_an_epoch
     if ranks_callback.options["policy"] != "fixed":
         require_adjustments(steps, **{name: ranks_callback.options[name] for name in ("interval", "warmup", "freeze")})
     uniform = Sensitivity(dict.fromkeys(shapes, 1.0), shapes, "uniform", 0)
@@ -61,9 +63,9 @@ def plan(
         "rows": {name: len(split) for name, split in samples.items()},
         "classes": _classes(task, model, samples["train"]),
         "rows_an_epoch": len(data),
-        "epochs": config.training.epochs,
+        "epochs": math.ceil(epochs),
         "steps": steps,
-        "passes": _passes(task, method, epochs=config.training.epochs),
+        "passes": _passes(task, method, epochs=epochs),
         "ranks": ranks,
         "budget": used(ranks, shapes),
         "trainable": active_parameters(model),
@@ -126,18 +128,18 @@ def scoring_plan(
     }
 
 
-def _passes(task: Task, method: Method, *, epochs: int) -> dict[str, dict[str, int]]:
+def _passes(task: Task, method: Method, *, epochs: float) -> dict[str, dict[str, int]]:
     """Rows that go forward and backward in each phase, if the first test finds that the model has learned."""
     data, quality, ranks, size = method.data, method.quality, method.ranks, len(method.data)
     if quality is None or ranks is None:
-        return {"training": _both(size * epochs)}
+        return {"training": _both(round(size * epochs))}
     require_scored_epoch(quality, epochs)
     warmup = quality.warmup_epochs
     return {
         "warm-up": _both(size * warmup),
         "scoring": _scoring(task, quality.terms, rows=len(data.dataset), reference=cast(int, quality.rule.reference)),
         "ranks": _both(min(ranks.samples, size)),
-        "training": _both(size * (epochs - warmup)),
+        "training": _both(round(size * (epochs - warmup))),
     }
 
 
@@ -163,10 +165,10 @@ def memory(config: Config, task: Task, model: PeftModel, *, longest: int, bf16: 
     return weights + trained + config.training.batch_size * longest * features * (2 if bf16 else 4)
 
 
-def require_scored_epoch(quality: QualityCallback, epochs: int) -> None:
+def require_scored_epoch(quality: QualityCallback, epochs: float) -> None:
     """Raises SettingsError for a warm-up that takes the whole run."""
     if quality.warmup_epochs >= epochs:
         raise SettingsError(
             f"a warm-up of {quality.warmup:g} passes is {quality.warmup_epochs} epochs of {len(quality.data)} rows, "
-            f"and the run has {epochs}: no scored epoch would be left; lower quality.warmup or raise training.epochs"
+            f"and the run has {epochs:g}: no scored epoch would be left; lower quality.warmup or raise training.epochs"
         )
