@@ -708,9 +708,10 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(
     assert record_of(tmp_path / "run")["status"] == "finished"
 
 
-def test_a_run_whose_data_changed_is_not_resumed(place: Path, tmp_path: Path, tsqlora: Run) -> None:
-    data = write_jsonl(tmp_path / "rows.jsonl", make_rows(80))
-    arguments = ("train", place / "config.yaml", "--set", f"data.train={data}", "--out", tmp_path / "run", "--resume")
+@pytest.mark.parametrize("setting", ["data.train", "data.trusted"])
+def test_a_run_whose_data_changed_is_not_resumed(setting: str, place: Path, tmp_path: Path, tsqlora: Run) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", make_rows(80, seed=2))
+    arguments = ("train", place / "config.yaml", "--set", f"{setting}={data}", "--out", tmp_path / "run", "--resume")
 
     with killed_at(1):
         assert tsqlora(*arguments)[0] == 130

@@ -151,6 +151,17 @@ def test_with_equal_epochs_who_has_all_rows_takes_more_steps(place: Path) -> Non
     assert planned_steps(replace(job, config=accumulated), cell_of("lora"), equal="steps") == 30
 
 
+def test_steps_that_are_set_are_those_of_every_cell(place: Path) -> None:
+    config = settings(place, training={"max_steps": 7, "epochs": 6, "batch_size": 8})
+    job = load(config)
+    for name, equal in (("lora", "epochs"), ("lora+random", "steps")):
+        assert planned_steps(job, cell_of(name), equal=equal) == 7
+    found = run_cell(config, cell_of("lora"), equal="epochs")
+    assert (found["steps"], found["cost"]["training"]["forward"]) == (7, 7 * 8)
+    half = settings(place, training={"epochs": 0.5, "batch_size": 8})
+    assert planned_steps(replace(job, config=half), cell_of("lora"), equal="steps") == 5
+
+
 def test_a_training_that_diverges_is_a_result(place: Path) -> None:
     found = run_cell(settings(place), Cell(Entry("full", "all"), 0, 1e20), equal="steps")
     assert "not finite" in found["failed"]

@@ -8,7 +8,9 @@ from scipy.optimize import approx_fprime, minimize
 from scipy.special import softmax
 
 from tsqlora.errors import SettingsError, TsqLoraError
-from tsqlora.quality.label_noise import LabelNoise, _fit, _largest_rate, _loss, _spread, label_noise, reject
+from tsqlora.quality import label_noise as module
+from tsqlora.quality.label_noise import LabelNoise, _fit, _largest_rate, _loss, _settled, _spread, label_noise, reject
+from tsqlora.quality.ridge import leave_one_out_logits
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -302,6 +304,105 @@ def test_of_equal_rows_the_earlier_goes() -> None:
     assert np.flatnonzero(mask).tolist() == [43, 47, 83, 87, 91]
 
 
+def clusters(
+    seed: int, *, classes: int, groups: int = 24, rows: int = 1500, wrong: float = 0.0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Leave-one-out logits of clustered rows, labels, and which are wrong; a class has several of the clusters."""
+    rng = np.random.default_rng(seed)
+    of, cluster = rng.permutation(groups) % classes, rng.integers(groups, size=rows)
+    features = rng.normal(size=(groups, 12))[cluster] + 0.35 * rng.normal(size=(rows, 12))
+    bad = rng.random(rows) < wrong
+    labels = np.where(bad, of[cluster] + rng.integers(1, classes, size=rows), of[cluster]) % classes
+    return leave_one_out_logits(features, labels, classes), labels, bad
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("classes", "wrong"), [(3, 0.2), (8, 0.1), (24, 0.2), (24, 0.4)])
+def test_frozen_features_that_part_the_classes_tell_wrong_labels(seed: int, classes: int, wrong: float) -> None:
+    logits, labels, bad = clusters(seed, classes=classes, groups=classes, wrong=wrong)
+    mask, noise = reject(logits, labels, frozen=True)
+    assert noise.evident
+    assert noise.rate == pytest.approx(wrong, abs=0.05)
+    assert bad[mask].mean() > 0.8
+    assert mask[bad].mean() > 0.8
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_weak_doubts_are_no_evidence_on_frozen_features(seed: int) -> None:
+    logits, labels, bad = rows_of(seed, rows=3000, classes=5, sure=2.0, wrong=0.2)
+    mask, noise = reject(logits, labels)
+    assert noise.statistic > 100
+    assert bad[mask].mean() < 0.6
+    mask, noise = reject(logits, labels, frozen=True)
+    assert not noise.evident
+    assert not mask.any()
+
+
+@pytest.mark.parametrize("seed", [1, 50, 53])
+def test_a_head_that_knows_nothing_is_no_evidence_however_certain(seed: int) -> None:
+    # Of these seeds a steep step fits random labels well enough for the test at 95 %.
+    rng = np.random.default_rng(seed)
+    features, labels = rng.normal(size=(400, 12)), rng.choice(3, size=400)
+    logits = leave_one_out_logits(features, labels, 3)
+    mask, noise = reject(logits, labels)
+    assert mask.mean() > 0.3
+    assert _settled(noise.doubt(logits, labels)) > 0.8
+    mask, noise = reject(logits, labels, frozen=True)
+    assert not noise.evident
+    assert not mask.any()
+
+
+def test_two_classes_are_no_evidence_on_frozen_features() -> None:
+    logits, labels, _ = clusters(0, classes=2, groups=2, rows=4000, wrong=0.2)
+    three = np.pad(logits, ((0, 0), (0, 1)), constant_values=-9.0)  # of a class that no row has
+    assert reject(logits, labels)[1].statistic > 13.8
+    assert not reject(three, labels, frozen=True)[0].any()
+
+
+def test_clean_clusters_reject_nothing_on_frozen_features() -> None:
+    for seed, classes in enumerate([2, 3, 4, 6, 12, 24]):
+        assert reject(*clusters(seed, classes=classes)[:2], frozen=True)[0].mean() < 0.02
+
+
+def test_how_much_doubts_settle_by_hand() -> None:
+    assert _settled(np.array([0.0, 1.0, 1.0])) == pytest.approx(1)
+    assert _settled(np.array([0.5, 0.5, 1.0, 0.0])) == pytest.approx(0.5)
+    assert _settled(np.full(4, 0.2)) == pytest.approx(0)
+    assert _settled(np.zeros(4)) == 0
+
+
+def test_so_many_rows_are_fitted_of_each_class_its_share_and_all_are_doubted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ROWS", 500)
+    rng = np.random.default_rng(0)
+    labels = np.arange(1500) % 3  # every third row is of one class: a step of three would see no other
+    logits = 4.0 * np.eye(3)[labels] + rng.normal(size=(1500, 3))
+    bad = rng.random(1500) < 0.2
+    labels = np.where(bad, (labels + 1) % 3, labels)
+    mask, noise = reject(logits, labels)
+    assert noise.rows == 500
+    np.testing.assert_allclose(noise.shares, np.bincount(labels) / 1500, atol=0.005)
+    assert noise.rate == pytest.approx(0.2, abs=0.05)
+    doubts = noise.doubt(logits, labels)
+    alone = [noise.doubt(logits[[row]], labels[[row]])[0] for row in (0, 499, 500, 1499)]
+    np.testing.assert_allclose(doubts[[0, 499, 500, 1499]], alone)
+    assert bad[mask].mean() > 0.8
+    assert mask[bad].mean() > 0.8
+
+
+@pytest.mark.parametrize(("seed", "wrong"), [(0, 0.0), (1, 0.1), (2, 0.4)])
+def test_of_many_classes_shortcuts_find_the_same(seed: int, wrong: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, labels, _ = rows_of(seed, rows=1000, classes=24, sure=4.0, wrong=wrong)
+    quick = label_noise(logits, labels)
+    monkeypatch.setattr(module, "FEW_CLASSES", 24)
+    full = label_noise(logits, labels)
+    assert quick.rate == pytest.approx(full.rate, abs=1e-3)
+    assert quick.statistic == pytest.approx(full.statistic, rel=1e-3, abs=0.01)
+    # Bounds that hold the offsets are a little too narrow.
+    assert full.low - 1e-3 < quick.low <= quick.rate
+    assert quick.low - full.low < 0.1 * (full.high - full.low) + 1e-3
+    assert abs(full.high - quick.high) < 0.1 * (full.high - full.low) + 1e-3
+
+
 def test_the_record_is_plain() -> None:
     record = LabelNoise(0.2, 0.1, 0.3, 9.0, 0.95, 1.5, np.zeros(2), np.array([0.3, 0.7]), 100).to_dict()
     assert record == {
@@ -314,6 +415,7 @@ def test_the_record_is_plain() -> None:
         "rows": 100,
         "offsets": [0.0, 0.0],
         "shares": [0.3, 0.7],
+        "clear": True,
         "evident": True,
     }
 

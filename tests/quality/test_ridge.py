@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tsqlora.quality import ridge as ridge_module
-from tsqlora.quality.ridge import fit_ridge, fit_temperature
+from tsqlora.quality.ridge import fit_ridge, fit_temperature, leave_one_out_logits
 
 
 def without_row(x: np.ndarray, y: np.ndarray, row: int, strength: float, intercept: bool) -> np.ndarray:
@@ -66,3 +66,25 @@ def test_temperature_has_the_least_loss() -> None:
     labels = np.array([rng.choice(3, p=p) for p in np.exp(logits) / np.exp(logits).sum(1, keepdims=True)])
     assert fit_temperature(logits, labels) == pytest.approx(1, abs=0.1)
     assert fit_temperature(logits * 5, labels) == pytest.approx(5, abs=0.5)
+
+
+@given(n=st.integers(6, 30), d=st.integers(1, 8), k=st.integers(2, 4), seed=st.integers(0, 99))
+def test_logits_of_each_row_are_of_the_fit_without_it_over_a_temperature(n: int, d: int, k: int, seed: int) -> None:
+    x, _ = problem(n, d, k, seed)
+    labels = np.arange(n) % k
+    one_hot = np.eye(k + 1)[labels]  # the last class has no row
+    strength = fit_ridge(x, one_hot).strength
+    slow = np.array([without_row(x, one_hot, row, strength, True) for row in range(n)])
+    logits = leave_one_out_logits(x, labels, k + 1)
+    assert logits.dtype == np.float32
+    scaled = slow / fit_temperature(slow, labels)
+    np.testing.assert_allclose(logits, scaled, rtol=1e-2, atol=1e-2 * np.abs(scaled).max())
+
+
+def test_the_temperature_is_fitted_on_some_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, _ = problem(60, 3, 1, 0)
+    rows = []
+    monkeypatch.setattr(ridge_module, "ROWS_TO_CHOOSE", 20)
+    monkeypatch.setattr(ridge_module, "fit_temperature", lambda scores, labels: rows.append(len(scores)) or 1.0)
+    assert leave_one_out_logits(x, np.arange(60) % 3, 3).shape == (60, 3)
+    assert rows == [20]

@@ -139,7 +139,10 @@ def test_the_greatest_rank_is_twice_the_mean_unless_set() -> None:
         ("quality: {temperature: 0}", "quality.temperature is 0", "greater than 0"),
         ("ranks: {mean: .nan}", "ranks.mean is .nan", "finite"),
         ("ranks: {max: 2.5}", "ranks.max is 2.5", "integer"),
-        ("training: {epochs: true}", "training.epochs is true", "integer"),
+        ("training: {epochs: true}", "training.epochs is true", "number"),
+        ("training: {epochs: 0}", "training.epochs is 0", "greater than 0"),
+        ("training: {max_steps: 0.5}", "training.max_steps is 0.5", "integer"),
+        ("training: {max_steps: -1}", "training.max_steps is -1", "equal to 1"),
         ("task: {type: 7}", "task.type is 7", "string"),
         ("task: {type: ''}", "task.type is ''", "at least 1"),
         ("adapter: {target_modules: []}", "adapter.target_modules is []", "at least 1"),
@@ -296,6 +299,12 @@ configs = st.builds(
     adapter=st.fixed_dictionaries({"target_modules": st.text(min_size=1) | st.lists(st.text(min_size=1), min_size=1)}),
     training=st.fixed_dictionaries({"seed": st.integers(0, 2**32 - 1), "lr_scheduler_kwargs": anything}),
 )
+
+
+def test_whole_epochs_are_written_as_integers() -> None:
+    assert [loaded(f"training: {{epochs: {text}}}").training.epochs for text in ("6", "6.0", "0.5")] == [6, 6, 0.5]
+    for text in ("6", "6.0"):
+        assert "epochs: 6\n" in dump_config(loaded(f"training: {{epochs: {text}}}"))
 
 
 @given(configs)

@@ -61,6 +61,7 @@ OTHER_VALUES: dict[str, Any] = {
     "adapter.target_modules": ["query"],
     "adapter.init_from": "another/adapter",
     "training.epochs": 9,
+    "training.max_steps": 70,
     "training.learning_rate": 1e-5,
     "training.batch_size": 4,
     "training.seed": 5,
@@ -207,6 +208,7 @@ def test_every_key_changes_what_some_boundary_is_given(key: str) -> None:
         ("adapter.alpha", "wrap", "alpha"),
         ("training.per_device_eval_batch_size", "training_arguments", "eval_batch_size"),
         ("training.epochs", "training_arguments", "epochs"),
+        ("training.max_steps", "training_arguments", "max_steps"),
     ],
 )
 def test_a_setting_arrives_as_it_was_given(key: str, boundary: str, argument: str) -> None:

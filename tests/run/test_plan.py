@@ -56,6 +56,23 @@ def test_steps_are_those_of_the_drawn_rows(rows: int, batch_size: int, accumulat
     assert told["steps"] == 12 * math.ceil(len(drawn) / accumulation)
 
 
+@pytest.mark.parametrize(
+    ("training", "epochs", "steps", "rows"),
+    [
+        ({"epochs": 0.5}, 1, 4, 29),  # 50 rows are 7 batches
+        ({"epochs": 1.5}, 2, 11, 79),
+        ({"max_steps": 3}, 1, 3, 21),
+        ({"max_steps": 20, "epochs": 0.5}, 3, 20, 143),
+    ],
+)
+def test_steps_that_fill_no_epoch_are_planned_too(
+    training: dict[str, Any], epochs: int, steps: int, rows: int, model: PeftModel
+) -> None:
+    told = planned(settings(training=training, quality={"enabled": False}, ranks={"policy": "fixed"}), model)
+    assert (told["epochs"], told["steps"]) == (epochs, steps)
+    assert told["passes"] == {"training": {"forward": rows, "backward": rows}}
+
+
 def test_rows_budget_and_parameters_are_the_models(model: PeftModel) -> None:
     told = planned(settings(), model)
     assert told["rows"] == {"train": 100, "validation": 10}

@@ -37,3 +37,17 @@ def test_ranks_that_waited_for_scores_in_vain_are_noted(tmp_path: Path) -> None:
         record = pipeline.train(load_config(path), tmp_path / "run")
     assert record.status == "finished"
     assert any(note.startswith("ranks are as they were: the last step to adjust them was ") for note in record.notes)
+
+
+@pytest.mark.parametrize(("training", "steps"), [({"epochs": 0.5}, 3), ({"max_steps": 6, "epochs": 9}, 6)])
+def test_a_run_need_not_end_with_an_epoch(training: dict[str, Any], steps: int, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "train.jsonl", make_rows(80))
+    off = {"quality": {"enabled": False}, "ranks": {"policy": "fixed"}}
+    path = write_config(
+        tmp_path / "c.yaml", save_checkpoint(tmp_path / "model"), data, training={"batch_size": 8} | training, **off
+    )
+    record = pipeline.train(load_config(path), tmp_path / "run")
+    assert (record.status, record.plan["steps"]) == ("finished", steps)
+    assert (tmp_path / "run" / "checkpoints" / f"checkpoint-{steps}").is_dir()
+    planned, trained = record.plan["passes"]["training"]["forward"], record.cost["training"].forward
+    assert abs(planned - trained) < 8

@@ -177,7 +177,7 @@ def test_accumulated_batches_have_the_gradient_of_one(smoothing: float, place: P
     assert norms[1] == pytest.approx(norms[0], rel=1e-3)
 
 
-def arguments(**further: Any) -> Any:
+def arguments(max_steps: int | None = None, **further: Any) -> Any:
     return training_arguments(
         Path("nowhere"),
         epochs=2,
@@ -187,6 +187,7 @@ def arguments(**further: Any) -> Any:
         bf16=False,
         seed=3,
         further=further,
+        max_steps=max_steps,
     )
 
 
@@ -195,6 +196,11 @@ def test_the_trainer_gets_the_rows_in_the_order_of_the_draw() -> None:
     assert args.train_sampling_strategy == "sequential"
     assert (args.seed, args.data_seed, args.per_device_train_batch_size, args.num_train_epochs) == (3, 3, 4, 2)
     assert args.report_to == []
+    assert args.max_steps == -1
+
+
+def test_steps_take_the_place_of_epochs() -> None:
+    assert arguments(max_steps=7).max_steps == 7
 
 
 def test_further_fields_win_over_our_defaults() -> None:

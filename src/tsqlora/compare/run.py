@@ -107,12 +107,17 @@ def settings_hash(settings: Config, cell: Cell, *, equal: Equal, data: str) -> s
 
 
 def planned_steps(job: Job, cell: Cell, *, equal: Equal) -> int:
-    """Optimizer steps of the config's epochs of its fraction; with equal epochs, `all` has epochs of all rows."""
+    """Optimizer steps: training.max_steps, else the config's epochs of its fraction.
+
+    With equal epochs, `all` has epochs of all rows.
+    """
     config, rows = job.config, len(job.data.samples["train"])
+    if config.training.max_steps is not None:
+        return config.training.max_steps
     share = 1.0 if cell.entry.policy == "all" and equal == "epochs" else config.quality.fraction
     batches = math.ceil(draw_size(rows, share) / config.training.batch_size)
     window = int(config.training.further_arguments().get("gradient_accumulation_steps", 1))
-    return math.ceil(batches / window) * config.training.epochs
+    return math.ceil(config.training.epochs * math.ceil(batches / window))
 
 
 def _train(

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float
 
-from tsqlora.quality.label_noise import label_noise
+from tsqlora.quality.label_noise import reject
 from tsqlora.quality.learned import MARGIN
 from tsqlora.quality.sampling import expected_inclusion
 from tsqlora.quality.scores import Scores
@@ -80,7 +80,7 @@ def guarded(scores: Scores, fraction: float) -> tuple[Scores, GuardTest | None]:
 def _worth(scores: Scores) -> tuple[By, np.ndarray] | None:
     if scores.stratified and "logits" in scores.predictions:
         logits = scores.predictions["logits"]
-        noise = label_noise(logits, scores.labels)
+        _, noise = reject(logits, scores.labels, frozen=bool(scores.record.get("frozen")))
         if noise.evident:
             return "doubt", noise.doubt(logits, scores.labels)
     if "convergence" in scores.terms:

@@ -327,6 +327,7 @@ class _Looking:
                 **record,
                 "head_start": None if started.head is None else started.head.summary(),
                 "not_ready": why_not,
+                "frozen": why_not is not None or (started.head is not None and started.head.replaces),
                 "out_of_sample": unseen is not None,
                 "trusted_rows": 0 if trusted is None else len(trusted.rows),
                 **self.rows.about,
@@ -410,6 +411,6 @@ def _predicted(logits: np.ndarray, labels: np.ndarray, task: Task) -> dict[str, 
 
 def without_suspects(scores: Scores) -> Scores:
     """The scores without rows whose label seems wrong; all rows where there is no evidence of wrong labels."""
-    mask, noise = reject(scores.predictions["logits"], scores.labels)
+    mask, noise = reject(scores.predictions["logits"], scores.labels, frozen=scores.record["frozen"])
     noted = replace(scores, record={**scores.record, "noise": noise.to_dict()})
     return noted.drop(mask, "confident negative") if mask.any() else noted

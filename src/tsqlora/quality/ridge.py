@@ -46,7 +46,7 @@ def fit_ridge(
     values, cross = values.clip(0), vectors.T @ cross
     own = 1 / n if intercept else 0.0  # what the intercept adds to each h
 
-    some = np.linspace(0, n - 1, min(n, ROWS_TO_CHOOSE)).astype(int)
+    some = _some(n)
     rotated, answers = (features[some] - mean) @ vectors, targets[some] - centre
     unit = max(float(values.mean()), np.finfo(np.float64).tiny)
 
@@ -66,11 +66,13 @@ def fit_ridge(
 def leave_one_out_logits(
     features: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"], width: int
 ) -> Float[np.ndarray, "n k"]:
-    """Calibrated logits of each row by the fit on all other rows."""
-    onehot = (labels[:, None] == np.arange(width)).astype(np.float32)
-    left_out = fit_ridge(features, onehot).left_out
-    some = np.linspace(0, len(labels) - 1, min(len(labels), ROWS_TO_CHOOSE)).astype(int)
-    return (left_out / fit_temperature(left_out[some], labels[some])).astype(np.float32)
+    """Logits of `width` classes for each row from the ridge fit of one-hot labels on all other rows, in float32.
+
+    A temperature calibrates them, fitted on at most 5,000 rows, those that choose the strength.
+    """
+    scores = fit_ridge(features, np.eye(width, dtype=np.float32)[labels]).left_out
+    some = _some(len(labels))
+    return scores / np.float32(fit_temperature(scores[some], labels[some]))
 
 
 def fit_temperature(scores: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"]) -> float:
@@ -84,6 +86,10 @@ def fit_temperature(scores: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " 
 
     found = minimize_scalar(loss, bounds=(-5.0, 6.0), method="bounded", options={"xatol": 1e-3})
     return spread / float(np.exp(found.x))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _some(n: int) -> Int[np.ndarray, " m"]:
+    return np.linspace(0, n - 1, min(n, ROWS_TO_CHOOSE)).astype(int)
 
 
 def _left_out(

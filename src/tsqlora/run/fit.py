@@ -46,6 +46,7 @@ def arguments(config: Config, run: Path, *, micro_batch_size: int | None = None)
     return training_arguments(
         run / CHECKPOINT_DIR,
         epochs=settings.epochs,
+        max_steps=settings.max_steps,
         learning_rate=settings.learning_rate,
         batch_size=rows,
         eval_batch_size=further.pop("per_device_eval_batch_size"),

@@ -48,7 +48,9 @@ def plan(
     ranks = active_ranks(model)
     shapes = {name: slots.shape for name, slots in find_slots(model).items()}
     batches = math.ceil(len(data) / (args.train_batch_size * args.world_size))
-    steps = math.ceil(batches / args.gradient_accumulation_steps) * config.training.epochs
+    steps_an_epoch = math.ceil(batches / args.gradient_accumulation_steps)
+    steps = config.training.max_steps or math.ceil(config.training.epochs * steps_an_epoch)
+    epochs = steps / steps_an_epoch
     if ranks_callback.options["policy"] != "fixed":
         require_adjustments(steps, **{name: ranks_callback.options[name] for name in ("interval", "warmup", "freeze")})
     uniform = Sensitivity(dict.fromkeys(shapes, 1.0), shapes, "uniform", 0)
@@ -59,9 +61,9 @@ def plan(
         "rows": {name: len(split) for name, split in samples.items()},
         "classes": _classes(task, model, samples["train"]),
         "rows_an_epoch": len(data),
-        "epochs": config.training.epochs,
+        "epochs": math.ceil(epochs),
         "steps": steps,
-        "passes": _passes(task, method, steps=steps, batch=args.train_batch_size * args.gradient_accumulation_steps),
+        "passes": _passes(task, method, epochs=epochs, batch=args.train_batch_size * args.gradient_accumulation_steps),
         "ranks": ranks,
         "budget": used(ranks, shapes),
         "trainable": active_parameters(model),
@@ -113,7 +115,7 @@ def scoring_plan(config: Config, task: Task, model: PeftModel, *, rows: int, max
     }
 
 
-def _passes(task: Task, method: Method, *, steps: int, batch: int) -> dict[str, dict[str, int]]:
+def _passes(task: Task, method: Method, *, epochs: float, batch: int) -> dict[str, dict[str, int]]:
     """Rows that go forward and backward in each phase: of the first look, and of the steps."""
     data, quality, ranks, size = method.data, method.quality, method.ranks, len(method.data)
     found: dict[str, dict[str, int]] = {}
@@ -129,7 +131,7 @@ def _passes(task: Task, method: Method, *, steps: int, batch: int) -> dict[str, 
         found["look"] = {"forward": n + trusted, "backward": 0}
     if ranks is not None and quality is not None and quality.rule.select:
         found["ranks"] = _both(min(ranks.samples, size))
-    return found | {"training": _both(steps * batch)}
+    return found | {"training": _both(round(size * epochs))}
 
 
 def _both(rows: int) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """A run from beginning to end: data, model, look, ranks, training, adapter, record."""
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -66,7 +67,9 @@ def _train(
     args, progress = arguments(config, run, micro_batch_size=rows), stop.watch(progress)
     job = load(config)
     if before is not None and before.data["hash"] != job.data.hash:
-        raise DataError(f"{config.data.train} has other rows than when {run} was begun; name another --out")
+        raise DataError(
+            f"{config.data.train} or another file of data has other rows than when {run} was begun; name another --out"
+        )
     method = build_callbacks(job, run / SCORES_FILE, progress)
     model, record = begin(job, args, method)
     checkpoint, passed_over = newest_complete(run / CHECKPOINT_DIR)
@@ -163,7 +166,7 @@ def draws_of(config: Config, rows: int, run: Path) -> list[np.ndarray]:
         if path.exists():
             scores = Scores.load(path)
             plans[int(scores.record["epoch"])] = data.plan.scored(scores, int(scores.record["epoch"]))
-    return [plans[max(e for e in plans if e <= epoch)].draw(epoch) for epoch in range(config.training.epochs)]
+    return [plans[max(e for e in plans if e <= epoch)].draw(epoch) for epoch in range(math.ceil(config.training.epochs))]
 
 
 def what_to_note(quality: QualityCallback, data: QualitySubset) -> list[str]:

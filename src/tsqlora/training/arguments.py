@@ -24,17 +24,19 @@ def hardware_has_bf16() -> bool:
 def training_arguments(
     output_dir: Path,
     *,
-    epochs: int,
+    epochs: float,
     learning_rate: float,
     batch_size: int,
     eval_batch_size: int,
     bf16: bool,
     seed: int,
     further: dict[str, Any],
+    max_steps: int | None = None,
 ) -> TrainingArguments:
     """TrainingArguments as the method needs them; `further` fields are taken as they are.
 
-    Rows come in the order of the draw, which holds batches of like length already.
+    `max_steps` optimizer steps take the place of `epochs` unless None. Rows come in the order of the draw, which holds
+    batches of like length already.
     """
     defaults: dict[str, Any] = {
         "report_to": "none",
@@ -52,6 +54,7 @@ def training_arguments(
         return TrainingArguments(
             output_dir=str(output_dir),
             num_train_epochs=epochs,
+            max_steps=-1 if max_steps is None else max_steps,
             learning_rate=learning_rate,
             per_device_train_batch_size=batch_size,
             per_device_eval_batch_size=eval_batch_size,

@@ -188,7 +188,6 @@ class AdapterSettings(Section):
 # TrainingArguments that another setting decides, or that would break the method: the cure of each.
 REFUSED_ARGUMENTS: Mapping[str, str] = {
     "num_train_epochs": "set training.epochs",
-    "max_steps": "set training.epochs",
     "per_device_train_batch_size": "set training.batch_size",
     "output_dir": "give the run directory as --out",
     "resume_from_checkpoint": "give --resume",
@@ -207,7 +206,8 @@ class TrainingSettings(Section):
 
     model_config = ConfigDict(extra="allow")
 
-    epochs: int = setting(6, "Passes over the drawn share of the rows.", ge=1)
+    epochs: float = setting(6, "Passes over the drawn share of the rows; 0.5 is half of one.", gt=0)
+    max_steps: int | None = setting(None, "Optimizer steps; null trains for epochs.", ge=1)
     learning_rate: float = setting(5e-4, "Peak learning rate.", gt=0)
     batch_size: int = setting(16, "Samples of a training batch on each device.", ge=1)
     seed: int = setting(0, "Of every random draw.", ge=0, lt=2**32)
@@ -215,6 +215,11 @@ class TrainingSettings(Section):
     def further_arguments(self) -> dict[str, Any]:
         """The settings that are handed on to `transformers.TrainingArguments` as they are."""
         return dict(self.model_extra or {})
+
+    @field_validator("epochs")
+    @classmethod
+    def _whole_epochs_are_written_as_integers(cls, epochs: float) -> float:
+        return int(epochs) if epochs.is_integer() else epochs
 
     @model_validator(mode="before")
     @classmethod
