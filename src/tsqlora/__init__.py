@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tsqlora.quality.subset import QualitySubset
     from tsqlora.ranks.allocate import Sensitivity, allocate
     from tsqlora.ranks.events import RankEvent
+    from tsqlora.run.pool import select
     from tsqlora.training.checkpoints import last_checkpoint
     from tsqlora.training.nonfinite import GuardCallback
     from tsqlora.training.quality_callback import QualityCallback
@@ -49,6 +50,7 @@ __all__ = [
     "last_checkpoint",
     "sample",
     "score",
+    "select",
     "sensitivity",
     "wrap",
 ]
@@ -65,6 +67,7 @@ _HOMES = {
     "ranks.allocate": ("Sensitivity", "allocate"),
     "ranks.events": ("RankEvent",),
     "layer_sensitivity": ("sensitivity",),
+    "run.pool": ("select",),
     "training.nonfinite": ("GuardCallback",),
     "training.checkpoints": ("last_checkpoint",),
     "training.quality_callback": ("QualityCallback",),

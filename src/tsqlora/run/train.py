@@ -166,7 +166,9 @@ def draws_of(config: Config, rows: int, run: Path) -> list[np.ndarray]:
         if path.exists():
             scores = Scores.load(path)
             plans[int(scores.record["epoch"])] = data.plan.scored(scores, int(scores.record["epoch"]))
-    return [plans[max(e for e in plans if e <= epoch)].draw(epoch) for epoch in range(math.ceil(config.training.epochs))]
+    return [
+        plans[max(e for e in plans if e <= epoch)].draw(epoch) for epoch in range(math.ceil(config.training.epochs))
+    ]
 
 
 def what_to_note(quality: QualityCallback, data: QualitySubset) -> list[str]:
