@@ -7,14 +7,11 @@ import pytest
 import torch
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig, PeftModel
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.trainer_callback import PrinterCallback
 
 import tsqlora as tsq
 from scoring import quality_by
+from words import llama, tokenizer
 
 trl = pytest.importorskip("trl", reason="needs trl")
 
@@ -25,43 +22,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`label_smoothing_factor` is deprecated:FutureWarning"),
 ]
 
-WORDS = ["<pad>", "<eos>", "<unk>", "user", "assistant", *(f"w{j}" for j in range(40))]
-CHAT = (
-    "{% for m in messages %}{{ m['role'] }} {% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }} "
-    "{{ eos_token }} {% endgeneration %}{% else %}{{ m['content'] }} {% endif %}{% endfor %}"
-)
 TEXT = [{"text": " ".join(f"w{j * k % 40}" for k in range(3 + j % 6))} for j in range(40)]
 PAIRS = [{"prompt": f"w{j}", "completion": f" w{j} w{(j + 1) % 40}"} for j in range(40)]
 TALKS = [
     {"messages": [{"role": "user", "content": f"w{j}"}, {"role": "assistant", "content": f"w{j} w{(j + 1) % 40}"}]}
     for j in range(40)
 ]
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = Tokenizer(WordLevel({word: j for j, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
-    made = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
-    made.chat_template = CHAT
-    return made
-
-
-def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=32,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-        initializer_range=0.3,
-    )
-    return LlamaForCausalLM(config)
 
 
 LORA = LoraConfig(r=4, target_modules="all-linear")

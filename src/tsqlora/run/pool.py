@@ -24,6 +24,7 @@ from tsqlora.quality.rule import Compute, RowNames, ScoringRule
 from tsqlora.quality.score import score
 from tsqlora.quality.subset import equals
 from tsqlora.quality.trusted import Trusted
+from tsqlora.tasks import Task
 from tsqlora.tasks.classification import Classification
 from tsqlora.tasks.forward import task_of
 from tsqlora.tasks.generation import Generation
@@ -116,15 +117,8 @@ class _Reader:
     preferences: bool
 
     @classmethod
-    def of(
-        cls,
-        names: Sequence[str],
-        model: nn.Module,
-        task: Any,
-        tokenizer: PreTrainedTokenizerBase,
-        limit: int,
-        pool: Any,
-    ) -> "_Reader":
+    def of(cls, pool: Any, model: nn.Module, task: Task, tokenizer: PreTrainedTokenizerBase, limit: int) -> "_Reader":
+        names = pool.column_names
         if isinstance(task, Generation):
             preferences = {"chosen", "rejected"} <= {*names}
             found = ["prompt", "completion"] if preferences else list(names)

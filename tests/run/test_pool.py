@@ -1,0 +1,64 @@
+"""Rows of a pool for any trainer: what comes back, and which rows those are."""
+
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+
+import tsqlora as tsq
+from tsqlora.errors import DataError, SettingsError
+from words import llama, tokenizer
+
+TOKENIZER = tokenizer()
+
+
+def adapted() -> Any:
+    torch.manual_seed(0)
+    return get_peft_model(llama(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+def pairs(words: range, answer: str) -> list[dict[str, str]]:
+    return [{"prompt": f"w{word}", "completion": f" {answer}", "note": f"{word} {answer}"} for word in words]
+
+
+def test_rows_like_the_trusted_ones_are_drawn() -> None:
+    pool = Dataset.from_list([*pairs(range(40), "w1"), *pairs(range(40), "w2")])
+    trusted = pairs(range(5, 17), "w1")
+    chosen = tsq.select(adapted(), pool, processing_class=TOKENIZER, trusted=trusted, fraction=0.25, learning_rate=2e-2)
+    assert isinstance(chosen, Dataset)
+    assert chosen.column_names == pool.column_names
+    assert len(chosen) == 20
+    assert sum(row["completion"] == " w1" for row in chosen) >= 14
+    # A row with the prompt of a trusted one leaves the pool, whatever its answer.
+    assert not {row["prompt"] for row in chosen} & {row["prompt"] for row in trusted}
+
+
+def talk(word: int) -> dict[str, list[dict[str, str]]]:
+    return {"messages": [{"role": "user", "content": f"w{word}"}, {"role": "assistant", "content": "w1"}]}
+
+
+@pytest.mark.parametrize("of", ["chats", "preferences", "texts"])
+def test_every_kind_of_text_has_its_rows(of: str) -> None:
+    rows = {
+        "chats": [
+            {"messages": [{"role": "user", "content": f"w{j}"}, {"role": "assistant", "content": "w1"}]}
+            for j in range(12)
+        ],
+        "preferences": [{"prompt": f"w{j}", "chosen": " w1", "rejected": " w2"} for j in range(12)],
+        "texts": [{"text": f"w{j} w1 w2"} for j in range(12)],
+    }[of]
+    model = adapted()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    chosen = tsq.select(model, rows, processing_class=TOKENIZER, trusted=rows[:3], fraction=0.5)
+    assert len(chosen) == 6
+    assert all(row in rows[3:] for row in chosen)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_what_cannot_be_read_is_named() -> None:
+    with pytest.raises(SettingsError, match="stream"):
+        tsq.select(adapted(), iter(pairs(range(3), "w1")), processing_class=TOKENIZER)
+    with pytest.raises(DataError, match="dataset"):
+        tsq.select(adapted(), [{"a": "w1", "b": "w2"}], processing_class=TOKENIZER)
