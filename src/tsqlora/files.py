@@ -8,9 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-if TYPE_CHECKING:  # torch takes seconds to import, and `tsqlora --help` writes nothing
+if TYPE_CHECKING:  # `tsqlora --help` waits neither for torch nor for numpy
     from torch import Tensor
 
 
@@ -53,6 +51,8 @@ def write_tensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: dict[st
 
 
 def _plain(value: Any) -> Any:
+    import numpy as np
+
     if isinstance(value, np.generic):
         return value.item()
     raise TypeError(f"{value!r} is no JSON value")

@@ -11,7 +11,6 @@ from tsqlora.cli import adapters, console, reports, rows, runs
 from tsqlora.errors import TsqLoraError, printable
 
 app = typer.Typer(
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     epilog="Every command has an example in its --help, and takes --debug to show where an error arose.",

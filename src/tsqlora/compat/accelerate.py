@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import is_compiled_module as is_compiled
 from accelerate.utils.memory import clear_device_cache
 from accelerate.utils.memory import should_reduce_batch_size as says_out_of_memory
+from accelerate.utils.other import is_compiled_module as is_compiled
 
 __all__ = ["clear_device_cache", "is_compiled", "says_out_of_memory"]
 

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerState, trainer_pt_utils
 from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
     get_reporting_integration_callbacks,
 )
 from transformers.models.auto import modeling_auto
-from transformers.trainer_pt_utils import BatchRebalanceSampler, DistributedLengthGroupedSampler, LengthGroupedSampler
 
 
 def set_deletion_order(checkpoints: Iterable[Path]) -> None:
@@ -66,7 +65,10 @@ def was_loaded(parameter: Tensor) -> bool:
 
 def knows_lengths(sampler: Any) -> bool:
     """Whether a sampler of the Trainer's read the rows' lengths once, when it was made."""
-    return isinstance(sampler, LengthGroupedSampler | DistributedLengthGroupedSampler | BatchRebalanceSampler)
+    names = ("LengthGroupedSampler", "DistributedLengthGroupedSampler", "BatchRebalanceSampler")  # the last from 5.x on
+    return isinstance(
+        sampler, tuple(getattr(trainer_pt_utils, name) for name in names if hasattr(trainer_pt_utils, name))
+    )
 
 
 def packing_method(config: Any) -> str | None:

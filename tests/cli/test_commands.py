@@ -1,0 +1,45 @@
+"""What `tsqlora` imports before it has work, which is what a user waits for, and completion in the shell."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ADAPTER = Path(__file__).parents[1] / "fixtures" / "v0.1" / "run" / "adapter"
+NUMPY = {"huggingface_hub", "numpy", "regex", "safetensors"}
+"""What the doctor reads an adapter with."""
+TORCH = {"accelerate", "datasets", "jinja2", "pandas", "peft", "pyarrow", "scipy", "sklearn", "torch", "transformers"}
+
+SCRIPT = """
+import sys
+from tsqlora.cli import main
+try:
+    main()
+finally:
+    print(*{name.partition(".")[0] for name in sys.modules}, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unused"),
+    [
+        (["--help"], NUMPY | TORCH),
+        (["--version"], NUMPY | TORCH),
+        (["doctor", "--help"], NUMPY | TORCH),
+        (["doctor", str(ADAPTER)], TORCH),
+    ],
+)
+def test_a_light_command_imports_no_heavy_library(arguments: list[str], unused: set[str]) -> None:
+    done = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not unused & set(done.stderr.split())
+
+
+@pytest.mark.parametrize(("typed", "completed"), [("tsqlora ex", "export"), ("tsqlora export --for", "--format")])
+def test_the_shell_completes_commands_and_options(typed: str, completed: str) -> None:
+    asked = {"_TSQLORA_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
+    script = "import sys; sys.argv = ['tsqlora']; from tsqlora.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", script], env=os.environ | asked, capture_output=True, text=True)
+    assert done.stdout.split() == [completed]
