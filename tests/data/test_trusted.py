@@ -13,6 +13,7 @@ from runs import Row, make_rows, save_checkpoint, write_jsonl
 from tsqlora.data.prepare import Prepared, Writing, prepare
 from tsqlora.data.splits import read_data
 from tsqlora.errors import DataError
+from tsqlora.quality.subset import equals
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +47,7 @@ def test_trusted_rows_are_a_split_of_their_own(tmp_path: Path, tokenizer: PreTra
     assert list(data.samples) == list(data.splits.sources) == ["train", "trusted", "validation", "test"]
     assert data.splits.rows("trusted").rows == tuple(trusted)
     assert data.samples["trusted"].labels.tolist() == [row["label"] for row in trusted]
-    assert data.in_trusted is not None
-    assert not data.in_trusted.any()
+    assert equals(data.samples["train"], data.samples["trusted"]) is None
     assert data.notes == ()
 
 
@@ -55,7 +55,6 @@ def test_they_are_part_of_the_datas_name(tmp_path: Path, tokenizer: PreTrainedTo
     pool, trusted = make_rows(20), make_rows(6, seed=1)
     some = [{}, {"trusted": trusted}, {"trusted": trusted[:-1]}, {"trusted": trusted[::-1]}, {"validation": trusted}]
     assert len({prepared(tmp_path, tokenizer, train=pool, **files).hash for files in some}) == len(some)
-    assert prepared(tmp_path, tokenizer, train=pool).in_trusted is None
 
 
 @pytest.mark.parametrize(
@@ -104,8 +103,9 @@ def test_a_training_row_with_a_trusted_rows_input_is_marked_whatever_its_label(
 ) -> None:
     turned = [{**row, "label": 1 - row["label"]} for row in (POOL[1], POOL[6])]
     data = prepared(tmp_path, tokenizer, train=POOL, trusted=turned + labelled(["kind"]), validation=labelled(["a"]))
-    assert data.in_trusted is not None
-    assert np.flatnonzero(data.in_trusted).tolist() == [1, 6]
+    same = equals(data.samples["train"], data.samples["trusted"])
+    assert same is not None
+    assert np.flatnonzero(same).tolist() == [1, 6]
     assert len(data.samples["trusted"]) == 3
     assert data.notes == ()
 
@@ -113,8 +113,9 @@ def test_a_training_row_with_a_trusted_rows_input_is_marked_whatever_its_label(
 def test_a_pair_is_one_input(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     train = [{"text": "good", "text_pair": second, "label": j % 2} for j, second in enumerate(("day", "tree", "a"))]
     data = prepared(tmp_path, tokenizer, train=train, trusted=[train[1]], validation=[{**train[1], "text": "bad"}])
-    assert data.in_trusted is not None
-    assert data.in_trusted.tolist() == [False, True, False]
+    same = equals(data.samples["train"], data.samples["trusted"])
+    assert same is not None
+    assert same.tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("trusted", [[0, 3], [3, 0, 0]])
@@ -123,8 +124,6 @@ def test_where_none_is_left_is_an_error(trusted: list[int], tmp_path: Path, toke
     rows = [POOL[j] for j in trusted]
     with pytest.raises(DataError, match=r"trusted\.jsonl.* data\.trusted"):
         prepared(tmp_path, tokenizer, train=POOL, trusted=rows, validation=measured)
-    with pytest.raises(DataError, match=r"train\.jsonl.* data\.trusted"):
-        prepared(tmp_path, tokenizer, train=rows, trusted=POOL, validation=labelled(["a"]))
 
 
 def chat(*turns: str) -> Row:
@@ -138,7 +137,6 @@ FORMATS: dict[str, tuple[Row, Row, Row]] = {
     "document": tuple({"document": p, "summary": c} for p, c in (("ab", "c"), ("ab", "d"), ("cd", "c"))),  # type: ignore[dict-item]
     "alpaca": tuple({"instruction": "a", "input": p, "output": c} for p, c in (("b", "c"), ("b", "d"), ("", "c"))),  # type: ignore[dict-item]
     "chat": (chat("s", "u1", "a1", "u2", "a2"), chat("s", "u1", "a1", "u2", "a3", "u4"), chat("s", "u1", "a2")),
-    "an answer alone": (chat("s", "a1"), chat("s", "a1"), chat("s", "a2")),
     "text": ({"text": "ab"}, {"text": "ab"}, {"text": "abc"}),
 }
 """Of each format a row, one with its input, one with another."""
@@ -151,17 +149,8 @@ def test_a_text_s_input_is_its_prompt(name: str, tmp_path: Path) -> None:
     data = prepared(
         tmp_path, writes, answer="text", train=[other, alike, other], trusted=[row, row], validation=[other]
     )
-    assert data.in_trusted is not None
-    assert data.in_trusted.tolist() == [False, True, False]
+    same = equals(data.samples["train"], data.samples["trusted"])
+    assert same is not None
+    assert same.tolist() == [False, True, False]
     data = prepared(tmp_path, writes, answer="text", train=[alike, other], trusted=[row, other], validation=[alike])
     assert data.splits.places["trusted"].tolist() == [1]
-
-
-def test_the_mask_is_of_samples_also_where_rows_are_left_out(tmp_path: Path) -> None:
-    rows = [{"prompt": p, "completion": "x" * length} for p, length in (("a", 99), ("b", 1), ("c", 1))]
-    data = prepared(
-        tmp_path, byte_tokenizer(), answer="text", train=rows, trusted=[rows[2], rows[0]], validation=[rows[1]]
-    )
-    assert data.in_trusted is not None
-    assert (len(data.samples["train"]), data.in_trusted.tolist()) == (2, [False, True])
-    assert len(data.samples["trusted"]) == 1

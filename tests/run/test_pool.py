@@ -20,7 +20,7 @@ def adapted() -> Any:
 
 
 def pairs(words: range, answer: str) -> list[dict[str, str]]:
-    return [{"prompt": f"w{word}", "completion": f" {answer}", "note": f"{word} {answer}"} for word in words]
+    return [{"prompt": f"w3 w{word}", "completion": f" {answer}", "note": f"{word} {answer}"} for word in words]
 
 
 def test_rows_like_the_trusted_ones_are_drawn() -> None:

@@ -14,7 +14,7 @@ from tsqlora.data.rows import Rows
 from tsqlora.data.samples import TokenisedSplit, store
 from tsqlora.data.splits import MEASURED, Splits
 from tsqlora.data.tokenise import tokenise
-from tsqlora.data.trusted import apart, input_numbers, numbers_of, repeated
+from tsqlora.data.trusted import apart, input_numbers, numbers_of
 from tsqlora.errors import SettingsError
 
 
@@ -34,8 +34,6 @@ class Prepared:
     samples: Mapping[str, TokenisedSplit]
     notes: tuple[str, ...] = ()
     """What the user should know: rows that were left out, and rows that are in two splits."""
-    in_trusted: np.ndarray | None = None
-    """Whether each training sample's input is a trusted row's, whatever its label; None without trusted rows."""
 
     @property
     def hash(self) -> str:
@@ -64,7 +62,7 @@ def prepare(
 
     Rows are read in chunks and samples kept on disk, as in `store`. A row whose target does not fit whole is left out
     of splits and samples, and a note says so; so is a trusted row whose input validation or test has, too.
-    Raises DataError where no trusted row is left, or no training row but those that repeat them.
+    Raises DataError where no trusted row is left.
     """
     splits, measured_too = apart(splits)
     samples, texts = dict[str, TokenisedSplit](), dict[str, np.ndarray]()
@@ -79,7 +77,7 @@ def prepare(
     places = {name: split.ids for name, split in samples.items() if split.ids is not None}
     splits = replace(splits, places=places)
     notes = [note for split in samples.values() if (note := left_out(split))]
-    return Prepared(splits, samples, (*notes, *measured_too, *_seen_in_training(texts)), repeated(splits))
+    return Prepared(splits, samples, (*notes, *measured_too, *_seen_in_training(texts)))
 
 
 def _encoded(

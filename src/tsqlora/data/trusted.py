@@ -1,4 +1,4 @@
-"""Trusted rows: none that measures is among them, and training rows that repeat them are found."""
+"""Trusted rows: none that measures is among them."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, replace
@@ -44,23 +44,6 @@ def apart(splits: Splits) -> tuple[Splits, tuple[str, ...]]:
         )
     note = f"{seen.sum()} of {len(seen)} trusted rows are left out: validation or test rows have the same input"
     return replace(splits, places={**splits.places, "trusted": splits.places["trusted"][~seen]}), (note,)
-
-
-def repeated(splits: Splits) -> np.ndarray | None:
-    """Whether each training row has the input of a trusted row; None without trusted rows.
-
-    Raises DataError where every one has.
-    """
-    if "trusted" not in splits.sources:
-        return None
-    found = np.isin(_of_split(splits, "train"), _of_split(splits, "trusted"))
-    if found.all():
-        raise DataError(
-            f"{splits.sources['train'].name}: every training row has the input of a row of "
-            f"{splits.sources['trusted'].name}, so that none is left to train on before these; add rows to data.train, "
-            "or leave out data.trusted"
-        )
-    return found
 
 
 def _of_split(splits: Splits, name: str) -> np.ndarray:

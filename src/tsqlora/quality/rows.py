@@ -63,7 +63,8 @@ def input_of(row: Any) -> tuple[Any, ...] | None:
         return held({name: value for name, value in row.items() if name not in LABELS})
     if labels is not None and np.ndim(labels) == 1 and len(labels) == len(ids):
         prompt = np.asarray(ids)[np.asarray(labels) == IGNORED]
-        return held({"input_ids": prompt}) if len(prompt) else held({"input_ids": ids})
+        # Of plain text the first token is no target either: it follows from nothing.
+        return held({"input_ids": prompt if len(prompt) > 1 else ids})
     return held({"input_ids": ids})
 
 

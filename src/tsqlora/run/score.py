@@ -62,7 +62,7 @@ def score_rows(
             job, model = run.job(_splits(source, run), folder=tokens), run.model
         else:
             config = with_start(load_config(source, overrides))
-            require_apart(out, config.data.train, config.data.validation, config.data.test)
+            require_apart(out, config.data.train, config.data.trusted, config.data.validation, config.data.test)
             require_scoring(config)
             job = load(config, folder=tokens)
             model = with_slots(config, job.pretrained).to(device_of(config))
