@@ -21,6 +21,7 @@ for command in (
     runs.init,
     runs.train,
     rows.score,
+    rows.explain,
     rows.select,
     rows.allocate,
     runs.evaluate,

@@ -178,6 +178,25 @@ def _sample_cells(sample: Mapping[str, Any]) -> tuple[Text, ...]:
     )
 
 
+def show_row(console: Console, row: Mapping[str, Any]) -> None:
+    """One row: its text, what is predicted for it, and why it is drawn from or left out."""
+    unseen = ", by a fit that has not seen the row" if row["out_of_sample"] else ""
+    lines = {f"row {row['id']}": "(text not found)" if row["text"] is None else _shortened(row["text"])}
+    lines["label"] = _label(row["label"])
+    if "predicted" in row:
+        sure = f" {row['predicted_probability']:.0%}" if "predicted_probability" in row else ""
+        of_label = f"; the label {row['label_probability']:.0%}" if "label_probability" in row else ""
+        lines["prediction"] = f"{_label(row['predicted'])}{sure}{of_label}{unseen}"
+    if row["wrong_probability"] is not None:
+        lines["wrong label"] = f"with a chance of {row['wrong_probability']:.0%}"
+    lines["terms"] = "  ".join(f"{name} {value:.3g}" for name, value in row["terms"].items())
+    lines["reason"] = row["why"] if row["reason"] == "kept" else f"left out: {row['why']}"
+    if "drawn" in row:
+        lines["drawn"] = f"in {row['drawn']} of {row['epochs']} epochs"
+    for name, value in lines.items():
+        console.print(Text.assemble((f"{name:<12}", "bold"), value), soft_wrap=True)
+
+
 def _label(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else _shortened(str(value))
 
@@ -188,36 +207,34 @@ def _shortened(text: str) -> str:
     return line if len(line) <= _TEXT else f"{line[: _TEXT - 40]} … {line[-37:]}"
 
 
+def show_suspects(console: Console, looked: Mapping[str, Any]) -> None:
+    """The labels that a look doubts most, with the truth."""
+    noise, rows = looked["noise"], looked["suspects"]
+    evidence = f"{noise['rate']:.0%} ({noise['low']:.0%} to {noise['high']:.0%})" if noise["evident"] else "none"
+    table = Table("label given", "predicted", "truth", title="likely wrong labels, before any training")
+    table.add_column("text", no_wrap=True, overflow="ellipsis", ratio=1)
+    for row in rows:
+        table.add_row(row["label"], row["predicted"], row["true"], row["text"], style="red" if row["wrong"] else "")
+    console.print(table)
+    console.print(
+        f"{sum(row['wrong'] for row in rows)} of these {len(rows)} labels are wrong in truth. Estimated share of wrong "
+        f"labels: {evidence}. Of the {looked['left_out']} rows left out {looked['left_out_wrong']} are wrong in truth; "
+        f"{looked['wrong']} wrong labels were planted.\n",
+        highlight=False,
+    )
+
+
 def show_demo(console: Console, result: Mapping[str, Any]) -> None:
     """The demo's comparison, side by side."""
     runs: list[Mapping[str, Any]] = result["runs"]
     table = Table("", *(run["name"] for run in runs), title="measured in this run", title_justify="left")
-    phases = list(dict.fromkeys(phase for run in runs for phase in run["seconds"]))
     table.add_row("test accuracy", *(f"{run['test']['accuracy']:.1%}" for run in runs))
-    table.add_row("test macro-F1", *(f"{run['test']['macro_f1']:.3f}" for run in runs))
-    table.add_row("wrong labels among samples used", *(f"{run['wrong_share']:.1%}" for run in runs))
-    table.add_row("… once rows are scored", *(f"{run['wrong_share_late']:.1%}" for run in runs))
+    table.add_row("seconds, look and ranks included", *(f"{run['total_seconds']:.1f}" for run in runs))
     table.add_row("training steps", *(f"{run['steps']:,}" for run in runs))
     table.add_row("trainable parameters", *(f"{run['trainable']:,}" for run in runs))
-    for phase in phases:
-        table.add_row(
-            f"seconds, {phase}", *(f"{run['seconds'][phase]:.1f}" if phase in run["seconds"] else "–" for run in runs)
-        )
-    table.add_row("seconds, total", *(f"{sum(run['seconds'].values()):.1f}" for run in runs))
+    table.add_row("ranks moved", *(f"{run['moved']:,}" for run in runs))
     console.print(table)
     console.print(ranks_table(runs[-1]["ranks"]))
-    what = "the rows that TsqLoRA left out most surely" if result["left_out"] else "of the rows, none of them left out"
-    console.print(f"\nlowest quality: {what}", highlight=False)
-    suspects = Table("Q", "label given", "true label", "text")
-    for row in result["suspects"]:
-        suspects.add_row(
-            f"{row['quality']:.2f}", row["label"], row["true"], row["text"], style="red" if row["wrong"] else ""
-        )
-    console.print(suspects)
-    console.print(result["verdict"], highlight=False)
+    console.print(f"\n{result['verdict']}", highlight=False)
     if result["out"]:
-        console.print(
-            f"runs are in {result['out']}; `PeftModel.from_pretrained(base, '…/tsqlora/adapter')` loads the adapter",
-            markup=False,
-        )
-        console.print(f"why, and what it cost: {result['report']}", soft_wrap=True, markup=False, highlight=False)
+        console.print(f"report: {result['report']}", soft_wrap=True, markup=False, highlight=False)

@@ -12,7 +12,8 @@ from rich.text import Text
 
 from tsqlora.progress import Pulse
 
-_STEPS = ("warm-up", "training")
+_STEPS = "training"
+"""The phase that counts steps; others count rows."""
 
 
 class Display:
@@ -59,7 +60,7 @@ class Display:
 
     def progress(self, phase: str, done: int, total: int, pulse: Pulse | None = None, /) -> None:
         """The Progress that the library reports to."""
-        unit = "steps" if phase in _STEPS else "rows"
+        unit = "steps" if phase == _STEPS else "rows"
         if phase not in self.phases:
             self.phases[phase] = self.bars.add_task(phase, total=total, rate="")
         task = self.bars.tasks[self.bars.task_ids.index(self.phases[phase])]

@@ -1,4 +1,4 @@
-"""Commands that choose rows and ranks for any trainer: score, select, allocate."""
+"""Commands that choose rows and ranks for any trainer: score, explain, select, allocate."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tsqlora.cli import console
-from tsqlora.cli.display import show_allocation, show_numbers, show_scores, show_scoring_plan
+from tsqlora.cli.display import show_allocation, show_numbers, show_row, show_scores, show_scoring_plan
 from tsqlora.cli.options import Json, Set, Source
 from tsqlora.cli.progress_bars import Display
 from tsqlora.errors import SettingsError
@@ -32,7 +32,7 @@ def score(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, score nothing.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Scores every training row: after a config's warm-up, or by the weights of a run.
+    """Scores every training row: with a fitted head on a config's model, or by the weights of a run.
 
     Without data.validation a tenth of the rows is held out, as in training.
     Of a RUN and another file (--set data.train=...) every row is scored.
@@ -72,6 +72,21 @@ def _summary(scores: "Scores", path: Path, explain: int | None, data: Path | Non
     counts = {"rows": len(scores), "kept": int(scores.kept.sum()), "held_out": scores.record.get("held_out", 0)}
     summary = {"scores": str(path), **counts, **{name: scores.record[name] for name in names}}
     return summary if explain is None else summary | {"explained": explain_samples(scores, explain, data=data)}
+
+
+def explain(
+    source: Annotated[Path, typer.Argument(metavar="RUN|SCORES", help="What `train` or `score` wrote.")],
+    row: Annotated[int, typer.Option(metavar="N", min=0, help="The row's number in its file, from 0.")],
+    data: Annotated[Path | None, typer.Option(help="The scored file, where it is not found.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Says why a training row was drawn, gated or suspected.
+
+    Example: tsqlora explain run --row 17
+    """
+    from tsqlora.run.explain import explain_source
+
+    console.show(explain_source(source, row, data=data), as_json, show_row)
 
 
 def select(

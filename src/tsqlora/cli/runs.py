@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from tsqlora.cli import console
-from tsqlora.cli.display import show_demo, show_numbers, show_plan, show_record
+from tsqlora.cli.display import show_demo, show_numbers, show_plan, show_record, show_suspects
 from tsqlora.cli.options import Beams, ConfigFile, Json, NewTokens, Run, Set
 from tsqlora.cli.progress_bars import Display
 from tsqlora.errors import SettingsError
@@ -18,14 +18,15 @@ def demo(
     seed: Annotated[int, typer.Option(help="Of every random draw.", min=0)] = 0,
     as_json: Json = False,
 ) -> None:
-    """The main job on an embedded model and data: three trainings side by side, with wrong labels to find.
+    """The main job on an embedded model and data: wrong labels found before training, then two trainings.
 
     Example: tsqlora demo --out demo-runs
     """
     from tsqlora.run.demo import run_demo
 
     with Display(console.stderr) as display:
-        result = run_demo(out, seed=seed, progress=display.progress, say=display.say)
+        first = {} if as_json else {"show": lambda looked: console.show(looked, False, show_suspects)}
+        result = run_demo(out, seed=seed, progress=display.progress, say=display.say, **first)
     console.show(result, as_json, show_demo)
 
 
@@ -69,7 +70,7 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, train nothing.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Trains: warm-up, scores, ranks, quality draws; writes an adapter that plain PEFT loads.
+    """Trains: a look at all rows, then LoRA with moving ranks; writes an adapter that plain PEFT loads.
 
     Example: tsqlora train tsq.yaml --set quality.fraction=0.3 --out run
     """

@@ -10,7 +10,18 @@ from jaxtyping import Bool, Float
 from tsqlora.data.cells import row_hash, row_text
 from tsqlora.data.rows import Source, open_split
 from tsqlora.errors import DataError
+from tsqlora.quality.label_noise import reject
 from tsqlora.quality.scores import REASONS, Scores
+
+WHY = {
+    "kept": "drawn from",
+    "duplicate": "near-duplicate of another row",
+    "outlier": "gradient far larger than is usual in its class",
+    "confident negative": "likely wrong label",
+    "gated": "the trusted model disagrees with its label",
+    "trusted row": "its input equals a trusted row's",
+}
+"""Each of REASONS in plain words; all but the first are reasons why a row is left out."""
 
 
 def suspicion(scores: Scores) -> Float[np.ndarray, " n"]:
@@ -61,6 +72,42 @@ def explain(scores: Scores, n: int, *, data: Path | None = None) -> dict[str, An
     return {**samples, "likely_wrong_rows": len(wrong)}
 
 
+def place_of(scores: Scores, row: int) -> int:
+    """The place in the scores of the row with this id.  Raises DataError where it was not scored."""
+    ids = np.arange(len(scores)) if scores.ids is None else scores.ids
+    found = np.flatnonzero(ids == row)
+    if len(found) == 0:
+        raise DataError(
+            f"row {row} is none of the {len(scores):,} scored rows, whose numbers go from {ids.min()} to {ids.max()}; "
+            "it was held out, or is of another file"
+        )
+    return int(found[0])
+
+
+def explain_row(scores: Scores, row: int, *, data: Path | None = None) -> dict[str, Any]:
+    """What is known of the row with this id, and why it is drawn from or left out, as plain JSON.
+
+    Its text is None where its file does not have it. Raises DataError for a row that was not scored.
+    """
+    j = place_of(scores, row)
+    doubts = doubt(scores)
+    return {
+        **_sample(scores, j, texts_or_why(scores, [j], data)[0].get(j)),
+        "why": WHY[REASONS[0 if scores.reasons is None else int(scores.reasons[j])]],
+        "wrong_probability": None if doubts is None else float(doubts[j]),
+        "out_of_sample": bool(scores.record.get("out_of_sample")),
+    }
+
+
+def doubt(scores: Scores) -> Float[np.ndarray, " n"] | None:
+    """The chance that each label is wrong, where that was estimated; 0 for all without evidence of wrong labels."""
+    if scores.record.get("noise") is None or "logits" not in scores.predictions:
+        return None
+    logits, labels = scores.predictions["logits"], scores.labels
+    _, noise = reject(logits, labels, frozen=bool(scores.record.get("frozen")))
+    return noise.doubt(logits, labels) if noise.evident else np.zeros(len(scores))
+
+
 def _source(scores: Scores, data: Path | None) -> Source:
     named = data if data is not None else scores.record.get("data")
     if named is None or scores.hashes is None or "columns" not in scores.record:
@@ -86,6 +133,22 @@ def find_texts(scores: Scores, rows: Iterable[int], source: Source) -> dict[int,
     return {j: found[name] for j, name in hashes.items() if name in found}
 
 
+def texts_or_why(scores: Scores, rows: Iterable[int], data: Path | None = None) -> tuple[dict[int, str], str | None]:
+    """The texts that are found, and why others are not. Only files are looked into: a hub id would be a request."""
+    named, wanted = data or scores.record.get("data"), list(rows)
+    if scores.hashes is None or named is None or "columns" not in scores.record:
+        return {}, "the scores do not name the rows they are of"
+    if not Path(named).exists():
+        return {}, f"{named} is not on this machine"
+    try:
+        found = find_texts(scores, wanted, open_split(named, split="train"))
+    except (DataError, OSError, UnicodeError) as error:
+        return {}, f"{named} cannot be read ({error})"
+    if missing := len(wanted) - len(found):
+        return found, f"{named} has changed and lacks {missing} of these rows"
+    return found, None
+
+
 def _texts(scores: Scores, rows: np.ndarray, source: Source) -> dict[int, str]:
     """The text of each of these rows."""
     found = find_texts(scores, rows.tolist(), source)
@@ -94,7 +157,7 @@ def _texts(scores: Scores, rows: np.ndarray, source: Source) -> dict[int, str]:
     return found
 
 
-def _sample(scores: Scores, j: int, text: str) -> dict[str, Any]:
+def _sample(scores: Scores, j: int, text: str | None) -> dict[str, Any]:
     names, said = scores.record.get("classes"), scores.predictions.get("predicted")
 
     def label(value: Any) -> Any:

@@ -25,7 +25,7 @@ from tsqlora.quality.label_noise import reject
 from tsqlora.quality.learned import against_chance
 from tsqlora.quality.linear_head import Kind, row_losses
 from tsqlora.quality.predictions import predictions
-from tsqlora.quality.ridge import fit_ridge, leave_one_out_logits
+from tsqlora.quality.ridge import fit_ridge, fit_temperature, leave_one_out_logits
 from tsqlora.quality.rows import Dataset
 from tsqlora.quality.rule import Compute, RowNames, ScoringRule, needs_gradients, needs_trusted, of_classes
 from tsqlora.quality.sampling import draw_size
@@ -171,13 +171,17 @@ def _kind(task: Task) -> Kind:
 
 
 def _why_not(started: Started, task: Task) -> str | None:
-    """Why the model is at chance: its losses on all rows are no better than a constant guess's."""
+    """Why the model is at chance: its losses on all rows, calibrated, are no better than a constant guess's."""
     pool = started.pool
     assert pool is not None
     if not isinstance(task, Answers) or len(pool.labels) < 2:
         return None
     assert pool.logits is not None
-    test = against_chance(task, torch.from_numpy(_logits(started, pool)), torch.from_numpy(pool.labels))
+    logits = _logits(started, pool)
+    if isinstance(task, Classification):
+        # A model that is too sure of itself, or trained on right labels among wrong ones, is not at chance.
+        logits = (logits / fit_temperature(logits, pool.labels)).astype(np.float32)
+    test = against_chance(task, torch.from_numpy(logits), torch.from_numpy(pool.labels))
     return None if test.passed else test.told
 
 

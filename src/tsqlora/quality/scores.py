@@ -74,6 +74,10 @@ class Scores:
         """Whether each row may be drawn."""
         return np.ones(len(self), dtype=np.bool_) if self.reasons is None else self.reasons == 0
 
+    def left_out_as(self, reason: str) -> np.ndarray:
+        """Whether each row is left out for this reason."""
+        return np.zeros(len(self), dtype=np.bool_) if self.reasons is None else self.reasons == REASONS.index(reason)
+
     def drop(self, rows: np.ndarray, reason: str) -> "Scores":
         """The same without these rows (a mask); what was dropped before keeps its reason.
 

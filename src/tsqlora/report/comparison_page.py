@@ -22,7 +22,7 @@ VERDICTS = {
 """Kinds of verdict, as legends have them, with their marks."""
 _COLOURS = (BLUE, ORANGE, GREEN, PURPLE, GREY)
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "triangle-down")
-_PHASES = ("building", "warm-up", "scoring", "ranks", "training")
+_PHASES = ("building", "look", "trusted model", "ranks", "training")
 _ROW, _FRAME = 46, 100
 """Pixels of a method, and of axis and legend."""
 

@@ -26,12 +26,12 @@ except ImportError:
     raise SettingsError(NO_PLOTLY) from None
 
 BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#c44e00", "#007f5f", "#8a4a9e"
-GREY, PALE = "#5f6b7a", "#e3e8ef"
+GREY = "#5f6b7a"
 INK = "#17202d"
 SCALE = ("#f6f7e4", "#d3ecc4", "#93d3c2", "#52b2cf")
 """Of maps, from 0 up: numbers in INK can be read on each."""
 DARK = {BLUE: "#63b8f0", ORANGE: "#f0a030", GREEN: "#3fc79a", PURPLE: "#d7a0ea"}
-DARK |= {GREY: "#a4b0bf", PALE: "#2b3441", INK: "#ffffff"}
+DARK |= {GREY: "#a4b0bf", INK: "#ffffff"}
 DARK |= dict(zip(SCALE, ("#222e3b", "#24475f", "#286086", "#2d78a8"), strict=True))
 _METRICS, _DASHES = (BLUE, ORANGE, GREEN, GREY), ("solid", "dash", "dot", "dashdot", "longdash")
 FRAMES = 200
@@ -88,7 +88,7 @@ def thinned(values: Sequence[Any], most: int) -> list[Any]:
 # ---------------------------------------------------------------------------------- curves
 
 
-def curves(history: Sequence[Mapping[str, float]], *, scored: int | None, events: Sequence[RankEvent]) -> list[Drawn]:
+def curves(history: Sequence[Mapping[str, float]], *, looks: Sequence[int], events: Sequence[RankEvent]) -> list[Drawn]:
     """Losses by step, and validation metrics where any were logged."""
     losses = [entry["loss"] for entry in history if "loss" in entry]
     fell = f" It went from {losses[0]:.3g} to {losses[-1]:.3g}." if losses else ""
@@ -102,7 +102,7 @@ def curves(history: Sequence[Mapping[str, float]], *, scored: int | None, events
         metric = framed(traces, height=300, yaxis_title="validation")
         drawn.append(Drawn("metric", "Metrics of the validation rows", "Validation metrics by step.", metric))
     for one in drawn:
-        _mark(one.figure, scored=scored, events=events)
+        _mark(one.figure, looks=looks, events=events)
     return drawn
 
 
@@ -118,21 +118,11 @@ def _curve(history: Sequence[Mapping[str, float]], key: str, name: str, colour: 
     )
 
 
-def _mark(figure: go.Figure, *, scored: int | None, events: Sequence[RankEvent]) -> None:
-    """Shades the warm-up, and marks scoring by a line and each adjustment by a triangle."""
+def _mark(figure: go.Figure, *, looks: Sequence[int], events: Sequence[RankEvent]) -> None:
+    """Marks each look at all rows by a line and each adjustment by a triangle."""
     figure.update_xaxes(title="step")
-    if scored:
-        figure.add_vrect(
-            x0=0,
-            x1=scored,
-            fillcolor=PALE,
-            line_width=0,
-            layer="below",
-            annotation_text="warm-up",
-            annotation_position="top left",
-        )
-    if scored is not None:
-        figure.add_vline(x=scored, line={"color": GREEN, "width": 2, "dash": "dash"}, annotation_text="scoring")
+    for step in looks:
+        figure.add_vline(x=step, line={"color": GREEN, "width": 2, "dash": "dash"}, annotation_text="look")
     if shown := thinned(list(events), FRAMES):
         figure.add_scatter(
             mode="markers",

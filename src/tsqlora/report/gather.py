@@ -121,8 +121,6 @@ def _no_scores(record: RunRecord, *, begun: bool) -> str:
     quality = record.quality
     if not quality.get("enabled"):
         return "Rows were not scored: quality.enabled is false, so every draw was a random one."
-    if quality.get("refused"):
-        return f"Rows were not scored: {quality['refused']}."
     if begun:
-        return "Rows are not scored yet: that comes after the warm-up."
+        return "Rows are not scored yet: that comes before the first step."
     return f"The directory has no {SCORES_FILE}: what it says of the rows is left out."

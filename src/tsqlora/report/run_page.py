@@ -4,19 +4,16 @@ from datetime import UTC, datetime
 from shlex import quote
 from typing import Any
 
+from tsqlora.quality.explain import WHY
 from tsqlora.ranks.events import MOST_EVENTS
 from tsqlora.report import figures
 from tsqlora.report.gather import Gathered
 from tsqlora.report.page import Table, render
+from tsqlora.training.looks import look_sentences
 from tsqlora.training.record import RunRecord
 
 LOGGED = 60
 """Rows of the table of what was logged."""
-WHY_LEFT_OUT = {
-    "duplicate": "they repeat another row",
-    "outlier": "their gradients are far larger than is usual in their class",
-    "confident negative": "the model doubts their labels most, the same share of each class",
-}
 
 
 def run_page(run: Gathered, script: str | None) -> str:
@@ -25,7 +22,7 @@ def run_page(run: Gathered, script: str | None) -> str:
     measured = [event for event in events if event.sensitivity]
     scored = scored_at(record)
     drawn = {
-        "curves": figures.curves(record.history, scored=scored, events=events) if record.history else [],
+        "curves": figures.curves(record.history, looks=scored, events=events) if record.history else [],
         "ranks": [figures.rank_map(record.plan["ranks"], events)] if events else [],
         "sensitivity": figures.sensitivity_maps(measured) if measured else [],
         "distributions": run.scores.histograms if run.scores else [],
@@ -44,7 +41,8 @@ def run_page(run: Gathered, script: str | None) -> str:
         plan=record.plan,
         samples=run.scores.samples if run.scores else None,
         scored=scored,
-        why_left_out=WHY_LEFT_OUT,
+        found=look_sentences(record.quality),
+        why=WHY,
         command=f"tsqlora train {quote(run.name)}/config.yaml --out {quote(run.name)}-again",
         tables=_tables(record),
         **_progress(record),
@@ -61,12 +59,14 @@ def _last(path: str) -> str:
     return path.rstrip("/").split("/")[-1]
 
 
-def scored_at(record: RunRecord) -> int | None:
-    """The step before which rows were scored; None where they were not."""
+def scored_at(record: RunRecord) -> list[int]:
+    """The steps after which rows were scored."""
+    if "looks" in record.quality:
+        return [look["step"] for look in record.quality["looks"] if "kept" in look]
     scores = record.quality.get("scores", {})
     if "step" in scores:
-        return int(scores["step"])
-    return round(scores["epoch"] * record.plan["steps"] / record.plan["epochs"]) if "epoch" in scores else None
+        return [int(scores["step"])]
+    return [round(scores["epoch"] * record.plan["steps"] / record.plan["epochs"])] if "epoch" in scores else []
 
 
 def _progress(record: RunRecord) -> dict[str, Any]:

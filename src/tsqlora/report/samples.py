@@ -1,16 +1,12 @@
 """Scores -> the few hundred rows that are worth a look, with their texts where those can be found."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tsqlora.data.rows import open_split
-from tsqlora.errors import DataError
-from tsqlora.quality.explain import find_texts, likely_wrong, suspicion
+from tsqlora.quality.explain import WHY, likely_wrong, suspicion, texts_or_why
 from tsqlora.quality.scores import REASONS, Scores
 
 OF_A_KIND = 100
@@ -44,7 +40,7 @@ class Sample:
     @property
     def why(self) -> str:
         """Why this row is shown."""
-        more = {"likely wrong": "likely wrong label", "left out": f"left out: {self.reason}"}
+        more = {"likely wrong": "likely wrong label", "left out": f"left out: {WHY[self.reason]}"}
         return ", ".join(more.get(mark, mark) for mark in self.marks)
 
 
@@ -75,7 +71,7 @@ def choose_samples(scores: Scores) -> Samples:
     """The most and the least valuable rows, and the most suspicious ones, best known by their list's order."""
     lists = _lists(scores)
     order = list(dict.fromkeys(int(j) for rows in lists.values() for j in rows))
-    texts, why = _texts(scores, order)
+    texts, why = texts_or_why(scores, order)
     known = bool(scores.stratified and scores.predictions)
     wrong = likely_wrong(scores) if known else np.zeros(len(scores), dtype=np.bool_)
     codes = np.zeros(len(scores), dtype=np.int8) if scores.reasons is None else scores.reasons
@@ -105,23 +101,6 @@ def _lists(scores: Scores) -> dict[str, np.ndarray]:
     if "loss" in scores.terms:
         lists["most suspicious"] = np.argsort(-suspicion(scores), kind="stable")[:most]
     return lists
-
-
-def _texts(scores: Scores, rows: Iterable[int]) -> tuple[dict[int, str], str | None]:
-    """The texts that are found, and why others are not. Only files are looked into: a hub id would be a request."""
-    named = scores.record.get("data")
-    if scores.hashes is None or named is None or "columns" not in scores.record:
-        return {}, "the scores do not name the rows they are of"
-    if not Path(named).exists():
-        return {}, f"{named} is not on this machine"
-    wanted = list(rows)
-    try:
-        found = find_texts(scores, wanted, open_split(named, split="train"))
-    except (DataError, OSError, UnicodeError) as error:
-        return {}, f"{named} cannot be read ({error})"
-    if missing := len(wanted) - len(found):
-        return found, f"{named} has changed and lacks {missing} of these rows"
-    return found, None
 
 
 def _sample(scores: Scores, j: int, lists: tuple[str, ...], text: str | None, wrong: bool) -> Sample:

@@ -1,13 +1,11 @@
 """A run from beginning to end: data, model, look, ranks, training, adapter, record."""
 
-import math
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import (
     TrainerCallback,
     TrainerControl,
@@ -20,7 +18,6 @@ from tsqlora.errors import DataError, SettingsError, TsqLoraError
 from tsqlora.files import write_text
 from tsqlora.oom import even_parts, is_out_of_memory, retry_on_oom
 from tsqlora.progress import Progress
-from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.run.callbacks import build_callbacks
 from tsqlora.run.card import write_card
@@ -31,7 +28,7 @@ from tsqlora.run.preview import marked_samples
 from tsqlora.run.start import with_start
 from tsqlora.training.checkpoints import micro_batch_size, newest_complete, require_resumable_saves
 from tsqlora.training.fit import fit, what_quality_did
-from tsqlora.training.quality_callback import SCORES_FILE, QualityCallback, first_scores
+from tsqlora.training.quality_callback import SCORES_FILE, QualityCallback
 from tsqlora.training.record import RECORD_FILE, RunRecord
 from tsqlora.training.run_dir import ADAPTER_DIR, CHECKPOINT_DIR, CONFIG_FILE, locked, written
 from tsqlora.training.stop import StopCallback
@@ -156,19 +153,6 @@ class WriteStart(TrainerCallback):
         if state.is_world_process_zero and not (self.run / CONFIG_FILE).exists():
             self.record.save(self.run)
             write_text(self.run / CONFIG_FILE, dump_config(self.config))
-
-
-def draws_of(config: Config, rows: int, run: Path) -> list[np.ndarray]:
-    """The training rows that each epoch of a finished run was trained on, without trusted rows."""
-    data = QualitySubset(range(rows), config.quality.fraction, config.training.seed, resample=config.quality.resample)
-    plans = {0: data.plan}
-    for path in (first_scores(run / SCORES_FILE), run / SCORES_FILE):
-        if path.exists():
-            scores = Scores.load(path)
-            plans[int(scores.record["epoch"])] = data.plan.scored(scores, int(scores.record["epoch"]))
-    return [
-        plans[max(e for e in plans if e <= epoch)].draw(epoch) for epoch in range(math.ceil(config.training.epochs))
-    ]
 
 
 def what_to_note(quality: QualityCallback, data: QualitySubset) -> list[str]:

@@ -154,6 +154,7 @@ def so_far(record: RunRecord, state: TrainerState, cost: "CostCallback") -> RunR
 def what_quality_did(quality: QualityCallback | None, data: QualitySubset) -> dict[str, Any]:
     """For the record: whether rows were drawn by quality, and if not, why."""
     drawn = {"fraction": data.plan.fraction, "rows_an_epoch": len(data), "trusted_rows": len(data.trusted)}
+    drawn["trusted_from"] = data.plan.trusted_from
     if quality is None:
         return {"enabled": False, "used": False, **drawn}
     told = {"enabled": quality.rule.select, "used": data.scores is not None, **drawn, "looks": quality.looks}

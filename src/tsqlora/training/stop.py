@@ -53,7 +53,7 @@ class StopCallback(TrainerCallback):
         def report(phase: str, done: int, total: int, pulse: Pulse | None = None, /) -> None:
             if progress is not None:
                 progress(phase, done, total, pulse)
-            if self.asked is not None and phase not in ("warm-up", "training"):
+            if self.asked is not None and phase != "training":
                 raise self._stopped(f"in {phase}")
 
         return report

@@ -1,0 +1,60 @@
+"""Why one training row was drawn, gated or suspected: from a run, or from a file of scores."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tsqlora.errors import DataError
+from tsqlora.quality.epochs import EpochPlan
+from tsqlora.quality.explain import explain_row, place_of
+from tsqlora.quality.scores import Scores
+from tsqlora.run.config import load_config
+from tsqlora.training.quality_callback import SCORES_FILE, first_scores
+from tsqlora.training.record import RunRecord
+from tsqlora.training.run_dir import CONFIG_FILE, is_run
+
+
+def explain_source(source: Path, row: int, *, data: Path | None = None) -> dict[str, Any]:
+    """What is known of a row, by its number in its file; of a run also in how many epochs it was drawn.
+
+    Raises DataError where there are no scores, or none of this row.
+    """
+    path = source / SCORES_FILE if source.is_dir() else source
+    if not path.exists() and source.is_dir():
+        raise DataError(f"{source} has no {SCORES_FILE}: its rows were not scored; `tsqlora score` does that")
+    scores = Scores.load(path)
+    found = explain_row(scores, row, data=data)
+    draws = draws_of(source, scores) if source.is_dir() and is_run(source) else None
+    if draws is None:
+        return found
+    place = place_of(scores, row)
+    return {**found, "drawn": sum(bool((rows == place).any()) for rows in draws), "epochs": len(draws)}
+
+
+def draws_of(run: Path, scores: Scores) -> list[np.ndarray] | None:
+    """The rows of the pool that each epoch of a run has; None of a version that kept no looks.
+
+    `scores` are those that the run wrote last.
+    """
+    config, record = load_config(run / CONFIG_FILE, trained=True), RunRecord.load(run)
+    quality = record.quality
+    if "looks" not in quality:
+        return None
+    twins, begins = scores.left_out_as("trusted row"), quality.get("trusted_from")
+    plan = EpochPlan(
+        len(scores),
+        config.quality.fraction,
+        config.training.seed,
+        config.quality.resample,
+        trusted=quality["trusted_rows"],
+        excluded=twins if twins.any() else None,
+        trusted_from=None if begins is None else tuple(begins),
+        awaits_scores=True,
+    )
+    plans, first = {0: plan}, first_scores(run / SCORES_FILE)
+    for one in ([Scores.load(first)] if first.exists() else []) + [scores]:
+        epoch = int(one.record["epoch"])
+        plans[epoch] = plan if one.record.get("not_ready") else replace(plan, scores=one, scored_epoch=epoch)
+    return [plans[max(e for e in plans if e <= epoch)].from_pool(epoch) for epoch in range(record.plan["epochs"])]
