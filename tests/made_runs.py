@@ -51,6 +51,7 @@ def make_run(folder: Path, *, rows: list[Row] | None = None, events: int = 3, **
         + [{"step": 40, "epoch": 4.0, "eval_loss": 0.5, "eval_accuracy": 0.8}],
     }
     if rows is not None:
+        record["quality"] |= {"trusted_rows": 0, "looks": looks_of(len(rows))}
         record["quality"]["scores"] = {"epoch": 2, "step": 20, "draw": "softmax", "weights": {"loss": -1.0}}
         write_jsonl(folder / "train.jsonl", rows)
         scores_of(folder / "train.jsonl", rows).save(run / "scores.parquet")
@@ -58,6 +59,18 @@ def make_run(folder: Path, *, rows: list[Row] | None = None, events: int = 3, **
     made.phase("training").add(seconds=1.5, forward=200, backward=200, tokens=900)
     made.save(run)
     return run
+
+
+def looks_of(rows: int) -> list[dict[str, Any]]:
+    """Two looks: a head replaced and wrong labels evident at the first, and more rows kept at the second."""
+    head = {"replaced": True, "out_of_fold_loss": 0.31, "present_loss": 0.72, "rows": rows}
+    head |= {"strength": 1.0, "scale": 0.5, "whitened": False, "trusted": False}
+    noise = {"evident": True, "rate": 0.2, "low": 0.17, "high": 0.24}
+    about = {"gate": None, "not_ready": None, "noise": noise, "rows": rows}
+    return [
+        {"epoch": 0, "step": 0, "head_start": head, "kept": rows - 5, **about},
+        {"epoch": 2, "step": 20, "head_start": None, "kept": rows - 3, **about},
+    ]
 
 
 def rank_events(count: int) -> list[RankEvent]:
@@ -127,7 +140,7 @@ def make_comparison(
 def _cell(cell: Cell, reached: float, failed: bool) -> dict[str, Any]:
     value = reached + 0.001 * (cell.seed % 3) * len(cell.entry.name)
     scored = cell.entry.policy == "quality"
-    phases = ("building", "warm-up", "scoring", "training") if scored else ("building", "training")
+    phases = ("building", "look", "training") if scored else ("building", "training")
     cost = {phase: {"seconds": 2.5, "forward": 100, "backward": 100, "tokens": 900} for phase in phases}
     known = {
         "cell": cell.to_dict(),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from tsqlora.compare.methods import entries
 from tsqlora.compare.table import show_comparison
 
 Run = Callable[..., tuple[int, str, str]]
@@ -22,6 +23,11 @@ def test_one_json_object_is_printed_and_progress_goes_elsewhere(place: Path, tmp
     assert told["table"][0]["split"] == "validation"
     assert "1/2 lora+all_seed3_lr0.02: validation accuracy" in err
     assert "Loading weights" not in err
+
+
+def test_the_head_start_alone_is_a_policy_that_help_names(tsqlora: Run) -> None:
+    assert [entry.name for entry in entries(["lora+head"])] == ["lora+head"]
+    assert "lora+head" in tsqlora("compare", "--help")[1]
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,6 @@ def test_scoring_by_gradients_that_a_method_does_not_show_is_refused(method: str
             "lora+loss",
             r"lora\+loss: a draw of 1 rows cannot hold",
         ),
-        ({"quality": {"fraction": 0.5, "warmup": 9.0}}, "lora+loss", r"lora\+loss: .* no scored epoch would be left"),
     ],
 )
 def test_settings_that_an_entry_cannot_have_are_refused_by_its_name(

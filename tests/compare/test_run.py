@@ -51,8 +51,8 @@ def test_every_method_trains_at_the_same_steps_and_tells_its_cost(method: str, p
     found = run_cell(settings(place), cell_of(method), equal="steps")
     assert "failed" not in found
     assert found["steps"] == 60
-    trained = found["cost"]["training"]["forward"] + found["cost"].get("warm-up", {"forward": 0})["forward"]
-    assert trained == 60 * 8
+    assert found["cost"]["training"]["forward"] == 60 * 8
+    assert ("look" in found["cost"]) == (METHODS[method].policy == "quality")
     assert found["metrics"].keys() == {"validation", "test"}
     assert found["parameters"]["trainable"] > 0
     assert (found["cost"]["building"]["forward"] > 0) == (method == "eva")
@@ -65,8 +65,11 @@ def test_every_policy_draws_its_share_of_the_rows(policy: str, place: Path) -> N
     """Our guard turns back no rival's softmax of one term."""
     found = run_cell(settings(place), cell_of(f"lora+{policy}"), equal="steps")
     assert found["steps"] == 60
-    assert found["quality"]["rows_an_epoch"] == (ROWS if policy == "all" else ROWS // 2)
-    assert found["quality"].get("scored") == (True if policy in ("quality", *RIVALS) else None)
+    assert found["quality"]["rows_an_epoch"] == (ROWS if policy in ("all", "head") else ROWS // 2)
+    looks = found["quality"].get("looks")
+    assert (looks is None) == (policy in ("all", "random"))
+    assert looks is None or looks[0]["head_start"]["replaced"]
+    assert bool(looks) and "kept" in looks[0] if policy in ("quality", *RIVALS) else True
     if policy in RIVALS:
         assert found["quality"]["random"] is None
         assert not any("drawn at random" in note for note in found["notes"])
@@ -78,8 +81,9 @@ def test_a_cell_tells_why_its_policy_drew_at_random(place: Path) -> None:
     guarded = settings(place, quality={"fraction": 0.5, "weights": {"gradient_norm": 1.0}})
     turned_back = run_cell(guarded, cell_of("lora+quality"), equal="steps")
     assert "of rows drawn by Q" in turned_back["quality"]["random"]
-    at_chance = run_cell(settings(place), Cell(Entry("lora", "loss"), 0, 1e-7), equal="steps")
-    assert "train it longer first" in at_chance["quality"]["random"]
+    kept_random = settings(place, quality={"fraction": 0.5, "head_start": False, "look_again": False})
+    at_chance = run_cell(kept_random, cell_of("lora+gradnorm"), equal="steps")
+    assert "a constant guess" in at_chance["quality"]["random"]
 
 
 def test_a_commit_is_that_of_the_package_and_says_where_it_was_changed(tmp_path: Path) -> None:
@@ -167,7 +171,7 @@ def test_a_training_that_diverges_is_a_result(place: Path) -> None:
     assert "not finite" in found["failed"]
 
 
-def test_a_term_that_the_task_has_not_is_refused_before_the_warm_up(place: Path) -> None:
+def test_a_term_that_the_task_has_not_is_refused_before_the_look(place: Path) -> None:
     asked = settings(place, quality={"fraction": 0.5, "weights": {"ifd": 1.0}})
     told: list[str] = []
     with pytest.raises(UnsupportedError, match="'ifd' compares a target with and without its prompt"):
@@ -175,7 +179,7 @@ def test_a_term_that_the_task_has_not_is_refused_before_the_warm_up(place: Path)
     assert not told
 
 
-def test_a_draw_too_small_for_its_classes_is_refused_before_the_warm_up(place: Path) -> None:
+def test_a_draw_too_small_for_its_classes_is_refused_before_the_look(place: Path) -> None:
     asked = settings(place, quality={"fraction": 0.005, "preset": "paper"})
     told: list[str] = []
     with pytest.raises(SettingsError, match="1 rows cannot hold one of each of 2 labels; raise fraction"):
@@ -188,12 +192,6 @@ def test_what_no_softmax_draws_may_be_as_few_as_it_likes(place: Path) -> None:
     assert dry_run(settings(place, quality=control, ranks={"policy": "fixed"}))["rows"]["train"] == ROWS
 
 
-def test_settings_that_are_wrong_are_no_result(place: Path) -> None:
-    wrong = settings(place, quality={"fraction": 0.5, "warmup": 9.0})
-    with pytest.raises(SettingsError, match="no scored epoch"):
-        run_cell(wrong, cell_of("tsqlora"), equal="steps")
-
-
 def test_a_process_of_its_own_gives_the_same_and_hands_errors_on(place: Path) -> None:
     told: list[str] = []
     work = partial(run_cell, settings(place), cell_of("lora"), equal="steps")
@@ -201,8 +199,8 @@ def test_a_process_of_its_own_gives_the_same_and_hands_errors_on(place: Path) ->
     here = run_cell(settings(place), cell_of("lora"), equal="steps")
     assert found["metrics"] == here["metrics"]
     assert {"training", "validation", "test"} <= set(told)
-    wrong = settings(place, quality={"fraction": 0.5, "warmup": 9.0})
-    with pytest.raises(SettingsError, match="no scored epoch"):
+    wrong = settings(place, quality={"fraction": 0.005, "preset": "paper"})
+    with pytest.raises(SettingsError, match="1 rows cannot hold"):
         in_own_process("wrong", partial(run_cell, wrong, cell_of("tsqlora"), equal="steps"))
 
 

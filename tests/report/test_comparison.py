@@ -46,7 +46,7 @@ def test_numbers_are_those_of_the_table_and_of_its_cells(tmp_path: Path) -> None
         assert value_of("accuracy", *method.metrics["accuracy"][:2]) in shown
         assert row["verdict"] in shown
     assert known.methods[0].passes == 2 * 300
-    assert known.methods[2].phases == dict.fromkeys(("building", "warm-up", "scoring", "training"), 2.5)
+    assert known.methods[2].phases == dict.fromkeys(("building", "look", "training"), 2.5)
     said = made(out).texts["li"]
     assert said[0].startswith("Better than lora+all: lora+random (+2.")
     tiles = made(out).texts["dd"]
@@ -154,7 +154,7 @@ def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
     out = make_comparison(tmp_path)
     for path in [out / "table.json", *(out / "cells").glob("*.json")]:
         text = path.read_text()
-        for word in ("lora", "abc123", "3.11", "matthews", "some/model", "seem wrong", "warm-up"):
+        for word in ("lora", "abc123", "3.11", "matthews", "some/model", "seem wrong", "look"):
             text = text.replace(word, json.dumps(word + HOSTILE)[1:-1])
         path.write_text(text)
     seen, plain = made(out), made(make_comparison(tmp_path / "2"))

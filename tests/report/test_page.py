@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
 
 def test_a_page_has_its_parts_in_order_and_a_place_for_each_figure(seen: Seen) -> None:
     assert len(seen.ids()) == len(set(seen.ids()))
-    parts = "summary happened curves ranks sensitivity distributions samples cost settings"
+    parts = "summary before happened curves ranks sensitivity distributions samples cost settings"
     assert seen.sections() == parts.split()
     drawn = seen.page_data()["figures"]
     assert set(drawn) <= set(seen.ids())
@@ -52,7 +53,7 @@ def test_a_page_has_its_parts_in_order_and_a_place_for_each_figure(seen: Seen) -
         place = next(found for _, found in seen.tags if found.get("id") == name)
         assert (place["role"], bool(place["aria-label"])) == ("img", True)
     said = " ".join(seen.texts["main"])
-    for text in ("87.5%", "12,345", "50 of 100 rows", "1.5 s", "3 rows were left out because they repeat another row"):
+    for text in ("87.5%", "12,345", "50 of 100 rows", "1.5 s", "3 rows were left out: near-duplicate of another row"):
         assert text in said
     assert "About 20% of the labels seem wrong." in said
     assert "tsqlora train run/config.yaml" in said
@@ -207,7 +208,7 @@ def test_a_million_scores_give_a_small_page(tmp_path: Path) -> None:
 )
 def test_a_page_is_made_of_what_there_is(less: dict[str, Any], rows: list | None, tmp_path: Path) -> None:
     seen = made(make_run(tmp_path, rows=rows, **less))
-    assert len(seen.sections()) == 9
+    assert len(seen.sections()) == 10
     assert set(seen.page_data()["figures"]) <= set(seen.ids())
     if rows is None:
         assert "Rows were not scored" in " ".join(seen.texts["p"]) + " ".join(seen.texts["li"])
@@ -255,10 +256,34 @@ def test_the_rank_map_has_a_state_for_the_start_and_each_adjustment() -> None:
     assert len(rank_frames(first, rank_events(1000))) == FRAMES
 
 
-def test_warm_up_scoring_and_adjustments_are_marked_in_the_curve() -> None:
-    (drawn,) = curves([{"step": 10, "loss": 1.0}], scored=20, events=rank_events(3))
-    assert [(shape.type, shape.x1) for shape in drawn.figure.layout.shapes] == [("rect", 20), ("line", 20)]
-    assert [note.text for note in drawn.figure.layout.annotations] == ["warm-up", "scoring"]
+def test_the_looks_are_told_before_the_first_step(seen: Seen) -> None:
+    said = " ".join(seen.texts["main"])
+    for text in (
+        "Look 1 at all rows, before step 1",
+        "A head fitted on 60 rows replaced the model's own: its loss on rows it has not seen is 0.31, that of the head "
+        "that was there 0.72.",
+        "About 20% of the labels seem wrong, between 17% and 24%",
+        "55 of 60 rows were kept.",
+        "Look 2 at all rows, before step 21",
+        "57 of 60 rows were kept.",
+        "Every row was scored before the first step and after 20 steps",
+    ):
+        assert text in said
+    for text in ("warm-up", "put off"):
+        assert text not in said
+
+
+def test_a_run_of_version_0_1_has_a_page(tmp_path: Path) -> None:
+    copytree(Path(__file__).parents[1] / "fixtures" / "v0.1" / "run", tmp_path / "run")
+    seen = made(tmp_path / "run")
+    assert "Nothing is recorded of a look" in " ".join(seen.texts["p"])
+    assert "Every row was scored after 8 steps" in " ".join(seen.texts["li"])
+
+
+def test_looks_and_adjustments_are_marked_in_the_curve() -> None:
+    (drawn,) = curves([{"step": 10, "loss": 1.0}], looks=[0, 20], events=rank_events(3))
+    assert [(shape.type, shape.x1) for shape in drawn.figure.layout.shapes] == [("line", 0), ("line", 20)]
+    assert [note.text for note in drawn.figure.layout.annotations] == ["look", "look"]
     assert drawn.figure.data[-1].x == (10, 20, 30)
 
 

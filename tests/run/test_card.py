@@ -9,6 +9,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from made_runs import looks_of
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
 from tsqlora.run.card import model_card
 from tsqlora.run.config import load_config
@@ -143,6 +144,8 @@ USED = {"enabled": True, "used": True, "fraction": 0.5}
         (USED | {"scores": {"draw": "softmax"}}, "50% of the rows in each epoch, drawn by quality (default)"),
         (USED | {"scores": {"draw": "even", "noise": {"evident": True}}}, "whose label did not seem wrong"),
         (USED | {"scores": {"draw": "even", "noise": None}}, "a random 50% of the rows in each epoch: their quality"),
+        (USED | {"scores": {"draw": "even", "gate": {"name": "share", "left_out": 3}}}, "that the gate let pass"),
+        (USED | {"looks": looks_of(60)}, "Look 1 at all rows, before step 1: A head fitted on 60 rows replaced"),
         (USED | {"used": False}, "a random 50% of the rows in each epoch: quality was not used"),
         ({"enabled": False, "fraction": 1.0}, "Trained on every row in each epoch."),
     ],

@@ -15,7 +15,10 @@ from tsqlora.errors import SettingsError
 
 def compare(
     config: ConfigFile,
-    methods: Annotated[str, typer.Option(metavar="A,B", help="METHOD or METHOD+POLICY, with commas.")],
+    methods: Annotated[
+        str,
+        typer.Option(metavar="A,B", help="METHOD or METHOD+POLICY, with commas; lora+head: LoRA, head start alone."),
+    ],
     seeds: Annotated[str, typer.Option(metavar="0,1,2", help="Of every random draw; a cell each.")] = "0,1,2",
     out: Annotated[Path, typer.Option(help="Directory of the cells; goes on where it was.")] = Path("comparison"),
     policies: Annotated[str, typer.Option(metavar="A,B", help="Ways to choose rows; every method with each.")] = "",

@@ -14,6 +14,7 @@ from tsqlora.errors import printable
 from tsqlora.files import write_text
 from tsqlora.ranks.places import layer_places
 from tsqlora.run.config import Config, load_config
+from tsqlora.training.looks import look_sentences
 from tsqlora.training.record import RunRecord
 from tsqlora.training.run_dir import CONFIG_FILE
 
@@ -65,6 +66,7 @@ def model_card(run: Path, *, format: str = "peft", cut: bool = False) -> str:
         rows=", ".join(f"{count:,} {split}" for split, count in record.plan["rows"].items()),
         labels=", ".join(map(_text, record.labels or ())),
         drawn=_drawn(config, record.quality),
+        looks=look_sentences(record.quality),
         blocks=blocks,
         ranks=ranks,
         costs=[
@@ -126,6 +128,8 @@ def _drawn(config: Config, quality: Mapping[str, Any]) -> str:
         return f"{fraction:.0%} of the rows in each epoch, drawn by quality ({config.quality.preset})"
     if (scores.get("noise") or {}).get("evident"):
         return f"{fraction:.0%} of the rows in each epoch, at random among those whose label did not seem wrong"
+    if (scores.get("gate") or {}).get("left_out"):
+        return f"{fraction:.0%} of the rows in each epoch, at random among those that the gate let pass"
     return f"{random}: their quality gave no reason to draw otherwise"
 
 

@@ -218,7 +218,7 @@ class QualityCallback(TrainerCallback):
         """Whether a second look can say something else."""
         scores = self.data.scores
         if scores is None:
-            return self.rule.look_again
+            return self.rule.look_again and self.rule.select
         evidence = self.rule.rejects(scores.stratified) and not len(self.data.trusted)
         return self.rule.look_again and (evidence or not scores.even)
 
