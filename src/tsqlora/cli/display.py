@@ -211,8 +211,10 @@ def show_suspects(console: Console, looked: Mapping[str, Any]) -> None:
     """The labels that a look doubts most, with the truth."""
     noise, rows = looked["noise"], looked["suspects"]
     evidence = f"{noise['rate']:.0%} ({noise['low']:.0%} to {noise['high']:.0%})" if noise["evident"] else "none"
-    table = Table("label given", "predicted", "truth", title="likely wrong labels, before any training")
-    table.add_column("text", no_wrap=True, overflow="ellipsis", ratio=1)
+    table = Table(title="likely wrong labels, before any training", title_justify="left")
+    for name in ("label given", "predicted", "truth"):
+        table.add_column(name, min_width=13, no_wrap=True)
+    table.add_column("text", no_wrap=True, overflow="ellipsis")
     for row in rows:
         table.add_row(row["label"], row["predicted"], row["true"], row["text"], style="red" if row["wrong"] else "")
     console.print(table)

@@ -166,7 +166,8 @@ class RankCallback(TrainerCallback):
         loader, data = kwargs["train_dataloader"], _subset_of(kwargs)
         waits = data is not None and data.plan.awaits_scores
         scored = data is not None and data.scores is not None
-        first = state.global_step == 0 and isinstance(loader.dataset, Sized)
+        # Ranks that never move are first set by a look, or not at all: plain LoRA has uniform ones.
+        first = state.global_step == 0 and isinstance(loader.dataset, Sized) and self.options["policy"] != "fixed"
         if not (waits or self._running.started) and (scored or first):
             self._start(args, kwargs["model"], loader.dataset, self.collate or loader.collate_fn)
         # While the model's gradients say nothing yet, ranks stay.
@@ -209,7 +210,8 @@ class RankCallback(TrainerCallback):
             "batch_size": args.per_device_train_batch_size,
             "autocast": torch.bfloat16 if args.bf16 else None,
         }
-        if not (looked or is_ready(model, rows, collate, **options)):
+        scored = looked and data.scores is not None
+        if not (scored or is_ready(model, rows, collate, **options)):
             return
         self._running.start(rows, collate, **options)
         if looked and data.lengths is not None:
