@@ -60,7 +60,7 @@ def test_the_text_has_ranks_costs_data_and_how_to_load(run: Path) -> None:
         "\n# tiny-bert, fine-tuned on moods.jsonl\n\nA LoRA adapter",
         "\n\n## How to load it\n\n```python\nfrom peft import PeftModel\n",
         'model = PeftModel.from_pretrained(base, "THIS-DIRECTORY")\n```\n\n## Results\n\n| rows | metric | value |\n',
-        f"hash `{record.data['hash']}`, seed 0.\nTrained on a random 50% of the rows in each epoch.\nLook 1 at all rows",
+        f"hash `{record.data['hash']}`, seed 0.\nTrained on a random 50% of the rows in each epoch.\nLook 1 at",
         "\nLabels: no, ",
         "\n\n## Ranks\n\n| rank in block | – | 0 | 1 |\n| --- | --- | --- | --- |\n",
         "| attention.self.query |  | 2 | 2 |\n",
