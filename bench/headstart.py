@@ -126,7 +126,7 @@ class Choice(TrainerCallback):
 
 def run(table: str, method: str, rate: float, seed: int) -> dict[str, Any]:
     name, rows, batch = TABLES[table]
-    way, _, choice = method.partition(":")
+    way = method.partition(":")[0]
     kind, policy = METHODS[way]
     total = EPOCHS * math.ceil(rows / batch)
     steps = total if method == "lora" else math.ceil(total / 3)
