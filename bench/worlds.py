@@ -2,8 +2,8 @@
 
     python bench/worlds.py shortcut [--methods default,even,trusted] [--seeds 0,1,2] [--trusted 128]
 
-Each world is a function that gives training, trusted and test rows, and the group of each test row. 440 steps of 16 rows
-(trusted rows alone: 220), rank 8, half of the pool an epoch. One core a cell; each cell is a file in
+Each world is a function that gives training, trusted and test rows, and the group of each test row. 440 steps of 16
+rows (trusted rows alone: 220), rank 8, half of the pool an epoch. One core a cell; each cell is a file in
 bench/results/worlds, and a cell that is there is not run again.
 """
 
