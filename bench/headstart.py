@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["TSQLORA_CACHE"] = ""  # each cell pays for its own look
 
 import numpy as np
 import torch

@@ -71,6 +71,8 @@ class Look:
     cost: PhaseCost
     trusted_cost: PhaseCost
     """Of the trusted model, which is no part of `cost`."""
+    layer: Head | None = None
+    """What a fitted head was written into."""
     undo: Callable[[], None] = lambda: None
     """Puts the model's own head back."""
 
@@ -247,7 +249,7 @@ class _Looking:
             lambda: self._gated(self._scores(rule, columns, record, known, why_not), rule, known, fraction)
         )
         cost = self._cost(rule, record.get("reference_rows", 0))
-        return Look(scores, started.head, why_not, cost, taken, started.undo)
+        return Look(scores, started.head, why_not, cost, taken, started.layer, started.undo)
 
     def _cost(self, rule: ScoringRule, reference: int) -> PhaseCost:
         terms, n, lengths = rule.measured().values(), len(self.dataset), self.rows.lengths

@@ -21,6 +21,7 @@ from tsqlora.quality.cost import PhaseCost
 from tsqlora.quality.epochs import trusted_steps
 from tsqlora.quality.fallback import guarded
 from tsqlora.quality.look import look, start_head
+from tsqlora.quality.look_cache import look_once
 from tsqlora.quality.rule import Compute, RowNames, ScoringRule
 from tsqlora.quality.scorable import require_scorable
 from tsqlora.quality.scores import Scores
@@ -289,7 +290,7 @@ class QualityCallback(TrainerCallback):
     def _look(self, args: TrainingArguments, state: TrainerState, model: nn.Module, collate: Any) -> None:
         epoch = epoch_of(state)
         about = {"epoch": epoch, "step": state.global_step, "look": len(self.looks) + 1}
-        found = look(
+        found = (look if self.looks else look_once)(
             model,
             self.data.dataset,
             self.collate or collate,

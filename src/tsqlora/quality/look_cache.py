@@ -1,0 +1,172 @@
+"""Looks that were taken before: five learning rates, or the trials of a search, pay for one.
+
+Each is a folder under ~/.cache/tsqlora/looks (TSQLORA_CACHE names another place; empty keeps none), named by a hash of
+all that decides it. The newest are kept.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+from torch import Tensor, nn
+
+from tsqlora import distributed
+from tsqlora.errors import TsqLoraError
+from tsqlora.quality.cost import PhaseCost
+from tsqlora.quality.look import Look, look
+from tsqlora.quality.rows import Dataset, held
+from tsqlora.quality.rule import Compute, RowNames, ScoringRule, needs_trusted
+from tsqlora.quality.scores import Scores
+from tsqlora.quality.trusted import Trusted
+from tsqlora.tasks import Task
+from tsqlora.tasks.forward import Collate
+
+KEPT = 16
+"""Looks."""
+FROZEN = 1024
+"""Numbers of each frozen weight that tell it from another."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KeptLook:
+    """What a look found, and the parameters that it changed."""
+
+    scores: Scores
+    parameters: Mapping[str, np.ndarray]
+    why_not: str | None
+
+
+def look_once(
+    model: nn.Module,
+    dataset: Dataset,
+    collate: Collate,
+    *,
+    rule: ScoringRule,
+    task: Task,
+    rows: RowNames,
+    compute: Compute,
+    fraction: float,
+    trusted: Trusted | None,
+) -> Look:
+    """What `look` finds, or found before of the same model and rows; where it needs the trusted model it always looks.
+
+    That one depends on the learning rate.
+    """
+    options: dict[str, Any] = {"rule": rule, "task": task, "rows": rows, "compute": compute}
+    asked = rule.trusting(task, trusted is not None)
+    key = None
+    if asked.gate is None and not needs_trusted(asked.measured()):
+        decides = {**asdict(rule), "task": repr(task), "autocast": str(compute.autocast), "fraction": fraction}
+        apart = [] if trusted is None else [trusted.rows]
+        key = distributed.once(lambda: key_of(distributed.unwrapped(model), [dataset, *apart], decides))
+    known = None if key is None else distributed.once(lambda: load(key))
+    if known is not None:
+        with torch.no_grad():
+            for name, value in known.parameters.items():
+                distributed.unwrapped(model).get_parameter(name).copy_(torch.from_numpy(value))
+        record = {**known.scores.record, **rows.about}
+        hashes = None if rows.hashes is None else tuple(rows.hashes)
+        scores = replace(known.scores, ids=rows.ids, hashes=hashes, record=record)
+        return Look(scores, None, known.why_not, PhaseCost(), PhaseCost())
+    found = look(model, dataset, collate, **options, fraction=fraction, trusted=trusted)
+    if key is not None and distributed.is_first():
+        save(key, KeptLook(found.scores, _changed(model, found), found.why_not))
+    return found
+
+
+def _changed(model: nn.Module, found: Look) -> dict[str, np.ndarray]:
+    """The parameters of the head's layers, by their names."""
+    if found.layer is None or found.head is None or not found.head.replaces:
+        return {}
+    layers = [layer for layer in (found.layer.linear, found.layer.dense) if layer is not None]
+    own = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    named = distributed.unwrapped(model).named_parameters()
+    return {name: value.detach().float().cpu().numpy() for name, value in named if id(value) in own}
+
+
+def key_of(model: nn.Module, rows: Iterable[Dataset], settings: Mapping[str, Any]) -> str | None:
+    """The name of a look at these rows; None where looks are not kept, or a row cannot be told from another."""
+    if _folder() is None:
+        return None
+    digest = hashlib.sha256(_code().encode())
+    digest.update(json.dumps(settings, sort_keys=True, default=repr).encode())
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(_bytes(tensor.detach(), whole=tensor.requires_grad))
+    for dataset in rows:
+        for j in range(len(dataset)):
+            row = held(dataset[j])
+            if row is None:
+                return None
+            digest.update(repr(row).encode())
+    return digest.hexdigest()[:32]
+
+
+def load(key: str) -> KeptLook | None:
+    """The look of that name; None where there is none, or what is there cannot be read."""
+    folder = _folder()
+    if folder is None or not (folder / key).is_dir():
+        return None
+    with suppress(TsqLoraError, OSError, ValueError):
+        found = KeptLook(
+            Scores.load(folder / key / "scores.parquet"),
+            load_file(folder / key / "head.safetensors"),
+            json.loads((folder / key / "look.json").read_text())["why_not"],
+        )
+        os.utime(folder / key)
+        return found
+    shutil.rmtree(folder / key, ignore_errors=True)  # damaged
+    return None
+
+
+def save(key: str, look: KeptLook) -> None:
+    """Keep a look; where the disk is full or not to be written, none is kept."""
+    folder = _folder()
+    if folder is None:
+        return
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(dir=folder, prefix=".unfinished-"))
+        try:
+            look.scores.save(unfinished / "scores.parquet")
+            save_file(dict(look.parameters), unfinished / "head.safetensors")
+            (unfinished / "look.json").write_text(json.dumps({"why_not": look.why_not}))
+            unfinished.rename(folder / key)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        looks = sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
+        for path in looks[:-KEPT]:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _folder() -> Path | None:
+    named = os.environ.get("TSQLORA_CACHE")
+    if named == "":
+        return None
+    return (Path.home() / ".cache" / "tsqlora" if named is None else Path(named)) / "looks"
+
+
+def _code() -> str:
+    """What tells one version of the code that looks from another."""
+    digest = hashlib.sha256(torch.__version__.encode())
+    package = Path(__file__).parents[1]
+    for path in sorted(path for part in ("quality", "gradients", "tasks") for path in (package / part).glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor, *, whole: bool) -> bytes:
+    flat = tensor.flatten()
+    if not whole and len(flat) > FROZEN:
+        flat = flat[:: len(flat) // FROZEN]
+    return flat.contiguous().view(torch.uint8).cpu().numpy().tobytes()

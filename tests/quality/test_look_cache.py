@@ -1,0 +1,91 @@
+"""A look that was taken before is not taken again; another model, other rows or another rule are looked at."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tsqlora as tsq
+from models import collate, samples, tiny_bert
+from tsqlora.quality import look_cache
+from tsqlora.quality.rule import Compute, RowNames, ScoringRule
+from tsqlora.quality.trusted import Trusted
+from tsqlora.tasks import get_task
+
+TASK = get_task("sequence-classification")
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
+    monkeypatch.setenv("TSQLORA_CACHE", str(tmp_path))
+    taken: list[int] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        taken.append(1)
+        return look(*args, **kwargs)
+
+    look = look_cache.look
+    monkeypatch.setattr(look_cache, "look", counted)
+    return taken
+
+
+def rows(n: int = 90) -> list[dict[str, Any]]:
+    found = samples(n, 3)
+    for row in found:
+        row["input_ids"][: len(row["input_ids"]) // 2 + 1] = [10 + row["labels"]] * (len(row["input_ids"]) // 2 + 1)
+    return found
+
+
+def once(model: torch.nn.Module, data: Any, **changes: Any) -> Any:
+    options: dict[str, Any] = {"rule": ScoringRule(), "task": TASK, "rows": RowNames(), "compute": Compute()}
+    return look_cache.look_once(model, data, collate, **{**options, "fraction": 0.5, "trusted": None, **changes})
+
+
+def test_the_second_time_gives_the_same_head_and_scores(looks: list[int]) -> None:
+    model, data = tsq.wrap(tiny_bert().float(), mean_rank=2), rows()
+    again = copy.deepcopy(model)
+    first = once(model, data)
+    second = once(again, data, rows=RowNames(about={"note": "second"}))
+    assert len(looks) == 1
+    assert first.scores.record["head_start"]["replaced"]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert (second.scores.quality == first.scores.quality).all()
+    assert (second.scores.predictions["logits"] == first.scores.predictions["logits"]).all()
+    assert second.scores.record["note"] == "second"
+    assert (first.cost.forward, second.cost.forward) == (90, 0)
+
+
+@pytest.mark.parametrize("other", ["model", "rows", "rule", "trusted", "fraction"])
+def test_what_decides_a_look_names_it(other: str, looks: list[int]) -> None:
+    model, data = tsq.wrap(tiny_bert().float(), mean_rank=2), rows()
+    changed, further, changes = copy.deepcopy(model), data, {}
+    once(model, data)
+    if other == "model":
+        with torch.no_grad():
+            next(p for p in changed.parameters() if p.requires_grad).view(-1)[0].add_(1e-3)
+    if other == "rows":
+        further = [*data[:-1], {**data[-1], "labels": 1 - min(1, data[-1]["labels"])}]
+    if other == "rule":
+        changes = {"rule": ScoringRule(reject=False)}
+    if other == "trusted":
+        changes = {"trusted": Trusted(data[:10])}
+    if other == "fraction":
+        changes = {"fraction": 0.25}
+    once(changed, further, **changes)
+    assert len(looks) == 2
+
+
+def test_a_damaged_look_is_taken_again_and_old_ones_go(
+    looks: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(look_cache, "KEPT", 2)
+    model = tsq.wrap(tiny_bert().float(), mean_rank=2)
+    for n in (30, 40, 50):
+        once(copy.deepcopy(model), rows(n))
+    (left, right) = sorted((tmp_path / "looks").iterdir())
+    for folder in (left, right):
+        (folder / "scores.parquet").write_text("")
+    once(copy.deepcopy(model), rows(50))
+    assert len(looks) == 4
