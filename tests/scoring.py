@@ -179,10 +179,12 @@ def assert_same(left: Any, right: Any, name: str) -> None:
         assert left == right, name
 
 
-def score_by(model: Any, dataset: Any, collate: Any, *, task: Any = None, **options: Any) -> Scores:
+def score_by(
+    model: Any, dataset: Any, collate: Any, *, task: Any = None, trusted: Any = None, **options: Any
+) -> Scores:
     """`tsqlora.score` with the fields of its rule, its rows' names and its computing as options."""
     given = _values({"terms": PAPER_TERMS} | options)
-    return tsq.score(model, dataset, collate, task=task, **given)
+    return tsq.score(model, dataset, collate, task=task, trusted=trusted, **given)
 
 
 def quality_by(data: Any, warmup: float = 1.0, **options: Any) -> tsq.QualityCallback:

@@ -252,7 +252,7 @@ class Reduced(Regression):
 
 
 def test_a_loss_that_is_not_one_number_a_sample_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match=r"the loss of 8 samples has shape \(8, 1\); it must give one number"):
+    with pytest.raises(UnsupportedError, match=r"the loss of 5 samples has shape \(5, 1\); it must give one number"):
         score(Model(), task=Reduced())
 
 

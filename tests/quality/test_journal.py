@@ -11,11 +11,13 @@ from torch import Tensor
 
 import tsqlora as tsq
 from models import collate, lora, samples, tiny_bert
-from scoring import score_by, teach
+from scoring import assert_unchanged, fingerprint, logits_of, score_by, teach
 from tsqlora.errors import SettingsError
+from tsqlora.quality import gradient_pass as gradient_module
 from tsqlora.quality import journal as journal_module
-from tsqlora.quality import score as score_module
 from tsqlora.quality.journal import bind
+from tsqlora.quality.rule import PAPER_TERMS
+from tsqlora.quality.trusted import Trusted
 
 N = 14
 HASHES = [f"h{j}" for j in range(N)]
@@ -70,51 +72,79 @@ def same_bytes(one: tsq.Scores, other: tsq.Scores, folder: Path) -> bool:
     return (folder / "one.parquet").read_bytes() == (folder / "other.parquet").read_bytes()
 
 
-# Four batches of the reference, then seven of the rows.
-@pytest.mark.parametrize("stop_at", [1, 4, 5, 6, 9, 11])
-def test_a_scoring_that_was_cut_off_gives_the_same_file(learned: Any, stop_at: int, tmp_path: Path) -> None:
-    undisturbed = score(learned, Collate(), None)
+# A trial, the head, seven batches of the rows; four of the reference, to name it and to measure it, seven of the rows.
+LAST = 2 + 7 + 2 * 4 + 7
+
+
+@pytest.mark.parametrize("head_start", [True, False])
+@pytest.mark.parametrize("stop_at", [3, 4, 9, 10, 14, 18, 19, LAST])
+def test_a_scoring_that_was_cut_off_gives_the_same_file(
+    learned: Any, stop_at: int, head_start: bool, tmp_path: Path
+) -> None:
+    undisturbed = score(learned, Collate(), None, head_start=head_start)
+    before = fingerprint(learned[0])
     with pytest.raises(Stop):
-        score(learned, Collate(stop_at), tmp_path / "j")
+        score(learned, Collate(stop_at), tmp_path / "j", head_start=head_start)
+    assert_unchanged(before, learned[0])
     rest = Collate()
-    resumed = score(learned, rest, tmp_path / "j")
+    resumed = score(learned, rest, tmp_path / "j", head_start=head_start)
     assert same_bytes(undisturbed, resumed, tmp_path)
-    assert rest.calls == 4 + 7 - max(0, stop_at - 5)
+    done = min(7, stop_at - 3) + 4 * (stop_at >= 18) + max(0, stop_at - 18)
+    assert rest.calls == LAST - done
 
 
 def test_it_may_be_cut_off_again_and_again(learned: Any, tmp_path: Path) -> None:
-    for stop_at in (6, 6, 5, 7):
+    for stop_at in (6, 6, 5, 12, 9, 8):
         with pytest.raises(Stop):
             score(learned, Collate(stop_at), tmp_path / "j")
     assert same_bytes(score(learned, Collate(), None), score(learned, Collate(), tmp_path / "j"), tmp_path)
 
 
+@pytest.mark.parametrize("before_end", [1, 4, 50, 110, 120, 130])
+def test_a_scoring_with_trusted_rows_may_be_cut_off_in_each_pass(learned: Any, before_end: int, tmp_path: Path) -> None:
+    trusted = samples(60, 3, seed=1)
+    for row, label in zip(trusted, logits_of(learned[0], trusted).argmax(1).tolist(), strict=True):
+        row["labels"] = label
+    options: dict[str, Any] = {"gate": "surest", "terms": (*PAPER_TERMS, "reducible_loss")}
+    options |= {"trusted": Trusted(trusted, learning_rate=1e-3)}
+    every = Collate()
+    undisturbed = score(learned, every, None, **options)
+    assert undisturbed.record["gate"]["left_out"]
+    before = fingerprint(learned[0])
+    with pytest.raises(Stop):
+        score(learned, Collate(every.calls - before_end), tmp_path / "j", **options)
+    assert_unchanged(before, learned[0])
+    rest = Collate()
+    assert same_bytes(undisturbed, score(learned, rest, tmp_path / "j", **options), tmp_path)
+    assert rest.calls < every.calls
+
+
 def test_the_reference_is_that_of_the_journal(learned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Stop):
-        score(learned, Collate(5), tmp_path / "j")
+        score(learned, Collate(18), tmp_path / "j")
     for name in ("calibrate", "measure_reference", "require_exact"):
-        monkeypatch.setattr(score_module, name, _measured_again)
+        monkeypatch.setattr(gradient_module, name, _measured_again)
     score(learned, Collate(), tmp_path / "j")
 
 
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"batch_size": 3}, "reference rows, settings"),
-        ({"scope": "full"}, "settings"),
-        ({"seed": 1}, "settings"),
-        ({"terms": ["gradient_norm"]}, "settings"),
-        ({"calibration": False}, "settings"),
-        ({"reference": [0, 3, 4, 6, 8, 9, 13]}, "reference rows, settings"),
-        ({"hashes": HASHES[::-1]}, "rows"),
+        ({"batch_size": 3}, "forward .* settings"),
+        ({"scope": "full"}, "terms .* settings"),
+        ({"seed": 1}, "terms .* settings"),
+        ({"terms": ["gradient_norm"]}, "terms .* settings"),
+        ({"calibration": False}, "terms .* settings"),
+        ({"reference": [0, 3, 4, 6, 8, 9, 13]}, "terms .* reference rows, settings"),
+        ({"hashes": HASHES[::-1]}, "forward .* rows"),
     ],
 )
 def test_the_journal_of_another_scoring_is_refused(
     learned: Any, changes: dict[str, Any], named: str, tmp_path: Path
 ) -> None:
     with pytest.raises(Stop):
-        score(learned, Collate(7), tmp_path / "j")
-    with pytest.raises(SettingsError, match=f"j holds an unfinished scoring with other {named}; delete it, or name"):
+        score(learned, Collate(20), tmp_path / "j")
+    with pytest.raises(SettingsError, match=f"j/{named}; delete it, or name"):
         score(learned, Collate(), tmp_path / "j", **changes)
 
 
@@ -139,7 +169,7 @@ def test_a_temperature_may_change_since_nothing_measured_depends_on_it(learned: 
 def test_a_lost_part_is_noticed(learned: Any, tmp_path: Path) -> None:
     with pytest.raises(Stop):
         score(learned, Collate(8), tmp_path / "j")
-    min((tmp_path / "j").glob("batches-*")).unlink()
+    min((tmp_path / "j" / "forward").glob("batches-*")).unlink()
     with pytest.raises(SettingsError, match="does not follow batch 0; delete"):
         score(learned, Collate(), tmp_path / "j")
 

@@ -1,4 +1,4 @@
-"""The trusted model, reducible loss and gates."""
+"""The trusted model: a plain training on trusted rows, of which nothing stays."""
 
 import copy
 
@@ -9,7 +9,7 @@ import torch
 import tsqlora as tsq
 from models import collate, samples, tiny_bert
 from tsqlora.errors import TsqLoraError
-from tsqlora.quality.trusted import gate_classes, gate_numbers, reducible_loss, trusted_model
+from tsqlora.quality.trusted import trusted_model
 from tsqlora.tasks import get_task
 from tsqlora.tasks.forward import model_logits, split_labels
 
@@ -63,19 +63,3 @@ def test_everything_is_put_back(model: torch.nn.Module, fails: bool) -> None:
     assert modes == [module.training for module in model.modules()]
     assert all(a is b for a, b in zip(grads, [p.grad for p in model.parameters()], strict=True))
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_reducible_loss_is_what_the_trusted_model_knows_better() -> None:
-    loss, trusted = np.array([2.0, 0.1, 3.0]), np.array([0.5, 0.1, 6.0])
-    assert reducible_loss(loss, trusted).tolist() == [1.5, 0.0, -3.0]
-    assert reducible_loss(loss, trusted, relative=True).tolist() == [0.75, 0.0, -1.0]
-
-
-def test_a_label_passes_if_it_is_as_likely_as_its_share() -> None:
-    likelihood = np.array([0.8, 0.7, 0.3, 0.2, 0.001])
-    passes = gate_classes(-np.log(likelihood), np.array([0, 0, 1, 1, 2]), np.array([0, 0, 0, 1]))
-    assert passes.tolist() == [True, False, True, False, True]  # nothing is trusted of class 2
-
-
-def test_a_number_passes_if_it_is_within_the_spread() -> None:
-    assert gate_numbers(np.array([0.9, 1.1]), np.array([1.0, 3.0])).tolist() == [True, False]

@@ -14,7 +14,7 @@ import torch
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
 from tsqlora.data.rows import read_rows
 from tsqlora.data.write import write_rows
-from tsqlora.errors import DataError, NotLearnedError, SettingsError
+from tsqlora.errors import DataError, SettingsError
 from tsqlora.layer_sensitivity import sensitivity
 from tsqlora.quality.scores import Scores
 from tsqlora.run.allocate import allocate_ranks

@@ -11,7 +11,7 @@ import pytest
 
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
 from tsqlora.data.cells import sample_hash
-from tsqlora.errors import DataError, NotLearnedError, SettingsError
+from tsqlora.errors import DataError, SettingsError
 from tsqlora.quality import journal
 from tsqlora.quality.scores import Scores
 from tsqlora.run import finished

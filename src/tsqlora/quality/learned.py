@@ -54,16 +54,19 @@ def learned(losses: Float[Tensor, " n"], chance: Float[Tensor, " n"]) -> Learned
     n is at least 2.  Raises TsqLoraError for losses that are not finite.
     """
     difference = (chance - losses).double()
-    if not difference.isfinite().all():
-        bad = int((~difference.isfinite()).sum())
-        raise TsqLoraError(
-            f"{bad} of {len(difference)} reference losses are not finite; "
-            "lower training.learning_rate or use another dtype"
-        )
+    require_finite(difference)
     mean = float(difference.mean())
     # Not below rounding: rows that are all alike would be infinitely many errors away.
     error = max(float(difference.std()) / math.sqrt(len(difference)), 1e-9 * abs(mean))
     return LearnedTest(len(difference), float(losses.mean()), float(chance.mean()), mean / error if error else 0.0)
+
+
+def require_finite(losses: Float[Tensor, " n"]) -> None:
+    """Raises TsqLoraError where a loss is not finite."""
+    if bad := int((~losses.isfinite()).sum()):
+        raise TsqLoraError(
+            f"{bad} of {len(losses)} losses are not finite; lower training.learning_rate or use another dtype"
+        )
 
 
 def is_ready(

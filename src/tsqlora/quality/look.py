@@ -22,7 +22,7 @@ from tsqlora.quality.gate import GATES, left_out
 from tsqlora.quality.gradient_pass import gradient_pass
 from tsqlora.quality.head_start import HeadStart, features_with, fit_start, install, of_trusted
 from tsqlora.quality.label_noise import reject
-from tsqlora.quality.learned import against_chance
+from tsqlora.quality.learned import against_chance, require_finite
 from tsqlora.quality.linear_head import Kind, row_losses
 from tsqlora.quality.predictions import predictions
 from tsqlora.quality.ridge import fit_ridge, fit_temperature, leave_one_out_logits
@@ -146,6 +146,9 @@ def _fit(
 ) -> tuple[HeadStart, HeadStart | None]:
     assert pool is not None
     assert pool.features is not None
+    for passed in (pool, trusted):
+        if passed is not None:
+            require_finite(torch.from_numpy(passed.loss))
     weights = task.class_weights if isinstance(task, Classification) else None
     chosen = np.sort(stream("head start", seed).permutation(len(pool.labels))[:ROWS_TO_FIT])
     options: dict[str, Any] = {
@@ -191,7 +194,7 @@ def _logits(started: Started, of: Forward) -> np.ndarray:
     """The logits of the model as it is now: of the fitted head, where that was installed."""
     assert of.logits is not None
     if started.head is None or not started.head.replaces:
-        return of.logits
+        return of.logits.astype(np.float32)  # a large column is in half precision
     assert started.layer is not None
     return started.head.fit.head.logits(features_with(started.head, of, started.layer)).astype(np.float32)
 

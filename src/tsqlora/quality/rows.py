@@ -34,15 +34,24 @@ def reference_rows(
     """The places in the data set of what is in the reference, and the reference's rows."""
     if isinstance(reference, int):
         reference = reference_indices(len(dataset), reference, seed)
+    own = require_reference(reference, dataset)
+    if own is not None:
+        return own, [dataset[j] for j in own]
+    rows = [reference[j] for j in range(len(reference))]
+    return _own_places(rows, dataset), rows
+
+
+def require_reference(reference: Sequence[int] | Dataset, dataset: Dataset) -> list[int] | None:
+    """The places that the reference names; None where it is samples.  Raises SettingsError where it cannot be one."""
     if len(reference) < 2:
         raise SettingsError(f"the reference has {len(reference)} rows; it needs at least 2")
     rows = [reference[j] for j in range(len(reference))]
     if not all(isinstance(row, int | np.integer) for row in rows):
-        return _own_places(rows, dataset), rows
+        return None
     own = [int(row) for row in rows]
     if len(set(own)) < len(own) or min(own) < 0 or max(own) >= len(dataset):
         raise SettingsError(f"the reference must name different rows from 0 to {len(dataset) - 1}")
-    return own, [dataset[j] for j in own]
+    return own
 
 
 def _own_places(rows: Sequence[Any], dataset: Dataset) -> list[int]:

@@ -11,7 +11,7 @@ from tsqlora.gradients.sites import require_float64
 from tsqlora.oom import halves, retry_on_oom
 from tsqlora.quality.exact import require_own_loss
 from tsqlora.quality.look import look
-from tsqlora.quality.rows import Dataset
+from tsqlora.quality.rows import Dataset, require_reference
 from tsqlora.quality.rule import PAPER_TERMS, Compute, RowNames, ScoringRule, require_precision
 from tsqlora.quality.scorable import require_apart
 from tsqlora.quality.scores import Scores, require_names
@@ -81,6 +81,8 @@ def _require_possible(model: nn.Module, dataset: Dataset, rule: ScoringRule, row
     require_apart(model)
     require_float64(next(model.parameters()).device)
     require_precision(rule.measured(), compute.autocast)
+    if not isinstance(rule.reference, int):
+        require_reference(rule.reference, dataset)
     if compute.journal is not None and rows.hashes is None:
         raise SettingsError("a journal needs hashes: they tell whether the rows are still the same")
     if compute.journal is not None and distributed.active():
