@@ -69,7 +69,6 @@ def test_settings_that_an_entry_cannot_have_are_refused_by_its_name(
         ({"policy": "tsqlroa"}, "ranks.policy 'tsqlroa' is unknown"),
         ({"estimator": "smapled"}, "unknown ranks.estimator 'smapled'"),
         ({"mean": 2.0, "min": 3}, "budget .* is below the .* parameters that rank 3 needs"),
-        ({"interval": 100}, "no adjustment fits into 60 steps with ranks.interval 100"),
     ],
 )
 def test_ranks_that_our_own_training_would_refuse_are_refused_before_lora_is_trained(

@@ -466,19 +466,19 @@ def test_ranks_are_said_to_have_waited_only_where_no_adjustment_was_left(all_of_
         ranks.before_forward(adjust=False)
         one_step(ranks, number)
     if all_of_them:
-        with pytest.warns(UserWarning, match=f"the last step to adjust them was {ranks.steps[-1]}, and until then"):
+        with pytest.warns(UserWarning, match=f"until step {ranks.steps[-1]}, the last to adjust"):
             ranks.finish()
     else:
-        with pytest.raises(tsq.TsqLoraError, match="and no rank was ever adjusted"):
-            ranks.finish()
+        ranks.finish()
+        assert not ranks.notes
 
 
 @pytest.mark.parametrize("steps", [0, 3])
-def test_a_run_that_ends_before_any_adjustment_is_an_error(steps: int) -> None:
+def test_a_run_that_ends_before_any_adjustment_warns(steps: int) -> None:
     ranks = begin()
     for number in range(steps):
         one_step(ranks, number)
-    with pytest.raises(tsq.TsqLoraError, match=f"training ended at step {steps} and no rank was ever adjusted"):
+    with pytest.warns(UserWarning, match=f"training ended at step {steps}, and the first adjustment was to be at step"):
         ranks.finish()
 
 

@@ -36,18 +36,6 @@ def default_interval(total_steps: int) -> int:
     return max(10, total_steps // 20)
 
 
-def require_adjustments(total_steps: int, *, interval: int | None, warmup: float, freeze: float) -> range:
-    """As `adjustment_steps`, with the default interval for None.  Raises SettingsError where there would be none."""
-    interval = default_interval(total_steps) if interval is None else interval
-    steps = adjustment_steps(total_steps, interval=interval, warmup=warmup, freeze=freeze)
-    if len(steps) == 0:
-        raise SettingsError(
-            f"no adjustment fits into {total_steps} steps with ranks.interval {interval}, ranks.warmup {warmup:g} and "
-            f"ranks.freeze {freeze:g}; lower them, train longer, or use ranks.policy fixed"
-        )
-    return steps
-
-
 def moves_allowed(step: int, steps: range, *, first: int) -> int:
     """How many slots may be given up at `step`: `first` at the start, falling to 0 as a cubic.
 

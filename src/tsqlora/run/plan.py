@@ -17,7 +17,7 @@ from tsqlora.quality.rule import PAPER_TERMS, ScoringRule, needs_trusted
 from tsqlora.quality.trusted import STEPS, STEPS_OF_TEXT
 from tsqlora.ranks.allocate import Sensitivity, allocate
 from tsqlora.ranks.budget import used
-from tsqlora.ranks.schedule import require_adjustments
+from tsqlora.ranks.schedule import adjustment_steps, default_interval
 from tsqlora.run.config import Config, QualitySettings, Section
 from tsqlora.tasks import Task
 from tsqlora.tasks.classification import Classification
@@ -40,8 +40,7 @@ def plan(
 ) -> dict[str, Any]:
     """Samples, steps, budget, ranks at the start, passes by phase, and a memory estimate.
 
-    Raises SettingsError for what could not be carried out: no step at which ranks may change, a budget below the least
-    ranks.
+    Raises SettingsError for a budget below the least ranks.
     """
     data, ranks_callback = method.data, method.ranks
     assert ranks_callback is not None
@@ -51,8 +50,12 @@ def plan(
     steps_an_epoch = math.ceil(batches / args.gradient_accumulation_steps)
     steps = config.training.max_steps or math.ceil(config.training.epochs * steps_an_epoch)
     epochs = steps / steps_an_epoch
-    if ranks_callback.options["policy"] != "fixed":
-        require_adjustments(steps, **{name: ranks_callback.options[name] for name in ("interval", "warmup", "freeze")})
+    idle = without_effect(config)
+    options = ranks_callback.options
+    interval = options["interval"] or default_interval(steps)
+    phases = {name: options[name] for name in ("warmup", "freeze")}
+    if options["policy"] != "fixed" and not adjustment_steps(steps, interval=interval, **phases):
+        idle.append(f"ranks.policy without effect: no adjustment fits into {steps} steps at an interval of {interval}")
     uniform = Sensitivity(dict.fromkeys(shapes, 1.0), shapes, "uniform", 0)
     allocate(
         uniform, mean_rank=config.ranks.mean, min_rank=config.ranks.min, max_rank=config.ranks.resolved_max()
@@ -69,7 +72,7 @@ def plan(
         "trainable": active_parameters(model),
         "bf16": args.bf16,
         "memory_bytes": memory(config, task, model, longest=max(samples["train"].lengths), bf16=args.bf16),
-        "without_effect": without_effect(config),
+        "without_effect": idle,
     }
 
 

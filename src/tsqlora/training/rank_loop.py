@@ -25,7 +25,7 @@ from tsqlora.layer_sensitivity import Estimator, Probe, get_estimator, probe_pas
 from tsqlora.quality.cost import PhaseCost
 from tsqlora.ranks.events import RankEvent
 from tsqlora.ranks.policies import Policy, get_policy
-from tsqlora.ranks.schedule import default_interval, require_adjustments
+from tsqlora.ranks.schedule import adjustment_steps, default_interval
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate
 from tsqlora.training.callback_state import RankState, require_options
@@ -67,8 +67,8 @@ class RankLoop:
     backward. Compiled code runs eagerly in the steps that are measured, one in `interval`, and is compiled anew
     when ranks have changed.
 
-    Raises TsqLoraError where a call is missing, naming it, at the latest from optimizer.step() before it steps; and
-    from `finish` if no rank was ever adjusted. `finish` and `close` let go of the optimizer.
+    Raises TsqLoraError where a call is missing, naming it, at the latest from optimizer.step() before it steps. A run
+    that is too short to adjust ranks warns. `finish` and `close` let go of the optimizer.
     """
 
     def __init__(
@@ -118,6 +118,10 @@ class RankLoop:
         self._postponed = self._withheld = self._rehearsal = False
         self.notes: list[str] = []
         """What was warned of, for a record."""
+        if len(self.steps) == 0 and self.rules.policy is not get_policy("fixed"):
+            self._note(
+                f"ranks do not move: no adjustment fits into {total_steps} steps at an interval of {self.interval}"
+            )
         self._probe: Probe | None = None
         self._tap, self._held = ExitStack(), ExitStack()
         self._held.enter_context(self.order.watch(optimizer))
@@ -187,7 +191,7 @@ class RankLoop:
         if len(self.steps) > 0 and self.step >= self.steps[-1]:
             self._note(
                 f"ranks were set at step {self.step} and stay: the last step to adjust them was {self.steps[-1]}; "
-                "train longer, or lower quality.warmup or freeze"
+                "train longer, or lower freeze"
             )
         self.seconds += time.perf_counter() - begun
 
@@ -247,13 +251,13 @@ class RankLoop:
         self.close()
         if not self.events and self._withheld:
             self._note(
-                f"ranks are as they were: the last step to adjust them was {self.steps[-1]}, and until then scoring "
-                "was to come; train longer, or lower quality.warmup or freeze"
+                f"ranks are as they were: until step {self.steps[-1]}, the last to adjust them, the model's gradients "
+                "said nothing; train longer, or lower freeze"
             )
-        elif not self.events and len(self.steps) > 0:
-            raise TsqLoraError(
-                f"training ended at step {self.step} and no rank was ever adjusted: the first adjustment was to be at "
-                f"step {self.steps.start}; train longer, lower interval, or leave ranks as they are"
+        elif len(self.steps) > 0 and self.step < self.steps.start:
+            self._note(
+                f"ranks did not move: training ended at step {self.step}, and the first adjustment was to be at step "
+                f"{self.steps.start}"
             )
         sync_config(self.peft)
         self.final, self.order.next = self.ranks, "before_forward"
@@ -343,7 +347,7 @@ class RankLoop:
 def _adjustments(policy: str | Policy, total: int, interval: int, *, warmup: float, freeze: float) -> range:
     if get_policy(policy) is get_policy("fixed"):
         return range(0)
-    return require_adjustments(total, interval=interval, warmup=warmup, freeze=freeze)
+    return adjustment_steps(total, interval=interval, warmup=warmup, freeze=freeze)
 
 
 def _require_no_bias(model: PeftModel, layers: Mapping[str, Slots], min_rank: int) -> None:
