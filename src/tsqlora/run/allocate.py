@@ -16,7 +16,7 @@ from tsqlora.progress import Progress
 from tsqlora.quality.epochs import EpochPlan
 from tsqlora.quality.scores import Scores
 from tsqlora.ranks.allocate import Sensitivity, allocate
-from tsqlora.run.callbacks import build_callbacks, rank_callback
+from tsqlora.run.callbacks import build_callbacks
 from tsqlora.run.config import load_config
 from tsqlora.run.finished import FinishedRun, open_run
 from tsqlora.run.fit import arguments, begin
@@ -25,6 +25,7 @@ from tsqlora.run.reading import read
 from tsqlora.run.start import with_start
 from tsqlora.training.fit import fit
 from tsqlora.training.quality_callback import SCORES_FILE
+from tsqlora.training.rank_callback import MOST_ROWS
 
 
 def allocate_ranks(source: Path, *, overrides: Sequence[str] = (), progress: Progress | None = None) -> dict[str, Any]:
@@ -62,7 +63,7 @@ def _ranks_of(run: FinishedRun, scores_path: Path) -> dict[str, int]:
 def sensitivities(job: Job, model: nn.Module, rows: np.ndarray, *, estimator: str) -> Sensitivity:
     """Layer sensitivities on as many of these training rows as RankCallback takes, drawn by the seed."""
     samples, training = job.data.samples["train"], job.config.training
-    chosen = sensitivity_rows(len(rows), rank_callback(job).samples, training.seed)
+    chosen = sensitivity_rows(len(rows), MOST_ROWS, training.seed)
     return sensitivity(
         model,
         [samples[row] for row in rows[chosen].tolist()],

@@ -133,7 +133,7 @@ def _passes(task: Task, method: Method, *, epochs: float, batch: int) -> dict[st
     elif quality is not None:
         found["look"] = {"forward": n + trusted, "backward": 0}
     if ranks is not None and quality is not None and quality.rule.select:
-        found["ranks"] = _both(min(ranks.samples, size))
+        found["ranks"] = _both(min(ranks.rows_of(round(size * epochs)), size))
     return found | {"training": _both(round(size * epochs))}
 
 

@@ -45,6 +45,9 @@ SCORES_FILE = "scores.parquet"
 LOOK_AGAIN = 1 / 3
 """Share of a run's steps after which all rows are looked at again, at the next epoch's beginning."""
 
+LITTLE_NOISE = 0.02
+"""Where the first look bounds the rate of wrong labels below this, a second one has nothing to find."""
+
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
@@ -218,10 +221,11 @@ class QualityCallback(TrainerCallback):
     def _renews(self) -> bool:
         """Whether a second look can say something else."""
         scores = self.data.scores
-        if scores is None:
-            return self.rule.look_again and self.rule.select
-        evidence = self.rule.rejects(scores.stratified) and not len(self.data.trusted)
-        return self.rule.look_again and (evidence or not scores.even)
+        if not self.rule.look_again or scores is None:
+            return self.rule.look_again
+        noise = scores.record.get("noise")
+        suspects = noise is not None and noise["high"] > LITTLE_NOISE
+        return suspects or not scores.even
 
     def _draws(self) -> dict[str, Any]:
         data, plan = self.data, self.data.plan

@@ -27,6 +27,9 @@ from tsqlora.training.checkpoints import register_part, saving_part
 from tsqlora.training.drawing import draw_epoch, leave, refuse_cut_epoch, require_drawn_anew
 from tsqlora.training.rank_loop import RankLoop
 
+LEAST_ROWS, MOST_ROWS = 32, 256
+"""Rows that first ranks are measured on."""
+
 
 class RankCallback(TrainerCallback):
     """Moves rank between the layers of a LoRA model, at constant parameters, in transformers' or TRL's Trainer.
@@ -40,7 +43,8 @@ class RankCallback(TrainerCallback):
 
     Args:
         max_rank: of a PeftModel without slots, how many a layer gets; twice its rank if not given.
-        samples: how many rows of the first epoch the first ranks are measured on; at least 1.
+        samples: how many rows of the first epoch the first ranks are measured on, at least 1; by default a twentieth of
+            those that the run trains on, 32 to 256.
         collate: makes the batches of those rows; by default the Trainer's own.
         task: their loss; needed only where training has a loss of its own (class weights, a custom one), and
             QualityCallback was not told it.
@@ -64,7 +68,7 @@ class RankCallback(TrainerCallback):
         gamma: float = 1.0,
         policy: str | Policy = "tsqlora",
         estimator: str | Estimator = "sampled",
-        samples: int = 256,
+        samples: int | None = None,
         seed: int = 0,
         finalize: bool = True,
         collate: Collate | None = None,
@@ -72,7 +76,7 @@ class RankCallback(TrainerCallback):
     ) -> None:
         get_policy(policy)
         get_estimator(estimator)
-        if not (isinstance(samples, Integral) and samples >= 1):
+        if samples is not None and not (isinstance(samples, Integral) and samples >= 1):
             raise SettingsError(f"samples is {samples}; it must be a whole number of rows, at least 1")
         self.options: dict[str, Any] = {
             "interval": interval,
@@ -88,6 +92,10 @@ class RankCallback(TrainerCallback):
         self.max_rank, self.samples, self.seed, self.finalize = max_rank, samples, seed, finalize
         self.collate, self.task = collate, task
         self.loop: RankLoop | None = None
+
+    def rows_of(self, trained: int) -> int:
+        """How many rows the first ranks of a run that trains on so many are measured on."""
+        return min(MOST_ROWS, max(LEAST_ROWS, trained // 20)) if self.samples is None else self.samples
 
     @property
     def events(self) -> list[RankEvent]:
@@ -169,7 +177,7 @@ class RankCallback(TrainerCallback):
         # Ranks that never move are first set by a look, or not at all: plain LoRA has uniform ones.
         first = state.global_step == 0 and isinstance(loader.dataset, Sized) and self.options["policy"] != "fixed"
         if not (waits or self._running.started) and (scored or first):
-            self._start(args, kwargs["model"], loader.dataset, self.collate or loader.collate_fn)
+            self._start(args, state, kwargs["model"], loader.dataset, self.collate or loader.collate_fn)
         # While the model's gradients say nothing yet, ranks stay.
         self._running.before_forward(adjust=not waits)
 
@@ -196,12 +204,13 @@ class RankCallback(TrainerCallback):
         assert self.loop is not None
         return self.loop
 
-    def _start(self, args: TrainingArguments, model: nn.Module, data: Any, collate: Any) -> None:
+    def _start(self, args: TrainingArguments, state: TrainerState, model: nn.Module, data: Any, collate: Any) -> None:
         """The first ranks, from sensitivities on rows of the first epoch.
 
         Without a look nobody knows whether the model has a head that is worth reading: one at chance keeps its ranks.
         """
-        places = sensitivity_rows(len(data), self.samples, self.seed).tolist()
+        trained = state.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        places = sensitivity_rows(len(data), self.rows_of(trained), self.seed).tolist()
         looked = isinstance(data, QualitySubset)
         rows = [data.row_at(place) if looked else data[place] for place in places]
         task = self.task or (data.task if looked else None)

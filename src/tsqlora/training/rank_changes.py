@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tsqlora import distributed
 from tsqlora.adapter.change import change_ranks
@@ -71,7 +72,8 @@ class RankChanges:
         measured = probe.sensitivity()
         target = self._target(measured.values)
         ranks = distributed.from_first(target)
-        moved = self._change(ranks, probe, step, min_age=0)
+        # Before the first step a slot that points where the gradient does only learns faster than the others.
+        moved = self._change(ranks, probe.directions() if step else {}, step, min_age=0)
         self._record("start", step, ranks, target, measured, moved)
 
     def adjust(self, probe: Probe, step: int) -> None:
@@ -81,7 +83,7 @@ class RankChanges:
         # Skipped steps age no slot: one that was there in every other step is old enough.
         min_age = min(self.rules.interval, int(self.importance.age.max()))
         ranks = self._decide(target, step, min_age=min_age)
-        moved = self._change(ranks, probe, step, min_age=min_age)
+        moved = self._change(ranks, probe.directions(), step, min_age=min_age)
         self._record("adjustment", step, ranks, target, measured, moved)
 
     def _target(self, values: Mapping[str, float]) -> dict[str, int]:
@@ -116,12 +118,12 @@ class RankChanges:
         answer = distributed.from_first(answer)
         return require_bounds(answer, self.ranks, policy=rules.policy, droppable=droppable, **bounds)
 
-    def _change(self, ranks: Mapping[str, int], probe: Probe, step: int, *, min_age: int) -> int:
+    def _change(self, ranks: Mapping[str, int], sketches: Mapping[str, Tensor], step: int, *, min_age: int) -> int:
         return change_ranks(
             self.layers,
             ranks,
             importance=self.importance,
-            sketches=probe.directions(),
+            sketches=sketches,
             optimizer=self.optimizer,
             min_age=min_age,
             seed=self.rules.seed + step,
