@@ -31,7 +31,7 @@ if __name__ == "__main__":
     model = tsq.wrap(vit(), mean_rank=4)  # LoRA in every linear layer; the new head trains whole
     data = tsq.QualitySubset(images(400, seed=0, wrong=0.2), fraction=0.5)
     ranks = tsq.RankCallback(interval=10)
-    quality = tsq.QualityCallback(data, warmup=1.0)
+    quality = tsq.QualityCallback(data)
     arguments = TrainingArguments(
         "image-run",
         num_train_epochs=8,

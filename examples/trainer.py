@@ -26,7 +26,7 @@ def bert() -> BertForSequenceClassification:
 if __name__ == "__main__":
     model = tsq.wrap(bert(), mean_rank=4)  # LoRA in every linear layer; the new head trains whole
     data = tsq.QualitySubset(rows(400, seed=0, wrong=0.2), fraction=0.5)
-    quality = tsq.QualityCallback(data, warmup=1.0)
+    quality = tsq.QualityCallback(data)
     ranks = tsq.RankCallback(interval=10)
     arguments = TrainingArguments(
         "trainer-run",

@@ -21,6 +21,7 @@ OPTIONS = {
     "init": "-o --output --task",
     "train": "--set --out --init-from --resume --dry-run",
     "score": "--out --set --drop --explain --data --dry-run",
+    "explain": "--row --data",
     "select": "--out --fraction --seed --data",
     "allocate": "--out --set",
     "evaluate": "--data --max-new-tokens --beams",

@@ -214,7 +214,7 @@ def show_suspects(console: Console, looked: Mapping[str, Any]) -> None:
     table = Table(title="likely wrong labels, before any training", title_justify="left")
     for name in ("label given", "predicted", "truth"):
         table.add_column(name, min_width=13, no_wrap=True)
-    table.add_column("text", no_wrap=True, overflow="ellipsis")
+    table.add_column("text", no_wrap=True, overflow="ellipsis", max_width=28)
     for row in rows:
         table.add_row(row["label"], row["predicted"], row["true"], row["text"], style="red" if row["wrong"] else "")
     console.print(table)

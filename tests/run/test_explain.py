@@ -1,0 +1,81 @@
+"""Why a row was drawn: what is said agrees with the scores and with the rows that the run trained on."""
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runs import make_rows, save_checkpoint, write_config, write_jsonl
+from tsqlora.errors import DataError
+from tsqlora.quality.explain import WHY
+from tsqlora.quality.scores import REASONS, Scores
+from tsqlora.quality.subset import QualitySubset
+from tsqlora.run.config import load_config
+from tsqlora.run.explain import explain_source
+from tsqlora.run.train import train
+
+Run = Callable[..., tuple[int, str, str]]
+Draws = dict[int, np.ndarray]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["alone", "trusted"])
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Draws]:
+    """A run, and the rows that each epoch of it had."""
+    folder, drawn = tmp_path_factory.mktemp("explain"), dict[int, np.ndarray]()
+    save_checkpoint(folder / "model")
+    rows = make_rows(80, labels=("no", "yes"))
+    write_jsonl(folder / "train.jsonl", rows)
+    trusted = write_jsonl(folder / "trusted.jsonl", [*make_rows(10, seed=7, labels=("no", "yes")), rows[3]])
+    overrides = [f"data.trusted={trusted}"] if request.param else []
+    config = load_config(write_config(folder / "c.yaml", folder / "model", folder / "train.jsonl"), overrides)
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(action="ignore"):
+        draw = QualitySubset._draw
+
+        def watched(self: QualitySubset, epoch: int) -> None:
+            draw(self, epoch)
+            drawn[epoch] = self.indices
+
+        patch.setattr(QualitySubset, "_draw", watched)
+        train(config, folder / "run")
+    return folder / "run", drawn
+
+
+def test_every_row_is_told_as_it_was_drawn(trained: tuple[Path, Draws]) -> None:
+    run, drawn = trained
+    scores = Scores.load(run / "scores.parquet")
+    assert scores.ids is not None
+    texts = [json.loads(line)["text"] for line in (run.parent / "train.jsonl").read_text().splitlines()]
+    for place, row in enumerate(scores.ids.tolist()):
+        found = explain_source(run, row)
+        assert found["drawn"] == sum((rows == place).any() for rows in drawn.values())
+        assert found["epochs"] == len(drawn)
+        assert found["text"] == texts[row]
+        assert found["reason"] in REASONS
+        assert found["why"] == WHY[found["reason"]]
+        assert found["out_of_sample"]
+        json.dumps(found, allow_nan=False)
+
+
+def test_every_reason_has_words() -> None:
+    assert WHY.keys() == set(REASONS)
+
+
+def test_the_command_says_why(trained: tuple[Path, Draws], tsqlora: Run) -> None:
+    run = trained[0]
+    row = np.asarray(Scores.load(run / "scores.parquet").ids)[0]
+    code, out, _ = tsqlora("explain", run, "--row", row)
+    assert code == 0
+    for word in (f"row {row}", "label", "prediction", "terms", "reason", "drawn", "by a fit that has not seen the row"):
+        assert word in out
+    told = json.loads(tsqlora("explain", run / "scores.parquet", "--row", row, "--json")[1])
+    assert told["id"] == row
+    assert "drawn" not in told
+    assert tsqlora("explain", run, "--row", "1000")[0] == 3
+
+
+def test_a_directory_without_scores_is_told(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="tsqlora score"):
+        explain_source(tmp_path, 0)
