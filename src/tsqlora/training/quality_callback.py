@@ -221,8 +221,8 @@ class QualityCallback(TrainerCallback):
     def _renews(self) -> bool:
         """Whether a second look can say something else."""
         scores = self.data.scores
-        if not self.rule.look_again or scores is None:
-            return self.rule.look_again
+        if not (self.rule.look_again and self.rule.select) or scores is None:
+            return self.rule.look_again and self.rule.select
         noise = scores.record.get("noise")
         suspects = noise is not None and noise["high"] > LITTLE_NOISE
         return suspects or not scores.even
