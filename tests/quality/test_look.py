@@ -1,52 +1,128 @@
-"""The head start on a model: what is found, fitted and installed, and what it must not depend on."""
+"""The look: what is found, fitted and installed, what it must not depend on, and what must be as it was."""
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from peft import TaskType
+from torch import Tensor, nn
 
 import tsqlora as tsq
-from models import collate, samples, tiny_bert, tiny_llama_classifier
+from models import (
+    GENERATORS,
+    collate,
+    lora,
+    samples,
+    text_collator,
+    texts,
+    tiny_bert,
+    tiny_llama_classifier,
+    tiny_mpnet,
+)
+from scoring import assert_unchanged, fingerprint, trainable
+from tsqlora.quality import forward_pass as forward_module
 from tsqlora.quality.features import find_head
-from tsqlora.quality.look import start_head
-from tsqlora.tasks import get_task
+from tsqlora.quality.head_start import install
+from tsqlora.quality.look import Look, Started, look, start_head
+from tsqlora.quality.ridge import fit_ridge
+from tsqlora.quality.rule import PAPER_TERMS, Compute, RowNames, ScoringRule
+from tsqlora.quality.trusted import Trusted
+from tsqlora.seeds import stream
+from tsqlora.tasks import Task, get_task
 from tsqlora.tasks.forward import model_logits, split_labels
 
-CLASSES = get_task("sequence-classification")
+Rows = list[dict[str, Any]]
+CLASSES, NUMBERS = get_task("sequence-classification"), get_task("regression")
 
 
-def learnable(n: int = 200) -> list[dict[str, Any]]:
+def learnable(n: int = 200, seed: int = 0) -> Rows:
     """Rows whose class is which of three tokens stands in them most."""
-    rows = samples(n, 3)
+    rows = samples(n, 3, seed=seed)
     for row in rows:
         row["input_ids"][: len(row["input_ids"]) // 2 + 1] = [10 + row["labels"]] * (len(row["input_ids"]) // 2 + 1)
     return rows
 
 
-def wrapped(seed: int = 0) -> nn.Module:
-    return tsq.wrap(tiny_bert(seed=seed).float(), mean_rank=2)
+def with_numbers(rows: Rows) -> Rows:
+    return [row | {"labels": 2.0 * row["labels"] + 1 + 0.1 * len(row["input_ids"])} for row in rows]
 
 
-def losses(model: nn.Module, rows: list[dict[str, Any]], task: Any = CLASSES) -> torch.Tensor:
+def shifted(rows: Rows) -> Rows:
+    """The next class for each, so that what is learned of the rows is wrong of these."""
+    return [row | {"labels": (row["labels"] + 1) % 3} for row in rows]
+
+
+def wrapped(model: Any = None, **options: Any) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return tsq.wrap((model or tiny_bert()).float(), mean_rank=2, **options)
+
+
+def of_numbers() -> nn.Module:
+    return wrapped(tiny_bert(num_labels=1, problem_type="regression"))
+
+
+def started(
+    model: nn.Module, rows: Rows, *, task: Task = CLASSES, trusted: Rows | None = None, collate: Any = collate
+) -> Started:
+    apart = None if trusted is None else Trusted(trusted)
+    options: dict[str, Any] = {"rule": ScoringRule(), "rows": RowNames(), "compute": Compute()}
+    return start_head(model, rows, collate, task=task, trusted=apart, **options)
+
+
+def looked(
+    model: nn.Module,
+    rows: Rows,
+    *,
+    rule: ScoringRule | None = None,
+    task: Task = CLASSES,
+    trusted: Trusted | None = None,
+    collate: Any = collate,
+    lengths: list[int] | None = None,
+    batch_size: int = 32,
+) -> Look:
+    options: dict[str, Any] = {"rule": rule or ScoringRule(), "rows": RowNames(lengths=lengths)}
+    return look(model, rows, collate, task=task, trusted=trusted, compute=Compute(batch_size), **options)
+
+
+def losses(model: nn.Module, rows: Rows, task: Task = CLASSES, collate: Any = collate) -> Tensor:
     inputs, labels = split_labels(collate(rows), model)
     with torch.no_grad():
         return task.loss(model_logits(model.eval(), inputs, task), labels)
 
 
-def head_of(model: nn.Module) -> torch.Tensor:
+def head_of(model: nn.Module) -> Tensor:
     inputs, _ = split_labels(collate(samples(4, 3)), model)
     head = find_head(model.eval(), lambda: model_logits(model, inputs, CLASSES))
     assert head is not None
     return head.linear.weight.detach().clone()
 
 
-def test_the_first_step_starts_at_the_out_of_fold_loss() -> None:
-    model, rows = wrapped(), learnable()
+def features_of(model: nn.Module, rows: Rows, task: Task) -> np.ndarray:
+    """What the classifier is given, row by row."""
+    seen: list[Tensor] = []
+    linear = next(
+        module for name, module in model.named_modules() if name.endswith("classifier.modules_to_save.default")
+    )
+    handle = linear.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    for row in rows:
+        losses(model, [row], task)
+    handle.remove()
+    return torch.cat(seen).double().numpy(force=True)
+
+
+# --- the head -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", [wrapped, lambda: wrapped(tiny_llama_classifier())])
+def test_the_first_step_starts_at_the_out_of_fold_loss(build: Callable[[], nn.Module]) -> None:
+    model, rows = build(), learnable()
     before = losses(model, rows).mean()
-    start = start_head(model, rows, collate, task=CLASSES)
+    start = started(model, rows).head
     assert start is not None
     assert start.replaces
     after = float(losses(model, rows).mean())
@@ -54,37 +130,20 @@ def test_the_first_step_starts_at_the_out_of_fold_loss() -> None:
     assert after < 0.7 * float(before)
 
 
-def test_only_the_head_changes() -> None:
+def test_only_the_head_changes_and_it_can_be_put_back() -> None:
     model = wrapped()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    state, modes = torch.get_rng_state(), [module.training for module in model.modules()]
-    start_head(model, learnable(), collate, task=CLASSES)
-    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    before = fingerprint(model)
+    start = started(model, learnable())
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before["weights"][name])}
     assert changed
     assert all("classifier" in name for name in changed)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert modes == [module.training for module in model.modules()]
-
-
-@pytest.mark.parametrize("how", ["batches", "padding", "lengths"])
-def test_the_head_does_not_depend_on(how: str) -> None:
-    rows, fitted = learnable(60), []
-    options: list[dict[str, Any]] = [{}, {}]
-    if how == "batches":
-        options[1] = {"batch_size": 7}
-    if how == "lengths":
-        options[1] = {"lengths": [1] * 60}
-    for number, option in enumerate(options):
-        model = wrapped()
-        padded = (lambda batch: collate(batch, pad_to=30)) if how == "padding" and number else collate
-        start_head(model, rows, padded, task=CLASSES, **option)
-        fitted.append(head_of(model))
-    torch.testing.assert_close(*fitted, rtol=2e-2, atol=2e-2)
+    start.undo()
+    assert_unchanged(before, model)
 
 
 def test_a_head_that_is_trained_already_stays() -> None:
     model, rows = wrapped(), learnable()
-    start_head(model, rows, collate, task=CLASSES)
+    started(model, rows)
     inputs, labels = split_labels(collate(rows), model)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(60):
@@ -92,36 +151,27 @@ def test_a_head_that_is_trained_already_stays() -> None:
         optimizer.step()
         optimizer.zero_grad()
     trained = head_of(model)
-    start = start_head(model, rows, collate, task=CLASSES)
+    start = started(model, rows).head
     assert start is not None
     assert not start.replaces
     assert torch.equal(head_of(model), trained)
 
 
-def test_a_decoder_without_a_bias() -> None:
-    model, rows = tsq.wrap(tiny_llama_classifier().float(), mean_rank=2), learnable()
-    start = start_head(model, rows, collate, task=CLASSES)
-    assert start is not None
-    assert start.replaces
-    assert float(losses(model, rows).mean()) == pytest.approx(start.fit.loss, rel=0.05)
-
-
 def test_numbers() -> None:
-    rows = learnable()
-    for row in rows:
-        row["labels"] = 2.0 * row["labels"] + 1
-    model = tsq.wrap(tiny_bert(num_labels=1, problem_type="regression").float(), mean_rank=2)
-    task = get_task("regression")
-    before = losses(model, rows, task).mean()
-    start = start_head(model, rows, collate, task=task)
+    rows, model = with_numbers(learnable()), of_numbers()
+    before = losses(model, rows, NUMBERS).mean()
+    start = started(model, rows, task=NUMBERS).head
     assert start is not None
     assert start.replaces
-    assert float(losses(model, rows, task).mean()) < 0.5 * float(before)
+    assert float(losses(model, rows, NUMBERS).mean()) < 0.5 * float(before)
 
 
 def test_text_and_frozen_heads_have_none() -> None:
-    assert start_head(nn.Linear(1, 1), [], collate, task=get_task("causal-lm")) is None
-    assert start_head(tiny_bert().float().requires_grad_(False), samples(8, 3), collate, task=CLASSES) is None
+    model = lora(GENERATORS["llama"](), task=TaskType.CAUSAL_LM)
+    found = started(model, texts(model, 4), task=get_task("causal-lm"), collate=text_collator(model))
+    assert found.head is None
+    assert found.layer is None
+    assert started(tiny_bert().float().requires_grad_(False), samples(8, 3)).head is None
 
 
 def test_rows_that_say_nothing_leave_the_head_random() -> None:
@@ -129,12 +179,264 @@ def test_rows_that_say_nothing_leave_the_head_random() -> None:
     rng = np.random.default_rng(0)
     for row in rows:
         row["labels"] = int(rng.integers(3))
-    twin = copy.deepcopy(model)
     with torch.no_grad():  # a head that says each class is equally likely
-        for module in (model, twin):
-            for name, parameter in module.named_parameters():
-                if "classifier" in name:
-                    parameter.zero_()
-    start = start_head(model, rows, collate, task=CLASSES)
+        for name, parameter in model.named_parameters():
+            if "classifier" in name:
+                parameter.zero_()
+    start = started(model, rows).head
     assert start is not None
     assert not start.replaces
+
+
+@pytest.mark.parametrize("pool_agrees", [True, False])
+def test_the_head_is_fitted_on_the_rows_that_make_for_the_lower_loss_on_trusted_ones(pool_agrees: bool) -> None:
+    model, rows, trusted = wrapped(), learnable(), learnable(30, seed=1)
+    found = started(model, rows if pool_agrees else shifted(rows), trusted=trusted)
+    assert found.head is not None
+    assert found.of_trusted is not None
+    assert found.head.trusted == (not pool_agrees)
+    # Both by losses on trusted rows: of the pool's head, and of their own out of fold.
+    assert (found.of_trusted.fit.loss < found.of_trusted.present) == (not pool_agrees)
+    other = wrapped()
+    started(other, rows if pool_agrees else shifted(rows))
+    assert found.of_trusted.present == pytest.approx(float(losses(other, trusted).mean()), rel=1e-3)
+    assert float(losses(model, trusted).mean()) < 0.7
+
+
+@pytest.mark.parametrize("pool_agrees", [True, False])
+def test_a_head_of_trusted_rows_stands_on_the_dense_layer_that_it_was_fitted_on(pool_agrees: bool) -> None:
+    model = wrapped(tiny_mpnet(), modules_to_save=["classifier"])
+    rows, trusted = learnable(120), learnable(60, seed=1)
+    if not pool_agrees:
+        rng = np.random.default_rng(0)
+        rows = [row | {"labels": int(rng.integers(3))} for row in rows]  # whose head does not replace the model's own
+    found = started(model, rows, trusted=trusted)
+    assert found.layer is not None
+    assert found.of_trusted is not None
+    install(found.layer, found.of_trusted)
+    assert float(losses(model, trusted).mean()) == pytest.approx(found.of_trusted.fit.loss, rel=0.1)
+
+
+# --- the trusted model --------------------------------------------------------------------
+
+
+def trained_alone(
+    model: nn.Module, trusted: Rows, task: Task, collate: Any, *, steps: int, size: int, rate: float, seed: int
+) -> None:
+    """Plain AdamW on these rows, in the order that the look takes."""
+    model.eval()
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=rate, weight_decay=0.0)
+    rng = stream("trusted model", seed)
+    order = np.concatenate([rng.permutation(len(trusted)) for _ in range(-(-steps * size // len(trusted)))])
+    for step in range(steps):
+        inputs, labels = split_labels(collate([trusted[j] for j in order[step * size :][:size]]), model)
+        task.batch_loss(task.loss(model_logits(model, inputs, task), labels), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+REDUCIBLE = ScoringRule(terms=("reducible_loss",), seed=3)
+
+
+@pytest.mark.parametrize("numbers", [False, True])
+def test_reducible_loss_is_the_slow_twins(numbers: bool) -> None:
+    task, model = (NUMBERS, of_numbers()) if numbers else (CLASSES, wrapped())
+    rows, trusted = learnable(60), learnable(40, seed=1)
+    if numbers:
+        rows, trusted = with_numbers(rows), with_numbers(trusted)
+    twin = copy.deepcopy(model)
+    start = start_head(
+        twin, rows, collate, rule=REDUCIBLE, task=task, rows=RowNames(), compute=Compute(), trusted=Trusted(trusted)
+    )
+    ours = losses(twin, rows, task)
+    assert start.layer is not None
+    assert start.of_trusted is not None
+    install(start.layer, start.of_trusted)
+    trained_alone(twin, trusted, task, collate, steps=100, size=16, rate=2 * 1e-3, seed=3)
+    known = losses(twin, rows, task)
+
+    before = fingerprint(model)
+    found = looked(model, rows, rule=REDUCIBLE, task=task, trusted=Trusted(trusted, learning_rate=1e-3))
+
+    terms = found.scores.terms
+    scale = float((ours - known).abs().max())
+    np.testing.assert_allclose(terms["trusted_loss"], known, rtol=2e-3, atol=1e-3 * scale)
+    np.testing.assert_allclose(terms["reducible_loss"], ours - known, rtol=2e-3, atol=2e-3 * scale)
+    assert found.trusted_cost.backward == 100 * 16
+    found.undo()
+    assert_unchanged(before, model)
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_of_text_it_is_relative_and_trained_for_fewer_steps_of_the_runs_size(family: str) -> None:
+    kind = TaskType.SEQ_2_SEQ_LM if family == "t5" else TaskType.CAUSAL_LM
+    task = get_task("seq2seq" if family == "t5" else "causal-lm")
+    model = lora(GENERATORS[family](), task=kind)
+    rows, trusted, batches = texts(model, 9), texts(model, 6, seed=1), text_collator(model)
+    twin = copy.deepcopy(model)
+    ours = losses(twin, rows, task, batches)
+    trained_alone(twin, trusted, task, batches, steps=24, size=4, rate=2 * 1e-3, seed=3)
+    known = losses(twin, rows, task, batches)
+
+    before = fingerprint(model)
+    rule = ScoringRule(seed=3)
+    found = looked(
+        model, rows, rule=rule, task=task, trusted=Trusted(trusted, 1e-3, batch_size=4), collate=batches, batch_size=2
+    )
+
+    np.testing.assert_allclose(found.scores.terms["reducible_loss"], (ours - known) / ours, rtol=1e-3, atol=1e-4)
+    assert found.scores.record["weights"] == {"reducible_loss": 1.0}
+    assert not found.scores.even
+    assert_unchanged(before, model)
+
+
+def test_trusted_rows_that_teach_nothing_have_no_gate() -> None:
+    model, rows, trusted = wrapped(), learnable(60), samples(40, 3, seed=1)
+    rng = np.random.default_rng(0)
+    for row in trusted:
+        row["labels"] = int(rng.integers(3))
+    found = looked(model, rows, rule=ScoringRule(gate="share"), trusted=Trusted(trusted))
+    assert "why_not" in found.scores.record["gate"]
+    assert found.scores.kept.all()
+    assert found.trusted_cost.forward == 0
+
+
+@pytest.mark.parametrize("head_start", [True, False])
+def test_a_gate_leaves_out_the_rows_that_the_trusted_model_contradicts(head_start: bool) -> None:
+    model, rows = wrapped(), learnable(100)
+    wrong = np.arange(100) % 5 == 0
+    rows = [shifted([row])[0] if wrong[j] else row for j, row in enumerate(rows)]
+    rule = ScoringRule(gate="surest", head_start=head_start)
+    scores = looked(model, rows, rule=rule, trusted=Trusted(learnable(60, seed=1), 1e-3)).scores
+    out = ~scores.kept
+    assert scores.record["gate"] == {"name": "surest", "left_out": int(out.sum())}
+    assert out.sum() == 20
+    assert wrong[out].mean() > 0.8
+    np.testing.assert_array_equal(scores.left_out_as("gated"), out)
+
+
+def test_what_an_earlier_look_measured_of_the_trusted_model_is_used_again() -> None:
+    model, rows, trusted = wrapped(), learnable(60), learnable(40, seed=1)
+    rule = ScoringRule(weights={"reducible_loss": 1.0})
+    first = looked(model, rows, rule=rule, trusted=Trusted(trusted))
+    again = Trusted(trusted, loss=first.scores.terms["trusted_loss"])
+    second = looked(model, rows, rule=ScoringRule(weights={"reducible_loss": 1.0}, head_start=False), trusted=again)
+    np.testing.assert_array_equal(second.scores.terms["trusted_loss"], first.scores.terms["trusted_loss"])
+    np.testing.assert_allclose(second.scores.terms["reducible_loss"], first.scores.terms["reducible_loss"], atol=1e-4)
+    assert not second.scores.even
+    assert second.trusted_cost.forward == 0
+
+
+@pytest.mark.parametrize("relabelled", [False, True])
+def test_a_row_with_the_input_of_a_trusted_row_is_never_drawn(relabelled: bool) -> None:
+    model, rows, trusted = wrapped(), learnable(60), learnable(20, seed=1)
+    rows[3], rows[40] = [copy.deepcopy(row) for row in trusted[:2]]
+    if relabelled:
+        rows[3], rows[40] = shifted([rows[3], rows[40]])
+    scores = tsq.score(model, rows, collate, trusted=trusted)
+    assert np.flatnonzero(~scores.kept).tolist() == [3, 40]
+    assert np.flatnonzero(scores.left_out_as("trusted row")).tolist() == [3, 40]
+    subset = tsq.QualitySubset(rows, 0.5, trusted=trusted)
+    unscored = [subset.plan.from_pool(epoch) for epoch in range(6)]
+    subset.use(scores, 0)
+    for drawn in (*unscored, *(subset.plan.from_pool(epoch) for epoch in range(6))):
+        assert not {3, 40} & set(drawn.tolist())
+
+
+# --- predictions out of sample ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("numbers", [False, True])
+def test_predictions_are_those_of_refits_without_the_row(numbers: bool) -> None:
+    task, model, rows = (
+        (NUMBERS, of_numbers(), with_numbers(learnable(40))) if numbers else (CLASSES, wrapped(), learnable(40))
+    )
+    x = features_of(model, rows, task)
+    labels = np.array([row["labels"] for row in rows])
+    targets = labels[:, None] if numbers else np.eye(3)[labels]
+    strength = fit_ridge(x, targets.astype(np.float64)).strength
+    refits = []
+    for j in range(40):
+        rest = np.arange(40) != j
+        centre, mean = x[rest].mean(0), targets[rest].mean(0)
+        gram = (x[rest] - centre).T @ (x[rest] - centre) + strength * np.eye(x.shape[1])
+        weight = np.linalg.solve(gram, (x[rest] - centre).T @ (targets[rest] - mean))
+        refits.append((x[j] - centre) @ weight + mean)
+    found = looked(model, rows, task=task).scores
+    assert found.record["out_of_sample"]
+    if numbers:
+        np.testing.assert_allclose(found.predictions["predicted"], np.array(refits)[:, 0], rtol=1e-3, atol=1e-3)
+    else:
+        logits = found.predictions["logits"]
+        assert np.corrcoef(logits.ravel(), np.ravel(refits))[0, 1] > 1 - 1e-6
+        assert found.predictions["predicted"].tolist() == np.argmax(refits, axis=1).tolist()
+
+
+# --- what a look may not depend on --------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["batches", "padding", "lengths", "order", "memory"])
+def test_a_look_does_not_depend_on(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, rule = learnable(60), ScoringRule(terms=PAPER_TERMS)
+    order = np.random.default_rng(0).permutation(60) if how == "order" else np.arange(60)
+    options: dict[str, Any] = {
+        "batches": {"batch_size": 7},
+        "padding": {"collate": partial(collate, pad_to=30)},
+        "lengths": {"lengths": [1] * 60},
+    }.get(how, {})
+    first, second = wrapped(), wrapped()
+    expected = looked(first, rows, rule=rule).scores
+    if how == "memory":
+        monkeypatch.setattr(forward_module, "IN_MEMORY", 0)
+    found = looked(second, [rows[j] for j in order], rule=rule, **options).scores
+    one, other = head_of(first).flatten(), head_of(second).flatten()
+    if how in ("order", "memory"):  # the folds follow the order, half precision rounds
+        assert torch.cosine_similarity(one, other, dim=0) > 0.98
+        near = 1e-2
+    else:
+        torch.testing.assert_close(other, one, rtol=0, atol=1e-3 * float(one.abs().max()))
+        near = 1e-3
+        for name, values in expected.terms.items():
+            limit = near * np.abs(values).max()
+            np.testing.assert_allclose(found.terms[name], values, rtol=0, atol=limit, err_msg=name)
+    for name in ("label_probability", "predicted_probability"):
+        np.testing.assert_allclose(found.predictions[name], expected.predictions[name][order], atol=near, err_msg=name)
+
+
+# --- the model is as it was ---------------------------------------------------------------
+
+
+class Breaks(Exception):
+    pass
+
+
+TRUSTING = ScoringRule(terms=(*PAPER_TERMS, "reducible_loss"), gate="surest")
+
+
+@pytest.mark.parametrize("before_end", [None, 0, 3, 50, 104, 107, 110])
+def test_score_leaves_the_model_as_it_was_also_after_an_error(before_end: int | None) -> None:
+    model, rows, trusted = wrapped(), learnable(60), learnable(40, seed=1)
+    for j, parameter in enumerate(trainable(model).values()):
+        parameter.grad = torch.randn_like(parameter) if j % 2 else None
+    for j, module in enumerate(model.modules()):
+        module.training = j % 3 > 0
+    calls, breaks = 0, -1
+
+    def counted(batch: Rows) -> dict[str, Tensor]:
+        nonlocal calls
+        calls += 1
+        torch.rand(1)
+        if calls == breaks:
+            raise Breaks
+        return collate(batch)
+
+    before = fingerprint(model)
+    run = partial(tsq.score, model, rows, counted, rule=TRUSTING, compute=Compute(16), trusted=Trusted(trusted, 1e-3))
+    scores = run()
+    assert scores.record["head_start"]["replaced"]
+    assert_unchanged(before, model)
+    if before_end is not None:
+        calls, breaks = 0, calls - before_end
+        with pytest.raises(Breaks):
+            run()
+        assert_unchanged(before, model)

@@ -142,7 +142,8 @@ def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An array in memory; a large matrix in half precision, memory-mapped."""
     if len(shape) < 2 or int(np.prod(shape)) * dtype.itemsize <= IN_MEMORY:
         return np.empty(shape, dtype=dtype)
-    return np.memmap(tempfile.TemporaryFile(), dtype=np.float16, mode="w+", shape=shape)
+    with tempfile.TemporaryFile() as file:  # the map holds it open
+        return np.memmap(file, dtype=np.float16, mode="w+", shape=shape)
 
 
 def _find(model: nn.Module, batch: Mapping[str, Tensor], task: Task) -> Head | None:

@@ -90,7 +90,8 @@ def of_trusted(start: HeadStart, features: Float[np.ndarray, "m d"], trusted: Fo
     rng = options.pop("rng")
     fit = fit_head(features, trusted.labels, **options, rng=rng())
     losses = row_losses(there.astype(np.float64), trusted.labels, kind)[fit.rows]
-    return HeadStart(fit, float(losses.mean()), fit.loss < float(losses.mean()), start.dense, trusted=True)
+    dense = start.dense if start.replaces else None  # as for the features
+    return HeadStart(fit, float(losses.mean()), fit.loss < float(losses.mean()), dense, trusted=True)
 
 
 def features_with(start: HeadStart, of: Forward, layer: Head) -> Float[np.ndarray, "n d"]:

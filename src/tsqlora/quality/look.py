@@ -131,11 +131,12 @@ def start_head(
     apart = None
     if trusted is not None:
         apart, _ = passing(trusted.rows, collate, compute=replace(compute, journal=None, progress=None))
-    fits = rule.head_start and layer is not None and isinstance(task, Classification | Regression)
-    if not fits:
+    trusts = apart is not None and rule.trusts and trusted is not None and trusted.loss is None
+    if layer is None or not isinstance(task, Classification | Regression) or not (rule.head_start or trusts):
         return Started(None, None, layer, pool, apart)
-    assert layer is not None
     head, own = distributed.once(lambda: _fit(pool, apart, task, layer, rule.seed))
+    if not rule.head_start:  # the trusted model begins with a head of its own all the same
+        return Started(None, own, layer, pool, apart)
     chosen = own if own is not None and own.replaces else head
     undo = install(layer, chosen) if chosen.replaces else lambda: None
     return Started(chosen, own, layer, pool, apart, undo)
@@ -199,9 +200,9 @@ def _logits(started: Started, of: Forward) -> np.ndarray:
     return started.head.fit.head.logits(features_with(started.head, of, started.layer)).astype(np.float32)
 
 
-def _teaches(started: Started, task: Task) -> bool:
-    """Whether trusted rows teach anything beyond class frequencies, by losses out of fold."""
-    if isinstance(task, Generation):
+def _teaches(started: Started, task: Task, known: bool) -> bool:
+    """Whether trusted rows teach anything beyond class frequencies, by losses out of fold; `known` from earlier."""
+    if isinstance(task, Generation) or known:
         return True
 
     def better() -> bool:
@@ -233,7 +234,7 @@ class _Looking:
     def found(self, fraction: float) -> Look:
         started, task = self.started, self.task
         why_not = distributed.once(lambda: _why_not(started, task))
-        teaches = self.trusted is not None and _teaches(started, task)
+        teaches = self.trusted is not None and _teaches(started, task, known=self.trusted.loss is not None)
         rule = self.rule
         if (why_not and needs_gradients(rule.measured())) or (needs_trusted(rule.measured()) and not teaches):
             rule = replace(rule, weights=None, temperature=1.0, terms=(), reject=None)
@@ -244,7 +245,7 @@ class _Looking:
                 self.model, self.dataset, self.collate, rule=rule, task=task, rows=self.rows, compute=self.compute
             )
             columns, record = measured.columns, measured.record
-        begun, trusts = time.perf_counter(), rule.gate is not None or needs_trusted(rule.measured())
+        begun, trusts = time.perf_counter(), rule.trusts
         known = self._trusted_loss() if teaches and trusts else None
         taken = self._trusted_cost(time.perf_counter() - begun) if teaches and trusts else PhaseCost()
         # Decided once: what is drawn must not depend on a process.

@@ -96,6 +96,11 @@ class ScoringRule:
         """The terms that are asked for or have a weight, and those that cost no more."""
         return wanted_terms([*self.terms, *(name for name, weight in self.q.items() if weight)])
 
+    @property
+    def trusts(self) -> bool:
+        """Whether it asks what the trusted model makes of the rows."""
+        return self.gate is not None or needs_trusted(self.measured())
+
     def guarded(self) -> "ScoringRule":
         """The rule that also measures convergence for the guard, where gradients are computed anyway."""
         weighted = wanted_terms(name for name, weight in (self.weights or {}).items() if weight)

@@ -13,7 +13,7 @@ from tsqlora.data.samples import TokenisedSplit
 from tsqlora.gradients.sites import lora_layers
 from tsqlora.quality.cost import look_cost, trusted_cost
 from tsqlora.quality.rows import REFERENCE_ROWS
-from tsqlora.quality.rule import PAPER_TERMS, ScoringRule, needs_trusted
+from tsqlora.quality.rule import PAPER_TERMS, ScoringRule
 from tsqlora.quality.trusted import STEPS, STEPS_OF_TEXT
 from tsqlora.ranks.allocate import Sensitivity, allocate
 from tsqlora.ranks.budget import used
@@ -126,7 +126,7 @@ def _passes(task: Task, method: Method, *, epochs: float, batch: int) -> dict[st
     if quality is not None and quality.rule.select:
         rule = quality.rule.trusting(task, trusted > 0)
         found["look"] = _look(rule, task, rows=n, trusted=trusted)
-        if trusted and (rule.gate is not None or needs_trusted(rule.measured())):
+        if trusted and rule.trusts:
             text = isinstance(task, Generation)
             cost = trusted_cost(n, steps=STEPS_OF_TEXT if text else STEPS, batch_size=min(trusted, batch))
             found["trusted model"] = {"forward": cost.forward, "backward": cost.backward}
