@@ -45,9 +45,6 @@ SCORES_FILE = "scores.parquet"
 LOOK_AGAIN = 1 / 3
 """Share of a run's steps after which all rows are looked at again, at the next epoch's beginning."""
 
-LITTLE_NOISE = 0.02
-"""Where the first look bounds the rate of wrong labels below this, a second one has nothing to find."""
-
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
@@ -82,7 +79,7 @@ class QualityCallback(TrainerCallback):
     A head that is no better than chance is replaced by one that is fitted on the features that it is given. Rows whose
     label seems wrong are left out where there is evidence of wrong labels; what the rule says decides the rest. With
     trusted rows the run trains on the pool first, and on them last. A run of several epochs looks again after a third
-    of its steps.
+    of its steps where that can change which rows are drawn.
 
     Args:
         data: the Trainer's train_dataset.
@@ -219,13 +216,11 @@ class QualityCallback(TrainerCallback):
         warnings.warn(what, stacklevel=3)
 
     def _renews(self) -> bool:
-        """Whether a second look can say something else."""
+        """Whether a second look can say something else: a pass over all rows must be worth its third of an epoch."""
+        if not (self.rule.look_again and self.rule.select):
+            return False
         scores = self.data.scores
-        if not (self.rule.look_again and self.rule.select) or scores is None:
-            return self.rule.look_again and self.rule.select
-        noise = scores.record.get("noise")
-        suspects = noise is not None and noise["high"] > LITTLE_NOISE
-        return suspects or not scores.even
+        return scores is None or not scores.even or scores.record.get("noise", {}).get("evident", False)
 
     def _draws(self) -> dict[str, Any]:
         data, plan = self.data, self.data.plan
