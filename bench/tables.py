@@ -8,7 +8,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -331,9 +331,85 @@ TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "scale-processes": scale_processes,
     "scale-rows": scale_rows,
     "scale-steps": scale_steps,
+    "headstart": headstart,
     "scoring": scoring,
     "servers": servers,
+    "worlds": worlds,
 }
+
+
+def _cells(name: str) -> list[dict[str, Any]]:
+    """The results of a benchmark that has a file for each cell."""
+    return [json.loads(path.read_text()) for path in sorted((RESULTS / name).glob("*.json"))]
+
+
+def headstart(_: Results) -> pd.DataFrame:
+    """What plain LoRA reaches in three epochs, and where the others reach it; means over seeds at the chosen rate."""
+    cells = pd.DataFrame(
+        [{**cell["settings"], "curve": cell["curve"], "headline": cell["headline"]} for cell in _cells("headstart")]
+    )
+    rows = []
+    for table, of_table in cells.groupby("table", sort=False):
+        best = {}
+        for method, found in of_table.groupby("method"):
+            first = found[found.seed == found.seed.min()]
+            rate = first.loc[first.headline.idxmax(), "rate"]
+            best[method] = found[found.rate == rate].set_index("seed").curve
+        goal = {seed: curve[-1] for seed, curve in best["lora"].items()}
+        for method, curves in best.items():
+            curves = {seed: curve for seed, curve in curves.items() if seed in goal}
+            reached = [_reached(curve, goal[seed]) for seed, curve in curves.items()]
+            rows.append(
+                {
+                    "table": table,
+                    "way to train": method,
+                    "seeds": len(curves),
+                    "before the first step": _mean([100 * curve[0]["accuracy"] for curve in curves.values()]),
+                    "at its end": _mean([100 * curve[-1]["accuracy"] for curve in curves.values()]),
+                    "steps": curves[min(curves)][-1]["step"],
+                    "share of LoRA's steps to its accuracy": _mean([share and share[0] for share in reached], 2),
+                    "of its seconds": _mean([share and share[1] for share in reached], 2),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _reached(curve: Sequence[Mapping[str, float]], goal: Mapping[str, float]) -> tuple[float, float] | None:
+    """Shares of the steps and seconds of a training after which another has its accuracy; None where it never has."""
+    at = next((point for point in curve if point["accuracy"] >= goal["accuracy"]), None)
+    return None if at is None else (at["step"] / goal["step"], at["seconds"] / goal["seconds"])
+
+
+def _mean(values: Sequence[float | None], digits: int = 1) -> str:
+    """The mean; where a seed has none, how many have."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "never"
+    mean = f"{sum(known) / len(known):.{digits}f}"
+    return mean if len(known) == len(values) else f"{mean} ({len(known)} of {len(values)} seeds)"
+
+
+def worlds(_: Results) -> pd.DataFrame:
+    """Accuracy on average and in the worst group, and test loss; means over seeds."""
+    cells = pd.DataFrame([{**cell, **cell["settings"]} for cell in _cells("worlds")])
+    rows = []
+    for (world, trusted, method), found in cells.groupby(["world", "trusted", "method"], sort=False):
+        rows.append(
+            {
+                "world": world,
+                "trusted rows": trusted,
+                "way to train": method,
+                "seeds": len(found),
+                "accuracy": _spread(100 * found.accuracy),
+                "worst group": _spread(100 * found.worst),
+                "test loss": _spread(found.loss, 2),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _spread(values: pd.Series, digits: int = 1) -> str:
+    return f"{values.mean():.{digits}f} ({', '.join(f'{value:.{digits}f}' for value in values)})"
 
 
 def rendered(text: str) -> str:
