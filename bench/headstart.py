@@ -2,10 +2,10 @@
 
     python bench/headstart.py [--tables clinc150,sst2-500] [--seeds 0,1,2] [--rates 5e-4,1e-3,2e-3]
 
-Plain LoRA trains for three epochs of all rows; `lora+head`, and `tsqlora` in epochs of half the rows, for as many steps,
-on all of CLINC150 for a third of them. Each has its learning rate chosen on validation rows, on the first seed. One core
-a cell; seconds are those of the processor, evaluations left out, so that two cells may run side by side. Each cell is a
-file in bench/results/headstart, and a cell that is there is not run again.
+Plain LoRA trains for three epochs of all rows; `lora+head`, and `tsqlora` in epochs of half the rows, for as many
+steps, on all of CLINC150 for a third of them. Each has its learning rate chosen on validation rows, on the first seed.
+One core a cell; seconds are those of the processor, evaluations left out, so that two cells may run side by side. Each
+cell is a file in bench/results/headstart, and a cell that is there is not run again.
 """
 
 import argparse

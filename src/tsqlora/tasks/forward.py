@@ -60,8 +60,8 @@ def each_its_row(collate: Collate) -> Collate:
         if isinstance(labels, Tensor) and len(labels) != len(samples):
             raise UnsupportedError(
                 f"the collator makes {len(labels)} row(s) of {len(samples)} samples, so that none has numbers of its "
-                "own; set packing (or its packing_strategy to 'wrapped') and padding_free off, or score with a "
-                "collator that pads"
+                "own; choose the rows before the trainer is built: dataset = tsqlora.select(model, dataset, "
+                "processing_class=tokenizer, trusted=rows, fraction=0.2)"
             )
         return batch
 

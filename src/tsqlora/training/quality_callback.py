@@ -137,7 +137,11 @@ class QualityCallback(TrainerCallback):
         distributed.refuse_deepspeed(args.deepspeed_plugin)
         loader, model, data = kwargs["train_dataloader"], kwargs["model"], self.data
         if loader.dataset is not data:
-            raise SettingsError("QualityCallback(data) and Trainer(train_dataset=data) need the same QualitySubset")
+            raise SettingsError(
+                "QualityCallback(data) and Trainer(train_dataset=data) need the same QualitySubset; where the trainer "
+                "makes rows of its own, as SFTTrainer does of text, choose them before it is built: dataset = "
+                "tsqlora.select(model, dataset, processing_class=tokenizer, trusted=rows, fraction=0.2)"
+            )
         require_drawn_anew(args, loader)
         saved = QualityState.load(checkpoint_folder(args, state)) if state.global_step > 0 else None
         if saved is not None:
