@@ -22,6 +22,7 @@ from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 from models import tiny_bert
 from tsqlora.compat.transformers import (
     CLASSES_OF,
+    SUMS,
     callbacks_of,
     installed_reporters,
     knows_lengths,
@@ -73,7 +74,7 @@ def test_a_step_sums_its_batches_only_where_it_is_told_to(tmp_path: Path) -> Non
     smoothed: Any = made(tmp_path, label_smoothing_factor=0.1)
     assert smoothed.label_smoother is not None
     source = inspect.getsource(Trainer)
-    assert "self.loss_is_scaled_for_ga" in source
+    assert f"self.{SUMS}" in source
     assert "self.current_gradient_accumulation_steps =" in source
 
 

@@ -1,7 +1,7 @@
 """YAML for settings: plain values, nothing that runs, nothing that grows without end; problems name their line."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hostile import _multiplied
@@ -15,6 +15,7 @@ plain = st.recursive(
 
 
 @given(plain)
+@example({"?0": None, ":-": None})
 def test_what_is_written_is_read_back(value: object) -> None:
     assert load_yaml(dump_yaml(value)) == value
     inline = dump_yaml(value, inline=True)

@@ -14,8 +14,10 @@ __all__ = ["dequantize_module_weight"]
 Place = tuple[nn.Module, str, str]
 """Where a tensor is: the module that holds it, its name there, and the module's name in the LoRA layer."""
 
-VARIANTS = tuple(field.name for field in dataclasses.fields(LoraConfig) if field.metadata.get("is_lora_variant"))
-"""Options of LoraConfig whose update is not s·BA, such as use_dora."""
+_MARKED = [field.name for field in dataclasses.fields(LoraConfig) if field.metadata.get("is_lora_variant")]
+_BEFORE = ("use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config")
+VARIANTS = tuple(_MARKED or (name for name in _BEFORE if hasattr(LoraConfig, name)))
+"""Options of LoraConfig whose update is not s·BA, such as use_dora; PEFT marks them from 0.20 on."""
 
 
 def has_variant(layer: LoraLayer) -> bool:

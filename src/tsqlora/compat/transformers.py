@@ -13,6 +13,9 @@ from transformers.integrations.integration_utils import (
 )
 from transformers.models.auto import modeling_auto
 
+SUMS = "loss_is_scaled_for_ga" if hasattr(Trainer, "loss_is_scaled_for_ga") else "model_accepts_loss_kwargs"
+"""The Trainer's attribute that keeps it from taking the mean over a step's batches; the second one before 5.21."""
+
 
 def set_deletion_order(checkpoints: Iterable[Path]) -> None:
     """Makes the Trainer delete these checkpoints in this order, and after them those that it writes later.
@@ -36,12 +39,12 @@ def set_loss_scaling(trainer: Trainer, *, divides_by_window: bool) -> None:
     is the Trainer's own loss, which does divide where it can count.
     """
     smoothed = trainer.label_smoother is not None
-    trainer.loss_is_scaled_for_ga = trainer.model_accepts_loss_kwargs and (smoothed or divides_by_window)
+    setattr(trainer, SUMS, trainer.model_accepts_loss_kwargs and (smoothed or divides_by_window))
 
 
 def summed_batches(trainer: Trainer) -> int:
     """Over how many batches the step under way sums the loss; 1 where the Trainer takes their mean."""
-    return trainer.current_gradient_accumulation_steps if trainer.loss_is_scaled_for_ga else 1
+    return trainer.current_gradient_accumulation_steps if getattr(trainer, SUMS) else 1
 
 
 def callbacks_of(trainer: Trainer) -> Sequence[TrainerCallback]:

@@ -95,8 +95,9 @@ for _kind in ("timestamp", "value"):
 
 class _Representer(SafeRepresenter):
     def represent_text(self, text: str) -> Any:
-        # Single quotes lose line breaks other than \n.
-        return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+        # Single quotes lose line breaks other than \n; within braces a plain ?x is the key x, and :- no key.
+        plain = text.isprintable() and not text.startswith(("?", ":"))
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')
 
 
 _Representer.add_representer(str, _Representer.represent_text)
