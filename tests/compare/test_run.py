@@ -71,7 +71,7 @@ def test_every_policy_draws_its_share_of_the_rows(policy: str, place: Path) -> N
     assert looks is None or looks[0]["head_start"]["replaced"]
     assert bool(looks) and "kept" in looks[0] if policy in ("quality", *RIVALS) else True
     if policy in RIVALS:
-        assert found["quality"]["random"] is None
+        assert looks[0]["not_ready"] is None
         assert not any("drawn at random" in note for note in found["notes"])
 
 
@@ -242,3 +242,12 @@ def _wait_for(true: Any, seconds: float = 120.0) -> None:
     while not true():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.05)
+
+
+def test_a_control_with_the_head_start_looks_once_and_scores_nothing(place: Path) -> None:
+    for policy in ("head", "even"):
+        found = run_cell(settings(place), cell_of(f"lora+{policy}"), equal="steps")
+        (only,) = found["quality"]["looks"]
+        assert only["head_start"]["replaced"]
+        assert "kept" not in only
+        assert found["cost"]["look"]["backward"] == 0

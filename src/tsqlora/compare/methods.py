@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tsqlora.adapter.slots import active_parameters
+from tsqlora.adapter.slots import active_parameters, find_slots
 from tsqlora.baselines import BASELINES, Built, Setup
 from tsqlora.compare.cells import Entry
 from tsqlora.errors import SettingsError, nearest
@@ -16,6 +16,7 @@ from tsqlora.progress import Progress
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.run.callbacks import control_rule, quality_callback, rank_callback, scoring_rule, subset
 from tsqlora.run.job import Job, with_slots
+from tsqlora.run.plan import require_ranks
 from tsqlora.training.quality_callback import QualityCallback
 from tsqlora.training.rank_callback import RankCallback
 
@@ -145,6 +146,7 @@ def build(job: Job, method: str, *, steps: int) -> tuple[Built, RankCallback | N
     config, baseline = job.config, METHODS[method].baseline
     if baseline is None:
         model, ranks = with_slots(config, job.pretrained), rank_callback(job)
+        require_ranks(config, {name: slots.shape for name, slots in find_slots(model).items()})
         return Built(model, (), lambda: active_parameters(model), lambda: ranks.final), ranks
     setup = Setup(
         pretrained=job.pretrained,

@@ -56,10 +56,7 @@ def plan(
     phases = {name: options[name] for name in ("warmup", "freeze")}
     if options["policy"] != "fixed" and not adjustment_steps(steps, interval=interval, **phases):
         idle.append(f"ranks.policy without effect: no adjustment fits into {steps} steps at an interval of {interval}")
-    uniform = Sensitivity(dict.fromkeys(shapes, 1.0), shapes, "uniform", 0)
-    allocate(
-        uniform, mean_rank=config.ranks.mean, min_rank=config.ranks.min, max_rank=config.ranks.resolved_max()
-    )  # raises where the least ranks cost more than there is
+    require_ranks(config, shapes)
     return {
         "rows": {name: len(split) for name, split in samples.items()},
         "classes": _classes(task, model, samples["train"]),
@@ -74,6 +71,12 @@ def plan(
         "memory_bytes": memory(config, task, model, longest=max(samples["train"].lengths), bf16=args.bf16),
         "without_effect": idle,
     }
+
+
+def require_ranks(config: Config, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Raises SettingsError where the least ranks of layers of these shapes cost more than there is."""
+    uniform = Sensitivity(dict.fromkeys(shapes, 1.0), shapes, "uniform", 0)
+    allocate(uniform, mean_rank=config.ranks.mean, min_rank=config.ranks.min, max_rank=config.ranks.resolved_max())
 
 
 def without_effect(config: Config) -> list[str]:
