@@ -131,7 +131,7 @@ def start_head(
     apart = None
     if trusted is not None:
         apart, _ = passing(trusted.rows, collate, compute=replace(compute, journal=None, progress=None))
-    trusts = apart is not None and rule.trusts and trusted is not None and trusted.loss is None
+    trusts = rule.trusts and trusted is not None and trusted.loss is None
     if layer is None or not isinstance(task, Classification | Regression) or not (rule.head_start or trusts):
         return Started(None, None, layer, pool, apart)
     head, own = distributed.once(lambda: _fit(pool, apart, task, layer, rule.seed))
@@ -177,17 +177,18 @@ def _kind(task: Task) -> Kind:
 
 
 def _why_not(started: Started, task: Task) -> str | None:
-    """Why the model is at chance: its losses on all rows, calibrated, are no better than a constant guess's."""
+    """Why the model is at chance: its losses on all rows, also calibrated, are no better than a constant guess's."""
     pool = started.pool
     assert pool is not None
     if not isinstance(task, Answers) or len(pool.labels) < 2:
         return None
     assert pool.logits is not None
-    logits = _logits(started, pool)
-    if isinstance(task, Classification):
+    logits, labels = _logits(started, pool), torch.from_numpy(pool.labels)
+    test = against_chance(task, torch.from_numpy(logits), labels)
+    if not test.passed and isinstance(task, Classification):
         # A model that is too sure of itself, or trained on right labels among wrong ones, is not at chance.
         logits = (logits / fit_temperature(logits, pool.labels)).astype(np.float32)
-    test = against_chance(task, torch.from_numpy(logits), torch.from_numpy(pool.labels))
+        test = against_chance(task, torch.from_numpy(logits), labels)
     return None if test.passed else test.told
 
 
