@@ -27,9 +27,10 @@ from scoring import assert_unchanged, fingerprint, trainable
 from tsqlora.quality import forward_pass as forward_module
 from tsqlora.quality.features import find_head
 from tsqlora.quality.head_start import install
-from tsqlora.quality.look import Look, Started, look, start_head
+from tsqlora.quality.look import Look, look
 from tsqlora.quality.ridge import fit_ridge
 from tsqlora.quality.rule import PAPER_TERMS, Compute, RowNames, ScoringRule
+from tsqlora.quality.started import Started, start_head
 from tsqlora.quality.trusted import Trusted
 from tsqlora.seeds import stream
 from tsqlora.tasks import Task, get_task

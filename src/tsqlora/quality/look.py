@@ -7,7 +7,6 @@ gradients take a second pass, the trusted model one more.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,44 +19,20 @@ from tsqlora.quality.features import Head
 from tsqlora.quality.forward_pass import Forward, forward_pass
 from tsqlora.quality.gate import GATES, left_out
 from tsqlora.quality.gradient_pass import gradient_pass
-from tsqlora.quality.head_start import HeadStart, features_with, fit_start, install, of_trusted
+from tsqlora.quality.head_start import HeadStart, install
 from tsqlora.quality.label_noise import reject
-from tsqlora.quality.learned import against_chance, require_finite
-from tsqlora.quality.linear_head import Kind, row_losses
 from tsqlora.quality.predictions import predictions
-from tsqlora.quality.ridge import fit_ridge, fit_temperature, leave_one_out_logits
 from tsqlora.quality.rows import Dataset
 from tsqlora.quality.rule import Compute, RowNames, ScoringRule, needs_gradients, needs_trusted, of_classes
 from tsqlora.quality.sampling import draw_size
 from tsqlora.quality.scores import Scores, from_terms
+from tsqlora.quality.started import Started, start_head
 from tsqlora.quality.terms import Measured, Term
 from tsqlora.quality.trusted import BATCH_SIZE, RATE, STEPS, STEPS_OF_TEXT, Trusted, trusted_model
 from tsqlora.seeds import stream
-from tsqlora.tasks import Answers, Task
-from tsqlora.tasks.classification import Classification
+from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate, each_its_row
 from tsqlora.tasks.generation import Generation
-from tsqlora.tasks.regression import Regression
-
-ROWS_TO_FIT = 50_000
-"""A head is fitted on at most so many rows, drawn evenly: more hardly change it, and their features need not fit."""
-LEAST_TRUSTED = 8
-"""With fewer trusted rows no head is fitted on them."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Started:
-    """A model whose head is fitted, and the passes that told; passes are the first process's alone."""
-
-    head: HeadStart | None
-    """None where there was nothing to fit."""
-    of_trusted: HeadStart | None
-    """Fitted on trusted rows alone."""
-    layer: Head | None
-    pool: Forward | None
-    trusted: Forward | None
-    undo: Callable[[], None] = lambda: None
-    """Puts the model's own head back."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,114 +85,6 @@ def look(
     return found
 
 
-def start_head(
-    model: nn.Module,
-    dataset: Dataset,
-    collate: Collate,
-    *,
-    rule: ScoringRule,
-    task: Task,
-    rows: RowNames,
-    compute: Compute,
-    trusted: Trusted | None = None,
-) -> Started:
-    """Fit the task's last linear layer on the features that it is given, and install it where it is better.
-
-    One forward pass without dropout over all rows, and over the trusted ones; the first process fits. The head is
-    fitted on the rows, or on the trusted rows, whichever loses less on these.
-    """
-    passing = partial(forward_pass, model, task=task, compute=compute)
-    pool, layer = passing(dataset, collate, lengths=rows.lengths, hashes=rows.hashes)
-    apart = None
-    if trusted is not None:
-        apart, _ = passing(trusted.rows, collate, compute=replace(compute, journal=None, progress=None))
-    trusts = rule.trusts and trusted is not None and trusted.loss is None
-    if layer is None or not isinstance(task, Classification | Regression) or not (rule.head_start or trusts):
-        return Started(None, None, layer, pool, apart)
-    head, own = distributed.once(lambda: _fit(pool, apart, task, layer, rule.seed))
-    if not rule.head_start:  # the trusted model begins with a head of its own all the same
-        return Started(None, own, layer, pool, apart)
-    chosen = own if own is not None and own.replaces else head
-    undo = install(layer, chosen) if chosen.replaces else lambda: None
-    return Started(chosen, own, layer, pool, apart, undo)
-
-
-def _fit(
-    pool: Forward | None, trusted: Forward | None, task: Task, layer: Head, seed: int
-) -> tuple[HeadStart, HeadStart | None]:
-    assert pool is not None
-    assert pool.features is not None
-    for passed in (pool, trusted):
-        if passed is not None:
-            require_finite(torch.from_numpy(passed.loss))
-    weights = task.class_weights if isinstance(task, Classification) else None
-    chosen = np.sort(stream("head start", seed).permutation(len(pool.labels))[:ROWS_TO_FIT])
-    options: dict[str, Any] = {
-        "kind": _kind(task),
-        "width": layer.linear.out_features,
-        "intercept": layer.linear.bias is not None,
-        "class_weights": None if weights is None else weights.numpy(force=True),
-        "rng": lambda: stream("head folds", seed),
-    }
-    start = fit_start(
-        pool.features[chosen].astype(np.float32),
-        pool.labels[chosen],
-        pool.loss[chosen].astype(np.float64),
-        dense_inputs=None if pool.dense is None else pool.dense[chosen].astype(np.float32),
-        activation=layer.activation,
-        **options,
-    )
-    if trusted is None or len(trusted.labels) < LEAST_TRUSTED:
-        return start, None
-    return start, of_trusted(start, features_with(start, trusted, layer), trusted, **options)
-
-
-def _kind(task: Task) -> Kind:
-    return "classes" if isinstance(task, Classification) else "numbers"
-
-
-def _why_not(started: Started, task: Task) -> str | None:
-    """Why the model is at chance: its losses on all rows, also calibrated, are no better than a constant guess's."""
-    pool = started.pool
-    assert pool is not None
-    if not isinstance(task, Answers) or len(pool.labels) < 2:
-        return None
-    assert pool.logits is not None
-    logits, labels = _logits(started, pool), torch.from_numpy(pool.labels)
-    test = against_chance(task, torch.from_numpy(logits), labels)
-    if not test.passed and isinstance(task, Classification):
-        # A model that is too sure of itself, or trained on right labels among wrong ones, is not at chance.
-        logits = (logits / fit_temperature(logits, pool.labels)).astype(np.float32)
-        test = against_chance(task, torch.from_numpy(logits), labels)
-    return None if test.passed else test.told
-
-
-def _logits(started: Started, of: Forward) -> np.ndarray:
-    """The logits of the model as it is now: of the fitted head, where that was installed."""
-    assert of.logits is not None
-    if started.head is None or not started.head.replaces:
-        return of.logits.astype(np.float32)  # a large column is in half precision
-    assert started.layer is not None
-    return started.head.fit.head.logits(features_with(started.head, of, started.layer)).astype(np.float32)
-
-
-def _teaches(started: Started, task: Task, known: bool) -> bool:
-    """Whether trusted rows teach anything beyond class frequencies, by losses out of fold; `known` from earlier."""
-    if isinstance(task, Generation) or known:
-        return True
-
-    def better() -> bool:
-        own, apart = started.of_trusted, started.trusted
-        if own is None or apart is None or not isinstance(task, Answers):
-            return False
-        labels = torch.from_numpy(apart.labels)
-        width = 1 if apart.logits is None else apart.logits.shape[1]
-        constant = task.chance(labels, width).numpy()
-        return own.fit.better_than(row_losses(np.tile(constant, (len(labels), 1)), apart.labels, _kind(task)))
-
-    return distributed.once(better)
-
-
 @dataclass(frozen=True, slots=True)
 class _Looking:
     """A look at a model whose head is fitted."""
@@ -234,8 +101,8 @@ class _Looking:
 
     def found(self, fraction: float) -> Look:
         started, task = self.started, self.task
-        why_not = distributed.once(lambda: _why_not(started, task))
-        teaches = self.trusted is not None and _teaches(started, task, known=self.trusted.loss is not None)
+        why_not = distributed.once(lambda: started.why_not(task))
+        teaches = self._teaches()
         rule = self.rule
         if (why_not and needs_gradients(rule.measured())) or (needs_trusted(rule.measured()) and not teaches):
             rule = replace(rule, weights=None, temperature=1.0, terms=(), reject=None)
@@ -255,6 +122,13 @@ class _Looking:
         )
         cost = self._cost(rule, record.get("reference_rows", 0))
         return Look(scores, started.head, why_not, cost, taken, started.layer, started.undo)
+
+    def _teaches(self) -> bool:
+        if self.trusted is None:
+            return False
+        if isinstance(self.task, Generation) or self.trusted.loss is not None:
+            return True
+        return distributed.once(lambda: self.started.teaches(self.task))
 
     def _cost(self, rule: ScoringRule, reference: int) -> PhaseCost:
         terms, n, lengths = rule.measured().values(), len(self.dataset), self.rows.lengths
@@ -322,8 +196,7 @@ class _Looking:
     ) -> Scores:
         started, task, trusted, pool = self.started, self.task, self.trusted, self.started.pool
         assert pool is not None
-        logits = None if pool.logits is None else _logits(started, pool)
-        unseen = _left_out(started, task)
+        logits, unseen = started.logits, started.unseen(task)
         said = logits if unseen is None else unseen
         classes = of_classes(task, pool.labels)
         scores = from_terms(
@@ -398,20 +271,6 @@ def _is_known(term: Term, measured: Measured) -> bool:
     if term.gradient or term.alone or (term.answers and measured.logits is None):
         return False
     return not term.trusted or measured.trusted_loss is not None
-
-
-def _left_out(started: Started, task: Task) -> np.ndarray | None:
-    """What a fit that has not seen the row says of it: logits of classes, or a number; None without features."""
-    pool = started.pool
-    assert pool is not None
-    if pool.features is None or len(pool.labels) < 3 or started.layer is None:
-        return None
-    features = pool.features if started.head is None else features_with(started.head, pool, started.layer)
-    if isinstance(task, Classification) and len(np.unique(pool.labels)) > 1:
-        return leave_one_out_logits(features, pool.labels, started.layer.linear.out_features)
-    if isinstance(task, Regression):
-        return fit_ridge(features, pool.labels[:, None].astype(np.float64)).left_out
-    return None
 
 
 def _predicted(logits: np.ndarray, labels: np.ndarray, task: Task) -> dict[str, np.ndarray]:

@@ -20,11 +20,12 @@ from tsqlora.progress import Progress, Pulse
 from tsqlora.quality.cost import PhaseCost
 from tsqlora.quality.epochs import trusted_steps
 from tsqlora.quality.fallback import guarded
-from tsqlora.quality.look import look, start_head
+from tsqlora.quality.look import look
 from tsqlora.quality.look_cache import look_once
 from tsqlora.quality.rule import Compute, RowNames, ScoringRule
 from tsqlora.quality.scorable import require_scorable
 from tsqlora.quality.scores import Scores
+from tsqlora.quality.started import start_head
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.quality.trusted import Trusted
 from tsqlora.tasks import Task
@@ -307,16 +308,18 @@ class QualityCallback(TrainerCallback):
         for phase, cost in (("look", found.cost), ("trusted model", found.trusted_cost)):
             if cost.forward:
                 self.spent.setdefault(phase, PhaseCost()).add(**asdict(cost))
-        scores = self._guarded(found.scores)
-        self._write(scores, self._path(args))
+        scores, first, plan = self._guarded(found.scores), not self.looks, self.data.plan
         self.looks.append(_summary(scores, found.why_not))
-        plan = self.data.plan
+        if found.why_not is None or self.data.scores is None:
+            self._write(scores, self._path(args))
         if found.why_not is None:
             self.data.plan = plan.scored(scores, epoch, by="QualityCallback")
-        else:
-            self.data.plan = plan.unscored(awaits_scores=True, by="QualityCallback")
-            more = "until the second look" if len(self.looks) == 1 and self.schedule.second_look else "to the end"
-            self._note(f"rows are drawn evenly and ranks stay {more}: {found.why_not}")
+            return
+        if self.data.scores is None:
+            # Later ranks may move all the same: what the model learns until its end shows in its gradients.
+            self.data.plan = plan.unscored(awaits_scores=first, by="QualityCallback")
+        more = "until the second look" if first and self.schedule.second_look else "to the end"
+        self._note(f"rows are drawn evenly{' and ranks stay' if first else ''} {more}: {found.why_not}")
 
     def _start_head(self, args: TrainingArguments, model: nn.Module, collate: Any) -> None:
         """Of a look the head alone: for the control."""
