@@ -187,12 +187,10 @@ def score_by(
     return tsq.score(model, dataset, collate, task=task, trusted=trusted, **given)
 
 
-def quality_by(data: Any, warmup: float = 1.0, **options: Any) -> tsq.QualityCallback:
+def quality_by(data: Any, **options: Any) -> tsq.QualityCallback:
     """The same for `QualityCallback`."""
-    own = {
-        name: options.pop(name) for name in ("limit", "task", "scores_path", "progress", "collate") if name in options
-    }
-    return tsq.QualityCallback(data, warmup, **own, **_values(options))
+    own = {name: options.pop(name) for name in ("task", "scores_path", "progress", "collate") if name in options}
+    return tsq.QualityCallback(data, **own, **_values(options))
 
 
 def _values(options: dict[str, Any]) -> dict[str, Any]:

@@ -162,7 +162,10 @@ class Probe:
         # Not every layer need be used in every pass; one that always is has seen them all.
         samples = int(distributed.summed(torch.tensor(max(self.samples.values(), default=0), device=zero.device)))
         if samples == 0:
-            raise UnsupportedError("no backward pass went through the LoRA layers while they were probed")
+            raise UnsupportedError(
+                "no backward pass went through the LoRA layers while they were probed; where the model is under "
+                "reentrant gradient checkpointing, set gradient_checkpointing_kwargs to {'use_reentrant': False}"
+            )
         estimator = self.estimator if isinstance(self.estimator, str) else getattr(self.estimator, "__name__", "custom")
         return Sensitivity(
             {name: float(value) / samples for name, value in zip(self.layers, values, strict=True)},

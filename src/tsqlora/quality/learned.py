@@ -13,7 +13,7 @@ from tsqlora.errors import TsqLoraError
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.quality.rows import batches_of
 from tsqlora.tasks import Answers, Task
-from tsqlora.tasks.forward import Collate, model_logits, precision, split_labels
+from tsqlora.tasks.forward import Collate, model_logits, precision, require_labels, split_labels
 
 MARGIN = 2.0
 """Standard errors by which the mean loss must lie below the constant predictor's."""
@@ -78,15 +78,19 @@ def is_ready(
     batch_size: int,
     autocast: torch.dtype | None,
 ) -> bool:
-    """Whether a model's gradients on these rows say something: it writes text, or beats a constant guess."""
-    if not isinstance(task, Answers):
-        return True
+    """Whether a model's gradients on these rows say something: it writes text, or beats a constant guess.
+
+    Raises UnsupportedError or DataError for a model or rows without what the task's loss is computed from.
+    """
     parts: list[tuple[Tensor, Tensor]] = []
     with eval_mode(model), torch.no_grad():
         for batch in batches_of(rows, collate, batch_size):
             inputs, labels = split_labels(batch, model)
+            require_labels(task, labels)
             with precision(labels.device, autocast, cache=False):
                 parts.append((model_logits(model, inputs, task), labels))
+            if not isinstance(task, Answers):
+                return True
     logits, labels = (torch.cat(columns) for columns in zip(*parts, strict=True))
     return len(labels) > 1 and against_chance(task, logits, labels).passed
 

@@ -4,6 +4,7 @@ The Trainer writes straight into checkpoint-N, and deletes old checkpoints befor
 callback to add its part syncs every file to the disk, hashes it, and renames the manifest into place.
 
     register_part(args, state, "ranks")                 on train begin: gives the checkpoint to resume from
+    set_aside_later(state)                              on epoch begin, when every callback has agreed to begin
     with saving_part(args, state, "ranks") as folder:   on save: the last part completes the checkpoint
 """
 
@@ -40,7 +41,7 @@ class Checkpoints:
     """The checkpoints that one training writes, each of which is complete once every registered part is in it.
 
     Where a training is resumed, its checkpoint is checked first, and the best one if it is to be brought back. Later
-    checkpoints in the folder are another training's, and are renamed.
+    checkpoints in the folder are another training's, and are renamed once this one begins.
     """
 
     def __init__(self, args: TrainingArguments, state: TrainerState) -> None:
@@ -57,8 +58,7 @@ class Checkpoints:
         note = saved_note(state, _NOTE)
         if state.global_step > 0:
             _require_resumable(args, checkpoint_folder(args, state), note.get("run"))
-        if saves and distributed.is_first():
-            _set_aside(Path(str(args.output_dir)), after=state.global_step)
+        self._later = (Path(str(args.output_dir)), state.global_step) if saves and distributed.is_first() else None
         # Each training has a name of its own, also one that goes on from the same checkpoint as another.
         note |= {"run": uuid.uuid4().hex, "rows": args.per_device_train_batch_size}
 
@@ -66,6 +66,12 @@ class Checkpoints:
         if part in self.parts:
             raise SettingsError(f"the Trainer has two callbacks for {part}; give it one of each kind at most")
         self.parts.append(part)
+
+    def set_aside_later(self) -> None:
+        later, self._later = self._later, None
+        if later is not None:
+            folder, step = later
+            _set_aside(folder, after=step)
 
     def complete(self, part: str, folder: Path) -> None:
         """A part is written into a checkpoint."""
@@ -95,6 +101,15 @@ def register_part(args: TrainingArguments, state: TrainerState, part: str) -> Pa
         weakref.finalize(state, _OF_TRAINING.pop, id(state), None)
     _OF_TRAINING[id(state)].register(part)
     return checkpoint_folder(args, state) if state.global_step > 0 else None
+
+
+def set_aside_later(state: TrainerState) -> None:
+    """On epoch begin: renames checkpoints of later steps, which are another training's.
+
+    Not on train begin: a callback that refuses to begin leaves the folder as it was, whichever comes first.
+    """
+    if (known := _OF_TRAINING.get(id(state))) is not None:
+        known.set_aside_later()
 
 
 @contextmanager

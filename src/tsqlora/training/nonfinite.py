@@ -16,7 +16,7 @@ from tsqlora.compat.accelerate import is_compiled, loss_scale
 from tsqlora.errors import SettingsError, TsqLoraError
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.training.callback_state import GuardState, SkippedStep
-from tsqlora.training.checkpoints import complete_before, register_part, saving_part
+from tsqlora.training.checkpoints import complete_before, register_part, saving_part, set_aside_later
 from tsqlora.training.drawing import (
     draw_epoch,
     leave,
@@ -89,6 +89,7 @@ class GuardCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        set_aside_later(state)
         draw_epoch(self.data, state, "GuardCallback")
         self._coming.clear()
 

@@ -31,7 +31,7 @@ from tsqlora.quality.trusted import Trusted
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate, task_of
 from tsqlora.training.callback_state import QualityState, require_options
-from tsqlora.training.checkpoints import checkpoint_folder, digest, register_part, saving_part
+from tsqlora.training.checkpoints import digest, register_part, saving_part, set_aside_later
 from tsqlora.training.drawing import (
     EPOCH_ERROR,
     epoch_of,
@@ -144,10 +144,10 @@ class QualityCallback(TrainerCallback):
                 "tsqlora.select(model, dataset, processing_class=tokenizer, trusted=rows, fraction=0.2)"
             )
         require_drawn_anew(args, loader)
-        saved = QualityState.load(checkpoint_folder(args, state)) if state.global_step > 0 else None
+        resumed = register_part(args, state, "quality")
+        saved = None if resumed is None else QualityState.load(resumed)
         if saved is not None:
             require_options(saved.draws, self._draws())
-        register_part(args, state, "quality")
         self.schedule = Schedule.of(data, args, state.max_steps, len(loader))
         ends_trusted = self.rule.select and self.schedule.trusted_from is not None
         if ends_trusted:
@@ -167,6 +167,7 @@ class QualityCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        set_aside_later(state)
         epoch = epoch_of(state)
         # A run resumed in the middle of an epoch begins it again, with weights that are further on.
         at_start = abs((state.epoch or 0) - epoch) < EPOCH_ERROR
@@ -180,7 +181,7 @@ class QualityCallback(TrainerCallback):
         begins = self.data.plan.trusted_from is not None and state.global_step == self.schedule.trusted_step
         if begins and args.load_best_model_at_end:
             # Validation rows that look like the pool would choose a checkpoint from before the trusted rows.
-            state.best_metric = state.best_model_checkpoint = None
+            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
             self._note(
                 f"the best checkpoint is one of the steps from {state.global_step} on, which train on trusted rows"
             )

@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from tsqlora import distributed
 from tsqlora.adapter.slots import find_slots, has_slots
 from tsqlora.adapter.wrap import wrap
-from tsqlora.errors import SettingsError, UnsupportedError
+from tsqlora.errors import DataError, SettingsError, UnsupportedError
 from tsqlora.layer_sensitivity import Estimator, get_estimator, sensitivity_rows
 from tsqlora.quality.cost import PhaseCost
 from tsqlora.quality.learned import is_ready
@@ -23,7 +23,7 @@ from tsqlora.ranks.policies import Policy, get_policy
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate, task_of
 from tsqlora.training.callback_state import RankState
-from tsqlora.training.checkpoints import register_part, saving_part
+from tsqlora.training.checkpoints import register_part, saving_part, set_aside_later
 from tsqlora.training.drawing import draw_epoch, leave, refuse_cut_epoch, require_drawn_anew
 from tsqlora.training.rank_loop import RankLoop
 
@@ -36,7 +36,8 @@ class RankCallback(TrainerCallback):
 
     The model is one from `tsqlora.wrap`, or a PeftModel with plain LoRA (`get_peft_model`, SFTTrainer's
     `peft_config`), whose ranks become changeable when the Trainer is made. Ranks are first set from sensitivities on
-    rows of the first epoch, unless the model is at chance, as with a new head that no look has fitted. Every `interval`
+    rows of the first epoch, unless the model is at chance, as with a new head that no look has fitted, or its samples
+    have no loss that is known here (labels of tokens, preferences). Every `interval`
     optimizer steps they then move towards the target that the step's own backward gives. At the end the model
     becomes a plain PEFT model. A sample is a row of a batch: with SFTTrainer's packing all that is
     packed into a row, and in a batch without padding all of the batch.
@@ -161,6 +162,7 @@ class RankCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        set_aside_later(state)
         draw_epoch(_subset_of(kwargs), state, "RankCallback")
 
     def on_epoch_end(
@@ -215,12 +217,17 @@ class RankCallback(TrainerCallback):
         rows = [data.row_at(place) if looked else data[place] for place in places]
         task = self.task or (data.task if looked else None)
         options: dict[str, Any] = {
-            "task": task or task_of(model, label_smoothing=args.label_smoothing_factor),
             "batch_size": args.per_device_train_batch_size,
             "autocast": torch.bfloat16 if args.bf16 else None,
         }
-        scored = looked and data.scores is not None
-        if not (scored or is_ready(model, rows, collate, **options)):
+        try:
+            options["task"] = task or task_of(model, label_smoothing=args.label_smoothing_factor)
+            ready = (looked and data.scores is not None) or is_ready(model, rows, collate, **options)
+        except (DataError, UnsupportedError, TypeError):
+            if task is not None:
+                raise
+            ready = False  # training has a loss of its own, which moves ranks all the same
+        if not ready:
             return
         self._running.start(rows, collate, **options)
         if looked and data.lengths is not None:
