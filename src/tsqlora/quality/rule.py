@@ -179,7 +179,7 @@ def needs_trusted(terms: Mapping[str, Term]) -> bool:
 
 
 def require_terms(weights: Mapping[str, float], task: Task) -> None:
-    """Raises what `score` does for weights of terms that samples of the task do not have: before a warm-up."""
+    """Raises what `score` does for weights of terms that samples of the task do not have: before a look."""
     _known(wanted_terms(name for name, weight in weights.items() if weight), task, weights)
 
 

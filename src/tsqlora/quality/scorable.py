@@ -29,7 +29,7 @@ def require_scorable(
     rule: ScoringRule,
     autocast: torch.dtype | None = None,
 ) -> None:
-    """Raises what `score` would say of the model, the task and these few rows: before a warm-up, not after it.
+    """Raises what `score` would say of the model, the task and these few rows: before a look, not in it.
 
     With `own_loss` the task is a guess by the model's config, and its loss must be what the model computes itself.
     It costs a forward pass of the rows, and where a term needs gradients their check.  The model is left as it was.

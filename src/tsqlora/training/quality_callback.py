@@ -148,6 +148,8 @@ class QualityCallback(TrainerCallback):
         saved = None if resumed is None else QualityState.load(resumed)
         if saved is not None:
             require_options(saved.draws, self._draws())
+        elif self.rule.select:
+            self._require_scorable(args, model, loader.collate_fn)
         self.schedule = Schedule.of(data, args, state.max_steps, len(loader))
         ends_trusted = self.rule.select and self.schedule.trusted_from is not None
         if ends_trusted:
@@ -159,7 +161,6 @@ class QualityCallback(TrainerCallback):
         if saved is not None:
             self._resume(saved, self._path(args))
         elif self.rule.select:
-            self._require_scorable(args, model, loader.collate_fn)
             self._look(args, state, model, loader.collate_fn)
         elif self.rule.head_start:
             self._start_head(args, model, loader.collate_fn)
