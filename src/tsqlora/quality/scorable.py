@@ -44,7 +44,8 @@ def require_scorable(
         # Together, not in portions: whether samples share a row shows in a batch.
         fitted = fitting(wanted, task, rule, collate(list(rows)))
         sites = find_sites(model, rule.scope) if needs_gradients(fitted) else {}
-        without = {name: term for name, term in fitted.items() if not term.gradient}
+        # No trusted model is there yet.
+        without = {name: term for name, term in fitted.items() if not (term.gradient or term.trusted)}
 
         def look(size: int) -> None:
             batch, nothing = collate(list(rows[:size])), Reference({}, norm=0.0, eta=0.0, rows=size, offsets=None)

@@ -1,0 +1,244 @@
+"""Trusted rows come last in a stock Trainer, whatever it does with batches; and what a user's own run may ask for."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+
+import tsqlora as tsq
+from scoring import assert_same, quality_by
+from stock import base_bert, make_trainer, moods, slotted_bert
+from tsqlora.quality.epochs import trusted_steps
+
+UNIQUE = [*{tuple(row["input_ids"]): row for row in moods(400)}.values()]
+POOL, TRUSTED, OTHERS = UNIQUE[:64], UNIQUE[64:76], UNIQUE[76:88]
+NUMBERS = {tuple(row["input_ids"]): j for j, row in enumerate(UNIQUE)}
+"""Of the rows by their tokens; trusted ones are numbered from 64 on."""
+EVERY: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
+
+
+class Handed(TrainerCallback):
+    """The rows that each step's forward passes were given."""
+
+    def __init__(self) -> None:
+        self.steps: dict[int, list[int]] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def note(module: Any, _: Any, given: dict[str, Any]) -> None:
+            if module.training:
+                pairs = zip(given["input_ids"].tolist(), given["attention_mask"].sum(1).tolist(), strict=True)
+                self.steps.setdefault(state.global_step, []).extend(NUMBERS[tuple(ids[:n])] for ids, n in pairs)
+
+        self.hook = kwargs["model"].register_forward_pre_hook(note, with_kwargs=True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.hook.remove()
+
+
+class Stop(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop |= state.global_step == self.step
+
+
+class Falling:
+    """A metric that is best at the first evaluation."""
+
+    value = 1.0
+
+    def __call__(self, _predictions: Any) -> dict[str, float]:
+        self.value -= 0.01
+        return {"falling": self.value}
+
+
+def make(
+    folder: Path,
+    *also: TrainerCallback,
+    trusted: Any = TRUSTED,
+    rule: dict[str, Any] | None = None,
+    first: tuple[TrainerCallback, ...] = (),
+    **further: Any,
+) -> tuple[Trainer, tsq.QualityCallback]:
+    """Five epochs of four steps; with trusted rows those from step 14 on train on them."""
+    data = tsq.QualitySubset(POOL, 0.5, trusted=trusted)
+    quality = quality_by(data, **(rule or {}))
+    options = {"num_train_epochs": 5, "train_sampling_strategy": "random"} | further
+    return make_trainer(slotted_bert(), data, folder, [*first, quality, *also], **options), quality
+
+
+def assert_trusted_last(steps: dict[int, list[int]], total: int, a_step: int) -> None:
+    first = total - trusted_steps(total, len(TRUSTED), a_step)
+    assert list(steps) == list(range(total))
+    assert 0 < first < total
+    assert all(row < 64 for step in range(first) for row in steps[step])
+    last = [row for step in range(first, total) for row in steps[step]]
+    passes = [last[j : j + 12] for j in range(0, len(last), 12)]
+    assert len(last) >= 12
+    assert all(sorted(rows) == list(range(64, 76)) for rows in passes if len(rows) == 12)
+    assert set(passes[-1]) <= set(range(64, 76))
+    assert len(passes) == 1 or passes[0] != passes[1]
+
+
+@pytest.mark.parametrize(
+    ("further", "total", "a_step"),
+    [
+        ({}, 20, 8),
+        ({"train_sampling_strategy": "sequential"}, 20, 8),
+        ({"num_train_epochs": 1}, 4, 8),
+        ({"max_steps": 21}, 21, 8),
+        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}, 20, 8),
+        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}, 15, 12),
+        ({"dataloader_num_workers": 2}, 20, 8),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) or "plain" if isinstance(value, dict) else "",
+)
+def test_the_pool_comes_first_and_trusted_rows_last(
+    further: dict[str, Any], total: int, a_step: int, tmp_path: Path
+) -> None:
+    trainer, quality = make(tmp_path, handed := Handed(), **further)
+    trainer.train()
+    assert trainer.state.global_step == total
+    assert_trusted_last(handed.steps, total, a_step)
+    assert not quality.notes
+
+
+RENEWED: dict[str, Any] = {"weights": {"reducible_loss": 1.0}, "guard": False}
+"""By what the second look renews, with trusted rows too."""
+
+
+@pytest.mark.parametrize("sampling", ["random", "sequential"])
+def test_a_run_resumed_among_pool_steps_or_trusted_ones_ends_the_same(sampling: str, tmp_path: Path) -> None:
+    options = {**EVERY, "train_sampling_strategy": sampling, "rule": RENEWED}
+    whole, quality = make(tmp_path, handed := Handed(), **options)
+    whole.train()
+    assert_trusted_last(handed.steps, 20, 8)
+    assert [look["step"] for look in quality.looks] == [0, 8]
+    for step in (5, 8, 13, 14, 16, 17):
+        again, _ = make(tmp_path, rest := Handed(), **(options | {"save_steps": 100}))
+        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert rest.steps == {at: rows for at, rows in handed.steps.items() if at >= step}
+        assert_same(whole.model.state_dict(), again.model.state_dict(), f"resumed at {step}")
+        for later in tmp_path.glob("checkpoint-*.earlier"):
+            later.rename(later.with_suffix(""))
+
+
+@pytest.mark.parametrize("ranks_first", [False, True])
+def test_a_resume_with_other_trusted_rows_is_refused_and_renames_nothing(ranks_first: bool, tmp_path: Path) -> None:
+    make(tmp_path, **EVERY, max_steps=6)[0].train()
+    there = sorted(path.name for path in tmp_path.iterdir())
+    for rows in (OTHERS, [*TRUSTED[:-1], TRUSTED[-1] | {"labels": 1 - TRUSTED[-1]["labels"]}], None):
+        first = (tsq.GuardCallback(),) if ranks_first else ()
+        other, _ = make(tmp_path, trusted=rows, first=first, **EVERY, max_steps=6)
+        if ranks_first:  # whose part the checkpoint has not
+            (tmp_path / "checkpoint-3" / "tsqlora_guard.json").unlink(missing_ok=True)
+        with pytest.raises(tsq.SettingsError, match=r"the run that is resumed had trusted rows \w{16}, and this one has"):
+            other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+        assert sorted(path.name for path in tmp_path.iterdir()) == there
+
+
+BEST: dict[str, Any] = {
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "falling",
+    "evaluate_on": UNIQUE[88:96],
+    "eval_strategy": "steps",
+}
+SAYS_BEST = pytest.mark.filterwarnings("ignore:the best checkpoint is one of the steps from:UserWarning")
+
+
+@SAYS_BEST
+def test_the_best_checkpoint_is_one_of_the_steps_on_trusted_rows(tmp_path: Path) -> None:
+    options = {**BEST, "save_strategy": "steps", "save_steps": 2, "eval_steps": 2}
+    trainer, quality = make(tmp_path, compute_metrics=Falling(), **options)
+    trainer.train()
+    assert quality.notes == ["the best checkpoint is one of the steps from 14 on, which train on trusted rows"]
+    assert Path(str(trainer.state.best_model_checkpoint)).name == "checkpoint-16"
+    loaded = PeftModel.from_pretrained(base_bert(), str(tmp_path / "checkpoint-16"))
+    batch = {name: value for name, value in trainer.data_collator(POOL[:8]).items() if name != "labels"}
+    torch.testing.assert_close(loaded.eval()(**batch).logits, trainer.model.eval()(**batch).logits)
+    for step, best in ((14, "checkpoint-16"), (18, "checkpoint-16")):
+        again, _ = make(tmp_path, compute_metrics=Falling(), **options)
+        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert Path(str(again.state.best_model_checkpoint)).name == best
+
+
+def test_a_run_that_stops_before_its_trusted_rows_says_so(tmp_path: Path) -> None:
+    trainer, quality = make(tmp_path, Stop(14))
+    with pytest.warns(UserWarning, match="training ended at step 14, and the trusted rows were to be trained on from s"):
+        trainer.train()
+    assert len(quality.notes) == 1
+    trainer, quality = make(tmp_path, Stop(15))
+    trainer.train()
+    assert not quality.notes
+
+
+class Head(TrainerCallback):
+    """The head as the first step finds it."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            named = kwargs["model"].named_parameters()
+            self.weights = {name: p.detach().clone() for name, p in named if p.requires_grad}
+
+
+def test_the_control_has_the_same_head_and_all_trusted_rows_in_each_epoch(tmp_path: Path) -> None:
+    heads, handed = (Head(), Head()), Handed()
+    make(tmp_path / "selects", heads[0], max_steps=4)[0].train()
+    control, quality = make(tmp_path / "control", heads[1], handed, rule={"select": False})
+    untouched = {name: p.clone() for name, p in control.model.named_parameters() if "classifier" in name}
+    control.train()
+    assert_same(heads[0].weights, heads[1].weights, "at step 0")
+    assert any(not torch.equal(heads[1].weights.get(name, p), p) for name, p in untouched.items())
+    for epoch in range(5):
+        rows = [row for step in range(4 * epoch, 4 * epoch + 4) for row in handed.steps[step]]
+        assert len(rows) == 32
+        assert {*range(64, 76)} <= {*rows}
+    assert quality.data.scores is None
+    assert [look["head_start"]["replaced"] for look in quality.looks] == [True]
+    assert not (tmp_path / "control" / "scores.parquet").exists()
+
+
+def test_a_control_is_no_resume_of_a_selecting_run(tmp_path: Path) -> None:
+    make(tmp_path, **EVERY, max_steps=3)[0].train()
+    with pytest.raises(tsq.SettingsError, match="select True, and this one has False"):
+        make(tmp_path, rule={"select": False}, **EVERY, max_steps=3)[0].train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-2")
+        )
+
+
+EVALUATED: dict[str, Any] = {"eval_strategy": "epoch", "evaluate_on": UNIQUE[88:96], "load_best_model_at_end": True}
+
+
+@pytest.mark.parametrize("trusted", [None, TRUSTED], ids=["alone", "trusted"])
+@pytest.mark.parametrize(
+    ("further", "steps"),
+    [
+        ({"num_train_epochs": 1}, 4),
+        ({"num_train_epochs": 0.5}, 2),
+        ({"max_steps": 20}, 20),
+        ({"dataloader_num_workers": 2}, 20),
+        (EVALUATED, 20),
+        ({**EVALUATED, "stop": True, "metric_for_best_model": "falling"}, None),
+    ],
+    ids=["one epoch", "half an epoch", "max_steps", "workers", "best", "early stopping"],
+)
+@SAYS_BEST
+@pytest.mark.filterwarnings("ignore:training ended at step:UserWarning")
+def test_a_users_own_trainer_ends_normally_and_saves(
+    further: dict[str, Any], steps: int | None, trusted: Any, tmp_path: Path
+) -> None:
+    options = dict(further)
+    stops = [EarlyStoppingCallback(1)] if options.pop("stop", False) else []
+    if stops:
+        options["compute_metrics"] = Falling()
+    trainer, quality = make(tmp_path, *stops, trusted=trusted, save_strategy="epoch", **options)
+    trainer.train()
+    assert trainer.state.global_step == (steps or 8)
+    assert quality.data.scores is not None
+    assert tsq.last_checkpoint(tmp_path) == tmp_path / f"checkpoint-{steps or 8}"
+    trainer.save_model(str(tmp_path / "saved"))
+    PeftModel.from_pretrained(base_bert(), str(tmp_path / "saved"))
