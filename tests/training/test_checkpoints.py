@@ -37,7 +37,7 @@ class Fail(TrainerCallback):
 
 
 def trainer(folder: Path, order: tuple[int, ...] = (0, 1), fail: int = 0, **further: Any) -> Trainer:
-    """Five epochs of four steps, scored behind the second; `order` is of quality, ranks and the crash."""
+    """Five epochs of four steps, looked at before the first and the third; `order` is of quality, ranks and the crash."""
     subset = tsq.QualitySubset(DATA, 0.5)
     quality = quality_by(subset, reference=40)
     callbacks = (quality, tsq.RankCallback(interval=3, moves=3, samples=16, freeze=0.2), Fail(fail))
@@ -58,7 +58,8 @@ def run(whole: Path, tmp_path: Path) -> Path:
     """Two of them, to be damaged."""
     for step in (8, 12):
         shutil.copytree(whole / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
-    shutil.copy(whole / "scores.parquet", tmp_path)
+    for scores in whole.glob("scores*.parquet"):
+        shutil.copy(scores, tmp_path)
     return tmp_path
 
 
@@ -274,7 +275,8 @@ def test_a_checkpoint_of_another_run_in_the_same_place_is_not_taken_for_the_load
     with pytest.raises(KeyboardInterrupt):
         trainer(other, (0, 1, 2), fail=12, seed=1).train()
     shutil.copytree(run / "checkpoint-8", branch / "checkpoint-8")
-    shutil.copy(run / "scores.parquet", branch)
+    for scores in run.glob("scores*.parquet"):
+        shutil.copy(scores, branch)
     made = trainer(branch, (0, 1, 2), fail=12, learning_rate=0.01)
     with pytest.raises(KeyboardInterrupt):
         made.train(resume_from_checkpoint=str(branch / "checkpoint-8"))
@@ -371,7 +373,7 @@ def test_scores_that_are_not_the_runs_own_are_refused(run: Path) -> None:
     swapped_rows = tsq.Scores.load(run / "scores.parquet")
     swapped_rows.record["epoch"] = 7
     swapped_rows.save(run / "scores.parquet")
-    with pytest.raises(tsq.DataError, match=r"scores\.parquet has other scores than the run had; resume with its own"):
+    with pytest.raises(tsq.DataError, match=r"scores\.parquet has other scores than the run had; put it back"):
         trainer(run).train(resume_from_checkpoint=str(run / "checkpoint-12"))
 
 

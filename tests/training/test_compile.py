@@ -141,7 +141,8 @@ def test_scoring_between_epochs_is_not_compiled(by: str, tmp_path: Path) -> None
     assert [event.reason for event in ended[0][0]][:2] == ["start", "adjustment"]
     assert (ended[0][2] == ended[1][2]).all()
     assert_same(ended[0][1], ended[1][1], "weights")
-    assert compiled_graphs() == sets_of_ranks(ended[0][0])
+    # The first ranks come before the first step: rank 4 everywhere is never compiled.
+    assert compiled_graphs() == sets_of_ranks(ended[0][0]) - 1
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="inductor compiles with gcc, which is not there")

@@ -335,7 +335,7 @@ def test_ranks_stay_where_the_model_is_at_chance(tmp_path: Path) -> None:
     subset = tsq.QualitySubset(noise(), 0.5)
     ranks = tsq.RankCallback(interval=4, moves=3)
     model = slotted_bert()
-    with pytest.warns(UserWarning, match="ranks are as they were: the model was at chance until step 12, the last"):
+    with pytest.warns(UserWarning, match="ranks are as they were: until step 12, the last to adjust them, the model"):
         make_trainer(
             model, subset, tmp_path, [quality_by(subset, reference=40), ranks], num_train_epochs=5, learning_rate=1e-6
         ).train()

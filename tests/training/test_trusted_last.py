@@ -118,13 +118,11 @@ def test_a_run_resumed_among_pool_steps_or_trusted_ones_ends_the_same(sampling: 
     whole.train()
     assert_trusted_last(handed.steps, 20, 8)
     assert [look["step"] for look in quality.looks] == [0, 8]
-    for step in (5, 8, 13, 14, 16, 17):
-        again, _ = make(tmp_path, rest := Handed(), **(options | {"save_steps": 100}))
+    for step in (17, 16, 14, 13, 8, 5):  # each renames the later ones
+        again, _ = make(tmp_path, rest := Handed(), **options)
         again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         assert rest.steps == {at: rows for at, rows in handed.steps.items() if at >= step}
         assert_same(whole.model.state_dict(), again.model.state_dict(), f"resumed at {step}")
-        for later in tmp_path.glob("checkpoint-*.earlier"):
-            later.rename(later.with_suffix(""))
 
 
 @pytest.mark.parametrize("ranks_first", [False, True])

@@ -290,7 +290,8 @@ class QualityCallback(TrainerCallback):
         if not len(data.trusted):
             return None
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        known = None if scores is None else scores.terms.get("trusted_loss")
+        # A copy: what a resumed run has read from a file cannot be written to, which torch warns of.
+        known = None if scores is None or "trusted_loss" not in scores.terms else scores.terms["trusted_loss"].copy()
         return Trusted(data.trusted, args.learning_rate, batch, twins=data.plan.excluded, loss=known)
 
     def _look(self, args: TrainingArguments, state: TrainerState, model: nn.Module, collate: Any) -> None:
