@@ -98,7 +98,7 @@ class Watch(TrainerCallback):
 
 def test_scores_are_on_disk_before_the_first_step_and_again_after_a_third(tmp_path: Path) -> None:
     watch = Watch()
-    quality, trainer = run(tmp_path, also=(watch,), about={"note": "by a test"})
+    quality, trainer = run(tmp_path, also=(watch,), about={"note": "by a test"}, weights={"loss": -1.0}, guard=False)
     assert all(watch.on_disk.values())
     assert not any(watch.waiting.values())
     assert [(look["epoch"], look["step"]) for look in quality.looks] == [(0, 0), (2, 8)]
@@ -115,8 +115,8 @@ def test_scores_are_on_disk_before_the_first_step_and_again_after_a_third(tmp_pa
 
 
 def test_one_look_is_all_where_a_second_could_say_nothing_else(tmp_path: Path) -> None:
-    once, _ = run(tmp_path / "once", look_again=False)
-    plain, _ = run(tmp_path / "plain", reject=False)
+    once, _ = run(tmp_path / "once", look_again=False, weights={"loss": -1.0}, guard=False)
+    plain, _ = run(tmp_path / "plain")
     assert [len(quality.looks) for quality in (once, plain)] == [1, 1]
     assert not (tmp_path / "once" / "scores-1.parquet").exists()
 
@@ -752,5 +752,3 @@ def test_a_sampler_that_knows_rows_is_named_in_a_warning(processes: int) -> None
     loader = prepare_data_loader(loader, num_processes=processes, process_index=0)
     with pytest.warns(UserWarning, match="the Trainer's sampler is a WeightedRandomSampler; what it knows of rows"):
         drawing.require_by_place(loader)
-
-

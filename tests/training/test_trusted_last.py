@@ -134,7 +134,9 @@ def test_a_resume_with_other_trusted_rows_is_refused_and_renames_nothing(ranks_f
         other, _ = make(tmp_path, trusted=rows, first=first, **EVERY, max_steps=6)
         if ranks_first:  # whose part the checkpoint has not
             (tmp_path / "checkpoint-3" / "tsqlora_guard.json").unlink(missing_ok=True)
-        with pytest.raises(tsq.SettingsError, match=r"the run that is resumed had trusted rows \w{16}, and this one has"):
+        with pytest.raises(
+            tsq.SettingsError, match=r"the run that is resumed had trusted rows \w{16}, and this one has"
+        ):
             other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
         assert sorted(path.name for path in tmp_path.iterdir()) == there
 
@@ -166,7 +168,9 @@ def test_the_best_checkpoint_is_one_of_the_steps_on_trusted_rows(tmp_path: Path)
 
 def test_a_run_that_stops_before_its_trusted_rows_says_so(tmp_path: Path) -> None:
     trainer, quality = make(tmp_path, Stop(14))
-    with pytest.warns(UserWarning, match="training ended at step 14, and the trusted rows were to be trained on from s"):
+    with pytest.warns(
+        UserWarning, match="training ended at step 14, and the trusted rows were to be trained on from s"
+    ):
         trainer.train()
     assert len(quality.notes) == 1
     trainer, quality = make(tmp_path, Stop(15))
