@@ -110,7 +110,7 @@ def in_trainer(rank: int, world: int, folder: Path) -> Any:
     model = quiet(slotted_bert())
     data = tsq.QualitySubset(moods(), fraction=0.5, seed=0)
     ranks = tsq.RankCallback(interval=2, warmup=0.0, freeze=0.2, finalize=False)
-    quality = quality_by(data, warmup=1.0, reference=32, terms=["gradient_norm"])
+    quality = quality_by(data, reference=32, terms=["gradient_norm"])
     numbers = {"epochs": 1, "learning_rate": 0.1, "batch_size": 1, "eval_batch_size": 1, "seed": 0}
     ours = training_arguments(folder, **numbers, bf16=False, further={})
     trainer = make_trainer(
@@ -131,6 +131,29 @@ def in_trainer(rank: int, world: int, folder: Path) -> Any:
         "quality": data.scores.quality.copy(),
         "terms": dict(data.scores.terms),
         "drawn": data.indices.tolist(),
+    }
+
+
+def trusted_last(rank: int, world: int, folder: Path) -> Any:
+    """A run of twelve steps that ends with trusted rows, under the Trainer's own sampler: the rows of each step."""
+    model, rows = quiet(slotted_bert()), [*{tuple(row["input_ids"]): row for row in moods(400)}.values()]
+    numbers = {tuple(row["input_ids"]): j for j, row in enumerate(rows)}
+    data = tsq.QualitySubset(rows[:64], fraction=0.5, trusted=rows[64:76])
+    steps: list[list[int]] = []
+
+    def note(module: nn.Module, _: Any, given: dict[str, Tensor]) -> None:
+        if module.training:
+            lengths = given["attention_mask"].sum(1).tolist()
+            steps.append([numbers[tuple(row.tolist()[:n])] for row, n in zip(given["input_ids"], lengths, strict=True)])
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    options = {"per_device_train_batch_size": 8 // world, "num_train_epochs": 3, "train_sampling_strategy": "random"}
+    make_trainer(model, data, folder, [quality_by(data, gate="share")], **options).train()
+    assert data.scores is not None
+    return {
+        "steps": steps,
+        "kept": data.scores.kept.copy(),
+        "weights": {name: tensor.clone() for name, tensor in model.state_dict().items()},
     }
 
 
@@ -296,6 +319,7 @@ def work(rank: int, world: int, folder: Path) -> dict[str, Any]:
         "scored": scored(rank, world, folder),
         "refused": refused(rank, world) if world > 1 else {},
         "trainer": in_trainer(rank, world, folder / f"trainer-{world}"),
+        "trusted": trusted_last(rank, world, folder / f"trusted-{world}"),
     }
 
 

@@ -95,6 +95,17 @@ def test_two_processes_under_the_trainer_are_one(told: list[dict[str, Any]]) -> 
     assert first["drawn"] == second["drawn"] == alone["drawn"]
 
 
+def test_two_processes_train_on_trusted_rows_last(told: list[dict[str, Any]]) -> None:
+    first, second, alone = (of["trusted"] for of in told)
+    together = [sorted(left + right) for left, right in zip(first["steps"], second["steps"], strict=True)]
+    assert together == [sorted(rows) for rows in alone["steps"]]
+    assert [min(rows) >= 64 for rows in together] == [False] * 9 + [True] * 3
+    assert max(row for rows in together[:9] for row in rows) < 64
+    np.testing.assert_array_equal(first["kept"], alone["kept"])
+    assert_equal(first["weights"], second["weights"])
+    assert_close(first["weights"], alone["weights"], error=1e-5)
+
+
 def test_scores_between_two_epochs_are_those_of_one_process(told: list[dict[str, Any]]) -> None:
     first, second, alone = (of["trainer"] for of in told)
     np.testing.assert_array_equal(first["quality"], second["quality"])
