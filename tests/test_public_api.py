@@ -37,7 +37,7 @@ CALLS = {
     "last_checkpoint": [{"folder": "out"}],
 }
 """Calls that users have written, by the names of their arguments."""
-EXIT_CODES = {"TsqLoraError": 1, "NotLearnedError": 1, "SettingsError": 2, "UnsupportedError": 2, "DataError": 3}
+EXIT_CODES = {"TsqLoraError": 1, "SettingsError": 2, "UnsupportedError": 2, "DataError": 3}
 VALUES = ["RankEvent", "Scores", "Sensitivity"]
 
 

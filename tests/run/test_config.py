@@ -208,8 +208,8 @@ def test_bytes_that_are_no_text_are_not_yaml() -> None:
 
 
 def test_overrides_win_over_the_file_and_the_last_one_wins() -> None:
-    config = loaded("quality: {fraction: 0.2, warmup: 2}", "quality.fraction=0.3", "quality.fraction=0.4")
-    assert (config.quality.fraction, config.quality.warmup) == (0.4, 2.0)
+    config = loaded("quality: {fraction: 0.2, look_again: false}", "quality.fraction=0.3", "quality.fraction=0.4")
+    assert (config.quality.fraction, config.quality.look_again) == (0.4, False)
 
 
 def test_override_values_are_yaml() -> None:

@@ -15,7 +15,6 @@ from tsqlora.layer_sensitivity import ESTIMATORS
 from tsqlora.ranks.policies import POLICIES
 from tsqlora.run import callbacks, fit, job, predictor, reading
 from tsqlora.run.config import Config, RankSettings, Section
-from tsqlora.run.score import warmed_up
 
 REQUIRED = {"model.path": "a/model", "data.train": "rows.jsonl"}
 
@@ -48,7 +47,9 @@ OTHER_VALUES: dict[str, Any] = {
     "quality.reject": True,
     "quality.weights": {"loss": 2.0},
     "quality.temperature": 3.0,
-    "quality.warmup": 2.0,
+    "quality.gate": "share",
+    "quality.head_start": False,
+    "quality.look_again": False,
     "quality.resample": False,
     "ranks.policy": "fixed",
     "ranks.mean": 4.0,
@@ -175,9 +176,8 @@ BESIDE: dict[str, dict[str, Any]] = {
 )
 def test_a_setting_that_the_task_does_not_read_is_refused(task: str, key: str, cure: str) -> None:
     config = settings(**{"task.type": task, key: OTHER_VALUES[key]})
-    for look in (job.load, lambda config: warmed_up(config, Path("w"), Path("t"), None)):
-        with pytest.raises(SettingsError, match=f"^{key} .*{task} .*{cure}$"):
-            look(config)
+    with pytest.raises(SettingsError, match=f"^{key} .*{task} .*{cure}$"):
+        job.load(config)
 
 
 def test_smoothing_of_numbers_is_refused() -> None:
@@ -221,5 +221,5 @@ def test_the_seed_decides_every_random_draw(boundary: str) -> None:
     assert what_arrives(settings(**{"training.seed": 5}))[boundary][1]["seed"] == 5
 
 
-def test_without_quality_there_is_no_callback_for_it() -> None:
-    assert what_arrives(settings(**{"quality.enabled": False}))["quality"] is None
+def test_without_quality_and_head_start_there_is_no_callback_for_it() -> None:
+    assert what_arrives(settings(**{"quality.enabled": False, "quality.head_start": False}))["quality"] is None

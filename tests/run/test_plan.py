@@ -34,7 +34,7 @@ def planned(config: Config, model: PeftModel, *, rows: int = 100, **quality: Any
     }
     q, r = config.quality, config.ranks
     data = tsq.QualitySubset(splits["train"], q.fraction)
-    scored = tsq.QualityCallback(data, q.warmup, rule=replace(scoring_rule(config), **quality)) if q.enabled else None
+    scored = tsq.QualityCallback(data, rule=replace(scoring_rule(config), **quality)) if q.enabled else None
     ranks = tsq.RankCallback(r.interval, policy=r.policy, samples=20)
     args = arguments(config, Path("nowhere"))
     return plan(config, trained_task(config), model, splits, args, Method(data, scored, ranks))
@@ -85,41 +85,35 @@ def test_rows_budget_and_parameters_are_the_models(model: PeftModel) -> None:
 
 
 @pytest.mark.parametrize(
-    ("quality", "options", "warmup", "scoring"),
+    ("quality", "options", "look"),
     [
-        ({}, {}, 100, (100 + 100, 0)),
-        ({}, {"reference": 40}, 100, (100 + 40, 0)),
-        ({"weights": {"convergence": 1.0}}, {"guard": False}, 100, (100 + 2 * 100, 100 + 100)),
-        ({"preset": "paper"}, {"reference": 40}, 100, (2 * 100 + 2 * 40, 100 + 40)),
-        ({"warmup": 1.2}, {}, 150, (100 + 100, 0)),
-        ({"warmup": 0.1}, {}, 50, (100 + 100, 0)),
+        ({}, {}, (100, 0)),
+        ({}, {"reference": 40}, (100, 0)),
+        ({"weights": {"convergence": 1.0}}, {"guard": False}, (100 + 100 + 2 * 100, 100 + 100)),
+        ({"preset": "paper"}, {}, (100 + 2 * 100 + 2 * 100, 100 + 100)),
     ],
 )
 def test_passes_are_counted_by_phase(
-    quality: dict[str, Any], options: dict[str, Any], warmup: int, scoring: tuple[int, int], model: PeftModel
+    quality: dict[str, Any], options: dict[str, Any], look: tuple[int, int], model: PeftModel
 ) -> None:
     told = planned(settings(quality=quality), model, **options)["passes"]
-    assert told["warm-up"] == {"forward": warmup, "backward": warmup}
-    assert told["scoring"] == {"forward": scoring[0], "backward": scoring[1]}
+    assert told["look"] == {"forward": look[0], "backward": look[1]}
     assert told["ranks"] == {"forward": 20, "backward": 20}
-    assert told["training"] == {"forward": 300 - warmup, "backward": 300 - warmup}
+    assert told["training"] == {"forward": 300, "backward": 300}
 
 
 @pytest.mark.parametrize(
     ("sections", "passed"),
     [
-        ({}, (2 * 100 + 2 * 100, 100 + 100)),
-        ({"task": {"type": "causal-lm"}}, (2 * 100 + 3 * 100, 100 + 100)),
-        ({"task": {"type": "causal-lm"}, "quality": {"weights": {"ifd": 1.0}}}, (3 * 100 + 3 * 100, 100 + 100)),
+        ({}, (100 + 2 * 100 + 2 * 100, 100 + 100)),
+        ({"task": {"type": "causal-lm"}}, (100 + 2 * 100 + 2 * 100, 100 + 100)),
+        ({"task": {"type": "causal-lm"}, "quality": {"weights": {"ifd": 1.0}}}, (100 + 3 * 100 + 2 * 100, 100 + 100)),
     ],
 )
-def test_scores_alone_count_every_term_and_the_test_of_text(
-    sections: dict[str, Any], passed: tuple[int, int], model: PeftModel
-) -> None:
+def test_scores_alone_count_every_term(sections: dict[str, Any], passed: tuple[int, int], model: PeftModel) -> None:
     config = settings(**sections)
-    told = scoring_plan(config, trained_task(config), model, rows=100, max_length=8, warmup=True)
-    assert told["passes"]["scoring"] == {"forward": passed[0], "backward": passed[1]}
-    assert told["passes"]["warm-up"] == {"forward": 100, "backward": 100}
+    told = scoring_plan(config, trained_task(config), model, rows=100, max_length=8)
+    assert told["passes"] == {"look": {"forward": passed[0], "backward": passed[1]}}
 
 
 def test_the_control_only_trains(model: PeftModel) -> None:
@@ -130,8 +124,6 @@ def test_the_control_only_trains(model: PeftModel) -> None:
 @pytest.mark.parametrize(
     ("sections", "key"),
     [
-        ({"quality": {"warmup": 3.0}}, "quality.warmup"),
-        ({"ranks": {"interval": 30}}, "ranks.interval 30"),
         ({"ranks": {"mean": 0.5, "interval": 4}}, "ranks.min"),
     ],
 )

@@ -89,12 +89,7 @@ MOMENTS = {
     "last batch": at("scoring", 72),
     "writing": before(Scores, "save"),
 }
-EARLIER = {
-    "first step": at("warm-up", 1),
-    "second epoch": at("warm-up", 7),
-    "end of the warm-up": before(scoring, "write_tensors"),
-    "after the warm-up": before(scoring, "load_file"),
-}
+EARLIER = {"first batch of the look": at("look", 8), "end of the look": at("look", 72)}
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -136,23 +131,21 @@ def half_done(place: Path, tmp_path: Path) -> Path:
 def test_what_was_done_is_not_done_again(place: Path, half_done: Path) -> None:
     seen: list[tuple[str, int]] = []
     score_rows(place / "config.yaml", half_done, progress=lambda name, done, total, *_: seen.append((name, done)))
-    assert seen == [("scoring", rows) for rows in range(24, 73, 8)]
+    assert seen == [("scoring", rows) for rows in range(24, 73, 8)]  # and nothing of the look
 
 
-@pytest.mark.parametrize("override", ["training.seed=1", "training.learning_rate=0.01", "quality.weights.loss=1"])
+@pytest.mark.parametrize("override", ["training.seed=1", "training.batch_size=4"])
 def test_what_is_left_of_another_scoring_is_refused(override: str, place: Path, half_done: Path) -> None:
-    with pytest.raises(SettingsError, match=r"s.parquet.partial/warm-up holds an unfinished scoring with other .*set"):
+    with pytest.raises(SettingsError, match=r"s.parquet.partial/scoring/\w+ holds an unfinished scoring with other .*"):
         score_rows(place / "config.yaml", half_done, overrides=[override])
     score_rows(place / "config.yaml", half_done)
 
 
 def test_what_is_left_of_other_rows_or_weights_is_refused(place: Path, run: Path, half_done: Path) -> None:
     other = write_jsonl(half_done.parent / "other.jsonl", make_rows(80, seed=1))
-    with pytest.raises(
-        SettingsError, match=r"warm-up holds an unfinished scoring with other rows, settings; delete it"
-    ):
+    with pytest.raises(SettingsError, match=r"forward holds an unfinished scoring with other rows; delete it"):
         score_rows(place / "config.yaml", half_done, overrides=[f"data.train={other}"])
-    with pytest.raises(SettingsError, match=r"scoring holds an unfinished scoring with other weights; delete it"):
+    with pytest.raises(SettingsError, match=r"forward holds an unfinished scoring with other weights; delete it"):
         score_rows(run, half_done)
 
 
@@ -218,22 +211,28 @@ def test_another_file_is_read_by_the_runs_columns(
         score_rows(run, tmp_path / "s.parquet", overrides=[f"data.train={lacking}"])
 
 
-def test_what_cannot_be_scored_is_told_before_the_warm_up(
+def test_what_cannot_be_scored_is_refused_before_the_look(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scoring, "fit", lambda *_, **__: pytest.fail("it trained"))
+    monkeypatch.setattr(scoring, "score_job", lambda *_: pytest.fail("it looked"))
     with pytest.raises(SettingsError, match="reject finds wrong labels of classes"):
         score_rows(
             place / "config.yaml", tmp_path / "s.parquet", overrides=["task.type=regression", "quality.reject=true"]
         )
 
 
+def test_rows_with_the_input_of_a_trusted_row_are_scored_and_never_drawn(place: Path, tmp_path: Path) -> None:
+    trusted = write_jsonl(tmp_path / "trusted.jsonl", [*make_rows(40, seed=1), *make_rows(80)[:3]])
+    scores = score_rows(place / "config.yaml", tmp_path / "s.parquet", overrides=[f"data.trusted={trusted}"])
+    assert scores.record["trusted_rows"] == 43
+    assert 0 < scores.left_out_as("trusted row").sum() <= 3
+    assert Scores.load(tmp_path / "s.parquet").kept.tolist() == scores.kept.tolist()
+
+
 def test_an_error_leaves_nothing_behind(place: Path, tmp_path: Path) -> None:
     broken = write_jsonl(tmp_path / "data" / "broken.jsonl", [*make_rows(20), {"text": " ", "label": 1}])
     with pytest.raises(DataError, match="no text"):
         score_rows(place / "config.yaml", tmp_path / "s.parquet", overrides=[f"data.train={broken}"])
-    with pytest.raises(NotLearnedError):
-        score_rows(place / "config.yaml", tmp_path / "s.parquet", overrides=["training.learning_rate=1e-9"])
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
@@ -241,8 +240,7 @@ def test_an_error_leaves_nothing_behind(place: Path, tmp_path: Path) -> None:
 def test_a_plan_counts_what_is_then_done(source: str, place: Path, run: Path, tmp_path: Path) -> None:
     plan = plan_scoring(place / source)
     assert (plan["rows"], plan["batches"]) == (72, 9)
-    assert plan["passes"]["scoring"] == {"forward": 2 * 72 + 2 * 72, "backward": 72 + 72}
-    assert plan["passes"].get("warm-up") == ({"forward": 72, "backward": 72} if source == "config.yaml" else None)
+    assert plan["passes"] == {"look": {"forward": 72 + 2 * 72 + 2 * 72, "backward": 72 + 72}}
     assert plan["memory_bytes"] > 0
     assert plan["held_out"] == 8
     assert not (tmp_path / "s.parquet").exists()
