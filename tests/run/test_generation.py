@@ -51,6 +51,12 @@ def rows(n: int) -> list[dict[str, Any]]:
     return [{"document": f"{WORDS[j % 4]} {WORDS[j // 4 % 4]}", "summary": WORDS[j % 4]} for j in range(n)]
 
 
+def trusted(folder: Path) -> str:
+    """The setting that names some trusted rows, with prompts that no row has."""
+    known = [{"document": f"{word} {word} {word}", "summary": word} for word in WORDS]
+    return f"data.trusted={write_jsonl(folder / 'trusted.jsonl', known)}"
+
+
 def checkpoint(folder: Path, kind: str) -> Path:
     """A tiny model that generates text, and a tokenizer of bytes."""
     tokenizer = byte_tokenizer(opens=kind == "causal-lm", closes=kind == "seq2seq")
@@ -79,7 +85,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp(request.param)
     write_jsonl(folder / "test.jsonl", rows(4))
     config = config_of(folder, request.param, rows(40), task={"max_new_tokens": 4}, training=TRAINING)
-    also = ["data.max_length=32", f"data.test={folder / 'test.jsonl'}"]
+    also = ["data.max_length=32", f"data.test={folder / 'test.jsonl'}", trusted(folder)]
     pipeline.train(load_config(config, also), folder / "run")
     return folder / "run"
 
@@ -90,7 +96,7 @@ def test_a_run_learns_scores_moves_ranks_and_measures_texts(run: Path) -> None:
     assert record["data"]["format"] == "document"
     assert record["quality"]["used"]
     assert record["rank_events"]
-    assert record["quality"]["scores"]["learned"]["guess"] == "its own before it was adapted"
+    assert record["quality"]["scores"]["weights"] == {"reducible_loss": 1.0}
     measured = set(get_task(record["task"]).measured)
     assert set(record["metrics"]["validation"]) == measured
     assert set(record["metrics"]["test"]) == measured | set(TEXT_METRICS)
@@ -303,7 +309,7 @@ def test_packed_training_is_the_padded_one(tmp_path: Path) -> None:
             ranks={"policy": "fixed", "mean": 2.0},
             training=TRAINING,
         )
-        also = ["data.max_length=32", f"data.packing={str(packing).lower()}"]
+        also = ["data.max_length=32", f"data.packing={str(packing).lower()}", trusted(tmp_path)]
         run = tmp_path / f"run-{packing}"
         with patch.object(fit, "GuardCallback", wraps=fit.GuardCallback) as guard:
             record, scores = pipeline.train(load_config(config, also), run), Scores.load(run / "scores.parquet")
@@ -323,6 +329,7 @@ def test_a_packed_base_is_trained_on_and_its_adapter_merged_into_the_whole_one(t
         "data.max_length=32",
         "model.quantization=4bit",
         f"data.test={write_jsonl(tmp_path / 'test.jsonl', rows(4))}",
+        trusted(tmp_path),
     ]
     record = pipeline.train(load_config(config, also), run)
     assert record.quality["used"]

@@ -114,6 +114,11 @@ class ScoringRule:
             return replace(self, weights={"reducible_loss": 1.0})
         return self
 
+    def decides(self, task: Task, trusted: bool) -> bool:
+        """Whether a look can decide anything: text has no head to fit, and without Q its rows are all alike."""
+        idle = isinstance(task, Generation) and self.trusting(task, trusted).even and not self.terms
+        return self.select and not idle
+
     def rejects(self, stratified: bool) -> bool:
         """Whether rows whose label seems wrong are dropped; `stratified`: labels are classes."""
         return stratified and (self.even if self.reject is None else self.reject)

@@ -126,14 +126,14 @@ def _passes(task: Task, method: Method, *, epochs: float, batch: int) -> dict[st
     data, quality, ranks, size = method.data, method.quality, method.ranks, len(method.data)
     found: dict[str, dict[str, int]] = {}
     n, trusted = len(data.dataset), len(data.trusted)
-    if quality is not None and quality.rule.select:
+    if quality is not None and quality.rule.decides(task, trusted > 0):
         rule = quality.rule.trusting(task, trusted > 0)
         found["look"] = _look(rule, task, rows=n, trusted=trusted)
         if trusted and rule.trusts:
             text = isinstance(task, Generation)
             cost = trusted_cost(n, steps=STEPS_OF_TEXT if text else STEPS, batch_size=min(trusted, batch))
             found["trusted model"] = {"forward": cost.forward, "backward": cost.backward}
-    elif quality is not None:
+    elif quality is not None and not quality.rule.select:
         found["look"] = {"forward": n + trusted, "backward": 0}
     if ranks is not None and quality is not None and quality.rule.select:
         found["ranks"] = _both(min(ranks.rows_of(round(size * epochs)), size))

@@ -146,22 +146,25 @@ class QualityCallback(TrainerCallback):
         require_drawn_anew(args, loader)
         resumed = register_part(args, state, "quality")
         saved = None if resumed is None else QualityState.load(resumed)
+        looks = self.rule.decides(self._task(args, model), len(data.trusted) > 0)
         if saved is not None:
             require_options(saved.draws, self._draws())
-        elif self.rule.select:
+        elif looks:
             self._require_scorable(args, model, loader.collate_fn)
         self.schedule = Schedule.of(data, args, state.max_steps, len(loader))
         ends_trusted = self.rule.select and self.schedule.trusted_from is not None
         if ends_trusted:
             loader.set_sampler(SequentialSampler(data))
-        plan = data.plan.unscored(awaits_scores=self.rule.select, by="QualityCallback")
+        plan = data.plan.unscored(awaits_scores=looks, by="QualityCallback")
         data.plan = replace(plan, trusted_from=self.schedule.trusted_from if ends_trusted else None)
         data.task = self.task
         self._forget()
         if saved is not None:
             self._resume(saved, self._path(args))
-        elif self.rule.select:
+        elif looks:
             self._look(args, state, model, loader.collate_fn)
+        elif self.rule.select:
+            self.notes.append("text without trusted rows is drawn evenly; name some in data.trusted")
         elif self.rule.head_start:
             self._start_head(args, model, loader.collate_fn)
 
