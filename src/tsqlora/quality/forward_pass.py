@@ -58,10 +58,12 @@ def forward_pass(
 
     Several processes share the rows. `collate` gives each sample a row of its own.
     """
-    batches = sorted_batches([int(n) for n in (lengths_of(rows) if lengths is None else lengths)], compute.batch_size)
+    known = distributed.together(lambda: lengths_of(rows) if lengths is None else lengths)
+    batches = sorted_batches([int(n) for n in known], compute.batch_size)
     device = next(model.parameters()).device
     with eval_mode(model), torch.no_grad(), precision(device, compute.autocast, cache=False):
-        head = _find(model, collate([rows[int(j)] for j in batches[0]]), task)
+        # Rows that one process cannot read are told to all.
+        head = distributed.together(lambda: _find(model, collate([rows[int(j)] for j in batches[0]]), task))
         journal, done = None, 0
         found = _Filled(len(rows))
         if compute.journal is not None:

@@ -69,7 +69,7 @@ def _own_task(model: nn.Module, dataset: Dataset, collate: Collate, compute: Com
         require_own_loss(model, collate([dataset[j] for j in range(size)]), task)
 
     with eval_mode(model):
-        retry_on_oom(check, halves(min(compute.batch_size, len(dataset))))
+        distributed.together(lambda: retry_on_oom(check, halves(min(compute.batch_size, len(dataset)))))
     return task
 
 
