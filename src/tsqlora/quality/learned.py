@@ -91,6 +91,8 @@ def is_ready(
                 parts.append((model_logits(model, inputs, task), labels))
             if not isinstance(task, Answers):
                 return True
+    if not isinstance(task, Answers):
+        return True
     logits, labels = (torch.cat(columns) for columns in zip(*parts, strict=True))
     return len(labels) > 1 and against_chance(task, logits, labels).passed
 
