@@ -44,17 +44,17 @@ def bert(*, vocab: int, layers: int = 2, hidden: int = 16, labels: int = 3) -> B
 
 
 def save_checkpoint(folder: Path) -> Path:
-    """A BERT of two layers without a head, and a tokenizer of whole words."""
+    """A BERT of two layers without a head, whose features tell the moods, and a tokenizer of whole words."""
     vocab = {word: j for j, word in enumerate([*SPECIAL, *GOOD, *BAD, *PLAIN])}
-    words = Tokenizer(WordLevel(vocab, unk_token="[UNK]"))
-    words.pre_tokenizer = Whitespace()  # type: ignore[assignment]
-    words.post_processor = TemplateProcessing(  # type: ignore[assignment]
+    tokenizer = Tokenizer(WordLevel(vocab, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()  # type: ignore[assignment]
+    tokenizer.post_processor = TemplateProcessing(  # type: ignore[assignment]
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[("[CLS]", vocab["[CLS]"]), ("[SEP]", vocab["[SEP]"])],
     )
     PreTrainedTokenizerFast(
-        tokenizer_object=words,
+        tokenizer_object=tokenizer,
         unk_token="[UNK]",
         pad_token="[PAD]",
         cls_token="[CLS]",
@@ -62,7 +62,12 @@ def save_checkpoint(folder: Path) -> Path:
         model_max_length=32,
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     ).save_pretrained(folder)
-    bert(vocab=len(vocab)).bert.save_pretrained(folder)
+    model = bert(vocab=len(vocab)).bert
+    mood = torch.linspace(-1, 1, model.config.hidden_size)
+    with torch.no_grad():  # as pretraining has it: words of one mood are alike
+        for words, sign in ((GOOD, 1), (BAD, -1)):
+            model.embeddings.word_embeddings.weight[[vocab[word] for word in words]] += sign * mood
+    model.save_pretrained(folder)
     return folder
 
 

@@ -83,8 +83,7 @@ def refused(tsqlora: Run, *arguments: str | Path) -> tuple[int, str]:
         ("model.path=no-such-model", 2, "no-such-model"),
         ("task.type=clasification", 2, "did you mean"),
         ("task.type=multi-label", 2, "not built"),
-        ("quality.warmup=9", 2, "no scored epoch would be left"),
-        ("ranks.interval=1000", 2, "no adjustment fits"),
+        ("quality.gate=share", 2, "data.trusted"),
         ("ranks.policy=nothing", 2, "choices"),
         ("ranks.estimator=nothing", 2, "choices"),
         ("data.max_length=1000", 2, "positions"),
@@ -192,6 +191,8 @@ def test_what_each_phase_cost_is_what_was_planned(trained: Path) -> None:
     record = record_of(trained)
     spent = {phase: (cost["forward"], cost["backward"]) for phase, cost in record["cost"].items()}
     planned = {phase: (passes["forward"], passes["backward"]) for phase, passes in record["plan"]["passes"].items()}
+    looks = record["quality"]["looks"]
+    planned["look"] = tuple(len(looks) * passes for passes in planned["look"])  # the first look is what is planned
     assert {phase: spent[phase] for phase in planned} == planned
     assert all(cost["seconds"] > 0 and cost["tokens"] > 0 for cost in record["cost"].values())
 
@@ -241,7 +242,7 @@ def test_a_dry_run_tells_the_plan_that_the_run_then_records_and_writes_nothing(
 ) -> None:
     code, out, _ = tsqlora("train", place / "config.yaml", "--out", tmp_path / "none", "--dry-run", "--json")
     plan, record = json.loads(out), record_of(trained)
-    assert (code, plan["steps"], plan["passes"]["warm-up"]["forward"]) == (0, 6 * 5, 72)
+    assert (code, plan["steps"], plan["passes"]["look"]["forward"]) == (0, 6 * 5, 72)
     assert {name: plan[name] for name in record["plan"]} == record["plan"]
     assert (plan["columns"], plan["max_length"]) == (record["data"]["columns"], record["data"]["max_length"])
     assert sum(plan["classes"].values()) == plan["rows"]["train"]
@@ -439,7 +440,7 @@ def test_scoring_a_run_gives_every_row_its_terms(scored: Path) -> None:
     check_scores(scored, 72, scored.parent / "train.jsonl")
 
 
-def test_scoring_a_config_trains_its_warmup_first(place: Path, tmp_path: Path, tsqlora: Run) -> None:
+def test_scoring_a_config_trains_nothing(place: Path, tmp_path: Path, tsqlora: Run) -> None:
     code, out, _ = tsqlora("score", place / "config.yaml", "--out", tmp_path / "s.parquet", "--json")
     assert code == 0
     assert json.loads(out)["rows"] == 72
@@ -607,7 +608,7 @@ def test_a_file_without_the_runs_columns_exits_3(command: str, trained: Path, tm
 
 
 # Here the warning is printed, as for a user: under pytest it would be an error.
-at_chance = pytest.mark.filterwarnings("default:no quality sampling:UserWarning")
+at_chance = pytest.mark.filterwarnings("default:rows are drawn evenly:UserWarning")
 
 
 def train_on(
@@ -622,7 +623,8 @@ def train_on(
 
 def test_without_quality_rows_are_drawn_at_random(place: Path, tmp_path: Path, tsqlora: Run) -> None:
     record, _ = train_on(tsqlora, tmp_path, place / "model", make_rows(80), quality={"enabled": False, "fraction": 0.5})
-    assert record["quality"] == {"enabled": False, "used": False, "fraction": 0.5, "rows_an_epoch": 36}
+    assert (record["quality"]["enabled"], record["quality"]["used"]) == (False, False)
+    assert record["quality"]["looks"][0]["head_start"]["replaced"]
     assert record["plan"]["steps"] == 30
     assert not (tmp_path / "run" / "scores.parquet").exists()
     code, text = refused(tsqlora, "score", tmp_path / "c.yaml", "--out", tmp_path / "s.parquet")
@@ -662,13 +664,13 @@ def test_a_model_at_chance_finishes_with_random_draws_and_says_so(place: Path, t
     slow = {"training": {"epochs": 4, "learning_rate": 1e-7}}
     record, screen = train_on(tsqlora, tmp_path, place / "model", rows, **slow)
     assert record["quality"]["used"] is False
-    assert "standard errors" in record["quality"]["refused"]
-    assert any("drawn at random" in note for note in record["notes"])
-    assert "drawn at random" in screen
+    assert "standard errors" in record["quality"]["looks"][0]["not_ready"]
+    assert any("drawn evenly" in note for note in record["notes"])
+    assert "drawn evenly" in screen
     assert "UserWarning" not in screen
-    code, text = refused(tsqlora, "score", tmp_path / "c.yaml", "--out", tmp_path / "s.parquet")
-    assert code == 1
-    assert "constant guess" in text
+    code, _, err = tsqlora("score", tmp_path / "c.yaml", "--out", tmp_path / "s.parquet")
+    assert code == 0, err
+    assert Scores.load(tmp_path / "s.parquet").record["not_ready"]
 
 
 # ------------------------------------------------------------------------------- further corners
@@ -733,7 +735,7 @@ def test_two_processes_train_one_run_and_one_speaks(place: Path, tmp_path: Path)
     assert record["status"] == "finished"
     assert record["plan"]["steps"] == 30
     done_rows, planned = (
-        sum(phases[phase]["forward"] for phase in ("warm-up", "training"))
+        sum(phases[phase]["forward"] for phase in ("training",))
         for phases in (record["cost"], record["plan"]["passes"])
     )
     assert done_rows == planned

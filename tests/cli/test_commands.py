@@ -37,7 +37,7 @@ def test_a_light_command_imports_no_heavy_library(arguments: list[str], unused: 
     assert not unused & set(done.stderr.split())
 
 
-@pytest.mark.parametrize(("typed", "completed"), [("tsqlora ex", "export"), ("tsqlora export --for", "--format")])
+@pytest.mark.parametrize(("typed", "completed"), [("tsqlora expo", "export"), ("tsqlora export --for", "--format")])
 def test_the_shell_completes_commands_and_options(typed: str, completed: str) -> None:
     asked = {"_TSQLORA_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
     script = "import sys; sys.argv = ['tsqlora']; from tsqlora.cli import main; main()"

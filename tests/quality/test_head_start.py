@@ -1,12 +1,15 @@
 """A fitted head in place of a random one."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from tsqlora.quality.features import Head
-from tsqlora.quality.head_start import WHITENED_STD, fit_start, install, whiten
+from tsqlora.quality.forward_pass import Forward
+from tsqlora.quality.head_start import WHITENED_STD, HeadStart, fit_start, install, of_trusted, whiten
 
 
 class TwoLayers(nn.Module):
@@ -75,3 +78,20 @@ def test_a_trained_head_stays(rows: tuple[np.ndarray, np.ndarray]) -> None:
         x, y, np.full(300, 1e-3), kind="classes", width=3, intercept=True, rng=lambda: np.random.default_rng(0)
     )
     assert not start.replaces
+
+
+@pytest.mark.parametrize("replaces", [True, False])
+def test_a_head_of_trusted_rows_has_the_dense_layer_that_its_features_are_of(
+    replaces: bool, rows: tuple[np.ndarray, np.ndarray]
+) -> None:
+    x, y = rows
+    options: dict[str, Any] = {
+        "kind": "classes",
+        "width": 3,
+        "intercept": True,
+        "rng": lambda: np.random.default_rng(0),
+    }
+    fit = fit_start(x, y, np.ones(300), **options).fit
+    start = HeadStart(fit, 1.0, replaces, whiten(x, 12))
+    apart = Forward(y, np.ones(300), np.zeros((300, 3)), x)
+    assert (of_trusted(start, x, apart, **options).dense is not None) == replaces

@@ -13,6 +13,7 @@ from runs import make_rows, save_checkpoint, write_config, write_jsonl
 from tsqlora.data.cells import sample_hash
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.quality import journal
+from tsqlora.quality import look as looking
 from tsqlora.quality.scores import Scores
 from tsqlora.run import finished
 from tsqlora.run import score as scoring
@@ -152,8 +153,8 @@ def test_what_is_left_of_other_rows_or_weights_is_refused(place: Path, run: Path
 def test_a_config_is_scored_as_its_training_run_scores(place: Path, run: Path, undisturbed: dict[str, bytes]) -> None:
     ours, trained = Scores.load(place / "config.yaml.parquet"), Scores.load(run / "scores.parquet")
     assert ours.hashes == trained.hashes
-    for name, values in trained.terms.items():
-        np.testing.assert_allclose(ours.terms[name], values, rtol=1e-4, atol=1e-5, err_msg=name)
+    for name, values in trained.predictions.items():
+        np.testing.assert_allclose(ours.predictions[name], values, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 def test_an_id_leads_to_the_row_of_the_file(place: Path, undisturbed: dict[str, bytes]) -> None:
@@ -214,7 +215,7 @@ def test_another_file_is_read_by_the_runs_columns(
 def test_what_cannot_be_scored_is_refused_before_the_look(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scoring, "score_job", lambda *_: pytest.fail("it looked"))
+    monkeypatch.setattr(looking, "start_head", lambda *_, **__: pytest.fail("it looked"))
     with pytest.raises(SettingsError, match="reject finds wrong labels of classes"):
         score_rows(
             place / "config.yaml", tmp_path / "s.parquet", overrides=["task.type=regression", "quality.reject=true"]

@@ -74,7 +74,7 @@ def forward_pass(
                 found.fill(np.concatenate(batches[first:end]), part)
                 done = end
         measurer = _Pass(model, rows, collate, task, head, found, journal)
-        parts = distributed.to_first(distributed.together(lambda: measurer.run(batches[done:], compute.progress)))
+        parts = distributed.to_first(distributed.together(lambda: measurer.run(batches, done, compute.progress)))
     for part in parts or ():
         for indices, columns in part:
             found.fill(indices, columns)
@@ -91,10 +91,14 @@ class _Pass:
     found: "_Filled"
     journal: Journal | None
 
-    def run(self, batches: Sequence[np.ndarray], progress: Progress | None) -> list[tuple[np.ndarray, Columns]]:
-        """This process's batches: the first process fills them in, what others measured goes there."""
-        mine, portions, parts = distributed.share(batches), BatchSplitter(), list[tuple[np.ndarray, Columns]]()
-        done, total = 0, sum(map(len, mine))
+    def run(
+        self, batches: Sequence[np.ndarray], first: int, progress: Progress | None
+    ) -> list[tuple[np.ndarray, Columns]]:
+        """This process's batches from `first` on: the first process fills them in, what others measured goes there."""
+        mine, portions = distributed.share(batches[first:]), BatchSplitter()
+        parts = list[tuple[np.ndarray, Columns]]()
+        done = sum(map(len, batches[:first]))
+        total = done + sum(map(len, mine))
         for indices in mine:
             portioned = portions.of(indices, self.measured)
             columns = {name: np.concatenate([part[name] for part in portioned]) for name in portioned[0]}

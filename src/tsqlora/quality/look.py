@@ -73,6 +73,7 @@ def look(
     model, collate = distributed.unwrapped(model), each_its_row(collate)
     rule = rule.trusting(task, trusted is not None)
     rule.require_trusted(trusted is not None)
+    rule.require_rejectable(task)
     if trusted is not None and isinstance(rule.reference, int):
         rule = replace(rule, reference=trusted.rows)
     started = start_head(model, dataset, collate, rule=rule, task=task, rows=rows, compute=compute, trusted=trusted)

@@ -130,6 +130,11 @@ class ScoringRule:
         if what is not None and not given:
             raise SettingsError(f"{what} needs trusted rows: name them in data.trusted, or give trusted=rows")
 
+    def require_rejectable(self, task: Task) -> None:
+        """Raises SettingsError for rejection where labels are no classes."""
+        if self.reject and task.answer != "class":
+            raise SettingsError(f"reject finds wrong labels of classes, and the task is {task.name}; leave it out")
+
     def require_room(self, fraction: float) -> None:
         """Raises SettingsError where rejection might leave fewer rows than a softmax draws."""
         if self.reject and self.weights is not None and fraction > 1 - MOST:
@@ -193,8 +198,6 @@ def fitting(terms: Mapping[str, Term], task: Task, rule: ScoringRule, batch: Bat
     labels = batch.get("labels")
     if isinstance(labels, Tensor):
         require_labels(task, labels)
-        if rule.reject and not of_classes(task, labels.cpu().numpy()):
-            raise SettingsError(f"reject finds wrong labels of classes, and the task is {task.name}; leave it out")
     return _known(terms, task, rule.q)
 
 

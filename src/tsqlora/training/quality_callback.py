@@ -41,8 +41,8 @@ from tsqlora.training.drawing import (
     require_drawn_anew,
     require_subset,
 )
+from tsqlora.training.run_dir import SCORES_FILE
 
-SCORES_FILE = "scores.parquet"
 LOOK_AGAIN = 1 / 3
 """Share of a run's steps after which all rows are looked at again, at the next epoch's beginning."""
 

@@ -15,6 +15,7 @@ from tsqlora.errors import DataError, SettingsError, TsqLoraError
 from tsqlora.training.record import RECORD_FILE
 
 CONFIG_FILE = "config.yaml"
+SCORES_FILE = "scores.parquet"
 ADAPTER_DIR = "adapter"
 CHECKPOINT_DIR = "checkpoints"
 LOCK_FILE = "run.lock"
@@ -143,6 +144,6 @@ def _left_before_the_start(path: Path) -> bool:
     """Whether a run that ended before its settings were written leaves this behind."""
     if path.name == CHECKPOINT_DIR:
         return not any(path.glob("checkpoint-*"))  # TensorBoard's files may be there
-    # The record is written just before them; only a run of ours has a lock.
-    ours = path.name.lstrip(".").startswith((RECORD_FILE, CONFIG_FILE))
+    # The scores of the first look and the record are written just before them; only a run of ours has a lock.
+    ours = path.name.lstrip(".").startswith((RECORD_FILE, CONFIG_FILE, SCORES_FILE))
     return path.name == LOCK_FILE or (ours and path.with_name(LOCK_FILE).exists())
