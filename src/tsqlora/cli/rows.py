@@ -68,9 +68,10 @@ def _summary(scores: "Scores", path: Path, explain: int | None, data: Path | Non
     """How the scores came to be, and with `explain` so many samples of each kind."""
     from tsqlora.quality.explain import explain as explain_samples
 
+    # Of gradients nothing is known where the model is at chance.
     names = ("eta", "effective_sample_size", "reference_rows", "weights", "temperature", "scope")
     counts = {"rows": len(scores), "kept": int(scores.kept.sum()), "held_out": scores.record.get("held_out", 0)}
-    summary = {"scores": str(path), **counts, **{name: scores.record[name] for name in names}}
+    summary = {"scores": str(path), **counts, **{name: scores.record.get(name) for name in names}}
     return summary if explain is None else summary | {"explained": explain_samples(scores, explain, data=data)}
 
 
