@@ -11,10 +11,7 @@ from tsqlora.quality.scores import Scores
 from tsqlora.report.figures import Drawn, histograms
 from tsqlora.report.samples import Samples, choose_samples
 from tsqlora.training.record import RECORD_FILE, RunRecord
-from tsqlora.training.run_dir import CONFIG_FILE
-
-# QualityCallback, which names it too, would import the Trainer.
-SCORES_FILE = "scores.parquet"
+from tsqlora.training.run_dir import CONFIG_FILE, SCORES_FILE
 
 
 @dataclass(frozen=True, slots=True)
