@@ -8,13 +8,13 @@ import torch
 import torch._dynamo
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerState
+from transformers import BertConfig, BertForTokenClassification, TrainerCallback, TrainerState
 
 import tsqlora as tsq
 from models import lora
 from scoring import assert_same, quality_by
 from slotted import assert_hidden_are_zero
-from stock import base_bert, make_trainer, moods, slotted_bert
+from stock import VOCAB, base_bert, make_trainer, moods, slotted_bert
 from tsqlora.adapter.slots import ActivePrefix, find_slots
 from tsqlora.ranks.events import RankEvent
 from tsqlora.tasks import Classification
@@ -23,10 +23,10 @@ from tsqlora.training import rank_loop
 ROWS = moods(40)
 
 
-def run(folder: Path, *callbacks: TrainerCallback, model: Any = None, **further: Any) -> Any:
+def run(folder: Path, *callbacks: TrainerCallback, model: Any = None, data: Any = ROWS, **further: Any) -> Any:
     """30 steps, 5 an epoch; with an interval of 4 ranks are adjusted after 4, 8, 12, 16 and 20."""
     trained = slotted_bert() if model is None else model
-    make_trainer(trained, ROWS, folder, list(callbacks), **({"learning_rate": 0.02} | further)).train()
+    make_trainer(trained, data, folder, list(callbacks), **({"learning_rate": 0.02} | further)).train()
     return trained
 
 
@@ -590,7 +590,7 @@ def test_the_first_ranks_follow_the_loss_that_is_trained_on(tmp_path: Path) -> N
 
 def test_where_no_interval_fits_ranks_do_not_move(tmp_path: Path) -> None:
     callback = tsq.RankCallback(interval=40)
-    with pytest.warns(UserWarning, match="no adjustment fits into 30 steps at intervals of 40"):
+    with pytest.warns(UserWarning, match="no adjustment fits into 30 steps at an interval of 40"):
         run(tmp_path, callback)
     assert not [event for event in callback.events if event.reason == "adjustment"]
 
@@ -698,3 +698,18 @@ def test_a_step_that_failed_leaves_no_hooks_for_the_next_training(tmp_path: Path
     assert len(callback.events) == 5
     assert_no_hooks(model)
     assert torch._dynamo.config.recompile_limit == compiles
+
+
+def test_ranks_move_where_samples_have_no_loss_that_is_known(tmp_path: Path) -> None:
+    """Labels of tokens: training's own loss is enough."""
+    sizes: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    model = tsq.wrap(BertForTokenClassification(BertConfig(vocab_size=VOCAB, num_labels=2, **sizes)), mean_rank=2)
+    rows = [{name: values[:4] for name, values in row.items() if name != "labels"} for row in ROWS]
+    callback = tsq.RankCallback(interval=4)
+    run(
+        tmp_path,
+        callback,
+        model=model,
+        data=[row | {"labels": [token > 19 for token in row["input_ids"]]} for row in rows],
+    )
+    assert {event.reason for event in callback.events} == {"adjustment"}

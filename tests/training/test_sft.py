@@ -175,7 +175,7 @@ def test_samples_that_share_a_row_are_refused_by_quality_before_the_first_step(
 ) -> None:
     trainer = make(tmp_path, [], **options)
     trainer.train_dataset = rows = tsq.QualitySubset(trainer.train_dataset, 0.5)
-    trainer.add_callback(quality_by(rows))
+    trainer.add_callback(quality_by(rows, weights={"loss": -1.0}))
     with pytest.raises(tsq.UnsupportedError, match=r"the collator makes 1 row\(s\) of 2 samples"):
         trainer.train()
     assert trainer.state.global_step == 0
@@ -185,7 +185,7 @@ def test_rows_that_trl_has_cut_out_of_the_text_are_samples(tmp_path: Path) -> No
     options = {"packing": True, "packing_strategy": "wrapped", "max_length": 6}
     trainer = make(tmp_path, [], max_steps=-1, num_train_epochs=12, **options)
     trainer.train_dataset = rows = tsq.QualitySubset(trainer.train_dataset, 0.5)
-    trainer.add_callback(quality_by(rows, scores_path=tmp_path / "s.parquet"))
+    trainer.add_callback(quality_by(rows, weights={"loss": -1.0}, scores_path=tmp_path / "s.parquet"))
     trainer.train()
     assert rows.scores is not None
     assert set(rows.scores.labels[:-1].tolist()) == {5}, "of six tokens all but the first; the last row has the rest"
