@@ -83,40 +83,23 @@ def test_rows_and_tokens_that_are_charged_went_through_the_model(
 ) -> None:
     made = counted if preset == "default" else Counted(settings(place, quality={"preset": "paper"}), tmp_path)
     assert made.quality is not None
-    # Each time before it scores, `score` checks on one batch that it can be exact: a few rows that are not charged.
+    # Before each look a batch or two is checked, which are not charged.
     checked = made.rows - sum(made.cost("forward"))
-    assert 0 <= checked <= 5 * 8 * (len(made.quality.attempts) + 1)
+    assert 0 <= checked <= 5 * 8 * (len(made.quality.looks) + 1)
     longest = max(made.data.lengths or [0])
     assert 0 <= made.tokens - sum(made.cost("tokens")) <= checked * longest
 
 
 def test_phases_are_in_the_order_in_which_they_begin_and_took_time(counted: Counted) -> None:
-    assert list(counted.record.cost) == ["warm-up", "scoring", "ranks", "training"]
+    assert list(counted.record.cost) == ["look", "ranks", "training"]
     assert all(seconds > 0 for seconds in counted.cost("seconds"))
     planned = counted.record.plan["passes"]
     assert counted.cost("forward") == [planned[phase]["forward"] for phase in counted.record.cost]
     assert counted.cost("backward") == [planned[phase]["backward"] for phase in counted.record.cost]
 
 
-def test_progress_of_each_phase_runs_from_its_first_step_to_its_last(counted: Counted) -> None:
-    told = {
-        phase: [(done, total) for name, done, total in counted.told if name == phase]
-        for phase in ("warm-up", "training")
-    }
-    assert told["warm-up"] == [(step, 8) for step in range(1, 9)]
-    assert told["training"] == [(step, 16) for step in range(1, 17)]
-
-
-def test_a_warm_up_that_turns_out_longer_has_longer_bars(place: Path, tmp_path: Path) -> None:
-    slow = settings(place, training={"epochs": 6, "batch_size": 8, "learning_rate": 1e-7, "bf16": False})
-    with pytest.warns(UserWarning, match="no quality sampling in this run"):
-        refused = Counted(slow, tmp_path)
-    warm_up = [(done, total) for phase, done, total in refused.told if phase == "warm-up"]
-    assert warm_up == [(step, max(8, -(-step // 4) * 4)) for step in range(1, len(warm_up) + 1)]
-    assert refused.quality is not None
-    assert refused.record.cost["scoring"].forward == len(refused.data.dataset) * len(refused.quality.attempts)
-    assert refused.record.cost["scoring"].backward == 0
-    assert "ranks" not in refused.record.cost
+def test_progress_runs_from_the_first_step_to_the_last(counted: Counted) -> None:
+    assert counted.told == [("training", step, 24) for step in range(1, 25)]
 
 
 def test_a_resumed_fit_keeps_the_costs_of_before(place: Path, tmp_path: Path) -> None:
@@ -128,7 +111,7 @@ def test_a_resumed_fit_keeps_the_costs_of_before(place: Path, tmp_path: Path) ->
     planned = resumed.record.plan["passes"]
     assert resumed.cost("forward") == [planned[phase]["forward"] for phase in resumed.record.cost]
     assert all(tokens > 0 for tokens in resumed.cost("tokens"))
-    assert resumed.told[-1] == ("training", 16, 16)
+    assert resumed.told[-1] == ("training", 24, 24)
 
 
 @pytest.mark.parametrize("every", [2, 5])

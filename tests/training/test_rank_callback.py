@@ -710,6 +710,6 @@ def test_ranks_move_where_samples_have_no_loss_that_is_known(tmp_path: Path) -> 
         tmp_path,
         callback,
         model=model,
-        data=[row | {"labels": [token > 19 for token in row["input_ids"]]} for row in rows],
+        data=[row | {"labels": [int(token > 19) for token in row["input_ids"]]} for row in rows],
     )
     assert {event.reason for event in callback.events} == {"adjustment"}
