@@ -1,7 +1,6 @@
 """What a run notes of how it went."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,27 +15,6 @@ def test_a_run_resumed_with_other_libraries_notes_which() -> None:
     assert pipeline.other_versions(before, before) == []
     (note,) = pipeline.other_versions(before, {"torch": "2.13", "peft": "0.21"})
     assert note.startswith("begun with torch 2.12 and resumed with others")
-
-
-def test_a_run_that_the_guard_turned_back_notes_why() -> None:
-    told = {"guard": {"passed": False, "why": "labels would be wrong"}}
-    data: Any = SimpleNamespace(scores=SimpleNamespace(record=told))
-    quality: Any = SimpleNamespace(refused=None)
-    assert pipeline.what_to_note(quality, data) == ["rows were drawn at random: labels would be wrong"]
-    data.scores.record = {"guard": {"checked": False, "why": "rows are drawn evenly: no Q decides"}}
-    assert pipeline.what_to_note(quality, data) == []
-
-
-def test_ranks_that_waited_for_scores_in_vain_are_noted(tmp_path: Path) -> None:
-    data = write_jsonl(tmp_path / "train.jsonl", make_rows(80))
-    training = {"epochs": 3, "learning_rate": 1e-7}
-    path = write_config(
-        tmp_path / "c.yaml", save_checkpoint(tmp_path / "model"), data, training=training, ranks={"interval": 1}
-    )
-    with pytest.warns(UserWarning, match="ranks are as they were|no quality sampling"):
-        record = pipeline.train(load_config(path), tmp_path / "run")
-    assert record.status == "finished"
-    assert any(note.startswith("ranks are as they were: the last step to adjust them was ") for note in record.notes)
 
 
 @pytest.mark.parametrize(("training", "steps"), [({"epochs": 0.5}, 3), ({"max_steps": 6, "epochs": 9}, 6)])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tsqlora import distributed
 from tsqlora.data.batches import sorted_batches
 from tsqlora.gradients.eval_mode import eval_mode
-from tsqlora.oom import BatchSplitter
+from tsqlora.oom import BatchSplitter, halves, retry_on_oom
 from tsqlora.progress import Progress
 from tsqlora.quality.features import Head, features_of, find_head, recorded
 from tsqlora.quality.journal import Journal, identity_of
@@ -62,8 +62,12 @@ def forward_pass(
     batches = sorted_batches([int(n) for n in known], compute.batch_size)
     device = next(model.parameters()).device
     with eval_mode(model), torch.no_grad(), precision(device, compute.autocast, cache=False):
+
+        def find(size: int) -> Head | None:
+            return _find(model, collate([rows[int(j)] for j in batches[0][:size]]), task)
+
         # Rows that one process cannot read are told to all.
-        head = distributed.together(lambda: _find(model, collate([rows[int(j)] for j in batches[0]]), task))
+        head = distributed.together(lambda: retry_on_oom(find, halves(len(batches[0]))))
         journal, done = None, 0
         found = _Filled(len(rows))
         if compute.journal is not None:

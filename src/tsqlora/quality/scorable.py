@@ -39,6 +39,7 @@ def require_scorable(
     require_apart(model)
     require_float64(next(model.parameters()).device)
     require_precision(wanted, autocast)
+    rule.require_rejectable(task)
     collate = each_its_row(collate)
     with eval_mode(model), precision(next(model.parameters()).device, autocast, cache=False):
         # Together, not in portions: whether samples share a row shows in a batch.
