@@ -7,8 +7,10 @@ import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 
-from models import tiny_bert
+import tsqlora as tsq
+from models import collate, samples, tiny_bert
 from setups import build
+from tsqlora.adapter.slots import find_slots
 from tsqlora.baselines.svd import config_of
 from tsqlora.compat.peft import (
     VARIANTS,
@@ -19,7 +21,9 @@ from tsqlora.compat.peft import (
     has_variant,
     lora_matrices,
     places_of,
+    without_zero_updates,
 )
+from tsqlora.gradients.sites import lora_layers
 
 EMBEDDING, QUERY = "bert.embeddings.word_embeddings", "bert.encoder.layer.0.attention.self.query"
 
@@ -93,3 +97,21 @@ def test_eva_reads_tokens_that_are_not_padding_and_all_rows_of_a_pooler() -> Non
     mask = torch.tensor([[1, 1, 1], [1, 0, 0]]).nonzero()
     assert torch.equal(eva_layer_inputs((hidden,), mask, "x"), hidden.view(6, 2)[:4])
     assert torch.equal(eva_layer_inputs((hidden[:, 0],), mask, "x"), hidden[:, 0])
+
+
+def test_layers_that_add_nothing_are_left_out_and_come_back() -> None:
+    model, rows = tsq.wrap(tiny_bert().float(), mean_rank=2).eval(), collate(samples(4, 3))
+    del rows["labels"]
+    layers = list(lora_layers(model).values())
+    with torch.no_grad():
+        before = model(**rows).logits
+        with without_zero_updates(model):
+            assert all(layer.disable_adapters for layer in layers)
+            assert torch.equal(model(**rows).logits, before)
+        assert not any(layer.disable_adapters for layer in layers)
+        first = next(iter(find_slots(model).values()))
+        first.b[:, : first.rank] = 1.0
+        moved = model(**rows).logits
+        with without_zero_updates(model):
+            assert torch.equal(model(**rows).logits, moved)
+    assert not torch.equal(moved, before)

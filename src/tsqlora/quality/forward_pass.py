@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tsqlora import distributed
+from tsqlora.compat.peft import without_zero_updates
 from tsqlora.data.batches import sorted_batches
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.oom import BatchSplitter, halves, retry_on_oom
@@ -61,7 +62,8 @@ def forward_pass(
     known = distributed.together(lambda: lengths_of(rows) if lengths is None else lengths)
     batches = sorted_batches([int(n) for n in known], compute.batch_size)
     device = next(model.parameters()).device
-    with eval_mode(model), torch.no_grad(), precision(device, compute.autocast, cache=False):
+    exact = precision(device, compute.autocast, cache=False)
+    with eval_mode(model), torch.no_grad(), without_zero_updates(model), exact:
 
         def find(size: int) -> Head | None:
             return _find(model, collate([rows[int(j)] for j in batches[0][:size]]), task)

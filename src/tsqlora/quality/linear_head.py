@@ -126,11 +126,13 @@ def _out_of_fold(
     """The losses of each row by the fit on two other thirds, and the strength at which they are least."""
     best: tuple[Float[np.ndarray, " m"], float] | None = None
     folds = list(_folds(targets, kind, rng))
+    heads: list[LinearHead | None] = [None] * len(folds)
     for strength in STRENGTHS:
         losses = np.empty(len(targets))
-        for train, held in folds:
-            head = fit(features[train], targets[train], strength=float(strength), **options)
+        for number, (train, held) in enumerate(folds):
+            head = fit(features[train], targets[train], strength=float(strength), start=heads[number], **options)
             losses[held] = row_losses(head.logits(features[held]), targets[held], kind)
+            heads[number] = head
         if best is not None and losses.mean() > best[0].mean():
             break  # the loss has one valley: a weaker penalty only fits longer
         best = losses, float(strength)
@@ -153,13 +155,15 @@ def _softmax(
     width: int,
     intercept: bool,
     class_weights: Float[np.ndarray, " k"] | None,
+    start: LinearHead | None = None,
 ) -> LinearHead:
     present = np.unique(labels)
     weight = np.zeros((width, features.shape[1]))
     bias = np.zeros(width)
     if len(present) > 1:
         shares = None if class_weights is None else class_weights[labels]
-        coefficients, intercepts = _logistic(features, labels, strength, intercept, shares)
+        begin = None if start is None or len(present) == 2 else (start.weight[present], start.bias[present])
+        coefficients, intercepts = _logistic(features, labels, strength, intercept, shares, begin)
         if len(present) == 2:  # sklearn gives the second class's log-odds
             coefficients = np.concatenate([-coefficients, coefficients]) / 2
             intercepts = np.concatenate([-intercepts, intercepts]) / 2
@@ -178,6 +182,7 @@ def _sigmoids(
     width: int,
     intercept: bool,
     class_weights: Float[np.ndarray, " k"] | None,
+    start: LinearHead | None = None,
 ) -> LinearHead:
     weight, bias = np.zeros((width, features.shape[1])), np.zeros(width)
     for k in range(width):
@@ -191,11 +196,20 @@ def _sigmoids(
 
 
 def _logistic(
-    features: np.ndarray, labels: np.ndarray, strength: float, intercept: bool, shares: np.ndarray | None
+    features: np.ndarray,
+    labels: np.ndarray,
+    strength: float,
+    intercept: bool,
+    shares: np.ndarray | None,
+    begin: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
+    """Coefficients and intercepts; `begin` are those of a weaker fit, from which a stronger one is near."""
     onehot = labels[:, None] == np.unique(labels)
     start = np.abs((onehot - onehot.mean(axis=0)).T.astype(np.float32) @ features / len(labels)).max()
     model = LogisticRegression(C=strength, fit_intercept=intercept, max_iter=300, tol=max(TOLERANCE * start, 1e-12))
+    if begin is not None:
+        model.warm_start = True
+        model.coef_, model.intercept_ = (part.astype(np.float32) for part in begin)
     with warnings.catch_warnings():
         # A fit that is cut short is compared out of fold like any other.
         warnings.simplefilter("ignore", ConvergenceWarning)
