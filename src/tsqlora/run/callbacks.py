@@ -79,7 +79,7 @@ def quality_callback(
         raise SettingsError(
             f"quality.reject finds wrong labels of classes, and the task is {job.task.name}; leave it out"
         )
-    if rule.select and rule.weights is not None:
+    if rule.weights is not None and rule.select:
         require_terms(rule.weights, job.task)
         if classes:
             stratum_sizes(np.unique(job.data.samples["train"].labels, return_counts=True)[1], len(data))
