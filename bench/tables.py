@@ -313,31 +313,6 @@ def glue_summary(_: Results) -> pd.DataFrame:
     return results_page.summary(rows=2000, mean=4)
 
 
-TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
-    "faults": faults,
-    "faults-kills": faults_kills,
-    "faults-mended": faults_mended,
-    "faults-summary": faults_summary,
-    "fuzz": fuzz,
-    "fuzz-found": fuzz_found,
-    "fuzz-summary": fuzz_summary,
-    "glue-summary": glue_summary,
-    "llamacpp": llamacpp,
-    "rank_cost": rank_cost,
-    "rank_cost-large": rank_cost_large,
-    "resume": resume,
-    "scale-model": scale_model,
-    "scale-plan": scale_plan,
-    "scale-processes": scale_processes,
-    "scale-rows": scale_rows,
-    "scale-steps": scale_steps,
-    "headstart": headstart,
-    "scoring": scoring,
-    "servers": servers,
-    "worlds": worlds,
-}
-
-
 def _cells(name: str) -> list[dict[str, Any]]:
     """The results of a benchmark that has a file for each cell."""
     return [json.loads(path.read_text()) for path in sorted((RESULTS / name).glob("*.json"))]
@@ -410,6 +385,31 @@ def worlds(_: Results) -> pd.DataFrame:
 
 def _spread(values: pd.Series, digits: int = 1) -> str:
     return f"{values.mean():.{digits}f} ({', '.join(f'{value:.{digits}f}' for value in values)})"
+
+
+TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
+    "faults": faults,
+    "faults-kills": faults_kills,
+    "faults-mended": faults_mended,
+    "faults-summary": faults_summary,
+    "fuzz": fuzz,
+    "fuzz-found": fuzz_found,
+    "fuzz-summary": fuzz_summary,
+    "glue-summary": glue_summary,
+    "llamacpp": llamacpp,
+    "rank_cost": rank_cost,
+    "rank_cost-large": rank_cost_large,
+    "resume": resume,
+    "scale-model": scale_model,
+    "scale-plan": scale_plan,
+    "scale-processes": scale_processes,
+    "scale-rows": scale_rows,
+    "scale-steps": scale_steps,
+    "headstart": headstart,
+    "scoring": scoring,
+    "servers": servers,
+    "worlds": worlds,
+}
 
 
 def rendered(text: str) -> str:
