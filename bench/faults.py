@@ -53,7 +53,7 @@ def kill(bench: Bench, run: Path, number: int, rng: random.Random) -> dict[str, 
     """SIGKILL at a random moment of a phase; every fifth run once more while it goes on."""
     kills: list[dict[str, Any]] = []
     for again in range(2 if number % 5 == 4 else 1):
-        phase = rng.choice(PHASES[3:]) if again else PHASES[number % len(PHASES)]
+        phase = rng.choice(PHASES[2:]) if again else PHASES[number % len(PHASES)]
         process = bench.train(run, signal=signal.SIGKILL, **bench.moment(phase, rng))
         code = process.wait()
         if code == 0 and again:
@@ -216,7 +216,7 @@ def process(bench: Bench, run: Path, number: int, rng: random.Random) -> dict[st
     """Of two processes one is killed: the other ends with a message; both go on."""
     other, victim = (0, 1) if number % 2 else (1, 0)
     plans: list[dict[str, Any]] = [{}, {}]
-    plans[victim] = {"signal": signal.SIGKILL, **bench.moment(("training", "scoring", "warm-up")[number // 2 % 3], rng)}
+    plans[victim] = {"signal": signal.SIGKILL, **bench.moment(("training", "look")[number // 2 % 2], rng)}
     alone, both = bench.pair_alone, bench.pair(run, plans=(plans[0], plans[1]))
     if both[victim].wait() != -signal.SIGKILL:
         raise Lost(f"it was over before it was killed: {both[victim].said()[-300:]}")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-PHASES = ("warm-up", "scoring", "ranks", "training", "adjustment", "checkpointing", "export")
+PHASES = ("look", "ranks", "training", "adjustment", "checkpointing", "export")
 YEAR = 31_536_000
 
 
@@ -51,7 +51,7 @@ class Phases:
     """Which phase a training is in, and how often it came to each."""
 
     def __init__(self, told: Any, begun: Callable[[str, int], None]) -> None:
-        self.told, self.begun, self.scored = told, begun, False
+        self.told, self.begun = told, begun
         self.entries: list[tuple[float, str, int]] = []
 
     def spans(self) -> list[tuple[str, int, float]]:
@@ -69,8 +69,8 @@ class Phases:
         from tsqlora.training.rank_callback import RankCallback
         from tsqlora.training.rank_changes import RankChanges
 
-        self._within(CallbackHandler, "on_step_begin", None)
-        self._within(QualityCallback, "_try_scoring", "scoring")
+        self._within(CallbackHandler, "on_step_begin", "training")
+        self._within(QualityCallback, "_look", "look")
         self._within(RankCallback, "_start", "ranks")
         self._within(RankChanges, "adjust", "adjustment")
         self._within(Trainer, "_save_checkpoint", "checkpointing", ends=False)
@@ -78,26 +78,21 @@ class Phases:
         self._within(PeftModel, "save_pretrained", "export", ends=False, only=lambda of: Path(of).name == "adapter")
 
     def _within(
-        self, owner: Any, name: str, phase: str | None, *, ends: bool = True, only: Callable[[Any], bool] | None = None
+        self, owner: Any, name: str, phase: str, *, ends: bool = True, only: Callable[[Any], bool] | None = None
     ) -> None:
         inner = getattr(owner, name)
 
         def wrapped(this: Any, *args: Any, **kwargs: Any) -> Any:
             if only is not None and not only(args[0]):
                 return inner(this, *args, **kwargs)
-            self._enter(phase or self._steps())
+            self._enter(phase)
             try:
                 return inner(this, *args, **kwargs)
             finally:
-                # Also in a run that was resumed behind its scoring.
-                self.scored = self.scored or phase in ("scoring", "ranks", "adjustment")
                 if ends:
-                    self._enter(self._steps())
+                    self._enter("training")
 
         setattr(owner, name, wrapped)
-
-    def _steps(self) -> str:
-        return "training" if self.scored else "warm-up"
 
     def _enter(self, phase: str) -> None:
         place = PHASES.index(phase)
