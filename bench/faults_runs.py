@@ -80,14 +80,18 @@ class Bench:
         self.train(self.alone, timeline=str(place / "timeline.json")).end(0)
         spans: list[tuple[str, int, float]] = json.loads((place / "timeline.json").read_text())
         first = next(j for j, (phase, _, _) in enumerate(spans) if phase == "checkpointing")
-        self.moments = {phase: [span for span in spans[first + 1 :] if span[0] == phase] for phase in PHASES}
+        later = spans[first + 1 :]
+        self.moments = {
+            phase: [span for span in (spans if phase in ("look", "ranks") else later) if span[0] == phase]
+            for phase in PHASES
+        }
 
     def train(self, run: Path, *options: str, config: Path | None = None, log: str = "", **plan: Any) -> Process:
         arguments = ["train", str(config or self.config), "--out", str(run), "--resume", *options]
         return Process(run, arguments, self.place / f"{run.name}{log}.log", plan)
 
     def moment(self, phase: str, rng: random.Random) -> dict[str, Any]:
-        """A random one of a phase, behind the first checkpoint; of short phases in the first half: timers are late."""
+        """A random one of a phase, behind the first checkpoint if it comes again; of short ones in the first half."""
         _, count, seconds = rng.choice(self.moments[phase])
         return {"phase": phase, "count": count, "delay": rng.uniform(0, seconds if seconds > SHORT else seconds / 2)}
 
@@ -135,8 +139,8 @@ class Bench:
         return self._pair
 
 
-def newest(run: Path) -> int:
-    return max(step for step in steps(run) if manifest(run, step).exists())
+def newest(run: Path) -> int | None:
+    return max((step for step in steps(run) if manifest(run, step).exists()), default=None)
 
 
 # --------------------------------------------------------------------------------- comparison
