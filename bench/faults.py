@@ -255,7 +255,7 @@ def memory(bench: Bench, run: Path, number: int, rng: random.Random) -> dict[str
         plan = {"prepare": "memory", "first": rng.randrange(1, 24), "rows": (1, 2, 4)[number % 3]}
     said = bench.train(run, **plan).end(0)
     record = json.loads((run / "run.json").read_text())
-    newest_state = json.loads((manifest(run, newest(run)).parent / "trainer_state.json").read_text())
+    newest_state = json.loads((manifest(run, newest(run) or 0).parent / "trainer_state.json").read_text())
     found = {"steps": newest_state["global_step"], "planned": record["plan"]["steps"]}
     found["rows at once"] = newest_state["stateful_callbacks"]["tsqlora"]["rows"]
     if "memory does not suffice" not in said or found["steps"] != found["planned"] or not record["rank_events"]:
