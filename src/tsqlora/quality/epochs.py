@@ -1,6 +1,7 @@
 """Which rows each epoch trains on: an immutable plan, and a sample as its first epoch."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -121,7 +122,7 @@ class EpochPlan:
         return rows[_stretch(epoch * whole, size, len(rows), lambda p: stream("row order", self.seed, p))]
 
 
-def _stretch(start: int, size: int, n: int, rng) -> Int[np.ndarray, " size"]:
+def _stretch(start: int, size: int, n: int, rng: Callable[[int], np.random.Generator]) -> Int[np.ndarray, " size"]:
     """`size` entries from `start` on, of an endless sequence of random orders of n."""
     if size == 0:
         return np.empty(0, dtype=np.int64)

@@ -59,7 +59,8 @@ def forward_pass(
 
     Several processes share the rows. `collate` gives each sample a row of its own.
     """
-    known = distributed.together(lambda: lengths_of(rows) if lengths is None else lengths)
+    with eval_mode(model):  # rows may draw random numbers, as augmentation does
+        known = distributed.together(lambda: lengths_of(rows) if lengths is None else lengths)
     batches = sorted_batches([int(n) for n in known], compute.batch_size)
     device = next(model.parameters()).device
     exact = precision(device, compute.autocast, cache=False)
@@ -68,7 +69,7 @@ def forward_pass(
         def find(size: int) -> Head | None:
             return _find(model, collate([rows[int(j)] for j in batches[0][:size]]), task)
 
-        # Rows that one process cannot read are told to all.
+        # Where one process cannot read its rows, all raise the error.
         head = distributed.together(lambda: retry_on_oom(find, halves(len(batches[0]))))
         journal, done = None, 0
         found = _Filled(len(rows))

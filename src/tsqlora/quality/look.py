@@ -28,7 +28,7 @@ from tsqlora.quality.sampling import draw_size
 from tsqlora.quality.scores import Scores, from_terms
 from tsqlora.quality.started import Started, start_head
 from tsqlora.quality.terms import Measured, Term
-from tsqlora.quality.trusted import BATCH_SIZE, RATE, STEPS, STEPS_OF_TEXT, Trusted, trusted_model
+from tsqlora.quality.trusted import RATE, Trusted, trusted_model, trusted_steps_of
 from tsqlora.seeds import stream
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate, each_its_row
@@ -144,18 +144,10 @@ class _Looking:
         assert self.trusted is not None
         if self.trusted.loss is not None:
             return PhaseCost()
-        steps, batch = self._trusted_steps
+        steps, batch = trusted_steps_of(self.task, len(self.trusted.rows), self.trusted.batch_size)
         cost = trusted_cost(len(self.dataset), steps=steps, batch_size=batch)
         cost.add(seconds=seconds)
         return cost
-
-    @property
-    def _trusted_steps(self) -> tuple[int, int]:
-        """Steps of the trusted model, and rows of each."""
-        assert self.trusted is not None
-        text = isinstance(self.task, Generation)
-        batch = self.trusted.batch_size if text else BATCH_SIZE
-        return STEPS_OF_TEXT if text else STEPS, min(batch, len(self.trusted.rows))
 
     def _trusted_loss(self) -> np.ndarray | None:
         """The trusted model's loss on every row, in the first process; all train the same model."""
@@ -163,7 +155,7 @@ class _Looking:
         assert trusted is not None
         if trusted.loss is not None:
             return trusted.loss
-        steps, batch = self._trusted_steps
+        steps, batch = trusted_steps_of(self.task, len(trusted.rows), trusted.batch_size)
 
         def start() -> None:
             if started.of_trusted is not None and started.layer is not None:

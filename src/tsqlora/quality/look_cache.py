@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from tsqlora import distributed
 from tsqlora.errors import TsqLoraError
+from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.quality.cost import PhaseCost
 from tsqlora.quality.look import Look, look
 from tsqlora.quality.rows import Dataset, held
@@ -33,6 +34,8 @@ from tsqlora.tasks.forward import Collate
 
 KEPT = 16
 """Looks."""
+LARGEST = 1 << 26
+"""Bytes of scores above which a look is not kept: a home directory is no place for millions of rows."""
 FROZEN = 1024
 """Numbers of each frozen weight that tell it from another."""
 
@@ -68,7 +71,8 @@ def look_once(
     if asked.gate is None and not needs_trusted(asked.measured()):
         decides = {**asdict(rule), "task": repr(task), "autocast": str(compute.autocast), "fraction": fraction}
         apart = [] if trusted is None else [trusted.rows]
-        key = distributed.once(lambda: key_of(distributed.unwrapped(model), [dataset, *apart], decides))
+        with eval_mode(model):  # rows may draw random numbers, as augmentation does
+            key = distributed.once(lambda: key_of(distributed.unwrapped(model), [dataset, *apart], decides))
     known = None if key is None else distributed.once(lambda: load(key))
     if known is not None:
         with torch.no_grad():
@@ -95,7 +99,7 @@ def _changed(model: nn.Module, found: Look) -> dict[str, np.ndarray]:
 
 
 def key_of(model: nn.Module, rows: Iterable[Dataset], settings: Mapping[str, Any]) -> str | None:
-    """The name of a look at these rows; None where looks are not kept, or a row cannot be told from another."""
+    """The name of a look at these rows; None where no looks are kept, or a row has no value to hash."""
     if _folder() is None:
         return None
     digest = hashlib.sha256(_code().encode())
@@ -132,7 +136,8 @@ def load(key: str) -> KeptLook | None:
 def save(key: str, look: KeptLook) -> None:
     """Keep a look; where the disk is full or not to be written, none is kept."""
     folder = _folder()
-    if folder is None:
+    columns = [*look.scores.terms.values(), *look.scores.predictions.values()]
+    if folder is None or sum(column.nbytes for column in columns) > LARGEST:
         return
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)

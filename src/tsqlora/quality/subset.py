@@ -28,7 +28,7 @@ class QualitySubset(Dataset[Any]):
         dataset: any map-style data set.
         fraction: share of its rows that an epoch has, 0 < fraction ≤ 1.
         trusted: rows that look like what the model shall be good at, made as the data set's are; 32 to 200 are enough.
-            An epoch stays as long as it is; with QualityCallback the last third of a run trains on them alone.
+            An epoch stays as long as it is; with QualityCallback the last 30 % of a run train on them alone.
         resample: as in EpochPlan.
         lengths, batch_size: tokens of every row, and the Trainer's batch size; then rows of
             like length stand together, for a Trainer that samples sequentially.

@@ -17,6 +17,7 @@ from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.quality.rows import Dataset
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Batch, Collate, model_logits, precision, split_labels
+from tsqlora.tasks.generation import Generation
 
 BATCH_SIZE = 16
 STEPS = 100
@@ -42,6 +43,12 @@ class Trusted:
     def __post_init__(self) -> None:
         if len(self.rows) < 2:
             raise SettingsError(f"there is {len(self.rows)} trusted row; give at least 2, better 32 to 200")
+
+
+def trusted_steps_of(task: Task, rows: int, batch_size: int) -> tuple[int, int]:
+    """Steps of the trusted model, and rows of each: of text a few of the run's batches."""
+    text = isinstance(task, Generation)
+    return STEPS_OF_TEXT if text else STEPS, min(rows, batch_size if text else BATCH_SIZE)
 
 
 @contextmanager

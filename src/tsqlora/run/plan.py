@@ -14,7 +14,7 @@ from tsqlora.gradients.sites import lora_layers
 from tsqlora.quality.cost import look_cost, trusted_cost
 from tsqlora.quality.rows import REFERENCE_ROWS
 from tsqlora.quality.rule import PAPER_TERMS, ScoringRule
-from tsqlora.quality.trusted import STEPS, STEPS_OF_TEXT
+from tsqlora.quality.trusted import trusted_steps_of
 from tsqlora.ranks.allocate import Sensitivity, allocate
 from tsqlora.ranks.budget import used
 from tsqlora.ranks.schedule import adjustment_steps, default_interval
@@ -130,8 +130,8 @@ def _passes(task: Task, method: Method, *, epochs: float, batch: int) -> dict[st
         rule = quality.rule.trusting(task, trusted > 0)
         found["look"] = _look(rule, task, rows=n, trusted=trusted)
         if trusted and rule.trusts:
-            text = isinstance(task, Generation)
-            cost = trusted_cost(n, steps=STEPS_OF_TEXT if text else STEPS, batch_size=min(trusted, batch))
+            trained, rows = trusted_steps_of(task, trusted, batch)
+            cost = trusted_cost(n, steps=trained, batch_size=rows)
             found["trusted model"] = {"forward": cost.forward, "backward": cost.backward}
     elif quality is not None and not quality.rule.select:
         found["look"] = {"forward": n + trusted, "backward": 0}

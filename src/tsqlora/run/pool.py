@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import nn
@@ -66,7 +66,7 @@ def select(
 
     pool = _as_dataset(dataset, "dataset", Dataset)
     task = task_of(model)
-    positions = getattr(model.config, "max_position_embeddings", None)  # type: ignore[union-attr]
+    positions = getattr(cast(Any, model).config, "max_position_embeddings", None)
     most = min(processing_class.model_max_length, 1024)
     limit = resolve_max_length(max_length, tokenizer_limit=most, positions=positions)
     reader = _Reader.of(pool, model, task, processing_class, limit)
@@ -89,6 +89,8 @@ def select(
         compute=Compute(batch_size, progress=progress),
         trusted=known,
     )
+    if scores.even and scores.kept.all():
+        warnings.warn("nothing tells the rows apart: they are drawn evenly; give trusted rows", stacklevel=2)
     assert samples.ids is not None
     return pool.select(samples.ids[sample(scores, fraction, seed)])
 
@@ -130,7 +132,7 @@ class _Reader:
             raise DataError(f"dataset has no label column; its columns are {', '.join(names)}")
         labels = None
         if isinstance(task, Classification):
-            names_of: Any = model.config.id2label  # type: ignore[union-attr]
+            names_of = cast(Any, model).config.id2label
             texts = isinstance(pool[0][columns.label], str)
             labels = LabelMap(tuple(str(names_of[j]) if texts else j for j in range(len(names_of))))
         return cls(tokenizer, limit, False, None, columns, labels, False)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import SequentialSampler
-from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils.logging import tqdm
 
 from tsqlora import distributed
 from tsqlora.errors import DataError, SettingsError
@@ -62,10 +62,8 @@ class Schedule:
     def of(cls, data: QualitySubset, args: TrainingArguments, total: int, batches: int) -> "Schedule":
         """Of a run of so many optimizer steps, whose epochs have so many batches."""
         accumulated = args.gradient_accumulation_steps
-        an_epoch, a_step = (
-            max(1, math.ceil(batches / accumulated)),
-            args.train_batch_size * accumulated * args.world_size,
-        )
+        an_epoch = max(1, math.ceil(batches / accumulated))
+        a_step = args.train_batch_size * accumulated * args.world_size
         first = total - trusted_steps(total, data.plan.trusted, a_step)
         epoch, step = divmod(first, an_epoch)
         place = (epoch, min(step * a_step, len(data))) if first < total else None
@@ -122,11 +120,11 @@ class QualityCallback(TrainerCallback):
         self.scores_path = None if scores_path is None else Path(scores_path)
         self.progress, self.collate = progress, collate
         self.schedule = Schedule(0, None, None)
-        self.notes: list[str] = []
-        """What was warned of, for a record."""
         self._forget()
 
     def _forget(self) -> None:
+        self.notes: list[str] = []
+        """What was warned of, for a record."""
         self.looks: list[dict[str, Any]] = []
         self.spent: dict[str, PhaseCost] = {}
         self._digest: str | None = None
@@ -379,7 +377,7 @@ def _summary(scores: Scores, why_not: str | None) -> dict[str, Any]:
 
 def _bar(data: QualitySubset) -> Progress:
     """A bar for each pass, with the time that is left."""
-    bars: dict[str, tqdm] = {}
+    bars: dict[str, Any] = {}
 
     def show(phase: str, done: int, total: int, pulse: Pulse | None = None, /) -> None:
         if phase not in bars:
