@@ -115,3 +115,14 @@ def test_layers_that_add_nothing_are_left_out_and_come_back() -> None:
         with without_zero_updates(model):
             assert torch.equal(model(**rows).logits, moved)
     assert not torch.equal(moved, before)
+
+
+def test_adalora_adds_nothing_while_its_e_is_zero() -> None:
+    config = AdaLoraConfig(target_modules=[QUERY], init_r=3, target_r=2, total_step=10)
+    model = get_peft_model(tiny_bert(dtype=torch.float32), config)
+    layer: Any = lora_layers(model)[QUERY]
+    with without_zero_updates(model):
+        assert layer.disable_adapters
+    torch.nn.init.ones_(layer.lora_E["default"])
+    with without_zero_updates(model):
+        assert not layer.disable_adapters

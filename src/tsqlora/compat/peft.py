@@ -50,9 +50,15 @@ def lora_matrices(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
     return cast(Tensor, layer.lora_A[adapter].weight), cast(Tensor, layer.lora_B[adapter].weight)
 
 
+def _adds_nothing(layer: LoraLayer, adapter: str) -> bool:
+    """Whether B is zero; AdaLoRA starts with a zero E in its place."""
+    zero = layer.lora_E[adapter] if hasattr(layer, "lora_E") else lora_matrices(layer, adapter)[1]
+    return not zero.any()
+
+
 @contextmanager
 def without_zero_updates(model: nn.Module) -> Generator[None]:
-    """While open, LoRA layers whose B is zero compute their base layer alone: the same numbers, a fifth sooner.
+    """While open, LoRA layers that add nothing compute their base layer alone: the same numbers, a fifth sooner.
 
     PEFT's own `disable_adapter` is of no use here: it takes the new head off as well.
     """
@@ -61,7 +67,7 @@ def without_zero_updates(model: nn.Module) -> Generator[None]:
         for layer in model.modules()
         if isinstance(layer, LoraLayer)
         and not (layer.disable_adapters or layer.merged_adapters or has_variant(layer))
-        and not any(lora_matrices(layer, adapter)[1].any() for adapter in layer.active_adapters)
+        and all(_adds_nothing(layer, adapter) for adapter in layer.active_adapters)
     ]
     for layer in idle:
         layer._disable_adapters = True
