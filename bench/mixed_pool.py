@@ -43,8 +43,13 @@ PARTS = {"right": 150, "another paper's": 150, "copied": 110, "alpaca": 240, "xs
 TRUSTED, TEST_ROWS, TOKENS, STEPS, FRACTION, RATE = 64, 60, 130, 42, 0.2, 3e-4
 FURTHER = {"warmup_steps": 0.06, "save_strategy": "no"}
 ASK = "Say in one sentence what this paper does.\n\n"
-METHODS: dict[str, dict[str, Any]] = {"default": {}, "even": {"enabled": False}, "trusted": {"enabled": False}}
-"""Settings of `quality`; `even` has the trusted rows in every epoch, `trusted` them alone."""
+METHODS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "even": {"enabled": False},
+    "trusted": {"enabled": False, "fraction": 1.0},
+    "oracle": {"fraction": 1.0},
+}
+"""Settings of `quality`; `even` has the trusted rows in every epoch, `trusted` them alone, `oracle` the right rows."""
 Row = dict[str, Any]
 
 
@@ -94,6 +99,8 @@ def pool_of(seed: int) -> dict[str, list[Row]]:
 
 def run(method: str, seed: int) -> dict[str, Any]:
     rows = pool_of(seed)
+    if method == "oracle":
+        rows["train"] = [row for row in rows["train"] if row["kind"] == "right"]
     kinds = [row["kind"] for row in rows["train"]]
     with tempfile.TemporaryDirectory() as folder:
         if method == "trusted":
@@ -101,12 +108,11 @@ def run(method: str, seed: int) -> dict[str, Any]:
         rows["validation"] = rows["test"][:8]
         for name, part in rows.items():
             Path(folder, f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-        fraction = 1.0 if method == "trusted" else FRACTION
         settings: dict[str, Any] = {
             "model": {"path": str(model_folder())},
             "task": {"type": "causal-lm", "max_new_tokens": 1},
             "data": {name: f"{folder}/{name}.jsonl" for name in rows} | {"max_length": TOKENS, "format": "prompt"},
-            "quality": {"fraction": fraction, **METHODS[method]},
+            "quality": {"fraction": FRACTION, **METHODS[method]},
             "training": {
                 "max_steps": STEPS,
                 "learning_rate": RATE,
