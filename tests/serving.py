@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tsqlora.report.watch import Watched, make_server
+from tsqlora.reports.watch import Watched, make_server
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from tsqlora.errors import SettingsError
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.quality.explain import explain
 from tsqlora.quality.scores import Scores
-from tsqlora.report.write import write_report
+from tsqlora.reports.write import write_report
 from tsqlora.run import train as pipeline
 from tsqlora.run.card import model_card
 from tsqlora.run.config import load_config

@@ -43,7 +43,7 @@ def compare(
     from tsqlora.compare.comparison import compare as run_all
     from tsqlora.compare.methods import crossed
     from tsqlora.compare.table import show_comparison
-    from tsqlora.report.write import write_report
+    from tsqlora.reports.write import write_report
     from tsqlora.run.config import load_config
 
     settings = load_config(config, set_ or [])
@@ -89,7 +89,7 @@ def report(
     Example: tsqlora report run
     """
     if watch:
-        from tsqlora.report.watch import serve
+        from tsqlora.reports.watch import serve
 
         if out is not None:
             raise SettingsError("--watch serves the page and writes none; leave out --out")
@@ -101,7 +101,7 @@ def report(
         return
     if port is not None:
         raise SettingsError("--port is of --watch; give both, or leave it out")
-    from tsqlora.report.write import write_report
+    from tsqlora.reports.write import write_report
 
     written = write_report(directory, out, control=control)
     console.show({"report": str(written), "bytes": written.stat().st_size}, as_json, show_numbers)

@@ -11,7 +11,7 @@ from typing import Any
 
 from tsqlora.errors import DataError
 from tsqlora.files import write_json
-from tsqlora.report.comparison import CELLS_DIR
+from tsqlora.reports.comparison import CELLS_DIR
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,8 @@ from tsqlora.compare.worker import in_own_process
 from tsqlora.errors import DataError, SettingsError, nearest
 from tsqlora.files import write_json, write_text
 from tsqlora.progress import Progress
-from tsqlora.report.comparison import SETTINGS_FILE, TABLE_FILE
-from tsqlora.report.metrics import lower_is_better
+from tsqlora.reports.comparison import SETTINGS_FILE, TABLE_FILE
+from tsqlora.reports.metrics import lower_is_better
 from tsqlora.run.config import Config, dump_config, load_config
 from tsqlora.tasks import get_task
 from tsqlora.training.run_dir import CONFIG_FILE, alone_in

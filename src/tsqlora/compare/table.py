@@ -10,8 +10,8 @@ from rich.table import Table
 
 from tsqlora.compare.cells import Entry
 from tsqlora.compare.statistics import Interval, interval, paired, verdict
-from tsqlora.report.comparison import CHOSEN_ON_SHOWN, counted, short
-from tsqlora.report.metrics import lower_is_better
+from tsqlora.reports.comparison import CHOSEN_ON_SHOWN, counted, short
+from tsqlora.reports.metrics import lower_is_better
 
 Found = Mapping[str, Any]
 

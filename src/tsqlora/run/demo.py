@@ -21,8 +21,8 @@ from tsqlora.quality.explain import doubt
 from tsqlora.quality.rule import Compute
 from tsqlora.quality.score import score
 from tsqlora.quality.scores import Scores
-from tsqlora.report.page import plotly_script
-from tsqlora.report.write import write_report
+from tsqlora.reports.page import plotly_script
+from tsqlora.reports.write import write_report
 from tsqlora.run.callbacks import row_names, scoring_rule
 from tsqlora.run.config import Config
 from tsqlora.run.job import load, with_slots

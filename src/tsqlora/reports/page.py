@@ -8,7 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from tsqlora.errors import SettingsError
-from tsqlora.report import metrics
+from tsqlora.reports import metrics
 
 # No part of the page may load anything, whatever a text in it says.
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
@@ -41,7 +41,7 @@ def render(template: str, *, script: str | None, figures: Iterable[Any] = (), **
 
     `script` is plotly.js; None makes a page for `watch.py`'s server, which loads plotly from there and follows the run.
     """
-    from tsqlora.report.figures import DARK  # needs plotly, which `plotly_script` asks for in better words
+    from tsqlora.reports.figures import DARK  # needs plotly, which `plotly_script` asks for in better words
 
     drawn = {figure.id: figure for figure in figures}
     data = {
@@ -68,7 +68,7 @@ def render(template: str, *, script: str | None, figures: Iterable[Any] = (), **
 def environment() -> Environment:
     """Jinja with every text escaped, and a name that a template does not get is an error."""
     made = Environment(
-        loader=PackageLoader("tsqlora.report"),
+        loader=PackageLoader("tsqlora.reports"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

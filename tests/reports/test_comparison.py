@@ -10,10 +10,10 @@ import pytest
 from made_runs import make_comparison
 from seen import Seen
 from tsqlora.errors import DataError, SettingsError
-from tsqlora.report.comparison import Mean, gather_comparison, is_comparison
-from tsqlora.report.comparison_page import comparison_page, difference_plot
-from tsqlora.report.metrics import value_of
-from tsqlora.report.write import write_report
+from tsqlora.reports.comparison import Mean, gather_comparison, is_comparison
+from tsqlora.reports.comparison_page import comparison_page, difference_plot
+from tsqlora.reports.metrics import value_of
+from tsqlora.reports.write import write_report
 
 HOSTILE = "</script><script>alert('x')</script><b>&"
 

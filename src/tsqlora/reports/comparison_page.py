@@ -8,10 +8,10 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from tsqlora.report.comparison import CHOSEN_ON_SHOWN, Comparison, Method, Tried, short
-from tsqlora.report.figures import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, Drawn, framed, plain
-from tsqlora.report.metrics import as_points, gain_of, lower_is_better, value_of, words
-from tsqlora.report.page import Table, render
+from tsqlora.reports.comparison import CHOSEN_ON_SHOWN, Comparison, Method, Tried, short
+from tsqlora.reports.figures import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, Drawn, framed, plain
+from tsqlora.reports.metrics import as_points, gain_of, lower_is_better, value_of, words
+from tsqlora.reports.page import Table, render
 
 VERDICTS = {
     "better": (BLUE, "triangle-right"),

@@ -17,8 +17,8 @@ from tsqlora.errors import SettingsError
 from tsqlora.quality.scores import Scores
 from tsqlora.ranks.events import RankEvent
 from tsqlora.ranks.places import layer_places
-from tsqlora.report.metrics import words
-from tsqlora.report.page import NO_PLOTLY
+from tsqlora.reports.metrics import words
+from tsqlora.reports.page import NO_PLOTLY
 
 try:
     import plotly.graph_objects as go

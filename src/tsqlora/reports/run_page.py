@@ -6,9 +6,9 @@ from typing import Any
 
 from tsqlora.quality.explain import WHY
 from tsqlora.ranks.events import MOST_EVENTS
-from tsqlora.report import figures
-from tsqlora.report.gather import Gathered
-from tsqlora.report.page import Table, render
+from tsqlora.reports import figures
+from tsqlora.reports.gather import Gathered
+from tsqlora.reports.page import Table, render
 from tsqlora.training.looks import look_sentences
 from tsqlora.training.record import RunRecord
 

@@ -10,7 +10,7 @@ from browser import Page, axe, browser
 from made_runs import make_comparison, make_run
 from runs import make_rows
 from serving import serving
-from tsqlora.report.write import write_report
+from tsqlora.reports.write import write_report
 from tsqlora.training.record import RunRecord
 
 SHOWN = "[...document.querySelectorAll('#sample-table tbody tr')].filter(r => !r.hidden)"

@@ -8,8 +8,8 @@ from typing import Any
 from tsqlora.compat.yaml import load_yaml
 from tsqlora.errors import DataError
 from tsqlora.quality.scores import Scores
-from tsqlora.report.figures import Drawn, histograms
-from tsqlora.report.samples import Samples, choose_samples
+from tsqlora.reports.figures import Drawn, histograms
+from tsqlora.reports.samples import Samples, choose_samples
 from tsqlora.training.record import RECORD_FILE, RunRecord
 from tsqlora.training.run_dir import CONFIG_FILE, SCORES_FILE
 

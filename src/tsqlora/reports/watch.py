@@ -8,10 +8,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from tsqlora.errors import DataError, SettingsError
-from tsqlora.report.comparison import is_comparison
-from tsqlora.report.gather import SCORES_FILE, Control, ScoresView, control_of, gather, read_scores
-from tsqlora.report.page import PLOTLY_PATH, plotly_script, render
-from tsqlora.report.run_page import run_page
+from tsqlora.reports.comparison import is_comparison
+from tsqlora.reports.gather import SCORES_FILE, Control, ScoresView, control_of, gather, read_scores
+from tsqlora.reports.page import PLOTLY_PATH, plotly_script, render
+from tsqlora.reports.run_page import run_page
 from tsqlora.training.record import RECORD_FILE
 from tsqlora.training.run_dir import CONFIG_FILE
 

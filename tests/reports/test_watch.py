@@ -10,8 +10,8 @@ from runs import make_rows
 from seen import Seen
 from serving import serving
 from tsqlora.errors import DataError, SettingsError
-from tsqlora.report import watch
-from tsqlora.report.watch import Watched, make_server, serve
+from tsqlora.reports import watch
+from tsqlora.reports.watch import Watched, make_server, serve
 from tsqlora.training.record import RunRecord
 
 ROWS = make_rows(60, labels=("no", "yes"))

@@ -13,9 +13,9 @@ from made_runs import make_run, scores_of
 from runs import make_rows, write_jsonl
 from tsqlora.errors import DataError
 from tsqlora.quality.explain import suspicion
-from tsqlora.report.figures import BINS, bins, histograms
-from tsqlora.report.gather import gather
-from tsqlora.report.samples import LONGEST, OF_A_KIND, choose_samples
+from tsqlora.reports.figures import BINS, bins, histograms
+from tsqlora.reports.gather import gather
+from tsqlora.reports.samples import LONGEST, OF_A_KIND, choose_samples
 
 ROWS = make_rows(60, labels=("no", "yes"))
 

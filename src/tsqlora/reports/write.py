@@ -5,8 +5,8 @@ from pathlib import Path
 from tsqlora.data.write import require_place
 from tsqlora.errors import SettingsError
 from tsqlora.files import write_text
-from tsqlora.report.comparison import gather_comparison, is_comparison
-from tsqlora.report.page import plotly_script
+from tsqlora.reports.comparison import gather_comparison, is_comparison
+from tsqlora.reports.page import plotly_script
 
 REPORT_FILE = "report.html"
 
@@ -21,9 +21,9 @@ def write_report(directory: Path, out: Path | None = None, *, control: Path | No
     """
     script = plotly_script()
     # These need plotly; the line above says so in better words than an ImportError.
-    from tsqlora.report.comparison_page import comparison_page
-    from tsqlora.report.gather import control_of, gather
-    from tsqlora.report.run_page import run_page
+    from tsqlora.reports.comparison_page import comparison_page
+    from tsqlora.reports.gather import control_of, gather
+    from tsqlora.reports.run_page import run_page
 
     place = directory / REPORT_FILE if out is None else out
     if is_comparison(directory):

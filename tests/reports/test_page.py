@@ -20,12 +20,12 @@ from made_runs import LAYERS, make_run, rank_events, scores_of
 from runs import make_rows
 from seen import Seen
 from tsqlora.errors import SettingsError
-from tsqlora.report.figures import DARK, FRAMES, Grid, curves, rank_frames, rank_map, thinned
-from tsqlora.report.gather import control_of, gather
-from tsqlora.report.page import environment, render
-from tsqlora.report.run_page import run_page
-from tsqlora.report.samples import Sample, Samples
-from tsqlora.report.write import write_report
+from tsqlora.reports.figures import DARK, FRAMES, Grid, curves, rank_frames, rank_map, thinned
+from tsqlora.reports.gather import control_of, gather
+from tsqlora.reports.page import environment, render
+from tsqlora.reports.run_page import run_page
+from tsqlora.reports.samples import Sample, Samples
+from tsqlora.reports.write import write_report
 
 ROWS = make_rows(60, labels=("no", "yes"))
 HOSTILE = "</script><script>alert('x')</script><img src=http://evil.example/x onerror=alert(1)> & <!-- \"q\""
@@ -146,13 +146,13 @@ def test_nothing_is_loaded_and_the_policy_forbids_it(tmp_path: Path) -> None:
         assert str(found.get("href", "#")).startswith("#")
     policy = next(f["content"] for t, f in seen.tags if f.get("http-equiv") == "Content-Security-Policy")
     assert str(policy).startswith("default-src 'none'")
-    styles = files("tsqlora.report").joinpath("templates/page.css").read_text()
+    styles = files("tsqlora.reports").joinpath("templates/page.css").read_text()
     assert "url(" not in styles
     assert "@import" not in styles
 
 
 def test_both_themes_have_every_colour(seen: Seen) -> None:
-    styles = files("tsqlora.report").joinpath("templates/page.css").read_text()
+    styles = files("tsqlora.reports").joinpath("templates/page.css").read_text()
     light, system, chosen = (
         set(re.findall(r"(--[a-z-]+):", styles[styles.index(start) :].split("}")[0]))
         for start in (":root {", ':root:not([data-theme="light"])', ':root[data-theme="dark"]')
@@ -238,9 +238,9 @@ def test_without_plotly_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(SettingsError, match=r"tsqlora\[report\]"):
         write_report(make_run(tmp_path))
     for name in ("figures", "gather", "run_page", "watch"):
-        monkeypatch.delitem(sys.modules, f"tsqlora.report.{name}", raising=False)
+        monkeypatch.delitem(sys.modules, f"tsqlora.reports.{name}", raising=False)
     with pytest.raises(SettingsError, match=r"tsqlora\[report\]"):
-        importlib.import_module("tsqlora.report.watch")
+        importlib.import_module("tsqlora.reports.watch")
 
 
 def test_the_rank_map_has_a_state_for_the_start_and_each_adjustment() -> None:
