@@ -162,16 +162,6 @@ def test_what_is_wrong_is_said_with_file_and_line(name: str, text: str, told: st
     assert told in error(write(tmp_path / name, text))
 
 
-def test_a_byte_that_is_not_utf8_is_named_with_its_line(tmp_path: Path) -> None:
-    path = tmp_path / "t.csv"
-    for content, told in (
-        (b"\xef\xbb\xbftext\nabc\ncaf\xe9\n", "3: byte 0xe9"),
-        ("text\n".encode("utf-16"), "1: byte 0xff"),
-    ):
-        path.write_bytes(content)
-        assert f"t.csv:{told}" in error(path)
-
-
 def test_duplicate_parquet_columns_are_refused(tmp_path: Path) -> None:
     table = pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
     pq.write_table(table, tmp_path / "t.parquet")
@@ -187,11 +177,11 @@ def test_a_mistyped_file_is_told_what_is_there(tmp_path: Path) -> None:
     "source",
     [
         *("train.jsonl", "data/train.csv", "./train", "/no/such/train", "~no-such-user/x", "a" * 5000),
-        *("a/b/c", "a/../b", "a\0b", "http://x", "a--b", "\ud800"),
+        *("a/b/c", "a/../b", "a\0b", "http://x", "a--b", "C:\\data\\train", "../x:a[b]", "\ud800"),
     ],
 )
 def test_what_is_no_hub_id_is_not_asked_for_on_the_hub(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets, "load_dataset", lambda name: pytest.fail(f"asked the hub for {name}"))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, *_, **__: pytest.fail(f"asked the hub for {name}"))
     assert error(source).startswith("no file ")
 
 
@@ -278,25 +268,35 @@ def test_one_split_of_a_directory_can_be_read(tmp_path: Path) -> None:
 
 def test_a_hub_data_set_is_read_by_its_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = {name: datasets.Dataset.from_list([{"text": name}] * 2) for name in ("train", "dev", "extra")}
-    monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict(parts))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict(parts))
     found = open_splits("owner/name", None, None)
     assert first_texts(found) == {"train": "train", "validation": "dev"}
     assert found["validation"].read().place(1) == "owner/name[dev]:2"
     assert read_rows("name", split="extra").rows[0] == {"text": "extra"}
 
 
+def test_one_split_of_a_configuration_is_the_split_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str, configuration: str | None, *, split: str | None) -> datasets.Dataset:
+        return datasets.Dataset.from_list([{"text": f"{name} {configuration} {split}"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    found = open_splits("nyu-mll/glue:mrpc[train[:9]]", "glue[validation]", None)
+    assert first_texts(found) == {"train": "nyu-mll/glue mrpc train[:9]", "validation": "glue None validation"}
+    assert found["train"].name == "nyu-mll/glue:mrpc[train[:9]]"
+
+
 def test_an_empty_hub_split_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     empty = datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": []})})
-    monkeypatch.setattr(datasets, "load_dataset", lambda name: empty)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: empty)
     assert error("owner/name").startswith("owner/name[train] has no rows")
 
 
 @pytest.mark.parametrize(
     ("reason", "told"),
-    [(FileNotFoundError("no such\nand more"), "(no such)"), (ConnectionError(), "(ConnectionError)")],
+    [(FileNotFoundError("no such\nand more"), "(no such and more)"), (ConnectionError(), "(ConnectionError)")],
 )
 def test_whatever_the_hub_says_becomes_one_error(reason: Exception, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(name: str) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise reason
 
     monkeypatch.setattr(datasets, "load_dataset", fail)

@@ -61,8 +61,10 @@ def test_they_are_part_of_the_datas_name(tmp_path: Path, tokenizer: PreTrainedTo
     ("row", "told"),
     [
         ({"text": "fine", "label": "c"}, r"trusted\.jsonl:2: label 'c' is not among the training data's classes"),
-        ({"text": "fine", "label": ""}, r"trusted\.jsonl:2: no label in column 'label'"),
-        ({"text": "", "label": "a"}, r"trusted\.jsonl:2: no text in column 'text'"),
+        (
+            {"text": "fine", "label": ""},
+            r"trusted\.jsonl: 1 of 2 .*data\.max_bad_rows \(0\) .*no label in column 'label'",
+        ),
     ],
 )
 def test_a_trusted_row_that_training_could_not_have_is_named(

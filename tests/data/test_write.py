@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tsqlora.data.dialect import PLAIN, SNIFF, sniff
 from tsqlora.data.rows import read_rows
 from tsqlora.data.write import COPIERS, WRITERS, can_copy, copy_rows, write_rows
 from tsqlora.errors import DataError, SettingsError
@@ -79,7 +80,7 @@ ON_FILES = settings(max_examples=60, deadline=None, suppress_health_check=[Healt
 
 def copied(path: Path, data: bytes, *places: int) -> bytes:
     path.write_bytes(data)
-    copy_rows(path, path.with_name("out"), np.array(places))
+    copy_rows(path, path.with_name("out"), np.array(places), sniff(path, SNIFF))
     return path.with_name("out").read_bytes()
 
 
@@ -167,7 +168,7 @@ def parquet(path: Path) -> pa.Table:
 @pytest.mark.parametrize("places", [[0], [1, 2, 4], [0, 1, 2, 3, 4]])
 def test_parquet_keeps_schema_metadata_and_values(places: list[int], tmp_path: Path) -> None:
     table = parquet(tmp_path / "t.parquet")
-    copy_rows(tmp_path / "t.parquet", tmp_path / "out.parquet", np.array(places))
+    copy_rows(tmp_path / "t.parquet", tmp_path / "out.parquet", np.array(places), PLAIN)
     found = pq.ParquetFile(tmp_path / "out.parquet").read()
     assert found.schema.equals(table.schema, check_metadata=True)
     assert found.to_pylist() == table.take(places).to_pylist()
@@ -176,5 +177,5 @@ def test_parquet_keeps_schema_metadata_and_values(places: list[int], tmp_path: P
 def test_a_copy_that_fails_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_bytes(b'a\n1\n"2\n')
     with pytest.raises(Exception, match="broken record"):
-        copy_rows(tmp_path / "t.csv", tmp_path / "out.csv", np.array([0, 1]))
+        copy_rows(tmp_path / "t.csv", tmp_path / "out.csv", np.array([0, 1]), PLAIN)
     assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]

@@ -23,6 +23,7 @@ def show_plan(console: Console, plan: Mapping[str, Any]) -> None:
     console.print(f"rows        {rows}")
     columns = ", ".join(str(name) for name in plan["columns"].values() if name is not None)
     console.print(f"columns     {columns}; at most {plan['max_length']:,} tokens", markup=False, highlight=False)
+    _show_files(console, plan["files"])
     if plan["classes"]:
         # Names are anybody's: they may hold square brackets.
         console.print(f"classes     {_class_counts(plan['classes'])}", markup=False, highlight=False)
@@ -44,6 +45,11 @@ def show_plan(console: Console, plan: Mapping[str, Any]) -> None:
         console.print(samples)
 
 
+def _show_files(console: Console, files: Mapping[str, str]) -> None:
+    for name, dialect in files.items():
+        console.print(f"file        {name}: {dialect}", soft_wrap=True, markup=False, highlight=False)
+
+
 def _class_counts(classes: Mapping[str, int]) -> str:
     """How many there are, and the rows of the first."""
     shown = ", ".join(f"{_shortened(name)} ({count:,})" for name, count in list(classes.items())[:_CLASSES])
@@ -53,6 +59,7 @@ def _class_counts(classes: Mapping[str, int]) -> str:
 def show_scoring_plan(console: Console, plan: Mapping[str, Any]) -> None:
     """The plan of a scoring's dry run."""
     console.print(f"rows        {plan['rows']:,} in {plan['batches']:,} batches")
+    _show_files(console, plan["files"])
     if plan["held_out"]:
         console.print(f"held out    {plan['held_out']:,} rows for validation, which are not scored")
     console.print(f"memory      about {plan['memory_bytes'] / 2**20:,.0f} MiB (a rough estimate)")

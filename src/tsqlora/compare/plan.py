@@ -8,7 +8,7 @@ from tsqlora import distributed
 from tsqlora.compare.cells import Entry
 from tsqlora.compare.methods import METHODS
 from tsqlora.compare.run import Equal
-from tsqlora.compat.hub import is_hub_id
+from tsqlora.compat.hub import DatasetName, is_hub_id
 from tsqlora.errors import SettingsError, UnsupportedError, nearest
 from tsqlora.run.config import Config
 from tsqlora.tasks import get_task
@@ -98,8 +98,9 @@ class Plan:
         if self.metric not in of_texts:
             return
         # A directory, or a data set of the hub, may have a test split of its own.
-        may_have_test = data.test or Path(data.train).expanduser().is_dir() or is_hub_id(data.train)
-        if not may_have_test or data.format == "text":
+        hub = DatasetName.of(data.train)
+        whole = Path(data.train).expanduser().is_dir() or (hub.split is None and is_hub_id(hub.id))
+        if not (data.test or whole) or data.format == "text":
             raise SettingsError(
                 f"--metric '{self.metric}' compares generated texts with the targets of test rows, and there are none; "
                 f"name data.test, with prompts and targets, or {nearest(self.metric, task.measured)}"

@@ -1,6 +1,7 @@
 """What may name something on the hub: never a path."""
 
 import re
+from dataclasses import dataclass
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -26,3 +27,21 @@ def is_revision(name: str) -> bool:
     [True, True, True, False, False, False]
     """
     return all(re.fullmatch(r"[\w.+-]+", part, re.ASCII) and part.strip(".") for part in name.split("/"))
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetName:
+    """A data set of the hub as a setting names it: ID, ID:CONFIGURATION, ID[SPLIT] or ID:CONFIGURATION[SPLIT].
+
+    >>> DatasetName.of("nyu-mll/glue:mrpc[train[:100]]")
+    DatasetName(id='nyu-mll/glue', configuration='mrpc', split='train[:100]')
+    """
+
+    id: str
+    configuration: str | None
+    split: str | None
+
+    @classmethod
+    def of(cls, name: str) -> "DatasetName":
+        found = re.fullmatch(r"([^:\[]+)(?::([\w.+-]+))?(?:\[(.+)\])?", name)
+        return cls(name, None, None) if found is None else cls(*found.groups())

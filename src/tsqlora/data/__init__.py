@@ -1,7 +1,8 @@
 """Files and hub ids -> rows -> tokenised samples.
 
     rows.py          a file, a directory or a hub id -> its rows in chunks, every row with its line number
-    readers.py       how each file format is read
+    readers.py  dialect.py           how each file format is read; how a text file is written: encoding, delimiter
+    whole_rows.py    the rows that lack nothing, and a note of the others
     cells.py         what a row's cells hold: nothing, text; the hash that names a row
     columns.py  labels.py            which columns hold text and label; labels -> class ids or target numbers
     formats/         the row formats of generation: which one a file has, how a row becomes prompt and target or a chat

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from tsqlora.data.rows import Rows
@@ -17,29 +17,25 @@ def is_missing(value: Any) -> bool:
     return value is None or blank or (isinstance(value, float) and math.isnan(value))
 
 
-def require_filled(parts: Iterable[Rows], columns: Mapping[str, str]) -> Iterator[Rows]:
-    """The same rows, as long as none lacks something in `columns` (name -> what the column holds).
+class MissingError(DataError):
+    """A row without something that it must have; `what` says so without the row's place."""
 
-    Raises DataError with the place of the first row that does, and the number of further ones: whoever cleans a file
-    wants to know how many there are.
-    """
-    rest = iter(parts)
-    for rows in rest:
-        for column, what in columns.items():
-            if lacking := [i for i in range(len(rows)) if is_missing(rows.rows[i].get(column))]:
-                further = len(lacking) - 1 + sum(is_missing(row.get(column)) for part in rest for row in part.rows)
-                also = f", nor in {further} more rows" if further else ""
-                raise DataError(
-                    f"{rows.place(lacking[0])}: no {what} in column '{column}'{also}; fill it in or leave the row out"
-                )
-        yield rows
+    def __init__(self, place: str, what: str) -> None:
+        super().__init__(f"{place}: {what}; fill it in or leave the row out")
+        self.what = what
+
+
+def lacking(row: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
+    """What the row lacks of `columns` (name -> what the column holds), the first of it; None for a whole row."""
+    missing = next((column for column in columns if is_missing(row.get(column))), None)
+    return None if missing is None else f"no {columns[missing]} in column '{missing}'"
 
 
 def text_at(rows: Rows, i: int, column: str) -> str:
-    """The text of row i in a column.  Raises DataError with file and row where there is none."""
+    """The text of row i in a column.  Raises MissingError with file and row where there is none."""
     value = rows.rows[i].get(column)
     if is_missing(value):
-        raise DataError(f"{rows.place(i)}: no text in column '{column}'; fill it in or leave the row out")
+        raise MissingError(rows.place(i), f"no text in column '{column}'")
     return as_text(value, f"column '{column}'", rows.place(i))
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tsqlora.data.cells import is_missing
+from tsqlora.data.cells import MissingError, is_missing
 from tsqlora.data.rows import Rows
 from tsqlora.errors import DataError
 
@@ -115,7 +115,7 @@ def label_at(rows: Rows, i: int, column: str) -> str | int:
     """One row's label.  Raises DataError with file and row for what can be none."""
     value = rows.rows[i].get(column)
     if is_missing(value):
-        raise DataError(f"{rows.place(i)}: no label in column '{column}'; fill it in or leave the row out")
+        raise MissingError(rows.place(i), f"no label in column '{column}'")
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise DataError(
             f"{rows.place(i)}: the {type(value).__name__} {reprlib.repr(value)} as a label in column '{column}'; "

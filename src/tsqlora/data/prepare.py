@@ -77,7 +77,7 @@ def prepare(
     places = {name: split.ids for name, split in samples.items() if split.ids is not None}
     splits = replace(splits, places=places)
     notes = [note for split in samples.values() if (note := left_out(split))]
-    return Prepared(splits, samples, (*notes, *measured_too, *_seen_in_training(texts)))
+    return Prepared(splits, samples, (*splits.notes, *notes, *measured_too, *_seen_in_training(texts)))
 
 
 def _encoded(

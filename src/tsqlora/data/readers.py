@@ -1,88 +1,51 @@
 """The file formats: lines, JSON, CSV, TSV and Parquet -> rows, one after the other, each with its number."""
 
-import codecs
 import csv
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
+from tsqlora.data.dialect import Dialect
 from tsqlora.errors import DataError
 
 Records = Iterator[tuple[int, dict[str, Any]]]
 """Numbers of lines or rows, and the rows, read one after the other."""
 
 
-def utf8_lines(path: Path, *, newline: str) -> Iterator[tuple[str, int]]:
-    """Each line with its line end, and how many bytes of the file end with it.
-
-    `newline` is "\\n" where lines end at line feeds alone, "" where they end at any of \\n, \\r
-    and \\r\\n.  A byte order mark is counted and left out.  Raises DataError where the file cannot be read,
-    and names the line that is not UTF-8.
-    """
-    try:
-        at = bom_length(path)
-        with open(path, encoding="utf-8-sig", newline=newline) as file:
-            for line in file:
-                at += len(line.encode())
-                yield line, at
-    except OSError as exc:
-        raise DataError(f"cannot read {path}: {exc.strerror}") from exc
-    except UnicodeDecodeError as exc:
-        raise DataError(_where_not_utf8(path)) from exc
-
-
-def bom_length(path: Path) -> int:
-    """Bytes of the byte order mark at the file's start, 0 if there is none."""
-    with open(path, "rb") as file:
-        return len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
-
-
-def _where_not_utf8(path: Path) -> str:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                line.decode()
-            except UnicodeDecodeError as exc:
-                byte = f"byte 0x{line[exc.start]:02x}"
-                return f"{path}:{number}: {byte} is not UTF-8; save the file as UTF-8 text, and not compressed"
-    raise AssertionError(f"{path} changed while it was read")
-
-
-def read_jsonl(path: Path) -> Records:
+def read_jsonl(path: Path, dialect: Dialect) -> Records:
     """Each line's number and object, one after the other; blank lines are whitespace between them.
 
     Raises DataError with file and line for what is not JSON or not an object.
     """
-    for number, line, _, _ in json_lines(path):
+    for number, line, _, _ in json_lines(path, dialect):
         yield number, _object(_parse(line.rstrip(), path, number), f"{path}:{number}")
 
 
-def read_json(path: Path) -> Records:
+def read_json(path: Path, dialect: Dialect) -> Records:
     """As `read_jsonl`, or the elements of one array with their 1-based places in it.
 
     An array is read whole.
     """
-    first = next((line for _, line, _, _ in json_lines(path)), "")
+    first = next((line for _, line, _, _ in json_lines(path, dialect)), "")
     if not first.lstrip().startswith("["):
-        yield from read_jsonl(path)
+        yield from read_jsonl(path, dialect)
         return
-    text = "".join(line for line, _ in utf8_lines(path, newline="\n"))
+    text = "".join(line for line, _ in dialect.lines(path, newline="\n"))
     for number, value in enumerate(_parse(text, path, 1), start=1):
         yield number, _object(value, f"{path}:{number}")
 
 
-def json_lines(path: Path) -> Iterator[tuple[int, str, int, int]]:
+def json_lines(path: Path, dialect: Dialect) -> Iterator[tuple[int, str, int, int]]:
     """Each line that is not blank: its number, its text, and where it starts and ends in the file's bytes."""
     # Not str.splitlines: it also cuts at U+2028 and others that JSON allows inside a string.
-    for number, (line, end) in enumerate(utf8_lines(path, newline="\n"), start=1):
+    for number, (line, end) in enumerate(dialect.lines(path, newline="\n"), start=1):
         if line.strip():
-            yield number, line, end - len(line.encode()), end
+            yield number, line, end - len(line.encode(dialect.encoding)), end
 
 
 def _parse(text: str, path: Path, line: int) -> Any:
@@ -109,7 +72,7 @@ def _object(value: Any, place: str) -> dict[str, Any]:
     return value
 
 
-def read_parquet(path: Path) -> Records:
+def read_parquet(path: Path, _: Dialect) -> Records:
     """Each row with its 1-based number, one after the other. Raises DataError for what is not Parquet."""
     number = 0
     with parquet_file(path) as file:
@@ -134,12 +97,12 @@ def parquet_file(path: Path) -> Iterator[pq.ParquetFile]:
         raise DataError(f"{path} cannot be read as Parquet ({reason}); export it again") from exc
 
 
-def read_delimited(path: Path, *, delimiter: str) -> Records:
+def read_delimited(path: Path, dialect: Dialect) -> Records:
     """Each record of a CSV or TSV file with the number of the line it starts on, one after the other; cells are text.
 
     Raises DataError with file and line for broken quotes and for a wrong number of fields.
     """
-    found = records(path, delimiter=delimiter)
+    found = records(path, dialect)
     first, header, _, _ = next(found, (1, [], 0, 0))
     _refuse_duplicates(header, f"{path}:{first}")
     for number, fields, _, _ in found:
@@ -151,7 +114,7 @@ def read_delimited(path: Path, *, delimiter: str) -> Records:
         yield number, dict(zip(header, fields, strict=True))
 
 
-def records(path: Path, *, delimiter: str) -> Iterator[tuple[int, list[str], int, int]]:
+def records(path: Path, dialect: Dialect) -> Iterator[tuple[int, list[str], int, int]]:
     """Each record that is not blank, the header first: the line it starts on, its fields, and where
     it starts and ends in the file's bytes.
     """
@@ -159,10 +122,10 @@ def records(path: Path, *, delimiter: str) -> Iterator[tuple[int, list[str], int
 
     def lines() -> Iterator[str]:
         nonlocal end
-        for text, end in utf8_lines(path, newline=""):  # noqa: B007  (read below, after each record)
+        for text, end in dialect.lines(path, newline=""):  # noqa: B007  (read below, after each record)
             yield text
 
-    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
+    reader = csv.reader(lines(), delimiter=dialect.delimiter or ",", strict=True)
     try:
         with _fields_of_any_length():
             for fields in reader:
@@ -190,13 +153,10 @@ def _refuse_duplicates(columns: Sequence[str], place: str) -> None:
         raise DataError(f"{place}: column '{twice[0]}' is there twice; rename one")
 
 
-READERS: dict[str, Callable[[Path], Records]] = {
+READERS: dict[str, Callable[[Path, Dialect], Records]] = {
     ".jsonl": read_jsonl,
     ".json": read_json,
-    ".csv": partial(read_delimited, delimiter=","),
-    ".tsv": partial(read_delimited, delimiter="\t"),
+    ".csv": read_delimited,
+    ".tsv": read_delimited,
     ".parquet": read_parquet,
 }
-
-# Formats whose cells are all text, whatever they stand for.
-UNTYPED = (".csv", ".tsv")

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from tsqlora.compat.datasets import file_kinds
-from tsqlora.compat.hub import is_hub_id
-from tsqlora.data.readers import READERS, UNTYPED, Records
+from tsqlora.compat.hub import DatasetName, is_hub_id
+from tsqlora.data.dialect import PLAIN, SNIFF, TABLES, Dialect, Hints, sniff
+from tsqlora.data.readers import READERS, Records
 from tsqlora.errors import DataError
 
 SPLIT_NAMES: dict[str, tuple[str, ...]] = {
@@ -66,12 +68,16 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One split that is there and not read yet; `path` is its file, None for a hub data set."""
+    """One split that is there and not read yet; `path` is its file, None for a hub data set.
+
+    `dialect` says how a text file is written.
+    """
 
     name: str
     typed: bool
     path: Path | None
     records: Callable[[], Records]
+    dialect: Dialect = PLAIN
 
     def read(self, places: np.ndarray | None = None) -> Rows:
         """All rows, or those at `places`, in memory.  Raises as `chunks`."""
@@ -107,56 +113,60 @@ def column_names(rows: Rows) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for row in rows.rows for name in row))
 
 
-def read_rows(source: str | Path, *, split: str | None = None) -> Rows:
+def read_rows(source: str | Path, *, split: str | None = None, hints: Hints = SNIFF) -> Rows:
     """The rows of a file, or of one split of a directory or hub data set.
 
     `split` names the split of a directory or hub data set; None takes the only one there.
     A file is one split, whatever it is called. Raises DataError for what is missing, empty
     or broken, with file and line.
     """
-    return open_split(source, split=split).read()
+    return open_split(source, split=split, hints=hints).read()
 
 
-def open_split(source: str | Path, *, split: str | None = None) -> Source:
+def open_split(source: str | Path, *, split: str | None = None, hints: Hints = SNIFF) -> Source:
     """The same, not read yet."""
-    found = _open_splits(source, wanted=SPLIT_NAMES if split is None else (split,))
+    found = _open_splits(source, wanted=SPLIT_NAMES if split is None else (split,), hints=hints)
     if len(found) != 1:
         there = f"has the splits {', '.join(found)}" if found else f"has no split {split or 'of a known name'}"
         raise DataError(f"{source} {there}; name one file or one split of it")
     return next(iter(found.values()))
 
 
-def open_splits(train: str, validation: str | None, test: str | None, trusted: str | None = None) -> dict[str, Source]:
+def open_splits(
+    train: str, validation: str | None, test: str | None, trusted: str | None = None, hints: Hints = SNIFF
+) -> dict[str, Source]:
     """Sources by split name, in ORDER: always "train", and the others where there are any.
 
-    `train` is a file, a directory of files named train.*, validation.* (valid.*, dev.*) and
-    test.*, or a hub id; an explicit `validation` or `test` takes the place of what is found
+    `train` is a file, a directory of files named train.*, validation.* (valid.*, dev.*) and test.*, or a hub data set
+    (`DatasetName`); an explicit `validation` or `test` takes the place of what is found
     there. Of a directory or hub id, `trusted` is the split of that name, else the only one.
     Raises DataError for what is missing, and for two files of one split.
     """
     explicit = {name: path for name, path in (("validation", validation), ("test", test)) if path is not None}
-    found = _open_splits(train, wanted=[name for name in SPLIT_NAMES if name not in explicit])
+    found = _open_splits(train, wanted=[name for name in SPLIT_NAMES if name not in explicit], hints=hints)
     if "train" not in found:
         raise DataError(f"{train} has no split train; name the training file in data.train")
-    found |= {name: open_split(path, split=name) for name, path in explicit.items()}
+    found |= {name: open_split(path, split=name, hints=hints) for name, path in explicit.items()}
     if trusted is not None:
-        named = _open_splits(trusted, wanted=("trusted",))
-        found["trusted"] = named.get("trusted") or open_split(trusted)
+        named = _open_splits(trusted, wanted=("trusted",), hints=hints)
+        found["trusted"] = named.get("trusted") or open_split(trusted, hints=hints)
     return {name: found[name] for name in ORDER if name in found}
 
 
-def _open_splits(source: str | Path, *, wanted: Collection[str]) -> dict[str, Source]:
-    """Those of the wanted splits that the source has; a file is the first of them, whatever it is called."""
+def _open_splits(source: str | Path, *, wanted: Collection[str], hints: Hints) -> dict[str, Source]:
+    """Those of the wanted splits that the source has; a file, or one split of a hub data set, is the first of them."""
     path = Path(os.path.expanduser(source))
     # os.path, not pathlib, here and below: the latter raises for names that no file can have.
     if os.path.isfile(path):
-        return {next(iter(wanted)): _of_file(path)}
+        return {next(iter(wanted)): _of_file(path, hints)}
     if os.path.isdir(path):
         files = {file.name: file for file in _listed(path) if file.is_file()}
         names = _match_splits({name: file.stem for name, file in files.items()}, wanted, source)
-        return {split: _of_file(files[name]) for split, name in names.items()}
+        return {split: _of_file(files[name], hints) for split, name in names.items()}
     _refuse_missing_file(path, source)
-    data = _load_hub(str(source))
+    data = _load_hub(DatasetName.of(str(source)))
+    if not isinstance(data, dict):
+        return {next(iter(wanted)): _of_hub(data, str(source))}
     names = _match_splits({name: name for name in data}, wanted, source)
     return {split: _of_hub(data[name], f"{source}[{name}]") for split, name in names.items()}
 
@@ -174,11 +184,14 @@ def _match_splits(stems: Mapping[str, str], wanted: Iterable[str], source: str |
     return found
 
 
-def _of_file(path: Path) -> Source:
+def _of_file(path: Path, hints: Hints) -> Source:
     suffix = path.suffix.lower()
     if suffix not in READERS:
         raise DataError(f"{path}: unknown extension '{suffix}'; known: {', '.join(READERS)}")
-    return Source(str(path), suffix not in UNTYPED, path, partial(READERS[suffix], path))
+    dialect = PLAIN if suffix == ".parquet" else sniff(path, hints)
+    if note := dialect.note(str(path)):
+        warnings.warn(note, stacklevel=4)
+    return Source(str(path), suffix not in TABLES, path, partial(READERS[suffix], path, dialect), dialect)
 
 
 def _listed(folder: Path) -> list[Path]:
@@ -189,26 +202,30 @@ def _listed(folder: Path) -> list[Path]:
 
 
 def _refuse_missing_file(path: Path, source: str | Path) -> None:
-    if path.suffix.lower() in READERS or isinstance(source, Path) or not is_hub_id(source):
+    if path.suffix.lower() in READERS or isinstance(source, Path) or not is_hub_id(DatasetName.of(source).id):
         there = [file.name for file in _listed(path.parent)] if os.path.isdir(path.parent) else []
         close = difflib.get_close_matches(path.name, there, n=1)
         hint = f"did you mean '{path.parent / close[0]}'? " if close else ""
         raise DataError(f"no file {source}; {hint}correct the path, seen from {Path.cwd()}")
 
 
-def _load_hub(name: str) -> Mapping[str, Any]:
-    """Hub data set -> its splits. Raises DataError whatever went wrong in loading it."""
+def _load_hub(name: DatasetName) -> Any:
+    """The splits of a hub data set by their names, or the one that is named.
+
+    Raises DataError whatever went wrong in loading it.
+    """
     import datasets  # seconds to import, and only hub ids need it
 
-    if name in file_kinds():  # it would take whatever files lie in the working directory
-        raise DataError(f"{name} is a kind of file and no data set; name the file, or a directory of splits")
+    if name.id in file_kinds():  # it would take whatever files lie in the working directory
+        raise DataError(f"{name.id} is a kind of file and no data set; name the file, or a directory of splits")
     try:
-        return {str(split): data for split, data in datasets.load_dataset(name).items()}
+        data: Any = datasets.load_dataset(name.id, name.configuration, split=name.split)
+        return data if name.split is not None else {str(split): rows for split, rows in data.items()}
     except Exception as exc:
-        reason = next(iter(str(exc).splitlines()), type(exc).__name__)
+        reason = " ".join(str(exc).splitlines()[:2]) or type(exc).__name__
         raise DataError(
-            f"{name} is neither a local file or directory nor a loadable hub data set ({reason}); "
-            f"correct data.train, or download it and name the file"
+            f"{name.id} is neither a local file or directory nor a loadable hub data set ({reason}); "
+            f"correct the name (ID:CONFIGURATION[SPLIT]), or download it and name the file"
         ) from exc
 
 

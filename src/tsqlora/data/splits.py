@@ -8,11 +8,13 @@ from typing import Literal
 
 import numpy as np
 
-from tsqlora.data.cells import is_missing, require_filled, row_text
+from tsqlora.data.cells import is_missing, row_text
 from tsqlora.data.columns import Columns, find_columns
+from tsqlora.data.dialect import PLAIN, SNIFF, Hints
 from tsqlora.data.formats import Format, find_format
 from tsqlora.data.labels import LabelMap, are_measures, classes_of, distinct_labels, encode_targets, look_alikes
 from tsqlora.data.rows import ORDER, Rows, Source, open_splits
+from tsqlora.data.whole_rows import whole_rows
 from tsqlora.errors import DataError
 
 MEASURED = ("validation", "test")
@@ -31,6 +33,7 @@ class Splits:
         places: the rows of each split in its source, ascending from 0.
         labels: the classes; None for numbers and texts.
         format: how rows become prompts and targets where text is generated; None elsewhere.
+        notes: rows that were left out, and files whose encoding is only likely.
     """
 
     sources: Mapping[str, Source]
@@ -38,6 +41,7 @@ class Splits:
     columns: Columns
     labels: LabelMap | None
     format: Format | None = None
+    notes: tuple[str, ...] = ()
 
     def chunks(self, split: str) -> Iterator[Rows]:
         """The rows of a split in order, few at a time."""
@@ -56,6 +60,12 @@ class Splits:
                 yield row_text(row, columns) + ("" if target is None else f"\n{row.get(target)}")
 
     @property
+    def dialects(self) -> dict[str, str]:
+        """How each file is written that is a table or not UTF-8."""
+        found = {source.name: source.dialect for source in self.sources.values()}
+        return {name: str(dialect) for name, dialect in found.items() if dialect != PLAIN}
+
+    @property
     def held_out(self) -> int:
         """Rows of the training file that are the validation split."""
         held = self.sources.get("validation") is self.sources["train"]
@@ -72,14 +82,17 @@ def read_data(
     validation_fraction: float,
     seed: int,
     trusted: str | None = None,
+    max_bad_rows: float = 0.0,
+    hints: Hints = SNIFF,
 ) -> Splits:
     """The splits train, trusted if named, validation (a seeded share of train where none is given), and test if any.
 
     `columns` are the options of `find_format` where the answer is text, of `find_columns` elsewhere. Every row is read
-    and every label checked. A test split beside the training rows that has no label is left out, with a warning:
+    and every label checked; rows that lack a text or a label are left out, with a warning, up to the share
+    `max_bad_rows` of a split. A test split beside the training rows that has no label is left out, with a warning:
     benchmarks keep theirs. Raises DataError with file and row.
     """
-    sources = open_splits(train, validation, test, trusted)
+    sources = open_splits(train, validation, test, trusted, hints)
     first = sources["train"]
     format = find_format(first.columns(), source=first.name, **columns) if answer == "text" else None
     found = format.columns if format else find_columns(first.columns(), source=first.name, **columns)
@@ -90,34 +103,35 @@ def read_data(
     if test is None and "test" in sources and _lacks_labels(sources["test"], found.label):
         warnings.warn(f"{sources['test'].name} has no labels in column '{found.label}': it is left out", stacklevel=2)
         del sources["test"]
-    labels, groups = _labels(first, found, format, answer)
-    places = {"train": np.arange(len(groups))}
+    places, notes = _whole(sources, found, format, max_bad_rows)
+    labels, groups = _labels(first, places["train"], found, answer)
     if "validation" not in sources:
         out = held_out(groups, fraction=validation_fraction, seed=seed, source=first.name)
         sources["validation"] = first
-        places = {"train": np.flatnonzero(~out), "validation": np.flatnonzero(out)}
-    for name, source in sources.items():
-        if name not in places:
-            places[name] = _all_places(source, found, format)
+        places |= {"train": places["train"][~out], "validation": places["train"][out]}
     ordered = [name for name in ORDER if name in sources]
-    return Splits({n: sources[n] for n in ordered}, {n: places[n] for n in ordered}, found, labels, format)
+    return Splits({n: sources[n] for n in ordered}, {n: places[n] for n in ordered}, found, labels, format, notes)
 
 
-def whole(name: str, source: Source, columns: Columns, labels: LabelMap | None, format: Format | None) -> Splits:
-    """A split of all rows of a source, by columns, classes and a format that are known."""
-    return Splits({name: source}, {name: _all_places(source, columns, format)}, columns, labels, format)
+def whole(
+    name: str, source: Source, columns: Columns, labels: LabelMap | None, format: Format | None, max_bad_rows: float
+) -> Splits:
+    """A split of all rows of a source that lack nothing, by columns, classes and a format that are known."""
+    places, notes = _whole({name: source}, columns, format, max_bad_rows)
+    return Splits({name: source}, places, columns, labels, format, notes)
 
 
-def _all_places(source: Source, columns: Columns, format: Format | None) -> np.ndarray:
-    return np.arange(sum(map(len, require_filled(source.chunks(), _needed(columns, format)))))
-
-
-def _needed(columns: Columns, format: Format | None) -> dict[str, str]:
-    """The columns in which no row may lack something, of those that are not checked row by row by a format."""
-    label = {} if columns.label is None else {columns.label: "label" if format is None else "target"}
-    if format is not None:
-        return label
-    return label | {column: "text" for column in (columns.text, columns.text_pair) if column is not None}
+def _whole(
+    sources: Mapping[str, Source], columns: Columns, format: Format | None, most: float
+) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """The places of each source's rows that lack nothing, and notes of the others, of which a warning is given."""
+    found = {name: whole_rows(source, columns, format, most=most) for name, source in sources.items()}
+    left_out = [one.note for one in found.values() if one.note is not None]
+    for note in left_out:
+        warnings.warn(note, stacklevel=4)
+    unsure = (source.dialect.note(source.name) for source in sources.values())
+    notes = dict.fromkeys([*(note for note in unsure if note is not None), *left_out])
+    return {name: one.places for name, one in found.items()}, tuple(notes)
 
 
 def _lacks_labels(source: Source, column: str | None) -> bool:
@@ -127,15 +141,14 @@ def _lacks_labels(source: Source, column: str | None) -> bool:
     return all(is_missing(value) or value in (-1, "-1") for value in values)
 
 
-def _labels(
-    source: Source, columns: Columns, format: Format | None, answer: Answer
-) -> tuple[LabelMap | None, np.ndarray]:
-    """The classes, and the number of each row's; all rows alike where labels are no classes."""
-    parts, column = require_filled(source.chunks(), _needed(columns, format)), columns.label
-    if answer == "text" or column is None:
-        return None, np.zeros(sum(map(len, parts)), dtype=np.int32)
-    if answer == "number":
-        return None, np.zeros(sum(len(encode_targets(rows, column)) for rows in parts), dtype=np.int32)
+def _labels(source: Source, places: np.ndarray, columns: Columns, answer: Answer) -> tuple[LabelMap | None, np.ndarray]:
+    """The classes of the rows at these places, and the number of each row's; all alike where labels are no classes."""
+    parts, column = source.chunks(places), columns.label
+    if answer == "number" and column is not None:
+        for rows in parts:
+            encode_targets(rows, column)
+    if answer != "class" or column is None:
+        return None, np.zeros(len(places), dtype=np.int32)
     values, groups = distinct_labels(parts, column)
     classes = classes_of(values, source.name, column)
     if are_measures(classes.names):

@@ -16,7 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tsqlora.data.readers import bom_length, json_lines, parquet_file, records
+from tsqlora.data.dialect import Dialect
+from tsqlora.data.readers import json_lines, parquet_file, records
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.files import replacing
 
@@ -142,18 +143,20 @@ def can_copy(source: Path, out: Path) -> bool:
     return source.suffix.lower() == out.suffix.lower() and out.suffix.lower() in COPIERS
 
 
-def copy_rows(source: Path, out: Path, places: np.ndarray) -> None:
+def copy_rows(source: Path, out: Path, places: np.ndarray, dialect: Dialect) -> None:
     """Writes the rows at these places (ascending, counted from 0) whole or not at all.
 
-    Header, byte order mark, quoting and line ends are the source's; blank lines are left out.
+    Encoding, delimiter, header, byte order mark, quoting and line ends are the source's; blank lines are left out.
     """
     with replacing(out) as unfinished:
-        COPIERS[source.suffix.lower()](source, unfinished, places)
+        COPIERS[source.suffix.lower()](source, unfinished, places, dialect)
 
 
-def _copy_spans(source: Path, out: Path, places: np.ndarray, *, spans: Callable[[Path], Iterator[Span]]) -> None:
+def _copy_spans(
+    source: Path, out: Path, places: np.ndarray, dialect: Dialect, *, spans: Callable[[Path, Dialect], Iterator[Span]]
+) -> None:
     """`spans` gives what stands before the rows first, then each row."""
-    found = spans(source)
+    found = spans(source, dialect)
     with open(source, "rb") as file, open(out, "wb") as copy:
         for start, end in chain([next(found)], _at(found, places)):
             file.seek(start)
@@ -167,21 +170,21 @@ def _at(spans: Iterator[Span], places: np.ndarray) -> Iterator[Span]:
         before = place + 1
 
 
-def _json_spans(path: Path) -> Iterator[Span]:
-    yield 0, bom_length(path)
-    for _, _, start, end in json_lines(path):
+def _json_spans(path: Path, dialect: Dialect) -> Iterator[Span]:
+    yield 0, dialect.mark
+    for _, _, start, end in json_lines(path, dialect):
         yield start, end
 
 
-def _record_spans(path: Path, *, delimiter: str) -> Iterator[Span]:
-    found = records(path, delimiter=delimiter)
+def _record_spans(path: Path, dialect: Dialect) -> Iterator[Span]:
+    found = records(path, dialect)
     _, _, _, end = next(found)
     yield 0, end
     for _, _, start, end in found:
         yield start, end
 
 
-def _copy_parquet(source: Path, out: Path, places: np.ndarray) -> None:
+def _copy_parquet(source: Path, out: Path, places: np.ndarray, _: Dialect) -> None:
     """A row group at a time: so many rows are in memory."""
     before = 0
     with parquet_file(source) as file, pq.ParquetWriter(out, file.schema_arrow) as copy:
@@ -193,9 +196,9 @@ def _copy_parquet(source: Path, out: Path, places: np.ndarray) -> None:
             before += rows
 
 
-COPIERS: dict[str, Callable[[Path, Path, np.ndarray], None]] = {
+COPIERS: dict[str, Callable[[Path, Path, np.ndarray, Dialect], None]] = {
     ".jsonl": partial(_copy_spans, spans=_json_spans),
-    ".csv": partial(_copy_spans, spans=partial(_record_spans, delimiter=",")),
-    ".tsv": partial(_copy_spans, spans=partial(_record_spans, delimiter="\t")),
+    ".csv": partial(_copy_spans, spans=_record_spans),
+    ".tsv": partial(_copy_spans, spans=_record_spans),
     ".parquet": _copy_parquet,
 }

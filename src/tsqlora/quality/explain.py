@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from tsqlora.data.cells import row_hash, row_text
+from tsqlora.data.dialect import Hints
 from tsqlora.data.rows import Source, open_split
 from tsqlora.errors import DataError
 from tsqlora.quality.label_noise import reject
@@ -79,7 +80,7 @@ def place_of(scores: Scores, row: int) -> int:
     if len(found) == 0:
         raise DataError(
             f"row {row} is none of the {len(scores):,} scored rows, whose numbers go from {ids.min()} to {ids.max()}; "
-            "it was held out, or is of another file"
+            "it was held out or left out, or is of another file"
         )
     return int(found[0])
 
@@ -112,7 +113,12 @@ def _source(scores: Scores, data: Path | None) -> Source:
     named = data if data is not None else scores.record.get("data")
     if named is None or scores.hashes is None or "columns" not in scores.record:
         raise DataError("these scores do not name the rows they are of; name the file: --data FILE")
-    return open_split(named, split="train")
+    return open_split(named, split="train", hints=hints_of(scores))
+
+
+def hints_of(scores: Scores) -> Hints:
+    """What the settings said of how the scored file is written."""
+    return Hints(**scores.record.get("hints", {}))
 
 
 def find_texts(scores: Scores, rows: Iterable[int], source: Source) -> dict[int, str]:
@@ -141,7 +147,7 @@ def texts_or_why(scores: Scores, rows: Iterable[int], data: Path | None = None) 
     if not Path(named).exists():
         return {}, f"{named} is not on this machine"
     try:
-        found = find_texts(scores, wanted, open_split(named, split="train"))
+        found = find_texts(scores, wanted, open_split(named, split="train", hints=hints_of(scores)))
     except (DataError, OSError, UnicodeError) as error:
         return {}, f"{named} cannot be read ({error})"
     if missing := len(wanted) - len(found):

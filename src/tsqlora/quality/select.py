@@ -12,6 +12,7 @@ from tsqlora.data.rows import Source, open_split
 from tsqlora.data.write import can_copy, copy_rows, require_apart, require_writable, write_rows
 from tsqlora.errors import DataError
 from tsqlora.quality.epochs import sample
+from tsqlora.quality.explain import hints_of
 from tsqlora.quality.scores import Scores
 
 
@@ -29,10 +30,10 @@ def select_rows(scores_path: Path, out: Path, *, fraction: float, seed: int = 0,
     if data is None:
         write_rows(out, _about(scores, chosen))
         return len(chosen)
-    source = open_split(data, split="train")
+    source = open_split(data, split="train", hints=hints_of(scores))
     places = find_rows(scores, chosen, source)
     if source.path is not None and can_copy(source.path, out):
-        copy_rows(source.path, out, places)
+        copy_rows(source.path, out, places, source.dialect)
     else:
         write_rows(out, rows_at(source, places))
     return len(places)

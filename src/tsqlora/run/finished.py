@@ -89,7 +89,7 @@ class FinishedRun:
     def labelled(self, name: str, source: Source, places: np.ndarray | None = None) -> Prepared:
         """The rows of a source (at `places`) as a split, with warnings of what was cut and left out."""
         self.require_columns(source.columns(), source.name, labelled=True)
-        splits = whole(name, source, self.columns, self.labels, self.format)
+        splits = whole(name, source, self.columns, self.labels, self.format, self.config.data.max_bad_rows)
         data = self.job(splits if places is None else replace(splits, places={name: places})).data
         warn_of_cuts(data.samples[name], source.name, "texts" if self.format is None else "prompts", self.max_length)
         return data

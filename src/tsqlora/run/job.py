@@ -1,6 +1,6 @@
 """What a run is made of: settings, task, model and rows, loaded and checked, and the model's rank slots."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from tsqlora.data.splits import Splits
 from tsqlora.errors import SettingsError
 from tsqlora.quality.rule import require_terms
 from tsqlora.run.config import Config
-from tsqlora.run.reading import read, require_of_task, trained_task, writing_of
+from tsqlora.run.reading import hints_of, read, require_of_task, trained_task, writing_of
 from tsqlora.run.start import start_of
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate
@@ -61,6 +61,7 @@ class Job:
             "columns": self.data.columns(),
             "classes": None if splits.labels is None else list(splits.labels.names),
             "format": None if splits.format is None else splits.format.name,
+            "hints": asdict(hints_of(self.config)),
         }
 
 

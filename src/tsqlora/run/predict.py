@@ -9,11 +9,13 @@ import numpy as np
 from scipy.special import softmax
 
 from tsqlora.data.rows import Rows, column_names, open_split, read_rows
+from tsqlora.data.whole_rows import lacks_of, listed
 from tsqlora.data.write import SHEETS, require_writable, without_formulas, write_rows
+from tsqlora.errors import DataError
 from tsqlora.progress import Progress
 from tsqlora.run.finished import FinishedRun, open_run, require_finished
 from tsqlora.run.predictor import warn_of_cuts
-from tsqlora.run.reading import read
+from tsqlora.run.reading import hints_of, read
 from tsqlora.tasks import GENERATION, require_answers
 
 
@@ -35,7 +37,7 @@ def evaluate_run(
         prepared = finished.labelled(name, splits.sources[name], splits.places[name])
     else:
         name = "test"
-        prepared = finished.labelled(name, open_split(data, split=name))
+        prepared = finished.labelled(name, open_split(data, split=name, hints=hints_of(finished.config)))
     predictor = finished.predictor
     metrics = predictor.metrics(prepared.samples[name].samples, phase="evaluation", progress=progress)
     if finished.format is None:
@@ -55,13 +57,18 @@ def predict_run(
 ) -> int:
     """Write the file's rows with their `prediction`, and its `probability` for classes; return how many.
 
-    They replace columns of these names, so that a file of predictions may be predicted again.
+    They replace columns of these names, so that a file of predictions may be predicted again. A row without a text has
+    nothing there, and a warning names it.  Raises DataError where no row has a text.
     """
     require_writable(out)
     finished = open_run(run, overrides)
-    rows = read_rows(data, split="test")
-    added = _texts(finished, rows, progress) if finished.format is not None else _answers(finished, rows, progress)
-    predicted = [{**row, **more} for row, more in zip(rows.rows, added, strict=True)]
+    rows = read_rows(data, split="test", hints=hints_of(finished.config))
+    finished.require_columns(column_names(rows), rows.source, labelled=False)
+    whole = _with_text(finished, rows)
+    answers = _texts if finished.format is not None else _answers
+    added = dict(zip(whole, answers(finished, rows.take(whole), progress), strict=True))
+    empty = dict.fromkeys(added[whole[0]])
+    predicted = [{**row, **added.get(i, empty)} for i, row in enumerate(rows.rows)]
     if out.suffix.lower() in SHEETS:
         predicted, cells = without_formulas(predicted)
         if cells:
@@ -74,9 +81,25 @@ def predict_run(
     return len(rows)
 
 
+def _with_text(finished: FinishedRun, rows: Rows) -> list[int]:
+    """The rows that have what a prediction is made of."""
+    lacks, bad = lacks_of(finished.columns, finished.format, answers=False), dict[str, list[int]]()
+    whole = list[int]()
+    for i in range(len(rows)):
+        if (reason := lacks(rows, i)) is None:
+            whole.append(i)
+        else:
+            bad.setdefault(reason, []).append(rows.numbers[i])
+    if not whole:
+        raise DataError(f"{rows.source}: no row has a text to predict: {listed(bad, rows.source)}")
+    if bad:
+        told = f"{len(rows) - len(whole):,} of {len(rows):,} predictions are empty: {listed(bad, rows.source)}"
+        warnings.warn(f"{rows.source}: {told}", stacklevel=3)
+    return whole
+
+
 def _texts(finished: FinishedRun, rows: Rows, progress: Progress | None) -> list[dict[str, Any]]:
     assert finished.format is not None
-    finished.require_columns(column_names(rows), rows.source, labelled=False)
     predictor = finished.predictor
     prompts = predictor.prompts(rows, finished.format)
     warn_of_cuts(prompts, rows.source, "prompts", predictor.prompt_length)

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 
+from tsqlora.data.dialect import Hints
 from tsqlora.data.prepare import Writing
 from tsqlora.data.splits import Splits, read_data
 from tsqlora.errors import SettingsError
@@ -34,7 +35,14 @@ def read(config: Config) -> Splits:
         validation_fraction=data.validation_fraction,
         seed=config.training.seed,
         trusted=data.trusted,
+        max_bad_rows=data.max_bad_rows,
+        hints=hints_of(config),
     )
+
+
+def hints_of(config: Config) -> Hints:
+    """What the settings say of how files are written."""
+    return Hints(config.data.delimiter, config.data.encoding)
 
 
 def trained_task(config: Config) -> Task:

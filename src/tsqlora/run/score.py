@@ -24,7 +24,7 @@ from tsqlora.run.config import load_config
 from tsqlora.run.finished import FinishedRun, device_of, open_run
 from tsqlora.run.job import Job, load, read_with_model, require_scoring, with_slots
 from tsqlora.run.plan import scoring_plan
-from tsqlora.run.reading import read
+from tsqlora.run.reading import hints_of, read
 from tsqlora.run.start import with_start
 from tsqlora.training.run_dir import CONFIG_FILE, LOCK_FILE, alone_in
 
@@ -86,7 +86,7 @@ def plan_scoring(source: Path, *, overrides: Sequence[str] = (), drop: Sequence[
         model = with_slots(config, pretrained)
     rows = len(splits.places["train"])
     plan = scoring_plan(config, task, model, rows=rows, max_length=length)
-    return {"rows": rows, "held_out": splits.held_out, **plan}
+    return {"rows": rows, "held_out": splits.held_out, "files": splits.dialects, **plan}
 
 
 @contextmanager
@@ -111,9 +111,9 @@ def _splits(source: Path, run: FinishedRun) -> Splits:
     path = run.config.data.train
     if path == load_config(source / CONFIG_FILE, trained=True).data.train:
         return replace(read(run.config), labels=run.labels)
-    file = open_split(path, split="train")
+    file = open_split(path, split="train", hints=hints_of(run.config))
     run.require_columns(file.columns(), file.name, labelled=True)
-    return whole("train", file, run.columns, run.labels, run.format)
+    return whole("train", file, run.columns, run.labels, run.format, run.config.data.max_bad_rows)
 
 
 def score_job(job: Job, model: nn.Module, journal: Path | None = None, progress: Progress | None = None) -> Scores:

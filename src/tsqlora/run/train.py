@@ -134,6 +134,7 @@ def dry_run(config: Config) -> dict[str, Any]:
     _, record = begin(job, args, build_callbacks(job, Path("run") / SCORES_FILE))
     notes = [note for note in record.notes if note not in record.plan["without_effect"]]
     told = {**record.plan, "columns": job.data.columns(), "max_length": job.max_length, "notes": notes}
+    told["files"] = job.data.splits.dialects
     if job.data.splits.format is None:
         return told
     first = [job.data.samples["train"][j] for j in range(min(SHOWN, len(job.data.samples["train"])))]

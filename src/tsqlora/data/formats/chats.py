@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tsqlora.data.cells import as_text, is_missing
+from tsqlora.data.cells import MissingError, as_text, is_missing
 from tsqlora.data.columns import Columns
 from tsqlora.data.formats.example import Chat, Manner, Turn
 from tsqlora.data.rows import Rows
@@ -75,14 +75,16 @@ def read_chat(rows: Rows, i: int, column: str, manner: Manner, keys: Keys) -> Ch
             "for seq2seq give columns of text: data.prompt and data.target"
         )
     place, messages = rows.place(i), rows.rows[i].get(column)
-    if not isinstance(messages, list) or not messages:
+    if is_missing(messages) or messages == []:
+        raise MissingError(place, f"no messages in column '{column}'")
+    if not isinstance(messages, list):
         wanted = f'write a list of {{"{keys.role}": …, "{keys.content}": …}}'
         raise DataError(f"{place}: {_shown(messages)} in column '{column}' is no list of messages; {wanted}")
     refuse_unread(rows, i, ("tools", "system"))
     turns = tuple(_turn(message, number, place, column, keys) for number, message in enumerate(messages, start=1))
     answered = max((number for number, turn in enumerate(turns, start=1) if turn.role == "assistant"), default=0)
     if manner.targets and not answered:
-        raise DataError(f"{place}: no assistant's turn in column '{column}' to be trained on; leave the row out")
+        raise MissingError(place, f"no assistant's turn in column '{column}'")
     if manner.targets:
         return Chat(turns[:answered])
     kept = turns[: answered - 1] if answered == len(turns) or (answered and manner.measured) else turns
@@ -111,7 +113,7 @@ def _turn(message: Any, number: int, place: str, column: str, keys: Keys) -> Tur
     if unread := [key for key in UNREAD if message.get(key)]:
         raise DataError(f"{place}: {where} has '{unread[0]}', which {_NOT_READ}")
     if is_missing(content):
-        raise DataError(f"{place}: {where} has no text in '{keys.content}'; fill it in or leave the row out")
+        raise MissingError(place, f"a message without text in column '{column}'")
     return Turn(keys.roles[role], as_text(content, f"'{keys.content}' of {where}", place))
 
 

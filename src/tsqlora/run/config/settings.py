@@ -87,10 +87,27 @@ class DataSettings(Section):
     target: str | None = setting(None, "Column of the text to be written; null finds the usual ones.")
     messages: str | None = setting(None, "Column of a chat's messages; null finds the usual ones.")
     max_length: int | None = setting(None, "Tokens kept of a sample; null is the model's own limit.", ge=1)
+    max_bad_rows: float = setting(
+        0.05, "Share of a file's rows that may lack a text or a label, and are left out; 0 refuses any.", ge=0, lt=1
+    )
+    delimiter: str | None = setting(
+        None, "Character between the columns of CSV files; null finds it.", min_length=1, max_length=1
+    )
+    encoding: str | None = setting(None, "Encoding of text files, such as cp1252; null finds it.")
     packing: bool = setting(False, "Train a causal model on rows that several samples share, each as if alone.")
     validation_fraction: float = setting(
         0.1, "Share of the training rows used where no validation is given.", gt=0, lt=1
     )
+
+    @model_validator(mode="after")
+    def _files_can_be_read_so(self) -> "DataSettings":
+        if self.delimiter is not None and self.delimiter in '"\r\n':
+            raise SettingsError(f"data.delimiter is {self.delimiter!r}; it takes a character such as , or ;")
+        try:
+            b"".decode(self.encoding or "utf-8")
+        except (LookupError, ValueError):
+            raise SettingsError(f"data.encoding is {self.encoding!r}, which Python does not know; cp1252?") from None
+        return self
 
 
 class QualitySettings(Section):
