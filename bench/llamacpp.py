@@ -77,7 +77,7 @@ def trained(base: Path, folder: Path, tokenizer: Any, *, steps: int) -> None:
         save_strategy="no",
         disable_tqdm=True,
     )
-    ranks = tsq.RankCallback(interval=2, moves=80, warmup=0.0, freeze=0.2)
+    ranks = tsq.RankCallback(interval=2, schedule=tsq.RankSchedule(moves=80, warmup=0.0, freeze=0.2))
     Trainer(model, args, train_dataset=rows, callbacks=[ranks]).train()  # type: ignore[arg-type]
     model.save_pretrained(str(folder / "adapter"))
 

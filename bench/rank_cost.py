@@ -150,7 +150,9 @@ def own_peak(model: str, side: str, half: bool) -> float:
     """Bytes beyond the loaded model at the peak of thirteen steps, one of them measured where ranks move."""
     run = Run(model, ours=side == "ours", half=half)
     if side == "ours":
-        run.ranks = tsq.RankLoop(run.model, run.optimizer, total_steps=20, interval=10, warmup=0.0, freeze=0.0)
+        run.ranks = tsq.RankLoop(
+            run.model, run.optimizer, total_steps=20, interval=10, schedule=tsq.RankSchedule(warmup=0.0, freeze=0.0)
+        )
     Path("/proc/self/clear_refs").write_text("5")
     before = resident()
     for number in range(13):

@@ -146,12 +146,15 @@ def steps(count: int) -> dict[str, Any]:
     """Short steps of a tiny BERT with moving ranks and quality draws, an adjustment every ten."""
     model = tsq.wrap(bert(vocab=100, layers=1, hidden=8, labels=2), mean_rank=4)
     data = tsq.QualitySubset(sentences(64, 8), fraction=0.5, seed=0)
-    ranks, watch = tsq.RankCallback(policy=restless, interval=10, warmup=0.0, freeze=0.0), Watch(count)
+    ranks, watch = (
+        tsq.RankCallback(policy=restless, interval=10, schedule=tsq.RankSchedule(warmup=0.0, freeze=0.0)),
+        Watch(count),
+    )
     args = TrainingArguments(
         str(CACHE / "steps"), max_steps=count, per_device_train_batch_size=8, learning_rate=0.003, use_cpu=True,
         report_to="none", save_strategy="no", logging_steps=10, disable_tqdm=True,
     )  # fmt: skip
-    callbacks = [tsq.QualityCallback(data, warmup=2.0), ranks, watch]
+    callbacks = [tsq.QualityCallback(data), ranks, watch]
     trainer = Trainer(model, args, train_dataset=data, data_collator=collate, callbacks=callbacks)
     start = time.process_time()
     trainer.train()

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tsqlora.quality.subset import QualitySubset
     from tsqlora.ranks.allocate import Sensitivity, allocate
     from tsqlora.ranks.events import RankEvent
+    from tsqlora.ranks.schedule import RankSchedule
     from tsqlora.run.pool import select
     from tsqlora.training.checkpoints import last_checkpoint
     from tsqlora.training.nonfinite import GuardCallback
@@ -35,6 +36,7 @@ __all__ = [
     "RankCallback",
     "RankEvent",
     "RankLoop",
+    "RankSchedule",
     "ReportCallback",
     "RowNames",
     "Scores",
@@ -66,6 +68,7 @@ _HOMES = {
     "quality.subset": ("QualitySubset",),
     "ranks.allocate": ("Sensitivity", "allocate"),
     "ranks.events": ("RankEvent",),
+    "ranks.schedule": ("RankSchedule",),
     "layer_sensitivity": ("sensitivity",),
     "run.pool": ("select",),
     "training.nonfinite": ("GuardCallback",),

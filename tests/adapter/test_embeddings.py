@@ -268,7 +268,7 @@ def test_an_embeddings_rank_moves_while_a_stock_trainer_trains(tmp_path: Path) -
     torch.manual_seed(0)
     model = tsq.wrap(base_bert(), mean_rank=4, target_modules=["word_embeddings", "query", "value", "dense"])
     before = tsq.active_parameters(model)
-    callback = tsq.RankCallback(interval=3, moves=4, min_rank=0)
+    callback = tsq.RankCallback(interval=3, min_rank=0, schedule=tsq.RankSchedule(moves=4))
     make_trainer(model, moods(), tmp_path, [callback]).train()
     assert callback.final[WORDS] != 4
     assert all(event.used <= event.budget for event in callback.events)

@@ -109,7 +109,7 @@ def in_trainer(rank: int, world: int, folder: Path) -> Any:
     """The stock Trainer with both callbacks, a global batch of 8; of our arguments what several processes need."""
     model = quiet(slotted_bert())
     data = tsq.QualitySubset(moods(), fraction=0.5, seed=0)
-    ranks = tsq.RankCallback(interval=2, warmup=0.0, freeze=0.2, finalize=False)
+    ranks = tsq.RankCallback(interval=2, finalize=False, schedule=tsq.RankSchedule(warmup=0.0, freeze=0.2))
     quality = quality_by(data, reference=32, terms=["gradient_norm"])
     numbers = {"epochs": 1, "learning_rate": 0.1, "batch_size": 1, "eval_batch_size": 1, "seed": 0}
     ours = training_arguments(folder, **numbers, bf16=False, further={})
@@ -232,7 +232,9 @@ def looped(rank: int, world: int, folder: Path) -> Any:
     """A loop of one's own, a global batch of 8; then the adapter as it is saved."""
     model = in_parts(quiet(slotted_bert(max_rank=7)), world)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
-    ranks = tsq.RankLoop(model, optimizer, 12, interval=2, warmup=0.0, freeze=0.2, moves=4, min_rank=0)
+    ranks = tsq.RankLoop(
+        model, optimizer, 12, interval=2, min_rank=0, schedule=tsq.RankSchedule(warmup=0.0, freeze=0.2, moves=4)
+    )
     ranks.start(halves(MOODS[:8], rank, world), collate, batch_size=4)
     for step in range(12):
         rows = halves(MOODS[8 * step :][:8], rank, world)

@@ -40,7 +40,7 @@ def trainer(folder: Path, *also: TrainerCallback, max_rank: int = 8, interval: i
     """Six epochs of four steps; looks come before the first and the third, ranks with the first."""
     subset = tsq.QualitySubset(DATA, 0.5)
     quality = quality_by(subset, reference=40, weights={"loss": -1.0}, guard=False)
-    ranks = tsq.RankCallback(interval=interval, moves=3, samples=16, freeze=0.2)
+    ranks = tsq.RankCallback(interval=interval, samples=16, schedule=tsq.RankSchedule(moves=3, freeze=0.2))
     model = slotted_bert(max_rank=max_rank)
     options = {"save_strategy": "epoch", "learning_rate": 0.03} | further
     return make_trainer(model, subset, folder, [quality, ranks, *also], **options)
@@ -198,7 +198,7 @@ def best_of_falling(folder: Path) -> Trainer:
         slotted_bert(),
         DATA,
         folder,
-        [tsq.RankCallback(interval=3, moves=3)],
+        [tsq.RankCallback(interval=3, schedule=tsq.RankSchedule(moves=3))],
         num_train_epochs=4,
         save_strategy="epoch",
         load_best_model_at_end=True,

@@ -40,7 +40,11 @@ def trainer(folder: Path, order: tuple[int, ...] = (0, 1), fail: int = 0, **furt
     """Five epochs of four steps, looks before the first and the third; `order` is of quality, ranks and the crash."""
     subset = tsq.QualitySubset(DATA, 0.5)
     quality = quality_by(subset, reference=40, weights={"loss": -1.0}, guard=False)
-    callbacks = (quality, tsq.RankCallback(interval=3, moves=3, samples=16, freeze=0.2), Fail(fail))
+    callbacks = (
+        quality,
+        tsq.RankCallback(interval=3, samples=16, schedule=tsq.RankSchedule(moves=3, freeze=0.2)),
+        Fail(fail),
+    )
     options = {"save_strategy": "epoch", "num_train_epochs": 5} | further
     return make_trainer(slotted_bert(), subset, folder, [callbacks[j] for j in order], **options)
 
@@ -214,7 +218,7 @@ def test_each_callback_alone_seals_also_where_a_run_goes_on_without_the_other(on
     else:
         data = tsq.QualitySubset(DATA, 0.5)
         data.use(tsq.Scores.load(run / "scores.parquet"), 2)
-        ranks = tsq.RankCallback(interval=3, moves=3, samples=16, freeze=0.2)
+        ranks = tsq.RankCallback(interval=3, samples=16, schedule=tsq.RankSchedule(moves=3, freeze=0.2))
         options = {"save_strategy": "epoch", "num_train_epochs": 5}
         made = make_trainer(slotted_bert(), data, run, [ranks], **options)
         made.train(resume_from_checkpoint=str(run / "checkpoint-12"))

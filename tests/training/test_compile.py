@@ -54,7 +54,7 @@ def run(model: PeftModel, called: Any, steps: int = STEPS) -> tsq.RankLoop:
     def policy(ranks: dict[str, int], **_: Any) -> dict[str, int]:
         return dict(zip(ranks, next(others), strict=True))
 
-    ranks = tsq.RankLoop(called, optimizer, steps, 4, warmup=0, freeze=0, policy=policy)
+    ranks = tsq.RankLoop(called, optimizer, steps, 4, policy=policy, schedule=tsq.RankSchedule(warmup=0, freeze=0))
     for step in range(steps):
         ranks.before_forward()
         called(torch.randn(8, 6, generator=torch.Generator().manual_seed(step))).backward()
@@ -117,7 +117,7 @@ COMPILED: dict[str, Any] = {"torch_compile": True, "torch_compile_backend": "eag
 def test_the_trainer_compiles_anew_where_ranks_have_changed_and_only_there(tmp_path: Path) -> None:
     ended: list[tuple[list[Any], dict[str, Tensor]]] = []
     for further in ({}, COMPILED):
-        model, ranks = bert(), tsq.RankCallback(interval=4, moves=6)
+        model, ranks = bert(), tsq.RankCallback(interval=4, schedule=tsq.RankSchedule(moves=6))
         train(tmp_path, model, [ranks], **further)
         ended.append((ranks.events, model.state_dict()))
     assert ended[0][0] == ended[1][0]
@@ -131,7 +131,7 @@ def test_scoring_between_epochs_is_not_compiled(by: str, tmp_path: Path) -> None
     for compiled in (False, True):
         data = tsq.QualitySubset([even(row) for row in moods()], 0.5, seed=2)
         quality = quality_by(data, reference=40, weights={"convergence": 1.0})
-        ranks = tsq.RankCallback(interval=2, moves=3, samples=16)
+        ranks = tsq.RankCallback(interval=2, samples=16, schedule=tsq.RankSchedule(moves=3))
         model = bert()
         called = torch.compile(model, backend="eager") if compiled and by == "the user" else model
         further = COMPILED if compiled and by == "the Trainer" else {}

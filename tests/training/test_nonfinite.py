@@ -111,7 +111,7 @@ def test_no_importance_learns_of_it_and_an_adjustment_waits(
             assert ranks.loop is not None
             seen[state.global_step] = {name: t.clone() for name, t in ranks.loop.importance.tables().items()}
 
-    ranks = tsq.RankCallback(interval=4, moves=6)
+    ranks = tsq.RankCallback(interval=4, schedule=tsq.RankSchedule(moves=6))
     callbacks = (Tables(), Poison(*steps, what=what, value=value), tsq.GuardCallback(limit=9))
     # Either order of the two; tables are looked at before an adjustment changes them.
     order = (*callbacks, ranks) if clipping else (callbacks[0], ranks, *callbacks[1:])
@@ -234,7 +234,7 @@ def test_a_resumed_run_knows_what_was_skipped(tmp_path: Path) -> None:
 
 def test_a_run_begun_without_a_guard_goes_on_with_one(tmp_path: Path) -> None:
     saves = {"save_strategy": "steps", "save_steps": 5}
-    ranks = {"interval": 4, "freeze": 0.2}
+    ranks = {"interval": 4, "schedule": tsq.RankSchedule(freeze=0.2)}
     trainer(tmp_path, tsq.RankCallback(**ranks), **saves).train()
     assert not (tmp_path / "checkpoint-10" / GUARD_FILE).exists()
     guard = tsq.GuardCallback()

@@ -66,7 +66,9 @@ def run(
     quality = quality_by(subset, **({"reference": 40} | options))
     callbacks: list[TrainerCallback] = [quality]
     if ranks:
-        callbacks.insert(1 if first else 0, tsq.RankCallback(interval=4, moves=3, samples=16))
+        callbacks.insert(
+            1 if first else 0, tsq.RankCallback(interval=4, samples=16, schedule=tsq.RankSchedule(moves=3))
+        )
     trainer = make_trainer(
         slotted_bert(), subset, folder, [*also, *callbacks], **({"num_train_epochs": EPOCHS} | (further or {}))
     )
@@ -346,7 +348,7 @@ def test_ranks_stay_where_the_model_is_at_chance(tmp_path: Path) -> None:
 def test_a_second_look_sets_the_ranks_of_a_model_that_has_learned_by_then(tmp_path: Path) -> None:
     subset, watch = tsq.QualitySubset(DATA, 0.5), Watch()
     quality = quality_by(subset, reference=40, head_start=False)
-    ranks = tsq.RankCallback(interval=4, moves=3, samples=16)
+    ranks = tsq.RankCallback(interval=4, samples=16, schedule=tsq.RankSchedule(moves=3))
     make_trainer(slotted_bert(), subset, tmp_path, [watch, quality, ranks], num_train_epochs=9).train()
     assert [look["not_ready"] is None for look in quality.looks] == [False, True]
     assert [step for step, waits in watch.waiting.items() if waits] == list(range(12))

@@ -27,7 +27,7 @@ from tsqlora.training import rank_loop
 ROWS = moods(40)
 STEPS = 30
 """5 an epoch of 8 rows each; with an interval of 4 ranks are adjusted after 4, 8, 12, 16 and 20."""
-PERIOD: dict[str, Any] = {"interval": 4, "moves": 6}
+PERIOD: dict[str, Any] = {"interval": 4, "schedule": tsq.RankSchedule(moves=6)}
 
 
 def batch(step: int, part: int = 0, parts: int = 1) -> dict[str, Tensor]:
@@ -548,7 +548,7 @@ def test_a_policy_that_gives_up_young_slots_is_told() -> None:
 
 def test_closing_leaves_nothing_behind() -> None:
     limit = torch._dynamo.config.recompile_limit
-    ranks = begin(interval=1, warmup=0, freeze=0)
+    ranks = begin(interval=1, schedule=tsq.RankSchedule(moves=6, warmup=0, freeze=0))
     assert torch._dynamo.config.recompile_limit > limit
     ranks.before_forward()
     assert any(module._forward_hooks for module in ranks.model.modules())
@@ -559,7 +559,7 @@ def test_closing_leaves_nothing_behind() -> None:
 
 def test_a_loop_that_is_forgotten_leaves_nothing_behind() -> None:
     limit = torch._dynamo.config.recompile_limit
-    ranks = begin(interval=1, warmup=0, freeze=0)
+    ranks = begin(interval=1, schedule=tsq.RankSchedule(moves=6, warmup=0, freeze=0))
     ranks.before_forward()
     model = ranks.model
     del ranks
@@ -572,7 +572,7 @@ def test_a_script_that_fails_in_a_measured_step_tells_its_own_error_last() -> No
     code = """
 from stock import *
 model = slotted_bert()
-ranks = tsq.RankLoop(model, torch.optim.AdamW(model.parameters()), 30, 1, warmup=0)
+ranks = tsq.RankLoop(model, torch.optim.AdamW(model.parameters()), 30, 1, schedule=tsq.RankSchedule(warmup=0))
 ranks.before_forward()
 model(**collate(moods(8))).loss.backward()
 raise RuntimeError("mine")
@@ -583,7 +583,7 @@ raise RuntimeError("mine")
 
 
 def test_what_cannot_be_measured_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks = begin(warmup=0)
+    ranks = begin(schedule=tsq.RankSchedule(moves=6, warmup=0))
     with monkeypatch.context() as patch:
         patch.setattr("tsqlora.gradients.capture.seen", mock.Mock(side_effect=UnsupportedError("no")))
         with pytest.raises(UnsupportedError, match="no"):
@@ -593,7 +593,7 @@ def test_what_cannot_be_measured_leaves_nothing_behind(monkeypatch: pytest.Monke
 
 
 def test_what_cannot_be_measured_is_told_in_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks = begin(warmup=0.5)
+    ranks = begin(schedule=tsq.RankSchedule(moves=6, warmup=0.5))
     with monkeypatch.context() as patch:
         patch.setattr("tsqlora.gradients.capture.seen", mock.Mock(side_effect=UnsupportedError("no")))
         with pytest.raises(UnsupportedError, match="no"):
@@ -613,10 +613,10 @@ def test_measuring_the_first_step_for_nothing_changes_no_bit() -> None:
 
 def test_another_loop_takes_down_what_an_interrupted_one_left_on_the_model() -> None:
     model = certain(slotted_bert())
-    first = tsq.RankLoop(model, adamw(model), STEPS, 1, warmup=0)
+    first = tsq.RankLoop(model, adamw(model), STEPS, 1, schedule=tsq.RankSchedule(warmup=0))
     first.before_forward()
     assert any(module._forward_hooks for module in model.modules())
-    second = tsq.RankLoop(model, adamw(model), STEPS, 1, warmup=0)
+    second = tsq.RankLoop(model, adamw(model), STEPS, 1, schedule=tsq.RankSchedule(warmup=0))
     assert not any(module._forward_hooks for module in model.modules())
     second.close()
     first.close()

@@ -96,7 +96,7 @@ def assert_loads_in_plain_peft(folder: Path, wanted: torch.Tensor) -> None:
 )
 def test_ranks_move_and_plain_peft_loads_the_adapter(tmp_path: Path, data: Any, options: dict[str, Any]) -> None:
     # Sharper than the default: a tiny model's layers differ little.
-    ranks = tsq.RankCallback(interval=3, moves=4, gamma=4)
+    ranks = tsq.RankCallback(interval=3, schedule=tsq.RankSchedule(moves=4, gamma=4))
     trainer = make(tmp_path, [ranks], data, **options)
     assert trainer.args.activation_checkpointing  # TRL's default
     trainer.train()
@@ -114,7 +114,7 @@ def test_ranks_move_and_plain_peft_loads_the_adapter(tmp_path: Path, data: Any, 
 def test_a_wrapped_model_and_a_peft_config_are_the_same(tmp_path: Path) -> None:
     ended = []
     for by_config in (True, False):
-        ranks = tsq.RankCallback(interval=3, moves=4)
+        ranks = tsq.RankCallback(interval=3, schedule=tsq.RankSchedule(moves=4))
         model = llama()
         if not by_config:
             torch.manual_seed(42)  # as TrainingArguments' own seed
@@ -133,7 +133,7 @@ def test_a_wrapped_model_and_a_peft_config_are_the_same(tmp_path: Path) -> None:
 def test_checkpoints_load_in_plain_peft_and_runs_resume_from_them(tmp_path: Path) -> None:
     ended = []
     for resume in (False, True):
-        ranks = tsq.RankCallback(interval=3, moves=4)
+        ranks = tsq.RankCallback(interval=3, schedule=tsq.RankSchedule(moves=4))
         trainer = make(tmp_path, [ranks], save_strategy="steps", save_steps=5, save_total_limit=3)
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5") if resume else None)
         ended.append((ranks.events, logits(trainer.model)))

@@ -55,7 +55,11 @@ class SendAt(TrainerCallback):
 def train(folder: Path, *also: TrainerCallback, resume: bool = False, **further: Any) -> Path:
     """Five epochs of four steps, looked at before the first and the third; the end's weights are in checkpoint-20."""
     data = tsq.QualitySubset(ROWS, 0.5)
-    callbacks = [quality_by(data, reference=40), tsq.RankCallback(interval=3, samples=16, freeze=0.2), *also]
+    callbacks = [
+        quality_by(data, reference=40),
+        tsq.RankCallback(interval=3, samples=16, schedule=tsq.RankSchedule(freeze=0.2)),
+        *also,
+    ]
     options = {"save_strategy": "epoch", "num_train_epochs": 5} | further
     made = make_trainer(slotted_bert(), data, folder, callbacks, **options)
     made.train(resume_from_checkpoint=str(tsq.last_checkpoint(folder)) if resume else None)

@@ -4,12 +4,35 @@ Warm-up (no change) → adjustment (every `interval` optimizer steps) → freeze
 """
 
 import math
+from dataclasses import dataclass
 from numbers import Integral
 
 from tsqlora.errors import SettingsError
 
 STEP_DIGITS = 9
 """Shares of a run are rounded to this many decimals first, else 0.07 of 100 steps would be 8."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankSchedule:
+    """When ranks move, how many at once, and how closely they follow sensitivity."""
+
+    warmup: float = 0.1
+    """The share of the run before the first adjustment."""
+    freeze: float = 0.3
+    """The share of the run after the last adjustment."""
+    moves: int | None = None
+    """Slots that may move in the first adjustment, falling to 0 as a cubic; a quarter of the layers if not given."""
+    gamma: float = 1.0
+    """Ranks follow sensitivity to this power; 0 keeps them uniform."""
+
+    def steps(self, total: int, interval: int) -> range:
+        """`adjustment_steps` of a run of `total` steps."""
+        return adjustment_steps(total, interval=interval, warmup=self.warmup, freeze=self.freeze)
+
+    def first_moves(self, layers: int) -> int:
+        """Slots of this many layers that may move in the first adjustment."""
+        return max(1, layers // 4) if self.moves is None else self.moves
 
 
 def adjustment_steps(total_steps: int, *, interval: int, warmup: float, freeze: float) -> range:

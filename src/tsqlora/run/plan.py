@@ -17,7 +17,7 @@ from tsqlora.quality.rule import PAPER_TERMS, ScoringRule
 from tsqlora.quality.trusted import trusted_steps_of
 from tsqlora.ranks.allocate import Sensitivity, allocate
 from tsqlora.ranks.budget import used
-from tsqlora.ranks.schedule import adjustment_steps, default_interval
+from tsqlora.ranks.schedule import default_interval
 from tsqlora.run.config import Config, QualitySettings, Section
 from tsqlora.tasks import Task
 from tsqlora.tasks.classification import Classification
@@ -53,8 +53,7 @@ def plan(
     idle = without_effect(config)
     options = ranks_callback.options
     interval = options["interval"] or default_interval(steps)
-    phases = {name: options[name] for name in ("warmup", "freeze")}
-    if options["policy"] != "fixed" and not adjustment_steps(steps, interval=interval, **phases):
+    if options["policy"] != "fixed" and not options["schedule"].steps(steps, interval):
         idle.append(f"ranks.policy without effect: no adjustment fits into {steps} steps at an interval of {interval}")
     require_ranks(config, shapes)
     return {

@@ -20,7 +20,7 @@ from tsqlora.quality.learned import is_ready
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.ranks.events import RankEvent
 from tsqlora.ranks.policies import Policy, get_policy
-from tsqlora.tasks import Task
+from tsqlora.ranks.schedule import RankSchedule
 from tsqlora.tasks.forward import Collate, task_of
 from tsqlora.training.callback_state import RankState
 from tsqlora.training.checkpoints import register_part, saving_part, set_aside_later
@@ -47,10 +47,10 @@ class RankCallback(TrainerCallback):
         samples: how many rows of the first epoch the first ranks are measured on, at least 1; by default a twentieth of
             those that the run trains on, 32 to 256.
         collate: makes the batches of those rows; by default the Trainer's own.
-        task: their loss; needed only where training has a loss of its own (class weights, a custom one), and
-            QualityCallback was not told it.
         finalize: leave a plain PEFT model; False keeps the slots for further training.
-        interval and the others: as in `RankLoop`.
+        interval, schedule and the others: as in `RankLoop`.
+
+    First ranks are measured by the model's own loss, or by the task that `QualityCallback` has.
 
     `events` tells every decision, `final` the ranks at the end, `seconds` what measuring and
     changing cost beside the steps' own backward. All of it is saved in the Trainer's checkpoints,
@@ -62,18 +62,14 @@ class RankCallback(TrainerCallback):
         interval: int | None = None,
         *,
         max_rank: int | None = None,
-        warmup: float = 0.1,
-        freeze: float = 0.3,
-        moves: int | None = None,
+        schedule: RankSchedule | None = None,
         min_rank: int = 1,
-        gamma: float = 1.0,
         policy: str | Policy = "tsqlora",
         estimator: str | Estimator = "sampled",
         samples: int | None = None,
         seed: int = 0,
         finalize: bool = True,
         collate: Collate | None = None,
-        task: Task | None = None,
     ) -> None:
         get_policy(policy)
         get_estimator(estimator)
@@ -81,17 +77,14 @@ class RankCallback(TrainerCallback):
             raise SettingsError(f"samples is {samples}; it must be a whole number of rows, at least 1")
         self.options: dict[str, Any] = {
             "interval": interval,
-            "warmup": warmup,
-            "freeze": freeze,
-            "moves": moves,
+            "schedule": schedule or RankSchedule(),
             "min_rank": min_rank,
-            "gamma": gamma,
             "policy": policy,
             "estimator": estimator,
             "seed": seed,
         }
         self.max_rank, self.samples, self.seed, self.finalize = max_rank, samples, seed, finalize
-        self.collate, self.task = collate, task
+        self.collate = collate
         self.loop: RankLoop | None = None
 
     def rows_of(self, trained: int) -> int:
@@ -215,7 +208,7 @@ class RankCallback(TrainerCallback):
         places = sensitivity_rows(len(data), self.rows_of(trained), self.seed).tolist()
         looked = isinstance(data, QualitySubset)
         rows = [data.row_at(place) if looked else data[place] for place in places]
-        task = self.task or (data.task if looked else None)
+        task = data.task if looked else None
         options: dict[str, Any] = {
             "batch_size": args.per_device_train_batch_size,
             "autocast": torch.bfloat16 if args.bf16 else None,

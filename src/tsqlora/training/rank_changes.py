@@ -15,23 +15,38 @@ from tsqlora.layer_sensitivity import Probe
 from tsqlora.ranks.allocate import Sensitivity, allocate
 from tsqlora.ranks.budget import caps, costs, used
 from tsqlora.ranks.events import RankEvent, bounded
-from tsqlora.ranks.policies import Policy, require_bounds
-from tsqlora.ranks.schedule import moves_allowed
+from tsqlora.ranks.policies import Policy, get_policy, require_bounds
+from tsqlora.ranks.schedule import RankSchedule, default_interval, moves_allowed
 
 
 @dataclass(frozen=True, slots=True)
 class RankRules:
-    """How ranks move: `steps` are those that adjust them, `moves` the slots that may move in the first of them."""
+    """How the ranks of one run move: `steps` adjust them, `moves` slots may move in the first of these."""
 
     policy: Policy
+    schedule: RankSchedule
     steps: range
     interval: int
     moves: int
     min_rank: int
-    gamma: float
     seed: int
-    warmup: float
-    freeze: float
+
+    @classmethod
+    def of(
+        cls,
+        policy: str | Policy,
+        schedule: RankSchedule,
+        *,
+        total_steps: int,
+        interval: int | None,
+        layers: int,
+        min_rank: int,
+        seed: int,
+    ) -> "RankRules":
+        """The rules of a run of `total_steps` steps on a model with this many layers."""
+        policy, every = get_policy(policy), default_interval(total_steps) if interval is None else interval
+        steps = range(0) if policy is get_policy("fixed") else schedule.steps(total_steps, every)
+        return cls(policy, schedule, steps, every, schedule.first_moves(layers), min_rank, seed)
 
     def to_dict(self) -> dict[str, Any]:
         """What a resumed run must have as it had, by the names of its settings."""
@@ -40,9 +55,9 @@ class RankRules:
             "ranks.interval": self.interval,
             "ranks.moves": self.moves,
             "ranks.min": self.min_rank,
-            "ranks.gamma": self.gamma,
-            "ranks.warmup": self.warmup,
-            "ranks.freeze": self.freeze,
+            "ranks.gamma": self.schedule.gamma,
+            "ranks.warmup": self.schedule.warmup,
+            "ranks.freeze": self.schedule.freeze,
             "seed": self.seed,
         }
 
@@ -92,7 +107,7 @@ class RankChanges:
             mean_rank=self.budget / sum(costs(self.shapes).values()),
             min_rank=self.rules.min_rank,
             max_rank=self.capacity,
-            gamma=self.rules.gamma,
+            gamma=self.rules.schedule.gamma,
         )
 
     def _decide(self, target: Mapping[str, int], step: int, *, min_age: int) -> dict[str, int]:

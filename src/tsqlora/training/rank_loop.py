@@ -25,7 +25,7 @@ from tsqlora.layer_sensitivity import Estimator, Probe, get_estimator, probe_pas
 from tsqlora.quality.cost import PhaseCost
 from tsqlora.ranks.events import RankEvent
 from tsqlora.ranks.policies import Policy, get_policy
-from tsqlora.ranks.schedule import adjustment_steps, default_interval
+from tsqlora.ranks.schedule import RankSchedule
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate
 from tsqlora.training.callback_state import RankState, require_options
@@ -52,11 +52,8 @@ class RankLoop:
         total_steps: optimizer steps of the whole run; a step that a gradient scaler skips counts.
         interval: optimizer steps between adjustments; a twentieth of the run, at least 10,
             if not given.
-        warmup, freeze: shares of the run without adjustments, at its start and its end.
-        moves: slots that may move in the first adjustment, falling to 0 as a cubic; a
-            quarter of the number of layers if not given.
+        schedule: the shares of the run without adjustments, and how many slots may move at once.
         min_rank: 0 lets a layer lose its adapter altogether.
-        gamma: ranks follow sensitivity to this power; 0 keeps them uniform.
 
     With accelerate: `prepare` first, `before_forward` before every forward pass, and the two others
     `if accelerator.sync_gradients`. With a gradient scaler: before or after `unscale_`. For runs that stop and go
@@ -78,11 +75,8 @@ class RankLoop:
         total_steps: int,
         interval: int | None = None,
         *,
-        warmup: float = 0.1,
-        freeze: float = 0.3,
-        moves: int | None = None,
+        schedule: RankSchedule | None = None,
         min_rank: int = 1,
-        gamma: float = 1.0,
         policy: str | Policy = "tsqlora",
         estimator: str | Estimator = "sampled",
         seed: int = 0,
@@ -95,17 +89,14 @@ class RankLoop:
         require_float64(next(self.model.parameters()).device)
         _require_no_bias(self.peft, self.layers, min_rank)
         self.estimator, self.seed = estimator, seed
-        self.interval = default_interval(total_steps) if interval is None else interval
-        self.rules = RankRules(
-            policy=get_policy(policy),
-            steps=_adjustments(policy, total_steps, self.interval, warmup=warmup, freeze=freeze),
-            interval=self.interval,
-            moves=max(1, len(self.layers) // 4) if moves is None else moves,
+        self.rules = RankRules.of(
+            policy,
+            schedule or RankSchedule(),
+            total_steps=total_steps,
+            interval=interval,
+            layers=len(self.layers),
             min_rank=min_rank,
-            gamma=gamma,
             seed=seed,
-            warmup=warmup,
-            freeze=freeze,
         )
         self.changes = RankChanges(self.layers, optimizer, self.rules)
         parameters = [parameter for slots in self.layers.values() for parameter, _ in slots.matrices()]
@@ -120,7 +111,8 @@ class RankLoop:
         """What was warned of, for a record."""
         if len(self.steps) == 0 and self.rules.policy is not get_policy("fixed"):
             self._note(
-                f"ranks do not move: no adjustment fits into {total_steps} steps at an interval of {self.interval}"
+                f"ranks do not move: no adjustment fits into {total_steps} steps at an interval of "
+                f"{self.rules.interval}"
             )
         self._probe: Probe | None = None
         self._tap, self._held = ExitStack(), ExitStack()
@@ -289,7 +281,7 @@ class RankLoop:
             postponed=self._postponed,
             withheld=self._withheld,
             budget=self.budget,
-            interval=self.interval,
+            interval=self.rules.interval,
             seconds=self.seconds,
             passes=self.spent.forward,
             tokens=self.spent.tokens,
@@ -342,12 +334,6 @@ class RankLoop:
     def _require_running(self) -> None:
         if self.final:
             raise TsqLoraError(f"the run was finished at step {self.step}; make another RankLoop to train further")
-
-
-def _adjustments(policy: str | Policy, total: int, interval: int, *, warmup: float, freeze: float) -> range:
-    if get_policy(policy) is get_policy("fixed"):
-        return range(0)
-    return adjustment_steps(total, interval=interval, warmup=warmup, freeze=freeze)
 
 
 def _require_no_bias(model: PeftModel, layers: Mapping[str, Slots], min_rank: int) -> None:

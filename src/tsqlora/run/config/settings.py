@@ -275,11 +275,11 @@ REMOVED_SETTINGS: Mapping[str, Removed] = {
     "quality.unbiased": Removed(False, "rows drawn by Q taught less than random rows also with weights; leave it out"),
     "quality.recheck": Removed(False, "a second look for wrong labels did not help; leave it out"),
     "quality.harvest": Removed(False, "terms from training's own passes hardly know wrong labels; use tsqlora score"),
-    "ranks.gamma": Removed(1.0, "it is an argument of RankCallback and tsqlora.allocate; remove it"),
+    "ranks.gamma": Removed(1.0, "it is an argument of RankSchedule and tsqlora.allocate; remove it"),
     "ranks.samples": Removed(256, "it is an argument of RankCallback; remove it"),
-    "ranks.warmup": Removed(0.1, "it is an argument of RankCallback; remove it"),
-    "ranks.freeze": Removed(0.3, "it is an argument of RankCallback; remove it"),
-    "ranks.moves": Removed(None, "it is an argument of RankCallback; remove it"),
+    "ranks.warmup": Removed(0.1, "it is an argument of RankSchedule; remove it"),
+    "ranks.freeze": Removed(0.3, "it is an argument of RankSchedule; remove it"),
+    "ranks.moves": Removed(None, "it is an argument of RankSchedule; remove it"),
     "training.eval_batch_size": Removed(64, "set training.per_device_eval_batch_size"),
 }
 
