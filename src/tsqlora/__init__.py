@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from tsqlora.adapter.wrap import wrap
     from tsqlora.errors import DataError, SettingsError, TsqLoraError, UnsupportedError
     from tsqlora.layer_sensitivity import sensitivity
+    from tsqlora.quality.audit import Audit, audit
     from tsqlora.quality.epochs import sample
     from tsqlora.quality.rule import RowNames, ScoringRule
     from tsqlora.quality.score import Compute, score
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from tsqlora.training.report_callback import ReportCallback
 
 __all__ = [
+    "Audit",
     "Compute",
     "DataError",
     "GuardCallback",
@@ -48,6 +50,7 @@ __all__ = [
     "active_parameters",
     "active_ranks",
     "allocate",
+    "audit",
     "finalize",
     "last_checkpoint",
     "sample",
@@ -61,6 +64,7 @@ _HOMES = {
     "adapter.slots": ("active_parameters", "active_ranks", "finalize"),
     "adapter.wrap": ("wrap",),
     "errors": ("DataError", "SettingsError", "TsqLoraError", "UnsupportedError"),
+    "quality.audit": ("Audit", "audit"),
     "quality.epochs": ("sample",),
     "quality.rule": ("RowNames", "ScoringRule"),
     "quality.score": ("Compute", "score"),

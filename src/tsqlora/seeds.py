@@ -17,6 +17,8 @@ Stream = Literal[
     "head folds",
     "trusted order",
     "trusted model",
+    "audit halves",
+    "audit review",
 ]
 
 STREAMS: Mapping[Stream, int] = {
@@ -31,6 +33,8 @@ STREAMS: Mapping[Stream, int] = {
     "head folds": 9,
     "trusted order": 10,
     "trusted model": 11,
+    "audit halves": 12,
+    "audit review": 13,
 }
 """Numbers are never used again: an old run repeats only while its streams keep theirs."""
 

@@ -1,13 +1,17 @@
 """What a task's last linear layer is given: the features on which a head is fitted.  METHOD 1.1."""
 
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tsqlora.tasks.forward import base_model, output_part
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
@@ -66,6 +70,39 @@ def recorded(modules: Iterable[nn.Module]) -> Generator[dict[nn.Module, tuple[Te
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def hidden_states(model: nn.Module | None) -> Generator[list[Tensor]]:
+    """While open, a list of the last hidden states of a transformers model's body, call by call; empty of another."""
+    inner = None if model is None else base_model(model)
+    states: list[Tensor] = []
+    if not isinstance(inner, PreTrainedModel):
+        yield states
+        return
+
+    def record(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
+        if (state := output_part(output, "last_hidden_state")) is not None:
+            states.append(state.detach())
+
+    hook = inner.base_model.register_forward_hook(record)
+    try:
+        yield states
+    finally:
+        hook.remove()
+
+
+def mean_state(states: Sequence[Float[Tensor, "n t h"]], mask: Tensor | None) -> Float[Tensor, "n h"] | None:
+    """The mean of the last of these over the tokens that are not padding; None where that cannot be told."""
+    if not states or states[-1].dim() != 3:
+        return None
+    state = states[-1].float()
+    if mask is None:
+        return state.mean(dim=1)
+    if mask.shape != state.shape[:2]:
+        return None
+    weights = mask.to(state)[..., None]
+    return (state * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(1)
 
 
 def features_of(seen: Seen, linear: nn.Module, logits: Float[Tensor, "n k"]) -> Float[Tensor, "n d"]:

@@ -14,7 +14,7 @@ from tsqlora.data.batches import sorted_batches
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.oom import BatchSplitter, halves, retry_on_oom
 from tsqlora.progress import Progress
-from tsqlora.quality.features import Head, features_of, find_head, recorded
+from tsqlora.quality.features import Head, features_of, find_head, hidden_states, mean_state, recorded
 from tsqlora.quality.journal import Journal, identity_of
 from tsqlora.quality.reference import sample_losses
 from tsqlora.quality.rows import Dataset, lengths_of
@@ -42,6 +42,8 @@ class Forward:
     """n × d: what the head's last linear layer is given; None without such a layer."""
     dense: np.ndarray | None = None
     """What the layer before it is given, where that is new, too."""
+    mean: np.ndarray | None = None
+    """n × h: the mean of the last hidden states over a row's tokens; None unless it was requested and is there."""
     head: Head | None = None
 
 
@@ -54,10 +56,12 @@ def forward_pass(
     compute: Compute,
     lengths: Sequence[int] | None = None,
     hashes: Sequence[str] | None = None,
+    mean: bool = False,
 ) -> tuple[Forward | None, Head | None]:
     """The pass, in the first process; and in all of them the head.
 
-    Several processes share the rows. `collate` gives each sample a row of its own.
+    Several processes share the rows. `collate` gives each sample a row of its own. With `mean` the rows' mean hidden
+    states are measured, too.
     """
     with eval_mode(model):  # rows may draw random numbers, as augmentation does
         known = distributed.together(lambda: lengths_of(rows) if lengths is None else lengths)
@@ -80,7 +84,7 @@ def forward_pass(
             for first, end, part in journal.parts():
                 found.fill(np.concatenate(batches[first:end]), part)
                 done = end
-        measurer = _Pass(model, rows, collate, task, head, found, journal)
+        measurer = _Pass(model, rows, collate, task, head, found, journal, mean)
         parts = distributed.to_first(distributed.together(lambda: measurer.run(batches, done, compute.progress)))
     for part in parts or ():
         for indices, columns in part:
@@ -97,6 +101,7 @@ class _Pass:
     head: Head | None
     found: "_Filled"
     journal: Journal | None
+    mean: bool
 
     def run(
         self, batches: Sequence[np.ndarray], first: int, progress: Progress | None
@@ -123,7 +128,7 @@ class _Pass:
     def measured(self, indices: np.ndarray) -> Columns:
         inputs, labels = split_labels(self.collate([self.rows[int(j)] for j in indices]), self.model)
         layers = [] if self.head is None else [x for x in (self.head.linear, self.head.dense) if x is not None]
-        with recorded(layers) as seen:
+        with recorded(layers) as seen, hidden_states(self.model if self.mean else None) as states:
             logits = model_logits(self.model, inputs, self.task)
         loss = sample_losses(self.task, logits, labels)
         if isinstance(self.task, Generation):
@@ -134,6 +139,8 @@ class _Pass:
             columns["features"] = features_of(seen, self.head.linear, logits)
             if self.head.dense is not None:
                 columns["dense"] = seen[self.head.dense][0]
+        if (mean := mean_state(states, inputs.get("attention_mask"))) is not None:
+            columns["mean"] = mean
         return {name: _numpy(value) for name, value in columns.items()}
 
 

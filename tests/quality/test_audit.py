@@ -1,0 +1,111 @@
+"""Planted wrong labels come first, at their rate; probabilities hold; what says nothing is called no evidence."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import average_precision_score
+
+import tsqlora as tsq
+from models import collate, samples, tiny_bert
+from tsqlora.quality.audit import Audit, audit_of
+from tsqlora.quality.contradictions import NEAR, contradictions
+
+CLASSES, ROWS, WIDTH = 8, 1600, 24
+
+
+def blobs(spread: float = 0.22, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.random.Generator]:
+    """Features around a centre for each class, and the classes."""
+    rng = np.random.default_rng(seed)
+    true = rng.integers(CLASSES, size=ROWS)
+    centres = rng.normal(size=(CLASSES, WIDTH)) / WIDTH**0.5
+    return (centres[true] + spread * rng.normal(size=(ROWS, WIDTH))).astype(np.float32), true, rng
+
+
+def flipped(true: np.ndarray, rate: float, rng: np.random.Generator, *, to_next: float = 0.0) -> np.ndarray:
+    """Labels of which this share is another class: any, and `to_next` of them each class's next one."""
+    step = np.where(rng.random(ROWS) < to_next, 1, rng.integers(1, CLASSES, size=ROWS))
+    return np.where(rng.random(ROWS) < rate, (true + step) % CLASSES, true)
+
+
+def wrong_of(audit: Audit, labels: np.ndarray, true: np.ndarray) -> np.ndarray:
+    return (labels != true)[audit.ids]
+
+
+@pytest.mark.parametrize(("rate", "to_next"), [(0.1, 0.0), (0.3, 0.0), (0.2, 0.7)])
+def test_planted_wrong_labels_come_first_with_probabilities_that_hold(rate: float, to_next: float) -> None:
+    features, true, rng = blobs()
+    labels = flipped(true, rate, rng, to_next=to_next)
+    audit = audit_of(features, labels)
+    wrong, p = wrong_of(audit, labels, true), audit.probability
+    assert audit.evident
+    assert np.all(np.diff(p) <= 0)
+    assert average_precision_score(wrong, p) > 0.93
+    assert audit.low - 0.02 <= wrong.mean() <= audit.high + 0.02
+    assert p.mean() == pytest.approx(wrong.mean(), abs=0.03)
+    bins = np.minimum((10 * p).astype(int), 9)
+    off = [abs(p[bins == j].mean() - wrong[bins == j].mean()) * (bins == j).mean() for j in np.unique(bins)]
+    assert sum(off) < 0.03, "of rows that are said to be 90 % wrong 90 % are"
+    sure = p > 0.9
+    assert (audit.suggested[sure] == true[audit.ids[sure]]).mean() > 0.9
+
+
+def test_labels_of_one_class_that_are_always_the_same_other_one_are_seen_as_a_pair() -> None:
+    features, true, rng = blobs()
+    labels = np.where((true == 2) & (rng.random(ROWS) < 0.3), 5, true)
+    audit = audit_of(features, labels)
+    assert (audit.pairs[0].label, audit.pairs[0].suggested) == (5, 2)
+    assert audit.pairs[0].wrong == pytest.approx(((labels == 5) & (true == 2)).sum(), rel=0.2)
+    assert audit.rate == pytest.approx((labels != true).mean(), abs=0.015)
+
+
+def test_a_clean_table_has_hardly_a_likely_wrong_row() -> None:
+    features, true, _ = blobs(0.3)
+    assert audit_of(features, true).likely_wrong <= 0.01 * ROWS
+
+
+def test_two_classes_on_frozen_features_are_no_evidence_but_keep_their_order() -> None:
+    features, true, rng = blobs()
+    true = true % 2
+    labels = np.where(rng.random(ROWS) < 0.2, 1 - true, true)
+    audit = audit_of(features, labels)
+    assert (audit.evident, audit.likely_wrong, audit.low) == (False, 0, 0.0)
+    assert "two classes" in str(audit.why_not)
+    assert average_precision_score(wrong_of(audit, labels, true), audit.probability) > 0.5
+
+
+def test_near_duplicates_with_different_labels_are_all_pairs_above_the_threshold() -> None:
+    features, labels, _ = blobs()
+    features[3] = features[7] + 1e-4
+    labels[3], labels[7] = 0, 1
+    ids = np.arange(ROWS) * 2
+    unit = features - features.mean(0)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    slow = {
+        (int(ids[a]), int(ids[b])) for a, b in np.argwhere(np.triu(unit @ unit.T, 1) >= NEAR) if labels[a] != labels[b]
+    }
+    found = contradictions(features, labels, ids)
+    assert {(pair.first, pair.second) for pair in found} == slow
+    assert (found[0].first, found[0].second) == (6, 14)
+
+
+def test_a_model_is_audited_by_one_pass_that_leaves_it_as_it_was() -> None:
+    model, rows = tiny_bert(2), samples(40, 2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    audit = tsq.audit(model, rows, collate, classes=["no", "yes"], rows=tsq.RowNames(ids=np.arange(40) + 100))
+    assert sorted(audit.ids) == list(range(100, 140))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
+    columns = audit.columns()
+    assert {len(column) for column in columns.values()} == {40}
+    assert set(columns["label"]) == {"no", "yes"}
+    assert np.all(columns["label"] != columns["suggested_label"])
+
+
+def test_mean_hidden_states_ignore_padding() -> None:
+    from tsqlora.quality.features import mean_state
+
+    state, mask = torch.randn(2, 5, 3), torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]])
+    mean = mean_state([state], mask)
+    assert mean is not None
+    torch.testing.assert_close(mean[0], state[0, :2].mean(0))
+    torch.testing.assert_close(mean[1], state[1].mean(0))
