@@ -35,10 +35,11 @@ CALLS = {
     "active_parameters": [{"model": 0}],
     "finalize": [{"model": 0}],
     "last_checkpoint": [{"folder": "out"}],
+    "report": [{"directory": "out"}, {"directory": "out", "texts": []}],
 }
 """Calls that users have written, by the names of their arguments."""
 EXIT_CODES = {"TsqLoraError": 1, "SettingsError": 2, "UnsupportedError": 2, "DataError": 3}
-VALUES = ["RankEvent", "Scores", "Sensitivity"]
+VALUES = ["RankEvent", "Report", "Scores", "Sensitivity"]
 
 
 def test_the_public_names_are_there_and_listed() -> None:
@@ -72,8 +73,8 @@ def test_every_error_is_one_of_ours_with_its_exit_code(name: str) -> None:
 
 
 def test_a_submodule_of_the_same_name_does_not_hide_a_function() -> None:
-    code = "import tsqlora.layer_sensitivity, tsqlora as t; assert callable(t.sensitivity), t.sensitivity"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    code = "import tsqlora.layer_sensitivity, tsqlora.reports, tsqlora as t; assert callable(t.sensitivity), t.report"
+    subprocess.run([sys.executable, "-c", f"{code}; assert callable(t.report)"], check=True)
 
 
 def test_the_main_job_in_a_stock_trainer(tmp_path: Path) -> None:
@@ -89,6 +90,9 @@ def test_the_main_job_in_a_stock_trainer(tmp_path: Path) -> None:
     assert isinstance(data.scores, tsq.Scores)
     assert all(isinstance(event, tsq.RankEvent) for event in ranks.events)
     assert any(event.moved for event in ranks.events)
+    shown = tsq.report(tmp_path)
+    assert shown.path == tmp_path / "report.html"
+    assert shown._repr_html_().startswith('<iframe srcdoc="&lt;!doctype html')
     model.save_pretrained(str(tmp_path / "adapter"))
     plain = PeftModel.from_pretrained(base_bert(), str(tmp_path / "adapter"))
     torch.testing.assert_close(logits_of(plain, rows), logits_of(model, rows), rtol=1e-5, atol=1e-6)

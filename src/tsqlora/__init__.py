@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tsqlora.ranks.allocate import Sensitivity, allocate
     from tsqlora.ranks.events import RankEvent
     from tsqlora.ranks.schedule import RankSchedule
+    from tsqlora.reports.write import Report, report
     from tsqlora.run.pool import select
     from tsqlora.training.checkpoints import last_checkpoint
     from tsqlora.training.nonfinite import GuardCallback
@@ -39,6 +40,7 @@ __all__ = [
     "RankEvent",
     "RankLoop",
     "RankSchedule",
+    "Report",
     "ReportCallback",
     "RowNames",
     "Scores",
@@ -53,6 +55,7 @@ __all__ = [
     "audit",
     "finalize",
     "last_checkpoint",
+    "report",
     "sample",
     "score",
     "select",
@@ -73,6 +76,7 @@ _HOMES = {
     "ranks.allocate": ("Sensitivity", "allocate"),
     "ranks.events": ("RankEvent",),
     "ranks.schedule": ("RankSchedule",),
+    "reports.write": ("Report", "report"),
     "layer_sensitivity": ("sensitivity",),
     "run.pool": ("select",),
     "training.nonfinite": ("GuardCallback",),

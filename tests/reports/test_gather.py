@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from made_runs import make_run, scores_of
 from runs import make_rows, write_jsonl
-from tsqlora.errors import DataError
+from tsqlora.errors import DataError, SettingsError
 from tsqlora.quality.explain import suspicion
 from tsqlora.reports.figures import BINS, bins, histograms
 from tsqlora.reports.gather import gather
+from tsqlora.reports.run_page import run_page
 from tsqlora.reports.samples import LONGEST, OF_A_KIND, choose_samples
 
 ROWS = make_rows(60, labels=("no", "yes"))
@@ -93,6 +94,16 @@ def test_a_broken_file_of_rows_and_a_hub_id_leave_the_texts_out(tmp_path: Path) 
     )
 
 
+def test_texts_that_are_given_are_shown_and_must_be_of_the_rows(tmp_path: Path) -> None:
+    scores = replace(scores_of(tmp_path / "gone.jsonl", ROWS), hashes=None)
+    texts = [f"text {j}" for j in range(len(ROWS))]
+    found = choose_samples(scores, texts)
+    assert found.without_texts is None
+    assert [row.text for row in found.rows] == [texts[row.id] for row in found.rows]
+    with pytest.raises(SettingsError, match="texts"):
+        choose_samples(scores, texts[1:])
+
+
 def test_long_texts_lose_their_middle(tmp_path: Path) -> None:
     rows = [{"text": "begin" + "long " * 1000 + "end", "label": "no"}, *ROWS]
     texts = [row.text or "" for row in choose_samples(scores_of(write_jsonl(tmp_path / "t.jsonl", rows), rows)).rows]
@@ -123,6 +134,6 @@ def test_a_file_that_cannot_be_read_is_named(file: str, tmp_path: Path) -> None:
             gather(run)
 
 
-def test_a_run_that_has_not_finished_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="--resume"):
-        gather(make_run(tmp_path, status="running"))
+def test_a_run_that_has_not_finished_has_a_page_that_says_how_far_it_is(tmp_path: Path) -> None:
+    run = make_run(tmp_path, status="running", now={"phase": "training", "step": 10, "time": 0})
+    assert "step 10 of 40" in run_page(gather(run), "")

@@ -17,7 +17,7 @@ from tsqlora.run.config import Config, load_config
 from tsqlora.run.fit import begin
 from tsqlora.run.job import load
 from tsqlora.run.train import train
-from tsqlora.training import fit
+from tsqlora.training import fit, record_callback
 from tsqlora.training.arguments import hardware_has_bf16, training_arguments
 
 
@@ -244,17 +244,17 @@ def test_bfloat16_is_used_where_the_hardware_computes_in_it(
 
 
 def test_of_many_losses_every_so_many_th_is_kept_and_every_evaluation() -> None:
-    history = [{"step": j, "loss": 1.0} for j in range(3 * fit.MOST_ENTRIES)]
+    history = [{"step": j, "loss": 1.0} for j in range(3 * record_callback.MOST_ENTRIES)]
     history.insert(7, {"step": 7, "eval_loss": 1.0})
-    kept = fit.logged(history)
-    assert len(kept) <= fit.MOST_ENTRIES + 1
+    kept = record_callback.logged(history)
+    assert len(kept) <= record_callback.MOST_ENTRIES + 1
     assert kept[0]["step"] == 0
     assert {"step": 7, "eval_loss": 1.0} in kept
 
 
 def test_what_json_has_not_is_not_in_the_record() -> None:
     steps = [{"step": 10, "loss": 0.5, "grad_norm": float("inf")}, {"step": 20, "loss": float("nan"), "grad_norm": 1.0}]
-    assert fit.logged(steps) == [{"step": 10, "loss": 0.5}, {"step": 20, "grad_norm": 1.0}]
+    assert record_callback.logged(steps) == [{"step": 10, "loss": 0.5}, {"step": 20, "grad_norm": 1.0}]
 
 
 def test_nothing_of_training_is_printed_on_stdout_where_bars_are_asked_for(

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
 from tsqlora.progress import Pulse
 from tsqlora.run import train as pipeline
 from tsqlora.run.config import load_config
-from tsqlora.training import live
+from tsqlora.training import record_callback
 from tsqlora.training.live import SPAN, Pace
 from tsqlora.training.record import RunRecord
 
@@ -58,8 +59,8 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             records.append(json.loads((run / "run.json").read_text()))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(live, "EVERY", 0.0)
-        patch.setattr(live, "SHARE", float("inf"))
+        patch.setattr(record_callback, "EVERY", 0.0)
+        patch.setattr(record_callback, "SHARE", float("inf"))
         record = pipeline.train(load_config(config, ["data.max_length=16"]), run, progress=progress)
     return {"told": told, "records": records, "record": record, "run": run}
 
@@ -83,9 +84,9 @@ def test_every_step_is_told_with_what_is_known_of_it(watched: dict[str, Any]) ->
 
 def test_the_record_says_how_far_the_run_is_while_it_trains(watched: dict[str, Any]) -> None:
     records, final = watched["records"], watched["record"]
-    # TellProgress comes before KeepRecord: at a step the record of the step before is there.
+    # RecordCallback comes before TellProgress: at a step its record is there.
     assert all(record["status"] == "running" for record in records)
-    assert [record["now"].get("step") for record in records] == [None, *range(1, len(records))]
+    assert [record["now"].get("step") for record in records] == [*range(1, len(records) + 1)]
     assert [len(record["history"]) for record in records] == sorted(len(record["history"]) for record in records)
     late = records[-1]
     whole = final.to_dict()
@@ -96,8 +97,7 @@ def test_the_record_says_how_far_the_run_is_while_it_trains(watched: dict[str, A
     assert set(late["cost"]) == {"look", "ranks", "training"}
     for phase, cost in late["cost"].items():
         assert 0 < cost["seconds"] <= whole["cost"][phase]["seconds"]
-    assert not records[0]["quality"]
-    assert records[2]["quality"]["used"] is True
+    assert records[0]["quality"]["used"] is True
 
 
 def test_a_finished_record_says_nothing_of_now(watched: dict[str, Any]) -> None:
@@ -109,17 +109,17 @@ def test_writing_the_record_takes_a_small_share_of_the_time(tmp_path: Path, monk
     clock = [0.0]
     written: list[float] = []
 
-    class Slow:
-        def save(self, run: Path) -> None:
-            written.append(clock[0])
-            clock[0] += 2.0
+    made = RunRecord("running", 0, "t", None, {}, {"steps": 1000})
+    keep = record_callback.RecordCallback(made, [], [None] * 8, tmp_path)
+    state, args = TrainerState(), TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
 
-    class State:
-        is_world_process_zero = True
+    def save(run: Path) -> None:
+        written.append(clock[0])
+        clock[0] += 2.0
 
-    monkeypatch.setattr(live.time, "perf_counter", lambda: clock[0])
-    keep = live.KeepRecord(tmp_path, lambda state: Slow())  # type: ignore[arg-type, return-value]
-    for _ in range(1000):
-        keep.on_step_end(None, State(), None)  # type: ignore[arg-type]
+    monkeypatch.setattr(record_callback.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(keep, "save", lambda: save(tmp_path))
+    for state.global_step in range(1, 1001):
+        keep.on_step_end(args, state, TrainerControl())
         clock[0] += 1.0
     assert len(written) * 2.0 / clock[0] < 0.03

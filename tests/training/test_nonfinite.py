@@ -159,7 +159,7 @@ def test_rows_that_cannot_be_known_are_said_to_be_so(how: str, tmp_path: Path) -
         made.args.torch_compile = True  # the flag alone: what it asks is tested elsewhere
     made.train()
     assert [(step.step, step.rows) for step in guard.skipped] == [(6, None)]
-    assert guard.notes() == [
+    assert guard.summary()["notes"] == [
         "1 steps were skipped whose loss or gradient was not finite: step 6 (its rows are not known)"
     ]
 
@@ -223,8 +223,8 @@ def test_a_resumed_run_knows_what_was_skipped(tmp_path: Path) -> None:
     adapter = (tmp_path / "checkpoint-20" / "adapter_model.safetensors").read_bytes()
     trainer(tmp_path, Poison(5, 8), guards[1], **saves).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     assert (tmp_path / "checkpoint-20" / "adapter_model.safetensors").read_bytes() == adapter
-    assert guards[0].to_dict() == guards[1].to_dict()
-    assert [step["step"] for step in guards[0].to_dict()["steps"]] == [5, 8]
+    assert guards[0].summary() == guards[1].summary()
+    assert [step["step"] for step in guards[0].summary()["skipped"]["steps"]] == [5, 8]
     # One from before the resume counts towards the limit.
     with pytest.raises(tsq.TsqLoraError, match=r"^3 of the last 3 steps"):
         trainer(tmp_path, Poison(6, 7), tsq.GuardCallback(limit=3), **saves).train(
@@ -253,8 +253,8 @@ def test_a_record_stays_short(tmp_path: Path) -> None:
         guard._skip(args, SimpleNamespace(global_step=step))  # type: ignore[arg-type]
     guard._skip(args, SimpleNamespace(global_step=9999))  # type: ignore[arg-type]
     assert guard.count == NAMED + 1
-    assert len(guard.to_dict()["steps"]) == NAMED
-    assert len(guard.notes()[0]) < 200
+    assert len(guard.summary()["skipped"]["steps"]) == NAMED
+    assert len(guard.summary()["notes"][0]) < 200
 
 
 @pytest.mark.parametrize(("scale", "counted"), [(65536.0, 0), (0.5, 1)])

@@ -143,7 +143,7 @@ def texts_or_why(scores: Scores, rows: Iterable[int], data: Path | None = None) 
     """The texts that are found, and why others are not. Only files are looked into: a hub id would be a request."""
     named, wanted = data or scores.record.get("data"), list(rows)
     if scores.hashes is None or named is None or "columns" not in scores.record:
-        return {}, "the scores do not name the rows they are of"
+        return {}, "the scores do not name the rows they are of; give their texts: tsq.report(DIRECTORY, texts=[...])"
     if not Path(named).exists():
         return {}, f"{named} is not on this machine"
     try:

@@ -1,11 +1,11 @@
 """A run directory -> what its report shows, of bounded size."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tsqlora.compat.yaml import load_yaml
+from tsqlora.compat.yaml import dump_yaml, load_yaml
 from tsqlora.errors import DataError
 from tsqlora.quality.scores import Scores
 from tsqlora.reports.figures import Drawn, histograms
@@ -43,32 +43,26 @@ class Gathered:
     control: Control | None = None
 
 
-def read_scores(path: Path) -> ScoresView:
-    """Reads a file of scores."""
+def read_scores(path: Path, texts: Sequence[str] | None = None) -> ScoresView:
+    """Reads a file of scores; `texts` are those of its rows, where the file does not name them."""
     scores = Scores.load(path)
-    return ScoresView(histograms(scores), choose_samples(scores))
+    return ScoresView(histograms(scores), choose_samples(scores, texts))
 
 
-def gather(
-    run: Path,
-    *,
-    control: Control | None = None,
-    unfinished: bool = False,
-    read: Callable[[Path], ScoresView] = read_scores,
-) -> Gathered:
+def gather(run: Path, *, control: Control | None = None, read: Callable[[Path], ScoresView] = read_scores) -> Gathered:
     """Reads run.json, config.yaml, scores.parquet and, where it still is, the file of the training rows.
 
-    Raises DataError where the directory is no run, holds what cannot be read, or, without `unfinished`, where the run
-    has not finished.
+    Of a training in a Trainer of the user's own, run.json has the settings.  Raises DataError where the directory is no
+    run, or holds what cannot be read.
     """
     record = RunRecord.load(run)
-    if record.status != "finished" and not unfinished:
-        raise DataError(
-            f"{run / RECORD_FILE} says '{record.status}': the run has not finished; look at it while it runs "
-            f"by --watch, or go on with: tsqlora train {run / CONFIG_FILE} --out {run} --resume"
-        )
-    settings, config = _config(run / CONFIG_FILE)
-    scores = read(run / SCORES_FILE) if (run / SCORES_FILE).exists() else None
+    if record.settings:
+        settings, config = dump_yaml(record.settings), record.settings
+    else:
+        settings, config = _config(run / CONFIG_FILE)
+    # A Trainer's output_dir may hold the scores of an earlier training.
+    scored = record.quality.get("enabled") or not record.settings
+    scores = read(run / SCORES_FILE) if scored and (run / SCORES_FILE).exists() else None
     return Gathered(
         name=run.resolve().name,
         record=record,
@@ -99,25 +93,30 @@ def _config(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _missing(record: RunRecord, config: dict[str, Any], *, scored: bool) -> dict[str, str]:
-    begun, policy, missing = record.status != "finished", config.get("ranks", {}).get("policy"), dict[str, str]()
+    begun, missing = record.status != "finished", dict[str, str]()
     if not scored:
         missing["scores"] = _no_scores(record, begun=begun)
     if not record.history:
-        missing["history"] = (
-            "Nothing was logged yet."
-            if begun
-            else "The run logged no losses (training.logging_strategy is no, or an older version wrote it)."
-        )
+        no_log = "logging_strategy is no, or logging_steps is above the number of steps"
+        missing["history"] = "Nothing was logged yet." if begun else f"The run logged no losses: {no_log}."
     if not record.rank_events:
-        yet = begun and policy != "fixed"
-        missing["events"] = "Ranks have not moved yet." if yet else f"Ranks never moved: ranks.policy is {policy}."
+        missing["events"] = _no_events(record, config, begun=begun)
     return missing
 
 
+def _no_events(record: RunRecord, config: dict[str, Any], *, begun: bool) -> str:
+    ranks = config.get("ranks")
+    if ranks is None:
+        return "Ranks stayed as they were: there was no RankCallback."
+    if ranks.get("policy") == "fixed":
+        return "Ranks never moved: ranks.policy is fixed."
+    return "Ranks have not moved yet." if begun else "Ranks never moved; the notes on this page say why."
+
+
 def _no_scores(record: RunRecord, *, begun: bool) -> str:
-    quality = record.quality
-    if not quality.get("enabled"):
-        return "Rows were not scored: quality.enabled is false, so every draw was a random one."
+    if not record.quality.get("enabled"):
+        why = "there was no QualityCallback" if record.settings else "quality.enabled is false"
+        return f"Rows were not scored: {why}, so every draw was a random one."
     if begun:
         return "Rows are not scored yet: that comes before the first step."
     return f"The directory has no {SCORES_FILE}: what it says of the rows is left out."

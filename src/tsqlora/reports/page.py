@@ -15,7 +15,7 @@ _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inl
 _SERVED = _POLICY.replace("script-src", "script-src 'self'") + "; connect-src 'self'"
 """For a page that asks its server whether the run has gone on."""
 PLOTLY_PATH = "/plotly.js"
-NO_PLOTLY = "a report needs plotly; install it with: pip install 'tsqlora[report]'"
+NO_PLOTLY = "a report needs plotly; install it with: pip install plotly"
 
 
 class Table(NamedTuple):

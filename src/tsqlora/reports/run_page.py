@@ -41,6 +41,7 @@ def run_page(run: Gathered, script: str | None) -> str:
         plan=record.plan,
         samples=run.scores.samples if run.scores else None,
         scored=scored,
+        epochs=_epochs(record.plan.get("epochs", 0)),
         found=look_sentences(record.quality),
         why=WHY,
         command=f"tsqlora train {quote(run.name)}/config.yaml --out {quote(run.name)}-again",
@@ -53,6 +54,10 @@ def run_page(run: Gathered, script: str | None) -> str:
 def _about(run: Gathered) -> str:
     model, data = (str(run.config.get(s, {}).get(k)) for s, k in (("model", "path"), ("data", "train")))
     return f"{run.record.task} · {_last(model)} on {_last(data)} · seed {run.record.seed}"
+
+
+def _epochs(count: int) -> str:
+    return f"{count} epoch" if count == 1 else f"{count} epochs"
 
 
 def _last(path: str) -> str:

@@ -1,11 +1,13 @@
 """Scores -> the few hundred rows that are worth a look, with their texts where those can be found."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from tsqlora.errors import SettingsError
 from tsqlora.quality.explain import WHY, likely_wrong, suspicion, texts_or_why
 from tsqlora.quality.scores import REASONS, Scores
 
@@ -67,18 +69,21 @@ class Samples:
         return list(dict.fromkeys(name for row in self.rows for name in row.lists))
 
 
-def choose_samples(scores: Scores) -> Samples:
-    """The most and the least valuable rows, and the most suspicious ones, best known by their list's order."""
+def choose_samples(scores: Scores, texts: Sequence[str] | None = None) -> Samples:
+    """The most and the least valuable rows, and the most suspicious ones, best known by their list's order.
+
+    Raises SettingsError for texts that are not those of the rows.
+    """
     lists = _lists(scores)
     order = list(dict.fromkeys(int(j) for rows in lists.values() for j in rows))
-    texts, why = texts_or_why(scores, order)
+    found, why = texts_or_why(scores, order) if texts is None else (_texts_of(order, scores, texts), None)
     known = bool(scores.stratified and scores.predictions)
     wrong = likely_wrong(scores) if known else np.zeros(len(scores), dtype=np.bool_)
     codes = np.zeros(len(scores), dtype=np.int8) if scores.reasons is None else scores.reasons
     within = {name: set(map(int, rows)) for name, rows in lists.items()}
     return Samples(
         rows=[
-            _sample(scores, j, tuple(name for name in lists if j in within[name]), texts.get(j), bool(wrong[j]))
+            _sample(scores, j, tuple(name for name in lists if j in within[name]), found.get(j), bool(wrong[j]))
             for j in order
         ],
         label="label" if scores.record.get("format") is None else "target tokens",
@@ -88,6 +93,12 @@ def choose_samples(scores: Scores) -> Samples:
         likely_wrong=int(wrong.sum()) if known else None,
         without_texts=why,
     )
+
+
+def _texts_of(rows: Sequence[int], scores: Scores, texts: Sequence[str]) -> dict[int, str]:
+    if len(texts) != len(scores):
+        raise SettingsError(f"there are {len(texts)} texts for {len(scores)} scored rows; give one for each, in order")
+    return {j: str(texts[j]) for j in rows}
 
 
 def _lists(scores: Scores) -> dict[str, np.ndarray]:

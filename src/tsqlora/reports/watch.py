@@ -50,7 +50,7 @@ class Watched:
 
     def _page_of(self, stamps: object) -> bytes:
         try:
-            run = gather(self.run, control=self.control, unfinished=True, read=self._read_scores)
+            run = gather(self.run, control=self.control, read=self._read_scores)
         except DataError as error:
             begun = (self.run / RECORD_FILE).exists()
             why = f"{self.run} holds no run yet. Its page comes with the first step of its training."

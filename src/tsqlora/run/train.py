@@ -18,7 +18,6 @@ from tsqlora.errors import DataError, SettingsError, TsqLoraError
 from tsqlora.files import write_text
 from tsqlora.oom import even_parts, is_out_of_memory, retry_on_oom
 from tsqlora.progress import Progress
-from tsqlora.quality.subset import QualitySubset
 from tsqlora.run.callbacks import build_callbacks
 from tsqlora.run.card import write_card
 from tsqlora.run.config import Config, dump_config, load_config
@@ -27,10 +26,9 @@ from tsqlora.run.job import load
 from tsqlora.run.preview import marked_samples
 from tsqlora.run.start import with_start
 from tsqlora.training.checkpoints import micro_batch_size, newest_complete, require_resumable_saves
-from tsqlora.training.fit import fit, what_quality_did
-from tsqlora.training.quality_callback import SCORES_FILE, QualityCallback
+from tsqlora.training.fit import fit
 from tsqlora.training.record import RECORD_FILE, RunRecord
-from tsqlora.training.run_dir import ADAPTER_DIR, CHECKPOINT_DIR, CONFIG_FILE, locked, written
+from tsqlora.training.run_dir import ADAPTER_DIR, CHECKPOINT_DIR, CONFIG_FILE, SCORES_FILE, locked, written
 from tsqlora.training.stop import StopCallback
 
 SHOWN = 2
@@ -79,13 +77,6 @@ def _train(
         record.notes.append(_in_parts(config, rows))
     also = [WriteStart(run, config, record), stop]
     fit(model, args, method, job.inputs, record, also=also, resume_from=checkpoint, progress=progress, run=run)
-    data, quality, ranks = method.data, method.quality, method.ranks
-    assert ranks is not None
-    if quality is not None:
-        record.notes += what_to_note(quality, data)
-    record.notes += ranks.notes
-    record.quality = what_quality_did(quality, data)
-    record.rank_events, record.ranks = ranks.events, ranks.final
     model.save_pretrained(str(run / ADAPTER_DIR), is_main_process=distributed.is_first())
     measure(job, model, record, args, progress)
     record.status = "finished"
@@ -154,21 +145,6 @@ class WriteStart(TrainerCallback):
         if state.is_world_process_zero and not (self.run / CONFIG_FILE).exists():
             self.record.save(self.run)
             write_text(self.run / CONFIG_FILE, dump_config(self.config))
-
-
-def what_to_note(quality: QualityCallback, data: QualitySubset) -> list[str]:
-    """Why rows were drawn as they were."""
-    noted = list(quality.notes)
-    noise = None if data.scores is None else data.scores.record.get("noise")
-    if data.scores is None or noise is None:
-        return noted
-    if not noise["evident"]:
-        return [*noted, "there is no evidence of wrong labels: rows were drawn as a random control draws them"]
-    return [
-        *noted,
-        f"about {noise['rate']:.0%} of the labels seem wrong ({noise['low']:.0%} to {noise['high']:.0%}): "
-        f"{(~data.scores.kept).sum()} of {len(data.scores)} rows were left out",
-    ]
 
 
 def other_versions(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

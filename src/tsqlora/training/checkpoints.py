@@ -33,7 +33,7 @@ VERSION = 1
 TRAINER_STATE_FILE = "trainer_state.json"
 EARLIER = ".earlier"
 """Ends the name of another training's checkpoint: no step of this one writes there, and resuming never takes it."""
-_NOTE = "tsqlora"
+NOTE = "tsqlora"
 """Our key in a Trainer's state."""
 
 
@@ -55,7 +55,7 @@ class Checkpoints:
         self._folder: Path | None = None
         self._missing: set[str] = set()
         self._resumable = not args.save_only_model
-        note = saved_note(state, _NOTE)
+        note = saved_note(state, NOTE)
         if state.global_step > 0:
             _require_resumable(args, checkpoint_folder(args, state), note.get("run"))
         self._later = (Path(str(args.output_dir)), state.global_step) if saves and distributed.is_first() else None
@@ -224,14 +224,14 @@ def complete_before(folder: str | Path, step: int) -> Path | None:
 def micro_batch_size(checkpoint: Path) -> int | None:
     """How many rows a device took at once when the checkpoint was written, if that is known."""
     state = json.loads((checkpoint / TRAINER_STATE_FILE).read_text())
-    return state["stateful_callbacks"].get(_NOTE, {}).get("rows")
+    return state["stateful_callbacks"].get(NOTE, {}).get("rows")
 
 
 def _require_resumable(args: TrainingArguments, folder: Path, loaded: str | None) -> None:
     """That what callbacks will read is complete, and of the training whose checkpoint the Trainer has loaded."""
     _require_complete(folder)
     state = json.loads((folder / TRAINER_STATE_FILE).read_text())
-    if state["stateful_callbacks"].get(_NOTE, {}).get("run") != loaded:
+    if state["stateful_callbacks"].get(NOTE, {}).get("run") != loaded:
         raise TsqLoraError(
             f"cannot resume: {folder} is of another run than the checkpoint that was loaded; resume with the "
             "output_dir that it was written in"

@@ -1,16 +1,14 @@
 """One training run in the stock Trainer, with the method's callbacks."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from time import time
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from tsqlora.compat.transformers import set_loss_scaling, summed_batches
@@ -22,13 +20,13 @@ from tsqlora.quality.subset import QualitySubset
 from tsqlora.tasks import Answers, Task
 from tsqlora.tasks.forward import Collate
 from tsqlora.tasks.generation import Generation
-from tsqlora.training.cost_callback import CostCallback
-from tsqlora.training.live import KeepRecord, TellProgress
+from tsqlora.training.live import TellProgress
 from tsqlora.training.nonfinite import GuardCallback
 from tsqlora.training.packed import require_packing
 from tsqlora.training.quality_callback import QualityCallback
 from tsqlora.training.rank_callback import RankCallback
 from tsqlora.training.record import RunRecord
+from tsqlora.training.record_callback import RecordCallback, of_draws
 from tsqlora.training.report_callback import ReportCallback
 
 
@@ -77,19 +75,18 @@ def fit(
     progress: Progress | None = None,
     run: Path | None = None,
 ) -> Trainer:
-    """Trains the model in place, and writes what each phase cost, and steps that were skipped, to the record.
+    """Trains the model in place, and puts decisions, costs, and what was logged into the record.
 
     In the directory `run`, where one is given, run.json is kept as the run is now.
     """
     data, task, packed = method.data, inputs.task, inputs.packed
     # A packed batch does not say how many samples it has.
     guard = GuardCallback(data if packed is None else None, ids=getattr(data.dataset, "ids", None))
-    cost = CostCallback(data, record, method.quality, method.ranks)
-    live: list[TrainerCallback] = []
+    record.quality = of_draws(data)
+    parts = [part for part in (method.quality, method.ranks, guard) if part is not None]
+    live: list[TrainerCallback] = [RecordCallback(record, parts, data, run)]
     if progress is not None:
-        live.append(TellProgress(data, method.ranks, progress, cost.place))
-    if run is not None:
-        live.append(KeepRecord(run, lambda state: so_far(record, state, cost)))
+        live.append(TellProgress(data, method.ranks, progress))
     trainer = Trainer(
         model,
         args,
@@ -100,7 +97,7 @@ def fit(
         # Beside logits an encoder-decoder shows its hidden states, of every row that is evaluated.
         preprocess_logits_for_metrics=lambda shown, _: shown[0] if isinstance(shown, tuple) else shown,
         compute_metrics=(lambda p: task.metrics(p.predictions, p.label_ids)) if isinstance(task, Answers) else None,  # type: ignore[arg-type]
-        callbacks=[*method.callbacks, *also, guard, cost, *live],
+        callbacks=[*method.callbacks, *also, guard, *live],
     )
     if packed is not None:
         require_packing(model, packed, data.dataset[0])  # where the Trainer has put the model
@@ -115,10 +112,6 @@ def fit(
         if isinstance(callback, AddsToLoss):
             callback.told_of_sums(partial(summed_batches, trainer))
     trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
-    record.cost = cost.of_all()
-    record.skipped = guard.to_dict()
-    record.notes += guard.notes()
-    record.history = logged(trainer.state.log_history)
     return trainer
 
 
@@ -134,51 +127,3 @@ def _divides_by_window(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     with eval_mode(model):
         mean, divided = (float(model(**inputs, **more).loss) for more in ({}, {"num_items_in_batch": many}))
     return abs(divided - mean) > 0.1 * abs(mean)
-
-
-def so_far(record: RunRecord, state: TrainerState, cost: "CostCallback") -> RunRecord:
-    """The record of a run as it is at a step."""
-    phase, _, _ = cost.place(state)
-    ranks = cost.ranks
-    return replace(
-        record,
-        now={"phase": phase, "step": state.global_step, "time": round(time())},
-        cost=cost.of_all(),
-        history=logged(state.log_history),
-        quality=what_quality_did(cost.quality, cost.data),
-        rank_events=[] if ranks is None else list(ranks.events),
-        ranks={} if ranks is None or ranks.loop is None else ranks.loop.ranks,
-    )
-
-
-def what_quality_did(quality: QualityCallback | None, data: QualitySubset) -> dict[str, Any]:
-    """For the record: whether rows were drawn by quality, and if not, why."""
-    drawn = {"fraction": data.plan.fraction, "rows_an_epoch": len(data), "trusted_rows": len(data.trusted)}
-    drawn["trusted_from"] = data.plan.trusted_from
-    if quality is None:
-        return {"enabled": False, "used": False, **drawn}
-    told = {"enabled": quality.rule.select, "used": data.scores is not None, **drawn, "looks": quality.looks}
-    if data.scores is None:
-        return told | {"why_not": quality.why_not}
-    return told | {"scores": dict(data.scores.record)}
-
-
-MOST_ENTRIES = 5000
-
-
-def logged(history: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
-    """A Trainer's log for the record, without what it says of its own speed; of many losses every so many-th.
-
-    Numbers that are not finite, which JSON has not, are left out: GuardCallback tells of such steps.
-    """
-    entries = [
-        {name: value for name, value in entry.items() if not _of_speed(name) and math.isfinite(value)}
-        for entry in history
-    ]
-    told = [entry for entry in entries if entry.keys() - {"step", "epoch"} and "train_loss" not in entry]
-    every = -(-len(told) // MOST_ENTRIES)
-    return [entry for j, entry in enumerate(told) if j % every == 0 or "loss" not in entry]
-
-
-def _of_speed(name: str) -> bool:
-    return name.endswith(("_runtime", "_per_second"))

@@ -1,11 +1,10 @@
-"""How a run goes while it trains: told after every step, and written to run.json every few seconds."""
+"""How a run goes while it trains, reported after every step."""
 
 import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,14 +13,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from tsqlora.progress import Progress, Pulse
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.training.rank_callback import RankCallback
-from tsqlora.training.record import RunRecord
+from tsqlora.training.record_callback import passed
 
 SPAN = 50
 """Steps over which speed is measured."""
-EVERY = 3.0
-"""Seconds between two writings of run.json."""
-SHARE = 0.02
-"""Of a run's time that writing it may take."""
 
 
 class Pace:
@@ -47,20 +42,10 @@ class Pace:
 
 
 class TellProgress(TrainerCallback):
-    """Reports each step: how many of its phase are done, loss, learning rate, speed, slots moved, memory.
+    """Reports each step: how many are done, loss, learning rate, speed, slots moved, memory."""
 
-    Args:
-        place: the phase that a step is of, its steps that are done and its steps in all.
-    """
-
-    def __init__(
-        self,
-        data: QualitySubset,
-        ranks: RankCallback | None,
-        progress: Progress,
-        place: Callable[[TrainerState], tuple[str, int, int]],
-    ) -> None:
-        self.data, self.ranks, self.progress, self.place = data, ranks, progress, place
+    def __init__(self, data: QualitySubset, ranks: RankCallback | None, progress: Progress) -> None:
+        self.data, self.ranks, self.progress = data, ranks, progress
         self.loss: float | None = None
         self.pace = Pace()
 
@@ -72,43 +57,12 @@ class TellProgress(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
-        phase, done, total = self.place(state)
-        rows = rows_of_step(self.data, args, state)
-        lengths = self.data.lengths
-        tokens = 0 if lengths is None else sum(lengths[row] for row in rows)
-        rows_a_second, tokens_a_second = self.pace.add(phase, len(rows), tokens)
+        rows, tokens = passed(self.data, args, state)
+        rows_a_second, tokens_a_second = self.pace.add("training", rows, tokens)
         rate = float(kwargs["lr_scheduler"].get_last_lr()[0])
         moved = 0 if self.ranks is None else sum(event.moved for event in self.ranks.events)
         pulse = Pulse(self.loss, rate, rows_a_second, tokens_a_second, moved, peak_memory())
-        self.progress(phase, done, total, pulse)
-
-
-def rows_of_step(data: QualitySubset, args: TrainingArguments, state: TrainerState) -> Sequence[int]:
-    """The rows on which the step that has just ended was trained, those of every process."""
-    size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    steps = -(-len(data) // size)
-    place = (state.global_step - 1) % steps
-    return data.indices[place * size : (place + 1) * size].tolist()
-
-
-class KeepRecord(TrainerCallback):
-    """Keeps run.json as the run is now, so that it can be looked at while it trains.
-
-    Args:
-        now: the record as it is at a step.
-    """
-
-    def __init__(self, run: Path, now: Callable[[TrainerState], RunRecord]) -> None:
-        self.run, self.now = run, now
-        self.due = 0.0
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        begun = time.perf_counter()
-        if not state.is_world_process_zero or begun < self.due:
-            return
-        self.now(state).save(self.run)
-        took = time.perf_counter() - begun
-        self.due = begun + took + max(EVERY, took / SHARE)
+        self.progress("training", state.global_step, state.max_steps, pulse)
 
 
 def peak_memory() -> int:

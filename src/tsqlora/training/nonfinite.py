@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from tsqlora import distributed
 from tsqlora.compat.accelerate import is_compiled, loss_scale
 from tsqlora.errors import SettingsError, TsqLoraError
+from tsqlora.quality.cost import PhaseCost
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.training.callback_state import GuardState, SkippedStep
 from tsqlora.training.checkpoints import complete_before, register_part, saving_part, set_aside_later
@@ -26,6 +27,7 @@ from tsqlora.training.drawing import (
     require_subset,
 )
 from tsqlora.training.optimizer import call_around_steps, finite_gradients
+from tsqlora.training.record_callback import join, pass_on
 
 NAMED = 100
 """Skipped steps that are named; all are counted."""
@@ -85,6 +87,7 @@ class GuardCallback(TrainerCallback):
             self._held.callback(model.register_forward_hook(_without_keeping(self._forward), with_kwargs=True).remove)
             if self.data is not None:
                 self._held.enter_context(self.data.announcing(self._coming.extend))
+        join(self, args, state, **kwargs)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -107,6 +110,13 @@ class GuardCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._rows = []
+        pass_on(self, "on_step_begin", args, state, control, **kwargs)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        pass_on(self, "on_step_end", args, state, control, **kwargs)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        pass_on(self, "on_evaluate", args, state, control, **kwargs)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -125,20 +135,23 @@ class GuardCallback(TrainerCallback):
     ) -> None:
         self._held.close()
         leave(self.data, "GuardCallback")
+        pass_on(self, "on_train_end", args, state, control, **kwargs)
 
-    def to_dict(self) -> dict[str, Any]:
-        """For a record: how many steps were skipped, and the first of them by name; nothing where none was."""
+    @property
+    def spent(self) -> dict[str, PhaseCost]:
+        """Nothing: looking at gradients is a part of training."""
+        return {}
+
+    def summary(self) -> dict[str, Any]:
+        """For the record: how many steps were skipped, and the first of them by name; nothing where none was."""
         if not self.count:
             return {}
-        return {"count": self.count, "steps": [step.to_dict() for step in self.skipped]}
-
-    def notes(self) -> list[str]:
-        """The same in words."""
-        if not self.count:
-            return []
         named = "; ".join(f"step {step.step} ({step.told()})" for step in self.skipped[:TOLD])
         more = ", ..." if self.count > TOLD else ""
-        return [f"{self.count} steps were skipped whose loss or gradient was not finite: {named}{more}"]
+        return {
+            "skipped": {"count": self.count, "steps": [step.to_dict() for step in self.skipped]},
+            "notes": [f"{self.count} steps were skipped whose loss or gradient was not finite: {named}{more}"],
+        }
 
     def _forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         if not (module.training and torch.is_grad_enabled()):

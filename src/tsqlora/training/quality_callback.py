@@ -41,6 +41,7 @@ from tsqlora.training.drawing import (
     require_drawn_anew,
     require_subset,
 )
+from tsqlora.training.record_callback import join, of_draws, pass_on
 from tsqlora.training.run_dir import SCORES_FILE
 
 LOOK_AGAIN = 1 / 3
@@ -165,6 +166,7 @@ class QualityCallback(TrainerCallback):
             self.notes.append("text without trusted rows is drawn evenly; name some in data.trusted")
         elif self.rule.head_start:
             self._start_head(args, model, loader.collate_fn)
+        join(self, args, state, **kwargs)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -187,6 +189,13 @@ class QualityCallback(TrainerCallback):
             self._note(
                 f"the best checkpoint is one of the steps from {state.global_step} on, which train on trusted rows"
             )
+        pass_on(self, "on_step_begin", args, state, control, **kwargs)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        pass_on(self, "on_step_end", args, state, control, **kwargs)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        pass_on(self, "on_evaluate", args, state, control, **kwargs)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -213,6 +222,18 @@ class QualityCallback(TrainerCallback):
                 f"training ended at step {state.global_step}, and the trusted rows were to be trained on from step "
                 f"{self.schedule.trusted_step} on: it did not train on them; train longer, or stop later"
             )
+        pass_on(self, "on_train_end", args, state, control, **kwargs)
+
+    def summary(self) -> dict[str, Any]:
+        """For the record: whether rows were drawn by quality, what the looks found, and why."""
+        data, scores = self.data, self.data.scores
+        quality = of_draws(data) | {"enabled": self.rule.select, "used": scores is not None, "looks": self.looks}
+        quality |= {"why_not": self.why_not} if scores is None else {"scores": dict(scores.record)}
+        return {
+            "quality": quality,
+            "notes": [*self.notes, *_of_noise(scores)],
+            "settings": {"quality": self._draws()},
+        }
 
     @property
     def why_not(self) -> str | None:
@@ -362,6 +383,19 @@ class QualityCallback(TrainerCallback):
 
     def _path(self, args: TrainingArguments) -> Path:
         return self.scores_path or Path(str(args.output_dir)) / SCORES_FILE
+
+
+def _of_noise(scores: Scores | None) -> list[str]:
+    """What the record notes of wrong labels."""
+    noise = None if scores is None else scores.record.get("noise")
+    if scores is None or noise is None:
+        return []
+    if not noise["evident"]:
+        return ["there is no evidence of wrong labels: rows were drawn as a random control draws them"]
+    return [
+        f"about {noise['rate']:.0%} of the labels seem wrong ({noise['low']:.0%} to {noise['high']:.0%}): "
+        f"{(~scores.kept).sum()} of {len(scores)} rows were left out"
+    ]
 
 
 def first_scores(path: Path) -> Path:

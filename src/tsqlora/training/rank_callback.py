@@ -1,7 +1,7 @@
 """Ranks that follow sensitivity, in a stock Trainer: `RankLoop`, told of each step by a callback."""
 
 from collections.abc import Mapping, Sized
-from dataclasses import replace
+from dataclasses import asdict, replace
 from numbers import Integral
 from typing import Any
 
@@ -25,7 +25,9 @@ from tsqlora.tasks.forward import Collate, task_of
 from tsqlora.training.callback_state import RankState
 from tsqlora.training.checkpoints import register_part, saving_part, set_aside_later
 from tsqlora.training.drawing import draw_epoch, leave, refuse_cut_epoch, require_drawn_anew
+from tsqlora.training.rank_changes import name_of
 from tsqlora.training.rank_loop import RankLoop
+from tsqlora.training.record_callback import join, pass_on
 
 LEAST_ROWS, MOST_ROWS = 32, 256
 """Rows that first ranks are measured on."""
@@ -109,9 +111,20 @@ class RankCallback(TrainerCallback):
         return 0.0 if self.loop is None else self.loop.seconds
 
     @property
-    def cost(self) -> PhaseCost:
-        """What the first ranks took."""
-        return PhaseCost() if self.loop is None else replace(self.loop.spent, seconds=self.loop.seconds)
+    def spent(self) -> dict[str, PhaseCost]:
+        """What measuring and changing ranks took; nothing where ranks stay as they are."""
+        return {"ranks": replace(self.loop.spent, seconds=self.seconds)} if self.loop and self.seconds else {}
+
+    def summary(self) -> dict[str, Any]:
+        """For the record: each decision, the ranks as they are, and what was warned of."""
+        options = {name: name_of(option) if callable(option) else option for name, option in self.options.items()}
+        options |= asdict(options.pop("schedule"))
+        return {
+            "rank_events": list(self.events),
+            "ranks": {} if self.loop is None else self.loop.ranks,
+            "notes": self.notes,
+            "settings": {"ranks": options},
+        }
 
     @property
     def started(self) -> bool:
@@ -151,6 +164,7 @@ class RankCallback(TrainerCallback):
         self.loop = RankLoop(kwargs["model"], kwargs["optimizer"], state.max_steps, **options)
         if saved is not None:
             self.loop.restore(saved, step=state.global_step)
+        join(self, args, state, **kwargs)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -175,6 +189,7 @@ class RankCallback(TrainerCallback):
             self._start(args, state, kwargs["model"], loader.dataset, self.collate or loader.collate_fn)
         # While the model's gradients say nothing yet, ranks stay.
         self._running.before_forward(adjust=not waits)
+        pass_on(self, "on_step_begin", args, state, control, **kwargs)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -183,6 +198,10 @@ class RankCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._running.after_optimizer_step()
+        pass_on(self, "on_step_end", args, state, control, **kwargs)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        pass_on(self, "on_evaluate", args, state, control, **kwargs)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         with saving_part(args, state, "ranks") as folder:
@@ -193,6 +212,7 @@ class RankCallback(TrainerCallback):
     ) -> None:
         leave(_subset_of(kwargs), "RankCallback")
         self._running.finish(finalize_model=self.finalize)
+        pass_on(self, "on_train_end", args, state, control, **kwargs)
 
     @property
     def _running(self) -> RankLoop:

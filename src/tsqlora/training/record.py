@@ -42,6 +42,8 @@ class RunRecord:
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     skipped: dict[str, Any] = field(default_factory=dict)
     """Of steps whose loss or gradient was not finite: how many, and the first ones' rows; empty if there were none."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Of a training in a Trainer of the user's own; a run of `tsqlora train` has them in config.yaml."""
     notes: list[str] = field(default_factory=list)
     history: list[dict[str, float]] = field(default_factory=list)
     """What the Trainer logged, in its order: `step` and `epoch` with `loss` and the like, or with `eval_…`."""

@@ -1,0 +1,306 @@
+"""run.json of one training: what our callbacks decided, what it cost, and what the Trainer logged."""
+
+import math
+import time
+import warnings
+import weakref
+from collections.abc import Mapping, Sequence, Sized
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tsqlora import distributed
+from tsqlora.adapter.slots import active_parameters, active_ranks, has_slots
+from tsqlora.compat.transformers import saved_note
+from tsqlora.errors import DataError, UnsupportedError
+from tsqlora.quality.cost import PhaseCost
+from tsqlora.quality.subset import QualitySubset
+from tsqlora.tasks.forward import task_of
+from tsqlora.training.checkpoints import NOTE
+from tsqlora.training.drawing import epoch_of
+from tsqlora.training.record import RunRecord
+
+PHASES = ("look", "trusted model", "ranks", "training")
+"""In the order in which they begin."""
+EVERY = 3.0
+"""Seconds between two writings of run.json."""
+SHARE = 0.02
+"""Of a run's time that writing it may take."""
+MOST_ENTRIES = 5000
+_EVALUATION = "eval_"
+
+
+@runtime_checkable  # for beartype, which checks annotations while tests run
+class Part(Protocol):
+    """A callback whose decisions belong in the record."""
+
+    @property
+    def spent(self) -> Mapping[str, PhaseCost]:
+        """What each of its phases has cost until now."""
+        ...
+
+    def summary(self) -> Mapping[str, Any]:
+        """Fields of RunRecord as they are now; `notes` and `settings` are added to those of others."""
+        ...
+
+
+class RecordCallback(TrainerCallback):
+    """Keeps a training's record as it is now, and with a folder its run.json, every few seconds.
+
+    `tsqlora train` gives one to its Trainer, behind its other callbacks, and writes the finished record itself. In any
+    other Trainer our callbacks share one (`join`), and the last of them passes the Trainer's events on (`pass_on`).
+    """
+
+    def __init__(
+        self, record: RunRecord, parts: Sequence[Part], data: Any, folder: Path | None, *, finishes: bool = False
+    ) -> None:
+        self.record, self.data, self.folder = record, data, folder
+        # The Trainer has the callbacks: one that is taken out of it, or failed, lets go of the model.
+        self._parts = [weakref.ref(part) for part in parts]
+        self.finishes = finishes
+        """Whether the record is complete when training ends: nobody else measures and writes it."""
+        self._notes = [*record.notes]
+        self._since: float | None = None
+        self._elsewhere = self._due = 0.0
+        self._epoch = -1
+
+    @property
+    def parts(self) -> list[Part]:
+        """Whose decisions are recorded, in the order in which they have each event."""
+        return [part for known in self._parts if (part := known()) is not None]
+
+    def add(self, part: Part) -> None:
+        """Takes in a part that joins."""
+        self._parts.append(weakref.ref(part))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        _SHARED.pop(id(state), None)
+        self.resume(state)
+
+    def resume(self, state: TrainerState) -> None:
+        """Adds what the training had cost at the checkpoint that it goes on from."""
+        if state.global_step > 0 and (cost := saved_note(state, NOTE).get("cost")) is not None:
+            self.record.cost["training"] = PhaseCost(**cost)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Between two epochs lie evaluations, saves and looks.
+        if self._since is None or self._epoch != epoch_of(state):
+            self._epoch, self._since, self._elsewhere = epoch_of(state), time.perf_counter(), self._seconds_of_parts()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        now, elsewhere = time.perf_counter(), self._seconds_of_parts()
+        rows, tokens = passed(self.data, args, state)
+        cost = self.record.phase("training")
+        since = now if self._since is None else self._since
+        cost.add(seconds=now - since - (elsewhere - self._elsewhere), forward=rows, backward=rows, tokens=tokens)
+        self._since, self._elsewhere = now, elsewhere
+        saved_note(state, NOTE)["cost"] = asdict(cost)
+        if state.is_world_process_zero and self.folder is not None and now >= self._due:
+            self.fill(state).now = {"phase": "training", "step": state.global_step, "time": round(time.time())}
+            self.save()
+            took = time.perf_counter() - now
+            self._due = now + took + max(EVERY, took / SHARE)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.fill(state).now = {}
+        if self.finishes and state.is_world_process_zero:
+            self.record.status = "finished"
+            self._measured(_evaluated(args, state))
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # After training; what was evaluated in between is in the history.
+        if self.record.status == "finished" and state.is_world_process_zero:
+            self._measured(kwargs["metrics"])
+
+    def _measured(self, logs: Mapping[str, Any]) -> None:
+        if metrics := metrics_of(logs):
+            self.record.metrics["validation"] = metrics
+        self.save()
+
+    def fill(self, state: TrainerState) -> RunRecord:
+        """The record with all that is known now."""
+        record, summaries = self.record, [dict(part.summary()) for part in self.parts]
+        record.notes = [*self._notes, *(note for summary in summaries for note in summary.pop("notes", ()))]
+        for summary in summaries:
+            settings = summary.pop("settings", {})
+            if record.settings:
+                record.settings |= settings
+            for name, value in summary.items():
+                setattr(record, name, value)
+        spent = record.cost | {phase: cost for part in self.parts for phase, cost in part.spent.items()}
+        order = [*PHASES, *(phase for phase in spent if phase not in PHASES)]
+        record.cost = {phase: spent[phase] for phase in order if phase in spent}
+        record.history = logged(state.log_history)
+        return record
+
+    def save(self) -> None:
+        """Writes run.json, where there is a folder for it."""
+        if self.folder is None:
+            return
+        try:
+            self.record.save(self.folder)
+        except OSError as error:
+            if not self.finishes:
+                raise
+            # The trained model is worth more than its record: the user's next line saves it.
+            warnings.warn(f"{self.folder}: run.json cannot be written ({error.strerror}); no report", stacklevel=2)
+            self.folder = None
+
+    def _seconds_of_parts(self) -> float:
+        return sum(cost.seconds for part in self.parts for cost in part.spent.values())
+
+
+def of_draws(data: Any) -> dict[str, Any]:
+    """How a record says that epochs are drawn, where no QualityCallback says more."""
+    drawn: dict[str, Any] = {"enabled": False, "used": False}
+    if isinstance(data, QualitySubset):
+        drawn |= {"fraction": data.plan.fraction, "rows_an_epoch": len(data), "trusted_rows": len(data.trusted)}
+        drawn["trusted_from"] = data.plan.trusted_from
+    return drawn
+
+
+def passed(data: Any, args: TrainingArguments, state: TrainerState) -> tuple[int, int]:
+    """Rows of the step that has just ended, of every process, and their tokens: 0 where lengths are not known."""
+    if isinstance(data, QualitySubset):
+        rows = rows_of_step(data, args, state)
+        return len(rows), 0 if data.lengths is None else sum(data.lengths[row] for row in rows)
+    size = step_size(args)
+    if not isinstance(data, Sized):
+        return size, 0
+    begun = (state.global_step - 1) % max(1, -(-len(data) // size)) * size
+    return min(size, len(data) - begun), 0
+
+
+def rows_of_step(data: QualitySubset, args: TrainingArguments, state: TrainerState) -> Sequence[int]:
+    """The rows on which the step that has just ended was trained, those of every process."""
+    size = step_size(args)
+    place = (state.global_step - 1) % -(-len(data) // size)
+    return data.indices[place * size : (place + 1) * size].tolist()
+
+
+def step_size(args: TrainingArguments) -> int:
+    """Rows of an optimizer step, of every process."""
+    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def logged(history: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """A Trainer's log for the record, without what it says of its own speed; of many losses every so many-th.
+
+    What is no number is left out, and numbers that are not finite, which JSON has not: GuardCallback names such steps.
+    """
+    entries = [
+        {name: value for name, value in entry.items() if not _of_speed(name) and _is_finite(value)} for entry in history
+    ]
+    known = [entry for entry in entries if entry.keys() - {"step", "epoch"} and "train_loss" not in entry]
+    every = -(-len(known) // MOST_ENTRIES)
+    return [entry for j, entry in enumerate(known) if j % every == 0 or "loss" not in entry]
+
+
+def _of_speed(name: str) -> bool:
+    return name.endswith(("_runtime", "_per_second"))
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def metrics_of(logs: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of an evaluation by their plain names, the loss last.
+
+    >>> metrics_of({"eval_loss": 0.5, "eval_accuracy": 0.9, "eval_runtime": 2.0, "epoch": 1.0})
+    {'accuracy': 0.9, 'loss': 0.5}
+    """
+    names = [n for n, value in logs.items() if n.startswith(_EVALUATION) and not _of_speed(n) and _is_finite(value)]
+    metrics = {name.removeprefix(_EVALUATION): float(logs[name]) for name in names}
+    return dict(sorted(metrics.items(), key=lambda metric: metric[0] == "loss"))
+
+
+def _evaluated(args: TrainingArguments, state: TrainerState) -> Mapping[str, Any]:
+    """The log of the last evaluation, or of the one whose model was brought back."""
+    logs = [entry for entry in state.log_history if metrics_of(entry)]
+    best = state.best_global_step if args.load_best_model_at_end else None
+    return next((entry for entry in logs if entry["step"] == best), logs[-1] if logs else {})
+
+
+# ------------------------------------------------------------------------- in a Trainer of the user's own
+
+_SHARED: dict[int, RecordCallback] = {}
+"""By the id of the state that the Trainer makes for each training; callbacks share nothing else."""
+
+Event = Literal["on_step_begin", "on_step_end", "on_train_end", "on_evaluate"]
+
+
+def join(part: Part, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
+    """On train begin: this callback's decisions belong in run.json, in the Trainer's output_dir."""
+    shared = _SHARED.get(id(state))
+    if shared is None:
+        data = kwargs["train_dataloader"].dataset
+        record = _begun(args, state, kwargs["model"], data)
+        shared = _SHARED[id(state)] = RecordCallback(record, [], data, Path(str(args.output_dir)), finishes=True)
+        shared.resume(state)
+        weakref.finalize(state, _SHARED.pop, id(state), None)
+    shared.add(part)
+
+
+def pass_on(
+    part: Part, event: Event, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+) -> None:
+    """Pass an event on to the shared record, from the last part: by then the others have had it."""
+    shared = _SHARED.get(id(state))
+    if shared is not None and shared.parts[-1] is part:
+        getattr(shared, event)(args, state, control, **kwargs)
+
+
+_ARGUMENTS = (
+    "learning_rate", "lr_scheduler_type", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "num_train_epochs", "max_steps", "weight_decay", "optim", "bf16", "fp16", "seed", "world_size",
+)  # fmt: skip
+"""What the record says of a Trainer's arguments."""
+
+
+def _begun(args: TrainingArguments, state: TrainerState, model: nn.Module, data: Any) -> RunRecord:
+    """The record of a training that begins in a Trainer that the user made."""
+    model = distributed.unwrapped(model)
+    plan: dict[str, Any] = {"steps": state.max_steps, "ranks": active_ranks(model) if has_slots(model) else {}}
+    rows = "a stream"
+    if isinstance(data, Sized):
+        pool = len(data.dataset) if isinstance(data, QualitySubset) else len(data)
+        rows = f"{pool:,} rows"
+        plan |= {"rows": {"train": pool}, "rows_an_epoch": len(data), "epochs": state.num_train_epochs}
+    config = getattr(model, "config", None)
+    return RunRecord(
+        status="running",
+        seed=args.seed,
+        task=_task_of(data, model, args),
+        labels=None,
+        data={},
+        plan=plan,
+        quality=of_draws(data),
+        parameters={"trainable": active_parameters(model)},
+        settings={
+            "model": {"path": getattr(config, "name_or_path", "") or type(model).__name__},
+            "data": {"train": rows},
+            "training": {name: _plain(getattr(args, name)) for name in _ARGUMENTS},
+        },
+    )
+
+
+def _task_of(data: Any, model: nn.Module, args: TrainingArguments) -> str:
+    task = data.task if isinstance(data, QualitySubset) else None
+    try:
+        return (task or task_of(model, label_smoothing=args.label_smoothing_factor)).name
+    except (DataError, UnsupportedError, TypeError):
+        return type(model).__name__
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, int | float) else str(getattr(value, "value", value))

@@ -1,0 +1,138 @@
+"""run.json in a Trainer of the user's own: all that a report needs, from whichever callbacks there are."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import PeftModel
+from torch.utils.data import IterableDataset
+
+import tsqlora as tsq
+from stock import make_trainer, moods, slotted_bert
+from tsqlora.reports.gather import gather
+from tsqlora.reports.write import write_report
+from tsqlora.training.record import RECORD_FILE, RunRecord
+
+ROWS = moods()
+
+
+def trained(folder: Path, *callbacks: Any, data: Any = ROWS, model: PeftModel | None = None, **further: Any) -> Any:
+    further = {"num_train_epochs": 4, "logging_strategy": "epoch"} | further
+    trainer = make_trainer(model or slotted_bert(), data, folder, list(callbacks), **further)
+    trainer.train()
+    return trainer
+
+
+def both(**further: Any) -> tuple[tsq.QualitySubset, list[Any]]:
+    data = tsq.QualitySubset(ROWS, 0.5)
+    return data, [tsq.QualityCallback(data), tsq.RankCallback(interval=2, **further)]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_trainers_record_has_what_its_callbacks_did(order: int, tmp_path: Path) -> None:
+    data, callbacks = both()
+    guard = tsq.GuardCallback(data)
+    trainer = trained(tmp_path, *callbacks[::order], guard, data=data)
+    record, (_, ranks) = RunRecord.load(tmp_path), callbacks
+    assert record.status == "finished"
+    assert record.rank_events == ranks.events != []
+    assert record.ranks == ranks.final
+    assert record.plan["ranks"].keys() == record.ranks.keys()
+    assert (record.plan["rows"]["train"], record.plan["rows_an_epoch"]) == (len(ROWS), len(data))
+    assert record.plan["steps"] == trainer.state.global_step
+    assert record.quality["looks"] == callbacks[0].looks
+    assert list(record.cost) == ["look", "ranks", "training"]
+    assert record.cost["training"].forward == 4 * len(data)
+    assert len(record.history) == 4
+    assert record.settings["ranks"]["interval"] == 2
+    assert record.settings["quality"]["fraction"] == 0.5
+    assert record.now == {}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.json", "scores.parquet"]
+
+
+@pytest.mark.parametrize("which", ["quality", "ranks", "guard"])
+def test_each_callback_alone_leaves_a_directory_that_has_a_report(which: str, tmp_path: Path) -> None:
+    data, (quality, ranks) = both()
+    chosen = {"quality": quality, "ranks": ranks, "guard": tsq.GuardCallback()}[which]
+    trained(tmp_path, chosen, data=data if which == "quality" else ROWS)
+    known = gather(tmp_path)
+    assert ("scores" in known.missing, "events" in known.missing) == (which != "quality", which != "ranks")
+    assert "<html" in write_report(tmp_path).read_text()
+
+
+def test_evaluations_are_the_records_metrics_and_the_last_counts(tmp_path: Path) -> None:
+    measure = {"evaluate_on": ROWS, "compute_metrics": lambda p: {"accuracy": 0.25}}
+    trainer = trained(tmp_path, tsq.RankCallback(interval=2), eval_strategy="epoch", **measure)
+    logs = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    metrics = RunRecord.load(tmp_path).metrics["validation"]
+    assert list(metrics) == ["accuracy", "loss"]
+    assert metrics["loss"] == logs[-1]["eval_loss"]
+    after = trainer.evaluate(moods(16, seed=5))
+    assert RunRecord.load(tmp_path).metrics["validation"]["loss"] == after["eval_loss"]
+
+
+def test_the_best_models_metrics_are_the_records_where_it_is_brought_back(tmp_path: Path) -> None:
+    args = {"eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 3, "learning_rate": 0.5}
+    data, callbacks = both()
+    trainer = trained(tmp_path, *callbacks, data=data, evaluate_on=ROWS, load_best_model_at_end=True, **args)
+    assert RunRecord.load(tmp_path).metrics["validation"]["loss"] == pytest.approx(trainer.state.best_metric)
+
+
+def test_a_training_that_fails_leaves_a_record_that_says_so_and_has_a_report(tmp_path: Path) -> None:
+    class Fail(tsq.GuardCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        trained(tmp_path, tsq.RankCallback(interval=2), Fail())
+    assert RunRecord.load(tmp_path).status == "running"
+    assert tsq.report(tmp_path).path.exists()
+
+
+def test_the_time_and_rows_of_a_resumed_training_go_on(tmp_path: Path) -> None:
+    saves = {"save_strategy": "steps", "save_steps": 5, "save_total_limit": 9}
+    data, callbacks = both()
+    trained(tmp_path, *callbacks, data=data, **saves)
+    whole = RunRecord.load(tmp_path)
+    data, callbacks = both()
+    again = make_trainer(slotted_bert(), data, tmp_path, callbacks, num_train_epochs=4, **saves)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    record = RunRecord.load(tmp_path)
+    for phase, cost in whole.cost.items():
+        assert (record.cost[phase].forward, record.cost[phase].backward) == (cost.forward, cost.backward)
+    assert record.ranks == whole.ranks
+
+
+def test_a_stream_of_rows_has_a_record_without_their_number(tmp_path: Path) -> None:
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            return iter(ROWS)
+
+    trained(tmp_path, tsq.RankCallback(interval=2), data=Stream(), max_steps=6, train_sampling_strategy="random")
+    record = RunRecord.load(tmp_path)
+    assert "rows" not in record.plan
+    assert record.cost["training"].forward == 6 * 8
+    assert tsq.report(tmp_path).path.exists()
+
+
+def test_a_record_that_cannot_be_written_warns_and_the_training_ends_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: RunRecord, run: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RunRecord, "save", full)
+    with pytest.warns(UserWarning, match=RECORD_FILE):
+        trained(tmp_path, tsq.RankCallback(interval=2))
+
+
+def test_what_is_logged_beside_numbers_does_not_stop_the_record(tmp_path: Path) -> None:
+    class Log(tsq.GuardCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            state.log_history.append({"step": state.global_step, "words": "a", "list": [1], "loss": 1.0})
+            super().on_step_end(args, state, control, **kwargs)
+
+    trained(tmp_path, tsq.RankCallback(interval=2), Log())
+    history = RunRecord.load(tmp_path).history
+    assert {name for entry in history for name in entry} & {"words", "list", "loss"} == {"loss"}
