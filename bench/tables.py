@@ -12,8 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import curves
 import pandas as pd
 import results_page
+from curves import EPOCHS
 from markdown_table import markdown
 
 ROOT = Path(__file__).parents[1]
@@ -320,39 +322,30 @@ def _cells(name: str) -> list[dict[str, Any]]:
 
 def headstart(_: Results) -> pd.DataFrame:
     """What plain LoRA reaches in three epochs, and where the others reach it; means over seeds at the chosen rate."""
-    cells = pd.DataFrame(
-        [{**cell["settings"], "curve": cell["curve"], "headline": cell["headline"]} for cell in _cells("headstart")]
-    )
     rows = []
-    for table, of_table in cells.groupby("table", sort=False):
-        best = {}
-        for method, found in of_table.groupby("method"):
-            first = found[found.seed == found.seed.min()]
-            rate = first.loc[first.headline.idxmax(), "rate"]
-            best[method] = found[found.rate == rate].set_index("seed").curve
-        goal = {seed: curve[-1] for seed, curve in best["lora"].items()}
-        for method, curves in best.items():
-            curves = {seed: curve for seed, curve in curves.items() if seed in goal}
-            reached = [_reached(curve, goal[seed]) for seed, curve in curves.items()]
+    for table, of_table in curves.chosen().items():
+        goal = {seed: curve[-1] for seed, curve in of_table["lora"].items()}
+        for method, found in of_table.items():
+            both = {seed: curve for seed, curve in found.items() if seed in goal}
+            reached = [curves.reached(curve, goal[seed]) for seed, curve in both.items()]
+            areas = []
+            for seed, curve in both.items():
+                until, before = goal[seed]["seconds"] / EPOCHS, of_table["lora"][seed][0]["accuracy"]
+                areas.append(100 * curves.area(curve, until=until, before=before))
             rows.append(
                 {
                     "table": table,
                     "way to train": method,
-                    "seeds": len(curves),
-                    "before the first step": _mean([100 * curve[0]["accuracy"] for curve in curves.values()]),
-                    "at its end": _mean([100 * curve[-1]["accuracy"] for curve in curves.values()]),
-                    "steps": curves[min(curves)][-1]["step"],
+                    "seeds": len(both),
+                    "before the first step": _mean([100 * curve[0]["accuracy"] for curve in both.values()]),
+                    "on average in the seconds of LoRA's first epoch": _mean(areas),
+                    "at its end": _mean([100 * curve[-1]["accuracy"] for curve in both.values()]),
+                    "steps": both[min(both)][-1]["step"],
                     "share of LoRA's steps to its accuracy": _mean([share and share[0] for share in reached], 2),
                     "of its seconds": _mean([share and share[1] for share in reached], 2),
                 }
             )
     return pd.DataFrame(rows)
-
-
-def _reached(curve: Sequence[Mapping[str, float]], goal: Mapping[str, float]) -> tuple[float, float] | None:
-    """Shares of the steps and seconds of a training after which another has its accuracy; None where it never has."""
-    at = next((point for point in curve if point["accuracy"] >= goal["accuracy"]), None)
-    return None if at is None else (at["step"] / goal["step"], at["seconds"] / goal["seconds"])
 
 
 def _mean(values: Sequence[float | None], digits: int = 1) -> str:
