@@ -10,7 +10,7 @@ import pytest
 import typer
 
 from loras import lora_config, save_base, save_lora, tiny_llama
-from runs import set_up
+from runs import make_rows, set_up, write_jsonl
 from tsqlora.cli import console
 from tsqlora.cli.commands import app
 
@@ -157,6 +157,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     score_rows(folder / "run", folder / "scores.parquet")
     save_base(folder / "base", tiny_llama())
     save_lora(folder / "adapter", tiny_llama(), lora_config())
+    (folder / "empty").mkdir()
+    write_jsonl(folder / "one-class.jsonl", make_rows(20, labels=("a", "a")))
+    write_jsonl(folder / "holes.jsonl", [{"text": "", "label": 0}, {"text": "good", "label": 1}] * 5)
     return folder
 
 
@@ -188,3 +191,71 @@ def test_json_is_one_object_on_stdout(
     code, out, err = tsqlora(*arguments.split(), "--json")
     assert code == 0, err
     assert set(keys.split()) <= json.loads(out).keys()
+
+
+# --- what is refused -----------------------------------------------------------------------
+
+
+def tree(folder: Path) -> dict[str, tuple[int, int] | None]:
+    """Every path below, files with their size and time."""
+    stats = {str(path): path.stat() for path in sorted(folder.rglob("*"))}
+    return {name: None if Path(name).is_dir() else (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        ("train c.yaml --set quality.enabled=true --set quality.gate=share --out OUT", 2),
+        ("train c.yaml --set quality={enabled:true,weights:{loss:1},fraction:0.01} --out OUT", 2),
+        ("train c.yaml --set data.train=none.csv --out OUT", 3),
+        ("train c.yaml --set data.train=one-class.jsonl --out OUT", 3),
+        ("train c.yaml --set data.train=holes.jsonl --out OUT", 3),
+        ("train c.yaml --set data.label=text --set task.type=regression --out OUT", 3),
+        ("train c.yaml --set model.path=empty --out OUT", 2),
+        ("train c.yaml --set adapter.target_modules=[no] --out OUT", 2),
+        ("train c.yaml --set adapter.init_from=empty --out OUT", 3),
+        ("train c.yaml --set ranks.mean=0.1 --out OUT", 2),
+        ("train c.yaml --set ranks.policy=no --out OUT", 2),
+        ("train c.yaml --set training.optim=no --out OUT", 2),
+        ("train c.yaml --set quality.fraction=0.001 --dry-run --set ranks.mean=0.1 --out OUT", 2),
+        ("score c.yaml --out OUT.parquet", 2),
+        ("score c.yaml --set quality.enabled=true --set quality.gate=share --out OUT.parquet", 2),
+        ("score c.yaml --set quality.enabled=true --set data.train=holes.jsonl --out OUT.parquet", 3),
+        ("score c.yaml --set quality.enabled=true --drop no --out OUT.parquet", 2),
+        ("score run --set data.train=one-class.csv --out OUT.parquet", 3),
+        ("allocate c.yaml --out OUT.json", 2),
+        ("allocate run --set data.train=none.csv --out OUT.json", 3),
+        ("predict run --data none.csv --out OUT.csv", 3),
+        ("predict run --data holes.jsonl --out OUT.txt", 2),
+        ("predict empty --data holes.jsonl --out OUT.csv", 3),
+        ("select scores.parquet --fraction 2 --out OUT.csv", 2),
+        ("select scores.parquet --fraction 0.5 --data holes.jsonl --out OUT.csv", 3),
+        ("select none.parquet --fraction 0.5 --out OUT.csv", 3),
+        ("compare c.yaml --methods no --seeds 0 --out OUT", 2),
+        ("compare c.yaml --methods lora --seeds 0 --metric no --out OUT", 2),
+        ("compare c.yaml --methods lora --seeds 0 --set data.train=none.csv --out OUT", 3),
+        ("compare c.yaml --methods lora --seeds 0 --set adapter.target_modules=[no] --out OUT", 2),
+        ("export adapter --format no --out OUT", 2),
+        ("export adapter --format merged --out OUT", 2),
+        ("export empty --format universal --out OUT", 3),
+        ("merge adapter --base empty --out OUT", 2),
+        ("adapter compress adapter --base base --mean-rank 0 --out OUT", 2),
+        ("adapter compress adapter --base base --mean-rank 4 --by curvature --out OUT", 2),
+        ("report empty --out OUT.html", 3),
+        ("report run --control empty --out OUT.html", 3),
+        ("init -o OUT.yaml --task no", 2),
+        ("evaluate run --data none.csv", 3),
+        ("explain run --row 5", 3),
+        ("doctor empty", 3),
+    ],
+)
+@pytest.mark.parametrize("out", ["deep/er/out", "empty"])
+def test_a_refused_command_leaves_the_file_system_as_it_was(
+    out: str, arguments: str, code: int, folder: Path, monkeypatch: pytest.MonkeyPatch, tsqlora: Run
+) -> None:
+    monkeypatch.chdir(folder)
+    before = tree(folder)
+    found, said, err = tsqlora(*arguments.replace("OUT", out).split())
+    assert (found, said) == (code, ""), err
+    assert len(err.splitlines()[-1]) > 10
+    assert tree(folder) == before

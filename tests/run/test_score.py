@@ -231,7 +231,7 @@ def test_rows_with_the_input_of_a_trusted_row_are_scored_and_never_drawn(place: 
 
 
 def test_an_error_leaves_nothing_behind(place: Path, tmp_path: Path) -> None:
-    broken = write_jsonl(tmp_path / "data" / "broken.jsonl", [*make_rows(20), {"text": " ", "label": 1}])
+    broken = write_jsonl(tmp_path / "data" / "broken.jsonl", [*make_rows(20), *[{"text": " ", "label": 1}] * 2])
     with pytest.raises(DataError, match="no text"):
         score_rows(place / "config.yaml", tmp_path / "s.parquet", overrides=[f"data.train={broken}"])
     assert [path.name for path in tmp_path.iterdir()] == ["data"]

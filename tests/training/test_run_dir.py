@@ -3,24 +3,46 @@
 import errno
 import os
 import resource
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from tsqlora.errors import SettingsError, TsqLoraError
-from tsqlora.training import run_dir
 from tsqlora.training.run_dir import CONFIG_FILE, LOCK_FILE, locked, written
 
 
 def test_a_directory_is_made_and_free_again_after_the_lock(tmp_path: Path) -> None:
+    run = tmp_path / "deep" / "run"
     for _ in range(2):
-        with locked(tmp_path / "deep" / "run"):
-            assert (tmp_path / "deep" / "run" / LOCK_FILE).exists()
+        with locked(run):
+            assert (run / LOCK_FILE).exists()
+            (run / "checkpoints").mkdir()
+        assert not any(tmp_path.iterdir()), "nothing was written"
+    with locked(run):
+        (run / CONFIG_FILE).touch()
+    with locked(run, resume=True):
+        assert {path.name for path in run.iterdir()} == {LOCK_FILE, CONFIG_FILE}
+
+
+def test_a_held_lock_of_another_process_is_refused_and_dies_with_it(tmp_path: Path) -> None:
+    code = "import sys, time; from pathlib import Path; from tsqlora.training.run_dir import locked\n"
+    code += "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(SettingsError, match="another process"), locked(tmp_path):
+            pass
+        holder.kill()
+    with locked(tmp_path):
+        pass
 
 
 def test_a_held_lock_is_refused(tmp_path: Path) -> None:
@@ -60,11 +82,12 @@ def test_what_tensorboard_left_of_a_run_that_never_began_is_in_nobodys_way(tmp_p
 
 
 def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def flock(file: object, how: int) -> None:
-        raise OSError(errno.ENOSYS, "Function not implemented")
+    def acquire(lock: FileLock) -> None:
+        Path(lock.lock_file).touch()
+        raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(run_dir.fcntl, "flock", flock)
-    with pytest.warns(UserWarning, match=r"a file system without locks \(Function not implemented\)"), locked(tmp_path):
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    with pytest.warns(UserWarning, match=r"a file system without locks \(No locks available\)"), locked(tmp_path):
         pass
 
 

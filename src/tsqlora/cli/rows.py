@@ -124,5 +124,6 @@ def allocate(
     require_place(out)
     with Display(console.stderr) as display:
         arguments = allocate_ranks(source, overrides=set_ or [], progress=display.progress)
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, arguments)
     console.show({"out": str(out), **arguments}, as_json, show_allocation)

@@ -51,6 +51,7 @@ def init(
     if output.exists():
         raise SettingsError(f"{output} exists already; name another file")
     require_place(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(template(task), encoding="utf-8")
     console.note(f"wrote {output}; set model.path and data.train, then: tsqlora train {output}")
     if as_json:

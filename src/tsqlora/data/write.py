@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from tsqlora.data.dialect import Dialect
 from tsqlora.data.readers import json_lines, parquet_file, records
 from tsqlora.errors import DataError, SettingsError
-from tsqlora.files import replacing
+from tsqlora.files import parents_of, replacing
 
 Row = Mapping[str, Any]
 
@@ -32,7 +32,7 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """
     require_writable(path)
     try:
-        with replacing(path) as unfinished:
+        with parents_of(path), replacing(path) as unfinished:
             WRITERS[path.suffix.lower()](unfinished, rows)
     except (ValueError, ArithmeticError, RecursionError, csv.Error, pa.ArrowException) as error:
         if isinstance(error, DataError):
@@ -83,12 +83,12 @@ def require_writable(path: Path) -> None:
 
 
 def require_place(path: Path) -> None:
-    """Makes the directory that a file is to be written into; SettingsError where that cannot be."""
+    """Raises SettingsError where a file cannot be written; what is missing of its directory is made when it is."""
     if path.is_dir():
         raise SettingsError(f"--out {path} is a directory; name a file")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
+        there = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+        tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise SettingsError(f"--out {path} cannot be written ({error.strerror}); name another file") from None
 
@@ -148,7 +148,7 @@ def copy_rows(source: Path, out: Path, places: np.ndarray, dialect: Dialect) -> 
 
     Encoding, delimiter, header, byte order mark, quoting and line ends are the source's; blank lines are left out.
     """
-    with replacing(out) as unfinished:
+    with parents_of(out), replacing(out) as unfinished:
         COPIERS[source.suffix.lower()](source, unfinished, places, dialect)
 
 

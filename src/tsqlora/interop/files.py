@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from tsqlora.errors import DataError, SettingsError
-from tsqlora.files import replacing
+from tsqlora.files import parents_of, replacing
 from tsqlora.interop.lora import Kind, LoraAdapter, Target
 from tsqlora.interop.patterns import PATTERNS, lora_config, require_quick, scale_of
 from tsqlora.interop.tensors import PRECISIONS, Stored, read_tensors, store, to_bytes
@@ -192,7 +192,7 @@ def new_directory(out: Path) -> Iterator[Path]:
     out = Path(os.path.realpath(out))  # a link to a directory stays
     with ExitStack() as stack:
         try:
-            out.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(parents_of(out))
             temporary = stack.enter_context(replacing(out))
             temporary.mkdir()
         except OSError as error:

@@ -68,5 +68,6 @@ def write_report(
         other = None if control is None else control_of(control)
         page = run_page(gather(directory, control=other, read=partial(read_scores, texts=texts)), script)
     require_place(place)
+    place.parent.mkdir(parents=True, exist_ok=True)
     write_text(place, page)
     return place

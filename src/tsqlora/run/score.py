@@ -26,7 +26,7 @@ from tsqlora.run.job import Job, load, read_with_model, require_scoring, with_sl
 from tsqlora.run.plan import scoring_plan
 from tsqlora.run.reading import hints_of, read
 from tsqlora.run.start import with_start
-from tsqlora.training.run_dir import CONFIG_FILE, LOCK_FILE, alone_in
+from tsqlora.training.run_dir import CONFIG_FILE, alone_in
 
 WARM_UP_FILE = "theta.safetensors"
 
@@ -102,8 +102,6 @@ def _partial(out: Path) -> Iterator[tuple[Path, Path]]:
             shutil.rmtree(partial)
         finally:
             shutil.rmtree(tokens, ignore_errors=True)
-            if partial.exists() and [path.name for path in partial.iterdir()] == [LOCK_FILE]:
-                shutil.rmtree(partial)
 
 
 def _splits(source: Path, run: FinishedRun) -> Splits:

@@ -1,14 +1,14 @@
 """A run directory: one run, one process at a time."""
 
 import errno
-import fcntl
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from tsqlora.errors import DataError, SettingsError, TsqLoraError
@@ -67,26 +67,52 @@ def locked(run: Path, *, resume: bool = False) -> Iterator[None]:
 def alone_in(folder: Path, *, busy: str) -> Iterator[None]:
     """Makes the folder and holds its lock, which dies with the process.
 
+    Where nothing was written into it, nothing stays that was not there before: no lock, no folder, none above it.
     Raises SettingsError where it cannot be made, and `busy` where another process holds it.
     """
+    new = [path for path in (folder / LOCK_FILE, folder, *folder.parents) if not os.path.lexists(path)]
+    lock = FileLock(folder / LOCK_FILE, timeout=0)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # "a": a finished run's lock is not even touched.
-        file = open(folder / LOCK_FILE, "a")  # noqa: SIM115  (closed below; closing gives the lock back)
-    except OSError as error:
-        raise SettingsError(f"--out {folder} cannot be written ({error.strerror}); name another directory") from None
-    with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SettingsError(busy) from None
-        except OSError as error:  # as on Lustre without its flock option
-            warnings.warn(
-                f"{folder} is on a file system without locks ({error.strerror}): see to it that no other process uses "
-                "it",
-                stacklevel=2,
-            )
+            folder.mkdir(parents=True, exist_ok=True)
+            _acquire(lock, folder, busy)
+        except OSError as error:
+            reason = error.strerror or error
+            raise SettingsError(f"--out {folder} cannot be written ({reason}); name another directory") from None
         yield
+    finally:
+        if folder / LOCK_FILE in new and not _has_files(folder):
+            with suppress(OSError):  # on Windows filelock itself removes it
+                (folder / LOCK_FILE).unlink()  # while it is held: filelock passes over a lock without a name
+        lock.release()
+        _remove_empty(new)
+
+
+def _acquire(lock: FileLock, folder: Path, busy: str) -> None:
+    try:
+        lock.acquire()
+    except Timeout:
+        raise SettingsError(busy) from None
+    except (OSError, NotImplementedError) as error:
+        if not (folder / LOCK_FILE).exists():  # it is the directory that takes no file
+            raise
+        reason = getattr(error, "strerror", None) or error  # as on Lustre without its flock option
+        warnings.warn(
+            f"{folder} is on a file system without locks ({reason}): see to it that no other process uses it",
+            stacklevel=4,
+        )
+
+
+def _has_files(folder: Path) -> bool:
+    """Whether anything but empty directories lies beside the lock."""
+    return any(not path.is_dir() for path in folder.rglob("*") if path != folder / LOCK_FILE)
+
+
+def _remove_empty(new: Sequence[Path]) -> None:
+    """Removes these directories, inner ones first, and what is in them, as far as there is no file in them."""
+    for path in new:
+        if path.is_dir() and not _has_files(path) and not (path / LOCK_FILE).exists():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
