@@ -29,7 +29,7 @@ from tsqlora.quality.features import find_head
 from tsqlora.quality.head_start import install
 from tsqlora.quality.look import Look, look
 from tsqlora.quality.ridge import fit_ridge
-from tsqlora.quality.rule import PAPER_TERMS, Compute, RowNames, ScoringRule
+from tsqlora.quality.rule import PAPER_TERMS, Compute, LookRequest, RowNames, ScoringRule
 from tsqlora.quality.started import Started, start_head
 from tsqlora.quality.trusted import Trusted
 from tsqlora.seeds import stream
@@ -71,8 +71,7 @@ def started(
     model: nn.Module, rows: Rows, *, task: Task = CLASSES, trusted: Rows | None = None, collate: Any = collate
 ) -> Started:
     apart = None if trusted is None else Trusted(trusted)
-    options: dict[str, Any] = {"rule": ScoringRule(), "rows": RowNames(), "compute": Compute()}
-    return start_head(model, rows, collate, task=task, trusted=apart, **options)
+    return start_head(model, LookRequest(dataset=rows, collate=collate, task=task, trusted=apart))
 
 
 def looked(
@@ -86,8 +85,9 @@ def looked(
     lengths: list[int] | None = None,
     batch_size: int = 32,
 ) -> Look:
-    options: dict[str, Any] = {"rule": rule or ScoringRule(), "rows": RowNames(lengths=lengths)}
-    return look(model, rows, collate, task=task, trusted=trusted, compute=Compute(batch_size), **options)
+    options: dict[str, Any] = {"rows": RowNames(lengths=lengths), "compute": Compute(batch_size), "trusted": trusted}
+    request = LookRequest(dataset=rows, collate=collate, task=task, rule=rule or ScoringRule(), **options)
+    return look(model, request)
 
 
 def losses(model: nn.Module, rows: Rows, task: Task = CLASSES, collate: Any = collate) -> Tensor:
@@ -246,9 +246,8 @@ def test_reducible_loss_is_the_slow_twins(numbers: bool) -> None:
     if numbers:
         rows, trusted = with_numbers(rows), with_numbers(trusted)
     twin = copy.deepcopy(model)
-    start = start_head(
-        twin, rows, collate, rule=REDUCIBLE, task=task, rows=RowNames(), compute=Compute(), trusted=Trusted(trusted)
-    )
+    request = LookRequest(dataset=rows, collate=collate, task=task, rule=REDUCIBLE, trusted=Trusted(trusted))
+    start = start_head(twin, request)
     ours = losses(twin, rows, task)
     assert start.layer is not None
     assert start.of_trusted is not None

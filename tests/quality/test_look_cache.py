@@ -10,7 +10,7 @@ import torch
 import tsqlora as tsq
 from models import collate, samples, tiny_bert
 from tsqlora.quality import look_cache
-from tsqlora.quality.rule import Compute, RowNames, ScoringRule
+from tsqlora.quality.rule import LookRequest, RowNames, ScoringRule
 from tsqlora.quality.trusted import Trusted
 from tsqlora.tasks import get_task
 
@@ -39,15 +39,14 @@ def rows(n: int = 90) -> list[dict[str, Any]]:
 
 
 def once(model: torch.nn.Module, data: Any, **changes: Any) -> Any:
-    options: dict[str, Any] = {"rule": ScoringRule(), "task": TASK, "rows": RowNames(), "compute": Compute()}
-    return look_cache.look_once(model, data, collate, **{**options, "fraction": 0.5, "trusted": None, **changes})
+    return look_cache.look_once(model, LookRequest(dataset=data, collate=collate, task=TASK, **changes))
 
 
 def test_the_second_time_gives_the_same_head_and_scores(looks: list[int]) -> None:
     model, data = tsq.wrap(tiny_bert().float(), mean_rank=2), rows()
     again = copy.deepcopy(model)
     first = once(model, data)
-    second = once(again, data, rows=RowNames(about={"note": "second"}))
+    second = once(again, data, fraction=0.25, rows=RowNames(about={"note": "second"}))
     assert len(looks) == 1
     assert first.scores.record["head_start"]["replaced"]
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
@@ -57,7 +56,7 @@ def test_the_second_time_gives_the_same_head_and_scores(looks: list[int]) -> Non
     assert (first.cost.forward, second.cost.forward) == (90, 0)
 
 
-@pytest.mark.parametrize("other", ["model", "rows", "rule", "trusted", "fraction"])
+@pytest.mark.parametrize("other", ["model", "rows", "rule", "trusted"])
 def test_what_decides_a_look_names_it(other: str, looks: list[int]) -> None:
     model, data = tsq.wrap(tiny_bert().float(), mean_rank=2), rows()
     changed, further, changes = copy.deepcopy(model), data, {}
@@ -71,8 +70,6 @@ def test_what_decides_a_look_names_it(other: str, looks: list[int]) -> None:
         changes = {"rule": ScoringRule(reject=False)}
     if other == "trusted":
         changes = {"trusted": Trusted(data[:10])}
-    if other == "fraction":
-        changes = {"fraction": 0.25}
     once(changed, further, **changes)
     assert len(looks) == 2
 

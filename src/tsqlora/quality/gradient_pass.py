@@ -18,11 +18,10 @@ from tsqlora.quality.exact import require_exact
 from tsqlora.quality.journal import Columns, Journal, identity_of
 from tsqlora.quality.measure import measured_columns
 from tsqlora.quality.reference import Reference, calibrate, measure_reference
-from tsqlora.quality.rows import Dataset, batches_of, lengths_of, reference_rows
-from tsqlora.quality.rule import Compute, RowNames, ScoringRule, fitting, needs_gradients
+from tsqlora.quality.rows import batches_of, lengths_of, reference_rows
+from tsqlora.quality.rule import LookRequest, ScoringRule, fitting, needs_gradients
 from tsqlora.quality.terms import Term
-from tsqlora.tasks import Task
-from tsqlora.tasks.forward import Batch, Collate, precision
+from tsqlora.tasks.forward import Batch, precision
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,53 +32,39 @@ class Measurements:
     record: dict[str, Any]
 
 
-def gradient_pass(
-    model: nn.Module,
-    dataset: Dataset,
-    collate: Collate,
-    *,
-    rule: ScoringRule,
-    task: Task,
-    rows: RowNames,
-    compute: Compute,
-) -> Measurements:
-    """All that `rule` measures of every sample, with the model as it is.
+def gradient_pass(model: nn.Module, request: LookRequest) -> Measurements:
+    """All that the rule measures of every sample, with the model as it is.
 
     A reference that is a data set of its own is measured first: its mean gradient is what `convergence` compares with.
     """
+    dataset, rule, compute = request.dataset, request.rule, request.compute
     own, reference = distributed.together(lambda: reference_rows(rule.reference, dataset, rule.seed))
+    lengths = request.rows.lengths
     planned = distributed.together(
-        lambda: sorted_batches(lengths_of(dataset) if rows.lengths is None else rows.lengths, compute.batch_size)
+        lambda: sorted_batches(lengths_of(dataset) if lengths is None else lengths, compute.batch_size)
     )
     with eval_mode(model), precision(next(model.parameters()).device, compute.autocast, cache=False):
-        batches = distributed.together(lambda: list(batches_of(reference, collate, compute.batch_size)))
-        fitted = fitting(rule.measured(), task, rule, batches[0])
+        batches = distributed.together(lambda: list(batches_of(reference, request.collate, compute.batch_size)))
+        fitted = fitting(rule.measured(), request.task, rule, batches[0])
         terms = {name: term for name, term in fitted.items() if not term.trusted}
         sites = find_sites(model, rule.scope) if needs_gradients(terms) else {}
-        kept = _journal(model, rule, task, rows, compute, terms, batches, own)
-        settle = _Settle(model, collate, reference, task, sites, rule.calibration)
-        found = settle.reference(compute.batch_size, kept)
-        measurer = _Measurer(model, dataset, collate, task, sites, found, terms, set(own))
+        kept = _journal(model, request, terms, batches, own)
+        found = _Settle(model, request, reference, sites).reference(kept)
+        measurer = _Measurer(model, request, sites, found, terms, set(own))
         columns = _pass(measurer, planned, kept, compute.progress)
     return Measurements(columns, _record(found, own, rule, compute.autocast))
 
 
 def _journal(
-    model: nn.Module,
-    rule: ScoringRule,
-    task: Task,
-    rows: RowNames,
-    compute: Compute,
-    terms: Mapping[str, Term],
-    batches: Sequence[Batch],
-    own: Sequence[int],
+    model: nn.Module, request: LookRequest, terms: Mapping[str, Term], batches: Sequence[Batch], own: Sequence[int]
 ) -> Journal | None:
+    rule, compute = request.rule, request.compute
     if compute.journal is None:
         return None
     settings = {"terms": list(terms), "scope": rule.scope, "calibration": rule.calibration}
     settings |= {"batch size": compute.batch_size, "seed": rule.seed, "autocast": str(compute.autocast)}
-    settings |= {"reference": list(own), "task": repr(task)}
-    return Journal(compute.journal / "terms", identity_of(model, rows.hashes or (), batches, settings))
+    settings |= {"reference": list(own), "task": repr(request.task)}
+    return Journal(compute.journal / "terms", identity_of(model, request.rows.hashes or (), batches, settings))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,30 +72,29 @@ class _Settle:
     """What the reference settles for all other rows: the calibration, its mean gradient and the step size."""
 
     model: nn.Module
-    collate: Collate
+    request: LookRequest
     rows: Sequence[Any]
-    task: Task
     sites: Mapping[str, Site]
-    calibration: bool
 
-    def reference(self, batch_size: int, journal: Journal | None) -> Reference:
+    def reference(self, journal: Journal | None) -> Reference:
         """As the journal has it, if it has."""
         device = next(self.model.parameters()).device
         known = None if journal is None else journal.reference(device)
         if known is not None:
             return known
-        found = distributed.once(lambda: retry_on_oom(self._measured, halves(batch_size)))
+        found = distributed.once(lambda: retry_on_oom(self._measured, halves(self.request.compute.batch_size)))
         if journal is not None:
             journal.save_reference(found)
         return found.to(device)
 
     def _measured(self, size: int) -> Reference:
-        batches = list(batches_of(self.rows, self.collate, size))
-        offsets = calibrate(self.model, batches, self.task, enabled=self.calibration)
+        task = self.request.task
+        batches = list(batches_of(self.rows, self.request.collate, size))
+        offsets = calibrate(self.model, batches, task, enabled=self.request.rule.calibration)
         if not self.sites:
             return Reference({}, norm=0.0, eta=0.0, rows=len(self.rows), offsets=offsets)
-        require_exact(self.model, batches[0], self.task, self.sites, offsets)
-        found = measure_reference(self.model, batches, self.task, self.sites, offsets)
+        require_exact(self.model, batches[0], task, self.sites, offsets)
+        found = measure_reference(self.model, batches, task, self.sites, offsets)
         # Through the memory of the machine: another process has another device.
         return found.to(torch.device("cpu")) if distributed.active() else found
 
@@ -118,9 +102,7 @@ class _Settle:
 @dataclass(frozen=True, slots=True)
 class _Measurer:
     model: nn.Module
-    dataset: Dataset
-    collate: Collate
-    task: Task
+    request: LookRequest
     sites: Mapping[str, Site]
     reference: Reference
     terms: Mapping[str, Term]
@@ -128,9 +110,9 @@ class _Measurer:
     """Rows of the data set that are in the reference."""
 
     def of(self, indices: np.ndarray) -> Columns:
-        batch = self.collate([self.dataset[int(j)] for j in indices])
+        batch = self.request.collate([self.request.dataset[int(j)] for j in indices])
         own = torch.tensor([int(j) in self.own for j in indices])
-        return measured_columns(self.model, batch, self.task, self.sites, self.reference, own, self.terms)
+        return measured_columns(self.model, batch, self.request.task, self.sites, self.reference, own, self.terms)
 
 
 def _pass(
@@ -138,7 +120,7 @@ def _pass(
 ) -> dict[str, np.ndarray]:
     """Each term, prediction and label of every row, in the data set's order; several processes share the batches."""
     columns: dict[str, np.ndarray] = {}
-    done, rows = 0, len(measurer.dataset)
+    done, rows = 0, len(measurer.request.dataset)
     for first, end, part in () if journal is None else journal.parts():
         _fill(columns, np.concatenate(batches[first:end]), part, rows)
         done = end

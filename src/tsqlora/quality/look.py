@@ -22,16 +22,15 @@ from tsqlora.quality.gradient_pass import gradient_pass
 from tsqlora.quality.head_start import HeadStart, install
 from tsqlora.quality.label_noise import reject
 from tsqlora.quality.predictions import predictions
-from tsqlora.quality.rows import Dataset
-from tsqlora.quality.rule import Compute, RowNames, ScoringRule, needs_gradients, needs_trusted, of_classes
+from tsqlora.quality.rule import LookRequest, ScoringRule, needs_gradients, needs_trusted, of_classes
 from tsqlora.quality.sampling import draw_size
 from tsqlora.quality.scores import Scores, from_terms
 from tsqlora.quality.started import Started, start_head
 from tsqlora.quality.terms import Measured, Term
-from tsqlora.quality.trusted import RATE, Trusted, trusted_model, trusted_steps_of
+from tsqlora.quality.trusted import RATE, trusted_model, trusted_steps_of
 from tsqlora.seeds import stream
 from tsqlora.tasks import Task
-from tsqlora.tasks.forward import Collate, each_its_row
+from tsqlora.tasks.forward import each_its_row
 from tsqlora.tasks.generation import Generation
 
 
@@ -52,33 +51,22 @@ class Look:
     """Puts the model's own head back."""
 
 
-def look(
-    model: nn.Module,
-    dataset: Dataset,
-    collate: Collate,
-    *,
-    rule: ScoringRule,
-    task: Task,
-    rows: RowNames,
-    compute: Compute,
-    fraction: float = 1.0,
-    trusted: Trusted | None = None,
-) -> Look:
+def look(model: nn.Module, request: LookRequest) -> Look:
     """Fit the head where that is better than the model's own, and score every row.
 
-    The fitted head stays in the model; all else is as it was. `fraction` of the rows must be left by a gate. The scores
-    of several processes are the same.
+    The fitted head stays in the model; all else is as it was. The scores of several processes are the same.
     """
     begun = time.perf_counter()
-    model, collate = distributed.unwrapped(model), each_its_row(collate)
-    rule = rule.trusting(task, trusted is not None)
+    task, trusted = request.task, request.trusted
+    rule = request.rule.trusting(task, trusted is not None)
     rule.require_trusted(trusted is not None)
     rule.require_rejectable(task)
     if trusted is not None and isinstance(rule.reference, int):
         rule = replace(rule, reference=trusted.rows)
-    started = start_head(model, dataset, collate, rule=rule, task=task, rows=rows, compute=compute, trusted=trusted)
+    model, request = distributed.unwrapped(model), replace(request, rule=rule, collate=each_its_row(request.collate))
+    started = start_head(model, request)
     try:
-        found = _Looking(model, dataset, collate, rule, task, rows, compute, trusted, started).found(fraction)
+        found = _Looking(model, request, started).found()
     except BaseException:
         started.undo()
         raise
@@ -91,71 +79,61 @@ class _Looking:
     """A look at a model whose head is fitted."""
 
     model: nn.Module
-    dataset: Dataset
-    collate: Collate
-    rule: ScoringRule
-    task: Task
-    rows: RowNames
-    compute: Compute
-    trusted: Trusted | None
+    request: LookRequest
     started: Started
 
-    def found(self, fraction: float) -> Look:
-        started, task = self.started, self.task
+    def found(self) -> Look:
+        started, task, rule = self.started, self.request.task, self.request.rule
         why_not = distributed.once(lambda: started.why_not(task))
         teaches = self._teaches()
-        rule = self.rule
         if (why_not and needs_gradients(rule.measured())) or (needs_trusted(rule.measured()) and not teaches):
             rule = replace(rule, weights=None, temperature=1.0, terms=(), reject=None)
         columns: dict[str, np.ndarray] = {}
         record: dict[str, Any] = {}
         if needs_gradients(rule.measured()) or any(term.alone for term in rule.measured().values()):
-            measured = gradient_pass(
-                self.model, self.dataset, self.collate, rule=rule, task=task, rows=self.rows, compute=self.compute
-            )
+            measured = gradient_pass(self.model, replace(self.request, rule=rule))
             columns, record = measured.columns, measured.record
         begun, trusts = time.perf_counter(), rule.trusts
         known = self._trusted_loss() if teaches and trusts else None
         taken = self._trusted_cost(time.perf_counter() - begun) if teaches and trusts else PhaseCost()
         # Decided once: what is drawn must not depend on a process.
-        scores = distributed.once(
-            lambda: self._gated(self._scores(rule, columns, record, known, why_not), rule, known, fraction)
-        )
+        scores = distributed.once(lambda: self._gated(self._scores(rule, columns, record, known, why_not), rule, known))
         cost = self._cost(rule, record.get("reference_rows", 0))
         return Look(scores, started.head, why_not, cost, taken, started.layer, started.undo)
 
     def _teaches(self) -> bool:
-        if self.trusted is None:
+        task, trusted = self.request.task, self.request.trusted
+        if trusted is None:
             return False
-        if isinstance(self.task, Generation) or self.trusted.loss is not None:
+        if isinstance(task, Generation) or trusted.loss is not None:
             return True
-        return distributed.once(lambda: self.started.teaches(self.task))
+        return distributed.once(lambda: self.started.teaches(task))
 
     def _cost(self, rule: ScoringRule, reference: int) -> PhaseCost:
-        terms, n, lengths = rule.measured().values(), len(self.dataset), self.rows.lengths
-        cost = look_cost(
-            terms, rows=n, reference=reference, trusted=0 if self.trusted is None else len(self.trusted.rows)
-        )
+        terms, n, lengths = rule.measured().values(), len(self.request.dataset), self.request.rows.lengths
+        cost = look_cost(terms, rows=n, reference=reference, trusted=self.request.trusted_rows)
         if lengths is not None:  # of the rows; the reference's are few
             cost.add(tokens=cost.forward // n * sum(lengths))
         return cost
 
     def _trusted_cost(self, seconds: float) -> PhaseCost:
-        assert self.trusted is not None
-        if self.trusted.loss is not None:
+        task, trusted = self.request.task, self.request.trusted
+        assert trusted is not None
+        if trusted.loss is not None:
             return PhaseCost()
-        steps, batch = trusted_steps_of(self.task, len(self.trusted.rows), self.trusted.batch_size)
-        cost = trusted_cost(len(self.dataset), steps=steps, batch_size=batch)
+        steps, batch = trusted_steps_of(task, len(trusted.rows), trusted.batch_size)
+        cost = trusted_cost(len(self.request.dataset), steps=steps, batch_size=batch)
         cost.add(seconds=seconds)
         return cost
 
     def _trusted_loss(self) -> np.ndarray | None:
         """The trusted model's loss on every row, in the first process; all train the same model."""
-        trusted, started, compute = self.trusted, self.started, self.compute
+        request, started = self.request, self.started
+        trusted, compute = request.trusted, request.compute
         assert trusted is not None
         if trusted.loss is not None:
             return trusted.loss
-        steps, batch = trusted_steps_of(self.task, len(trusted.rows), trusted.batch_size)
+        steps, batch = trusted_steps_of(request.task, len(trusted.rows), trusted.batch_size)
 
         def start() -> None:
             if started.of_trusted is not None and started.layer is not None:
@@ -164,19 +142,21 @@ class _Looking:
         with trusted_model(
             self.model,
             trusted.rows,
-            self.collate,
-            task=self.task,
+            request.collate,
+            task=request.task,
             learning_rate=RATE * trusted.learning_rate,
             steps=steps,
             batch_size=batch,
             autocast=compute.autocast,
-            rng=stream("trusted model", self.rule.seed),
+            rng=stream("trusted model", request.rule.seed),
             start=start,
         ):
             journal = None if compute.journal is None else compute.journal / "trusted"
-            names = {"lengths": self.rows.lengths, "hashes": self.rows.hashes}
+            names = {"lengths": request.rows.lengths, "hashes": request.rows.hashes}
             again = replace(compute, journal=journal)
-            found, _ = forward_pass(self.model, self.dataset, self.collate, task=self.task, compute=again, **names)
+            found, _ = forward_pass(
+                self.model, request.dataset, request.collate, task=request.task, compute=again, **names
+            )
         return None if found is None else found.loss
 
     def _scores(
@@ -187,7 +167,13 @@ class _Looking:
         trusted_loss: np.ndarray | None,
         why_not: str | None,
     ) -> Scores:
-        started, task, trusted, pool = self.started, self.task, self.trusted, self.started.pool
+        started, pool, rows, task, trusted = (
+            self.started,
+            self.started.pool,
+            self.request.rows,
+            self.request.task,
+            self.request.trusted,
+        )
         assert pool is not None
         logits, unseen = started.logits, started.unseen(task)
         said = logits if unseen is None else unseen
@@ -206,20 +192,20 @@ class _Looking:
                 "not_ready": why_not,
                 "frozen": why_not is not None or (started.head is not None and started.head.replaces),
                 "out_of_sample": unseen is not None,
-                "trusted_rows": 0 if trusted is None else len(trusted.rows),
-                **self.rows.about,
+                "trusted_rows": self.request.trusted_rows,
+                **rows.about,
             },
-            hashes=self.rows.hashes,
-            ids=self.rows.ids,
+            hashes=rows.hashes,
+            ids=rows.ids,
             predictions={} if said is None else _predicted(said, pool.labels, task),
         )
         if trusted is not None:
             return scores if trusted.twins is None else scores.drop(trusted.twins, "trusted row")
         return without_suspects(scores) if rule.rejects(classes) and unseen is not None else scores
 
-    def _gated(self, scores: Scores, rule: ScoringRule, trusted_loss: np.ndarray | None, fraction: float) -> Scores:
+    def _gated(self, scores: Scores, rule: ScoringRule, trusted_loss: np.ndarray | None) -> Scores:
         """The scores without rows that the gate leaves out; the record says how many, or why there is no gate."""
-        if rule.gate is None or self.trusted is None:
+        if rule.gate is None or self.request.trusted is None:
             return scores
         if trusted_loss is None:
             why = "trusted rows teach nothing beyond class frequencies: no row is left out"
@@ -227,7 +213,7 @@ class _Looking:
         assert self.started.trusted is not None
         margin = GATES[rule.gate](trusted_loss, scores.labels, self.started.trusted.labels, scores.stratified)
         # Rows that are drawn evenly may come twice.
-        size = draw_size(len(scores), fraction)
+        size = draw_size(len(scores), self.request.fraction)
         mask = left_out(np.where(scores.kept, margin, np.inf), -(-size // 2) if rule.even else size)
         noted = replace(scores, record={**scores.record, "gate": {"name": rule.gate, "left_out": int(mask.sum())}})
         return noted.drop(mask, "gated") if mask.any() else noted

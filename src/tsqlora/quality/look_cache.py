@@ -26,11 +26,8 @@ from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.quality.cost import PhaseCost
 from tsqlora.quality.look import Look, look
 from tsqlora.quality.rows import Dataset, held
-from tsqlora.quality.rule import Compute, RowNames, ScoringRule, needs_trusted
+from tsqlora.quality.rule import LookRequest
 from tsqlora.quality.scores import Scores
-from tsqlora.quality.trusted import Trusted
-from tsqlora.tasks import Task
-from tsqlora.tasks.forward import Collate
 
 KEPT = 16
 """Looks."""
@@ -49,30 +46,18 @@ class KeptLook:
     why_not: str | None
 
 
-def look_once(
-    model: nn.Module,
-    dataset: Dataset,
-    collate: Collate,
-    *,
-    rule: ScoringRule,
-    task: Task,
-    rows: RowNames,
-    compute: Compute,
-    fraction: float,
-    trusted: Trusted | None,
-) -> Look:
+def look_once(model: nn.Module, request: LookRequest) -> Look:
     """What `look` finds, or found before of the same model and rows; where it needs the trusted model it always looks.
 
-    That one depends on the learning rate.
+    That one depends on the learning rate.  Only a gate reads the fraction, and only the trusted model makes a gate.
     """
-    options: dict[str, Any] = {"rule": rule, "task": task, "rows": rows, "compute": compute}
-    asked = rule.trusting(task, trusted is not None)
+    task, rows, trusted = request.task, request.rows, request.trusted
     key = None
-    if asked.gate is None and not needs_trusted(asked.measured()):
-        decides = {**asdict(rule), "task": repr(task), "autocast": str(compute.autocast), "fraction": fraction}
-        apart = [] if trusted is None else [trusted.rows]
+    if not request.rule.trusting(task, trusted is not None).trusts:
+        decides = {**asdict(request.rule), "task": repr(task), "autocast": str(request.compute.autocast)}
+        seen = [request.dataset] if trusted is None else [request.dataset, trusted.rows]
         with eval_mode(model):  # rows may draw random numbers, as augmentation does
-            key = distributed.once(lambda: key_of(distributed.unwrapped(model), [dataset, *apart], decides))
+            key = distributed.once(lambda: key_of(distributed.unwrapped(model), seen, decides))
     known = None if key is None else distributed.once(lambda: load(key))
     if known is not None:
         with torch.no_grad():
@@ -82,7 +67,7 @@ def look_once(
         hashes = None if rows.hashes is None else tuple(rows.hashes)
         scores = replace(known.scores, ids=rows.ids, hashes=hashes, record=record)
         return Look(scores, None, known.why_not, PhaseCost(), PhaseCost())
-    found = look(model, dataset, collate, **options, fraction=fraction, trusted=trusted)
+    found = look(model, request)
     if key is not None and distributed.is_first():
         save(key, KeptLook(found.scores, _changed(model, found), found.why_not))
     return found

@@ -18,8 +18,9 @@ from tsqlora.quality.label_noise import MOST
 from tsqlora.quality.rows import REFERENCE_ROWS, Dataset
 from tsqlora.quality.sampling import require_temperature
 from tsqlora.quality.terms import Asked, Term, get_terms
+from tsqlora.quality.trusted import Trusted
 from tsqlora.tasks import Answers, Task
-from tsqlora.tasks.forward import Batch, require_labels
+from tsqlora.tasks.forward import Batch, Collate, require_labels
 from tsqlora.tasks.generation import Generation
 
 TRUST: Mapping[str, float] = {"loss": -1.0}
@@ -233,3 +234,23 @@ def of_classes(task: Task, labels: np.ndarray) -> bool:
 def require_precision(terms: Mapping[str, Term], autocast: torch.dtype | None) -> None:
     if autocast is not None and any(term.lookahead for term in terms.values()):
         raise SettingsError("loss_reduction is a difference that half precision cannot hold; score in float32")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LookRequest:
+    """Rows to look at, and how: all that a look needs beside the model."""
+
+    dataset: Dataset
+    collate: Collate
+    """Makes batches in which each row is a sample."""
+    task: Task
+    rule: ScoringRule = ScoringRule()
+    rows: RowNames = RowNames()
+    compute: Compute = Compute()
+    trusted: Trusted | None = None
+    fraction: float = 1.0
+    """The share of the rows that a gate must leave."""
+
+    @property
+    def trusted_rows(self) -> int:
+        return 0 if self.trusted is None else len(self.trusted.rows)

@@ -12,7 +12,7 @@ from tsqlora.oom import halves, retry_on_oom
 from tsqlora.quality.exact import require_own_loss
 from tsqlora.quality.look import look
 from tsqlora.quality.rows import Dataset, require_reference
-from tsqlora.quality.rule import PAPER_TERMS, Compute, RowNames, ScoringRule, require_precision
+from tsqlora.quality.rule import PAPER_TERMS, Compute, LookRequest, RowNames, ScoringRule, require_precision
 from tsqlora.quality.scorable import require_apart
 from tsqlora.quality.scores import Scores, require_names
 from tsqlora.quality.subset import equals
@@ -54,7 +54,10 @@ def score(
         task = _own_task(model, dataset, each_its_row(collate), compute)
     if trusted is not None and not isinstance(trusted, Trusted):
         trusted = Trusted(trusted, twins=equals(dataset, trusted))
-    found = look(model, dataset, collate, rule=rule, task=task, rows=rows, compute=compute, trusted=trusted)
+    request = LookRequest(
+        dataset=dataset, collate=collate, task=task, rule=rule, rows=rows, compute=compute, trusted=trusted
+    )
+    found = look(model, request)
     found.undo()
     if found.why_not is not None:
         warnings.warn(f"rows are drawn evenly, and have no terms of gradients: {found.why_not}", stacklevel=2)

@@ -16,13 +16,10 @@ from tsqlora.quality.head_start import HeadStart, features_with, fit_start, inst
 from tsqlora.quality.learned import against_chance, require_finite
 from tsqlora.quality.linear_head import Kind, row_losses
 from tsqlora.quality.ridge import fit_ridge, fit_temperature, leave_one_out_logits
-from tsqlora.quality.rows import Dataset
-from tsqlora.quality.rule import Compute, RowNames, ScoringRule
-from tsqlora.quality.trusted import Trusted
+from tsqlora.quality.rule import LookRequest
 from tsqlora.seeds import stream
 from tsqlora.tasks import Answers, Task
 from tsqlora.tasks.classification import Classification
-from tsqlora.tasks.forward import Collate
 from tsqlora.tasks.regression import Regression
 
 ROWS_TO_FIT = 50_000
@@ -96,27 +93,19 @@ class Started:
         return self.pool.features if self.head is None else features_with(self.head, self.pool, self.layer)
 
 
-def start_head(
-    model: nn.Module,
-    dataset: Dataset,
-    collate: Collate,
-    *,
-    rule: ScoringRule,
-    task: Task,
-    rows: RowNames,
-    compute: Compute,
-    trusted: Trusted | None = None,
-) -> Started:
+def start_head(model: nn.Module, request: LookRequest) -> Started:
     """Fit the task's last linear layer on the features that it is given, and install it where it is better.
 
     One forward pass without dropout over all rows, and over the trusted ones; the first process fits. The head is
     fitted on the rows, or on the trusted rows, whichever loses less on these.
     """
-    passing = partial(forward_pass, model, task=task, compute=compute)
-    pool, layer = passing(dataset, collate, lengths=rows.lengths, hashes=rows.hashes)
+    rule, task, trusted, compute = request.rule, request.task, request.trusted, request.compute
+    passing = partial(forward_pass, model, collate=request.collate, task=task)
+    names = {"lengths": request.rows.lengths, "hashes": request.rows.hashes}
+    pool, layer = passing(request.dataset, compute=compute, **names)
     apart = None
     if trusted is not None:
-        apart, _ = passing(trusted.rows, collate, compute=replace(compute, journal=None, progress=None))
+        apart, _ = passing(trusted.rows, compute=replace(compute, journal=None, progress=None))
     trusts = rule.trusts and trusted is not None and trusted.loss is None
     if layer is None or not isinstance(task, Classification | Regression) or not (rule.head_start or trusts):
         return Started(None, None, layer, pool, apart)

@@ -3,6 +3,7 @@
 import math
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from tsqlora.quality.epochs import trusted_steps
 from tsqlora.quality.fallback import guarded
 from tsqlora.quality.look import look
 from tsqlora.quality.look_cache import look_once
-from tsqlora.quality.rule import Compute, RowNames, ScoringRule
+from tsqlora.quality.rule import Compute, LookRequest, RowNames, ScoringRule
 from tsqlora.quality.scorable import require_scorable
 from tsqlora.quality.scores import Scores
 from tsqlora.quality.started import start_head
@@ -295,17 +296,25 @@ class QualityCallback(TrainerCallback):
         lookahead = any(term.lookahead for term in self.rule.measured().values())
         return torch.bfloat16 if args.bf16 and not lookahead else None
 
-    def _compute(self, args: TrainingArguments) -> Compute:
-        progress = self.progress
+    def _request(
+        self, args: TrainingArguments, model: nn.Module, collate: Collate, about: Mapping[str, Any]
+    ) -> LookRequest:
+        """A look at all rows; `about` is for the scores' record."""
+        data, rows, progress = self.data, self.rows, self.progress
+        if rows.lengths is None and data.lengths is not None:
+            rows = replace(rows, lengths=data.lengths[: len(data.dataset)])
         if progress is None and not args.disable_tqdm and distributed.is_first():
-            progress = _bar(self.data)
-        return Compute(args.per_device_train_batch_size, self._autocast(args), progress=progress)
-
-    def _names(self, about: dict[str, Any]) -> RowNames:
-        lengths, known = self.rows.lengths, self.data.lengths
-        if lengths is None and known is not None:
-            lengths = known[: len(self.data.dataset)]
-        return replace(self.rows, lengths=lengths, about={**about, **self.rows.about})
+            progress = _bar(data)
+        return LookRequest(
+            dataset=data.dataset,
+            collate=self.collate or collate,
+            task=self._task(args, model),
+            rule=self.rule,
+            rows=replace(rows, about={**about, **rows.about}),
+            compute=Compute(args.per_device_train_batch_size, self._autocast(args), progress=progress),
+            trusted=self._trusted(args),
+            fraction=data.plan.fraction,
+        )
 
     def _trusted(self, args: TrainingArguments) -> Trusted | None:
         data, scores = self.data, self.data.scores
@@ -319,17 +328,11 @@ class QualityCallback(TrainerCallback):
     def _look(self, args: TrainingArguments, state: TrainerState, model: nn.Module, collate: Any) -> None:
         epoch = epoch_of(state)
         about = {"epoch": epoch, "step": state.global_step, "look": len(self.looks) + 1}
-        found = (look if self.looks else look_once)(
-            model,
-            self.data.dataset,
-            self.collate or collate,
-            rule=self.rule if not self.looks else replace(self.rule, head_start=False),
-            task=self._task(args, model),
-            rows=self._names(about),
-            compute=self._compute(args),
-            fraction=self.data.plan.fraction,
-            trusted=self._trusted(args),
-        )
+        request = self._request(args, model, collate, about)
+        if self.looks:
+            found = look(model, replace(request, rule=replace(self.rule, head_start=False)))
+        else:
+            found = look_once(model, request)
         for phase, cost in (("look", found.cost), ("trusted model", found.trusted_cost)):
             if cost.forward:
                 self.spent.setdefault(phase, PhaseCost()).add(**asdict(cost))
@@ -348,17 +351,8 @@ class QualityCallback(TrainerCallback):
 
     def _start_head(self, args: TrainingArguments, model: nn.Module, collate: Any) -> None:
         """Of a look the head alone: for the control."""
-        start, task = time.perf_counter(), self._task(args, model)
-        started = start_head(
-            distributed.unwrapped(model),
-            self.data.dataset,
-            self.collate or collate,
-            rule=self.rule,
-            task=task,
-            rows=self._names({}),
-            compute=self._compute(args),
-            trusted=self._trusted(args),
-        )
+        start = time.perf_counter()
+        started = start_head(distributed.unwrapped(model), self._request(args, model, collate, {}))
         head = None if started.head is None else started.head.summary()
         self.looks.append({"step": 0, "epoch": 0, "head_start": head, "not_ready": None})
         rows = len(self.data.dataset)
