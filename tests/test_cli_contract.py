@@ -19,7 +19,7 @@ Run = Callable[..., tuple[int, str, str]]
 OPTIONS = {
     "demo": "--out --seed",
     "init": "-o --output --task",
-    "train": "--set --out --init-from --resume --dry-run",
+    "train": "--model --data --set --out --init-from --resume --dry-run",
     "score": "--out --set --drop --explain --data --dry-run",
     "explain": "--row --data",
     "select": "--out --fraction --seed --data",
@@ -88,6 +88,9 @@ def assert_refused(answer: tuple[int, str, str], code: int, named: str) -> None:
     ("arguments", "named"),
     [
         ("train", "CONFIG"),
+        ("train --model m", "data.train"),
+        ("train --data d.csv --set quality.fraction=1", "model.path"),
+        ("train --model m --data d.csv --set qualty.fraction=1", "qualty"),
         ("fly", "fly"),
         ("train c.yaml --fast", "--fast"),
         ("select s --fraction x --out o", "--fraction"),
@@ -169,6 +172,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("init", "yaml"),
         ("init -o new.yaml", "out"),
         ("train c.yaml --out new", "run status seed metrics ranks rank_events cost versions plan data quality"),
+        ("train --model model --data train.jsonl --set training.epochs=1 --set ranks.policy=fixed", "run status"),
         ("train c.yaml --dry-run", "steps rows passes classes"),
         ("score run --out new.parquet", "scores rows kept held_out"),
         ("select scores.parquet --fraction 0.5 --data train.jsonl --out new.jsonl", "out rows"),
@@ -206,7 +210,7 @@ def tree(folder: Path) -> dict[str, tuple[int, int] | None]:
     ("arguments", "code"),
     [
         ("train c.yaml --set quality.enabled=true --set quality.gate=share --out OUT", 2),
-        ("train c.yaml --set quality={enabled:true,weights:{loss:1},fraction:0.01} --out OUT", 2),
+        ("train c.yaml --set quality.enabled=true --set quality.preset=paper --set quality.fraction=0.01 --out OUT", 2),
         ("train c.yaml --set data.train=none.csv --out OUT", 3),
         ("train c.yaml --set data.train=one-class.jsonl --out OUT", 3),
         ("train c.yaml --set data.train=holes.jsonl --out OUT", 3),

@@ -16,6 +16,7 @@ from scoring import logits_of
 from stock import base_bert, make_trainer, moods
 
 CALLS = {
+    "train": [{"config": "tsq.yaml"}, {"model": {"path": "m"}, "data": {"train": "f"}, "out": "run", "resume": True}],
     "wrap": [
         {"model": 0, "mean_rank": 8},
         {"model": 0, "config": 0},

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tsqlora.adapter.slots import active_parameters, active_ranks, finalize
     from tsqlora.adapter.wrap import wrap
+    from tsqlora.cli.library import train
     from tsqlora.errors import DataError, SettingsError, TsqLoraError, UnsupportedError
     from tsqlora.layer_sensitivity import sensitivity
     from tsqlora.quality.audit import Audit, audit
@@ -60,12 +61,14 @@ __all__ = [
     "score",
     "select",
     "sensitivity",
+    "train",
     "wrap",
 ]
 
 _HOMES = {
     "adapter.slots": ("active_parameters", "active_ranks", "finalize"),
     "adapter.wrap": ("wrap",),
+    "cli.library": ("train",),
     "errors": ("DataError", "SettingsError", "TsqLoraError", "UnsupportedError"),
     "quality.audit": ("Audit", "audit"),
     "quality.epochs": ("sample",),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from tsqlora.errors import SettingsError, TsqLoraError
-from tsqlora.training.run_dir import CONFIG_FILE, LOCK_FILE, locked, written
+from tsqlora.training.run_dir import CONFIG_FILE, LOCK_FILE, dated, locked, written
 
 
 def test_a_directory_is_made_and_free_again_after_the_lock(tmp_path: Path) -> None:
@@ -43,6 +44,23 @@ def test_a_held_lock_of_another_process_is_refused_and_dies_with_it(tmp_path: Pa
         holder.kill()
     with locked(tmp_path):
         pass
+
+
+def test_a_run_without_out_has_a_directory_of_its_day_and_name(tmp_path: Path) -> None:
+    def begun(source: str, **options: bool) -> str:
+        run = dated(source, under=tmp_path, **options)
+        run.mkdir(exist_ok=True)
+        (run / CONFIG_FILE).touch()
+        return run.name
+
+    today = date.today().isoformat()
+    assert begun("data/my rows!.csv") == f"{today}-my-rows"
+    assert [begun("owner/name:mrpc[train]") for _ in range(3)] == [f"{today}-name{end}" for end in ("", "-2", "-3")]
+    assert begun("name.jsonl", resume=True) == f"{today}-name-3"
+    assert begun("other.csv", resume=True) == f"{today}-other"
+    (tmp_path / "2020-01-01-name-9").mkdir()
+    assert begun("name.jsonl", resume=True) == f"{today}-name-3"
+    assert not dated("é/../..").is_absolute()
 
 
 def test_a_held_lock_is_refused(tmp_path: Path) -> None:

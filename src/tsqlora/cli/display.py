@@ -86,6 +86,7 @@ def show_record(console: Console, record: Mapping[str, Any]) -> None:
     for note in record["notes"]:
         console.print(f"note: {note}", markup=False)
     console.print(f"adapter     {record['run']}/adapter", soft_wrap=True, markup=False)
+    console.print(f"report      tsqlora report {record['run']}", soft_wrap=True, markup=False, highlight=False)
 
 
 def show_allocation(console: Console, arguments: Mapping[str, Any]) -> None:

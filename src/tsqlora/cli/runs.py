@@ -8,7 +8,7 @@ import typer
 
 from tsqlora.cli import console
 from tsqlora.cli.display import show_demo, show_numbers, show_plan, show_record, show_suspects
-from tsqlora.cli.options import Beams, ConfigFile, Json, NewTokens, Run, Set
+from tsqlora.cli.options import Beams, Json, NewTokens, Run, Set
 from tsqlora.cli.progress_bars import Display
 from tsqlora.errors import SettingsError
 
@@ -59,9 +59,15 @@ def init(
 
 
 def train(
-    config: ConfigFile,
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="A YAML file; without one, --model and --data.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(metavar="M", help="Directory or hub id; model.path.")] = None,
+    data: Annotated[str | None, typer.Option(metavar="F", help="File, directory or hub id; data.train.")] = None,
     set_: Set = None,
-    out: Annotated[Path, typer.Option(help="The run's directory.")] = Path("run"),
+    out: Annotated[
+        Path | None, typer.Option(help="The run's directory; else runs/DATE-NAME, by the name of CONFIG or data.")
+    ] = None,
     init_from: Annotated[
         str | None, typer.Option(metavar="RUN|ADAPTER", help="Go on from this adapter; --set adapter.init_from=…")
     ] = None,
@@ -73,26 +79,35 @@ def train(
 ) -> None:
     """Trains: a look at all rows, then LoRA with moving ranks; writes an adapter that plain PEFT loads.
 
+    Columns with usual names are found: text and label, prompt and completion.
+
+    Example: tsqlora train --model sentence-transformers/all-MiniLM-L6-v2 --data rows.csv
+
     Example: tsqlora train tsq.yaml --set quality.fraction=0.3 --out run
     """
     from tsqlora.run import train as pipeline
     from tsqlora.run.config import load_config
-    from tsqlora.training.run_dir import require_free
+    from tsqlora.training.run_dir import dated, require_free
 
-    start = [] if init_from is None else [f"adapter.init_from={json.dumps(init_from, ensure_ascii=False)}"]
-    settings = load_config(config, [*(set_ or []), *start])
+    named = {"model.path": model, "data.train": data, "adapter.init_from": init_from}
+    overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in named.items() if value is not None]
+    overrides += set_ or []
+    if config is None and not overrides:
+        raise SettingsError("train takes a CONFIG, or --model and --data; `tsqlora init` writes a CONFIG")
+    settings = load_config(config, overrides)
+    run = out or dated(settings.data.train if config is None else str(config), resume=resume)
     if dry_run:
         console.show(pipeline.dry_run(settings), as_json, show_plan)
         try:
-            require_free(out, resume=resume)
+            require_free(run, resume=resume)
         except SettingsError as taken:
             console.note(f"the run itself would be refused: {taken}")
         if resume:
             console.note("this is the plan of the whole run; --resume does what is left of it")
         return
     with Display(console.stderr) as display:
-        record = pipeline.train(settings, out, resume=resume, progress=display.progress)
-    console.show({"run": str(out), **record.to_dict()}, as_json, show_record)
+        record = pipeline.train(settings, run, resume=resume, progress=display.progress)
+    console.show({"run": str(run), **record.to_dict()}, as_json, show_record)
 
 
 def evaluate(

@@ -203,10 +203,14 @@ def _listed(folder: Path) -> list[Path]:
 
 def _refuse_missing_file(path: Path, source: str | Path) -> None:
     if path.suffix.lower() in READERS or isinstance(source, Path) or not is_hub_id(DatasetName.of(source).id):
-        there = [file.name for file in _listed(path.parent)] if os.path.isdir(path.parent) else []
-        close = difflib.get_close_matches(path.name, there, n=1)
-        hint = f"did you mean '{path.parent / close[0]}'? " if close else ""
-        raise DataError(f"no file {source}; {hint}correct the path, seen from {Path.cwd()}")
+        raise DataError(f"no file {source}; {_nearest_file(path)}correct the path, seen from {Path.cwd()}")
+
+
+def _nearest_file(path: Path) -> str:
+    """A hint for a name that no file has: the nearest one that is there."""
+    there = [file.name for file in _listed(path.parent)] if os.path.isdir(path.parent) else []
+    close = difflib.get_close_matches(path.name, there, n=1)
+    return f"did you mean '{path.parent / close[0]}'? " if close else ""
 
 
 def _load_hub(name: DatasetName) -> Any:
@@ -225,7 +229,7 @@ def _load_hub(name: DatasetName) -> Any:
         reason = " ".join(str(exc).splitlines()[:2]) or type(exc).__name__
         raise DataError(
             f"{name.id} is neither a local file or directory nor a loadable hub data set ({reason}); "
-            f"correct the name (ID:CONFIGURATION[SPLIT]), or download it and name the file"
+            f"{_nearest_file(Path(name.id))}correct it (ID:CONFIGURATION[SPLIT]), or download it and name the file"
         ) from exc
 
 

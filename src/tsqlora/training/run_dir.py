@@ -2,15 +2,19 @@
 
 import errno
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import date
+from itertools import count
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from tsqlora.compat.hub import DatasetName
 from tsqlora.errors import DataError, SettingsError, TsqLoraError
 from tsqlora.training.record import RECORD_FILE
 
@@ -144,6 +148,36 @@ def _of_the_disk(run: Path, error: Exception) -> str | None:
     if any(words in text for words in _TORCH_WRITES):
         return f"a file was cut off ({shutil.disk_usage(run).free:,} bytes are free)"
     return next((os.strerror(number) for number in _REFUSALS if f"os error {number})" in text), None)
+
+
+def dated(source: str, *, resume: bool = False, under: Path = Path("runs")) -> Path:
+    """The directory of a run that was given none: DATE-NAME by the file or data set that it is of.
+
+    One that is taken is passed over: DATE-NAME-2, and so on. With `resume` the newest one of NAME, where there is one.
+    """
+    hub = DatasetName.of(source)
+    stem = Path(source).stem if hub.id == source else hub.id.rpartition("/")[2]
+    name = re.sub(r"[^\w.-]+", "-", stem).strip("-.") or "run"
+    pattern = re.compile(rf"(\d{{4}}-\d\d-\d\d)-{re.escape(name)}(?:-(\d+))?")
+    there = (pattern.fullmatch(path.name) for path in under.glob("*"))
+    begun = {(found[1], int(found[2] or 1)): found[0] for found in there if found and is_run(under / found[0])}
+    if resume and begun:
+        return under / begun[max(begun)]
+    first = under / f"{date.today().isoformat()}-{name}"
+    return next(path for path in _numbered(first) if _is_free(path))
+
+
+def _numbered(first: Path) -> Iterator[Path]:
+    yield first
+    yield from (first.with_name(f"{first.name}-{number}") for number in count(2))
+
+
+def _is_free(run: Path) -> bool:
+    try:
+        require_free(run)
+    except SettingsError:
+        return False
+    return True
 
 
 def require_free(run: Path, *, resume: bool = False) -> None:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +14,49 @@ from tsqlora.run.config.messages import explain
 from tsqlora.run.config.settings import Config, without_removed
 
 
-def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, trained: bool = False) -> Config:
-    """The settings in a YAML file, checked.
+def load_config(
+    path: str | os.PathLike[str] | None,
+    overrides: Sequence[str] = (),
+    *,
+    sections: Mapping[str, Any] | None = None,
+    trained: bool = False,
+) -> Config:
+    """The settings in a YAML file, checked; without a file those that are given alone.
 
-    `overrides` are `key.key=value` with the value in YAML; they win over the file. A relative
-    `model.path` or data file is looked for in the working directory, then beside the file, and
-    made absolute where found; what is not found is left as it is: a hub id. With `trained` the file is a finished
-    run's: settings that were removed since, which steered its training, are passed over.
+    `sections` are settings as mappings, such as {"data": {"train": "rows.csv"}}, which win over the file. `overrides`
+    are `key.key=value` with the value in YAML; they win over both. A relative `model.path` or data file is looked for
+    in the working directory, then beside the file, and made absolute where found; what is not found is left as it is:
+    a hub id. With `trained` the file is a finished run's: settings that were removed since, which steered its training,
+    are passed over.
 
     Raises `SettingsError` naming the file (or `--set`), the dotted key, its value and the cure.
     """
-    raw = without_removed(_read(path), any_value=trained)
+    raw = without_removed(_merged({} if path is None else _read(path), sections or {}), any_value=trained)
     assignments = [_parse_override(override) for override in overrides]
     for key, value in assignments:
         _assign(raw, key, value)
+    name = "settings" if path is None else path
     # Empty sections in place of absent ones: a missing key is then reported under its full name.
-    sections: dict[str, Any] = {name: {} for name in Config.model_fields}
+    empty: dict[str, Any] = {name: {} for name in Config.model_fields}
     try:
-        config = Config.model_validate(sections | raw)
+        config = Config.model_validate(empty | raw)
     except ValidationError as error:
         message = explain(error)
         overridden = any(re.search(rf"(?<![\w.]){re.escape(key)}(?!\.?\w)", message) for key, _ in assignments)
-        raise SettingsError(f"{'--set' if overridden else path}: {message}") from None
-    return _with_absolute_paths(config, Path(path).parent)
+        raise SettingsError(f"{'--set' if overridden else name}: {message}") from None
+    return _with_absolute_paths(config, Path() if path is None else Path(path).parent)
+
+
+def _merged(raw: dict[str, Any], sections: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of both; `sections` win. Paths become text."""
+    merged = dict(raw)
+    for key, value in sections.items():
+        before = merged.get(key)
+        if isinstance(value, Mapping):
+            merged[key] = _merged(before if isinstance(before, dict) else {}, value)
+        else:
+            merged[key] = os.fspath(value) if isinstance(value, os.PathLike) else value
+    return merged
 
 
 def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
