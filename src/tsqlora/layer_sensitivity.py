@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from tsqlora import distributed
 from tsqlora.compat.peft import lora_matrices
-from tsqlora.compat.torch import upcast
+from tsqlora.compat.torch import double, upcast
 from tsqlora.errors import SettingsError, UnsupportedError, nearest
 from tsqlora.gradients.capture import Capture, capture
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.gradients.ghost import Factored, LookupGradient
-from tsqlora.gradients.sites import effective_weight, lora_layers, require_float64, target_site
+from tsqlora.gradients.sites import effective_weight, lora_layers, target_site
 from tsqlora.ranks.allocate import Sensitivity
 from tsqlora.seeds import stream
 from tsqlora.tasks import Task
@@ -158,7 +158,9 @@ class Probe:
     def sensitivity(self) -> Sensitivity:
         """The mean over the samples seen, on all processes; a layer that was not used has 0."""
         zero = self._zero()
-        values = distributed.summed(torch.stack([self.totals.get(name, zero).to(zero) for name in self.layers]))
+        values = distributed.summed(
+            torch.stack([double(self.totals[name]) if name in self.totals else zero for name in self.layers])
+        )
         # Not every layer need be used in every pass; one that always is has seen them all.
         samples = int(distributed.summed(torch.tensor(max(self.samples.values(), default=0), device=zero.device)))
         if samples == 0:
@@ -178,12 +180,15 @@ class Probe:
         """Ω ∇W of each layer, summed over samples and processes; Ω is k × o."""
         zero = self._zero()
         unseen = {name: zero.new_zeros(SKETCH_ROWS, _shape(layer)[0]) for name, layer in self.layers.items()}
-        return {name: distributed.summed(self.sketches.get(name, zeros).to(zero)) for name, zeros in unseen.items()}
+        return {
+            name: distributed.summed(double(self.sketches[name]) if name in self.sketches else zeros)
+            for name, zeros in unseen.items()
+        }
 
     def _zero(self) -> Tensor:
         """In what numbers processes add up, and where: a process adds zero for what it has not seen."""
         layer = cast(nn.Module, next(iter(self.layers.values())))
-        return torch.zeros((), dtype=torch.float64, device=next(layer.parameters()).device)
+        return double(torch.zeros((), device=next(layer.parameters()).device))
 
     def _add(self, name: str, a: Tensor, b: Tensor) -> None:
         number = get_estimator(self.estimator)(a, b, self.layers[name])
@@ -253,7 +258,6 @@ def probe_pass(
     task = task or task_of(model)
     probe = Probe(layers, estimator, seed)
     device = next(model.parameters()).device
-    require_float64(device)
     with eval_mode(model), torch.enable_grad(), probe.watch(model) as tap:
         for start in range(0, len(dataset), batch_size):
             rows = [dataset[j] for j in range(start, min(start + batch_size, len(dataset)))]

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 import tsqlora as tsq
 from models import lora, tiny_bert
 from tsqlora.errors import SettingsError, UnsupportedError
-from tsqlora.gradients.sites import batch_coupled, effective_weight, find_sites, lora_layers, require_float64
+from tsqlora.gradients.sites import batch_coupled, effective_weight, find_sites, lora_layers
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 
@@ -174,9 +174,3 @@ def test_what_couples_a_batch_is_named() -> None:
     assert batch_coupled(bert) == []
     bert.config.output_router_logits = True
     assert batch_coupled(bert) == ["the auxiliary loss of a mixture of experts (config.output_router_logits)"]
-
-
-def test_a_device_without_float64_is_refused_by_name() -> None:
-    require_float64(torch.device("cuda"))
-    with pytest.raises(UnsupportedError, match=r"MPS has no float64, .* training\.use_cpu true"):
-        require_float64(torch.device("mps"))

@@ -12,6 +12,7 @@ from tsqlora import distributed
 from tsqlora.adapter.importance import Importance
 from tsqlora.adapter.resize import drop_slots, grow_slot, second_moment_means
 from tsqlora.adapter.slots import Slots
+from tsqlora.compat.torch import double
 from tsqlora.ranks.events import rank_changes
 
 NEGLIGIBLE = 1e-6
@@ -84,7 +85,7 @@ def new_row(rows: Float[Tensor, "r i"], sketch: Float[Tensor, "k i"] | None, *, 
     The leading right singular vector of the sketch, after projecting out `rows`, at their
     mean norm; a seeded random direction where nothing is left. METHOD 4.4.
     """
-    there = rows.double()
+    there = double(rows)
     basis = _row_basis(there)
     direction = None if sketch is None else _leading(sketch.to(there), basis)
     if direction is None:

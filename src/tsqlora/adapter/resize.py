@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tsqlora import distributed
 from tsqlora.adapter.moments import moments
 from tsqlora.adapter.slots import Slots
+from tsqlora.compat.torch import double
 
 Means = Mapping[str, float]
 """A number for each of the optimizer's moments, by its name."""
@@ -89,4 +90,4 @@ def _means(sides: Sequence[tuple[int, nn.Parameter, int]], optimizer: torch.opti
         for name, moment in moments(parameter, optimizer).items():
             if moment.beginning == "mean":
                 found.setdefault(name, []).append(moment.read().narrow(dim, 0, rank).flatten().cpu())
-    return {name: float(torch.cat(parts).double().mean()) for name, parts in found.items()}
+    return {name: float(double(torch.cat(parts)).mean()) for name, parts in found.items()}

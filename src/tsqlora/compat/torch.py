@@ -60,6 +60,15 @@ def show_directly(kind: type[nn.Module], tensor: str) -> None:
     setattr(kind, tensor, property(shown, kind.__dict__[tensor].fset))
 
 
+NO_FLOAT64 = {"mps"}
+"""Kinds of devices that cannot compute in float64."""
+
+
+def double(x: Tensor) -> Tensor:
+    """In float64: on the tensor's own device, or on the processor where the device has none, as Apple's MPS."""
+    return (x.cpu() if x.device.type in NO_FLOAT64 else x).double()
+
+
 def upcast(x: Tensor) -> Tensor:
     """Half precision raised to float32, everything else as it is: sums must not round."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

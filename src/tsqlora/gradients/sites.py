@@ -130,15 +130,6 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     return layers
 
 
-def require_float64(device: torch.device) -> None:
-    """Raises UnsupportedError for a device that has no float64, in which scores and sensitivities add up."""
-    if device.type == "mps":
-        raise UnsupportedError(
-            "Apple's MPS has no float64, in which scores and sensitivities add up; train on the processor: "
-            "TrainingArguments(use_cpu=True), in settings training.use_cpu true"
-        )
-
-
 def inner_name(name: str) -> str:
     """A module's name in the base model, as PEFT's patterns and targets use it."""
     # Also where the PeftModel is a part of somebody's own module.

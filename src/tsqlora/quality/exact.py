@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tsqlora.compat.torch import double
 from tsqlora.errors import UnsupportedError
 from tsqlora.gradients.ghost import MeanGradient, layer_gradient, summed_gradient
 from tsqlora.gradients.sites import Site
@@ -164,7 +165,7 @@ def _require_complete(
 ) -> None:
     truth: dict[str, float] = {}
     for name, grad in by_autograd:
-        truth[name] = truth.get(name, 0.0) + (0.0 if grad is None else float(grad.double().square().sum()))
+        truth[name] = truth.get(name, 0.0) + (0.0 if grad is None else float(double(grad).square().sum()))
     largest = max(truth.values(), default=0.0) ** 0.5
     for name, square in truth.items():
         expected, seen = square**0.5, float(captured[name].norm_sq()) ** 0.5 if name in captured else 0.0

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from tsqlora.compat.torch import double
 from tsqlora.errors import TsqLoraError
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.quality.rows import batches_of
@@ -53,7 +54,7 @@ def learned(losses: Float[Tensor, " n"], chance: Float[Tensor, " n"]) -> Learned
 
     n is at least 2.  Raises TsqLoraError for losses that are not finite.
     """
-    difference = (chance - losses).double()
+    difference = double(chance - losses)
     require_finite(difference)
     mean = float(difference.mean())
     # Not below rounding: rows that are all alike would be infinitely many errors away.
@@ -99,5 +100,5 @@ def is_ready(
 
 def against_chance(task: Answers, logits: Float[Tensor, "n k"], labels: Shaped[Tensor, " n"]) -> LearnedTest:
     """The test of a model's losses against those of the constant guess that loses least on the same rows."""
-    constant = task.chance(labels, logits.shape[1]).to(logits).expand_as(logits).contiguous()
+    constant = task.chance(labels, logits.shape[1]).to(logits.dtype).to(logits.device).expand_as(logits).contiguous()
     return learned(task.loss(logits, labels), task.loss(constant, labels))

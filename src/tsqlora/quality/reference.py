@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tsqlora.compat.torch import double
 from tsqlora.errors import UnsupportedError
 from tsqlora.gradients.capture import Consume, capture
 from tsqlora.gradients.ghost import MeanGradient, layer_gradient, summed_gradient
@@ -86,11 +87,11 @@ def measure_reference(
         inputs, labels = split_labels(batch, model)
         norms.clear()
         _, losses, _ = backward(model, inputs, labels, task, offsets, sites, consume)
-        loss += float(losses.double().sum())
-        norm_sq += float(total_over_sites(norms, losses).double().sum())
+        loss += float(double(losses).sum())
+        norm_sq += float(double(total_over_sites(norms, losses)).sum())
         rows += len(labels)
     mean = {name: gradient.scaled(1 / rows) for name, gradient in total.items()}
-    norm = sum(float(m.norm_sq().double()) for m in mean.values()) ** 0.5
+    norm = sum(float(m.norm_sq()) for m in mean.values()) ** 0.5
     if not (norm > 0 and norm_sq > 0):
         raise UnsupportedError("every gradient of the reference is zero; there is nothing to score by")
     return Reference(mean, norm, 0.5 * loss / norm_sq, rows, offsets)

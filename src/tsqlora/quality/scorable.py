@@ -9,7 +9,7 @@ from torch import nn
 from tsqlora import distributed
 from tsqlora.errors import UnsupportedError
 from tsqlora.gradients.eval_mode import eval_mode
-from tsqlora.gradients.sites import batch_coupled, find_sites, require_float64
+from tsqlora.gradients.sites import batch_coupled, find_sites
 from tsqlora.oom import halves, retry_on_oom
 from tsqlora.quality.exact import require_exact, require_own_loss
 from tsqlora.quality.measure import measured_columns
@@ -37,7 +37,6 @@ def require_scorable(
     wanted = rule.measured()
     model = distributed.unwrapped(model)
     require_apart(model)
-    require_float64(next(model.parameters()).device)
     require_precision(wanted, autocast)
     rule.require_rejectable(task)
     collate = each_its_row(collate)

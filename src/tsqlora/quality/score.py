@@ -7,7 +7,6 @@ from torch import nn
 from tsqlora import distributed
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.gradients.eval_mode import eval_mode
-from tsqlora.gradients.sites import require_float64
 from tsqlora.oom import halves, retry_on_oom
 from tsqlora.quality.exact import require_own_loss
 from tsqlora.quality.look import look
@@ -82,7 +81,6 @@ def _require_possible(model: nn.Module, dataset: Dataset, rule: ScoringRule, row
         raise SettingsError("there are no rows to score")
     require_names(len(dataset), hashes=rows.hashes, ids=rows.ids)
     require_apart(model)
-    require_float64(next(model.parameters()).device)
     require_precision(rule.measured(), compute.autocast)
     if not isinstance(rule.reference, int):
         require_reference(rule.reference, dataset)

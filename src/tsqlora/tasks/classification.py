@@ -12,6 +12,7 @@ from scipy.special import logsumexp, softmax
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor
 
+from tsqlora.compat.torch import double
 from tsqlora.errors import TsqLoraError
 
 # Added to frequencies under the logarithm, so that an absent class has a finite logit.
@@ -70,8 +71,8 @@ class Classification:
         present = frequencies > 0
         found = torch.zeros_like(frequencies)
         wanted = self._smoothed(frequencies[present])
-        found[present] = match_frequencies(logits[:, present].double(), wanted, weights)
-        return found.to(logits.dtype)
+        found[present] = match_frequencies(double(logits[:, present]), wanted, weights)
+        return found.to(logits.dtype).to(logits.device)
 
     def strata(self, labels: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
         """The labels: sampling keeps the classes' shares."""
@@ -97,8 +98,10 @@ class Classification:
 
     def _weights_of(self, labels: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
         """Each sample's share in the mean loss; they sum to 1."""
-        ones = torch.ones(len(labels), dtype=torch.float64, device=labels.device)
-        weights = ones if self.class_weights is None else self.class_weights.to(ones)[labels]
+        if self.class_weights is None:
+            weights = double(torch.ones(len(labels), device=labels.device))
+        else:
+            weights = double(self.class_weights.to(labels.device)[labels])
         return weights / weights.sum()
 
     def _smoothed(self, frequencies: Float[Tensor, " k"]) -> Float[Tensor, " k"]:

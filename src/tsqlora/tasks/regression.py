@@ -10,6 +10,8 @@ from jaxtyping import Float
 from scipy import stats
 from torch import Tensor
 
+from tsqlora.compat.torch import double
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Regression:
@@ -38,8 +40,8 @@ class Regression:
         The like of the classes' calibration. Without it the mean gradient is mostly the mean
         residual's direction, and convergence says only the sign of a sample's residual.
         """
-        residuals = labels.double() - logits.squeeze(-1).double()
-        return residuals.mean().reshape(1).to(logits.dtype)
+        residuals = double(labels) - double(logits.squeeze(-1))
+        return residuals.mean().reshape(1).to(logits.dtype).to(logits.device)
 
     def strata(self, labels: Float[np.ndarray, " n"]) -> None:
         """None: there are no classes."""

@@ -46,7 +46,7 @@ def training_arguments(
         "disable_tqdm": True,
         # On, the Trainer multiplies a loss by the number of processes that BERT's, being a mean, is not divided by.
         "average_tokens_across_devices": False,
-        # Not on Apple's MPS, which has no float64; `use_cpu: false` tries it all the same.
+        # Not on Apple's MPS, where nothing was tried; `use_cpu: false` does.
         "use_cpu": not torch.cuda.is_available(),
     }
     _require_reporters(further.get("report_to") or "none")

@@ -117,8 +117,10 @@ class RankCallback(TrainerCallback):
 
     def summary(self) -> dict[str, Any]:
         """For the record: each decision, the ranks as they are, and what was warned of."""
+        schedule: RankSchedule = self.options["schedule"]
         options = {name: name_of(option) if callable(option) else option for name, option in self.options.items()}
-        options |= asdict(options.pop("schedule"))
+        options |= asdict(schedule)
+        del options["schedule"]
         return {
             "rank_events": list(self.events),
             "ranks": {} if self.loop is None else self.loop.ranks,

@@ -20,7 +20,7 @@ from tsqlora.adapter.moments import cut_moments, moments
 from tsqlora.adapter.slots import Slots, finalize, find_slots, has_slots, sync_config
 from tsqlora.compat.torch import compile_limits
 from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
-from tsqlora.gradients.sites import lora_layers, require_float64
+from tsqlora.gradients.sites import lora_layers
 from tsqlora.layer_sensitivity import Estimator, Probe, get_estimator, probe_pass
 from tsqlora.quality.cost import PhaseCost
 from tsqlora.ranks.events import RankEvent
@@ -86,7 +86,6 @@ class RankLoop:
         self.peft = _peft_model(self.model)
         self.layers, self.final = find_slots(self.model), dict[str, int]()
         require_trained(self.layers, optimizer)
-        require_float64(next(self.model.parameters()).device)
         _require_no_bias(self.peft, self.layers, min_rank)
         self.estimator, self.seed = estimator, seed
         self.rules = RankRules.of(

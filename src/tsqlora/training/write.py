@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from tsqlora.compat.torch import double
 from tsqlora.data.batches import sorted_batches
 from tsqlora.errors import SettingsError, TsqLoraError
 from tsqlora.gradients.eval_mode import eval_mode
@@ -40,7 +41,7 @@ def token_metrics(
         for indices in sorted_batches([len(s["input_ids"]) for s in samples], batch_size):
             inputs, labels = split_labels(collate([samples[j] for j in indices]), model)
             counts = task.count(model_logits(model, inputs, task), labels)
-            loss += float(counts.loss.double().sum())
+            loss += float(double(counts.loss).sum())
             right, tokens = right + int(counts.right.sum()), tokens + int(counts.tokens.sum())
             done += len(indices)
             if progress is not None:
