@@ -109,3 +109,14 @@ def test_mean_hidden_states_ignore_padding() -> None:
     assert mean is not None
     torch.testing.assert_close(mean[0], state[0, :2].mean(0))
     torch.testing.assert_close(mean[1], state[1].mean(0))
+
+
+def test_rows_of_a_class_with_few_others_are_not_judged_and_make_no_evidence() -> None:
+    features, true, rng = blobs(0.3)
+    rare = CLASSES + rng.permutation(60)  # each the only row of its class
+    labels = np.concatenate([rare, true[60:]])
+    audit = audit_of(features, labels, classes=range(CLASSES + 60))
+    assert audit.unjudged == 60
+    assert audit.likely_wrong <= 0.01 * ROWS
+    with pytest.raises(tsq.SettingsError, match="5 rows"):
+        audit_of(features[:60], rare)

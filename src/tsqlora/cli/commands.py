@@ -19,6 +19,7 @@ app = typer.Typer(
 for command in (
     runs.demo,
     runs.init,
+    rows.audit,
     runs.train,
     rows.score,
     rows.explain,

@@ -248,3 +248,30 @@ def show_demo(console: Console, result: Mapping[str, Any]) -> None:
     console.print(f"\n{result['verdict']}", highlight=False)
     if result["out"]:
         console.print(f"report: {result['report']}", soft_wrap=True, markup=False, highlight=False)
+
+
+def show_audit(console: Console, found: Mapping[str, Any]) -> None:
+    """What an audit says of the labels, its first suspects, and what to do next."""
+    plain: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
+    console.print(f"{found['rows']:,} rows, {len(found['classes'])} classes, read by {found['model_name']}", **plain)
+    console.print(found["summary"], **plain)
+    table = Table(title="first suspects", title_justify="left")
+    for name in ("row", "label", "suggested", "wrong", "text"):
+        table.add_column(name, no_wrap=True, overflow="ellipsis", max_width=None if name == "text" else 22)
+    for row in found["first"]:
+        table.add_row(
+            str(row["row"]),
+            *(Text(_shortened(str(row[name]))) for name in ("label", "suggested_label")),
+            f"{row['wrong_probability']:.0%}",
+            Text(_shortened(row["text"])),
+        )
+    console.print(table)
+    if found["duplicates"]:
+        console.print(f"{found['duplicates']:,} pairs of near-duplicates have different labels; the page shows them")
+    for note in found["notes"]:
+        console.print(f"note: {note}", **plain)
+    console.print(
+        f"{found['listed']:,} rows are listed ({found['checks']:,} of them to check) in {found['suspects']}\n"
+        f"review them in {found['page']}, export, then: tsqlora audit --apply reviewed.csv --out {found['out']}",
+        **plain,
+    )

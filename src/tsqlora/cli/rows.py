@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tsqlora.cli import console
-from tsqlora.cli.display import show_allocation, show_numbers, show_row, show_scores, show_scoring_plan
+from tsqlora.cli.display import show_allocation, show_audit, show_numbers, show_row, show_scores, show_scoring_plan
 from tsqlora.cli.options import Json, Set, Source
 from tsqlora.cli.progress_bars import Display
 from tsqlora.errors import SettingsError
@@ -127,3 +127,41 @@ def allocate(
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, arguments)
     console.show({"out": str(out), **arguments}, as_json, show_allocation)
+
+
+def audit(
+    source: Annotated[str | None, typer.Argument(metavar="CONFIG|DATA", help="A YAML file, or labelled rows.")] = None,
+    model: Annotated[str | None, typer.Option(help="Directory or hub id; else the config's, or MiniLM.")] = None,
+    review: Annotated[int, typer.Option(metavar="N", min=0, help="Add N rows to check that are no suspects.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory to write into; else a dated one under runs/, or the audit's.")
+    ] = None,
+    apply: Annotated[
+        Path | None, typer.Option(metavar="CSV", help="Write the rows as this reviewed table corrects them.")
+    ] = None,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Finds likely wrong labels, before any training: a table, and a page to go through them.
+
+    With --apply the table that you reviewed corrects the rows; those that you
+    reviewed become trusted.jsonl, which data.trusted takes.
+
+    Example: tsqlora audit train.csv --review 100 --out audit
+    """
+    if (source is None) == (apply is None):
+        raise SettingsError("audit takes rows (a CONFIG or DATA), or else a reviewed table: --apply suspects.csv")
+    if apply is not None:
+        from tsqlora.run.review import apply_review
+
+        if model is not None or review or set_:
+            raise SettingsError("--apply only corrects labels; leave out --model, --review and --set")
+        console.show(apply_review(apply, out), as_json, show_numbers)
+        return
+    from tsqlora.run.audit import run_audit
+
+    with Display(console.stderr) as display:
+        found = run_audit(
+            str(source), model=model, review=review, out=out, overrides=set_ or [], progress=display.progress
+        )
+    console.show(found, as_json, show_audit)

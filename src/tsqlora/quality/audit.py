@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy.special import softmax
 from torch import nn
 
@@ -31,6 +31,8 @@ LIKELY = 0.5
 USUAL_RATE = 0.03
 """Assumed where there is no evidence, but no more than what is possible: benchmarks have 3.3 % on average (Northcutt et
 al. 2021)."""
+FEWEST = 5
+"""Rows of a class that can be judged: what is left of fewer does not say what the class is, so that all seem wrong."""
 CANDIDATES = 4
 """Classes of a row that are kept, likeliest first."""
 ROWS_TO_FIT = 50_000
@@ -72,6 +74,8 @@ class Audit:
     evident: bool
     why_not: str | None
     """Why there is no evidence of wrong labels; None where there is."""
+    unjudged: int
+    """Rows of classes with fewer than FEWEST; their probability is the rate."""
     pairs: tuple[ClassPair, ...]
     """The most frequent first."""
     duplicates: tuple[Contradiction, ...]
@@ -160,17 +164,20 @@ def audit_of_logits(
 ) -> Audit:
     """The audit by logits, or logarithms of probabilities, of fits that have not seen the rows that they judge."""
     logits = logits / np.float32(fit_temperature(logits, labels))
-    _, noise = reject(logits, labels, frozen=True)
-    fitted = noise if noise.evident else _assumed(noise, logits.shape[1])
-    chances = _chances(logits, labels, fitted)
+    judged = np.bincount(labels, minlength=logits.shape[1])[labels] >= FEWEST
+    if judged.sum() < 2:
+        raise SettingsError(f"no class has {FEWEST} rows; an audit learns from a class's other rows what it is")
+    _, noise = reject(logits[judged], labels[judged], frozen=True)
+    fitted = noise if noise.evident else _assumed(noise)
+    chances = _chances(logits, labels, fitted, judged)
     own = chances[np.arange(len(labels)), labels]
     others = chances.copy()
     others[np.arange(len(labels)), labels] = -1
-    suggested, wrong = others.argmax(axis=1), (1 - own).clip(0, 1)
+    suggested, wrong = others.argmax(axis=1), np.where(judged, (1 - own).clip(0, 1), fitted.rate)
     # By the logits where all is as good as certain.
     order = np.lexsort((logits[np.arange(len(labels)), labels], -wrong))
     ids = np.arange(len(labels)) if ids is None else ids
-    rate, low, high = _rate(noise, fitted, float(wrong.mean()))
+    rate, low, high = _rate(noise, fitted, float(wrong[judged].mean()))
     return Audit(
         ids=ids[order],
         labels=labels[order],
@@ -182,30 +189,35 @@ def audit_of_logits(
         low=low,
         high=high,
         evident=noise.evident,
-        why_not=None if noise.evident else _why_not(labels),
+        why_not=None if noise.evident else _why_not(labels[judged]),
+        unjudged=int((~judged).sum()),
         pairs=_pairs(labels, suggested, wrong, logits),
         duplicates=(),
     )
 
 
 def _chances(
-    logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"], noise: LabelNoise
+    logits: Float[np.ndarray, "n k"],
+    labels: Int[np.ndarray, " n"],
+    noise: LabelNoise,
+    judged: Bool[np.ndarray, " n"],
 ) -> Float[np.ndarray, "n k"]:
-    """Each class's chance to be the true one."""
+    """Each class's chance to be the true one; of unjudged rows by the logits alone."""
 
     def p(rows: np.ndarray | slice) -> np.ndarray:
         return softmax(noise.scale * logits[rows].astype(np.float64) + noise.offsets, axis=1)
 
-    some = np.linspace(0, len(labels) - 1, min(len(labels), ROWS_TO_FIT)).astype(int)
+    known = np.flatnonzero(judged)
+    some = known[np.linspace(0, len(known) - 1, min(len(known), ROWS_TO_FIT)).astype(int)]
     matrix = fit_transitions(p(some), labels[some], noise)
-    chances = np.empty(logits.shape, dtype=np.float32)
-    for start in range(0, len(labels), ROWS_AT_ONCE):
-        part = slice(start, start + ROWS_AT_ONCE)
+    chances = softmax(logits, axis=1)
+    for start in range(0, len(known), ROWS_AT_ONCE):
+        part = known[start : start + ROWS_AT_ONCE]
         chances[part] = true_class(p(part), labels[part], matrix)
     return chances
 
 
-def _assumed(noise: LabelNoise, classes: int) -> LabelNoise:
+def _assumed(noise: LabelNoise) -> LabelNoise:
     """Without evidence calibrated logits are taken as they are, and a rate that is usual."""
     rate = min(USUAL_RATE, (noise.low + noise.high) / 2)
     return replace(noise, rate=rate, scale=1.0, offsets=np.where(noise.shares > 0, 0.0, -np.inf), clear=False)

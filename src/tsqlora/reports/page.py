@@ -11,8 +11,8 @@ from tsqlora.errors import SettingsError
 from tsqlora.reports import metrics
 
 # No part of the page may load anything, whatever a text in it says.
-_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
-_SERVED = _POLICY.replace("script-src", "script-src 'self'") + "; connect-src 'self'"
+POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+_SERVED = POLICY.replace("script-src", "script-src 'self'") + "; connect-src 'self'"
 """For a page that asks its server whether the run has gone on."""
 PLOTLY_PATH = "/plotly.js"
 NO_PLOTLY = "a report needs plotly; install it with: pip install plotly"
@@ -58,7 +58,7 @@ def render(template: str, *, script: str | None, figures: Iterable[Any] = (), **
             figures=drawn,
             data=data,
             served=served,
-            policy=_SERVED if served else _POLICY,
+            policy=_SERVED if served else POLICY,
             plotly=Markup(f'<script src="{PLOTLY_PATH}"></script>' if served else f"<script>{script}</script>"),
         )
     )

@@ -1,0 +1,138 @@
+"use strict";
+(() => {
+  const byId = (id) => document.getElementById(id);
+  const known = JSON.parse(byId("page-data").textContent);
+  const rows = known.rows.map((row, order) => ({ ...row, order, said: null, words: `${row.row} ${row.text} ${row.label} ${row.suggested_label}`.toLowerCase() }));
+  const make = (tag, properties = {}, ...children) => {
+    const made = Object.assign(document.createElement(tag), properties);
+    made.append(...children);
+    return made;
+  };
+
+  // ------------------------------------------------------------------ what was chosen, in this browser
+  const place = `tsqlora-audit-${known.key}`;
+  const remembered = () => { try { return JSON.parse(localStorage.getItem(place)) || {}; } catch { return {}; } };
+  const remember = () => {
+    try { localStorage.setItem(place, JSON.stringify(Object.fromEntries(rows.filter((r) => r.said !== null).map((r) => [r.row, r.said])))); } catch { /* a browser may forbid it */ }
+  };
+  const classOf = new Map(known.classes.map((label) => [String(label), label]));
+  const folded = new Map(known.classes.map((label) => [String(label).trim().toLowerCase(), label]));
+  for (const [row, label] of Object.entries(remembered())) {
+    const one = rows.find((r) => String(r.row) === row);
+    if (one && classOf.has(String(label))) one.said = classOf.get(String(label));
+  }
+
+  // ------------------------------------------------------------------ one row
+  const build = (row) => {
+    const choices = [row.label, row.suggested_label, ...row.candidates.filter((c) => c !== row.label && c !== row.suggested_label)].slice(0, 4);
+    const buttons = choices.map((label, j) => {
+      const button = make("button", { type: "button" }, make("small", {}, `${j + 1}${j === 0 ? " keep" : ""}`), String(label));
+      button.title = j === 0 ? "keep the label" : "set this label";
+      button.addEventListener("click", () => { go(row, false); choose(row, label); });
+      return button;
+    });
+    const input = make("input", { type: "text", autocomplete: "off", placeholder: "another label" });
+    input.setAttribute("list", "classes");
+    input.setAttribute("aria-label", `another label of row ${row.row}`);
+    input.addEventListener("change", () => type(row, input));
+    input.addEventListener("focus", () => go(row, false));
+    input.addEventListener("keydown", (event) => {
+      if (event.key === "Enter") { event.preventDefault(); if (type(row, input)) { input.blur(); step(1); } }
+      if (event.key === "Escape") input.blur();
+    });
+    const chance = row.wrong_probability >= 0.995 ? "over 99%" : `${Math.round(100 * row.wrong_probability)}%`;
+    const about = row.kind === "check" ? `row ${row.row} · to check` : `row ${row.row} · label wrong: ${chance}`;
+    const words = make("p", { className: "words" }, row.text);
+    row.item = make("li", {}, make("span", { className: "small" }, about), words, make("div", { className: "choices" }, ...buttons, input));
+    row.paint = () => {
+      choices.forEach((label, j) => buttons[j].setAttribute("aria-pressed", String(row.said === label)));
+      input.value = row.said === null || choices.includes(row.said) ? "" : String(row.said);
+      input.removeAttribute("aria-invalid");
+      row.item.className = row.said === null ? "" : "done";
+    };
+    row.choices = choices; row.input = input; row.paint();
+  };
+  const choose = (row, label) => { row.said = label; row.paint(); remember(); count(); };
+  const type = (row, input) => {
+    if (input.value.trim() === "") { if (row.said !== null && !row.choices.includes(row.said)) choose(row, null); return false; }
+    const label = classOf.has(input.value) ? classOf.get(input.value) : folded.get(input.value.trim().toLowerCase());
+    input.setAttribute("aria-invalid", String(label === undefined));
+    if (label === undefined) return false;
+    choose(row, label);
+    return true;
+  };
+
+  // ------------------------------------------------------------------ which rows are shown
+  let shown = [], current = null;
+  const pairOf = (row) => JSON.stringify([row.label, row.suggested_label]);
+  const states = { open: (r) => r.said === null, done: (r) => r.said !== null, suspect: (r) => r.kind !== "check", check: (r) => r.kind === "check" };
+  const by = { order: (a, b) => a.order - b.order, row: (a, b) => a.row - b.row, label: (a, b) => String(a.label).localeCompare(String(b.label)) || a.order - b.order };
+  const show = () => {
+    const words = byId("search").value.toLowerCase().trim(), pair = byId("pair").value, state = states[byId("state").value];
+    shown = rows.filter((r) => (!words || r.words.includes(words)) && (!pair || pairOf(r) === pair) && (!state || state(r))).sort(by[byId("sort").value]);
+    byId("rows").replaceChildren(...shown.map((r) => r.item));
+    byId("none").hidden = shown.length > 0;
+    if (!shown.includes(current)) go(shown[0] || null, false);
+    count();
+  };
+  const count = () => {
+    const done = rows.filter((r) => r.said !== null).length;
+    byId("count").textContent = `${done} of ${rows.length} reviewed${shown.length < rows.length ? `, ${shown.length} shown` : ""}`;
+  };
+  const go = (row, scroll = true) => {
+    if (current) current.item.removeAttribute("aria-current");
+    current = row;
+    if (!row) return;
+    row.item.setAttribute("aria-current", "true");
+    if (scroll) row.item.scrollIntoView({ block: "nearest" });
+  };
+  const step = (by) => { const next = shown[shown.indexOf(current) + by]; if (next) go(next); };
+
+  // ------------------------------------------------------------------ keys
+  addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey || /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName)) {
+      if (event.key === "Escape") event.target.blur();
+      return;
+    }
+    if (event.key === "/") { event.preventDefault(); byId("search").focus(); return; }
+    if (!current) return;
+    const number = Number(event.key);
+    if (event.key === "j") step(1);
+    else if (event.key === "k") step(-1);
+    else if (event.key === "u") choose(current, null);
+    else if (event.key === "t") { event.preventDefault(); current.input.focus(); }
+    else if (Number.isInteger(number) && number >= 1 && number <= current.choices.length) { choose(current, current.choices[number - 1]); step(1); }
+  });
+
+  // ------------------------------------------------------------------ the table
+  // A spreadsheet runs what looks like a formula.
+  const harmless = (text) => (/^\s*[=+@\-\t\r\uff1d\uff0b\uff20\uff0d]/.test(text) && !(text.trim() !== "" && Number.isFinite(Number(text))) ? `'${text}` : text);
+  const cell = (value) => `"${harmless(String(value ?? "")).replaceAll('"', '""')}"`;
+  const table = () => ["row,label,suggested_label,wrong_probability,reviewed_label,kind,text", ...rows.map((r) =>
+    [r.row, cell(r.label), cell(r.suggested_label), r.wrong_probability.toFixed(4), cell(r.said), r.kind, cell(r.text)].join(","))].join("\n") + "\n";
+  byId("export").addEventListener("click", () => {
+    const link = make("a", { href: URL.createObjectURL(new Blob([table()], { type: "text/csv" })), download: "reviewed.csv" });
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+  });
+
+  // ------------------------------------------------------------------ theme
+  const root = document.documentElement, dark = matchMedia("(prefers-color-scheme: dark)");
+  const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : dark.matches);
+  const nameTheme = () => { byId("theme").textContent = isDark() ? "Light" : "Dark"; byId("theme").setAttribute("aria-label", `Use the ${isDark() ? "light" : "dark"} theme`); };
+  byId("theme").addEventListener("click", () => { root.dataset.theme = isDark() ? "light" : "dark"; nameTheme(); });
+  dark.addEventListener("change", nameTheme);
+
+  // ------------------------------------------------------------------ begin
+  const pairs = new Map();
+  for (const row of rows) if (row.kind !== "check") pairs.set(pairOf(row), (pairs.get(pairOf(row)) || 0) + 1);
+  for (const [pair, number] of [...pairs].sort((a, b) => b[1] - a[1])) {
+    const [label, suggested] = JSON.parse(pair);
+    byId("pair").append(make("option", { value: pair }, `${label} → ${suggested} (${number})`));
+  }
+  byId("classes").append(...known.classes.map((label) => make("option", { value: String(label) })));
+  rows.forEach(build);
+  for (const id of ["search", "sort", "pair", "state"]) byId(id).addEventListener(id === "search" ? "input" : "change", show);
+  nameTheme();
+  show();
+})();

@@ -1,0 +1,167 @@
+"""An audit from file to table and page, and back: what was reviewed is corrected, and nothing else."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runs import make_rows, save_checkpoint, write_jsonl
+from seen import Seen
+from tsqlora.data.rows import read_rows
+from tsqlora.data.write import write_rows
+from tsqlora.errors import DataError, SettingsError, TsqLoraError, UnsupportedError
+from tsqlora.run import audit as pipeline
+from tsqlora.run.audit import run_audit
+from tsqlora.run.listing import draw_checks
+from tsqlora.run.review import apply_review
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> =1+1"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint, and 60 rows of three classes, one of which looks like a formula."""
+    folder = tmp_path_factory.mktemp("audit")
+    save_checkpoint(folder / "model")
+    rows = [{**row, "label": ("no", "Yes", "=maybe")[j % 3]} for j, row in enumerate(make_rows(60))]
+    rows[4]["text"] = HOSTILE
+    write_jsonl(folder / "train.jsonl", [{**row, "n": j} for j, row in enumerate(rows)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def audited(place: Path) -> dict[str, Any]:
+    return run_audit(str(place / "train.jsonl"), model=str(place / "model"), review=9, out=place / "audit")
+
+
+def table_of(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "suspects.csv", encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def reviewed_as(folder: Path, changes: dict[int, str], name: str = "reviewed.csv") -> Path:
+    """The table with reviewed labels for some rows."""
+    rows = [{**row, "reviewed_label": changes.get(int(row["row"]), "")} for row in table_of(folder)]
+    write_rows(folder / name, rows)
+    return folder / name
+
+
+def test_every_row_is_audited_and_listed_with_its_text(audited: dict[str, Any], place: Path) -> None:
+    rows = table_of(place / "audit")
+    source = read_rows(place / "train.jsonl").rows
+    assert audited["rows"] == len(rows) == 60
+    assert {int(row["row"]) for row in rows} == set(range(60)), "none is held out for validation"
+    chances = [float(row["wrong_probability"]) for row in rows]
+    assert chances == sorted(chances, reverse=True)
+    for row in rows:
+        own = source[int(row["row"])]
+        assert row["label"].removeprefix("'") == own["label"] != row["suggested_label"].removeprefix("'")
+        assert row["text"].removeprefix("'") == own["text"]
+        assert row["reviewed_label"] == ""
+
+
+def test_checks_are_no_suspects_and_come_evenly_from_the_classes() -> None:
+    labels = np.array([0] * 50 + [1] * 30 + [2] * 2)
+    chosen = draw_checks(labels, 12, np.random.default_rng(0))
+    assert len(set(chosen.tolist())) == 12
+    assert np.bincount(labels[chosen]).tolist() == [5, 5, 2]
+    assert len(draw_checks(labels, 500, np.random.default_rng(0))) == len(labels)
+
+
+@pytest.mark.usefixtures("audited")
+def test_the_page_escapes_what_strangers_wrote_and_asks_for_nothing(place: Path) -> None:
+    page = (place / "audit" / "audit.html").read_text(encoding="utf-8")
+    seen = Seen(page)
+    assert "<img" not in page
+    assert len(seen.texts["script"]) == 2
+    policy = next(found["content"] for _, found in seen.tags if found.get("http-equiv"))
+    assert policy is not None
+    assert policy.startswith("default-src 'none'")
+    assert not {"src", "href"} & {name for tag, found in seen.tags if tag not in ("a",) for name in found}
+    assert HOSTILE in {row["text"] for row in seen.page_data()["rows"]}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv", ".json", ".parquet"])
+def test_a_review_changes_the_reviewed_labels_alone(suffix: str, place: Path, tmp_path: Path) -> None:
+    rows = read_rows(place / "train.jsonl").rows
+    data = tmp_path / f"rows{suffix}"
+    if suffix == ".json":
+        data.write_text(json.dumps(rows))
+    else:
+        write_rows(data, rows)
+    run_audit(str(data), model=str(place / "model"), out=tmp_path / "audit")
+    table = reviewed_as(tmp_path / "audit", {3: " yes ", 7: "'=maybe", 8: rows[8]["label"]})
+    found = apply_review(table)
+    before, after = read_rows(data).rows, read_rows(found["corrected"]).rows
+    assert found["reviewed"] == 3
+    changed = {3: "Yes", 7: "=maybe"}
+    assert after == tuple({**row, "label": changed.get(j, row["label"])} for j, row in enumerate(before))
+    trusted = read_rows(found["trusted"]).rows
+    assert [str(row["n"]) for row in trusted] == ["3", "7", "8"]
+    assert [row["label"] for row in trusted] == ["Yes", "=maybe", rows[8]["label"]]
+
+
+@pytest.mark.usefixtures("audited")
+@pytest.mark.parametrize(
+    ("changes", "edit", "named"),
+    [
+        ({3: "perhaps"}, {}, ("row 3", "perhaps")),
+        ({}, {}, ("reviewed_label",)),
+        ({3: "no"}, {"row": "3000"}, ("3000",)),
+        ({3: "no"}, {"row": "first"}, ("first",)),
+        ({3: "no"}, {"label": "other"}, ("row 3", "other")),
+    ],
+)
+def test_a_table_that_does_not_fit_is_refused_by_row_and_value(
+    changes: dict[int, str], edit: dict[str, str], named: tuple[str, ...], place: Path, tmp_path: Path
+) -> None:
+    rows = [{**row, "reviewed_label": changes.get(int(row["row"]), "")} for row in table_of(place / "audit")]
+    write_rows(tmp_path / "reviewed.csv", [row | edit if row["reviewed_label"] else row for row in rows])
+    files = sorted((place / "audit").iterdir())
+    with pytest.raises(DataError) as error:
+        apply_review(tmp_path / "reviewed.csv", place / "audit")
+    assert all(name in str(error.value) for name in named)
+    assert sorted((place / "audit").iterdir()) == files, "a refused command leaves nothing behind"
+
+
+def test_a_source_that_changed_since_is_refused(place: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", make_rows(30, labels=("no", "yes")))
+    run_audit(str(data), model=str(place / "model"), out=tmp_path / "audit")
+    table = reviewed_as(tmp_path / "audit", {1: "no"})
+    data.write_text(data.read_text() + data.read_text().splitlines()[0] + "\n")
+    with pytest.raises(DataError, match="changed"):
+        apply_review(table)
+
+
+def test_without_its_audit_a_table_says_nothing(tmp_path: Path) -> None:
+    (tmp_path / "reviewed.csv").write_text("row,label,reviewed_label\n1,no,yes\n")
+    with pytest.raises(DataError, match=r"audit\.json"):
+        apply_review(tmp_path / "reviewed.csv")
+
+
+@pytest.mark.usefixtures("audited")
+def test_what_cannot_be_audited_is_refused_before_anything_is_written(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data, model = str(place / "train.jsonl"), str(place / "model")
+    monkeypatch.setattr(pipeline, "ENCODER", "no_such_package")
+    refused: list[tuple[type[TsqLoraError], str, Callable[[], Any]]] = [
+        (SettingsError, "--model", lambda: run_audit(data)),
+        (SettingsError, "--out", lambda: run_audit(data, model=model, out=place / "audit")),
+        (UnsupportedError, "regression", lambda: run_audit(data, model=model, overrides=["task.type=regression"])),
+        (DataError, "none.csv", lambda: run_audit("none.csv", model=model)),
+    ]
+    for kind, named, call in refused:
+        with pytest.raises(kind, match=named):
+            call()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_apply_and_an_audit_are_two_commands(tmp_path: Path, tsqlora: Callable[..., tuple[int, str, str]]) -> None:
+    assert tsqlora("audit")[0] == tsqlora("audit", "a.csv", "--apply", "b.csv")[0] == 2
+    assert tsqlora("audit", "--apply", tmp_path / "none.csv")[0] == 3
