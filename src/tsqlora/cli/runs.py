@@ -60,7 +60,7 @@ def init(
 
 def train(
     config: Annotated[
-        Path | None, typer.Argument(metavar="[CONFIG]", help="A YAML file; without one, --model and --data.")
+        Path | None, typer.Argument(metavar="CONFIG", help="A YAML file; without one, --model and --data.")
     ] = None,
     model: Annotated[str | None, typer.Option(metavar="M", help="Directory or hub id; model.path.")] = None,
     data: Annotated[str | None, typer.Option(metavar="F", help="File, directory or hub id; data.train.")] = None,
@@ -85,10 +85,14 @@ def train(
 
     Example: tsqlora train tsq.yaml --set quality.fraction=0.3 --out run
     """
+    from tsqlora.data.readers import READERS
     from tsqlora.run import train as pipeline
     from tsqlora.run.config import load_config
     from tsqlora.training.run_dir import dated, require_free
 
+    if config is not None and data is None and config.suffix.lower() in READERS.keys() - {".json"}:
+        console.note(f"{config} holds rows, not settings: read as --data")
+        config, data = None, str(config)
     named = {"model.path": model, "data.train": data, "adapter.init_from": init_from}
     overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in named.items() if value is not None]
     overrides += set_ or []
