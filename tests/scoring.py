@@ -136,8 +136,8 @@ def assert_agree(scores: Scores, twin: SlowScores, *, rtol: float = 1e-5, rows: 
         np.testing.assert_allclose(
             scores.terms[name], wanted, rtol=rtol, atol=rtol * np.abs(wanted).max(), err_msg=name
         )
-    assert abs(scores.record["eta"] / twin.eta - 1) < rtol
-    assert abs(scores.record["reference_norm"] / twin.reference_norm - 1) < rtol
+    assert abs(scores.record.eta / twin.eta - 1) < rtol
+    assert abs(scores.record.reference_norm / twin.reference_norm - 1) < rtol
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:

@@ -183,7 +183,7 @@ def test_the_id_of_a_score_is_the_rows_place_in_the_file_though_a_tenth_is_held_
     assert scores.ids is not None
     assert scores.hashes is not None
     assert len(scores) < len(rows)
-    columns = scores.record["columns"]
+    columns = scores.record.columns
     assert [row_hash(rows[place], columns) for place in scores.ids] == list(scores.hashes)
 
 
@@ -670,7 +670,7 @@ def test_a_model_at_chance_finishes_with_random_draws_and_says_so(place: Path, t
     assert "UserWarning" not in screen
     code, _, err = tsqlora("score", tmp_path / "c.yaml", "--out", tmp_path / "s.parquet")
     assert code == 0, err
-    assert Scores.load(tmp_path / "s.parquet").record["not_ready"]
+    assert Scores.load(tmp_path / "s.parquet").record.not_ready
 
 
 # ------------------------------------------------------------------------------- further corners

@@ -87,7 +87,7 @@ def test_a_class_that_is_hard_as_a_whole_is_not_suspected(data: Path) -> None:
 def test_a_regression_has_numbers_and_no_wrong_labels(data: Path) -> None:
     targets = np.linspace(0, 1, 40)
     scores = made(data, stratified=False, labels=targets, predictions={"predicted": targets + 0.25})
-    found = explain(replace(scores, record={**scores.record, "classes": None}), 3)
+    found = explain(replace(scores, record=replace(scores.record, classes=None)), 3)
     assert found["likely_wrong"] == []
     assert found["highest"][0]["predicted"] == pytest.approx(found["highest"][0]["label"] + 0.25)
     np.testing.assert_array_equal(suspicion(scores), scores.terms["loss"] - np.median(scores.terms["loss"]))
@@ -115,6 +115,6 @@ def test_a_file_of_other_rows_or_none_is_refused(data: Path) -> None:
         explain(made(data), 1, data=other)
     scores = made(data)
     with pytest.raises(DataError, match="do not name the rows they are of; name the file: --data"):
-        explain(replace(scores, record={**scores.record, "data": None}), 1)
+        explain(replace(scores, record=replace(scores.record, data=None)), 1)
     with pytest.raises(DataError, match="do not say what the model predicts; score anew"):
         explain(replace(scores, predictions={}), 1)

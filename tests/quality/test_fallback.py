@@ -81,7 +81,7 @@ def test_without_evident_wrong_labels_convergence_decides(weight: float, passes:
     assert test is not None
     assert (test.by, test.passed) == ("convergence", passes)
     told = {"checked": True, **{n: getattr(test, n) for n in GUARD}, "passed": passes}
-    assert scores.record["guard"] == (told if passes else {**told, "why": test.told})
+    assert scores.record.guard == (told if passes else {**told, "why": test.told})
     assert (test.drawn > test.random) == passes
     assert scores.even == (not passes)
 
@@ -97,7 +97,7 @@ def test_what_fails_is_drawn_as_random_rows_are() -> None:
     assert test.rows == 360
     assert np.ptp(scores.probability[40:]) == 0
     assert (scores.probability[:40] == 0).all()
-    assert scores.record["effective_sample_size"] == pytest.approx(360)
+    assert scores.record.effective_sample_size == pytest.approx(360)
     assert (scores.quality == before.quality).all()
     text = f"the mean convergence would be {test.drawn:.3g} of rows drawn by Q, {test.random:.3g} of random ones: "
     assert test.told.startswith(text)
@@ -127,6 +127,6 @@ def test_where_there_is_nothing_to_go_on_the_record_says_so(given: dict[str, Any
     before = Scores(**{n: getattr(before, n) for n in before.__slots__} | {"terms": {"loss": before.terms["loss"]}})
     scores, test = guarded(before, 0.5)
     assert test is None
-    assert scores.record["guard"]["checked"] is False
-    assert scores.record["guard"]["why"].startswith(why)
+    assert scores.record.guard["checked"] is False
+    assert scores.record.guard["why"].startswith(why)
     assert (scores.probability == before.probability).all()

@@ -109,7 +109,7 @@ def test_a_scoring_with_trusted_rows_may_be_cut_off_in_each_pass(learned: Any, b
     options |= {"trusted": Trusted(trusted, learning_rate=1e-3)}
     every = Collate()
     undisturbed = score(learned, every, None, **options)
-    assert undisturbed.record["gate"]["left_out"]
+    assert undisturbed.record.gate["left_out"]
     before = fingerprint(learned[0])
     with pytest.raises(Stop):
         score(learned, Collate(every.calls - before_end), tmp_path / "j", **options)

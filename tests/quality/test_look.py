@@ -285,7 +285,7 @@ def test_of_text_it_is_relative_and_trained_for_fewer_steps_of_the_runs_size(fam
     )
 
     np.testing.assert_allclose(found.scores.terms["reducible_loss"], (ours - known) / ours, rtol=1e-3, atol=1e-4)
-    assert found.scores.record["weights"] == {"reducible_loss": 1.0}
+    assert found.scores.record.weights == {"reducible_loss": 1.0}
     assert not found.scores.even
     assert_unchanged(before, model)
 
@@ -296,7 +296,7 @@ def test_trusted_rows_that_teach_nothing_have_no_gate() -> None:
     for row in trusted:
         row["labels"] = int(rng.integers(3))
     found = looked(model, rows, rule=ScoringRule(gate="share"), trusted=Trusted(trusted))
-    assert "why_not" in found.scores.record["gate"]
+    assert "why_not" in found.scores.record.gate
     assert found.scores.kept.all()
     assert found.trusted_cost.forward == 0
 
@@ -309,7 +309,7 @@ def test_a_gate_leaves_out_the_rows_that_the_trusted_model_contradicts(head_star
     rule = ScoringRule(gate="surest", head_start=head_start)
     scores = looked(model, rows, rule=rule, trusted=Trusted(learnable(60, seed=1), 1e-3)).scores
     out = ~scores.kept
-    assert scores.record["gate"] == {"name": "surest", "left_out": int(out.sum())}
+    assert scores.record.gate == {"name": "surest", "left_out": int(out.sum())}
     assert out.sum() == 20
     assert wrong[out].mean() > 0.8
     np.testing.assert_array_equal(scores.left_out_as("gated"), out)
@@ -363,7 +363,7 @@ def test_predictions_are_those_of_refits_without_the_row(numbers: bool) -> None:
         weight = np.linalg.solve(gram, (x[rest] - centre).T @ (targets[rest] - mean))
         refits.append((x[j] - centre) @ weight + mean)
     found = looked(model, rows, task=task).scores
-    assert found.record["out_of_sample"]
+    assert found.record.out_of_sample
     if numbers:
         np.testing.assert_allclose(found.predictions["predicted"], np.array(refits)[:, 0], rtol=1e-3, atol=1e-3)
     else:
@@ -433,7 +433,7 @@ def test_score_leaves_the_model_as_it_was_also_after_an_error(before_end: int | 
     before = fingerprint(model)
     run = partial(tsq.score, model, rows, counted, rule=TRUSTING, compute=Compute(16), trusted=Trusted(trusted, 1e-3))
     scores = run()
-    assert scores.record["head_start"]["replaced"]
+    assert scores.record.head_start["replaced"]
     assert_unchanged(before, model)
     if before_end is not None:
         calls, breaks = 0, calls - before_end

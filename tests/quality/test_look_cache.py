@@ -48,11 +48,11 @@ def test_the_second_time_gives_the_same_head_and_scores(looks: list[int]) -> Non
     first = once(model, data)
     second = once(again, data, fraction=0.25, rows=RowNames(about={"note": "second"}))
     assert len(looks) == 1
-    assert first.scores.record["head_start"]["replaced"]
+    assert first.scores.record.head_start["replaced"]
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     assert (second.scores.quality == first.scores.quality).all()
     assert (second.scores.predictions["logits"] == first.scores.predictions["logits"]).all()
-    assert second.scores.record["note"] == "second"
+    assert second.scores.record.about["note"] == "second"
     assert (first.cost.forward, second.cost.forward) == (90, 0)
 
 

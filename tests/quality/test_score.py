@@ -83,9 +83,9 @@ def test_scores_of_a_classifier_are_the_twins(
 
     assert_agree(scores, slow(model, rows, REFERENCE, scope=scope, offsets=offsets))
     if offsets is None:
-        assert scores.record["offsets"] is None
+        assert scores.record.offsets is None
     else:
-        np.testing.assert_allclose(scores.record["offsets"], offsets, atol=1e-6)
+        np.testing.assert_allclose(scores.record.offsets, offsets, atol=1e-6)
 
 
 @pytest.mark.parametrize("scope", ["adapter", "full"])
@@ -99,7 +99,7 @@ def test_scores_of_a_regression_are_the_twins(calibration: bool, scope: str) -> 
 
     offsets = lean if calibration else None
     assert_agree(scores, slow(model, rows, REFERENCE, scope=scope, offsets=offsets, loss=squared_error))
-    assert scores.record["offsets"] == (pytest.approx(lean.tolist()) if calibration else None)
+    assert scores.record.offsets == (pytest.approx(lean.tolist()) if calibration else None)
     assert scores.strata is None
 
 
@@ -112,13 +112,11 @@ def test_a_row_outside_the_reference_keeps_the_whole_mean_and_one_inside_does_no
 
     np.testing.assert_allclose(inside.terms["convergence"][rest], outside.terms["convergence"][rest], rtol=1e-9)
     m = len(REFERENCE)
-    dot = outside.terms["convergence"][REFERENCE] * outside.record["reference_norm"]
+    dot = outside.terms["convergence"][REFERENCE] * outside.record.reference_norm
     own = (dot - outside.terms["gradient_norm"][REFERENCE] ** 2 / m) * m / (m - 1)
-    np.testing.assert_allclose(
-        inside.terms["convergence"][REFERENCE], own / outside.record["reference_norm"], rtol=1e-9
-    )
-    assert inside.record["reference"] == REFERENCE
-    assert outside.record["reference"] == []
+    np.testing.assert_allclose(inside.terms["convergence"][REFERENCE], own / outside.record.reference_norm, rtol=1e-9)
+    assert inside.record.reference == REFERENCE
+    assert outside.record.reference == []
 
 
 def test_a_term_of_ones_own_is_a_column_and_may_have_a_weight() -> None:
@@ -138,7 +136,7 @@ def test_samples_of_the_data_set_given_as_reference_do_not_vouch_for_themselves(
     given = [dict(rows[j]) if equal else rows[j] for j in REFERENCE]
     by_place, by_sample = score(model, rows), score(model, rows, reference=given)
     assert_equal_scores(by_place, by_sample)
-    assert by_sample.record["reference"] == REFERENCE
+    assert by_sample.record.reference == REFERENCE
 
 
 def test_a_reference_of_other_samples_is_the_twins() -> None:
@@ -178,7 +176,7 @@ def test_scores_under_bfloat16_autocast_are_the_twins_under_it_to_two_digits() -
     for name in ("loss", "gradient_norm", "convergence"):
         wanted = getattr(twin, name)
         np.testing.assert_allclose(scores.terms[name], wanted, atol=0.02 * wanted.abs().max(), err_msg=name)
-    assert scores.record["autocast"] == "bfloat16"
+    assert scores.record.autocast == "bfloat16"
     with pytest.raises(SettingsError, match="loss_reduction is a difference that half precision cannot hold"):
         score(model, rows, autocast=torch.bfloat16)
 
@@ -210,7 +208,7 @@ def test_the_other_terms_are_what_they_say() -> None:
     model, rows = adapted()
     scores = score(model, rows)
     terms = scores.terms
-    logits = logits_of(model, rows) + torch.tensor(scores.record["offsets"], dtype=torch.float64)
+    logits = logits_of(model, rows) + torch.tensor(scores.record.offsets, dtype=torch.float64)
     labels = torch.tensor([row["labels"] for row in rows])
     error = logits.softmax(1) - nn.functional.one_hot(labels, 3)
     np.testing.assert_allclose(terms["el2n"], error.norm(dim=1), rtol=1e-9)
@@ -227,7 +225,7 @@ def test_predictions_are_of_fits_that_have_not_seen_the_row(fitted: bool) -> Non
     model, rows = adapted()
     scores, labels = score(model, rows, head_start=fitted), np.array([row["labels"] for row in rows])
     p = torch.from_numpy(scores.predictions["logits"]).softmax(1).numpy()
-    assert scores.record["out_of_sample"]
+    assert scores.record.out_of_sample
     np.testing.assert_array_equal(scores.predictions["predicted"], p.argmax(1))
     np.testing.assert_allclose(scores.predictions["predicted_probability"], p.max(1), rtol=1e-5)
     np.testing.assert_allclose(scores.predictions["label_probability"], p[range(N), labels], rtol=1e-5)
@@ -393,7 +391,7 @@ def test_a_model_at_chance_with_any_head_gives_even_scores_and_warns(head_start:
     with pytest.warns(UserWarning, match="no terms of gradients: the model's loss on 40 rows is"):
         scores = score_by(model, rows, collate, head_start=head_start, weights={"convergence": 1.0}, temperature=2.0)
     assert_unchanged(before, model)
-    assert scores.record["not_ready"]
+    assert scores.record.not_ready
     assert scores.terms.keys() == {"loss", "el2n"}
     assert scores.even
     np.testing.assert_allclose(scores.probability, 1 / 40)
@@ -487,8 +485,8 @@ def test_only_a_term_that_looks_ahead_costs_another_forward() -> None:
 def test_the_default_reference_is_drawn_by_the_seed() -> None:
     model, rows = adapted(layers=1)
     scores = score_by(model, rows, collate)
-    assert scores.record["reference"] == list(range(N))
-    assert scores.record["reference_rows"] == N
+    assert scores.record.reference == list(range(N))
+    assert scores.record.reference_rows == N
 
 
 def test_a_numpy_array_names_the_reference_as_a_list_does() -> None:

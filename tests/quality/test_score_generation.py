@@ -124,8 +124,8 @@ def test_a_model_that_writes_is_scored_as_it_begins() -> None:
         if "lora_B" in name:
             parameter.data.zero_()
     scores = scored(model, rows)
-    assert scores.record["not_ready"] is None
-    assert scores.record["head_start"] is None
+    assert scores.record.not_ready is None
+    assert scores.record.head_start is None
     assert {"gradient_norm", "loss_reduction", "convergence"} <= scores.terms.keys()
 
 

@@ -83,11 +83,11 @@ def test_shards_are_plain_parquet_that_an_engine_takes_together(tmp_path: Path) 
 
 
 def test_numpys_numbers_in_a_record_are_saved_as_numbers(tmp_path: Path) -> None:
-    record = {"seed": np.int64(3), "eta": np.float32(0.5), "rows": np.arange(2), "passed": np.bool_(True)}
+    record = {"count": np.int64(3), "share": np.float32(0.5), "rows": np.arange(2), "passed": np.bool_(True)}
     made(record=record).save(tmp_path / "s.parquet")
-    loaded = Scores.load(tmp_path / "s.parquet").record
+    loaded = Scores.load(tmp_path / "s.parquet").record.to_dict()
     assert [loaded[name] for name in record] == [3, 0.5, [0, 1], True]
-    json.dumps(dict(loaded), allow_nan=False)
+    json.dumps(loaded, allow_nan=False)
 
 
 @pytest.mark.parametrize("record", [{"eta": float("inf")}, {"model": object()}])
@@ -168,15 +168,15 @@ def test_terms_without_a_weight_are_kept_and_do_not_count() -> None:
 def test_without_weights_all_rows_are_equal() -> None:
     scores = made(weights={})
     np.testing.assert_allclose(scores.probability, 1 / 30)
-    assert scores.record["effective_sample_size"] == pytest.approx(30)
+    assert scores.record.effective_sample_size == pytest.approx(30)
 
 
 def test_the_record_says_where_a_term_had_no_spread() -> None:
     loss = np.where(np.arange(30) % 3 == 1, 0.5, np.arange(30.0))
     cosine = np.where(np.arange(30) < 20, 0.0, np.arange(30.0))
     record = made(terms={"loss": loss, "cosine": cosine}).record
-    assert record["without_spread"] == {"loss": [1]}
-    assert record["standardised_by_quartiles"] == {"cosine": [0, 1, 2]}
+    assert record.without_spread == {"loss": [1]}
+    assert record.standardised_by_quartiles == {"cosine": [0, 1, 2]}
 
 
 def test_classes_are_standardised_each_by_itself() -> None:
@@ -237,7 +237,7 @@ def test_a_dropped_row_keeps_its_quality_and_is_never_drawn(tmp_path: Path) -> N
     loaded = Scores.load(tmp_path / "s.parquet")
     reasons = pq.read_table(tmp_path / "s.parquet")["reason"].to_pylist()
     assert reasons == ["duplicate"] * 6 + ["outlier"] * 3 + ["kept"] * 21
-    assert {name: n for name, n in loaded.record["dropped"].items() if n} == {"duplicate": 6, "outlier": 3}
+    assert {name: n for name, n in loaded.record.dropped.items() if n} == {"duplicate": 6, "outlier": 3}
     for seed in range(20):
         taken = sample(loaded, 0.5, seed=seed)
         assert len(taken) == 15

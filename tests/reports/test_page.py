@@ -217,7 +217,7 @@ def test_a_page_is_made_of_what_there_is(less: dict[str, Any], rows: list | None
 def test_scores_of_a_regression_have_numbers_for_labels(tmp_path: Path) -> None:
     run = make_run(tmp_path, rows=ROWS, task="regression", labels=None)
     scores = scores_of(tmp_path / "train.jsonl", ROWS)
-    record = {name: value for name, value in scores.record.items() if name != "classes"}
+    record = replace(scores.record, classes=None)
     type(scores)(
         terms=scores.terms,
         labels=np.linspace(0, 5, 60),

@@ -184,11 +184,11 @@ def test_rows_that_are_held_out_are_told_and_of_another_file_there_are_none(
     place: Path, run: Path, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
     for source in ("config.yaml", "run"):
-        assert Scores.load(place / f"{source}.parquet").record["held_out"] == 8
+        assert Scores.load(place / f"{source}.parquet").record.held_out == 8
     shard = write_jsonl(tmp_path / "shard.jsonl", make_rows(50))
     override = f"data.train={shard}"
     scores = score_rows(run, tmp_path / "s.parquet", overrides=[override])
-    assert (len(scores), scores.record["held_out"]) == (50, 0)
+    assert (len(scores), scores.record.held_out) == (50, 0)
     assert plan_scoring(run, overrides=[override])["rows"] == 50
 
 
@@ -225,7 +225,7 @@ def test_what_cannot_be_scored_is_refused_before_the_look(
 def test_rows_with_the_input_of_a_trusted_row_are_scored_and_never_drawn(place: Path, tmp_path: Path) -> None:
     trusted = write_jsonl(tmp_path / "trusted.jsonl", [*make_rows(40, seed=1), *make_rows(80)[:3]])
     scores = score_rows(place / "config.yaml", tmp_path / "s.parquet", overrides=[f"data.trusted={trusted}"])
-    assert scores.record["trusted_rows"] == 43
+    assert scores.record.trusted_rows == 43
     assert 0 < scores.left_out_as("trusted row").sum() <= 3
     assert Scores.load(tmp_path / "s.parquet").kept.tolist() == scores.kept.tolist()
 

@@ -6,6 +6,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -374,9 +375,7 @@ def test_weights_alone_are_nothing_to_resume_from(tmp_path: Path) -> None:
 def test_scores_that_are_not_the_runs_own_are_refused(run: Path) -> None:
     scores = tsq.Scores.load(run / "scores.parquet")
     scores.save(run / "scores.parquet")
-    swapped_rows = tsq.Scores.load(run / "scores.parquet")
-    swapped_rows.record["epoch"] = 7
-    swapped_rows.save(run / "scores.parquet")
+    replace(scores, record=replace(scores.record, epoch=7)).save(run / "scores.parquet")
     with pytest.raises(tsq.DataError, match=r"scores\.parquet has other scores than the run had; put it back"):
         trainer(run).train(resume_from_checkpoint=str(run / "checkpoint-12"))
 

@@ -109,7 +109,7 @@ def test_scores_are_on_disk_before_the_first_step_and_again_after_a_third(tmp_pa
     assert quality.spent["look"].seconds > 0
     first, second = Scores.load(tmp_path / "scores-1.parquet"), Scores.load(tmp_path / "scores.parquet")
     assert np.array_equal(second.quality, quality.data.scores.quality)  # type: ignore[union-attr]
-    assert [(s.record["step"], s.record["look"], s.record["note"]) for s in (first, second)] == [
+    assert [(s.record.step, s.record.look, s.record.about["note"]) for s in (first, second)] == [
         (0, 1, "by a test"),
         (8, 2, "by a test"),
     ]
@@ -138,8 +138,8 @@ def test_terms_with_a_weight_are_measured_and_decide(tmp_path: Path) -> None:
     assert scores is not None
     assert set(scores.terms) == {"gradient_norm", "convergence", "cosine", "loss", "el2n"}
     assert not scores.even
-    assert scores.record["weights"] == GRADIENTS
-    assert scores.record["eta"] > 0
+    assert scores.record.weights == GRADIENTS
+    assert scores.record.eta > 0
 
 
 def test_without_weights_every_kept_row_is_drawn_as_the_control_draws(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_without_weights_every_kept_row_is_drawn_as_the_control_draws(tmp_path: 
     scores = quality.data.scores
     assert scores is not None
     assert scores.even
-    assert scores.record["noise"]["evident"] is False
+    assert scores.record.noise["evident"] is False
     assert scores.kept.all()
     control = tsq.QualitySubset(DATA, 0.5)
     for epoch in range(EPOCHS):
@@ -180,8 +180,8 @@ def test_rows_that_would_teach_less_than_random_ones_are_not_drawn(tmp_path: Pat
     assert quality.why_not is None
     scores = Scores.load(tmp_path / "scores.parquet")
     assert scores.even
-    assert scores.record["guard"]["passed"] is False
-    assert scores.record["guard"]["why"].startswith("the mean convergence would be ")
+    assert scores.record.guard["passed"] is False
+    assert scores.record.guard["why"].startswith("the mean convergence would be ")
     control = tsq.QualitySubset(DATA, 0.5)
     for epoch in range(EPOCHS):
         assert watch.drawn[epoch] == control.draw(epoch).tolist()
@@ -197,7 +197,7 @@ def test_a_resumed_run_goes_on_as_the_guard_decided(tmp_path: Path) -> None:
     resumed = make_trainer(slotted_bert(), subset, tmp_path, [again, quality], num_train_epochs=EPOCHS, **saves)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-14"))
     assert quality.data.scores is not None
-    assert quality.data.scores.record["guard"]["passed"] is False
+    assert quality.data.scores.record.guard["passed"] is False
     assert again.drawn == {epoch: rows for epoch, rows in watch.drawn.items() if epoch >= 3}
 
 
@@ -206,7 +206,7 @@ def test_without_the_guard_rows_are_drawn_by_quality_whatever_it_is(tmp_path: Pa
     scores = quality.data.scores
     assert scores is not None
     assert not scores.even
-    assert "guard" not in scores.record
+    assert scores.record.guard is None
 
 
 def test_the_guard_has_convergence_measured_where_gradients_are_there_anyway(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_the_guard_has_convergence_measured_where_gradients_are_there_anyway(tmp
     plain, _ = run(tmp_path / "b")
     assert plain.data.scores is not None
     assert list(plain.data.scores.terms) == ["loss", "el2n"]
-    assert plain.data.scores.record["guard"] == {"checked": False, "why": "rows are drawn evenly: no Q decides"}
+    assert plain.data.scores.record.guard == {"checked": False, "why": "rows are drawn evenly: no Q decides"}
 
 
 @pytest.mark.parametrize("step", [3, 7, 8, 10, 17])

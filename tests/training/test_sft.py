@@ -159,7 +159,7 @@ def test_rows_that_trl_prepared_are_scored_and_drawn_by_quality(data: Any, tmp_p
     trainer.add_callback(quality_by(rows, weights={"convergence": 1.0}, scores_path=tmp_path / "s.parquet"))
     trainer.train()
     assert rows.scores is not None
-    assert rows.scores.record["not_ready"] is None
+    assert rows.scores.record.not_ready is None
     assert set(rows.scores.terms) == {"convergence", "loss", "cosine"}
     assert set(rows.scores.labels.tolist()) == {3}, "two words and the end token"
     assert ranks.events

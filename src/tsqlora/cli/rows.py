@@ -70,8 +70,8 @@ def _summary(scores: "Scores", path: Path, explain: int | None, data: Path | Non
 
     # Of gradients nothing is known where the model is at chance.
     names = ("eta", "effective_sample_size", "reference_rows", "weights", "temperature", "scope")
-    counts = {"rows": len(scores), "kept": int(scores.kept.sum()), "held_out": scores.record.get("held_out", 0)}
-    summary = {"scores": str(path), **counts, **{name: scores.record.get(name) for name in names}}
+    counts = {"rows": len(scores), "kept": int(scores.kept.sum()), "held_out": scores.record.held_out}
+    summary = {"scores": str(path), **counts, **{name: getattr(scores.record, name) for name in names}}
     return summary if explain is None else summary | {"explained": explain_samples(scores, explain, data=data)}
 
 

@@ -150,7 +150,7 @@ def _draws(rows: Rows) -> dict[str, Any]:
     if rows.quality is None:
         return drawn
     scores = rows.data.scores
-    noise = None if scores is None else scores.record.get("noise")
+    noise = None if scores is None else scores.record.noise
     random = _why_at_random(rows.quality, scores)
     return drawn | {"looks": rows.quality.looks, "random": random, "noise": noise}
 
@@ -161,7 +161,7 @@ def _why_at_random(quality: QualityCallback, scores: Scores | None) -> str | Non
         return None
     if scores is None:
         return quality.why_not
-    guard = scores.record.get("guard", {})
+    guard = scores.record.guard or {}
     if guard.get("passed") is False:
         return str(guard["why"])
     return "no row was left out, and rows are drawn evenly" if scores.even and scores.kept.all() else None

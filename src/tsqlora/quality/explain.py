@@ -96,29 +96,29 @@ def explain_row(scores: Scores, row: int, *, data: Path | None = None) -> dict[s
         **_sample(scores, j, texts_or_why(scores, [j], data)[0].get(j)),
         "why": WHY[REASONS[0 if scores.reasons is None else int(scores.reasons[j])]],
         "wrong_probability": None if doubts is None else float(doubts[j]),
-        "out_of_sample": bool(scores.record.get("out_of_sample")),
+        "out_of_sample": scores.record.out_of_sample,
     }
 
 
 def doubt(scores: Scores) -> Float[np.ndarray, " n"] | None:
     """The chance that each label is wrong, where that was estimated; 0 for all without evidence of wrong labels."""
-    if scores.record.get("noise") is None or "logits" not in scores.predictions:
+    if scores.record.noise is None or "logits" not in scores.predictions:
         return None
     logits, labels = scores.predictions["logits"], scores.labels
-    _, noise = reject(logits, labels, frozen=bool(scores.record.get("frozen")))
+    _, noise = reject(logits, labels, frozen=scores.record.frozen)
     return noise.doubt(logits, labels) if noise.evident else np.zeros(len(scores))
 
 
 def _source(scores: Scores, data: Path | None) -> Source:
-    named = data if data is not None else scores.record.get("data")
-    if named is None or scores.hashes is None or "columns" not in scores.record:
+    named = data if data is not None else scores.record.data
+    if named is None or scores.hashes is None or scores.record.columns is None:
         raise DataError("these scores do not name the rows they are of; name the file: --data FILE")
     return open_split(named, split="train", hints=hints_of(scores))
 
 
 def hints_of(scores: Scores) -> Hints:
     """What the settings said of how the scored file is written."""
-    return Hints(**scores.record.get("hints", {}))
+    return Hints(**scores.record.hints)
 
 
 def find_texts(scores: Scores, rows: Iterable[int], source: Source) -> dict[int, str]:
@@ -126,9 +126,11 @@ def find_texts(scores: Scores, rows: Iterable[int], source: Source) -> dict[int,
 
     Where a text was to be written, it follows behind an arrow.
     """
+    columns = scores.record.columns
     assert scores.hashes is not None
-    written = scores.record["columns"]["label"] if scores.record.get("format") is not None else None
-    columns, hashes = scores.record["columns"], {int(j): scores.hashes[j] for j in rows}
+    assert columns is not None
+    written = columns["label"] if scores.record.format is not None else None
+    hashes = {int(j): scores.hashes[j] for j in rows}
     wanted = set(hashes.values())
     found: dict[str, str] = {}
     for chunk in source.chunks():
@@ -141,8 +143,8 @@ def find_texts(scores: Scores, rows: Iterable[int], source: Source) -> dict[int,
 
 def texts_or_why(scores: Scores, rows: Iterable[int], data: Path | None = None) -> tuple[dict[int, str], str | None]:
     """The texts that are found, and why others are not. Only files are looked into: a hub id would be a request."""
-    named, wanted = data or scores.record.get("data"), list(rows)
-    if scores.hashes is None or named is None or "columns" not in scores.record:
+    named, wanted = data or scores.record.data, list(rows)
+    if scores.hashes is None or named is None or scores.record.columns is None:
         return {}, "the scores do not name the rows they are of; give their texts: tsq.report(DIRECTORY, texts=[...])"
     if not Path(named).exists():
         return {}, f"{named} is not on this machine"
@@ -164,7 +166,7 @@ def _texts(scores: Scores, rows: np.ndarray, source: Source) -> dict[int, str]:
 
 
 def _sample(scores: Scores, j: int, text: str | None) -> dict[str, Any]:
-    names, said = scores.record.get("classes"), scores.predictions.get("predicted")
+    names, said = scores.record.classes, scores.predictions.get("predicted")
 
     def label(value: Any) -> Any:
         return value.item() if names is None else names[int(value)]

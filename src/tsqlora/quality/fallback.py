@@ -80,7 +80,7 @@ def guarded(scores: Scores, fraction: float) -> tuple[Scores, GuardTest | None]:
 def _worth(scores: Scores) -> tuple[By, np.ndarray] | None:
     if scores.stratified and "logits" in scores.predictions:
         logits = scores.predictions["logits"]
-        _, noise = reject(logits, scores.labels, frozen=bool(scores.record.get("frozen")))
+        _, noise = reject(logits, scores.labels, frozen=scores.record.frozen)
         if noise.evident:
             return "doubt", noise.doubt(logits, scores.labels)
     if "convergence" in scores.terms:
@@ -107,4 +107,4 @@ def guard_test(
 
 
 def _noted(scores: Scores, told: dict[str, Any]) -> Scores:
-    return replace(scores, record={**scores.record, "guard": told})
+    return replace(scores, record=replace(scores.record, guard=told))

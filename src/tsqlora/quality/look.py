@@ -209,13 +209,13 @@ class _Looking:
             return scores
         if trusted_loss is None:
             why = "trusted rows teach nothing beyond class frequencies: no row is left out"
-            return replace(scores, record={**scores.record, "gate": {"name": rule.gate, "why_not": why}})
+            return replace(scores, record=replace(scores.record, gate={"name": rule.gate, "why_not": why}))
         assert self.started.trusted is not None
         margin = GATES[rule.gate](trusted_loss, scores.labels, self.started.trusted.labels, scores.stratified)
         # Rows that are drawn evenly may come twice.
         size = draw_size(len(scores), self.request.fraction)
         mask = left_out(np.where(scores.kept, margin, np.inf), -(-size // 2) if rule.even else size)
-        noted = replace(scores, record={**scores.record, "gate": {"name": rule.gate, "left_out": int(mask.sum())}})
+        noted = replace(scores, record=replace(scores.record, gate={"name": rule.gate, "left_out": int(mask.sum())}))
         return noted.drop(mask, "gated") if mask.any() else noted
 
 
@@ -260,6 +260,6 @@ def _predicted(logits: np.ndarray, labels: np.ndarray, task: Task) -> dict[str, 
 
 def without_suspects(scores: Scores) -> Scores:
     """The scores without rows whose label seems wrong; all rows where there is no evidence of wrong labels."""
-    mask, noise = reject(scores.predictions["logits"], scores.labels, frozen=scores.record["frozen"])
-    noted = replace(scores, record={**scores.record, "noise": noise.to_dict()})
+    mask, noise = reject(scores.predictions["logits"], scores.labels, frozen=scores.record.frozen)
+    noted = replace(scores, record=replace(scores.record, noise=noise.to_dict()))
     return noted.drop(mask, "confident negative") if mask.any() else noted

@@ -27,6 +27,7 @@ from tsqlora.quality.cost import PhaseCost
 from tsqlora.quality.look import Look, look
 from tsqlora.quality.rows import Dataset, held
 from tsqlora.quality.rule import LookRequest
+from tsqlora.quality.score_record import ScoreRecord
 from tsqlora.quality.scores import Scores
 
 KEPT = 16
@@ -63,7 +64,7 @@ def look_once(model: nn.Module, request: LookRequest) -> Look:
         with torch.no_grad():
             for name, value in known.parameters.items():
                 distributed.unwrapped(model).get_parameter(name).copy_(torch.from_numpy(value))
-        record = {**known.scores.record, **rows.about}
+        record = ScoreRecord.of(known.scores.record.to_dict() | dict(rows.about))
         hashes = None if rows.hashes is None else tuple(rows.hashes)
         scores = replace(known.scores, ids=rows.ids, hashes=hashes, record=record)
         return Look(scores, None, known.why_not, PhaseCost(), PhaseCost())

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from tsqlora.errors import DataError, SettingsError, TsqLoraError, nearest
 from tsqlora.files import replacing
 from tsqlora.quality.sampling import effective_sample_size, probabilities, require_temperature
+from tsqlora.quality.score_record import ScoreRecord
 from tsqlora.quality.terms import quality, standardise
 
 _METADATA = b"tsqlora"
@@ -32,9 +33,7 @@ class or number; for classes its probability, the label's, and k logits."""
 class Scores:
     """Terms, quality and probability of every row, in the data set's order.
 
-    `record` says how they came to be: weights, temperature, η, calibration, reference,
-    the test that the model had learned, effective sample size.  A dropped row keeps its
-    terms and quality; its probability is 0, and it is never drawn.
+    A dropped row keeps its terms and quality; its probability is 0, and it is never drawn.
     """
 
     terms: Mapping[str, np.ndarray]
@@ -43,7 +42,7 @@ class Scores:
     quality: np.ndarray
     probability: np.ndarray
     stratified: bool
-    record: Mapping[str, Any]
+    record: ScoreRecord
     hashes: tuple[str, ...] | None = None
     ids: np.ndarray | None = None
     """The place of each row in the file that was read; None where that is its place here."""
@@ -57,12 +56,12 @@ class Scores:
 
     @property
     def temperature(self) -> float:
-        return float(self.record["temperature"])
+        return float(self.record.temperature)
 
     @property
     def even(self) -> bool:
         """Whether kept rows are drawn equally often, whatever their quality; else by softmax(Q/τ)."""
-        return self.record.get("draw") == "even"
+        return self.record.draw == "even"
 
     @property
     def strata(self) -> np.ndarray | None:
@@ -91,14 +90,14 @@ class Scores:
             raise TsqLoraError(f"all {len(self)} rows are dropped, the last as '{reason}'; drop fewer kinds of rows")
         p = _probabilities(self.quality, reasons == 0, even=self.even, temperature=self.temperature)
         dropped = {name: int((reasons == code).sum()) for code, name in enumerate(REASONS) if code}
-        about = {"effective_sample_size": effective_sample_size(p), "dropped": dropped}
-        return replace(self, reasons=reasons, probability=p, record={**self.record, **about})
+        record = replace(self.record, effective_sample_size=effective_sample_size(p), dropped=dropped)
+        return replace(self, reasons=reasons, probability=p, record=record)
 
     def drawn_evenly(self) -> "Scores":
         """The same, of whose kept rows each is drawn as often, whatever its quality."""
         p = _probabilities(self.quality, self.kept, even=True, temperature=self.temperature)
-        about = {"draw": "even", "effective_sample_size": effective_sample_size(p)}
-        return replace(self, probability=p, record={**self.record, **about})
+        record = replace(self.record, draw="even", effective_sample_size=effective_sample_size(p))
+        return replace(self, probability=p, record=record)
 
     def save(self, path: str | Path) -> None:
         """One row a sample: id, hash, label, terms, predictions, quality, probability, reason."""
@@ -113,7 +112,7 @@ class Scores:
             "probability": self.probability,
             "reason": pa.DictionaryArray.from_arrays(_codes(self), pa.array(REASONS)),
         }
-        about = {"stratified": self.stratified, **self.record}
+        about = {"stratified": self.stratified, **self.record.to_dict()}
         metadata = {_METADATA: json.dumps(about, allow_nan=False, default=_plain).encode()}
         with replacing(Path(path)) as unfinished:
             pq.write_table(pa.table(columns).replace_schema_metadata(metadata), unfinished, row_group_size=_ROW_GROUP)
@@ -139,7 +138,7 @@ class Scores:
             quality=columns["quality"],
             probability=columns["probability"],
             stratified=bool(record.pop("stratified")),
-            record=record,
+            record=ScoreRecord.of(record),
             hashes=tuple(table["hash"].to_pylist()) if "hash" in table.column_names else None,
             ids=columns.get("id"),
             reasons=_reasons(table, path) if "reason" in table.column_names else None,
@@ -224,15 +223,17 @@ def from_terms(
         quality=total,
         probability=p,
         stratified=stratified,
-        record={
-            **record,
-            "draw": "even" if even else "softmax",
-            "weights": dict(weights),
-            "temperature": temperature,
-            "effective_sample_size": effective_sample_size(p),
-            "standardised_by_quartiles": {n: list(s.by_range) for n, s in standardised.items() if s.by_range},
-            "without_spread": {n: list(s.flat) for n, s in standardised.items() if s.flat},
-        },
+        record=ScoreRecord.of(
+            {
+                **record,
+                "draw": "even" if even else "softmax",
+                "weights": dict(weights),
+                "temperature": temperature,
+                "effective_sample_size": effective_sample_size(p),
+                "standardised_by_quartiles": {n: list(s.by_range) for n, s in standardised.items() if s.by_range},
+                "without_spread": {n: list(s.flat) for n, s in standardised.items() if s.flat},
+            }
+        ),
         hashes=None if hashes is None else tuple(hashes),
         ids=ids,
         predictions=dict(predictions or {}),

@@ -45,7 +45,7 @@ def find_rows(scores: Scores, chosen: np.ndarray, source: Source) -> np.ndarray:
     At their own ids where the file still has them there, else wherever their hashes are.
     Raises DataError where the file lacks some.
     """
-    columns = scores.record.get("columns")
+    columns = scores.record.columns
     if scores.hashes is None or columns is None:
         if (rows := sum(len(chunk) for chunk in source.chunks())) != len(scores):
             raise DataError(f"{source.name} has {rows} rows, and there are scores for {len(scores)}")

@@ -86,7 +86,7 @@ def choose_samples(scores: Scores, texts: Sequence[str] | None = None) -> Sample
             _sample(scores, j, tuple(name for name in lists if j in within[name]), found.get(j), bool(wrong[j]))
             for j in order
         ],
-        label="label" if scores.record.get("format") is None else "target tokens",
+        label="label" if scores.record.format is None else "target tokens",
         terms=tuple(scores.terms),
         all=len(scores),
         reasons={name: int((codes == code).sum()) for code, name in enumerate(REASONS)},
@@ -130,7 +130,7 @@ def _sample(scores: Scores, j: int, lists: tuple[str, ...], text: str | None, wr
 
 
 def _label(scores: Scores, value: Any) -> str:
-    names = scores.record.get("classes")
+    names = scores.record.classes
     if names is not None:
         return str(names[int(value)])
     number = value.item()

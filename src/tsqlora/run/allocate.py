@@ -53,7 +53,7 @@ def _ranks_of(run: FinishedRun, scores_path: Path) -> dict[str, int]:
         scores = Scores.load(scores_path)
         if scores.hashes != samples.hashes:
             raise DataError(f"{scores_path} has scores of other rows than {run.config.data.train} has now; train anew")
-        fraction, epoch = run.config.quality.fraction, int(scores.record.get("epoch", 0))
+        fraction, epoch = run.config.quality.fraction, scores.record.epoch or 0
         plan = EpochPlan(len(scores), fraction, run.config.training.seed, scores=scores, scored_epoch=epoch)
         rows = np.unique(plan.draw(epoch))  # where few are kept an epoch repeats them
     measured = sensitivities(job, run.model, rows, estimator=r.estimator)

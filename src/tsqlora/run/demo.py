@@ -102,7 +102,7 @@ def look_at(config: Config, news: News, progress: Progress | None) -> dict[str, 
     wrong = np.array([a != b for a, b in zip(news.labels, news.true, strict=True)])
     out = ~scores.kept
     return {
-        "noise": scores.record["noise"],
+        "noise": scores.record.noise,
         "left_out": int(out.sum()),
         "left_out_wrong": int((out & wrong).sum()),
         "wrong": int(wrong.sum()),
@@ -112,8 +112,9 @@ def look_at(config: Config, news: News, progress: Progress | None) -> dict[str, 
 
 def suspects(scores: Scores, news: News) -> list[dict[str, Any]]:
     """The rows that are left out as likely wrong, or else those of highest doubt; of equal ones the higher loss."""
-    doubts, names = doubt(scores), scores.record["classes"]
+    doubts, names = doubt(scores), scores.record.classes
     assert doubts is not None
+    assert names is not None
     return [
         {
             "label": news.labels[j],

@@ -55,6 +55,6 @@ def draws_of(run: Path, scores: Scores) -> list[np.ndarray] | None:
     )
     plans, first = {0: plan}, first_scores(run / SCORES_FILE)
     for one in ([Scores.load(first)] if first.exists() else []) + [scores]:
-        epoch = int(one.record["epoch"])
-        plans[epoch] = plan if one.record.get("not_ready") else replace(plan, scores=one, scored_epoch=epoch)
+        epoch = one.record.epoch or 0
+        plans[epoch] = plan if one.record.not_ready else replace(plan, scores=one, scored_epoch=epoch)
     return [plans[max(e for e in plans if e <= epoch)].from_pool(epoch) for epoch in range(record.plan["epochs"])]

@@ -229,7 +229,7 @@ class QualityCallback(TrainerCallback):
         """For the record: whether rows were drawn by quality, what the looks found, and why."""
         data, scores = self.data, self.data.scores
         quality = of_draws(data) | {"enabled": self.rule.select, "used": scores is not None, "looks": self.looks}
-        quality |= {"why_not": self.why_not} if scores is None else {"scores": dict(scores.record)}
+        quality |= {"why_not": self.why_not} if scores is None else {"scores": scores.record.to_dict()}
         return {
             "quality": quality,
             "notes": [*self.notes, *_of_noise(scores)],
@@ -250,7 +250,7 @@ class QualityCallback(TrainerCallback):
         if not (self.rule.look_again and self.rule.select):
             return False
         scores = self.data.scores
-        return scores is None or not scores.even or scores.record.get("noise", {}).get("evident", False)
+        return scores is None or not scores.even or (scores.record.noise or {}).get("evident", False)
 
     def _draws(self) -> dict[str, Any]:
         data, plan = self.data, self.data.plan
@@ -381,7 +381,7 @@ class QualityCallback(TrainerCallback):
 
 def _of_noise(scores: Scores | None) -> list[str]:
     """What the record notes of wrong labels."""
-    noise = None if scores is None else scores.record.get("noise")
+    noise = None if scores is None else scores.record.noise
     if scores is None or noise is None:
         return []
     if not noise["evident"]:
@@ -399,7 +399,7 @@ def first_scores(path: Path) -> Path:
 
 def _summary(scores: Scores, why_not: str | None) -> dict[str, Any]:
     """A look for run.json and the report."""
-    told = {name: scores.record.get(name) for name in ("epoch", "step", "head_start", "noise", "gate")}
+    told = {name: getattr(scores.record, name) for name in ("epoch", "step", "head_start", "noise", "gate")}
     return {**told, "not_ready": why_not, "rows": len(scores), "kept": int(scores.kept.sum())}
 
 

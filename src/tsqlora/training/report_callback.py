@@ -58,9 +58,9 @@ def of_scores(scores: Scores) -> dict[str, float]:
     """Scalars of one scoring."""
     scalars: dict[str, float] = {
         "quality/left_out": int((~scores.kept).sum()),
-        "quality/effective_sample_size": scores.record["effective_sample_size"],
+        "quality/effective_sample_size": scores.record.effective_sample_size,
     }
-    noise = scores.record.get("noise")
+    noise = scores.record.noise
     return scalars if noise is None else scalars | {"quality/wrong_labels": noise["rate"] if noise["evident"] else 0.0}
 
 
