@@ -256,8 +256,8 @@ def show_audit(console: Console, found: Mapping[str, Any]) -> None:
     console.print(f"{found['rows']:,} rows, {len(found['classes'])} classes, read by {found['model_name']}", **plain)
     console.print(found["summary"], **plain)
     table = Table(title="first suspects", title_justify="left")
-    for name in ("row", "label", "suggested", "wrong", "text"):
-        table.add_column(name, no_wrap=True, overflow="ellipsis", max_width=None if name == "text" else 22)
+    for name, least in (("row", 5), ("label", 14), ("suggested", 14), ("wrong", 5), ("text", 12)):
+        table.add_column(name, no_wrap=True, min_width=least, max_width=None if name == "text" else 22)
     for row in found["first"]:
         table.add_row(
             str(row["row"]),

@@ -1,0 +1,101 @@
+"""The page of an audit in a real browser: no error, no request, no overflow; keys review rows, which the table has."""
+
+import csv
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from browser import Page, axe, browser
+from tsqlora.reports.audit_page import audit_page
+from tsqlora.run.listing import Listed
+
+HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'> " + "long" * 200
+CURRENT = "document.querySelector('#rows [aria-current] .words').textContent"
+SHOWN = "[...document.querySelectorAll('#rows > li .words')].map(p => p.textContent)"
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    classes: list[str] = ["no", "yes", "=maybe", HOSTILE]
+    rows = [
+        Listed(j, HOSTILE if j == 3 else f"text {j}", "no", "yes", 1 - j / 20, kind, ("yes", "no", "=maybe", HOSTILE))
+        for j, kind in enumerate(["suspect"] * 8 + ["check"] * 2)
+    ]
+    about: dict[str, Any] = {
+        "source": "<b>rows</b>.csv", "sha256": "0" * 64, "classes": classes, "model_name": HOSTILE, "rows": 10,
+        "summary": "Said.", "notes": [HOSTILE],
+        "pairs": [{"label": HOSTILE, "suggested": "no", "rows": 3, "wrong": 1.5}],
+    }  # fmt: skip
+    both = tuple({"row": j, "text": HOSTILE, "label": "no"} for j in (1, 2))
+    path = tmp_path_factory.mktemp("audit page") / "audit.html"
+    path.write_text(audit_page(Path("a b"), about, rows, [(both[0], both[1])]), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def tab() -> Iterator[Page]:
+    with browser() as page:
+        yield page
+
+
+def press(tab: Page, *keys: str) -> None:
+    for key in keys:
+        tab.run(f"document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {{key: {key!r}, bubbles: true}}))")
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+@pytest.mark.parametrize("dark", [False, True])
+def test_nothing_fails_overflows_or_is_requested(page: Path, tab: Page, width: int, dark: bool) -> None:
+    tab.told.clear()
+    tab.requests.clear()
+    tab.open(page, width=width, dark=dark)
+    assert (tab.told, tab.requests) == ([], [page.as_uri()])
+    assert tab.run("document.documentElement.scrollWidth") <= width
+    assert tab.run("window.hacked") is None
+    assert HOSTILE in tab.run(SHOWN)
+
+
+def test_the_page_has_no_accessibility_violations(page: Path, tab: Page) -> None:
+    script = axe()
+    tab.open(page, width=1440)
+    tab.run(f"{script}; 0")
+    assert tab.run("axe.run().then(r => r.violations.map(v => v.id + v.nodes.map(n => n.html)))") == []
+
+
+def test_keys_go_through_the_rows_and_the_table_has_what_they_chose(page: Path, tab: Page) -> None:
+    tab.open(page, width=1440)
+    tab.run("localStorage.clear()")
+    tab.open(page, width=1440)
+    press(tab, "1", "2", "j", "k")  # a choice goes to the next row
+    assert tab.run(CURRENT) == "text 2"
+    press(tab, "3", "2", "u", "k", "u")
+    press(tab, "j", "t")
+    tab.run("Object.assign(document.activeElement, {value: ' YES '})")
+    press(tab, "Enter")
+    expected = {"0": "no", "1": "yes", "2": "'=maybe", "4": "yes"}
+    saved = "new Promise(done => { URL.createObjectURL = (blob) => { blob.text().then(done); return '#'; };"
+    table = tab.run(f"{saved} document.getElementById('export').click(); }})")
+    rows = {row["row"]: row for row in csv.DictReader(io.StringIO(table))}
+    assert {row: cells["reviewed_label"] for row, cells in rows.items() if cells["reviewed_label"]} == expected
+    assert rows["3"]["text"] == HOSTILE
+    tab.open(page, width=1440)
+    assert tab.run("document.getElementById('count').textContent").startswith("4 of 10"), "it is there after a reload"
+
+
+@pytest.mark.parametrize(
+    ("id", "value", "rows"),
+    [("search", "text 5", 1), ("state", "check", 2), ("state", "done", 0), ("pair", '["no","yes"]', 10)],
+)
+def test_rows_are_searched_and_narrowed(id: str, value: str, rows: int, page: Path, tab: Page) -> None:
+    tab.open(page, width=1440)
+    tab.run("localStorage.clear()")
+    tab.open(page, width=1440)
+    event = "input" if id == "search" else "change"
+    tab.run(
+        f"(e => {{ e.value = {value!r}; e.dispatchEvent(new Event('{event}')); }})(document.getElementById('{id}'))"
+    )
+    assert len(tab.run(SHOWN)) == rows
+    assert tab.run("document.getElementById('none').hidden") == (rows > 0)
