@@ -34,7 +34,7 @@ from tsqlora.training.record import RunRecord, versions
 SHARED = ROOT / ".." / "shared"
 RESULTS = Path(os.environ.get("RESULTS", ROOT / "bench" / "results" / "capacity"))
 STEPS, BATCH, TOKENS, LETTERS = 300, 16, 128, 250
-RATES = (3e-3, 1e-2, 3e-2)
+RATES = (1e-2, 3e-2, 6e-2)
 FULL_RATES = (1e-3, 3e-3, 1e-2)
 MLPS = ["gate_proj", "up_proj", "down_proj"]
 SHARE_OF_MLPS = 708 / 1156
