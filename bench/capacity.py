@@ -39,13 +39,13 @@ FULL_RATES = (1e-3, 3e-3, 1e-2)
 MLPS = ["gate_proj", "up_proj", "down_proj"]
 SHARE_OF_MLPS = 708 / 1156
 """Of the parameters of rank 1 in all layers: a block of stories260K has 448 in its attention and 708 in its MLP."""
-NEVER = 10**6
+NEVER, MOVES = 10**6, {"policy": "tsqlora"}
 METHODS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "uniform": ("lora", {}, {}),
     "mlps": ("tsqlora", {"policy": "fixed"}, {"target_modules": MLPS}),
-    "sensitivity": ("tsqlora", {"interval": NEVER}, {}),
-    "random": ("tsqlora", {"interval": NEVER, "estimator": "random"}, {}),
-    "moves": ("tsqlora", {}, {}),
+    "sensitivity": ("tsqlora", {**MOVES, "interval": NEVER}, {}),
+    "random": ("tsqlora", {**MOVES, "interval": NEVER, "estimator": "random"}, {}),
+    "moves": ("tsqlora", MOVES, {}),
     "adalora": ("adalora", {}, {}),
     "elalora": ("elalora", {}, {}),
     "eva": ("eva", {}, {}),

@@ -123,7 +123,7 @@ def config_of(block: Block, folder: Path) -> Config:
             "max_length": MAX_LENGTH[block.task],
         },
         "quality": {"fraction": FRACTION},
-        "ranks": {"mean": float(block.mean)},
+        "ranks": {"policy": "tsqlora", "mean": float(block.mean)},
         "adapter": {"alpha": 2.0 * block.mean},
         "training": {"epochs": round(PASSES / FRACTION), "learning_rate": LEARNING_RATE, "batch_size": BATCH},
     }

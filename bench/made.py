@@ -94,7 +94,7 @@ def write_config(path: Path, model: Path, data: Path, **sections: Mapping[str, A
         "model": {"path": str(model)},
         "data": {"train": str(data)},
         "quality": {"fraction": 0.5},
-        "ranks": {"mean": 2.0, "interval": 4},
+        "ranks": {"policy": "tsqlora", "mean": 2.0, "interval": 4},
         "adapter": {"alpha": 4.0},
         "training": {"epochs": 6, "batch_size": 8, "learning_rate": 0.02, "bf16": False, "logging_strategy": "no"},
     }

@@ -376,11 +376,32 @@ def worlds(_: Results) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def capacity(_: Results) -> pd.DataFrame:
+    """Test loss at the rate that validation rows of the first seed chose."""
+    cells = pd.DataFrame([{**cell, **cell["settings"]} for cell in _cells("capacity")])
+    rows = []
+    for (mean, method), found in cells.groupby(["mean", "method"], sort=False):
+        first = found[found.seed == found.seed.min()]
+        rate = first.loc[first.validation.idxmin(), "rate"]
+        best = found[found.rate == rate]
+        rows.append(
+            {
+                "mean rank": f"{mean:g}",
+                "ranks": method,
+                "learning rate": f"{rate:g}",
+                "parameters": f"{best.parameters.iloc[0]:,}",
+                "test loss": _spread(best.test, 3),
+            }
+        )
+    return pd.DataFrame(rows).sort_values(["mean rank", "test loss"])
+
+
 def _spread(values: pd.Series, digits: int = 1) -> str:
     return f"{values.mean():.{digits}f} ({', '.join(f'{value:.{digits}f}' for value in values)})"
 
 
 TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
+    "capacity": capacity,
     "faults": faults,
     "faults-kills": faults_kills,
     "faults-mended": faults_mended,

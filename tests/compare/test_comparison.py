@@ -240,8 +240,6 @@ def test_a_broken_comparison_json_is_named_with_the_cure(text: str, config: Conf
     [
         ("quality", {"enabled": False}, "dora+quality", "quality.enabled is false, and dora+quality draws by quality"),
         ("quality", {"enabled": False}, "tsqlora", "set it to true, or leave out tsqlora+quality"),
-        ("ranks", {"policy": "fixed"}, "tsqlora", "ranks.policy is fixed, and tsqlora moves ranks; set it to tsqlora"),
-        ("ranks", {"policy": "fixed"}, "tsqlora-ranks-only", "or name tsqlora-quality-only or lora"),
         ("training", {"load_best_model_at_end": True}, "lora", "training.load_best_model_at_end needs checkpoints"),
     ],
 )

@@ -54,7 +54,7 @@ OTHER_VALUES: dict[str, Any] = {
     "quality.head_start": False,
     "quality.look_again": False,
     "quality.resample": False,
-    "ranks.policy": "fixed",
+    "ranks.policy": "tsqlora",
     "ranks.mean": 4.0,
     "ranks.min": 2,
     "ranks.max": 30,
@@ -149,7 +149,7 @@ def what_arrives(config: Config) -> dict[str, Any]:
 def test_what_choices_a_description_names_are_those_there_are() -> None:
     told = {name: str(field.description) for name, field in RankSettings.model_fields.items()}
     assert {*ESTIMATORS} == {*told["estimator"].removesuffix(".").partition(": ")[2].split(", ")}
-    assert all(f"{name}, " in told["policy"] for name in POLICIES)
+    assert all(f"{name}: " in told["policy"] for name in POLICIES)
 
 
 def test_every_key_has_another_value_here() -> None:

@@ -25,7 +25,9 @@ from tsqlora.training.fit import Method
 def settings(**sections: Mapping[str, Any]) -> Config:
     required = {"model": {"path": "a/model"}, "data": {"train": "rows.jsonl"}}
     training = {"epochs": 6, "batch_size": 8, "bf16": False} | dict(sections.pop("training", {}))
-    return Config.model_validate({**required, "ranks": {"interval": 4}, "training": training, **sections})
+    return Config.model_validate(
+        {**required, "ranks": {"policy": "tsqlora", "interval": 4}, "training": training, **sections}
+    )
 
 
 def planned(config: Config, model: PeftModel, *, rows: int = 100, **quality: Any) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, train nothing.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Trains: a look at all rows, then LoRA with moving ranks; writes an adapter that plain PEFT loads.
+    """Trains: a look at all rows, then LoRA on those that it kept; writes an adapter that plain PEFT loads.
 
     Columns with usual names are found: text and label, prompt and completion.
 

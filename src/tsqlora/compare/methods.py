@@ -23,23 +23,20 @@ from tsqlora.training.rank_callback import RankCallback
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A way to train: a baseline's model, or ours whose ranks move."""
+    """A way to train: a baseline's model, or ours."""
 
     policy: str
     """The rows that it has unless `METHOD+POLICY` names others."""
     baseline: str | None
-    """The entry of BASELINES; None is ours."""
-
-    @property
-    def moves_ranks(self) -> bool:
-        """Whether ranks follow sensitivity, as `ranks` in the config says."""
-        return self.baseline is None
+    """The entry of BASELINES; None is ours, with the config's `ranks`."""
+    moves: bool = False
+    """Whether ranks move also where the config has them fixed."""
 
 
 METHODS: Mapping[str, Method] = {name: Method("all", name) for name in BASELINES} | {
     "tsqlora": Method("quality", None),
     "tsqlora-quality-only": Method("quality", "lora"),
-    "tsqlora-ranks-only": Method("all", None),
+    "tsqlora-ranks-only": Method("all", None, moves=True),
 }
 
 
@@ -145,6 +142,9 @@ def build(job: Job, method: str, *, steps: int) -> tuple[Built, RankCallback | N
     """The method's model, and our ranks where they move; the job's pretrained model is changed in place."""
     config, baseline = job.config, METHODS[method].baseline
     if baseline is None:
+        if METHODS[method].moves and config.ranks.policy == "fixed":
+            config = config.model_copy(update={"ranks": config.ranks.model_copy(update={"policy": "tsqlora"})})
+            job = replace(job, config=config)
         model, ranks = with_slots(config, job.pretrained), rank_callback(job)
         require_ranks(config, {name: slots.shape for name, slots in find_slots(model).items()})
         return Built(model, (), lambda: active_parameters(model), lambda: ranks.final), ranks

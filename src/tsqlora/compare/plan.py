@@ -6,7 +6,6 @@ from pathlib import Path
 
 from tsqlora import distributed
 from tsqlora.compare.cells import Entry
-from tsqlora.compare.methods import METHODS
 from tsqlora.compare.run import Equal
 from tsqlora.compat.hub import DatasetName, is_hub_id
 from tsqlora.errors import SettingsError, UnsupportedError, nearest
@@ -81,11 +80,6 @@ class Plan:
                 raise SettingsError(
                     f"quality.enabled is false, and {entry.name} draws by quality; set it to true, or leave out "
                     f"{entry.name}"
-                )
-            if METHODS[entry.method].moves_ranks and config.ranks.policy == "fixed":
-                raise SettingsError(
-                    f"ranks.policy is fixed, and {entry.method} moves ranks; set it to tsqlora, or name "
-                    "tsqlora-quality-only or lora"
                 )
 
     def _require_measured(self) -> None:

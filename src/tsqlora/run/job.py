@@ -113,7 +113,7 @@ def with_slots(config: Config, pretrained: Pretrained) -> PeftModel:
     adapter, ranks = config.adapter, config.ranks
     set_seed(config.training.seed)
     common: dict[str, Any] = {
-        "max_rank": ranks.resolved_max(),
+        "max_rank": ranks.capacity(),
         "dropout": adapter.dropout,
         "modules_to_save": pretrained.new_modules,
     }

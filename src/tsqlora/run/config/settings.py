@@ -5,6 +5,7 @@
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -169,7 +170,7 @@ class QualitySettings(Section):
 
 
 class RankSettings(Section):
-    policy: str = setting("tsqlora", "How ranks change: tsqlora, by sensitivity; fixed, not after the first ones.")
+    policy: str = setting("fixed", "fixed: every layer keeps the mean rank; tsqlora: ranks follow sensitivity.")
     mean: float = setting(8.0, "Rank of a uniform LoRA of the same number of parameters.", gt=0, le=65536)
     min: int = setting(1, "Least rank of a layer; 0 may remove it.", ge=0)
     max: int | None = setting(None, "Greatest rank of a layer; null is twice the mean.", ge=1, le=65536)
@@ -181,6 +182,10 @@ class RankSettings(Section):
     def resolved_max(self) -> int:
         """Greatest rank of a layer: what is set, else twice the mean, rounded up."""
         return default_max_rank(self.mean) if self.max is None else self.max
+
+    def capacity(self) -> int:
+        """The rank that layers are built with: ranks that stay as they are need no room to grow."""
+        return math.ceil(self.mean) if self.policy == "fixed" and self.max is None else self.resolved_max()
 
     @model_validator(mode="after")
     def _bounds_leave_room(self) -> "RankSettings":
