@@ -109,12 +109,14 @@ def test_a_plan_shows_rows_steps_parameters_and_passes() -> None:
         "memory_bytes": 2**30,
         "passes": {"scoring": {"forward": 3024, "backward": 1512}},
         "without_effect": ["ranks.interval without effect: ranks.policy is fixed"],
+        "files": {"a[b].csv": "';' between columns, cp1252"},
         "columns": {"text": "[body]", "text_pair": None, "label": "mood"},
         "max_length": 128,
         "notes": ["3 of 50 validation rows [..] are training rows, too"],
     }
     text = shown(show_plan, plan)
     assert "columns     [body], mood; at most 128 tokens" in text
+    assert "file        a[b].csv: ';' between columns, cp1252" in text
     assert "note        3 of 50 validation rows [..] are training rows" in text
     assert "settings    ranks.interval without effect" in text
     assert "2: [b] (700), no (300)" in text
@@ -127,6 +129,7 @@ def test_a_plan_of_scoring_shows_rows_batches_and_passes() -> None:
     plan = {
         "rows": 1_000_000,
         "batches": 31_250,
+        "files": {},
         "held_out": 111_111,
         "memory_bytes": 3 * 2**30,
         "disk_bytes": 2**30,
