@@ -55,12 +55,14 @@ def find_columns(
 
     >>> find_columns(["premise", "hypothesis"], text=None, text_pair=None, label=None, source="a.csv")
     Columns(text='premise', text_pair='hypothesis', label=None)
+    >>> find_columns(["Id", "Text", "Label"], text=None, text_pair=None, label=None, source="b.csv")
+    Columns(text='Text', text_pair=None, label='Label')
     """
     named = {"data.text": text, "data.text_pair": text_pair, "data.label": label}
     check_named(named, names, source)
     found_text = text or _find_text(_without(names, text_pair, label), source)
     if text is None and text_pair is None:
-        text_pair = _first((USUAL_PAIR.get(found_text, ""),), _without(names, label))
+        text_pair = _first((USUAL_PAIR.get(found_text.lower(), ""),), _without(names, label))
     label = label or _first(USUAL_LABEL, _without(names, found_text, text_pair))
     return Columns(found_text, text_pair, label)
 
@@ -84,7 +86,9 @@ def _find_text(names: Sequence[str], source: str) -> str:
 
 
 def _first(usual: Sequence[str], names: Collection[str]) -> str | None:
-    return next((name for name in usual if name in names), None)
+    """The first usual name that is there; "Text" is as good as "text" where there is no "text"."""
+    spelled = {name.lower(): name for name in reversed([*names])} | {name: name for name in names}
+    return next((spelled[name] for name in usual if name in spelled), None)
 
 
 def _without(names: Sequence[str], *taken: str | None) -> list[str]:
