@@ -2,18 +2,20 @@
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tsqlora as tsq
 from models import lora, tiny_bert
 from tsqlora.errors import SettingsError, UnsupportedError
-from tsqlora.gradients.sites import batch_coupled, effective_weight, find_sites, lora_layers
+from tsqlora.gradients.sites import Site, batch_coupled, effective_weight, find_sites, lora_layers, seen
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 
@@ -174,3 +176,25 @@ def test_what_couples_a_batch_is_named() -> None:
     assert batch_coupled(bert) == []
     bert.config.output_router_logits = True
     assert batch_coupled(bert) == ["the auxiliary loss of a mixture of experts (config.output_router_logits)"]
+
+
+class _Largest(TorchDispatchMode):
+    """The bytes of the largest tensor that an operation makes."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self.bytes = max([self.bytes, *(t.nbytes for t in (made,) if isinstance(t, Tensor))])
+        return made
+
+
+def test_a_tied_embedding_makes_nothing_larger_than_the_logits_gradient() -> None:
+    """Its rows are spread over the vocabulary, since the linear layer's gradients are: in their precision."""
+    embedding, ids, grad = nn.Embedding(50, 4), torch.randint(0, 50, (2, 3)), torch.randn(2, 3, 4)
+    site = Site("tied", (embedding,), weight=True, bias=False)
+    with _Largest() as largest:
+        a, b = seen(site, embedding, ids, grad, 2)
+    assert largest.bytes == 2 * 3 * 50 * grad.element_size()
+    expected = torch.stack([nn.functional.one_hot(i, 50).float().T @ g for i, g in zip(ids, grad, strict=True)])
+    torch.testing.assert_close(b.mT @ a, expected)

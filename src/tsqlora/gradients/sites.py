@@ -57,8 +57,9 @@ def seen(site: Site, module: nn.Module, x: Tensor, grad: Tensor, samples: int) -
     if not _mixed(site, module):
         return a, b
     # Of an Embedding whose weight a linear layer shares: ∇W is again Σ rowᵀ vector.
-    rows = cast(nn.Embedding, module).num_embeddings
-    return b, torch.nn.functional.one_hot(a, rows).to(b)
+    # As large as the linear layer's gradient, that of the logits; one_hot would make whole numbers of twice its size.
+    hot = b.new_zeros(*a.shape, cast(nn.Embedding, module).num_embeddings)
+    return b, hot.scatter_(-1, a.unsqueeze(-1), 1)
 
 
 def stepped_output(site: Site, module: nn.Module, gradient: LayerGradient, x: Tensor, samples: int) -> Tensor:
