@@ -173,9 +173,9 @@ def refuse_deepspeed(plugin: Any) -> None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, whose forward pass awaits the other processes, and torch.compile."""
+    """The model inside DataParallel, torch.compile, and DistributedDataParallel, which awaits the other processes."""
     while True:
-        if isinstance(model, DistributedDataParallel):
+        if isinstance(model, DistributedDataParallel | nn.DataParallel):
             model = model.module
         elif is_compiled(model):
             model = inside_compiled(model)

@@ -1,7 +1,9 @@
 """Per-element optimizer state (Adam moments, momentum): read, edit, and initialise for a new slot."""
 
 import re
+from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -112,6 +114,28 @@ def moments(parameter: nn.Parameter, optimizer: torch.optim.Optimizer | None) ->
             )
         found[name] = Moment(value, known[name])
     return found
+
+
+def require_moments(parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
+    """Raises UnsupportedError, as `moments`, before the optimizer's first step: a copy of it takes one on a copy.
+
+    Says nothing of an optimizer whose copy cannot step: `moments` does after the first one.
+    """
+    moments(parameter, optimizer)
+    inner: Any = inner_optimizer(optimizer)
+    groups = [group for group in inner.param_groups if any(p is parameter for p in group["params"])]
+    if parameter in inner.state or not groups:
+        return
+    twin = nn.Parameter(torch.zeros_like(parameter))
+    twin.grad = torch.ones_like(parameter)
+    copied = object.__new__(type(inner))
+    # Not its `step`, which a schedule has replaced by one that counts, nor its hooks.
+    vars(copied).update({name: value for name, value in vars(inner).items() if name != "step"})
+    copied.state, copied.param_groups = defaultdict(dict), [{**groups[0], "params": [twin]}]
+    copied._optimizer_step_pre_hooks, copied._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+    with suppress(Exception):
+        copied.step()
+    moments(twin, copied)
 
 
 def cut_moments(parameter: nn.Parameter, dim: int, size: int, optimizer: torch.optim.Optimizer) -> None:

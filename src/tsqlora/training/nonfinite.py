@@ -82,8 +82,9 @@ class GuardCallback(TrainerCallback):
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._held.enter_context(call_around_steps(optimizer, self._before_step, self._after_step))
-        # Compiled code runs no hook that came after it; gradients are looked at all the same.
-        if not (args.torch_compile or is_compiled(model)):
+        # Compiled code runs no hook that came after it, and DataParallel runs it on parts of a batch, in threads;
+        # gradients are looked at all the same.
+        if not (args.torch_compile or is_compiled(model) or args.n_gpu > 1):
             self._held.callback(model.register_forward_hook(_without_keeping(self._forward), with_kwargs=True).remove)
             if self.data is not None:
                 self._held.enter_context(self.data.announcing(self._coming.extend))

@@ -134,7 +134,6 @@ class QualityCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        distributed.refuse_copies(args.n_gpu)
         distributed.refuse_deepspeed(args.deepspeed_plugin)
         loader, model, data = kwargs["train_dataloader"], kwargs["model"], self.data
         if loader.dataset is not data:

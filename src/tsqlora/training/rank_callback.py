@@ -1,8 +1,10 @@
 """Ranks that follow sensitivity, in a stock Trainer: `RankLoop`, told of each step by a callback."""
 
+import warnings
 from collections.abc import Mapping, Sized
 from dataclasses import asdict, replace
 from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tsqlora import distributed
+from tsqlora.adapter.moments import require_moments
 from tsqlora.adapter.slots import find_slots, has_slots
 from tsqlora.adapter.wrap import wrap
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
@@ -88,6 +91,11 @@ class RankCallback(TrainerCallback):
         self.max_rank, self.samples, self.seed, self.finalize = max_rank, samples, seed, finalize
         self.collate = collate
         self.loop: RankLoop | None = None
+        self._why_not: str | None = None
+        """Why ranks cannot change in this Trainer."""
+        self._declined: list[str] = []
+        self._settles = False
+        """Whether ranks are set before the first step and stay."""
 
     def rows_of(self, trained: int) -> int:
         """How many rows the first ranks of a run that trains on so many are measured on."""
@@ -100,7 +108,7 @@ class RankCallback(TrainerCallback):
     @property
     def notes(self) -> list[str]:
         """What was warned of, for a record."""
-        return [] if self.loop is None else self.loop.notes
+        return [*self._declined, *([] if self.loop is None else self.loop.notes)]
 
     @property
     def final(self) -> dict[str, int]:
@@ -134,7 +142,7 @@ class RankCallback(TrainerCallback):
         return self.loop is not None and self.loop.started
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        model = distributed.unwrapped(kwargs["model"])
+        model, self._why_not = distributed.unwrapped(kwargs["model"]), None
         if has_slots(model):
             if self.max_rank is not None:
                 raise SettingsError(
@@ -143,30 +151,61 @@ class RankCallback(TrainerCallback):
         elif not isinstance(model, PeftModel):
             find_slots(model)  # which says what to do
         elif kwargs["optimizer"] is not None:
-            raise UnsupportedError(_NO_SLOTS)
+            self._why_not = _NO_SLOTS
         else:
-            wrap(model, max_rank=self.max_rank)
+            try:
+                wrap(model, max_rank=self.max_rank)
+            except UnsupportedError as error:
+                self._why_not = str(error)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        distributed.refuse_copies(args.n_gpu)
         distributed.refuse_deepspeed(args.deepspeed_plugin)
         require_drawn_anew(args, kwargs["train_dataloader"])
         resumed = register_part(args, state, "ranks")
         if self.loop is not None:
             self.loop.close()  # an attempt that failed may have left it open
-        if not has_slots(kwargs["model"]):
-            raise UnsupportedError(_NO_SLOTS)
+        self.loop, self._declined, self._settles = None, [], False
+        if has_slots(kwargs["model"]):
+            self.loop = self._begin(args, state, resumed, kwargs["model"], kwargs["optimizer"])
+        else:
+            self._decline(f"ranks stay as they are: {self._why_not or _NO_SLOTS}")
+        join(self, args, state, **kwargs)
+
+    def _begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        resumed: Path | None,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+    ) -> RankLoop:
+        why_not = _why_never(model, optimizer, args)
         saved = None if resumed is None else RankState.load(resumed)
         options = dict(self.options)
         if saved is not None and options["interval"] is None:
             # By default it follows the number of steps, which may be another now.
             options["interval"] = saved.interval
-        self.loop = RankLoop(kwargs["model"], kwargs["optimizer"], state.max_steps, **options)
+        if why_not is not None:
+            options["policy"] = "fixed"
+        loop = RankLoop(model, optimizer, state.max_steps, **options)
         if saved is not None:
-            self.loop.restore(saved, step=state.global_step)
-        join(self, args, state, **kwargs)
+            loop.restore(saved, step=state.global_step)
+        if why_not is not None:
+            loop.changes.optimizer = None  # before its first step it keeps nothing that would have to move
+            self._settles = True
+            self._decline(f"ranks are set once, before the first step, and do not move: {why_not}")
+        return loop
+
+    def _decline(self, what: str) -> None:
+        self._declined.append(what)
+        warnings.warn(what, stacklevel=4)
+
+    @property
+    def _moving(self) -> bool:
+        """Whether the loop is to hear of steps: ranks may still change."""
+        return self.loop is not None and not self.loop.final
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -182,6 +221,11 @@ class RankCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self._moving:
+            self._open_step(args, state, **kwargs)
+        pass_on(self, "on_step_begin", args, state, control, **kwargs)
+
+    def _open_step(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
         loader, data = kwargs["train_dataloader"], _subset_of(kwargs)
         waits = data is not None and data.plan.awaits_scores
         scored = data is not None and data.scores is not None
@@ -189,17 +233,21 @@ class RankCallback(TrainerCallback):
         first = state.global_step == 0 and isinstance(loader.dataset, Sized) and self.options["policy"] != "fixed"
         if not (waits or self._running.started) and (scored or first):
             self._start(args, state, kwargs["model"], loader.dataset, self.collate or loader.collate_fn)
-        # While the model's gradients say nothing yet, ranks stay.
-        self._running.before_forward(adjust=not waits)
-        pass_on(self, "on_step_begin", args, state, control, **kwargs)
+        if self._settles:
+            self._running.settle()
+        else:
+            # While the model's gradients say nothing yet, ranks stay.
+            self._running.before_forward(adjust=not waits)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._running.before_optimizer_step()
+        if self._moving:
+            self._running.before_optimizer_step()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._running.after_optimizer_step()
+        if self._moving:
+            self._running.after_optimizer_step()
         pass_on(self, "on_step_end", args, state, control, **kwargs)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -207,13 +255,15 @@ class RankCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         with saving_part(args, state, "ranks") as folder:
-            self._running.state().save(folder)
+            if self.loop is not None:
+                self.loop.state().save(folder)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         leave(_subset_of(kwargs), "RankCallback")
-        self._running.finish(finalize_model=self.finalize)
+        if self.loop is not None:
+            self.loop.finish(finalize_model=self.finalize)
         pass_on(self, "on_train_end", args, state, control, **kwargs)
 
     @property
@@ -249,6 +299,22 @@ class RankCallback(TrainerCallback):
             self._running.spent.add(tokens=sum(data.lengths[row] for row in data.indices[places]))
 
 
+def _why_never(model: nn.Module, optimizer: torch.optim.Optimizer, args: TrainingArguments) -> str | None:
+    """Why ranks cannot move while a model with slots trains; None where they can."""
+    if args.n_gpu > 1:
+        return (
+            f"{args.n_gpu} GPUs in one process copy the model at each step, and what is measured on a copy is lost; "
+            "start a process for each: accelerate launch"
+        )
+    try:
+        require_moments(next(iter(find_slots(distributed.unwrapped(model)).values())).a, optimizer)
+    except UnsupportedError as error:
+        if distributed.active():
+            raise  # processes have agreed on the parameters' shapes, which would have to change once
+        return str(error)
+    return None
+
+
 def _subset_of(known: Mapping[str, Any]) -> QualitySubset | None:
     """What the Trainer trains on, where epochs of it are drawn."""
     rows = known["train_dataloader"].dataset
@@ -256,7 +322,7 @@ def _subset_of(known: Mapping[str, Any]) -> QualitySubset | None:
 
 
 _NO_SLOTS = (
-    "the optimizer is made and the model has no rank slots: give RankCallback to Trainer(callbacks=[...]), which puts "
-    "them on a LoRA model in time; with model_init or an optimizer of your own, and for a second train(), use "
-    "tsqlora.wrap(model) and RankCallback(finalize=False)"
+    "the optimizer is made and the model has no rank slots; give RankCallback to Trainer(callbacks=[...]), or with "
+    "model_init, an optimizer of your own, and for a second train(): tsqlora.wrap(model) and "
+    "RankCallback(finalize=False)"
 )

@@ -69,7 +69,7 @@ def name_of(function: Any) -> str:
 class RankChanges:
     """The ranks of a model, at constant parameters: those that it has at first are the budget."""
 
-    def __init__(self, layers: Mapping[str, Slots], optimizer: torch.optim.Optimizer, rules: RankRules) -> None:
+    def __init__(self, layers: Mapping[str, Slots], optimizer: torch.optim.Optimizer | None, rules: RankRules) -> None:
         self.layers, self.optimizer, self.rules = layers, optimizer, rules
         self.shapes = {name: slots.shape for name, slots in layers.items()}
         self.capacity = max(slots.capacity for slots in layers.values())

@@ -250,9 +250,21 @@ class RankLoop:
                 f"ranks did not move: training ended at step {self.step}, and the first adjustment was to be at step "
                 f"{self.steps.start}"
             )
+        self._end()
+        return self._plain() if finalize_model else self.peft
+
+    def settle(self) -> PeftModel:
+        """Ends the loop where ranks stay: a plain PEFT model, which any optimizer can train.
+
+        What the optimizer keeps is left as it is: nothing before its first step, or what it had in a plain model.
+        """
+        self.close()
+        self._end()
+        return finalize(self.peft)
+
+    def _end(self) -> None:
         sync_config(self.peft)
         self.final, self.order.next = self.ranks, "before_forward"
-        return self._plain() if finalize_model else self.peft
 
     def _plain(self) -> PeftModel:
         """The model without slots, and the optimizer with what it keeps of the active ones."""
