@@ -1,5 +1,6 @@
 """`tsqlora audit --apply`: a reviewed table -> the corrected rows, and the reviewed ones as trusted rows."""
 
+import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from tsqlora.errors import DataError, nearest
 from tsqlora.run.audit import AUDIT_FILE, digest
 
 TRUSTED_FILE = "trusted.jsonl"
+SHOWN = 20
+"""Classes that a message lists."""
 
 Label = str | int
 
@@ -68,7 +71,7 @@ def _about(table: Path, out: Path | None) -> tuple[dict[str, Any], Path]:
     path = next((place / AUDIT_FILE for place in places if (place / AUDIT_FILE).is_file()), None)
     if path is None:
         raise DataError(
-            f"{AUDIT_FILE} is neither in {' nor in '.join(map(str, places))}, and says which rows these are; give the "
+            f"there is no {AUDIT_FILE}, which says what rows these are, in {' or '.join(map(str, places))}; give the "
             "audit's directory as --out"
         )
     try:
@@ -105,9 +108,15 @@ def _reviewed(rows: Rows, i: int, names: Mapping[str, Label]) -> Reviewed:
         raise DataError(f"{place}: row {number!r} is no number of a row; leave the column row as it was")
     label = names.get(value, names.get(_folded(value)))
     if label is None:
-        known = nearest(value.strip(), {str(label) for label in names.values()})
+        known = nearest(value.strip(), _near(value.strip(), {str(label) for label in names.values()}))
         raise DataError(f"{place}: row {number} has the reviewed_label {value.strip()!r}, which is no class; {known}")
     return Reviewed(place, int(number), str(cells["label"]), label, cells.get("kind") == "check")
+
+
+def _near(value: str, classes: set[str]) -> set[str]:
+    """The classes that a message lists: those that are written alike, where there are too many."""
+    near = set(difflib.get_close_matches(value, classes, n=5, cutoff=0.5))
+    return classes if len(classes) <= SHOWN else near or set(sorted(classes)[:SHOWN])
 
 
 def _names(classes: Sequence[Label]) -> dict[str, Label]:
