@@ -71,10 +71,11 @@ def commands(group: Any, before: str = "") -> Iterator[tuple[str, Any]]:
 
 def section(name: str, command: Any) -> Iterator[str]:
     """A command's help: what it does, its example, its arguments and options."""
-    first, *more, example = (" ".join(part.split()) for part in command.help.split("\n\n"))
+    first, *more = (" ".join(part.split()) for part in command.help.split("\n\n"))
+    examples = [part.removeprefix("Example: ") for part in more if part.startswith("Example: ")]
     yield from (f"## tsqlora {name}", "", first, "")
-    yield from ("```bash no-run", example.removeprefix("Example: "), "```", "")
-    for paragraph in more:
+    yield from ("```bash no-run", *examples, "```", "")
+    for paragraph in more[: -len(examples)]:
         yield from (paragraph, "")
     yield from ("| argument or option | | default |", "| --- | --- | --- |")
     for parameter in command.params:

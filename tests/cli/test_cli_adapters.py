@@ -1,4 +1,4 @@
-"""`tsqlora export`, `merge` and `doctor` as scripts see them, on a run of ours and on any adapter."""
+"""`tsqlora export` and `doctor` as scripts see them, on a run of ours and on any adapter."""
 
 import json
 import shutil
@@ -20,6 +20,7 @@ from tsqlora.run.finished import open_run
 from tsqlora.run.train import train
 
 Run = Callable[..., tuple[int, str, str]]
+COMPRESS = ("export", "--format", "compressed")
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def test_our_own_runs_universal_adapter_says_the_same_in_plain_peft(run: Path, t
 
 
 def test_a_merged_run_is_a_model_and_a_tokenizer(run: Path, tmp_path: Path, tsqlora: Run) -> None:
-    code, out, _ = tsqlora("merge", run, "--out", tmp_path / "m", "--json")
+    code, out, _ = tsqlora("export", run, "--format", "merged", "--out", tmp_path / "m", "--json")
     assert (code, json.loads(out)["format"]) == (0, "merged")
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m")
     torch.testing.assert_close(said(merged, run), said(open_run(run).model, run), rtol=1e-4, atol=1e-4)
@@ -76,8 +77,8 @@ def test_a_merged_run_is_a_model_and_a_tokenizer(run: Path, tmp_path: Path, tsql
 def test_what_a_run_is_not_made_into_is_named(run: Path, tmp_path: Path, tsqlora: Run) -> None:
     for command, named in (
         (("export", run, "--format", "gguf"), "classifier"),
-        (("merge", run, "--base", "other"), "--base"),
-        (("adapter", "compress", run, "--mean-rank", 1, "--by", "size"), "--by size"),
+        (("export", run, "--format", "merged", "--base", "other"), "--base"),
+        ((*COMPRESS, run, "--mean-rank", 1, "--by", "size"), "--by size"),
     ):
         code, out, err = tsqlora(*command, "--out", tmp_path / "x")
         assert (code, out) == (2, "")
@@ -99,13 +100,11 @@ def test_an_adapter_is_compressed_by_its_update_or_by_what_it_does_to_the_loss(
     before = read_adapter(run / "adapter")
     uniform = sum(target.inputs + target.outputs for target in before.targets.values())
     for by in ("singular", "curvature"):
-        arguments = ("adapter", "compress", run, "--mean-rank", 1, "--by", by, "--out", tmp_path / by, "--json")
+        arguments = (*COMPRESS, run, "--mean-rank", 1, "--by", by, "--out", tmp_path / by, "--json")
         code, out, _ = tsqlora(*arguments)
-        assert (code, json.loads(out)["format"]) == (0, "peft")
+        assert (code, json.loads(out)["format"]) == (0, "compressed")
         assert 0.8 * uniform < read_adapter(tmp_path / by).parameters <= uniform < before.parameters
-    code, _, err = tsqlora(
-        "adapter", "compress", plain / "adapter", "--mean-rank", 1, "--by", "curvature", "--out", tmp_path / "x"
-    )
+    code, _, err = tsqlora(*COMPRESS, plain / "adapter", "--mean-rank", 1, "--by", "curvature", "--out", tmp_path / "x")
     assert code == 2
     assert "--by" in err
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tsqlora.cli import adapters, console, reports, rows, runs
-from tsqlora.errors import TsqLoraError, printable
+from tsqlora.errors import SettingsError, TsqLoraError, printable
 
 app = typer.Typer(
     pretty_exceptions_enable=False,
@@ -30,13 +30,11 @@ for command in (
     reports.report,
     reports.compare,
     adapters.export,
-    adapters.merge,
     adapters.doctor,
 ):
     app.command()(command)
-adapter = typer.Typer(help="Works on an adapter itself.", rich_markup_mode="rich")
-adapter.command()(adapters.compress)
-app.add_typer(adapter, name="adapter")
+MOVED = {"merge": "export --format merged", "adapter": "export --format compressed"}
+"""Commands of version 0.1, and where they are now."""
 
 INTERRUPTED = 130
 INTERRUPTION = "interrupted; a training goes on with --resume, a scoring or comparison when it is called again"
@@ -57,6 +55,8 @@ def main() -> None:
 def _run(arguments: list[str], *, debug: bool) -> int:
     """The exit code."""
     try:
+        if (moved := MOVED.get(arguments[0])) is not None:
+            raise SettingsError(f"`tsqlora {arguments[0]}` is gone; use `tsqlora {moved}`")
         # What typer ends has a number already: --help and Ctrl-C.
         code = app(arguments, standalone_mode=False) or 0
         if code == INTERRUPTED:

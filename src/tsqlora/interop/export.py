@@ -109,6 +109,8 @@ def export_adapter(
     """
     if format not in FORMATS:
         raise SettingsError(f"--format {format}: {nearest(format, FORMATS)}")
+    if format == "compressed" and (max_rank, mean_rank) == (None, None):
+        raise SettingsError("--format compressed takes a size: --mean-rank R, or --max-rank R")
     floats = gguf.DTYPES if format == "gguf" else FLOATS
     if dtype is not None and dtype not in floats:
         raise SettingsError(f"--dtype {dtype}: {nearest(dtype, floats)}")
@@ -271,6 +273,7 @@ def _cast(adapter: LoraAdapter, dtype: str) -> LoraAdapter:
 FORMATS: Mapping[str, Callable[[Job], Exported]] = {
     "peft": _peft,
     "universal": _universal,
+    "compressed": _peft,  # of an adapter whose ranks are cut
     "gguf": _gguf,
     "merged": _merged,
 }

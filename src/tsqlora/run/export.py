@@ -46,6 +46,8 @@ def export(
     """
     if by not in WEIGHINGS:
         raise SettingsError(f"--by {by}: {nearest(by, WEIGHINGS)}")
+    if by != "singular" and mean_rank is None:
+        raise SettingsError(f"--by {by} is how --mean-rank weighs layers; give --mean-rank R, or leave out --by")
     if push_to_hub is not None and not is_hub_id(push_to_hub):
         raise SettingsError(f"--push-to-hub {push_to_hub} is no name of a repository; give NAME or OWNER/NAME")
     measured = WEIGHINGS[by](source)
@@ -80,13 +82,6 @@ def _push(folder: Path, repo: str) -> str:
             f"{folder} is written, and was not pushed to {repo} ({type(error).__name__}: {str(error).strip()}); log in "
             f"with `hf auth login`, then `hf upload {repo} {folder}`"
         ) from error
-
-
-def compress(
-    source: Path, out: Path, *, mean_rank: float, by: str = "singular", base: str | None = None
-) -> dict[str, Any]:
-    """Writes the adapter, as `export`, with ranks allotted anew at the parameters of a uniform LoRA of `mean_rank`."""
-    return export(source, out, format="peft", base=base, mean_rank=mean_rank, by=by)
 
 
 def curvature(source: Path) -> dict[str, float]:
