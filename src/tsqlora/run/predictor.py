@@ -15,6 +15,7 @@ from tsqlora.data.generation import least_prompt, references, tokenise_generatio
 from tsqlora.data.rows import Rows
 from tsqlora.data.samples import TokenisedSplit
 from tsqlora.progress import Progress
+from tsqlora.quality.rule import Compute
 from tsqlora.tasks import Task, require_answers
 from tsqlora.tasks.forward import Collate
 from tsqlora.tasks.generation import Generation
@@ -59,9 +60,8 @@ class Predictor:
     def metrics(self, samples: Samples, *, phase: str, progress: Progress | None) -> dict[str, float]:
         """The task's metrics on labelled samples; of generated text those with the targets shown."""
         if isinstance(self.task, Generation):
-            return token_metrics(
-                self.model, samples, self.collate(), self.task, phase=phase, progress=progress, **self._batching
-            )
+            compute = Compute(**self._batching, progress=progress)
+            return token_metrics(self.model, samples, self.collate(), self.task, phase=phase, compute=compute)
         logits = self.logits(samples, phase=phase, progress=progress)
         return require_answers(self.task, "this metric").metrics(logits, np.array([s["labels"] for s in samples]))
 
@@ -90,8 +90,7 @@ class Predictor:
             max_new_tokens=self.max_new_tokens,
             beams=self.beams,
             phase=phase,
-            progress=progress,
-            **self._batching,
+            compute=Compute(**self._batching, progress=progress),
         )
 
     def text_metrics(self, rows: Rows, format: Format, *, progress: Progress | None) -> dict[str, float]:

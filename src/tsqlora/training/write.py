@@ -12,7 +12,7 @@ from tsqlora.compat.torch import double
 from tsqlora.data.batches import sorted_batches
 from tsqlora.errors import SettingsError, TsqLoraError
 from tsqlora.gradients.eval_mode import eval_mode
-from tsqlora.progress import Progress
+from tsqlora.quality.rule import Compute
 from tsqlora.tasks.forward import Collate, base_model, model_logits, precision, split_labels
 from tsqlora.tasks.generation import Generation
 from tsqlora.training.load import positions_of
@@ -26,10 +26,8 @@ def token_metrics(
     collate: Collate,
     task: Generation,
     *,
-    batch_size: int,
-    autocast: torch.dtype | None = None,
-    phase: str = "evaluation",
-    progress: Progress | None = None,
+    phase: str,
+    compute: Compute,
 ) -> dict[str, float]:
     """loss (mean over all target tokens), perplexity (its exponential) and token_accuracy, with the targets shown.
 
@@ -37,15 +35,15 @@ def token_metrics(
     """
     device = next(model.parameters()).device
     loss, right, tokens, done = 0.0, 0, 0, 0
-    with torch.inference_mode(), eval_mode(model), precision(device, autocast):
-        for indices in sorted_batches([len(s["input_ids"]) for s in samples], batch_size):
+    with torch.inference_mode(), eval_mode(model), precision(device, compute.autocast):
+        for indices in sorted_batches([len(s["input_ids"]) for s in samples], compute.batch_size):
             inputs, labels = split_labels(collate([samples[j] for j in indices]), model)
             counts = task.count(model_logits(model, inputs, task), labels)
             loss += float(double(counts.loss).sum())
             right, tokens = right + int(counts.right.sum()), tokens + int(counts.tokens.sum())
             done += len(indices)
-            if progress is not None:
-                progress(phase, done, len(samples))
+            if compute.progress is not None:
+                compute.progress(phase, done, len(samples))
     loss /= max(tokens, 1)
     if not math.isfinite(loss):
         raise TsqLoraError(
@@ -62,11 +60,9 @@ def write_texts(
     task: Generation,
     *,
     max_new_tokens: int,
-    beams: int = 1,
-    batch_size: int,
-    autocast: torch.dtype | None = None,
-    phase: str = "writing",
-    progress: Progress | None = None,
+    beams: int,
+    phase: str,
+    compute: Compute,
 ) -> list[str]:
     """What the model writes on each prompt, greedily or by beams, in the prompts' order; no space around it.
 
@@ -91,8 +87,8 @@ def write_texts(
     )
     texts = [""] * len(prompts)
     done = 0
-    with torch.inference_mode(), eval_mode(model), precision(device, autocast):
-        for indices in sorted_batches(lengths, batch_size):
+    with torch.inference_mode(), eval_mode(model), precision(device, compute.autocast):
+        for indices in sorted_batches(lengths, compute.batch_size):
             batch = collate([{k: v for k, v in prompts[j].items() if k != "labels"} for j in indices])
             inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
             written = model.generate(**inputs, generation_config=how)  # type: ignore[operator]
@@ -100,8 +96,8 @@ def write_texts(
             for j, text in zip(indices, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
                 texts[int(j)] = text.strip()
             done += len(indices)
-            if progress is not None:
-                progress(phase, done, len(prompts))
+            if compute.progress is not None:
+                compute.progress(phase, done, len(prompts))
     return texts
 
 
