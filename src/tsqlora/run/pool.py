@@ -18,7 +18,6 @@ from tsqlora.data.rows import CHUNK, Rows
 from tsqlora.data.samples import TokenisedSplit, store
 from tsqlora.data.tokenise import tokenise
 from tsqlora.errors import DataError, SettingsError
-from tsqlora.progress import Progress
 from tsqlora.quality.epochs import sample
 from tsqlora.quality.rule import Compute, RowNames, ScoringRule
 from tsqlora.quality.score import score
@@ -29,6 +28,7 @@ from tsqlora.tasks.classification import Classification
 from tsqlora.tasks.forward import task_of
 from tsqlora.tasks.generation import Generation
 from tsqlora.training.collate import collate_of
+from tsqlora.training.load import positions_of
 
 
 def select(
@@ -43,7 +43,6 @@ def select(
     learning_rate: float = 5e-4,
     batch_size: int = 8,
     max_length: int | None = None,
-    progress: Progress | None = None,
 ) -> Any:
     """The share of a pool that teaches a model what trusted rows show, as a `datasets.Dataset` of the same columns.
 
@@ -66,9 +65,8 @@ def select(
 
     pool = _as_dataset(dataset, "dataset", Dataset)
     task = task_of(model)
-    positions = getattr(cast(Any, model).config, "max_position_embeddings", None)
     most = min(processing_class.model_max_length, 1024)
-    limit = resolve_max_length(max_length, tokenizer_limit=most, positions=positions)
+    limit = resolve_max_length(max_length, tokenizer_limit=most, positions=positions_of(model))
     reader = _Reader.of(pool, model, task, processing_class, limit)
     samples = store(reader.samples(pool))
     if len(samples) == 0:
@@ -86,7 +84,7 @@ def select(
         rule=rule or ScoringRule(seed=seed),
         task=task,
         rows=RowNames(samples.ids, samples.hashes, samples.lengths),
-        compute=Compute(batch_size, progress=progress),
+        compute=Compute(batch_size),
         trusted=known,
     )
     if scores.even and scores.kept.all():

@@ -1,10 +1,9 @@
 """The look at all rows in a stock Trainer: a fitted head, and which rows are drawn, before the first step."""
 
-import math
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from tsqlora.errors import DataError, SettingsError
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.progress import Progress, Pulse
 from tsqlora.quality.cost import PhaseCost
-from tsqlora.quality.epochs import trusted_steps
 from tsqlora.quality.fallback import guarded
 from tsqlora.quality.look import look
 from tsqlora.quality.look_cache import look_once
@@ -42,36 +40,9 @@ from tsqlora.training.drawing import (
     require_drawn_anew,
     require_subset,
 )
+from tsqlora.training.quality_schedule import Schedule
 from tsqlora.training.record_callback import join, of_draws, pass_on
 from tsqlora.training.run_dir import SCORES_FILE
-
-LOOK_AGAIN = 1 / 3
-"""Share of a run's steps after which all rows are looked at again, at the next epoch's beginning."""
-
-
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """Which steps of a run begin something."""
-
-    trusted_step: int
-    """From it on steps train on trusted rows; the run's last one where there are none."""
-    trusted_from: tuple[int, int] | None
-    """The same as an epoch and the place in it."""
-    second_look: int | None
-    """The epoch before which all rows are looked at again."""
-
-    @classmethod
-    def of(cls, data: QualitySubset, args: TrainingArguments, total: int, batches: int) -> "Schedule":
-        """Of a run of so many optimizer steps, whose epochs have so many batches."""
-        accumulated = args.gradient_accumulation_steps
-        an_epoch = max(1, math.ceil(batches / accumulated))
-        a_step = args.train_batch_size * accumulated * args.world_size
-        first = total - trusted_steps(total, data.plan.trusted, a_step)
-        epoch, step = divmod(first, an_epoch)
-        place = (epoch, min(step * a_step, len(data))) if first < total else None
-        epochs = range(1, math.ceil(total / an_epoch))
-        again = (e for e in epochs if LOOK_AGAIN * total <= e * an_epoch < first)
-        return cls(first, place, next(again, None))
 
 
 class QualityCallback(TrainerCallback):
