@@ -47,6 +47,9 @@ class RankCallback(TrainerCallback):
     becomes a plain PEFT model. A sample is a row of a batch: with SFTTrainer's packing all that is
     packed into a row, and in a batch without padding all of the batch.
 
+    Where ranks cannot move, a warning and `notes` say why. Under an optimizer that slots cannot follow, and on several
+    GPUs in one process, they are set once, before the first step; of an adapter that is not plain LoRA they stay.
+
     Args:
         max_rank: of a PeftModel without slots, how many a layer gets; twice its rank if not given.
         samples: how many rows of the first epoch the first ranks are measured on, at least 1; by default a twentieth of

@@ -18,7 +18,7 @@ from tsqlora.compat.transformers import saved_note
 from tsqlora.errors import DataError, UnsupportedError
 from tsqlora.quality.cost import PhaseCost
 from tsqlora.quality.subset import QualitySubset
-from tsqlora.tasks.forward import task_of
+from tsqlora.tasks.forward import base_model, task_of
 from tsqlora.training.checkpoints import NOTE
 from tsqlora.training.drawing import epoch_of
 from tsqlora.training.record import RunRecord
@@ -287,7 +287,7 @@ def _begun(args: TrainingArguments, state: TrainerState, model: nn.Module, data:
         quality=of_draws(data),
         parameters={"trainable": active_parameters(model)},
         settings={
-            "model": {"path": getattr(config, "name_or_path", "") or type(model).__name__},
+            "model": {"path": getattr(config, "name_or_path", "") or type(base_model(model)).__name__},
             "data": {"train": rows},
             "training": {name: _plain(getattr(args, name)) for name in _ARGUMENTS},
         },
