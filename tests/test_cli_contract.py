@@ -29,7 +29,7 @@ OPTIONS = {
     "predict": "--data --out --max-new-tokens --beams",
     "compare": "--methods --seeds --out --policies --equal --lr-sweep --lr --metric --set",
     "export": "--format --out --base --dtype --max-rank --mean-rank --by --push-to-hub",
-    "doctor": "",
+    "doctor": "--server",
     "report": "--out --control --watch --port",
 }
 """Every command with its options, beside --json."""

@@ -115,7 +115,7 @@ def test_the_doctor_sees_the_adapter_of_a_run(run: Path, tsqlora: Run) -> None:
     assert (code, report["adapter"]) == (0, str(run / "adapter"))
     assert report["heads"] == ["classifier"]
     mends = {found["name"]: found["mend"] for found in report["consumers"]}
-    assert (mends["vLLM"], mends["vLLM to 0.31"]) == (None, "merged")
+    assert (mends["vLLM"], mends["vLLM to 0.30"]) == (None, "merged")
 
 
 def test_the_doctor_ends_well_whatever_it_found_and_with_3_where_it_cannot_read(
@@ -131,3 +131,31 @@ def test_the_doctor_ends_well_whatever_it_found_and_with_3_where_it_cannot_read(
     assert "a pickle, which can run code and is not opened" in err
     assert len(err.strip().splitlines()) <= 2
     assert tsqlora("doctor", tmp_path / "nowhere")[0] == 3
+
+
+@pytest.mark.parametrize(
+    ("server", "code", "verdict"), [("vllm", 0, "right"), ("vllm==0.31.0", 4, "wrong"), ("sglang", 4, "refused")]
+)
+def test_the_doctor_of_one_server_exits_by_its_verdict(
+    server: str, code: int, verdict: str, tmp_path: Path, tsqlora: Run
+) -> None:
+    source = save_lora(tmp_path / "a", tiny_llama(), lora_config(rank_pattern={"k_proj": 3}))
+    found, out, err = tsqlora("doctor", source, "--server", server, "--json")
+    (judged,) = json.loads(out)["consumers"]
+    assert (found, judged["verdict"]) == (code, verdict)
+    assert ("--format universal" in err) == (code == 4)
+    assert tsqlora("doctor", tmp_path / "nowhere", "--server", server)[0] == 3
+    assert tsqlora("doctor", source, "--server", "vlm")[0] == 2
+
+
+def test_the_doctor_takes_an_adapter_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tsqlora: Run) -> None:
+    repository = tmp_path / "cache" / "models--somebody--adapter"
+    save_lora(repository / "snapshots" / ("a" * 40), tiny_llama(), lora_config())
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert json.loads(tsqlora("doctor", "somebody/adapter", "--json")[1])["rank"] == 8
+    code, out, err = tsqlora("doctor", "somebody/else")
+    assert (code, out) == (3, "")
+    assert "somebody/else" in err

@@ -15,8 +15,9 @@ import pytest
 from kinds import KINDS, Q0, Q1, damaged, saved
 from loras import lora_config, save_base, save_lora, tiny_llama
 from models import tiny_bert
+from tsqlora.errors import SettingsError
 from tsqlora.interop.checkpoint import base_weights
-from tsqlora.interop.doctor import examine
+from tsqlora.interop.doctor import examine, rule_for
 from tsqlora.interop.files import CONFIG
 from tsqlora.interop.health import layer_health
 from tsqlora.interop.lora import Target
@@ -24,7 +25,8 @@ from tsqlora.interop.servers import CONSUMERS, rules_table
 from tsqlora.run.export import export
 
 RIGHT = dict.fromkeys((consumer.name for consumer in CONSUMERS), "right")
-VLLM = ("vLLM", "vLLM to 0.31")
+OLD_VLLM = ("vLLM to 0.31", "vLLM to 0.30")
+VLLM = ("vLLM", *OLD_VLLM)
 SGLANG = ("SGLang", "SGLang to 0.5.23")
 SERVERS = (*VLLM, *SGLANG, "llama.cpp", "TGI", "MLX", "TensorRT-LLM")
 
@@ -38,8 +40,8 @@ EXPECTED: Mapping[str, Mapping[str, str]] = {
     "ranks, one scale": of_all((*SGLANG, "MLX"), "refused -> universal")
     | {"llama.cpp": "wrong -> gguf", "TensorRT-LLM": "wrong -> universal"},
     "ranks, one alpha": of_all((*SGLANG, "MLX"), "refused -> universal")
-    | of_all(("vLLM to 0.31", "TGI"), "wrong -> universal"),
-    "alphas": of_all(("vLLM to 0.31", "SGLang to 0.5.23", "TGI", "MLX", "TensorRT-LLM"), "wrong -> universal")
+    | of_all((*OLD_VLLM, "TGI"), "wrong -> universal"),
+    "alphas": of_all((*OLD_VLLM, "SGLang to 0.5.23", "TGI", "MLX", "TensorRT-LLM"), "wrong -> universal")
     | {"SGLang": "refused -> universal", "llama.cpp": "wrong -> gguf"},
     "rslora": of_all(SGLANG, "wrong -> universal") | {"llama.cpp": "wrong -> gguf"},
     "a layer without": of_all(SGLANG, "refused -> universal") | {"TGI": "wrong -> universal"},
@@ -53,8 +55,8 @@ EXPECTED: Mapping[str, Mapping[str, str]] = {
     "embedding": {"TGI": "wrong -> merged"},
     "head": of_all(SERVERS, "wrong -> merged") | of_all((*VLLM, "llama.cpp"), "refused -> merged"),
     "classifier": of_all(SERVERS, "wrong -> merged")
-    | {"vLLM": "right"}
-    | of_all(("vLLM to 0.31", "llama.cpp"), "refused -> merged"),
+    | of_all(("vLLM", "vLLM to 0.31"), "right")
+    | of_all(("vLLM to 0.30", "llama.cpp"), "refused -> merged"),
     "damaged": {},
     "pissa": of_all(SERVERS, "wrong -> merged") | {"vLLM": "refused -> merged"},
     "small rank": {"TGI": "wrong -> universal"},
@@ -62,10 +64,6 @@ EXPECTED: Mapping[str, Mapping[str, str]] = {
     | of_all(VLLM, "refused -> merged"),
 }
 """By kind of adapter, who does not read it right, and what mends it."""
-
-RUN = {"vllm 0.30.0": "vLLM to 0.31", "vllm 0.31.0": "vLLM to 0.31", "vllm 0.32.0": "vLLM", "vllm 0.33.0": "vLLM"}
-RUN["sglang 0.5.23"] = "SGLang to 0.5.23"
-"""Servers whose own code was run on these adapters by bench/servers.py, and what the doctor calls them."""
 
 
 def verdicts(report: Mapping[str, Any]) -> dict[str, str]:
@@ -86,11 +84,9 @@ def test_every_consumer_of_every_kind_of_adapter(kind: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_doctor_says_what_vllm_and_sglang_were_seen_to_do(kind: str, tmp_path: Path) -> None:
     results = Path(__file__).parents[2] / "bench" / "results" / "servers.json"
-    report = examine(KINDS[kind](tmp_path / "a"))
-    for server, seen in json.loads(results.read_text())["servers"].items():
-        if (server, kind) == ("vllm 0.31.0", "classifier"):
-            continue  # the first that takes it; the doctor says so in the reason
-        found, done = of(report, RUN[server]), seen[kind]
+    source = KINDS[kind](tmp_path / "a")
+    for server, seen in json.loads(results.read_text())["servers"].items():  # their own code, by bench/servers.py
+        (found,), done = examine(source, server=server.replace(" ", "=="))["consumers"], seen[kind]
         assert found["verdict"] == done["verdict"], (server, done)
         assert found["factors"] == pytest.approx(done.get("factors", {}), rel=1e-5), server
 
@@ -110,6 +106,31 @@ def edit(folder: Path, **changed: Any) -> None:
 def of(report: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     (found,) = (consumer for consumer in report["consumers"] if consumer["name"] == name)
     return found
+
+
+@pytest.mark.parametrize(
+    ("server", "rule", "noted"),
+    [
+        ("vllm", "vLLM", False),
+        ("vLLM==0.33.0", "vLLM", False),
+        ("vllm==0.40", "vLLM", True),
+        ("vllm==main", "vLLM", True),
+        ("vllm==v0.31.2rc1", "vLLM to 0.31", True),
+        ("vllm==0.6.3", "vLLM to 0.30", True),
+        ("sglang==0.5.23", "SGLang to 0.5.23", False),
+        ("sglang==0.5.24", "SGLang", True),
+        ("llama-cpp==b4567", "llama.cpp", True),
+    ],
+)
+def test_a_version_finds_its_rule_and_is_named_where_it_was_not_read(server: str, rule: str, noted: bool) -> None:
+    (found,), notes = rule_for(server)
+    assert (found.name, bool(notes)) == (rule, noted)
+
+
+@pytest.mark.parametrize(("server", "named"), [("vlm", "did you mean 'vllm'"), ("vllm==new", "'new'")])
+def test_a_server_or_version_that_is_none_is_named(server: str, named: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=named):
+        examine(tmp_path, server=server)
 
 
 def test_factors_by_hand(tmp_path: Path) -> None:

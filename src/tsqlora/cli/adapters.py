@@ -57,12 +57,41 @@ def export(
     console.show(done, as_json, show_export)
 
 
-def doctor(source: Adapter, as_json: Json = False) -> None:
+MISREAD = 4
+"""The exit code where the server of `doctor --server` misreads or refuses the adapter."""
+
+
+def doctor(
+    source: Annotated[
+        Path, typer.Argument(metavar="ADAPTER|RUN|HUB_ID", help="A directory, or OWNER/NAME on the hub.")
+    ],
+    server: Annotated[
+        str | None, typer.Option(metavar="NAME[==VERSION]", help="The one server to judge; the newest, or a version.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Says which servers read an adapter right, what mends it for the others, and what its numbers look like.
 
+    With --server the exit code is 0 if that server reads the adapter right, and 4
+    if it misreads or refuses it.
+
     Example: tsqlora doctor adapter --json
+
+    Example: tsqlora doctor adapter --server vllm==0.31.0
     """
     from tsqlora.interop.doctor import examine
     from tsqlora.training.run_dir import adapter_folder
 
-    console.show(examine(adapter_folder(source)), as_json, show_doctor)
+    report = examine(_from_hub(source) or adapter_folder(source), server=server)
+    console.show(report, as_json, show_doctor)
+    if server is not None and (found := report["consumers"][0])["verdict"] != "right":
+        console.note(f"for {found['name']}: tsqlora export {source} --format {found['mend']} --out DIR")
+        raise typer.Exit(MISREAD)
+
+
+def _from_hub(source: Path) -> Path | None:
+    """Where an adapter of the hub is once it is downloaded; None for what is here, or can be no OWNER/NAME."""
+    from tsqlora.compat.hub import download_adapter, is_hub_id
+
+    name = source.as_posix()
+    return download_adapter(name) if "/" in name and is_hub_id(name) and not source.exists() else None

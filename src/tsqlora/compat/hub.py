@@ -1,10 +1,13 @@
-"""What may name something on the hub: never a path."""
+"""What may name something on the hub, never a path; an adapter of the hub."""
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+
+from tsqlora.errors import DataError
 
 
 def is_hub_id(name: str) -> bool:
@@ -27,6 +30,19 @@ def is_revision(name: str) -> bool:
     [True, True, True, False, False, False]
     """
     return all(re.fullmatch(r"[\w.+-]+", part, re.ASCII) and part.strip(".") for part in name.split("/"))
+
+
+def download_adapter(name: str) -> Path:
+    """The directory in the hub's cache with the two files of an adapter.  Raises DataError where the hub gives none."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["adapter_config.json", "adapter_model.safetensors"]))
+    except Exception as error:  # of the network, the login or the hub
+        raise DataError(
+            f"{name} is no directory here, and the hub does not give it ({type(error).__name__}); give an adapter's "
+            "directory, or OWNER/NAME of one that can be downloaded"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,13 @@ Reads files with numpy and safetensors alone: no torch, no base model in memory.
 """
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tsqlora.errors import SettingsError, TsqLoraError
+from tsqlora.errors import SettingsError, TsqLoraError, nearest
 from tsqlora.interop.checkpoint import base_config, base_path, base_weights
 from tsqlora.interop.files import pickles, read_adapter
 from tsqlora.interop.gguf import ARCHITECTURES
@@ -25,8 +26,15 @@ _MOST_IMPLIED = 100_000
 """Modules; more are nobody's model."""
 
 
-def examine(folder: Path) -> dict[str, Any]:
-    """Everything that can be said of the adapter in a directory, ready for JSON.  Raises DataError for what is none."""
+def examine(folder: Path, *, server: str | None = None) -> dict[str, Any]:
+    """Everything that can be said of the adapter in a directory, ready for JSON.
+
+    Args:
+        server: NAME or NAME==VERSION: the only consumer to judge; else all.
+
+    Raises SettingsError for an unknown server, DataError for what is no adapter.
+    """
+    rules, unseen = (CONSUMERS, []) if server is None else rule_for(server)
     adapter = read_adapter(folder)
     base = _base(adapter)
     there = _shapes(adapter, base)
@@ -35,7 +43,7 @@ def examine(folder: Path) -> dict[str, Any]:
     layers = _layers(adapter, shapes)
     mended = _universal(adapter, shapes)
     consumers = []
-    for consumer in CONSUMERS:
+    for consumer in rules:
         finding = judge(consumer, adapter, layers)
         consumers.append(
             {
@@ -66,8 +74,34 @@ def examine(folder: Path) -> dict[str, Any]:
         "max_lora_rank": vllm_rank(max(adapter.rank, adapter.config["r"])),
         "consumers": consumers,
         "health": _health(adapter),
-        "notes": _notes(folder, adapter, found=there is not None),
+        "notes": _notes(folder, adapter, found=there is not None) + unseen,
     }
+
+
+def rule_for(server: str) -> tuple[tuple[Consumer], list[str]]:
+    """The rule that holds for NAME or NAME==VERSION, by default the newest, and a note if that version was not read."""
+    name, _, version = server.partition("==")
+    rules = [consumer for consumer in CONSUMERS if _plain(consumer.server) == _plain(name)]
+    if not rules:
+        raise SettingsError(f"--server {server}: {nearest(name.lower(), {c.server.lower() for c in CONSUMERS})}")
+    rule = rules[0]
+    if version not in ("", "main") and len(rules) > 1:
+        if not (digits := re.match(r"v?(\d+(\.\d+)*)", version)):
+            raise SettingsError(f"--server {server}: '{version}' is no version; give one such as {rules[-1].until}")
+        asked = _numbers(digits[1])
+        rule = next(r for r in reversed(rules) if not r.until or asked[: len(_numbers(r.until))] <= _numbers(r.until))
+    if not version or version in rule.version.split(", "):
+        return (rule,), []
+    return (rule,), [f"{rule.server} {version} was not read: it is judged by the rule of {rule.version}"]
+
+
+def _plain(name: str) -> str:
+    """llama.cpp and llama-cpp are one."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")]
 
 
 def mend(

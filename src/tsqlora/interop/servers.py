@@ -34,15 +34,17 @@ class Consumer:
     """One reader of adapters.
 
     Attributes:
+        server: what it is called; a server whose versions differ has several rules, the newest first.
         version, source: what the rule was read in. `evidence`: C its own code was run, S read in
             its source, I an issue or pull request, R reasoned from the code and not run.
         rule: what it does, in a line.
         scale: what it multiplies BA of a target with.
         checks: what it refuses or leaves out, the gravest first.
         file: what it reads, where that is not the directory itself.
+        until: the last version that the rule holds for, where a later one does otherwise: "0.31" is all of 0.31.
     """
 
-    name: str
+    server: str
     version: str
     source: str
     evidence: str
@@ -50,6 +52,12 @@ class Consumer:
     scale: Callable[[LoraAdapter, Target], float]
     checks: tuple[Check, ...]
     file: str = ""
+    until: str = ""
+
+    @property
+    def name(self) -> str:
+        """The server, and up to which version of it."""
+        return f"{self.server} to {self.until}" if self.until else self.server
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,17 +283,29 @@ CONSUMERS = (
         ),
     ),
     Consumer(
-        "vLLM to 0.31",
-        "0.30.0, 0.31.0",
+        "vLLM",
+        "0.31.0",
         "vllm/lora/peft_helper.py, lora_model.py; issue 59799, pull request 59801",
         "C, I",
-        "lora_alpha / r for every layer, without a warning; no DoRA, no biases, no saved modules",
+        "lora_alpha / r for every layer, without a warning; no DoRA, no biases; of saved modules one classifier or "
+        "score",
+        _global,
+        (_refuses("use_dora", "bias"), _heads_but_a_classifiers, _leaves_out_all_but("use_dora", "bias")),
+        until="0.31",
+    ),
+    Consumer(
+        "vLLM",
+        "0.30.0",
+        "vllm/lora/peft_helper.py, lora_model.py",
+        "C",
+        "as 0.31, but no saved modules at all",
         _global,
         (
             _refuses("use_dora", "bias"),
-            _heads("refused", "takes no saved modules (0.31: but one classifier or score)"),
+            _heads("refused", "takes no saved modules"),
             _leaves_out_all_but("use_dora", "bias"),
         ),
+        until="0.30",
     ),
     Consumer(
         "SGLang",
@@ -298,13 +318,14 @@ CONSUMERS = (
         (_patterns, _without_partner, *_SGLANG_CHECKS),
     ),
     Consumer(
-        "SGLang to 0.5.23",
+        "SGLang",
         "0.5.23",
         "sglang/srt/lora/lora.py, lora_config.py, mem_pool.py",
         "C, S",
         "as main, but fails at a rank that is not r, and passes over alpha_pattern without a warning",
         _global_without_rslora,
         (_other_than_r, _without_partner, *_SGLANG_CHECKS),
+        until="0.5.23",
     ),
     Consumer(
         "llama.cpp",
