@@ -184,8 +184,10 @@ class RankCallback(TrainerCallback):
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
     ) -> RankLoop:
-        why_not = _why_never(model, optimizer, args)
         saved = None if resumed is None else RankState.load(resumed)
+        # Ranks that moved go on moving; where they cannot, `restore` names what has changed.
+        moved = saved is not None and (saved.options or {}).get("ranks.policy") != "fixed"
+        why_not = None if moved else _why_never(model, optimizer, args)
         options = dict(self.options)
         if saved is not None and options["interval"] is None:
             # By default it follows the number of steps, which may be another now.
