@@ -1,0 +1,236 @@
+"""The audit against cleanlab used properly, and against a vote of neighbours, on the same features (issue 30).
+
+    python bench/audit.py [TABLE ...] [--noise even-0.2,weak-0.2] [--seeds 0,1,2]
+
+At most 4,000 rows of a table (CLINC150: 6,000), drawn once and read once by the encoder as `tsqlora audit` reads them;
+the features are kept under ~/.cache/tsqlora-bench. Each cell is a file in bench/results/audit, and a cell that is there
+is not run again. Wrong labels:
+
+- `even-RATE`: rows at random get any other class;
+- `pairs-RATE`: each class loses rows to one certain other. Of two classes this is `even`, and is not run;
+- `weak-RATE`: the labels of a weak model, a logistic regression on a twentieth of the rows and 16 principal
+  components, where it is surest and wrong; where that is too few, where it is nearest to being wrong;
+- `none`: the table as it is, with whatever is wrong there.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+from cleanlab.count import estimate_joint
+from cleanlab.filter import find_label_issues
+from cleanlab.rank import get_label_quality_scores
+from origin import ROOT, commit, machine
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score, log_loss
+from sklearn.model_selection import cross_val_predict, train_test_split
+from sklearn.neighbors import NearestNeighbors
+from sklearn.preprocessing import StandardScaler
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+
+from tsqlora.files import write_json
+from tsqlora.quality.audit import audit_of
+from tsqlora.quality.forward_pass import forward_pass
+from tsqlora.quality.rule import Compute
+from tsqlora.run.audit import BATCH_SIZE, ENCODER, TASK, TOKENS
+from tsqlora.run.demo import bbc_news, package_folder
+from tsqlora.tasks import get_task
+from tsqlora.training.record import versions
+
+SHARED = ROOT / ".." / "shared" / "data"
+RESULTS = Path(os.environ.get("RESULTS", ROOT / "bench" / "results" / "audit"))
+FEATURES = Path.home() / ".cache" / "tsqlora-bench"
+TABLES = {"clinc150": 6000, "bbc": 4000, "sst2": 4000, "mrpc": 4000, "cola": 4000}
+"""Rows of each, at most."""
+NOISE = ("none", "even-0.05", "even-0.1", "even-0.2", "even-0.4", "pairs-0.2", "weak-0.2")
+FOLDS, NEIGHBOURS, ITERATIONS, BINS = 5, 10, 400, 10
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a way says of each row, in the rows' order."""
+
+    order: np.ndarray
+    """The higher, the likelier wrong."""
+    probability: np.ndarray
+    flagged: np.ndarray
+    rate: float | None
+
+
+def rows_of(table: str) -> tuple[list[list[str]], np.ndarray]:
+    """Texts, or pairs of texts, and labels as numbers; drawn with one seed for all, as files are sorted by class."""
+    if table == "bbc":
+        rows = [([text], label) for text, label in bbc_news()]
+    else:
+        lines = map(json.loads, (SHARED / table / "train.jsonl").read_text().splitlines())
+        rows = [([row["text"], *([row["text_pair"]] if "text_pair" in row else [])], row["label"]) for row in lines]
+    some = np.sort(np.random.default_rng(30).permutation(len(rows))[: TABLES[table]])
+    return [rows[j][0] for j in some], np.unique([rows[j][1] for j in some], return_inverse=True)[1]
+
+
+def features_of(table: str) -> tuple[np.ndarray, np.ndarray]:
+    """What the head is given and the mean hidden states of each row, and its label as it is."""
+    path = FEATURES / f"{table}-{TABLES[table]}-{TOKENS}.npz"
+    if not path.exists():
+        texts, labels = rows_of(table)
+        encoder = package_folder(ENCODER) / "model"
+        tokenizer = AutoTokenizer.from_pretrained(encoder)
+        model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=int(labels.max()) + 1)
+        samples = [
+            {**tokenizer(*text, truncation=True, max_length=TOKENS), "labels": int(label)}
+            for text, label in zip(texts, labels, strict=True)
+        ]
+        collate, compute = DataCollatorWithPadding(tokenizer), Compute(BATCH_SIZE)
+        seen, _ = forward_pass(model, samples, collate, task=get_task(TASK), compute=compute, mean=True)
+        assert seen is not None
+        assert seen.features is not None
+        assert seen.mean is not None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path, features=np.concatenate([seen.features, seen.mean], axis=1, dtype=np.float32), labels=labels)
+    with np.load(path) as kept:
+        return kept["features"], kept["labels"]
+
+
+def spoilt(features: np.ndarray, labels: np.ndarray, noise: str, seed: int) -> np.ndarray:
+    """The labels, some of them set wrong."""
+    kind, _, rate = noise.partition("-")
+    rng, n, k = np.random.default_rng([seed, 30]), len(labels), int(labels.max()) + 1
+    rows = rng.permutation(n)[: round(float(rate or 0) * n)]
+    others = (labels + rng.integers(1, k, n)) % k
+    if kind == "pairs":
+        ring = rng.permutation(k)  # each class loses to the next one
+        others = ring[(np.argsort(ring)[labels] + 1) % k]
+    if kind == "weak":
+        parts = np.asarray(StandardScaler().fit_transform(PCA(16, random_state=seed).fit_transform(features)))
+        known, _ = train_test_split(np.arange(n), train_size=0.05, stratify=labels, random_state=seed)
+        said = LogisticRegression(max_iter=ITERATIONS).fit(parts[known], labels[known]).predict_log_proba(parts)
+        own = said[np.arange(n), labels]
+        said[np.arange(n), labels] = -np.inf
+        others, rows = said.argmax(axis=1), np.argsort(own - said.max(axis=1))[: len(rows)]
+    wrong = labels.copy()
+    wrong[rows] = others[rows]
+    return wrong
+
+
+def ours(features: np.ndarray, labels: np.ndarray) -> Found:
+    found = audit_of(features, labels)
+    order, probability, flagged = np.empty(len(labels)), np.empty(len(labels)), np.zeros(len(labels), dtype=bool)
+    order[found.ids], probability[found.ids] = -np.arange(len(labels)), found.probability
+    flagged[found.ids[: found.likely_wrong]] = True
+    return Found(order, probability, flagged, found.rate)
+
+
+def cleanlab(features: np.ndarray, labels: np.ndarray) -> Found:
+    """The recipe of its tutorials: logistic regression out of fold, self-confidence, pruning by noise rate.
+
+    The strength of the regression is chosen by the loss out of fold, as ours is: scikit-learn's own overfits here.
+    """
+    scaled = np.asarray(StandardScaler().fit_transform(features))
+
+    def out_of_fold(strength: float) -> np.ndarray:
+        model = LogisticRegression(C=strength, max_iter=ITERATIONS)
+        return np.asarray(cross_val_predict(model, scaled, labels, cv=FOLDS, method="predict_proba"), dtype=np.float64)
+
+    said = min(map(out_of_fold, STRENGTHS), key=lambda said: log_loss(labels, said))
+    doubt = 1 - get_label_quality_scores(labels, said, method="self_confidence")
+    flagged = find_label_issues(labels, said, filter_by="prune_by_noise_rate", n_jobs=1)
+    return Found(doubt, doubt, np.asarray(flagged), float(1 - np.trace(estimate_joint(labels, said))))
+
+
+def neighbours(features: np.ndarray, labels: np.ndarray) -> Found:
+    """The share of the nearest rows that have another label."""
+    centred = features - features.mean(axis=0)
+    near = NearestNeighbors(n_neighbors=NEIGHBOURS, metric="cosine").fit(centred).kneighbors(return_distance=False)
+    doubt = (labels[near] != labels[:, None]).mean(axis=1)
+    return Found(doubt, doubt, doubt > 0.5, None)
+
+
+WAYS: dict[str, Callable[[np.ndarray, np.ndarray], Found]] = {
+    "ours": ours,
+    "cleanlab": cleanlab,
+    "neighbours": neighbours,
+}
+
+
+def measured(found: Found, wrong: np.ndarray) -> dict[str, float | None]:
+    """Against the labels that were set wrong. Where none was, only how many rows are flagged says something."""
+    flagged, planted = int(found.flagged.sum()), int(wrong.sum())
+    hits = int((found.flagged & wrong).sum())
+    bins = np.minimum((found.probability * BINS).astype(int), BINS - 1)
+    error = sum(abs((found.probability - wrong)[bins == b].sum()) for b in range(BINS)) / len(wrong)
+    return {
+        "average_precision": float(average_precision_score(wrong, found.order)) if planted else None,
+        "precision": hits / flagged if planted and flagged else None,
+        "recall": hits / planted if planted else None,
+        "calibration_error": float(error) if planted else None,
+        "flagged": flagged / len(wrong),
+        "rate": found.rate,
+    }
+
+
+def run(table: str, noise: str, seed: int) -> dict[str, Any]:
+    features, labels = features_of(table)
+    spoilt_labels = spoilt(features, labels, noise, seed)
+    ways = {}
+    for name, way in WAYS.items():
+        begun = time.process_time()
+        found = way(features, spoilt_labels)
+        seconds = time.process_time() - begun
+        ways[name] = {**measured(found, spoilt_labels != labels), "processor_seconds": seconds}
+    return {
+        "settings": {"table": table, "noise": noise, "seed": seed},
+        "rows": len(labels),
+        "classes": int(labels.max()) + 1,
+        "wrong": int((spoilt_labels != labels).sum()),
+        "ways": ways,
+        "versions": {**versions(), **{name: version(name) for name in ("cleanlab", "scikit-learn")}},
+        "machine": machine(),
+        "commit": commit(),
+    }
+
+
+def cell(table: str, noise: str, seed: int) -> None:
+    known = json.dumps([TABLES[table], TOKENS, FOLDS, NEIGHBOURS, ITERATIONS, BINS, STRENGTHS])
+    mark = hashlib.sha256(known.encode()).hexdigest()[:8]
+    path = RESULTS / f"{table}.{noise}.{seed}.{mark}.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, run(table, noise, seed))
+    for name, way in json.loads(path.read_text())["ways"].items():
+        numbers = " ".join(f"{key} {value:.3f}" for key, value in way.items() if value is not None)
+        print(table, noise, f"seed {seed}", f"{name}:", numbers, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", default=list(TABLES))
+    parser.add_argument("--noise", default=",".join(NOISE))
+    parser.add_argument("--seeds", default="0,1,2")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for seed in map(int, asked.seeds.split(",")):
+        for table in asked.tables:
+            for noise in asked.noise.split(","):
+                two = features_of(table)[1].max() == 1
+                if (noise == "none" and seed) or (noise.startswith("pairs") and two):
+                    continue  # the same again: no way draws at random
+                cell(table, noise, seed)
+
+
+if __name__ == "__main__":
+    main()
