@@ -460,16 +460,16 @@ def test_a_dry_run_of_score_plans_and_writes_nothing(source: str, trained: Path,
 
 
 def test_scores_are_explained_with_texts(scored: Path, tsqlora: Run) -> None:
-    code, out, _ = tsqlora("score", scored, "--explain", "3", "--json")
+    code, out, _ = tsqlora("explain", scored, "--samples", "3", "--json")
     assert code == 0
-    found = json.loads(out)["explained"]
+    found = json.loads(out)
     rows = read_rows(scored.parent / "train.jsonl").rows
     for name in ("highest", "lowest", "suspicious"):
         assert len(found[name]) == 3
         for sample in found[name]:
             assert rows[sample["id"]] == {"text": sample["text"], "label": sample["label"]}
             assert sample["predicted"] in (0, 1)
-    shown = tsqlora("score", scored, "--explain", "3")[1]
+    shown = tsqlora("explain", scored, "--samples", "3")[1]
     assert "most suspicious" in shown
     assert "likely wrong labels" in shown
 
@@ -534,10 +534,8 @@ def test_rows_are_not_replaced_by_what_is_drawn_or_known_of_them(
     ("arguments", "named"),
     [
         ("score tsq.yaml", "--out"),
-        ("score tsq.yaml --data rows.jsonl --out s.parquet", "--data"),
         ("score tsq.yaml --drop duplicat --dry-run", "duplicate"),
-        ("score {scored}", "--explain"),
-        ("score {scored} --explain 1 --drop outlier", "--explain"),
+        ("score {scored} --out s.parquet", "tsqlora explain"),
         ("select {scored} --fraction 1.5 --out x.csv", "fraction"),
         ("report run --port 80", "--port"),
     ],

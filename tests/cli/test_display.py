@@ -18,7 +18,6 @@ from tsqlora.cli.display import (
     show_numbers,
     show_plan,
     show_record,
-    show_scores,
     show_scoring_plan,
 )
 from tsqlora.cli.progress_bars import Display
@@ -181,12 +180,6 @@ def test_samples_fit_any_terminal_and_show_texts_as_they_stand(text: str, width:
             text.replace("\x1b", " ").split()[0][:9],
         ):
             assert part in out
-
-
-def test_scores_are_shown_with_what_explains_them_only_if_asked_for() -> None:
-    assert "highest quality" not in shown(show_scores, {"scores": "s.parquet", "rows": 3})
-    text = shown(show_scores, {"rows": 3, "explained": explained("a", "b")})
-    assert text.index("rows") < text.index("highest quality") < text.index("most suspicious")
 
 
 def test_an_allocation_shows_the_rank_of_every_layer() -> None:

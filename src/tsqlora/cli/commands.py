@@ -33,8 +33,12 @@ for command in (
     adapters.doctor,
 ):
     app.command()(command)
-MOVED = {"merge": "export --format merged", "adapter": "export --format compressed"}
-"""Commands of version 0.1, and where they are now."""
+MOVED = {
+    "merge": "export --format merged",
+    "adapter": "export --format compressed",
+    "score --explain": "explain RUN|SCORES",
+}
+"""Commands and options of version 0.1, and where they are now."""
 
 INTERRUPTED = 130
 INTERRUPTION = "interrupted; a training goes on with --resume, a scoring or comparison when it is called again"
@@ -55,8 +59,7 @@ def main() -> None:
 def _run(arguments: list[str], *, debug: bool) -> int:
     """The exit code."""
     try:
-        if (moved := MOVED.get(arguments[0])) is not None:
-            raise SettingsError(f"`tsqlora {arguments[0]}` is gone; use `tsqlora {moved}`")
+        _refuse_moved(arguments)
         # What typer ends has a number already: --help and Ctrl-C.
         code = app(arguments, standalone_mode=False) or 0
         if code == INTERRUPTED:
@@ -73,6 +76,14 @@ def _run(arguments: list[str], *, debug: bool) -> int:
         what = printable(f"{type(error).__name__}: {said.splitlines()[0] if said else 'without a word'}")
         console.error(f"{what}; --debug shows where", debug=debug)
         return 1
+
+
+def _refuse_moved(arguments: list[str]) -> None:
+    options = {argument.partition("=")[0] for argument in arguments[1:]}
+    for old, new in MOVED.items():
+        command, *gone = old.split()
+        if command == arguments[0] and options.issuperset(gone):
+            raise SettingsError(f"`tsqlora {old}` is gone; use `tsqlora {new}`")
 
 
 def _show_version(value: bool) -> None:

@@ -126,13 +126,6 @@ def show_numbers(console: Console, numbers: Mapping[str, Any]) -> None:
         console.print(f"{name:<22} {shown}", soft_wrap=True, highlight=False, markup=False)
 
 
-def show_scores(console: Console, result: Mapping[str, Any]) -> None:
-    """How scores came to be, and the samples that explain them."""
-    show_numbers(console, {name: value for name, value in result.items() if name != "explained"})
-    if "explained" in result:
-        show_explained(console, result["explained"])
-
-
 def show_explained(console: Console, explained: Mapping[str, Any]) -> None:
     """Samples to look at, list by list."""
     wrong = explained["likely_wrong_rows"]
@@ -143,11 +136,11 @@ def show_explained(console: Console, explained: Mapping[str, Any]) -> None:
         "likely_wrong": f"likely wrong labels: {wrong:,} in all",
     }
     for name, title in titles.items():
-        console.print()
         if explained[name]:
             console.print(_samples_table(title, explained[name], console.width))
         else:
             console.print(title, markup=False)
+        console.print()
 
 
 def _samples_table(title: str, samples: Sequence[Mapping[str, Any]], width: int) -> Table:

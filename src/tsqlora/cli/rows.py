@@ -1,34 +1,26 @@
 """Commands that choose rows and ranks for any trainer: score, explain, select, allocate."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from tsqlora.cli import console
-from tsqlora.cli.display import show_allocation, show_audit, show_numbers, show_row, show_scores, show_scoring_plan
+from tsqlora.cli.display import show_allocation, show_audit, show_explained, show_numbers, show_row, show_scoring_plan
 from tsqlora.cli.options import Json, Set, Source
 from tsqlora.cli.progress_bars import Display
 from tsqlora.errors import SettingsError
 from tsqlora.files import write_json
 
-if TYPE_CHECKING:
-    from tsqlora.quality.scores import Scores
-
 
 def score(
-    source: Annotated[Path, typer.Argument(metavar="CONFIG|RUN|SCORES", help="Scores only to explain them.")],
+    source: Source,
     out: Annotated[Path | None, typer.Option(help="Parquet file to write.")] = None,
     set_: Set = None,
     drop: Annotated[
         list[str] | None,
         typer.Option(metavar="KIND", help="Kind of rows that is never drawn: duplicate, outlier; repeatable."),
     ] = None,
-    explain: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="Show the N best, worst and most suspicious samples."),
-    ] = None,
-    data: Annotated[Path | None, typer.Option(help="The scored file, where --explain does not find it.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, score nothing.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -40,54 +32,47 @@ def score(
     same command is given again: what it has is kept in OUT.partial until it is
     done.
 
-    Example: tsqlora score tsq.yaml --out scores.parquet --explain 10
+    Example: tsqlora score tsq.yaml --out scores.parquet
     """
-    from tsqlora.quality.scores import Scores
     from tsqlora.run.score import plan_scoring, score_rows
 
-    if data is not None and explain is None:
-        raise SettingsError(
-            "--data is where --explain N finds the scored rows; rows to score are named by --set data.train=FILE"
-        )
     if source.suffix == ".parquet" and source.is_file():
-        if drop or set_ or out or dry_run or explain is None:
-            raise SettingsError(f"{source} has scores already; give --explain N, and leave out what makes new ones")
-        out, scores = source, Scores.load(source)
-    elif dry_run:
+        raise SettingsError(f"{source} is no CONFIG and no RUN; `tsqlora explain {source}` shows what scores say")
+    if dry_run:
         console.show(plan_scoring(source, overrides=set_ or [], drop=drop or []), as_json, show_scoring_plan)
         return
-    elif out is None:
+    if out is None:
         raise SettingsError("score writes a file; name it: --out scores.parquet")
-    else:
-        with Display(console.stderr) as display:
-            scores = score_rows(source, out, overrides=set_ or [], drop=drop or [], progress=display.progress)
-    console.show(_summary(scores, out, explain, data), as_json, show_scores)
-
-
-def _summary(scores: "Scores", path: Path, explain: int | None, data: Path | None) -> dict[str, Any]:
-    """How the scores came to be, and with `explain` so many samples of each kind."""
-    from tsqlora.quality.explain import explain as explain_samples
-
+    with Display(console.stderr) as display:
+        scores = score_rows(source, out, overrides=set_ or [], drop=drop or [], progress=display.progress)
     # Of gradients nothing is known where the model is at chance.
     names = ("eta", "effective_sample_size", "reference_rows", "weights", "temperature", "scope")
     counts = {"rows": len(scores), "kept": int(scores.kept.sum()), "held_out": scores.record.held_out}
-    summary = {"scores": str(path), **counts, **{name: getattr(scores.record, name) for name in names}}
-    return summary if explain is None else summary | {"explained": explain_samples(scores, explain, data=data)}
+    record = {name: getattr(scores.record, name) for name in names}
+    console.show({"scores": str(out), **counts, **record}, as_json, show_numbers)
 
 
 def explain(
     source: Annotated[Path, typer.Argument(metavar="RUN|SCORES", help="What `train` or `score` wrote.")],
-    row: Annotated[int, typer.Option(metavar="N", min=0, help="The row's number in its file, from 0.")],
+    row: Annotated[int | None, typer.Option(metavar="N", min=0, help="The row's number in its file, from 0.")] = None,
+    samples: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Without --row: so many best, worst and most suspicious rows.")
+    ] = 5,
     data: Annotated[Path | None, typer.Option(help="The scored file, where it is not found.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Says why a training row was drawn, gated or suspected.
+    """Says why a training row was drawn, gated or suspected; without --row, shows the rows to look at first.
 
     Example: tsqlora explain run --row 17
-    """
-    from tsqlora.run.explain import explain_source
 
-    console.show(explain_source(source, row, data=data), as_json, show_row)
+    Example: tsqlora explain scores.parquet --samples 10
+    """
+    from tsqlora.run.explain import explain_samples, explain_source
+
+    if row is None:
+        console.show(explain_samples(source, samples, data=data), as_json, show_explained)
+    else:
+        console.show(explain_source(source, row, data=data), as_json, show_row)
 
 
 def select(

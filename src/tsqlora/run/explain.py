@@ -1,4 +1,4 @@
-"""Why one training row was drawn, gated or suspected: from a run, or from a file of scores."""
+"""Why training rows were drawn, gated or suspected: from a run, or from a file of scores."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 
 from tsqlora.errors import DataError
 from tsqlora.quality.epochs import EpochPlan
-from tsqlora.quality.explain import explain_row, place_of
+from tsqlora.quality.explain import explain, explain_row, place_of
 from tsqlora.quality.scores import Scores
 from tsqlora.run.config import load_config
 from tsqlora.training.quality_callback import SCORES_FILE, first_scores
@@ -21,16 +21,25 @@ def explain_source(source: Path, row: int, *, data: Path | None = None) -> dict[
 
     Raises DataError where there are no scores, or none of this row.
     """
-    path = source / SCORES_FILE if source.is_dir() else source
-    if not path.exists() and source.is_dir():
-        raise DataError(f"{source} has no {SCORES_FILE}: its rows were not scored; `tsqlora score` does that")
-    scores = Scores.load(path)
+    scores = _load(source)
     found = explain_row(scores, row, data=data)
     draws = draws_of(source, scores) if source.is_dir() and is_run(source) else None
     if draws is None:
         return found
     place = place_of(scores, row)
     return {**found, "drawn": sum(bool((rows == place).any()) for rows in draws), "epochs": len(draws)}
+
+
+def explain_samples(source: Path, n: int, *, data: Path | None = None) -> dict[str, Any]:
+    """The n rows of each kind to look at first: `quality.explain.explain` of the scores of a run or a file."""
+    return explain(_load(source), n, data=data)
+
+
+def _load(source: Path) -> Scores:
+    path = source / SCORES_FILE if source.is_dir() else source
+    if not path.exists() and source.is_dir():
+        raise DataError(f"{source} has no {SCORES_FILE}: its rows were not scored; `tsqlora score` does that")
+    return Scores.load(path)
 
 
 def draws_of(run: Path, scores: Scores) -> list[np.ndarray] | None:
