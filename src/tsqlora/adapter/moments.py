@@ -119,12 +119,13 @@ def moments(parameter: nn.Parameter, optimizer: torch.optim.Optimizer | None) ->
 def require_moments(parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
     """Raises UnsupportedError, as `moments`, before the optimizer's first step: a copy of it takes one on a copy.
 
+    What the optimizer keeps already does not count: of a checkpoint it may be of another run.
+
     Says nothing of an optimizer whose copy cannot step: `moments` does after the first one.
     """
-    moments(parameter, optimizer)
     inner: Any = inner_optimizer(optimizer)
     groups = [group for group in inner.param_groups if any(p is parameter for p in group["params"])]
-    if parameter in inner.state or not groups:
+    if not groups:
         return
     twin = nn.Parameter(torch.zeros_like(parameter))
     twin.grad = torch.ones_like(parameter)
