@@ -396,11 +396,55 @@ def capacity(_: Results) -> pd.DataFrame:
     return pd.DataFrame(rows).sort_values(["mean rank", "test loss"])
 
 
+WRONG = {
+    "none": "as it is",
+    "even-0.05": "5 %, any class",
+    "even-0.1": "10 %, any class",
+    "even-0.2": "20 %, any class",
+    "even-0.4": "40 %, any class",
+    "pairs-0.2": "20 %, one certain class",
+    "weak-0.2": "20 %, a weak model's",
+}
+"""What the noise of bench/audit.py is called, in the table's order."""
+
+
+def audit(_: Results) -> pd.DataFrame:
+    """What the audit, cleanlab and a vote of neighbours find of the wrong labels; means over seeds."""
+    cells = pd.DataFrame(
+        {**cell["settings"], "classes": cell["classes"], "way": name, **found}
+        for cell in _cells("audit")
+        for name, found in cell["ways"].items()
+    )
+    cells["noise"] = pd.Categorical(cells["noise"], list(WRONG), ordered=True)
+    keys = ["classes", "table", "noise"]
+    means = cells.groupby([*keys, "way"], observed=True).mean(numeric_only=True).unstack("way")
+    means = means.sort_index(level=keys, ascending=[False, True, True])
+
+    def column(measure: str, *ways: str, percent: bool = False) -> list[str]:
+        numbers = means[measure][list(ways)].map(lambda x: f"{100 * x:.1f} %" if percent else f"{x:.2f}")
+        return [" / ".join(row).replace("nan", "–") for row in numbers.to_numpy()]
+
+    return pd.DataFrame(
+        {
+            "table, classes": [f"{table}, {classes}" for classes, table, _ in means.index],
+            "wrong labels": [WRONG[noise] for *_, noise in means.index],
+            "average precision: ours / cleanlab / neighbours": column(
+                "average_precision", "ours", "cleanlab", "neighbours"
+            ),
+            "flagged: ours / cleanlab": column("flagged", "ours", "cleanlab", percent=True),
+            "of them wrong": column("precision", "ours", "cleanlab"),
+            "error of the probabilities": column("calibration_error", "ours", "cleanlab"),
+            "estimated rate": column("rate", "ours", "cleanlab", percent=True),
+        }
+    )
+
+
 def _spread(values: pd.Series, digits: int = 1) -> str:
     return f"{values.mean():.{digits}f} ({', '.join(f'{value:.{digits}f}' for value in values)})"
 
 
 TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
+    "audit": audit,
     "capacity": capacity,
     "faults": faults,
     "faults-kills": faults_kills,
