@@ -419,15 +419,17 @@ def audit(_: Results) -> pd.DataFrame:
     keys = ["classes", "table", "noise"]
     means = cells.groupby([*keys, "way"], observed=True).mean(numeric_only=True).unstack("way")
     means = means.sort_index(level=keys, ascending=[False, True, True])
+    seeds = cells.groupby(keys, observed=True).seed.nunique().reindex(means.index).to_list()
 
     def column(measure: str, *ways: str, percent: bool = False) -> list[str]:
-        numbers = means[measure][list(ways)].map(lambda x: f"{100 * x:.1f} %" if percent else f"{x:.2f}")
+        numbers = means[measure][list(ways)].map(lambda x: f"{100 * x:.1f} %" if percent else f"{x:.3f}")
         return [" / ".join(row).replace("nan", "–") for row in numbers.to_numpy()]
 
     return pd.DataFrame(
         {
             "table, classes": [f"{table}, {classes}" for classes, table, _ in means.index],
             "wrong labels": [WRONG[noise] for *_, noise in means.index],
+            "seeds": seeds,
             "average precision: ours / cleanlab / neighbours": column(
                 "average_precision", "ours", "cleanlab", "neighbours"
             ),
