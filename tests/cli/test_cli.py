@@ -107,10 +107,10 @@ GOOD_ROW = '{"text": "good", "label": "a"}\n'
     ("content", "message"),
     [
         ("", "no rows"),
-        (GOOD_ROW + '{"text": "bad"}\n', "rows.jsonl:2: no label"),
+        (GOOD_ROW + '{"text": "bad"}\n', "no label in column 'label' (line 2)"),
         (GOOD_ROW * 3, "at least two"),
         ('{"text": "good"}\n' * 3, "no label column"),
-        (GOOD_ROW + '{"text": "", "label": "b"}\n' * 20 + GOOD_ROW * 20, "rows.jsonl:2: no text"),
+        (GOOD_ROW + '{"text": "", "label": "b"}\n' * 20 + GOOD_ROW * 20, "no text in column 'text' (lines 2, "),
         (GOOD_ROW + "{broken\n", "rows.jsonl:2"),
     ],
 )

@@ -133,7 +133,7 @@ def test_rows_that_are_left_out_are_shown_first_and_of_equal_doubt_the_higher_lo
         terms={"loss": np.array([9.0, 1.0, 3.0, 2.0])},
         kept=np.array([True, False, False, False]),
         predictions={"predicted": np.array([0, 1, 1, 1])},
-        record={"classes": ["x", "y"]},
+        record=SimpleNamespace(classes=["x", "y"]),
     )
     monkeypatch.setattr(demo, "doubt", lambda scores: np.array([0.9, 0.5, 0.5, 0.8]))
     news = demo.News(["a", "b", "c", "d"], ["x", "x", "y", "y"], ["x", "y", "y", "y"])

@@ -22,8 +22,8 @@ TABLES = (".csv", ".tsv")
 """Formats whose cells are text between delimiters, whatever they stand for."""
 
 _MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
-_LINES = 1000
-"""Lines by which a delimiter is chosen."""
+_LINES, _LOOKED_AT = 1000, 4096
+"""Lines by which a delimiter is chosen, and bytes by which text is told from what is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +90,10 @@ def sniff(path: Path, hints: Hints) -> Dialect:
     lines with letters beyond ASCII stays UTF-8: it is broken.  Raises DataError where the file cannot be read.
     """
     with _opened(path) as file:
-        start = file.read(3)
+        start = file.read(_LOOKED_AT)
     mark = next((mark for mark in _MARKS if start.startswith(mark)), b"")
-    guessed = not mark and hints.encoding is None and not _is_utf8(path)
+    # A zero byte is in no text of one byte a letter: an archive is read as UTF-8, and refused there.
+    guessed = not mark and hints.encoding is None and b"\0" not in start and not _is_utf8(path)
     found = _MARKS.get(mark) or hints.encoding or (FALLBACK if guessed else "utf-8")
     dialect = Dialect(found, len(mark), guessed=guessed)
     if path.suffix.lower() not in TABLES:

@@ -97,8 +97,8 @@ def fit_head(
         return _least_squares(features, targets, some, centre, unit, intercept)
     fit: Callable[..., LinearHead] = _softmax if kind == "classes" else _sigmoids
     options = {"width": width, "intercept": intercept, "class_weights": class_weights}
-    losses, strength, near = _out_of_fold(fit, features[some], targets[some], kind, options, rng)
-    head = fit(features, targets, strength=strength, start=near, **options)
+    losses, strength = _out_of_fold(fit, features[some], targets[some], kind, options, rng)
+    head = fit(features, targets, strength=strength, **options)
     scale = _calibrated_scale(head, features, targets, kind, float(losses.mean()))
     head = LinearHead(head.weight / unit, head.bias - head.weight @ centre / unit).scaled(scale)
     return HeadFit(head, strength, some, losses, scale)
@@ -122,9 +122,9 @@ def _out_of_fold(
     kind: Kind,
     options: dict[str, object],
     rng: np.random.Generator,
-) -> tuple[Float[np.ndarray, " m"], float, LinearHead | None]:
-    """The losses of each row by the fit on two other thirds, the strength at which they are least, and a fit there."""
-    best: tuple[Float[np.ndarray, " m"], float, LinearHead | None] | None = None
+) -> tuple[Float[np.ndarray, " m"], float]:
+    """The losses of each row by the fit on two other thirds, and the strength at which they are least."""
+    best: tuple[Float[np.ndarray, " m"], float] | None = None
     folds = list(_folds(targets, kind, rng))
     heads: list[LinearHead | None] = [None] * len(folds)
     for strength in STRENGTHS:
@@ -135,7 +135,7 @@ def _out_of_fold(
             heads[number] = head
         if best is not None and losses.mean() > best[0].mean():
             break  # the loss has one valley: a weaker penalty only fits longer
-        best = losses, float(strength), heads[0]
+        best = losses, float(strength)
     assert best is not None
     return best
 
