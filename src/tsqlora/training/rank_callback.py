@@ -234,9 +234,10 @@ class RankCallback(TrainerCallback):
         loader, data = kwargs["train_dataloader"], _subset_of(kwargs)
         waits = data is not None and data.plan.awaits_scores
         scored = data is not None and data.scores is not None
-        # Ranks that never move are first set by a look, or not at all: plain LoRA has uniform ones.
-        first = state.global_step == 0 and isinstance(loader.dataset, Sized) and self.options["policy"] != "fixed"
-        if not (waits or self._running.started) and (scored or first):
+        first = state.global_step == 0 and isinstance(loader.dataset, Sized)
+        # Ranks that never move stay uniform, as plain LoRA's.
+        sets = self.options["policy"] != "fixed" and not (waits or self._running.started)
+        if sets and (scored or first):
             self._start(args, state, kwargs["model"], loader.dataset, self.collate or loader.collate_fn)
         if self._settles:
             self._running.settle()
