@@ -52,7 +52,7 @@ def fixed(
     moves: int,
     min_rank: int,
 ) -> dict[str, int]:
-    """The ranks as they are: what the start decided holds for the whole run."""
+    """The ranks as they are: those that the model was made with hold for the whole run."""
     return dict(ranks)
 
 
