@@ -23,7 +23,7 @@ TABLES = (".csv", ".tsv")
 
 _MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 _LINES, _LOOKED_AT = 1000, 4096
-"""Lines by which a delimiter is chosen, and bytes by which text is told from what is none."""
+"""Lines by which a delimiter is chosen, and bytes that must hold no zero byte."""
 
 
 @dataclass(frozen=True, slots=True)

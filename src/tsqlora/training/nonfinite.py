@@ -144,7 +144,7 @@ class GuardCallback(TrainerCallback):
         return {}
 
     def summary(self) -> dict[str, Any]:
-        """For the record: how many steps were skipped, and the first of them by name; nothing where none was."""
+        """For the record: the number of skipped steps and the first of them; empty without any."""
         if not self.count:
             return {}
         named = "; ".join(f"step {step.step} ({step.told()})" for step in self.skipped[:TOLD])

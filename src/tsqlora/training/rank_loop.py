@@ -340,7 +340,8 @@ class RankLoop:
 
     def _final(self) -> bool:
         """Whether ranks will not change any more."""
-        return self.step >= self.steps.stop and (self.started or bool(self.events))
+        fixed = self.rules.policy is get_policy("fixed")
+        return fixed or (self.step >= self.steps.stop and (self.started or bool(self.events)))
 
     def _require_running(self) -> None:
         if self.final:
