@@ -93,7 +93,7 @@ def hidden_states(model: nn.Module | None) -> Generator[list[Tensor]]:
 
 
 def mean_state(states: Sequence[Float[Tensor, "n t h"]], mask: Tensor | None) -> Float[Tensor, "n h"] | None:
-    """The mean of the last of these over the tokens that are not padding; None where the mask is unknown."""
+    """The mean of the last of these over the tokens that are not padding; None where they are not of tokens."""
     if not states or states[-1].dim() != 3:
         return None
     state = states[-1].float()
