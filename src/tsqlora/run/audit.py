@@ -1,6 +1,5 @@
 """`tsqlora audit`: likely wrong labels of a file, as a table and a page to go through; nothing is trained."""
 
-import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -25,6 +24,7 @@ from tsqlora.run.finished import device_of
 from tsqlora.run.job import load_model
 from tsqlora.run.listing import Listed, Listing, make_listing
 from tsqlora.run.reading import hints_of, read, require_of_task, trained_task
+from tsqlora.training.checkpoints import digest
 from tsqlora.training.collate import collate_of
 from tsqlora.training.run_dir import dated
 
@@ -174,12 +174,6 @@ def _sentence(found: Audit) -> str:
         f"No evidence of wrong labels: {found.why_not}. Up to {found.high:.0%} may be wrong. The list is an order in "
         f"which to look; its probabilities assume {found.rate:.1%}."
     )
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write(folder: Path, about: dict[str, Any], listing: Listing) -> None:

@@ -15,7 +15,8 @@ from tsqlora.data.dialect import Hints
 from tsqlora.data.rows import Rows, Source, open_split, read_rows
 from tsqlora.data.write import require_apart, without_formulas, write_rows
 from tsqlora.errors import DataError, nearest
-from tsqlora.run.audit import AUDIT_FILE, digest
+from tsqlora.run.audit import AUDIT_FILE
+from tsqlora.training.checkpoints import digest
 
 TRUSTED_FILE = "trusted.jsonl"
 SHOWN = 20
