@@ -23,7 +23,7 @@ def explain(error: ValidationError) -> str:
         if problem["type"] == "extra_forbidden":
             return _unknown_key(problem["loc"])
     if missing := [_key(problem) for problem in problems if problem["type"] == "missing"]:
-        return f"{' and '.join(missing)} must be set; 'tsqlora init' prints an example"
+        return f"{' and '.join(missing)} must be set (train takes --model and --data); 'tsqlora init' prints an example"
     first = problems[0]
     raised = first.get("ctx", {}).get("error")
     if isinstance(raised, SettingsError):
