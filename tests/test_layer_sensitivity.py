@@ -74,10 +74,8 @@ def test_sampled_sees_every_kind_of_place_in_a_head(outputs: int, head: int) -> 
 
 
 def test_sampled_leaves_narrow_layers_whole() -> None:
-    model = wrapped()
-    exact, some = (tsq.sensitivity(model, ROWS, collate, estimator=name).values for name in ("sensitivity", "sampled"))
-    assert all(layer.out_features < 2 * probe.SAMPLED_OUTPUTS for layer in lora_layers(model).values())
-    assert exact == some
+    assert all(layer.out_features < 2 * probe.SAMPLED_OUTPUTS for layer in lora_layers(MODEL).values())
+    assert WHOLE["sampled"] == WHOLE["sensitivity"]
 
 
 def test_sensitivity_of_a_transposed_weight_is_that_of_the_slow_twin() -> None:
@@ -189,17 +187,17 @@ def test_half_precision_is_near() -> None:
 
 
 def test_an_unknown_estimator_is_told_with_the_nearest() -> None:
-    with pytest.raises(tsq.SettingsError, match=r"unknown ranks.estimator 'fischer'; did you mean 'fisher'\?"):
+    with pytest.raises(tsq.SettingsError, match="fischer"):
         tsq.sensitivity(MODEL, ROWS, collate, estimator="fischer")
 
 
 def test_a_model_without_lora_is_refused() -> None:
-    with pytest.raises(tsq.UnsupportedError, match=r"no LoRA layers to measure; make it with tsqlora.wrap"):
+    with pytest.raises(tsq.UnsupportedError, match="no LoRA layers"):
         tsq.sensitivity(tiny_bert(), ROWS, collate)
 
 
 def test_no_rows_are_an_error() -> None:
-    with pytest.raises(tsq.SettingsError, match="no rows to measure sensitivity on"):
+    with pytest.raises(tsq.SettingsError, match="no rows"):
         tsq.sensitivity(MODEL, [], collate)
 
 
@@ -207,7 +205,7 @@ def test_a_probe_that_saw_no_backward_is_an_error() -> None:
     watching = Probe(lora_layers(MODEL), "sensitivity")
     with watching.watch(MODEL), torch.no_grad():
         MODEL(**collate(ROWS))
-    with pytest.raises(tsq.UnsupportedError, match="no backward pass went through"):
+    with pytest.raises(tsq.UnsupportedError, match="no backward pass"):
         watching.sensitivity()
 
 

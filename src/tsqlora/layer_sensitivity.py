@@ -1,7 +1,6 @@
-"""How much the loss depends on each layer: estimators, and the probe that measures them.
+"""Layer sensitivity: estimators, and the probe that measures them.  METHOD section 2.
 
-METHOD section 2.  A probe looks at a backward pass, whoever runs it: a pass of its own over
-the quality sample, or a training step's.
+A probe watches any backward pass: a separate one over the quality sample, or that of a training step.
 """
 
 import math
@@ -31,38 +30,34 @@ from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate, model_logits, precision, split_labels, task_of
 
 Estimator = Callable[[Tensor, Tensor, LoraLayer], Tensor]
-"""(a, b: n × t × o, layer) -> the sum over the n samples of the layer's number; a is n × t × i, of an Embedding the
-indices n × t."""
+"""(a: n × t × i, or for an Embedding indices n × t, b: n × t × o, layer) -> the layer's value, summed over samples."""
 
 CHUNK = 2**21
-"""Entries of per-sample gradients that exist at a time."""
-
+"""Entries of per-sample gradients in memory at a time."""
 SAMPLED_OUTPUTS = 64
-
 SKETCH_ROWS = 8
 
 
 def weight_times_gradient(a: Shaped[Tensor, "n t *i"], b: Float[Tensor, "n t o"], layer: LoraLayer) -> Tensor:
-    """Σ over samples of mean |W ⊙ ∇W ℓ|, METHOD eq. 6.
+    """Return Σ over samples of mean |W ⊙ ∇W ℓ|, METHOD eq. 6.
 
-    The absolute value is taken per sample, so the number adds up over batches and processes.
+    The absolute value is per sample, so that values add up over batches and processes.
     """
     return _weight_times_gradient(a, b, layer, every=1)
 
 
 def sampled(a: Shaped[Tensor, "n t *i"], b: Float[Tensor, "n t o"], layer: LoraLayer) -> Tensor:
-    """The same mean over every k-th output alone: about SAMPLED_OUTPUTS of a wide layer, up to twice as many.
+    """Return eq. 6 over every k-th output: 64 to 127 outputs of a wide layer, all inputs and samples.
 
-    Every input and every sample counts. The entries of eq. 6 cost as much as they are, whatever the length of a
-    sample; of short ones they were most of a step.
+    The cost of eq. 6 grows with the size of the weight, not with the length of a sample, and dominates for short ones.
     """
     return _weight_times_gradient(a, b, layer, every=stride(b.shape[2]))
 
 
 def stride(outputs: int) -> int:
-    """Which outputs `sampled` takes of so many; no multiple of 16, which falls on few places of each attention head.
+    """Return the step between the outputs that `sampled` takes.
 
-    Those places differ: rotary positions turn some fast and some slowly.
+    Never a multiple of 16, which would hit few positions of each attention head, and rotary frequencies differ there.
 
     >>> [stride(outputs) for outputs in (64, 384, 1536, 2048, 4096)]
     [1, 6, 24, 37, 69]
@@ -81,14 +76,14 @@ def _weight_times_gradient(a: Tensor, b: Tensor, layer: LoraLayer, *, every: int
 
 
 def fisher(a: Shaped[Tensor, "n t *i"], b: Float[Tensor, "n t o"], layer: LoraLayer) -> Tensor:
-    """Σ over samples of mean (∇W ℓ)²; by ghost norms."""
+    """Return Σ over samples of mean (∇W ℓ)², by ghost norms."""
     b = upcast(b)
     gradient = LookupGradient(a, b) if _is_lookup(layer) else Factored(a.to(b), b)
     return gradient.norm_sq().sum() / math.prod(_shape(layer))
 
 
 def adapter_only(a: Shaped[Tensor, "n t *i"], b: Float[Tensor, "n t o"], layer: LoraLayer) -> Tensor:
-    """Σ over samples of mean |θ ⊙ ∇θ ℓ| over the entries of A and B; dropout before A is left out."""
+    """Return Σ over samples of mean |θ ⊙ ∇θ ℓ| over the entries of A and B, without dropout before A."""
     b = upcast(b)
     total, entries = b.new_zeros(()), 0
     for adapter in layer.active_adapters:
@@ -105,12 +100,12 @@ def adapter_only(a: Shaped[Tensor, "n t *i"], b: Float[Tensor, "n t o"], layer: 
 
 
 def uniform(a: Shaped[Tensor, "n t *i"], b: Float[Tensor, "n t o"], layer: LoraLayer) -> Tensor:
-    """The same for every layer: ranks stay uniform."""
+    """Return the same value for every layer, so that ranks stay uniform."""
     return torch.tensor(float(len(a)), device=b.device)
 
 
 def random(a: Shaped[Tensor, "n t *i"], b: Float[Tensor, "n t o"], layer: LoraLayer) -> Tensor:
-    """Log-normal noise that says nothing, seeded by the gradient's own bits: the control."""
+    """Return log-normal noise, seeded by the bits of the gradient: the control."""
     seed = zlib.crc32(b.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     noise = torch.randn((), generator=torch.Generator().manual_seed(seed))
     return (noise.exp() * len(a)).to(b.device)
@@ -127,12 +122,12 @@ ESTIMATORS: dict[str, Estimator] = {
 
 
 def sensitivity_rows(rows: int, samples: int, seed: int) -> Int[np.ndarray, " m"]:
-    """Draw which of the rows sensitivities are measured on: places, ascending."""
+    """Draw the rows to measure sensitivities on, ascending."""
     return np.sort(stream("sensitivity rows", seed).permutation(rows)[:samples])
 
 
 def get_estimator(estimator: str | Estimator) -> Estimator:
-    """An entry of ESTIMATORS, or the callable itself.  Raises SettingsError for an unknown name."""
+    """Return an entry of ESTIMATORS, or the callable itself; raise SettingsError for an unknown name."""
     if callable(estimator):
         return estimator
     if estimator not in ESTIMATORS:
@@ -142,7 +137,7 @@ def get_estimator(estimator: str | Estimator) -> Estimator:
 
 @dataclass(slots=True)
 class Probe:
-    """Adds up each layer's sensitivity and a sketch of its gradient over the backwards it sees."""
+    """Accumulates each layer's sensitivity and gradient sketch over the backward passes it watches."""
 
     layers: Mapping[str, LoraLayer]
     estimator: str | Estimator
@@ -152,21 +147,21 @@ class Probe:
     sketches: dict[str, Tensor] = field(default_factory=dict)
 
     def watch(self, model: nn.Module) -> AbstractContextManager[Capture]:
-        """While open, every backward of `model` is added."""
+        """Add every backward pass of `model` while open."""
         return capture(model, {name: target_site(name, layer) for name, layer in self.layers.items()}, self._add)
 
     def sensitivity(self) -> Sensitivity:
-        """The mean over the samples seen, on all processes; a layer that was not used has 0."""
+        """Return the mean over the samples of all processes; 0 for an unused layer."""
         zero = self._zero()
         values = distributed.summed(
             torch.stack([double(self.totals[name]) if name in self.totals else zero for name in self.layers])
         )
-        # Not every layer need be used in every pass; one that always is has seen them all.
+        # A pass may skip a layer, so the layer with the most samples has the total.
         samples = int(distributed.summed(torch.tensor(max(self.samples.values(), default=0), device=zero.device)))
         if samples == 0:
             raise UnsupportedError(
-                "no backward pass went through the LoRA layers while they were probed; where the model is under "
-                "reentrant gradient checkpointing, set gradient_checkpointing_kwargs to {'use_reentrant': False}"
+                "no backward pass went through the LoRA layers while the probe was watching; with reentrant gradient "
+                "checkpointing, set gradient_checkpointing_kwargs to {'use_reentrant': False}"
             )
         estimator = self.estimator if isinstance(self.estimator, str) else getattr(self.estimator, "__name__", "custom")
         return Sensitivity(
@@ -177,7 +172,7 @@ class Probe:
         )
 
     def directions(self) -> dict[str, Float[Tensor, "k i"]]:
-        """Ω ∇W of each layer, summed over samples and processes; Ω is k × o."""
+        """Return Ω ∇W of each layer, summed over samples and processes; Ω is k × o."""
         zero = self._zero()
         unseen = {name: zero.new_zeros(SKETCH_ROWS, _shape(layer)[0]) for name, layer in self.layers.items()}
         return {
@@ -186,12 +181,12 @@ class Probe:
         }
 
     def _zero(self) -> Tensor:
-        """In what numbers processes add up, and where: a process adds zero for what it has not seen."""
+        """Return zero in the dtype and on the device in which processes add up."""
         layer = cast(nn.Module, next(iter(self.layers.values())))
         return double(torch.zeros((), device=next(layer.parameters()).device))
 
     def _add(self, name: str, a: Tensor, b: Tensor) -> None:
-        number = get_estimator(self.estimator)(a, b, self.layers[name])
+        value = get_estimator(self.estimator)(a, b, self.layers[name])
         sketched = _omega(name, self.seed, b.shape[2]).to(upcast(b)) @ upcast(b).flatten(0, 1).T
         if _is_lookup(self.layers[name]):
             inputs, _ = _shape(self.layers[name])
@@ -199,7 +194,7 @@ class Probe:
         else:
             sketch = sketched @ a.flatten(0, 1).to(sketched)
         self.samples[name] = self.samples.get(name, 0) + len(a)
-        self.totals[name] = self.totals.get(name, 0) + number
+        self.totals[name] = self.totals.get(name, 0) + value
         self.sketches[name] = self.sketches.get(name, 0) + sketch
 
 
@@ -214,26 +209,18 @@ def sensitivity(
     seed: int = 0,
     autocast: torch.dtype | None = None,
 ) -> Sensitivity:
-    """Each LoRA layer's sensitivity on these samples: METHOD eq. 6.
+    """Measure each LoRA layer's sensitivity on these samples: METHOD eq. 6.
 
-    `dataset` is the sample to measure on, the quality sample for the method as published. `estimator` is a name in
-    ESTIMATORS, or a function as those: "sensitivity" is eq. 6 over every weight, "sampled" the same over some of them,
-    which is cheaper and what RankCallback and the commands use. One forward and one backward pass; the model is left
-    as it was.
+    Args:
+        dataset: the samples to measure on; the published method uses the quality sample.
+        estimator: a name in ESTIMATORS, or a function like those. "sensitivity" is eq. 6 over every weight; "sampled"
+            takes some of the outputs, is cheaper, and is what RankCallback and the commands use.
 
-    Raises UnsupportedError for a model without LoRA layers, SettingsError for an unknown estimator.
+    Costs one forward and one backward pass, and leaves the model unchanged. Raises UnsupportedError for a model without
+    LoRA layers, SettingsError for an unknown estimator.
     """
-    probe = probe_pass(
-        model,
-        dataset,
-        collate,
-        estimator=estimator,
-        task=task,
-        batch_size=batch_size,
-        seed=seed,
-        autocast=autocast,
-    )
-    return probe.sensitivity()
+    options = {"estimator": estimator, "task": task, "batch_size": batch_size, "seed": seed, "autocast": autocast}
+    return probe_pass(model, dataset, collate, **options).sensitivity()
 
 
 def probe_pass(
@@ -247,7 +234,7 @@ def probe_pass(
     seed: int = 0,
     autocast: torch.dtype | None = None,
 ) -> Probe:
-    """A pass of its own over the samples: sensitivities, and gradient sketches."""
+    """Run a separate pass over the samples for sensitivities and gradient sketches."""
     model = distributed.unwrapped(model)
     layers = lora_layers(model)
     if not layers:
@@ -272,7 +259,7 @@ def probe_pass(
 def looked_up(
     ids: Int[Tensor, "n t"], b: Float[Tensor, "n t o"], vocabulary: int
 ) -> tuple[Int[Tensor, " u"], Float[Tensor, "u o"]]:
-    """All rows of the samples' gradients of an Embedding that are not zero, and which rows of it they are."""
+    """Return the indices and values of the nonzero rows of the samples' Embedding gradients."""
     keys = ids + vocabulary * torch.arange(len(ids), device=ids.device)[:, None]
     unique, places = torch.unique(keys, return_inverse=True)
     rows = b.new_zeros(len(unique), b.shape[2]).index_add_(0, places.flatten(), b.flatten(0, 1))
@@ -287,18 +274,18 @@ def _shape(layer: LoraLayer) -> tuple[int, int]:
     return cast(int, layer.in_features), cast(int, layer.out_features)
 
 
-def _over_chunks(a: Tensor, b: Tensor, number: Callable[[Tensor], Tensor]) -> Tensor:
-    """Sum of `number(per-sample gradients)` over chunks small enough to stay in the cache.
+def _over_chunks(a: Tensor, b: Tensor, value: Callable[[Tensor], Tensor]) -> Tensor:
+    """Sum `value(per-sample gradients)` over chunks small enough for the CPU cache.
 
-    `number` may change what it gets. Where b is in half precision entries are rounded to it, as training rounds.
+    `value` may change its argument in place. If b is in half precision, entries are rounded to it, as in training.
     """
     step = max(1, CHUNK // (a.shape[2] * b.shape[2]))
     a = a.to(b)
-    parts = [number(upcast(b[k : k + step].mT @ a[k : k + step])) for k in range(0, len(a), step)]
+    parts = [value(upcast(b[k : k + step].mT @ a[k : k + step])) for k in range(0, len(a), step)]
     return torch.stack(parts).sum()
 
 
 def _omega(name: str, seed: int, outputs: int) -> Float[Tensor, "k o"]:
-    """The sketching matrix of a layer: the same for the same seed, step and process."""
+    """Return the sketching matrix of a layer, the same for every step and process of a seed."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
     return torch.randn(SKETCH_ROWS, outputs, generator=generator) / SKETCH_ROWS**0.5

@@ -1,6 +1,7 @@
-"""Out of memory: the same work, in smaller micro batches."""
+"""Out-of-memory handling: repeat the same work in smaller micro batches."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -13,15 +14,15 @@ R = TypeVar("R")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory does not suffice, of an accelerator or of the machine."""
+    """Whether an accelerator or the machine ran out of memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    # oneDNN, which computes on processors, does not say more.
+    # oneDNN, which computes on CPUs, reports no more than this.
     return isinstance(error, RuntimeError) and (says_out_of_memory(error) or "could not create a" in str(error))
 
 
 def halves(rows: int) -> list[int]:
-    """Micro batch sizes to try in turn.
+    """Return the micro batch sizes to try in turn.
 
     >>> halves(13)
     [13, 6, 3, 1]
@@ -30,7 +31,7 @@ def halves(rows: int) -> list[int]:
 
 
 def even_parts(rows: int) -> list[int]:
-    """The same where every part must have as many rows: each a divisor, at most half of the one before.
+    """Return micro batch sizes that split the rows evenly: each a divisor, at most half of the one before.
 
     >>> even_parts(16), even_parts(12), even_parts(15), even_parts(7)
     ([16, 8, 4, 2, 1], [12, 6, 3, 1], [15, 5, 1], [7, 1])
@@ -39,13 +40,13 @@ def even_parts(rows: int) -> list[int]:
 
 
 def retry_on_oom(work: Callable[[int], R], sizes: Iterable[int], *, smaller: Callable[[int], None] | None = None) -> R:
-    """What `work` gives with the first of these micro batch sizes that fits; `smaller` is called before a retry.
+    """Return `work(size)` for the first micro batch size that fits; call `smaller(size)` before each retry.
 
-    Raises TsqLoraError where the last one does not fit.
+    Raises TsqLoraError where even the last size does not fit.
     """
     for place, size in enumerate(sizes):
         if place:
-            # Not before the error is let go of: it holds what was allocated.
+            # Only after the except block: the error holds the allocated tensors.
             clear_device_cache(garbage_collection=True)
             if smaller is not None:
                 smaller(size)
@@ -56,19 +57,19 @@ def retry_on_oom(work: Callable[[int], R], sizes: Iterable[int], *, smaller: Cal
                 raise
             why = str(error).splitlines()[0] if str(error) else type(error).__name__
     raise TsqLoraError(
-        f"memory does not suffice for one row at a time ({why}); lower data.max_length, or use a smaller model or dtype"
+        f"out of memory with one row at a time ({why}); lower data.max_length, or use a smaller model or dtype"
     )
 
 
 class BatchSplitter:
-    """Splits batches into parts that fit in memory; a size that did not fit once is not tried again."""
+    """Splits batches into parts that fit in memory, and never retries a size that did not fit."""
 
     def __init__(self) -> None:
         self.most: int | None = None
-        """Rows of a part; None while whole batches fit."""
+        """Rows per part; None while whole batches fit."""
 
     def of(self, batch: np.ndarray, work: Callable[[np.ndarray], R]) -> list[R]:
-        """What `work` gives of each part of the batch's row numbers, in order."""
+        """Apply `work` to consecutive parts of the batch's row numbers, in order."""
         done, results = 0, list[R]()
         while done < len(batch):
             rest = batch[done : done + (self.most or len(batch))]
@@ -76,10 +77,7 @@ class BatchSplitter:
             def first_part(size: int, rest: np.ndarray = rest) -> tuple[int, R]:
                 return size, work(rest[:size])
 
-            size, result = retry_on_oom(first_part, halves(len(rest)), smaller=self._remember)
+            size, result = retry_on_oom(first_part, halves(len(rest)), smaller=partial(setattr, self, "most"))
             results.append(result)
             done += size
         return results
-
-    def _remember(self, size: int) -> None:
-        self.most = size

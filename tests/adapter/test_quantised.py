@@ -170,9 +170,7 @@ def test_losses_over_8_bit_are_scored_and_gradients_refused_since_outliers_coupl
 def test_a_weight_that_was_packed_for_inference_is_refused(saved: Path) -> None:
     model = quantised(saved, "nf4")
     lora_layers(model)[Q].get_base_layer().weight.quant_state.packing_format_for_cpu = True
-    with pytest.raises(
-        tsq.UnsupportedError, match=r"packed a 4-bit weight for inference on this CPU, .* load the model"
-    ):
+    with pytest.raises(tsq.UnsupportedError, match=r"packed a 4-bit weight.* reload the model"):
         tsq.sensitivity(model, ROWS, collate)
 
 

@@ -68,16 +68,8 @@ def inputs(*tokens: int) -> Tensor:
 
 
 @pytest.mark.parametrize("tokens", [(), (1,), (5,), (9,), (2, 3)], ids=str)
-def test_any_number_of_dimensions_between_batch_and_features_is_tokens(tokens: tuple[int, ...]) -> None:
+def test_all_dimensions_between_batch_and_features_are_tokens(tokens: tuple[int, ...]) -> None:
     assert_exact(Around(lambda linear, x: linear(x)), inputs(*tokens))
-
-
-def test_calls_of_one_layer_are_summed_before_squaring() -> None:
-    assert_exact(Around(lambda linear, x: linear(linear(x).tanh())), inputs(5))
-
-
-def test_calls_of_one_layer_may_differ_in_tokens() -> None:
-    assert_exact(Around(lambda linear, x: torch.cat([linear(x), linear(x[:, :2]).sin()], dim=1)), inputs(5))
 
 
 class Tied(nn.Module):
@@ -97,21 +89,22 @@ def test_a_weight_of_two_modules_is_one_site_whose_uses_are_summed() -> None:
     assert_exact(Tied(), inputs(5))
 
 
-def test_a_call_that_does_not_reach_the_loss_adds_nothing() -> None:
-    def unused(linear: nn.Linear, x: Tensor) -> Tensor:
-        linear(x.flip(1))
-        return linear(x) + linear(x.sin()).detach()
-
-    assert_exact(Around(unused), inputs(5))
+def _unused_call(linear: nn.Linear, x: Tensor) -> Tensor:
+    linear(x.flip(1))
+    return linear(x) + linear(x.sin()).detach()
 
 
-def test_a_call_without_gradients_is_not_waited_for() -> None:
-    def partly(linear: nn.Linear, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            target = linear(x.flip(1))
-        return linear(x) + target
+def _call_without_gradients(linear: nn.Linear, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        target = linear(x.flip(1))
+    return linear(x) + target
 
-    assert_exact(Around(partly), inputs(5))
+
+def _checkpointed(linear: nn.Linear, x: Tensor) -> Tensor:
+    def twice(linear: nn.Linear, x: Tensor) -> Tensor:
+        return linear(linear(x).tanh())
+
+    return linear(checkpoint(twice, linear, x, use_reentrant=False))
 
 
 def test_a_layer_that_is_not_called_is_not_shown() -> None:
@@ -119,16 +112,30 @@ def test_a_layer_that_is_not_called_is_not_shown() -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
+    "use",
     [
         lambda linear, x: F.relu_(linear(x)),
         lambda linear, x: linear(x).add_(x),
         lambda linear, x: linear(input=x),
+        lambda linear, x: linear(linear(x).tanh()),
+        lambda linear, x: torch.cat([linear(x), linear(x[:, :2]).sin()], dim=1),
+        _unused_call,
+        _call_without_gradients,
+        _checkpointed,
     ],
-    ids=["activation in place", "sum in place", "by keyword"],
+    ids=[
+        "activation in place",
+        "sum in place",
+        "by keyword",
+        "twice",
+        "other tokens",
+        "unused",
+        "no grad",
+        "checkpointed",
+    ],
 )
-def test_a_model_may_call_a_layer_and_change_its_output_as_it_likes(change: Callable[[Any, Tensor], Tensor]) -> None:
-    assert_exact(Around(change), inputs(5))
+def test_gradients_are_exact_however_the_model_calls_its_layer(use: Callable[[Any, Tensor], Tensor]) -> None:
+    assert_exact(Around(use), inputs(5))
 
 
 def test_hooks_of_others_do_not_change_what_is_seen() -> None:
@@ -149,47 +156,37 @@ def test_a_frozen_layer_behind_nothing_that_trains_is_seen_too() -> None:
     torch.testing.assert_close(norms[0], alone(model, inputs(5)))
 
 
-def test_checkpointing_that_is_not_reentrant_changes_nothing() -> None:
-    def twice(linear: nn.Linear, x: Tensor) -> Tensor:
-        return linear(linear(x).tanh())
-
-    model = Around(lambda linear, x: linear(checkpoint(twice, linear, x, use_reentrant=False)))
-    assert_exact(model, inputs(5))
-
-
 def test_reentrant_checkpointing_is_refused_with_its_cure() -> None:
     model = Around(lambda linear, x: checkpoint(linear, x, use_reentrant=True))
     with (
         capture(model, find_sites(model, "adapter"), lambda *_: None),
-        pytest.raises(UnsupportedError, match=r"^linear is under reentrant .* \{'use_reentrant': False\}, and"),
+        pytest.raises(UnsupportedError, match=r"^linear .*use_reentrant"),
     ):
         model(inputs(5).requires_grad_()).sum().backward()
 
 
-def test_a_forward_that_passes_by_the_models_own_is_refused_with_its_cure() -> None:
+def test_a_layer_called_outside_of_the_models_forward_is_refused() -> None:
     model = Around(lambda linear, x: linear(x))
-    text = r"^linear is .* called by a forward that passes by the model's own, .* call the model itself, not modules in"
     with (
         capture(model, find_sites(model, "adapter"), lambda *_: None),
-        pytest.raises(UnsupportedError, match=text),
+        pytest.raises(UnsupportedError, match=r"^linear .*compute_loss"),
     ):
         model.linear(inputs(5)).sum().backward()
 
 
 @pytest.mark.parametrize(
-    ("call", "shape"),
+    "call",
     [
-        (lambda linear, x: linear(x[0, 0]).expand(N, WIDTH), r"\(4,\)"),
-        (lambda linear, x: linear(x.transpose(0, 1)).transpose(0, 1), r"\(5, 3, 4\)"),
-        (lambda linear, x: linear(x.flatten(0, 1)).unflatten(0, (N, -1)), r"\(15, 4\)"),
+        lambda linear, x: linear(x[0, 0]).expand(N, WIDTH),
+        lambda linear, x: linear(x.transpose(0, 1)).transpose(0, 1),
+        lambda linear, x: linear(x.flatten(0, 1)).unflatten(0, (N, -1)),
     ],
     ids=["one vector", "tokens first", "tokens in the batch"],
 )
 def test_a_layer_whose_first_dimension_is_not_the_batch_is_refused(
-    call: Callable[[Any, Tensor], Tensor], shape: str
+    call: Callable[[Any, Tensor], Tensor],
 ) -> None:
-    message = rf"^linear is called on a tensor of shape {shape} in a batch of 3: its samples cannot be told apart; "
-    with pytest.raises(UnsupportedError, match=message):
+    with pytest.raises(UnsupportedError, match=r"^linear is called on"):
         seen(Around(call), inputs(5))
 
 

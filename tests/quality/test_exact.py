@@ -195,7 +195,7 @@ class TokensFirst(Model):
 
 @pytest.mark.parametrize("batch_size", [5, TOKENS], ids=["not square", "square"])
 def test_a_layer_that_has_tokens_first_is_refused_by_name(batch_size: int) -> None:
-    with pytest.raises(UnsupportedError, match=r"^linear is called on a tensor of shape .* cannot be told apart"):
+    with pytest.raises(UnsupportedError, match=r"^linear is called on"):
         score(TokensFirst(), batch_size=batch_size)
 
 

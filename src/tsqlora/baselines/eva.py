@@ -14,7 +14,7 @@ from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.quality.cost import PhaseCost
 from tsqlora.ranks.baselines import whole_rank
 from tsqlora.seeds import stream
-from tsqlora.tasks.forward import writes_behind_encoder
+from tsqlora.tasks.forward import is_encoder_decoder
 
 NAME = "eva"
 MOST_PASSES = 20
@@ -60,7 +60,7 @@ def eva(setup: Setup) -> Built:
 
 def require_one_stack(model: nn.Module) -> None:
     """Raises UnsupportedError where layers have tokens of two kinds, and which of them are padding differs."""
-    if writes_behind_encoder(model):
+    if is_encoder_decoder(model):
         raise UnsupportedError(
             f"EVA reads the inputs of one stack of layers, and {type(model).__name__} has an encoder's and a "
             "decoder's, of other tokens; leave out eva"

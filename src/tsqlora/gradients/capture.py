@@ -1,8 +1,7 @@
-"""See each site's inputs and output gradients, sample by sample, during backward passes.
+"""Capture each site's inputs and output gradients per sample during backward passes.
 
-Works on any forward and backward, also those of training, also under non-reentrant gradient
-checkpointing (what a tap saves is recomputed like everything else), and also where nothing
-trains: the tap's output requires a gradient because its anchor does.
+Works with any forward and backward pass: those of training, non-reentrant gradient checkpointing (which recomputes
+what a tap saves), and frozen models, because the tap's output requires a gradient through its anchor.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -20,12 +19,12 @@ from tsqlora.gradients.layers import call_input
 from tsqlora.gradients.sites import Site, seen
 
 Consume = Callable[[str, Tensor, Tensor], None]
-"""(site, a: n × t × i, or indices n × t of an Embedding, b: n × t × o)."""
+"""(site, a: n × t × i, or for an Embedding indices n × t, b: n × t × o)."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Forward:
-    """One forward pass: how often each site was called, and which calls' gradients are back."""
+    """One forward pass: how often it called each site, and the gradients that have arrived."""
 
     samples: int
     consume: Consume
@@ -44,29 +43,29 @@ class _Forward:
             self._pass_on(site.name)
 
     def finish(self) -> None:
-        """Passes on sites of which some call did not reach the loss: such a call adds zero."""
+        """Pass on sites with calls that did not reach the loss; such a call adds zero."""
         for name in list(self.arrived):
             self._pass_on(name)
 
     def _pass_on(self, name: str) -> None:
         calls = self.arrived.pop(name)
-        # A weight used twice has the gradient of both uses: concatenated along tokens,
-        # their sum is taken before anything is squared.
+        # The gradient of a weight used twice is the sum over both uses, so calls are concatenated along tokens before
+        # anything is squared.
         a, b = calls[0] if len(calls) == 1 else (torch.cat(parts, dim=1) for parts in zip(*calls, strict=True))
-        # What is made of them must not round as training's forward may.
+        # Without autocast: consumers must not round as training's forward may.
         with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
             self.consume(name, a, b)
 
 
 @dataclass(slots=True)
 class Capture:
-    """A capture that is open."""
+    """The state of an open capture."""
 
     anchor: Tensor
-    """What to differentiate by where no parameter's own gradient is wanted."""
+    """Differentiate with respect to this where no parameter gradient is needed."""
     forwards: list[_Forward] = field(default_factory=list[_Forward])
     current: _Forward | None = None
-    """The forward pass under way; None in a backward pass, also where that calls layers again."""
+    """The running forward pass; None in a backward pass, even where it recomputes layers."""
 
     def begin(self, samples: int, consume: Consume) -> None:
         self.finish()
@@ -79,16 +78,16 @@ class Capture:
 
 
 class _Tap(torch.autograd.Function):
-    """The identity, that shows the gradient passing through it."""
+    """The identity, which reports the gradient that passes through it."""
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, x: Tensor, anchor: Tensor, site: Site, module: nn.Module, under_way: _Forward | None
+        ctx: Any, y: Tensor, x: Tensor, anchor: Tensor, site: Site, module: nn.Module, current: _Forward | None
     ) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.site, ctx.module, ctx.under_way = site, module, under_way
-        # Passed on as it is, as if changed in place: a model may change what it gets, and autograd lets it do
-        # that to a dirty tensor or to a copy, not to a view.
+        ctx.site, ctx.module, ctx.current = site, module, current
+        # Marked dirty, because the model may change the output in place, which autograd allows for a dirty tensor or a
+        # copy, but not for a view.
         if is_view(y):
             return y.clone()
         ctx.mark_dirty(y)
@@ -96,27 +95,25 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        # Non-reentrant checkpointing calls layers again only to have their inputs back.
-        if ctx.under_way is None:
+        # Non-reentrant checkpointing recomputes layers only for their inputs and keeps the first tap.
+        if ctx.current is None:
             raise UnsupportedError(
-                f"{ctx.site.name} is under reentrant gradient checkpointing, or was called by a forward that passes by "
-                "the model's own, which hides it; set gradient_checkpointing_kwargs to {'use_reentrant': False}, and "
-                "in a compute_loss of your own call the model itself, not modules in it"
+                f"{ctx.site.name} is under reentrant gradient checkpointing, or was not called through the model's "
+                "forward; set gradient_checkpointing_kwargs to {'use_reentrant': False}, and in a custom compute_loss "
+                "call the model itself, not its modules"
             )
         (x,) = ctx.saved_tensors
-        ctx.under_way.deliver(ctx.site, ctx.module, x, grad_outputs[0])
+        ctx.current.deliver(ctx.site, ctx.module, x, grad_outputs[0])
         return grad_outputs[0], None, None, None, None, None
 
 
 @contextmanager
 def capture(model: nn.Module, sites: Mapping[str, Site], consume: Consume) -> Generator[Capture]:
-    """Calls `consume(site, a, b)` once for each site and pass: what `site.kind` makes gradients of.
+    """Call `consume(site, a, b)` once per site and pass, with the inputs of `site.kind`'s gradient.
 
-    b is the gradient of what is differentiated, so it is the sample's own only if that is a
-    *sum* of the samples' losses. Nothing is left on the model afterwards, also on errors.
-    Raises UnsupportedError, in the backward pass, for a site called on something whose first
-    dimension is not the batch's, under reentrant gradient checkpointing, and where the model's own forward was
-    passed by.
+    b belongs to one sample only if the differentiated value is a *sum* of sample losses. All hooks are removed
+    afterwards, also after errors. The backward pass raises UnsupportedError for a site whose input does not have the
+    batch as first dimension, under reentrant gradient checkpointing, and where the model's forward was bypassed.
     """
     device = next(model.parameters()).device
     state = Capture(torch.zeros((), device=device, requires_grad=True))
@@ -128,12 +125,12 @@ def capture(model: nn.Module, sites: Mapping[str, Site], consume: Consume) -> Ge
         state.current = None
 
     with ExitStack() as hooks:
-        # Compiled code would not call hooks that came after it.
+        # Compiled code ignores hooks that were added after compilation.
         hooks.enter_context(cast(Any, torch.compiler).set_stance("force_eager"))
         hooks.callback(model.register_forward_pre_hook(enter, with_kwargs=True).remove)
         for site in sites.values():
             for module in site.modules:
-                # First of the module's hooks: others may change what it returns.
+                # Before the module's other hooks, which may change the output.
                 tap = partial(_tap, state, site)
                 hooks.callback(module.register_forward_hook(tap, prepend=True, with_kwargs=True).remove)
         hooks.callback(model.register_forward_hook(leave).remove)
@@ -144,7 +141,7 @@ def capture(model: nn.Module, sites: Mapping[str, Site], consume: Consume) -> Ge
 def _tap(
     state: Capture, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor
 ) -> Tensor | None:
-    """A forward hook: the output, tapped where gradients are wanted."""
+    """Forward hook: tap the output where gradients are enabled."""
     if not torch.is_grad_enabled():
         return None
     if state.current is not None:
@@ -160,7 +157,7 @@ def _batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """Those among them, and in dicts among them."""
+    """Yield the tensors among the values, also inside dicts."""
     for value in values:
         if isinstance(value, Tensor):
             yield value

@@ -1,10 +1,9 @@
-"""Per-sample gradients of weights: norms, dot products and steps, without a loop.
+"""Per-sample weight gradients: norms, dot products and steps, without a loop.
 
-For one sample with inputs a (t × i) and output gradients b (t × o) the weight's gradient is
-bᵀa. It is kept in whichever form is smaller and cheaper: *explicit*, the o × i matrix, or
-*factored*, the pair (a, b). Both criteria give the same answer: factored when
-t·(i + o) < i·o.  METHOD section 1; the factored norm is Li et al. (2022), ghost clipping.
-A norm's gain has a vector for a gradient, an Embedding its output's gradients, by index.
+For one sample with inputs a (t × i) and output gradients b (t × o) the weight's gradient is bᵀa. It is stored in the
+smaller and cheaper form: *explicit*, the o × i matrix, or *factored*, the pair (a, b), when t·(i + o) < i·o.  METHOD
+section 1; the factored norm is Li et al. (2022), ghost clipping.  A norm layer's gain has a vector as gradient, an
+Embedding the gradients of its outputs by index.
 """
 
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from torch import Tensor
 from tsqlora.compat.torch import upcast
 
 MOST_AT_ONCE = 2**24
-"""Numbers of an n × t × t product that exist at once: 64 MiB in float32. Longer samples are taken in parts."""
+"""Entries of an n × t × t product in memory at once: 64 MiB in float32. Longer samples are split."""
 
 
 @runtime_checkable  # for beartype, which checks annotations while tests run
@@ -26,15 +25,15 @@ class WeightGradient(Protocol):
     """The gradient of one weight for each of n samples."""
 
     def norm_sq(self) -> Float[Tensor, " n"]:
-        """Squared Frobenius norm of each sample's gradient."""
+        """Return the squared Frobenius norm of each sample's gradient."""
         ...
 
     def dot(self, other: Float[Tensor, "*weight"]) -> Float[Tensor, " n"]:
-        """Inner product of each sample's gradient with one of the weight's shape."""
+        """Return the inner product of each sample's gradient with a tensor of the weight's shape."""
         ...
 
     def apply(self, x: Shaped[Tensor, "n t *i"]) -> Float[Tensor, "n t o"]:
-        """What a unit step of each sample takes from the layer's output: x ∇Wᵀ for a linear layer."""
+        """Return the change of the layer's output after one SGD step with lr 1 on each sample: x ∇Wᵀ if linear."""
         ...
 
 
@@ -55,13 +54,13 @@ class Explicit:
         return x @ self.weight.mT.to(x.dtype)
 
     def look_up(self, ids: Int[Tensor, "n t"]) -> Float[Tensor, "n t i"]:
-        """Rows of each sample's gradient: an Embedding that shares a linear layer's weight is stepped by them."""
+        """Return rows of each sample's gradient, to step an Embedding that shares a linear layer's weight."""
         return self.weight.gather(1, ids[..., None].expand(-1, -1, self.weight.shape[2]))
 
 
 @dataclass(frozen=True, slots=True)
 class Factored:
-    """Each sample's gradient as the pair whose product it is; no o × i matrix exists."""
+    """Each sample's gradient as the pair (a, b), without the o × i product."""
 
     a: Float[Tensor, "n t i"]
     b: Float[Tensor, "n t o"]
@@ -80,13 +79,12 @@ class Factored:
         return _in_parts(lambda rows: (rows @ a) @ b, x, self.a.shape[1])
 
     def look_up(self, ids: Int[Tensor, "n t"]) -> Float[Tensor, "n t i"]:
-        """Rows of each sample's gradient, as `Explicit.look_up`."""
         return self.b.gather(2, ids[:, None, :].expand(-1, self.b.shape[1], -1)).mT @ self.a
 
 
 @dataclass(frozen=True, slots=True)
 class GainGradient:
-    """Each sample's gradient of a vector that multiplies the normalised input, feature by feature."""
+    """Each sample's gradient of a vector that multiplies the normalised input per feature."""
 
     weight: Float[Tensor, "n o"]
 
@@ -117,26 +115,26 @@ class LookupGradient:
         return self.look_up(x)
 
     def look_up(self, ids: Int[Tensor, "n t"]) -> Float[Tensor, "n t o"]:
-        """Rows of each sample's gradient."""
+        """Return rows of each sample's gradient."""
         return _in_parts(
             lambda part: (part[:, :, None] == self.ids[:, None, :]).to(self.b) @ self.b, ids, self.b.shape[1]
         )
 
 
 def _parts(x: Shaped[Tensor, "n t *i"], tokens: int) -> tuple[Tensor, ...]:
-    """Tokens of x, as many at once as products with `tokens` others may be."""
+    """Split x along tokens so that a product with `tokens` others has at most MOST_AT_ONCE entries."""
     at_once = max(1, MOST_AT_ONCE // max(1, x.shape[0] * tokens))
     return torch.split(x, at_once, dim=1)
 
 
 def _in_parts(work: Callable[[Tensor], Tensor], x: Shaped[Tensor, "n t *i"], tokens: int) -> Tensor:
-    """What `work` gives of x, token by token, with `tokens` others."""
-    found = [work(part) for part in _parts(x, tokens)]
-    return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+    """Apply `work` to x in parts along tokens."""
+    results = [work(part) for part in _parts(x, tokens)]
+    return results[0] if len(results) == 1 else torch.cat(results, dim=1)
 
 
 def weight_gradient(a: Float[Tensor, "n t i"], b: Float[Tensor, "n t o"]) -> WeightGradient:
-    """Each sample's weight gradient bᵀa, in the cheaper of its two forms."""
+    """Return each sample's weight gradient bᵀa in the cheaper of its two forms."""
     a = a.to(b.dtype)
     tokens, inputs, outputs = *a.shape[1:], b.shape[2]
     return Factored(a, b) if tokens * (inputs + outputs) < inputs * outputs else Explicit(b.mT @ a)
@@ -144,14 +142,14 @@ def weight_gradient(a: Float[Tensor, "n t i"], b: Float[Tensor, "n t o"]) -> Wei
 
 @runtime_checkable  # for beartype, which checks annotations while tests run
 class Kind(Protocol):
-    """How a weight's gradient follows from what its layer saw, a, and its output's gradient, b."""
+    """How a weight's gradient follows from the layer's input a and the output gradient b."""
 
     def gradient(self, a: Tensor, b: Tensor) -> WeightGradient:
-        """Each sample's own."""
+        """Return each sample's gradient."""
         ...
 
     def summed(self, a: Tensor, b: Tensor) -> Tensor:
-        """The sum over the batch, of the weight's shape."""
+        """Return the sum over the batch, in the weight's shape."""
         ...
 
 
@@ -196,7 +194,7 @@ LINEAR = Linear()
 
 @dataclass(frozen=True, slots=True)
 class MeanGradient:
-    """The gradient of one layer, summed or averaged over samples, of weight and bias each in its shape."""
+    """The gradient of one layer's weight and bias, summed or averaged over samples."""
 
     weight: Float[Tensor, "*weight"] | None
     bias: Float[Tensor, " o"] | None
@@ -221,7 +219,7 @@ class MeanGradient:
 
 @dataclass(frozen=True, slots=True)
 class LayerGradient:
-    """Each sample's gradient of one layer: of its weight, its bias, or both."""
+    """Each sample's gradient of one layer's weight, bias, or both."""
 
     weight: WeightGradient | None
     bias: Float[Tensor, "n o"] | None
@@ -243,7 +241,7 @@ class LayerGradient:
         return torch.stack(parts).sum(0)
 
     def apply(self, x: Shaped[Tensor, "n t *i"]) -> Float[Tensor, "n t o"]:
-        """What a unit step of each sample takes from the layer's output, where it saw x."""
+        """Return the change of the layer's output on x after one SGD step with lr 1 on each sample."""
         bias = None if self.bias is None else self.bias[:, None, :].expand(-1, x.shape[1], -1)
         if self.weight is None:
             assert bias is not None
@@ -255,14 +253,14 @@ class LayerGradient:
 def layer_gradient(
     a: Shaped[Tensor, "n t *i"], b: Float[Tensor, "n t o"], *, weight: bool, bias: bool, kind: Kind = LINEAR
 ) -> LayerGradient:
-    """Each sample's gradient of the parts of a layer that belong to θ."""
+    """Return each sample's gradient of the parts of a layer that belong to θ."""
     return LayerGradient(kind.gradient(a, b) if weight else None, upcast(b).sum(1) if bias else None)
 
 
 def summed_gradient(
     a: Shaped[Tensor, "n t *i"], b: Float[Tensor, "n t o"], *, weight: bool, bias: bool, kind: Kind = LINEAR
 ) -> MeanGradient:
-    """The same, summed over the samples of the batch."""
+    """Return the gradient summed over the samples of the batch."""
     return MeanGradient(kind.summed(a, b) if weight else None, upcast(b).sum((0, 1)) if bias else None)
 
 

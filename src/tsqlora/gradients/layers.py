@@ -1,8 +1,8 @@
-"""Which layers are understood, and what a call of each shows of its weight's gradient.
+"""Supported layers, and the part of the weight gradient that one call of each provides.
 
-A table of three kinds. Linear (nn.Linear, and transformers' Conv1D, whose weight is its
-transpose): inputs a. Gain (LayerNorm, RMSNorm, any layer that is affine in a vector of
-weights, one a feature): the normalised input. Lookup (Embedding): the indices.
+Three kinds. Linear (nn.Linear, and transformers' Conv1D, whose weight is transposed): inputs a. Gain (LayerNorm,
+RMSNorm, any layer that is affine in a vector with one weight per feature): the normalised input. Lookup (Embedding):
+the indices.
 """
 
 import inspect
@@ -21,7 +21,7 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def kind_of(module: nn.Module) -> Kind | None:
-    """How the gradient of a layer's own weight and bias follows from one call; None if that is not known."""
+    """Return how the gradient of a layer's weight and bias follows from one call; None for an unsupported layer."""
     if is_linear(module):
         return Linear()
     if is_embedding(module):
@@ -30,13 +30,13 @@ def kind_of(module: nn.Module) -> Kind | None:
 
 
 def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
-    """Whether it computes y = x Wᵀ + b; a subclass that computes something else is not taken for that."""
+    """Whether the layer computes y = x Wᵀ + b; a subclass with another forward does not count."""
     kinds: tuple[Any, ...] = (nn.Linear, Conv1D)
     return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
 
 
 def is_embedding(module: nn.Module) -> TypeGuard[nn.Embedding]:
-    """Whether it looks up rows, and nothing more: max_norm changes them, scale_grad_by_freq couples samples."""
+    """Whether the layer only looks up rows: max_norm changes them, scale_grad_by_freq couples samples."""
     return (
         isinstance(module, nn.Embedding)
         and type(module).forward is nn.Embedding.forward
@@ -47,9 +47,9 @@ def is_embedding(module: nn.Module) -> TypeGuard[nn.Embedding]:
 
 
 def input_of(module: nn.Module, kind: Kind, x: Tensor, samples: int, name: str) -> Tensor:
-    """What a gradient of this kind needs of a call on x: n × t × i, or indices n × t.
+    """Return the input that a gradient of this kind needs from a call on x: n × t × i, or indices n × t.
 
-    Raises UnsupportedError for inputs whose first dimension is not the batch's.
+    Raises UnsupportedError for inputs whose first dimension is not the batch.
     """
     if is_embedding(module):
         return by_sample(x.unsqueeze(-1), samples, name).squeeze(-1)
@@ -57,7 +57,7 @@ def input_of(module: nn.Module, kind: Kind, x: Tensor, samples: int, name: str) 
 
 
 def output_gradient_of(module: nn.Module, x: Tensor, grad: Tensor, samples: int, name: str) -> Tensor:
-    """n × t × o; zero where an Embedding's padding was looked up, since that row does not train."""
+    """Return the gradient as n × t × o; zero for an Embedding's padding index, whose row does not train."""
     b = by_sample(grad, samples, name)
     if is_embedding(module) and module.padding_idx is not None:
         b = b.masked_fill((x == module.padding_idx).reshape(*b.shape[:2], 1), 0)
@@ -65,22 +65,22 @@ def output_gradient_of(module: nn.Module, x: Tensor, grad: Tensor, samples: int,
 
 
 def call_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """What a layer was called on, by position or by name."""
+    """Return the first argument of a call, positional or by keyword."""
     return next(iter((*args, *kwargs.values())))
 
 
 def by_sample(x: Tensor, samples: int, name: str) -> Tensor:
-    """x as n × t × features: what lies between the first and the last dimension is tokens."""
+    """Reshape x to n × t × features: all dimensions between the first and the last are tokens."""
     if x.dim() < 2 or x.shape[0] != samples:
         raise UnsupportedError(
-            f"{name} is called on a tensor of shape {tuple(x.shape)} in a batch of {samples}: its samples cannot "
-            "be told apart; give the layer inputs whose first dimension is the batch"
+            f"{name} is called on a tensor of shape {tuple(x.shape)} in a batch of {samples}, which mixes samples; "
+            "give the layer inputs whose first dimension is the batch"
         )
     return x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
 
 
 def _is_affine(module: nn.Module) -> bool:
-    """Whether it can be affine in a vector of weights; that it is, scoring measures (quality.exact)."""
+    """Whether the layer may be affine in a vector of weights; scoring measures whether it is (quality/exact.py)."""
     if isinstance(module, BATCH_NORMS) or list(module.children()):
         return False
     own = dict(module.named_parameters(recurse=False))
@@ -90,12 +90,12 @@ def _is_affine(module: nn.Module) -> bool:
 
 
 def _without_gain(module: nn.Module, x: Tensor, name: str) -> Tensor:
-    """∂y/∂weight of a layer that is affine in its weight: what it gives at weight 1, less that at 0."""
+    """Return ∂y/∂weight of a layer that is affine in its weight: its output at weight 1 minus that at 0."""
     weight: Tensor = module.get_parameter("weight")
     if x.shape[-1] != len(weight):
         raise UnsupportedError(
             f"{name} ({type(module).__name__}) has {len(weight)} weights for an input of shape {tuple(x.shape)}, "
-            "not one a feature: its gradient per sample is not known exactly; freeze it"
+            "not one per feature, so that its gradient per sample is not exact; freeze it"
         )
     with torch.no_grad():
         ones, zeros = (

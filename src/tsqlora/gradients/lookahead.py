@@ -1,8 +1,7 @@
-"""Each sample's loss after its own step, for the whole batch in one forward pass.
+"""Loss of each sample after an SGD step on it alone, for the whole batch in one forward pass.
 
-Stepping sample i's weights changes its layer's output by −η x ∇Wᵢᵀ, so the step is taken
-on the outputs and no weight is touched:  (W − η∇Wᵢ)x = Wx − η(x aᵢᵀ)bᵢ.  METHOD section 1.
-A and B of a LoRA layer are two sites, so its η² term is there too.
+A step on sample i changes its layer's output by −η x ∇Wᵢᵀ, so the outputs are stepped and no weight changes:
+(W − η∇Wᵢ)x = Wx − η(x aᵢᵀ)bᵢ.  METHOD section 1.  A and B of a LoRA layer are two sites, which includes the η² term.
 """
 
 from collections.abc import Generator, Mapping
@@ -21,15 +20,15 @@ from tsqlora.gradients.sites import Site, stepped_output
 def stepped(
     sites: Mapping[str, Site], gradients: Mapping[str, LayerGradient], *, eta: float, samples: int
 ) -> Generator[None]:
-    """While open, the model's forward on the same batch is each sample's stepped one.
+    """While open, a forward pass on the same batch uses each sample's stepped weights.
 
-    A site without a gradient was not used by the loss, and is not stepped.
+    A site without a gradient did not reach the loss and is not stepped.
     """
     with ExitStack() as hooks:
         for name, gradient in gradients.items():
             for module in sites[name].modules:
                 hook = partial(_step, gradient, sites[name], eta, samples)
-                # First of the module's hooks, as the tap was: others may change what it returns.
+                # Before the module's other hooks, as the tap was.
                 hooks.callback(module.register_forward_hook(hook, prepend=True, with_kwargs=True).remove)
         yield
 
@@ -44,6 +43,6 @@ def _step(
     kwargs: dict[str, Any],
     y: Tensor,
 ) -> Tensor:
-    """A forward hook: the output after each sample's step."""
+    """Forward hook: the output after each sample's step."""
     change = stepped_output(site, module, gradient, call_input(args, kwargs), samples)
     return y.sub(change.to(y.dtype).reshape(y.shape), alpha=eta)

@@ -1,9 +1,8 @@
-"""Where the gradient of each parameter of θ can be seen: which module's calls show it.
+"""Sites: the modules whose calls show the gradient of each parameter of θ.
 
-A site is a weight (and bias) with the modules that use it. `scope: adapter` is all that
-trains: LoRA's A and B, which PEFT keeps as two linear layers, the task head, and whatever
-else is unfrozen. `scope: full` is the target layers' frozen weights, seen at the whole LoRA
-layer, and what trains outside of them.
+A site is a weight (and bias) with the modules that use it. `scope: adapter` covers all trainable parameters: LoRA's A
+and B, which PEFT stores as two linear layers, the task head, and other unfrozen layers. `scope: full` covers the frozen
+weights of the target layers, captured at the whole LoRA layer, and trainable parameters elsewhere.
 """
 
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ Scope = Literal["adapter", "full"]
 
 
 class Parts(TypedDict):
-    """What of a layer is in θ, and how its gradient follows: keywords of `layer_gradient`."""
+    """The parts of a layer that belong to θ, as keywords of `layer_gradient`."""
 
     weight: bool
     bias: bool
@@ -36,7 +35,7 @@ class Parts(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One weight of θ, the modules in which it is used, and which of its parts are in θ."""
+    """One weight of θ, the modules that use it, and which of its parts belong to θ."""
 
     name: str
     modules: tuple[nn.Module, ...]
@@ -50,20 +49,20 @@ class Site:
 
 
 def seen(site: Site, module: nn.Module, x: Tensor, grad: Tensor, samples: int) -> tuple[Tensor, Tensor]:
-    """(a, b) of one call on x, whose output had this gradient."""
+    """Return (a, b) of one call on x whose output has this gradient."""
     module = _base(module)
     a = input_of(module, site.kind, x, samples, site.name)
     b = output_gradient_of(module, x, grad, samples, site.name)
     if not _mixed(site, module):
         return a, b
-    # Of an Embedding whose weight a linear layer shares: ∇W is again Σ rowᵀ vector.
-    # As large as the linear layer's gradient, that of the logits; one_hot would make whole numbers of twice its size.
+    # An Embedding that shares a linear layer's weight: a one-hot b makes ∇W a sum of outer products again. In b's dtype
+    # it is as large as the gradient of the logits; F.one_hot would return int64.
     hot = b.new_zeros(*a.shape, cast(nn.Embedding, module).num_embeddings)
     return b, hot.scatter_(-1, a.unsqueeze(-1), 1)
 
 
 def stepped_output(site: Site, module: nn.Module, gradient: LayerGradient, x: Tensor, samples: int) -> Tensor:
-    """What a unit step of each sample takes from the output of a call on x."""
+    """Return the change of the output of a call on x after one step with lr 1 on each sample."""
     module = _base(module)
     a = input_of(module, site.kind, x, samples, site.name)
     if _mixed(site, module):
@@ -72,20 +71,19 @@ def stepped_output(site: Site, module: nn.Module, gradient: LayerGradient, x: Te
 
 
 def _base(module: nn.Module) -> nn.Module:
-    """What a module computes as far as inputs go: a LoRA layer, the same as its base layer."""
+    """Return the base layer of a LoRA layer, which has the same inputs; else the module."""
     return module.get_base_layer() if isinstance(module, LoraLayer) else module
 
 
 def _mixed(site: Site, module: nn.Module) -> bool:
-    """Whether it is the Embedding of a weight that a linear layer shares."""
+    """Whether the module is an Embedding that shares its weight with a linear layer."""
     return is_embedding(module) and isinstance(site.kind, Linear)
 
 
 def find_sites(model: nn.Module, scope: Scope) -> dict[str, Site]:
-    """The sites of θ by name.
+    """Return the sites of θ by name.
 
-    Raises UnsupportedError naming the first parameter of θ whose gradient per sample cannot
-    be had exactly; nothing is left out.
+    Raises UnsupportedError naming the first parameter of θ without an exact gradient per sample; none is skipped.
     """
     if scope not in get_args(Scope):
         raise SettingsError(f"unknown scope '{scope}'; {nearest(scope, get_args(Scope))}")
@@ -96,12 +94,12 @@ def find_sites(model: nn.Module, scope: Scope) -> dict[str, Site]:
     others = [(name, module) for name, module in _modules(model) if id(module) not in adapters]
     sites = {name: target_site(name, layer) for name, layer in layers.items()} | _trained_sites(others)
     if not sites:
-        raise UnsupportedError("the model has no trainable parameter, so there is no gradient to score by")
+        raise UnsupportedError("the model has no trainable parameter and so no gradient to score by")
     return sites
 
 
 def target_site(name: str, layer: LoraLayer) -> Site:
-    """Where the gradient of the weight under a LoRA layer, and of a bias that trains, is seen: at the whole layer."""
+    """Return the site of the weight under a LoRA layer, and of its bias if that trains: the whole layer."""
     base = cast(Any, layer.get_base_layer())
     kind = Lookup(base.num_embeddings) if isinstance(base, nn.Embedding) else LINEAR
     bias = getattr(base, "bias", None)
@@ -109,10 +107,9 @@ def target_site(name: str, layer: LoraLayer) -> Site:
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    """The model's LoRA layers over linear weights and embeddings, by their names in the base model.
+    """Return the model's LoRA layers over linear layers and embeddings, by name in the base model.
 
-    Raises UnsupportedError for a LoRA layer over anything else, or for a variant whose
-    update is not s·BA.
+    Raises UnsupportedError for LoRA over any other layer, and for variants whose update is not s·BA.
     """
     layers: dict[str, LoraLayer] = {}
     for name, module in _modules(model):
@@ -122,8 +119,8 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
         assert isinstance(base, nn.Module)
         if not (is_linear(base) or is_embedding(base) or linear_bits(base)):
             raise UnsupportedError(
-                f"{name} is LoRA over {type(base).__name__}, which is no plain linear layer or embedding; leave it out "
-                "of target_modules"
+                f"{name} is LoRA over {type(base).__name__}, which is not a plain linear layer or embedding; remove it "
+                "from target_modules"
             )
         if has_variant(module):
             raise UnsupportedError(f"{name} uses a LoRA variant (DoRA or lora_bias); use plain LoRA")
@@ -132,13 +129,13 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
 
 
 def inner_name(name: str) -> str:
-    """A module's name in the base model, as PEFT's patterns and targets use it."""
-    # Also where the PeftModel is a part of somebody's own module.
+    """Return a module's name in the base model, as PEFT's patterns and targets use it."""
+    # rpartition, since the PeftModel may itself be part of another module.
     return name.rpartition("base_model.model.")[2]
 
 
 def effective_weight(layer: LoraLayer, *, every: int = 1) -> Float[Tensor, "o i"]:
-    """W + s·BA of a LoRA layer, dequantised where the base is quantised; with `every` of each so many-th output."""
+    """Return W + s·BA of a LoRA layer, dequantised; with `every` = k only every k-th output."""
     base = layer.get_base_layer()
     assert isinstance(base, nn.Module)
     weight: Tensor = _dequantised(base)
@@ -154,21 +151,20 @@ def effective_weight(layer: LoraLayer, *, every: int = 1) -> Float[Tensor, "o i"
 
 
 def _dequantised(base: nn.Module) -> Tensor:
-    """The weight as the layer holds it, in floating point."""
     if is_packed_for_inference(base):
         raise UnsupportedError(
-            "bitsandbytes has packed a 4-bit weight for inference on this CPU, which lets no gradient through; load "
-            "the model anew and wrap it before it is first evaluated"
+            "bitsandbytes has packed a 4-bit weight for CPU inference, which blocks gradients; reload the model and "
+            "wrap it before its first evaluation"
         )
     return dequantised(base) if linear_bits(base) else dequantize_module_weight(base).detach()
 
 
 def batch_coupled(model: nn.Module) -> list[str]:
-    """What makes one sample's loss depend on the others of its batch, by name."""
-    found = [f"{name} ({type(m).__name__})" for name, m in _modules(model) if isinstance(m, BATCH_NORMS)]
+    """Name the parts of the model that make a sample's loss depend on the rest of its batch."""
+    names = [f"{name} ({type(m).__name__})" for name, m in _modules(model) if isinstance(m, BATCH_NORMS)]
     if getattr(getattr(model, "config", None), "output_router_logits", False):
-        found.append("the auxiliary loss of a mixture of experts (config.output_router_logits)")
-    return found
+        names.append("the auxiliary loss of a mixture of experts (config.output_router_logits)")
+    return names
 
 
 def _trained_sites(modules: list[tuple[str, nn.Module]]) -> dict[str, Site]:
@@ -191,7 +187,7 @@ def _trained_sites(modules: list[tuple[str, nn.Module]]) -> dict[str, Site]:
 
 
 def _tied(first: Site, second: Site) -> Site:
-    """One site for a weight used by two modules: its gradients are summed."""
+    """Merge two modules that share a weight into one site, whose gradients are summed."""
     if first.bias or second.bias:
         raise UnsupportedError(f"{second.name} shares its weight with {first.name}, and one of them trains a bias")
     kind = first.kind if first.kind == second.kind else LINEAR
@@ -202,15 +198,15 @@ def _tied(first: Site, second: Site) -> Site:
 
 
 def _trained(module: nn.Module, name: str) -> tuple[nn.Module, nn.Parameter] | None:
-    """A layer's weight or bias and the module that holds it, if it trains.
+    """Return a layer's weight or bias and the module that holds it, if it trains.
 
-    A parametrised one is held elsewhere; its gradient is that of the weight only if the
-    parametrisation selects entries, as rank slots do. Scoring measures whether that is so.
+    A parametrisation holds the tensor in a submodule; the gradients agree only if it selects entries, as rank slots do,
+    which scoring measures.
     """
-    held_as = name
+    key = name
     if is_parametrized(module, name):
-        module, held_as = module.get_submodule(f"parametrizations.{name}"), "original"
-    parameter = dict(module.named_parameters(recurse=False)).get(held_as)
+        module, key = module.get_submodule(f"parametrizations.{name}"), "original"
+    parameter = dict(module.named_parameters(recurse=False)).get(key)
     return (module, parameter) if parameter is not None and parameter.requires_grad else None
 
 
@@ -220,15 +216,15 @@ def _refuse_unseen(modules: list[tuple[str, nn.Module]], seen: set[tuple[int, in
             if parameter.requires_grad and (id(owner), id(parameter)) not in seen:
                 if ".lora_embedding_" in f".{name}":
                     raise UnsupportedError(
-                        f"{name} trains: LoRA over an Embedding is not scored in scope 'adapter'; use scope 'full', or "
-                        "leave the Embedding out of target_modules"
+                        f"{name} trains, but scope 'adapter' cannot score LoRA over an Embedding; use scope 'full', or "
+                        "remove the Embedding from target_modules"
                     )
                 raise UnsupportedError(
-                    f"{name} trains, and it belongs to {type(owner).__name__}, whose gradient per sample is not "
-                    "known exactly; freeze it, or train linear layers, embeddings, norms and LoRA only"
+                    f"{name} trains and belongs to {type(owner).__name__}, which has no exact gradient per sample; "
+                    "freeze it, or train only linear layers, embeddings, norms and LoRA"
                 )
 
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module once, by its first name; torch leaves this without a type."""
+    """Yield named_modules(), with a type."""
     yield from cast("Iterator[tuple[str, nn.Module]]", model.named_modules())

@@ -1,4 +1,4 @@
-"""What a task needs: a loss for each sample; where a sample has one answer, chance level, calibration and metrics."""
+"""Tasks: the loss per sample; for classes and numbers also chance level, calibration and metrics."""
 
 import inspect
 from collections.abc import Callable
@@ -17,56 +17,56 @@ from tsqlora.tasks.regression import Regression
 
 @runtime_checkable  # for beartype, which checks annotations while tests run
 class Task(Protocol):
-    """What training and scores by gradients ask of a task."""
+    """The part of a task that training and gradient scores use."""
 
     @property
     def name(self) -> str: ...
 
     answer: ClassVar[Literal["class", "number", "text"]]
-    """What a row's label is."""
+    """The kind of a row's label."""
 
     headline: ClassVar[str]
-    """The metric by which runs are compared, unless another is asked for; more is better."""
+    """The metric that compares runs by default; more is better."""
 
     measured: ClassVar[tuple[str, ...]]
-    """Every metric of the task, but for those of text that is written (`texts.TEXT_METRICS`)."""
+    """Every metric of the task, except those of generated text (`texts.TEXT_METRICS`)."""
 
     def loss(self, logits: Float[Tensor, "n *k"], labels: Shaped[Tensor, "n *t"]) -> Float[Tensor, " n"]:
-        """Each sample's own loss, never reduced."""
+        """Return the loss of each sample, not reduced."""
         ...
 
     def batch_loss(self, losses: Float[Tensor, " n"], labels: Shaped[Tensor, "n *t"]) -> Float[Tensor, ""]:
-        """What training makes of the samples' losses: their mean, or that over the tokens."""
+        """Reduce sample losses as training does: the mean over samples, or over tokens."""
         ...
 
 
 @runtime_checkable
 class Answers(Task, Protocol):
-    """A task whose samples have one answer each: a class or a number."""
+    """A task with one answer per sample: a class or a number."""
 
     def chance(self, labels: Shaped[Tensor, " n"], width: int) -> Float[Tensor, " k"]:
-        """Logits of the constant predictor whose mean loss over these labels is least."""
+        """Return the logits of the constant predictor with the least mean loss on these labels."""
         ...
 
     def offsets(self, logits: Float[Tensor, "n k"], labels: Shaped[Tensor, " n"]) -> Float[Tensor, " k"]:
-        """Constants to add to the logits so that they lean to no class or side over these rows."""
+        """Return constants that remove the bias of the logits towards a class or side on these rows."""
         ...
 
     def strata(self, labels: Shaped[np.ndarray, " n"]) -> Int[np.ndarray, " n"] | None:
-        """The stratum of each sample, where sampling is stratified."""
+        """Return the stratum of each sample; None where sampling is not stratified."""
         ...
 
     def metrics(self, logits: Float[np.ndarray, "n k"], labels: Shaped[np.ndarray, " n"]) -> dict[str, float]:
-        """The task's metrics by their plain names, and the mean loss."""
+        """Return the task's metrics by their plain names, and the mean loss."""
         ...
 
     def predictions(self, logits: Float[np.ndarray, "n k"]) -> Shaped[np.ndarray, " n"]:
-        """What the logits say: class ids or numbers."""
+        """Return the predicted class ids or numbers."""
         ...
 
 
 GENERATION = ("causal-lm", "seq2seq")
-"""The tasks whose answer is text."""
+"""Tasks whose answer is text."""
 
 TASKS: dict[str, Callable[..., Any]] = {
     Classification.name: Classification,
@@ -85,23 +85,21 @@ NOT_BUILT = (
 
 
 def get_task(name: str, **options: Any) -> Task:
-    """The task of that name, made with its options (label_smoothing, class_weights).
+    """Build the task of this name with its options (label_smoothing, class_weights).
 
-    Raises UnsupportedError for a task that is not built, SettingsError for an unknown name or an option of another.
+    Raises UnsupportedError for a task that is not supported, SettingsError for an unknown name or option.
     """
     if name.replace("_", "-").replace(" ", "-") in NOT_BUILT:
-        raise UnsupportedError(f"task.type {name} is not built; built are: {', '.join(sorted(TASKS))}")
+        raise UnsupportedError(f"task.type {name} is not built; choose one of {', '.join(sorted(TASKS))}")
     if name not in TASKS:
         raise SettingsError(f"unknown task.type '{name}'; {nearest(name, TASKS)}")
     if foreign := options.keys() - inspect.signature(TASKS[name]).parameters.keys():
-        raise SettingsError(f"{min(foreign)} is not of {name}; leave it out")
+        raise SettingsError(f"{name} has no option {min(foreign)}; remove it")
     return TASKS[name](**options)
 
 
 def require_answers(task: Task, what: str) -> Answers:
-    """The task, if its samples have one answer each.  Raises UnsupportedError for text generation."""
+    """Return the task if its samples have one answer each; raise UnsupportedError for text generation."""
     if isinstance(task, Answers):
         return task
-    raise UnsupportedError(
-        f"{what} is built for classification and regression, and the task is {task.name}; leave it out"
-    )
+    raise UnsupportedError(f"{what} works for classification and regression, but the task is {task.name}; remove it")

@@ -1,4 +1,4 @@
-"""Sequence classification: one of k classes for each sample, cross-entropy."""
+"""Sequence classification: one of k classes per sample, cross-entropy."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -15,19 +15,18 @@ from torch import Tensor
 from tsqlora.compat.torch import double
 from tsqlora.errors import TsqLoraError
 
-# Added to frequencies under the logarithm, so that an absent class has a finite logit.
 FLOOR = 1e-12
-
-# Offsets are exact to this in every class's mean probability.
+"""Added to frequencies before the logarithm, so that an absent class has a finite logit."""
 TOLERANCE = 1e-8
+"""Largest error of a class's mean probability after calibration."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Classification:
-    """Cross-entropy with optional label smoothing (0 to 1) and class weights (one a class).
+    """Cross-entropy with optional label smoothing (0 to 1) and class weights (one per class).
 
-    With class weights w a sample's loss is w[y]·ce. Training must divide the sum by n: a
-    sample's loss may not depend on its batch, as it does where torch divides by Σw[y].
+    With class weights w a sample's loss is w[y]·ce. Training must divide the sum by n, not by Σw[y] as torch does:
+    a sample's loss must not depend on its batch.
     """
 
     name: ClassVar[str] = "sequence-classification"
@@ -39,49 +38,45 @@ class Classification:
     class_weights: Tensor | None = None
 
     def loss(self, logits: Float[Tensor, "n k"], labels: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """w[y]·ce, one a sample; without weights its mean is torch's cross_entropy."""
+        """Return w[y]·ce per sample; without weights its mean is torch's cross_entropy."""
         losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)
         return losses if self.class_weights is None else losses * self.class_weights.to(logits)[labels]
 
     def batch_loss(self, losses: Float[Tensor, " n"], labels: Int[Tensor, " n"]) -> Float[Tensor, ""]:
-        """Their mean."""
+        """Return the mean."""
         return losses.mean()
 
     def chance(self, labels: Int[Tensor, " n"], width: int) -> Float[Tensor, " k"]:
-        """Logarithm of the class frequencies that the loss sees, in float64.
+        """Return the log of the class frequencies, weighted and smoothed as in the loss, in float64.
 
-        With label smoothing and class weights these are the smoothed, weighted ones: of all
-        constant predictors that one has the least mean loss. Absent classes get log(1e-12).
+        This constant predictor has the least mean loss. Absent classes get log(1e-12).
         """
         frequencies = class_frequencies(labels, width, self._weights_of(labels))
         return torch.log(self._smoothed(frequencies) + FLOOR)
 
     def offsets(self, logits: Float[Tensor, "n k"], labels: Int[Tensor, " n"]) -> Float[Tensor, " k"]:
-        """Constants that, added to the logits, make mean probabilities equal class frequencies.
+        """Return constants that, added to the logits, make mean probabilities equal class frequencies.
 
-        Probabilities are taken among the classes that occur in `labels`: a class without labels
-        has no frequency to match, keeps 0 and is left out, else its share of the probability
-        would have to vanish. So defined the offsets exist, and are unique when their sum is 0:
-        they are where the mean cross-entropy over these rows is least. Means and frequencies
-        are those the loss sees, weighted and smoothed where it is. Exact to 1e-8; raises
-        TsqLoraError for logits that are not finite. METHOD section 1, ours.
+        Means and frequencies are weighted and smoothed as in the loss. Classes without labels are left out and keep 0,
+        since no finite offset gives them probability 0. The offsets minimise the mean cross-entropy on these rows and
+        are unique with sum 0. Exact to 1e-8; raises TsqLoraError for logits that are not finite. METHOD section 1.
         """
         weights = self._weights_of(labels)
         frequencies = class_frequencies(labels, logits.shape[1], weights)
         present = frequencies > 0
-        found = torch.zeros_like(frequencies)
-        wanted = self._smoothed(frequencies[present])
-        found[present] = match_frequencies(double(logits[:, present]), wanted, weights)
-        return found.to(logits.dtype).to(logits.device)
+        offsets = torch.zeros_like(frequencies)
+        target = self._smoothed(frequencies[present])
+        offsets[present] = match_frequencies(double(logits[:, present]), target, weights)
+        return offsets.to(logits.dtype).to(logits.device)
 
     def strata(self, labels: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-        """The labels: sampling keeps the classes' shares."""
+        """Return the labels: sampling preserves class shares."""
         return labels
 
     def metrics(self, logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"]) -> dict[str, float]:
-        """accuracy, macro_f1 over the classes in labels or predictions, matthews, loss (mean).
+        """Return accuracy, macro_f1 over the classes in labels or predictions, matthews and mean loss.
 
-        Where labels or predictions hold one class only, matthews is 0.0.
+        matthews is 0.0 where labels or predictions have only one class.
         """
         predicted = self.predictions(logits)
         losses = self.loss(torch.from_numpy(logits).double(), torch.from_numpy(labels).long())
@@ -93,11 +88,11 @@ class Classification:
         }
 
     def predictions(self, logits: Float[np.ndarray, "n k"]) -> Int[np.ndarray, " n"]:
-        """The id of the class with the largest logit."""
+        """Return the class with the largest logit."""
         return logits.argmax(axis=1)
 
     def _weights_of(self, labels: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """Each sample's share in the mean loss; they sum to 1."""
+        """Return each sample's share of the mean loss; the shares sum to 1."""
         if self.class_weights is None:
             weights = double(torch.ones(len(labels), device=labels.device))
         else:
@@ -109,23 +104,22 @@ class Classification:
 
 
 def class_frequencies(labels: Int[Tensor, " n"], width: int, weights: Float[Tensor, " n"]) -> Float[Tensor, " k"]:
-    """Each class's share of the samples' weights, which sum to 1.
+    """Return each class's share of the sample weights, which sum to 1.
 
     >>> class_frequencies(torch.tensor([0, 2, 2, 2]), 3, torch.full((4,), 0.25)).tolist()
     [0.25, 0.0, 0.75]
     """
-    # On the processor: a GPU adds in any order, and refuses to under torch.use_deterministic_algorithms.
+    # On the CPU: on a GPU the order of addition varies, which torch.use_deterministic_algorithms forbids.
     return torch.bincount(labels.cpu(), weights=weights.cpu(), minlength=width).to(weights.device)
 
 
 def match_frequencies(
     logits: Float[Tensor, "n k"], frequencies: Float[Tensor, " k"], weights: Float[Tensor, " n"]
 ) -> Float[Tensor, " k"]:
-    """The o, of sum 0, for which Σ_i w_i softmax(logits_i + o) equals the frequencies.
+    """Return the o with sum 0 for which Σ_i w_i softmax(logits_i + o) equals the frequencies.
 
-    It is the minimum of the convex  Σ_i w_i logsumexp(logits_i + o) - f·o  and exists for finite logits and
-    frequencies that are all positive; float64, exact to 1e-8. Raises TsqLoraError for logits that are not finite,
-    and for some that are too extreme to be matched.
+    o minimises the convex Σ_i w_i logsumexp(logits_i + o) - f·o, and exists for finite logits and positive
+    frequencies; float64, exact to 1e-8. Raises TsqLoraError for logits that are not finite or too extreme.
     """
     if not torch.isfinite(logits).all():
         raise TsqLoraError("some logits are not finite; lower training.learning_rate or use another dtype")
@@ -138,7 +132,7 @@ def match_frequencies(
         p = softmax(z + o, axis=1)
         return np.diag(w @ p) - p.T @ (w[:, None] * p)
 
-    found = minimize(
+    offsets = minimize(
         lambda o: w @ logsumexp(z + o, axis=1) - f @ o,
         np.zeros(len(f)),
         jac=gradient,
@@ -146,18 +140,18 @@ def match_frequencies(
         method="trust-ncg",
         options={"gtol": TOLERANCE / 10},
     ).x
-    # Near the minimum the objective's rounding stops the search; the gradient's allows one more step.
-    found -= np.linalg.lstsq(curvature(found), gradient(found))[0]
-    error = np.abs(gradient(found)).max()
+    # Rounding of the objective stops the search near the minimum; the gradient is precise enough for one more step.
+    offsets -= np.linalg.lstsq(curvature(offsets), gradient(offsets))[0]
+    error = np.abs(gradient(offsets)).max()
     if not error <= TOLERANCE:
         raise TsqLoraError(
             f"calibration is off by {error:.1e}; the logits are too extreme (up to {np.abs(z).max():.3g}); "
             "lower training.learning_rate"
         )
-    return torch.from_numpy(found - found.mean()).to(frequencies.device)
+    return torch.from_numpy(offsets - offsets.mean()).to(frequencies.device)
 
 
 def _matthews(labels: Int[np.ndarray, " n"], predicted: Int[np.ndarray, " n"]) -> float:
-    # scikit-learn warns where both hold one and the same class.
+    # scikit-learn warns where both have the same single class.
     constant = np.ptp(labels) == 0 or np.ptp(predicted) == 0
     return 0.0 if constant else float(matthews_corrcoef(labels, predicted))

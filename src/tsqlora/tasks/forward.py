@@ -1,4 +1,4 @@
-"""What a batch is to a model: its inputs, its labels, its logits, and the task they make."""
+"""Batch to model: inputs, labels, logits, and the task that a model is made for."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -22,10 +22,10 @@ Collate = Callable[[list[Any]], Batch]
 
 
 def split_labels(batch: Batch, model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
-    """The model's inputs and the labels, on the model's device.
+    """Return the model's inputs and the labels, on the model's device.
 
-    The decoder of a model behind an encoder reads the target, one token late. The model makes that of labels; since
-    they are taken away it is made here, where the collator has not done it.
+    An encoder-decoder shifts labels into decoder inputs; without labels it cannot, so that this function does it where
+    the collator has not.
     """
     if "labels" not in batch:
         raise DataError(f"the collator's batches have no 'labels', only {', '.join(sorted(batch))}")
@@ -33,34 +33,32 @@ def split_labels(batch: Batch, model: nn.Module) -> tuple[dict[str, Tensor], Ten
     inputs = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
     labels = inputs.pop("labels")
     inner = base_model(model)
-    if writes_behind_encoder(inner) and not inputs.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}:
+    if is_encoder_decoder(inner) and not inputs.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}:
         make = getattr(inner, "prepare_decoder_input_ids_from_labels", None)
-        if make is not None:  # else the model says itself that it lacks them
+        if make is not None:  # else the model itself reports what is missing
             inputs["decoder_input_ids"] = make(labels=labels)
     return inputs, labels
 
 
-def writes_behind_encoder(inner: nn.Module) -> bool:
-    """Whether it writes with a decoder of its own what an encoder has read, as T5 and BART do."""
+def is_encoder_decoder(inner: nn.Module) -> bool:
+    """Whether the model generates with a decoder that reads an encoder's output, as T5 and BART do."""
     return isinstance(inner, GenerationMixin) and bool(getattr(inner.config, "is_encoder_decoder", False))
 
 
 def each_its_row(collate: Collate) -> Collate:
-    """The collator; a batch in which samples share rows (packed, or without padding) raises UnsupportedError.
-
-    So do pairs of a chosen and a rejected answer.
-    """
+    """Wrap the collator to raise UnsupportedError for packed samples, which share a row, and for preference pairs."""
 
     def checked(samples: list[Any]) -> Batch:
-        # Copies, for collators that take the labels out of their samples.
+        # Copies, because some collators remove the labels from their samples.
         batch = collate([dict(sample) if isinstance(sample, dict) else sample for sample in samples])
         labels = batch.get("labels")
-        if labels is None and _is_pair(samples[0]):
+        columns = {str(name).split("_")[0] for name in samples[0]} if isinstance(samples[0], Mapping) else set[str]()
+        if labels is None and {"chosen", "rejected"} <= columns:
             get_task("preference-tuning")
         if isinstance(labels, Tensor) and len(labels) != len(samples):
             raise UnsupportedError(
-                f"the collator makes {len(labels)} row(s) of {len(samples)} samples, so that none has numbers of its "
-                "own; choose the rows before the trainer is built: dataset = tsqlora.select(model, dataset, "
+                f"the collator packs {len(samples)} samples into {len(labels)} row(s), so that samples cannot be told "
+                "apart; select rows before you build the trainer: dataset = tsqlora.select(model, dataset, "
                 "processing_class=tokenizer, trusted=rows, fraction=0.2)"
             )
         return batch
@@ -68,39 +66,32 @@ def each_its_row(collate: Collate) -> Collate:
     return checked
 
 
-def _is_pair(sample: Any) -> bool:
-    """Whether it is a row of a preference trainer: a chosen and a rejected answer."""
-    begun = {str(name).split("_")[0] for name in sample} if isinstance(sample, Mapping) else set[str]()
-    return {"chosen", "rejected"} <= begun
-
-
 def precision(device: torch.device, dtype: torch.dtype | None, *, cache: bool = True) -> AbstractContextManager[Any]:
-    """Autocast to this dtype; None computes as the weights are.
+    """Autocast to this dtype; None computes in the dtype of the weights.
 
-    Where some passes have gradients and others none, do without torch's `cache` of casts: it may keep a weight that was
-    cast under no_grad, and use it where gradients are wanted (pytorch issue 112583).
+    Turn off torch's `cache` of casts where only some passes have gradients: it may reuse a weight that was cast under
+    no_grad in a pass that needs its gradient (pytorch issue 112583).
     """
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype, cache_enabled=cache)
 
 
 def model_logits(model: nn.Module, inputs: Mapping[str, Tensor], task: Task | None = None) -> Tensor:
-    """The model's logits: n × k, never in half precision; of a task that generates n × t × v, as they come."""
+    """Return the logits: n × k, at least in float32; for generation n × t × v in the model's own dtype."""
     generates = isinstance(task, Generation)
     output = model(**placed(model, inputs, task))
     logits = output_part(output, "logits")
     if logits is None:
         raise UnsupportedError(
-            f"the model gives {type(output).__name__} without logits; it must return them, or an output or a dict "
-            "with 'logits'"
+            f"the model returns {type(output).__name__} without logits; return a tensor, or an output with 'logits'"
         )
     if logits.dim() != (3 if generates else 2) or logits.shape[0] != next(iter(inputs.values())).shape[0]:
-        wanted = "one row for each token of a sample" if generates else "one row a sample"
-        raise UnsupportedError(f"the model's logits have shape {tuple(logits.shape)}; {wanted} is needed")
+        expected = "(samples, tokens, vocabulary)" if generates else "(samples, classes)"
+        raise UnsupportedError(f"the model's logits have shape {tuple(logits.shape)}; return {expected}")
     return logits if generates else upcast(logits)
 
 
 def output_part(output: Any, name: str) -> Tensor | None:
-    """The logits, or the loss, in what a model gives; a tensor alone is the logits."""
+    """Return this field of a model's output, if it is a tensor; a plain tensor is the logits."""
     if isinstance(output, Tensor):
         return output if name == "logits" else None
     part = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
@@ -108,13 +99,13 @@ def output_part(output: Any, name: str) -> Tensor | None:
 
 
 def require_labels(task: Task, labels: Tensor) -> None:
-    """Raises UnsupportedError for labels that are not one class of each sample, where the task is of classes."""
+    """Raise UnsupportedError for a classification task whose labels are not one class per sample."""
     if isinstance(task, Classification) and labels.dim() > 1:
         get_task("multi-label-classification" if labels.is_floating_point() else "token-classification")
 
 
 def placed(model: nn.Module, inputs: Mapping[str, Tensor], task: Task | None) -> Mapping[str, Tensor]:
-    """To a causal model with the tokens' places, so that a sample is the same on whichever side it is padded."""
+    """Add position ids for a causal model, so that left and right padding give the same result."""
     mask = inputs.get("attention_mask")
     causal = isinstance(task, Generation) and task.causal
     if not causal or mask is None or mask.dim() != 2 or "position_ids" in inputs:
@@ -125,22 +116,22 @@ def placed(model: nn.Module, inputs: Mapping[str, Tensor], task: Task | None) ->
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """The model under PEFT's, or the model itself."""
+    """Return the model that PEFT wraps, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def task_of(model: nn.Module, *, label_smoothing: float = 0.0) -> Task:
-    """What the model is made for: text, where it generates any; else regression for one label, else classification.
+    """Infer the task from the model: generation, else regression for one label, else classification.
 
-    Raises UnsupportedError naming what else it is made for.
+    Raises UnsupportedError naming any other task that the model is made for.
     """
     options = {"label_smoothing": label_smoothing} if label_smoothing else {}
     config, inner = getattr(model, "config", None), base_model(model)
     if isinstance(inner, GenerationMixin):
         return get_task("seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal-lm", **options)
-    classes = {made.__name__ for made in type(inner).__mro__}
-    for name, known in CLASSES_OF.items():
-        if classes & set(known.values()):
+    classes = {cls.__name__ for cls in type(inner).__mro__}
+    for name, mapping in CLASSES_OF.items():
+        if classes & set(mapping.values()):
             return get_task(name)
     kind, labels = getattr(config, "problem_type", None), getattr(config, "num_labels", 2)
     if kind == "multi_label_classification":

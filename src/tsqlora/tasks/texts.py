@@ -1,4 +1,4 @@
-"""How near written texts are to what they should be: ROUGE and chrF, from the packages that the field uses."""
+"""ROUGE and chrF of generated text against references, by the packages that the field uses."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -10,19 +10,18 @@ TEXT_METRICS = (*ROUGE, "chrf")
 
 
 def require_text_metrics() -> None:
-    """Raises SettingsError where the packages are not installed."""
+    """Raise SettingsError where rouge-score or sacrebleu is not installed."""
     try:
         import rouge_score  # noqa: F401
         import sacrebleu  # noqa: F401
     except ImportError:
         raise SettingsError(
-            "generated text is measured by rouge-score and sacrebleu; install them with: pip install "
-            "'tsqlora[generation]'"
+            "metrics of generated text need rouge-score and sacrebleu; pip install 'tsqlora[generation]'"
         ) from None
 
 
 def text_metrics(written: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """rouge1, rouge2, rougeL (F1 with stemming, mean over texts, 0 to 1) and chrf (of the corpus, 0 to 100).
+    """Return rouge1, rouge2, rougeL (F1 with stemming, mean over texts, 0 to 1) and chrf (corpus, 0 to 100).
 
     >>> text_metrics(["кошка сидит"], ["кошка сидит"])["rougeL"]
     1.0
@@ -32,13 +31,13 @@ def text_metrics(written: Sequence[str], references: Sequence[str]) -> dict[str,
     from sacrebleu.metrics.chrf import CHRF
 
     scorer = RougeScorer(list(ROUGE), tokenizer=_AnyScript())
-    found = [scorer.score(reference, text) for text, reference in zip(written, references, strict=True)]
-    rouge = {name: sum(one[name].fmeasure for one in found) / len(found) for name in ROUGE}
+    scores = [scorer.score(reference, text) for text, reference in zip(written, references, strict=True)]
+    rouge = {name: sum(score[name].fmeasure for score in scores) / len(scores) for name in ROUGE}
     return {**rouge, "chrf": CHRF().corpus_score(list(written), [list(references)]).score}
 
 
 class _AnyScript:
-    """rouge-score's own words of ASCII, stemmed; beside them those of other scripts, which it drops, as they are."""
+    """Tokenises ASCII words as rouge-score does, with stemming, and keeps words of other scripts, which it drops."""
 
     def __init__(self) -> None:
         from rouge_score.tokenizers import DefaultTokenizer
@@ -51,7 +50,7 @@ class _AnyScript:
 
 
 def _spaced(letter: str) -> str:
-    """Space for what parts words; a letter of a script that is written without spaces is a word."""
+    """Replace a separator by a space, and isolate a letter of a script that is written without spaces."""
     if any(first <= letter <= last for first, last in _WITHOUT_SPACES):
         return f" {letter} "
     return letter if letter.isalnum() or unicodedata.category(letter).startswith("M") else " "
