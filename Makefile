@@ -49,7 +49,7 @@ bench-scoring: .venv/.installed-bench
 	$(BIN)/python bench/scoring.py
 	$(BIN)/python bench/tables.py
 
-# Makes docs/results.md and its plots from bench/results/glue, which `make bench BENCH=bench/glue.py` adds to.
+# Makes docs/research/glue.md and its plots from bench/results/glue, which `make bench BENCH=bench/glue.py` adds to.
 bench-results: .venv/.installed-bench
 	$(BIN)/python bench/results_page.py
 	$(BIN)/python bench/tables.py

@@ -36,7 +36,7 @@ PASSES, FRACTION, BATCH, VALIDATION_ROWS, LEARNING_RATE = 4, 0.5, 16, 200, 1e-3
 ENTRIES = "lora,lora+random,tsqlora,tsqlora-quality-only,tsqlora-ranks-only,adalora,elalora,eva"
 GRID_TASKS, GRID_WRONG, GRID_SEEDS = ("sst2", "mrpc", "stsb", "rte"), (0.2, 0.0), (0, 1, 2)
 GRID_ROWS, GRID_MEAN = 2000, 4
-"""What is measured unless other blocks are asked for, and what docs/results.md says is missing."""
+"""What is measured unless other blocks are asked for, and what docs/research/glue.md says is missing."""
 MAX_LENGTH = {"sst2": 64, "cola": 64, "mrpc": 96, "rte": 96, "stsb": 96}
 # Nothing is tuned on them, and the test set alone has some hundred rows.
 TEST_SPLITS = {"rte": ("test", "validation"), "cola": ("test", "validation")}

@@ -1,4 +1,4 @@
-"""Writes docs/results.md and its plots from bench/results/glue/*.json: python bench/results_page.py [--check]
+"""Writes docs/research/glue.md and its plots from bench/results/glue/*.json: python bench/results_page.py [--check]
 
 The text is bench/results_page.md.jinja. `--check` compares the page alone: plots depend on the version of matplotlib.
 """
@@ -32,14 +32,14 @@ from results_plots import COSTS, plot
 from tsqlora.compare.statistics import Interval, interval, verdict
 
 BENCH = Path(__file__).parent
-PAGE = BENCH.parent / "docs" / "results.md"
+PAGE = BENCH.parent / "docs" / "research" / "glue.md"
 LORA = REFERENCES[0]
 
 Row = dict[str, Any]
 
 
 def page() -> str:
-    """All of docs/results.md."""
+    """All of docs/research/glue.md."""
     everything = stored()
     cells, swept = shown(everything), everything[everything["sweep"]]
     kinds = [(title_of(of), of) for of in groups(cells, KIND)]
@@ -354,7 +354,7 @@ def main() -> None:
     new = page()
     if "--check" in sys.argv:
         if not PAGE.exists() or PAGE.read_text() != new:
-            sys.exit("docs/results.md is not that of bench/results/glue; run make bench-results")
+            sys.exit("docs/research/glue.md is not that of bench/results/glue; run make bench-results")
         return
     PAGE.write_text(new)
     plot()

@@ -1,4 +1,4 @@
-"""The plots of docs/results.md."""
+"""The plots of docs/research/glue.md."""
 
 from pathlib import Path
 

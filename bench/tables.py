@@ -44,6 +44,18 @@ def scoring(results: Results) -> Rows:
     ]
 
 
+def scoring_short(results: Results) -> Rows:
+    """Seconds over those of a training step without dropout, for the lengths and methods that matter most."""
+    columns = ("norm + convergence", "all three", "loop, all three", "vmap(grad), norm", "opacus, norm")
+    return [
+        {"tokens": length, "precision": dtype}
+        | {name: f"{cell['ratio'][name] / cell['ratio']['training step, no dropout']:.2f}" for name in columns}
+        for key, cell in results["cells"].items()
+        for length, dtype, *decoder in [key.split("/")]
+        if not decoder
+    ]
+
+
 def rank_cost(results: Results) -> Rows:
     """Cost of a run whose ranks move, in units of plain LoRA at the same mean rank."""
     rows = []
@@ -311,7 +323,7 @@ def scale_plan(results: Results) -> Rows:
 
 
 def glue_summary(_: Results) -> pd.DataFrame:
-    """What docs/results.md says over tasks at 2,000 rows and mean rank 4, with wrong labels and without."""
+    """What docs/research/glue.md says over tasks at 2,000 rows and mean rank 4, with wrong labels and without."""
     return results_page.summary(rows=2000, mean=4)
 
 
@@ -441,12 +453,79 @@ def audit(_: Results) -> pd.DataFrame:
     )
 
 
+def audit_short(results: Results) -> pd.DataFrame:
+    """The audit beside cleanlab on the tables that a user should know about."""
+    table = audit(results)
+    names = ("as it is", "10 %, any class", "20 %, one certain class", "20 %, a weak model's")
+    rows = table[table["wrong labels"].isin(names) & table["table, classes"].str.startswith(("clinc", "bbc", "sst2"))]
+    rows = rows.drop(columns=["of them wrong", "seeds"])
+    precision = "average precision: ours / cleanlab"
+    rows = rows.rename(columns={f"{precision} / neighbours": precision})
+    return rows.assign(**{precision: rows[precision].str.rpartition(" / ")[0]})
+
+
+def problems(_: Results) -> Rows:
+    """Each problem of a user with the command and what was measured, for README and the first page."""
+    found = audit(_).set_index(["table, classes", "wrong labels"]).loc[("clinc150, 150", "10 %, any class")]
+    flagged, wrong = (found[column].split(" / ")[0] for column in ("flagged: ours / cleanlab", "of them wrong"))
+    start = headstart(_).set_index(["table", "way to train"])
+    ours, lora = start.loc[("clinc150", "tsqlora")], start.loc[("clinc150", "lora")]
+    cells = pd.DataFrame([{**cell, **cell["settings"]} for cell in _cells("worlds")])
+    world = cells[cells.world == "shortcut"].groupby("method").accuracy.mean() * 100
+    served = json.loads((RESULTS / "servers.json").read_text())["servers"]
+    misread = {name: sum(kind["verdict"] != "right" for kind in kinds.values()) for name, kinds in served.items()}
+    faulty = json.loads((RESULTS / "faults.json").read_text())["cells"].values()
+    kinds, survived = len(next(iter(served.values()))), sum(cell["survived"] for cell in faulty)
+    return [
+        _problem(
+            "Some labels are wrong",
+            "tsqlora audit train.csv",
+            f"CLINC150 with 10 % wrong labels: flags {flagged} of the rows, {100 * float(wrong):.0f} % of them wrong; "
+            "one forward pass",
+        ),
+        _problem(
+            "Many classes, slow start",
+            "tsqlora train --model M --data rows.csv",
+            f"CLINC150: {ours['before the first step']} % accuracy before the first step (LoRA "
+            f"{lora['before the first step']} %), LoRA's final accuracy in {ours['of its seconds']} of its seconds",
+        ),
+        _problem(
+            "The rows have a shortcut; 128 rows are trusted",
+            "--set data.trusted=trusted.jsonl",
+            f"SST-2 with a shortcut: {world['default']:.1f} % accuracy; mixed in {world['even']:.1f}, "
+            f"trusted rows alone {world['trusted']:.1f}",
+        ),
+        _problem(
+            "A server gives other answers than PEFT",
+            "tsqlora doctor ADAPTER, tsqlora export",
+            f"of {kinds} kinds of adapters, misread or refused by "
+            + ", ".join(f"{name}: {misread[name]}" for name in ("sglang 0.5.23", "vllm 0.31.0"))
+            + "; the doctor says so of each",
+        ),
+        _problem(
+            "The run was killed, or the disk was full",
+            "tsqlora train … --resume",
+            f"{survived} of {len(faulty)} injected faults survived, with the same bytes in the end",
+        ),
+        _problem(
+            "Is it better than LoRA on my data?",
+            "tsqlora compare tsq.yaml --methods lora,tsqlora --seeds 0,1,2",
+            "on clean or uniformly mislabelled GLUE tables: level, not better",
+        ),
+    ]
+
+
+def _problem(problem: str, command: str, result: str) -> dict[str, str]:
+    return {"your problem": problem, "command": f"`{command}`", "measured": result}
+
+
 def _spread(values: pd.Series, digits: int = 1) -> str:
     return f"{values.mean():.{digits}f} ({', '.join(f'{value:.{digits}f}' for value in values)})"
 
 
 TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "audit": audit,
+    "audit-short": audit_short,
     "capacity": capacity,
     "faults": faults,
     "faults-kills": faults_kills,
@@ -457,6 +536,7 @@ TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "fuzz-summary": fuzz_summary,
     "glue-summary": glue_summary,
     "llamacpp": llamacpp,
+    "problems": problems,
     "rank_cost": rank_cost,
     "rank_cost-large": rank_cost_large,
     "resume": resume,
@@ -467,6 +547,7 @@ TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "scale-steps": scale_steps,
     "headstart": headstart,
     "scoring": scoring,
+    "scoring-short": scoring_short,
     "servers": servers,
     "worlds": worlds,
 }
@@ -486,7 +567,7 @@ def rendered(text: str) -> str:
 
 def main() -> None:
     stale: list[str] = []
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
         text = path.read_text()
         if (new := rendered(text)) != text:
             stale.append(path.name)

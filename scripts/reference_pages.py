@@ -1,4 +1,4 @@
-"""Writes docs/cli.md and docs/all-settings.md from the source: python scripts/reference_pages.py [--check]"""
+"""Writes docs/cli.md and docs/settings.md from the source: python scripts/reference_pages.py [--check]"""
 
 import sys
 from collections.abc import Iterator
@@ -8,8 +8,10 @@ from typing import Any
 import typer.main
 
 from tsqlora.cli.commands import app
+from tsqlora.compat.yaml import dump_yaml
 from tsqlora.data.columns import USUAL_LABEL, USUAL_PAIR, USUAL_TEXT
-from tsqlora.run.config import REFUSED_ARGUMENTS, template
+from tsqlora.run.config import REFUSED_ARGUMENTS, Config
+from tsqlora.run.config.template import allowed
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -17,34 +19,38 @@ CLI = """# Command line
 
 <!-- Made by scripts/reference_pages.py from src/tsqlora/cli/. -->
 
-`tsqlora COMMAND --help` says the same in a terminal. Exit codes: 0 done, 1 failed while running, 2 wrong usage or
-settings, 3 bad data, 130 Ctrl-C, 143 SIGTERM. An error is one or two lines: the thing, the value, the cure; `--debug`
-after any command shows where it arose.
+`tsqlora COMMAND --help` shows the same in a terminal. Exit codes: 0 done, 1 failed while running, 2 wrong usage or
+settings, 3 bad data, 130 Ctrl-C, 143 SIGTERM. An error has one or two lines: the thing, the value, the cure. `--debug`
+after any command shows the traceback.
 
 """
 
-SETTINGS = """# All settings
+SETTINGS = """# Settings
 
 <!-- Made by scripts/reference_pages.py from src/tsqlora/run/config/settings.py. -->
 
-This is what `tsqlora init` writes: every setting with what it takes and its default. Two are required, `model.path`
-and `data.train`; leave out what you do not change. [Choosing settings](settings.md) says which of them matter. A name
-that does not exist is an error, which names the nearest one. Numbers are YAML 1.2's: `5e-4` is a number, and `no` is
-text.
+`tsqlora init` writes all of these with their defaults. Two are required, `model.path` and `data.train`; leave out what
+you do not change. A misspelled name is an error that suggests the nearest one. A setting without effect beside the
+others (`ranks.interval` where `ranks.policy` is `fixed`) is reported by `--dry-run`, in run.json and in the report.
+Numbers are YAML 1.2's: `5e-4` is a number, and `no` is text.
 
-```yaml
-{template}```
+The learning rate matters most, for LoRA and for tsqlora: try three values on validation rows before anything else
+(`tsqlora compare tsq.yaml --lr-sweep 2.5e-4,5e-4,1e-3`). The last column says when to change a default.
 
-Under `training` any field of `transformers.TrainingArguments` may stand as well, but for those that another setting
-decides:
+{sections}
+Further `training` settings are any field of `transformers.TrainingArguments` (`lr_scheduler_type`, `warmup_steps`,
+`gradient_accumulation_steps`, `eval_strategy`, `report_to` …), except those that another setting decides:
 
 | not under `training` | instead |
 | --- | --- |
 {refused}
 
-## Columns that are found by themselves
+Some options are arguments of Python functions only (`scope`, `reference`, `calibration`, `guard`, `gamma`, `samples`
+…): see `tsqlora.score`, `ScoringRule`, `RankCallback` and `RankSchedule` in the [API](api.md).
 
-Where `data.text`, `data.text_pair` and `data.label` are not set, the first of these names that is there is taken:
+## Detected columns
+
+Where `data.text`, `data.text_pair` and `data.label` are not set, the first of these names that exists is used:
 
 | | names |
 | --- | --- |
@@ -52,6 +58,39 @@ Where `data.text`, `data.text_pair` and `data.label` are not set, the first of t
 | text, with its pair | {pairs} |
 | label | {label} |
 """
+
+WHEN = {
+    "model.path": "always: any directory or hub id",
+    "model.dtype": "bfloat16 for a large base, on hardware that has it",
+    "model.quantization": "the base does not fit; with dtype bfloat16",
+    "task.type": "labels are numbers, or the model writes text",
+    "data.validation": "you have few rows, so that a tenth is a loss",
+    "data.test": "you have test rows; they are measured once, and decide nothing",
+    "data.trusted": "you have 32 to 200 checked rows like those the model will meet",
+    "data.text": "columns have other than the usual names",
+    "data.label": "columns have other than the usual names",
+    "data.max_length": "for speed: cost grows with tokens",
+    "data.max_bad_rows": "many rows lack a text or label on purpose; 0 to be strict",
+    "data.delimiter": "--dry-run shows a wrong one",
+    "data.encoding": "--dry-run shows a wrong one",
+    "data.packing": "many short samples of a causal model",
+    "quality.enabled": "false: a random control at half the steps, nothing scored",
+    "quality.fraction": "1.0 for all rows; smaller for fewer steps (below 0.25 little was tried)",
+    "quality.preset": "paper, to reproduce the published Q",
+    "quality.gate": "classes or numbers with trusted rows, in a pool that differs from them",
+    "ranks.policy": "tsqlora, to see which layers matter",
+    "ranks.mean": "more or less capacity; 4 to 16 for classifiers",
+    "ranks.min": "0, to allow layers without an adapter",
+    "adapter.alpha": "with ranks.mean, to keep the scale",
+    "adapter.target_modules": "names such as [q_proj, v_proj], for a smaller adapter",
+    "adapter.init_from": "you continue from an adapter",
+    "training.epochs": "few rows need more; 1 is enough for many",
+    "training.max_steps": "you have a budget of steps",
+    "training.learning_rate": "always: the first thing to try",
+    "training.batch_size": "memory",
+    "training.seed": "to repeat a run with other draws",
+}
+"""When to change a default, in a user's words."""
 
 
 def cli_page() -> str:
@@ -61,7 +100,7 @@ def cli_page() -> str:
 
 
 def commands(group: Any, before: str = "") -> Iterator[tuple[str, Any]]:
-    """Every command with its whole name; of a group those in it."""
+    """Every command with its full name, commands of groups included."""
     for name, command in group.commands.items():
         if hasattr(command, "commands"):
             yield from commands(command, f"{before}{name} ")
@@ -85,7 +124,7 @@ def section(name: str, command: Any) -> Iterator[str]:
 
 
 def written(parameter: Any) -> str:
-    """How an argument or option is written.
+    """An argument or option as a user types it.
 
     >>> option --set of a K.K=VALUE
     '--set K.K=VALUE'
@@ -98,19 +137,32 @@ def written(parameter: Any) -> str:
 def default(parameter: Any) -> str:
     if parameter.required:
         return "required"
-    said = "" if parameter.default is None or parameter.is_flag else str(parameter.default)
-    return f"`{said}`" if said else ""
+    value = "" if parameter.default is None or parameter.is_flag else str(parameter.default)
+    return f"`{value}`" if value else ""
 
 
 def settings_page() -> str:
     refused = "\n".join(f"| `{name}` | {cure} |" for name, cure in REFUSED_ARGUMENTS.items())
     pairs = ", ".join(f"`{first}` with `{second}`" for first, second in USUAL_PAIR.items())
     text, label = (", ".join(f"`{name}`" for name in names) for names in (USUAL_TEXT, USUAL_LABEL))
-    return SETTINGS.format(template=template(), refused=refused, text=text, pairs=pairs, label=label)
+    sections = "\n".join(line for name, field in Config.model_fields.items() for line in settings_section(name, field))
+    return SETTINGS.format(sections=sections, refused=refused, text=text, pairs=pairs, label=label)
+
+
+def settings_section(name: str, section: Any) -> Iterator[str]:
+    """A table of one section: each setting with its values, its default, and when to change it."""
+    yield from (f"## {name}", "", section.description, "")
+    yield from ("| setting | what it is | values | default | when to change it |", "| --- | --- | --- | --- | --- |")
+    for setting, field in section.annotation.model_fields.items():
+        start = "required" if field.is_required() else f"`{dump_yaml(field.default, inline=True)}`"
+        when = WHEN.get(f"{name}.{setting}", "")
+        cells = (f"`{setting}`", field.description, allowed(field), start, when)
+        yield "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+    yield ""
 
 
 def main() -> None:
-    pages = {DOCS / "cli.md": cli_page(), DOCS / "all-settings.md": settings_page()}
+    pages = {DOCS / "cli.md": cli_page(), DOCS / "settings.md": settings_page()}
     stale = [path for path, text in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     if stale and "--check" in sys.argv:
         sys.exit(f"stale: {', '.join(path.name for path in stale)}; run python scripts/reference_pages.py")

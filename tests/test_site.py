@@ -110,7 +110,9 @@ def test_a_browser_asks_for_nothing_from_elsewhere_and_nothing_overflows(site: P
 def test_every_page_is_in_the_menu() -> None:
     settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     listed = [page for section in settings["nav"] for pages in section.values() for p in pages for page in p.values()]
-    assert sorted(listed) == sorted(path.name for path in DOCS.glob("*.md")), "mkdocs.yml's nav"
+    assert sorted(listed) == sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")), (
+        "mkdocs.yml's nav"
+    )
 
 
 def test_every_public_name_is_in_the_reference() -> None:

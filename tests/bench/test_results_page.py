@@ -1,4 +1,4 @@
-"""What docs/results.md shows of the cells, and what it says of those that it leaves out."""
+"""What docs/research/glue.md shows of the cells, and what it says of those that it leaves out."""
 
 import importlib
 import json

@@ -29,7 +29,7 @@ def suspicion(scores: Scores) -> Float[np.ndarray, " n"]:
     """How likely each label is wrong, as an order: the calibrated loss above the median of its class.
 
     A class that is hard as a whole is not suspected as a whole. Of a regression, the loss.
-    docs/log.md compares it with other measures.
+    docs/research/log.md compares it with other measures.
     """
     loss = scores.terms["loss"].astype(np.float64)
     groups = np.zeros(len(scores), dtype=np.int64) if scores.strata is None else scores.strata

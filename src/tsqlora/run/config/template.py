@@ -31,7 +31,7 @@ def _describe(section: type[Section], example: Mapping[str, str], prefix: str = 
             continue
         default = "required" if field.is_required() else f"default {dump_yaml(field.default, inline=True)}"
         value = dump_yaml(example.get(key, field.default), inline=True)
-        lines.append(f"{indent}{name}: {value}  # {_allowed(field)}; {default}")
+        lines.append(f"{indent}{name}: {value}  # {allowed(field)}; {default}")
     return lines
 
 
@@ -47,7 +47,7 @@ _WORDS = {
 _BOUNDS = {Gt: ("gt", ">"), Ge: ("ge", ">="), Lt: ("lt", "<"), Le: ("le", "<=")}
 
 
-def _allowed(field: FieldInfo) -> str:
+def allowed(field: FieldInfo) -> str:
     """What a setting takes, in words: 'a number > 0 and <= 1, or null'."""
     is_union = get_origin(field.annotation) in (Union, types.UnionType)
     members: tuple[Any, ...] = get_args(field.annotation) if is_union else (field.annotation,)
