@@ -1,4 +1,4 @@
-# What there is to run: demo, test, test-all, slow, check, docs, bench, bench-scoring, bench-results, bench-llamacpp, constraints, clean.
+# What there is to run: demo, test, test-all, slow, check, docs, pictures, bench, bench-scoring, bench-results, bench-llamacpp, constraints, clean.
 # Each makes .venv first where it is missing, or where pyproject.toml or the pins changed.
 
 PYTHON ?= python3
@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 PYTEST := $(BIN)/pytest -n logical --dist loadfile
 
-.PHONY: demo test test-all slow check docs bench bench-scoring bench-results bench-llamacpp constraints clean
+.PHONY: demo test test-all slow check docs pictures bench bench-scoring bench-results bench-llamacpp constraints clean
 
 # Its runs are kept, with the report of the last one, until it is called again.
 demo: .venv/.installed-demo
@@ -33,6 +33,7 @@ check: .venv/.installed-dev
 	$(BIN)/python bench/tables.py --check
 	$(BIN)/python bench/results_page.py --check
 	$(BIN)/python scripts/reference_pages.py --check
+	$(BIN)/python scripts/plain_english.py
 	$(BIN)/python .ci/audit.py
 	$(BIN)/pytest -n logical -m docs
 
@@ -40,6 +41,10 @@ check: .venv/.installed-dev
 docs: .venv/.installed-dev
 	$(BIN)/zensical build --strict
 	$(BIN)/zensical serve
+
+# Makes docs/pictures from real runs, in a few minutes; report and audit need chromium.
+pictures: .venv/.installed-bench
+	$(BIN)/python scripts/pictures.py
 
 # Benchmarks take minutes to hours, so one is run at a time: make bench BENCH=bench/NAME.py
 bench: .venv/.installed-dev

@@ -1,0 +1,144 @@
+"""Makes docs/pictures from real runs: python scripts/pictures.py [NAME ...]
+
+The demo's run gives the report, the rank map and the training screen; its rows give the audit. Pages need a headless
+Chromium; without one, only the SVGs are made. Two runs differ in their seconds.
+"""
+
+import base64
+import contextlib
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from peft import LoraConfig, get_peft_model
+from rich._export_format import CONSOLE_SVG_FORMAT
+from rich.console import Console, Group
+from transformers import LlamaConfig, LlamaForCausalLM
+
+ROOT = Path(__file__).parents[1]
+PICTURES = ROOT / "docs" / "pictures"
+LARGEST = 300_000
+"""Bytes of a picture: README is read on phones, too."""
+sys.path += [str(ROOT / "tests"), str(ROOT / "bench")]
+
+from browser import Page, browser  # noqa: E402
+from tsqlora.cli import console  # noqa: E402
+from tsqlora.cli.commands import app  # noqa: E402
+from tsqlora.cli.progress_bars import Display  # noqa: E402
+from tsqlora.progress import Pulse  # noqa: E402
+from tsqlora.run.demo import run_demo  # noqa: E402
+
+
+def recorder(width: int = 100) -> Console:
+    """A terminal of this width that only remembers."""
+    return Console(record=True, width=width, force_terminal=True, file=StringIO())
+
+
+def save_svg(name: str, screen: Console, title: str) -> None:
+    """Write what a terminal shows; in the reader's own fonts, so that nothing is loaded from elsewhere."""
+    without_fonts = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
+    write(f"{name}.svg", screen.export_svg(title=title, code_format=without_fonts, unique_id=name).encode())
+
+
+def write(name: str, content: bytes) -> None:
+    if len(content) > LARGEST:
+        sys.exit(f"{name} has {len(content):,} bytes; at most {LARGEST:,} are allowed")
+    PICTURES.mkdir(exist_ok=True)
+    (PICTURES / name).write_bytes(content)
+    print(f"{name}: {len(content):,} bytes")
+
+
+def demo(folder: Path) -> None:
+    """Run the demo, and keep its training screen as it is in the middle of TsqLoRA's training."""
+    screen, frames = recorder(), list[int]()
+    display = Display(Console(file=StringIO()))
+    # Bars compute speeds from the clock of their own console: only the last picture is printed.
+
+    def progress(phase: str, done: int, total: int, pulse: Pulse | None = None, /) -> None:
+        display.progress(phase, done, total, pulse)
+        if phase == "training" and done > 0.6 * total and not frames:
+            frames.append(done)
+            screen.print(Group(display.bars, display.pulse))
+
+    run_demo(folder, seed=0, progress=progress, say=display.say)
+    save_svg("training", screen, "tsqlora train tsq.yaml --out run")
+
+
+def doctor(folder: Path) -> None:
+    """The doctor's table of the adapter in docs/adapters.md, with two ranks and two scales."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=60, num_hidden_layers=2, **sizes))
+    ranks = {"r": 8, "lora_alpha": 16, "rank_pattern": {"q_proj": 12}}
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], **ranks))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    model.save_pretrained(folder / "adapter")
+    console.stdout = recorder(width=120)
+    with contextlib.chdir(folder):
+        typer.main.get_command(app)(["doctor", "adapter"], standalone_mode=False)
+    save_svg("doctor", console.stdout, "tsqlora doctor adapter")
+
+
+def screenshot(page: Page, name: str, *, of: str = "", height: int = 900) -> None:
+    """The top of an open page, or one element of it, as a PNG."""
+    page.run("new Promise(resolve => setTimeout(resolve, 1500))")  # plotly draws after the page has loaded
+    find = f"(() => {{ const b = document.querySelector({of!r}).getBoundingClientRect();"
+    box = page.run(f"{find} return [b.x, b.y + scrollY, b.width, b.height]; }})()") if of else [0, 0, 1200, height]
+    clip = dict(zip(("x", "y", "width", "height"), box, strict=True)) | {"scale": 1}
+    shot = page.send("Page.captureScreenshot", format="png", clip=clip, captureBeyondViewport=True)
+    write(f"{name}.png", base64.b64decode(shot["data"]))
+
+
+def pages(folder: Path) -> None:
+    """The report in both colours, its rank map, and the review page of an audit of the same rows, cut short."""
+    lines = (folder / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    cut = [{"text": row["text"][:280], "label": row["label"]} for row in rows]
+    (folder / "news.jsonl").write_text("".join(json.dumps(row) + "\n" for row in cut), encoding="utf-8")
+    with contextlib.chdir(folder):
+        typer.main.get_command(app)(["audit", "news.jsonl", "--review", "20", "--out", "audit"], standalone_mode=False)
+    with browser() as page:
+        for name, dark in (("report-light", False), ("report-dark", True)):
+            page.open(folder / "tsqlora" / "report.html", width=1200, dark=dark)
+            screenshot(page, name)
+        page.open(folder / "tsqlora" / "report.html", width=1200)
+        screenshot(page, "ranks", of="#ranks")
+        page.open(folder / "audit" / "audit.html", width=1200)
+        screenshot(page, "audit")
+
+
+def forest(_: Path) -> None:
+    """What trusted rows buy, world by world, from bench/results/worlds."""
+    from results_plots import forest_of_worlds
+
+    write("worlds.svg", forest_of_worlds())
+
+
+MAKERS: dict[str, Callable[[Path], Any]] = {"forest": forest, "doctor": doctor, "pages": pages}
+
+
+def main() -> None:
+    names = sys.argv[1:] or list(MAKERS)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        if "pages" in names:
+            demo(folder)
+        for name in names:
+            try:
+                MAKERS[name](folder)
+            except pytest.skip.Exception as why:
+                print(f"{name}: {why}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
