@@ -2,10 +2,10 @@
 
     python bench/mixed_pool.py [--methods default,even,trusted] [--seeds 0,1,2]
 
-SmolLM2-135M writes one sentence on a paper's abstract (SciTLDR). The pool has 800 rows: 150 right, 150 with another
+SmolLM2-135M summarises a paper's abstract in one sentence (SciTLDR). The pool has 800 rows: 150 right, 150 with another
 paper's sentence, 110 that copy the abstract's first sentence, 240 of Alpaca, 150 of XSum. An epoch keeps a fifth of it;
-42 steps of 8 rows of at most 130 tokens. Each cell is a file in bench/results/mixed_pool, and a cell that is there is
-not run again; on one core a cell takes some 20 minutes.
+42 steps of 8 rows of at most 130 tokens, in bfloat16. Each cell is a file in bench/results/mixed_pool, and a finished
+cell is not run again; on one core a cell takes 3 to 8 minutes.
 """
 
 import argparse
@@ -40,9 +40,11 @@ RESULTS = Path(os.environ.get("RESULTS", ROOT / "bench" / "results" / "mixed_poo
 CACHE = Path.home() / ".cache" / "tsqlora-bench" / "smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PARTS = {"right": 150, "another paper's": 150, "copied": 110, "alpaca": 240, "xsum": 150}
-TRUSTED, TEST_ROWS, TOKENS, STEPS, FRACTION, RATE = 64, 60, 130, 42, 0.2, 3e-4
-FURTHER = {"warmup_steps": 0.06, "save_strategy": "no"}
-ASK = "Say in one sentence what this paper does.\n\n"
+TRUSTED, TEST_ROWS, TOKENS, STEPS, FRACTION, RATE = 64, 60, 130, 42, 0.2, 5e-4
+FURTHER = {"warmup_steps": 0.06, "save_strategy": "no", "bf16": True}
+LETTERS = 340
+"""Of an abstract: its first whole sentences within so many letters."""
+ASK = "\n\nTL;DR:"
 METHODS: dict[str, dict[str, Any]] = {
     "default": {},
     "even": {"enabled": False},
@@ -67,19 +69,25 @@ def model_folder() -> Path:
     return CACHE
 
 
-def read(task: str, split: str, most: int = 3 * TOKENS) -> list[tuple[str, str]]:
-    """(prompt, answer) of rows that are short enough at three letters a token; abstracts are cut to that."""
+def first_sentences(text: str, most: int = LETTERS) -> str:
+    """The whole sentences that fit; the first letters where none does."""
+    text = " ".join(text.split())
+    return text[: text.rfind(". ", 0, most) + 1] or text[:most]
+
+
+def read(task: str, split: str) -> list[tuple[str, str]]:
+    """(prompt, completion) of each row, short enough for `TOKENS`."""
     rows = [json.loads(line) for line in (SHARED / task / f"{split}.jsonl").read_text().splitlines()]
     if task == "alpaca":
-        pairs = [(f"{row['instruction']}\n{row['input']}".strip(), row["output"][:most]) for row in rows]
+        pairs = [(f"{row['instruction']}\n{row['input']}".strip() + "\n", row["output"]) for row in rows]
     else:
-        pairs = [(row["document"][: most - 120], row["summary"]) for row in rows]
-    return [(prompt, answer) for prompt, answer in pairs if prompt and answer and len(prompt) + len(answer) < most]
+        pairs = [(first_sentences(row["document"]) + ASK, " " + row["summary"]) for row in rows]
+    return [(prompt, answer) for prompt, answer in pairs if len(prompt) + len(answer) < 3.6 * TOKENS]
 
 
 def pool_of(seed: int) -> dict[str, list[Row]]:
     rng = np.random.default_rng([seed, 31])
-    papers = [(ASK + document, summary) for document, summary in read("scitldr", "train")]
+    papers = read("scitldr", "train")
     order = iter([papers[j] for j in rng.permutation(len(papers))])
     take = {name: [next(order) for _ in range(n)] for name, n in (("right", 150), ("other", 150), ("copied", 110))}
     trusted = [next(order) for _ in range(TRUSTED)]
@@ -87,12 +95,12 @@ def pool_of(seed: int) -> dict[str, list[Row]]:
     rows = {
         "right": take["right"],
         "another paper's": [(p, answers[j - 1]) for j, (p, _) in enumerate(take["other"])],
-        "copied": [(p, p.removeprefix(ASK).split(". ")[0] + ".") for p, _ in take["copied"]],
+        "copied": [(p, " " + p.removesuffix(ASK).split(". ")[0].rstrip(".") + ".") for p, _ in take["copied"]],
         "alpaca": read("alpaca", "train")[: PARTS["alpaca"]],
-        "xsum": read("xsum", "train", 4 * TOKENS)[: PARTS["xsum"]],
+        "xsum": read("xsum", "train")[: PARTS["xsum"]],
     }
     pool = [{"prompt": p, "completion": a, "kind": kind} for kind, part in rows.items() for p, a in part]
-    tests = [{"prompt": ASK + p, "completion": a} for p, a in read("scitldr", "test")[:TEST_ROWS]]
+    tests = [{"prompt": p, "completion": a} for p, a in read("scitldr", "test")[:TEST_ROWS]]
     known = [{"prompt": p, "completion": a} for p, a in trusted]
     return {"train": [pool[j] for j in rng.permutation(len(pool))], "trusted": known, "test": tests}
 
@@ -118,10 +126,9 @@ def run(method: str, seed: int) -> dict[str, Any]:
                 "learning_rate": RATE,
                 "batch_size": 8,
                 "seed": seed,
-                "warmup_steps": 0.06,
+                **FURTHER,
             },
         }
-        settings["training"]["save_strategy"] = "no"
         begun = time.process_time()
         config = Config.model_validate(settings)
         record = train(config, Path(folder, "run"))

