@@ -155,14 +155,16 @@ def features_of(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
     ]
     task, collate = get_task("sequence-classification"), DataCollatorWithPadding(tokenizer)
     seen, _ = forward_pass(model, samples, collate, task=task, compute=Compute(32), mean=True)
-    assert seen is not None and seen.features is not None and seen.mean is not None
+    assert seen is not None and seen.features is not None
+    assert seen.mean is not None
     return np.concatenate([seen.features, seen.mean], axis=1, dtype=np.float32), labels
 
 
 def without_label_issues(pool: list[Row]) -> list[Row]:
     """cleanlab's own recipe: logistic regression out of fold on frozen features, its flagged rows left out."""
     features, labels = features_of(pool)
-    model = LogisticRegressionCV(Cs=[1e-3, 1e-2, 1e-1], cv=3, scoring="neg_log_loss", max_iter=300)
+    strengths: Any = [1e-3, 1e-2, 1e-1]
+    model = LogisticRegressionCV(Cs=strengths, cv=3, scoring="neg_log_loss", max_iter=300)
     scaled = np.asarray(StandardScaler().fit_transform(features))
     probabilities = np.asarray(cross_val_predict(model, scaled, labels, cv=5, method="predict_proba"))
     wrong = find_label_issues(labels, probabilities, filter_by="prune_by_noise_rate", n_jobs=1)
