@@ -155,7 +155,8 @@ def features_of(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
     ]
     task, collate = get_task("sequence-classification"), DataCollatorWithPadding(tokenizer)
     seen, _ = forward_pass(model, samples, collate, task=task, compute=Compute(32), mean=True)
-    assert seen is not None and seen.features is not None
+    assert seen is not None
+    assert seen.features is not None
     assert seen.mean is not None
     return np.concatenate([seen.features, seen.mean], axis=1, dtype=np.float32), labels
 
@@ -250,6 +251,7 @@ def run(world: str, method: str, seed: int, trusted: int) -> dict[str, Any]:
     return {
         "settings": {"world": world, "method": method, "seed": seed, "trusted": trusted, "quality": quality}
         | {"training": training, "pool": len(pool)},
+        "test_rows": len(right),
         "accuracy": float(right.mean()),
         "worst": min(groups.values()),
         "groups": groups,

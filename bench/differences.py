@@ -1,0 +1,114 @@
+"""What each way to train gains over even draws in the worlds of bench/worlds.py; run alone, it draws the forest plot.
+
+Differences are in points of accuracy, by seed and test row: both ways were trained on the same pool, and predicted the
+same rows. Their 95 % intervals come from a bootstrap that draws seeds and, within each, test rows.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results" / "worlds"
+PLOT = ROOT / "docs" / "plots" / "worlds.svg"
+DRAWS, PERCENTILES = 2000, (2.5, 97.5)
+WORLDS = {
+    "shortcut": "a shortcut",
+    "both": "a shortcut and 20 % wrong labels",
+    "weak": "weak labels",
+    "wrong20": "20 % wrong labels (SST-2)",
+    "intents-wrong40": "40 % wrong labels (CLINC150)",
+    "intents": "150 classes, clean",
+    "clean": "nothing to win (SST-2)",
+    "clean-mrpc": "nothing to win (MRPC)",
+}
+"""What the worlds are called, in the order of plot and table."""
+WAYS = {
+    "default": ("tsqlora with trusted rows", "#0072b2", "o"),
+    "trusted": ("trusted rows alone", "#e69f00", "s"),
+    "cleanlab-then-trusted": ("cleanlab, then trusted rows", "#009e73", "^"),
+    "default-untrusted": ("tsqlora without trusted rows", "#56b4e9", "o"),
+    "cleanlab": ("cleanlab", "#009e73", "v"),
+    "jtt": ("JTT", "#cc79a7", "D"),
+    "lora": ("plain LoRA, all rows", "#000000", "x"),
+}
+UNTRUSTED = ("default-untrusted", "cleanlab", "jtt", "lora")
+"""Ways that have no trusted rows; they are compared with even draws that have none."""
+
+
+def cells() -> pd.DataFrame:
+    stored = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    return pd.DataFrame([{**cell, **cell["settings"]} for cell in stored])
+
+
+def right(cell: pd.Series) -> np.ndarray:
+    """Which test rows were predicted right, as 0 and 1."""
+    return np.unpackbits(np.array(cell["right"], dtype=np.uint8))[: cell["test_rows"]].astype(float)
+
+
+def against_even(cells: pd.DataFrame) -> pd.DataFrame:
+    """A row for each world, number of trusted rows and way: the mean difference to even draws, and its interval."""
+    rng, rows = np.random.default_rng(0), []
+    keys = ["world", "trusted", "method"]
+    for world, trusted, method in cells[keys].drop_duplicates().itertuples(index=False):
+        of = cells[(cells.world == world) & (cells.trusted == trusted) & (cells.method == method)]
+        even = cells[(cells.world == world) & (cells.method == ("even-untrusted" if method in UNTRUSTED else "even"))]
+        if method not in UNTRUSTED:
+            even = even[even.trusted == trusted]
+        twins = even.set_index("seed")
+        gains = [
+            100 * (right(cell) - right(twins.loc[cell.seed])) for _, cell in of.iterrows() if cell.seed in twins.index
+        ]
+        if str(method).startswith("even") or not gains:
+            continue
+        draws = [_resampled(gains, rng) for _ in range(DRAWS)]
+        low, high = np.percentile(draws, PERCENTILES)
+        row = {"world": world, "trusted": trusted, "method": method, "seeds": len(gains)}
+        rows.append({**row, "gain": float(np.mean(gains)), "low": low, "high": high})
+    return pd.DataFrame(rows)
+
+
+def _resampled(gains: list[np.ndarray], rng: np.random.Generator) -> float:
+    """The mean over seeds drawn with replacement, and in each over test rows drawn with replacement."""
+    drawn = rng.integers(len(gains), size=len(gains))
+    return float(np.mean([gains[j][rng.integers(len(gains[j]), size=len(gains[j]))].mean() for j in drawn]))
+
+
+def plot() -> None:
+    """Worlds down, the difference to even draws across, a mark for each way to train."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    # The same numbers give the same file.
+    matplotlib.rcParams |= {"svg.hashsalt": "tsqlora", "svg.fonttype": "none", "font.size": 9}
+    from matplotlib import pyplot
+
+    table = against_even(cells())
+    lines = [
+        (world, trusted)
+        for world in WORLDS
+        for trusted in sorted(table[table.world == world].trusted.unique(), reverse=True)
+    ]
+    figure, axes = pyplot.subplots(figsize=(8.0, 0.62 * len(lines) + 1.0), layout="constrained")
+    for place, (world, trusted) in enumerate(lines):
+        here = table[(table.world == world) & (table.trusted == trusted)].set_index("method")
+        ways = [way for way in WAYS if way in here.index]
+        for offset, way in zip(np.linspace(-0.3, 0.3, len(ways)), ways, strict=True):
+            (name, colour, marker), cell = WAYS[way], here.loc[way]
+            error = [[cell.gain - cell.low], [cell.high - cell.gain]]
+            axes.errorbar(cell.gain, place + offset, xerr=error, color=colour, marker=marker, markersize=5, label=name)
+    axes.axvline(0, color="#777777", linewidth=1)
+    axes.set_yticks(range(len(lines)), [f"{WORLDS[world]}\n{trusted} trusted rows" for world, trusted in lines])
+    axes.invert_yaxis()
+    axes.set_xlabel("points of accuracy against even draws (with the same trusted rows, where the way has them)")
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    axes.legend(handles.values(), handles.keys(), fontsize=8, loc="lower right")
+    PLOT.parent.mkdir(exist_ok=True)
+    figure.savefig(PLOT, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    plot()
