@@ -1,0 +1,377 @@
+"""Everything that only a GPU can tell, in one command of under nine minutes; on a CPU the same in miniature.
+
+    python bench/gpu.py [--cases parity,speed] [--out bench/results/gpu.json]
+
+It needs this repository, torch, transformers and peft, and no download: weights come from configs. Each case writes its
+result, or its error, into the JSON before the next one begins.
+
+- `parity`: scores, sensitivities and moved ranks beside those of the CPU in float32.
+- `precision`: scores under bfloat16 and float16 autocast beside float32.
+- `quantized`: a 4-bit and an 8-bit base (bitsandbytes) trained with both callbacks.
+- `compiled`, `checkpointing`: torch.compile, gradient checkpointing.
+- `sharded`: FSDP2 on one device.
+- `synchronisations`: how often a step waits for the device, by method.
+- `speed`: rows per second and peak memory of a LoRA step, of the same with moving ranks, of scoring, of a forward pass.
+- `pool`: right rows among those that `tsq.select` draws from a pool in which one in four is right.
+"""
+
+import os
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from origin import commit, machine, parser_of, write
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from torch import Tensor, nn
+from scipy.stats import spearmanr
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+import tsqlora as tsq
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+SECONDS = 520
+"""After so many no further case begins."""
+SHAPES: dict[str, dict[str, int]] = {
+    "mpnet": {"hidden": 768, "layers": 12, "heads": 12, "vocabulary": 30527},
+    "smollm2": {"hidden": 576, "layers": 30, "heads": 9, "vocabulary": 49152},
+}
+LENGTHS = {"mpnet": (128, 512), "smollm2": (128, 512, 2048)}
+TOKENS = 16384
+"""Of a batch whose speed is measured."""
+if not GPU:
+    SHAPES = {
+        name: {**shape, "hidden": 64, "layers": 2, "heads": 2, "vocabulary": 200} for name, shape in SHAPES.items()
+    }
+    LENGTHS, TOKENS = {"mpnet": (32,), "smollm2": (32,)}, 256
+Row = dict[str, Any]
+Result = dict[str, Any]
+
+
+def shape_of(hidden: int, layers: int, heads: int, vocabulary: int) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 2048,
+    }
+
+
+def encoder(hidden: int = 64, layers: int = 2, heads: int = 2, vocabulary: int = 200) -> Any:
+    set_seed(0)
+    shape = shape_of(hidden, layers, heads, vocabulary)
+    return BertForSequenceClassification(BertConfig(**shape, intermediate_size=4 * hidden, num_labels=4))  # pyright: ignore[reportCallIssue]
+
+
+def decoder(hidden: int = 64, layers: int = 2, heads: int = 2, vocabulary: int = 200) -> Any:
+    set_seed(0)
+    shape = shape_of(hidden, layers, heads, vocabulary)
+    return LlamaForCausalLM(LlamaConfig(**shape, intermediate_size=8 * hidden // 3))  # pyright: ignore[reportCallIssue]
+
+
+def labelled(rows: int, tokens: int = 12, vocabulary: int = 200, classes: int = 4) -> list[Row]:
+    """Rows whose label is that of the word that repeats; no two rows are equal."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(classes, size=rows)
+    ids = rng.integers(10 + classes, vocabulary, size=(rows, tokens))
+    ids[:, : tokens // 2] = 10 + labels[:, None]
+    return [{"input_ids": i.tolist(), "labels": int(label)} for i, label in zip(ids, labels, strict=True)]
+
+
+def written(rows: int, tokens: int = 16, vocabulary: int = 200, right: float = 1.0) -> list[Row]:
+    """Rows whose second half repeats the first; of the others it is random."""
+    rng = np.random.default_rng(1)
+    ids = rng.integers(10, vocabulary, size=(rows, tokens))
+    rule = rng.random(rows) < right
+    ids[rule, tokens // 2 :] = ids[rule, : tokens // 2]
+    return [
+        {"input_ids": i.tolist(), "labels": [-100] * (tokens // 2) + i[tokens // 2 :].tolist(), "right": bool(r)}
+        for i, r in zip(ids, rule, strict=True)
+    ]
+
+
+def collate(rows: list[Row]) -> dict[str, Tensor]:
+    ids = torch.tensor([row["input_ids"] for row in rows])
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "labels": torch.tensor([row["labels"] for row in rows]),
+    }
+
+
+def moved(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to(DEVICE) for name, tensor in batch.items()}
+
+
+def arguments(folder: str, *, steps: int = 24, **also: Any) -> TrainingArguments:
+    return TrainingArguments(
+        folder,
+        max_steps=steps,
+        learning_rate=1e-3,
+        per_device_train_batch_size=8,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=not GPU,
+        **also,
+    )
+
+
+def trained(model: Any, rows: list[Row], **also: Any) -> Result:
+    """Train with both callbacks in a stock Trainer; the losses, and which ranks came out."""
+    data = tsq.QualitySubset(rows, fraction=0.5, seed=0)
+    ranks = tsq.RankCallback(interval=4, seed=0)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            model,
+            arguments(folder, **also),
+            train_dataset=data,
+            data_collator=collate,
+            callbacks=[tsq.QualityCallback(data), ranks],
+        )
+        loss = trainer.train().training_loss
+    finite = all(bool(torch.isfinite(p).all()) for p in model.parameters() if p.requires_grad)
+    return {"loss": loss, "finite": finite, "moves": len(ranks.events), "ranks": sorted(ranks.final.values())}
+
+
+def parity() -> Result:
+    """Relative differences to the CPU; both sides in float32 without TF32."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    result: Result = {}
+    for name, build, rows in (("encoder", encoder, labelled(64)), ("decoder", decoder, written(64))):
+        sides = []
+        for device in ("cpu", DEVICE):
+            model = tsq.wrap(build(), mean_rank=4).to(device)
+            scores = tsq.score(model, rows, collate)
+            measured = tsq.sensitivity(model, rows, collate)
+            sides.append((scores.terms, np.array(list(measured.values.values())), tsq.allocate(measured, mean_rank=4)))
+        (cpu, layers, ranks), (gpu, other_layers, other_ranks) = sides
+        result[name] = {term: relative(gpu[term], cpu[term]) for term in cpu}
+        result[name] |= {"sensitivity": relative(other_layers, layers), "same ranks": ranks == other_ranks}
+    return result
+
+
+def relative(value: np.ndarray, exact: np.ndarray) -> float:
+    return float(np.abs(value - exact).max() / max(np.abs(exact).max(), 1e-30))
+
+
+def precision() -> Result:
+    """Rank correlation of gradient norms with those of float32."""
+    model, rows = tsq.wrap(encoder(), mean_rank=4).to(DEVICE), labelled(128)
+    rule = tsq.ScoringRule(terms=("gradient_norm", "convergence"))
+    exact = tsq.score(model, rows, collate, rule=rule).terms["gradient_norm"]
+    result: Result = {}
+    for dtype in (torch.bfloat16, torch.float16) if GPU else (torch.bfloat16,):
+        term = tsq.score(model, rows, collate, rule=rule, compute=tsq.Compute(autocast=dtype)).terms["gradient_norm"]
+        result[str(dtype)] = float(spearmanr(exact, term).statistic)
+    return result
+
+
+def quantized() -> Result:
+    if find_spec("bitsandbytes") is None:
+        return {"skipped": "bitsandbytes is not installed"}
+    result: Result = {}
+    for bits in (4, 8):
+        with tempfile.TemporaryDirectory() as folder:
+            decoder().save_pretrained(folder)  # pyright: ignore[reportCallIssue]
+            settings = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+            base = LlamaForCausalLM.from_pretrained(folder, quantization_config=settings, device_map={"": DEVICE})
+        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+        result[f"{bits} bits"] = trained(tsq.wrap(base, mean_rank=4), written(64))
+    return result
+
+
+def compiled() -> Result:
+    return trained(tsq.wrap(encoder(), mean_rank=4), labelled(64), torch_compile=GPU)
+
+
+def checkpointing() -> Result:
+    return trained(tsq.wrap(decoder(), mean_rank=4), written(64), gradient_checkpointing=True)
+
+
+def sharded() -> Result:
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("nccl" if GPU else "gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        try:
+            model: Any = tsq.wrap(encoder(), mean_rank=4).to(DEVICE).train()
+            for layer in model.get_base_model().bert.encoder.layer:
+                fully_shard(layer)
+            fully_shard(model)
+            optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+            ranks, rows, losses = tsq.RankLoop(model, optimizer, total_steps=40, interval=10), labelled(64), []
+            for step in range(40):
+                ranks.before_forward()
+                loss = model(**moved(collate(rows[8 * (step % 8) :][:8]))).loss
+                loss.backward()
+                ranks.before_optimizer_step()
+                optimizer.step()
+                ranks.after_optimizer_step()
+                optimizer.zero_grad()
+                losses.append(loss.item())
+            ranks.finish(finalize_model=False)
+        finally:
+            dist.destroy_process_group()
+    return {"first loss": losses[0], "last loss": losses[-1], "ranks": sorted(ranks.final.values())}
+
+
+def synchronisations() -> Result:
+    """Waits for the device in eight steps that change nothing, beside those of plain LoRA in the same Trainer."""
+    if not GPU:
+        return {"skipped": "there is no device to wait for"}
+    result: Result = {}
+    for name, callbacks in {"lora": [], "moving ranks": [tsq.RankCallback(interval=1000)]}.items():
+        model = tsq.wrap(encoder(), mean_rank=4)
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer = Trainer(
+                model,
+                arguments(folder, steps=8, logging_strategy="no"),
+                train_dataset=labelled(64),  # pyright: ignore[reportArgumentType]
+                data_collator=collate,
+                callbacks=callbacks,
+            )
+            torch.cuda.set_sync_debug_mode("warn")
+            trainer.train()
+            torch.cuda.set_sync_debug_mode("default")
+            result[name] = sum("synchroniz" in str(warning.message) for warning in caught)
+    return result
+
+
+def timed(work: Callable[[], Any], repeats: int = 5) -> tuple[float, float | None]:
+    """Seconds, the median of some calls after one that warms up; peak memory in GB where a device counts it."""
+    work()
+    seconds = []
+    if GPU:
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(repeats):
+        if GPU:
+            torch.cuda.synchronize()
+        begun = time.perf_counter()
+        work()
+        if GPU:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begun)
+    return float(np.median(seconds)), torch.cuda.max_memory_allocated() / 1e9 if GPU else None
+
+
+def speed() -> Result:
+    result: Result = {}
+    for shape, lengths in LENGTHS.items():
+        build, rows_of = (encoder, labelled) if shape == "mpnet" else (decoder, written)
+        for tokens in lengths:
+            rows = rows_of(TOKENS // tokens, tokens, SHAPES[shape]["vocabulary"])
+            try:
+                result[f"{shape}, {tokens} tokens"] = rates(build(**SHAPES[shape]), rows)
+            except torch.OutOfMemoryError as error:
+                result[f"{shape}, {tokens} tokens"] = {"error": str(error).splitlines()[0]}
+    return result
+
+
+def rates(base: Any, rows: list[Row]) -> Result:
+    """Of plain LoRA, of moving ranks in steps that change nothing, of scoring and of a forward pass, in bfloat16."""
+    batch, sizes = moved(collate(rows)), len(rows)
+
+    def step_of(model: nn.Module, ranks: tsq.RankLoop | None, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+        def step() -> None:
+            if ranks is not None:
+                ranks.before_forward()
+            with torch.autocast(DEVICE.type, torch.bfloat16):
+                loss = model(**batch).loss
+            loss.backward()
+            if ranks is not None:
+                ranks.before_optimizer_step()
+            optimizer.step()
+            if ranks is not None:
+                ranks.after_optimizer_step()
+            optimizer.zero_grad()
+
+        return step
+
+    def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
+
+    plain = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear")).to(DEVICE).train()
+    lora, memory = timed(step_of(plain, None, optimizer_of(plain)))
+    model = tsq.wrap(plain.unload(), mean_rank=8).to(DEVICE).train()
+    optimizer = optimizer_of(model)
+    loop = tsq.RankLoop(model, optimizer, total_steps=10_000, interval=4000)
+    moving, moving_memory = timed(step_of(model, loop, optimizer))
+    loop.close()
+    rule = tsq.ScoringRule(terms=("gradient_norm", "convergence"))
+    compute = tsq.Compute(batch_size=sizes, autocast=torch.bfloat16)
+    with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16):
+        forward, _ = timed(lambda: model(**batch))
+    scoring, scoring_memory = timed(lambda: tsq.score(model, rows, collate, rule=rule, compute=compute), repeats=2)
+    seconds = {"LoRA step": lora, "step with moving ranks": moving, "score, all passes": scoring, "forward": forward}
+    return {
+        "rows per second": {name: sizes / value for name, value in seconds.items()},
+        "moving ranks, of LoRA's seconds": moving / lora,
+        "score, of LoRA's seconds": scoring / lora,
+        "peak GB": {"LoRA step": memory, "step with moving ranks": moving_memory, "score": scoring_memory},
+    }
+
+
+def pool() -> Result:
+    """Share of right rows in the pool, and in what reducible loss draws of it with 48 trusted rows."""
+    rows, trusted = written(256, right=0.25), written(304)[256:]
+    model = tsq.wrap(decoder(), mean_rank=8).to(DEVICE)
+    rule = tsq.ScoringRule(weights={"reducible_loss": 1.0})
+    drawn = tsq.sample(tsq.score(model, rows, collate, rule=rule, trusted=trusted), fraction=0.25, seed=0)
+    right = np.array([row["right"] for row in rows])
+    return {"of the pool": float(right.mean()), "of the drawn rows": float(right[drawn].mean())}
+
+
+CASES: dict[str, Callable[[], Result]] = {
+    case.__name__: case
+    for case in (parity, precision, quantized, compiled, checkpointing, sharded, synchronisations, speed, pool)
+}
+
+
+def main() -> int:
+    parser = parser_of(__doc__, "gpu")
+    parser.add_argument("--cases", default=",".join(CASES))
+    request = parser.parse_args()
+    about = {**machine(), "device": torch.cuda.get_device_name() if GPU else "cpu"}
+    results: dict[str, Any] = {"machine": about, "commit": commit(), "cases": {}}
+    begun = time.perf_counter()
+    for name in request.cases.split(","):
+        if time.perf_counter() - begun > SECONDS:
+            results["cases"][name] = {"skipped": f"{SECONDS} s were over"}
+            continue
+        at = time.perf_counter()
+        try:
+            result = CASES[name]()
+        except Exception as error:  # the next case shall run, whatever this one met
+            traceback.print_exc()
+            result = {"error": f"{type(error).__name__}: {error}"}
+        results["cases"][name] = {**result, "seconds": time.perf_counter() - at}
+        print(name, results["cases"][name], flush=True)
+        Path(request.out).parent.mkdir(parents=True, exist_ok=True)
+        write(request.out, results)
+    return int(any("error" in case for case in results["cases"].values()))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TSQLORA_CACHE", "")
+    sys.exit(main())
