@@ -30,8 +30,8 @@ import numpy as np
 import torch
 from origin import commit, machine, parser_of, write
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from torch import Tensor, nn
 from scipy.stats import spearmanr
+from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -181,7 +181,7 @@ def precision() -> Result:
     result: Result = {}
     for dtype in (torch.bfloat16, torch.float16) if GPU else (torch.bfloat16,):
         term = tsq.score(model, rows, collate, rule=rule, compute=tsq.Compute(autocast=dtype)).terms["gradient_norm"]
-        result[str(dtype)] = float(spearmanr(exact, term).statistic)
+        result[str(dtype)] = float(spearmanr(exact, term)[0])
     return result
 
 
