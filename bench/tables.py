@@ -18,6 +18,8 @@ import results_page
 from curves import EPOCHS
 from markdown_table import markdown
 
+from tsqlora.interop.servers import CONSUMERS
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -515,6 +517,20 @@ def problems(_: Results) -> Rows:
     ]
 
 
+def rules(_: Results) -> Rows:
+    """The rules by which the doctor judges."""
+    return [
+        {
+            "server": rule.name + (f" ({rule.file})" if rule.file else ""),
+            "read in": f"{rule.version} ({rule.date})",
+            "rule": rule.rule,
+            "source": rule.source,
+            "evidence": rule.evidence,
+        }
+        for rule in CONSUMERS
+    ]
+
+
 def _problem(problem: str, command: str, result: str) -> dict[str, str]:
     return {"your problem": problem, "command": f"`{command}`", "measured": result}
 
@@ -540,6 +556,7 @@ TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "rank_cost": rank_cost,
     "rank_cost-large": rank_cost_large,
     "resume": resume,
+    "rules": rules,
     "scale-model": scale_model,
     "scale-plan": scale_plan,
     "scale-processes": scale_processes,

@@ -75,14 +75,19 @@ def demo(folder: Path) -> None:
 def doctor(folder: Path) -> None:
     """The doctor's table of the adapter in docs/adapters.md, with two ranks and two scales."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     base = LlamaForCausalLM(LlamaConfig(vocab_size=60, num_hidden_layers=2, **sizes))
-    ranks = {"r": 8, "lora_alpha": 16, "rank_pattern": {"q_proj": 12}}
+    ranks: dict[str, Any] = {"r": 8, "lora_alpha": 16, "rank_pattern": {"q_proj": 12}}
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], **ranks))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
-    model.save_pretrained(folder / "adapter")
+    model.save_pretrained(str(folder / "adapter"))
     console.stdout = recorder(width=120)
     with contextlib.chdir(folder):
         typer.main.get_command(app)(["doctor", "adapter"], standalone_mode=False)

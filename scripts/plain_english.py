@@ -23,7 +23,8 @@ ALLOWED = Path(__file__).with_suffix(".json")
 NAMES = re.compile(r"_*(told|known|found|asked|wanted|said|kept|given|anew)s?_*")
 """Names that are such a word and nothing else."""
 WORDS = re.compile(
-    r"\banew\b|\b(?:of|by) (?:\w+ )?(?:one's|its|their|his) own\b(?=[.,;:)]|$)|\bof one's own\b|\bby name\b|\btold\b"
+    r"\banew\b|\b(?:of|by) (?:\w+ )?(?:one's|its|their|his) own\b(?=[.,;:)]|$)|\bof one's own\b|\btold\b"
+    r"|\b(?:refus\w+|raised|named|asked|told) by name\b"
     r"|\b(?:the|what|which|that|those|all|is|are|was|were|not|as|if|where|be) (?:is |are |was |were |be )?"
     r"(?:asked|wanted|said)(?: for)?\b|\b(?:the|what is|what was) (?:known|found|kept|given|asked|wanted|said|told)\b"
     r"|\b(?:asks?|knows|know|says?) (?:nothing|no|of)\b"

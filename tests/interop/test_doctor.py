@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ from tsqlora.interop.doctor import examine, rule_for
 from tsqlora.interop.files import CONFIG
 from tsqlora.interop.health import layer_health
 from tsqlora.interop.lora import Target
-from tsqlora.interop.servers import CONSUMERS, rules_table
+from tsqlora.interop.servers import CONSUMERS
 from tsqlora.run.export import export
 
 RIGHT = dict.fromkeys((consumer.name for consumer in CONSUMERS), "right")
@@ -222,10 +221,3 @@ def test_pickles_and_a_base_elsewhere_are_noted(tmp_path: Path) -> None:
     assert "base model" in notes[1]
     edit(source, base_model_name_or_path="/elsewhere/model")
     assert "/elsewhere/model" in examine(source)["notes"][1]
-
-
-def test_the_documents_table_is_the_rules() -> None:
-    document = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text(encoding="utf-8")
-    found = re.search(r"<!-- consumers -->\n\n(.*?)\n\n<!-- end -->", document, re.DOTALL)
-    assert found is not None
-    assert found[1].splitlines() == rules_table(), "print('\\n'.join(rules_table())) makes it anew"

@@ -215,7 +215,7 @@ def test_the_base_that_the_adapter_names_gives_shapes_and_no_logits(place: Path,
 @pytest.mark.parametrize("named", [None, "../base", "/home/someone/model"])
 def test_a_base_that_is_not_named_or_not_here_must_be_given(named: str | None, place: Path, tmp_path: Path) -> None:
     source = renamed(place, tmp_path / "a", named)
-    with pytest.raises(SettingsError, match="give --base"):
+    with pytest.raises(SettingsError, match="--base"):
         export(source, tmp_path / "out", format="universal")
     assert export(source, tmp_path / "out", format="peft")["targets"] == 3, "which needs no base"
 

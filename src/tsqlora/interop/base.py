@@ -1,4 +1,4 @@
-"""The model that an adapter is for: its modules' shapes from its config alone, or the model with its weights."""
+"""Load the base model of an adapter: its modules' shapes from the config alone, or the model with weights."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,21 +26,21 @@ CLASSES = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-"""The class of transformers that PEFT's task_type asks for."""
+"""transformers' class for each task_type of PEFT."""
 
 _HEADS = ("score", "classifier", "out_proj", "out", "logits_proj", "linear_out", "summary")
-"""Last names of the module that gives a classifier its outputs."""
+"""Last names of a classifier's output layer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """The model that an adapter is for, of which each format asks for what it needs.
+    """Loaders for the base model; each export format calls those that it needs.
 
     Attributes:
-        skeleton: its modules and its config; weights may be absent.
-        load: the model itself, in a precision or, for None, its own; a new one each time.
-        tokenizer: if there is one.
-        compare: whether logits are to be compared, for which `load` is called.
+        skeleton: its modules and config; weights may be absent.
+        load: a fresh model, in a precision or, for None, its own.
+        tokenizer: None if there is none.
+        compare: compare logits too, for which `load` is called.
     """
 
     skeleton: Callable[[], PreTrainedModel]
@@ -50,9 +50,9 @@ class Base:
 
 
 def base_of(folder: Path, path: str | None) -> Base:
-    """The base of the adapter in a directory: at `path`, where logits are compared, else the one that it names.
+    """The base at `path`, with which logits are compared, else the one that the adapter in `folder` names.
 
-    Each of its functions raises SettingsError where that is nowhere.
+    Its functions raise SettingsError if it does not exist.
     """
     adapter = read_adapter(folder)
 
@@ -68,7 +68,7 @@ def base_of(folder: Path, path: str | None) -> Base:
 
 
 def module_shapes(model: nn.Module) -> dict[str, Shape]:
-    """The modules that LoRA can be put on, by name: linear layers, transformers' Conv1D, embeddings."""
+    """Shapes of the modules that LoRA can adapt: linear layers, transformers' Conv1D, embeddings."""
     shapes = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
@@ -81,7 +81,7 @@ def module_shapes(model: nn.Module) -> dict[str, Shape]:
 
 
 def base_skeleton(path: str, adapter: LoraAdapter) -> PreTrainedModel:
-    """The base model without weights, from its config alone.  Raises SettingsError for what is no model."""
+    """The base model without weights, from its config alone.  Raises SettingsError if it cannot be loaded."""
     with _loading(path):
         config = _config(path, adapter)
         kind = _class(config, adapter)
@@ -96,7 +96,7 @@ def load_base(path: str, adapter: LoraAdapter, dtype: str | None = None) -> PreT
         if adapter.config.get("task_type") == "SEQ_CLS":
             _set_padding(config, path, revision)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # a head that the checkpoint lacks is the same every time
+            torch.manual_seed(0)  # gives a head that the checkpoint lacks the same values every time
             how: dict[str, Any] = {"dtype": "auto" if dtype is None else getattr(torch, dtype), "revision": revision}
             if _labels(adapter):  # the head is the adapter's, whatever the checkpoint's is
                 how["ignore_mismatched_sizes"] = True
@@ -107,7 +107,7 @@ def load_base(path: str, adapter: LoraAdapter, dtype: str | None = None) -> PreT
 def _loading(path: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # a stranger's config.json makes transformers raise anything
+    except Exception as error:  # a hostile config.json can make transformers raise anything
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise SettingsError(
             f"--base {path}: no model can be loaded ({reason}); give a directory or a hub id"
@@ -120,33 +120,33 @@ def _config(path: str, adapter: LoraAdapter) -> Any:
 
 
 def _set_padding(config: Any, path: str, revision: str) -> None:
-    """Where a config names no padding, behind which a decoder reads its class: the tokenizer's, else the end token."""
+    """Set a missing pad token, at which a decoder reads its class: the tokenizer's, else the end token."""
     text = config.get_text_config()
     if text.pad_token_id is None:
         tokenizer: Any = load_tokenizer(path, revision)
-        known = (None, None) if tokenizer is None else (tokenizer.pad_token_id, tokenizer.eos_token_id)
+        theirs = (None, None) if tokenizer is None else (tokenizer.pad_token_id, tokenizer.eos_token_id)
         ends = text.eos_token_id
         own = ends[0] if isinstance(ends, list) else ends
-        text.pad_token_id = next((token for token in (*known, own) if token is not None), None)
+        text.pad_token_id = next((token for token in (*theirs, own) if token is not None), None)
 
 
 def load_tokenizer(path: str, revision: str = "main") -> PreTrainedTokenizerBase | None:
-    """The tokenizer in a directory or on the hub, if one is there."""
+    """The tokenizer in a directory or on the hub, or None."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, revision=revision)
     except (OSError, ValueError, KeyError):
         return None
-    # Without its files transformers makes a tokenizer to which every word is unknown.
+    # Without files transformers makes a tokenizer that knows only special tokens.
     return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
 
 
 def _class(config: Any, adapter: LoraAdapter) -> Any:
-    """The task's class; without a task the one that the adapter was made on, else the checkpoint's own."""
+    """The task's class; without a task the class that the adapter was made on, else the checkpoint's own."""
     if named := CLASSES.get(adapter.config.get("task_type") or ""):
         return getattr(transformers, named)
-    found = getattr(transformers, str(_made_on(adapter) or (config.architectures or [""])[0]), None)
-    # transformers has functions and modules, too, whose names a stranger could write there.
-    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else transformers.AutoModel
+    kind = getattr(transformers, str(_made_on(adapter) or (config.architectures or [""])[0]), None)
+    # The name may be hostile: transformers has functions and modules too.
+    return kind if isinstance(kind, type) and issubclass(kind, PreTrainedModel) else transformers.AutoModel
 
 
 def _made_on(adapter: LoraAdapter) -> str | None:
@@ -155,7 +155,7 @@ def _made_on(adapter: LoraAdapter) -> str | None:
 
 
 def _labels(adapter: LoraAdapter) -> Mapping[str, int]:
-    """How many outputs the head has that came with the adapter."""
+    """The number of outputs of the head that came with the adapter."""
     task = adapter.config.get("task_type")
     if task not in ("SEQ_CLS", "TOKEN_CLS") and (task or "Classification" not in str(_made_on(adapter))):
         return {}

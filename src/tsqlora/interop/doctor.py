@@ -1,6 +1,6 @@
-"""Judge an adapter before it is served: who reads it right, what mends it, what its numbers say.
+"""Judge an adapter before it is served: which servers read it correctly, which export helps, dead slots, NaN.
 
-Reads files with numpy and safetensors alone: no torch, no base model in memory.
+Only numpy and safetensors read the files: no torch, no base model in memory.
 """
 
 import os
@@ -21,48 +21,49 @@ from tsqlora.interop.servers import CONSUMERS, Consumer, Layers, judge
 
 _BY_PEFT = ("PEFT", "diffusers")
 _MOST_BLOCKS = 1000
-"""A number in a name above this is nobody's block."""
+"""A larger number in a name is no number of a block."""
 _MOST_IMPLIED = 100_000
-"""Modules; more are nobody's model."""
+"""Modules; no model has more."""
 
 
 def examine(folder: Path, *, server: str | None = None) -> dict[str, Any]:
-    """Everything that can be said of the adapter in a directory, ready for JSON.
+    """The full report on the adapter in a directory, ready for JSON.
 
     Args:
-        server: NAME or NAME==VERSION: the only consumer to judge; else all.
+        server: NAME or NAME==VERSION, to judge one server; else all.
 
-    Raises SettingsError for an unknown server, DataError for what is no adapter.
+    Raises SettingsError for an unknown server, DataError if the directory holds no adapter.
     """
-    rules, unseen = (CONSUMERS, []) if server is None else rule_for(server)
+    rules, notes = (CONSUMERS, []) if server is None else rule_for(server)
     adapter = read_adapter(folder)
     base = _base(adapter)
-    there = _shapes(adapter, base)
-    shapes = _implied(adapter) if there is None else there
+    of_base = _shapes(adapter, base)
+    shapes = _implied(adapter) if of_base is None else of_base
     model_type = None if base is None else base_config(base).get("model_type")
     layers = _layers(adapter, shapes)
     mended = _universal(adapter, shapes)
     consumers = []
     for consumer in rules:
-        finding = judge(consumer, adapter, layers)
+        judgement = judge(consumer, adapter, layers)
         consumers.append(
             {
                 "name": consumer.name,
                 "version": consumer.version,
+                "date": str(consumer.date),
                 "source": consumer.source,
                 "evidence": consumer.evidence,
                 "reads": consumer.file or "the directory",
-                "verdict": finding.verdict,
-                "reasons": list(finding.reasons),
-                "factors": dict(finding.factors),
-                "mend": None if finding.verdict == "right" else mend(consumer, adapter, mended, layers, model_type),
+                "verdict": judgement.verdict,
+                "reasons": list(judgement.reasons),
+                "factors": dict(judgement.factors),
+                "mend": None if judgement.verdict == "right" else mend(consumer, adapter, mended, layers, model_type),
             }
         )
     ranks = {name: target.rank for name, target in adapter.targets.items()}
     return {
         "adapter": str(folder),
         "base": adapter.base,
-        "base_found": there is not None,
+        "base_found": of_base is not None,
         "rank": adapter.rank,
         "ranks": ranks,
         "scales": {name: target.scale for name, target in adapter.targets.items()},
@@ -74,12 +75,12 @@ def examine(folder: Path, *, server: str | None = None) -> dict[str, Any]:
         "max_lora_rank": vllm_rank(max(adapter.rank, adapter.config["r"])),
         "consumers": consumers,
         "health": _health(adapter),
-        "notes": _notes(folder, adapter, found=there is not None) + unseen,
+        "notes": _notes(folder, adapter, has_base=of_base is not None) + notes,
     }
 
 
 def rule_for(server: str) -> tuple[tuple[Consumer], list[str]]:
-    """The rule that holds for NAME or NAME==VERSION, by default the newest, and a note if that version was not read."""
+    """The rule for NAME or NAME==VERSION (the newest by default), and a note if nobody has read that version."""
     name, _, version = server.partition("==")
     rules = [consumer for consumer in CONSUMERS if _plain(consumer.server) == _plain(name)]
     if not rules:
@@ -87,16 +88,16 @@ def rule_for(server: str) -> tuple[tuple[Consumer], list[str]]:
     rule = rules[0]
     if version not in ("", "main") and len(rules) > 1:
         if not (digits := re.match(r"v?(\d+(\.\d+)*)", version)):
-            raise SettingsError(f"--server {server}: '{version}' is no version; give one such as {rules[-1].until}")
-        asked = _numbers(digits[1])
-        rule = next(r for r in reversed(rules) if not r.until or asked[: len(_numbers(r.until))] <= _numbers(r.until))
+            raise SettingsError(f"--server {server}: '{version}' is not a version; use one such as {rules[-1].until}")
+        parts = _numbers(digits[1])
+        rule = next(r for r in reversed(rules) if not r.until or parts[: len(_numbers(r.until))] <= _numbers(r.until))
     if not version or version in rule.version.split(", "):
         return (rule,), []
-    return (rule,), [f"{rule.server} {version} was not read: it is judged by the rule of {rule.version}"]
+    return (rule,), [f"{rule.server} {version} has not been read; the rule of {rule.version} judges it"]
 
 
 def _plain(name: str) -> str:
-    """llama.cpp and llama-cpp are one."""
+    """A name without punctuation: llama.cpp and llama-cpp are the same."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
@@ -107,7 +108,7 @@ def _numbers(version: str) -> list[int]:
 def mend(
     consumer: Consumer, adapter: LoraAdapter, padded: LoraAdapter | None, layers: Layers, model_type: str | None
 ) -> str:
-    """The format that this consumer reads right: an adapter's where there is one, else the merged model."""
+    """The export format that this server reads correctly: an adapter if there is one, else the merged model."""
     plain = not (adapter.variants() or adapter.further)
     if consumer.name in _BY_PEFT and plain:
         return "peft"
@@ -126,7 +127,7 @@ def _universal(adapter: LoraAdapter, shapes: Mapping[str, Shape]) -> LoraAdapter
 
 
 def _shapes(adapter: LoraAdapter, folder: str | None) -> dict[str, Shape] | None:
-    """The base's modules that are of the adapter's kinds or their partners, if its files are on this machine."""
+    """The base's modules of the adapter's kinds and their partners; None without the base's files on this machine."""
     weights = None if folder is None else base_weights(folder, adapter.targets)
     if weights is None:
         return None
@@ -136,7 +137,7 @@ def _shapes(adapter: LoraAdapter, folder: str | None) -> dict[str, Shape] | None
     for name, shape in weights.items():
         if (target := kinds.get(layer_kind(name))) is not None:
             sizes = (target.inputs, target.outputs)
-            # Conv1D and Embedding have their inputs first, Linear has them last.
+            # Conv1D and Embedding store inputs first, Linear stores them last.
             turned = tuple(reversed(shape)) if sizes != shape else shape
             shapes[name] = Shape(target.kind, *turned) if len(shape) == 2 else Shape(target.kind, *sizes)
         elif layer_kind(name) in beside and len(shape) == 2:
@@ -154,14 +155,14 @@ def _base(adapter: LoraAdapter) -> str | None:
 
 
 def _implied(adapter: LoraAdapter) -> dict[str, Shape]:
-    """The modules that the adapter's own names imply: each kind in as many blocks as any kind has, and partners."""
+    """The modules that the adapter's names imply: every kind in every block, and the partners."""
     shapes = {name: Shape(target.kind, target.inputs, target.outputs) for name, target in adapter.targets.items()}
-    # Names with several numbers (experts in layers) do not tell how many there are of each.
+    # Names with several numbers (experts in layers) do not show how many there are of each.
     kinds = {kind: shape for name, shape in shapes.items() if (kind := layer_kind(name)).count("*") == 1}
     blocks = 1 + max((int(part) for name in shapes for part in name.split(".") if part.isdigit()), default=0)
     if blocks <= _MOST_BLOCKS and blocks * len(kinds) <= _MOST_IMPLIED:
         shapes = {kind.replace("*", str(j)): shape for kind, shape in kinds.items() for j in range(blocks)} | shapes
-    # As wide as what it is stacked with; really it may be narrower.
+    # Assume a partner's width to be that of the layer that it is stacked with.
     beside = {partner: shape for name, shape in shapes.items() for partner in partners(name)}
     return beside | shapes
 
@@ -185,14 +186,14 @@ def _health(adapter: LoraAdapter) -> dict[str, Any]:
     }
 
 
-def _notes(folder: Path, adapter: LoraAdapter, *, found: bool) -> list[str]:
+def _notes(folder: Path, adapter: LoraAdapter, *, has_base: bool) -> list[str]:
     notes = []
     if unsafe := pickles(folder):
-        notes.append(f"{', '.join(unsafe)} would run code when loaded, and was not opened; delete it")
+        notes.append(f"{', '.join(unsafe)} can run code when loaded, and was not opened; delete it")
     if adapter.base is None:
-        notes.append("it names no base model: who loads it must know which")
-    elif not found and (Path(adapter.base).is_absolute() or adapter.base.startswith(".")):
-        notes.append(f"its base model is a directory of another machine, {adapter.base}; name a hub id instead")
-    if not found:
-        notes.append("how many layers the base has is taken from the adapter's own names")
+        notes.append("the adapter names no base model; whoever loads it must know which")
+    elif not has_base and (Path(adapter.base).is_absolute() or adapter.base.startswith(".")):
+        notes.append(f"its base model is a directory on another machine, {adapter.base}; use a hub id instead")
+    if not has_base:
+        notes.append("the base is not on this machine: the number of its layers is a guess from the adapter's names")
     return notes

@@ -1,4 +1,4 @@
-"""An adapter in the format that its consumer reads, compared with its source before it takes its place."""
+"""Export an adapter in a server's format, and compare it with its source before it takes its place."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -31,17 +31,17 @@ from tsqlora.interop.verify import (
 )
 
 FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-"""What `dtype` may be, and safetensors' names."""
+"""Values of `dtype`, with safetensors' names."""
 
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What was written, and how it compares with its source.
+    """The result of an export, with its difference from the source.
 
     Attributes:
-        rank, targets: of the adapter written; None of a merged model.
+        rank, targets: of the written adapter; None for a merged model.
         truncation: ‖ΔW − ΔW'‖ / ‖ΔW‖ of each layer that was cut to a lower rank.
-        notes: what the user should know.
+        notes: for the user.
     """
 
     difference: Difference
@@ -51,16 +51,16 @@ class Exported:
     notes: tuple[str, ...] = ()
 
     def report(self, out: Path, format: str) -> dict[str, Any]:
-        """For JSON: what was written into `out`, and how it compares."""
-        found = self.difference
-        compared = found.layer is not None
+        """A summary for JSON of the export in `out`."""
+        difference = self.difference
+        compared = difference.layer is not None
         report: dict[str, Any] = {
             "out": str(out),
             "format": format,
-            "update_difference": found.update if compared else None,
-            "relative_difference": found.relative if compared else None,
-            "logits_difference": found.logits,
-            "largest_logit": found.logits_size,
+            "update_difference": difference.update if compared else None,
+            "relative_difference": difference.relative if compared else None,
+            "logits_difference": difference.logits,
+            "largest_logit": difference.logits_size,
         }
         if self.rank is not None:
             report |= {"rank": self.rank, "targets": self.targets}
@@ -72,7 +72,7 @@ class Exported:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a format is given: the adapter as it is to be written, where PEFT can load it and where it goes."""
+    """Input of an export format: the adapter to write, a directory from which PEFT can load it, and the destination."""
 
     source: Path
     adapter: LoraAdapter
@@ -92,25 +92,24 @@ def export_adapter(
     mean_rank: float | None = None,
     curvature: Mapping[str, float] | None = None,
 ) -> Exported:
-    """Writes the adapter in the directory `source` as `out`, a new directory, in one of FORMATS.
+    """Write the adapter in the directory `source` to a new directory `out`, in one of FORMATS.
 
-    Each export is read back and compared with its source: the update of every layer, and logits
-    where the base is at hand. One that differs by more than its precision explains is an error, and
-    nothing is written.
+    The export is read back and compared with its source: the update of every layer, and logits if a base is
+    available. A difference beyond rounding is an error, and nothing is written.
 
     Args:
-        dtype: of the numbers written, one of FLOATS; else the adapter's, or the base's if merged.
-        max_rank: cuts every layer to this rank by SVD first.
-        mean_rank: cuts to as many parameters as a uniform LoRA of this rank has, where least is lost.
-        curvature: what a change costs each layer, by which `mean_rank` weighs it; see `ranks_for`.
+        dtype: precision of the export, one of FLOATS; by default the adapter's, or the base's if merged.
+        max_rank: first cut every layer to this rank by SVD.
+        mean_rank: cut to the parameters of a uniform LoRA of this rank, with the least loss.
+        curvature: weights of the layers for `mean_rank`; see `ranks_for`.
 
-    Raises SettingsError, DataError and UnsupportedError before anything is written; TsqLoraError
-    where the comparison fails.
+    Raises SettingsError, DataError and UnsupportedError before it writes anything, TsqLoraError if the comparison
+    fails.
     """
     if format not in FORMATS:
         raise SettingsError(f"--format {format}: {nearest(format, FORMATS)}")
     if format == "compressed" and (max_rank, mean_rank) == (None, None):
-        raise SettingsError("--format compressed takes a size: --mean-rank R, or --max-rank R")
+        raise SettingsError("--format compressed needs --mean-rank R or --max-rank R")
     floats = gguf.DTYPES if format == "gguf" else FLOATS
     if dtype is not None and dtype not in floats:
         raise SettingsError(f"--dtype {dtype}: {nearest(dtype, floats)}")
@@ -121,11 +120,11 @@ def export_adapter(
         adapter, errors = truncate(adapter, _ranks(adapter, max_rank, mean_rank, curvature))
     with TemporaryDirectory() as loadable, new_directory(out) as folder:
         if errors or not all(target.rank for target in adapter.targets.values()):
-            # PEFT does not load a layer of rank 0.
+            # PEFT cannot load a layer of rank 0.
             source = Path(loadable)
             write_adapter(compact(adapter), source)
         elif has_expressions(adapter.config):
-            # PEFT matches them by Python's re, which may never end.
+            # PEFT matches them with Python's re, which may never end.
             source = Path(loadable)
             write_adapter(spelled_out(adapter), source)
         done = FORMATS[format](Job(source, adapter, folder, base, dtype))
@@ -142,8 +141,8 @@ def _ranks(
 
 
 def _peft(job: Job) -> Exported:
-    if kept := [*job.adapter.variants(), *sorted(job.adapter.further)]:
-        return _written(job, job.adapter, f"it has {kept[0]}: tensors and settings are copied as they are")
+    if beyond := [*job.adapter.variants(), *sorted(job.adapter.further)]:
+        return _written(job, job.adapter, f"the adapter has {beyond[0]}: tensors and settings are copied as they are")
     return _written(job, compact(job.adapter))
 
 
@@ -154,7 +153,7 @@ def _universal(job: Job) -> Exported:
 
 
 def _written(job: Job, export: LoraAdapter, *notes: str) -> Exported:
-    """Writes an adapter in PEFT's format, and compares it."""
+    """Write an adapter in PEFT's format, and compare it."""
     dtype = FLOATS[job.dtype or "float32"]
     write_adapter(export if job.dtype is None else _cast(export, dtype), job.folder)
     back = read_adapter(job.folder)
@@ -168,13 +167,13 @@ def _gguf(job: Job) -> Exported:
     back = gguf.read_gguf(job.folder / gguf.FILE, job.adapter, config)
     done = Exported(compare_updates(job.adapter, back, dtype), back.rank, len(back.targets))
     with TemporaryDirectory() as folder:
-        # PEFT runs what was read back from the file.
+        # PEFT runs the adapter that was read back from the file.
         write_adapter(compact(back), Path(folder))
         return _with_logits(job, done, Path(folder), dtype)
 
 
 def _with_logits(job: Job, done: Exported, export: Path, dtype: str) -> Exported:
-    """Logits of the base with the source and with the export, both by PEFT in float32."""
+    """Compare logits of the base with the source and with the export, both through PEFT in float32."""
     if not job.base.compare:
         return done
     model = job.base.load("float32")
@@ -182,7 +181,7 @@ def _with_logits(job: Job, done: Exported, export: Path, dtype: str) -> Exported
     if not takes_tokens(model):
         return replace(done, notes=(*done.notes, _not_compared(model)))
     reference = peft_logits(model, job.source)
-    del model  # one base at a time
+    del model  # keep one base in memory at a time
     gap, size = compare_logits(reference, peft_logits(job.base.load("float32"), export), dtype)
     return replace(done, difference=replace(done.difference, logits=gap, logits_size=size))
 
@@ -193,15 +192,15 @@ def _merged(job: Job) -> Exported:
     _require_fit(job.adapter, model)
     save_merged(merge_into(model, job.adapter, job.source), base.tokenizer(), job.folder)
     saved, dtype = reload(job.folder, model), NAMES[model.dtype]
-    del model  # one base at a time, beside what was made of it
+    del model  # keep one base in memory at a time, beside the merged model
     if beyond := [*job.adapter.variants(), *job.adapter.further]:
-        note = f"it has {beyond[0]}: merged by PEFT, compared by logits alone"
+        note = f"the adapter has {beyond[0]}: PEFT merged it, and only logits were compared"
         done = Exported(Difference(0.0, 0.0, 0.0, layer=None), notes=(note,))
     else:
         done = Exported(compare_weights(base.load(job.dtype), saved, job.adapter))
     if not takes_tokens(saved):
         return replace(done, notes=(*done.notes, _not_compared(saved)))
-    # In float32, so that all that differs is the rounding of the weights.
+    # In float32, so that only the rounding of the weights differs.
     reference = peft_logits(base.load(job.dtype).float(), job.source)
     gap, size = compare_logits(reference, logits(saved.float()), dtype)
     return replace(done, difference=replace(done.difference, logits=gap, logits_size=size))
@@ -217,18 +216,20 @@ def _require_fit(adapter: LoraAdapter, model: PreTrainedModel) -> None:
         if name in there and there[name] != tensor.shape:
             own, base = ("×".join(map(str, shape)) for shape in (tensor.shape, there[name]))
             raise SettingsError(
-                f"the adapter came with {name} of {own}, and the base has {base}: where its vocabulary was enlarged "
-                "before training (resize_token_embeddings), save that base and name it with --base"
+                f"the adapter came with {name} of shape {own}, but the base has {base}; if the vocabulary was enlarged "
+                "before training (resize_token_embeddings), save that base and set --base to it"
             )
 
 
 def merge_into(base: PreTrainedModel, adapter: LoraAdapter, folder: Path) -> PreTrainedModel:
-    """The base, which is used up, with the adapter of a directory merged into it by PEFT.
+    """Merge the adapter of a directory into the base, in place, by PEFT.
 
-    Raises UnsupportedError for a base whose weights are packed: merging would round them again.
+    Raises UnsupportedError for a quantised base: merging would round its weights again.
     """
     if getattr(base, "is_quantized", False):
-        raise UnsupportedError("the base is quantised, and merging would round it again; give the base it was made of")
+        raise UnsupportedError(
+            "the base is quantised, and merging would round it again; use the base that it was made from"
+        )
     if any(target.kind == "embedding" or name.endswith("lm_head") for name, target in adapter.targets.items()):
         _untie(base)
     merged = PeftModel.from_pretrained(base, str(folder)).merge_and_unload(safe_merge=True)
@@ -237,7 +238,7 @@ def merge_into(base: PreTrainedModel, adapter: LoraAdapter, folder: Path) -> Pre
 
 
 def _untie(model: PreTrainedModel) -> None:
-    """An output layer that shares the embedding's weight gets its own: an update of one is none of the other's."""
+    """Give an output layer that shares the embedding's weight its own copy: PEFT adapts only one of them."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is not None and head.weight is embedding.weight:
         head.weight = nn.Parameter(head.weight.detach().clone())
@@ -245,20 +246,20 @@ def _untie(model: PreTrainedModel) -> None:
 
 
 def save_merged(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
-    """Model and tokenizer, as transformers saves them: safetensors."""
+    """Save model and tokenizer as transformers does."""
     model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
 
 def reload(folder: Path, like: PreTrainedModel) -> PreTrainedModel:
-    """What was saved, read back as the same class in the same precision."""
+    """Load a saved model as the same class in the same precision."""
     kind = type(like)
     return kind.from_pretrained(folder, dtype=like.dtype if like.dtype.is_floating_point else torch.float32).eval()
 
 
 def _not_compared(model: PreTrainedModel) -> str:
-    return f"logits not compared: the model takes {model.main_input_name}"
+    return f"logits not compared, because the model takes {model.main_input_name}"
 
 
 def _cast(adapter: LoraAdapter, dtype: str) -> LoraAdapter:
@@ -273,8 +274,8 @@ def _cast(adapter: LoraAdapter, dtype: str) -> LoraAdapter:
 FORMATS: Mapping[str, Callable[[Job], Exported]] = {
     "peft": _peft,
     "universal": _universal,
-    "compressed": _peft,  # of an adapter whose ranks are cut
+    "compressed": _peft,  # its ranks are cut before
     "gguf": _gguf,
     "merged": _merged,
 }
-"""Each writes job.folder and returns what it found; it raises where the export is not its source."""
+"""Each writes job.folder and returns the result; it raises if the export differs from its source."""

@@ -1,6 +1,7 @@
-"""A directory in PEFT's format, read without trust and written: adapter_config.json and adapter_model.safetensors.
+"""Read and write adapters in PEFT's format: adapter_config.json and adapter_model.safetensors.
 
-No pickle is opened, no link followed out of the directory (a hub cache's own excepted), no code run.
+The reader trusts nothing: it opens no pickle, follows no link out of the directory (except a hub cache's own), and
+runs no code.
 """
 
 import json
@@ -31,17 +32,17 @@ _MATRICES = {
     "embedding": ("lora_embedding_A", "lora_embedding_B"),
 }
 _LARGEST = 1e9
-"""Of ranks and alphas, whose quotients are then numbers."""
+"""Bound of ranks and alphas, so that their quotients are finite."""
 _MOST_CONFIG_BYTES = 1 << 24
 _LONGEST_NAME = 500
 _FURTHER = re.compile(r"\.(lora_\w+|token_adapter|trainable_tokens_\w+)(\.|$)")
 
 
 def read_adapter(folder: Path) -> LoraAdapter:
-    """The adapter in a directory, whoever wrote it, with the scales that PEFT gives its layers.
+    """Read the adapter in a directory, with the scales that PEFT gives its layers.
 
-    NaNs are read as they are.  Raises DataError for what is no LoRA adapter, for pickles, for
-    links that lead out, and for tensors and settings that do not fit each other.
+    NaNs are read as they are.  Raises DataError if it is no LoRA adapter, for pickles and links that leave the
+    directory, and for tensors and settings that do not fit each other.
     """
     path = _inside(folder, CONFIG)
     config = _config(path)
@@ -61,7 +62,7 @@ def read_adapter(folder: Path) -> LoraAdapter:
         else:
             saved[name] = tensor
     if not pairs:
-        raise DataError(f"{folder / WEIGHTS} has no lora_A and lora_B; it holds no LoRA adapter")
+        raise DataError(f"{folder / WEIGHTS} has no lora_A and lora_B, so it is no LoRA adapter")
     patterns = [key for setting in PATTERNS for key in config.get(setting) or ()]
     require_quick(patterns, list(pairs), f"{path}: {' or '.join(PATTERNS)}")
     targets = {name: _target(name, pair, config) for name, pair in sorted(pairs.items())}
@@ -69,24 +70,22 @@ def read_adapter(folder: Path) -> LoraAdapter:
 
 
 def require_safe(folder: Path) -> None:
-    """Raises DataError for a directory whose settings or weights are a pickle, lead out of it, or are not there."""
+    """Raise DataError if settings or weights are missing, are a pickle, or are a link out of the directory."""
     _inside(folder, CONFIG)
     _inside(folder, WEIGHTS)
 
 
 def pickles(folder: Path) -> list[str]:
-    """Names of files in a directory that would run code when they are loaded."""
+    """Names of the files that can run code when they are loaded."""
     return sorted(path.name for path in folder.iterdir() if path.suffix.lower() in PICKLES)
 
 
 def _target(name: str, pair: Mapping[str, Stored], config: Mapping[str, Any]) -> Target:
     embedding = any("embedding" in matrix for matrix in pair)
-    wanted = _MATRICES["embedding" if embedding else "linear"]
-    if set(pair) != set(wanted):
-        raise DataError(
-            f"{name} has {' and '.join(sorted(pair))} alone; the file is incomplete: save the adapter again"
-        )
-    a, b = (pair[matrix] for matrix in wanted)
+    matrices = _MATRICES["embedding" if embedding else "linear"]
+    if set(pair) != set(matrices):
+        raise DataError(f"{name} has only {' and '.join(sorted(pair))}; save the adapter again")
+    a, b = (pair[matrix] for matrix in matrices)
     rank, scale = scale_of(name, config)
     fit = (
         {a.dtype, b.dtype} <= PRECISIONS.keys()
@@ -128,7 +127,7 @@ _FITS: Mapping[str, Callable[[Any], bool]] = {
         ("base_model_name_or_path", "task_type", "revision"), lambda value: value is None or isinstance(value, str)
     ),
 }
-"""What can be read of adapter_config.json, setting by setting."""
+"""Valid values in adapter_config.json, by setting."""
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -137,10 +136,10 @@ def _config(path: Path) -> dict[str, Any]:
             raise ValueError(f"it has {path.stat().st_size:,} bytes")
         config = {"lora_alpha": 8} | json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, TypeError, RecursionError) as error:
-        raise DataError(f"{path} holds no adapter's settings ({error})") from None
+        raise DataError(f"{path} holds no adapter settings ({error})") from None
     for setting, fits in _FITS.items():
         if not fits(config.get(setting)):
-            raise DataError(f"{path}: {setting} is {config.get(setting)!r}, which no LoRA of PEFT's has")
+            raise DataError(f"{path}: {setting} is {config.get(setting)!r}, which is invalid in PEFT's LoRA")
     return config
 
 
@@ -152,26 +151,26 @@ def _tensors(folder: Path) -> dict[str, Stored]:
         raise DataError(f"{path} cannot be read ({str(error).splitlines()[0]}); save the adapter again") from None
     for key in tensors:
         if len(key) > _LONGEST_NAME or not _KEY.fullmatch(key):
-            raise DataError(f"{path}: the tensor {key!r} is none of PEFT's: {PREFIX!r} and the name of a module")
+            raise DataError(f"{path}: the tensor {key!r} is not {PREFIX!r} and the name of a module")
     return tensors
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """A file of the directory that really lies in it."""
+    """The path of a file, after checking that it lies in the directory."""
     path = folder / name
     if not path.exists():
         unsafe = pickles(folder) if name == WEIGHTS else ()
         if unsafe:
             raise DataError(
-                f"{folder} has its weights as {unsafe[0]}, a pickle, which can run code and is not opened; load the "
-                "adapter with PEFT where you trust it, and save it with save_pretrained"
+                f"{folder} has its weights in {unsafe[0]}, a pickle, which can run code and is not opened; if you "
+                "trust it, load the adapter with PEFT and save it with save_pretrained"
             )
-        raise DataError(f"{folder} has no {name}; give the directory of an adapter that PEFT saved")
+        raise DataError(f"{folder} has no {name}; name the directory of an adapter that PEFT saved")
     real, home = path.resolve(), folder.resolve()
     # A hub cache's snapshots/REVISION/ holds links into its blobs/.
     allowed = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     if not real.is_file() or real.parent not in (home, allowed):
-        raise DataError(f"{path} leads to {real}, out of its directory; copy the file there")
+        raise DataError(f"{path} links to {real}, outside its directory; copy the file into it")
     return path
 
 
@@ -184,12 +183,12 @@ def _shown(tensor: Stored) -> str:
 
 @contextmanager
 def new_directory(out: Path) -> Iterator[Path]:
-    """A directory beside `out` that takes its place in the end, and is gone after an error.
+    """A temporary directory that becomes `out` in the end, and is deleted after an error.
 
-    Raises SettingsError where `out` holds something, or cannot be made.
+    Raises SettingsError if `out` is not empty or cannot be created.
     """
     require_new(out)
-    out = Path(os.path.realpath(out))  # a link to a directory stays
+    out = Path(os.path.realpath(out))  # keep a link to a directory
     with ExitStack() as stack:
         try:
             stack.enter_context(parents_of(out))
@@ -201,22 +200,22 @@ def new_directory(out: Path) -> Iterator[Path]:
 
 
 def require_new(out: Path) -> None:
-    """Raises SettingsError where something is in the way, or nothing can take the directory's place."""
-    there = os.path.realpath(out)
-    stays = os.path.ismount(there) or there == os.path.realpath(os.getcwd())
-    if stays or (os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir()))):
-        raise SettingsError(f"--out {out} is there already; name a directory that does not exist, such as one in it")
+    """Raise SettingsError if `out` exists and is not empty, or cannot be replaced."""
+    real = os.path.realpath(out)
+    fixed = os.path.ismount(real) or real == os.path.realpath(os.getcwd())
+    if fixed or (os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir()))):
+        raise SettingsError(f"--out {out} exists already; name a new directory, such as one in it")
 
 
 def write_adapter(adapter: LoraAdapter, folder: Path) -> None:
-    """Writes adapter_config.json and adapter_model.safetensors into a directory that is there."""
+    """Write adapter_config.json and adapter_model.safetensors into an existing directory."""
     stored = {f"{PREFIX}{name}": tensor for name, tensor in tensors_of(adapter).items()}
     (folder / WEIGHTS).write_bytes(to_bytes(stored))
     (folder / CONFIG).write_text(json.dumps(dict(adapter.config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def tensors_of(adapter: LoraAdapter) -> dict[str, Stored]:
-    """Everything that the file of an adapter holds, by its names in the base model."""
+    """All tensors of the adapter's file, by their names in the base model."""
     tensors = {**adapter.saved, **adapter.further, **adapter.base_layers}
     for name, target in adapter.targets.items():
         a, b = _MATRICES.get(target.kind, _MATRICES["linear"])
@@ -225,14 +224,14 @@ def tensors_of(adapter: LoraAdapter) -> dict[str, Stored]:
 
 
 def config_for(adapter: LoraAdapter) -> dict[str, Any]:
-    """The adapter's config with the ranks and scales that its targets have."""
+    """The adapter's config with its targets' ranks and scales."""
     targets = adapter.targets.items()
     scales = {name: target.scale for name, target in targets}
     return plain_config(adapter.config, **lora_config({name: target.rank for name, target in targets}, scales))
 
 
 def plain_config(config: Mapping[str, Any], **changed: Any) -> dict[str, Any]:
-    """A config in which `target_modules` alone say what is adapted, and with which PEFT leaves the base's weights."""
+    """A config in which only `target_modules` selects layers, and with which PEFT does not change the base."""
     return {
         **config,
         "init_lora_weights": True,

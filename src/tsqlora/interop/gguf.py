@@ -1,4 +1,4 @@
-"""A LoRA file for llama.cpp: names by the gguf package's map, rows where llama.cpp keeps them, one alpha."""
+"""Write and read LoRA files for llama.cpp: its tensor names, its order of rows, and one alpha."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -32,39 +32,38 @@ ARCHITECTURES = {
     "starcoder2": "STARCODER2",
 }
 PERMUTED = ("arcee", "granite", "llama", "mistral", "smollm3")
-"""What llama.cpp calls a model_type; of PERMUTED it has the rows of q and k in another order.
+"""llama.cpp's name for each model_type; for PERMUTED it reorders the rows of q and k.
 
-The gguf package maps names of some 120 architectures, but does not say which weights llama.cpp's converter
-rearranges: here are those of which that is known (conversion/llama.py and granite.py permute the rows of q and k for
-rotary embeddings; the others change norms only, or nothing).
+The gguf package maps the names of some 120 architectures, but not the weights that llama.cpp's converter rearranges.
+These are checked: conversion/llama.py and granite.py permute the rows of q and k for rotary embeddings; the others
+change norms only, or nothing.
 """
 
 
 def require_exportable(adapter: LoraAdapter, config: Any) -> None:
-    """Raises UnsupportedError, naming it, for what a LoRA file of llama.cpp cannot hold."""
+    """Raise UnsupportedError for an adapter that a LoRA file of llama.cpp cannot hold."""
     require_plain(adapter, "a GGUF file")
     if heads := adapter.heads():
         raise UnsupportedError(
-            f"the adapter came with the module {heads[0]}, and a LoRA file of llama.cpp holds no whole modules; export "
-            "it with --format merged"
+            f"the adapter has the saved module {heads[0]}, which llama.cpp's format cannot hold; use --format merged"
         )
     if config.model_type not in ARCHITECTURES:
         raise UnsupportedError(
-            f"the base is a {config.model_type}, of which it is not known how llama.cpp arranges its weights; "
+            f"the base is a {config.model_type}, for which nobody has checked how llama.cpp arranges the weights; "
             f"{nearest(config.model_type, ARCHITECTURES)}"
         )
     for name, target in adapter.targets.items():
         if config.tie_word_embeddings and (target.kind == "embedding" or name.endswith("lm_head")):
             raise UnsupportedError(
-                f"{name} shares its weight with another layer in this base, and llama.cpp would change both; export it "
-                "with --format merged"
+                f"{name} shares its weight with another layer of the base, and llama.cpp would change both; use "
+                "--format merged"
             )
 
 
 def write_gguf(adapter: LoraAdapter, config: Any, path: Path, dtype: str = "F32") -> None:
-    """Writes the file; raises as `require_exportable`.
+    """Write the file; raises as `require_exportable`.
 
-    llama.cpp scales each layer by alpha / its rank: what differs from that is folded into B.
+    llama.cpp scales each layer by alpha / its rank; any other scale is folded into B.
     """
     gguf = _gguf()
     require_exportable(adapter, config)
@@ -79,7 +78,7 @@ def write_gguf(adapter: LoraAdapter, config: Any, path: Path, dtype: str = "F32"
         b = target.b.astype(np.float64) * (target.scale * target.rank / alpha)
         if heads := _heads(name, config):
             b = permuted(b, heads)
-        # llama.cpp looks tokens up in A, so that it is stored token by token.
+        # llama.cpp looks up tokens in A, so A is stored by token.
         a = target.a.T if target.kind == "embedding" else target.a
         stored = _stored_name(names, name, target)
         for suffix, matrix in (("lora_a", a), ("lora_b", b)):
@@ -91,7 +90,7 @@ def write_gguf(adapter: LoraAdapter, config: Any, path: Path, dtype: str = "F32"
 
 
 def read_gguf(path: Path, source: LoraAdapter, config: Any) -> LoraAdapter:
-    """The adapter that llama.cpp reads in a file, under the names of the one it was made from."""
+    """Read a file as llama.cpp does, with the names of the source adapter."""
     gguf = _gguf()
     reader = gguf.GGUFReader(path)
     tensors = {t.name: np.array(t.data).reshape(*reversed(t.shape.tolist())) for t in reader.tensors}
@@ -109,19 +108,19 @@ def read_gguf(path: Path, source: LoraAdapter, config: Any) -> LoraAdapter:
         targets[name] = replace(
             original, a=a, b=b, scale=alpha / b.shape[1], dtype="F16" if b.dtype == np.float16 else "F32"
         )
-    assert not tensors, f"tensors of no target: {', '.join(tensors)}"
+    assert not tensors, f"tensors without a target: {', '.join(tensors)}"
     return replace(source, targets=targets)
 
 
 def _stored_name(names: Any, name: str, target: Target) -> str:
     stored = names.get_name(f"{name}.weight", try_suffixes=(".weight",))
     if stored is None or (target.kind == "embedding" and stored != "token_embd.weight"):
-        raise UnsupportedError(f"{name} is no layer that llama.cpp puts LoRA on; export it with --format merged")
+        raise UnsupportedError(f"llama.cpp does not apply LoRA to {name}; use --format merged")
     return stored
 
 
 def permuted(rows: Array, heads: int) -> Array:
-    """Rows of q or k as llama.cpp has them: in each head the two halves of a rotary embedding alternate.
+    """Rows of q or k in llama.cpp's order: in each head the halves of a rotary embedding alternate.
 
     >>> permuted(np.arange(4)[:, None], 1).flatten().tolist()
     [0, 2, 1, 3]
@@ -131,7 +130,7 @@ def permuted(rows: Array, heads: int) -> Array:
 
 
 def _heads(name: str, config: Any) -> int | None:
-    """How many heads the rows of a layer are of, where llama.cpp has them in another order."""
+    """The number of heads of a layer whose rows llama.cpp reorders; None for other layers."""
     if config.model_type not in PERMUTED or not name.endswith(("q_proj", "k_proj")):
         return None
     heads: int = config.num_attention_heads
@@ -139,10 +138,10 @@ def _heads(name: str, config: Any) -> int | None:
 
 
 def _alpha(adapter: LoraAdapter) -> float:
-    """The alpha with which most layers need nothing folded into B.  Never 0, which llama.cpp takes for none."""
+    """The alpha with which most layers need no folding into B; never 0, which llama.cpp reads as none."""
     scale = commonest_scale(adapter.targets.values())
     ranks = Counter(t.rank for t in adapter.targets.values() if t.rank and t.scale == scale)
-    # Exact in float32, as the file has it.
+    # Exact in float32, the file's precision.
     return float(np.float32(scale * max(ranks, key=lambda rank: (ranks[rank], rank), default=1)))
 
 
@@ -161,4 +160,4 @@ def _gguf() -> Any:
 
 
 DTYPES: Mapping[str, str] = {"float32": "F32", "float16": "F16"}
-"""What the file's numbers may be."""
+"""Precisions of the file."""

@@ -1,4 +1,4 @@
-"""What the numbers of an adapter say by themselves: NaN, slots that do nothing, the rank that is really used."""
+"""Check an adapter's numbers: NaN, slots without effect, effective rank."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from tsqlora.interop.rewrite import decompose
 from tsqlora.interop.tensors import Array
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Values that vLLM's --max-lora-rank takes (vllm/config/lora.py, 0.30 to 0.33; it takes 1, too)."""
+"""Values of vLLM's --max-lora-rank (vllm/config/lora.py, 0.30 to 0.33; 1 is one too)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,11 +18,11 @@ class LayerHealth:
     """One layer's numbers.
 
     Attributes:
-        nonfinite: NaN and infinite numbers in A and B; with any, the others are 0.
+        nonfinite: count of NaN and infinite numbers in A and B; if there are any, the others are 0.
         zero: slots whose row of A or column of B is zero.
-        duplicate: slots beyond these that add no direction: the rank of BA is lower by as many.
+        duplicate: other slots that add no direction, so that the rank of BA is lower.
         effective: exp of the entropy of the singular values of BA, normalised to sum 1
-            (Roy and Vetterli, 2007): between 1 and the rank, 0 for a layer that does nothing.
+            (Roy and Vetterli, 2007): between 1 and the rank, 0 for a layer without effect.
         norm: ‖ΔW‖, Frobenius.
     """
 
@@ -35,7 +35,7 @@ class LayerHealth:
 
 
 def layer_health(target: Target) -> LayerHealth:
-    """A layer's numbers.  Singular values below 1e-6 of the largest count as none: directions of float16 at best."""
+    """Measure one layer.  Singular values below 1e-6 of the largest do not count: float16 cannot resolve them."""
     broken = sum(_nonfinite(matrix) for matrix in (target.a, target.b))
     if broken or not target.rank:
         return LayerHealth(target.rank, broken, 0, 0, 0.0, 0.0)
@@ -49,7 +49,7 @@ def layer_health(target: Target) -> LayerHealth:
 
 
 def nonfinite(adapter: LoraAdapter) -> dict[str, int]:
-    """How many numbers are NaN or infinite in each target and in each tensor beside them, where there are any."""
+    """Count NaN and infinite numbers in each target and tensor that has any."""
     counts = {name: _nonfinite(target.a) + _nonfinite(target.b) for name, target in adapter.targets.items()}
     others = {**adapter.saved, **adapter.further}
     counts |= {name: _nonfinite(tensor.numbers()) for name, tensor in others.items() if tensor.is_float}
@@ -61,13 +61,13 @@ def _nonfinite(numbers: Array) -> int:
 
 
 def require_finite(adapter: LoraAdapter) -> None:
-    """Raises DataError, naming the layer, for NaN and infinite numbers."""
-    if found := nonfinite(adapter):
-        raise DataError(f"{next(iter(found))} has numbers that are not finite; `tsqlora doctor` shows all that have")
+    """Raise DataError for NaN and infinite numbers."""
+    if counts := nonfinite(adapter):
+        raise DataError(f"{next(iter(counts))} has NaN or infinite numbers; `tsqlora doctor` lists all such layers")
 
 
 def vllm_rank(rank: int) -> int | None:
-    """The value of --max-lora-rank that vLLM needs for an adapter of this rank; None where there is none.
+    """vLLM's --max-lora-rank for an adapter of this rank; None if it is too large.
 
     >>> vllm_rank(5), vllm_rank(9), vllm_rank(600)
     (8, 16, None)

@@ -1,4 +1,4 @@
-"""A LoRA adapter as a value: its targets, each W + s·BA, and what came with them."""
+"""A LoRA adapter as a value: its targets, each W + s·BA, and the tensors beside them."""
 
 import math
 from collections.abc import Mapping
@@ -16,10 +16,10 @@ Kind = Literal["linear", "embedding", "convolution"]
 class Target:
     """One module's adapter: A (r, i…), B (o, r…) and the scale s, so that ΔW = s·BA.
 
-    An embedding's inputs are its rows: i counts tokens, and its weight is (BA)ᵀ's shape.
+    An embedding's inputs are tokens: its weight has the shape of (BA)ᵀ.
 
     Attributes:
-        dtype: safetensors' name of the precision, whose numbers A and B hold exactly.
+        dtype: safetensors' name of the precision in which A and B are exact.
     """
 
     a: Array
@@ -34,7 +34,7 @@ class Target:
 
     @property
     def inputs(self) -> int:
-        """What a slot reads: a row of A, flattened."""
+        """Inputs of a slot: a row of A, flattened."""
         return math.prod(self.a.shape[1:])
 
     @property
@@ -47,12 +47,12 @@ class Target:
         return a.reshape(self.rank, self.inputs), b.reshape(self.outputs, self.rank)
 
     def used(self) -> Array:
-        """Which slots do something: neither A's row nor B's column is zero."""
+        """Mask of slots whose row of A and column of B are not zero."""
         a, b = self.a.reshape(self.rank, self.inputs), self.b.reshape(self.outputs, self.rank)
         return (a != 0).any(1) & (b != 0).any(0)
 
     def delta(self) -> Array:
-        """ΔW (o, i) in float64.  Slots that are zero take no part, so that padding leaves every bit."""
+        """ΔW (o, i) in float64, without zero slots, so that padding does not change a bit."""
         a, b = self.matrices()
         used = self.used()
         return self.scale * (np.ascontiguousarray(b[:, used]) @ a[used])
@@ -60,14 +60,14 @@ class Target:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoraAdapter:
-    """What the files of an adapter say.
+    """The content of an adapter's files.
 
     Attributes:
-        config: adapter_config.json as it stands.
-        targets: by the name of the module in the base model, with at least one entry.
-        saved: tensors of modules that were saved whole (heads), by their names in the base model.
-        base_layers: weights of the base that PEFT copies beside the adapter of an embedding.
-        further: tensors of a target beyond A and B, by the names of the file: DoRA's magnitudes, biases of B.
+        config: adapter_config.json, unchanged.
+        targets: by module name in the base model; at least one.
+        saved: tensors of modules that were saved in full (heads), by name in the base model.
+        base_layers: base weights that PEFT copies beside the adapter of an embedding.
+        further: other tensors of a target, by the file's names: DoRA's magnitudes, biases of B.
     """
 
     config: Mapping[str, Any]
@@ -78,21 +78,21 @@ class LoraAdapter:
 
     @property
     def base(self) -> str | None:
-        """The base model's path or hub id, if it is named."""
+        """The base model's path or hub id, or None."""
         return self.config.get("base_model_name_or_path") or None
 
     @property
     def rank(self) -> int:
-        """The largest of any target."""
+        """The largest rank of any target."""
         return max(target.rank for target in self.targets.values())
 
     @property
     def parameters(self) -> int:
-        """Numbers in A and B, all targets together."""
+        """The number of values in A and B of all targets."""
         return sum(target.a.size + target.b.size for target in self.targets.values())
 
     def heads(self) -> list[str]:
-        """The modules that were saved whole.
+        """The modules that were saved in full.
 
         >>> weight = Stored(np.zeros(2))
         >>> LoraAdapter({}, {}, {"classifier.weight": weight, "classifier.bias": weight}).heads()
@@ -101,14 +101,14 @@ class LoraAdapter:
         return sorted({name.rpartition(".")[0] for name in self.saved})
 
     def variants(self) -> list[str]:
-        """What makes the adapter more than s·BA beside the base's own weights, by the names of PEFT's options."""
-        found = [option for option in VARIANTS if self.config.get(option)]
+        """PEFT's options that make the adapter more than s·BA on the base's own weights."""
+        options = [option for option in VARIANTS if self.config.get(option)]
         init = self.config.get("init_lora_weights", True)
         if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
-            found.append(f"init_lora_weights={init}")
+            options.append(f"init_lora_weights={init}")
         if self.config.get("bias", "none") != "none":
-            found.append(f"bias={self.config['bias']}")
-        return found
+            options.append(f"bias={self.config['bias']}")
+        return options
 
 
 VARIANTS = (
@@ -126,7 +126,7 @@ VARIANTS = (
     "trainable_token_indices",
     "megatron_config",
 )
-"""Options of LoraConfig with which a layer does something else than W + s·BA."""
+"""Options of LoraConfig with which a layer is not W + s·BA."""
 
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq")
-"""Values of init_lora_weights with which PEFT changes the base's weights when it loads the adapter."""
+"""Values of init_lora_weights with which PEFT changes the base's weights on loading."""

@@ -1,4 +1,4 @@
-"""PEFT's rank_pattern and alpha_pattern: written for given ranks, and matched where a stranger wrote them."""
+"""Write PEFT's rank_pattern and alpha_pattern, and match those of a hostile file safely."""
 
 import math
 import re
@@ -13,7 +13,7 @@ from tsqlora.errors import DataError, SettingsError
 
 PATTERNS = ("rank_pattern", "alpha_pattern")
 SECONDS = 5
-"""In which all patterns must have been tried on all names."""
+"""Time limit for matching all patterns with all names."""
 LONGEST = 2000
 """Characters of a pattern."""
 MOST_PAIRS = 25_000_000
@@ -23,9 +23,9 @@ _NAME = re.compile(r"\^?(\w|\\?\.|-)+\$?", re.ASCII)
 
 
 def lora_config(ranks: Mapping[str, int], scale: float | Mapping[str, float]) -> dict[str, Any]:
-    """LoraConfig's arguments that give each layer its rank r and its scale s = alpha / r, by the layer's full name.
+    """Arguments of LoraConfig with a rank r and a scale s = alpha / r for each layer.
 
-    The patterns name every layer, or none where all are equal. Layers at rank 0 are left out.
+    The patterns name every layer, or none if all are equal. Layers at rank 0 are left out.
 
     >>> lora_config({"a": 2, "b": 4, "c": 0}, 2.0)["alpha_pattern"]
     {'a': 4, 'b': 8}
@@ -35,8 +35,8 @@ def lora_config(ranks: Mapping[str, int], scale: float | Mapping[str, float]) ->
     active = {name: rank for name, rank in ranks.items() if rank > 0}
     if not active:
         raise SettingsError(
-            "every layer is at rank 0: nothing would be left of the adapter; raise ranks.mean or set ranks.min to 1; "
-            "for an export raise --mean-rank or --max-rank"
+            "every layer is at rank 0, so the adapter would be empty; raise ranks.mean or set ranks.min to 1; for an "
+            "export raise --mean-rank or --max-rank"
         )
     alphas = {
         name: alpha_for(scale[name] if isinstance(scale, Mapping) else scale, rank) for name, rank in active.items()
@@ -52,7 +52,7 @@ def lora_config(ranks: Mapping[str, int], scale: float | Mapping[str, float]) ->
 
 
 def alpha_for(scale: float, rank: int) -> float | int:
-    """The lora_alpha that gives a scale, to the last bit of alpha / rank if there is one; whole numbers as int.
+    """The lora_alpha for which alpha / rank is the scale to the last bit, if one exists; whole numbers as int.
 
     >>> alpha_for(2.0, 8), alpha_for(0.3, 3) / 3, alpha_for(2.0, 0)
     (16, 0.3, 0)
@@ -68,9 +68,9 @@ def _pattern(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _key(name: str, names: Iterable[str]) -> str:
-    """The key of a layer in PEFT's patterns, which are matched to the end of a layer's name.
+    """The key of a layer in PEFT's patterns, which PEFT matches with the end of names.
 
-    Where another layer's name ends like this one, the key is tied to the name's start.
+    The key is anchored at the start if another layer's name ends with this one.
 
     >>> _key("encoder.query", ["encoder.query", "vision.encoder.query"])
     '^encoder.query'
@@ -79,7 +79,7 @@ def _key(name: str, names: Iterable[str]) -> str:
 
 
 def scale_of(name: str, config: Mapping[str, Any]) -> tuple[int, float]:
-    """The rank and the scale that PEFT gives a module: of each pattern the first key that matches wins.
+    """The rank and scale that PEFT gives a module: the first matching key of each pattern wins.
 
     >>> config = {"r": 8, "lora_alpha": 16, "rank_pattern": {"query": 4}, "alpha_pattern": {}}
     >>> scale_of("encoder.0.query", config), scale_of("encoder.0.key", config)
@@ -98,25 +98,24 @@ def _by_pattern(pattern: Mapping[str, Any] | None, name: str, default: Any) -> A
 
 @lru_cache(maxsize=1 << 16)
 def _compiled(key: str) -> Any:
-    """A key of rank_pattern or alpha_pattern as PEFT 0.21 matches it (peft.utils.other.get_pattern_key)."""
+    """A key compiled as PEFT 0.21 does it (peft.utils.other.get_pattern_key)."""
     return (re if is_plain(key) else regex).compile(rf"(.*\.)?({key})$")
 
 
 def is_plain(key: str) -> bool:
-    """Whether a key is a module's name or the end of one, which Python's re matches in no time."""
+    """Whether a key is a module's name or the end of one, which Python's re matches quickly."""
     return _NAME.fullmatch(key) is not None
 
 
 def has_expressions(config: Mapping[str, Any]) -> bool:
-    """Whether a key of the patterns is more than a name."""
+    """Whether a key is a regular expression rather than a name."""
     return not all(is_plain(key) for setting in PATTERNS for key in config.get(setting) or ())
 
 
 def require_quick(keys: Collection[str], names: Collection[str], source: str) -> None:
-    """Raises DataError if keys are no patterns, or take longer than SECONDS on these names.
+    """Raise DataError if keys are invalid patterns, or take longer than SECONDS on these names.
 
-    A pattern may take longer than the universe is old: one that is more than a name is tried by `regex`,
-    which gives up in time, and matched by it from then on.
+    A regular expression can take practically for ever, so the `regex` package matches it, with a timeout.
     """
     end, key = time.monotonic() + SECONDS, ""
     try:
@@ -129,6 +128,6 @@ def require_quick(keys: Collection[str], names: Collection[str], source: str) ->
             for name in () if is_plain(key) else names:
                 _compiled(key).match(name, timeout=max(end - time.monotonic(), 1e-6))
     except TimeoutError:
-        raise DataError(f"{source} ({key!r}) takes too long to match; write names of modules") from None
+        raise DataError(f"{source} ({key!r}) takes too long to match; use names of modules") from None
     except (re.error, regex.error, OverflowError, RecursionError) as error:
-        raise DataError(f"{source} has the key {key!r}, which is no pattern ({error})") from None
+        raise DataError(f"{source} has the invalid pattern {key!r} ({error})") from None

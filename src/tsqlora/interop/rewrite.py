@@ -1,4 +1,4 @@
-"""The same update in another form: without dead slots, truncated, padded to one rank.  Pure; nothing is written."""
+"""Rewrite an adapter: drop dead slots, truncate, pad to one rank.  Pure functions; nothing is written."""
 
 import math
 from collections import Counter
@@ -16,7 +16,7 @@ from tsqlora.interop.tensors import PRECISIONS, Array, rounded
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a module of the base takes and gives, as LoRA sees it: an embedding takes its tokens."""
+    """Inputs and outputs of a base module; an embedding's inputs are its tokens."""
 
     kind: Kind
     inputs: int
@@ -24,17 +24,15 @@ class Shape:
 
 
 def require_plain(adapter: LoraAdapter, doing: str) -> None:
-    """Raises UnsupportedError, naming it, for an adapter that is more than s·BA beside the base's own weights."""
-    if found := adapter.variants() or sorted(adapter.further):
-        raise UnsupportedError(
-            f"the adapter has {found[0]}, which {doing} cannot hold; export it with --format merged, which PEFT makes"
-        )
+    """Raise UnsupportedError for an adapter that is more than s·BA on the base's own weights."""
+    if beyond := adapter.variants() or sorted(adapter.further):
+        raise UnsupportedError(f"the adapter has {beyond[0]}, which {doing} cannot hold; use --format merged")
 
 
 def compact(adapter: LoraAdapter) -> LoraAdapter:
-    """Without the slots that are zero and the targets of which nothing is left: PEFT's format at its smallest.
+    """Drop zero slots and empty targets: PEFT's format at its smallest, with the same ΔW bit for bit.
 
-    ΔW is the same, to the bit.  Raises SettingsError if nothing at all is left.
+    Raises SettingsError if nothing is left.
     """
     require_plain(adapter, "a rewritten adapter")
     used = {name: target.used() for name, target in adapter.targets.items()}
@@ -43,7 +41,7 @@ def compact(adapter: LoraAdapter) -> LoraAdapter:
 
 
 def spelled_out(adapter: LoraAdapter) -> LoraAdapter:
-    """The same adapter with each rank and alpha by the layer's full name, in place of regular expressions."""
+    """Replace regular expressions in the patterns by the layers' full names."""
     targets = adapter.targets.items()
     named = lora_config({name: t.rank for name, t in targets}, {name: t.scale for name, t in targets})
     del named["target_modules"]
@@ -51,9 +49,9 @@ def spelled_out(adapter: LoraAdapter) -> LoraAdapter:
 
 
 def truncate(adapter: LoraAdapter, ranks: Mapping[str, int]) -> tuple[LoraAdapter, dict[str, float]]:
-    """Each target at its rank in `ranks` at most, and what that costs it: ‖ΔW − ΔW'‖ / ‖ΔW‖ of each that was cut.
+    """Cut each target to its rank in `ranks` by SVD, and return the loss of those cut, ‖ΔW − ΔW'‖ / ‖ΔW‖.
 
-    The best there is at that rank (Eckart and Young, 1936), by SVD.  A target at rank 0 is gone.
+    No approximation of that rank is better (Eckart and Young, 1936).  A target at rank 0 is dropped.
     """
     require_plain(adapter, "a truncated adapter")
     cut = {name: cut_to(target, ranks[name]) for name, target in adapter.targets.items() if target.rank > ranks[name]}
@@ -65,11 +63,11 @@ def truncate(adapter: LoraAdapter, ranks: Mapping[str, int]) -> tuple[LoraAdapte
 def ranks_for(
     adapter: LoraAdapter, mean_rank: float, *, curvature: Mapping[str, float] | None = None
 ) -> dict[str, int]:
-    """The ranks with which least of the update is lost at the parameters of a uniform LoRA of `mean_rank`.
+    """The ranks that lose least of the update at the parameters of a uniform LoRA of `mean_rank`.
 
-    A direction of layer l is worth (s_l·σ)², times the layer's `curvature` where that is known, and costs
-    as many parameters as l has inputs and outputs: the dearest by worth per parameter are kept, as long
-    as they fit. Greedy, which is within one direction of the best there is. Ties go by name.
+    A direction of layer l is worth (s_l·σ)², times the layer's `curvature` if present, and costs as many parameters
+    as l has inputs and outputs. Greedy by worth per parameter, which is within one direction of the optimum. Ties are
+    broken by name.
     """
     costs = {name: target.inputs + target.outputs for name, target in adapter.targets.items()}
     left = mean_rank * sum(costs.values())
@@ -92,7 +90,7 @@ def _with_targets(adapter: LoraAdapter, targets: Mapping[str, Target]) -> LoraAd
 
 
 def cut_to(target: Target, rank: int) -> tuple[Target, float]:
-    """One target at a lower rank, and its relative error in the Frobenius norm."""
+    """A target at a lower rank, and its relative error in the Frobenius norm."""
     left, singular, right = decompose(target)
     total = float(np.square(singular).sum())
     error = (float(np.square(singular[rank:]).sum()) / total) ** 0.5 if total else 0.0
@@ -103,7 +101,7 @@ def cut_to(target: Target, rank: int) -> tuple[Target, float]:
 
 
 def decompose(target: Target) -> tuple[Array, Array, Array]:
-    """SVD of BA, without s: o × r, r singular values falling, r × i, in float64.  Never forms o × i."""
+    """SVD of BA without s, in float64: o × r, r descending singular values, r × i.  Never forms o × i."""
     a, b = target.matrices()
     qa, ra = np.linalg.qr(a.T)
     qb, rb = np.linalg.qr(b)
@@ -112,36 +110,36 @@ def decompose(target: Target) -> tuple[Array, Array, Array]:
 
 
 def universal(adapter: LoraAdapter, shapes: Mapping[str, Shape], names: Collection[str]) -> LoraAdapter:
-    """One rank, one alpha, no patterns, no rsLoRA: every target of the adapter, in every layer, zero-padded.
+    """One rank, one alpha, no patterns, no rsLoRA: each kind of target in every layer, padded with zeros.
 
-    Layers that a server stacks with a target are there too. Where scales differ, the commonest is
-    kept and the others are folded into B, in float32. Else ΔW is the same, to the bit.
+    Layers that a server stacks with a target are added. If scales differ, all but the most common are folded into B,
+    in float32; otherwise ΔW is the same bit for bit.
 
     Args:
-        shapes: of the base's modules, by name: which the adapter could have. `names`: of all of its modules.
+        shapes: the base's modules that LoRA can adapt. `names`: all of its modules.
 
-    Raises UnsupportedError for what the form cannot hold, DataError for targets that the base lacks.
+    Raises UnsupportedError if the form cannot hold the adapter, DataError for targets that the base lacks.
     """
     require_plain(adapter, "the universal form")
     for name, target in adapter.targets.items():
         if target.kind == "convolution":
-            raise UnsupportedError(f"{name} is a convolution, which the universal form cannot hold; export it as peft")
+            raise UnsupportedError(f"{name} is a convolution, which the universal form cannot hold; use --format peft")
         require_fits(name, target, shapes)
     kinds = {layer_kind(name) for target in adapter.targets for name in (target, *partners(target))}
-    wanted = {name: shape for name, shape in shapes.items() if layer_kind(name) in kinds}
+    filled = {name: shape for name, shape in shapes.items() if layer_kind(name) in kinds}
     rank = served_rank(adapter.rank)
     scale = commonest_scale(adapter.targets.values())
     dtypes = {target.dtype for target in adapter.targets.values()}
     dtype = dtypes.pop() if len(dtypes) == 1 else "F32"
-    # One for all layers of a shape: an adapter of one layer may imply a thousand.
+    # Shared by all layers of a shape: an adapter of one layer may imply a thousand.
     numpy = PRECISIONS[dtype].numpy
     zero = {
         s: Target(np.zeros((rank, s.inputs), numpy), np.zeros((s.outputs, rank), numpy), scale, s.kind, dtype)
-        for s in set(wanted.values())
+        for s in set(filled.values())
     }
     targets = {
         name: padded(folded(target, scale), rank) if (target := adapter.targets.get(name)) else zero[shape]
-        for name, shape in wanted.items()
+        for name, shape in filled.items()
     }
     config = plain_config(
         adapter.config,
@@ -151,26 +149,26 @@ def universal(adapter: LoraAdapter, shapes: Mapping[str, Shape], names: Collecti
         alpha_pattern={},
         target_modules=suffixes(targets, names),
     )
-    # The base has these, whose shapes fit; servers expect nothing but A and B.
+    # The base has these weights; servers expect only A and B.
     return replace(adapter, targets=targets, config=config, base_layers={})
 
 
 def require_fits(name: str, target: Target, shapes: Mapping[str, Shape]) -> None:
-    """Raises DataError where the base has no such module, or one of another shape."""
+    """Raise DataError if the base lacks the module, or has another shape."""
     shape = shapes.get(name)
     if shape is None:
-        raise DataError(f"the base model has no module {name} that takes LoRA; give the base that the adapter is for")
+        raise DataError(f"the base model has no module {name} for LoRA; name the base that the adapter was made for")
     if (target.inputs, target.outputs) != (shape.inputs, shape.outputs):
         raise DataError(
-            f"{name} is {shape.inputs} → {shape.outputs} in the base model, and {target.inputs} → {target.outputs} in "
-            "the adapter; give the base that the adapter is for"
+            f"{name} is {shape.inputs} → {shape.outputs} in the base model, but {target.inputs} → {target.outputs} in "
+            "the adapter; name the base that the adapter was made for"
         )
 
 
 def served_rank(rank: int) -> int:
-    """The least rank from `rank` on that no server pads: 8 or a multiple of 16.
+    """The smallest rank ≥ `rank` that no server pads: 8 or a multiple of 16.
 
-    TGI pads to these, and then divides alpha by the padded rank in all layer types but the first.
+    TGI pads to these, and then divides alpha by the padded rank in all kinds of layers but the first.
 
     >>> [served_rank(rank) for rank in (0, 5, 8, 9, 33)]
     [8, 8, 8, 16, 48]
@@ -182,9 +180,9 @@ _STACKED = {"q_proj": ("v_proj",), "k_proj": ("q_proj", "v_proj"), "v_proj": ("q
 
 
 def partners(name: str) -> list[str]:
-    """The modules beside this one without which SGLang cannot stack it.
+    """The modules that SGLang needs to stack this one.
 
-    It makes one matrix of q, k and v, and of gate and up; a missing k or up it makes up itself.
+    It joins q, k and v into one matrix, and gate and up; it fills in a missing k or up itself.
 
     >>> partners("layers.0.mlp.up_proj"), partners("layers.0.mlp.fc1")
     (['layers.0.mlp.gate_proj'], [])
@@ -194,14 +192,14 @@ def partners(name: str) -> list[str]:
 
 
 def commonest_scale(targets: Collection[Target]) -> float:
-    """The scale of most targets that have a rank, the larger one where two are as common; 1 where none has."""
+    """The most common scale of targets with a rank, the larger one in a tie; 1 if there is none."""
     counted = Counter(target.scale for target in targets if target.rank and target.scale)
     return max(counted, key=lambda scale: (counted[scale], scale), default=1.0)
 
 
 def folded(target: Target, scale: float) -> Target:
-    """The same target at another scale: s·B = s'·(s/s'·B), in float32 where s and s' differ."""
-    # α = s·r, divided by r again, is s but for its last bit.
+    """The same update at another scale: s·B = s'·(s/s'·B), in float32 if s and s' differ."""
+    # α = s·r, divided by r again, may differ from s in the last bit.
     if math.isclose(target.scale, scale, rel_tol=1e-12) or target.rank == 0:
         return replace(target, scale=scale)
     b = rounded(target.b.astype(np.float64) * (target.scale / scale), "F32")
@@ -209,7 +207,7 @@ def folded(target: Target, scale: float) -> Target:
 
 
 def padded(target: Target, rank: int) -> Target:
-    """The same target with zero rows of A and zero columns of B up to a rank."""
+    """Pad A with zero rows and B with zero columns up to a rank."""
     more = rank - target.rank
     a = np.concatenate([target.a, np.zeros((more, *target.a.shape[1:]), target.a.dtype)])
     b = np.concatenate([target.b, np.zeros((target.outputs, more, *target.b.shape[2:]), target.b.dtype)], axis=1)
@@ -217,24 +215,24 @@ def padded(target: Target, rank: int) -> Target:
 
 
 def suffixes(targets: Collection[str], names: Collection[str]) -> list[str]:
-    """The shortest endings of names that all targets have and nothing else: target_modules as servers expect them.
+    """The shortest name endings that match all targets and nothing else: target_modules as servers expect them.
 
     >>> suffixes(["h.0.out.dense", "h.1.out.dense", "h.0.q"], ["h.0.out.dense", "h.1.out.dense", "h.0.q", "pool.dense"])
     ['out.dense', 'q']
     """
-    wanted, found = set(targets), set()
+    others = [name for name in names if name not in set(targets)]
+    chosen = set()
     for target in targets:
         parts = target.split(".")
         endings = [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
-        others = [name for name in names if name not in wanted]
-        # The whole name last: it may be another's ending, too; then PEFT adds a layer that stays zero.
+        # The full name comes last: if it is another's ending too, PEFT adds a layer that stays zero.
         free = (end for end in endings if not any(o == end or o.endswith(f".{end}") for o in others))
-        found.add(next(free, target))
-    return sorted(found)
+        chosen.add(next(free, target))
+    return sorted(chosen)
 
 
 def layer_kind(name: str) -> str:
-    """What a module is called in any layer.
+    """A module's name with `*` for its numbers.
 
     >>> layer_kind("layers.3.mlp.fc1")
     'layers.*.mlp.fc1'

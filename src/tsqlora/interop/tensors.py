@@ -1,4 +1,4 @@
-"""Tensors of a safetensors file as numpy arrays, without torch: bfloat16 and float8 too, which numpy lacks."""
+"""Read and write safetensors as numpy arrays without torch, including bfloat16 and float8, which numpy lacks."""
 
 import json
 from collections.abc import Mapping
@@ -15,12 +15,12 @@ _NUMPY: Mapping[str, str] = {
     **{f"{kind}{8 * size}": f"<{kind.lower()}{size}" for kind in "IU" for size in (1, 2, 4, 8)},
     **{"F64": "<f8", "F32": "<f4", "F16": "<f2", "BOOL": "?", "BF16": "<u2", "F8_E4M3": "u1", "F8_E5M2": "u1"},
 }
-"""The numpy dtype of the bits, by safetensors' name."""
+"""The numpy dtype for the bits of each safetensors dtype."""
 
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """A floating-point format: `numpy` holds its numbers, eps is its relative and least its absolute resolution."""
+    """A float format: `numpy` can hold its numbers; eps is its relative and `least` its absolute resolution."""
 
     numpy: type[np.floating]
     eps: float
@@ -33,12 +33,12 @@ PRECISIONS: Mapping[str, Precision] = {
     "F16": Precision(np.float16, 2.0**-10, 2.0**-24),
     "BF16": Precision(np.float32, 2.0**-7, 2.0**-133),
 }
-"""What A and B may be made of, by safetensors' name."""
+"""Allowed precisions of A and B, by safetensors' name."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stored:
-    """A tensor as a file holds it: safetensors' name of its dtype, and its bits where numpy has no such dtype."""
+    """A tensor as stored in a file: safetensors' dtype, and raw bits if numpy has no such dtype."""
 
     raw: Array
     dtype: str = "F32"
@@ -52,7 +52,7 @@ class Stored:
         return self.dtype in PRECISIONS or self.dtype.startswith("F8")
 
     def numbers(self) -> Array:
-        """Its numbers, exactly."""
+        """The exact values."""
         if self.dtype == "BF16":
             return (self.raw.astype(np.uint32) << 16).view(np.float32)
         if self.dtype == "F8_E5M2":  # the upper half of a float16
@@ -62,12 +62,12 @@ class Stored:
         return self.raw
 
     def to(self, dtype: str) -> "Stored":
-        """Rounded to another precision."""
+        """Round to another precision."""
         return self if dtype == self.dtype else store(self.numbers(), dtype)
 
 
 def _e4m3() -> Array:
-    """The 256 numbers of float8 e4m3fn: no infinity, and NaN where all bits but the sign are set."""
+    """The 256 values of float8 e4m3fn: no infinity; NaN if all bits but the sign are set."""
     bits = np.arange(128)
     exponent, fraction = bits >> 3, (bits & 7) / 8
     numbers = np.where(exponent == 0, np.ldexp(fraction, -6), np.ldexp(1 + fraction, exponent - 7)).astype(np.float32)
@@ -79,7 +79,7 @@ _E4M3 = _e4m3()
 
 
 def rounded(numbers: Array, dtype: str) -> Array:
-    """The nearest numbers of a precision, in the numpy dtype that holds them.
+    """Round to the nearest values of a precision, in a numpy dtype that can hold them.
 
     >>> rounded(np.array([1.0, 1.00390625, 1.005]), "BF16").tolist()
     [1.0, 1.0, 1.0078125]
@@ -94,28 +94,28 @@ def rounded(numbers: Array, dtype: str) -> Array:
 
 
 def store(numbers: Array, dtype: str) -> Stored:
-    """Numbers as a file holds them in a precision, rounded to the nearest."""
+    """Round to a precision and convert to its stored form."""
     near = rounded(numbers, dtype)
     return Stored((near.view(np.uint32) >> 16).astype(np.uint16) if dtype == "BF16" else near, dtype)
 
 
 def read_tensors(path: Path) -> dict[str, Stored]:
-    """A file's tensors by name.  Raises SafetensorError for a broken file, KeyError for a dtype that has no numbers."""
-    found = {}
+    """Read a file's tensors.  Raises SafetensorError for a broken file, KeyError for an unknown dtype."""
+    tensors = {}
     for name, view in deserialize(path.read_bytes()):
         bits = np.frombuffer(view["data"], _NUMPY[view["dtype"]])
-        found[name] = Stored(bits.reshape(view["shape"]), view["dtype"])
-    return found
+        tensors[name] = Stored(bits.reshape(view["shape"]), view["dtype"])
+    return tensors
 
 
 def to_bytes(tensors: Mapping[str, Stored]) -> bytes:
-    """A safetensors file of these tensors, which PEFT and transformers read: a header in JSON, then the numbers.
+    """Encode tensors as a safetensors file: a JSON header, then the values.
 
-    safetensors' own functions take torch's tensors, or numpy's without bfloat16.
+    safetensors' own functions need torch, or numpy without bfloat16.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     parts, end = [], 0
-    # The widest first, so that each number lies at a multiple of its size.
+    # Widest first, so that values are aligned to their size.
     for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].raw.itemsize, item[0])):
         parts.append(tensor.raw.tobytes())
         begin, end = end, end + len(parts[-1])

@@ -1,4 +1,4 @@
-"""That an export is what it was made from: its update, layer by layer, and a model's logits with it."""
+"""Check an export against its source: the update of every layer, and a model's logits."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from tsqlora.interop.tensors import PRECISIONS, Array
 
 _ROWS, _TOKENS = 4, 12
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-"""What safetensors calls torch's dtypes."""
+"""safetensors' names of torch's dtypes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +26,9 @@ class Difference:
 
     Attributes:
         update: largest |ΔW − ΔW'| of any layer or head. `relative`: in units of that layer's largest |ΔW|.
-        used: the largest share of what rounding may do that was used up; above 1 is an error.
-        layer: where that was; None where updates were not compared.
-        logits: largest difference of logits, None where no base was at hand. `logits_size`: the largest logit.
+        used: the largest difference over the rounding bound; above 1 is an error.
+        layer: the layer with that difference; None if updates were not compared.
+        logits: largest difference of logits, None without a base. `logits_size`: the largest logit.
     """
 
     update: float
@@ -39,7 +39,7 @@ class Difference:
     logits_size: float | None = None
 
     def with_layer(self, name: str, gap: Array, bound: Array, delta: Array) -> "Difference":
-        """The worse of this and another layer, in each number."""
+        """The maximum of this and another layer's difference."""
         if not gap.size:
             return self
         gap = np.nan_to_num(gap, nan=np.inf)
@@ -54,10 +54,10 @@ class Difference:
 
 
 def compare_updates(source: LoraAdapter, export: LoraAdapter, dtype: str) -> Difference:
-    """The update of each layer, and each head, against the other's; a layer that only one has is zero in the other.
+    """Compare the updates of all layers and the heads; a layer that only one adapter has is zero in the other.
 
-    What is allowed is what rounding the factors once to `dtype`, one of PRECISIONS, may do: 2.1 ε·|s|·|B||A|.
-    Raises TsqLoraError, naming the layer, where one differs by more.
+    The bound is that of rounding the factors once to `dtype`, one of PRECISIONS: 2.1 ε·|s|·|B||A|. Raises
+    TsqLoraError beyond it.
     """
     worst, precision = Difference(0.0, 0.0, 0.0), PRECISIONS[dtype]
     for name in sorted({*source.targets, *export.targets}):
@@ -66,7 +66,7 @@ def compare_updates(source: LoraAdapter, export: LoraAdapter, dtype: str) -> Dif
         bound = 2.1 * precision.eps * _products(one) + precision.least * _sums(one)
         worst = worst.with_layer(name, np.abs(delta - other), bound, delta)
     if other := source.saved.keys() ^ export.saved.keys():
-        raise TsqLoraError(f"the export and its source do not both have {min(other)}; nothing was written")
+        raise TsqLoraError(f"only one of the export and its source has {min(other)}; nothing was written")
     for name, tensor in source.saved.items():
         head, theirs = (stored.numbers().astype(np.float64) for stored in (tensor, export.saved[name]))
         worst = worst.with_layer(name, np.abs(head - theirs), np.abs(head) * precision.eps + precision.least, head)
@@ -83,32 +83,32 @@ def _require_rounding(worst: Difference, dtype: str) -> None:
 
 
 def _products(target: Target) -> Array:
-    """|s|·|B||A|: the sizes of what is added up in ΔW."""
+    """|s|·|B||A|: the sum of absolute terms of ΔW."""
     a, b = target.matrices()
     return abs(target.scale) * (np.abs(b) @ np.abs(a))
 
 
 def _sums(target: Target) -> Array:
-    """|s|·(Σ|A| + Σ|B|) over the ranks: what ΔW moves by where every number of A and B moves by one."""
+    """|s|·(Σ|A| + Σ|B|) over the ranks: the change of ΔW if every value of A and B changes by one."""
     a, b = target.matrices()
     return abs(target.scale) * (np.abs(b).sum(1, keepdims=True) + np.abs(a).sum(0, keepdims=True))
 
 
 def peft_logits(model: PreTrainedModel, folder: Path) -> Tensor:
-    """Logits of the model with an adapter, by PEFT; the model is used up."""
+    """Logits of the model with an adapter, through PEFT; the model cannot be used again."""
     return logits(PeftModel.from_pretrained(model, str(folder)))
 
 
 def logits(model: nn.Module) -> Tensor:
-    """What the model says of a few rows of random tokens, in float32; its last hidden state where it has no logits."""
+    """The model's logits, or last hidden state, for a few rows of random tokens, in float32."""
     model.eval()
     device = next(model.parameters()).device
     with torch.no_grad():
-        said = model(**{name: value.to(device) for name, value in probe_rows(model).items()})
-    if "start_logits" in said:  # question answering
-        return torch.stack([said.start_logits, said.end_logits]).float().cpu()
-    found = said.logits if "logits" in said else said.last_hidden_state
-    return found.float().cpu()
+        outputs = model(**{name: value.to(device) for name, value in probe_rows(model).items()})
+    if "start_logits" in outputs:  # question answering
+        return torch.stack([outputs.start_logits, outputs.end_logits]).float().cpu()
+    values = outputs.logits if "logits" in outputs else outputs.last_hidden_state
+    return values.float().cpu()
 
 
 def takes_tokens(model: PreTrainedModel) -> bool:
@@ -117,7 +117,7 @@ def takes_tokens(model: PreTrainedModel) -> bool:
 
 
 def probe_rows(model: Any) -> dict[str, Tensor]:
-    """A batch of random tokens, the same for every model with this vocabulary, each row ending in its end token."""
+    """A batch of random tokens, the same for every model of this vocabulary; each row ends in the end token."""
     config = model.config
     generator = torch.Generator().manual_seed(0)
     special = {config.pad_token_id, *_as_list(config.eos_token_id)} - {None}
@@ -138,8 +138,8 @@ def _as_list(token: Any) -> list[int]:
 def compare_logits(reference: Tensor, export: Tensor, dtype: str) -> tuple[float, float]:
     """The largest difference and the largest logit.
 
-    Rounding weights to `dtype` moves logits by a few of its ε, float32's own sums by more than
-    its ε: 32 ε or 1e-4 of the largest are allowed.  Raises TsqLoraError beyond.
+    Rounding weights to `dtype` moves logits by a few ε, and float32 sums by more than their ε. The bound is 32 ε or
+    1e-4 of the largest logit.  Raises TsqLoraError beyond it.
     """
     gap, size = float((reference - export).abs().max()), float(reference.abs().max())
     if not gap <= max(32 * PRECISIONS[dtype].eps, 1e-4) * size:
@@ -150,10 +150,10 @@ def compare_logits(reference: Tensor, export: Tensor, dtype: str) -> tuple[float
 
 
 def compare_weights(base: PreTrainedModel, merged: PreTrainedModel, adapter: LoraAdapter) -> Difference:
-    """Each parameter of a merged model against base + ΔW, or against what the adapter saved of it.
+    """Compare each parameter of a merged model with base + ΔW, or with the adapter's saved copy.
 
-    What is allowed are two ε of the model's dtype of both terms, and ΔW's own sums in float32.
-    Raises TsqLoraError, naming the parameter.
+    The bound is two ε of the model's dtype for both terms, plus ΔW's own sums in float32. Raises TsqLoraError beyond
+    it.
     """
     expected, worst = dict(base.named_parameters(remove_duplicate=False)), Difference(0.0, 0.0, 0.0)
     for name, parameter in merged.named_parameters():
