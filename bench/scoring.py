@@ -34,7 +34,7 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaF
 from tsqlora.files import write_json
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.gradients.sites import Scope, find_sites, lora_layers
-from tsqlora.quality.measure import measure
+from tsqlora.quality.gradient_pass import measure
 from tsqlora.quality.reference import measure_reference
 from tsqlora.run.demo import package_folder
 from tsqlora.tasks.classification import Classification

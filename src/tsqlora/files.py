@@ -53,7 +53,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes a JSON file, as `replacing`; numpy's numbers as plain ones."""
-    write_text(path, json.dumps(value, indent=2, default=_plain) + "\n")
+    write_text(path, json.dumps(value, indent=2, default=plain_value) + "\n")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: dict[str, str] | None = None) -> None:
@@ -64,12 +64,13 @@ def write_tensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: dict[st
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
 
 
-def _plain(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
+    """Convert numpy scalars and arrays for `json.dumps(default=…)`."""
     import numpy as np
 
-    if isinstance(value, np.generic):
-        return value.item()
-    raise TypeError(f"{value!r} is no JSON value")
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    raise TypeError(f"{value!r} is not a JSON value")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -7,8 +7,7 @@ from sklearn.metrics import average_precision_score
 
 import tsqlora as tsq
 from models import collate, samples, tiny_bert
-from tsqlora.quality.audit import Audit, audit_of
-from tsqlora.quality.contradictions import NEAR, contradictions
+from tsqlora.quality.audit import NEAR, Audit, audit_of, contradictions
 
 CLASSES, ROWS, WIDTH = 8, 1600, 24
 
@@ -102,7 +101,7 @@ def test_a_model_is_audited_by_one_pass_that_leaves_it_as_it_was() -> None:
 
 
 def test_mean_hidden_states_ignore_padding() -> None:
-    from tsqlora.quality.features import mean_state
+    from tsqlora.quality.forward_pass import mean_state
 
     state, mask = torch.randn(2, 5, 3), torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]])
     mean = mean_state([state], mask)

@@ -1,4 +1,4 @@
-"""Refusals that only a trial batch can give, through `score` on small models of our own."""
+"""Checks of exactness on one batch, through `score` on small models."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, cast
@@ -165,7 +165,7 @@ class Orthogonal(Model):
     ],
 )
 def test_a_weight_used_behind_its_layers_back_is_refused_by_name(kind: type[Model], name: str) -> None:
-    with pytest.raises(UnsupportedError, match=rf"^{name} is used in a way that its own forward does not show"):
+    with pytest.raises(UnsupportedError, match=rf"^{name} is used outside"):
         score(kind())
 
 
@@ -176,7 +176,7 @@ class TiedUnderLora(TiedWeights):
 @pytest.mark.parametrize("kind", [Functional, PartlyFunctional, TiedUnderLora])
 def test_a_weight_under_lora_that_is_used_elsewhere_is_refused_in_scope_full(kind: type[Model]) -> None:
     adapted = get_peft_model(cast(Any, kind()), LoraConfig(target_modules=["linear"])).double()
-    with pytest.raises(UnsupportedError, match=r"^the weight of linear is used outside of its layer"):
+    with pytest.raises(UnsupportedError, match=r"^the weight of linear"):
         score(adapted, scope="full")
 
 
@@ -208,7 +208,7 @@ class Normed(Model):
 
 
 def test_batch_norm_is_refused_by_name() -> None:
-    with pytest.raises(UnsupportedError, match=r"^norm \(BatchNorm1d\) couples the samples of a batch"):
+    with pytest.raises(UnsupportedError, match=r"^norm \(BatchNorm1d\)"):
         score(Normed())
 
 
@@ -229,8 +229,7 @@ class InBatch(Regression):
 
 @pytest.mark.parametrize(("kind", "task"), [(Centred, Regression()), (Model, InBatch())])
 def test_what_couples_the_samples_of_a_batch_is_noticed(kind: type[Model], task: Task) -> None:
-    message = r"one sample's gradient norm is [\d.e-]+ in a batch of 5, and [\d.e-]+ by itself: something couples"
-    with pytest.raises(UnsupportedError, match=message):
+    with pytest.raises(UnsupportedError, match="couples the samples of a batch"):
         score(kind(), task=task)
 
 
@@ -240,9 +239,7 @@ class Noisy(Model):
 
 
 def test_randomness_that_is_not_dropout_is_noticed() -> None:
-    with pytest.raises(
-        UnsupportedError, match=r"two forward passes of one batch differ by \d+\.\d%: the model is random"
-    ):
+    with pytest.raises(UnsupportedError, match="two forward passes"):
         score(Noisy())
 
 
@@ -252,7 +249,7 @@ class Reduced(Regression):
 
 
 def test_a_loss_that_is_not_one_number_a_sample_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match=r"the loss of 5 samples has shape \(5, 1\); it must give one number"):
+    with pytest.raises(UnsupportedError, match=r"shape \(5, 1\)"):
         score(Model(), task=Reduced())
 
 
@@ -268,7 +265,7 @@ class Frozen(Model):
 
 
 def test_gradients_that_all_vanish_are_refused() -> None:
-    with pytest.raises(UnsupportedError, match="every gradient of the reference is zero; there is nothing to score by"):
+    with pytest.raises(UnsupportedError, match="every gradient of the reference is zero"):
         score(Frozen())
 
 

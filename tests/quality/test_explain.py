@@ -1,4 +1,4 @@
-"""What is shown of scores: the right samples, their texts, and labels that the model would not give."""
+"""Explanations: the right samples, their texts, and likely wrong labels."""
 
 import json
 from dataclasses import replace
@@ -111,10 +111,10 @@ def test_ids_and_reasons_are_shown(data: Path) -> None:
 
 def test_a_file_of_other_rows_or_none_is_refused(data: Path) -> None:
     other = write_jsonl(data.parent / "other.jsonl", make_rows(3, seed=9))
-    with pytest.raises(DataError, match=r"other.jsonl lacks 2 of the rows that were scored; name that file: --data"):
+    with pytest.raises(DataError, match=r"other.jsonl .*lacks 2.*--data"):
         explain(made(data), 1, data=other)
     scores = made(data)
-    with pytest.raises(DataError, match="do not name the rows they are of; name the file: --data"):
+    with pytest.raises(DataError, match="--data"):
         explain(replace(scores, record=replace(scores.record, data=None)), 1)
-    with pytest.raises(DataError, match="do not say what the model predicts; score anew"):
+    with pytest.raises(DataError, match="no predictions"):
         explain(replace(scores, predictions={}), 1)

@@ -1,14 +1,21 @@
+"""The learned test and the guard."""
+
+import math
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import softmax
 
-from tsqlora.quality.fallback import guard_test, guarded
+from tsqlora.errors import TsqLoraError
+from tsqlora.quality.fallback import LearnedTest, against_chance, guard_test, guarded, learned
 from tsqlora.quality.sampling import expected_inclusion
 from tsqlora.quality.scores import Scores, from_terms
+from tsqlora.tasks.classification import Classification
 
 ALL = np.ones(400, dtype=bool)
 
@@ -80,13 +87,10 @@ def test_without_evident_wrong_labels_convergence_decides(weight: float, passes:
     scores, test = guarded(scored({"convergence": weight}), 0.5)
     assert test is not None
     assert (test.by, test.passed) == ("convergence", passes)
-    told = {"checked": True, **{n: getattr(test, n) for n in GUARD}, "passed": passes}
-    assert scores.record.guard == (told if passes else {**told, "why": test.told})
+    guard = {"checked": True, **asdict(test), "passed": passes}
+    assert scores.record.guard == (guard if passes else {**guard, "why": test.message})
     assert (test.drawn > test.random) == passes
     assert scores.even == (not passes)
-
-
-GUARD = ("by", "rows", "drawn", "random", "standard_errors")
 
 
 def test_what_fails_is_drawn_as_random_rows_are() -> None:
@@ -99,8 +103,7 @@ def test_what_fails_is_drawn_as_random_rows_are() -> None:
     assert (scores.probability[:40] == 0).all()
     assert scores.record.effective_sample_size == pytest.approx(360)
     assert (scores.quality == before.quality).all()
-    text = f"the mean convergence would be {test.drawn:.3g} of rows drawn by Q, {test.random:.3g} of random ones: "
-    assert test.told.startswith(text)
+    assert f"{test.drawn:.3g}, of random ones {test.random:.3g}" in test.message
 
 
 @pytest.mark.parametrize(("weight", "passes"), [(1.0, False), (-1.0, True)])
@@ -112,21 +115,71 @@ def test_where_wrong_labels_are_evident_their_share_decides(weight: float, passe
     assert (test.drawn < test.random) == passes
     assert 0.05 < test.random < 0.3
     assert scores.even == (not passes)
-    assert test.told.startswith("labels would be wrong ")
 
 
 @pytest.mark.parametrize(
-    ("given", "why"),
+    ("options", "why"),
     [
-        ({"weights": {"loss": -1.0}, "even": True}, "rows are drawn evenly: no Q decides"),
-        ({"weights": {"loss": -1.0}}, "no gradient was measured, and wrong labels are not evident: nothing says what"),
+        ({"weights": {"loss": -1.0}, "even": True}, "rows are drawn evenly"),
+        ({"weights": {"loss": -1.0}}, "no gradient was measured"),
     ],
 )
-def test_where_there_is_nothing_to_go_on_the_record_says_so(given: dict[str, Any], why: str) -> None:
-    before = scored(**given)
+def test_without_a_test_the_record_says_why(options: dict[str, Any], why: str) -> None:
+    before = scored(**options)
     before = Scores(**{n: getattr(before, n) for n in before.__slots__} | {"terms": {"loss": before.terms["loss"]}})
     scores, test = guarded(before, 0.5)
     assert test is None
     assert scores.record.guard["checked"] is False
     assert scores.record.guard["why"].startswith(why)
     assert (scores.probability == before.probability).all()
+
+
+LOSSES = st.lists(st.floats(-10, 10), min_size=2, max_size=30)
+
+
+def test_numbers_by_hand() -> None:
+    # Differences 1, 2, 3: mean 2, standard deviation 1, standard error 1/√3.
+    test = learned(torch.tensor([0.0, 0.0, 1.0]), torch.tensor([1.0, 2.0, 4.0]))
+    assert test.rows == 3
+    assert test.loss == pytest.approx(1 / 3)
+    assert test.chance == pytest.approx(7 / 3)
+    assert test.standard_errors == pytest.approx(2 * math.sqrt(3))
+    assert test.passed
+
+
+@given(LOSSES)
+def test_no_difference_is_no_distance(losses: list[float]) -> None:
+    test = learned(torch.tensor(losses), torch.tensor(losses))
+    assert test.standard_errors == 0
+    assert not test.passed
+
+
+@given(LOSSES, st.integers(0, 2**32))
+def test_it_is_one_sided(losses: list[float], seed: int) -> None:
+    chance = torch.randn(len(losses), generator=torch.Generator().manual_seed(seed)).double()
+    there, back = learned(torch.tensor(losses).double(), chance), learned(chance, torch.tensor(losses).double())
+    assert there.standard_errors == pytest.approx(-back.standard_errors)
+    assert not (there.passed and back.passed)
+
+
+def test_identical_rows_are_finitely_far_away() -> None:
+    test = learned(torch.full((4,), 0.1), torch.full((4,), 0.5))
+    assert test.passed
+    assert math.isfinite(test.standard_errors)
+
+
+def test_two_standard_errors_are_not_more_than_two() -> None:
+    assert not LearnedTest(rows=600, loss=0.68, chance=0.69, standard_errors=2.0).passed
+    assert LearnedTest(rows=600, loss=0.68, chance=0.69, standard_errors=2.01).passed
+
+
+def test_labels_that_are_all_the_same_are_named_as_the_reason() -> None:
+    test = against_chance(Classification(), torch.rand(5, 2), torch.zeros(5, dtype=torch.long))
+    assert not test.passed
+    assert "all 5 rows have the same label" in test.message
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_losses_that_are_not_finite_are_refused(value: float) -> None:
+    with pytest.raises(TsqLoraError, match="1 of 3"):
+        learned(torch.tensor([0.1, value, 0.2]), torch.ones(3))

@@ -77,7 +77,7 @@ def test_what_decides_a_look_names_it(other: str, looks: list[int]) -> None:
 def test_a_damaged_look_is_taken_again_and_old_ones_go(
     looks: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(look_cache, "KEPT", 2)
+    monkeypatch.setattr(look_cache, "MOST_LOOKS", 2)
     model = tsq.wrap(tiny_bert().float(), mean_rank=2)
     for n in (30, 40, 50):
         once(copy.deepcopy(model), rows(n))

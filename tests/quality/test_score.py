@@ -17,7 +17,6 @@ from models import collate, lora, samples, tiny_bert, tiny_llama_classifier
 from scoring import (
     assert_agree,
     assert_unchanged,
-    cross_entropy,
     fingerprint,
     logits_of,
     score_by,
@@ -28,7 +27,7 @@ from scoring import (
 )
 from tsqlora.adapter.slots import find_slots
 from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
-from tsqlora.quality.terms import TERMS, Measured, Term
+from tsqlora.quality.terms import TERMS, Term
 from tsqlora.tasks.classification import Classification
 
 Rows = list[dict[str, Any]]
@@ -119,7 +118,7 @@ def test_a_row_outside_the_reference_keeps_the_whole_mean_and_one_inside_does_no
     assert outside.record.reference == []
 
 
-def test_a_term_of_ones_own_is_a_column_and_may_have_a_weight() -> None:
+def test_a_custom_term_is_a_column_and_may_have_a_weight() -> None:
     def halved(m: Any) -> torch.Tensor:
         return m.loss / 2
 
@@ -177,7 +176,7 @@ def test_scores_under_bfloat16_autocast_are_the_twins_under_it_to_two_digits() -
         wanted = getattr(twin, name)
         np.testing.assert_allclose(scores.terms[name], wanted, atol=0.02 * wanted.abs().max(), err_msg=name)
     assert scores.record.autocast == "bfloat16"
-    with pytest.raises(SettingsError, match="loss_reduction is a difference that half precision cannot hold"):
+    with pytest.raises(SettingsError, match="loss_reduction"):
         score(model, rows, autocast=torch.bfloat16)
 
 
@@ -202,19 +201,6 @@ def test_a_model_that_trains_everywhere_but_in_embeddings_and_norms_is_the_twins
     teach(model, rows, sharpness=5)
     offsets = slow_offsets(model, [rows[j] for j in REFERENCE])
     assert_agree(score(model, rows), slow(model, rows, REFERENCE, offsets=offsets))
-
-
-def test_the_other_terms_are_what_they_say() -> None:
-    model, rows = adapted()
-    scores = score(model, rows)
-    terms = scores.terms
-    logits = logits_of(model, rows) + torch.tensor(scores.record.offsets, dtype=torch.float64)
-    labels = torch.tensor([row["labels"] for row in rows])
-    error = logits.softmax(1) - nn.functional.one_hot(labels, 3)
-    np.testing.assert_allclose(terms["el2n"], error.norm(dim=1), rtol=1e-9)
-    np.testing.assert_allclose(terms["loss"], cross_entropy(logits, labels), rtol=1e-9)
-    np.testing.assert_allclose(terms["cosine"], terms["convergence"] / terms["gradient_norm"], rtol=1e-9)
-    assert scores.labels.tolist() == labels.tolist()
 
 
 # --- what a score may not depend on -------------------------------------------------------
@@ -342,15 +328,6 @@ def test_the_model_is_left_as_it_was(in_training: tuple[PeftModel, Rows], scope:
     assert_unchanged(before, model)
 
 
-@pytest.mark.parametrize("at", [1, 3, 5])
-def test_the_model_is_left_as_it_was_when_the_collator_raises(in_training: tuple[PeftModel, Rows], at: int) -> None:
-    model, rows = in_training
-    before = fingerprint(model)
-    with pytest.raises(Breaks):
-        score_by(model, rows, breaking(at), reference=REFERENCE, batch_size=4)
-    assert_unchanged(before, model)
-
-
 @pytest.mark.parametrize("scope", ["adapter", "full"])
 def test_the_model_is_left_as_it_was_when_a_forward_raises(in_training: tuple[PeftModel, Rows], scope: str) -> None:
     model, rows = in_training
@@ -402,7 +379,7 @@ def test_a_model_with_broken_weights_is_refused(head_start: bool) -> None:
     model, rows = adapted(layers=1)
     with torch.no_grad():
         model.get_base_model().bert.pooler.dense.base_layer.weight[0, 0] = torch.nan
-    with pytest.raises(TsqLoraError, match=r"not finite; lower training.learning_rate"):
+    with pytest.raises(TsqLoraError, match="not finite"):
         score(model, rows, head_start=head_start)
 
 
@@ -413,55 +390,42 @@ def test_another_loss_than_the_models_own_is_noticed() -> None:
         output.loss = torch.tensor(1e3)
 
     model.get_base_model().register_forward_hook(another)
-    with pytest.raises(UnsupportedError, match=r"own loss on a batch is 1000.0000, that of the samples' regression"):
+    with pytest.raises(UnsupportedError, match=r"1000.0000.*regression"):
         score(model, rows)
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "names"),
     [
-        ({"reference": [1]}, "the reference has 1 rows; it needs at least 2"),
-        ({"reference": [1, 1]}, "the reference must name different rows from 0 to 13"),
-        ({"reference": [1, 14]}, "the reference must name different rows from 0 to 13"),
-        ({"reference": [-1, 2]}, "the reference must name different rows from 0 to 13"),
-        ({"terms": ("los",)}, "unknown quality term 'los'; did you mean 'loss'"),
-        ({"weights": {"gradient_nrm": 1.0}}, "unknown quality term 'gradient_nrm'; did you mean 'gradient_norm'"),
-        ({"weights": {"loss": -1.0}, "temperature": 0.0}, "temperature is 0.0; it must be above 0"),
-        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
-        ({"weights": {"loss": float("nan")}}, "the weight of 'loss' is nan; it must be a finite number"),
-        ({"hashes": ["a"]}, "there are 1 hashes for 14 rows"),
-        ({"ids": np.arange(3)}, "there are 3 ids for 14 rows"),
+        ({"reference": [1]}, "reference"),
+        ({"reference": [1, 1]}, "reference"),
+        ({"reference": [1, 14]}, "reference"),
+        ({"reference": [-1, 2]}, "reference"),
+        ({"terms": ("los",)}, "'los'"),
+        ({"weights": {"gradient_nrm": 1.0}}, "'gradient_nrm'; did you mean 'gradient_norm'"),
+        ({"weights": {"loss": -1.0}, "temperature": 0.0}, "temperature is 0.0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"weights": {"loss": float("nan")}}, "'loss' is nan"),
+        ({"hashes": ["a"]}, "1 hashes"),
+        ({"ids": np.arange(3)}, "3 ids"),
     ],
 )
-def test_settings_without_a_meaning_are_refused_before_anything_is_computed(
-    options: dict[str, Any], message: str
-) -> None:
+def test_invalid_settings_are_refused_before_anything_is_computed(options: dict[str, Any], names: str) -> None:
     model = lora(tiny_bert(layers=1))
     model.register_forward_pre_hook(lambda *_: pytest.fail("the model was called"))
-    with pytest.raises(SettingsError, match=message):
+    with pytest.raises(SettingsError, match=names):
         score(model, samples(N, 3), **options)
-
-
-def test_no_rows_are_refused() -> None:
-    with pytest.raises(SettingsError, match="there are no rows to score"):
-        score(adapted(layers=1)[0], [])
+    with pytest.raises(SettingsError, match="no rows"):
+        score(model, [])
 
 
 # --- extension, defaults, record ----------------------------------------------------------
 
 
-def test_an_entry_in_the_table_is_a_term(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(TERMS, "half_loss", Term(lambda m: m.loss / 2))
-    model, rows = adapted(layers=1)
-    scores = score(model, rows, weights={"half_loss": 2.0})
-    np.testing.assert_allclose(scores.terms["half_loss"], scores.terms["loss"] / 2)
-    np.testing.assert_allclose(scores.quality, score(model, rows, weights={"loss": 2.0}).quality)
-
-
 def test_a_term_of_another_shape_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TERMS, "mean_loss", Term(lambda m: m.loss.mean()))
     model, rows = adapted(layers=1)
-    with pytest.raises(SettingsError, match=r"quality term 'mean_loss' gives \(\) for 7 samples"):
+    with pytest.raises(SettingsError, match="'mean_loss'"):
         score(model, rows, weights={"mean_loss": 1.0})
 
 
@@ -482,26 +446,8 @@ def test_only_a_term_that_looks_ahead_costs_another_forward() -> None:
     assert counts[0] - counts[1] == 2
 
 
-def test_the_default_reference_is_drawn_by_the_seed() -> None:
-    model, rows = adapted(layers=1)
-    scores = score_by(model, rows, collate)
-    assert scores.record.reference == list(range(N))
-    assert scores.record.reference_rows == N
-
-
-def test_a_numpy_array_names_the_reference_as_a_list_does() -> None:
-    model, rows = adapted(layers=1)
-    assert_equal_scores(score(model, rows), score(model, rows, reference=np.array(REFERENCE)))
-
-
-def test_progress_is_told_of_every_batch() -> None:
+def test_progress_is_reported_for_every_batch() -> None:
     model, rows = adapted(layers=1)
     seen: list[tuple[str, int, int]] = []
     score(model, rows, progress=lambda *news: seen.append(news))
     assert seen == [(phase, done, N) for phase in ("look", "scoring") for done in (7, 14)]
-
-
-def test_measured_numbers_stay_with_their_shapes() -> None:
-    fields = {f: torch.ones(2) for f in ("labels", "loss", "norm_sq", "dot")}
-    zero = Measured(logits=torch.zeros(2, 1), reference_norm=1.0, **fields | {"norm_sq": torch.zeros(2)})
-    assert TERMS["cosine"].of(zero).tolist() == [0.0, 0.0]

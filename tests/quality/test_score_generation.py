@@ -114,7 +114,7 @@ def test_ifd_is_the_loss_with_the_prompt_over_the_loss_without() -> None:
 
 def test_ifd_needs_a_decoder_alone() -> None:
     model, rows = adapted("t5")
-    with pytest.raises(UnsupportedError, match="'ifd' compares a target with and without its prompt"):
+    with pytest.raises(UnsupportedError, match="'ifd'"):
         scored(model, rows, terms=("loss", "ifd"))
 
 
@@ -131,13 +131,13 @@ def test_a_model_that_writes_is_scored_as_it_begins() -> None:
 
 def test_el2n_is_refused_by_name_where_it_has_a_weight() -> None:
     model, rows = adapted("llama")
-    with pytest.raises(SettingsError, match="'el2n' is of classes and numbers, and the task is causal-lm"):
+    with pytest.raises(SettingsError, match="'el2n'"):
         scored(model, rows, weights={"el2n": 1.0})
 
 
 def test_reject_is_refused() -> None:
     model, rows = adapted("llama")
-    with pytest.raises(SettingsError, match="reject finds wrong labels of classes, and the task is causal-lm"):
+    with pytest.raises(SettingsError, match="reject"):
         scored(model, rows, reject=True)
 
 

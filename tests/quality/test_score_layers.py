@@ -157,5 +157,5 @@ def test_a_layer_that_only_looks_like_a_norm_is_found_out() -> None:
     model, rows = adapted("bert")
     model.base_model.model.bert.encoder.layer[1].output.LayerNorm = Squared()
     teach(model, rows)
-    with pytest.raises(UnsupportedError, match="LayerNorm is used in a way that its own forward does not show"):
+    with pytest.raises(UnsupportedError, match="LayerNorm is used outside"):
         score_by(model, rows, collate, reference=REFERENCE, batch_size=4)

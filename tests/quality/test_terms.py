@@ -54,11 +54,8 @@ def test_only_the_loss_reduction_looks_ahead() -> None:
 
 
 def test_an_unknown_term_names_the_nearest_and_all() -> None:
-    with pytest.raises(SettingsError) as error:
+    with pytest.raises(SettingsError, match=r"did you mean 'convergence'.*reducible_loss"):
         get_terms(("loss", "convergance"))
-    assert str(error.value) == (
-        f"unknown quality term 'convergance'; did you mean 'convergence'? choices: {', '.join(sorted(TERMS))}"
-    )
 
 
 def halved(m: Measured) -> torch.Tensor:
@@ -72,14 +69,12 @@ def test_a_function_is_a_term_by_its_own_name() -> None:
     assert found["halved"].of(measured()).tolist() == pytest.approx([0.35, 0.7])
 
 
-def test_a_function_without_a_name_of_its_own_is_refused() -> None:
+def test_a_function_without_a_usable_name_is_refused() -> None:
     def loss(m: Measured) -> torch.Tensor:
         return m.loss
 
     for own in (lambda m: m.loss, loss):
-        with pytest.raises(
-            SettingsError, match=r"named by its function, and not '(<lambda>|loss)'; define one by anot"
-        ):
+        with pytest.raises(SettingsError, match=r"'(<lambda>|loss)'"):
             get_terms([own])
 
 

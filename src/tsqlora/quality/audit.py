@@ -1,8 +1,8 @@
-"""Which labels are likely wrong, before any training: rate, probabilities, suggestions.  METHOD 1.4, ours.
+"""Audit: find wrong labels before training, with rate, probabilities and suggestions.  METHOD 1.4, ours.
 
-Each row is judged by a fit that has not seen it: ridge regression on frozen features, all others left in. The rate of
-wrong labels is fitted to what contradicts these predictions (`label_noise`), which classes' labels they bear, too
-(`transitions`); Bayes' rule then gives each class's chance to be the true one.
+Each row is judged by a fit without it: ridge regression on frozen features. `label_noise` estimates the rate of wrong
+labels from contradictions with these predictions, `transitions` which labels each class's rows get; Bayes' rule then
+gives the probability that a class is the true one.
 """
 
 from collections.abc import Sequence
@@ -15,67 +15,80 @@ from torch import nn
 
 from tsqlora import distributed
 from tsqlora.errors import SettingsError, UnsupportedError
-from tsqlora.quality.contradictions import Contradiction, contradictions
 from tsqlora.quality.forward_pass import forward_pass
 from tsqlora.quality.label_noise import FROZEN_CLASSES, LabelNoise, reject
 from tsqlora.quality.ridge import fit_temperature, leave_one_out_logits
 from tsqlora.quality.rows import Dataset
 from tsqlora.quality.rule import Compute, RowNames
-from tsqlora.quality.scores import require_names
+from tsqlora.quality.scores import require_row_names
 from tsqlora.quality.transitions import fit_transitions, true_class
 from tsqlora.tasks import get_task
 from tsqlora.tasks.forward import Collate, each_its_row
 
 LIKELY = 0.5
-"""A label that is wrong with a higher chance is called likely wrong."""
+"""A label is likely wrong above this probability."""
 USUAL_RATE = 0.03
-"""Assumed where there is no evidence, but no more than what is possible: benchmarks have 3.3 % on average (Northcutt et
-al. 2021)."""
+"""Rate assumed without evidence, if it is possible: benchmarks have 3.3 % on average (Northcutt et al. 2021)."""
 FEWEST = 5
-"""Rows of a class that can be judged: what is left of fewer does not say what the class is, so that all seem wrong."""
+"""Rows that a class needs to be judged: with fewer, the other rows do not define the class, and all look wrong."""
 CANDIDATES = 4
-"""Classes of a row that are kept, likeliest first."""
+"""Classes to list for each row, likeliest first."""
 ROWS_TO_FIT = 50_000
 ROWS_AT_ONCE = 16_384
+NEAR = 0.93
+"""Cosine of centred features above which rows are near-duplicates: on CLINC150's mean hidden states such pairs say
+(nearly) the same."""
+ROWS_TO_COMPARE = 50_000
+"""Compare at most this many rows with each other, which takes some minutes on two cores."""
+MOST_CONTRADICTIONS = 1_000
 
 
 @dataclass(frozen=True, slots=True)
 class ClassPair:
-    """Rows with one label that look more like another class."""
+    """Rows of one label that look like another class."""
 
     label: int
     suggested: int
     rows: int
-    """So many are likelier of the suggested class."""
+    """Rows that are likelier of the suggested class."""
     wrong: float
-    """So many of them are expected to be wrong."""
+    """Expected wrong labels among them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contradiction:
+    """Two near-duplicate rows, by their ids, with different labels."""
+
+    first: int
+    second: int
+    similarity: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Audit:
-    """Every row, the likeliest wrong label first. Labels are numbers of `classes`.
+    """All rows, the likeliest wrong label first. Labels are indices into `classes`.
 
-    Where wrong labels are not `evident`, `rate` is assumed and the order alone says something.
+    Unless wrong labels are `evident`, `rate` is an assumption and only the order is informative.
     """
 
     ids: Int[np.ndarray, " n"]
     labels: Int[np.ndarray, " n"]
     suggested: Int[np.ndarray, " n"]
-    """The likeliest class beside the label."""
+    """The likeliest class other than the label."""
     probability: Float[np.ndarray, " n"]
-    """That the label is wrong."""
+    """Probability that the label is wrong."""
     candidates: Int[np.ndarray, "n c"]
-    """Classes, the likeliest first, with the label among what the row may be."""
+    """The likeliest classes, which may include the label."""
     classes: tuple[str | int, ...]
     rate: float
-    """Share of wrong labels, with bounds each of which holds in 95 of 100 tables."""
+    """Share of wrong labels; each bound holds for 95 of 100 tables."""
     low: float
     high: float
     evident: bool
     why_not: str | None
-    """Why there is no evidence of wrong labels; None where there is."""
+    """Why there is no evidence of wrong labels; None if there is."""
     unjudged: int
-    """Rows of classes with fewer than FEWEST; their probability is the rate."""
+    """Rows of classes with fewer than FEWEST rows; their probability is the rate."""
     pairs: tuple[ClassPair, ...]
     """The most frequent first."""
     duplicates: tuple[Contradiction, ...]
@@ -86,11 +99,11 @@ class Audit:
 
     @property
     def likely_wrong(self) -> int:
-        """Rows whose label is likely wrong, which come first; 0 without evidence."""
+        """Number of rows with a likely wrong label, which come first; 0 without evidence."""
         return int((self.probability > LIKELY).sum()) if self.evident else 0
 
     def columns(self) -> dict[str, np.ndarray]:
-        """Columns for `pandas.DataFrame`: row, label, suggested_label, wrong_probability."""
+        """Return columns for `pandas.DataFrame`: row, label, suggested_label, wrong_probability."""
         names = np.array(self.classes)
         return {
             "row": self.ids,
@@ -112,32 +125,30 @@ def audit(
     """Find labels that are likely wrong, by one forward pass of a model that was not trained on these rows.
 
     Args:
-        model: a classifier of any head, also a new one; it is left as it was.
-        dataset: its rows go to `collate`, which gives the model's inputs and `labels`, a class each.
-        classes: names of the classes by number; by default the numbers.
-        rows: the rows' ids; by default their places.
+        model: a classifier; its head may be new. It is left unchanged.
+        dataset: its rows go to `collate`, which returns the model's inputs and `labels`, one class each.
+        classes: class names by number; by default the numbers.
+        rows: ids of the rows; by default their positions.
 
     Raises UnsupportedError for a model without a last linear layer, SettingsError for fewer than 3 rows.
     """
     rows, compute = rows or RowNames(), compute or Compute()
     model, collate = distributed.unwrapped(model), each_its_row(collate)
-    require_names(len(dataset), hashes=rows.hashes, ids=rows.ids)
+    require_row_names(len(dataset), hashes=rows.hashes, ids=rows.ids)
     if len(dataset) < 3:
         raise SettingsError(f"{len(dataset)} rows are too few for an audit; give at least 3")
-    named = {"lengths": rows.lengths, "hashes": rows.hashes}
-    found, _ = forward_pass(
-        model, dataset, collate, task=get_task("sequence-classification"), compute=compute, mean=True, **named
-    )
+    task = get_task("sequence-classification")
+    forward, _ = forward_pass(model, dataset, collate, task=task, compute=compute, rows=rows, mean=True)
 
-    def judged() -> Audit:
-        assert found is not None
-        known = [part for part in (found.features, found.mean) if part is not None]
-        if not known:
-            raise UnsupportedError("an audit reads what the model's last linear layer is given, and there is none")
-        features = known[0] if len(known) == 1 else np.concatenate(known, axis=1, dtype=np.float32)
-        return audit_of(features, found.labels, classes=classes, ids=rows.ids)
+    def judge() -> Audit:
+        assert forward is not None
+        parts = [part for part in (forward.features, forward.mean) if part is not None]
+        if not parts:
+            raise UnsupportedError("an audit needs a model with a last linear layer or hidden states; use another one")
+        features = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1, dtype=np.float32)
+        return audit_of(features, forward.labels, classes=classes, ids=rows.ids)
 
-    return distributed.once(judged)
+    return distributed.once(judge)
 
 
 def audit_of(
@@ -147,12 +158,11 @@ def audit_of(
     classes: Sequence[str | int] | None = None,
     ids: Int[np.ndarray, " n"] | None = None,
 ) -> Audit:
-    """The audit of labels by frozen features: each row is judged by the ridge fit on all others."""
+    """Audit labels by frozen features: a ridge fit on all other rows judges each row."""
     width = int(labels.max()) + 1 if classes is None else len(classes)
     logits = leave_one_out_logits(features, labels, width)
-    found = audit_of_logits(logits, labels, classes=classes, ids=ids)
-    near = contradictions(features, labels, np.arange(len(labels)) if ids is None else ids)
-    return replace(found, duplicates=near)
+    result = audit_of_logits(logits, labels, classes=classes, ids=ids)
+    return replace(result, duplicates=contradictions(features, labels, np.arange(len(labels)) if ids is None else ids))
 
 
 def audit_of_logits(
@@ -162,28 +172,35 @@ def audit_of_logits(
     classes: Sequence[str | int] | None = None,
     ids: Int[np.ndarray, " n"] | None = None,
 ) -> Audit:
-    """The audit by logits, or logarithms of probabilities, of fits that have not seen the rows that they judge."""
+    """Audit labels by logits, or log probabilities, of fits without the rows that they judge."""
+    rows = np.arange(len(labels))
     logits = logits / np.float32(fit_temperature(logits, labels))
     judged = np.bincount(labels, minlength=logits.shape[1])[labels] >= FEWEST
     if judged.sum() < 2:
-        raise SettingsError(f"no class has {FEWEST} rows; an audit learns from a class's other rows what it is")
+        raise SettingsError(f"no class has {FEWEST} rows, from which an audit learns the class; give more rows")
     _, noise = reject(logits[judged], labels[judged], frozen=True)
-    fitted = noise if noise.evident else _assumed(noise)
-    chances = _chances(logits, labels, fitted, judged)
-    own = chances[np.arange(len(labels)), labels]
-    others = chances.copy()
-    others[np.arange(len(labels)), labels] = -1
+    fitted = noise
+    if not noise.evident:
+        # Without evidence: calibrated logits as they are, and a usual rate.
+        rate, offsets = min(USUAL_RATE, (noise.low + noise.high) / 2), np.where(noise.shares > 0, 0.0, -np.inf)
+        fitted = replace(noise, rate=rate, scale=1.0, offsets=offsets, clear=False)
+    p_true = _p_true(logits, labels, fitted, judged)
+    own, others = p_true[rows, labels], p_true.copy()
+    others[rows, labels] = -1
     suggested, wrong = others.argmax(axis=1), np.where(judged, (1 - own).clip(0, 1), fitted.rate)
-    # By the logits where all is as good as certain.
-    order = np.lexsort((logits[np.arange(len(labels)), labels], -wrong))
-    ids = np.arange(len(labels)) if ids is None else ids
-    rate, low, high = _rate(noise, fitted, float(wrong[judged].mean()))
+    # The logits order rows that are all but certain.
+    order = np.lexsort((logits[rows, labels], -wrong))
+    rate, low, high = fitted.rate, 0.0, noise.high
+    if noise.evident:
+        # Wrong labels that prefer some classes exceed the even rate; the bounds scale along.
+        rate = float(wrong[judged].mean())
+        low, high = min(noise.low * rate / noise.rate, rate), min(max(noise.high * rate / noise.rate, rate), 1.0)
     return Audit(
-        ids=ids[order],
+        ids=(rows if ids is None else ids)[order],
         labels=labels[order],
         suggested=suggested[order],
         probability=wrong[order],
-        candidates=np.argsort(-chances, axis=1, kind="stable")[:, :CANDIDATES][order],
+        candidates=np.argsort(-p_true, axis=1, kind="stable")[:, :CANDIDATES][order],
         classes=tuple(range(logits.shape[1])) if classes is None else tuple(classes),
         rate=rate,
         low=low,
@@ -196,39 +213,25 @@ def audit_of_logits(
     )
 
 
-def _chances(
+def _p_true(
     logits: Float[np.ndarray, "n k"],
     labels: Int[np.ndarray, " n"],
     noise: LabelNoise,
     judged: Bool[np.ndarray, " n"],
 ) -> Float[np.ndarray, "n k"]:
-    """Each class's chance to be the true one; of unjudged rows by the logits alone."""
+    """Return the probability that each class is the true one; for unjudged rows by the logits alone."""
 
-    def p(rows: np.ndarray | slice) -> np.ndarray:
+    def p(rows: np.ndarray) -> np.ndarray:
         return softmax(noise.scale * logits[rows].astype(np.float64) + noise.offsets, axis=1)
 
-    known = np.flatnonzero(judged)
-    some = known[np.linspace(0, len(known) - 1, min(len(known), ROWS_TO_FIT)).astype(int)]
+    rows = np.flatnonzero(judged)
+    some = rows[np.linspace(0, len(rows) - 1, min(len(rows), ROWS_TO_FIT)).astype(int)]
     matrix = fit_transitions(p(some), labels[some], noise)
-    chances = softmax(logits, axis=1)
-    for start in range(0, len(known), ROWS_AT_ONCE):
-        part = known[start : start + ROWS_AT_ONCE]
-        chances[part] = true_class(p(part), labels[part], matrix)
-    return chances
-
-
-def _assumed(noise: LabelNoise) -> LabelNoise:
-    """Without evidence calibrated logits are taken as they are, and a rate that is usual."""
-    rate = min(USUAL_RATE, (noise.low + noise.high) / 2)
-    return replace(noise, rate=rate, scale=1.0, offsets=np.where(noise.shares > 0, 0.0, -np.inf), clear=False)
-
-
-def _rate(noise: LabelNoise, fitted: LabelNoise, mean: float) -> tuple[float, float, float]:
-    if not noise.evident:
-        return fitted.rate, 0.0, noise.high
-    # Where wrong labels prefer some classes there are more than the even rate says; the bounds move along.
-    factor = mean / noise.rate
-    return mean, min(noise.low * factor, mean), min(max(noise.high * factor, mean), 1.0)
+    p_true = softmax(logits, axis=1)
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        part = rows[start : start + ROWS_AT_ONCE]
+        p_true[part] = true_class(p(part), labels[part], matrix)
+    return p_true
 
 
 def _why_not(labels: Int[np.ndarray, " n"]) -> str:
@@ -243,11 +246,28 @@ def _pairs(
     wrong: Float[np.ndarray, " n"],
     logits: Float[np.ndarray, "n k"],
 ) -> tuple[ClassPair, ...]:
-    unlike = logits.argmax(axis=1) != labels
-    keys = labels[unlike].astype(np.int64) * logits.shape[1] + suggested[unlike]
-    found, places = np.unique(keys, return_inverse=True)
+    k, unlike = logits.shape[1], logits.argmax(axis=1) != labels
+    keys, places = np.unique(labels[unlike].astype(np.int64) * k + suggested[unlike], return_inverse=True)
     rows, expected = np.bincount(places), np.bincount(places, wrong[unlike])
     return tuple(
-        ClassPair(int(found[j] // logits.shape[1]), int(found[j] % logits.shape[1]), int(rows[j]), float(expected[j]))
+        ClassPair(int(keys[j] // k), int(keys[j] % k), int(rows[j]), float(expected[j]))
         for j in np.lexsort((-expected, -rows))
     )
+
+
+def contradictions(
+    features: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"], ids: Int[np.ndarray, " n"]
+) -> tuple[Contradiction, ...]:
+    """Return the nearest pairs with different labels among the first rows.  [ours]"""
+    unit = features[:ROWS_TO_COMPARE].astype(np.float32)
+    unit = unit - unit.mean(axis=0)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True).clip(min=1e-12)
+    nearest: list[tuple[float, int, int]] = []
+    for start in range(0, len(unit), 1_024):
+        similar = unit[start : start + 1_024] @ unit[start:].T
+        first, second = np.nonzero(similar >= NEAR)
+        unlike = (second > first) & (labels[first + start] != labels[second + start])
+        pairs = zip(first[unlike], second[unlike], strict=True)
+        nearest += [(-float(similar[a, b]), int(ids[a + start]), int(ids[b + start])) for a, b in pairs]
+        nearest = sorted(nearest)[:MOST_CONTRADICTIONS]
+    return tuple(Contradiction(a, b, min(-negative, 1.0)) for negative, a, b in nearest)

@@ -1,4 +1,4 @@
-"""What training costs: passes of rows forward and backward, tokens and seconds, by phase."""
+"""Cost of training: passes of rows forward and backward, tokens and seconds, by phase."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ if TYPE_CHECKING:  # `tsqlora doctor` reads a run's directory without torch
 
 @dataclass(slots=True)
 class PhaseCost:
-    """What one phase of a run took. Passes count samples: a row forward, a row backward."""
+    """The cost of one phase of a run. Passes count samples: a row forward, a row backward."""
 
     seconds: float = 0.0
     forward: int = 0
@@ -25,11 +25,11 @@ class PhaseCost:
 
 
 def look_cost(terms: "Collection[Term]", *, rows: int, reference: int, trusted: int = 0) -> PhaseCost:
-    """Of one look that measures these terms, without the trusted model.
+    """Return the cost of a look that measures these terms, without the trusted model.
 
-    Every row, and every trusted one, goes forward once. Where a term needs gradients all rows go forward and backward
-    again, and the reference forward for calibration and once more with gradients; where terms look ahead, or take the
-    target alone, rows go forward once more each.
+    Every row and every trusted row goes forward once. If a term needs gradients, all rows go forward and backward, and
+    the reference goes forward for calibration, and forward and backward for its mean gradient. Look-ahead terms, and
+    terms of the target alone, take one more forward pass each.
     """
     cost = PhaseCost(forward=rows + trusted)
     gradients, alone = any(term.gradient for term in terms), any(term.alone for term in terms)
@@ -37,11 +37,10 @@ def look_cost(terms: "Collection[Term]", *, rows: int, reference: int, trusted: 
         cost.add(forward=rows + reference)
     if gradients:
         cost.add(forward=reference, backward=rows + reference)
-    return PhaseCost(
-        forward=cost.forward + rows * (any(term.lookahead for term in terms) + alone), backward=cost.backward
-    )
+    cost.add(forward=rows * (any(term.lookahead for term in terms) + alone))
+    return cost
 
 
 def trusted_cost(rows: int, *, steps: int, batch_size: int) -> PhaseCost:
-    """Of the trusted model: its steps, and a forward pass over all rows."""
+    """Return the cost of the trusted model: its steps, and a forward pass over all rows."""
     return PhaseCost(forward=steps * batch_size + rows, backward=steps * batch_size)

@@ -1,4 +1,4 @@
-"""Which rows each epoch trains on: an immutable plan, and a sample as its first epoch."""
+"""The epoch plan: which rows each epoch trains on; and a sample, which is its first epoch."""
 
 import math
 from collections.abc import Callable
@@ -20,12 +20,12 @@ POOL_SHARE = 0.7
 class EpochPlan:
     """The rows of every epoch, a pure function of (scores, seed, epoch).
 
-    The pool is the training rows without those that are trusted, too. Before `scored_epoch`, and without scores, epochs
-    walk through successive random orders of the pool, so that a pass leaves none out. From then on they walk through
-    orders of the kept rows where scores draw evenly, or sample by softmax(Q/τ).
+    The pool is the training rows without copies of trusted rows. Before `scored_epoch`, and without scores, epochs walk
+    through successive random permutations of the pool, so that a pass includes every row. Afterwards they walk through
+    permutations of the kept rows if scores draw evenly, or sample by softmax(Q/τ).
 
-    Trusted rows are numbered from `rows` on. Each epoch has all of them among its rows; or, once `trusted_from` is
-    known, none until there and nothing else afterwards.
+    Trusted rows are numbered from `rows` on. Each epoch includes all of them; with `trusted_from` the run has none
+    before that point and only trusted rows after it.
 
     Raises SettingsError for a fraction outside 0 < f ≤ 1 and for scores of another number of rows.
     """
@@ -34,50 +34,51 @@ class EpochPlan:
     fraction: float = 0.5
     seed: int = 0
     resample: bool = True
-    """Whether each epoch is drawn afresh; else the first draw by quality, or without scores the first of all, stays."""
+    """Whether each epoch is a new draw; else the first draw by quality, or without scores the first of all, stays."""
     trusted: int = 0
-    """How many trusted rows there are."""
+    """Number of trusted rows."""
     excluded: Bool[np.ndarray, " n"] | None = None
-    """Rows that are not in the pool, since their input equals a trusted row's."""
+    """Rows outside of the pool, because their input equals a trusted row's."""
     trusted_from: tuple[int, int] | None = None
-    """The epoch, and the place in it, from which on all rows are trusted ones."""
+    """Epoch and position from which on all rows are trusted ones."""
     scores: Scores | None = None
     scored_epoch: int = 0
-    """The first epoch that scores decide."""
+    """The first epoch that is drawn by scores."""
     awaits_scores: bool = False
-    """Whether scores are still to come: ranks wait for them."""
+    """Whether scores will follow: ranks wait for them."""
     by: str | None = None
-    """The callback that scores, or will; None where scores were given by hand."""
+    """The callback that scores; None for scores that the user passed."""
 
     def __post_init__(self) -> None:
         draw_size(self.rows, self.fraction)
         if self.scores is not None and len(self.scores) != self.rows:
             raise SettingsError(f"there are {len(self.scores)} scores for {self.rows} rows")
         if self.excluded is not None and self.excluded.all():
-            raise SettingsError(f"all {self.rows} training rows are trusted rows, too; give other trusted rows")
+            raise SettingsError(f"all {self.rows} training rows are also trusted rows; give other trusted rows")
 
     @property
     def size(self) -> int:
-        """Rows of an epoch."""
+        """Rows per epoch."""
         return draw_size(self.rows, self.fraction)
 
     def scored(self, scores: Scores, epoch: int, *, by: str | None = None) -> "EpochPlan":
-        """Draw by these scores from `epoch` on."""
+        """Return the plan that draws by these scores from `epoch` on."""
         return replace(self, scores=scores, scored_epoch=epoch, awaits_scores=False, by=by)
 
     def unscored(self, *, awaits_scores: bool = False, by: str | None = None) -> "EpochPlan":
-        """Draw at random: for good, or until scores come."""
+        """Return the plan that draws at random, for good or until scores follow."""
         return replace(self, scores=None, scored_epoch=0, awaits_scores=awaits_scores, by=by)
 
     def draw(self, epoch: int) -> Int[np.ndarray, " m"]:
-        """The epoch's rows, in no particular order: those of the pool, then trusted ones."""
+        """Return the epoch's rows, unordered: those of the pool, then trusted ones."""
         return np.concatenate([self.from_pool(epoch), self.from_trusted(epoch)])
 
     def from_pool(self, epoch: int) -> Int[np.ndarray, " j"]:
-        """The epoch's rows of the pool, in no particular order."""
-        size, scores, pool = self.size - self._trusted_of(epoch), self.scores, self._pool()
+        """Return the epoch's rows of the pool, unordered."""
+        size, scores = self.size - self._trusted_of(epoch), self.scores
+        pool = np.ones(self.rows, dtype=np.bool_) if self.excluded is None else ~self.excluded
         if scores is None or epoch < self.scored_epoch:
-            # Until scores come every row is to be seen.
+            # Every row should be included until scores follow.
             fresh = self.resample or scores is not None or self.awaits_scores
             return self._walk(epoch if fresh else 0, np.flatnonzero(pool), size)
         epoch = epoch if self.resample else self.scored_epoch
@@ -96,7 +97,7 @@ class EpochPlan:
         return drawn if size == len(drawn) else drawn[np.sort(rng.permutation(len(drawn))[:size])]
 
     def from_trusted(self, epoch: int) -> Int[np.ndarray, " j"]:
-        """The epoch's trusted rows, in the order in which they are trained on: one pass over them after another."""
+        """Return the epoch's trusted rows in training order: one pass over them after another."""
         size = self._trusted_of(epoch)
         if size == 0:
             return np.empty(0, dtype=np.int64)
@@ -107,23 +108,20 @@ class EpochPlan:
         return self.rows + _stretch(before, size, self.trusted, lambda p: stream("trusted order", self.seed, p))
 
     def _trusted_of(self, epoch: int) -> int:
-        """How many of the epoch's rows are trusted ones."""
+        """Return the number of trusted rows in an epoch."""
         if self.trusted_from is None:
             return min(self.trusted, self.size)
         first, place = self.trusted_from
         return 0 if epoch < first else self.size - place if epoch == first else self.size
 
-    def _pool(self) -> Bool[np.ndarray, " n"]:
-        return np.ones(self.rows, dtype=np.bool_) if self.excluded is None else ~self.excluded
-
     def _walk(self, epoch: int, rows: np.ndarray, size: int) -> np.ndarray:
-        """The epoch's stretch of an endless sequence of random orders of these rows; where they are few they repeat."""
+        """Return the epoch's section of an endless sequence of random permutations of these rows."""
         whole = self.size if self.trusted_from is not None else size
         return rows[_stretch(epoch * whole, size, len(rows), lambda p: stream("row order", self.seed, p))]
 
 
 def _stretch(start: int, size: int, n: int, rng: Callable[[int], np.random.Generator]) -> Int[np.ndarray, " size"]:
-    """`size` entries from `start` on, of an endless sequence of random orders of n."""
+    """Return `size` entries from `start` on of an endless sequence of random permutations of n."""
     if size == 0:
         return np.empty(0, dtype=np.int64)
     passes = range(start // n, (start + size - 1) // n + 1)
@@ -131,8 +129,7 @@ def _stretch(start: int, size: int, n: int, rng: Callable[[int], np.random.Gener
 
 
 def trusted_steps(total: int, trusted: int, rows_a_step: int) -> int:
-    """The steps at the end of a run that train on trusted rows: what is left of 0.7 of all, at least one pass over the
-    trusted rows, at most half of all.
+    """Return the steps at the end of a run that train on trusted rows: 30 %, at least one pass, at most half.
 
     >>> trusted_steps(440, 128, 16), trusted_steps(20, 128, 16), trusted_steps(100, 0, 16)
     (132, 8, 0)
@@ -143,10 +140,10 @@ def trusted_steps(total: int, trusted: int, rows_a_step: int) -> int:
 
 
 def sample(scores: Scores, fraction: float = 0.5, seed: int = 0) -> Int[np.ndarray, " m"]:
-    """Indices of a quality sample, ascending: `fraction` of the rows, as the first epoch by these scores has them.
+    """Draw a quality sample, the first epoch by these scores: `fraction` of the row indices, ascending.
 
-    Rows are drawn without replacement by their probability, for classification with the classes' shares where Q
-    decides; dropped rows never. Raises SettingsError for a fraction outside 0 < f ≤ 1, or of more rows than were kept.
+    Kept rows are drawn without replacement by their probability; draws by Q preserve class shares. Raises SettingsError
+    for a fraction outside 0 < f ≤ 1, or one that exceeds the kept rows.
     """
     plan = EpochPlan(len(scores), fraction, seed, scores=scores)
     require_enough(plan.size, kept=int(scores.kept.sum()), rows=len(scores))

@@ -1,4 +1,4 @@
-"""Refusals that need a look at one batch: is what is captured each sample's whole gradient?"""
+"""Checks on one batch: is the captured gradient each sample's complete gradient?"""
 
 import inspect
 from collections.abc import Iterator, Mapping
@@ -23,7 +23,7 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 def require_own_loss(model: nn.Module, batch: Batch, task: Task) -> None:
-    """Refuses a task whose loss is not what the model itself computes of a batch, if it does."""
+    """Raise UnsupportedError where the model computes a loss itself and it differs from the task's."""
     inner = base_model(model)
     if "labels" not in inspect.signature(inner.forward).parameters:
         return
@@ -35,24 +35,23 @@ def require_own_loss(model: nn.Module, batch: Batch, task: Task) -> None:
             own = output_part(model(**placed(model, inputs, task), labels=labels), "loss")
             ours = task.batch_loss(task.loss(model_logits(model, inputs, task), labels), labels)
     finally:
-        # transformers writes down what the first labels look like.
+        # transformers stores the problem type that the first labels suggest.
         if config is not None and kind is None:
             config.problem_type = None
     if own is not None and abs(float(own) - float(ours)) > 1e-2 * max(1.0, abs(float(ours))):
         raise UnsupportedError(
-            f"the model's own loss on a batch is {float(own):.4f}, that of the samples' {task.name} losses is "
-            f"{float(ours):.4f}; pass `task` with the loss that training uses"
+            f"the model's own loss on a batch is {float(own):.4f}, but the {task.name} loss is {float(ours):.4f}; pass "
+            "`task` with the loss that training uses"
         )
 
 
 def require_exact(
     model: nn.Module, batch: Batch, task: Task, sites: Mapping[str, Site], offsets: Float[Tensor, " k"] | None
 ) -> None:
-    """Raises UnsupportedError where the gradients that capture shows are not the samples' own.
+    """Raise UnsupportedError where captured gradients are not exact.
 
-    They are the same in two passes, they add up to autograd's gradient of every parameter of θ that trains, a
-    weight under LoRA (scope 'full') is read by its own layer alone, and a sample's does not change when it is alone
-    in its batch.
+    Two passes must agree; gradients must sum to autograd's for every trainable parameter of θ; only its own layer may
+    read a weight under LoRA (scope 'full'); and a sample's gradient must not change when it is alone in its batch.
     """
     inputs, labels = split_labels(batch, model)
     tolerance = 0.05 if _half_precision(model) else 0.01
@@ -64,7 +63,7 @@ def require_exact(
         summed[name] = summed_gradient(a, b, **parts)
         norms.append(layer_gradient(a, b, **parts).norm_sq())
 
-    with torch.no_grad(), _refused_elsewhere(sites):
+    with torch.no_grad(), _only_own_layer(sites):
         before = calibrated(model, inputs, task, offsets)
         before = before if before.dim() == 2 else sample_losses(task, before, labels)
     own = _parameters(sites)
@@ -80,8 +79,8 @@ def require_exact(
 
 
 @contextmanager
-def _refused_elsewhere(sites: Mapping[str, Site]) -> Iterator[None]:
-    """Raises UnsupportedError, at the end, where a weight under a LoRA layer was read outside of that layer."""
+def _only_own_layer(sites: Mapping[str, Site]) -> Iterator[None]:
+    """Raise UnsupportedError, at the end, where a weight under a LoRA layer was read outside of that layer."""
     bases = {
         name: cast(nn.Module, module.get_base_layer())
         for name, site in sites.items()
@@ -96,21 +95,21 @@ def _refused_elsewhere(sites: Mapping[str, Site]) -> Iterator[None]:
             hooks.callback(base.register_forward_hook(reads.leave, always_call=True).remove)
         with reads:
             yield
-    if reads.found is not None:
+    if reads.name is not None:
         raise UnsupportedError(
-            f"the weight of {reads.found} is used outside of its layer (it is tied, or called by a function): its "
-            "gradient per sample cannot be had exactly; use scope 'adapter', or leave it out of target_modules"
+            f"the weight of {reads.name} is used outside of its layer (tied or functional), so that its gradient per "
+            "sample is not exact; use scope 'adapter', or remove it from target_modules"
         )
 
 
 class _ReadsElsewhere(TorchFunctionMode):
-    """Notices tensors that are made of these weights while none of their layers is running."""
+    """Notices tensors computed from these weights while none of their layers is running."""
 
     def __init__(self, weights: Mapping[int, str]) -> None:
         super().__init__()
         self.weights = weights
         self.running = 0
-        self.found: str | None = None
+        self.name: str | None = None
 
     def enter(self, *_: Any) -> None:
         self.running += 1
@@ -121,12 +120,12 @@ class _ReadsElsewhere(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        made = func(*args, **(kwargs or {}))
-        # What asks only for a weight's type or shape makes no tensor.
-        if self.found is None and not self.running and isinstance(made, Tensor):
-            given = [*args, *(kwargs or {}).values()]
-            self.found = next((self.weights[id(part)] for part in given if id(part) in self.weights), None)
-        return made
+        result = func(*args, **(kwargs or {}))
+        # Reading a weight's dtype or shape returns no tensor.
+        if self.name is None and not self.running and isinstance(result, Tensor):
+            inputs = [*args, *(kwargs or {}).values()]
+            self.name = next((self.weights[id(part)] for part in inputs if id(part) in self.weights), None)
+        return result
 
 
 def _half_precision(model: nn.Module) -> bool:
@@ -135,9 +134,9 @@ def _half_precision(model: nn.Module) -> bool:
 
 
 def _parameters(sites: Mapping[str, Site]) -> list[tuple[str, nn.Parameter]]:
-    """The trainable parameters of the sites' own layers, each once, with the site's name.
+    """Return the trainable parameters of the sites' layers once each, with the site's name.
 
-    Not those of a whole LoRA layer (scope 'full'): its A and B are not what is captured.
+    Without those of a whole LoRA layer (scope 'full'), whose A and B are not captured.
     """
     return list(
         {
@@ -156,7 +155,8 @@ def _require_repeatable(before: Tensor, after: Tensor, tolerance: float) -> None
     scale = float(before.abs().max())
     if error > tolerance * scale:
         raise UnsupportedError(
-            f"two forward passes of one batch differ by {error / scale:.1%}: the model is random also with dropout off"
+            f"two forward passes of one batch differ by {error / scale:.1%}: the model is random even without dropout; "
+            "turn off its other randomness"
         )
 
 
@@ -171,14 +171,14 @@ def _require_complete(
         expected, seen = square**0.5, float(captured[name].norm_sq()) ** 0.5 if name in captured else 0.0
         if abs(seen - expected) > tolerance * expected + 1e-3 * tolerance * largest:
             raise UnsupportedError(
-                f"{name} is used in a way that its own forward does not show (a fused or functional call): its "
-                "gradient per sample cannot be had exactly; freeze it"
+                f"{name} is used outside of its own forward (a fused or functional call), so that its gradient per "
+                "sample is not exact; freeze it"
             )
 
 
 def _require_independent(together: float, alone: float, samples: int, tolerance: float) -> None:
     if abs(together - alone) > tolerance * together:
         raise UnsupportedError(
-            f"one sample's gradient norm is {together:.4g} in a batch of {samples}, and {alone:.4g} by itself: "
-            "something couples the samples of a batch, so that no sample has a loss of its own"
+            f"one sample's gradient norm is {together:.4g} in a batch of {samples}, but {alone:.4g} alone: the model "
+            "or the loss couples the samples of a batch; remove batch statistics"
         )

@@ -1,78 +1,164 @@
-"""Would rows drawn by Q teach less than random ones?  Then they are drawn at random.  Ours.
+"""Fallback to even draws: is the model at chance, and would rows drawn by Q teach less than random ones?
 
-Of each row a number is known already that says what it is worth, and nothing more is measured. Where wrong labels are
-evident (`quality/label_noise.py`), it is the chance that its label is wrong. Elsewhere it is the convergence C, the
-fall of loss per unit step on the row, whose mean over rows is that of a step on all of them; reference rows are taken
-out of their own mean gradient. Where the model is too sure, wrong labels make the mean gradient, and C is backwards: so
-it decides only where there are none.
+The learned test compares the model's losses with those of a constant guess: gradients of a model at chance carry no
+information (METHOD 1). The guard (ours) uses numbers that are measured anyway. If wrong labels are evident
+(`quality/label_noise.py`), it compares the probability that labels are wrong; else the convergence C, the fall of the
+mean loss per unit step on a row, where reference rows are taken out of their own mean gradient. C cannot judge tables
+with wrong labels: once the model is overconfident they dominate the mean gradient, and C prefers them.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Float
+import torch
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor, nn
 
+from tsqlora.compat.torch import double
+from tsqlora.errors import TsqLoraError
+from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.quality.label_noise import reject
-from tsqlora.quality.learned import MARGIN
+from tsqlora.quality.rows import batches_of
 from tsqlora.quality.sampling import expected_inclusion
 from tsqlora.quality.scores import Scores
+from tsqlora.tasks import Answers, Task
+from tsqlora.tasks.forward import Collate, model_logits, precision, require_labels, split_labels
+
+MARGIN = 2.0
+"""Standard errors: by which the model's mean loss must beat a constant guess, and the guard's tolerance."""
 
 By = Literal["doubt", "convergence"]
 
 
 @dataclass(frozen=True, slots=True)
+class LearnedTest:
+    """A one-sided paired test of the model's losses against those of a constant guess."""
+
+    rows: int
+    loss: float
+    chance: float
+    standard_errors: float
+
+    @property
+    def passed(self) -> bool:
+        return self.standard_errors > MARGIN
+
+    @property
+    def message(self) -> str:
+        """Why the test failed, with the numbers."""
+        if self.chance < 1e-9:
+            return f"all {self.rows} rows have the same label, so that a constant guess is perfect"
+        return (
+            f"the model's loss on {self.rows} rows is {self.loss:.4f}, a constant guess's is {self.chance:.4f}: "
+            f"{self.standard_errors:.1f} standard errors below, and more than {MARGIN:g} are needed"
+        )
+
+
+def learned(losses: Float[Tensor, " n"], chance: Float[Tensor, " n"]) -> LearnedTest:
+    """Return the mean of the paired differences chance − loss in standard errors.
+
+    n is at least 2.  Raises TsqLoraError for losses that are not finite.
+    """
+    difference = double(chance - losses)
+    require_finite(difference)
+    mean = float(difference.mean())
+    # Not below rounding: identical rows would be infinitely many errors away.
+    error = max(float(difference.std()) / math.sqrt(len(difference)), 1e-9 * abs(mean))
+    return LearnedTest(len(difference), float(losses.mean()), float(chance.mean()), mean / error if error else 0.0)
+
+
+def require_finite(losses: Float[Tensor, " n"]) -> None:
+    """Raise TsqLoraError where a loss is not finite."""
+    if bad := int((~losses.isfinite()).sum()):
+        raise TsqLoraError(
+            f"{bad} of {len(losses)} losses are not finite; lower training.learning_rate or use another dtype"
+        )
+
+
+def against_chance(task: Answers, logits: Float[Tensor, "n k"], labels: Shaped[Tensor, " n"]) -> LearnedTest:
+    """Test a model's losses against those of the best constant guess on the same rows."""
+    constant = task.chance(labels, logits.shape[1]).to(logits.dtype).to(logits.device).expand_as(logits).contiguous()
+    return learned(task.loss(logits, labels), task.loss(constant, labels))
+
+
+def is_ready(
+    model: nn.Module,
+    rows: Sequence[Any],
+    collate: Collate,
+    *,
+    task: Task,
+    batch_size: int,
+    autocast: torch.dtype | None,
+) -> bool:
+    """Whether a model's gradients on these rows carry information: it generates text, or beats a constant guess.
+
+    Raises UnsupportedError or DataError for a model or rows without what the task's loss needs.
+    """
+    parts: list[tuple[Tensor, Tensor]] = []
+    with eval_mode(model), torch.no_grad():
+        for batch in batches_of(rows, collate, batch_size):
+            inputs, labels = split_labels(batch, model)
+            require_labels(task, labels)
+            with precision(labels.device, autocast, cache=False):
+                parts.append((model_logits(model, inputs, task), labels))
+            if not isinstance(task, Answers):
+                break
+    if not isinstance(task, Answers):
+        return True
+    logits, labels = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    return len(labels) > 1 and against_chance(task, logits, labels).passed
+
+
+@dataclass(frozen=True, slots=True)
 class GuardTest:
-    """A one-sided test of what rows drawn by Q are expected to be worth, against a random draw's."""
+    """A one-sided test of the expected worth of rows drawn by Q against random ones."""
 
     by: By
-    """What a row's worth is known by: less doubt is better, more convergence."""
+    """The measure of worth: less doubt is better, more convergence."""
     rows: int
     drawn: float
-    """Its expected mean over the rows drawn by Q."""
+    """Expected mean over rows drawn by Q."""
     random: float
-    """Its mean over all kept rows."""
+    """Mean over all kept rows."""
     standard_errors: float
-    """By which the first is better than the second."""
+    """By which rows drawn by Q are better."""
 
     @property
     def passed(self) -> bool:
         return self.standard_errors >= -MARGIN
 
     @property
-    def told(self) -> str:
-        what, form = {
-            "doubt": ("labels would be wrong", "{:.1%}"),
-            "convergence": ("the mean convergence would be", "{:.3g}"),
-        }[self.by]
-        drawn, random = form.format(self.drawn), form.format(self.random)
+    def message(self) -> str:
+        what, form = {"doubt": ("rate of wrong labels", ".1%"), "convergence": ("mean convergence", ".3g")}[self.by]
         return (
-            f"{what} {drawn} of rows drawn by Q, {random} of random ones: {-self.standard_errors:.1f} standard errors "
-            f"apart, and the guard allows {MARGIN:g}"
+            f"the {what} of rows drawn by Q would be {self.drawn:{form}}, of random ones {self.random:{form}}: "
+            f"{-self.standard_errors:.1f} standard errors worse, and the guard allows {MARGIN:g}"
         )
 
     def to_dict(self) -> dict[str, Any]:
-        told = {"checked": True, **asdict(self), "passed": self.passed}
-        return told if self.passed else {**told, "why": self.told}
+        values = {"checked": True, **asdict(self), "passed": self.passed}
+        return values if self.passed else {**values, "why": self.message}
 
 
 def guarded(scores: Scores, fraction: float) -> tuple[Scores, GuardTest | None]:
-    """The scores, drawn evenly where the test fails; the record says what came of it. The test, if there was one.
+    """Return the scores, drawn evenly if the test fails, with the result in the record; and the test.
 
-    There is none where rows are drawn evenly anyway; nor where neither wrong labels are evident nor a
-    gradient was measured.
+    There is no test where rows are drawn evenly anyway, or where neither wrong labels are evident nor a gradient was
+    measured.
     """
     if scores.even:
         return _noted(scores, {"checked": False, "why": "rows are drawn evenly: no Q decides"}), None
-    known = _worth(scores)
-    if known is None:
-        why = "no gradient was measured, and wrong labels are not evident: nothing says what a row is worth"
+    worth = _worth(scores)
+    if worth is None:
+        why = "no gradient was measured, and wrong labels are not evident: nothing measures what a row is worth"
         return _noted(scores, {"checked": False, "why": why}), None
     chance = expected_inclusion(
         scores.quality, fraction=fraction, temperature=scores.temperature, strata=scores.strata, kept=scores.kept
     )
-    test = guard_test(*known, chance=chance, kept=scores.kept)
+    test = guard_test(*worth, chance=chance, kept=scores.kept)
     noted = _noted(scores, test.to_dict())
     return noted if test.passed else noted.drawn_evenly(), test
 
@@ -82,7 +168,7 @@ def _worth(scores: Scores) -> tuple[By, np.ndarray] | None:
         logits = scores.predictions["logits"]
         _, noise = reject(logits, scores.labels, frozen=scores.record.frozen)
         if noise.evident:
-            return "doubt", noise.doubt(logits, scores.labels)
+            return "doubt", noise.p_wrong(logits, scores.labels)
     if "convergence" in scores.terms:
         return "convergence", scores.terms["convergence"].astype(np.float64)
     return None
@@ -91,20 +177,20 @@ def _worth(scores: Scores) -> tuple[By, np.ndarray] | None:
 def guard_test(
     by: By, values: Float[np.ndarray, " n"], *, chance: Float[np.ndarray, " n"], kept: Bool[np.ndarray, " n"]
 ) -> GuardTest:
-    """Compares Σ q x / Σ q, q the chance that a row is drawn, with the mean of x over kept rows.
+    """Compare Σ q x / Σ q, where q is the probability that a row is drawn, with the mean of x over kept rows.
 
-    Standard errors are those over rows; noise of the mean gradient, which all rows share, is not in them.
+    Standard errors are over rows, without the noise of the mean gradient, which all rows share.
     """
     x, q = values[kept], chance[kept]
-    lean = len(x) * q / q.sum() - 1
-    parts = lean * (x - x.mean())
+    excess = len(x) * q / q.sum() - 1
+    parts = excess * (x - x.mean())
     difference = float(parts.mean())
     error = float(parts.std()) / math.sqrt(len(x))
-    # Not below rounding: rows drawn alike would be infinitely many errors away.
+    # Not below rounding: an even draw would be infinitely many errors away.
     tiny = 1e-9 * float(np.abs(x).max(initial=0.0))
     better = difference if by == "convergence" else -difference
     return GuardTest(by, len(x), float(x.mean()) + difference, float(x.mean()), better / error if error > tiny else 0.0)
 
 
-def _noted(scores: Scores, told: dict[str, Any]) -> Scores:
-    return replace(scores, record=replace(scores.record, guard=told))
+def _noted(scores: Scores, guard: dict[str, Any]) -> Scores:
+    return replace(scores, record=replace(scores.record, guard=guard))

@@ -1,177 +1,227 @@
-"""One forward pass without dropout: losses, logits, and what the last linear layer is given.  METHOD 1."""
+"""One forward pass without dropout: losses, logits, and the input of the task's last linear layer.  METHOD 1.1."""
 
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from tsqlora import distributed
 from tsqlora.compat.peft import without_zero_updates
 from tsqlora.data.batches import sorted_batches
 from tsqlora.gradients.eval_mode import eval_mode
-from tsqlora.oom import BatchSplitter, halves, retry_on_oom
-from tsqlora.progress import Progress
-from tsqlora.quality.features import Head, features_of, find_head, hidden_states, mean_state, recorded
-from tsqlora.quality.journal import Journal, identity_of
+from tsqlora.oom import halves, retry_on_oom
+from tsqlora.quality.passes import Columns, Journal, identity_of, run_batches
 from tsqlora.quality.reference import sample_losses
 from tsqlora.quality.rows import Dataset, lengths_of
-from tsqlora.quality.rule import Compute
+from tsqlora.quality.rule import Compute, RowNames
 from tsqlora.tasks import Task
-from tsqlora.tasks.forward import Collate, model_logits, precision, split_labels
+from tsqlora.tasks.forward import Collate, base_model, model_logits, output_part, precision, split_labels
 from tsqlora.tasks.generation import IGNORED, Generation
 
-IN_MEMORY = 1 << 28
-"""Bytes of a column above which it is memory-mapped, in half precision where it is of features."""
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "identity": lambda x: x,
+}
+"""Activations between the dense and the last layer in the heads of transformers."""
 
-Columns = Mapping[str, np.ndarray]
+Calls = Mapping[nn.Module, tuple[Tensor, Tensor]]
+"""Input and output of each module's last call."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Head:
+    """The last linear layer of a task, and the layer before it if that trains entirely, too."""
+
+    name: str
+    linear: nn.Linear
+    dense: nn.Linear | None = None
+    """Its output, through the activation, is the input of `linear`."""
+    activation: str = "identity"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Forward:
-    """What the pass says of every row, in the data set's order."""
+    """Results of the pass for every row, in the data set's order."""
 
     labels: np.ndarray
-    """Class ids or numbers; of generated text how many tokens the target has."""
+    """Class ids or numbers; for generation the number of target tokens."""
     loss: np.ndarray
     logits: np.ndarray | None = None
-    """n × k; None of generated text."""
+    """n × k; None for generation."""
     features: np.ndarray | None = None
-    """n × d: what the head's last linear layer is given; None without such a layer."""
+    """n × d: the input of the head's last linear layer; None without such a layer."""
     dense: np.ndarray | None = None
-    """What the layer before it is given, where that is new, too."""
+    """The input of the head's dense layer, if it has one."""
     mean: np.ndarray | None = None
-    """n × h: the mean of the last hidden states over a row's tokens; None unless it was requested and is there."""
-    head: Head | None = None
+    """n × h: the mean of the last hidden states over a row's tokens, on request."""
 
 
 def forward_pass(
     model: nn.Module,
-    rows: Dataset,
+    dataset: Dataset,
     collate: Collate,
     *,
     task: Task,
     compute: Compute,
-    lengths: Sequence[int] | None = None,
-    hashes: Sequence[str] | None = None,
+    rows: RowNames | None = None,
     mean: bool = False,
 ) -> tuple[Forward | None, Head | None]:
-    """The pass, in the first process; and in all of them the head.
+    """Run the pass; return its results in the first process, and the head in all.
 
-    Several processes share the rows. `collate` gives each sample a row of its own. With `mean` the rows' mean hidden
-    states are measured, too.
+    `collate` must give each sample a row. With `mean` the rows' mean hidden states are recorded, too.
     """
+    rows = rows or RowNames()
     with eval_mode(model):  # rows may draw random numbers, as augmentation does
-        known = distributed.together(lambda: lengths_of(rows) if lengths is None else lengths)
-    batches = sorted_batches([int(n) for n in known], compute.batch_size)
-    device = next(model.parameters()).device
-    exact = precision(device, compute.autocast, cache=False)
+        lengths = distributed.together(lambda: lengths_of(dataset) if rows.lengths is None else rows.lengths)
+    batches = sorted_batches([int(n) for n in lengths], compute.batch_size)
+    exact = precision(next(model.parameters()).device, compute.autocast, cache=False)
     with eval_mode(model), torch.no_grad(), without_zero_updates(model), exact:
 
         def find(size: int) -> Head | None:
-            return _find(model, collate([rows[int(j)] for j in batches[0][:size]]), task)
+            batch = collate([dataset[int(j)] for j in batches[0][:size]])
+            if isinstance(task, Generation):
+                return None
+            inputs, _ = split_labels(batch, model)
+            return find_head(model, lambda: model_logits(model, inputs, task))
 
-        # Where one process cannot read its rows, all raise the error.
+        # If one process cannot read its rows, all raise the error.
         head = distributed.together(lambda: retry_on_oom(find, halves(len(batches[0]))))
-        journal, done = None, 0
-        found = _Filled(len(rows))
+        journal = None
         if compute.journal is not None:
             settings = {"pass": "forward", "batch size": compute.batch_size, "task": repr(task)}
             settings |= {"autocast": str(compute.autocast)}
-            journal = Journal(compute.journal / "forward", identity_of(model, hashes or (), [], settings))
-            for first, end, part in journal.parts():
-                found.fill(np.concatenate(batches[first:end]), part)
-                done = end
-        measurer = _Pass(model, rows, collate, task, head, found, journal, mean)
-        parts = distributed.to_first(distributed.together(lambda: measurer.run(batches, done, compute.progress)))
-    for part in parts or ():
-        for indices, columns in part:
-            found.fill(indices, columns)
-    return (Forward(**found.columns, head=head) if distributed.is_first() else None), head
+            journal = Journal(compute.journal / "forward", identity_of(model, rows.hashes or (), [], settings))
+
+        def measure(indices: np.ndarray) -> Columns:
+            batch = collate([dataset[int(j)] for j in indices])
+            columns = _columns(model, *split_labels(batch, model), task, head, mean=mean)
+            return {name: (x.float() if x.is_floating_point() else x).numpy(force=True) for name, x in columns.items()}
+
+        columns = run_batches(measure, batches, len(dataset), phase="look", journal=journal, progress=compute.progress)
+    return (Forward(**columns) if distributed.is_first() else None), head
 
 
-@dataclass(frozen=True, slots=True)
-class _Pass:
-    model: nn.Module
-    rows: Dataset
-    collate: Collate
-    task: Task
-    head: Head | None
-    found: "_Filled"
-    journal: Journal | None
-    mean: bool
-
-    def run(
-        self, batches: Sequence[np.ndarray], first: int, progress: Progress | None
-    ) -> list[tuple[np.ndarray, Columns]]:
-        """This process's batches from `first` on: the first process fills them in, what others measured goes there."""
-        mine, portions = distributed.share(batches[first:]), BatchSplitter()
-        parts = list[tuple[np.ndarray, Columns]]()
-        done = sum(map(len, batches[:first]))
-        total = done + sum(map(len, mine))
-        for indices in mine:
-            portioned = portions.of(indices, self.measured)
-            columns = {name: np.concatenate([part[name] for part in portioned]) for name in portioned[0]}
-            if self.journal is not None:
-                self.journal.add(columns)
-            if distributed.is_first():
-                self.found.fill(indices, columns)
-            else:
-                parts.append((indices, columns))
-            done += len(indices)
-            if progress is not None:
-                progress("look", done, total)
-        return parts
-
-    def measured(self, indices: np.ndarray) -> Columns:
-        inputs, labels = split_labels(self.collate([self.rows[int(j)] for j in indices]), self.model)
-        layers = [] if self.head is None else [x for x in (self.head.linear, self.head.dense) if x is not None]
-        with recorded(layers) as seen, hidden_states(self.model if self.mean else None) as states:
-            logits = model_logits(self.model, inputs, self.task)
-        loss = sample_losses(self.task, logits, labels)
-        if isinstance(self.task, Generation):
-            tokens = self.task.targets(labels).ne(IGNORED).sum(1)
-            return {name: _numpy(value) for name, value in {"labels": tokens, "loss": loss}.items()}
-        columns = {"labels": labels, "loss": loss, "logits": logits}
-        if self.head is not None:
-            columns["features"] = features_of(seen, self.head.linear, logits)
-            if self.head.dense is not None:
-                columns["dense"] = seen[self.head.dense][0]
-        if (mean := mean_state(states, inputs.get("attention_mask"))) is not None:
-            columns["mean"] = mean
-        return {name: _numpy(value) for name, value in columns.items()}
-
-
-class _Filled:
-    """Columns of n rows, filled part by part; large ones lie in a file that is gone with them."""
-
-    def __init__(self, rows: int) -> None:
-        self.rows = rows
-        self.columns: dict[str, np.ndarray] = {}
-
-    def fill(self, indices: np.ndarray, part: Columns) -> None:
-        for name, value in part.items():
-            if name not in self.columns:
-                self.columns[name] = empty((self.rows, *value.shape[1:]), value.dtype)
-            self.columns[name][indices] = value
-
-
-def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An array in memory; a large matrix in half precision, memory-mapped."""
-    if len(shape) < 2 or int(np.prod(shape)) * dtype.itemsize <= IN_MEMORY:
-        return np.empty(shape, dtype=dtype)
-    with tempfile.TemporaryFile() as file:  # the map holds it open
-        return np.memmap(file, dtype=np.float16, mode="w+", shape=shape)
-
-
-def _find(model: nn.Module, batch: Mapping[str, Tensor], task: Task) -> Head | None:
+def _columns(
+    model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor, task: Task, head: Head | None, *, mean: bool
+) -> dict[str, Tensor]:
+    layers = [] if head is None else [layer for layer in (head.linear, head.dense) if layer is not None]
+    with recorded(layers) as calls, hidden_states(model if mean else None) as states:
+        logits = model_logits(model, inputs, task)
+    loss = sample_losses(task, logits, labels)
     if isinstance(task, Generation):
+        return {"labels": task.targets(labels).ne(IGNORED).sum(1), "loss": loss}
+    columns = {"labels": labels, "loss": loss, "logits": logits}
+    if head is not None:
+        columns["features"] = features_of(calls, head.linear, logits)
+        if head.dense is not None:
+            columns["dense"] = calls[head.dense][0]
+    if (state := mean_state(states, inputs.get("attention_mask"))) is not None:
+        columns["mean"] = state
+    return columns
+
+
+def find_head(model: nn.Module, forward: Callable[[], Float[Tensor, "n k"]]) -> Head | None:
+    """Return the trainable linear layer whose output is the model's logits; None where there is none.
+
+    `forward` returns one batch's logits in evaluation mode. In a decoder, whose head runs at every token, the logits
+    are one row of the layer's output.
+    """
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module.weight.requires_grad
+    }
+    with torch.no_grad(), recorded(linears.values()) as calls:
+        logits = forward()
+    for name, linear in linears.items():
+        if linear not in calls or linear.out_features != logits.shape[-1]:
+            continue
+        output = calls[linear][1]
+        if output.dim() == 3 and len(output) == len(logits):
+            output = output[torch.arange(len(output), device=output.device), _position(output, logits)]
+        if output.shape == logits.shape and torch.allclose(output.to(logits), logits, atol=1e-5):
+            return Head(name, linear, *_dense_before(calls, linear, logits))
+    return None
+
+
+@contextmanager
+def recorded(modules: Iterable[nn.Module]) -> Generator[dict[nn.Module, tuple[Tensor, Tensor]]]:
+    """Record input and output of each module's last call while open."""
+    calls: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def record(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        calls[module] = (args[0].detach(), output.detach())
+
+    hooks = [module.register_forward_hook(record) for module in modules]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def hidden_states(model: nn.Module | None) -> Generator[list[Tensor]]:
+    """Record the last hidden states of a transformers model's body, call by call; nothing for other models."""
+    inner = None if model is None else base_model(model)
+    states: list[Tensor] = []
+    if not isinstance(inner, PreTrainedModel):
+        yield states
+        return
+
+    def record(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
+        if (state := output_part(output, "last_hidden_state")) is not None:
+            states.append(state.detach())
+
+    hook = inner.base_model.register_forward_hook(record)
+    try:
+        yield states
+    finally:
+        hook.remove()
+
+
+def mean_state(states: Sequence[Float[Tensor, "n t h"]], mask: Tensor | None) -> Float[Tensor, "n h"] | None:
+    """Return the mean of the last states over tokens without padding; None where they are not per token."""
+    if not states or states[-1].dim() != 3:
         return None
-    inputs, _ = split_labels(batch, model)
-    return find_head(model, lambda: model_logits(model, inputs, task))
+    state = states[-1].float()
+    if mask is None:
+        return state.mean(dim=1)
+    if mask.shape != state.shape[:2]:
+        return None
+    weights = mask.to(state)[..., None]
+    return (state * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(1)
 
 
-def _numpy(values: Tensor) -> np.ndarray:
-    return (values.float() if values.is_floating_point() else values).numpy(force=True)
+def features_of(calls: Calls, linear: nn.Module, logits: Float[Tensor, "n k"]) -> Float[Tensor, "n d"]:
+    """Return the layer's input at the position of the logits, one row per sample."""
+    x, output = calls[linear]
+    return x if x.dim() == 2 else x[torch.arange(len(x), device=x.device), _position(output, logits)]
+
+
+def _position(output: Float[Tensor, "n t k"], logits: Float[Tensor, "n k"]) -> Tensor:
+    """Return the last token at which a sample's outputs are its logits."""
+    distance = (output.to(logits) - logits[:, None]).abs().sum(dim=-1)
+    nearest = distance <= distance.min(dim=1, keepdim=True).values
+    places = torch.arange(output.shape[1], device=output.device)
+    return torch.where(nearest, places, -1).max(dim=1).values
+
+
+def _dense_before(calls: Calls, linear: nn.Linear, logits: Float[Tensor, "n k"]) -> tuple[nn.Linear | None, str]:
+    features = features_of(calls, linear, logits)
+    for module, (x, output) in calls.items():
+        if module is linear or not isinstance(module, nn.Linear) or x.dim() != 2 or output.shape != features.shape:
+            continue
+        for name, activation in ACTIVATIONS.items():
+            if torch.allclose(activation(output).to(features), features, atol=1e-5):
+                return module, name
+    return None, "identity"

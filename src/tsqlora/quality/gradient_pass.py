@@ -1,4 +1,4 @@
-"""One pass over a data set gives every sample's terms, exactly, in batches.  METHOD 1.3."""
+"""One pass with gradients: every sample's terms, exactly, in batches.  METHOD 1.3."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,157 +6,87 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from jaxtyping import Bool
+from torch import Tensor, nn
 
 from tsqlora import distributed
 from tsqlora.data.batches import sorted_batches
+from tsqlora.errors import SettingsError
 from tsqlora.gradients.eval_mode import eval_mode
+from tsqlora.gradients.ghost import LayerGradient, layer_gradient
+from tsqlora.gradients.lookahead import stepped
 from tsqlora.gradients.sites import Site, find_sites
-from tsqlora.oom import BatchSplitter, halves, retry_on_oom
-from tsqlora.progress import Progress
+from tsqlora.oom import halves, retry_on_oom
 from tsqlora.quality.exact import require_exact
-from tsqlora.quality.journal import Columns, Journal, identity_of
-from tsqlora.quality.measure import measured_columns
-from tsqlora.quality.reference import Reference, calibrate, measure_reference
+from tsqlora.quality.passes import Columns, Journal, identity_of, run_batches
+from tsqlora.quality.reference import (
+    Reference,
+    backward,
+    calibrate,
+    calibrated,
+    measure_reference,
+    sample_losses,
+    total_over_sites,
+)
 from tsqlora.quality.rows import batches_of, lengths_of, reference_rows
-from tsqlora.quality.rule import LookRequest, ScoringRule, fitting, needs_gradients
-from tsqlora.quality.terms import Term
-from tsqlora.tasks.forward import Batch, precision
+from tsqlora.quality.rule import LookRequest, needs_gradients, terms_of_batch
+from tsqlora.quality.terms import Measured, Term
+from tsqlora.tasks import Task
+from tsqlora.tasks.forward import Batch, model_logits, precision, split_labels
+from tsqlora.tasks.generation import Generation, without_prompt
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Measurements:
-    """Each term and prediction of every row, in the data set's order, and how they came to be."""
+    """The terms of every row, in the data set's order, and a record of how they were measured."""
 
     columns: dict[str, np.ndarray]
     record: dict[str, Any]
 
 
 def gradient_pass(model: nn.Module, request: LookRequest) -> Measurements:
-    """All that the rule measures of every sample, with the model as it is.
+    """Measure the rule's terms for every sample with the model as it is.
 
-    A reference that is a data set of its own is measured first: its mean gradient is what `convergence` compares with.
+    The reference is measured first: `convergence` compares with its mean gradient.
     """
-    dataset, rule, compute = request.dataset, request.rule, request.compute
-    own, reference = distributed.together(lambda: reference_rows(rule.reference, dataset, rule.seed))
+    dataset, collate, task, rule, compute = (
+        request.dataset,
+        request.collate,
+        request.task,
+        request.rule,
+        request.compute,
+    )
+    own, samples = distributed.together(lambda: reference_rows(rule.reference, dataset, rule.seed))
     lengths = request.rows.lengths
-    planned = distributed.together(
+    batches = distributed.together(
         lambda: sorted_batches(lengths_of(dataset) if lengths is None else lengths, compute.batch_size)
     )
-    with eval_mode(model), precision(next(model.parameters()).device, compute.autocast, cache=False):
-        batches = distributed.together(lambda: list(batches_of(reference, request.collate, compute.batch_size)))
-        fitted = fitting(rule.measured(), request.task, rule, batches[0])
-        terms = {name: term for name, term in fitted.items() if not term.trusted}
+    device = next(model.parameters()).device
+    with eval_mode(model), precision(device, compute.autocast, cache=False):
+        first = distributed.together(lambda: list(batches_of(samples, collate, compute.batch_size)))
+        terms = {name: term for name, term in terms_of_batch(rule, task, first[0]).items() if not term.trusted}
         sites = find_sites(model, rule.scope) if needs_gradients(terms) else {}
-        kept = _journal(model, request, terms, batches, own)
-        found = _Settle(model, request, reference, sites).reference(kept)
-        measurer = _Measurer(model, request, sites, found, terms, set(own))
-        columns = _pass(measurer, planned, kept, compute.progress)
-    return Measurements(columns, _record(found, own, rule, compute.autocast))
+        journal = None if compute.journal is None else _journal(model, request, terms, first, own)
 
+        def settle(size: int) -> Reference:
+            return _settle(model, list(batches_of(samples, collate, size)), task, sites, len(samples), rule.calibration)
 
-def _journal(
-    model: nn.Module, request: LookRequest, terms: Mapping[str, Term], batches: Sequence[Batch], own: Sequence[int]
-) -> Journal | None:
-    rule, compute = request.rule, request.compute
-    if compute.journal is None:
-        return None
-    settings = {"terms": list(terms), "scope": rule.scope, "calibration": rule.calibration}
-    settings |= {"batch size": compute.batch_size, "seed": rule.seed, "autocast": str(compute.autocast)}
-    settings |= {"reference": list(own), "task": repr(request.task)}
-    return Journal(compute.journal / "terms", identity_of(model, request.rows.hashes or (), batches, settings))
-
-
-@dataclass(frozen=True, slots=True)
-class _Settle:
-    """What the reference settles for all other rows: the calibration, its mean gradient and the step size."""
-
-    model: nn.Module
-    request: LookRequest
-    rows: Sequence[Any]
-    sites: Mapping[str, Site]
-
-    def reference(self, journal: Journal | None) -> Reference:
-        """As the journal has it, if it has."""
-        device = next(self.model.parameters()).device
-        known = None if journal is None else journal.reference(device)
-        if known is not None:
-            return known
-        found = distributed.once(lambda: retry_on_oom(self._measured, halves(self.request.compute.batch_size)))
-        if journal is not None:
-            journal.save_reference(found)
-        return found.to(device)
-
-    def _measured(self, size: int) -> Reference:
-        task = self.request.task
-        batches = list(batches_of(self.rows, self.request.collate, size))
-        offsets = calibrate(self.model, batches, task, enabled=self.request.rule.calibration)
-        if not self.sites:
-            return Reference({}, norm=0.0, eta=0.0, rows=len(self.rows), offsets=offsets)
-        require_exact(self.model, batches[0], task, self.sites, offsets)
-        found = measure_reference(self.model, batches, task, self.sites, offsets)
-        # Through the memory of the machine: another process has another device.
-        return found.to(torch.device("cpu")) if distributed.active() else found
-
-
-@dataclass(frozen=True, slots=True)
-class _Measurer:
-    model: nn.Module
-    request: LookRequest
-    sites: Mapping[str, Site]
-    reference: Reference
-    terms: Mapping[str, Term]
-    own: set[int]
-    """Rows of the data set that are in the reference."""
-
-    def of(self, indices: np.ndarray) -> Columns:
-        batch = self.request.collate([self.request.dataset[int(j)] for j in indices])
-        own = torch.tensor([int(j) in self.own for j in indices])
-        return measured_columns(self.model, batch, self.request.task, self.sites, self.reference, own, self.terms)
-
-
-def _pass(
-    measurer: _Measurer, batches: Sequence[np.ndarray], journal: Journal | None, progress: Progress | None
-) -> dict[str, np.ndarray]:
-    """Each term, prediction and label of every row, in the data set's order; several processes share the batches."""
-    columns: dict[str, np.ndarray] = {}
-    done, rows = 0, len(measurer.request.dataset)
-    for first, end, part in () if journal is None else journal.parts():
-        _fill(columns, np.concatenate(batches[first:end]), part, rows)
-        done = end
-
-    def measure_share() -> list[tuple[np.ndarray, Columns]]:
-        mine = distributed.share(batches[done:])
-        before = sum(map(len, batches[:done]))
-        parts: list[tuple[np.ndarray, Columns]] = []
-        portions = BatchSplitter()
-        for indices in mine:
-            found = portions.of(indices, measurer.of)
-            numbers = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
-            parts.append((indices, numbers))
+        reference = None if journal is None else journal.reference(device)
+        if reference is None:
+            reference = distributed.once(lambda: retry_on_oom(settle, halves(compute.batch_size)))
             if journal is not None:
-                journal.add(numbers)
-            before += len(indices)
-            if progress is not None:
-                progress("scoring", before, before + sum(map(len, mine[len(parts) :])))
-        return parts
+                journal.save_reference(reference)
+            reference = reference.to(device)
 
-    for parts in distributed.to_first(distributed.together(measure_share)) or ():
-        for indices, numbers in parts:
-            _fill(columns, indices, numbers, rows)
-    return columns
+        def measure_batch(indices: np.ndarray) -> Columns:
+            batch = collate([dataset[int(j)] for j in indices])
+            in_reference = torch.from_numpy(np.isin(indices, own))
+            return measured_columns(model, batch, task, sites, reference, in_reference, terms)
 
-
-def _fill(columns: dict[str, np.ndarray], indices: np.ndarray, numbers: Columns, rows: int) -> None:
-    """Puts the numbers of some of the rows into their places."""
-    for name, value in numbers.items():
-        columns.setdefault(name, np.empty((rows, *value.shape[1:]), dtype=value.dtype))[indices] = value
-
-
-def _record(
-    reference: Reference, own: Sequence[int], rule: ScoringRule, autocast: torch.dtype | None
-) -> dict[str, Any]:
-    return {
+        columns = run_batches(
+            measure_batch, batches, len(dataset), phase="scoring", journal=journal, progress=compute.progress
+        )
+    record = {
         "scope": rule.scope,
         "seed": rule.seed,
         "eta": reference.eta if reference.mean else None,
@@ -164,5 +94,121 @@ def _record(
         "reference_norm": reference.norm if reference.mean else None,
         "reference_rows": reference.rows,
         "reference": list(own),
-        "autocast": None if autocast is None else str(autocast).removeprefix("torch."),
+        "autocast": None if compute.autocast is None else str(compute.autocast).removeprefix("torch."),
     }
+    return Measurements(columns, record)
+
+
+def _journal(
+    model: nn.Module, request: LookRequest, terms: Mapping[str, Term], reference: Sequence[Batch], own: Sequence[int]
+) -> Journal:
+    rule, compute = request.rule, request.compute
+    assert compute.journal is not None
+    settings = {"terms": list(terms), "scope": rule.scope, "calibration": rule.calibration}
+    settings |= {"batch size": compute.batch_size, "seed": rule.seed, "autocast": str(compute.autocast)}
+    settings |= {"reference": list(own), "task": repr(request.task)}
+    return Journal(compute.journal / "terms", identity_of(model, request.rows.hashes or (), reference, settings))
+
+
+def _settle(
+    model: nn.Module, batches: Sequence[Batch], task: Task, sites: Mapping[str, Site], rows: int, calibration: bool
+) -> Reference:
+    """Measure what the reference settles for all rows: calibration, mean gradient and step size."""
+    offsets = calibrate(model, batches, task, enabled=calibration)
+    if not sites:
+        return Reference({}, norm=0.0, eta=0.0, rows=rows, offsets=offsets)
+    require_exact(model, batches[0], task, sites, offsets)
+    reference = measure_reference(model, batches, task, sites, offsets)
+    # Through main memory, since each process has its own device.
+    return reference.to(torch.device("cpu")) if distributed.active() else reference
+
+
+def measured_columns(
+    model: nn.Module,
+    batch: Batch,
+    task: Task,
+    sites: Mapping[str, Site],
+    reference: Reference,
+    in_reference: Bool[Tensor, " n"],
+    terms: Mapping[str, Term],
+) -> dict[str, np.ndarray]:
+    """Return each term of one batch's rows."""
+    inputs, labels = split_labels(batch, model)
+    measured = measure(
+        model,
+        inputs,
+        labels,
+        task=task,
+        sites=sites,
+        reference=reference,
+        in_reference=in_reference.to(labels.device),
+        lookahead=any(term.lookahead for term in terms.values()),
+        alone=any(term.alone for term in terms.values()),
+    )
+    values = {name: term.of(measured) for name, term in terms.items()}
+    for name, value in values.items():
+        if value.shape != (len(labels),):
+            raise SettingsError(f"quality term '{name}' gives {tuple(value.shape)} for {len(labels)} samples")
+    return {name: value.cpu().numpy() for name, value in values.items()}
+
+
+def measure(
+    model: nn.Module,
+    inputs: Batch,
+    labels: Tensor,
+    *,
+    task: Task,
+    sites: Mapping[str, Site],
+    reference: Reference,
+    in_reference: Tensor,
+    lookahead: bool,
+    alone: bool = False,
+) -> Measured:
+    """Measure one batch: a forward pass, and a backward pass if the reference has gradients.
+
+    `lookahead` costs one more forward pass, `alone` one over the targets without their prompts.
+    """
+    alone_loss = _alone_loss(model, inputs, labels, task) if alone else None
+    if not reference.mean:
+        with torch.no_grad():
+            logits = calibrated(model, inputs, task, reference.offsets)
+            losses = sample_losses(task, logits, labels)
+        answers = logits if logits.dim() == 2 else None
+        return Measured(logits=answers, labels=labels, loss=losses, alone_loss=alone_loss)
+    gradients: dict[str, LayerGradient] = {}
+    norms: list[Tensor] = []
+    dots: list[Tensor] = []
+
+    def consume(name: str, a: Tensor, b: Tensor) -> None:
+        gradient = layer_gradient(a, b, **sites[name].parts)
+        norms.append(gradient.norm_sq())
+        if name in reference.mean:
+            dots.append(gradient.dot(reference.mean[name]))
+        if lookahead:
+            gradients[name] = gradient
+
+    logits, losses, _ = backward(model, inputs, labels, task, reference.offsets, sites, consume)
+    norm_sq, dot = total_over_sites(norms, losses), total_over_sites(dots, losses)
+    # The reference's mean without the sample itself, where it is one of the reference's rows.
+    without_itself = (dot - norm_sq / reference.rows) * (reference.rows / (reference.rows - 1))
+    stepped_loss = None
+    if lookahead:
+        with torch.no_grad(), stepped(sites, gradients, eta=reference.eta, samples=len(labels)):
+            stepped_loss = task.loss(calibrated(model, inputs, task, reference.offsets), labels)
+    return Measured(
+        logits=logits,
+        labels=labels,
+        loss=losses,
+        norm_sq=norm_sq,
+        dot=torch.where(in_reference, without_itself, dot),
+        reference_norm=reference.norm,
+        stepped_loss=stepped_loss,
+        alone_loss=alone_loss,
+    )
+
+
+@torch.no_grad()
+def _alone_loss(model: nn.Module, inputs: Batch, labels: Tensor, task: Task) -> Tensor:
+    assert isinstance(task, Generation)
+    targets, own = without_prompt(inputs["input_ids"], labels)
+    return task.loss(model_logits(model, targets, task), own)

@@ -1,7 +1,8 @@
-"""The head start: a fitted head in place of a random one, before the first step.  METHOD 1.1."""
+"""The head start: before the first step, fit the head on features and install it if it is better.  METHOD 1.1."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,13 +10,24 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from tsqlora.quality.features import ACTIVATIONS, Head
-from tsqlora.quality.forward_pass import Forward, empty
+from tsqlora import distributed
+from tsqlora.quality.fallback import against_chance, require_finite
+from tsqlora.quality.forward_pass import ACTIVATIONS, Forward, Head, forward_pass
 from tsqlora.quality.linear_head import HeadFit, Kind, fit_head, row_losses
-from tsqlora.quality.ridge import ROWS_AT_ONCE
+from tsqlora.quality.passes import empty
+from tsqlora.quality.ridge import ROWS_AT_ONCE, fit_ridge, fit_temperature, leave_one_out_logits
+from tsqlora.quality.rule import LookRequest
+from tsqlora.seeds import stream
+from tsqlora.tasks import Answers, Task
+from tsqlora.tasks.classification import Classification
+from tsqlora.tasks.regression import Regression
 
+ROWS_TO_FIT = 50_000
+"""Fit a head on at most this many random rows: more hardly change it, and their features may not fit in memory."""
+LEAST_TRUSTED = 8
+"""Fit no head on fewer trusted rows."""
 WHITENED_STD = 0.5
-"""Of what a whitened dense layer gives: within the range in which tanh is nearly linear."""
+"""Deviation of the outputs of a whitened dense layer: tanh is nearly linear there."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,19 +40,19 @@ class Dense:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeadStart:
-    """The fitted head, and the layer before it where whitening lost less."""
+    """The fitted head, and a whitened layer before it if that has the lower loss."""
 
     fit: HeadFit
     present: float
-    """Mean loss, on the same rows, of the head that was there."""
+    """Mean loss of the model's own head on the same rows."""
     replaces: bool
-    """Whether the fitted head's out-of-fold loss lies below that by 2 standard errors."""
+    """Whether the fitted head's out-of-fold loss is lower by 2 standard errors."""
     dense: Dense | None = None
     trusted: bool = False
-    """Whether it was fitted on trusted rows."""
+    """Whether the head was fitted on trusted rows."""
 
     def summary(self) -> dict[str, float | int | bool]:
-        """For the scores' record and the report."""
+        """Summarise the head start for the record and the report."""
         return {
             "replaced": self.replaces,
             "out_of_fold_loss": self.fit.loss,
@@ -51,6 +63,128 @@ class HeadStart:
             "whitened": self.dense is not None,
             "trusted": self.trusted,
         }
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Started:
+    """A model with a fitted head, and the forward passes, which only the first process has."""
+
+    head: HeadStart | None
+    """None if the model has no head to fit."""
+    of_trusted: HeadStart | None
+    """The head fitted on trusted rows alone."""
+    layer: Head | None
+    pool: Forward | None
+    trusted: Forward | None
+    undo: Callable[[], None] = lambda: None
+    """Restores the model's own head."""
+
+    @property
+    def logits(self) -> np.ndarray | None:
+        """Logits of every row with the head that is installed now; None for generation."""
+        if self.pool is None or self.pool.logits is None:
+            return None
+        if self.head is None or not self.head.replaces:
+            return self.pool.logits.astype(np.float32)  # large columns are in half precision
+        return self.head.fit.head.logits(self._features()).astype(np.float32)
+
+    def unseen(self, task: Task) -> np.ndarray | None:
+        """Predict each row by a fit without it: logits of classes, or a number; None without features."""
+        pool = self.pool
+        if pool is None or pool.features is None or len(pool.labels) < 3 or self.layer is None:
+            return None
+        if isinstance(task, Classification) and len(np.unique(pool.labels)) > 1:
+            return leave_one_out_logits(self._features(), pool.labels, self.layer.linear.out_features)
+        if isinstance(task, Regression):
+            return fit_ridge(self._features(), pool.labels[:, None].astype(np.float64)).left_out
+        return None
+
+    def why_not(self, task: Task) -> str | None:
+        """Explain why the model is at chance; None if its losses beat a constant guess."""
+        pool, logits = self.pool, self.logits
+        if pool is None or logits is None or not isinstance(task, Answers) or len(pool.labels) < 2:
+            return None
+        labels = torch.from_numpy(pool.labels)
+        test = against_chance(task, torch.from_numpy(logits), labels)
+        if not test.passed and isinstance(task, Classification):
+            # An overconfident model, or one trained on correct labels among wrong ones, is not at chance.
+            logits = (logits / fit_temperature(logits, pool.labels)).astype(np.float32)
+            test = against_chance(task, torch.from_numpy(logits), labels)
+        return None if test.passed else test.message
+
+    def teaches(self, task: Task) -> bool:
+        """Whether a head fitted on trusted rows beats class frequencies, by out-of-fold losses."""
+        own, trusted = self.of_trusted, self.trusted
+        if own is None or trusted is None or not isinstance(task, Answers):
+            return False
+        labels = torch.from_numpy(trusted.labels)
+        width = 1 if trusted.logits is None else trusted.logits.shape[1]
+        constant = np.tile(task.chance(labels, width).numpy(), (len(labels), 1))
+        return own.fit.better_than(row_losses(constant, trusted.labels, _kind(task)))
+
+    def _features(self) -> np.ndarray:
+        """The inputs of the last linear layer with the installed head."""
+        assert self.pool is not None
+        assert self.pool.features is not None
+        assert self.layer is not None
+        return self.pool.features if self.head is None else features_with(self.head, self.pool, self.layer)
+
+
+def start_head(model: nn.Module, request: LookRequest) -> Started:
+    """Fit the task's last linear layer on its input features, and install it if it is better.
+
+    One forward pass without dropout over all rows and the trusted rows; the first process fits. The head is fitted on
+    all rows or on the trusted rows, whichever has the lower loss on the trusted rows.
+    """
+    rule, task, trusted, compute = request.rule, request.task, request.trusted, request.compute
+    run = partial(forward_pass, model, collate=request.collate, task=task)
+    pool, layer = run(request.dataset, compute=compute, rows=request.rows)
+    of_trusted = None
+    if trusted is not None:
+        of_trusted, _ = run(trusted.rows, compute=replace(compute, journal=None, progress=None))
+    trusts = rule.trusts and trusted is not None and trusted.loss is None
+    if layer is None or not isinstance(task, Classification | Regression) or not (rule.head_start or trusts):
+        return Started(None, None, layer, pool, of_trusted)
+    head, own = distributed.once(lambda: _fit(pool, of_trusted, task, layer, rule.seed))
+    if not rule.head_start:  # the trusted model still starts from its own head
+        return Started(None, own, layer, pool, of_trusted)
+    chosen = own if own is not None and own.replaces else head
+    undo = install(layer, chosen) if chosen.replaces else lambda: None
+    return Started(chosen, own, layer, pool, of_trusted, undo)
+
+
+def _fit(
+    pool: Forward | None, trusted: Forward | None, task: Task, layer: Head, seed: int
+) -> tuple[HeadStart, HeadStart | None]:
+    assert pool is not None
+    assert pool.features is not None
+    for forward in (pool, trusted):
+        if forward is not None:
+            require_finite(torch.from_numpy(forward.loss))
+    weights = task.class_weights if isinstance(task, Classification) else None
+    chosen = np.sort(stream("head start", seed).permutation(len(pool.labels))[:ROWS_TO_FIT])
+    options: dict[str, Any] = {
+        "kind": _kind(task),
+        "width": layer.linear.out_features,
+        "intercept": layer.linear.bias is not None,
+        "class_weights": None if weights is None else weights.numpy(force=True),
+        "rng": lambda: stream("head folds", seed),
+    }
+    start = fit_start(
+        pool.features[chosen].astype(np.float32),
+        pool.labels[chosen],
+        pool.loss[chosen].astype(np.float64),
+        dense_inputs=None if pool.dense is None else pool.dense[chosen].astype(np.float32),
+        activation=layer.activation,
+        **options,
+    )
+    if trusted is None or len(trusted.labels) < LEAST_TRUSTED:
+        return start, None
+    return start, fit_trusted(start, features_with(start, trusted, layer), trusted, **options)
+
+
+def _kind(task: Task) -> Kind:
+    return "classes" if isinstance(task, Classification) else "numbers"
 
 
 def fit_start(
@@ -66,9 +200,9 @@ def fit_start(
     activation: str = "identity",
     rng: Callable[[], np.random.Generator],
 ) -> HeadStart:
-    """The head that loses least out of fold, compared with `losses`, those of the head that is there.
+    """Fit the head with the least out-of-fold loss, and compare it with `losses`, those of the model's own head.
 
-    With `dense_inputs`, what a new dense layer is given, a whitened one is tried in place of the random one.
+    With `dense_inputs`, the inputs of a new dense layer, a whitened layer is tried in place of the random one.
     """
     options = {"kind": kind, "width": width, "intercept": intercept, "class_weights": class_weights}
     fit, dense = fit_head(features, targets, **options, rng=rng()), None
@@ -82,33 +216,33 @@ def fit_start(
     return HeadStart(fit, float(present.mean()), fit.better_than(present), dense)
 
 
-def of_trusted(start: HeadStart, features: Float[np.ndarray, "m d"], trusted: Forward, **options: Any) -> HeadStart:
-    """The head fitted on trusted rows alone, in place of `start`'s where its losses on them, out of fold, are lower."""
+def fit_trusted(start: HeadStart, features: Float[np.ndarray, "m d"], trusted: Forward, **options: Any) -> HeadStart:
+    """Fit a head on trusted rows alone; it replaces `start`'s if its out-of-fold losses there are lower."""
     kind: Kind = options["kind"]
-    there = start.fit.head.logits(features) if start.replaces else trusted.logits
-    assert there is not None
+    present = start.fit.head.logits(features) if start.replaces else trusted.logits
+    assert present is not None
     rng = options.pop("rng")
     fit = fit_head(features, trusted.labels, **options, rng=rng())
-    losses = row_losses(there.astype(np.float64), trusted.labels, kind)[fit.rows]
+    losses = row_losses(present.astype(np.float64), trusted.labels, kind)[fit.rows]
     dense = start.dense if start.replaces else None  # as for the features
     return HeadStart(fit, float(losses.mean()), fit.loss < float(losses.mean()), dense, trusted=True)
 
 
-def features_with(start: HeadStart, of: Forward, layer: Head) -> Float[np.ndarray, "n d"]:
-    """What the last linear layer is given once the start is installed."""
-    assert of.features is not None
-    if start.dense is None or of.dense is None or not start.replaces:
-        return of.features
-    found = empty(of.features.shape, np.dtype(np.float32))
-    for first in range(0, len(found), ROWS_AT_ONCE):
+def features_with(start: HeadStart, forward: Forward, layer: Head) -> Float[np.ndarray, "n d"]:
+    """Return the inputs of the last linear layer once the head start is installed."""
+    assert forward.features is not None
+    if start.dense is None or forward.dense is None or not start.replaces:
+        return forward.features
+    features = empty(forward.features.shape, np.dtype(np.float32))
+    for first in range(0, len(features), ROWS_AT_ONCE):
         rows = slice(first, first + ROWS_AT_ONCE)
-        outputs = of.dense[rows].astype(np.float64) @ start.dense.weight.T + start.dense.bias
-        found[rows] = ACTIVATIONS[layer.activation](torch.from_numpy(outputs)).numpy()
-    return found
+        outputs = forward.dense[rows].astype(np.float64) @ start.dense.weight.T + start.dense.bias
+        features[rows] = ACTIVATIONS[layer.activation](torch.from_numpy(outputs)).numpy()
+    return features
 
 
 def whiten(inputs: Float[np.ndarray, "n i"], outputs: int) -> Dense:
-    """A linear layer whose outputs are the inputs' leading principal components, uncorrelated and of one spread."""
+    """Return a linear layer whose outputs are the leading principal components, with equal deviations."""
     mean = inputs.mean(axis=0, dtype=np.float64)
     centred = inputs.astype(np.float64) - mean
     values, vectors = np.linalg.eigh(centred.T @ centred / len(inputs))
@@ -121,7 +255,7 @@ def whiten(inputs: Float[np.ndarray, "n i"], outputs: int) -> Dense:
 
 @torch.no_grad()
 def install(head: Head, start: HeadStart) -> Callable[[], None]:
-    """Write the fitted weights into the layers, in place; what is returned puts the former ones back."""
+    """Write the fitted weights into the layers in place; return a function that restores the former ones."""
     parts: list[tuple[nn.Linear | None, np.ndarray, np.ndarray]] = [
         (head.linear, start.fit.head.weight, start.fit.head.bias)
     ]

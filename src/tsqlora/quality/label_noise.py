@@ -1,10 +1,9 @@
-"""Which rows to leave out: how many labels seem wrong, and which.  METHOD section 1, ours.
+"""Label-noise filter: estimate the rate of wrong labels, and choose the rows to drop.  METHOD section 1, ours.
 
-A hard task and wrong labels look alike in a loss. They differ where the model is most sure: a hard row's label
-contradicts it ever less often, a wrong label as often there as anywhere. So a floor of contradictions that
-no confidence removes tells wrong labels, and how many there are; a temperature has no such floor, whichever
-constants of the classes go with it.
-Pure functions of logits and labels; what is random is only the data.
+Hard rows and wrong labels both have a high loss. They differ where the model is confident: labels of hard rows
+contradict it ever less often, wrong labels as often as elsewhere. The rate of contradictions that no confidence removes
+is therefore the rate of wrong labels; no temperature or class bias produces such a floor.
+Pure functions of logits and labels, without randomness.
 """
 
 from collections.abc import Callable
@@ -19,60 +18,59 @@ from scipy.stats import chi2
 from tsqlora.errors import SettingsError, TsqLoraError
 
 DOUBT = 0.2
-"""Rows are rejected whose label is wrong with more than this chance: a wrong one that is kept costs more than a right
-one that is lost."""
+"""Drop rows whose label is wrong with more than this probability: a wrong label in training costs more than the loss of
+a correct one."""
 MOST = 0.5
-"""No larger share is rejected."""
+"""Drop at most this share."""
 LEVEL = 0.95
-"""Of the test that there are wrong labels, and of each one-sided bound of their rate."""
+"""Confidence level of the test for wrong labels, and of each one-sided bound of their rate."""
 STEEPEST = 5.0
-"""No larger scale is fitted, in units of the logits' spread: a row one spread from the border is 99.3 % sure then.
-Steeper ones are fitted to few rows alone, where a border that happens to part them is taken for knowledge."""
+"""Largest scale, in units of the logits' spread: a row one spread from the boundary is then 99.3 % certain. Steeper
+scales overfit few rows that a boundary happens to separate."""
 FROZEN_CLASSES = 3
-"""Fewer are no evidence on frozen features: of two, clean MRPC looks as certain as wrong labels
-of two separate intents."""
+"""Least classes for evidence on frozen features: with two, clean MRPC looks like wrong labels of two clear intents."""
 FROZEN_LEVEL = 0.9999
-"""Of the test there.  A head that knows nothing may fit three classes by a steep step, which gains up to 7.4 of the
-13.8 needed in 150 draws, certain of each row."""
+"""Confidence level on frozen features. A random head may fit three classes by a steep step, which gains up to 7.4 of
+the 13.8 needed (150 draws)."""
 SEPARATION = 0.65
-"""Least share of the variance of right and wrong that the doubts must settle there.  Clean tables of which over 2 %
-would go: at most 0.60 (GoEmotions, CLINC150's intents thrown together); wrong labels in 5 to 150 intents: from 0.81."""
+"""Least share of the variance of correct and wrong that p_wrong must explain on frozen features. Clean tables that
+would lose over 2 % reach 0.60 (GoEmotions, merged intents of CLINC150); wrong labels in 5 to 150 intents start at 0.81.
+"""
 ROWS = 5_000
-"""At most so many rows are fitted, in equal steps of the rows sorted by label; doubts are computed so many at once."""
+"""Fit at most this many rows, evenly spaced in the rows sorted by label; compute p_wrong for this many at once."""
 FEW_CLASSES = 20
-"""With more, the best of the starting points goes before a fit of the offsets, and the bounds hold the offsets."""
+"""With more classes only the best starting point gets a full fit, and the bounds hold the offsets fixed."""
 TINY = 1e-30
-"""Added to a chance that is divided by."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LabelNoise:
-    """How labels come from logits z: a class from softmax(scale·z + offsets), and with chance `rate` the label is that
-    of another class instead, each as often as rows are labelled with it.
+    """A model of labels given logits z: the class follows softmax(scale·z + offsets), and with probability `rate` the
+    label is another class, in proportion to the shares of the labels.
 
-    So a class that is rare, or that no row is labelled with, is rarely a wrong label, or never: the offset of the
-    latter is −∞.
+    A rare class is therefore rarely a wrong label. A class that no row has never is: its offset is −∞.
     """
 
     rate: float
     low: float
     high: float
     statistic: float
-    """Twice the log-likelihood that a rate above 0 gains; only a large one is evidence."""
+    """Likelihood ratio: twice the log-likelihood gained by a rate above 0."""
     level: float
     scale: float
     offsets: Float[np.ndarray, " k"]
     shares: Float[np.ndarray, " k"]
-    """Of the labels."""
+    """Shares of the labels."""
     rows: int
-    """So many were fitted: the statistic, the bounds and the shares are theirs."""
+    """Number of fitted rows, to which statistic, bounds and shares refer."""
     clear: bool = True
-    """False where doubts from frozen features are too weak to tell wrong labels from rows that no line can fit."""
+    """False where frozen features cannot distinguish wrong labels from rows that no linear head can fit."""
 
     @property
     def evident(self) -> bool:
-        """Whether there are wrong labels, by a likelihood ratio test at `level`: the rate lies on the border of what is
-        possible if there are none, and half of its distribution with it (Self and Liang, 1987).  Never unless clear."""
+        """Whether a likelihood ratio test at `level` finds wrong labels; never unless `clear`.
+
+        Without wrong labels the rate is on the boundary, so half of the distribution is at 0 (Self and Liang, 1987)."""
         return self.clear and self.statistic > _gain(self.level)
 
     def to_dict(self) -> dict[str, float | int | bool | list[float | None]]:
@@ -80,75 +78,64 @@ class LabelNoise:
         offsets = [at if np.isfinite(at) else None for at in self.offsets.tolist()]  # JSON has no infinity
         return numbers | {"offsets": offsets, "shares": self.shares.tolist(), "evident": self.evident}
 
-    def doubt(self, logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-        """The chance that a row's label, of a class that was fitted, is a wrong one: 0 for all where the rate is 0."""
+    def p_wrong(self, logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+        """Return the probability that each label is wrong; 0 for all where the rate is 0."""
+        p_wrong = np.zeros(len(labels))
         if self.rate == 0:
-            return np.zeros(len(labels))
-        doubts = np.empty(len(labels))
+            return p_wrong
         for start in range(0, len(labels), ROWS):
             part = slice(start, start + ROWS)
             p = softmax(self.scale * logits[part] + self.offsets, axis=1)
-            given, other = _chances(p, labels[part], self.shares)
-            doubts[part] = self.rate * other / ((1 - self.rate) * given + self.rate * other + TINY)
-        return doubts
+            right, other = _label_probabilities(p, labels[part], self.shares)
+            p_wrong[part] = self.rate * other / ((1 - self.rate) * right + self.rate * other + TINY)
+        return p_wrong
 
 
 def reject(
-    logits: Float[np.ndarray, "n k"],
-    labels: Int[np.ndarray, " n"],
-    *,
-    doubt: float = DOUBT,
-    most: float = MOST,
-    level: float = LEVEL,
-    frozen: bool = False,
+    logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"], *, frozen: bool = False
 ) -> tuple[Bool[np.ndarray, " n"], LabelNoise]:
-    """A mask of the rows to leave out, and the rate of wrong labels that says how many.
+    """Return a mask of the rows to drop, and the fitted label noise.
 
-    Where wrong labels are `evident`, as large a share as has a label that is wrong with a chance above `doubt`, at most
-    `most`; else none.  It is the same share of each class, the most doubtful rows of it: what is kept then has the
-    classes' shares, and a model that leans to one does not lean further.  Of equally doubtful rows the earlier goes.
+    Where wrong labels are `evident`, drop the share of rows with p_wrong above DOUBT, at most MOST; else none.  Each
+    class loses the same share, its rows of largest p_wrong: the class shares stay, and with them the bias of the model.
+    Ties go to the earlier row.
 
-    Give `frozen` with leave-one-out predictions of a linear head on features that were never trained.  Classes that
-    are not linear in those contradict it at any confidence, as wrong labels do, but less sharply: evidence then
-    needs FROZEN_CLASSES, FROZEN_LEVEL and SEPARATION.
+    Set `frozen` for leave-one-out predictions of a linear head on features that were never trained.  Classes that are
+    not linearly separable there contradict the head at any confidence, like wrong labels but less sharply, so that
+    evidence then needs FROZEN_CLASSES, FROZEN_LEVEL and SEPARATION.
     """
-    if not 0 < doubt < 1:
-        raise SettingsError(f"doubt is {doubt}; it must be above 0 and below 1")
-    if not 0 <= most < 1:
-        raise SettingsError(f"most is {most}; it must be at least 0 and below 1")
-    noise = label_noise(logits, labels, level=level)
-    mask, doubts = np.zeros(len(labels), dtype=bool), noise.doubt(logits, labels)
+    noise = label_noise(logits, labels)
+    mask, p_wrong = np.zeros(len(labels), dtype=bool), noise.p_wrong(logits, labels)
     if frozen:
         enough = len(np.unique(labels)) >= FROZEN_CLASSES and noise.statistic > _gain(FROZEN_LEVEL)
-        noise = replace(noise, clear=enough and _settled(doubts) >= SEPARATION)
+        noise = replace(noise, clear=enough and _explained(p_wrong) >= SEPARATION)
     if noise.evident:
-        share = min(float((doubts > doubt).mean()), most)
+        share = min(float((p_wrong > DOUBT).mean()), MOST)
         for label in np.unique(labels):
             rows = np.flatnonzero(labels == label)
-            mask[rows[np.argsort(-doubts[rows], kind="stable")[: round(share * len(rows))]]] = True
+            mask[rows[np.argsort(-p_wrong[rows], kind="stable")[: round(share * len(rows))]]] = True
     return mask, noise
 
 
 def label_noise(logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"], *, level: float = LEVEL) -> LabelNoise:
-    """The likeliest rate of wrong labels, with its profile-likelihood bounds.
+    """Estimate the rate of wrong labels by maximum likelihood, with profile-likelihood bounds.
 
-    Logits may be of any scale, with any constants of the classes: both are fitted along.  One without the other will
-    not do: constants that calibrate logits as they are lean to some classes once the logits are scaled.
-    The largest rate is that beyond which labels would contradict the model: (k − 1)/k of k equally frequent classes,
-    where they say nothing.  Where only one class occurs no label is wrong.  Raises SettingsError for fewer than two
-    rows or logits of a row, TsqLoraError for logits that are not finite.
+    Scale and class offsets of the logits are fitted too, and both are needed: offsets that calibrate the logits favour
+    some classes once the logits are scaled.  The rate is at most (k − 1)/k for k equally frequent classes, beyond which
+    labels would contradict the model.  With a single class no label is wrong.  Raises SettingsError for fewer than two
+    rows or classes, TsqLoraError for logits that are not finite.
     """
-    if not 0.5 < level < 1:
-        raise SettingsError(f"level is {level}; it must be above 0.5 and below 1")
     if min(logits.shape) < 2:
         rows, classes = logits.shape
-        raise SettingsError(f"{rows} rows of {classes} classes say nothing of wrong labels; give 2 or more of both")
+        raise SettingsError(
+            f"{rows} rows of {classes} classes are too few to find wrong labels; give 2 or more of both"
+        )
     if broken := int((~np.isfinite(logits)).any(axis=1).sum()):
         raise TsqLoraError(
             f"{broken} of {len(logits)} rows have logits that are not finite; "
             "lower training.learning_rate or use another dtype"
         )
-    # Sorted by label: else a table whose labels follow a pattern loses classes to the steps.
+    # Sorted by label, since steps through a periodic table would miss classes.
     some = np.argsort(labels, kind="stable")[np.linspace(0, len(labels) - 1, min(len(labels), ROWS)).astype(int)]
     logits, labels = logits[np.sort(some)], labels[np.sort(some)]
     offsets, shares = np.full(logits.shape[1], -np.inf), _shares(labels, logits.shape[1])
@@ -172,7 +159,7 @@ def label_noise(logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"],
     gain = 2 * len(labels) * (least - loss)
 
     def beyond(at: float) -> float:
-        """Above 0 where a rate is too unlikely to lie within the bounds."""
+        """Return a positive number for a rate outside of the bounds."""
         worse = _fit(unit, labels, np.array([at, *best[1:]]), free=False, offsets=few)[0] - loss
         return 2 * len(labels) * worse - _gain(level)
 
@@ -189,10 +176,10 @@ def label_noise(logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"],
     )
 
 
-def _settled(doubts: Float[np.ndarray, " n"]) -> float:
-    """Share of the variance of right and wrong that the doubts explain: 1 if each is 0 or 1, 0 if all are equal."""
-    mean = float(doubts.mean())
-    return float(doubts.var()) / max(mean * (1 - mean), TINY)
+def _explained(p_wrong: Float[np.ndarray, " n"]) -> float:
+    """Return the share of the variance of correct and wrong that p_wrong explains: 1 if all are 0 or 1, 0 if equal."""
+    mean = float(p_wrong.mean())
+    return float(p_wrong.var()) / max(mean * (1 - mean), TINY)
 
 
 def _gain(level: float) -> float:
@@ -204,7 +191,7 @@ def _root(function: Callable[[float], float], low: float, high: float) -> float:
 
 
 def _spread(logits: Float[np.ndarray, "n k"]) -> float:
-    """Deviation of the logits within a row, so that any model's have one scale; 1 where they are all equal."""
+    """Return the deviation of the logits within rows, which gives all models one scale; 1 if all are equal."""
     centred = logits - logits.mean(1, keepdims=True)
     return float(np.sqrt(np.square(centred - centred.mean(0)).mean())) or 1.0
 
@@ -214,17 +201,17 @@ def _shares(labels: Int[np.ndarray, " n"], classes: int) -> Float[np.ndarray, " 
 
 
 def _largest_rate(shares: Float[np.ndarray, " k"]) -> float:
-    """Beyond it the most frequent label would be likelier in rows of the next most frequent class than in its own."""
+    """Return the rate beyond which the first label would be likelier in rows of the second class than in its own."""
     second, first = np.sort(shares)[-2:]
     return float(1 / (1 + first / (1 - second)))
 
 
-def _chances(
+def _label_probabilities(
     p: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"], shares: Float[np.ndarray, " k"]
 ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
-    """Each row's chance of its label if that is right, and if it is of another class, as often as labels are."""
-    given, weights = p[np.arange(len(labels)), labels], 1 / (1 - shares)
-    return given, shares[labels] * (p @ weights - given * weights[labels]).clip(0)
+    """Return the probability of each label if it is right, and if it is that of another class."""
+    right, weights = p[np.arange(len(labels)), labels], 1 / (1 - shares)
+    return right, shares[labels] * (p @ weights - right * weights[labels]).clip(0)
 
 
 def _fit(
@@ -235,11 +222,11 @@ def _fit(
     free: bool = True,
     offsets: bool = True,
 ) -> tuple[float, Float[np.ndarray, " m"]]:
-    """The least mean negative log-likelihood, and where: rate, scale and offsets.
+    """Minimise the mean negative log-likelihood; return it with rate, scale and offsets.
 
-    The rate stays unless it is free, and the offsets unless they are.
+    `free` fits the rate too, `offsets` the offsets.
     """
-    # Not by equal bounds: the gradient across them spoils L-BFGS's steps.
+    # Equal bounds would fix a parameter too, but its gradient spoils L-BFGS's steps.
     moves = slice(0 if free else 1, None if offsets else 2)
 
     def loss(at: np.ndarray) -> tuple[float, np.ndarray]:
@@ -251,26 +238,27 @@ def _fit(
     most = _largest_rate(_shares(labels, logits.shape[1]))
     bounds = [(0.0, most), (0.0, STEEPEST), *[(None, None)] * logits.shape[1]][moves]
     options = {"ftol": 1e-12}
-    found: OptimizeResult = minimize(loss, start[moves], jac=True, method="L-BFGS-B", bounds=bounds, options=options)
+    result: OptimizeResult = minimize(loss, start[moves], jac=True, method="L-BFGS-B", bounds=bounds, options=options)
     at = start.copy()
-    at[moves] = found.x
-    return float(found.fun), at
+    at[moves] = result.x
+    return float(result.fun), at
 
 
 def _loss(
     at: Float[np.ndarray, " m"], logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"]
 ) -> tuple[float, Float[np.ndarray, " m"]]:
-    """Mean negative log-likelihood of the labels, and its gradient in rate, scale and offsets."""
+    """Return the mean negative log-likelihood of the labels and its gradient in rate, scale and offsets."""
     rate, scale, offsets = at[0], at[1], at[2:]
     shares = _shares(labels, len(offsets))
     p = softmax(scale * logits + offsets, axis=1)
-    given, other = _chances(p, labels, shares)
-    chance = (1 - rate) * given + rate * other + TINY
-    # By a logit: the class's chance less that given the label.  A label's own class has another factor than the rest.
+    right, other = _label_probabilities(p, labels, shares)
+    chance = (1 - rate) * right + rate * other + TINY
+    # The gradient in a logit is the class's probability minus its posterior given the label; the label's own class has
+    # another factor than the rest.
     weights, share = 1 / (1 - shares), rate * shares[labels] / chance
-    own = given * ((1 - rate) / chance - share * weights[labels])
+    own = right * ((1 - rate) / chance - share * weights[labels])
     by_offset = p.sum(axis=0) - weights * (share @ p) - np.bincount(labels, own, len(offsets))
     p *= logits
     by_scale = p.sum() - share @ (p @ weights) - own @ logits[np.arange(len(labels)), labels]
-    gradient = np.array([((given - other) / chance).sum(), by_scale, *by_offset]) / len(labels)
+    gradient = np.array([((right - other) / chance).sum(), by_scale, *by_offset]) / len(labels)
     return float(-np.log(chance).mean()), gradient

@@ -1,7 +1,7 @@
-"""A task's last linear layer, fitted on the features that it is given.  METHOD 1.1.
+"""Fit a task's last linear layer on its input features.  METHOD 1.1.
 
-Linear probing before fine-tuning (Kumar et al. 2022); the scale by Tomihari and Sato (2024): a head of large norm
-slows the features' own learning.
+Linear probing before fine-tuning (Kumar et al. 2022); the scale follows Tomihari and Sato (2024): a head of large norm
+slows the training of the features.
 """
 
 import warnings
@@ -20,18 +20,18 @@ from sklearn.model_selection import KFold, StratifiedKFold
 from tsqlora.quality.ridge import fit_ridge
 
 Kind = Literal["classes", "numbers", "labels"]
-"""One of k classes a row, one number, or any of k labels (multi-label)."""
+"""One of k classes per row, one number, or any of k labels (multi-label)."""
 
 STRENGTHS = np.geomspace(1e-2, 1e4, 7)
-"""sklearn's C to choose from, on features of mean square norm 1."""
+"""Candidates for sklearn's C, on features of mean square norm 1."""
 FOLDS = 3
 ROWS_TO_CHOOSE = 5_000
-"""The strength is chosen on at most so many rows."""
+"""Choose the strength on at most this many rows."""
 MARGIN = 2.0
-"""Standard errors by which a fitted head's out-of-fold loss must lie below that of the head that is there."""
+"""Standard errors by which a fitted head's out-of-fold loss must beat the model's own head."""
 LEAST_SCALE = 1e-3
 TOLERANCE = 1e-2
-"""Of the gradient, as a share of its largest entry at weights of zero: with many classes that is small itself."""
+"""Tolerance of the gradient relative to its largest entry at zero weights, which is small for many classes."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,23 +50,23 @@ class LinearHead:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeadFit:
-    """A head fitted on all rows, and what it loses on rows that its fit has not seen."""
+    """A head fitted on all rows, and its out-of-fold losses."""
 
     head: LinearHead
     strength: float
     rows: Int[np.ndarray, " m"]
-    """The rows on which the strength was chosen, at most 5,000."""
+    """The rows that chose the strength, at most 5,000."""
     losses: Float[np.ndarray, " m"]
-    """Out of fold, of those rows."""
+    """Out-of-fold losses of those rows."""
     scale: float
-    """What the head was multiplied by, so that the training loss starts where the out-of-fold loss is."""
+    """Factor on the head that makes the initial training loss equal the out-of-fold loss."""
 
     @property
     def loss(self) -> float:
         return float(self.losses.mean())
 
     def better_than(self, losses: Float[np.ndarray, " m"]) -> bool:
-        """Whether its out-of-fold losses lie below these of the same rows, paired, by 2 standard errors."""
+        """Whether out-of-fold losses beat these losses of the same rows, paired, by 2 standard errors."""
         gain = losses - self.losses
         error = float(gain.std(ddof=1)) / len(gain) ** 0.5 if len(gain) > 1 else np.inf
         return float(gain.mean()) > MARGIN * error
@@ -82,12 +82,12 @@ def fit_head(
     class_weights: Float[np.ndarray, " k"] | None = None,
     rng: np.random.Generator,
 ) -> HeadFit:
-    """The head of `width` outputs whose regularisation loses least out of fold, at a calibrated scale.
+    """Fit a head of `width` outputs with the regularisation of least out-of-fold loss, at a calibrated scale.
 
-    Classes: multinomial logistic regression; numbers: least squares; labels: a binary regression each. A class that no
-    row has gets the logit of a class seen in less than one row.
+    Classes: multinomial logistic regression; numbers: least squares; labels: a binary regression each. A class without
+    rows gets the logit of a class that occurs in less than one row.
     """
-    # Centred, where a bias takes the centre up again: features of like direction make for a long fit.
+    # Centred if a bias can absorb the centre: features of similar direction converge slowly.
     centre = features.mean(axis=0, dtype=np.float64) if intercept else np.zeros(features.shape[1])
     features = features - centre.astype(np.float32)
     unit = float(np.sqrt(np.square(features, dtype=np.float64).sum(axis=1).mean())) or 1.0
@@ -107,7 +107,7 @@ def fit_head(
 def row_losses(
     logits: Float[np.ndarray, "n k"], targets: Shaped[np.ndarray, "n *k"], kind: Kind
 ) -> Float[np.ndarray, " n"]:
-    """Cross-entropy, squared error, or the mean binary cross-entropy of the labels."""
+    """Return cross-entropy, squared error, or the mean binary cross-entropy over labels per row."""
     if kind == "numbers":
         return np.square(logits[:, 0] - targets)
     if kind == "classes":
@@ -123,7 +123,7 @@ def _out_of_fold(
     options: dict[str, object],
     rng: np.random.Generator,
 ) -> tuple[Float[np.ndarray, " m"], float]:
-    """The losses of each row by the fit on two other thirds, and the strength at which they are least."""
+    """Return each row's loss by the fit on the other two thirds, and the strength of least loss."""
     best: tuple[Float[np.ndarray, " m"], float] | None = None
     folds = list(_folds(targets, kind, rng))
     heads: list[LinearHead | None] = [None] * len(folds)
@@ -134,7 +134,7 @@ def _out_of_fold(
             losses[held] = row_losses(head.logits(features[held]), targets[held], kind)
             heads[number] = head
         if best is not None and losses.mean() > best[0].mean():
-            break  # the loss has one valley: a weaker penalty only fits longer
+            break  # the loss has one minimum, and weaker penalties take longer to fit
         best = losses, float(strength)
     assert best is not None
     return best
@@ -164,7 +164,7 @@ def _softmax(
         shares = None if class_weights is None else class_weights[labels]
         begin = None if start is None or len(present) == 2 else (start.weight[present], start.bias[present])
         coefficients, intercepts = _logistic(features, labels, strength, intercept, shares, begin)
-        if len(present) == 2:  # sklearn gives the second class's log-odds
+        if len(present) == 2:  # sklearn returns the log-odds of the second class
             coefficients = np.concatenate([-coefficients, coefficients]) / 2
             intercepts = np.concatenate([-intercepts, intercepts]) / 2
         weight[present], bias[present] = coefficients, intercepts
@@ -203,7 +203,7 @@ def _logistic(
     shares: np.ndarray | None,
     begin: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Coefficients and intercepts; `begin` are those of a weaker fit, from which a stronger one is near."""
+    """Return coefficients and intercepts, starting from those of a more regularised fit in `begin`."""
     onehot = labels[:, None] == np.unique(labels)
     start = np.abs((onehot - onehot.mean(axis=0)).T.astype(np.float32) @ features / len(labels)).max()
     model = LogisticRegression(C=strength, fit_intercept=intercept, max_iter=300, tol=max(TOLERANCE * start, 1e-12))
@@ -211,7 +211,7 @@ def _logistic(
         model.warm_start = True
         model.coef_, model.intercept_ = (part.astype(np.float32) for part in begin)
     with warnings.catch_warnings():
-        # A fit that is cut short is compared out of fold like any other.
+        # Out-of-fold losses also judge a fit that did not converge.
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(features, labels, sample_weight=shares)
     return model.coef_, np.asarray(model.intercept_) if intercept else np.zeros(len(model.coef_))
@@ -229,7 +229,7 @@ def _least_squares(
 def _calibrated_scale(
     head: LinearHead, features: np.ndarray, targets: np.ndarray, kind: Kind, out_of_fold: float
 ) -> float:
-    """The factor, at most 1, at which the training loss is the out-of-fold loss."""
+    """Return the factor, at most 1, at which the training loss equals the out-of-fold loss."""
     logits = head.logits(features)
 
     def excess(scale: float) -> float:

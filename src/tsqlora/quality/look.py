@@ -1,7 +1,7 @@
-"""The look: what is known of every row before it is trained on.  METHOD 1.
+"""The look: score every row before it is trained on.  METHOD 1.
 
-A forward pass over all rows fits the head, and judges each label by a fit that has not seen it. Terms that need
-gradients take a second pass, the trusted model one more.
+A forward pass over all rows fits the head, and predicts each row by a fit without it. Terms with gradients take a
+second pass, the trusted model one more.
 """
 
 import time
@@ -11,52 +11,49 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tsqlora import distributed
+from tsqlora.compat.torch import upcast
 from tsqlora.quality.cost import PhaseCost, look_cost, trusted_cost
-from tsqlora.quality.features import Head
-from tsqlora.quality.forward_pass import Forward, forward_pass
-from tsqlora.quality.gate import GATES, left_out
+from tsqlora.quality.forward_pass import Forward, Head, forward_pass
 from tsqlora.quality.gradient_pass import gradient_pass
-from tsqlora.quality.head_start import HeadStart, install
+from tsqlora.quality.head_start import HeadStart, Started, install, start_head
 from tsqlora.quality.label_noise import reject
-from tsqlora.quality.predictions import predictions
-from tsqlora.quality.rule import LookRequest, ScoringRule, needs_gradients, needs_trusted, of_classes
+from tsqlora.quality.rule import LookRequest, ScoringRule, needs_gradients, needs_trusted
 from tsqlora.quality.sampling import draw_size
 from tsqlora.quality.scores import Scores, from_terms
-from tsqlora.quality.started import Started, start_head
-from tsqlora.quality.terms import Measured, Term
-from tsqlora.quality.trusted import RATE, trusted_model, trusted_steps_of
+from tsqlora.quality.terms import Measured
+from tsqlora.quality.trusted import GATES, left_out, trusted_model, trusted_steps_of
 from tsqlora.seeds import stream
-from tsqlora.tasks import Task
+from tsqlora.tasks import Answers, Task, require_answers
 from tsqlora.tasks.forward import each_its_row
 from tsqlora.tasks.generation import Generation
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Look:
-    """What one look found."""
+    """The result of a look."""
 
     scores: Scores
     head: HeadStart | None
     why_not: str | None
-    """Why the model's gradients say nothing yet; None where they do."""
+    """Why the model's gradients carry no information yet; None if they do."""
     cost: PhaseCost
     trusted_cost: PhaseCost
-    """Of the trusted model, which is no part of `cost`."""
+    """Cost of the trusted model, which `cost` does not include."""
     layer: Head | None = None
-    """What a fitted head was written into."""
+    """The layers that have the fitted head."""
     undo: Callable[[], None] = lambda: None
-    """Puts the model's own head back."""
+    """Restores the model's own head."""
 
 
 def look(model: nn.Module, request: LookRequest) -> Look:
-    """Fit the head where that is better than the model's own, and score every row.
+    """Fit the head if that is better than the model's own, and score every row.
 
-    The fitted head stays in the model; all else is as it was. The scores of several processes are the same.
+    The fitted head stays in the model; everything else is restored. All processes get the same scores.
     """
-    begun = time.perf_counter()
+    begin = time.perf_counter()
     task, trusted = request.task, request.trusted
     rule = request.rule.trusting(task, trusted is not None)
     rule.require_trusted(trusted is not None)
@@ -66,12 +63,12 @@ def look(model: nn.Module, request: LookRequest) -> Look:
     model, request = distributed.unwrapped(model), replace(request, rule=rule, collate=each_its_row(request.collate))
     started = start_head(model, request)
     try:
-        found = _Looking(model, request, started).found()
+        result = _Looking(model, request, started).result()
     except BaseException:
         started.undo()
         raise
-    found.cost.add(seconds=time.perf_counter() - begun - found.trusted_cost.seconds)
-    return found
+    result.cost.add(seconds=time.perf_counter() - begin - result.trusted_cost.seconds)
+    return result
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +79,7 @@ class _Looking:
     request: LookRequest
     started: Started
 
-    def found(self) -> Look:
+    def result(self) -> Look:
         started, task, rule = self.started, self.request.task, self.request.rule
         why_not = distributed.once(lambda: started.why_not(task))
         teaches = self._teaches()
@@ -91,15 +88,20 @@ class _Looking:
         columns: dict[str, np.ndarray] = {}
         record: dict[str, Any] = {}
         if needs_gradients(rule.measured()) or any(term.alone for term in rule.measured().values()):
-            measured = gradient_pass(self.model, replace(self.request, rule=rule))
-            columns, record = measured.columns, measured.record
-        begun, trusts = time.perf_counter(), rule.trusts
-        known = self._trusted_loss() if teaches and trusts else None
-        taken = self._trusted_cost(time.perf_counter() - begun) if teaches and trusts else PhaseCost()
-        # Decided once: what is drawn must not depend on a process.
-        scores = distributed.once(lambda: self._gated(self._scores(rule, columns, record, known, why_not), rule, known))
+            measurements = gradient_pass(self.model, replace(self.request, rule=rule))
+            columns, record = measurements.columns, measurements.record
+        begin, trusted_loss, cost_of_trusted = time.perf_counter(), None, PhaseCost()
+        if teaches and rule.trusts:
+            trusted_loss = self._trusted_loss()
+            cost_of_trusted = self._trusted_cost(time.perf_counter() - begin)
+
+        def scores() -> Scores:
+            return self._gated(self._scores(rule, columns, record, trusted_loss, why_not), rule, trusted_loss)
+
+        # In one process: a draw must not depend on which process makes it.
+        shared = distributed.once(scores)
         cost = self._cost(rule, record.get("reference_rows", 0))
-        return Look(scores, started.head, why_not, cost, taken, started.layer, started.undo)
+        return Look(shared, started.head, why_not, cost, cost_of_trusted, started.layer, started.undo)
 
     def _teaches(self) -> bool:
         task, trusted = self.request.task, self.request.trusted
@@ -112,52 +114,51 @@ class _Looking:
     def _cost(self, rule: ScoringRule, reference: int) -> PhaseCost:
         terms, n, lengths = rule.measured().values(), len(self.request.dataset), self.request.rows.lengths
         cost = look_cost(terms, rows=n, reference=reference, trusted=self.request.trusted_rows)
-        if lengths is not None:  # of the rows; the reference's are few
+        if lengths is not None:  # without the tokens of the reference, which are few
             cost.add(tokens=cost.forward // n * sum(lengths))
         return cost
 
     def _trusted_cost(self, seconds: float) -> PhaseCost:
-        task, trusted = self.request.task, self.request.trusted
+        trusted = self.request.trusted
         assert trusted is not None
         if trusted.loss is not None:
             return PhaseCost()
-        steps, batch = trusted_steps_of(task, len(trusted.rows), trusted.batch_size)
+        steps, batch = trusted_steps_of(self.request.task, len(trusted.rows), trusted.batch_size)
         cost = trusted_cost(len(self.request.dataset), steps=steps, batch_size=batch)
         cost.add(seconds=seconds)
         return cost
 
     def _trusted_loss(self) -> np.ndarray | None:
-        """The trusted model's loss on every row, in the first process; all train the same model."""
-        request, started = self.request, self.started
-        trusted, compute = request.trusted, request.compute
+        """Return the trusted model's loss on every row, in the first process; all processes train the same model."""
+        request, started, trusted = self.request, self.started, self.request.trusted
         assert trusted is not None
         if trusted.loss is not None:
             return trusted.loss
-        steps, batch = trusted_steps_of(request.task, len(trusted.rows), trusted.batch_size)
 
         def start() -> None:
             if started.of_trusted is not None and started.layer is not None:
                 install(started.layer, started.of_trusted)
 
+        compute = request.compute
         with trusted_model(
             self.model,
-            trusted.rows,
+            trusted,
             request.collate,
             task=request.task,
-            learning_rate=RATE * trusted.learning_rate,
-            steps=steps,
-            batch_size=batch,
             autocast=compute.autocast,
             rng=stream("trusted model", request.rule.seed),
             start=start,
         ):
             journal = None if compute.journal is None else compute.journal / "trusted"
-            names = {"lengths": request.rows.lengths, "hashes": request.rows.hashes}
-            again = replace(compute, journal=journal)
-            found, _ = forward_pass(
-                self.model, request.dataset, request.collate, task=request.task, compute=again, **names
+            forward, _ = forward_pass(
+                self.model,
+                request.dataset,
+                request.collate,
+                task=request.task,
+                compute=replace(compute, journal=journal),
+                rows=request.rows,
             )
-        return None if found is None else found.loss
+        return None if forward is None else forward.loss
 
     def _scores(
         self,
@@ -167,19 +168,13 @@ class _Looking:
         trusted_loss: np.ndarray | None,
         why_not: str | None,
     ) -> Scores:
-        started, pool, rows, task, trusted = (
-            self.started,
-            self.started.pool,
-            self.request.rows,
-            self.request.task,
-            self.request.trusted,
-        )
+        started, rows, task, trusted = self.started, self.request.rows, self.request.task, self.request.trusted
+        pool, logits, unseen = started.pool, started.logits, started.unseen(task)
         assert pool is not None
-        logits, unseen = started.logits, started.unseen(task)
-        said = logits if unseen is None else unseen
-        classes = of_classes(task, pool.labels)
+        predicting = logits if unseen is None else unseen
+        classes = isinstance(task, Answers) and task.strata(pool.labels) is not None
         scores = from_terms(
-            _measured(columns, pool, logits, trusted_loss, rule, task),
+            _terms(columns, pool, logits, trusted_loss, rule, task),
             labels=pool.labels,
             stratified=classes,
             weights=rule.q,
@@ -197,29 +192,33 @@ class _Looking:
             },
             hashes=rows.hashes,
             ids=rows.ids,
-            predictions={} if said is None else _predicted(said, pool.labels, task),
+            predictions={} if predicting is None else predictions(predicting, pool.labels, task),
         )
         if trusted is not None:
             return scores if trusted.twins is None else scores.drop(trusted.twins, "trusted row")
-        return without_suspects(scores) if rule.rejects(classes) and unseen is not None else scores
+        if not (rule.rejects(classes) and unseen is not None):
+            return scores
+        mask, noise = reject(scores.predictions["logits"], scores.labels, frozen=scores.record.frozen)
+        scores = replace(scores, record=replace(scores.record, noise=noise.to_dict()))
+        return scores.drop(mask, "confident negative") if mask.any() else scores
 
     def _gated(self, scores: Scores, rule: ScoringRule, trusted_loss: np.ndarray | None) -> Scores:
-        """The scores without rows that the gate leaves out; the record says how many, or why there is no gate."""
+        """Drop the rows that the gate excludes; the record says how many, or why there is no gate."""
         if rule.gate is None or self.request.trusted is None:
             return scores
         if trusted_loss is None:
-            why = "trusted rows teach nothing beyond class frequencies: no row is left out"
+            why = "trusted rows teach nothing beyond class frequencies: no row is dropped"
             return replace(scores, record=replace(scores.record, gate={"name": rule.gate, "why_not": why}))
         assert self.started.trusted is not None
         margin = GATES[rule.gate](trusted_loss, scores.labels, self.started.trusted.labels, scores.stratified)
-        # Rows that are drawn evenly may come twice.
+        # Half is enough for an even draw, which may repeat rows.
         size = draw_size(len(scores), self.request.fraction)
         mask = left_out(np.where(scores.kept, margin, np.inf), -(-size // 2) if rule.even else size)
         noted = replace(scores, record=replace(scores.record, gate={"name": rule.gate, "left_out": int(mask.sum())}))
         return noted.drop(mask, "gated") if mask.any() else noted
 
 
-def _measured(
+def _terms(
     columns: dict[str, np.ndarray],
     pool: Forward,
     logits: np.ndarray | None,
@@ -227,39 +226,36 @@ def _measured(
     rule: ScoringRule,
     task: Task,
 ) -> dict[str, np.ndarray]:
-    """Every term that the rule asks for, from the passes."""
-    loss = torch.from_numpy(pool.loss)
+    """Return the rule's terms: measured with gradients, else computed from the forward passes."""
+    labels, loss = torch.from_numpy(pool.labels), torch.from_numpy(pool.loss)
     if logits is not None:
-        loss = task.loss(torch.from_numpy(logits), torch.from_numpy(pool.labels))
-    known = Measured(
+        loss = task.loss(torch.from_numpy(logits), labels)
+    measured = Measured(
         logits=None if logits is None else torch.from_numpy(logits),
-        labels=torch.from_numpy(pool.labels),
+        labels=labels,
         loss=loss,
         trusted_loss=None if trusted_loss is None else torch.from_numpy(trusted_loss),
     )
-    found: dict[str, np.ndarray] = {}
+    terms: dict[str, np.ndarray] = {}
     for name, term in rule.measured().items():
+        missing = term.gradient or term.alone or (term.answers and logits is None)
         if name in columns:
-            found[name] = columns[name]
-        elif _is_known(term, known):
-            found[name] = term.of(known).numpy()
-    return found if trusted_loss is None else {**found, "trusted_loss": trusted_loss}
+            terms[name] = columns[name]
+        elif not missing and (trusted_loss is not None or not term.trusted):
+            terms[name] = term.of(measured).numpy()
+    return terms if trusted_loss is None else {**terms, "trusted_loss": trusted_loss}
 
 
-def _is_known(term: Term, measured: Measured) -> bool:
-    if term.gradient or term.alone or (term.answers and measured.logits is None):
-        return False
-    return not term.trusted or measured.trusted_loss is not None
-
-
-def _predicted(logits: np.ndarray, labels: np.ndarray, task: Task) -> dict[str, np.ndarray]:
-    numbers = torch.from_numpy(logits)
-    known = Measured(logits=numbers, labels=torch.from_numpy(labels), loss=numbers[:, 0])
-    return {name: value.numpy() for name, value in predictions(known, task).items()}
-
-
-def without_suspects(scores: Scores) -> Scores:
-    """The scores without rows whose label seems wrong; all rows where there is no evidence of wrong labels."""
-    mask, noise = reject(scores.predictions["logits"], scores.labels, frozen=scores.record.frozen)
-    noted = replace(scores, record=replace(scores.record, noise=noise.to_dict()))
-    return noted.drop(mask, "confident negative") if mask.any() else noted
+def predictions(logits: np.ndarray, labels: np.ndarray, task: Task) -> dict[str, np.ndarray]:
+    """Return the columns of PREDICTIONS that the logits of one class or number per row give."""
+    z: Tensor = upcast(torch.from_numpy(logits))
+    predicted = np.asarray(require_answers(task, "a prediction").predictions(z.numpy()))
+    if z.shape[1] == 1:
+        return {"predicted": predicted}
+    p = z.softmax(1)
+    return {
+        "predicted": predicted,
+        "predicted_probability": p.amax(1).numpy(),
+        "label_probability": p.gather(1, torch.from_numpy(labels)[:, None]).squeeze(1).numpy(),
+        "logits": z.numpy(),
+    }

@@ -1,7 +1,7 @@
-"""Looks that were taken before: five learning rates, or the trials of a search, pay for one.
+"""A cache of looks, so that several learning rates, or the trials of a search, pay for one.
 
-Each is a folder under ~/.cache/tsqlora/looks (TSQLORA_CACHE names another place; empty keeps none), named by a hash of
-all that decides it. The newest are kept.
+Each look is a folder under ~/.cache/tsqlora/looks, named by a hash of its inputs. TSQLORA_CACHE changes the folder; an
+empty value turns the cache off. Only the newest looks stay.
 """
 
 import hashlib
@@ -25,22 +25,20 @@ from tsqlora.errors import TsqLoraError
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.quality.cost import PhaseCost
 from tsqlora.quality.look import Look, look
-from tsqlora.quality.rows import Dataset, held
+from tsqlora.quality.rows import Dataset, content_of
 from tsqlora.quality.rule import LookRequest
-from tsqlora.quality.score_record import ScoreRecord
-from tsqlora.quality.scores import Scores
+from tsqlora.quality.scores import ScoreRecord, Scores
 
-KEPT = 16
-"""Looks."""
+MOST_LOOKS = 16
 LARGEST = 1 << 26
-"""Bytes of scores above which a look is not kept: a home directory is no place for millions of rows."""
+"""Largest look to cache, in bytes of scores: a home directory is no place for millions of rows."""
 FROZEN = 1024
-"""Numbers of each frozen weight that tell it from another."""
+"""Values of each frozen weight that go into the hash."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class KeptLook:
-    """What a look found, and the parameters that it changed."""
+class CachedLook:
+    """The scores of a look, and the parameters that it changed."""
 
     scores: Scores
     parameters: Mapping[str, np.ndarray]
@@ -48,44 +46,45 @@ class KeptLook:
 
 
 def look_once(model: nn.Module, request: LookRequest) -> Look:
-    """What `look` finds, or found before of the same model and rows; where it needs the trusted model it always looks.
+    """Return a cached `look` at the same model and rows, or take and cache one.
 
-    That one depends on the learning rate.  Only a gate reads the fraction, and only the trusted model makes a gate.
+    Looks with a trusted model are never cached, since it depends on the learning rate. The fraction is not part of the
+    key: only a gate reads it, and only the trusted model has one.
     """
     task, rows, trusted = request.task, request.rows, request.trusted
     key = None
     if not request.rule.trusting(task, trusted is not None).trusts:
-        decides = {**asdict(request.rule), "task": repr(task), "autocast": str(request.compute.autocast)}
-        seen = [request.dataset] if trusted is None else [request.dataset, trusted.rows]
+        settings = {**asdict(request.rule), "task": repr(task), "autocast": str(request.compute.autocast)}
+        datasets = [request.dataset] if trusted is None else [request.dataset, trusted.rows]
         with eval_mode(model):  # rows may draw random numbers, as augmentation does
-            key = distributed.once(lambda: key_of(distributed.unwrapped(model), seen, decides))
-    known = None if key is None else distributed.once(lambda: load(key))
-    if known is not None:
+            key = distributed.once(lambda: key_of(distributed.unwrapped(model), datasets, settings))
+    cached = None if key is None else distributed.once(lambda: load(key))
+    if cached is not None:
         with torch.no_grad():
-            for name, value in known.parameters.items():
+            for name, value in cached.parameters.items():
                 distributed.unwrapped(model).get_parameter(name).copy_(torch.from_numpy(value))
-        record = ScoreRecord.of(known.scores.record.to_dict() | dict(rows.about))
+        record = ScoreRecord.of(cached.scores.record.to_dict() | dict(rows.about))
         hashes = None if rows.hashes is None else tuple(rows.hashes)
-        scores = replace(known.scores, ids=rows.ids, hashes=hashes, record=record)
-        return Look(scores, None, known.why_not, PhaseCost(), PhaseCost())
-    found = look(model, request)
+        scores = replace(cached.scores, ids=rows.ids, hashes=hashes, record=record)
+        return Look(scores, None, cached.why_not, PhaseCost(), PhaseCost())
+    result = look(model, request)
     if key is not None and distributed.is_first():
-        save(key, KeptLook(found.scores, _changed(model, found), found.why_not))
-    return found
+        save(key, CachedLook(result.scores, _changed(model, result), result.why_not))
+    return result
 
 
-def _changed(model: nn.Module, found: Look) -> dict[str, np.ndarray]:
-    """The parameters of the head's layers, by their names."""
-    if found.layer is None or found.head is None or not found.head.replaces:
+def _changed(model: nn.Module, result: Look) -> dict[str, np.ndarray]:
+    """Return the parameters of the fitted head's layers by name."""
+    if result.layer is None or result.head is None or not result.head.replaces:
         return {}
-    layers = [layer for layer in (found.layer.linear, found.layer.dense) if layer is not None]
+    layers = [layer for layer in (result.layer.linear, result.layer.dense) if layer is not None]
     own = {id(parameter) for layer in layers for parameter in layer.parameters()}
     named = distributed.unwrapped(model).named_parameters()
     return {name: value.detach().float().cpu().numpy() for name, value in named if id(value) in own}
 
 
-def key_of(model: nn.Module, rows: Iterable[Dataset], settings: Mapping[str, Any]) -> str | None:
-    """The name of a look at these rows; None where no looks are kept, or a row has no value to hash."""
+def key_of(model: nn.Module, datasets: Iterable[Dataset], settings: Mapping[str, Any]) -> str | None:
+    """Hash all inputs of a look; None where the cache is off, or a row has no hashable content."""
     if _folder() is None:
         return None
     digest = hashlib.sha256(_code().encode())
@@ -93,34 +92,34 @@ def key_of(model: nn.Module, rows: Iterable[Dataset], settings: Mapping[str, Any
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(_bytes(tensor.detach(), whole=tensor.requires_grad))
-    for dataset in rows:
+    for dataset in datasets:
         for j in range(len(dataset)):
-            row = held(dataset[j])
+            row = content_of(dataset[j])
             if row is None:
                 return None
             digest.update(repr(row).encode())
     return digest.hexdigest()[:32]
 
 
-def load(key: str) -> KeptLook | None:
-    """The look of that name; None where there is none, or what is there cannot be read."""
+def load(key: str) -> CachedLook | None:
+    """Load a cached look; None where there is none or it is damaged."""
     folder = _folder()
     if folder is None or not (folder / key).is_dir():
         return None
     with suppress(TsqLoraError, OSError, ValueError):
-        found = KeptLook(
+        cached = CachedLook(
             Scores.load(folder / key / "scores.parquet"),
             load_file(folder / key / "head.safetensors"),
             json.loads((folder / key / "look.json").read_text())["why_not"],
         )
         os.utime(folder / key)
-        return found
-    shutil.rmtree(folder / key, ignore_errors=True)  # damaged
+        return cached
+    shutil.rmtree(folder / key, ignore_errors=True)
     return None
 
 
-def save(key: str, look: KeptLook) -> None:
-    """Keep a look; where the disk is full or not to be written, none is kept."""
+def save(key: str, look: CachedLook) -> None:
+    """Cache a look, unless the disk is full or read-only."""
     folder = _folder()
     columns = [*look.scores.terms.values(), *look.scores.predictions.values()]
     if folder is None or sum(column.nbytes for column in columns) > LARGEST:
@@ -136,19 +135,19 @@ def save(key: str, look: KeptLook) -> None:
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
         looks = sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
-        for path in looks[:-KEPT]:
+        for path in looks[:-MOST_LOOKS]:
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _folder() -> Path | None:
-    named = os.environ.get("TSQLORA_CACHE")
-    if named == "":
+    path = os.environ.get("TSQLORA_CACHE")
+    if path == "":
         return None
-    return (Path.home() / ".cache" / "tsqlora" if named is None else Path(named)) / "looks"
+    return (Path.home() / ".cache" / "tsqlora" if path is None else Path(path)) / "looks"
 
 
 def _code() -> str:
-    """What tells one version of the code that looks from another."""
+    """Hash torch's version and the code that a look runs."""
     digest = hashlib.sha256(torch.__version__.encode())
     package = Path(__file__).parents[1]
     for path in sorted(path for part in ("quality", "gradients", "tasks") for path in (package / part).glob("*.py")):

@@ -1,7 +1,7 @@
-"""The reference: the mean gradient that samples are compared with, and what else it settles.
+"""The reference: the mean gradient ḡ that samples are compared with, calibration, and step size.  METHOD section 1.
 
-Two passes over some rows. Without gradients: the calibration. With them: ḡ, its norm, and the step size η of the
-look-ahead.  METHOD section 1.
+A pass over some rows without gradients gives the calibration; one with gradients gives ḡ, its norm, and the step size η
+of the look-ahead.
 """
 
 from collections.abc import Iterable, Mapping
@@ -24,31 +24,28 @@ from tsqlora.tasks.forward import Batch, model_logits, split_labels
 from tsqlora.tasks.generation import Generation
 
 SHORT = 128
-"""Tokens up to which plain attention is not slower than the fused one."""
+"""Tokens up to which plain attention is not slower than fused attention."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """The mean gradient ḡ of some rows, and what their passes settled for all others."""
+    """The mean gradient ḡ of some rows, with calibration and step size for all rows."""
 
     mean: Mapping[str, MeanGradient]
-    """Of each site; empty where no gradient is asked for, and then norm and eta are 0."""
+    """By site; empty if no term needs gradients, and then norm and eta are 0."""
     norm: float
     eta: float
     rows: int
     offsets: Float[Tensor, " k"] | None
 
     def to(self, device: torch.device) -> "Reference":
-        """The same on another device."""
+        """Move to a device."""
         mean = {name: gradient.to(device) for name, gradient in self.mean.items()}
         return replace(self, mean=mean, offsets=None if self.offsets is None else self.offsets.to(device))
 
 
 def calibrate(model: nn.Module, batches: Iterable[Batch], task: Task, *, enabled: bool) -> Float[Tensor, " k"] | None:
-    """Constants to add to the logits while scoring, by a pass without gradients; None where nothing leans.
-
-    Text has no classes to lean to.
-    """
+    """Return constants to add to the logits while scoring, from a pass without gradients; None for generation."""
     if not enabled or isinstance(task, Generation):
         return None
     answers = require_answers(task, "calibration")
@@ -68,10 +65,7 @@ def measure_reference(
     sites: Mapping[str, Site],
     offsets: Float[Tensor, " k"] | None,
 ) -> Reference:
-    """One pass with gradients: ḡ, ‖ḡ‖ and η = ½ Σℓ / ΣN².
-
-    Raises UnsupportedError where all gradients vanish.
-    """
+    """Measure ḡ, ‖ḡ‖ and η = ½ Σℓ / ΣN² in one pass.  Raises UnsupportedError if all gradients are zero."""
     total: dict[str, MeanGradient] = {}
     norms: list[Tensor] = []
 
@@ -93,7 +87,7 @@ def measure_reference(
     mean = {name: gradient.scaled(1 / rows) for name, gradient in total.items()}
     norm = sum(float(m.norm_sq()) for m in mean.values()) ** 0.5
     if not (norm > 0 and norm_sq > 0):
-        raise UnsupportedError("every gradient of the reference is zero; there is nothing to score by")
+        raise UnsupportedError("every gradient of the reference is zero; use a loss that depends on the weights")
     return Reference(mean, norm, 0.5 * loss / norm_sq, rows, offsets)
 
 
@@ -107,32 +101,31 @@ def backward(
     consume: Consume,
     also: tuple[nn.Parameter, ...] = (),
 ) -> tuple[Float[Tensor, "n k"] | None, Float[Tensor, " n"], list[Tensor | None]]:
-    """Calibrated logits and losses of a batch, and `consume(site, a, b)` for every site that was used.
+    """Return calibrated logits and losses of a batch, and call `consume(site, a, b)` for every used site.
 
-    Of generated text the logits are None: their gradient has taken their place.
-
-    `also`: parameters whose gradient of the summed loss is returned as well; nothing is
-    accumulated anywhere.
+    The logits are None for generation, where their gradient has overwritten them. Gradients of the summed loss in the
+    parameters `also` are returned too; no gradient accumulates anywhere.
     """
     with torch.enable_grad(), capture(model, sites, consume) as tap, _attention(inputs):
         logits = calibrated(model, inputs, task, offsets)
         losses = sample_losses(task, logits, labels)
-        # Summed, not averaged: a sample's gradient must not depend on its batch. The anchor
-        # is added so that there is a graph also where no site reaches the loss.
+        # Summed, not averaged: a sample's gradient must not depend on its batch. Adding the anchor gives a graph even
+        # where no site reaches the loss.
         grads = torch.autograd.grad(losses.sum() + tap.anchor, [tap.anchor, *also], allow_unused=True)
     return logits.detach() if logits.dim() == 2 else None, losses.detach(), list(grads[1:])
 
 
 def calibrated(model: nn.Module, inputs: Batch, task: Task, offsets: Float[Tensor, " k"] | None) -> Tensor:
-    """The model's logits, leaning to no class."""
+    """Return the model's logits plus the calibration."""
     logits = model_logits(model, inputs, task)
     return logits if offsets is None else logits + offsets
 
 
 def _attention(inputs: Batch) -> AbstractContextManager[Any]:
-    """Plain attention where torch's fused one is slow: its backward pass in bfloat16 on a CPU, for short samples.
+    """Use plain attention for short samples in bfloat16 on a CPU, where torch's fused backward pass is slow.
 
-    Measured with torch 2.13 for 32 samples of MiniLM's heads: at 32 tokens 35 ms against 9, at 128 even, at 512 half.
+    Measured with torch 2.13 on 32 samples with MiniLM's heads: fused 35 ms against plain 9 ms at 32 tokens, equal at
+    128, twice as fast at 512.
     """
     first = next(iter(inputs.values()))
     on_cpu = first.device.type == "cpu" and torch.is_autocast_enabled("cpu")
@@ -141,15 +134,15 @@ def _attention(inputs: Batch) -> AbstractContextManager[Any]:
 
 
 def sample_losses(task: Task, logits: Float[Tensor, "n *k"], labels: Tensor) -> Float[Tensor, " n"]:
-    """The task's loss of each sample.  Raises UnsupportedError where that is not one number a sample."""
+    """Return the task's loss per sample; raise UnsupportedError if that is not one number per sample."""
     losses = task.loss(logits, labels)
     if losses.shape != (len(logits),):
         raise UnsupportedError(
-            f"the loss of {len(logits)} samples has shape {tuple(losses.shape)}; it must give one number a sample"
+            f"the loss of {len(logits)} samples has shape {tuple(losses.shape)}; return one number per sample"
         )
     return losses
 
 
 def total_over_sites(parts: list[Tensor], losses: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """The sites' numbers added up sample by sample, where the losses are; zeros if there are none."""
+    """Sum the sites' values per sample, on the device of the losses."""
     return torch.stack([torch.zeros_like(losses), *(part.to(losses) for part in parts)]).sum(0)

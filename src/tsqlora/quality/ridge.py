@@ -1,4 +1,4 @@
-"""Ridge regression in closed form, with exact leave-one-out predictions by the hat matrix.  METHOD 1.1."""
+"""Ridge regression in closed form, with exact leave-one-out predictions from the hat matrix.  METHOD 1.1."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,29 +9,29 @@ from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp
 
 ROWS_AT_ONCE = 16_384
-"""Features may be a memory map of a million rows: they are read in parts of so many."""
+"""Read features in parts of this many rows, since they may be a memory map."""
 STRENGTHS = np.geomspace(1e-5, 1e2, 15)
-"""Ridge strengths to choose from, in units of the features' mean eigenvalue."""
+"""Candidate strengths, in units of the features' mean eigenvalue."""
 ROWS_TO_CHOOSE = 5_000
-"""The strength is chosen by the leave-one-out error of at most so many rows."""
+"""Choose the strength by the leave-one-out error of at most this many rows."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ridge:
-    """A least-squares fit of targets on features, and what it predicts for each row without that row."""
+    """A least-squares fit of targets on features, with leave-one-out predictions."""
 
     weight: Float[np.ndarray, "k d"]
     bias: Float[np.ndarray, " k"]
     """Zero where the fit has no intercept."""
     strength: float
     left_out: Float[np.ndarray, "n k"]
-    """Row i's prediction by the fit on all other rows: ŷ − (y − ŷ)·h/(1 − h), h the hat matrix's diagonal."""
+    """Row i's prediction by the fit on all other rows: ŷ − (y − ŷ)·h/(1 − h), with h the diagonal of the hat matrix."""
 
 
 def fit_ridge(
     features: Float[np.ndarray, "n d"], targets: Float[np.ndarray, "n k"], *, intercept: bool = True
 ) -> Ridge:
-    """The fit whose strength has the least leave-one-out squared error.
+    """Fit with the strength of least leave-one-out squared error.
 
     Cost: n·d² + (strengths · min(n, 5,000) + n)·d·k operations, and d³ for the eigenvectors.
     """
@@ -44,7 +44,7 @@ def fit_ridge(
         cross += part.T @ (targets[rows] - centre)
     values, vectors = np.linalg.eigh(gram)
     values, cross = values.clip(0), vectors.T @ cross
-    own = 1 / n if intercept else 0.0  # what the intercept adds to each h
+    own = 1 / n if intercept else 0.0  # the intercept's part of each h
 
     some = _some(n)
     rotated, answers = (features[some] - mean) @ vectors, targets[some] - centre
@@ -66,9 +66,9 @@ def fit_ridge(
 def leave_one_out_logits(
     features: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"], width: int
 ) -> Float[np.ndarray, "n k"]:
-    """Logits of `width` classes for each row from the ridge fit of one-hot labels on all other rows, in float32.
+    """Return logits of `width` classes for each row from a ridge fit of one-hot labels on all other rows, in float32.
 
-    A temperature calibrates them, fitted on at most 5,000 rows, those that choose the strength.
+    A temperature calibrates them, fitted on the rows that choose the strength, at most 5,000.
     """
     scores = fit_ridge(features, np.eye(width, dtype=np.float32)[labels]).left_out
     some = _some(len(labels))
@@ -76,7 +76,7 @@ def leave_one_out_logits(
 
 
 def fit_temperature(scores: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"]) -> float:
-    """The T for which softmax(scores / T) gives the labels the least mean cross-entropy."""
+    """Return the T for which softmax(scores / T) has the least mean cross-entropy with the labels."""
     rows = np.arange(len(labels))
     spread = float(np.square(scores - scores.mean(axis=1, keepdims=True)).mean() ** 0.5) or 1.0
 
@@ -84,8 +84,8 @@ def fit_temperature(scores: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " 
         scaled = scores * (np.exp(log_scale) / spread)
         return float((logsumexp(scaled, axis=1) - scaled[rows, labels]).mean())
 
-    found = minimize_scalar(loss, bounds=(-5.0, 6.0), method="bounded", options={"xatol": 1e-3})
-    return spread / float(np.exp(found.x))  # pyright: ignore[reportAttributeAccessIssue]
+    result = minimize_scalar(loss, bounds=(-5.0, 6.0), method="bounded", options={"xatol": 1e-3})
+    return spread / float(np.exp(result.x))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _some(n: int) -> Int[np.ndarray, " m"]:
@@ -99,7 +99,7 @@ def _left_out(
     shrunk: Float[np.ndarray, " d"],
     own: float,
 ) -> Float[np.ndarray, "n k"]:
-    """Leave-one-out predictions of centred answers, in the basis of the eigenvectors."""
+    """Return leave-one-out predictions of centred answers, in the basis of the eigenvectors."""
     fitted = rotated @ (cross / shrunk[:, None])
     hat = (own + np.square(rotated) @ (1 / shrunk)).clip(max=1 - 1e-9)[:, None]
     return fitted - (answers - fitted) * (hat / (1 - hat))
@@ -115,7 +115,7 @@ def _mean(features: Float[np.ndarray, "n d"]) -> Float[np.ndarray, " d"]:
 def _parts(
     features: Float[np.ndarray, "n d"], mean: Float[np.ndarray, " d"]
 ) -> Iterator[tuple[slice, Float[np.ndarray, "m d"]]]:
-    """Centred features in float64, so many rows at once."""
+    """Yield centred features in float64, ROWS_AT_ONCE rows at a time."""
     for start in range(0, len(features), ROWS_AT_ONCE):
         rows = slice(start, min(start + ROWS_AT_ONCE, len(features)))
         yield rows, features[rows].astype(np.float64) - mean

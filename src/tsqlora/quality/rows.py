@@ -1,4 +1,4 @@
-"""The rows that are scored, and those among them that are the reference."""
+"""Rows to score: their content, lengths and batches, and the rows of the reference."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -15,7 +15,7 @@ REFERENCE_ROWS = 512
 
 @runtime_checkable  # for beartype, which checks annotations while tests run
 class Dataset(Protocol):
-    """What is scored: anything with a length whose rows the collator takes."""
+    """Anything with a length whose rows the collator accepts."""
 
     def __len__(self) -> int: ...
 
@@ -23,7 +23,7 @@ class Dataset(Protocol):
 
 
 def reference_indices(rows: int, size: int, seed: int) -> list[int]:
-    """The default reference: `size` of the rows, or all of them if there are fewer."""
+    """Draw the default reference: `size` of the rows, or all of them if there are fewer."""
     rng = stream("reference rows", seed)
     return sorted(rng.permutation(rows)[:size].tolist())
 
@@ -31,18 +31,20 @@ def reference_indices(rows: int, size: int, seed: int) -> list[int]:
 def reference_rows(
     reference: int | Sequence[int] | Dataset, dataset: Dataset, seed: int
 ) -> tuple[list[int], list[Any]]:
-    """The places in the data set of what is in the reference, and the reference's rows."""
+    """Return the positions in the data set of the reference's rows, and these rows."""
     if isinstance(reference, int):
         reference = reference_indices(len(dataset), reference, seed)
     own = require_reference(reference, dataset)
     if own is not None:
         return own, [dataset[j] for j in own]
     rows = [reference[j] for j in range(len(reference))]
-    return _own_places(rows, dataset), rows
+    # Samples of the reference that are in the data set: the same objects, or equal content.
+    objects, contents = {id(row) for row in rows}, {content_of(row) for row in rows} - {None}
+    return [j for j in range(len(dataset)) if id(row := dataset[j]) in objects or content_of(row) in contents], rows
 
 
 def require_reference(reference: Sequence[int] | Dataset, dataset: Dataset) -> list[int] | None:
-    """The places that the reference names; None where it is samples.  Raises SettingsError where it cannot be one."""
+    """Return the row numbers of the reference; None if it has samples.  Raises SettingsError for an invalid one."""
     if len(reference) < 2:
         raise SettingsError(f"the reference has {len(reference)} rows; it needs at least 2")
     rows = [reference[j] for j in range(len(reference))]
@@ -50,35 +52,29 @@ def require_reference(reference: Sequence[int] | Dataset, dataset: Dataset) -> l
         return None
     own = [int(row) for row in rows]
     if len(set(own)) < len(own) or min(own) < 0 or max(own) >= len(dataset):
-        raise SettingsError(f"the reference must name different rows from 0 to {len(dataset) - 1}")
+        raise SettingsError(f"the reference must have distinct row numbers from 0 to {len(dataset) - 1}")
     return own
-
-
-def _own_places(rows: Sequence[Any], dataset: Dataset) -> list[int]:
-    """Places in the data set of samples that are among these rows: the same object, or one that holds the same."""
-    objects, known = {id(row) for row in rows}, {held(row) for row in rows} - {None}
-    return [j for j in range(len(dataset)) if id(row := dataset[j]) in objects or held(row) in known]
 
 
 LABELS = ("label", "labels", "label_ids")
 
 
 def input_of(row: Any) -> tuple[Any, ...] | None:
-    """What a row holds beside its label: of text that is written the tokens of the prompt."""
+    """Return a row's content without its label: for generation the tokens of the prompt."""
     if not isinstance(row, Mapping):
         return None
     ids, labels = row.get("input_ids"), row.get("labels")
     if ids is None:
-        return held({name: value for name, value in row.items() if name not in LABELS})
+        return content_of({name: value for name, value in row.items() if name not in LABELS})
     if labels is not None and np.ndim(labels) == 1 and len(labels) == len(ids):
         prompt = np.asarray(ids)[np.asarray(labels) == IGNORED]
-        # Of plain text the first token is no target either: it follows from nothing.
-        return held({"input_ids": prompt if len(prompt) > 1 else ids})
-    return held({"input_ids": ids})
+        # A single ignored token means plain text, whose first token is never a target.
+        return content_of({"input_ids": prompt if len(prompt) > 1 else ids})
+    return content_of({"input_ids": ids})
 
 
-def held(row: Any) -> tuple[Any, ...] | None:
-    """What a row of numbers and texts holds, so that it can be found again; None where that cannot be told."""
+def content_of(row: Any) -> tuple[Any, ...] | None:
+    """Return a row's numbers and texts as a hashable value; None where they have none."""
     if not isinstance(row, Mapping):
         return None
     try:
@@ -91,12 +87,12 @@ def held(row: Any) -> tuple[Any, ...] | None:
 
 
 def batches_of(rows: Sequence[Any], collate: Collate, batch_size: int) -> Iterator[Batch]:
-    """The rows in batches, in their order."""
+    """Yield the rows in batches, in order."""
     for start in range(0, len(rows), batch_size):
         yield collate(list(rows[start : start + batch_size]))
 
 
 def lengths_of(dataset: Dataset) -> list[int]:
-    """Token counts where rows have `input_ids`, else equal lengths: only speed depends on it."""
+    """Return token counts of rows with `input_ids`, else 0; only speed depends on them."""
     rows = (dataset[j] for j in range(len(dataset)))
     return [len(row["input_ids"]) if isinstance(row, Mapping) and "input_ids" in row else 0 for row in rows]

@@ -1,4 +1,4 @@
-"""How rows are scored and drawn: one immutable rule, what it asks to be measured, and what that costs."""
+"""The scoring rule: which terms are measured and how rows are drawn; and the request for a look."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,56 +13,55 @@ from torch import Tensor
 from tsqlora.errors import SettingsError, UnsupportedError, nearest
 from tsqlora.gradients.sites import Scope
 from tsqlora.progress import Progress
-from tsqlora.quality.gate import GATES, Gate
 from tsqlora.quality.label_noise import MOST
 from tsqlora.quality.rows import REFERENCE_ROWS, Dataset
 from tsqlora.quality.sampling import require_temperature
-from tsqlora.quality.terms import Asked, Term, get_terms
-from tsqlora.quality.trusted import Trusted
-from tsqlora.tasks import Answers, Task
+from tsqlora.quality.terms import Term, TermSpec, get_terms
+from tsqlora.quality.trusted import GATES, Gate, Trusted
+from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Batch, Collate, require_labels
 from tsqlora.tasks.generation import Generation
 
-TRUST: Mapping[str, float] = {"loss": -1.0}
-"""The Q of rows that are drawn evenly: only those that are dropped depend on it."""
+EVEN_WEIGHTS: Mapping[str, float] = {"loss": -1.0}
+"""Q of rows that are drawn evenly: only the choice between duplicates depends on it."""
 PAPER_TERMS = ("gradient_norm", "loss_reduction", "convergence")
 FREE_TERMS = ("loss", "el2n")
-"""Measured always, where they are known: they cost no more."""
+"""Always measured where available, since they cost nothing more."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScoringRule:
-    """What is measured of each row, and how rows are drawn by it.
+    """The terms to measure for each row, and how rows are drawn.
 
-    Raises SettingsError for a value that means nothing, alone or beside the others.
+    Raises SettingsError for an invalid value or combination.
     """
 
     weights: Mapping[str, float] | None = None
-    """Of the terms in Q, by whose softmax rows are drawn; a term with a weight is always measured. None draws evenly,
-    and for classes first drops rows whose label seems wrong, if there is evidence of wrong labels."""
+    """Weights of the terms in Q, whose softmax draws the rows; terms with a weight are always measured. None draws
+    evenly, and for classes first drops rows with a likely wrong label, if there is evidence of wrong labels."""
     temperature: float = 1.0
-    """Of the softmax over Q; small is choosy."""
+    """Temperature of the softmax over Q; small values are selective."""
     reject: bool | None = None
-    """Whether rows whose label seems wrong are dropped; None: without weights, and for classes."""
-    terms: Sequence[Asked] = ()
-    """What else to measure, by a name of TERMS, or as a function or Term of your own. Gradients cost a backward pass,
-    `loss_reduction` one more forward, `ifd` one of the targets alone."""
+    """Whether to drop rows with a likely wrong label; None: without weights, and for classes."""
+    terms: Sequence[TermSpec] = ()
+    """More terms to measure: names in TERMS, functions or Terms. Gradients cost a backward pass, `loss_reduction` one
+    more forward pass, `ifd` one over the targets without prompts."""
     scope: Scope = "adapter"
-    """Gradients of what trains ("adapter"), or of the whole target layers and the head ("full")."""
+    """Take gradients of the trainable parameters ("adapter"), or of whole target layers and the head ("full")."""
     reference: int | Sequence[int] | Dataset = REFERENCE_ROWS
-    """The rows whose mean gradient `convergence` compares with: how many to choose at random, or their indices, or
-    samples. A row that is scored as well, the same or equal, is taken out of its own mean."""
+    """The rows whose mean gradient `convergence` compares with: a number of random rows, indices, or samples. A row
+    that is scored too is left out of its own mean."""
     calibration: bool = True
-    """Whether to correct first a leaning of the logits to one class, or of numbers to one side."""
+    """Whether to remove the bias of the logits towards one class or side before scoring."""
     guard: bool = True
-    """Whether QualityCallback draws kept rows at random where the rows that Q draws would teach less than random ones
+    """Whether QualityCallback draws evenly where rows drawn by Q would teach less than random ones
     (`quality/fallback.py`)."""
     seed: int = 0
-    """Of the reference rows that are chosen, of the head's folds and of the trusted model."""
+    """Seed of the reference rows, the head's folds and the trusted model."""
     gate: Gate | None = None
-    """Which rows leave the pool because the trusted model disagrees with them (`quality/gate.py`); None keeps all."""
+    """How the trusted model excludes rows that it disagrees with (`quality/trusted.py`); None keeps all."""
     head_start: bool = True
-    """Whether a head that is better than the model's own is fitted before the first step."""
+    """Whether to fit the head before the first step, if that is better than the model's own."""
     look_again: bool = True
     """Whether QualityCallback looks at all rows again after a third of the steps."""
     select: bool = True
@@ -71,9 +70,7 @@ class ScoringRule:
     def __post_init__(self) -> None:
         require_temperature(self.temperature)
         if self.weights is None and self.temperature != 1:
-            raise SettingsError(
-                f"temperature {self.temperature} is of a softmax over Q, and Q has no weights; give weights"
-            )
+            raise SettingsError(f"temperature {self.temperature} needs weights, since it scales Q; give weights")
         for name, weight in (self.weights or {}).items():
             if not np.isfinite(weight):
                 raise SettingsError(f"the weight of '{name}' is {weight}; it must be a finite number")
@@ -90,99 +87,101 @@ class ScoringRule:
 
     @property
     def q(self) -> dict[str, float]:
-        """The weights of Q, also where rows are drawn evenly."""
-        return dict(TRUST if self.weights is None else self.weights)
+        """The weights of Q, also for even draws."""
+        return dict(EVEN_WEIGHTS if self.weights is None else self.weights)
 
     def measured(self) -> dict[str, Term]:
-        """The terms that are asked for or have a weight, and those that cost no more."""
-        return wanted_terms([*self.terms, *(name for name, weight in self.q.items() if weight)])
+        """Return the terms to measure: those in `terms`, those with a weight, and free ones."""
+        return _with_free_terms([*self.terms, *(name for name, weight in self.q.items() if weight)])
 
     @property
     def trusts(self) -> bool:
-        """Whether it asks what the trusted model makes of the rows."""
+        """Whether the rule needs the trusted model."""
         return self.gate is not None or needs_trusted(self.measured())
 
     def guarded(self) -> "ScoringRule":
-        """The rule that also measures convergence for the guard, where gradients are computed anyway."""
-        weighted = wanted_terms(name for name, weight in (self.weights or {}).items() if weight)
+        """Return the rule that also measures convergence for the guard, if Q needs gradients anyway."""
+        weighted = _with_free_terms(name for name, weight in (self.weights or {}).items() if weight)
         if self.guard and needs_gradients(weighted):
             return replace(self, terms=(*self.terms, "convergence"))
         return self
 
     def trusting(self, task: Task, trusted: bool) -> "ScoringRule":
-        """The rule for a task: text that has trusted rows, and no weights, is drawn by its reducible loss."""
+        """Return the rule for a task: text with trusted rows and without weights is drawn by reducible loss."""
         if trusted and self.weights is None and isinstance(task, Generation) and self.select:
             return replace(self, weights={"reducible_loss": 1.0})
         return self
 
     def decides(self, task: Task, trusted: bool) -> bool:
-        """Whether a look can decide anything: text has no head to fit, and without Q its rows are all alike."""
+        """Whether a look changes the draw: text has no head to fit, and without Q all its rows are equal."""
         idle = isinstance(task, Generation) and self.trusting(task, trusted).even and not self.terms
         return self.select and not idle
 
     def rejects(self, stratified: bool) -> bool:
-        """Whether rows whose label seems wrong are dropped; `stratified`: labels are classes."""
+        """Whether to drop rows with a likely wrong label, if labels are classes (`stratified`)."""
         return stratified and (self.even if self.reject is None else self.reject)
 
-    def require_trusted(self, given: bool) -> None:
-        """Raises SettingsError for what only trusted rows can say, where there are none."""
-        asked = [name for name, term in self.measured().items() if term.trusted]
-        what = f"gate '{self.gate}'" if self.gate is not None else f"term '{asked[0]}'" if asked else None
-        if what is not None and not given:
-            raise SettingsError(f"{what} needs trusted rows: name them in data.trusted, or give trusted=rows")
+    def require_trusted(self, trusted: bool) -> None:
+        """Raise SettingsError if the rule needs trusted rows and there are none."""
+        terms = [f"term '{name}'" for name, term in self.measured().items() if term.trusted]
+        needing = terms if self.gate is None else [f"gate '{self.gate}'", *terms]
+        if needing and not trusted:
+            raise SettingsError(f"{needing[0]} needs trusted rows: name them in data.trusted, or pass trusted=rows")
 
     def require_rejectable(self, task: Task) -> None:
-        """Raises SettingsError for rejection where labels are no classes."""
+        """Raise SettingsError for `reject` where labels are not classes."""
         if self.reject and task.answer != "class":
-            raise SettingsError(f"reject finds wrong labels of classes, and the task is {task.name}; leave it out")
+            raise SettingsError(f"reject works for classification, but the task is {task.name}; remove it")
 
     def require_room(self, fraction: float) -> None:
-        """Raises SettingsError where rejection might leave fewer rows than a softmax draws."""
+        """Raise SettingsError where `reject` might leave fewer rows than a draw takes."""
         if self.reject and self.weights is not None and fraction > 1 - MOST:
             raise SettingsError(
-                f"reject may leave out {MOST:.0%} of the rows, and weights draw {fraction:.0%} of all of them, none "
-                f"twice; set the fraction to {1 - MOST:g} or less, or leave out reject or the weights"
+                f"reject may drop {MOST:.0%} of the rows, and weights draw {fraction:.0%} of them without repeats; "
+                f"set the fraction to {1 - MOST:g} or less, or remove reject or the weights"
             )
 
 
 @dataclass(frozen=True, slots=True)
 class RowNames:
-    """What is known of the rows beside what they hold, for the scores' file."""
+    """Ids, hashes and lengths of the rows, for the file of scores."""
 
     ids: np.ndarray | None = None
-    """The place of each row in the file that it comes from."""
+    """The number of each row in its file."""
     hashes: Sequence[str] | None = None
-    """What each row holds, as a name of it: by them a scores' file tells whether its rows are still there."""
+    """A hash of each row's content, by which the row is found again."""
     lengths: Sequence[int] | None = None
-    """Tokens of every row; then rows are read once."""
+    """Tokens of every row; saves a pass over the rows."""
     about: Mapping[str, Any] = field(default_factory=dict)
-    """What else the scores' record should say."""
+    """More values for the record of the scores."""
 
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """How scores are computed; what they say does not depend on it but for rounding."""
+    """How scores are computed; apart from rounding, the scores do not depend on it."""
 
     batch_size: int = 32
-    """Samples of a pass."""
+    """Samples per pass."""
     autocast: torch.dtype | None = None
-    """Compute in this dtype; then terms are good to about two digits, and `loss_reduction`, a small difference, is
-    refused."""
+    """Compute in this dtype: terms have about two digits, and `loss_reduction`, a small difference, is refused."""
     journal: Path | None = None
-    """A folder in which what is measured is kept. If the process ends before it is done, the same call goes on there
-    and gives the same scores; delete it when they are saved. It needs the rows' hashes."""
+    """A folder that records measurements. If the process ends early, the same call continues there and gives the same
+    scores; delete it once they are saved. Needs the rows' hashes."""
     progress: Progress | None = None
-    """Called with (phase, rows done, rows in all)."""
+    """Called with (phase, rows done, all rows)."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise SettingsError(f"batch_size is {self.batch_size}; it must be at least 1")
 
 
-def wanted_terms(names: Iterable[Asked]) -> dict[str, Term]:
-    """The terms of these names, and those that cost no more.  Raises SettingsError for an unknown one."""
-    found = get_terms(dict.fromkeys([*names, *FREE_TERMS]))
-    return found | get_terms(["cosine"]) if needs_gradients(found) else found
+def _with_free_terms(names: Iterable[TermSpec]) -> dict[str, Term]:
+    terms = get_terms(dict.fromkeys([*names, *FREE_TERMS]))
+    return terms | get_terms(["cosine"]) if needs_gradients(terms) else terms
+
+
+def needs_gradients(terms: Mapping[str, Term]) -> bool:
+    return any(term.gradient for term in terms.values())
 
 
 def needs_trusted(terms: Mapping[str, Term]) -> bool:
@@ -190,66 +189,54 @@ def needs_trusted(terms: Mapping[str, Term]) -> bool:
 
 
 def require_terms(weights: Mapping[str, float], task: Task) -> None:
-    """Raises what `score` does for weights of terms that samples of the task do not have: before a look."""
-    _known(wanted_terms(name for name, weight in weights.items() if weight), task, weights)
+    """Raise an error for weights of terms that the task does not have."""
+    _terms_of_task(_with_free_terms(name for name, weight in weights.items() if weight), task, weights)
 
 
-def fitting(terms: Mapping[str, Term], task: Task, rule: ScoringRule, batch: Batch) -> dict[str, Term]:
-    """The terms that samples of the task have.  Raises for labels that are not of the task, and what it has not."""
+def terms_of_batch(rule: ScoringRule, task: Task, batch: Batch) -> dict[str, Term]:
+    """Return the rule's terms that the task has.  Raises an error for labels of another task."""
     labels = batch.get("labels")
     if isinstance(labels, Tensor):
         require_labels(task, labels)
-    return _known(terms, task, rule.q)
+    return _terms_of_task(rule.measured(), task, rule.q)
 
 
-def _known(terms: Mapping[str, Term], task: Task, weights: Mapping[str, float]) -> dict[str, Term]:
-    """The terms that samples of the task have.
-
-    Raises SettingsError if Q asks for one that only classes and numbers have, UnsupportedError for one that only a
-    text behind its prompt has.
-    """
+def _terms_of_task(terms: Mapping[str, Term], task: Task, weights: Mapping[str, float]) -> dict[str, Term]:
     alone = [name for name, term in terms.items() if term.alone]
     if alone and not (isinstance(task, Generation) and task.causal):
         raise UnsupportedError(
-            f"quality term '{alone[0]}' compares a target with and without its prompt, which {task.name} cannot; leave "
-            "it out"
+            f"quality term '{alone[0]}' compares a target with and without its prompt and needs task causal-lm, not "
+            f"{task.name}; remove it"
         )
     if not isinstance(task, Generation):
         return dict(terms)
-    if asked := [name for name, term in terms.items() if term.answers and weights.get(name)]:
+    if weighted := [name for name, term in terms.items() if term.answers and weights.get(name)]:
         raise SettingsError(
-            f"quality term '{asked[0]}' is of classes and numbers, and the task is {task.name}; leave it out"
+            f"quality term '{weighted[0]}' needs classes or numbers, but the task is {task.name}; remove it"
         )
     return {name: term for name, term in terms.items() if not term.answers}
 
 
-def needs_gradients(terms: Mapping[str, Term]) -> bool:
-    return any(term.gradient for term in terms.values())
-
-
-def of_classes(task: Task, labels: np.ndarray) -> bool:
-    return isinstance(task, Answers) and task.strata(labels) is not None
-
-
 def require_precision(terms: Mapping[str, Term], autocast: torch.dtype | None) -> None:
+    """Raise SettingsError for a look-ahead term in half precision."""
     if autocast is not None and any(term.lookahead for term in terms.values()):
-        raise SettingsError("loss_reduction is a difference that half precision cannot hold; score in float32")
+        raise SettingsError("loss_reduction is too small a difference for half precision; score in float32")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LookRequest:
-    """Rows to look at, and how: all that a look needs beside the model."""
+    """The rows to look at and how: everything that a look needs except the model."""
 
     dataset: Dataset
     collate: Collate
-    """Makes batches in which each row is a sample."""
+    """Makes batches with one row per sample."""
     task: Task
     rule: ScoringRule = ScoringRule()
     rows: RowNames = RowNames()
     compute: Compute = Compute()
     trusted: Trusted | None = None
     fraction: float = 1.0
-    """The share of the rows that a gate must leave."""
+    """The share of the rows that a gate must keep."""
 
     @property
     def trusted_rows(self) -> int:

@@ -1,6 +1,6 @@
-"""From quality to a sample: softmax, Gumbel top-k without replacement, strata.  METHOD eq. 5.
+"""Sampling by quality: softmax, Gumbel top-k without replacement, strata.  METHOD eq. 5.
 
-Pure functions of numbers; randomness arrives as a generator.
+Pure functions of numbers; randomness is an argument.
 """
 
 import math
@@ -12,31 +12,31 @@ from tsqlora.errors import SettingsError
 
 
 def probabilities(quality: Float[np.ndarray, " n"], *, temperature: float) -> Float[np.ndarray, " n"]:
-    """exp(Q/τ) / Σ exp(Q/τ).  Raises SettingsError for a temperature that is not above 0."""
+    """Return exp(Q/τ) / Σ exp(Q/τ).  Raises SettingsError for a temperature that is not above 0."""
     scaled = log_weights(quality, temperature)
     weights = np.exp(scaled - scaled.max())
     return weights / weights.sum()
 
 
 def log_weights(quality: Float[np.ndarray, " n"], temperature: float) -> Float[np.ndarray, " n"]:
-    """φ = Q/τ.  Raises SettingsError for a temperature that is not above 0."""
+    """Return φ = Q/τ.  Raises SettingsError for a temperature that is not above 0."""
     require_temperature(temperature)
     return quality / temperature
 
 
 def require_temperature(temperature: float) -> None:
-    """Raises SettingsError unless 0 < τ < ∞."""
+    """Raise SettingsError unless 0 < τ < ∞."""
     if not 0 < temperature < np.inf:
         raise SettingsError(f"temperature is {temperature}; it must be above 0 and finite")
 
 
 def effective_sample_size(p: Float[np.ndarray, " n"]) -> float:
-    """1 / Σ p²: of how many equally likely samples the draw is worth."""
+    """Return 1 / Σ p²: the number of equally likely samples that the draw is worth."""
     return float(1 / np.square(p).sum())
 
 
 def draw_size(rows: int, fraction: float) -> int:
-    """How many of `rows` a fraction is, rounded up: in 1/f draws every row can come once.
+    """Return the number of rows in a fraction, rounded up, so that 1/f draws can cover every row.
 
     Raises SettingsError outside 0 < f ≤ 1.
 
@@ -49,9 +49,9 @@ def draw_size(rows: int, fraction: float) -> int:
 
 
 def stratum_sizes(counts: Int[np.ndarray, " k"], size: int) -> Int[np.ndarray, " k"]:
-    """`size` shared out in proportion to `counts` by largest remainder, at least one each.
+    """Divide `size` in proportion to `counts` by largest remainder, with at least one each.
 
-    Ties go to the earlier stratum.  Raises SettingsError where there are more strata than size.
+    Ties go to the earlier stratum.  Raises SettingsError for more strata than `size`.
 
     >>> stratum_sizes(np.array([70, 20, 10]), 10)
     array([7, 2, 1])
@@ -68,9 +68,9 @@ def stratum_sizes(counts: Int[np.ndarray, " k"], size: int) -> Int[np.ndarray, "
 
 
 def capped_sizes(counts: Int[np.ndarray, " k"], size: int, limits: Int[np.ndarray, " k"]) -> Int[np.ndarray, " k"]:
-    """`stratum_sizes`, none above its limit: what a stratum lacks the others give, in proportion.
+    """Return `stratum_sizes` capped at `limits`; other strata make up the difference in proportion.
 
-    Raises SettingsError where all limits together are less than size.
+    Raises SettingsError where the limits sum to less than `size`.
 
     >>> capped_sizes(np.array([50, 30, 20]), 20, np.array([2, 30, 20]))
     array([ 2, 11,  7])
@@ -85,25 +85,25 @@ def capped_sizes(counts: Int[np.ndarray, " k"], size: int, limits: Int[np.ndarra
 
 
 def require_enough(size: int, *, kept: int, rows: int) -> None:
-    """Raises SettingsError where a draw has more rows than were kept."""
+    """Raise SettingsError for a draw of more rows than were kept."""
     if kept < size:
         raise SettingsError(
-            f"a draw of {size} rows is more than the {kept} of {rows} rows that were not dropped; "
+            f"a draw of {size} rows exceeds the {kept} of {rows} rows that are kept; "
             f"lower fraction to {math.floor(1000 * kept / rows) / 1000:g}"
         )
 
 
 def gumbel_top_k(phi: Float[np.ndarray, " n"], k: int, rng: np.random.Generator) -> Int[np.ndarray, " k"]:
-    """The k rows with the largest φ + Gumbel noise.
+    """Return the k rows with the largest φ + Gumbel noise.
 
-    This is exactly successive sampling from softmax(φ) without replacement (Kool et al., 2019).
+    This equals successive sampling from softmax(φ) without replacement (Kool et al., 2019).
     """
     return np.argsort(-(phi + rng.gumbel(size=len(phi))), kind="stable")[:k]
 
 
 def inclusion(phi: Float[np.ndarray, " m"], threshold: float) -> Float[np.ndarray, " m"]:
-    """q = 1 − exp(−exp(φ − κ)): the chance that a row's key exceeds the threshold."""
-    # Beyond 700 the exponential overflows, and q is 1 long before.
+    """Return q = 1 − exp(−exp(φ − κ)), the probability that a row's key exceeds the threshold."""
+    # The exponential overflows above 700, where q is 1 in any case.
     return -np.expm1(-np.exp(np.minimum(phi - threshold, 700.0)))
 
 
@@ -116,9 +116,9 @@ def draw(
     strata: Int[np.ndarray, " n"] | None = None,
     kept: Bool[np.ndarray, " n"] | None = None,
 ) -> Int[np.ndarray, " m"]:
-    """A sample of `fraction` of all rows by softmax(Q/τ), ascending; each stratum has its own share of all rows.
+    """Draw `fraction` of all rows by softmax(Q/τ), ascending; each stratum keeps its share of all rows.
 
-    Only `kept` rows are drawn; where a stratum has too few, the others fill up in proportion.
+    Only `kept` rows are drawn; where a stratum has too few, the others make up the difference in proportion.
     """
     phi = log_weights(quality, temperature)
     groups = _groups(len(quality), fraction, strata, kept)
@@ -133,20 +133,20 @@ def expected_inclusion(
     strata: Int[np.ndarray, " n"] | None = None,
     kept: Bool[np.ndarray, " n"] | None = None,
 ) -> Float[np.ndarray, " n"]:
-    """The chance that `draw` takes each row, over all draws; 0 for rows that are not kept.
+    """Return the probability that `draw` takes each row; 0 for rows that are not kept.
 
-    In each stratum `inclusion` at the threshold for which chances add up to the stratum's size: the more
-    rows it draws the nearer to the truth (Rosén, 1997).
+    Each stratum uses `inclusion` at the threshold for which probabilities sum to its size: an approximation that
+    improves with the number of rows (Rosén, 1997).
     """
     phi = log_weights(quality, temperature)
-    chances = np.zeros(len(quality))
+    q = np.zeros(len(quality))
     for rows, size in _groups(len(quality), fraction, strata, kept):
-        chances[rows] = inclusion(phi[rows], _threshold(phi[rows], size))
-    return chances
+        q[rows] = inclusion(phi[rows], _threshold(phi[rows], size))
+    return q
 
 
 def _threshold(phi: Float[np.ndarray, " n"], size: int) -> float:
-    """The κ for which inclusions add up to `size`."""
+    """Return the κ for which inclusions sum to `size`."""
     if size == len(phi):
         return -np.inf
     low, high = float(phi.min()) - 10, float(phi.max()) + math.log(len(phi) / size) + 1
@@ -159,7 +159,7 @@ def _threshold(phi: Float[np.ndarray, " n"], size: int) -> float:
 def _groups(
     rows: int, fraction: float, strata: Int[np.ndarray, " n"] | None, kept: Bool[np.ndarray, " n"] | None
 ) -> list[tuple[Int[np.ndarray, " j"], int]]:
-    """Each stratum's kept rows, and how many of them a draw takes."""
+    """Return each stratum's kept rows, and how many of them a draw takes."""
     groups = np.zeros(rows, dtype=np.int64) if strata is None else strata
     may = np.ones(rows, dtype=np.bool_) if kept is None else kept
     names, places, counts = np.unique(groups, return_inverse=True, return_counts=True)

@@ -1,55 +1,128 @@
-"""Scores: what is known of every sample, as one immutable value that is a Parquet file."""
+"""Scores: terms, quality and probability of every row, as an immutable value and a Parquet file."""
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tsqlora.errors import DataError, SettingsError, TsqLoraError, nearest
-from tsqlora.files import replacing
+from tsqlora.files import plain_value, replacing
 from tsqlora.quality.sampling import effective_sample_size, probabilities, require_temperature
-from tsqlora.quality.score_record import ScoreRecord
 from tsqlora.quality.terms import quality, standardise
 
 _METADATA = b"tsqlora"
 _ROW_GROUP = 1 << 15
-"""Rows that are encoded, in memory, at a time."""
-_OWN = ("id", "hash", "label", "quality", "probability", "reason")
+_NOT_TERMS = ("id", "hash", "label", "quality", "probability", "reason")
+JSON = Mapping[str, Any]
 
 REASONS = ("kept", "duplicate", "outlier", "confident negative", "gated", "trusted row")
-"""Why a row is drawn from or dropped; `Scores.reasons` holds places in this table."""
-
+"""Why a row is kept or dropped; `Scores.reasons` holds indices into this table."""
 PREDICTIONS = ("predicted", "predicted_probability", "label_probability", "logits")
-"""What is predicted for a row, by a fit that has not seen it where the record says `out_of_sample`, else by the model:
-class or number; for classes its probability, the label's, and k logits."""
+"""Predicted class or number; for classes its probability, the label's probability, and k logits. They come from a fit
+without the row where the record has `out_of_sample`, else from the model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreRecord:
+    """How scores were made.  None means not measured or not applicable."""
+
+    temperature: float
+    effective_sample_size: float
+    draw: Literal["even", "softmax"] = "softmax"
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Weights of the terms in Q."""
+    standardised_by_quartiles: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """Classes of a term in which more than half of the rows share one value."""
+    without_spread: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """Classes of a term in which all rows share one value."""
+    dropped: Mapping[str, int] | None = None
+    """Rows by reason."""
+
+    seed: int | None = None
+    scope: str | None = None
+    """Parameters whose gradients were taken."""
+    eta: float | None = None
+    """Step size of `loss_reduction`."""
+    offsets: Sequence[float] | None = None
+    """Calibration of the logits."""
+    reference: Sequence[int] | None = None
+    """Rows of the data set in the reference."""
+    reference_rows: int | None = None
+    reference_norm: float | None = None
+    autocast: str | None = None
+
+    look: int | None = None
+    """Number of the look in the run, from 1."""
+    epoch: int | None = None
+    step: int | None = None
+    head_start: JSON | None = None
+    not_ready: str | None = None
+    """Why the model is at chance, so that its gradients carry no information."""
+    frozen: bool = False
+    """Whether predictions use features that were not trained on these labels."""
+    out_of_sample: bool = False
+    """Whether predictions come from fits without the row."""
+    trusted_rows: int | None = None
+    noise: JSON | None = None
+    """Wrong labels: their rate, and whether they are evident."""
+    gate: JSON | None = None
+    guard: JSON | None = None
+    """Result of the comparison of Q's draw with a random one."""
+
+    data: str | None = None
+    """File or hub id of the rows."""
+    columns: Mapping[str, str | None] | None = None
+    classes: Sequence[Any] | None = None
+    """Class names by number."""
+    format: str | None = None
+    """How prompts and targets are made from the rows."""
+    hints: JSON = field(default_factory=dict)
+    """Delimiter and encoding of the file."""
+    held_out: int = 0
+    """Rows held out for validation and not scored."""
+
+    about: JSON = field(default_factory=dict)
+    """Other values, from the caller or another version."""
+
+    @classmethod
+    def of(cls, values: JSON) -> "ScoreRecord":
+        """Build the record from values by name.  Raises TypeError without temperature or effective_sample_size."""
+        names = {field.name for field in fields(cls)} - {"about"}
+        about = {name: value for name, value in values.items() if name not in names}
+        return cls(**{name: value for name, value in values.items() if name in names}, about=about)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the values by name, including those in `about`, without None."""
+        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "about"}
+        return {**self.about, **{name: value for name, value in own.items() if value is not None}}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scores:
     """Terms, quality and probability of every row, in the data set's order.
 
-    A dropped row keeps its terms and quality; its probability is 0, and it is never drawn.
+    A dropped row keeps its terms and quality; its probability is 0 and it is never drawn.
     """
 
     terms: Mapping[str, np.ndarray]
     labels: np.ndarray
-    """Class ids or numbers; of generated text how many tokens the target has."""
+    """Class ids or numbers; for generation the number of target tokens."""
     quality: np.ndarray
     probability: np.ndarray
     stratified: bool
     record: ScoreRecord
     hashes: tuple[str, ...] | None = None
     ids: np.ndarray | None = None
-    """The place of each row in the file that was read; None where that is its place here."""
+    """Row numbers in the file; None where they equal the positions here."""
     reasons: np.ndarray | None = None
-    """Places in REASONS; None where every row is kept."""
+    """Indices into REASONS; None where every row is kept."""
     predictions: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """Those of PREDICTIONS that are known."""
+    """Columns of PREDICTIONS, where available."""
 
     def __len__(self) -> int:
         return len(self.quality)
@@ -60,48 +133,60 @@ class Scores:
 
     @property
     def even(self) -> bool:
-        """Whether kept rows are drawn equally often, whatever their quality; else by softmax(Q/τ)."""
+        """Whether kept rows are drawn equally often; else by softmax(Q/τ)."""
         return self.record.draw == "even"
 
     @property
     def strata(self) -> np.ndarray | None:
-        """The label of each row where a draw is stratified by it."""
+        """The label of each row where draws are stratified by label."""
         return self.labels.astype(np.int64) if self.stratified else None
+
+    @property
+    def row_ids(self) -> np.ndarray:
+        """The number of each row in its file."""
+        return np.arange(len(self)) if self.ids is None else self.ids
+
+    @property
+    def reason_codes(self) -> np.ndarray:
+        """The index into REASONS of each row."""
+        return np.zeros(len(self), dtype=np.int8) if self.reasons is None else self.reasons
 
     @property
     def kept(self) -> np.ndarray:
         """Whether each row may be drawn."""
-        return np.ones(len(self), dtype=np.bool_) if self.reasons is None else self.reasons == 0
+        return self.reason_codes == 0
 
     def left_out_as(self, reason: str) -> np.ndarray:
-        """Whether each row is left out for this reason."""
-        return np.zeros(len(self), dtype=np.bool_) if self.reasons is None else self.reasons == REASONS.index(reason)
+        """Whether each row is dropped for this reason."""
+        return self.reason_codes == REASONS.index(reason)
 
     def drop(self, rows: np.ndarray, reason: str) -> "Scores":
-        """The same without these rows (a mask); what was dropped before keeps its reason.
+        """Return the scores with these rows (a mask) dropped; rows that were dropped before keep their reason.
 
         Raises SettingsError for a reason that is not in REASONS, TsqLoraError where no row is left.
         """
         if reason not in REASONS[1:]:
             raise SettingsError(f"unknown reason '{reason}'; {nearest(reason, REASONS[1:])}")
-        reasons = np.zeros(len(self), dtype=np.int8) if self.reasons is None else self.reasons.copy()
+        reasons = self.reason_codes.copy()
         reasons[rows & (reasons == 0)] = REASONS.index(reason)
         if not (reasons == 0).any():
             raise TsqLoraError(f"all {len(self)} rows are dropped, the last as '{reason}'; drop fewer kinds of rows")
-        p = _probabilities(self.quality, reasons == 0, even=self.even, temperature=self.temperature)
         dropped = {name: int((reasons == code).sum()) for code, name in enumerate(REASONS) if code}
-        record = replace(self.record, effective_sample_size=effective_sample_size(p), dropped=dropped)
-        return replace(self, reasons=reasons, probability=p, record=record)
+        return replace(self, reasons=reasons, record=replace(self.record, dropped=dropped))._with_probabilities()
 
     def drawn_evenly(self) -> "Scores":
-        """The same, of whose kept rows each is drawn as often, whatever its quality."""
-        p = _probabilities(self.quality, self.kept, even=True, temperature=self.temperature)
-        record = replace(self.record, draw="even", effective_sample_size=effective_sample_size(p))
+        """Return the scores with an even draw of the kept rows, whatever their quality."""
+        return replace(self, record=replace(self.record, draw="even"))._with_probabilities()
+
+    def _with_probabilities(self) -> "Scores":
+        logits = np.where(self.kept, 0.0 if self.even else self.quality, -np.inf)
+        p = probabilities(logits, temperature=self.temperature)
+        record = replace(self.record, effective_sample_size=effective_sample_size(p))
         return replace(self, probability=p, record=record)
 
     def save(self, path: str | Path) -> None:
-        """One row a sample: id, hash, label, terms, predictions, quality, probability, reason."""
-        columns: dict[str, Any] = {"id": np.arange(len(self)) if self.ids is None else self.ids}
+        """Write one row per sample: id, hash, label, terms, predictions, quality, probability, reason."""
+        columns: dict[str, Any] = {"id": self.row_ids}
         if self.hashes is not None:
             columns["hash"] = list(self.hashes)
         columns |= {
@@ -110,16 +195,16 @@ class Scores:
             **{name: _column(values) for name, values in self.predictions.items()},
             "quality": self.quality,
             "probability": self.probability,
-            "reason": pa.DictionaryArray.from_arrays(_codes(self), pa.array(REASONS)),
+            "reason": pa.DictionaryArray.from_arrays(self.reason_codes, pa.array(REASONS)),
         }
-        about = {"stratified": self.stratified, **self.record.to_dict()}
-        metadata = {_METADATA: json.dumps(about, allow_nan=False, default=_plain).encode()}
+        record = {"stratified": self.stratified, **self.record.to_dict()}
+        metadata = {_METADATA: json.dumps(record, allow_nan=False, default=plain_value).encode()}
         with replacing(Path(path)) as unfinished:
             pq.write_table(pa.table(columns).replace_schema_metadata(metadata), unfinished, row_group_size=_ROW_GROUP)
 
     @classmethod
     def load(cls, path: str | Path) -> "Scores":
-        """Reads what `save` wrote.  Raises DataError naming the file and what is wrong with it."""
+        """Read a file that `save` wrote.  Raises DataError naming the file and the problem."""
         try:
             table = pq.read_table(path)
         except FileNotFoundError:
@@ -127,18 +212,21 @@ class Scores:
         except pa.ArrowException as error:
             raise DataError(f"{path}: not a Parquet file ({error})") from None
         metadata = (table.schema.metadata or {}).get(_METADATA)
-        missing = {"label", "quality", "probability"} - set(table.column_names)
-        if metadata is None or missing:
+        if metadata is None or {"label", "quality", "probability"} - set(table.column_names):
             raise DataError(f"{path}: not a file of scores; `tsqlora score` writes one")
-        record = _record_of(metadata, path)
+        try:
+            record = json.loads(metadata)
+            stratified, record = bool(record.pop("stratified")), ScoreRecord.of(record)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path}: the record of the scores is damaged ({error}); score again") from None
         columns = {name: _numbers(table[name]) for name in table.column_names if name not in ("hash", "reason")}
         return cls(
-            terms={name: values for name, values in columns.items() if name not in (*_OWN, *PREDICTIONS)},
+            terms={name: values for name, values in columns.items() if name not in (*_NOT_TERMS, *PREDICTIONS)},
             labels=columns["label"],
             quality=columns["quality"],
             probability=columns["probability"],
-            stratified=bool(record.pop("stratified")),
-            record=ScoreRecord.of(record),
+            stratified=stratified,
+            record=record,
             hashes=tuple(table["hash"].to_pylist()) if "hash" in table.column_names else None,
             ids=columns.get("id"),
             reasons=_reasons(table, path) if "reason" in table.column_names else None,
@@ -146,42 +234,25 @@ class Scores:
         )
 
 
-def _record_of(metadata: bytes, path: str | Path) -> dict[str, Any]:
-    """The scores' record, with all that drawing reads.  Raises DataError naming the file."""
-    try:
-        record = json.loads(metadata)
-    except ValueError as error:
-        raise DataError(f"{path}: its record is damaged ({error}); score again") from None
-    needed = {"stratified", "temperature", "effective_sample_size"}
-    if not isinstance(record, dict) or (missing := sorted(needed - record.keys())):
-        what = "is no mapping" if not isinstance(record, dict) else f"lacks {', '.join(missing)}"
-        raise DataError(f"{path}: its record {what}; score again")
-    return record
-
-
 def _column(values: np.ndarray) -> Any:
-    """Numbers as Parquet takes them: of a matrix a list a row."""
+    """Return a matrix as a Parquet column of lists, anything else unchanged."""
     return values if values.ndim == 1 else pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
 
 
 def _numbers(column: pa.ChunkedArray) -> np.ndarray:
-    """What `_column` was made of."""
+    """Invert `_column`."""
     if not pa.types.is_fixed_size_list(column.type):
         return column.to_numpy()
     return column.combine_chunks().flatten().to_numpy().reshape(len(column), column.type.list_size)
 
 
-def _codes(scores: Scores) -> np.ndarray:
-    return np.zeros(len(scores), dtype=np.int8) if scores.reasons is None else scores.reasons
-
-
 def _reasons(table: pa.Table, path: str | Path) -> np.ndarray:
-    """Places in REASONS, whatever table the file's own writer numbered them by."""
-    written = table["reason"].combine_chunks().dictionary_encode()
-    names = written.dictionary.to_pylist()
+    """Return indices into REASONS, whatever order of reasons the file has."""
+    column = table["reason"].combine_chunks().dictionary_encode()
+    names = column.dictionary.to_pylist()
     if unknown := set(names) - set(REASONS):
-        raise DataError(f"{path}: the reason '{unknown.pop()}' is none of {', '.join(REASONS)}; score anew")
-    return np.array([REASONS.index(name) for name in names], dtype=np.int8)[written.indices.to_numpy()]
+        raise DataError(f"{path}: unknown reason '{unknown.pop()}'; score again ({', '.join(REASONS)})")
+    return np.array([REASONS.index(name) for name in names], dtype=np.int8)[column.indices.to_numpy()]
 
 
 def from_terms(
@@ -197,74 +268,52 @@ def from_terms(
     ids: np.ndarray | None = None,
     predictions: Mapping[str, np.ndarray] | None = None,
 ) -> Scores:
-    """Standardise, add up, and make probabilities of measured terms (METHOD eq. 4 and 5).
+    """Standardise measured terms, sum them to Q, and compute probabilities (METHOD eq. 4 and 5).
 
-    Standardised within the class where `stratified`.  Raises SettingsError for a weight that is
-    not finite or whose term was not measured, TsqLoraError naming the first row with a value that is not finite.
+    Terms are standardised within each class where `stratified`. Raises SettingsError for a weight that is not finite or
+    whose term was not measured, TsqLoraError naming the first row with a value that is not finite.
     """
     require_temperature(temperature)
-    for name, weight in weights.items():
+    require_row_names(len(labels), hashes=hashes, ids=ids)
+    used = {name: weight for name, weight in weights.items() if weight}
+    for name, weight in used.items():
         if not np.isfinite(weight):
             raise SettingsError(f"the weight of '{name}' is {weight}; it must be a finite number")
-    require_names(len(labels), hashes=hashes, ids=ids)
-    if unknown := [name for name, weight in weights.items() if weight and name not in terms]:
-        raise SettingsError(f"'{unknown[0]}' has a weight and was not measured; {nearest(unknown[0], terms)}")
+        if name not in terms:
+            raise SettingsError(f"'{name}' has a weight and was not measured; {nearest(name, terms)}")
     for name, values in terms.items():
-        _require_finite(name, values, ids)
+        bad = np.flatnonzero(~np.isfinite(values))
+        if len(bad):
+            row = bad[0] if ids is None else ids[bad[0]]
+            raise TsqLoraError(
+                f"{name} of row {row} is {values[bad[0]]} ({len(bad)} rows are not finite); "
+                "score in float32, or lower training.learning_rate"
+            )
     groups = labels.astype(np.int64) if stratified else np.zeros(len(labels), dtype=np.int64)
-    standardised = {name: standardise(terms[name], groups) for name, weight in weights.items() if weight}
-    total = np.zeros(len(labels))
-    if standardised:
-        total = quality({name: s.values for name, s in standardised.items()}, weights)
-    p = _probabilities(total, np.ones(len(labels), dtype=np.bool_), even=even, temperature=temperature)
+    standardised = {name: standardise(terms[name], groups) for name in used}
+    how = {
+        "draw": "even" if even else "softmax",
+        "weights": dict(weights),
+        "temperature": temperature,
+        "effective_sample_size": float(len(labels)),
+        "standardised_by_quartiles": {n: list(s.by_range) for n, s in standardised.items() if s.by_range},
+        "without_spread": {n: list(s.flat) for n, s in standardised.items() if s.flat},
+    }
     return Scores(
         terms=terms,
         labels=labels,
-        quality=total,
-        probability=p,
+        quality=quality({n: s.values for n, s in standardised.items()}, used) if used else np.zeros(len(labels)),
+        probability=np.empty(0),
         stratified=stratified,
-        record=ScoreRecord.of(
-            {
-                **record,
-                "draw": "even" if even else "softmax",
-                "weights": dict(weights),
-                "temperature": temperature,
-                "effective_sample_size": effective_sample_size(p),
-                "standardised_by_quartiles": {n: list(s.by_range) for n, s in standardised.items() if s.by_range},
-                "without_spread": {n: list(s.flat) for n, s in standardised.items() if s.flat},
-            }
-        ),
+        record=ScoreRecord.of({**record, **how}),
         hashes=None if hashes is None else tuple(hashes),
         ids=ids,
         predictions=dict(predictions or {}),
-    )
+    )._with_probabilities()
 
 
-def _probabilities(quality: np.ndarray, kept: np.ndarray, *, even: bool, temperature: float) -> np.ndarray:
-    """Of one draw; 0 for rows that are not kept."""
-    return probabilities(np.where(kept, 0.0 if even else quality, -np.inf), temperature=temperature)
-
-
-def require_names(rows: int, *, hashes: Sequence[str] | None, ids: np.ndarray | None) -> None:
-    """Raises SettingsError for hashes or ids of another number of rows."""
-    if hashes is not None and len(hashes) != rows:
-        raise SettingsError(f"there are {len(hashes)} hashes for {rows} rows")
-    if ids is not None and len(ids) != rows:
-        raise SettingsError(f"there are {len(ids)} ids for {rows} rows")
-
-
-def _require_finite(name: str, values: np.ndarray, ids: np.ndarray | None) -> None:
-    bad = np.flatnonzero(~np.isfinite(values))
-    if len(bad):
-        row = bad[0] if ids is None else ids[bad[0]]
-        raise TsqLoraError(
-            f"{name} of row {row} is {values[bad[0]]} ({len(bad)} rows in all are not finite); "
-            "score in float32, or lower training.learning_rate"
-        )
-
-
-def _plain(value: Any) -> Any:
-    """numpy's scalars and arrays as JSON has them."""
-    if isinstance(value, np.generic | np.ndarray):
-        return value.tolist()
-    raise TypeError(f"{value!r} of the scores' record is no JSON value")
+def require_row_names(rows: int, *, hashes: Sequence[str] | None, ids: np.ndarray | None) -> None:
+    """Raise SettingsError for a wrong number of hashes or ids."""
+    for name, values in (("hashes", hashes), ("ids", ids)):
+        if values is not None and len(values) != rows:
+            raise SettingsError(f"there are {len(values)} {name} for {rows} rows")

@@ -1,7 +1,6 @@
-"""What can be known of a sample's worth, as a table, and how terms add up to Q.
+"""Terms of a row's quality as a table, and their sum Q.  METHOD eq. 1 to 4.
 
-METHOD eq. 1 to 4. A term is a function of what one pass measured; to have another, add an
-entry to TERMS, or give the function itself where a name is asked for.
+A term is a function of what one pass measured. To add one, add an entry to TERMS, or pass the function itself.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -16,63 +15,59 @@ from torch import Tensor
 from tsqlora.errors import SettingsError, nearest
 
 CLIP = 3.0
-"""Standardised terms beyond this many deviations count as this many."""
+"""Standardised terms are clipped to this many deviations."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What the passes over one batch say of its n samples."""
+    """Measurements of the n samples of one batch; None where no term needs them."""
 
     logits: Float[Tensor, "n k"] | None
-    """Calibrated, as is `loss`; None of generated text."""
+    """Calibrated, as is `loss`; None for generation."""
     labels: Shaped[Tensor, "n *t"]
     loss: Float[Tensor, " n"]
     norm_sq: Float[Tensor, " n"] | None = None
-    """‖∇ℓ‖²; this and what follows are None where no term asked for it."""
+    """‖∇ℓ‖²."""
     dot: Float[Tensor, " n"] | None = None
-    """⟨∇ℓ, ḡ⟩; ḡ without the sample itself where the sample is in the reference."""
+    """⟨∇ℓ, ḡ⟩; ḡ excludes the sample itself if it is in the reference."""
     reference_norm: float | None = None
     stepped_loss: Float[Tensor, " n"] | None = None
-    """After each sample's own step."""
+    """Loss after a step on the sample alone."""
     alone_loss: Float[Tensor, " n"] | None = None
-    """Of the target without its prompt."""
+    """Loss of the target without its prompt."""
     trusted_loss: Float[Tensor, " n"] | None = None
-    """Of the trusted model θ_R."""
+    """Loss of the trusted model θ_R."""
 
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One measure of a sample's worth: larger is to be worth more."""
+    """One measure of a sample's worth: larger means worth more."""
 
     of: Callable[[Measured], Float[Tensor, " n"]]
     gradient: bool = False
-    """Whether it needs gradients, which cost a backward pass, and one of the reference."""
+    """Needs gradients: a backward pass, and one of the reference."""
     lookahead: bool = False
-    """Whether it needs the stepped loss, which costs one more forward pass."""
+    """Needs the stepped loss: one more forward pass."""
     answers: bool = False
-    """Whether it is known only where a sample has one answer, a class or a number."""
+    """Exists only where a sample has one answer, a class or a number."""
     alone: bool = False
-    """Whether it needs the loss of the target without its prompt, which costs one more forward pass."""
+    """Needs the loss of the target without its prompt: one more forward pass."""
     trusted: bool = False
-    """Whether it needs the trusted model's loss, which costs its training and a forward pass."""
+    """Needs the trusted model's loss: its training and a forward pass."""
 
 
-def _asked(number: Float[Tensor, "*n"] | None) -> Float[Tensor, "*n"]:
-    assert number is not None
-    return number
+def _required(value: Float[Tensor, "*n"] | None) -> Float[Tensor, "*n"]:
+    assert value is not None
+    return value
 
 
 def _gradient_norm(m: Measured) -> Float[Tensor, " n"]:
-    return _asked(m.norm_sq).sqrt()
+    return _required(m.norm_sq).sqrt()
 
 
 def _convergence(m: Measured) -> Float[Tensor, " n"]:
     assert m.reference_norm is not None
-    return _asked(m.dot) / m.reference_norm
-
-
-def _loss_reduction(m: Measured) -> Float[Tensor, " n"]:
-    return m.loss - _asked(m.stepped_loss)
+    return _required(m.dot) / m.reference_norm
 
 
 def _cosine(m: Measured) -> Float[Tensor, " n"]:
@@ -82,7 +77,7 @@ def _cosine(m: Measured) -> Float[Tensor, " n"]:
 
 def _el2n(m: Measured) -> Float[Tensor, " n"]:
     """‖p − y‖ (Paul et al., 2021); for regression |prediction − label|."""
-    logits = _asked(m.logits)
+    logits = _required(m.logits)
     width = logits.shape[1]
     if width == 1:
         return (logits.squeeze(1) - m.labels).abs()
@@ -91,19 +86,19 @@ def _el2n(m: Measured) -> Float[Tensor, " n"]:
 
 def _ifd(m: Measured) -> Float[Tensor, " n"]:
     """ℓ(target | prompt) / ℓ(target): instruction-following difficulty (Li et al., 2024)."""
-    alone = _asked(m.alone_loss)
+    alone = _required(m.alone_loss)
     return torch.where(alone > 0, m.loss / alone.clamp_min(torch.finfo(m.loss.dtype).tiny), 1)
 
 
 def _reducible_loss(m: Measured) -> Float[Tensor, " n"]:
-    """ℓ(θ) − ℓ(θ_R), eq. 3′ (after RHO-loss and CoLoR-Filter); divided by ℓ(θ) where the answer is text."""
-    difference = m.loss - _asked(m.trusted_loss)
+    """ℓ(θ) − ℓ(θ_R), eq. 3′ (after RHO-loss and CoLoR-Filter); for generation relative to ℓ(θ)."""
+    difference = m.loss - _required(m.trusted_loss)
     return difference if m.logits is not None else difference / m.loss.clamp_min(torch.finfo(m.loss.dtype).tiny)
 
 
 TERMS: dict[str, Term] = {
     "gradient_norm": Term(_gradient_norm, gradient=True),
-    "loss_reduction": Term(_loss_reduction, gradient=True, lookahead=True),
+    "loss_reduction": Term(lambda m: m.loss - _required(m.stepped_loss), gradient=True, lookahead=True),
     "convergence": Term(_convergence, gradient=True),
     "cosine": Term(_cosine, gradient=True),
     "loss": Term(lambda m: m.loss),
@@ -112,54 +107,45 @@ TERMS: dict[str, Term] = {
     "reducible_loss": Term(_reducible_loss, trusted=True),
 }
 
+TermSpec = str | Term | Callable[[Measured], Any]
+"""A name in TERMS, or a custom term: a function of Measured, or a Term if it needs gradients."""
 
-Asked = str | Term | Callable[[Measured], Any]
-"""A term by its name in TERMS, or one's own: a function of what was measured, as a Term where that takes gradients."""
 
+def get_terms(specs: Iterable[TermSpec]) -> dict[str, Term]:
+    """Return the entries of TERMS for names, and custom terms under the names of their functions.
 
-def get_terms(asked: Iterable[Asked]) -> dict[str, Term]:
-    """The entries of TERMS for these names, and those that are given themselves, by their functions' names.
-
-    Raises SettingsError for an unknown name, and for a function whose name cannot be a column's.
+    Raises SettingsError for an unknown name, and for a function whose name cannot be a column.
     """
-    asked = list(asked)
-    known = TERMS | dict(_own_term(given) for given in asked if not isinstance(given, str))
-    names = [given if isinstance(given, str) else _name_of(given) for given in asked]
-    for name in names:
-        if name not in known:
-            raise SettingsError(f"unknown quality term '{name}'; {nearest(name, known)}")
-    return {name: known[name] for name in names}
-
-
-def _own_term(given: Term | Callable[[Measured], Any]) -> tuple[str, Term]:
-    name = _name_of(given)
-    if not name.isidentifier() or name in TERMS:
-        raise SettingsError(
-            f"a term of one's own is named by its function, and not '{name}'; define one by another name"
-        )
-    return name, given if isinstance(given, Term) else Term(given)
-
-
-def _name_of(own: Term | Callable[[Measured], Any]) -> str:
-    return str(getattr(own.of if isinstance(own, Term) else own, "__name__", type(own).__name__))
+    terms: dict[str, Term] = {}
+    for spec in specs:
+        if isinstance(spec, str):
+            if spec not in TERMS | terms:
+                raise SettingsError(f"unknown quality term '{spec}'; {nearest(spec, TERMS | terms)}")
+            terms.setdefault(spec, (TERMS | terms)[spec])
+            continue
+        name = str(getattr(spec.of if isinstance(spec, Term) else spec, "__name__", type(spec).__name__))
+        if not name.isidentifier() or name in TERMS:
+            raise SettingsError(f"a custom term is named after its function, and '{name}' is not usable; rename it")
+        terms[name] = spec if isinstance(spec, Term) else Term(spec)
+    return terms
 
 
 @dataclass(frozen=True, slots=True)
 class Standardised:
-    """A term in robust deviations from its median, and the groups in which it says nothing."""
+    """A term in robust deviations from its median, and the groups with little or no spread."""
 
     values: Float[np.ndarray, " n"]
     by_range: tuple[int, ...]
-    """Groups in which the interquartile range had to stand in for a MAD of zero."""
+    """Groups where the MAD is 0 and the interquartile range replaces it."""
     flat: tuple[int, ...]
-    """Groups without spread: every value there is 0."""
+    """Groups without spread, where every value is 0."""
 
 
 def standardise(values: Float[np.ndarray, " n"], groups: Int[np.ndarray, " n"]) -> Standardised:
-    """(x − median) / (1.4826 MAD) within each group, clipped to ±CLIP.
+    """Return (x − median) / (1.4826 MAD) within each group, clipped to ±CLIP.
 
-    Where more than half of a group is one value, up to rounding, the MAD is 0 and IQR / 1.349
-    is used; where that is 0 too, 0.  Both factors make a normal sample's deviation 1.
+    Where more than half of a group is one value, up to rounding, the MAD is 0 and IQR / 1.349 replaces it; where that
+    is 0 too, values are 0.  Both factors make the deviation of a normal sample 1.
     """
     out = np.zeros(len(values), dtype=np.float64)
     by_range: list[int] = []
@@ -168,7 +154,7 @@ def standardise(values: Float[np.ndarray, " n"], groups: Int[np.ndarray, " n"]) 
         rows = groups == group
         x = values[rows].astype(np.float64)
         centred = x - np.median(x)
-        # Equal rows differ by rounding with the batch they were in; that must not be scaled up.
+        # Equal rows differ by the rounding of their batches, which must not be scaled up.
         rounding = 1e-5 * np.median(np.abs(x))
         scale = 1.4826 * np.median(np.abs(centred))
         if scale <= rounding:
@@ -183,6 +169,5 @@ def standardise(values: Float[np.ndarray, " n"], groups: Int[np.ndarray, " n"]) 
 def quality(
     standardised: Mapping[str, Float[np.ndarray, " n"]], weights: Mapping[str, float]
 ) -> Float[np.ndarray, " n"]:
-    """Q = Σ α z(term), METHOD eq. 4.  `standardised` must hold every term with a weight."""
-    terms = [weight * standardised[name] for name, weight in weights.items() if weight]
-    return np.sum(terms, axis=0)
+    """Return Q = Σ α z(term), METHOD eq. 4.  `standardised` needs every term with a weight."""
+    return np.sum([weight * standardised[name] for name, weight in weights.items() if weight], axis=0)

@@ -1,8 +1,8 @@
-"""Which class's rows bear which label: wrong labels that prefer some classes.  [ours]
+"""Label transitions: which labels the rows of each class get, for wrong labels that prefer some classes.  [ours]
 
-As in learning with noisy labels by a transition matrix (Patrini et al. 2017) and in the confident joint (Northcutt et
-al. 2021), but by expectation and maximisation on calibrated probabilities, and used only where it predicts labels of
-rows that it has not seen better than wrong labels without preference do.
+A transition matrix as in learning with noisy labels (Patrini et al. 2017) and the confident joint (Northcutt et al.
+2021), but fitted by expectation maximisation on calibrated probabilities, and used only where it predicts held-out
+labels better than wrong labels without preference do.
 """
 
 import numpy as np
@@ -14,17 +14,17 @@ from tsqlora.seeds import stream
 
 ROUNDS = 8
 PRIOR_ROWS = 30.0
-"""Rows of each class with wrong labels of no preference, which weigh as much as the class's own."""
+"""Weight of the prior, wrong labels without preference, in rows per class."""
 GAIN = 0.05
-"""Nats a row by which labels of other rows must be better predicted.  Labels that one class in five loses to one other
-gain 0.2 to 0.7 (CLINC150, 5 and 20 %); its clean rows 0.01, wrong labels without preference less than 0."""
+"""Least gain on held-out labels, in nats per row.  On CLINC150 it is 0.2 to 0.7 where one class in five loses labels to
+one other (5 and 20 %), 0.01 on clean rows, and negative for wrong labels without preference."""
 
 Transitions = Float[np.ndarray, "k k"]
 """Row: the true class. Column: the label. Rows sum to 1 but for classes without a label."""
 
 
 def even_transitions(noise: LabelNoise) -> Transitions:
-    """What `noise` says: a wrong label is of any other class, as often as labels are."""
+    """Return the transitions of `noise`: a wrong label is any other class, in proportion to label shares."""
     shares = noise.shares
     matrix = noise.rate * shares[None] / (1 - shares[:, None]).clip(min=1e-12)
     np.fill_diagonal(matrix, 1 - noise.rate)
@@ -34,9 +34,9 @@ def even_transitions(noise: LabelNoise) -> Transitions:
 def fit_transitions(
     p: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"], noise: LabelNoise, *, seed: int = 0
 ) -> Transitions:
-    """The likeliest transitions where one half of the rows finds them in the other's labels; else even ones.
+    """Fit transitions; return even ones where a fit on half of the rows does not predict the other half better.
 
-    `p` are probabilities of the true class, of rows that their fit has not seen.
+    `p` are out-of-sample probabilities of the true class.
     """
     even = even_transitions(noise)
     if noise.rate == 0 or len(labels) < 2:
@@ -51,7 +51,7 @@ def fit_transitions(
 def true_class(
     p: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"], transitions: Transitions
 ) -> Float[np.ndarray, "n k"]:
-    """The chance of each class to be the row's true one, given the label, too: Bayes' rule."""
+    """Return the probability of each class to be the true one given the label, by Bayes' rule."""
     joint = p * transitions.T[labels] + 1e-30
     return joint / joint.sum(axis=1, keepdims=True)
 

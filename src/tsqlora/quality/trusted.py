@@ -1,52 +1,55 @@
-"""The trusted model θ_R: the run's model, trained on trusted rows alone.  METHOD 1.2.
+"""The trusted model θ_R, which is the run's model trained on trusted rows alone; and gates, which drop the rows that it
+disagrees with.  METHOD 1.2 and 1.4.
 
-After RHO-loss (Mindermann et al. 2022) and CoLoR-Filter (Brandfonbrener et al. 2024).
+After RHO-loss (Mindermann et al. 2022) and CoLoR-Filter (Brandfonbrener et al. 2024). To add a gate, add an entry to
+GATES.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import nn
 
 from tsqlora.errors import SettingsError, TsqLoraError
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.quality.rows import Dataset
 from tsqlora.tasks import Task
-from tsqlora.tasks.forward import Batch, Collate, model_logits, precision, split_labels
+from tsqlora.tasks.forward import Collate, model_logits, precision, split_labels
 from tsqlora.tasks.generation import Generation
 
 BATCH_SIZE = 16
 STEPS = 100
 STEPS_OF_TEXT = 24
 RATE = 2.0
-"""Times the run's learning rate."""
+"""Factor on the run's learning rate."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trusted:
-    """Rows that look like what the model shall be good at, and how a model is trained on them alone."""
+    """Trusted rows, which represent what the model should be good at, and how to train on them alone."""
 
     rows: Dataset
     learning_rate: float = 5e-4
-    """Of the run; the trusted model has twice as much."""
+    """Learning rate of the run; the trusted model uses twice as much."""
     batch_size: int = BATCH_SIZE
-    """Of the run; the trusted model has it where the answer is text, else 16."""
+    """Batch size of the run; the trusted model uses it for generation, else 16."""
     twins: Bool[np.ndarray, " n"] | None = None
-    """Rows of the data set that have the input of one of these; they are not drawn."""
+    """Rows of the data set with the input of a trusted row; they are not drawn."""
     loss: Float[np.ndarray, " n"] | None = None
-    """The trusted model's losses on the data set, where an earlier look measured them."""
+    """The trusted model's losses on the data set, if an earlier look measured them."""
 
     def __post_init__(self) -> None:
         if len(self.rows) < 2:
-            raise SettingsError(f"there is {len(self.rows)} trusted row; give at least 2, better 32 to 200")
+            raise SettingsError(f"{len(self.rows)} trusted rows are too few; give at least 2, better 32 to 200")
 
 
 def trusted_steps_of(task: Task, rows: int, batch_size: int) -> tuple[int, int]:
-    """Steps of the trusted model, and rows of each: of text a few of the run's batches."""
+    """Return the trusted model's steps and rows per step: for generation few steps with the run's batch size."""
     text = isinstance(task, Generation)
     return STEPS_OF_TEXT if text else STEPS, min(rows, batch_size if text else BATCH_SIZE)
 
@@ -54,29 +57,26 @@ def trusted_steps_of(task: Task, rows: int, batch_size: int) -> tuple[int, int]:
 @contextmanager
 def trusted_model(
     model: nn.Module,
-    rows: Dataset,
+    trusted: Trusted,
     collate: Collate,
     *,
     task: Task,
-    learning_rate: float,
-    steps: int,
-    batch_size: int = BATCH_SIZE,
     autocast: torch.dtype | None = None,
     rng: np.random.Generator,
     start: Callable[[], None] = lambda: None,
 ) -> Generator[None]:
-    """While open, the model is trained on these rows alone; afterwards it is as it was, bit for bit.
+    """Train the model on the trusted rows while open; afterwards restore it bit for bit, also after an error.
 
-    AdamW without weight decay, without dropout, at a constant rate; a fresh order in each pass over the rows. `start`
-    is called first, and may change trainable weights, such as a head's. Weights, gradients, modes and the state of the
-    random generators are restored, also after an error. Raises TsqLoraError where a loss is not finite.
+    AdamW without weight decay and dropout, at a constant rate, in a new order for each pass over the rows. `start` runs
+    first and may change trainable weights, such as a head's. Weights, gradients, modes and random generators are
+    restored. Raises TsqLoraError where a loss is not finite.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     before = [(p, p.detach().clone(), p.grad) for p in parameters]
     with eval_mode(model):
         try:
             start()
-            _train(model, _batches(rows, collate, batch_size, steps, rng), task, parameters, learning_rate, autocast)
+            _train(model, trusted, collate, task, autocast, rng)
             yield
         finally:
             with torch.no_grad():
@@ -85,40 +85,85 @@ def trusted_model(
                     parameter.grad = gradient
 
 
+@torch.enable_grad()
 def _train(
     model: nn.Module,
-    batches: Callable[[], Generator[Batch]],
+    trusted: Trusted,
+    collate: Collate,
     task: Task,
-    parameters: Sequence[nn.Parameter],
-    learning_rate: float,
     autocast: torch.dtype | None,
+    rng: np.random.Generator,
 ) -> None:
+    parameters, n = [p for p in model.parameters() if p.requires_grad], len(trusted.rows)
     for parameter in parameters:
         parameter.grad = None
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-    device = parameters[0].device
-    with torch.enable_grad():
-        for batch in batches():
-            inputs, labels = split_labels(batch, model)
-            with precision(device, autocast):
-                losses = task.loss(model_logits(model, inputs, task), labels)
-            loss = task.batch_loss(losses, labels)
-            if not torch.isfinite(loss):
-                raise TsqLoraError(
-                    f"the loss on trusted rows is {float(loss.detach())} at a rate of {learning_rate:g}; lower "
-                    "training.learning_rate, or look at the rows of data.trusted"
-                )
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+    rate = RATE * trusted.learning_rate
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    steps, size = trusted_steps_of(task, n, trusted.batch_size)
+    order = np.concatenate([rng.permutation(n) for _ in range(-(-steps * size // n))])
+    for step in range(steps):
+        rows = [trusted.rows[int(j)] for j in order[step * size : (step + 1) * size]]
+        inputs, labels = split_labels(collate(rows), model)
+        with precision(parameters[0].device, autocast):
+            losses = task.loss(model_logits(model, inputs, task), labels)
+        loss = task.batch_loss(losses, labels)
+        if not torch.isfinite(loss):
+            raise TsqLoraError(
+                f"the loss on trusted rows is {float(loss.detach())} at learning rate {rate:g}; lower "
+                "training.learning_rate, or check the rows of data.trusted"
+            )
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
 
-def _batches(
-    rows: Dataset, collate: Collate, batch_size: int, steps: int, rng: np.random.Generator
-) -> Callable[[], Generator[Batch]]:
-    def generate() -> Generator[Batch]:
-        order = np.concatenate([rng.permutation(len(rows)) for _ in range(-(-steps * batch_size // len(rows)))])
-        for step in range(steps):
-            yield collate([rows[int(j)] for j in order[step * batch_size : (step + 1) * batch_size]])
+Gate = Literal["share", "surest"]
 
-    return generate
+SUREST = 0.2
+"""Share of the rows that the gate `surest` drops."""
+
+Margin = Callable[
+    [Float[np.ndarray, " n"], Shaped[np.ndarray, " n"], Shaped[np.ndarray, " m"], bool], Float[np.ndarray, " n"]
+]
+"""(the trusted model's losses, labels, labels of trusted rows, whether labels are classes) -> margins; rows with a
+negative margin are dropped."""
+
+
+def by_share(
+    losses: Float[np.ndarray, " n"], labels: Shaped[np.ndarray, " n"], trusted: Shaped[np.ndarray, " m"], classes: bool
+) -> Float[np.ndarray, " n"]:
+    """Keep rows whose label has at least the probability under θ_R that is its share among trusted rows.
+
+    For regression, keep rows whose squared error is at most the variance of the trusted labels. Rows of a class without
+    trusted rows are kept.
+    """
+    if not classes:
+        return trusted.var() - losses
+    width = int(max(labels.max(), trusted.max())) + 1
+    share = np.bincount(trusted.astype(np.int64), minlength=width)[labels.astype(np.int64)] / len(trusted)
+    return np.where(share == 0, np.inf, -losses - np.log(np.maximum(share, np.finfo(np.float64).tiny)))
+
+
+def by_surest(
+    losses: Float[np.ndarray, " n"], labels: Shaped[np.ndarray, " n"], trusted: Shaped[np.ndarray, " m"], classes: bool
+) -> Float[np.ndarray, " n"]:
+    """Drop the fifth of the rows with the largest losses; rows of a class without trusted rows are kept."""
+    margin = np.quantile(losses, 1 - SUREST) - losses
+    return np.where(np.isin(labels, trusted), margin, np.inf) if classes else margin
+
+
+GATES: Mapping[str, Margin] = {"share": by_share, "surest": by_surest}
+
+
+def left_out(margin: Float[np.ndarray, " n"], least: int) -> Bool[np.ndarray, " n"]:
+    """Return the rows with a negative margin, except the nearest to 0 where fewer than `least` rows would remain.
+
+    >>> left_out(np.array([1.0, -2.0, -1.0, -3.0]), 2).tolist()
+    [False, True, False, True]
+    """
+    out = margin < 0
+    missing = least - int((~out).sum())
+    if missing > 0:
+        below = np.flatnonzero(out)
+        out[below[np.argsort(-margin[below], kind="stable")[:missing]]] = False
+    return out

@@ -79,7 +79,7 @@ def choose_samples(scores: Scores, texts: Sequence[str] | None = None) -> Sample
     found, why = texts_or_why(scores, order) if texts is None else (_texts_of(order, scores, texts), None)
     known = bool(scores.stratified and scores.predictions)
     wrong = likely_wrong(scores) if known else np.zeros(len(scores), dtype=np.bool_)
-    codes = np.zeros(len(scores), dtype=np.int8) if scores.reasons is None else scores.reasons
+    codes = scores.reason_codes
     within = {name: set(map(int, rows)) for name, rows in lists.items()}
     return Samples(
         rows=[
@@ -124,7 +124,7 @@ def _sample(scores: Scores, j: int, lists: tuple[str, ...], text: str | None, wr
         label=_label(scores, scores.labels[j]),
         prediction=says if sure is None else f"{says} ({sure[j]:.0%})",
         likely_wrong=wrong,
-        reason=REASONS[0 if scores.reasons is None else int(scores.reasons[j])],
+        reason=REASONS[int(scores.reason_codes[j])],
         numbers=[float(values[j]) for values in (scores.quality, scores.probability, *scores.terms.values())],
     )
 

@@ -17,7 +17,7 @@ import numpy as np
 from tsqlora.data.write import write_rows
 from tsqlora.errors import SettingsError
 from tsqlora.progress import Progress
-from tsqlora.quality.explain import doubt
+from tsqlora.quality.explain import p_wrong
 from tsqlora.quality.rule import Compute
 from tsqlora.quality.score import score
 from tsqlora.quality.scores import Scores
@@ -112,7 +112,7 @@ def look_at(config: Config, news: News, progress: Progress | None) -> dict[str, 
 
 def suspects(scores: Scores, news: News) -> list[dict[str, Any]]:
     """The rows that are left out as likely wrong, or else those of highest doubt; of equal ones the higher loss."""
-    doubts, names = doubt(scores), scores.record.classes
+    doubts, names = p_wrong(scores), scores.record.classes
     assert doubts is not None
     assert names is not None
     return [

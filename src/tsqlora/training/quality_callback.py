@@ -19,12 +19,12 @@ from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.progress import Progress, Pulse
 from tsqlora.quality.cost import PhaseCost
 from tsqlora.quality.fallback import guarded
+from tsqlora.quality.head_start import start_head
 from tsqlora.quality.look import look
 from tsqlora.quality.look_cache import look_once
 from tsqlora.quality.rule import Compute, LookRequest, RowNames, ScoringRule
-from tsqlora.quality.scorable import require_scorable
+from tsqlora.quality.score import require_scorable
 from tsqlora.quality.scores import Scores
-from tsqlora.quality.started import start_head
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.quality.trusted import Trusted
 from tsqlora.tasks import Task
@@ -333,7 +333,7 @@ class QualityCallback(TrainerCallback):
             return scores
         scores, test = guarded(scores, self.data.plan.fraction)
         if test is not None and not test.passed:
-            self._note(f"rows are drawn at random, not by Q: {test.told}")
+            self._note(f"rows are drawn at random, not by Q: {test.message}")
         return scores
 
     def _write(self, scores: Scores, path: Path) -> None:

@@ -30,7 +30,7 @@ from transformers import (
 
 import tsqlora as tsq
 from models import collate
-from tsqlora.quality.features import features_of, find_head, recorded
+from tsqlora.quality.forward_pass import features_of, find_head, recorded
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "num_labels": 3}
 TEXT = SMALL | {"vocab_size": 60, "pad_token_id": 0}

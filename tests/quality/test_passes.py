@@ -14,8 +14,8 @@ from models import collate, lora, samples, tiny_bert
 from scoring import assert_unchanged, fingerprint, logits_of, score_by, teach
 from tsqlora.errors import SettingsError
 from tsqlora.quality import gradient_pass as gradient_module
-from tsqlora.quality import journal as journal_module
-from tsqlora.quality.journal import bind
+from tsqlora.quality import passes as journal_module
+from tsqlora.quality.passes import bind
 from tsqlora.quality.rule import PAPER_TERMS
 from tsqlora.quality.trusted import Trusted
 
