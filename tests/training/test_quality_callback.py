@@ -556,7 +556,7 @@ REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
         slotted_bert,
         DATA,
         {"weights": {"ifd": 1.0}},
-        "quality term 'ifd' compares a target with and without its prompt, which sequence-classification cannot",
+        "quality term 'ifd'",
     ),
     "a term of one's own": (
         slotted_bert,
