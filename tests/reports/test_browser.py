@@ -118,7 +118,7 @@ def test_while_a_run_trains_its_page_follows_and_what_the_reader_set_stays(tab: 
         record.save(run)
         until(lambda: tab.run(first) == "50%")
         assert tab.run("document.getElementById('watched').textContent") == "● live"
-        assert tab.run("document.getElementById('frame-said').textContent") == "step 10: 1 slot moved"
+        assert tab.run("document.getElementById('frame-text').textContent") == "step 10: 1 slot moved"
         assert tab.run(f"{SHOWN}.every(r => r.textContent.includes('river')) && {SHOWN}.length > 0")
         assert tab.run(LOSSES) == sorted(tab.run(LOSSES))
         assert tab.run("[...document.querySelectorAll('main details')].every(fold => fold.open)")
@@ -154,7 +154,7 @@ def test_the_slider_and_the_animation_show_the_ranks_of_each_adjustment(tab: Pag
     tab.press("ArrowLeft", 37)
     assert tab.run(cell) == 2
     assert tab.run("document.getElementById('frame').getAttribute('aria-valuetext')") == "step 20: 1 slot moved"
-    assert tab.run("document.getElementById('frame-said').textContent") == "step 20: 1 slot moved"
+    assert tab.run("document.getElementById('frame-text').textContent") == "step 20: 1 slot moved"
     tab.run(f"{frame} = '3'")
     tab.run("document.getElementById('play').click()")
     assert tab.run(frame) == "0"
@@ -180,7 +180,7 @@ def test_search_and_lists_narrow_the_table(tab: Page, report: Path) -> None:
         event = "change" if control == "list" else "input"
         tab.run(f"document.getElementById('{control}').dispatchEvent(new Event('{event}'))")
         shown = tab.run(f"{SHOWN}.length")
-        assert tab.run("document.getElementById('found').textContent") == f"{shown} shown"
+        assert tab.run("document.getElementById('shown').textContent") == f"{shown} shown"
         return shown
 
     every = tab.run(f"{SHOWN}.length")

@@ -65,7 +65,7 @@ def test_a_control_of_other_rows_is_said_to_be_one(tmp_path: Path) -> None:
         control = make_run(tmp_path / name, data={"hash": rows}, metrics={"test": {"accuracy": 0.8}})
         said = " ".join(Seen(run_page(gather(run, control=control_of(control)), "/* plotly */")).texts["main"])
         assert "+7.5 points against run" in said
-        assert ("which had other rows" in said) == told
+        assert ("trained on other rows" in said) == told
 
 
 def test_tables_and_controls_are_usable_without_sight_or_mouse(seen: Seen) -> None:
@@ -229,7 +229,7 @@ def test_scores_of_a_regression_have_numbers_for_labels(tmp_path: Path) -> None:
     ).save(run / "scores.parquet")
     seen = made(run)
     assert "0.08475" in seen.texts["td"]
-    assert "Texts are left out" in " ".join(seen.texts["p"])
+    assert "Some texts are missing" in " ".join(seen.texts["p"])
 
 
 def test_without_plotly_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,7 +276,7 @@ def test_the_looks_are_told_before_the_first_step(seen: Seen) -> None:
 def test_a_run_of_version_0_1_has_a_page(tmp_path: Path) -> None:
     copytree(Path(__file__).parents[1] / "fixtures" / "v0.1" / "run", tmp_path / "run")
     seen = made(tmp_path / "run")
-    assert "Nothing is recorded of a look" in " ".join(seen.texts["p"])
+    assert "There was no look at the rows" in " ".join(seen.texts["p"])
     assert "Every row was scored after 8 steps" in " ".join(seen.texts["li"])
 
 

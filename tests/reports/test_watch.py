@@ -71,7 +71,7 @@ def test_plotly_and_the_page_are_all_that_is_served_and_only_under_its_own_name(
 def test_it_waits_for_a_run_that_has_not_begun_and_outlasts_files_that_cannot_be_read(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with serving(run) as port:
-        assert "holds no run yet" in Seen(ask(port)[2]).texts["p"][-2]
+        assert "has no run yet" in Seen(ask(port)[2]).texts["p"][-2]
         make_run(tmp_path, status="running")
         assert "begun" in Seen(ask(port)[2]).texts["dl"][0]
         (run / "run.json").write_text("broken")
@@ -83,7 +83,7 @@ def test_what_has_not_happened_yet_is_said_to_come(tmp_path: Path) -> None:
     (run / "config.yaml").write_text("ranks:\n  policy: tsqlora\n")
     with serving(run) as port:
         said = " ".join(Seen(ask(port)[2]).texts["p"])
-    for text in ("Nothing was logged yet", "Rows are not scored yet", "Ranks have not moved yet"):
+    for text in ("Nothing is logged yet", "Rows are not scored yet", "Ranks have not moved yet"):
         assert text in said
 
 

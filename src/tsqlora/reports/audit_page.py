@@ -1,4 +1,4 @@
-"""An audit -> one page on which a person goes through its rows and exports the reviewed table; it loads nothing."""
+"""The review page of an audit: one file that loads nothing, and exports the reviewed table."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from jinja2.utils import htmlsafe_json_dumps
 from tsqlora.reports.page import POLICY, Table, environment
 
 ON_PAGE = 2_000
-"""Rows that a browser shows without delay; the table has all."""
+"""Rows that a browser can show without delay; suspects.csv has all."""
 
 
 def audit_page(
@@ -21,10 +21,10 @@ def audit_page(
     rows: Sequence[Any],
     duplicates: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
 ) -> str:
-    """The page as one text.
+    """Render the page.
 
-    `about` is what audit.json says, `rows` are dataclasses of row, text, label, suggested_label, wrong_probability,
-    kind and candidates. Every text in it is escaped.
+    `about` is the content of audit.json. `rows` are dataclasses of row, text, label, suggested_label,
+    wrong_probability, kind and candidates. Every text is escaped.
     """
     shown = [asdict(row) for row in rows if row.kind == "check"]
     suspects = [asdict(row) for row in rows if row.kind != "check"][: max(ON_PAGE - len(shown), 0)]
@@ -38,9 +38,7 @@ def audit_page(
             about=about,
             name=Path(about["source"]).name,
             left_out=len(rows) - len(data["rows"]),
-            pairs=Table(
-                "Classes that are taken for each other", ["label", "looks like", "rows", "of them wrong"], pairs, [1]
-            ),
+            pairs=Table("Confused classes", ["label", "looks like", "rows", "of them wrong"], pairs, [1]),
             duplicates=duplicates,
             command=f"tsqlora audit --apply reviewed.csv --out {quote(str(folder))}",
             data=htmlsafe_json_dumps(data, dumps=json.dumps),

@@ -1,4 +1,4 @@
-"""A comparison's directory -> what its report shows, from its JSON alone."""
+"""Read a comparison's directory for its report, from JSON only."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,16 +8,16 @@ from typing import Any, NamedTuple
 
 from tsqlora.errors import DataError
 
-# compare/ imports these names: a report needs nothing of it.
+# compare/ imports these names, since a report must not import compare/.
 SETTINGS_FILE, TABLE_FILE, CELLS_DIR = "comparison.json", "table.json", "cells"
 CHOSEN_ON_SHOWN = (
-    "There are no test rows: the numbers of the first seed are of the validation rows that chose its rate, and so the "
-    "best of several. Give data.test for rows that decide nothing."
+    "There are no test rows: the first seed's numbers come from the validation rows that chose its learning rate, so "
+    "they are the best of several. Set data.test for an independent measure."
 )
 
 
 class Mean(NamedTuple):
-    """A mean over n seeds and the half width of its 95 % interval: None where one seed says nothing of the spread."""
+    """A mean over n seeds and the half width of its 95 % interval; None for one seed."""
 
     mean: float
     half: float | None
@@ -26,23 +26,23 @@ class Mean(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """One training that did not fail: a method with one seed."""
+    """One successful training: a method with one seed."""
 
     seed: int
     metrics: dict[str, float]
     phases: dict[str, float]
     passes: int
-    """Rows forward, and rows backward twice: what is computed, whatever the machine."""
+    """Rows forward plus twice the rows backward: cost, whatever the machine."""
     seconds: float
     notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A method with the way in which its rows are chosen: its results seed by seed and in the mean.
+    """Results of a method with a row policy, by seed and in the mean.
 
-    A method of which every seed failed has no means. `difference` is from the reference, None for the reference
-    itself and where no seed is common.
+    A method has no means if every seed failed. `difference` is from the reference; None for the reference itself and
+    without a common seed.
     """
 
     name: str
@@ -51,17 +51,17 @@ class Method:
     difference: Mean | None
     steps: int
     trainable: str
-    """The mean count, with the range where seeds differ."""
+    """The mean count, with the range if seeds differ."""
     memory: int
     learning_rates: list[float]
     trained: list[Trained]
     failed: dict[int, str]
     at_random: dict[int, str]
-    """Why rows were not drawn by scores, by seed, where they were to be."""
+    """By seed, why rows were drawn at random although the policy scores."""
 
     @property
     def seconds(self) -> float:
-        """The mean over seeds, like `passes` and `phases`."""
+        """Mean over seeds, as for `passes` and `phases`."""
         return sum(trained.seconds for trained in self.trained) / len(self.trained)
 
     @property
@@ -74,13 +74,13 @@ class Method:
         return {name: sum(t.phases.get(name, 0.0) for t in self.trained) / len(self.trained) for name in names}
 
     def by_seed(self, metric: str) -> dict[int, float]:
-        """A metric of each seed that did not fail."""
+        """A metric by seed, without failed seeds."""
         return {trained.seed: trained.metrics[metric] for trained in self.trained}
 
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """A learning rate of a sweep, and the metric that it reached on validation rows."""
+    """A learning rate of a sweep with its validation metric."""
 
     method: str
     rate: float
@@ -90,7 +90,7 @@ class Tried:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """All that a page is made of. `sweep_rates` and `rates` are learning rates as the command had them."""
+    """All values of a page. `sweep_rates` and `rates` are the command's learning rates."""
 
     name: str
     metric: str
@@ -107,24 +107,24 @@ class Comparison:
     versions: dict[str, str]
     commits: list[str]
     chosen_on_shown: bool
-    """Whether the rows that chose learning rates are those that are shown."""
+    """Whether the shown rows also chose the learning rates."""
     data: list[str]
     precisions: list[str]
-    """The floating point that cells were trained in, where it is recorded."""
+    """Precisions of the trainings, if recorded."""
 
     @property
     def worked(self) -> list[Method]:
-        """The methods of which some seed did not fail."""
+        """Methods with at least one successful seed."""
         return [method for method in self.methods if method.trained]
 
     @property
     def others(self) -> list[Method]:
-        """Of those all but the reference."""
+        """Successful methods other than the reference."""
         return [method for method in self.worked if method is not self.reference]
 
 
 def counted(mean: float, between: Sequence[int] | None) -> str:
-    """A mean count over seeds, and where they differ the least and the most.
+    """A mean count over seeds, with minimum and maximum if they differ.
 
     >>> counted(1010.0, [1000, 1020]), counted(1000.0, [1000, 1000])
     ('1,010 (1,000 to 1,020)', '1,000')
@@ -142,20 +142,20 @@ def short(commit: str) -> str:
 
 
 def is_comparison(directory: Path) -> bool:
-    """Whether the directory was made by `tsqlora compare`."""
+    """Whether the directory belongs to `tsqlora compare`."""
     return (directory / SETTINGS_FILE).exists() or (directory / TABLE_FILE).exists()
 
 
 def gather_comparison(directory: Path) -> Comparison:
-    """Reads table.json and the cells that it is of.  Raises DataError for what no finished comparison leaves."""
+    """Read table.json and its cells.  Raises DataError if the comparison is incomplete or damaged."""
     try:
         table = _read(directory / TABLE_FILE)
         cells = [_read(path) for path in sorted((directory / CELLS_DIR).glob("*.json"))]
         return _comparison(directory.resolve().name, table, cells)
     except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
-            f"{directory}: {TABLE_FILE} and {CELLS_DIR} are not what a finished comparison leaves "
-            f"({type(error).__name__}: {error}); give its compare command again"
+            f"{directory}: {TABLE_FILE} or {CELLS_DIR} is missing or damaged ({type(error).__name__}: {error}); "
+            "run its compare command again"
         ) from None
 
 
@@ -166,16 +166,16 @@ def _read(path: Path) -> dict[str, Any]:
 def _comparison(name: str, table: Mapping[str, Any], cells: list[dict[str, Any]]) -> Comparison:
     rows, metric = table["table"], table["metric"]
     shown = [[cell for cell in cells if _is_of(cell["cell"], row)] for row in rows]
-    for row, found in zip(rows, shown, strict=True):
-        if not found:
+    for row, of_row in zip(rows, shown, strict=True):
+        if not of_row:
             raise LookupError(f"{CELLS_DIR} has no file of {row['name']}")
-    every = [cell for found in shown for cell in found]
+    every = [cell for of_row in shown for cell in of_row]
     versions: dict[str, set[str]] = {}
     for cell in every:
         for library, version in cell.get("versions", {}).items():
             versions.setdefault(library, set()).add(str(version))
     sweep = _sweep(rows, cells, metric, table["seeds"], table.get("sweep"))
-    methods = [_method(row, found) for row, found in zip(rows, shown, strict=True)]
+    methods = [_method(row, of_row) for row, of_row in zip(rows, shown, strict=True)]
     return Comparison(
         name=name,
         metric=metric,
@@ -189,7 +189,7 @@ def _comparison(name: str, table: Mapping[str, Any], cells: list[dict[str, Any]]
         rates=dict(table.get("rates", {})),
         task=str(every[0].get("task", "")),
         settings=dict(every[0].get("settings", {})),
-        versions={library: ", ".join(sorted(found)) for library, found in versions.items()},
+        versions={library: ", ".join(sorted(numbers)) for library, numbers in versions.items()},
         commits=sorted({cell["commit"] for cell in every if cell.get("commit")}),
         chosen_on_shown=bool(sweep) and not any("test" in cell.get("metrics", {}) for cell in every),
         data=sorted({cell["data_hash"] for cell in every if cell.get("data_hash")}),
@@ -198,7 +198,7 @@ def _comparison(name: str, table: Mapping[str, Any], cells: list[dict[str, Any]]
 
 
 def _is_of(cell: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
-    """Whether a cell is one that the row of the table sums up."""
+    """Whether a row of the table includes a cell."""
     same = (cell["method"], cell["policy"]) == (row["method"], row["policy"])
     return same and cell["seed"] in (*row["seeds"], *row["failed"]) and cell["learning_rate"] in row["learning_rates"]
 
@@ -234,9 +234,9 @@ def _trained(cell: Mapping[str, Any], split: str) -> Trained:
 def _sweep(
     rows: list[Any], cells: list[dict[str, Any]], metric: str, seeds: list[int], rates: Sequence[float] | None
 ) -> list[Tried]:
-    """Every learning rate of the sweep with the first seed; of a table that does not tell its rates, all of its cells.
+    """Every learning rate of the sweep with the first seed; all cells if the table has no list of rates.
 
-    Nothing where there was no choice: cells at other rates may be there that an earlier command was given.
+    Empty if no method had a choice: an earlier command may have left cells at other rates.
     """
     tried: list[Tried] = []
     for row in rows:

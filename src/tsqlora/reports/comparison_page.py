@@ -1,4 +1,4 @@
-"""A comparison -> its page: differences seed by seed, and cost against quality."""
+"""The page of a comparison: differences seed by seed, and cost against quality."""
 
 import json
 import shlex
@@ -19,16 +19,16 @@ VERDICTS = {
     "worse": (ORANGE, "triangle-left"),
     "too few seeds": (GREY, "x"),
 }
-"""Kinds of verdict, as legends have them, with their marks."""
+"""Kinds of verdict, as in legends, with their marks."""
 _COLOURS = (BLUE, ORANGE, GREEN, PURPLE, GREY)
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "triangle-down")
 _PHASES = ("building", "look", "trusted model", "ranks", "training")
 _ROW, _FRAME = 46, 100
-"""Pixels of a method, and of axis and legend."""
+"""Pixels per method, and for axis and legend."""
 
 
 def comparison_page(comparison: Comparison, script: str | None) -> str:
-    """The page as one text; `script` as in `render`."""
+    """Render the page; `script` as in `render`."""
     metric, worked = comparison.metric, comparison.worked
     measured = f"{comparison.split} {words(metric)}"
     comparable = bool(comparison.others and comparison.reference.trained)
@@ -67,7 +67,7 @@ def comparison_page(comparison: Comparison, script: str | None) -> str:
 
 
 def verdict_of(method: Method) -> str:
-    """The kind of a method's verdict, which begins with it."""
+    """The kind of a method's verdict, which is its first words."""
     return next((kind for kind in VERDICTS if method.verdict.startswith(kind)), "too few seeds")
 
 
@@ -92,10 +92,10 @@ def _tables(comparison: Comparison, measured: str) -> dict[str, Table]:
     interval = "mean ± 95 % interval"
     names = list(dict.fromkeys(name for method in worked for name in method.metrics))
     return {
-        "found": Table(
+        "summary": Table(
             f"{measured}, {interval}",
-            ["method", words(metric), f"minus {comparison.reference.name}", "which is", "seeds"],
-            [_found(comparison, method) for method in methods],
+            ["method", words(metric), f"minus {comparison.reference.name}", "verdict", "seeds"],
+            [_summary(comparison, method) for method in methods],
             texts=[3],
         ),
         "seeds": Table(
@@ -120,7 +120,7 @@ def _tables(comparison: Comparison, measured: str) -> dict[str, Table]:
     }
 
 
-def _found(comparison: Comparison, method: Method) -> list[Any]:
+def _summary(comparison: Comparison, method: Method) -> list[Any]:
     random, seeds = len(method.at_random), len(method.trained)
     mean, difference = method.metrics.get(comparison.metric), method.difference
     return [
@@ -208,7 +208,7 @@ def difference_plot(comparison: Comparison) -> Drawn:
 
 
 def _intervals(kind: str, methods: Sequence[Method], metric: str, scale: int) -> go.Scatter:
-    """The methods of one kind of verdict."""
+    """Methods with one kind of verdict."""
     colour, symbol = VERDICTS[kind]
     shown = [(_label(m), m.difference) for m in methods if m.difference and verdict_of(m) == kind]
     return go.Scatter(
@@ -227,7 +227,7 @@ def _intervals(kind: str, methods: Sequence[Method], metric: str, scale: int) ->
 
 
 def quality_by_cost(comparison: Comparison, id: str, axis: str, cost: Callable[[Method], float]) -> Drawn:
-    """A method's metric over its cost: the nearer to the upper left (of a loss the lower) the better."""
+    """A method's metric over its cost; best is the upper left, or the lower left for a loss."""
     metric = comparison.metric
     scale = 100 if as_points(metric) else 1
     traces = []
@@ -260,7 +260,7 @@ def _label(method: Method) -> str:
 
 
 def _rows(methods: Sequence[Method]) -> dict[str, Any]:
-    """An axis with a row for each method, the first on top."""
+    """An axis with a row per method, the first on top."""
     order = [_label(method) for method in methods]
     category = {"type": "category", "categoryorder": "array", "categoryarray": order}
     return {**category, "range": [len(order) - 0.5, -0.5], "showgrid": True, "fixedrange": True}

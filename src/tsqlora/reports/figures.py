@@ -1,7 +1,7 @@
-"""A run's values -> plotly figures.
+"""Plotly figures of a run.
 
-Colours are those of the light theme; the page's script replaces them by DARK's. Colour-blind readers can tell them
-apart (after Okabe and Ito; maps by lightness), and no colour says anything alone.
+Colours are those of the light theme; the page's script replaces them with DARK's. Colour-blind readers can tell them
+apart (after Okabe and Ito; maps by lightness), and colour is never the only sign.
 """
 
 import math
@@ -29,25 +29,25 @@ BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#c44e00", "#007f5f", "#8a4a9e"
 GREY = "#5f6b7a"
 INK = "#17202d"
 SCALE = ("#f6f7e4", "#d3ecc4", "#93d3c2", "#52b2cf")
-"""Of maps, from 0 up: numbers in INK can be read on each."""
+"""Colours of maps, from 0 up; text in INK is readable on all."""
 DARK = {BLUE: "#63b8f0", ORANGE: "#f0a030", GREEN: "#3fc79a", PURPLE: "#d7a0ea"}
 DARK |= {GREY: "#a4b0bf", INK: "#ffffff"}
 DARK |= dict(zip(SCALE, ("#222e3b", "#24475f", "#286086", "#2d78a8"), strict=True))
 _METRICS, _DASHES = (BLUE, ORANGE, GREEN, GREY), ("solid", "dash", "dot", "dashdot", "longdash")
 FRAMES = 200
-"""States of the rank map that a page holds; of more adjustments, evenly spaced ones are shown."""
+"""States of the rank map on a page; beyond that, evenly spaced ones."""
 _POINTS = 2000
-"""Points of a curve that a page holds."""
+"""Points of a curve on a page."""
 _FEW = 12
-"""Points of a curve up to which each has a marker: a line of one point cannot be seen."""
+"""Up to this many points a curve has markers: a line of one point is invisible."""
 BINS = 40
 TAIL = 0.002
-"""The share of rows at each end that the outermost bins take in, however far away they are."""
+"""The share of rows at each end that falls into the outermost bin, at any distance."""
 
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """A figure with its id in the page, its title, and the text that a screen reader says in its place."""
+    """A figure with its id, title, and text for screen readers."""
 
     id: str
     title: str
@@ -56,7 +56,7 @@ class Drawn:
 
 
 def framed(traces: Sequence[Any], *, height: int, **layout: Any) -> go.Figure:
-    """Traces with the layout that all figures share; the page's script sets fonts and lines by its theme."""
+    """Traces in the common layout; the page's script sets fonts and lines by theme."""
     figure = go.Figure(
         list(traces),
         {
@@ -74,12 +74,12 @@ def framed(traces: Sequence[Any], *, height: int, **layout: Any) -> go.Figure:
 
 
 def plain(text: str) -> str:
-    """A text that plotly shows as it is: it would read tags."""
+    """Escape a text, because plotly interprets tags."""
     return escape(text, quote=False)
 
 
 def thinned(values: Sequence[Any], most: int) -> list[Any]:
-    """At most so many of them, evenly spaced, the first and the last among them."""
+    """At most `most` values, evenly spaced, including the first and the last."""
     if len(values) <= most:
         return list(values)
     return [values[round(j * (len(values) - 1) / (most - 1))] for j in range(most)]
@@ -89,12 +89,12 @@ def thinned(values: Sequence[Any], most: int) -> list[Any]:
 
 
 def curves(history: Sequence[Mapping[str, float]], *, looks: Sequence[int], events: Sequence[RankEvent]) -> list[Drawn]:
-    """Losses by step, and validation metrics where any were logged."""
+    """Losses by step, and logged validation metrics."""
     losses = [entry["loss"] for entry in history if "loss" in entry]
-    fell = f" It went from {losses[0]:.3g} to {losses[-1]:.3g}." if losses else ""
+    text = f" It went from {losses[0]:.3g} to {losses[-1]:.3g}." if losses else ""
     traces = [_curve(history, "loss", "training loss", BLUE), _curve(history, "eval_loss", "validation loss", ORANGE)]
     loss = framed([trace for trace in traces if trace.x], height=340, yaxis_title="loss")
-    drawn = [Drawn("loss", "Loss", f"Training and validation loss by step.{fell}", loss)]
+    drawn = [Drawn("loss", "Loss", f"Training and validation loss by step.{text}", loss)]
     names = dict.fromkeys(n for entry in history for n in entry if n.startswith("eval_") and n != "eval_loss")
     if names:
         styles = zip(names, cycle(_METRICS), cycle(_DASHES), strict=False)
@@ -141,7 +141,7 @@ def _mark(figure: go.Figure, *, looks: Sequence[int], events: Sequence[RankEvent
 
 
 class Grid:
-    """Layers by their place: kinds of module × blocks; a layer outside the blocks is in a column of its own."""
+    """Layers in a grid of module kinds × blocks; layers outside the blocks share a last column."""
 
     OUTSIDE = "other"
 
@@ -153,33 +153,33 @@ class Grid:
         self._layers = {(kind, block or self.OUTSIDE): layer for layer, (block, kind) in places.items()}
 
     def rows(self, values: Mapping[str, Any]) -> list[list[Any]]:
-        """A list for each kind, with a value for each block; None where there is no such layer."""
+        """A list per kind with a value per block; None for a missing layer."""
         return [[values.get(self._layers.get((kind, block), "")) for block in self.blocks] for kind in self.kinds]
 
 
 def moved(event: RankEvent) -> str:
-    """How many slots went from one layer to another."""
+    """The number of moved slots, in words."""
     return f"{event.moved:,} slot{'' if event.moved == 1 else 's'} moved"
 
 
 def rank_frames(first: Mapping[str, int], events: Sequence[RankEvent]) -> list[dict[str, Any]]:
-    """States of the rank map in order: step, what happened, and ranks by kind × block."""
+    """States of the rank map in order: step, text, and ranks by kind × block."""
     grid = Grid(list(first))
     states = [(0, "the start", first), *((e.step, moved(e), e.ranks) for e in events)]
     return [{"step": step, "what": what, "z": grid.rows(ranks)} for step, what, ranks in thinned(states, FRAMES)]
 
 
 def rank_map(first: Mapping[str, int], events: Sequence[RankEvent]) -> Drawn:
-    """The last ranks as coloured cells with their numbers, on a scale that fits every state."""
+    """A map of the last ranks, on a scale that fits every state."""
     most = max(rank for ranks in (first, *(event.ranks for event in events)) for rank in ranks.values())
     last = events[-1].ranks if events else first
     figure = _heatmap(Grid(list(first)), last, most=most, title="rank", text="%{z}", hover="rank %{z}")
-    text = f"Ranks of {len(last)} layers by block and kind of module; the table below has them all."
+    text = f"Ranks of {len(last)} layers by block and kind of module; see the table below."
     return Drawn("ranks-map", "Rank map", text, figure)
 
 
 def sensitivity_maps(events: Sequence[RankEvent]) -> list[Drawn]:
-    """Each layer's share of the sum of all sensitivities, in percent, at the first and at the last adjustment."""
+    """Each layer's share of the total sensitivity, in percent, at the first and last adjustment."""
     first, last = shares(events[0]), shares(events[-1])
     most, top = max([*first.values(), *last.values()]), max(last, key=lambda layer: last[layer])
     largest = f" {top} has the largest share, {last[top]:.1f} %."
@@ -193,7 +193,7 @@ def sensitivity_maps(events: Sequence[RankEvent]) -> list[Drawn]:
 
 
 def shares(event: RankEvent) -> dict[str, float]:
-    """Sensitivities as percents of their sum; 0 each where the sum is 0."""
+    """Sensitivities in percent of their sum; all 0 if the sum is 0."""
     total = sum(event.sensitivity.values())
     return {layer: 100 * value / total if total else 0.0 for layer, value in event.sensitivity.items()}
 
@@ -218,7 +218,7 @@ def _heatmap(grid: Grid, values: Mapping[str, Any], *, most: float, title: str, 
     return framed(
         [trace],
         height=90 + 34 * len(grid.kinds),
-        # The least in which numbers in cells can be read, names beside them.
+        # The smallest width in which numbers and names are readable.
         width=34 * len(grid.blocks) + 7 * max(map(len, grid.kinds)) + 70,
         xaxis={**cells, "title": {"text": "block"}},
         yaxis={**cells, "autorange": "reversed"},
@@ -229,7 +229,7 @@ def _heatmap(grid: Grid, values: Mapping[str, Any], *, most: float, title: str, 
 
 
 def histograms(scores: Scores) -> list[Drawn]:
-    """Each term, the quality Q and the probability p of all rows: kept rows as bars, left-out ones as a line."""
+    """Histograms of each term, Q and p: kept rows as bars, left-out rows as a line."""
     kept = scores.kept
     named = [(words(name), values, ~kept) for name, values in scores.terms.items()]
     named.append(("Q, the quality", scores.quality, ~kept))
@@ -261,7 +261,7 @@ def _histogram(id: str, name: str, values: np.ndarray, kept: np.ndarray, left_ou
 
 
 def bins(values: np.ndarray) -> np.ndarray:
-    """Edges of BINS bins between the tails; around a single value, up to rounding, some that hold it."""
+    """Edges of BINS bins between the tails, or around a single value."""
     for low, high in (np.quantile(values, [TAIL, 1 - TAIL]), (values.min(), values.max())):
         if high - low > 1e-12 * max(abs(low), abs(high)):
             return np.linspace(low, high, BINS + 1)
@@ -270,7 +270,7 @@ def bins(values: np.ndarray) -> np.ndarray:
 
 
 def _counted(values: np.ndarray, edges: np.ndarray, name: str) -> dict[str, Any]:
-    """How many values each bin holds, as shares; the outermost bins hold what lies beyond."""
+    """Share of values per bin; the outermost bins include the tails."""
     counts = np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0].tolist()
     return {
         "name": f"{name}: {len(values):,}",

@@ -1,4 +1,4 @@
-"""A run directory -> what its report shows, of bounded size."""
+"""Read a run directory for its report, in bounded size."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from tsqlora.training.run_dir import CONFIG_FILE, SCORES_FILE
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """Another run, with which a run is compared."""
+    """The run that a report compares with."""
 
     name: str
     record: RunRecord
@@ -24,7 +24,7 @@ class Control:
 
 @dataclass(frozen=True, slots=True)
 class ScoresView:
-    """What the page shows of a file of scores."""
+    """Histograms and samples of a scores file."""
 
     histograms: list[Drawn]
     samples: Samples
@@ -32,7 +32,7 @@ class ScoresView:
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """A run's files. `missing` says why there are no scores, no history or no rank events, by those names."""
+    """A run's files. `missing` has the reasons for missing scores, history and events."""
 
     name: str
     record: RunRecord
@@ -44,16 +44,16 @@ class Gathered:
 
 
 def read_scores(path: Path, texts: Sequence[str] | None = None) -> ScoresView:
-    """Reads a file of scores; `texts` are those of its rows, where the file does not name them."""
+    """Read a scores file; `texts` are its rows' texts, if the file does not name their source."""
     scores = Scores.load(path)
     return ScoresView(histograms(scores), choose_samples(scores, texts))
 
 
 def gather(run: Path, *, control: Control | None = None, read: Callable[[Path], ScoresView] = read_scores) -> Gathered:
-    """Reads run.json, config.yaml, scores.parquet and, where it still is, the file of the training rows.
+    """Read run.json, config.yaml, scores.parquet and, if it still exists, the file of the training rows.
 
-    Of a training in a Trainer of the user's own, run.json has the settings.  Raises DataError where the directory is no
-    run, or holds what cannot be read.
+    For a training in the user's own Trainer, run.json has the settings.  Raises DataError if the directory is no run or
+    cannot be read.
     """
     record = RunRecord.load(run)
     if record.settings:
@@ -75,10 +75,10 @@ def gather(run: Path, *, control: Control | None = None, read: Callable[[Path], 
 
 
 def control_of(run: Path) -> Control:
-    """A run as the one that another is compared with.  Raises DataError where it is none, or has not finished."""
+    """Read a run to compare with.  Raises DataError if it is no run, or has not finished."""
     record = RunRecord.load(run)
     if record.status != "finished":
-        raise DataError(f"{run / RECORD_FILE} says '{record.status}': a control must have finished; name another")
+        raise DataError(f"{run / RECORD_FILE} is '{record.status}', but a control must be finished; name another run")
     return Control(run.resolve().name, record)
 
 
@@ -87,36 +87,36 @@ def _config(path: Path) -> tuple[str, dict[str, Any]]:
         text = path.read_text(encoding="utf-8")
         return text, dict(load_yaml(text))
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file; a run has one, copy it beside {RECORD_FILE}") from None
+        raise DataError(f"{path}: no such file; copy the run's settings beside {RECORD_FILE}") from None
     except (ValueError, TypeError) as error:
-        raise DataError(f"{path}: not a run's settings ({str(error).splitlines()[0]})") from None
+        raise DataError(f"{path}: no settings of a run ({str(error).splitlines()[0]})") from None
 
 
 def _missing(record: RunRecord, config: dict[str, Any], *, scored: bool) -> dict[str, str]:
-    begun, missing = record.status != "finished", dict[str, str]()
+    running, missing = record.status != "finished", dict[str, str]()
     if not scored:
-        missing["scores"] = _no_scores(record, begun=begun)
+        missing["scores"] = _no_scores(record, running=running)
     if not record.history:
         no_log = "logging_strategy is no, or logging_steps is above the number of steps"
-        missing["history"] = "Nothing was logged yet." if begun else f"The run logged no losses: {no_log}."
+        missing["history"] = "Nothing is logged yet." if running else f"The run logged no losses: {no_log}."
     if not record.rank_events:
-        missing["events"] = _no_events(record, config, begun=begun)
+        missing["events"] = _no_events(record, config, running=running)
     return missing
 
 
-def _no_events(record: RunRecord, config: dict[str, Any], *, begun: bool) -> str:
+def _no_events(record: RunRecord, config: dict[str, Any], *, running: bool) -> str:
     ranks = config.get("ranks")
     if ranks is None:
-        return "Ranks stayed as they were: there was no RankCallback."
+        return "Ranks did not change: there was no RankCallback."
     if ranks.get("policy") == "fixed":
         return "Ranks never moved: ranks.policy is fixed."
-    return "Ranks have not moved yet." if begun else "Ranks never moved; the notes on this page say why."
+    return "Ranks have not moved yet." if running else "Ranks never moved; the notes on this page say why."
 
 
-def _no_scores(record: RunRecord, *, begun: bool) -> str:
+def _no_scores(record: RunRecord, *, running: bool) -> str:
     if not record.quality.get("enabled"):
         why = "there was no QualityCallback" if record.settings else "quality.enabled is false"
-        return f"Rows were not scored: {why}, so every draw was a random one."
-    if begun:
-        return "Rows are not scored yet: that comes before the first step."
-    return f"The directory has no {SCORES_FILE}: what it says of the rows is left out."
+        return f"Rows were not scored: {why}, so every draw was random."
+    if running:
+        return "Rows are not scored yet; this happens before the first step."
+    return f"The directory has no {SCORES_FILE}, so the page has no rows."

@@ -1,4 +1,4 @@
-"""How a metric and a difference are written: accuracies in percent, their differences in points."""
+"""Format metrics and differences: accuracies in percent, their differences in points."""
 
 
 def as_points(metric: str) -> bool:
@@ -17,7 +17,7 @@ def words(name: str) -> str:
 
 
 def value_of(metric: str, value: float, half: float | None = None) -> str:
-    """A value, with the half width of its interval where there is one.
+    """Format a value, with the half width of its interval if present.
 
     >>> value_of("accuracy", 0.8125), value_of("matthews", 0.8125)
     ('81.2%', '0.812')
@@ -28,7 +28,7 @@ def value_of(metric: str, value: float, half: float | None = None) -> str:
 
 
 def gain_of(metric: str, value: float, half: float | None = None) -> str:
-    """A difference with its sign, and the half width of its interval where there is one.
+    """Format a difference with its sign, and the half width of its interval if present.
 
     >>> gain_of("accuracy", -0.0001, 0.01), gain_of("pearson", 0.02)
     ('+0.0 ± 1.0 points', '+0.020')

@@ -1,4 +1,4 @@
-"""A template and its values -> one HTML file that loads nothing from elsewhere."""
+"""Render a template to one HTML file that loads nothing from elsewhere."""
 
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -10,16 +10,16 @@ from markupsafe import Markup
 from tsqlora.errors import SettingsError
 from tsqlora.reports import metrics
 
-# No part of the page may load anything, whatever a text in it says.
+# The page may load nothing, whatever text it contains.
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 _SERVED = POLICY.replace("script-src", "script-src 'self'") + "; connect-src 'self'"
-"""For a page that asks its server whether the run has gone on."""
+"""For a served page, which polls its server for changes."""
 PLOTLY_PATH = "/plotly.js"
 NO_PLOTLY = "a report needs plotly; install it with: pip install plotly"
 
 
 class Table(NamedTuple):
-    """Rows under a caption; cells are numbers, but for the first column and those in `texts`."""
+    """Rows under a caption; all cells are numbers except in the first column and the columns in `texts`."""
 
     caption: str
     head: Sequence[str]
@@ -28,7 +28,7 @@ class Table(NamedTuple):
 
 
 def plotly_script() -> str:
-    """The source of plotly.js.  Raises SettingsError where the extra is not installed."""
+    """The source of plotly.js.  Raises SettingsError if plotly is not installed."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
@@ -37,11 +37,11 @@ def plotly_script() -> str:
 
 
 def render(template: str, *, script: str | None, figures: Iterable[Any] = (), **values: Any) -> str:
-    """The page that a template makes of figures (`figures.Drawn`) and other values.
+    """Render a template with figures (`figures.Drawn`) and other values.
 
-    `script` is plotly.js; None makes a page for `watch.py`'s server, which loads plotly from there and follows the run.
+    `script` is plotly.js; None renders a page for `watch.py`'s server, which loads plotly from it and follows the run.
     """
-    from tsqlora.reports.figures import DARK  # needs plotly, which `plotly_script` asks for in better words
+    from tsqlora.reports.figures import DARK  # needs plotly; `plotly_script` has a better error message
 
     drawn = {figure.id: figure for figure in figures}
     data = {
@@ -66,23 +66,23 @@ def render(template: str, *, script: str | None, figures: Iterable[Any] = (), **
 
 @cache
 def environment() -> Environment:
-    """Jinja with every text escaped, and a name that a template does not get is an error."""
-    made = Environment(
+    """Jinja that escapes every text and raises for undefined names."""
+    jinja = Environment(
         loader=PackageLoader("tsqlora.reports"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.policies["json.dumps_function"] = _json
-    made.policies["json.dumps_kwargs"] = {}
-    made.filters |= {"spec": format, "words": metrics.words, "duration": duration, "sentence": sentence}
-    made.globals |= {"value_of": metrics.value_of, "gain_of": metrics.gain_of}
-    return made
+    jinja.policies["json.dumps_function"] = _json
+    jinja.policies["json.dumps_kwargs"] = {}
+    jinja.filters |= {"spec": format, "words": metrics.words, "duration": duration, "sentence": sentence}
+    jinja.globals |= {"value_of": metrics.value_of, "gain_of": metrics.gain_of}
+    return jinja
 
 
 def _json(value: Any) -> str:
-    """JSON in which a number that is not finite is null."""
+    """JSON with null for NaN and infinity."""
     from plotly.io.json import to_json_plotly
 
     return str(to_json_plotly(value, engine="json"))

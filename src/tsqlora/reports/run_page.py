@@ -1,4 +1,4 @@
-"""A run -> its page: the same bytes for the same run."""
+"""The page of a run; the same run gives the same bytes."""
 
 from datetime import UTC, datetime
 from shlex import quote
@@ -13,11 +13,11 @@ from tsqlora.training.looks import look_sentences
 from tsqlora.training.record import RunRecord
 
 LOGGED = 60
-"""Rows of the table of what was logged."""
+"""Rows of the table of the log."""
 
 
 def run_page(run: Gathered, script: str | None) -> str:
-    """The page as one text; `script` as in `render`."""
+    """Render the page; `script` as in `render`."""
     record, events = run.record, run.record.rank_events
     measured = [event for event in events if event.sensitivity]
     scored = scored_at(record)
@@ -42,7 +42,7 @@ def run_page(run: Gathered, script: str | None) -> str:
         samples=run.scores.samples if run.scores else None,
         scored=scored,
         epochs=_epochs(record.plan.get("epochs", 0)),
-        found=look_sentences(record.quality),
+        looks_text=look_sentences(record.quality),
         why=WHY,
         command=f"tsqlora train {quote(run.name)}/config.yaml --out {quote(run.name)}-again",
         tables=_tables(record),
@@ -65,7 +65,7 @@ def _last(path: str) -> str:
 
 
 def scored_at(record: RunRecord) -> list[int]:
-    """The steps after which rows were scored."""
+    """Steps after which rows were scored."""
     if "looks" in record.quality:
         return [look["step"] for look in record.quality["looks"] if "kept" in look]
     scores = record.quality.get("scores", {})
@@ -75,7 +75,7 @@ def scored_at(record: RunRecord) -> list[int]:
 
 
 def _progress(record: RunRecord) -> dict[str, Any]:
-    """What a run that has not finished measured last, and when it said so."""
+    """The latest evaluation of an unfinished run, and the time of its record."""
     last = next((e for e in reversed(record.history) if any(n.startswith("eval_") for n in e)), {})
     return {
         "evaluated": {n.removeprefix("eval_"): value for n, value in last.items() if n.startswith("eval_")},
@@ -84,14 +84,14 @@ def _progress(record: RunRecord) -> dict[str, Any]:
 
 
 def _ranks(record: RunRecord) -> dict[str, Any]:
-    """How often ranks were looked at, and the layers that gained and gave up most, if any did."""
+    """How often ranks were adjusted, and the layers that gained and lost most, if any."""
     first, last, events = record.plan["ranks"], record.ranks, record.rank_events
     change = {layer: rank - first.get(layer, 0) for layer, rank in last.items()}
     layers = (
         [max(change, key=lambda n: change[n]), min(change, key=lambda n: change[n])] if any(change.values()) else []
     )
     return {
-        # Of more than MOST_EVENTS every second one is kept.
+        # Beyond MOST_EVENTS, only every second event is recorded.
         "looks": f"{'at least ' if len(events) > MOST_EVENTS // 2 else ''}{len(events):,} times",
         "most_frames": figures.FRAMES,
         "extremes": [{"layer": layer, "first": first.get(layer, 0), "last": last[layer]} for layer in layers],
@@ -113,9 +113,9 @@ def _tables(record: RunRecord) -> dict[str, Table]:
         [name, f"{phase.seconds:,.1f}", f"{phase.forward:,}", f"{phase.backward:,}", f"{phase.tokens:,}"]
         for name, phase in record.cost.items()
     ]
-    metrics = [[split, n, f"{value:.4f}"] for split, found in record.metrics.items() for n, value in found.items()]
+    metrics = [[split, n, f"{value:.4f}"] for split, values in record.metrics.items() for n, value in values.items()]
     return {
-        "history": Table("What was logged", ["step", *names], logged),
+        "history": Table("Log", ["step", *names], logged),
         "ranks": Table("Rank by block", ["kind", *grid.blocks], ranks),
         "sensitivity": Table("Share in percent", ["layer", "first", "last"], shares),
         "cost": Table("Cost by phase", ["phase", "seconds", "rows forward", "rows backward", "tokens"], cost),

@@ -1,4 +1,4 @@
-"""A run's page on this machine alone, made anew when its files change."""
+"""Serve a run's page on this machine only, and render it again when its files change."""
 
 import hashlib
 import os
@@ -16,17 +16,17 @@ from tsqlora.training.record import RECORD_FILE
 from tsqlora.training.run_dir import CONFIG_FILE
 
 HOST = "127.0.0.1"
-"""No other machine can ask: the page holds texts of the training rows."""
+"""Only this machine: the page contains texts of the training rows."""
 
 
 def serve(run: Path, *, port: int = 0, control: Path | None = None, say: Callable[[str], None]) -> None:
-    """Serves the page until Ctrl-C, and says at which address.
+    """Serve the page until Ctrl-C, and report its address through `say`.
 
-    The run need not have begun.  Raises SettingsError where plotly is missing, the port is taken or the directory
-    is a comparison's, DataError where `control` is no finished run.
+    The run may not have started yet.  Raises SettingsError if plotly is missing, the port is taken or the directory
+    is a comparison, DataError if `control` is no finished run.
     """
     if is_comparison(run):
-        raise SettingsError(f"{run} is a comparison, which has a page when it has finished; leave out --watch")
+        raise SettingsError(f"{run} is a comparison, which --watch cannot follow; leave out --watch")
     with make_server(Watched(run, None if control is None else control_of(control)), port) as server:
         say(f"http://{HOST}:{server.server_address[1]}/")
         try:
@@ -36,26 +36,26 @@ def serve(run: Path, *, port: int = 0, control: Path | None = None, say: Callabl
 
 
 class Watched:
-    """A run's directory, and its page as the files are now."""
+    """A run's directory, and the page of its current files."""
 
     def __init__(self, run: Path, control: Control | None = None) -> None:
         self.run, self.control, self.plotly = run, control, plotly_script().encode()
         self.page_of = lru_cache(maxsize=1)(self._page_of)
-        # A million scores take seconds to read, and are written once or twice in a run.
+        # Reading a million scores takes seconds, and a run writes them once or twice.
         self.scores_of = lru_cache(maxsize=1)(lambda path, stamp: read_scores(path))
 
     def page(self) -> bytes:
-        """The page; of a run that has not begun, or cannot be read, one that says so."""
+        """The page; if the run has not started or cannot be read, a page with the reason."""
         return self.page_of(tuple(_stamp(self.run / name) for name in (RECORD_FILE, CONFIG_FILE, SCORES_FILE)))
 
     def _page_of(self, stamps: object) -> bytes:
         try:
             run = gather(self.run, control=self.control, read=self._read_scores)
         except DataError as error:
-            begun = (self.run / RECORD_FILE).exists()
-            why = f"{self.run} holds no run yet. Its page comes with the first step of its training."
+            started = (self.run / RECORD_FILE).exists()
+            why = f"{self.run} has no run yet. The page appears with the first training step."
             name = self.run.resolve().name
-            return render("waiting.html", script=None, name=name, why=str(error) if begun else why).encode()
+            return render("waiting.html", script=None, name=name, why=str(error) if started else why).encode()
         return run_page(run, None).encode()
 
     def _read_scores(self, path: Path) -> ScoresView:
@@ -64,18 +64,18 @@ class Watched:
 
 def _stamp(path: Path) -> tuple[int, int] | None:
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_size
+    return status.st_mtime_ns, status.st_size
 
 
 def make_server(watched: Watched, port: int) -> ThreadingHTTPServer:
-    """A server on this machine's own address.  Raises SettingsError where the port is taken."""
+    """A server on 127.0.0.1.  Raises SettingsError if the port is taken."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            # Another site's name that points here is not this page.
+            # DNS rebinding: another site's name that resolves to this address is refused.
             names = {f"{name}:{self.server.server_address[1]}" for name in (HOST, "localhost")}  # type: ignore[index]
             if self.headers.get("Host") not in names:
                 self.send_error(403)
@@ -88,27 +88,27 @@ def make_server(watched: Watched, port: int) -> ThreadingHTTPServer:
 
         def give(self, body: bytes, kind: str) -> None:
             tag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
-            known = self.headers.get("If-None-Match") == tag
-            self.send_response(304 if known else 200)
+            unchanged = self.headers.get("If-None-Match") == tag
+            self.send_response(304 if unchanged else 200)
             for name, value in (
                 ("ETag", tag),
                 ("Cache-Control", "no-cache"),
                 ("Cross-Origin-Resource-Policy", "same-origin"),
                 ("X-Content-Type-Options", "nosniff"),
                 ("Content-Type", kind),
-                ("Content-Length", "0" if known else str(len(body))),
+                ("Content-Length", "0" if unchanged else str(len(body))),
             ):
                 self.send_header(name, value)
             self.end_headers()
-            if not known:
+            if not unchanged:
                 self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:
-            """Nothing: the terminal is for what the user asked."""
+            """Log nothing: the terminal shows only the address."""
 
     try:
         server = ThreadingHTTPServer((HOST, port), Handler)
     except (OSError, OverflowError) as error:
-        raise SettingsError(f"--port {port} cannot be used ({error}); name another, or 0 for any") from None
+        raise SettingsError(f"--port {port} cannot be used ({error}); use another, or 0 for any") from None
     server.daemon_threads = True
     return server

@@ -1,4 +1,4 @@
-"""A directory -> report.html: of a run, or of a comparison, whichever it holds."""
+"""Write report.html for the run or comparison in a directory."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ REPORT_FILE = "report.html"
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A report that was written; a notebook shows the page itself."""
+    """A written report, which a notebook shows inline."""
 
     path: Path
 
@@ -32,13 +32,13 @@ def report(directory: str | Path, *, texts: Sequence[str] | None = None, control
         tsq.report("out", texts=dataset["text"])
 
     The directory is the `output_dir` of a Trainer with QualityCallback or RankCallback, a run of `tsqlora train`, or
-    what `tsqlora compare` made.
+    of `tsqlora compare`.
 
     Args:
-        texts: of the rows that were scored, in their order, for the page; a run of `tsqlora train` finds them itself.
-        control: the directory of another run, with whose metric this one's is compared.
+        texts: texts of the scored rows, in their order; a run of `tsqlora train` needs none.
+        control: the directory of another run, to compare the metric with.
 
-    Raises SettingsError where plotly is not installed, DataError where the directory has no record of a training.
+    Raises SettingsError if plotly is not installed, DataError if the directory has no record of a training.
     """
     return Report(write_report(Path(directory), control=None if control is None else Path(control), texts=texts))
 
@@ -46,15 +46,15 @@ def report(directory: str | Path, *, texts: Sequence[str] | None = None, control
 def write_report(
     directory: Path, out: Path | None = None, *, control: Path | None = None, texts: Sequence[str] | None = None
 ) -> Path:
-    """Writes the report of a run's or a comparison's directory, by default into it; where it lies.
+    """Write the report of a run or comparison, by default into its directory, and return the path.
 
-    `control` is another run, with whose metric that of a run is shown; `texts` as in `report`.
+    `control` and `texts` as in `report`.
 
-    Raises SettingsError where plotly is missing, the file cannot be written, or a comparison has a control, DataError
-    where the directory cannot be read.
+    Raises SettingsError if plotly is missing, the file cannot be written, or a comparison has a control, DataError if
+    the directory cannot be read.
     """
     script = plotly_script()
-    # These need plotly; the line above says so in better words than an ImportError.
+    # These import plotly; the line above has a better message than an ImportError.
     from tsqlora.reports.comparison_page import comparison_page
     from tsqlora.reports.gather import control_of, gather, read_scores
     from tsqlora.reports.run_page import run_page
@@ -62,7 +62,7 @@ def write_report(
     place = directory / REPORT_FILE if out is None else out
     if is_comparison(directory):
         if control is not None:
-            raise SettingsError(f"{directory} is a comparison, and control is for the report of a run; leave it out")
+            raise SettingsError(f"{directory} is a comparison, which takes no control; leave it out")
         page = comparison_page(gather_comparison(directory), script)
     else:
         other = None if control is None else control_of(control)

@@ -1,8 +1,8 @@
 "use strict";
 (() => {
   const byId = (id) => document.getElementById(id);
-  const known = JSON.parse(byId("page-data").textContent);
-  const rows = known.rows.map((row, order) => ({ ...row, order, said: null, words: `${row.row} ${row.text} ${row.label} ${row.suggested_label}`.toLowerCase() }));
+  const pageData = JSON.parse(byId("page-data").textContent);
+  const rows = pageData.rows.map((row, order) => ({ ...row, order, reviewed: null, words: `${row.row} ${row.text} ${row.label} ${row.suggested_label}`.toLowerCase() }));
   const make = (tag, properties = {}, ...children) => {
     const made = Object.assign(document.createElement(tag), properties);
     made.append(...children);
@@ -10,16 +10,16 @@
   };
 
   // ------------------------------------------------------------------ what was chosen, in this browser
-  const place = `tsqlora-audit-${known.key}`;
+  const place = `tsqlora-audit-${pageData.key}`;
   const remembered = () => { try { return JSON.parse(localStorage.getItem(place)) || {}; } catch { return {}; } };
   const remember = () => {
-    try { localStorage.setItem(place, JSON.stringify(Object.fromEntries(rows.filter((r) => r.said !== null).map((r) => [r.row, r.said])))); } catch { /* a browser may forbid it */ }
+    try { localStorage.setItem(place, JSON.stringify(Object.fromEntries(rows.filter((r) => r.reviewed !== null).map((r) => [r.row, r.reviewed])))); } catch { /* a browser may forbid it */ }
   };
-  const classOf = new Map(known.classes.map((label) => [String(label), label]));
-  const folded = new Map(known.classes.map((label) => [String(label).trim().toLowerCase(), label]));
+  const classOf = new Map(pageData.classes.map((label) => [String(label), label]));
+  const folded = new Map(pageData.classes.map((label) => [String(label).trim().toLowerCase(), label]));
   for (const [row, label] of Object.entries(remembered())) {
     const one = rows.find((r) => String(r.row) === row);
-    if (one && classOf.has(String(label))) one.said = classOf.get(String(label));
+    if (one && classOf.has(String(label))) one.reviewed = classOf.get(String(label));
   }
 
   // ------------------------------------------------------------------ one row
@@ -45,16 +45,16 @@
     const words = make("p", { className: "words" }, row.text);
     row.item = make("li", {}, make("span", { className: "small" }, about), words, make("div", { className: "choices" }, ...buttons, input));
     row.paint = () => {
-      choices.forEach((label, j) => buttons[j].setAttribute("aria-pressed", String(row.said === label)));
-      input.value = row.said === null || choices.includes(row.said) ? "" : String(row.said);
+      choices.forEach((label, j) => buttons[j].setAttribute("aria-pressed", String(row.reviewed === label)));
+      input.value = row.reviewed === null || choices.includes(row.reviewed) ? "" : String(row.reviewed);
       input.removeAttribute("aria-invalid");
-      row.item.className = row.said === null ? "" : "done";
+      row.item.className = row.reviewed === null ? "" : "done";
     };
     row.choices = choices; row.input = input; row.paint();
   };
-  const choose = (row, label) => { row.said = label; row.paint(); remember(); count(); };
+  const choose = (row, label) => { row.reviewed = label; row.paint(); remember(); count(); };
   const type = (row, input) => {
-    if (input.value.trim() === "") { if (row.said !== null && !row.choices.includes(row.said)) choose(row, null); return false; }
+    if (input.value.trim() === "") { if (row.reviewed !== null && !row.choices.includes(row.reviewed)) choose(row, null); return false; }
     const label = classOf.has(input.value) ? classOf.get(input.value) : folded.get(input.value.trim().toLowerCase());
     input.setAttribute("aria-invalid", String(label === undefined));
     if (label === undefined) return false;
@@ -65,7 +65,7 @@
   // ------------------------------------------------------------------ which rows are shown
   let shown = [], current = null;
   const pairOf = (row) => JSON.stringify([row.label, row.suggested_label]);
-  const states = { open: (r) => r.said === null, done: (r) => r.said !== null, suspect: (r) => r.kind !== "check", check: (r) => r.kind === "check" };
+  const states = { open: (r) => r.reviewed === null, done: (r) => r.reviewed !== null, suspect: (r) => r.kind !== "check", check: (r) => r.kind === "check" };
   const by = { order: (a, b) => a.order - b.order, row: (a, b) => a.row - b.row, label: (a, b) => String(a.label).localeCompare(String(b.label)) || a.order - b.order };
   const show = () => {
     const words = byId("search").value.toLowerCase().trim(), pair = byId("pair").value, state = states[byId("state").value];
@@ -76,7 +76,7 @@
     count();
   };
   const count = () => {
-    const done = rows.filter((r) => r.said !== null).length;
+    const done = rows.filter((r) => r.reviewed !== null).length;
     byId("count").textContent = `${done} of ${rows.length} reviewed${shown.length < rows.length ? `, ${shown.length} shown` : ""}`;
   };
   const go = (row, scroll = true) => {
@@ -109,7 +109,7 @@
   const harmless = (text) => (/^\s*[=+@\-\t\r\uff1d\uff0b\uff20\uff0d]/.test(text) && !(text.trim() !== "" && Number.isFinite(Number(text))) ? `'${text}` : text);
   const cell = (value) => `"${harmless(String(value ?? "")).replaceAll('"', '""')}"`;
   const table = () => ["row,label,suggested_label,wrong_probability,reviewed_label,kind,text", ...rows.map((r) =>
-    [r.row, cell(r.label), cell(r.suggested_label), r.wrong_probability.toFixed(4), cell(r.said), r.kind, cell(r.text)].join(","))].join("\n") + "\n";
+    [r.row, cell(r.label), cell(r.suggested_label), r.wrong_probability.toFixed(4), cell(r.reviewed), r.kind, cell(r.text)].join(","))].join("\n") + "\n";
   byId("export").addEventListener("click", () => {
     const link = make("a", { href: URL.createObjectURL(new Blob([table()], { type: "text/csv" })), download: "reviewed.csv" });
     link.click();
@@ -130,7 +130,7 @@
     const [label, suggested] = JSON.parse(pair);
     byId("pair").append(make("option", { value: pair }, `${label} → ${suggested} (${number})`));
   }
-  byId("classes").append(...known.classes.map((label) => make("option", { value: String(label) })));
+  byId("classes").append(...pageData.classes.map((label) => make("option", { value: String(label) })));
   rows.forEach(build);
   for (const id of ["search", "sort", "pair", "state"]) byId(id).addEventListener(id === "search" ? "input" : "change", show);
   nameTheme();

@@ -5,18 +5,18 @@ const page = (() => {
   const root = document.documentElement;
   const systemDark = matchMedia("(prefers-color-scheme: dark)");
   const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : systemDark.matches);
-  let known;
+  let pageData;
 
   // -------------------------------------------------------------- figures
   const themed = (value) => {
     if (Array.isArray(value)) return value.map(themed);
     if (value && typeof value === "object")
       return Object.fromEntries(Object.entries(value).map(([key, inside]) => [key, themed(inside)]));
-    return isDark() && Object.hasOwn(known.dark, value) ? known.dark[value] : value;
+    return isDark() && Object.hasOwn(pageData.dark, value) ? pageData.dark[value] : value;
   };
   const css = (name) => getComputedStyle(root).getPropertyValue(name).trim();
   const draw = (id) => {
-    const figure = known.figures[id], place = byId(id);
+    const figure = pageData.figures[id], place = byId(id);
     const drawn = { data: themed(figure.data), layout: themed(figure.layout) };
     const ink = css("--ink"), line = css("--line");
     const layout = drawn.layout;
@@ -29,7 +29,7 @@ const page = (() => {
     layout.width = Math.max(room, layout.width || 0);
     return Plotly.react(place, drawn.data, layout, { displayModeBar: false, responsive: false, scrollZoom: false });
   };
-  const drawAll = () => { for (const id of Object.keys(known.figures)) if (byId(id)) draw(id); showFrame(); focusable(); };
+  const drawAll = () => { for (const id of Object.keys(pageData.figures)) if (byId(id)) draw(id); showFrame(); focusable(); };
   const focusable = () => {
     for (const box of document.querySelectorAll(".scroll, pre")) {
       const scrolls = box.scrollWidth > box.clientWidth || box.scrollHeight > box.clientHeight;
@@ -51,10 +51,10 @@ const page = (() => {
   const showFrame = () => {
     const slider = byId("frame");
     if (!slider) return;
-    const frame = known.frames[Number(slider.value)];
-    const said = `step ${frame.step.toLocaleString("en")}: ${frame.what}`;
-    byId("frame-said").textContent = said;
-    slider.setAttribute("aria-valuetext", said);
+    const frame = pageData.frames[Number(slider.value)];
+    const text = `step ${frame.step.toLocaleString("en")}: ${frame.what}`;
+    byId("frame-text").textContent = text;
+    slider.setAttribute("aria-valuetext", text);
     Plotly.restyle("ranks-map", { z: [frame.z] });
   };
   let timer;
@@ -85,7 +85,7 @@ const page = (() => {
         const fits = (!list || row.dataset.lists.split("|").includes(list)) && wanted.every((word) => texts.get(row).includes(word));
         row.hidden = !fits; shown += fits;
       }
-      byId("found").textContent = `${shown} shown`;
+      byId("shown").textContent = `${shown} shown`;
     };
     const value = (row, place) => {
       const cell = row.cells[place];
@@ -106,7 +106,7 @@ const page = (() => {
   };
 
   const begin = () => {
-    known = JSON.parse(byId("page-data").textContent);
+    pageData = JSON.parse(byId("page-data").textContent);
     for (const fold of document.querySelectorAll("details")) fold.addEventListener("toggle", focusable);
     bindRanks();
     bindSamples();

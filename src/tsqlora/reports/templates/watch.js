@@ -14,16 +14,16 @@
       focus: document.activeElement?.id,
     };
   };
-  const restore = (kept) => {
-    for (const id of ["search", "list", "frame"]) if (kept[id] !== undefined && byId(id)) byId(id).value = kept[id];
-    for (const fold of document.querySelectorAll("main details")) fold.open = kept.open.includes(fold.textContent.slice(0, 40));
+  const restore = (saved) => {
+    for (const id of ["search", "list", "frame"]) if (saved[id] !== undefined && byId(id)) byId(id).value = saved[id];
+    for (const fold of document.querySelectorAll("main details")) fold.open = saved.open.includes(fold.textContent.slice(0, 40));
     page.begin();
-    kept.sorted.forEach((sort, place) => {
+    saved.sorted.forEach((sort, place) => {
       const head = document.querySelectorAll("#sample-table thead button")[place];
       for (let times = { ascending: 1, descending: 2 }[sort] || 0; head && times > 0; times--) head.click();
     });
-    if (document.querySelector(".tall")) document.querySelector(".tall").scrollTop = kept.tall || 0;
-    if (kept.focus && byId(kept.focus) !== document.activeElement) byId(kept.focus)?.focus({ preventScroll: true });
+    if (document.querySelector(".tall")) document.querySelector(".tall").scrollTop = saved.tall || 0;
+    if (saved.focus && byId(saved.focus) !== document.activeElement) byId(saved.focus)?.focus({ preventScroll: true });
   };
   const refresh = async () => {
     if (page.isPlaying() || document.hidden) return;
@@ -33,16 +33,16 @@
     const first = tag === null;
     tag = answer.headers.get("ETag");
     if (first && fresh.getElementById("page-data").textContent === byId("page-data").textContent) return;
-    const kept = settings(), place = scrollY;
+    const saved = settings(), place = scrollY;
     for (const part of ["about", "parts", "page-data"]) byId(part).replaceWith(fresh.getElementById(part));
     byId("main").replaceChildren(...fresh.getElementById("main").childNodes);
-    restore(kept);
+    restore(saved);
     scrollTo({ top: place, behavior: "instant" });
   };
   const look = async () => {
-    const said = byId("watched");
-    try { await refresh(); said.textContent = "● live"; }
-    catch { said.textContent = "The server has stopped: this is the last that it said."; }
+    const status = byId("watched");
+    try { await refresh(); status.textContent = "● live"; }
+    catch { status.textContent = "The server has stopped; this is its last page."; }
     setTimeout(look, 2000);
   };
   look();
