@@ -1,6 +1,6 @@
-"""Picks the samples worth learning from, and gives each layer the LoRA rank it needs.
+"""LoRA fine-tuning on imperfect rows: find wrong labels, learn from trusted rows, save a plain PEFT adapter.
 
-Names are imported when they are first used, so that `tsqlora --help` need not wait for torch.
+Names are imported on first use, so that `tsqlora --help` does not wait for torch.
 """
 
 import importlib

@@ -14,7 +14,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     epilog="Every command has an example in its --help, and takes --debug to show where an error arose.",
-    help="Picks the samples worth learning from, gives each layer the LoRA rank it needs.",
+    help="LoRA fine-tuning on imperfect rows: find wrong labels, train, and check adapters.",
 )
 for command in (
     runs.demo,
