@@ -8,7 +8,7 @@ import glue
 import pandas as pd
 
 from tsqlora.compare.methods import entries
-from tsqlora.compare.statistics import Interval, interval
+from tsqlora.compare.table import Interval, interval
 
 TASKS = {"sst2": "SST-2", "mrpc": "MRPC", "stsb": "STS-B", "rte": "RTE", "cola": "CoLA"}
 ORDER = tuple(entry.name for entry in entries(glue.ENTRIES.split(",")))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tsqlora.compare.origin import commit
+from tsqlora.compare.run import commit
 from tsqlora.files import write_json
 from tsqlora.training.record import versions
 

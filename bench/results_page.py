@@ -29,7 +29,7 @@ from glue_cells import (
 from markdown_table import NONE, markdown
 from results_plots import COSTS, plot
 
-from tsqlora.compare.statistics import Interval, interval, verdict
+from tsqlora.compare.table import Interval, interval, verdict
 
 BENCH = Path(__file__).parent
 PAGE = BENCH.parent / "docs" / "research" / "glue.md"

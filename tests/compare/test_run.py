@@ -1,11 +1,10 @@
-"""One cell: every method and policy on a tiny model, at the same steps, with its own process and peak of memory."""
+"""One cell: every method and policy on a tiny model, at the same steps; and what preflight refuses before the first."""
 
 import os
 import subprocess
 import sys
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -14,17 +13,17 @@ import psutil
 import pytest
 
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
-from tsqlora.compare.cells import Cell, Entry
+from tsqlora.compare import comparison
+from tsqlora.compare.cells import Cell
+from tsqlora.compare.comparison import compare
 from tsqlora.compare.methods import METHODS, POLICIES, entries
-from tsqlora.compare.origin import PACKAGE, commit_of
-from tsqlora.compare.run import planned_steps, run_cell, settings_hash
-from tsqlora.compare.worker import in_own_process
-from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
+from tsqlora.compare.run import PACKAGE, commit_of, planned_steps, preflight, run_cell, settings_hash
+from tsqlora.errors import DataError, SettingsError, UnsupportedError
 from tsqlora.run.config import Config, load_config
 from tsqlora.run.job import load
 from tsqlora.run.train import dry_run
 
-ROWS, RIVALS = 160, ("loss", "el2n", "gradnorm")
+ROWS, BY_TERM = 160, ("loss", "el2n", "gradnorm")
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +31,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("compare")
     save_checkpoint(folder / "model")
     write_jsonl(folder / "train.jsonl", make_rows(ROWS))
+    write_jsonl(folder / "few.jsonl", make_rows(80))
     write_jsonl(folder / "validation.jsonl", make_rows(20, seed=3))
     write_jsonl(folder / "test.jsonl", make_rows(40, seed=5))
     return folder
@@ -42,86 +42,89 @@ def settings(place: Path, **sections: Any) -> Config:
     return load_config(write_config(place / "c.yaml", place / "model", place / "train.jsonl", **sections), others)
 
 
+def few(place: Path, **sections: Any) -> Config:
+    """Settings without validation and test rows."""
+    return load_config(write_config(place / "few.yaml", place / "model", place / "few.jsonl", **sections))
+
+
 def cell_of(name: str, seed: int = 0) -> Cell:
     return Cell(entries([name])[0], seed, 0.02)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_trains_at_the_same_steps_and_tells_its_cost(method: str, place: Path) -> None:
-    found = run_cell(settings(place), cell_of(method), equal="steps")
-    assert "failed" not in found
-    assert found["steps"] == 60
-    assert found["cost"]["training"]["forward"] == 60 * 8
-    assert ("look" in found["cost"]) == (METHODS[method].policy == "quality")
-    assert found["metrics"].keys() == {"validation", "test"}
-    assert found["parameters"]["trainable"] > 0
-    assert (found["cost"]["building"]["forward"] > 0) == (method == "eva")
-    assert found["seconds"] == pytest.approx(sum(c["seconds"] for p, c in found["cost"].items() if p != "evaluation"))
-    assert found["peak_memory_bytes"] > 2**20
+def test_every_method_trains_at_the_same_steps_and_counts_its_cost(method: str, place: Path) -> None:
+    result = run_cell(settings(place), cell_of(method), equal="steps")
+    assert "failed" not in result
+    assert result["steps"] == 60
+    assert result["cost"]["training"]["forward"] == 60 * 8
+    assert ("look" in result["cost"]) == (METHODS[method].policy == "quality")
+    assert result["metrics"].keys() == {"validation", "test"}
+    assert result["parameters"]["trainable"] > 0
+    assert (result["cost"]["building"]["forward"] > 0) == (method == "eva")
+    assert result["seconds"] == pytest.approx(sum(c["seconds"] for p, c in result["cost"].items() if p != "evaluation"))
+    assert result["peak_memory_bytes"] > 2**20
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_policy_draws_its_share_of_the_rows(policy: str, place: Path) -> None:
-    """Our guard turns back no rival's softmax of one term."""
-    found = run_cell(settings(place), cell_of(f"lora+{policy}"), equal="steps")
-    assert found["steps"] == 60
-    assert found["quality"]["rows_an_epoch"] == (ROWS if policy in ("all", "head") else ROWS // 2)
-    looks = found["quality"].get("looks")
+    """A control looks once and scores nothing; the fallback never overrules the softmax of one term."""
+    result = run_cell(settings(place), cell_of(f"lora+{policy}"), equal="steps")
+    assert result["steps"] == 60
+    assert result["quality"]["rows_an_epoch"] == (ROWS if policy in ("all", "head") else ROWS // 2)
+    looks = result["quality"].get("looks")
     assert (looks is None) == (policy in ("all", "random"))
-    assert looks is None or looks[0]["head_start"]["replaced"]
-    assert bool(looks) and "kept" in looks[0] if policy in ("quality", *RIVALS) else True
-    if policy in RIVALS:
+    if looks is None:
+        return
+    assert looks[0]["head_start"]["replaced"]
+    assert ("kept" in looks[0]) == (policy in ("quality", *BY_TERM))
+    if policy in ("head", "even"):
+        assert (len(looks), result["cost"]["look"]["backward"]) == (1, 0)
+    if policy in BY_TERM:
         assert looks[0]["not_ready"] is None
-        assert not any("drawn at random" in note for note in found["notes"])
+        assert result["quality"]["random"] is None
 
 
-def test_a_cell_tells_why_its_policy_drew_at_random(place: Path) -> None:
+def test_a_cell_says_why_its_policy_drew_at_random(place: Path) -> None:
     even = run_cell(settings(place), cell_of("lora+quality"), equal="steps")
-    assert even["quality"]["random"] == "no row was left out, and rows are drawn evenly"
-    kept_random = settings(place, quality={"fraction": 0.5, "head_start": False, "look_again": False})
-    at_chance = run_cell(kept_random, cell_of("lora+gradnorm"), equal="steps")
-    assert "a constant guess" in at_chance["quality"]["random"]
+    assert even["quality"]["random"]
+    at_chance = settings(place, quality={"fraction": 0.5, "head_start": False, "look_again": False})
+    assert "a constant guess" in run_cell(at_chance, cell_of("lora+gradnorm"), equal="steps")["quality"]["random"]
 
 
-def test_a_commit_is_that_of_the_package_and_says_where_it_was_changed(tmp_path: Path) -> None:
+def test_a_commit_is_that_of_the_package_and_marks_changes(tmp_path: Path) -> None:
     def git(*words: str) -> None:
         who = ("-c", "user.name=a", "-c", "user.email=a@b")
         subprocess.run(["git", "-C", str(tmp_path), *who, *words], check=True, capture_output=True)
 
-    def asked() -> str | None:
-        return commit_of(package)
-
     package = tmp_path / "src" / "tsqlora"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("one")
-    assert asked() is None  # no checkout
+    assert commit_of(package) is None  # no checkout
     git("init")
-    (tmp_path / "readme").write_text("somebody's own project around an installed package")
+    (tmp_path / "readme").write_text("another project around an installed package")
     git("add", "readme")
     git("commit", "-m", "one")
-    assert asked() is None
+    assert commit_of(package) is None
     git("add", ".")
     git("commit", "-m", "two")
-    clean = asked()
+    clean = commit_of(package)
     assert clean is not None
     assert len(clean) == 40
-    (tmp_path / "readme").write_text("what is not code")
-    assert asked() == clean
+    (tmp_path / "readme").write_text("not code")
+    assert commit_of(package) == clean
     (package / "__init__.py").write_text("two")
-    assert asked() == f"{clean}-dirty"
-    assert (PACKAGE / "__init__.py").exists()  # the file by which a checkout is told
+    assert commit_of(package) == f"{clean}-dirty"
+    assert (PACKAGE / "__init__.py").exists()
 
 
-def test_the_commit_is_asked_for_before_the_first_cell_and_then_stays() -> None:
-    """Cells of hours begin in processes that come from one, whose code was imported before the first of them."""
-    asked = (
-        "import tsqlora.compare.preload; from tsqlora.compare.origin import commit; print(commit.cache_info().currsize)"
-    )
-    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+def test_preloading_reads_the_commit_before_the_first_cell() -> None:
+    """The processes of all cells come from one that imported the code before the first of them."""
+    code = "import tsqlora.compare.preload; from tsqlora.compare.run import commit; print(commit.cache_info().currsize)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1"]
 
 
-def test_a_cell_has_the_same_result_again_and_its_seed_decides_it(place: Path) -> None:
+def test_a_cell_is_reproducible_and_its_seed_decides_it(place: Path) -> None:
     once, again, other = (run_cell(settings(place), cell_of("lora+random", s), equal="steps") for s in (0, 0, 1))
     assert once["metrics"] == again["metrics"]
     assert once["settings_hash"] == again["settings_hash"]
@@ -129,7 +132,7 @@ def test_a_cell_has_the_same_result_again_and_its_seed_decides_it(place: Path) -
     assert other["settings_hash"] != once["settings_hash"]
 
 
-def test_a_cells_hash_is_of_what_decides_it_and_not_of_where_files_lie(place: Path, tmp_path: Path) -> None:
+def test_a_cells_hash_covers_what_decides_it_and_no_paths(place: Path, tmp_path: Path) -> None:
     def hash_of(config: Config, name: str = "lora", *, data: str = "rows", equal: Any = "steps") -> str:
         return settings_hash(config, cell_of(name), equal=equal, data=data)
 
@@ -144,83 +147,135 @@ def test_a_cells_hash_is_of_what_decides_it_and_not_of_where_files_lie(place: Pa
     assert len(set(others)) == len(others)
 
 
-def test_with_equal_epochs_who_has_all_rows_takes_more_steps(place: Path) -> None:
-    job = load(settings(place))
-    assert planned_steps(job, cell_of("lora"), equal="epochs") == 120
-    assert planned_steps(job, cell_of("lora+random"), equal="epochs") == 60
-    accumulated = settings(place, training={"epochs": 6, "batch_size": 8, "gradient_accumulation_steps": 2})
-    assert planned_steps(replace(job, config=accumulated), cell_of("lora"), equal="steps") == 30
-
-
-def test_steps_that_are_set_are_those_of_every_cell(place: Path) -> None:
-    config = settings(place, training={"max_steps": 7, "epochs": 6, "batch_size": 8})
-    job = load(config)
-    for name, equal in (("lora", "epochs"), ("lora+random", "steps")):
-        assert planned_steps(job, cell_of(name), equal=equal) == 7
-    found = run_cell(config, cell_of("lora"), equal="epochs")
-    assert (found["steps"], found["cost"]["training"]["forward"]) == (7, 7 * 8)
-    half = settings(place, training={"epochs": 0.5, "batch_size": 8})
-    assert planned_steps(replace(job, config=half), cell_of("lora"), equal="steps") == 5
+@pytest.mark.parametrize(
+    ("training", "name", "equal", "steps"),
+    [
+        ({"epochs": 6}, "lora", "epochs", 120),
+        ({"epochs": 6}, "lora+random", "epochs", 60),
+        ({"epochs": 6, "gradient_accumulation_steps": 2}, "lora", "steps", 30),
+        ({"epochs": 0.5}, "lora", "steps", 5),
+        ({"epochs": 6, "max_steps": 7}, "lora", "epochs", 7),
+    ],
+)
+def test_steps_follow_epochs_and_max_steps(training: Any, name: str, equal: Any, steps: int, place: Path) -> None:
+    config = settings(place, training={"batch_size": 8, **training})
+    job = replace(load(settings(place)), config=config)
+    assert planned_steps(job, cell_of(name), equal=equal) == steps
 
 
 def test_a_training_that_diverges_is_a_result(place: Path) -> None:
-    found = run_cell(settings(place), Cell(Entry("full", "all"), 0, 1e20), equal="steps")
-    assert "not finite" in found["failed"]
+    result = run_cell(settings(place), replace(cell_of("full"), learning_rate=1e20), equal="steps")
+    assert "not finite" in result["failed"]
 
 
-def test_a_term_that_the_task_has_not_is_refused_before_the_look(place: Path) -> None:
-    asked = settings(place, quality={"fraction": 0.5, "weights": {"ifd": 1.0}})
-    told: list[str] = []
-    with pytest.raises(UnsupportedError, match="'ifd' compares a target with and without its prompt"):
-        run_cell(asked, cell_of("tsqlora"), equal="steps", progress=lambda phase, *_: told.append(phase))
-    assert not told
+@pytest.mark.parametrize(
+    ("quality", "error", "key"),
+    [
+        ({"fraction": 0.5, "weights": {"ifd": 1.0}}, UnsupportedError, "ifd"),
+        ({"fraction": 0.005, "preset": "paper"}, SettingsError, "fraction"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused_before_the_look(
+    quality: dict[str, Any], error: type[Exception], key: str, place: Path
+) -> None:
+    phases: list[str] = []
+    with pytest.raises(error, match=key):
+        run_cell(
+            settings(place, quality=quality),
+            cell_of("tsqlora"),
+            equal="steps",
+            progress=lambda phase, *_: phases.append(phase),
+        )
+    assert not phases
 
 
-def test_a_draw_too_small_for_its_classes_is_refused_before_the_look(place: Path) -> None:
-    asked = settings(place, quality={"fraction": 0.005, "preset": "paper"})
-    told: list[str] = []
-    with pytest.raises(SettingsError, match="1 rows cannot hold one of each of 2 labels; raise fraction"):
-        run_cell(asked, cell_of("tsqlora"), equal="steps", progress=lambda phase, *_: told.append(phase))
-    assert not told
-
-
-def test_what_no_softmax_draws_may_be_as_few_as_it_likes(place: Path) -> None:
+def test_a_control_may_draw_fewer_rows_than_classes(place: Path) -> None:
     control = {"enabled": False, "fraction": 0.005, "preset": "paper"}
     assert dry_run(settings(place, quality=control, ranks={"policy": "fixed"}))["rows"]["train"] == ROWS
 
 
-def test_a_process_of_its_own_gives_the_same_and_hands_errors_on(place: Path) -> None:
-    told: list[str] = []
-    work = partial(run_cell, settings(place), cell_of("lora"), equal="steps")
-    found = in_own_process("lora", work, lambda phase, *_: told.append(phase))
-    here = run_cell(settings(place), cell_of("lora"), equal="steps")
-    assert found["metrics"] == here["metrics"]
-    assert {"training", "validation", "test"} <= set(told)
-    wrong = settings(place, quality={"fraction": 0.005, "preset": "paper"})
-    with pytest.raises(SettingsError, match="1 rows cannot hold"):
-        in_own_process("wrong", partial(run_cell, wrong, cell_of("tsqlora"), equal="steps"))
+def checked(config: Config, *methods: str, finished: tuple[int, ...] = ()) -> dict[int, str]:
+    return preflight(config, entries(methods), 0, finished=finished, equal="steps")
 
 
-def test_a_process_that_dies_is_told(place: Path) -> None:
-    def die(phase: str, done: int, total: int, *_: object) -> None:
-        # The server's child; the server itself, and what tracks its resources, are ours.
-        servers = psutil.Process().children()
-        for process in psutil.Process().children(recursive=True):
-            if process not in servers:
-                process.kill()
-
-    with pytest.raises(TsqLoraError, match="its process ended with code"):
-        in_own_process("lora", partial(run_cell, settings(place), cell_of("lora"), equal="steps"), die)
+def test_preflight_accepts_what_can_be_trained(place: Path) -> None:
+    paper = few(place, quality={"fraction": 0.5, "preset": "paper"})
+    assert not checked(paper, "full", "lora", "dora", "adalora", "elalora", "eva", "tsqlora", "lora+gradnorm")
+    assert not checked(few(place), "adalora+quality", "dora+el2n", "eva+gradnorm")
 
 
-def test_a_comparison_that_is_killed_takes_its_training_along_and_goes_on(place: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("sections", "method", "key"),
+    [
+        ({}, "full+gradnorm", ""),
+        ({}, "dora+gradnorm", ""),
+        ({}, "adalora+gradnorm", ""),
+        ({}, "elalora+gradnorm", ""),
+        ({"model": {"dtype": "bfloat16"}}, "full", "bfloat16"),
+        ({"ranks": {"mean": 2.5}}, "lora", "ranks.mean"),
+        ({"ranks": {"mean": 2.0, "max": 1}}, "eva", "ranks.max"),
+        ({"ranks": {"policy": "tsqlroa"}}, "tsqlora", "ranks.policy"),
+        ({"ranks": {"estimator": "smapled"}}, "tsqlora", "ranks.estimator"),
+        ({"ranks": {"mean": 2.0, "min": 3}}, "tsqlora", "budget"),
+        ({"training": {"epochs": 1}}, "elalora", "5 optimizer steps"),
+        ({"training": {"epochs": 1, "batch_size": 36}}, "adalora", "1 optimizer steps"),
+        ({"training": {"label_smoothing_factor": 0.1}}, "adalora", "training.label_smoothing_factor"),
+        ({"training": {"batch_size": 100}}, "eva", "100 rows"),
+        ({"quality": {"fraction": 0.5, "weights": {"ifd": 1.0}}}, "tsqlora", "ifd"),
+        ({"quality": {"fraction": 0.01}}, "lora+loss", "1 rows"),
+    ],
+)
+def test_preflight_names_the_entry_that_cannot_be_trained(
+    sections: dict[str, Any], method: str, key: str, place: Path
+) -> None:
+    config = few(place, **{name: values for name, values in sections.items() if name != "model"})
+    config = config.model_copy(update={"model": config.model.model_copy(update=sections.get("model", {}))})
+    name = entries([method])[0].name.replace("+", r"\+")
+    with pytest.raises((SettingsError, UnsupportedError), match=rf"^{name}: .*{key}"):
+        checked(config, "lora" if "model" in sections else "full", method)
+
+
+def test_hashes_are_those_of_a_cells_own_rows(place: Path) -> None:
+    config = few(place)
+    hashes = checked(config, "lora", finished=(0, 3))
+    for seed, value in hashes.items():
+        training = config.training.model_copy(update={"seed": seed})
+        assert value == load(config.model_copy(update={"training": training})).data.hash
+    assert len(set(hashes.values())) == 2  # the seed splits off the validation rows
+
+
+def test_preflight_runs_in_its_own_process_and_leaves_nothing(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("trained")
+
+    monkeypatch.setattr(comparison, "run_cell", never)
+    with pytest.raises(UnsupportedError, match=r"^dora\+gradnorm: "):
+        compare(few(place), ["lora", "dora+gradnorm"], seeds=[0], out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_cells_of_changed_data_are_not_mixed_with_new_ones(place: Path, tmp_path: Path) -> None:
+    train = write_jsonl(tmp_path / "train.jsonl", make_rows(80))
+    config = load_config(write_config(tmp_path / "c.yaml", place / "model", train, training={"epochs": 1}))
+    compare(config, ["lora"], seeds=[0], out=tmp_path / "out")
+    write_jsonl(train, make_rows(80, seed=1))
+    with pytest.raises(DataError, match=r"lora\+all_seed0_lr0.02.json"):
+        compare(config, ["lora", "lora+random"], seeds=[0], out=tmp_path / "out")
+
+
+def test_a_killed_comparison_takes_its_training_along_and_resumes(place: Path, tmp_path: Path) -> None:
     settings(place)
     command = [sys.executable, "-m", "tsqlora.cli", "compare", str(place / "c.yaml")]
     command += ["--methods", "lora,lora+random,tsqlora", "--seeds", "0,1", "--out", str(tmp_path / "out"), "--json"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     cells = tmp_path / "out" / "cells"
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as running:
-        _wait_for(lambda: len(list(cells.glob("*.json"))) >= 2)
+        end = time.monotonic() + 120
+        while len(list(cells.glob("*.json"))) < 2:
+            assert time.monotonic() < end, "no cell finished"
+            time.sleep(0.05)
         family = psutil.Process(running.pid).children(recursive=True)
         running.kill()
     gone, left = psutil.wait_procs(family, timeout=20)
@@ -231,20 +286,4 @@ def test_a_comparison_that_is_killed_takes_its_training_along_and_goes_on(place:
     assert done.returncode == 0, done.stderr
     assert len(list(cells.glob("*.json"))) == 6
     assert {name: (cells / name).read_bytes() for name in first} == first
-    assert done.stderr.count("(known)") == len(first)
-
-
-def _wait_for(true: Any, seconds: float = 120.0) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
-
-
-def test_a_control_with_the_head_start_looks_once_and_scores_nothing(place: Path) -> None:
-    for policy in ("head", "even"):
-        found = run_cell(settings(place), cell_of(f"lora+{policy}"), equal="steps")
-        (only,) = found["quality"]["looks"]
-        assert only["head_start"]["replaced"]
-        assert "kept" not in only
-        assert found["cost"]["look"]["backward"] == 0
+    assert done.stderr.count("(reused)") == len(first)

@@ -1,4 +1,4 @@
-"""A cell in a process of its own: it may have processes itself, and none outlives the one that asked."""
+"""A cell in a process of its own: it may have processes itself, and none outlives its parent."""
 
 import signal
 import subprocess
@@ -10,11 +10,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from runs import make_rows, save_checkpoint, write_config, write_jsonl
+from runs import write_config
 from tsqlora.compare.cells import Cell, Entry
 from tsqlora.compare.run import run_cell
 from tsqlora.compare.worker import in_own_process
-from tsqlora.run.config import load_config
+from tsqlora.errors import SettingsError, TsqLoraError
+from tsqlora.run.config import Config, load_config
 
 LOADS_WITHOUT_END = """
 import signal
@@ -26,36 +27,56 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may run in the
 in_own_process("loading", partial(sum, DataLoader(range(10**9), batch_size=None, num_workers=1, collate_fn=int)))
 """
 PROCESSES = 4
-"""What tracks resources, the server, its child, and the child's worker."""
+"""The resource tracker, the server, its child, and the child's worker."""
+CELL = Cell(Entry("lora", "all"), 0, 0.02)
 
 
-def test_rows_of_a_cell_may_come_from_workers(tmp_path: Path) -> None:
+@pytest.fixture
+def config(place: Path) -> Config:
     training = {"epochs": 2, "batch_size": 8, "bf16": False, "dataloader_num_workers": 1}
-    model, data = save_checkpoint(tmp_path / "model"), write_jsonl(tmp_path / "train.jsonl", make_rows(40))
-    config = load_config(write_config(tmp_path / "c.yaml", model, data, training=training))
-    cell = Cell(Entry("lora", "all"), 0, 0.02)
-    found = in_own_process(cell.name, partial(run_cell, config, cell, equal="steps"))
-    assert "failed" not in found
-    assert found["steps"] == 6
+    return load_config(write_config(place / "worker.yaml", place / "model", place / "train.jsonl", training=training))
+
+
+def test_a_process_of_its_own_gives_the_same_result_and_hands_errors_on(config: Config) -> None:
+    phases: list[str] = []
+    result = in_own_process(
+        CELL.name, partial(run_cell, config, CELL, equal="steps"), lambda phase, *_: phases.append(phase)
+    )
+    assert result["metrics"] == run_cell(config, CELL, equal="steps")["metrics"]
+    assert {"training", "validation"} <= set(phases)
+    wrong = config.model_copy(update={"quality": config.quality.model_copy(update={"fraction": 0.005})})
+    with pytest.raises(SettingsError, match="fraction"):
+        in_own_process("wrong", partial(run_cell, wrong, Cell(Entry("lora", "loss"), 0, 0.02), equal="steps"))
+
+
+def test_a_process_that_dies_is_an_error(config: Config) -> None:
+    def die(phase: str, done: int, total: int, *_: object) -> None:
+        servers = psutil.Process().children()  # they and the resource tracker are ours
+        for process in psutil.Process().children(recursive=True):
+            if process not in servers:
+                process.kill()
+
+    with pytest.raises(TsqLoraError, match="its process ended with code"):
+        in_own_process("lora", partial(run_cell, config, CELL, equal="steps"), die)
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_it_ends_with_the_process_that_asked_and_so_do_its_workers(how: signal.Signals) -> None:
+def test_it_ends_with_its_parent_and_so_do_its_workers(how: signal.Signals) -> None:
     with subprocess.Popen([sys.executable, "-c", LOADS_WITHOUT_END], stderr=subprocess.DEVNULL) as running:
-        asked, end = psutil.Process(running.pid), time.monotonic() + 120
-        while len(family := [p for p in asked.children(recursive=True) if _is_of_python(p)]) < PROCESSES:
+        parent, end = psutil.Process(running.pid), time.monotonic() + 120
+        while len(family := [p for p in parent.children(recursive=True) if _is_of_python(p)]) < PROCESSES:
             assert running.poll() is None, "it ended by itself"
             assert time.monotonic() < end, "waited in vain"
             time.sleep(0.1)
         running.send_signal(how)
-        _, left = psutil.wait_procs([asked, *family], timeout=30)
+        _, left = psutil.wait_procs([parent, *family], timeout=30)
         for process in left:
             process.kill()
     assert not left
 
 
 def _is_of_python(process: psutil.Process) -> bool:
-    """Whether `multiprocessing` has made it: the server asks git for the commit meanwhile."""
+    """Whether `multiprocessing` made it: the server asks git for the commit meanwhile."""
     try:
         return "multiprocessing" in " ".join(process.cmdline())
     except psutil.Error:

@@ -21,7 +21,6 @@ def compare(
     ],
     seeds: Annotated[str, typer.Option(metavar="0,1,2", help="Of every random draw; a cell each.")] = "0,1,2",
     out: Annotated[Path, typer.Option(help="Directory of the cells; goes on where it was.")] = Path("comparison"),
-    policies: Annotated[str, typer.Option(metavar="A,B", help="Ways to choose rows; every method with each.")] = "",
     equal: Annotated[str, typer.Option(help="What all share: steps or epochs.")] = "steps",
     lr_sweep: Annotated[
         str, typer.Option(metavar="LR,LR", help="Learning rates to choose from, for each method, on validation rows.")
@@ -41,7 +40,6 @@ def compare(
     Example: tsqlora compare tsq.yaml --methods lora,lora+random,tsqlora --seeds 0,1,2 --out comparison
     """
     from tsqlora.compare.comparison import compare as run_all
-    from tsqlora.compare.methods import crossed
     from tsqlora.compare.table import show_comparison
     from tsqlora.reports.write import write_report
     from tsqlora.run.config import load_config
@@ -50,7 +48,7 @@ def compare(
     with Display(console.stderr) as display:
         result = run_all(
             settings,
-            crossed(_listed(methods), _listed(policies)),
+            _listed(methods),
             seeds=[_number(seed, int, "--seeds") for seed in _listed(seeds)],
             out=out,
             equal=equal,  # type: ignore[arg-type]  (an unknown one is refused there)

@@ -1,6 +1,6 @@
-"""A cell of a comparison: one method on one choice of rows, one seed, one learning rate.
+"""One training of a comparison and its result file, so that an interrupted comparison resumes.
 
-The result of a finished cell is one JSON file, so that an interrupted comparison goes on.
+A cell is one method on one choice of rows with one seed and one learning rate.
 """
 
 import json
@@ -41,7 +41,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The name of its file.
+        """The stem of the cell's file.
 
         >>> Cell(Entry("lora", "all"), 0, 1e-3).name
         'lora+all_seed0_lr0.001'
@@ -54,50 +54,49 @@ class Cell:
 
 
 def path_of(out: Path, cell: Cell) -> Path:
-    """The cell's file."""
     return out / CELLS_DIR / f"{cell.name}.json"
 
 
-def save(out: Path, cell: Cell, found: Mapping[str, Any]) -> None:
-    """Writes a cell's result, whole or not at all."""
+def save(out: Path, cell: Cell, result: Mapping[str, Any]) -> None:
+    """Write a cell's result atomically."""
     path = path_of(out, cell)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, found)
+    write_json(path, result)
 
 
 def load(out: Path, cell: Cell) -> dict[str, Any] | None:
-    """A cell's result, None if it was not run.  Raises DataError for a file that is not this cell's."""
+    """Read a cell's result; None if the cell has not run.  Raises DataError for the file of another cell."""
     path = path_of(out, cell)
     if not path.exists():
         return None
-    found = _read(path)
-    if found["cell"] != cell.to_dict():
-        raise DataError(f"{path} is of another cell; remove it, and it is run again")
-    return found
+    result = _read(path)
+    if result["cell"] != cell.to_dict():
+        raise DataError(f"{path} holds the result of another cell; remove the file, and the cell runs again")
+    return result
 
 
-def known_seeds(out: Path, seeds: Sequence[int]) -> list[int]:
-    """The seeds of which there is a cell."""
+def finished_seeds(out: Path, seeds: Sequence[int]) -> list[int]:
+    """Those of the seeds that have at least one finished cell."""
     return [seed for seed in seeds if any((out / CELLS_DIR).glob(f"*_seed{seed}_lr*.json"))]
 
 
 def require_rows(out: Path, hashes: Mapping[int, str]) -> None:
-    """Raises DataError where a cell was trained on other rows than those that its seed has now."""
+    """Raises DataError where a finished cell was trained on other rows than its seed has now."""
     for path in sorted((out / CELLS_DIR).glob("*.json")):
-        found = _read(path)
-        now = hashes.get(found["cell"]["seed"])
-        was = found.get("data_hash", now)
-        if now is not None and was != now:
+        result = _read(path)
+        now = hashes.get(result["cell"]["seed"])
+        before = result.get("data_hash", now)
+        if now is not None and before != now:
             raise DataError(
-                f"{path} is of other rows (hash {was}) than the data has now ({now}), so the cells in {out} cannot be "
-                "compared with new ones; name another --out, or put the data back"
+                f"{path} was trained on other rows (hash {before}) than the data has now ({now}); "
+                "choose another --out, or restore the data"
             )
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
-        found["cell"]["seed"]
+        result: dict[str, Any] = json.loads(path.read_text())
+        result["cell"]["seed"]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not a cell's result ({error}); remove it, and it is run again") from None
-    return found
+        raise DataError(f"{path} is not a cell's result ({error}); remove it, and the cell runs again") from None
+    return result

@@ -1,10 +1,9 @@
-"""What can be compared: methods, policies that choose their rows, and how both are made from a job.
+"""Methods and row policies that can be compared, and how a job builds them.
 
-To compare another method, add an entry to `tsqlora.baselines.BASELINES` or to METHODS; for another
-choice of rows one to POLICIES.
+To add a method, add an entry to `tsqlora.baselines.BASELINES` or to METHODS; to add a choice of rows, one to POLICIES.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,8 +12,10 @@ from tsqlora.baselines import BASELINES, Built, Setup
 from tsqlora.compare.cells import Entry
 from tsqlora.errors import SettingsError, nearest
 from tsqlora.progress import Progress
+from tsqlora.quality.rule import ScoringRule
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.run.callbacks import control_rule, quality_callback, rank_callback, scoring_rule, subset
+from tsqlora.run.config import Config
 from tsqlora.run.job import Job, with_slots
 from tsqlora.run.plan import require_ranks
 from tsqlora.training.quality_callback import QualityCallback
@@ -23,14 +24,17 @@ from tsqlora.training.rank_callback import RankCallback
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A way to train: a baseline's model, or ours."""
+    """A way to train: a baseline's model, or ours.
+
+    Args:
+        policy: the choice of rows, unless `METHOD+POLICY` names another.
+        baseline: the entry of BASELINES; None is our model with the config's `ranks`.
+        moves: whether ranks move even if the config fixes them.
+    """
 
     policy: str
-    """The rows that it has unless `METHOD+POLICY` names others."""
     baseline: str | None
-    """The entry of BASELINES; None is ours, with the config's `ranks`."""
     moves: bool = False
-    """Whether ranks move also where the config has them fixed."""
 
 
 METHODS: Mapping[str, Method] = {name: Method("all", name) for name in BASELINES} | {
@@ -42,87 +46,57 @@ METHODS: Mapping[str, Method] = {name: Method("all", name) for name in BASELINES
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The rows of a run, and what chooses them."""
+    """The rows of a run, and the callback that chooses them."""
 
     data: QualitySubset
     quality: QualityCallback | None = None
 
 
-Policy = Callable[[Job, Path, Progress | None], Rows]
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A choice of rows: `rule` scores and draws them; without a rule they are drawn at random.
 
+    An epoch has the share `quality.fraction` of the rows, or `all_rows`.
+    """
 
-def _all(job: Job, scores_path: Path, progress: Progress | None) -> Rows:
-    return Rows(subset(job, 1.0))
+    rule: Callable[[Config], ScoringRule] | None = None
+    all_rows: bool = False
 
-
-def _head(job: Job, scores_path: Path, progress: Progress | None) -> Rows:
-    data = subset(job, 1.0)
-    return Rows(data, quality_callback(job, data, scores_path, progress, rule=control_rule(job.config)))
-
-
-def _even(job: Job, scores_path: Path, progress: Progress | None) -> Rows:
-    data = subset(job, job.config.quality.fraction)
-    return Rows(data, quality_callback(job, data, scores_path, progress, rule=control_rule(job.config)))
-
-
-def _random(job: Job, scores_path: Path, progress: Progress | None) -> Rows:
-    return Rows(subset(job, job.config.quality.fraction))
-
-
-def _quality(job: Job, scores_path: Path, progress: Progress | None) -> Rows:
-    data = subset(job, job.config.quality.fraction)
-    return Rows(data, quality_callback(job, data, scores_path, progress))
+    def __call__(self, job: Job, scores_path: Path, progress: Progress | None) -> Rows:
+        data = subset(job, 1.0 if self.all_rows else job.config.quality.fraction)
+        if self.rule is None:
+            return Rows(data)
+        return Rows(data, quality_callback(job, data, scores_path, progress, rule=self.rule(job.config)))
 
 
 def _by_term(term: str) -> Policy:
-    """A softmax of one term alone, which no guard of ours turns back: of more of it, more rows."""
+    """Sample by the softmax of one term, without a fallback to random rows."""
 
-    def rows(job: Job, scores_path: Path, progress: Progress | None) -> Rows:
-        data = subset(job, job.config.quality.fraction)
-        rule = replace(scoring_rule(job.config), weights={term: 1.0}, temperature=1.0, reject=False, guard=False)
-        return Rows(data, quality_callback(job, data, scores_path, progress, rule=rule))
+    def rule(config: Config) -> ScoringRule:
+        return replace(scoring_rule(config), weights={term: 1.0}, temperature=1.0, reject=False, guard=False)
 
-    return rows
+    return Policy(rule)
 
 
 POLICIES: Mapping[str, Policy] = {
-    "all": _all,
-    "head": _head,
-    "even": _even,
-    "random": _random,
-    "quality": _quality,
+    "all": Policy(all_rows=True),
+    "head": Policy(control_rule, all_rows=True),
+    "even": Policy(control_rule),
+    "random": Policy(),
+    "quality": Policy(scoring_rule),
     "loss": _by_term("loss"),
     "el2n": _by_term("el2n"),
     "gradnorm": _by_term("gradient_norm"),
 }
 
 
-def crossed(methods: Iterable[str], policies: Sequence[str]) -> list[str]:
-    """Every method with every policy, as METHOD+POLICY; the methods as they are where no policy is named.
-
-    Raises SettingsError for a method that names a policy of its own beside `policies`.
-
-    >>> crossed(["lora", "dora"], ["all", "random"])
-    ['lora+all', 'lora+random', 'dora+all', 'dora+random']
-    """
-    names = list(methods)
-    for name in names:
-        method, plus, _ = name.partition("+")
-        if plus and policies:
-            raise SettingsError(
-                f"--policies crosses every method, and --methods names '{name}' with one of its own; give {method} "
-                "alone, or leave out --policies"
-            )
-    return [f"{name}+{policy}" for name in names for policy in policies] if policies else names
-
-
 def entries(methods: Iterable[str]) -> list[Entry]:
-    """What METHOD or METHOD+POLICY names; SettingsError for unknown names, and for two of a kind.
+    """Parse METHOD and METHOD+POLICY.  Raises SettingsError for unknown names and for duplicates.
 
     >>> [entry.name for entry in entries(["lora", "lora+random", "tsqlora"])]
     ['lora+all', 'lora+random', 'tsqlora+quality']
     """
-    found: list[Entry] = []
+    parsed: list[Entry] = []
     for name in methods:
         method, plus, policy = name.partition("+")
         if method not in METHODS:
@@ -130,16 +104,16 @@ def entries(methods: Iterable[str]) -> list[Entry]:
         entry = Entry(method, policy if plus else METHODS[method].policy)
         if entry.policy not in POLICIES:
             raise SettingsError(f"policy '{entry.policy}' is unknown; {nearest(entry.policy, POLICIES)}")
-        if entry in found:
-            raise SettingsError(f"--methods names {entry.name} twice")
-        found.append(entry)
-    if not found:
+        if entry in parsed:
+            raise SettingsError(f"--methods names {entry.name} twice; remove one")
+        parsed.append(entry)
+    if not parsed:
         raise SettingsError(f"--methods is empty; choices: {', '.join(METHODS)}")
-    return found
+    return parsed
 
 
 def build(job: Job, method: str, *, steps: int) -> tuple[Built, RankCallback | None]:
-    """The method's model, and our ranks where they move; the job's pretrained model is changed in place."""
+    """Build the method's model, and our RankCallback if ranks move; changes the job's pretrained model in place."""
     config, baseline = job.config, METHODS[method].baseline
     if baseline is None:
         if METHODS[method].moves and config.ranks.policy == "fixed":

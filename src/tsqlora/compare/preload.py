@@ -1,9 +1,8 @@
-"""What the processes of cells begin with: the libraries, imported once and without their messages."""
+"""Imports that all cell processes share: the libraries, loaded once and without their messages."""
 
 from tsqlora.compat.quieten import quieten
 
 quieten()
-import tsqlora.compare.preflight  # noqa: E402, F401
-from tsqlora.compare.origin import commit  # noqa: E402
+from tsqlora.compare.run import commit  # noqa: E402
 
-commit()
+commit()  # the commit of the imported code, hours before the last cell ends

@@ -1,57 +1,63 @@
-"""One cell of a comparison: trained, measured, and written as plain values."""
+"""Train and measure one cell of a comparison; rehearse every entry before the first cell."""
 
+import gc
 import hashlib
 import json
 import math
+import subprocess
 import tempfile
 import warnings
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from tsqlora import distributed
-from tsqlora.compare.cells import Cell
+from tsqlora.compare.cells import Cell, Entry
 from tsqlora.compare.methods import POLICIES, Rows, build
-from tsqlora.compare.origin import PACKAGE, commit
-from tsqlora.errors import TsqLoraError
+from tsqlora.data.prepare import prepare
+from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.progress import Progress, Pulse
 from tsqlora.quality.sampling import draw_size
 from tsqlora.quality.scores import Scores
 from tsqlora.run.config import Config
 from tsqlora.run.fit import arguments, measure
-from tsqlora.run.job import Job, load
+from tsqlora.run.job import Job, load, load_model
+from tsqlora.run.reading import read, writing_of
 from tsqlora.training.fit import Method, fit
 from tsqlora.training.live import peak_memory
 from tsqlora.training.quality_callback import SCORES_FILE, QualityCallback
 from tsqlora.training.record import RunRecord
 
 Equal = Literal["steps", "epochs"]
+PACKAGE = Path(__file__).parents[1]
 
 
 def run_cell(config: Config, cell: Cell, *, equal: Equal, progress: Progress | None = None) -> dict[str, Any]:
-    """Trains and measures a cell in this process; the result is ready for JSON.
+    """Train and measure a cell in this process; return plain values, ready for JSON.
 
-    A training that fails, for example by diverging, is a result too: `failed` says how. Wrong settings raise.
+    A training that fails, for example because it diverges, is a result too: `failed` says how. Wrong settings raise.
     """
     settings = settings_of(config, cell)
-    found: dict[str, Any] = {"cell": cell.to_dict(), "equal": equal, "settings": settings.model_dump()}
+    result: dict[str, Any] = {"cell": cell.to_dict(), "equal": equal, "settings": settings.model_dump()}
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         job = load(settings)
         steps = planned_steps(job, cell, equal=equal)
         record = RunRecord("running", cell.seed, job.task.name, None, {"hash": job.data.hash}, {"steps": steps})
         try:
-            found |= _train(job, cell, steps, record, progress)
+            result |= _train(job, cell, steps, record, progress)
         except TsqLoraError as error:
-            # The classes below it are of settings and data: nothing that another seed would cure.
+            # Subclasses are errors of settings and data, which no other seed would cure.
             if type(error) is not TsqLoraError:
                 raise
-            found["failed"] = str(error)
+            result["failed"] = str(error)
     record.notes += sorted({str(w.message) for w in warned if w.filename.startswith(str(PACKAGE))})
-    return found | {
+    return result | {
         "settings_hash": settings_hash(settings, cell, equal=equal, data=job.data.hash),
         "steps": steps,
         "metrics": record.metrics,
@@ -66,23 +72,55 @@ def run_cell(config: Config, cell: Cell, *, equal: Equal, progress: Progress | N
     }
 
 
-def rehearse(job: Job, cell: Cell, equal: Equal) -> None:
-    """Builds the cell's model and begins its training, which ends with the look's first batch, or before a step."""
-    record = RunRecord("rehearsal", cell.seed, job.task.name, None, {}, {})
-    with suppress(_Begun):
-        _train(job, cell, planned_steps(job, cell, equal=equal), record, _stop_looking, _StopAtStart())
+def preflight(
+    config: Config, entries: Sequence[Entry], seed: int, *, finished: Sequence[int], equal: Equal
+) -> dict[int, str]:
+    """Rehearse every entry with `seed`, and return the hash of the rows of each finished seed.
+
+    A rehearsal builds the entry's model and stops its training before the first step, so that each method's own checks
+    run. Raises SettingsError and UnsupportedError naming the entry.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # each cell records its own
+        job = load(settings_of(config, _plain_cell(config, seed)))
+        for entry in entries:
+            pretrained = load_model(job.config, job.task, job.data.splits.labels)
+            cell = Cell(entry, seed, config.training.learning_rate)
+            try:
+                _rehearse(replace(job, pretrained=pretrained), cell, equal)
+            except (SettingsError, UnsupportedError) as error:
+                raise type(error)(f"{entry.name}: {error}") from error
+            finally:
+                gc.collect()  # a Trainer holds its model in reference cycles
+        return {seed: _rows_hash(job, settings_of(config, _plain_cell(config, seed))) for seed in finished}
+
+
+def _plain_cell(config: Config, seed: int) -> Cell:
+    return Cell(Entry("lora", "all"), seed, config.training.learning_rate)
+
+
+def _rows_hash(job: Job, config: Config) -> str:
+    # The seed decides the rows only if it splits off the validation rows.
+    if config.data.validation is not None or config.training.seed == job.config.training.seed:
+        return job.data.hash
+    return prepare(read(config), job.pretrained.tokenizer, max_length=job.max_length, writing=writing_of(config)).hash
 
 
 class _Begun(Exception):
-    """Training was about to take its first step."""
+    """Training reached its first step."""
 
 
-def _stop_looking(phase: str, done: int, total: int, pulse: Pulse | None = None, /) -> None:
-    raise _Begun
+def _rehearse(job: Job, cell: Cell, equal: Equal) -> None:
+    def stop(phase: str, done: int, total: int, pulse: Pulse | None = None, /) -> None:
+        raise _Begun
+
+    record = RunRecord("rehearsal", cell.seed, job.task.name, None, {}, {})
+    with suppress(_Begun):
+        _train(job, cell, planned_steps(job, cell, equal=equal), record, stop, _StopAtStart())
 
 
 class _StopAtStart(TrainerCallback):
-    """Ends a training once the callbacks before it have begun."""
+    """End a training once all earlier callbacks have started."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -91,16 +129,13 @@ class _StopAtStart(TrainerCallback):
 
 
 def settings_of(config: Config, cell: Cell, **further: Any) -> Config:
-    """The config with the cell's seed and learning rate, and further arguments of the Trainer; nothing is saved."""
+    """The config with the cell's seed and learning rate and further Trainer arguments; it saves no checkpoints."""
     changes = {"seed": cell.seed, "learning_rate": cell.learning_rate, "save_strategy": "no", **further}
     return config.model_copy(update={"training": config.training.model_copy(update=changes)})
 
 
 def settings_hash(settings: Config, cell: Cell, *, equal: Equal, data: str) -> str:
-    """SHA-256 of what decides a cell: its settings, method and policy, what is equal, and the hash of its rows.
-
-    The paths of the rows' files are left out.
-    """
+    """SHA-256 of everything that decides a cell; paths of data files do not, the hash of their rows does."""
     about = settings.model_dump(exclude={"data": {"train", "trusted", "validation", "test"}})
     decides = {"settings": about, "cell": cell.to_dict(), "equal": equal, "data": data}
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
@@ -109,7 +144,7 @@ def settings_hash(settings: Config, cell: Cell, *, equal: Equal, data: str) -> s
 def planned_steps(job: Job, cell: Cell, *, equal: Equal) -> int:
     """Optimizer steps: training.max_steps, else the config's epochs of its fraction.
 
-    With equal epochs, `all` has epochs of all rows.
+    With equal epochs, the policy `all` has epochs of all rows.
     """
     config, rows = job.config, len(job.data.samples["train"])
     if config.training.max_steps is not None:
@@ -145,18 +180,17 @@ def _train(
 
 
 def _draws(rows: Rows) -> dict[str, Any]:
-    """How many rows there were and an epoch drew; of a policy that scores, whether its scores decided."""
+    """Rows in all and in an epoch; for a policy that scores rows, its looks and whether its scores decided."""
     drawn: dict[str, Any] = {"rows": len(rows.data.dataset), "rows_an_epoch": len(rows.data)}
     if rows.quality is None:
         return drawn
     scores = rows.data.scores
     noise = None if scores is None else scores.record.noise
-    random = _why_at_random(rows.quality, scores)
-    return drawn | {"looks": rows.quality.looks, "random": random, "noise": noise}
+    return drawn | {"looks": rows.quality.looks, "random": _why_at_random(rows.quality, scores), "noise": noise}
 
 
 def _why_at_random(quality: QualityCallback, scores: Scores | None) -> str | None:
-    """Why a policy that scores drew rows evenly; None where its scores decided, and of a control."""
+    """Why a policy with scores drew rows evenly; None if its scores decided, and for a control."""
     if not quality.rule.select:
         return None
     if scores is None:
@@ -165,3 +199,23 @@ def _why_at_random(quality: QualityCallback, scores: Scores | None) -> str | Non
     if guard.get("passed") is False:
         return str(guard["why"])
     return "no row was left out, and rows are drawn evenly" if scores.even and scores.kept.all() else None
+
+
+@cache
+def commit() -> str | None:
+    """The commit of the imported code at the first call."""
+    return commit_of(PACKAGE)
+
+
+def commit_of(package: Path) -> str | None:
+    """The commit of a source checkout, with "-dirty" if the package differs from it; None if it is installed."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(package), *words], capture_output=True, text=True, check=True).stdout
+
+    try:
+        # A virtual environment may lie inside another project's checkout, which does not track this file.
+        git("ls-files", "--error-unmatch", "__init__.py")
+        return git("rev-parse", "HEAD").strip() + ("-dirty" if git("status", "--porcelain", ".").strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
