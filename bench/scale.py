@@ -39,7 +39,7 @@ from tsqlora.data.prepare import prepare
 from tsqlora.quality.rule import PAPER_TERMS
 from tsqlora.quality.select import select_rows
 from tsqlora.ranks.policies import get_policy
-from tsqlora.run import reading
+from tsqlora.run import job as reading
 from tsqlora.run.config import load_config
 from tsqlora.run.finished import open_run
 from tsqlora.run.train import train

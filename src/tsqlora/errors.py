@@ -1,10 +1,10 @@
-"""What can go wrong, as one small tree.
+"""The errors that tsqlora raises.
 
     TsqLoraError            exit 1   failed while running
     ├── SettingsError       exit 2   wrong usage or settings
-    ├── DataError           exit 3   a file, a row or a label is wrong; names which
+    ├── DataError           exit 3   a file, a row or a label is wrong; names it
     ├── UnsupportedError    exit 2   a layer, model or option that cannot be exact; names it
-    └── StoppedError        exit 128 and the signal's number   asked to stop: what was done is kept
+    └── StoppedError        exit 128 + signal   a signal stopped the run; its progress is saved
 
 Messages give the thing, the value, the cure, in one or two lines.
 """
@@ -35,13 +35,13 @@ class DataError(TsqLoraError, ValueError):
 
 
 class UnsupportedError(TsqLoraError, NotImplementedError):
-    """Something that tsqlora cannot do exactly, refused by name."""
+    """A layer, model or option that tsqlora cannot handle exactly."""
 
     exit_code = 2
 
 
 class StoppedError(TsqLoraError):
-    """A signal asked to stop."""
+    """A signal stopped the run."""
 
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message, signal)
@@ -52,11 +52,11 @@ class StoppedError(TsqLoraError):
 
 
 _LONGEST = 1500
-"""Characters of a message: what it quotes may be a stranger's."""
+"""Most characters of a message, which may quote untrusted text."""
 
 
 def printable(text: str, longest: int = _LONGEST) -> str:
-    """Text that says nothing to the terminal itself: control characters as escapes, the middle left out if it is long.
+    """Escape control characters, and shorten long text in its middle.
 
     >>> printable("red \\x1b[31m"), printable("abcdefgh", 5)
     ('red \\\\x1b[31m', 'ab … gh')
@@ -70,12 +70,12 @@ def _escaped(character: str) -> str:
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """A hint for an unknown name: the nearest choice, and all of them.
+    """A hint for an unknown name: the nearest choice, and all choices.
 
     >>> nearest("lern", ["learn", "rest"])
     "did you mean 'learn'? choices: learn, rest"
     """
-    known = sorted(choices)
-    close = difflib.get_close_matches(name, known, n=1)
+    choices = sorted(choices)
+    close = difflib.get_close_matches(name, choices, n=1)
     hint = f"did you mean '{close[0]}'? " if close else ""
-    return f"{hint}choices: {', '.join(known)}"
+    return f"{hint}choices: {', '.join(choices)}"

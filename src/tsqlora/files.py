@@ -1,4 +1,4 @@
-"""Write a file or a directory atomically: whoever reads it finds the old one or the new one, never a part."""
+"""Write files and directories atomically: a reader gets the old one or the new one, never a part."""
 
 import json
 import os
@@ -14,12 +14,12 @@ if TYPE_CHECKING:  # `tsqlora --help` waits neither for torch nor for numpy
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`: write a file or make a directory there, and it takes the place of `path`.
+    """A temporary path beside `path`: the file or directory that you write there replaces `path`.
 
-    A file is synced to the disk before it is renamed. After an error nothing is left, and `path` is as it was.
+    A file is synced to disk before it is renamed. After an error nothing remains, and `path` is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    _remove(temporary)  # of a killed process of this number
+    _remove(temporary)  # left by a killed process with this number
     try:
         yield temporary
         if temporary.is_file():
@@ -33,7 +33,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def parents_of(path: Path) -> Iterator[None]:
-    """Makes the directories above `path`; after an error those that are new, and empty, are gone again."""
+    """Make the directories above `path`; after an error remove those that are new and empty."""
     new = [folder for folder in path.parents if not os.path.lexists(folder)]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,18 +46,18 @@ def parents_of(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file in UTF-8, as `replacing`."""
+    """Write a text file in UTF-8, as `replacing`."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes a JSON file, as `replacing`; numpy's numbers as plain ones."""
+    """Write a JSON file, as `replacing`; numpy values become plain ones."""
     write_text(path, json.dumps(value, indent=2, default=plain_value) + "\n")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file, as `replacing`."""
+    """Write a safetensors file, as `replacing`."""
     from safetensors.torch import save_file
 
     with replacing(path) as temporary:
@@ -74,7 +74,7 @@ def plain_value(value: Any) -> Any:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Names that were given in a folder outlast a loss of power."""
+    """Make new names in a folder outlast a loss of power."""
     if os.name == "posix":  # elsewhere a folder cannot be opened
         handle = os.open(folder, os.O_RDONLY)
         os.fsync(handle)

@@ -38,7 +38,7 @@ def test_plain_values_are_those_of_yaml_1_2() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         (_multiplied("[x, x]", "[%s]"), "line 5: "),
         (_multiplied("{k: 1}", "{<<: [%s]}"), "line 5: "),
@@ -61,10 +61,10 @@ def test_plain_values_are_those_of_yaml_1_2() -> None:
         ("#" * (MOST_BYTES + 1), f"{MOST_BYTES:,} bytes"),
     ],
 )
-def test_hostile_text_is_refused(text: str | bytes, told: str) -> None:
+def test_hostile_text_is_refused(text: str | bytes, message: str) -> None:
     with pytest.raises(YamlProblem) as refused:
         load_yaml(text)
-    assert told in str(refused.value)
+    assert message in str(refused.value)
 
 
 def test_aliases_that_stay_small_are_fine() -> None:

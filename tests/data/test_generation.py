@@ -180,7 +180,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
     rows = rows_of({"messages": [say("user", "a"), say("assistant", "b"), say("user", "c"), say("assistant", "d")]})
     template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}|{% endfor %}"
     told = error(DataError, rows, byte_tokenizer(chat_template=template))
-    assert "train.jsonl:7: the chat template rewrites what stands before turn 2" in told
+    assert "train.jsonl:7: the chat template rewrites the text before turn 2" in told
 
 
 # As Qwen3 does: only the last answer has its thoughts, so that each further turn rewrites what stands before.
@@ -247,7 +247,7 @@ def test_a_long_source_is_cut_on_the_left_and_a_long_target_is_left_out() -> Non
     split = make(pairs(("abcdef", "gh")), T5, seq2seq=True, max_length=4)
     assert (T5.decode(split[0]["input_ids"]), T5.decode(split[0]["labels"])) == ("def</s>", "gh</s>")
     assert split.truncated == 1
-    long = make(pairs(("ab", "cdef")), T5, seq2seq=True, max_length=8, max_target_length=4)
+    long = make(pairs(("ab", "cdef")), T5, seq2seq=True, max_length=4)
     assert long.left_out == (("train.jsonl:7", 5),)
 
 

@@ -57,19 +57,19 @@ def test_a_csv_fits_a_map_made_of_json_integers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "told"),
+    ("value", "message"),
     [
         *((missing, "no label in column 'label'") for missing in (None, "", "  ", math.nan)),
         ("bad", "label 'bad' is not among the training data's classes: 'neg', 'pos'"),
-        (["a", "b"], "the list ['a', 'b']"),
-        (True, "the bool True"),
-        (0.5, "the float 0.5"),
+        (["a", "b"], "column 'label' holds the list ['a', 'b']"),
+        (True, "column 'label' holds the bool True"),
+        (0.5, "column 'label' holds the float 0.5"),
     ],
 )
-def test_what_is_no_class_is_named_with_file_and_row(value: Any, told: str) -> None:
+def test_what_is_no_class_is_named_with_file_and_row(value: Any, message: str) -> None:
     with pytest.raises(DataError) as caught:
         encode_labels(labelled("pos", value), "label", LabelMap(("neg", "pos")))
-    assert f"train.jsonl:12: {told}" in str(caught.value)
+    assert f"train.jsonl:12: {message}" in str(caught.value)
 
 
 def test_of_many_classes_the_first_are_listed() -> None:
@@ -87,6 +87,6 @@ def test_targets_that_are_no_numbers_are_refused(value: Any) -> None:
         encode_targets(labelled(1.0, value), "label")
 
 
-def test_labels_of_two_kinds_are_told_with_the_first_place_of_the_second() -> None:
+def test_labels_of_two_kinds_are_message_with_the_first_place_of_the_second() -> None:
     with pytest.raises(DataError, match=r"train\.jsonl:13: the label '1'"):
         read_labels(labelled(0, 1, "1", 0, "0", 1))

@@ -1,26 +1,27 @@
 """Splits become samples, read in chunks: the slow twin tokenises all rows of a split at once."""
 
 import tracemalloc
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from byte_tokenizers import CHATML, byte_tokenizer
-from runs import make_rows, save_checkpoint, write_jsonl
+from runs import Row, make_rows, save_checkpoint, write_jsonl
 from tsqlora.data import rows as rows_module
 from tsqlora.data.generation import tokenise_generation
 from tsqlora.data.labels import encode_labels, encode_targets
-from tsqlora.data.prepare import Prepared, Writing, prepare, resolve_max_length
+from tsqlora.data.prepare import Prepared, prepare, resolve_max_length
 from tsqlora.data.rows import read_rows
 from tsqlora.data.samples import TokenisedSplit
 from tsqlora.data.splits import Splits, read_data
 from tsqlora.data.tokenise import tokenise
 from tsqlora.data.write import write_rows
 from tsqlora.errors import DataError, SettingsError
-
-CAUSAL = Writing(seq2seq=False, max_target_length=None)
+from tsqlora.quality.subset import equals
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def test_numbers_and_texts_come_in_chunks_too(
     assert_same(splits, prepare(splits, tokenizer, max_length=8), tokenizer)
     texts = [{"prompt": "abcd"[: j % 4 + 1], "completion": "d" * j} for j in range(1, 12)]
     splits, writes = read(write_jsonl(tmp_path / "train.jsonl", texts), answer="text"), byte_tokenizer()
-    assert_same(splits, prepared := prepare(splits, writes, max_length=8, writing=CAUSAL), writes)
+    assert_same(splits, prepared := prepare(splits, writes, max_length=8), writes)
     assert 0 < len(prepared.samples["train"]) < len(splits.places["train"])
 
 
@@ -102,17 +103,15 @@ def test_each_row_of_texts_is_rendered_and_tokenised_once(tmp_path: Path, monkey
     rendered = list[Any]()
     render = tokenizer.apply_chat_template
     monkeypatch.setattr(tokenizer, "apply_chat_template", lambda turns, **o: rendered.append(o) or render(turns, **o))
-    prepare(read(path, answer="text"), tokenizer, max_length=200, writing=CAUSAL)
+    prepare(read(path, answer="text"), tokenizer, max_length=200)
     assert len(rendered) == 2 * len(chats)  # the answer, and the prompt before it
 
 
 def test_the_limit_that_no_target_fits_into_is_named(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "completion": "b" * 20} for _ in range(4)]
     splits = read(write_jsonl(tmp_path / "train.jsonl", rows), answer="text")
-    closing = byte_tokenizer(opens=False, closes=True)
-    for limit, told in ((5, "data.max_target_length to 21"), (None, "data.max_length to 21")):
-        with pytest.raises(DataError, match=told):
-            prepare(splits, closing, max_length=8, writing=Writing(seq2seq=True, max_target_length=limit))
+    with pytest.raises(DataError, match=r"data\.max_length to 21"):
+        prepare(splits, byte_tokenizer(opens=False, closes=True), max_length=8, seq2seq=True)
 
 
 def test_rows_of_other_splits_that_training_has_are_noted(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -162,13 +161,13 @@ def test_more_rows_take_no_more_memory_than_a_few_numbers_each(
 
 
 @pytest.mark.parametrize(
-    ("asked", "tokenizer_limit", "positions", "length"),
+    ("setting", "tokenizer_limit", "positions", "length"),
     [(None, 128, 512, 128), (None, 10**30, 512, 512), (None, 128, None, 128), (64, 128, 512, 64), (400, 128, 512, 400)],
 )
-def test_the_length_is_what_is_asked_else_the_least_limit(
-    asked: int | None, tokenizer_limit: int, positions: int | None, length: int
+def test_the_length_is_the_setting_else_the_least_limit(
+    setting: int | None, tokenizer_limit: int, positions: int | None, length: int
 ) -> None:
-    assert resolve_max_length(asked, tokenizer_limit=tokenizer_limit, positions=positions) == length
+    assert resolve_max_length(setting, tokenizer_limit=tokenizer_limit, positions=positions) == length
 
 
 def test_a_length_that_cannot_be_is_refused() -> None:
@@ -176,3 +175,139 @@ def test_a_length_that_cannot_be_is_refused() -> None:
         resolve_max_length(600, tokenizer_limit=512, positions=512)
     with pytest.raises(SettingsError, match=r"set data\.max_length"):
         resolve_max_length(None, tokenizer_limit=10**30, positions=None)
+
+
+# Trusted rows: validation and test rows are never among them
+
+
+def prepared(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, *, answer: Any = "class", **files: Sequence[Row]
+) -> Prepared:
+    """Rows by split name; a quarter of the training rows is held out if there are no validation rows."""
+    paths = {name: str(write_jsonl(folder / f"{name}.jsonl", rows)) for name, rows in files.items()}
+    splits = read(Path(paths.pop("train")), answer=answer, **paths)
+    return prepare(splits, tokenizer, max_length=60)
+
+
+def labelled(texts: Sequence[str], label: int | None = None) -> list[Row]:
+    return [{"text": text, "label": j % 2 if label is None else label} for j, text in enumerate(texts)]
+
+
+POOL = labelled([f"good {'the ' * j}" for j in range(1, 9)])
+
+
+def test_trusted_rows_are_a_split_of_their_own(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    trusted, test = make_rows(6, seed=1), make_rows(4, seed=2)
+    data = prepared(tmp_path, tokenizer, train=make_rows(20), trusted=trusted, test=test)
+    assert list(data.samples) == list(data.splits.sources) == ["train", "trusted", "validation", "test"]
+    assert data.splits.rows("trusted").rows == tuple(trusted)
+    assert data.samples["trusted"].labels.tolist() == [row["label"] for row in trusted]
+    assert equals(data.samples["train"], data.samples["trusted"]) is None
+    assert data.notes == ()
+
+
+def test_they_are_part_of_the_datas_name(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    pool, trusted = make_rows(20), make_rows(6, seed=1)
+    some = [{}, {"trusted": trusted}, {"trusted": trusted[:-1]}, {"trusted": trusted[::-1]}, {"validation": trusted}]
+    assert len({prepared(tmp_path, tokenizer, train=pool, **files).hash for files in some}) == len(some)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "fine", "label": "c"}, r"trusted\.jsonl:2: label 'c' is not among the training data's classes"),
+        (
+            {"text": "fine", "label": ""},
+            r"trusted\.jsonl: 1 of 2 .*data\.max_bad_rows \(0\) .*no label in column 'label'",
+        ),
+    ],
+)
+def test_a_trusted_row_that_training_could_not_have_is_named(
+    row: Row, message: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    rows = [{"text": "kind", "label": "a"}, row]
+    with pytest.raises(DataError, match=message):
+        prepared(tmp_path, tokenizer, train=make_rows(10, labels=("a", "b")), trusted=rows)
+
+
+def test_a_trusted_row_that_is_measured_on_leaves_whatever_its_label(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    rows = labelled(["kind", "kind day", "warm", "warm day"], label=1)
+    data = prepared(
+        tmp_path, tokenizer, train=POOL, trusted=rows, validation=labelled(["kind"]), test=labelled(["warm day", "a"])
+    )
+    assert data.splits.places["trusted"].tolist() == [1, 2]
+    assert [row["text"] for row in data.splits.rows("trusted").rows] == ["kind day", "warm"]
+    assert len(data.samples["trusted"]) == 2
+    (note,) = data.notes
+    assert note.startswith("2 of 4 trusted rows are left out")
+
+
+def test_what_is_held_out_of_the_training_rows_is_measured_on_too(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    data = prepared(tmp_path, tokenizer, train=POOL, trusted=POOL[:6])
+    held_out = {row["text"] for row in data.splits.rows("validation").rows}
+    kept = [row["text"] for row in POOL[:6] if row["text"] not in held_out]
+    assert 0 < len(kept) < 6
+    assert [row["text"] for row in data.splits.rows("trusted").rows] == kept
+    assert f"{6 - len(kept)} of 6 trusted rows are left out" in data.notes[0]
+
+
+def test_a_training_row_with_a_trusted_rows_input_is_marked_whatever_its_label(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    turned = [{**row, "label": 1 - row["label"]} for row in (POOL[1], POOL[6])]
+    data = prepared(tmp_path, tokenizer, train=POOL, trusted=turned + labelled(["kind"]), validation=labelled(["a"]))
+    same = equals(data.samples["train"], data.samples["trusted"])
+    assert same is not None
+    assert np.flatnonzero(same).tolist() == [1, 6]
+    assert len(data.samples["trusted"]) == 3
+    assert data.notes == ()
+
+
+def test_a_pair_is_one_input(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    train = [{"text": "good", "text_pair": second, "label": j % 2} for j, second in enumerate(("day", "tree", "a"))]
+    data = prepared(tmp_path, tokenizer, train=train, trusted=[train[1]], validation=[{**train[1], "text": "bad"}])
+    same = equals(data.samples["train"], data.samples["trusted"])
+    assert same is not None
+    assert same.tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("trusted", [[0, 3], [3, 0, 0]])
+def test_where_none_is_left_is_an_error(trusted: list[int], tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    measured = [POOL[0], {**POOL[3], "label": 0}]
+    rows = [POOL[j] for j in trusted]
+    with pytest.raises(DataError, match=r"trusted\.jsonl.* data\.trusted"):
+        prepared(tmp_path, tokenizer, train=POOL, trusted=rows, validation=measured)
+
+
+def chat(*turns: str) -> Row:
+    """Turns by turns from the user and the assistant; the system's begin with s."""
+    names = {"u": "user", "a": "assistant", "s": "system"}
+    return {"messages": [{"role": names[turn[0]], "content": turn} for turn in turns]}
+
+
+FORMATS: dict[str, tuple[Row, Row, Row]] = {
+    "prompt": tuple({"prompt": p, "completion": c} for p, c in (("ab", "c"), ("ab", "d"), ("cd", "c"))),  # type: ignore[dict-item]
+    "document": tuple({"document": p, "summary": c} for p, c in (("ab", "c"), ("ab", "d"), ("cd", "c"))),  # type: ignore[dict-item]
+    "alpaca": tuple({"instruction": "a", "input": p, "output": c} for p, c in (("b", "c"), ("b", "d"), ("", "c"))),  # type: ignore[dict-item]
+    "chat": (chat("s", "u1", "a1", "u2", "a2"), chat("s", "u1", "a1", "u2", "a3", "u4"), chat("s", "u1", "a2")),
+    "text": ({"text": "ab"}, {"text": "ab"}, {"text": "abc"}),
+}
+"""Of each format a row, one with its input, one with another."""
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_text_s_input_is_its_prompt(name: str, tmp_path: Path) -> None:
+    row, alike, other = FORMATS[name]
+    writes = byte_tokenizer(chat_template=CHATML, eos="<|im_end|>")
+    data = prepared(
+        tmp_path, writes, answer="text", train=[other, alike, other], trusted=[row, row], validation=[other]
+    )
+    same = equals(data.samples["train"], data.samples["trusted"])
+    assert same is not None
+    assert same.tolist() == [False, True, False]
+    data = prepared(tmp_path, writes, answer="text", train=[alike, other], trusted=[row, other], validation=[alike])
+    assert data.splits.places["trusted"].tolist() == [1]

@@ -135,7 +135,7 @@ def test_columns_are_those_of_all_rows_in_order_of_appearance(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "told"),
+    ("name", "text", "message"),
     [
         ("t.jsonl", "", "t.jsonl has no rows"),
         ("t.csv", "text,label\n", "t.csv has no rows"),
@@ -148,27 +148,27 @@ def test_columns_are_those_of_all_rows_in_order_of_appearance(tmp_path: Path) ->
         ("t.jsonl", '{"text": "\0"}', "t.jsonl:1: "),
         ("t.json", '[{"a": 1},\n{"a"}]', "t.json:2: "),
         ("t.json", '[{"a": 1},\n2]', "t.json:2: a int"),
-        ("t.json", '[{"text": {"x": 1, "x": 2}}]', "'x' is there twice"),
-        ("t.csv", "text,label\na,0\nb\n", "t.csv:3: 1 fields where the header names 2"),
-        ("t.csv", 'text,label\n"a\nb",0\nc,d,1\n', "t.csv:4: 3 fields where the header names 2"),
+        ("t.json", '[{"text": {"x": 1, "x": 2}}]', "'x' twice"),
+        ("t.csv", "text,label\na,0\nb\n", "t.csv:3: 1 fields"),
+        ("t.csv", 'text,label\n"a\nb",0\nc,d,1\n', "t.csv:4: 3 fields"),
         ("t.csv", 'text,label\na,0\n"b,1\nc,0\n', "t.csv:3: broken record"),
         ("t.tsv", 'text\tlabel\n"a" b\t0\n', "t.tsv:2: broken record"),
-        ("t.csv", "\ntext,label,text\na,0,b\n", "t.csv:2: column 'text' is there twice"),
+        ("t.csv", "\ntext,label,text\na,0,b\n", "t.csv:2: two columns are named 'text'"),
         ("t.txt", "a", ", ".join(READERS)),
         ("t.parquet", "PAR1", "t.parquet cannot be read as Parquet"),
     ],
 )
-def test_what_is_wrong_is_said_with_file_and_line(name: str, text: str, told: str, tmp_path: Path) -> None:
-    assert told in error(write(tmp_path / name, text))
+def test_errors_name_file_and_line(name: str, text: str, message: str, tmp_path: Path) -> None:
+    assert message in error(write(tmp_path / name, text))
 
 
 def test_duplicate_parquet_columns_are_refused(tmp_path: Path) -> None:
     table = pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
     pq.write_table(table, tmp_path / "t.parquet")
-    assert "t.parquet: column 'text' is there twice" in error(tmp_path / "t.parquet")
+    assert "t.parquet: two columns are named 'text'" in error(tmp_path / "t.parquet")
 
 
-def test_a_mistyped_file_is_told_what_is_there(tmp_path: Path) -> None:
+def test_a_mistyped_file_is_message_what_is_there(tmp_path: Path) -> None:
     write(tmp_path / "tickets.csv", "text\na\n")
     assert f"mean '{tmp_path}/tickets.csv'" in error(tmp_path / "ticket.csv")
 
@@ -180,7 +180,7 @@ def test_a_mistyped_file_is_told_what_is_there(tmp_path: Path) -> None:
         *("a/b/c", "a/../b", "a\0b", "http://x", "a--b", "C:\\data\\train", "../x:a[b]", "\ud800"),
     ],
 )
-def test_what_is_no_hub_id_is_not_asked_for_on_the_hub(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_is_not_queried_for_what_cannot_be_an_id(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", lambda name, *_, **__: pytest.fail(f"asked the hub for {name}"))
     assert error(source).startswith("no file ")
 
@@ -292,13 +292,16 @@ def test_an_empty_hub_split_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("reason", "told"),
+    ("reason", "text"),
     [(FileNotFoundError("no such\nand more"), "(no such and more)"), (ConnectionError(), "(ConnectionError)")],
 )
-def test_whatever_the_hub_says_becomes_one_error(reason: Exception, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_error_of_the_hub_becomes_one_error(
+    reason: Exception, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object, **__: object) -> None:
         raise reason
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    assert "owner/name" in (message := error("owner/name"))
-    assert told in message
+    message = error("owner/name")
+    assert "owner/name" in message
+    assert text in message

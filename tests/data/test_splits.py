@@ -1,4 +1,4 @@
-"""Files become splits; classes come from the training rows alone; a share of these is held out."""
+"""Files become splits: classes come from training rows, a share is held out, incomplete rows are left out."""
 
 from collections import Counter
 from pathlib import Path
@@ -22,10 +22,10 @@ SEEDS = st.integers(0, 2**32)
 
 
 def read(train: Path, **options: Any) -> Splits:
-    defaults: dict[str, Any] = {"validation": None, "test": None, "answer": "class", "columns": {}}
-    columns = dict.fromkeys(("text", "text_pair", "label"))
-    defaults |= {"columns": columns, "validation_fraction": 0.25, "seed": 0}
-    return read_data(str(train), **(defaults | options))
+    answer = options.get("answer", "class")
+    names = ("format", "prompt", "target", "messages", "text") if answer == "text" else ("text", "text_pair", "label")
+    defaults: dict[str, Any] = {"validation": None, "test": None, "answer": answer, "columns": dict.fromkeys(names)}
+    return read_data(str(train), **(defaults | {"validation_fraction": 0.25, "seed": 0} | options))
 
 
 def error(train: Path, **options: Any) -> str:
@@ -57,7 +57,7 @@ def test_classes_keep_their_shares_and_stay_in_training(groups: np.ndarray, frac
         assert all(abs(taken[group] - count * fraction) < 1 for group, count in counts.items())
 
 
-def test_what_the_floors_leave_goes_to_the_largest_remainder() -> None:
+def test_the_largest_remainder_gets_the_rest() -> None:
     groups = np.array([0] * 7 + [1] * 3)
     assert Counter(groups[held_out(groups, fraction=0.3, seed=0, source="")].tolist()) == {0: 2, 1: 1}
 
@@ -106,7 +106,7 @@ def test_classes_that_look_like_measures_are_warned_of(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("label", [-1, "-1", None, " "])
-def test_a_test_split_without_labels_that_was_not_asked_for_is_left_out(label: Any, tmp_path: Path) -> None:
+def test_an_unlabelled_test_split_that_no_setting_names_is_left_out(label: Any, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "train.jsonl", make_rows(12))
     test = write_jsonl(tmp_path / "test.jsonl", [{"text": "good", "label": label}] * 3)
     with pytest.warns(UserWarning, match=r"test\.jsonl .*'label'.* left out"):
@@ -120,21 +120,77 @@ def test_a_test_split_without_labels_that_was_not_asked_for_is_left_out(label: A
 
 
 @pytest.mark.parametrize(
-    ("rows", "answer", "told"),
+    ("rows", "answer", "message"),
     [
-        ([{"text": "good", "mood": 1}] * 3, "class", "train.jsonl has no label column; name it in data.label"),
+        ([{"text": "good", "mood": 1}] * 3, "class", "train.jsonl has no label column; set data.label"),
         ([{"text": "good", "label": "a"}] * 5, "class", "train.jsonl, column 'label': 'a' is the only class"),
         ([*make_rows(10), {"text": "good", "label": "warm"}], "class", "train.jsonl:11: the label 'warm'"),
         ([*make_rows(10), {"text": "good", "label": "warm"}], "number", "train.jsonl:11: label 'warm'"),
     ],
 )
-def test_a_bad_row_is_named_before_anything_is_split(rows: Any, answer: str, told: str, tmp_path: Path) -> None:
-    assert told in error(write_jsonl(tmp_path / "train.jsonl", rows), answer=answer)
+def test_a_bad_row_is_named_before_anything_is_split(rows: Any, answer: str, message: str, tmp_path: Path) -> None:
+    assert message in error(write_jsonl(tmp_path / "train.jsonl", rows), answer=answer)
 
 
 def test_of_texts_the_target_is_part_of_the_text(tmp_path: Path) -> None:
     """Or rows of one prompt with different answers would be each other's duplicates."""
     rows = [{"prompt": "Write a haiku.", "completion": f"Haiku {n}."} for n in range(4)]
-    columns = dict.fromkeys(("format", "prompt", "target", "messages", "text"))
-    splits = read(write_jsonl(tmp_path / "train.jsonl", rows), answer="text", columns=columns)
+    splits = read(write_jsonl(tmp_path / "train.jsonl", rows), answer="text")
     assert len(set(splits.texts("train"))) == 3
+
+
+# Incomplete rows
+
+GOOD = make_rows(20)
+CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("answer", "good", "bad", "reason"),
+    [
+        ("class", GOOD, {"text": " ", "label": 1}, "no text in column 'text'"),
+        ("class", GOOD, {"text": "good"}, "no label in column 'label'"),
+        ("number", [{**row, "label": 0.5} for row in GOOD], {"text": "a", "label": float("nan")}, "no label in"),
+        (
+            "class",
+            [{**row, "text_pair": "a"} for row in GOOD],
+            {"text": "a", "label": 1},
+            "no text in column 'text_pair'",
+        ),
+        ("text", [{"prompt": "a", "completion": "b"}] * 20, {"prompt": "a", "completion": ""}, "no target in column"),
+        ("text", [{"text": "a"}] * 20, {"text": ""}, "no text in column 'text'"),
+        ("text", [{"messages": CHAT}] * 20, {"messages": []}, "no messages in column 'messages'"),
+        ("text", [{"messages": CHAT}] * 20, {"messages": CHAT[:1]}, "no assistant's turn"),
+        ("text", [{"messages": CHAT}] * 20, {"messages": [CHAT[0], {**CHAT[1], "content": ""}]}, "a message without"),
+    ],
+)
+def test_incomplete_rows_are_left_out_up_to_a_share(
+    answer: str, good: Any, bad: Any, reason: str, tmp_path: Path
+) -> None:
+    path = write_jsonl(tmp_path / "train.jsonl", [*good[:5], bad, *good[5:]])
+    with pytest.raises(DataError, match=r"train\.jsonl: 1 of 21 .*data\.max_bad_rows \(0\.04\) .*line 6") as caught:
+        read(path, answer=answer, max_bad_rows=0.04)
+    assert reason in str(caught.value)
+    with pytest.warns(UserWarning, match=r"train\.jsonl: 1 of 21 .*line 6") as warned:
+        splits = read(path, answer=answer, max_bad_rows=0.05)
+    assert splits.notes == (str(warned[0].message),)
+    places = np.concatenate(list(splits.places.values()))
+    assert sorted(places.tolist()) == [j for j in range(21) if j != 5]
+    rows = splits.rows("train")
+    assert [rows.numbers[i] - 1 for i in range(len(rows))] == splits.places["train"].tolist()
+
+
+def test_the_share_counts_by_file_and_one_message_lists_every_kind(tmp_path: Path) -> None:
+    train = write_jsonl(tmp_path / "train.jsonl", GOOD)
+    other = write_jsonl(tmp_path / "other.jsonl", [{"label": 0}, *GOOD, *[{"text": "good"}] * 7])
+    with pytest.raises(DataError, match=r"other\.jsonl: 8 of 28 .* 1 with no text .*\(line 1\), 7 with no label") as e:
+        read(train, max_bad_rows=0.2, validation=str(other))
+    assert "(lines 22, 23, 24, 25, 26, …)" in str(e.value)
+
+
+def test_more_rows_than_a_chunk_count_together(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "train.jsonl", [{"label": 1}, *make_rows(2500), {"label": 1}])
+    with pytest.warns(UserWarning, match=r"2 of 2,502 rows .*lines 1, 2502"):
+        splits = read(path, max_bad_rows=0.05)
+    assert sum(map(len, splits.places.values())) == 2500
+    assert splits.places["train"].min() >= 1

@@ -118,19 +118,19 @@ def test_a_split_is_a_torch_data_set(tokenizer: PreTrainedTokenizerFast) -> None
 
 
 @pytest.mark.parametrize(
-    ("row", "columns", "told"),
+    ("row", "columns", "message"),
     [
         *(({"text": missing}, TEXT, "no text in column 'text'") for missing in (None, "", " \n", math.nan)),
         ({"label": 1}, TEXT, "no text in column 'text'"),
         ({"text": "a"}, PAIR, "no text in column 'pair'"),
-        ({"text": 12}, TEXT, "int 12 in column 'text'"),
-        ({"text": "a\ud800"}, TEXT, "column 'text' has half a surrogate pair"),
+        ({"text": 12}, TEXT, "column 'text' holds int 12"),
+        ({"text": "a\ud800"}, TEXT, "column 'text' holds half a surrogate pair"),
     ],
 )
 def test_a_bad_text_is_named_with_file_and_row(
-    row: dict[str, Any], columns: Columns, told: str, tokenizer: PreTrainedTokenizerFast
+    row: dict[str, Any], columns: Columns, message: str, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    assert f"train.jsonl:8: {told}" in error(tokenizer, rows_of({"text": "a", "pair": "a"}, row), columns)
+    assert f"train.jsonl:8: {message}" in error(tokenizer, rows_of({"text": "a", "pair": "a"}, row), columns)
 
 
 def test_text_that_gives_no_token_is_refused() -> None:

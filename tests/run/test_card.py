@@ -98,7 +98,7 @@ def test_the_card_of_a_cut_adapter_has_no_results_and_no_ranks(
     report = export(run, tmp_path / "cut", format="peft", mean_rank=1.0)
     assert report["truncation"]
     card = ModelCard((tmp_path / "cut" / "README.md").read_text())
-    assert "nothing was measured since" in card.text
+    assert "the result was not measured" in card.text
     assert not card.data.eval_results
     assert not {"## Results", "## Ranks"} & set(card.text.splitlines())
     export(run, tmp_path / "whole", format="peft")
@@ -143,9 +143,9 @@ USED = {"enabled": True, "used": True, "fraction": 0.5}
     ("quality", "shown"),
     [
         (USED | {"scores": {"draw": "softmax"}}, "50% of the rows in each epoch, drawn by quality (default)"),
-        (USED | {"scores": {"draw": "even", "noise": {"evident": True}}}, "whose label did not seem wrong"),
+        (USED | {"scores": {"draw": "even", "noise": {"evident": True}}}, "whose label seemed right"),
         (USED | {"scores": {"draw": "even", "noise": None}}, "a random 50% of the rows in each epoch: their quality"),
-        (USED | {"scores": {"draw": "even", "gate": {"name": "share", "left_out": 3}}}, "that the gate let pass"),
+        (USED | {"scores": {"draw": "even", "gate": {"name": "share", "left_out": 3}}}, "that passed the gate"),
         (USED | {"looks": looks_of(60)}, "Look 1 at all rows, before step 1: A head fitted on 60 rows replaced"),
         (USED | {"used": False}, "a random 50% of the rows in each epoch: quality was not used"),
         ({"enabled": False, "fraction": 1.0}, "Trained on every row in each epoch."),

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import yaml
@@ -19,13 +19,14 @@ from tsqlora.run.config import (
     REFUSED_ARGUMENTS,
     REMOVED_SETTINGS,
     Config,
-    PresetName,
     QualitySettings,
     RankSettings,
     dump_config,
     load_config,
     template,
 )
+from tsqlora.run.config.settings import TASK_TYPES
+from tsqlora.tasks import TASKS
 
 REQUIRED = {"model": {"path": "org/model"}, "data": {"train": "org/rows"}}
 
@@ -84,8 +85,13 @@ def test_every_setting_is_described_in_one_line() -> None:
         assert "\n" not in field.description, key
 
 
-def test_presets_are_those_that_the_type_names() -> None:
-    assert set(PRESETS) == set(get_args(PresetName))
+def test_task_types_are_all_tasks_and_each_has_a_template() -> None:
+    assert set(TASK_TYPES) == set(TASKS)
+    for task in TASK_TYPES:
+        Path("template.yaml").write_text(template(task))
+        config = load_config("template.yaml")
+        assert config == Config(model=config.model, data=config.data, task=config.task)
+        assert config.task.type == task
 
 
 def test_weights_and_temperature_come_from_the_preset_unless_set() -> None:
@@ -99,15 +105,6 @@ def test_weights_and_temperature_come_from_the_preset_unless_set() -> None:
     }
     assert paper.resolved_temperature() == 3.0
     assert QualitySettings(preset="paper").resolved_temperature() == 1.0
-
-
-def test_suspect_rows_are_left_out_unless_a_softmax_of_quality_decides() -> None:
-    assert QualitySettings().resolved_reject() is None  # of classes
-    assert QualitySettings(reject=True).resolved_reject() is True
-    assert QualitySettings(reject=False).resolved_reject() is False
-    assert QualitySettings(preset="paper").resolved_reject() is False
-    assert QualitySettings(weights={"loss": -1.0}).resolved_reject() is False
-    assert QualitySettings(preset="paper", reject=True).resolved_reject() is True
 
 
 def test_a_path_from_home_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,7 +289,6 @@ configs = st.builds(
         {
             "fraction": st.floats(0, 1, exclude_min=True),
             "preset": st.sampled_from(sorted(PRESETS)),
-            "reject": st.none() | st.booleans(),
             "weights": st.dictionaries(st.sampled_from(["loss", "convergence"]), st.floats(-2, 2)),
         }
     ),
@@ -316,21 +312,12 @@ def test_a_dumped_config_loads_back_equal(config: Config) -> None:
     assert load_config("dumped.yaml") == config
 
 
-@pytest.mark.parametrize("task", [None, "regression"])
-def test_the_template_loads_and_holds_the_defaults(task: str | None) -> None:
-    Path("template.yaml").write_text(template(task))
-    config = load_config("template.yaml")
-    assert config.task.type == (task or "sequence-classification")
-    expected = Config(model=config.model, data=config.data, task=config.task)
-    assert config == expected
-
-
 def test_the_template_has_every_setting_with_description_type_and_default() -> None:
     text = template()
     for key, field in fields():
         assert f"# {field.description}\n" in text, key
         assert f"{key.rpartition('.')[2]}:" in text, key
-    described = "  # Share of the rows that an epoch trains on.\n"
+    described = "  # Share of the rows in an epoch.\n"
     assert f"{described}  fraction: 0.5  # a number > 0 and <= 1; default 0.5\n" in text
     assert "  path: sentence-transformers/all-MiniLM-L6-v2  # text; required\n" in text
 

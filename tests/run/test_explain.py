@@ -43,7 +43,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return folder / "run", drawn
 
 
-def test_every_row_is_told_as_it_was_drawn(trained: tuple[Path, Draws]) -> None:
+def test_every_row_counts_its_draws(trained: tuple[Path, Draws]) -> None:
     run, drawn = trained
     scores = Scores.load(run / "scores.parquet")
     assert scores.ids is not None
@@ -68,14 +68,14 @@ def test_the_command_says_why(trained: tuple[Path, Draws], tsqlora: Run) -> None
     row = np.asarray(Scores.load(run / "scores.parquet").ids)[0]
     code, out, _ = tsqlora("explain", run, "--row", row)
     assert code == 0
-    for word in (f"row {row}", "label", "prediction", "terms", "reason", "drawn", "by a fit that has not seen the row"):
+    for word in (f"row {row}", "label", "prediction", "terms", "reason", "drawn", "by a fit without this row"):
         assert word in out
-    told = json.loads(tsqlora("explain", run / "scores.parquet", "--row", row, "--json")[1])
-    assert told["id"] == row
-    assert "drawn" not in told
+    result = json.loads(tsqlora("explain", run / "scores.parquet", "--row", row, "--json")[1])
+    assert result["id"] == row
+    assert "drawn" not in result
     assert tsqlora("explain", run, "--row", "1000")[0] == 3
 
 
-def test_a_directory_without_scores_is_told(tmp_path: Path) -> None:
+def test_a_directory_without_scores_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="tsqlora score"):
         explain_source(tmp_path, 0)

@@ -13,7 +13,7 @@ from tsqlora.data.samples import TokenisedSplit
 from tsqlora.errors import SettingsError
 from tsqlora.layer_sensitivity import ESTIMATORS
 from tsqlora.ranks.policies import POLICIES
-from tsqlora.run import callbacks, fit, job, predictor, reading
+from tsqlora.run import callbacks, fit, job
 from tsqlora.run.config import Config, RankSettings, Section
 
 REQUIRED = {"model.path": "a/model", "data.train": "rows.jsonl"}
@@ -47,7 +47,6 @@ OTHER_VALUES: dict[str, Any] = {
     "quality.enabled": False,
     "quality.fraction": 0.25,
     "quality.preset": "paper",
-    "quality.reject": True,
     "quality.weights": {"loss": 2.0},
     "quality.temperature": 3.0,
     "quality.gate": "share",
@@ -113,7 +112,7 @@ def what_arrives(config: Config) -> dict[str, Any]:
         (job, "packed_collator"): "another",
         (job, "wrap"): model,
         (job, "start_from"): model,
-        (reading, "read_data"): splits,
+        (job, "read_data"): splits,
         (callbacks, "QualitySubset"): [0] * 4,
         (callbacks, "QualityCallback"): None,
         (callbacks, "ScoringRule"): SimpleNamespace(weights=None),
@@ -140,7 +139,7 @@ def what_arrives(config: Config) -> dict[str, Any]:
         arrived["task"], arrived["packed"] = loaded.task.name, loaded.packed
         job.with_slots(config, loaded.pretrained)
         arrived["quality"] = callbacks.build_callbacks(loaded, Path("scores.parquet")).quality
-        with patch.object(predictor, "positions_of", lambda _: None):
+        with patch.object(fit, "positions_of", lambda _: None):
             predicts = fit.predictor_of(loaded, None, args)
         arrived["predictor"] = (predicts.max_new_tokens, predicts.beams)
     return arrived
@@ -167,25 +166,25 @@ BESIDE: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("task", "key", "cure"),
     [
-        ("causal-lm", "data.label", "set data.target, or leave it out"),
-        ("seq2seq", "data.text_pair", "set data.prompt, or leave it out"),
-        ("regression", "data.target", "set data.label, or leave it out"),
-        ("sequence-classification", "data.format", "leave it out"),
-        ("sequence-classification", "data.messages", "set data.text, or leave it out"),
-        ("sequence-classification", "task.beams", "leave it out"),
-        ("sequence-classification", "data.packing", "leave it out"),
-        ("seq2seq", "data.packing", "leave it out"),
+        ("causal-lm", "data.label", "set data.target, or remove it"),
+        ("seq2seq", "data.text_pair", "set data.prompt, or remove it"),
+        ("regression", "data.target", "set data.label, or remove it"),
+        ("sequence-classification", "data.format", "remove it"),
+        ("sequence-classification", "data.messages", "set data.text, or remove it"),
+        ("sequence-classification", "task.beams", "remove it"),
+        ("sequence-classification", "data.packing", "remove it"),
+        ("seq2seq", "data.packing", "remove it"),
     ],
 )
 def test_a_setting_that_the_task_does_not_read_is_refused(task: str, key: str, cure: str) -> None:
     config = settings(**{"task.type": task, key: OTHER_VALUES[key]})
-    with pytest.raises(SettingsError, match=f"^{key} .*{task} .*{cure}$"):
+    with pytest.raises(SettingsError, match=f"^{key} .*{task}.*{cure}$"):
         job.load(config)
 
 
 def test_smoothing_of_numbers_is_refused() -> None:
     config = settings(**{"task.type": "regression", "training.label_smoothing_factor": 0.1})
-    with pytest.raises(SettingsError, match=r"of classes and tokens, and task\.type is regression"):
+    with pytest.raises(SettingsError, match=r"training\.label_smoothing_factor"):
         job.load(config)
 
 

@@ -17,8 +17,8 @@ from tsqlora.errors import SettingsError
 from tsqlora.run.callbacks import scoring_rule
 from tsqlora.run.config import Config
 from tsqlora.run.fit import arguments
+from tsqlora.run.job import trained_task
 from tsqlora.run.plan import plan, scoring_plan, without_effect
-from tsqlora.run.reading import trained_task
 from tsqlora.training.fit import Method
 
 

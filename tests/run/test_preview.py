@@ -4,7 +4,7 @@ from byte_tokenizers import CHATML, byte_tokenizer
 from tsqlora.data.formats import find_format
 from tsqlora.data.generation import tokenise_generation
 from tsqlora.data.rows import Rows
-from tsqlora.run.preview import marked_samples
+from tsqlora.run.plan import marked_samples
 
 
 def shown(row: dict, *, seq2seq: bool = False, merges: tuple = (), chat: str | None = None) -> str:

@@ -216,10 +216,8 @@ def test_what_cannot_be_scored_is_refused_before_the_look(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(looking, "start_head", lambda *_, **__: pytest.fail("it looked"))
-    with pytest.raises(SettingsError, match="reject"):
-        score_rows(
-            place / "config.yaml", tmp_path / "s.parquet", overrides=["task.type=regression", "quality.reject=true"]
-        )
+    with pytest.raises(SettingsError, match=r"quality\.enabled"):
+        score_rows(place / "config.yaml", tmp_path / "s.parquet", overrides=["quality.enabled=false"])
 
 
 def test_rows_with_the_input_of_a_trusted_row_are_scored_and_never_drawn(place: Path, tmp_path: Path) -> None:

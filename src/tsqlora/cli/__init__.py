@@ -2,7 +2,7 @@
 
 
 def main() -> None:
-    """Run `tsqlora`; the commands are imported here, so that importing the package stays cheap."""
+    """Run `tsqlora`; it imports the commands here, so that importing the package stays cheap."""
     from tsqlora.cli.commands import main as run
 
     run()

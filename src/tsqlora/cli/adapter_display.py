@@ -1,4 +1,4 @@
-"""What was exported, and what the doctor found, in a terminal."""
+"""The doctor's report and an export in a terminal."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,15 +7,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tsqlora.cli.display import say
+
 _SHOWN = 6
-"""Layers that are named one by one; of more, the worst are."""
+"""Layers that a list names: the worst."""
 _LAYERS = 40
-"""Layers that have a line each; more are shown by their kind."""
+"""Layers with a line each; more are shown by kind."""
 _STYLES = {"right": "green", "wrong": "red", "refused": "yellow"}
 
 
 def show_export(console: Console, report: Mapping[str, Any]) -> None:
-    """What was written, and by how much it differs from its source."""
+    """The exported files, and their difference from the source."""
     lines = [f"wrote {report['out']}: {report['format']}, {report['bytes']:,} bytes"]
     if "rank" in report:
         lines.append(f"rank         {report['rank']}, {report['targets']} layers")
@@ -25,51 +27,46 @@ def show_export(console: Console, report: Mapping[str, Any]) -> None:
         lines.append(f"compared     ΔW within {gap:.2g}, {report['relative_difference']:.2g} of a layer's largest")
     if report["logits_difference"] is not None:
         lines.append(f"compared     logits within {report['logits_difference']:.2g}, of {report['largest_logit']:.3g}")
-    if report.get("pushed"):
-        lines.append(f"pushed       {report['pushed']}")
     lines += [f"note: {note}" for note in report["notes"]]
-    _say(console, lines)
     if cut := report["truncation"]:
-        _say(console, [f"truncated    {len(cut)} layers, of which these lose most:"])
+        lines.append(f"truncated    {len(cut)} layers; the greatest losses:")
         worst = sorted(cut.items(), key=lambda item: -item[1])[:_SHOWN]
-        _say(console, [f"  {error:.1%} of ‖ΔW‖  {name}" for name, error in worst])
+        lines += [f"  {error:.1%} of ‖ΔW‖  {name}" for name, error in worst]
+    say(console, lines)
 
 
 def show_doctor(console: Console, report: Mapping[str, Any]) -> None:
-    """Who reads the adapter right, and what its numbers say."""
-    ranks = report["ranks"].values()
-    scales = sorted(set(report["scales"].values()))
-    _say(
-        console,
-        [
-            f"adapter      {report['adapter']}",
-            f"base         {report['base'] or 'not named'}",
-            f"layers       {len(ranks)}, rank {_range(sorted(ranks))}, scale {_range(scales)}",
-            f"size         {report['bytes']:,} bytes, {report['parameters']:,} parameters"
-            + (f"; {report['universal_parameters']:,} in the universal form" if report["universal_parameters"] else ""),
-            f"vLLM needs   --max-lora-rank {report['max_lora_rank'] or 'beyond what it has'}",
-        ],
-    )
+    """The servers that read the adapter correctly, and its numerical health."""
+    ranks, scales = sorted(report["ranks"].values()), sorted(set(report["scales"].values()))
+    universal = report["universal_parameters"]
+    lines = [
+        f"adapter      {report['adapter']}",
+        f"base         {report['base'] or 'not named'}",
+        f"layers       {len(ranks)}, rank {_range(ranks)}, scale {_range(scales)}",
+        f"size         {report['bytes']:,} bytes, {report['parameters']:,} parameters"
+        + (f"; {universal:,} in the universal form" if universal else ""),
+        f"vLLM needs   --max-lora-rank {report['max_lora_rank'] or '(more than it supports)'}",
+    ]
     if more := [*report["heads"], *report["variants"]]:
-        _say(console, [f"more than BA {', '.join(more)}"])
+        lines.append(f"more than BA {', '.join(more)}")
+    say(console, lines)
     table = Table(box=None, padding=(0, 1, 0, 0))
-    for column in ("read by", "verdict", "why, and by what factor", "mended by"):
-        table.add_column(column, overflow="fold", ratio=1 if column.startswith("why") else None)
-    for found in report["consumers"]:
-        name = Text.assemble(found["name"], (f"\n{found['version']}", "dim"))
-        verdict = Text(found["verdict"], style=_STYLES[found["verdict"]])
-        table.add_row(name, verdict, Text("\n".join(_why(found))), Text(found["mend"] or ""))
+    for column in ("server", "verdict", "reason, and factor by layer", "fix: --format"):
+        table.add_column(column, overflow="fold", ratio=1 if column.startswith("reason") else None)
+    for server in report["consumers"]:
+        name = Text.assemble(server["name"], (f"\n{server['version']}", "dim"))
+        verdict = Text(server["verdict"], style=_STYLES[server["verdict"]])
+        table.add_row(name, verdict, Text("\n".join(_reasons(server))), Text(server["mend"] or ""))
     console.print(table)
     _show_health(console, report["health"])
-    _say(console, [f"note: {note}" for note in report["notes"]])
+    say(console, [f"note: {note}" for note in report["notes"]])
 
 
-def _why(found: Mapping[str, Any]) -> list[str]:
-    factors: Mapping[str, float] = found["factors"]
+def _reasons(server: Mapping[str, Any]) -> list[str]:
+    factors: Mapping[str, float] = server["factors"]
     worst = sorted(factors.items(), key=lambda item: -abs(item[1] - 1))[:_SHOWN]
-    shown = [f"× {factor:.3g}  {name}" for name, factor in worst]
-    left = len(factors) - len(shown)
-    return [*found["reasons"], *shown, *([f"and {left} more"] if left else [])]
+    more = [f"and {len(factors) - _SHOWN} more"] if len(factors) > _SHOWN else []
+    return [*server["reasons"], *(f"× {factor:.3g}  {name}" for name, factor in worst), *more]
 
 
 def _show_health(console: Console, health: Mapping[str, Any]) -> None:
@@ -78,15 +75,14 @@ def _show_health(console: Console, health: Mapping[str, Any]) -> None:
     lines.append(f"dead slots   {health['zero_slots']} zero, {health['duplicate_slots']} double")
     if idle := health["idle_layers"]:
         lines.append(f"idle layers  {len(idle)}: {', '.join(idle[:_SHOWN])}{' …' if len(idle) > _SHOWN else ''}")
-    _say(console, lines)
+    say(console, lines)
     if len(layers) > _LAYERS:
         _by_kind(console, layers)
         return
     table = Table("layer", "rank", "effective", "‖ΔW‖", box=None, padding=(0, 1, 0, 0))
     for name, layer in layers.items():
-        table.add_row(
-            Text(name, overflow="fold"), str(layer["rank"]), f"{layer['effective']:.1f}", f"{layer['norm']:.3g}"
-        )
+        numbers = str(layer["rank"]), f"{layer['effective']:.1f}", f"{layer['norm']:.3g}"
+        table.add_row(Text(name, overflow="fold"), *numbers)
     console.print(table)
 
 
@@ -103,14 +99,9 @@ def _by_kind(console: Console, layers: Mapping[str, Mapping[str, Any]]) -> None:
         ]
         table.add_row(Text(kind, overflow="fold"), str(len(members)), *spans)
     console.print(table)
-    _say(console, ["--json has every layer"])
+    say(console, ["--json has every layer"])
 
 
 def _range(values: Sequence[float]) -> str:
     low, high = values[0], values[-1]
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
-
-
-def _say(console: Console, lines: Sequence[str]) -> None:
-    for line in lines:
-        console.print(line, soft_wrap=True, highlight=False, markup=False)

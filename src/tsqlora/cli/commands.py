@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from tsqlora.cli import adapters, console, reports, rows, runs
+from tsqlora.cli import console, results, rows, runs
 from tsqlora.errors import SettingsError, TsqLoraError, printable
 
 app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    epilog="Every command has an example in its --help, and takes --debug to show where an error arose.",
+    epilog="The --help of every command has an example; --debug after any command shows where an error arose.",
     help="LoRA fine-tuning on imperfect rows: find wrong labels, train, and check adapters.",
 )
 for command in (
@@ -27,28 +27,31 @@ for command in (
     rows.allocate,
     runs.evaluate,
     runs.predict,
-    reports.report,
-    reports.compare,
-    adapters.export,
-    adapters.doctor,
+    results.report,
+    results.compare,
+    results.export,
+    results.doctor,
 ):
     app.command()(command)
 MOVED = {
-    "merge": "export --format merged",
-    "adapter": "export --format compressed",
-    "score --explain": "explain RUN|SCORES",
+    "merge": "tsqlora export --format merged",
+    "adapter": "tsqlora export --format compressed",
+    "score --explain": "tsqlora explain RUN|SCORES",
+    "compare --policies": "tsqlora compare --methods METHOD+POLICY",
+    "export --push-to-hub": "hf upload REPO DIR",
+    "export --by": "tsqlora export --mean-rank R",
 }
-"""Commands and options of version 0.1, and where they are now."""
+"""Commands and options of earlier versions, and their replacements."""
 
 INTERRUPTED = 130
-INTERRUPTION = "interrupted; a training goes on with --resume, a scoring or comparison when it is called again"
+INTERRUPTION = "interrupted; --resume continues a training, and the same command a scoring or a comparison"
 
 
 def main() -> None:
-    """Runs the command line; an error becomes one or two lines and an exit code."""
+    """Run the command line; an error becomes one or two lines and an exit code."""
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"] or ["--help"]
-    # Under torchrun or accelerate every process runs this: the first one speaks.
+    # Under torchrun or accelerate every process runs this; only the first one prints.
     console.stdout.quiet = console.stderr.quiet = os.environ.get("RANK", "0") != "0"
     with warnings.catch_warnings():
         console.quieten_libraries(debug=debug)
@@ -60,20 +63,20 @@ def _run(arguments: list[str], *, debug: bool) -> int:
     """The exit code."""
     try:
         _refuse_moved(arguments)
-        # What typer ends has a number already: --help and Ctrl-C.
+        # typer returns a code for --help and Ctrl-C.
         code = app(arguments, standalone_mode=False) or 0
         if code == INTERRUPTED:
             console.note(INTERRUPTION)
         return code
     except typer.TyperException as error:
-        console.error(f"{error.format_message().rstrip('.?')}; `tsqlora --help` and `tsqlora COMMAND --help` show how")
+        console.error(f"{error.format_message().rstrip('.?')}; see `tsqlora --help` and `tsqlora COMMAND --help`")
         return error.exit_code
     except TsqLoraError as error:
         console.error(str(error), debug=debug)
         return error.exit_code
     except Exception as error:
-        said = str(error).strip()
-        what = printable(f"{type(error).__name__}: {said.splitlines()[0] if said else 'without a word'}")
+        message = str(error).strip()
+        what = printable(f"{type(error).__name__}: {message.splitlines()[0] if message else 'no message'}")
         console.error(f"{what}; --debug shows where", debug=debug)
         return 1
 
@@ -81,9 +84,9 @@ def _run(arguments: list[str], *, debug: bool) -> int:
 def _refuse_moved(arguments: list[str]) -> None:
     options = {argument.partition("=")[0] for argument in arguments[1:]}
     for old, new in MOVED.items():
-        command, *gone = old.split()
-        if command == arguments[0] and options.issuperset(gone):
-            raise SettingsError(f"`tsqlora {old}` is gone; use `tsqlora {new}`")
+        command, *removed = old.split()
+        if command == arguments[0] and options.issuperset(removed):
+            raise SettingsError(f"`tsqlora {old}` was removed; use `{new}`")
 
 
 def _show_version(value: bool) -> None:

@@ -1,14 +1,16 @@
-"""What the command line says: results on stdout, everything else on stderr.
+"""Output of the command line, results on stdout and the rest on stderr, and options that several commands share.
 
-Texts of rows and files are shown so that they cannot speak to the terminal itself.
+Texts of rows and files are escaped, so that they cannot control the terminal.
 """
 
 import json
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 
@@ -17,9 +19,14 @@ from tsqlora.errors import printable
 
 stdout, stderr = Console(), Console(stderr=True)
 
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, all else to stderr.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="K.K=VALUE", help="Override a setting; repeatable.")]
+Source = Annotated[Path, typer.Argument(metavar="CONFIG|RUN", help="A YAML file, or a run directory.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+
 
 def show(result: Mapping[str, Any], as_json: bool, table: Callable[[Console, Mapping[str, Any]], None]) -> None:
-    """A command's result: as one JSON object, or as its table."""
+    """Print a command's result: as one JSON object, or as its table."""
     if as_json:
         stdout.out(json.dumps(result), highlight=False)
     else:
@@ -27,7 +34,7 @@ def show(result: Mapping[str, Any], as_json: bool, table: Callable[[Console, Map
 
 
 def harmless(value: Any) -> Any:
-    """The same with texts that say nothing to the terminal itself: names and rows may be a stranger's."""
+    """The value with all control characters in its texts escaped."""
     if isinstance(value, str):
         return "\n".join(printable(line, longest=10**9) for line in value.split("\n"))
     if isinstance(value, Mapping):
@@ -38,27 +45,27 @@ def harmless(value: Any) -> Any:
 
 
 def note(text: str) -> None:
-    """A line beside the result."""
-    _say(text)
+    """Print a remark to stderr."""
+    _print(text)
 
 
 def error(problem: str, *, debug: bool = False) -> None:
-    """What went wrong, from any process; with `debug` where."""
+    """Print an error from any process; with `debug` also its traceback."""
     if debug:
         traceback.print_exc()
     stderr.quiet = False
-    _say(problem, "[bold red]error:[/] ")
+    _print(problem, "[bold red]error:[/] ")
 
 
-def _say(text: str, mark: str = "") -> None:
-    # Square brackets in it are no markup.
+def _print(text: str, mark: str = "") -> None:
+    # Square brackets in the text are not markup.
     stderr.print(f"{mark}{escape(harmless(text))}", soft_wrap=True, highlight=False)
 
 
 def quieten_libraries(*, debug: bool) -> None:
-    """Our warnings become a line each; what libraries say is for --debug."""
+    """Print our warnings as a line each, and libraries' only with `debug`."""
     if debug:
         return
     quieten()
     warnings.filterwarnings("always", module="tsqlora")
-    warnings.showwarning = lambda message, *_: _say(str(message), "[yellow]warning:[/] ")
+    warnings.showwarning = lambda message, *_: _print(str(message), "[yellow]warning:[/] ")

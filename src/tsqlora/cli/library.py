@@ -17,17 +17,17 @@ def train(
     resume: bool = False,
     **sections: Mapping[str, Any],
 ) -> Path:
-    """Train as `tsqlora train` does, and return the run's directory: run.json, scores.parquet, adapter/.
+    """Train as `tsqlora train` does, and return the run directory: run.json, scores.parquet, adapter/.
 
-    Settings are those of the command line's YAML, in its sections:
+    Settings are those of the command line's YAML, by section:
 
         run = tsqlora.train(model={"path": "minilm"}, data={"train": "rows.csv"}, training={"epochs": 2})
         tsqlora.report(run)
 
     Args:
         config: a YAML file, or all settings as a mapping; `sections` win over it.
-        out: the run's directory; by default runs/DATE-NAME, by the name of the file or of the data.
-        resume: go on where the run in `out` stopped, or the newest one of this name.
+        out: the run directory; by default runs/DATE-NAME, by the name of the file or of the data.
+        resume: continue the run in `out`, or the newest one of this name.
 
     Raises SettingsError and DataError as the command line does.
     """
@@ -35,8 +35,8 @@ def train(
     from tsqlora.run.config import load_config
     from tsqlora.training.run_dir import dated
 
-    given, path = (config, None) if isinstance(config, Mapping) else ({}, config)
-    settings = load_config(path, sections={**given, **sections})
+    mapping, path = (config, None) if isinstance(config, Mapping) else ({}, config)
+    settings = load_config(path, sections={**mapping, **sections})
     run = Path(out) if out is not None else dated(settings.data.train if path is None else str(path), resume=resume)
     with Display(Console(stderr=True)) as display:
         pipeline.train(settings, run, resume=resume, progress=display.progress)

@@ -1,4 +1,4 @@
-"""Progress in a terminal: bars, one a phase, and how training goes."""
+"""Progress in a terminal: a bar for each phase, and the state of training."""
 
 import math
 import time
@@ -17,7 +17,7 @@ _STEPS = "training"
 
 
 class Display:
-    """Progress bars, one a phase, and below them how training goes; a line now and then where there is no terminal.
+    """A progress bar for each phase, and below them the state of training; without a terminal, lines.
 
     Args:
         every: seconds between two lines of one phase, without a terminal.
@@ -37,8 +37,8 @@ class Display:
         self.pulse = Text()
         self.live = Live(Group(self.bars, self.pulse), console=console, refresh_per_second=8)
         self.phases: dict[str, TaskID] = {}
-        self.told: dict[str, float] = {}
-        self.begun: dict[str, tuple[float, int]] = {}
+        self.last_line: dict[str, float] = {}
+        self.start: dict[str, tuple[float, int]] = {}
 
     def __enter__(self) -> "Display":
         if self.console.is_interactive:
@@ -51,10 +51,10 @@ class Display:
         self.live.stop()
 
     def say(self, text: str) -> None:
-        """Print a line above the bars."""
+        """Print a line above the bars, and remove those of earlier phases."""
         for task in self.phases.values():
             self.bars.remove_task(task)
-        self.phases, self.told, self.begun = {}, {}, {}
+        self.phases, self.last_line, self.start = {}, {}, {}
         self.pulse.plain = ""
         self.console.print(text)
 
@@ -66,40 +66,36 @@ class Display:
         task = self.bars.tasks[self.bars.task_ids.index(self.phases[phase])]
         rate = f"{task.speed:.1f} {unit}/s" if task.speed else ""
         self.bars.update(task.id, completed=done, total=total, rate=rate)
-        self.pulse.plain = "" if pulse is None else " · ".join(_pulse(pulse))
+        self.pulse.plain = "" if pulse is None else " · ".join(_state(pulse))
         if not self.console.is_interactive:
-            self._tell(phase, done, total, unit, pulse)
+            self._print_line(phase, done, total, unit, pulse)
 
-    def _tell(self, phase: str, done: int, total: int, unit: str, pulse: Pulse | None) -> None:
-        """A line when a phase begins, and one whenever `every` seconds have gone by."""
-        now, before = self.clock(), self.told.get(phase)
+    def _print_line(self, phase: str, done: int, total: int, unit: str, pulse: Pulse | None) -> None:
+        """A line at the start of a phase, and one every `every` seconds."""
+        now, before = self.clock(), self.last_line.get(phase)
         if before is not None and now - before < self.every:
             return
-        self.told[phase] = now
-        begun, first = self.begun.setdefault(phase, (now, done))
+        self.last_line[phase] = now
+        begun, first = self.start.setdefault(phase, (now, done))
         if before is None:
             self.console.print(f"{phase}: {total:,} {unit}", soft_wrap=True, highlight=False, markup=False)
             return
         left = [f"{duration((total - done) * (now - begun) / (done - first))} left"] if done > first else []
-        parts = [f"{done:,}/{total:,} {unit}", *left, *([] if pulse is None else _pulse(pulse))]
+        parts = [f"{done:,}/{total:,} {unit}", *left, *([] if pulse is None else _state(pulse))]
         self.console.print(f"{phase}: {', '.join(parts)}", soft_wrap=True, highlight=False, markup=False)
 
 
-def _pulse(pulse: Pulse) -> list[str]:
-    """How training goes, in words."""
-    rows, tokens = pulse.rows_a_second, pulse.tokens_a_second
+def _state(pulse: Pulse) -> list[str]:
+    """The state of training, without what is not measured yet."""
+    rates = {"samples/s": pulse.rows_a_second, "tokens/s": pulse.tokens_a_second}
+    measured = {unit: rate for unit, rate in rates.items() if rate is not None}
     return [
         *([] if pulse.loss is None else [f"loss {pulse.loss:.4g}"]),
         f"lr {pulse.learning_rate:.3g}",
-        *([] if rows is None else [f"{_rounded(rows)} samples/s"]),
-        *([] if tokens is None else [f"{_rounded(tokens)} tokens/s"]),
+        *(f"{rate:,.0f} {unit}" if rate >= 10 else f"{rate:.2g} {unit}" for unit, rate in measured.items()),
         f"{pulse.moved:,} rank{'' if pulse.moved == 1 else 's'} moved",
         f"{pulse.memory / 2**20:,.0f} MiB",
     ]
-
-
-def _rounded(rate: float) -> str:
-    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
 
 
 def duration(seconds: float) -> str:

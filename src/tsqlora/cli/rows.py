@@ -1,4 +1,4 @@
-"""Commands that choose rows and ranks for any trainer: score, explain, select, allocate."""
+"""Commands that choose rows and ranks for any trainer: score, explain, select, allocate, audit."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from tsqlora.cli import console
+from tsqlora.cli.console import Json, Set, Source
 from tsqlora.cli.display import show_allocation, show_audit, show_explained, show_numbers, show_row, show_scoring_plan
-from tsqlora.cli.options import Json, Set, Source
 from tsqlora.cli.progress_bars import Display
 from tsqlora.errors import SettingsError
 from tsqlora.files import write_json
@@ -19,33 +19,31 @@ def score(
     set_: Set = None,
     drop: Annotated[
         list[str] | None,
-        typer.Option(metavar="KIND", help="Kind of rows that is never drawn: duplicate, outlier; repeatable."),
+        typer.Option(metavar="KIND", help="Kind of rows to never draw: duplicate, outlier; repeatable."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, score nothing.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Scores every training row: with a fitted head on a config's model, or by the weights of a run.
+    """Score every training row: with a config's model and a fitted head, or with the weights of a run.
 
     Without data.validation a tenth of the rows is held out, as in training.
-    Of a RUN and another file (--set data.train=...) every row is scored.
-    Rows are never all in memory. A scoring that was cut off goes on when the
-    same command is given again: what it has is kept in OUT.partial until it is
-    done.
+    For a RUN and another file (--set data.train=...) every row is scored.
+    Rows are read in chunks. OUT.partial has the progress until the end, and the
+    same command resumes an interrupted scoring.
 
     Example: tsqlora score tsq.yaml --out scores.parquet
     """
     from tsqlora.run.score import plan_scoring, score_rows
 
     if source.suffix == ".parquet" and source.is_file():
-        raise SettingsError(f"{source} is no CONFIG and no RUN; `tsqlora explain {source}` shows what scores say")
+        raise SettingsError(f"{source} is neither CONFIG nor RUN; `tsqlora explain {source}` shows scores")
     if dry_run:
         console.show(plan_scoring(source, overrides=set_ or [], drop=drop or []), as_json, show_scoring_plan)
         return
     if out is None:
-        raise SettingsError("score writes a file; name it: --out scores.parquet")
+        raise SettingsError("score writes a file; name it with --out, such as --out scores.parquet")
     with Display(console.stderr) as display:
         scores = score_rows(source, out, overrides=set_ or [], drop=drop or [], progress=display.progress)
-    # Of gradients nothing is known where the model is at chance.
     names = ("eta", "effective_sample_size", "reference_rows", "weights", "temperature", "scope")
     counts = {"rows": len(scores), "kept": int(scores.kept.sum()), "held_out": scores.record.held_out}
     record = {name: getattr(scores.record, name) for name in names}
@@ -53,15 +51,15 @@ def score(
 
 
 def explain(
-    source: Annotated[Path, typer.Argument(metavar="RUN|SCORES", help="What `train` or `score` wrote.")],
+    source: Annotated[Path, typer.Argument(metavar="RUN|SCORES", help="Output of `train` or `score`.")],
     row: Annotated[int | None, typer.Option(metavar="N", min=0, help="The row's number in its file, from 0.")] = None,
     samples: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Without --row: so many best, worst and most suspicious rows.")
+        int, typer.Option(metavar="N", min=1, help="Without --row: number of best, worst and suspicious rows.")
     ] = 5,
-    data: Annotated[Path | None, typer.Option(help="The scored file, where it is not found.")] = None,
+    data: Annotated[Path | None, typer.Option(help="The scored file, if it was moved.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Says why a training row was drawn, gated or suspected; without --row, shows the rows to look at first.
+    """Explain why a training row was drawn, gated or suspected; without --row, list the rows to look at first.
 
     Example: tsqlora explain run --row 17
 
@@ -76,14 +74,14 @@ def explain(
 
 
 def select(
-    scores: Annotated[Path, typer.Argument(metavar="SCORES", help="What `tsqlora score` wrote.")],
+    scores: Annotated[Path, typer.Argument(metavar="SCORES", help="Output of `tsqlora score`.")],
     out: Annotated[Path, typer.Option(help="File to write: .jsonl, .csv, .tsv or .parquet.")],
     fraction: Annotated[float, typer.Option(help="Share of the rows, above 0 and at most 1.")],
-    seed: Annotated[int, typer.Option(help="Of the draw.", min=0)] = 0,
-    data: Annotated[Path | None, typer.Option(help="The scored file: its rows are written.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the draw.", min=0)] = 0,
+    data: Annotated[Path | None, typer.Option(help="The scored file, whose rows are written.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Draws a quality sample from scores and writes its rows, for any trainer.
+    """Draw a quality sample by scores and write its rows, for any trainer.
 
     Example: tsqlora select scores.parquet --fraction 0.3 --data train.jsonl --out subset.jsonl
     """
@@ -99,7 +97,7 @@ def allocate(
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Ranks by sensitivity, as arguments of PEFT's LoraConfig.
+    """Allocate ranks by sensitivity, and write them as arguments of PEFT's LoraConfig.
 
     Example: tsqlora allocate tsq.yaml --out ranks.json
     """
@@ -116,37 +114,37 @@ def allocate(
 
 def audit(
     source: Annotated[str | None, typer.Argument(metavar="CONFIG|DATA", help="A YAML file, or labelled rows.")] = None,
-    model: Annotated[str | None, typer.Option(help="Directory or hub id; else the config's, or MiniLM.")] = None,
-    review: Annotated[int, typer.Option(metavar="N", min=0, help="Add N rows to check that are no suspects.")] = 0,
+    model: Annotated[str | None, typer.Option(help="Directory or hub id; by default the config's, or MiniLM.")] = None,
+    review: Annotated[int, typer.Option(metavar="N", min=0, help="Add N rows that are not suspects, as a check.")] = 0,
     out: Annotated[
-        Path | None, typer.Option(help="Directory to write into; else a dated one under runs/, or the audit's.")
+        Path | None, typer.Option(help="Directory to write; by default a dated one under runs/, or the audit's.")
     ] = None,
     apply: Annotated[
-        Path | None, typer.Option(metavar="CSV", help="Write the rows as this reviewed table corrects them.")
+        Path | None, typer.Option(metavar="CSV", help="Reviewed table: write the rows with its corrections.")
     ] = None,
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Finds likely wrong labels, before any training: a table, and a page to go through them.
+    """List likely label errors before any training, as a table and as a page for review.
 
-    With --apply the table that you reviewed corrects the rows; those that you
-    reviewed become trusted.jsonl, which data.trusted takes.
+    With --apply, write the rows as your reviewed table corrects them, and the
+    reviewed ones as trusted.jsonl, for data.trusted.
 
     Example: tsqlora audit train.csv --review 100 --out audit
     """
     if (source is None) == (apply is None):
-        raise SettingsError("audit takes rows (a CONFIG or DATA), or else a reviewed table: --apply suspects.csv")
+        raise SettingsError("audit needs rows (a CONFIG or DATA), or a reviewed table with --apply")
     if apply is not None:
         from tsqlora.run.review import apply_review
 
         if model is not None or review or set_:
-            raise SettingsError("--apply only corrects labels; leave out --model, --review and --set")
+            raise SettingsError("--apply only corrects labels; remove --model, --review and --set")
         console.show(apply_review(apply, out), as_json, show_numbers)
         return
     from tsqlora.run.audit import run_audit
 
     with Display(console.stderr) as display:
-        found = run_audit(
+        result = run_audit(
             str(source), model=model, review=review, out=out, overrides=set_ or [], progress=display.progress
         )
-    console.show(found, as_json, show_audit)
+    console.show(result, as_json, show_audit)

@@ -7,35 +7,39 @@ from typing import Annotated
 import typer
 
 from tsqlora.cli import console
+from tsqlora.cli.console import Json, Run, Set
 from tsqlora.cli.display import show_demo, show_numbers, show_plan, show_record, show_suspects
-from tsqlora.cli.options import Beams, Json, NewTokens, Run, Set
 from tsqlora.cli.progress_bars import Display
 from tsqlora.errors import SettingsError
+from tsqlora.run.config.settings import TASK_TYPES
+
+NewTokens = Annotated[int | None, typer.Option(help="Most tokens to generate; by default task.max_new_tokens.", min=1)]
+Beams = Annotated[int | None, typer.Option(help="Beams of the search; by default task.beams.", min=1)]
 
 
 def demo(
-    out: Annotated[Path | None, typer.Option(help="Keep the runs here; else a temporary directory.")] = None,
-    seed: Annotated[int, typer.Option(help="Of every random draw.", min=0)] = 0,
+    out: Annotated[Path | None, typer.Option(help="Directory for the runs; by default a temporary one.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of every random draw.", min=0)] = 0,
     as_json: Json = False,
 ) -> None:
-    """The main job on an embedded model and data: wrong labels found before training, then two trainings.
+    """Run the main job on an embedded model and data: find wrong labels, then compare two trainings.
 
     Example: tsqlora demo --out demo-runs
     """
     from tsqlora.run.demo import run_demo
 
     with Display(console.stderr) as display:
-        first = {} if as_json else {"show": lambda looked: console.show(looked, False, show_suspects)}
+        first = {} if as_json else {"show": lambda look: console.show(look, False, show_suspects)}
         result = run_demo(out, seed=seed, progress=display.progress, say=display.say, **first)
     console.show(result, as_json, show_demo)
 
 
 def init(
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="File to write; else stdout.")] = None,
-    task: Annotated[str | None, typer.Option(help="The task's type.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="File to write; by default stdout.")] = None,
+    task: Annotated[str | None, typer.Option(help=f"task.type: {', '.join(TASK_TYPES)}.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Writes a YAML file with every setting, its type and its default.
+    """Write a YAML file with every setting, its type and its default.
 
     Example: tsqlora init -o tsq.yaml --task regression
     """
@@ -49,7 +53,7 @@ def init(
         print(json.dumps({"yaml": template(task)}) if as_json else template(task), end="\n" if as_json else "")
         return
     if output.exists():
-        raise SettingsError(f"{output} exists already; name another file")
+        raise SettingsError(f"{output} exists; name another file")
     require_place(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(template(task), encoding="utf-8")
@@ -60,26 +64,24 @@ def init(
 
 def train(
     config: Annotated[
-        Path | None, typer.Argument(metavar="CONFIG", help="A YAML file; without one, --model and --data.")
+        Path | None, typer.Argument(metavar="CONFIG", help="A YAML file; or give --model and --data.")
     ] = None,
-    model: Annotated[str | None, typer.Option(metavar="M", help="Directory or hub id; model.path.")] = None,
-    data: Annotated[str | None, typer.Option(metavar="F", help="File, directory or hub id; data.train.")] = None,
+    model: Annotated[str | None, typer.Option(metavar="M", help="model.path: a directory or hub id.")] = None,
+    data: Annotated[str | None, typer.Option(metavar="F", help="data.train: a file, directory or hub id.")] = None,
     set_: Set = None,
-    out: Annotated[
-        Path | None, typer.Option(help="The run's directory; else runs/DATE-NAME, by the name of CONFIG or data.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory; by default runs/DATE-NAME.")] = None,
     init_from: Annotated[
-        str | None, typer.Option(metavar="RUN|ADAPTER", help="Go on from this adapter; --set adapter.init_from=…")
+        str | None, typer.Option(metavar="RUN|ADAPTER", help="adapter.init_from: continue this adapter.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where the run stopped; start if it never began.")
+        bool, typer.Option("--resume", help="Continue an interrupted run; start if there is none.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, train nothing.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Trains: a look at all rows, then LoRA on those that it kept; writes an adapter that plain PEFT loads.
+    """Look at all rows, train LoRA on the selected ones, and write an adapter that plain PEFT loads.
 
-    Columns with usual names are found: text and label, prompt and completion.
+    Columns with usual names are detected: text and label, prompt and completion.
 
     Example: tsqlora train --model sentence-transformers/all-MiniLM-L6-v2 --data rows.csv
 
@@ -91,13 +93,13 @@ def train(
     from tsqlora.training.run_dir import dated, require_free
 
     if config is not None and data is None and config.suffix.lower() in READERS.keys() - {".json"}:
-        console.note(f"{config} holds rows, not settings: read as --data")
+        console.note(f"{config} holds rows, not settings, and is read as --data")
         config, data = None, str(config)
     named = {"model.path": model, "data.train": data, "adapter.init_from": init_from}
     overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in named.items() if value is not None]
     overrides += set_ or []
     if config is None and not overrides:
-        raise SettingsError("train takes a CONFIG, or --model and --data; `tsqlora init` writes a CONFIG")
+        raise SettingsError("train needs a CONFIG, or --model and --data; `tsqlora init` writes a CONFIG")
     settings = load_config(config, overrides)
     run = out or dated(settings.data.train if config is None else str(config), resume=resume)
     if dry_run:
@@ -107,7 +109,7 @@ def train(
         except SettingsError as taken:
             console.note(f"the run itself would be refused: {taken}")
         if resume:
-            console.note("this is the plan of the whole run; --resume does what is left of it")
+            console.note("this is the plan of the whole run; --resume does the rest of it")
         return
     with Display(console.stderr) as display:
         record = pipeline.train(settings, run, resume=resume, progress=display.progress)
@@ -116,22 +118,22 @@ def train(
 
 def evaluate(
     run: Run,
-    data: Annotated[Path | None, typer.Option(help="A labelled file; else the run's own test or validation.")] = None,
+    data: Annotated[Path | None, typer.Option(help="A labelled file; by default the run's test or validation.")] = None,
     max_new_tokens: NewTokens = None,
     beams: Beams = None,
     as_json: Json = False,
 ) -> None:
-    """The task's metrics; generated text is measured by writing it.
+    """Measure the task's metrics; texts are generated to measure them.
 
     Example: tsqlora evaluate run --data test.jsonl --json
     """
     from tsqlora.run.predict import evaluate_run, own_rows
 
     with Display(console.stderr) as display:
-        metrics = evaluate_run(run, data, overrides=_writing(max_new_tokens, beams), progress=display.progress)
+        metrics = evaluate_run(run, data, overrides=_generation(max_new_tokens, beams), progress=display.progress)
     console.show(metrics, as_json, show_numbers)
     if data is None:
-        console.note(f"measured on {own_rows(run)}; --data FILE measures on others")
+        console.note(f"measured on {own_rows(run)}; --data FILE measures another file")
 
 
 def predict(
@@ -142,21 +144,21 @@ def predict(
     beams: Beams = None,
     as_json: Json = False,
 ) -> None:
-    """Writes the file's rows with a prediction each: a class, a number, or a text.
+    """Write the file's rows with a prediction each: a class, a number, or a text.
 
-    New columns are `prediction` and, of classes, `probability`; columns of such
-    a name are replaced.
+    The new columns `prediction` and, for classes, `probability` replace columns
+    of these names.
 
     Example: tsqlora predict run --data new.jsonl --out predicted.jsonl
     """
     from tsqlora.run.predict import predict_run
 
     with Display(console.stderr) as display:
-        rows = predict_run(run, data, out, overrides=_writing(max_new_tokens, beams), progress=display.progress)
+        rows = predict_run(run, data, out, overrides=_generation(max_new_tokens, beams), progress=display.progress)
     console.show({"out": str(out), "rows": rows}, as_json, show_numbers)
 
 
-def _writing(max_new_tokens: int | None, beams: int | None) -> list[str]:
-    """Settings that are given as options."""
-    given = {"task.max_new_tokens": max_new_tokens, "task.beams": beams}
-    return [f"{name}={value}" for name, value in given.items() if value is not None]
+def _generation(max_new_tokens: int | None, beams: int | None) -> list[str]:
+    """The options as overrides of settings."""
+    options = {"task.max_new_tokens": max_new_tokens, "task.beams": beams}
+    return [f"{name}={value}" for name, value in options.items() if value is not None]

@@ -26,8 +26,7 @@ from tsqlora.quality.sampling import draw_size
 from tsqlora.quality.scores import Scores
 from tsqlora.run.config import Config
 from tsqlora.run.fit import arguments, measure
-from tsqlora.run.job import Job, load, load_model
-from tsqlora.run.reading import read, writing_of
+from tsqlora.run.job import Job, load, load_model, read
 from tsqlora.training.fit import Method, fit
 from tsqlora.training.live import peak_memory
 from tsqlora.training.quality_callback import SCORES_FILE, QualityCallback
@@ -103,7 +102,8 @@ def _rows_hash(job: Job, config: Config) -> str:
     # The seed decides the rows only if it splits off the validation rows.
     if config.data.validation is not None or config.training.seed == job.config.training.seed:
         return job.data.hash
-    return prepare(read(config), job.pretrained.tokenizer, max_length=job.max_length, writing=writing_of(config)).hash
+    tokenizer, seq2seq = job.pretrained.tokenizer, config.task.type == "seq2seq"
+    return prepare(read(config), tokenizer, max_length=job.max_length, seq2seq=seq2seq).hash
 
 
 class _Begun(Exception):

@@ -1,4 +1,4 @@
-"""What tsqlora needs of accelerate that is private or differs between versions."""
+"""Interfaces of accelerate that are private or differ between versions."""
 
 from typing import Any
 
@@ -13,18 +13,18 @@ __all__ = ["clear_device_cache", "is_compiled", "says_out_of_memory"]
 
 
 def inner_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer that steps, inside accelerate's."""
+    """The optimizer inside accelerate's."""
     return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
 
 
 def loss_scale(optimizer: torch.optim.Optimizer) -> float | None:
-    """The present scale of the gradient scaler inside accelerate's optimizer; None where there is none."""
+    """The current scale of accelerate's gradient scaler; None without one."""
     scaler = optimizer.scaler if isinstance(optimizer, AcceleratedOptimizer) else None
     return None if scaler is None else scaler.get_scale()
 
 
 def inner_batch_sampler(sampler: Any) -> Any:
-    """The batch sampler whose batches accelerate shares out among processes."""
+    """The batch sampler whose batches accelerate distributes among processes."""
     while isinstance(sampler, BatchSamplerShard):
         sampler = sampler.batch_sampler
     return sampler

@@ -1,4 +1,4 @@
-"""What tsqlora needs of bitsandbytes that is private or differs between versions; it is never imported for that."""
+"""Interfaces of bitsandbytes that are private or differ between versions; nothing here imports it."""
 
 from typing import Any, cast
 
@@ -16,9 +16,9 @@ def linear_bits(module: nn.Module) -> int:
 
 
 def keep_as_trained(model: nn.Module) -> None:
-    """Keeps bitsandbytes from packing 4-bit weights anew for inference, as on some CPUs at the first evaluation.
+    """Keep bitsandbytes from repacking 4-bit weights for inference, as on some CPUs at the first evaluation.
 
-    No gradient passes what it packs, and shapes that are no multiple of 32 it cannot pack.
+    Repacked weights pass no gradient, and shapes must be multiples of 32.
     """
     for module in model.modules():
         if linear_bits(module) == 4:
@@ -26,24 +26,24 @@ def keep_as_trained(model: nn.Module) -> None:
 
 
 def is_packed_for_inference(module: nn.Module) -> bool:
-    """Whether a 4-bit layer was packed anew, so that no gradient passes it."""
+    """Whether a 4-bit layer was repacked, so that it passes no gradient."""
     return linear_bits(module) == 4 and getattr(cast(Any, module).weight.quant_state, "packing_format_for_cpu", False)
 
 
 def dequantised(module: nn.Module) -> Tensor:
     """The weight of a quantised layer in floating point.
 
-    PEFT's dequantize_module_weight gives an 8-bit layer on a CPU another weight, without its scales.
+    PEFT's dequantize_module_weight ignores the scales of an 8-bit layer on a CPU.
     """
     layer = cast(Any, module)
     return dequantize_bnb_weight(layer.weight, state=layer.state if linear_bits(module) == 8 else None).detach()
 
 
 def optimizer_name(optimizer: torch.optim.Optimizer) -> str | None:
-    """The name by which bitsandbytes knows its optimizer ("adam", "lion" …); None for another library's."""
+    """bitsandbytes' name of its optimizer ("adam", "lion" …); None for another library's."""
     return cast(Any, optimizer).optimizer_name if type(optimizer).__module__.startswith("bitsandbytes.") else None
 
 
 def is_eight_bit(state: Any) -> bool:
-    """Whether a state of bitsandbytes' optimizers is codes of 8 bits, which stand for nothing without their scales."""
+    """Whether an optimizer state holds 8-bit codes, which mean nothing without their scales."""
     return isinstance(state, Tensor) and state.dtype == torch.uint8

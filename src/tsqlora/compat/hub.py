@@ -1,4 +1,4 @@
-"""What may name something on the hub, never a path; an adapter of the hub."""
+"""Names of models and data sets on the hub, and the download of an adapter."""
 
 import re
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from tsqlora.errors import DataError
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a text can be the id of a model or a data set: NAME or OWNER/NAME.
+    """Whether a name can be the id of a model or a data set: NAME or OWNER/NAME.
 
     >>> [is_hub_id(name) for name in ("gpt2", "org/model-1.0", "../x", "a/b/c", "a/..", "/etc", "https://x", "a--b")]
     [True, True, False, False, False, False, False, False]
@@ -24,7 +24,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def is_revision(name: str) -> bool:
-    """Whether a text can be a branch, tag or commit: it becomes part of a path in the hub's cache.
+    """Whether a name can be a branch, tag or commit, which becomes part of a path in the hub's cache.
 
     >>> [is_revision(name) for name in ("main", "refs/pr/1", "v1.0", "../../x", "/etc/passwd", "")]
     [True, True, True, False, False, False]
@@ -33,21 +33,21 @@ def is_revision(name: str) -> bool:
 
 
 def download_adapter(name: str) -> Path:
-    """The directory in the hub's cache with the two files of an adapter.  Raises DataError where the hub gives none."""
+    """Download the two files of an adapter, and return their directory in the hub's cache.  Raises DataError."""
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=["adapter_config.json", "adapter_model.safetensors"]))
     except Exception as error:  # of the network, the login or the hub
         raise DataError(
-            f"{name} is no directory here, and the hub does not give it ({type(error).__name__}); give an adapter's "
-            "directory, or OWNER/NAME of one that can be downloaded"
+            f"{name} is neither a local directory nor an adapter that the hub provides ({type(error).__name__}); give "
+            "an adapter's directory, or its OWNER/NAME"
         ) from error
 
 
 @dataclass(frozen=True, slots=True)
 class DatasetName:
-    """A data set of the hub as a setting names it: ID, ID:CONFIGURATION, ID[SPLIT] or ID:CONFIGURATION[SPLIT].
+    """A data set of the hub: ID, ID:CONFIGURATION, ID[SPLIT] or ID:CONFIGURATION[SPLIT].
 
     >>> DatasetName.of("nyu-mll/glue:mrpc[train[:100]]")
     DatasetName(id='nyu-mll/glue', configuration='mrpc', split='train[:100]')
@@ -59,5 +59,5 @@ class DatasetName:
 
     @classmethod
     def of(cls, name: str) -> "DatasetName":
-        found = re.fullmatch(r"([^:\[]+)(?::([\w.+-]+))?(?:\[(.+)\])?", name)
-        return cls(name, None, None) if found is None else cls(*found.groups())
+        match = re.fullmatch(r"([^:\[]+)(?::([\w.+-]+))?(?:\[(.+)\])?", name)
+        return cls(name, None, None) if match is None else cls(*match.groups())

@@ -1,4 +1,4 @@
-"""What tsqlora needs of PEFT that is private or differs between versions."""
+"""Interfaces of PEFT that are private or differ between versions."""
 
 import dataclasses
 from collections.abc import Generator
@@ -14,24 +14,21 @@ from torch import Tensor, nn
 __all__ = ["dequantize_module_weight"]
 
 Place = tuple[nn.Module, str, str]
-"""Where a tensor is: the module that holds it, its name there, and the module's name in the LoRA layer."""
+"""A tensor's module, its name there, and the module's name in the LoRA layer."""
 
 _MARKED = [field.name for field in dataclasses.fields(LoraConfig) if field.metadata.get("is_lora_variant")]
 _BEFORE = ("use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config")
 VARIANTS = tuple(_MARKED or (name for name in _BEFORE if hasattr(LoraConfig, name)))
-"""Options of LoraConfig whose update is not s·BA, such as use_dora; PEFT marks them from 0.20 on."""
+"""Options of LoraConfig whose update is not s·BA, such as use_dora; PEFT 0.20 and later mark them."""
 
 
 def has_variant(layer: LoraLayer) -> bool:
-    """Whether a LoRA layer adds something else than s·BA: a variant such as DoRA, or a bias."""
+    """Whether a LoRA layer adds more than s·BA: a variant such as DoRA, or a bias."""
     return bool(layer.lora_variant) or any(layer.lora_bias.values())
 
 
 def places_of(layer: LoraLayer, adapter: str) -> tuple[Place, Place]:
-    """Where A and B of a layer's adapter are.
-
-    An Embedding's are entries of a ParameterDict, a linear layer's the weights of two linear layers.
-    """
+    """The places of A and B: entries of a ParameterDict for an Embedding, else weights of two linear layers."""
     if adapter in layer.lora_embedding_A:
         return (
             (layer.lora_embedding_A, adapter, "lora_embedding_A"),
@@ -44,7 +41,7 @@ def places_of(layer: LoraLayer, adapter: str) -> tuple[Place, Place]:
 
 
 def lora_matrices(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
-    """A (r × i) and B (o × r) of a layer's adapter, as its forward pass uses them."""
+    """A (r × i) and B (o × r) of a layer's adapter."""
     if adapter in layer.lora_embedding_A:
         return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
     return cast(Tensor, layer.lora_A[adapter].weight), cast(Tensor, layer.lora_B[adapter].weight)
@@ -79,7 +76,7 @@ def without_zero_updates(model: nn.Module) -> Generator[None]:
 
 
 def forget_adapter(layer: LoraLayer, adapter: str) -> None:
-    """Takes an adapter off one layer; `delete_adapter` would make another one active in this layer alone."""
+    """Remove an adapter from one layer; `delete_adapter` would activate another one in this layer alone."""
     for attribute in (*layer.adapter_layer_names, *layer.other_param_names):
         by_adapter: Any = getattr(layer, attribute)
         if adapter in by_adapter:
@@ -87,9 +84,9 @@ def forget_adapter(layer: LoraLayer, adapter: str) -> None:
 
 
 def allocate_triplets(model: PeftModel, config: AdaLoraConfig, step: int) -> bool:
-    """Calls AdaLoRA's `update_and_allocate`; whether the allocator chose triplets at this step.
+    """Call AdaLoRA's `update_and_allocate`; return whether it chose triplets at this step.
 
-    PEFT returns nothing, but replaces `rank_pattern` by a new dict whenever it has chosen.
+    PEFT returns nothing, but replaces `rank_pattern` by a new dict when it chooses.
     """
     before = config.rank_pattern
     cast(Any, model.base_model).update_and_allocate(step)
@@ -97,16 +94,16 @@ def allocate_triplets(model: PeftModel, config: AdaLoraConfig, step: int) -> boo
 
 
 def chosen_triplets(config: AdaLoraConfig) -> dict[str, int]:
-    """How many triplets the last allocation kept, by the layer's name in the base model; empty before the first.
+    """The number of triplets that the last allocation kept, by layer name; empty before the first.
 
-    A key is `NAME.lora_E.ADAPTER`, and `NAME.lora_E` once the model has been saved.
+    Keys of PEFT are `NAME.lora_E.ADAPTER`, and `NAME.lora_E` after the model was saved.
     """
     return {key.partition(".lora_E")[0]: sum(mask) for key, mask in (config.rank_pattern or {}).items()}
 
 
 def eva_layer_inputs(layer_input: Any, model_input: Tensor, layer_name: str) -> Tensor:
-    """The inputs that EVA reads of a layer: tokens that are not padding, or all rows where a sample is one row."""
-    found = layer_input if isinstance(layer_input, Tensor) else layer_input[0]
-    if found.dim() == 2:
-        return found.contiguous()
-    return prepare_layer_inputs_fn_language_modeling(found, model_input, layer_name)
+    """The inputs of a layer that EVA reads: tokens without padding, or all rows if a sample is one row."""
+    inputs = layer_input if isinstance(layer_input, Tensor) else layer_input[0]
+    if inputs.dim() == 2:
+        return inputs.contiguous()
+    return prepare_layer_inputs_fn_language_modeling(inputs, model_input, layer_name)

@@ -1,4 +1,4 @@
-"""What tsqlora needs of torch that is private or differs between versions."""
+"""Interfaces of torch that are private or differ between versions."""
 
 import copy
 from collections.abc import Callable, MutableMapping
@@ -10,24 +10,24 @@ from torch import Tensor, nn
 
 
 def is_view(tensor: Tensor) -> bool:
-    """Whether autograd takes the tensor for a view of another, which a custom function must not mark as dirty."""
+    """Whether autograd treats the tensor as a view, which a custom function must not mark as dirty."""
     return tensor._is_view()
 
 
 def with_weight(module: nn.Module, weight: Tensor) -> nn.Module:
-    """A copy that shares everything but its weight; its `forward` runs none of the module's hooks."""
+    """A copy that shares everything but the weight; its `forward` runs no hooks."""
     twin = cast(Any, copy.copy(module))
     twin._parameters = {**twin._parameters, "weight": nn.Parameter(weight, requires_grad=False)}
     return twin
 
 
 def inside_compiled(module: nn.Module) -> nn.Module:
-    """The module that torch.compile wrapped."""
+    """The module inside torch.compile's."""
     return cast(nn.Module, module._orig_mod)
 
 
 def compile_limits(times: int) -> AbstractContextManager[Any]:
-    """torch.compile so many times as often as it may by default: beyond its limit it gives up in silence."""
+    """Multiply torch.compile's limits, beyond which it falls back silently."""
     import torch._dynamo.config as dynamo  # seconds to import
 
     config: Any = dynamo
@@ -36,39 +36,39 @@ def compile_limits(times: int) -> AbstractContextManager[Any]:
 
 
 def remove_state_dict_hooks(module: nn.Module, *functions: Callable[..., Any]) -> None:
-    """Removes these functions from a module's state dict hooks, also from a copy's, to which no handle leads."""
+    """Remove functions from a module's state dict hooks, also in a copy, for which there is no handle."""
     for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
         registered = cast(MutableMapping[int, Any], hooks)
-        # torch wraps those that are given the module.
+        # torch wraps hooks that take the module.
         for key in [key for key, hook in registered.items() if getattr(hook, "hook", hook) in functions]:
             del registered[key]
 
 
 def show_directly(kind: type[nn.Module], tensor: str) -> None:
-    """Makes a parametrised tensor as fast to read as it can be: one parametrisation, without two calls of modules.
+    """Speed up reading a parametrised tensor: skip two module calls if there is one parametrisation.
 
-    Those take longer than the product with a small matrix, three times in each forward pass of a layer. `kind` is the
-    class that torch made for one module and its copies.
+    These calls take longer than the product with a small matrix, three times in each forward pass of a layer. `kind`
+    is the class that torch made for one module and its copies.
     """
 
     def shown(holder: Any) -> Tensor:
         parts = holder._modules["parametrizations"]._modules[tensor]
         if len(parts._modules) > 1:
-            return parts()  # somebody's own parametrisation of what is shown
+            return parts()  # another parametrisation on top
         return parts._modules["0"].forward(parts._parameters["original"])
 
     setattr(kind, tensor, property(shown, kind.__dict__[tensor].fset))
 
 
 NO_FLOAT64 = {"mps"}
-"""Kinds of devices that cannot compute in float64."""
+"""Device types without float64."""
 
 
 def double(x: Tensor) -> Tensor:
-    """In float64: on the tensor's own device, or on the processor where the device has none, as Apple's MPS."""
+    """In float64, on the CPU if the device lacks it, as Apple's MPS does."""
     return (x.cpu() if x.device.type in NO_FLOAT64 else x).double()
 
 
 def upcast(x: Tensor) -> Tensor:
-    """Half precision raised to float32, everything else as it is: sums must not round."""
+    """Half precision as float32, other types unchanged: sums must not round."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -1,4 +1,4 @@
-"""What tsqlora needs of transformers that is private or differs between versions."""
+"""Interfaces of transformers that are private or differ between versions."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,46 +14,46 @@ from transformers.integrations.integration_utils import (
 from transformers.models.auto import modeling_auto
 
 SUMS = "loss_is_scaled_for_ga" if hasattr(Trainer, "loss_is_scaled_for_ga") else "model_accepts_loss_kwargs"
-"""The Trainer's attribute that keeps it from taking the mean over a step's batches; the second one before 5.21."""
+"""The Trainer's attribute that makes it sum a step's batches instead of averaging; the second name before 5.21."""
 
 
 def set_deletion_order(checkpoints: Iterable[Path]) -> None:
-    """Makes the Trainer delete these checkpoints in this order, and after them those that it writes later.
+    """Make the Trainer delete these checkpoints in this order, before later ones.
 
-    With save_total_limit the Trainer deletes the folder with the oldest date, and trusts dates only where they span a
-    second. A clock that was set back would make it delete the newest.
+    With save_total_limit the Trainer deletes the folder with the oldest date, and trusts dates only if they span a
+    second. After a clock was set back it would delete the newest.
     """
     for second, path in enumerate(checkpoints, start=1):
         os.utime(path, (second, second))
 
 
 def saved_note(state: TrainerState, key: str) -> dict[str, Any]:
-    """A dict of ours in the trainer_state.json of every checkpoint that the Trainer writes from now on; change it."""
+    """A mutable dict that the Trainer writes to trainer_state.json in every later checkpoint."""
     return cast(dict[str, Any], state.stateful_callbacks).setdefault(key, {})
 
 
 def set_loss_scaling(trainer: Trainer, *, divides_by_window: bool) -> None:
-    """Tells the Trainer how a step sums its batches, which it takes from the model's class.
+    """Set how the Trainer sums a step's batches, which it infers from the model's class.
 
-    A loss is the mean over its batch unless the model divides by the tokens of the whole window. Label smoothing
-    is the Trainer's own loss, which does divide where it can count.
+    A loss is the mean over its batch unless the model divides by the tokens of the whole window. Label smoothing is
+    the Trainer's own loss, which divides if it can count tokens.
     """
     smoothed = trainer.label_smoother is not None
     setattr(trainer, SUMS, trainer.model_accepts_loss_kwargs and (smoothed or divides_by_window))
 
 
 def summed_batches(trainer: Trainer) -> int:
-    """Over how many batches the step under way sums the loss; 1 where the Trainer takes their mean."""
+    """The number of batches whose losses the current step sums; 1 if the Trainer averages them."""
     return trainer.current_gradient_accumulation_steps if getattr(trainer, SUMS) else 1
 
 
 def callbacks_of(trainer: Trainer) -> Sequence[TrainerCallback]:
-    """The Trainer's callbacks, in the order in which it calls them."""
+    """The Trainer's callbacks in calling order."""
     return trainer.callback_handler.callbacks
 
 
 def reporter_kinds(names: str | list[str] | None) -> tuple[type[TrainerCallback], ...]:
-    """The callbacks that `report_to` asks for.  Raises ValueError for an unknown name."""
+    """The callbacks of `report_to`.  Raises ValueError for an unknown name."""
     return tuple(get_reporting_integration_callbacks(names))
 
 
@@ -62,12 +62,12 @@ def installed_reporters() -> set[str]:
 
 
 def was_loaded(parameter: Tensor) -> bool:
-    """Whether `from_pretrained` found the parameter in the checkpoint; False for all in a model made otherwise."""
+    """Whether `from_pretrained` loaded the parameter from the checkpoint; False in a model made otherwise."""
     return getattr(parameter, "_is_hf_initialized", False)
 
 
 def knows_lengths(sampler: Any) -> bool:
-    """Whether a sampler of the Trainer's read the rows' lengths once, when it was made."""
+    """Whether the Trainer's sampler read the rows' lengths at its construction."""
     names = ("LengthGroupedSampler", "DistributedLengthGroupedSampler", "BatchRebalanceSampler")  # the last from 5.x on
     return isinstance(
         sampler, tuple(getattr(trainer_pt_utils, name) for name in names if hasattr(trainer_pt_utils, name))
@@ -75,9 +75,9 @@ def knows_lengths(sampler: Any) -> bool:
 
 
 def packing_method(config: Any) -> str | None:
-    """How the weights of a model with this config are quantised: bitsandbytes, gptq, torchao …"""
-    made = getattr(config, "quantization_config", None) or {}
-    method = made.get("quant_method") if isinstance(made, dict) else made.quant_method
+    """The quantisation method of a model: bitsandbytes, gptq, torchao …"""
+    settings = getattr(config, "quantization_config", None) or {}
+    method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
     return None if method is None else str(getattr(method, "value", method))
 
 
@@ -86,4 +86,4 @@ CLASSES_OF: Mapping[str, Mapping[Any, Any]] = {
     "question-answering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
     "masked-lm": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 }
-"""Classes of models by task, and by kind of model."""
+"""Model classes by task and model type."""

@@ -12,16 +12,16 @@ from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEv
 MOST_BYTES = 1 << 16
 """Of a text: ruamel.yaml reads some 100 KB a second."""
 _MOST_VALUES = 10_000
-"""Of a document, what stands behind an alias counted each time."""
+"""Of a document, counting the value of an alias each time."""
 _DEEPEST = 30
 
 
 class YamlProblem(ValueError):
-    """What is wrong with a text, with its line where it has one."""
+    """An error in a text, with its line if known."""
 
 
 def load_yaml(text: str | bytes) -> Any:
-    """The value of a text.  Raises YamlProblem for text that is not YAML, runs code, or grows without end."""
+    """The value of a text.  Raises YamlProblem for text that is not YAML, runs code, or exceeds the limits."""
     if len(text) > MOST_BYTES:
         raise YamlProblem(f"more than {MOST_BYTES:,} bytes, which is too long for settings")
     try:
@@ -51,7 +51,7 @@ def _require_limits(text: str) -> None:
     count, open_nodes, sizes = 0, list[tuple[str | None, int]](), dict[str | None, int]()
     for event in _yaml().parse(text):
         if getattr(event, "tag", None) is not None:
-            raise _problem(event, f"the tag {event.tag} is not read; write the plain value")
+            raise _problem(event, f"the tag {event.tag} is not supported; write the plain value")
         before = count
         if isinstance(event, CollectionEndEvent):
             anchor, before = open_nodes.pop()
@@ -71,7 +71,7 @@ def _require_limits(text: str) -> None:
         if len(open_nodes) > _DEEPEST:
             raise _problem(event, f"nested more than {_DEEPEST} deep")
         if count > _MOST_VALUES:
-            raise _problem(event, f"more than {_MOST_VALUES:,} values, aliases counted")
+            raise _problem(event, f"more than {_MOST_VALUES:,} values, counting aliases")
 
 
 def _problem(event: Any, problem: str) -> YamlProblem:
@@ -79,12 +79,12 @@ def _problem(event: Any, problem: str) -> YamlProblem:
 
 
 class _Constructor(SafeConstructor):
-    """Reads dates and a lone = as text, as YAML 1.2 has them; refuses whole numbers of more than 64 bits."""
+    """Reads dates and a lone = as text, as YAML 1.2 does; refuses integers of more than 64 bits."""
 
     def construct_small_int(self, node: Any) -> int:
         value = self.construct_yaml_int(node)
         if not -(2**63) <= value < 2**63:
-            raise MarkedYAMLError(problem="a whole number of more than 64 bits", problem_mark=node.start_mark)
+            raise MarkedYAMLError(problem="an integer of more than 64 bits", problem_mark=node.start_mark)
         return value
 
 
@@ -95,7 +95,7 @@ for _kind in ("timestamp", "value"):
 
 class _Representer(SafeRepresenter):
     def represent_text(self, text: str) -> Any:
-        # Single quotes lose line breaks other than \n; within braces a plain ?x is the key x, and :- no key.
+        # Single quotes lose line breaks other than \n; in braces, a plain ?x is the key x, and :- is not a key.
         plain = text.isprintable() and not text.startswith(("?", ":"))
         return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')
 

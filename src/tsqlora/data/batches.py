@@ -1,4 +1,4 @@
-"""The order of samples, and padded or packed batches of them."""
+"""Order samples, and pad or pack them into batches."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,30 +13,33 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 from tsqlora.errors import SettingsError
 
 IGNORED = -100
-"""The label of a token that is not trained on."""
+"""The label of a token without loss."""
 
 # Batches among which samples are sorted: more pads less, fewer mixes better.
 MEGABATCH = 50
 
+# The processor's library prepares a kernel for every shape, which costs time and some 350 KB; GPUs like it too.
+MULTIPLE = 8
+
 
 def bucketed_order(lengths: Sequence[int], *, batch_size: int, rng: np.random.Generator) -> Int[np.ndarray, " n"]:
-    """A random permutation in which each run of `batch_size` has samples of like length.
+    """A random permutation in which each run of `batch_size` samples has similar lengths.
 
-    Shuffled, sorted inside megabatches of 50 batches, cut into batches, the batches shuffled.
-    A smaller last batch stays last, so that the runs are the batches a DataLoader cuts.
+    Shuffle, sort inside megabatches of 50 batches, cut into batches, shuffle the batches.
+    A smaller last batch stays last, so that the runs are the batches of a DataLoader.
     """
     assert batch_size >= 1, batch_size
     sizes = np.asarray(lengths, dtype=np.int64)
     shuffled = rng.permutation(len(sizes))
     megabatches = _cut(shuffled, MEGABATCH * batch_size)
     batches = [batch for mega in megabatches for batch in _cut(_longest_first(mega, sizes), batch_size)]
-    whole = len(sizes) // batch_size
-    order = [*rng.permutation(whole).tolist(), *range(whole, len(batches))]
+    full = len(sizes) // batch_size
+    order = [*rng.permutation(full).tolist(), *range(full, len(batches))]
     return np.concatenate([np.empty(0, dtype=np.int64), *(batches[j] for j in order)])
 
 
 def sorted_batches(lengths: Sequence[int], batch_size: int) -> list[Int[np.ndarray, " b"]]:
-    """Batches of sample indices, the longest samples first: too large a batch fails at once.
+    """Batches of sample indices, the longest samples first: a batch that is too large fails at once.
 
     >>> [batch.tolist() for batch in sorted_batches([1, 9, 5], 2)]
     [[1, 2], [0]]
@@ -55,12 +58,8 @@ def _cut(indices: np.ndarray, size: int) -> list[np.ndarray]:
     return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
-# For every shape the processor's library prepares a kernel, which costs time and some 350 KB; GPUs like it too.
-MULTIPLE = 8
-
-
 def collator(tokenizer: PreTrainedTokenizerBase, *, max_length: int, positions: int | None) -> DataCollatorWithPadding:
-    """Pads a batch to the next multiple of 8 tokens, where the model has so many positions."""
+    """Pad a batch to the next multiple of 8 tokens, if the model has enough positions."""
     longest = -(-max_length // MULTIPLE) * MULTIPLE
     fits = positions is None or longest <= positions
     return DataCollatorWithPadding(tokenizer, pad_to_multiple_of=MULTIPLE if fits else None)
@@ -68,13 +67,13 @@ def collator(tokenizer: PreTrainedTokenizerBase, *, max_length: int, positions: 
 
 @dataclass(frozen=True, slots=True)
 class GenerationCollator:
-    """Pads input_ids, attention_mask and labels, if there are any; other keys are left out.
+    """Pad input_ids, attention_mask and labels, if any; drop other keys.
 
     Args:
-        pad: the token that inputs are filled up with; the attention mask is 0 there, and labels are -100.
-        seq2seq: labels are of a length of their own; else they are as long as the inputs.
-        multiple: lengths are rounded up to a multiple of this.
-        left: inputs are filled up on the left, so that what a causal model writes follows on them.
+        pad: the padding token of inputs; the attention mask is 0 there, and labels are -100.
+        seq2seq: labels have lengths of their own; else they are as long as the inputs.
+        multiple: round lengths up to a multiple of this.
+        left: pad inputs on the left, so that a causal model continues them.
     """
 
     pad: int
@@ -94,18 +93,15 @@ class GenerationCollator:
 def generation_collator(
     tokenizer: PreTrainedTokenizerBase, *, seq2seq: bool, multiple: int = MULTIPLE, left: bool = False
 ) -> GenerationCollator:
-    """Pads to the right for training and scoring, to the left for writing.
-
-    Raises SettingsError for a tokenizer with neither a padding nor an end token.
-    """
+    """Pad on the right for training and scoring, on the left for writing.  Raises SettingsError as `padding_of`."""
     return GenerationCollator(padding_of(tokenizer), seq2seq, multiple, left)
 
 
 def padding_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token to fill up with: the tokenizer's padding, else its end token."""
+    """The tokenizer's padding token, else its end token.  Raises SettingsError if it has neither."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if not isinstance(pad, int):
-        raise SettingsError("the tokenizer has neither a padding nor an end token; set one")
+        raise SettingsError("the tokenizer has neither a padding nor an end token; set its pad_token")
     return pad
 
 
@@ -113,15 +109,15 @@ def _padded(rows: Sequence[Sequence[int]], fill: int, multiple: int, *, left: bo
     width = -(-max(map(len, rows)) // multiple) * multiple
     padded = torch.full((len(rows), width), fill, dtype=torch.int64)
     for j, row in enumerate(rows):
-        kept = slice(width - len(row), width) if left else slice(0, len(row))
-        padded[j, kept] = torch.tensor(row, dtype=torch.int64)
+        span = slice(width - len(row), width) if left else slice(0, len(row))
+        padded[j, span] = torch.tensor(row, dtype=torch.int64)
     return padded
 
 
 def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
-    """Which samples share a row of at most `max_length` tokens: the longest first, each into the first row with room.
+    """Assign samples to rows of at most `max_length` tokens: longest first, each into the first row with room.
 
-    Rows and the samples in a row are in ascending order. A sample that is longer has a row of its own.
+    Rows and the samples in a row are in ascending order. A longer sample has a row to itself.
 
     >>> pack([3, 6, 2, 1], 8)
     [[0, 3], [1, 2]]
@@ -140,16 +136,15 @@ def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
 
 @dataclass(frozen=True, slots=True)
 class PackedCollator:
-    """Batches of fewer rows than samples, for training a causal model.
+    """Pack samples into fewer rows, for training a causal model.
 
-    Positions start anew with each sample, and there is neither attention mask nor cache: from that
-    transformers makes the mask, of whatever kind the model's attention takes, that keeps each
-    sample to itself. The first token of a sample follows from nothing, and is not trained on.
+    Positions restart with each sample, and there is neither attention mask nor cache: from that transformers makes a
+    mask, for any kind of attention, that separates the samples. The first token of a sample has no loss.
 
     Args:
-        pad: the token that rows are filled up with; its positions are those of one more sample.
+        pad: the token that fills rows up; its positions are those of one more sample.
         max_length: tokens of a row, unless a sample has more.
-        multiple: rows are rounded up to a multiple of this.
+        multiple: round rows up to a multiple of this.
     """
 
     pad: int
@@ -175,5 +170,5 @@ class PackedCollator:
 
 
 def packed_collator(tokenizer: PreTrainedTokenizerBase, *, max_length: int, multiple: int = MULTIPLE) -> PackedCollator:
-    """Packs each batch's samples into rows of `max_length` tokens.  Raises SettingsError as `generation_collator`."""
+    """Pack each batch into rows of `max_length` tokens.  Raises SettingsError as `padding_of`."""
     return PackedCollator(padding_of(tokenizer), max_length, multiple)

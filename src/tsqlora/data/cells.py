@@ -1,4 +1,4 @@
-"""Cells of rows: which hold nothing, which hold text, and the hash that names a row by them."""
+"""Cells of rows: missing values, text, and the hash that identifies a row."""
 
 import hashlib
 import json
@@ -12,54 +12,53 @@ from tsqlora.errors import DataError
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a cell holds nothing: null, NaN, or text of spaces alone."""
+    """Whether a cell is empty: null, NaN, or white space."""
     blank = isinstance(value, str) and not value.strip()
     return value is None or blank or (isinstance(value, float) and math.isnan(value))
 
 
 class MissingError(DataError):
-    """A row without something that it must have; `what` says so without the row's place."""
+    """A row without a required value; `what` names the value without the row's place."""
 
     def __init__(self, place: str, what: str) -> None:
-        super().__init__(f"{place}: {what}; fill it in or leave the row out")
+        super().__init__(f"{place}: {what}; fill it in or remove the row")
         self.what = what
 
 
 def lacking(row: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
-    """What the row lacks of `columns` (name -> what the column holds), the first of it; None for a whole row."""
+    """The first missing value of a row, in words; None if it has all. `columns` maps names to what they hold."""
     missing = next((column for column in columns if is_missing(row.get(column))), None)
     return None if missing is None else f"no {columns[missing]} in column '{missing}'"
 
 
 def text_at(rows: Rows, i: int, column: str) -> str:
-    """The text of row i in a column.  Raises MissingError with file and row where there is none."""
+    """The text of row i in a column.  Raises MissingError with file and row if it is empty."""
     value = rows.rows[i].get(column)
     if is_missing(value):
         raise MissingError(rows.place(i), f"no text in column '{column}'")
     return as_text(value, f"column '{column}'", rows.place(i))
 
 
-def text_or_nothing(rows: Rows, i: int, column: str | None) -> str:
-    """The same, and "" where the cell or the column is not there."""
+def text_or_empty(rows: Rows, i: int, column: str | None) -> str:
+    """The text of row i in a column; "" if the cell is empty or the column is missing."""
     value = None if column is None else rows.rows[i].get(column)
     return "" if is_missing(value) else as_text(value, f"column '{column}'", rows.place(i))
 
 
 def as_text(value: Any, where: str, place: str) -> str:
-    """The value, which must be text that can be encoded; errors say where it stands."""
+    """The value itself.  Raises DataError with its place if it is not text, or text that UTF-8 cannot encode."""
     if not isinstance(value, str):
         kind = type(value).__name__
-        raise DataError(f"{place}: {kind} {reprlib.repr(value)} in {where} is no text; write a string")
+        raise DataError(f"{place}: {where} holds {kind} {reprlib.repr(value)}, not text; write a string")
     try:
         value.encode()
     except UnicodeEncodeError:
-        cure = "has half a surrogate pair (\\ud800..\\udfff); remove it"
-        raise DataError(f"{place}: {where} {cure}") from None
+        raise DataError(f"{place}: {where} holds half a surrogate pair (\\ud800..\\udfff); remove it") from None
     return value
 
 
 def row_text(row: Mapping[str, Any], columns: Mapping[str, str | None]) -> str:
-    """What a row says in its columns `text` and `text_pair`, a line each; of a chat, a line a message.
+    """The columns `text` and `text_pair` of a row, a line each; of a chat, a line a message.
 
     >>> row_text({"q": "Why?", "chat": [{"role": "user", "content": "Hi."}]}, {"text": "q", "text_pair": "chat"})
     'Why?\\nuser: Hi.'
@@ -75,14 +74,14 @@ def _cell_text(cell: Any) -> str:
 
 
 def sample_hash(text: str, pair: str, label: str) -> str:
-    """First 16 hex digits of the SHA-256 of text, pair and label, set apart by U+001F."""
+    """First 16 hex digits of the SHA-256 of text, pair and label, joined by U+001F."""
     return hashlib.sha256(f"{text}\x1f{pair}\x1f{label}".encode()).hexdigest()[:16]
 
 
 def row_hash(row: Mapping[str, Any], columns: Mapping[str, str | None]) -> str:
-    """`sample_hash` of a row's columns `text`, `text_pair` and `label`; what is not there is as good as empty.
+    """`sample_hash` of a row's columns `text`, `text_pair` and `label`; a missing one counts as empty.
 
-    The label as the row writes it: its id would change with the other classes.
+    The label counts as the row writes it: its class id would change with the other classes.
     """
     used = (columns["text"], columns["text_pair"], columns["label"])
     values = (None if column is None else row.get(column) for column in used)
@@ -90,7 +89,7 @@ def row_hash(row: Mapping[str, Any], columns: Mapping[str, str | None]) -> str:
 
 
 def _written(value: Any) -> str:
-    """Lists, which messages are, as JSON in one order of keys: a file may change it on its way through Parquet."""
+    # Lists (chats) as JSON with sorted keys: Parquet may change the order of keys.
     if isinstance(value, list | dict):
         return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
     return str(value)

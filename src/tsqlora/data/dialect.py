@@ -1,4 +1,4 @@
-"""How a text file is written: its encoding, and of a CSV file its delimiter."""
+"""Detect the encoding of a text file, and the delimiter of a CSV file."""
 
 import codecs
 import csv
@@ -12,38 +12,38 @@ from pathlib import Path
 from tsqlora.errors import DataError
 
 DELIMITERS = ",;\t|"
-"""What may stand between the columns of a CSV file; of equally likely ones the first."""
+"""Candidates for the delimiter of a CSV file; the first wins a tie."""
 
 FALLBACK = "cp1252"
-"""The encoding of a file that is not UTF-8: of Windows in Western Europe.  charset-normalizer, which guesses, took
+"""The encoding of a file that is not UTF-8: Windows in Western Europe.  charset-normalizer, which guesses, took
 French in cp1252 for iso8859-10, and German for cp1250."""
 
 TABLES = (".csv", ".tsv")
-"""Formats whose cells are text between delimiters, whatever they stand for."""
+"""Formats without types: every cell is text."""
 
 _MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
-_LINES, _LOOKED_AT = 1000, 4096
-"""Lines by which a delimiter is chosen, and bytes that must hold no zero byte."""
+_SNIFFED_LINES, _SNIFFED_BYTES = 1000, 4096
 
 
 @dataclass(frozen=True, slots=True)
 class Hints:
-    """What is known of how files are written; what is None is found by their content."""
+    """Settings about text files; None means detect."""
 
     delimiter: str | None = None
     encoding: str | None = None
 
 
 SNIFF = Hints()
-"""Everything is found by the content."""
 
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
     """How a text file is written.
 
-    `mark` is the length of its byte order mark in bytes, `delimiter` is None where there are no columns, `guessed` is
-    true where nothing proves the encoding.
+    Args:
+        mark: length of its byte order mark in bytes.
+        delimiter: None if the file has no columns.
+        guessed: whether nothing proves the encoding.
     """
 
     encoding: str = "utf-8"
@@ -56,17 +56,16 @@ class Dialect:
         return f"{between}{self.encoding}"
 
     def note(self, name: str) -> str | None:
-        """What to say of a file of this name whose encoding is only likely."""
+        """A warning if the encoding is a guess."""
         if not self.guessed:
             return None
         return f"{name} is not UTF-8 and was read as {self.encoding}; set data.encoding if its letters look wrong"
 
     def lines(self, path: Path, *, newline: str) -> Iterator[tuple[str, int]]:
-        """Each line with its line end, and how many bytes of the file end with it.
+        """Each line with its line end, and the offset in bytes of its end.
 
-        `newline` is "\\n" where lines end at line feeds alone, "" where they end at any of \\n, \\r and \\r\\n.
-        A byte order mark is counted and left out.  Raises DataError where the file cannot be read, and names the line
-        that is not of the encoding.
+        `newline` is "\\n" if lines end at line feeds alone, "" if they end at any of \\n, \\r and \\r\\n.
+        Skips a byte order mark. Raises DataError if the file cannot be read, naming the line that does not decode.
         """
         try:
             with _opened(path) as binary:
@@ -76,26 +75,26 @@ class Dialect:
                         at += len(line.encode(self.encoding))
                         yield line, at
         except UnicodeError as error:
-            raise DataError(_where_not_decoded(path, self, error)) from error
+            raise DataError(_undecoded(path, self, error)) from error
 
 
 PLAIN = Dialect()
-"""UTF-8 without columns, and what is no text file."""
+"""UTF-8 without columns; also for binary files."""
 
 
 def sniff(path: Path, hints: Hints) -> Dialect:
-    """The dialect of a text file; hints win over what its content says, and a byte order mark over an encoding.
+    """Detect a text file's dialect; hints win over content, and a byte order mark over an encoding.
 
-    Without a mark and an encoding a file is UTF-8 if it can be, else FALLBACK.  A file that is UTF-8 in most of its
-    lines with letters beyond ASCII stays UTF-8: it is broken.  Raises DataError where the file cannot be read.
+    Without mark and hint a file is UTF-8 if it decodes, else FALLBACK. A file whose lines beyond ASCII mostly decode
+    as UTF-8 stays UTF-8: it is broken. Raises DataError if the file cannot be read.
     """
     with _opened(path) as file:
-        start = file.read(_LOOKED_AT)
+        start = file.read(_SNIFFED_BYTES)
     mark = next((mark for mark in _MARKS if start.startswith(mark)), b"")
-    # A zero byte is in no text of one byte a letter: an archive is read as UTF-8, and refused there.
+    # Text with one byte a letter has no zero byte: an archive is read as UTF-8, and refused there.
     guessed = not mark and hints.encoding is None and b"\0" not in start and not _is_utf8(path)
-    found = _MARKS.get(mark) or hints.encoding or (FALLBACK if guessed else "utf-8")
-    dialect = Dialect(found, len(mark), guessed=guessed)
+    encoding = _MARKS.get(mark) or hints.encoding or (FALLBACK if guessed else "utf-8")
+    dialect = Dialect(encoding, len(mark), guessed=guessed)
     if path.suffix.lower() not in TABLES:
         return dialect
     return replace(dialect, delimiter=_delimiter(path, dialect, hints))
@@ -120,30 +119,31 @@ def _is_utf8(path: Path) -> bool:
             return True
         except UnicodeDecodeError:
             file.seek(0)
-            beyond_ascii = [_decodes(line, "utf-8") for line in file if not line.isascii()]
+            beyond_ascii = [_broken_at(line, "utf-8") is None for line in file if not line.isascii()]
             return sum(beyond_ascii) > len(beyond_ascii) / 2
 
 
-def _decodes(line: bytes, encoding: str) -> bool:
+def _broken_at(line: bytes, encoding: str) -> int | None:
+    """The offset of the first byte that does not decode."""
     try:
         line.decode(encoding)
-    except UnicodeError:
-        return False
-    return True
+    except UnicodeError as error:
+        return getattr(error, "start", 0)
+    return None
 
 
 def _delimiter(path: Path, dialect: Dialect, hints: Hints) -> str:
-    """A tab in a TSV file; else the hint, or the one of DELIMITERS by which most records agree with the first line.
+    """A tab in a TSV file; else the hint, or the candidate with which most records match the header.
 
-    Not csv.Sniffer: it fails where a text has an apostrophe, and does not ask what the first line says.
+    Not csv.Sniffer: an apostrophe in a text misleads it, and it ignores the header.
     """
     if path.suffix.lower() == ".tsv":
         return "\t"
     if hints.delimiter is not None:
         return hints.delimiter
     try:
-        start = [line for line, _ in islice(dialect.lines(path, newline=""), _LINES)]
-    except DataError:  # whoever reads the rows names the line
+        start = [line for line, _ in islice(dialect.lines(path, newline=""), _SNIFFED_LINES)]
+    except DataError:  # reading the rows raises it again, with the line
         return ","
     header = next((line for line in start if line.strip()), "")
     candidates = [delimiter for delimiter in DELIMITERS if delimiter in header]
@@ -159,23 +159,13 @@ def _agreeing(lines: list[str], delimiter: str) -> int:
     return sum(count == counts[0] for count in counts)
 
 
-def _where_not_decoded(path: Path, dialect: Dialect, error: UnicodeError) -> str:
+def _undecoded(path: Path, dialect: Dialect, error: UnicodeError) -> str:
     encoding = dialect.encoding.upper()
     what = f"is neither UTF-8 nor {encoding}" if dialect.guessed else f"is not {encoding}"
-    cure = "save the file as UTF-8 text, and not compressed, or set data.encoding"
-    if "UTF-16" not in encoding:  # of which a line feed is two bytes
+    cure = "save the file as UTF-8 text, not compressed, or set data.encoding"
+    if "UTF-16" not in encoding:  # its line feeds have two bytes
         with _opened(path) as file:
             for number, line in enumerate(file, start=1):
-                if not _decodes(line, encoding):
-                    return f"{path}:{number}: {_first_undecoded(line, encoding)} {what}; {cure}"
+                if (at := _broken_at(line, encoding)) is not None:
+                    return f"{path}:{number}: byte 0x{line[at]:02x} {what}; {cure}"
     return f"{path} {what} ({error}); {cure}"
-
-
-def _first_undecoded(line: bytes, encoding: str) -> str:
-    try:
-        line.decode(encoding)
-    except UnicodeDecodeError as broken:
-        return f"byte 0x{line[broken.start]:02x}"
-    except UnicodeError:
-        pass
-    return "a byte"

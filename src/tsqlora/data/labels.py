@@ -1,4 +1,4 @@
-"""Labels as they stand in the rows -> class ids, or target numbers."""
+"""Labels as rows write them, encoded as class ids or target numbers."""
 
 import math
 import re
@@ -21,14 +21,14 @@ class LabelMap:
 
 
 def distinct_labels(parts: Iterable[Rows], column: str) -> tuple[list[str | int], np.ndarray]:
-    """Each label once, in order of first appearance, and which one each row has.
+    """The distinct labels in order of first appearance, and the number of each row's label.
 
-    In a format without types (CSV), labels that are all integers are integers. Raises DataError with file and row for
-    a label that is neither text nor an integer, and for text beside integers.
+    In a format without types (CSV), labels that are all integers become integers. Raises DataError with file and row
+    for a label that is neither text nor an integer, and for text beside integers.
     """
     numbers: dict[str | int, int] = {}
     kinds = set[type]()
-    found: list[np.ndarray] = []
+    places: list[np.ndarray] = []
     typed = True
     for rows in parts:
         typed = rows.typed
@@ -38,32 +38,32 @@ def distinct_labels(parts: Iterable[Rows], column: str) -> tuple[list[str | int]
             if len(kinds) > 1:
                 raise DataError(
                     f"{rows.place(i)}: the label {label!r} in column '{column}' is {type(label).__name__}, "
-                    "unlike those before; write all as text or all as integers"
+                    "unlike earlier labels; write all as text or all as integers"
                 )
-        found.append(np.array([numbers.setdefault(label, len(numbers)) for label in labels], dtype=np.int32))
+        places.append(np.array([numbers.setdefault(label, len(numbers)) for label in labels], dtype=np.int32))
     integers = not typed and all(_is_integer(str(value)) for value in numbers)
-    return [int(value) if integers else value for value in numbers], np.concatenate(found)
+    return [int(value) if integers else value for value in numbers], np.concatenate(places)
 
 
 def classes_of(labels: Iterable[str | int], source: str, column: str) -> LabelMap:
-    """The classes among training labels of one kind; text sorts as text, integers as numbers.
+    """Sort distinct training labels into classes: text as text, integers as numbers.
 
     >>> classes_of([10, 9], "a.csv", "label").names, classes_of(["10", "9"], "a.csv", "label").names
     ((9, 10), ('10', '9'))
     """
     names = tuple(sorted(labels))
     if len(names) < 2:
-        raise DataError(f"{source}, column '{column}': {_listed(names)} is the only class; at least two are needed")
+        raise DataError(f"{source}, column '{column}': {_listed(names)} is the only class; give rows of at least two")
     return LabelMap(names)
 
 
 def encode_labels(rows: Rows, column: str, label_map: LabelMap) -> list[int]:
-    """Every row's class id; where classes are integers, their text is as good ("3" for 3).
+    """Class ids of all rows; if classes are integers, their text counts too ("3" for 3).
 
-    Raises DataError with file and row for what is no label or no class.
+    Raises DataError with file and row for an invalid label and for a label that is not a class.
     """
     ids = {name: number for number, name in enumerate(label_map.names)}
-    integers, found = isinstance(label_map.names[0], int), list[int]()
+    integers, encoded = isinstance(label_map.names[0], int), list[int]()
     for i in range(len(rows)):
         label = label_at(rows, i, column)
         if integers and isinstance(label, str) and _is_integer(label):
@@ -73,20 +73,20 @@ def encode_labels(rows: Rows, column: str, label_map: LabelMap) -> list[int]:
                 f"{rows.place(i)}: label {reprlib.repr(label)} is not among the training data's classes: "
                 f"{_listed(label_map.names)}; correct it, or add the class to the training data"
             )
-        found.append(ids[label])
-    return found
+        encoded.append(ids[label])
+    return encoded
 
 
 def encode_targets(rows: Rows, column: str) -> list[float]:
-    """Every row's target for regression; text that spells a number counts as one.
+    """Regression targets of all rows; text that spells a number counts as one.
 
-    Raises DataError with file and row for a target that is missing or no finite number.
+    Raises DataError with file and row for a target that is missing or not a finite number.
     """
     return [_target_at(rows, i, column) for i in range(len(rows))]
 
 
 def are_measures(names: Sequence[str | int]) -> bool:
-    """Whether classes are written as numbers with decimals, which may be meant as numbers.
+    """Whether classes are written as numbers with decimals, and may be meant for regression.
 
     >>> are_measures(("0.5", "1")), are_measures(("1.0", "2.0")), are_measures(("v1", "1.5"))
     (True, False, False)
@@ -99,7 +99,7 @@ def are_measures(names: Sequence[str | int]) -> bool:
 
 
 def look_alikes(names: Iterable[str | int]) -> list[tuple[str, ...]]:
-    """Classes that are one but for case and space around them.
+    """Groups of classes that differ in case and white space alone.
 
     >>> look_alikes(("news", "sport", "Sport", "sport "))
     [('sport', 'Sport', 'sport ')]
@@ -112,13 +112,13 @@ def look_alikes(names: Iterable[str | int]) -> list[tuple[str, ...]]:
 
 
 def label_at(rows: Rows, i: int, column: str) -> str | int:
-    """One row's label.  Raises DataError with file and row for what can be none."""
+    """The label of row i.  Raises DataError with file and row for a value that cannot be a label."""
     value = rows.rows[i].get(column)
     if is_missing(value):
         raise MissingError(rows.place(i), f"no label in column '{column}'")
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise DataError(
-            f"{rows.place(i)}: the {type(value).__name__} {reprlib.repr(value)} as a label in column '{column}'; "
+            f"{rows.place(i)}: column '{column}' holds the {type(value).__name__} {reprlib.repr(value)} as a label; "
             "write classes as text or integers, or set task.type to regression for numbers"
         )
     return value
@@ -132,14 +132,14 @@ def _target_at(rows: Rows, i: int, column: str) -> float:
         target = math.nan
     if not math.isfinite(target):
         raise DataError(
-            f"{rows.place(i)}: label {reprlib.repr(value)} in column '{column}' is no finite number; "
-            f"correct it, or set task.type to sequence-classification"
+            f"{rows.place(i)}: label {reprlib.repr(value)} in column '{column}' is not a finite number; "
+            "correct it, or set task.type to sequence-classification"
         )
     return target
 
 
 def _is_integer(text: str) -> bool:
-    """Whether the text is just how an integer is written: no plus, no leading zero."""
+    # The canonical form alone: no plus, no leading zero.
     return re.fullmatch(r"0|-?[1-9][0-9]{0,17}", text) is not None
 
 

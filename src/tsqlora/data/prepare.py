@@ -1,43 +1,34 @@
-"""Splits -> samples on disk, with what was cut and left out on the way."""
+"""Tokenise splits into samples on disk, and keep trusted rows apart from those that measure."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from tsqlora.data.generation import left_out, require_some, tokenise_generation
+from tsqlora.data.cells import row_hash, sample_hash
+from tsqlora.data.generation import inputs, left_out, require_some, tokenise_generation
 from tsqlora.data.labels import encode_labels, encode_targets
 from tsqlora.data.rows import Rows
 from tsqlora.data.samples import TokenisedSplit, store
 from tsqlora.data.splits import MEASURED, Splits
 from tsqlora.data.tokenise import tokenise
-from tsqlora.data.trusted import apart, input_numbers, numbers_of
-from tsqlora.errors import SettingsError
-
-
-@dataclass(frozen=True, slots=True)
-class Writing:
-    """How a generating model takes its samples: the target on a side of its own, or on the prompt's heels."""
-
-    seq2seq: bool
-    max_target_length: int | None
+from tsqlora.errors import DataError, SettingsError
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Splits as a model takes them."""
+    """Splits with their tokenised samples; `notes` list rows that were left out, and rows in two splits."""
 
     splits: Splits
     samples: Mapping[str, TokenisedSplit]
     notes: tuple[str, ...] = ()
-    """What the user should know: rows that were left out, and rows that are in two splits."""
 
     @property
     def hash(self) -> str:
-        """16 hex digits that name the data: of every sample of every split, in order."""
+        """16 hex digits that identify the data: a hash of every sample of every split, in order."""
         digest, between = hashlib.sha256(), ""
         for name, split in self.samples.items():
             for h in split.hashes:
@@ -46,7 +37,7 @@ class Prepared:
         return digest.hexdigest()[:16]
 
     def columns(self) -> dict[str, str | None]:
-        """Names of the columns used, as the run's record and the scores keep them."""
+        """Names of the columns in use, as the run's record and the scores store them."""
         return asdict(self.splits.columns)
 
 
@@ -55,74 +46,46 @@ def prepare(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
-    writing: Writing | None = None,
+    seq2seq: bool = False,
     folder: Path | None = None,
 ) -> Prepared:
-    """Every split tokenised, with encoded labels; for a generating model with targets.
+    """Tokenise every split, with encoded labels; rows of texts for a causal model, or for a `seq2seq` one.
 
-    Rows are read in chunks and samples kept on disk, as in `store`. A row whose target does not fit whole is left out
-    of splits and samples, and a note says so; so is a trusted row whose input validation or test has, too.
-    Raises DataError where no trusted row is left.
+    Rows are read in chunks and samples stored on disk, as in `store`. A row whose target does not fit whole is left
+    out with a note; so is a trusted row that shares its input with validation or test rows.
+    Raises DataError if no trusted row remains.
     """
-    splits, measured_too = apart(splits)
+    splits, notes_of_trusted = _without_measured(splits)
     samples, texts = dict[str, TokenisedSplit](), dict[str, np.ndarray]()
     for name in splits.sources:
-        found = list[np.ndarray]()
-        samples[name] = store(_encoded(splits, name, tokenizer, max_length, writing, found), folder)
-        texts[name] = np.concatenate(found)
-        if writing is not None:
-            require_some(
-                samples[name], splits.sources[name].name, max_length, writing.max_target_length, writing.seq2seq
-            )
+        numbers = list[np.ndarray]()
+        samples[name] = store(_tokenised(splits, name, tokenizer, max_length, seq2seq, numbers), folder)
+        texts[name] = np.concatenate(numbers)
+        if splits.format is not None:
+            require_some(samples[name], splits.sources[name].name, max_length)
     places = {name: split.ids for name, split in samples.items() if split.ids is not None}
     splits = replace(splits, places=places)
     notes = [note for split in samples.values() if (note := left_out(split))]
-    return Prepared(splits, samples, (*splits.notes, *notes, *measured_too, *_seen_in_training(texts)))
+    return Prepared(splits, samples, (*splits.notes, *notes, *notes_of_trusted, *_in_training_too(texts)))
 
 
-def _encoded(
+def _tokenised(
     splits: Splits,
     name: str,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-    writing: Writing | None,
+    seq2seq: bool,
     texts: list[np.ndarray],
 ) -> Iterator[TokenisedSplit]:
-    """The split chunk by chunk; a number for the text of each sample is put into `texts`."""
+    """Tokenise a split chunk by chunk; append a number for the text of each sample to `texts`."""
     for rows in splits.chunks(name):
-        part = _encode(rows, splits, tokenizer, max_length, writing)
-        texts.append(numbers_of(part.hashes) if splits.format is not None else input_numbers(rows, splits))
+        if splits.format is not None:
+            part = tokenise_generation(rows, splits.format, tokenizer, max_length=max_length, seq2seq=seq2seq)
+            texts.append(_as_numbers(part.hashes))
+        else:
+            part = tokenise(rows, splits.columns, tokenizer, max_length=max_length, labels=_labels(rows, splits))
+            texts.append(_input_numbers(rows, splits))
         yield part
-
-
-def _seen_in_training(texts: Mapping[str, np.ndarray]) -> list[str]:
-    """Rows to measure on that training has, too: of classes and numbers by the text, whatever the label is."""
-    if "train" not in texts:
-        return []
-    seen = {name: int(np.isin(texts[name], texts["train"]).sum()) for name in MEASURED if name in texts}
-    return [
-        f"{count} of {len(texts[name])} {name} rows are training rows, too: what is measured on them says little of "
-        "new ones"
-        for name, count in seen.items()
-        if count
-    ]
-
-
-def _encode(
-    rows: Rows, splits: Splits, tokenizer: PreTrainedTokenizerBase, max_length: int, writing: Writing | None
-) -> TokenisedSplit:
-    """Rows as samples in memory."""
-    if splits.format is None or writing is None:
-        labels = _labels(rows, splits)
-        return tokenise(rows, splits.columns, tokenizer, max_length=max_length, labels=labels)
-    return tokenise_generation(
-        rows,
-        splits.format,
-        tokenizer,
-        max_length=max_length,
-        seq2seq=writing.seq2seq,
-        max_target_length=writing.max_target_length,
-    )
 
 
 def _labels(rows: Rows, splits: Splits) -> list[int] | list[float]:
@@ -131,16 +94,61 @@ def _labels(rows: Rows, splits: Splits) -> list[int] | list[float]:
     return encode_targets(rows, column) if splits.labels is None else encode_labels(rows, column, splits.labels)
 
 
-def resolve_max_length(asked: int | None, *, tokenizer_limit: int, positions: int | None) -> int:
-    """Tokens kept of a sample: what is asked, else the lesser of the tokenizer's and the model's limit.
+def _in_training_too(texts: Mapping[str, np.ndarray]) -> list[str]:
+    """Notes about validation and test rows whose text is also in the training rows, whatever the label."""
+    if "train" not in texts:
+        return []
+    seen = {name: int(np.isin(texts[name], texts["train"]).sum()) for name in MEASURED if name in texts}
+    return [
+        f"{count} of {len(texts[name])} {name} rows are training rows too: their metrics say little about new rows"
+        for name, count in seen.items()
+        if count
+    ]
 
-    Raises SettingsError where more is asked than the model has positions, or nothing is known.
+
+def _without_measured(splits: Splits) -> tuple[Splits, tuple[str, ...]]:
+    """Drop trusted rows whose input a validation or test row has too; a note counts them."""
+    measured = [_inputs_of(splits, name) for name in MEASURED if name in splits.sources]
+    if "trusted" not in splits.sources or not measured:
+        return splits, ()
+    seen = np.isin(_inputs_of(splits, "trusted"), np.concatenate(measured))
+    if not seen.any():
+        return splits, ()
+    if seen.all():
+        raise DataError(
+            f"{splits.sources['trusted'].name}: the inputs of all rows are also in validation or test rows, so no "
+            "trusted row remains; name other rows in data.trusted, or others in data.validation and data.test"
+        )
+    note = f"{seen.sum()} of {len(seen)} trusted rows are left out: validation or test rows have the same input"
+    return replace(splits, places={**splits.places, "trusted": splits.places["trusted"][~seen]}), (note,)
+
+
+def _inputs_of(splits: Splits, name: str) -> np.ndarray:
+    return np.concatenate([_input_numbers(rows, splits) for rows in splits.chunks(name)])
+
+
+def _input_numbers(rows: Rows, splits: Splits) -> np.ndarray:
+    """A number for each row's input, without its label: the text with its pair, or the prompt."""
+    if splits.format is not None:
+        return _as_numbers(sample_hash(text, "", "") for text in inputs(rows, splits.format))
+    unlabelled = asdict(splits.columns) | {"label": None}
+    return _as_numbers(row_hash(row, unlabelled) for row in rows.rows)
+
+
+def _as_numbers(hashes: Iterable[str]) -> np.ndarray:
+    return np.array([int(name, 16) for name in hashes], dtype=np.uint64)
+
+
+def resolve_max_length(setting: int | None, *, tokenizer_limit: int, positions: int | None) -> int:
+    """Tokens of a sample: the setting, else the lesser of the tokenizer's and the model's limit.
+
+    Raises SettingsError if the setting exceeds the model's positions, and if neither names a limit.
     """
     limits = [limit for limit in (positions, tokenizer_limit) if limit is not None and limit < 10**9]
-    if asked is None:
+    if setting is None:
         if not limits:
-            raise SettingsError("neither the model nor its tokenizer names a maximal length; set data.max_length")
+            raise SettingsError("neither the model nor its tokenizer has a maximal length; set data.max_length")
         return min(limits)
-    if positions is not None and asked > positions:
-        raise SettingsError(f"data.max_length {asked} is above the model's {positions} positions; lower it")
-    return asked
+    if positions is not None and setting > positions:
+        raise SettingsError(f"data.max_length {setting} is above the model's {positions} positions; lower it")
+    return setting

@@ -1,4 +1,4 @@
-"""The file formats: lines, JSON, CSV, TSV and Parquet -> rows, one after the other, each with its number."""
+"""File formats: JSON lines, JSON, CSV, TSV and Parquet, read row by row with line or row numbers."""
 
 import csv
 import json
@@ -14,25 +14,18 @@ from tsqlora.data.dialect import Dialect
 from tsqlora.errors import DataError
 
 Records = Iterator[tuple[int, dict[str, Any]]]
-"""Numbers of lines or rows, and the rows, read one after the other."""
+"""Line or row numbers with rows."""
 
 
 def read_jsonl(path: Path, dialect: Dialect) -> Records:
-    """Each line's number and object, one after the other; blank lines are whitespace between them.
-
-    Raises DataError with file and line for what is not JSON or not an object.
-    """
+    """Each line's number and object; blank lines are skipped.  Raises DataError with file and line."""
     for number, line, _, _ in json_lines(path, dialect):
         yield number, _object(_parse(line.rstrip(), path, number), f"{path}:{number}")
 
 
 def read_json(path: Path, dialect: Dialect) -> Records:
-    """As `read_jsonl`, or the elements of one array with their 1-based places in it.
-
-    An array is read whole.
-    """
-    first = next((line for _, line, _, _ in json_lines(path, dialect)), "")
-    if not first.lstrip().startswith("["):
+    """As `read_jsonl`; or the elements of one array, which is read whole, numbered from 1."""
+    if not is_array(path, dialect):
         yield from read_jsonl(path, dialect)
         return
     text = "".join(line for line, _ in dialect.lines(path, newline="\n"))
@@ -40,9 +33,15 @@ def read_json(path: Path, dialect: Dialect) -> Records:
         yield number, _object(value, f"{path}:{number}")
 
 
+def is_array(path: Path, dialect: Dialect) -> bool:
+    """Whether a .json file holds one array instead of lines."""
+    first = next((line for _, line, _, _ in json_lines(path, dialect)), "")
+    return path.suffix.lower() == ".json" and first.lstrip().startswith("[")
+
+
 def json_lines(path: Path, dialect: Dialect) -> Iterator[tuple[int, str, int, int]]:
-    """Each line that is not blank: its number, its text, and where it starts and ends in the file's bytes."""
-    # Not str.splitlines: it also cuts at U+2028 and others that JSON allows inside a string.
+    """Each line that is not blank: its number, its text, and its start and end in bytes."""
+    # Not str.splitlines: it also splits at U+2028 and others that JSON allows inside a string.
     for number, (line, end) in enumerate(dialect.lines(path, newline="\n"), start=1):
         if line.strip():
             yield number, line, end - len(line.encode(dialect.encoding)), end
@@ -61,7 +60,7 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"{twice!r} is there twice in one object")
+        raise ValueError(f"an object has the key {twice!r} twice")
     return row
 
 
@@ -73,7 +72,7 @@ def _object(value: Any, place: str) -> dict[str, Any]:
 
 
 def read_parquet(path: Path, _: Dialect) -> Records:
-    """Each row with its 1-based number, one after the other. Raises DataError for what is not Parquet."""
+    """Each row with its number, from 1.  Raises DataError for a file that is not Parquet."""
     number = 0
     with parquet_file(path) as file:
         for batch in file.iter_batches(batch_size=1024):
@@ -84,40 +83,38 @@ def read_parquet(path: Path, _: Dialect) -> Records:
 
 @contextmanager
 def parquet_file(path: Path) -> Iterator[pq.ParquetFile]:
-    """The file, open.  Raises DataError for what is not Parquet, also later where it is read."""
+    """Open a Parquet file.  Raises DataError for other files, also while it is read."""
     try:
-        # Not pq.read_table: it adds columns where a directory above is named like "label=1".
+        # Not pq.read_table: a parent directory named like "label=1" would add a column.
         with pq.ParquetFile(path) as file:
             _refuse_duplicates(file.schema_arrow.names, f"{path}")
             yield file
     except DataError:
         raise
-    except Exception as exc:  # no Parquet; text that is not UTF-8, a date that no calendar has, an unknown time zone …
+    except Exception as exc:  # not Parquet, text that is not UTF-8, an impossible date, an unknown time zone …
         reason = next(iter(str(exc).splitlines()), type(exc).__name__)
         raise DataError(f"{path} cannot be read as Parquet ({reason}); export it again") from exc
 
 
 def read_delimited(path: Path, dialect: Dialect) -> Records:
-    """Each record of a CSV or TSV file with the number of the line it starts on, one after the other; cells are text.
+    """Each record of a CSV or TSV file with the number of its first line; cells are text.
 
     Raises DataError with file and line for broken quotes and for a wrong number of fields.
     """
-    found = records(path, dialect)
-    first, header, _, _ = next(found, (1, [], 0, 0))
+    rows = records(path, dialect)
+    first, header, _, _ = next(rows, (1, [], 0, 0))
     _refuse_duplicates(header, f"{path}:{first}")
-    for number, fields, _, _ in found:
+    for number, fields, _, _ in rows:
         if len(fields) != len(header):
             raise DataError(
-                f"{path}:{number}: {len(fields)} fields where the header names {len(header)} ({', '.join(header)}); "
+                f"{path}:{number}: {len(fields)} fields, but the header has {len(header)} ({', '.join(header)}); "
                 'put a field that holds the separator in "..."'
             )
         yield number, dict(zip(header, fields, strict=True))
 
 
 def records(path: Path, dialect: Dialect) -> Iterator[tuple[int, list[str], int, int]]:
-    """Each record that is not blank, the header first: the line it starts on, its fields, and where
-    it starts and ends in the file's bytes.
-    """
+    """Each record that is not blank, header first: its first line, its fields, and its start and end in bytes."""
     line, start, end = 1, 0, 0
 
     def lines() -> Iterator[str]:
@@ -150,7 +147,7 @@ def _fields_of_any_length() -> Iterator[None]:
 def _refuse_duplicates(columns: Sequence[str], place: str) -> None:
     twice = [name for name, count in Counter(columns).items() if count > 1]
     if twice:
-        raise DataError(f"{place}: column '{twice[0]}' is there twice; rename one")
+        raise DataError(f"{place}: two columns are named '{twice[0]}'; rename one")
 
 
 READERS: dict[str, Callable[[Path, Dialect], Records]] = {

@@ -1,4 +1,4 @@
-"""A file, a directory of splits or a hub id -> rows that know where they came from."""
+"""Open a file, a directory of splits or a hub data set, and read its rows with their line numbers."""
 
 import difflib
 import os
@@ -23,22 +23,22 @@ SPLIT_NAMES: dict[str, tuple[str, ...]] = {
     "validation": ("validation", "valid", "dev"),
     "test": ("test",),
 }
-"""The splits that a directory or hub data set may have, and what each may be called there."""
+"""Splits of a directory or hub data set, and the names that each may have there."""
 
 ORDER = ("train", "trusted", "validation", "test")
-"""All splits, in the order in which they are read; trusted rows are never taken from beside the training rows."""
-
+"""All splits, in reading order; trusted rows are never taken from beside the training rows."""
 
 CHUNK = 1024
-"""Rows of a source that are in memory at a time."""
+"""Rows of a source in memory at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Some rows of one source; `numbers[i]` is the 1-based line or row of `rows[i]` in `source`.
+    """Some rows of one source; `numbers[i]` is the line or row of `rows[i]` in `source`, from 1.
 
-    `typed` is False where the format has no types (CSV), so that "3" may be the number 3.
-    `places` are the rows' places in the source, from 0; None where they are all of it.
+    Args:
+        typed: False if the format has no types (CSV), so that "3" may be the number 3.
+        places: the rows' places in the source, from 0; None if they are all of it.
     """
 
     rows: tuple[dict[str, Any], ...]
@@ -56,7 +56,7 @@ class Rows:
         return np.arange(len(self)) if self.places is None else self.places
 
     def place(self, i: int) -> str:
-        """Where row i is, as errors say it: `train.jsonl:17`."""
+        """File and line of row i, for errors: `train.jsonl:17`."""
         return f"{self.source}:{self.numbers[i]}"
 
     def take(self, indices: Iterable[int]) -> "Rows":
@@ -68,10 +68,7 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One split that is there and not read yet; `path` is its file, None for a hub data set.
-
-    `dialect` says how a text file is written.
-    """
+    """One split, opened but not read; `path` is its file, None for a hub data set."""
 
     name: str
     typed: bool
@@ -86,9 +83,9 @@ class Source:
         return Rows(rows, self.name, numbers, typed=self.typed, places=np.concatenate([part.ids for part in parts]))
 
     def chunks(self, places: np.ndarray | None = None) -> Iterator[Rows]:
-        """The rows in order, or those at `places` (ascending), read CHUNK at a time.
+        """The rows in order, or those at `places` (ascending), CHUNK at a time.
 
-        Raises DataError for what is broken, and for a source without rows.
+        Raises DataError for broken files, and for a source without rows.
         """
         records, start = iter(self.records()), 0
         while part := list(islice(records, CHUNK)):
@@ -96,98 +93,98 @@ class Source:
             here = Rows(rows, self.name, numbers, typed=self.typed, places=np.arange(start, start + len(rows)))
             if places is None:
                 yield here
-            elif len(wanted := places[slice(*np.searchsorted(places, [start, start + len(rows)]))]):
-                yield here.take(wanted - start)
+            elif len(chosen := places[slice(*np.searchsorted(places, [start, start + len(rows)]))]):
+                yield here.take(chosen - start)
             start += len(rows)
         if start == 0:
             cure = "name another split or data set" if self.path is None else "write at least one, or name another file"
             raise DataError(f"{self.name} has no rows; {cure}")
 
     def columns(self) -> tuple[str, ...]:
-        """Every column that some row has, in the order of first appearance."""
+        """Every column that some row has, in order of first appearance."""
         return tuple(dict.fromkeys(name for rows in self.chunks() for name in column_names(rows)))
 
 
 def column_names(rows: Rows) -> tuple[str, ...]:
-    """Every column that some row has, in the order of first appearance."""
+    """Every column that some row has, in order of first appearance."""
     return tuple(dict.fromkeys(name for row in rows.rows for name in row))
 
 
 def read_rows(source: str | Path, *, split: str | None = None, hints: Hints = SNIFF) -> Rows:
-    """The rows of a file, or of one split of a directory or hub data set.
+    """Read the rows of a file, or of one split of a directory or hub data set.
 
-    `split` names the split of a directory or hub data set; None takes the only one there.
-    A file is one split, whatever it is called. Raises DataError for what is missing, empty
-    or broken, with file and line.
+    `split` names the split of a directory or hub data set; None takes the only one. A file is one split, whatever its
+    name. Raises DataError for missing, empty and broken files, with file and line.
     """
     return open_split(source, split=split, hints=hints).read()
 
 
 def open_split(source: str | Path, *, split: str | None = None, hints: Hints = SNIFF) -> Source:
-    """The same, not read yet."""
-    found = _open_splits(source, wanted=SPLIT_NAMES if split is None else (split,), hints=hints)
-    if len(found) != 1:
-        there = f"has the splits {', '.join(found)}" if found else f"has no split {split or 'of a known name'}"
-        raise DataError(f"{source} {there}; name one file or one split of it")
-    return next(iter(found.values()))
+    """Open what `read_rows` reads."""
+    splits = _open_splits(source, wanted=SPLIT_NAMES if split is None else (split,), hints=hints)
+    if len(splits) != 1:
+        has = f"has the splits {', '.join(splits)}" if splits else f"has no split {split or ', '.join(SPLIT_NAMES)}"
+        raise DataError(f"{source} {has}; name one file or one split of it")
+    return next(iter(splits.values()))
 
 
 def open_splits(
     train: str, validation: str | None, test: str | None, trusted: str | None = None, hints: Hints = SNIFF
 ) -> dict[str, Source]:
-    """Sources by split name, in ORDER: always "train", and the others where there are any.
+    """Open all splits, in ORDER: always "train", and the others if there are any.
 
     `train` is a file, a directory of files named train.*, validation.* (valid.*, dev.*) and test.*, or a hub data set
-    (`DatasetName`); an explicit `validation` or `test` takes the place of what is found
-    there. Of a directory or hub id, `trusted` is the split of that name, else the only one.
-    Raises DataError for what is missing, and for two files of one split.
+    (`DatasetName`). An explicit `validation` or `test` replaces the split beside it. If `trusted` is a directory or hub
+    id, its split of that name counts, else its only split.
+    Raises DataError for missing files, and for two files of one split.
     """
     explicit = {name: path for name, path in (("validation", validation), ("test", test)) if path is not None}
-    found = _open_splits(train, wanted=[name for name in SPLIT_NAMES if name not in explicit], hints=hints)
-    if "train" not in found:
-        raise DataError(f"{train} has no split train; name the training file in data.train")
-    found |= {name: open_split(path, split=name, hints=hints) for name, path in explicit.items()}
+    splits = _open_splits(train, wanted=[name for name in SPLIT_NAMES if name not in explicit], hints=hints)
+    if "train" not in splits:
+        raise DataError(f"{train} has no split train; set data.train to the training file")
+    splits |= {name: open_split(path, split=name, hints=hints) for name, path in explicit.items()}
     if trusted is not None:
         named = _open_splits(trusted, wanted=("trusted",), hints=hints)
-        found["trusted"] = named.get("trusted") or open_split(trusted, hints=hints)
-    return {name: found[name] for name in ORDER if name in found}
+        splits["trusted"] = named.get("trusted") or open_split(trusted, hints=hints)
+    return {name: splits[name] for name in ORDER if name in splits}
 
 
 def _open_splits(source: str | Path, *, wanted: Collection[str], hints: Hints) -> dict[str, Source]:
     """Those of the wanted splits that the source has; a file, or one split of a hub data set, is the first of them."""
     path = Path(os.path.expanduser(source))
-    # os.path, not pathlib, here and below: the latter raises for names that no file can have.
+    # os.path, not pathlib, here and below: pathlib raises for names that no file can have.
     if os.path.isfile(path):
         return {next(iter(wanted)): _of_file(path, hints)}
     if os.path.isdir(path):
         files = {file.name: file for file in _listed(path) if file.is_file()}
         names = _match_splits({name: file.stem for name, file in files.items()}, wanted, source)
         return {split: _of_file(files[name], hints) for split, name in names.items()}
-    _refuse_missing_file(path, source)
+    if path.suffix.lower() in READERS or isinstance(source, Path) or not is_hub_id(DatasetName.of(source).id):
+        raise DataError(f"no file {source}; {_nearest_file(path)}correct the path, seen from {Path.cwd()}")
     data = _load_hub(DatasetName.of(str(source)))
     if not isinstance(data, dict):
-        return {next(iter(wanted)): _of_hub(data, str(source))}
+        return {next(iter(wanted)): of_dataset(data, str(source))}
     names = _match_splits({name: name for name in data}, wanted, source)
-    return {split: _of_hub(data[name], f"{source}[{name}]") for split, name in names.items()}
+    return {split: of_dataset(data[name], f"{source}[{name}]") for split, name in names.items()}
 
 
 def _match_splits(stems: Mapping[str, str], wanted: Iterable[str], source: str | Path) -> dict[str, str]:
-    """Split -> the one name whose stem is among the split's usual names."""
-    found = {}
+    """Map each split to the one name whose stem is among the split's usual names."""
+    matches = {}
     for split in wanted:
         usual = SPLIT_NAMES.get(split, (split,))
         hits = [name for name, stem in stems.items() if stem.lower() in usual]
         if len(hits) > 1:
-            raise DataError(f"{source} has {len(hits)} candidates for {split}: {', '.join(hits)}; keep one")
+            raise DataError(f"{source} has {len(hits)} candidates for {split}: {', '.join(hits)}; remove all but one")
         if hits:
-            found[split] = hits[0]
-    return found
+            matches[split] = hits[0]
+    return matches
 
 
 def _of_file(path: Path, hints: Hints) -> Source:
     suffix = path.suffix.lower()
     if suffix not in READERS:
-        raise DataError(f"{path}: unknown extension '{suffix}'; known: {', '.join(READERS)}")
+        raise DataError(f"{path}: extension '{suffix}' is unknown; choices: {', '.join(READERS)}")
     dialect = PLAIN if suffix == ".parquet" else sniff(path, hints)
     if note := dialect.note(str(path)):
         warnings.warn(note, stacklevel=4)
@@ -201,27 +198,18 @@ def _listed(folder: Path) -> list[Path]:
         raise DataError(f"cannot read {folder}: {exc.strerror}") from exc
 
 
-def _refuse_missing_file(path: Path, source: str | Path) -> None:
-    if path.suffix.lower() in READERS or isinstance(source, Path) or not is_hub_id(DatasetName.of(source).id):
-        raise DataError(f"no file {source}; {_nearest_file(path)}correct the path, seen from {Path.cwd()}")
-
-
 def _nearest_file(path: Path) -> str:
-    """A hint for a name that no file has: the nearest one that is there."""
-    there = [file.name for file in _listed(path.parent)] if os.path.isdir(path.parent) else []
-    close = difflib.get_close_matches(path.name, there, n=1)
+    siblings = [file.name for file in _listed(path.parent)] if os.path.isdir(path.parent) else []
+    close = difflib.get_close_matches(path.name, siblings, n=1)
     return f"did you mean '{path.parent / close[0]}'? " if close else ""
 
 
 def _load_hub(name: DatasetName) -> Any:
-    """The splits of a hub data set by their names, or the one that is named.
-
-    Raises DataError whatever went wrong in loading it.
-    """
+    """The splits of a hub data set by name, or the one split that the name selects.  Raises DataError for any error."""
     import datasets  # seconds to import, and only hub ids need it
 
-    if name.id in file_kinds():  # it would take whatever files lie in the working directory
-        raise DataError(f"{name.id} is a kind of file and no data set; name the file, or a directory of splits")
+    if name.id in file_kinds():  # load_dataset would read whatever files lie in the working directory
+        raise DataError(f"{name.id} is a kind of file, not a data set; name a file, or a directory of splits")
     try:
         data: Any = datasets.load_dataset(name.id, name.configuration, split=name.split)
         return data if name.split is not None else {str(split): rows for split, rows in data.items()}
@@ -233,7 +221,9 @@ def _load_hub(name: DatasetName) -> Any:
         ) from exc
 
 
-def _of_hub(data: Any, name: str) -> Source:
+def of_dataset(data: Any, name: str) -> Source:
+    """A `datasets.Dataset` as a source."""
+
     def records() -> Records:
         for start in range(0, len(data), CHUNK):
             rows = data.select(range(start, min(start + CHUNK, len(data)))).to_list()

@@ -1,4 +1,4 @@
-"""Tokenised samples of a split: in memory, or in an Arrow file that is memory-mapped."""
+"""Tokenised samples of a split: in memory, or in a memory-mapped Arrow file."""
 
 import mmap
 import tempfile
@@ -14,12 +14,12 @@ import pyarrow.compute as pc
 
 
 class ArrowSamples(Sequence[dict[str, Any]]):
-    """Rows of an Arrow table, each decoded into plain lists and numbers when it is asked for."""
+    """Rows of an Arrow table, each decoded into plain lists and numbers on access."""
 
     def __init__(self, table: pa.Table) -> None:
         from datasets import Dataset  # seconds to import
 
-        # With a fingerprint of ours, since `datasets` would read the whole table to make one.
+        # With a fingerprint, since `datasets` would read the whole table to compute one.
         self.dataset = Dataset(table, fingerprint=uuid4().hex)
 
     def __len__(self) -> int:
@@ -36,12 +36,10 @@ class ArrowSamples(Sequence[dict[str, Any]]):
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each sample."""
         return pc.list_value_length(self.dataset.data["input_ids"]).to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
 
     @property
     def labels(self) -> np.ndarray:
-        """Labels that are numbers."""
         return self.dataset.data["labels"].to_numpy()
 
 
@@ -49,11 +47,12 @@ class ArrowSamples(Sequence[dict[str, Any]]):
 class TokenisedSplit:
     """Samples as a Trainer takes them: this is a map-style torch data set.
 
-    A sample has input_ids, attention_mask, token_type_ids where the tokenizer makes them, and
-    labels where the rows had them. `hashes` name the samples for good, whatever their order;
-    `truncated` counts those that were cut to the maximal length. `ids` are the rows' places in
-    the file that was read, counted from 0, where they are known. `left_out` has the place of
-    every row whose target does not fit whole, and the tokens that it needs.
+    Args:
+        samples: dicts of input_ids, attention_mask, token_type_ids if the tokenizer makes them, and labels if any.
+        hashes: a name for each sample that does not depend on the order.
+        truncated: how many samples were cut to the maximal length.
+        ids: the rows' places in their file, from 0.
+        left_out: the place of every row whose target does not fit whole, and the tokens that it needs.
     """
 
     samples: Sequence[dict[str, Any]]
@@ -77,17 +76,17 @@ class TokenisedSplit:
 
     @property
     def labels(self) -> np.ndarray:
-        """The label of each sample, where it is one number."""
+        """The label of each sample, if labels are single numbers."""
         if isinstance(self.samples, ArrowSamples):
             return self.samples.labels
         return np.array([sample["labels"] for sample in self.samples])
 
 
 def store(parts: Iterable[TokenisedSplit], folder: Path | None = None) -> TokenisedSplit:
-    """One split of all parts, with its samples on disk; one part is in memory at a time.
+    """Join parts into one split with its samples on disk; one part is in memory at a time.
 
-    They are in a temporary file of `folder` (None: the system's) that has no name, so that nothing is left of it when
-    the process ends, however it ends.
+    The samples are in a temporary file of `folder` (None: the system's) without a name, which vanishes with the
+    process, however that ends.
     """
     hashes, ids, left_out, truncated = list[str](), list[np.ndarray](), list[tuple[str, int]](), 0
     writer: pa.RecordBatchStreamWriter | None = None

@@ -1,39 +1,42 @@
-"""Files -> which rows each split has, with the columns and the labels; no row stays in memory."""
+"""Decide which rows each split has, with columns and labels; leave out incomplete rows, and keep none in memory."""
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
 import numpy as np
 
-from tsqlora.data.cells import is_missing, row_text
+from tsqlora.data.cells import MissingError, is_missing, lacking, row_text
 from tsqlora.data.columns import Columns, find_columns
 from tsqlora.data.dialect import PLAIN, SNIFF, Hints
 from tsqlora.data.formats import Format, find_format
+from tsqlora.data.formats.chats import Manner
 from tsqlora.data.labels import LabelMap, are_measures, classes_of, distinct_labels, encode_targets, look_alikes
 from tsqlora.data.rows import ORDER, Rows, Source, open_splits
-from tsqlora.data.whole_rows import whole_rows
 from tsqlora.errors import DataError
 
 MEASURED = ("validation", "test")
-"""The splits that are not trained on, but measured on."""
+"""The splits that training only measures."""
 
 Answer = Literal["class", "number", "text"]
-"""What a row's label is."""
+"""The kind of a row's label."""
+
+_SHOWN = 5
+"""Rows that a note lists for each reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """Where the rows of each split are, and how they are read.
+    """Where the rows of each split are, and how to read them.
 
     Args:
-        sources: the source of each split; a validation split without a file of its own has the training rows'.
+        sources: the source of each split; a held-out validation split has that of the training rows.
         places: the rows of each split in its source, ascending from 0.
         labels: the classes; None for numbers and texts.
-        format: how rows become prompts and targets where text is generated; None elsewhere.
-        notes: rows that were left out, and files whose encoding is only likely.
+        format: how rows become prompts and targets for text generation; None for other tasks.
+        notes: rows that were left out, and files whose encoding is a guess.
     """
 
     sources: Mapping[str, Source]
@@ -44,7 +47,7 @@ class Splits:
     notes: tuple[str, ...] = ()
 
     def chunks(self, split: str) -> Iterator[Rows]:
-        """The rows of a split in order, few at a time."""
+        """The rows of a split in order, a chunk at a time."""
         return self.sources[split].chunks(self.places[split])
 
     def rows(self, split: str) -> Rows:
@@ -52,7 +55,7 @@ class Splits:
         return self.sources[split].read(self.places[split])
 
     def texts(self, split: str) -> Iterator[str]:
-        """The text of every row of a split: a line for each of a pair's two, and for the target."""
+        """The text of every row of a split: a line for each text of a pair, and for a generation target."""
         columns = asdict(self.columns)
         target = self.columns.label if self.format is not None else None
         for rows in self.chunks(split):
@@ -61,9 +64,9 @@ class Splits:
 
     @property
     def dialects(self) -> dict[str, str]:
-        """How each file is written that is a table or not UTF-8."""
-        found = {source.name: source.dialect for source in self.sources.values()}
-        return {name: str(dialect) for name, dialect in found.items() if dialect != PLAIN}
+        """The dialect of each file that is a table or not UTF-8."""
+        dialects = {source.name: source.dialect for source in self.sources.values()}
+        return {name: str(dialect) for name, dialect in dialects.items() if dialect != PLAIN}
 
     @property
     def held_out(self) -> int:
@@ -85,53 +88,113 @@ def read_data(
     max_bad_rows: float = 0.0,
     hints: Hints = SNIFF,
 ) -> Splits:
-    """The splits train, trusted if named, validation (a seeded share of train where none is given), and test if any.
+    """Read the splits: train, trusted if named, validation (a seeded share of train if not named), and test if any.
 
-    `columns` are the options of `find_format` where the answer is text, of `find_columns` elsewhere. Every row is read
-    and every label checked; rows that lack a text or a label are left out, with a warning, up to the share
-    `max_bad_rows` of a split. A test split beside the training rows that has no label is left out, with a warning:
-    benchmarks keep theirs. Raises DataError with file and row.
+    `columns` are options of `find_format` if the answer is text, else of `find_columns`. Every row is read and every
+    label checked. Rows without a text or a label are left out, with a warning, up to the share `max_bad_rows` of a
+    split. A test split beside the training rows that has no labels is left out, with a warning: benchmarks keep
+    theirs secret. Raises DataError with file and row.
     """
     sources = open_splits(train, validation, test, trusted, hints)
     first = sources["train"]
     format = find_format(first.columns(), source=first.name, **columns) if answer == "text" else None
-    found = format.columns if format else find_columns(first.columns(), source=first.name, **columns)
-    if found.label is None and format is None:
+    used = format.columns if format else find_columns(first.columns(), source=first.name, **columns)
+    if used.label is None and format is None:
         raise DataError(
-            f"{first.name} has no label column; name it in data.label. Columns: {', '.join(first.columns())}"
+            f"{first.name} has no label column; set data.label to one of its columns: {', '.join(first.columns())}"
         )
-    if test is None and "test" in sources and _lacks_labels(sources["test"], found.label):
-        warnings.warn(f"{sources['test'].name} has no labels in column '{found.label}': it is left out", stacklevel=2)
+    if test is None and "test" in sources and _lacks_labels(sources["test"], used.label):
+        warnings.warn(f"{sources['test'].name} has no labels in column '{used.label}' and is left out", stacklevel=2)
         del sources["test"]
-    places, notes = _whole(sources, found, format, max_bad_rows)
-    labels, groups = _labels(first, places["train"], found, answer)
+    places, notes = _complete(sources, used, format, max_bad_rows)
+    labels, groups = _labels(first, places["train"], used, answer)
     if "validation" not in sources:
         out = held_out(groups, fraction=validation_fraction, seed=seed, source=first.name)
         sources["validation"] = first
         places |= {"train": places["train"][~out], "validation": places["train"][out]}
     ordered = [name for name in ORDER if name in sources]
-    return Splits({n: sources[n] for n in ordered}, {n: places[n] for n in ordered}, found, labels, format, notes)
+    return Splits({n: sources[n] for n in ordered}, {n: places[n] for n in ordered}, used, labels, format, notes)
 
 
-def whole(
+def one_split(
     name: str, source: Source, columns: Columns, labels: LabelMap | None, format: Format | None, max_bad_rows: float
 ) -> Splits:
-    """A split of all rows of a source that lack nothing, by columns, classes and a format that are known."""
-    places, notes = _whole({name: source}, columns, format, max_bad_rows)
+    """A single split of all complete rows of a source, with given columns, classes and format."""
+    places, notes = _complete({name: source}, columns, format, max_bad_rows)
     return Splits({name: source}, places, columns, labels, format, notes)
 
 
-def _whole(
+def _complete(
     sources: Mapping[str, Source], columns: Columns, format: Format | None, most: float
 ) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """The places of each source's rows that lack nothing, and notes of the others, of which a warning is given."""
-    found = {name: whole_rows(source, columns, format, most=most) for name, source in sources.items()}
-    left_out = [one.note for one in found.values() if one.note is not None]
+    """The places of each source's complete rows, and notes about the others, which are warnings too."""
+    results = {name: _complete_rows(source, columns, format, most=most) for name, source in sources.items()}
+    left_out = [note for _, note in results.values() if note is not None]
     for note in left_out:
         warnings.warn(note, stacklevel=4)
     unsure = (source.dialect.note(source.name) for source in sources.values())
     notes = dict.fromkeys([*(note for note in unsure if note is not None), *left_out])
-    return {name: one.places for name, one in found.items()}, tuple(notes)
+    return {name: places for name, (places, _) in results.items()}, tuple(notes)
+
+
+def _complete_rows(
+    source: Source, columns: Columns, format: Format | None, *, most: float
+) -> tuple[np.ndarray, str | None]:
+    """Places of the rows with text and label (or prompt and target), and a note about the others.
+
+    Raises DataError if the others are more than the share `most`.
+    """
+    lacks, count = lacks_of(columns, format), 0
+    bad, places = dict[str, list[int]](), list[np.ndarray]()
+    for rows in source.chunks():
+        reasons = [lacks(rows, i) for i in range(len(rows))]
+        for i, reason in enumerate(reasons):
+            if reason is not None:
+                bad.setdefault(reason, []).append(rows.numbers[i])
+        places.append(rows.ids[[reason is None for reason in reasons]])
+        count += len(rows)
+    complete = np.concatenate(places)
+    if (left_out := count - len(complete)) == 0:
+        return complete, None
+    if left_out > most * count:
+        raise DataError(
+            f"{source.name}: {left_out:,} of {count:,} rows are incomplete, more than data.max_bad_rows ({most:g}) "
+            f"allows: {listed(bad, source.name)}; fill them in, or raise it"
+        )
+    return complete, f"{source.name}: {left_out:,} of {count:,} rows are left out: {listed(bad, source.name)}"
+
+
+def listed(bad: Mapping[str, list[int]], source: str) -> str:
+    """Each reason with its count and the numbers of the first rows.
+
+    >>> listed({"no text in column 'text'": [4, 9], "no label in column 'label'": [7]}, "a.csv")
+    "2 with no text in column 'text' (lines 4, 9), 1 with no label in column 'label' (line 7)"
+    """
+    unit, parts = "row" if source.endswith((".parquet", ".json", "]")) else "line", []
+    for reason, numbers in bad.items():
+        shown = ", ".join(map(str, numbers[:_SHOWN])) + (", …" if len(numbers) > _SHOWN else "")
+        parts.append(f"{len(numbers):,} with {reason} ({unit}{'s' if len(numbers) > 1 else ''} {shown})")
+    return ", ".join(parts)
+
+
+def lacks_of(columns: Columns, format: Format | None, *, answers: bool = True) -> Callable[[Rows, int], str | None]:
+    """A function of rows and i that says what row i lacks, with `answers` also a label or target; None for nothing."""
+    if format is None:
+        used = {columns.text: "text", columns.text_pair: "text", columns.label if answers else None: "label"}
+        needed = {column: what for column, what in used.items() if column is not None}
+        return lambda rows, i: lacking(rows.rows[i], needed)
+    target = {} if columns.label is None or not answers else {columns.label: "target"}
+
+    def lacks(rows: Rows, i: int) -> str | None:
+        try:
+            format.read(rows, i, Manner(seq2seq=False, chat=False, targets=answers))
+        except MissingError as error:
+            return lacking(rows.rows[i], target) or error.what
+        except DataError:  # tokenising raises it again, in the model's own manner
+            pass
+        return None
+
+    return lacks
 
 
 def _lacks_labels(source: Source, column: str | None) -> bool:
@@ -142,7 +205,7 @@ def _lacks_labels(source: Source, column: str | None) -> bool:
 
 
 def _labels(source: Source, places: np.ndarray, columns: Columns, answer: Answer) -> tuple[LabelMap | None, np.ndarray]:
-    """The classes of the rows at these places, and the number of each row's; all alike where labels are no classes."""
+    """The classes of the rows at these places, and the number of each row's class; all 0 if labels are not classes."""
     parts, column = source.chunks(places), columns.label
     if answer == "number" and column is not None:
         for rows in parts:
@@ -154,30 +217,30 @@ def _labels(source: Source, places: np.ndarray, columns: Columns, answer: Answer
     if are_measures(classes.names):
         warnings.warn(
             f"{source.name}: the labels in column '{column}' are numbers with decimals, and each of "
-            f"{len(classes.names)} is learned as a class of its own; set task.type to regression if they are measured",
+            f"{len(classes.names)} becomes a class; set task.type to regression if they are measurements",
             stacklevel=3,
         )
     for alike in look_alikes(classes.names):
         warnings.warn(
-            f"{source.name}: the classes {', '.join(map(repr, alike))} differ in case or spaces alone, and are "
-            f"learned as {len(alike)} classes; write them alike if they are one",
+            f"{source.name}: the classes {', '.join(map(repr, alike))} differ in case or spaces alone and count as "
+            f"{len(alike)} classes; write them alike if they are one",
             stacklevel=3,
         )
     return classes, groups
 
 
 def held_out(groups: np.ndarray, *, fraction: float, seed: int, source: str) -> np.ndarray:
-    """Whether each row is for validation: a random `fraction` of them; `groups` numbers each row's class.
+    """Draw a random `fraction` of the rows for validation, as a mask; `groups` numbers each row's class.
 
     Each class gives its share, by largest remainder, and keeps at least one row for training. Both sides have at least
-    one row; the same groups and seed give the same split. Raises DataError where the rows are too few.
+    one row; the same groups and seed give the same split. Raises DataError if there are too few rows.
     """
     sizes = np.bincount(groups).tolist()
-    # A class that left training altogether would be unknown to the model that is validated.
+    # A class without training rows would be unknown to the model that is validated.
     most = [size - 1 for size in sizes]
     if sum(most) < 1:
-        raise DataError(f"{source} has too few rows to split off a validation set; name one in data.validation")
-    # No stream of `seeds`: other draws would put rows that an older run held out among those it trained on.
+        raise DataError(f"{source} has too few rows to hold out validation rows; set data.validation")
+    # Not a stream of `seeds`: other draws would move validation rows of older runs into training.
     rng = np.random.default_rng(seed)
     out = np.zeros(len(groups), dtype=np.bool_)
     for group, count in enumerate(_quotas(sizes, most, fraction)):
@@ -186,7 +249,7 @@ def held_out(groups: np.ndarray, *, fraction: float, seed: int, source: str) -> 
 
 
 def _quotas(sizes: Sequence[int], most: Sequence[int], fraction: float) -> list[int]:
-    """Rows that each group gives: floors of the shares, the rest by largest remainder."""
+    """Rows that each group gives: floors of the shares, then the largest remainders."""
     shares = [size * fraction for size in sizes]
     quotas = [min(math.floor(share), limit) for share, limit in zip(shares, most, strict=True)]
     total = min(max(1, round(sum(shares))), sum(most))

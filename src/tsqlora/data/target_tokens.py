@@ -1,4 +1,4 @@
-"""A sample's text in pieces, of which some are targets -> runs of tokens that meet where the pieces do."""
+"""Split a sample's text into prompts and targets, and tokenise it so that no token spans two of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -8,20 +8,28 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from tsqlora.data.formats.example import Chat, Example, Turn
+from tsqlora.data.formats.chats import Chat, Example, Turn
 from tsqlora.errors import DataError, SettingsError
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A stretch of a sample's text; `trained` says whether it is a target."""
+    """A stretch of a sample's text; `trained` if it is a target."""
 
     text: str
     trained: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The tokens of one piece; `trained` if it is a target."""
+
+    ids: list[int]
+    trained: bool
+
+
 def pieces_of(example: Example | Chat, tokenizer: PreTrainedTokenizerBase, place: str) -> list[Piece]:
-    """The sample's text in order, without what is empty.  Raises DataError with the row's place."""
+    """The sample's text in order, without empty pieces.  Raises DataError with the row's place."""
     if isinstance(example, Chat):
         return chat_pieces(example.turns, tokenizer, place)
     target = [] if example.target is None else [Piece(example.target, True)]
@@ -29,41 +37,40 @@ def pieces_of(example: Example | Chat, tokenizer: PreTrainedTokenizerBase, place
 
 
 def chat_pieces(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, place: str) -> list[Piece]:
-    """The chat as the tokenizer's template writes it; what an assistant's turn adds is trained on.
+    """The chat as the tokenizer's template renders it; an assistant's turn is a target.
 
-    The turn is what is new between the template's prompt for it and the template with it, so that
-    a model is trained on just what it has to write after the prompt that it will get. White space
-    after the end token belongs to the next prompt. A turn that begins the chat is trained on from where its content
-    begins. A chat that ends with another turn ends with the prompt for an answer; where the template rewrites what
-    stands before, it is one piece. Raises DataError where the template refuses the turns, or rewrites what stands
-    before an answer that is to be trained on, so that no part of the text is the turn's.
+    A turn is the difference between the template's prompt for it and the template with it: exactly what a model has to
+    write after the prompt that it will get. White space after the end token belongs to the next prompt. The target of
+    a turn that opens the chat starts with its content. A chat that ends with another turn ends with the prompt for an
+    answer; if the template rewrites earlier text, that chat is one piece. Raises DataError if the template refuses the
+    turns, or rewrites the text before an answer with loss, so that the turn has no text of its own.
     """
-    asked = None if turns[-1].role == "assistant" else _rendered(turns, tokenizer, place, ask=True)
+    final = None if turns[-1].role == "assistant" else _rendered(turns, tokenizer, place, prompt=True)
     pieces, seen = list[Piece](), ""
     for i, turn in enumerate(turns):
         if turn.role != "assistant":
             continue
-        whole = _rendered(turns[: i + 1], tokenizer, place, ask=False)
-        prompt = _rendered(turns[:i], tokenizer, place, ask=True) if i else _before(turn, whole)
+        whole = _rendered(turns[: i + 1], tokenizer, place, prompt=False)
+        prompt = _rendered(turns[:i], tokenizer, place, prompt=True) if i else _before(turn, whole)
         if not (prompt.startswith(seen) and whole.startswith(prompt)):
-            if asked is not None:
-                return [Piece(asked, False)]
+            if final is not None:
+                return [Piece(final, False)]
             raise DataError(
-                f"{place}: the chat template rewrites what stands before turn {i + 1}, so that its tokens cannot "
-                "be told apart; write one assistant's turn a row"
+                f"{place}: the chat template rewrites the text before turn {i + 1}, so the turn's tokens are unclear; "
+                "write one assistant turn a row"
             )
         target = _to_end_token(whole[len(prompt) :], tokenizer)
         pieces += [Piece(prompt[len(seen) :], False), Piece(target, True)]
         seen = prompt + target
-    if asked is not None:
-        if not asked.startswith(seen):
-            return [Piece(asked, False)]
-        pieces.append(Piece(asked[len(seen) :], False))
+    if final is not None:
+        if not final.startswith(seen):
+            return [Piece(final, False)]
+        pieces.append(Piece(final[len(seen) :], False))
     return [piece for piece in pieces if piece.text]
 
 
 def _before(turn: Turn, whole: str) -> str:
-    """What the template writes before the content of a turn that begins the chat; all of it, if that is not found."""
+    """The template's text before the content of a turn that opens the chat; all text if the content is not in it."""
     at = whole.find(turn.content.strip())
     return whole[:at] if at >= 0 else whole
 
@@ -73,32 +80,20 @@ def _to_end_token(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     return cut if isinstance(end, str) and cut.endswith(end) else text
 
 
-def _rendered(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, place: str, *, ask: bool) -> str:
+def _rendered(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, place: str, *, prompt: bool) -> str:
     messages: list[Any] = [{"role": turn.role, "content": turn.content} for turn in turns]
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
     except (TemplateError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise DataError(
-            f"{place}: the chat template writes no such turns ({reason}); correct one of the two"
-        ) from error
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """The tokens of one piece; `trained` says whether they are a target."""
-
-    ids: list[int]
-    trained: bool
+        raise DataError(f"{place}: the chat template refuses these turns ({reason}); correct one of the two") from error
 
 
 def tokens_of(pieces: Sequence[Sequence[Piece]], tokenizer: PreTrainedTokenizerBase) -> list[list[Run]]:
-    """The pieces of each sample as runs, without special tokens of the tokenizer's own.
+    """Tokenise the pieces of each sample, without the tokenizer's special tokens.
 
-    A piece has the tokens that follow those of the piece before it when both are tokenised as one
-    text. Where they do not begin with those of the piece before it, because a token would lie
-    across, it has those of its text alone. So every run is there in the same tokens whether or not
-    another follows it.
+    A piece's tokens follow those of the piece before it in their joint text. If a token would span the two, the piece
+    is tokenised alone. So every run has the same tokens whether or not another follows it.
     """
     alone = iter(plain_tokens([piece.text for row in pieces for piece in row], tokenizer))
     joint = iter(plain_tokens([a.text + b.text for row in pieces for a, b in pairwise(row)], tokenizer))
@@ -114,15 +109,15 @@ def _runs(row: Sequence[Piece], alone: list[list[int]], joint: list[list[int]]) 
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before and after a text of its own accord."""
+    """The special tokens that the tokenizer puts before and after a text."""
     encoded = tokenizer("a", return_special_tokens_mask=True)
     ids, mask = list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
     text = [k for k, special in enumerate(mask) if not special]
     return (ids[: text[0]], ids[text[-1] + 1 :]) if text else (ids, [])
 
 
-def written_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """What a sequence-to-sequence model is to write: as the tokenizer writes targets, and an end token."""
+def target_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Labels of a sequence-to-sequence model: the tokenizer's target tokens, with an end token."""
     if not texts:
         return []
     end = end_token(tokenizer)
@@ -131,8 +126,7 @@ def written_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def plain_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Each text alone, without special tokens of the tokenizer's own."""
-    # Too long is no surprise here: it is cut later, and counted.
+    """Each text alone, without special tokens; long texts are cut and counted later."""
     if not texts:
         return []
     encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False, return_attention_mask=False)
@@ -140,7 +134,7 @@ def plain_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> li
 
 
 def split_opening(runs: Sequence[Run], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[Run]]:
-    """The opening token that a chat template writes, if it does, and the runs without it."""
+    """Separate the opening token, if the chat template writes one, from the runs."""
     first, opening = runs[0], tokenizer.bos_token_id
     if not isinstance(opening, int) or first.ids[:1] != [opening]:
         return [], list(runs)
@@ -148,7 +142,7 @@ def split_opening(runs: Sequence[Run], tokenizer: PreTrainedTokenizerBase) -> tu
 
 
 def ended(runs: Sequence[Run], tokenizer: PreTrainedTokenizerBase) -> list[Run]:
-    """The runs with an end token after the target, if they end with a target."""
+    """The runs with an end token after a final target."""
     last, end = runs[-1], end_token(tokenizer)
     if not last.trained or end is None or last.ids[-1:] == [end]:
         return list(runs)
@@ -156,20 +150,19 @@ def ended(runs: Sequence[Run], tokenizer: PreTrainedTokenizerBase) -> list[Run]:
 
 
 def end_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The id of the end token, if there is one."""
     end = tokenizer.eos_token_id
     assert end is None or isinstance(end, int)
     return end
 
 
 def require_end(tokenizer: PreTrainedTokenizerBase, *, seq2seq: bool) -> None:
-    """Raises SettingsError for a tokenizer that has no end token.
+    """Raises SettingsError for a tokenizer without an end token.
 
-    The targets of a sequence-to-sequence model may end with what the tokenizer closes texts with.
+    Targets of a sequence-to-sequence model may end with the token that closes its texts.
     """
     closes = seq2seq and bool(special_tokens(tokenizer)[1])
     if end_token(tokenizer) is None and not closes:
         raise SettingsError(
-            f"the tokenizer of {tokenizer.name_or_path or 'the model'} has no end token, without which no answer ends; "
+            f"the tokenizer of {tokenizer.name_or_path or 'the model'} has no end token, so answers would not end; "
             "set its eos_token"
         )

@@ -1,4 +1,4 @@
-"""Rows -> tokenised samples."""
+"""Tokenise rows of texts with one answer each."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -21,27 +21,32 @@ def tokenise(
     max_length: int,
     labels: Sequence[int] | Sequence[float] | None,
 ) -> TokenisedSplit:
-    """One sample a row, at most `max_length` tokens each, not padded.
+    """One sample a row, of at most `max_length` tokens, not padded; `labels` are encoded, or None.
 
-    `labels` are the encoded ones, one a row, or None for rows without. Raises DataError with
-    file and row for a text that is missing, empty or no text, SettingsError where `max_length`
+    Raises DataError with file and row for a text that is missing or not text, SettingsError if `max_length`
     leaves no room for text.
     """
     pair = columns.text_pair
     require_room(max_length, tokenizer.num_special_tokens_to_add(pair=pair is not None), 1 if pair is None else 2)
     texts = [text_at(rows, i, columns.text) for i in range(len(rows))]
     pairs = None if pair is None else [text_at(rows, i, pair) for i in range(len(rows))]
-    samples, truncated = _encode(tokenizer, texts, pairs, max_length)
+    samples = _call(tokenizer, texts, pairs, max_length=None)
+    long = [i for i, sample in enumerate(samples) if len(sample["input_ids"]) > max_length]
+    if long:  # only these are tokenised twice
+        long_pairs = None if pairs is None else [pairs[i] for i in long]
+        cut = _call(tokenizer, [texts[i] for i in long], long_pairs, max_length=max_length)
+        for i, sample in zip(long, cut, strict=True):
+            samples[i] = sample
     for i, sample in enumerate(samples):
         require_tokens(sample["input_ids"], rows.place(i))
     if labels is not None:
         samples = [{**sample, "labels": label} for sample, label in zip(samples, labels, strict=True)]
     used = asdict(columns)
-    return TokenisedSplit(samples, tuple(row_hash(row, used) for row in rows.rows), truncated, rows.ids)
+    return TokenisedSplit(samples, tuple(row_hash(row, used) for row in rows.rows), len(long), rows.ids)
 
 
 def require_room(max_length: int, special: int, texts: int) -> None:
-    """Raises SettingsError where special tokens leave no room for so many tokens of text."""
+    """Raises SettingsError if special tokens leave no room for a token of each text."""
     if max_length < special + texts:
         raise SettingsError(
             f"data.max_length {max_length} leaves no room for text beside {special} special tokens; "
@@ -52,21 +57,7 @@ def require_room(max_length: int, special: int, texts: int) -> None:
 def require_tokens(ids: Sequence[int], place: str) -> None:
     """Raises DataError with the place for a text without any token."""
     if not ids:
-        raise DataError(f"{place}: the tokenizer makes no token of this text; leave the row out")
-
-
-def _encode(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], pairs: list[str] | None, max_length: int
-) -> tuple[list[dict[str, Any]], int]:
-    """Samples, and how many of them were cut. Only what is too long is tokenised twice."""
-    samples = _call(tokenizer, texts, pairs, max_length=None)
-    long = [i for i, sample in enumerate(samples) if len(sample["input_ids"]) > max_length]
-    if long:
-        long_pairs = None if pairs is None else [pairs[i] for i in long]
-        cut = _call(tokenizer, [texts[i] for i in long], long_pairs, max_length=max_length)
-        for i, sample in zip(long, cut, strict=True):
-            samples[i] = sample
-    return samples, len(long)
+        raise DataError(f"{place}: the tokenizer makes no token of this text; remove the row")
 
 
 def _call(
@@ -79,6 +70,6 @@ def _call(
         max_length=max_length,
         padding=False,
         return_attention_mask=True,
-        verbose=False,  # too long is no surprise here: it is counted
+        verbose=False,  # long texts are counted, not warned about
     )
     return [{key: values[i] for key, values in encoded.items()} for i in range(len(texts))]

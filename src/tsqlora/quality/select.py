@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from tsqlora.data.cells import row_hash
+from tsqlora.data.copies import can_copy, copy_rows
 from tsqlora.data.rows import Source, open_split
-from tsqlora.data.write import can_copy, copy_rows, require_apart, require_writable, write_rows
+from tsqlora.data.write import require_apart, require_writable, write_rows
 from tsqlora.errors import DataError
 from tsqlora.quality.epochs import sample
 from tsqlora.quality.explain import hints_of

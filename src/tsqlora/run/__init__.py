@@ -1,1 +1,1 @@
-"""One run from settings to adapter: settings, job, plan, train, score, allocate, predict, record."""
+"""The commands: from settings to adapter (train), and score, allocate, audit, evaluate, predict, export."""

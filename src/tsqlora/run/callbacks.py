@@ -1,11 +1,10 @@
-"""The callbacks that a config describes, and the rows that they draw."""
+"""Build the callbacks that a config describes, and the rows that they draw from."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tsqlora.errors import SettingsError
 from tsqlora.progress import Progress
 from tsqlora.quality.rule import RowNames, ScoringRule, require_terms
 from tsqlora.quality.sampling import stratum_sizes
@@ -20,7 +19,7 @@ from tsqlora.training.rank_callback import RankCallback
 
 
 def subset(job: Job, fraction: float) -> QualitySubset:
-    """The training rows, of which an epoch sees this share."""
+    """The training rows, with this share of them in an epoch."""
     samples, training = job.data.samples["train"], job.config.training
     return QualitySubset(
         samples,
@@ -34,12 +33,12 @@ def subset(job: Job, fraction: float) -> QualitySubset:
 
 
 def scoring_rule(config: Config) -> ScoringRule:
-    """How the config has rows scored and drawn."""
-    q = config.quality
+    """How rows are scored and drawn."""
+    q, weights = config.quality, config.quality.resolved_weights()
     return ScoringRule(
-        weights=q.resolved_weights(),
+        weights=weights,
         temperature=q.resolved_temperature(),
-        reject=q.resolved_reject(),
+        reject=None if weights is None else False,  # None: likely wrong classes, not numbers
         seed=config.training.seed,
         gate=q.gate,
         head_start=q.head_start,
@@ -62,7 +61,7 @@ def trusted_of(job: Job) -> Trusted | None:
 
 
 def row_names(job: Job, **about: Any) -> RowNames:
-    """The training rows' ids, hashes and lengths, and where they are."""
+    """The training rows' ids, hashes and lengths, and their source."""
     samples = job.data.samples["train"]
     return RowNames(samples.ids, samples.hashes, samples.lengths, {**job.scored_rows, **about})
 
@@ -70,18 +69,14 @@ def row_names(job: Job, **about: Any) -> RowNames:
 def quality_callback(
     job: Job, data: QualitySubset, scores_path: Path, progress: Progress | None, *, rule: ScoringRule | None = None
 ) -> QualityCallback:
-    """The QualityCallback that the config describes, with another rule than `scoring_rule` where one is given.
+    """The QualityCallback of the config, with `rule` in place of `scoring_rule`.
 
-    Raises SettingsError or UnsupportedError for terms that the task does not have, and for a draw that is too small.
+    Raises SettingsError or UnsupportedError for terms that the task lacks, and for a draw that is too small.
     """
-    rule, classes = rule or scoring_rule(job.config), isinstance(job.task, Classification)
-    if job.config.quality.reject and not classes:
-        raise SettingsError(
-            f"quality.reject finds wrong labels of classes, and the task is {job.task.name}; leave it out"
-        )
+    rule = rule or scoring_rule(job.config)
     if rule.weights is not None and rule.select:
         require_terms(rule.weights, job.task)
-        if classes:
+        if isinstance(job.task, Classification):
             stratum_sizes(np.unique(job.data.samples["train"].labels, return_counts=True)[1], len(data))
     return QualityCallback(
         data,

@@ -1,4 +1,4 @@
-"""The model card of a run, in the Hub's format: what it was made of, how it does, what it cost, how to load it."""
+"""Write the model card of a run in the Hub's format: data, results, cost, and how to load it."""
 
 import json
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from tsqlora.training.run_dir import CONFIG_FILE
 
 FILE = "README.md"
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
-_WHAT = {"merged": "A plain model: base and adapter in one.", "gguf": "A LoRA file for llama.cpp."}
+_WHAT = {"merged": "A plain model: base with merged adapter.", "gguf": "A LoRA file for llama.cpp."}
 _PIPELINES = {
     "sequence-classification": "text-classification",
     "regression": "text-classification",
@@ -32,19 +32,19 @@ _CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
     "seq2seq": "AutoModelForSeq2SeqLM",
 }
-"""By the task's name: the Hub's pipeline, and the class of transformers that loads the model."""
+"""By task: the Hub's pipeline, and the class of transformers that loads the model."""
 
 
 def write_card(run: Path, folder: Path, *, format: str = "peft", cut: bool = False) -> None:
-    """Writes the run's card into a directory beside the weights that stand there."""
+    """Write the run's card beside its weights."""
     write_text(folder / FILE, model_card(run, format=format, cut=cut))
 
 
 def model_card(run: Path, *, format: str = "peft", cut: bool = False) -> str:
-    """The card of a run's adapter, or of what it was exported as: metadata and Markdown.
+    """The card of a run's adapter or export: metadata and Markdown.
 
-    The card of an adapter whose ranks were `cut` since has neither ranks nor results: they are not its own.
-    Paths of this machine do not appear: a directory or a file has only its name.
+    The card of an adapter with `cut` ranks has neither ranks nor results, since they are the run's. Paths of this
+    machine do not appear: a directory or a file has only its name.
     """
     config, record = load_config(run / CONFIG_FILE, trained=True), RunRecord.load(run)
     if cut:
@@ -92,8 +92,8 @@ def _metadata(config: Config, record: RunRecord, format: str) -> ModelCardData:
         for metric, value in metrics.items()
     ]
     return ModelCardData(
-        base_model=base if _of_the_hub(base) else None,
-        datasets=[data] if _of_the_hub(data) else None,
+        base_model=base if _may_be_hub_id(base) else None,
+        datasets=[data] if _may_be_hub_id(data) else None,
         library_name="transformers" if format == "merged" else "peft",
         metrics=sorted({metric for metrics in record.metrics.values() for metric in metrics}),
         model_name=_name(base),
@@ -104,7 +104,7 @@ def _metadata(config: Config, record: RunRecord, format: str) -> ModelCardData:
 
 
 def _arguments(config: Config, record: RunRecord) -> str:
-    """What `from_pretrained` takes for the base, as Python."""
+    """The arguments of `from_pretrained` for the base, as Python."""
     arguments = json.dumps(_name(config.model.path), ensure_ascii=False)
     if "Classification" in _CLASSES.get(record.task, ""):
         arguments += f", num_labels={len(record.labels or [None])}"
@@ -114,7 +114,7 @@ def _arguments(config: Config, record: RunRecord) -> str:
 
 
 def _drawn(config: Config, quality: Mapping[str, Any]) -> str:
-    """How an epoch's rows were drawn, once there were scores."""
+    """How an epoch's rows were drawn."""
     fraction = quality.get("fraction", 1.0)
     if not quality.get("enabled") and fraction == 1:
         return "every row in each epoch"
@@ -127,14 +127,14 @@ def _drawn(config: Config, quality: Mapping[str, Any]) -> str:
     if scores.get("draw") != "even":
         return f"{fraction:.0%} of the rows in each epoch, drawn by quality ({config.quality.preset})"
     if (scores.get("noise") or {}).get("evident"):
-        return f"{fraction:.0%} of the rows in each epoch, at random among those whose label did not seem wrong"
+        return f"{fraction:.0%} of the rows in each epoch, at random among those whose label seemed right"
     if (scores.get("gate") or {}).get("left_out"):
-        return f"{fraction:.0%} of the rows in each epoch, at random among those that the gate let pass"
-    return f"{random}: their quality gave no reason to draw otherwise"
+        return f"{fraction:.0%} of the rows in each epoch, at random among those that passed the gate"
+    return f"{random}: their quality gave no reason for another draw"
 
 
 def _ranks(ranks: Mapping[str, int]) -> tuple[list[str], list[list[str]]]:
-    """The numbers of the blocks, and a row for each kind of layer: its name, and its rank in each block."""
+    """The blocks' numbers, and a row for each kind of layer: its name and its rank in each block."""
     cells = {place: str(ranks[name]) for name, place in layer_places(ranks).items()}
     blocks = sorted({block for block, _ in cells}, key=lambda block: int(block or -1))
     kinds = dict.fromkeys(kind for _, kind in cells)
@@ -145,15 +145,15 @@ _MARKS = {**{ord(mark): f"\\{mark}" for mark in "\\`[]*"}, ord("<"): "&lt;", ord
 
 
 def _text(value: Any) -> str:
-    """A stranger's text, on one line, as text: neither Markdown nor HTML."""
+    """A text on one line, without Markdown or HTML."""
     return printable(" ".join(str(value).split())).translate(_MARKS)
 
 
-def _of_the_hub(name: str) -> bool:
-    """Whether a name may be a hub id, and not that of a file, which may have been moved since."""
+def _may_be_hub_id(name: str) -> bool:
+    """Whether a name may be a hub id, and not a file that was moved since."""
     return is_hub_id(name) and not Path(name).exists() and Path(name).suffix not in READERS
 
 
 def _name(path: str) -> str:
-    """A hub id as it stands; of a path on this machine its last part."""
+    """A hub id, or the last part of a path."""
     return Path(path).name if Path(path).exists() or path.startswith((".", "/", "~")) else path

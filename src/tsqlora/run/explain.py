@@ -1,4 +1,4 @@
-"""Why training rows were drawn, gated or suspected: from a run, or from a file of scores."""
+"""Explain why training rows were drawn, gated or suspected, from a run or a file of scores."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,41 +17,41 @@ from tsqlora.training.run_dir import CONFIG_FILE, is_run
 
 
 def explain_source(source: Path, row: int, *, data: Path | None = None) -> dict[str, Any]:
-    """What is known of a row, by its number in its file; of a run also in how many epochs it was drawn.
+    """The scores of a row, by its number in its file; for a run also the number of epochs that drew it.
 
-    Raises DataError where there are no scores, or none of this row.
+    Raises DataError if there are no scores, or none of this row.
     """
     scores = _load(source)
-    found = explain_row(scores, row, data=data)
+    explained = explain_row(scores, row, data=data)
     draws = draws_of(source, scores) if source.is_dir() and is_run(source) else None
     if draws is None:
-        return found
+        return explained
     place = place_of(scores, row)
-    return {**found, "drawn": sum(bool((rows == place).any()) for rows in draws), "epochs": len(draws)}
+    return {**explained, "drawn": sum(bool((rows == place).any()) for rows in draws), "epochs": len(draws)}
 
 
 def explain_samples(source: Path, n: int, *, data: Path | None = None) -> dict[str, Any]:
-    """The n rows of each kind to look at first: `quality.explain.explain` of the scores of a run or a file."""
+    """The first n rows of each kind: `quality.explain.explain` of the scores of a run or a file."""
     return explain(_load(source), n, data=data)
 
 
 def _load(source: Path) -> Scores:
     path = source / SCORES_FILE if source.is_dir() else source
     if not path.exists() and source.is_dir():
-        raise DataError(f"{source} has no {SCORES_FILE}: its rows were not scored; `tsqlora score` does that")
+        raise DataError(f"{source} has no {SCORES_FILE}; score its rows with `tsqlora score`")
     return Scores.load(path)
 
 
 def draws_of(run: Path, scores: Scores) -> list[np.ndarray] | None:
-    """The rows of the pool that each epoch of a run has; None of a version that kept no looks.
+    """The pool's rows in each epoch of a run; None for a run of a version without looks.
 
-    `scores` are those that the run wrote last.
+    `scores` are the run's last ones.
     """
     config, record = load_config(run / CONFIG_FILE, trained=True), RunRecord.load(run)
     quality = record.quality
     if "looks" not in quality:
         return None
-    twins, begins = scores.left_out_as("trusted row"), quality.get("trusted_from")
+    twins, trusted_from = scores.left_out_as("trusted row"), quality.get("trusted_from")
     plan = EpochPlan(
         len(scores),
         config.quality.fraction,
@@ -59,7 +59,7 @@ def draws_of(run: Path, scores: Scores) -> list[np.ndarray] | None:
         config.quality.resample,
         trusted=quality["trusted_rows"],
         excluded=twins if twins.any() else None,
-        trusted_from=None if begins is None else tuple(begins),
+        trusted_from=None if trusted_from is None else tuple(trusted_from),
         awaits_scores=True,
     )
     plans, first = {0: plan}, first_scores(run / SCORES_FILE)

@@ -1,4 +1,4 @@
-"""A finished run, read back from its directory: its model, and what feeds it."""
+"""Load a finished run from its directory: its model, and what feeds it."""
 
 import os
 import warnings
@@ -17,20 +17,19 @@ from tsqlora.data.labels import LabelMap
 from tsqlora.data.prepare import Prepared, prepare
 from tsqlora.data.rows import Rows, Source, column_names
 from tsqlora.data.samples import TokenisedSplit
-from tsqlora.data.splits import Splits, whole
+from tsqlora.data.splits import Splits, one_split
 from tsqlora.data.tokenise import tokenise
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.interop.files import require_safe
 from tsqlora.run.config import Config, load_config
-from tsqlora.run.job import Job, load_model
-from tsqlora.run.predictor import EVAL_BATCH, Predictor, warn_of_cuts
-from tsqlora.run.reading import require_of_task, trained_task, writing_of
+from tsqlora.run.fit import EVAL_BATCH, Predictor, warn_of_cuts
+from tsqlora.run.job import Job, load_model, require_of_task, trained_task
 from tsqlora.training.load import Pretrained
 from tsqlora.training.record import RunRecord
 from tsqlora.training.run_dir import ADAPTER_DIR, CONFIG_FILE
 
 TRUST = "TSQLORA_TRUST_REMOTE_CODE"
-"""Variable of the environment that lets the code of a run's model be run, where its settings ask for it."""
+"""Environment variable that allows the code of a run's model to run, if its settings need it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +43,12 @@ class FinishedRun:
 
     @property
     def labels(self) -> LabelMap | None:
-        """The classes that the run was trained on; None for numbers and texts."""
+        """The classes of training; None for numbers and texts."""
         return None if self.record.labels is None else LabelMap(tuple(self.record.labels))
 
     @property
     def columns(self) -> Columns:
-        """The columns that the run was trained on."""
+        """The columns of training."""
         return Columns(**self.record.data["columns"])
 
     @property
@@ -60,7 +59,7 @@ class FinishedRun:
 
     @property
     def max_length(self) -> int:
-        """Tokens of a sample."""
+        """Most tokens of a sample."""
         return int(self.record.data["max_length"])
 
     @property
@@ -77,76 +76,72 @@ class FinishedRun:
         )
 
     def job(self, splits: Splits, folder: Path | None = None) -> Job:
-        """Splits as the run's model takes them, with its own columns and classes; `folder` as in `load`."""
+        """Tokenise splits for the run's model, with its columns and classes; `folder` as in `load`."""
         own = replace(splits, columns=self.columns, labels=self.labels, format=self.format)
-        tokenizer, writing = self.pretrained.tokenizer, writing_of(self.config)
-        data = prepare(own, tokenizer, max_length=self.max_length, writing=writing, folder=folder)
+        tokenizer, seq2seq = self.pretrained.tokenizer, self.config.task.type == "seq2seq"
+        data = prepare(own, tokenizer, max_length=self.max_length, seq2seq=seq2seq, folder=folder)
         for split in data.samples.values():
             if note := left_out(split):
                 warnings.warn(note, stacklevel=2)
         return Job(self.config, trained_task(self.config), self.pretrained, data, self.max_length)
 
     def labelled(self, name: str, source: Source, places: np.ndarray | None = None) -> Prepared:
-        """The rows of a source (at `places`) as a split, with warnings of what was cut and left out."""
+        """The rows of a source (at `places`) as a split, with warnings about rows cut and left out."""
         self.require_columns(source.columns(), source.name, labelled=True)
-        splits = whole(name, source, self.columns, self.labels, self.format, self.config.data.max_bad_rows)
+        splits = one_split(name, source, self.columns, self.labels, self.format, self.config.data.max_bad_rows)
         data = self.job(splits if places is None else replace(splits, places={name: places})).data
         warn_of_cuts(data.samples[name], source.name, "texts" if self.format is None else "prompts", self.max_length)
         return data
 
     def unlabelled(self, rows: Rows) -> TokenisedSplit:
-        """Rows of any file as samples without labels, with a warning of what was cut."""
+        """Rows of any file as samples without labels, with a warning about cuts."""
         self.require_columns(column_names(rows), rows.source, labelled=False)
         split = tokenise(rows, self.columns, self.pretrained.tokenizer, max_length=self.max_length, labels=None)
         warn_of_cuts(split, rows.source, "texts", self.max_length)
         return split
 
     def require_columns(self, names: Collection[str], source: str, *, labelled: bool) -> None:
-        """Raises DataError where a file with these columns lacks one that the run was trained on."""
+        """Raises DataError if a file with these columns lacks one of training."""
         columns = self.columns
-        # A prompt may be without its second part, in every row.
+        # The second part of a prompt is optional.
         second = columns.text_pair if self.format is None else None
         for column in (columns.text, second, columns.label if labelled else None):
             if column is not None and column not in names:
                 raise DataError(
-                    f"{source} has no column '{column}', which the run was trained on; it has {', '.join(names)}"
+                    f"{source} has no column '{column}', which the run was trained on; its columns: {', '.join(names)}"
                 )
 
 
 def open_run(run: Path, overrides: Sequence[str] = ()) -> FinishedRun:
-    """Read a finished run.  Raises DataError for a directory that is none."""
+    """Load a finished run.  Raises DataError for any other directory."""
     record = require_finished(run)
     config = load_config(run / CONFIG_FILE, overrides, trained=True)
     require_of_task(config, [override.partition("=")[0] for override in overrides])
-    _require_trust(config, run)
+    # A run may be a stranger's: whoever opens it decides whether its model's code may run.
+    if config.model.trust_remote_code and os.environ.get(TRUST) != "1":
+        raise SettingsError(
+            f"{run / CONFIG_FILE} has model.trust_remote_code true, which runs code of {config.model.path}; if you "
+            f"trust it, set {TRUST}=1 in the environment"
+        )
     require_safe(run / ADAPTER_DIR)
     labels = None if record.labels is None else LabelMap(tuple(record.labels))
     pretrained = load_model(config, trained_task(config), labels)
     model = PeftModel.from_pretrained(pretrained.model, str(run / ADAPTER_DIR), is_trainable=True)
-    if config.model.quantization is None:  # else it lies where it was packed
+    if config.model.quantization is None:  # a quantised model is on its device already
         model.to(device_of(config))
     return FinishedRun(config, record, replace(pretrained, model=model), model)
 
 
 def require_finished(run: Path) -> RunRecord:
-    """The record of a finished run; DataError for any other directory."""
+    """The record of a finished run.  Raises DataError for any other directory."""
     record = RunRecord.load(run)
     if record.status != "finished":
-        raise DataError(f"the run in {run} is not finished; `tsqlora train --resume` goes on with it")
+        raise DataError(f"the run in {run} is not finished; `tsqlora train --resume` continues it")
     return record
 
 
-def _require_trust(config: Config, run: Path) -> None:
-    """A run may be a stranger's: whether code of its model is run is for whoever opens it to say."""
-    if config.model.trust_remote_code and os.environ.get(TRUST) != "1":
-        raise SettingsError(
-            f"{run / CONFIG_FILE} has model.trust_remote_code true, which runs code that comes with "
-            f"{config.model.path}; if you trust it, set {TRUST}=1 in the environment"
-        )
-
-
 def device_of(config: Config) -> torch.device:
-    """The accelerator, if there is one and the config does not ask for the processor, as training chooses."""
+    """The accelerator, if there is one and the config allows it, as training chooses."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     by_default = accelerator is None or accelerator.type == "mps"
     if accelerator is None or config.training.further_arguments().get("use_cpu", by_default):

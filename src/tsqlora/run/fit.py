@@ -1,42 +1,64 @@
-"""One training of a job: arguments, model and record, one stock Trainer, metrics."""
+"""Train and measure a job: the Trainer's arguments, model and record, inference, and metrics."""
 
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
 from peft import PeftModel
 from torch import nn
-from transformers import TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from tsqlora.adapter.slots import active_parameters
-from tsqlora.data.generation import least_prompt
+from tsqlora.data.formats import Format
+from tsqlora.data.generation import least_prompt, references, tokenise_generation
+from tsqlora.data.rows import Rows
+from tsqlora.data.samples import TokenisedSplit
 from tsqlora.data.splits import MEASURED
 from tsqlora.progress import Progress
+from tsqlora.quality.rule import Compute
 from tsqlora.run.config import Config
 from tsqlora.run.job import Job, with_slots
 from tsqlora.run.plan import plan, without_effect
-from tsqlora.run.predictor import EVAL_BATCH, Predictor
 from tsqlora.run.start import start_notes
-from tsqlora.tasks import GENERATION
+from tsqlora.tasks import GENERATION, Task, require_answers
+from tsqlora.tasks.forward import Collate
 from tsqlora.tasks.generation import Generation
-from tsqlora.tasks.texts import require_text_metrics
+from tsqlora.tasks.texts import require_text_metrics, text_metrics
 from tsqlora.training.arguments import hardware_has_bf16, training_arguments
+from tsqlora.training.collate import collate_of
 from tsqlora.training.fit import Method
+from tsqlora.training.load import positions_of
+from tsqlora.training.predict import predict_logits
 from tsqlora.training.record import RunRecord
 from tsqlora.training.run_dir import CHECKPOINT_DIR
-from tsqlora.training.write import require_room
+from tsqlora.training.write import require_room, token_metrics, write_texts
+
+EVAL_BATCH = 64
+"""Samples of an evaluation batch, unless training.per_device_eval_batch_size is set."""
+_BEST = {"eval_strategy": "epoch", "metric_for_best_model": "loss"}
+"""Evaluation that training.save_strategy best needs, unless it is set."""
+
+Samples = Sequence[dict[str, Any]]
 
 
 def arguments(config: Config, run: Path, *, micro_batch_size: int | None = None) -> TrainingArguments:
-    """The Trainer's arguments; bfloat16 where the config says so, or else where the hardware has it.
+    """The Trainer's arguments; bfloat16 by the config, or else if the hardware has it.
 
-    `micro_batch_size`: a device takes a batch in parts of so many rows, whose gradients are accumulated.
+    `micro_batch_size`: rows that a device takes at once; gradients accumulate to whole batches.
     """
     settings = config.training
-    # Of a validation in mid-run no logits of text are kept: they are a vocabulary wide, for every token.
-    further = {
+    # Validation during training drops the logits of texts: they have a vocabulary for every token.
+    further: dict[str, Any] = {
         "per_device_eval_batch_size": EVAL_BATCH,
         **({"prediction_loss_only": True} if config.task.type in GENERATION else {}),
         **settings.further_arguments(),
     }
+    if further.get("save_strategy") == "best":
+        further = _BEST | further
     further.setdefault("bf16", hardware_has_bf16() and not further.get("fp16"))
     rows = micro_batch_size or settings.batch_size
     if rows < settings.batch_size:
@@ -57,7 +79,7 @@ def arguments(config: Config, run: Path, *, micro_batch_size: int | None = None)
 
 
 def begin(job: Job, args: TrainingArguments, method: Method) -> tuple[PeftModel, RunRecord]:
-    """The model with its rank slots, and the record of a run that begins."""
+    """Build the model with its rank slots, and the record of a run that starts."""
     _require_measurable(job)
     config, splits, samples = job.config, job.data.splits, job.data.samples
     model = with_slots(config, job.pretrained)
@@ -78,13 +100,13 @@ def begin(job: Job, args: TrainingArguments, method: Method) -> tuple[PeftModel,
             what = "prompts" if texts else "texts"
             record.notes.append(f"{split.truncated} of {len(split)} {name} {what} were cut to {job.max_length} tokens")
     if config.model.trust_remote_code:
-        record.notes.append("code that came with the model was run: model.trust_remote_code was true")
+        record.notes.append("code from the model's repository ran: model.trust_remote_code was true")
     record.notes += without_effect(config)
     return model, record
 
 
 def _require_measurable(job: Job) -> None:
-    """Raises SettingsError where the texts that a model writes on the test rows could not be measured in the end."""
+    """Raises SettingsError if the texts that a model will write on test rows could not be measured."""
     splits = job.data.splits
     if not isinstance(job.task, Generation) or "test" not in splits.sources:
         return
@@ -95,8 +117,96 @@ def _require_measurable(job: Job) -> None:
     require_room(job.pretrained.positions, job.config.task.max_new_tokens, longest=shortest)
 
 
+@dataclass(frozen=True, slots=True)
+class Predictor:
+    """Batching, precision and generation limits for inference."""
+
+    model: nn.Module
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    batch_size: int
+    bf16: bool
+    max_new_tokens: int
+    beams: int
+
+    @property
+    def prompt_length(self) -> int:
+        """Most tokens of a prompt: the positions of a causal model must also hold the text that it writes."""
+        positions = positions_of(self.model)
+        if positions is None or not (isinstance(self.task, Generation) and self.task.causal):
+            return self.max_length
+        require_room(positions, self.max_new_tokens, longest=least_prompt(self.tokenizer))
+        return min(self.max_length, positions - self.max_new_tokens)
+
+    def logits(self, samples: Samples, *, phase: str, progress: Progress | None) -> np.ndarray:
+        """n × k logits of a task with one answer a sample."""
+        return predict_logits(self.model, samples, self.collate(), phase=phase, progress=progress, **self._batching)
+
+    def metrics(self, samples: Samples, *, phase: str, progress: Progress | None) -> dict[str, float]:
+        """The task's metrics on labelled samples; for generation those of the given targets."""
+        if isinstance(self.task, Generation):
+            compute = Compute(**self._batching, progress=progress)
+            return token_metrics(self.model, samples, self.collate(), self.task, phase=phase, compute=compute)
+        logits = self.logits(samples, phase=phase, progress=progress)
+        return require_answers(self.task, "this metric").metrics(logits, np.array([s["labels"] for s in samples]))
+
+    def prompts(self, rows: Rows, format: Format, *, measured: bool = False) -> TokenisedSplit:
+        """The prompt of each row; `measured` as in `tokenise_generation`."""
+        assert isinstance(self.task, Generation)
+        return tokenise_generation(
+            rows,
+            format,
+            self.tokenizer,
+            max_length=self.prompt_length,
+            seq2seq=not self.task.causal,
+            with_targets=False,
+            measured=measured,
+        )
+
+    def texts(self, prompts: TokenisedSplit, *, phase: str, progress: Progress | None) -> list[str]:
+        """Generate a text for each prompt."""
+        assert isinstance(self.task, Generation)
+        return write_texts(
+            self.model,
+            prompts.samples,
+            self.collate(left=self.task.causal),
+            self.tokenizer,
+            self.task,
+            max_new_tokens=self.max_new_tokens,
+            beams=self.beams,
+            phase=phase,
+            compute=Compute(**self._batching, progress=progress),
+        )
+
+    def text_metrics(self, rows: Rows, format: Format, *, progress: Progress | None) -> dict[str, float]:
+        """Compare generated texts with the rows' targets; nothing for plain text, which has no target."""
+        if format.name == "text":
+            return {}
+        require_text_metrics()
+        prompts = self.prompts(rows, format, measured=True)
+        if self.prompt_length < self.max_length:  # reading the rows warns about cuts by max_length
+            warn_of_cuts(prompts, rows.source, "prompts", self.prompt_length)
+        written = self.texts(prompts, phase="writing", progress=progress)
+        return text_metrics(written, references(rows, format))
+
+    def collate(self, *, left: bool = False) -> Collate:
+        """A collator; with `left` for prompts to continue."""
+        return collate_of(self.task, self.model, self.tokenizer, max_length=self.max_length, left=left)
+
+    @property
+    def _batching(self) -> dict[str, Any]:
+        return {"batch_size": self.batch_size, "autocast": torch.bfloat16 if self.bf16 else None}
+
+
+def warn_of_cuts(split: TokenisedSplit, source: str, what: str, length: int) -> None:
+    """Warn if rows were cut."""
+    if split.truncated:
+        warnings.warn(f"{split.truncated} of {len(split)} {what} of {source} were cut to {length} tokens", stacklevel=3)
+
+
 def predictor_of(job: Job, model: nn.Module, args: TrainingArguments) -> Predictor:
-    """Inference as the settings have it, in training's precision."""
+    """Inference by the settings, in training's precision."""
     return Predictor(
         model,
         job.task,
@@ -110,7 +220,7 @@ def predictor_of(job: Job, model: nn.Module, args: TrainingArguments) -> Predict
 
 
 def measure(job: Job, model: nn.Module, record: RunRecord, args: TrainingArguments, progress: Progress | None) -> None:
-    """Add the metrics of validation and test to the record; of generated text, what is written on the test rows."""
+    """Add the metrics of validation and test rows to the record; for generation also those of texts on test rows."""
     predictor, splits = predictor_of(job, model, args), job.data.splits
     for split in (name for name in MEASURED if name in job.data.samples):
         samples = job.data.samples[split]

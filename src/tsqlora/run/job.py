@@ -1,5 +1,6 @@
-"""What a run is made of: settings, task, model and rows, loaded and checked, and the model's rank slots."""
+"""Load what a run needs: settings, task, model and rows, checked against each other; and add the rank slots."""
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,25 +11,37 @@ from transformers import set_seed
 from tsqlora.adapter.init_from import start_from
 from tsqlora.adapter.wrap import wrap
 from tsqlora.data.batches import PackedCollator, packed_collator
+from tsqlora.data.dialect import Hints
 from tsqlora.data.labels import LabelMap
 from tsqlora.data.prepare import Prepared, prepare, resolve_max_length
-from tsqlora.data.splits import Splits
+from tsqlora.data.splits import Splits, read_data
 from tsqlora.errors import SettingsError
 from tsqlora.quality.rule import require_terms
 from tsqlora.run.config import Config
-from tsqlora.run.reading import hints_of, read, require_of_task, trained_task, writing_of
 from tsqlora.run.start import start_of
-from tsqlora.tasks import Task
+from tsqlora.tasks import Task, get_task
 from tsqlora.tasks.forward import Collate
 from tsqlora.tasks.generation import Generation
 from tsqlora.training.collate import collate_of
 from tsqlora.training.fit import Inputs
 from tsqlora.training.load import Pretrained, load_pretrained
 
+_OF_ANSWERS: dict[str, str | None] = {"data.label": "data.target", "data.text_pair": "data.prompt"}
+"""Settings for classes and numbers alone, with those for texts in their place."""
+_OF_TEXTS: dict[str, str | None] = {
+    "data.format": None,
+    "data.prompt": "data.text",
+    "data.target": "data.label",
+    "data.messages": "data.text",
+    "task.max_new_tokens": None,
+    "task.beams": None,
+}
+"""Settings for texts alone, with those for classes and numbers in their place."""
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Everything that a run needs, loaded and checked; the task has the loss that training uses."""
+    """Everything that a run needs, loaded and checked; the task has training's loss."""
 
     config: Config
     task: Task
@@ -42,7 +55,7 @@ class Job:
 
     @property
     def packed(self) -> PackedCollator | None:
-        """The collator of training, where samples share rows."""
+        """The collator of training if samples share rows."""
         if not self.config.data.packing:
             return None
         return packed_collator(self.pretrained.tokenizer, max_length=self.max_length)
@@ -54,7 +67,7 @@ class Job:
 
     @property
     def scored_rows(self) -> dict[str, Any]:
-        """Describe the rows in the scores' record: where they are, their columns, and what the labels' numbers mean."""
+        """Describe the rows in the scores' record: their file and columns, and the names of class ids."""
         splits = self.data.splits
         return {
             "data": self.config.data.train,
@@ -68,15 +81,15 @@ class Job:
 def load(config: Config, *, folder: Path | None = None) -> Job:
     """Read the rows and the model, and check that they and the settings fit together.
 
-    `folder` is where samples are kept on disk; None for a temporary one.
+    `folder` holds the samples on disk; None is a temporary one.
     """
     task, splits, pretrained, length = read_with_model(config)
-    data = prepare(splits, pretrained.tokenizer, max_length=length, writing=writing_of(config), folder=folder)
+    data = prepare(splits, pretrained.tokenizer, max_length=length, seq2seq=task.name == "seq2seq", folder=folder)
     return Job(config, task, pretrained, data, length)
 
 
 def read_with_model(config: Config) -> tuple[Task, Splits, Pretrained, int]:
-    """The task, where its rows are, the model, and how many tokens a sample may have; samples are not made yet."""
+    """The task, the splits, the model, and the most tokens of a sample; nothing is tokenised yet."""
     require_of_task(config)
     task, splits = trained_task(config), read(config)
     pretrained = load_model(config, task, splits.labels)
@@ -86,10 +99,57 @@ def read_with_model(config: Config) -> tuple[Task, Splits, Pretrained, int]:
     return task, splits, pretrained, length
 
 
+def read(config: Config) -> Splits:
+    """Read where the rows of every split are."""
+    data, answer = config.data, get_task(config.task.type).answer
+    names = ("format", "prompt", "target", "messages", "text") if answer == "text" else ("text", "text_pair", "label")
+    return read_data(
+        data.train,
+        data.validation,
+        data.test,
+        answer=answer,
+        columns={name: getattr(data, name) for name in names},
+        validation_fraction=data.validation_fraction,
+        seed=config.training.seed,
+        trusted=data.trusted,
+        max_bad_rows=data.max_bad_rows,
+        hints=hints_of(config),
+    )
+
+
+def hints_of(config: Config) -> Hints:
+    """The settings about text files."""
+    return Hints(config.data.delimiter, config.data.encoding)
+
+
+def trained_task(config: Config) -> Task:
+    """The task, with training's loss."""
+    smoothing = config.training.further_arguments().get("label_smoothing_factor", 0)
+    return get_task(config.task.type, **({"label_smoothing": smoothing} if smoothing else {}))
+
+
+def require_of_task(config: Config, keys: Collection[str] | None = None) -> None:
+    """Raises SettingsError for a setting that the task does not read, unless at its default; of `keys` if given."""
+    task = get_task(config.task.type)
+    foreign = dict(_OF_ANSWERS if task.answer == "text" else _OF_TEXTS)
+    if task.name != "causal-lm":
+        foreign["data.packing"] = None
+    if task.answer == "number" and config.training.further_arguments().get("label_smoothing_factor"):
+        raise SettingsError(
+            "training.label_smoothing_factor smooths classes and tokens, and task.type is regression; remove it"
+        )
+    for key, own in foreign.items():
+        section, name = key.split(".")
+        settings = getattr(config, section)
+        if (keys is None or key in keys) and getattr(settings, name) != type(settings).model_fields[name].default:
+            cure = "remove it" if own is None else f"set {own}, or remove it"
+            raise SettingsError(f"{key} has no effect for {task.name}; {cure}")
+
+
 def require_scoring(config: Config) -> None:
-    """Raises SettingsError, before anything is loaded, where the config has no scores."""
+    """Raises SettingsError, before anything is loaded, if the config has no scores."""
     if not config.quality.enabled:
-        raise SettingsError("quality.enabled is false: there is nothing to score; set it to true")
+        raise SettingsError("quality.enabled is false, so there is nothing to score; set it to true")
     require_terms(config.quality.resolved_weights() or {}, trained_task(config))
 
 

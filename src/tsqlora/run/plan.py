@@ -1,12 +1,13 @@
-"""What a run will do, before it does it: `--dry-run`, and the record's first page."""
+"""Plan a run before it starts: for `--dry-run`, and as the record's first part."""
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from peft import PeftModel
-from transformers import TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from tsqlora.adapter.slots import active_parameters, active_ranks, find_slots
 from tsqlora.data.samples import TokenisedSplit
@@ -21,13 +22,14 @@ from tsqlora.ranks.schedule import default_interval
 from tsqlora.run.config import Config, QualitySettings, Section
 from tsqlora.tasks import Task
 from tsqlora.tasks.classification import Classification
-from tsqlora.tasks.generation import Generation
+from tsqlora.tasks.generation import IGNORED, Generation
 from tsqlora.training.fit import Method
 
 BYTES_A_ROW = 500
-"""Of a row that is scored: hash, place, length, terms and predictions, twice while they are written."""
+"""Memory of a scored row: hash, place, length, terms and predictions, twice while they are written."""
 BYTES_A_TOKEN = 12
-"""Of a row that is scored, on disk: its id, its mask and its segment."""
+"""Disk space of a scored row's token: its id, mask and segment."""
+_SHOWN_CHARACTERS = 600
 
 
 def plan(
@@ -38,7 +40,7 @@ def plan(
     args: TrainingArguments,
     method: Method,
 ) -> dict[str, Any]:
-    """Samples, steps, budget, ranks at the start, passes by phase, and a memory estimate.
+    """Samples, steps, budget, initial ranks, passes by phase, and a memory estimate.
 
     Raises SettingsError for a budget below the least ranks.
     """
@@ -54,7 +56,7 @@ def plan(
     options = ranks_callback.options
     interval = options["interval"] or default_interval(steps)
     if options["policy"] != "fixed" and not options["schedule"].steps(steps, interval):
-        idle.append(f"ranks.policy without effect: no adjustment fits into {steps} steps at an interval of {interval}")
+        idle.append(f"ranks.policy has no effect: {steps} steps at an interval of {interval} allow no adjustment")
     require_ranks(config, shapes)
     return {
         "rows": {name: len(split) for name, split in samples.items()},
@@ -73,35 +75,36 @@ def plan(
 
 
 def require_ranks(config: Config, shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Raises SettingsError where the least ranks of layers of these shapes cost more than there is."""
+    """Raises SettingsError if the least ranks of layers of these shapes exceed the budget."""
     uniform = Sensitivity(dict.fromkeys(shapes, 1.0), shapes, "uniform", 0)
     allocate(uniform, mean_rank=config.ranks.mean, min_rank=config.ranks.min, max_rank=config.ranks.resolved_max())
 
 
 def without_effect(config: Config) -> list[str]:
-    """Settings that are not their default and count for nothing beside the others, each group with the reason."""
-    found = list[tuple[str, Section, Iterable[str], str]]()
+    """Settings that are not at their defaults and have no effect beside the others, with the reasons."""
+    groups = list[tuple[str, Section, Iterable[str], str]]()
     if not config.quality.enabled:
         idle = QualitySettings.model_fields.keys() - {"enabled", "fraction", "resample", "head_start"}
-        found.append(("quality", config.quality, idle, "quality.enabled is false"))
+        groups.append(("quality", config.quality, idle, "quality.enabled is false"))
     if config.ranks.policy == "fixed":
         idle = {"interval", *([] if config.quality.enabled else ["estimator"])}
-        found.append(("ranks", config.ranks, idle, "ranks.policy is fixed"))
-    changed = (([f"{of}.{name}" for name in _changed(section, idle)], why) for of, section, idle, why in found)
-    told = [f"{', '.join(names)} without effect: {why}" for names, why in changed if names]
+        groups.append(("ranks", config.ranks, idle, "ranks.policy is fixed"))
+    notes = list[str]()
+    for name, section, idle, why in groups:
+        if changed := [f"{name}.{key}" for key in _changed(section, idle)]:
+            notes.append(f"{', '.join(changed)} {'have' if len(changed) > 1 else 'has'} no effect: {why}")
     if not config.training.further_arguments().get("disable_tqdm", True):
-        told.append("training.disable_tqdm without effect: tsqlora shows progress itself, on stderr")
-    return told
+        notes.append("training.disable_tqdm has no effect: tsqlora shows progress itself, on stderr")
+    return notes
 
 
 def _changed(section: Section, names: Iterable[str]) -> list[str]:
-    """Those of the settings that are not as they are by default, in the order of the section."""
     default = type(section)()
     return [n for n in type(section).model_fields if n in names and getattr(section, n) != getattr(default, n)]
 
 
 def _classes(task: Task, model: PeftModel, rows: TokenisedSplit) -> dict[str, int] | None:
-    """Rows of each class, by its name; None where there are no classes."""
+    """Rows of each class by name; None for other tasks."""
     if not isinstance(task, Classification):
         return None
     counts = Counter(rows.labels.tolist())
@@ -109,7 +112,7 @@ def _classes(task: Task, model: PeftModel, rows: TokenisedSplit) -> dict[str, in
 
 
 def scoring_plan(config: Config, task: Task, model: PeftModel, *, rows: int, max_length: int) -> dict[str, Any]:
-    """Rows, batches, passes, and bounds of memory and disk."""
+    """Rows, batches, passes, and upper bounds of memory and disk space."""
     rule = ScoringRule(weights=config.quality.resolved_weights(), terms=PAPER_TERMS)
     return {
         "rows": rows,
@@ -121,22 +124,22 @@ def scoring_plan(config: Config, task: Task, model: PeftModel, *, rows: int, max
 
 
 def _passes(task: Task, method: Method, *, epochs: float, batch: int) -> dict[str, dict[str, int]]:
-    """Rows that go forward and backward in each phase: of the first look, and of the steps."""
+    """Rows forward and backward in each phase: the first look, and the steps."""
     data, quality, ranks, size = method.data, method.quality, method.ranks, len(method.data)
-    found: dict[str, dict[str, int]] = {}
+    phases: dict[str, dict[str, int]] = {}
     n, trusted = len(data.dataset), len(data.trusted)
     if quality is not None and quality.rule.decides(task, trusted > 0):
         rule = quality.rule.trusting(task, trusted > 0)
-        found["look"] = _look(rule, task, rows=n, trusted=trusted)
+        phases["look"] = _look(rule, task, rows=n, trusted=trusted)
         if trusted and rule.trusts:
             trained, rows = trusted_steps_of(task, trusted, batch)
             cost = trusted_cost(n, steps=trained, batch_size=rows)
-            found["trusted model"] = {"forward": cost.forward, "backward": cost.backward}
+            phases["trusted model"] = {"forward": cost.forward, "backward": cost.backward}
     elif quality is not None and not quality.rule.select:
-        found["look"] = {"forward": n + trusted, "backward": 0}
+        phases["look"] = {"forward": n + trusted, "backward": 0}
     if ranks is not None and quality is not None and quality.rule.select:
-        found["ranks"] = _both(min(ranks.rows_of(round(size * epochs)), size))
-    return found | {"training": _both(round(size * epochs))}
+        phases["ranks"] = _both(min(ranks.rows_of(round(size * epochs)), size))
+    return phases | {"training": _both(round(size * epochs))}
 
 
 def _both(rows: int) -> dict[str, int]:
@@ -152,11 +155,51 @@ def _look(rule: ScoringRule, task: Task, *, rows: int, trusted: int) -> dict[str
 
 
 def memory(config: Config, task: Task, model: PeftModel, *, longest: int, bf16: bool) -> int:
-    """A rough peak of training in bytes: weights, gradients and moments, linear layers' activations."""
+    """A rough peak of training in bytes: weights, gradients and moments, activations of linear layers."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     layers: list[Any] = list(lora_layers(model).values())
     features = sum(layer.in_features + 2 * layer.out_features for layer in layers)
     if isinstance(task, Generation):
-        features += 3 * int(getattr(model.config, "vocab_size", 0))  # logits, in float32 once more, and their gradient
+        features += 3 * int(getattr(model.config, "vocab_size", 0))  # logits, once more in float32, and their gradient
     return weights + trained + config.training.batch_size * longest * features * (2 if bf16 else 4)
+
+
+def marked_samples(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Mapping[str, Any]]) -> str:
+    """The text of generation samples, with the tokens that have a loss between ⟦ and ⟧."""
+    return "\n".join(_marked(tokenizer, number, sample) for number, sample in enumerate(samples, start=1)) + "\n"
+
+
+def _marked(tokenizer: PreTrainedTokenizerBase, number: int, sample: Mapping[str, Any]) -> str:
+    stretches = _stretches(tokenizer, sample)
+    tokens = sum(count for count, _, _ in stretches)
+    trained = sum(count for count, is_trained, _ in stretches if is_trained)
+    text = "".join(f"⟦{_shortened(text)}⟧" if is_trained else _shortened(text) for _, is_trained, text in stretches)
+    return f"sample {number}: {tokens} tokens, trained on ⟦{trained}⟧\n{text}"
+
+
+def _stretches(tokenizer: PreTrainedTokenizerBase, sample: Mapping[str, Any]) -> list[tuple[int, bool, str]]:
+    """(number of tokens, whether they have a loss, text) of each stretch."""
+
+    def text_of(tokens: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
+
+    ids, labels = sample["input_ids"], sample["labels"]
+    causal = len(ids) == len(labels) and all(b in (IGNORED, a) for a, b in zip(ids, labels, strict=True))
+    if not causal:  # a sequence-to-sequence model has targets beside its inputs
+        return [(len(ids), False, text_of(ids)), (len(labels), True, text_of(labels))]
+    stretches, start = [], 0
+    for trained, group in groupby(labels, key=lambda label: label != IGNORED):
+        end = start + len(list(group))
+        before, whole = text_of(ids[:start]), text_of(ids[:end])
+        # Decoded alone, a stretch may lose its leading space.
+        text = whole[len(before) :] if whole.startswith(before) else text_of(ids[start:end])
+        stretches.append((end - start, trained, text))
+        start = end
+    return stretches
+
+
+def _shortened(text: str) -> str:
+    """Printable text, without the middle if it is long."""
+    text, half = "".join(c if c.isprintable() or c == "\n" else " " for c in text), _SHOWN_CHARACTERS // 2
+    return text if len(text) <= 2 * half else f"{text[:half]} … {text[-half:]}"

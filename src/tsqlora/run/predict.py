@@ -1,4 +1,4 @@
-"""A finished run put to use: its metrics on a labelled file, its predictions or texts on any."""
+"""Use a finished run: metrics on a labelled file, predictions or generated texts on any file."""
 
 import warnings
 from collections.abc import Sequence
@@ -9,22 +9,22 @@ import numpy as np
 from scipy.special import softmax
 
 from tsqlora.data.rows import Rows, column_names, open_split, read_rows
-from tsqlora.data.whole_rows import lacks_of, listed
+from tsqlora.data.splits import lacks_of, listed
 from tsqlora.data.write import SHEETS, require_writable, without_formulas, write_rows
 from tsqlora.errors import DataError
 from tsqlora.progress import Progress
 from tsqlora.run.finished import FinishedRun, open_run, require_finished
-from tsqlora.run.predictor import warn_of_cuts
-from tsqlora.run.reading import hints_of, read
+from tsqlora.run.fit import warn_of_cuts
+from tsqlora.run.job import hints_of, read
 from tsqlora.tasks import GENERATION, require_answers
 
 
 def evaluate_run(
     run: Path, data: Path | None = None, *, overrides: Sequence[str] = (), progress: Progress | None = None
 ) -> dict[str, float]:
-    """The task's metrics on a labelled file; without one, on the run's test rows, else its validation rows.
+    """The task's metrics on a labelled file; without a file, on the run's test rows, else its validation rows.
 
-    Generated text is measured by writing it.
+    Texts are generated to measure them.
     """
     record = require_finished(run)
     generates = record.task in GENERATION
@@ -46,7 +46,7 @@ def evaluate_run(
 
 
 def own_rows(run: Path) -> str:
-    """Name the rows that `evaluate_run` measures where it is given none."""
+    """Name the rows that `evaluate_run` measures without a file."""
     record = require_finished(run)
     split = "test" if "test" in record.metrics else "validation"
     return f"the run's {record.plan['rows'][split]:,} {split} rows"
@@ -55,26 +55,26 @@ def own_rows(run: Path) -> str:
 def predict_run(
     run: Path, data: Path, out: Path, *, overrides: Sequence[str] = (), progress: Progress | None = None
 ) -> int:
-    """Write the file's rows with their `prediction`, and its `probability` for classes; return how many.
+    """Write the file's rows with a `prediction`, and a `probability` for classes; return how many rows.
 
     They replace columns of these names, so that a file of predictions may be predicted again. A row without a text has
-    nothing there, and a warning names it.  Raises DataError where no row has a text.
+    an empty prediction, and a warning names it.  Raises DataError if no row has a text.
     """
     require_writable(out)
     finished = open_run(run, overrides)
     rows = read_rows(data, split="test", hints=hints_of(finished.config))
     finished.require_columns(column_names(rows), rows.source, labelled=False)
-    whole = _with_text(finished, rows)
+    complete = _with_text(finished, rows)
     answers = _texts if finished.format is not None else _answers
-    added = dict(zip(whole, answers(finished, rows.take(whole), progress), strict=True))
-    empty = dict.fromkeys(added[whole[0]])
+    added = dict(zip(complete, answers(finished, rows.take(complete), progress), strict=True))
+    empty = dict.fromkeys(added[complete[0]])
     predicted = [{**row, **added.get(i, empty)} for i, row in enumerate(rows.rows)]
     if out.suffix.lower() in SHEETS:
         predicted, cells = without_formulas(predicted)
         if cells:
             warnings.warn(
-                f"{cells} cells of {out} begin like a formula and got a ' in front, so that a spreadsheet shows them "
-                "as text; .jsonl keeps them as they are",
+                f"{cells} cells of {out} start like formulas and got a leading ' that keeps spreadsheets from running "
+                "them; .jsonl leaves them unchanged",
                 stacklevel=2,
             )
     write_rows(out, predicted)
@@ -82,20 +82,20 @@ def predict_run(
 
 
 def _with_text(finished: FinishedRun, rows: Rows) -> list[int]:
-    """The rows that have what a prediction is made of."""
+    """The rows that have an input."""
     lacks, bad = lacks_of(finished.columns, finished.format, answers=False), dict[str, list[int]]()
-    whole = list[int]()
+    complete = list[int]()
     for i in range(len(rows)):
         if (reason := lacks(rows, i)) is None:
-            whole.append(i)
+            complete.append(i)
         else:
             bad.setdefault(reason, []).append(rows.numbers[i])
-    if not whole:
+    if not complete:
         raise DataError(f"{rows.source}: no row has a text to predict: {listed(bad, rows.source)}")
     if bad:
-        told = f"{len(rows) - len(whole):,} of {len(rows):,} predictions are empty: {listed(bad, rows.source)}"
-        warnings.warn(f"{rows.source}: {told}", stacklevel=3)
-    return whole
+        count = f"{len(rows) - len(complete):,} of {len(rows):,}"
+        warnings.warn(f"{rows.source}: {count} predictions are empty: {listed(bad, rows.source)}", stacklevel=3)
+    return complete
 
 
 def _texts(finished: FinishedRun, rows: Rows, progress: Progress | None) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""`tsqlora audit --apply`: a reviewed table -> the corrected rows, and the reviewed ones as trusted rows."""
+"""`tsqlora audit --apply`: write the corrected rows of a reviewed table, and the reviewed rows as trusted rows."""
 
 import difflib
 import json
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tsqlora.data.cells import is_missing
-from tsqlora.data.correct import corrected_name, write_corrected
+from tsqlora.data.copies import corrected_name, write_corrected
 from tsqlora.data.dialect import Hints
 from tsqlora.data.rows import Rows, Source, open_split, read_rows
 from tsqlora.data.write import require_apart, without_formulas, write_rows
@@ -27,7 +27,7 @@ Label = str | int
 
 @dataclass(frozen=True, slots=True)
 class Reviewed:
-    """What the reader says of one row, and the label that the table gives it; `place` is for errors."""
+    """A row's reviewed label, and the label that the table has for it; `place` is for errors."""
 
     place: str
     row: int
@@ -37,16 +37,16 @@ class Reviewed:
 
 
 def apply_review(table: Path, out: Path | None = None) -> dict[str, Any]:
-    """Writes corrected.EXT, in the format of the audited file, and trusted.jsonl, the rows with a reviewed label.
+    """Write corrected.EXT, in the format of the audited file, and trusted.jsonl, the rows with a reviewed label.
 
-    What was audited stands in audit.json, in `out` or beside the table. Raises DataError, with row and value, for a
-    label that is no class and a row that the file does not have; and where the file has changed since the audit.
+    audit.json, in `out` or beside the table, names the audited file. Raises DataError, with row and value, for a
+    label that is not a class and a row that the file lacks; and if the file has changed since the audit.
     """
     about, folder = _about(table, out)
     reviewed = _read(table, about["classes"])
     source = open_split(about["source"], split="train", hints=Hints(**about["hints"]))
     if source.path is not None and digest(source.path) != about["sha256"]:
-        raise DataError(f"{source.name} has changed since its audit, and its rows with it; audit it again")
+        raise DataError(f"{source.name} has changed since its audit; audit it again")
     column = str(about["columns"]["label"])
     rows = _rows_of(source, reviewed, column)
     changed = {one.row: one.reviewed for one in reviewed if str(one.reviewed) != str(rows[one.row][column])}
@@ -67,61 +67,59 @@ def apply_review(table: Path, out: Path | None = None) -> dict[str, Any]:
 
 
 def _about(table: Path, out: Path | None) -> tuple[dict[str, Any], Path]:
-    """The audit's own record, and where corrections go: by default beside it."""
+    """The content of audit.json, and the folder for corrections: `out`, or that of audit.json."""
     places = [*([] if out is None else [out]), table.parent]
     path = next((place / AUDIT_FILE for place in places if (place / AUDIT_FILE).is_file()), None)
     if path is None:
-        raise DataError(
-            f"there is no {AUDIT_FILE}, which says what rows these are, in {' or '.join(map(str, places))}; give the "
-            "audit's directory as --out"
-        )
+        folders = " or ".join(map(str, places))
+        raise DataError(f"no {AUDIT_FILE}, which names the audited file, in {folders}; give the audit's --out")
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
         if {"source", "sha256", "hints", "columns", "classes"} <= about.keys():
             return about, out or path.parent
     except (OSError, ValueError, AttributeError) as error:
         raise DataError(f"{path} cannot be read ({error}); audit again") from None
-    raise DataError(f"{path} is no record of an audit; audit again")
+    raise DataError(f"{path} is not the record of an audit; audit again")
 
 
 def _read(table: Path, classes: Sequence[Label]) -> list[Reviewed]:
     """The rows of the table with a reviewed label, by row."""
     rows = read_rows(table)
     if lacking := [name for name in ("row", "label", "reviewed_label") if name not in rows.rows[0]]:
-        raise DataError(f"{table} has no column '{lacking[0]}'; give the table that audit wrote, or its page exports")
+        raise DataError(f"{table} has no column '{lacking[0]}'; give the table of an audit, or the export of its page")
     names = _names(classes)
-    found = dict[int, Reviewed]()
+    by_row = dict[int, Reviewed]()
     for i, cells in enumerate(rows.rows):
         if is_missing(cells["reviewed_label"]):
             continue
         one = _reviewed(rows, i, names)
-        if found.setdefault(one.row, one).reviewed != one.reviewed:
-            raise DataError(f"{one.place}: row {one.row} is there twice, reviewed differently; keep one of them")
-    if not found:
-        raise DataError(f"no row of {table} has a reviewed_label; write the right label into it where you are sure")
-    return [found[row] for row in sorted(found)]
+        if by_row.setdefault(one.row, one).reviewed != one.reviewed:
+            raise DataError(f"{one.place}: row {one.row} has two different reviews; remove one")
+    if not by_row:
+        raise DataError(f"no row of {table} has a reviewed_label; fill in the right label where you are sure")
+    return [by_row[row] for row in sorted(by_row)]
 
 
 def _reviewed(rows: Rows, i: int, names: Mapping[str, Label]) -> Reviewed:
     cells, place = rows.rows[i], rows.place(i)
     number, value = str(cells["row"]).strip(), str(cells["reviewed_label"])
     if not number.isdecimal():
-        raise DataError(f"{place}: row {number!r} is no number of a row; leave the column row as it was")
+        raise DataError(f"{place}: row {number!r} is not a row number; restore the column row")
     label = names.get(value, names.get(_folded(value)))
     if label is None:
-        known = nearest(value.strip(), _near(value.strip(), {str(label) for label in names.values()}))
-        raise DataError(f"{place}: row {number} has the reviewed_label {value.strip()!r}, which is no class; {known}")
+        choices = nearest(value.strip(), _near(value.strip(), {str(label) for label in names.values()}))
+        raise DataError(f"{place}: row {number} has the reviewed_label {value.strip()!r}, not a class; {choices}")
     return Reviewed(place, int(number), str(cells["label"]), label, cells.get("kind") == "check")
 
 
 def _near(value: str, classes: set[str]) -> set[str]:
-    """The classes that a message lists: those that are written alike, where there are too many."""
+    """The classes for a message: those with similar names if there are too many."""
     near = set(difflib.get_close_matches(value, classes, n=5, cutoff=0.5))
     return classes if len(classes) <= SHOWN else near or set(sorted(classes)[:SHOWN])
 
 
 def _names(classes: Sequence[Label]) -> dict[str, Label]:
-    """Every way to write a class: as it is, as a spreadsheet got it, and in other case where that names only one."""
+    """Every spelling of a class: its own, that of suspects.csv, and in other case if only one class has it."""
     names = {str(label): label for label in classes}
     folded: dict[str, list[Label]] = {}
     for label in classes:
@@ -135,21 +133,20 @@ def _folded(text: str) -> str:
 
 
 def _as_cell(text: str) -> str:
-    """A text as suspects.csv has it."""
     return str(without_formulas([{"label": text}])[0][0]["label"])
 
 
 def _rows_of(source: Source, reviewed: Sequence[Reviewed], column: str) -> dict[int, dict[str, Any]]:
-    """The rows of the audited file, which must bear the labels that the table says."""
+    """The rows of the audited file, whose labels must be those of the table."""
     rows = dict[int, dict[str, Any]]()
     for part in source.chunks(np.array([one.row for one in reviewed])):
         rows |= zip(part.ids.tolist(), part.rows, strict=True)
     for one in reviewed:
         if one.row not in rows:
-            raise DataError(f"{one.place}: row {one.row} is none of {source.name}, whose rows are numbered from 0")
+            raise DataError(f"{one.place}: {source.name} has no row {one.row}; its rows are numbered from 0")
         if one.label not in (own := str(rows[one.row].get(column)), _as_cell(own)):
             raise DataError(
                 f"{one.place}: row {one.row} has the label {one.label!r} here and {own!r} in {source.name}; give the "
-                "table of this audit, with the columns row and label as they were"
+                "table of this audit, with its columns row and label unchanged"
             )
     return rows

@@ -1,4 +1,4 @@
-"""Scores for any trainer: rows of any size, to a config's model or by a run's weights, resumable."""
+"""Score rows for any trainer: files of any size, with a config's model or a run's weights, resumable."""
 
 import shutil
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ from torch import nn
 
 from tsqlora import distributed
 from tsqlora.data.rows import open_split
-from tsqlora.data.splits import Splits, whole
+from tsqlora.data.splits import Splits, one_split
 from tsqlora.data.write import require_apart, require_place
 from tsqlora.errors import SettingsError
 from tsqlora.progress import Progress
@@ -22,13 +22,10 @@ from tsqlora.quality.scores import Scores
 from tsqlora.run.callbacks import row_names, scoring_rule, trusted_of
 from tsqlora.run.config import load_config
 from tsqlora.run.finished import FinishedRun, device_of, open_run
-from tsqlora.run.job import Job, load, read_with_model, require_scoring, with_slots
+from tsqlora.run.job import Job, hints_of, load, read, read_with_model, require_scoring, with_slots
 from tsqlora.run.plan import scoring_plan
-from tsqlora.run.reading import hints_of, read
 from tsqlora.run.start import with_start
 from tsqlora.training.run_dir import CONFIG_FILE, alone_in
-
-WARM_UP_FILE = "theta.safetensors"
 
 
 def score_rows(
@@ -39,19 +36,18 @@ def score_rows(
     drop: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Scores:
-    """All terms of every training row: to the model that a config begins with, or by a run's weights.
+    """All terms of every training row, with the initial model of a config or the weights of a run.
 
-    Without data.validation, what a training would hold out of data.train is held out here, too (`held_out` in the
-    scores' record); of a run and another file in data.train every row is scored.
-    Rows are read in chunks, and samples are kept on disk. What is done is kept in OUT.partial
-    until the scores are written: the same call after a kill goes on from there, and gives the
-    same file. Rows of the kinds in `drop` are never drawn from the scores. Raises SettingsError
-    where OUT.partial is of another scoring, or another process is at it.
+    Without data.validation, the validation rows that training would hold out are left out here too (`held_out` in the
+    scores' record); for a run and another file in data.train every row is scored.
+    Rows are read in chunks and samples stored on disk. OUT.partial has the progress until the scores are written: the
+    same call after an interruption resumes, and writes the same file. Rows of the kinds in `drop` are never drawn.
+    Raises SettingsError if OUT.partial belongs to another scoring or another process uses it.
     """
     if (processes := distributed.launched()) > 1:
         raise SettingsError(
-            f"scoring was started as {processes} processes, and one keeps what is done; start it as one, or train with "
-            "quality.enabled, which shares the scoring"
+            f"scoring runs as one process and was started as {processes}; start one, or train with quality.enabled, "
+            "which shares the scoring"
         )
     require_drops(drop)
     require_place(out)
@@ -73,7 +69,7 @@ def score_rows(
 
 
 def plan_scoring(source: Path, *, overrides: Sequence[str] = (), drop: Sequence[str] = ()) -> dict[str, Any]:
-    """What `score_rows` would do; every row is read and its label checked, nothing is written."""
+    """The plan of `score_rows`: reads every row and checks its label, and writes nothing."""
     require_drops(drop)
     if source.is_dir():
         run = open_run(source, overrides)
@@ -91,10 +87,10 @@ def plan_scoring(source: Path, *, overrides: Sequence[str] = (), drop: Sequence[
 
 @contextmanager
 def _partial(out: Path) -> Iterator[tuple[Path, Path]]:
-    """OUT.partial, gone once all is done; and a folder in it for samples, which never stays."""
+    """OUT.partial, removed at success, and a folder in it for samples, always removed."""
     partial = Path(f"{out}.partial")
     tokens = partial / "tokens"
-    with alone_in(partial, busy=f"another process is scoring into {out}; wait for it, or name another --out"):
+    with alone_in(partial, busy=f"another process is scoring into {out}; wait for it, or choose another --out"):
         shutil.rmtree(tokens, ignore_errors=True)
         tokens.mkdir()
         try:
@@ -105,17 +101,17 @@ def _partial(out: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def _splits(source: Path, run: FinishedRun) -> Splits:
-    """Of the run's own rows as its training split them; of another file whole, by the run's columns and classes."""
+    """The run's own rows as training split them; of another file all rows, with the run's columns and classes."""
     path = run.config.data.train
     if path == load_config(source / CONFIG_FILE, trained=True).data.train:
         return replace(read(run.config), labels=run.labels)
     file = open_split(path, split="train", hints=hints_of(run.config))
     run.require_columns(file.columns(), file.name, labelled=True)
-    return whole("train", file, run.columns, run.labels, run.format, run.config.data.max_bad_rows)
+    return one_split("train", file, run.columns, run.labels, run.format, run.config.data.max_bad_rows)
 
 
 def score_job(job: Job, model: nn.Module, journal: Path | None = None, progress: Progress | None = None) -> Scores:
-    """Every training row's scores; with a journal they are resumable."""
+    """Score every training row; resumable with a journal."""
     return score(
         model,
         job.data.samples["train"],

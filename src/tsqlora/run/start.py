@@ -1,4 +1,4 @@
-"""Settings and notes of a run that begins at an adapter."""
+"""Settings and notes of a run that continues an adapter."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,16 +14,16 @@ from tsqlora.training.run_dir import adapter_folder, is_run
 
 
 def with_start(config: Config) -> Config:
-    """The config with what adapter.init_from decides: ranks.mean, ranks.max, adapter.alpha and target_modules.
+    """The config with ranks.mean, ranks.max, adapter.alpha and target_modules of adapter.init_from; idempotent.
 
-    Once done, again changes nothing.  Raises SettingsError where one of them is set to something else; the default is
-    as good as not set, since the template of `tsqlora init` writes it.
+    Raises SettingsError if one of them is set to another value. The default counts as unset, since the template of
+    `tsqlora init` writes it.
     """
     adapter = start_of(config)
     if adapter is None:
         return config
     mean, largest = mean_rank(adapter), adapter.rank
-    ranks = _agreed(config, "ranks", {"mean": mean})
+    ranks = _require_unset(config, "ranks", {"mean": mean})
     targets = {"alpha": scale_of_all(adapter) * mean, "target_modules": sorted(adapter.targets)}
     if config.ranks.max is None:
         ranks["max"] = default_max_rank(mean, least=largest)
@@ -32,30 +32,30 @@ def with_start(config: Config) -> Config:
     return config.model_copy(
         update={
             "ranks": config.ranks.model_copy(update=ranks),
-            "adapter": config.adapter.model_copy(update=_agreed(config, "adapter", targets)),
+            "adapter": config.adapter.model_copy(update=_require_unset(config, "adapter", targets)),
         }
     )
 
 
 def start_of(config: Config) -> LoraAdapter | None:
-    """The adapter that a run begins at, if there is one."""
+    """The adapter that a run continues, if any."""
     path = config.adapter.init_from
     return None if path is None else read_start(adapter_folder(Path(path)))
 
 
 def start_notes(config: Config, labels: Sequence[Any] | None) -> list[str]:
-    """What a run's record says of where it began.
+    """Notes about the start, for a run's record.
 
-    Raises DataError where that is a run of other classes, whose head would mean something else.
+    Raises DataError if the run was trained on other classes, so that its head means something else.
     """
     adapter, path = start_of(config), config.adapter.init_from
     if adapter is None or path is None:
         return []
-    notes = [f"begun at {path}: {len(adapter.targets)} layers, mean rank {mean_rank(adapter):.3g}"]
+    notes = [f"continues {path}: {len(adapter.targets)} layers, mean rank {mean_rank(adapter):.3g}"]
     if not adapter.heads():
-        notes.append("that adapter came without a head: the head is new")
+        notes.append("that adapter has no head: the head is new")
     elif not is_run(Path(path)):
-        notes.append(f"its head is taken for one of these classes, in this order: {_listed(labels)}")
+        notes.append(f"its head must be for these classes, in this order: {_listed(labels)}")
     elif (before := RunRecord.load(Path(path)).labels) != (None if labels is None else list(labels)):
         raise DataError(
             f"{path} was trained on {_listed(before)}, and the rows have {_listed(labels)}; give rows of the same"
@@ -65,13 +65,13 @@ def start_notes(config: Config, labels: Sequence[Any] | None) -> list[str]:
     return notes
 
 
-def _agreed(config: Config, section: str, decided: dict[str, Any]) -> dict[str, Any]:
+def _require_unset(config: Config, section: str, values: dict[str, Any]) -> dict[str, Any]:
     settings = getattr(config, section)
-    for key, value in decided.items():
-        given = getattr(settings, key)
-        if given not in (value, type(settings).model_fields[key].default):
-            raise SettingsError(f"{section}.{key} is {given}, and that of adapter.init_from is {value}; leave it out")
-    return decided
+    for key, value in values.items():
+        own = getattr(settings, key)
+        if own not in (value, type(settings).model_fields[key].default):
+            raise SettingsError(f"{section}.{key} is {own}, and adapter.init_from has {value}; remove it")
+    return values
 
 
 def _listed(labels: Sequence[Any] | None) -> str:

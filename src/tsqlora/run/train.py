@@ -1,4 +1,4 @@
-"""A run from beginning to end: data, model, look, ranks, training, adapter, record."""
+"""Train a run from settings to adapter and record."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -6,12 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tsqlora import distributed
 from tsqlora.errors import DataError, SettingsError, TsqLoraError
@@ -23,7 +18,7 @@ from tsqlora.run.card import write_card
 from tsqlora.run.config import Config, dump_config, load_config
 from tsqlora.run.fit import arguments, begin, measure
 from tsqlora.run.job import load
-from tsqlora.run.preview import marked_samples
+from tsqlora.run.plan import marked_samples
 from tsqlora.run.start import with_start
 from tsqlora.training.checkpoints import micro_batch_size, newest_complete, require_resumable_saves
 from tsqlora.training.fit import fit
@@ -32,38 +27,42 @@ from tsqlora.training.run_dir import ADAPTER_DIR, CHECKPOINT_DIR, CONFIG_FILE, S
 from tsqlora.training.stop import StopCallback
 
 SHOWN = 2
-"""Samples of a generating model that a dry run shows."""
-GO_ON = "the same command with --resume goes on from the last complete checkpoint"
+"""Samples of a generating model in a dry run."""
+HOW_TO_RESUME = "the same command with --resume continues from the last complete checkpoint"
 
 
 def train(config: Config, run: Path, *, resume: bool = False, progress: Progress | None = None) -> RunRecord:
-    """Trains as the config says, into a run directory; returns what its run.json says.
+    """Train into a run directory, and return the record in its run.json.
 
-    With `resume` an unfinished run goes on from its last complete checkpoint, and a finished one is
-    left as it is.  Raises SettingsError where the directory holds another run.
+    With `resume` an unfinished run continues from its last complete checkpoint, and a finished one stays as it is.
+    Raises SettingsError if the directory holds another run.
     """
     config = with_start(config)
     args = arguments(config, run)
-    if resume and (known := _begun(run, config)) is not None and known.status == "finished":
-        return known  # nothing is written, not even a lock
+    if resume and (record := _started(run, config)) is not None and record.status == "finished":
+        return record  # nothing is written, not even a lock
     with locked(run, resume=resume) if distributed.is_first() else nullcontext():
-        before = _begun(run, config) if resume else None
+        before = _started(run, config) if resume else None
         if before is not None and before.status == "finished":
             return before
-        stop = StopCallback(GO_ON)
-        with written(run), distributed.explain_lost_peer(GO_ON), nullcontext() if args.save_only_model else stop:
+        stop = StopCallback(HOW_TO_RESUME)
+        with (
+            written(run),
+            distributed.explain_lost_peer(HOW_TO_RESUME),
+            nullcontext() if args.save_only_model else stop,
+        ):
             return fitting_in_memory(config, run, lambda rows: _train(config, run, rows, before, stop, progress))
 
 
 def _train(
     config: Config, run: Path, rows: int, before: RunRecord | None, stop: StopCallback, progress: Progress | None
 ) -> RunRecord:
-    """From the last complete checkpoint, or the beginning, to the end; a device takes so many rows at once."""
+    """Train from the last complete checkpoint, or from the start; a device takes `rows` rows at once."""
     args, progress = arguments(config, run, micro_batch_size=rows), stop.watch(progress)
     job = load(config)
     if before is not None and before.data["hash"] != job.data.hash:
         raise DataError(
-            f"{config.data.train} or another file of data has other rows than when {run} was begun; name another --out"
+            f"the rows of {config.data.train} or another file changed since {run} started; use another --out"
         )
     method = build_callbacks(job, run / SCORES_FILE, progress)
     model, record = begin(job, args, method)
@@ -87,10 +86,10 @@ def _train(
 
 
 def fitting_in_memory(config: Config, run: Path, work: Callable[[int], RunRecord]) -> RunRecord:
-    """What `work` gives of as many rows at once as memory allows: a whole batch, or a part of it.
+    """Call `work` with as many rows at once as memory allows: a whole batch, or a part of it.
 
-    It is called again where memory did not suffice, and goes on from the last checkpoint; a run that is resumed begins
-    with what sufficed.
+    After running out of memory it is called again with fewer rows and continues from the last checkpoint; a resumed
+    run starts with the number that worked.
     """
     batch = config.training.batch_size
     if (processes := distributed.launched()) > 1:
@@ -101,10 +100,10 @@ def fitting_in_memory(config: Config, run: Path, work: Callable[[int], RunRecord
                 raise
             raise TsqLoraError(
                 f"memory does not suffice for {batch} rows in each of {processes} processes; halve "
-                "training.batch_size, double training.gradient_accumulation_steps, and name another --out"
+                "training.batch_size, double training.gradient_accumulation_steps, and use another --out"
             ) from error
-    sizes, known = even_parts(batch), newest_complete(run / CHECKPOINT_DIR)[0]
-    if known is not None and (before := micro_batch_size(known)) in sizes:
+    sizes, checkpoint = even_parts(batch), newest_complete(run / CHECKPOINT_DIR)[0]
+    if checkpoint is not None and (before := micro_batch_size(checkpoint)) in sizes:
         sizes = sizes[sizes.index(before) :]
     return retry_on_oom(work, sizes, smaller=lambda rows: warnings.warn(_in_parts(config, rows), stacklevel=2))
 
@@ -112,29 +111,29 @@ def fitting_in_memory(config: Config, run: Path, work: Callable[[int], RunRecord
 def _in_parts(config: Config, rows: int) -> str:
     batch = config.training.batch_size
     return (
-        f"memory does not suffice for {batch} rows at once: each batch is trained on in {batch // rows} parts of "
-        f"{rows}; its rows, the steps and the schedule stay"
+        f"memory does not suffice for {batch} rows at once: each batch is computed in {batch // rows} parts of "
+        f"{rows}; batches, steps and schedule stay the same"
     )
 
 
 def dry_run(config: Config) -> dict[str, Any]:
-    """What `train` would do, with everything loaded and checked as it does; nothing is written."""
+    """The plan of `train`, with everything loaded and checked; nothing is written."""
     job = load(with_start(config))
     args = arguments(job.config, Path("run"))
     require_resumable_saves(args)
     _, record = begin(job, args, build_callbacks(job, Path("run") / SCORES_FILE))
     notes = [note for note in record.notes if note not in record.plan["without_effect"]]
-    told = {**record.plan, "columns": job.data.columns(), "max_length": job.max_length, "notes": notes}
-    told["files"] = job.data.splits.dialects
+    plan = {**record.plan, "columns": job.data.columns(), "max_length": job.max_length, "notes": notes}
+    plan["files"] = job.data.splits.dialects
     if job.data.splits.format is None:
-        return told
+        return plan
     first = [job.data.samples["train"][j] for j in range(min(SHOWN, len(job.data.samples["train"])))]
     shown = marked_samples(job.pretrained.tokenizer, first)
-    return {**told, "format": job.data.splits.format.name, "samples": shown}
+    return {**plan, "format": job.data.splits.format.name, "samples": shown}
 
 
 class WriteStart(TrainerCallback):
-    """Writes config.yaml and the record at the first step: until then nothing has begun that could be resumed."""
+    """Write config.yaml and the record at the first step: before it there is nothing to resume."""
 
     def __init__(self, run: Path, config: Config, record: RunRecord) -> None:
         self.run, self.config, self.record = run, config, record
@@ -148,25 +147,25 @@ class WriteStart(TrainerCallback):
 
 
 def other_versions(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """What to note of a run that is resumed with other libraries than it was begun with."""
+    """A note if a run resumes with other libraries than it started with."""
     changed = [f"{name} {version}" for name, version in before.items() if now.get(name) != version]
     if not changed:
         return []
-    return [f"begun with {', '.join(changed)} and resumed with others: not every bit is as in one go"]
+    return [f"started with {', '.join(changed)} and resumed with others: results may differ in their last bits"]
 
 
-def _begun(run: Path, config: Config) -> RunRecord | None:
-    """The record of the run that the directory holds, if there is one.
+def _started(run: Path, config: Config) -> RunRecord | None:
+    """The record of the run in the directory, if any.
 
-    Raises SettingsError if it has other settings, DataError if its record cannot be read.
+    Raises SettingsError if it has other settings, DataError if its record is damaged.
     """
     if not (run / CONFIG_FILE).exists():
         return None
     if load_config(run / CONFIG_FILE) != config:
-        raise SettingsError(f"{run} was begun with other settings: see {run / CONFIG_FILE}; name another --out")
+        raise SettingsError(f"{run} has other settings: see {run / CONFIG_FILE}; use another --out")
     try:
         return RunRecord.load(run)
     except DataError:
         raise DataError(
-            f"cannot resume: {run / RECORD_FILE} is missing or damaged; put a sound copy back, or name another --out"
+            f"cannot resume: {run / RECORD_FILE} is missing or damaged; restore it, or use another --out"
         ) from None

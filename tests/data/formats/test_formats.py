@@ -1,16 +1,16 @@
-"""What a row of each format says, and what is told of one that does not."""
+"""What a row of each format says, and what is result of one that does not."""
 
 from typing import Any
 
 import pytest
 
 from tsqlora.data.formats import find_format
-from tsqlora.data.formats.example import Chat, Example, Manner, Turn
+from tsqlora.data.formats.chats import Chat, Example, Manner, Turn
 from tsqlora.data.rows import Rows, column_names
 from tsqlora.errors import DataError, TsqLoraError, UnsupportedError
 
 CAUSAL, SEQ2SEQ = Manner(seq2seq=False, chat=False), Manner(seq2seq=True, chat=False)
-CHAT, ASKED = Manner(seq2seq=False, chat=True), Manner(seq2seq=False, chat=True, targets=False)
+CHAT, PROMPT = Manner(seq2seq=False, chat=True), Manner(seq2seq=False, chat=True, targets=False)
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
 
 
@@ -30,11 +30,11 @@ def error(row: dict[str, Any], manner: Manner = CAUSAL, kind: type[TsqLoraError]
 
 
 def test_alpaca_has_a_prompt_with_and_one_without_an_input() -> None:
-    told = read({"instruction": "Add.", "input": "1 {2}", "output": "3"})
-    assert isinstance(told, Example)
-    assert told.target == "3"
-    assert told.prompt.startswith("Below is an instruction that describes a task, paired with an input")
-    assert told.prompt.endswith("### Instruction:\nAdd.\n\n### Input:\n1 {2}\n\n### Response:\n")
+    result = read({"instruction": "Add.", "input": "1 {2}", "output": "3"})
+    assert isinstance(result, Example)
+    assert result.target == "3"
+    assert result.prompt.startswith("Below is an instruction that describes a task, paired with an input")
+    assert result.prompt.endswith("### Instruction:\nAdd.\n\n### Input:\n1 {2}\n\n### Response:\n")
     for nothing in ("", " ", None):
         alone = read({"instruction": "Rhyme.", "input": nothing, "output": "3"})
         assert isinstance(alone, Example)
@@ -47,7 +47,7 @@ def test_alpaca_has_a_prompt_with_and_one_without_an_input() -> None:
 def test_alpaca_is_a_chat_where_the_tokenizer_has_a_template() -> None:
     row = {"instruction": "Add.", "input": "1 2", "output": "3"}
     assert read(row, CHAT) == Chat((Turn("user", "Add.\n\n1 2"), Turn("assistant", "3")))
-    assert read(row, ASKED) == Chat((Turn("user", "Add.\n\n1 2"),))
+    assert read(row, PROMPT) == Chat((Turn("user", "Add.\n\n1 2"),))
     assert read(row, SEQ2SEQ) == Example("Add.\n\n1 2", "3")
 
 
@@ -60,10 +60,8 @@ def test_alpaca_is_a_chat_where_the_tokenizer_has_a_template() -> None:
         ({"system": "Be a pirate.", "conversations": [{"from": "gpt", "value": "Arr"}]}, "system"),
     ],
 )
-def test_what_other_trainers_read_beside_a_chat_is_refused_by_name_unless_it_is_empty(
-    row: dict[str, Any], column: str
-) -> None:
-    assert f"train.jsonl:7: column '{column}' is not read here" in error(row)
+def test_columns_of_other_trainers_are_refused_unless_empty(row: dict[str, Any], column: str) -> None:
+    assert f"train.jsonl:7: column '{column}' is not read" in error(row)
     assert read(row | {column: ""}) == read({name: value for name, value in row.items() if name != column})
 
 
@@ -71,7 +69,7 @@ def test_prompt_and_completion_stand_as_they_are() -> None:
     assert read({"prompt": "2 + 2 = ", "completion": "4\n"}) == Example("2 + 2 = ", "4\n")
 
 
-def test_a_document_is_asked_for_its_summary() -> None:
+def test_a_document_is_prompt_for_its_summary() -> None:
     row = {"document": "Long.", "summary": "L."}
     assert read(row) == Example("Long.\n\nTL;DR:", " L.")
     assert read(row, SEQ2SEQ) == Example("Long.", "L.")
@@ -79,14 +77,14 @@ def test_a_document_is_asked_for_its_summary() -> None:
 
 def test_plain_text_is_all_target_or_all_prompt() -> None:
     assert read({"text": "Once"}) == Example("", "Once")
-    assert read({"text": "Once"}, ASKED) == Example("Once", None)
+    assert read({"text": "Once"}, PROMPT) == Example("Once", None)
     assert "data.prompt and data.target" in error({"text": "Once"}, SEQ2SEQ, UnsupportedError)
 
 
 @pytest.mark.parametrize(
     "row", [{"prompt": "a"}, {"instruction": "a", "input": ""}, {"document": "a"}, {"prompt": "a", "completion": None}]
 )
-def test_targets_are_not_asked_for_where_they_are_not_read(row: dict[str, Any]) -> None:
+def test_targets_are_not_prompt_for_where_they_are_not_read(row: dict[str, Any]) -> None:
     rows = rows_of(row)
     names = (*row, "completion", "output", "summary")
     said = find_format(names, source="train.jsonl").read(rows, 0, Manner(seq2seq=False, chat=False, targets=False))
@@ -106,10 +104,10 @@ def test_what_stands_after_the_last_answer_is_not_trained_on() -> None:
 
 
 def test_to_write_an_answer_is_to_leave_out_the_one_at_the_end() -> None:
-    asked = Chat((Turn("user", "hi"),))
-    assert read({"messages": [USER, ANSWER]}, ASKED) == read({"messages": [USER]}, ASKED) == asked
-    assert read({"messages": [USER, ANSWER, USER]}, ASKED) == Chat(
-        (*asked.turns, Turn("assistant", "ho"), *asked.turns)
+    prompt = Chat((Turn("user", "hi"),))
+    assert read({"messages": [USER, ANSWER]}, PROMPT) == read({"messages": [USER]}, PROMPT) == prompt
+    assert read({"messages": [USER, ANSWER, USER]}, PROMPT) == Chat(
+        (*prompt.turns, Turn("assistant", "ho"), *prompt.turns)
     )
 
 
@@ -143,9 +141,9 @@ def test_sharegpt_has_other_names_for_the_same() -> None:
     ],
 )
 def test_bad_rows_are_named(row: dict[str, Any], names: list[str]) -> None:
-    told = error(row)
-    assert told.startswith("train.jsonl:7: ")
-    assert all(name in told for name in names), told
+    result = error(row)
+    assert result.startswith("train.jsonl:7: ")
+    assert all(name in result for name in names), result
 
 
 def test_a_key_that_is_empty_is_as_good_as_none() -> None:
@@ -154,9 +152,9 @@ def test_a_key_that_is_empty_is_as_good_as_none() -> None:
 
 
 def test_a_chat_with_nothing_to_answer_is_named() -> None:
-    assert "train.jsonl:7: nothing in column 'messages'" in error({"messages": [ANSWER]}, ASKED)
+    assert "train.jsonl:7: column 'messages'" in error({"messages": [ANSWER]}, PROMPT)
 
 
 def test_chats_are_for_causal_models() -> None:
-    told = error({"messages": [USER, ANSWER]}, SEQ2SEQ, UnsupportedError)
-    assert all(name in told for name in ("'messages'", "causal-lm", "data.prompt and data.target"))
+    result = error({"messages": [USER, ANSWER]}, SEQ2SEQ, UnsupportedError)
+    assert all(name in result for name in ("'messages'", "causal-lm", "data.prompt and data.target"))

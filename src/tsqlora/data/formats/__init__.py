@@ -1,11 +1,10 @@
-"""Row formats for models that write: which one a file has, and how its rows are read."""
+"""Row formats for text generation: detect a file's format, and read its rows."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from tsqlora.data.columns import Columns, check_named
-from tsqlora.data.formats.chats import read_messages, read_sharegpt
-from tsqlora.data.formats.example import Chat, Example, Manner
+from tsqlora.data.formats.chats import Chat, Example, Manner, read_messages, read_sharegpt
 from tsqlora.data.formats.texts import read_alpaca, read_document, read_prompt, read_text
 from tsqlora.data.rows import Rows
 from tsqlora.errors import DataError, SettingsError, nearest
@@ -13,13 +12,13 @@ from tsqlora.errors import DataError, SettingsError, nearest
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A row format: how a row is read, and the names that its columns usually have.
+    """A row format: a reader, and the usual names of its columns.
 
     Args:
-        read: row i of some rows, by these columns, for a model of this manner.
-        usual: pairs of prompt and target; the target is None where one column holds both.
-        further: names of a second part of the prompt, of which one may be there.
-        setting: which setting names the column, where one holds both.
+        read: read row i of some rows, with these columns, for a model of this manner.
+        usual: pairs of prompt and target; the target is None if one column holds both.
+        further: names for a second part of the prompt, which is optional.
+        setting: the setting that names the column, if one column holds both.
     """
 
     read: Callable[[Rows, int, Columns, Manner], Example | Chat]
@@ -33,7 +32,7 @@ class Kind:
         return self.setting != "data.prompt"
 
 
-# In the order in which they are looked for: a file of chats may have their text in one piece beside them.
+# In order of detection: a file of chats may also have their text in one piece.
 FORMATS: dict[str, Kind] = {
     "messages": Kind(read_messages, (("messages", None),), setting="data.messages"),
     "sharegpt": Kind(read_sharegpt, (("conversations", None), ("conversation", None)), setting="data.messages"),
@@ -70,15 +69,14 @@ FORMATS: dict[str, Kind] = {
 class Format:
     """The format of a file: its name in FORMATS, and its columns.
 
-    `columns.text` is the prompt's (or what holds all), `text_pair` that of its second part,
-    `label` the target's: so rows have the names by which `row_hash` finds them.
+    `columns.text` is the prompt (or the column of both), `text_pair` its second part, `label` the target: the names
+    that `row_hash` reads.
     """
 
     name: str
     columns: Columns
 
     def read(self, rows: Rows, i: int, manner: Manner) -> Example | Chat:
-        """What row i says."""
         return FORMATS[self.name].read(rows, i, self.columns, manner)
 
 
@@ -92,10 +90,10 @@ def find_format(
     messages: str | None = None,
     text: str | None = None,
 ) -> Format:
-    """The format whose usual columns are there, the first of FORMATS; columns that are named win.
+    """Detect the format by its usual columns, in the order of FORMATS; columns that settings name win.
 
-    Raises DataError for a named column that is missing and where no format is found, SettingsError
-    for settings that contradict each other.
+    Raises DataError for a named column that is missing and if no format fits, SettingsError for settings that
+    contradict each other.
 
     >>> find_format(["document", "summary"], source="a.jsonl")
     Format(name='document', columns=Columns(text='document', text_pair=None, label='summary'))
@@ -108,7 +106,7 @@ def find_format(
             format or _of_whole(whole, "data.messages" if messages else "data.text"), Columns(whole, None, None)
         )
     kinds = FORMATS if format is None else {format: FORMATS[format]}
-    # A named column next to a usual one is as good as two usual ones, where those are not there.
+    # Two usual columns win over a named column beside a usual one.
     for both in (True, False):
         for name, kind in kinds.items():
             for pair in kind.usual:
@@ -116,9 +114,9 @@ def find_format(
                     return Format(name, _columns(kind, prompt or pair[0], target or pair[1], names))
     if prompt is None or target is None:
         beside = f" beside '{prompt or target}'" if prompt or target else ""
-        wanted = "no known row format" if format is None else f"none of the usual columns of data.format {format}"
+        what = "columns of any row format" if format is None else f"usual columns of data.format {format}"
         raise DataError(
-            f"{source} has {wanted}{beside}; name data.prompt and data.target, data.messages, or data.text; "
+            f"{source} has no {what}{beside}; set data.prompt and data.target, data.messages, or data.text; "
             f"columns: {', '.join(names)}"
         )
     name = format or "prompt"
@@ -128,7 +126,7 @@ def find_format(
 def _fits(
     usual: tuple[str, str | None], prompt: str | None, target: str | None, names: Collection[str], *, both: bool
 ) -> bool:
-    """Whether both columns are as usual, be they named or there; else whether one is, and the other was named."""
+    """Whether both columns have usual names, or with `both` false one of them while a setting names the other."""
     first, second = usual
     if second is None:
         return both and not (prompt or target) and first in names
@@ -143,19 +141,21 @@ def _columns(kind: Kind, prompt: str, target: str | None, names: Collection[str]
 
 
 def _of_whole(column: str, setting: str) -> str:
-    """The format of a column that holds all; its usual names tell messages from sharegpt."""
+    """The format of a column that holds both; usual names distinguish messages from sharegpt."""
     fitting = [name for name, kind in FORMATS.items() if kind.setting == setting]
     return next((name for name in fitting if (column, None) in FORMATS[name].usual), fitting[0])
 
 
 def _check_together(format: str | None, named: Collection[str]) -> None:
     if format is not None and format not in FORMATS:
-        raise SettingsError(f"unknown data.format '{format}'; {nearest(format, FORMATS)}")
+        raise SettingsError(f"data.format '{format}' is unknown; {nearest(format, FORMATS)}")
     whole = sorted({"data.messages", "data.text"} & set(named))
     if whole and len(named) > 1:
-        raise SettingsError(f"{' and '.join(sorted(named))} are set, and {whole[0]} alone holds prompt and target")
+        raise SettingsError(
+            f"{' and '.join(sorted(named))} are set, but {whole[0]} holds prompt and target; remove the other"
+        )
     if format is None or not named:
         return
-    wanted = {FORMATS[format].setting} if FORMATS[format].whole else {"data.prompt", "data.target"}
-    if wrong := sorted(set(named) - wanted):
-        raise SettingsError(f"{wrong[0]} does not go with data.format {format}; set {' and '.join(sorted(wanted))}")
+    settings = {FORMATS[format].setting} if FORMATS[format].whole else {"data.prompt", "data.target"}
+    if wrong := sorted(set(named) - settings):
+        raise SettingsError(f"{wrong[0]} does not fit data.format {format}; set {' and '.join(sorted(settings))}")

@@ -1,4 +1,4 @@
-"""A cell with a list of messages, by role and content or as ShareGPT's -> the turns of a chat, every one checked."""
+"""Examples as a generating model reads them, and chats: lists of messages by role and content, or as in ShareGPT."""
 
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -7,79 +7,103 @@ from typing import Any
 
 from tsqlora.data.cells import MissingError, as_text, is_missing
 from tsqlora.data.columns import Columns
-from tsqlora.data.formats.example import Chat, Manner, Turn
 from tsqlora.data.rows import Rows
 from tsqlora.errors import DataError, UnsupportedError, nearest
 
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A prompt, "" for none, and its target; None if targets are not read."""
+
+    prompt: str
+    target: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message of a chat."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """Turns for the tokenizer's chat template; every assistant's turn is a target.
+
+    If targets are not read, the turns before the one to generate.
+    """
+
+    turns: tuple[Turn, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """How a model reads rows.
+
+    Args:
+        seq2seq: it has prompt and target on two sides; else it continues the prompt.
+        chat: its tokenizer has a chat template.
+        targets: whether targets are read, and thus required.
+        measured: without `targets`, end a chat before its last answer, which a generated one is compared with.
+    """
+
+    seq2seq: bool
+    chat: bool
+    targets: bool = True
+    measured: bool = False
+
+
 UNREAD = ("tool_calls", "function_call", "reasoning_content", "thinking")
-"""What a message may hold beside its content, and a model would not learn from this row."""
-_NOT_READ = "is not read here, so that a model would not learn it; write it into the text, or leave it out"
+"""Keys of a message, beside its content, that a model would not learn."""
+_NOT_READ = "is not read, so a model would not learn it; move it into the text, or remove it"
 
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """Which keys of a message hold role and content, and what each role is to a chat template."""
+    """The keys of role and content in a message, and each role's name in chat templates."""
 
     role: str
     content: str
     roles: Mapping[str, str]
 
 
-MESSAGES = Keys(
-    role="role",
-    content="content",
-    roles={
-        "system": "system",
-        "developer": "developer",
-        "user": "user",
-        "assistant": "assistant",
-        "tool": "tool",
-    },
-)
-
+MESSAGES = Keys("role", "content", {name: name for name in ("system", "developer", "user", "assistant", "tool")})
 SHAREGPT = Keys(
-    role="from",
-    content="value",
-    roles={
-        "system": "system",
-        "human": "user",
-        "user": "user",
-        "gpt": "assistant",
-        "assistant": "assistant",
-        "chatgpt": "assistant",
-        "model": "assistant",
-        "tool": "tool",
-    },
+    "from",
+    "value",
+    {"system": "system", "human": "user", "user": "user", "tool": "tool"}
+    | dict.fromkeys(("gpt", "assistant", "chatgpt", "model"), "assistant"),
 )
 
 
 def read_messages(rows: Rows, i: int, columns: Columns, manner: Manner) -> Chat:
-    """Lists of {"role": …, "content": …}, as they stand."""
+    """A list of {"role": …, "content": …}."""
     return read_chat(rows, i, columns.text, manner, MESSAGES)
 
 
 def read_sharegpt(rows: Rows, i: int, columns: Columns, manner: Manner) -> Chat:
-    """Lists of {"from": …, "value": …}, by the names that chat templates know: human is user, gpt is assistant."""
+    """A list of {"from": …, "value": …}, with the roles of chat templates: human is user, gpt is assistant."""
     return read_chat(rows, i, columns.text, manner, SHAREGPT)
 
 
 def read_chat(rows: Rows, i: int, column: str, manner: Manner, keys: Keys) -> Chat:
-    """The turns of row i, up to the assistant's last; where targets are not read, all but an answer at the end.
+    """The turns of row i up to the last answer; without targets, all but a final answer.
 
-    Raises DataError with file, row and message for what is no list of messages, a role that is not
-    known, an empty content, what would not be learned (UNREAD), and a chat without a turn to write or to answer.
+    Raises DataError with file, row and message for a cell that is not a list of messages, unknown roles, empty
+    contents, keys in UNREAD, and a chat without a turn to write or to answer.
     """
     if manner.seq2seq:
         raise UnsupportedError(
-            f"{rows.source}: chats in column '{column}' are for causal-lm; "
+            f"{rows.source}: chats in column '{column}' need task.type causal-lm; "
             "for seq2seq give columns of text: data.prompt and data.target"
         )
     place, messages = rows.place(i), rows.rows[i].get(column)
     if is_missing(messages) or messages == []:
         raise MissingError(place, f"no messages in column '{column}'")
     if not isinstance(messages, list):
-        wanted = f'write a list of {{"{keys.role}": …, "{keys.content}": …}}'
-        raise DataError(f"{place}: {_shown(messages)} in column '{column}' is no list of messages; {wanted}")
+        cure = f'write a list of {{"{keys.role}": …, "{keys.content}": …}}'
+        raise DataError(f"{place}: column '{column}' holds {_shown(messages)}, not a list of messages; {cure}")
     refuse_unread(rows, i, ("tools", "system"))
     turns = tuple(_turn(message, number, place, column, keys) for number, message in enumerate(messages, start=1))
     answered = max((number for number, turn in enumerate(turns, start=1) if turn.role == "assistant"), default=0)
@@ -87,14 +111,14 @@ def read_chat(rows: Rows, i: int, column: str, manner: Manner, keys: Keys) -> Ch
         raise MissingError(place, f"no assistant's turn in column '{column}'")
     if manner.targets:
         return Chat(turns[:answered])
-    kept = turns[: answered - 1] if answered == len(turns) or (answered and manner.measured) else turns
-    if not kept:
-        raise DataError(f"{place}: nothing in column '{column}' to answer; begin it with a user's message")
-    return Chat(kept)
+    before = turns[: answered - 1] if answered == len(turns) or (answered and manner.measured) else turns
+    if not before:
+        raise DataError(f"{place}: column '{column}' has nothing to answer; start it with a user's message")
+    return Chat(before)
 
 
 def refuse_unread(rows: Rows, i: int, columns: Sequence[str]) -> None:
-    """Raises DataError where one of these columns, which other trainers read beside a chat, holds something."""
+    """Raises DataError if one of these columns, which other trainers read beside a chat, is not empty."""
     if unread := [column for column in columns if rows.rows[i].get(column)]:
         raise DataError(f"{rows.place(i)}: column '{unread[0]}' {_NOT_READ}")
 

@@ -1,9 +1,8 @@
-"""Cells of text -> a prompt and its target: instructions, completions, documents with summaries, plain text."""
+"""Read cells of text as prompt and target: instructions, completions, documents with summaries, plain text."""
 
-from tsqlora.data.cells import text_at, text_or_nothing
+from tsqlora.data.cells import text_at, text_or_empty
 from tsqlora.data.columns import Columns
-from tsqlora.data.formats.chats import refuse_unread
-from tsqlora.data.formats.example import Chat, Example, Manner, Turn
+from tsqlora.data.formats.chats import Chat, Example, Manner, Turn, refuse_unread
 from tsqlora.data.rows import Rows
 from tsqlora.errors import UnsupportedError
 
@@ -19,15 +18,19 @@ WITHOUT_INPUT = (
 )
 
 
-def read_alpaca(rows: Rows, i: int, columns: Columns, manner: Manner) -> Example | Chat:
-    """One exchange of a chat where the tokenizer has a template for it, else Alpaca's own prompt.
+def _target(rows: Rows, i: int, columns: Columns, manner: Manner) -> str | None:
+    return text_at(rows, i, columns.label) if manner.targets and columns.label is not None else None
 
-    A sequence-to-sequence model reads instruction and input as they stand, a blank line between them.
+
+def read_alpaca(rows: Rows, i: int, columns: Columns, manner: Manner) -> Example | Chat:
+    """A chat of one exchange if the tokenizer has a template, else Alpaca's own prompt.
+
+    A sequence-to-sequence model reads instruction and input with a blank line between them.
     """
     refuse_unread(rows, i, ("system", "history"))
     instruction = text_at(rows, i, columns.text)
-    further = text_or_nothing(rows, i, columns.text_pair)
-    output = text_at(rows, i, columns.label) if manner.targets and columns.label is not None else None
+    further = text_or_empty(rows, i, columns.text_pair)
+    output = _target(rows, i, columns, manner)
     plain = f"{instruction}\n\n{further}" if further else instruction
     if manner.seq2seq:
         return Example(plain, output)
@@ -39,33 +42,33 @@ def read_alpaca(rows: Rows, i: int, columns: Columns, manner: Manner) -> Example
 
 
 def read_prompt(rows: Rows, i: int, columns: Columns, manner: Manner) -> Example:
-    """A prompt and its completion with nothing between them: a space that belongs there must be in one of the texts."""
-    target = text_at(rows, i, columns.label) if manner.targets and columns.label is not None else None
+    """A prompt and its completion with nothing between them: a space must be part of one of the texts."""
+    target = _target(rows, i, columns, manner)
     return Example(text_at(rows, i, columns.text), target)
 
 
-# Radford et al. (2019), GPT-2: what makes a language model summarise.
-ASK = "\n\nTL;DR:"
+# Radford et al. (2019), GPT-2: the prompt for a summary.
+TLDR = "\n\nTL;DR:"
 
 
 def read_document(rows: Rows, i: int, columns: Columns, manner: Manner) -> Example:
     """The document and "TL;DR:", then the summary; a sequence-to-sequence model reads the document alone.
 
-    The space between them is the summary's: most tokenizers know words with the space before them.
+    The space between them belongs to the summary: most tokenizers have words with the space before them.
     """
     document = text_at(rows, i, columns.text)
-    summary = text_at(rows, i, columns.label) if manner.targets and columns.label is not None else None
+    summary = _target(rows, i, columns, manner)
     if manner.seq2seq:
         return Example(document, summary)
-    return Example(document + ASK, None if summary is None else f" {summary}")
+    return Example(document + TLDR, None if summary is None else f" {summary}")
 
 
 def read_text(rows: Rows, i: int, columns: Columns, manner: Manner) -> Example:
-    """Plain text, all of it the target; where targets are not read it is the prompt."""
+    """Plain text: all target, or all prompt if targets are not read."""
     if manner.seq2seq:
         raise UnsupportedError(
             f"{rows.source}: plain text in column '{columns.text}' has no target for a sequence-to-sequence model; "
-            "name both columns: data.prompt and data.target"
+            "set data.prompt and data.target"
         )
     text = text_at(rows, i, columns.text)
     return Example("", text) if manner.targets else Example(text, None)

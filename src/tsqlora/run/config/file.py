@@ -1,4 +1,4 @@
-"""Settings in a file: YAML in, a checked `Config` out, and back."""
+"""Read settings from YAML into a checked `Config`, write them back, and explain what is wrong with them."""
 
 import os
 import re
@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from tsqlora.compat.yaml import MOST_BYTES, YamlProblem, dump_yaml, load_yaml
-from tsqlora.errors import SettingsError
-from tsqlora.run.config.messages import explain
-from tsqlora.run.config.settings import Config, without_removed
+from tsqlora.errors import SettingsError, nearest
+from tsqlora.run.config.settings import Config, Section, section_of
+
+_UNION_MEMBERS = ("str", "list[str]")
+"""pydantic appends the member of a union that it tried to a key."""
+_MOST_DOTS = 9
 
 
 def load_config(
@@ -21,25 +25,24 @@ def load_config(
     sections: Mapping[str, Any] | None = None,
     trained: bool = False,
 ) -> Config:
-    """The settings in a YAML file, checked; without a file those that are given alone.
+    """Read and check the settings of a YAML file; without a file, those of `sections` and `overrides` alone.
 
-    `sections` are settings as mappings, such as {"data": {"train": "rows.csv"}}, which win over the file. `overrides`
-    are `key.key=value` with the value in YAML; they win over both. A relative `model.path` or data file is looked for
-    in the working directory, then beside the file, and made absolute where found; what is not found is left as it is:
-    a hub id. With `trained` the file is a finished run's: settings that were removed since, which steered its training,
-    are passed over.
+    `sections` are settings as mappings, such as {"data": {"train": "rows.csv"}}, and win over the file. `overrides`
+    are `key.key=value` with the value in YAML, and win over both. Relative paths of model and data files count from
+    the working directory, then from the file's, and become absolute; one that exists in neither stays: a hub id. With
+    `trained` the file is a finished run's: removed settings, which decided its training, are ignored.
 
-    Raises `SettingsError` naming the file (or `--set`), the dotted key, its value and the cure.
+    Raises SettingsError naming the file (or `--set`), the dotted key, its value and the cure.
     """
-    raw = without_removed(_merged({} if path is None else _read(path), sections or {}), any_value=trained)
+    raw = _merged({} if path is None else _read(path), sections or {})
     assignments = [_parse_override(override) for override in overrides]
     for key, value in assignments:
         _assign(raw, key, value)
     name = "settings" if path is None else path
-    # Empty sections in place of absent ones: a missing key is then reported under its full name.
+    # Empty sections in place of absent ones: pydantic then reports a missing key by its full name.
     empty: dict[str, Any] = {name: {} for name in Config.model_fields}
     try:
-        config = Config.model_validate(empty | raw)
+        config = Config.model_validate(empty | raw, context={"trained": trained})
     except ValidationError as error:
         message = explain(error)
         overridden = any(re.search(rf"(?<![\w.]){re.escape(key)}(?!\.?\w)", message) for key, _ in assignments)
@@ -47,8 +50,45 @@ def load_config(
     return _with_absolute_paths(config, Path() if path is None else Path(path).parent)
 
 
+def dump_config(config: Config) -> str:
+    """YAML with every setting, which `load_config` reads back to an equal `Config`."""
+    return dump_yaml(config.model_dump())
+
+
+def explain(error: ValidationError) -> str:
+    """The most useful problem of a failed validation, in one line with its dotted key.
+
+    An unknown key comes first: a mistyped key is often why another one is missing.
+    """
+    problems = error.errors()
+    for problem in problems:
+        if problem["type"] == "extra_forbidden":
+            return _unknown_key(problem["loc"])
+    if missing := [_key(problem) for problem in problems if problem["type"] == "missing"]:
+        return f"{' and '.join(missing)} must be set (train takes --model and --data); 'tsqlora init' prints an example"
+    first = problems[0]
+    raised = first.get("ctx", {}).get("error")
+    if isinstance(raised, SettingsError):
+        return str(raised)
+    reasons = dict.fromkeys(problem["msg"] for problem in problems if _key(problem) == _key(first))
+    reason = " or ".join(reasons)
+    return f"{_key(first) or 'the file'} is {dump_yaml(first['input'], inline=True)}; {reason[:1].lower()}{reason[1:]}"
+
+
+def _key(problem: ErrorDetails) -> str:
+    return ".".join(str(part) for part in problem["loc"] if part not in _UNION_MEMBERS)
+
+
+def _unknown_key(loc: Sequence[int | str]) -> str:
+    *sections, name = map(str, loc)
+    section: type[Section] = Config
+    for part in sections:
+        section = section_of(section.model_fields[part]) or section
+    return f"unknown key {'.'.join(map(str, loc))!r}; {nearest(name, section.model_fields)}"
+
+
 def _merged(raw: dict[str, Any], sections: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of both; `sections` win. Paths become text."""
+    """Both mappings; `sections` win, and paths become text."""
     merged = dict(raw)
     for key, value in sections.items():
         before = merged.get(key)
@@ -78,11 +118,6 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
     return raw
 
 
-def dump_config(config: Config) -> str:
-    """YAML with every setting, which `load_config` reads back to an equal `Config`."""
-    return dump_yaml(config.model_dump())
-
-
 def _with_absolute_paths(config: Config, beside: Path) -> Config:
     data = config.data
     files = {name: _locate(getattr(data, name), beside) for name in ("train", "trusted", "validation", "test")}
@@ -95,13 +130,10 @@ def _locate(path: str | None, beside: Path) -> str | None:
     if path is None:
         return None
     path = os.path.expanduser(path)
-    # os.path, not pathlib: exists() of the latter raises for names that no file can have.
-    here = (candidate for candidate in (path, os.path.join(beside, path)) if os.path.exists(candidate))
-    found = next(here, None)
-    return path if found is None else os.path.abspath(found)
-
-
-_MOST_DOTS = 9
+    # os.path, not pathlib: pathlib raises for names that no file can have.
+    there = (candidate for candidate in (path, os.path.join(beside, path)) if os.path.exists(candidate))
+    first = next(there, None)
+    return path if first is None else os.path.abspath(first)
 
 
 def _parse_override(override: str) -> tuple[str, Any]:

@@ -1,4 +1,4 @@
-"""YAML to start from: every setting with its description, what it takes and its default."""
+"""A YAML file to start from: every setting with its description, type and default."""
 
 import types
 from collections.abc import Mapping
@@ -10,13 +10,17 @@ from pydantic.fields import FieldInfo
 from tsqlora.compat.yaml import dump_yaml
 from tsqlora.run.config.settings import Config, Section, section_of
 
+_MODELS = {"causal-lm": "HuggingFaceTB/SmolLM2-135M", "seq2seq": "google/flan-t5-small"}
+"""Example models of tasks that the default example does not fit."""
+
 
 def template(task: str | None = None) -> str:
     """The file that `tsqlora init` writes; it loads as it is."""
-    example = {"model.path": "sentence-transformers/all-MiniLM-L6-v2", "data.train": "train.jsonl"}
+    model = _MODELS.get(task or "", "sentence-transformers/all-MiniLM-L6-v2")
+    example = {"model.path": model, "data.train": "train.jsonl"}
     if task is not None:
         example["task.type"] = task
-    lines = ["# Settings of a tsqlora run. What is left out has its default.", *_describe(Config, example)]
+    lines = ["# Settings of a tsqlora run. A setting that is missing has its default.", *_describe(Config, example)]
     return "\n".join(lines) + "\n"
 
 
@@ -48,7 +52,7 @@ _BOUNDS = {Gt: ("gt", ">"), Ge: ("ge", ">="), Lt: ("lt", "<"), Le: ("le", "<=")}
 
 
 def allowed(field: FieldInfo) -> str:
-    """What a setting takes, in words: 'a number > 0 and <= 1, or null'."""
+    """The values of a setting in words: 'a number > 0 and <= 1, or null'."""
     is_union = get_origin(field.annotation) in (Union, types.UnionType)
     members: tuple[Any, ...] = get_args(field.annotation) if is_union else (field.annotation,)
     first, *others = [

@@ -1,0 +1,188 @@
+"""Commands that compare methods, report on runs, and export or examine adapters: compare, report, export, doctor."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tsqlora.cli import console
+from tsqlora.cli.adapter_display import show_doctor, show_export
+from tsqlora.cli.console import Json, Set
+from tsqlora.cli.display import show_numbers
+from tsqlora.cli.progress_bars import Display
+from tsqlora.errors import SettingsError
+
+
+def compare(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; `tsqlora init` writes one.")],
+    methods: Annotated[
+        str,
+        typer.Option(metavar="A,B", help="METHOD or METHOD+POLICY, with commas; lora+head: LoRA with the head start."),
+    ],
+    seeds: Annotated[str, typer.Option(metavar="0,1,2", help="Seeds; each gives one training a method.")] = "0,1,2",
+    out: Annotated[Path, typer.Option(help="Directory of the results; resumes there.")] = Path("comparison"),
+    equal: Annotated[str, typer.Option(help="What all methods share: steps or epochs.")] = "steps",
+    lr_sweep: Annotated[
+        str, typer.Option(metavar="LR,LR", help="Learning rates to choose from, by validation rows, for each method.")
+    ] = "",
+    lr: Annotated[
+        list[str] | None, typer.Option(metavar="METHOD=LR", help="Learning rate of a method; repeatable.")
+    ] = None,
+    metric: Annotated[str | None, typer.Option(help="The metric to compare; by default the task's own.")] = None,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Compare methods at equal cost, seed by seed: is it better than LoRA, on your data?
+
+    The same command resumes an interrupted comparison, and may add methods and seeds.
+
+    Example: tsqlora compare tsq.yaml --methods lora,lora+random,tsqlora --seeds 0,1,2 --out comparison
+    """
+    from tsqlora.compare.comparison import compare as run_all
+    from tsqlora.compare.table import show_comparison
+    from tsqlora.reports.write import write_report
+    from tsqlora.run.config import load_config
+
+    rates = dict[str, float]()
+    for pair in lr or []:
+        method, _, rate = pair.partition("=")
+        if method in rates:
+            raise SettingsError(f"--lr {method} is set twice; remove one")
+        rates[method] = _number(rate, float, f"--lr {method}")
+    settings = load_config(config, set_ or [])
+    with Display(console.stderr) as display:
+        result = run_all(
+            settings,
+            _listed(methods),
+            seeds=[_number(seed, int, "--seeds") for seed in _listed(seeds)],
+            out=out,
+            equal=equal,  # type: ignore[arg-type]  (it refuses an unknown one)
+            sweep=[_number(rate, float, "--lr-sweep") for rate in _listed(lr_sweep)],
+            rates=rates,
+            metric=metric,
+            progress=display.progress,
+            say=display.say,
+        )
+    try:
+        result["report"] = str(write_report(out))
+    except SettingsError as error:  # a missing plotly must not lose hours of training
+        result["report"] = None
+        console.note(f"no report: {error}; then: tsqlora report {out}")
+    console.show(result, as_json, show_comparison)
+
+
+def report(
+    directory: Annotated[
+        Path, typer.Argument(metavar="RUN|COMPARISON", help="A run directory, or that of `tsqlora compare`.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="HTML file; by default report.html in the directory.")] = None,
+    control: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Another run, to compare this one's metric with.")
+    ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Serve the page to this machine alone, and keep it up to date.")
+    ] = False,
+    port: Annotated[int | None, typer.Option(help="Port of --watch; by default any free one.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write one page about a run or a comparison, from its directory alone; it opens anywhere, offline.
+
+    With --watch it follows a run in training, until Ctrl-C.
+
+    Example: tsqlora report run
+    """
+    if watch:
+        from tsqlora.reports.watch import serve
+
+        if out is not None:
+            raise SettingsError("--watch serves the page and writes no file; remove --out")
+        serve(
+            directory,
+            port=port or 0,
+            control=control,
+            say=lambda text: console.show({"watch": text}, as_json, show_numbers),
+        )
+        return
+    if port is not None:
+        raise SettingsError("--port needs --watch; add --watch, or remove --port")
+    from tsqlora.reports.write import write_report
+
+    written = write_report(directory, out, control=control)
+    console.show({"report": str(written), "bytes": written.stat().st_size}, as_json, show_numbers)
+
+
+def export(
+    source: Annotated[Path, typer.Argument(metavar="RUN|ADAPTER", help="A run directory, or that of an adapter.")],
+    format: Annotated[str, typer.Option(help="peft, universal, compressed, gguf or merged.")],
+    out: Annotated[Path, typer.Option(help="Directory to write.")],
+    base: Annotated[str | None, typer.Option(help="The adapter's base model: a directory or a hub id.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default unchanged.")] = None,
+    max_rank: Annotated[int | None, typer.Option(metavar="R", help="Cut every layer to this rank by SVD.")] = None,
+    mean_rank: Annotated[
+        float | None, typer.Option(metavar="R", help="Cut to the parameters of this uniform rank, at the least loss.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write an adapter, ours or any PEFT LoRA, in the format of its server, and compare it with its source.
+
+    peft: the smallest. universal: one rank and alpha for all layers, correct in
+    every server. compressed: fewer parameters, by --mean-rank or --max-rank.
+    gguf: for llama.cpp. merged: base and adapter as one plain transformers model,
+    with head and tokenizer. A difference beyond rounding is an error, and nothing
+    is written.
+
+    Example: tsqlora export run --format universal --out adapter-for-vllm
+
+    Example: tsqlora export run --format compressed --mean-rank 4 --out smaller
+    """
+    from tsqlora.run.export import export as write
+
+    result = write(source, out, format=format, base=base, dtype=dtype, max_rank=max_rank, mean_rank=mean_rank)
+    console.show(result, as_json, show_export)
+
+
+MISREAD = 4
+"""The exit code of `doctor --server` if the server misreads or refuses the adapter."""
+
+
+def doctor(
+    source: Annotated[
+        Path, typer.Argument(metavar="ADAPTER|RUN|HUB_ID", help="A directory, or OWNER/NAME on the hub.")
+    ],
+    server: Annotated[
+        str | None, typer.Option(metavar="NAME[==VERSION]", help="Judge one server alone: its newest, or a version.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check which servers read an adapter correctly, how to fix it for the others, and its numerical health.
+
+    With --server the exit code is 0 if that server reads the adapter correctly,
+    and 4 if it misreads or refuses it.
+
+    Example: tsqlora doctor adapter --json
+
+    Example: tsqlora doctor adapter --server vllm==0.31.0
+    """
+    from tsqlora.compat.hub import download_adapter, is_hub_id
+    from tsqlora.interop.doctor import examine
+    from tsqlora.training.run_dir import adapter_folder
+
+    name = source.as_posix()
+    on_hub = "/" in name and is_hub_id(name) and not source.exists()
+    result = examine(download_adapter(name) if on_hub else adapter_folder(source), server=server)
+    console.show(result, as_json, show_doctor)
+    if server is not None and (judged := result["consumers"][0])["verdict"] != "right":
+        console.note(f"for {judged['name']}: tsqlora export {source} --format {judged['mend']} --out DIR")
+        raise typer.Exit(MISREAD)
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _number(text: str, kind: Callable[[str], Any], option: str) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        raise SettingsError(f"{option}: '{text}' is not a number") from None
