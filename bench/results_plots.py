@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 from glue_cells import BLOCK, REFERENCES, beside, entries_of, rank_of, shown, stored
 
-from tsqlora.compare.statistics import interval
+from tsqlora.compare.table import interval
 
 PLOTS = Path(__file__).parents[1] / "docs" / "plots"
 COLOURS = ("#000000", "#e69f00", "#0072b2", "#56b4e9", "#009e73", "#d55e00", "#cc79a7", "#999933")

@@ -11,7 +11,6 @@ from tsqlora.cli.console import Json, Run, Set
 from tsqlora.cli.display import show_demo, show_numbers, show_plan, show_record, show_suspects
 from tsqlora.cli.progress_bars import Display
 from tsqlora.errors import SettingsError
-from tsqlora.run.config.settings import TASK_TYPES
 
 NewTokens = Annotated[int | None, typer.Option(help="Most tokens to generate; by default task.max_new_tokens.", min=1)]
 Beams = Annotated[int | None, typer.Option(help="Beams of the search; by default task.beams.", min=1)]
@@ -36,7 +35,7 @@ def demo(
 
 def init(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="File to write; by default stdout.")] = None,
-    task: Annotated[str | None, typer.Option(help=f"task.type: {', '.join(TASK_TYPES)}.")] = None,
+    task: Annotated[str | None, typer.Option(help="Value of task.type, such as causal-lm; the file lists all.")] = None,
     as_json: Json = False,
 ) -> None:
     """Write a YAML file with every setting, its type and its default.

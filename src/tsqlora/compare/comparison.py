@@ -131,7 +131,7 @@ def compare(
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Run the cells that `out` lacks, each in a process of its own, and return the table of all.
+    """Run the cells that `out` lacks, each in its own process, and return the table of all.
 
     Args:
         methods: names of METHODS, or METHOD+POLICY.

@@ -1,4 +1,4 @@
-"""Run a function in a process of its own, which ends with its parent and returns all its memory."""
+"""Run a function in a separate process, which ends with its parent and returns all its memory."""
 
 import multiprocessing
 import os

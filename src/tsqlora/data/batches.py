@@ -71,7 +71,7 @@ class GenerationCollator:
 
     Args:
         pad: the padding token of inputs; the attention mask is 0 there, and labels are -100.
-        seq2seq: labels have lengths of their own; else they are as long as the inputs.
+        seq2seq: labels and inputs differ in length; else they are equally long.
         multiple: round lengths up to a multiple of this.
         left: pad inputs on the left, so that a causal model continues them.
     """

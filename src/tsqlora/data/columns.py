@@ -8,7 +8,7 @@ from tsqlora.errors import DataError, nearest
 USUAL_TEXT = ("text", "sentence", "sentence1", "premise", "question", "question1", "content", "review", "document")
 
 # A pair counts only beside its usual partner: a lone "answer" may be anything.
-# "sentence" with "question" is QNLI, where either alone says nothing about the label.
+# "sentence" with "question" is QNLI, where neither alone decides the label.
 USUAL_PAIR = {
     "text": "text_pair",
     "sentence": "question",

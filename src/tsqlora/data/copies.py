@@ -74,8 +74,8 @@ def _copy_text(
 ) -> None:
     """Copy the rows at `places`, or the whole file, with new labels."""
     spans = _records(source, dialect) if source.suffix.lower() in TABLES else _lines(source, dialect)
-    wanted, labels, at = iter(count() if places is None else places), labels or {}, 0
-    following = next(wanted, None)
+    remaining, labels, at = iter(count() if places is None else places), labels or {}, 0
+    following = next(remaining, None)
     with open(source, "rb") as file, open(out, "wb") as copy:
         header, _, end = next(spans)
         copy.write(file.read(end))
@@ -88,7 +88,7 @@ def _copy_text(
                 if place in labels:
                     raw = _relabelled(raw, cells, header, dialect, column, labels[place])
                 copy.write(raw)
-                following = next(wanted, None)
+                following = next(remaining, None)
             at = file.seek(end)
         copy.write(file.read() if places is None else b"")
 

@@ -121,7 +121,7 @@ def read_rows(source: str | Path, *, split: str | None = None, hints: Hints = SN
 
 def open_split(source: str | Path, *, split: str | None = None, hints: Hints = SNIFF) -> Source:
     """Open what `read_rows` reads."""
-    splits = _open_splits(source, wanted=SPLIT_NAMES if split is None else (split,), hints=hints)
+    splits = _open_splits(source, requested=SPLIT_NAMES if split is None else (split,), hints=hints)
     if len(splits) != 1:
         has = f"has the splits {', '.join(splits)}" if splits else f"has no split {split or ', '.join(SPLIT_NAMES)}"
         raise DataError(f"{source} {has}; name one file or one split of it")
@@ -139,39 +139,39 @@ def open_splits(
     Raises DataError for missing files, and for two files of one split.
     """
     explicit = {name: path for name, path in (("validation", validation), ("test", test)) if path is not None}
-    splits = _open_splits(train, wanted=[name for name in SPLIT_NAMES if name not in explicit], hints=hints)
+    splits = _open_splits(train, requested=[name for name in SPLIT_NAMES if name not in explicit], hints=hints)
     if "train" not in splits:
         raise DataError(f"{train} has no split train; set data.train to the training file")
     splits |= {name: open_split(path, split=name, hints=hints) for name, path in explicit.items()}
     if trusted is not None:
-        named = _open_splits(trusted, wanted=("trusted",), hints=hints)
+        named = _open_splits(trusted, requested=("trusted",), hints=hints)
         splits["trusted"] = named.get("trusted") or open_split(trusted, hints=hints)
     return {name: splits[name] for name in ORDER if name in splits}
 
 
-def _open_splits(source: str | Path, *, wanted: Collection[str], hints: Hints) -> dict[str, Source]:
-    """Those of the wanted splits that the source has; a file, or one split of a hub data set, is the first of them."""
+def _open_splits(source: str | Path, *, requested: Collection[str], hints: Hints) -> dict[str, Source]:
+    """Open those of the requested splits that the source has; a file, or one hub split, is the first of them."""
     path = Path(os.path.expanduser(source))
     # os.path, not pathlib, here and below: pathlib raises for names that no file can have.
     if os.path.isfile(path):
-        return {next(iter(wanted)): _of_file(path, hints)}
+        return {next(iter(requested)): _of_file(path, hints)}
     if os.path.isdir(path):
         files = {file.name: file for file in _listed(path) if file.is_file()}
-        names = _match_splits({name: file.stem for name, file in files.items()}, wanted, source)
+        names = _match_splits({name: file.stem for name, file in files.items()}, requested, source)
         return {split: _of_file(files[name], hints) for split, name in names.items()}
     if path.suffix.lower() in READERS or isinstance(source, Path) or not is_hub_id(DatasetName.of(source).id):
         raise DataError(f"no file {source}; {_nearest_file(path)}correct the path, seen from {Path.cwd()}")
     data = _load_hub(DatasetName.of(str(source)))
     if not isinstance(data, dict):
-        return {next(iter(wanted)): of_dataset(data, str(source))}
-    names = _match_splits({name: name for name in data}, wanted, source)
+        return {next(iter(requested)): of_dataset(data, str(source))}
+    names = _match_splits({name: name for name in data}, requested, source)
     return {split: of_dataset(data[name], f"{source}[{name}]") for split, name in names.items()}
 
 
-def _match_splits(stems: Mapping[str, str], wanted: Iterable[str], source: str | Path) -> dict[str, str]:
+def _match_splits(stems: Mapping[str, str], requested: Iterable[str], source: str | Path) -> dict[str, str]:
     """Map each split to the one name whose stem is among the split's usual names."""
     matches = {}
-    for split in wanted:
+    for split in requested:
         usual = SPLIT_NAMES.get(split, (split,))
         hits = [name for name, stem in stems.items() if stem.lower() in usual]
         if len(hits) > 1:

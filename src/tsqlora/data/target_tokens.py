@@ -43,7 +43,7 @@ def chat_pieces(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, place
     write after the prompt that it will get. White space after the end token belongs to the next prompt. The target of
     a turn that opens the chat starts with its content. A chat that ends with another turn ends with the prompt for an
     answer; if the template rewrites earlier text, that chat is one piece. Raises DataError if the template refuses the
-    turns, or rewrites the text before an answer with loss, so that the turn has no text of its own.
+    turns, or rewrites the text before an answer with loss, so that the turn's text is unclear.
     """
     final = None if turns[-1].role == "assistant" else _rendered(turns, tokenizer, place, prompt=True)
     pieces, seen = list[Piece](), ""

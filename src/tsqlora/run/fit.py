@@ -144,7 +144,7 @@ class Predictor:
         return predict_logits(self.model, samples, self.collate(), phase=phase, progress=progress, **self._batching)
 
     def metrics(self, samples: Samples, *, phase: str, progress: Progress | None) -> dict[str, float]:
-        """The task's metrics on labelled samples; for generation those of the given targets."""
+        """The task's metrics on labelled samples; for generation those of the rows' targets."""
         if isinstance(self.task, Generation):
             compute = Compute(**self._batching, progress=progress)
             return token_metrics(self.model, samples, self.collate(), self.task, phase=phase, compute=compute)
