@@ -21,7 +21,7 @@ OPTIONS = {
     "init": "-o --output --task",
     "train": "--model --data --set --out --init-from --resume --dry-run",
     "audit": "--model --review --out --apply --set",
-    "score": "--out --set --drop --dry-run",
+    "score": "--out --set --drop",
     "explain": "--row --samples --data",
     "select": "--out --fraction --seed --data",
     "allocate": "--out --set",

@@ -18,7 +18,6 @@ from tsqlora.cli.display import (
     show_numbers,
     show_plan,
     show_record,
-    show_scoring_plan,
 )
 from tsqlora.cli.progress_bars import Display
 from tsqlora.progress import Pulse
@@ -107,7 +106,7 @@ def test_a_plan_shows_rows_steps_parameters_and_passes() -> None:
         "bf16": True,
         "memory_bytes": 2**30,
         "passes": {"scoring": {"forward": 3024, "backward": 1512}},
-        "without_effect": ["ranks.interval without effect: ranks.policy is fixed"],
+        "without_effect": ["ranks.interval has no effect: ranks.policy is fixed"],
         "files": {"a[b].csv": "';' between columns, cp1252"},
         "columns": {"text": "[body]", "text_pair": None, "label": "mood"},
         "max_length": 128,
@@ -117,29 +116,11 @@ def test_a_plan_shows_rows_steps_parameters_and_passes() -> None:
     assert "columns     [body], mood; at most 128 tokens" in text
     assert "file        a[b].csv: ';' between columns, cp1252" in text
     assert "note        3 of 50 validation rows [..] are training rows" in text
-    assert "settings    ranks.interval without effect" in text
+    assert "settings    ranks.interval has no effect" in text
     assert "2: [b] (700), no (300)" in text
     parts = ("1,000 train, 50 validation", "4 epochs, 128 steps", "2,048", "2 layers at 7 and 8", "bfloat16", "3,024")
     for part in parts:
         assert part in text
-
-
-def test_a_plan_of_scoring_shows_rows_batches_and_passes() -> None:
-    plan = {
-        "rows": 1_000_000,
-        "batches": 31_250,
-        "files": {},
-        "held_out": 111_111,
-        "memory_bytes": 3 * 2**30,
-        "disk_bytes": 2**30,
-        "passes": {"scoring": {"forward": 2_001_024, "backward": 1_000_512}},
-    }
-    text = shown(show_scoring_plan, plan)
-    assert "1,000,000 in 31,250 batches" in text
-    assert "111,111 rows for validation, which are not scored" in text
-    assert "about 3,072 MiB" in text
-    assert "at most 1,024 MiB" in text
-    assert "2,001,024" in text
 
 
 def explained(text: str, label: str) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def test_the_hub_reads_what_the_run_measured(run: Path) -> None:
     assert data["metrics"] == sorted(measured)
 
 
-def test_the_text_has_ranks_costs_data_and_how_to_load(run: Path) -> None:
+def test_the_text_has_results_data_and_how_to_load(run: Path) -> None:
     record, card = RunRecord.load(run), model_card(run)
     for shown in (
         "\n# tiny-bert, fine-tuned on moods.jsonl\n\nA LoRA adapter",
@@ -62,9 +62,6 @@ def test_the_text_has_ranks_costs_data_and_how_to_load(run: Path) -> None:
         'model = PeftModel.from_pretrained(base, "THIS-DIRECTORY")\n```\n\n## Results\n\n| rows | metric | value |\n',
         f"hash `{record.data['hash']}`, seed 0.\nTrained on a random 50% of the rows in each epoch.\nLook 1 at",
         "\nLabels: no, ",
-        "\n\n## Ranks\n\n| rank in block | – | 0 | 1 |\n| --- | --- | --- | --- |\n",
-        "| attention.self.query |  | 2 | 2 |\n",
-        f"| training | {record.cost['training'].seconds:.1f} | {record.cost['training'].forward:,} |",
         f"peft {record.versions['peft']}",
     ):
         assert shown in card
@@ -91,16 +88,14 @@ def test_what_a_stranger_wrote_is_text_and_not_markup(run: Path, tmp_path: Path)
     }
 
 
-def test_the_card_of_a_cut_adapter_has_no_results_and_no_ranks(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_card_of_a_cut_adapter_has_no_results(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(TRUST, "1")
     report = export(run, tmp_path / "cut", format="peft", mean_rank=1.0)
     assert report["truncation"]
     card = ModelCard((tmp_path / "cut" / "README.md").read_text())
     assert "the result was not measured" in card.text
     assert not card.data.eval_results
-    assert not {"## Results", "## Ranks"} & set(card.text.splitlines())
+    assert "## Results" not in card.text.splitlines()
     export(run, tmp_path / "whole", format="peft")
     assert (tmp_path / "whole" / "README.md").read_text() == model_card(run)
 
@@ -133,7 +128,6 @@ def test_an_export_says_how_to_load_it(format: str, library: str, shown: str, ru
     card = model_card(run, format=format)
     assert ModelCard(card).data.to_dict()["library_name"] == library
     assert shown in card
-    assert ("## Ranks" in card) == (format != "merged")
 
 
 USED = {"enabled": True, "used": True, "fraction": 0.5}

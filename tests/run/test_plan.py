@@ -18,7 +18,7 @@ from tsqlora.run.callbacks import scoring_rule
 from tsqlora.run.config import Config
 from tsqlora.run.fit import arguments
 from tsqlora.run.job import trained_task
-from tsqlora.run.plan import plan, scoring_plan, without_effect
+from tsqlora.run.plan import plan, without_effect
 from tsqlora.training.fit import Method
 
 
@@ -51,11 +51,11 @@ def model() -> PeftModel:
 def test_steps_are_those_of_the_drawn_rows(rows: int, batch_size: int, accumulation: int, model: PeftModel) -> None:
     further = {"epochs": 12, "batch_size": batch_size, "gradient_accumulation_steps": accumulation}
     config = settings(training=further, ranks={"policy": "fixed"})
-    told = planned(config, model, rows=rows)
+    result = planned(config, model, rows=rows)
     half = math.ceil(rows / 2)
     drawn = [range(half)[start : start + batch_size] for start in range(0, half, batch_size)]
-    assert told["rows_an_epoch"] == sum(map(len, drawn))
-    assert told["steps"] == 12 * math.ceil(len(drawn) / accumulation)
+    assert result["rows_an_epoch"] == sum(map(len, drawn))
+    assert result["steps"] == 12 * math.ceil(len(drawn) / accumulation)
 
 
 @pytest.mark.parametrize(
@@ -70,20 +70,20 @@ def test_steps_are_those_of_the_drawn_rows(rows: int, batch_size: int, accumulat
 def test_steps_that_fill_no_epoch_are_planned_too(
     training: dict[str, Any], epochs: int, steps: int, rows: int, model: PeftModel
 ) -> None:
-    told = planned(settings(training=training, quality={"enabled": False}, ranks={"policy": "fixed"}), model)
-    assert (told["epochs"], told["steps"]) == (epochs, steps)
-    assert told["passes"] == {"training": {"forward": rows, "backward": rows}}
+    result = planned(settings(training=training, quality={"enabled": False}, ranks={"policy": "fixed"}), model)
+    assert (result["epochs"], result["steps"]) == (epochs, steps)
+    assert result["passes"] == {"training": {"forward": rows, "backward": rows}}
 
 
 def test_rows_budget_and_parameters_are_the_models(model: PeftModel) -> None:
-    told = planned(settings(), model)
-    assert told["rows"] == {"train": 100, "validation": 10}
-    assert set(told["ranks"].values()) == {8}
+    result = planned(settings(), model)
+    assert result["rows"] == {"train": 100, "validation": 10}
+    assert set(result["ranks"].values()) == {8}
     adapters = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
-    assert told["budget"] == adapters // 2, "half of the slots are active"
+    assert result["budget"] == adapters // 2, "half of the slots are active"
     head = sum(p.numel() for p in model.base_model.model.classifier.parameters()) // 2
-    assert told["trainable"] == told["budget"] + head
-    assert told["memory_bytes"] > 4 * sum(p.numel() for p in model.parameters())
+    assert result["trainable"] == result["budget"] + head
+    assert result["memory_bytes"] > 4 * sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -98,29 +98,15 @@ def test_rows_budget_and_parameters_are_the_models(model: PeftModel) -> None:
 def test_passes_are_counted_by_phase(
     quality: dict[str, Any], options: dict[str, Any], look: tuple[int, int], model: PeftModel
 ) -> None:
-    told = planned(settings(quality=quality), model, **options)["passes"]
-    assert told["look"] == {"forward": look[0], "backward": look[1]}
-    assert told["ranks"] == {"forward": 20, "backward": 20}
-    assert told["training"] == {"forward": 300, "backward": 300}
-
-
-@pytest.mark.parametrize(
-    ("sections", "passed"),
-    [
-        ({}, (100 + 2 * 100 + 2 * 100, 100 + 100)),
-        ({"task": {"type": "causal-lm"}}, (100 + 2 * 100 + 2 * 100, 100 + 100)),
-        ({"task": {"type": "causal-lm"}, "quality": {"weights": {"ifd": 1.0}}}, (100 + 3 * 100 + 2 * 100, 100 + 100)),
-    ],
-)
-def test_scores_alone_count_every_term(sections: dict[str, Any], passed: tuple[int, int], model: PeftModel) -> None:
-    config = settings(**sections)
-    told = scoring_plan(config, trained_task(config), model, rows=100, max_length=8)
-    assert told["passes"] == {"look": {"forward": passed[0], "backward": passed[1]}}
+    result = planned(settings(quality=quality), model, **options)["passes"]
+    assert result["look"] == {"forward": look[0], "backward": look[1]}
+    assert result["ranks"] == {"forward": 20, "backward": 20}
+    assert result["training"] == {"forward": 300, "backward": 300}
 
 
 def test_the_control_only_trains(model: PeftModel) -> None:
-    told = planned(settings(quality={"enabled": False}), model)["passes"]
-    assert told == {"training": {"forward": 300, "backward": 300}}
+    result = planned(settings(quality={"enabled": False}), model)["passes"]
+    assert result == {"training": {"forward": 300, "backward": 300}}
 
 
 @pytest.mark.parametrize(
@@ -145,7 +131,7 @@ def test_what_cannot_be_done_is_refused(sections: dict[str, Any], key: str, mode
         ({"training": {"disable_tqdm": False}}, ["training.disable_tqdm"]),
     ],
 )
-def test_settings_without_effect_are_told(sections: dict[str, Any], keys: list[str], model: PeftModel) -> None:
+def test_settings_without_effect_are_result(sections: dict[str, Any], keys: list[str], model: PeftModel) -> None:
     config = settings(**sections)
-    assert [told.partition(" without effect")[0] for told in without_effect(config)] == keys
+    assert [note.partition(" ha")[0] for note in without_effect(config)] == keys
     assert planned(config, model)["without_effect"] == without_effect(config)

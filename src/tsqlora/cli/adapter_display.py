@@ -12,7 +12,7 @@ from tsqlora.cli.display import say
 _SHOWN = 6
 """Layers that a list names: the worst."""
 _LAYERS = 40
-"""Layers with a line each; more are shown by kind."""
+"""Most layers with a line each."""
 _STYLES = {"right": "green", "wrong": "red", "refused": "yellow"}
 
 
@@ -76,30 +76,13 @@ def _show_health(console: Console, health: Mapping[str, Any]) -> None:
     if idle := health["idle_layers"]:
         lines.append(f"idle layers  {len(idle)}: {', '.join(idle[:_SHOWN])}{' …' if len(idle) > _SHOWN else ''}")
     say(console, lines)
-    if len(layers) > _LAYERS:
-        _by_kind(console, layers)
-        return
     table = Table("layer", "rank", "effective", "‖ΔW‖", box=None, padding=(0, 1, 0, 0))
-    for name, layer in layers.items():
+    for name, layer in list(layers.items())[:_LAYERS]:
         numbers = str(layer["rank"]), f"{layer['effective']:.1f}", f"{layer['norm']:.3g}"
         table.add_row(Text(name, overflow="fold"), *numbers)
     console.print(table)
-
-
-def _by_kind(console: Console, layers: Mapping[str, Mapping[str, Any]]) -> None:
-    from tsqlora.interop.rewrite import layer_kind
-
-    kinds: dict[str, list[Mapping[str, Any]]] = {}
-    for name, layer in layers.items():
-        kinds.setdefault(layer_kind(name), []).append(layer)
-    table = Table("kind of layer", "layers", "rank", "effective", "‖ΔW‖", box=None, padding=(0, 1, 0, 0))
-    for kind, members in kinds.items():
-        spans = [
-            _range(sorted(float(f"{layer[key]:.3g}") for layer in members)) for key in ("rank", "effective", "norm")
-        ]
-        table.add_row(Text(kind, overflow="fold"), str(len(members)), *spans)
-    console.print(table)
-    say(console, ["--json has every layer"])
+    if len(layers) > _LAYERS:
+        say(console, [f"and {len(layers) - _LAYERS} more; --json has every layer"])
 
 
 def _range(values: Sequence[float]) -> str:

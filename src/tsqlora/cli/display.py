@@ -42,29 +42,13 @@ def show_plan(console: Console, plan: Mapping[str, Any]) -> None:
     say(console, lines)
     console.print(_passes_table(plan["passes"]))
     if "samples" in plan:
-        say(console, [f"row format  {plan['format']}; tokens with a loss are green, between ⟦ and ⟧:\n"])
-        samples = Text(plan["samples"])
-        samples.highlight_regex(r"(?s)⟦.*?⟧", "green")
-        console.print(samples)
+        say(console, [f"row format  {plan['format']}\n", plan["samples"]])
 
 
 def _class_counts(classes: Mapping[str, int]) -> str:
     """The number of classes, and the rows of the first ones."""
     shown = ", ".join(f"{_shortened(name)} ({count:,})" for name, count in list(classes.items())[:_CLASSES])
     return f"{len(classes)}: {shown}{' …' if len(classes) > _CLASSES else ''}"
-
-
-def show_scoring_plan(console: Console, plan: Mapping[str, Any]) -> None:
-    """The plan of a scoring's dry run."""
-    lines = [
-        f"rows        {plan['rows']:,} in {plan['batches']:,} batches",
-        *(f"file        {name}: {dialect}" for name, dialect in plan["files"].items()),
-        *([f"held out    {plan['held_out']:,} validation rows, which are not scored"] if plan["held_out"] else []),
-        f"memory      about {plan['memory_bytes'] / 2**20:,.0f} MiB (a rough estimate)",
-        f"disk        at most {plan['disk_bytes'] / 2**20:,.0f} MiB of samples during the run",
-    ]
-    say(console, lines)
-    console.print(_passes_table(plan["passes"]))
 
 
 def _passes_table(phases: Mapping[str, Mapping[str, int]]) -> Table:

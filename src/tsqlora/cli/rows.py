@@ -7,7 +7,7 @@ import typer
 
 from tsqlora.cli import console
 from tsqlora.cli.console import Json, Set, Source
-from tsqlora.cli.display import show_allocation, show_audit, show_explained, show_numbers, show_row, show_scoring_plan
+from tsqlora.cli.display import show_allocation, show_audit, show_explained, show_numbers, show_row
 from tsqlora.cli.progress_bars import Display
 from tsqlora.errors import SettingsError
 from tsqlora.files import write_json
@@ -15,13 +15,12 @@ from tsqlora.files import write_json
 
 def score(
     source: Source,
-    out: Annotated[Path | None, typer.Option(help="Parquet file to write.")] = None,
+    out: Annotated[Path, typer.Option(help="Parquet file to write.")],
     set_: Set = None,
     drop: Annotated[
         list[str] | None,
         typer.Option(metavar="KIND", help="Kind of rows to never draw: duplicate, outlier; repeatable."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, score nothing.")] = False,
     as_json: Json = False,
 ) -> None:
     """Score every training row: with a config's model and a fitted head, or with the weights of a run.
@@ -33,15 +32,10 @@ def score(
 
     Example: tsqlora score tsq.yaml --out scores.parquet
     """
-    from tsqlora.run.score import plan_scoring, score_rows
+    from tsqlora.run.score import score_rows
 
     if source.suffix == ".parquet" and source.is_file():
         raise SettingsError(f"{source} is neither CONFIG nor RUN; `tsqlora explain {source}` shows scores")
-    if dry_run:
-        console.show(plan_scoring(source, overrides=set_ or [], drop=drop or []), as_json, show_scoring_plan)
-        return
-    if out is None:
-        raise SettingsError("score writes a file; name it with --out, such as --out scores.parquet")
     with Display(console.stderr) as display:
         scores = score_rows(source, out, overrides=set_ or [], drop=drop or [], progress=display.progress)
     names = ("eta", "effective_sample_size", "reference_rows", "weights", "temperature", "scope")

@@ -1,4 +1,4 @@
-"""Write the model card of a run in the Hub's format: data, results, cost, and how to load it."""
+"""Write the model card of a run in the Hub's format: data, results, and how to load it."""
 
 import json
 from collections.abc import Mapping
@@ -12,7 +12,6 @@ from tsqlora.compat.hub import is_hub_id
 from tsqlora.data.readers import READERS
 from tsqlora.errors import printable
 from tsqlora.files import write_text
-from tsqlora.ranks.places import layer_places
 from tsqlora.run.config import Config, load_config
 from tsqlora.training.looks import look_sentences
 from tsqlora.training.record import RunRecord
@@ -49,7 +48,6 @@ def model_card(run: Path, *, format: str = "peft", cut: bool = False) -> str:
     config, record = load_config(run / CONFIG_FILE, trained=True), RunRecord.load(run)
     if cut:
         record = replace(record, metrics={}, ranks={})
-    blocks, ranks = _ranks({} if format == "merged" else record.ranks)
     card = ModelCard.from_template(
         _metadata(config, record, format),
         template_path=str(_TEMPLATE),
@@ -67,12 +65,6 @@ def model_card(run: Path, *, format: str = "peft", cut: bool = False) -> str:
         labels=", ".join(map(_text, record.labels or ())),
         drawn=_drawn(config, record.quality),
         looks=look_sentences(record.quality),
-        blocks=blocks,
-        ranks=ranks,
-        costs=[
-            [phase, f"{c.seconds:.1f}", f"{c.forward:,}", f"{c.backward:,}", f"{c.tokens:,}"]
-            for phase, c in record.cost.items()
-        ],
     )
     return str(card)
 
@@ -131,14 +123,6 @@ def _drawn(config: Config, quality: Mapping[str, Any]) -> str:
     if (scores.get("gate") or {}).get("left_out"):
         return f"{fraction:.0%} of the rows in each epoch, at random among those that passed the gate"
     return f"{random}: their quality gave no reason for another draw"
-
-
-def _ranks(ranks: Mapping[str, int]) -> tuple[list[str], list[list[str]]]:
-    """The blocks' numbers, and a row for each kind of layer: its name and its rank in each block."""
-    cells = {place: str(ranks[name]) for name, place in layer_places(ranks).items()}
-    blocks = sorted({block for block, _ in cells}, key=lambda block: int(block or -1))
-    kinds = dict.fromkeys(kind for _, kind in cells)
-    return [block or "–" for block in blocks], [[kind, *(cells.get((b, kind), "") for b in blocks)] for kind in kinds]
 
 
 _MARKS = {**{ord(mark): f"\\{mark}" for mark in "\\`[]*"}, ord("<"): "&lt;", ord(">"): "&gt;", ord("&"): "&amp;"}

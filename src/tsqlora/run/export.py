@@ -7,8 +7,9 @@ from tsqlora.errors import SettingsError
 from tsqlora.interop.base import Base, base_of
 from tsqlora.interop.export import export_adapter
 from tsqlora.run.card import write_card
+from tsqlora.run.config import load_config
 from tsqlora.run.finished import open_run
-from tsqlora.training.run_dir import adapter_folder, is_run
+from tsqlora.training.run_dir import CONFIG_FILE, adapter_folder, is_run
 
 UNQUANTIZED = "model.quantization=null"
 """Override for `open_run`: the base before quantisation."""
@@ -42,7 +43,11 @@ def export(
     )
     if is_run(source):
         write_card(source, out, format=format, cut=bool(done.truncation))
-    return done.report(out, format)
+    report = done.report(out, format)
+    quantization = load_config(source / CONFIG_FILE, trained=True).model.quantization if is_run(source) else None
+    if format == "merged" and quantization is not None:
+        report["notes"].append(f"trained on a {quantization} base, merged into the full one: outputs differ slightly")
+    return report
 
 
 def _base_of_run(run: Path) -> Base:

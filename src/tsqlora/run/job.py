@@ -83,20 +83,14 @@ def load(config: Config, *, folder: Path | None = None) -> Job:
 
     `folder` holds the samples on disk; None is a temporary one.
     """
-    task, splits, pretrained, length = read_with_model(config)
-    data = prepare(splits, pretrained.tokenizer, max_length=length, seq2seq=task.name == "seq2seq", folder=folder)
-    return Job(config, task, pretrained, data, length)
-
-
-def read_with_model(config: Config) -> tuple[Task, Splits, Pretrained, int]:
-    """The task, the splits, the model, and the most tokens of a sample; nothing is tokenised yet."""
     require_of_task(config)
     task, splits = trained_task(config), read(config)
     pretrained = load_model(config, task, splits.labels)
     length = resolve_max_length(
         config.data.max_length, tokenizer_limit=pretrained.tokenizer.model_max_length, positions=pretrained.positions
     )
-    return task, splits, pretrained, length
+    data = prepare(splits, pretrained.tokenizer, max_length=length, seq2seq=task.name == "seq2seq", folder=folder)
+    return Job(config, task, pretrained, data, length)
 
 
 def read(config: Config) -> Splits:

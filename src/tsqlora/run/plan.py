@@ -3,7 +3,6 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
 from typing import Any
 
 from peft import PeftModel
@@ -14,7 +13,7 @@ from tsqlora.data.samples import TokenisedSplit
 from tsqlora.gradients.sites import lora_layers
 from tsqlora.quality.cost import look_cost, trusted_cost
 from tsqlora.quality.rows import REFERENCE_ROWS
-from tsqlora.quality.rule import PAPER_TERMS, ScoringRule
+from tsqlora.quality.rule import ScoringRule
 from tsqlora.quality.trusted import trusted_steps_of
 from tsqlora.ranks.allocate import Sensitivity, allocate
 from tsqlora.ranks.budget import used
@@ -25,10 +24,6 @@ from tsqlora.tasks.classification import Classification
 from tsqlora.tasks.generation import IGNORED, Generation
 from tsqlora.training.fit import Method
 
-BYTES_A_ROW = 500
-"""Memory of a scored row: hash, place, length, terms and predictions, twice while they are written."""
-BYTES_A_TOKEN = 12
-"""Disk space of a scored row's token: its id, mask and segment."""
 _SHOWN_CHARACTERS = 600
 
 
@@ -111,18 +106,6 @@ def _classes(task: Task, model: PeftModel, rows: TokenisedSplit) -> dict[str, in
     return {str(name): counts[j] for j, name in model.config.id2label.items()}
 
 
-def scoring_plan(config: Config, task: Task, model: PeftModel, *, rows: int, max_length: int) -> dict[str, Any]:
-    """Rows, batches, passes, and upper bounds of memory and disk space."""
-    rule = ScoringRule(weights=config.quality.resolved_weights(), terms=PAPER_TERMS)
-    return {
-        "rows": rows,
-        "batches": math.ceil(rows / config.training.batch_size),
-        "passes": {"look": _look(rule, task, rows=rows, trusted=0)},
-        "memory_bytes": memory(config, task, model, longest=max_length, bf16=False) + rows * BYTES_A_ROW,
-        "disk_bytes": rows * max_length * BYTES_A_TOKEN,
-    }
-
-
 def _passes(task: Task, method: Method, *, epochs: float, batch: int) -> dict[str, dict[str, int]]:
     """Rows forward and backward in each phase: the first look, and the steps."""
     data, quality, ranks, size = method.data, method.quality, method.ranks, len(method.data)
@@ -165,38 +148,18 @@ def memory(config: Config, task: Task, model: PeftModel, *, longest: int, bf16: 
     return weights + trained + config.training.batch_size * longest * features * (2 if bf16 else 4)
 
 
-def marked_samples(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Mapping[str, Any]]) -> str:
-    """The text of generation samples, with the tokens that have a loss between ⟦ and ⟧."""
-    return "\n".join(_marked(tokenizer, number, sample) for number, sample in enumerate(samples, start=1)) + "\n"
+def shown_samples(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Mapping[str, Any]]) -> str:
+    """The text of generation samples, and of the tokens that have a loss."""
+    return "\n".join(_shown(tokenizer, number, sample) for number, sample in enumerate(samples, start=1)) + "\n"
 
 
-def _marked(tokenizer: PreTrainedTokenizerBase, number: int, sample: Mapping[str, Any]) -> str:
-    stretches = _stretches(tokenizer, sample)
-    tokens = sum(count for count, _, _ in stretches)
-    trained = sum(count for count, is_trained, _ in stretches if is_trained)
-    text = "".join(f"⟦{_shortened(text)}⟧" if is_trained else _shortened(text) for _, is_trained, text in stretches)
-    return f"sample {number}: {tokens} tokens, trained on ⟦{trained}⟧\n{text}"
-
-
-def _stretches(tokenizer: PreTrainedTokenizerBase, sample: Mapping[str, Any]) -> list[tuple[int, bool, str]]:
-    """(number of tokens, whether they have a loss, text) of each stretch."""
-
-    def text_of(tokens: Sequence[int]) -> str:
-        return str(tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
-
-    ids, labels = sample["input_ids"], sample["labels"]
-    causal = len(ids) == len(labels) and all(b in (IGNORED, a) for a, b in zip(ids, labels, strict=True))
-    if not causal:  # a sequence-to-sequence model has targets beside its inputs
-        return [(len(ids), False, text_of(ids)), (len(labels), True, text_of(labels))]
-    stretches, start = [], 0
-    for trained, group in groupby(labels, key=lambda label: label != IGNORED):
-        end = start + len(list(group))
-        before, whole = text_of(ids[:start]), text_of(ids[:end])
-        # Decoded alone, a stretch may lose its leading space.
-        text = whole[len(before) :] if whole.startswith(before) else text_of(ids[start:end])
-        stretches.append((end - start, trained, text))
-        start = end
-    return stretches
+def _shown(tokenizer: PreTrainedTokenizerBase, number: int, sample: Mapping[str, Any]) -> str:
+    ids, targets = sample["input_ids"], [token for token in sample["labels"] if token != IGNORED]
+    read, learned = (str(tokenizer.decode(tokens, clean_up_tokenization_spaces=False)) for tokens in (ids, targets))
+    return (
+        f"sample {number}: {len(ids)} tokens\n{_shortened(read)}\n"
+        f"with a loss: {len(targets)} tokens\n{_shortened(learned)}"
+    )
 
 
 def _shortened(text: str) -> str:

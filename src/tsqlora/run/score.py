@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -22,8 +21,7 @@ from tsqlora.quality.scores import Scores
 from tsqlora.run.callbacks import row_names, scoring_rule, trusted_of
 from tsqlora.run.config import load_config
 from tsqlora.run.finished import FinishedRun, device_of, open_run
-from tsqlora.run.job import Job, hints_of, load, read, read_with_model, require_scoring, with_slots
-from tsqlora.run.plan import scoring_plan
+from tsqlora.run.job import Job, hints_of, load, read, require_scoring, with_slots
 from tsqlora.run.start import with_start
 from tsqlora.training.run_dir import CONFIG_FILE, alone_in
 
@@ -66,23 +64,6 @@ def score_rows(
         scores = drop_rows(scores, drop, lambda: job.data.splits.texts("train"), tokens / "signatures")
         scores.save(out)
     return scores
-
-
-def plan_scoring(source: Path, *, overrides: Sequence[str] = (), drop: Sequence[str] = ()) -> dict[str, Any]:
-    """The plan of `score_rows`: reads every row and checks its label, and writes nothing."""
-    require_drops(drop)
-    if source.is_dir():
-        run = open_run(source, overrides)
-        config, task, model, length = run.config, run.predictor.task, run.model, run.max_length
-        splits = _splits(source, run)
-    else:
-        config = with_start(load_config(source, overrides))
-        require_scoring(config)
-        task, splits, pretrained, length = read_with_model(config)
-        model = with_slots(config, pretrained)
-    rows = len(splits.places["train"])
-    plan = scoring_plan(config, task, model, rows=rows, max_length=length)
-    return {"rows": rows, "held_out": splits.held_out, "files": splits.dialects, **plan}
 
 
 @contextmanager

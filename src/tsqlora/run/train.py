@@ -18,7 +18,7 @@ from tsqlora.run.card import write_card
 from tsqlora.run.config import Config, dump_config, load_config
 from tsqlora.run.fit import arguments, begin, measure
 from tsqlora.run.job import load
-from tsqlora.run.plan import marked_samples
+from tsqlora.run.plan import shown_samples
 from tsqlora.run.start import with_start
 from tsqlora.training.checkpoints import micro_batch_size, newest_complete, require_resumable_saves
 from tsqlora.training.fit import fit
@@ -128,7 +128,7 @@ def dry_run(config: Config) -> dict[str, Any]:
     if job.data.splits.format is None:
         return plan
     first = [job.data.samples["train"][j] for j in range(min(SHOWN, len(job.data.samples["train"])))]
-    shown = marked_samples(job.pretrained.tokenizer, first)
+    shown = shown_samples(job.pretrained.tokenizer, first)
     return {**plan, "format": job.data.splits.format.name, "samples": shown}
 
 
