@@ -181,7 +181,8 @@ def precision() -> Result:
     result: Result = {}
     for dtype in (torch.bfloat16, torch.float16) if GPU else (torch.bfloat16,):
         term = tsq.score(model, rows, collate, rule=rule, compute=tsq.Compute(autocast=dtype)).terms["gradient_norm"]
-        result[str(dtype)] = float(spearmanr(exact, term)[0])
+        correlation: Any = spearmanr(exact, term)
+        result[str(dtype)] = float(correlation.statistic)
     return result
 
 
