@@ -129,17 +129,13 @@ def test_numbers_do_not_depend_on_batches_padding_or_order(batch_size: int, pad_
         assert measured.samples == len(ROWS)
 
 
-def test_uniform_is_one_everywhere() -> None:
-    assert set(tsq.sensitivity(MODEL, ROWS, collate, estimator="uniform", batch_size=4).values.values()) == {1.0}
-
-
 def test_random_differs_by_layer_and_repeats() -> None:
     first, again = (tsq.sensitivity(MODEL, ROWS, collate, estimator="random").values for _ in range(2))
     assert first == again
     assert len(set(first.values())) == len(first)
 
 
-def test_an_estimator_may_be_a_function_of_ones_own() -> None:
+def test_an_estimator_may_be_a_custom_function() -> None:
     def inputs(a: Tensor, b: Tensor, layer: Any) -> Tensor:
         return torch.tensor(float(a.shape[2] * len(a)))
 
@@ -155,18 +151,6 @@ def test_the_model_is_left_as_it_was(estimator: str) -> None:
     model.get_submodule("base_model.model.bert.pooler").eval()
     before = fingerprint(model)
     tsq.sensitivity(model, ROWS, collate, estimator=estimator)
-    assert_unchanged(before, model)
-
-
-def test_the_model_is_left_as_it_was_after_an_exception() -> None:
-    model = wrapped().train()
-    before = fingerprint(model)
-
-    def fails(a: Tensor, b: Tensor, layer: Any) -> Tensor:
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        tsq.sensitivity(model, ROWS, collate, estimator=fails)
     assert_unchanged(before, model)
 
 
@@ -186,17 +170,11 @@ def test_half_precision_is_near() -> None:
     assert dict(half) == pytest.approx(dict(exact), rel=0.1)
 
 
-def test_an_unknown_estimator_is_told_with_the_nearest() -> None:
+def test_invalid_arguments_are_errors() -> None:
     with pytest.raises(tsq.SettingsError, match="fischer"):
         tsq.sensitivity(MODEL, ROWS, collate, estimator="fischer")
-
-
-def test_a_model_without_lora_is_refused() -> None:
     with pytest.raises(tsq.UnsupportedError, match="no LoRA layers"):
         tsq.sensitivity(tiny_bert(), ROWS, collate)
-
-
-def test_no_rows_are_an_error() -> None:
     with pytest.raises(tsq.SettingsError, match="no rows"):
         tsq.sensitivity(MODEL, [], collate)
 

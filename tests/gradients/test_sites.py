@@ -54,10 +54,6 @@ def test_the_parts_that_train_are_those_of_the_site() -> None:
     }
 
 
-def test_a_model_that_is_one_layer_has_one_site() -> None:
-    assert list(find_sites(nn.Linear(2, 2), "adapter")) == [""]
-
-
 def with_tied_bias() -> nn.Module:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].bias = model[0].bias

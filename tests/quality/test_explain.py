@@ -102,13 +102,6 @@ def test_a_pair_shows_both_texts(tmp_path: Path) -> None:
     assert found["highest"][0]["text"].endswith("\nand so")
 
 
-def test_ids_and_reasons_are_shown(data: Path) -> None:
-    scores = replace(made(data), ids=np.arange(40) + 100).drop(np.arange(40) == 3, "duplicate")
-    found = explain(scores, 40)["lowest"]
-    assert {sample["id"]: sample["reason"] for sample in found}[103] == "duplicate"
-    assert sum(sample["reason"] == "kept" for sample in found) == 39
-
-
 def test_a_file_of_other_rows_or_none_is_refused(data: Path) -> None:
     other = write_jsonl(data.parent / "other.jsonl", make_rows(3, seed=9))
     with pytest.raises(DataError, match=r"other.jsonl .*lacks 2.*--data"):

@@ -137,6 +137,7 @@ def test_the_reference_is_that_of_the_journal(learned: Any, tmp_path: Path, monk
         ({"calibration": False}, "terms .* settings"),
         ({"reference": [0, 3, 4, 6, 8, 9, 13]}, "terms .* reference rows, settings"),
         ({"hashes": HASHES[::-1]}, "forward .* rows"),
+        ({}, "forward .* weights"),
     ],
 )
 def test_the_journal_of_another_scoring_is_refused(
@@ -144,17 +145,11 @@ def test_the_journal_of_another_scoring_is_refused(
 ) -> None:
     with pytest.raises(Stop):
         score(learned, Collate(20), tmp_path / "j")
+    if not changes:
+        with torch.no_grad():
+            next(learned[0].parameters()).flatten()[0] += 1e-6
     with pytest.raises(SettingsError, match=f"j/{named}; delete it, or name"):
         score(learned, Collate(), tmp_path / "j", **changes)
-
-
-def test_the_journal_of_other_weights_is_refused(learned: Any, tmp_path: Path) -> None:
-    with pytest.raises(Stop):
-        score(learned, Collate(7), tmp_path / "j")
-    with torch.no_grad():
-        next(learned[0].parameters()).flatten()[0] += 1e-6
-    with pytest.raises(SettingsError, match="with other weights"):
-        score(learned, Collate(), tmp_path / "j")
 
 
 def test_a_temperature_may_change_since_nothing_measured_depends_on_it(learned: Any, tmp_path: Path) -> None:
@@ -172,12 +167,6 @@ def test_a_lost_part_is_noticed(learned: Any, tmp_path: Path) -> None:
     min((tmp_path / "j" / "forward").glob("batches-*")).unlink()
     with pytest.raises(SettingsError, match="does not follow batch 0; delete"):
         score(learned, Collate(), tmp_path / "j")
-
-
-def test_a_journal_without_hashes_is_refused(learned: Any, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="a journal needs hashes"):
-        score(learned, Collate(), tmp_path / "j", hashes=None)
-    assert not (tmp_path / "j").exists()
 
 
 def test_what_is_half_written_does_not_count(tmp_path: Path) -> None:

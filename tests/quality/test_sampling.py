@@ -40,13 +40,6 @@ def test_probabilities_by_hand() -> None:
     assert effective_sample_size(p) == pytest.approx(1 / (0.25**2 + 0.75**2))
 
 
-@given(st.integers(1, 50))
-def test_the_effective_sample_size_of_equals_is_their_number(n: int) -> None:
-    assert effective_sample_size(probabilities(np.zeros(n), temperature=1.0)) == pytest.approx(n)
-    peaked = np.where(np.arange(n) == 0, 1e3, 0.0)
-    assert effective_sample_size(probabilities(peaked, temperature=1.0)) == pytest.approx(1)
-
-
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_temperature_that_is_not_above_zero_is_refused(temperature: float) -> None:
     with pytest.raises(SettingsError, match=f"temperature is {temperature}; it must be above 0"):
@@ -87,11 +80,6 @@ def test_remainders_are_handed_out_largest_first_and_ties_to_the_earlier() -> No
     assert stratum_sizes(np.array([5, 5]), 5).tolist() == [3, 2]
     # Shares 9.7 and three of 0.1: each small one gets its row from the large one.
     assert stratum_sizes(np.array([97, 1, 1, 1]), 10).tolist() == [7, 1, 1, 1]
-
-
-def test_a_draw_too_small_for_its_strata_is_refused() -> None:
-    with pytest.raises(SettingsError, match="a draw of 2 rows cannot hold one of each of 3 labels; raise fraction"):
-        stratum_sizes(np.array([5, 5, 5]), 2)
 
 
 @given(COUNTS, st.floats(0, 1), SEEDS)
@@ -154,12 +142,6 @@ def test_gumbel_top_k_is_successive_sampling() -> None:
     assert stats.chisquare(counts[0], draws * exact).pvalue > 0.01
 
 
-def test_the_inclusion_is_the_chance_of_a_key_above_the_threshold() -> None:
-    keys = 0.4 + np.random.default_rng(0).gumbel(size=100_000)
-    found = inclusion(np.array([0.4]), 1.1)[0]
-    assert found == pytest.approx((keys > 1.1).mean(), abs=4 * np.sqrt(found * (1 - found) / 100_000))
-
-
 @pytest.mark.parametrize(("phi", "expected"), [(1e4, 1.0), (-1e4, 0.0)])
 def test_inclusion_at_extremes_is_zero_or_one_without_a_warning(phi: float, expected: float) -> None:
     assert inclusion(np.array([phi]), 0.0).tolist() == [expected]
@@ -180,10 +162,6 @@ def test_expected_inclusion_is_how_often_rows_are_drawn(strata: np.ndarray | Non
     assert (expected[~kept] == 0).all()
     # It is exact only for many rows.
     np.testing.assert_allclose(counts / draws, expected, atol=0.03)
-
-
-def test_where_everything_is_drawn_every_chance_is_one() -> None:
-    assert expected_inclusion(np.arange(4.0), fraction=1.0, temperature=0.01).tolist() == [1.0] * 4
 
 
 @given(QUALITIES, st.floats(0.02, 1), st.floats(0.01, 50))

@@ -206,17 +206,6 @@ def test_a_model_that_trains_everywhere_but_in_embeddings_and_norms_is_the_twins
 # --- what a score may not depend on -------------------------------------------------------
 
 
-@pytest.mark.parametrize("fitted", [True, False])
-def test_predictions_are_of_fits_that_have_not_seen_the_row(fitted: bool) -> None:
-    model, rows = adapted()
-    scores, labels = score(model, rows, head_start=fitted), np.array([row["labels"] for row in rows])
-    p = torch.from_numpy(scores.predictions["logits"]).softmax(1).numpy()
-    assert scores.record.out_of_sample
-    np.testing.assert_array_equal(scores.predictions["predicted"], p.argmax(1))
-    np.testing.assert_allclose(scores.predictions["predicted_probability"], p.max(1), rtol=1e-5)
-    np.testing.assert_allclose(scores.predictions["label_probability"], p[range(N), labels], rtol=1e-5)
-
-
 def assert_equal_scores(left: tsq.Scores, right: tsq.Scores, order: Any = slice(None)) -> None:
     assert left.terms.keys() == right.terms.keys()
     for name, values in left.terms.items():
@@ -275,13 +264,6 @@ def test_scores_are_the_same_under_gradient_checkpointing() -> None:
     assert_unchanged(before, model)
     passes = 2 + 1 + 1 + 1  # data set, reference, and two trials of one batch
     assert sum(calls) > passes, "no layer was called again: nothing was checkpointed"
-
-
-def test_scores_do_not_depend_on_who_is_differentiating() -> None:
-    model, rows = adapted(layers=1)
-    expected = score(model, rows)
-    with torch.no_grad():
-        assert_equal_scores(expected, score(model, rows))
 
 
 # --- the model is left as it was ----------------------------------------------------------
@@ -444,10 +426,3 @@ def test_only_a_term_that_looks_ahead_costs_another_forward() -> None:
         assert ("loss_reduction" in score(model, rows, terms=terms).terms) == (terms == ALL_TERMS)
         counts.append(calls)
     assert counts[0] - counts[1] == 2
-
-
-def test_progress_is_reported_for_every_batch() -> None:
-    model, rows = adapted(layers=1)
-    seen: list[tuple[str, int, int]] = []
-    score(model, rows, progress=lambda *news: seen.append(news))
-    assert seen == [(phase, done, N) for phase in ("look", "scoring") for done in (7, 14)]

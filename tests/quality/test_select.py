@@ -12,7 +12,7 @@ from tsqlora.data.cells import row_hash, sample_hash
 from tsqlora.data.formats import find_format
 from tsqlora.data.rows import read_rows
 from tsqlora.data.write import write_rows
-from tsqlora.errors import DataError, SettingsError
+from tsqlora.errors import DataError
 from tsqlora.quality.epochs import sample
 from tsqlora.quality.scores import Scores, from_terms
 from tsqlora.quality.select import select_rows
@@ -54,18 +54,6 @@ def test_order_and_format_of_the_file_do_not_matter(name: str, tmp_path: Path) -
     chosen = sample(scores_of(ROWS, tmp_path / "s.parquet"), 0.5)
     found = selected(tmp_path, [*make_rows(5, seed=9, labels=("no", "yes")), *ROWS[::-1]], name=name)
     assert found == [ROWS[j] for j in chosen[::-1]]
-
-
-def test_a_row_that_is_there_twice_is_taken_as_often_as_it_was_drawn(tmp_path: Path) -> None:
-    doubled = [*ROWS, *ROWS]
-    chosen = sample(scores_of(doubled, tmp_path / "s.parquet"), 0.5)
-    found = selected(tmp_path, doubled)
-    assert len(found) == len(chosen) == 24
-
-    def in_order(rows: list[Row]) -> list[str]:
-        return sorted(row["text"] for row in rows)
-
-    assert in_order(found) == in_order([doubled[j] for j in chosen])
 
 
 @pytest.mark.parametrize("extension", ["jsonl", "csv", "tsv", "parquet"])
@@ -125,19 +113,6 @@ def test_without_the_file_what_is_known_of_the_rows_is_written(tmp_path: Path) -
     assert scores.hashes is not None
     assert all(row["hash"] == scores.hashes[row["id"]] for row in rows)
     assert all(row["probability"] == pytest.approx(scores.probability[row["id"]]) for row in rows)
-
-
-@pytest.mark.parametrize("fraction", [0.0, 1.5, -0.1, float("nan")])
-def test_a_fraction_that_is_none_is_refused(fraction: float, tmp_path: Path) -> None:
-    scores_of(ROWS, tmp_path / "s.parquet")
-    with pytest.raises(SettingsError, match=r"fraction is .*; it must be above 0 and at most 1"):
-        selected(tmp_path, ROWS, fraction=fraction)
-
-
-def test_what_is_no_file_of_scores_is_refused(tmp_path: Path) -> None:
-    write_rows(tmp_path / "s.parquet", ROWS)
-    with pytest.raises(DataError, match="not a file of scores"):
-        selected(tmp_path, ROWS)
 
 
 @pytest.mark.parametrize("name", ["data.jsonl", "data.parquet"])

@@ -130,14 +130,6 @@ def test_listeners_receive_the_rows_that_are_read() -> None:
     assert second == [int(subset.indices[3])]
 
 
-def test_epochs_before_the_scored_one_stay_random() -> None:
-    subset = QualitySubset(range(40), 0.3)
-    before = [subset.draw(epoch).tolist() for epoch in range(3)]
-    subset.use(scored(40), 2)
-    assert [subset.draw(epoch).tolist() for epoch in range(2)] == before[:2]
-    assert subset.draw(2).tolist() != before[2]
-
-
 @pytest.mark.parametrize("resample", [True, False])
 def test_each_epoch_is_a_new_draw_unless_the_draw_is_kept(resample: bool) -> None:
     subset = QualitySubset(range(40), 0.3, resample=resample)
@@ -154,14 +146,6 @@ def test_without_scores_the_first_draw_is_kept_and_a_warm_up_goes_on() -> None:
     assert subset.draw(1).tolist() != first  # in another order
     subset.plan = subset.plan.unscored(awaits_scores=True)
     assert sorted(np.concatenate([subset.draw(epoch) for epoch in range(4)])) == list(range(40))
-
-
-def test_a_stratified_draw_keeps_the_classes() -> None:
-    subset = QualitySubset(range(40), 0.5)
-    scores = scored(40, stratified=True)
-    subset.use(scores, 0)
-    for epoch in range(3):
-        assert np.bincount(scores.labels[subset.draw(epoch)]).tolist() == [10, 10]
 
 
 def test_good_rows_come_more_often() -> None:

@@ -104,13 +104,6 @@ def test_with_offsets_the_loss_pulls_the_logits_nowhere_on_average(seed: int, wi
     assert gradient.sum(0).abs().max() < 1e-7
 
 
-def test_offsets_of_logits_that_hold_no_news_are_chance() -> None:
-    labels = torch.tensor([0, 1, 1, 2, 2, 2])
-    chance = PLAIN.chance(labels, 3)
-    offsets = PLAIN.offsets(torch.zeros(6, 3, dtype=torch.float64), labels)
-    torch.testing.assert_close(offsets, chance - chance.mean(), atol=1e-7, rtol=0)
-
-
 @given(SEEDS, WIDTHS)
 @QUICK
 def test_a_lean_added_to_the_logits_is_taken_off_again(seed: int, width: int) -> None:
@@ -124,10 +117,6 @@ def test_a_lean_added_to_the_logits_is_taken_off_again(seed: int, width: int) ->
         atol=1e-6,
         rtol=0,
     )
-
-
-def test_labels_of_one_class_leave_nothing_to_match() -> None:
-    assert PLAIN.offsets(batch(0, 3)[0], torch.full((30,), 1)).tolist() == [0.0, 0.0, 0.0]
 
 
 def test_calibration_of_logits_that_are_not_finite_is_refused() -> None:
@@ -166,8 +155,3 @@ def test_metrics_of_constant_predictions_are_numbers_without_a_warning() -> None
     assert (mixed["matthews"], mixed["accuracy"]) == (0.0, pytest.approx(2 / 3))
     assert (right["matthews"], right["macro_f1"]) == (0.0, 1.0)
     assert all(type(value) is float for value in mixed.values())
-
-
-def test_predictions_are_class_ids_and_strata_the_labels() -> None:
-    assert PLAIN.predictions(np.array([[0.0, 1.0], [2.0, 1.0]])).tolist() == [1, 0]
-    assert PLAIN.strata(np.array([1, 0])).tolist() == [1, 0]

@@ -70,8 +70,3 @@ def test_constant_predictions_have_correlation_zero_without_a_warning(noise: flo
             assert (found["pearson"], found["spearman"]) == (0.0, 0.0)
             assert found["mse"] > 0
         assert TASK.metrics(np.zeros((1, 1)), np.ones(1))["pearson"] == 0.0
-
-
-def test_predictions_are_numbers_and_there_are_no_strata() -> None:
-    assert TASK.predictions(np.array([[0.5], [2.0]])).tolist() == [0.5, 2.0]
-    assert TASK.strata(np.array([0.5])) is None

@@ -16,7 +16,7 @@ from torch import nn
 from tsqlora import distributed
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.quality.forward_pass import forward_pass
-from tsqlora.quality.label_noise import FROZEN_CLASSES, LabelNoise, reject
+from tsqlora.quality.label_noise import FROZEN_CLASSES, LabelNoise, Labels, Logits, reject
 from tsqlora.quality.ridge import fit_temperature, leave_one_out_logits
 from tsqlora.quality.rows import Dataset
 from tsqlora.quality.rule import Compute, RowNames
@@ -72,8 +72,8 @@ class Audit:
     """
 
     ids: Int[np.ndarray, " n"]
-    labels: Int[np.ndarray, " n"]
-    suggested: Int[np.ndarray, " n"]
+    labels: Labels
+    suggested: Labels
     """The likeliest class other than the label."""
     probability: Float[np.ndarray, " n"]
     """Probability that the label is wrong."""
@@ -153,7 +153,7 @@ def audit(
 
 def audit_of(
     features: Float[np.ndarray, "n d"],
-    labels: Int[np.ndarray, " n"],
+    labels: Labels,
     *,
     classes: Sequence[str | int] | None = None,
     ids: Int[np.ndarray, " n"] | None = None,
@@ -166,8 +166,8 @@ def audit_of(
 
 
 def audit_of_logits(
-    logits: Float[np.ndarray, "n k"],
-    labels: Int[np.ndarray, " n"],
+    logits: Logits,
+    labels: Labels,
     *,
     classes: Sequence[str | int] | None = None,
     ids: Int[np.ndarray, " n"] | None = None,
@@ -213,12 +213,7 @@ def audit_of_logits(
     )
 
 
-def _p_true(
-    logits: Float[np.ndarray, "n k"],
-    labels: Int[np.ndarray, " n"],
-    noise: LabelNoise,
-    judged: Bool[np.ndarray, " n"],
-) -> Float[np.ndarray, "n k"]:
+def _p_true(logits: Logits, labels: Labels, noise: LabelNoise, judged: Bool[np.ndarray, " n"]) -> Logits:
     """Return the probability that each class is the true one; for unjudged rows by the logits alone."""
 
     def p(rows: np.ndarray) -> np.ndarray:
@@ -234,18 +229,13 @@ def _p_true(
     return p_true
 
 
-def _why_not(labels: Int[np.ndarray, " n"]) -> str:
+def _why_not(labels: Labels) -> str:
     if len(np.unique(labels)) < FROZEN_CLASSES:
         return "on features that were never trained, wrong labels of two classes look like hard rows"
     return "rows contradict their labels no more surely than hard rows do"
 
 
-def _pairs(
-    labels: Int[np.ndarray, " n"],
-    suggested: Int[np.ndarray, " n"],
-    wrong: Float[np.ndarray, " n"],
-    logits: Float[np.ndarray, "n k"],
-) -> tuple[ClassPair, ...]:
+def _pairs(labels: Labels, suggested: Labels, wrong: Float[np.ndarray, " n"], logits: Logits) -> tuple[ClassPair, ...]:
     k, unlike = logits.shape[1], logits.argmax(axis=1) != labels
     keys, places = np.unique(labels[unlike].astype(np.int64) * k + suggested[unlike], return_inverse=True)
     rows, expected = np.bincount(places), np.bincount(places, wrong[unlike])
@@ -256,7 +246,7 @@ def _pairs(
 
 
 def contradictions(
-    features: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"], ids: Int[np.ndarray, " n"]
+    features: Float[np.ndarray, "n d"], labels: Labels, ids: Int[np.ndarray, " n"]
 ) -> tuple[Contradiction, ...]:
     """Return the nearest pairs with different labels among the first rows.  [ours]"""
     unit = features[:ROWS_TO_COMPARE].astype(np.float32)

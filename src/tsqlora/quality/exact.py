@@ -19,8 +19,6 @@ from tsqlora.quality.reference import backward, calibrated, sample_losses, total
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Batch, base_model, model_logits, output_part, placed, split_labels
 
-_HALF = (torch.float16, torch.bfloat16)
-
 
 def require_own_loss(model: nn.Module, batch: Batch, task: Task) -> None:
     """Raise UnsupportedError where the model computes a loss itself and it differs from the task's."""
@@ -54,7 +52,8 @@ def require_exact(
     read a weight under LoRA (scope 'full'); and a sample's gradient must not change when it is alone in its batch.
     """
     inputs, labels = split_labels(batch, model)
-    tolerance = 0.05 if _half_precision(model) else 0.01
+    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
+    tolerance = 0.05 if half or torch.is_autocast_enabled(labels.device.type) else 0.01
     summed: dict[str, MeanGradient] = {}
     norms: list[Tensor] = []
 
@@ -68,14 +67,24 @@ def require_exact(
         before = before if before.dim() == 2 else sample_losses(task, before, labels)
     own = _parameters(sites)
     logits, losses, grads = backward(model, inputs, labels, task, offsets, sites, consume, tuple(p for _, p in own))
-    _require_repeatable(before, losses if logits is None else logits, tolerance)
+    error, scale = float(((losses if logits is None else logits) - before).abs().max()), float(before.abs().max())
+    if error > tolerance * scale:
+        raise UnsupportedError(
+            f"two forward passes of one batch differ by {error / (scale or 1):.1%}: the model is random even without "
+            "dropout; turn off its other randomness"
+        )
     _require_complete(summed, [(name, grad) for (name, _), grad in zip(own, grads, strict=True)], tolerance)
     norm = total_over_sites(norms, losses).sqrt()
     norms.clear()
     row = int(norm.argmax())
     alone = {name: value[row : row + 1] for name, value in inputs.items()}
     _, losses, _ = backward(model, alone, labels[row : row + 1], task, offsets, sites, consume)
-    _require_independent(float(norm[row]), float(total_over_sites(norms, losses).sqrt()), len(labels), tolerance)
+    own_norm, alone_norm = float(norm[row]), float(total_over_sites(norms, losses).sqrt())
+    if abs(own_norm - alone_norm) > tolerance * own_norm:
+        raise UnsupportedError(
+            f"one sample's gradient norm is {own_norm:.4g} in a batch of {len(labels)}, but {alone_norm:.4g} alone: "
+            "the model or the loss couples the samples of a batch; remove batch statistics"
+        )
 
 
 @contextmanager
@@ -128,11 +137,6 @@ class _ReadsElsewhere(TorchFunctionMode):
         return result
 
 
-def _half_precision(model: nn.Module) -> bool:
-    device = next(model.parameters()).device
-    return torch.is_autocast_enabled(device.type) or any(p.dtype in _HALF for p in model.parameters())
-
-
 def _parameters(sites: Mapping[str, Site]) -> list[tuple[str, nn.Parameter]]:
     """Return the trainable parameters of the sites' layers once each, with the site's name.
 
@@ -150,16 +154,6 @@ def _parameters(sites: Mapping[str, Site]) -> list[tuple[str, nn.Parameter]]:
     )
 
 
-def _require_repeatable(before: Tensor, after: Tensor, tolerance: float) -> None:
-    error = float((after - before).abs().max())
-    scale = float(before.abs().max())
-    if error > tolerance * scale:
-        raise UnsupportedError(
-            f"two forward passes of one batch differ by {error / scale:.1%}: the model is random even without dropout; "
-            "turn off its other randomness"
-        )
-
-
 def _require_complete(
     captured: Mapping[str, MeanGradient], by_autograd: list[tuple[str, Tensor | None]], tolerance: float
 ) -> None:
@@ -174,11 +168,3 @@ def _require_complete(
                 f"{name} is used outside of its own forward (a fused or functional call), so that its gradient per "
                 "sample is not exact; freeze it"
             )
-
-
-def _require_independent(together: float, alone: float, samples: int, tolerance: float) -> None:
-    if abs(together - alone) > tolerance * together:
-        raise UnsupportedError(
-            f"one sample's gradient norm is {together:.4g} in a batch of {samples}, but {alone:.4g} alone: the model "
-            "or the loss couples the samples of a batch; remove batch statistics"
-        )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tsqlora import distributed
 from tsqlora.quality.fallback import against_chance, require_finite
 from tsqlora.quality.forward_pass import ACTIVATIONS, Forward, Head, forward_pass
-from tsqlora.quality.linear_head import HeadFit, Kind, fit_head, row_losses
+from tsqlora.quality.linear_head import HeadFit, Kind, LinearHead, fit_head, row_losses
 from tsqlora.quality.passes import empty
 from tsqlora.quality.ridge import ROWS_AT_ONCE, fit_ridge, fit_temperature, leave_one_out_logits
 from tsqlora.quality.rule import LookRequest
@@ -31,14 +31,6 @@ WHITENED_STD = 0.5
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Dense:
-    """Weights of the layer before the last one."""
-
-    weight: Float[np.ndarray, "d i"]
-    bias: Float[np.ndarray, " d"]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class HeadStart:
     """The fitted head, and a whitened layer before it if that has the lower loss."""
 
@@ -47,7 +39,7 @@ class HeadStart:
     """Mean loss of the model's own head on the same rows."""
     replaces: bool
     """Whether the fitted head's out-of-fold loss is lower by 2 standard errors."""
-    dense: Dense | None = None
+    dense: LinearHead | None = None
     trusted: bool = False
     """Whether the head was fitted on trusted rows."""
 
@@ -208,7 +200,7 @@ def fit_start(
     fit, dense = fit_head(features, targets, **options, rng=rng()), None
     if dense_inputs is not None:
         whitening = whiten(dense_inputs, features.shape[1])
-        outputs = torch.from_numpy(dense_inputs @ whitening.weight.T + whitening.bias)
+        outputs = torch.from_numpy(whitening.logits(dense_inputs))
         other = fit_head(ACTIVATIONS[activation](outputs).numpy(), targets, **options, rng=rng())
         if other.loss < fit.loss:
             fit, dense = other, whitening
@@ -236,12 +228,12 @@ def features_with(start: HeadStart, forward: Forward, layer: Head) -> Float[np.n
     features = empty(forward.features.shape, np.dtype(np.float32))
     for first in range(0, len(features), ROWS_AT_ONCE):
         rows = slice(first, first + ROWS_AT_ONCE)
-        outputs = forward.dense[rows].astype(np.float64) @ start.dense.weight.T + start.dense.bias
-        features[rows] = ACTIVATIONS[layer.activation](torch.from_numpy(outputs)).numpy()
+        outputs = torch.from_numpy(start.dense.logits(forward.dense[rows]))
+        features[rows] = ACTIVATIONS[layer.activation](outputs).numpy()
     return features
 
 
-def whiten(inputs: Float[np.ndarray, "n i"], outputs: int) -> Dense:
+def whiten(inputs: Float[np.ndarray, "n i"], outputs: int) -> LinearHead:
     """Return a linear layer whose outputs are the leading principal components, with equal deviations."""
     mean = inputs.mean(axis=0, dtype=np.float64)
     centred = inputs.astype(np.float64) - mean
@@ -250,7 +242,7 @@ def whiten(inputs: Float[np.ndarray, "n i"], outputs: int) -> Dense:
     floor = 1e-6 * max(float(values[0]), np.finfo(np.float64).tiny)
     weight = np.zeros((outputs, inputs.shape[1]))
     weight[: len(values)] = WHITENED_STD * (vectors / np.sqrt(values.clip(floor))).T
-    return Dense(weight, -weight @ mean)
+    return LinearHead(weight, -weight @ mean)
 
 
 @torch.no_grad()

@@ -17,6 +17,9 @@ from scipy.stats import chi2
 
 from tsqlora.errors import SettingsError, TsqLoraError
 
+Logits = Float[np.ndarray, "n k"]
+Labels = Int[np.ndarray, " n"]
+
 DOUBT = 0.2
 """Drop rows whose label is wrong with more than this probability: a wrong label in training costs more than the loss of
 a correct one."""
@@ -78,7 +81,7 @@ class LabelNoise:
         offsets = [at if np.isfinite(at) else None for at in self.offsets.tolist()]  # JSON has no infinity
         return numbers | {"offsets": offsets, "shares": self.shares.tolist(), "evident": self.evident}
 
-    def p_wrong(self, logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    def p_wrong(self, logits: Logits, labels: Labels) -> Float[np.ndarray, " n"]:
         """Return the probability that each label is wrong; 0 for all where the rate is 0."""
         p_wrong = np.zeros(len(labels))
         if self.rate == 0:
@@ -91,9 +94,7 @@ class LabelNoise:
         return p_wrong
 
 
-def reject(
-    logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"], *, frozen: bool = False
-) -> tuple[Bool[np.ndarray, " n"], LabelNoise]:
+def reject(logits: Logits, labels: Labels, *, frozen: bool = False) -> tuple[Bool[np.ndarray, " n"], LabelNoise]:
     """Return a mask of the rows to drop, and the fitted label noise.
 
     Where wrong labels are `evident`, drop the share of rows with p_wrong above DOUBT, at most MOST; else none.  Each
@@ -117,7 +118,7 @@ def reject(
     return mask, noise
 
 
-def label_noise(logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"], *, level: float = LEVEL) -> LabelNoise:
+def label_noise(logits: Logits, labels: Labels, *, level: float = LEVEL) -> LabelNoise:
     """Estimate the rate of wrong labels by maximum likelihood, with profile-likelihood bounds.
 
     Scale and class offsets of the logits are fitted too, and both are needed: offsets that calibrate the logits favour
@@ -190,13 +191,13 @@ def _root(function: Callable[[float], float], low: float, high: float) -> float:
     return float(brentq(function, low, high, xtol=1e-4))  # pyright: ignore[reportArgumentType]
 
 
-def _spread(logits: Float[np.ndarray, "n k"]) -> float:
+def _spread(logits: Logits) -> float:
     """Return the deviation of the logits within rows, which gives all models one scale; 1 if all are equal."""
     centred = logits - logits.mean(1, keepdims=True)
     return float(np.sqrt(np.square(centred - centred.mean(0)).mean())) or 1.0
 
 
-def _shares(labels: Int[np.ndarray, " n"], classes: int) -> Float[np.ndarray, " k"]:
+def _shares(labels: Labels, classes: int) -> Float[np.ndarray, " k"]:
     return np.bincount(labels, minlength=classes) / len(labels)
 
 
@@ -207,7 +208,7 @@ def _largest_rate(shares: Float[np.ndarray, " k"]) -> float:
 
 
 def _label_probabilities(
-    p: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"], shares: Float[np.ndarray, " k"]
+    p: Logits, labels: Labels, shares: Float[np.ndarray, " k"]
 ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
     """Return the probability of each label if it is right, and if it is that of another class."""
     right, weights = p[np.arange(len(labels)), labels], 1 / (1 - shares)
@@ -215,12 +216,7 @@ def _label_probabilities(
 
 
 def _fit(
-    logits: Float[np.ndarray, "n k"],
-    labels: Int[np.ndarray, " n"],
-    start: Float[np.ndarray, " m"],
-    *,
-    free: bool = True,
-    offsets: bool = True,
+    logits: Logits, labels: Labels, start: Float[np.ndarray, " m"], *, free: bool = True, offsets: bool = True
 ) -> tuple[float, Float[np.ndarray, " m"]]:
     """Minimise the mean negative log-likelihood; return it with rate, scale and offsets.
 
@@ -244,9 +240,7 @@ def _fit(
     return float(result.fun), at
 
 
-def _loss(
-    at: Float[np.ndarray, " m"], logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"]
-) -> tuple[float, Float[np.ndarray, " m"]]:
+def _loss(at: Float[np.ndarray, " m"], logits: Logits, labels: Labels) -> tuple[float, Float[np.ndarray, " m"]]:
     """Return the mean negative log-likelihood of the labels and its gradient in rate, scale and offsets."""
     rate, scale, offsets = at[0], at[1], at[2:]
     shares = _shares(labels, len(offsets))

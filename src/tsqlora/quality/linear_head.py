@@ -7,10 +7,11 @@ slows the training of the features.
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Float, Int, Shaped
 from scipy.optimize import brentq
 from scipy.special import log_softmax
 from sklearn.exceptions import ConvergenceWarning
@@ -19,8 +20,8 @@ from sklearn.model_selection import KFold, StratifiedKFold
 
 from tsqlora.quality.ridge import fit_ridge
 
-Kind = Literal["classes", "numbers", "labels"]
-"""One of k classes per row, one number, or any of k labels (multi-label)."""
+Kind = Literal["classes", "numbers"]
+"""The targets: one of k classes per row, or one number."""
 
 STRENGTHS = np.geomspace(1e-2, 1e4, 7)
 """Candidates for sklearn's C, on features of mean square norm 1."""
@@ -74,7 +75,7 @@ class HeadFit:
 
 def fit_head(
     features: Float[np.ndarray, "n d"],
-    targets: Shaped[np.ndarray, "n *k"],
+    targets: Shaped[np.ndarray, " n"],
     *,
     kind: Kind,
     width: int,
@@ -84,8 +85,8 @@ def fit_head(
 ) -> HeadFit:
     """Fit a head of `width` outputs with the regularisation of least out-of-fold loss, at a calibrated scale.
 
-    Classes: multinomial logistic regression; numbers: least squares; labels: a binary regression each. A class without
-    rows gets the logit of a class that occurs in less than one row.
+    Classes: multinomial logistic regression; numbers: least squares. A class without rows gets the logit of a class
+    that occurs in less than one row.
     """
     # Centred if a bias can absorb the centre: features of similar direction converge slowly.
     centre = features.mean(axis=0, dtype=np.float64) if intercept else np.zeros(features.shape[1])
@@ -94,76 +95,80 @@ def fit_head(
     features = (features / unit).astype(np.float32)
     some = np.sort(rng.permutation(len(features))[:ROWS_TO_CHOOSE])
     if kind == "numbers":
-        return _least_squares(features, targets, some, centre, unit, intercept)
-    fit: Callable[..., LinearHead] = _softmax if kind == "classes" else _sigmoids
-    options = {"width": width, "intercept": intercept, "class_weights": class_weights}
-    losses, strength = _out_of_fold(fit, features[some], targets[some], kind, options, rng)
-    head = fit(features, targets, strength=strength, **options)
-    scale = _calibrated_scale(head, features, targets, kind, float(losses.mean()))
+        ridge = fit_ridge(features, targets[:, None], intercept=intercept)
+        losses = row_losses(ridge.left_out[some].astype(np.float64), targets[some], kind)
+        head, strength, scale = LinearHead(ridge.weight, ridge.bias), ridge.strength, 1.0
+    else:
+        fit = partial(_softmax, width=width, intercept=intercept, class_weights=class_weights)
+        losses, strength = _out_of_fold(fit, features[some], targets[some], rng)
+        head = fit(features, targets, strength)
+        scale = _calibrated_scale(head.logits(features), targets, float(losses.mean()))
     head = LinearHead(head.weight / unit, head.bias - head.weight @ centre / unit).scaled(scale)
     return HeadFit(head, strength, some, losses, scale)
 
 
 def row_losses(
-    logits: Float[np.ndarray, "n k"], targets: Shaped[np.ndarray, "n *k"], kind: Kind
+    logits: Float[np.ndarray, "n k"], targets: Shaped[np.ndarray, " n"], kind: Kind
 ) -> Float[np.ndarray, " n"]:
-    """Return cross-entropy, squared error, or the mean binary cross-entropy over labels per row."""
+    """Return cross-entropy or squared error per row."""
     if kind == "numbers":
         return np.square(logits[:, 0] - targets)
-    if kind == "classes":
-        return -log_softmax(logits, axis=1)[np.arange(len(targets)), targets]
-    return np.logaddexp(0, np.where(targets.astype(bool), -logits, logits)).mean(axis=1)
+    return -log_softmax(logits, axis=1)[np.arange(len(targets)), targets]
 
 
 def _out_of_fold(
     fit: Callable[..., LinearHead],
     features: Float[np.ndarray, "m d"],
-    targets: Shaped[np.ndarray, "m *k"],
-    kind: Kind,
-    options: dict[str, object],
+    labels: Int[np.ndarray, " m"],
     rng: np.random.Generator,
 ) -> tuple[Float[np.ndarray, " m"], float]:
     """Return each row's loss by the fit on the other two thirds, and the strength of least loss."""
     best: tuple[Float[np.ndarray, " m"], float] | None = None
-    folds = list(_folds(targets, kind, rng))
+    stratified = np.bincount(labels)[np.unique(labels)].min() >= FOLDS
+    splitter = (StratifiedKFold if stratified else KFold)(FOLDS, shuffle=True, random_state=int(rng.integers(2**31)))
+    folds = list(splitter.split(labels, labels))
     heads: list[LinearHead | None] = [None] * len(folds)
-    for strength in STRENGTHS:
-        losses = np.empty(len(targets))
-        for number, (train, held) in enumerate(folds):
-            head = fit(features[train], targets[train], strength=float(strength), start=heads[number], **options)
-            losses[held] = row_losses(head.logits(features[held]), targets[held], kind)
+    for strength in map(float, STRENGTHS):
+        losses = np.empty(len(labels))
+        for number, (train, test) in enumerate(folds):
+            head = fit(features[train], labels[train], strength, start=heads[number])
+            losses[test] = row_losses(head.logits(features[test]), labels[test], "classes")
             heads[number] = head
         if best is not None and losses.mean() > best[0].mean():
             break  # the loss has one minimum, and weaker penalties take longer to fit
-        best = losses, float(strength)
+        best = losses, strength
     assert best is not None
     return best
-
-
-def _folds(targets: np.ndarray, kind: Kind, rng: np.random.Generator):
-    seed = int(rng.integers(2**31))
-    if kind == "classes" and np.bincount(targets)[np.unique(targets)].min() >= FOLDS:
-        return StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(targets, targets)
-    return KFold(FOLDS, shuffle=True, random_state=seed).split(targets)
 
 
 def _softmax(
     features: Float[np.ndarray, "n d"],
     labels: Int[np.ndarray, " n"],
-    *,
     strength: float,
+    *,
     width: int,
     intercept: bool,
     class_weights: Float[np.ndarray, " k"] | None,
     start: LinearHead | None = None,
 ) -> LinearHead:
+    """Fit logistic regression, starting from a more regularised fit."""
     present = np.unique(labels)
-    weight = np.zeros((width, features.shape[1]))
-    bias = np.zeros(width)
+    weight, bias = np.zeros((width, features.shape[1])), np.zeros(width)
     if len(present) > 1:
-        shares = None if class_weights is None else class_weights[labels]
-        begin = None if start is None or len(present) == 2 else (start.weight[present], start.bias[present])
-        coefficients, intercepts = _logistic(features, labels, strength, intercept, shares, begin)
+        onehot = labels[:, None] == present
+        gradient = np.abs((onehot - onehot.mean(axis=0)).T.astype(np.float32) @ features / len(labels)).max()
+        tol = max(TOLERANCE * gradient, 1e-12)
+        model = LogisticRegression(C=strength, fit_intercept=intercept, max_iter=300, tol=tol)
+        if start is not None and len(present) > 2:
+            model.warm_start = True
+            model.coef_ = start.weight[present].astype(np.float32)
+            model.intercept_ = start.bias[present].astype(np.float32)
+        with warnings.catch_warnings():
+            # Out-of-fold losses also judge a fit that did not converge.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model.fit(features, labels, sample_weight=None if class_weights is None else class_weights[labels])
+        coefficients = model.coef_
+        intercepts = np.asarray(model.intercept_) if intercept else np.zeros(len(coefficients))
         if len(present) == 2:  # sklearn returns the log-odds of the second class
             coefficients = np.concatenate([-coefficients, coefficients]) / 2
             intercepts = np.concatenate([-intercepts, intercepts]) / 2
@@ -174,66 +179,11 @@ def _softmax(
     return LinearHead(weight, bias)
 
 
-def _sigmoids(
-    features: Float[np.ndarray, "n d"],
-    labels: Bool[np.ndarray, "n k"],
-    *,
-    strength: float,
-    width: int,
-    intercept: bool,
-    class_weights: Float[np.ndarray, " k"] | None,
-    start: LinearHead | None = None,
-) -> LinearHead:
-    weight, bias = np.zeros((width, features.shape[1])), np.zeros(width)
-    for k in range(width):
-        own = labels[:, k].astype(int)
-        if len(np.unique(own)) == 2:
-            coefficients, intercepts = _logistic(features, own, strength, intercept, None)
-            weight[k], bias[k] = coefficients[0], intercepts[0]
-        elif intercept:
-            bias[k] = (1 if own[0] else -1) * np.log(len(own) + 1)
-    return LinearHead(weight, bias)
-
-
-def _logistic(
-    features: np.ndarray,
-    labels: np.ndarray,
-    strength: float,
-    intercept: bool,
-    shares: np.ndarray | None,
-    begin: tuple[np.ndarray, np.ndarray] | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return coefficients and intercepts, starting from those of a more regularised fit in `begin`."""
-    onehot = labels[:, None] == np.unique(labels)
-    start = np.abs((onehot - onehot.mean(axis=0)).T.astype(np.float32) @ features / len(labels)).max()
-    model = LogisticRegression(C=strength, fit_intercept=intercept, max_iter=300, tol=max(TOLERANCE * start, 1e-12))
-    if begin is not None:
-        model.warm_start = True
-        model.coef_, model.intercept_ = (part.astype(np.float32) for part in begin)
-    with warnings.catch_warnings():
-        # Out-of-fold losses also judge a fit that did not converge.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        model.fit(features, labels, sample_weight=shares)
-    return model.coef_, np.asarray(model.intercept_) if intercept else np.zeros(len(model.coef_))
-
-
-def _least_squares(
-    features: np.ndarray, targets: np.ndarray, some: np.ndarray, centre: np.ndarray, unit: float, intercept: bool
-) -> HeadFit:
-    ridge = fit_ridge(features, targets[:, None], intercept=intercept)
-    losses = row_losses(ridge.left_out[some].astype(np.float64), targets[some], "numbers")
-    head = LinearHead(ridge.weight / unit, ridge.bias - ridge.weight @ centre / unit)
-    return HeadFit(head, ridge.strength, some, losses, 1.0)
-
-
-def _calibrated_scale(
-    head: LinearHead, features: np.ndarray, targets: np.ndarray, kind: Kind, out_of_fold: float
-) -> float:
+def _calibrated_scale(logits: np.ndarray, labels: np.ndarray, out_of_fold: float) -> float:
     """Return the factor, at most 1, at which the training loss equals the out-of-fold loss."""
-    logits = head.logits(features)
 
     def excess(scale: float) -> float:
-        return float(row_losses(scale * logits, targets, kind).mean()) - out_of_fold
+        return float(row_losses(scale * logits, labels, "classes").mean()) - out_of_fold
 
     if excess(1.0) >= 0 or excess(LEAST_SCALE) <= 0:
         return 1.0

@@ -58,17 +58,17 @@ def _find_rows(scores: Scores, chosen: np.ndarray, source: Source) -> np.ndarray
     if _all_there(_hashes_of(source, columns), places, hashes):
         return places
     required = Counter(hashes)
-    found: list[int] = []
+    positions: list[int] = []
     for place, name in enumerate(_hashes_of(source, columns)):
         if required[name] > 0:
             required[name] -= 1
-            found.append(place)
+            positions.append(place)
     if missing := sum(required.values()):
         raise DataError(
             f"{source.name} lacks {missing} of the {len(chosen)} drawn rows; give the file that was "
             f"scored (its columns {', '.join(c for c in columns.values() if c)} unchanged)"
         )
-    return np.array(found)
+    return np.array(positions)
 
 
 def _hashes_of(source: Source, columns: Mapping[str, str | None]) -> Iterator[str]:

@@ -6,10 +6,10 @@ labels better than wrong labels without preference do.
 """
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from scipy.sparse import csr_array
 
-from tsqlora.quality.label_noise import LabelNoise
+from tsqlora.quality.label_noise import LabelNoise, Labels
 from tsqlora.seeds import stream
 
 ROUNDS = 8
@@ -19,6 +19,7 @@ GAIN = 0.05
 """Least gain on held-out labels, in nats per row.  On CLINC150 it is 0.2 to 0.7 where one class in five loses labels to
 one other (5 and 20 %), 0.01 on clean rows, and negative for wrong labels without preference."""
 
+Probabilities = Float[np.ndarray, "n k"]
 Transitions = Float[np.ndarray, "k k"]
 """Row: the true class. Column: the label. Rows sum to 1 but for classes without a label."""
 
@@ -31,9 +32,7 @@ def even_transitions(noise: LabelNoise) -> Transitions:
     return matrix
 
 
-def fit_transitions(
-    p: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"], noise: LabelNoise, *, seed: int = 0
-) -> Transitions:
+def fit_transitions(p: Probabilities, labels: Labels, noise: LabelNoise, *, seed: int = 0) -> Transitions:
     """Fit transitions; return even ones where a fit on half of the rows does not predict the other half better.
 
     `p` are out-of-sample probabilities of the true class.
@@ -48,15 +47,13 @@ def fit_transitions(
     return _fit(p, labels, even) if gain > GAIN * len(labels) else even
 
 
-def true_class(
-    p: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"], transitions: Transitions
-) -> Float[np.ndarray, "n k"]:
+def true_class(p: Probabilities, labels: Labels, transitions: Transitions) -> Probabilities:
     """Return the probability of each class to be the true one given the label, by Bayes' rule."""
     joint = p * transitions.T[labels] + 1e-30
     return joint / joint.sum(axis=1, keepdims=True)
 
 
-def _fit(p: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"], prior: Transitions) -> Transitions:
+def _fit(p: Probabilities, labels: Labels, prior: Transitions) -> Transitions:
     n, k = p.shape
     by_label = csr_array((np.ones(n), (labels, np.arange(n))), shape=(k, n))
     matrix = prior
@@ -66,5 +63,5 @@ def _fit(p: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"], prior: Tran
     return matrix
 
 
-def _log_likelihood(p: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"], matrix: Transitions) -> float:
+def _log_likelihood(p: Probabilities, labels: Labels, matrix: Transitions) -> float:
     return float(np.log(np.einsum("nk,nk->n", p, matrix.T[labels]) + 1e-30).sum())
