@@ -236,10 +236,15 @@ def test_a_saved_matrix_that_does_not_fit_is_a_clear_error(part: str) -> None:
 # --- finding and copying ------------------------------------------------------------------
 
 
-def test_a_model_without_slots_is_refused() -> None:
-    for model in (tiny_bert(), tsq.finalize(wrapped())):
-        with pytest.raises(tsq.UnsupportedError, match=r"no rank slots.*make it with tsqlora\.wrap"):
-            tsq.active_ranks(model)
+def test_slots_are_of_a_wrapped_model_and_ranks_of_any_lora() -> None:
+    model = wrapped()
+    ranks, plain = tsq.active_ranks(model), tsq.finalize(model)
+    assert tsq.active_ranks(plain) == ranks
+    for model in (tiny_bert(), plain):
+        with pytest.raises(tsq.UnsupportedError, match=r"tsqlora\.wrap"):
+            find_slots(model)
+    with pytest.raises(tsq.UnsupportedError, match=r"tsqlora\.wrap"):
+        tsq.active_ranks(tiny_bert())
 
 
 def test_a_parametrisation_of_the_users_own_is_not_a_slot() -> None:

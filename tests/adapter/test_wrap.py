@@ -178,9 +178,9 @@ def test_a_model_without_linear_layers_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"mean_rank": 0}, "ranks.mean is 0; it must be above 0"),
-        ({"mean_rank": -1}, "ranks.mean is -1; it must be above 0"),
-        ({"mean_rank": 9, "max_rank": 8}, "ranks.mean is 9; it must be above 0 and at most ranks.max, 8"),
+        ({"mean_rank": 0}, "ranks.mean is 0"),
+        ({"mean_rank": -1}, "ranks.mean is -1"),
+        ({"mean_rank": 9, "max_rank": 8}, "mean rank is 9.*ranks.max is 8"),
         ({"mean_rank": 0.001}, "every layer is at rank 0"),
         ({"config": LoraConfig(r=4), "mean_rank": 4}, r"wrap takes config=LoraConfig\(...\) instead of mean_rank"),
         ({"config": LoraConfig(r=4), "dropout": 0.1}, r"wrap takes config=LoraConfig\(...\) instead of mean_rank"),

@@ -9,8 +9,8 @@ import tsqlora as tsq
 from models import collate, generating, tiny_t5
 from setups import base, build, make_setup
 from stock import moods
+from tsqlora.adapter.slots import layers_of
 from tsqlora.baselines.eva import CountedForward, batches_of
-from tsqlora.baselines.setup import layers_of
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.gradients.sites import inner_name
 

@@ -13,9 +13,8 @@ import tsqlora as tsq
 from models import tiny_llama_classifier
 from setups import HEAD, STEPS, base, build, logits_of, make_setup, trainer_of
 from stock import moods
-from tsqlora.adapter.slots import active_ranks
+from tsqlora.adapter.slots import active_ranks, layers_of
 from tsqlora.baselines import BASELINES
-from tsqlora.baselines.setup import layers_of
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.training.load import Pretrained
 

@@ -145,7 +145,7 @@ def test_the_greatest_rank_is_twice_the_mean_unless_set() -> None:
         ("adapter: {target_modules: []}", "adapter.target_modules is []", "at least 1"),
         ("adapter: {target_modules: [1]}", "adapter.target_modules", "string"),
         ("adapter: 3", "adapter is 3", "dictionary"),
-        ("ranks: {min: 20}", "ranks.min 20", "ranks.max 16"),
+        ("ranks: {min: 20}", "ranks.min 20", "ranks.mean 8"),
         ("quality: {weights: {convergense: 1}}", "quality.weights.convergense", "'convergence'"),
         ("quality: {weights: {loss: much}}", "quality.weights.loss is much", "number"),
         ("quality: {temperature: 2.0}", "quality.temperature", "quality.weights"),

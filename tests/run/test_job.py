@@ -16,7 +16,7 @@ from tsqlora.ranks.policies import POLICIES
 from tsqlora.run import callbacks, fit, job
 from tsqlora.run.config import Config, RankSettings, Section
 
-REQUIRED = {"model.path": "a/model", "data.train": "rows.jsonl"}
+REQUIRED = {"model.path": "a/model", "data.train": "rows.jsonl", "ranks.policy": "tsqlora"}
 
 OTHER_VALUES: dict[str, Any] = {
     "model.path": "another/model",
@@ -53,10 +53,11 @@ OTHER_VALUES: dict[str, Any] = {
     "quality.head_start": False,
     "quality.look_again": False,
     "quality.resample": False,
-    "ranks.policy": "tsqlora",
+    "ranks.policy": "fixed",
     "ranks.mean": 4.0,
     "ranks.min": 2,
     "ranks.max": 30,
+    "ranks.depth": 1,
     "ranks.estimator": "fisher",
     "ranks.interval": 7,
     "adapter.alpha": 32.0,
@@ -111,6 +112,7 @@ def what_arrives(config: Config) -> dict[str, Any]:
         (job, "collate_of"): "a collator",
         (job, "packed_collator"): "another",
         (job, "wrap"): model,
+        (job, "plain_lora"): model,
         (job, "start_from"): model,
         (job, "read_data"): splits,
         (callbacks, "QualitySubset"): [0] * 4,
@@ -137,7 +139,7 @@ def what_arrives(config: Config) -> dict[str, Any]:
         args = fit.arguments(config, Path("run"))
         loaded = job.load(config)
         arrived["task"], arrived["packed"] = loaded.task.name, loaded.packed
-        job.with_slots(config, loaded.pretrained)
+        job.with_adapter(config, loaded.pretrained)
         arrived["quality"] = callbacks.build_callbacks(loaded, Path("scores.parquet")).quality
         with patch.object(fit, "positions_of", lambda _: None):
             predicts = fit.predictor_of(loaded, None, args)

@@ -13,7 +13,6 @@ from peft import PeftModel
 import tsqlora as tsq
 from models import samples, tiny_bert
 from tsqlora.data.samples import TokenisedSplit
-from tsqlora.errors import SettingsError
 from tsqlora.run.callbacks import scoring_rule
 from tsqlora.run.config import Config
 from tsqlora.run.fit import arguments
@@ -107,17 +106,6 @@ def test_passes_are_counted_by_phase(
 def test_the_control_only_trains(model: PeftModel) -> None:
     result = planned(settings(quality={"enabled": False}), model)["passes"]
     assert result == {"training": {"forward": 300, "backward": 300}}
-
-
-@pytest.mark.parametrize(
-    ("sections", "key"),
-    [
-        ({"ranks": {"mean": 0.5, "interval": 4}}, "ranks.min"),
-    ],
-)
-def test_what_cannot_be_done_is_refused(sections: dict[str, Any], key: str, model: PeftModel) -> None:
-    with pytest.raises(SettingsError, match=key):
-        planned(settings(**sections), model)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,30 @@
-"""What a run notes of how it went."""
+"""Runs from beginning to end: what they note, and that fixed ranks are plain LoRA."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForSequenceClassification, TrainerCallback
 
-from runs import make_rows, save_checkpoint, write_config, write_jsonl
+from runs import make_rows, save_checkpoint, set_up, write_config, write_jsonl
+from synchronisations import waits_of_ours
+from tsqlora.adapter.slots import active_ranks, has_slots
+from tsqlora.errors import SettingsError
+from tsqlora.interop.files import read_adapter
+from tsqlora.ranks.budget import budget, used
 from tsqlora.run import train as pipeline
+from tsqlora.run.callbacks import build_callbacks
 from tsqlora.run.config import load_config
+from tsqlora.run.fit import arguments, begin
+from tsqlora.run.job import load
+from tsqlora.training.callback_state import RankState
+from tsqlora.training.fit import fit
+from tsqlora.training.stop import StopCallback
 
 
 def test_a_run_resumed_with_other_libraries_notes_which() -> None:
@@ -29,3 +46,92 @@ def test_a_run_need_not_end_with_an_epoch(training: dict[str, Any], steps: int, 
     assert (tmp_path / "run" / "checkpoints" / f"checkpoint-{steps}").is_dir()
     planned, trained = record.plan["passes"]["training"]["forward"], record.cost["training"].forward
     assert abs(planned - trained) < 8
+
+
+# ------------------------------------------------------------------------------------------- fixed ranks
+
+
+def fixed(folder: Path, *, mean: float = 4.0, **training: Any) -> Path:
+    """A folder with settings of a run of three epochs, five steps each."""
+    training = {"batch_size": 8, "epochs": 3, "bf16": False, "learning_rate": 0.01, "max_grad_norm": 0.0} | training
+    off = {"enabled": False, "head_start": False}
+    return set_up(folder, quality=off, ranks={"policy": "fixed", "mean": mean}, training=training)
+
+
+def unfinished(run: Path) -> None:
+    """Take a finished run back to its second checkpoint."""
+    shutil.rmtree(run / "adapter")
+    shutil.rmtree(max((run / "checkpoints").iterdir(), key=lambda path: int(path.name.rpartition("-")[2])))
+    record = json.loads((run / "run.json").read_text()) | {"status": "running"}
+    (run / "run.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adafactor"])
+def test_a_run_with_fixed_ranks_is_peft_in_a_stock_trainer(optimizer: str, tmp_path: Path) -> None:
+    config = load_config(fixed(tmp_path, optim=optimizer) / "c.yaml")
+    with patch("tsqlora.run.train.fit", side_effect=fit) as fitted:
+        record = pipeline.train(config, tmp_path / "run")
+    model, _, method = fitted.call_args.args[:3]
+    assert (has_slots(model), method.ranks) == (False, None)
+    assert set(record.ranks.values()) == set(record.plan["ranks"].values()) == {4}
+    torch.manual_seed(config.training.seed)
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=2)
+    twin = get_peft_model(base, LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="SEQ_CLS"))
+    expected = {name: p.shape for name, p in twin.named_parameters() if p.requires_grad}
+    assert {name: p.shape for name, p in model.named_parameters() if p.requires_grad} == expected
+
+
+def test_a_fractional_mean_is_a_rank_pattern_within_the_budget(tmp_path: Path) -> None:
+    record = pipeline.train(load_config(fixed(tmp_path, mean=2.5) / "c.yaml"), tmp_path / "run")
+    targets = read_adapter(tmp_path / "run" / "adapter").targets
+    shapes = {name: (target.inputs, target.outputs) for name, target in targets.items()}
+    assert record.ranks == {name: target.rank for name, target in targets.items()}
+    assert set(record.ranks.values()) == {2, 3}
+    left = budget(2.5, shapes) - used(record.ranks, shapes)
+    assert 0 <= left < min(sum(shape) for shape in shapes.values())
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=2)
+    assert active_ranks(PeftModel.from_pretrained(base, tmp_path / "run" / "adapter")) == record.ranks
+
+
+def test_a_checkpoint_of_an_older_version_goes_on_unless_its_slots_had_room(tmp_path: Path) -> None:
+    config, run = load_config(fixed(tmp_path) / "c.yaml"), tmp_path / "run"
+    whole = pipeline.train(config, run)
+    unfinished(run)
+    names = list(whole.ranks)
+
+    def left_by_an_older_version(capacity: int) -> None:
+        for checkpoint in (run / "checkpoints").iterdir():
+            tables = {"mean": torch.zeros(len(names), capacity)}
+            RankState(names, tables, [], False, False, 0, 10, 0.0).save(checkpoint)
+
+    left_by_an_older_version(8)
+    with pytest.raises(SettingsError, match=r"checkpoint-\d+ was written by .*--out"):
+        pipeline.train(config, run, resume=True)
+    left_by_an_older_version(4)
+    assert pipeline.train(config, run, resume=True).metrics == whole.metrics
+
+
+def test_a_step_that_changes_nothing_waits_for_the_device_once(tmp_path: Path) -> None:
+    """The gradient is tested for finite numbers; everything else stays on the device."""
+    job = load(load_config(fixed(tmp_path, save_strategy="no", logging_strategy="no") / "c.yaml"))
+    args, method = arguments(job.config, tmp_path / "run"), build_callbacks(job, tmp_path / "scores.parquet")
+    model, record = begin(job, args, method)
+    counts = CountWaits()
+    with waits_of_ours() as counts.seen:
+        fit(model, args, method, job.inputs, record, also=[StopCallback("advice"), counts], run=tmp_path)
+    assert {len(step) for step in counts.steps[1:]} == {1}
+    assert "training/optimizer.py" in counts.steps[1][0]
+
+
+class CountWaits(TrainerCallback):
+    """The places that wait, by step, from the end of a step to the end of the next."""
+
+    seen: list[str]
+
+    def __init__(self) -> None:
+        self.steps: list[list[str]] = []
+        self.before = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps.append([place for place in self.seen[self.before :] if "/src/tsqlora/" in place])
+        self.before = len(self.seen)

@@ -8,7 +8,7 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load
 from torch import nn
 
-from tsqlora.adapter.wrap import inject, new_config, wrap
+from tsqlora.adapter.wrap import inject, new_config
 from tsqlora.errors import DataError, UnsupportedError
 from tsqlora.interop.base import module_shapes
 from tsqlora.interop.files import PREFIX, config_for, read_adapter, tensors_of
@@ -47,10 +47,8 @@ def mean_rank(adapter: LoraAdapter) -> float:
     return adapter.parameters / sum(target.inputs + target.outputs for target in adapter.targets.values())
 
 
-def start_from(
-    model: nn.Module, adapter: LoraAdapter, *, max_rank: int, dropout: float, modules_to_save: Sequence[str]
-) -> PeftModel:
-    """The model, changed in place, with slots that hold the adapter, and with the heads that came with it.
+def start_from(model: nn.Module, adapter: LoraAdapter, *, dropout: float, modules_to_save: Sequence[str]) -> PeftModel:
+    """The model, changed in place, with the adapter and the heads that came with it; no slots yet.
 
     Args:
         modules_to_save: that train whole beside those that the adapter came with.
@@ -78,7 +76,7 @@ def start_from(
     stored |= {f"{PREFIX}{name}": tensor for name, tensor in came_with.items()}
     if unknown := set_peft_model_state_dict(peft_model, stored).unexpected_keys:
         raise DataError(f"the adapter has {unknown[0]}, for which the model has no place; give the base that it is for")
-    return wrap(peft_model, max_rank=max_rank)
+    return peft_model
 
 
 def _require_heads_fit(model: nn.Module, adapter: LoraAdapter) -> None:

@@ -22,7 +22,7 @@ from tsqlora.adapter.matrix import ActivePrefix, Matrix, matrices
 from tsqlora.compat.peft import forget_adapter
 from tsqlora.compat.torch import remove_state_dict_hooks
 from tsqlora.errors import SettingsError, UnsupportedError
-from tsqlora.gradients.sites import lora_layers
+from tsqlora.gradients.sites import inner_name, lora_layers
 from tsqlora.interop.patterns import alpha_for, lora_config
 
 
@@ -117,13 +117,24 @@ def find_slots(model: nn.Module) -> dict[str, Slots]:
     }
 
 
-def active_ranks(model: nn.Module) -> dict[str, int]:
-    """Each layer's rank as it is now, by the layer's name in the base model.
+def layers_of(model: nn.Module) -> dict[str, LoraLayer]:
+    """The layers that have an adapter, of any kind of LoRA, by their names in the base model."""
+    return {inner_name(name): module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
-    Raises UnsupportedError for a model without slots, as after training (`RankCallback.final` has its ranks) and
-    `finalize` (`peft_config` has them: `r`, `rank_pattern`).
+
+def layer_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of the layers that have an adapter."""
+    return {name: (cast(int, x.in_features), cast(int, x.out_features)) for name, x in layers_of(model).items()}
+
+
+def active_ranks(model: nn.Module) -> dict[str, int]:
+    """Each LoRA layer's rank as it is now, with slots or without, by the layer's name in the base model.
+
+    Raises UnsupportedError for a model without LoRA.
     """
-    return {name: slots.rank for name, slots in find_slots(model).items()}
+    if not (layers := layers_of(model)):
+        raise UnsupportedError("the model has no LoRA layers; make it with tsqlora.wrap(model), or with PEFT")
+    return {name: rank for name, layer in layers.items() for rank in layer.r.values()}
 
 
 def active_parameters(model: nn.Module) -> int:

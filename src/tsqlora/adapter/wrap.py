@@ -1,27 +1,29 @@
-"""A PEFT LoRA model whose ranks can change: `wrap`."""
+"""A PEFT LoRA model: with slots, so that its ranks can change (`wrap`), or plain (`plain_lora`)."""
 
 import copy
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from tsqlora.adapter.depth import top_layers
 from tsqlora.adapter.plain import only_adapter, require_fresh
-from tsqlora.adapter.slots import install
+from tsqlora.adapter.slots import finalize, install, layer_shapes, layers_of
 from tsqlora.compat.bitsandbytes import keep_as_trained
 from tsqlora.compat.transformers import packing_method, was_loaded
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.gradients.layers import is_linear
 from tsqlora.gradients.sites import lora_layers
+from tsqlora.interop.patterns import alpha_for
 from tsqlora.ranks.allocate import Sensitivity, allocate
-from tsqlora.ranks.budget import Shapes, costs, default_max_rank, used
+from tsqlora.ranks.budget import costs, default_max_rank, used
 
 MEAN_RANK = 8.0
 ALPHA = 16.0
@@ -35,6 +37,7 @@ def wrap(
     *,
     mean_rank: float | None = None,
     max_rank: int | None = None,
+    depth: int | None = None,
     alpha: float | None = None,
     dropout: float = 0.0,
     target_modules: str | Sequence[str] = "all-linear",
@@ -54,34 +57,62 @@ def wrap(
         mean_rank: rank of a uniform LoRA with as many parameters, 8 by default; also the
             budget. May be a fraction: then ranks start at the integers next to it.
         max_rank: slots a layer is built with, twice the mean by default (rounded up).
+        depth: adapt the top `depth` transformer blocks alone, with as many parameters as `mean_rank` has in all
+            blocks: ranks are higher there, and the backward pass ends below. None for all blocks.
         alpha: the scale is alpha / mean_rank, for every layer and the whole run. 16 by default.
         target_modules: names or endings of names of linear layers and embeddings, or
             "all-linear": every linear layer but heads and the output embedding.
         modules_to_save: further modules that train whole, without LoRA.
-        config: a LoraConfig instead of all the others but max_rank; its r is the mean rank.
+        config: a LoraConfig instead of all the others but max_rank and depth; its r is the mean rank.
             Then what it says of heads holds, and nothing is added.
 
-    Raises SettingsError if no module matches; UnsupportedError for options of LoraConfig that
-    are not plain LoRA, and for adapters that are not one plain LoRA of one scale.
+    Raises SettingsError if no module matches, and for a depth above the number of blocks; UnsupportedError for options
+    of LoraConfig that are not plain LoRA, and for adapters that are not one plain LoRA of one scale.
     """
     options = (mean_rank, alpha, dropout, target_modules, tuple(modules_to_save))
-    given = options != (None, None, 0.0, "all-linear", ())
+    changed = options != (None, None, 0.0, "all-linear", ())
     if isinstance(model, PeftModel):
-        if given or config is not None:
+        if changed or depth is not None or config is not None:
             raise SettingsError("the model has an adapter, which says all but max_rank itself; leave out the others")
         return _adopt(model, max_rank)
     if config is None:
         mean = MEAN_RANK if mean_rank is None else mean_rank
         config = new_config(model, target_modules, dropout, modules_to_save)
-        return _build(model, config, mean, max_rank, alpha=ALPHA if alpha is None else alpha, divisor=mean)
-    if given:
+        scale = _scale(ALPHA if alpha is None else alpha, mean)
+    elif changed:
         raise SettingsError(
             "wrap takes config=LoraConfig(...) instead of mean_rank, alpha, dropout, target_modules and "
             "modules_to_save; give the one or the others"
         )
-    require_fresh(config)
-    divisor = config.r**0.5 if config.use_rslora else config.r
-    return _build(model, copy.deepcopy(config), config.r, max_rank, alpha=config.lora_alpha, divisor=divisor)
+    else:
+        require_fresh(config)
+        config, mean = copy.deepcopy(config), config.r
+        scale = config.lora_alpha / (mean**0.5 if config.use_rslora else mean)
+    mean = _restrict(model, config, mean, depth)
+    peft_model, ranks = _inject_at(model, config, mean, default_max_rank(mean) if max_rank is None else max_rank, scale)
+    return _with_slots(peft_model, ranks, capacity=config.r)
+
+
+def plain_lora(
+    model: nn.Module,
+    *,
+    mean_rank: float,
+    depth: int | None = None,
+    alpha: float,
+    dropout: float,
+    target_modules: str | Sequence[str],
+    modules_to_save: Sequence[str],
+) -> PeftModel:
+    """PEFT's own LoRA at uniform rank, without slots; options as in `wrap`.
+
+    `rank_pattern` spends the budget where the mean is no integer, or above a narrow layer's size.
+    """
+    config, scale = new_config(model, target_modules, dropout, modules_to_save), _scale(alpha, mean_rank)
+    mean = _restrict(model, config, mean_rank, depth)
+    peft_model, ranks = _inject_at(model, config, mean, math.ceil(mean), scale)
+    if set(ranks.values()) == {config.r}:
+        return peft_model
+    return finalize(_with_slots(peft_model, ranks, capacity=config.r))
 
 
 def new_config(
@@ -105,20 +136,40 @@ def new_config(
     )
 
 
-def _build(
-    model: nn.Module, config: LoraConfig, mean: float, max_rank: int | None, *, alpha: float, divisor: float
-) -> PeftModel:
-    """A new adapter at its capacity, of which uniform ranks are active; its scale is alpha / divisor."""
-    config.r = default_max_rank(mean) if max_rank is None else max_rank
-    if not 0 < mean <= config.r:
-        raise SettingsError(f"ranks.mean is {mean:g}; it must be above 0 and at most ranks.max, {config.r}")
+def _scale(alpha: float, mean: float) -> float:
+    if not 0 < mean < math.inf:
+        raise SettingsError(f"ranks.mean is {mean:g}; give a number above 0")
+    return alpha / mean
+
+
+def _restrict(model: nn.Module, config: LoraConfig, mean: float, depth: int | None) -> float:
+    """Narrow the config to the top blocks; the mean rank there that has the parameters of `mean` in all blocks."""
+    if depth is None:
+        return mean
+    with torch.random.fork_rng():  # the same first weights as without a depth
+        trial = inject(model, copy.deepcopy(config))
+        cost = costs(layer_shapes(trial))
+        trial.unload()
+    top = top_layers(model, list(cost), depth)
+    config.target_modules, config.exclude_modules, config.layers_to_transform = top, None, None
+    return mean * sum(cost.values()) / sum(cost[name] for name in top)
+
+
+def _inject_at(
+    model: nn.Module, config: LoraConfig, mean: float, capacity: int, scale: float
+) -> tuple[PeftModel, dict[str, int]]:
+    """A new adapter at its capacity, and the uniform ranks that spend the budget."""
+    if mean > capacity:
+        raise SettingsError(
+            f"the mean rank is {mean:g}, and ranks.max is {capacity}; raise ranks.max, or lower ranks.mean"
+        )
+    config.r, config.lora_alpha = capacity, alpha_for(scale, capacity)  # pyright: ignore[reportAttributeAccessIssue]
     peft_model = inject(model, config)
-    layers = lora_layers(peft_model)
+    layers = layers_of(peft_model)
     for layer in layers.values():
-        layer.scaling["default"] = alpha / divisor
-    uniform = Sensitivity(dict.fromkeys(layers, 1.0), _shapes(layers), "uniform", 0)
-    ranks = allocate(uniform, mean_rank=mean, min_rank=0, max_rank=config.r)
-    return _with_slots(peft_model, ranks, capacity=config.r)
+        layer.scaling["default"] = scale
+    uniform = Sensitivity(dict.fromkeys(layers, 1.0), layer_shapes(peft_model), "uniform", 0)
+    return peft_model, allocate(uniform, mean_rank=mean, min_rank=0, max_rank=capacity)
 
 
 def inject(model: nn.Module, config: LoraConfig) -> PeftModel:
@@ -126,11 +177,11 @@ def inject(model: nn.Module, config: LoraConfig) -> PeftModel:
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise UnsupportedError("the model has adapter layers and is no PeftModel; make it with peft.get_peft_model")
     require_supported_packing(getattr(model, "config", None))
-    wanted = config.target_modules
+    targets = config.target_modules
     try:
         peft_model = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]  (any module will do)
     except ValueError as error:
-        names = wanted if isinstance(wanted, str) else ", ".join(sorted(wanted or ()))
+        names = targets if isinstance(targets, str) else ", ".join(sorted(targets or ()))
         raise SettingsError(f"adapter.target_modules {names}: {error}") from error
     assert isinstance(peft_model, PeftModel)
     return peft_model
@@ -159,7 +210,7 @@ def _adopt(model: PeftModel, max_rank: int | None) -> PeftModel:
             "scale: set alpha_pattern by rank_pattern"
         )
     ranks = {name: layer.r[adapter] for name, layer in layers.items()}
-    shapes = _shapes(layers)
+    shapes = layer_shapes(model)
     largest = max(ranks, key=lambda name: ranks[name])
     mean = used(ranks, shapes) / sum(costs(shapes).values())
     capacity = default_max_rank(mean, least=ranks[largest]) if max_rank is None else max_rank
@@ -172,10 +223,6 @@ def _with_slots(model: PeftModel, ranks: Mapping[str, int], *, capacity: int) ->
     keep_as_trained(model)
     install(model, ranks, capacity=capacity)
     return model
-
-
-def _shapes(layers: dict[str, LoraLayer]) -> Shapes:
-    return {name: (cast(int, layer.in_features), cast(int, layer.out_features)) for name, layer in layers.items()}
 
 
 def heads(model: nn.Module) -> list[str]:

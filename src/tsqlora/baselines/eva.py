@@ -8,7 +8,8 @@ from peft import EvaConfig, initialize_lora_eva_weights
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
-from tsqlora.baselines.setup import Built, Setup, adapt, count_trainable, layers_of
+from tsqlora.adapter.slots import layers_of
+from tsqlora.baselines.setup import Built, Setup, adapt, count_trainable
 from tsqlora.compat.peft import eva_layer_inputs
 from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.quality.cost import PhaseCost

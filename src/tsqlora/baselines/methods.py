@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from tsqlora.adapter.slots import layers_of
 from tsqlora.baselines.adalora import adalora
 from tsqlora.baselines.elalora import elalora
 from tsqlora.baselines.eva import eva
-from tsqlora.baselines.setup import Built, Setup, adapt, count_trainable, layers_of
+from tsqlora.baselines.setup import Built, Setup, adapt, count_trainable
 from tsqlora.errors import UnsupportedError
 from tsqlora.ranks.baselines import whole_rank
 

@@ -5,13 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peft import LoraConfig, PeftModel, TaskType
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, set_seed
 
 from tsqlora.adapter.wrap import inject, new_config
 from tsqlora.errors import TsqLoraError, UnsupportedError
-from tsqlora.gradients.sites import inner_name
 from tsqlora.quality.cost import PhaseCost
 from tsqlora.tasks.forward import Collate
 from tsqlora.training.load import Pretrained
@@ -73,11 +71,6 @@ def _writing(model: PreTrainedModel) -> TaskType | None:
     if not model.can_generate():
         return None
     return TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
-
-
-def layers_of(model: PeftModel) -> dict[str, LoraLayer]:
-    """The layers that have an adapter, by their names in the base model."""
-    return {inner_name(name): module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
 def count_trainable(model: nn.Module) -> int:

@@ -13,7 +13,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from tsqlora.adapter.change import new_row
 from tsqlora.adapter.moments import Moment, moments
-from tsqlora.baselines.setup import Setup, adapt, layers_of
+from tsqlora.adapter.slots import layers_of
+from tsqlora.baselines.setup import Setup, adapt
 from tsqlora.errors import UnsupportedError
 from tsqlora.training.optimizer import finite_gradients
 

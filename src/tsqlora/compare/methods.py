@@ -7,17 +7,16 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tsqlora.adapter.slots import active_parameters, find_slots
+from tsqlora.adapter.slots import active_parameters, active_ranks
 from tsqlora.baselines import BASELINES, Built, Setup
 from tsqlora.compare.cells import Entry
 from tsqlora.errors import SettingsError, nearest
 from tsqlora.progress import Progress
 from tsqlora.quality.rule import ScoringRule
 from tsqlora.quality.subset import QualitySubset
-from tsqlora.run.callbacks import control_rule, quality_callback, rank_callback, scoring_rule, subset
+from tsqlora.run.callbacks import control_rule, moving, quality_callback, rank_callback, scoring_rule, subset
 from tsqlora.run.config import Config
-from tsqlora.run.job import Job, with_slots
-from tsqlora.run.plan import require_ranks
+from tsqlora.run.job import Job, with_adapter
 from tsqlora.training.quality_callback import QualityCallback
 from tsqlora.training.rank_callback import RankCallback
 
@@ -116,12 +115,11 @@ def build(job: Job, method: str, *, steps: int) -> tuple[Built, RankCallback | N
     """Build the method's model, and our RankCallback if ranks move; changes the job's pretrained model in place."""
     config, baseline = job.config, METHODS[method].baseline
     if baseline is None:
-        if METHODS[method].moves and config.ranks.policy == "fixed":
-            config = config.model_copy(update={"ranks": config.ranks.model_copy(update={"policy": "tsqlora"})})
-            job = replace(job, config=config)
-        model, ranks = with_slots(config, job.pretrained), rank_callback(job)
-        require_ranks(config, {name: slots.shape for name, slots in find_slots(model).items()})
-        return Built(model, (), lambda: active_parameters(model), lambda: ranks.final), ranks
+        if METHODS[method].moves:
+            config = moving(config)
+        model, ranks = with_adapter(config, job.pretrained), rank_callback(replace(job, config=config))
+        final = (lambda: ranks.final) if ranks else (lambda: active_ranks(model))
+        return Built(model, (), lambda: active_parameters(model), final), ranks
     setup = Setup(
         pretrained=job.pretrained,
         mean_rank=config.ranks.mean,

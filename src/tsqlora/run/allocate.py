@@ -9,6 +9,7 @@ import numpy as np
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from tsqlora.adapter.slots import active_ranks
 from tsqlora.errors import DataError
 from tsqlora.interop.patterns import lora_config
 from tsqlora.layer_sensitivity import sensitivity, sensitivity_rows
@@ -16,7 +17,8 @@ from tsqlora.progress import Progress
 from tsqlora.quality.epochs import EpochPlan
 from tsqlora.quality.scores import Scores
 from tsqlora.ranks.allocate import Sensitivity, allocate
-from tsqlora.run.callbacks import build_callbacks
+from tsqlora.ranks.budget import costs, used
+from tsqlora.run.callbacks import build_callbacks, moving
 from tsqlora.run.config import load_config
 from tsqlora.run.finished import FinishedRun, open_run
 from tsqlora.run.fit import arguments, begin
@@ -25,6 +27,7 @@ from tsqlora.run.start import with_start
 from tsqlora.training.fit import fit
 from tsqlora.training.quality_callback import SCORES_FILE
 from tsqlora.training.rank_callback import MOST_ROWS
+from tsqlora.training.run_dir import CONFIG_FILE
 
 
 def allocate_ranks(source: Path, *, overrides: Sequence[str] = (), progress: Progress | None = None) -> dict[str, Any]:
@@ -35,7 +38,7 @@ def allocate_ranks(source: Path, *, overrides: Sequence[str] = (), progress: Pro
     else:
         config = with_start(load_config(source, overrides))
         require_scoring(config)
-        ranks = _first_ranks(load(config), progress)
+        ranks = _first_ranks(load(moving(config)), progress)
     return lora_config(ranks, config.adapter.alpha / config.ranks.mean)
 
 
@@ -44,7 +47,7 @@ def _ranks_of(run: FinishedRun, scores_path: Path) -> dict[str, int]:
 
     Raises DataError if the scores belong to other rows.
     """
-    r = run.config.ranks
+    r, model = run.config.ranks, run.model
     job = run.job(read(run.config))
     samples = job.data.samples["train"]
     rows = np.arange(len(samples))
@@ -55,8 +58,12 @@ def _ranks_of(run: FinishedRun, scores_path: Path) -> dict[str, int]:
         fraction, epoch = run.config.quality.fraction, scores.record.epoch or 0
         plan = EpochPlan(len(scores), fraction, run.config.training.seed, scores=scores, scored_epoch=epoch)
         rows = np.unique(plan.draw(epoch))  # an epoch repeats rows if few remain
-    measured = sensitivities(job, run.model, rows, estimator=r.estimator)
-    return dict(allocate(measured, mean_rank=r.mean, min_rank=r.min, max_rank=r.resolved_max()))
+    measured = sensitivities(job, model, rows, estimator=r.estimator)
+    mean = r.mean
+    if r.depth != "all":  # the layers have the budget of those below them, too
+        own = load_config(scores_path.parent / CONFIG_FILE, trained=True).ranks.mean
+        mean *= used(active_ranks(model), measured.shapes) / sum(costs(measured.shapes).values()) / own
+    return dict(allocate(measured, mean_rank=mean, min_rank=r.min, max_rank=r.max))
 
 
 def sensitivities(job: Job, model: nn.Module, rows: np.ndarray, *, estimator: str) -> Sensitivity:

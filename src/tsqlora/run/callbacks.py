@@ -88,9 +88,11 @@ def quality_callback(
     )
 
 
-def rank_callback(job: Job) -> RankCallback:
-    """The RankCallback that the config describes."""
+def rank_callback(job: Job) -> RankCallback | None:
+    """The RankCallback that the config describes; None where ranks stay."""
     r = job.config.ranks
+    if not r.moves:
+        return None
     return RankCallback(
         r.interval,
         min_rank=r.min,
@@ -99,6 +101,13 @@ def rank_callback(job: Job) -> RankCallback:
         seed=job.config.training.seed,
         collate=job.collate,
     )
+
+
+def moving(config: Config) -> Config:
+    """The config with ranks that follow sensitivity, also where they are fixed."""
+    if config.ranks.moves:
+        return config
+    return config.model_copy(update={"ranks": config.ranks.model_copy(update={"policy": "tsqlora"})})
 
 
 def build_callbacks(job: Job, scores_path: Path, progress: Progress | None = None) -> Method:

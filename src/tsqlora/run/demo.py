@@ -25,7 +25,7 @@ from tsqlora.reports.page import plotly_script
 from tsqlora.reports.write import write_report
 from tsqlora.run.callbacks import row_names, scoring_rule
 from tsqlora.run.config import Config
-from tsqlora.run.job import load, with_slots
+from tsqlora.run.job import load, with_adapter
 from tsqlora.run.train import train
 from tsqlora.seeds import stream
 from tsqlora.training.record import RunRecord
@@ -91,7 +91,7 @@ def look_at(config: Config, news: News, progress: Progress | None) -> dict[str, 
     """The label errors that one look estimates, and the likeliest ones, beside the truth."""
     job = load(config)
     scores = score(
-        with_slots(config, job.pretrained),
+        with_adapter(config, job.pretrained),
         job.data.samples["train"],
         job.collate,
         rule=scoring_rule(config),

@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from tsqlora.adapter.slots import active_parameters
+from tsqlora.adapter.slots import active_parameters, active_ranks
 from tsqlora.data.formats import Format
 from tsqlora.data.generation import least_prompt, references, tokenise_generation
 from tsqlora.data.rows import Rows
@@ -21,7 +21,7 @@ from tsqlora.data.splits import MEASURED
 from tsqlora.progress import Progress
 from tsqlora.quality.rule import Compute
 from tsqlora.run.config import Config
-from tsqlora.run.job import Job, with_slots
+from tsqlora.run.job import Job, with_adapter
 from tsqlora.run.plan import plan, without_effect
 from tsqlora.run.start import start_notes
 from tsqlora.tasks import GENERATION, Task, require_answers
@@ -79,10 +79,10 @@ def arguments(config: Config, run: Path, *, micro_batch_size: int | None = None)
 
 
 def begin(job: Job, args: TrainingArguments, method: Method) -> tuple[PeftModel, RunRecord]:
-    """Build the model with its rank slots, and the record of a run that starts."""
+    """Build the model with its adapter, and the record of a run that starts."""
     _require_measurable(job)
     config, splits, samples = job.config, job.data.splits, job.data.samples
-    model = with_slots(config, job.pretrained)
+    model = with_adapter(config, job.pretrained)
     texts = {} if splits.format is None else {"format": splits.format.name}
     record = RunRecord(
         status="running",
@@ -92,6 +92,7 @@ def begin(job: Job, args: TrainingArguments, method: Method) -> tuple[PeftModel,
         data={"hash": job.data.hash, "max_length": job.max_length, "columns": job.data.columns(), **texts},
         plan=plan(config, job.task, model, samples, args, method),
         parameters={"trainable": active_parameters(model)},
+        ranks=active_ranks(model),
     )
     record.notes += job.data.notes
     record.notes += start_notes(config, record.labels)

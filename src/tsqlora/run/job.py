@@ -1,4 +1,4 @@
-"""Load what a run needs: settings, task, model and rows, checked against each other; and add the rank slots."""
+"""Load what a run needs: settings, task, model and rows, checked against each other; and add the adapter."""
 
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import set_seed
 
 from tsqlora.adapter.init_from import start_from
-from tsqlora.adapter.wrap import wrap
+from tsqlora.adapter.wrap import plain_lora, wrap
 from tsqlora.data.batches import PackedCollator, packed_collator
 from tsqlora.data.dialect import Hints
 from tsqlora.data.labels import LabelMap
@@ -162,23 +162,24 @@ def load_model(config: Config, task: Task, labels: LabelMap | None) -> Pretraine
     )
 
 
-def with_slots(config: Config, pretrained: Pretrained) -> PeftModel:
-    """Add LoRA at its first ranks, or at those of adapter.init_from, to the pretrained model in place."""
+def with_adapter(config: Config, pretrained: Pretrained) -> PeftModel:
+    """Add LoRA to the pretrained model in place, new or from adapter.init_from; with slots where ranks move."""
     adapter, ranks = config.adapter, config.ranks
     set_seed(config.training.seed)
-    common: dict[str, Any] = {
-        "max_rank": ranks.capacity(),
-        "dropout": adapter.dropout,
-        "modules_to_save": pretrained.new_modules,
-    }
+    common: dict[str, Any] = {"dropout": adapter.dropout, "modules_to_save": pretrained.new_modules}
+    slots: dict[str, Any] = {"max_rank": ranks.max} if ranks.moves else {}
     if (start := start_of(config)) is not None:
         model = start_from(pretrained.model, start, **common)
+        if ranks.moves:
+            wrap(model, **slots)
     else:
-        model = wrap(
+        model = (wrap if ranks.moves else plain_lora)(
             pretrained.model,
             mean_rank=ranks.mean,
+            depth=None if ranks.depth == "all" else ranks.depth,
             alpha=adapter.alpha,
             target_modules=adapter.target_modules,
+            **slots,
             **common,
         )
     for written in model.peft_config.values():

@@ -8,16 +8,14 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from tsqlora.adapter.slots import active_parameters, active_ranks, find_slots
+from tsqlora.adapter.slots import active_parameters, active_ranks, layer_shapes, layers_of
 from tsqlora.data.samples import TokenisedSplit
-from tsqlora.gradients.sites import lora_layers
 from tsqlora.quality.cost import look_cost, trusted_cost
 from tsqlora.quality.rows import REFERENCE_ROWS
 from tsqlora.quality.rule import ScoringRule
 from tsqlora.quality.trusted import trusted_steps_of
-from tsqlora.ranks.allocate import Sensitivity, allocate
 from tsqlora.ranks.budget import used
-from tsqlora.ranks.schedule import default_interval
+from tsqlora.ranks.schedule import RankSchedule, default_interval
 from tsqlora.run.config import Config, QualitySettings, Section
 from tsqlora.tasks import Task
 from tsqlora.tasks.classification import Classification
@@ -35,24 +33,16 @@ def plan(
     args: TrainingArguments,
     method: Method,
 ) -> dict[str, Any]:
-    """Samples, steps, budget, initial ranks, passes by phase, and a memory estimate.
-
-    Raises SettingsError for a budget below the least ranks.
-    """
-    data, ranks_callback = method.data, method.ranks
-    assert ranks_callback is not None
-    ranks = active_ranks(model)
-    shapes = {name: slots.shape for name, slots in find_slots(model).items()}
+    """Samples, steps, budget, initial ranks, passes by phase, and a memory estimate."""
+    data, ranks, shapes = method.data, active_ranks(model), layer_shapes(model)
     batches = math.ceil(len(data) / (args.train_batch_size * args.world_size))
     steps_an_epoch = math.ceil(batches / args.gradient_accumulation_steps)
     steps = config.training.max_steps or math.ceil(config.training.epochs * steps_an_epoch)
     epochs = steps / steps_an_epoch
     idle = without_effect(config)
-    options = ranks_callback.options
-    interval = options["interval"] or default_interval(steps)
-    if options["policy"] != "fixed" and not options["schedule"].steps(steps, interval):
+    interval = config.ranks.interval or default_interval(steps)
+    if config.ranks.moves and not RankSchedule().steps(steps, interval):
         idle.append(f"ranks.policy has no effect: {steps} steps at an interval of {interval} allow no adjustment")
-    require_ranks(config, shapes)
     return {
         "rows": {name: len(split) for name, split in samples.items()},
         "classes": _classes(task, model, samples["train"]),
@@ -69,20 +59,14 @@ def plan(
     }
 
 
-def require_ranks(config: Config, shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Raises SettingsError if the least ranks of layers of these shapes exceed the budget."""
-    uniform = Sensitivity(dict.fromkeys(shapes, 1.0), shapes, "uniform", 0)
-    allocate(uniform, mean_rank=config.ranks.mean, min_rank=config.ranks.min, max_rank=config.ranks.resolved_max())
-
-
 def without_effect(config: Config) -> list[str]:
     """Settings that are not at their defaults and have no effect beside the others, with the reasons."""
     groups = list[tuple[str, Section, Iterable[str], str]]()
     if not config.quality.enabled:
         idle = QualitySettings.model_fields.keys() - {"enabled", "fraction", "resample", "head_start"}
         groups.append(("quality", config.quality, idle, "quality.enabled is false"))
-    if config.ranks.policy == "fixed":
-        idle = {"interval", *([] if config.quality.enabled else ["estimator"])}
+    if not config.ranks.moves:
+        idle = {"interval", *([] if config.quality.enabled else ["estimator", "min", "max"])}
         groups.append(("ranks", config.ranks, idle, "ranks.policy is fixed"))
     notes = list[str]()
     for name, section, idle, why in groups:
@@ -141,7 +125,7 @@ def memory(config: Config, task: Task, model: PeftModel, *, longest: int, bf16: 
     """A rough peak of training in bytes: weights, gradients and moments, activations of linear layers."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    layers: list[Any] = list(lora_layers(model).values())
+    layers: list[Any] = list(layers_of(model).values())
     features = sum(layer.in_features + 2 * layer.out_features for layer in layers)
     if isinstance(task, Generation):
         features += 3 * int(getattr(model.config, "vocab_size", 0))  # logits, once more in float32, and their gradient

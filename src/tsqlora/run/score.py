@@ -21,7 +21,7 @@ from tsqlora.quality.scores import Scores
 from tsqlora.run.callbacks import row_names, scoring_rule, trusted_of
 from tsqlora.run.config import load_config
 from tsqlora.run.finished import FinishedRun, device_of, open_run
-from tsqlora.run.job import Job, hints_of, load, read, require_scoring, with_slots
+from tsqlora.run.job import Job, hints_of, load, read, require_scoring, with_adapter
 from tsqlora.run.start import with_start
 from tsqlora.training.run_dir import CONFIG_FILE, alone_in
 
@@ -59,7 +59,7 @@ def score_rows(
             require_apart(out, config.data.train, config.data.trusted, config.data.validation, config.data.test)
             require_scoring(config)
             job = load(config, folder=tokens)
-            model = with_slots(config, job.pretrained).to(device_of(config))
+            model = with_adapter(config, job.pretrained).to(device_of(config))
         scores = score_job(job, model, partial / "scoring", progress)
         scores = drop_rows(scores, drop, lambda: job.data.splits.texts("train"), tokens / "signatures")
         scores.save(out)

@@ -23,7 +23,7 @@ def with_start(config: Config) -> Config:
     if adapter is None:
         return config
     mean, largest = mean_rank(adapter), adapter.rank
-    ranks = _require_unset(config, "ranks", {"mean": mean})
+    ranks = _require_unset(config, "ranks", {"mean": mean, "depth": "all"})
     targets = {"alpha": scale_of_all(adapter) * mean, "target_modules": sorted(adapter.targets)}
     if config.ranks.max is None:
         ranks["max"] = default_max_rank(mean, least=largest)

@@ -150,6 +150,20 @@ class GuardState:
         return cls(count=told["count"], **steps)
 
 
+def require_plain(checkpoint: Path, ranks: Mapping[str, int]) -> None:
+    """Raises SettingsError where an older version wrote a checkpoint of fixed ranks with room for more.
+
+    Its optimizer's state has other shapes than plain LoRA's.
+    """
+    if (checkpoint / RANKS_FILE).exists():
+        capacity = RankState.load(checkpoint).importance["mean"].shape[1]
+        if any(rank != capacity for rank in ranks.values()):
+            raise SettingsError(
+                f"{checkpoint} was written by a version of tsqlora that trained fixed ranks in slots; resume with that "
+                "version, or name another --out"
+            )
+
+
 def require_options(begun: Mapping[str, Any] | None, now: Mapping[str, Any]) -> None:
     """Raises SettingsError for an option that a resumed run was not begun with: it would count in part, or not at all.
 

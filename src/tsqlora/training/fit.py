@@ -80,8 +80,7 @@ def fit(
     In the directory `run`, where one is given, run.json is kept as the run is now.
     """
     data, task, packed = method.data, inputs.task, inputs.packed
-    # A packed batch does not say how many samples it has.
-    guard = GuardCallback(data if packed is None else None, ids=getattr(data.dataset, "ids", None))
+    guard = GuardCallback(data, ids=getattr(data.dataset, "ids", None), packed=packed is not None)
     record.quality = of_draws(data)
     parts = [part for part in (method.quality, method.ranks, guard) if part is not None]
     live: list[TrainerCallback] = [RecordCallback(record, parts, data, run)]

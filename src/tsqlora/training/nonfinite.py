@@ -43,7 +43,8 @@ class GuardCallback(TrainerCallback):
 
     Args:
         data: the Trainer's train_dataset; without it, or where other processes hand out its rows (dataloader workers),
-            the rows of a skipped step are not known. Leave it out where a batch packs several samples into a row.
+            the rows of a skipped step are not known.
+        packed: a row of a batch holds several samples, so that rows of a skipped step are not known either.
         ids: the place of each of its rows in the file that it comes from, by which they are named.
         limit: with so many skipped among the last 2·limit steps training ends: TsqLoraError with advice, which names
             the last complete checkpoint from before them.
@@ -52,12 +53,19 @@ class GuardCallback(TrainerCallback):
     is below 1.
     """
 
-    def __init__(self, data: QualitySubset | None = None, *, limit: int = 5, ids: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        data: QualitySubset | None = None,
+        *,
+        limit: int = 5,
+        ids: np.ndarray | None = None,
+        packed: bool = False,
+    ) -> None:
         if limit < 1:
             raise SettingsError(f"limit is {limit}; it must be at least 1")
         if data is not None:
             require_subset(data, "GuardCallback")
-        self.data, self.limit, self.ids = data, limit, ids
+        self.data, self.limit, self.ids, self.packed = data, limit, ids, packed
         self.skipped: list[SkippedStep] = []
         """The first ones; `count` has all."""
         self.count = 0
@@ -86,7 +94,7 @@ class GuardCallback(TrainerCallback):
         # gradients are looked at all the same.
         if not (args.torch_compile or is_compiled(model) or args.n_gpu > 1):
             self._held.callback(model.register_forward_hook(_without_keeping(self._forward), with_kwargs=True).remove)
-            if self.data is not None:
+            if self.data is not None and not self.packed:
                 self._held.enter_context(self.data.announcing(self._coming.extend))
         join(self, args, state, **kwargs)
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -163,6 +162,9 @@ class RankSettings(Section):
     mean: float = setting(8.0, "Rank of a uniform LoRA of the same number of parameters.", gt=0, le=65536)
     min: int = setting(1, "Least rank of a layer; 0 may remove it.", ge=0)
     max: int | None = setting(None, "Greatest rank of a layer; null is twice the mean.", ge=1, le=65536)
+    depth: int | Literal["all"] = setting(
+        "all", "Adapt the top N transformer blocks alone, with the parameters that ranks.mean has in all."
+    )
     estimator: str = setting(
         "sampled", "How a layer's sensitivity is measured: sampled, sensitivity, fisher, adapter, uniform, random."
     )
@@ -172,15 +174,23 @@ class RankSettings(Section):
         """Greatest rank of a layer: what is set, else twice the mean, rounded up."""
         return default_max_rank(self.mean) if self.max is None else self.max
 
-    def capacity(self) -> int:
-        """The rank that layers are built with: ranks that stay as they are need no room to grow."""
-        return math.ceil(self.mean) if self.policy == "fixed" and self.max is None else self.resolved_max()
+    @property
+    def moves(self) -> bool:
+        """Whether ranks move while the model trains."""
+        return self.policy != "fixed"
+
+    @field_validator("depth", mode="before")
+    @classmethod
+    def _depth_is_a_number_or_all(cls, depth: Any) -> Any:
+        if depth != "all" and not (type(depth) is int and depth >= 1):
+            raise SettingsError(f"ranks.depth is {depth!r}; give a number of transformer blocks, 1 or more, or all")
+        return depth
 
     @model_validator(mode="after")
     def _bounds_leave_room(self) -> "RankSettings":
-        if self.min > self.resolved_max():
+        if self.min > self.mean:
             raise SettingsError(
-                f"ranks.min {self.min} is above ranks.max {self.resolved_max()}; lower it or raise ranks.max"
+                f"ranks.min {self.min} is above ranks.mean {self.mean:g}, the budget; lower it, or raise ranks.mean"
             )
         return self
 
@@ -192,7 +202,7 @@ class AdapterSettings(Section):
         "all-linear", "Layers to adapt: names, a pattern, or all-linear.", min_length=1
     )
     init_from: str | None = setting(
-        None, "Adapter or run to continue; it decides alpha, target_modules and ranks.mean."
+        None, "Adapter or run to continue; it decides alpha, target_modules, ranks.mean and ranks.depth."
     )
 
 
