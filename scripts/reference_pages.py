@@ -80,6 +80,7 @@ WHEN = {
     "quality.gate": "classes or numbers with trusted rows, in a pool that differs from them",
     "ranks.policy": "tsqlora, to see which layers matter",
     "ranks.mean": "more or less capacity; 4 to 16 for classifiers",
+    "ranks.depth": "half of the blocks, for shorter steps; measure what it costs",
     "ranks.min": "0, to allow layers without an adapter",
     "adapter.alpha": "with ranks.mean, to keep the scale",
     "adapter.target_modules": "names such as [q_proj, v_proj], for a smaller adapter",

@@ -31,7 +31,7 @@ def test_a_run_resumed_with_other_libraries_notes_which() -> None:
     before = {"torch": "2.12", "peft": "0.21"}
     assert pipeline.other_versions(before, before) == []
     (note,) = pipeline.other_versions(before, {"torch": "2.13", "peft": "0.21"})
-    assert note.startswith("begun with torch 2.12 and resumed with others")
+    assert "torch 2.12" in note
 
 
 @pytest.mark.parametrize(("training", "steps"), [({"epochs": 0.5}, 3), ({"max_steps": 6, "epochs": 9}, 6)])
