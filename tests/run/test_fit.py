@@ -1,5 +1,6 @@
-"""One training of a job: what is measured at its end."""
+"""One training of a job: its arguments, and what is measured at its end."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 
 from tsqlora.data.samples import TokenisedSplit
 from tsqlora.run import fit
+from tsqlora.run.config import Config
 from tsqlora.training.record import RunRecord
 
 
@@ -20,3 +22,13 @@ def test_rows_that_are_trained_on_are_not_measured(monkeypatch: pytest.MonkeyPat
     record = RunRecord("running", 0, "sequence-classification", None, {}, {})
     fit.measure(job, args, record, args, None)
     assert record.metrics == {"validation": {"first": 2}, "test": {"first": 3}}
+
+
+def test_saving_the_best_checkpoint_alone_evaluates_every_epoch(tmp_path: Path) -> None:
+    def args_of(**training: Any) -> Any:
+        sections = {"model": {"path": "m"}, "data": {"train": "t"}, "training": {"save_strategy": "best", **training}}
+        return fit.arguments(Config.model_validate(sections), tmp_path)
+
+    alone, own = args_of(), args_of(metric_for_best_model="accuracy", eval_strategy="steps", eval_steps=5)
+    assert (alone.eval_strategy, alone.metric_for_best_model, alone.greater_is_better) == ("epoch", "loss", False)
+    assert (own.eval_strategy, own.metric_for_best_model) == ("steps", "accuracy")

@@ -22,7 +22,9 @@ def test_the_whole_text_and_that_of_the_targets_are_shown() -> None:
         "sample 1: 3 tokens\n<s>ab\nwith a loss: 3 tokens\n<s>c</s>\n"
     )
     turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b")) * 2]
-    assert shown({"messages": turns}, chat=CHATML).endswith("\nb<|im_end|>b<|im_end|>\n")
+    learned = shown({"messages": turns}, chat=CHATML).partition("with a loss")[2]
+    assert learned.count("b<|im_end|>") == 2
+    assert "user" not in learned
 
 
 def test_long_texts_are_shortened_and_control_characters_are_not_printed() -> None:

@@ -103,6 +103,10 @@ def begin(job: Job, args: TrainingArguments, method: Method) -> tuple[PeftModel,
     if config.model.trust_remote_code:
         record.notes.append("code from the model's repository ran: model.trust_remote_code was true")
     record.notes += without_effect(config)
+    further = config.training.further_arguments()
+    if further.get("save_strategy") == "best" and (unset := _BEST.keys() - further.keys()):
+        used = ", ".join(f"training.{name} {_BEST[name]}" for name in sorted(unset))
+        record.notes.append(f"training.save_strategy best uses {used}; set them to change that")
     return model, record
 
 
