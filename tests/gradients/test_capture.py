@@ -183,9 +183,7 @@ def test_a_layer_called_outside_of_the_models_forward_is_refused() -> None:
     ],
     ids=["one vector", "tokens first", "tokens in the batch"],
 )
-def test_a_layer_whose_first_dimension_is_not_the_batch_is_refused(
-    call: Callable[[Any, Tensor], Tensor],
-) -> None:
+def test_a_layer_whose_first_dimension_is_not_the_batch_is_refused(call: Callable[[Any, Tensor], Tensor]) -> None:
     with pytest.raises(UnsupportedError, match=r"^linear is called on"):
         seen(Around(call), inputs(5))
 

@@ -105,10 +105,7 @@ def test_an_unknown_scope_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [
-        ({"use_dora": True}, "query uses a LoRA variant"),
-        ({"lora_bias": True}, "query uses a LoRA variant"),
-    ],
+    [({"use_dora": True}, "query uses a LoRA variant"), ({"lora_bias": True}, "query uses a LoRA variant")],
 )
 def test_what_is_like_lora_and_not_s_ba_is_refused(options: dict[str, object], message: str) -> None:
     config = LoraConfig(task_type=TaskType.SEQ_CLS, **{"target_modules": ["query"]} | options)

@@ -157,12 +157,7 @@ class Orthogonal(Model):
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [
-        (Functional, "linear"),
-        (PartlyFunctional, "linear"),
-        (Attention, "linear.out_proj"),
-        (Orthogonal, "linear"),
-    ],
+    [(Functional, "linear"), (PartlyFunctional, "linear"), (Attention, "linear.out_proj"), (Orthogonal, "linear")],
 )
 def test_a_weight_used_behind_its_layers_back_is_refused_by_name(kind: type[Model], name: str) -> None:
     with pytest.raises(UnsupportedError, match=rf"^{name} is used outside"):

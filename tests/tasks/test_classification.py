@@ -112,10 +112,7 @@ def test_a_lean_added_to_the_logits_is_taken_off_again(seed: int, width: int) ->
     lean = 5 * torch.randn(width, generator=torch.Generator().manual_seed(seed)).double()
     straight = logits + PLAIN.offsets(logits, labels)
     torch.testing.assert_close(
-        (logits + lean + PLAIN.offsets(logits + lean, labels)).softmax(1),
-        straight.softmax(1),
-        atol=1e-6,
-        rtol=0,
+        (logits + lean + PLAIN.offsets(logits + lean, labels)).softmax(1), straight.softmax(1), atol=1e-6, rtol=0
     )
 
 

@@ -205,8 +205,7 @@ class MeanGradient:
 
     def scaled(self, factor: float) -> "MeanGradient":
         return MeanGradient(
-            None if self.weight is None else self.weight * factor,
-            None if self.bias is None else self.bias * factor,
+            None if self.weight is None else self.weight * factor, None if self.bias is None else self.bias * factor
         )
 
     def to(self, device: torch.device) -> "MeanGradient":

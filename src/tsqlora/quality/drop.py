@@ -55,10 +55,7 @@ def duplicates(scores: Scores, texts: Texts, scratch: Path) -> Bool[np.ndarray, 
     return near_duplicates(texts(), np.where(scores.kept, scores.quality, -np.inf), scratch)
 
 
-DROPS: dict[str, Drop] = {
-    "duplicate": duplicates,
-    "outlier": lambda scores, texts, scratch: outliers(scores),
-}
+DROPS: dict[str, Drop] = {"duplicate": duplicates, "outlier": lambda scores, texts, scratch: outliers(scores)}
 
 
 def drop_rows(scores: Scores, kinds: Sequence[str], texts: Texts, scratch: Path) -> Scores:

@@ -70,12 +70,7 @@ def explain(scores: Scores, n: int, *, data: Path | None = None) -> dict[str, An
         raise DataError("these scores have no predictions; score again")
     order, by_suspicion = np.argsort(-scores.quality, kind="stable"), np.argsort(-suspicion(scores), kind="stable")
     wrong = by_suspicion[likely_wrong(scores)[by_suspicion]]
-    lists = {
-        "highest": order[:n],
-        "lowest": order[::-1][:n],
-        "suspicious": by_suspicion[:n],
-        "likely_wrong": wrong[:n],
-    }
+    lists = {"highest": order[:n], "lowest": order[::-1][:n], "suspicious": by_suspicion[:n], "likely_wrong": wrong[:n]}
     rows = np.unique(np.concatenate(list(lists.values()))).tolist()
     texts, why = texts_or_why(scores, rows, data, remote=True)
     if why is not None:
