@@ -20,18 +20,18 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 def find_browser() -> str:
     """The program; the test that asks is skipped where there is none."""
     for name in NAMES:
-        if found := shutil.which(name):
-            return found
+        if path := shutil.which(name):
+            return path
     pytest.skip(f"no browser is installed ({', '.join(NAMES)})")
 
 
 class Page:
-    """One tab. `told` are errors and messages of its console, `requests` the addresses that it asked for."""
+    """One tab. `messages` are the errors and warnings of its console, `requests` the addresses that it asked for."""
 
     def __init__(self, to: int, back: FileIO) -> None:
         self._to, self._back = to, back
         self._read, self._number, self._session = b"", 0, None
-        self.told: list[str] = []
+        self.messages: list[str] = []
         self.requests: list[str] = []
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -60,11 +60,11 @@ class Page:
         params = event.get("params", {})
         match event.get("method"):
             case "Runtime.exceptionThrown":
-                self.told.append(json.dumps(params["exceptionDetails"]))
+                self.messages.append(json.dumps(params["exceptionDetails"]))
             case "Runtime.consoleAPICalled" if params["type"] in ("error", "warning", "assert"):
-                self.told.append(json.dumps(params["args"]))
+                self.messages.append(json.dumps(params["args"]))
             case "Log.entryAdded":
-                self.told.append(params["entry"]["text"])
+                self.messages.append(params["entry"]["text"])
             case "Network.requestWillBeSent":
                 self.requests.append(params["request"]["url"])
         return event

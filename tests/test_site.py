@@ -51,10 +51,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(
         [sys.executable, "-m", "zensical", "build", "--strict"], cwd=copy, capture_output=True, text=True, timeout=300
     )
-    said = done.stdout + done.stderr
-    assert done.returncode == 0, said
-    assert "No issues found" in said
-    assert not re.search(r"warning|griffe:|error", said, re.IGNORECASE), said
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    assert "No issues found" in output
+    assert not re.search(r"warning|griffe:|error", output, re.IGNORECASE), output
     return copy / "site"
 
 
@@ -101,7 +101,7 @@ def test_a_browser_asks_for_nothing_from_elsewhere_and_nothing_overflows(site: P
     elsewhere = [url for url in page.requests if not url.startswith(("file:", "data:", "blob:", "about:"))]
     assert elsewhere == []
     # Search needs the site to be served: what it looks for on a disk is not made.
-    assert set(page.told) <= {"Failed to load resource: net::ERR_FILE_NOT_FOUND"}
+    assert set(page.messages) <= {"Failed to load resource: net::ERR_FILE_NOT_FOUND"}
     assert {url.rpartition("/")[2] for url in page.requests if url.endswith(".js") and "assets" not in url} <= {
         "search.js"
     }

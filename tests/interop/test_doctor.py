@@ -66,11 +66,11 @@ EXPECTED: Mapping[str, Mapping[str, str]] = {
 
 
 def verdicts(report: Mapping[str, Any]) -> dict[str, str]:
-    found = {}
+    result = {}
     for consumer in report["consumers"]:
         mended = f" -> {consumer['mend']}" if consumer["mend"] else ""
-        found[consumer["name"]] = consumer["verdict"] + mended
-    return found
+        result[consumer["name"]] = consumer["verdict"] + mended
+    return result
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -85,9 +85,9 @@ def test_the_doctor_says_what_vllm_and_sglang_were_seen_to_do(kind: str, tmp_pat
     results = Path(__file__).parents[2] / "bench" / "results" / "servers.json"
     source = KINDS[kind](tmp_path / "a")
     for server, seen in json.loads(results.read_text())["servers"].items():  # their own code, by bench/servers.py
-        (found,), done = examine(source, server=server.replace(" ", "=="))["consumers"], seen[kind]
-        assert found["verdict"] == done["verdict"], (server, done)
-        assert found["factors"] == pytest.approx(done.get("factors", {}), rel=1e-5), server
+        (result,), done = examine(source, server=server.replace(" ", "=="))["consumers"], seen[kind]
+        assert result["verdict"] == done["verdict"], (server, done)
+        assert result["factors"] == pytest.approx(done.get("factors", {}), rel=1e-5), server
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "universal" in str(EXPECTED[kind])])
@@ -103,8 +103,8 @@ def edit(folder: Path, **changed: Any) -> None:
 
 
 def of(report: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    (found,) = (consumer for consumer in report["consumers"] if consumer["name"] == name)
-    return found
+    (result,) = (consumer for consumer in report["consumers"] if consumer["name"] == name)
+    return result
 
 
 @pytest.mark.parametrize(
@@ -122,8 +122,8 @@ def of(report: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     ],
 )
 def test_a_version_finds_its_rule_and_is_named_where_it_was_not_read(server: str, rule: str, noted: bool) -> None:
-    (found,), notes = rule_for(server)
-    assert (found.name, bool(notes)) == (rule, noted)
+    (result,), notes = rule_for(server)
+    assert (result.name, bool(notes)) == (rule, noted)
 
 
 @pytest.mark.parametrize(("server", "named"), [("vlm", "did you mean 'vllm'"), ("vllm==new", "'new'")])
@@ -205,10 +205,10 @@ def test_effective_rank_by_hand() -> None:
     # Singular values 2 and 2 of four slots, one zero, one doubled: two directions of equal size.
     a = np.array([[1.0, 0, 0], [0, 2, 0], [0, 0, 0], [1, 0, 0]])
     b = np.array([[1.0, 0, 0, 1], [0, 1, 5, 0]])
-    found = layer_health(Target(a, b, 0.5))
-    assert (found.rank, found.zero, found.duplicate) == (4, 1, 1)
-    assert found.effective == pytest.approx(2.0)
-    assert found.norm == pytest.approx(0.5 * math.sqrt(8))
+    result = layer_health(Target(a, b, 0.5))
+    assert (result.rank, result.zero, result.duplicate) == (4, 1, 1)
+    assert result.effective == pytest.approx(2.0)
+    assert result.norm == pytest.approx(0.5 * math.sqrt(8))
     assert layer_health(Target(np.zeros((2, 3)), np.ones((3, 2)), 1.0)).effective == 0
     assert layer_health(Target(np.zeros((0, 3)), np.zeros((3, 0)), 1.0)).effective == 0
 

@@ -147,13 +147,13 @@ def test_any_adapter_is_the_same_in_every_form(case: Any, tmp_path: Path) -> Non
     assert_close(logits(merged), expected)
 
 
-@pytest.mark.parametrize("kept", [("classifier.weight",), ("classifier.weight", "classifier.bias", "score.weight")])
-def test_a_head_that_only_one_side_has_is_an_error(kept: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("heads", [("classifier.weight",), ("classifier.weight", "classifier.bias", "score.weight")])
+def test_a_head_that_only_one_side_has_is_an_error(heads: tuple[str, ...]) -> None:
     source = read_adapter(WRITTEN / "run" / "adapter")
     tensor = next(iter(source.saved.values()))
     source = replace(source, saved={"classifier.weight": tensor, "classifier.bias": tensor})
     with pytest.raises(TsqLoraError, match=r"classifier\.bias|score\.weight"):
-        compare_updates(source, replace(source, saved=dict.fromkeys(kept, tensor)), "F32")
+        compare_updates(source, replace(source, saved=dict.fromkeys(heads, tensor)), "F32")
 
 
 # ------------------------------------------------------------------------------------ by hand
@@ -231,9 +231,9 @@ def test_truncation_is_the_best_there_is_and_reports_its_error(
         mine = target.delta()
         other = cut.targets[name].delta() if name in cut.targets else np.zeros_like(mine)
         singular = np.linalg.svd(mine, compute_uv=False)
-        kept = np.linalg.matrix_rank(other)
-        assert kept == 4 or "max_rank" not in cut_to or target.rank < 4
-        best = np.linalg.norm(singular[kept:]) / np.linalg.norm(singular)
+        rank = np.linalg.matrix_rank(other)
+        assert rank == 4 or "max_rank" not in cut_to or target.rank < 4
+        best = np.linalg.norm(singular[rank:]) / np.linalg.norm(singular)
         assert np.linalg.norm(mine - other) / np.linalg.norm(mine) == pytest.approx(best, abs=1e-6)
         assert report["truncation"].get(name, 0.0) == pytest.approx(best, abs=1e-6)
     whole = exported(place, tmp_path / "merged", "merged", **cut_to)
@@ -248,12 +248,12 @@ assert importlib.util.find_spec("tsqlora") is None, "tsqlora is here"
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 base, rows, *adapters, merged = json.loads(sys.argv[1])
-def said(model):
+def outputs(model):
     with torch.no_grad():
         return model.eval()(input_ids=torch.tensor(rows)).logits.tolist()
 def load(path):
     return AutoModelForCausalLM.from_pretrained(path)
-print(json.dumps([*(said(PeftModel.from_pretrained(load(base), path)) for path in adapters), said(load(merged))]))
+print(json.dumps([*(outputs(PeftModel.from_pretrained(load(base), path)) for path in adapters), outputs(load(merged))]))
 """
 
 
@@ -270,8 +270,8 @@ def test_every_export_says_the_same_in_an_environment_without_us(place: Path, tm
     before = logits(base)
     expected = logits_with(base, place / "adapter")
     assert float((before - expected).abs().max()) > 0.1, "the adapter does something"
-    for found in json.loads(done.stdout.splitlines()[-1]):
-        assert_close(torch.tensor(found), expected)
+    for values in json.loads(done.stdout.splitlines()[-1]):
+        assert_close(torch.tensor(values), expected)
 
 
 # ------------------------------------------------------------------------------------- models
@@ -394,9 +394,9 @@ def test_what_is_more_than_a_product_is_merged_or_copied_and_refused_otherwise(
     config = lora_config(target_modules=["c_attn" if biased else "q_proj"], fan_in_fan_out=biased, **options)
     save_lora(tmp_path / "a", base(), config)
     (named,) = options
-    for asked in ({"format": "universal"}, {"format": "gguf"}, {"format": "peft", "max_rank": 2}):
+    for request in ({"format": "universal"}, {"format": "gguf"}, {"format": "peft", "max_rank": 2}):
         with pytest.raises(UnsupportedError, match=f"{named}.*--format merged"):
-            export(tmp_path / "a", tmp_path / "out", base=str(tmp_path / "base"), **asked)
+            export(tmp_path / "a", tmp_path / "out", base=str(tmp_path / "base"), **request)
     report = export(tmp_path / "a", tmp_path / "same", format="peft", base=str(tmp_path / "base"))
     assert named in report["notes"][0]
     report = export(tmp_path / "a", tmp_path / "merged", format="merged", base=str(tmp_path / "base"))

@@ -48,8 +48,8 @@ def test_nothing_of_equal_cost_loses_less(values: list[list[float]], mean: float
     ranks = ranks_for(adapter, mean)
     assert sum(ranks.values()) == math.floor(3 * mean)
 
-    def lost(kept: dict[str, int]) -> float:
-        return sum(sum(v * v for v in sorted(values[int(name)], reverse=True)[rank:]) for name, rank in kept.items())
+    def lost(ranks: dict[str, int]) -> float:
+        return sum(sum(v * v for v in sorted(values[int(name)], reverse=True)[rank:]) for name, rank in ranks.items())
 
     others = (dict(zip(ranks, choice, strict=True)) for choice in itertools.product(range(4), repeat=3))
     best = min(lost(other) for other in others if sum(other.values()) == sum(ranks.values()))

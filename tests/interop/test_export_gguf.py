@@ -83,8 +83,8 @@ def test_the_file_is_the_adapter_whatever_its_ranks_and_scales(
         part = {"embed_tokens": "token_embd", "q_proj": "attn_q", "k_proj": "attn_k"}[name.rpartition(".")[2]]
         stored = f"{part}.weight" if part == "token_embd" else f"blk.{name.split('.')[2]}.{part}.weight"
         mine = target.delta().T if target.kind == "embedding" else target.delta()
-        found = as_transformers_has_it(theirs[stored], stored, config)
-        np.testing.assert_allclose(found, mine, rtol=1e-6, atol=1e-6 * np.abs(mine).max())
+        restored = as_transformers_has_it(theirs[stored], stored, config)
+        np.testing.assert_allclose(restored, mine, rtol=1e-6, atol=1e-6 * np.abs(mine).max())
     assert compare_updates(source, read_gguf(tmp_path / FILE, source, config), "F32").used <= 1
     (tmp_path / FILE).unlink()
 
@@ -107,10 +107,10 @@ def test_every_linear_layer_of_an_architecture_is_where_transformers_finds_it(mo
     for name, target in targets.items():
         stored = maps.get_name(f"{name}.weight", try_suffixes=(".weight",))
         assert stored is not None
-        found = as_transformers_has_it(theirs.pop(stored), stored, config)
+        restored = as_transformers_has_it(theirs.pop(stored), stored, config)
         # transformers turns GPT-2's for its Conv1D, whose weight is i × o.
         mine = target.delta().T if model_type == "gpt2" else target.delta()
-        np.testing.assert_allclose(found, mine, rtol=1e-6, atol=1e-5)
+        np.testing.assert_allclose(restored, mine, rtol=1e-6, atol=1e-5)
     assert not theirs
 
 

@@ -108,13 +108,13 @@ def llama_says(base: Path, adapter: Path | None, rows: Tensor) -> Tensor:
         type_v=FLOAT32,
         verbose=False,
     )
-    said = []
+    scores = []
     for row in rows.tolist():
         model.reset()
         model.eval(row)
-        said.append(torch.from_numpy(model.scores[: len(row)].copy()))
+        scores.append(torch.from_numpy(model.scores[: len(row)].copy()))
     model.close()
-    return torch.stack(said).log_softmax(-1)
+    return torch.stack(scores).log_softmax(-1)
 
 
 def peft_says(model: Any, rows: Tensor) -> Tensor:

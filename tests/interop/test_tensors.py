@@ -22,11 +22,11 @@ def test_a_file_is_read_and_written_as_torch_does(tmp_path: Path) -> None:
     tensors |= {str(dtype): bits.clone().view(dtype) for dtype in FLOAT8}
     tensors |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 3)}
     save_file(tensors, tmp_path / "x")
-    found = read_tensors(tmp_path / "x")
+    stored = read_tensors(tmp_path / "x")
     for name, tensor in tensors.items():
         wide = tensor.double() if tensor.is_floating_point() else tensor
-        np.testing.assert_array_equal(found[name].numbers(), wide.numpy(), strict=False)
-    again = load(to_bytes(found))
+        np.testing.assert_array_equal(stored[name].numbers(), wide.numpy(), strict=False)
+    again = load(to_bytes(stored))
     assert again.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert (again[name].dtype, again[name].shape) == (tensor.dtype, tensor.shape)
@@ -35,7 +35,7 @@ def test_a_file_is_read_and_written_as_torch_does(tmp_path: Path) -> None:
 
 @given(st.lists(st.floats(width=64), min_size=1), st.sampled_from(sorted(PRECISIONS)))
 def test_numbers_are_rounded_as_torch_rounds_them(numbers: list[float], name: str) -> None:
-    (dtype,) = (dtype for dtype, known in NAMES.items() if known == name)
+    (dtype,) = (dtype for dtype, precision in NAMES.items() if precision == name)
     theirs = torch.tensor(numbers, dtype=torch.float64).to(dtype)
     mine = load(to_bytes({"x": store(np.array(numbers), name)}))["x"]
     assert mine.dtype == dtype

@@ -49,10 +49,10 @@ def press(tab: Page, *keys: str) -> None:
 @pytest.mark.parametrize("width", [390, 1440])
 @pytest.mark.parametrize("dark", [False, True])
 def test_nothing_fails_overflows_or_is_requested(page: Path, tab: Page, width: int, dark: bool) -> None:
-    tab.told.clear()
+    tab.messages.clear()
     tab.requests.clear()
     tab.open(page, width=width, dark=dark)
-    assert (tab.told, tab.requests) == ([], [page.as_uri()])
+    assert (tab.messages, tab.requests) == ([], [page.as_uri()])
     assert tab.run("document.documentElement.scrollWidth") <= width
     assert tab.run("window.hacked") is None
     assert HOSTILE in tab.run(SHOWN)

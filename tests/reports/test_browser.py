@@ -61,10 +61,10 @@ def until(holds: Callable[[], bool]) -> None:
 def test_it_opens_without_an_error_or_a_request_and_nothing_overflows(
     width: int, dark: bool, tab: Page, page: Path
 ) -> None:
-    tab.told.clear()
+    tab.messages.clear()
     tab.requests.clear()
     tab.open(page, width=width, dark=dark)
-    assert tab.told == []
+    assert tab.messages == []
     assert [url for url in tab.requests if not url.startswith("data:")] == [page.as_uri()]
     assert tab.run("document.documentElement.scrollWidth") == width
     drawn = "[...document.querySelectorAll('.plot')].every(p => p.querySelector('svg.main-svg') && p.clientHeight > 50)"
@@ -89,21 +89,21 @@ def test_axe_finds_no_serious_fault(width: int, dark: bool, tab: Page, page: Pat
     tab.open(page, width=width, dark=dark)
     tab.run("document.querySelectorAll('details').forEach(fold => fold.open = true)")
     tab.run(script + "; 0")
-    found = tab.run("axe.run(document, {resultTypes: ['violations', 'incomplete']})")
-    assert len(found["passes"]) > 20, "it has looked"
-    told = [
+    report = tab.run("axe.run(document, {resultTypes: ['violations', 'incomplete']})")
+    assert len(report["passes"]) > 20, "it has looked"
+    faults = [
         (fault["id"], fault["impact"], node["html"][:200], node["failureSummary"])
-        for fault in found["violations"]
+        for fault in report["violations"]
         for node in fault["nodes"]
     ]
-    assert told == []
+    assert faults == []
 
 
 def test_while_a_run_trains_its_page_follows_and_what_the_reader_set_stays(tab: Page, tmp_path: Path) -> None:
     run = make_run(tmp_path, rows=make_rows(60, labels=("no", "yes")), status="running", now=AT | {"step": 10})
     first = "document.querySelector('.tile strong').textContent"
     with serving(run) as port:
-        tab.told.clear()
+        tab.messages.clear()
         tab.requests.clear()
         tab.open(f"http://127.0.0.1:{port}/", width=1440)
         assert tab.run(first) == "25%"
@@ -125,9 +125,9 @@ def test_while_a_run_trains_its_page_follows_and_what_the_reader_set_stays(tab: 
         assert tab.run("document.activeElement.id") == "search"
         assert tab.run("scrollY") == 900
         assert tab.run("[...document.querySelectorAll('.plot')].every(p => p.querySelector('svg.main-svg'))")
-        asked = {url for url in tab.requests if not url.startswith("data:")}
-        assert asked == {f"http://127.0.0.1:{port}/", f"http://127.0.0.1:{port}/plotly.js"}
-        assert tab.told == []
+        requested = {url for url in tab.requests if not url.startswith("data:")}
+        assert requested == {f"http://127.0.0.1:{port}/", f"http://127.0.0.1:{port}/plotly.js"}
+        assert tab.messages == []
     until(lambda: "The server has stopped" in tab.run("document.getElementById('watched').textContent"))
 
 

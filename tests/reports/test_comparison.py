@@ -29,7 +29,7 @@ def test_a_page_has_its_parts_in_order_and_a_place_for_each_figure(tmp_path: Pat
     drawn = seen.page_data()["figures"]
     assert list(drawn) == ["difference-plot", "by-seconds", "by-passes"]
     for name in drawn:
-        place = next(found for _, found in seen.tags if found.get("id") == name)
+        place = next(attributes for _, attributes in seen.tags if attributes.get("id") == name)
         assert place["aria-label"]
     assert len(seen.texts["table"]) == len(seen.texts["caption"])
 
@@ -37,26 +37,26 @@ def test_a_page_has_its_parts_in_order_and_a_place_for_each_figure(tmp_path: Pat
 def test_numbers_are_those_of_the_table_and_of_its_cells(tmp_path: Path) -> None:
     out = make_comparison(tmp_path)
     table = json.loads((out / "table.json").read_text())["table"]
-    known = gather_comparison(out)
+    comparison = gather_comparison(out)
     rows = made(out).texts["tr"]
-    for method, row in zip(known.methods, table, strict=True):
+    for method, row in zip(comparison.methods, table, strict=True):
         assert (method.name, method.verdict, method.trainable) == (row["name"], row["verdict"], f"{row['trainable']:,}")
         assert method.metrics["accuracy"] == Mean(**row["metrics"]["accuracy"])
         shown = next(text for text in rows if text.startswith(row["name"]))
         assert value_of("accuracy", *method.metrics["accuracy"][:2]) in shown
         assert row["verdict"] in shown
-    assert known.methods[0].passes == 2 * 300
-    assert known.methods[2].phases == dict.fromkeys(("building", "look", "training"), 2.5)
-    said = made(out).texts["li"]
-    assert said[0].startswith("Better than lora+all: lora+random (+2.")
+    assert comparison.methods[0].passes == 2 * 300
+    assert comparison.methods[2].phases == dict.fromkeys(("building", "look", "training"), 2.5)
+    items = made(out).texts["li"]
+    assert items[0].startswith("Better than lora+all: lora+random (+2.")
     tiles = made(out).texts["dd"]
     assert tiles[0].startswith("75.5%tsqlora+quality")
     assert tiles[1].startswith("2of 2 methods other than lora+all")
 
 
 def test_points_of_the_paired_plot_are_the_seeds(tmp_path: Path) -> None:
-    known = gather_comparison(make_comparison(tmp_path))
-    rings, *marks = difference_plot(known).figure.data
+    comparison = gather_comparison(make_comparison(tmp_path))
+    rings, *marks = difference_plot(comparison).figure.data
     assert len(rings.x) == 2 * 3
     assert [mark.name for mark in marks if mark.x] == ["better"]
     assert sum(rings.x[:3]) / 3 == pytest.approx(marks[0].x[0])
@@ -66,9 +66,9 @@ def test_points_of_the_paired_plot_are_the_seeds(tmp_path: Path) -> None:
 
 def test_learning_rates_that_were_tried_are_shown_and_only_the_chosen_one_counts(tmp_path: Path) -> None:
     out = make_comparison(tmp_path, rates=(0.001, 0.01))
-    known = gather_comparison(out)
-    assert [(tried.rate, tried.chosen) for tried in known.sweep][:2] == [(0.001, True), (0.01, False)]
-    assert all(len(method.trained) == 3 for method in known.methods)
+    comparison = gather_comparison(out)
+    assert [(tried.rate, tried.chosen) for tried in comparison.sweep][:2] == [(0.001, True), (0.01, False)]
+    assert all(len(method.trained) == 3 for method in comparison.methods)
     seen = made(out)
     assert "rates" in seen.sections()
     assert "✓ 69.9%" in seen.texts["td"]
@@ -81,15 +81,15 @@ def test_rates_that_were_given_are_no_choice_and_rows_that_chose_are_named(tmp_p
     (out / "table.json").write_text(json.dumps(table | {"sweep": []}))
     assert "rates" not in made(out).sections()
     (out / "table.json").write_text(json.dumps(table | {"sweep": [0.001, 0.01]}))
-    told = "There are no test rows:"
-    assert not any(told in text for text in made(out).texts["p"])
+    warning = "There are no test rows:"
+    assert not any(warning in text for text in made(out).texts["p"])
     for path in (out / "cells").glob("*.json"):
         cell = json.loads(path.read_text())
         del cell["metrics"]["test"]
         path.write_text(json.dumps(cell))
     rows = [row | {"split": "validation"} for row in table["table"]]
     (out / "table.json").write_text(json.dumps(table | {"sweep": [0.001, 0.01], "table": rows}))
-    assert any(told in text for text in made(out).texts["p"])
+    assert any(warning in text for text in made(out).texts["p"])
 
 
 def test_the_command_that_repeats_it_is_whole_and_quoted(tmp_path: Path) -> None:

@@ -25,14 +25,14 @@ ROWS = make_rows(60, labels=("no", "yes"))
 def test_every_row_is_in_one_bin_whatever_the_values(values: list[float], dropped: int) -> None:
     scores = scores_of(Path("x"), ROWS, dropped=dropped)
     drawn = histograms(replace(scores, terms={"t": np.array(values)}))
-    assert [found.id for found in drawn] == ["histogram-0", "histogram-1", "histogram-2"]
-    for found in drawn:
-        kept, *left_out = found.figure.data
-        assert len(left_out) == (dropped > 0 and found is not drawn[-1]), "left-out rows have no probability"
-        for trace in found.figure.data:
+    assert [drawing.id for drawing in drawn] == ["histogram-0", "histogram-1", "histogram-2"]
+    for drawing in drawn:
+        bars, *left_out = drawing.figure.data
+        assert len(left_out) == (dropped > 0 and drawing is not drawn[-1]), "left-out rows have no probability"
+        for trace in drawing.figure.data:
             assert (np.diff(trace.x) > 0).all()
             assert (len(trace.x), sum(trace.y)) == (BINS, pytest.approx(1))
-        assert kept.name == f"kept: {60 - dropped}"
+        assert bars.name == f"kept: {60 - dropped}"
     assert f"{min(values) + 0.0:.4g}" in drawn[0].title
 
 
@@ -43,19 +43,19 @@ def test_far_outliers_do_not_squeeze_the_others_into_one_bin() -> None:
 def test_the_samples_are_the_best_the_worst_and_the_suspicious(tmp_path: Path) -> None:
     many = make_rows(400, labels=("no", "yes"))
     scores = scores_of(write_jsonl(tmp_path / "train.jsonl", many), many)
-    found = choose_samples(scores)
+    samples = choose_samples(scores)
     by_list = {
-        name: [row.id for row in found.rows if name in row.lists]
+        name: [row.id for row in samples.rows if name in row.lists]
         for name in ("most valuable", "least valuable", "most suspicious")
     }
     assert all(len(ids) == OF_A_KIND for ids in by_list.values())
     assert set(by_list["most valuable"]) == set(np.argsort(-scores.quality, kind="stable")[:OF_A_KIND])
     assert set(by_list["least valuable"]) == set(np.argsort(scores.quality)[:OF_A_KIND])
     assert set(by_list["most suspicious"]) == set(np.argsort(-suspicion(scores), kind="stable")[:OF_A_KIND])
-    assert {row.id: row.text for row in found.rows} == {row.id: many[row.id]["text"] for row in found.rows}
-    assert {row.reason for row in found.rows if row.id < 3} <= {"duplicate"}
-    assert found.reasons["duplicate"] == 3
-    assert found.without_texts is None
+    assert {row.id: row.text for row in samples.rows} == {row.id: many[row.id]["text"] for row in samples.rows}
+    assert {row.reason for row in samples.rows if row.id < 3} <= {"duplicate"}
+    assert samples.reasons["duplicate"] == 3
+    assert samples.without_texts is None
 
 
 def test_no_row_is_both_the_most_and_the_least_valuable(tmp_path: Path) -> None:
@@ -77,13 +77,13 @@ def test_texts_that_are_not_found_are_left_out_and_said(there: list | None, why:
     path = tmp_path / "train.jsonl"
     if there is not None:
         write_jsonl(path, there)
-    found = choose_samples(scores_of(path, ROWS))
-    assert why in (found.without_texts or "")
-    known = {row["text"] for row in there or [] if "text" in row}
-    texts = [ROWS[row.id]["text"] for row in found.rows]
-    assert [row.text for row in found.rows] == [text if text in known else None for text in texts]
+    samples = choose_samples(scores_of(path, ROWS))
+    assert why in (samples.without_texts or "")
+    gathered = {row["text"] for row in there or [] if "text" in row}
+    texts = [ROWS[row.id]["text"] for row in samples.rows]
+    assert [row.text for row in samples.rows] == [text if text in gathered else None for text in texts]
     if there is not None:
-        assert f"lacks {sum(text not in known for text in texts)} of these rows" in (found.without_texts or "")
+        assert f"lacks {sum(text not in gathered for text in texts)} of these rows" in (samples.without_texts or "")
 
 
 def test_a_broken_file_of_rows_and_a_hub_id_leave_the_texts_out(tmp_path: Path) -> None:
@@ -97,9 +97,9 @@ def test_a_broken_file_of_rows_and_a_hub_id_leave_the_texts_out(tmp_path: Path) 
 def test_texts_that_are_given_are_shown_and_must_be_of_the_rows(tmp_path: Path) -> None:
     scores = replace(scores_of(tmp_path / "gone.jsonl", ROWS), hashes=None)
     texts = [f"text {j}" for j in range(len(ROWS))]
-    found = choose_samples(scores, texts)
-    assert found.without_texts is None
-    assert [row.text for row in found.rows] == [texts[row.id] for row in found.rows]
+    samples = choose_samples(scores, texts)
+    assert samples.without_texts is None
+    assert [row.text for row in samples.rows] == [texts[row.id] for row in samples.rows]
     with pytest.raises(SettingsError, match="texts"):
         choose_samples(scores, texts[1:])
 
@@ -113,11 +113,11 @@ def test_long_texts_lose_their_middle(tmp_path: Path) -> None:
 
 
 def test_what_a_run_lacks_is_said(tmp_path: Path) -> None:
-    known = gather(make_run(tmp_path, events=0, history=[]))
-    assert known.scores is None
-    assert "quality.enabled is false" in known.missing["scores"]
-    assert "logged no losses" in known.missing["history"]
-    assert "ranks.policy is fixed" in known.missing["events"]
+    gathered = gather(make_run(tmp_path, events=0, history=[]))
+    assert gathered.scores is None
+    assert "quality.enabled is false" in gathered.missing["scores"]
+    assert "logged no losses" in gathered.missing["history"]
+    assert "ranks.policy is fixed" in gathered.missing["events"]
     lost = gather(make_run(tmp_path / "3", quality={"enabled": True, "used": True}))
     assert "no scores.parquet" in lost.missing["scores"]
 

@@ -50,22 +50,22 @@ def test_a_page_has_its_parts_in_order_and_a_place_for_each_figure(seen: Seen) -
     assert {"loss", "metric", "ranks-map", "sensitivity-first", "sensitivity-last"} < set(drawn)
     assert sum(name.startswith("histogram") for name in drawn) == 4, "two terms, Q and p"
     for name in drawn:
-        place = next(found for _, found in seen.tags if found.get("id") == name)
+        place = next(attributes for _, attributes in seen.tags if attributes.get("id") == name)
         assert (place["role"], bool(place["aria-label"])) == ("img", True)
-    said = " ".join(seen.texts["main"])
+    page = " ".join(seen.texts["main"])
     for text in ("87.5%", "12,345", "50 of 100 rows", "1.5 s", "3 rows were left out: near-duplicate of another row"):
-        assert text in said
-    assert "About 20% of the labels seem wrong." in said
-    assert "tsqlora train run/config.yaml" in said
+        assert text in page
+    assert "About 20% of the labels seem wrong." in page
+    assert "tsqlora train run/config.yaml" in page
 
 
 def test_a_control_of_other_rows_is_said_to_be_one(tmp_path: Path) -> None:
     run = make_run(tmp_path / "ours", rows=ROWS)
-    for name, rows, told in (("same", "abc123", False), ("other", "fff999", True)):
+    for name, rows, differs in (("same", "abc123", False), ("other", "fff999", True)):
         control = make_run(tmp_path / name, data={"hash": rows}, metrics={"test": {"accuracy": 0.8}})
-        said = " ".join(Seen(run_page(gather(run, control=control_of(control)), "/* plotly */")).texts["main"])
-        assert "+7.5 points against run" in said
-        assert ("trained on other rows" in said) == told
+        page = " ".join(Seen(run_page(gather(run, control=control_of(control)), "/* plotly */")).texts["main"])
+        assert "+7.5 points against run" in page
+        assert ("trained on other rows" in page) == differs
 
 
 def test_tables_and_controls_are_usable_without_sight_or_mouse(seen: Seen) -> None:
@@ -73,16 +73,16 @@ def test_tables_and_controls_are_usable_without_sight_or_mouse(seen: Seen) -> No
     assert ("html", {"lang": "en"}) in seen.tags
     assert seen.texts.keys() >= {"h1", "h2", "nav", "main", "caption", "dl"}
     assert len(seen.texts["h1"]) == 1
-    labelled = {found["for"] for tag, found in seen.tags if tag == "label"}
-    for tag, found in seen.tags:
+    labelled = {attributes["for"] for tag, attributes in seen.tags if tag == "label"}
+    for tag, attributes in seen.tags:
         if tag in ("input", "select"):
-            assert found["id"] in labelled
+            assert attributes["id"] in labelled
         if tag == "th":
-            assert found["scope"] in ("row", "col")
+            assert attributes["scope"] in ("row", "col")
         if tag == "a":
-            assert str(found["href"]).removeprefix("#") in ids
+            assert str(attributes["href"]).removeprefix("#") in ids
         if tag == "section":
-            assert found["aria-labelledby"] in ids
+            assert attributes["aria-labelledby"] in ids
     assert len(seen.texts["table"]) == len(seen.texts["caption"])
 
 
@@ -140,10 +140,10 @@ def test_any_text_is_shown_as_it_is_and_ends_no_element(text: str) -> None:
 def test_nothing_is_loaded_and_the_policy_forbids_it(tmp_path: Path) -> None:
     run = make_run(tmp_path, rows=[{"text": HOSTILE, "label": "no"}, *ROWS])
     seen = Seen(write_report(run).read_text(encoding="utf-8"))
-    for tag, found in seen.tags:
-        assert not found.keys() & {"src", "srcset", "action", "data", "poster"}, tag
+    for tag, attributes in seen.tags:
+        assert not attributes.keys() & {"src", "srcset", "action", "data", "poster"}, tag
         assert tag not in ("link", "iframe", "object", "base")
-        assert str(found.get("href", "#")).startswith("#")
+        assert str(attributes.get("href", "#")).startswith("#")
     policy = next(f["content"] for t, f in seen.tags if f.get("http-equiv") == "Content-Security-Policy")
     assert str(policy).startswith("default-src 'none'")
     styles = files("tsqlora.reports").joinpath("templates/page.css").read_text()
@@ -257,7 +257,7 @@ def test_the_rank_map_has_a_state_for_the_start_and_each_adjustment() -> None:
 
 
 def test_the_looks_are_told_before_the_first_step(seen: Seen) -> None:
-    said = " ".join(seen.texts["main"])
+    page = " ".join(seen.texts["main"])
     for text in (
         "Look 1 at all rows, before step 1",
         "A head fitted on 60 rows replaced the model's own: its loss on rows it has not seen is 0.31, that of the head "
@@ -268,9 +268,9 @@ def test_the_looks_are_told_before_the_first_step(seen: Seen) -> None:
         "57 of 60 rows were kept.",
         "Every row was scored before the first step and after 20 steps",
     ):
-        assert text in said
+        assert text in page
     for text in ("warm-up", "put off"):
-        assert text not in said
+        assert text not in page
 
 
 def test_a_run_of_version_0_1_has_a_page(tmp_path: Path) -> None:
@@ -289,8 +289,8 @@ def test_looks_and_adjustments_are_marked_in_the_curve() -> None:
 
 @given(st.lists(st.integers(), unique=True), st.integers(2, 20))
 def test_thinning_keeps_order_and_both_ends(values: list[int], most: int) -> None:
-    kept = thinned(values, most)
-    assert len(kept) == min(len(values), most)
-    assert kept == [value for value in values if value in kept]
+    thin = thinned(values, most)
+    assert len(thin) == min(len(values), most)
+    assert thin == [value for value in values if value in thin]
     if values:
-        assert (kept[0], kept[-1]) == (values[0], values[-1])
+        assert (thin[0], thin[-1]) == (values[0], values[-1])

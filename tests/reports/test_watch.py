@@ -62,7 +62,7 @@ def test_plotly_and_the_page_are_all_that_is_served_and_only_under_its_own_name(
         for host in ("evil.example", f"evil.example:{port}", "127.0.0.1"):
             assert ask(port, Host=host)[0] == 403
         seen = Seen(ask(port)[2])
-        assert [found["src"] for tag, found in seen.tags if tag == "script" and "src" in found] == ["/plotly.js"]
+        assert [f["src"] for tag, f in seen.tags if tag == "script" and "src" in f] == ["/plotly.js"]
         policy = next(f["content"] for t, f in seen.tags if f.get("http-equiv") == "Content-Security-Policy")
         assert str(policy).startswith("default-src 'none'; script-src 'self' 'unsafe-inline'")
         assert str(policy).endswith("; connect-src 'self'")
@@ -82,9 +82,9 @@ def test_what_has_not_happened_yet_is_said_to_come(tmp_path: Path) -> None:
     run = make_run(tmp_path, events=0, history=[], status="running", quality={"enabled": True, "used": False})
     (run / "config.yaml").write_text("ranks:\n  policy: tsqlora\n")
     with serving(run) as port:
-        said = " ".join(Seen(ask(port)[2]).texts["p"])
+        page = " ".join(Seen(ask(port)[2]).texts["p"])
     for text in ("Nothing is logged yet", "Rows are not scored yet", "Ranks have not moved yet"):
-        assert text in said
+        assert text in page
 
 
 def test_scores_are_read_once_however_often_the_record_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
