@@ -20,6 +20,7 @@ from models import collate
 from scoring import assert_same
 from slotted import assert_hidden_are_zero, trained
 from stock import base_bert, make_trainer, moods, slotted_bert
+from synchronisations import waits_of_ours
 from tsqlora.adapter.slots import find_slots, has_slots
 from tsqlora.errors import UnsupportedError
 from tsqlora.training import rank_loop
@@ -646,3 +647,20 @@ def test_a_layer_whose_adapter_is_frozen_is_refused(side: int) -> None:
         tsq.UnsupportedError, match=f"the adapter of {name} is frozen, .*leave the layer out of target_mod"
     ):
         tsq.RankLoop(model, optimizer, total_steps=40, interval=4)
+
+
+def test_only_measured_steps_wait_for_the_device() -> None:
+    model = certain(slotted_bert())
+    optimizer = torch.optim.AdamW(trained(model), lr=0.01)
+    ranks = tsq.RankLoop(model, optimizer, total_steps=12, interval=4, schedule=tsq.RankSchedule(warmup=0, freeze=0))
+    waits: dict[int, int] = {}
+    for step in range(1, 10):
+        with waits_of_ours() as places:
+            ranks.before_forward()
+            model(**batch(step)).loss.backward()
+            ranks.before_optimizer_step()
+            optimizer.step()
+            ranks.after_optimizer_step()
+            optimizer.zero_grad()
+        waits[step] = len(places)
+    assert [step for step, count in waits.items() if count] == [1, 4, 8]

@@ -1,4 +1,4 @@
-"""How much each slot matters, smoothed over optimizer steps: AdaLoRA's Ī·Ū.  METHOD 4.1."""
+"""Importance of each slot, smoothed over optimizer steps: AdaLoRA's Ī·Ū.  METHOD 4.1."""
 
 from collections.abc import Mapping, Sequence
 
@@ -34,39 +34,38 @@ class Importance:
         self._shown = torch.zeros(size, device=device, dtype=torch.bool)
 
     @torch.no_grad()
-    def update(self, others: Tensor | None = None) -> bool:
-        """Takes in the gradients there are now; False, and nothing changes, if one or `others` is not finite.
+    def update(self, others: Tensor | None = None) -> Bool[Tensor, ""]:
+        """Take in the current gradients; False, and nothing changes, if one of them or `others` is not finite.
 
-        `others` is the norm of the gradients of what is not LoRA. One number goes to the host, so that a step waits
-        for the device once.
+        `others` is the gradient norm of the parameters without LoRA. Everything stays on the device, so that a step
+        does not wait for it.
 
         Raises UnsupportedError if no slot has a gradient: whatever trains the model hides them.
         """
         raw, active = self._raw(), self._active()
         total = raw.sum()
         finite = total.isfinite() if others is None else total.isfinite() & others.to(total.device).isfinite()
-        if not finite:
-            return False
         raw = raw / torch.where(total > 0, total, 1)
-        self.age += active
-        self.mean = torch.where(active, BETA * self.mean + (1 - BETA) * raw, 0)
-        surprise = (raw - self.mean / self._correction()).abs()
-        self.spread = torch.where(active, BETA * self.spread + (1 - BETA) * surprise, 0)
-        return True
+        self.age += active & finite
+        mean = torch.where(active, BETA * self.mean + (1 - BETA) * raw, 0)
+        surprise = (raw - mean / self._correction()).abs()
+        spread = torch.where(active, BETA * self.spread + (1 - BETA) * surprise, 0)
+        self.mean, self.spread = torch.where(finite, mean, self.mean), torch.where(finite, spread, self.spread)
+        return finite
 
     def _raw(self) -> Float[Tensor, "layers capacity"]:
-        """Each slot's |Σ θ·∇θ| as gradients are now; zero for a layer that has none."""
-        found = [
+        """Each slot's |Σ θ·∇θ| by the current gradients; zero for a layer without gradients."""
+        rows = [
             None if a.grad is None or b.grad is None else slot_products(a, a.grad, b, b.grad) for a, b in self._pairs
         ]
-        if all(products is None for products in found):
+        if all(products is None for products in rows):
             raise UnsupportedError(
                 "no LoRA weight has a gradient before the optimizer's step (frozen, or kept elsewhere as DeepSpeed "
                 "does), so ranks cannot follow them; leave out RankCallback"
             )
         zeros = torch.zeros_like(self.mean[0])
         # A device_map spreads layers over devices.
-        return torch.stack([zeros if products is None else products.to(zeros.device) for products in found])
+        return torch.stack([zeros if products is None else products.to(zeros.device) for products in rows])
 
     def _active(self) -> Bool[Tensor, "layers capacity"]:
         ranks = tuple(slots.rank for slots in self.layers.values())
@@ -81,13 +80,13 @@ class Importance:
         return (self.mean[row] * self.spread[row] / self._correction()[row].square())[:rank]
 
     def ages(self, name: str) -> Int[Tensor, " r"]:
-        """Optimizer steps that each active slot of a layer has been through."""
+        """Optimizer steps since each active slot of a layer was added."""
         return self.age[self.rows[name], : self.layers[name].rank]
 
     def least(self, name: str, count: int, *, min_age: int) -> list[int]:
         """The layer's `count` least important slots among those of at least `min_age`.
 
-        Before any step, when none is known to be important, the smallest ones.
+        Before any step no importance is measured, and the smallest ones go.
         """
         score = self.of(name) if bool(self.ages(name).any()) else self._sizes(name)
         score = score.masked_fill(self.ages(name) < min_age, torch.inf)
@@ -105,20 +104,20 @@ class Importance:
         return (norms[0] * norms[1]).to(self.mean)
 
     def dropped(self, name: str, which: Sequence[int]) -> None:
-        """Moves the records as `drop_slots` is about to move the slots."""
-        row, gone = self.rows[name], set(which)
-        kept = [j for j in range(self.layers[name].rank) if j not in gone]
+        """Move the records as `drop_slots` is about to move the slots."""
+        row, dropped = self.rows[name], set(which)
+        remaining = [j for j in range(self.layers[name].rank) if j not in dropped]
         for table in self.tables().values():
-            values = table[row, kept]
+            values = table[row, remaining]
             table[row] = 0
-            table[row, : len(kept)] = values
+            table[row, : len(remaining)] = values
 
     def tables(self) -> dict[str, Tensor]:
-        """All there is to remember, layers × capacity each: to be saved."""
+        """The state to save, layers × capacity each."""
         return {"mean": self.mean, "spread": self.spread, "age": self.age}
 
     def restore(self, tables: Mapping[str, Tensor]) -> None:
-        """What `tables` gave for the same layers, back again."""
+        """Load what `tables` returned for the same layers."""
         for name, table in self.tables().items():
             table.copy_(tables[name])
 

@@ -207,14 +207,19 @@ class RankLoop:
     def before_optimizer_step(self) -> None:
         """Takes in the step's gradients."""
         self.order.come("before_optimizer_step")
-        # Once ranks are final, nothing asks what slots are worth.
-        finite = self._final() or self.importance.update(gradient_norm(self._others))
+        # Once ranks are final, importances have no use.
+        finite = None if self._final() else self.importance.update(gradient_norm(self._others))
         self._tap.close()
-        # A step whose gradients are not finite is skipped, and says nothing about ranks either.
-        self._postponed = self._probe is not None and not finite and not self._rehearsal
-        if self._rehearsal and finite:
-            cast(Probe, self._probe).sensitivity()
-        if self._rehearsal or not finite:
+        self._postponed = False
+        if self._probe is None:
+            return
+        # Only a measured step waits for the device. If its gradients are not finite it is skipped, and the next one
+        # adjusts the ranks.
+        skipped = finite is not None and not finite
+        self._postponed = skipped and not self._rehearsal
+        if self._rehearsal and not skipped:
+            self._probe.sensitivity()
+        if self._rehearsal or skipped:
             self._probe = None
 
     def after_optimizer_step(self) -> None:
