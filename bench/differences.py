@@ -1,9 +1,10 @@
-"""What each way to train gains over even draws in the worlds of bench/worlds.py; run alone, it draws the forest plot.
+"""What each way to train gains over even draws in the worlds of bench/worlds.py, as a table and as a forest plot.
 
 Differences are in points of accuracy, by seed and test row: both ways were trained on the same pool, and predicted the
 same rows. Their 95 % intervals come from a bootstrap that draws seeds and, within each, test rows.
 """
 
+import io
 import json
 from pathlib import Path
 
@@ -12,7 +13,6 @@ import pandas as pd
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "worlds"
-PLOT = ROOT / "docs" / "plots" / "worlds.svg"
 DRAWS, PERCENTILES = 2000, (2.5, 97.5)
 WORLDS = {
     "shortcut": "a shortcut",
@@ -34,7 +34,7 @@ WAYS = {
     "jtt": ("JTT", "#cc79a7", "D"),
     "lora": ("plain LoRA, all rows", "#000000", "x"),
 }
-UNTRUSTED = ("default-untrusted", "cleanlab", "jtt", "lora")
+WITHOUT_TRUSTED = ("default-untrusted", "even-untrusted", "cleanlab", "jtt", "lora")
 """Ways that have no trusted rows; they are compared with even draws that have none."""
 
 
@@ -54,8 +54,10 @@ def against_even(cells: pd.DataFrame) -> pd.DataFrame:
     keys = ["world", "trusted", "method"]
     for world, trusted, method in cells[keys].drop_duplicates().itertuples(index=False):
         of = cells[(cells.world == world) & (cells.trusted == trusted) & (cells.method == method)]
-        even = cells[(cells.world == world) & (cells.method == ("even-untrusted" if method in UNTRUSTED else "even"))]
-        if method not in UNTRUSTED:
+        even = cells[
+            (cells.world == world) & (cells.method == ("even-untrusted" if method in WITHOUT_TRUSTED else "even"))
+        ]
+        if method not in WITHOUT_TRUSTED:
             even = even[even.trusted == trusted]
         twins = even.set_index("seed")
         gains = [
@@ -76,8 +78,8 @@ def _resampled(gains: list[np.ndarray], rng: np.random.Generator) -> float:
     return float(np.mean([gains[j][rng.integers(len(gains[j]), size=len(gains[j]))].mean() for j in drawn]))
 
 
-def plot() -> None:
-    """Worlds down, the difference to even draws across, a mark for each way to train."""
+def plot() -> bytes:
+    """An SVG picture: worlds down, the difference to even draws across, a mark for each way to train."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -105,10 +107,7 @@ def plot() -> None:
     axes.set_xlabel("points of accuracy against even draws (with the same trusted rows, where the way has them)")
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     axes.legend(handles.values(), handles.keys(), fontsize=8, loc="lower right")
-    PLOT.parent.mkdir(exist_ok=True)
-    figure.savefig(PLOT, metadata={"Date": None})
+    buffer = io.BytesIO()
+    figure.savefig(buffer, metadata={"Date": None}, facecolor="white")
     pyplot.close(figure)
-
-
-if __name__ == "__main__":
-    plot()
+    return buffer.getvalue()

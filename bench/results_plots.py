@@ -5,8 +5,6 @@ from pathlib import Path
 import pandas as pd
 from glue_cells import BLOCK, REFERENCES, beside, entries_of, rank_of, shown, stored
 
-from tsqlora.compare.table import interval
-
 PLOTS = Path(__file__).parents[1] / "docs" / "plots"
 COLOURS = ("#000000", "#e69f00", "#0072b2", "#56b4e9", "#009e73", "#d55e00", "#cc79a7", "#999933")
 """The palette of Okabe and Ito, which colour-blind readers can tell apart."""
@@ -62,40 +60,3 @@ def _origin(cells: pd.DataFrame, column: str) -> str:
         return f"no cells yet that can be compared with {REFERENCE}"
     commits = sorted({*pairs["commit"], *pairs["commit_theirs"]})
     return f"seeds {', '.join(map(str, sorted(pairs['seed'].unique())))}; code {', '.join(commits)}"
-
-
-def forest_of_worlds() -> bytes:
-    """By how many points trusted rows last beat other uses of the same rows: dots are seeds, bars 95 % intervals."""
-    import io
-    import json
-
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams |= {"svg.hashsalt": "tsqlora", "svg.fonttype": "none", "font.size": 11}
-    from matplotlib import pyplot
-
-    paths = sorted((PLOTS.parents[1] / "bench" / "results" / "worlds").glob("*.json"))
-    cells = pd.DataFrame([{**cell, **cell["settings"]} for cell in (json.loads(path.read_text()) for path in paths)])
-    wide = 100 * cells.pivot_table(index=["world", "trusted", "seed"], columns="method", values="accuracy")
-    others = {"even": "the same rows mixed in", "trusted": "trusted rows alone"}
-    gains = {
-        (world, trusted, name): (rows["default"] - rows[other]).dropna()
-        for (world, trusted), rows in wide.groupby(level=["world", "trusted"])
-        for other, name in others.items()
-        if other in rows
-    }
-    gains = {key: gain for key, gain in gains.items() if len(gain)}
-    figure, axes = pyplot.subplots(figsize=(8.4, 1.0 + 0.45 * len(gains)), layout="constrained")
-    for place, gain in enumerate(gains.values()):
-        of = interval([*gain])
-        axes.errorbar(of.mean, -place, xerr=of.half, color=COLOURS[2], marker="s", capsize=4)
-        axes.plot(gain, [-place] * len(gain), "o", color=COLOURS[1], markersize=4, zorder=3)
-    axes.axvline(0, color="#777777", linewidth=1)
-    labels = [f"{world}, {trusted} rows: over {name}" for world, trusted, name in gains]
-    axes.set_yticks([-place for place in range(len(gains))], labels)
-    axes.set(xlabel="points of accuracy gained by trusted rows last", ylim=(0.5 - len(gains), 0.5))
-    buffer = io.BytesIO()
-    figure.savefig(buffer, metadata={"Date": None}, facecolor="white")
-    pyplot.close(figure)
-    return buffer.getvalue()

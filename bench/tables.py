@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import curves
+import differences
 import pandas as pd
 import results_page
 from curves import EPOCHS
@@ -372,21 +373,29 @@ def _mean(values: Sequence[float | None], digits: int = 1) -> str:
 
 
 def worlds(_: Results) -> pd.DataFrame:
-    """Accuracy on average and in the worst group, and test loss; means over seeds."""
-    cells = pd.DataFrame([{**cell, **cell["settings"]} for cell in _cells("worlds")])
+    """Accuracy on average and in the worst group, the gain over even draws, and test loss; means over seeds."""
+    cells = differences.cells()
+    gains = differences.against_even(cells).set_index(["world", "trusted", "method"])
     rows = []
-    for (world, trusted, method), found in cells.groupby(["world", "trusted", "method"], sort=False):
-        rows.append(
-            {
-                "world": world,
-                "trusted rows": trusted,
-                "way to train": method,
-                "seeds": len(found),
-                "accuracy": _spread(100 * found.accuracy),
-                "worst group": _spread(100 * found.worst),
-                "test loss": _spread(found.loss, 2),
-            }
-        )
+    for world in differences.WORLDS:
+        of_world = cells[cells.world == world].sort_values("trusted", ascending=False, kind="stable")
+        for (trusted, method), of in of_world.groupby(["trusted", "method"], sort=False):
+            key = (world, trusted, method)
+            gain = gains.loc[key] if key in gains.index else None
+            rows.append(
+                {
+                    "world": differences.WORLDS[world],
+                    "trusted rows": "none" if method in differences.WITHOUT_TRUSTED else trusted,
+                    "way to train": method,
+                    "seeds": len(of),
+                    "accuracy": f"{100 * of.accuracy.mean():.1f}",
+                    "worst group": f"{100 * of.worst.mean():.1f}" if world in ("shortcut", "both", "weak") else "",
+                    "points over even draws": ""
+                    if gain is None
+                    else f"{gain.gain:+.1f} ({gain.low:+.1f} to {gain.high:+.1f})",
+                    "test loss": f"{of.loss.mean():.2f}",
+                }
+            )
     return pd.DataFrame(rows)
 
 
@@ -472,8 +481,8 @@ def problems(_: Results) -> Rows:
     flagged, wrong = (found[column].split(" / ")[0] for column in ("flagged: ours / cleanlab", "of them wrong"))
     start = headstart(_).set_index(["table", "way to train"])
     ours, lora = start.loc[("clinc150", "tsqlora")], start.loc[("clinc150", "lora")]
-    cells = pd.DataFrame([{**cell, **cell["settings"]} for cell in _cells("worlds")])
-    world = cells[cells.world == "shortcut"].groupby("method").accuracy.mean() * 100
+    cells = differences.cells()
+    world = cells[(cells.world == "shortcut") & (cells.trusted == 128)].groupby("method").accuracy.mean() * 100
     served = json.loads((RESULTS / "servers.json").read_text())["servers"]
     misread = {name: sum(kind["verdict"] != "right" for kind in kinds.values()) for name, kinds in served.items()}
     faulty = json.loads((RESULTS / "faults.json").read_text())["cells"].values()

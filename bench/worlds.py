@@ -196,7 +196,6 @@ class Way:
 EVEN = {"enabled": False}
 METHODS: dict[str, Way] = {
     "default": Way(),
-    "pool-then-trusted": Way({"reject": False}),
     "share": Way({"gate": "share"}),
     "surest": Way({"gate": "surest"}),
     "even": Way(EVEN),
@@ -205,7 +204,7 @@ METHODS: dict[str, Way] = {
     "default-untrusted": Way(trusted=False),
     "even-untrusted": Way(EVEN, trusted=False),
     "cleanlab": Way(EVEN, trusted=False, before="cleanlab"),
-    "cleanlab-then-trusted": Way({"reject": False}, before="cleanlab"),
+    "cleanlab-then-trusted": Way(before="cleanlab"),
     "jtt": Way(EVEN, trusted=False, before="jtt"),
 }
 """`even` has the trusted rows in every epoch, `trusted` them alone, `lora` is plain LoRA on all rows."""

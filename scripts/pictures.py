@@ -123,10 +123,10 @@ def pages(folder: Path) -> None:
 
 
 def forest(_: Path) -> None:
-    """What trusted rows buy, world by world, from bench/results/worlds."""
-    from results_plots import forest_of_worlds
+    """What each way to train gains over even draws, world by world, from bench/results/worlds."""
+    from differences import plot
 
-    write("worlds.svg", forest_of_worlds())
+    write("worlds.svg", plot())
 
 
 MAKERS: dict[str, Callable[[Path], Any]] = {"forest": forest, "doctor": doctor, "pages": pages}
