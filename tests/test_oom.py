@@ -214,6 +214,6 @@ def test_several_processes_are_told_what_to_change(
     with pytest.raises(
         tsq.TsqLoraError,
         match=r"^memory does not suffice for 8 rows in each of 2 processes; halve training\.batch_size, double "
-        r"training\.gradient_accumulation_steps, and name another --out$",
+        r"training\.gradient_accumulation_steps, and use another --out$",
     ):
         pipeline.fitting_in_memory(config, tmp_path, work)

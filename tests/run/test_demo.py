@@ -126,7 +126,7 @@ def test_the_demo_shows_wrong_labels_first_and_then_compares_two_runs(
             demo.run_demo(Path("runs"), seed=0, progress=None, say=said.append)
 
 
-def test_rows_that_are_left_out_are_shown_first_and_of_equal_doubt_the_higher_loss(
+def test_rows_that_are_left_out_are_shown_first_and_of_equal_probability_the_higher_loss(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     scores: Any = SimpleNamespace(
@@ -135,7 +135,7 @@ def test_rows_that_are_left_out_are_shown_first_and_of_equal_doubt_the_higher_lo
         predictions={"predicted": np.array([0, 1, 1, 1])},
         record=SimpleNamespace(classes=["x", "y"]),
     )
-    monkeypatch.setattr(demo, "doubt", lambda scores: np.array([0.9, 0.5, 0.5, 0.8]))
+    monkeypatch.setattr(demo, "p_wrong", lambda scores: np.array([0.9, 0.5, 0.5, 0.8]))
     news = demo.News(["a", "b", "c", "d"], ["x", "x", "y", "y"], ["x", "y", "y", "y"])
     shown = demo.suspects(scores, news)
     assert [row["text"] for row in shown] == ["d", "c", "b", "a"]

@@ -144,7 +144,7 @@ def test_checkpoints_load_in_plain_peft_and_runs_resume_from_them(tmp_path: Path
 
 def test_reentrant_checkpointing_is_refused_by_name(tmp_path: Path) -> None:
     trainer = make(tmp_path, [tsq.RankCallback(interval=3)], gradient_checkpointing_kwargs={"use_reentrant": True})
-    with pytest.raises(tsq.UnsupportedError, match=r"is under reentrant gradient checkpointing.*use_reentrant': False"):
+    with pytest.raises(tsq.UnsupportedError, match=r"reentrant gradient checkpointing.*use_reentrant': False"):
         trainer.train()
 
 
@@ -176,7 +176,7 @@ def test_samples_that_share_a_row_are_refused_by_quality_before_the_first_step(
     trainer = make(tmp_path, [], **options)
     trainer.train_dataset = rows = tsq.QualitySubset(trainer.train_dataset, 0.5)
     trainer.add_callback(quality_by(rows, weights={"loss": -1.0}))
-    with pytest.raises(tsq.UnsupportedError, match=r"the collator makes 1 row\(s\) of 2 samples"):
+    with pytest.raises(tsq.UnsupportedError, match=r"1 row\(s\).*tsqlora\.select"):
         trainer.train()
     assert trainer.state.global_step == 0
 
