@@ -18,6 +18,8 @@ from tsqlora.compat.quieten import quieten
 from tsqlora.errors import printable
 
 stdout, stderr = Console(), Console(stderr=True)
+_warned: set[str] = set()
+"""Warnings that this process has printed."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, all else to stderr.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="K.K=VALUE", help="Override a setting; repeatable.")]
@@ -26,11 +28,13 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 
 
 def show(result: Mapping[str, Any], as_json: bool, table: Callable[[Console, Mapping[str, Any]], None]) -> None:
-    """Print a command's result: as one JSON object, or as its table."""
+    """Print a command's result: as one JSON object, or as its table, without notes that were printed as warnings."""
     if as_json:
         stdout.out(json.dumps(result), highlight=False)
-    else:
-        table(stdout, harmless(result))
+        return
+    if "notes" in result:
+        result = {**result, "notes": [note for note in result["notes"] if note not in _warned]}
+    table(stdout, harmless(result))
 
 
 def harmless(value: Any) -> Any:
@@ -68,4 +72,9 @@ def quieten_libraries(*, debug: bool) -> None:
         return
     quieten()
     warnings.filterwarnings("always", module="tsqlora")
-    warnings.showwarning = lambda message, *_: _print(str(message), "[yellow]warning:[/] ")
+    warnings.showwarning = lambda message, *_: _warn(str(message))
+
+
+def _warn(text: str) -> None:
+    _warned.add(text)
+    _print(text, "[yellow]warning:[/] ")
