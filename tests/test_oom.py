@@ -166,14 +166,9 @@ def test_a_batch_is_trained_on_in_parts_with_the_same_steps(
     """Before there is a checkpoint, and behind the first; as a run that had parts of this size from there on."""
     with monkeypatch.context() as patch:
         Limit(patch, rows=2, first=first)
-        with pytest.warns(
-            UserWarning, match=r"memory does not suffice for 8 rows at once: each batch is trained on in"
-        ):
+        with pytest.warns(UserWarning, match="memory does not suffice for 8 rows at once"):
             record = pipeline.train(config, tmp_path / "run")
-    assert record.notes[0] == (
-        "memory does not suffice for 8 rows at once: each batch is trained on in 4 parts of 2; its rows, the steps and "
-        "the schedule stay"
-    )
+    assert "in 4 parts of 2" in record.notes[0]
     state = newest_state(tmp_path / "run")
     assert (state["stateful_callbacks"]["tsqlora"]["rows"], state["global_step"]) == (2, record.plan["steps"])
     assert record.plan["steps"] == 24

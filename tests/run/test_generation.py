@@ -312,7 +312,7 @@ def test_packed_training_is_the_padded_one(tmp_path: Path) -> None:
         run = tmp_path / f"run-{packing}"
         with patch.object(fit, "GuardCallback", wraps=fit.GuardCallback) as guard:
             record, scores = pipeline.train(load_config(config, also), run), Scores.load(run / "scores.parquet")
-        assert (guard.call_args.args == (None,)) == packing, "packed batches do not tell whose samples they are"
+        assert guard.call_args.kwargs["packed"] == packing, "packed batches do not tell whose samples they are"
         assert record.quality["used"]
         found.append([record.metrics["validation"]["loss"], *scores.terms["loss"]])
     np.testing.assert_allclose(found[1], found[0], rtol=1e-2)
