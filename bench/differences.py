@@ -102,12 +102,17 @@ def plot() -> bytes:
             error = [[cell.gain - cell.low], [cell.high - cell.gain]]
             axes.errorbar(cell.gain, place + offset, xerr=error, color=colour, marker=marker, markersize=5, label=name)
     axes.axvline(0, color="#777777", linewidth=1)
-    axes.set_yticks(range(len(lines)), [f"{WORLDS[world]}\n{trusted} trusted rows" for world, trusted in lines])
+    axes.set_yticks(range(len(lines)), [f"{WORLDS[world]}\n{_rows(table, world, trusted)}" for world, trusted in lines])
     axes.invert_yaxis()
-    axes.set_xlabel("points of accuracy against even draws (with the same trusted rows, where the way has them)")
+    axes.set_xlabel("points of accuracy against even draws, trusted rows mixed in")
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     axes.legend(handles.values(), handles.keys(), fontsize=8, loc="lower right")
     buffer = io.BytesIO()
     figure.savefig(buffer, metadata={"Date": None}, facecolor="white")
     pyplot.close(figure)
     return buffer.getvalue()
+
+
+def _rows(table: pd.DataFrame, world: str, trusted: int) -> str:
+    here = table[(table.world == world) & (table.trusted == trusted)]
+    return "no trusted rows" if here.method.isin(WITHOUT_TRUSTED).all() else f"{trusted} trusted rows"
