@@ -1,4 +1,4 @@
-"""The only file that knows of processes.  With one process every function is the identity."""
+"""Communication between processes.  With one process every function is the identity."""
 
 import os
 import zlib
@@ -18,7 +18,7 @@ from tsqlora.errors import TsqLoraError, UnsupportedError
 T = TypeVar("T")
 
 _LOST = ("closed by peer", "reset by peer", "Broken pipe", "Timed out", "timed out", "timeout", "NCCL error")
-"""What an exchange says where one of its processes is gone, or does not answer."""
+"""Words of a collective's error after a peer has died or does not answer."""
 
 
 def active() -> bool:
@@ -35,12 +35,12 @@ def summed(values: Tensor) -> Tensor:
 
 
 def any_process(here: bool, device: torch.device) -> bool:
-    """Whether it is so in any process; one process alone does not wait for its device."""
+    """Whether it is true in any process; one process does not wait for its device."""
     return bool(summed(torch.tensor(float(here), device=device)) > 0) if active() else here
 
 
 def from_first(value: T) -> T:
-    """The first process's value, on every process: what is decided is decided once."""
+    """The first process's value, in every process."""
     if not active():
         return value
     box = [value]
@@ -68,9 +68,9 @@ def to_first(value: T) -> list[T] | None:
 
 
 def together(work: Callable[[], T]) -> T:
-    """What `work` gives here.  Whatever error it has in one process is raised in all, so that none waits for it."""
+    """The result of `work`; an error in one process is raised in all, so that none waits for it."""
     value, error = _attempt(work)
-    failures = gathered(_told(error))
+    failures = gathered(_portable(error))
     if error is not None:
         raise error
     for process, failure in enumerate(failures):
@@ -80,12 +80,12 @@ def together(work: Callable[[], T]) -> T:
 
 
 def once(work: Callable[[], T]) -> T:
-    """What `work` gives in the first process, in all; an error too."""
+    """The first process's result of `work`, in all processes; its error too."""
     return from_first(together(lambda: work() if is_first() else cast(T, None)))
 
 
 def share(items: Sequence[T]) -> Sequence[T]:
-    """Every n-th of the items, of n processes: each item is in one process."""
+    """This process's share: every n-th of the items."""
     return items[dist.get_rank() :: dist.get_world_size()] if active() else items
 
 
@@ -104,13 +104,13 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def assign(tensor: Tensor, value: Tensor) -> None:
-    """Makes what `full_tensor` gave, and was changed since, the tensor's value: each process keeps its part."""
+    """Assign a full tensor to one that may be sharded: each process keeps its part."""
     if is_sharded(tensor):
         from torch.distributed.tensor import distribute_tensor
 
-        kept = cast(Any, tensor)
+        sharded = cast(Any, tensor)
         # No source: every process has the same whole.
-        value = distribute_tensor(value, kept.device_mesh, kept.placements, src_data_rank=None)
+        value = distribute_tensor(value, sharded.device_mesh, sharded.placements, src_data_rank=None)
     if value is not tensor:
         tensor.copy_(value)
 
@@ -139,7 +139,7 @@ def explain_lost_peer(advice: str) -> Generator[None]:
 
 
 def wait() -> None:
-    """Until every process has come here."""
+    """Wait for every process."""
     if active():
         dist.barrier()
 
@@ -150,7 +150,7 @@ def is_first() -> bool:
 
 
 def launched() -> int:
-    """As how many processes the program was started, whether or not they know of each other yet."""
+    """Number of processes that the program was started as, connected or not."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -158,8 +158,8 @@ def refuse_copies(n_gpu: int) -> None:
     """Raises UnsupportedError where a Trainer would take its batches apart among GPUs, by DataParallel."""
     if n_gpu > 1:
         raise UnsupportedError(
-            f"{n_gpu} GPUs in one process copy the model at each step, and what is measured on a copy is lost; show it "
-            "one of them, CUDA_VISIBLE_DEVICES=0, or start a process each: accelerate launch"
+            f"{n_gpu} GPUs in one process copy the model at each step, so measurements on a copy are lost; use one "
+            "of them, CUDA_VISIBLE_DEVICES=0, or start a process each: accelerate launch"
         )
 
 
@@ -167,7 +167,7 @@ def refuse_deepspeed(plugin: Any) -> None:
     """Raises UnsupportedError where training has a plugin of DeepSpeed."""
     if plugin is not None:
         raise UnsupportedError(
-            "DeepSpeed keeps gradients and moments, and with ZeRO-3 weights, where neither ranks nor scores can follow "
+            "DeepSpeed keeps gradients and moments, and with ZeRO-3 weights, where ranks and scores cannot reach "
             "them; use accelerate launch without DeepSpeed (DDP)"
         )
 
@@ -192,6 +192,6 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return None, error
 
 
-def _told(error: Exception | None) -> TsqLoraError | str | None:
-    """What the other processes are told: errors of ours as they are; others need not survive the way."""
+def _portable(error: Exception | None) -> TsqLoraError | str | None:
+    """An error for the other processes: ours unchanged, others as text, since they may not pickle."""
     return error if error is None or isinstance(error, TsqLoraError) else f"{type(error).__name__}: {error}"

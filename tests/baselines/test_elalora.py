@@ -110,7 +110,7 @@ def test_a_change_takes_what_is_pruned_from_the_update_and_adds_next_to_nothing(
     scale = triplets.layer.scaling["default"] / (triplets.layer.ranknum["default"] + 1e-5)
     gone = (triplets.p[:, [1]] * triplets.lam[1] @ triplets.q[[1]] * scale).detach()
     assert gone.abs().max() > 1e-4
-    change(triplets, kept=[0, 2, 3], grown=2, optimizer=optimizer, seed=0)
+    change(triplets, remaining=[0, 2, 3], grown=2, optimizer=optimizer, seed=0)
     after = updates(model)
     assert triplets.rank == triplets.layer.r["default"] == 5
     torch.testing.assert_close(after.pop(QUERY), before.pop(QUERY) - gone, rtol=0, atol=1e-8)
@@ -120,7 +120,7 @@ def test_a_change_takes_what_is_pruned_from_the_update_and_adds_next_to_nothing(
 def test_a_new_triplet_is_of_unit_vectors_at_right_angles_to_those_there() -> None:
     model, optimizer = ready()
     triplets = triplets_of(model)[QUERY]
-    change(triplets, kept=[0, 1, 3], grown=2, optimizer=optimizer, seed=0)
+    change(triplets, remaining=[0, 1, 3], grown=2, optimizer=optimizer, seed=0)
     for vectors in (triplets.q.detach(), triplets.p.detach().T):
         products = vectors @ vectors.T
         torch.testing.assert_close(products[3:, 3:], torch.eye(2), rtol=0, atol=1e-6)
@@ -128,7 +128,7 @@ def test_a_new_triplet_is_of_unit_vectors_at_right_angles_to_those_there() -> No
     assert triplets.lam[3:].flatten().tolist() == [pytest.approx(SMALLEST)] * 2
     with torch.no_grad():
         triplets.lam[0] = 1e-20
-    change(triplets, kept=[0, 1, 2], grown=1, optimizer=optimizer, seed=0)
+    change(triplets, remaining=[0, 1, 2], grown=1, optimizer=optimizer, seed=0)
     assert float(triplets.lam[3].detach()) == pytest.approx(1e-20)
 
 
@@ -154,7 +154,7 @@ def test_scores_are_those_of_the_literal_transcription_number_by_number() -> Non
 def test_new_vectors_follow_the_seed() -> None:
     def row(seed: int) -> Tensor:
         model, optimizer = ready()
-        change(triplets_of(model)[QUERY], kept=[0], grown=1, optimizer=optimizer, seed=seed)
+        change(triplets_of(model)[QUERY], remaining=[0], grown=1, optimizer=optimizer, seed=seed)
         return triplets_of(model)[QUERY].q[1].detach()
 
     assert torch.equal(row(3), row(3))
@@ -164,7 +164,7 @@ def test_new_vectors_follow_the_seed() -> None:
 def test_a_layer_may_have_more_triplets_than_directions() -> None:
     model, optimizer = ready()
     triplets = triplets_of(model)[QUERY]
-    change(triplets, kept=[0, 1, 2, 3], grown=14, optimizer=optimizer, seed=0)
+    change(triplets, remaining=[0, 1, 2, 3], grown=14, optimizer=optimizer, seed=0)
     assert triplets.rank == 18
     assert triplets.q.isfinite().all()
 
@@ -176,7 +176,7 @@ def test_kept_triplets_take_the_next_step_as_if_nothing_had_changed(prepared: bo
     if prepared:
         optimizer = Accelerator(cpu=True).prepare_optimizer(optimizer)
     kept = [0, 2, 3]
-    change(triplets_of(model)[QUERY], kept=kept, grown=2, optimizer=optimizer, seed=0)
+    change(triplets_of(model)[QUERY], remaining=kept, grown=2, optimizer=optimizer, seed=0)
     generator = torch.Generator().manual_seed(1)
     for (a, dim), (b, _) in zip(
         triplets_of(model)[QUERY].matrices(), triplets_of(untouched)[QUERY].matrices(), strict=True
@@ -199,7 +199,7 @@ def test_kept_triplets_take_the_next_step_as_if_nothing_had_changed(prepared: bo
 def test_moments_of_new_triplets_begin_at_zero_and_at_the_mean() -> None:
     model, optimizer = ready()
     triplets = triplets_of(model)[QUERY]
-    change(triplets, kept=[1, 2], grown=1, optimizer=optimizer, seed=0)
+    change(triplets, remaining=[1, 2], grown=1, optimizer=optimizer, seed=0)
     for matrix, dim in triplets.matrices():
         state = optimizer.state[matrix]
         assert not state["exp_avg"].narrow(dim, 2, 1).any()

@@ -66,7 +66,7 @@ def test_filling_leaves_nothing_that_buys_a_rank(
     wanted = {layer: data.draw(st.floats(-5, 20)) for layer in shapes}
     limits = caps(shapes, 6)
     empty = dict.fromkeys(shapes, 0)
-    ranks = fill(empty, wanted=wanted, order=list(shapes), shapes=shapes, caps=limits, budget=total)
+    ranks = fill(empty, wishes=wanted, order=list(shapes), shapes=shapes, caps=limits, budget=total)
     left = total - used(ranks, shapes)
     assert left >= 0
     assert all(ranks[n] == limits[n] or cost > left for n, cost in costs(shapes).items())
@@ -79,7 +79,7 @@ def test_filling_goes_by_remainder_then_by_the_given_order() -> None:
     wanted = {"a": 1.5, "b": 1.5 + 1e-12, "c": Fraction(19, 10)}
 
     def filled(order: str, total: int) -> dict[str, int]:
-        return fill(start, wanted=wanted, order=order, shapes=shapes, caps=limits, budget=total)
+        return fill(start, wishes=wanted, order=order, shapes=shapes, caps=limits, budget=total)
 
     assert filled("abc", 8) == {"a": 1, "b": 1, "c": 2}
     assert filled("abc", 10) == {"a": 2, "b": 1, "c": 2}
@@ -89,5 +89,5 @@ def test_filling_goes_by_remainder_then_by_the_given_order() -> None:
 def test_filling_passes_over_a_layer_that_is_too_dear() -> None:
     shapes, limits = {"wide": (50, 50), "slim": (5, 5)}, {"wide": 4, "slim": 4}
     wanted = {"wide": 4.0, "slim": 0.0}
-    ranks = fill({"wide": 0, "slim": 0}, wanted=wanted, order=["wide", "slim"], shapes=shapes, caps=limits, budget=120)
+    ranks = fill({"wide": 0, "slim": 0}, wishes=wanted, order=["wide", "slim"], shapes=shapes, caps=limits, budget=120)
     assert ranks == {"wide": 1, "slim": 2}

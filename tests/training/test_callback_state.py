@@ -295,7 +295,7 @@ def test_a_damaged_checkpoint_is_named(name: str, damage: str, tmp_path: Path) -
     else:
         path.write_bytes(path.read_bytes()[:20])
     why = "is missing" if damage == "missing" else "cannot be read"
-    with pytest.raises(tsq.TsqLoraError, match=f"cannot resume: {path} {why}.*start anew"):
+    with pytest.raises(tsq.TsqLoraError, match=f"cannot resume: {path} {why}.*start again"):
         (QualityState if "quality" in name else RankState).load(tmp_path)
 
 

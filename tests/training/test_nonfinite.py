@@ -160,7 +160,7 @@ def test_rows_that_cannot_be_known_are_said_to_be_so(how: str, tmp_path: Path) -
     made.train()
     assert [(step.step, step.rows) for step in guard.skipped] == [(6, None)]
     assert guard.summary()["notes"] == [
-        "1 steps were skipped whose loss or gradient was not finite: step 6 (its rows are not known)"
+        "1 steps were skipped whose loss or gradient was not finite: step 6 (its rows are unknown)"
     ]
 
 
@@ -176,7 +176,7 @@ def test_too_many_end_the_training_with_advice_and_undamaged_weights(tmp_path: P
     with pytest.raises(
         tsq.TsqLoraError,
         match=r"^3 of the last 4 steps had a loss or gradient that is not finite, the last at step 14 \(its rows are "
-        r"not known\); they were skipped, and the weights are as before; the last complete checkpoint from before them "
+        r"unknown\); they were skipped, the weights are as before; the last complete checkpoint from before them "
         rf"is {tmp_path}/checkpoint-8\. Look at the rows, lower the learning rate \(0\.02\), or compute in float32$",
     ):
         made.train()

@@ -373,9 +373,7 @@ def test_a_step_without_any_call_is_told_wherever_it_comes() -> None:
     for number in range(6):
         one_step(ranks, number)
     forward(ranks)
-    with pytest.raises(
-        tsq.TsqLoraError, match=r"before_forward\(\) is missing in step 7.* given up is to be closed: close"
-    ):
+    with pytest.raises(tsq.TsqLoraError, match=r"before_forward\(\) is missing in step 7.*close"):
         ranks.optimizer.step()
     ranks.optimizer.zero_grad()
     for number in range(6, STEPS):
@@ -454,9 +452,7 @@ def test_an_optimizer_that_tells_of_no_steps_is_refused() -> None:
             self.param_groups = inner.param_groups
 
     model = slotted_bert()
-    with pytest.raises(
-        tsq.UnsupportedError, match=r"the optimizer Around .*Optimizer\.__init__.*give .* one that it wraps"
-    ):
+    with pytest.raises(tsq.UnsupportedError, match=r"the optimizer Around .*Optimizer\.__init__.*that it wraps"):
         tsq.RankLoop(model, Around(adamw(model)), STEPS)
 
 

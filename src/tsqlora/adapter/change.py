@@ -16,12 +16,12 @@ from tsqlora.compat.torch import double
 from tsqlora.ranks.events import rank_changes
 
 NEGLIGIBLE = 1e-6
-"""What is left of a direction after projection, relative to what it was, that is rounding noise."""
+"""Relative norm after projection below which a direction is rounding noise."""
 
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """Which slots go, by layer, and the rows of A that come."""
+    """Slots to drop, by layer, and new rows of A."""
 
     drops: dict[str, list[int]]
     rows: dict[str, Float[Tensor, "k i"]]
@@ -37,10 +37,9 @@ def change_ranks(
     min_age: int,
     seed: int,
 ) -> int:
-    """Brings every layer to its rank in `ranks`; how many slots were given up.
+    """Bring every layer to its rank in `ranks`; returns the number of dropped slots.
 
-    All are dropped before any grows, so parameters never exceed what they were before or
-    will be after. `importance` is kept in step.
+    All are dropped before any grows, so parameters never exceed the budget. `importance` changes with them.
     """
     distributed.require_same("ranks", sorted((name, slots.rank, ranks[name]) for name, slots in layers.items()))
     changes = distributed.from_first(
@@ -80,7 +79,7 @@ def plan_changes(
 
 
 def new_row(rows: Float[Tensor, "r i"], sketch: Float[Tensor, "k i"] | None, *, seed: int) -> Float[Tensor, " i"]:
-    """A row for A that points where the gradient does and the rows already there do not.
+    """A row for A along the gradient, orthogonal to the existing rows.
 
     The leading right singular vector of the sketch, after projecting out `rows`, at their
     mean norm; a seeded random direction where nothing is left. METHOD 4.4.
@@ -115,7 +114,7 @@ def _is_left(left: Float[Tensor, "k i"], whole: Float[Tensor, "k i"]) -> bool:
 
 
 def _leading(sketch: Float[Tensor, "k i"], basis: Float[Tensor, "r i"]) -> Float[Tensor, " i"] | None:
-    """The leading right singular vector of what the basis leaves of the sketch, None if that is nothing."""
+    """Leading right singular vector of the sketch outside the basis; None if nothing is left."""
     left = _project_out(sketch, basis)
     if not _is_left(left, sketch):
         return None

@@ -1,4 +1,4 @@
-"""A training that begins at an adapter: its ranks, its weights and its heads, whoever trained it."""
+"""Start training from an adapter: its ranks, weights and heads."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,10 +19,9 @@ from tsqlora.interop.tensors import to_bytes
 
 
 def read_start(folder: Path) -> LoraAdapter:
-    """The adapter in a directory, at one scale: where scales differ, the others are folded into B.
+    """Read the adapter in a directory, at one scale: other scales are folded into B.
 
-    Raises UnsupportedError, naming it, for what is no plain LoRA, and DataError for numbers that
-    are not finite, beside what `read_adapter` raises.
+    Raises UnsupportedError if it is not plain LoRA, DataError for numbers that are not finite, and as `read_adapter`.
     """
     adapter = read_adapter(folder)
     require_plain(adapter, "a training that goes on")
@@ -30,15 +29,15 @@ def read_start(folder: Path) -> LoraAdapter:
     targets = {name: target for name, target in adapter.targets.items() if target.rank}
     for name, target in targets.items():
         if target.kind == "convolution":
-            raise UnsupportedError(f"{name} is a convolution, on which ranks do not change; export it as merged")
+            raise UnsupportedError(f"{name} is a convolution, on which tsqlora does not train; export it as merged")
     if not targets:
-        raise DataError(f"{folder}: every layer has rank 0, and there is nothing to go on from")
+        raise DataError(f"{folder}: every layer has rank 0, so there is nothing to continue from")
     scale = commonest_scale(targets.values())
     return replace(adapter, targets={name: folded(target, scale) for name, target in targets.items()})
 
 
 def scale_of_all(adapter: LoraAdapter) -> float:
-    """The one scale of an adapter that `read_start` read."""
+    """The scale of an adapter from `read_start`."""
     return next(iter(adapter.targets.values())).scale
 
 
@@ -51,9 +50,9 @@ def start_from(model: nn.Module, adapter: LoraAdapter, *, dropout: float, module
     """The model, changed in place, with the adapter and the heads that came with it; no slots yet.
 
     Args:
-        modules_to_save: that train whole beside those that the adapter came with.
+        modules_to_save: that train whole beside those of the adapter.
 
-    Raises DataError where the adapter is of another base, or its head is of other classes.
+    Raises DataError if the adapter belongs to another base, or its head to other classes.
     """
     shapes = module_shapes(model)
     for name, target in adapter.targets.items():
@@ -70,28 +69,28 @@ def start_from(model: nn.Module, adapter: LoraAdapter, *, dropout: float, module
         **{key: patterns[key] for key in ("r", "lora_alpha", "rank_pattern", "alpha_pattern")},
     )
     peft_model = inject(model, config)
-    # PEFT wants every module's weights: of a new head its own.
+    # PEFT needs every module's weights: a new head keeps its own.
     stored = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     came_with = load(to_bytes(tensors_of(replace(adapter, base_layers={}))))
     stored |= {f"{PREFIX}{name}": tensor for name, tensor in came_with.items()}
     if unknown := set_peft_model_state_dict(peft_model, stored).unexpected_keys:
-        raise DataError(f"the adapter has {unknown[0]}, for which the model has no place; give the base that it is for")
+        raise DataError(f"the adapter has {unknown[0]}, which the model lacks; give the adapter's base")
     return peft_model
 
 
 def _require_heads_fit(model: nn.Module, adapter: LoraAdapter) -> None:
     parameters = dict(model.named_parameters())
     for name, tensor in adapter.saved.items():
-        found = parameters.get(name)
-        if found is None:
-            raise DataError(f"the adapter came with {name}, which the model has not; give the base that it is for")
-        if found.shape != tensor.shape:
+        parameter = parameters.get(name)
+        if parameter is None:
+            raise DataError(f"the adapter came with {name}, which the model lacks; give the adapter's base")
+        if parameter.shape != tensor.shape:
             raise DataError(
-                f"the adapter came with {name} of shape {tuple(tensor.shape)}, and here it is {tuple(found.shape)}: "
+                f"the adapter came with {name} of shape {tuple(tensor.shape)}, here it is {tuple(parameter.shape)}: "
                 "its head was trained on other classes; give rows of the same, or merge it and train the model"
             )
 
 
 def _holds(module: str, adapter: LoraAdapter) -> bool:
-    """Whether the adapter came with weights of a module of this name."""
+    """Whether the adapter has weights of a module of this name."""
     return any(f".{module}." in f".{name}" for name in adapter.saved)

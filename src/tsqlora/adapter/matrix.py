@@ -1,4 +1,4 @@
-"""A and B of a LoRA layer, wherever PEFT keeps them, shown in part: a parametrisation that is a prefix."""
+"""A and B of a LoRA layer, and the parametrisation that shows a prefix of their slots."""
 
 from dataclasses import dataclass
 from typing import Any, cast
@@ -31,18 +31,18 @@ class Matrix:
     holder: nn.Module
     tensor: str
     path: str
-    """What a PeftModel calls the holder."""
+    """The holder's name in a PeftModel."""
     dim: int
-    """Along which slots lie."""
+    """The dimension of the slots."""
 
     @property
     def key(self) -> str:
-        """Its name in a state dict of PEFT's."""
+        """Its name in PEFT's state dict."""
         return f"{self.path}.{self.tensor}"
 
     @property
     def full_key(self) -> str:
-        """Its name in a state dict of a module with slots."""
+        """Its name in the state dict of a module with slots."""
         return f"{self.path}.parametrizations.{self.tensor}.original"
 
     @property
@@ -56,11 +56,11 @@ class Matrix:
 
     @property
     def prefix(self) -> ActivePrefix:
-        """What shows the active ones."""
+        """The parametrisation that shows the active slots."""
         return cast(Any, self.holder).parametrizations[self.tensor][0]
 
     def make_slots(self, rank: int, capacity: int) -> None:
-        """Keeps the first `rank` slots, zeros up to the capacity; the parameter stays the same object."""
+        """Keep the first `rank` slots, zeros up to the capacity; the parameter stays the same object."""
         weight = cast(nn.Parameter, getattr(self.holder, self.tensor))
         shape = [capacity if dim == self.dim else size for dim, size in enumerate(weight.shape)]
         full = weight.detach().new_zeros(shape)
@@ -68,10 +68,10 @@ class Matrix:
         weight.data, weight.grad = full, None
         register_parametrization(self.holder, self.tensor, ActivePrefix(self.dim, rank), unsafe=True)
         show_directly(type(self.holder), self.tensor)
-        self._tell_linear(capacity)
+        self._set_features(capacity)
 
     def make_plain(self) -> None:
-        """Keeps the active slots alone; the parameter stays the same object."""
+        """Keep the active slots only; the parameter stays the same object."""
         full, rank = self.full, self.prefix.rank
         active = full.detach().narrow(self.dim, 0, rank)
         full.data, full.grad = active.clone(memory_format=torch.contiguous_format), None
@@ -79,15 +79,15 @@ class Matrix:
         self.holder.__class__ = type_before_parametrizations(self.holder)
         del self.holder.parametrizations
         setattr(self.holder, self.tensor, full)
-        self._tell_linear(rank)
+        self._set_features(rank)
 
-    def _tell_linear(self, slots: int) -> None:
+    def _set_features(self, slots: int) -> None:
         if isinstance(self.holder, nn.Linear):
             setattr(self.holder, ("out_features", "in_features")[self.dim], slots)
 
 
 def matrices(name: str, layer: LoraLayer, adapter: str) -> tuple[Matrix, Matrix]:
-    """Where PEFT keeps A and B of a layer's adapter."""
+    """A and B of a layer's adapter."""
     (a, name_a, path_a), (b, name_b, path_b) = places_of(layer, adapter)
     path = f"base_model.model.{name}"
     return Matrix(a, name_a, f"{path}.{path_a}", 0), Matrix(b, name_b, f"{path}.{path_b}", 1)

@@ -31,7 +31,7 @@ BEGINNINGS: Mapping[str, Beginning] = {
     "prev": "zero",
     "step_size": "mean",
 }
-"""How a new slot begins in what torch's optimizers keep: at zero, at the mean of the kept slots, as its weight is."""
+"""First value of a new slot in the state of torch's optimizers: zero, the mean of the active slots, or its weight."""
 
 BITSANDBYTES: Mapping[str, Mapping[str, Beginning]] = {
     "adam": {"state1": "zero", "state2": "mean"},
@@ -40,7 +40,7 @@ BITSANDBYTES: Mapping[str, Mapping[str, Beginning]] = {
     "rmsprop": {"state1": "mean"},
     "adagrad": {"state1": "mean"},
 }
-"""The same for the 32-bit state of bitsandbytes, by the optimizer's own name."""
+"""The same for the 32-bit state of bitsandbytes, by its name of the optimizer."""
 
 _BY_NORM = "steps at a rate that follows the norm of a whole matrix"
 _BY_SIDES = "keeps moments of rows and columns"
@@ -62,31 +62,31 @@ COUPLED: Mapping[str, str] = {
     "ZeroRedundancyOptimizer": _ELSEWHERE,
     "CPUOffloadOptimizer": _ELSEWHERE,
 }
-"""Optimizers whose step is not one for each number, or whose numbers are out of reach: words of their classes' names.
-By what they keep many could not be told from Adam or SGD."""
+"""Optimizers whose step is not elementwise, or whose state is elsewhere: words of their classes' names.
+Many have the same state as Adam or SGD."""
 
 _SERVED = "use AdamW, Adam or SGD"
 
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """A tensor of the optimizer that has one number for each of a weight's."""
+    """A tensor of the optimizer's state with one number per number of the weight."""
 
-    kept: Tensor
+    tensor: Tensor
     beginning: Beginning
 
     def read(self) -> Tensor:
-        """The whole of it; `write` it after changing it."""
-        return distributed.full_tensor(self.kept)
+        """The full tensor; `write` it after a change."""
+        return distributed.full_tensor(self.tensor)
 
     def write(self, whole: Tensor) -> None:
-        distributed.assign(self.kept, whole)
+        distributed.assign(self.tensor, whole)
 
 
 def moments(parameter: nn.Parameter, optimizer: torch.optim.Optimizer | None) -> dict[str, Moment]:
-    """What the optimizer keeps for each number of the parameter; nothing before its first step.
+    """The optimizer's state per number of the parameter; empty before its first step.
 
-    Raises UnsupportedError for an optimizer or a state whose meaning is not known: it could not be kept right.
+    Raises UnsupportedError for an optimizer or a state that is not in the tables.
     """
     if optimizer is None:
         return {}
@@ -96,9 +96,9 @@ def moments(parameter: nn.Parameter, optimizer: torch.optim.Optimizer | None) ->
         if any(_has_word(base.__name__, word) for base in kind.__mro__):
             raise UnsupportedError(f"the optimizer {kind.__name__} {why}, so slots cannot come and go; {_SERVED}")
     packs = optimizer_name(inner)
-    known = BEGINNINGS if packs is None else BITSANDBYTES.get(packs, {})
+    beginnings = BEGINNINGS if packs is None else BITSANDBYTES.get(packs, {})
     state = inner.state.get(parameter, {})
-    found: dict[str, Moment] = {}
+    result: dict[str, Moment] = {}
     for name, value in state.items():
         if packs is not None and is_eight_bit(value):
             raise UnsupportedError(
@@ -107,21 +107,20 @@ def moments(parameter: nn.Parameter, optimizer: torch.optim.Optimizer | None) ->
             )
         if _is_number(value):
             continue
-        if name not in known or not _is_plain(value) or value.shape != parameter.shape:
+        if name not in beginnings or not _is_plain(value) or value.shape != parameter.shape:
             raise UnsupportedError(
                 f"the optimizer {kind.__name__} keeps '{name}' of {_form(value)} for a weight of shape "
-                f"{tuple(parameter.shape)}: it is not known how a rank change moves it; {_SERVED}"
+                f"{tuple(parameter.shape)}; tsqlora does not know how a rank change moves it: {_SERVED}"
             )
-        found[name] = Moment(value, known[name])
-    return found
+        result[name] = Moment(value, beginnings[name])
+    return result
 
 
 def require_moments(parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
     """Raises UnsupportedError, as `moments`, before the optimizer's first step: a copy of it takes one on a copy.
 
-    What the optimizer keeps already does not count: of a checkpoint it may be of another run.
-
-    Says nothing of an optimizer whose copy cannot step: `moments` does after the first one.
+    State that exists does not count: a checkpoint's may belong to another run. An optimizer whose copy cannot step
+    passes; `moments` refuses it after its first step.
     """
     inner: Any = inner_optimizer(optimizer)
     groups = [group for group in inner.param_groups if any(p is parameter for p in group["params"])]
@@ -140,17 +139,14 @@ def require_moments(parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -
 
 
 def cut_moments(parameter: nn.Parameter, dim: int, size: int, optimizer: torch.optim.Optimizer) -> None:
-    """Leaves the first `size` along `dim` of what the optimizer keeps for a parameter that is cut to them next.
-
-    Where it is not known what that is, nothing of it stays.
-    """
+    """Cut a parameter's optimizer state to its first `size` along `dim`; drop a state that is not in the tables."""
     state = inner_optimizer(optimizer).state
     try:
-        known = moments(parameter, optimizer)
+        beginnings = moments(parameter, optimizer)
     except UnsupportedError:
         state.pop(parameter, None)
         return
-    for name, moment in known.items():
+    for name, moment in beginnings.items():
         state[parameter][name] = moment.read().narrow(dim, 0, size).clone(memory_format=torch.contiguous_format)
 
 
@@ -160,15 +156,15 @@ def _has_word(name: str, word: str) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is one number for the whole weight, as a count of steps is: it stays."""
+    """Whether it is one number for the whole weight, such as a count of steps."""
     return value is None or isinstance(value, int | float) or (isinstance(value, Tensor) and value.dim() == 0)
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether it is a tensor whose entries can be moved one by one, not a packed form of a library's own."""
+    """Whether it is a tensor whose entries can be moved one by one, not a packed form."""
     return type(value) in (Tensor, nn.Parameter) or distributed.is_sharded(value)
 
 
 def _form(value: Any) -> str:
-    """What an error calls a state: by its shape if it is a tensor like others, else by its type."""
+    """A state in an error: its shape if it is a plain tensor, else its type."""
     return f"shape {tuple(value.shape)}" if _is_plain(value) else f"type {type(value).__name__}"

@@ -1,4 +1,4 @@
-"""Which LoRA goes with changing ranks: plain s·BA, alone in its model.  The rest is refused by name."""
+"""Checks that an adapter can change its ranks: plain s·BA, the only one of its model."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -21,10 +21,10 @@ _NOT_PLAIN = (
     "ensure_weight_tying",
     "megatron_config",
 )
-"""Options of LoraConfig that do not go with changing ranks: the variants of LoRA, and what lies outside s·BA."""
+"""Options of LoraConfig that changing ranks do not support: variants of LoRA, and parts outside s·BA."""
 
 _INITS_OF_THE_ADAPTER_ALONE = (True, False, "gaussian", "orthogonal", "eva")
-"""Values of init_lora_weights that leave the base weights alone: once there, such an adapter is like any other."""
+"""Values of init_lora_weights that do not change the base weights."""
 
 
 def only_adapter(model: PeftModel) -> str:
@@ -55,7 +55,7 @@ def only_adapter(model: PeftModel) -> str:
 
 
 def require_fresh(config: LoraConfig) -> None:
-    """Refuses a config from which plain LoRA of one rank and scale would not come."""
+    """Refuse a config that is not plain LoRA of one rank and scale."""
     _require_plain(config, refused=(*_NOT_PLAIN, *_PATTERNS), inits=(True,))
 
 

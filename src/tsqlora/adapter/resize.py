@@ -16,18 +16,18 @@ Means = Mapping[str, float]
 
 
 def drop_slots(slots: Slots, which: Sequence[int], optimizer: torch.optim.Optimizer | None) -> None:
-    """Removes active slots; those kept move together, with their optimizer state, bit for bit."""
-    gone = set(which)
-    kept = [j for j in range(slots.rank) if j not in gone]
-    assert len(kept) == slots.rank - len(which)
-    order = torch.tensor(kept + sorted(gone) + list(range(slots.rank, slots.capacity)))
+    """Remove active slots; the others move together, with their optimizer state, bit for bit."""
+    dropped = set(which)
+    remaining = [j for j in range(slots.rank) if j not in dropped]
+    assert len(remaining) == slots.rank - len(which)
+    order = torch.tensor(remaining + sorted(dropped) + list(range(slots.rank, slots.capacity)))
 
     def moved(whole: Tensor, dim: int) -> Tensor:
         whole.copy_(whole.index_select(dim, order.to(whole.device)))
-        whole.narrow(dim, len(kept), len(gone)).zero_()
+        whole.narrow(dim, len(remaining), len(dropped)).zero_()
         return whole
 
-    # All are looked up before any moves: an optimizer that is refused has changed nothing.
+    # All are read before any moves: a refused optimizer has changed nothing.
     states = [moments(parameter, optimizer) for parameter, _ in slots.matrices()]
     with torch.no_grad():
         for (parameter, dim), state in zip(slots.matrices(), states, strict=True):
@@ -35,7 +35,7 @@ def drop_slots(slots: Slots, which: Sequence[int], optimizer: torch.optim.Optimi
                 distributed.assign(tensor, moved(distributed.full_tensor(tensor), dim))
             for moment in state.values():
                 moment.write(moved(moment.read(), dim))
-    slots.set_rank(len(kept))
+    slots.set_rank(len(remaining))
 
 
 def grow_slot(
@@ -45,9 +45,9 @@ def grow_slot(
     *,
     fallback: tuple[Means, Means] = ({}, {}),
 ) -> None:
-    """Adds one slot that leaves ΔW bit-equal: `row` in A, zeros as B's column.
+    """Add one slot that leaves ΔW bit-equal: `row` in A, zeros as B's column.
 
-    First moments start at zero. Second moments start at the mean of the matrix's kept slots
+    First moments start at zero. Second moments start at the mean of the matrix's active slots
     (`fallback`, of A and of B, where none is active): Adam counts steps by tensor, so zeros
     would make the first updates several times the learning rate.
     """
@@ -85,9 +85,9 @@ def _put(place: Tensor, value: Tensor | float) -> None:
 
 def _means(sides: Sequence[tuple[int, nn.Parameter, int]], optimizer: torch.optim.Optimizer | None) -> Means:
     """The mean of each moment that begins at a mean, over matrices of these ranks and slot dimensions."""
-    found: dict[str, list[Tensor]] = {}
+    parts: dict[str, list[Tensor]] = {}
     for rank, parameter, dim in sides:
         for name, moment in moments(parameter, optimizer).items():
             if moment.beginning == "mean":
-                found.setdefault(name, []).append(moment.read().narrow(dim, 0, rank).flatten().cpu())
-    return {name: float(double(torch.cat(parts)).mean()) for name, parts in found.items()}
+                parts.setdefault(name, []).append(moment.read().narrow(dim, 0, rank).flatten().cpu())
+    return {name: float(double(torch.cat(parts)).mean()) for name, parts in parts.items()}

@@ -86,7 +86,7 @@ def install(model: PeftModel, ranks: Mapping[str, int], *, capacity: int) -> Non
         for part in matrices(name, layer, adapter):
             part.make_slots(ranks[name], capacity)
         layer.use_rslora[adapter] = False
-    # What is written is the scale itself, as α/r; and the first values are behind us.
+    # The config gets the scale as α/r; the first values are set already.
     config.use_rslora, config.init_lora_weights = False, True  # pyright: ignore[reportAttributeAccessIssue]
     model.register_state_dict_post_hook(_save_active)
     model.register_load_state_dict_pre_hook(_load_active)
@@ -158,11 +158,11 @@ def _active_counts(model: PeftModel) -> tuple[int, int]:
 
 
 def finalize(model: PeftModel) -> PeftModel:
-    """Turns slots into plain LoRA weights of exactly the active ranks; returns the model.
+    """Turn slots into plain LoRA weights of the active ranks; returns the model.
 
-    What is left is a PEFT model like any other: it merges, copies and pickles. A layer at
+    The result is a PEFT model like any other: it merges, copies and pickles. A layer at
     rank 0 becomes its base layer again. Parameters stay the same objects, and are smaller: an
-    optimizer made before is to be made anew. Does nothing to a model without slots.
+    optimizer made before must be made again. Does nothing to a model without slots.
     """
     if not has_slots(model):
         return model
@@ -210,7 +210,7 @@ def _restore_base(model: PeftModel, slots: Slots) -> None:
 
 def _save_active(model: PeftModel, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
     """After state_dict: the active part of each matrix under PEFT's own name, none for a layer at rank 0."""
-    # Whoever saves weights saves the config next.
+    # PEFT saves the config after the weights.
     sync_config(model)
     for slots in find_slots(model).values():
         for part in slots.parts:
@@ -224,7 +224,7 @@ def _save_active(model: PeftModel, state: dict[str, Any], prefix: str, _metadata
 def _load_active(model: PeftModel, state: dict[str, Any], prefix: str, *_rest: Any) -> None:
     """Before load_state_dict: ranks from the shapes, weights padded with zeros to the capacity.
 
-    A layer that is not in the state dict is at rank 0, unless none is: then it is of something else.
+    A layer that the state dict lacks is at rank 0, unless it lacks all: then it has no adapter.
     """
     layers = find_slots(model)
     saved = {name: [state.pop(f"{prefix}{part.key}", None) for part in slots.parts] for name, slots in layers.items()}

@@ -29,7 +29,7 @@ MEAN_RANK = 8.0
 ALPHA = 16.0
 
 _HEADED = re.compile("Classification|QuestionAnswering|MultipleChoice")
-"""In a class's name: a model with a head that is new for its task."""
+"""Words of classes whose head is new for the task."""
 
 
 def wrap(
@@ -44,14 +44,13 @@ def wrap(
     modules_to_save: Sequence[str] = (),
     config: LoraConfig | None = None,
 ) -> PeftModel:
-    """A PeftModel with LoRA in every target, at uniform rank, whose ranks `RankCallback` moves.
+    """Build a PeftModel with LoRA in every target, at uniform rank; `RankCallback` moves the ranks.
 
     A classifier's head trains whole and is saved: in a transformers model for classification,
     question answering or multiple choice, all that lies beside its body. So is a linear layer
     that the checkpoint lacked, such as a pooler, where transformers' `from_pretrained` has made the model.
 
-    Of a PeftModel with one LoRA adapter, fresh or trained, the same object: its weights stay
-    as they are, its ranks become changeable, and its mean rank and scale are kept.
+    A PeftModel with one LoRA adapter, fresh or trained, stays the same object: only its ranks become changeable.
 
     Args:
         mean_rank: rank of a uniform LoRA with as many parameters, 8 by default; also the
@@ -63,8 +62,8 @@ def wrap(
         target_modules: names or endings of names of linear layers and embeddings, or
             "all-linear": every linear layer but heads and the output embedding.
         modules_to_save: further modules that train whole, without LoRA.
-        config: a LoraConfig instead of all the others but max_rank and depth; its r is the mean rank.
-            Then what it says of heads holds, and nothing is added.
+        config: a LoraConfig instead of all the others but max_rank and depth; its r is the mean rank,
+            and its modules_to_save are all that trains whole.
 
     Raises SettingsError if no module matches, and for a depth above the number of blocks; UnsupportedError for options
     of LoraConfig that are not plain LoRA, and for adapters that are not one plain LoRA of one scale.
@@ -73,7 +72,7 @@ def wrap(
     changed = options != (None, None, 0.0, "all-linear", ())
     if isinstance(model, PeftModel):
         if changed or depth is not None or config is not None:
-            raise SettingsError("the model has an adapter, which says all but max_rank itself; leave out the others")
+            raise SettingsError("the model has an adapter, which decides all but max_rank; leave out the other options")
         return _adopt(model, max_rank)
     if config is None:
         mean = MEAN_RANK if mean_rank is None else mean_rank
@@ -82,7 +81,7 @@ def wrap(
     elif changed:
         raise SettingsError(
             "wrap takes config=LoraConfig(...) instead of mean_rank, alpha, dropout, target_modules and "
-            "modules_to_save; give the one or the others"
+            "modules_to_save; give either"
         )
     else:
         require_fresh(config)
@@ -197,9 +196,9 @@ def require_supported_packing(config: Any) -> None:
 
 
 def _adopt(model: PeftModel, max_rank: int | None) -> PeftModel:
-    """Slots for an adapter that is there: its weights first, zeros up to the capacity."""
+    """Add slots to an adapter: its weights first, zeros up to the capacity."""
     adapter = only_adapter(model)
-    # A copy: PEFT keeps the user's own config, with which other models may be made.
+    # A copy: PEFT keeps the user's config object, which may serve other models.
     model.peft_config[adapter] = copy.deepcopy(model.peft_config[adapter])
     layers = lora_layers(model)
     scales = {name: layer.scaling[adapter] for name, layer in layers.items()}
@@ -238,7 +237,7 @@ def heads(model: nn.Module) -> list[str]:
 def _random_linears(model: nn.Module) -> list[str]:
     """Linear layers beside the heads that the checkpoint lacked, such as a pooler: they have random weights.
 
-    transformers marks every parameter that it has loaded; of a model without any mark nothing is known.
+    transformers marks every parameter that it has loaded; a model without marks has none.
     """
     if not any(map(was_loaded, model.parameters())) or getattr(model, "is_quantized", False):
         return []

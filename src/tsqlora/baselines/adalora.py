@@ -83,8 +83,8 @@ class AdaLoraCallback(TrainerCallback):
 
 def kept_triplets(model: PeftModel) -> dict[str, int]:
     """Each layer's triplets that the last allocation kept, all before the first."""
-    kept = chosen_triplets(config_of(model))
-    return {name: int(kept.get(name, triplets.rank)) for name, triplets in triplets_of(model).items()}
+    ranks = chosen_triplets(config_of(model))
+    return {name: int(ranks.get(name, triplets.rank)) for name, triplets in triplets_of(model).items()}
 
 
 def used_parameters(model: PeftModel) -> int:

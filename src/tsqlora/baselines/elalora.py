@@ -86,9 +86,9 @@ class ElaLoraCallback(TrainerCallback):
         for name, triplets in self.layers.items():
             gone, grown = moves.drops.get(name, []), moves.grows.get(name, 0)
             if gone or grown:
-                kept = [j for j in range(triplets.rank) if j not in gone]
-                change(triplets, kept=kept, grown=grown, optimizer=optimizer, seed=self.seed + due)
-                self.importance.changed(name, kept=kept, grown=grown)
+                remaining = [j for j in range(triplets.rank) if j not in gone]
+                change(triplets, remaining=remaining, grown=grown, optimizer=optimizer, seed=self.seed + due)
+                self.importance.changed(name, remaining=remaining, grown=grown)
         if moves.drops:
             self.changes[step] = sum(moves.grows.values())
             write_ranks(self.model)

@@ -1,4 +1,4 @@
-"""The table of baselines, and those of them that need no file of their own."""
+"""The table of baselines, and the short ones."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ from tsqlora.ranks.baselines import whole_rank
 
 
 def full(setup: Setup) -> Built:
-    """The pretrained model, all of which trains: no adapter, no ranks."""
+    """Train the whole pretrained model: no adapter, no ranks."""
     require_trainable(setup.pretrained.model)
     model = setup.pretrained.model.requires_grad_(True)
     return Built(model, (), trainable=lambda: count_trainable(model), ranks=dict)

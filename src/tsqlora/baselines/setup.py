@@ -1,4 +1,4 @@
-"""What a method may know before it builds its model, and what it gives back."""
+"""Input and output of a baseline: Setup and Built."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from tsqlora.training.load import Pretrained
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What a method may know, in plain values.
+    """Input of a baseline, in plain values.
 
     `steps` are the optimizer steps of the whole run. `samples` are tokenised rows of the training
     data, `collate` and `batch_size` those of training: EVA passes them through the model.
@@ -82,7 +82,7 @@ def require_whole_run(state: TrainerState, steps: int, method: str) -> None:
     """Raises unless the run begins now and has the steps that the method was built for."""
     if state.global_step > 0:
         raise UnsupportedError(
-            f"{method} keeps no state in checkpoints, so its run cannot go on from step {state.global_step}; start anew"
+            f"{method} keeps no state in checkpoints, so it cannot resume at step {state.global_step}; start again"
         )
     if state.max_steps != steps:
         raise TsqLoraError(

@@ -99,7 +99,7 @@ class PenaltyInTraining(TrainerCallback):
         self.weight, self.config.orth_reg_weight = self.config.orth_reg_weight, 0.0
         self.summed: Callable[[], int] = lambda: 1
 
-    def told_of_sums(self, summed: Callable[[], int]) -> None:
+    def set_summed(self, summed: Callable[[], int]) -> None:
         self.summed = summed
 
     def on_train_begin(
@@ -165,7 +165,7 @@ class Importance:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Takes in |p·∇p| of the weights and gradients there are now."""
+        """Update with |p·∇p| of the current weights and gradients."""
         for name, triplets in self.layers.items():
             for j, (matrix, _) in enumerate(triplets.matrices()):
                 assert matrix.grad is not None
@@ -175,40 +175,46 @@ class Importance:
 
     def scores(self) -> dict[str, list[float]]:
         """Ī·Ū of each triplet's λ, plus the means over its two vectors."""
-        found: dict[str, list[float]] = {}
+        scores: dict[str, list[float]] = {}
         for name in self.layers:
             q, p, lam = (m * s for m, s in zip(self.mean[name], self.spread[name], strict=True))
-            found[name] = (lam.flatten() + (q.mean(1) + p.mean(0))).tolist()
-        return found
+            scores[name] = (lam.flatten() + (q.mean(1) + p.mean(0))).tolist()
+        return scores
 
-    def changed(self, name: str, *, kept: Sequence[int], grown: int) -> None:
+    def changed(self, name: str, *, remaining: Sequence[int], grown: int) -> None:
         """Moves the records as `change` moves the triplets; new ones begin at zero."""
         for table in (self.mean[name], self.spread[name]):
             for j, (_, dim) in enumerate(self.layers[name].matrices()):
-                table[j] = _resized(table[j], dim, kept, _like(table[j], dim, grown))
+                table[j] = _resized(table[j], dim, remaining, _like(table[j], dim, grown))
 
 
 @torch.no_grad()
-def change(triplets: Triplets, *, kept: Sequence[int], grown: int, optimizer: torch.optim.Optimizer, seed: int) -> None:
-    """Leaves a layer these triplets, followed by new ones; the optimizer's state moves with them.
+def change(
+    triplets: Triplets, *, remaining: Sequence[int], grown: int, optimizer: torch.optim.Optimizer, seed: int
+) -> None:
+    """Keep these triplets of a layer, followed by new ones; the optimizer's state moves with them.
 
-    Kept triplets keep weights and moments bit for bit. A new one has unit vectors in random directions
+    Remaining triplets keep weights and moments bit for bit. A new one has unit vectors in random directions
     at right angles to those there, and a λ too small to change what the layer computes; its first moments
-    are zero, its second ones the mean of the kept, since Adam's step count is the whole tensor's.
+    are zero, its second ones the mean of the remaining ones, since Adam's step count is the whole tensor's.
     """
-    assert kept or not grown
+    assert remaining or not grown
     states = [moments(matrix, optimizer) for matrix, _ in triplets.matrices()]
-    news = new_triplets(triplets, kept, grown, seed=seed)
+    news = new_triplets(triplets, remaining, grown, seed=seed)
     for (matrix, dim), state, new in zip(triplets.matrices(), states, news, strict=True):
         for key, moment in state.items():
-            optimizer.state[matrix][key] = _resized(moment.kept, dim, kept, _beginning(moment, dim, kept, new))
-        matrix.data, matrix.grad = _resized(matrix.data, dim, kept, new), None
+            optimizer.state[matrix][key] = _resized(
+                moment.tensor, dim, remaining, _beginning(moment, dim, remaining, new)
+            )
+        matrix.data, matrix.grad = _resized(matrix.data, dim, remaining, new), None
     triplets.layer.r[ADAPTER] = triplets.rank
 
 
-def new_triplets(triplets: Triplets, kept: Sequence[int], count: int, *, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def new_triplets(
+    triplets: Triplets, remaining: Sequence[int], count: int, *, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """What is added to Q, P and λ."""
-    index = torch.tensor(kept, dtype=torch.int64, device=triplets.lam.device)
+    index = torch.tensor(remaining, dtype=torch.int64, device=triplets.lam.device)
     rows = _orthogonal_rows(triplets.q[index], count, seed=zlib.crc32(f"{seed}:{triplets.name}:Q".encode()))
     columns = _orthogonal_rows(triplets.p.T[index], count, seed=zlib.crc32(f"{seed}:{triplets.name}:P".encode())).T
     least = min([SMALLEST, *triplets.lam[index].abs().flatten().tolist()])
@@ -223,14 +229,14 @@ def _orthogonal_rows(rows: Tensor, count: int, *, seed: int) -> Tensor:
     return there[len(rows) :].to(rows.device)
 
 
-def _beginning(moment: Moment, dim: int, kept: Sequence[int], new: Tensor) -> Tensor:
+def _beginning(moment: Moment, dim: int, remaining: Sequence[int], new: Tensor) -> Tensor:
     """A moment's part for new triplets."""
     if moment.beginning == "weight":
         return new
     if moment.beginning == "zero":
         return torch.zeros_like(new)
-    index = torch.tensor(kept, dtype=torch.int64, device=new.device)
-    return moment.kept.index_select(dim, index).mean(dim, keepdim=True).expand_as(new)
+    index = torch.tensor(remaining, dtype=torch.int64, device=new.device)
+    return moment.tensor.index_select(dim, index).mean(dim, keepdim=True).expand_as(new)
 
 
 def _like(x: Tensor, dim: int, count: int) -> Tensor:
@@ -239,8 +245,8 @@ def _like(x: Tensor, dim: int, count: int) -> Tensor:
     return x.new_zeros(shape)
 
 
-def _resized(x: Tensor, dim: int, kept: Sequence[int], new: Tensor) -> Tensor:
-    index = torch.tensor(kept, dtype=torch.int64, device=x.device)
+def _resized(x: Tensor, dim: int, remaining: Sequence[int], new: Tensor) -> Tensor:
+    index = torch.tensor(remaining, dtype=torch.int64, device=x.device)
     return torch.cat([x.index_select(dim, index), new.to(x)], dim).contiguous()
 
 

@@ -17,10 +17,10 @@ from tsqlora.ranks.budget import Shapes, budget, caps, costs, default_max_rank, 
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
-    """How much the loss depends on each layer, METHOD eq. 6, and how that was found out.
+    """How much the loss depends on each layer, METHOD eq. 6, and how it was measured.
 
     `values` and `shapes` (inputs, outputs) have the same layers; only the ratios of the values
-    count. `estimator` names the formula, `samples` says over how many samples the mean was taken.
+    count. `estimator` names the formula, `samples` is the number of samples in the mean.
 
     Raises SettingsError if there is no layer, if the layers of the two differ, or if a value is
     negative or not finite.
@@ -51,7 +51,7 @@ class Sensitivity:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Sensitivity":
-        """What `to_dict` gave, back again; DataError if a field is missing."""
+        """Inverse of `to_dict`; DataError if a field is missing."""
         for field in fields(cls):
             if field.name not in data:
                 raise DataError(f"saved sensitivity has no '{field.name}'; measure it again")
@@ -95,10 +95,10 @@ def allocate(
     low = {layer: min(min_rank, cap) for layer, cap in high.items()}
     _check_affordable(low, shapes=shapes, budget=total, min_rank=min_rank)
     weights = _weights(sensitivity.values, gamma)
-    wanted = shares(weights, costs=costs(shapes), low=low, high=high, budget=total)
+    wishes = shares(weights, costs=costs(shapes), low=low, high=high, budget=total)
     return fill(
-        {layer: math.floor(wanted[layer]) for layer in shapes},
-        wanted=wanted,
+        {layer: math.floor(wishes[layer]) for layer in shapes},
+        wishes=wishes,
         order=sorted(shapes, key=lambda layer: (-sensitivity.values[layer], layer)),
         shapes=shapes,
         caps=high,

@@ -1,4 +1,4 @@
-"""What ranks cost, and how many parameters there are to spend.
+"""The cost of ranks, and the budget in parameters.
 
 One rank of a layer with i inputs and o outputs costs i + o parameters: a row of A and a
 column of B.
@@ -18,7 +18,7 @@ FLOAT_ERROR = 1e-15
 """Relative error that a float and one product with it may have: a few units in the last place."""
 
 REMAINDER_DIGITS = 9
-"""Wishes are compared to this many decimals, so that rounding noise flips no tie."""
+"""Wishes are compared to this many decimals, so that rounding does not break ties."""
 
 
 def costs(shapes: Shapes) -> dict[str, int]:
@@ -78,29 +78,29 @@ def used(ranks: Mapping[str, int], shapes: Shapes) -> int:
 def fill(
     ranks: Mapping[str, int],
     *,
-    wanted: Mapping[str, int | float | Fraction],
+    wishes: Mapping[str, int | float | Fraction],
     order: Sequence[str],
     shapes: Shapes,
     caps: Mapping[str, int],
     budget: int,
 ) -> dict[str, int]:
-    """The ranks after what is left of the budget has been handed out, one rank at a time.
+    """Hand out the rest of the budget, one rank at a time.
 
-    Each rank goes to the layer with the largest `wanted` - rank among those below their cap
+    Each rank goes to the layer with the largest `wishes` - rank among those below their cap
     whose cost fits in what is left; ties go to the layer that stands first in `order`, which
     names every layer. So no layer below its cap costs as little as what stays unspent.
 
     >>> names, wishes = ["query", "key"], {"query": 1.2, "key": 1.8}
     >>> shapes, limits = dict.fromkeys(names, (4, 4)), dict.fromkeys(names, 4)
     >>> ranks = dict.fromkeys(names, 1)
-    >>> fill(ranks, wanted=wishes, order=names, shapes=shapes, caps=limits, budget=24)
+    >>> fill(ranks, wishes=wishes, order=names, shapes=shapes, caps=limits, budget=24)
     {'query': 1, 'key': 2}
     """
     filled, cost = dict(ranks), costs(shapes)
     left = budget - used(ranks, shapes)
 
     def wish(layer: str) -> float:
-        return round(float(wanted[layer] - filled[layer]), REMAINDER_DIGITS)
+        return round(float(wishes[layer] - filled[layer]), REMAINDER_DIGITS)
 
     queue = [(-wish(layer), place, layer) for place, layer in enumerate(order)]
     heapify(queue)

@@ -1,4 +1,4 @@
-"""What happened to the ranks at one adjustment, as a value that can be saved."""
+"""A change of ranks at one adjustment, as a value that can be saved."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -21,9 +21,9 @@ def rank_changes(before: Mapping[str, int], after: Mapping[str, int]) -> tuple[d
 
 @dataclass(frozen=True, slots=True)
 class RankEvent:
-    """One decision about the ranks, as run.json keeps it.
+    """One decision about the ranks, as in run.json.
 
-    `step` counts completed optimizer steps, `reason` says what asked for the decision, `ranks`
+    `step` counts completed optimizer steps, `reason` is start or adjustment, `ranks`
     hold from here on, `target` and `sensitivity` are what they were decided from, `moved` is
     the number of slots given up, `used` and `budget` are in parameters.
     """
@@ -52,7 +52,7 @@ class RankEvent:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "RankEvent":
-        """What `to_dict` gave, back again; DataError if a field is missing."""
+        """Inverse of `to_dict`; DataError if a field is missing."""
         names = [field.name for field in fields(cls)]
         for name in names:
             if name not in data:
@@ -61,21 +61,18 @@ class RankEvent:
 
 
 MOST_EVENTS = 1000
-"""Of a run: each has three numbers for every layer, and a run has as many adjustments as somebody asks for."""
+"""Events of a run in run.json; each has three numbers per layer."""
 
 
 def bounded(events: Sequence[RankEvent]) -> list[RankEvent]:
-    """At most MOST_EVENTS: of more, every second one is left out, and what it moved counted with the one after it.
-
-    The first and the last stay.
-    """
+    """At most MOST_EVENTS: if there are more, merge every second one into the next. The first and the last stay."""
     if len(events) <= MOST_EVENTS:
         return list(events)
-    kept: list[RankEvent] = []
+    remaining: list[RankEvent] = []
     moved = 0
     for j, event in enumerate(events):
         moved += event.moved
         if j % 2 == 0 or j == len(events) - 1:
-            kept.append(replace(event, moved=moved))
+            remaining.append(replace(event, moved=moved))
             moved = 0
-    return kept
+    return remaining

@@ -18,9 +18,11 @@ def layer_places(names: Iterable[str]) -> dict[str, tuple[str, str]]:
         return {name: (block, kind) for name, (_, block, kind) in split.items()}
     leads = [lead for lead, _, _ in split.values()]
     shared = next((j for j, parts in enumerate(zip(*leads, strict=False)) if len({*parts}) > 1), min(map(len, leads)))
-    told = {name: (block, " ".join([*lead[shared : shared + 1], kind])) for name, (lead, block, kind) in split.items()}
-    if len({*told.values()}) == len(told):
-        return told
+    places = {
+        name: (block, " ".join([*lead[shared : shared + 1], kind])) for name, (lead, block, kind) in split.items()
+    }
+    if len({*places.values()}) == len(places):
+        return places
     return {name: (block, name) for name, (_, block, _) in split.items()}
 
 

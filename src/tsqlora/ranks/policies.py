@@ -1,4 +1,4 @@
-"""How ranks move towards their targets at one adjustment; a table of the ways.
+"""How ranks move towards their targets at one adjustment: functions by name.
 
 A policy is a function and an entry in `POLICIES`; a callable may be passed in place of a name.
 """
@@ -17,14 +17,14 @@ LEFT_ALONE = 1
 
 @runtime_checkable
 class Policy(Protocol):
-    """The next ranks, from the present ones and what is known at an adjustment.
+    """The next ranks, from the present ones and the measurements of an adjustment.
 
     `target` are the ranks of METHOD eq. 7, `droppable` how many slots of each layer are old
     enough to be given up now, `caps` the highest rank of each layer, `budget` the parameters
     there are, `moves` how many slots may be given up now. Given ranks within the budget, it
     returns ranks within the budget, for the same layers, each from min(`min_rank`, cap) to its
-    cap, and takes no more than `droppable`: `require_bounds` holds it to all of these. `moves`
-    is its own to keep.
+    cap, and takes no more than `droppable`: `require_bounds` holds it to all of these. The policy
+    itself must respect `moves`.
     """
 
     def __call__(
@@ -52,7 +52,7 @@ def fixed(
     moves: int,
     min_rank: int,
 ) -> dict[str, int]:
-    """The ranks as they are: those that the model was made with hold for the whole run."""
+    """Keep the model's first ranks for the whole run."""
     return dict(ranks)
 
 
@@ -91,7 +91,7 @@ def tsqlora(
         for donor, slots in paid.items():
             now[donor] -= slots
             spare[donor] -= slots
-    return fill(now, wanted=target, order=sorted(now), shapes=shapes, caps=caps, budget=budget)
+    return fill(now, wishes=target, order=sorted(now), shapes=shapes, caps=caps, budget=budget)
 
 
 def _furthest_below(
@@ -113,15 +113,15 @@ def _payment(
     moves: int,
 ) -> Counter[str] | None:
     """Slots that each donor gives up so that `price` parameters come free, None if they cannot."""
-    given: Counter[str] = Counter()
+    payment: Counter[str] = Counter()
     while price > 0:
-        excess = {n: ranks[n] - given[n] - target[n] for n in sorted(ranks) if spare[n] > given[n]}
+        excess = {n: ranks[n] - payment[n] - target[n] for n in sorted(ranks) if spare[n] > payment[n]}
         donor = max(excess, key=excess.__getitem__, default=None)
-        if donor is None or excess[donor] <= LEFT_ALONE or given.total() >= moves:
+        if donor is None or excess[donor] <= LEFT_ALONE or payment.total() >= moves:
             return None
-        given[donor] += 1
+        payment[donor] += 1
         price -= costs[donor]
-    return given
+    return payment
 
 
 def require_bounds(
@@ -135,49 +135,51 @@ def require_bounds(
     budget: int,
     min_rank: int,
 ) -> dict[str, int]:
-    """What the policy gave for these ranks, in their order, if it keeps to all that a Policy promises.
+    """Return the policy's ranks, in their order, if they keep all of Policy's bounds.
 
-    A layer that is outside of its bounds already may stay there, but not go further.
+    A layer that is outside its bounds already may stay there, but not go further.
 
-    Raises SettingsError that names the policy, the layer, what it was given and the bound.
+    Raises SettingsError that names the policy, the layer, its rank and the bound.
     """
-    told = f"ranks.policy {getattr(policy, '__name__', type(policy).__name__)} gave"
+    prefix = f"ranks.policy {getattr(policy, '__name__', type(policy).__name__)} gave"
     if not isinstance(answer, Mapping):
-        raise SettingsError(f"{told} {answer!r}; it must return a dict with the rank of every layer")
-    given = cast(Mapping[Any, Any], answer)
-    for layer in sorted(given.keys() ^ ranks.keys(), key=str):
+        raise SettingsError(f"{prefix} {answer!r}; it must return a dict with the rank of every layer")
+    chosen = cast(Mapping[Any, Any], answer)
+    for layer in sorted(chosen.keys() ^ ranks.keys(), key=str):
         if layer in ranks:
-            raise SettingsError(f"{told} layer '{layer}' no rank; give every layer in ranks one")
-        raise SettingsError(f"{told} a rank to layer '{layer}', which is unknown; give ranks to the layers in ranks")
+            raise SettingsError(f"{prefix} layer '{layer}' no rank; give every layer in ranks one")
+        raise SettingsError(
+            f"{prefix} a rank to layer '{layer}', which is unknown; give ranks only to the layers in ranks"
+        )
     for layer, now in ranks.items():
         _require_rank(
-            given[layer],
+            chosen[layer],
             now,
-            told=f"{told} layer '{layer}' rank {given[layer]}",
+            prefix=f"{prefix} layer '{layer}' rank {chosen[layer]}",
             least=min(min_rank, caps[layer]),
             cap=caps[layer],
             droppable=droppable[layer],
         )
-    checked = {layer: int(given[layer]) for layer in ranks}
+    checked = {layer: int(chosen[layer]) for layer in ranks}
     if (cost := used(checked, shapes)) > budget:
         raise SettingsError(
-            f"{told} ranks that cost {cost:,} parameters, and the budget is {budget:,}; give up slots of other layers "
+            f"{prefix} ranks that cost {cost:,} parameters, and the budget is {budget:,}; drop slots of other layers "
             "for those that grow: a rank costs inputs + outputs, as shapes has them"
         )
     return checked
 
 
-def _require_rank(rank: Any, now: int, *, told: str, least: int, cap: int, droppable: int) -> None:
+def _require_rank(rank: Any, now: int, *, prefix: str, least: int, cap: int, droppable: int) -> None:
     if not isinstance(rank, Integral):
-        raise SettingsError(f"{told}; give a whole number, an int")
+        raise SettingsError(f"{prefix}; give a whole number, an int")
     number = int(rank)
     if number > max(cap, now):
-        raise SettingsError(f"{told}, and its cap is {cap}; give at most caps[layer]")
+        raise SettingsError(f"{prefix}, and its cap is {cap}; give at most caps[layer]")
     if number < min(least, now):
-        raise SettingsError(f"{told}, and its least is {least}; give at least min(min_rank, caps[layer])")
+        raise SettingsError(f"{prefix}, and its least is {least}; give at least min(min_rank, caps[layer])")
     if now - number > droppable:
         raise SettingsError(
-            f"{told} in place of {now}, and {droppable} of its slots may be given up now, the others are too young; "
+            f"{prefix} in place of {now}, and {droppable} of its slots may be given up now, the others are too young; "
             "take at most droppable[layer]"
         )
 

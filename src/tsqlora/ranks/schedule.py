@@ -38,7 +38,7 @@ class RankSchedule:
 def adjustment_steps(total_steps: int, *, interval: int, warmup: float, freeze: float) -> range:
     """Numbers of completed optimizer steps after which ranks are adjusted.
 
-    The first is ⌈warmup · total⌉, but at least `interval`, so that there is something to go by;
+    The first is ⌈warmup · total⌉, but at least `interval`, so that importances exist;
     then every `interval` steps, all before (1 - freeze) · total. `warmup` and `freeze` are shares
     of the run in [0, 1). Empty if the run is too short. The range's own `stop` is where freezing
     begins. METHOD 4.

@@ -10,7 +10,7 @@ from tsqlora.compat.transformers import installed_reporters, reporter_kinds
 from tsqlora.errors import SettingsError
 
 _REPORTERS = {"mlflow", "tensorboard", "wandb"}
-"""Packages of the reporters that are known to be asked for by name."""
+"""Reporters that are packages of the same name."""
 
 
 def hardware_has_bf16() -> bool:

@@ -1,4 +1,4 @@
-"""What the callbacks know, beside the Trainer's checkpoint: a resumed run goes on as if it had never stopped.
+"""State of the callbacks in a Trainer's checkpoint: a resumed run goes on as if it had never stopped.
 
 The Trainer saves weights, optimizer, schedule and random state. RankCallback adds
 `tsqlora.json` and `tsqlora.safetensors`, QualityCallback `tsqlora_quality.json`, GuardCallback `tsqlora_guard.json`,
@@ -31,7 +31,7 @@ GUARD_FILE = "tsqlora_guard.json"
 
 @dataclass(frozen=True, slots=True)
 class RankState:
-    """What RankCallback knows: the budget in parameters, the interval in steps, and all that happened."""
+    """State of RankCallback: the budget in parameters, the interval in steps, and all events."""
 
     layers: list[str]
     """The rows of `importance`, in order."""
@@ -39,56 +39,56 @@ class RankState:
     events: list[RankEvent]
     started: bool
     postponed: bool
-    """Whether the next step is to adjust in place of one whose gradients overflowed."""
+    """Whether the next step adjusts, since the gradients of one that was due overflowed."""
     budget: int
     interval: int
     seconds: float
     withheld: bool = False
-    """Whether the last step that was to adjust did not, since scoring was to come."""
+    """Whether the last step that was due did not adjust, since rows were not scored yet."""
     passes: int = 0
-    """Rows that went forward and backward for the first ranks, and their tokens."""
+    """Rows of the forward and backward passes for the first ranks, and their tokens."""
     tokens: int = 0
     options: dict[str, Any] | None = None
-    """What the loop was made with beside `interval`; None in checkpoints that do not tell."""
+    """Options of the loop beside `interval`; None in older checkpoints."""
 
     def save(self, folder: Path) -> None:
         if not distributed.is_first():
             return
-        told = self.to_dict()
-        write_tensors(folder / IMPORTANCE_FILE, told.pop("importance"))
-        write_json(folder / RANKS_FILE, {"version": VERSION, **told})
+        values = self.to_dict()
+        write_tensors(folder / IMPORTANCE_FILE, values.pop("importance"))
+        write_json(folder / RANKS_FILE, {"version": VERSION, **values})
 
     @classmethod
     def load(cls, folder: Path) -> "RankState":
         """Raises TsqLoraError naming the file that is missing or cannot be read."""
-        told = _read(folder / RANKS_FILE)
-        return cls.from_dict({"importance": _tensors(folder / IMPORTANCE_FILE), **told})
+        values = _read(folder / RANKS_FILE)
+        return cls.from_dict({"importance": _tensors(folder / IMPORTANCE_FILE), **values})
 
     def to_dict(self) -> dict[str, Any]:
         """Tensors, numbers, strings, lists and dicts, without copies of the tensors."""
-        told = {field.name: getattr(self, field.name) for field in fields(self)}
-        return told | {"events": [event.to_dict() for event in self.events]}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return values | {"events": [event.to_dict() for event in self.events]}
 
     @classmethod
-    def from_dict(cls, told: Mapping[str, Any]) -> "RankState":
-        """What `to_dict` gave, back again."""
-        return cls(**{**told, "events": [RankEvent.from_dict(event) for event in told["events"]]})
+    def from_dict(cls, values: Mapping[str, Any]) -> "RankState":
+        """Inverse of `to_dict`."""
+        return cls(**{**values, "events": [RankEvent.from_dict(event) for event in values["events"]]})
 
 
 @dataclass(frozen=True, slots=True)
 class QualityState:
-    """What QualityCallback knows beside the scores, which have a file of their own."""
+    """State of QualityCallback beside the scores, which are in another file."""
 
     looks: list[dict[str, Any]]
-    """What each look found."""
+    """Summary of each look."""
     scored_epoch: int | None
     """The first epoch drawn by the scores; None while there are none."""
     scores_sha256: str | None
     """Of the scores' file."""
     spent: dict[str, PhaseCost]
-    """What looks took, by phase."""
+    """Cost of the looks, by phase."""
     draws: dict[str, Any]
-    """What decides scores and draws."""
+    """Options that decide scores and draws."""
 
     def save(self, folder: Path) -> None:
         if distributed.is_first():
@@ -98,9 +98,9 @@ class QualityState:
     def load(cls, folder: Path) -> "QualityState":
         """Raises TsqLoraError naming the file that is missing or cannot be read."""
         path = folder / QUALITY_FILE
-        told = _read(path)
+        values = _read(path)
         try:
-            return cls(**{**told, "spent": {phase: PhaseCost(**cost) for phase, cost in told["spent"].items()}})
+            return cls(**{**values, "spent": {phase: PhaseCost(**cost) for phase, cost in values["spent"].items()}})
         except (TypeError, KeyError) as error:
             raise _unusable(path, error) from error
 
@@ -111,16 +111,16 @@ class SkippedStep:
 
     step: int
     rows: list[int] | None
-    """Of the training split; None where they are not known."""
+    """Of the training split; None if unknown."""
 
-    def told(self, most: int = 8) -> str:
-        """Its rows in words, the first ones.
+    def in_words(self, most: int = 8) -> str:
+        """The first of its rows, in words.
 
-        >>> SkippedStep(3, [5, 1]).told(), SkippedStep(3, [5, 1, 4]).told(2), SkippedStep(3, None).told()
-        ('rows 5, 1', 'rows 5, 1, ...', 'its rows are not known')
+        >>> SkippedStep(3, [5, 1]).in_words(), SkippedStep(3, [5, 1, 4]).in_words(2), SkippedStep(3, None).in_words()
+        ('rows 5, 1', 'rows 5, 1, ...', 'its rows are unknown')
         """
         if self.rows is None:
-            return "its rows are not known"
+            return "its rows are unknown"
         return f"rows {', '.join(map(str, self.rows[:most]))}{', ...' if len(self.rows) > most else ''}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -130,7 +130,7 @@ class SkippedStep:
 
 @dataclass(frozen=True, slots=True)
 class GuardState:
-    """What GuardCallback knows: the first skipped steps, how many there were, and the last ones."""
+    """State of GuardCallback: the first skipped steps, their number, and the last ones."""
 
     skipped: list[SkippedStep]
     count: int
@@ -145,9 +145,9 @@ class GuardState:
         """Nothing skipped where the run was begun without a guard.  Raises TsqLoraError for a file that is damaged."""
         if not (folder / GUARD_FILE).exists():
             return cls([], 0, [])
-        told = _read(folder / GUARD_FILE)
-        steps = {name: [SkippedStep(**step) for step in told[name]] for name in ("skipped", "recent")}
-        return cls(count=told["count"], **steps)
+        values = _read(folder / GUARD_FILE)
+        steps = {name: [SkippedStep(**step) for step in values[name]] for name in ("skipped", "recent")}
+        return cls(count=values["count"], **steps)
 
 
 def require_plain(checkpoint: Path, ranks: Mapping[str, int]) -> None:
@@ -165,16 +165,16 @@ def require_plain(checkpoint: Path, ranks: Mapping[str, int]) -> None:
 
 
 def require_options(begun: Mapping[str, Any] | None, now: Mapping[str, Any]) -> None:
-    """Raises SettingsError for an option that a resumed run was not begun with: it would count in part, or not at all.
+    """Raises SettingsError if an option differs from the one that the resumed run started with.
 
-    What the checkpoint does not tell is taken to be as it is now.
+    Options that the checkpoint lacks are not compared.
     """
     for name, value in now.items():
         was = (begun or {}).get(name, value)
         if was != value:
             raise SettingsError(
-                f"the run that is resumed had {name} {was}, and this one has {value}; resume with what the run was "
-                "begun with, or start anew"
+                f"the resumed run had {name} {was}, and this one has {value}; resume with the run's own options, or "
+                "start again in another directory"
             )
 
 
@@ -187,19 +187,19 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        told = json.loads(path.read_text())
+        values = json.loads(path.read_text())
     except (FileNotFoundError, ValueError) as error:
         raise _unusable(path, error) from error
-    if told.pop("version", None) != VERSION:
+    if values.pop("version", None) != VERSION:
         raise SettingsError(
             f"{path} was written by a version of tsqlora that draws other rows; resume with that version, or start "
             "again in another --out (output_dir)"
         )
-    return told
+    return values
 
 
 def _unusable(path: Path, error: Exception) -> TsqLoraError:
     why = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
     return TsqLoraError(
-        f"cannot resume: {path} {why}; resume from a complete checkpoint in the run's own output_dir, or start anew"
+        f"cannot resume: {path} {why}; resume from a complete checkpoint in the run's own output_dir, or start again"
     )

@@ -1,4 +1,4 @@
-"""Which checkpoints are complete: those whose manifest lists every file, each as it is on the disk.
+"""Complete checkpoints: their manifest lists every file, with size and hash.
 
 The Trainer writes straight into checkpoint-N, and deletes old checkpoints before callbacks add their files. So the last
 callback to add its part syncs every file to the disk, hashes it, and renames the manifest into place.
@@ -48,7 +48,7 @@ class Checkpoints:
         saves = require_resumable_saves(args)
         if saves and state.is_hyper_param_search:
             raise SettingsError(
-                "hyperparameter_search saves each trial in a folder of its own, of which callbacks are not told; set "
+                "hyperparameter_search saves each trial in another folder, which callbacks do not see; set "
                 "save_strategy to 'no', and train once more with the best values"
             )
         self.parts: list[str] = []
@@ -59,7 +59,7 @@ class Checkpoints:
         if state.global_step > 0:
             _require_resumable(args, checkpoint_folder(args, state), note.get("run"))
         self._later = (Path(str(args.output_dir)), state.global_step) if saves and distributed.is_first() else None
-        # Each training has a name of its own, also one that goes on from the same checkpoint as another.
+        # Unique for each training, also where two resume from the same checkpoint.
         note |= {"run": uuid.uuid4().hex, "rows": args.per_device_train_batch_size}
 
     def register(self, part: str) -> None:
@@ -87,7 +87,7 @@ class Checkpoints:
 
 
 _OF_TRAINING: dict[int, Checkpoints] = {}
-"""By the id of the state that the Trainer makes for each training; callbacks share nothing else."""
+"""By the id of the TrainerState, the only object that callbacks share."""
 
 
 def register_part(args: TrainingArguments, state: TrainerState, part: str) -> Path | None:
@@ -108,8 +108,8 @@ def set_aside_later(state: TrainerState) -> None:
 
     Not on train begin: a callback that refuses to begin leaves the folder as it was, whichever comes first.
     """
-    if (known := _OF_TRAINING.get(id(state))) is not None:
-        known.set_aside_later()
+    if (checkpoints := _OF_TRAINING.get(id(state))) is not None:
+        checkpoints.set_aside_later()
 
 
 @contextmanager
@@ -121,18 +121,18 @@ def saving_part(args: TrainingArguments, state: TrainerState, part: str) -> Iter
 
 
 def registered_parts(state: TrainerState) -> list[str] | None:
-    """The parts of this training's checkpoints; None where no callback of ours is in it."""
-    known = _OF_TRAINING.get(id(state))
-    return None if known is None else known.parts
+    """Parts of this training's checkpoints; None without a callback of ours."""
+    checkpoints = _OF_TRAINING.get(id(state))
+    return None if checkpoints is None else checkpoints.parts
 
 
 def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
-    """Where the Trainer keeps the checkpoint of the step that it is at."""
+    """Folder of the checkpoint of the current step."""
     return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
 def require_resumable_saves(args: TrainingArguments) -> bool:
-    """Whether a run saves what can be resumed.  Raises SettingsError where there would be times without any."""
+    """Whether a run saves checkpoints that can be resumed.  Raises SettingsError if at times there would be none."""
     saves = args.save_strategy != SaveStrategy.NO and not args.save_only_model
     if saves and args.save_total_limit == 1:
         raise SettingsError(
@@ -142,7 +142,7 @@ def require_resumable_saves(args: TrainingArguments) -> bool:
 
 
 def write_manifest(folder: Path) -> None:
-    """Syncs what is in a checkpoint to the disk, and says that this is all of it."""
+    """Sync all files of a checkpoint to the disk, and write their manifest."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST_FILE]
     # What begins with a dot is left over from a write that was cut off.
     files = {
@@ -188,20 +188,19 @@ def fault(folder: Path) -> str | None:
 def last_checkpoint(folder: str | Path) -> Path | None:
     """The newest complete checkpoint in a Trainer's output_dir, for `train(resume_from_checkpoint=...)`.
 
-    None where no checkpoint was ever finished: training begins anew. Warns of newer ones that are passed over, and says
-    why. Raises TsqLoraError where checkpoints were finished, and all of them are damaged; in the first process, whose
-    Trainer makes the folder, SettingsError where it is not there.
+    None if no checkpoint was finished. Warns of newer ones that are passed over, with the reason. Raises TsqLoraError
+    if all finished checkpoints are damaged; SettingsError, in the first process, if the folder does not exist.
     """
     if not Path(folder).is_dir() and distributed.is_first():
-        raise SettingsError(f"{folder} is not there; give the output_dir of the run, which Trainer(...) makes")
-    found, passed_over = newest_complete(Path(folder))
+        raise SettingsError(f"{folder} is not there; give the run's output_dir")
+    newest, passed_over = newest_complete(Path(folder))
     for why in passed_over:
         warnings.warn(why, stacklevel=2)
-    return found
+    return newest
 
 
 def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
-    """As `last_checkpoint`, with what it would warn of; none where the folder is not there."""
+    """`last_checkpoint` and its warnings; none if the folder does not exist."""
     passed_over: list[str] = []
     for checkpoint in (checkpoints := _newest_first(folder)):
         why = fault(checkpoint)
@@ -210,7 +209,7 @@ def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
         passed_over.append(f"{checkpoint} is passed over: {why}")
     if any((checkpoint / MANIFEST_FILE).exists() for checkpoint in checkpoints):
         raise TsqLoraError(
-            f"no checkpoint is complete: {'; '.join(passed_over)}; put a sound copy back, or start anew elsewhere"
+            f"no checkpoint is complete: {'; '.join(passed_over)}; put a sound copy back, or start again elsewhere"
         )
     return None, passed_over
 
@@ -222,13 +221,13 @@ def complete_before(folder: str | Path, step: int) -> Path | None:
 
 
 def micro_batch_size(checkpoint: Path) -> int | None:
-    """How many rows a device took at once when the checkpoint was written, if that is known."""
+    """Rows of a micro batch when the checkpoint was written, or None."""
     state = json.loads((checkpoint / TRAINER_STATE_FILE).read_text())
     return state["stateful_callbacks"].get(NOTE, {}).get("rows")
 
 
 def _require_resumable(args: TrainingArguments, folder: Path, loaded: str | None) -> None:
-    """That what callbacks will read is complete, and of the training whose checkpoint the Trainer has loaded."""
+    """Require that the checkpoint is complete, and the one that the Trainer has loaded."""
     _require_complete(folder)
     state = json.loads((folder / TRAINER_STATE_FILE).read_text())
     if state["stateful_callbacks"].get(NOTE, {}).get("run") != loaded:
@@ -251,12 +250,12 @@ def _require_complete(folder: Path) -> None:
         )
     others = (other for other in _newest_first(folder.parent) if fault(other) is None)
     other = next(others, None)
-    cure = "no other checkpoint there is complete, start anew" if other is None else f"resume from {other}"
+    cure = "no other checkpoint there is complete; start again" if other is None else f"resume from {other}"
     raise TsqLoraError(f"cannot resume: {folder} is not complete: {why}; {cure}")
 
 
 def _set_aside(folder: Path, *, after: int) -> None:
-    """Renames checkpoints of later steps than a training begins at: another training's, or never finished."""
+    """Rename checkpoints of later steps: another training's, or never finished."""
     later = [path for path in _newest_first(folder) if _step_of(path) > after]
     for path in later:
         shutil.rmtree(f"{path}{EARLIER}", ignore_errors=True)
@@ -280,7 +279,7 @@ def _step_of(checkpoint: Path) -> int:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    """By their steps; behind them those that version 0.1 dated in the first second of 1970: another training's."""
+    """Newest step first; last, those that version 0.1 dated in the first second of 1970: another training's."""
     steps = {
         int(number): path
         for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")

@@ -1,5 +1,4 @@
-"""Which epoch's rows a stock Trainer has: a callback draws them, since accelerate tells a data set its epoch only
-under some samplers."""
+"""Draw each epoch's rows in a stock Trainer: accelerate calls a data set's set_epoch only with some samplers."""
 
 import warnings
 from collections.abc import Mapping
@@ -19,12 +18,12 @@ EPOCH_ERROR = 1e-6
 
 
 def epoch_of(state: TrainerState) -> int:
-    """The epoch that is under way or about to begin."""
+    """The current epoch, or the next one between two."""
     return int((state.epoch or 0) + EPOCH_ERROR)
 
 
 def draw_epoch(data: QualitySubset | None, state: TrainerState, by: str) -> None:
-    """On epoch begin: its rows, unless another callback draws them."""
+    """On epoch begin: draw its rows, unless another callback does."""
     if data is None:
         return
     forget_absent(data, state)
@@ -37,13 +36,13 @@ _PARTS = {
     "RankCallback": "ranks",
     "GuardCallback": "guard",
 }
-"""What each callback that may draw is called among those which the Trainer has (`checkpoints.register_part`)."""
+"""Callbacks that may draw, and their parts of a checkpoint (`checkpoints.register_part`)."""
 
 
 def forget_absent(data: QualitySubset, state: TrainerState) -> None:
-    """On epoch begin: takes back what callbacks of an earlier training have left, and this one has not.
+    """On epoch begin: undo the draws of callbacks of an earlier training that this one lacks.
 
-    Scores that were given by hand (`data.use`) stay.
+    Scores set by `data.use` stay.
     """
     present = registered_parts(state)
     if present is None:
@@ -56,7 +55,7 @@ def forget_absent(data: QualitySubset, state: TrainerState) -> None:
 
 
 def require_subset(data: Any, name: str) -> None:
-    """Raises SettingsError for rows that no callback can draw, or be told of."""
+    """Raises SettingsError for rows that callbacks cannot draw."""
     if not isinstance(data, QualitySubset):
         raise SettingsError(
             f"{name} got a {type(data).__name__}; it goes with a QualitySubset: make data = "
@@ -76,25 +75,25 @@ def refuse_cut_epoch(data: QualitySubset | None, state: TrainerState, control: T
 
 
 def leave(data: QualitySubset | None, by: str) -> None:
-    """On train end: from now on whoever calls `set_epoch` draws."""
+    """On train end: from now on `set_epoch` draws."""
     if data is not None and data.drawn_by == by:
         data.drawn_by = None
 
 
-def refuse_evaluation(data: QualitySubset | None, known: Mapping[str, Any]) -> None:
-    """On a prediction step: raises SettingsError where the rows that are trained on are evaluated by the same object.
+def refuse_evaluation(data: QualitySubset | None, kwargs: Mapping[str, Any]) -> None:
+    """On a prediction step: raises SettingsError if the training data set itself is evaluated.
 
     Its rows would count as handed out for training.
     """
-    if data is not None and data.drawn_by is not None and known["eval_dataloader"].dataset is data:
+    if data is not None and data.drawn_by is not None and kwargs["eval_dataloader"].dataset is data:
         raise SettingsError(
-            "eval_dataset is the QualitySubset that is trained on; to evaluate on training rows give a data set of its "
-            "own: torch.utils.data.Subset(rows, data.draw(0))"
+            "eval_dataset is the QualitySubset that is trained on; to evaluate on training rows give "
+            "another data set: torch.utils.data.Subset(rows, data.draw(0))"
         )
 
 
 def require_drawn_anew(args: TrainingArguments, loader: DataLoader[Any]) -> None:
-    """On train begin of whoever draws epochs: raises SettingsError for loaders that keep an earlier draw."""
+    """On train begin: raises SettingsError for loaders that keep an earlier draw."""
     if not isinstance(loader.dataset, QualitySubset):
         return
     if args.dataloader_persistent_workers:
@@ -103,9 +102,9 @@ def require_drawn_anew(args: TrainingArguments, loader: DataLoader[Any]) -> None
 
 
 def require_by_place(loader: DataLoader[Any]) -> None:
-    """Refuses samplers that group rows by length or undo such an order, and warns of others that may know the rows.
+    """Refuse samplers that group rows by length or undo such an order; warn of other custom samplers.
 
-    They are made once, of the first draw; in the next one other rows are in the places that they know.
+    They are made once, from the first draw; the next one has other rows in the same places.
     """
     batches = inner_batch_sampler(loader.batch_sampler)
     sampler = getattr(batches, "sampler", batches)
@@ -123,7 +122,7 @@ def require_by_place(loader: DataLoader[Any]) -> None:
         )
     if not isinstance(sampler, RandomSampler | SequentialSampler | DistributedSampler | None):
         warnings.warn(
-            f"the Trainer's sampler is a {type(sampler).__name__}; what it knows of rows by their places holds for the "
-            "first draw alone, since a QualitySubset has other rows in the next epoch",
+            f"the Trainer's sampler is a {type(sampler).__name__}; it fits the first draw "
+            "only, since a QualitySubset has other rows in the next epoch",
             stacklevel=3,
         )

@@ -32,16 +32,16 @@ from tsqlora.training.report_callback import ReportCallback
 
 @runtime_checkable
 class AddsToLoss(Protocol):
-    """A callback that adds a term to the loss of every batch, and must know how many batches a step sums."""
+    """A callback that adds a term to each batch's loss, and needs the number of batches that a step sums."""
 
-    def told_of_sums(self, summed: Callable[[], int]) -> None:
-        """`summed` gives their number once the step has begun; 1 where its gradient is that of their mean."""
+    def set_summed(self, summed: Callable[[], int]) -> None:
+        """`summed` returns their number within a step; 1 if the gradient is that of their mean."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """The rows that epochs are drawn from, and who draws them and moves ranks."""
+    """The rows that epochs are drawn from, and the callbacks that draw them and move ranks."""
 
     data: QualitySubset
     quality: QualityCallback | None = None
@@ -54,7 +54,7 @@ class Method:
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What batches are made of and evaluated by; `packed` makes them where samples share rows."""
+    """How batches are made and evaluated; `packed` makes them if samples share rows."""
 
     task: Task
     tokenizer: PreTrainedTokenizerBase
@@ -75,10 +75,7 @@ def fit(
     progress: Progress | None = None,
     run: Path | None = None,
 ) -> Trainer:
-    """Trains the model in place, and puts decisions, costs, and what was logged into the record.
-
-    In the directory `run`, where one is given, run.json is kept as the run is now.
-    """
+    """Train the model in place; decisions, costs and logs go into the record, and into run.json in `run`."""
     data, task, packed = method.data, inputs.task, inputs.packed
     guard = GuardCallback(data, ids=getattr(data.dataset, "ids", None), packed=packed is not None)
     record.quality = of_draws(data)
@@ -93,14 +90,14 @@ def fit(
         eval_dataset=inputs.validation,  # type: ignore[arg-type]
         processing_class=inputs.tokenizer,
         data_collator=cast(Any, inputs.collate if packed is None else packed),
-        # Beside logits an encoder-decoder shows its hidden states, of every row that is evaluated.
+        # An encoder-decoder also returns hidden states, of every evaluated row.
         preprocess_logits_for_metrics=lambda shown, _: shown[0] if isinstance(shown, tuple) else shown,
         compute_metrics=(lambda p: task.metrics(p.predictions, p.label_ids)) if isinstance(task, Answers) else None,  # type: ignore[arg-type]
         callbacks=[*method.callbacks, *also, guard, *live],
     )
     if packed is not None:
         require_packing(model, packed, data.dataset[0])  # where the Trainer has put the model
-    # Both print what is logged on stdout, which is a command's result alone.
+    # Both print logs to stdout, which is for a command's result only.
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     if args.report_to:
@@ -109,16 +106,16 @@ def fit(
     set_loss_scaling(trainer, divides_by_window=divides)
     for callback in also:
         if isinstance(callback, AddsToLoss):
-            callback.told_of_sums(partial(summed_batches, trainer))
+            callback.set_summed(partial(summed_batches, trainer))
     trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     return trainer
 
 
 @torch.no_grad()
 def _divides_by_window(model: nn.Module, batch: Mapping[str, Any]) -> bool:
-    """Whether the model's own loss is the sum over tokens, divided by the number that the Trainer says.
+    """Whether the model's own loss is the sum over tokens, divided by the Trainer's num_items_in_batch.
 
-    Llama's and GPT-2's is; T5's and BART's takes the number and is the mean over the batch all the same.
+    Llama's and GPT-2's is; T5's and BART's ignores the number and is the mean over the batch.
     """
     device = next(model.parameters()).device
     inputs = {name: value.to(device) for name, value in batch.items()}

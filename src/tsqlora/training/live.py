@@ -1,4 +1,4 @@
-"""How a run goes while it trains, reported after every step."""
+"""Progress of training, reported after every step."""
 
 import resource
 import sys

@@ -29,7 +29,7 @@ from tsqlora.tasks.generation import Generation
 
 @dataclass(frozen=True, slots=True)
 class Pretrained:
-    """What a checkpoint gives, and which modules it did not hold: those are new, and must be saved."""
+    """A checkpoint's model and tokenizer, and the modules that it lacks: those are new, and must be saved."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -44,12 +44,12 @@ class Pretrained:
 def positions_of(model: Any) -> int | None:
     """The longest sequence that a model has positions for, if its config says so.
 
-    RoBERTa's and its kin's begin to count behind the number of their padding.  Of an encoder and a decoder that have
-    a config each, the fewer.
+    RoBERTa and similar models number positions from behind their padding index.  Of an encoder and a decoder with a
+    config each, the smaller number.
     """
     configs = [getattr(model.config, part, None) for part in ("encoder", "decoder")]
-    known = [getattr(config, "max_position_embeddings", None) for config in (model.config, *configs)]
-    positions = min((count for count in known if count is not None), default=None)
+    counts = [getattr(config, "max_position_embeddings", None) for config in (model.config, *configs)]
+    positions = min((count for count in counts if count is not None), default=None)
     if positions is None:
         return None
     tables = [m for name, m in model.named_modules() if name.endswith("position_embeddings")]
@@ -69,7 +69,7 @@ def load_pretrained(
 ) -> Pretrained:
     """The model with one output a class, or a single one for regression (`labels` None); or one that generates text.
 
-    A head of another size, such as that of a checkpoint trained on other classes, is made anew.
+    A head of another size, such as that of a checkpoint trained on other classes, is replaced by a new one.
     `quantization` is "4bit" or "8bit": the body's linear layers are packed by bitsandbytes, and compute in `dtype`.
     Raises SettingsError for a path that is neither a directory with a model nor a hub id, whose model has not
     what writes text, or would have new layers packed; and where bitsandbytes is not installed.
@@ -121,7 +121,7 @@ def load_pretrained(
 def _packing(
     quantization: str, dtype: torch.dtype, generation: Generation | None, config: Any, trust_remote_code: bool
 ) -> dict[str, Any]:
-    """For `from_pretrained`: everything packed but heads and output embedding."""
+    """Arguments of `from_pretrained`: pack all but heads and the output embedding."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise SettingsError(
             f"model.quantization {quantization} needs the package bitsandbytes; install it with: pip install "
@@ -137,7 +137,7 @@ def _packing(
 
 
 def _require_whole(model: PreTrainedModel, new: tuple[str, ...], quantization: str | None) -> None:
-    """Layers that train whole must not be packed."""
+    """Raises SettingsError if a layer that trains whole is packed."""
     for name in new:
         if any(linear_bits(module) for module in model.get_submodule(name).modules()):
             raise SettingsError(

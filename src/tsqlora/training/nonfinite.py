@@ -30,9 +30,9 @@ from tsqlora.training.optimizer import call_around_steps, finite_gradients
 from tsqlora.training.record_callback import join, pass_on
 
 NAMED = 100
-"""Skipped steps that are named; all are counted."""
-TOLD = 3
-"""Of them in a note."""
+"""Skipped steps in the record; all are counted."""
+LISTED = 3
+"""Skipped steps in a note."""
 
 
 class GuardCallback(TrainerCallback):
@@ -43,8 +43,8 @@ class GuardCallback(TrainerCallback):
 
     Args:
         data: the Trainer's train_dataset; without it, or where other processes hand out its rows (dataloader workers),
-            the rows of a skipped step are not known.
-        packed: a row of a batch holds several samples, so that rows of a skipped step are not known either.
+            the rows of a skipped step are unknown.
+        packed: a row of a batch holds several samples, so that rows of a skipped step are unknown, too.
         ids: the place of each of its rows in the file that it comes from, by which they are named.
         limit: with so many skipped among the last 2·limit steps training ends: TsqLoraError with advice, which names
             the last complete checkpoint from before them.
@@ -155,8 +155,8 @@ class GuardCallback(TrainerCallback):
         """For the record: the number of skipped steps and the first of them; empty without any."""
         if not self.count:
             return {}
-        named = "; ".join(f"step {step.step} ({step.told()})" for step in self.skipped[:TOLD])
-        more = ", ..." if self.count > TOLD else ""
+        named = "; ".join(f"step {step.step} ({step.in_words()})" for step in self.skipped[:LISTED])
+        more = ", ..." if self.count > LISTED else ""
         return {
             "skipped": {"count": self.count, "steps": [step.to_dict() for step in self.skipped]},
             "notes": [f"{self.count} steps were skipped whose loss or gradient was not finite: {named}{more}"],
@@ -186,8 +186,8 @@ class GuardCallback(TrainerCallback):
 
     def _skip(self, args: TrainingArguments, state: TrainerState) -> None:
         rows = distributed.gathered(self._rows)
-        known = None if any(not part for part in rows) else [self._named(row) for part in rows for row in part or ()]
-        step = SkippedStep(state.global_step + 1, known)
+        ids = None if any(not part for part in rows) else [self._named(row) for part in rows for row in part or ()]
+        step = SkippedStep(state.global_step + 1, ids)
         self.count += 1
         self._recent.append(step)
         if len(self.skipped) < NAMED:
@@ -211,28 +211,28 @@ class GuardCallback(TrainerCallback):
         start = complete_before(str(args.output_dir), first)
         back = "" if start is None else f"; the last complete checkpoint from before them is {start}"
         return (
-            f"{what}, the last at step {last.step} ({last.told()}); they were skipped, and the weights are as before"
+            f"{what}, the last at step {last.step} ({last.in_words()}); they were skipped, the weights are as before"
             f"{back}. Look at the rows, lower the learning rate ({args.learning_rate:g}), or compute in float32"
         )
 
 
 def _without_keeping(method: Callable[..., None]) -> Callable[..., None]:
-    """A hook that calls the method as long as its object is there: then nothing is left where training failed."""
-    known = weakref.WeakMethod(method)
+    """A hook with a weak reference to the method's object: a failed training leaves nothing behind."""
+    reference = weakref.WeakMethod(method)
 
     def hook(*arguments: Any) -> None:
-        if (there := known()) is not None:
+        if (there := reference()) is not None:
             there(*arguments)
 
     return hook
 
 
 def _looks_for_its_scale(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a gradient scaler skips the step, as it does until its scale is low enough."""
+    """Whether a gradient scaler skips the step itself, as it does until its scale is low enough."""
     scale = loss_scale(optimizer)
     return scale is not None and scale >= 1
 
 
 def _rows_in(values: Iterable[Any]) -> int:
-    """Of a batch, by its first tensor."""
+    """Rows of a batch, by its first tensor."""
     return next((len(value) for value in values if isinstance(value, Tensor) and value.dim() > 0), 0)

@@ -1,4 +1,4 @@
-"""What training needs of an optimizer: it trains the slots, calls back around its steps, has finite gradients."""
+"""An optimizer in training: it must train the slots; hooks around its steps; the norm of its gradients."""
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -15,13 +15,13 @@ from tsqlora.errors import SettingsError, UnsupportedError
 
 
 def require_trained(layers: Mapping[str, Slots], optimizer: torch.optim.Optimizer) -> None:
-    """Refuses layers whose adapter is frozen, or is not among the optimizer's parameters."""
+    """Refuse layers whose adapter is frozen or not among the optimizer's parameters."""
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for slots in layers.values():
         if not all(parameter.requires_grad for parameter, _ in slots.matrices()):
             raise UnsupportedError(
-                f"the adapter of {slots.name} is frozen, and its rank would move all the same; unfreeze it, or leave "
-                "the layer out of target_modules"
+                f"the adapter of {slots.name} is frozen, so its rank cannot move; unfreeze it, or leave the layer "
+                "out of target_modules"
             )
         if any(id(parameter) not in trained for parameter, _ in slots.matrices()):
             raise SettingsError(
@@ -38,35 +38,35 @@ def call_around_steps(
 
     An optimizer that wraps another calls them twice within a step.
     """
-    kept, hooks = inner_optimizer(optimizer), ExitStack()
+    inner, hooks = inner_optimizer(optimizer), ExitStack()
     try:
-        hooks.enter_context(kept.register_step_pre_hook(_as_hook(before)))
-        hooks.enter_context(kept.register_step_post_hook(_as_hook(after)))
+        hooks.enter_context(inner.register_step_pre_hook(_as_hook(before)))
+        hooks.enter_context(inner.register_step_post_hook(_as_hook(after)))
     except AttributeError:
         raise UnsupportedError(
-            f"the optimizer {type(kept).__name__} never called Optimizer.__init__, so its steps cannot be followed; "
-            "give the one that it wraps"
+            f"the optimizer {type(inner).__name__} never called Optimizer.__init__, so its steps cannot be followed; "
+            "give the optimizer that it wraps"
         ) from None
     return hooks
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor | None:
-    """The norm of their gradients together, on the device: finite where every number is; None where there are none."""
+    """The norm of all gradients, on the device: finite if every number is; None without gradients."""
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     return distributed.full_tensor(torch.nn.utils.get_total_norm(grads)) if grads else None
 
 
 def finite_gradients(parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether every number of their gradients is finite; so where there are none."""
+    """Whether every number of the gradients is finite; true without gradients."""
     norm = gradient_norm(parameters)
     return norm is None or bool(norm.isfinite())
 
 
 def _as_hook(method: Callable[[], None]) -> Callable[..., None]:
-    known = weakref.WeakMethod(method)
+    reference = weakref.WeakMethod(method)
 
     def hook(*_: Any) -> None:
-        if (there := known()) is not None:
+        if (there := reference()) is not None:
             there()
 
     return hook

@@ -55,18 +55,18 @@ class QualityCallback(TrainerCallback):
 
     Args:
         data: the Trainer's train_dataset.
-        rule: what is measured, and how rows are drawn by it; its reference is a number of rows.
-        task: needed only where training has a loss of its own (class weights, a custom one).
-        rows: ids and hashes of the rows, and what else the scores' record should say.
+        rule: the terms to measure, and how they decide the draw; its reference is a number of rows.
+        task: needed only for a custom loss, such as class weights.
+        rows: ids and hashes of the rows, and further fields of the scores' record.
         scores_path: where scores are written; by default scores.parquet in the output_dir.
         progress: called with (phase, rows done, rows in all); by default a bar where the Trainer shows bars.
-        collate: makes the batches that are scored; by default the Trainer's own, of which each row is a sample.
+        collate: makes the batches to score; by default the Trainer's collator; each row of a batch is a sample.
 
     Scores are computed in training's precision, unless `loss_reduction` is measured: that
     is a small difference, and needs float32.
 
-    `looks` says what each look found. Raises SettingsError for options that mean nothing together, at once; before the
-    first step SettingsError or UnsupportedError naming what of the training cannot be scored or drawn.
+    `looks` has a summary of each look. Raises SettingsError for options that contradict each other; before the first
+    step SettingsError or UnsupportedError naming what cannot be scored or drawn.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class QualityCallback(TrainerCallback):
 
     def _forget(self) -> None:
         self.notes: list[str] = []
-        """What was warned of, for a record."""
+        """Warnings, for the record."""
         self.looks: list[dict[str, Any]] = []
         self.spent: dict[str, PhaseCost] = {}
         self._digest: str | None = None
@@ -109,8 +109,8 @@ class QualityCallback(TrainerCallback):
         loader, model, data = kwargs["train_dataloader"], kwargs["model"], self.data
         if loader.dataset is not data:
             raise SettingsError(
-                "QualityCallback(data) and Trainer(train_dataset=data) need the same QualitySubset; where the trainer "
-                "makes rows of its own, as SFTTrainer does of text, choose them before it is built: dataset = "
+                "QualityCallback(data) and Trainer(train_dataset=data) need the same QualitySubset; for a trainer that "
+                "makes its own rows, such as SFTTrainer, choose them before it is built: dataset = "
                 "tsqlora.select(model, dataset, processing_class=tokenizer, trusted=rows, fraction=0.2)"
             )
         require_drawn_anew(args, loader)
@@ -196,7 +196,7 @@ class QualityCallback(TrainerCallback):
         pass_on(self, "on_train_end", args, state, control, **kwargs)
 
     def summary(self) -> dict[str, Any]:
-        """For the record: whether rows were drawn by quality, what the looks found, and why."""
+        """Fields of the record: how rows were drawn, the looks, and the reasons."""
         data, scores = self.data, self.data.scores
         quality = of_draws(data) | {"enabled": self.rule.select, "used": scores is not None, "looks": self.looks}
         quality |= {"why_not": self.why_not} if scores is None else {"scores": scores.record.to_dict()}
@@ -208,7 +208,7 @@ class QualityCallback(TrainerCallback):
 
     @property
     def why_not(self) -> str | None:
-        """Why the last look said nothing of which rows are worth more; None where it did."""
+        """Why the last look could not rank the rows; None if it could."""
         return self.looks[-1]["not_ready"] if self.looks else None
 
     def _note(self, what: str) -> None:
@@ -216,7 +216,7 @@ class QualityCallback(TrainerCallback):
         warnings.warn(what, stacklevel=3)
 
     def _renews(self) -> bool:
-        """Whether a second look can say something else: a pass over all rows must be worth its third of an epoch."""
+        """Whether a second look can change the draw: only then is it worth a pass over all rows."""
         if not (self.rule.look_again and self.rule.select):
             return False
         scores = self.data.scores
@@ -234,16 +234,16 @@ class QualityCallback(TrainerCallback):
         self.looks, self.spent, self._digest = saved.looks, dict(saved.spent), saved.scores_sha256
         if saved.scored_epoch is None:
             return
-        # Of a run that went on after this checkpoint, the first look's scores have another name.
+        # If the run went on after this checkpoint, the first look's scores have another name.
         paths = [path for path in (scores_path, first_scores(scores_path)) if path.exists()]
         path = distributed.once(lambda: next((p for p in paths if digest(p) == saved.scores_sha256), None))
         if path is None:
-            what = "has other scores than the run had" if paths else "is missing, the scores that the run drew by"
+            what = "holds other scores than the run's" if paths else "is missing"
             raise DataError(f"cannot resume: {scores_path} {what}; put it back, or start again")
         self.data.plan = self.data.plan.scored(Scores.load(path), saved.scored_epoch, by="QualityCallback")
 
     def _require_scorable(self, args: TrainingArguments, model: nn.Module, collate: Any) -> None:
-        """Before the look, not in the middle of it: all that two rows tell."""
+        """Check on two rows, before the look, what can be checked."""
         # Reading rows may draw random numbers too, as augmentation does.
         with eval_mode(model):
             rows = [
@@ -292,35 +292,35 @@ class QualityCallback(TrainerCallback):
             return None
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         # A copy: what a resumed run has read from a file cannot be written to, which torch warns of.
-        known = None if scores is None or "trusted_loss" not in scores.terms else scores.terms["trusted_loss"].copy()
-        return Trusted(data.trusted, args.learning_rate, batch, twins=data.plan.excluded, loss=known)
+        loss = None if scores is None or "trusted_loss" not in scores.terms else scores.terms["trusted_loss"].copy()
+        return Trusted(data.trusted, args.learning_rate, batch, twins=data.plan.excluded, loss=loss)
 
     def _look(self, args: TrainingArguments, state: TrainerState, model: nn.Module, collate: Any) -> None:
         epoch = epoch_of(state)
         about = {"epoch": epoch, "step": state.global_step, "look": len(self.looks) + 1}
         request = self._request(args, model, collate, about)
         if self.looks:
-            found = look(model, replace(request, rule=replace(self.rule, head_start=False)))
+            result = look(model, replace(request, rule=replace(self.rule, head_start=False)))
         else:
-            found = look_once(model, request)
-        for phase, cost in (("look", found.cost), ("trusted model", found.trusted_cost)):
+            result = look_once(model, request)
+        for phase, cost in (("look", result.cost), ("trusted model", result.trusted_cost)):
             if cost.forward:
                 self.spent.setdefault(phase, PhaseCost()).add(**asdict(cost))
-        scores, first, plan = self._guarded(found.scores), not self.looks, self.data.plan
-        self.looks.append(_summary(scores, found.why_not))
-        if found.why_not is None or self.data.scores is None:
+        scores, first, plan = self._guarded(result.scores), not self.looks, self.data.plan
+        self.looks.append(_summary(scores, result.why_not))
+        if result.why_not is None or self.data.scores is None:
             self._write(scores, self._path(args))
-        if found.why_not is None:
+        if result.why_not is None:
             self.data.plan = plan.scored(scores, epoch, by="QualityCallback")
             return
         if self.data.scores is None:
             # Later ranks may move all the same: what the model learns until its end shows in its gradients.
             self.data.plan = plan.unscored(awaits_scores=first, by="QualityCallback")
         more = "until the second look" if first and self.schedule.second_look else "to the end"
-        self._note(f"rows are drawn evenly{' and ranks stay' if first else ''} {more}: {found.why_not}")
+        self._note(f"rows are drawn evenly{' and ranks stay' if first else ''} {more}: {result.why_not}")
 
     def _start_head(self, args: TrainingArguments, model: nn.Module, collate: Any) -> None:
-        """Of a look the head alone: for the control."""
+        """Fit the head only, without a look: for the control."""
         start = time.perf_counter()
         started = start_head(distributed.unwrapped(model), self._request(args, model, collate, {}))
         head = None if started.head is None else started.head.summary()
@@ -350,7 +350,7 @@ class QualityCallback(TrainerCallback):
 
 
 def _of_noise(scores: Scores | None) -> list[str]:
-    """What the record notes of wrong labels."""
+    """The record's notes on wrong labels."""
     noise = None if scores is None else scores.record.noise
     if scores is None or noise is None:
         return []
@@ -363,14 +363,14 @@ def _of_noise(scores: Scores | None) -> list[str]:
 
 
 def first_scores(path: Path) -> Path:
-    """Where the first look's scores are kept, once a second one has others."""
+    """File of the first look's scores, once a second look has others."""
     return path.with_name(f"{path.stem}-1{path.suffix}")
 
 
 def _summary(scores: Scores, why_not: str | None) -> dict[str, Any]:
     """A look for run.json and the report."""
-    told = {name: getattr(scores.record, name) for name in ("epoch", "step", "head_start", "noise", "gate")}
-    return {**told, "not_ready": why_not, "rows": len(scores), "kept": int(scores.kept.sum())}
+    summary = {name: getattr(scores.record, name) for name in ("epoch", "step", "head_start", "noise", "gate")}
+    return {**summary, "not_ready": why_not, "rows": len(scores), "kept": int(scores.kept.sum())}
 
 
 def _bar(data: QualitySubset) -> Progress:

@@ -1,4 +1,4 @@
-"""Ranks that follow sensitivity, in a stock Trainer: `RankLoop`, told of each step by a callback."""
+"""Ranks that follow sensitivity, in a stock Trainer: a callback that drives a `RankLoop`."""
 
 import warnings
 from collections.abc import Mapping, Sized
@@ -41,8 +41,8 @@ class RankCallback(TrainerCallback):
 
     The model is one from `tsqlora.wrap`, or a PeftModel with plain LoRA (`get_peft_model`, SFTTrainer's
     `peft_config`), whose ranks become changeable when the Trainer is made. Ranks are first set from sensitivities on
-    rows of the first epoch, unless the model is at chance, as with a new head that no look has fitted, or its samples
-    have no loss that is known here (labels of tokens, preferences). Every `interval`
+    rows of the first epoch, unless the model is at chance, as with a new head that no look has fitted, or tsqlora
+    has no loss for its samples (token labels, preferences). Every `interval`
     optimizer steps they then move towards the target that the step's own backward gives. At the end the model
     becomes a plain PEFT model. A sample is a row of a batch: with SFTTrainer's packing all that is
     packed into a row, and in a batch without padding all of the batch.
@@ -51,18 +51,17 @@ class RankCallback(TrainerCallback):
     GPUs in one process, they are set once, before the first step; of an adapter that is not plain LoRA they stay.
 
     Args:
-        max_rank: of a PeftModel without slots, how many a layer gets; twice its rank if not given.
-        samples: how many rows of the first epoch the first ranks are measured on, at least 1; by default a twentieth of
-            those that the run trains on, 32 to 256.
-        collate: makes the batches of those rows; by default the Trainer's own.
+        max_rank: slots of each layer of a PeftModel without slots; by default twice its rank.
+        samples: rows of the first epoch that the first ranks are measured on; by default a twentieth of the
+            rows that the run trains on, 32 to 256.
+        collate: makes the batches of those rows; by default the Trainer's collator.
         finalize: leave a plain PEFT model; False keeps the slots for further training.
         interval, schedule and the others: as in `RankLoop`.
 
-    First ranks are measured by the model's own loss, or by the task that `QualityCallback` has.
+    First ranks are measured by the model's own loss, or by the task of `QualityCallback`.
 
-    `events` tells every decision, `final` the ranks at the end, `seconds` what measuring and
-    changing cost beside the steps' own backward. All of it is saved in the Trainer's checkpoints,
-    so that runs resume.
+    `events` has every decision, `final` the ranks at the end, `seconds` the time for measuring and changing beside the
+    steps' own backward. All of it is in the Trainer's checkpoints, so that runs resume.
     """
 
     def __init__(
@@ -101,7 +100,7 @@ class RankCallback(TrainerCallback):
         """Whether ranks are set before the first step and stay."""
 
     def rows_of(self, trained: int) -> int:
-        """How many rows the first ranks of a run that trains on so many are measured on."""
+        """Rows that the first ranks are measured on, in a run that trains on `trained` rows."""
         return min(MOST_ROWS, max(LEAST_ROWS, trained // 20)) if self.samples is None else self.samples
 
     @property
@@ -110,7 +109,7 @@ class RankCallback(TrainerCallback):
 
     @property
     def notes(self) -> list[str]:
-        """What was warned of, for a record."""
+        """Warnings, for the record."""
         return [*self._declined, *([] if self.loop is None else self.loop.notes)]
 
     @property
@@ -123,11 +122,11 @@ class RankCallback(TrainerCallback):
 
     @property
     def spent(self) -> dict[str, PhaseCost]:
-        """What measuring and changing ranks took; nothing where ranks stay as they are."""
+        """Cost of measuring and changing ranks; empty if ranks stay."""
         return {"ranks": replace(self.loop.spent, seconds=self.seconds)} if self.loop and self.seconds else {}
 
     def summary(self) -> dict[str, Any]:
-        """For the record: each decision, the ranks as they are, and what was warned of."""
+        """Fields of the record: each decision, the current ranks, and warnings."""
         schedule: RankSchedule = self.options["schedule"]
         options = {name: name_of(option) if callable(option) else option for name, option in self.options.items()}
         options |= asdict(schedule)
@@ -209,7 +208,7 @@ class RankCallback(TrainerCallback):
 
     @property
     def _moving(self) -> bool:
-        """Whether the loop is to hear of steps: ranks may still change."""
+        """Whether ranks may still change."""
         return self.loop is not None and not self.loop.final
 
     def on_epoch_begin(
@@ -242,7 +241,7 @@ class RankCallback(TrainerCallback):
         if self._settles:
             self._running.settle()
         else:
-            # While the model's gradients say nothing yet, ranks stay.
+            # Until the rows are scored, ranks stay.
             self._running.before_forward(adjust=not waits)
 
     def on_pre_optimizer_step(
@@ -280,7 +279,7 @@ class RankCallback(TrainerCallback):
     def _start(self, args: TrainingArguments, state: TrainerState, model: nn.Module, data: Any, collate: Any) -> None:
         """The first ranks, from sensitivities on rows of the first epoch.
 
-        Without a look nobody knows whether the model has a head that is worth reading: one at chance keeps its ranks.
+        Without a look the head may be at chance: then ranks stay.
         """
         trained = state.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         places = sensitivity_rows(len(data), self.rows_of(trained), self.seed).tolist()
@@ -297,7 +296,7 @@ class RankCallback(TrainerCallback):
         except (DataError, UnsupportedError, TypeError):
             if task is not None:
                 raise
-            ready = False  # training has a loss of its own, which moves ranks all the same
+            ready = False  # training has a custom loss, which moves ranks later
         if not ready:
             return
         self._running.start(rows, collate, **options)
@@ -309,7 +308,7 @@ def _why_never(model: nn.Module, optimizer: torch.optim.Optimizer, args: Trainin
     """Why ranks cannot move while a model with slots trains; None where they can."""
     if args.n_gpu > 1:
         return (
-            f"{args.n_gpu} GPUs in one process copy the model at each step, and what is measured on a copy is lost; "
+            f"{args.n_gpu} GPUs in one process copy the model at each step, so measurements on a copy are lost; "
             "start a process for each: accelerate launch"
         )
     try:
@@ -321,9 +320,9 @@ def _why_never(model: nn.Module, optimizer: torch.optim.Optimizer, args: Trainin
     return None
 
 
-def _subset_of(known: Mapping[str, Any]) -> QualitySubset | None:
-    """What the Trainer trains on, where epochs of it are drawn."""
-    rows = known["train_dataloader"].dataset
+def _subset_of(kwargs: Mapping[str, Any]) -> QualitySubset | None:
+    """The Trainer's rows, if its epochs are drawn."""
+    rows = kwargs["train_dataloader"].dataset
     return rows if isinstance(rows, QualitySubset) else None
 
 

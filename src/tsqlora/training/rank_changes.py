@@ -1,4 +1,4 @@
-"""Decide ranks from a measured gradient, carry the decision out on the model, and write it down.  METHOD section 4."""
+"""Decide ranks from a measured gradient, change the model, and record the decision.  METHOD section 4."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from tsqlora.ranks.schedule import RankSchedule, default_interval, moves_allowed
 
 @dataclass(frozen=True, slots=True)
 class RankRules:
-    """How the ranks of one run move: `steps` adjust them, `moves` slots may move in the first of these."""
+    """When the ranks of one run move: `steps` adjust them, `moves` slots may move in the first of these."""
 
     policy: Policy
     schedule: RankSchedule
@@ -49,7 +49,7 @@ class RankRules:
         return cls(policy, schedule, steps, every, schedule.first_moves(layers), min_rank, seed)
 
     def to_dict(self) -> dict[str, Any]:
-        """What a resumed run must have as it had, by the names of its settings."""
+        """Options that a resumed run must share, by the names of its settings."""
         return {
             "ranks.policy": name_of(self.policy),
             "ranks.interval": self.interval,
@@ -67,7 +67,7 @@ def name_of(function: Any) -> str:
 
 
 class RankChanges:
-    """The ranks of a model, at constant parameters: those that it has at first are the budget."""
+    """The ranks of a model, at constant parameters: its first ranks are the budget."""
 
     def __init__(self, layers: Mapping[str, Slots], optimizer: torch.optim.Optimizer | None, rules: RankRules) -> None:
         self.layers, self.optimizer, self.rules = layers, optimizer, rules
@@ -83,7 +83,7 @@ class RankChanges:
         return {name: slots.rank for name, slots in self.layers.items()}
 
     def start(self, probe: Probe, step: int) -> None:
-        """Sets the ranks to the targets of METHOD eq. 7."""
+        """Set the ranks to the targets of METHOD eq. 7."""
         measured = probe.sensitivity()
         target = self._target(measured.values)
         ranks = distributed.from_first(target)
@@ -92,10 +92,10 @@ class RankChanges:
         self._record("start", step, ranks, target, measured, moved)
 
     def adjust(self, probe: Probe, step: int) -> None:
-        """Moves the ranks towards the targets, as the policy says."""
+        """Move the ranks towards the targets, by the policy."""
         measured = probe.sensitivity()
         target = self._target(measured.values)
-        # Skipped steps age no slot: one that was there in every other step is old enough.
+        # Skipped steps age no slot: one that was active in every other step is old enough.
         min_age = min(self.rules.interval, int(self.importance.age.max()))
         ranks = self._decide(target, step, min_age=min_age)
         moved = self._change(ranks, probe.directions(), step, min_age=min_age)
@@ -129,7 +129,7 @@ class RankChanges:
             moves=moves_allowed(step, rules.steps, first=rules.moves),
             **bounds,
         )
-        # From the first process, so that what is refused is refused in every process.
+        # From the first process, so that every process refuses alike.
         answer = distributed.from_first(answer)
         return require_bounds(answer, self.ranks, policy=rules.policy, droppable=droppable, **bounds)
 
@@ -153,7 +153,7 @@ class RankChanges:
         measured: Sensitivity,
         moved: int,
     ) -> None:
-        """Writes a decision down, sensitivities as shares of their sum."""
+        """Record a decision, with sensitivities as shares of their sum."""
         spent = used(self.ranks, self.shapes)
         assert self.ranks == ranks
         assert spent <= self.budget

@@ -35,7 +35,7 @@ from tsqlora.training.step_order import StepOrder
 
 
 class RankLoop:
-    """Moves rank between the layers of a model from `tsqlora.wrap`, at constant parameters, in a loop of your own.
+    """Moves rank between the layers of a model from `tsqlora.wrap`, at constant parameters, in a custom loop.
 
         ranks = tsq.RankLoop(model, optimizer, total_steps=1000)
         for batch in batches:
@@ -50,8 +50,7 @@ class RankLoop:
     Args:
         model: as it trains: plain, compiled, or in DistributedDataParallel.
         total_steps: optimizer steps of the whole run; a step that a gradient scaler skips counts.
-        interval: optimizer steps between adjustments; a twentieth of the run, at least 10,
-            if not given.
+        interval: optimizer steps between adjustments; by default a twentieth of the run, at least 10.
         schedule: the shares of the run without adjustments, and how many slots may move at once.
         min_rank: 0 lets a layer lose its adapter altogether.
 
@@ -59,13 +58,13 @@ class RankLoop:
     `if accelerator.sync_gradients`. With a gradient scaler: before or after `unscale_`. For runs that stop and go
     on, `state_dict` and `load_state_dict`. First ranks from a sample of rows: `start`.
 
-    Whatever ranks the model has at first is the budget: as many parameters at every later step. `events` tells
-    every decision, `final` the ranks at the end, `seconds` what measuring and changing cost beside the steps' own
-    backward. Compiled code runs eagerly in the steps that are measured, one in `interval`, and is compiled anew
-    when ranks have changed.
+    The model's first ranks are the budget: as many parameters at every later step. `events` has
+    every decision, `final` the ranks at the end, `seconds` the time for measuring and changing beside the steps' own
+    backward. Compiled code runs eagerly in the measured steps, one in `interval`, and is compiled again after ranks
+    have changed.
 
-    Raises TsqLoraError where a call is missing, naming it, at the latest from optimizer.step() before it steps. A run
-    that is too short to adjust ranks warns. `finish` and `close` let go of the optimizer.
+    Raises TsqLoraError that names a missing call, at the latest from optimizer.step(). A run that is too short to
+    adjust ranks warns. `finish` and `close` remove the hooks.
     """
 
     def __init__(
@@ -104,10 +103,10 @@ class RankLoop:
         self.order = StepOrder(parameters)
         self.started, self.seconds = False, 0.0
         self.spent = PhaseCost()
-        """Of the first ranks: passes of rows, and tokens where whoever started knows them."""
+        """Cost of the first ranks: passes of rows, and their tokens."""
         self._postponed = self._withheld = self._rehearsal = False
         self.notes: list[str] = []
-        """What was warned of, for a record."""
+        """Warnings, for the record."""
         if len(self.steps) == 0 and self.rules.policy is not get_policy("fixed"):
             self._note(
                 f"ranks do not move: no adjustment fits into {total_steps} steps at an interval of "
@@ -137,7 +136,7 @@ class RankLoop:
 
     @property
     def step(self) -> int:
-        """Optimizer steps that are done."""
+        """Completed optimizer steps."""
         return self.order.step
 
     @property
@@ -147,7 +146,7 @@ class RankLoop:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Each layer's rank as it is now; the last ones after `finish`."""
+        """Each layer's current rank; the last one after `finish`."""
         return self.final or self.changes.ranks
 
     def start(
@@ -159,7 +158,7 @@ class RankLoop:
         batch_size: int = 32,
         autocast: torch.dtype | None = None,
     ) -> None:
-        """Sets the first ranks, from sensitivities on these samples: METHOD section 2; options as in `sensitivity`.
+        """Set the first ranks, from sensitivities on these samples: METHOD section 2; options as in `sensitivity`.
 
         Between two steps, or before the first; the samples are the quality sample, for the method as published.
         """
@@ -187,7 +186,7 @@ class RankLoop:
         self.seconds += time.perf_counter() - begun
 
     def before_forward(self, *, adjust: bool = True) -> None:
-        """Opens the step; called again before the step's other forward passes it does nothing.
+        """Open the step; further calls in the same step do nothing.
 
         With adjust=False ranks stay as they are in this step.
         """
@@ -198,14 +197,14 @@ class RankLoop:
         step = self.step + 1
         self._withheld |= not adjust and step in self.steps[-1:]
         due = adjust and (step in self.steps or (self._postponed and step < self.steps.stop))
-        # The first step is measured for nothing, so that what cannot be measured is told at once.
+        # The first step is measured without effect, so that what cannot be measured is refused at once.
         self._rehearsal = not due and step == 1 and len(self.steps) > 0
         if due or self._rehearsal:
             self._probe = Probe(lora_layers(self.model), self.estimator, self.seed + self.step)
             self._tap.enter_context(self._probe.watch(self.model))
 
     def before_optimizer_step(self) -> None:
-        """Takes in the step's gradients."""
+        """Read the step's gradients."""
         self.order.come("before_optimizer_step")
         # Once ranks are final, importances have no use.
         finite = None if self._final() else self.importance.update(gradient_norm(self._others))
@@ -223,10 +222,10 @@ class RankLoop:
             self._probe = None
 
     def after_optimizer_step(self) -> None:
-        """Closes the step, and adjusts the ranks if it was measured."""
+        """Close the step, and adjust the ranks if it was measured."""
         self.order.come("after_optimizer_step")
         if self.step == 1 and len(self.steps) > 0:
-            # Its state is there from now on: an optimizer that cannot be served is told at once.
+            # Its state exists from now on: an unsupported optimizer is refused at once.
             for slots in self.layers.values():
                 moments(slots.a, self.optimizer)
         if self._probe is not None:
@@ -236,9 +235,9 @@ class RankLoop:
             self.seconds += time.perf_counter() - begun
 
     def finish(self, *, finalize_model: bool = True) -> PeftModel:
-        """Ends the run: the PEFT model, plain with `finalize_model`, else with slots for further training.
+        """End the run: the PEFT model, plain with `finalize_model`, else with slots for further training.
 
-        Called again it gives the same model, plain if that is asked for then.
+        A second call returns the same model, plain if `finalize_model`.
         """
         if self.final:
             return self._plain() if finalize_model else self.peft
@@ -247,8 +246,8 @@ class RankLoop:
         self.close()
         if not self.events and self._withheld:
             self._note(
-                f"ranks are as they were: until step {self.steps[-1]}, the last to adjust them, the model's gradients "
-                "said nothing; train longer, or lower freeze"
+                f"ranks are as they were: no row was scored until step {self.steps[-1]}, the last that "
+                "adjusts them; train longer, or lower freeze"
             )
         elif len(self.steps) > 0 and self.step < self.steps.start:
             self._note(
@@ -259,10 +258,7 @@ class RankLoop:
         return self._plain() if finalize_model else self.peft
 
     def settle(self) -> PeftModel:
-        """Ends the loop where ranks stay: a plain PEFT model, which any optimizer can train.
-
-        What the optimizer keeps is left as it is: nothing before its first step, or what it had in a plain model.
-        """
+        """End the loop before ranks move: a plain PEFT model, for any optimizer, whose state is not changed."""
         self.close()
         self._end()
         return finalize(self.peft)
@@ -272,7 +268,7 @@ class RankLoop:
         self.final, self.order.next = self.ranks, "before_forward"
 
     def _plain(self) -> PeftModel:
-        """The model without slots, and the optimizer with what it keeps of the active ones."""
+        """The model without slots; the optimizer's state is cut to the active ones."""
         if not any(map(distributed.is_sharded, self.model.parameters())):  # which finalize refuses
             for slots in find_slots(self.model).values() if has_slots(self.model) else ():
                 # Of a layer at rank 0 nothing is left to train.
@@ -281,14 +277,14 @@ class RankLoop:
         return finalize(self.peft)
 
     def close(self) -> None:
-        """Lets go of the optimizer, and of the model after a step that failed; `finish` does it too."""
+        """Remove the hooks on the optimizer and the model; `finish` does it too."""
         try:
             self._tap.close()
         finally:
             self._held.close()
 
     def state(self) -> RankState:
-        """All that the loop knows, between two steps."""
+        """The loop's state between two steps."""
         return RankState(
             layers=list(self.layers),
             importance={name: table.clone() for name, table in self.importance.tables().items()},
@@ -305,7 +301,7 @@ class RankLoop:
         )
 
     def restore(self, saved: RankState, *, step: int) -> None:
-        """Goes on after `step` as `state` was then; the model's own state must be loaded before.
+        """Continue after `step` from `saved`; load the model's own state first.
 
         Raises SettingsError for the state of another run.
         """
@@ -330,10 +326,10 @@ class RankLoop:
         return {"step": self.step, **self.state().to_dict()}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """What `state_dict` gave, as `restore`."""
-        known = dict(saved)
-        step = known.pop("step")
-        self.restore(RankState.from_dict(known), step=step)
+        """Inverse of `state_dict`."""
+        values = dict(saved)
+        step = values.pop("step")
+        self.restore(RankState.from_dict(values), step=step)
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -344,7 +340,7 @@ class RankLoop:
         warnings.warn(what, stacklevel=3)
 
     def _final(self) -> bool:
-        """Whether ranks will not change any more."""
+        """Whether ranks are final."""
         fixed = self.rules.policy is get_policy("fixed")
         return fixed or (self.step >= self.steps.stop and (self.started or bool(self.events)))
 
@@ -354,7 +350,7 @@ class RankLoop:
 
 
 def _require_no_bias(model: PeftModel, layers: Mapping[str, Slots], min_rank: int) -> None:
-    """Refuses biases that would be lost with the adapter of a layer at rank 0."""
+    """Refuse biases that would be lost with the adapter of a layer at rank 0."""
     bias = cast(LoraConfig, model.peft_config[next(iter(layers.values())).adapter]).bias
     if min_rank == 0 and bias != "none":
         raise UnsupportedError(
@@ -365,16 +361,16 @@ def _require_no_bias(model: PeftModel, layers: Mapping[str, Slots], min_rank: in
 
 def _peft_model(model: nn.Module) -> PeftModel:
     """The model, or the PeftModel that is a part of it."""
-    found = [module for module in model.modules() if isinstance(module, PeftModel)]
-    if not found:
+    models = [module for module in model.modules() if isinstance(module, PeftModel)]
+    if not models:
         find_slots(model)  # which says what to do
-    if len(found) != 1:
-        raise UnsupportedError(f"the model has {len(found)} PeftModels within it, and ranks change in one")
-    return found[0]
+    if len(models) != 1:
+        raise UnsupportedError(f"the model has {len(models)} PeftModels within it, and ranks change in one")
+    return models[0]
 
 
 def take_over(model: nn.Module, tap: ExitStack) -> None:
-    """Take down what an earlier training of the model, which failed or was interrupted, left on it.
+    """Remove the hooks of an earlier training of the model that failed or was interrupted.
 
     That training's Trainer may still be alive, as in a notebook, which keeps the frames of the last error.
     """
@@ -386,4 +382,4 @@ def take_over(model: nn.Module, tap: ExitStack) -> None:
 
 
 _TAPS: MutableMapping[nn.Module, weakref.ref[ExitStack]] = weakref.WeakKeyDictionary()
-"""The hooks on each model; neither the model nor its hooks are kept alive."""
+"""The hooks on each model, by weak references."""

@@ -1,4 +1,4 @@
-"""run.json of one training: what our callbacks decided, what it cost, and what the Trainer logged."""
+"""run.json of one training: our callbacks' decisions, costs, and the Trainer's log."""
 
 import math
 import time
@@ -39,16 +39,16 @@ class Part(Protocol):
 
     @property
     def spent(self) -> Mapping[str, PhaseCost]:
-        """What each of its phases has cost until now."""
+        """Cost of each of its phases until now."""
         ...
 
     def summary(self) -> Mapping[str, Any]:
-        """Fields of RunRecord as they are now; `notes` and `settings` are added to those of others."""
+        """Current fields of RunRecord; `notes` and `settings` are added to those of other parts."""
         ...
 
 
 class RecordCallback(TrainerCallback):
-    """Keeps a training's record as it is now, and with a folder its run.json, every few seconds.
+    """Keep a training's record, and with a folder its run.json, up to date every few seconds.
 
     `tsqlora train` gives one to its Trainer, behind its other callbacks, and writes the finished record itself. In any
     other Trainer our callbacks share one (`join`), and the last of them passes the Trainer's events on (`pass_on`).
@@ -61,7 +61,7 @@ class RecordCallback(TrainerCallback):
         # The Trainer has the callbacks: one that is taken out of it, or failed, lets go of the model.
         self._parts = [weakref.ref(part) for part in parts]
         self.finishes = finishes
-        """Whether the record is complete when training ends: nobody else measures and writes it."""
+        """Whether the record is complete when training ends; `tsqlora train` measures afterwards."""
         self._notes = [*record.notes]
         self._since: float | None = None
         self._elsewhere = self._due = 0.0
@@ -69,11 +69,11 @@ class RecordCallback(TrainerCallback):
 
     @property
     def parts(self) -> list[Part]:
-        """Whose decisions are recorded, in the order in which they have each event."""
-        return [part for known in self._parts if (part := known()) is not None]
+        """The recorded callbacks, in the order of their events."""
+        return [part for reference in self._parts if (part := reference()) is not None]
 
     def add(self, part: Part) -> None:
-        """Takes in a part that joins."""
+        """Add a part."""
         self._parts.append(weakref.ref(part))
 
     def on_train_begin(
@@ -83,7 +83,7 @@ class RecordCallback(TrainerCallback):
         self.resume(state)
 
     def resume(self, state: TrainerState) -> None:
-        """Adds what the training had cost at the checkpoint that it goes on from."""
+        """Add the cost until the checkpoint that training resumes from."""
         if state.global_step > 0 and (cost := saved_note(state, NOTE).get("cost")) is not None:
             self.record.cost["training"] = PhaseCost(**cost)
 
@@ -117,7 +117,7 @@ class RecordCallback(TrainerCallback):
             self._measured(_evaluated(args, state))
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # After training; what was evaluated in between is in the history.
+        # After training; earlier evaluations are in the history.
         if self.record.status == "finished" and state.is_world_process_zero:
             self._measured(kwargs["metrics"])
 
@@ -127,7 +127,7 @@ class RecordCallback(TrainerCallback):
         self.save()
 
     def fill(self, state: TrainerState) -> RunRecord:
-        """The record with all that is known now."""
+        """The record with the current values."""
         record, summaries = self.record, [dict(part.summary()) for part in self.parts]
         record.notes = [*self._notes, *(note for summary in summaries for note in summary.pop("notes", ()))]
         for summary in summaries:
@@ -143,7 +143,7 @@ class RecordCallback(TrainerCallback):
         return record
 
     def save(self) -> None:
-        """Writes run.json, where there is a folder for it."""
+        """Write run.json, if there is a folder for it."""
         if self.folder is None:
             return
         try:
@@ -160,7 +160,7 @@ class RecordCallback(TrainerCallback):
 
 
 def of_draws(data: Any) -> dict[str, Any]:
-    """How a record says that epochs are drawn, where no QualityCallback says more."""
+    """The record's `quality` without a QualityCallback."""
     drawn: dict[str, Any] = {"enabled": False, "used": False}
     if isinstance(data, QualitySubset):
         drawn |= {"fraction": data.plan.fraction, "rows_an_epoch": len(data), "trusted_rows": len(data.trusted)}
@@ -169,7 +169,7 @@ def of_draws(data: Any) -> dict[str, Any]:
 
 
 def passed(data: Any, args: TrainingArguments, state: TrainerState) -> tuple[int, int]:
-    """Rows of the step that has just ended, of every process, and their tokens: 0 where lengths are not known."""
+    """Rows of the last step, of every process, and their tokens: 0 if lengths are unknown."""
     if isinstance(data, QualitySubset):
         rows = rows_of_step(data, args, state)
         return len(rows), 0 if data.lengths is None else sum(data.lengths[row] for row in rows)
@@ -181,7 +181,7 @@ def passed(data: Any, args: TrainingArguments, state: TrainerState) -> tuple[int
 
 
 def rows_of_step(data: QualitySubset, args: TrainingArguments, state: TrainerState) -> Sequence[int]:
-    """The rows on which the step that has just ended was trained, those of every process."""
+    """The rows of the last step, of every process."""
     size = step_size(args)
     place = (state.global_step - 1) % -(-len(data) // size)
     return data.indices[place * size : (place + 1) * size].tolist()
@@ -193,16 +193,16 @@ def step_size(args: TrainingArguments) -> int:
 
 
 def logged(history: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
-    """A Trainer's log for the record, without what it says of its own speed; of many losses every so many-th.
+    """A Trainer's log for the record, without its speed; of many losses every n-th.
 
-    What is no number is left out, and numbers that are not finite, which JSON has not: GuardCallback names such steps.
+    Only finite numbers: JSON has no others, and GuardCallback names such steps.
     """
     entries = [
         {name: value for name, value in entry.items() if not _of_speed(name) and _is_finite(value)} for entry in history
     ]
-    known = [entry for entry in entries if entry.keys() - {"step", "epoch"} and "train_loss" not in entry]
-    every = -(-len(known) // MOST_ENTRIES)
-    return [entry for j, entry in enumerate(known) if j % every == 0 or "loss" not in entry]
+    rows = [entry for entry in entries if entry.keys() - {"step", "epoch"} and "train_loss" not in entry]
+    every = -(-len(rows) // MOST_ENTRIES)
+    return [entry for j, entry in enumerate(rows) if j % every == 0 or "loss" not in entry]
 
 
 def _of_speed(name: str) -> bool:
@@ -225,7 +225,7 @@ def metrics_of(logs: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _evaluated(args: TrainingArguments, state: TrainerState) -> Mapping[str, Any]:
-    """The log of the last evaluation, or of the one whose model was brought back."""
+    """The log of the last evaluation, or of the best model that was loaded at the end."""
     logs = [entry for entry in state.log_history if metrics_of(entry)]
     best = state.best_global_step if args.load_best_model_at_end else None
     return next((entry for entry in logs if entry["step"] == best), logs[-1] if logs else {})
@@ -234,7 +234,7 @@ def _evaluated(args: TrainingArguments, state: TrainerState) -> Mapping[str, Any
 # ------------------------------------------------------------------------- in a Trainer of the user's own
 
 _SHARED: dict[int, RecordCallback] = {}
-"""By the id of the state that the Trainer makes for each training; callbacks share nothing else."""
+"""By the id of the TrainerState, the only object that callbacks share."""
 
 Event = Literal["on_step_begin", "on_step_end", "on_train_end", "on_evaluate"]
 
@@ -264,11 +264,11 @@ _ARGUMENTS = (
     "learning_rate", "lr_scheduler_type", "per_device_train_batch_size", "gradient_accumulation_steps",
     "num_train_epochs", "max_steps", "weight_decay", "optim", "bf16", "fp16", "seed", "world_size",
 )  # fmt: skip
-"""What the record says of a Trainer's arguments."""
+"""The Trainer's arguments in the record."""
 
 
 def _begun(args: TrainingArguments, state: TrainerState, model: nn.Module, data: Any) -> RunRecord:
-    """The record of a training that begins in a Trainer that the user made."""
+    """The record of a training in a user's Trainer."""
     model = distributed.unwrapped(model)
     plan: dict[str, Any] = {"steps": state.max_steps, "ranks": active_ranks(model) if has_slots(model) else {}}
     rows = "a stream"

@@ -60,7 +60,7 @@ def locked(run: Path, *, resume: bool = False) -> Iterator[None]:
             "name another directory"
         ) from None
     # Nothing is written into a directory of something else, not even the lock.
-    if not os.path.exists(run / LOCK_FILE):  # False also where it cannot be asked, which the next line tells
+    if not os.path.exists(run / LOCK_FILE):  # also False if the path cannot be read, which the next line reports
         require_free(run, resume=resume)
     with alone_in(run, busy=f"another process is training into {run}; wait for it, or name another --out"):
         require_free(run, resume=resume)
@@ -121,30 +121,30 @@ def _remove_empty(new: Sequence[Path]) -> None:
 
 @contextmanager
 def written(run: Path) -> Iterator[None]:
-    """Raises TsqLoraError, with the cure, where the disk takes no more of a run."""
+    """Raises TsqLoraError, with the cure, if the disk refuses a write."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         if (why := _of_the_disk(run, error)) is None or not _concerns(run, error):
             raise
         raise TsqLoraError(
-            f"{run} cannot be written: {why}; mend that, and `tsqlora train --resume` goes on from the last whole "
-            "checkpoint"
+            f"{run} cannot be written: {why}; free some space or fix the rights, then `tsqlora train --resume` "
+            "continues from the last complete checkpoint"
         ) from error
 
 
 def _concerns(run: Path, error: Exception) -> bool:
-    """Whether it may be of a file in the run's directory: those who write do not always say which."""
+    """Whether the error may concern a file in the run's directory; not every error names its file."""
     name = getattr(error, "filename", None)
     return name is None or Path(os.fsdecode(name)).absolute().is_relative_to(run.absolute())
 
 
 def _of_the_disk(run: Path, error: Exception) -> str | None:
-    """What a disk says that takes no more; None for any other error."""
+    """The disk's reason for refusing a write; None for any other error."""
     if isinstance(error, OSError):
         return error.strerror if error.errno in _REFUSALS else None
     text = str(error)
-    # safetensors and torch write in languages of their own; torch tells no more than where in its code it failed.
+    # safetensors and torch write from Rust and C++; torch reports only where in its code it failed.
     if any(words in text for words in _TORCH_WRITES):
         return f"a file was cut off ({shutil.disk_usage(run).free:,} bytes are free)"
     return next((os.strerror(number) for number in _REFUSALS if f"os error {number})" in text), None)
@@ -160,7 +160,7 @@ def dated(source: str, *, resume: bool = False, under: Path = Path("runs")) -> P
     name = re.sub(r"[^\w.-]+", "-", stem).strip("-.") or "run"
     pattern = re.compile(rf"(\d{{4}}-\d\d-\d\d)-{re.escape(name)}(?:-(\d+))?")
     there = (pattern.fullmatch(path.name) for path in under.glob("*"))
-    begun = {(found[1], int(found[2] or 1)): found[0] for found in there if found and is_run(under / found[0])}
+    begun = {(match[1], int(match[2] or 1)): match[0] for match in there if match and is_run(under / match[0])}
     if resume and begun:
         return under / begun[max(begun)]
     first = under / f"{date.today().isoformat()}-{name}"
@@ -183,12 +183,12 @@ def _is_free(run: Path) -> bool:
 def require_free(run: Path, *, resume: bool = False) -> None:
     """Raises SettingsError if the directory holds a run that is not to be resumed, or something else, or is no name."""
     try:
-        known = (run / CONFIG_FILE).exists()
-        there = [] if known or not run.is_dir() else list(run.iterdir())
+        begun = (run / CONFIG_FILE).exists()
+        there = [] if begun or not run.is_dir() else list(run.iterdir())
         strangers = sorted(path.name for path in there if not _left_before_the_start(path))
     except OSError as error:
         raise SettingsError(f"--out {run} cannot be read ({error.strerror}); name another directory") from None
-    if known:
+    if begun:
         if not resume:
             raise SettingsError(f"{run} holds another run; give --resume to continue it, or name another --out")
         return

@@ -1,4 +1,4 @@
-"""The calls of a training step in their order, and around optimizer.step(): a missing one is named before it harms."""
+"""The order of a training step's calls: a missing one is named, at the latest before optimizer.step()."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -20,10 +20,10 @@ WHERE = {
 
 
 class StepOrder:
-    """Which call of a step comes next, and how many steps are done.
+    """The next call of a step, and the number of completed steps.
 
     Args:
-        parameters: their gradients say whether a step of the optimizer, without its calls, is training's.
+        parameters: if their gradients are not zero, a step of the optimizer is training's.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -31,7 +31,7 @@ class StepOrder:
         self._parameters, self._stepped = parameters, False
 
     def watch(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[Any]:
-        """While it is open, optimizer.step() raises TsqLoraError where a call is missing."""
+        """While it is open, optimizer.step() raises TsqLoraError if a call is missing."""
         return call_around_steps(optimizer, self._before_step, self._after_step)
 
     def expect(self, call: str) -> None:
@@ -39,7 +39,7 @@ class StepOrder:
             raise TsqLoraError(f"{self.next}() is missing in step {self.step + 1}: call it {WHERE[self.next]}")
 
     def come(self, call: str) -> None:
-        """This call is made now, and the one after it is next."""
+        """Record this call; the one after it is next."""
         self.expect(call)
         calls = list(WHERE)
         self.next = calls[(calls.index(call) + 1) % len(calls)]
@@ -55,8 +55,8 @@ class StepOrder:
         # A step of zeros is torch.distributed.checkpoint's, which makes the optimizer's state in order to load it.
         if any(grad is not None and bool(distributed.full_tensor(grad).any()) for grad in grads):
             raise TsqLoraError(
-                f"optimizer.step(): {self.next}() is missing in step {self.step + 1}: call it {WHERE[self.next]}; a "
-                "RankLoop that was given up is to be closed: close()"
+                f"optimizer.step(): {self.next}() is missing in step {self.step + 1}: call it {WHERE[self.next]}; "
+                "close() a RankLoop that is not used any more"
             )
 
     def _after_step(self) -> None:

@@ -17,24 +17,24 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopCallback(TrainerCallback):
-    """While it is open (`with`), a signal makes the step that is under way the last one, and its checkpoint is saved.
+    """While it is open (`with`), a signal makes the current step the last one, and its checkpoint is saved.
 
-    Then StoppedError is raised. Where no steps are made (scoring, evaluation), `watch` raises it at once. A second
-    signal ends everything as without us.
+    Then StoppedError is raised. In scoring and evaluation `watch` raises it at once. A second signal has its usual
+    effect.
 
     Args:
-        advice: how to go on, for the error.
+        advice: how to continue, for the error.
     """
 
     def __init__(self, advice: str) -> None:
         self.advice = advice
         self.asked: int | None = None
-        """The signal that came."""
+        """The signal, once one has arrived."""
         self._saved: int | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopCallback":
-        # Elsewhere Python sets no handlers, and whoever made the thread has its own.
+        # Python sets handlers in the main thread only.
         if threading.current_thread() is threading.main_thread():
             self._process = os.getpid()
             # What is ignored stays so: Ctrl-C of what was started in a shell's background, or by nohup.
@@ -48,7 +48,7 @@ class StopCallback(TrainerCallback):
         self._before = {}
 
     def watch(self, progress: Progress | None) -> Progress:
-        """A Progress that stops what makes no steps, as soon as it reports."""
+        """A Progress that raises in phases without steps, once a signal has arrived."""
 
         def report(phase: str, done: int, total: int, pulse: Pulse | None = None, /) -> None:
             if progress is not None:
@@ -59,7 +59,7 @@ class StopCallback(TrainerCallback):
         return report
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # Of several processes not every one may have heard of it by this step.
+        # Not every process may have received the signal by this step.
         if distributed.any_process(self.asked is not None, args.device):
             self.asked = self.asked or signal.SIGTERM
             control.should_save = True
@@ -80,7 +80,7 @@ class StopCallback(TrainerCallback):
             raise self._stopped(f"after step {self._saved}, which has a checkpoint")
 
     def _come(self, which: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a worker of a data loader, which its parent ends
+        if os.getpid() != self._process:  # a data loader's worker, which its parent ends
             return
         self.__exit__()
         self.asked = which

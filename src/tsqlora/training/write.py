@@ -112,14 +112,14 @@ _PLAIN: dict[str, Any] = {
     "early_stopping": False,
     "num_return_sequences": 1,
 }
-"""What a base's own generation_config would change of the texts, where nothing is said of it."""
+"""Neutral values in place of the base model's generation_config."""
 
 
 def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | int | None:
     """The tokens that end a text: the tokenizer's, with which targets were ended, and the model's own."""
     own = model.generation_config.eos_token_id
-    known = {*(own if isinstance(own, list) else [own]), cast(Any, tokenizer.eos_token_id)} - {None}
-    return sorted(known) if known else None
+    ends = {*(own if isinstance(own, list) else [own]), cast(Any, tokenizer.eos_token_id)} - {None}
+    return sorted(ends) if ends else None
 
 
 def _start(model: Any) -> int | None:
