@@ -273,7 +273,7 @@ def held(answer: Any, *, policy: Any = grow, droppable: Ranks | None = None, **f
         ({"wide": 4}, "layer 'narrow' no rank; give every layer in ranks one"),
         (
             {"wide": 4, "narrow": 1, "other": 1},
-            "a rank to layer 'other', which is unknown; give ranks to the layers in ranks",
+            "a rank to layer 'other', which is unknown; give ranks only to the layers in ranks",
         ),
         ({"wide": 3.5, "narrow": 1}, "layer 'wide' rank 3.5; give a whole number, an int"),
         ({"wide": 9, "narrow": 1}, "layer 'wide' rank 9, and its cap is 8; give at most caps[layer]"),
@@ -284,7 +284,7 @@ def held(answer: Any, *, policy: Any = grow, droppable: Ranks | None = None, **f
         ),
         (
             {"wide": 4, "narrow": 2},
-            "ranks that cost 200 parameters, and the budget is 180; give up slots of other layers for those that grow: "
+            "ranks that cost 200 parameters, and the budget is 180; drop slots of other layers for those that grow: "
             "a rank costs inputs + outputs, as shapes has them",
         ),
     ],

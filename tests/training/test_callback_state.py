@@ -244,7 +244,7 @@ def test_scores_that_are_gone_are_told(tmp_path: Path) -> None:
         trainer(tmp_path, Interrupt(12)).train()
     for path in tmp_path.glob("scores*.parquet"):
         path.unlink()
-    with pytest.raises(tsq.DataError, match=r"scores\.parquet is missing, the scores that the run drew by; put it"):
+    with pytest.raises(tsq.DataError, match=r"scores\.parquet is missing; put it"):
         trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
 
 

@@ -95,9 +95,7 @@ def test_a_folder_that_is_not_there_is_told_by_the_first_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The others may look before the first has made it."""
-    with pytest.raises(
-        tsq.SettingsError, match=r"typo is not there; give the output_dir of the run, which Trainer\(\.\.\.\) makes$"
-    ):
+    with pytest.raises(tsq.SettingsError, match=r"typo is not there; give"):
         tsq.last_checkpoint(tmp_path / "typo")
     monkeypatch.setattr(distributed, "is_first", lambda: False)
     assert tsq.last_checkpoint(tmp_path / "typo") is None
@@ -376,7 +374,7 @@ def test_scores_that_are_not_the_runs_own_are_refused(run: Path) -> None:
     scores = tsq.Scores.load(run / "scores.parquet")
     scores.save(run / "scores.parquet")
     replace(scores, record=replace(scores.record, epoch=7)).save(run / "scores.parquet")
-    with pytest.raises(tsq.DataError, match=r"scores\.parquet has other scores than the run had; put it back"):
+    with pytest.raises(tsq.DataError, match=r"scores\.parquet holds other scores.*put it back"):
         trainer(run).train(resume_from_checkpoint=str(run / "checkpoint-12"))
 
 

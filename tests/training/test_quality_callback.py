@@ -338,7 +338,7 @@ def test_ranks_stay_where_the_model_is_at_chance(tmp_path: Path) -> None:
     ranks = tsq.RankCallback(interval=2)
     model = slotted_bert()
     callbacks = [quality_by(subset, reference=40), ranks]
-    with pytest.warns(UserWarning, match="ranks are as they were: until step 2, the last to adjust them, the model"):
+    with pytest.warns(UserWarning, match="ranks are as they were: .*until step 2"):
         make_trainer(model, subset, tmp_path, callbacks, num_train_epochs=1, learning_rate=1e-6).train()
     assert (ranks.events, set(ranks.final.values())) == ([], {4})
     model.save_pretrained(tmp_path / "adapter")
@@ -430,7 +430,7 @@ def test_a_run_is_not_resumed_with_other_scores_or_draws(
     subset = tsq.QualitySubset(DATA, 0.5, **draws)
     quality = quality_by(subset, **{"reference": 40, **scores})
     trainer = make_trainer(slotted_bert(), subset, tmp_path, [quality], **saves)
-    with pytest.raises(SettingsError, match=f"the run that is resumed had {told}; resume with what the run was begun"):
+    with pytest.raises(SettingsError, match=f"the resumed run had {told}; resume with"):
         trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{at}"))
 
 
@@ -750,5 +750,5 @@ def test_a_sampler_that_knows_rows_is_named_in_a_warning(processes: int) -> None
     weighted = WeightedRandomSampler([1.0] * 8, 8)
     loader: Any = DataLoader(tsq.QualitySubset(range(8), 1.0), batch_size=2, sampler=weighted)
     loader = prepare_data_loader(loader, num_processes=processes, process_index=0)
-    with pytest.warns(UserWarning, match="the Trainer's sampler is a WeightedRandomSampler; what it knows of rows"):
+    with pytest.warns(UserWarning, match="the Trainer's sampler is a WeightedRandomSampler"):
         drawing.require_by_place(loader)

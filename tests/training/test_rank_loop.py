@@ -463,7 +463,7 @@ def test_ranks_are_said_to_have_waited_only_where_no_adjustment_was_left(all_of_
         ranks.before_forward(adjust=False)
         one_step(ranks, number)
     if all_of_them:
-        with pytest.warns(UserWarning, match=f"until step {ranks.steps[-1]}, the last to adjust"):
+        with pytest.warns(UserWarning, match=f"until step {ranks.steps[-1]}, the last"):
             ranks.finish()
     else:
         ranks.finish()
@@ -508,7 +508,7 @@ def test_an_optimizer_made_before_the_slots_is_refused() -> None:
     [
         ({"bert.pooler.dense": 9}, "gave layer 'bert.pooler.dense' rank 9, and its cap is 8; give at most"),
         ({"bert.pooler.dense": 0}, "gave layer 'bert.pooler.dense' rank 0, and its least is 1; give at least"),
-        ({"bert.pooler.dense": 8}, "gave ranks that cost 576 parameters, and the budget is 512; give up slots"),
+        ({"bert.pooler.dense": 8}, "gave ranks that cost 576 parameters, and the budget is 512; drop slots"),
     ],
 )
 def test_a_policy_that_breaks_a_bound_is_told_and_has_changed_nothing(changed: dict[str, int], text: str) -> None:

@@ -134,9 +134,7 @@ def test_a_resume_with_other_trusted_rows_is_refused_and_renames_nothing(ranks_f
         other, _ = make(tmp_path, trusted=rows, first=first, **EVERY, max_steps=6)
         if ranks_first:  # whose part the checkpoint has not
             (tmp_path / "checkpoint-3" / "tsqlora_guard.json").unlink(missing_ok=True)
-        with pytest.raises(
-            tsq.SettingsError, match=r"the run that is resumed had trusted rows \w{16}, and this one has"
-        ):
+        with pytest.raises(tsq.SettingsError, match=r"the resumed run had trusted rows \w{16}, and this one has"):
             other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
         assert sorted(path.name for path in tmp_path.iterdir()) == there
 
