@@ -340,7 +340,7 @@ def test_an_adapter_that_is_not_one_plain_lora_of_one_scale_is_refused(build: Ca
 
 def test_an_adapters_own_settings_are_not_overridden() -> None:
     for options in ({"mean_rank": 4}, {"alpha": 4}, {"config": LoraConfig()}):
-        with pytest.raises(tsq.SettingsError, match="has an adapter.*max_rank"):
+        with pytest.raises(tsq.SettingsError, match=r"has an adapter.*max_rank"):
             tsq.wrap(with_lora(), **options)  # type: ignore[arg-type]
     with pytest.raises(tsq.SettingsError, match=r"max_rank is 2, and .* has rank 3; raise max_rank"):
         tsq.wrap(with_lora(), max_rank=2)
