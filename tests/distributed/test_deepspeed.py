@@ -11,7 +11,7 @@ import tsqlora as tsq
 from scoring import quality_by
 from stock import make_trainer, moods, slotted_bert
 
-TOLD = r"DeepSpeed keeps gradients and moments, .* can follow them; use accelerate launch without DeepSpeed \(DDP\)"
+TOLD = r"DeepSpeed keeps gradients and moments, .*; use accelerate launch without DeepSpeed \(DDP\)"
 
 
 class DeepSpeedEngine(nn.Module):
