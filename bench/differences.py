@@ -50,7 +50,7 @@ def right(cell: pd.Series) -> np.ndarray:
 
 def against_even(cells: pd.DataFrame) -> pd.DataFrame:
     """A row for each world, number of trusted rows and way: the mean difference to even draws, and its interval."""
-    rng, rows = np.random.default_rng(0), []
+    rows = []
     keys = ["world", "trusted", "method"]
     for world, trusted, method in cells[keys].drop_duplicates().itertuples(index=False):
         of = cells[(cells.world == world) & (cells.trusted == trusted) & (cells.method == method)]
@@ -65,6 +65,7 @@ def against_even(cells: pd.DataFrame) -> pd.DataFrame:
         ]
         if str(method).startswith("even") or not gains:
             continue
+        rng = np.random.default_rng(0)  # anew for each row, so that no row depends on the others
         draws = [_resampled(gains, rng) for _ in range(DRAWS)]
         low, high = np.percentile(draws, PERCENTILES)
         row = {"world": world, "trusted": trusted, "method": method, "seeds": len(gains)}
