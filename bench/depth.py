@@ -8,16 +8,13 @@ there is not run again.
 """
 
 import argparse
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from headstart import run
+from headstart import run, stored, sweep
 from origin import ROOT
-
-from tsqlora.files import write_json
 
 RESULTS = Path(os.environ.get("RESULTS", ROOT / "bench" / "results" / "depth"))
 TABLES = ("clinc150-3000", "sst2-2000", "mrpc-2000", "stsb-2000")
@@ -25,16 +22,9 @@ DEPTHS = ("all", "3", "2", "1")
 """Of MiniLM's six blocks."""
 
 
-def cell(table: str, depth: str, rate: float, seed: int) -> dict[str, Any]:
-    path = RESULTS / f"{table}.{depth}.{rate:g}.{seed}.json"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        result = run(table, "tsqlora", rate, seed, depth=depth if depth == "all" else int(depth))
-        result["settings"]["depth"] = depth
-        write_json(path, result)
-    result = json.loads(path.read_text())
-    last = result["curve"][-1]
-    print(table, depth, rate, seed, f"{last['accuracy']:.4f} after {last['step']}, {last['seconds']:.0f} s", flush=True)
+def run_at(table: str, depth: str, rate: float, seed: int) -> dict[str, Any]:
+    result = run(table, "tsqlora", rate, seed, depth=depth if depth == "all" else int(depth))
+    result["settings"]["depth"] = depth
     return result
 
 
@@ -46,13 +36,14 @@ def main() -> None:
     parser.add_argument("--rates", default="5e-4,1e-3,2e-3")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rates, seeds = [float(rate) for rate in args.rates.split(",")], [int(seed) for seed in args.seeds.split(",")]
     for table in args.tables.split(","):
         for depth in args.depths.split(","):
-            headline = {rate: cell(table, depth, rate, seeds[0])["headline"] for rate in rates}
-            best = max(rates, key=lambda rate: headline[rate])
-            for seed in seeds[1:]:
-                cell(table, depth, best, seed)
+
+            def cell(rate: float, seed: int, table: str = table, depth: str = depth) -> dict[str, Any]:
+                path = RESULTS / f"{table}.{depth}.{rate:g}.{seed}.json"
+                return stored(path, lambda: run_at(table, depth, rate, seed))
+
+            sweep(cell, args.rates, args.seeds)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import math
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -195,17 +196,23 @@ def vars_of(cost: Any) -> dict[str, float]:
     return {name: getattr(cost, name) for name in ("seconds", "forward", "backward", "tokens")}
 
 
-def cell(table: str, method: str, rate: float, seed: int) -> dict[str, Any]:
-    path = RESULTS / f"{table}.{method}.{rate:g}.{seed}.json"
+def stored(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The finished cell, run now if its file is missing."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, run(table, method, rate, seed))
-    found = json.loads(path.read_text())
-    last = found["curve"][-1]
-    print(
-        table, method, rate, seed, f"{last['accuracy']:.4f} after {last['step']}, {last['seconds']:.0f} s", flush=True
-    )
-    return found
+        write_json(path, make())
+    result = json.loads(path.read_text())
+    last = result["curve"][-1]
+    print(path.stem, f"{last['accuracy']:.4f} after {last['step']}, {last['seconds']:.0f} s", flush=True)
+    return result
+
+
+def sweep(cell: Callable[[float, int], dict[str, Any]], rates: str, seeds: str) -> None:
+    """Every learning rate on the first seed, and the one that validation chose on the others."""
+    first, *others = map(int, seeds.split(","))
+    headline = {rate: cell(rate, first)["headline"] for rate in map(float, rates.split(","))}
+    for seed in others:
+        cell(max(headline, key=lambda rate: headline[rate]), seed)
 
 
 def main() -> None:
@@ -214,15 +221,16 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--rates", default="5e-4,1e-3,2e-3")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    rates, seeds = [float(r) for r in asked.rates.split(",")], [int(s) for s in asked.seeds.split(",")]
-    for table in asked.tables.split(","):
-        for method in asked.methods.split(","):
-            found = {rate: cell(table, method, rate, seeds[0]) for rate in rates}
-            best = max(rates, key=lambda rate: found[rate]["headline"])
-            for seed in seeds[1:]:
-                cell(table, method, best, seed)
+    for table in args.tables.split(","):
+        for method in args.methods.split(","):
+
+            def cell(rate: float, seed: int, table: str = table, method: str = method) -> dict[str, Any]:
+                path = RESULTS / f"{table}.{method}.{rate:g}.{seed}.json"
+                return stored(path, lambda: run(table, method, rate, seed))
+
+            sweep(cell, args.rates, args.seeds)
 
 
 if __name__ == "__main__":
