@@ -108,7 +108,7 @@ def test_the_demo_shows_wrong_labels_first_and_then_compares_two_runs(
     assert [what.split(",")[0] for what in said] == [
         "looking at all rows",
         "shown",
-        "TsqLoRA",
+        "TsqLoRA: default settings",
         "plain LoRA on all rows",
     ]
     assert ours["steps"] == 18
