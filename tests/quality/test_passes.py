@@ -15,7 +15,7 @@ from scoring import assert_unchanged, fingerprint, logits_of, score_by, teach
 from tsqlora.errors import SettingsError
 from tsqlora.quality import gradient_pass as gradient_module
 from tsqlora.quality import passes as journal_module
-from tsqlora.quality.passes import bind
+from tsqlora.quality.passes import bind, empty
 from tsqlora.quality.rule import PAPER_TERMS
 from tsqlora.quality.trusted import Trusted
 
@@ -175,3 +175,8 @@ def test_what_is_half_written_does_not_count(tmp_path: Path) -> None:
     bind(tmp_path, {"a": (1,)})
     with pytest.raises(SettingsError, match="with other a"):
         bind(tmp_path, {"a": [2]})
+
+
+def test_features_that_the_disk_cannot_hold_are_refused_before_the_pass() -> None:
+    with pytest.raises(SettingsError, match="TMPDIR"):
+        empty((10**9, 10**6), np.dtype(np.float32))

@@ -5,7 +5,7 @@ slows the training of the features.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -23,7 +23,7 @@ from tsqlora.quality.ridge import fit_ridge
 Kind = Literal["classes", "numbers"]
 """The targets: one of k classes per row, or one number."""
 
-STRENGTHS = np.geomspace(1e-2, 1e4, 7)
+STRENGTHS = np.geomspace(1e-2, 1e2, 5)
 """Candidates for sklearn's C, on features of mean square norm 1."""
 FOLDS = 3
 ROWS_TO_CHOOSE = 5_000
@@ -100,8 +100,8 @@ def fit_head(
         head, strength, scale = LinearHead(ridge.weight, ridge.bias), ridge.strength, 1.0
     else:
         fit = partial(_softmax, width=width, intercept=intercept, class_weights=class_weights)
-        losses, strength = _out_of_fold(fit, features[some], targets[some], rng)
-        head = fit(features, targets, strength)
+        losses, strength, start = _out_of_fold(fit, features[some], targets[some], rng)
+        head = fit(features, targets, strength, start=start)
         scale = _calibrated_scale(head.logits(features), targets, float(losses.mean()))
     head = LinearHead(head.weight / unit, head.bias - head.weight @ centre / unit).scaled(scale)
     return HeadFit(head, strength, some, losses, scale)
@@ -121,24 +121,27 @@ def _out_of_fold(
     features: Float[np.ndarray, "m d"],
     labels: Int[np.ndarray, " m"],
     rng: np.random.Generator,
-) -> tuple[Float[np.ndarray, " m"], float]:
-    """Return each row's loss by the fit on the other two thirds, and the strength of least loss."""
-    best: tuple[Float[np.ndarray, " m"], float] | None = None
+) -> tuple[Float[np.ndarray, " m"], float, LinearHead]:
+    """Return out-of-fold losses, the strength of least loss, and the mean of its fits."""
+    best: tuple[Float[np.ndarray, " m"], float, LinearHead] | None = None
     stratified = np.bincount(labels)[np.unique(labels)].min() >= FOLDS
     splitter = (StratifiedKFold if stratified else KFold)(FOLDS, shuffle=True, random_state=int(rng.integers(2**31)))
     folds = list(splitter.split(labels, labels))
-    heads: list[LinearHead | None] = [None] * len(folds)
+    heads: list[LinearHead] = []
     for strength in map(float, STRENGTHS):
-        losses = np.empty(len(labels))
-        for number, (train, test) in enumerate(folds):
-            head = fit(features[train], labels[train], strength, start=heads[number])
+        losses, starts = np.empty(len(labels)), heads or [None] * FOLDS
+        heads = [fit(features[t], labels[t], strength, start=s) for (t, _), s in zip(folds, starts, strict=True)]
+        for head, (_, test) in zip(heads, folds, strict=True):
             losses[test] = row_losses(head.logits(features[test]), labels[test], "classes")
-            heads[number] = head
         if best is not None and losses.mean() > best[0].mean():
             break  # the loss has one minimum, and weaker penalties take longer to fit
-        best = losses, strength
+        best = losses, strength, _mean(heads)
     assert best is not None
     return best
+
+
+def _mean(heads: Sequence[LinearHead]) -> LinearHead:
+    return LinearHead(np.mean([head.weight for head in heads], axis=0), np.mean([head.bias for head in heads], axis=0))
 
 
 def _softmax(

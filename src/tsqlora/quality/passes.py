@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -84,9 +85,18 @@ def run_batches(
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Return an array in memory, or a memory-mapped one in half precision for a large matrix."""
+    """Return an array in memory, or a memory-mapped one in half precision for a large matrix.
+
+    Raises SettingsError if the disk has no room for it: writing beyond the room would kill the process.
+    """
     if len(shape) < 2 or int(np.prod(shape)) * dtype.itemsize <= IN_MEMORY:
         return np.empty(shape, dtype=dtype)
+    folder, size = tempfile.gettempdir(), 2 * int(np.prod(shape))
+    if size > (free := shutil.disk_usage(folder).free):
+        raise SettingsError(
+            f"{shape[0]:,} rows of {shape[1]:,} numbers need {size / 2**20:,.0f} MiB in {folder}, which has "
+            f"{free / 2**20:,.0f}; set TMPDIR to a folder on a larger disk"
+        )
     with tempfile.TemporaryFile() as file:  # the map holds it open
         return np.memmap(file, dtype=np.float16, mode="w+", shape=shape)
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from tsqlora.adapter.slots import active_parameters, active_ranks, layer_shapes, layers_of
 from tsqlora.data.samples import TokenisedSplit
 from tsqlora.quality.cost import look_cost, trusted_cost
+from tsqlora.quality.passes import IN_MEMORY
 from tsqlora.quality.rows import REFERENCE_ROWS
 from tsqlora.quality.rule import ScoringRule
 from tsqlora.quality.trusted import trusted_steps_of
@@ -55,6 +56,7 @@ def plan(
         "trainable": active_parameters(model),
         "bf16": args.bf16,
         "memory_bytes": memory(config, task, model, longest=max(samples["train"].lengths), bf16=args.bf16),
+        "look_bytes": look_bytes(model, method),
         "without_effect": idle,
     }
 
@@ -130,6 +132,15 @@ def memory(config: Config, task: Task, model: PeftModel, *, longest: int, bf16: 
     if isinstance(task, Generation):
         features += 3 * int(getattr(model.config, "vocab_size", 0))  # logits, once more in float32, and their gradient
     return weights + trained + config.training.batch_size * longest * features * (2 if bf16 else 4)
+
+
+def look_bytes(model: PeftModel, method: Method) -> int:
+    """Size of the features and logits of all rows, in half precision if they are written to disk; 0 without a look."""
+    if method.quality is None:
+        return 0
+    width = getattr(model.config, "hidden_size", 0) + getattr(model.config, "num_labels", 0)
+    size = 4 * len(method.data.dataset) * width
+    return size // 2 if size > IN_MEMORY else size
 
 
 def shown_samples(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Mapping[str, Any]]) -> str:
