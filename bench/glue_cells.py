@@ -8,7 +8,8 @@ import glue
 import pandas as pd
 
 from tsqlora.compare.methods import entries
-from tsqlora.compare.table import Interval, interval
+from tsqlora.compare.table import interval
+from tsqlora.reports.comparison import Mean
 
 TASKS = {"sst2": "SST-2", "mrpc": "MRPC", "stsb": "STS-B", "rte": "RTE", "cola": "CoLA"}
 ORDER = tuple(entry.name for entry in entries(glue.ENTRIES.split(",")))
@@ -128,7 +129,7 @@ class Over(NamedTuple):
     """A difference over tasks: by seed its mean over the tasks that both sides have."""
 
     tasks: list[str]
-    seeds: Interval | None
+    seeds: Mean | None
     """None where no seed has all of the tasks."""
     worst: float | None
     """The lowest of one task and seed among them."""

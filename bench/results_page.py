@@ -29,7 +29,8 @@ from glue_cells import (
 from markdown_table import NONE, markdown
 from results_plots import COSTS, plot
 
-from tsqlora.compare.table import Interval, interval, verdict
+from tsqlora.compare.table import interval, verdict
+from tsqlora.reports.comparison import Mean
 
 BENCH = Path(__file__).parent
 PAGE = BENCH.parent / "docs" / "research" / "glue.md"
@@ -135,7 +136,7 @@ def missing(cells: pd.DataFrame) -> list[Row]:
 # ----------------------------------------------------------------------------------- over tasks
 
 
-def differing(cells: pd.DataFrame) -> dict[str, Interval]:
+def differing(cells: pd.DataFrame) -> dict[str, Mean]:
     """Each entry beside LoRA on all rows, where seeds have both."""
     found = {entry: over(cells, entry, LORA).seeds for entry in entries_of(cells)}
     return {entry: difference for entry, difference in found.items() if difference}
@@ -145,7 +146,11 @@ def verdicts(cells: pd.DataFrame) -> str:
     """Which entries differ from LoRA on all rows by more than noise."""
     of = dict[str, list[str]]()
     for entry, difference in differing(cells).items():
-        bounds = "" if difference.half is None else f" ({difference.low:+.2f} to {difference.high:+.2f})"
+        bounds = (
+            ""
+            if difference.half is None
+            else (f" ({difference.mean - difference.half:+.2f} to {difference.mean + difference.half:+.2f})")
+        )
         loss = _percent(over(cells, entry, LORA, "loss_share"))
         of.setdefault(verdict(difference, f"`{LORA}`"), []).append(
             f"`{entry}` {difference.mean:+.2f}{bounds}, loss {loss}"
@@ -312,7 +317,7 @@ def _seeds(cells: pd.DataFrame) -> str:
     return "; ".join([", ".join(of[False]), *failed] if of[False] else failed)
 
 
-def _points(value: Interval | None, sign: str = "") -> str:
+def _points(value: Mean | None, sign: str = "") -> str:
     if value is None:
         return NONE
     return f"{value.mean:{sign}.1f}" + ("" if value.half is None else f" ± {value.half:.1f}")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import tsqlora as tsq
 from models import collate, samples, tiny_bert
-from tsqlora.adapter.resize import drop_slots, grow_slot
+from tsqlora.adapter.change import drop_slots, grow_slot
 from tsqlora.adapter.slots import Slots, find_slots, sync_config
 
 QUERY = "bert.encoder.layer.0.attention.self.query"

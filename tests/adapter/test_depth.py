@@ -14,9 +14,8 @@ from models import collate, samples, tiny_bert
 from scoring import logits_of
 from slotted import fill
 from stock import make_trainer, moods
-from tsqlora.adapter.depth import transformer_blocks
 from tsqlora.adapter.slots import layer_shapes
-from tsqlora.adapter.wrap import plain_lora
+from tsqlora.adapter.wrap import plain_lora, transformer_blocks
 from tsqlora.ranks.budget import budget, used
 
 TOP = "bert.encoder.layer.1."
@@ -114,7 +113,11 @@ def test_ranks_move_among_the_top_blocks_alone(tmp_path: Path) -> None:
         (tiny_bert, {"depth": 3}, "ranks.depth is 3.*2 transformer blocks"),
         (tiny_bert, {"depth": 0}, "ranks.depth is 0"),
         (tiny_bert, {"depth": 1, "target_modules": ["layer.0.attention.self.query"]}, "top 1 of 2 blocks"),
-        (lambda: nn.Sequential(nn.Linear(4, 4)), {"depth": 1, "target_modules": ["0"]}, "no transformer blocks"),
+        (
+            lambda: nn.Sequential(nn.Linear(4, 4)),
+            {"depth": 1, "target_modules": ["0"]},
+            " 0 transformer blocks",
+        ),
     ],
 )
 def test_a_depth_that_the_model_does_not_have_is_refused(base: Any, options: dict[str, Any], words: str) -> None:

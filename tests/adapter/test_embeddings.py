@@ -25,8 +25,7 @@ from slotted import (
     wrapped,
 )
 from stock import base_bert, make_trainer, moods
-from tsqlora.adapter.change import new_row
-from tsqlora.adapter.resize import grow_slot
+from tsqlora.adapter.change import grow_slot, new_row
 from tsqlora.adapter.slots import find_slots
 from tsqlora.gradients.sites import lora_layers
 from tsqlora.layer_sensitivity import _omega, probe_pass

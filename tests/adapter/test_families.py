@@ -26,7 +26,7 @@ from models import (
 )
 from scoring import assert_agree, logits_of, score_by, slow, slow_offsets, teach
 from slotted import assert_hidden_are_zero, trained, updates, wrapped
-from tsqlora.adapter.resize import drop_slots, grow_slot
+from tsqlora.adapter.change import drop_slots, grow_slot
 from tsqlora.adapter.slots import find_slots
 
 Rows = list[dict[str, Any]]

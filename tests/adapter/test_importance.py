@@ -7,8 +7,8 @@ import tsqlora as tsq
 from oracles import slow_importance
 from slotted import QUERY, WIDE, backward, wrapped
 from synchronisations import waits_of_ours
+from tsqlora.adapter.change import drop_slots, grow_slot
 from tsqlora.adapter.importance import BETA, Importance, slot_products
-from tsqlora.adapter.resize import drop_slots, grow_slot
 from tsqlora.adapter.slots import Slots, find_slots
 
 

@@ -316,7 +316,7 @@ def with_layers_only() -> nn.Module:
 @pytest.mark.parametrize(
     ("build", "text"),
     [
-        (with_two, "has the adapters default, other, and ranks change in one; remove the others"),
+        (with_two, "ranks change in one adapter, not in default, other; remove the others"),
         (merged, r"merged into the model; take it out first: model.unmerge_adapter\(\)"),
         (frozen, r"the adapter is frozen; load it with PeftModel.from_pretrained\(..., is_trainable=True\)"),
         (with_layers_only, "has adapter layers and is no PeftModel; make it with peft.get_peft_model"),

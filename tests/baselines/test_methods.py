@@ -11,7 +11,7 @@ from transformers import BertForSequenceClassification, BitsAndBytesConfig
 
 import tsqlora as tsq
 from models import tiny_llama_classifier
-from setups import HEAD, STEPS, base, build, logits_of, make_setup, trainer_of
+from setups import HEAD, base, build, logits_of, make_setup, trainer_of
 from stock import moods
 from tsqlora.adapter.slots import active_ranks, layers_of
 from tsqlora.baselines import BASELINES
@@ -75,13 +75,6 @@ def test_what_a_checkpoint_lacks_trains_whole_and_without_an_adapter(name: str) 
     assert any("pooler" in n and p.requires_grad for n, p in built.model.named_parameters())
 
 
-@pytest.mark.parametrize("name", ["lora", "dora", "rslora"])
-def test_parameters_are_those_that_peft_counts(name: str) -> None:
-    built = build(name)
-    assert isinstance(built.model, PeftModel)
-    assert built.trainable() == built.model.get_nb_trainable_parameters()[0]
-
-
 def test_lora_has_the_parameters_of_ours_at_the_same_mean_rank() -> None:
     ours = tsq.wrap(base(), mean_rank=4, max_rank=4, modules_to_save=HEAD)
     assert build("lora").trainable() == sum(p.numel() for p in ours.parameters() if p.requires_grad)
@@ -111,7 +104,7 @@ def test_packed_weights_are_not_trained_in_full(bits: int, tmp_path: Path) -> No
     base().save_pretrained(tmp_path)
     how = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
     packed = BertForSequenceClassification.from_pretrained(tmp_path, quantization_config=how, dtype=torch.float32)
-    with pytest.raises(UnsupportedError, match=r"bitsandbytes.*model\.quantization"):
+    with pytest.raises(UnsupportedError, match=r"model\.quantization"):
         build("full", packed)
 
 
@@ -162,12 +155,6 @@ def test_a_decoder_serves_as_well(name: str, tmp_path: Path) -> None:
     built = BASELINES[name](setup)
     trainer_of(built, tmp_path).train()
     assert sum(built.ranks().values()) == 2 * 7
-
-
-@pytest.mark.parametrize("name", TRIPLETS)
-def test_a_run_of_other_steps_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(tsq.TsqLoraError, match=f"{name}.*{STEPS}"):
-        trainer_of(build(name), tmp_path, max_steps=STEPS + 1).train()
 
 
 def test_a_target_that_is_not_there_is_named() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from runs import write_config
 from tsqlora.compare import comparison
-from tsqlora.compare.cells import Cell, Entry, load, path_of
+from tsqlora.compare.cells import Cell, Entry, load
 from tsqlora.errors import DataError, SettingsError, UnsupportedError
 from tsqlora.run.config import Config, dump_config, load_config
 
@@ -77,32 +77,18 @@ def compare(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return run_all
 
 
-def test_a_finished_cell_never_runs_again_and_more_may_be_added(compare: Compare, tmp_path: Path) -> None:
-    first, second = Fake(), Fake()
-    compare(seeds=[0, 1], run=first)
+def test_a_finished_cell_never_runs_again_also_after_an_interruption_and_more_may_be_added(
+    compare: Compare, tmp_path: Path
+) -> None:
+    second = Fake()
+    with pytest.raises(KeyboardInterrupt):
+        compare(seeds=[0, 1, 2], run=Fake(dies_at=2))
     result = compare(["lora", "lora+random"], seeds=[0, 1, 2], run=second)
-    assert len(first.ran) == 2
     assert sorted(second.names) == sorted(
         ["lora+all_seed2_lr0.02", *(f"lora+random_seed{seed}_lr0.02" for seed in range(3))]
     )
     assert [row["seeds"] for row in result["table"]] == [[0, 1, 2], [0, 1, 2]]
     assert json.loads((tmp_path / "out" / "table.json").read_text()) == result
-
-
-def test_cells_of_other_code_are_listed(compare: Compare) -> None:
-    def by(commit: str) -> Fake:
-        return Fake(change=lambda cell, result: {"commit": commit, "versions": {"torch": "3"}})
-
-    assert compare(run=by("old"))["differing"] == {}
-    assert compare(seeds=[0, 1], run=by("new"))["differing"] == {"commit": ["new", "old"]}
-
-
-def test_an_interrupted_comparison_resumes_with_the_unfinished_cell(compare: Compare) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        compare(["lora", "tsqlora"], seeds=[0, 1], run=Fake(dies_at=2))
-    after = Fake()
-    compare(["lora", "tsqlora"], seeds=[0, 1], run=after)
-    assert len(after.ran) == 2
 
 
 def test_differences_are_paired_by_seed(compare: Compare) -> None:
@@ -144,11 +130,6 @@ def test_a_cell_that_fails_is_a_result_and_is_never_chosen(compare: Compare, tmp
     assert (failed["verdict"], failed["failed"], failed["learning_rates"]) == ("every seed failed", [0, 1], [0.01])
     assert (worked["failed"], worked["seeds"]) == ([], [0, 1])
     assert lines[0].startswith("1/6 full+all_seed0_lr0.02: failed: diverged")
-
-
-def test_the_table_names_seeds_that_drew_at_random(compare: Compare) -> None:
-    run = Fake(change=lambda cell, result: {"quality": {"random": "still at chance" if cell.seed else None}})
-    assert compare(["lora", "tsqlora"], seeds=[0, 1, 2], run=run)["table"][1]["random"] == [1, 2]
 
 
 def test_a_learning_rate_may_be_set_for_a_method_or_an_entry(compare: Compare) -> None:
@@ -248,12 +229,20 @@ def test_a_directory_holds_one_comparison(config: Config, compare: Compare, tmp_
         compare(out=tmp_path / "run")
 
 
-def test_the_table_records_its_arguments_and_the_range_of_parameters(compare: Compare, tmp_path: Path) -> None:
-    run = Fake(change=lambda cell, result: {"parameters": {"trainable": 10 + 2 * cell.seed}})
-    result = compare(seeds=[0, 1, 2], rates={"lora+all": 0.03}, run=run)
+def test_the_table_records_its_arguments_mixed_code_random_draws_and_the_range_of_parameters(
+    compare: Compare, tmp_path: Path
+) -> None:
+    def change(cell: Cell, result: Any) -> Any:
+        why = "still at chance" if cell.seed else None
+        made_by = {"commit": "new" if cell.seed else "old", "versions": {"torch": "3"}}
+        return {"parameters": {"trainable": 10 + 2 * cell.seed}, "quality": {"random": why}, **made_by}
+
+    result = compare(seeds=[0, 1, 2], rates={"lora+all": 0.03}, run=Fake(change=change))
     assert (result["rates"], result["sweep"], result["metric"]) == ({"lora+all": 0.03}, [], "accuracy")
+    assert result["differing"] == {"commit": ["new", "old"]}
     row = result["table"][0]
     assert (row["trainable"], row["trainable_mean"], row["trainable_range"]) == (14, 12, [10, 14])
+    assert row["random"] == [1, 2]
     assert compare(out=tmp_path / "b", sweep=[0.1])["sweep"] == [0.1]
 
 
@@ -285,7 +274,7 @@ def test_a_directory_may_have_the_test_rows_of_a_text_metric(config: Config, com
 
 def test_a_damaged_or_foreign_cell_file_is_named(tmp_path: Path) -> None:
     cell, other = (Cell(Entry("lora", "all"), seed, 0.02) for seed in (0, 1))
-    path = path_of(tmp_path, cell)
+    path = tmp_path / "cells" / f"{cell.name}.json"
     path.parent.mkdir()
     for text in ("{", json.dumps({"cell": other.to_dict()})):
         path.write_text(text)

@@ -1,4 +1,4 @@
-"""Intervals against scipy, verdicts, the printed table, and `tsqlora compare` as scripts see it."""
+"""Means against scipy, verdicts, the printed table, and `tsqlora compare` as scripts see it."""
 
 import json
 from collections.abc import Callable
@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from tsqlora.compare.table import Interval, interval, paired, show_comparison, verdict
+from tsqlora.compare.table import interval, paired, show_comparison, verdict
+from tsqlora.reports.comparison import Mean
 
 # Spread apart: scipy has no interval of scale 0, which a difference of 1e-308 amounts to.
 NUMBERS = st.lists(st.integers(-10_000, 10_000).map(lambda k: k / 100), min_size=2, max_size=8, unique=True)
@@ -34,30 +35,30 @@ RESULT = {"metric": "accuracy", "equal": "steps", "seeds": [0, 1, 2], "out": "co
 def test_an_interval_is_scipys_and_a_shift_of_every_seed_has_none(values: list[float], shift: float) -> None:
     ours, theirs = interval(values), dict(enumerate(values))
     low, high = scipy.stats.t.interval(0.95, len(values) - 1, np.mean(values), scipy.stats.sem(values))
-    assert (ours.mean, ours.low, ours.high) == pytest.approx((np.mean(values), low, high), abs=1e-9)
+    assert (ours.mean, ours.half) == pytest.approx((np.mean(values), (high - low) / 2), abs=1e-9)
     shifted = paired({seed: value + shift for seed, value in theirs.items()}, theirs)
     assert shifted is not None
     assert (shifted.mean, shifted.half) == pytest.approx((shift, 0.0), abs=1e-9)
 
 
 def test_only_common_seeds_are_compared() -> None:
-    assert paired({0: 1.0, 1: 5.0}, {1: 2.0, 2: 9.0}) == Interval(3.0, None, 1)
+    assert paired({0: 1.0, 1: 5.0}, {1: 2.0, 2: 9.0}) == Mean(3.0, None, 1)
     assert paired({0: 1.0}, {1: 2.0}) is None
 
 
 @pytest.mark.parametrize(
     ("difference", "words"),
     [
-        (Interval(0.02, 0.03, 3), "within noise of lora"),
-        (Interval(-0.02, 0.03, 3), "within noise of lora"),
-        (Interval(0.05, 0.03, 3), "better than lora"),
-        (Interval(-0.05, 0.03, 3), "worse than lora"),
-        (Interval(0.05, None, 1), "1 seed: too few to tell from lora"),
-        (Interval(0.05, 0.001, 2), "2 seeds: too few to tell from lora"),
+        (Mean(0.02, 0.03, 3), "within noise of lora"),
+        (Mean(-0.02, 0.03, 3), "within noise of lora"),
+        (Mean(0.05, 0.03, 3), "better than lora"),
+        (Mean(-0.05, 0.03, 3), "worse than lora"),
+        (Mean(0.05, None, 1), "1 seed: too few to tell from lora"),
+        (Mean(0.05, 0.001, 2), "2 seeds: too few to tell from lora"),
         (None, "no seed in common with lora"),
     ],
 )
-def test_a_verdict_follows_the_interval(difference: Interval | None, words: str) -> None:
+def test_a_verdict_follows_the_interval(difference: Mean | None, words: str) -> None:
     assert verdict(difference, "lora") == words
     turned = words.replace("better", "?").replace("worse", "better").replace("?", "worse")
     assert verdict(difference, "lora", lower_is_better=True) == turned

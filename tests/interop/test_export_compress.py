@@ -32,13 +32,6 @@ def test_ranks_by_hand() -> None:
     assert ranks_for(adapter, 2 / 3) == {"large": 0, "small": 1}
 
 
-def test_layers_whose_change_costs_more_keep_more() -> None:
-    # Alike but for the curvature: 4 times 1 is above 1.5 squared.
-    adapter = LoraAdapter({"r": 1}, {"steep": target([1], 10, 10), "flat": target([1.5], 10, 10)})
-    assert ranks_for(adapter, 0.5) == {"steep": 0, "flat": 1}
-    assert ranks_for(adapter, 0.5, curvature={"steep": 4.0, "flat": 1.0}) == {"steep": 1, "flat": 0}
-
-
 @given(
     values=st.lists(st.lists(st.floats(0.1, 10), min_size=3, max_size=3), min_size=3, max_size=3),
     mean=st.sampled_from((0.5, 1.0, 1.7, 2.5)),

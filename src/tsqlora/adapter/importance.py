@@ -42,19 +42,17 @@ class Importance:
 
         Raises UnsupportedError if no slot has a gradient: whatever trains the model hides them.
         """
-        raw, active = self._raw(), self._active()
+        raw = self._raw()
         total = raw.sum()
         finite = total.isfinite() if others is None else total.isfinite() & others.to(total.device).isfinite()
         raw = raw / torch.where(total > 0, total, 1)
-        self.age += active & finite
-        mean = torch.where(active, BETA * self.mean + (1 - BETA) * raw, 0)
-        surprise = (raw - mean / self._correction()).abs()
-        spread = torch.where(active, BETA * self.spread + (1 - BETA) * surprise, 0)
+        self.age += self._active() & finite
+        # Slots that are not active are zero, and so are their products.
+        mean, spread = smoothed(raw, self.mean, self.spread, self._correction())
         self.mean, self.spread = torch.where(finite, mean, self.mean), torch.where(finite, spread, self.spread)
         return finite
 
     def _raw(self) -> Float[Tensor, "layers capacity"]:
-        """Each slot's |Σ θ·∇θ| by the current gradients; zero for a layer without gradients."""
         rows = [
             None if a.grad is None or b.grad is None else slot_products(a, a.grad, b, b.grad) for a, b in self._pairs
         ]
@@ -123,6 +121,12 @@ class Importance:
 
     def _correction(self) -> Float[Tensor, "layers capacity"]:
         return 1 - BETA ** self.age.clamp_min(1).to(self.mean)
+
+
+def smoothed(raw: Tensor, mean: Tensor, spread: Tensor, correction: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+    """Ī and Ū after one more step: importance, and its distance from the mean, whose bias `correction` divides out."""
+    mean = BETA * mean + (1 - BETA) * raw
+    return mean, BETA * spread + (1 - BETA) * (raw - mean / correction).abs()
 
 
 def slot_products(

@@ -8,7 +8,7 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load
 from torch import nn
 
-from tsqlora.adapter.wrap import inject, new_config
+from tsqlora.adapter.config import inject, new_config
 from tsqlora.errors import DataError, UnsupportedError
 from tsqlora.interop.base import module_shapes
 from tsqlora.interop.files import PREFIX, config_for, read_adapter, tensors_of
@@ -58,7 +58,8 @@ def start_from(model: nn.Module, adapter: LoraAdapter, *, dropout: float, module
     for name, target in adapter.targets.items():
         require_fits(name, target, shapes)
     _require_heads_fit(model, adapter)
-    came = [name for name in adapter.config.get("modules_to_save") or () if _holds(name, adapter)]
+    whole = adapter.config.get("modules_to_save") or ()
+    came = [name for name in whole if any(f".{name}." in f".{tensor}" for tensor in adapter.saved)]
     new = [name for name in modules_to_save if not any(f".{name}".endswith(f".{other}") for other in came)]
     patterns = config_for(adapter)
     config = new_config(
@@ -89,8 +90,3 @@ def _require_heads_fit(model: nn.Module, adapter: LoraAdapter) -> None:
                 f"the adapter came with {name} of shape {tuple(tensor.shape)}, here it is {tuple(parameter.shape)}: "
                 "its head was trained on other classes; give rows of the same, or merge it and train the model"
             )
-
-
-def _holds(module: str, adapter: LoraAdapter) -> bool:
-    """Whether the adapter has weights of a module of this name."""
-    return any(f".{module}." in f".{name}" for name in adapter.saved)

@@ -42,26 +42,10 @@ BITSANDBYTES: Mapping[str, Mapping[str, Beginning]] = {
 }
 """The same for the 32-bit state of bitsandbytes, by its name of the optimizer."""
 
-_BY_NORM = "steps at a rate that follows the norm of a whole matrix"
-_BY_SIDES = "keeps moments of rows and columns"
-_ALONG = "takes out of a step what lies along the weights"
-_ELSEWHERE = "keeps moments in another place than torch's optimizers do"
-
-COUPLED: Mapping[str, str] = {
-    "LBFGS": "keeps one history of all weights together",
-    "Muon": "steps a whole matrix at once, at a rate that follows its shape",
-    "LAMB": _BY_NORM,
-    "LARS": _BY_NORM,
-    "LARC": _BY_NORM,
-    "StableAdamW": _BY_NORM,
-    "NovoGrad": "keeps one second moment of a whole matrix",
-    "AdamP": _ALONG,
-    "SGDP": _ALONG,
-    "Shampoo": _BY_SIDES,
-    "SOAP": _BY_SIDES,
-    "ZeroRedundancyOptimizer": _ELSEWHERE,
-    "CPUOffloadOptimizer": _ELSEWHERE,
-}
+COUPLED = (
+    *("LBFGS", "Muon", "LAMB", "LARS", "LARC", "StableAdamW", "NovoGrad", "AdamP", "SGDP", "Shampoo", "SOAP"),
+    *("ZeroRedundancyOptimizer", "CPUOffloadOptimizer"),
+)
 """Optimizers whose step is not elementwise, or whose state is elsewhere: words of their classes' names.
 Many have the same state as Adam or SGD."""
 
@@ -92,9 +76,12 @@ def moments(parameter: nn.Parameter, optimizer: torch.optim.Optimizer | None) ->
         return {}
     inner: Any = inner_optimizer(optimizer)
     kind = type(inner)
-    for word, why in COUPLED.items():
-        if any(_has_word(base.__name__, word) for base in kind.__mro__):
-            raise UnsupportedError(f"the optimizer {kind.__name__} {why}, so slots cannot come and go; {_SERVED}")
+    # In letters of any case, as a whole word: FusedLAMB has Lamb, and LambdaAdam has not.
+    if any(re.search(f"(?i:{word})(?![a-z])", base.__name__) for word in COUPLED for base in kind.__mro__):
+        raise UnsupportedError(
+            f"the optimizer {kind.__name__} steps a whole matrix at once, or keeps its moments elsewhere, so slots "
+            f"cannot come and go; {_SERVED}"
+        )
     packs = optimizer_name(inner)
     beginnings = BEGINNINGS if packs is None else BITSANDBYTES.get(packs, {})
     state = inner.state.get(parameter, {})
@@ -108,8 +95,9 @@ def moments(parameter: nn.Parameter, optimizer: torch.optim.Optimizer | None) ->
         if _is_number(value):
             continue
         if name not in beginnings or not _is_plain(value) or value.shape != parameter.shape:
+            form = f"shape {tuple(value.shape)}" if _is_plain(value) else f"type {type(value).__name__}"
             raise UnsupportedError(
-                f"the optimizer {kind.__name__} keeps '{name}' of {_form(value)} for a weight of shape "
+                f"the optimizer {kind.__name__} keeps '{name}' of {form} for a weight of shape "
                 f"{tuple(parameter.shape)}; tsqlora does not know how a rank change moves it: {_SERVED}"
             )
         result[name] = Moment(value, beginnings[name])
@@ -150,11 +138,6 @@ def cut_moments(parameter: nn.Parameter, dim: int, size: int, optimizer: torch.o
         state[parameter][name] = moment.read().narrow(dim, 0, size).clone(memory_format=torch.contiguous_format)
 
 
-def _has_word(name: str, word: str) -> bool:
-    """Whether a class's name has the word, in letters of any case: FusedLAMB has Lamb, and LambdaAdam has not."""
-    return re.search(f"(?i:{word})(?![a-z])", name) is not None
-
-
 def _is_number(value: Any) -> bool:
     """Whether it is one number for the whole weight, such as a count of steps."""
     return value is None or isinstance(value, int | float) or (isinstance(value, Tensor) and value.dim() == 0)
@@ -163,8 +146,3 @@ def _is_number(value: Any) -> bool:
 def _is_plain(value: Any) -> bool:
     """Whether it is a tensor whose entries can be moved one by one, not a packed form."""
     return type(value) in (Tensor, nn.Parameter) or distributed.is_sharded(value)
-
-
-def _form(value: Any) -> str:
-    """A state in an error: its shape if it is a plain tensor, else its type."""
-    return f"shape {tuple(value.shape)}" if _is_plain(value) else f"type {type(value).__name__}"

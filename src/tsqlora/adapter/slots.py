@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tsqlora import distributed
 from tsqlora.adapter.matrix import ActivePrefix, Matrix, matrices
+from tsqlora.compat.bitsandbytes import keep_as_trained
 from tsqlora.compat.peft import forget_adapter
 from tsqlora.compat.torch import remove_state_dict_hooks
 from tsqlora.errors import SettingsError, UnsupportedError
@@ -68,19 +69,20 @@ class Slots:
         return (self.a, 0), (self.b, 1)
 
     def set_rank(self, rank: int) -> None:
-        """Changes how many slots are shown; the caller keeps hidden slots at zero."""
+        """Change how many slots are shown; the caller keeps hidden slots at zero."""
         assert 0 <= rank <= self.capacity
         for part in self.parts:
             part.prefix.rank = rank
         self.layer.r[self.adapter] = rank
 
 
-def install(model: PeftModel, ranks: Mapping[str, int], *, capacity: int) -> None:
-    """Turns the LoRA matrices of a model's only adapter into slots, of which these many are active.
+def install(model: PeftModel, ranks: Mapping[str, int], *, capacity: int) -> PeftModel:
+    """Turn the LoRA matrices of a model's only adapter into slots, of which these many are active.
 
     `ranks` names the layers as PEFT's rank_pattern does. The first rows of A and columns of B
     are kept, and the scales.
     """
+    keep_as_trained(model)
     ((adapter, config),) = model.peft_config.items()
     for name, layer in lora_layers(model).items():
         for part in matrices(name, layer, adapter):
@@ -92,6 +94,7 @@ def install(model: PeftModel, ranks: Mapping[str, int], *, capacity: int) -> Non
     model.register_load_state_dict_pre_hook(_load_active)
     cast(Any, model).get_nb_trainable_parameters = partial(_active_counts, model)
     sync_config(model)
+    return model
 
 
 def has_slots(model: nn.Module) -> bool:
@@ -184,7 +187,7 @@ def finalize(model: PeftModel) -> PeftModel:
 
 
 def sync_config(model: PeftModel) -> None:
-    """Writes the active ranks into the PEFT config: r, lora_alpha, target_modules, patterns.
+    """Write the active ranks into the PEFT config: r, lora_alpha, target_modules, patterns.
 
     The scale s is the same in every layer, α_l = s·r_l, and so is lora_alpha / r = s.
     """

@@ -2,24 +2,15 @@
 
 import copy
 import math
-import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import LoraConfig, PeftModel
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from tsqlora.adapter.depth import top_layers
-from tsqlora.adapter.plain import only_adapter, require_fresh
+from tsqlora.adapter.config import inject, new_config, only_adapter, require_fresh
 from tsqlora.adapter.slots import finalize, install, layer_shapes, layers_of
-from tsqlora.compat.bitsandbytes import keep_as_trained
-from tsqlora.compat.transformers import packing_method, was_loaded
 from tsqlora.errors import SettingsError, UnsupportedError
-from tsqlora.gradients.layers import is_linear
 from tsqlora.gradients.sites import lora_layers
 from tsqlora.interop.patterns import alpha_for
 from tsqlora.ranks.allocate import Sensitivity, allocate
@@ -27,9 +18,6 @@ from tsqlora.ranks.budget import costs, default_max_rank, used
 
 MEAN_RANK = 8.0
 ALPHA = 16.0
-
-_HEADED = re.compile("Classification|QuestionAnswering|MultipleChoice")
-"""Words of classes whose head is new for the task."""
 
 
 def wrap(
@@ -89,7 +77,7 @@ def wrap(
         scale = config.lora_alpha / (mean**0.5 if config.use_rslora else mean)
     mean = _restrict(model, config, mean, depth)
     peft_model, ranks = _inject_at(model, config, mean, default_max_rank(mean) if max_rank is None else max_rank, scale)
-    return _with_slots(peft_model, ranks, capacity=config.r)
+    return install(peft_model, ranks, capacity=config.r)
 
 
 def plain_lora(
@@ -111,28 +99,7 @@ def plain_lora(
     peft_model, ranks = _inject_at(model, config, mean, math.ceil(mean), scale)
     if set(ranks.values()) == {config.r}:
         return peft_model
-    return finalize(_with_slots(peft_model, ranks, capacity=config.r))
-
-
-def new_config(
-    model: nn.Module,
-    target_modules: str | Sequence[str],
-    dropout: float,
-    modules_to_save: Sequence[str],
-    *,
-    kind: type[LoraConfig] = LoraConfig,
-    **further: Any,
-) -> LoraConfig:
-    """A config for these targets, under which the model's head trains whole and is saved."""
-    whole = list(dict.fromkeys([*modules_to_save, *heads(model), *_random_linears(model)]))
-    return kind(
-        target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
-        lora_dropout=dropout,
-        modules_to_save=whole or None,
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-        task_type=_task_type(model),
-        **further,
-    )
+    return finalize(install(peft_model, ranks, capacity=config.r))
 
 
 def _scale(alpha: float, mean: float) -> float:
@@ -171,30 +138,6 @@ def _inject_at(
     return peft_model, allocate(uniform, mean_rank=mean, min_rank=0, max_rank=capacity)
 
 
-def inject(model: nn.Module, config: LoraConfig) -> PeftModel:
-    """`get_peft_model`, with errors that name the setting."""
-    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise UnsupportedError("the model has adapter layers and is no PeftModel; make it with peft.get_peft_model")
-    require_supported_packing(getattr(model, "config", None))
-    targets = config.target_modules
-    try:
-        peft_model = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]  (any module will do)
-    except ValueError as error:
-        names = targets if isinstance(targets, str) else ", ".join(sorted(targets or ()))
-        raise SettingsError(f"adapter.target_modules {names}: {error}") from error
-    assert isinstance(peft_model, PeftModel)
-    return peft_model
-
-
-def require_supported_packing(config: Any) -> None:
-    """Raises UnsupportedError for a model whose config says that its weights are packed by GPTQ."""
-    if packing_method(config) == "gptq":
-        raise UnsupportedError(
-            "the base model is packed by GPTQ, over which ranks and scores are not supported; take the model it was "
-            "made from, with model.quantization 4bit (bitsandbytes)"
-        )
-
-
 def _adopt(model: PeftModel, max_rank: int | None) -> PeftModel:
     """Add slots to an adapter: its weights first, zeros up to the capacity."""
     adapter = only_adapter(model)
@@ -215,44 +158,42 @@ def _adopt(model: PeftModel, max_rank: int | None) -> PeftModel:
     capacity = default_max_rank(mean, least=ranks[largest]) if max_rank is None else max_rank
     if capacity < ranks[largest]:
         raise SettingsError(f"max_rank is {capacity}, and {largest} has rank {ranks[largest]}; raise max_rank")
-    return _with_slots(model, ranks, capacity=capacity)
+    return install(model, ranks, capacity=capacity)
 
 
-def _with_slots(model: PeftModel, ranks: Mapping[str, int], *, capacity: int) -> PeftModel:
-    keep_as_trained(model)
-    install(model, ranks, capacity=capacity)
-    return model
+def top_layers(model: nn.Module, layers: Sequence[str], depth: int) -> list[str]:
+    """Those of the layers that lie in the top `depth` transformer blocks or above them, by the order of registration.
 
+    Raises SettingsError where the model has fewer blocks, or none of the layers lies that high.
 
-def heads(model: nn.Module) -> list[str]:
-    """The modules of a classifier beside its body: what a pretrained checkpoint lacks."""
-    if not (isinstance(model, PreTrainedModel) and _HEADED.search(type(model).__name__)):
-        return []
-    parts = [name for name, child in model.named_children() if any(True for _ in child.parameters())]
-    if model.base_model_prefix in parts:
-        return [name for name in parts if name != model.base_model_prefix]
-    return parts[-1:]  # the body has another name than its family's, or several; the head comes last
-
-
-def _random_linears(model: nn.Module) -> list[str]:
-    """Linear layers beside the heads that the checkpoint lacked, such as a pooler: they have random weights.
-
-    transformers marks every parameter that it has loaded; a model without marks has none.
+    >>> model = nn.Sequential(nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(3)), nn.Linear(2, 2))
+    >>> top_layers(model, ["0.0.0", "0.1.0", "0.2.0", "1"], 2)
+    ['0.1.0', '0.2.0', '1']
     """
-    if not any(map(was_loaded, model.parameters())) or getattr(model, "is_quantized", False):
-        return []
-    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    whole = tuple(heads(model))
-    return [
-        name
-        for name, module in model.named_modules()
-        if is_linear(module)
-        and module is not output
-        and name.partition(".")[0] not in whole
-        and not was_loaded(module.weight)
-    ]
+    blocks = transformer_blocks(model, layers)
+    if not 1 <= depth <= len(blocks):
+        raise SettingsError(
+            f"ranks.depth is {depth}, and the model has {len(blocks)} transformer blocks (an nn.ModuleList of layers "
+            "to adapt); set it to 1 to that number, or to all (None in tsqlora.wrap)"
+        )
+    order = {name: place for place, (name, _) in enumerate(model.named_modules())}
+    top = [layer for layer in layers if order[layer] >= order[blocks[-depth]]]
+    if not top:
+        raise SettingsError(
+            f"ranks.depth is {depth}, and no layer of adapter.target_modules lies in the top {depth} of "
+            f"{len(blocks)} blocks; raise it, or adapt other layers"
+        )
+    return top
 
 
-def _task_type(model: nn.Module) -> TaskType | None:
-    """PEFT's task, by which it also trains and saves the head."""
-    return TaskType.SEQ_CLS if type(model).__name__.endswith("ForSequenceClassification") else None
+def transformer_blocks(model: nn.Module, layers: Sequence[str]) -> list[str]:
+    """The entries of the outermost ModuleLists that hold some of the layers: an encoder's before a decoder's."""
+    lists: list[str] = []
+    blocks: list[str] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{outer}.") for outer in lists):
+            continue
+        if any(layer.startswith(f"{name}.") for layer in layers):
+            lists.append(name)
+            blocks += [f"{name}.{entry}" for entry in range(len(module))]
+    return blocks

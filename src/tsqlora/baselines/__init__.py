@@ -1,6 +1,70 @@
 """Other methods, each built by one function for a stock Trainer: what `compare` compares with."""
 
-from tsqlora.baselines.methods import BASELINES
-from tsqlora.baselines.setup import Built, Setup
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from tsqlora.adapter.slots import active_ranks
+from tsqlora.baselines.adalora import adalora
+from tsqlora.baselines.elalora import elalora
+from tsqlora.baselines.eva import eva
+from tsqlora.baselines.setup import Built, Setup, adapt, count_trainable, whole_rank
+from tsqlora.errors import UnsupportedError
 
 __all__ = ["BASELINES", "Built", "Setup"]
+
+
+def full(setup: Setup) -> Built:
+    """Train the whole pretrained model: no adapter, no ranks."""
+    model = setup.pretrained.model
+    _require_whole_weights(model)
+    model.requires_grad_(True)
+    return Built(model, (), trainable=lambda: count_trainable(model), ranks=dict)
+
+
+def lora(setup: Setup) -> Built:
+    """PEFT's LoRA at uniform rank, scaled by alpha / rank."""
+    return _uniform(setup, "lora")
+
+
+def rslora(setup: Setup) -> Built:
+    """LoRA scaled by alpha / √rank.  Kalajdzievski (2023), arXiv 2312.03732; PEFT's."""
+    return _uniform(setup, "rslora", use_rslora=True)
+
+
+def dora(setup: Setup) -> Built:
+    """LoRA of the weights' directions, their magnitudes trained apart.  Liu et al. (2024), arXiv 2402.09353; PEFT's."""
+    return _uniform(setup, "dora", use_dora=True)
+
+
+def _uniform(setup: Setup, name: str, **options: Any) -> Built:
+    model = adapt(setup, r=whole_rank(setup.mean_rank, name), lora_alpha=setup.alpha, **options)
+    return Built(model, (), trainable=lambda: count_trainable(model), ranks=lambda: active_ranks(model))
+
+
+BASELINES: dict[str, Callable[[Setup], Built]] = {
+    "full": full,
+    "lora": lora,
+    "rslora": rslora,
+    "dora": dora,
+    "adalora": adalora,
+    "elalora": elalora,
+    "eva": eva,
+}
+
+
+def _require_whole_weights(model: nn.Module) -> None:
+    """Refuse packed weights and weights in half precision, which rounds most steps of AdamW away."""
+    if getattr(model, "is_quantized", False):
+        raise UnsupportedError(
+            "full trains the base's own weights, and these are packed; set model.quantization to null, and model.path "
+            "to a base whose weights are not, or leave out full"
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            raise UnsupportedError(
+                f"full trains the base's own weights, and {name} is {parameter.dtype}; set "
+                "model.dtype to float32, and training.bf16 to true for speed, or leave out full"
+            )

@@ -1,6 +1,5 @@
 """EVA, PEFT's own: ranks and first rows of A from each layer's inputs.  Paischer et al. (2024), arXiv 2410.07170."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,12 +7,11 @@ from peft import EvaConfig, initialize_lora_eva_weights
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
-from tsqlora.adapter.slots import layers_of
-from tsqlora.baselines.setup import Built, Setup, adapt, count_trainable
+from tsqlora.adapter.slots import active_ranks, layers_of
+from tsqlora.baselines.setup import Built, Setup, adapt, count_trainable, whole_rank
 from tsqlora.compat.peft import eva_layer_inputs
 from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.quality.cost import PhaseCost
-from tsqlora.ranks.baselines import whole_rank
 from tsqlora.seeds import stream
 from tsqlora.tasks.forward import is_encoder_decoder
 
@@ -23,7 +21,7 @@ MOST_PASSES = 20
 
 
 def eva(setup: Setup) -> Built:
-    """LoRA whose ranks and A are read off the layers' inputs, by passes over the samples within this call.
+    """LoRA whose ranks and A come from the layers' inputs, by passes over the samples within this call.
 
     rho is max_rank / mean_rank, 2 by default; the rest is PEFT's default. With its `adjust_scaling_factors`
     PEFT makes a layer's alpha as much larger as its rank, so that the scale stays alpha / mean_rank in
@@ -31,8 +29,7 @@ def eva(setup: Setup) -> Built:
     may end without any: its rank is 0, and PEFT puts the plain layer back.
     """
     rank = whole_rank(setup.mean_rank, NAME)
-    require_one_stack(setup.pretrained.model)
-    require_directions(rank, setup.max_rank, rows=len(setup.samples), batch_size=setup.batch_size)
+    _require_readable(setup, rank)
     model = adapt(setup, r=rank, lora_alpha=setup.alpha)
     names = list(layers_of(model))
     for name, layer in layers_of(model).items():
@@ -54,39 +51,37 @@ def eva(setup: Setup) -> Built:
         model,
         (),
         trainable=lambda: count_trainable(model),
-        ranks=lambda: dict.fromkeys(names, 0) | {n: layer.r["default"] for n, layer in layers_of(model).items()},
+        ranks=lambda: dict.fromkeys(names, 0) | active_ranks(model),
         cost=forward.cost,
     )
 
 
-def require_one_stack(model: nn.Module) -> None:
-    """Raises UnsupportedError where layers have tokens of two kinds, and which of them are padding differs."""
-    if is_encoder_decoder(model):
+def _require_readable(setup: Setup, rank: int) -> None:
+    """Refuse two stacks of layers, whose tokens differ, and rows or ranks that cannot give the mean rank."""
+    if is_encoder_decoder(setup.pretrained.model):
         raise UnsupportedError(
-            f"EVA reads the inputs of one stack of layers, and {type(model).__name__} has an encoder's and a "
-            "decoder's, of other tokens; leave out eva"
+            f"EVA reads the inputs of one stack of layers, and {type(setup.pretrained.model).__name__} has an encoder "
+            "and a decoder; leave out eva"
         )
-
-
-def require_directions(rank: int, most: int, *, rows: int, batch_size: int) -> None:
-    """Raises SettingsError where ranks cannot sum to the mean, or directions are more than a batch's rows."""
-    if most < rank:
-        raise SettingsError(f"ranks.max is {most}, below ranks.mean, {rank}; raise ranks.max")
-    if rows < (size := max(batch_size, most)):
+    if setup.max_rank < rank:
+        raise SettingsError(f"ranks.max is {setup.max_rank}, below ranks.mean, {rank}; raise ranks.max")
+    if len(setup.samples) < (size := _batch_size(setup)):
         raise SettingsError(
-            f"EVA needs {size} rows to find {most} directions in, and there are {rows}; give more rows or lower "
-            "ranks.max"
+            f"EVA needs {size} rows to find {setup.max_rank} directions in, and there are {len(setup.samples)}; give "
+            "more rows or lower ranks.max"
         )
+
+
+def _batch_size(setup: Setup) -> int:
+    """At least as many rows as directions: a layer that sees one row a sample, as a pooler does, has no others."""
+    return max(setup.batch_size, setup.max_rank)
 
 
 def batches_of(setup: Setup) -> list[dict[str, Tensor]]:
-    """The samples in a random order, without labels, in batches of at least as many rows as directions are sought.
-
-    A layer that sees one row a sample, as a pooler does, has nothing else to find them in.
-    """
-    size = max(setup.batch_size, setup.max_rank)
+    """The samples in a random order, in whole batches without labels."""
+    size = _batch_size(setup)
     order = stream("EVA batches", setup.seed).permutation(len(setup.samples))
-    rows: Sequence[dict[str, Any]] = [dict(setup.samples[j]) for j in order]
+    rows = [dict(setup.samples[j]) for j in order]
     return [
         {name: value for name, value in setup.collate(rows[start : start + size]).items() if name != "labels"}
         for start in range(0, len(rows) - size + 1, size)
@@ -94,7 +89,7 @@ def batches_of(setup: Setup) -> list[dict[str, Tensor]]:
 
 
 class CountedForward:
-    """Passes a batch forward, so many times at most, and counts rows and their tokens that are not padding."""
+    """Run at most `most` forward passes, and count their rows and tokens without padding."""
 
     def __init__(self, most: int) -> None:
         self.left, self.cost = most, PhaseCost()

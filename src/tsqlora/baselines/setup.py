@@ -1,4 +1,4 @@
-"""Input and output of a baseline: Setup and Built."""
+"""Input and output of a baseline, and what several baselines need to build theirs."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -6,11 +6,12 @@ from typing import Any
 
 from peft import LoraConfig, PeftModel, TaskType
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback, TrainerState, set_seed
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 
-from tsqlora.adapter.wrap import inject, new_config
-from tsqlora.errors import TsqLoraError, UnsupportedError
+from tsqlora.adapter.config import inject, new_config
+from tsqlora.errors import SettingsError
 from tsqlora.quality.cost import PhaseCost
+from tsqlora.ranks.schedule import RankSchedule
 from tsqlora.tasks.forward import Collate
 from tsqlora.training.load import Pretrained
 
@@ -40,8 +41,8 @@ class Setup:
 class Built:
     """A model that a stock Trainer trains with these callbacks.
 
-    `trainable` counts, at the end of training, the parameters that are in use; `ranks` tells
-    each layer's rank as it is now, and nothing where there are none. `cost` are the passes that building took.
+    `trainable` counts the parameters in use and `ranks` gives each layer's rank, both at the time of the call. `cost`
+    counts the passes that building took.
     """
 
     model: nn.Module
@@ -52,40 +53,51 @@ class Built:
 
 
 def adapt(setup: Setup, *, kind: type[LoraConfig] = LoraConfig, **options: Any) -> PeftModel:
-    """The pretrained model with an adapter in the layers that `tsqlora.wrap` would adapt, changed in place.
+    """Add an adapter to the layers that `tsqlora.wrap` would adapt; changes the pretrained model in place.
 
     The head trains whole, as there. The same seed gives the same first weights.
     """
     set_seed(setup.seed)
-    pretrained = setup.pretrained
-    config = new_config(
-        pretrained.model, setup.target_modules, setup.dropout, pretrained.new_modules, kind=kind, **options
-    )
+    model = setup.pretrained.model
+    config = new_config(model, setup.target_modules, setup.dropout, setup.pretrained.new_modules, kind=kind, **options)
     # PEFT's class for a task calls AdaLoRA's own forward pass, which adds the penalty; its plain class does not.
-    config.task_type = config.task_type or _writing(pretrained.model)
-    return inject(pretrained.model, config)
+    config.task_type = config.task_type or _text_task(model)
+    return inject(model, config)
 
 
-def _writing(model: PreTrainedModel) -> TaskType | None:
-    """PEFT's task of a model that generates text."""
+def _text_task(model: PreTrainedModel) -> TaskType | None:
     if not model.can_generate():
         return None
     return TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
 
 
 def count_trainable(model: nn.Module) -> int:
-    """Numbers that training changes."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def require_whole_run(state: TrainerState, steps: int, method: str) -> None:
-    """Raises unless the run begins now and has the steps that the method was built for."""
-    if state.global_step > 0:
-        raise UnsupportedError(
-            f"{method} keeps no state in checkpoints, so it cannot resume at step {state.global_step}; start again"
+def whole_rank(mean_rank: float, method: str) -> int:
+    """The mean rank as an integer; SettingsError, which names the method, if it is none.
+
+    >>> whole_rank(4.0, "dora")
+    4
+    """
+    if not (mean_rank >= 1 and float(mean_rank).is_integer()):
+        raise SettingsError(
+            f"ranks.mean is {mean_rank:g}, and {method} needs a whole rank of 1 or more; set it to a whole number, or "
+            f"leave out {method}"
         )
-    if state.max_steps != steps:
-        raise TsqLoraError(
-            f"{method} was built for a run of {steps} optimizer steps, and this one has {state.max_steps}; give Setup "
-            "the run's own number"
-        )
+    return int(mean_rank)
+
+
+def change_phase(steps: int, *, method: str) -> range:
+    """The steps of a run at which our own callback would change ranks; ranks are final from its `stop`.
+
+    Raises SettingsError if the run is too short to have such a step and one after it.
+
+    >>> change_phase(100, method="adalora")
+    range(10, 70)
+    """
+    phase = RankSchedule().steps(steps, 1)
+    if not phase.start < phase.stop < steps:
+        raise SettingsError(f"the run has {steps} optimizer steps, too few for {method}; train longer, or leave it out")
+    return phase

@@ -1,4 +1,7 @@
-"""W + s·P Λ Q, PEFT's AdaLoRA layers: scores of their triplets, and layers whose triplets come and go."""
+"""W + s·P Λ Q, PEFT's AdaLoRA layers: scores of their triplets, and layers whose triplets come and go.
+
+A triplet is one rank: a number λ with its column of P and row of Q.
+"""
 
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,19 +12,19 @@ import torch
 from peft import AdaLoraConfig, PeftModel
 from peft.tuners.adalora.layer import AdaLoraLayer
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from tsqlora.adapter.change import new_row
-from tsqlora.adapter.moments import Moment, moments
+from tsqlora.adapter.importance import smoothed
+from tsqlora.adapter.moments import moments
 from tsqlora.adapter.slots import layers_of
 from tsqlora.baselines.setup import Setup, adapt
 from tsqlora.errors import UnsupportedError
 from tsqlora.training.optimizer import finite_gradients
 
 ADAPTER = "default"
-BETA = 0.85
 SMALLEST = 1e-13
-"""What the λ of a new triplet is at most, as ElaLoRA's released code has it."""
+"""The largest λ of a new triplet, as in ElaLoRA's released code."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,22 +58,22 @@ class Triplets:
         """Parameters of one triplet."""
         return self.q.shape[1] + self.p.shape[0] + 1
 
-    def matrices(self) -> tuple[tuple[nn.Parameter, int], tuple[nn.Parameter, int], tuple[nn.Parameter, int]]:
+    def matrices(self) -> tuple[tuple[nn.Parameter, int], ...]:
         """Q, P and λ, each with the dimension along which its triplets lie."""
         return (self.q, 0), (self.p, 1), (self.lam, 0)
 
 
 def build(setup: Setup, *, rank: int, scale: float, **options: Any) -> PeftModel:
-    """The model with P Λ Q of this rank in every target: PEFT's AdaLoRA layers, s for their scale.
+    """Add P Λ Q of this rank and scale s to every target, as PEFT's AdaLoRA layers.
 
-    PEFT divides lora_alpha by the first rank, for the whole run. Raises UnsupportedError for a model of whose task it
-    has no class: the plain one's forward pass goes past the penalty.
+    PEFT divides lora_alpha by the first rank, for the whole run. Raises UnsupportedError for a model of a task without
+    a class in PEFT: its plain class has no penalty in its forward pass.
     """
     model = adapt(setup, kind=AdaLoraConfig, init_r=rank, lora_alpha=scale * rank, total_step=setup.steps, **options)
     if type(model) is PeftModel:
         raise UnsupportedError(
-            f"{type(setup.pretrained.model).__name__} is of no task that PEFT has a class for, so its orthogonality "
-            "penalty would be in no loss; leave out adalora and elalora"
+            f"PEFT has no class for the task of {type(setup.pretrained.model).__name__}, so its orthogonality penalty "
+            "would be in no loss; leave out adalora and elalora"
         )
     return model
 
@@ -87,11 +90,11 @@ def config_of(model: PeftModel) -> AdaLoraConfig:
 
 
 class PenaltyInTraining(TrainerCallback):
-    """Keeps PEFT's orthogonality penalty out of every loss but training's, and its weight the same in every step.
+    """Keep PEFT's orthogonality penalty out of every loss but training's, and its weight the same in every step.
 
     PEFT adds it to the loss of each forward pass that has labels, in evaluation too. It is on from a
     step's first forward pass to the step's end. Where a step's gradient is the sum over several batches, each batch
-    has its part of the weight: `fit` tells of how many; before it does, the gradient is taken for that of their mean.
+    has its part of the weight: `fit` sets their number by `set_summed`; without it the gradient is that of their mean.
     """
 
     def __init__(self, model: PeftModel, method: str) -> None:
@@ -102,31 +105,23 @@ class PenaltyInTraining(TrainerCallback):
     def set_summed(self, summed: Callable[[], int]) -> None:
         self.summed = summed
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        require_penalty(args.label_smoothing_factor, self.method)
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        # With label smoothing the Trainer computes the loss itself and ignores PEFT's.
+        if args.label_smoothing_factor:
+            raise UnsupportedError(
+                f"training.label_smoothing_factor is {args.label_smoothing_factor:g}, and with it PEFT's orthogonality "
+                f"penalty is in no loss of {self.method}; set it to 0, or leave out {self.method}"
+            )
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.config.orth_reg_weight = self.weight / self.summed()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.config.orth_reg_weight = 0.0
 
 
-def require_penalty(label_smoothing: float, method: str) -> None:
-    """Raises UnsupportedError where the Trainer computes the loss itself, so that what PEFT adds to its own is lost."""
-    if label_smoothing:
-        raise UnsupportedError(
-            f"training.label_smoothing_factor is {label_smoothing:g}, and with it PEFT's orthogonality penalty is in "
-            f"no loss of {method}; set it to 0, or leave out {method}"
-        )
-
-
-def says_nothing(layers: Mapping[str, Triplets]) -> bool:
-    """Whether the step was skipped: no layer has a gradient any more, or one is not finite.
+def step_was_skipped(layers: Mapping[str, Triplets]) -> bool:
+    """Whether the optimizer skipped its step: no layer has a gradient any more, or one is not finite.
 
     Raises UnsupportedError with the name of a layer that the loss does not reach, where it reaches others.
     """
@@ -167,11 +162,10 @@ class Importance:
     def update(self) -> None:
         """Update with |p·∇p| of the current weights and gradients."""
         for name, triplets in self.layers.items():
+            mean, spread = self.mean[name], self.spread[name]
             for j, (matrix, _) in enumerate(triplets.matrices()):
                 assert matrix.grad is not None
-                raw = (matrix * matrix.grad).abs()
-                mean = self.mean[name][j] = BETA * self.mean[name][j] + (1 - BETA) * raw
-                self.spread[name][j] = BETA * self.spread[name][j] + (1 - BETA) * (raw - mean).abs()
+                mean[j], spread[j] = smoothed((matrix * matrix.grad).abs(), mean[j], spread[j])
 
     def scores(self) -> dict[str, list[float]]:
         """Ī·Ū of each triplet's λ, plus the means over its two vectors."""
@@ -182,10 +176,11 @@ class Importance:
         return scores
 
     def changed(self, name: str, *, remaining: Sequence[int], grown: int) -> None:
-        """Moves the records as `change` moves the triplets; new ones begin at zero."""
+        """Move the records as `change` moves the triplets; new ones begin at zero."""
         for table in (self.mean[name], self.spread[name]):
             for j, (_, dim) in enumerate(self.layers[name].matrices()):
-                table[j] = _resized(table[j], dim, remaining, _like(table[j], dim, grown))
+                zeros = torch.zeros_like(table[j].narrow(dim, 0, 1)).repeat_interleave(grown, dim)
+                table[j] = _resized(table[j], dim, remaining, zeros)
 
 
 @torch.no_grad()
@@ -198,27 +193,23 @@ def change(
     at right angles to those there, and a λ too small to change what the layer computes; its first moments
     are zero, its second ones the mean of the remaining ones, since Adam's step count is the whole tensor's.
     """
-    assert remaining or not grown
     states = [moments(matrix, optimizer) for matrix, _ in triplets.matrices()]
-    news = new_triplets(triplets, remaining, grown, seed=seed)
+    news = _new_triplets(triplets, remaining, grown, seed=seed)
     for (matrix, dim), state, new in zip(triplets.matrices(), states, news, strict=True):
         for key, moment in state.items():
-            optimizer.state[matrix][key] = _resized(
-                moment.tensor, dim, remaining, _beginning(moment, dim, remaining, new)
-            )
+            mean = _resized(moment.tensor, dim, remaining).mean(dim, keepdim=True).expand_as(new)
+            first = {"zero": torch.zeros_like(new), "mean": mean, "weight": new}[moment.beginning]
+            optimizer.state[matrix][key] = _resized(moment.tensor, dim, remaining, first)
         matrix.data, matrix.grad = _resized(matrix.data, dim, remaining, new), None
     triplets.layer.r[ADAPTER] = triplets.rank
 
 
-def new_triplets(
-    triplets: Triplets, remaining: Sequence[int], count: int, *, seed: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What is added to Q, P and λ."""
-    index = torch.tensor(remaining, dtype=torch.int64, device=triplets.lam.device)
-    rows = _orthogonal_rows(triplets.q[index], count, seed=zlib.crc32(f"{seed}:{triplets.name}:Q".encode()))
-    columns = _orthogonal_rows(triplets.p.T[index], count, seed=zlib.crc32(f"{seed}:{triplets.name}:P".encode())).T
-    least = min([SMALLEST, *triplets.lam[index].abs().flatten().tolist()])
-    return rows, columns, triplets.lam.new_full((count, 1), least)
+def _new_triplets(triplets: Triplets, remaining: Sequence[int], count: int, *, seed: int) -> tuple[Tensor, ...]:
+    """New rows of Q, columns of P and entries of λ."""
+    q, p, lam = (_resized(matrix, dim, remaining) for matrix, dim in triplets.matrices())
+    rows = _orthogonal_rows(q, count, seed=zlib.crc32(f"{seed}:{triplets.name}:Q".encode()))
+    columns = _orthogonal_rows(p.T, count, seed=zlib.crc32(f"{seed}:{triplets.name}:P".encode())).T
+    return rows, columns, lam.new_full((count, 1), min([SMALLEST, *lam.abs().flatten().tolist()]))
 
 
 def _orthogonal_rows(rows: Tensor, count: int, *, seed: int) -> Tensor:
@@ -229,29 +220,14 @@ def _orthogonal_rows(rows: Tensor, count: int, *, seed: int) -> Tensor:
     return there[len(rows) :].to(rows.device)
 
 
-def _beginning(moment: Moment, dim: int, remaining: Sequence[int], new: Tensor) -> Tensor:
-    """A moment's part for new triplets."""
-    if moment.beginning == "weight":
-        return new
-    if moment.beginning == "zero":
-        return torch.zeros_like(new)
-    index = torch.tensor(remaining, dtype=torch.int64, device=new.device)
-    return moment.tensor.index_select(dim, index).mean(dim, keepdim=True).expand_as(new)
-
-
-def _like(x: Tensor, dim: int, count: int) -> Tensor:
-    shape = list(x.shape)
-    shape[dim] = count
-    return x.new_zeros(shape)
-
-
-def _resized(x: Tensor, dim: int, remaining: Sequence[int], new: Tensor) -> Tensor:
+def _resized(x: Tensor, dim: int, remaining: Sequence[int], *new: Tensor) -> Tensor:
+    """The remaining slots of x along `dim`, followed by new ones."""
     index = torch.tensor(remaining, dtype=torch.int64, device=x.device)
-    return torch.cat([x.index_select(dim, index), new.to(x)], dim).contiguous()
+    return torch.cat([x.index_select(dim, index), *(part.to(x) for part in new)], dim).contiguous()
 
 
 def write_ranks(model: PeftModel) -> None:
-    """Writes the ranks into PEFT's config, so that the adapter, once saved, loads with PEFT alone."""
+    """Write the ranks into PEFT's config, so that the saved adapter loads with PEFT alone."""
     config, layers = config_of(model), triplets_of(model)
     largest = max(triplets.rank for triplets in layers.values())
     scale = config.lora_alpha / config.init_r

@@ -4,7 +4,7 @@ A cell is one method on one choice of rows with one seed and one learning rate.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,20 +53,15 @@ class Cell:
         return asdict(self.entry) | {"seed": self.seed, "learning_rate": self.learning_rate}
 
 
-def path_of(out: Path, cell: Cell) -> Path:
-    return out / CELLS_DIR / f"{cell.name}.json"
-
-
 def save(out: Path, cell: Cell, result: Mapping[str, Any]) -> None:
     """Write a cell's result atomically."""
-    path = path_of(out, cell)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, result)
+    (out / CELLS_DIR).mkdir(parents=True, exist_ok=True)
+    write_json(out / CELLS_DIR / f"{cell.name}.json", result)
 
 
 def load(out: Path, cell: Cell) -> dict[str, Any] | None:
     """Read a cell's result; None if the cell has not run.  Raises DataError for the file of another cell."""
-    path = path_of(out, cell)
+    path = out / CELLS_DIR / f"{cell.name}.json"
     if not path.exists():
         return None
     result = _read(path)
@@ -75,13 +70,8 @@ def load(out: Path, cell: Cell) -> dict[str, Any] | None:
     return result
 
 
-def finished_seeds(out: Path, seeds: Sequence[int]) -> list[int]:
-    """Those of the seeds that have at least one finished cell."""
-    return [seed for seed in seeds if any((out / CELLS_DIR).glob(f"*_seed{seed}_lr*.json"))]
-
-
 def require_rows(out: Path, hashes: Mapping[int, str]) -> None:
-    """Raises DataError where a finished cell was trained on other rows than its seed has now."""
+    """Raise DataError where a finished cell was trained on other rows than its seed has now."""
     for path in sorted((out / CELLS_DIR).glob("*.json")):
         result = _read(path)
         now = hashes.get(result["cell"]["seed"])

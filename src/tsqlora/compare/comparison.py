@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tsqlora import distributed
-from tsqlora.compare.cells import Cell, Entry, finished_seeds, load, require_rows, save
+from tsqlora.compare.cells import Cell, Entry, load, require_rows, save
 from tsqlora.compare.methods import entries
 from tsqlora.compare.run import Equal, preflight, run_cell
 from tsqlora.compare.table import differing, measured_on, rows_of
@@ -19,7 +19,7 @@ from tsqlora.compat.hub import DatasetName, is_hub_id
 from tsqlora.errors import DataError, SettingsError, UnsupportedError, nearest
 from tsqlora.files import write_json, write_text
 from tsqlora.progress import Progress
-from tsqlora.reports.comparison import SETTINGS_FILE, TABLE_FILE
+from tsqlora.reports.comparison import CELLS_DIR, SETTINGS_FILE, TABLE_FILE
 from tsqlora.reports.metrics import lower_is_better
 from tsqlora.run.config import Config, dump_config, load_config
 from tsqlora.tasks import get_task
@@ -150,8 +150,9 @@ def compare(
     seeds = list(dict.fromkeys(seeds))
     plan = Plan(config, entries(methods), seeds, equal, metric, tuple(sweep), dict(rates or {}))
     plan.require_possible()
-    new = [entry for entry in plan.entries if not any(out.glob(f"cells/{entry.name}_seed*.json"))]
-    check = partial(preflight, config, new, seeds[0], finished=finished_seeds(out, seeds), equal=equal)
+    new = [entry for entry in plan.entries if not any((out / CELLS_DIR).glob(f"{entry.name}_seed*.json"))]
+    finished = [seed for seed in seeds if any((out / CELLS_DIR).glob(f"*_seed{seed}_lr*.json"))]
+    check = partial(preflight, config, new, seeds[0], finished=finished, equal=equal)
     rows = in_own_process("preflight", check)
     with alone_in(out, busy=f"another comparison is running in {out}; wait for it, or choose another --out"):
         _claim(plan, out)

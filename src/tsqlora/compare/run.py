@@ -1,8 +1,6 @@
 """Train and measure one cell of a comparison; rehearse every entry before the first cell."""
 
 import gc
-import hashlib
-import json
 import math
 import subprocess
 import tempfile
@@ -14,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import TrainerCallback, set_seed
 
 from tsqlora import distributed
 from tsqlora.compare.cells import Cell, Entry
@@ -57,7 +55,6 @@ def run_cell(config: Config, cell: Cell, *, equal: Equal, progress: Progress | N
             result["failed"] = str(error)
     record.notes += sorted({str(w.message) for w in warned if w.filename.startswith(str(PACKAGE))})
     return result | {
-        "settings_hash": settings_hash(settings, cell, equal=equal, data=job.data.hash),
         "steps": steps,
         "metrics": record.metrics,
         "cost": {phase: asdict(cost) for phase, cost in record.cost.items()},
@@ -122,9 +119,7 @@ def _rehearse(job: Job, cell: Cell, equal: Equal) -> None:
 class _StopAtStart(TrainerCallback):
     """End a training once all earlier callbacks have started."""
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         raise _Begun
 
 
@@ -132,13 +127,6 @@ def settings_of(config: Config, cell: Cell, **further: Any) -> Config:
     """The config with the cell's seed and learning rate and further Trainer arguments; it saves no checkpoints."""
     changes = {"seed": cell.seed, "learning_rate": cell.learning_rate, "save_strategy": "no", **further}
     return config.model_copy(update={"training": config.training.model_copy(update=changes)})
-
-
-def settings_hash(settings: Config, cell: Cell, *, equal: Equal, data: str) -> str:
-    """SHA-256 of everything that decides a cell; paths of data files do not, the hash of their rows does."""
-    about = settings.model_dump(exclude={"data": {"train", "trusted", "validation", "test"}})
-    decides = {"settings": about, "cell": cell.to_dict(), "equal": equal, "data": data}
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
 def planned_steps(job: Job, cell: Cell, *, equal: Equal) -> int:

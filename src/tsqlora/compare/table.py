@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import scipy.stats
@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tsqlora.compare.cells import Entry
-from tsqlora.reports.comparison import CHOSEN_ON_SHOWN, counted, short
+from tsqlora.reports.comparison import CHOSEN_ON_SHOWN, Mean, counted, short
 from tsqlora.reports.metrics import lower_is_better
 
 Result = Mapping[str, Any]
@@ -19,61 +19,43 @@ FEWEST = 3
 """Seeds that a verdict needs: one or two may agree by chance."""
 
 
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A mean of n values and the half width of its t-interval, None for a single value."""
-
-    mean: float
-    half: float | None
-    n: int
-
-    @property
-    def low(self) -> float | None:
-        return None if self.half is None else self.mean - self.half
-
-    @property
-    def high(self) -> float | None:
-        return None if self.half is None else self.mean + self.half
-
-
-def interval(values: Sequence[float]) -> Interval:
+def interval(values: Sequence[float]) -> Mean:
     """Student's t-interval of the mean of at least one value.
 
     >>> interval([1.0, 2.0, 3.0])
-    Interval(mean=2.0, half=2.484..., n=3)
+    Mean(mean=2.0, half=2.484..., n=3)
     """
     n, mean = len(values), math.fsum(values) / len(values)
     if n < 2:
-        return Interval(mean, None, n)
+        return Mean(mean, None, n)
     # Not ttest_rel's interval: it warns if all values are equal, as for runs with the same draws.
     half = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * scipy.stats.sem(values)
-    return Interval(mean, float(half), n)
+    return Mean(mean, float(half), n)
 
 
-def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Interval | None:
+def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Mean | None:
     """The paired difference, ours minus theirs, over common seeds; None if there are none."""
     seeds = sorted(ours.keys() & theirs.keys())
     return interval([ours[seed] - theirs[seed] for seed in seeds]) if seeds else None
 
 
-def verdict(difference: Interval | None, other: str, *, lower_is_better: bool = False) -> str:
+def verdict(difference: Mean | None, other: str, *, lower_is_better: bool = False) -> str:
     """The difference in words.
 
-    >>> verdict(Interval(0.02, 0.03, 3), "lora")
+    >>> verdict(Mean(0.02, 0.03, 3), "lora")
     'within noise of lora'
-    >>> verdict(Interval(0.05, 0.03, 3), "lora")
+    >>> verdict(Mean(0.05, 0.03, 3), "lora")
     'better than lora'
-    >>> verdict(Interval(0.05, 0.03, 3), "lora", lower_is_better=True)
+    >>> verdict(Mean(0.05, 0.03, 3), "lora", lower_is_better=True)
     'worse than lora'
     """
     if difference is None:
         return f"no seed in common with {other}"
-    if difference.n < FEWEST or difference.low is None or difference.high is None:
+    if difference.half is None or difference.n < FEWEST:
         return f"{difference.n} seed{'s' if difference.n > 1 else ''}: too few to tell from {other}"
-    if difference.low > 0 or difference.high < 0:
-        better = (difference.low > 0) != lower_is_better
-        return f"{'better' if better else 'worse'} than {other}"
-    return f"within noise of {other}"
+    if abs(difference.mean) <= difference.half:
+        return f"within noise of {other}"
+    return f"{'better' if (difference.mean > 0) != lower_is_better else 'worse'} than {other}"
 
 
 def rows_of(entries: Sequence[Entry], results: Sequence[Result], *, metric: str) -> list[dict[str, Any]]:
@@ -111,8 +93,8 @@ def _row(
     names = worked[0]["metrics"][split]
     row |= {
         "split": split,
-        "metrics": {name: asdict(interval([r["metrics"][split][name] for r in worked])) for name in names},
-        "seconds": asdict(interval([r["seconds"] for r in worked])),
+        "metrics": {name: interval([r["metrics"][split][name] for r in worked])._asdict() for name in names},
+        "seconds": interval([r["seconds"] for r in worked])._asdict(),
         "steps": max(r["steps"] for r in worked),
         "trainable": max(trainable),
         "trainable_mean": math.fsum(trainable) / len(trainable),
@@ -123,7 +105,7 @@ def _row(
         return row | {"verdict": "the reference"}
     difference = paired(_by_seed(worked, metric), theirs)
     return row | {
-        "difference": None if difference is None else asdict(difference),
+        "difference": None if difference is None else difference._asdict(),
         "verdict": verdict(difference, against.name, lower_is_better=lower_is_better(metric)),
     }
 

@@ -8,7 +8,7 @@ Embedding the gradients of its outputs by index.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -18,23 +18,6 @@ from tsqlora.compat.torch import upcast
 
 MOST_AT_ONCE = 2**24
 """Entries of an n × t × t product in memory at once: 64 MiB in float32. Longer samples are split."""
-
-
-@runtime_checkable  # for beartype, which checks annotations while tests run
-class WeightGradient(Protocol):
-    """The gradient of one weight for each of n samples."""
-
-    def norm_sq(self) -> Float[Tensor, " n"]:
-        """Return the squared Frobenius norm of each sample's gradient."""
-        ...
-
-    def dot(self, other: Float[Tensor, "*weight"]) -> Float[Tensor, " n"]:
-        """Return the inner product of each sample's gradient with a tensor of the weight's shape."""
-        ...
-
-    def apply(self, x: Shaped[Tensor, "n t *i"]) -> Float[Tensor, "n t o"]:
-        """Return the change of the layer's output after one SGD step with lr 1 on each sample: x ∇Wᵀ if linear."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +104,14 @@ class LookupGradient:
         )
 
 
+WeightGradient = Explicit | Factored | GainGradient | LookupGradient
+"""The gradient of one weight for each of n samples.
+
+`norm_sq` is the squared Frobenius norm of each sample's gradient, `dot` its inner product with a tensor of the weight's
+shape, and `apply` the change of the layer's output on x after one SGD step with lr 1 on each sample: x ∇Wᵀ if linear.
+"""
+
+
 def _parts(x: Shaped[Tensor, "n t *i"], tokens: int) -> tuple[Tensor, ...]:
     """Split x along tokens so that a product with `tokens` others has at most MOST_AT_ONCE entries."""
     at_once = max(1, MOST_AT_ONCE // max(1, x.shape[0] * tokens))
@@ -138,19 +129,6 @@ def weight_gradient(a: Float[Tensor, "n t i"], b: Float[Tensor, "n t o"]) -> Wei
     a = a.to(b.dtype)
     tokens, inputs, outputs = *a.shape[1:], b.shape[2]
     return Factored(a, b) if tokens * (inputs + outputs) < inputs * outputs else Explicit(b.mT @ a)
-
-
-@runtime_checkable  # for beartype, which checks annotations while tests run
-class Kind(Protocol):
-    """How a weight's gradient follows from the layer's input a and the output gradient b."""
-
-    def gradient(self, a: Tensor, b: Tensor) -> WeightGradient:
-        """Return each sample's gradient."""
-        ...
-
-    def summed(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return the sum over the batch, in the weight's shape."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +166,12 @@ class Lookup:
         b = upcast(b).flatten(0, 1)
         return b.new_zeros(self.rows, b.shape[1]).index_add_(0, a.flatten(), b)
 
+
+Kind = Linear | Gain | Lookup
+"""How a weight's gradient follows from the layer's input a and the output gradient b.
+
+`gradient` is that of each sample, `summed` the sum over the batch in the weight's shape.
+"""
 
 LINEAR = Linear()
 

@@ -90,7 +90,6 @@ def export_adapter(
     dtype: str | None = None,
     max_rank: int | None = None,
     mean_rank: float | None = None,
-    curvature: Mapping[str, float] | None = None,
 ) -> Exported:
     """Write the adapter in the directory `source` to a new directory `out`, in one of FORMATS.
 
@@ -101,7 +100,6 @@ def export_adapter(
         dtype: precision of the export, one of FLOATS; by default the adapter's, or the base's if merged.
         max_rank: first cut every layer to this rank by SVD.
         mean_rank: cut to the parameters of a uniform LoRA of this rank, with the least loss.
-        curvature: weights of the layers for `mean_rank`; see `ranks_for`.
 
     Raises SettingsError, DataError and UnsupportedError before it writes anything, TsqLoraError if the comparison
     fails.
@@ -117,7 +115,7 @@ def export_adapter(
     adapter, errors = read_adapter(source), {}
     require_finite(adapter)
     if (max_rank, mean_rank) != (None, None):
-        adapter, errors = truncate(adapter, _ranks(adapter, max_rank, mean_rank, curvature))
+        adapter, errors = truncate(adapter, _ranks(adapter, max_rank, mean_rank))
     with TemporaryDirectory() as loadable, new_directory(out) as folder:
         if errors or not all(target.rank for target in adapter.targets.values()):
             # PEFT cannot load a layer of rank 0.
@@ -131,12 +129,10 @@ def export_adapter(
     return replace(done, truncation=errors)
 
 
-def _ranks(
-    adapter: LoraAdapter, max_rank: int | None, mean_rank: float | None, curvature: Mapping[str, float] | None
-) -> dict[str, int]:
+def _ranks(adapter: LoraAdapter, max_rank: int | None, mean_rank: float | None) -> dict[str, int]:
     ranks = {name: target.rank for name, target in adapter.targets.items()}
     if mean_rank is not None:
-        ranks = ranks_for(adapter, mean_rank, curvature=curvature)
+        ranks = ranks_for(adapter, mean_rank)
     return ranks if max_rank is None else {name: max(min(rank, max_rank), 0) for name, rank in ranks.items()}
 
 

@@ -60,22 +60,18 @@ def truncate(adapter: LoraAdapter, ranks: Mapping[str, int]) -> tuple[LoraAdapte
     return left, {name: error for name, (_, error) in cut.items()}
 
 
-def ranks_for(
-    adapter: LoraAdapter, mean_rank: float, *, curvature: Mapping[str, float] | None = None
-) -> dict[str, int]:
+def ranks_for(adapter: LoraAdapter, mean_rank: float) -> dict[str, int]:
     """The ranks that lose least of the update at the parameters of a uniform LoRA of `mean_rank`.
 
-    A direction of layer l is worth (s_l·σ)², times the layer's `curvature` if present, and costs as many parameters
-    as l has inputs and outputs. Greedy by worth per parameter, which is within one direction of the optimum. Ties are
-    broken by name.
+    A direction of layer l is worth (s_l·σ)², and costs as many parameters as l has inputs and outputs. Greedy by worth
+    per parameter, which is within one direction of the optimum. Ties are broken by name.
     """
     costs = {name: target.inputs + target.outputs for name, target in adapter.targets.items()}
     left = mean_rank * sum(costs.values())
     worth = []
     for name, target in adapter.targets.items():
         _, singular, _ = decompose(target)
-        weight = target.scale**2 * (1.0 if curvature is None else curvature[name])
-        worth += [(-weight * float(value) ** 2 / costs[name], name) for value in singular if value > 0]
+        worth += [(-((target.scale * float(value)) ** 2) / costs[name], name) for value in singular if value > 0]
     ranks = dict.fromkeys(adapter.targets, 0)
     for _, name in sorted(worth):
         if costs[name] <= left:

@@ -7,7 +7,7 @@ budget; then whole ranks by largest remainder.
 import math
 from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -38,7 +38,12 @@ class Sensitivity:
             lacks = "shape" if layer in self.values else "sensitivity"
             raise SettingsError(f"layer '{layer}' has no {lacks}; give every layer a value and a shape")
         for layer, value in self.values.items():
-            _check_layer(layer, value, self.shapes[layer])
+            if not (value >= 0 and math.isfinite(value)):
+                raise SettingsError(f"sensitivity of layer '{layer}' is {value}; it must be finite and 0 or more")
+            if min(self.shapes[layer]) < 1:
+                raise SettingsError(
+                    f"layer '{layer}' has shape {self.shapes[layer]}; inputs and outputs must be 1 or more"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers, ready for JSON."""
@@ -52,18 +57,11 @@ class Sensitivity:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Sensitivity":
         """Inverse of `to_dict`; DataError if a field is missing."""
-        for field in fields(cls):
-            if field.name not in data:
-                raise DataError(f"saved sensitivity has no '{field.name}'; measure it again")
-        shapes = {layer: (i, o) for layer, (i, o) in data["shapes"].items()}
-        return cls(data["values"], shapes, data["estimator"], data["samples"])
-
-
-def _check_layer(layer: str, value: float, shape: tuple[int, int]) -> None:
-    if not (value >= 0 and math.isfinite(value)):
-        raise SettingsError(f"sensitivity of layer '{layer}' is {value}; it must be finite and 0 or more")
-    if min(shape) < 1:
-        raise SettingsError(f"layer '{layer}' has shape {shape}; inputs and outputs must be 1 or more")
+        try:
+            shapes = {layer: (i, o) for layer, (i, o) in data["shapes"].items()}
+            return cls(data["values"], shapes, data["estimator"], data["samples"])
+        except KeyError as error:
+            raise DataError(f"saved sensitivity has no {error}; measure it again") from None
 
 
 def allocate(
@@ -93,8 +91,13 @@ def allocate(
     _check_options(mean_rank=mean_rank, min_rank=min_rank, max_rank=most, gamma=gamma)
     high = caps(shapes, most)
     low = {layer: min(min_rank, cap) for layer, cap in high.items()}
-    _check_affordable(low, shapes=shapes, budget=total, min_rank=min_rank)
-    weights = _weights(sensitivity.values, gamma)
+    if (least := used(low, shapes)) > total:
+        raise SettingsError(
+            f"budget {total:,} is below the {least:,} parameters that rank {min_rank} needs in {len(low)} layers; "
+            "raise ranks.mean or set ranks.min to 0"
+        )
+    largest = max(sensitivity.values.values())
+    weights = {layer: (value / largest) ** gamma if largest else 1.0 for layer, value in sensitivity.values.items()}
     wishes = shares(weights, costs=costs(shapes), low=low, high=high, budget=total)
     return fill(
         {layer: math.floor(wishes[layer]) for layer in shapes},
@@ -104,14 +107,6 @@ def allocate(
         caps=high,
         budget=total,
     )
-
-
-def _weights(values: Mapping[str, float], gamma: float) -> dict[str, float]:
-    """(S / max S)^gamma of each layer; 1 everywhere if all S are 0."""
-    largest = max(values.values())
-    if largest == 0:
-        return dict.fromkeys(values, 1.0)
-    return {layer: (value / largest) ** gamma for layer, value in values.items()}
 
 
 def shares(
@@ -155,23 +150,11 @@ def shares(
 def _check_options(*, mean_rank: float, min_rank: int, max_rank: int, gamma: float) -> None:
     if min_rank < 0:
         raise SettingsError(f"ranks.min is {min_rank}; give 0 or more")
-    if max_rank < 1:
-        raise SettingsError(f"ranks.max is {max_rank}; give 1 or more")
-    if max_rank < min_rank:
-        raise SettingsError(f"ranks.max {max_rank} is below ranks.min {min_rank}; raise the one or lower the other")
+    if max_rank < max(1, min_rank):
+        raise SettingsError(f"ranks.max is {max_rank}; give 1 or more, and no less than ranks.min, {min_rank}")
     if mean_rank > max_rank:
         raise SettingsError(
             f"ranks.mean {mean_rank} is above ranks.max {max_rank}; raise ranks.max or lower ranks.mean"
         )
     if not (gamma >= 0 and math.isfinite(gamma)):
         raise SettingsError(f"ranks.gamma is {gamma}; give a number of 0 or more, 0 is uniform")
-
-
-def _check_affordable(low: Mapping[str, int], *, shapes: Shapes, budget: int, min_rank: int) -> None:
-    least = used(low, shapes)
-    if least > budget:
-        layers = f"{len(low)} layer{'s' if len(low) > 1 else ''}"
-        raise SettingsError(
-            f"budget {budget:,} is below the {least:,} parameters that rank {min_rank} needs in {layers}; "
-            "raise ranks.mean or set ranks.min to 0"
-        )

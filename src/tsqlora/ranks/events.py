@@ -1,7 +1,7 @@
 """A change of ranks at one adjustment, as a value that can be saved."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from tsqlora.errors import DataError
@@ -39,25 +39,15 @@ class RankEvent:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts and numbers, ready for JSON."""
-        return {
-            "step": self.step,
-            "reason": self.reason,
-            "ranks": dict(self.ranks),
-            "target": dict(self.target),
-            "sensitivity": {layer: float(value) for layer, value in self.sensitivity.items()},
-            "moved": self.moved,
-            "used": self.used,
-            "budget": self.budget,
-        }
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "RankEvent":
         """Inverse of `to_dict`; DataError if a field is missing."""
-        names = [field.name for field in fields(cls)]
-        for name in names:
-            if name not in data:
-                raise DataError(f"saved rank event has no '{name}'; the file is cut off or from another version")
-        return cls(**{name: data[name] for name in names})
+        try:
+            return cls(**{field.name: data[field.name] for field in fields(cls)})
+        except KeyError as error:
+            raise DataError(f"saved rank event has no {error}; the file is cut off or from another version") from None
 
 
 MOST_EVENTS = 1000

@@ -41,17 +41,7 @@ class Policy(Protocol):
     ) -> dict[str, int]: ...
 
 
-def fixed(
-    ranks: Mapping[str, int],
-    *,
-    target: Mapping[str, int],
-    droppable: Mapping[str, int],
-    shapes: Shapes,
-    caps: Mapping[str, int],
-    budget: int,
-    moves: int,
-    min_rank: int,
-) -> dict[str, int]:
+def fixed(ranks: Mapping[str, int], **measurements: Any) -> dict[str, int]:
     """Keep the model's first ranks for the whole run."""
     return dict(ranks)
 
@@ -137,29 +127,24 @@ def require_bounds(
 ) -> dict[str, int]:
     """Return the policy's ranks, in their order, if they keep all of Policy's bounds.
 
-    A layer that is outside its bounds already may stay there, but not go further.
-
-    Raises SettingsError that names the policy, the layer, its rank and the bound.
+    A layer that is outside its bounds already may stay there, but not go further. Raises SettingsError that names the
+    policy, and the layer with its rank and bounds.
     """
     prefix = f"ranks.policy {getattr(policy, '__name__', type(policy).__name__)} gave"
     if not isinstance(answer, Mapping):
         raise SettingsError(f"{prefix} {answer!r}; it must return a dict with the rank of every layer")
     chosen = cast(Mapping[Any, Any], answer)
     for layer in sorted(chosen.keys() ^ ranks.keys(), key=str):
-        if layer in ranks:
-            raise SettingsError(f"{prefix} layer '{layer}' no rank; give every layer in ranks one")
-        raise SettingsError(
-            f"{prefix} a rank to layer '{layer}', which is unknown; give ranks only to the layers in ranks"
-        )
+        gave = "no rank" if layer in ranks else "a rank, and there is no such layer"
+        raise SettingsError(f"{prefix} '{layer}' {gave}; give every layer in ranks one, and no other")
     for layer, now in ranks.items():
-        _require_rank(
-            chosen[layer],
-            now,
-            prefix=f"{prefix} layer '{layer}' rank {chosen[layer]}",
-            least=min(min_rank, caps[layer]),
-            cap=caps[layer],
-            droppable=droppable[layer],
-        )
+        least = max(min(min_rank, caps[layer], now), now - droppable[layer])
+        most = max(caps[layer], now)
+        if not (isinstance(chosen[layer], Integral) and least <= chosen[layer] <= most):
+            raise SettingsError(
+                f"{prefix} layer '{layer}' rank {chosen[layer]}; give a whole number from {least} to {most}: at least "
+                f"min_rank, at most caps[layer], and at most droppable[layer] = {droppable[layer]} below its {now}"
+            )
     checked = {layer: int(chosen[layer]) for layer in ranks}
     if (cost := used(checked, shapes)) > budget:
         raise SettingsError(
@@ -167,21 +152,6 @@ def require_bounds(
             "for those that grow: a rank costs inputs + outputs, as shapes has them"
         )
     return checked
-
-
-def _require_rank(rank: Any, now: int, *, prefix: str, least: int, cap: int, droppable: int) -> None:
-    if not isinstance(rank, Integral):
-        raise SettingsError(f"{prefix}; give a whole number, an int")
-    number = int(rank)
-    if number > max(cap, now):
-        raise SettingsError(f"{prefix}, and its cap is {cap}; give at most caps[layer]")
-    if number < min(least, now):
-        raise SettingsError(f"{prefix}, and its least is {least}; give at least min(min_rank, caps[layer])")
-    if now - number > droppable:
-        raise SettingsError(
-            f"{prefix} in place of {now}, and {droppable} of its slots may be given up now, the others are too young; "
-            "take at most droppable[layer]"
-        )
 
 
 POLICIES: dict[str, Policy] = {"fixed": fixed, "tsqlora": tsqlora}

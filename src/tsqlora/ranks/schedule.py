@@ -27,31 +27,34 @@ class RankSchedule:
     """Ranks follow sensitivity to this power; 0 keeps them uniform."""
 
     def steps(self, total: int, interval: int) -> range:
-        """`adjustment_steps` of a run of `total` steps."""
-        return adjustment_steps(total, interval=interval, warmup=self.warmup, freeze=self.freeze)
+        """Numbers of completed optimizer steps after which a run of `total` steps adjusts ranks.
+
+        The first is ⌈warmup · total⌉, but at least `interval`, so that importances exist;
+        then every `interval` steps, all before (1 - freeze) · total. Empty if the run is too short. The range's own
+        `stop` is where freezing begins. METHOD 4.
+
+        Raises SettingsError if a share or the interval is out of range.
+
+        >>> list(RankSchedule(warmup=0.1, freeze=0.3).steps(100, 20))
+        [20, 40, 60]
+        """
+        for name, share in (("warmup", self.warmup), ("freeze", self.freeze)):
+            if not 0 <= share < 1:
+                raise SettingsError(f"ranks.{name} is {share}; give a share of the run from 0 to below 1")
+        if round(self.warmup + self.freeze, STEP_DIGITS) >= 1:
+            raise SettingsError(
+                f"ranks.warmup {self.warmup} and ranks.freeze {self.freeze} leave no step to adjust ranks in; "
+                "together they must be below 1"
+            )
+        if not (isinstance(interval, Integral) and interval >= 1):
+            raise SettingsError(f"ranks.interval is {interval}; give a whole number of optimizer steps, 1 or more")
+        first = math.ceil(round(self.warmup * total, STEP_DIGITS))
+        stop = math.ceil(round((1 - self.freeze) * total, STEP_DIGITS))
+        return range(max(first, interval), stop, interval)
 
     def first_moves(self, layers: int) -> int:
         """Slots of this many layers that may move in the first adjustment."""
         return max(1, layers // 4) if self.moves is None else self.moves
-
-
-def adjustment_steps(total_steps: int, *, interval: int, warmup: float, freeze: float) -> range:
-    """Numbers of completed optimizer steps after which ranks are adjusted.
-
-    The first is ⌈warmup · total⌉, but at least `interval`, so that importances exist;
-    then every `interval` steps, all before (1 - freeze) · total. `warmup` and `freeze` are shares
-    of the run in [0, 1). Empty if the run is too short. The range's own `stop` is where freezing
-    begins. METHOD 4.
-
-    Raises SettingsError if a share, the interval or the number of steps is out of range.
-
-    >>> list(adjustment_steps(100, interval=20, warmup=0.1, freeze=0.3))
-    [20, 40, 60]
-    """
-    _check_phases(total_steps, interval=interval, warmup=warmup, freeze=freeze)
-    first = math.ceil(round(warmup * total_steps, STEP_DIGITS))
-    stop = math.ceil(round((1 - freeze) * total_steps, STEP_DIGITS))
-    return range(max(first, interval), stop, interval)
 
 
 def default_interval(total_steps: int) -> int:
@@ -72,18 +75,3 @@ def moves_allowed(step: int, steps: range, *, first: int) -> int:
         return 0
     p = (step - steps.start) / (steps.stop - steps.start)
     return round(first * (1 - p**3))
-
-
-def _check_phases(total_steps: int, *, interval: int, warmup: float, freeze: float) -> None:
-    for name, share in (("warmup", warmup), ("freeze", freeze)):
-        if not 0 <= share < 1:
-            raise SettingsError(f"ranks.{name} is {share}; give a share of the run from 0 to below 1")
-    if round(warmup + freeze, STEP_DIGITS) >= 1:
-        raise SettingsError(
-            f"ranks.warmup {warmup} and ranks.freeze {freeze} leave no step to adjust ranks in; "
-            "together they must be below 1"
-        )
-    if not (isinstance(interval, Integral) and interval >= 1):
-        raise SettingsError(f"ranks.interval is {interval}; give a whole number of optimizer steps, 1 or more")
-    if total_steps < 0:
-        raise SettingsError(f"the run has {total_steps} optimizer steps; give 0 or more")

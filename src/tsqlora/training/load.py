@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tsqlora.adapter.wrap import heads, require_supported_packing
+from tsqlora.adapter.config import heads, require_supported_packing
 from tsqlora.compat.bitsandbytes import keep_as_trained, linear_bits
 from tsqlora.compat.hub import is_hub_id
 from tsqlora.data.labels import LabelMap
