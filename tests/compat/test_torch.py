@@ -43,14 +43,21 @@ def test_the_module_inside_a_compiled_one_is_found() -> None:
     assert inside_compiled(compiled) is module
 
 
+NAMES = [(f"{part}recompile_limit", f"{part}cache_size_limit") for part in ("", "accumulated_")]
+"""Of torch's limits, since 2.7 and before."""
+
+
 def test_compilation_has_limits_that_can_be_raised() -> None:
-    """`torch._dynamo.config` has both by these names, and `patch` puts them back."""
+    """`torch._dynamo.config` has both by one of these names, and `patch` puts them back."""
     import torch._dynamo.config as dynamo
 
-    before = dynamo.recompile_limit, dynamo.accumulated_recompile_limit
+    def limits() -> list[int]:
+        return [getattr(dynamo, n, None) or getattr(dynamo, o) for n, o in NAMES]
+
+    before = limits()
     with compile_limits(3):
-        assert (dynamo.recompile_limit, dynamo.accumulated_recompile_limit) == tuple(3 * limit for limit in before)
-    assert (dynamo.recompile_limit, dynamo.accumulated_recompile_limit) == before
+        assert limits() == [3 * limit for limit in before]
+    assert limits() == before
 
 
 def test_state_dict_hooks_are_removed_from_a_copy_too() -> None:

@@ -177,10 +177,9 @@ def test_models_are_put_on_the_accelerator_unless_told_not_to(
     config = Config.model_validate(
         {"model": {"path": "m"}, "data": {"train": "t"}, "training": {"use_cpu": True} if use_cpu else {}}
     )
-    found = torch.device("cuda")
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found)
-    assert device_of(config).type == device
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("mps"))
-    assert device_of(config).type == "cpu"
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    for accelerator, expected in (("cuda", device), ("mps", "cpu")):
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda name=accelerator: torch.device(name))
+        assert device_of(config).type == expected
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     assert device_of(config).type == "cpu"

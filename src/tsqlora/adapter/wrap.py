@@ -116,6 +116,7 @@ def _restrict(model: nn.Module, config: LoraConfig, mean: float, depth: int | No
         trial = inject(model, copy.deepcopy(config))
         cost = costs(layer_shapes(trial))
         trial.unload()
+        vars(model).pop("peft_config", None)  # PEFT 0.18 leaves it
     top = top_layers(model, list(cost), depth)
     config.target_modules, config.exclude_modules, config.layers_to_transform = top, None, None
     return mean * sum(cost.values()) / sum(cost[name] for name in top)

@@ -31,7 +31,8 @@ def compile_limits(times: int) -> AbstractContextManager[Any]:
     import torch._dynamo.config as dynamo  # seconds to import
 
     config: Any = dynamo
-    names = ("recompile_limit", "accumulated_recompile_limit")
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # torch 2.6
+    names = (name, f"accumulated_{name}")
     return config.patch({name: getattr(config, name) * times for name in names})
 
 

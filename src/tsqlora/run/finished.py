@@ -142,7 +142,7 @@ def require_finished(run: Path) -> RunRecord:
 
 def device_of(config: Config) -> torch.device:
     """The accelerator, if there is one and the config allows it, as training chooses."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     by_default = accelerator is None or accelerator.type == "mps"
     if accelerator is None or config.training.further_arguments().get("use_cpu", by_default):
         return torch.device("cpu")

@@ -17,7 +17,7 @@ def hardware_has_bf16() -> bool:
     """Whether bfloat16 is computed by the GPU or processor itself: elsewhere it is slower."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    features = torch.cpu.get_capabilities()
+    features = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 has no such function
     return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
 
 
