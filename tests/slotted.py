@@ -9,13 +9,17 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 import tsqlora as tsq
-from models import collate, samples, tiny_bert
+from models import PAD, collate, samples, tiny_bert
 from tsqlora.adapter.change import drop_slots, grow_slot
 from tsqlora.adapter.slots import Slots, find_slots, sync_config
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 WIDE = "bert.encoder.layer.1.intermediate.dense"
 POOLER = "bert.pooler.dense"
+WORDS = "bert.embeddings.word_embeddings"
+TYPES = "bert.embeddings.token_type_embeddings"
+TARGETS = ["word_embeddings", "token_type_embeddings", "query"]
+VOCAB = 60
 
 OPTIMIZERS: dict[str, Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]] = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
@@ -44,6 +48,18 @@ def wrapped(
         fill(slotted)
         resize(slotted, ranks or {})
     return slotted.eval()
+
+
+def embedded(base: nn.Module | None = None, *, ranks: Mapping[str, int] | None = None, **options: Any) -> PeftModel:
+    """LoRA over embeddings and one kind of linear layer, A and B not zero."""
+    model = wrapped(base, ranks=ranks or {}, **{"target_modules": TARGETS} | options)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        for slots in find_slots(model).values():
+            slots.a[: slots.rank] = 0.3 * torch.randn(slots.rank, slots.shape[0])
+            if slots.shape[0] == VOCAB:
+                slots.a[:, PAD] = 0  # as it stays in training: PEFT's own is zero, and padding has no gradient
+    return model
 
 
 def fill(model: PeftModel) -> None:

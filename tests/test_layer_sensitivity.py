@@ -36,13 +36,13 @@ def by_hand(model: nn.Module, number: Callable[[LoraLayer], Tensor]) -> dict[str
 
 
 @pytest.mark.parametrize("chunk", [1, 1000, 2**21])
-@pytest.mark.parametrize("base", [tiny_bert, tiny_llama_classifier])
+@pytest.mark.parametrize("base", [tiny_bert, tiny_llama_classifier, tiny_gpt2])
 def test_sensitivity_is_that_of_the_slow_twin(base: Any, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "CHUNK", chunk)
-    model = wrapped(base(), ranks={} if base is tiny_llama_classifier else {QUERY: 7, WIDE: 0})
+    model = wrapped(base(), ranks={QUERY: 7, WIDE: 0} if base is tiny_bert else {})
     measured = tsq.sensitivity(model, ROWS, collate, batch_size=4)
-    wanted = slow_layers(model, ROWS)
-    assert dict(measured.values) == pytest.approx(wanted, rel=1e-12 if base is tiny_bert else 1e-6)
+    expected = slow_layers(model, ROWS)
+    assert dict(measured.values) == pytest.approx(expected, rel=1e-6 if base is tiny_llama_classifier else 1e-12)
     assert (measured.estimator, measured.samples) == ("sensitivity", len(ROWS))
     assert measured.shapes == {
         name: (layer.in_features, layer.out_features) for name, layer in lora_layers(model).items()
@@ -78,13 +78,6 @@ def test_sampled_leaves_narrow_layers_whole() -> None:
     assert WHOLE["sampled"] == WHOLE["sensitivity"]
 
 
-def test_sensitivity_of_a_transposed_weight_is_that_of_the_slow_twin() -> None:
-    model = lora(tiny_gpt2())
-    measured = tsq.sensitivity(model, ROWS, collate, batch_size=4)
-    wanted = slow_layers(model, ROWS)
-    assert dict(measured.values) == pytest.approx(wanted, rel=1e-12)
-
-
 def test_sensitivity_of_a_regression_is_that_of_the_slow_twin() -> None:
     model = wrapped(tiny_bert(num_labels=1))
     rows = samples(5, 3, regression=True)
@@ -93,29 +86,22 @@ def test_sensitivity_of_a_regression_is_that_of_the_slow_twin() -> None:
     assert dict(measured.values) == pytest.approx(wanted, rel=1e-12)
 
 
-def test_fisher_is_the_mean_square_by_hand() -> None:
-    model = wrapped(ranks={QUERY: 7})
-    measured = tsq.sensitivity(model, ROWS, collate, estimator="fisher", batch_size=4)
-    wanted = by_hand(model, lambda layer: layer.get_base_layer().weight.grad.square().mean())
-    assert dict(measured.values) == pytest.approx(wanted, rel=1e-10)
+def adapter_mean(layer: LoraLayer) -> Tensor:
+    parts = (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+    return torch.cat([(part * part.grad).flatten() for part in parts]).abs().mean()
 
 
-def test_adapter_is_the_mean_over_a_and_b_by_hand() -> None:
+@pytest.mark.parametrize(
+    ("estimator", "number"),
+    [("fisher", lambda layer: layer.get_base_layer().weight.grad.square().mean()), ("adapter", adapter_mean)],
+)
+def test_fisher_and_adapter_are_those_by_hand(estimator: str, number: Callable[[LoraLayer], Tensor]) -> None:
     model = lora(tiny_bert(), dropout=0.0)
-
-    def mean(layer: LoraLayer) -> Tensor:
-        parts = (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
-        return torch.cat([(part * part.grad).flatten() for part in parts]).abs().mean()
-
-    measured = tsq.sensitivity(model, ROWS, collate, estimator="adapter", batch_size=4)
-    assert dict(measured.values) == pytest.approx(by_hand(model, mean), rel=1e-10)
-
-
-def test_an_empty_adapter_has_no_adapter_sensitivity() -> None:
-    model = wrapped(ranks={QUERY: 0})
-    values = tsq.sensitivity(model, ROWS, collate, estimator="adapter").values
-    assert values[QUERY] == 0
-    assert values[WIDE] > 0
+    measured = tsq.sensitivity(model, ROWS, collate, estimator=estimator, batch_size=4)
+    assert dict(measured.values) == pytest.approx(by_hand(model, number), rel=1e-10)
+    empty = tsq.sensitivity(wrapped(ranks={QUERY: 0}), ROWS, collate, estimator=estimator).values
+    assert (empty[QUERY] == 0) == (estimator == "adapter")
+    assert empty[WIDE] > 0
 
 
 @settings(max_examples=10)

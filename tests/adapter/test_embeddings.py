@@ -1,6 +1,5 @@
 """LoRA over nn.Embedding, whose A and B PEFT keeps in a ParameterDict: slots, and what the probe sees."""
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import tsqlora as tsq
-from models import PAD, collate, samples, tiny_bert, tiny_llama_classifier
+from models import collate, samples, tiny_bert, tiny_llama_classifier
 from scoring import assert_agree, logits_of, score_by, slow, slow_layers, slow_offsets, teach
 from slotted import (
-    QUERY,
+    TARGETS,
+    TYPES,
+    WORDS,
     assert_hidden_are_zero,
+    embedded,
     resize,
     take_steps,
     trained,
     updates,
-    wrapped,
 )
 from stock import base_bert, make_trainer, moods
 from tsqlora.adapter.change import grow_slot, new_row
@@ -30,23 +31,7 @@ from tsqlora.adapter.slots import find_slots
 from tsqlora.gradients.sites import lora_layers
 from tsqlora.layer_sensitivity import _omega, probe_pass
 
-WORDS = "bert.embeddings.word_embeddings"
-TYPES = "bert.embeddings.token_type_embeddings"
-TARGETS = ["word_embeddings", "token_type_embeddings", "query"]
 ROWS = samples(7, 3)
-VOCAB = 60
-
-
-def embedded(base: nn.Module | None = None, *, ranks: dict[str, int] | None = None, **options: Any) -> PeftModel:
-    """LoRA over embeddings and one kind of linear layer, A and B not zero."""
-    model = wrapped(base, ranks=ranks or {}, **{"target_modules": TARGETS} | options)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        for slots in find_slots(model).values():
-            slots.a[: slots.rank] = 0.3 * torch.randn(slots.rank, slots.shape[0])
-            if slots.shape[0] == VOCAB:
-                slots.a[:, PAD] = 0  # as it stays in training: PEFT's own is zero, and padding has no gradient
-    return model
 
 
 def test_an_embeddings_rank_costs_its_rows_and_its_width() -> None:
@@ -93,21 +78,6 @@ def test_growing_an_embedding_leaves_the_update_unchanged_and_the_new_slot_train
     assert bool(find_slots(model)[WORDS].b[:, 4].any())
 
 
-def test_what_is_saved_has_pefts_own_names_and_plain_peft_loads_it(tmp_path: Path) -> None:
-    model = embedded(ranks={WORDS: 6, TYPES: 0, QUERY: 1})
-    state = model.state_dict()
-    assert not any("parametrizations" in key for key in state)
-    assert torch.equal(state[f"base_model.model.{WORDS}.lora_embedding_A.default"], find_slots(model)[WORDS].a[:6])
-    model.save_pretrained(tmp_path)
-    saved = {key: value for key, value in load_file(tmp_path / "adapter_model.safetensors").items() if "embedd" in key}
-    assert {key: tuple(value.shape) for key, value in saved.items()} == {
-        f"base_model.model.{WORDS}.lora_embedding_A": (6, 60),
-        f"base_model.model.{WORDS}.lora_embedding_B": (16, 6),
-    }
-    loaded = PeftModel.from_pretrained(tiny_bert(), str(tmp_path)).double()
-    torch.testing.assert_close(logits_of(loaded, ROWS), logits_of(model, ROWS), rtol=1e-12, atol=1e-12)
-
-
 def test_the_base_weights_of_a_causal_models_embedding_are_not_saved(tmp_path: Path) -> None:
     """PEFT adds them for target_modules named embed_tokens; ours are full names, and the base weights are frozen."""
     model = embedded(tiny_llama_classifier(), target_modules=["embed_tokens", "q_proj"])
@@ -115,58 +85,6 @@ def test_the_base_weights_of_a_causal_models_embedding_are_not_saved(tmp_path: P
     assert not any("base_layer" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
     loaded = PeftModel.from_pretrained(tiny_llama_classifier(), str(tmp_path)).double()
     torch.testing.assert_close(logits_of(loaded, ROWS), logits_of(model, ROWS), rtol=1e-5, atol=1e-5)
-
-
-def through_a_state_dict(model: PeftModel, tmp_path: Path) -> PeftModel:
-    other = embedded(seed=1)
-    other.load_state_dict(model.state_dict())
-    return other
-
-
-def through_load_adapter(model: PeftModel, tmp_path: Path) -> PeftModel:
-    other = embedded(seed=1)
-    model.save_pretrained(tmp_path)
-    other.load_adapter(str(tmp_path), "default", is_trainable=True)
-    return other
-
-
-def through_a_copy(model: PeftModel, tmp_path: Path) -> PeftModel:
-    return copy.deepcopy(model)
-
-
-@pytest.mark.parametrize("way", [through_a_state_dict, through_load_adapter, through_a_copy])
-def test_ranks_and_weights_come_back(way: Callable[[PeftModel, Path], PeftModel], tmp_path: Path) -> None:
-    model = embedded(ranks={WORDS: 6, TYPES: 0})
-    other = way(model, tmp_path)
-    assert tsq.active_ranks(other) == tsq.active_ranks(model)
-    assert_hidden_are_zero(other)
-    assert torch.equal(logits_of(other, ROWS), logits_of(model, ROWS))
-    resize(other, {WORDS: 2})
-    assert tsq.active_ranks(model)[WORDS] == 6
-
-
-def test_a_finalised_embedding_is_plain_and_merges() -> None:
-    model = embedded(ranks={WORDS: 6, TYPES: 0})
-    before = logits_of(model, ROWS)
-    tsq.finalize(model)
-    base = model.get_base_model()
-    assert type(base.get_submodule(TYPES)) is nn.Embedding
-    parameters = base.get_submodule(WORDS).lora_embedding_A
-    assert type(parameters) is nn.ParameterDict
-    assert tuple(parameters["default"].shape) == (6, 60)
-    assert parameters["default"].requires_grad
-    # Not bit for bit: on some processors a product rounds by how its factors lie in memory.
-    torch.testing.assert_close(logits_of(model, ROWS), before, rtol=1e-14, atol=1e-14)
-    torch.testing.assert_close(logits_of(model.merge_and_unload(), ROWS), before, rtol=1e-12, atol=1e-12)
-
-
-def test_an_embedding_trains_on_after_its_adapter_was_disabled() -> None:
-    model = embedded()
-    before = logits_of(model, ROWS)
-    with model.disable_adapter():
-        torch.testing.assert_close(logits_of(model, ROWS), logits_of(tiny_bert(), ROWS))
-    assert torch.equal(logits_of(model, ROWS), before)
-    assert all(part.requires_grad for slots in find_slots(model).values() for part in (slots.a, slots.b))
 
 
 def test_slots_are_put_on_an_embedding_adapter_that_is_there_and_change_nothing() -> None:
@@ -200,9 +118,9 @@ def repeated(base: Callable[..., nn.Module]) -> tuple[PeftModel, list[dict[str, 
 @pytest.mark.parametrize("base", [tiny_bert, tiny_llama_classifier])
 def test_sensitivity_of_an_embedding_is_that_of_the_slow_twin(base: Callable[..., nn.Module]) -> None:
     model, rows = repeated(base)
-    wanted = slow_layers(model, rows)
+    expected = slow_layers(model, rows)
     measured = tsq.sensitivity(model, rows, collate, batch_size=4)
-    assert dict(measured.values) == pytest.approx(wanted, rel=1e-12 if base is tiny_bert else 1e-6)
+    assert dict(measured.values) == pytest.approx(expected, rel=1e-12 if base is tiny_bert else 1e-6)
 
 
 def one_by_one(model: PeftModel, rows: list[dict[str, Any]], number: Callable[[LoraLayer], Tensor]) -> float:
@@ -229,9 +147,9 @@ def test_fisher_and_adapter_of_an_embedding_are_those_by_hand() -> None:
         ("fisher", lambda layer: layer.get_base_layer().weight.grad.square().mean()),
         ("adapter", of_adapter),
     ):
-        wanted = one_by_one(model, rows, number)
+        expected = one_by_one(model, rows, number)
         measured = tsq.sensitivity(model, rows, collate, estimator=estimator, batch_size=4)
-        assert measured.values[WORDS] == pytest.approx(wanted, rel=1e-10), estimator
+        assert measured.values[WORDS] == pytest.approx(expected, rel=1e-10), estimator
 
 
 def test_the_sketch_of_an_embedding_is_that_of_its_one_hot_inputs() -> None:

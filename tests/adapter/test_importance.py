@@ -61,26 +61,30 @@ def test_clipping_and_loss_scaling_drop_out(factor: float) -> None:
     torch.testing.assert_close(plain.spread, scaled.spread)
 
 
-def test_what_is_not_finite_changes_nothing() -> None:
+@pytest.mark.parametrize("others", [False, True])
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_what_is_not_finite_changes_nothing_also_in_the_norm_of_other_gradients(bad: float, others: bool) -> None:
     importance = Importance(find_slots(MODEL))
     backward(MODEL)
     assert importance.update()
     before = {name: table.clone() for name, table in importance.tables().items()}
-    for bad in (torch.inf, torch.nan):
-        backward(MODEL)
+    backward(MODEL)
+    if not others:
         find_slots(MODEL)[QUERY].a.grad[1, 2] = bad  # type: ignore[index]
-        assert not importance.update()
-        assert all(torch.equal(table, before[name]) for name, table in importance.tables().items())
+    assert not importance.update(torch.tensor(bad) if others else None)
+    assert all(torch.equal(table, before[name]) for name, table in importance.tables().items())
 
 
-def test_records_move_with_the_slots() -> None:
+def test_records_are_saved_and_move_with_the_slots() -> None:
     model = wrapped()
     layers = find_slots(model)
     importance = Importance(layers)
     for steps in (1, 2, 3):
         set_products(layers, {name: [0.1 * steps, 0.2, 0.3 / steps, 0.4] for name in layers})
         importance.update()
-    before = importance.of(QUERY)
+    before, saved = importance.of(QUERY), Importance(layers)
+    saved.restore({name: table.clone() for name, table in importance.tables().items()})
+    assert torch.equal(saved.of(QUERY), before)
     importance.dropped(QUERY, [0, 2])
     drop_slots(layers[QUERY], [0, 2], None)
     assert torch.equal(importance.of(QUERY), before[[1, 3]])
@@ -135,16 +139,6 @@ def test_before_any_step_the_smallest_go_first() -> None:
     assert importance.least(QUERY, 3, min_age=0) == [1, 3, 2]
 
 
-def test_what_was_saved_comes_back() -> None:
-    layers = find_slots(MODEL)
-    importance, other = Importance(layers), Importance(layers)
-    backward(MODEL)
-    importance.update()
-    other.restore({name: table.clone() for name, table in importance.tables().items()})
-    assert torch.equal(other.of(QUERY), importance.of(QUERY))
-    assert torch.equal(other.ages(QUERY), importance.ages(QUERY))
-
-
 def test_layers_on_several_devices_are_brought_to_one() -> None:
     model = wrapped()
     backward(model)
@@ -179,11 +173,3 @@ def test_an_update_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -
         importance.update(torch.ones(()))
     assert not waits
     assert importance.ages(QUERY).tolist() == [2] * 4
-
-
-@pytest.mark.parametrize("norm", [float("nan"), float("inf")])
-def test_other_gradients_that_are_not_finite_change_nothing(norm: float) -> None:
-    importance = Importance(layers := find_slots(MODEL))
-    set_products(layers, {name: [1.0, 2.0, 3.0, 4.0] for name in layers})
-    assert not importance.update(torch.tensor(norm))
-    assert not importance.age.any()

@@ -28,10 +28,12 @@ def layer_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 @settings(max_examples=5)
 @given(mean=st.integers(1, 8))
-def test_ranks_are_uniform_at_an_integer_mean(mean: int) -> None:
+def test_ranks_are_uniform_at_an_integer_mean_within_a_layers_size(mean: int) -> None:
     model = tsq.wrap(tiny_bert(), mean_rank=mean)
     assert set(tsq.active_ranks(model).values()) == {mean}
     assert {slots.capacity for slots in find_slots(model).values()} == {2 * mean}
+    narrow = tsq.wrap(nn.Sequential(nn.Linear(12, 3), nn.Linear(3, 12)), mean_rank=mean, target_modules=["0", "1"])
+    assert set(tsq.active_ranks(narrow).values()) == {min(mean, 3)}
 
 
 @settings(max_examples=15)
@@ -46,11 +48,6 @@ def test_a_fractional_mean_spends_its_budget_on_the_integers_next_to_it(mean: fl
     assert all(left < sum(shapes[name]) for name, rank in ranks.items() if rank < 8)
 
 
-def test_ranks_stay_within_a_narrow_layers_own_size() -> None:
-    model = tsq.wrap(nn.Sequential(nn.Linear(12, 3), nn.Linear(3, 12)), mean_rank=8, target_modules=["0", "1"])
-    assert tsq.active_ranks(model) == {"0": 3, "1": 3}
-
-
 def test_inactive_slots_are_exactly_zero() -> None:
     model = wrapped(mean_rank=2.5, max_rank=7)
     assert_hidden_are_zero(model)
@@ -58,14 +55,10 @@ def test_inactive_slots_are_exactly_zero() -> None:
     assert_hidden_are_zero(model)
 
 
-@pytest.mark.parametrize(("mean", "alpha"), [(4, 16), (2.5, 3), (8, 1)])
-def test_the_scale_is_alpha_over_the_mean_in_every_layer(mean: float, alpha: float) -> None:
-    model = tsq.wrap(tiny_bert(), mean_rank=mean, alpha=alpha)
-    assert {slots.scale for slots in find_slots(model).values()} == {alpha / mean}
-
-
-def test_the_scale_is_two_by_default() -> None:
-    assert {slots.scale for slots in find_slots(tsq.wrap(tiny_bert())).values()} == {2.0}
+@pytest.mark.parametrize(("options", "scale"), [({}, 2), ({"mean_rank": 4}, 4), ({"mean_rank": 2.5, "alpha": 3}, 1.2)])
+def test_the_scale_is_alpha_over_the_mean_in_every_layer(options: dict[str, float], scale: float) -> None:
+    model = tsq.wrap(tiny_bert(), **options)  # type: ignore[arg-type]
+    assert {slots.scale for slots in find_slots(model).values()} == {scale}
 
 
 def test_a_fresh_model_computes_what_its_base_does() -> None:
@@ -112,16 +105,12 @@ def test_rslora_keeps_its_scale_whatever_the_ranks_also_in_plain_peft(ranks: dic
     torch.testing.assert_close(logits_of(loaded, ROWS), logits_of(model, ROWS), rtol=1e-12, atol=1e-12)
 
 
-def test_the_head_of_a_classifier_trains() -> None:
-    model = tsq.wrap(tiny_bert(), mean_rank=2)
+def test_the_head_of_a_classifier_and_modules_to_save_train_whole() -> None:
+    model = tsq.wrap(tiny_bert(), mean_rank=2, modules_to_save=[POOLER])
     others = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
-    assert others == {f"base_model.model.classifier.modules_to_save.default.{part}" for part in ("weight", "bias")}
-
-
-def test_modules_to_save_train_whole_and_get_no_lora() -> None:
-    model = tsq.wrap(tiny_bert(), mean_rank=2, modules_to_save=["bert.pooler.dense"])
-    assert "bert.pooler.dense" not in tsq.active_ranks(model)
-    assert any("pooler.dense.modules_to_save" in name for name, p in model.named_parameters() if p.requires_grad)
+    whole = [f"base_model.model.{name}.modules_to_save.default" for name in ("classifier", POOLER)]
+    assert others == {f"{name}.{part}" for name in whole for part in ("weight", "bias")}
+    assert POOLER not in tsq.active_ranks(model)
 
 
 @pytest.mark.parametrize(
@@ -163,21 +152,12 @@ def test_what_is_not_plain_lora_is_refused_by_name(option: dict[str, object]) ->
     assert not any("lora" in name for name, _ in model.named_modules())
 
 
-@pytest.mark.parametrize("config", [None, LoraConfig(target_modules=["kwery"])])
-def test_targets_that_match_nothing_are_an_error_with_their_name(config: LoraConfig | None) -> None:
-    options = {"target_modules": ["kwery"]} if config is None else {"config": config}
-    with pytest.raises(tsq.SettingsError, match=r"^adapter\.target_modules kwery: "):
-        tsq.wrap(tiny_bert(), **options)  # type: ignore[arg-type]
-
-
-def test_a_model_without_linear_layers_is_an_error() -> None:
-    with pytest.raises(tsq.SettingsError, match=r"^adapter\.target_modules all-linear: "):
-        tsq.wrap(nn.Sequential(nn.ReLU()))
-
-
 @pytest.mark.parametrize(
     ("options", "text"),
     [
+        ({"target_modules": ["kwery"]}, r"^adapter\.target_modules kwery: "),
+        ({"config": LoraConfig(target_modules=["kwery"])}, r"^adapter\.target_modules kwery: "),
+        ({"model": nn.Sequential(nn.ReLU())}, r"^adapter\.target_modules all-linear: "),
         ({"mean_rank": 0}, "ranks.mean is 0"),
         ({"mean_rank": -1}, "ranks.mean is -1"),
         ({"mean_rank": 9, "max_rank": 8}, "mean rank is 9.*ranks.max is 8"),
@@ -186,9 +166,9 @@ def test_a_model_without_linear_layers_is_an_error() -> None:
         ({"config": LoraConfig(r=4), "dropout": 0.1}, r"wrap takes config=LoraConfig\(...\) instead of mean_rank"),
     ],
 )
-def test_bad_options_are_told(options: dict[str, object], text: str) -> None:
+def test_bad_options_are_refused_by_name(options: dict[str, Any], text: str) -> None:
     with pytest.raises(tsq.SettingsError, match=text):
-        tsq.wrap(tiny_bert(), **options)  # type: ignore[arg-type]
+        tsq.wrap(**{"model": tiny_bert()} | options)
 
 
 def test_layers_that_are_neither_linear_nor_embeddings_are_refused_by_name() -> None:
@@ -204,13 +184,9 @@ def test_active_parameters_are_those_of_plain_lora_of_the_same_ranks() -> None:
     plain = tsq.finalize(wrapped(mean_rank=2))
     assert tsq.active_parameters(plain) == plain.get_nb_trainable_parameters()[0]
     assert tsq.active_parameters(nn.Linear(3, 2)) == 8
-
-
-def test_frozen_slots_do_not_count() -> None:
     model = wrapped(mean_rank=2)
     before = tsq.active_parameters(model)
-    slots = find_slots(model)["bert.pooler.dense"]
-    slots.a.requires_grad_(False)
+    find_slots(model)[POOLER].a.requires_grad_(False)
     assert tsq.active_parameters(model) == before - 2 * 16
 
 

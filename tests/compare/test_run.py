@@ -1,14 +1,11 @@
 """One cell: every method and policy on a tiny model, at the same steps; and what preflight refuses before the first."""
 
-import os
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
@@ -223,27 +220,3 @@ def test_cells_of_changed_data_are_not_mixed_with_new_ones(place: Path, tmp_path
     write_jsonl(train, make_rows(80, seed=1))
     with pytest.raises(DataError, match=r"lora\+all_seed0_lr0.02.json"):
         compare(config, ["lora", "lora+random"], seeds=[0], out=tmp_path / "out")
-
-
-def test_a_killed_comparison_takes_its_training_along_and_resumes(place: Path, tmp_path: Path) -> None:
-    settings(place)
-    command = [sys.executable, "-m", "tsqlora.cli", "compare", str(place / "c.yaml")]
-    command += ["--methods", "lora,lora+random,tsqlora", "--seeds", "0,1", "--out", str(tmp_path / "out"), "--json"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    cells = tmp_path / "out" / "cells"
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as running:
-        end = time.monotonic() + 120
-        while len(list(cells.glob("*.json"))) < 2:
-            assert time.monotonic() < end, "no cell finished"
-            time.sleep(0.05)
-        family = psutil.Process(running.pid).children(recursive=True)
-        running.kill()
-    gone, left = psutil.wait_procs(family, timeout=20)
-    assert len(gone) >= 2
-    assert not left
-    first = {path.name: path.read_bytes() for path in cells.glob("*.json")}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert len(list(cells.glob("*.json"))) == 6
-    assert {name: (cells / name).read_bytes() for name in first} == first
-    assert done.stderr.count("(reused)") == len(first)

@@ -20,17 +20,13 @@ from tsqlora.gradients.sites import Site, batch_coupled, effective_weight, find_
 QUERY = "bert.encoder.layer.0.attention.self.query"
 
 
-def test_scope_adapter_is_all_that_trains() -> None:
+def test_scopes_are_all_that_trains_or_whole_lora_layers_and_the_head() -> None:
     model = lora(tiny_bert())
     sites = find_sites(model, "adapter")
     held = {id(p) for site in sites.values() for module in site.modules for p in module.parameters()}
     assert held == {id(p) for p in model.parameters() if p.requires_grad}
     assert {name for name, site in sites.items() if site.bias} == {"classifier.modules_to_save.default"}
     assert f"{QUERY}.lora_A.default" in sites
-
-
-def test_scope_full_is_the_whole_lora_layers_and_the_head() -> None:
-    model = lora(tiny_bert())
     sites = find_sites(model, "full")
     assert sites.keys() == {*lora_layers(model), "classifier.modules_to_save.default"}
     assert isinstance(sites[QUERY].modules[0], LoraLayer)
@@ -92,24 +88,18 @@ def test_a_parameter_without_an_exact_gradient_is_refused_by_name(build: Callabl
         find_sites(build(), "adapter")
 
 
-def test_scope_full_needs_lora() -> None:
-    with pytest.raises(UnsupportedError, match="scope 'full' scores LoRA's target layers, and this model has none"):
+def test_a_scope_that_is_unknown_or_lacks_lora_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="scope 'full'"):
         find_sites(nn.Linear(2, 2), "full")
-
-
-def test_an_unknown_scope_is_refused() -> None:
     unchecked = inspect.unwrap(find_sites)  # else the checker of annotations is first
     with pytest.raises(SettingsError, match="unknown scope 'adaptor'; did you mean 'adapter'"):
         unchecked(nn.Linear(2, 2), "adaptor")
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({"use_dora": True}, "query uses a LoRA variant"), ({"lora_bias": True}, "query uses a LoRA variant")],
-)
-def test_what_is_like_lora_and_not_s_ba_is_refused(options: dict[str, object], message: str) -> None:
-    config = LoraConfig(task_type=TaskType.SEQ_CLS, **{"target_modules": ["query"]} | options)
-    with pytest.raises(UnsupportedError, match=message):
+@pytest.mark.parametrize("option", ["use_dora", "lora_bias"])
+def test_what_is_like_lora_and_not_s_ba_is_refused(option: str) -> None:
+    config = LoraConfig(task_type=TaskType.SEQ_CLS, target_modules=["query"], **{option: True})
+    with pytest.raises(UnsupportedError, match="query uses a LoRA variant"):
         lora_layers(get_peft_model(tiny_bert(), config))
 
 

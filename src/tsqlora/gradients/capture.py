@@ -1,7 +1,10 @@
-"""Capture each site's inputs and output gradients per sample during backward passes.
+"""Hooks on sites: `capture` their inputs and output gradients per sample, and compute as if each sample had `stepped`.
 
-Works with any forward and backward pass: those of training, non-reentrant gradient checkpointing (which recomputes
-what a tap saves), and frozen models, because the tap's output requires a gradient through its anchor.
+Capturing works with any forward and backward pass: those of training, non-reentrant gradient checkpointing (which
+recomputes what a tap saves), and frozen models, because the tap's output requires a gradient through its anchor.
+
+A step on sample i changes its layer's output by −η x ∇Wᵢᵀ, so the outputs are stepped and no weight changes:
+(W − η∇Wᵢ)x = Wx − η(x aᵢᵀ)bᵢ.  METHOD section 1.  A and B of a LoRA layer are two sites, which includes the η² term.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -15,8 +18,9 @@ from torch import Tensor, nn
 
 from tsqlora.compat.torch import is_view
 from tsqlora.errors import UnsupportedError
+from tsqlora.gradients.ghost import LayerGradient
 from tsqlora.gradients.layers import call_input
-from tsqlora.gradients.sites import Site, seen
+from tsqlora.gradients.sites import Site, seen, stepped_output
 
 Consume = Callable[[str, Tensor, Tensor], None]
 """(site, a: n × t × i, or for an Embedding indices n × t, b: n × t × o)."""
@@ -147,6 +151,28 @@ def _tap(
     if state.current is not None:
         state.current.called(site.name)
     return cast(Any, _Tap).apply(y, call_input(args, kwargs).detach(), state.anchor, site, module, state.current)
+
+
+@contextmanager
+def stepped(
+    sites: Mapping[str, Site], gradients: Mapping[str, LayerGradient], *, eta: float, samples: int
+) -> Generator[None]:
+    """While open, a forward pass on the same batch uses each sample's stepped weights.
+
+    A site without a gradient did not reach the loss and is not stepped.
+    """
+
+    def step(site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
+        change = stepped_output(site, module, gradients[site.name], call_input(args, kwargs), samples)
+        return y.sub(change.to(y.dtype).reshape(y.shape), alpha=eta)
+
+    with ExitStack() as hooks:
+        for name in gradients:
+            for module in sites[name].modules:
+                # Before the module's other hooks, as the tap was.
+                hook = partial(step, sites[name])
+                hooks.callback(module.register_forward_hook(hook, prepend=True, with_kwargs=True).remove)
+        yield
 
 
 def _batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:

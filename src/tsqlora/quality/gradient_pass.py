@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from tsqlora import distributed
 from tsqlora.data.batches import sorted_batches
 from tsqlora.errors import SettingsError
+from tsqlora.gradients.capture import stepped
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.gradients.ghost import LayerGradient, layer_gradient
-from tsqlora.gradients.lookahead import stepped
 from tsqlora.gradients.sites import Site, find_sites
 from tsqlora.oom import halves, retry_on_oom
 from tsqlora.quality.exact import require_exact
