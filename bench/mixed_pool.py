@@ -9,6 +9,7 @@ cell is not run again; on one core a cell takes 3 to 8 minutes.
 """
 
 import argparse
+import itertools
 import json
 import os
 import tempfile
@@ -50,8 +51,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "even": {"enabled": False},
     "trusted": {"enabled": False, "fraction": 1.0},
     "oracle": {"fraction": 1.0},
+    "rds": {"fraction": 1.0},
 }
-"""Settings of `quality`; `even` has the trusted rows in every epoch, `trusted` them alone, `oracle` the right rows."""
+"""Settings of `quality`. `even` has the trusted rows in every epoch, `trusted` only them; `oracle` has the right rows,
+and `rds` a fifth that RDS+ chose, each before the trusted ones."""
 Row = dict[str, Any]
 
 
@@ -105,10 +108,39 @@ def pool_of(seed: int) -> dict[str, list[Row]]:
     return {"train": [pool[j] for j in rng.permutation(len(pool))], "trusted": known, "test": tests}
 
 
+@torch.no_grad()
+def states_of(rows: list[Row]) -> torch.Tensor:
+    """Each row's last hidden states, averaged with weights that grow with the position, and normalised."""
+    tokenizer = AutoTokenizer.from_pretrained(model_folder())
+    model = AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.bfloat16).eval()
+    states: list[torch.Tensor] = []
+    for row in rows:
+        batch = tokenizer(row["prompt"] + row["completion"], return_tensors="pt", truncation=True, max_length=TOKENS)
+        state = model(**batch, output_hidden_states=True).hidden_states[-1][0].float()
+        weights = torch.arange(1.0, len(state) + 1)
+        states.append(weights @ state / weights.sum())
+    return torch.nn.functional.normalize(torch.stack(states), dim=1)
+
+
+def rds_plus(pool: list[Row], trusted: list[Row], size: int) -> list[Row]:
+    """RDS+ (Ivison et al. 2025, arXiv 2503.01807): trusted rows take their nearest remaining pool row by turns."""
+    nearest = [
+        iter(order.tolist()) for order in (states_of(trusted) @ states_of(pool).T).argsort(dim=1, descending=True)
+    ]
+    taken: dict[int, None] = {}
+    for turn in itertools.cycle(nearest):
+        if len(taken) == size:
+            return [pool[j] for j in taken]
+        taken[next(j for j in turn if j not in taken)] = None
+    raise AssertionError("there are trusted rows")
+
+
 def run(method: str, seed: int) -> dict[str, Any]:
     rows = pool_of(seed)
     if method == "oracle":
         rows["train"] = [row for row in rows["train"] if row["kind"] == "right"]
+    if method == "rds":
+        rows["train"] = rds_plus(rows["train"], rows["trusted"], round(FRACTION * len(rows["train"])))
     kinds = [row["kind"] for row in rows["train"]]
     with tempfile.TemporaryDirectory() as folder:
         if method == "trusted":
