@@ -31,10 +31,12 @@ WAYS = {
     "cleanlab-then-trusted": ("cleanlab, then trusted rows", "#009e73", "^"),
     "default-untrusted": ("tsqlora without trusted rows", "#56b4e9", "o"),
     "cleanlab": ("cleanlab", "#009e73", "v"),
+    "dfr": ("even draws, the head refitted on trusted rows (DFR)", "#d55e00", "P"),
+    "knn": ("neighbours' vote (SimiFeat)", "#999999", "v"),
     "jtt": ("JTT", "#cc79a7", "D"),
     "lora": ("plain LoRA, all rows", "#000000", "x"),
 }
-WITHOUT_TRUSTED = ("default-untrusted", "even-untrusted", "cleanlab", "jtt", "lora")
+WITHOUT_TRUSTED = ("default-untrusted", "even-untrusted", "cleanlab", "knn", "jtt", "lora")
 """Ways that have no trusted rows; they are compared with even draws that have none."""
 
 

@@ -27,6 +27,7 @@ from cleanlab.filter import find_label_issues
 from origin import ROOT, commit, machine
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.model_selection import cross_val_predict
+from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
@@ -35,6 +36,7 @@ from tsqlora.quality.forward_pass import forward_pass
 from tsqlora.quality.rule import Compute
 from tsqlora.run.config import Config
 from tsqlora.run.demo import package_folder
+from tsqlora.run.finished import open_run
 from tsqlora.run.predict import predict_run
 from tsqlora.run.train import train
 from tsqlora.tasks import get_task
@@ -144,21 +146,22 @@ WORLDS: dict[str, Callable[[int, int], World]] = {
 }
 
 
-def features_of(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
-    """What the head of the untrained model is given, beside the mean hidden states; and the labels as numbers."""
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+def features_of(rows: Sequence[Row], model: torch.nn.Module | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The inputs of the model's head, for an untrained one the mean hidden states too; and the labels as numbers."""
+    tokenizer, means = AutoTokenizer.from_pretrained(MODEL), model is None
     labels = np.unique(by_label(rows), return_inverse=True)[1]
-    model = AutoModelForSequenceClassification.from_pretrained(MODEL, num_labels=int(labels.max()) + 1)
+    if model is None:
+        model = AutoModelForSequenceClassification.from_pretrained(MODEL, num_labels=int(labels.max()) + 1)
     samples = [
         {**tokenizer(row["text"], truncation=True, max_length=TOKENS), "labels": int(label)}
         for row, label in zip(rows, labels, strict=True)
     ]
     task, collate = get_task("sequence-classification"), DataCollatorWithPadding(tokenizer)
-    seen, _ = forward_pass(model, samples, collate, task=task, compute=Compute(32), mean=True)
+    seen, _ = forward_pass(model, samples, collate, task=task, compute=Compute(32), mean=means)
     assert seen is not None
     assert seen.features is not None
-    assert seen.mean is not None
-    return np.concatenate([seen.features, seen.mean], axis=1, dtype=np.float32), labels
+    parts = [seen.features] if seen.mean is None else [seen.features, seen.mean]
+    return np.concatenate(parts, axis=1, dtype=np.float32), labels
 
 
 def without_label_issues(pool: list[Row]) -> list[Row]:
@@ -181,6 +184,26 @@ def errors_repeated(pool: list[Row], folder: Path, training: Mapping[str, Any], 
     return [row for row, error in zip(pool, wrong, strict=True) for _ in range(times if error else 1)]
 
 
+def without_other_neighbours(pool: list[Row], k: int = 10) -> list[Row]:
+    """SimiFeat's vote (Zhu et al. 2022): rows stay if the k nearest on frozen features, and they, have their label."""
+    features, labels = features_of(pool)
+    nearest = KNeighborsClassifier(k, metric="cosine").fit(features, labels)
+    agrees = nearest.predict(features) == labels
+    return [row for row, yes in zip(pool, agrees, strict=True) if yes]
+
+
+def refitted(run: Path, trusted: list[Row], test: list[Row]) -> tuple[list[Any], float]:
+    """DFR (Kirichenko et al. 2023): labels and loss of a head fitted on the trained features of trusted rows."""
+    model, names = open_run(run).model, sorted({row["label"] for row in trusted})
+    (features, labels), (unseen, right) = features_of(trusted, model), features_of(test, model)
+    scaled = StandardScaler().fit(features)
+    strengths: Any = np.geomspace(1e-4, 1, 5)
+    head = LogisticRegressionCV(Cs=strengths, cv=4, scoring="neg_log_loss", class_weight="balanced", max_iter=300)
+    probabilities = head.fit(scaled.transform(features), labels).predict_proba(scaled.transform(unseen))
+    loss = float(-np.log(probabilities[np.arange(len(right)), right]).mean())
+    return [names[j] for j in probabilities.argmax(axis=1)], loss
+
+
 @dataclass(frozen=True, slots=True)
 class Way:
     """How a cell trains: settings of `quality`, which rows, and what becomes of the pool before."""
@@ -190,7 +213,9 @@ class Way:
     alone: bool = False
     """Trains on the trusted rows alone, for half of the steps."""
     before: str = ""
-    """`cleanlab` or `jtt`."""
+    """`cleanlab`, `jtt` or `knn`."""
+    dfr: bool = False
+    """Fits a new head on the trusted rows at the end."""
 
 
 EVEN = {"enabled": False}
@@ -206,6 +231,8 @@ METHODS: dict[str, Way] = {
     "cleanlab": Way(EVEN, trusted=False, before="cleanlab"),
     "cleanlab-then-trusted": Way(before="cleanlab"),
     "jtt": Way(EVEN, trusted=False, before="jtt"),
+    "knn": Way(EVEN, trusted=False, before="knn"),
+    "dfr": Way(EVEN, trusted=False, dfr=True),
 }
 """`even` has the trusted rows in every epoch, `trusted` them alone, `lora` is plain LoRA on all rows."""
 
@@ -239,12 +266,16 @@ def run(world: str, method: str, seed: int, trusted: int) -> dict[str, Any]:
         pool = here.trusted if way.alone else here.train
         if way.before == "cleanlab":
             pool = without_label_issues(pool)
+        elif way.before == "knn":
+            pool = without_other_neighbours(pool)
         elif way.before == "jtt":
             pool = errors_repeated(pool, folder, training)
         write_rows(folder / "train.jsonl", pool)
         record = train(config_of(folder, names, quality, training), folder / "run")
         seconds = time.process_time() - begun
-        labels = predictions(folder / "run", folder / "test.jsonl", folder / "predicted.jsonl")
+        labels, loss = predictions(folder / "run", folder / "test.jsonl", folder / "predicted.jsonl"), None
+        if way.dfr:
+            labels, loss = refitted(folder / "run", here.trusted, here.test)
     right = np.array([a == row["label"] for a, row in zip(labels, here.test, strict=True)])
     groups = {name: float(right[[g == name for g in here.groups]].mean()) for name in sorted(set(here.groups))}
     return {
@@ -254,7 +285,7 @@ def run(world: str, method: str, seed: int, trusted: int) -> dict[str, Any]:
         "accuracy": float(right.mean()),
         "worst": min(groups.values()),
         "groups": groups,
-        "loss": record.metrics["test"]["loss"],
+        "loss": record.metrics["test"]["loss"] if loss is None else loss,
         "right": np.packbits(right).tolist(),
         "wrong_labels": here.wrong,
         "looks": record.quality.get("looks", []),
@@ -273,7 +304,8 @@ def predictions(run: Path, file: Path, out: Path) -> list[Any]:
 
 
 def cell(world: str, method: str, seed: int, trusted: int) -> dict[str, Any]:
-    decides = json.dumps([dict(METHODS[method].quality), METHODS[method].before, STEPS, RATE], sort_keys=True)
+    way = METHODS[method]
+    decides = json.dumps([dict(way.quality), way.before + "dfr" * way.dfr, STEPS, RATE], sort_keys=True)
     mark = hashlib.sha256(decides.encode()).hexdigest()[:8]
     path = RESULTS / f"{world}.{method}.{trusted}.{seed}.{mark}.json"
     if not path.exists():
