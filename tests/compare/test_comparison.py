@@ -198,14 +198,6 @@ def test_settings_that_compare_cannot_follow_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_settings_that_no_entry_reads_are_accepted(config: Config, compare: Compare) -> None:
-    unread = {
-        "quality": config.quality.model_copy(update={"enabled": False}),
-        "ranks": config.ranks.model_copy(update={"policy": "fixed"}),
-    }
-    assert compare(["lora", "lora+loss"], settings=config.model_copy(update=unread))["table"]
-
-
 def test_a_launcher_is_refused(compare: Compare, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UnsupportedError, match="launcher"):

@@ -105,12 +105,10 @@ def test_stdout_has_one_json_object_and_stderr_the_progress(place: Path, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--methods", "loar"], "did you mean 'lora'?"),
         (["--methods", "lora", "--seeds", "x"], "--seeds"),
         (["--methods", "lora", "--lr-sweep", "1e-3,y"], "--lr-sweep"),
         (["--methods", "lora", "--lr", "lora"], "--lr lora"),
         (["--methods", "lora", "--lr", "lora=1e-3", "--lr", "lora=2e-3"], "--lr lora"),
-        (["--methods", "lora", "--equal", "fun"], "--equal"),
     ],
 )
 def test_wrong_usage_exits_2_and_writes_nothing(
