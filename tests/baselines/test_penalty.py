@@ -19,8 +19,7 @@ from tsqlora.baselines.svd import config_of
 from tsqlora.errors import UnsupportedError
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.tasks import get_task
-from tsqlora.training.arguments import training_arguments
-from tsqlora.training.fit import Inputs, Method, fit
+from tsqlora.training.fit import Inputs, Method, fit, training_arguments
 from tsqlora.training.record import RunRecord
 
 Rows = list[dict[str, Any]]

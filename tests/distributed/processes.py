@@ -38,7 +38,7 @@ from tsqlora.adapter.moments import moments
 from tsqlora.adapter.slots import Slots, active_ranks, find_slots
 from tsqlora.gradients.sites import lora_layers
 from tsqlora.layer_sensitivity import Probe
-from tsqlora.training.arguments import training_arguments
+from tsqlora.training.fit import training_arguments
 
 ROWS = samples(8, 3)
 MOODS = moods(96)

@@ -33,7 +33,7 @@ from tsqlora.tasks import get_task
 from tsqlora.tasks.generation import Generation
 from tsqlora.tasks.texts import TEXT_METRICS
 from tsqlora.training import fit
-from tsqlora.training.collate import collate_of
+from tsqlora.training.load import collate_of
 
 LAYER = "model.layers.0.mlp.down_proj"
 WORDS = ("pink", "blue", "grey", "teal")

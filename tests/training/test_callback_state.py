@@ -152,47 +152,6 @@ def test_a_run_that_stops_twice_ends_the_same(whole: Trainer, tmp_path: Path) ->
     assert_same_end(made, whole)
 
 
-class Overflow(TrainerCallback):
-    """Around RankCallback: it sees gradients that are infinite at one step, as a gradient scaler's may be."""
-
-    def __init__(self, step: int, kept: dict[torch.nn.Parameter, torch.Tensor], *, back: bool) -> None:
-        self.step, self.kept, self.back = step, kept, back
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step + 1 != self.step:
-            return
-        for parameter in kwargs["model"].parameters():
-            if parameter.grad is not None:
-                self.kept.setdefault(parameter, parameter.grad.clone())
-                parameter.grad.copy_(self.kept[parameter] if self.back else torch.tensor(torch.inf))
-
-
-def test_an_adjustment_that_was_put_off_is_made_after_a_resume_too(whole: Trainer, tmp_path: Path) -> None:
-    step = callback(whole, tsq.RankCallback).events[1].step
-
-    def overflowing(*also: TrainerCallback) -> Trainer:
-        kept: dict[torch.nn.Parameter, torch.Tensor] = {}
-        around = (Overflow(step, kept, back=False), Overflow(step, kept, back=True))
-        made = trainer(tmp_path, around[1], *also, save_strategy="steps", save_steps=1)
-        made.callback_handler.callbacks.insert(0, around[0])
-        return made
-
-    undisturbed = overflowing()
-    undisturbed.train()
-    assert callback(undisturbed, tsq.RankCallback).events[1].step == step + 1
-    resumed = overflowing()
-    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
-    assert_same_end(resumed, undisturbed)
-
-
-def test_every_checkpoint_has_our_files_and_an_adapter_that_peft_reads(whole: Trainer) -> None:
-    folders = sorted(Path(whole.args.output_dir).glob("checkpoint-*"))
-    assert len(folders) == 6
-    for folder in folders:
-        assert all((folder / name).exists() for name in FILES)
-        assert not list(folder.glob("*.tmp"))
-
-
 def best_of_falling(folder: Path) -> Trainer:
     return make_trainer(
         slotted_bert(),

@@ -114,17 +114,6 @@ def bert() -> PeftModel:
 COMPILED: dict[str, Any] = {"torch_compile": True, "torch_compile_backend": "eager"}
 
 
-def test_the_trainer_compiles_anew_where_ranks_have_changed_and_only_there(tmp_path: Path) -> None:
-    ended: list[tuple[list[Any], dict[str, Tensor]]] = []
-    for further in ({}, COMPILED):
-        model, ranks = bert(), tsq.RankCallback(interval=4, schedule=tsq.RankSchedule(moves=6))
-        train(tmp_path, model, [ranks], **further)
-        ended.append((ranks.events, model.state_dict()))
-    assert ended[0][0] == ended[1][0]
-    assert_same(ended[0][1], ended[1][1], "weights")
-    assert compiled_graphs() == sets_of_ranks(ended[0][0]) > 2
-
-
 @pytest.mark.parametrize("by", ["the Trainer", "the user"])
 def test_scoring_between_epochs_is_not_compiled(by: str, tmp_path: Path) -> None:
     ended: list[Any] = []

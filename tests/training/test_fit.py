@@ -1,24 +1,32 @@
-"""One run in the stock Trainer: its arguments, and costs that are those of the passes really made."""
+"""One run in the stock Trainer: its arguments, its costs, and samples that share a row."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import BartForSequenceClassification, TrainerCallback
+from transformers import (
+    BartForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    TrainerCallback,
+)
 
 from byte_tokenizers import byte_tokenizer
 from models import generating, tiny_bart
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
-from tsqlora.errors import SettingsError
+from tsqlora.data.batches import packed_collator
+from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.run import fit as run_fit
 from tsqlora.run.callbacks import build_callbacks
 from tsqlora.run.config import Config, load_config
 from tsqlora.run.fit import begin
 from tsqlora.run.job import load
 from tsqlora.run.train import train
-from tsqlora.training import fit, record_callback
-from tsqlora.training.arguments import hardware_has_bf16, training_arguments
+from tsqlora.training import fit, recorder
+from tsqlora.training.fit import hardware_has_bf16, require_packing, training_arguments
 
 
 @pytest.fixture(scope="module")
@@ -244,17 +252,17 @@ def test_bfloat16_is_used_where_the_hardware_computes_in_it(
 
 
 def test_of_many_losses_every_so_many_th_is_kept_and_every_evaluation() -> None:
-    history = [{"step": j, "loss": 1.0} for j in range(3 * record_callback.MOST_ENTRIES)]
+    history = [{"step": j, "loss": 1.0} for j in range(3 * recorder.MOST_ENTRIES)]
     history.insert(7, {"step": 7, "eval_loss": 1.0})
-    kept = record_callback.logged(history)
-    assert len(kept) <= record_callback.MOST_ENTRIES + 1
+    kept = recorder.logged(history)
+    assert len(kept) <= recorder.MOST_ENTRIES + 1
     assert kept[0]["step"] == 0
     assert {"step": 7, "eval_loss": 1.0} in kept
 
 
 def test_what_json_has_not_is_not_in_the_record() -> None:
     steps = [{"step": 10, "loss": 0.5, "grad_norm": float("inf")}, {"step": 20, "loss": float("nan"), "grad_norm": 1.0}]
-    assert record_callback.logged(steps) == [{"step": 10, "loss": 0.5}, {"step": 20, "grad_norm": 1.0}]
+    assert recorder.logged(steps) == [{"step": 10, "loss": 0.5}, {"step": 20, "grad_norm": 1.0}]
 
 
 def test_nothing_of_training_is_printed_on_stdout_where_bars_are_asked_for(
@@ -304,3 +312,19 @@ def test_the_record_names_steps_that_were_not_finite_and_their_rows(place: Path,
 def test_the_record_of_a_run_without_such_steps_says_nothing_of_them(counted: Counted) -> None:
     assert counted.record.skipped == {}
     assert not any("skipped" in note for note in counted.record.notes)
+
+
+SIZES: dict[str, Any] = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+SAMPLE = {"input_ids": [7, 9, 11, 30, 8], "labels": [7, 9, 11, 30, 8]}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_llama_keeps_samples_apart_and_opt_does_not(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    collate = packed_collator(byte_tokenizer(), max_length=32)
+    llama = LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=32, initializer_range=0.3)).to(dtype)
+    require_packing(llama, collate, SAMPLE)
+    assert llama.training
+    opt = OPTForCausalLM(OPTConfig(**SIZES, ffn_dim=32, word_embed_proj_dim=16, init_std=0.3)).to(dtype)
+    with pytest.raises(UnsupportedError, match=r"data\.packing: to opt a sample is not the same behind another in a"):
+        require_packing(opt, collate, SAMPLE)

@@ -98,9 +98,18 @@ def test_a_step_that_is_not_finite_changes_no_weight_and_no_moment(
     assert not made.model._forward_hooks
 
 
-@pytest.mark.parametrize("steps", [(1,), (4,), (1, 4, 5)])
-@pytest.mark.parametrize("clipping", [0.0, 1.0])
-@KINDS
+@pytest.mark.parametrize(
+    ("what", "value", "clipping", "steps"),
+    [
+        ("loss", torch.nan, 0.0, (1,)),
+        ("loss", -torch.inf, 1.0, (4,)),
+        ("loss", torch.nan, 1.0, (1, 4, 5)),
+        ("lora_A", 0.0, 0.0, (4,)),
+        ("lora_A", 0.0, 1.0, (1, 4, 5)),
+        ("classifier", 0.0, 1.0, (1,)),
+        ("classifier", 0.0, 0.0, (1, 4, 5)),
+    ],
+)
 def test_no_importance_learns_of_it_and_an_adjustment_waits(
     what: str, value: float, clipping: float, steps: tuple[int, ...], tmp_path: Path
 ) -> None:
@@ -109,7 +118,8 @@ def test_no_importance_learns_of_it_and_an_adjustment_waits(
     class Tables(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             assert ranks.loop is not None
-            seen[state.global_step] = {name: t.clone() for name, t in ranks.loop.importance.tables().items()}
+            tables = ranks.loop.importance.tables()
+            seen[state.global_step] = {name: table.clone() for name, table in tables.items()}
 
     ranks = tsq.RankCallback(interval=4, schedule=tsq.RankSchedule(moves=6))
     callbacks = (Tables(), Poison(*steps, what=what, value=value), tsq.GuardCallback(limit=9))
@@ -173,12 +183,8 @@ def test_too_many_end_the_training_with_advice_and_undamaged_weights(tmp_path: P
         save_steps=4,
         lr_scheduler_type="constant",
     )
-    with pytest.raises(
-        tsq.TsqLoraError,
-        match=r"^3 of the last 4 steps had a loss or gradient that is not finite, the last at step 14 \(its rows are "
-        r"unknown\); they were skipped, the weights are as before; the last complete checkpoint from before them "
-        rf"is {tmp_path}/checkpoint-8\. Look at the rows, lower the learning rate \(0\.02\), or compute in float32$",
-    ):
+    match = rf"^3 of the last 4 steps .* at step 14 .* is {tmp_path}/checkpoint-8\."
+    with pytest.raises(tsq.TsqLoraError, match=match):
         made.train()
     assert all(tensor.isfinite().all() for tensor in made.model.state_dict().values())
 
@@ -208,9 +214,7 @@ def test_a_base_that_was_never_finite_is_told_so(tmp_path: Path) -> None:
     made = trainer(tmp_path, tsq.GuardCallback())
     with torch.no_grad():
         made.model.get_base_model().bert.embeddings.word_embeddings.weight.fill_(torch.nan)
-    with pytest.raises(
-        tsq.TsqLoraError, match=r"no step before had a finite one: the base model's weights are not fin"
-    ):
+    with pytest.raises(tsq.TsqLoraError, match=r"no step before had a finite one: the base model's weights are not"):
         made.train()
     assert made.state.global_step == 4
 

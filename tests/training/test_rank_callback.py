@@ -1,4 +1,5 @@
 import copy
+import re
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -89,59 +90,6 @@ def test_ranks_move_within_the_budget_and_a_plain_peft_model_is_left(tmp_path: P
     assert_same(weights(loaded), weights(model), "plain PEFT")
 
 
-@pytest.mark.parametrize("by", [lambda _: tsq.RankCallback(interval=4), tsq.GuardCallback])
-def test_workers_that_keep_an_old_draw_are_refused_by_whoever_draws(by: Any, tmp_path: Path) -> None:
-    data = tsq.QualitySubset(moods(), 0.5)
-    options = {"dataloader_persistent_workers": True, "dataloader_num_workers": 1}
-    with pytest.raises(tsq.SettingsError, match="dataloader_persistent_workers keeps an old draw; set it to False"):
-        make_trainer(slotted_bert(), data, tmp_path, [by(data)], **options).train()
-
-
-def test_the_same_run_gives_the_same_ranks_and_weights(tmp_path: Path) -> None:
-    callbacks = [tsq.RankCallback(interval=4, schedule=tsq.RankSchedule(moves=6)) for _ in range(2)]
-    one, two = (weights(run(tmp_path, callback)) for callback in callbacks)
-    assert callbacks[0].events == callbacks[1].events
-    assert_same(one, two, "rerun")
-
-
-def test_a_callback_may_serve_two_trainings(tmp_path: Path) -> None:
-    callback = tsq.RankCallback(interval=4)
-    run(tmp_path, callback)
-    before = list(callback.events)
-    run(tmp_path, callback)
-    assert callback.events == before
-
-
-def test_inactive_slots_are_zero_after_every_step(tmp_path: Path) -> None:
-    checked: list[int] = []
-
-    def check(state: TrainerState, kwargs: dict[str, Any]) -> None:
-        assert_hidden_are_zero(kwargs["model"], kwargs["optimizer"])
-        checked.append(state.global_step)
-
-    run(
-        tmp_path,
-        tsq.RankCallback(interval=4, schedule=tsq.RankSchedule(moves=6)),
-        At("step_end", check),
-        weight_decay=0.1,
-    )
-    assert checked == list(range(1, 31))
-
-
-def test_the_interval_is_a_twentieth_of_the_run_and_at_least_ten(tmp_path: Path) -> None:
-    callback = tsq.RankCallback()
-    run(tmp_path, callback)
-    assert [event.step for event in callback.events] == [10, 20]
-
-
-def test_a_fractional_mean_rank_is_a_budget_too(tmp_path: Path) -> None:
-    callback = tsq.RankCallback(interval=4, schedule=tsq.RankSchedule(moves=6))
-    run(tmp_path, callback, model=slotted_bert(mean_rank=2.5, max_rank=4))
-    for event in callback.events:
-        assert_well_spent(event, capacity=4)
-    assert callback.loop.budget <= 2.5 * sum(sum(shape) for shape in shapes().values())
-
-
 def test_a_layer_may_lose_its_adapter_where_min_rank_is_zero(tmp_path: Path) -> None:
     def wide_only(a: Tensor, b: Tensor, layer: Any) -> Tensor:
         return torch.tensor(1.0 if 16 in (layer.in_features, layer.out_features) else 0.0)
@@ -156,73 +104,14 @@ def test_a_layer_may_lose_its_adapter_where_min_rank_is_zero(tmp_path: Path) -> 
     assert all(type(model.get_base_model().get_submodule(name)) is nn.Linear for name in gone)
 
 
-def test_slots_are_kept_for_further_training_where_that_is_asked_for(tmp_path: Path) -> None:
-    callback, again = (
-        tsq.RankCallback(interval=4, finalize=False, schedule=tsq.RankSchedule(moves=6)),
-        tsq.RankCallback(interval=4),
-    )
-    model = run(tmp_path, callback)
-    assert tsq.active_ranks(model) == callback.final
-    assert model.peft_config["default"].rank_pattern == callback.final  # type: ignore[union-attr]
-    run(tmp_path, again, model=model)
-    assert again.loop.budget == callback.events[-1].used
-
-
-def test_a_policy_may_be_a_function_of_ones_own(tmp_path: Path) -> None:
-    def swap(ranks: dict[str, int], **_: Any) -> dict[str, int]:
-        first, second, *_rest = ranks
-        return ranks | {first: ranks[first] - 1, second: ranks[second] + 1}
-
-    callback = tsq.RankCallback(interval=4, policy=swap, schedule=tsq.RankSchedule(freeze=0.6))
-    run(tmp_path, callback)
-    assert sorted(callback.final.values()) == [2, 4, 4, 4, 4, 4, 6]
-
-
 # --- what it measures ---------------------------------------------------------------------
 
 
-@pytest.fixture
-def probes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The probes that were opened in training steps."""
-    made: list[Any] = []
-    real = rank_loop.Probe
-
-    def make(*args: Any) -> Any:
-        made.append(real(*args))
-        return made[-1]
-
-    monkeypatch.setattr(rank_loop, "Probe", make)
-    return made
-
-
-def test_gradient_accumulation_shows_the_probe_all_micro_batches(tmp_path: Path, probes: list[Any]) -> None:
-    callback = tsq.RankCallback(interval=4)
-    run(tmp_path, callback, per_device_train_batch_size=2, gradient_accumulation_steps=4)
-    assert [probe.sensitivity().samples for probe in probes] == [8] * (1 + len(callback.events))  # and step 1
-
-
-def test_micro_batches_and_one_large_batch_measure_the_same(tmp_path: Path) -> None:
-    found: list[dict[str, float]] = []
-    for size, accumulation in ((8, 1), (4, 2)):
-        model = slotted_bert()
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-        callback = tsq.RankCallback(interval=1, schedule=tsq.RankSchedule(warmup=0, freeze=0))
-        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation, "max_steps": 2}
-        run(tmp_path, callback, model=model, **options)
-        found.append(dict(callback.events[0].sensitivity))
-    assert found[0] == pytest.approx(found[1], rel=1e-4)
-
-
-def test_policy_fixed_never_probes(tmp_path: Path, probes: list[Any]) -> None:
+def test_policy_fixed_never_probes(tmp_path: Path) -> None:
     callback = tsq.RankCallback(interval=4, policy="fixed")
-    run(tmp_path, callback)
-    assert not probes
-    assert not callback.events
-    assert set(callback.final.values()) == {4}
-    assert callback.loop is not None
-    assert not callback.loop.importance.mean.any(), "steps measure nothing that no decision reads"
+    with patch.object(rank_loop, "Probe", side_effect=AssertionError):
+        run(tmp_path, callback)
+    assert (callback.events, set(callback.final.values())) == ([], {4})
 
 
 def test_clipping_changes_no_importance(tmp_path: Path) -> None:
@@ -237,59 +126,16 @@ def test_clipping_changes_no_importance(tmp_path: Path) -> None:
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-6)
 
 
-def overflowing(callback: TrainerCallback, *steps: int) -> tuple[TrainerCallback, TrainerCallback, TrainerCallback]:
-    """The callback between two that make a step's gradients infinite and put them right, as a scaler skips the step."""
-    kept: dict[str, Tensor] = {}
-
-    def grads(kwargs: dict[str, Any]) -> dict[str, Tensor]:
-        return {name: slots.a.grad for name, slots in find_slots(kwargs["model"]).items() if slots.a.grad is not None}
-
-    def overflow(state: TrainerState, kwargs: dict[str, Any]) -> None:
-        if state.global_step + 1 in steps:
-            kept.update({name: grad.clone() for name, grad in grads(kwargs).items()})
-            next(iter(grads(kwargs).values()))[0, 0] = torch.inf
-
-    def recover(state: TrainerState, kwargs: dict[str, Any]) -> None:
-        if state.global_step + 1 in steps:
-            for name, grad in grads(kwargs).items():
-                grad.copy_(kept[name])
-
-    return At("pre_optimizer_step", overflow), callback, At("pre_optimizer_step", recover)
-
-
-def test_a_step_that_overflowed_puts_the_adjustment_off_and_ages_no_slot(tmp_path: Path) -> None:
-    callback = tsq.RankCallback(interval=4, schedule=tsq.RankSchedule(moves=6))
-    run(tmp_path, *overflowing(callback, 4, 5))
-    assert [event.step for event in callback.events] == [6, 8, 12, 16, 20]
-    assert int(callback.loop.importance.age.max()) == callback.loop.steps.stop - 2
-
-
-def test_an_adjustment_put_off_until_ranks_are_frozen_is_left_out(tmp_path: Path) -> None:
-    callback = tsq.RankCallback(interval=4, schedule=tsq.RankSchedule(moves=6, freeze=0.33))
-    run(tmp_path, *overflowing(callback, 20))
-    assert [event.step for event in callback.events] == [4, 8, 12, 16]
-
-
 @pytest.mark.parametrize(
-    "further",
-    [
-        {"bf16": True},
-        {"fp16": True},
-        {"activation_checkpointing": True, "gradient_accumulation_steps": 2},
-        {"dataloader_num_workers": 1},
-    ],
-    ids=lambda further: next(iter(further)),
+    "further", [{"bf16": True}, {"activation_checkpointing": True, "gradient_accumulation_steps": 2}], ids=str
 )
 def test_first_ranks_come_from_the_quality_sample_in_whatever_way_the_trainer_trains(
     tmp_path: Path, further: dict[str, Any]
 ) -> None:
-    data, ranks = (
-        tsq.QualitySubset(ROWS, 0.8, seed=1),
-        tsq.RankCallback(interval=2, samples=16, schedule=tsq.RankSchedule(moves=3, freeze=0.1)),
-    )
-    quality = quality_by(data, reference=40)
+    data = tsq.QualitySubset(ROWS, 0.8, seed=1)
+    ranks = tsq.RankCallback(interval=2, samples=16, schedule=tsq.RankSchedule(moves=3, freeze=0.1))
     options: dict[str, Any] = {"learning_rate": 0.05, "num_train_epochs": 4} | further
-    make_trainer(slotted_bert(), data, tmp_path, [quality, ranks], **options).train()
+    make_trainer(slotted_bert(), data, tmp_path, [quality_by(data, reference=40), ranks], **options).train()
     assert data.scores is not None
     assert ranks.events[0].reason == "start"
     assert len(ranks.events) > 1
@@ -426,45 +272,18 @@ def test_a_training_that_starts_again_with_smaller_batches_starts_anew(tmp_path:
     assert_no_hooks(model)
 
 
-def test_a_second_training_goes_on_with_the_slots_that_were_kept(tmp_path: Path) -> None:
-    callback = tsq.RankCallback(interval=4, finalize=False, schedule=tsq.RankSchedule(moves=6))
-    trainer = make_trainer(slotted_bert(), ROWS, tmp_path, [callback], learning_rate=0.02)
-    trainer.train()
-    first, budget = callback.events, callback.loop.budget  # type: ignore[union-attr]
-    trainer.train()
-    assert callback.events is not first
-    assert callback.loop.budget == first[-1].used <= budget  # type: ignore[union-attr]
-
-
 # --- what it saves ------------------------------------------------------------------------
 
 
 def test_checkpoints_on_the_way_load_with_plain_peft(tmp_path: Path) -> None:
     seen: dict[int, dict[str, Tensor]] = {}
     keep = At("save", lambda state, kwargs: seen.update({state.global_step: weights(kwargs["model"])}))
-    run(
-        tmp_path,
-        tsq.RankCallback(interval=4, schedule=tsq.RankSchedule(moves=6)),
-        keep,
-        save_strategy="steps",
-        save_steps=9,
-    )
+    callback = tsq.RankCallback(interval=4, schedule=tsq.RankSchedule(moves=6))
+    run(tmp_path, callback, keep, save_strategy="steps", save_steps=9)
     assert sorted(seen) == [9, 18, 27, 30]
     for step, wanted in seen.items():
         loaded = PeftModel.from_pretrained(base_bert(), str(tmp_path / f"checkpoint-{step}"))
         assert_same(wanted, weights(loaded), f"checkpoint {step}")
-
-
-def test_once_ranks_are_final_the_same_trainer_trains_the_plain_adapter(tmp_path: Path) -> None:
-    model, callback = slotted_bert(), tsq.RankCallback(interval=4)
-    trainer = make_trainer(model, ROWS, tmp_path, [callback], learning_rate=0.02)
-    trainer.train()
-    trainer.remove_callback(callback)
-    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    trainer.train()
-    assert sum("lora_" in name for name in before) == 2 * len(shapes())
-    for name, parameter in model.named_parameters():
-        assert name not in before or not torch.equal(parameter, before[name]), name
 
 
 class HeadOfOnesOwn(nn.Module):
@@ -542,26 +361,32 @@ def test_a_run_goes_on_for_more_epochs_at_the_interval_that_it_had(tmp_path: Pat
     assert [event.step for event in callback.events][:5] == list(range(10, 60, 10))
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    run(folder, tsq.RankCallback(interval=4), save_strategy="epoch")
+    return folder
+
+
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "both"),
     [
         ({"interval": 5}, "ranks.interval 4, and this one has 5"),
         ({"policy": nothing_for_the_pooler}, "ranks.policy tsqlora, and this one has nothing_for_the_pooler"),
         ({"estimator": "fisher"}, "ranks.estimator sampled, and this one has fisher"),
         ({"min_rank": 0}, "ranks.min 1, and this one has 0"),
-        ({"schedule": tsq.RankSchedule(gamma=0.5)}, r"ranks.gamma 1.0, and this one has 0\.5"),
+        ({"schedule": tsq.RankSchedule(gamma=0.5)}, "ranks.gamma 1.0, and this one has 0.5"),
         ({"schedule": tsq.RankSchedule(moves=7)}, "ranks.moves 1, and this one has 7"),
-        ({"schedule": tsq.RankSchedule(warmup=0.2)}, r"ranks.warmup 0.1, and this one has 0\.2"),
-        ({"schedule": tsq.RankSchedule(freeze=0.1)}, r"ranks.freeze 0.3, and this one has 0\.1"),
+        ({"schedule": tsq.RankSchedule(warmup=0.2)}, "ranks.warmup 0.1, and this one has 0.2"),
+        ({"schedule": tsq.RankSchedule(freeze=0.1)}, "ranks.freeze 0.3, and this one has 0.1"),
         ({"seed": 1}, "seed 0, and this one has 1"),
     ],
 )
-def test_a_checkpoint_of_other_options_is_told_with_both(change: dict[str, Any], told: str, tmp_path: Path) -> None:
-    run(tmp_path, tsq.RankCallback(interval=4), save_strategy="epoch")
+def test_a_checkpoint_of_other_options_is_named_with_both(change: dict[str, Any], both: str, saved: Path) -> None:
     changed = tsq.RankCallback(**{"interval": 4, **change})
-    other = make_trainer(slotted_bert(), ROWS, tmp_path, [changed], save_strategy="epoch")
-    with pytest.raises(tsq.SettingsError, match=f"had {told}; resume with"):
-        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    other = make_trainer(slotted_bert(), ROWS, saved, [changed], save_strategy="epoch")
+    with pytest.raises(tsq.SettingsError, match=re.escape(f"had {both};")):
+        other.train(resume_from_checkpoint=str(saved / "checkpoint-10"))
 
 
 @pytest.mark.parametrize("sampling", ["random", "sequential"])
@@ -601,45 +426,9 @@ def test_the_first_ranks_follow_the_loss_that_is_trained_on(tmp_path: Path) -> N
 # --- what it refuses ----------------------------------------------------------------------
 
 
-def test_where_no_interval_fits_ranks_do_not_move(tmp_path: Path) -> None:
-    callback = tsq.RankCallback(interval=40)
-    with pytest.warns(UserWarning, match="no adjustment fits into 30 steps at an interval of 40"):
-        run(tmp_path, callback)
-    assert not [event for event in callback.events if event.reason == "adjustment"]
-
-
-def test_bounds_that_cost_more_than_the_budget_are_told_before_training(tmp_path: Path) -> None:
-    with pytest.raises(tsq.SettingsError, match=r"budget .* is below the .* parameters that rank 5 needs in 7 layers"):
-        run(tmp_path, tsq.RankCallback(interval=4, min_rank=5))
-
-
-def test_a_training_that_ends_before_any_adjustment_warns(tmp_path: Path) -> None:
-    class Stop(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            control.should_training_stop = state.global_step == 2
-
-    with pytest.warns(UserWarning, match="training ended at step 2, and the first adjustment was to be at step 4"):
-        run(tmp_path, tsq.RankCallback(interval=4), Stop())
-
-
 def test_a_model_without_lora_is_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(tsq.UnsupportedError, match=r"no rank slots.*make it with tsqlora\.wrap"):
         make_trainer(base_bert(), ROWS, tmp_path, [tsq.RankCallback(interval=4)])  # type: ignore[arg-type]
-
-
-def test_an_optimizer_that_does_not_train_the_adapter_is_refused(tmp_path: Path) -> None:
-    made = torch.optim.AdamW(p for p in lora(base_bert()).parameters() if p.requires_grad)
-    with pytest.raises(tsq.SettingsError, match=r"the optimizer does not train the adapter of bert.*wrapped later"):
-        make_trainer(slotted_bert(), ROWS, tmp_path, [tsq.RankCallback(interval=4)], optimizers=(made, None)).train()
-
-
-def test_a_second_callback_is_refused_before_training(tmp_path: Path) -> None:
-    steps: list[int] = []
-    seen = At("step_begin", lambda state, _: steps.append(state.global_step))
-    text = "the Trainer has two callbacks for ranks; give it one of each kind at most"
-    with pytest.raises(tsq.SettingsError, match=text):
-        run(tmp_path, tsq.RankCallback(interval=4), seen, tsq.RankCallback(interval=4))
-    assert not steps
 
 
 def test_max_rank_of_a_model_that_is_wrapped_is_refused(tmp_path: Path) -> None:
@@ -682,10 +471,6 @@ def test_ranks_move_where_samples_have_no_loss_that_is_known(tmp_path: Path) -> 
     model = tsq.wrap(BertForTokenClassification(BertConfig(vocab_size=VOCAB, num_labels=2, **sizes)), mean_rank=2)
     rows = [{name: values[:4] for name, values in row.items() if name != "labels"} for row in ROWS]
     callback = tsq.RankCallback(interval=4)
-    run(
-        tmp_path,
-        callback,
-        model=model,
-        data=[row | {"labels": [int(token > 19) for token in row["input_ids"]]} for row in rows],
-    )
+    labelled = [row | {"labels": [int(token > 19) for token in row["input_ids"]]} for row in rows]
+    run(tmp_path, callback, model=model, data=labelled)
     assert {event.reason for event in callback.events} == {"adjustment"}

@@ -1,7 +1,3 @@
-import gc
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,73 +8,18 @@ import accelerate
 import pytest
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch import nn
 
 import tsqlora as tsq
+from loops import PERIOD, ROWS, STEPS, adamw, batch, begin, certain, one_step, weights, whole_run
 from models import collate
 from scoring import assert_same
 from slotted import assert_hidden_are_zero, trained
-from stock import base_bert, make_trainer, moods, slotted_bert
+from stock import base_bert, make_trainer, slotted_bert
 from synchronisations import waits_of_ours
 from tsqlora.adapter.slots import find_slots, has_slots
 from tsqlora.errors import UnsupportedError
 from tsqlora.training import rank_loop
-
-ROWS = moods(40)
-STEPS = 30
-"""5 an epoch of 8 rows each; with an interval of 4 ranks are adjusted after 4, 8, 12, 16 and 20."""
-PERIOD: dict[str, Any] = {"interval": 4, "schedule": tsq.RankSchedule(moves=6)}
-
-
-def batch(step: int, part: int = 0, parts: int = 1) -> dict[str, Tensor]:
-    rows = ROWS[8 * (step % 5) :][:8]
-    return collate(rows[part * 8 // parts : (part + 1) * 8 // parts])
-
-
-def certain(model: PeftModel) -> PeftModel:
-    """Without dropout."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model.train()
-
-
-def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(trained(model), lr=0.05, weight_decay=0.0)
-
-
-def one_step(ranks: tsq.RankLoop, step: int, *, model: Any = None, parts: int = 1, again: bool = False) -> None:
-    """A step by the documented protocol."""
-    called = ranks.model if model is None else model
-    for part in range(parts):
-        if again or part == 0:
-            ranks.before_forward()
-        (called(**batch(step, part, parts)).loss / parts).backward()
-    ranks.before_optimizer_step()
-    ranks.optimizer.step()
-    ranks.after_optimizer_step()
-    ranks.optimizer.zero_grad()
-
-
-def begin(**further: Any) -> tsq.RankLoop:
-    model = certain(slotted_bert())
-    return tsq.RankLoop(model, adamw(model), STEPS, **(PERIOD | further))
-
-
-def whole_run(*, also: Callable[[tsq.RankLoop], None] = lambda _: None, **options: Any) -> tsq.RankLoop:
-    ranks = begin()
-    for step in range(STEPS):
-        one_step(ranks, step, **options)
-        also(ranks)
-    return ranks
-
-
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-# --- what it does -------------------------------------------------------------------------
 
 
 def test_a_loop_of_ones_own_does_what_the_trainer_does(tmp_path: Path) -> None:
@@ -134,42 +75,41 @@ def test_clipping_in_half_precision_ranks_move() -> None:
     assert sum(event.moved for event in ranks.events) > 0
 
 
-@pytest.mark.parametrize("unscaled", [False, True])
-def test_a_step_that_a_gradient_scaler_skips_puts_the_adjustment_off(unscaled: bool) -> None:
+def scaled_run(*broken: int, unscaled: bool = False) -> tsq.RankLoop:
+    """A run with a gradient scaler, which skips the steps that are broken."""
     ranks, scaler = begin(), torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    plain = whole_run()
     for step in range(STEPS):
         ranks.before_forward()
         scaler.scale(ranks.model(**batch(step)).loss).backward()
-        if step in (3, 4):
+        if step in broken:
             next(iter(ranks.layers.values())).b.grad[0, 0] = torch.inf  # type: ignore[index]
         if unscaled:
             scaler.unscale_(ranks.optimizer)
         ranks.before_optimizer_step()
         before = weights(ranks.model)
         scaler.step(ranks.optimizer)
-        if step in (3, 4):
+        if step in broken:
             assert_same(before, weights(ranks.model), "skipped")
         scaler.update()
         ranks.after_optimizer_step()
         ranks.optimizer.zero_grad()
+    return ranks
+
+
+@pytest.mark.parametrize("unscaled", [False, True])
+def test_a_step_that_a_gradient_scaler_skips_postpones_the_adjustment(unscaled: bool) -> None:
+    ranks = scaled_run(3, 4, unscaled=unscaled)
     assert [event.step for event in ranks.events] == [6, 8, 12, 16, 20]
     assert int(ranks.importance.age.max()) == ranks.steps.stop - 2
-    assert int(plain.importance.age.max()) == plain.steps.stop
     ranks.finish()
 
 
+def test_an_adjustment_postponed_until_ranks_are_frozen_is_left_out() -> None:
+    assert [event.step for event in scaled_run(19).events] == [4, 8, 12, 16]
+
+
 def test_a_gradient_scaler_changes_no_rank() -> None:
-    ranks, scaler = begin(), torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    for step in range(STEPS):
-        ranks.before_forward()
-        scaler.scale(ranks.model(**batch(step)).loss).backward()
-        ranks.before_optimizer_step()
-        scaler.step(ranks.optimizer)
-        scaler.update()
-        ranks.after_optimizer_step()
-        ranks.optimizer.zero_grad()
-    assert [event.ranks for event in ranks.events] == [event.ranks for event in whole_run().events]
+    assert [event.ranks for event in scaled_run().events] == [event.ranks for event in whole_run().events]
 
 
 def test_accelerate_accumulates_as_a_plain_loop_does() -> None:
@@ -210,6 +150,11 @@ def test_finishing_twice_gives_the_same_model(first: bool) -> None:
     final = ranks.ranks
     model = ranks.finish(finalize_model=first)
     assert has_slots(model) != first
+    if not first:
+        assert tsq.active_ranks(model) == ranks.ranks
+        further = tsq.RankLoop(model, ranks.optimizer, STEPS)
+        assert further.budget == ranks.events[-1].used
+        further.close()
     kept = weights(model)
     for _ in range(2):
         assert ranks.finish() is model
@@ -251,17 +196,8 @@ def test_the_first_adjustment_moves_ranks_also_after_a_skipped_step() -> None:
 def test_a_finished_loop_does_not_go_on(call: Callable[[tsq.RankLoop], None]) -> None:
     ranks = whole_run()
     ranks.finish(finalize_model=False)
-    with pytest.raises(
-        tsq.TsqLoraError, match="the run was finished at step 30; make another RankLoop to train further"
-    ):
+    with pytest.raises(tsq.TsqLoraError, match="the run was finished at step 30"):
         call(ranks)
-
-
-def test_slots_are_kept_for_further_training_where_that_is_asked_for() -> None:
-    ranks = whole_run()
-    model = ranks.finish(finalize_model=False)
-    assert tsq.active_ranks(model) == ranks.ranks
-    assert tsq.RankLoop(model, ranks.optimizer, STEPS).budget == ranks.events[-1].used
 
 
 def test_a_step_may_leave_ranks_alone() -> None:
@@ -295,8 +231,8 @@ def test_a_run_resumed_from_ones_own_checkpoint_ends_bit_equal(at: int, tmp_path
     assert_same(weights(whole.finish()), weights(second.finish()), "weights")
 
 
-def test_an_adjustment_put_off_is_made_up_for_after_a_resume(tmp_path: Path) -> None:
-    first = begin()
+def test_a_postponed_adjustment_comes_after_a_resume_too() -> None:
+    first, second = begin(), begin()
     for step in range(3):
         one_step(first, step)
     first.before_forward()
@@ -304,11 +240,8 @@ def test_an_adjustment_put_off_is_made_up_for_after_a_resume(tmp_path: Path) -> 
     first.before_optimizer_step()
     first.after_optimizer_step()
     first.optimizer.zero_grad()
-    second = begin()
-    for part, state in zip(
-        (second.model, second.optimizer, second), (first.model, first.optimizer, first), strict=True
-    ):
-        part.load_state_dict(state.state_dict())
+    for one, other in ((first.model, second.model), (first.optimizer, second.optimizer), (first, second)):
+        other.load_state_dict(one.state_dict())
     one_step(second, 4)
     assert [event.step for event in second.events] == [5]
 
@@ -322,138 +255,6 @@ def test_the_state_of_another_run_is_refused() -> None:
 
 
 # --- what it refuses ----------------------------------------------------------------------
-
-
-def forward(ranks: tsq.RankLoop) -> None:
-    ranks.model(**batch(0)).loss.backward()
-
-
-def step(ranks: tsq.RankLoop) -> None:
-    ranks.optimizer.step()
-
-
-Loop = tsq.RankLoop
-NO_BEFORE = r"before_optimizer_step\(\) is missing in step 1: call it when the step's gradients are complete, before"
-NO_AFTER = r"after_optimizer_step\(\) is missing in step 1: call it after optimizer\.step\(\)"
-NO_FORWARD = r"before_forward\(\) is missing in step 1: call it before the step's first forward pass"
-
-
-@pytest.mark.parametrize(
-    ("calls", "text"),
-    [
-        ([forward, step], NO_FORWARD),
-        ([forward, Loop.before_optimizer_step], NO_FORWARD),
-        ([Loop.after_optimizer_step], NO_FORWARD),
-        ([Loop.before_forward, forward, step], NO_BEFORE),
-        ([Loop.before_forward, forward, Loop.after_optimizer_step], NO_BEFORE),
-        ([Loop.before_forward, forward, Loop.before_optimizer_step, step, Loop.before_forward], NO_AFTER),
-        ([Loop.before_forward, forward, Loop.before_optimizer_step, step, Loop.finish], NO_AFTER),
-        ([Loop.before_forward, forward, Loop.before_optimizer_step, Loop.before_optimizer_step], NO_AFTER),
-        ([Loop.before_forward, forward, Loop.before_optimizer_step, step, forward, step], NO_AFTER),
-    ],
-)
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_missing_call_is_named_with_its_place(
-    fused: bool, calls: list[Callable[[tsq.RankLoop], Any]], text: str
-) -> None:
-    model = certain(slotted_bert())
-    ranks = tsq.RankLoop(model, torch.optim.AdamW(trained(model), lr=0.05, fused=fused), STEPS, **PERIOD)
-    *before, last = calls
-    for call in before:
-        call(ranks)
-    kept = weights(ranks.model)
-    with pytest.raises(tsq.TsqLoraError, match=text):
-        last(ranks)
-    assert_same(kept, weights(ranks.model), "nothing was stepped")
-    ranks.close()
-
-
-def test_a_step_without_any_call_is_told_wherever_it_comes() -> None:
-    ranks = begin()
-    for number in range(6):
-        one_step(ranks, number)
-    forward(ranks)
-    with pytest.raises(tsq.TsqLoraError, match=r"before_forward\(\) is missing in step 7.*close"):
-        ranks.optimizer.step()
-    ranks.optimizer.zero_grad()
-    for number in range(6, STEPS):
-        one_step(ranks, number)
-    assert [event.step for event in ranks.events] == [4, 8, 12, 16, 20]
-
-
-def test_a_step_without_gradients_needs_no_calls() -> None:
-    """As torch.distributed.checkpoint makes one, so that an optimizer's state is there to be loaded."""
-    ranks = begin()
-    get_optimizer_state_dict(ranks.model, ranks.optimizer)
-    assert ranks.optimizer.state
-    for number in range(STEPS):
-        one_step(ranks, number)
-    ranks.finish()
-
-
-class Nested(torch.optim.AdamW):
-    """As many optimizers are made; torch then calls a step's hooks twice."""
-
-    def step(self, closure: Any = None) -> Any:
-        return super().step(closure)
-
-
-@pytest.mark.parametrize("kind", ["nested", "scheduled", "averaged"])
-def test_whatever_wraps_an_optimizers_step_misses_no_call(kind: str) -> None:
-    model = certain(slotted_bert())
-    adamw(model)
-    optimizer = (Nested if kind == "nested" else torch.optim.AdamW)(trained(model), lr=0.05, weight_decay=0.0)
-    ranks = tsq.RankLoop(model, optimizer, STEPS, **PERIOD)
-    also: list[Callable[[], Any]] = []
-    if kind == "scheduled":
-        also.append(torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0).step)
-    if kind == "averaged":
-        average = torch.optim.swa_utils.AveragedModel(model)
-        also += [lambda: average.update_parameters(model), torch.optim.swa_utils.SWALR(optimizer, 0.05, 1).step]
-    for number in range(STEPS):
-        one_step(ranks, number)
-        for call in also:
-            call()
-    assert [event.step for event in ranks.events] == [4, 8, 12, 16, 20]
-    forward(ranks)
-    with pytest.raises(tsq.TsqLoraError, match=r"before_forward\(\) is missing in step 31"):
-        ranks.optimizer.step()
-    ranks.close()
-
-
-@pytest.mark.parametrize("wrapped", [False, True])
-@pytest.mark.parametrize("end", [Loop.finish, Loop.close, None], ids=["finished", "closed", "forgotten"])
-def test_an_optimizer_goes_on_by_itself_once_the_loop_has_ended(
-    end: Callable[[tsq.RankLoop], Any] | None, wrapped: bool
-) -> None:
-    model = certain(slotted_bert())
-    inner = optimizer = adamw(model)
-    if wrapped:
-        optimizer = accelerate.Accelerator(cpu=True).prepare_optimizer(inner)
-    ranks = tsq.RankLoop(model, optimizer, STEPS, **PERIOD)
-    forward(ranks)
-    with pytest.raises(tsq.TsqLoraError, match=NO_FORWARD):
-        optimizer.step()
-    optimizer.zero_grad()
-    for number in range(STEPS):
-        one_step(ranks, number)
-    if end is None:
-        del ranks
-        gc.collect()
-    else:
-        end(ranks)
-    assert not inner._optimizer_step_pre_hooks
-    assert not inner._optimizer_step_post_hooks
-
-
-def test_an_optimizer_that_tells_of_no_steps_is_refused() -> None:
-    class Around(torch.optim.Optimizer):
-        def __init__(self, inner: torch.optim.Optimizer) -> None:
-            self.param_groups = inner.param_groups
-
-    model = slotted_bert()
-    with pytest.raises(tsq.UnsupportedError, match=r"the optimizer Around .*Optimizer\.__init__.*that it wraps"):
-        tsq.RankLoop(model, Around(adamw(model)), STEPS)
 
 
 @pytest.mark.parametrize("all_of_them", [False, True])
@@ -479,17 +280,10 @@ def test_a_run_that_ends_before_any_adjustment_warns(steps: int) -> None:
         ranks.finish()
 
 
-def test_a_window_that_is_left_at_the_end_of_the_data_is_no_error() -> None:
-    ranks = whole_run()
-    ranks.before_forward()
-    forward(ranks)
-    ranks.finish()
-
-
 def test_gradients_that_are_gone_are_told() -> None:
     ranks = begin()
     ranks.before_forward()
-    forward(ranks)
+    ranks.model(**batch(0)).loss.backward()
     ranks.optimizer.zero_grad()
     with pytest.raises(tsq.UnsupportedError, match="no LoRA weight has a gradient before the optimizer's step"):
         ranks.before_optimizer_step()
@@ -503,27 +297,18 @@ def test_an_optimizer_made_before_the_slots_is_refused() -> None:
         tsq.RankLoop(tsq.wrap(model), made, STEPS)
 
 
-@pytest.mark.parametrize(
-    ("changed", "text"),
-    [
-        ({"bert.pooler.dense": 9}, "gave layer 'bert.pooler.dense' rank 9, and its cap is 8; give at most"),
-        ({"bert.pooler.dense": 0}, "gave layer 'bert.pooler.dense' rank 0, and its least is 1; give at least"),
-        ({"bert.pooler.dense": 8}, "gave ranks that cost 576 parameters, and the budget is 512; drop slots"),
-    ],
-)
-def test_a_policy_that_breaks_a_bound_is_told_and_has_changed_nothing(changed: dict[str, int], text: str) -> None:
+def test_a_policy_that_breaks_a_bound_is_named_and_has_changed_nothing() -> None:
     def mine(present: dict[str, int], *, droppable: dict[str, int], **_: Any) -> dict[str, int]:
-        present.update(changed)
+        present["bert.pooler.dense"] = 9
         droppable.clear()
         return present
 
     ranks = begin(policy=mine)
     for step in range(3):
         one_step(ranks, step)
-    with pytest.raises(tsq.SettingsError, match=rf"ranks\.policy mine {text}"):
+    with pytest.raises(tsq.SettingsError, match=r"ranks\.policy mine gave layer 'bert\.pooler\.dense' rank 9"):
         one_step(ranks, 3)
-    assert set(ranks.ranks.values()) == {4}
-    assert not ranks.events
+    assert (ranks.events, set(ranks.ranks.values())) == ([], {4})
     assert_hidden_are_zero(ranks.model, ranks.optimizer)
 
 
@@ -543,59 +328,14 @@ def test_a_policy_that_gives_up_young_slots_is_told() -> None:
     assert ranks.ranks == started
 
 
-def test_closing_leaves_nothing_behind() -> None:
-    limit = torch._dynamo.config.recompile_limit
-    ranks = begin(interval=1, schedule=tsq.RankSchedule(moves=6, warmup=0, freeze=0))
-    assert torch._dynamo.config.recompile_limit > limit
-    ranks.before_forward()
-    assert any(module._forward_hooks for module in ranks.model.modules())
-    ranks.close()
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in ranks.model.modules())
-    assert torch._dynamo.config.recompile_limit == limit
-
-
-def test_a_loop_that_is_forgotten_leaves_nothing_behind() -> None:
-    limit = torch._dynamo.config.recompile_limit
-    ranks = begin(interval=1, schedule=tsq.RankSchedule(moves=6, warmup=0, freeze=0))
-    ranks.before_forward()
-    model = ranks.model
-    del ranks
-    gc.collect()
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    assert torch._dynamo.config.recompile_limit == limit
-
-
-def test_a_script_that_fails_in_a_measured_step_tells_its_own_error_last() -> None:
-    code = """
-from stock import *
-model = slotted_bert()
-ranks = tsq.RankLoop(model, torch.optim.AdamW(model.parameters()), 30, 1, schedule=tsq.RankSchedule(warmup=0))
-ranks.before_forward()
-model(**collate(moods(8))).loss.backward()
-raise RuntimeError("mine")
-"""
-    path = {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | path, capture_output=True, text=True)
-    assert done.stderr.rstrip().endswith("RuntimeError: mine")
-
-
-def test_what_cannot_be_measured_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks = begin(schedule=tsq.RankSchedule(moves=6, warmup=0))
-    with monkeypatch.context() as patch:
-        patch.setattr("tsqlora.gradients.capture.seen", mock.Mock(side_effect=UnsupportedError("no")))
-        with pytest.raises(UnsupportedError, match="no"):
-            list(map(partial(one_step, ranks), range(STEPS)))
-    ranks.close()
-    assert not any(module._forward_hooks for module in ranks.model.modules())
-
-
-def test_what_cannot_be_measured_is_told_in_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_measured_is_refused_in_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = begin(schedule=tsq.RankSchedule(moves=6, warmup=0.5))
     with monkeypatch.context() as patch:
         patch.setattr("tsqlora.gradients.capture.seen", mock.Mock(side_effect=UnsupportedError("no")))
         with pytest.raises(UnsupportedError, match="no"):
             one_step(ranks, 0)
     ranks.close()
+    assert not any(module._forward_hooks for module in ranks.model.modules())
 
 
 def test_measuring_the_first_step_for_nothing_changes_no_bit() -> None:
@@ -606,17 +346,6 @@ def test_measuring_the_first_step_for_nothing_changes_no_bit() -> None:
     list(map(partial(one_step, unmeasured), range(STEPS)))
     assert measured.events == unmeasured.events
     assert_same(weights(measured.finish()), weights(unmeasured.finish()), "weights")
-
-
-def test_another_loop_takes_down_what_an_interrupted_one_left_on_the_model() -> None:
-    model = certain(slotted_bert())
-    first = tsq.RankLoop(model, adamw(model), STEPS, 1, schedule=tsq.RankSchedule(warmup=0))
-    first.before_forward()
-    assert any(module._forward_hooks for module in model.modules())
-    second = tsq.RankLoop(model, adamw(model), STEPS, 1, schedule=tsq.RankSchedule(warmup=0))
-    assert not any(module._forward_hooks for module in model.modules())
-    second.close()
-    first.close()
 
 
 def test_the_model_is_found_in_what_wraps_it() -> None:
@@ -639,9 +368,7 @@ def test_a_layer_whose_adapter_is_frozen_is_refused(side: int) -> None:
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.01)
     name, slots = next(iter(find_slots(model).items()))
     slots.matrices()[side][0].requires_grad_(False)
-    with pytest.raises(
-        tsq.UnsupportedError, match=f"the adapter of {name} is frozen, .*leave the layer out of target_mod"
-    ):
+    with pytest.raises(tsq.UnsupportedError, match=f"the adapter of {name} is frozen"):
         tsq.RankLoop(model, optimizer, total_steps=40, interval=4)
 
 

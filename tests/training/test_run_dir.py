@@ -126,9 +126,7 @@ def test_a_place_that_is_a_file_is_refused(tmp_path: Path) -> None:
 def test_a_name_that_the_locale_cannot_spell_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     """As Python hands on the bytes of `ä` where the locale's encoding is ASCII."""
     with (
-        pytest.raises(
-            SettingsError, match=r"is no name in this locale's encoding, .*; set PYTHONUTF8=1, or name another"
-        ),
+        pytest.raises(SettingsError, match=r"is no name in this locale's encoding; set PYTHONUTF8=1"),
         locked(tmp_path / "\udcc3\udca4"),
     ):
         pass

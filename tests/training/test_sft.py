@@ -111,25 +111,6 @@ def test_ranks_move_and_plain_peft_loads_the_adapter(tmp_path: Path, data: Any, 
     assert_loads_in_plain_peft(tmp_path / "adapter", logits(trainer.model))
 
 
-def test_a_wrapped_model_and_a_peft_config_are_the_same(tmp_path: Path) -> None:
-    ended = []
-    for by_config in (True, False):
-        ranks = tsq.RankCallback(interval=3, schedule=tsq.RankSchedule(moves=4))
-        model = llama()
-        if not by_config:
-            torch.manual_seed(42)  # as TrainingArguments' own seed
-            model = tsq.wrap(model, config=LORA)
-        trainer = make(tmp_path, [ranks], model=model, config=LORA if by_config else None, gradient_checkpointing=False)
-        ended.append((trainer, ranks))
-    budgets, layers = [], []
-    for trainer, ranks in ended:
-        trainer.train()
-        budgets.append(ranks.events[0].budget)
-        layers.append(list(ranks.final))
-    assert budgets[0] == budgets[1]
-    assert layers[0] == layers[1]
-
-
 def test_checkpoints_load_in_plain_peft_and_runs_resume_from_them(tmp_path: Path) -> None:
     ended = []
     for resume in (False, True):

@@ -26,9 +26,9 @@ from tsqlora.run.config import Config
 from tsqlora.run.fit import arguments, measure
 from tsqlora.run.job import Job, load, load_model, read
 from tsqlora.training.fit import Method, fit
-from tsqlora.training.live import peak_memory
 from tsqlora.training.quality_callback import SCORES_FILE, QualityCallback
 from tsqlora.training.record import RunRecord
+from tsqlora.training.report_callback import peak_memory
 
 Equal = Literal["steps", "epochs"]
 PACKAGE = Path(__file__).parents[1]

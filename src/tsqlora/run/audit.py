@@ -26,7 +26,7 @@ from tsqlora.run.finished import device_of
 from tsqlora.run.job import hints_of, load_model, read, require_of_task, trained_task
 from tsqlora.seeds import stream
 from tsqlora.training.checkpoints import digest
-from tsqlora.training.collate import collate_of
+from tsqlora.training.load import collate_of
 from tsqlora.training.run_dir import dated
 
 SUSPECTS_FILE, PAGE_FILE, AUDIT_FILE = "suspects.csv", "audit.html", "audit.json"

@@ -28,14 +28,11 @@ from tsqlora.tasks import GENERATION, Task, require_answers
 from tsqlora.tasks.forward import Collate
 from tsqlora.tasks.generation import Generation
 from tsqlora.tasks.texts import require_text_metrics, text_metrics
-from tsqlora.training.arguments import hardware_has_bf16, training_arguments
-from tsqlora.training.collate import collate_of
-from tsqlora.training.fit import Method
-from tsqlora.training.load import positions_of
-from tsqlora.training.predict import predict_logits
+from tsqlora.training.fit import Method, hardware_has_bf16, training_arguments
+from tsqlora.training.load import collate_of, positions_of
+from tsqlora.training.predict import predict_logits, require_room, token_metrics, write_texts
 from tsqlora.training.record import RunRecord
 from tsqlora.training.run_dir import CHECKPOINT_DIR
-from tsqlora.training.write import require_room, token_metrics, write_texts
 
 EVAL_BATCH = 64
 """Samples of an evaluation batch, unless training.per_device_eval_batch_size is set."""

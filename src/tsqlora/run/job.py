@@ -22,9 +22,8 @@ from tsqlora.run.start import start_of
 from tsqlora.tasks import Task, get_task
 from tsqlora.tasks.forward import Collate
 from tsqlora.tasks.generation import Generation
-from tsqlora.training.collate import collate_of
 from tsqlora.training.fit import Inputs
-from tsqlora.training.load import Pretrained, load_pretrained
+from tsqlora.training.load import Pretrained, collate_of, load_pretrained
 
 _OF_ANSWERS: dict[str, str | None] = {"data.label": "data.target", "data.text_pair": "data.prompt"}
 """Settings for classes and numbers alone, with those for texts in their place."""

@@ -25,8 +25,7 @@ from tsqlora.tasks import Task
 from tsqlora.tasks.classification import Classification
 from tsqlora.tasks.forward import task_of
 from tsqlora.tasks.generation import Generation
-from tsqlora.training.collate import collate_of
-from tsqlora.training.load import positions_of
+from tsqlora.training.load import collate_of, positions_of
 
 
 def select(

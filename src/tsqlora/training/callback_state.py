@@ -123,10 +123,6 @@ class SkippedStep:
             return "its rows are unknown"
         return f"rows {', '.join(map(str, self.rows[:most]))}{', ...' if len(self.rows) > most else ''}"
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return asdict(self)
-
 
 @dataclass(frozen=True, slots=True)
 class GuardState:

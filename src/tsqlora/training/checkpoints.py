@@ -2,10 +2,6 @@
 
 The Trainer writes straight into checkpoint-N, and deletes old checkpoints before callbacks add their files. So the last
 callback to add its part syncs every file to the disk, hashes it, and renames the manifest into place.
-
-    register_part(args, state, "ranks")                 on train begin: gives the checkpoint to resume from
-    set_aside_later(state)                              on epoch begin, when every callback has agreed to begin
-    with saving_part(args, state, "ranks") as folder:   on save: the last part completes the checkpoint
 """
 
 import hashlib
@@ -14,9 +10,6 @@ import os
 import shutil
 import uuid
 import warnings
-import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,11 +23,19 @@ from tsqlora.files import write_json
 
 MANIFEST_FILE = "tsqlora_manifest.json"
 VERSION = 1
-TRAINER_STATE_FILE = "trainer_state.json"
 EARLIER = ".earlier"
 """Ends the name of another training's checkpoint: no step of this one writes there, and resuming never takes it."""
 NOTE = "tsqlora"
 """Our key in a Trainer's state."""
+
+
+EPOCH_ERROR = 1e-6
+"""The Trainer counts epochs as a float; a step is a larger part of one than this."""
+
+
+def epoch_of(state: TrainerState) -> int:
+    """The current epoch, or the next one between two."""
+    return int((state.epoch or 0) + EPOCH_ERROR)
 
 
 class Checkpoints:
@@ -42,6 +43,9 @@ class Checkpoints:
 
     Where a training is resumed, its checkpoint is checked first, and the best one if it is to be brought back. Later
     checkpoints in the folder are another training's, and are renamed once this one begins.
+
+    Raises TsqLoraError naming the file that is damaged, or the folder that is of another run; SettingsError where there
+    would be times without a complete checkpoint.
     """
 
     def __init__(self, args: TrainingArguments, state: TrainerState) -> None:
@@ -52,29 +56,30 @@ class Checkpoints:
                 "save_strategy to 'no', and train once more with the best values"
             )
         self.parts: list[str] = []
+        self.resumed = checkpoint_folder(args, state) if state.global_step > 0 else None
+        """The checkpoint that the training resumes from."""
         self._folder: Path | None = None
         self._missing: set[str] = set()
         self._resumable = not args.save_only_model
         note = saved_note(state, NOTE)
-        if state.global_step > 0:
-            _require_resumable(args, checkpoint_folder(args, state), note.get("run"))
+        if self.resumed is not None:
+            _require_resumable(args, self.resumed, note.get("run"))
         self._later = (Path(str(args.output_dir)), state.global_step) if saves and distributed.is_first() else None
         # Unique for each training, also where two resume from the same checkpoint.
         note |= {"run": uuid.uuid4().hex, "rows": args.per_device_train_batch_size}
 
-    def register(self, part: str) -> None:
-        if part in self.parts:
-            raise SettingsError(f"the Trainer has two callbacks for {part}; give it one of each kind at most")
-        self.parts.append(part)
-
     def set_aside_later(self) -> None:
+        """Rename checkpoints of later steps, which are another training's.
+
+        On epoch begin, not on train begin: a callback that refuses to begin leaves the folder as it was.
+        """
         later, self._later = self._later, None
         if later is not None:
             folder, step = later
             _set_aside(folder, after=step)
 
     def complete(self, part: str, folder: Path) -> None:
-        """A part is written into a checkpoint."""
+        """A part is written into a checkpoint; the last one completes it."""
         if folder != self._folder or not self._missing:
             self._folder, self._missing = folder, {*self.parts}
         self._missing -= {part}
@@ -84,46 +89,6 @@ class Checkpoints:
         if distributed.is_first():
             write_manifest(folder)
             set_deletion_order(_in_deletion_order(folder.parent))
-
-
-_OF_TRAINING: dict[int, Checkpoints] = {}
-"""By the id of the TrainerState, the only object that callbacks share."""
-
-
-def register_part(args: TrainingArguments, state: TrainerState, part: str) -> Path | None:
-    """On train begin: this callback adds a part to every checkpoint. Gives the checkpoint that is resumed, if one is.
-
-    Raises TsqLoraError naming the file that is damaged, or the folder that is of another run; SettingsError where two
-    callbacks add one part, and where there would be times without a complete checkpoint.
-    """
-    if id(state) not in _OF_TRAINING:
-        _OF_TRAINING[id(state)] = Checkpoints(args, state)
-        weakref.finalize(state, _OF_TRAINING.pop, id(state), None)
-    _OF_TRAINING[id(state)].register(part)
-    return checkpoint_folder(args, state) if state.global_step > 0 else None
-
-
-def set_aside_later(state: TrainerState) -> None:
-    """On epoch begin: renames checkpoints of later steps, which are another training's.
-
-    Not on train begin: a callback that refuses to begin leaves the folder as it was, whichever comes first.
-    """
-    if (checkpoints := _OF_TRAINING.get(id(state))) is not None:
-        checkpoints.set_aside_later()
-
-
-@contextmanager
-def saving_part(args: TrainingArguments, state: TrainerState, part: str) -> Iterator[Path]:
-    """On save: where to write a part, which is complete when the block ends."""
-    folder = checkpoint_folder(args, state)
-    yield folder
-    _OF_TRAINING[id(state)].complete(part, folder)
-
-
-def registered_parts(state: TrainerState) -> list[str] | None:
-    """Parts of this training's checkpoints; None without a callback of ours."""
-    checkpoints = _OF_TRAINING.get(id(state))
-    return None if checkpoints is None else checkpoints.parts
 
 
 def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
@@ -222,14 +187,17 @@ def complete_before(folder: str | Path, step: int) -> Path | None:
 
 def micro_batch_size(checkpoint: Path) -> int | None:
     """Rows of a micro batch when the checkpoint was written, or None."""
-    state = json.loads((checkpoint / TRAINER_STATE_FILE).read_text())
-    return state["stateful_callbacks"].get(NOTE, {}).get("rows")
+    return _state_of(checkpoint)["stateful_callbacks"].get(NOTE, {}).get("rows")
+
+
+def _state_of(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / "trainer_state.json").read_text())
 
 
 def _require_resumable(args: TrainingArguments, folder: Path, loaded: str | None) -> None:
     """Require that the checkpoint is complete, and the one that the Trainer has loaded."""
     _require_complete(folder)
-    state = json.loads((folder / TRAINER_STATE_FILE).read_text())
+    state = _state_of(folder)
     if state["stateful_callbacks"].get(NOTE, {}).get("run") != loaded:
         raise TsqLoraError(
             f"cannot resume: {folder} is of another run than the checkpoint that was loaded; resume with the "

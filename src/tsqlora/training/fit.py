@@ -1,4 +1,4 @@
-"""One training run in the stock Trainer, with the method's callbacks."""
+"""One training run in the stock Trainer: its arguments, the method's callbacks, and checks of the model."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,23 +11,22 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from tsqlora.compat.transformers import set_loss_scaling, summed_batches
+from tsqlora.compat.transformers import installed_reporters, reporter_kinds, set_loss_scaling, summed_batches
 from tsqlora.data.batches import PackedCollator
 from tsqlora.data.samples import TokenisedSplit
+from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.progress import Progress
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.tasks import Answers, Task
 from tsqlora.tasks.forward import Collate
 from tsqlora.tasks.generation import Generation
-from tsqlora.training.live import TellProgress
 from tsqlora.training.nonfinite import GuardCallback
-from tsqlora.training.packed import require_packing
 from tsqlora.training.quality_callback import QualityCallback
 from tsqlora.training.rank_callback import RankCallback
 from tsqlora.training.record import RunRecord
-from tsqlora.training.record_callback import RecordCallback, of_draws
-from tsqlora.training.report_callback import ReportCallback
+from tsqlora.training.recorder import Recorder, of_draws
+from tsqlora.training.report_callback import ReportCallback, TellProgress
 
 
 @runtime_checkable
@@ -79,10 +78,11 @@ def fit(
     data, task, packed = method.data, inputs.task, inputs.packed
     guard = GuardCallback(data, ids=getattr(data.dataset, "ids", None), packed=packed is not None)
     record.quality = of_draws(data)
-    parts = [part for part in (method.quality, method.ranks, guard) if part is not None]
-    live: list[TrainerCallback] = [RecordCallback(record, parts, data, run)]
-    if progress is not None:
-        live.append(TellProgress(data, method.ranks, progress))
+    recorder = Recorder(record, data, run)
+    for part in (method.quality, method.ranks, guard):
+        if part is not None:
+            part.recorder = recorder
+    live = [] if progress is None else [TellProgress(data, method.ranks, progress)]
     trainer = Trainer(
         model,
         args,
@@ -123,3 +123,106 @@ def _divides_by_window(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     with eval_mode(model):
         mean, divided = (float(model(**inputs, **more).loss) for more in ({}, {"num_items_in_batch": many}))
     return abs(divided - mean) > 0.1 * abs(mean)
+
+
+_REPORTERS = {"mlflow", "tensorboard", "wandb"}
+"""Reporters that are packages of the same name."""
+
+
+def hardware_has_bf16() -> bool:
+    """Whether bfloat16 is computed by the GPU or processor itself: elsewhere it is slower."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    features = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 has no such function
+    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+
+
+def training_arguments(
+    output_dir: Path,
+    *,
+    epochs: float,
+    learning_rate: float,
+    batch_size: int,
+    eval_batch_size: int,
+    bf16: bool,
+    seed: int,
+    further: dict[str, Any],
+    max_steps: int | None = None,
+) -> TrainingArguments:
+    """TrainingArguments as the method needs them; `further` fields are taken as they are.
+
+    `max_steps` optimizer steps take the place of `epochs` unless None. Rows come in the order of the draw, which holds
+    batches of like length already.
+    """
+    defaults: dict[str, Any] = {
+        "report_to": "none",
+        "save_strategy": "epoch",
+        "save_total_limit": 2,
+        "logging_steps": 10,
+        "disable_tqdm": True,
+        # On, the Trainer multiplies a loss by the number of processes that BERT's, being a mean, is not divided by.
+        "average_tokens_across_devices": False,
+        # Not on Apple's MPS, where nothing was tried; `use_cpu: false` does.
+        "use_cpu": not torch.cuda.is_available(),
+    }
+    _require_reporters(further.get("report_to") or "none")
+    try:
+        return TrainingArguments(
+            output_dir=str(output_dir),
+            num_train_epochs=epochs,
+            max_steps=-1 if max_steps is None else max_steps,
+            learning_rate=learning_rate,
+            per_device_train_batch_size=batch_size,
+            per_device_eval_batch_size=eval_batch_size,
+            bf16=bf16,
+            seed=seed,
+            data_seed=seed,
+            train_sampling_strategy="sequential",
+            **(defaults | further),
+        )
+    except (ValueError, TypeError) as error:
+        raise SettingsError(f"training: {error}") from error
+
+
+def _require_reporters(named: str | list[str]) -> None:
+    """Raises SettingsError for a reporter that is unknown or not installed, before anything is loaded."""
+    try:
+        reporter_kinds(named)
+    except ValueError as error:
+        raise SettingsError(f"training.report_to: {error}") from None
+    names = {named} if isinstance(named, str) else {*named}
+    for name in sorted(names & _REPORTERS - installed_reporters()):
+        raise SettingsError(f"training.report_to: {name} is not installed; install it with: pip install {name}")
+
+
+def require_packing(model: nn.Module, collate: PackedCollator, sample: Mapping[str, Any]) -> None:
+    """Raises UnsupportedError for a model to which a sample is not the same alone and behind another in a row.
+
+    Some take their positions from elsewhere, or look at all that stands before. The sample is put
+    behind itself: its logits must be those that it has alone, but for rounding.
+    """
+    length = min(len(sample["input_ids"]), collate.max_length // 2)
+    one = {"input_ids": list(sample["input_ids"][:length]), "labels": list(sample["labels"][:length])}
+    other = {**one, "input_ids": one["input_ids"][::-1]}
+    with eval_mode(model), torch.inference_mode():
+        alone, behind = _logits(model, collate, [one], 0, length), _logits(model, collate, [other, one], length, length)
+    rounding = max(1e-4, 16 * torch.finfo(alone.dtype).eps)
+    off = float((alone - behind).abs().max() / alone.abs().max())
+    if not off <= rounding:
+        name = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+        raise UnsupportedError(
+            f"data.packing: to {name} a sample is not the same behind another in a row (logits differ by {off:.1%}); "
+            "set it to false"
+        )
+
+
+def _logits(
+    model: nn.Module, collate: PackedCollator, samples: Sequence[Mapping[str, Any]], start: int, length: int
+) -> torch.Tensor:
+    device = next(model.parameters()).device
+    batch = {
+        key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in collate(samples).items()
+    }
+    batch.pop("labels")
+    assert len(batch["input_ids"]) == 1, "both samples share the row"
+    return model(**batch).logits[0, start : start + length]

@@ -1,8 +1,8 @@
-"""A pretrained model with a head for the task, and its tokenizer."""
+"""A pretrained model with a head for the task, its tokenizer, and the batches that it takes."""
 
 import importlib.util
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,11 @@ from transformers import (
 from tsqlora.adapter.config import heads, require_supported_packing
 from tsqlora.compat.bitsandbytes import keep_as_trained, linear_bits
 from tsqlora.compat.hub import is_hub_id
+from tsqlora.data.batches import MULTIPLE, GenerationCollator, collator, generation_collator
 from tsqlora.data.labels import LabelMap
 from tsqlora.errors import SettingsError
+from tsqlora.tasks import Task
+from tsqlora.tasks.forward import Batch, Collate, base_model
 from tsqlora.tasks.generation import Generation
 
 
@@ -187,3 +190,33 @@ def _head(labels: LabelMap | None) -> dict[str, Any]:
         "label2id": {name: i for i, name in enumerate(names)},
         "problem_type": "single_label_classification",
     }
+
+
+@dataclass(frozen=True, slots=True)
+class WithDecoderInputs:
+    """Batches of a model behind an encoder: what its decoder reads is the target, one token late.
+
+    The model makes them itself of labels, which scoring keeps for itself.
+    """
+
+    padded: GenerationCollator
+    model: Any
+
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> Batch:
+        batch = self.padded(samples)
+        if "labels" not in batch:
+            return batch
+        return {**batch, "decoder_input_ids": self.model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])}
+
+
+def collate_of(
+    task: Task, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, max_length: int, left: bool = False
+) -> Collate:
+    """Pads to a multiple of 8 tokens where the model has so many positions; on the left for prompts to go on from."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(task, Generation):
+        return collator(tokenizer, max_length=max_length, positions=positions)
+    longest = -(-max_length // MULTIPLE) * MULTIPLE
+    multiple = MULTIPLE if positions is None or longest <= positions else 1
+    padded = generation_collator(tokenizer, seq2seq=not task.causal, multiple=multiple, left=left)
+    return padded if task.causal else WithDecoderInputs(padded, base_model(model))

@@ -1,7 +1,61 @@
-"""What a run's looks at its rows found, in sentences: for the report and the model card."""
+"""Looks at all rows: the steps that they come before, and what run.json and the pages say of them."""
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
+
+from transformers import TrainingArguments
+
+from tsqlora.quality.epochs import trusted_steps
+from tsqlora.quality.scores import Scores
+from tsqlora.quality.subset import QualitySubset
+from tsqlora.training.recorder import step_size
+
+LOOK_AGAIN = 1 / 3
+"""Share of a run's steps after which all rows are looked at again, at the next epoch's beginning."""
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Which steps of a run begin something."""
+
+    trusted_step: int
+    """From it on steps train on trusted rows; the run's last one where there are none."""
+    trusted_from: tuple[int, int] | None
+    """The same as an epoch and the place in it."""
+    second_look: int | None
+    """The epoch before which all rows are looked at again."""
+
+    @classmethod
+    def of(cls, data: QualitySubset, args: TrainingArguments, total: int, batches: int) -> "Schedule":
+        """Of a run of so many optimizer steps, whose epochs have so many batches."""
+        a_step, accumulated = step_size(args), args.gradient_accumulation_steps
+        an_epoch = max(1, math.ceil(batches / accumulated))
+        first = total - trusted_steps(total, data.plan.trusted, a_step)
+        epoch, step = divmod(first, an_epoch)
+        place = (epoch, min(step * a_step, len(data))) if first < total else None
+        again = (e for e in range(1, math.ceil(total / an_epoch)) if LOOK_AGAIN * total <= e * an_epoch < first)
+        return cls(first, place, next(again, None))
+
+
+def look_summary(scores: Scores, why_not: str | None) -> dict[str, Any]:
+    """A look for run.json."""
+    summary = {name: getattr(scores.record, name) for name in ("epoch", "step", "head_start", "noise", "gate")}
+    return {**summary, "not_ready": why_not, "rows": len(scores), "kept": int(scores.kept.sum())}
+
+
+def noise_notes(scores: Scores | None) -> list[str]:
+    """The record's notes on wrong labels."""
+    noise = None if scores is None else scores.record.noise
+    if scores is None or noise is None:
+        return []
+    if not noise["evident"]:
+        return ["there is no evidence of wrong labels: rows were drawn as a random control draws them"]
+    return [
+        f"about {noise['rate']:.0%} of the labels seem wrong ({noise['low']:.0%} to {noise['high']:.0%}): "
+        f"{(~scores.kept).sum()} of {len(scores)} rows were left out"
+    ]
 
 
 def look_sentences(quality: Mapping[str, Any]) -> list[tuple[str, list[str]]]:

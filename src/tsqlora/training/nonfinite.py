@@ -2,32 +2,25 @@
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from tsqlora import distributed
 from tsqlora.compat.accelerate import is_compiled, loss_scale
 from tsqlora.errors import SettingsError, TsqLoraError
-from tsqlora.quality.cost import PhaseCost
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.training.callback_state import GuardState, SkippedStep
-from tsqlora.training.checkpoints import complete_before, register_part, saving_part, set_aside_later
-from tsqlora.training.drawing import (
-    draw_epoch,
-    leave,
-    refuse_cut_epoch,
-    refuse_evaluation,
-    require_drawn_anew,
-    require_subset,
-)
-from tsqlora.training.optimizer import call_around_steps, finite_gradients
-from tsqlora.training.record_callback import join, pass_on
+from tsqlora.training.checkpoints import complete_before
+from tsqlora.training.optimizer import call_around_steps, finite_gradients, weak_hook
+from tsqlora.training.part import PartCallback, require_subset
 
 NAMED = 100
 """Skipped steps in the record; all are counted."""
@@ -35,7 +28,7 @@ LISTED = 3
 """Skipped steps in a note."""
 
 
-class GuardCallback(TrainerCallback):
+class GuardCallback(PartCallback):
     """Skips each step whose loss or gradient is not finite: weights and moments stay, schedule and data go on.
 
     A skipped step counts as a step. It enters no importance, and an adjustment of ranks that was to come with it
@@ -53,6 +46,8 @@ class GuardCallback(TrainerCallback):
     is below 1.
     """
 
+    name = "GuardCallback"
+
     def __init__(
         self,
         data: QualitySubset | None = None,
@@ -64,7 +59,7 @@ class GuardCallback(TrainerCallback):
         if limit < 1:
             raise SettingsError(f"limit is {limit}; it must be at least 1")
         if data is not None:
-            require_subset(data, "GuardCallback")
+            require_subset(data, self.name)
         self.data, self.limit, self.ids, self.packed = data, limit, ids, packed
         self.skipped: list[SkippedStep] = []
         """The first ones; `count` has all."""
@@ -77,12 +72,7 @@ class GuardCallback(TrainerCallback):
         self._held = ExitStack()
         weakref.finalize(self, self._held.close)  # where training failed, at the latest on exit
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.data is not None:
-            require_drawn_anew(args, kwargs["train_dataloader"])
-        resumed = register_part(args, state, "guard")
+    def begin(self, args: TrainingArguments, state: TrainerState, resumed: Path | None, **kwargs: Any) -> None:
         self._held.close()
         saved = GuardState([], 0, []) if resumed is None else GuardState.load(resumed)
         self.skipped, self.count = list(saved.skipped), saved.count
@@ -93,39 +83,15 @@ class GuardCallback(TrainerCallback):
         # Compiled code runs no hook that came after it, and DataParallel runs it on parts of a batch, in threads;
         # gradients are looked at all the same.
         if not (args.torch_compile or is_compiled(model) or args.n_gpu > 1):
-            self._held.callback(model.register_forward_hook(_without_keeping(self._forward), with_kwargs=True).remove)
+            self._held.callback(model.register_forward_hook(weak_hook(self._forward), with_kwargs=True).remove)
             if self.data is not None and not self.packed:
                 self._held.enter_context(self.data.announcing(self._coming.extend))
-        join(self, args, state, **kwargs)
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        set_aside_later(state)
-        draw_epoch(self.data, state, "GuardCallback")
+    def begin_epoch(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
         self._coming.clear()
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        refuse_cut_epoch(self.data, state, control)
-
-    def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        refuse_evaluation(self.data, kwargs)
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def begin_step(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
         self._rows = []
-        pass_on(self, "on_step_begin", args, state, control, **kwargs)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        pass_on(self, "on_step_end", args, state, control, **kwargs)
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        pass_on(self, "on_evaluate", args, state, control, **kwargs)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -135,21 +101,11 @@ class GuardCallback(TrainerCallback):
         if self._bad:
             self._skip(args, state)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        with saving_part(args, state, "guard") as folder:
-            GuardState(self.skipped, self.count, list(self._recent)).save(folder)
+    def save_part(self, folder: Path) -> None:
+        GuardState(self.skipped, self.count, list(self._recent)).save(folder)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def end(self, state: TrainerState) -> None:
         self._held.close()
-        leave(self.data, "GuardCallback")
-        pass_on(self, "on_train_end", args, state, control, **kwargs)
-
-    @property
-    def spent(self) -> dict[str, PhaseCost]:
-        """Nothing: looking at gradients is a part of training."""
-        return {}
 
     def summary(self) -> dict[str, Any]:
         """For the record: the number of skipped steps and the first of them; empty without any."""
@@ -158,7 +114,7 @@ class GuardCallback(TrainerCallback):
         named = "; ".join(f"step {step.step} ({step.in_words()})" for step in self.skipped[:LISTED])
         more = ", ..." if self.count > LISTED else ""
         return {
-            "skipped": {"count": self.count, "steps": [step.to_dict() for step in self.skipped]},
+            "skipped": {"count": self.count, "steps": [asdict(step) for step in self.skipped]},
             "notes": [f"{self.count} steps were skipped whose loss or gradient was not finite: {named}{more}"],
         }
 
@@ -176,12 +132,12 @@ class GuardCallback(TrainerCallback):
             factor = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
             loss.register_hook(lambda grad: grad * factor)
 
-    def _before_step(self) -> None:
+    def _before_step(self, *_: Any) -> None:
         if self._bad:
             for parameter in self._parameters:
                 parameter.grad = None  # an optimizer leaves such a parameter, and what it keeps of it, alone
 
-    def _after_step(self) -> None:
+    def _after_step(self, *_: Any) -> None:
         self._bad = False
 
     def _skip(self, args: TrainingArguments, state: TrainerState) -> None:
@@ -214,17 +170,6 @@ class GuardCallback(TrainerCallback):
             f"{what}, the last at step {last.step} ({last.in_words()}); they were skipped, the weights are as before"
             f"{back}. Look at the rows, lower the learning rate ({args.learning_rate:g}), or compute in float32"
         )
-
-
-def _without_keeping(method: Callable[..., None]) -> Callable[..., None]:
-    """A hook with a weak reference to the method's object: a failed training leaves nothing behind."""
-    reference = weakref.WeakMethod(method)
-
-    def hook(*arguments: Any) -> None:
-        if (there := reference()) is not None:
-            there(*arguments)
-
-    return hook
 
 
 def _looks_for_its_scale(optimizer: torch.optim.Optimizer) -> bool:

@@ -1,18 +1,24 @@
-"""A model's logits for every sample, in order, whatever the batches."""
+"""What a model answers: logits for every sample, the loss on every target token, and texts."""
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from tsqlora.compat.torch import double
 from tsqlora.data.batches import sorted_batches
-from tsqlora.errors import TsqLoraError
+from tsqlora.errors import SettingsError, TsqLoraError
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.oom import BatchSplitter
 from tsqlora.progress import Progress
-from tsqlora.tasks.forward import Collate, model_logits, precision
+from tsqlora.quality.rule import Compute
+from tsqlora.tasks.forward import Collate, base_model, model_logits, precision, split_labels
+from tsqlora.tasks.generation import Generation
+from tsqlora.training.load import positions_of
 
 
 def predict_logits(
@@ -52,3 +58,122 @@ def predict_logits(
             "lower training.learning_rate or use another dtype"
         )
     return out
+
+
+Samples = Sequence[Mapping[str, Any]]
+
+
+def token_metrics(
+    model: nn.Module,
+    samples: Samples,
+    collate: Collate,
+    task: Generation,
+    *,
+    phase: str,
+    compute: Compute,
+) -> dict[str, float]:
+    """loss (mean over all target tokens), perplexity (its exponential) and token_accuracy, with the targets shown.
+
+    Raises TsqLoraError where the loss is not finite.
+    """
+    device = next(model.parameters()).device
+    loss, right, tokens, done = 0.0, 0, 0, 0
+    with torch.inference_mode(), eval_mode(model), precision(device, compute.autocast):
+        for indices in sorted_batches([len(s["input_ids"]) for s in samples], compute.batch_size):
+            inputs, labels = split_labels(collate([samples[j] for j in indices]), model)
+            counts = task.count(model_logits(model, inputs, task), labels)
+            loss += float(double(counts.loss).sum())
+            right, tokens = right + int(counts.right.sum()), tokens + int(counts.tokens.sum())
+            done += len(indices)
+            if compute.progress is not None:
+                compute.progress(phase, done, len(samples))
+    loss /= max(tokens, 1)
+    if not math.isfinite(loss):
+        raise TsqLoraError(
+            f"the loss on {len(samples)} rows is {loss}; lower training.learning_rate or use another dtype"
+        )
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "token_accuracy": right / max(tokens, 1)}
+
+
+def write_texts(
+    model: nn.Module,
+    prompts: Samples,
+    collate: Collate,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Generation,
+    *,
+    max_new_tokens: int,
+    beams: int,
+    phase: str,
+    compute: Compute,
+) -> list[str]:
+    """What the model writes on each prompt, greedily or by beams, in the prompts' order; no space around it.
+
+    Nothing of the base's generation_config counts but its special tokens: no least length, no penalty.
+
+    `collate` must pad a causal model's prompts on the left: it goes on from their last token.
+    Raises SettingsError where a prompt and the new tokens are more than the model has positions for.
+    """
+    inner: Any = base_model(model)
+    device = next(model.parameters()).device
+    lengths = [len(prompt["input_ids"]) for prompt in prompts]
+    require_room(positions_of(inner), max_new_tokens, longest=max(lengths) if task.causal else 0)
+    how = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        num_beams=beams,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        eos_token_id=_ends(inner, tokenizer),
+        bos_token_id=inner.generation_config.bos_token_id,
+        decoder_start_token_id=_start(inner),
+        **_PLAIN,
+    )
+    texts = [""] * len(prompts)
+    done = 0
+    with torch.inference_mode(), eval_mode(model), precision(device, compute.autocast):
+        for indices in sorted_batches(lengths, compute.batch_size):
+            batch = collate([{k: v for k, v in prompts[j].items() if k != "labels"} for j in indices])
+            inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+            written = model.generate(**inputs, generation_config=how)  # type: ignore[operator]
+            new = written[:, inputs["input_ids"].shape[1] :] if task.causal else written
+            for j, text in zip(indices, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+                texts[int(j)] = text.strip()
+            done += len(indices)
+            if compute.progress is not None:
+                compute.progress(phase, done, len(prompts))
+    return texts
+
+
+_PLAIN: dict[str, Any] = {
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "length_penalty": 1.0,
+    "early_stopping": False,
+    "num_return_sequences": 1,
+}
+"""Neutral values in place of the base model's generation_config."""
+
+
+def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | int | None:
+    """The tokens that end a text: the tokenizer's, with which targets were ended, and the model's own."""
+    own = model.generation_config.eos_token_id
+    ends = {*(own if isinstance(own, list) else [own]), cast(Any, tokenizer.eos_token_id)} - {None}
+    return sorted(ends) if ends else None
+
+
+def _start(model: Any) -> int | None:
+    own = model.generation_config.decoder_start_token_id
+    return own if own is not None else getattr(model.config, "decoder_start_token_id", None)
+
+
+def require_room(positions: int | None, new: int, *, longest: int = 1) -> None:
+    """Raises SettingsError where a prompt and the new tokens are more than the model has positions for."""
+    if positions is not None and longest + new > positions:
+        raise SettingsError(
+            f"a prompt of {longest} tokens and {new} new ones are more than the model's {positions} positions; lower "
+            "task.max_new_tokens (--max-new-tokens) or data.max_length"
+        )

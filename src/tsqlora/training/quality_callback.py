@@ -1,7 +1,6 @@
 """The look at all rows in a stock Trainer: a fitted head, and which rows are drawn, before the first step."""
 
 import time
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import SequentialSampler
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerState, TrainingArguments
 from transformers.utils.logging import tqdm
 
 from tsqlora import distributed
@@ -30,22 +29,14 @@ from tsqlora.quality.trusted import Trusted
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate, task_of
 from tsqlora.training.callback_state import QualityState, require_options
-from tsqlora.training.checkpoints import digest, register_part, saving_part, set_aside_later
-from tsqlora.training.drawing import (
-    EPOCH_ERROR,
-    epoch_of,
-    leave,
-    refuse_cut_epoch,
-    refuse_evaluation,
-    require_drawn_anew,
-    require_subset,
-)
-from tsqlora.training.quality_schedule import Schedule
-from tsqlora.training.record_callback import join, of_draws, pass_on
+from tsqlora.training.checkpoints import EPOCH_ERROR, digest, epoch_of
+from tsqlora.training.looks import Schedule, look_summary, noise_notes
+from tsqlora.training.part import PartCallback, require_subset
+from tsqlora.training.recorder import of_draws, step_size
 from tsqlora.training.run_dir import SCORES_FILE
 
 
-class QualityCallback(TrainerCallback):
+class QualityCallback(PartCallback):
     """Looks at the rows of a QualitySubset before the first step: fits a new head, and decides which rows are drawn.
 
     A head that is no better than chance is replaced by one that is fitted on the features that it is given. Rows whose
@@ -69,6 +60,9 @@ class QualityCallback(TrainerCallback):
     step SettingsError or UnsupportedError naming what cannot be scored or drawn.
     """
 
+    name = "QualityCallback"
+    data: QualitySubset
+
     def __init__(
         self,
         data: QualitySubset,
@@ -80,7 +74,7 @@ class QualityCallback(TrainerCallback):
         progress: Progress | None = None,
         collate: Collate | None = None,
     ) -> None:
-        require_subset(data, "QualityCallback")
+        require_subset(data, self.name)
         self.data = data
         self.rule = (rule or ScoringRule()).guarded()
         self.rule.require_room(data.plan.fraction)
@@ -96,15 +90,12 @@ class QualityCallback(TrainerCallback):
         self._forget()
 
     def _forget(self) -> None:
-        self.notes: list[str] = []
-        """Warnings, for the record."""
+        self.notes = []
         self.looks: list[dict[str, Any]] = []
-        self.spent: dict[str, PhaseCost] = {}
+        self._spent: dict[str, PhaseCost] = {}
         self._digest: str | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def begin(self, args: TrainingArguments, state: TrainerState, resumed: Path | None, **kwargs: Any) -> None:
         distributed.refuse_deepspeed(args.deepspeed_plugin)
         loader, model, data = kwargs["train_dataloader"], kwargs["model"], self.data
         if loader.dataset is not data:
@@ -113,19 +104,17 @@ class QualityCallback(TrainerCallback):
                 "makes its own rows, such as SFTTrainer, choose them before it is built: dataset = "
                 "tsqlora.select(model, dataset, processing_class=tokenizer, trusted=rows, fraction=0.2)"
             )
-        require_drawn_anew(args, loader)
-        resumed = register_part(args, state, "quality")
         saved = None if resumed is None else QualityState.load(resumed)
         looks = self.rule.decides(self._task(args, model), len(data.trusted) > 0)
         if saved is not None:
             require_options(saved.draws, self._draws())
         elif looks:
-            self._require_scorable(args, model, loader.collate_fn)
+            self._require_scorable(args, self._request(args, model, loader.collate_fn, {}), model)
         self.schedule = Schedule.of(data, args, state.max_steps, len(loader))
         ends_trusted = self.rule.select and self.schedule.trusted_from is not None
         if ends_trusted:
             loader.set_sampler(SequentialSampler(data))
-        plan = data.plan.unscored(awaits_scores=looks, by="QualityCallback")
+        plan = data.plan.unscored(awaits_scores=looks, by=self.name)
         data.plan = replace(plan, trusted_from=self.schedule.trusted_from if ends_trusted else None)
         data.task = self.task
         self._forget()
@@ -137,22 +126,16 @@ class QualityCallback(TrainerCallback):
             self.notes.append("text without trusted rows is drawn evenly; name some in data.trusted")
         elif self.rule.head_start:
             self._start_head(args, model, loader.collate_fn)
-        join(self, args, state, **kwargs)
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        set_aside_later(state)
+    def begin_epoch(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
         epoch = epoch_of(state)
         # A run resumed in the middle of an epoch begins it again, with weights that are further on.
         at_start = abs((state.epoch or 0) - epoch) < EPOCH_ERROR
         if at_start and epoch == self.schedule.second_look and len(self.looks) == 1 and self._renews():
             self._look(args, state, kwargs["model"], kwargs["train_dataloader"].collate_fn)
-        self.data.begin_epoch(epoch, "QualityCallback")
+        self.data.drawn_by = self.name  # whichever callback has drawn until now
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def begin_step(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
         begins = self.data.plan.trusted_from is not None and state.global_step == self.schedule.trusted_step
         if begins and args.load_best_model_at_end:
             # Validation rows that look like the pool would choose a checkpoint from before the trusted rows.
@@ -160,40 +143,21 @@ class QualityCallback(TrainerCallback):
             self._note(
                 f"the best checkpoint is one of the steps from {state.global_step} on, which train on trusted rows"
             )
-        pass_on(self, "on_step_begin", args, state, control, **kwargs)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        pass_on(self, "on_step_end", args, state, control, **kwargs)
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        pass_on(self, "on_evaluate", args, state, control, **kwargs)
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        refuse_cut_epoch(self.data, state, control)
-
-    def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        refuse_evaluation(self.data, kwargs)
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def save_part(self, folder: Path) -> None:
         scored = None if self.data.scores is None else self.data.plan.scored_epoch
-        saved = QualityState(self.looks, scored, self._digest, self.spent, self._draws())
-        with saving_part(args, state, "quality") as folder:
-            saved.save(folder)
+        QualityState(self.looks, scored, self._digest, self.spent, self._draws()).save(folder)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        leave(self.data, "QualityCallback")
+    def end(self, state: TrainerState) -> None:
         if self.data.plan.trusted_from is not None and state.global_step <= self.schedule.trusted_step:
             self._note(
                 f"training ended at step {state.global_step}, and the trusted rows were to be trained on from step "
                 f"{self.schedule.trusted_step} on: it did not train on them; train longer, or stop later"
             )
-        pass_on(self, "on_train_end", args, state, control, **kwargs)
+
+    @property
+    def spent(self) -> dict[str, PhaseCost]:
+        return self._spent
 
     def summary(self) -> dict[str, Any]:
         """Fields of the record: how rows were drawn, the looks, and the reasons."""
@@ -202,7 +166,7 @@ class QualityCallback(TrainerCallback):
         quality |= {"why_not": self.why_not} if scores is None else {"scores": scores.record.to_dict()}
         return {
             "quality": quality,
-            "notes": [*self.notes, *_of_noise(scores)],
+            "notes": [*self.notes, *noise_notes(scores)],
             "settings": {"quality": self._draws()},
         }
 
@@ -210,10 +174,6 @@ class QualityCallback(TrainerCallback):
     def why_not(self) -> str | None:
         """Why the last look could not rank the rows; None if it could."""
         return self.looks[-1]["not_ready"] if self.looks else None
-
-    def _note(self, what: str) -> None:
-        self.notes.append(what)
-        warnings.warn(what, stacklevel=3)
 
     def _renews(self) -> bool:
         """Whether a second look can change the draw: only then is it worth a pass over all rows."""
@@ -231,7 +191,7 @@ class QualityCallback(TrainerCallback):
         return {**about, "batch_size": data.batch_size, **decides, "seed to score": self.rule.seed}
 
     def _resume(self, saved: QualityState, scores_path: Path) -> None:
-        self.looks, self.spent, self._digest = saved.looks, dict(saved.spent), saved.scores_sha256
+        self.looks, self._spent, self._digest = saved.looks, dict(saved.spent), saved.scores_sha256
         if saved.scored_epoch is None:
             return
         # If the run went on after this checkpoint, the first look's scores have another name.
@@ -240,31 +200,21 @@ class QualityCallback(TrainerCallback):
         if path is None:
             what = "holds other scores than the run's" if paths else "is missing"
             raise DataError(f"cannot resume: {scores_path} {what}; put it back, or start again")
-        self.data.plan = self.data.plan.scored(Scores.load(path), saved.scored_epoch, by="QualityCallback")
+        self.data.plan = self.data.plan.scored(Scores.load(path), saved.scored_epoch, by=self.name)
 
-    def _require_scorable(self, args: TrainingArguments, model: nn.Module, collate: Any) -> None:
+    def _require_scorable(self, args: TrainingArguments, request: LookRequest, model: nn.Module) -> None:
         """Check on two rows, before the look, what can be checked."""
         # Reading rows may draw random numbers too, as augmentation does.
         with eval_mode(model):
-            rows = [
-                self.data.dataset[j] for j in range(min(2, args.per_device_train_batch_size, len(self.data.dataset)))
-            ]
+            rows = [request.dataset[j] for j in range(min(2, request.compute.batch_size, len(request.dataset)))]
+        own_loss = self.task is None and not args.label_smoothing_factor
+        autocast = request.compute.autocast
         require_scorable(
-            model,
-            rows,
-            self.collate or collate,
-            task=self._task(args, model),
-            own_loss=self.task is None and not args.label_smoothing_factor,
-            rule=self.rule,
-            autocast=self._autocast(args),
+            model, rows, request.collate, task=request.task, own_loss=own_loss, rule=self.rule, autocast=autocast
         )
 
     def _task(self, args: TrainingArguments, model: nn.Module) -> Task:
         return self.task or task_of(model, label_smoothing=args.label_smoothing_factor)
-
-    def _autocast(self, args: TrainingArguments) -> torch.dtype | None:
-        lookahead = any(term.lookahead for term in self.rule.measured().values())
-        return torch.bfloat16 if args.bf16 and not lookahead else None
 
     def _request(
         self, args: TrainingArguments, model: nn.Module, collate: Collate, about: Mapping[str, Any]
@@ -275,13 +225,15 @@ class QualityCallback(TrainerCallback):
             rows = replace(rows, lengths=data.lengths[: len(data.dataset)])
         if progress is None and not args.disable_tqdm and distributed.is_first():
             progress = _bar(data)
+        lookahead = any(term.lookahead for term in self.rule.measured().values())
+        autocast = torch.bfloat16 if args.bf16 and not lookahead else None
         return LookRequest(
             dataset=data.dataset,
             collate=self.collate or collate,
             task=self._task(args, model),
             rule=self.rule,
             rows=replace(rows, about={**about, **rows.about}),
-            compute=Compute(args.per_device_train_batch_size, self._autocast(args), progress=progress),
+            compute=Compute(args.per_device_train_batch_size, autocast, progress=progress),
             trusted=self._trusted(args),
             fraction=data.plan.fraction,
         )
@@ -290,10 +242,9 @@ class QualityCallback(TrainerCallback):
         data, scores = self.data, self.data.scores
         if not len(data.trusted):
             return None
-        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         # A copy: what a resumed run has read from a file cannot be written to, which torch warns of.
         loss = None if scores is None or "trusted_loss" not in scores.terms else scores.terms["trusted_loss"].copy()
-        return Trusted(data.trusted, args.learning_rate, batch, twins=data.plan.excluded, loss=loss)
+        return Trusted(data.trusted, args.learning_rate, step_size(args), twins=data.plan.excluded, loss=loss)
 
     def _look(self, args: TrainingArguments, state: TrainerState, model: nn.Module, collate: Any) -> None:
         epoch = epoch_of(state)
@@ -305,17 +256,17 @@ class QualityCallback(TrainerCallback):
             result = look_once(model, request)
         for phase, cost in (("look", result.cost), ("trusted model", result.trusted_cost)):
             if cost.forward:
-                self.spent.setdefault(phase, PhaseCost()).add(**asdict(cost))
+                self._spent.setdefault(phase, PhaseCost()).add(**asdict(cost))
         scores, first, plan = self._guarded(result.scores), not self.looks, self.data.plan
-        self.looks.append(_summary(scores, result.why_not))
+        self.looks.append(look_summary(scores, result.why_not))
         if result.why_not is None or self.data.scores is None:
             self._write(scores, self._path(args))
         if result.why_not is None:
-            self.data.plan = plan.scored(scores, epoch, by="QualityCallback")
+            self.data.plan = plan.scored(scores, epoch, by=self.name)
             return
         if self.data.scores is None:
             # Later ranks may move all the same: what the model learns until its end shows in its gradients.
-            self.data.plan = plan.unscored(awaits_scores=first, by="QualityCallback")
+            self.data.plan = plan.unscored(awaits_scores=first, by=self.name)
         more = "until the second look" if first and self.schedule.second_look else "to the end"
         self._note(f"rows are drawn evenly{' and ranks stay' if first else ''} {more}: {result.why_not}")
 
@@ -326,7 +277,7 @@ class QualityCallback(TrainerCallback):
         head = None if started.head is None else started.head.summary()
         self.looks.append({"step": 0, "epoch": 0, "head_start": head, "not_ready": None})
         rows = len(self.data.dataset)
-        self.spent["look"] = PhaseCost(time.perf_counter() - start, rows + len(self.data.trusted))
+        self._spent["look"] = PhaseCost(time.perf_counter() - start, rows + len(self.data.trusted))
 
     def _guarded(self, scores: Scores) -> Scores:
         if not self.rule.guard:
@@ -349,28 +300,9 @@ class QualityCallback(TrainerCallback):
         return self.scores_path or Path(str(args.output_dir)) / SCORES_FILE
 
 
-def _of_noise(scores: Scores | None) -> list[str]:
-    """The record's notes on wrong labels."""
-    noise = None if scores is None else scores.record.noise
-    if scores is None or noise is None:
-        return []
-    if not noise["evident"]:
-        return ["there is no evidence of wrong labels: rows were drawn as a random control draws them"]
-    return [
-        f"about {noise['rate']:.0%} of the labels seem wrong ({noise['low']:.0%} to {noise['high']:.0%}): "
-        f"{(~scores.kept).sum()} of {len(scores)} rows were left out"
-    ]
-
-
 def first_scores(path: Path) -> Path:
     """File of the first look's scores, once a second look has others."""
     return path.with_name(f"{path.stem}-1{path.suffix}")
-
-
-def _summary(scores: Scores, why_not: str | None) -> dict[str, Any]:
-    """A look for run.json and the report."""
-    summary = {name: getattr(scores.record, name) for name in ("epoch", "step", "head_start", "noise", "gate")}
-    return {**summary, "not_ready": why_not, "rows": len(scores), "kept": int(scores.kept.sum())}
 
 
 def _bar(data: QualitySubset) -> Progress:

@@ -1,7 +1,6 @@
 """Ranks that follow sensitivity, in a stock Trainer: a callback that drives a `RankLoop`."""
 
-import warnings
-from collections.abc import Mapping, Sized
+from collections.abc import Sized
 from dataclasses import asdict, replace
 from numbers import Integral
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from tsqlora import distributed
 from tsqlora.adapter.moments import require_moments
@@ -26,17 +25,16 @@ from tsqlora.ranks.policies import Policy, get_policy
 from tsqlora.ranks.schedule import RankSchedule
 from tsqlora.tasks.forward import Collate, task_of
 from tsqlora.training.callback_state import RankState
-from tsqlora.training.checkpoints import register_part, saving_part, set_aside_later
-from tsqlora.training.drawing import draw_epoch, leave, refuse_cut_epoch, require_drawn_anew
+from tsqlora.training.part import PartCallback
 from tsqlora.training.rank_changes import name_of
 from tsqlora.training.rank_loop import RankLoop
-from tsqlora.training.record_callback import join, pass_on
+from tsqlora.training.recorder import step_size
 
 LEAST_ROWS, MOST_ROWS = 32, 256
 """Rows that first ranks are measured on."""
 
 
-class RankCallback(TrainerCallback):
+class RankCallback(PartCallback):
     """Moves rank between the layers of a LoRA model, at constant parameters, in transformers' or TRL's Trainer.
 
     The model is one from `tsqlora.wrap`, or a PeftModel with plain LoRA (`get_peft_model`, SFTTrainer's
@@ -63,6 +61,8 @@ class RankCallback(TrainerCallback):
     `events` has every decision, `final` the ranks at the end, `seconds` the time for measuring and changing beside the
     steps' own backward. All of it is in the Trainer's checkpoints, so that runs resume.
     """
+
+    name = "RankCallback"
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class RankCallback(TrainerCallback):
         self.loop: RankLoop | None = None
         self._why_not: str | None = None
         """Why ranks cannot change in this Trainer."""
-        self._declined: list[str] = []
+        self.notes = []
         self._settles = False
         """Whether ranks are set before the first step and stay."""
 
@@ -106,11 +106,6 @@ class RankCallback(TrainerCallback):
     @property
     def events(self) -> list[RankEvent]:
         return [] if self.loop is None else self.loop.events
-
-    @property
-    def notes(self) -> list[str]:
-        """Warnings, for the record."""
-        return [*self._declined, *([] if self.loop is None else self.loop.notes)]
 
     @property
     def final(self) -> dict[str, int]:
@@ -160,20 +155,15 @@ class RankCallback(TrainerCallback):
             except UnsupportedError as error:
                 self._why_not = str(error)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def begin(self, args: TrainingArguments, state: TrainerState, resumed: Path | None, **kwargs: Any) -> None:
         distributed.refuse_deepspeed(args.deepspeed_plugin)
-        require_drawn_anew(args, kwargs["train_dataloader"])
-        resumed = register_part(args, state, "ranks")
         if self.loop is not None:
             self.loop.close()  # an attempt that failed may have left it open
-        self.loop, self._declined, self._settles = None, [], False
+        self.loop, self.notes, self._settles = None, [], False
         if has_slots(kwargs["model"]):
             self.loop = self._begin(args, state, resumed, kwargs["model"], kwargs["optimizer"])
         else:
-            self._decline(f"ranks stay as they are: {self._why_not or _NO_SLOTS}")
-        join(self, args, state, **kwargs)
+            self._note(f"ranks stay as they are: {self._why_not or _NO_SLOTS}")
 
     def _begin(
         self,
@@ -194,94 +184,65 @@ class RankCallback(TrainerCallback):
         if why_not is not None:
             options["policy"] = "fixed"
         loop = RankLoop(model, optimizer, state.max_steps, **options)
+        self.notes = loop.notes
         if saved is not None:
             loop.restore(saved, step=state.global_step)
         if why_not is not None:
             loop.changes.optimizer = None  # before its first step it keeps nothing that would have to move
             self._settles = True
-            self._decline(f"ranks are set once, before the first step, and do not move: {why_not}")
+            self._note(f"ranks are set once, before the first step, and do not move: {why_not}")
         return loop
 
-    def _decline(self, what: str) -> None:
-        self._declined.append(what)
-        warnings.warn(what, stacklevel=4)
-
     @property
-    def _moving(self) -> bool:
-        """Whether ranks may still change."""
-        return self.loop is not None and not self.loop.final
+    def _moving(self) -> RankLoop | None:
+        """The loop, while ranks may still change."""
+        return None if self.loop is None or self.loop.final else self.loop
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        set_aside_later(state)
-        draw_epoch(_subset_of(kwargs), state, "RankCallback")
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        refuse_cut_epoch(_subset_of(kwargs), state, control)
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._moving:
-            self._open_step(args, state, **kwargs)
-        pass_on(self, "on_step_begin", args, state, control, **kwargs)
-
-    def _open_step(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
-        loader, data = kwargs["train_dataloader"], _subset_of(kwargs)
+    def begin_step(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
+        if (loop := self._moving) is None:
+            return
+        loader, data = kwargs["train_dataloader"], self._drawn_rows(kwargs)
         waits = data is not None and data.plan.awaits_scores
         scored = data is not None and data.scores is not None
         first = state.global_step == 0 and isinstance(loader.dataset, Sized)
         # Ranks that never move stay uniform, as plain LoRA's.
-        sets = self.options["policy"] != "fixed" and not (waits or self._running.started)
+        sets = self.options["policy"] != "fixed" and not (waits or loop.started)
         if sets and (scored or first):
-            self._start(args, state, kwargs["model"], loader.dataset, self.collate or loader.collate_fn)
+            self._start(loop, args, state, kwargs["model"], loader.dataset, self.collate or loader.collate_fn)
         if self._settles:
-            self._running.settle()
+            loop.finish()
         else:
-            # Until the rows are scored, ranks stay.
-            self._running.before_forward(adjust=not waits)
+            loop.before_forward(adjust=not waits)  # until the rows are scored, ranks stay
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._moving:
-            self._running.before_optimizer_step()
+        if loop := self._moving:
+            loop.before_optimizer_step()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._moving:
-            self._running.after_optimizer_step()
-        pass_on(self, "on_step_end", args, state, control, **kwargs)
+    def end_step(self) -> None:
+        if loop := self._moving:
+            loop.after_optimizer_step()
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        pass_on(self, "on_evaluate", args, state, control, **kwargs)
+    def save_part(self, folder: Path) -> None:
+        if self.loop is not None:
+            self.loop.state().save(folder)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        with saving_part(args, state, "ranks") as folder:
-            if self.loop is not None:
-                self.loop.state().save(folder)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        leave(_subset_of(kwargs), "RankCallback")
+    def end(self, state: TrainerState) -> None:
         if self.loop is not None:
             self.loop.finish(finalize_model=self.finalize)
-        pass_on(self, "on_train_end", args, state, control, **kwargs)
 
-    @property
-    def _running(self) -> RankLoop:
-        assert self.loop is not None
-        return self.loop
-
-    def _start(self, args: TrainingArguments, state: TrainerState, model: nn.Module, data: Any, collate: Any) -> None:
-        """The first ranks, from sensitivities on rows of the first epoch.
-
-        Without a look the head may be at chance: then ranks stay.
-        """
-        trained = state.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    def _start(
+        self,
+        loop: RankLoop,
+        args: TrainingArguments,
+        state: TrainerState,
+        model: nn.Module,
+        data: Any,
+        collate: Any,
+    ) -> None:
+        """Set the first ranks from rows of the first epoch, unless the head is at chance."""
+        trained = state.max_steps * step_size(args)
         places = sensitivity_rows(len(data), self.rows_of(trained), self.seed).tolist()
         looked = isinstance(data, QualitySubset)
         rows = [data.row_at(place) if looked else data[place] for place in places]
@@ -299,9 +260,9 @@ class RankCallback(TrainerCallback):
             ready = False  # training has a custom loss, which moves ranks later
         if not ready:
             return
-        self._running.start(rows, collate, **options)
+        loop.start(rows, collate, **options)
         if looked and data.lengths is not None:
-            self._running.spent.add(tokens=sum(data.lengths[row] for row in data.indices[places]))
+            loop.spent.add(tokens=sum(data.lengths[row] for row in data.indices[places]))
 
 
 def _why_never(model: nn.Module, optimizer: torch.optim.Optimizer, args: TrainingArguments) -> str | None:
@@ -318,12 +279,6 @@ def _why_never(model: nn.Module, optimizer: torch.optim.Optimizer, args: Trainin
             raise  # processes have agreed on the parameters' shapes, which would have to change once
         return str(error)
     return None
-
-
-def _subset_of(kwargs: Mapping[str, Any]) -> QualitySubset | None:
-    """The Trainer's rows, if its epochs are drawn."""
-    rows = kwargs["train_dataloader"].dataset
-    return rows if isinstance(rows, QualitySubset) else None
 
 
 _NO_SLOTS = (

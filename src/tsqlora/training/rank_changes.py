@@ -2,15 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from peft import LoraConfig, PeftModel
+from torch import Tensor, nn
 
 from tsqlora import distributed
 from tsqlora.adapter.change import change_ranks
 from tsqlora.adapter.importance import Importance
 from tsqlora.adapter.slots import Slots
+from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.layer_sensitivity import Probe
 from tsqlora.ranks.allocate import Sensitivity, allocate
 from tsqlora.ranks.budget import caps, costs, used
@@ -64,6 +66,38 @@ class RankRules:
 
 def name_of(function: Any) -> str:
     return str(getattr(function, "__name__", type(function).__name__))
+
+
+def peft_model(
+    model: nn.Module, layers: Mapping[str, Slots], optimizer: torch.optim.Optimizer, min_rank: int
+) -> PeftModel:
+    """The model, or the PeftModel that is a part of it, whose ranks can change.
+
+    Refuses layers that the optimizer does not train, and biases that a layer would lose at rank 0.
+    """
+    models = [module for module in model.modules() if isinstance(module, PeftModel)]
+    if len(models) != 1:
+        raise UnsupportedError(f"the model has {len(models)} PeftModels within it, and ranks change in one")
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for slots in layers.values():
+        if not all(parameter.requires_grad for parameter, _ in slots.matrices()):
+            raise UnsupportedError(
+                f"the adapter of {slots.name} is frozen, so its rank cannot move; unfreeze it, or leave the layer "
+                "out of target_modules"
+            )
+        if any(id(parameter) not in trained for parameter, _ in slots.matrices()):
+            raise SettingsError(
+                f"the optimizer does not train the adapter of {slots.name}: the model was wrapped later, or parameters "
+                "were chosen by the ends of names, which with slots are parametrizations.weight.original; make the "
+                "optimizer from the parameters of the model that tsqlora.wrap gives"
+            )
+    bias = cast(LoraConfig, models[0].peft_config[next(iter(layers.values())).adapter]).bias
+    if min_rank == 0 and bias != "none":
+        raise UnsupportedError(
+            f"LoraConfig(bias='{bias}') trains biases that PEFT saves with a layer's adapter, and a layer at rank 0 "
+            "has none; set min_rank to 1, or bias to 'none'"
+        )
+    return models[0]
 
 
 class RankChanges:

@@ -6,20 +6,20 @@ warm-up ── start: ranks from the quality sample ── adjust every Δ steps
 import time
 import warnings
 import weakref
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import Any, cast
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from torch import nn
 
 from tsqlora import distributed
 from tsqlora.adapter.importance import Importance
 from tsqlora.adapter.moments import cut_moments, moments
-from tsqlora.adapter.slots import Slots, finalize, find_slots, has_slots, sync_config
+from tsqlora.adapter.slots import finalize, find_slots, has_slots, sync_config
 from tsqlora.compat.torch import compile_limits
-from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
+from tsqlora.errors import SettingsError, TsqLoraError
 from tsqlora.gradients.sites import lora_layers
 from tsqlora.layer_sensitivity import Estimator, Probe, get_estimator, probe_pass
 from tsqlora.quality.cost import PhaseCost
@@ -29,9 +29,8 @@ from tsqlora.ranks.schedule import RankSchedule
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate
 from tsqlora.training.callback_state import RankState, require_options
-from tsqlora.training.optimizer import gradient_norm, require_trained
-from tsqlora.training.rank_changes import RankChanges, RankRules, name_of
-from tsqlora.training.step_order import StepOrder
+from tsqlora.training.optimizer import StepOrder, gradient_norm, take_over
+from tsqlora.training.rank_changes import RankChanges, RankRules, name_of, peft_model
 
 
 class RankLoop:
@@ -82,10 +81,8 @@ class RankLoop:
     ) -> None:
         get_estimator(estimator)  # an unknown one is refused at once
         self.model, self.optimizer = distributed.unwrapped(model), optimizer
-        self.peft = _peft_model(self.model)
         self.layers, self.final = find_slots(self.model), dict[str, int]()
-        require_trained(self.layers, optimizer)
-        _require_no_bias(self.peft, self.layers, min_rank)
+        self.peft = peft_model(self.model, self.layers, optimizer, min_rank)
         self.estimator, self.seed = estimator, seed
         self.rules = RankRules.of(
             policy,
@@ -254,26 +251,19 @@ class RankLoop:
                 f"ranks did not move: training ended at step {self.step}, and the first adjustment was to be at step "
                 f"{self.steps.start}"
             )
-        self._end()
-        return self._plain() if finalize_model else self.peft
-
-    def settle(self) -> PeftModel:
-        """End the loop before ranks move: a plain PEFT model, for any optimizer, whose state is not changed."""
-        self.close()
-        self._end()
-        return finalize(self.peft)
-
-    def _end(self) -> None:
         sync_config(self.peft)
         self.final, self.order.next = self.ranks, "before_forward"
+        return self._plain() if finalize_model else self.peft
 
     def _plain(self) -> PeftModel:
         """The model without slots; the optimizer's state is cut to the active ones."""
-        if not any(map(distributed.is_sharded, self.model.parameters())):  # which finalize refuses
-            for slots in find_slots(self.model).values() if has_slots(self.model) else ():
+        optimizer = self.changes.optimizer
+        # finalize refuses sharded weights.
+        if optimizer and has_slots(self.model) and not any(map(distributed.is_sharded, self.model.parameters())):
+            for slots in find_slots(self.model).values():
                 # Of a layer at rank 0 nothing is left to train.
                 for parameter, dim in slots.matrices() if slots.rank else ():
-                    cut_moments(parameter, dim, slots.rank, self.optimizer)
+                    cut_moments(parameter, dim, slots.rank, optimizer)
         return finalize(self.peft)
 
     def close(self) -> None:
@@ -341,45 +331,8 @@ class RankLoop:
 
     def _final(self) -> bool:
         """Whether ranks are final."""
-        fixed = self.rules.policy is get_policy("fixed")
-        return fixed or (self.step >= self.steps.stop and (self.started or bool(self.events)))
+        return self.step >= self.steps.stop and (self.started or bool(self.events))
 
     def _require_running(self) -> None:
         if self.final:
             raise TsqLoraError(f"the run was finished at step {self.step}; make another RankLoop to train further")
-
-
-def _require_no_bias(model: PeftModel, layers: Mapping[str, Slots], min_rank: int) -> None:
-    """Refuse biases that would be lost with the adapter of a layer at rank 0."""
-    bias = cast(LoraConfig, model.peft_config[next(iter(layers.values())).adapter]).bias
-    if min_rank == 0 and bias != "none":
-        raise UnsupportedError(
-            f"LoraConfig(bias='{bias}') trains biases that PEFT saves with a layer's adapter, and a layer at rank 0 "
-            "has none; set min_rank to 1, or bias to 'none'"
-        )
-
-
-def _peft_model(model: nn.Module) -> PeftModel:
-    """The model, or the PeftModel that is a part of it."""
-    models = [module for module in model.modules() if isinstance(module, PeftModel)]
-    if not models:
-        find_slots(model)  # which says what to do
-    if len(models) != 1:
-        raise UnsupportedError(f"the model has {len(models)} PeftModels within it, and ranks change in one")
-    return models[0]
-
-
-def take_over(model: nn.Module, tap: ExitStack) -> None:
-    """Remove the hooks of an earlier training of the model that failed or was interrupted.
-
-    That training's Trainer may still be alive, as in a notebook, which keeps the frames of the last error.
-    """
-    earlier = _TAPS[model]() if model in _TAPS else None
-    for left in (earlier, tap):
-        if left is not None:
-            left.close()
-    _TAPS[model] = weakref.ref(tap)
-
-
-_TAPS: MutableMapping[nn.Module, weakref.ref[ExitStack]] = weakref.WeakKeyDictionary()
-"""The hooks on each model, by weak references."""

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import date
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -56,8 +56,7 @@ def locked(run: Path, *, resume: bool = False) -> Iterator[None]:
         str(run.absolute()).encode()
     except UnicodeEncodeError:
         raise SettingsError(
-            f"--out {str(run)!a} is no name in this locale's encoding, which is not UTF-8; set PYTHONUTF8=1, or "
-            "name another directory"
+            f"--out {str(run)!a} is no name in this locale's encoding; set PYTHONUTF8=1, or name another directory"
         ) from None
     # Nothing is written into a directory of something else, not even the lock.
     if not os.path.exists(run / LOCK_FILE):  # also False if the path cannot be read, which the next line reports
@@ -164,12 +163,8 @@ def dated(source: str, *, resume: bool = False, under: Path = Path("runs")) -> P
     if resume and begun:
         return under / begun[max(begun)]
     first = under / f"{date.today().isoformat()}-{name}"
-    return next(path for path in _numbered(first) if _is_free(path))
-
-
-def _numbered(first: Path) -> Iterator[Path]:
-    yield first
-    yield from (first.with_name(f"{first.name}-{number}") for number in count(2))
+    later = (first.with_name(f"{first.name}-{number}") for number in count(2))
+    return next(path for path in chain([first], later) if _is_free(path))
 
 
 def _is_free(run: Path) -> bool:

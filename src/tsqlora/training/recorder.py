@@ -7,10 +7,10 @@ import weakref
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
 from tsqlora import distributed
 from tsqlora.adapter.slots import active_parameters, active_ranks, has_slots
@@ -19,8 +19,7 @@ from tsqlora.errors import DataError, UnsupportedError
 from tsqlora.quality.cost import PhaseCost
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.tasks.forward import base_model, task_of
-from tsqlora.training.checkpoints import NOTE
-from tsqlora.training.drawing import epoch_of
+from tsqlora.training.checkpoints import NOTE, epoch_of
 from tsqlora.training.record import RunRecord
 
 PHASES = ("look", "trusted model", "ranks", "training")
@@ -47,54 +46,45 @@ class Part(Protocol):
         ...
 
 
-class RecordCallback(TrainerCallback):
+class Recorder:
     """Keep a training's record, and with a folder its run.json, up to date every few seconds.
 
-    `tsqlora train` gives one to its Trainer, behind its other callbacks, and writes the finished record itself. In any
-    other Trainer our callbacks share one (`join`), and the last of them passes the Trainer's events on (`pass_on`).
+    The callbacks of a training share one, and the last of them calls it (`PartCallback`). `tsqlora train` makes it
+    and writes the finished record itself; in any other Trainer the first callback makes it.
     """
 
-    def __init__(
-        self, record: RunRecord, parts: Sequence[Part], data: Any, folder: Path | None, *, finishes: bool = False
-    ) -> None:
+    def __init__(self, record: RunRecord, data: Any, folder: Path | None, *, finishes: bool = False) -> None:
         self.record, self.data, self.folder = record, data, folder
-        # The Trainer has the callbacks: one that is taken out of it, or failed, lets go of the model.
-        self._parts = [weakref.ref(part) for part in parts]
         self.finishes = finishes
         """Whether the record is complete when training ends; `tsqlora train` measures afterwards."""
         self._notes = [*record.notes]
+        self._parts: list[weakref.ref[Part]] = []
         self._since: float | None = None
         self._elsewhere = self._due = 0.0
         self._epoch = -1
 
-    @property
-    def parts(self) -> list[Part]:
-        """The recorded callbacks, in the order of their events."""
-        return [part for reference in self._parts if (part := reference()) is not None]
-
-    def add(self, part: Part) -> None:
-        """Add a part."""
-        self._parts.append(weakref.ref(part))
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        _SHARED.pop(id(state), None)
-        self.resume(state)
-
-    def resume(self, state: TrainerState) -> None:
-        """Add the cost until the checkpoint that training resumes from."""
+    def begin(self, state: TrainerState) -> None:
+        """Begin a training, with the cost until the checkpoint that it resumes from."""
+        self._parts = []
         if state.global_step > 0 and (cost := saved_note(state, NOTE).get("cost")) is not None:
             self.record.cost["training"] = PhaseCost(**cost)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        # Between two epochs lie evaluations, saves and looks.
+    def add(self, part: Part) -> None:
+        """Add a part, in the order of the Trainer's events."""
+        # The Trainer has the callbacks: one that is taken out of it, or failed, lets go of the model.
+        self._parts.append(weakref.ref(part))
+
+    @property
+    def parts(self) -> list[Part]:
+        return [part for reference in self._parts if (part := reference()) is not None]
+
+    def begin_step(self, state: TrainerState) -> None:
+        """Start the clock; between two epochs lie evaluations, saves and looks."""
         if self._since is None or self._epoch != epoch_of(state):
             self._epoch, self._since, self._elsewhere = epoch_of(state), time.perf_counter(), self._seconds_of_parts()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def end_step(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Add the step's cost, and write run.json if it is time."""
         now, elsewhere = time.perf_counter(), self._seconds_of_parts()
         rows, tokens = passed(self.data, args, state)
         cost = self.record.phase("training")
@@ -108,18 +98,17 @@ class RecordCallback(TrainerCallback):
             took = time.perf_counter() - now
             self._due = now + took + max(EVERY, took / SHARE)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def end(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Record the training's end, and with `finishes` write run.json."""
         self.fill(state).now = {}
         if self.finishes and state.is_world_process_zero:
             self.record.status = "finished"
             self._measured(_evaluated(args, state))
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # After training; earlier evaluations are in the history.
+    def evaluated(self, state: TrainerState, metrics: Mapping[str, Any]) -> None:
+        """Record an evaluation after training; earlier ones are in the history."""
         if self.record.status == "finished" and state.is_world_process_zero:
-            self._measured(kwargs["metrics"])
+            self._measured(metrics)
 
     def _measured(self, logs: Mapping[str, Any]) -> None:
         if metrics := metrics_of(logs):
@@ -231,35 +220,6 @@ def _evaluated(args: TrainingArguments, state: TrainerState) -> Mapping[str, Any
     return next((entry for entry in logs if entry["step"] == best), logs[-1] if logs else {})
 
 
-# ------------------------------------------------------------------------- in a Trainer of the user's own
-
-_SHARED: dict[int, RecordCallback] = {}
-"""By the id of the TrainerState, the only object that callbacks share."""
-
-Event = Literal["on_step_begin", "on_step_end", "on_train_end", "on_evaluate"]
-
-
-def join(part: Part, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
-    """On train begin: this callback's decisions belong in run.json, in the Trainer's output_dir."""
-    shared = _SHARED.get(id(state))
-    if shared is None:
-        data = kwargs["train_dataloader"].dataset
-        record = _begun(args, state, kwargs["model"], data)
-        shared = _SHARED[id(state)] = RecordCallback(record, [], data, Path(str(args.output_dir)), finishes=True)
-        shared.resume(state)
-        weakref.finalize(state, _SHARED.pop, id(state), None)
-    shared.add(part)
-
-
-def pass_on(
-    part: Part, event: Event, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-) -> None:
-    """Pass an event on to the shared record, from the last part: by then the others have had it."""
-    shared = _SHARED.get(id(state))
-    if shared is not None and shared.parts[-1] is part:
-        getattr(shared, event)(args, state, control, **kwargs)
-
-
 _ARGUMENTS = (
     "learning_rate", "lr_scheduler_type", "per_device_train_batch_size", "gradient_accumulation_steps",
     "num_train_epochs", "max_steps", "weight_decay", "optim", "bf16", "fp16", "seed", "world_size",
@@ -267,8 +227,8 @@ _ARGUMENTS = (
 """The Trainer's arguments in the record."""
 
 
-def _begun(args: TrainingArguments, state: TrainerState, model: nn.Module, data: Any) -> RunRecord:
-    """The record of a training in a user's Trainer."""
+def own_recorder(args: TrainingArguments, state: TrainerState, model: nn.Module, data: Any) -> Recorder:
+    """The Recorder of a training in a user's Trainer, which writes run.json into its output_dir."""
     model = distributed.unwrapped(model)
     plan: dict[str, Any] = {"steps": state.max_steps, "ranks": active_ranks(model) if has_slots(model) else {}}
     rows = "a stream"
@@ -277,7 +237,7 @@ def _begun(args: TrainingArguments, state: TrainerState, model: nn.Module, data:
         rows = f"{pool:,} rows"
         plan |= {"rows": {"train": pool}, "rows_an_epoch": len(data), "epochs": state.num_train_epochs}
     config = getattr(model, "config", None)
-    return RunRecord(
+    record = RunRecord(
         status="running",
         seed=args.seed,
         task=_task_of(data, model, args),
@@ -292,6 +252,7 @@ def _begun(args: TrainingArguments, state: TrainerState, model: nn.Module, data:
             "training": {name: _plain(getattr(args, name)) for name in _ARGUMENTS},
         },
     )
+    return Recorder(record, data, Path(str(args.output_dir)), finishes=True)
 
 
 def _task_of(data: Any, model: nn.Module, args: TrainingArguments) -> str:

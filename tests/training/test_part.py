@@ -1,0 +1,202 @@
+"""What our callbacks do alike: each draws a QualitySubset's epochs, in any order, and refuses what spoils a draw."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader, WeightedRandomSampler
+from transformers import TrainerCallback, TrainingArguments
+
+import tsqlora as tsq
+from scoring import assert_same, quality_by
+from stock import make_trainer, moods, slotted_bert
+from tsqlora.errors import SettingsError
+from tsqlora.training.part import require_fresh_draws
+
+DATA = moods()
+EPOCHS = 5
+"""Of half the rows, 4 steps each."""
+KINDS = pytest.mark.parametrize("kind", [tsq.QualityCallback, tsq.RankCallback, tsq.GuardCallback])
+
+
+def half(**options: Any) -> tsq.QualitySubset:
+    return tsq.QualitySubset(DATA, 0.5, **options)
+
+
+def made(kind: Any, data: tsq.QualitySubset, **options: Any) -> Any:
+    if kind is tsq.RankCallback:
+        return tsq.RankCallback(interval=4, **options)
+    return quality_by(data, reference=40, **options) if kind is tsq.QualityCallback else kind(data, **options)
+
+
+def train(data: tsq.QualitySubset, folder: Path, *callbacks: Any, **further: Any) -> Any:
+    trainer = make_trainer(slotted_bert(), data, folder, list(callbacks), **({"num_train_epochs": EPOCHS} | further))
+    trainer.train()
+    return trainer
+
+
+class Drawn(TrainerCallback):
+    """The rows of each epoch."""
+
+    def __init__(self, data: tsq.QualitySubset) -> None:
+        self.data, self.rows = data, list[list[int]]()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.rows.append(sorted(self.data.indices.tolist()))
+
+
+class At(TrainerCallback):
+    """Calls a function after each step."""
+
+    def __init__(self, act: Any) -> None:
+        self.act = act
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.act(state, control)
+
+
+# ------------------------------------------------------------------------------------------------ draws
+
+
+@pytest.mark.parametrize("kind", [tsq.QualityCallback, tsq.GuardCallback])
+def test_a_callback_itself_draws_the_epoch(kind: Any) -> None:
+    """accelerate calls set_epoch as well, but with several processes not under every sampler."""
+    data, state = half(), SimpleNamespace(epoch=1.0)
+    made(kind, data).on_epoch_begin(None, state, None)
+    assert data.indices.tolist() == data.draw(1).tolist()
+
+
+def test_the_order_of_the_callbacks_does_not_matter(tmp_path: Path) -> None:
+    ends, quality, events = [], [], []
+    for order in (1, -1):
+        data = half()
+        ranks = made(tsq.RankCallback, data, samples=16, schedule=tsq.RankSchedule(moves=3))
+        trainer = train(data, tmp_path / str(order), *[made(tsq.QualityCallback, data), ranks][::order])
+        ends.append(trainer.model.state_dict())
+        quality.append(data.scores.quality)  # type: ignore[union-attr]
+        events.append(ranks.events)
+    assert events[0] == events[1]
+    assert [(event.step, event.reason) for event in events[0]][:2] == [(0, "start"), (4, "adjustment")]
+    assert events[0][0].ranks == events[0][0].target
+    assert np.array_equal(*quality)
+    assert_same(*ends, "weights")
+
+
+@pytest.mark.parametrize("kind", [tsq.RankCallback, tsq.GuardCallback])
+@pytest.mark.parametrize("ended", ["well", "by an interrupt"])
+def test_a_later_training_without_the_callback_is_a_random_one(kind: Any, ended: str, tmp_path: Path) -> None:
+    def interrupt(state: Any, _: Any) -> None:
+        if ended != "well" and state.global_step == 3:
+            raise KeyboardInterrupt
+
+    data = half()
+    quality = made(tsq.QualityCallback, data, weights={"loss": 1.0}, guard=False)
+    try:
+        train(data, tmp_path / "first", quality, At(interrupt))
+    except KeyboardInterrupt:
+        assert data.drawn_by == "QualityCallback"
+    callback, drawn = made(kind, data), Drawn(data)
+    train(data, tmp_path / "second", callback, drawn)
+    assert drawn.rows == [sorted(half().draw(epoch).tolist()) for epoch in range(EPOCHS)]
+    assert (data.scores, data.drawn_by) == (None, None)
+    assert not (kind is tsq.RankCallback and callback.started)
+
+
+def test_scores_that_a_user_has_set_stay(tmp_path: Path) -> None:
+    data, again = half(), half()
+    train(data, tmp_path / "first", made(tsq.QualityCallback, data, weights={"loss": 1.0}, guard=False))
+    assert data.scores is not None
+    again.use(data.scores, 0)
+    ranks = made(tsq.RankCallback, again, samples=16)
+    train(again, tmp_path / "second", ranks)
+    assert (again.scores is data.scores, ranks.started) == (True, True)
+
+
+# --------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("kind", [tsq.QualityCallback, tsq.GuardCallback])
+def test_a_plain_list_is_refused_with_the_cure(kind: Any) -> None:
+    with pytest.raises(SettingsError, match=rf"{kind.__name__} got a list; .*tsqlora\.QualitySubset\(rows\)"):
+        kind(DATA)
+
+
+@KINDS
+def test_a_second_callback_of_a_kind_is_refused_before_training(kind: Any, tmp_path: Path) -> None:
+    data, steps = half(), list[int]()
+    note = At(lambda state, _: steps.append(state.global_step))
+    with pytest.raises(SettingsError, match=f"the Trainer has two {kind.__name__}s"):
+        train(data, tmp_path, made(kind, data), note, made(kind, data))
+    assert not steps
+
+
+@KINDS
+def test_evaluating_on_the_subset_that_is_trained_on_is_refused(kind: Any, tmp_path: Path) -> None:
+    data, steps = half(), list[int]()
+    note = At(lambda state, _: steps.append(state.global_step))
+    further = {"evaluate_on": {"train": data}, "eval_strategy": "steps", "eval_steps": 2}
+    with pytest.raises(SettingsError, match="eval_dataset is the QualitySubset that is trained on"):
+        train(data, tmp_path, made(kind, data), note, **further)
+    assert steps == [1, 2]
+    train(data, tmp_path, made(kind, data)).evaluate(data)  # no callback draws any more
+
+
+def test_another_epoch_is_refused_while_a_callback_draws() -> None:
+    data = half()
+    data.begin_epoch(3, "QualityCallback")
+    data.set_epoch(3)
+    with pytest.raises(SettingsError, match=r"set_epoch\(0\): QualityCallback draws this QualitySubset and is in"):
+        data.set_epoch(0)
+    assert data.indices.tolist() == data.draw(3).tolist()
+    data.drawn_by = None
+    data.set_epoch(0)
+    assert data.indices.tolist() == data.draw(0).tolist()
+
+
+@KINDS
+def test_an_epoch_that_is_cut_short_is_refused(kind: Any, tmp_path: Path) -> None:
+    def cut(state: Any, control: Any) -> None:
+        control.should_epoch_stop = state.global_step == 2
+
+    data = half()
+    with pytest.raises(SettingsError, match=r"ended epoch 0 before its end \(control\.should_epoch_stop\)"):
+        train(data, tmp_path, made(kind, data), At(cut))
+
+
+@KINDS
+@pytest.mark.parametrize(
+    ("further", "text"),
+    [
+        ({"dataloader_persistent_workers": True, "dataloader_num_workers": 1}, "persistent_workers keeps an old draw"),
+        ({"train_sampling_strategy": "group_by_length"}, "reads the rows' lengths once"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "reads the rows' lengths once"),
+        ({"train_sampling_strategy": "random"}, "mixes them again"),
+    ],
+    ids=str,
+)
+def test_loaders_that_keep_an_old_draw_are_refused(kind: Any, further: Any, text: str, tmp_path: Path) -> None:
+    data = half(lengths=[len(row["input_ids"]) for row in DATA], batch_size=8)
+    trainer = make_trainer(slotted_bert(), data, tmp_path, [made(kind, data)], **further)
+    with pytest.raises(SettingsError, match=text):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("strategy", ["random", "sequential"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_sampler_by_place_passes_in_silence(strategy: str, processes: int, tmp_path: Path) -> None:
+    trainer = make_trainer(slotted_bert(), half(), tmp_path, [], train_sampling_strategy=strategy)
+    loader = prepare_data_loader(trainer.get_train_dataloader(), num_processes=processes, process_index=0)
+    require_fresh_draws(trainer.args, loader)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_sampler_that_fits_certain_rows_is_named_in_a_warning(processes: int, tmp_path: Path) -> None:
+    weighted = WeightedRandomSampler([1.0] * 8, 8)
+    loader: Any = DataLoader(tsq.QualitySubset(range(8), 1.0), batch_size=2, sampler=weighted)
+    loader = prepare_data_loader(loader, num_processes=processes, process_index=0)
+    with pytest.warns(UserWarning, match="the Trainer's sampler is a WeightedRandomSampler"):
+        require_fresh_draws(TrainingArguments(str(tmp_path), use_cpu=True), loader)
