@@ -18,6 +18,7 @@ from tsqlora.cli.display import (
     show_numbers,
     show_plan,
     show_record,
+    show_scores,
 )
 from tsqlora.cli.progress_bars import Display
 from tsqlora.progress import Pulse
@@ -264,3 +265,11 @@ def test_bars_of_what_is_over_make_room(monkeypatch: pytest.MonkeyPatch) -> None
     text = terminal_lines(told, monkeypatch)
     assert len([line for line in text if line]) == 1
     assert text[0].startswith("warm-up")
+
+
+def test_scores_are_shown_with_what_to_do_next() -> None:
+    scored = {"scores": "s.parquet", "rows": 90, "held_out": 10, "draw": "even", "dropped": {"duplicate": 3}}
+    text = shown(show_scores, {**scored, "noise": {"evident": True, "rate": 0.2, "low": 0.1, "high": 0.3}})
+    assert all(part in text for part in ("evenly", "3 duplicate", "20.0%", "tsqlora select s.parquet"))
+    softmax = {"draw": "softmax", "temperature": 2.0, "effective_sample_size": 41.2, "noise": None}
+    assert "effective size 41" in shown(show_scores, {**scored, **softmax})

@@ -108,6 +108,28 @@ def show_numbers(console: Console, numbers: Mapping[str, Any]) -> None:
     say(console, [f"{name:<22} {value}" for name, value in shown.items()])
 
 
+def show_scores(console: Console, result: Mapping[str, Any]) -> None:
+    """The result of `score`: what is in the file, and what to do with it."""
+    file, noise, dropped = result["scores"], result["noise"], result["dropped"]
+    drawn = (
+        f"by quality at temperature {result['temperature']:g} (effective size {result['effective_sample_size']:,.0f})"
+    )
+    lines = [
+        f"scores   {file}: {result['rows']:,} rows; {result['held_out']:,} more are held out for validation",
+        f"draw     {'evenly' if result['draw'] == 'even' else drawn}",
+        f"dropped  {', '.join(f'{count:,} {reason}' for reason, count in dropped.items()) or 'none'}",
+        *([f"labels   {_noise_line(noise)}"] if noise else []),
+        f"next     tsqlora explain {file}, or tsqlora select {file} --fraction 0.5 --out subset.jsonl",
+    ]
+    say(console, lines)
+
+
+def _noise_line(noise: Mapping[str, Any]) -> str:
+    if noise["evident"]:
+        return f"about {noise['rate']:.1%} are wrong ({noise['low']:.1%} to {noise['high']:.1%})"
+    return "no evidence of wrong ones"
+
+
 def show_explained(console: Console, explained: Mapping[str, Any]) -> None:
     """Rows to look at, list by list."""
     titles = {

@@ -7,7 +7,7 @@ import typer
 
 from tsqlora.cli import console
 from tsqlora.cli.console import Json, Set, Source
-from tsqlora.cli.display import show_allocation, show_audit, show_explained, show_numbers, show_row
+from tsqlora.cli.display import show_allocation, show_audit, show_explained, show_numbers, show_row, show_scores
 from tsqlora.cli.progress_bars import Display
 from tsqlora.errors import SettingsError
 from tsqlora.files import write_json
@@ -38,10 +38,11 @@ def score(
         raise SettingsError(f"{source} is neither CONFIG nor RUN; `tsqlora explain {source}` shows scores")
     with Display(console.stderr) as display:
         scores = score_rows(source, out, overrides=set_ or [], drop=drop or [], progress=display.progress)
-    names = ("eta", "effective_sample_size", "reference_rows", "weights", "temperature", "scope")
-    counts = {"rows": len(scores), "kept": int(scores.kept.sum()), "held_out": scores.record.held_out}
+    names = ("draw", "weights", "temperature", "effective_sample_size", "noise", "reference_rows", "eta", "scope")
     record = {name: getattr(scores.record, name) for name in names}
-    console.show({"scores": str(out), **counts, **record}, as_json, show_numbers)
+    result = {"scores": str(out), "rows": len(scores), "kept": int(scores.kept.sum()), "dropped": scores.dropped}
+    result["held_out"] = scores.record.held_out
+    console.show({**result, **record}, as_json, show_scores)
 
 
 def explain(

@@ -156,6 +156,11 @@ class Scores:
         """Whether each row may be drawn."""
         return self.reason_codes == 0
 
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Number of dropped rows by reason."""
+        return {REASONS[code]: n for code, n in enumerate(np.bincount(self.reason_codes).tolist()) if code and n}
+
     def left_out_as(self, reason: str) -> np.ndarray:
         """Whether each row is dropped for this reason."""
         return self.reason_codes == REASONS.index(reason)
