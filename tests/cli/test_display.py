@@ -272,4 +272,4 @@ def test_scores_are_shown_with_what_to_do_next() -> None:
     text = shown(show_scores, {**scored, "noise": {"evident": True, "rate": 0.2, "low": 0.1, "high": 0.3}})
     assert all(part in text for part in ("evenly", "3 duplicate", "20.0%", "tsqlora select s.parquet"))
     softmax = {"draw": "softmax", "temperature": 2.0, "effective_sample_size": 41.2, "noise": None}
-    assert "effective size 41" in shown(show_scores, {**scored, **softmax})
+    assert "sample size 41" in shown(show_scores, {**scored, **softmax})

@@ -111,12 +111,13 @@ def show_numbers(console: Console, numbers: Mapping[str, Any]) -> None:
 def show_scores(console: Console, result: Mapping[str, Any]) -> None:
     """The result of `score`: what is in the file, and what to do with it."""
     file, noise, dropped = result["scores"], result["noise"], result["dropped"]
-    drawn = (
-        f"by quality at temperature {result['temperature']:g} (effective size {result['effective_sample_size']:,.0f})"
-    )
+    draw = "evenly"
+    if result["draw"] != "even":
+        size = f"{result['effective_sample_size']:,.0f}"
+        draw = f"by quality at temperature {result['temperature']:g} (effective sample size {size})"
     lines = [
         f"scores   {file}: {result['rows']:,} rows; {result['held_out']:,} more are held out for validation",
-        f"draw     {'evenly' if result['draw'] == 'even' else drawn}",
+        f"draw     {draw}",
         f"dropped  {', '.join(f'{count:,} {reason}' for reason, count in dropped.items()) or 'none'}",
         *([f"labels   {_noise_line(noise)}"] if noise else []),
         f"next     tsqlora explain {file}, or tsqlora select {file} --fraction 0.5 --out subset.jsonl",
