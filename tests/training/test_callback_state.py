@@ -258,17 +258,8 @@ def test_a_damaged_checkpoint_is_named(name: str, damage: str, tmp_path: Path) -
         (QualityState if "quality" in name else RankState).load(tmp_path)
 
 
-def test_a_checkpoint_of_another_version_is_named(tmp_path: Path) -> None:
-    quality_state().save(tmp_path)
-    path = tmp_path / "tsqlora_quality.json"
-    path.write_text(path.read_text().replace(f'"version": {VERSION}', '"version": 1'))
-    with pytest.raises(tsq.TsqLoraError, match="by a version of tsqlora that draws other rows"):
-        QualityState.load(tmp_path)
-
-
-@pytest.mark.parametrize("entries", [{}, {"newer": 1}])
-def test_a_checkpoint_with_other_entries_is_named(entries: dict[str, Any], tmp_path: Path) -> None:
-    path = tmp_path / "tsqlora_quality.json"
-    path.write_text(json.dumps({"version": VERSION, **entries}))
+@pytest.mark.parametrize("entries", [{"version": 1}, {"version": VERSION}, {"version": VERSION, "newer": 1}])
+def test_a_checkpoint_of_another_version_is_named(entries: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "tsqlora_quality.json").write_text(json.dumps(entries))
     with pytest.raises(tsq.TsqLoraError, match="tsqlora_quality"):
         QualityState.load(tmp_path)

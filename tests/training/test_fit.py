@@ -100,6 +100,7 @@ def test_rows_and_tokens_that_are_charged_went_through_the_model(
 
 def test_phases_are_in_the_order_in_which_they_begin_and_took_time(counted: Counted) -> None:
     assert list(counted.record.cost) == ["look", "ranks", "training"]
+    assert counted.record.skipped == {}
     assert all(seconds > 0 for seconds in counted.cost("seconds"))
     planned = counted.record.plan["passes"]
     assert counted.cost("forward") == [planned[phase]["forward"] for phase in counted.record.cost]
@@ -187,11 +188,7 @@ def test_the_trainer_gets_the_rows_in_the_order_of_the_draw() -> None:
     assert args.train_sampling_strategy == "sequential"
     assert (args.seed, args.data_seed, args.per_device_train_batch_size, args.num_train_epochs) == (3, 3, 4, 2)
     assert args.report_to == []
-    assert args.max_steps == -1
-
-
-def test_steps_take_the_place_of_epochs() -> None:
-    assert arguments(max_steps=7).max_steps == 7
+    assert (args.max_steps, arguments(max_steps=7).max_steps) == (-1, 7)
 
 
 def test_further_fields_win_over_our_defaults() -> None:
@@ -307,11 +304,6 @@ def test_the_record_names_steps_that_were_not_finite_and_their_rows(place: Path,
     assert counted.record.notes[-1].startswith(
         "2 steps were skipped whose loss or gradient was not finite: step 3 (rows "
     )
-
-
-def test_the_record_of_a_run_without_such_steps_says_nothing_of_them(counted: Counted) -> None:
-    assert counted.record.skipped == {}
-    assert not any("skipped" in note for note in counted.record.notes)
 
 
 SIZES: dict[str, Any] = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}

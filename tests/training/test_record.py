@@ -43,15 +43,11 @@ def test_numpys_numbers_are_plain_ones(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "x.json").read_text()) == {"rows": 3, "fraction": 0.5}
 
 
-def test_a_file_is_no_run(tmp_path: Path) -> None:
+def test_a_file_or_a_directory_without_a_record_is_no_run(tmp_path: Path) -> None:
     (tmp_path / "tsq.yaml").write_text("")
-    with pytest.raises(DataError, match=r"tsq\.yaml is not a run: it has no run\.json; `tsqlora train` makes one"):
-        RunRecord.load(tmp_path / "tsq.yaml")
-
-
-def test_a_directory_without_a_record_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"is not a run: it has no run\.json; `tsqlora train` makes one"):
-        RunRecord.load(tmp_path)
+    for path in (tmp_path / "tsq.yaml", tmp_path):
+        with pytest.raises(DataError, match=f"{path} is not a run: it has no run.json"):
+            RunRecord.load(path)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"status": "finished"}', '{"cost": {}, "rank_events": []}'])

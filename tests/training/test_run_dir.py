@@ -63,15 +63,6 @@ def test_a_run_without_out_has_a_directory_of_its_day_and_name(tmp_path: Path) -
     assert not dated("é/../..").is_absolute()
 
 
-def test_a_held_lock_is_refused(tmp_path: Path) -> None:
-    with (
-        locked(tmp_path / "run"),
-        pytest.raises(SettingsError, match=r"another process .*; wait for it, or name another --out"),
-        locked(tmp_path / "run"),
-    ):
-        pass
-
-
 def test_a_run_is_entered_only_to_resume_it(tmp_path: Path) -> None:
     (tmp_path / CONFIG_FILE).write_text("")
     with pytest.raises(SettingsError, match="holds another run; give --resume"), locked(tmp_path):

@@ -258,8 +258,8 @@ class RankLoop:
     def _plain(self) -> PeftModel:
         """The model without slots; the optimizer's state is cut to the active ones."""
         optimizer = self.changes.optimizer
-        # finalize refuses sharded weights.
-        if optimizer and has_slots(self.model) and not any(map(distributed.is_sharded, self.model.parameters())):
+        sharded = any(map(distributed.is_sharded, self.model.parameters()))  # which finalize refuses
+        if optimizer is not None and has_slots(self.model) and not sharded:
             for slots in find_slots(self.model).values():
                 # Of a layer at rank 0 nothing is left to train.
                 for parameter, dim in slots.matrices() if slots.rank else ():
