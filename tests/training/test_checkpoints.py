@@ -8,18 +8,20 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import HPSearchBackend
 
 import tsqlora as tsq
 from scoring import quality_by
 from stock import make_trainer, moods, slotted_bert
 from tsqlora import distributed
-from tsqlora.training.checkpoints import MANIFEST_FILE, Checkpoints, fault, newest_complete, write_manifest
+from tsqlora.training.checkpoints import MANIFEST_FILE, fault, newest_complete, write_manifest
 
 DATA = moods()
 OURS = {"tsqlora.json", "tsqlora.safetensors", "tsqlora_quality.json"}
@@ -346,13 +348,12 @@ def test_checkpoints_of_an_earlier_run_in_the_folder_go_first_and_are_never_the_
     assert tsq.last_checkpoint(tmp_path) == tmp_path / "checkpoint-16"
 
 
-def test_checkpoints_of_a_search_are_refused(tmp_path: Path) -> None:
-    def search() -> TrainerState:
-        return TrainerState(is_hyper_param_search=True)
-
-    with pytest.raises(tsq.SettingsError, match="hyperparameter_search saves each trial"):
-        Checkpoints(trainer(tmp_path).args, search())
-    Checkpoints(trainer(tmp_path, save_strategy="no").args, search())
+def test_a_trial_of_a_search_has_complete_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)  # takes optuna's trials only
+    searched = trainer(tmp_path, save_total_limit=3, max_steps=8)
+    searched.hp_search_backend, searched.hp_space = HPSearchBackend.OPTUNA, lambda trial: {}
+    searched.train(trial=SimpleNamespace(number=3, params={}))
+    assert tsq.last_checkpoint(tmp_path / "run-3") == tmp_path / "run-3" / "checkpoint-8"
 
 
 def test_weights_alone_are_nothing_to_resume_from(tmp_path: Path) -> None:

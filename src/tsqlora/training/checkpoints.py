@@ -50,11 +50,6 @@ class Checkpoints:
 
     def __init__(self, args: TrainingArguments, state: TrainerState) -> None:
         saves = require_resumable_saves(args)
-        if saves and state.is_hyper_param_search:
-            raise SettingsError(
-                "hyperparameter_search saves each trial in another folder, which callbacks do not see; set "
-                "save_strategy to 'no', and train once more with the best values"
-            )
         self.parts: list[str] = []
         self.resumed = checkpoint_folder(args, state) if state.global_step > 0 else None
         """The checkpoint that the training resumes from."""
@@ -92,8 +87,10 @@ class Checkpoints:
 
 
 def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
-    """Folder of the checkpoint of the current step."""
-    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+    """Folder of the checkpoint of the current step; in a search, the newest, because each trial has its own folder."""
+    folder, name = Path(str(args.output_dir)), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+    trials = folder.glob(f"*/{name}") if state.is_hyper_param_search else ()
+    return max(trials, key=lambda path: path.stat().st_mtime_ns, default=folder / name)
 
 
 def require_resumable_saves(args: TrainingArguments) -> bool:
