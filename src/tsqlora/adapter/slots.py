@@ -142,21 +142,22 @@ def active_ranks(model: nn.Module) -> dict[str, int]:
 
 def active_parameters(model: nn.Module) -> int:
     """Trainable parameters that are active: hidden slots do not count."""
-    total = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    layers = find_slots(model).values() if has_slots(model) else ()
-    hidden = sum(
-        parameter.narrow(dim, slots.rank, slots.capacity - slots.rank).numel()
-        for slots in layers
-        for parameter, dim in slots.matrices()
+    return sum(p.numel() for p in model.parameters() if p.requires_grad) - _hidden_parameters(model)
+
+
+def _hidden_parameters(model: nn.Module) -> int:
+    return sum(
+        parameter.numel() // slots.capacity * (slots.capacity - slots.rank)
+        for slots in (find_slots(model).values() if has_slots(model) else ())
+        for parameter, _ in slots.matrices()
         if parameter.requires_grad
     )
-    return total - hidden
 
 
 def _active_counts(model: PeftModel) -> tuple[int, int]:
-    """What `print_trainable_parameters` shows: PEFT's counts, trainable and all, without hidden slots."""
+    """PEFT's counts for `print_trainable_parameters`, trainable and all, without hidden slots."""
     trainable, total = type(model).get_nb_trainable_parameters(model)
-    hidden = sum(p.numel() for p in model.parameters() if p.requires_grad) - active_parameters(model)
+    hidden = _hidden_parameters(model)
     return trainable - hidden, total - hidden
 
 
