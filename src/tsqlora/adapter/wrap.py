@@ -173,9 +173,10 @@ def top_layers(model: nn.Module, layers: Sequence[str], depth: int) -> list[str]
     """
     blocks = transformer_blocks(model, layers)
     if not 1 <= depth <= len(blocks):
+        choices = f"1 to {len(blocks)}, or to all" if blocks else "all"
         raise SettingsError(
-            f"ranks.depth is {depth}, and the model has {len(blocks)} transformer blocks (an nn.ModuleList of layers "
-            "to adapt); set it to 1 to that number, or to all (None in tsqlora.wrap)"
+            f"ranks.depth is {depth}, and the model has {len(blocks)} transformer blocks (entries of an nn.ModuleList "
+            f"with layers to adapt); set it to {choices} (None in tsqlora.wrap)"
         )
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
     top = [layer for layer in layers if order[layer] >= order[blocks[-depth]]]
