@@ -40,6 +40,15 @@ class SlowScores:
 # --- scores of samples, eq. 1 to 3 --------------------------------------------------------
 
 
+def slow_multi_label_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean over a sample's k labels of -log p where the label is 1, of -log(1 - p) where it is 0."""
+    losses = []
+    for z, y in zip(logits, labels, strict=True):
+        p = 1 / (1 + torch.exp(-z))
+        losses.append(-torch.log(p) if y == 1 else -torch.log(1 - p))
+    return torch.stack(losses).mean()
+
+
 def slow_scores(
     model: nn.Module,
     batches_of_one: Sequence[Batch],

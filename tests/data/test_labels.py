@@ -77,6 +77,22 @@ def test_of_many_classes_the_first_are_listed() -> None:
         encode_labels(labelled(100), "label", LabelMap(tuple(range(100))))
 
 
+def test_several_labels_are_a_list_or_text_with_bars() -> None:
+    rows = labelled(["joy", "love"], "love | anger", [], "joy")
+    names, groups = distinct_labels([rows], "label", "labels")
+    assert (names, groups.tolist()) == (["joy", "love", "anger"], [0, 0, 0, 0])
+    made = classes_of(names, "train.jsonl", "label", "labels")
+    assert encode_labels(rows, "label", made) == [[0, 1, 1], [1, 0, 1], [0, 0, 0], [0, 1, 0]]
+    numbers = classes_of(distinct_labels([labelled("3|1", "1", typed=False)], "label", "labels")[0], "", "", "labels")
+    assert encode_labels(labelled([1], 3), "label", numbers) == [[1, 0], [0, 1]]
+
+
+@pytest.mark.parametrize("value", ["joy|bad", ["joy", None], ["joy", ""], "['joy', 'love']", 0.5, {"joy": 1}, None])
+def test_what_is_no_set_of_labels_is_named_with_file_and_row(value: Any) -> None:
+    with pytest.raises(DataError, match=r"train\.jsonl:12: "):
+        encode_labels(labelled(["joy"], value), "label", LabelMap(("joy", "love"), "labels"))
+
+
 def test_targets_are_numbers_however_they_are_written() -> None:
     assert encode_targets(labelled(1, 0.5, "2.5", "-1e-3"), "label") == [1.0, 0.5, 2.5, -0.001]
 

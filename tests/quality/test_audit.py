@@ -48,6 +48,28 @@ def test_planted_wrong_labels_come_first_with_probabilities_that_hold(rate: floa
     assert (audit.suggested[sure] == true[audit.ids[sure]]).mean() > 0.9
 
 
+def test_each_of_several_labels_is_judged_by_itself() -> None:
+    features, true, rng = blobs()
+    second = rng.integers(CLASSES, size=ROWS)
+    centres = np.stack([features[true == c].mean(0) for c in range(CLASSES)])
+    features = features + np.where((second != true)[:, None], centres[second], 0).astype(np.float32)
+    sets = np.zeros((ROWS, CLASSES))
+    sets[np.arange(ROWS), true] = sets[np.arange(ROWS), second] = 1
+    wrong = rng.permutation(ROWS)[: ROWS // 5]
+    labels = sets.copy()
+    for row in wrong:
+        labels[row, true[row]] = 0
+        labels[row, rng.choice(np.flatnonzero(sets[row] == 0))] = 1
+    audit = audit_of(features, labels)
+    assert len(audit) == labels.sum()
+    is_wrong = sets[audit.ids, audit.labels] == 0
+    assert audit.evident
+    assert average_precision_score(is_wrong, audit.probability) > 0.8
+    assert not labels[audit.ids, audit.suggested].any(), "a row's other labels are no suggestion"
+    sure = is_wrong & (audit.probability > 0.9)
+    assert sets[audit.ids[sure], audit.suggested[sure]].mean() > 0.9
+
+
 def test_labels_of_one_class_that_are_always_the_same_other_one_are_seen_as_a_pair() -> None:
     features, true, rng = blobs()
     labels = np.where((true == 2) & (rng.random(ROWS) < 0.3), 5, true)

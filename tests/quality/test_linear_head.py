@@ -40,6 +40,17 @@ def test_a_class_without_rows_is_the_least_likely() -> None:
     assert (logits[:, 3:].max(1) < logits[:, :3].max(1)).all()
 
 
+def test_several_labels_are_fitted_each_and_constant_ones_are_sure() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(400, 6))
+    y = np.column_stack([x[:, 0] > 0, x[:, 1] + x[:, 2] > 1, np.zeros(400), np.ones(400)]).astype(float)
+    fit = fit_head(x[:300], y[:300], kind="labels", width=4, rng=rng)
+    logits = fit.head.logits(x[300:])
+    assert ((logits > 0) == y[300:]).mean() > 0.95
+    assert fit.loss == pytest.approx(row_losses(logits, y[300:], "labels").mean(), rel=0.5)
+    assert (np.abs(logits[:, 2:]) > 2).all()
+
+
 def test_a_layer_without_bias_gets_none() -> None:
     x, y = classes(60, 3)
     fit = fit_head(x, y, kind="classes", width=3, intercept=False, rng=np.random.default_rng(0))

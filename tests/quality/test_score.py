@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tsqlora as tsq
 from models import collate, lora, samples, tiny_bert, tiny_llama_classifier
+from oracles import slow_multi_label_loss
 from scoring import (
     assert_agree,
     assert_unchanged,
@@ -29,6 +30,7 @@ from tsqlora.adapter.slots import find_slots
 from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.quality.terms import TERMS, Term
 from tsqlora.tasks.classification import Classification
+from tsqlora.tasks.multi_label import MultiLabel
 
 Rows = list[dict[str, Any]]
 N = 14
@@ -100,6 +102,28 @@ def test_scores_of_a_regression_are_the_twins(calibration: bool, scope: str) -> 
     assert_agree(scores, slow(model, rows, REFERENCE, scope=scope, offsets=offsets, loss=squared_error))
     assert scores.record.offsets == (pytest.approx(lean.tolist()) if calibration else None)
     assert scores.strata is None
+
+
+@pytest.mark.parametrize("scope", ["adapter", "full"])
+@pytest.mark.parametrize("calibration", [True, False])
+def test_scores_of_several_labels_are_the_twins(calibration: bool, scope: str) -> None:
+    model, rows = adapted(num_labels=4, problem_type="multi_label_classification")
+    logits = logits_of(model, rows)
+    for row, z in zip(rows, logits, strict=True):
+        row["labels"] = (z > 0).double().tolist()
+    labels = torch.tensor([row["labels"] for row in rows])
+    offsets = MultiLabel().offsets(logits[REFERENCE], labels[REFERENCE]) if calibration else None
+
+    scores = score(model, rows, scope=scope, calibration=calibration)
+
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        return slow_multi_label_loss(z[0], y[0]).reshape(1)
+
+    assert_agree(scores, slow(model, rows, REFERENCE, scope=scope, offsets=offsets, loss=loss))
+    assert scores.strata is None
+    np.testing.assert_array_equal(scores.labels, labels)
+    p = torch.sigmoid(logits if offsets is None else logits + offsets)
+    np.testing.assert_allclose(scores.terms["el2n"], (p - labels).norm(dim=1), rtol=1e-5)
 
 
 def test_a_row_outside_the_reference_keeps_the_whole_mean_and_one_inside_does_not() -> None:

@@ -26,7 +26,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     about: dict[str, Any] = {
         "source": "<b>rows</b>.csv", "sha256": "0" * 64, "classes": classes, "model_name": HOSTILE, "rows": 10,
-        "summary": "Said.", "notes": [HOSTILE],
+        "summary": "Said.", "notes": [HOSTILE], "answer": "class",
         "pairs": [{"label": HOSTILE, "suggested": "no", "rows": 3, "wrong": 1.5}],
     }  # fmt: skip
     both = tuple({"row": j, "text": HOSTILE, "label": "no"} for j in (1, 2))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from models import GENERATORS, tiny_bert
 from tsqlora.errors import UnsupportedError
 from tsqlora.tasks import get_task
-from tsqlora.tasks.forward import model_logits, split_labels, task_of
+from tsqlora.tasks.forward import model_logits, require_labels, split_labels, task_of
 
 IDS = torch.tensor([[5, 6, 7, 1], [8, 9, 1, 0]])
 LABELS = torch.tensor([[5, 7, 1], [8, 1, -100]])
@@ -55,6 +55,8 @@ def test_a_classifiers_inputs_are_left_alone() -> None:
     assert inputs.keys() == {"input_ids"}
 
 
-def test_a_model_made_for_several_labels_is_refused_by_name() -> None:
-    with pytest.raises(UnsupportedError, match="multi-label-classification"):
-        task_of(tiny_bert(problem_type="multi_label_classification"))
+def test_labels_of_another_task_than_the_models_are_refused() -> None:
+    for kind, labels in ((None, torch.ones(4, 3)), ("multi_label_classification", torch.ones(4))):
+        task = task_of(tiny_bert(problem_type=kind))
+        with pytest.raises(UnsupportedError, match="shape"):
+            require_labels(task, labels)

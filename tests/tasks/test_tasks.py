@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -24,16 +26,23 @@ def test_an_unknown_name_gives_the_nearest() -> None:
         get_task("regresion")
 
 
-@pytest.mark.parametrize("name", [*NOT_BUILT, "multi_label", "preference tuning"])
+@pytest.mark.parametrize("name", [*NOT_BUILT, "token_classification", "preference tuning"])
 def test_tasks_that_are_not_built_are_refused_by_name(name: str) -> None:
     with pytest.raises(UnsupportedError, match=name):
         get_task(name)
 
 
-@pytest.mark.parametrize("name", ["sequence-classification", "regression"])
-def test_metrics_are_all_that_the_task_says(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "labels"),
+    [
+        ("sequence-classification", [0, 1, 1]),
+        ("multi-label-classification", [[0.0, 1.0], [1.0, 1.0], [0.0, 0.0]]),
+        ("regression", [0.5, 1.0, 0.0]),
+    ],
+)
+def test_metrics_are_all_that_the_task_says(name: str, labels: list[Any]) -> None:
     task = get_task(name)
     assert isinstance(task, Answers)
-    logits = np.array([[1.0, 0.0], [0.0, 2.0], [1.0, 0.5]])[:, : 2 if name == "sequence-classification" else 1]
-    found = task.metrics(logits, np.array([0, 1, 1] if logits.shape[1] == 2 else [0.5, 1.0, 0.0]))
+    logits = np.array([[1.0, 0.0], [0.0, 2.0], [1.0, 0.5]])[:, : 1 if name == "regression" else 2]
+    found = task.metrics(logits, np.array(labels))
     assert set(found) == set(task.measured) > {task.headline}

@@ -21,8 +21,8 @@ from tsqlora.files import parents_of, replacing
 COPIED = (".jsonl", ".parquet", *TABLES)
 """Formats whose rows can be copied as they stand."""
 
-Labels = Mapping[int, str | int]
-"""New labels by the places of their rows, from 0."""
+Labels = Mapping[int, Any]
+"""New labels, or lists of them, by the places of their rows, from 0."""
 
 
 def can_copy(source: Path, out: Path) -> bool:
@@ -105,9 +105,7 @@ def _lines(path: Path, dialect: Dialect) -> Iterator[tuple[list[str], int, int]]
         yield [line], start, end
 
 
-def _relabelled(
-    raw: bytes, cells: list[str], header: list[str], dialect: Dialect, column: str, label: str | int
-) -> bytes:
+def _relabelled(raw: bytes, cells: list[str], header: list[str], dialect: Dialect, column: str, label: Any) -> bytes:
     text = raw.decode(dialect.encoding)
     ending = text[len(text.rstrip("\r\n")) :]
     if not header:

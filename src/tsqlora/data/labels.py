@@ -1,10 +1,11 @@
-"""Labels as rows write them, encoded as class ids or target numbers."""
+"""Labels as rows write them, encoded as class ids, sets of labels, or target numbers."""
 
 import math
 import re
 import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -12,16 +13,27 @@ from tsqlora.data.cells import MissingError, is_missing
 from tsqlora.data.rows import Rows
 from tsqlora.errors import DataError
 
+SEPARATOR = "|"
+"""Between the labels of a cell of text."""
+
+
+def join_labels(cell: Any) -> Any:
+    """The inverse of `split_labels`, as text; a cell that is no list of labels stays as it is."""
+    plain = isinstance(cell, list) and all(isinstance(part, str | int | float) for part in cell)
+    return SEPARATOR.join(map(str, cell)) if plain else cell
+
 
 @dataclass(frozen=True, slots=True)
 class LabelMap:
     """The classes in the order of their ids: `names[id]` is the label as the data writes it."""
 
     names: tuple[str | int, ...]
+    answer: str = "class"
+    """What a row has of them: one "class", or any number of "labels"."""
 
 
-def distinct_labels(parts: Iterable[Rows], column: str) -> tuple[list[str | int], np.ndarray]:
-    """The distinct labels in order of first appearance, and the number of each row's label.
+def distinct_labels(parts: Iterable[Rows], column: str, answer: str = "class") -> tuple[list[str | int], np.ndarray]:
+    """The distinct labels in order of first appearance, and the number of each row's class; all 0 for several labels.
 
     In a format without types (CSV), labels that are all integers become integers. Raises DataError with file and row
     for a label that is neither text nor an integer, and for text beside integers.
@@ -32,20 +44,21 @@ def distinct_labels(parts: Iterable[Rows], column: str) -> tuple[list[str | int]
     typed = True
     for rows in parts:
         typed = rows.typed
-        labels = [label_at(rows, i, column) for i in range(len(rows))]
-        for i, label in enumerate(labels):
+        cells = [labels_at(rows, i, column, answer) for i in range(len(rows))]
+        for i, label in ((i, label) for i, cell in enumerate(cells) for label in cell):
             kinds.add(type(label))
             if len(kinds) > 1:
                 raise DataError(
                     f"{rows.place(i)}: the label {label!r} in column '{column}' is {type(label).__name__}, "
                     "unlike earlier labels; write all as text or all as integers"
                 )
-        places.append(np.array([numbers.setdefault(label, len(numbers)) for label in labels], dtype=np.int32))
+        ids = [[numbers.setdefault(label, len(numbers)) for label in cell] for cell in cells]
+        places.append(np.array([own[0] if answer == "class" else 0 for own in ids], dtype=np.int32))
     integers = not typed and all(_is_integer(str(value)) for value in numbers)
     return [int(value) if integers else value for value in numbers], np.concatenate(places)
 
 
-def classes_of(labels: Iterable[str | int], source: str, column: str) -> LabelMap:
+def classes_of(labels: Iterable[str | int], source: str, column: str, answer: str = "class") -> LabelMap:
     """Sort distinct training labels into classes: text as text, integers as numbers.
 
     >>> classes_of([10, 9], "a.csv", "label").names, classes_of(["10", "9"], "a.csv", "label").names
@@ -54,26 +67,28 @@ def classes_of(labels: Iterable[str | int], source: str, column: str) -> LabelMa
     names = tuple(sorted(labels))
     if len(names) < 2:
         raise DataError(f"{source}, column '{column}': {_listed(names)} is the only class; give rows of at least two")
-    return LabelMap(names)
+    return LabelMap(names, answer)
 
 
-def encode_labels(rows: Rows, column: str, label_map: LabelMap) -> list[int]:
-    """Class ids of all rows; if classes are integers, their text counts too ("3" for 3).
+def encode_labels(rows: Rows, column: str, label_map: LabelMap) -> list[Any]:
+    """The class id of each row, or for several labels a list of a 0.0 or 1.0 for each class.
 
-    Raises DataError with file and row for an invalid label and for a label that is not a class.
+    If classes are integers, their text counts too ("3" for 3). Raises DataError with file and row for an invalid label
+    and for a label that is not a class.
     """
-    ids = {name: number for number, name in enumerate(label_map.names)}
-    integers, encoded = isinstance(label_map.names[0], int), list[int]()
+    numbers = {name: number for number, name in enumerate(label_map.names)}
+    integers, encoded = isinstance(label_map.names[0], int), list[Any]()
     for i in range(len(rows)):
-        label = label_at(rows, i, column)
-        if integers and isinstance(label, str) and _is_integer(label):
-            label = int(label)
-        if label not in ids:
-            raise DataError(
-                f"{rows.place(i)}: label {reprlib.repr(label)} is not among the training data's classes: "
-                f"{_listed(label_map.names)}; correct it, or add the class to the training data"
-            )
-        encoded.append(ids[label])
+        ids = list[int]()
+        for label in labels_at(rows, i, column, label_map.answer):
+            label = int(label) if integers and isinstance(label, str) and _is_integer(label) else label
+            if label not in numbers:
+                raise DataError(
+                    f"{rows.place(i)}: label {reprlib.repr(label)} is not among the training data's classes: "
+                    f"{_listed(label_map.names)}; correct it, or add the class to the training data"
+                )
+            ids.append(numbers[label])
+        encoded.append(ids[0] if label_map.answer == "class" else [float(k in ids) for k in range(len(numbers))])
     return encoded
 
 
@@ -111,17 +126,44 @@ def look_alikes(names: Iterable[str | int]) -> list[tuple[str, ...]]:
     return [tuple(group) for group in alike.values() if len(group) > 1]
 
 
-def label_at(rows: Rows, i: int, column: str) -> str | int:
-    """The label of row i.  Raises DataError with file and row for a value that cannot be a label."""
+def labels_at(rows: Rows, i: int, column: str, answer: str) -> list[str | int]:
+    """The label of row i, or its labels: a list, which may be empty, or text joined by "|".
+
+    Raises DataError with file and row for a value that cannot be a label.
+    """
     value = rows.rows[i].get(column)
     if is_missing(value):
         raise MissingError(rows.place(i), f"no label in column '{column}'")
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise DataError(
-            f"{rows.place(i)}: column '{column}' holds the {type(value).__name__} {reprlib.repr(value)} as a label; "
-            "write classes as text or integers, or set task.type to regression for numbers"
-        )
-    return value
+    values: list[Any] = [value] if answer == "class" else split_labels(value)
+    for label in values:
+        if isinstance(label, bool) or not isinstance(label, str | int):
+            raise DataError(
+                f"{rows.place(i)}: column '{column}' holds the {type(label).__name__} {reprlib.repr(label)} as a "
+                f"label; {_CURES[answer]}"
+            )
+        if answer == "labels" and is_missing(label):
+            raise DataError(f"{rows.place(i)}: column '{column}' holds an empty label; remove it")
+    return values
+
+
+_CURES = {
+    "class": "write classes as text or integers; for numbers set task.type to regression, for lists to "
+    "multi-label-classification",
+    "labels": 'write labels as a list of texts or integers, or as text joined by "|"',
+}
+
+
+def split_labels(cell: Any) -> list[Any]:
+    """The labels of a cell.
+
+    >>> split_labels("joy | love"), split_labels(["joy"]), split_labels(3)
+    (['joy', 'love'], ['joy'], [3])
+    """
+    if isinstance(cell, str):
+        # A list that pandas wrote as text is refused like any label that is no text.
+        written = re.fullmatch(r"""\[\s*['"].*\]\s*""", cell)
+        return [[cell]] if written else [part.strip() for part in cell.split(SEPARATOR) if part.strip()]
+    return cell if isinstance(cell, list) else [cell]
 
 
 def _target_at(rows: Rows, i: int, column: str) -> float:

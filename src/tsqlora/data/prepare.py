@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -88,7 +89,7 @@ def _tokenised(
         yield part
 
 
-def _labels(rows: Rows, splits: Splits) -> list[int] | list[float]:
+def _labels(rows: Rows, splits: Splits) -> list[Any]:
     column = splits.columns.label
     assert column is not None
     return encode_targets(rows, column) if splits.labels is None else encode_labels(rows, column, splits.labels)

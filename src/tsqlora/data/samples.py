@@ -40,7 +40,8 @@ class ArrowSamples(Sequence[dict[str, Any]]):
 
     @property
     def labels(self) -> np.ndarray:
-        return self.dataset.data["labels"].to_numpy()
+        column = self.dataset.data["labels"]
+        return np.array(column.to_pylist()) if pa.types.is_list(column.type) else column.to_numpy()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,7 @@ class TokenisedSplit:
 
     @property
     def labels(self) -> np.ndarray:
-        """The label of each sample, if labels are single numbers."""
+        """The label of each sample: a number, or a row of k for several labels."""
         if isinstance(self.samples, ArrowSamples):
             return self.samples.labels
         return np.array([sample["labels"] for sample in self.samples])
@@ -109,5 +110,11 @@ def store(parts: Iterable[TokenisedSplit], folder: Path | None = None) -> Tokeni
 
 
 def _schema(sample: dict[str, Any]) -> pa.Schema:
-    kinds = {list: pa.list_(pa.int32()), int: pa.int64(), float: pa.float64()}
-    return pa.schema([(key, kinds[type(value)]) for key, value in sample.items()])
+    kinds = {int: pa.int64(), float: pa.float64()}
+
+    def kind(value: Any) -> pa.DataType:
+        if not isinstance(value, list):
+            return kinds[type(value)]
+        return pa.list_(pa.float32() if value and isinstance(value[0], float) else pa.int32())
+
+    return pa.schema([(key, kind(value)) for key, value in sample.items()])

@@ -4,7 +4,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -19,9 +18,6 @@ from tsqlora.errors import DataError
 
 MEASURED = ("validation", "test")
 """The splits that training only measures."""
-
-Answer = Literal["class", "number", "text"]
-"""The kind of a row's label."""
 
 _SHOWN = 5
 """Rows that a note lists for each reason."""
@@ -80,7 +76,7 @@ def read_data(
     validation: str | None,
     test: str | None,
     *,
-    answer: Answer,
+    answer: str,
     columns: Mapping[str, str | None],
     validation_fraction: float,
     seed: int,
@@ -90,10 +86,10 @@ def read_data(
 ) -> Splits:
     """Read the splits: train, trusted if named, validation (a seeded share of train if not named), and test if any.
 
-    `columns` are options of `find_format` if the answer is text, else of `find_columns`. Every row is read and every
-    label checked. Rows without a text or a label are left out, with a warning, up to the share `max_bad_rows` of a
-    split. A test split beside the training rows that has no labels is left out, with a warning: benchmarks keep
-    theirs secret. Raises DataError with file and row.
+    `answer` is that of the task. `columns` are options of `find_format` if it is text, else of `find_columns`. Every
+    row is read and every label checked. Rows without a text or a label are left out, with a warning, up to the share
+    `max_bad_rows` of a split. A test split beside the training rows that has no labels is left out, with a warning:
+    benchmarks keep theirs secret. Raises DataError with file and row.
     """
     sources = open_splits(train, validation, test, trusted, hints)
     first = sources["train"]
@@ -204,16 +200,16 @@ def _lacks_labels(source: Source, column: str | None) -> bool:
     return all(is_missing(value) or value in (-1, "-1") for value in values)
 
 
-def _labels(source: Source, places: np.ndarray, columns: Columns, answer: Answer) -> tuple[LabelMap | None, np.ndarray]:
-    """The classes of the rows at these places, and the number of each row's class; all 0 if labels are not classes."""
+def _labels(source: Source, places: np.ndarray, columns: Columns, answer: str) -> tuple[LabelMap | None, np.ndarray]:
+    """The classes of the rows at these places, and the number of each row's class; all 0 without a single class."""
     parts, column = source.chunks(places), columns.label
     if answer == "number" and column is not None:
         for rows in parts:
             encode_targets(rows, column)
-    if answer != "class" or column is None:
+    if answer in ("number", "text") or column is None:
         return None, np.zeros(len(places), dtype=np.int32)
-    values, groups = distinct_labels(parts, column)
-    classes = classes_of(values, source.name, column)
+    values, groups = distinct_labels(parts, column, answer)
+    classes = classes_of(values, source.name, column, answer)
     if are_measures(classes.names):
         warnings.warn(
             f"{source.name}: the labels in column '{column}' are numbers with decimals, and each of "

@@ -19,7 +19,7 @@ def tokenise(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
-    labels: Sequence[int] | Sequence[float] | None,
+    labels: Sequence[Any] | None,
 ) -> TokenisedSplit:
     """One sample a row, of at most `max_length` tokens, not padded; `labels` are encoded, or None.
 

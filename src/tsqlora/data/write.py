@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tsqlora.data.labels import join_labels
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.files import parents_of, replacing
 
@@ -108,7 +109,16 @@ def _write_csv(path: Path, rows: Sequence[Row], *, delimiter: str = ",") -> None
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, _names(rows), delimiter=delimiter, lineterminator="\n", quoting=quoting)
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(map(joined, rows))
+
+
+def joined(row: Row) -> dict[str, Any]:
+    """Join lists of labels as the reader splits them.
+
+    >>> joined({"text": "Oh!", "labels": ["joy", "love"]})
+    {'text': 'Oh!', 'labels': 'joy|love'}
+    """
+    return {name: join_labels(value) for name, value in row.items()}
 
 
 def csv_quoting(values: Iterable[Any]) -> Any:

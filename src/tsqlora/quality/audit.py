@@ -2,14 +2,14 @@
 
 Each row is judged by a fit without it: ridge regression on frozen features. `label_noise` estimates the rate of wrong
 labels from contradictions with these predictions, `transitions` which labels each class's rows get; Bayes' rule then
-gives the probability that a class is the true one.
+gives the probability that a class is the true one. Of several labels of a row, each is judged without the others.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from scipy.special import softmax
 from torch import nn
 
@@ -17,13 +17,12 @@ from tsqlora import distributed
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.quality.forward_pass import forward_pass
 from tsqlora.quality.label_noise import FROZEN_CLASSES, LabelNoise, Labels, Logits, reject
-from tsqlora.quality.ridge import fit_temperature, leave_one_out_logits
+from tsqlora.quality.ridge import fit_ridge, fit_temperature, leave_one_out_logits
 from tsqlora.quality.rows import Dataset
 from tsqlora.quality.rule import Compute, RowNames
 from tsqlora.quality.scores import require_row_names
 from tsqlora.quality.transitions import fit_transitions, true_class
-from tsqlora.tasks import get_task
-from tsqlora.tasks.forward import Collate, each_its_row
+from tsqlora.tasks.forward import Collate, each_its_row, task_of
 
 LIKELY = 0.5
 """A label is likely wrong above this probability."""
@@ -66,12 +65,13 @@ class Contradiction:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Audit:
-    """All rows, the likeliest wrong label first. Labels are indices into `classes`.
+    """All labels, the likeliest wrong one first, as indices into `classes`; a row with several labels has several.
 
     Unless wrong labels are `evident`, `rate` is an assumption and only the order is informative.
     """
 
     ids: Int[np.ndarray, " n"]
+    """The row of each label."""
     labels: Labels
     suggested: Labels
     """The likeliest class other than the label."""
@@ -99,7 +99,7 @@ class Audit:
 
     @property
     def likely_wrong(self) -> int:
-        """Number of rows with a likely wrong label, which come first; 0 without evidence."""
+        """Number of likely wrong labels, which come first; 0 without evidence."""
         return int((self.probability > LIKELY).sum()) if self.evident else 0
 
     def columns(self) -> dict[str, np.ndarray]:
@@ -126,18 +126,22 @@ def audit(
 
     Args:
         model: a classifier; its head may be new. It is left unchanged.
-        dataset: its rows go to `collate`, which returns the model's inputs and `labels`, one class each.
+        dataset: its rows go to `collate`, which returns the model's inputs and `labels`: a class each, or n × k of 0
+            and 1 for a model with the problem_type multi_label_classification.
         classes: class names by number; by default the numbers.
         rows: ids of the rows; by default their positions.
 
-    Raises UnsupportedError for a model without a last linear layer, SettingsError for fewer than 3 rows.
+    Raises UnsupportedError for another task and for a model without a last linear layer, SettingsError for fewer than 3
+    rows.
     """
     rows, compute = rows or RowNames(), compute or Compute()
     model, collate = distributed.unwrapped(model), each_its_row(collate)
     require_row_names(len(dataset), hashes=rows.hashes, ids=rows.ids)
     if len(dataset) < 3:
         raise SettingsError(f"{len(dataset)} rows are too few for an audit; give at least 3")
-    task = get_task("sequence-classification")
+    task = task_of(model)
+    if task.answer not in ("class", "labels"):
+        raise UnsupportedError(f"an audit needs classes, but the task is {task.name}")
     forward, _ = forward_pass(model, dataset, collate, task=task, compute=compute, rows=rows, mean=True)
 
     def judge() -> Audit:
@@ -153,16 +157,26 @@ def audit(
 
 def audit_of(
     features: Float[np.ndarray, "n d"],
-    labels: Labels,
+    labels: Shaped[np.ndarray, "n *k"],
     *,
     classes: Sequence[str | int] | None = None,
     ids: Int[np.ndarray, " n"] | None = None,
 ) -> Audit:
-    """Audit labels by frozen features: a ridge fit on all other rows judges each row."""
-    width = int(labels.max()) + 1 if classes is None else len(classes)
-    logits = leave_one_out_logits(features, labels, width)
-    result = audit_of_logits(logits, labels, classes=classes, ids=ids)
-    return replace(result, duplicates=contradictions(features, labels, np.arange(len(labels)) if ids is None else ids))
+    """Audit labels, classes or n × k of 0 and 1, by frozen features: a ridge fit on all other rows judges each row."""
+    ids = np.arange(len(labels)) if ids is None else ids
+    if labels.ndim == 2:
+        rows, own = np.nonzero(labels > 0.5)
+        others = labels[rows] > 0.5
+        others[np.arange(len(own)), own] = False
+        logits = fit_ridge(features, labels.astype(np.float32)).left_out[rows]
+        # The row's other labels are as unlikely as its least likely class.
+        logits = np.where(others, logits.min(axis=1, keepdims=True), logits)
+        result = audit_of_logits(logits, own, classes=classes, ids=ids[rows], excluded=others)
+        labels = np.unique(labels, axis=0, return_inverse=True)[1]
+    else:
+        width = int(labels.max()) + 1 if classes is None else len(classes)
+        result = audit_of_logits(leave_one_out_logits(features, labels, width), labels, classes=classes, ids=ids)
+    return replace(result, duplicates=contradictions(features, labels, ids))
 
 
 def audit_of_logits(
@@ -171,8 +185,12 @@ def audit_of_logits(
     *,
     classes: Sequence[str | int] | None = None,
     ids: Int[np.ndarray, " n"] | None = None,
+    excluded: Bool[np.ndarray, "n k"] | None = None,
 ) -> Audit:
-    """Audit labels by logits, or log probabilities, of fits without the rows that they judge."""
+    """Audit labels by logits, or log probabilities, of fits without the rows that they judge.
+
+    `excluded` classes are not suggested.
+    """
     rows = np.arange(len(labels))
     logits = logits / np.float32(fit_temperature(logits, labels))
     judged = np.bincount(labels, minlength=logits.shape[1])[labels] >= FEWEST
@@ -187,6 +205,7 @@ def audit_of_logits(
     p_true = _p_true(logits, labels, fitted, judged)
     own, others = p_true[rows, labels], p_true.copy()
     others[rows, labels] = -1
+    others[np.zeros_like(others, dtype=bool) if excluded is None else excluded] = -1
     suggested, wrong = others.argmax(axis=1), np.where(judged, (1 - own).clip(0, 1), fitted.rate)
     # The logits order rows that are all but certain.
     order = np.lexsort((logits[rows, labels], -wrong))

@@ -144,18 +144,22 @@ def _find_texts(scores: Scores, rows: Iterable[int], source: Source) -> dict[int
     return {j: texts[name] for j, name in hashes.items() if name in texts}
 
 
+def named(scores: Scores, value: Any) -> Any:
+    """Return a label or prediction by name: a class, a list of labels, or a number where there are no names."""
+    names = scores.record.classes
+    if np.ndim(value):
+        return [k if names is None else names[k] for k in np.flatnonzero(value > 0.5).tolist()]
+    return value.item() if names is None else names[int(value)]
+
+
 def _sample(scores: Scores, j: int, text: str | None) -> dict[str, Any]:
-    names, predicted = scores.record.classes, scores.predictions.get("predicted")
-
-    def label(value: Any) -> Any:
-        return value.item() if names is None else names[int(value)]
-
+    predicted = scores.predictions.get("predicted")
     probabilities = ("predicted_probability", "label_probability")
     return {
         "id": int(scores.row_ids[j]),
         "text": text,
-        "label": label(scores.labels[j]),
-        **({} if predicted is None else {"predicted": label(predicted[j])}),
+        "label": named(scores, scores.labels[j]),
+        **({} if predicted is None else {"predicted": named(scores, predicted[j])}),
         **{name: float(scores.predictions[name][j]) for name in probabilities if name in scores.predictions},
         "quality": float(scores.quality[j]),
         "reason": REASONS[int(scores.reason_codes[j])],

@@ -78,7 +78,7 @@ def require_finite(losses: Float[Tensor, " n"]) -> None:
         )
 
 
-def against_chance(task: Answers, logits: Float[Tensor, "n k"], labels: Shaped[Tensor, " n"]) -> LearnedTest:
+def against_chance(task: Answers, logits: Float[Tensor, "n k"], labels: Shaped[Tensor, "n *k"]) -> LearnedTest:
     """Test a model's losses against those of the best constant guess on the same rows."""
     constant = task.chance(labels, logits.shape[1]).to(logits.dtype).to(logits.device).expand_as(logits).contiguous()
     return learned(task.loss(logits, labels), task.loss(constant, labels))

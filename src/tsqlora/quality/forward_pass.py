@@ -53,7 +53,7 @@ class Forward:
     """Results of the pass for every row, in the data set's order."""
 
     labels: np.ndarray
-    """Class ids or numbers; for generation the number of target tokens."""
+    """Class ids, n × k of 0 and 1, or numbers; for generation the number of target tokens."""
     loss: np.ndarray
     logits: np.ndarray | None = None
     """n × k; None for generation."""

@@ -20,12 +20,15 @@ from tsqlora.quality.rule import LookRequest
 from tsqlora.seeds import stream
 from tsqlora.tasks import Answers, Task
 from tsqlora.tasks.classification import Classification
+from tsqlora.tasks.multi_label import MultiLabel
 from tsqlora.tasks.regression import Regression
 
 ROWS_TO_FIT = 50_000
 """Fit a head on at most this many random rows: more hardly change it, and their features may not fit in memory."""
 LEAST_TRUSTED = 8
 """Fit no head on fewer trusted rows."""
+LEAST_P = 1e-3
+"""Least probability of a label by least squares, whose predictions may lie outside of 0 and 1."""
 WHITENED_STD = 0.5
 """Deviation of the outputs of a whitened dense layer: tanh is nearly linear there."""
 
@@ -81,7 +84,7 @@ class Started:
         return self.head.fit.head.logits(self._features()).astype(np.float32)
 
     def unseen(self, task: Task) -> np.ndarray | None:
-        """Predict each row by a fit without it: logits of classes, or a number; None without features."""
+        """Predict each row by a fit without it: logits of classes or labels, or a number; None without features."""
         pool = self.pool
         if pool is None or pool.features is None or len(pool.labels) < 3 or self.layer is None:
             return None
@@ -89,6 +92,9 @@ class Started:
             return leave_one_out_logits(self._features(), pool.labels, self.layer.linear.out_features)
         if isinstance(task, Regression):
             return fit_ridge(self._features(), pool.labels[:, None].astype(np.float64)).left_out
+        if isinstance(task, MultiLabel):
+            p = fit_ridge(self._features(), pool.labels.astype(np.float64)).left_out.clip(LEAST_P, 1 - LEAST_P)
+            return np.log(p / (1 - p))
         return None
 
     def why_not(self, task: Task) -> str | None:
@@ -135,7 +141,7 @@ def start_head(model: nn.Module, request: LookRequest) -> Started:
     if trusted is not None:
         of_trusted, _ = run(trusted.rows, compute=replace(compute, journal=None, progress=None))
     trusts = rule.trusts and trusted is not None and trusted.loss is None
-    if layer is None or not isinstance(task, Classification | Regression) or not (rule.head_start or trusts):
+    if layer is None or not isinstance(task, Answers) or not (rule.head_start or trusts):
         return Started(None, None, layer, pool, of_trusted)
     head, own = distributed.once(lambda: _fit(pool, of_trusted, task, layer, rule.seed))
     if not rule.head_start:  # the trusted model still starts from its own head
@@ -176,6 +182,8 @@ def _fit(
 
 
 def _kind(task: Task) -> Kind:
+    if isinstance(task, MultiLabel):
+        return "labels"
     return "classes" if isinstance(task, Classification) else "numbers"
 
 

@@ -20,8 +20,8 @@ from sklearn.model_selection import KFold, StratifiedKFold
 
 from tsqlora.quality.ridge import fit_ridge
 
-Kind = Literal["classes", "numbers"]
-"""The targets: one of k classes per row, or one number."""
+Kind = Literal["classes", "labels", "numbers"]
+"""The targets: one of k classes per row, any of k labels as n × k of 0 and 1, or one number."""
 
 STRENGTHS = np.geomspace(1e-2, 1e2, 5)
 """Candidates for sklearn's C, on features of mean square norm 1."""
@@ -75,7 +75,7 @@ class HeadFit:
 
 def fit_head(
     features: Float[np.ndarray, "n d"],
-    targets: Shaped[np.ndarray, " n"],
+    targets: Shaped[np.ndarray, "n *k"],
     *,
     kind: Kind,
     width: int,
@@ -85,8 +85,8 @@ def fit_head(
 ) -> HeadFit:
     """Fit a head of `width` outputs with the regularisation of least out-of-fold loss, at a calibrated scale.
 
-    Classes: multinomial logistic regression; numbers: least squares. A class without rows gets the logit of a class
-    that occurs in less than one row.
+    Classes: multinomial logistic regression; labels: a binary one each; numbers: least squares. A class without rows
+    gets the logit of a class that occurs in less than one row.
     """
     # Centred if a bias can absorb the centre: features of similar direction converge slowly.
     centre = features.mean(axis=0, dtype=np.float64) if intercept else np.zeros(features.shape[1])
@@ -100,31 +100,36 @@ def fit_head(
         head, strength, scale = LinearHead(ridge.weight, ridge.bias), ridge.strength, 1.0
     else:
         fit = partial(_softmax, width=width, intercept=intercept, class_weights=class_weights)
-        losses, strength, start = _out_of_fold(fit, features[some], targets[some], rng)
+        if kind == "labels":
+            fit = partial(_sigmoids, intercept=intercept)
+        losses, strength, start = _out_of_fold(fit, features[some], targets[some], kind, rng)
         head = fit(features, targets, strength, start=start)
-        scale = _calibrated_scale(head.logits(features), targets, float(losses.mean()))
+        scale = _calibrated_scale(head.logits(features), targets, kind, float(losses.mean()))
     head = LinearHead(head.weight / unit, head.bias - head.weight @ centre / unit).scaled(scale)
     return HeadFit(head, strength, some, losses, scale)
 
 
 def row_losses(
-    logits: Float[np.ndarray, "n k"], targets: Shaped[np.ndarray, " n"], kind: Kind
+    logits: Float[np.ndarray, "n k"], targets: Shaped[np.ndarray, "n *k"], kind: Kind
 ) -> Float[np.ndarray, " n"]:
-    """Return cross-entropy or squared error per row."""
+    """Return cross-entropy, the mean binary cross-entropy of the labels, or squared error per row."""
     if kind == "numbers":
         return np.square(logits[:, 0] - targets)
+    if kind == "labels":
+        return np.logaddexp(0, np.where(targets > 0.5, -logits, logits)).mean(axis=1)
     return -log_softmax(logits, axis=1)[np.arange(len(targets)), targets]
 
 
 def _out_of_fold(
     fit: Callable[..., LinearHead],
     features: Float[np.ndarray, "m d"],
-    labels: Int[np.ndarray, " m"],
+    labels: Shaped[np.ndarray, "m *k"],
+    kind: Kind,
     rng: np.random.Generator,
 ) -> tuple[Float[np.ndarray, " m"], float, LinearHead]:
     """Return out-of-fold losses, the strength of least loss, and the mean of its fits."""
     best: tuple[Float[np.ndarray, " m"], float, LinearHead] | None = None
-    stratified = np.bincount(labels)[np.unique(labels)].min() >= FOLDS
+    stratified = kind == "classes" and np.bincount(labels)[np.unique(labels)].min() >= FOLDS
     splitter = (StratifiedKFold if stratified else KFold)(FOLDS, shuffle=True, random_state=int(rng.integers(2**31)))
     folds = list(splitter.split(labels, labels))
     heads: list[LinearHead] = []
@@ -132,7 +137,7 @@ def _out_of_fold(
         losses, starts = np.empty(len(labels)), heads or [None] * FOLDS
         heads = [fit(features[t], labels[t], strength, start=s) for (t, _), s in zip(folds, starts, strict=True)]
         for head, (_, test) in zip(heads, folds, strict=True):
-            losses[test] = row_losses(head.logits(features[test]), labels[test], "classes")
+            losses[test] = row_losses(head.logits(features[test]), labels[test], kind)
         if best is not None and losses.mean() > best[0].mean():
             break  # the loss has one minimum, and weaker penalties take longer to fit
         best = losses, strength, _mean(heads)
@@ -158,20 +163,9 @@ def _softmax(
     present = np.unique(labels)
     weight, bias = np.zeros((width, features.shape[1])), np.zeros(width)
     if len(present) > 1:
-        onehot = labels[:, None] == present
-        gradient = np.abs((onehot - onehot.mean(axis=0)).T.astype(np.float32) @ features / len(labels)).max()
-        tol = max(TOLERANCE * gradient, 1e-12)
-        model = LogisticRegression(C=strength, fit_intercept=intercept, max_iter=300, tol=tol)
-        if start is not None and len(present) > 2:
-            model.warm_start = True
-            model.coef_ = start.weight[present].astype(np.float32)
-            model.intercept_ = start.bias[present].astype(np.float32)
-        with warnings.catch_warnings():
-            # Out-of-fold losses also judge a fit that did not converge.
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            model.fit(features, labels, sample_weight=None if class_weights is None else class_weights[labels])
-        coefficients = model.coef_
-        intercepts = np.asarray(model.intercept_) if intercept else np.zeros(len(coefficients))
+        shares = None if class_weights is None else class_weights[labels]
+        begin = None if start is None or len(present) == 2 else LinearHead(start.weight[present], start.bias[present])
+        coefficients, intercepts = _logistic(features, labels, strength, intercept, shares, begin)
         if len(present) == 2:  # sklearn returns the log-odds of the second class
             coefficients = np.concatenate([-coefficients, coefficients]) / 2
             intercepts = np.concatenate([-intercepts, intercepts]) / 2
@@ -182,11 +176,53 @@ def _softmax(
     return LinearHead(weight, bias)
 
 
-def _calibrated_scale(logits: np.ndarray, labels: np.ndarray, out_of_fold: float) -> float:
+def _sigmoids(
+    features: Float[np.ndarray, "n d"],
+    labels: Float[np.ndarray, "n k"],
+    strength: float,
+    *,
+    intercept: bool,
+    start: LinearHead | None = None,
+) -> LinearHead:
+    """Fit a binary logistic regression for each label; a constant label gets the log odds of n + 1 rows."""
+    weight, bias = np.zeros((labels.shape[1], features.shape[1])), np.zeros(labels.shape[1])
+    for k, own in enumerate((labels > 0.5).T):
+        if own.any() and not own.all():
+            begin = None if start is None else LinearHead(start.weight[k : k + 1], start.bias[k : k + 1])
+            weight[k], bias[k] = (part[0] for part in _logistic(features, own, strength, intercept, None, begin))
+        elif intercept:
+            bias[k] = (1 if own[0] else -1) * np.log(len(own) + 1)
+    return LinearHead(weight, bias)
+
+
+def _logistic(
+    features: Float[np.ndarray, "n d"],
+    labels: Shaped[np.ndarray, " n"],
+    strength: float,
+    intercept: bool,
+    shares: Float[np.ndarray, " n"] | None,
+    start: LinearHead | None,
+) -> tuple[Float[np.ndarray, "k d"], Float[np.ndarray, " k"]]:
+    """Return coefficients and intercepts: of each class, or of the second of two."""
+    onehot = labels[:, None] == np.unique(labels)
+    gradient = np.abs((onehot - onehot.mean(axis=0)).T.astype(np.float32) @ features / len(labels)).max()
+    tol = max(TOLERANCE * gradient, 1e-12)
+    model = LogisticRegression(C=strength, fit_intercept=intercept, max_iter=300, tol=tol)
+    if start is not None:
+        model.warm_start = True
+        model.coef_, model.intercept_ = start.weight.astype(np.float32), start.bias.astype(np.float32)
+    with warnings.catch_warnings():
+        # Out-of-fold losses also judge a fit that did not converge.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(features, labels, sample_weight=shares)
+    return model.coef_, np.asarray(model.intercept_) if intercept else np.zeros(len(model.coef_))
+
+
+def _calibrated_scale(logits: np.ndarray, labels: np.ndarray, kind: Kind, out_of_fold: float) -> float:
     """Return the factor, at most 1, at which the training loss equals the out-of-fold loss."""
 
     def excess(scale: float) -> float:
-        return float(row_losses(scale * logits, labels, "classes").mean()) - out_of_fold
+        return float(row_losses(scale * logits, labels, kind).mean()) - out_of_fold
 
     if excess(1.0) >= 0 or excess(LEAST_SCALE) <= 0:
         return 1.0

@@ -247,11 +247,13 @@ def _terms(
 
 
 def predictions(logits: np.ndarray, labels: np.ndarray, task: Task) -> dict[str, np.ndarray]:
-    """Return the columns of PREDICTIONS that the logits of one class or number per row give."""
+    """Return the columns of PREDICTIONS that the logits of each row's class, labels or number give."""
     z: Tensor = upcast(torch.from_numpy(logits))
     predicted = np.asarray(require_answers(task, "a prediction").predictions(z.numpy()))
     if z.shape[1] == 1:
         return {"predicted": predicted}
+    if labels.ndim == 2:
+        return {"predicted": predicted.astype(np.float32), "logits": z.numpy()}
     p = z.softmax(1)
     return {
         "predicted": predicted,

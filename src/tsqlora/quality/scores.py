@@ -23,8 +23,8 @@ JSON = Mapping[str, Any]
 REASONS = ("kept", "duplicate", "outlier", "confident negative", "gated", "trusted row")
 """Why a row is kept or dropped; `Scores.reasons` holds indices into this table."""
 PREDICTIONS = ("predicted", "predicted_probability", "label_probability", "logits")
-"""Predicted class or number; for classes its probability, the label's probability, and k logits. They come from a fit
-without the row where the record has `out_of_sample`, else from the model."""
+"""Predicted class, labels (k of 0 and 1) or number; for classes its probability and the label's; for classes and labels
+k logits. They come from a fit without the row where the record has `out_of_sample`, else from the model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +111,7 @@ class Scores:
 
     terms: Mapping[str, np.ndarray]
     labels: np.ndarray
-    """Class ids or numbers; for generation the number of target tokens."""
+    """Class ids, n × k of 0 and 1, or numbers; for generation the number of target tokens."""
     quality: np.ndarray
     probability: np.ndarray
     stratified: bool
@@ -195,7 +195,7 @@ class Scores:
         if self.hashes is not None:
             columns["hash"] = list(self.hashes)
         columns |= {
-            "label": self.labels,
+            "label": _column(self.labels),
             **self.terms,
             **{name: _column(values) for name, values in self.predictions.items()},
             "quality": self.quality,

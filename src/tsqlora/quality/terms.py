@@ -76,9 +76,11 @@ def _cosine(m: Measured) -> Float[Tensor, " n"]:
 
 
 def _el2n(m: Measured) -> Float[Tensor, " n"]:
-    """‖p − y‖ (Paul et al., 2021); for regression |prediction − label|."""
+    """‖p − y‖ (Paul et al., 2021), for several labels of their sigmoids; for regression |prediction − label|."""
     logits = _required(m.logits)
     width = logits.shape[1]
+    if m.labels.dim() == 2:
+        return (logits.sigmoid() - m.labels).norm(dim=1)
     if width == 1:
         return (logits.squeeze(1) - m.labels).abs()
     return (logits.softmax(1) - torch.nn.functional.one_hot(m.labels, width)).norm(dim=1)

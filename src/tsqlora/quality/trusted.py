@@ -117,35 +117,46 @@ def _train(
         optimizer.zero_grad(set_to_none=True)
 
 
+TINY = float(np.finfo(np.float64).tiny)
 Gate = Literal["share", "surest"]
 
 SUREST = 0.2
 """Share of the rows that the gate `surest` drops."""
 
 Margin = Callable[
-    [Float[np.ndarray, " n"], Shaped[np.ndarray, " n"], Shaped[np.ndarray, " m"], bool], Float[np.ndarray, " n"]
+    [Float[np.ndarray, " n"], Shaped[np.ndarray, "n *k"], Shaped[np.ndarray, "m *k"], bool], Float[np.ndarray, " n"]
 ]
 """(the trusted model's losses, labels, labels of trusted rows, whether labels are classes) -> margins; rows with a
 negative margin are dropped."""
 
 
 def by_share(
-    losses: Float[np.ndarray, " n"], labels: Shaped[np.ndarray, " n"], trusted: Shaped[np.ndarray, " m"], classes: bool
+    losses: Float[np.ndarray, " n"],
+    labels: Shaped[np.ndarray, "n *k"],
+    trusted: Shaped[np.ndarray, "m *k"],
+    classes: bool,
 ) -> Float[np.ndarray, " n"]:
     """Keep rows whose label has at least the probability under θ_R that is its share among trusted rows.
 
-    For regression, keep rows whose squared error is at most the variance of the trusted labels. Rows of a class without
-    trusted rows are kept.
+    For several labels, compare with their shares likewise. For regression, keep rows whose squared error is at most the
+    variance of the trusted labels. Rows of a class without trusted rows are kept.
     """
+    if labels.ndim == 2:
+        share = trusted.mean(axis=0)
+        constant = np.where(labels > 0.5, share, 1 - share)
+        return np.where((constant == 0).any(axis=1), np.inf, -losses - np.log(constant.clip(TINY)).mean(axis=1))
     if not classes:
         return trusted.var() - losses
     width = int(max(labels.max(), trusted.max())) + 1
     share = np.bincount(trusted.astype(np.int64), minlength=width)[labels.astype(np.int64)] / len(trusted)
-    return np.where(share == 0, np.inf, -losses - np.log(np.maximum(share, np.finfo(np.float64).tiny)))
+    return np.where(share == 0, np.inf, -losses - np.log(np.maximum(share, TINY)))
 
 
 def by_surest(
-    losses: Float[np.ndarray, " n"], labels: Shaped[np.ndarray, " n"], trusted: Shaped[np.ndarray, " m"], classes: bool
+    losses: Float[np.ndarray, " n"],
+    labels: Shaped[np.ndarray, "n *k"],
+    trusted: Shaped[np.ndarray, "m *k"],
+    classes: bool,
 ) -> Float[np.ndarray, " n"]:
     """Drop the fifth of the rows with the largest losses; rows of a class without trusted rows are kept."""
     margin = np.quantile(losses, 1 - SUREST) - losses

@@ -28,7 +28,12 @@ def audit_page(
     """
     shown = [asdict(row) for row in rows if row.kind == "check"]
     suspects = [asdict(row) for row in rows if row.kind != "check"][: max(ON_PAGE - len(shown), 0)]
-    data = {"rows": suspects + shown, "classes": about["classes"], "key": about["sha256"] or about["source"]}
+    data = {
+        "rows": suspects + shown,
+        "classes": about["classes"],
+        "answer": about["answer"],
+        "key": about["sha256"] or about["source"],
+    }
     pairs = [[p["label"], p["suggested"], f"{p['rows']:,}", f"{p['wrong']:.1f}"] for p in about["pairs"]]
     return (
         environment()

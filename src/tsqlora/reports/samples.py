@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tsqlora.errors import SettingsError
-from tsqlora.quality.explain import WHY, likely_wrong, suspicion, texts_or_why
+from tsqlora.quality.explain import WHY, likely_wrong, named, suspicion, texts_or_why
 from tsqlora.quality.scores import REASONS, Scores
 
 OF_A_KIND = 100
@@ -129,11 +129,10 @@ def _sample(scores: Scores, j: int, lists: tuple[str, ...], text: str | None, wr
 
 
 def _label(scores: Scores, value: Any) -> str:
-    names = scores.record.classes
-    if names is not None:
-        return str(names[int(value)])
-    number = value.item()
-    return f"{number:.4g}" if isinstance(number, float) else str(number)
+    label = named(scores, value)
+    if isinstance(label, list):
+        return ", ".join(map(str, label)) or "none"
+    return f"{label:.4g}" if isinstance(label, float) else str(label)
 
 
 def _shortened(text: str) -> str:

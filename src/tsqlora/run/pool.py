@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tsqlora.data.columns import find_columns
 from tsqlora.data.formats import find_format
-from tsqlora.data.labels import LabelMap
+from tsqlora.data.labels import LabelMap, split_labels
 from tsqlora.data.prepare import prepare, resolve_max_length
 from tsqlora.data.rows import Source, of_dataset
 from tsqlora.data.splits import Splits
@@ -22,7 +22,6 @@ from tsqlora.quality.score import score
 from tsqlora.quality.subset import equals
 from tsqlora.quality.trusted import Trusted
 from tsqlora.tasks import Task
-from tsqlora.tasks.classification import Classification
 from tsqlora.tasks.forward import task_of
 from tsqlora.tasks.generation import Generation
 from tsqlora.training.load import collate_of, positions_of
@@ -114,10 +113,11 @@ def _splits(rows: Mapping[str, Any], model: nn.Module, task: Task) -> Splits:
     columns, labels = find_columns(names, text=None, text_pair=None, label=None, source="dataset"), None
     if columns.label is None:
         raise DataError(f"dataset has no label column; its columns are {', '.join(names)}")
-    if isinstance(task, Classification):
+    if task.answer in ("class", "labels"):
         classes = cast(Any, model).config.id2label
-        texts = isinstance(pool[0][columns.label], str)
-        labels = LabelMap(tuple(str(classes[j]) if texts else j for j in range(len(classes))))
+        first = split_labels(next((cell for cell in pool[columns.label] if cell), 0))
+        texts = isinstance(first[0], str)
+        labels = LabelMap(tuple(str(classes[j]) if texts else j for j in range(len(classes))), task.answer)
     return Splits({split: _source(part, split) for split, part in rows.items()}, places, columns, labels)
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.special import softmax
+from scipy.special import expit, softmax
 
 from tsqlora.data.rows import Rows, column_names, open_split, read_rows
 from tsqlora.data.splits import lacks_of, listed
-from tsqlora.data.write import SHEETS, require_writable, without_formulas, write_rows
+from tsqlora.data.write import SHEETS, joined, require_writable, without_formulas, write_rows
 from tsqlora.errors import DataError
 from tsqlora.progress import Progress
 from tsqlora.run.finished import FinishedRun, open_run, require_finished
@@ -57,6 +57,8 @@ def predict_run(
 ) -> int:
     """Write the file's rows with a `prediction`, and a `probability` for classes; return how many rows.
 
+    Several labels are a list each, in CSV and TSV joined by "|".
+
     They replace columns of these names, so that a file of predictions may be predicted again. A row without a text has
     an empty prediction, and a warning names it.  Raises DataError if no row has a text.
     """
@@ -70,7 +72,7 @@ def predict_run(
     empty = dict.fromkeys(added[complete[0]])
     predicted = [{**row, **added.get(i, empty)} for i, row in enumerate(rows.rows)]
     if out.suffix.lower() in SHEETS:
-        predicted, cells = without_formulas(predicted)
+        predicted, cells = without_formulas([joined(row) for row in predicted])
         if cells:
             warnings.warn(
                 f"{cells} cells of {out} start like formulas and got a leading ' that keeps spreadsheets from running "
@@ -112,7 +114,14 @@ def _answers(finished: FinishedRun, rows: Rows, progress: Progress | None) -> li
     predicted = require_answers(predictor.task, "a prediction").predictions(logits)
     if finished.labels is None:
         return [{"prediction": float(value)} for value in predicted]
-    names, best = finished.labels.names, softmax(logits.astype(np.float64), axis=1).max(axis=1)
+    names = finished.labels.names
+    if finished.labels.answer == "labels":
+        sets = [np.flatnonzero(row) for row in predicted]
+        p = expit(logits.astype(np.float64))
+        return [
+            {"prediction": [names[k] for k in own], "probability": p[i, own].tolist()} for i, own in enumerate(sets)
+        ]
+    best = softmax(logits.astype(np.float64), axis=1).max(axis=1)
     return [
         {"prediction": names[int(value)], "probability": float(p)} for value, p in zip(predicted, best, strict=True)
     ]

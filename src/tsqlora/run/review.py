@@ -12,6 +12,7 @@ import numpy as np
 from tsqlora.data.cells import is_missing
 from tsqlora.data.copies import corrected_name, write_corrected
 from tsqlora.data.dialect import Hints
+from tsqlora.data.labels import join_labels, split_labels
 from tsqlora.data.rows import Rows, Source, open_split, read_rows
 from tsqlora.data.write import require_apart, without_formulas, write_rows
 from tsqlora.errors import DataError, nearest
@@ -32,7 +33,8 @@ class Reviewed:
     place: str
     row: int
     label: str
-    reviewed: Label
+    reviewed: Label | list[Label]
+    """Of several labels all."""
     is_check: bool
 
 
@@ -43,19 +45,21 @@ def apply_review(table: Path, out: Path | None = None) -> dict[str, Any]:
     label that is not a class and a row that the file lacks; and if the file has changed since the audit.
     """
     about, folder = _about(table, out)
-    reviewed = _read(table, about["classes"])
+    several = about.get("answer") == "labels"
+    reviewed = _read(table, about["classes"], several=several)
     source = open_split(about["source"], split="train", hints=Hints(**about["hints"]))
     if source.path is not None and digest(source.path) != about["sha256"]:
         raise DataError(f"{source.name} has changed since its audit; audit it again")
     column = str(about["columns"]["label"])
     rows = _rows_of(source, reviewed, column)
-    changed = {one.row: one.reviewed for one in reviewed if str(one.reviewed) != str(rows[one.row][column])}
+    cells = {one.row: _as_written(one.reviewed, rows[one.row][column]) for one in reviewed}
+    changed = {row: cell for row, cell in cells.items() if str(cell) != str(rows[row][column])}
     corrected, trusted = folder / corrected_name(source), folder / TRUSTED_FILE
     require_apart(corrected, source.path, table)
     require_apart(trusted, source.path)
     folder.mkdir(parents=True, exist_ok=True)
     write_corrected(source, corrected, column, changed)
-    write_rows(trusted, [{**rows[one.row], column: one.reviewed} for one in reviewed])
+    write_rows(trusted, [{**rows[row], column: cell} for row, cell in cells.items()])
     return {
         "out": str(folder),
         "corrected": str(corrected),
@@ -82,7 +86,12 @@ def _about(table: Path, out: Path | None) -> tuple[dict[str, Any], Path]:
     raise DataError(f"{path} is not the record of an audit; audit again")
 
 
-def _read(table: Path, classes: Sequence[Label]) -> list[Reviewed]:
+def _as_written(reviewed: Label | list[Label], cell: Any) -> Any:
+    """The reviewed label or labels in the form of the file's cell."""
+    return reviewed if isinstance(cell, list) else join_labels(reviewed)
+
+
+def _read(table: Path, classes: Sequence[Label], *, several: bool) -> list[Reviewed]:
     """The rows of the table with a reviewed label, by row."""
     rows = read_rows(table)
     if lacking := [name for name in ("row", "label", "reviewed_label") if name not in rows.rows[0]]:
@@ -92,7 +101,7 @@ def _read(table: Path, classes: Sequence[Label]) -> list[Reviewed]:
     for i, cells in enumerate(rows.rows):
         if is_missing(cells["reviewed_label"]):
             continue
-        one = _reviewed(rows, i, names)
+        one = _reviewed(rows, i, names, several=several)
         if by_row.setdefault(one.row, one).reviewed != one.reviewed:
             raise DataError(f"{one.place}: row {one.row} has two different reviews; remove one")
     if not by_row:
@@ -100,16 +109,21 @@ def _read(table: Path, classes: Sequence[Label]) -> list[Reviewed]:
     return [by_row[row] for row in sorted(by_row)]
 
 
-def _reviewed(rows: Rows, i: int, names: Mapping[str, Label]) -> Reviewed:
+def _reviewed(rows: Rows, i: int, names: Mapping[str, Label], *, several: bool) -> Reviewed:
     cells, place = rows.rows[i], rows.place(i)
     number, value = str(cells["row"]).strip(), str(cells["reviewed_label"])
     if not number.isdecimal():
         raise DataError(f"{place}: row {number!r} is not a row number; restore the column row")
-    label = names.get(value, names.get(_folded(value)))
-    if label is None:
-        choices = nearest(value.strip(), _near(value.strip(), {str(label) for label in names.values()}))
-        raise DataError(f"{place}: row {number} has the reviewed_label {value.strip()!r}, not a class; {choices}")
-    return Reviewed(place, int(number), str(cells["label"]), label, cells.get("kind") == "check")
+    labels = list[Label]()
+    for part in split_labels(value) if several else [value]:
+        label = names.get(part, names.get(_folded(part)))
+        if label is None:
+            choices = nearest(part.strip(), _near(part.strip(), {str(label) for label in names.values()}))
+            raise DataError(f"{place}: row {number} has the reviewed_label {part.strip()!r}, not a class; {choices}")
+        labels.append(label)
+    return Reviewed(
+        place, int(number), str(cells["label"]), labels if several else labels[0], cells.get("kind") == "check"
+    )
 
 
 def _near(value: str, classes: set[str]) -> set[str]:
@@ -144,7 +158,9 @@ def _rows_of(source: Source, reviewed: Sequence[Reviewed], column: str) -> dict[
     for one in reviewed:
         if one.row not in rows:
             raise DataError(f"{one.place}: {source.name} has no row {one.row}; its rows are numbered from 0")
-        if one.label not in (own := str(rows[one.row].get(column)), _as_cell(own)):
+        cell = rows[one.row].get(column)
+        own = str(join_labels(split_labels(cell) if isinstance(one.reviewed, list) else cell))
+        if one.label not in (own, _as_cell(own)):
             raise DataError(
                 f"{one.place}: row {one.row} has the label {one.label!r} here and {own!r} in {source.name}; give the "
                 "table of this audit, with its columns row and label unchanged"

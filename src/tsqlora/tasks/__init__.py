@@ -1,9 +1,9 @@
-"""Tasks: the loss per sample; for classes and numbers also chance level, calibration and metrics."""
+"""Tasks: the loss per sample; for classes, labels and numbers also chance level, calibration and metrics."""
 
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
@@ -12,6 +12,7 @@ from torch import Tensor
 from tsqlora.errors import SettingsError, UnsupportedError, nearest
 from tsqlora.tasks.classification import Classification
 from tsqlora.tasks.generation import Generation
+from tsqlora.tasks.multi_label import MultiLabel
 from tsqlora.tasks.regression import Regression
 
 
@@ -22,8 +23,8 @@ class Task(Protocol):
     @property
     def name(self) -> str: ...
 
-    answer: ClassVar[Literal["class", "number", "text"]]
-    """The kind of a row's label."""
+    answer: ClassVar[str]
+    """The kind of a row's label: "class", "labels" (any of several classes), "number" or "text"."""
 
     headline: ClassVar[str]
     """The metric that compares runs by default; more is better."""
@@ -42,26 +43,26 @@ class Task(Protocol):
 
 @runtime_checkable
 class Answers(Task, Protocol):
-    """A task with one answer per sample: a class or a number."""
+    """A task with one answer per sample: a class, a number, or a set of labels as n × k of 0 and 1."""
 
-    def chance(self, labels: Shaped[Tensor, " n"], width: int) -> Float[Tensor, " k"]:
+    def chance(self, labels: Shaped[Tensor, "n *k"], width: int) -> Float[Tensor, " k"]:
         """Return the logits of the constant predictor with the least mean loss on these labels."""
         ...
 
-    def offsets(self, logits: Float[Tensor, "n k"], labels: Shaped[Tensor, " n"]) -> Float[Tensor, " k"]:
+    def offsets(self, logits: Float[Tensor, "n k"], labels: Shaped[Tensor, "n *k"]) -> Float[Tensor, " k"]:
         """Return constants that remove the bias of the logits towards a class or side on these rows."""
         ...
 
-    def strata(self, labels: Shaped[np.ndarray, " n"]) -> Int[np.ndarray, " n"] | None:
+    def strata(self, labels: Shaped[np.ndarray, "n *k"]) -> Int[np.ndarray, " n"] | None:
         """Return the stratum of each sample; None where sampling is not stratified."""
         ...
 
-    def metrics(self, logits: Float[np.ndarray, "n k"], labels: Shaped[np.ndarray, " n"]) -> dict[str, float]:
+    def metrics(self, logits: Float[np.ndarray, "n k"], labels: Shaped[np.ndarray, "n *k"]) -> dict[str, float]:
         """Return the task's metrics by their plain names, and the mean loss."""
         ...
 
-    def predictions(self, logits: Float[np.ndarray, "n k"]) -> Shaped[np.ndarray, " n"]:
-        """Return the predicted class ids or numbers."""
+    def predictions(self, logits: Float[np.ndarray, "n k"]) -> Shaped[np.ndarray, "n *k"]:
+        """Return the predicted class ids, numbers, or whether each label is predicted."""
         ...
 
 
@@ -70,13 +71,12 @@ GENERATION = ("causal-lm", "seq2seq")
 
 TASKS: dict[str, Callable[..., Any]] = {
     Classification.name: Classification,
+    MultiLabel.name: MultiLabel,
     Regression.name: Regression,
     **{name: partial(Generation, name, causal=name == "causal-lm") for name in GENERATION},
 }
 
 NOT_BUILT = (
-    "multi-label-classification",
-    "multi-label",
     "token-classification",
     "question-answering",
     "masked-lm",

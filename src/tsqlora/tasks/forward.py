@@ -16,6 +16,7 @@ from tsqlora.errors import DataError, UnsupportedError
 from tsqlora.tasks import Task, get_task
 from tsqlora.tasks.classification import Classification
 from tsqlora.tasks.generation import Generation
+from tsqlora.tasks.multi_label import MultiLabel
 
 Batch = Mapping[str, Any]
 Collate = Callable[[list[Any]], Batch]
@@ -99,9 +100,18 @@ def output_part(output: Any, name: str) -> Tensor | None:
 
 
 def require_labels(task: Task, labels: Tensor) -> None:
-    """Raise UnsupportedError for a classification task whose labels are not one class per sample."""
+    """Raise UnsupportedError for labels of another task: one class per sample, or n × k of 0 and 1."""
     if isinstance(task, Classification) and labels.dim() > 1:
-        get_task("multi-label-classification" if labels.is_floating_point() else "token-classification")
+        if not labels.is_floating_point():
+            get_task("token-classification")
+        raise UnsupportedError(
+            f"the labels have shape {tuple(labels.shape)}, but the task is {task.name}; for several labels per row set "
+            'model.config.problem_type to "multi_label_classification"'
+        )
+    if isinstance(task, MultiLabel) and labels.dim() != 2:
+        raise UnsupportedError(
+            f"the labels have shape {tuple(labels.shape)}, but the task is {task.name}; give 0.0 or 1.0 for each label"
+        )
 
 
 def placed(model: nn.Module, inputs: Mapping[str, Tensor], task: Task | None) -> Mapping[str, Tensor]:
@@ -121,7 +131,7 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 def task_of(model: nn.Module, *, label_smoothing: float = 0.0) -> Task:
-    """Infer the task from the model: generation, else regression for one label, else classification.
+    """Infer the task from the model: generation, else by its problem_type, else regression for one label.
 
     Raises UnsupportedError naming any other task that the model is made for.
     """
@@ -135,6 +145,6 @@ def task_of(model: nn.Module, *, label_smoothing: float = 0.0) -> Task:
             return get_task(name)
     kind, labels = getattr(config, "problem_type", None), getattr(config, "num_labels", 2)
     if kind == "multi_label_classification":
-        return get_task("multi-label-classification")
+        return get_task("multi-label-classification", **options)
     regression = kind == "regression" or (kind is None and labels == 1)
     return get_task("regression" if regression else "sequence-classification", **options)

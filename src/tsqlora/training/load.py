@@ -181,6 +181,10 @@ def new_modules(missing_keys: Iterable[str]) -> tuple[str, ...]:
     return tuple(o for o in owners if not any(o.startswith(f"{other}.") for other in owners))
 
 
+_PROBLEMS = {"class": "single_label_classification", "labels": "multi_label_classification"}
+"""transformers' problem_type, by which a model chooses its own loss."""
+
+
 def _head(labels: LabelMap | None) -> dict[str, Any]:
     if labels is None:
         return {"id2label": {0: "LABEL_0"}, "label2id": {"LABEL_0": 0}, "problem_type": "regression"}
@@ -188,7 +192,7 @@ def _head(labels: LabelMap | None) -> dict[str, Any]:
     return {
         "id2label": dict(enumerate(names)),
         "label2id": {name: i for i, name in enumerate(names)},
-        "problem_type": "single_label_classification",
+        "problem_type": _PROBLEMS[labels.answer],
     }
 
 

@@ -17,9 +17,16 @@
   };
   const classOf = new Map(pageData.classes.map((label) => [String(label), label]));
   const folded = new Map(pageData.classes.map((label) => [String(label).trim().toLowerCase(), label]));
+  // A row may have several labels, joined by "|".
+  const labelOf = (text) => {
+    const one = (part) => (classOf.has(part) ? classOf.get(part) : folded.get(part.trim().toLowerCase()));
+    if (pageData.answer !== "labels") return one(text);
+    const labels = text.split("|").filter((part) => part.trim()).map(one);
+    return labels.length && !labels.includes(undefined) ? labels.join("|") : undefined;
+  };
   for (const [row, label] of Object.entries(remembered())) {
     const one = rows.find((r) => String(r.row) === row);
-    if (one && classOf.has(String(label))) one.reviewed = classOf.get(String(label));
+    if (one && labelOf(String(label)) !== undefined) one.reviewed = labelOf(String(label));
   }
 
   // ------------------------------------------------------------------ one row
@@ -55,7 +62,7 @@
   const choose = (row, label) => { row.reviewed = label; row.paint(); remember(); count(); };
   const type = (row, input) => {
     if (input.value.trim() === "") { if (row.reviewed !== null && !row.choices.includes(row.reviewed)) choose(row, null); return false; }
-    const label = classOf.has(input.value) ? classOf.get(input.value) : folded.get(input.value.trim().toLowerCase());
+    const label = labelOf(input.value);
     input.setAttribute("aria-invalid", String(label === undefined));
     if (label === undefined) return false;
     choose(row, label);

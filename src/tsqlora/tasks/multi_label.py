@@ -1,0 +1,75 @@
+"""Multi-label classification: any of k labels per sample, binary cross-entropy of each."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tsqlora.compat.torch import double
+from tsqlora.tasks.classification import FLOOR
+
+BISECTIONS = 60
+"""Halvings of the interval that holds an offset, which leave rounding alone."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class MultiLabel:
+    """The mean of k binary cross-entropies; labels are n × k of 0 and 1."""
+
+    name: ClassVar[str] = "multi-label-classification"
+    answer: ClassVar[str] = "labels"
+    headline: ClassVar[str] = "micro_f1"
+    measured: ClassVar[tuple[str, ...]] = ("micro_f1", "macro_f1", "accuracy", "loss")
+
+    def loss(self, logits: Float[Tensor, "n k"], labels: Float[Tensor, "n k"]) -> Float[Tensor, " n"]:
+        """Return each sample's mean over the labels; the mean over samples is transformers' loss."""
+        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none").mean(1)
+
+    def batch_loss(self, losses: Float[Tensor, " n"], labels: Float[Tensor, "n k"]) -> Float[Tensor, ""]:
+        """Return the mean."""
+        return losses.mean()
+
+    def chance(self, labels: Float[Tensor, "n k"], width: int) -> Float[Tensor, " k"]:
+        """Return the log odds of each label's frequency, in float64; ±log(1e-12) for a label that is constant."""
+        frequencies = double(labels).mean(0)
+        return torch.log(frequencies + FLOOR) - torch.log(1 - frequencies + FLOOR)
+
+    def offsets(self, logits: Float[Tensor, "n k"], labels: Float[Tensor, "n k"]) -> Float[Tensor, " k"]:
+        """Return constants that, added to the logits, make each label's mean probability equal its frequency.
+
+        They minimise the mean loss on these rows. A constant label, for which no finite offset exists, keeps 0.
+        """
+        z, frequencies = double(logits), double(labels).mean(0)
+        inner = (frequencies > 0) & (frequencies < 1)
+        odds = torch.logit(torch.where(inner, frequencies, 0.5))
+        # Even the smallest logit has at least this probability at `high`, and the largest at most at `low`.
+        low, high = odds - z.amax(0), odds - z.amin(0)
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            above = torch.sigmoid(z + middle).mean(0) > frequencies
+            low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+        return torch.where(inner, (low + high) / 2, 0.0).to(logits)
+
+    def strata(self, labels: Float[np.ndarray, "n k"]) -> None:
+        """Return None: a sample may have several labels."""
+        return None
+
+    def metrics(self, logits: Float[np.ndarray, "n k"], labels: Float[np.ndarray, "n k"]) -> dict[str, float]:
+        """Return micro_f1, macro_f1 over labels that occur or are predicted, accuracy of whole sets, and mean loss."""
+        predicted, true = self.predictions(logits), labels > 0.5
+        both, either = 2 * (predicted & true).sum(axis=0), predicted.sum(axis=0) + true.sum(axis=0)
+        used = either > 0
+        return {
+            "micro_f1": float(both.sum() / max(either.sum(), 1)),
+            "macro_f1": float((both[used] / either[used]).mean()) if used.any() else 0.0,
+            "accuracy": float((predicted == true).all(axis=1).mean()),
+            "loss": float(self.loss(torch.from_numpy(logits).double(), torch.from_numpy(labels)).mean()),
+        }
+
+    def predictions(self, logits: Float[np.ndarray, "n k"]) -> Bool[np.ndarray, "n k"]:
+        """Return the labels with a probability above a half."""
+        return logits > 0
