@@ -68,6 +68,12 @@ class TokenisedSplit:
     def __getitem__(self, i: int) -> dict[str, Any]:
         return self.samples[i]
 
+    def take(self, places: Iterable[int]) -> "TokenisedSplit":
+        """Some of the samples, in memory."""
+        chosen = list(places)
+        samples, hashes = [self.samples[j] for j in chosen], tuple(self.hashes[j] for j in chosen)
+        return TokenisedSplit(samples, hashes, 0, None if self.ids is None else self.ids[chosen])
+
     @property
     def lengths(self) -> Sequence[int]:
         """Tokens of each sample."""
