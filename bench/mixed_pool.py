@@ -41,7 +41,7 @@ RESULTS = Path(os.environ.get("RESULTS", ROOT / "bench" / "results" / "mixed_poo
 CACHE = Path.home() / ".cache" / "tsqlora-bench" / "smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PARTS = {"right": 150, "another paper's": 150, "copied": 110, "alpaca": 240, "xsum": 150}
-TRUSTED, TEST_ROWS, TOKENS, STEPS, FRACTION, RATE = 64, 60, 130, 42, 0.2, 2e-3
+TRUSTED, TEST_ROWS, TOKENS, STEPS, FRACTION, RATE = 64, 60, 130, 42, 0.2, 5e-4
 FURTHER = {"warmup_steps": 0.06, "save_strategy": "no", "bf16": True}
 LETTERS = 340
 """Of an abstract: its first whole sentences within so many letters."""

@@ -111,6 +111,9 @@ def audit(
     source: Annotated[str | None, typer.Argument(metavar="CONFIG|DATA", help="A YAML file, or labelled rows.")] = None,
     model: Annotated[str | None, typer.Option(help="Directory or hub id; by default the config's, or MiniLM.")] = None,
     review: Annotated[int, typer.Option(metavar="N", min=0, help="Add N rows that are not suspects, as a check.")] = 0,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Fine-tune in three folds: slower, and finds more where classes are few.")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="Directory to write; by default a dated one under runs/, or the audit's.")
     ] = None,
@@ -132,14 +135,13 @@ def audit(
     if apply is not None:
         from tsqlora.run.review import apply_review
 
-        if model is not None or review or set_:
-            raise SettingsError("--apply only corrects labels; remove --model, --review and --set")
+        if model is not None or review or deep or set_:
+            raise SettingsError("--apply only corrects labels; remove --model, --review, --deep and --set")
         console.show(apply_review(apply, out), as_json, show_numbers)
         return
     from tsqlora.run.audit import run_audit
 
     with Display(console.stderr) as display:
-        result = run_audit(
-            str(source), model=model, review=review, out=out, overrides=set_ or [], progress=display.progress
-        )
+        options = {"model": model, "review": review, "deep": deep, "out": out, "overrides": set_ or []}
+        result = run_audit(str(source), **options, progress=display.progress)
     console.show(result, as_json, show_audit)

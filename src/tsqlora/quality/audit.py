@@ -186,17 +186,19 @@ def audit_of_logits(
     classes: Sequence[str | int] | None = None,
     ids: Int[np.ndarray, " n"] | None = None,
     excluded: Bool[np.ndarray, "n k"] | None = None,
+    frozen: bool = True,
 ) -> Audit:
     """Audit labels by logits, or log probabilities, of fits without the rows that they judge.
 
-    `excluded` classes are not suggested.
+    `excluded` classes are not suggested. `frozen` says that the fits were on features that were never trained, where
+    evidence of wrong labels needs more (`reject`).
     """
     rows = np.arange(len(labels))
     logits = logits / np.float32(fit_temperature(logits, labels))
     judged = np.bincount(labels, minlength=logits.shape[1])[labels] >= FEWEST
     if judged.sum() < 2:
         raise SettingsError(f"no class has {FEWEST} rows, from which an audit learns the class; give more rows")
-    _, noise = reject(logits[judged], labels[judged], frozen=True)
+    _, noise = reject(logits[judged], labels[judged], frozen=frozen)
     fitted = noise
     if not noise.evident:
         # Without evidence: calibrated logits as they are, and a usual rate.
@@ -225,7 +227,7 @@ def audit_of_logits(
         low=low,
         high=high,
         evident=noise.evident,
-        why_not=None if noise.evident else _why_not(labels[judged]),
+        why_not=None if noise.evident else _why_not(labels[judged], frozen),
         unjudged=int((~judged).sum()),
         pairs=_pairs(labels, suggested, wrong, logits),
         duplicates=(),
@@ -248,9 +250,9 @@ def _p_true(logits: Logits, labels: Labels, noise: LabelNoise, judged: Bool[np.n
     return p_true
 
 
-def _why_not(labels: Labels) -> str:
-    if len(np.unique(labels)) < FROZEN_CLASSES:
-        return "on features that were never trained, wrong labels of two classes look like hard rows"
+def _why_not(labels: Labels, frozen: bool) -> str:
+    if frozen and len(np.unique(labels)) < FROZEN_CLASSES:
+        return "on features that were never trained, wrong labels of two classes look like hard rows (--deep trains)"
     return "rows contradict their labels no more surely than hard rows do"
 
 

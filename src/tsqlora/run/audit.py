@@ -17,11 +17,12 @@ from tsqlora.data.write import require_place, without_formulas, write_rows
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.files import write_json, write_text
 from tsqlora.progress import Progress
-from tsqlora.quality.audit import FEWEST, Audit, audit
+from tsqlora.quality.audit import FEWEST, Audit, audit, audit_of_logits
 from tsqlora.quality.label_noise import DOUBT
 from tsqlora.quality.rule import Compute, RowNames
 from tsqlora.reports.audit_page import audit_page
 from tsqlora.run.config import Config, load_config
+from tsqlora.run.deep import out_of_fold_logits
 from tsqlora.run.demo import package_folder
 from tsqlora.run.finished import device_of
 from tsqlora.run.job import hints_of, load_model, read, require_of_task, trained_task
@@ -76,25 +77,30 @@ def run_audit(
     *,
     model: str | None = None,
     review: int = 0,
+    deep: bool = False,
     out: Path | None = None,
     overrides: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Audit the training rows of a config, or a data file; write suspects.csv, audit.html and audit.json.
 
-    `review` adds that many rows that are not suspects, drawn from all classes. Raises SettingsError if there is no
-    model, and if `out` holds an audit already; UnsupportedError for another task.
+    `review` adds that many rows that are not suspects, drawn from all classes; `deep` fine-tunes in folds. Raises
+    SettingsError if there is no model, and if `out` holds an audit already; UnsupportedError for another task.
     """
     start = time.perf_counter()
     config = _config(source, model, overrides)
     if config.task.type not in TASK_TYPES:
         raise UnsupportedError(f"audit works for {', '.join(TASK_TYPES)}, and task.type is {config.task.type}")
+    if deep and config.task.type != "sequence-classification":
+        raise UnsupportedError(
+            f"--deep needs rows with one class each, and task.type is {config.task.type}; leave it out"
+        )
     folder = out or dated(f"audit-{Path(source).stem}")
     if folder.exists() and not folder.is_dir():
         raise SettingsError(f"--out {folder} is a file; name a directory")
     if (folder / AUDIT_FILE).exists() or (folder / SUSPECTS_FILE).exists():
         raise SettingsError(f"{folder} holds an audit, maybe with your review; choose another --out")
-    splits, result, notes = _audited(config, progress)
+    splits, result, notes = _audited(config, deep, progress)
     listing = make_listing(result, splits, review=review, seed=config.training.seed)
     about = _about(config, splits, result, listing, notes)
     _write(folder, about, listing)
@@ -129,7 +135,7 @@ def _embedded(overrides: Sequence[str]) -> str:
         ) from None
 
 
-def _audited(config: Config, progress: Progress | None) -> tuple[Splits, Audit, list[str]]:
+def _audited(config: Config, deep: bool, progress: Progress | None) -> tuple[Splits, Audit, list[str]]:
     """Audit all training rows, including those that training would hold out."""
     require_of_task(config)
     splits = read(config)
@@ -155,6 +161,10 @@ def _audited(config: Config, progress: Progress | None) -> tuple[Splits, Audit, 
         rows=RowNames(ids=samples.ids, lengths=samples.lengths),
         compute=Compute(BATCH_SIZE, progress=progress),
     )
+    if deep:
+        logits = out_of_fold_logits(config, data, max_length=length, progress=progress)
+        judged = audit_of_logits(logits, samples.labels, classes=splits.labels.names, ids=samples.ids, frozen=False)
+        result = replace(judged, duplicates=result.duplicates)
     if result.unjudged:
         notes.append(f"{result.unjudged} labels are not judged: their classes have fewer than {FEWEST} rows")
     if without := len(samples) - len(set(result.ids.tolist())):
