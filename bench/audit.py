@@ -1,6 +1,6 @@
 """The audit against cleanlab used properly, and against a vote of neighbours, on the same features (issue 30).
 
-    python bench/audit.py [TABLE ...] [--noise even-0.2,weak-0.2] [--seeds 0,1,2]
+    python bench/audit.py [TABLE ...] [--noise even-0.2,weak-0.2] [--seeds 0,1,2] [--deep]
 
 At most 4,000 rows of a table (CLINC150: 6,000), drawn once and read once by the encoder as `tsqlora audit` reads them;
 the features are kept under ~/.cache/tsqlora-bench. Each cell is a file in bench/results/audit, and a cell that is there
@@ -11,12 +11,16 @@ is not run again. Wrong labels:
 - `weak-RATE`: the labels of a weak model, a logistic regression on a twentieth of the rows and 16 principal
   components, where it is surest and wrong; where that is too few, where it is nearest to being wrong;
 - `none`: the table as it is, with whatever is wrong there.
+
+`--deep` fine-tunes in three folds instead, as `tsqlora audit --deep` does, and orders the rows by our probabilities and
+by the loss of the models that have not seen them.
 """
 
 import argparse
 import hashlib
 import json
 import os
+import tempfile
 import time
 import warnings
 from dataclasses import dataclass
@@ -32,6 +36,7 @@ from cleanlab.count import estimate_joint
 from cleanlab.filter import find_label_issues
 from cleanlab.rank import get_label_quality_scores
 from origin import ROOT, commit, machine
+from scipy.special import log_softmax
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, log_loss
@@ -41,11 +46,14 @@ from sklearn.preprocessing import StandardScaler
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 from tsqlora.files import write_json
-from tsqlora.quality.audit import audit_of
+from tsqlora.quality.audit import audit_of, audit_of_logits
 from tsqlora.quality.forward_pass import forward_pass
 from tsqlora.quality.rule import Compute
-from tsqlora.run.audit import BATCH_SIZE, ENCODER, TASK, TOKENS
+from tsqlora.run.audit import BATCH_SIZE, ENCODER, TOKENS
+from tsqlora.run.config import Config
+from tsqlora.run.deep import out_of_fold_logits
 from tsqlora.run.demo import bbc_news, package_folder
+from tsqlora.run.job import load
 from tsqlora.tasks import get_task
 from tsqlora.training.record import versions
 
@@ -93,7 +101,9 @@ def features_of(table: str) -> tuple[np.ndarray, np.ndarray]:
             for text, label in zip(texts, labels, strict=True)
         ]
         collate, compute = DataCollatorWithPadding(tokenizer), Compute(BATCH_SIZE)
-        seen, _ = forward_pass(model, samples, collate, task=get_task(TASK), compute=compute, mean=True)
+        seen, _ = forward_pass(
+            model, samples, collate, task=get_task("sequence-classification"), compute=compute, mean=True
+        )
         parts = [part for part in (seen and seen.features, seen and seen.mean) if part is not None]
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez(path, features=np.concatenate(parts, axis=1, dtype=np.float32), labels=labels)
@@ -155,6 +165,28 @@ def neighbours(features: np.ndarray, labels: np.ndarray) -> Found:
     return Found(doubt, doubt, doubt > 0.5, None)
 
 
+def deep(table: str, labels: np.ndarray) -> dict[str, Found]:
+    """`tsqlora audit --deep` on these labels, and the out-of-fold loss of the same models."""
+    rows = [
+        {"text": text[0], "label": int(label), **({"text_pair": text[1]} if len(text) > 1 else {})}
+        for text, label in zip(rows_of(table)[0], labels, strict=True)
+    ]
+    with tempfile.TemporaryDirectory() as name:
+        file = Path(name, "train.jsonl")
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        model = str(package_folder(ENCODER) / "model")
+        data = {"train": str(file), "validation": str(file), "max_length": TOKENS}
+        job = load(Config.model_validate({"model": {"path": model}, "data": data}))
+        logits = out_of_fold_logits(job.config, job.data, max_length=TOKENS)
+    result, order = audit_of_logits(logits, labels, frozen=False), np.arange(len(labels))
+    own = log_softmax(logits, axis=1)[order, labels]
+    ours = Found(
+        np.empty(len(labels)), np.empty(len(labels)), np.isin(order, result.ids[: result.likely_wrong]), result.rate
+    )
+    ours.order[result.ids], ours.probability[result.ids] = -order, result.probability
+    return {"deep": ours, "deep loss": Found(-own, 1 - np.exp(own), own < np.log(0.5), None)}
+
+
 def measured(found: Found, wrong: np.ndarray) -> dict[str, float | None]:
     """Against the labels that were set wrong. Where none was, only how many rows are flagged says something."""
     flagged, planted = int(found.flagged.sum()), int(wrong.sum())
@@ -171,11 +203,16 @@ def measured(found: Found, wrong: np.ndarray) -> dict[str, float | None]:
     }
 
 
-def run(table: str, noise: str, seed: int) -> dict[str, Any]:
+def run(table: str, noise: str, seed: int, *, fine_tune: bool) -> dict[str, Any]:
     features, labels = features_of(table)
     spoilt_labels = spoilt(features, labels, noise, seed)
-    ways = {}
-    for way in (ours, cleanlab, neighbours):
+    ways: dict[str, Any] = {}
+    if fine_tune:
+        begun, found_by = time.process_time(), deep(table, spoilt_labels)
+        seconds = time.process_time() - begun
+        for name, found in found_by.items():
+            ways[name] = {**measured(found, spoilt_labels != labels), "processor_seconds": seconds}
+    for way in () if fine_tune else (ours, cleanlab, neighbours):
         begun = time.process_time()
         found = way(features, spoilt_labels)
         seconds = time.process_time() - begun
@@ -192,13 +229,13 @@ def run(table: str, noise: str, seed: int) -> dict[str, Any]:
     }
 
 
-def cell(table: str, noise: str, seed: int) -> None:
+def cell(table: str, noise: str, seed: int, *, fine_tune: bool) -> None:
     known = json.dumps([TABLES[table], TOKENS, FOLDS, NEIGHBOURS, ITERATIONS, BINS, STRENGTHS])
     mark = hashlib.sha256(known.encode()).hexdigest()[:8]
-    path = RESULTS / f"{table}.{noise}.{seed}.{mark}.json"
+    path = RESULTS / f"{table}.{noise}.{seed}.{'deep.' * fine_tune}{mark}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, run(table, noise, seed))
+        write_json(path, run(table, noise, seed, fine_tune=fine_tune))
     for name, way in json.loads(path.read_text())["ways"].items():
         numbers = " ".join(f"{key} {value:.3f}" for key, value in way.items() if value is not None)
         print(table, noise, f"seed {seed}", f"{name}:", numbers, flush=True)
@@ -209,6 +246,7 @@ def main() -> None:
     parser.add_argument("tables", nargs="*", default=list(TABLES))
     parser.add_argument("--noise", default=",".join(NOISE))
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--deep", action="store_true")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -218,7 +256,7 @@ def main() -> None:
                 two = features_of(table)[1].max() == 1
                 if (noise == "none" and seed) or (noise.startswith("pairs") and two):
                     continue  # the same again: no way draws at random
-                cell(table, noise, seed)
+                cell(table, noise, seed, fine_tune=asked.deep)
 
 
 if __name__ == "__main__":

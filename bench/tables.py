@@ -452,6 +452,7 @@ def audit(_: Results) -> pd.DataFrame:
     cells = pd.DataFrame(
         {**cell["settings"], "classes": cell["classes"], "way": name, **found}
         for cell in _cells("audit")
+        if "ours" in cell["ways"]
         for name, found in cell["ways"].items()
     )
     cells["noise"] = pd.Categorical(cells["noise"], list(WRONG), ordered=True)
@@ -478,6 +479,26 @@ def audit(_: Results) -> pd.DataFrame:
             "estimated rate": column("rate", "ours", "cleanlab", percent=True),
         }
     )
+
+
+def audit_deep(_: Results) -> pd.DataFrame:
+    """`audit --deep` beside the audit of frozen features, on the same wrong labels."""
+    cells = {(*cell["settings"].values(), "deep" in cell["ways"]): cell for cell in _cells("audit")}
+    rows = []
+    for table, noise, seed in sorted(key[:3] for key in cells if key[3]):
+        deep, frozen = (cells[table, noise, seed, fine_tuned]["ways"] for fine_tuned in (True, False))
+        ways = {"frozen": frozen["ours"], "cleanlab": frozen["cleanlab"], "--deep": deep["deep"]}
+        ways["loss of the same models"] = deep["deep loss"]
+        for name, way in ways.items():
+            numbers = {
+                "average precision": f"{way['average_precision']:.3f}",
+                "flagged": f"{100 * way['flagged']:.1f} %",
+                "of them wrong": "–" if way["precision"] is None else f"{way['precision']:.3f}",
+                "error of the probabilities": f"{way['calibration_error']:.3f}",
+                "estimated rate": "–" if way["rate"] is None else f"{100 * way['rate']:.1f} %",
+            }
+            rows.append({"table": table, "wrong labels": WRONG[noise], "way": name, **numbers})
+    return pd.DataFrame(rows)
 
 
 def audit_short(results: Results) -> pd.DataFrame:
@@ -574,6 +595,7 @@ def _spread(values: pd.Series, digits: int = 1) -> str:
 TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "audit": audit,
     "audit-short": audit_short,
+    "audit-deep": audit_deep,
     "capacity": capacity,
     "depth": depth,
     "faults": faults,
