@@ -261,7 +261,8 @@ def test_of_text_it_is_relative_and_trained_for_fewer_steps_of_the_runs_size(fam
         model, rows, rule=rule, task=task, trusted=Trusted(trusted, 1e-3, batch_size=4), collate=batches, batch_size=2
     )
 
-    np.testing.assert_allclose(found.scores.terms["reducible_loss"], (ours - known) / ours, rtol=1e-3, atol=1e-4)
+    expected = (ours - known) / ours.clamp_min(ours.median().item())
+    np.testing.assert_allclose(found.scores.terms["reducible_loss"], expected, rtol=1e-3, atol=1e-4)
     assert found.scores.record.weights == {"reducible_loss": 1.0}
     assert not found.scores.even
     assert_unchanged(before, model)

@@ -93,9 +93,14 @@ def _ifd(m: Measured) -> Float[Tensor, " n"]:
 
 
 def _reducible_loss(m: Measured) -> Float[Tensor, " n"]:
-    """ℓ(θ) − ℓ(θ_R), eq. 3′ (after RHO-loss and CoLoR-Filter); for generation relative to ℓ(θ)."""
+    """ℓ(θ) − ℓ(θ_R), eq. 3′ (after RHO-loss and CoLoR-Filter); for generation divided by ℓ(θ), at least its median.
+
+    Without the median, rows of next to no loss, such as copies of the prompt, are worth most [ours; bench/mixed_pool].
+    """
     difference = m.loss - _required(m.trusted_loss)
-    return difference if m.logits is not None else difference / m.loss.clamp_min(torch.finfo(m.loss.dtype).tiny)
+    if m.logits is not None:
+        return difference
+    return difference / m.loss.clamp_min(max(float(m.loss.median()), torch.finfo(m.loss.dtype).tiny))
 
 
 TERMS: dict[str, Term] = {
