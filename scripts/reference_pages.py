@@ -9,7 +9,7 @@ import typer.main
 
 from tsqlora.cli.commands import app
 from tsqlora.compat.yaml import dump_yaml
-from tsqlora.data.columns import USUAL_LABEL, USUAL_PAIR, USUAL_TEXT
+from tsqlora.data.columns import USUAL_LABEL, USUAL_PAIR, USUAL_TAGS, USUAL_TEXT, USUAL_TOKENS
 from tsqlora.run.config import REFUSED_ARGUMENTS, Config
 from tsqlora.run.config.template import allowed
 
@@ -57,6 +57,7 @@ Where `data.text`, `data.text_pair` and `data.label` are not set, the first of t
 | text | {text} |
 | text, with its pair | {pairs} |
 | label | {label} |
+| tokens and tags (`token-classification`) | {tokens}; {tags} |
 """
 
 WHEN = {
@@ -145,9 +146,11 @@ def default(parameter: Any) -> str:
 def settings_page() -> str:
     refused = "\n".join(f"| `{name}` | {cure} |" for name, cure in REFUSED_ARGUMENTS.items())
     pairs = ", ".join(f"`{first}` with `{second}`" for first, second in USUAL_PAIR.items())
-    text, label = (", ".join(f"`{name}`" for name in names) for names in (USUAL_TEXT, USUAL_LABEL))
+    usual = (USUAL_TEXT, USUAL_LABEL, USUAL_TOKENS, USUAL_TAGS)
+    text, label, tokens, tags = (", ".join(f"`{name}`" for name in names) for names in usual)
     sections = "\n".join(line for name, field in Config.model_fields.items() for line in settings_section(name, field))
-    return SETTINGS.format(sections=sections, refused=refused, text=text, pairs=pairs, label=label)
+    names = {"text": text, "pairs": pairs, "label": label, "tokens": tokens, "tags": tags}
+    return SETTINGS.format(sections=sections, refused=refused, **names)
 
 
 def settings_section(name: str, section: Any) -> Iterator[str]:

@@ -49,6 +49,12 @@ def slow_multi_label_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack(losses).mean()
 
 
+def slow_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean of -log p(tag) over a row's tokens with a tag."""
+    tagged = [(z, y) for z, y in zip(logits, labels.tolist(), strict=True) if y != -100]
+    return torch.stack([z.exp().sum().log() - z[y] for z, y in tagged]).mean()
+
+
 def slow_scores(
     model: nn.Module,
     batches_of_one: Sequence[Batch],

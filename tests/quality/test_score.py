@@ -11,10 +11,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import BertForTokenClassification
 
 import tsqlora as tsq
 from models import collate, lora, samples, tiny_bert, tiny_llama_classifier
-from oracles import slow_multi_label_loss
+from oracles import slow_multi_label_loss, slow_scores, slow_token_loss
 from scoring import (
     assert_agree,
     assert_unchanged,
@@ -25,8 +26,10 @@ from scoring import (
     slow_offsets,
     squared_error,
     teach,
+    trainable,
 )
 from tsqlora.adapter.slots import find_slots
+from tsqlora.data.batches import padded_labels
 from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.quality.terms import TERMS, Term
 from tsqlora.tasks.classification import Classification
@@ -124,6 +127,29 @@ def test_scores_of_several_labels_are_the_twins(calibration: bool, scope: str) -
     np.testing.assert_array_equal(scores.labels, labels)
     p = torch.sigmoid(logits if offsets is None else logits + offsets)
     np.testing.assert_allclose(scores.terms["el2n"], (p - labels).norm(dim=1), rtol=1e-5)
+
+
+def test_scores_of_tags_are_the_twins() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        base = BertForTokenClassification(tiny_bert(num_labels=3).config).double()
+    model, rows = lora(base), samples(N, 3)
+    for row in rows:
+        row["labels"] = [-100, *[token % 3 for token in row["input_ids"][1:]]]
+
+    def padded(batch: Rows) -> dict[str, Tensor]:
+        made = collate([{**row, "labels": 0} for row in batch])
+        made["labels"] = torch.from_numpy(padded_labels([r["labels"] for r in batch], made["input_ids"].shape[1]))
+        return made
+
+    scores = score_by(model, rows, padded, reference=REFERENCE, batch_size=7, head_start=False)
+
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        return slow_token_loss(z[0], y[0]).reshape(1)
+
+    ones = [padded([row]) for row in rows]
+    assert_agree(scores, slow_scores(model, ones, sample_loss=loss, theta=trainable(model), reference=REFERENCE))
+    assert scores.labels.tolist() == [len(row["labels"]) - 1 for row in rows]
 
 
 def test_a_row_outside_the_reference_keeps_the_whole_mean_and_one_inside_does_not() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from tsqlora.errors import SettingsError
 
@@ -58,11 +58,25 @@ def _cut(indices: np.ndarray, size: int) -> list[np.ndarray]:
     return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
-def collator(tokenizer: PreTrainedTokenizerBase, *, max_length: int, positions: int | None) -> DataCollatorWithPadding:
-    """Pad a batch to the next multiple of 8 tokens, if the model has enough positions."""
+def collator(
+    tokenizer: PreTrainedTokenizerBase, *, max_length: int, positions: int | None, tags: bool = False
+) -> DataCollatorWithPadding | DataCollatorForTokenClassification:
+    """Pad a batch, and its `tags` with -100, to the next multiple of 8 tokens, if the model has enough positions."""
     longest = -(-max_length // MULTIPLE) * MULTIPLE
     fits = positions is None or longest <= positions
-    return DataCollatorWithPadding(tokenizer, pad_to_multiple_of=MULTIPLE if fits else None)
+    kind = DataCollatorForTokenClassification if tags else DataCollatorWithPadding
+    return kind(tokenizer, pad_to_multiple_of=MULTIPLE if fits else None)
+
+
+def padded_labels(labels: Sequence[Any], width: int | None = None) -> np.ndarray:
+    """Labels of samples as an array; tags become n × `width`, with -100 behind each row's own.
+
+    >>> padded_labels([[1, 2], [3]], 3).tolist()
+    [[1, 2, -100], [3, -100, -100]]
+    """
+    if width is None:
+        return np.array(labels)
+    return np.array([[*row, *[IGNORED] * (width - len(row))] for row in labels])
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,19 @@ def text_at(rows: Rows, i: int, column: str) -> str:
     return as_text(value, f"column '{column}'", rows.place(i))
 
 
+def tokens_at(rows: Rows, i: int, column: str) -> list[str]:
+    """The tokens of row i.  Raises MissingError with file and row if there are none, DataError if they are no list."""
+    value = rows.rows[i].get(column)
+    if is_missing(value) or value == []:
+        raise MissingError(rows.place(i), f"no tokens in column '{column}'")
+    if not isinstance(value, list):
+        raise DataError(
+            f"{rows.place(i)}: column '{column}' holds {type(value).__name__} {reprlib.repr(value)}, not a list of "
+            "tokens; write lists, in JSON lines or Parquet"
+        )
+    return [as_text(token, f"column '{column}'", rows.place(i)) for token in value]
+
+
 def text_or_empty(rows: Rows, i: int, column: str | None) -> str:
     """The text of row i in a column; "" if the cell is empty or the column is missing."""
     value = None if column is None else rows.rows[i].get(column)
@@ -58,7 +71,7 @@ def as_text(value: Any, where: str, place: str) -> str:
 
 
 def row_text(row: Mapping[str, Any], columns: Mapping[str, str | None]) -> str:
-    """The columns `text` and `text_pair` of a row, a line each; of a chat, a line a message.
+    """The columns `text` and `text_pair` of a row, a line each; of a chat, a line a message; tokens with spaces.
 
     >>> row_text({"q": "Why?", "chat": [{"role": "user", "content": "Hi."}]}, {"text": "q", "text_pair": "chat"})
     'Why?\\nuser: Hi.'
@@ -68,6 +81,8 @@ def row_text(row: Mapping[str, Any], columns: Mapping[str, str | None]) -> str:
 
 
 def _cell_text(cell: Any) -> str:
+    if isinstance(cell, list) and all(isinstance(item, str) for item in cell):
+        return " ".join(cell)
     if isinstance(cell, list):
         return "\n".join(": ".join(map(str, item.values())) if isinstance(item, dict) else str(item) for item in cell)
     return str(cell)

@@ -18,6 +18,8 @@ USUAL_PAIR = {
     "question1": "question2",
 }
 
+USUAL_TOKENS = ("tokens", "words")
+USUAL_TAGS = ("tags", "ner_tags", "labels")
 USUAL_LABEL = ("label", "labels", "target", "class", "category", "score")
 
 
@@ -31,9 +33,15 @@ class Columns:
 
 
 def find_columns(
-    names: Sequence[str], *, text: str | None, text_pair: str | None, label: str | None, source: str
+    names: Sequence[str],
+    *,
+    text: str | None,
+    text_pair: str | None,
+    label: str | None,
+    source: str,
+    tokens: bool = False,
 ) -> Columns:
-    """Choose the columns: those that settings name, else the first usual name in the file.
+    """Choose the columns: those that settings name, else the first usual name in the file; of `tokens` with tags.
 
     A pair is detected only if `text` is not set: setting the text alone means one text.
     Raises DataError for a column that is missing or serves twice, and if there is no text column.
@@ -44,12 +52,13 @@ def find_columns(
     Columns(text='Text', text_pair=None, label='Label')
     """
     check_named({"data.text": text, "data.text_pair": text_pair, "data.label": label}, names, source)
-    first_text = text or _first(USUAL_TEXT, _without(names, text_pair, label))
+    first_text = text or _first(USUAL_TOKENS if tokens else USUAL_TEXT, _without(names, text_pair, label))
     if first_text is None:
-        raise DataError(f"{source} has no text column; set data.text to one of its columns: {', '.join(names)}")
-    if text is None and text_pair is None:
+        what = "column of tokens" if tokens else "text column"
+        raise DataError(f"{source} has no {what}; set data.text to one of its columns: {', '.join(names)}")
+    if text is None and text_pair is None and not tokens:
         text_pair = _first((USUAL_PAIR.get(first_text.lower(), ""),), _without(names, label))
-    label = label or _first(USUAL_LABEL, _without(names, first_text, text_pair))
+    label = label or _first(USUAL_TAGS if tokens else USUAL_LABEL, _without(names, first_text, text_pair))
     return Columns(first_text, text_pair, label)
 
 

@@ -29,7 +29,7 @@ class LabelMap:
 
     names: tuple[str | int, ...]
     answer: str = "class"
-    """What a row has of them: one "class", or any number of "labels"."""
+    """What a row has of them: one "class", any number of "labels", or "tags", one for each token."""
 
 
 def distinct_labels(parts: Iterable[Rows], column: str, answer: str = "class") -> tuple[list[str | int], np.ndarray]:
@@ -71,7 +71,7 @@ def classes_of(labels: Iterable[str | int], source: str, column: str, answer: st
 
 
 def encode_labels(rows: Rows, column: str, label_map: LabelMap) -> list[Any]:
-    """The class id of each row, or for several labels a list of a 0.0 or 1.0 for each class.
+    """The class id of each row; for several labels a list of a 0.0 or 1.0 for each class; for tags a list of ids.
 
     If classes are integers, their text counts too ("3" for 3). Raises DataError with file and row for an invalid label
     and for a label that is not a class.
@@ -88,7 +88,10 @@ def encode_labels(rows: Rows, column: str, label_map: LabelMap) -> list[Any]:
                     f"{_listed(label_map.names)}; correct it, or add the class to the training data"
                 )
             ids.append(numbers[label])
-        encoded.append(ids[0] if label_map.answer == "class" else [float(k in ids) for k in range(len(numbers))])
+        if label_map.answer == "labels":
+            encoded.append([float(k in ids) for k in range(len(numbers))])
+        else:
+            encoded.append(ids if label_map.answer == "tags" else ids[0])
     return encoded
 
 
@@ -127,14 +130,16 @@ def look_alikes(names: Iterable[str | int]) -> list[tuple[str, ...]]:
 
 
 def labels_at(rows: Rows, i: int, column: str, answer: str) -> list[str | int]:
-    """The label of row i, or its labels: a list, which may be empty, or text joined by "|".
+    """The label of row i; or its labels: a list, which may be empty, or text joined by "|"; or the list of its tags.
 
     Raises DataError with file and row for a value that cannot be a label.
     """
     value = rows.rows[i].get(column)
     if is_missing(value):
         raise MissingError(rows.place(i), f"no label in column '{column}'")
-    values: list[Any] = [value] if answer == "class" else split_labels(value)
+    values: list[Any] = split_labels(value) if answer == "labels" else [value]
+    if answer == "tags":
+        values = value if isinstance(value, list) else [[value]]  # refused below like any label that is no text
     for label in values:
         if isinstance(label, bool) or not isinstance(label, str | int):
             raise DataError(
@@ -149,6 +154,7 @@ def labels_at(rows: Rows, i: int, column: str, answer: str) -> list[str | int]:
 _CURES = {
     "class": "write classes as text or integers; for numbers set task.type to regression, for lists to "
     "multi-label-classification",
+    "tags": "write a list of one text or integer for each token",
     "labels": 'write labels as a list of texts or integers, or as text joined by "|"',
 }
 

@@ -15,7 +15,7 @@ from tsqlora.data.labels import encode_labels, encode_targets
 from tsqlora.data.rows import Rows
 from tsqlora.data.samples import TokenisedSplit, store
 from tsqlora.data.splits import MEASURED, Splits
-from tsqlora.data.tokenise import tokenise
+from tsqlora.data.tokenise import tokenise, tokenise_words
 from tsqlora.errors import DataError, SettingsError
 
 
@@ -84,7 +84,9 @@ def _tokenised(
             part = tokenise_generation(rows, splits.format, tokenizer, max_length=max_length, seq2seq=seq2seq)
             texts.append(_as_numbers(part.hashes))
         else:
-            part = tokenise(rows, splits.columns, tokenizer, max_length=max_length, labels=_labels(rows, splits))
+            by_word = splits.labels is not None and splits.labels.answer == "tags"
+            encode = tokenise_words if by_word else tokenise
+            part = encode(rows, splits.columns, tokenizer, max_length=max_length, labels=_labels(rows, splits))
             texts.append(_input_numbers(rows, splits))
         yield part
 

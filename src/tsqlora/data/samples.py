@@ -54,6 +54,7 @@ class TokenisedSplit:
         truncated: how many samples were cut to the maximal length.
         ids: the rows' places in their file, from 0.
         left_out: the place of every row whose target does not fit whole, and the tokens that it needs.
+        cut_words: how many tokens with a tag are behind the cut, so that the model does not read them.
     """
 
     samples: Sequence[dict[str, Any]]
@@ -61,6 +62,7 @@ class TokenisedSplit:
     truncated: int
     ids: np.ndarray | None = None
     left_out: tuple[tuple[str, int], ...] = ()
+    cut_words: int = 0
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -83,7 +85,7 @@ class TokenisedSplit:
 
     @property
     def labels(self) -> np.ndarray:
-        """The label of each sample: a number, or a row of k for several labels."""
+        """The label of each sample: a number, or a row of k for several labels.  Tags have no such form."""
         if isinstance(self.samples, ArrowSamples):
             return self.samples.labels
         return np.array([sample["labels"] for sample in self.samples])
@@ -95,7 +97,7 @@ def store(parts: Iterable[TokenisedSplit], folder: Path | None = None) -> Tokeni
     The samples are in a temporary file of `folder` (None: the system's) without a name, which vanishes with the
     process, however that ends.
     """
-    hashes, ids, left_out, truncated = list[str](), list[np.ndarray](), list[tuple[str, int]](), 0
+    hashes, ids, left_out, truncated, cut = list[str](), list[np.ndarray](), list[tuple[str, int]](), 0, 0
     writer: pa.RecordBatchStreamWriter | None = None
     with tempfile.TemporaryFile(dir=folder) as file:
         for part in parts:
@@ -103,6 +105,7 @@ def store(parts: Iterable[TokenisedSplit], folder: Path | None = None) -> Tokeni
             ids.append(np.arange(len(part)) if part.ids is None else part.ids)
             left_out += part.left_out
             truncated += part.truncated
+            cut += part.cut_words
             if len(part):
                 writer = writer or pa.ipc.new_stream(file, _schema(part[0]))
                 writer.write_batch(pa.RecordBatch.from_pylist(list(part.samples), schema=_schema(part[0])))
@@ -112,7 +115,7 @@ def store(parts: Iterable[TokenisedSplit], folder: Path | None = None) -> Tokeni
             file.flush()
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             samples = ArrowSamples(pa.ipc.open_stream(pa.py_buffer(mapped)).read_all())
-    return TokenisedSplit(samples, tuple(hashes), truncated, np.concatenate(ids), tuple(left_out))
+    return TokenisedSplit(samples, tuple(hashes), truncated, np.concatenate(ids), tuple(left_out), cut)
 
 
 def _schema(sample: dict[str, Any]) -> pa.Schema:

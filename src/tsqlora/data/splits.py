@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 
@@ -19,6 +20,8 @@ from tsqlora.errors import DataError
 MEASURED = ("validation", "test")
 """The splits that training only measures."""
 
+Lacks = Callable[[Rows, int], str | None]
+"""What row i lacks, in words; None for nothing."""
 _SHOWN = 5
 """Rows that a note lists for each reason."""
 
@@ -94,7 +97,11 @@ def read_data(
     sources = open_splits(train, validation, test, trusted, hints)
     first = sources["train"]
     format = find_format(first.columns(), source=first.name, **columns) if answer == "text" else None
-    used = format.columns if format else find_columns(first.columns(), source=first.name, **columns)
+    used = (
+        format.columns
+        if format
+        else find_columns(first.columns(), source=first.name, tokens=answer == "tags", **columns)
+    )
     if used.label is None and format is None:
         raise DataError(
             f"{first.name} has no label column; set data.label to one of its columns: {', '.join(first.columns())}"
@@ -102,7 +109,7 @@ def read_data(
     if test is None and "test" in sources and _lacks_labels(sources["test"], used.label):
         warnings.warn(f"{sources['test'].name} has no labels in column '{used.label}' and is left out", stacklevel=2)
         del sources["test"]
-    places, notes = _complete(sources, used, format, max_bad_rows)
+    places, notes = _complete(sources, lacks_of(used, format, tags=answer == "tags"), max_bad_rows)
     labels, groups = _labels(first, places["train"], used, answer)
     if "validation" not in sources:
         out = held_out(groups, fraction=validation_fraction, seed=seed, source=first.name)
@@ -116,15 +123,16 @@ def one_split(
     name: str, source: Source, columns: Columns, labels: LabelMap | None, format: Format | None, max_bad_rows: float
 ) -> Splits:
     """A single split of all complete rows of a source, with given columns, classes and format."""
-    places, notes = _complete({name: source}, columns, format, max_bad_rows)
+    tags = labels is not None and labels.answer == "tags"
+    places, notes = _complete({name: source}, lacks_of(columns, format, tags=tags), max_bad_rows)
     return Splits({name: source}, places, columns, labels, format, notes)
 
 
 def _complete(
-    sources: Mapping[str, Source], columns: Columns, format: Format | None, most: float
+    sources: Mapping[str, Source], lacks: Lacks, most: float
 ) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     """The places of each source's complete rows, and notes about the others, which are warnings too."""
-    results = {name: _complete_rows(source, columns, format, most=most) for name, source in sources.items()}
+    results = {name: _complete_rows(source, lacks, most=most) for name, source in sources.items()}
     left_out = [note for _, note in results.values() if note is not None]
     for note in left_out:
         warnings.warn(note, stacklevel=4)
@@ -133,14 +141,12 @@ def _complete(
     return {name: places for name, (places, _) in results.items()}, tuple(notes)
 
 
-def _complete_rows(
-    source: Source, columns: Columns, format: Format | None, *, most: float
-) -> tuple[np.ndarray, str | None]:
+def _complete_rows(source: Source, lacks: Lacks, *, most: float) -> tuple[np.ndarray, str | None]:
     """Places of the rows with text and label (or prompt and target), and a note about the others.
 
     Raises DataError if the others are more than the share `most`.
     """
-    lacks, count = lacks_of(columns, format), 0
+    count = 0
     bad, places = dict[str, list[int]](), list[np.ndarray]()
     for rows in source.chunks():
         reasons = [lacks(rows, i) for i in range(len(rows))]
@@ -173,8 +179,13 @@ def listed(bad: Mapping[str, list[int]], source: str) -> str:
     return ", ".join(parts)
 
 
-def lacks_of(columns: Columns, format: Format | None, *, answers: bool = True) -> Callable[[Rows, int], str | None]:
-    """A function of rows and i that says what row i lacks, with `answers` also a label or target; None for nothing."""
+def lacks_of(columns: Columns, format: Format | None, *, answers: bool = True, tags: bool = False) -> Lacks:
+    """A function of rows and i that says what row i lacks, with `answers` also a label or target; None for nothing.
+
+    With `tags` a row lacks something, too, if it has not one tag for each token.
+    """
+    if tags:
+        return partial(_lacks_tags, columns=columns, answers=answers)
     if format is None:
         used = {columns.text: "text", columns.text_pair: "text", columns.label if answers else None: "label"}
         needed = {column: what for column, what in used.items() if column is not None}
@@ -191,6 +202,19 @@ def lacks_of(columns: Columns, format: Format | None, *, answers: bool = True) -
         return None
 
     return lacks
+
+
+def _lacks_tags(rows: Rows, i: int, *, columns: Columns, answers: bool) -> str | None:
+    tokens, tags = (rows.rows[i].get(name) for name in (columns.text, columns.label or ""))
+    if is_missing(tokens) or tokens == []:
+        return f"no tokens in column '{columns.text}'"
+    if not answers:
+        return None
+    if is_missing(tags):
+        return f"no tags in column '{columns.label}'"
+    if isinstance(tokens, list) and isinstance(tags, list) and len(tokens) != len(tags):
+        return "unequal numbers of tokens and tags"
+    return None  # reading anything but lists raises an error
 
 
 def _lacks_labels(source: Source, column: str | None) -> bool:

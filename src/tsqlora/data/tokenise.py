@@ -1,4 +1,4 @@
-"""Tokenise rows of texts with one answer each."""
+"""Tokenise rows of texts with one answer each, and rows of tokens with a tag each."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -6,7 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from tsqlora.data.cells import row_hash, text_at
+from tsqlora.data.batches import IGNORED
+from tsqlora.data.cells import row_hash, text_at, tokens_at
 from tsqlora.data.columns import Columns
 from tsqlora.data.rows import Rows
 from tsqlora.data.samples import TokenisedSplit
@@ -43,6 +44,39 @@ def tokenise(
         samples = [{**sample, "labels": label} for sample, label in zip(samples, labels, strict=True)]
     used = asdict(columns)
     return TokenisedSplit(samples, tuple(row_hash(row, used) for row in rows.rows), len(long), rows.ids)
+
+
+def tokenise_words(
+    rows: Rows,
+    columns: Columns,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    labels: Sequence[Sequence[int]] | None,
+) -> TokenisedSplit:
+    """One sample a row of tokens; the first piece of each has its tag as label, every other place -100.
+
+    Without `labels` the first piece has the number of its token. A token behind the cut has no piece, and is counted.
+    Raises DataError with file and row, SettingsError for a tokenizer that does not say which pieces a token has.
+    """
+    require_room(max_length, tokenizer.num_special_tokens_to_add(), 1)
+    if not tokenizer.is_fast:
+        raise SettingsError("token classification needs a fast tokenizer (tokenizer.json); give another model")
+    samples, truncated, cut = list[dict[str, Any]](), 0, 0
+    for i in range(len(rows)):
+        words = tokens_at(rows, i, columns.text)
+        tags = range(len(words)) if labels is None else labels[i]
+        whole = tokenizer(words, is_split_into_words=True, verbose=False)
+        part = tokenizer(words, is_split_into_words=True, truncation=True, max_length=max_length, verbose=False)
+        own = [-1 if j is None else j for j in part.word_ids()]
+        require_tokens([j for j in own if j >= 0], rows.place(i))
+        first = [j >= 0 and j != before for before, j in zip([-1, *own], own, strict=False)]
+        truncated += len(part["input_ids"]) < len(whole["input_ids"])
+        cut += len({j for j in whole.word_ids() if j is not None} - set(own))
+        targets = [tags[j] if begins else IGNORED for j, begins in zip(own, first, strict=True)]
+        samples.append({**{key: list(values) for key, values in part.items()}, "labels": targets})
+    used = asdict(columns)
+    return TokenisedSplit(samples, tuple(row_hash(row, used) for row in rows.rows), truncated, rows.ids, cut_words=cut)
 
 
 def require_room(max_length: int, special: int, texts: int) -> None:

@@ -21,7 +21,7 @@ from tsqlora.quality.passes import Columns, Journal, identity_of, run_batches
 from tsqlora.quality.reference import sample_losses
 from tsqlora.quality.rows import Dataset, lengths_of
 from tsqlora.quality.rule import Compute, RowNames
-from tsqlora.tasks import Task
+from tsqlora.tasks import Answers, Task
 from tsqlora.tasks.forward import Collate, base_model, model_logits, output_part, precision, split_labels
 from tsqlora.tasks.generation import IGNORED, Generation
 
@@ -53,7 +53,7 @@ class Forward:
     """Results of the pass for every row, in the data set's order."""
 
     labels: np.ndarray
-    """Class ids, n × k of 0 and 1, or numbers; for generation the number of target tokens."""
+    """Class ids, n × k of 0 and 1, or numbers; for text and tags the number of tokens with a target."""
     loss: np.ndarray
     logits: np.ndarray | None = None
     """n × k; None for generation."""
@@ -88,7 +88,7 @@ def forward_pass(
 
         def find(size: int) -> Head | None:
             batch = collate([dataset[int(j)] for j in batches[0][:size]])
-            if isinstance(task, Generation):
+            if not isinstance(task, Answers):
                 return None
             inputs, _ = split_labels(batch, model)
             return find_head(model, lambda: model_logits(model, inputs, task))
@@ -117,8 +117,9 @@ def _columns(
     with recorded(layers) as calls, hidden_states(model if mean else None) as states:
         logits = model_logits(model, inputs, task)
     loss = sample_losses(task, logits, labels)
-    if isinstance(task, Generation):
-        return {"labels": task.targets(labels).ne(IGNORED).sum(1), "loss": loss}
+    if not isinstance(task, Answers):
+        targets = task.targets(labels) if isinstance(task, Generation) else labels
+        return {"labels": targets.ne(IGNORED).sum(1), "loss": loss}
     columns = {"labels": labels, "loss": loss, "logits": logits}
     if head is not None:
         columns["features"] = features_of(calls, head.linear, logits)

@@ -28,7 +28,6 @@ from tsqlora.quality.trusted import GATES, left_out, trusted_model, trusted_step
 from tsqlora.seeds import stream
 from tsqlora.tasks import Answers, Task, require_answers
 from tsqlora.tasks.forward import each_its_row
-from tsqlora.tasks.generation import Generation
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,7 +106,7 @@ class _Looking:
         task, trusted = self.request.task, self.request.trusted
         if trusted is None:
             return False
-        if isinstance(task, Generation) or trusted.loss is not None:
+        if not isinstance(task, Answers) or trusted.loss is not None:
             return True
         return distributed.once(lambda: self.started.teaches(task))
 

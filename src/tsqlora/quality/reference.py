@@ -19,9 +19,8 @@ from tsqlora.errors import UnsupportedError
 from tsqlora.gradients.capture import Consume, capture
 from tsqlora.gradients.ghost import MeanGradient, layer_gradient, summed_gradient
 from tsqlora.gradients.sites import Site
-from tsqlora.tasks import Task, require_answers
+from tsqlora.tasks import Answers, Task
 from tsqlora.tasks.forward import Batch, model_logits, split_labels
-from tsqlora.tasks.generation import Generation
 
 SHORT = 128
 """Tokens up to which plain attention is not slower than fused attention."""
@@ -45,17 +44,16 @@ class Reference:
 
 
 def calibrate(model: nn.Module, batches: Iterable[Batch], task: Task, *, enabled: bool) -> Float[Tensor, " k"] | None:
-    """Return constants to add to the logits while scoring, from a pass without gradients; None for generation."""
-    if not enabled or isinstance(task, Generation):
+    """Return constants to add to the logits while scoring, from a pass without gradients; None for text and tags."""
+    if not enabled or not isinstance(task, Answers):
         return None
-    answers = require_answers(task, "calibration")
     parts: list[tuple[Tensor, Tensor]] = []
     with torch.no_grad():
         for batch in batches:
             inputs, y = split_labels(batch, model)
             parts.append((model_logits(model, inputs, task), y))
     logits, labels = (torch.cat(columns) for columns in zip(*parts, strict=True))
-    return answers.offsets(logits, labels).to(logits)
+    return task.offsets(logits, labels).to(logits)
 
 
 def measure_reference(

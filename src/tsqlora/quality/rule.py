@@ -18,7 +18,7 @@ from tsqlora.quality.rows import REFERENCE_ROWS, Dataset
 from tsqlora.quality.sampling import require_temperature
 from tsqlora.quality.terms import Term, TermSpec, get_terms
 from tsqlora.quality.trusted import GATES, Gate, Trusted
-from tsqlora.tasks import Task
+from tsqlora.tasks import Answers, Task
 from tsqlora.tasks.forward import Batch, Collate, require_labels
 from tsqlora.tasks.generation import Generation
 
@@ -208,7 +208,7 @@ def _terms_of_task(terms: Mapping[str, Term], task: Task, weights: Mapping[str, 
             f"quality term '{alone[0]}' compares a target with and without its prompt and needs task causal-lm, not "
             f"{task.name}; remove it"
         )
-    if not isinstance(task, Generation):
+    if isinstance(task, Answers):
         return dict(terms)
     if weighted := [name for name, term in terms.items() if term.answers and weights.get(name)]:
         raise SettingsError(

@@ -30,9 +30,8 @@ from tsqlora.quality.rule import (
 from tsqlora.quality.scores import Scores, require_row_names
 from tsqlora.quality.subset import equals
 from tsqlora.quality.trusted import Trusted
-from tsqlora.tasks import Task, require_answers
+from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate, each_its_row, precision, task_of
-from tsqlora.tasks.generation import Generation
 
 
 def score(
@@ -114,8 +113,6 @@ def require_scorable(
     _require_separable(model)
     require_precision(rule.measured(), autocast)
     rule.require_rejectable(task)
-    if not isinstance(task, Generation):
-        require_answers(task, "scoring")
     collate = each_its_row(collate)
     with eval_mode(model), precision(next(model.parameters()).device, autocast, cache=False):
         # In one batch: only a batch shows whether samples share a row.

@@ -111,7 +111,7 @@ class Scores:
 
     terms: Mapping[str, np.ndarray]
     labels: np.ndarray
-    """Class ids, n × k of 0 and 1, or numbers; for generation the number of target tokens."""
+    """Class ids, n × k of 0 and 1, or numbers; for text and tags the number of tokens with a target."""
     quality: np.ndarray
     probability: np.ndarray
     stratified: bool

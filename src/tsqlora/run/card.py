@@ -23,12 +23,14 @@ _WHAT = {"merged": "A plain model: base with merged adapter.", "gguf": "A LoRA f
 _PIPELINES = {
     "sequence-classification": "text-classification",
     "multi-label-classification": "text-classification",
+    "token-classification": "token-classification",
     "regression": "text-classification",
     "causal-lm": "text-generation",
 }
 _CLASSES = {
     "sequence-classification": "AutoModelForSequenceClassification",
     "multi-label-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
     "regression": "AutoModelForSequenceClassification",
     "causal-lm": "AutoModelForCausalLM",
     "seq2seq": "AutoModelForSeq2SeqLM",

@@ -18,7 +18,7 @@ from tsqlora.data.prepare import Prepared, prepare
 from tsqlora.data.rows import Rows, Source, column_names
 from tsqlora.data.samples import TokenisedSplit
 from tsqlora.data.splits import Splits, one_split
-from tsqlora.data.tokenise import tokenise
+from tsqlora.data.tokenise import tokenise, tokenise_words
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.interop.files import require_safe
 from tsqlora.run.config import Config, load_config
@@ -67,7 +67,7 @@ class FinishedRun:
     def predictor(self) -> Predictor:
         return Predictor(
             self.model,
-            trained_task(self.config),
+            trained_task(self.config, self.labels),
             self.pretrained.tokenizer,
             self.max_length,
             batch_size=self.config.training.further_arguments().get("per_device_eval_batch_size", EVAL_BATCH),
@@ -84,7 +84,7 @@ class FinishedRun:
         for split in data.samples.values():
             if note := left_out(split):
                 warnings.warn(note, stacklevel=2)
-        return Job(self.config, trained_task(self.config), self.pretrained, data, self.max_length)
+        return Job(self.config, trained_task(self.config, self.labels), self.pretrained, data, self.max_length)
 
     def labelled(self, name: str, source: Source, places: np.ndarray | None = None) -> Prepared:
         """The rows of a source (at `places`) as a split, with warnings about rows cut and left out."""
@@ -97,7 +97,8 @@ class FinishedRun:
     def unlabelled(self, rows: Rows) -> TokenisedSplit:
         """Rows of any file as samples without labels, with a warning about cuts."""
         self.require_columns(column_names(rows), rows.source, labelled=False)
-        split = tokenise(rows, self.columns, self.pretrained.tokenizer, max_length=self.max_length, labels=None)
+        encode = tokenise_words if self.config.task.type == "token-classification" else tokenise
+        split = encode(rows, self.columns, self.pretrained.tokenizer, max_length=self.max_length, labels=None)
         warn_of_cuts(split, rows.source, "texts", self.max_length)
         return split
 

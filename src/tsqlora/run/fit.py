@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from tsqlora.adapter.slots import active_parameters, active_ranks
+from tsqlora.data.batches import padded_labels
 from tsqlora.data.formats import Format
 from tsqlora.data.generation import least_prompt, references, tokenise_generation
 from tsqlora.data.rows import Rows
@@ -28,6 +29,7 @@ from tsqlora.tasks import GENERATION, Task, require_answers
 from tsqlora.tasks.forward import Collate
 from tsqlora.tasks.generation import Generation
 from tsqlora.tasks.texts import require_text_metrics, text_metrics
+from tsqlora.tasks.tokens import TokenClassification
 from tsqlora.training.fit import Method, hardware_has_bf16, training_arguments
 from tsqlora.training.load import collate_of, positions_of
 from tsqlora.training.predict import predict_logits, require_room, token_metrics, write_texts
@@ -96,7 +98,7 @@ def begin(job: Job, args: TrainingArguments, method: Method) -> tuple[PeftModel,
     for name, split in samples.items():
         if split.truncated:
             what = "prompts" if texts else "texts"
-            record.notes.append(f"{split.truncated} of {len(split)} {name} {what} were cut to {job.max_length} tokens")
+            record.notes.append(_cuts(split, f"{name} {what}", job.max_length))
     if config.model.trust_remote_code:
         record.notes.append("code from the model's repository ran: model.trust_remote_code was true")
     record.notes += without_effect(config)
@@ -143,7 +145,15 @@ class Predictor:
 
     def logits(self, samples: Samples, *, phase: str, progress: Progress | None) -> np.ndarray:
         """n × k logits of a task with one answer a sample."""
-        return predict_logits(self.model, samples, self.collate(), phase=phase, progress=progress, **self._batching)
+        return predict_logits(
+            self.model,
+            samples,
+            self.collate(),
+            task=self.task,
+            phase=phase,
+            progress=progress,
+            **self._batching,
+        )
 
     def metrics(self, samples: Samples, *, phase: str, progress: Progress | None) -> dict[str, float]:
         """The task's metrics on labelled samples; for generation those of the rows' targets."""
@@ -151,7 +161,10 @@ class Predictor:
             compute = Compute(**self._batching, progress=progress)
             return token_metrics(self.model, samples, self.collate(), self.task, phase=phase, compute=compute)
         logits = self.logits(samples, phase=phase, progress=progress)
-        return require_answers(self.task, "this metric").metrics(logits, np.array([s["labels"] for s in samples]))
+        labels = [sample["labels"] for sample in samples]
+        if isinstance(self.task, TokenClassification):
+            return self.task.metrics(logits, padded_labels(labels, logits.shape[1]))
+        return require_answers(self.task, "this metric").metrics(logits, padded_labels(labels))
 
     def prompts(self, rows: Rows, format: Format, *, measured: bool = False) -> TokenisedSplit:
         """The prompt of each row; `measured` as in `tokenise_generation`."""
@@ -204,7 +217,12 @@ class Predictor:
 def warn_of_cuts(split: TokenisedSplit, source: str, what: str, length: int) -> None:
     """Warn if rows were cut."""
     if split.truncated:
-        warnings.warn(f"{split.truncated} of {len(split)} {what} of {source} were cut to {length} tokens", stacklevel=3)
+        warnings.warn(_cuts(split, f"{what} of {source}", length), stacklevel=3)
+
+
+def _cuts(split: TokenisedSplit, what: str, length: int) -> str:
+    words = f"; {split.cut_words} of their words are behind the cut, without a tag" if split.cut_words else ""
+    return f"{split.truncated} of {len(split)} {what} were cut to {length} tokens{words}"
 
 
 def predictor_of(job: Job, model: nn.Module, args: TrainingArguments) -> Predictor:

@@ -68,11 +68,12 @@ class Job:
     def scored_rows(self) -> dict[str, Any]:
         """Describe the rows in the scores' record: their file and columns, and the names of class ids."""
         splits = self.data.splits
+        by_word = self.task.answer == "tags"
         return {
             "data": self.config.data.train,
             "columns": self.data.columns(),
-            "classes": None if splits.labels is None else list(splits.labels.names),
-            "format": None if splits.format is None else splits.format.name,
+            "classes": None if splits.labels is None or by_word else list(splits.labels.names),
+            "format": "tokens" if by_word else None if splits.format is None else splits.format.name,
             "hints": asdict(hints_of(self.config)),
         }
 
@@ -83,7 +84,8 @@ def load(config: Config, *, folder: Path | None = None) -> Job:
     `folder` holds the samples on disk; None is a temporary one.
     """
     require_of_task(config)
-    task, splits = trained_task(config), read(config)
+    splits = read(config)
+    task = trained_task(config, splits.labels)
     pretrained = load_model(config, task, splits.labels)
     length = resolve_max_length(
         config.data.max_length, tokenizer_limit=pretrained.tokenizer.model_max_length, positions=pretrained.positions
@@ -115,10 +117,11 @@ def hints_of(config: Config) -> Hints:
     return Hints(config.data.delimiter, config.data.encoding)
 
 
-def trained_task(config: Config) -> Task:
-    """The task, with training's loss."""
+def trained_task(config: Config, labels: LabelMap | None = None) -> Task:
+    """The task, with training's loss, and for metrics of tags their names."""
     smoothing = config.training.further_arguments().get("label_smoothing_factor", 0)
-    return get_task(config.task.type, **({"label_smoothing": smoothing} if smoothing else {}))
+    tags = {"tags": labels.names} if labels is not None and labels.answer == "tags" else {}
+    return get_task(config.task.type, **({"label_smoothing": smoothing} if smoothing else {}), **tags)
 
 
 def require_of_task(config: Config, keys: Collection[str] | None = None) -> None:
@@ -131,6 +134,8 @@ def require_of_task(config: Config, keys: Collection[str] | None = None) -> None
         raise SettingsError(
             f"training.label_smoothing_factor smooths classes and tokens, and task.type is {task.name}; remove it"
         )
+    if task.answer == "tags":
+        foreign["data.text_pair"] = None
     for key, own in foreign.items():
         section, name = key.split(".")
         settings = getattr(config, section)

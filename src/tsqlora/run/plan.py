@@ -18,7 +18,7 @@ from tsqlora.quality.trusted import trusted_steps_of
 from tsqlora.ranks.budget import used
 from tsqlora.ranks.schedule import RankSchedule, default_interval
 from tsqlora.run.config import Config, QualitySettings, Section
-from tsqlora.tasks import Task
+from tsqlora.tasks import Answers, Task
 from tsqlora.tasks.classification import Classification
 from tsqlora.tasks.generation import IGNORED, Generation
 from tsqlora.training.fit import Method
@@ -117,7 +117,7 @@ def _both(rows: int) -> dict[str, int]:
 
 def _look(rule: ScoringRule, task: Task, *, rows: int, trusted: int) -> dict[str, int]:
     """Rows forward and backward in one look."""
-    terms = [term for term in rule.measured().values() if not (term.answers and isinstance(task, Generation))]
+    terms = [term for term in rule.measured().values() if not term.answers or isinstance(task, Answers)]
     reference = trusted or min(REFERENCE_ROWS, rows)
     cost = look_cost(terms, rows=rows, reference=reference, trusted=trusted)
     return {"forward": cost.forward, "backward": cost.backward}

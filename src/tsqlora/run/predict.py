@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 from scipy.special import expit, softmax
 
+from tsqlora.data.batches import IGNORED
+from tsqlora.data.cells import tokens_at
 from tsqlora.data.rows import Rows, column_names, open_split, read_rows
-from tsqlora.data.splits import lacks_of, listed
+from tsqlora.data.splits import Lacks, lacks_of, listed
 from tsqlora.data.write import SHEETS, joined, require_writable, without_formulas, write_rows
 from tsqlora.errors import DataError
 from tsqlora.progress import Progress
@@ -17,6 +19,7 @@ from tsqlora.run.finished import FinishedRun, open_run, require_finished
 from tsqlora.run.fit import warn_of_cuts
 from tsqlora.run.job import hints_of, read
 from tsqlora.tasks import GENERATION, require_answers
+from tsqlora.tasks.tokens import OUTSIDE, TokenClassification
 
 
 def evaluate_run(
@@ -57,7 +60,7 @@ def predict_run(
 ) -> int:
     """Write the file's rows with a `prediction`, and a `probability` for classes; return how many rows.
 
-    Several labels are a list each, in CSV and TSV joined by "|".
+    Several labels, and the tags of tokens, are a list each, in CSV and TSV joined by "|".
 
     They replace columns of these names, so that a file of predictions may be predicted again. A row without a text has
     an empty prediction, and a warning names it.  Raises DataError if no row has a text.
@@ -83,9 +86,14 @@ def predict_run(
     return len(rows)
 
 
+def _lacks_input(finished: FinishedRun) -> Lacks:
+    tags = finished.config.task.type == TokenClassification.name
+    return lacks_of(finished.columns, finished.format, answers=False, tags=tags)
+
+
 def _with_text(finished: FinishedRun, rows: Rows) -> list[int]:
     """The rows that have an input."""
-    lacks, bad = lacks_of(finished.columns, finished.format, answers=False), dict[str, list[int]]()
+    lacks, bad = _lacks_input(finished), dict[str, list[int]]()
     complete = list[int]()
     for i in range(len(rows)):
         if (reason := lacks(rows, i)) is None:
@@ -111,6 +119,8 @@ def _texts(finished: FinishedRun, rows: Rows, progress: Progress | None) -> list
 def _answers(finished: FinishedRun, rows: Rows, progress: Progress | None) -> list[dict[str, Any]]:
     samples, predictor = finished.unlabelled(rows).samples, finished.predictor
     logits = predictor.logits(list(samples), phase="prediction", progress=progress)
+    if isinstance(predictor.task, TokenClassification):
+        return _tags(finished, rows, samples, logits)
     predicted = require_answers(predictor.task, "a prediction").predictions(logits)
     if finished.labels is None:
         return [{"prediction": float(value)} for value in predicted]
@@ -125,3 +135,22 @@ def _answers(finished: FinishedRun, rows: Rows, progress: Progress | None) -> li
     return [
         {"prediction": names[int(value)], "probability": float(p)} for value, p in zip(predicted, best, strict=True)
     ]
+
+
+def _tags(
+    finished: FinishedRun, rows: Rows, samples: Sequence[dict[str, Any]], logits: np.ndarray
+) -> list[dict[str, Any]]:
+    """A tag and its probability for each token; "O" and none for a token that the model did not read."""
+    assert finished.labels is not None
+    names, p = finished.labels.names, softmax(logits.astype(np.float64), axis=2)
+    unread = OUTSIDE if OUTSIDE in names else None
+    answers = list[dict[str, Any]]()
+    for i, sample in enumerate(samples):
+        count = len(tokens_at(rows, i, finished.columns.text))
+        tags: list[Any] = [unread] * count
+        probabilities: list[float | None] = [None] * count
+        for place, word in enumerate(sample["labels"]):
+            if word != IGNORED:
+                tags[word], probabilities[word] = names[int(p[i, place].argmax())], float(p[i, place].max())
+        answers.append({"prediction": tags, "probability": probabilities})
+    return answers

@@ -14,6 +14,7 @@ from tsqlora.tasks.classification import Classification
 from tsqlora.tasks.generation import Generation
 from tsqlora.tasks.multi_label import MultiLabel
 from tsqlora.tasks.regression import Regression
+from tsqlora.tasks.tokens import TokenClassification
 
 
 @runtime_checkable  # for beartype, which checks annotations while tests run
@@ -24,7 +25,7 @@ class Task(Protocol):
     def name(self) -> str: ...
 
     answer: ClassVar[str]
-    """The kind of a row's label: "class", "labels" (any of several classes), "number" or "text"."""
+    """The kind of a row's label: "class", "labels" (any of several classes), "tags" (of tokens), "number" or "text"."""
 
     headline: ClassVar[str]
     """The metric that compares runs by default; more is better."""
@@ -73,11 +74,11 @@ TASKS: dict[str, Callable[..., Any]] = {
     Classification.name: Classification,
     MultiLabel.name: MultiLabel,
     Regression.name: Regression,
+    TokenClassification.name: TokenClassification,
     **{name: partial(Generation, name, causal=name == "causal-lm") for name in GENERATION},
 }
 
 NOT_BUILT = (
-    "token-classification",
     "question-answering",
     "masked-lm",
     "preference-tuning",
@@ -85,7 +86,7 @@ NOT_BUILT = (
 
 
 def get_task(name: str, **options: Any) -> Task:
-    """Build the task of this name with its options (label_smoothing, class_weights).
+    """Build the task of this name with its options (label_smoothing, class_weights, tags).
 
     Raises UnsupportedError for a task that is not supported, SettingsError for an unknown name or option.
     """

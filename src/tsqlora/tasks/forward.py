@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -17,6 +17,7 @@ from tsqlora.tasks import Task, get_task
 from tsqlora.tasks.classification import Classification
 from tsqlora.tasks.generation import Generation
 from tsqlora.tasks.multi_label import MultiLabel
+from tsqlora.tasks.tokens import TokenClassification
 
 Batch = Mapping[str, Any]
 Collate = Callable[[list[Any]], Batch]
@@ -77,16 +78,17 @@ def precision(device: torch.device, dtype: torch.dtype | None, *, cache: bool = 
 
 
 def model_logits(model: nn.Module, inputs: Mapping[str, Tensor], task: Task | None = None) -> Tensor:
-    """Return the logits: n × k, at least in float32; for generation n × t × v in the model's own dtype."""
+    """Return the logits, at least in float32: n × k, or n × t × k for tags; for generation in the model's own dtype."""
     generates = isinstance(task, Generation)
+    dimensions = 3 if generates or isinstance(task, TokenClassification) else 2
     output = model(**placed(model, inputs, task))
     logits = output_part(output, "logits")
     if logits is None:
         raise UnsupportedError(
             f"the model returns {type(output).__name__} without logits; return a tensor, or an output with 'logits'"
         )
-    if logits.dim() != (3 if generates else 2) or logits.shape[0] != next(iter(inputs.values())).shape[0]:
-        expected = "(samples, tokens, vocabulary)" if generates else "(samples, classes)"
+    if logits.dim() != dimensions or logits.shape[0] != next(iter(inputs.values())).shape[0]:
+        expected = "(samples, tokens, vocabulary or tags)" if dimensions == 3 else "(samples, classes)"
         raise UnsupportedError(f"the model's logits have shape {tuple(logits.shape)}; return {expected}")
     return logits if generates else upcast(logits)
 
@@ -102,11 +104,9 @@ def output_part(output: Any, name: str) -> Tensor | None:
 def require_labels(task: Task, labels: Tensor) -> None:
     """Raise UnsupportedError for labels of another task: one class per sample, or n × k of 0 and 1."""
     if isinstance(task, Classification) and labels.dim() > 1:
-        if not labels.is_floating_point():
-            get_task("token-classification")
         raise UnsupportedError(
             f"the labels have shape {tuple(labels.shape)}, but the task is {task.name}; for several labels per row set "
-            'model.config.problem_type to "multi_label_classification"'
+            'model.config.problem_type to "multi_label_classification", for tags use AutoModelForTokenClassification'
         )
     if isinstance(task, MultiLabel) and labels.dim() != 2:
         raise UnsupportedError(
@@ -142,7 +142,8 @@ def task_of(model: nn.Module, *, label_smoothing: float = 0.0) -> Task:
     classes = {cls.__name__ for cls in type(inner).__mro__}
     for name, mapping in CLASSES_OF.items():
         if classes & set(mapping.values()):
-            return get_task(name)
+            tags = {"tags": tuple(cast(Any, config).id2label.values())} if name == TokenClassification.name else {}
+            return get_task(name, **tags, **options)
     kind, labels = getattr(config, "problem_type", None), getattr(config, "num_labels", 2)
     if kind == "multi_label_classification":
         return get_task("multi-label-classification", **options)

@@ -21,6 +21,7 @@ from tsqlora.quality.subset import QualitySubset
 from tsqlora.tasks import Answers, Task
 from tsqlora.tasks.forward import Collate
 from tsqlora.tasks.generation import Generation
+from tsqlora.tasks.tokens import TokenClassification
 from tsqlora.training.nonfinite import GuardCallback
 from tsqlora.training.quality_callback import QualityCallback
 from tsqlora.training.rank_callback import RankCallback
@@ -83,6 +84,10 @@ def fit(
         if part is not None:
             part.recorder = recorder
     live = [] if progress is None else [TellProgress(data, method.ranks, progress)]
+
+    def measure(result: Any) -> dict[str, float]:
+        return cast(Any, task).metrics(result.predictions, result.label_ids)
+
     trainer = Trainer(
         model,
         args,
@@ -92,7 +97,7 @@ def fit(
         data_collator=cast(Any, inputs.collate if packed is None else packed),
         # An encoder-decoder also returns hidden states, of every evaluated row.
         preprocess_logits_for_metrics=lambda shown, _: shown[0] if isinstance(shown, tuple) else shown,
-        compute_metrics=(lambda p: task.metrics(p.predictions, p.label_ids)) if isinstance(task, Answers) else None,  # type: ignore[arg-type]
+        compute_metrics=measure if isinstance(task, Answers | TokenClassification) else None,
         callbacks=[*method.callbacks, *also, guard, *live],
     )
     if packed is not None:

@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -82,7 +83,10 @@ def load_pretrained(
     common: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(path, **common, **({} if generation else _head(labels)))
-        tokenizer = AutoTokenizer.from_pretrained(path, **common)
+        by_word = labels is not None and labels.answer == "tags"
+        # Byte-level tokenizers read words one by one only with a space before each.
+        spaced = {"add_prefix_space": True} if by_word else {}
+        tokenizer = AutoTokenizer.from_pretrained(path, **common, **spaced)
         # A causal model reads its class at the last token that is not padding.
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -93,8 +97,9 @@ def load_pretrained(
             _require_kind(generation, config, path)
         weights = getattr(torch, dtype)
         require_supported_packing(config)
-        packed = _packing(quantization, weights, generation, config, trust_remote_code) if quantization else {}
-        model, info = _auto_class(generation).from_pretrained(
+        kind = AutoModelForTokenClassification if by_word else _auto_class(generation)
+        packed = _packing(quantization, weights, kind, config, trust_remote_code) if quantization else {}
+        model, info = kind.from_pretrained(
             path,
             **common,
             config=config,
@@ -121,9 +126,7 @@ def load_pretrained(
     return Pretrained(model, tokenizer, new)
 
 
-def _packing(
-    quantization: str, dtype: torch.dtype, generation: Generation | None, config: Any, trust_remote_code: bool
-) -> dict[str, Any]:
+def _packing(quantization: str, dtype: torch.dtype, kind: Any, config: Any, trust_remote_code: bool) -> dict[str, Any]:
     """Arguments of `from_pretrained`: pack all but heads and the output embedding."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise SettingsError(
@@ -131,12 +134,12 @@ def _packing(
             "'tsqlora[quantized]'"
         )
     with torch.device("meta"):
-        skeleton = _auto_class(generation).from_config(config, trust_remote_code=trust_remote_code)
+        skeleton = kind.from_config(config, trust_remote_code=trust_remote_code)
     output = skeleton.get_output_embeddings()
     whole = [*heads(skeleton), *(name for name, module in skeleton.named_modules() if module is output)]
     four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
-    kind = {"4bit": {"load_in_4bit": True, **four}, "8bit": {"load_in_8bit": True}}[quantization]
-    return {"quantization_config": BitsAndBytesConfig(**kind, llm_int8_skip_modules=whole)}
+    bits = {"4bit": {"load_in_4bit": True, **four}, "8bit": {"load_in_8bit": True}}[quantization]
+    return {"quantization_config": BitsAndBytesConfig(**bits, llm_int8_skip_modules=whole)}
 
 
 def _require_whole(model: PreTrainedModel, new: tuple[str, ...], quantization: str | None) -> None:
@@ -192,7 +195,7 @@ def _head(labels: LabelMap | None) -> dict[str, Any]:
     return {
         "id2label": dict(enumerate(names)),
         "label2id": {name: i for i, name in enumerate(names)},
-        "problem_type": _PROBLEMS[labels.answer],
+        "problem_type": _PROBLEMS.get(labels.answer),
     }
 
 
@@ -219,7 +222,7 @@ def collate_of(
     """Pads to a multiple of 8 tokens where the model has so many positions; on the left for prompts to go on from."""
     positions = getattr(model.config, "max_position_embeddings", None)
     if not isinstance(task, Generation):
-        return collator(tokenizer, max_length=max_length, positions=positions)
+        return collator(tokenizer, max_length=max_length, positions=positions, tags=task.answer == "tags")
     longest = -(-max_length // MULTIPLE) * MULTIPLE
     multiple = MULTIPLE if positions is None or longest <= positions else 1
     padded = generation_collator(tokenizer, seq2seq=not task.causal, multiple=multiple, left=left)

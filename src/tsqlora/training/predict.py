@@ -16,6 +16,7 @@ from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.oom import BatchSplitter
 from tsqlora.progress import Progress
 from tsqlora.quality.rule import Compute
+from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate, base_model, model_logits, precision, split_labels
 from tsqlora.tasks.generation import Generation
 from tsqlora.training.load import positions_of
@@ -27,11 +28,12 @@ def predict_logits(
     collate: Collate,
     *,
     batch_size: int,
+    task: Task | None = None,
     autocast: torch.dtype | None = None,
     phase: str = "evaluation",
     progress: Progress | None = None,
 ) -> np.ndarray:
-    """n × k logits, in the samples' order; labels, if any, are not shown to the model.
+    """n × k logits, n × t × k for tags, in the samples' order; labels, if any, are not shown to the model.
 
     Raises TsqLoraError where a logit is not finite: no prediction would mean anything.
     """
@@ -41,18 +43,20 @@ def predict_logits(
 
     def logits_of(indices: np.ndarray) -> np.ndarray:
         batch = collate([{k: v for k, v in samples[j].items() if k != "labels"} for j in indices])
-        return model_logits(model, {name: value.to(device) for name, value in batch.items()}).cpu().numpy()
+        return model_logits(model, {name: value.to(device) for name, value in batch.items()}, task).cpu().numpy()
 
     with torch.inference_mode(), eval_mode(model), precision(device, autocast):
         for indices in sorted_batches([len(s["input_ids"]) for s in samples], batch_size):
-            logits = np.concatenate(portions.of(indices, logits_of))
-            out = np.empty((len(samples), logits.shape[1]), logits.dtype) if out is None else out
-            out[indices] = logits
+            rows = iter(indices)
+            for logits in portions.of(indices, logits_of):
+                # The first batch has the longest samples.
+                out = np.zeros((len(samples), *logits.shape[1:]), logits.dtype) if out is None else out
+                out[[next(rows) for _ in logits], : logits.shape[1]] = logits
             done += len(indices)
             if progress is not None:
                 progress(phase, done, len(samples))
     assert out is not None
-    if broken := int((~np.isfinite(out)).any(axis=1).sum()):
+    if broken := int((~np.isfinite(out)).reshape(len(out), -1).any(axis=1).sum()):
         raise TsqLoraError(
             f"the model's logits are not finite for {broken} of {len(out)} rows; "
             "lower training.learning_rate or use another dtype"

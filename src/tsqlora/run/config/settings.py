@@ -14,7 +14,14 @@ from tsqlora.ranks.budget import default_max_rank
 
 PresetName = Literal["default", "paper"]
 
-TASK_TYPES = ("sequence-classification", "multi-label-classification", "regression", "causal-lm", "seq2seq")
+TASK_TYPES = (
+    "sequence-classification",
+    "multi-label-classification",
+    "token-classification",
+    "regression",
+    "causal-lm",
+    "seq2seq",
+)
 """The names of `tsqlora.tasks.TASKS`, which imports torch."""
 
 PRESETS: Mapping[PresetName, Mapping[str, float]] = {
