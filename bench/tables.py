@@ -14,6 +14,7 @@ from typing import Any
 
 import curves
 import differences
+import numpy as np
 import pandas as pd
 import results_page
 from curves import EPOCHS
@@ -363,6 +364,39 @@ def headstart(_: Results) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+HEADS = {
+    "lora+head": "calibrated scale, the adapter's rate",
+    "lora+head:half": "half the scale",
+    "lora+head:quarter": "a quarter of the scale",
+    "lora+head:slow": "a tenth of the rate",
+}
+"""What bench/headstart.py calls its choices of a head."""
+
+
+def head_choices(_: Results) -> pd.DataFrame:
+    """The fitted head's scale and learning rate: test accuracy (STS-B: Pearson), means over seeds."""
+    cells = pd.DataFrame({**cell["settings"], "curve": cell["curve"]} for cell in _cells("head_choices"))
+    rows = []
+    for table, of_table in cells.groupby("table"):
+        for method in HEADS:
+            found = of_table[of_table.method == method].curve
+            points = [[100 * point["accuracy"] for point in curve] for curve in found]
+            if points:
+                middle = [float(np.mean(curve)) for curve in points]
+                rows.append(
+                    {
+                        "table": table,
+                        "fitted head": HEADS[method],
+                        "seeds": len(points),
+                        "before the first step": _mean([curve[0] for curve in points]),
+                        "mean over the curve": _mean(middle),
+                        "at its end": _mean([curve[-1] for curve in points]),
+                        "test loss": _mean([curve[-1]["loss"] for curve in found], 3),
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
 def _mean(values: Sequence[float | None], digits: int = 1) -> str:
     """The mean; where a seed has none, how many have."""
     known = [value for value in values if value is not None]
@@ -618,6 +652,7 @@ TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "scale-rows": scale_rows,
     "scale-steps": scale_steps,
     "headstart": headstart,
+    "head-choices": head_choices,
     "scoring": scoring,
     "scoring-short": scoring_short,
     "servers": servers,
