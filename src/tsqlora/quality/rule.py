@@ -132,6 +132,8 @@ class ScoringRule:
         """Raise SettingsError for `reject` where labels are not classes."""
         if self.reject and task.answer != "class":
             raise SettingsError(f"reject works for classification, but the task is {task.name}; remove it")
+        if self.gate == "share" and task.answer == "tags":
+            raise SettingsError(f"gate share compares labels of rows, but the task is {task.name}; use gate surest")
 
     def require_room(self, fraction: float) -> None:
         """Raise SettingsError where `reject` might leave fewer rows than a draw takes."""
