@@ -51,6 +51,17 @@ def test_several_labels_are_fitted_each_and_constant_ones_are_sure() -> None:
     assert (np.abs(logits[:, 2:]) > 2).all()
 
 
+def test_samples_of_one_group_share_a_fold() -> None:
+    rng = np.random.default_rng(0)
+    x, y = np.repeat(rng.normal(size=(40, 60)), 6, axis=0), np.repeat(rng.integers(2, size=40), 6)
+    groups = np.repeat(np.arange(40), 6)
+    alone, together = (
+        fit_head(x, y, kind="classes", width=2, groups=own, rng=np.random.default_rng(0)).loss for own in (None, groups)
+    )
+    assert alone < 0.3, "copies in other folds give the label away"
+    assert together > 0.6
+
+
 def test_a_layer_without_bias_gets_none() -> None:
     x, y = classes(60, 3)
     fit = fit_head(x, y, kind="classes", width=3, intercept=False, rng=np.random.default_rng(0))

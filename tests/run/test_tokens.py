@@ -42,6 +42,7 @@ def test_a_run_trains_measures_predicts_and_reports(place: Path, tsqlora: Run) -
     assert tsqlora("train", place / "c.yaml", "--set", "data.max_length=8", "--out", run)[0] == 0
     record = json.loads((run / "run.json").read_text())
     assert (record["task"], record["labels"]) == ("token-classification", ["B-bad", "B-good", "O"])
+    assert record["quality"]["looks"][0]["head_start"]["replaced"]
     assert record["metrics"]["test"]["span_f1"] > 0.6
     assert any("behind the cut" in note for note in record["notes"])
     assert tsqlora("predict", run, "--data", test, "--out", place / "p.jsonl")[0] == 0

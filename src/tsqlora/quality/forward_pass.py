@@ -130,7 +130,7 @@ def _columns(
     return columns
 
 
-def find_head(model: nn.Module, forward: Callable[[], Float[Tensor, "n k"]]) -> Head | None:
+def find_head(model: nn.Module, forward: Callable[[], Float[Tensor, "n *k"]]) -> Head | None:
     """Return the trainable linear layer whose output is the model's logits; None where there is none.
 
     `forward` returns one batch's logits in evaluation mode. In a decoder, whose head runs at every token, the logits
@@ -147,10 +147,11 @@ def find_head(model: nn.Module, forward: Callable[[], Float[Tensor, "n k"]]) -> 
         if linear not in calls or linear.out_features != logits.shape[-1]:
             continue
         output = calls[linear][1]
-        if output.dim() == 3 and len(output) == len(logits):
+        if output.dim() == 3 and logits.dim() == 2 and len(output) == len(logits):
             output = output[torch.arange(len(output), device=output.device), _position(output, logits)]
         if output.shape == logits.shape and torch.allclose(output.to(logits), logits, atol=1e-5):
-            return Head(name, linear, *_dense_before(calls, linear, logits))
+            per_token = logits.dim() == 3
+            return Head(name, linear) if per_token else Head(name, linear, *_dense_before(calls, linear, logits))
     return None
 
 

@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from tsqlora import distributed
+from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.quality.fallback import against_chance, require_finite
-from tsqlora.quality.forward_pass import ACTIVATIONS, Forward, Head, forward_pass
+from tsqlora.quality.forward_pass import ACTIVATIONS, Forward, Head, find_head, forward_pass, recorded
 from tsqlora.quality.linear_head import HeadFit, Kind, LinearHead, fit_head, row_losses
 from tsqlora.quality.passes import empty
 from tsqlora.quality.ridge import ROWS_AT_ONCE, fit_ridge, fit_temperature, leave_one_out_logits
@@ -20,11 +22,16 @@ from tsqlora.quality.rule import LookRequest
 from tsqlora.seeds import stream
 from tsqlora.tasks import Answers, Task
 from tsqlora.tasks.classification import Classification
+from tsqlora.tasks.forward import model_logits, precision, split_labels
+from tsqlora.tasks.generation import IGNORED
 from tsqlora.tasks.multi_label import MultiLabel
 from tsqlora.tasks.regression import Regression
+from tsqlora.tasks.tokens import TokenClassification
 
 ROWS_TO_FIT = 50_000
 """Fit a head on at most this many random rows: more hardly change it, and their features may not fit in memory."""
+ROWS_OF_TAGS = 1_000
+"""Fit a head for tags on the tokens of at most this many random rows."""
 LEAST_TRUSTED = 8
 """Fit no head on fewer trusted rows."""
 LEAST_P = 1e-3
@@ -136,6 +143,8 @@ def start_head(model: nn.Module, request: LookRequest) -> Started:
     """
     rule, task, trusted, compute = request.rule, request.task, request.trusted, request.compute
     run = partial(forward_pass, model, collate=request.collate, task=task)
+    if isinstance(task, TokenClassification) and rule.head_start:
+        return _start_tags(model, request, run)
     pool, layer = run(request.dataset, compute=compute, rows=request.rows)
     of_trusted = None
     if trusted is not None:
@@ -149,6 +158,63 @@ def start_head(model: nn.Module, request: LookRequest) -> Started:
     chosen = own if own is not None and own.replaces else head
     undo = install(layer, chosen) if chosen.replaces else lambda: None
     return Started(chosen, own, layer, pool, of_trusted, undo)
+
+
+def _start_tags(
+    model: nn.Module, request: LookRequest, run: Callable[..., tuple[Forward | None, Head | None]]
+) -> Started:
+    """Fit the head on tagged tokens before the pass over all rows, whose features are not per token."""
+    layer, head = _fit_tags(model, request)
+    undo = install(layer, head) if layer is not None and head is not None and head.replaces else lambda: None
+    try:
+        pool, _ = run(request.dataset, compute=request.compute, rows=request.rows)
+        few = None
+        if request.trusted is not None:
+            few, _ = run(request.trusted.rows, compute=replace(request.compute, journal=None, progress=None))
+    except BaseException:
+        undo()
+        raise
+    return Started(head, None, layer, pool, few, undo)
+
+
+def _fit_tags(model: nn.Module, request: LookRequest) -> tuple[Head | None, HeadStart | None]:
+    """Fit the head on the features of tagged tokens, with folds by row; None for a model without a last layer."""
+    dataset, collate, rule = request.dataset, request.collate, request.rule
+    rows = stream("head start", rule.seed).permutation(len(dataset))[:ROWS_OF_TAGS]
+    parts: list[tuple[Tensor, ...]] = []
+    layer: Head | None = None
+    with eval_mode(model), torch.no_grad(), precision(next(model.parameters()).device, request.compute.autocast):
+        for first in range(0, len(rows), request.compute.batch_size):
+            own = rows[first : first + request.compute.batch_size]
+            inputs, labels = split_labels(collate([dataset[int(j)] for j in own]), model)
+            layer = layer or find_head(model, partial(model_logits, model, inputs, request.task))
+            if layer is None:
+                return None, None
+            with recorded([layer.linear]) as calls:
+                logits = model_logits(model, inputs, request.task)
+            tagged = labels != IGNORED
+            losses = cross_entropy(logits[tagged], labels[tagged], reduction="none")
+            group = tagged.nonzero()[:, 0] + first
+            parts.append((calls[layer.linear][0][tagged].float(), labels[tagged], losses.float(), group))
+    assert layer is not None
+    features, tags, losses, groups = (torch.cat(column).numpy(force=True) for column in zip(*parts, strict=True))
+    require_finite(torch.from_numpy(losses))
+    linear = layer.linear
+
+    def fitted() -> HeadStart:
+        fit = fit_head(
+            features,
+            tags,
+            kind="classes",
+            width=linear.out_features,
+            intercept=linear.bias is not None,
+            groups=groups,
+            rng=stream("head folds", rule.seed),
+        )
+        present = losses[fit.rows].astype(np.float64)
+        return HeadStart(fit, float(present.mean()), fit.better_than(present))
+
+    return layer, distributed.once(fitted)
 
 
 def _fit(

@@ -16,7 +16,7 @@ from scipy.optimize import brentq
 from scipy.special import log_softmax
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import KFold, StratifiedKFold
+from sklearn.model_selection import GroupKFold, KFold, StratifiedKFold
 
 from tsqlora.quality.ridge import fit_ridge
 
@@ -81,12 +81,13 @@ def fit_head(
     width: int,
     intercept: bool = True,
     class_weights: Float[np.ndarray, " k"] | None = None,
+    groups: Int[np.ndarray, " n"] | None = None,
     rng: np.random.Generator,
 ) -> HeadFit:
     """Fit a head of `width` outputs with the regularisation of least out-of-fold loss, at a calibrated scale.
 
     Classes: multinomial logistic regression; labels: a binary one each; numbers: least squares. A class without rows
-    gets the logit of a class that occurs in less than one row.
+    gets the logit of a class that occurs in less than one row. Samples of one of the `groups` share a fold.
     """
     # Centred if a bias can absorb the centre: features of similar direction converge slowly.
     centre = features.mean(axis=0, dtype=np.float64) if intercept else np.zeros(features.shape[1])
@@ -102,7 +103,8 @@ def fit_head(
         fit = partial(_softmax, width=width, intercept=intercept, class_weights=class_weights)
         if kind == "labels":
             fit = partial(_sigmoids, intercept=intercept)
-        losses, strength, start = _out_of_fold(fit, features[some], targets[some], kind, rng)
+        own = None if groups is None else groups[some]
+        losses, strength, start = _out_of_fold(fit, features[some], targets[some], kind, own, rng)
         head = fit(features, targets, strength, start=start)
         scale = _calibrated_scale(head.logits(features), targets, kind, float(losses.mean()))
     head = LinearHead(head.weight / unit, head.bias - head.weight @ centre / unit).scaled(scale)
@@ -125,13 +127,14 @@ def _out_of_fold(
     features: Float[np.ndarray, "m d"],
     labels: Shaped[np.ndarray, "m *k"],
     kind: Kind,
+    groups: Int[np.ndarray, " m"] | None,
     rng: np.random.Generator,
 ) -> tuple[Float[np.ndarray, " m"], float, LinearHead]:
     """Return out-of-fold losses, the strength of least loss, and the mean of its fits."""
     best: tuple[Float[np.ndarray, " m"], float, LinearHead] | None = None
     stratified = kind == "classes" and np.bincount(labels)[np.unique(labels)].min() >= FOLDS
     splitter = (StratifiedKFold if stratified else KFold)(FOLDS, shuffle=True, random_state=int(rng.integers(2**31)))
-    folds = list(splitter.split(labels, labels))
+    folds = list(splitter.split(labels, labels) if groups is None else GroupKFold(FOLDS).split(labels, None, groups))
     heads: list[LinearHead] = []
     for strength in map(float, STRENGTHS):
         losses, starts = np.empty(len(labels)), heads or [None] * FOLDS
