@@ -41,11 +41,15 @@ TABLES = {
     "clinc150": ("clinc150", 15000, 32),
     "clinc150-3000": ("clinc150", 3000, 32),
     "stsb-2000": ("stsb", 2000, 16),
+    "goemotions-2000": ("goemotions", 2000, 16),
+    "wnut17-1000": ("wnut17", 1000, 16),
     **{f"{name}-{rows}": (name, rows, 16) for name in ("sst2", "mrpc") for rows in (500, 2000)},
     "bbc-500": ("bbc", 500, 16),
     "bbc-1500": ("bbc", 1500, 16),
 }
 """Of each the data set, how many rows train, and the batch size."""
+TASKS = {"stsb": "regression", "goemotions": "multi-label-classification", "wnut17": "token-classification"}
+"""Task types of data sets that do not have one class a row."""
 METHODS = {"lora": ("lora", "all"), "lora+head": ("lora", "head"), "tsqlora": ("tsqlora", "quality")}
 CHOICES = {"": (1.0, 1.0), "half": (0.5, 1.0), "quarter": (0.25, 1.0), "slow": (1.0, 0.1)}
 """`lora+head:CHOICE`: what the fitted head is multiplied by, and its learning rate as a share of the adapter's."""
@@ -148,8 +152,8 @@ def run(table: str, method: str, rate: float, seed: int, *, depth: int | str = "
                 **FURTHER,
             },
         }
-        if name == "stsb":
-            settings["task"] = {"type": "regression"}
+        if name in TASKS:
+            settings["task"] = {"type": TASKS[name]}
         config = Config.model_validate(settings)
         job = load(config)
         args = arguments(config, Path(folder) / "run")
