@@ -12,7 +12,6 @@ from transformers import (
     BertForMaskedLM,
     BertForQuestionAnswering,
     BertForSequenceClassification,
-    BertForTokenClassification,
     PreTrainedModel,
     Trainer,
     TrainerCallback,
@@ -376,10 +375,8 @@ ANSWERS = [{**row, "start_positions": 1, "end_positions": 2} for row in IDS]
 PAIRS = [{**row, "chosen_ids": [1], "rejected_ids": [2]} for row in IDS]
 FULL = {"weights": GRADIENTS, "scope": "full"}
 REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
-    "multi-label": (lambda: classifier(problem_type="multi_label_classification"), MANY, {}, "multi-label-classific"),
-    "multi-label by its labels": (classifier, MANY, {}, "task.type multi-label-classification is not built"),
-    "tokens by their labels": (classifier, TOKENS, {}, "task.type token-classification is not built"),
-    "tokens": (lambda: of_kind(BertForTokenClassification), TOKENS, {}, "token-classification is not built"),
+    "several labels for one class": (classifier, MANY, {}, "multi_label_classification"),
+    "tags for one class": (classifier, TOKENS, {}, "AutoModelForTokenClassification"),
     "answers": (lambda: of_kind(BertForQuestionAnswering), ANSWERS, {}, "question-answering is not built"),
     "masked words": (lambda: of_kind(BertForMaskedLM), TOKENS, {}, "task.type masked-lm is not built"),
     "positions that train": (lambda: classifier(num_labels=2), DATA, {"weights": GRADIENTS}, "position_embeddings is"),

@@ -465,12 +465,11 @@ def test_a_step_that_failed_leaves_no_hooks_for_the_next_training(tmp_path: Path
     assert torch._dynamo.config.recompile_limit == compiles
 
 
-def test_ranks_move_where_samples_have_no_loss_that_is_known(tmp_path: Path) -> None:
-    """Labels of tokens: training's own loss is enough."""
+def test_ranks_move_where_labels_are_tags(tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     model = tsq.wrap(BertForTokenClassification(BertConfig(vocab_size=VOCAB, num_labels=2, **sizes)), mean_rank=2)
     rows = [{name: values[:4] for name, values in row.items() if name != "labels"} for row in ROWS]
     callback = tsq.RankCallback(interval=4)
     labelled = [row | {"labels": [int(token > 19) for token in row["input_ids"]]} for row in rows]
     run(tmp_path, callback, model=model, data=labelled)
-    assert {event.reason for event in callback.events} == {"adjustment"}
+    assert {event.reason for event in callback.events} == {"start", "adjustment"}

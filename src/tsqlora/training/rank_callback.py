@@ -40,7 +40,7 @@ class RankCallback(PartCallback):
     The model is one from `tsqlora.wrap`, or a PeftModel with plain LoRA (`get_peft_model`, SFTTrainer's
     `peft_config`), whose ranks become changeable when the Trainer is made. Ranks are first set from sensitivities on
     rows of the first epoch, unless the model is at chance, as with a new head that no look has fitted, or tsqlora
-    has no loss for its samples (token labels, preferences). Every `interval`
+    has no loss for its samples (preferences, spans of answers). Every `interval`
     optimizer steps they then move towards the target that the step's own backward gives. At the end the model
     becomes a plain PEFT model. A sample is a row of a batch: with SFTTrainer's packing all that is
     packed into a row, and in a batch without padding all of the batch.
