@@ -1,4 +1,4 @@
-"""Looks at all rows: the steps that they come before, and what run.json and the pages say of them."""
+"""Looks at all rows: when they take place, and their summaries for run.json and the pages."""
 
 import math
 from collections.abc import Mapping
