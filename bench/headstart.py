@@ -132,7 +132,7 @@ class Choice(TrainerCallback):
 
 def run(table: str, method: str, rate: float, seed: int, *, depth: int | str = "all") -> dict[str, Any]:
     name, rows, batch = TABLES[table]
-    way = method.partition(":")[0]
+    way, _, choice = method.partition(":")
     kind, policy = METHODS[way]
     total = EPOCHS * math.ceil(rows / batch)
     steps = math.ceil(total / 3) if table == "clinc150" and method != "lora" else total
@@ -170,7 +170,7 @@ def run(table: str, method: str, rate: float, seed: int, *, depth: int | str = "
             Method(chosen.data, chosen.quality, ranks),
             job.inputs,
             record,
-            also=[*built.callbacks, curve],
+            also=[*built.callbacks, *([Choice(*CHOICES[choice])] if choice else []), curve],
         )
         validation = predictor_of(job, built.model, args).metrics(
             job.data.samples["validation"].samples, phase="validation", progress=None
