@@ -364,6 +364,17 @@ def headstart(_: Results) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def mixed_pool(_: Results) -> pd.DataFrame:
+    """Test loss in the mixed pool, seed by seed, and the right rows of the first epoch's draw."""
+    cells = pd.DataFrame({**cell["settings"], **cell} for cell in _cells("mixed_pool"))
+    rows = []
+    for method, of in cells.sort_values("seed").groupby("method"):
+        drawn = [str(cell["right"]) for cell in of.drawn if cell]
+        losses = ", ".join(f"{loss:.3f}" for loss in of.loss)
+        rows.append({"way to train": method, "test loss, seed by seed": losses, "right rows drawn": ", ".join(drawn)})
+    return pd.DataFrame(rows)
+
+
 HEADS = {
     "lora+head": "calibrated scale, the adapter's rate",
     "lora+head:half": "half the scale",
@@ -653,6 +664,7 @@ TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "scale-steps": scale_steps,
     "headstart": headstart,
     "head-choices": head_choices,
+    "mixed-pool": mixed_pool,
     "scoring": scoring,
     "scoring-short": scoring_short,
     "servers": servers,
