@@ -418,3 +418,7 @@ def test_score_leaves_the_model_as_it_was_also_after_an_error(before_end: int | 
         with pytest.raises(Breaks):
             run()
         assert_unchanged(before, model)
+
+
+def test_two_rows_are_too_few_to_fit_a_head_in_folds() -> None:
+    assert looked(wrapped(), learnable(2)).head is None

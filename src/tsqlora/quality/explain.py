@@ -145,7 +145,7 @@ def _find_texts(scores: Scores, rows: Iterable[int], source: Source) -> dict[int
 
 
 def named(scores: Scores, value: Any) -> Any:
-    """Return a label or prediction by name: a class, a list of labels, or a number where there are no names."""
+    """Return the name of a class, the list of names of several labels, or the number where there are no names."""
     names = scores.record.classes
     if np.ndim(value):
         return [k if names is None else names[k] for k in np.flatnonzero(value > 0.5).tolist()]

@@ -15,7 +15,7 @@ from tsqlora import distributed
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.quality.fallback import against_chance, require_finite
 from tsqlora.quality.forward_pass import ACTIVATIONS, Forward, Head, find_head, forward_pass, recorded
-from tsqlora.quality.linear_head import HeadFit, Kind, LinearHead, fit_head, row_losses
+from tsqlora.quality.linear_head import FOLDS, HeadFit, Kind, LinearHead, fit_head, row_losses
 from tsqlora.quality.passes import empty
 from tsqlora.quality.ridge import ROWS_AT_ONCE, fit_ridge, fit_temperature, leave_one_out_logits
 from tsqlora.quality.rule import LookRequest
@@ -150,7 +150,8 @@ def start_head(model: nn.Module, request: LookRequest) -> Started:
     if trusted is not None:
         of_trusted, _ = run(trusted.rows, compute=replace(compute, journal=None, progress=None))
     trusts = rule.trusts and trusted is not None and trusted.loss is None
-    if layer is None or not isinstance(task, Answers) or not (rule.head_start or trusts):
+    fits = isinstance(task, Answers) and len(request.dataset) >= FOLDS and (rule.head_start or trusts)
+    if layer is None or not fits:
         return Started(None, None, layer, pool, of_trusted)
     head, own = distributed.once(lambda: _fit(pool, of_trusted, task, layer, rule.seed))
     if not rule.head_start:  # the trusted model still starts from its own head
@@ -178,7 +179,7 @@ def _start_tags(
 
 
 def _fit_tags(model: nn.Module, request: LookRequest) -> tuple[Head | None, HeadStart | None]:
-    """Fit the head on the features of tagged tokens, with folds by row; None for a model without a last layer."""
+    """Fit the head on the features of tagged tokens, with folds by row; None without a last layer, or for few rows."""
     dataset, collate, rule = request.dataset, request.collate, request.rule
     rows = stream("head start", rule.seed).permutation(len(dataset))[:ROWS_OF_TAGS]
     parts: list[tuple[Tensor, ...]] = []
@@ -199,6 +200,8 @@ def _fit_tags(model: nn.Module, request: LookRequest) -> tuple[Head | None, Head
     assert layer is not None
     features, tags, losses, groups = (torch.cat(column).numpy(force=True) for column in zip(*parts, strict=True))
     require_finite(torch.from_numpy(losses))
+    if len(np.unique(groups)) < FOLDS:
+        return layer, None
     linear = layer.linear
 
     def fitted() -> HeadStart:

@@ -1,4 +1,4 @@
-"""How ranks move towards their targets at one adjustment: functions by name.
+"""Policies: functions that move ranks towards their targets at one adjustment.
 
 A policy is a function and an entry in `POLICIES`; a callable may be passed in place of a name.
 """
