@@ -12,12 +12,12 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Shaped
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from tsqlora import distributed
 from tsqlora.compat.peft import lora_matrices
+from tsqlora.compat.shapes import Float, Int, Shaped
 from tsqlora.compat.torch import double, upcast
 from tsqlora.errors import SettingsError, UnsupportedError, nearest
 from tsqlora.gradients.capture import Capture, capture

@@ -4,13 +4,13 @@ import zlib
 from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from tsqlora import distributed
 from tsqlora.adapter.importance import Importance
 from tsqlora.adapter.moments import moments
 from tsqlora.adapter.slots import Slots
+from tsqlora.compat.shapes import Float
 from tsqlora.compat.torch import double
 from tsqlora.ranks.events import rank_changes
 

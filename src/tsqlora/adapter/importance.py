@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tsqlora import distributed
 from tsqlora.adapter.slots import Slots
+from tsqlora.compat.shapes import Bool, Float, Int
 from tsqlora.errors import UnsupportedError
 
 BETA = 0.85

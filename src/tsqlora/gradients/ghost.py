@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from tsqlora.compat.shapes import Float, Int, Shaped
 from tsqlora.compat.torch import upcast
 
 MOST_AT_ONCE = 2**24

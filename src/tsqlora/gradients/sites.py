@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypedDict, cast, get_args
 
 import torch
-from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -18,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tsqlora.compat.bitsandbytes import dequantised, is_packed_for_inference, linear_bits
 from tsqlora.compat.peft import dequantize_module_weight, has_variant, lora_matrices
+from tsqlora.compat.shapes import Float
 from tsqlora.errors import SettingsError, UnsupportedError, nearest
 from tsqlora.gradients.ghost import LINEAR, Kind, LayerGradient, Linear, Lookup
 from tsqlora.gradients.layers import BATCH_NORMS, input_of, is_embedding, is_linear, kind_of, output_gradient_of

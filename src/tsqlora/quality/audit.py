@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Shaped
 from scipy.special import softmax
 from torch import nn
 
 from tsqlora import distributed
+from tsqlora.compat.shapes import Bool, Float, Int, Shaped
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.quality.forward_pass import forward_pass
 from tsqlora.quality.label_noise import FROZEN_CLASSES, LabelNoise, Labels, Logits, reject

@@ -10,10 +10,10 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, UInt32, UInt64
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from tsqlora.compat.shapes import Bool, Float, Int, UInt32, UInt64
 from tsqlora.errors import SettingsError, UnsupportedError, nearest
 from tsqlora.quality.scores import Scores
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Bool, Int
 
+from tsqlora.compat.shapes import Bool, Int
 from tsqlora.errors import SettingsError
 from tsqlora.quality.sampling import draw, draw_size, require_enough
 from tsqlora.quality.scores import Scores

@@ -6,11 +6,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tsqlora.compat.shapes import Float
 from tsqlora.compat.torch import double
 from tsqlora.errors import UnsupportedError
 from tsqlora.gradients.ghost import MeanGradient, layer_gradient, summed_gradient

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
 
+from tsqlora.compat.shapes import Bool, Float
 from tsqlora.data.cells import row_hash, row_text
 from tsqlora.data.dialect import Hints
 from tsqlora.data.rows import Source, open_split

@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
+from tsqlora.compat.shapes import Bool, Float, Shaped
 from tsqlora.compat.torch import double
 from tsqlora.errors import TsqLoraError
 from tsqlora.gradients.eval_mode import eval_mode

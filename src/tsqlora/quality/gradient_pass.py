@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool
 from torch import Tensor, nn
 
 from tsqlora import distributed
+from tsqlora.compat.shapes import Bool
 from tsqlora.data.batches import sorted_batches
 from tsqlora.errors import SettingsError
 from tsqlora.gradients.capture import stepped

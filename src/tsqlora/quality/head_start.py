@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from tsqlora import distributed
+from tsqlora.compat.shapes import Float, Shaped
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.quality.fallback import against_chance, require_finite
 from tsqlora.quality.forward_pass import ACTIVATIONS, Forward, Head, find_head, forward_pass, recorded

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
 from scipy.optimize import OptimizeResult, brentq, minimize
 from scipy.special import softmax
 from scipy.stats import chi2
 
+from tsqlora.compat.shapes import Bool, Float, Int
 from tsqlora.errors import SettingsError, TsqLoraError
 
 Logits = Float[np.ndarray, "n k"]

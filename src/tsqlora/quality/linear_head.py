@@ -11,13 +11,13 @@ from functools import partial
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float, Int, Shaped
 from scipy.optimize import brentq
 from scipy.special import log_softmax
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold, KFold, StratifiedKFold
 
+from tsqlora.compat.shapes import Float, Int, Shaped
 from tsqlora.quality.ridge import fit_ridge
 
 Kind = Literal["classes", "labels", "numbers"]

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tsqlora.compat.shapes import Float
 from tsqlora.compat.torch import double
 from tsqlora.errors import UnsupportedError
 from tsqlora.gradients.capture import Consume, capture

@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
 from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp
+
+from tsqlora.compat.shapes import Float, Int
 
 ROWS_AT_ONCE = 16_384
 """Read features in parts of this many rows, since they may be a memory map."""

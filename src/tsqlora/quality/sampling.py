@@ -6,8 +6,8 @@ Pure functions of numbers; randomness is an argument.
 import math
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
 
+from tsqlora.compat.shapes import Bool, Float, Int
 from tsqlora.errors import SettingsError
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from tsqlora.compat.shapes import Float, Int, Shaped
 from tsqlora.errors import SettingsError, nearest
 
 CLIP = 3.0

@@ -6,9 +6,9 @@ labels better than wrong labels without preference do.
 """
 
 import numpy as np
-from jaxtyping import Float
 from scipy.sparse import csr_array
 
+from tsqlora.compat.shapes import Float
 from tsqlora.quality.label_noise import LabelNoise, Labels
 from tsqlora.seeds import stream
 

@@ -12,9 +12,9 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Shaped
 from torch import nn
 
+from tsqlora.compat.shapes import Bool, Float, Shaped
 from tsqlora.errors import SettingsError, TsqLoraError
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.quality.rows import Dataset

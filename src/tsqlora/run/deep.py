@@ -5,10 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float
 from sklearn.model_selection import KFold, StratifiedKFold
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from tsqlora.compat.shapes import Float
 from tsqlora.data.prepare import Prepared
 from tsqlora.progress import Progress, Pulse
 from tsqlora.run.callbacks import build_callbacks

@@ -6,9 +6,9 @@ from functools import partial
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from tsqlora.compat.shapes import Float, Int, Shaped
 from tsqlora.errors import SettingsError, UnsupportedError, nearest
 from tsqlora.tasks.classification import Classification
 from tsqlora.tasks.generation import Generation

@@ -6,12 +6,12 @@ from typing import ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
 from scipy.optimize import minimize
 from scipy.special import logsumexp, softmax
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor
 
+from tsqlora.compat.shapes import Float, Int
 from tsqlora.compat.torch import double
 from tsqlora.errors import TsqLoraError
 

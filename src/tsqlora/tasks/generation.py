@@ -5,9 +5,9 @@ from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tsqlora.compat.shapes import Bool, Float, Int
 from tsqlora.compat.torch import upcast
 
 IGNORED = -100

@@ -6,9 +6,9 @@ from typing import ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tsqlora.compat.shapes import Bool, Float
 from tsqlora.compat.torch import double
 from tsqlora.tasks.classification import FLOOR
 

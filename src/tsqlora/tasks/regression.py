@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from jaxtyping import Float
 from scipy import stats
 from torch import Tensor
 
+from tsqlora.compat.shapes import Float
 from tsqlora.compat.torch import double
 
 

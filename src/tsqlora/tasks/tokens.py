@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
 from torch import Tensor
 
+from tsqlora.compat.shapes import Float, Int
 from tsqlora.tasks.generation import IGNORED
 
 OUTSIDE = "O"
