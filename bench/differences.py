@@ -67,7 +67,7 @@ def against_even(cells: pd.DataFrame) -> pd.DataFrame:
         ]
         if str(method).startswith("even") or not gains:
             continue
-        rng = np.random.default_rng(0)  # anew for each row, so that no row depends on the others
+        rng = np.random.default_rng(0)  # the same seed for each row, so that no row depends on the others
         draws = [_resampled(gains, rng) for _ in range(DRAWS)]
         low, high = np.percentile(draws, PERCENTILES)
         row = {"world": world, "trusted": trusted, "method": method, "seeds": len(gains)}

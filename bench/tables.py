@@ -9,6 +9,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -328,7 +329,8 @@ def scale_plan(results: Results) -> Rows:
 
 def glue_summary(_: Results) -> pd.DataFrame:
     """What docs/research/glue.md says over tasks at 2,000 rows and mean rank 4, with wrong labels and without."""
-    return results_page.summary(rows=2000, mean=4)
+    whole = results_page.summary(rows=2000, mean=4)
+    return whole.drop(columns=whole.columns[1]).rename(columns=lambda name: name.partition(",")[0])
 
 
 def _cells(name: str) -> list[dict[str, Any]]:
@@ -362,6 +364,27 @@ def headstart(_: Results) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(rows)
+
+
+def headstart_short(_: Results) -> pd.DataFrame:
+    """Plain LoRA and tsqlora side by side, a row for each table."""
+    both = headstart(_).set_index(["table", "way to train"]).unstack("way to train")
+    columns = {
+        "before the first step": "before the first step",
+        "on average in the seconds of LoRA's first epoch": "mean over LoRA's first epoch",
+        "at its end": "at the end",
+        "of its seconds": "seconds to LoRA's final accuracy",
+    }
+    rows = pd.DataFrame({"LoRA / tsqlora": both.index})
+    for name, short in columns.items():
+        pairs = both[name]["lora"] + " / " + both[name]["tsqlora"]
+        rows[short] = pairs.str.replace(" of 3 seeds", "/3").to_list()
+    for short, at in (("the look", 0), ("the whole run", -1)):
+        rows[short] = [
+            _mean([curve[at]["seconds"] / of["lora"][seed][-1]["seconds"] for seed, curve in of["tsqlora"].items()], 2)
+            for of in curves.chosen().values()
+        ]
+    return rows
 
 
 def mixed_pool(_: Results) -> pd.DataFrame:
@@ -417,30 +440,36 @@ def _mean(values: Sequence[float | None], digits: int = 1) -> str:
     return mean if len(known) == len(values) else f"{mean} ({len(known)} of {len(values)} seeds)"
 
 
-def worlds(_: Results) -> pd.DataFrame:
-    """Accuracy on average and in the worst group, the gain over even draws, and test loss; means over seeds."""
+SHORT = {name: way for name, (way, *_) in differences.WAYS.items()} | {
+    "default": "tsqlora, {trusted} trusted",
+    "even": "even draws, {trusted} mixed in",
+    "trusted": "{trusted} trusted alone",
+    "default-untrusted": "tsqlora",
+    "even-untrusted": "even draws",
+}
+"""Short names of ways to train in the worlds."""
+
+
+def worlds(world: str, _: Results) -> pd.DataFrame:
+    """One world: accuracy on average and in the worst group, the gain over even draws, test loss; means over seeds."""
     cells = differences.cells()
     gains = differences.against_even(cells).set_index(["world", "trusted", "method"])
     rows = []
-    for world in differences.WORLDS:
-        of_world = cells[cells.world == world].sort_values("trusted", ascending=False, kind="stable")
-        for (trusted, method), of in of_world.groupby(["trusted", "method"], sort=False):
-            key = (world, trusted, method)
-            gain = gains.loc[key] if key in gains.index else None
-            rows.append(
-                {
-                    "world": differences.WORLDS[world],
-                    "trusted rows": "none" if method in differences.WITHOUT_TRUSTED else trusted,
-                    "way to train": method,
-                    "seeds": len(of),
-                    "accuracy": f"{100 * of.accuracy.mean():.1f}",
-                    "worst group": f"{100 * of.worst.mean():.1f}" if world in ("shortcut", "both", "weak") else "",
-                    "points over even draws": ""
-                    if gain is None
-                    else f"{gain.gain:+.1f} ({gain.low:+.1f} to {gain.high:+.1f})",
-                    "test loss": f"{of.loss.mean():.2f}",
-                }
-            )
+    of_world = cells[cells.world == world].sort_values("trusted", ascending=False, kind="stable")
+    for (trusted, method), of in of_world.groupby(["trusted", "method"], sort=False):
+        key = (world, trusted, method)
+        gain = gains.loc[key] if key in gains.index else None
+        rows.append(
+            {
+                "way to train": SHORT[method].format(trusted=trusted),
+                "accuracy": f"{100 * of.accuracy.mean():.1f}",
+                "worst group": f"{100 * of.worst.mean():.1f}",
+                "points over even draws": ""
+                if gain is None
+                else f"{gain.gain:+.1f} ({gain.low:+.1f} to {gain.high:+.1f})",
+                "test loss": f"{of.loss.mean():.2f}",
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -663,12 +692,13 @@ TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "scale-rows": scale_rows,
     "scale-steps": scale_steps,
     "headstart": headstart,
+    "headstart-short": headstart_short,
     "head-choices": head_choices,
     "mixed-pool": mixed_pool,
     "scoring": scoring,
     "scoring-short": scoring_short,
     "servers": servers,
-    "worlds": worlds,
+    **{f"worlds-{world}": partial(worlds, world) for world in ("shortcut", "both", "weak", "wrong20")},
 }
 
 
