@@ -1,7 +1,7 @@
-"""The slow tests: `make test` leaves out those that tests/slow.txt lists, `make slow` measures and lists them anew.
+"""The slow tests: `make test` leaves out those that tests/slow.txt lists, `make slow` measures and lists them.
 
-A test is slow if it takes more than LIMIT seconds of the processor, its child processes and its part of the fixtures
-that it shares with other tests of its file included.
+A test is slow if one of its cases takes more than LIMIT seconds of the processor, or all of them together more than
+TOTAL; child processes and its part of the fixtures that it shares with other tests of its file count.
 """
 
 import resource
@@ -14,6 +14,7 @@ import pytest
 
 LIST = Path(__file__).with_name("slow.txt")
 LIMIT = 2.0
+TOTAL = 7.0
 HEAD = "# The slow tests, measured by `make slow`: a file, or a test of it with all its parameters.\n"
 
 
@@ -79,12 +80,14 @@ class Measure:
     def pytest_sessionfinish(self) -> None:
         uses = Counter((file, name) for file, _, _, names in self.tests for name in names)
         parts = {used: self.fixtures.get(used, 0.0) / count for used, count in uses.items()}
-        slow, quick = set[str](), set[str]()
+        slow, quick, cases = set[str](), set[str](), defaultdict[str, list[float]](list)
         for file, test, own, names in self.tests:
-            if own + sum(parts[file, name] for name in names) > LIMIT:
+            cases[test].append(own + sum(parts[file, name] for name in names))
+        for test, own in cases.items():
+            if max(own) > LIMIT or sum(own) > TOTAL:
                 slow.add(test)
             else:
-                quick.add(file)
+                quick.add(test.partition("::")[0])
         files = {file for file, *_ in self.tests}
         entries = {entry for entry in listed() if entry.partition("::")[0] not in files}
         entries |= files - quick | {test for test in slow if test.partition("::")[0] in quick}
