@@ -51,8 +51,11 @@ def page() -> str:
         busy=_busy(cells),
         trainable=_range([share for of in groups(cells, BLOCK) for share in shares(of)["share"]], "{:.2f}"),
         left_out=_left_out(everything),
-        missing=markdown(missing(cells)),
-        kinds=[{"title": t, "table": markdown(over_tasks(of)), "mixed": two_precisions(of)} for t, of in kinds],
+        missing=markdown(rows) if (rows := missing(cells)) else "Every block of the grid is whole.\n",
+        kinds=[
+            {"title": f"{t} ({', '.join(_tasks(of))})", "table": markdown(over_tasks(of)), "mixed": two_precisions(of)}
+            for t, of in steps
+        ],
         blocks=[
             {"title": name_of(of), "table": markdown(table(of)), "time": in_time(of), "float32": float32_cells(of)}
             for of in groups(cells, BLOCK)
@@ -98,18 +101,18 @@ def _tasks(cells: pd.DataFrame) -> list[str]:
 
 
 def _busy(cells: pd.DataFrame) -> str:
-    found = [commit for commit in BUSY if commit in set(cells["commit"])]
-    return f'; "–" stands for those by {", ".join(found)}, which ran beside as many as nine others' if found else ""
+    busy = [commit for commit in BUSY if commit in set(cells["commit"])]
+    return f"; those by {', '.join(busy)} are not shown, since they ran beside as many as nine others" if busy else ""
 
 
 def _left_out(cells: pd.DataFrame) -> str:
     counts = cells.loc[~cells["sweep"], "hidden"].value_counts().sort_index()
-    told = "; ".join(f"{count} {reason}" for reason, count in counts.items())
-    return f" Stored and not shown are {told}." if told else ""
+    reasons = "; ".join(f"{count} {reason}" for reason, count in counts.items())
+    return f" Stored and not shown are {reasons}." if reasons else ""
 
 
 def missing(cells: pd.DataFrame) -> list[Row]:
-    """A row a block of the grid: how many of its cells are finished, and the seeds that are not."""
+    """A row for each unfinished block of the grid: how many of its cells are finished, and the seeds that are not."""
     rows = list[Row]()
     for wrong in glue.GRID_WRONG:
         for task in glue.GRID_TASKS:
@@ -121,13 +124,15 @@ def missing(cells: pd.DataFrame) -> list[Row]:
                 for entry in ORDER
                 if (seeds := [s for s in glue.GRID_SEEDS if failed.get((entry, s), True)])
             }
+            if not left:
+                continue
             total = len(ORDER) * len(glue.GRID_SEEDS)
-            told = "; ".join(f"`{entry}` {', '.join(seeds)}" for entry, seeds in left.items()) or NONE
+            seeds_left = "; ".join(f"`{entry}` {', '.join(seeds)}" for entry, seeds in left.items())
             rows.append(
                 {
                     "": name_of(pd.DataFrame([about])),
                     "finished": f"{total - sum(map(len, left.values()))} of {total}",
-                    "missing seeds": told if len(of) else "all",
+                    "missing seeds": seeds_left if len(of) else "all",
                 }
             )
     return rows
@@ -138,52 +143,54 @@ def missing(cells: pd.DataFrame) -> list[Row]:
 
 def differing(cells: pd.DataFrame) -> dict[str, Mean]:
     """Each entry beside LoRA on all rows, where seeds have both."""
-    found = {entry: over(cells, entry, LORA).seeds for entry in entries_of(cells)}
-    return {entry: difference for entry, difference in found.items() if difference}
+    differences = {entry: over(cells, entry, LORA).seeds for entry in entries_of(cells)}
+    return {entry: difference for entry, difference in differences.items() if difference}
 
 
 def verdicts(cells: pd.DataFrame) -> str:
     """Which entries differ from LoRA on all rows by more than noise."""
     of = dict[str, list[str]]()
     for entry, difference in differing(cells).items():
-        bounds = (
-            ""
-            if difference.half is None
-            else (f" ({difference.mean - difference.half:+.2f} to {difference.mean + difference.half:+.2f})")
-        )
-        loss = _percent(over(cells, entry, LORA, "loss_share"))
-        of.setdefault(verdict(difference, f"`{LORA}`"), []).append(
-            f"`{entry}` {difference.mean:+.2f}{bounds}, loss {loss}"
-        )
-    ordered = sorted(of, key=lambda told: (not told.startswith("better"), not told.startswith("worse")))
-    return ". ".join(f"**{told.capitalize()}**: {'; '.join(of[told])}" for told in ordered) or "no seed in common"
+        of.setdefault(verdict(difference, f"`{LORA}`"), []).append(f"`{entry}`")
+    ordered = sorted(of, key=lambda name: (not name.startswith("better"), not name.startswith("worse")))
+    return ". ".join(f"**{name.capitalize()}**: {', '.join(of[name])}" for name in ordered) or "no seed in common"
 
 
 def over_tasks(cells: pd.DataFrame) -> list[Row]:
     """Differences over tasks from LoRA on all rows and on a random half."""
     rows = list[Row]()
+    share = pd.concat([shares(of) for of in groups(cells, BLOCK)])
     for entry in entries_of(cells):
         row: Row = {"": _named(entry, cells)}
         for reference in REFERENCES:
-            found = over(cells, entry, reference)
-            row[f"minus `{reference}`"] = _difference(found)
-            row[f"tasks, `{reference}`"] = _of_tasks(found)
-            row[f"worst, `{reference}`"] = NONE if found.worst is None else f"{found.worst:+.1f}"
-        rows.append(row | {f"loss, over `{LORA}`'s": _percent(over(cells, entry, LORA, "loss_share"))})
-    return rows
+            between = over(cells, entry, reference)
+            row[f"minus `{reference}`"] = _difference(between)
+            row[f"tasks, `{reference}`"] = _of_tasks(between)
+            if reference == LORA:
+                row["worst"] = NONE if between.worst is None else f"{between.worst:+.1f}"
+        row["loss"] = _percent(over(cells, entry, LORA, "loss_share"))
+        rows.append(row | {"trainable": _range(share.loc[share["entry"] == entry, "share"], "{:.2f}")})
+    whole = ", ".join(_tasks(cells))
+    return _without(rows, {f"tasks, `{reference}`": whole for reference in REFERENCES})
+
+
+def _without(rows: list[Row], usual: dict[str, str]) -> list[Row]:
+    """The rows without the columns in which every value is the usual one, or none."""
+    silent = {name for name, value in usual.items() if all(row[name] in (value, NONE) for row in rows)}
+    return [{name: value for name, value in row.items() if name not in silent} for row in rows]
 
 
 def two_precisions(cells: pd.DataFrame) -> str:
     """How many of the pairs that are subtracted are of two precisions; nothing where none is."""
-    said = list[str]()
+    counts = list[str]()
     for reference in REFERENCES:
         pairs = beside(cells, reference)
         pairs = pairs[pairs["entry"] != reference]
         if mixed := int(pairs["mixed"].sum()):
-            said.append(f"{mixed} of the {len(pairs)} from `{reference}`")
-    if not said:
+            counts.append(f"{mixed} of the {len(pairs)} from `{reference}`")
+    if not counts:
         return ""
-    return f"\nOne side in bfloat16 and the other in float32: {' and '.join(said)} differences of a task and seed.\n"
+    return f"\nOne side in bfloat16 and the other in float32: {' and '.join(counts)} differences of a task and seed.\n"
 
 
 def summary(*, rows: int, mean: int) -> pd.DataFrame:
@@ -197,12 +204,13 @@ def summary(*, rows: int, mean: int) -> pd.DataFrame:
         "trainable, of LoRA's": [_range(share.loc[share["entry"] == name, "share"], "{:.2f}") for name in names],
     }
     for label, wrong in (("20 % wrong labels", 0.2), ("clean", 0.0)):
-        found = [over(cells[cells["wrong"] == wrong], name, LORA) for name in names]
-        head, of = f"{label}, points minus LoRA's", [(_of_tasks(f), f.seeds.n if f.seeds else 0) for f in found]
+        differences = [over(cells[cells["wrong"] == wrong], name, LORA) for name in names]
+        of = [(_of_tasks(f), f.seeds.n if f.seeds else 0) for f in differences]
+        head = f"{label}, points minus LoRA's"
         if len({*of}) == 1 and of[0][1]:  # what all have in common stands in the head
-            table[f"{head} ({of[0][0]}; {_seeds_of(of[0][1])})"] = [_points(f.seeds, sign="+") for f in found]
+            table[f"{head} ({of[0][0]}; {_seeds_of(of[0][1])})"] = [_points(f.seeds, sign="+") for f in differences]
         else:
-            table |= {head: [_difference(f) for f in found], f"tasks, {label}": [tasks for tasks, _ in of]}
+            table |= {head: [_difference(f) for f in differences], f"tasks, {label}": [tasks for tasks, _ in of]}
     return pd.DataFrame(table)
 
 
@@ -219,28 +227,28 @@ def shares(block: pd.DataFrame) -> pd.DataFrame:
 
 
 def table(block: pd.DataFrame) -> list[Row]:
-    """One block: the metric, the difference from LoRA on all rows, in words, and the cost."""
+    """One block: the metric, the difference from LoRA on all rows, loss and seconds."""
     rows = list[Row]()
     for entry in entries_of(block):
         cells = block[block["entry"] == entry]
         worked = cells[~cells["failed"]]
-        difference = over(block, entry, LORA).seeds
-        told = "the reference" if entry == LORA else verdict(difference, LORA)
         rows.append(
             {
                 "": _named(entry, block),
                 block["metric"].iloc[0]: _points(interval([*worked["points"]])) if len(worked) else NONE,
-                f"minus `{LORA}`": _points(difference, sign="+"),
-                "verdict": told.replace(LORA, f"`{LORA}`") if len(worked) else "every seed failed",
+                f"minus `{LORA}`": _bold(over(block, entry, LORA).seeds),
                 "loss": _mean(worked["loss"], "{:.3f}"),
-                f"over `{LORA}`'s": _percent(over(block, entry, LORA, "loss_share")),
                 "seeds": _seeds(cells),
-                "trainable": _range(worked["trainable"].astype(int), "{:,}"),
-                "passes": _mean(worked["passes"], "{:,.0f}"),
                 "seconds": _mean(worked["seconds"].dropna(), "{:.0f}", of=len(worked)),
             }
         )
-    return rows
+    return _without(rows, {"seeds": ", ".join(map(str, glue.GRID_SEEDS)), "seconds": NONE})
+
+
+def _bold(difference: Mean | None) -> str:
+    """The difference, in bold where it is more than noise."""
+    text = _points(difference, sign="+")
+    return f"**{text}**" if difference and not verdict(difference, LORA).startswith("within") else text
 
 
 def in_time(block: pd.DataFrame) -> str:
@@ -248,30 +256,29 @@ def in_time(block: pd.DataFrame) -> str:
     if block["equal"].iloc[0] != "epochs":
         return ""
     pairs = beside(block, LORA).dropna(subset="time_share")
-    told = list[str]()
+    shares_of_time = list[str]()
     for entry in entries_of(pairs):
         of = interval([*pairs.loc[pairs["entry"] == entry, "time_share"]])
         half = "" if of.half is None else f" ± {of.half:.2f}"
         if entry != LORA:
-            told.append(f"`{entry}` {of.mean:.2f}{half} ({_seeds_of(of.n)})")
-    return f"\nSeconds, as a share of `{LORA}`'s of the same seed: {'; '.join(told)}.\n" if told else ""
+            shares_of_time.append(f"`{entry}` {of.mean:.2f}{half} ({_seeds_of(of.n)})")
+    if not shares_of_time:
+        return ""
+    return f"\nSeconds, as a share of `{LORA}`'s of the same seed: {'; '.join(shares_of_time)}.\n"
 
 
 def float32_cells(block: pd.DataFrame) -> str:
-    """Which cells are of another precision than the others; nothing where all are of one."""
+    """How many cells are of another precision than the others; nothing where all are of one."""
     if block["bf16"].nunique() < 2:
         return ""
-    wide = block[~block["bf16"]]
-    seeds = {entry: [*wide.loc[wide["entry"] == entry, "seed"]] for entry in entries_of(wide)}
-    named = [f"`{entry}` (seed{_s(of)} {', '.join(map(str, of))})" for entry, of in seeds.items()]
-    return f"\nIn float32, the others in bfloat16: {'; '.join(named)}.\n"
+    return f"\n{(~block['bf16'].astype(bool)).sum()} of {len(block)} cells are of float32, the others of bfloat16.\n"
 
 
 def precisions(cells: pd.DataFrame) -> list[Row]:
     """The cells that were made in float32, too, beside those of their block."""
     return [
         {
-            "": name_of(pd.DataFrame([cell])),
+            "": ", ".join(name_of(pd.DataFrame([cell])).split(", ")[::2]),
             "seed": str(cell["seed"]),
             "bfloat16": f"{cell['points']:.1f}",
             "float32": f"{cell['points_wide']:.1f}",
@@ -284,7 +291,7 @@ def precisions(cells: pd.DataFrame) -> list[Row]:
 def rates(swept: pd.DataFrame) -> list[Row]:
     """Validation accuracy by learning rate, where they were chosen."""
 
-    def told(cells: pd.DataFrame) -> str:
+    def accuracy(cells: pd.DataFrame) -> str:
         worked, failed = cells.loc[~cells["failed"], "validation"], int(cells["failed"].sum())
         if worked.empty:
             return f"{failed} failed" if failed else NONE
@@ -293,7 +300,7 @@ def rates(swept: pd.DataFrame) -> list[Row]:
     tried, best = sorted(swept["rate"].unique()), chosen()["rates"]
     return [
         {"": f"`{entry}`"}
-        | {f"{rate:g}": told(swept[(swept["entry"] == entry) & (swept["rate"] == rate)]) for rate in tried}
+        | {f"{rate:g}": accuracy(swept[(swept["entry"] == entry) & (swept["rate"] == rate)]) for rate in tried}
         | {"chosen": f"{best[entry]:g}" if entry in best else NONE}
         for entry in entries_of(swept)
     ]
@@ -306,9 +313,9 @@ def _named(entry: str, cells: pd.DataFrame) -> str:
     """The name of a row, with what a reader of its numbers must know."""
     of = cells[cells["entry"] == entry]
     failed, random = of[of["failed"]], of[~of["failed"] & of["random"]]
-    said = [f"{len(failed)} cell{_s(failed)} failed"] if len(failed) else []
-    said += [f"{len(random)} of {len(of) - len(failed)} drew at random"] if len(random) else []
-    return ", ".join([f"`{entry}`", *said])
+    notes = [f"{len(failed)} cell{_s(failed)} failed"] if len(failed) else []
+    notes += [f"{len(random)} of {len(of) - len(failed)} drew at random"] if len(random) else []
+    return ", ".join([f"`{entry}`", *notes])
 
 
 def _seeds(cells: pd.DataFrame) -> str:
@@ -323,12 +330,16 @@ def _points(value: Mean | None, sign: str = "") -> str:
     return f"{value.mean:{sign}.1f}" + ("" if value.half is None else f" ± {value.half:.1f}")
 
 
-def _difference(found: Over) -> str:
-    return f"{_points(found.seeds, sign='+')} ({_seeds_of(found.seeds.n)})" if found.seeds else NONE
+def _difference(between: Over) -> str:
+    """The difference, with the number of seeds where it is not the grid's."""
+    if not between.seeds:
+        return NONE
+    n = between.seeds.n
+    return _points(between.seeds, sign="+") + ("" if n == len(glue.GRID_SEEDS) else f" ({_seeds_of(n)})")
 
 
-def _of_tasks(found: Over) -> str:
-    return ", ".join(TASKS[task] for task in found.tasks) or NONE
+def _of_tasks(between: Over) -> str:
+    return ", ".join(TASKS[task] for task in between.tasks) or NONE
 
 
 def _percent(share: Over) -> str:
@@ -343,8 +354,8 @@ def _mean(values: pd.Series, form: str, of: int | None = None) -> str:
 
 
 def _range(values: Iterable[float], form: str) -> str:
-    found = [*values]
-    return " to ".join(dict.fromkeys(form.format(value) for value in (min(found), max(found)))) if found else NONE
+    numbers = [*values]
+    return " to ".join(dict.fromkeys(form.format(value) for value in (min(numbers), max(numbers)))) if numbers else NONE
 
 
 def _s(several: Any) -> str:

@@ -109,23 +109,18 @@ def test_over_tasks_is_the_mean_over_tasks_of_each_seed_over_seeds(results: Path
     for block, gains in ((SST2, (1.0, 2.0)), (MRPC, (3.0, 6.0))):
         theirs = [a_cell(points=80.0, seed=seed) for seed in range(2)]
         put(results, block, *theirs, *(a_cell("eva+all", 80.0 + gains[seed], seed=seed) for seed in range(2)))
-    _, difference, tasks, worst, *_ = row(_over(), "`eva+all`")
-    assert difference == "+3.0 ± 12.7 (2 seeds)"
-    assert tasks == "SST-2, MRPC"
-    assert worst == "+1.0"
+    assert "(SST-2, MRPC)" in _over()
+    assert row(_over(), "`eva+all`")[1:3] == ["+3.0 ± 12.7 (2 seeds)", "+1.0"]
 
 
 def test_the_page_begins_with_who_differs_from_lora_by_more_than_noise(results: Path) -> None:
     points = {"lora+random": (80.1, 84.0, 79.0), "tsqlora+quality": (81.0, 83.1, 80.9), "eva+all": (78.0, 79.0, 78.0)}
     theirs = [a_cell(points=p, seed=seed) for seed, p in enumerate((80.0, 82.0, 80.0))]
     put(results, SST2, *theirs, *(a_cell(e, p, seed=s) for e, of in points.items() for s, p in enumerate(of)))
-    told = results_page.page().partition("## ")[0]
     assert (
-        "- *2,000 rows, 20% wrong labels, mean rank 4* (SST-2): "
-        "**Better than `lora+all`**: `tsqlora+quality` +1.00 (+0.75 to +1.25), loss +0.0 ± 0.0 %. "
-        "**Worse than `lora+all`**: `eva+all` -2.33 (-3.77 to -0.90), loss +0.0 ± 0.0 %. "
-        "**Within noise of `lora+all`**: `lora+random` +0.37 (-3.40 to +4.14), loss +0.0 ± 0.0 %.\n"
-    ) in told
+        "- *2,000 rows, 20% wrong labels, mean rank 4* (SST-2): **Better than `lora+all`**: `tsqlora+quality`. "
+        "**Worse than `lora+all`**: `eva+all`. **Within noise of `lora+all`**: `lora+random`.\n"
+    ) in results_page.page().partition("## ")[0]
 
 
 def _over() -> str:
@@ -142,7 +137,7 @@ def test_over_tasks_takes_seeds_that_have_all_tasks_that_both_sides_share(result
 def test_over_tasks_says_nothing_where_no_seed_has_all_tasks(results: Path) -> None:
     put(results, SST2, a_cell(seed=0), a_cell("eva+all", seed=0))
     put(results, MRPC, a_cell(seed=1), a_cell("eva+all", seed=1))
-    assert row(_over(), "`eva+all`")[1:4] == ["–", "SST-2, MRPC", "–"]
+    assert row(_over(), "`eva+all`")[1:3] == ["–", "–"]
 
 
 def test_the_summary_says_of_which_tasks_each_mean_is(results: Path) -> None:
@@ -174,17 +169,14 @@ def test_cells_that_drew_at_random_all_the_same_are_counted(results: Path, quali
 
 
 def test_trainable_is_a_range_where_seeds_differ(results: Path) -> None:
-    put(results, SST2, a_cell(), a_cell("eva+all", trainable=100), a_cell("eva+all", seed=1, trainable=1000))
-    shown = section("### SST-2")
-    assert "169,730" in row(shown, "`lora+all`")
-    assert "100 to 1,000" in row(shown, "`eva+all`")
+    put(results, SST2, a_cell(), a_cell("eva+all", trainable=84_865), a_cell("eva+all", seed=1, trainable=339_460))
+    assert row(_over(), "`lora+all`")[-1] == "1.00"
+    assert row(_over(), "`eva+all`")[-1] == "0.50 to 2.00"
 
 
 def test_an_entry_of_which_every_seed_failed_stands_in_the_tables(results: Path) -> None:
     put(results, SST2, a_cell(), a_cell("eva+all", None), a_cell("eva+all", None, seed=1))
-    found = row(section("### SST-2"), "`eva+all`")
-    assert "every seed failed" in found
-    assert "seeds 0, 1 failed" in found
+    assert row(section("### SST-2"), "`eva+all`")[1:5] == ["–", "–", "–", "seeds 0, 1 failed"]
     assert row(_over(), "`eva+all`")[:2] == ["`eva+all`, 2 cells failed", "–"]
     assert summary()[1][:3] == ["`eva+all`, 2 cells failed", "–", "–"]
 
@@ -193,7 +185,7 @@ def test_differences_are_from_lora_on_all_rows_or_from_nothing(results: Path) ->
     """Not from a random half, where all rows are missing."""
     put(results, SST2, a_cell("lora+random"), a_cell("eva+all"))
     shown = section("### SST-2")
-    assert row(shown, "`lora+random`")[2:4] == ["–", "no seed in common with `lora+all`"]
+    assert row(shown, "`lora+random`")[2] == "–"
     assert "\n| `lora+all`" not in shown
 
 
@@ -221,7 +213,7 @@ def test_what_is_missing_is_told_block_by_block(results: Path) -> None:
     put(results, SST2, *full)
     put(results, MRPC, *full[2:-1], a_cell("eva+all", None, seed=2))
     found = section("## What is missing")
-    assert row(found, "SST-2, 2,000 rows, 20% wrong labels")[1:] == ["24 of 24", "–"]
+    assert "\n| SST-2, 2,000 rows, 20% wrong labels" not in found
     assert row(found, "MRPC, 2,000 rows, 20% wrong labels")[1:] == [
         "21 of 24",
         "`lora+all` 0, 1; `eva+all` 2 (failed)",
@@ -259,25 +251,24 @@ def test_plots_are_of_equal_steps_and_the_reference_lies_at_0(results: Path) -> 
 def test_cells_of_another_precision_are_named_and_what_it_makes_is_shown(results: Path) -> None:
     wide = [a_cell("eva+all", seed=seed) | {"bf16": False} for seed in (0, 1)]
     put(results, SST2, a_cell() | {"bf16": True}, *wide)
-    assert "In float32, the others in bfloat16: `eva+all` (seeds 0, 1)." in section("### SST-2")
+    assert "2 of 3 cells are of float32" in section("### SST-2")
     again = {"blocks": {SST2.name: {"0": a_cell(points=80.4) | {"bf16": False}}}}
     (results.parent / glue_cells.FLOAT32).write_text(json.dumps(again))
     assert row(section("## Precision"), "SST-2")[1:] == ["0", "80.0", "80.4", "+0.4"]
     put(results, SST2, a_cell() | {"bf16": True})
-    assert "In float32" not in section("### SST-2")
+    assert "of float32" not in section("### SST-2")
 
 
 def test_a_cell_is_compared_with_the_one_of_its_own_precision(results: Path) -> None:
     narrow = [a_cell(points=80.0, seed=seed) | {"bf16": True} for seed in range(3)]
     wide = [a_cell("eva+all", 81.0, seed=seed) | {"bf16": False} for seed in range(3)]
     put(results, SST2, *narrow, a_cell("lora+random", 80.0) | {"bf16": True}, *wide)
-    assert row(section("### SST-2"), "`eva+all`")[2] == "+1.0 ± 0.0"
+    assert row(section("### SST-2"), "`eva+all`")[2] == "**+1.0 ± 0.0**"
     assert "the other in float32: 3 of the 4 from `lora+all` and 1 of the 2 from `lora+random`" in _over()
     again = {str(seed): a_cell(points=80.5, seed=seed) | {"bf16": False} for seed in range(3)}
     (results.parent / glue_cells.FLOAT32).write_text(json.dumps({"blocks": {SST2.name: again}}))
-    assert row(section("### SST-2"), "`eva+all`")[2:4] == ["+0.5 ± 0.0", "better than `lora+all`"]
-    assert row(_over(), "`eva+all`")[1] == "+0.5 ± 0.0 (3 seeds)"
-    assert summary()[-1][2] == "+0.5 ± 0.0 (3 seeds)"
+    assert row(section("### SST-2"), "`eva+all`")[2] == "**+0.5 ± 0.0**"
+    assert row(_over(), "`eva+all`")[1] == summary()[-1][2] == "+0.5 ± 0.0"
     assert "the other in float32: 1 of the 2 from `lora+random`" in _over()
 
 
@@ -285,5 +276,5 @@ def test_the_loss_is_told_beside_the_metric(results: Path) -> None:
     """A third more on one task and none on the other: a sixth more."""
     put(results, SST2, a_cell(loss=0.6), a_cell("eva+all", loss=0.8))
     put(results, MRPC, a_cell(loss=0.5), a_cell("eva+all", loss=0.5))
-    assert row(section("### SST-2"), "`eva+all`")[4:6] == ["0.800", "+33.3 %"]
-    assert row(_over(), "`eva+all`")[-1] == "+16.7 %"
+    assert row(section("### SST-2"), "`eva+all`")[3] == "0.800"
+    assert row(_over(), "`eva+all`")[-2] == "+16.7 %"
