@@ -55,6 +55,32 @@ def slow_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([z.exp().sum().log() - z[y] for z, y in tagged]).mean()
 
 
+class SlowPair(nn.Module):
+    """A model of preference pairs: one logit, log p(chosen) - log p(rejected) minus the reference model's.
+
+    `answers` are token ids and labels of the two, the first label never a target.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, answers: Sequence[tuple[list[int], list[int]]], reference: float | None) -> Tensor:
+        chosen, rejected = (self._log_p(*answer) for answer in answers)
+        ratio = chosen - rejected
+        return (ratio - (ratio.detach() if reference is None else reference)).reshape(1)
+
+    def _log_p(self, ids: list[int], labels: list[int]) -> Tensor:
+        logits = self.model(input_ids=torch.tensor([ids])).logits[0]
+        places = [t for t, label in enumerate(labels) if label != -100]
+        return torch.stack([logits[t - 1][ids[t]] - logits[t - 1].exp().sum().log() for t in places]).sum()
+
+
+def slow_dpo_loss(beta: float) -> SampleLoss:
+    """Of a SlowPair's logit m, -log(1 / (1 + exp(-beta m))); the labels are not read."""
+    return lambda logit, _: -torch.log(1 / (1 + torch.exp(-beta * logit)))
+
+
 def slow_scores(
     model: nn.Module,
     batches_of_one: Sequence[Batch],

@@ -26,7 +26,7 @@ def test_an_unknown_name_gives_the_nearest() -> None:
         get_task("regresion")
 
 
-@pytest.mark.parametrize("name", [*NOT_BUILT, "masked lm", "preference tuning"])
+@pytest.mark.parametrize("name", [*NOT_BUILT, "masked lm"])
 def test_tasks_that_are_not_built_are_refused_by_name(name: str) -> None:
     with pytest.raises(UnsupportedError, match=name):
         get_task(name)

@@ -385,7 +385,7 @@ REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
     "ifd of classes": (slotted_bert, DATA, {"weights": {"ifd": 1.0}}, "quality term 'ifd'"),
     "a custom term": (slotted_bert, DATA, {"terms": (crooked,)}, r"quality term 'crooked' gives \(1,\) for 2 samples"),
     "no labels": (slotted_bert, [{**row, "label": 0} for row in IDS], {}, "no 'labels', only input_ids, label"),
-    "preferences": (slotted_bert, PAIRS, {}, "task.type preference-tuning is not built"),
+    "preferences": (slotted_bert, PAIRS, {}, "preference pairs.*tsqlora.select"),
 }
 
 

@@ -1,6 +1,6 @@
 """Order samples, and pad or pack them into batches."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +102,29 @@ class GenerationCollator:
             left = self.left and not (self.seq2seq and key == "labels")
             batch[key] = _padded([sample[key] for sample in samples], fill[key], self.multiple, left=left)
         return batch
+
+
+@dataclass(frozen=True, slots=True)
+class PairCollator:
+    """Pad chosen and rejected answers: input_ids, attention_mask and targets are n × 2 × t.
+
+    `reference` is the reference model's log-ratio of the answers, 0 before it was measured, and `labels` count targets.
+    """
+
+    padded: GenerationCollator
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        batch = self.padded([answer for sample in samples for answer in _answers(sample)])
+        pairs = {key: value.unflatten(0, (-1, 2)) for key, value in batch.items()}
+        targets = pairs.pop("labels")
+        reference = torch.tensor([[sample.get("reference", 0.0)] for sample in samples])
+        labels = (targets != IGNORED).sum((1, 2))
+        return {**pairs, "targets": targets, "reference": reference, "labels": labels}
+
+
+def _answers(sample: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for part in (slice(sample["second"]), slice(sample["second"], None)):
+        yield {key: sample[key][part] for key in ("input_ids", "attention_mask", "labels")}
 
 
 def generation_collator(

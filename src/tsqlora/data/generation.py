@@ -2,9 +2,10 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from tsqlora.data.batches import IGNORED
@@ -75,6 +76,37 @@ def tokenise_generation(
         sum(tokenised[i].cut for i in fitting),
         rows.ids[fitting],
         tuple((rows.place(i), one.needs) for i, one in enumerate(tokenised) if one.needs > max_length),
+    )
+
+
+def tokenise_pairs(
+    rows: Rows, format: Format, tokenizer: PreTrainedTokenizerBase, *, max_length: int
+) -> TokenisedSplit:
+    """One sample a preference row: both answers, each after its prompt, in one list, and where the second begins.
+
+    A row is left out if one of its answers does not fit whole.
+    """
+    columns = format.columns
+    swapped = replace(format, columns=replace(columns, text_pair=columns.label, label=columns.text_pair))
+    chosen, rejected = (
+        tokenise_generation(rows, one, tokenizer, max_length=max_length, seq2seq=False) for one in (format, swapped)
+    )
+    first, second = (
+        {int(row): j for j, row in enumerate(rows.ids if split.ids is None else split.ids)}
+        for split in (chosen, rejected)
+    )
+    both = [row for row in first if row in second]
+    samples = list[dict[str, Any]]()
+    for row in both:
+        one, other = chosen[first[row]], rejected[second[row]]
+        samples.append({key: [*one[key], *other[key]] for key in one} | {"second": len(one["input_ids"])})
+    left_out = {place: needs for split in (chosen, rejected) for place, needs in split.left_out}
+    return TokenisedSplit(
+        samples,
+        tuple(chosen.hashes[first[row]] for row in both),
+        max(chosen.truncated, rejected.truncated),
+        np.array(both, dtype=np.int64),
+        tuple(left_out.items()),
     )
 
 

@@ -10,7 +10,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from tsqlora.data.cells import row_hash, sample_hash
-from tsqlora.data.generation import inputs, left_out, require_some, tokenise_generation
+from tsqlora.data.formats import PREFERENCE
+from tsqlora.data.generation import inputs, left_out, require_some, tokenise_generation, tokenise_pairs
 from tsqlora.data.labels import encode_labels, encode_targets
 from tsqlora.data.rows import Rows
 from tsqlora.data.samples import TokenisedSplit, store
@@ -81,7 +82,10 @@ def _tokenised(
     """Tokenise a split chunk by chunk; append a number for the text of each sample to `texts`."""
     for rows in splits.chunks(name):
         if splits.format is not None:
-            part = tokenise_generation(rows, splits.format, tokenizer, max_length=max_length, seq2seq=seq2seq)
+            if splits.format.name == PREFERENCE:
+                part = tokenise_pairs(rows, splits.format, tokenizer, max_length=max_length)
+            else:
+                part = tokenise_generation(rows, splits.format, tokenizer, max_length=max_length, seq2seq=seq2seq)
             texts.append(_as_numbers(part.hashes))
         else:
             by_word = splits.labels is not None and splits.labels.answer == "tags"

@@ -11,7 +11,7 @@ import numpy as np
 from tsqlora.data.cells import MissingError, is_missing, lacking, row_text
 from tsqlora.data.columns import Columns, find_columns
 from tsqlora.data.dialect import PLAIN, SNIFF, Hints
-from tsqlora.data.formats import Format, find_format
+from tsqlora.data.formats import Format, find_format, pair_format
 from tsqlora.data.formats.chats import Manner
 from tsqlora.data.labels import LabelMap, are_measures, classes_of, distinct_labels, encode_targets, look_alikes
 from tsqlora.data.rows import ORDER, Rows, Source, open_splits
@@ -89,14 +89,17 @@ def read_data(
 ) -> Splits:
     """Read the splits: train, trusted if named, validation (a seeded share of train if not named), and test if any.
 
-    `answer` is that of the task. `columns` are options of `find_format` if it is text, else of `find_columns`. Every
-    row is read and every label checked. Rows without a text or a label are left out, with a warning, up to the share
-    `max_bad_rows` of a split. A test split beside the training rows that has no labels is left out, with a warning:
-    benchmarks keep theirs secret. Raises DataError with file and row.
+    `answer` is that of the task. `columns` are options of `find_format` if it is text, of `find_columns` if it is a
+    label; pairs have none, and none are held out. Every row is read and every label checked. Rows without a text or a
+    label are left out, with a warning, up to the share `max_bad_rows` of a split. A test split beside the training rows
+    that has no labels is left out, with a warning: benchmarks keep theirs secret. Raises DataError with file and row.
     """
     sources = open_splits(train, validation, test, trusted, hints)
     first = sources["train"]
-    format = find_format(first.columns(), source=first.name, **columns) if answer == "text" else None
+    format = None
+    if answer in ("text", "pair"):
+        find = pair_format if answer == "pair" else find_format
+        format = find(first.columns(), source=first.name, **columns)
     used = (
         format.columns
         if format
@@ -111,7 +114,7 @@ def read_data(
         del sources["test"]
     places, notes = _complete(sources, lacks_of(used, format, tags=answer == "tags"), max_bad_rows)
     labels, groups = _labels(first, places["train"], used, answer)
-    if "validation" not in sources:
+    if "validation" not in sources and answer != "pair":  # pairs are only scored, all of them
         out = held_out(groups, fraction=validation_fraction, seed=seed, source=first.name)
         sources["validation"] = first
         places |= {"train": places["train"][~out], "validation": places["train"][out]}
@@ -230,7 +233,7 @@ def _labels(source: Source, places: np.ndarray, columns: Columns, answer: str) -
     if answer == "number" and column is not None:
         for rows in parts:
             encode_targets(rows, column)
-    if answer in ("number", "text") or column is None:
+    if answer in ("number", "text", "pair") or column is None:
         return None, np.zeros(len(places), dtype=np.int32)
     values, groups = distinct_labels(parts, column, answer)
     classes = classes_of(values, source.name, column, answer)

@@ -163,7 +163,9 @@ def stepped(
     """
 
     def step(site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
-        change = stepped_output(site, module, gradients[site.name], call_input(args, kwargs), samples)
+        # A sample may have several rows of the batch, one after another.
+        x = call_input(args, kwargs).unflatten(0, (samples, -1))
+        change = stepped_output(site, module, gradients[site.name], x, samples)
         return y.sub(change.to(y.dtype).reshape(y.shape), alpha=eta)
 
     with ExitStack() as hooks:

@@ -1,6 +1,6 @@
 """Explain scores: the rows worth reading, with text, label, prediction and terms."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import numpy as np
 from tsqlora.compat.shapes import Bool, Float
 from tsqlora.data.cells import row_hash, row_text
 from tsqlora.data.dialect import Hints
+from tsqlora.data.formats import PREFERENCE
 from tsqlora.data.rows import Source, open_split
 from tsqlora.errors import DataError
 from tsqlora.quality.label_noise import reject
@@ -21,6 +22,7 @@ WHY = {
     "confident negative": "likely wrong label",
     "gated": "the trusted model disagrees with its label",
     "trusted row": "its input equals a trusted row's",
+    "swapped pair": "the trusted model prefers the rejected answer",
 }
 """Each of REASONS in plain words; all but the first explain why a row is dropped."""
 
@@ -30,7 +32,9 @@ def suspicion(scores: Scores) -> Float[np.ndarray, " n"]:
 
     A hard class is not suspected as a whole. docs/research/log.md compares this with other measures.
     """
-    loss = scores.terms["loss"].astype(np.float64)
+    # Before training, the losses of all preference pairs are equal.
+    pairs = scores.record.format == PREFERENCE and "trusted_loss" in scores.terms
+    loss = scores.terms["trusted_loss" if pairs else "loss"].astype(np.float64)
     groups = np.zeros(len(scores), dtype=np.int64) if scores.strata is None else scores.strata
     for group in np.unique(groups):
         loss[groups == group] -= np.median(loss[groups == group])
@@ -38,13 +42,13 @@ def suspicion(scores: Scores) -> Float[np.ndarray, " n"]:
 
 
 def likely_wrong(scores: Scores) -> Bool[np.ndarray, " n"]:
-    """Return the rows that the model predicts as another class with confidence; none for regression.
+    """Return the rows that the model predicts as another class with confidence; of preference pairs the swapped ones.
 
     With confidence: with at least the mean probability that it gives to labels of that class (Northcutt et al., 2021,
     confident learning).
     """
     if not scores.stratified:
-        return np.zeros(len(scores), dtype=np.bool_)
+        return scores.left_out_as("swapped pair")
     predicted, p = scores.predictions["predicted"], scores.predictions["predicted_probability"]
     own, labels = scores.predictions["label_probability"], scores.labels
     usual = {c: own[labels == c].mean() if (labels == c).any() else np.inf for c in np.unique(predicted)}
@@ -135,13 +139,21 @@ def _find_texts(scores: Scores, rows: Iterable[int], source: Source) -> dict[int
     assert scores.hashes is not None
     assert columns is not None
     target = columns["label"] if scores.record.format is not None else None
+    pair = columns["text_pair"] if scores.record.format == PREFERENCE else None
+    shown = columns if pair is None else {**columns, "text_pair": None}
     hashes = {int(j): scores.hashes[j] for j in rows}
     required, texts = set(hashes.values()), dict[str, str]()
     for chunk in source.chunks():
         for row in chunk.rows:
             if (name := row_hash(row, columns)) in required:
-                texts[name] = row_text(row, columns) + ("" if target is None else f"\n→ {row.get(target)}")
+                texts[name] = row_text(row, shown) + ("" if target is None else f"\n→ {_written(row, target)}")
+                if pair is not None:
+                    texts[name] += f"\nrejected → {_written(row, pair)}"
     return {j: texts[name] for j, name in hashes.items() if name in texts}
+
+
+def _written(row: Mapping[str, Any], column: str) -> str:
+    return row_text(row, {"text": column, "text_pair": None})
 
 
 def named(scores: Scores, value: Any) -> Any:

@@ -24,6 +24,7 @@ from tsqlora.quality.rule import Compute, RowNames
 from tsqlora.tasks import Answers, Task
 from tsqlora.tasks.forward import Collate, base_model, model_logits, output_part, precision, split_labels
 from tsqlora.tasks.generation import IGNORED, Generation
+from tsqlora.tasks.preference import Preference
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
@@ -117,6 +118,8 @@ def _columns(
     with recorded(layers) as calls, hidden_states(model if mean else None) as states:
         logits = model_logits(model, inputs, task)
     loss = sample_losses(task, logits, labels)
+    if isinstance(task, Preference):
+        return {"labels": labels, "loss": loss, "logits": logits}
     if not isinstance(task, Answers):
         targets = task.targets(labels) if isinstance(task, Generation) else labels
         return {"labels": targets.ne(IGNORED).sum(1), "loss": loss}

@@ -16,6 +16,7 @@ from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.quality.fallback import against_chance, require_finite
 from tsqlora.quality.forward_pass import ACTIVATIONS, Forward, Head, find_head, forward_pass, recorded
 from tsqlora.quality.linear_head import FOLDS, HeadFit, Kind, LinearHead, fit_head, row_losses
+from tsqlora.quality.pairs import Pairs
 from tsqlora.quality.passes import empty
 from tsqlora.quality.ridge import ROWS_AT_ONCE, fit_ridge, fit_temperature, leave_one_out_logits
 from tsqlora.quality.rule import LookRequest
@@ -143,6 +144,9 @@ def start_head(model: nn.Module, request: LookRequest) -> Started:
     """
     rule, task, trusted, compute = request.rule, request.task, request.trusted, request.compute
     run = partial(forward_pass, model, collate=request.collate, task=task)
+    if isinstance(request.dataset, Pairs):
+        few = trusted.rows.forward() if trusted is not None and isinstance(trusted.rows, Pairs) else None
+        return Started(None, None, None, request.dataset.forward(), few)
     if isinstance(task, TokenClassification) and rule.head_start:
         return _start_tags(model, request, run)
     pool, layer = run(request.dataset, compute=compute, rows=request.rows)

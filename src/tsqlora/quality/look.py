@@ -20,6 +20,7 @@ from tsqlora.quality.forward_pass import Forward, Head, forward_pass
 from tsqlora.quality.gradient_pass import gradient_pass
 from tsqlora.quality.head_start import HeadStart, Started, install, start_head
 from tsqlora.quality.label_noise import reject
+from tsqlora.quality.pairs import with_reference
 from tsqlora.quality.rule import LookRequest, ScoringRule, needs_gradients, needs_trusted
 from tsqlora.quality.sampling import draw_size
 from tsqlora.quality.scores import Scores, from_terms
@@ -28,6 +29,7 @@ from tsqlora.quality.trusted import GATES, left_out, trusted_model, trusted_step
 from tsqlora.seeds import stream
 from tsqlora.tasks import Answers, Task, require_answers
 from tsqlora.tasks.forward import each_its_row
+from tsqlora.tasks.preference import Preference
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,13 +55,16 @@ def look(model: nn.Module, request: LookRequest) -> Look:
     The fitted head stays in the model; everything else is restored. All processes get the same scores.
     """
     begin = time.perf_counter()
+    model, request = distributed.unwrapped(model), replace(request, collate=each_its_row(request.collate))
+    if isinstance(request.task, Preference):
+        request = with_reference(model, request)
     task, trusted = request.task, request.trusted
     rule = request.rule.trusting(task, trusted is not None)
     rule.require_trusted(trusted is not None)
     rule.require_rejectable(task)
     if trusted is not None and isinstance(rule.reference, int):
         rule = replace(rule, reference=trusted.rows)
-    model, request = distributed.unwrapped(model), replace(request, rule=rule, collate=each_its_row(request.collate))
+    request = replace(request, rule=rule)
     started = start_head(model, request)
     try:
         result = _Looking(model, request, started).result()
@@ -214,7 +219,7 @@ class _Looking:
         size = draw_size(len(scores), self.request.fraction)
         mask = left_out(np.where(scores.kept, margin, np.inf), -(-size // 2) if rule.even else size)
         noted = replace(scores, record=replace(scores.record, gate={"name": rule.gate, "left_out": int(mask.sum())}))
-        return noted.drop(mask, "gated") if mask.any() else noted
+        return noted.drop(mask, "swapped pair" if rule.gate == "swapped" else "gated") if mask.any() else noted
 
 
 def _terms(

@@ -104,7 +104,12 @@ def backward(
     The logits are None for generation, where their gradient has overwritten them. Gradients of the summed loss in the
     parameters `also` are returned too; no gradient accumulates anywhere.
     """
-    with torch.enable_grad(), capture(model, sites, consume) as tap, _attention(inputs):
+
+    def by_sample(name: str, a: Tensor, b: Tensor) -> None:
+        # The two answers of a preference pair are neighbouring rows of the batch.
+        consume(name, *(x.unflatten(0, (len(labels), -1)).flatten(1, 2) for x in (a, b)))
+
+    with torch.enable_grad(), capture(model, sites, by_sample) as tap, _attention(inputs):
         logits = calibrated(model, inputs, task, offsets)
         losses = sample_losses(task, logits, labels)
         # Summed, not averaged: a sample's gradient must not depend on its batch. Adding the anchor gives a graph even

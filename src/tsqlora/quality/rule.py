@@ -21,6 +21,7 @@ from tsqlora.quality.trusted import GATES, Gate, Trusted
 from tsqlora.tasks import Answers, Task
 from tsqlora.tasks.forward import Batch, Collate, require_labels
 from tsqlora.tasks.generation import Generation
+from tsqlora.tasks.preference import Preference
 
 EVEN_WEIGHTS: Mapping[str, float] = {"loss": -1.0}
 """Q of rows that are drawn evenly: only the choice between duplicates depends on it."""
@@ -107,10 +108,14 @@ class ScoringRule:
         return self
 
     def trusting(self, task: Task, trusted: bool) -> "ScoringRule":
-        """Return the rule for a task: text with trusted rows and without weights is drawn by reducible loss."""
-        if trusted and self.weights is None and isinstance(task, Generation) and self.select:
-            return replace(self, weights={"reducible_loss": 1.0})
-        return self
+        """Return the rule for a task: text with trusted rows and without weights is drawn by reducible loss.
+
+        Of preference pairs, those that look swapped are dropped.
+        """
+        rule = self
+        if trusted and self.weights is None and isinstance(task, Generation | Preference) and self.select:
+            rule = replace(self, weights={"reducible_loss": 1.0})
+        return replace(rule, gate="swapped") if trusted and isinstance(task, Preference) else rule
 
     def decides(self, task: Task, trusted: bool) -> bool:
         """Whether a look changes the draw: text has no head to fit, and without Q all its rows are equal."""

@@ -32,6 +32,7 @@ from tsqlora.quality.subset import equals
 from tsqlora.quality.trusted import Trusted
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate, each_its_row, precision, task_of
+from tsqlora.tasks.preference import Preference
 
 
 def score(
@@ -44,6 +45,7 @@ def score(
     rows: RowNames | None = None,
     compute: Compute | None = None,
     trusted: Trusted | Dataset | None = None,
+    fraction: float = 1.0,
 ) -> Scores:
     """Score every sample for the model, with a fitted head where its own is no better than a random one.
 
@@ -56,6 +58,7 @@ def score(
         rows: ids, hashes and lengths of the rows.
         compute: batch size, precision, journal and progress.
         trusted: rows that represent what the model should be good at, in the format of the data set.
+        fraction: share of the rows that a gate must leave.
 
     If the model is at chance with any head, its gradients carry no information: score warns and draws rows evenly.
     Raises UnsupportedError naming what cannot be scored exactly; SettingsError.
@@ -85,10 +88,22 @@ def score(
     if trusted is not None and not isinstance(trusted, Trusted):
         trusted = Trusted(trusted, twins=equals(dataset, trusted))
     request = LookRequest(
-        dataset=dataset, collate=collate, task=task, rule=rule, rows=rows, compute=compute, trusted=trusted
+        dataset=dataset,
+        collate=collate,
+        task=task,
+        rule=rule,
+        rows=rows,
+        compute=compute,
+        trusted=trusted,
+        fraction=fraction,
     )
     result = look(model, request)
     result.undo()
+    if isinstance(task, Preference) and result.scores.even:
+        warnings.warn(
+            "the DPO loss of every pair is ln 2 before training, so pairs are drawn evenly; give trusted rows",
+            stacklevel=2,
+        )
     if result.why_not is not None:
         warnings.warn(f"rows are drawn evenly, and have no terms of gradients: {result.why_not}", stacklevel=2)
     return result.scores

@@ -20,7 +20,7 @@ _ROW_GROUP = 1 << 15
 _NOT_TERMS = ("id", "hash", "label", "quality", "probability", "reason")
 JSON = Mapping[str, Any]
 
-REASONS = ("kept", "duplicate", "outlier", "confident negative", "gated", "trusted row")
+REASONS = ("kept", "duplicate", "outlier", "confident negative", "gated", "trusted row", "swapped pair")
 """Why a row is kept or dropped; `Scores.reasons` holds indices into this table."""
 PREDICTIONS = ("predicted", "predicted_probability", "label_probability", "logits")
 """Predicted class, labels (k of 0 and 1) or number; for classes its probability and the label's; for classes and labels

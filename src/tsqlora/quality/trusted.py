@@ -5,10 +5,11 @@ After RHO-loss (Mindermann et al. 2022) and CoLoR-Filter (Brandfonbrener et al. 
 GATES.
 """
 
+import math
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from tsqlora.quality.rows import Dataset
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate, model_logits, precision, split_labels
 from tsqlora.tasks.generation import Generation
+from tsqlora.tasks.preference import Preference
 
 BATCH_SIZE = 16
 STEPS = 100
@@ -50,7 +52,7 @@ class Trusted:
 
 def trusted_steps_of(task: Task, rows: int, batch_size: int) -> tuple[int, int]:
     """Return the trusted model's steps and rows per step: for generation few steps with the run's batch size."""
-    text = isinstance(task, Generation)
+    text = isinstance(task, Generation | Preference)
     return STEPS_OF_TEXT if text else STEPS, min(rows, batch_size if text else BATCH_SIZE)
 
 
@@ -118,7 +120,7 @@ def _train(
 
 
 TINY = float(np.finfo(np.float64).tiny)
-Gate = Literal["share", "surest"]
+Gate = Literal["share", "surest", "swapped"]
 
 SUREST = 0.2
 """Share of the rows that the gate `surest` drops."""
@@ -163,7 +165,12 @@ def by_surest(
     return np.where(np.isin(labels, trusted), margin, np.inf) if classes else margin
 
 
-GATES: Mapping[str, Margin] = {"share": by_share, "surest": by_surest}
+def by_swapped(losses: Float[np.ndarray, " n"], *_: Any) -> Float[np.ndarray, " n"]:
+    """Keep preference pairs whose chosen answer the trusted model prefers, compared with the reference model."""
+    return math.log(2) - losses
+
+
+GATES: Mapping[str, Margin] = {"share": by_share, "surest": by_surest, "swapped": by_swapped}
 
 
 def left_out(margin: Float[np.ndarray, " n"], least: int) -> Bool[np.ndarray, " n"]:

@@ -15,13 +15,14 @@ from tsqlora.data.dialect import Hints
 from tsqlora.data.labels import LabelMap
 from tsqlora.data.prepare import Prepared, prepare, resolve_max_length
 from tsqlora.data.splits import Splits, read_data
-from tsqlora.errors import SettingsError
+from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.quality.rule import require_terms
 from tsqlora.run.config import Config
 from tsqlora.run.start import start_of
 from tsqlora.tasks import Task, get_task
 from tsqlora.tasks.forward import Collate
 from tsqlora.tasks.generation import Generation
+from tsqlora.tasks.preference import CAUSAL, Preference
 from tsqlora.training.fit import Inputs
 from tsqlora.training.load import Pretrained, collate_of, load_pretrained
 
@@ -78,12 +79,18 @@ class Job:
         }
 
 
-def load(config: Config, *, folder: Path | None = None) -> Job:
+def load(config: Config, *, folder: Path | None = None, scoring: bool = False) -> Job:
     """Read the rows and the model, and check that they and the settings fit together.
 
-    `folder` holds the samples on disk; None is a temporary one.
+    `folder` holds the samples on disk; None is a temporary one. Raises UnsupportedError for preference rows, unless for
+    `scoring`.
     """
     require_of_task(config)
+    if config.task.type == Preference.name and not scoring:
+        raise UnsupportedError(
+            f"task.type {Preference.name} is scored, not trained: select rows with tsqlora.select (or `tsqlora score` "
+            "and `tsqlora select`), and train on them with TRL's DPOTrainer"
+        )
     splits = read(config)
     task = trained_task(config, splits.labels)
     pretrained = load_model(config, task, splits.labels)
@@ -98,6 +105,7 @@ def read(config: Config) -> Splits:
     """Read where the rows of every split are."""
     data, answer = config.data, get_task(config.task.type).answer
     names = ("format", "prompt", "target", "messages", "text") if answer == "text" else ("text", "text_pair", "label")
+    names = () if answer == "pair" else names
     return read_data(
         data.train,
         data.validation,
@@ -128,6 +136,8 @@ def require_of_task(config: Config, keys: Collection[str] | None = None) -> None
     """Raises SettingsError for a setting that the task does not read, unless at its default; of `keys` if given."""
     task = get_task(config.task.type)
     foreign = dict(_OF_ANSWERS if task.answer == "text" else _OF_TEXTS)
+    if task.answer == "pair":  # its columns have fixed names
+        foreign = dict.fromkeys((*foreign, *_OF_ANSWERS, "data.text"))
     if task.name != "causal-lm":
         foreign["data.packing"] = None
     if task.answer in ("number", "labels") and config.training.further_arguments().get("label_smoothing_factor"):
@@ -158,7 +168,7 @@ def load_model(config: Config, task: Task, labels: LabelMap | None) -> Pretraine
     return load_pretrained(
         base.path,
         labels=labels,
-        generation=task if isinstance(task, Generation) else None,
+        generation=CAUSAL if isinstance(task, Preference) else task if isinstance(task, Generation) else None,
         revision=base.revision,
         dtype=base.dtype,
         quantization=base.quantization,

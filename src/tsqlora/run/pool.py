@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -10,20 +9,22 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from tsqlora.data.columns import find_columns
-from tsqlora.data.formats import find_format
+from tsqlora.data.formats import find_format, pair_format
 from tsqlora.data.labels import LabelMap, split_labels
 from tsqlora.data.prepare import prepare, resolve_max_length
-from tsqlora.data.rows import Source, of_dataset
+from tsqlora.data.rows import of_dataset
 from tsqlora.data.splits import Splits
-from tsqlora.errors import DataError, SettingsError
+from tsqlora.errors import DataError, SettingsError, UnsupportedError
 from tsqlora.quality.epochs import sample
 from tsqlora.quality.rule import Compute, RowNames, ScoringRule
 from tsqlora.quality.score import score
+from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import equals
 from tsqlora.quality.trusted import Trusted
-from tsqlora.tasks import Task
+from tsqlora.tasks import Task, get_task
 from tsqlora.tasks.forward import task_of
 from tsqlora.tasks.generation import Generation
+from tsqlora.tasks.preference import Preference
 from tsqlora.training.load import collate_of, positions_of
 
 
@@ -43,13 +44,14 @@ def select(
     """The share of a pool that teaches a model what trusted rows show, as a `datasets.Dataset` with the same columns.
 
     Text is drawn by reducible loss: rows that a model trained on the trusted rows alone predicts better than this model
-    does. Call it before you build an SFTTrainer or DPOTrainer, train on the result, then once more on the trusted
-    rows. The model stays unchanged; one with an adapter (`get_peft_model`, `tsqlora.wrap`) is faster, since only the
-    adapter learns the trusted rows.
+    does. Preference rows are drawn likewise by their DPO loss, without those that look swapped. Call it before you
+    build an SFTTrainer or DPOTrainer, train on the result, then once more on the trusted rows. The model stays
+    unchanged; one with an adapter (`get_peft_model`, `tsqlora.wrap`) is faster, since only the adapter learns the
+    trusted rows.
 
     Args:
-        dataset: a `datasets.Dataset`, or a list of dicts: texts, prompts with completions, chats, chosen with rejected
-            answers (the chosen ones count), or texts with labels.
+        dataset: a `datasets.Dataset`, or a list of dicts: texts, prompts with completions, chats, prompts with
+            chosen and rejected answers, or texts with labels.
         trusted: rows with the same columns, of the kind that the model must handle well; 32 to 200 are enough.
         fraction: share of the pool's rows to return.
         learning_rate, batch_size: of the later training; the trusted model gets twice that rate.
@@ -58,32 +60,63 @@ def select(
     Raises DataError for columns of no known format, SettingsError for a stream.
     """
     pool = _as_dataset(dataset, "dataset")
-    rows = {"train": pool} | ({} if trusted is None else {"trusted": _as_dataset(trusted, "trusted")})
+    few = None if trusted is None else _as_dataset(trusted, "trusted")
+    scores = score_pool(
+        model,
+        pool,
+        few,
+        processing_class,
+        fraction=fraction,
+        rule=rule or ScoringRule(seed=seed),
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        max_length=max_length,
+    )
+    if scores.even and scores.kept.all() and not {"chosen", "rejected"} <= {*pool.column_names}:
+        warnings.warn("no score distinguishes the rows, so they are drawn evenly; give trusted rows", stacklevel=2)
+    return pool.select(scores.row_ids[sample(scores, fraction, seed)])
+
+
+def score_pool(
+    model: nn.Module,
+    pool: Any,
+    trusted: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    fraction: float,
+    rule: ScoringRule,
+    learning_rate: float,
+    batch_size: int,
+    max_length: int | None,
+) -> Scores:
+    """Score the rows of a `datasets.Dataset`; their ids are the positions in it."""
+    rows = {"train": pool} | ({} if trusted is None else {"trusted": trusted})
     task = task_of(model)
-    most = min(processing_class.model_max_length, 1024)
+    if isinstance(task, Generation) and {"chosen", "rejected"} <= {*pool.column_names}:
+        if not task.causal:
+            raise UnsupportedError(f"preference rows need a causal model, but the task is {task.name}; give another")
+        task = get_task(Preference.name)
+    most = min(tokenizer.model_max_length, 1024)
     limit = resolve_max_length(max_length, tokenizer_limit=most, positions=positions_of(model))
     seq2seq = isinstance(task, Generation) and not task.causal
-    data = prepare(_splits(rows, model, task), processing_class, max_length=limit, seq2seq=seq2seq)
+    data = prepare(_splits(rows, model, task), tokenizer, max_length=limit, seq2seq=seq2seq)
     for note in data.notes:
-        warnings.warn(note, stacklevel=2)
+        warnings.warn(note, stacklevel=3)
     samples, reference = data.samples["train"], None
     if "trusted" in data.samples:
         own = data.samples["trusted"]
         reference = Trusted(own, learning_rate, batch_size, twins=equals(samples, own))
-    scores = score(
+    return score(
         model,
         samples,
-        collate_of(task, model, processing_class, max_length=limit),
-        rule=rule or ScoringRule(seed=seed),
+        collate_of(task, model, tokenizer, max_length=limit),
+        rule=rule,
         task=task,
         rows=RowNames(samples.ids, samples.hashes, samples.lengths),
         compute=Compute(batch_size),
         trusted=reference,
+        fraction=fraction,
     )
-    if scores.even and scores.kept.all():
-        warnings.warn("no score distinguishes the rows, so they are drawn evenly; give trusted rows", stacklevel=2)
-    assert samples.ids is not None
-    return pool.select(samples.ids[sample(scores, fraction, seed)])
 
 
 def _as_dataset(rows: Any, name: str) -> Any:
@@ -103,12 +136,10 @@ def _splits(rows: Mapping[str, Any], model: nn.Module, task: Task) -> Splits:
     """The pool and the trusted rows as splits, with the format or the columns of the pool."""
     pool = rows["train"]
     names, places = list(pool.column_names), {split: np.arange(len(part)) for split, part in rows.items()}
-    if isinstance(task, Generation):
-        preferences = {"chosen", "rejected"} <= {*names}
-        if preferences:
-            names = ["messages"] if isinstance(pool[0]["chosen"], list) else ["prompt", "completion"]
-        format = find_format(names, source="dataset")
-        sources = {split: _source(part, split, preferences=preferences) for split, part in rows.items()}
+    sources = {split: of_dataset(part, "dataset" if split == "train" else split) for split, part in rows.items()}
+    if isinstance(task, Generation | Preference):
+        find = pair_format if isinstance(task, Preference) else find_format
+        format = find(names, source="dataset")
         return Splits(sources, places, format.columns, None, format)
     columns, labels = find_columns(names, text=None, text_pair=None, label=None, source="dataset"), None
     if columns.label is None:
@@ -118,19 +149,4 @@ def _splits(rows: Mapping[str, Any], model: nn.Module, task: Task) -> Splits:
         first = split_labels(next((cell for cell in pool[columns.label] if cell), 0))
         texts = isinstance(first[0], str)
         labels = LabelMap(tuple(str(classes[j]) if texts else j for j in range(len(classes))), task.answer)
-    return Splits({split: _source(part, split) for split, part in rows.items()}, places, columns, labels)
-
-
-def _source(rows: Any, split: str, *, preferences: bool = False) -> Source:
-    source = of_dataset(rows, "dataset" if split == "train" else split)
-    if not preferences:
-        return source
-    return replace(source, records=lambda: ((number, _chosen(row)) for number, row in source.records()))
-
-
-def _chosen(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The chosen answer of a preference after its prompt."""
-    chosen, prompt = row["chosen"], row.get("prompt")
-    if isinstance(chosen, list):
-        return {"messages": [*(prompt or []), *chosen]}
-    return {"prompt": prompt or "", "completion": chosen}
+    return Splits(sources, places, columns, labels)

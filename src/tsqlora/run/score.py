@@ -58,7 +58,7 @@ def score_rows(
             config = with_start(load_config(source, overrides))
             require_apart(out, config.data.train, config.data.trusted, config.data.validation, config.data.test)
             require_scoring(config)
-            job = load(config, folder=tokens)
+            job = load(config, folder=tokens, scoring=True)
             model = with_adapter(config, job.pretrained).to(device_of(config))
         scores = score_job(job, model, partial / "scoring", progress)
         scores = drop_rows(scores, drop, lambda: job.data.splits.texts("train"), tokens / "signatures")
@@ -102,4 +102,5 @@ def score_job(job: Job, model: nn.Module, journal: Path | None = None, progress:
         rows=row_names(job, held_out=job.data.splits.held_out),
         compute=Compute(job.config.training.batch_size, journal=journal, progress=progress),
         trusted=trusted_of(job),
+        fraction=job.config.quality.fraction,
     )

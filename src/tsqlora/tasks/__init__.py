@@ -13,6 +13,7 @@ from tsqlora.errors import SettingsError, UnsupportedError, nearest
 from tsqlora.tasks.classification import Classification
 from tsqlora.tasks.generation import Generation
 from tsqlora.tasks.multi_label import MultiLabel
+from tsqlora.tasks.preference import Preference
 from tsqlora.tasks.regression import Regression
 from tsqlora.tasks.tokens import TokenClassification
 
@@ -25,7 +26,8 @@ class Task(Protocol):
     def name(self) -> str: ...
 
     answer: ClassVar[str]
-    """The kind of a row's label: "class", "labels" (any of several classes), "tags" (of tokens), "number" or "text"."""
+    """The kind of a row's label: "class", "labels" (any of several classes), "tags" (of tokens), "number", "text",
+    or "pair" (of texts, of which one is preferred)."""
 
     headline: ClassVar[str]
     """The metric that compares runs by default; more is better."""
@@ -75,13 +77,13 @@ TASKS: dict[str, Callable[..., Any]] = {
     MultiLabel.name: MultiLabel,
     Regression.name: Regression,
     TokenClassification.name: TokenClassification,
+    Preference.name: Preference,
     **{name: partial(Generation, name, causal=name == "causal-lm") for name in GENERATION},
 }
 
 NOT_BUILT = (
     "question-answering",
     "masked-lm",
-    "preference-tuning",
 )
 
 

@@ -17,10 +17,16 @@ from tsqlora.tasks import Task, get_task
 from tsqlora.tasks.classification import Classification
 from tsqlora.tasks.generation import Generation
 from tsqlora.tasks.multi_label import MultiLabel
+from tsqlora.tasks.preference import CAUSAL, Preference
 from tsqlora.tasks.tokens import TokenClassification
 
 Batch = Mapping[str, Any]
 Collate = Callable[[list[Any]], Batch]
+
+SELECT_BEFORE = (
+    "select rows before you build the trainer: dataset = tsqlora.select(model, dataset, processing_class=tokenizer, "
+    "trusted=rows, fraction=0.2)"
+)
 
 
 def split_labels(batch: Batch, model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
@@ -56,12 +62,11 @@ def each_its_row(collate: Collate) -> Collate:
         labels = batch.get("labels")
         columns = {str(name).split("_")[0] for name in samples[0]} if isinstance(samples[0], Mapping) else set[str]()
         if labels is None and {"chosen", "rejected"} <= columns:
-            get_task("preference-tuning")
+            raise UnsupportedError(f"the samples are preference pairs of another library; {SELECT_BEFORE}")
         if isinstance(labels, Tensor) and len(labels) != len(samples):
             raise UnsupportedError(
                 f"the collator packs {len(samples)} samples into {len(labels)} row(s), so that samples cannot be told "
-                "apart; select rows before you build the trainer: dataset = tsqlora.select(model, dataset, "
-                "processing_class=tokenizer, trusted=rows, fraction=0.2)"
+                f"apart; {SELECT_BEFORE}"
             )
         return batch
 
@@ -78,7 +83,14 @@ def precision(device: torch.device, dtype: torch.dtype | None, *, cache: bool = 
 
 
 def model_logits(model: nn.Module, inputs: Mapping[str, Tensor], task: Task | None = None) -> Tensor:
-    """Return the logits, at least in float32: n × k, or n × t × k for tags; for generation in the model's own dtype."""
+    """Return the logits, at least in float32: n × k, or n × t × k for tags; for generation in the model's own dtype.
+
+    Those of preference pairs are n × 1: the log-ratio of the two answers minus that of the reference model.
+    """
+    if isinstance(task, Preference):
+        texts = {name: inputs[name].flatten(0, 1) for name in ("input_ids", "attention_mask")}
+        logits = model_logits(model, texts, CAUSAL)
+        return task.margins(logits, inputs["targets"].flatten(0, 1)) - inputs["reference"]
     generates = isinstance(task, Generation)
     dimensions = 3 if generates or isinstance(task, TokenClassification) else 2
     output = model(**placed(model, inputs, task))

@@ -23,12 +23,13 @@ from transformers import (
 from tsqlora.adapter.config import heads, require_supported_packing
 from tsqlora.compat.bitsandbytes import keep_as_trained, linear_bits
 from tsqlora.compat.hub import is_hub_id
-from tsqlora.data.batches import MULTIPLE, GenerationCollator, collator, generation_collator
+from tsqlora.data.batches import MULTIPLE, GenerationCollator, PairCollator, collator, generation_collator
 from tsqlora.data.labels import LabelMap
 from tsqlora.errors import SettingsError
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Batch, Collate, base_model
 from tsqlora.tasks.generation import Generation
+from tsqlora.tasks.preference import Preference
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,9 +222,11 @@ def collate_of(
 ) -> Collate:
     """Pads to a multiple of 8 tokens where the model has so many positions; on the left for prompts to go on from."""
     positions = getattr(model.config, "max_position_embeddings", None)
-    if not isinstance(task, Generation):
+    if not isinstance(task, Generation | Preference):
         return collator(tokenizer, max_length=max_length, positions=positions, tags=task.answer == "tags")
     longest = -(-max_length // MULTIPLE) * MULTIPLE
     multiple = MULTIPLE if positions is None or longest <= positions else 1
+    if isinstance(task, Preference):
+        return PairCollator(generation_collator(tokenizer, seq2seq=False, multiple=multiple))
     padded = generation_collator(tokenizer, seq2seq=not task.causal, multiple=multiple, left=left)
     return padded if task.causal else WithDecoderInputs(padded, base_model(model))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from tsqlora.data.columns import Columns, check_named
 from tsqlora.data.formats.chats import Chat, Example, Manner, read_messages, read_sharegpt
+from tsqlora.data.formats.pairs import PAIRS, read_pair, require_pairs
 from tsqlora.data.formats.texts import read_alpaca, read_document, read_prompt, read_text
 from tsqlora.data.rows import Rows
 from tsqlora.errors import DataError, SettingsError, nearest
@@ -64,6 +65,9 @@ FORMATS: dict[str, Kind] = {
     "text": Kind(read_text, (("text", None), ("content", None)), setting="data.text"),
 }
 
+PREFERENCE = "preference"
+"""The name of the format of preference rows, which is their task's alone."""
+
 
 @dataclass(frozen=True, slots=True)
 class Format:
@@ -77,7 +81,14 @@ class Format:
     columns: Columns
 
     def read(self, rows: Rows, i: int, manner: Manner) -> Example | Chat:
-        return FORMATS[self.name].read(rows, i, self.columns, manner)
+        read = read_pair if self.name == PREFERENCE else FORMATS[self.name].read
+        return read(rows, i, self.columns, manner)
+
+
+def pair_format(names: Sequence[str], *, source: str) -> Format:
+    """The format of preference rows.  Raises DataError without chosen or rejected answers."""
+    require_pairs(names, source)
+    return Format(PREFERENCE, PAIRS)
 
 
 def find_format(

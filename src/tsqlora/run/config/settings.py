@@ -19,6 +19,7 @@ TASK_TYPES = (
     "multi-label-classification",
     "token-classification",
     "regression",
+    "preference",
     "causal-lm",
     "seq2seq",
 )

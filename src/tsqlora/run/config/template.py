@@ -10,7 +10,8 @@ from pydantic.fields import FieldInfo
 from tsqlora.compat.yaml import dump_yaml
 from tsqlora.run.config.settings import Config, Section, section_of
 
-_MODELS = {"causal-lm": "HuggingFaceTB/SmolLM2-135M", "seq2seq": "google/flan-t5-small"}
+_MODELS = dict.fromkeys(("causal-lm", "preference"), "HuggingFaceTB/SmolLM2-135M")
+_MODELS["seq2seq"] = "google/flan-t5-small"
 """Example models of tasks that the default example does not fit."""
 
 

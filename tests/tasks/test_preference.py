@@ -1,0 +1,168 @@
+"""The DPO loss of preference pairs: TRL's, whatever the batch and the padding, and its gradients exact."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, TaskType, get_peft_model
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
+
+import tsqlora as tsq
+from models import GENERATORS, lora
+from oracles import SlowPair, slow_dpo_loss, slow_scores
+from scoring import assert_agree, assert_unchanged, fingerprint, score_by, trainable
+from tsqlora.data.batches import GenerationCollator, PairCollator
+from tsqlora.errors import DataError
+from tsqlora.tasks import get_task
+from tsqlora.tasks.forward import model_logits, split_labels
+from words import llama, tokenizer
+
+TASK, BETA = get_task("preference"), 0.1
+REFERENCE = [0, 2, 3, 5]
+
+
+def pairs(n: int, *, seed: int = 0) -> list[dict[str, Any]]:
+    """Samples whose answers have other lengths, after prompts of 2 to 5 tokens."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for _ in range(n):
+        prompt = rng.integers(3, 40, rng.integers(2, 6)).tolist()
+        answers = [rng.integers(3, 40, rng.integers(1, 7)).tolist() for _ in range(2)]
+        ids = [prompt + answer for answer in answers]
+        labels = [[-100] * len(prompt) + answer for answer in answers]
+        rows.append({"input_ids": [*ids[0], *ids[1]], "labels": [*labels[0], *labels[1]], "second": len(ids[0])})
+    return [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
+
+
+def collator(*, left: bool = False, pad: int = 0, multiple: int = 1) -> PairCollator:
+    return PairCollator(GenerationCollator(pad, False, multiple, left))
+
+
+def moved(kind: str = "llama") -> Any:
+    """A model with an adapter that has learned something."""
+    model = lora(GENERATORS[kind](), task=TaskType.CAUSAL_LM)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.mul_(6)
+    return model
+
+
+def alone(row: Any, reference: float | None) -> dict[str, Any]:
+    """The keyword arguments of SlowPair for one row."""
+    parts = (slice(row["second"]), slice(row["second"], None))
+    answers = [(row["input_ids"][part], row["labels"][part]) for part in parts]
+    return {"answers": answers, "reference": reference, "labels": torch.zeros(1)}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_loss_is_the_twins_whatever_the_batch_and_the_padding(kind: str) -> None:
+    model, rows = moved(kind).eval(), pairs(7)
+    for j, row in enumerate(rows):
+        row["reference"] = 3.0 - j
+    batches = [alone(row, row["reference"]) for row in rows]
+    twin = slow_scores(
+        SlowPair(model), batches, sample_loss=slow_dpo_loss(BETA), theta=trainable(model), reference=REFERENCE
+    )
+    assert twin.loss.std() > 0.01
+    for collate in (collator(), collator(pad=5, multiple=8), collator(left=True, multiple=16)):
+        for size in (1, 3, 7):
+            for first in range(0, 7, size):
+                inputs, labels = split_labels(collate(rows[first : first + size]), model)
+                losses = TASK.loss(model_logits(model, inputs, TASK), labels).detach().double()
+                torch.testing.assert_close(losses, twin.loss[first : first + size], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:the DPO loss of every pair is ln 2")
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_gradient_terms_are_the_twins(kind: str) -> None:
+    model, rows = moved(kind), pairs(7)
+    before = fingerprint(model)
+    twin = slow_scores(
+        SlowPair(model),
+        [alone(row, ratio) for row, ratio in zip(rows, ratios(model, rows), strict=True)],
+        sample_loss=slow_dpo_loss(BETA),
+        theta=trainable(model),
+        reference=REFERENCE,
+    )
+    for batch_size, collate in ((3, collator()), (7, collator(left=True, multiple=8))):
+        scores = score_by(model, rows, collate, task=TASK, reference=REFERENCE, batch_size=batch_size)
+        assert_agree(scores, twin, rtol=1e-4)
+    assert_unchanged(before, model)
+    np.testing.assert_allclose(scores.terms["loss"], np.log(2), rtol=1e-5)
+    assert scores.even
+    assert scores.labels.tolist() == [sum(label != -100 for label in row["labels"]) for row in rows]
+
+
+def ratios(model: Any, rows: list[dict[str, Any]]) -> list[float]:
+    """The model's own log-ratios, which make it the reference."""
+    slow = SlowPair(model).eval()
+    with torch.no_grad():
+        found = [float(slow(**{k: v for k, v in alone(row, 0.0).items() if k != "labels"})) for row in rows]
+    model.train()
+    return found
+
+
+def talk(text: str, role: str = "assistant") -> list[dict[str, str]]:
+    return [{"role": role, "content": text}]
+
+
+def preference(j: int, kind: str, *, swapped: bool = False) -> dict[str, Any]:
+    """Prompts of two words, after which w1 is the right answer and w2 the wrong one."""
+    prompt, answers = f"w{3 + j % 30} w{3 + j // 30}", ("w2", "w1") if swapped else ("w1", "w2")
+    if kind == "texts":
+        made: dict[str, Any] = {"prompt": prompt, "chosen": f" {answers[0]}", "rejected": f" {answers[1]}"}
+    else:
+        before = talk(prompt, "user")
+        turns = [talk(answer) if kind == "chats" else [*before, *talk(answer)] for answer in answers]
+        made = {"chosen": turns[0], "rejected": turns[1]} | ({"prompt": before} if kind == "chats" else {})
+    return {**made, "number": j}
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("kind", ["texts", "chats", "whole chats"])
+def test_swapped_pairs_are_found_and_dpo_trains_on_the_rest(kind: str, tmp_path: Path) -> None:
+    pool = Dataset.from_list([preference(j, kind, swapped=j % 5 == 0) for j in range(60)])
+    trusted = [preference(j, kind) for j in range(100, 116)]
+    torch.manual_seed(0)
+    model = get_peft_model(llama(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    before = fingerprint(model)
+    chosen = tsq.select(model, pool, processing_class=tokenizer(), trusted=trusted, fraction=0.5, learning_rate=5e-3)
+    assert_unchanged({name: before[name] for name in ("weights", "trains", "modes")}, model)
+    assert chosen.column_names == pool.column_names
+    assert len(chosen) == 30
+    assert sum(row["number"] % 5 == 0 for row in chosen) <= 1
+    trainer = DPOTrainer(
+        model,
+        args=DPOConfig(
+            str(tmp_path),
+            max_steps=2,
+            per_device_train_batch_size=2,
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            dataloader_pin_memory=False,
+            disable_tqdm=True,
+        ),
+        train_dataset=chosen,
+        processing_class=tokenizer(),
+    )
+    trainer.train()
+    assert trainer.state.log_history[-1]["train_loss"] > 0
+
+
+def test_without_trusted_rows_the_draw_is_even_and_says_so() -> None:
+    with pytest.warns(UserWarning, match="ln 2.*trusted"):
+        chosen = tsq.select(llama(), [preference(j, "texts") for j in range(12)], processing_class=tokenizer())
+    assert len(chosen) == 6
+
+
+@pytest.mark.parametrize(("without", "names"), [("rejected", "rejected"), ("chosen", "chosen")])
+def test_a_row_without_an_answer_is_named(without: str, names: str) -> None:
+    rows = [preference(j, "texts") for j in range(12)]
+    rows[7][without] = None
+    with pytest.raises(DataError, match=f"dataset:8.*'{names}'"):
+        tsq.select(llama(), rows, processing_class=tokenizer())
