@@ -25,10 +25,11 @@ def say(console: Console, lines: Iterable[str]) -> None:
 def show_plan(console: Console, plan: Mapping[str, Any]) -> None:
     """The plan of a dry run."""
     ranks = sorted(set(plan["ranks"].values()))
-    columns = ", ".join(str(name) for name in plan["columns"].values() if name is not None)
+    columns = ", ".join(str(name) for key, name in plan["columns"].items() if name is not None and key != "media")
+    limit = f"; at most {plan['max_length']:,} tokens" if plan["max_length"] else ""
     lines = [
         f"rows        {', '.join(f'{count:,} {name}' for name, count in plan['rows'].items())}",
-        f"columns     {columns}; at most {plan['max_length']:,} tokens",
+        f"columns     {columns}{limit}",
         *(f"file        {name}: {dialect}" for name, dialect in plan["files"].items()),
         *([f"classes     {_class_counts(plan['classes'])}"] if plan["classes"] else []),
         f"an epoch    {plan['rows_an_epoch']:,} rows; {plan['epochs']} epochs, {plan['steps']:,} steps",
@@ -233,7 +234,7 @@ def show_audit(console: Console, result: Mapping[str, Any]) -> None:
             str(row["row"]),
             *(Text(_shortened(str(row[name]))) for name in ("label", "suggested_label")),
             f"{row['wrong_probability']:.0%}",
-            Text(_shortened(row["text"])),
+            Text(_shortened("/".join(row["text"].split("/")[-2:]) if result["columns"].get("media") else row["text"])),
         )
     console.print(table)
     pairs, lines = result["duplicates"], [f"note: {note}" for note in result["notes"]]

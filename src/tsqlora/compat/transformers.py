@@ -87,3 +87,9 @@ CLASSES_OF: Mapping[str, Mapping[Any, Any]] = {
     "masked-lm": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 }
 """Model classes by task and model type."""
+
+MEDIA_CLASSES: Mapping[str, Mapping[Any, Any]] = {
+    "image-classification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    "audio-classification": modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
+}
+"""The same, for tasks whose models may have any problem_type."""

@@ -7,6 +7,7 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
+from tsqlora.data.folders import content_hash
 from tsqlora.data.rows import Rows
 from tsqlora.errors import DataError
 
@@ -96,10 +97,13 @@ def sample_hash(text: str, pair: str, label: str) -> str:
 def row_hash(row: Mapping[str, Any], columns: Mapping[str, str | None]) -> str:
     """`sample_hash` of a row's columns `text`, `text_pair` and `label`; a missing one counts as empty.
 
-    The label counts as the row writes it: its class id would change with the other classes.
+    The label counts as the row writes it: its class id would change with the other classes. Of a file its content
+    counts.
     """
     used = (columns["text"], columns["text_pair"], columns["label"])
-    values = (None if column is None else row.get(column) for column in used)
+    values = [None if column is None else row.get(column) for column in used]
+    if columns.get("media"):
+        values[0] = content_hash(str(values[0]))
     return sample_hash(*("" if value is None else _written(value) for value in values))
 
 

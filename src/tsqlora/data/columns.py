@@ -1,8 +1,9 @@
 """Which columns hold the text, its pair and the label."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from tsqlora.data.folders import ENDINGS
 from tsqlora.errors import DataError, nearest
 
 USUAL_TEXT = ("text", "sentence", "sentence1", "premise", "question", "question1", "content", "review", "document")
@@ -20,16 +21,21 @@ USUAL_PAIR = {
 
 USUAL_TOKENS = ("tokens", "words")
 USUAL_TAGS = ("tags", "ner_tags", "labels")
+USUAL_PATHS = ("path", "file", "file_name", "filename", "file_path", "filepath")
 USUAL_LABEL = ("label", "labels", "target", "class", "category", "score")
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Names of the columns in use; None for one that the data lacks."""
+    """Names of the columns in use; None for one that the data lacks.
+
+    `media` is "image" or "audio" where `text` is a column of paths.
+    """
 
     text: str
     text_pair: str | None
     label: str | None
+    media: str | None = field(default=None, repr=False)
 
 
 def find_columns(
@@ -40,8 +46,11 @@ def find_columns(
     label: str | None,
     source: str,
     tokens: bool = False,
+    media: str | None = None,
 ) -> Columns:
     """Choose the columns: those that settings name, else the first usual name in the file; of `tokens` with tags.
+
+    With `media`, "image" or "audio", the text is a path.
 
     A pair is detected only if `text` is not set: setting the text alone means one text.
     Raises DataError for a column that is missing or serves twice, and if there is no text column.
@@ -52,14 +61,17 @@ def find_columns(
     Columns(text='Text', text_pair=None, label='Label')
     """
     check_named({"data.text": text, "data.text_pair": text_pair, "data.label": label}, names, source)
-    first_text = text or _first(USUAL_TOKENS if tokens else USUAL_TEXT, _without(names, text_pair, label))
+    usual = (media, *USUAL_PATHS) if media else USUAL_TOKENS if tokens else USUAL_TEXT
+    first_text = text or _first(usual, _without(names, text_pair, label))
     if first_text is None:
-        what = "column of tokens" if tokens else "text column"
-        raise DataError(f"{source} has no {what}; set data.text to one of its columns: {', '.join(names)}")
-    if text is None and text_pair is None and not tokens:
+        what = f"column of {media} files" if media else "column of tokens" if tokens else "text column"
+        other = next((kind for kind in ENDINGS if kind in names and kind != media), None)
+        cure = f", or task.type to {other}-classification" if other else ""
+        raise DataError(f"{source} has no {what}; set data.text to one of its columns: {', '.join(names)}{cure}")
+    if text is None and text_pair is None and not tokens and not media:
         text_pair = _first((USUAL_PAIR.get(first_text.lower(), ""),), _without(names, label))
     label = label or _first(USUAL_TAGS if tokens else USUAL_LABEL, _without(names, first_text, text_pair))
-    return Columns(first_text, text_pair, label)
+    return Columns(first_text, text_pair, label, media)
 
 
 def check_named(settings: Mapping[str, str | None], names: Sequence[str], source: str) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from tsqlora.data.cells import row_hash, sample_hash
 from tsqlora.data.formats import PREFERENCE
@@ -16,7 +15,7 @@ from tsqlora.data.labels import encode_labels, encode_targets
 from tsqlora.data.rows import Rows
 from tsqlora.data.samples import TokenisedSplit, store
 from tsqlora.data.splits import MEASURED, Splits
-from tsqlora.data.tokenise import tokenise, tokenise_words
+from tsqlora.data.tokenise import encoder
 from tsqlora.errors import DataError, SettingsError
 
 
@@ -45,7 +44,7 @@ class Prepared:
 
 def prepare(
     splits: Splits,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     *,
     max_length: int,
     seq2seq: bool = False,
@@ -53,7 +52,8 @@ def prepare(
 ) -> Prepared:
     """Tokenise every split, with encoded labels; rows of texts for a causal model, or for a `seq2seq` one.
 
-    Rows are read in chunks and samples stored on disk, as in `store`. A row whose target does not fit whole is left
+    Images and recordings stay in their files, and `tokenizer` is the processor that reads them. Rows are read in
+    chunks and samples stored on disk, as in `store`. A row whose target does not fit whole is left
     out with a note; so is a trusted row that shares its input with validation or test rows.
     Raises DataError if no trusted row remains.
     """
@@ -74,7 +74,7 @@ def prepare(
 def _tokenised(
     splits: Splits,
     name: str,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     max_length: int,
     seq2seq: bool,
     texts: list[np.ndarray],
@@ -89,7 +89,7 @@ def _tokenised(
             texts.append(_as_numbers(part.hashes))
         else:
             by_word = splits.labels is not None and splits.labels.answer == "tags"
-            encode = tokenise_words if by_word else tokenise
+            encode = encoder(splits.columns, by_word=by_word)
             part = encode(rows, splits.columns, tokenizer, max_length=max_length, labels=_labels(rows, splits))
             texts.append(_input_numbers(rows, splits))
         yield part

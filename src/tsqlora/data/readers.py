@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 from tsqlora.data.dialect import Dialect
 from tsqlora.errors import DataError
 
-Records = Iterator[tuple[int, dict[str, Any]]]
-"""Line or row numbers with rows."""
+Records = Iterator[tuple[int | str, dict[str, Any]]]
+"""Line or row numbers, or names of files, with rows."""
 
 
 def read_jsonl(path: Path, dialect: Dialect) -> Records:

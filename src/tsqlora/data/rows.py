@@ -15,6 +15,7 @@ import numpy as np
 from tsqlora.compat.datasets import file_kinds
 from tsqlora.compat.hub import DatasetName, is_hub_id
 from tsqlora.data.dialect import PLAIN, SNIFF, TABLES, Dialect, Hints, sniff
+from tsqlora.data.folders import folder_rows, kind_of
 from tsqlora.data.readers import READERS, Records
 from tsqlora.errors import DataError
 
@@ -34,7 +35,7 @@ CHUNK = 1024
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Some rows of one source; `numbers[i]` is the line or row of `rows[i]` in `source`, from 1.
+    """Some rows of one source; `numbers[i]` is the line or row of `rows[i]` in `source`, from 1, or its file there.
 
     Args:
         typed: False if the format has no types (CSV), so that "3" may be the number 3.
@@ -43,7 +44,7 @@ class Rows:
 
     rows: tuple[dict[str, Any], ...]
     source: str
-    numbers: tuple[int, ...]
+    numbers: tuple[int | str, ...]
     typed: bool = True
     places: np.ndarray | None = None
 
@@ -68,13 +69,36 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One split, opened but not read; `path` is its file, None for a hub data set."""
+    """One split, opened but not read; `path` is its file, None for a hub data set or a folder of files."""
 
     name: str
     typed: bool
     path: Path | None
     records: Callable[[], Records]
     dialect: Dialect = PLAIN
+    kind: str | None = None
+    """"image" or "audio" of a folder of files, whose rows have columns of this name and "label"."""
+
+    def with_files(self, columns: Mapping[str, Any]) -> "Source":
+        """The rows of a folder under the names of these columns; of a table with absolute paths, which count from it.
+
+        Columns without media change nothing.
+        """
+        kind, path, column = self.kind, self.path, columns["text"]
+        if not columns.get("media"):
+            return self
+
+        def records() -> Records:
+            for number, row in self.records():
+                name = row.get(column)
+                if kind is not None:
+                    yield number, {column: row[kind], columns["label"] or "label": row["label"]}
+                elif path is not None and isinstance(name, str) and name.strip():
+                    yield name, {**row, column: os.path.abspath(path.parent / name)}
+                else:
+                    yield number, row
+
+        return replace(self, records=records, path=None, kind=None)
 
     def read(self, places: np.ndarray | None = None) -> Rows:
         """All rows, or those at `places`, in memory.  Raises as `chunks`."""
@@ -150,7 +174,10 @@ def open_splits(
 
 
 def _open_splits(source: str | Path, *, requested: Collection[str], hints: Hints) -> dict[str, Source]:
-    """Open those of the requested splits that the source has; a file, or one hub split, is the first of them."""
+    """Open those of the requested splits that the source has; a file, or one hub split, is the first of them.
+
+    A directory has a file for each split, or a folder of images or recordings, or is such a folder itself.
+    """
     path = Path(os.path.expanduser(source))
     # os.path, not pathlib, here and below: pathlib raises for names that no file can have.
     if os.path.isfile(path):
@@ -158,7 +185,15 @@ def _open_splits(source: str | Path, *, requested: Collection[str], hints: Hints
     if os.path.isdir(path):
         files = {file.name: file for file in _listed(path) if file.is_file()}
         names = _match_splits({name: file.stem for name, file in files.items()}, requested, source)
-        return {split: _of_file(files[name], hints) for split, name in names.items()}
+        if names:
+            return {split: _of_file(files[name], hints) for split, name in names.items()}
+        folders = {folder.name: folder for folder in _listed(path) if folder.is_dir()}
+        own = {name: name for name in folders}
+        names = _match_splits(own, requested, source)
+        if not names and not _match_splits(own, SPLIT_NAMES, source):
+            folders, names = {"": path}, {next(iter(requested)): ""}
+        sources = {split: _of_folder(folders[name], hints) for split, name in names.items()}
+        return {split: found for split, found in sources.items() if found is not None}
     if path.suffix.lower() in READERS or isinstance(source, Path) or not is_hub_id(DatasetName.of(source).id):
         raise DataError(f"no file {source}; {_nearest_file(path)}correct the path, seen from {Path.cwd()}")
     data = _load_hub(DatasetName.of(str(source)))
@@ -179,6 +214,17 @@ def _match_splits(stems: Mapping[str, str], requested: Iterable[str], source: st
         if hits:
             matches[split] = hits[0]
     return matches
+
+
+def _of_folder(folder: Path, hints: Hints) -> Source | None:
+    """A folder of images or recordings, by its metadata table if it has one; None for other folders."""
+    tables = (folder / f"metadata{suffix}" for suffix in READERS)
+    if (table := next((path for path in tables if path.is_file()), None)) is not None:
+        return _of_file(table, hints)
+    if (kind := kind_of(folder)) is None:
+        return None
+    rows = folder_rows(folder, kind)
+    return Source(str(folder), False, None, lambda: iter(rows), kind=kind)
 
 
 def _of_file(path: Path, hints: Hints) -> Source:

@@ -2,7 +2,7 @@
 
 import mmap
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -36,7 +36,10 @@ class ArrowSamples(Sequence[dict[str, Any]]):
 
     @property
     def lengths(self) -> list[int]:
-        return pc.list_value_length(self.dataset.data["input_ids"]).to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
+        table = self.dataset.data
+        if "length" in table.column_names:
+            return table["length"].to_pylist()
+        return pc.list_value_length(table["input_ids"]).to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
 
     @property
     def labels(self) -> np.ndarray:
@@ -49,7 +52,8 @@ class TokenisedSplit:
     """Samples as a Trainer takes them: this is a map-style torch data set.
 
     Args:
-        samples: dicts of input_ids, attention_mask, token_type_ids if the tokenizer makes them, and labels if any.
+        samples: dicts of input_ids, attention_mask, token_type_ids if the tokenizer makes them, and labels if any; or
+            of a file, which `media.MediaCollator` decodes.
         hashes: a name for each sample that does not depend on the order.
         truncated: how many samples were cut to the maximal length.
         ids: the rows' places in their file, from 0.
@@ -78,10 +82,10 @@ class TokenisedSplit:
 
     @property
     def lengths(self) -> Sequence[int]:
-        """Tokens of each sample."""
+        """Tokens of each sample; steps of a recording, 0 for an image."""
         if isinstance(self.samples, ArrowSamples):
             return self.samples.lengths
-        return [len(sample["input_ids"]) for sample in self.samples]
+        return [length_of(sample) for sample in self.samples]
 
     @property
     def labels(self) -> np.ndarray:
@@ -89,6 +93,11 @@ class TokenisedSplit:
         if isinstance(self.samples, ArrowSamples):
             return self.samples.labels
         return np.array([sample["labels"] for sample in self.samples])
+
+
+def length_of(sample: Mapping[str, Any]) -> int:
+    """Tokens of a sample; of a file the steps of its recording, or 0."""
+    return int(sample["length"]) if "length" in sample else len(sample["input_ids"])
 
 
 def store(parts: Iterable[TokenisedSplit], folder: Path | None = None) -> TokenisedSplit:
@@ -119,7 +128,7 @@ def store(parts: Iterable[TokenisedSplit], folder: Path | None = None) -> Tokeni
 
 
 def _schema(sample: dict[str, Any]) -> pa.Schema:
-    kinds = {int: pa.int64(), float: pa.float64()}
+    kinds = {int: pa.int64(), float: pa.float64(), str: pa.string()}
 
     def kind(value: Any) -> pa.DataType:
         if not isinstance(value, list):

@@ -8,12 +8,13 @@ from functools import partial
 
 import numpy as np
 
-from tsqlora.data.cells import MissingError, is_missing, lacking, row_text
+from tsqlora.data.cells import MissingError, is_missing, lacking, row_text, text_at
 from tsqlora.data.columns import Columns, find_columns
 from tsqlora.data.dialect import PLAIN, SNIFF, Hints
 from tsqlora.data.formats import Format, find_format, pair_format
 from tsqlora.data.formats.chats import Manner
 from tsqlora.data.labels import LabelMap, are_measures, classes_of, distinct_labels, encode_targets, look_alikes
+from tsqlora.data.media import require_reader, why_unread
 from tsqlora.data.rows import ORDER, Rows, Source, open_splits
 from tsqlora.errors import DataError
 
@@ -105,6 +106,8 @@ def read_data(
         if format
         else find_columns(first.columns(), source=first.name, tokens=answer == "tags", **columns)
     )
+    sources = {name: source.with_files(asdict(used)) for name, source in sources.items()}
+    first = sources["train"]
     if used.label is None and format is None:
         raise DataError(
             f"{first.name} has no label column; set data.label to one of its columns: {', '.join(first.columns())}"
@@ -150,7 +153,7 @@ def _complete_rows(source: Source, lacks: Lacks, *, most: float) -> tuple[np.nda
     Raises DataError if the others are more than the share `most`.
     """
     count = 0
-    bad, places = dict[str, list[int]](), list[np.ndarray]()
+    bad, places = dict[str, list[int | str]](), list[np.ndarray]()
     for rows in source.chunks():
         reasons = [lacks(rows, i) for i in range(len(rows))]
         for i, reason in enumerate(reasons):
@@ -169,14 +172,15 @@ def _complete_rows(source: Source, lacks: Lacks, *, most: float) -> tuple[np.nda
     return complete, f"{source.name}: {left_out:,} of {count:,} rows are left out: {listed(bad, source.name)}"
 
 
-def listed(bad: Mapping[str, list[int]], source: str) -> str:
-    """Each reason with its count and the numbers of the first rows.
+def listed(bad: Mapping[str, list[int | str]], source: str) -> str:
+    """Each reason with its count and the numbers, or files, of the first rows.
 
     >>> listed({"no text in column 'text'": [4, 9], "no label in column 'label'": [7]}, "a.csv")
     "2 with no text in column 'text' (lines 4, 9), 1 with no label in column 'label' (line 7)"
     """
-    unit, parts = "row" if source.endswith((".parquet", ".json", "]")) else "line", []
+    line, parts = "row" if source.endswith((".parquet", ".json", "]")) else "line", []
     for reason, numbers in bad.items():
+        unit = "file" if isinstance(numbers[0], str) else line
         shown = ", ".join(map(str, numbers[:_SHOWN])) + (", …" if len(numbers) > _SHOWN else "")
         parts.append(f"{len(numbers):,} with {reason} ({unit}{'s' if len(numbers) > 1 else ''} {shown})")
     return ", ".join(parts)
@@ -187,6 +191,9 @@ def lacks_of(columns: Columns, format: Format | None, *, answers: bool = True, t
 
     With `tags` a row lacks something, too, if it has not one tag for each token.
     """
+    if columns.media:
+        require_reader(columns.media)
+        return partial(_lacks_file, columns=columns, answers=answers)
     if tags:
         return partial(_lacks_tags, columns=columns, answers=answers)
     if format is None:
@@ -205,6 +212,12 @@ def lacks_of(columns: Columns, format: Format | None, *, answers: bool = True, t
         return None
 
     return lacks
+
+
+def _lacks_file(rows: Rows, i: int, *, columns: Columns, answers: bool) -> str | None:
+    row, media = rows.rows[i], columns.media or ""
+    needed = {columns.text: "file"} | ({columns.label: "label"} if answers and columns.label else {})
+    return lacking(row, needed) or why_unread(text_at(rows, i, columns.text), media)
 
 
 def _lacks_tags(rows: Rows, i: int, *, columns: Columns, answers: bool) -> str | None:

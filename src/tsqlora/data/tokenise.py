@@ -1,6 +1,6 @@
 """Tokenise rows of texts with one answer each, and rows of tokens with a tag each."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from tsqlora.data.batches import IGNORED
 from tsqlora.data.cells import row_hash, text_at, tokens_at
 from tsqlora.data.columns import Columns
+from tsqlora.data.media import encode_files
 from tsqlora.data.rows import Rows
 from tsqlora.data.samples import TokenisedSplit
 from tsqlora.errors import DataError, SettingsError
@@ -77,6 +78,11 @@ def tokenise_words(
         samples.append({**{key: list(values) for key, values in part.items()}, "labels": targets})
     used = asdict(columns)
     return TokenisedSplit(samples, tuple(row_hash(row, used) for row in rows.rows), truncated, rows.ids, cut_words=cut)
+
+
+def encoder(columns: Columns, *, by_word: bool) -> Callable[..., TokenisedSplit]:
+    """The function that makes samples of rows: files, tokens with tags, or texts."""
+    return encode_files if columns.media else tokenise_words if by_word else tokenise
 
 
 def require_room(max_length: int, special: int, texts: int) -> None:

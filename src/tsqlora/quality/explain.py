@@ -143,7 +143,7 @@ def _find_texts(scores: Scores, rows: Iterable[int], source: Source) -> dict[int
     shown = columns if pair is None else {**columns, "text_pair": None}
     hashes = {int(j): scores.hashes[j] for j in rows}
     required, texts = set(hashes.values()), dict[str, str]()
-    for chunk in source.chunks():
+    for chunk in source.with_files(columns).chunks():
         for row in chunk.rows:
             if (name := row_hash(row, columns)) in required:
                 texts[name] = row_text(row, shown) + ("" if target is None else f"\n→ {_written(row, target)}")

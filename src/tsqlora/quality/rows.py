@@ -5,6 +5,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from tsqlora.data.samples import length_of
 from tsqlora.errors import SettingsError
 from tsqlora.seeds import stream
 from tsqlora.tasks.forward import Batch, Collate
@@ -64,6 +65,8 @@ def input_of(row: Any) -> tuple[Any, ...] | None:
     if not isinstance(row, Mapping):
         return None
     ids, labels = row.get("input_ids"), row.get("labels")
+    if "content" in row:  # a file: two copies have different paths
+        return content_of({"content": row["content"]})
     if ids is None:
         return content_of({name: value for name, value in row.items() if name not in LABELS})
     if labels is not None and np.ndim(labels) == 1 and len(labels) == len(ids):
@@ -93,6 +96,6 @@ def batches_of(rows: Sequence[Any], collate: Collate, batch_size: int) -> Iterat
 
 
 def lengths_of(dataset: Dataset) -> list[int]:
-    """Return token counts of rows with `input_ids`, else 0; only speed depends on them."""
+    """Return token counts of rows with `input_ids`, or `length`, else 0; only speed depends on them."""
     rows = (dataset[j] for j in range(len(dataset)))
-    return [len(row["input_ids"]) if isinstance(row, Mapping) and "input_ids" in row else 0 for row in rows]
+    return [length_of(row) if isinstance(row, Mapping) and {"input_ids", "length"} & {*row} else 0 for row in rows]

@@ -32,6 +32,8 @@ def select_rows(scores_path: Path, out: Path, *, fraction: float, seed: int = 0,
         write_rows(out, [{name: values[j].item() for name, values in columns.items()} for j in chosen])
         return len(chosen)
     source = open_split(data, split="train", hints=hints_of(scores))
+    if scores.record.columns is not None:
+        source = source.with_files(scores.record.columns)
     places = _find_rows(scores, chosen, source)
     if source.path is not None and can_copy(source.path, out):
         copy_rows(source.path, out, places, source.dialect)
@@ -66,7 +68,7 @@ def _find_rows(scores: Scores, chosen: np.ndarray, source: Source) -> np.ndarray
     if missing := sum(required.values()):
         raise DataError(
             f"{source.name} lacks {missing} of the {len(chosen)} drawn rows; give the file that was "
-            f"scored (its columns {', '.join(c for c in columns.values() if c)} unchanged)"
+            f"scored (its columns {', '.join(c for key, c in columns.items() if c and key != 'media')} unchanged)"
         )
     return np.array(positions)
 

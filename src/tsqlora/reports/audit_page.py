@@ -1,6 +1,7 @@
 """The review page of an audit: one file that loads nothing, and exports the reviewed table."""
 
 import json
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from jinja2.utils import htmlsafe_json_dumps
 
+from tsqlora.data.media import thumbnail
 from tsqlora.reports.page import POLICY, Table, environment
 
 ON_PAGE = 2_000
@@ -24,10 +26,14 @@ def audit_page(
     """Render the page.
 
     `about` is the content of audit.json. `rows` are dataclasses of row, text, label, suggested_label,
-    wrong_probability, kind and candidates. Every text is escaped.
+    wrong_probability, kind and candidates. Every text is escaped. Where the text is the path of an image, a small copy
+    of it is in the page.
     """
     shown = [asdict(row) for row in rows if row.kind == "check"]
     suspects = [asdict(row) for row in rows if row.kind != "check"][: max(ON_PAGE - len(shown), 0)]
+    if about["columns"].get("media") == "image":
+        for row in suspects + shown:
+            row["picture"] = f"data:image/png;base64,{b64encode(thumbnail(row['text'])).decode()}"
     data = {
         "rows": suspects + shown,
         "classes": about["classes"],

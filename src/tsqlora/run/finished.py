@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from tsqlora.data.prepare import Prepared, prepare
 from tsqlora.data.rows import Rows, Source, column_names
 from tsqlora.data.samples import TokenisedSplit
 from tsqlora.data.splits import Splits, one_split
-from tsqlora.data.tokenise import tokenise, tokenise_words
+from tsqlora.data.tokenise import encoder
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.interop.files import require_safe
 from tsqlora.run.config import Config, load_config
@@ -88,6 +88,7 @@ class FinishedRun:
 
     def labelled(self, name: str, source: Source, places: np.ndarray | None = None) -> Prepared:
         """The rows of a source (at `places`) as a split, with warnings about rows cut and left out."""
+        source = source.with_files(asdict(self.columns))
         self.require_columns(source.columns(), source.name, labelled=True)
         splits = one_split(name, source, self.columns, self.labels, self.format, self.config.data.max_bad_rows)
         data = self.job(splits if places is None else replace(splits, places={name: places})).data
@@ -97,7 +98,7 @@ class FinishedRun:
     def unlabelled(self, rows: Rows) -> TokenisedSplit:
         """Rows of any file as samples without labels, with a warning about cuts."""
         self.require_columns(column_names(rows), rows.source, labelled=False)
-        encode = tokenise_words if self.config.task.type == "token-classification" else tokenise
+        encode = encoder(self.columns, by_word=self.config.task.type == "token-classification")
         split = encode(rows, self.columns, self.pretrained.tokenizer, max_length=self.max_length, labels=None)
         warn_of_cuts(split, rows.source, "texts", self.max_length)
         return split

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import TrainingArguments
 
 from tsqlora.adapter.slots import active_parameters, active_ranks
 from tsqlora.data.batches import padded_labels
@@ -25,7 +25,7 @@ from tsqlora.run.config import Config
 from tsqlora.run.job import Job, with_adapter
 from tsqlora.run.plan import plan, without_effect
 from tsqlora.run.start import start_notes
-from tsqlora.tasks import GENERATION, Task, require_answers
+from tsqlora.tasks import GENERATION, MEDIA, Task, require_answers
 from tsqlora.tasks.forward import Collate
 from tsqlora.tasks.generation import Generation
 from tsqlora.tasks.texts import require_text_metrics, text_metrics
@@ -54,6 +54,8 @@ def arguments(config: Config, run: Path, *, micro_batch_size: int | None = None)
     further: dict[str, Any] = {
         "per_device_eval_batch_size": EVAL_BATCH,
         **({"prediction_loss_only": True} if config.task.type in GENERATION else {}),
+        # The model takes none of a file's columns; the collator decodes them.
+        **({"remove_unused_columns": False} if config.task.type in MEDIA else {}),
         **settings.further_arguments(),
     }
     if further.get("save_strategy") == "best":
@@ -97,7 +99,7 @@ def begin(job: Job, args: TrainingArguments, method: Method) -> tuple[PeftModel,
     record.notes += start_notes(config, record.labels)
     for name, split in samples.items():
         if split.truncated:
-            what = "prompts" if texts else "texts"
+            what = "prompts" if texts else "recordings" if splits.columns.media else "texts"
             record.notes.append(_cuts(split, f"{name} {what}", job.max_length))
     if config.model.trust_remote_code:
         record.notes.append("code from the model's repository ran: model.trust_remote_code was true")
@@ -127,7 +129,7 @@ class Predictor:
 
     model: nn.Module
     task: Task
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
     max_length: int
     batch_size: int
     bf16: bool

@@ -19,7 +19,7 @@ from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.quality.rule import require_terms
 from tsqlora.run.config import Config
 from tsqlora.run.start import start_of
-from tsqlora.tasks import Task, get_task
+from tsqlora.tasks import MEDIA, Task, get_task
 from tsqlora.tasks.forward import Collate
 from tsqlora.tasks.generation import Generation
 from tsqlora.tasks.preference import CAUSAL, Preference
@@ -94,11 +94,17 @@ def load(config: Config, *, folder: Path | None = None, scoring: bool = False) -
     splits = read(config)
     task = trained_task(config, splits.labels)
     pretrained = load_model(config, task, splits.labels)
-    length = resolve_max_length(
-        config.data.max_length, tokenizer_limit=pretrained.tokenizer.model_max_length, positions=pretrained.positions
-    )
+    length = max_length_of(config, pretrained)
     data = prepare(splits, pretrained.tokenizer, max_length=length, seq2seq=task.name == "seq2seq", folder=folder)
     return Job(config, task, pretrained, data, length)
+
+
+def max_length_of(config: Config, pretrained: Pretrained) -> int:
+    """Most tokens of a sample; of a recording its most steps, 0 for all, as for images."""
+    if config.task.type in MEDIA:
+        return config.data.max_length or 0
+    limit = pretrained.tokenizer.model_max_length
+    return resolve_max_length(config.data.max_length, tokenizer_limit=limit, positions=pretrained.positions)
 
 
 def read(config: Config) -> Splits:
@@ -106,12 +112,13 @@ def read(config: Config) -> Splits:
     data, answer = config.data, get_task(config.task.type).answer
     names = ("format", "prompt", "target", "messages", "text") if answer == "text" else ("text", "text_pair", "label")
     names = () if answer == "pair" else names
+    media = {"media": MEDIA[config.task.type]} if config.task.type in MEDIA else {}
     return read_data(
         data.train,
         data.validation,
         data.test,
         answer=answer,
-        columns={name: getattr(data, name) for name in names},
+        columns={name: getattr(data, name) for name in names} | media,
         validation_fraction=data.validation_fraction,
         seed=config.training.seed,
         trusted=data.trusted,
@@ -144,8 +151,10 @@ def require_of_task(config: Config, keys: Collection[str] | None = None) -> None
         raise SettingsError(
             f"training.label_smoothing_factor smooths classes and tokens, and task.type is {task.name}; remove it"
         )
-    if task.answer == "tags":
+    if task.answer == "tags" or task.name in MEDIA:
         foreign["data.text_pair"] = None
+    if task.name == "image-classification":
+        foreign["data.max_length"] = None
     for key, own in foreign.items():
         section, name = key.split(".")
         settings = getattr(config, section)
@@ -169,6 +178,7 @@ def load_model(config: Config, task: Task, labels: LabelMap | None) -> Pretraine
         base.path,
         labels=labels,
         generation=CAUSAL if isinstance(task, Preference) else task if isinstance(task, Generation) else None,
+        media=MEDIA.get(task.name),
         revision=base.revision,
         dtype=base.dtype,
         quantization=base.quantization,

@@ -55,7 +55,9 @@ def plan(
         "budget": used(ranks, shapes),
         "trainable": active_parameters(model),
         "bf16": args.bf16,
-        "memory_bytes": memory(config, task, model, longest=max(samples["train"].lengths), bf16=args.bf16),
+        "memory_bytes": memory(
+            config, task, model, longest=max(samples["train"].lengths) or patches_of(model), bf16=args.bf16
+        ),
         "look_bytes": look_bytes(model, method),
         "without_effect": idle,
     }
@@ -132,6 +134,12 @@ def memory(config: Config, task: Task, model: PeftModel, *, longest: int, bf16: 
     if isinstance(task, Generation):
         features += 3 * int(getattr(model.config, "vocab_size", 0))  # logits, once more in float32, and their gradient
     return weights + trained + config.training.batch_size * longest * features * (2 if bf16 else 4)
+
+
+def patches_of(model: PeftModel) -> int:
+    """Patches that a vision transformer reads an image in; 1 for other models."""
+    image, patch = (getattr(model.config, name, None) for name in ("image_size", "patch_size"))
+    return (image // patch) ** 2 + 1 if isinstance(image, int) and isinstance(patch, int) else 1
 
 
 def look_bytes(model: PeftModel, method: Method) -> int:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from scipy.special import expit, softmax
 
 from tsqlora.data.batches import IGNORED
 from tsqlora.data.cells import tokens_at
-from tsqlora.data.rows import Rows, column_names, open_split, read_rows
+from tsqlora.data.rows import Rows, column_names, open_split
 from tsqlora.data.splits import Lacks, lacks_of, listed
 from tsqlora.data.write import SHEETS, joined, require_writable, without_formulas, write_rows
 from tsqlora.errors import DataError
@@ -67,7 +68,8 @@ def predict_run(
     """
     require_writable(out)
     finished = open_run(run, overrides)
-    rows = read_rows(data, split="test", hints=hints_of(finished.config))
+    source = open_split(data, split="test", hints=hints_of(finished.config))
+    rows = source.with_files(asdict(finished.columns)).read()
     finished.require_columns(column_names(rows), rows.source, labelled=False)
     complete = _with_text(finished, rows)
     answers = _texts if finished.format is not None else _answers
@@ -93,7 +95,7 @@ def _lacks_input(finished: FinishedRun) -> Lacks:
 
 def _with_text(finished: FinishedRun, rows: Rows) -> list[int]:
     """The rows that have an input."""
-    lacks, bad = _lacks_input(finished), dict[str, list[int]]()
+    lacks, bad = _lacks_input(finished), dict[str, list[int | str]]()
     complete = list[int]()
     for i in range(len(rows)):
         if (reason := lacks(rows, i)) is None:
@@ -101,7 +103,7 @@ def _with_text(finished: FinishedRun, rows: Rows) -> list[int]:
         else:
             bad.setdefault(reason, []).append(rows.numbers[i])
     if not complete:
-        raise DataError(f"{rows.source}: no row has a text to predict: {listed(bad, rows.source)}")
+        raise DataError(f"{rows.source}: no row has an input to predict: {listed(bad, rows.source)}")
     if bad:
         count = f"{len(rows) - len(complete):,} of {len(rows):,}"
         warnings.warn(f"{rows.source}: {count} predictions are empty: {listed(bad, rows.source)}", stacklevel=3)

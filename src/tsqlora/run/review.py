@@ -50,6 +50,7 @@ def apply_review(table: Path, out: Path | None = None) -> dict[str, Any]:
     source = open_split(about["source"], split="train", hints=Hints(**about["hints"]))
     if source.path is not None and digest(source.path) != about["sha256"]:
         raise DataError(f"{source.name} has changed since its audit; audit it again")
+    source = source.with_files(about["columns"])
     column = str(about["columns"]["label"])
     rows = _rows_of(source, reviewed, column)
     cells = {one.row: _as_written(one.reviewed, rows[one.row][column]) for one in reviewed}

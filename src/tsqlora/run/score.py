@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from torch import nn
@@ -86,7 +86,7 @@ def _splits(source: Path, run: FinishedRun) -> Splits:
     path = run.config.data.train
     if path == load_config(source / CONFIG_FILE, trained=True).data.train:
         return replace(read(run.config), labels=run.labels)
-    file = open_split(path, split="train", hints=hints_of(run.config))
+    file = open_split(path, split="train", hints=hints_of(run.config)).with_files(asdict(run.columns))
     run.require_columns(file.columns(), file.name, labelled=True)
     return one_split("train", file, run.columns, run.labels, run.format, run.config.data.max_bad_rows)
 

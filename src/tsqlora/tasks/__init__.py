@@ -72,8 +72,12 @@ class Answers(Task, Protocol):
 GENERATION = ("causal-lm", "seq2seq")
 """Tasks whose answer is text."""
 
+MEDIA = {"image-classification": "image", "audio-classification": "audio"}
+"""Tasks whose rows are files, and the kind of file."""
+
 TASKS: dict[str, Callable[..., Any]] = {
-    Classification.name: Classification,
+    "sequence-classification": Classification,
+    **{name: partial(Classification, name=name) for name in MEDIA},
     MultiLabel.name: MultiLabel,
     Regression.name: Regression,
     TokenClassification.name: TokenClassification,

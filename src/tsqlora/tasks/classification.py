@@ -1,4 +1,4 @@
-"""Sequence classification: one of k classes per sample, cross-entropy."""
+"""Classification of texts, images or recordings: one of k classes per sample, cross-entropy."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -29,13 +29,13 @@ class Classification:
     a sample's loss must not depend on its batch.
     """
 
-    name: ClassVar[str] = "sequence-classification"
     answer: ClassVar[str] = "class"
     headline: ClassVar[str] = "accuracy"
     measured: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1", "matthews", "loss")
 
     label_smoothing: float = 0.0
     class_weights: Tensor | None = None
+    name: str = "sequence-classification"
 
     def loss(self, logits: Float[Tensor, "n k"], labels: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
         """Return w[y]·ce per sample; without weights its mean is torch's cross_entropy."""

@@ -1,7 +1,7 @@
 """Batch to model: inputs, labels, logits, and the task that a model is made for."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 
 from tsqlora.compat.torch import upcast
-from tsqlora.compat.transformers import CLASSES_OF
+from tsqlora.compat.transformers import CLASSES_OF, MEDIA_CLASSES
 from tsqlora.errors import DataError, UnsupportedError
 from tsqlora.tasks import Task, get_task
 from tsqlora.tasks.classification import Classification
@@ -160,4 +160,11 @@ def task_of(model: nn.Module, *, label_smoothing: float = 0.0) -> Task:
     if kind == "multi_label_classification":
         return get_task("multi-label-classification", **options)
     regression = kind == "regression" or (kind is None and labels == 1)
-    return get_task("regression" if regression else "sequence-classification", **options)
+    media = (name for name, mapping in MEDIA_CLASSES.items() if classes & {*_flat(mapping.values())})
+    return get_task("regression" if regression else next(media, "sequence-classification"), **options)
+
+
+def _flat(names: Iterable[Any]) -> Iterator[str]:
+    """Class names, some of which are in tuples."""
+    for name in names:
+        yield from (name if isinstance(name, tuple) else (name,))

@@ -8,7 +8,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from tsqlora.compat.transformers import installed_reporters, reporter_kinds, set_loss_scaling, summed_batches
@@ -57,7 +57,7 @@ class Inputs:
     """How batches are made and evaluated; `packed` makes them if samples share rows."""
 
     task: Task
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
     collate: Collate
     validation: TokenisedSplit
     packed: PackedCollator | None = None

@@ -10,7 +10,11 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    AutoModelForAudioClassification,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -25,8 +29,9 @@ from tsqlora.compat.bitsandbytes import keep_as_trained, linear_bits
 from tsqlora.compat.hub import is_hub_id
 from tsqlora.data.batches import MULTIPLE, GenerationCollator, PairCollator, collator, generation_collator
 from tsqlora.data.labels import LabelMap
+from tsqlora.data.media import MediaCollator
 from tsqlora.errors import SettingsError
-from tsqlora.tasks import Task
+from tsqlora.tasks import MEDIA, Task
 from tsqlora.tasks.forward import Batch, Collate, base_model
 from tsqlora.tasks.generation import Generation
 from tsqlora.tasks.preference import Preference
@@ -34,10 +39,13 @@ from tsqlora.tasks.preference import Preference
 
 @dataclass(frozen=True, slots=True)
 class Pretrained:
-    """A checkpoint's model and tokenizer, and the modules that it lacks: those are new, and must be saved."""
+    """A checkpoint's model and tokenizer, and the modules that it lacks: those are new, and must be saved.
+
+    Of images and recordings `tokenizer` is the image processor or feature extractor.
+    """
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
     new_modules: tuple[str, ...]
 
     @property
@@ -67,12 +75,15 @@ def load_pretrained(
     *,
     labels: LabelMap | None,
     generation: Generation | None = None,
+    media: str | None = None,
     revision: str | None = None,
     dtype: str = "float32",
     quantization: str | None = None,
     trust_remote_code: bool = False,
 ) -> Pretrained:
     """The model with one output a class, or a single one for regression (`labels` None); or one that generates text.
+
+    `media` is "image" or "audio" for a model that reads files.
 
     A head of another size, such as that of a checkpoint trained on other classes, is replaced by a new one.
     `quantization` is "4bit" or "8bit": the body's linear layers are packed by bitsandbytes, and compute in `dtype`.
@@ -85,20 +96,15 @@ def load_pretrained(
     try:
         config = AutoConfig.from_pretrained(path, **common, **({} if generation else _head(labels)))
         by_word = labels is not None and labels.answer == "tags"
-        # Byte-level tokenizers read words one by one only with a space before each.
-        spaced = {"add_prefix_space": True} if by_word else {}
-        tokenizer = AutoTokenizer.from_pretrained(path, **common, **spaced)
-        # A causal model reads its class at the last token that is not padding.
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        # By its config's number, whatever the tokenizer pads with.
-        if generation is None or getattr(config, "pad_token_id", None) is None:
-            config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        if media is not None:
+            tokenizer = _PROCESSORS[media].from_pretrained(path, **common)
+        else:
+            tokenizer = _tokenizer(path, config, by_word=by_word, generates=generation is not None, **common)
         if generation is not None:
             _require_kind(generation, config, path)
         weights = getattr(torch, dtype)
         require_supported_packing(config)
-        kind = AutoModelForTokenClassification if by_word else _auto_class(generation)
+        kind = AutoModelForTokenClassification if by_word else _auto_class(generation, media)
         packed = _packing(quantization, weights, kind, config, trust_remote_code) if quantization else {}
         model, info = kind.from_pretrained(
             path,
@@ -114,17 +120,37 @@ def load_pretrained(
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SettingsError(f"model.path {path!r} cannot be loaded ({reason}); give a directory or a hub id") from error
-    _require_vocabulary(tokenizer, path)
+    if media is None:
+        _require_vocabulary(tokenizer, path)
     if generation is not None and (missing := sorted({*info["missing_keys"]})):
         raise SettingsError(
             f"model.path {path!r} lacks {len(missing)} weights of a model that generates text ({missing[0]}); give one "
             "that was trained to"
         )
     other_sizes = {key for key, *_ in info["mismatched_keys"]}
-    new = new_modules({*info["missing_keys"], *other_sizes})
+    # Masks of speech models' pretraining: training draws them, and no prediction reads them.
+    missing = {key for key in info["missing_keys"] if not key.endswith(".masked_spec_embed")}
+    new = new_modules(missing | other_sizes)
     _require_whole(model, new, quantization)
     keep_as_trained(model)
     return Pretrained(model, tokenizer, new)
+
+
+_PROCESSORS: dict[str, Any] = {"image": AutoImageProcessor, "audio": AutoFeatureExtractor}
+
+
+def _tokenizer(path: str, config: Any, *, by_word: bool, generates: bool, **common: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer, with a padding token that the config names too."""
+    # Byte-level tokenizers read words one by one only with a space before each.
+    spaced = {"add_prefix_space": True} if by_word else {}
+    tokenizer = AutoTokenizer.from_pretrained(path, **common, **spaced)
+    # A causal model reads its class at the last token that is not padding.
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    # By its config's number, whatever the tokenizer pads with.
+    if not generates or getattr(config, "pad_token_id", None) is None:
+        config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return tokenizer
 
 
 def _packing(quantization: str, dtype: torch.dtype, kind: Any, config: Any, trust_remote_code: bool) -> dict[str, Any]:
@@ -153,7 +179,9 @@ def _require_whole(model: PreTrainedModel, new: tuple[str, ...], quantization: s
             )
 
 
-def _auto_class(generation: Generation | None) -> Any:
+def _auto_class(generation: Generation | None, media: str | None) -> Any:
+    if media is not None:
+        return {"image": AutoModelForImageClassification, "audio": AutoModelForAudioClassification}[media]
     if generation is None:
         return AutoModelForSequenceClassification
     return AutoModelForCausalLM if generation.causal else AutoModelForSeq2SeqLM
@@ -217,10 +245,14 @@ class WithDecoderInputs:
         return {**batch, "decoder_input_ids": self.model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])}
 
 
-def collate_of(
-    task: Task, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, max_length: int, left: bool = False
-) -> Collate:
-    """Pads to a multiple of 8 tokens where the model has so many positions; on the left for prompts to go on from."""
+def collate_of(task: Task, model: nn.Module, tokenizer: Any, *, max_length: int, left: bool = False) -> Collate:
+    """Pads to a multiple of 8 tokens where the model has so many positions; on the left for prompts to go on from.
+
+    Of images and recordings, decodes the files of a batch; `tokenizer` is their processor.
+    """
+    if task.name in MEDIA:
+        gray = getattr(model.config, "num_channels", 3) == 1
+        return MediaCollator(tokenizer, MEDIA[task.name], max_length, gray)
     positions = getattr(model.config, "max_position_embeddings", None)
     if not isinstance(task, Generation | Preference):
         return collator(tokenizer, max_length=max_length, positions=positions, tags=task.answer == "tags")

@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from tsqlora.compat.torch import double
 from tsqlora.data.batches import sorted_batches
+from tsqlora.data.samples import length_of
 from tsqlora.errors import SettingsError, TsqLoraError
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.oom import BatchSplitter
@@ -46,7 +47,7 @@ def predict_logits(
         return model_logits(model, {name: value.to(device) for name, value in batch.items()}, task).cpu().numpy()
 
     with torch.inference_mode(), eval_mode(model), precision(device, autocast):
-        for indices in sorted_batches([len(s["input_ids"]) for s in samples], batch_size):
+        for indices in sorted_batches([length_of(s) for s in samples], batch_size):
             rows = iter(indices)
             for logits in portions.of(indices, logits_of):
                 # The first batch has the longest samples.

@@ -50,7 +50,8 @@
     const chance = row.wrong_probability >= 0.995 ? "over 99%" : `${Math.round(100 * row.wrong_probability)}%`;
     const about = row.kind === "check" ? `row ${row.row} · to check` : `row ${row.row} · label wrong: ${chance}`;
     const words = make("p", { className: "words" }, row.text);
-    row.item = make("li", {}, make("span", { className: "small" }, about), words, make("div", { className: "choices" }, ...buttons, input));
+    const picture = row.picture ? [make("img", { src: row.picture, alt: "", loading: "lazy", className: "picture" })] : [];
+    row.item = make("li", {}, make("span", { className: "small" }, about), ...picture, words, make("div", { className: "choices" }, ...buttons, input));
     row.paint = () => {
       choices.forEach((label, j) => buttons[j].setAttribute("aria-pressed", String(row.reviewed === label)));
       input.value = row.reviewed === null || choices.includes(row.reviewed) ? "" : String(row.reviewed);

@@ -1,5 +1,6 @@
 """Read settings from YAML into a checked `Config`, write them back, and explain what is wrong with them."""
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from tsqlora.compat.yaml import MOST_BYTES, YamlProblem, dump_yaml, load_yaml
+from tsqlora.data.folders import kind_of
+from tsqlora.data.readers import READERS
 from tsqlora.errors import SettingsError, nearest
 from tsqlora.run.config.settings import Config, Section, section_of
 
@@ -47,7 +50,7 @@ def load_config(
         message = explain(error)
         overridden = any(re.search(rf"(?<![\w.]){re.escape(key)}(?!\.?\w)", message) for key, _ in assignments)
         raise SettingsError(f"{'--set' if overridden else name}: {message}") from None
-    return _with_absolute_paths(config, Path() if path is None else Path(path).parent)
+    return _with_task(_with_absolute_paths(config, Path() if path is None else Path(path).parent))
 
 
 def dump_config(config: Config) -> str:
@@ -124,6 +127,28 @@ def _with_absolute_paths(config: Config, beside: Path) -> Config:
     model = config.model.model_copy(update={"path": _locate(config.model.path, beside)})
     adapter = config.adapter.model_copy(update={"init_from": _locate(config.adapter.init_from, beside)})
     return config.model_copy(update={"model": model, "adapter": adapter, "data": data.model_copy(update=files)})
+
+
+def _with_task(config: Config) -> Config:
+    """Where task.type is not set, set it for a folder of images or recordings, or for a model that reads such files."""
+    if "type" in config.task.model_fields_set:
+        return config
+    folder, model = Path(config.data.train), Path(config.model.path)
+    kind = _processed(model / "preprocessor_config.json")
+    if kind is None and os.path.isdir(folder) and not any(file.suffix in READERS for file in folder.iterdir()):
+        kind = kind_of(folder)
+    if kind is None:
+        return config
+    return config.model_copy(update={"task": config.task.model_copy(update={"type": f"{kind}-classification"})})
+
+
+def _processed(path: Path) -> str | None:
+    """What a model's processor reads, "audio" or "image"; None without one."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return "audio" if "sampling_rate" in settings else "image"
 
 
 def _locate(path: str | None, beside: Path) -> str | None:

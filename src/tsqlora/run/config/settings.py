@@ -22,6 +22,8 @@ TASK_TYPES = (
     "preference",
     "causal-lm",
     "seq2seq",
+    "image-classification",
+    "audio-classification",
 )
 """The names of `tsqlora.tasks.TASKS`, which imports torch."""
 
@@ -77,20 +79,20 @@ class TaskSettings(Section):
 
 
 class DataSettings(Section):
-    train: str = Field(description="Training rows: a file, a directory of splits, or a hub id.")
+    train: str = Field(description="Training rows: a file, a directory of splits or of classes of files, or a hub id.")
     validation: str | None = setting(None, "Validation rows; null holds out a share of the training rows.")
     test: str | None = setting(None, "Test rows; null takes those beside data.train, if any.")
     trusted: str | None = setting(
         None, "Clean rows of the kind that the model must handle well, 32 to 200; training ends with them."
     )
-    text: str | None = setting(None, "Column of the text; null detects it.")
+    text: str | None = setting(None, "Column of the text, or of the path of an image or recording; null detects it.")
     text_pair: str | None = setting(None, "Column of the second text; null detects it, unless data.text is set.")
     label: str | None = setting(None, "Column of the label; null detects it.")
     format: str | None = setting(None, "Row format for text generation; null detects it by the columns.")
     prompt: str | None = setting(None, "Column of the prompt or document; null detects it.")
     target: str | None = setting(None, "Column of the text to generate; null detects it.")
     messages: str | None = setting(None, "Column of a chat's messages; null detects it.")
-    max_length: int | None = setting(None, "Most tokens of a sample; null is the model's limit.", ge=1)
+    max_length: int | None = setting(None, "Most tokens of a sample, or 20 ms steps; null is the model's limit.", ge=1)
     max_bad_rows: float = setting(
         0.05, "Share of a file's rows that may lack a text or a label and are left out; 0 refuses any.", ge=0, lt=1
     )

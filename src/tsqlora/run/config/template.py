@@ -10,15 +10,21 @@ from pydantic.fields import FieldInfo
 from tsqlora.compat.yaml import dump_yaml
 from tsqlora.run.config.settings import Config, Section, section_of
 
-_MODELS = dict.fromkeys(("causal-lm", "preference"), "HuggingFaceTB/SmolLM2-135M")
-_MODELS["seq2seq"] = "google/flan-t5-small"
+_MODELS = {
+    "image-classification": "google/vit-base-patch16-224-in21k",
+    "audio-classification": "facebook/hubert-large-ll60k",
+    "causal-lm": "HuggingFaceTB/SmolLM2-135M",
+    "preference": "HuggingFaceTB/SmolLM2-135M",
+    "seq2seq": "google/flan-t5-small",
+}
 """Example models of tasks that the default example does not fit."""
 
 
 def template(task: str | None = None) -> str:
     """The file that `tsqlora init` writes; it loads as it is."""
     model = _MODELS.get(task or "", "sentence-transformers/all-MiniLM-L6-v2")
-    example = {"model.path": model, "data.train": "train.jsonl"}
+    data = "train" if (task or "").startswith(("image", "audio")) else "train.jsonl"
+    example = {"model.path": model, "data.train": data}
     if task is not None:
         example["task.type"] = task
     lines = ["# Settings of a tsqlora run. A setting that is missing has its default.", *_describe(Config, example)]

@@ -1,0 +1,67 @@
+"""Folders of images or recordings: one row for each file, with the name of its folder as label."""
+
+import hashlib
+import os
+import warnings
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+ENDINGS: dict[str, tuple[str, ...]] = {
+    "image": (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    "audio": (".wav", ".flac", ".ogg", ".mp3", ".opus", ".aif", ".aiff", ".au"),
+}
+"""File endings of each kind of media."""
+_SHOWN = 3
+
+
+def kind_of(folder: Path) -> str | None:
+    """Whether the first file of media in a folder, its folders, or theirs is "image" or "audio"; None without any."""
+    for pattern in ("*", "*/*", "*/*/*"):
+        for path in sorted(folder.glob(pattern)):
+            for kind, endings in ENDINGS.items():
+                if path.suffix.lower() in endings and path.is_file():
+                    return kind
+    return None
+
+
+def folder_rows(folder: Path, kind: str) -> list[tuple[str, dict[str, Any]]]:
+    """The files of this kind, each with its path below the folder, and its row: an absolute path and the class.
+
+    The class is the name of the first folder on that path; a file that lies beside these folders has none. Warns of
+    files of other kinds.
+    """
+    rows, others = list[tuple[str, dict[str, Any]]](), list[str]()
+    for path in sorted(_files(folder)):
+        below = path.relative_to(folder)
+        if path.suffix.lower() in ENDINGS[kind]:
+            label = below.parts[0] if len(below.parts) > 1 else None
+            rows.append((str(below), {kind: os.path.abspath(path), "label": label}))
+        else:
+            others.append(str(below))
+    if others:
+        shown = ", ".join(others[:_SHOWN]) + (", …" if len(others) > _SHOWN else "")
+        warnings.warn(f"{folder}: {len(others)} files are not read as {kind}: {shown}", stacklevel=5)
+    return rows
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(parent, name) for name in files if not name.startswith("."))
+
+
+def content_hash(path: str) -> str:
+    """16 hex digits that identify a file's content; "" for a file that cannot be read."""
+    try:
+        about = os.stat(path)
+        return _content_hash(path, about.st_mtime_ns, about.st_size)
+    except (OSError, ValueError):
+        return ""
+
+
+@lru_cache(maxsize=1 << 16)  # a row is hashed for its split, for twins in other splits, and for its sample
+def _content_hash(path: str, changed: int, size: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
