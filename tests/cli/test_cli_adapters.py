@@ -141,6 +141,12 @@ def test_the_doctor_of_one_server_exits_by_its_verdict(
     assert tsqlora("doctor", source, "--server", "vlm")[0] == 2
 
 
+def test_the_doctor_proposes_no_export_that_peft_cannot_make(tmp_path: Path, tsqlora: Run) -> None:
+    source = save_lora(tmp_path / "a", tiny_llama(), lora_config(alora_invocation_tokens=[1, 2]))
+    code, _, err = tsqlora("doctor", source, "--server", "vllm")
+    assert (code, "--format" in err) == (4, False)
+
+
 def test_the_doctor_takes_an_adapter_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tsqlora: Run) -> None:
     repository = tmp_path / "cache" / "models--somebody--adapter"
     save_lora(repository / "snapshots" / ("a" * 40), tiny_llama(), lora_config())

@@ -27,7 +27,8 @@ RIGHT = dict.fromkeys((consumer.name for consumer in CONSUMERS), "right")
 OLD_VLLM = ("vLLM to 0.31", "vLLM to 0.30")
 VLLM = ("vLLM", *OLD_VLLM)
 SGLANG = ("SGLang", "SGLang to 0.5.23")
-SERVERS = (*VLLM, *SGLANG, "llama.cpp", "TGI", "MLX", "TensorRT-LLM")
+OLD_MLX = "MLX to 0.31"
+SERVERS = (*VLLM, *SGLANG, "llama.cpp", "TGI", "MLX", OLD_MLX, "TensorRT-LLM")
 
 
 def of_all(names: Sequence[str], verdict: str) -> dict[str, str]:
@@ -39,8 +40,8 @@ EXPECTED: Mapping[str, Mapping[str, str]] = {
     "ranks, one scale": of_all((*SGLANG, "MLX"), "refused -> universal")
     | {"llama.cpp": "wrong -> gguf", "TensorRT-LLM": "wrong -> universal"},
     "ranks, one alpha": of_all((*SGLANG, "MLX"), "refused -> universal")
-    | of_all((*OLD_VLLM, "TGI"), "wrong -> universal"),
-    "alphas": of_all((*OLD_VLLM, "SGLang to 0.5.23", "TGI", "MLX", "TensorRT-LLM"), "wrong -> universal")
+    | of_all((*OLD_VLLM, "TGI", OLD_MLX), "wrong -> universal"),
+    "alphas": of_all((*OLD_VLLM, "SGLang to 0.5.23", "TGI", "MLX", OLD_MLX, "TensorRT-LLM"), "wrong -> universal")
     | {"SGLang": "refused -> universal", "llama.cpp": "wrong -> gguf"},
     "rslora": of_all(SGLANG, "wrong -> universal") | {"llama.cpp": "wrong -> gguf"},
     "a layer without": of_all(SGLANG, "refused -> universal") | {"TGI": "wrong -> universal"},
@@ -50,16 +51,17 @@ EXPECTED: Mapping[str, Mapping[str, str]] = {
     "mlp": {},
     "rank 0": of_all(("PEFT", "diffusers"), "refused -> peft")
     | of_all(("vLLM", *SGLANG, "MLX"), "refused -> universal"),
-    "dora": of_all((*VLLM, *SGLANG, "llama.cpp"), "refused -> merged") | of_all(("TGI", "MLX"), "wrong -> merged"),
-    "embedding": {"TGI": "wrong -> merged"},
-    "head": of_all(SERVERS, "wrong -> merged") | of_all((*VLLM, "llama.cpp"), "refused -> merged"),
+    "dora": of_all((*VLLM, *SGLANG, "llama.cpp", "MLX"), "refused -> merged")
+    | of_all(("TGI", OLD_MLX), "wrong -> merged"),
+    "embedding": of_all(("TGI", "TensorRT-LLM"), "wrong -> merged"),
+    "head": of_all(SERVERS, "wrong -> merged") | of_all((*VLLM, "llama.cpp", "MLX"), "refused -> merged"),
     "classifier": of_all(SERVERS, "wrong -> merged")
     | of_all(("vLLM", "vLLM to 0.31"), "right")
-    | of_all(("vLLM to 0.30", "llama.cpp"), "refused -> merged"),
+    | of_all(("vLLM to 0.30", "llama.cpp", "MLX", "TensorRT-LLM"), "refused -> merged"),
     "damaged": {},
     "pissa": of_all(SERVERS, "wrong -> merged") | {"vLLM": "refused -> merged"},
     "small rank": {"TGI": "wrong -> universal"},
-    "bias of B": of_all((*SGLANG, "llama.cpp", "TGI", "MLX", "TensorRT-LLM"), "wrong -> merged")
+    "bias of B": of_all((*SGLANG, "llama.cpp", "TGI", "MLX", OLD_MLX, "TensorRT-LLM"), "wrong -> merged")
     | of_all(VLLM, "refused -> merged"),
 }
 """By kind of adapter, who does not read it right, and what mends it."""
@@ -119,6 +121,8 @@ def of(report: Mapping[str, Any], name: str) -> Mapping[str, Any]:
         ("sglang==0.5.23", "SGLang to 0.5.23", False),
         ("sglang==0.5.24", "SGLang", True),
         ("llama-cpp==b4567", "llama.cpp", True),
+        ("mlx==0.32.2", "MLX", False),
+        ("mlx==0.31.3", OLD_MLX, False),
     ],
 )
 def test_a_version_finds_its_rule_and_is_named_where_it_was_not_read(server: str, rule: str, noted: bool) -> None:
@@ -191,6 +195,40 @@ def test_no_gguf_file_is_promised_for_a_base_that_llama_cpp_arranges_unknown_to_
     assert of(examine(source), "llama.cpp")["mend"] == "gguf", "who knows"
     edit(source, base_model_name_or_path=str(tmp_path / "base"))
     assert of(examine(source), "llama.cpp")["mend"] == "merged"
+
+
+@pytest.mark.parametrize(("tied", "verdict"), [(True, "refused -> merged"), (False, "right")])
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_llama_cpp_takes_no_adapter_on_a_weight_that_two_layers_share(
+    target: str, tied: bool, verdict: str, tmp_path: Path
+) -> None:
+    save_base(tmp_path / "base", tiny_llama(tied=tied))
+    source = saved(target_modules=[target, "q_proj", "v_proj"])(tmp_path / "a")
+    edit(source, base_model_name_or_path=str(tmp_path / "base"))
+    assert verdicts(examine(source))["llama.cpp"] == verdict
+
+
+@pytest.mark.parametrize(
+    ("head", "server", "verdict"),
+    [
+        ("norm", "llama.cpp", "wrong"),
+        ("norm", "MLX", "refused"),
+        ("norm", "TensorRT-LLM", "refused"),
+        ("embed_tokens", "TensorRT-LLM", "wrong"),
+        ("embed_tokens", "llama.cpp", "refused"),
+    ],
+)
+def test_some_saved_modules_are_left_out_where_others_are_refused(
+    head: str, server: str, verdict: str, tmp_path: Path
+) -> None:
+    (result,) = examine(saved(modules_to_save=[head])(tmp_path / "a"), server=server)["consumers"]
+    assert (result["verdict"], result["mend"]) == (verdict, "merged")
+    assert head in result["reasons"][0]
+
+
+def test_an_activated_lora_is_right_in_llama_cpp_and_no_export_helps_the_others(tmp_path: Path) -> None:
+    result = verdicts(examine(saved(alora_invocation_tokens=[1, 2])(tmp_path / "a")))
+    assert (result["llama.cpp"], result["vLLM"], result["SGLang"]) == ("right", "refused", "wrong")
 
 
 def test_damage_is_found_where_it_is(tmp_path: Path) -> None:

@@ -173,7 +173,11 @@ def doctor(
     result = examine(download_adapter(name) if on_hub else adapter_folder(source), server=server)
     console.show(result, as_json, show_doctor)
     if server is not None and (judged := result["consumers"][0])["verdict"] != "right":
-        console.note(f"for {judged['name']}: tsqlora export {source} --format {judged['mend']} --out DIR")
+        mend = judged["mend"]
+        command = (
+            f"tsqlora export {source} --format {mend} --out DIR" if mend else "no export helps; serve it with PEFT"
+        )
+        console.note(f"for {judged['name']}: {command}")
         raise typer.Exit(MISREAD)
 
 

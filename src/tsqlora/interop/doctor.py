@@ -15,9 +15,9 @@ from tsqlora.interop.checkpoint import base_config, base_path, base_weights
 from tsqlora.interop.files import pickles, read_adapter
 from tsqlora.interop.gguf import ARCHITECTURES
 from tsqlora.interop.health import layer_health, nonfinite, vllm_rank
-from tsqlora.interop.lora import LoraAdapter
+from tsqlora.interop.lora import UNMERGEABLE, LoraAdapter, tied_targets
 from tsqlora.interop.rewrite import Shape, layer_kind, partners, universal
-from tsqlora.interop.servers import CONSUMERS, Consumer, Layers, judge
+from tsqlora.interop.servers import CONSUMERS, BaseFacts, Consumer, judge
 
 _BY_PEFT = ("PEFT", "diffusers")
 _MOST_BLOCKS = 1000
@@ -36,15 +36,14 @@ def examine(folder: Path, *, server: str | None = None) -> dict[str, Any]:
     """
     rules, notes = (CONSUMERS, []) if server is None else rule_for(server)
     adapter = read_adapter(folder)
-    base = _base(adapter)
-    of_base = _shapes(adapter, base)
+    folder_of_base = _base(adapter)
+    of_base = _shapes(adapter, folder_of_base)
     shapes = _implied(adapter) if of_base is None else of_base
-    model_type = None if base is None else base_config(base).get("model_type")
-    layers = _layers(adapter, shapes)
+    base = _facts(adapter, shapes, folder_of_base)
     mended = _universal(adapter, shapes)
     consumers = []
     for consumer in rules:
-        judgement = judge(consumer, adapter, layers)
+        judgement = judge(consumer, adapter, base)
         consumers.append(
             {
                 "name": consumer.name,
@@ -56,7 +55,7 @@ def examine(folder: Path, *, server: str | None = None) -> dict[str, Any]:
                 "verdict": judgement.verdict,
                 "reasons": list(judgement.reasons),
                 "factors": dict(judgement.factors),
-                "mend": None if judgement.verdict == "right" else mend(consumer, adapter, mended, layers, model_type),
+                "mend": None if judgement.verdict == "right" else mend(consumer, adapter, mended, base),
             }
         )
     ranks = {name: target.rank for name, target in adapter.targets.items()}
@@ -93,7 +92,7 @@ def rule_for(server: str) -> tuple[tuple[Consumer], list[str]]:
         rule = next(r for r in reversed(rules) if not r.until or parts[: len(_numbers(r.until))] <= _numbers(r.until))
     if not version or version in rule.version.split(", "):
         return (rule,), []
-    return (rule,), [f"{rule.server} {version} has not been read; the rule of {rule.version} judges it"]
+    return (rule,), [f"{rule.server} {version} was not read; the rule read in {rule.version} on {rule.date} judges it"]
 
 
 def _plain(name: str) -> str:
@@ -105,18 +104,21 @@ def _numbers(version: str) -> list[int]:
     return [int(part) for part in version.split(".")]
 
 
-def mend(
-    consumer: Consumer, adapter: LoraAdapter, padded: LoraAdapter | None, layers: Layers, model_type: str | None
-) -> str:
-    """The export format that this server reads correctly: an adapter if there is one, else the merged model."""
+def mend(consumer: Consumer, adapter: LoraAdapter, padded: LoraAdapter | None, base: BaseFacts) -> str | None:
+    """The export format that this server reads correctly: an adapter if there is one, else the merged model.
+
+    None if PEFT cannot merge the adapter either.
+    """
     plain = not (adapter.variants() or adapter.further)
-    if consumer.name in _BY_PEFT and plain:
+    if consumer.server in _BY_PEFT and plain:
         return "peft"
-    if consumer.name == "llama.cpp":
-        return "gguf" if plain and not adapter.heads() and model_type in (None, *ARCHITECTURES) else "merged"
-    if padded is None or judge(consumer, padded, layers).verdict != "right":
-        return "merged"
-    return "universal"
+    if consumer.server == "llama.cpp":
+        known = base.model_type in (None, *ARCHITECTURES) and not (base.tied and tied_targets(adapter))
+        if plain and known and not adapter.heads():
+            return "gguf"
+    elif padded is not None and judge(consumer, padded, base).verdict == "right":
+        return "universal"
+    return None if any(adapter.config.get(option) for option in UNMERGEABLE) else "merged"
 
 
 def _universal(adapter: LoraAdapter, shapes: Mapping[str, Shape]) -> LoraAdapter | None:
@@ -167,12 +169,14 @@ def _implied(adapter: LoraAdapter) -> dict[str, Shape]:
     return beside | shapes
 
 
-def _layers(adapter: LoraAdapter, shapes: Mapping[str, Shape]) -> dict[str, list[str]]:
+def _facts(adapter: LoraAdapter, shapes: Mapping[str, Shape], folder: str | None) -> BaseFacts:
     kinds: dict[str, list[str]] = {layer_kind(name): [] for name in adapter.targets}
     for name in shapes:
         if layer_kind(name) in kinds:
             kinds[layer_kind(name)].append(name)
-    return kinds
+    config = {} if folder is None else base_config(folder)
+    # Where config.json leaves it out, transformers ties.
+    return BaseFacts(kinds, config.get("model_type"), tied=bool(config) and config.get("tie_word_embeddings", True))
 
 
 def _health(adapter: LoraAdapter) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tsqlora.errors import SettingsError, UnsupportedError, nearest
-from tsqlora.interop.lora import LoraAdapter, Target
+from tsqlora.interop.lora import LoraAdapter, Target, tied_targets
 from tsqlora.interop.rewrite import commonest_scale, require_plain
 from tsqlora.interop.tensors import Array, rounded
 
@@ -52,12 +52,11 @@ def require_exportable(adapter: LoraAdapter, config: Any) -> None:
             f"the base is a {config.model_type}, for which nobody has checked how llama.cpp arranges the weights; "
             f"{nearest(config.model_type, ARCHITECTURES)}"
         )
-    for name, target in adapter.targets.items():
-        if config.tie_word_embeddings and (target.kind == "embedding" or name.endswith("lm_head")):
-            raise UnsupportedError(
-                f"{name} shares its weight with another layer of the base, and llama.cpp would change both; use "
-                "--format merged"
-            )
+    if config.tie_word_embeddings and (names := tied_targets(adapter)):
+        raise UnsupportedError(
+            f"{names[0]} shares its weight with another layer of the base, and llama.cpp takes no adapter on it; use "
+            "--format merged"
+        )
 
 
 def write_gguf(adapter: LoraAdapter, config: Any, path: Path, dtype: str = "F32") -> None:

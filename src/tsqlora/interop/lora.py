@@ -111,6 +111,11 @@ class LoraAdapter:
         return options
 
 
+def tied_targets(adapter: LoraAdapter) -> list[str]:
+    """The targets that share a weight in a base with tied embeddings: the embedding and the language model's head."""
+    return [name for name, t in adapter.targets.items() if t.kind == "embedding" or name.endswith("lm_head")]
+
+
 VARIANTS = (
     "use_dora",
     "lora_bias",
@@ -127,6 +132,9 @@ VARIANTS = (
     "megatron_config",
 )
 """Options of LoraConfig with which a layer is not W + s·BA."""
+
+UNMERGEABLE = ("alora_invocation_tokens", "layer_replication")
+"""Those of VARIANTS that PEFT cannot merge into the base."""
 
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq")
 """Values of init_lora_weights with which PEFT changes the base's weights on loading."""

@@ -8,12 +8,25 @@ from datetime import date
 from importlib import resources
 from typing import Any, Literal
 
-from tsqlora.interop.lora import LoraAdapter, Target
+from tsqlora.interop.lora import LoraAdapter, Target, tied_targets
 from tsqlora.interop.rewrite import layer_kind, partners, served_rank
 
 Verdict = Literal["right", "wrong", "refused"]
-Layers = Mapping[str, Sequence[str]]
-"""The base's modules of each of the adapter's kinds of layer, as far as they can be determined."""
+
+
+@dataclass(frozen=True, slots=True)
+class BaseFacts:
+    """What can be determined of an adapter's base model.
+
+    Attributes:
+        layers: its modules of each of the adapter's kinds of layer.
+        model_type: from its config; None without one.
+        tied: its head shares the weight of its embedding.
+    """
+
+    layers: Mapping[str, Sequence[str]]
+    model_type: str | None = None
+    tied: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +42,7 @@ class Consumer:
     scale: str
     checks: Sequence[str] = ()
     heads: str = ""
+    drops: Sequence[str] = ()
     refuses: Sequence[str] = ()
     reads: Sequence[str] = ()
     file: str = ""
@@ -62,9 +76,9 @@ class Judgement:
     factors: Mapping[str, float]
 
 
-def judge(consumer: Consumer, adapter: LoraAdapter, layers: Layers) -> Judgement:
+def judge(consumer: Consumer, adapter: LoraAdapter, base: BaseFacts) -> Judgement:
     """Right, wrong or refused, and why.  A layer whose update is zero cannot be wrong."""
-    problems = _problems(consumer, adapter, layers)
+    problems = _problems(consumer, adapter, base)
     if refused := [problem.reason for problem in problems if problem.verdict == "refused"]:
         return Judgement("refused", tuple(refused), {})
     left_out = {name for problem in problems for name in problem.left_out}
@@ -83,12 +97,14 @@ def judge(consumer: Consumer, adapter: LoraAdapter, layers: Layers) -> Judgement
     return Judgement("wrong" if reasons else "right", tuple(reasons), factors)
 
 
-def _problems(consumer: Consumer, adapter: LoraAdapter, layers: Layers) -> list[Problem]:
-    checks = [CHECKS[name](adapter, layers) for name in consumer.checks]
+def _problems(consumer: Consumer, adapter: LoraAdapter, base: BaseFacts) -> list[Problem]:
+    checks = [CHECKS[name](adapter, base) for name in consumer.checks]
     variants = {variant: variant.split("=")[0] for variant in adapter.variants()}
     refused = [variant for variant, option in variants.items() if option in consumer.refuses]
     checks.append(Problem("refused", f"does not take {', '.join(refused)}") if refused else None)
-    checks.append(_heads(consumer.heads, adapter.heads()))
+    heads = adapter.heads()
+    dropped = all(any(part in head for part in consumer.drops) for head in heads)
+    checks.append(_heads("ignored" if dropped else consumer.heads, heads))
     if "all" not in consumer.reads:
         ignored = [v for v, option in variants.items() if option not in (*consumer.refuses, *consumer.reads)]
         checks.append(Problem("wrong", f"ignores {', '.join(ignored)}") if ignored else None)
@@ -143,12 +159,12 @@ SCALES: Mapping[str, Callable[[LoraAdapter, Target], float]] = {
 # ------------------------------------------------------------------------------------ checks
 
 
-def _rank_zero(adapter: LoraAdapter, layers: Layers) -> Problem | None:
+def _rank_zero(adapter: LoraAdapter, base: BaseFacts) -> Problem | None:
     empty = [name for name, target in adapter.targets.items() if target.rank == 0]
     return Problem("refused", f"{empty[0]} has rank 0") if empty else None
 
 
-def _patterns(adapter: LoraAdapter, layers: Layers) -> Problem | None:
+def _patterns(adapter: LoraAdapter, base: BaseFacts) -> Problem | None:
     for pattern, setting in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
         for key, value in (adapter.config.get(pattern) or {}).items():
             common = adapter.config.get(setting, 8)
@@ -157,12 +173,12 @@ def _patterns(adapter: LoraAdapter, layers: Layers) -> Problem | None:
     return None
 
 
-def _other_tensors(adapter: LoraAdapter, layers: Layers) -> Problem | None:
+def _other_tensors(adapter: LoraAdapter, base: BaseFacts) -> Problem | None:
     names = sorted(adapter.further)
     return Problem("refused", f"stops at a tensor other than A and B: {names[0]}") if names else None
 
 
-def _rank_r(adapter: LoraAdapter, layers: Layers) -> Problem | None:
+def _rank_r(adapter: LoraAdapter, base: BaseFacts) -> Problem | None:
     rank = adapter.config["r"]
     for name, target in adapter.targets.items():
         if target.rank != rank:
@@ -170,21 +186,21 @@ def _rank_r(adapter: LoraAdapter, layers: Layers) -> Problem | None:
     return None
 
 
-def _partners(adapter: LoraAdapter, layers: Layers) -> Problem | None:
+def _partners(adapter: LoraAdapter, base: BaseFacts) -> Problem | None:
     for name in adapter.targets:
         if absent := [partner for partner in partners(name) if partner not in adapter.targets]:
             return Problem("refused", f"stacks {name} with {absent[0].rpartition('.')[2]}, which has no adapter")
     return None
 
 
-def _one_rank(adapter: LoraAdapter, layers: Layers) -> Problem | None:
+def _one_rank(adapter: LoraAdapter, base: BaseFacts) -> Problem | None:
     ranks = {target.rank for target in adapter.targets.values()}
     if len(ranks) == 1:
         return None
     return Problem("refused", f"needs one rank for all layers; they have {min(ranks)} to {max(ranks)}")
 
 
-def _one_rank_per_kind(adapter: LoraAdapter, layers: Layers) -> Problem | None:
+def _one_rank_per_kind(adapter: LoraAdapter, base: BaseFacts) -> Problem | None:
     ranks: dict[str, set[int]] = {}
     for name, target in adapter.targets.items():
         ranks.setdefault(layer_kind(name), set()).add(served_rank(target.rank))
@@ -192,12 +208,12 @@ def _one_rank_per_kind(adapter: LoraAdapter, layers: Layers) -> Problem | None:
     return Problem("refused", f"stacks the layers of a kind, but {mixed[0]} has several ranks") if mixed else None
 
 
-def _every_layer(adapter: LoraAdapter, layers: Layers) -> Problem | None:
+def _every_layer(adapter: LoraAdapter, base: BaseFacts) -> Problem | None:
     targets: dict[str, list[str]] = {}
     for name in adapter.targets:
         targets.setdefault(layer_kind(name), []).append(name)
     missing, dropped = [], []
-    for kind, names in layers.items():
+    for kind, names in base.layers.items():
         if absent := [name for name in names if name not in adapter.targets]:
             missing += absent
             dropped += targets.get(kind, [])
@@ -206,12 +222,23 @@ def _every_layer(adapter: LoraAdapter, layers: Layers) -> Problem | None:
     return Problem("wrong", f"{missing[0]} has no adapter, so no layer of its kind gets one", tuple(dropped))
 
 
-def _embeddings(adapter: LoraAdapter, layers: Layers) -> Problem | None:
+def _embeddings(adapter: LoraAdapter, base: BaseFacts) -> Problem | None:
     names = tuple(name for name, target in adapter.targets.items() if target.kind == "embedding")
     return Problem("wrong", f"puts no adapter on {names[0]}", names) if names else None
 
 
-def _padded_rank(adapter: LoraAdapter, layers: Layers) -> Problem | None:
+def _outside_blocks(adapter: LoraAdapter, base: BaseFacts) -> Problem | None:
+    names = tuple(name for name in adapter.targets if layer_kind(name) == name)
+    return Problem("wrong", f"puts no adapter on {names[0]}", names) if names else None
+
+
+def _tied(adapter: LoraAdapter, base: BaseFacts) -> Problem | None:
+    if base.tied and (names := tied_targets(adapter)):
+        return Problem("refused", f"takes no adapter on {names[0]}, whose weight another layer of the base shares")
+    return None
+
+
+def _padded_rank(adapter: LoraAdapter, base: BaseFacts) -> Problem | None:
     rank, kinds = adapter.config["r"], {layer_kind(name) for name in adapter.targets}
     if rank == served_rank(rank) or len(kinds) == 1:
         return None
@@ -219,7 +246,7 @@ def _padded_rank(adapter: LoraAdapter, layers: Layers) -> Problem | None:
     return Problem("wrong", why)
 
 
-CHECKS: Mapping[str, Callable[[LoraAdapter, Layers], Problem | None]] = {
+CHECKS: Mapping[str, Callable[[LoraAdapter, BaseFacts], Problem | None]] = {
     "rank 0": _rank_zero,
     "rank r": _rank_r,
     "one rank": _one_rank,
@@ -229,6 +256,8 @@ CHECKS: Mapping[str, Callable[[LoraAdapter, Layers], Problem | None]] = {
     "patterns": _patterns,
     "partners": _partners,
     "embeddings": _embeddings,
+    "outside blocks": _outside_blocks,
+    "tied": _tied,
     "other tensors": _other_tensors,
 }
 
