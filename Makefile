@@ -50,8 +50,9 @@ pictures: .venv/.installed-bench
 bench: .venv/.installed-dev
 	$(if $(BENCH),$(BIN)/python $(BENCH),@echo "benchmarks: $(or $(wildcard bench/*.py),none yet)")
 
+# Measures what bench/results/scoring.json lacks. PEERS: where bergson is, which bench/scoring.py says how to install.
 bench-scoring: .venv/.installed-bench
-	$(BIN)/python bench/scoring.py
+	PYTHONPATH=$(PEERS) $(BIN)/python bench/scoring.py
 	$(BIN)/python bench/tables.py
 
 # Makes docs/research/glue.md and its plots from bench/results/glue, which `make bench BENCH=bench/glue.py` adds to.

@@ -1,33 +1,36 @@
 """What scoring a batch costs, beside a training step and beside what others do.  Ratios of medians.
 
-    python bench/scoring.py [--lengths 32,128,256] [--rounds 7] [--decoder] [--out bench/results/scoring.json]
+    PYTHONPATH=PEERS python bench/scoring.py [--lengths 32,128,512] [--models minilm,decoder] [--seconds 35]
 
-MiniLM with PEFT's LoRA r 8 on all linear layers and a new head, 32 rows of random words of one length, all
-cores. One round runs everything once, so that both sides of a ratio see the same machine. The training step is plain:
-forward (with the model's dropout), backward, clipping, AdamW. Scoring charges what `tsqlora.score` does for a batch;
-the reference's pass is timed apart. Floors are counted in floating-point operations of matrix products, in units of the
-training step's own. Peak memory is that of a process of its own, beyond what it holds once the model is loaded.
-With --decoder it is 4 rows of a new Llama as wide as SmolLM2-135M, eight blocks deep, half of each row its target;
-without the others.
+MiniLM with PEFT's LoRA r 8 on all linear layers and a new head, rows of random words of one length, all cores; and a
+new Llama as wide as SmolLM2-135M, eight blocks deep, half of each row its target. A round runs everything once, so that
+both sides of a ratio see the same machine; rounds go on for `--seconds` in a cell. The round that warms up measures the
+memory that torch allocates, and how far the others' numbers are from ours. The training step is plain: forward (with
+the model's dropout), backward, clipping, AdamW. Scoring charges what `tsqlora.score` does for a batch, without dropout;
+the reference's pass is timed apart. Floors are floating-point operations of matrix products, in units of the training
+step's own. A cell that is in the file is not measured again, so that the same command continues what was interrupted.
+
+bergson wants its own torchvision and torchaudio, which this path does not use; it is put beside our packages:
+
+    pip install --target PEERS --no-deps bergson==2.5.1 ml_dtypes natsort petname simple-parsing docstring-parser \\
+        torchopt optree
 """
 
-import argparse
-import json
-import resource
+import itertools
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from pathlib import Path
+from importlib.metadata import distributions
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from origin import commit, machine
+from origin import commit, machine, parser_of, read
 from peft import LoraConfig, PeftModel, get_peft_model
+from scoring_peers import PEERS, Scores
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
@@ -35,7 +38,7 @@ from tsqlora.files import write_json
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.gradients.sites import Scope, find_sites, lora_layers
 from tsqlora.quality.gradient_pass import measure
-from tsqlora.quality.reference import measure_reference
+from tsqlora.quality.reference import Reference, measure_reference
 from tsqlora.run.demo import package_folder
 from tsqlora.tasks.classification import Classification
 from tsqlora.tasks.generation import Generation
@@ -49,19 +52,20 @@ OURS: dict[str, tuple[Scope, bool]] = {
     "norm + convergence, full": ("full", False),
     "all three, full": ("full", True),
 }
-OTHERS = ("loop, all three", "vmap(grad), norm", "opacus, norm")
+FORWARD = "reducible loss, one forward pass"
 
 
 class Bench:
     """A model, a batch, and each thing that is timed as a function without arguments."""
 
-    rows = 32
+    tokens, most_rows = 2048, 32
     task: Any = Classification()
     offsets: Tensor | None = torch.zeros(CLASSES)
-    others: tuple[str, ...] = OTHERS
+    scopes: tuple[Scope, ...] = ("adapter", "full")
 
     def __init__(self, length: int, dtype: str) -> None:
         torch.manual_seed(0)
+        self.rows = min(self.most_rows, self.tokens // length)
         base = self.base()
         kind = "SEQ_CLS" if self.offsets is not None else "CAUSAL_LM"
         config = LoraConfig(task_type=kind, r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
@@ -78,7 +82,7 @@ class Bench:
         }
         self.labels = self.draw_labels()
         self.length, self.half = length, DTYPES[dtype] == torch.bfloat16
-        self.sites = {scope: find_sites(self.model, scope) for scope in ("adapter", "full")}
+        self.sites = {scope: find_sites(self.model, scope) for scope in self.scopes}
         self.references: dict[str, Any] = {}
 
     def base(self) -> Any:
@@ -87,6 +91,16 @@ class Bench:
 
     def draw_labels(self) -> Tensor:
         return torch.randint(0, CLASSES, (self.rows,))
+
+    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Loss of each row, for the others; written here so that it does not depend on ours."""
+        return F.cross_entropy(logits, labels, reduction="none")
+
+    def once(self, key: str, make: Callable[[], Any]) -> Any:
+        """What `make` gives at the first call: in the round that warms up, so that it is not charged."""
+        if key not in self.references:
+            self.references[key] = make()
+        return self.references[key]
 
     def autocast(self, *, cache: bool = True) -> Any:
         return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.half, cache_enabled=cache)
@@ -113,98 +127,54 @@ class Bench:
         with self.without_dropout():
             self.step()
 
-    def reference(self, scope: Scope) -> None:
+    def reference(self, scope: Scope) -> Reference:
         with eval_mode(self.model), self.autocast(cache=False):
             batch = {**self.inputs, "labels": self.labels}
-            self.references[scope] = measure_reference(self.model, [batch], self.task, self.sites[scope], self.offsets)
+            result = measure_reference(self.model, [batch], self.task, self.sites[scope], self.offsets)
+        self.references[scope] = result
+        return result
 
-    def ours(self, scope: Scope, *, lookahead: bool) -> Tensor:
-        if scope not in self.references:
-            self.reference(scope)
+    def target(self) -> dict[str, Tensor]:
+        """Mean gradient of the target set by autograd, which the loop compares rows with."""
+        self.model.eval()
+        with self.autocast():
+            loss = self.losses(self.model(**self.inputs).logits.float(), self.labels).mean()
+        return dict(zip(self.theta, torch.autograd.grad(loss, list(self.theta.values())), strict=True))
+
+    def ours(self, scope: Scope, *, lookahead: bool) -> Scores:
+        measured = self.measure(self.references[scope], self.sites[scope], lookahead=lookahead)
+        norm, dot = measured.norm_sq.sqrt(), measured.dot
+        return {"norm": norm, "dot": dot, "cosine": dot / norm}
+
+    def forward(self) -> Scores:
+        """A pass for the losses of one of the two models whose difference is the reducible loss."""
+        self.measure(Reference({}, norm=0.0, eta=0.0, rows=self.rows, offsets=self.offsets), {}, lookahead=False)
+        return {}
+
+    def measure(self, reference: Reference, sites: Any, *, lookahead: bool) -> Any:
         with eval_mode(self.model), self.autocast(cache=False):
-            measured = measure(
+            return measure(
                 self.model,
                 self.inputs,
                 self.labels,
                 task=self.task,
-                sites=self.sites[scope],
-                reference=self.references[scope],
+                sites=sites,
+                reference=reference,
                 in_reference=torch.zeros(self.rows, dtype=torch.bool),
                 lookahead=lookahead,
             )
-        return measured.norm_sq.sqrt()
-
-    def loop(self) -> Tensor:
-        """One row at a time, by autograd, every parameter of θ really stepped and put back."""
-        self.model.eval()
-        parameters = list(self.theta.values())
-        mean = [torch.ones_like(p) for p in parameters]
-        norms = []
-        for j in range(self.rows):
-            row, label = {n: v[j : j + 1] for n, v in self.inputs.items()}, self.labels[j : j + 1]
-            with self.autocast():
-                loss = F.cross_entropy(self.model(**row).logits.float(), label)
-            grads = torch.autograd.grad(loss, parameters)
-            norms.append(sum(g.square().sum() for g in grads))
-            sum((g * m).sum() for g, m in zip(grads, mean, strict=True))
-            before = [p.detach().clone() for p in parameters]
-            with torch.no_grad(), self.autocast():
-                for p, g in zip(parameters, grads, strict=True):
-                    p.sub_(1e-3 * g)
-                F.cross_entropy(self.model(**row).logits.float(), label)
-                for p, b in zip(parameters, before, strict=True):
-                    p.copy_(b)
-        return torch.stack([torch.as_tensor(n) for n in norms]).sqrt()
-
-    def vmap(self) -> Tensor:
-        """torch.func: vmap over rows of grad of one row's loss."""
-        self.model.eval()
-        theta = {n: p.detach() for n, p in self.theta.items()}
-        rest = {n: p.detach() for n, p in self.model.named_parameters() if n not in theta}
-        rest |= dict(self.model.named_buffers())
-
-        def loss(parameters: dict[str, Tensor], ids: Tensor, mask: Tensor, label: Tensor) -> Tensor:
-            inputs = {"input_ids": ids[None], "attention_mask": mask[None, None, None, :]}
-            output = torch.func.functional_call(self.model, (parameters, rest), (), inputs)
-            return F.cross_entropy(output.logits.float(), label[None])
-
-        mask = torch.ones(self.rows, self.length, dtype=torch.bool)
-        with self.autocast(cache=False):
-            grads = torch.func.vmap(torch.func.grad(loss), (None, 0, 0, 0))(
-                theta, self.inputs["input_ids"], mask, self.labels
-            )
-        return sum(g.flatten(1).square().sum(1) for g in grads.values()).sqrt()
-
-    def opacus(self) -> Tensor:
-        """Opacus' GradSampleModule, its per-sample gradients reduced to a norm; without dropout."""
-        with self.without_dropout():
-            return self._opacus()
-
-    def _opacus(self) -> Tensor:
-        from opacus import GradSampleModule
-
-        # It sees nothing in evaluation mode.
-        wrapped = GradSampleModule(self.model.train(), loss_reduction="sum", strict=False)
-        try:
-            with self.autocast(cache=False):
-                logits = wrapped(**self.inputs).logits.float()
-            F.cross_entropy(logits, self.labels, reduction="sum").backward()
-            total = sum(p.grad_sample.flatten(1).float().square().sum(1) for p in self.theta.values())
-            return total.sqrt()
-        finally:
-            wrapped.to_standard_module()
-            for p in self.theta.values():
-                p.grad = None
 
     def all(self) -> dict[str, Callable[[], Any]]:
-        ours = {
-            name: (lambda scope=scope, look=look: self.ours(scope, lookahead=look))
-            for name, (scope, look) in OURS.items()
-        }
-        reference = {"reference": lambda: self.reference("adapter"), "reference, full": lambda: self.reference("full")}
-        others = {n: f for n, f in zip(OTHERS, (self.loop, self.vmap, self.opacus), strict=True) if n in self.others}
-        steps = {"training step": self.step, "training step, no dropout": self.step_without_dropout}
-        return {**steps, **ours, **reference, **others}
+        calls: dict[str, Callable[[], Any]] = {"training step": self.step}
+        if any(isinstance(m, nn.Dropout) and m.p for m in self.model.modules()):
+            calls["training step, no dropout"] = self.step_without_dropout
+        for scope in self.scopes:
+            calls["reference" if scope == "adapter" else "reference, full"] = lambda scope=scope: self.reference(scope)
+        for name, (scope, look) in OURS.items():
+            if scope in self.scopes:
+                calls[name] = lambda scope=scope, look=look: self.ours(scope, lookahead=look)
+        peers = {name: (lambda peer=peer: peer(self)) for name, peer in PEERS.items()}
+        return {**calls, FORWARD: self.forward, **peers}
 
     def floors(self) -> dict[str, float]:
         """Operations that cannot be avoided, in units of a training step's."""
@@ -228,16 +198,17 @@ class Bench:
             # A pass that goes no further down than to the first layer's output needs no gradients of A and B.
             "norm + convergence, full": 1.0 + (dots + norms) / unit,
             "all three, full": 1.0 + (dots + norms + steps + one) / unit,
+            FORWARD: one / unit,
         }
 
 
 class Decoder(Bench):
     """The same of a model that writes: a prompt and a target, each half of the row."""
 
-    rows = 4
+    tokens, most_rows = 1024, 16
     task = Generation("causal-lm", causal=True)
     offsets = None
-    others = ()
+    scopes = ("adapter",)
 
     def base(self) -> Any:
         return LlamaForCausalLM(
@@ -257,86 +228,82 @@ class Decoder(Bench):
         labels[:, : labels.shape[1] // 2] = -100
         return labels
 
+    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        targets = labels[:, 1:]
+        return F.cross_entropy(logits[:, :-1].mT, targets, reduction="none").sum(1) / (targets != -100).sum(1)
 
-def agree(bench: Bench) -> dict[str, float]:
-    """Largest relative difference of the others' norms from ours: they compute the same."""
-    if not bench.others:
-        return {}
-    wanted = bench.ours("adapter", lookahead=False)
+
+MODELS = {"minilm": Bench, "decoder": Decoder}
+
+
+def cell_of(bench: Bench, rounds: int, seconds: float) -> dict[str, Any]:
+    """Time everything for `rounds` rounds, or as many as begin within `seconds`, and at least two."""
+    start = time.perf_counter()
+    peaks, scores, errors = warm_up(bench)
+    ours = scores["norm + convergence"]
+    calls = {name: call for name, call in bench.all().items() if name not in errors}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds):
+        if number > 1 and time.perf_counter() - start > seconds:
+            break
+        for name, call in calls.items():
+            before = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - before)
+    medians = {name: statistics.median(values) for name, values in times.items()}
     return {
-        name: float(((f() - wanted) / wanted).abs().max())
-        for name, f in zip(OTHERS, (bench.loop, bench.vmap, bench.opacus), strict=True)
+        "commit": commit(),
+        "rows": bench.rows,
+        "seconds": times,
+        "ratio": {name: value / medians["training step"] for name, value in medians.items()},
+        "floor": {name: value for name, value in bench.floors().items() if name in calls},
+        "difference": {name: difference(scores[name], ours) for name in PEERS if name in calls},
+        "errors": errors,
+        "peak": peaks,
     }
 
 
-def time_all(bench: Bench, rounds: int, others: int) -> dict[str, list[float]]:
-    """Seconds of every round; the slow others run in `others` of them."""
-    seconds: dict[str, list[float]] = {}
-    for number in range(rounds + 1):
-        for name, f in bench.all().items():
-            if name in OTHERS and number > others:
-                continue
-            start = time.perf_counter()
-            f()
-            if number:  # the first warms up
-                seconds.setdefault(name, []).append(time.perf_counter() - start)
-    return seconds
+def warm_up(bench: Bench) -> tuple[dict[str, int], dict[str, Scores], dict[str, str]]:
+    """Run everything once: most bytes that torch held for each, what each gives, and the errors of the others."""
+    peaks, scores, errors = {}, {}, {}
+    for name, call in bench.all().items():
+        if name in PEERS:
+            try:
+                scores[name] = call()
+            except Exception as error:  # a table that lacks one of the others says why
+                errors[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            continue
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as events:
+            scores[name] = call()
+        memory = [event for event in events.profiler.kineto_results.events() if event.name() == "[memory]"]
+        changes = (event.nbytes() for event in sorted(memory, key=lambda event: event.start_ns()))
+        peaks[name] = max(itertools.accumulate(changes), default=0)
+    return peaks, scores, errors
 
 
-def peak(name: str, length: int, dtype: str, kind: type[Bench]) -> float:
-    """Bytes beyond the loaded model at the peak of one call, in a process of its own."""
-    command = [sys.executable, __file__, "--peak", name, "--lengths", str(length), "--dtypes", dtype]
-    command += ["--decoder"] if kind is Decoder else []
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return float(out.splitlines()[-1])
-
-
-def own_peak(name: str, length: int, dtype: str, kind: type[Bench]) -> float:
-    bench = kind(length, dtype)
-    if name in OURS:
-        bench.reference(OURS[name][0])
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _resident()
-    bench.all()[name]()
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-
-
-def _resident() -> float:
-    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return 1024 * float(fields["VmRSS"].split()[0])
+def difference(others: Scores, ours: Scores) -> float:
+    """Largest difference of any number from ours, over the largest of ours."""
+    return max(float((value - ours[key]).abs().max() / ours[key].abs().max()) for key, value in others.items())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--lengths", default="32,128,256")
+    parser = parser_of(__doc__, "scoring")
+    parser.add_argument("--lengths", default="32,128,512")
     parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--models", default="minilm,decoder")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--others", type=int, default=2, help="rounds in which the slow others run")
-    parser.add_argument("--decoder", action="store_true")
-    parser.add_argument("--peak", help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "scoring.json")
+    parser.add_argument("--seconds", type=float, default=35)
     args = parser.parse_args()
-    kind = Decoder if args.decoder else Bench
-    if args.peak:
-        print(own_peak(args.peak, int(args.lengths), args.dtypes, kind))
-        return
-    origin = {"rows": Bench.rows, "rank": RANK, "machine": machine(), "versions": versions()}
-    cells = json.loads(args.out.read_text())["cells"] if args.out.exists() else {}
-    for length in map(int, args.lengths.split(",")):
-        for dtype in args.dtypes.split(","):
-            bench = kind(length, dtype)
-            name = f"{length}/{dtype}{'/decoder' if args.decoder else ''}"
-            seconds = time_all(bench, args.rounds, args.others)
-            medians = {name: statistics.median(values) for name, values in seconds.items()}
-            cells[name] = {
-                "commit": commit(),
-                "seconds": seconds,
-                "ratio": {name: value / medians["training step"] for name, value in medians.items()},
-                "floor": bench.floors(),
-                "difference": agree(bench),
-                "peak": {what: peak(what, length, dtype, kind) for what in ("training step", *OURS)},
-            }
-            print(name, json.dumps(cells[name]["ratio"]), flush=True)
+    peers = {package.name: package.version for package in distributions() if package.name in ("opacus", "bergson")}
+    origin = {"rank": RANK, "machine": machine(), "versions": versions() | peers}
+    cells = read(args.out).get("cells", {})
+    for model, length, dtype in itertools.product(
+        args.models.split(","), map(int, args.lengths.split(",")), args.dtypes.split(",")
+    ):
+        name = f"{length}/{dtype}{'/decoder' if model == 'decoder' else ''}"
+        if name not in cells:
+            cells[name] = cell_of(MODELS[model](length, dtype), args.rounds, args.seconds)
+            print(name, {what: round(ratio, 2) for what, ratio in cells[name]["ratio"].items()}, flush=True)
             write_json(args.out, {**origin, "cells": cells})
 
 

@@ -6,9 +6,10 @@ several tables, a hyphen and the table's own name.
 
 import json
 import re
+import statistics
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,34 +32,83 @@ Results = Mapping[str, Any]
 Rows = list[dict[str, str]]
 
 
+SCORING_GOALS = {"loop at batch 1": 1.3, "bergson": 1.3, "vmap(grad), norm": 1.0, "opacus, norm": 1.0}
+"""Least rows per second of ours over those of the others."""
+
+
 def scoring(results: Results) -> Rows:
-    """Median seconds of each operation over those of a training step; for ours, floor and peak memory too."""
-    return [
-        {
-            "tokens": ", ".join([length, *decoder]),
-            "precision": dtype,
-            "what": name,
-            "of a training step": f"{ratio:.2f}",
-            "of its floor": f"{ratio / cell['floor'][name]:.2f}" if name in cell["floor"] else "",
-            "peak memory": f"{cell['peak'][name] / cell['peak']['training step']:.2f}" if name in cell["peak"] else "",
-            "largest difference": f"{cell['difference'][name]:.0e}" if name in cell["difference"] else "",
-        }
-        for key, cell in results["cells"].items()
-        for length, dtype, *decoder in [key.split("/")]
-        for name, ratio in cell["ratio"].items()
-    ]
+    """Rows per second and median seconds over those of a training step; for ours, floor and peak memory too."""
+    rows = []
+    for where, cell in _scoring_cells(results):
+        without, peak = _without_dropout(cell), cell["peak"]
+        for name, ratio in cell["ratio"].items():
+            floor, difference = cell["floor"].get(name), cell["difference"].get(name)
+            numbers = {
+                "rows per second": _rows_per_second(cell, name),
+                "of a training step": f"{ratio:.2f}",
+                "of one without dropout": f"{ratio / without:.2f}",
+                "of its floor, without dropout": f"{ratio / without / floor:.2f}" if floor else "",
+                "peak memory": f"{peak[name] / peak['training step']:.2f}" if name in peak else "",
+                "largest difference": "" if difference is None else f"{difference:.0e}",
+            }
+            rows.append(where | {"what": name} | numbers)
+        errors = cell.get("errors", {}).items()
+        rows += [where | {"what": name, "of a training step": f"does not run here: {why}"} for name, why in errors]
+    return rows
 
 
 def scoring_short(results: Results) -> Rows:
-    """Seconds over those of a training step without dropout, for the lengths and methods that matter most."""
-    columns = ("norm + convergence", "all three", "loop, all three", "vmap(grad), norm", "opacus, norm")
+    """Seconds over those of a training step without dropout, for what a user would otherwise score rows with."""
     return [
-        {"tokens": length, "precision": dtype}
-        | {name: f"{cell['ratio'][name] / cell['ratio']['training step, no dropout']:.2f}" for name in columns}
-        for key, cell in results["cells"].items()
-        for length, dtype, *decoder in [key.split("/")]
-        if not decoder
+        where
+        | {
+            name: f"{ratio / _without_dropout(cell):.2f}"
+            for name, ratio in cell["ratio"].items()
+            if not re.match("training|reference|.*full", name)
+        }
+        for where, cell in _scoring_cells(results)
+        if "decoder" not in where["tokens"]
     ]
+
+
+def scoring_goals(results: Results) -> Rows:
+    """Our rows per second over the others', and our shares of floor and step, each with whether its goal is met.
+
+    Two shares are of a training step with dropout and of one without, which decides.
+    """
+    rows = []
+    for where, cell in _scoring_cells(results):
+        ratio, name, forward = cell["ratio"], "norm + convergence", "reducible loss, one forward pass"
+        row = where | {"rows per second": _rows_per_second(cell, name)}
+        for peer, goal in SCORING_GOALS.items():
+            share = ratio[peer] / ratio[name] if peer in ratio else None
+            row[f"over {peer} (≥ {goal})"] = share and f"{share:.2f} {_verdict(share >= goal)}"
+        for column, share, goal in (
+            (f"{name}, of its floor (≤ 1.15)", ratio[name] / cell["floor"][name], 1.15),
+            (f"{forward}, of a training step (≤ 0.55)", ratio.get(forward), 0.55),
+        ):
+            without = share and share / _without_dropout(cell)
+            row[column] = without and f"{share:.2f} / {without:.2f} {_verdict(without <= goal)}"
+        rows.append(row)
+    return rows
+
+
+def _scoring_cells(results: Results) -> Iterator[tuple[dict[str, str], Mapping[str, Any]]]:
+    for key, cell in results["cells"].items():
+        length, dtype, *decoder = key.split("/")
+        yield {"tokens": ", ".join([length, *decoder]), "precision": dtype}, cell
+
+
+def _without_dropout(cell: Mapping[str, Any]) -> float:
+    return cell["ratio"].get("training step, no dropout", 1.0)
+
+
+def _rows_per_second(cell: Mapping[str, Any], name: str) -> str:
+    return f"{cell['rows'] / statistics.median(cell['seconds'][name]):.1f}" if "rows" in cell else "–"
+
+
+def _verdict(met: bool) -> str:
+    return "met" if met else "**missed**"
 
 
 def rank_cost(results: Results) -> Rows:
@@ -696,6 +746,7 @@ TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "head-choices": head_choices,
     "mixed-pool": mixed_pool,
     "scoring": scoring,
+    "scoring-goals": scoring_goals,
     "scoring-short": scoring_short,
     "servers": servers,
     **{f"worlds-{world}": partial(worlds, world) for world in ("shortcut", "both", "weak", "wrong20")},
