@@ -68,8 +68,8 @@ STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """What a way says of each row, in the rows' order; the higher in `order`, the likelier wrong."""
+class Verdicts:
+    """One method's verdict on each row, in the rows' order; the higher in `order`, the likelier wrong."""
 
     order: np.ndarray
     probability: np.ndarray
@@ -107,8 +107,8 @@ def features_of(table: str) -> tuple[np.ndarray, np.ndarray]:
         parts = [part for part in (seen and seen.features, seen and seen.mean) if part is not None]
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez(path, features=np.concatenate(parts, axis=1, dtype=np.float32), labels=labels)
-    with np.load(path) as kept:
-        return kept["features"], kept["labels"]
+    with np.load(path) as stored:
+        return stored["features"], stored["labels"]
 
 
 def spoilt(features: np.ndarray, labels: np.ndarray, noise: str, seed: int) -> np.ndarray:
@@ -122,25 +122,27 @@ def spoilt(features: np.ndarray, labels: np.ndarray, noise: str, seed: int) -> n
         others = ring[(np.argsort(ring)[labels] + 1) % k]
     if kind == "weak":
         parts = np.asarray(StandardScaler().fit_transform(PCA(16, random_state=seed).fit_transform(features)))
-        known, _ = train_test_split(np.arange(n), train_size=0.05, stratify=labels, random_state=seed)
-        said = LogisticRegression(max_iter=ITERATIONS).fit(parts[known], labels[known]).predict_log_proba(parts)
-        own = said[np.arange(n), labels]
-        said[np.arange(n), labels] = -np.inf
-        others, rows = said.argmax(axis=1), np.argsort(own - said.max(axis=1))[: len(rows)]
+        basis, _ = train_test_split(np.arange(n), train_size=0.05, stratify=labels, random_state=seed)
+        probabilities = (
+            LogisticRegression(max_iter=ITERATIONS).fit(parts[basis], labels[basis]).predict_log_proba(parts)
+        )
+        own = probabilities[np.arange(n), labels]
+        probabilities[np.arange(n), labels] = -np.inf
+        others, rows = probabilities.argmax(axis=1), np.argsort(own - probabilities.max(axis=1))[: len(rows)]
     wrong = labels.copy()
     wrong[rows] = others[rows]
     return wrong
 
 
-def ours(features: np.ndarray, labels: np.ndarray) -> Found:
-    found = audit_of(features, labels)
+def ours(features: np.ndarray, labels: np.ndarray) -> Verdicts:
+    verdicts = audit_of(features, labels)
     order, probability, flagged = np.empty(len(labels)), np.empty(len(labels)), np.zeros(len(labels), dtype=bool)
-    order[found.ids], probability[found.ids] = -np.arange(len(labels)), found.probability
-    flagged[found.ids[: found.likely_wrong]] = True
-    return Found(order, probability, flagged, found.rate)
+    order[verdicts.ids], probability[verdicts.ids] = -np.arange(len(labels)), verdicts.probability
+    flagged[verdicts.ids[: verdicts.likely_wrong]] = True
+    return Verdicts(order, probability, flagged, verdicts.rate)
 
 
-def cleanlab(features: np.ndarray, labels: np.ndarray) -> Found:
+def cleanlab(features: np.ndarray, labels: np.ndarray) -> Verdicts:
     """The recipe of its tutorials: logistic regression out of fold, self-confidence, pruning by noise rate.
 
     The strength of the regression is chosen by the loss out of fold, as ours is: scikit-learn's own overfits here.
@@ -151,21 +153,21 @@ def cleanlab(features: np.ndarray, labels: np.ndarray) -> Found:
         model = LogisticRegression(C=strength, max_iter=ITERATIONS)
         return np.asarray(cross_val_predict(model, scaled, labels, cv=FOLDS, method="predict_proba"), dtype=np.float64)
 
-    said = min(map(out_of_fold, STRENGTHS), key=lambda said: log_loss(labels, said))
-    doubt = 1 - get_label_quality_scores(labels, said, method="self_confidence")
-    flagged = find_label_issues(labels, said, filter_by="prune_by_noise_rate", n_jobs=1)
-    return Found(doubt, doubt, np.asarray(flagged), float(1 - np.trace(estimate_joint(labels, said))))
+    probabilities = min(map(out_of_fold, STRENGTHS), key=lambda probabilities: log_loss(labels, probabilities))
+    doubt = 1 - get_label_quality_scores(labels, probabilities, method="self_confidence")
+    flagged = find_label_issues(labels, probabilities, filter_by="prune_by_noise_rate", n_jobs=1)
+    return Verdicts(doubt, doubt, np.asarray(flagged), float(1 - np.trace(estimate_joint(labels, probabilities))))
 
 
-def neighbours(features: np.ndarray, labels: np.ndarray) -> Found:
+def neighbours(features: np.ndarray, labels: np.ndarray) -> Verdicts:
     """The share of the nearest rows that have another label."""
     centred = features - features.mean(axis=0)
     near = NearestNeighbors(n_neighbors=NEIGHBOURS, metric="cosine").fit(centred).kneighbors(return_distance=False)
     doubt = (labels[near] != labels[:, None]).mean(axis=1)
-    return Found(doubt, doubt, doubt > 0.5, None)
+    return Verdicts(doubt, doubt, doubt > 0.5, None)
 
 
-def deep(table: str, labels: np.ndarray) -> dict[str, Found]:
+def deep(table: str, labels: np.ndarray) -> dict[str, Verdicts]:
     """`tsqlora audit --deep` on these labels, and the out-of-fold loss of the same models."""
     rows = [
         {"text": text[0], "label": int(label), **({"text_pair": text[1]} if len(text) > 1 else {})}
@@ -180,26 +182,26 @@ def deep(table: str, labels: np.ndarray) -> dict[str, Found]:
         logits = out_of_fold_logits(job.config, job.data, max_length=TOKENS)
     result, order = audit_of_logits(logits, labels, frozen=False), np.arange(len(labels))
     own = log_softmax(logits, axis=1)[order, labels]
-    ours = Found(
+    ours = Verdicts(
         np.empty(len(labels)), np.empty(len(labels)), np.isin(order, result.ids[: result.likely_wrong]), result.rate
     )
     ours.order[result.ids], ours.probability[result.ids] = -order, result.probability
-    return {"deep": ours, "deep loss": Found(-own, 1 - np.exp(own), own < np.log(0.5), None)}
+    return {"deep": ours, "deep loss": Verdicts(-own, 1 - np.exp(own), own < np.log(0.5), None)}
 
 
-def measured(found: Found, wrong: np.ndarray) -> dict[str, float | None]:
+def measured(verdicts: Verdicts, wrong: np.ndarray) -> dict[str, float | None]:
     """Against the labels that were set wrong. Where none was, only how many rows are flagged says something."""
-    flagged, planted = int(found.flagged.sum()), int(wrong.sum())
-    hits = int((found.flagged & wrong).sum())
-    bins = np.minimum((found.probability * BINS).astype(int), BINS - 1)
-    error = sum(abs((found.probability - wrong)[bins == b].sum()) for b in range(BINS)) / len(wrong)
+    flagged, planted = int(verdicts.flagged.sum()), int(wrong.sum())
+    hits = int((verdicts.flagged & wrong).sum())
+    bins = np.minimum((verdicts.probability * BINS).astype(int), BINS - 1)
+    error = sum(abs((verdicts.probability - wrong)[bins == b].sum()) for b in range(BINS)) / len(wrong)
     return {
-        "average_precision": float(average_precision_score(wrong, found.order)) if planted else None,
+        "average_precision": float(average_precision_score(wrong, verdicts.order)) if planted else None,
         "precision": hits / flagged if planted and flagged else None,
         "recall": hits / planted if planted else None,
         "calibration_error": float(error) if planted else None,
         "flagged": flagged / len(wrong),
-        "rate": found.rate,
+        "rate": verdicts.rate,
     }
 
 
@@ -210,13 +212,13 @@ def run(table: str, noise: str, seed: int, *, fine_tune: bool) -> dict[str, Any]
     if fine_tune:
         begun, found_by = time.process_time(), deep(table, spoilt_labels)
         seconds = time.process_time() - begun
-        for name, found in found_by.items():
-            ways[name] = {**measured(found, spoilt_labels != labels), "processor_seconds": seconds}
+        for name, verdicts in found_by.items():
+            ways[name] = {**measured(verdicts, spoilt_labels != labels), "processor_seconds": seconds}
     for way in () if fine_tune else (ours, cleanlab, neighbours):
         begun = time.process_time()
-        found = way(features, spoilt_labels)
+        verdicts = way(features, spoilt_labels)
         seconds = time.process_time() - begun
-        ways[way.__name__] = {**measured(found, spoilt_labels != labels), "processor_seconds": seconds}
+        ways[way.__name__] = {**measured(verdicts, spoilt_labels != labels), "processor_seconds": seconds}
     return {
         "settings": {"table": table, "noise": noise, "seed": seed},
         "rows": len(labels),
@@ -230,8 +232,8 @@ def run(table: str, noise: str, seed: int, *, fine_tune: bool) -> dict[str, Any]
 
 
 def cell(table: str, noise: str, seed: int, *, fine_tune: bool) -> None:
-    known = json.dumps([TABLES[table], TOKENS, FOLDS, NEIGHBOURS, ITERATIONS, BINS, STRENGTHS])
-    mark = hashlib.sha256(known.encode()).hexdigest()[:8]
+    basis = json.dumps([TABLES[table], TOKENS, FOLDS, NEIGHBOURS, ITERATIONS, BINS, STRENGTHS])
+    mark = hashlib.sha256(basis.encode()).hexdigest()[:8]
     path = RESULTS / f"{table}.{noise}.{seed}.{'deep.' * fine_tune}{mark}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -247,16 +249,16 @@ def main() -> None:
     parser.add_argument("--noise", default=",".join(NOISE))
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--deep", action="store_true")
-    asked = parser.parse_args()
+    request = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    for seed in map(int, asked.seeds.split(",")):
-        for table in asked.tables:
-            for noise in asked.noise.split(","):
+    for seed in map(int, request.seeds.split(",")):
+        for table in request.tables:
+            for noise in request.noise.split(","):
                 two = features_of(table)[1].max() == 1
                 if (noise == "none" and seed) or (noise.startswith("pairs") and two):
                     continue  # the same again: no way draws at random
-                cell(table, noise, seed, fine_tune=asked.deep)
+                cell(table, noise, seed, fine_tune=request.deep)
 
 
 if __name__ == "__main__":

@@ -118,11 +118,11 @@ def main() -> None:
     parser.add_argument("--means", default="1,2")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--seeds", default="0,1,2")
-    asked = parser.parse_args()
+    request = parser.parse_args()
     torch.set_num_threads(1)
-    seeds = [int(seed) for seed in asked.seeds.split(",")]
-    for mean in map(float, asked.means.split(",")):
-        for method in asked.methods.split(","):
+    seeds = [int(seed) for seed in request.seeds.split(",")]
+    for mean in map(float, request.means.split(",")):
+        for method in request.methods.split(","):
             rates = FULL_RATES if method == "full" else RATES
             first = {rate: cell(method, mean, rate, seeds[0]) for rate in rates}
             best = min(rates, key=lambda rate: first[rate]["validation"])

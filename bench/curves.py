@@ -20,13 +20,13 @@ Curve = Sequence[Point]
 def chosen() -> dict[str, dict[str, dict[int, Curve]]]:
     """By table, way to train and seed: the curve at the learning rate that validation rows chose on the first seed."""
     cells = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    known = pd.DataFrame([{**cell["settings"], "curve": cell["curve"], "headline": cell["headline"]} for cell in cells])
-    found: dict[str, dict[str, dict[int, Curve]]] = {}
-    for (table, method), of in known.groupby(["table", "method"]):
+    runs = pd.DataFrame([{**cell["settings"], "curve": cell["curve"], "headline": cell["headline"]} for cell in cells])
+    curves: dict[str, dict[str, dict[int, Curve]]] = {}
+    for (table, method), of in runs.groupby(["table", "method"]):
         first = of[of.seed == of.seed.min()]
         rate = first.loc[first.headline.idxmax(), "rate"]
-        found.setdefault(str(table), {})[str(method)] = of[of.rate == rate].set_index("seed").curve.to_dict()
-    return found
+        curves.setdefault(str(table), {})[str(method)] = of[of.rate == rate].set_index("seed").curve.to_dict()
+    return curves
 
 
 def reached(curve: Curve, goal: Point) -> tuple[float, float] | None:
@@ -58,9 +58,9 @@ def plot() -> None:
     for panel, (table, of_table) in zip(axes.flat, tables.items(), strict=False):
         unit = np.mean([curve[-1]["seconds"] for curve in of_table["lora"].values()])
         for method, colour in COLOURS.items():
-            if found := list(of_table.get(method, {}).values()):
+            if curves := list(of_table.get(method, {}).values()):
                 x, y = (
-                    np.mean([[p[name] for p in curve] for curve in found], axis=0) for name in ("seconds", "accuracy")
+                    np.mean([[p[name] for p in curve] for curve in curves], axis=0) for name in ("seconds", "accuracy")
                 )
                 panel.plot(x / unit, 100 * y, color=colour, marker=".", markersize=4, linewidth=1.2, label=method)
         panel.set(title=table, xlim=(0, 1.6))

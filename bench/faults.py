@@ -2,7 +2,7 @@
 
     python bench/faults.py [--groups kill,signal:3,...] [--model tiny] [--seed 0] [--out FILE]
 
-Each case is a `tsqlora train` in processes of its own, something that happens to it, and a `tsqlora train --resume`. It
+Each case is a `tsqlora train` in separate processes, something that happens to it, and a `tsqlora train --resume`. It
 survives where in the end adapter, scores, ranks, metrics and record (but for seconds) have the bytes of a run that was
 left alone, where exit codes are those of the documentation, and where nobody was shown a traceback. What is refused is
 refused in one line with the words that it must have. Cases that FILE has are not tried again, but for those that did
@@ -59,7 +59,7 @@ def kill(bench: Bench, run: Path, number: int, rng: random.Random) -> dict[str, 
         if code == 0 and again:
             break  # what was left of it had no such moment
         if code != -signal.SIGKILL:
-            raise Lost(f"exit {code} where SIGKILL was to come in {phase}: {process.said()[-300:]}")
+            raise Lost(f"exit {code} where SIGKILL was to come in {phase}: {process.output()[-300:]}")
         kills.append({"phase": process.where, "last complete checkpoint": newest(run)})
     bench.resumed(run)
     return {"kills": kills}
@@ -70,38 +70,38 @@ def stop(bench: Bench, run: Path, number: int, rng: random.Random) -> dict[str, 
     which = (signal.SIGTERM, signal.SIGINT)[number % 2]
     phase = PHASES[number // 2 % len(PHASES)]
     process = bench.train(run, signal=which, **bench.moment(phase, rng))
-    told = process.refused(128 + which, f"stopped by {which.name}", "--resume")
-    if "after step" in told and f"after step {newest(run)}," not in told:
-        raise Lost(f"the newest whole checkpoint is {newest(run)}, and: {told}")
+    message = process.refused(128 + which, f"stopped by {which.name}", "--resume")
+    if "after step" in message and f"after step {newest(run)}," not in message:
+        raise Lost(f"the newest whole checkpoint is {newest(run)}, and: {message}")
     bench.resumed(run)
-    return {"phase": phase, "told": told}
+    return {"phase": phase, "told": message}
 
 
 def disk(bench: Bench, run: Path, number: int, rng: random.Random) -> dict[str, Any]:
     """Full, out of inodes, or read-only from the beginning: a tmpfs; or from some moment on: a folder. As root."""
     if number == 8:
         process, folder = bench.train(run), run / "checkpoints"
-        process.until(lambda: process.told[1 + PHASES.index("checkpointing")] >= 3)
+        process.until(lambda: process.counts[1 + PHASES.index("checkpointing")] >= 3)
         subprocess.run(["chattr", "+i", str(folder)], check=True)
         try:
-            told = process.refused(1, "cannot be written", "not permitted", "--resume")
+            message = process.refused(1, "cannot be written", "not permitted", "--resume")
         finally:
             subprocess.run(["chattr", "-i", str(folder)], check=True)
         bench.resumed(run)
-        return {"told": told}
+        return {"told": message}
     whole = sum(path.stat().st_size for path in bench.alone.rglob("*") if path.is_file())
     with mounted(bench.place / "disk") as place:
         inner = place / run.name
         if number == 7:
             remount(place, "ro")
-            told, back = bench.train(inner).refused(2, "cannot be written", "Read-only", "name another"), "rw"
+            message, back = bench.train(inner).refused(2, "cannot be written", "Read-only", "name another"), "rw"
         else:
             remount(place, f"size={int(whole * FULL[number])}" if number < len(FULL) else "nr_inodes=40")
-            told = bench.train(inner).refused(1, "cannot be written", "--resume")
+            message = bench.train(inner).refused(1, "cannot be written", "--resume")
             back = "size=64m,nr_inodes=9999"
         remount(place, back)
         bench.resumed(inner)
-    return {"told": told}
+    return {"told": message}
 
 
 @contextmanager
@@ -137,15 +137,15 @@ HARMS = (cut_off, flip_a_bit, remove)
 
 
 def damage(bench: Bench, run: Path, number: int, rng: random.Random) -> dict[str, Any]:
-    """One file of the newest checkpoint: the one before is taken, and it is told. One of the run's: refused."""
+    """One file of the newest checkpoint: the one before is used, with a note. One of the run's: refused."""
     checkpoint, harm = bench.killed(run), HARMS[number % 3]
     name = (*CHECKPOINT_FILES, *RUN_FILES)[number // 3]
-    told: dict[str, Any] = {"file": name, "how": harm.__name__}
+    entry: dict[str, Any] = {"file": name, "how": harm.__name__}
     if name in CHECKPOINT_FILES:
         harm(checkpoint / name)
         if f"{checkpoint} is passed over: " not in bench.resumed(run):
-            raise Lost("nobody was told")
-        return told
+            raise Lost("no note about the damaged checkpoint")
+        return entry
     content = (run / name).read_bytes()
     harm(run / name)
     process = bench.train(run)
@@ -153,28 +153,28 @@ def damage(bench: Bench, run: Path, number: int, rng: random.Random) -> dict[str
     if code == 0:
         process.end(0)
         bench.same(run)
-        return told | {"told": "nothing: it was not needed"}
-    told["told"] = process.refused(code, name)
+        return entry | {"told": "nothing: it was not needed"}
+    entry["told"] = process.refused(code, name)
     if code not in (1, 2, 3):
         raise Lost(f"exit {code}")
     (run / name).write_bytes(content)
     bench.resumed(run)
-    return told
+    return entry
 
 
 def lock(bench: Bench, run: Path, number: int, rng: random.Random) -> dict[str, Any]:
     """Two at the same moment; or a second one while the first trains."""
     first = bench.train(run)
     if number % 2:
-        first.until(lambda: first.told[0] >= 0)
+        first.until(lambda: first.counts[0] >= 0)
     second = bench.train(run, log="-second")
     codes = (first.wait(), second.wait())
     if sorted(codes) != [0, 2]:
         raise Lost(f"exit codes {codes}")
     loser = first if codes[0] else second
-    told = loser.refused(2, "another process is training into", "name another --out")
+    message = loser.refused(2, "another process is training into", "name another --out")
     bench.same(run)
-    return {"told": told}
+    return {"told": message}
 
 
 def clock(bench: Bench, run: Path, number: int, rng: random.Random) -> dict[str, Any]:
@@ -192,9 +192,9 @@ def clock(bench: Bench, run: Path, number: int, rng: random.Random) -> dict[str,
 
 
 def locale(bench: Bench, run: Path, number: int, rng: random.Random) -> dict[str, Any]:
-    """Gone on with in a locale without UTF-8 and another time zone; labels and names are not ASCII.
+    """Resumed in a locale without UTF-8 and another time zone; labels and names are not ASCII.
 
-    Python takes UTF-8 there all the same, unless it is told not to: then files have ASCII names, or are refused.
+    Python takes UTF-8 there all the same, unless PYTHONUTF8=0: then files have ASCII names, or are refused.
     """
     run, strict = run.with_name(f"{run.name}-{'a' if number == 2 else 'ä'}"), number >= 2
     odd = {"LC_ALL": "POSIX", "TZ": "Pacific/Kiritimati"} | ({"PYTHONUTF8": "0"} if strict else {})
@@ -203,11 +203,11 @@ def locale(bench: Bench, run: Path, number: int, rng: random.Random) -> dict[str
     if begun is not None and begun.wait() != -signal.SIGKILL:
         raise Lost("it was over before it was killed")
     done = subprocess.run(command, capture_output=True, env=os.environ | odd, timeout=LIMIT)
-    said = done.stderr.decode(errors="replace")
-    if number == 3 and done.returncode == 2 and "PYTHONUTF8=1" in said:
-        return {"told": said.strip()}
-    if done.returncode or "Traceback" in said:
-        raise Lost(f"exit {done.returncode}: {said[-600:]}")
+    output = done.stderr.decode(errors="replace")
+    if number == 3 and done.returncode == 2 and "PYTHONUTF8=1" in output:
+        return {"told": output.strip()}
+    if done.returncode or "Traceback" in output:
+        raise Lost(f"exit {done.returncode}: {output[-600:]}")
     bench.same(run)
     return {}
 
@@ -219,14 +219,14 @@ def process(bench: Bench, run: Path, number: int, rng: random.Random) -> dict[st
     plans[victim] = {"signal": signal.SIGKILL, **bench.moment(("training", "look")[number // 2 % 2], rng)}
     alone, both = bench.pair_alone, bench.pair(run, plans=(plans[0], plans[1]))
     if both[victim].wait() != -signal.SIGKILL:
-        raise Lost(f"it was over before it was killed: {both[victim].said()[-300:]}")
+        raise Lost(f"it was over before it was killed: {both[victim].output()[-300:]}")
     died = time.monotonic()
-    told = both[other].refused(1, "another of the 2 processes has ended", "--resume")
+    message = both[other].refused(1, "another of the 2 processes has ended", "--resume")
     seconds = time.monotonic() - died
     for each in bench.pair(run):
         each.end(0)
     bench.same(run, alone)
-    return {"killed": victim, "seconds": seconds, "told": told}
+    return {"killed": victim, "seconds": seconds, "told": message}
 
 
 def number(bench: Bench, run: Path, number: int, rng: random.Random) -> dict[str, Any]:
@@ -253,14 +253,14 @@ def memory(bench: Bench, run: Path, number: int, rng: random.Random) -> dict[str
         plan: dict[str, Any] = {"prepare": "limit", "bytes": 16 << 20, "config": wide(bench.place)}
     else:
         plan = {"prepare": "memory", "first": rng.randrange(1, 24), "rows": (1, 2, 4)[number % 3]}
-    said = bench.train(run, **plan).end(0)
+    output = bench.train(run, **plan).end(0)
     record = json.loads((run / "run.json").read_text())
     newest_state = json.loads((manifest(run, newest(run) or 0).parent / "trainer_state.json").read_text())
-    found = {"steps": newest_state["global_step"], "planned": record["plan"]["steps"]}
-    found["rows at once"] = newest_state["stateful_callbacks"]["tsqlora"]["rows"]
-    if "memory does not suffice" not in said or found["steps"] != found["planned"] or not record["rank_events"]:
-        raise Lost(f"{found}: {said[-300:]}")
-    return found | {name: plan[name] for name in ("bytes", "first", "rows") if name in plan}
+    result = {"steps": newest_state["global_step"], "planned": record["plan"]["steps"]}
+    result["rows at once"] = newest_state["stateful_callbacks"]["tsqlora"]["rows"]
+    if "memory does not suffice" not in output or result["steps"] != result["planned"] or not record["rank_events"]:
+        raise Lost(f"{result}: {output[-300:]}")
+    return result | {name: plan[name] for name in ("bytes", "first", "rows") if name in plan}
 
 
 def bench_steps(bench: Bench) -> int:
@@ -290,22 +290,22 @@ def main() -> None:
     args = parser.parse_args()
     import tsqlora.run.train  # noqa: F401  (what is forked has it then)
 
-    known = read(args.out)
-    cells, lost = known.setdefault("cells", {}), list[str]()
+    previous = read(args.out)
+    cells, lost = previous.setdefault("cells", {}), list[str]()
     with tempfile.TemporaryDirectory() as folder:
         bench: Bench | None = None
-        for asked in args.groups.split(","):
-            group, _, most = asked.partition(":")
+        for group_range in args.groups.split(","):
+            group, _, most = group_range.partition(":")
             for number in range(int(most or GROUPS[group][1])):
                 key = f"{group}/{args.model}/{args.seed}/{number}"
                 if cells.get(key, {}).get("survived"):
                     continue
                 bench = bench or Bench(Path(folder), args.model)
-                found = tried(bench, group, number, args.seed)
-                cells[key] = json.loads(json.dumps(found).replace(f"{folder}/", ""))
-                write(args.out, known | {"cores": os.cpu_count()})
-                print(key, "survived" if found["survived"] else f"LOST: {found['lost']}", flush=True)
-                lost += [] if found["survived"] else [key]
+                result = tried(bench, group, number, args.seed)
+                cells[key] = json.loads(json.dumps(result).replace(f"{folder}/", ""))
+                write(args.out, previous | {"cores": os.cpu_count()})
+                print(key, "survived" if result["survived"] else f"LOST: {result['lost']}", flush=True)
+                lost += [] if result["survived"] else [key]
     print(f"{len(cells)} cases, lost: {lost}")
     sys.exit(1 if lost else 0)
 
@@ -313,18 +313,18 @@ def main() -> None:
 def tried(bench: Bench, group: str, number: int, seed: int) -> dict[str, Any]:
     """What came of one case; its files go."""
     run, begun = bench.place / f"{group}-{number}", time.monotonic()
-    found: dict[str, Any] = {"survived": False}
+    result: dict[str, Any] = {"survived": False}
     try:
-        found |= GROUPS[group][0](bench, run, number, random.Random(f"{seed} {group} {number}")) | {"survived": True}
+        result |= GROUPS[group][0](bench, run, number, random.Random(f"{seed} {group} {number}")) | {"survived": True}
     except Lost as loss:
-        found["lost"] = str(loss)
+        result["lost"] = str(loss)
     except Exception:
         traceback.print_exc()
-        found["lost"] = traceback.format_exc()[-600:]
+        result["lost"] = traceback.format_exc()[-600:]
     for left in bench.place.glob(f"{run.name}*"):
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
-    return found | {"took": round(time.monotonic() - begun, 1), "commit": commit()}
+    return result | {"took": round(time.monotonic() - begun, 1), "commit": commit()}
 
 
 if __name__ == "__main__":

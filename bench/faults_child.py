@@ -15,11 +15,11 @@ PHASES = ("look", "ranks", "training", "adjustment", "checkpointing", "export")
 YEAR = 31_536_000
 
 
-def run_cli(arguments: list[str], told: Any, log: str, plan: Mapping[str, Any]) -> None:
-    """The command line, all that it says in a file.
+def run_cli(arguments: list[str], counts: Any, log: str, plan: Mapping[str, Any]) -> None:
+    """The command line, with all of its output in a file.
 
     `plan`: a `signal` for it, so many seconds after it has come to a `phase` for the `count`-th time; or what is
-    prepared for it, see PREPARE. `told` has the phase, and how often it came to each.
+    prepared for it, see PREPARE. `counts` has the phase, and how often it came to each.
     """
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
@@ -35,7 +35,7 @@ def run_cli(arguments: list[str], told: Any, log: str, plan: Mapping[str, Any]) 
         if (phase, count) == (plan.get("phase"), plan.get("count")):
             threading.Timer(plan["delay"], lambda: os.kill(os.getpid(), plan["signal"])).start()
 
-    phases = Phases(told, begun)
+    phases = Phases(counts, begun)
     phases.watch()
     from tsqlora.cli import commands as cli
 
@@ -50,8 +50,8 @@ def run_cli(arguments: list[str], told: Any, log: str, plan: Mapping[str, Any]) 
 class Phases:
     """Which phase a training is in, and how often it came to each."""
 
-    def __init__(self, told: Any, begun: Callable[[str, int], None]) -> None:
-        self.told, self.begun = told, begun
+    def __init__(self, counts: Any, begun: Callable[[str, int], None]) -> None:
+        self.counts, self.begun = counts, begun
         self.entries: list[tuple[float, str, int]] = []
 
     def spans(self) -> list[tuple[str, int, float]]:
@@ -96,12 +96,12 @@ class Phases:
 
     def _enter(self, phase: str) -> None:
         place = PHASES.index(phase)
-        if self.told[0] == place:
+        if self.counts[0] == place:
             return
-        self.told[0] = place
-        self.told[1 + place] += 1
-        self.entries.append((time.monotonic(), phase, self.told[1 + place]))
-        self.begun(phase, self.told[1 + place])
+        self.counts[0] = place
+        self.counts[1 + place] += 1
+        self.entries.append((time.monotonic(), phase, self.counts[1 + place]))
+        self.begun(phase, self.counts[1 + place])
 
 
 # -------------------------------------------------------------------------- what is prepared

@@ -1,4 +1,4 @@
-"""Trainings in processes of their own, beside one that is left alone: bench/faults.py lets things happen to them."""
+"""Trainings in separate processes, which bench/faults.py disturbs, beside one that it leaves alone."""
 
 import json
 import multiprocessing as mp
@@ -25,14 +25,14 @@ class Lost(Exception):
 
 
 class Process:
-    """`tsqlora train` in a process of its own."""
+    """`tsqlora train` in its own process."""
 
     def __init__(self, run: Path, arguments: list[str], log: Path, plan: dict[str, Any]) -> None:
         context: Any = mp.get_context("fork")
         self.run, self.log = run, log
-        self.told = context.RawArray("i", [-1, *[0] * len(PHASES)])
+        self.counts = context.RawArray("i", [-1, *[0] * len(PHASES)])
         log.unlink(missing_ok=True)
-        self.process = context.Process(target=run_cli, args=(arguments, self.told, str(log), plan))
+        self.process = context.Process(target=run_cli, args=(arguments, self.counts, str(log), plan))
         self.process.start()
 
     def wait(self) -> int:
@@ -40,25 +40,25 @@ class Process:
         self.process.join(LIMIT)
         if self.process.exitcode is None:
             self.process.kill()
-            raise Lost(f"no end after {LIMIT} s: {self.said()[-300:]}")
+            raise Lost(f"no end after {LIMIT} s: {self.output()[-300:]}")
         return self.process.exitcode
 
     def end(self, code: int) -> str:
-        """What it said.  Raises Lost where it ended otherwise, or showed a traceback."""
-        found, said = self.wait(), self.said()
-        if found != code or "Traceback" in said:
-            raise Lost(f"exit {found}, not {code}: {said[-600:]}")
-        return said
+        """Return the output. Raises Lost where the process ended otherwise, or showed a traceback."""
+        actual, output = self.wait(), self.output()
+        if actual != code or "Traceback" in output:
+            raise Lost(f"exit {actual}, not {code}: {output[-600:]}")
+        return output
 
     def refused(self, code: int, *words: str) -> str:
-        """The line in which it said why."""
-        said = self.end(code)
-        line = next((line for line in said.splitlines() if line.startswith("error: ")), "no error was told")
+        """Return the line of the error."""
+        output = self.end(code)
+        line = next((line for line in output.splitlines() if line.startswith("error: ")), "no error line")
         if missing := [word for word in words if word not in line]:
             raise Lost(f"{missing} not in: {line}")
         return line
 
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
 
     def until(self, reached: Callable[[], bool]) -> None:
@@ -68,7 +68,7 @@ class Process:
 
     @property
     def where(self) -> str:
-        return PHASES[self.told[0]]
+        return PHASES[self.counts[0]]
 
 
 class Bench:
@@ -106,16 +106,16 @@ class Bench:
         return run / "checkpoints" / f"checkpoint-{newest(run)}"
 
     def same(self, run: Path, other: Path | None = None) -> dict[str, Any]:
-        found = compare(run, other or self.alone)
-        if not all(found.values()):
-            raise Lost(f"not the same: {[name for name, same in found.items() if not same]}")
-        return found
+        equal = compare(run, other or self.alone)
+        if not all(equal.values()):
+            raise Lost(f"not the same: {[name for name, same in equal.items() if not same]}")
+        return equal
 
     def resumed(self, run: Path) -> str:
-        """Goes on to the end, which must be that of the run that was left alone; what was said."""
-        said = self.train(run).end(0)
+        """Resume to the end, which must be that of the undisturbed run; returns the output."""
+        output = self.train(run).end(0)
         self.same(run)
-        return said
+        return output
 
     def pair(self, run: Path, *, plans: tuple[dict[str, Any], dict[str, Any]] = ({}, {})) -> tuple[Process, Process]:
         """Two processes of one training, with as many rows a step as one has."""

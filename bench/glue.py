@@ -36,7 +36,7 @@ PASSES, FRACTION, BATCH, VALIDATION_ROWS, LEARNING_RATE = 4, 0.5, 16, 200, 1e-3
 ENTRIES = "lora,lora+random,tsqlora,tsqlora-quality-only,tsqlora-ranks-only,adalora,elalora,eva"
 GRID_TASKS, GRID_WRONG, GRID_SEEDS = ("sst2", "mrpc", "stsb", "rte"), (0.2, 0.0), (0, 1, 2)
 GRID_ROWS, GRID_MEAN = 2000, 4
-"""What is measured unless other blocks are asked for, and what docs/research/glue.md says is missing."""
+"""The blocks that are measured by default, and those that docs/research/glue.md lists as missing."""
 MAX_LENGTH = {"sst2": 64, "cola": 64, "mrpc": 96, "rte": 96, "stsb": 96}
 # Nothing is tuned on them, and the test set alone has some hundred rows.
 TEST_SPLITS = {"rte": ("test", "validation"), "cola": ("test", "validation")}
@@ -136,7 +136,7 @@ def run(block: Block, seed: int, methods: Sequence[str], shared: Path, **how: An
     """The block's cells of one seed, and their results among the committed ones."""
     folder = CACHE / block.name / f"seed{seed}"
     cells = folder / "cells" / CELLS_DIR
-    if "sweep" not in how and all(known(block, seed, method, how["rates"]) for method in methods):
+    if "sweep" not in how and all(finished(block, seed, method, how["rates"]) for method in methods):
         return
     if not (folder / "settings.yaml").exists():
         write_data(block, seed, shared, folder)
@@ -167,18 +167,18 @@ def stale(cell: Mapping[str, Any]) -> bool:
     return older_rule or cell["cell"]["policy"] in STALE.get((cell["commit"] or "")[:7], ())
 
 
-def known(block: Block, seed: int, method: str, rates: Mapping[str, float]) -> bool:
+def finished(block: Block, seed: int, method: str, rates: Mapping[str, float]) -> bool:
     """Whether a cell of today's numbers is among the committed results, with the learning rate it would have now."""
     entry = entries([method])[0]
-    found = stored(block)["cells"].get(Cell(entry, seed, rates[entry.name]).name)
-    return found is not None and not stale(found)
+    result = stored(block)["cells"].get(Cell(entry, seed, rates[entry.name]).name)
+    return result is not None and not stale(result)
 
 
 def stored(block: Block) -> dict[str, Any]:
     """The block's committed results, also those of one that is not shown yet since seeds are missing."""
     places = (RESULTS, RESULTS / "unfinished")
-    found = [path for folder in places if (path := folder / f"{block.name}.json").exists()]
-    return json.loads(found[0].read_text()) if found else {"settings": {}, "cells": {}}
+    result = [path for folder in places if (path := folder / f"{block.name}.json").exists()]
+    return json.loads(result[0].read_text()) if result else {"settings": {}, "cells": {}}
 
 
 def keep(block: Block, cells: Path) -> None:
@@ -189,8 +189,8 @@ def keep(block: Block, cells: Path) -> None:
     before = stored(block)
     settings, known_cells = before["settings"], before["cells"]
     for file in sorted(cells.glob("*.json")):
-        found = json.loads(file.read_text())
-        new = _shared(found.pop("settings"))
+        result = json.loads(file.read_text())
+        new = _shared(result.pop("settings"))
         if differing := _differing(settings, new):
             if not all(map(stale, known_cells.values())):
                 raise SettingsError(
@@ -199,7 +199,7 @@ def keep(block: Block, cells: Path) -> None:
                 )
             known_cells = {}
         settings = new
-        known_cells[file.stem] = found
+        known_cells[file.stem] = result
     about = {**asdict(block), "metric": block.metric}
     for cell in known_cells.values():
         cell["settings_hash"] = hash_of(about, settings, cell)
@@ -220,7 +220,7 @@ def hash_of(about: Mapping[str, Any], settings: Mapping[str, Any], cell: Mapping
 
 
 def _shared(settings: dict[str, Any]) -> dict[str, Any]:
-    """Without what differs from cell to cell, and where files lay, which says nothing."""
+    """Without what differs from cell to cell, and without places of files."""
     settings["data"] |= dict.fromkeys(("train", "validation", "test"))
     settings["model"]["path"] = Path(settings["model"]["path"]).parent.name
     for name in ("seed", "learning_rate"):
@@ -243,10 +243,10 @@ def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def _flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     """`{"ranks": {"mean": 4}}` as `{"ranks.mean": 4}`."""
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for name, value in settings.items():
-        found |= _flat(value, f"{above}{name}.") if isinstance(value, Mapping) else {f"{above}{name}": value}
-    return found
+        result |= _flat(value, f"{above}{name}.") if isinstance(value, Mapping) else {f"{above}{name}": value}
+    return result
 
 
 def sweep(methods: Sequence[str], tried: Sequence[float], seeds: Sequence[int], shared: Path) -> None:
@@ -259,8 +259,8 @@ def sweep(methods: Sequence[str], tried: Sequence[float], seeds: Sequence[int], 
         chosen = {name: best_rate([cell for cell in cells if entry_of(cell) == name]) for name in names}
         write_json(RESULTS / "rates.json", {"block": SWEPT.name, "rates": chosen})
         for name, rate in chosen.items():
-            known = {cell["cell"]["learning_rate"] for cell in cells if entry_of(cell) == name}
-            if rate in (min(known), max(known)):
+            finished = {cell["cell"]["learning_rate"] for cell in cells if entry_of(cell) == name}
+            if rate in (min(finished), max(finished)):
                 print(f"{name}: {rate:g} is the best of those tried, and the last on its side; try further", flush=True)
 
 
@@ -278,8 +278,8 @@ def best_rate(cells: Sequence[Mapping[str, Any]]) -> float:
     most = max(map(len, by_rate.values()))
 
     def merit(rate: float) -> tuple[float, float]:
-        found = by_rate[rate]
-        return float(np.mean([m["accuracy"] for m in found])), -float(np.mean([m["loss"] for m in found]))
+        result = by_rate[rate]
+        return float(np.mean([m["accuracy"] for m in result])), -float(np.mean([m["loss"] for m in result]))
 
     return max((rate for rate in by_rate if len(by_rate[rate]) == most), key=merit)
 

@@ -98,12 +98,12 @@ class Curve(TrainerCallback):
     def measure(self, args: Any, step: int, model: Any) -> None:
         seconds, random = time.process_time() - self.started, torch.get_rng_state()
         was = model.training
-        found = predictor_of(self.job, model, args).metrics(
+        actual = predictor_of(self.job, model, args).metrics(
             self.job.data.samples["test"].samples, phase="test", progress=None
         )
         model.train(was)
         torch.set_rng_state(random)
-        headline = {"accuracy": found[self.job.task.headline], "loss": found["loss"]}
+        headline = {"accuracy": actual[self.job.task.headline], "loss": actual["loss"]}
         self.points.append({"step": step, "seconds": seconds, **headline})
         self.started = time.process_time() - seconds
 

@@ -105,13 +105,13 @@ def llama_says(base: Path, adapter: Path | None, rows: Sequence[Sequence[int]]) 
         type_v=FLOAT32,
         verbose=False,
     )
-    said = []
+    lines = []
     for row in rows:
         model.reset()
         model.eval(list(row))
-        said.append(torch.from_numpy(model.scores[: len(row)].copy()))
+        lines.append(torch.from_numpy(model.scores[: len(row)].copy()))
     model.close()
-    return torch.cat(said).log_softmax(-1)
+    return torch.cat(lines).log_softmax(-1)
 
 
 def one_alpha(source: Path, target: Path, *, scale: float, alpha: float) -> None:
@@ -181,7 +181,7 @@ def main() -> None:
             for kind, path in adapters.items()
         }
     ranks = sorted(target.rank for target in source.targets.values())
-    found = {
+    result = {
         "versions": versions() | {"llama-cpp-python": llama_cpp.__version__},
         "steps": args.steps,
         "tokens": len(adapted),
@@ -192,8 +192,8 @@ def main() -> None:
         "adapter_does": compared(adapted, plain),
         "results": results,
     }
-    write_json(args.out, found)
-    print(found)
+    write_json(args.out, result)
+    print(result)
 
 
 if __name__ == "__main__":

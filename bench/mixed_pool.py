@@ -104,8 +104,8 @@ def pool_of(seed: int) -> dict[str, list[Row]]:
     }
     pool = [{"prompt": p, "completion": a, "kind": kind} for kind, part in rows.items() for p, a in part]
     tests = [{"prompt": p, "completion": a} for p, a in read("scitldr", "test")[:TEST_ROWS]]
-    known = [{"prompt": p, "completion": a} for p, a in trusted]
-    return {"train": [pool[j] for j in rng.permutation(len(pool))], "trusted": known, "test": tests}
+    trusted_rows = [{"prompt": p, "completion": a} for p, a in trusted]
+    return {"train": [pool[j] for j in rng.permutation(len(pool))], "trusted": trusted_rows, "test": tests}
 
 
 @torch.no_grad()
@@ -198,16 +198,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--seeds", default="0,1,2")
-    asked = parser.parse_args()
+    request = parser.parse_args()
     torch.set_num_threads(1)
-    for seed in map(int, asked.seeds.split(",")):
-        for method in asked.methods.split(","):
+    for seed in map(int, request.seeds.split(",")):
+        for method in request.methods.split(","):
             path = RESULTS / f"{method}.{seed}.json"
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_json(path, run(method, seed))
-            found = json.loads(path.read_text())
-            print(method, f"seed {seed}: test loss {found['loss']:.3f}", found["drawn"], found["area"], flush=True)
+            result = json.loads(path.read_text())
+            print(method, f"seed {seed}: test loss {result['loss']:.3f}", result["drawn"], result["area"], flush=True)
 
 
 if __name__ == "__main__":

@@ -30,9 +30,9 @@ def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def write(path: Path, found: Mapping[str, Any]) -> None:
+def write(path: Path, results: Mapping[str, Any]) -> None:
     """Writes results and the versions that made them."""
-    write_json(path, {**found, "versions": versions()})
+    write_json(path, {**results, "versions": versions()})
 
 
 def machine() -> dict[str, Any]:
@@ -46,7 +46,7 @@ def machine() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    known = Path("/proc/cpuinfo")
-    lines = known.read_text().splitlines() if known.exists() else []
+    description = Path("/proc/cpuinfo")
+    lines = description.read_text().splitlines() if description.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()

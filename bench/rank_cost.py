@@ -6,8 +6,8 @@ Two models of one shape, the same batches of random tokens, 128 a row, all cores
 one with `RankLoop` (mean rank 8, capacity 16) take turns, so that both see the same machine; about as large a share of
 steps is measured as in a default run of 500 steps. Of a run's seconds the whole is compared, and apart from it the
 steps in which nothing is measured. SmolLM2 is its architecture (135M) with random weights: a step costs the same.
-`large rank` is MiniLM's step at rank 64 and at 128, and at rank 64 with slots for 128. Peak memory is that of a process
-of its own, beyond what it holds once the model is loaded.
+`large rank` is MiniLM's step at rank 64 and at 128, and at rank 64 with slots for 128. Peak memory is that of a
+separate process, beyond what it holds once the model is loaded.
 """
 
 import argparse
@@ -180,10 +180,10 @@ def main() -> None:
     for precision in args.precisions.split(","):
         half = precision == "bfloat16"
         for model in args.models.split(","):
-            found = whole_run(model, half) | {"peak": {side: peak(model, side, half) for side in ("plain", "ours")}}
-            found["commit"] = commit()
-            cells[f"{model}/{precision}"] = found
-            print(model, precision, json.dumps(found), flush=True)
+            result = whole_run(model, half) | {"peak": {side: peak(model, side, half) for side in ("plain", "ours")}}
+            result["commit"] = commit()
+            cells[f"{model}/{precision}"] = result
+            print(model, precision, json.dumps(result), flush=True)
         cells[f"large rank/{precision}"] = large_rank(half)
         origin = {"tokens": TOKENS, "rank": RANK, "models": MODELS, "machine": machine()}
         write_json(args.out, {**origin, "versions": versions(), "cells": cells})

@@ -6,7 +6,7 @@
     python bench/scale.py processes                      # rows scored and bytes sent by 1, 2 and 3 processes
     python bench/scale.py plan                           # the cost model's numbers for 7B to 70B
 
-Each part is a process of its own, and an entry of bench/results/scale.json. Operations and bytes are counted, not
+Each part runs in its own process, and is an entry of bench/results/scale.json. Operations and bytes are counted, not
 timed, so that they do not depend on what else the machine does; seconds are the processor's, and say so.
 """
 
@@ -101,7 +101,7 @@ def rows(count: int) -> dict[str, Any]:
     scored, peak = time.process_time() - start, status("VmHWM")
     del scores
     drawn = select_rows(table, CACHE / f"{count}.subset.jsonl", fraction=0.3, seed=0, data=file)
-    found = {
+    result = {
         "rows": count,
         "drawn": drawn,
         "processor_seconds": round(time.process_time() - start, 1),
@@ -115,7 +115,7 @@ def rows(count: int) -> dict[str, Any]:
     }
     for path in (file, table, CACHE / f"{count}.subset.jsonl"):
         path.unlink()
-    return found
+    return result
 
 
 # ----------------------------------------------------------------------------------- steps
@@ -256,15 +256,15 @@ def model_point(*, count: int, tokens: int, width: int, depth: int) -> dict[str,
         with torch.no_grad():
             model(**batch)
 
-    with held(model) as kept:
+    with held(model) as inputs:
         model(**batch)
-    told = predicted(model, tokens, width, depth)
+    formula = predicted(model, tokens, width, depth)
     return {
         "rows": count, "tokens": tokens, "width": width, "depth": depth,
-        "forward": counted(forward), "forward_predicted": count * told["forward"],
-        "step": counted(step), "step_predicted": count * told["step"],
-        "held_bytes": kept[0],
-        "held_a_token_and_layer_of_width": round(kept[0] / (count * tokens * width * depth), 2),
+        "forward": counted(forward), "forward_predicted": count * formula["forward"],
+        "step": counted(step), "step_predicted": count * formula["step"],
+        "held_bytes": inputs[0],
+        "held_a_token_and_layer_of_width": round(inputs[0] / (count * tokens * width * depth), 2),
     }  # fmt: skip
 
 
@@ -307,7 +307,7 @@ def one_process(rank: int, processes: int, folder: Path) -> None:
         optimizer.zero_grad()
     forwards = 0
 
-    def count_rows(module: nn.Module, given: Any, kwargs: Any) -> None:
+    def count_rows(module: nn.Module, arguments: Any, kwargs: Any) -> None:
         nonlocal forwards
         forwards += len(kwargs["input_ids"])
 
@@ -318,13 +318,13 @@ def one_process(rank: int, processes: int, folder: Path) -> None:
     tsq.score(model, rows_, collate, rule=rule, rows=names, compute=tsq.Compute(batch_size=8))
     seconds = time.process_time() - start
     handle.remove()
-    found = {
+    result = {
         "trainable": trainable,
         "bytes_a_step": sent,
         "rows_forward": forwards,
         "processor_seconds": round(seconds, 2),
     }
-    (folder / f"{rank}.json").write_text(json.dumps(found))
+    (folder / f"{rank}.json").write_text(json.dumps(result))
     dist.destroy_process_group()
 
 
@@ -348,17 +348,17 @@ ASSUMED = {"tokens": 512, "rank": 16, "devices": 8, "micro_batch": 8, "operation
 
 
 def plan() -> dict[str, Any]:
-    """What docs/scaling.md says of models of these shapes: formulas alone, nothing measured but `row_bytes`."""
+    """The numbers of docs/scaling.md for models of these shapes: formulas alone, nothing measured but `row_bytes`."""
     t, devices, rate = ASSUMED["tokens"], ASSUMED["devices"], ASSUMED["operations_a_second"]
-    found = {}
+    result = {}
     for name, shape in PLANNED.items():
         d, depth, keys, inner = shape["width"], shape["depth"], shape["keys"], shape["inner"]
         layers = [(d, d), (d, keys), (d, keys), (d, d), (d, inner), (d, inner), (inner, d)]
         linear = depth * sum(i * o for i, o in layers)
         lora = depth * ASSUMED["rank"] * sum(i + o for i, o in layers)
         forward, step = formulas(t, linear, lora, 4 * t**2 * d * depth).values()
-        kept = 2 * t * d * ASSUMED["micro_batch"]  # bfloat16, the input of each checkpointed layer
-        found[name] = {
+        inputs = 2 * t * d * ASSUMED["micro_batch"]  # bfloat16, the input of each checkpointed layer
+        result[name] = {
             "linear": linear, "lora": lora, "forward": forward, "step": step, "step_checkpointed": step + forward,
             "hours_to_score_a_million": 1e6 * forward / rate / 3600,
             "hours_to_score_a_million_all_terms": 1e6 * (forward + step) / rate / 3600,
@@ -366,10 +366,10 @@ def plan() -> dict[str, Any]:
             "bytes_of_weights_a_device": 2 * linear / devices,
             "bytes_gathered_at_a_time": 2 * 2 * linear / depth,
             "bytes_of_adapter_and_adam_a_device": 16 * lora / devices,
-            "bytes_of_checkpoints_a_device": kept * depth,
+            "bytes_of_checkpoints_a_device": inputs * depth,
             "bytes_received_a_micro_batch": (2 * 2 * linear + 4 * lora) * (devices - 1) / devices,
         }  # fmt: skip
-    return {"assumed": ASSUMED, "models": found}
+    return {"assumed": ASSUMED, "models": result}
 
 
 # ------------------------------------------------------------------------------------ main
@@ -377,8 +377,8 @@ def plan() -> dict[str, Any]:
 
 def main() -> None:
     parts: dict[str, Callable[[], Any]] = {
-        "rows": lambda: rows(int(given.rows)),
-        "steps": lambda: steps(given.steps),
+        "rows": lambda: rows(int(arguments.rows)),
+        "steps": lambda: steps(arguments.steps),
         "model": model,
         "processes": lambda: [processes(count) for count in (1, 2, 3)],
         "plan": plan,
@@ -387,19 +387,19 @@ def main() -> None:
     parser.add_argument("part", choices=parts)
     parser.add_argument("--rows", default="100000,1000000")
     parser.add_argument("--steps", type=int, default=100_000)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
     CACHE.mkdir(parents=True, exist_ok=True)
-    if given.part == "rows" and "," in given.rows:
-        for count in given.rows.split(","):
-            command = [sys.executable, __file__, "rows", "--rows", count, "--out", str(given.out)]
+    if arguments.part == "rows" and "," in arguments.rows:
+        for count in arguments.rows.split(","):
+            command = [sys.executable, __file__, "rows", "--rows", count, "--out", str(arguments.out)]
             subprocess.run(command, check=True)
         return
-    found = parts[given.part]()
-    key = f"rows-{given.rows}" if given.part == "rows" else given.part
-    entry = {"commit": (commit() or "unknown")[:7], "torch": torch.__version__, "found": found}
-    write(given.out, read(given.out) | {key: entry})
-    print(key, json.dumps(found)[:600])
+    result = parts[arguments.part]()
+    key = f"rows-{arguments.rows}" if arguments.part == "rows" else arguments.part
+    entry = {"commit": (commit() or "unknown")[:7], "torch": torch.__version__, "found": result}
+    write(arguments.out, read(arguments.out) | {key: entry})
+    print(key, json.dumps(result)[:600])
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from tsqlora.interop.files import CONFIG, WEIGHTS, read_adapter
 Applied = dict[str, Tensor]
 """By layer, what a server adds to W; an empty tensor for a module that it takes whole."""
 LLAMA = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head"}
-"""The layers of a Llama that take LoRA, in vLLM and in SGLang (where all are asked for)."""
+"""The layers of a Llama that take LoRA, in vLLM and in SGLang (where a request names all)."""
 
 
 class StandIn(types.ModuleType):
@@ -68,13 +68,13 @@ class StandIns:
         return StandIn(spec.name)
 
     def exec_module(self, module: Any) -> None:
-        vars(module).update(GIVEN.get(module.__name__, {}))
+        vars(module).update(ARGUMENTS.get(module.__name__, {}))
         if module.__name__ in TAKEN:
             file, names = TAKEN[module.__name__]
             _take(module, self.folder / file, names)
 
 
-GIVEN: dict[str, dict[str, Any]] = {
+ARGUMENTS: dict[str, dict[str, Any]] = {
     "vllm.logger": {"init_logger": lambda _: types.SimpleNamespace(info_once=lambda *_: None)},
     "vllm.utils.torch_utils": {"PIN_MEMORY": False},
 }
@@ -146,8 +146,8 @@ def sglang(folder: Path) -> Applied:
     of = importlib.import_module("sglang.srt.lora.lora").LoRAAdapter
     adapter = of("uid", config, base, None, None)
     adapter.initialize_weights_from_tensors(load_file(folder / WEIGHTS))
-    found = {name: weight for layer in adapter.layers for name, weight in layer.weights.items()}
-    return sglang_pool(found | adapter.embedding_layers, config.r, adapter.scaling, base)
+    result = {name: weight for layer in adapter.layers for name, weight in layer.weights.items()}
+    return sglang_pool(result | adapter.embedding_layers, config.r, adapter.scaling, base)
 
 
 def sglang_pool(weights: Mapping[str, Tensor], rank: int, scaling: float, base: LlamaConfig) -> Applied:
@@ -210,15 +210,15 @@ def main() -> None:
     parser.add_argument("wheels", type=Path)
     parser.add_argument("adapters", type=Path)
     args = parser.parse_args()
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for wheel in sorted(args.wheels.glob("*.whl")):
         package, version, *_ = wheel.name.split("-")
         load, real = SERVERS[package]
         with code_of(wheel, package, real):
             kinds = {file.parent.name: judged(load, file.parent) for file in sorted(args.adapters.glob(f"*/{CONFIG}"))}
-        found[f"{package} {version}"] = kinds
+        result[f"{package} {version}"] = kinds
         print(package, version, json.dumps({kind: seen["verdict"] for kind, seen in kinds.items()}))
-    write(args.out, {"servers": found})
+    write(args.out, {"servers": result})
 
 
 if __name__ == "__main__":

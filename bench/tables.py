@@ -114,21 +114,21 @@ def _verdict(met: bool) -> str:
 def rank_cost(results: Results) -> Rows:
     """Cost of a run whose ranks move, in units of plain LoRA at the same mean rank."""
     rows = []
-    for cell, found in results["cells"].items():
+    for cell, result in results["cells"].items():
         if cell.startswith("large rank"):
             continue
-        without, measured = found["ratio of steps without measuring"], found["ratio of steps with"]
-        share = found["adjustments"] / found["steps"]
+        without, measured = result["ratio of steps without measuring"], result["ratio of steps with"]
+        share = result["adjustments"] / result["steps"]
         rows.append(
             {
                 "model, precision": cell.replace("/", ", "),
-                "steps": str(found["steps"]),
-                "of them measured": str(found["adjustments"]),
+                "steps": str(result["steps"]),
+                "of them measured": str(result["adjustments"]),
                 "a step not measured": f"{without:.3f}",
                 "one measured": f"{measured:.3f}",
                 "the run, by medians": f"{(1 - share) * without + share * measured:.3f}",
-                "its seconds": f"{found['ratio']:.3f}",
-                "peak memory": f"{found['peak']['ours'] / found['peak']['plain']:.3f}",
+                "its seconds": f"{result['ratio']:.3f}",
+                "peak memory": f"{result['peak']['ours'] / result['peak']['plain']:.3f}",
             }
         )
     return rows
@@ -137,8 +137,8 @@ def rank_cost(results: Results) -> Rows:
 def rank_cost_large(results: Results) -> Rows:
     """Seconds of a step where the rank is large, by what is active."""
     return [
-        {"precision": cell.split("/")[1]} | {name: f"{seconds:.2f}" for name, seconds in found.items()}
-        for cell, found in results["cells"].items()
+        {"precision": cell.split("/")[1]} | {name: f"{seconds:.2f}" for name, seconds in result.items()}
+        for cell, result in results["cells"].items()
         if cell.startswith("large rank")
     ]
 
@@ -181,12 +181,12 @@ def llamacpp(results: Results) -> Rows:
         {
             "weights": weights,
             "adapter": adapters[adapter],
-            "largest difference": f"{found['largest']:.2g}",
-            "mean difference": f"{found['mean']:.2g}",
-            "KL, nats": f"{found['kl']:.2g}",
-            "same best token": f"{found['same_best']:.0%}",
+            "largest difference": f"{result['largest']:.2g}",
+            "mean difference": f"{result['mean']:.2g}",
+            "KL, nats": f"{result['kl']:.2g}",
+            "same best token": f"{result['same_best']:.0%}",
         }
-        for key, found in results["results"].items()
+        for key, result in results["results"].items()
         for weights, _, adapter in [key.partition(", ")]
     ]
 
@@ -260,7 +260,7 @@ def _fuzzed(results: Results) -> pd.DataFrame:
 
 def fuzz(results: Results) -> Rows:
     """A row a reader: cases and what came of them."""
-    readers, found, counts = _fuzzed(results), results["found"], ["cases", "read", "refused", "failures"]
+    readers, result, counts = _fuzzed(results), results["found"], ["cases", "read", "refused", "failures"]
 
     def row(name: str, cases: Mapping[str, Any], slowest: str, mended: int) -> dict[str, str]:
         outcomes = {column: f"{cases[column]:,}" if column in cases else "" for column in counts}
@@ -268,12 +268,12 @@ def fuzz(results: Results) -> Rows:
         return {"reader": name, **outcomes, **last}
 
     rows = [
-        row(n, r, f"{r['slowest_seconds']:.2f}", len(found.get(n, ()))) for n, r in readers.to_dict("index").items()
+        row(n, r, f"{r['slowest_seconds']:.2f}", len(result.get(n, ()))) for n, r in readers.to_dict("index").items()
     ]
     rows += [
-        row(name, {}, "", len(of)) | {"cases": "by reading"} for name, of in found.items() if name not in readers.index
+        row(name, {}, "", len(of)) | {"cases": "by reading"} for name, of in result.items() if name not in readers.index
     ]
-    return [*rows, row("**all**", readers[counts].sum().to_dict(), "", sum(map(len, found.values())))]
+    return [*rows, row("**all**", readers[counts].sum().to_dict(), "", sum(map(len, result.values())))]
 
 
 def fuzz_summary(results: Results) -> Rows:
@@ -287,7 +287,7 @@ def fuzz_summary(results: Results) -> Rows:
 def fuzz_found(results: Results) -> Rows:
     """What was found and mended, a row each."""
     return [
-        {"reader": name, "what a file could do": what} for name, found in results["found"].items() for what in found
+        {"reader": name, "what a file could do": what} for name, result in results["found"].items() for what in result
     ]
 
 
@@ -314,12 +314,12 @@ def scale_processes(results: Results) -> Rows:
     """Bytes of gradients a step and rows passed forward, by how many processes."""
     return [
         {
-            "processes": str(found["processes"]),
-            "bytes of gradients a step": f"{found['each'][0]['bytes_a_step']:,}",
-            "4 × what trains": f"{4 * found['each'][0]['trainable']:,}",
-            "rows forward, each process": ", ".join(str(one["rows_forward"]) for one in found["each"]),
+            "processes": str(result["processes"]),
+            "bytes of gradients a step": f"{result['each'][0]['bytes_a_step']:,}",
+            "4 × what trains": f"{4 * result['each'][0]['trainable']:,}",
+            "rows forward, each process": ", ".join(str(one["rows_forward"]) for one in result["each"]),
         }
-        for found in results["processes"]["found"]
+        for result in results["processes"]["found"]
     ]
 
 
@@ -393,8 +393,8 @@ def headstart(_: Results) -> pd.DataFrame:
     rows = []
     for table, of_table in curves.chosen().items():
         goal = {seed: curve[-1] for seed, curve in of_table["lora"].items()}
-        for method, found in of_table.items():
-            both = {seed: curve for seed, curve in found.items() if seed in goal}
+        for method, result in of_table.items():
+            both = {seed: curve for seed, curve in result.items() if seed in goal}
             reached = [curves.reached(curve, goal[seed]) for seed, curve in both.items()]
             areas = []
             for seed, curve in both.items():
@@ -463,8 +463,8 @@ def head_choices(_: Results) -> pd.DataFrame:
     rows = []
     for table, of_table in cells.groupby("table"):
         for method in HEADS:
-            found = of_table[of_table.method == method].curve
-            points = [[100 * point["accuracy"] for point in curve] for curve in found]
+            result = of_table[of_table.method == method].curve
+            points = [[100 * point["accuracy"] for point in curve] for curve in result]
             if points:
                 middle = [float(np.mean(curve)) for curve in points]
                 rows.append(
@@ -475,7 +475,7 @@ def head_choices(_: Results) -> pd.DataFrame:
                         "before the first step": _mean([curve[0] for curve in points]),
                         "mean over the curve": _mean(middle),
                         "at its end": _mean([curve[-1] for curve in points]),
-                        "test loss": _mean([curve[-1]["loss"] for curve in found], 3),
+                        "test loss": _mean([curve[-1]["loss"] for curve in result], 3),
                     }
                 )
     return pd.DataFrame(rows)
@@ -483,11 +483,11 @@ def head_choices(_: Results) -> pd.DataFrame:
 
 def _mean(values: Sequence[float | None], digits: int = 1) -> str:
     """The mean; where a seed has none, how many have."""
-    known = [value for value in values if value is not None]
-    if not known:
+    present = [value for value in values if value is not None]
+    if not present:
         return "never"
-    mean = f"{sum(known) / len(known):.{digits}f}"
-    return mean if len(known) == len(values) else f"{mean} ({len(known)} of {len(values)} seeds)"
+    mean = f"{sum(present) / len(present):.{digits}f}"
+    return mean if len(present) == len(values) else f"{mean} ({len(present)} of {len(values)} seeds)"
 
 
 SHORT = {name: way for name, (way, *_) in differences.WAYS.items()} | {
@@ -527,10 +527,10 @@ def capacity(_: Results) -> pd.DataFrame:
     """Test loss at the rate that validation rows of the first seed chose."""
     cells = pd.DataFrame([{**cell, **cell["settings"]} for cell in _cells("capacity")])
     rows = []
-    for (mean, method), found in cells.groupby(["mean", "method"], sort=False):
-        first = found[found.seed == found.seed.min()]
+    for (mean, method), result in cells.groupby(["mean", "method"], sort=False):
+        first = result[result.seed == result.seed.min()]
         rate = first.loc[first.validation.idxmin(), "rate"]
-        best = found[found.rate == rate]
+        best = result[result.rate == rate]
         rows.append(
             {
                 "mean rank": f"{mean:g}",
@@ -574,10 +574,10 @@ WRONG = {
 def audit(_: Results) -> pd.DataFrame:
     """What the audit, cleanlab and a vote of neighbours find of the wrong labels; means over seeds."""
     cells = pd.DataFrame(
-        {**cell["settings"], "classes": cell["classes"], "way": name, **found}
+        {**cell["settings"], "classes": cell["classes"], "way": name, **result}
         for cell in _cells("audit")
         if "ours" in cell["ways"]
-        for name, found in cell["ways"].items()
+        for name, result in cell["ways"].items()
     )
     cells["noise"] = pd.Categorical(cells["noise"], list(WRONG), ordered=True)
     keys = ["classes", "table", "noise"]
@@ -638,8 +638,8 @@ def audit_short(results: Results) -> pd.DataFrame:
 
 def problems(_: Results) -> Rows:
     """Each problem of a user with the command and what was measured, for README and the first page."""
-    found = audit(_).set_index(["table, classes", "wrong labels"]).loc[("clinc150, 150", "10 %, any class")]
-    flagged, wrong = (found[column].split(" / ")[0] for column in ("flagged: ours / cleanlab", "of them wrong"))
+    result = audit(_).set_index(["table, classes", "wrong labels"]).loc[("clinc150, 150", "10 %, any class")]
+    flagged, wrong = (result[column].split(" / ")[0] for column in ("flagged: ours / cleanlab", "of them wrong"))
     start = headstart(_).set_index(["table", "way to train"])
     ours, lora = start.loc[("clinc150", "tsqlora")], start.loc[("clinc150", "lora")]
     cells = differences.cells()
@@ -653,7 +653,7 @@ def problems(_: Results) -> Rows:
         _problem(
             "Some labels are wrong",
             "tsqlora audit train.csv",
-            f"CLINC150 with 10 % wrong labels ({found['seeds']} seed): flags {flagged} of the rows, "
+            f"CLINC150 with 10 % wrong labels ({result['seeds']} seed): flags {flagged} of the rows, "
             f"{100 * float(wrong):.0f} % of them wrong; one forward pass",
         ),
         _problem(

@@ -102,24 +102,24 @@ def mislabelled(rows: list[Row], share: float, rng: np.random.Generator) -> list
 
 
 def table(name: str, seed: int, trusted: int, *, noise: float = 0.0) -> World:
-    pool, known, test, rng = draw(name, seed, trusted)
-    return World(mislabelled(pool, noise, rng), known, test, by_label(test), round(noise * len(pool)), name)
+    pool, checked, test, rng = draw(name, seed, trusted)
+    return World(mislabelled(pool, noise, rng), checked, test, by_label(test), round(noise * len(pool)), name)
 
 
 def intents(seed: int, trusted: int, *, noise: float = 0.0) -> World:
     """CLINC150, of which an epoch draws a fifth."""
-    pool, known, test, rng = draw("clinc150", seed, trusted, pool=14000)
+    pool, checked, test, rng = draw("clinc150", seed, trusted, pool=14000)
     wrong = round(noise * len(pool))
-    return World(mislabelled(pool, noise, rng), known, test, by_label(test), wrong, "clinc150", fraction=0.2)
+    return World(mislabelled(pool, noise, rng), checked, test, by_label(test), wrong, "clinc150", fraction=0.2)
 
 
 def shortcut(seed: int, trusted: int, *, noise: float = 0.0) -> World:
     """A token stands in front of 95 % of positive and 5 % of negative rows; of trusted and test rows, of half."""
-    pool, known, test, rng = draw("sst2", seed, trusted)
+    pool, checked, test, rng = draw("sst2", seed, trusted)
     pool = mislabelled(marked(pool, lambda label: 0.95 if label else 0.05, rng), noise, rng)
-    known, test = marked(known, lambda _: 0.5, rng), marked(test, lambda _: 0.5, rng)
+    checked, test = marked(checked, lambda _: 0.5, rng), marked(test, lambda _: 0.5, rng)
     groups = [f"{row['label']}{'+' if row['text'].startswith(TOKEN) else '-'}" for row in test]
-    return World(pool, known, test, groups, round(noise * len(pool)))
+    return World(pool, checked, test, groups, round(noise * len(pool)))
 
 
 def weak(seed: int, trusted: int) -> World:
@@ -128,10 +128,10 @@ def weak(seed: int, trusted: int) -> World:
 
     lexicon = SentimentIntensityAnalyzer()
     compound = {row["text"]: lexicon.polarity_scores(row["text"])["compound"] for row in split("sst2", "train")}
-    pool, known, test, _ = draw("sst2", seed, trusted, keep=lambda row: abs(compound[row["text"]]) >= 0.05)
+    pool, checked, test, _ = draw("sst2", seed, trusted, keep=lambda row: abs(compound[row["text"]]) >= 0.05)
     labelled = [{**row, "label": int(compound[row["text"]] > 0)} for row in pool]
     wrong = sum(a["label"] != b["label"] for a, b in zip(labelled, pool, strict=True))
-    return World(labelled, known, test, by_label(test), wrong)
+    return World(labelled, checked, test, by_label(test), wrong)
 
 
 WORLDS: dict[str, Callable[[int, int], World]] = {

@@ -1,8 +1,8 @@
-"""Finds the old voice in src/: python scripts/plain_english.py [--list] [PATH ...]
+"""Finds the old voice in src/, tests/ and bench/: python scripts/plain_english.py [--list] [PATH ...]
 
 The rule is that of CONVENTIONS: plain English in docstrings, comments, messages and names. `told`, `known`, `given` and
-the like are verbs, not nouns or names. scripts/plain_english.json has how many each package may still have; a count may
-fall and not grow, and `--list` shows each place.
+the like are verbs, not nouns or names. scripts/plain_english.json has how many each package may still have; a
+count may fall and not grow, and `--list` shows each place.
 """
 
 import ast
@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-SRC = ROOT / "src" / "tsqlora"
+CHECKED = (ROOT / "src" / "tsqlora", ROOT / "tests", ROOT / "bench")
 ALLOWED = Path(__file__).with_suffix(".json")
 
 NAMES = re.compile(r"_*(told|known|found|asked|wanted|said|kept|given|anew)s?_*")
 """Names that are such a word and nothing else."""
 WORDS = re.compile(
-    r"\banew\b|\b(?:of|by) (?:\w+ )?(?:one's|its|their|his) own\b(?=[.,;:)]|$)|\bof one's own\b|\btold\b"
+    r"\banew\b|\b(?:of|by) (?:\w+ )?(?:one's|its|their|his) own\b(?=[.,;:)]|$)|\bof one's own\b|\btold\b(?! apart)"
     r"|\b(?:refus\w+|raised|named|asked|told) by name\b"
     r"|\b(?:the|what|which|that|those|all|is|are|was|were|not|as|if|where|be) (?:is |are |was |were |be )?"
     r"(?:asked|wanted|said)(?: for)?\b|\b(?:the|what is|what was) (?:known|found|kept|given|asked|wanted|said|told)\b"
@@ -47,7 +47,7 @@ def findings(path: Path, text: str) -> Iterator[Finding]:
                 pass
             case ast.Name(id=name, ctx=ast.Store()):
                 pass
-            case ast.Constant(value=str(value)):
+            case ast.Constant(value=str(value)) if " " in value:  # one word is a key, not a sentence
                 for match in WORDS.finditer(" ".join(value.split())):
                     yield Finding(where, node.lineno, f"'{match[0]}' in: {' '.join(value.split())[:80]}")
                 continue
@@ -61,13 +61,13 @@ def findings(path: Path, text: str) -> Iterator[Finding]:
 
 
 def package(path: str) -> str:
-    """The package that a count is kept for; `src/tsqlora/run/train.py` is of `run`."""
-    parts = Path(path).parts
-    return parts[2] if len(parts) > 3 else "."
+    """The package of a count: `run` of `src/tsqlora/run/train.py`, else the top folder."""
+    folder, *rest = Path(path).parts
+    return rest[1] if folder == "src" and len(rest) > 2 else folder if rest and folder != "src" else "."
 
 
 def main() -> None:
-    names = [Path(name) for name in sys.argv[1:] if not name.startswith("--")] or [SRC]
+    names = [Path(name) for name in sys.argv[1:] if not name.startswith("--")] or [*CHECKED]
     files = [file for name in names for file in (sorted(name.rglob("*.py")) if name.is_dir() else [name])]
     everything = [finding for file in files for finding in findings(file.resolve(), file.read_text(encoding="utf-8"))]
     if "--list" in sys.argv:

@@ -80,9 +80,9 @@ class Page:
 
     def run(self, script: str) -> Any:
         """The value of a JavaScript expression."""
-        found = self.send("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in found, found
-        return found["result"].get("value")
+        actual = self.send("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in actual, actual
+        return actual["result"].get("value")
 
     def press(self, key: str, code: int) -> None:
         """One key, down and up."""
@@ -110,7 +110,7 @@ def browser() -> Iterator[Page]:
             "--no-first-run", "--disable-background-networking", "--disable-component-update", "--hide-scrollbars",
             f"--user-data-dir={profile}",
         ]  # fmt: skip
-        # The protocol's pipes are file descriptors 3 and 4 of the browser. Not every sh knows of more than 9.
+        # The protocol's pipes are file descriptors 3 and 4 of the browser. Not every sh supports more than 9.
         shell = ["bash", "-c", f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}', "bash", program, *flags]
         with subprocess.Popen(
             shell, pass_fds=(theirs_in, theirs_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

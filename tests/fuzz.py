@@ -64,9 +64,9 @@ def run_chunk(target: str, number: int, folder: Path) -> dict[str, Any]:
             outcome = attempt(run, case, folder)
             counts[outcome.kind] += 1
             slowest = max(slowest, outcome.seconds)
-            key = f"{outcome.kind}: {outcome.told.split(': ')[0]}"
+            key = f"{outcome.kind}: {outcome.message.split(': ')[0]}"
             if outcome.broken and key not in broken:
-                broken[key] = {"target": target, "kind": outcome.kind, "told": outcome.told}
+                broken[key] = {"target": target, "kind": outcome.kind, "message": outcome.message}
                 _keep(case, broken[key])
 
     one()
@@ -75,7 +75,7 @@ def run_chunk(target: str, number: int, folder: Path) -> dict[str, Any]:
 
 def _keep(case: Any, about: Mapping[str, Any]) -> None:
     CACHE.mkdir(parents=True, exist_ok=True)
-    name = f"{about['target']}-{abs(hash(about['told'])):x}.pickle".replace("/", "_").replace(" ", "")
+    name = f"{about['target']}-{abs(hash(about['message'])):x}.pickle".replace("/", "_").replace(" ", "")
     (CACHE / name).write_bytes(pickle.dumps((dict(about), case)))
 
 
@@ -86,7 +86,7 @@ def add(state: dict[str, Any], chunk: Mapping[str, Any]) -> None:
     state["chunks"] += 1
     state["slowest_seconds"] = round(max(state["slowest_seconds"], chunk["slowest"]), 3)
     for key, about in chunk["broken"].items():
-        state["broken"].setdefault(key, about["told"])
+        state["broken"].setdefault(key, about["message"])
 
 
 def main() -> None:
@@ -94,19 +94,19 @@ def main() -> None:
     parser.add_argument("--targets", default=",".join(TARGETS))
     parser.add_argument("--cases", type=int, default=100_000, help="of each target")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "fuzz.json")
-    given_ = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
     TrainingArguments("x", report_to="none")  # what is imported late makes its caches now
-    targets = given_.targets.split(",")
+    targets = options.targets.split(",")
     now = {"commit": (commit() or "unknown")[:7], "versions": versions() | {"hypothesis": hypothesis.__version__}}
-    found = json.loads(given_.out.read_text()) if given_.out.exists() else {"engine": "hypothesis", "targets": {}}
+    results = json.loads(options.out.read_text()) if options.out.exists() else {"engine": "hypothesis", "targets": {}}
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
-        while waiting := [t for t in targets if found["targets"].get(t, {"cases": 0})["cases"] < given_.cases]:
-            target = min(waiting, key=lambda t: found["targets"].get(t, {"cases": 0})["cases"])
+        while waiting := [t for t in targets if results["targets"].get(t, {"cases": 0})["cases"] < options.cases]:
+            target = min(waiting, key=lambda t: results["targets"].get(t, {"cases": 0})["cases"])
             new = {"cases": 0, "chunks": 0, "outcomes": {}, "slowest_seconds": 0.0, "broken": {}}
-            state = found["targets"].setdefault(target, new)
+            state = results["targets"].setdefault(target, new)
             add(state, run_chunk(target, state["chunks"], Path(folder)))
-            write_json(given_.out, found | now)
+            write_json(options.out, results | now)
             print(target, state["cases"], state["outcomes"], flush=True)
 
 

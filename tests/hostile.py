@@ -12,7 +12,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import peft  # noqa: F401  (first: the hook that checks shapes compiles anew what is imported within ours)
+import peft  # noqa: F401  (first: the hook that checks shapes compiles again what is imported within ours)
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
@@ -31,11 +31,11 @@ from tsqlora.training.record import RECORD_FILE, RunRecord
 
 @dataclass(frozen=True)
 class Case:
-    """Files of a directory by name, links in it by name, and what a reader is told beside them."""
+    """Files of a directory by name, links in it by name, and what a reader gets besides."""
 
     files: Mapping[str, bytes]
     links: Mapping[str, str] = field(default_factory=dict)
-    told: tuple[Any, ...] = ()
+    extra: tuple[Any, ...] = ()
 
 
 def lay(case: Case, folder: Path) -> None:
@@ -217,7 +217,7 @@ overrides = st.lists(
 
 
 def read_settings(folder: Path, case: Case) -> None:
-    config = load_config(folder / "tsq.yaml", case.told)
+    config = load_config(folder / "tsq.yaml", case.extra)
     (folder / "again.yaml").write_text(dump_config(config))
     assert load_config(folder / "again.yaml").model_dump() == config.model_dump()
 
@@ -318,7 +318,7 @@ _parquet_files = st.one_of(_sound_rows.map(_sound_parquet), _parquet(), damaged(
 
 def read_file_of_rows(folder: Path, case: Case) -> None:
     """As `train` reads it, and as `predict` writes it again."""
-    name, classes, suffix = case.told
+    name, classes, suffix = case.extra
     rows = read_rows(folder / name)
     write_rows(folder / f"out{suffix}", rows.rows)
     read_data(
@@ -328,7 +328,7 @@ def read_file_of_rows(folder: Path, case: Case) -> None:
 
 
 def _row_case(suffix: str, content: bytes, classes: bool, out: str) -> Case:
-    return Case({f"train{suffix}": content}, told=(f"train{suffix}", classes, out))
+    return Case({f"train{suffix}": content}, extra=(f"train{suffix}", classes, out))
 
 
 def _row_cases(suffixes: list[str], contents: st.SearchStrategy[bytes]) -> st.SearchStrategy[Case]:
@@ -353,15 +353,15 @@ _DTYPES = {name: size for size, names in _SIZES.items() for name in names} | {"X
 
 
 def safetensors_bytes(tensors: Mapping[str, tuple[str, list[int], bytes]], **lies: Any) -> bytes:
-    """A file in safetensors' format; `lies` overwrite what the header says of a tensor."""
+    """A file in safetensors' format; `lies` overwrite a tensor's entry in the header."""
     header: dict[str, Any] = {}
     body = b""
     for name, (dtype, shape, content) in tensors.items():
         about = {"dtype": dtype, "shape": shape, "data_offsets": [len(body), len(body) + len(content)]}
         header[name] = about | lies
         body += content
-    told = json.dumps(header).encode()
-    return struct.pack("<Q", len(told)) + told + body
+    content = json.dumps(header).encode()
+    return struct.pack("<Q", len(content)) + content + body
 
 
 def _mostly(usual: Any, other: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
@@ -427,12 +427,12 @@ def adapters(draw: st.DrawFn) -> Case:
     config: dict[str, Any] = {"peft_type": "LORA", "r": rank or 4, "lora_alpha": 16, "base_model_name_or_path": None}
     for name in draw(st.lists(st.sampled_from(_SETTINGS), max_size=2)):
         config[name] = draw(st.one_of(_FITTING.get(name, values), values))
-    told = json.dumps(config).encode()
+    content = json.dumps(config).encode()
     if draw(st.integers(0, 7)) == 0:
-        told = draw(st.one_of(damaged(st.just(told)), deep.map(str.encode), st.binary(max_size=40)))
+        content = draw(st.one_of(damaged(st.just(content)), deep.map(str.encode), st.binary(max_size=40)))
     if draw(st.integers(0, 7)) == 0:
         weights = draw(damaged(st.just(weights)))
-    files, links = {CONFIG: told, WEIGHTS: weights}, {}
+    files, links = {CONFIG: content, WEIGHTS: weights}, {}
     match draw(st.integers(0, 31)):
         case 0:
             files["adapter_model.bin"] = files.pop(WEIGHTS)
@@ -470,12 +470,12 @@ def records(draw: st.DrawFn) -> Case:
     record: dict[str, Any] = dict(_RECORD)
     for name in draw(st.lists(st.sampled_from([*_RECORD, "further"]), max_size=2)):
         record[name] = draw(values)
-    told = json.dumps(record).encode()
+    content = json.dumps(record).encode()
     if draw(st.integers(0, 3)) == 0:
-        told = draw(
-            st.one_of(damaged(st.just(told)), deep.map(str.encode), values.map(lambda v: json.dumps(v).encode()))
+        content = draw(
+            st.one_of(damaged(st.just(content)), deep.map(str.encode), values.map(lambda v: json.dumps(v).encode()))
         )
-    return Case({RECORD_FILE: told, "config.yaml": b"model: {path: m}\ndata: {train: t.jsonl}\n"})
+    return Case({RECORD_FILE: content, "config.yaml": b"model: {path: m}\ndata: {train: t.jsonl}\n"})
 
 
 def read_record(folder: Path, case: Case) -> None:
@@ -488,7 +488,7 @@ Target = tuple[st.SearchStrategy[Case], Callable[[Path, Case], None]]
 
 TARGETS: Mapping[str, Target] = {
     "settings": (
-        st.builds(lambda content, more: Case({"tsq.yaml": content}, told=tuple(more)), settings_files, overrides),
+        st.builds(lambda content, more: Case({"tsq.yaml": content}, extra=tuple(more)), settings_files, overrides),
         read_settings,
     ),
     "JSON": (_row_cases([".jsonl", ".json"], _json_files), read_file_of_rows),

@@ -1,4 +1,4 @@
-"""The kinds of adapter that a reader may meet, each built on a tiny Llama: what the doctor is asked about."""
+"""The kinds of adapter that a reader may meet, each built on a tiny Llama: the doctor's cases."""
 
 import math
 import sys

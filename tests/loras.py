@@ -49,8 +49,8 @@ def save_lora(folder: Path, base: PreTrainedModel, config: LoraConfig, *, seed: 
 
 def lora_config(**options: Any) -> LoraConfig:
     """LoRA of rank 8 and scale 2 on all attention projections but the output's, for causal models."""
-    given: Mapping[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj"]}
-    return LoraConfig(**{"task_type": "CAUSAL_LM", **given, **options})
+    arguments: Mapping[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj"]}
+    return LoraConfig(**{"task_type": "CAUSAL_LM", **arguments, **options})
 
 
 def _built(kind: Callable[[], Any]) -> Any:

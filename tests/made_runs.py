@@ -121,7 +121,7 @@ def make_comparison(
     """A finished comparison: each method is two points above the one before it, and the first rate is the best."""
     out = folder / "comparison"
     entries = [Entry(*name.split("+")) for name in methods]
-    found = []
+    result = []
     for entry, seed, rate in product(entries, seeds, rates):
         if seed == seeds[0] or rate == rates[0]:
             cell = Cell(entry, seed, rate)
@@ -129,8 +129,8 @@ def make_comparison(
             if (entry.name, seed) in at_random:
                 made["quality"] = {"random": "the model is at chance"}
             save(out, cell, made)
-            found += [made] if rate == rates[0] else []
-    table = rows_of(entries, found, metric=metric)
+            result += [made] if rate == rates[0] else []
+    table = rows_of(entries, result, metric=metric)
     about = {"out": str(out), "metric": metric, "equal": "steps", "seeds": list(seeds), "table": table}
     write_json(out / "table.json", about)
     write_json(out / "comparison.json", {"equal": "steps"})
@@ -142,7 +142,7 @@ def _cell(cell: Cell, reached: float, failed: bool) -> dict[str, Any]:
     scored = cell.entry.policy == "quality"
     phases = ("building", "look", "training") if scored else ("building", "training")
     cost = {phase: {"seconds": 2.5, "forward": 100, "backward": 100, "tokens": 900} for phase in phases}
-    known = {
+    values = {
         "cell": cell.to_dict(),
         "settings": {"model": {"path": "some/model"}},
         "steps": 40,
@@ -157,6 +157,6 @@ def _cell(cell: Cell, reached: float, failed: bool) -> dict[str, Any]:
         "parameters": {"trainable": 12345},
     }
     if failed:
-        return known | {"failed": "the loss is not finite at step 7", "metrics": {}}
+        return values | {"failed": "the loss is not finite at step 7", "metrics": {}}
     test = {"accuracy": value, "matthews": value - 0.1, "loss": 1 - value}
-    return known | {"metrics": {"validation": {**test, "accuracy": value - cell.learning_rate}, "test": test}}
+    return values | {"metrics": {"validation": {**test, "accuracy": value - cell.learning_rate}, "test": test}}

@@ -281,7 +281,7 @@ def samples(
 def texts(model: PreTrainedModel | PeftModel, n: int, *, seed: int = 0) -> list[dict[str, Any]]:
     """n rows of input_ids, attention_mask and labels whose target is what the model itself says, greedily.
 
-    Of a decoder alone the target follows its prompt, whose labels are -100; else labels are a sequence of their own.
+    Of a decoder alone the target follows its prompt, whose labels are -100; else labels are a separate sequence.
     """
     generator = torch.Generator().manual_seed(seed)
     behind_encoder = bool(model.config.is_encoder_decoder)
@@ -290,14 +290,14 @@ def texts(model: PreTrainedModel | PeftModel, n: int, *, seed: int = 0) -> list[
         prompt = torch.randint(1, EOS - 1, (1, 3 + j % 4), generator=generator)
         prompt[0, -1] = EOS if behind_encoder else prompt[0, -1]
         start = model.config.decoder_start_token_id if behind_encoder else None
-        said = torch.tensor([[start]]) if behind_encoder else prompt
+        sequence = torch.tensor([[start]]) if behind_encoder else prompt
         for _ in range(2 + j % 5):
-            inputs = {"input_ids": prompt, "decoder_input_ids": said} if behind_encoder else {"input_ids": said}
+            inputs = {"input_ids": prompt, "decoder_input_ids": sequence} if behind_encoder else {"input_ids": sequence}
             with torch.no_grad():
                 logits = model.eval()(**inputs).logits[:, -1, 1:]
-            said = torch.cat([said, 1 + logits.argmax(1, keepdim=True)], 1)
-        whole = prompt[0].tolist() if behind_encoder else said[0].tolist()
-        labels = said[0, 1:].tolist() if behind_encoder else [-100] * prompt.shape[1] + whole[prompt.shape[1] :]
+            sequence = torch.cat([sequence, 1 + logits.argmax(1, keepdim=True)], 1)
+        whole = prompt[0].tolist() if behind_encoder else sequence[0].tolist()
+        labels = sequence[0, 1:].tolist() if behind_encoder else [-100] * prompt.shape[1] + whole[prompt.shape[1] :]
         rows.append({"input_ids": whole, "attention_mask": [1] * len(whole), "labels": labels})
     model.train()
     return rows

@@ -25,15 +25,15 @@ class _NoFloat64(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        given = [x for x in tree_leaves((args, kwargs)) if _is_float(x)]
-        wide = [x for x in given if x.dtype == torch.float64]
+        arguments = [x for x in tree_leaves((args, kwargs)) if _is_float(x)]
+        wide = [x for x in arguments if x.dtype == torch.float64]
         if (
             not wide
             and str(func) != _OF_PROCESSOR
             and any(x.dtype == torch.float64 for x in tree_leaves(result) if _is_float(x))
         ):
             raise TypeError(f"{func} makes float64 on the device")
-        others = [x for x in given if x.dtype != torch.float64]
+        others = [x for x in arguments if x.dtype != torch.float64]
         if not str(func).startswith(_BACK) and any(x.dim() for x in wide) and any(x.dim() for x in others):
             raise TypeError(f"{func} takes float64 of the processor beside numbers of the device")
         return result

@@ -132,9 +132,9 @@ def slow_offsets(model: nn.Module, rows: Rows) -> Tensor:
 def assert_agree(scores: Scores, twin: SlowScores, *, rtol: float = 1e-5, rows: int | None = None) -> None:
     """The paper's terms, the loss, η and ‖ḡ‖ are the twin's, whose first rows were scored."""
     for name in ("loss", "gradient_norm", "loss_reduction", "convergence"):
-        wanted = getattr(twin, name)[:rows].numpy()
+        expected = getattr(twin, name)[:rows].numpy()
         np.testing.assert_allclose(
-            scores.terms[name], wanted, rtol=rtol, atol=rtol * np.abs(wanted).max(), err_msg=name
+            scores.terms[name], expected, rtol=rtol, atol=rtol * np.abs(expected).max(), err_msg=name
         )
     assert abs(scores.record.eta / twin.eta - 1) < rtol
     assert abs(scores.record.reference_norm / twin.reference_norm - 1) < rtol
@@ -183,8 +183,8 @@ def score_by(
     model: Any, dataset: Any, collate: Any, *, task: Any = None, trusted: Any = None, **options: Any
 ) -> Scores:
     """`tsqlora.score` with the fields of its rule, its rows' names and its computing as options."""
-    given = _values({"terms": PAPER_TERMS} | options)
-    return tsq.score(model, dataset, collate, task=task, trusted=trusted, **given)
+    arguments = _values({"terms": PAPER_TERMS} | options)
+    return tsq.score(model, dataset, collate, task=task, trusted=trusted, **arguments)
 
 
 def quality_by(data: Any, **options: Any) -> tsq.QualityCallback:
@@ -195,10 +195,10 @@ def quality_by(data: Any, **options: Any) -> tsq.QualityCallback:
 
 def _values(options: dict[str, Any]) -> dict[str, Any]:
     kinds = {"rule": ScoringRule, "rows": RowNames, "compute": Compute}
-    found = {
+    result = {
         name: kind(**{f.name: options.pop(f.name) for f in fields(kind) if f.name in options})
         for name, kind in kinds.items()
         if any(f.name in options for f in fields(kind))
     }
     assert not options, options
-    return found
+    return result

@@ -6,7 +6,7 @@ from typing import Any
 
 
 class Seen(HTMLParser):
-    """Tags with their attributes, and the text of each element that was asked for by its tag."""
+    """Tags with their attributes, and the text of each element with one of the requested tags."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -29,10 +29,10 @@ class Seen(HTMLParser):
             self.texts[tag][-1] += data
 
     def ids(self) -> list[str | None]:
-        return [found["id"] for _, found in self.tags if "id" in found]
+        return [attributes["id"] for _, attributes in self.tags if "id" in attributes]
 
     def sections(self) -> list[str | None]:
-        return [found["id"] for tag, found in self.tags if tag == "section"]
+        return [attributes["id"] for tag, attributes in self.tags if tag == "section"]
 
     def page_data(self) -> dict[str, Any]:
         return json.loads(self.texts["script"][0])

@@ -44,7 +44,7 @@ def build(name: str, model: Any = None, **changes: Any) -> Built:
 
 
 def trainer_of(built: Built, folder: Path, *also: TrainerCallback, **options: Any) -> Trainer:
-    """`also` are told after the method's own callbacks."""
+    """`also` come after the method's own callbacks."""
     further = {"max_steps": STEPS, "learning_rate": 0.02} | options
     trainer = make_trainer(cast(Any, built.model), moods(), folder, [*built.callbacks, *also], **further)
     trainer.loss_is_scaled_for_ga = False

@@ -100,14 +100,14 @@ def take_steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -
 
 def hidden(slots: Slots, optimizer: torch.optim.Optimizer | None = None) -> list[Tensor]:
     """All numbers of slots that are not active: weights, gradients and moments."""
-    found: list[Tensor] = []
+    result: list[Tensor] = []
     for parameter, dim in slots.matrices():
         state = {} if optimizer is None else optimizer.state[parameter]
         moments = [value for value in state.values() if isinstance(value, Tensor) and value.dim() > 0]
         grads = [] if parameter.grad is None else [parameter.grad]
         for tensor in [parameter.detach(), *grads, *moments]:
-            found.append(tensor.narrow(dim, slots.rank, slots.capacity - slots.rank))
-    return found
+            result.append(tensor.narrow(dim, slots.rank, slots.capacity - slots.rank))
+    return result
 
 
 def assert_hidden_are_zero(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:

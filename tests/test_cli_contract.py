@@ -36,10 +36,10 @@ OPTIONS = {
 
 
 def command_of(name: str) -> Any:
-    found: Any = typer.main.get_command(app)
+    result: Any = typer.main.get_command(app)
     for part in name.split():
-        found = found.commands[part]
-    return found
+        result = result.commands[part]
+    return result
 
 
 def test_every_command_is_in_the_contract() -> None:
@@ -76,8 +76,8 @@ def test_version(tsqlora: Run) -> None:
 
 def assert_refused(answer: tuple[int, str, str], code: int, named: str) -> None:
     """Nothing on stdout, one or two lines on stderr, which name what is wrong."""
-    found, out, err = answer
-    assert (found, out) == (code, ""), err
+    result, out, err = answer
+    assert (result, out) == (code, ""), err
     assert err.startswith("error: ")
     assert len(err.splitlines()) <= 2, err
     assert named in err
@@ -132,8 +132,8 @@ def test_what_was_not_foreseen_exits_1_and_an_interrupt_130(
         raise RuntimeError(fails) if isinstance(fails, str) else fails
 
     monkeypatch.setattr("tsqlora.run.config.load_config", broken)
-    found, out, err = tsqlora("train", "c.yaml")
-    assert (found, out, len(err.splitlines())) == (code, "", 1)
+    result, out, err = tsqlora("train", "c.yaml")
+    assert (result, out, len(err.splitlines())) == (code, "", 1)
     assert "Traceback" not in err
     if code == 1:
         assert err == "error: RuntimeError: first; --debug shows where\n"
@@ -263,7 +263,7 @@ def test_a_refused_command_leaves_the_file_system_as_it_was(
 ) -> None:
     monkeypatch.chdir(folder)
     before = tree(folder)
-    found, said, err = tsqlora(*arguments.replace("OUT", out).split())
-    assert (found, said) == (code, ""), err
+    result, stdout, err = tsqlora(*arguments.replace("OUT", out).split())
+    assert (result, stdout) == (code, ""), err
     assert len(err.splitlines()[-1]) > 10
     assert tree(folder) == before

@@ -49,16 +49,16 @@ def test_a_model_that_is_not_in_another_is_itself() -> None:
 LOST = "[../gloo/transport/tcp/pair.cc:544] Connection closed by peer [127.0.0.1]:32711"
 
 
-@pytest.mark.parametrize(("processes", "said", "told"), [(2, LOST, True), (1, LOST, False), (2, "shapes", False)])
+@pytest.mark.parametrize(("processes", "output", "message"), [(2, LOST, True), (1, LOST, False), (2, "shapes", False)])
 def test_an_exchange_without_its_other_end_is_told_with_advice(
-    processes: int, said: str, told: bool, monkeypatch: pytest.MonkeyPatch
+    processes: int, output: str, message: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distributed, "active", lambda: processes > 1)
     monkeypatch.setattr(distributed.dist, "get_world_size", lambda: processes)
     words = (
         r"^another of the 2 processes has ended or does not answer \(see what it said\), so this one ends too; go on$"
-        if told
-        else rf"^{re.escape(said)}$"
+        if message
+        else rf"^{re.escape(output)}$"
     )
-    with pytest.raises(TsqLoraError if told else RuntimeError, match=words), distributed.explain_lost_peer("go on"):
-        raise RuntimeError(said)
+    with pytest.raises(TsqLoraError if message else RuntimeError, match=words), distributed.explain_lost_peer("go on"):
+        raise RuntimeError(output)

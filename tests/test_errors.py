@@ -1,4 +1,4 @@
-"""What an error says is told in a line or two, and says nothing to the terminal itself."""
+"""An error's message has a line or two, and no control characters for the terminal."""
 
 import pytest
 from hypothesis import given

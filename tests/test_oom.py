@@ -67,8 +67,8 @@ def test_portions_give_every_row_once_in_order_and_remember_what_fits(rows: int,
 
     for _ in range(2):
         tried.clear()
-        found = portions.of(np.arange(rows), work)
-        assert [row for part in found for row in part] == list(range(rows))
+        result = portions.of(np.arange(rows), work)
+        assert [row for part in result for row in part] == list(range(rows))
     assert max(tried) <= most, "what did not fit is not tried again"
     assert 2 * max(tried) + 1 >= min(rows, most), "no less is tried than must be"
 

@@ -79,7 +79,7 @@ def test_scores_of_linear_regression_have_their_closed_form() -> None:
     gradient = 2 * error[:, None] * x
     reference = [0, 2, 3]
     theta = dict(model.named_parameters())
-    found = slow_scores(model, batches, sample_loss=squared_error, theta=theta, reference=reference)
+    result = slow_scores(model, batches, sample_loss=squared_error, theta=theta, reference=reference)
 
     eta = float(0.5 * (error[reference] ** 2).sum() / (gradient[reference] ** 2).sum())
     after = error * (1 - 2 * eta * x.square().sum(dim=1))
@@ -94,7 +94,7 @@ def test_scores_of_linear_regression_have_their_closed_form() -> None:
         eta=eta,
         reference_norm=float(norm),
     )
-    assert_scores_equal(found, expected)
+    assert_scores_equal(result, expected)
 
 
 def test_gradient_norm_of_a_softmax_layer_is_the_norm_of_p_minus_y_times_that_of_x() -> None:
@@ -105,19 +105,19 @@ def test_gradient_norm_of_a_softmax_layer_is_the_norm_of_p_minus_y_times_that_of
         batch["labels"] = labels[i : i + 1]
     offsets = torch.tensor([0.5, -1.0, 0.5], dtype=torch.float64)
     theta = dict(model.named_parameters())
-    found = slow_scores(model, batches, sample_loss=cross_entropy, theta=theta, reference=[0, 1], offsets=offsets)
+    result = slow_scores(model, batches, sample_loss=cross_entropy, theta=theta, reference=[0, 1], offsets=offsets)
     logits = model(x).detach() + offsets
     miss = (logits.softmax(dim=1) - F.one_hot(labels, 3)).norm(dim=1)
-    torch.testing.assert_close(found.gradient_norm, miss * (x.square().sum(dim=1) + 1).sqrt())
-    torch.testing.assert_close(found.loss, F.cross_entropy(logits, labels, reduction="none"))
+    torch.testing.assert_close(result.gradient_norm, miss * (x.square().sum(dim=1) + 1).sqrt())
+    torch.testing.assert_close(result.loss, F.cross_entropy(logits, labels, reduction="none"))
 
 
 def test_loss_reduction_tends_to_eta_times_the_squared_norm_and_the_default_eta_is_larger() -> None:
     model = lora(tiny_bert())
     batches, theta = rows_of_one(6), trainable(model)
     for eta, low, high in ((1e-6, 0.0, 1e-3), (None, 0.01, math.inf)):
-        found = slow_scores(model, batches, sample_loss=cross_entropy, theta=theta, reference=range(6), eta=eta)
-        curvature = (found.loss_reduction / (found.eta * found.gradient_norm**2) - 1).abs()
+        result = slow_scores(model, batches, sample_loss=cross_entropy, theta=theta, reference=range(6), eta=eta)
+        curvature = (result.loss_reduction / (result.eta * result.gradient_norm**2) - 1).abs()
         assert bool(((low <= curvature) & (curvature <= high)).all())
 
 
@@ -155,7 +155,7 @@ def test_a_parameter_under_two_names_counts_once_and_one_out_of_the_graph_not_at
 def test_full_scores_are_those_of_the_merged_model(build: Build, head_name: str, rtol: float) -> None:
     model, batches = lora(build()), rows_of_one(4)
     layers = lora_layers(model)
-    found = slow_scores_full(
+    result = slow_scores_full(
         model,
         batches,
         sample_loss=cross_entropy,
@@ -169,7 +169,7 @@ def test_full_scores_are_those_of_the_merged_model(build: Build, head_name: str,
     theta = {n: p for n, p in merged.named_parameters() if n in targets or n.startswith(head_name)}
     assert len(theta) == len(layers) + len(head(model))
     expected = slow_scores(merged, batches, sample_loss=cross_entropy, theta=theta, reference=[0, 1, 2])
-    assert_scores_equal(found, expected, rtol)
+    assert_scores_equal(result, expected, rtol)
 
 
 def test_a_wrong_effective_weight_is_noticed() -> None:
@@ -195,14 +195,14 @@ def test_sensitivity_of_a_linear_layer_is_the_mean_of_w_times_the_sum_of_its_gra
     _, _, batches = points(4, 3)
     loss = squared_error if outputs == 1 else lambda logits, labels: squared_error(logits.sum(1), labels)
     layers = {"linear": model.linear}
-    found = slow_sensitivity(
+    result = slow_sensitivity(
         model, batches, sample_loss=loss, layers=layers, effective_weight=lambda layer: layer.weight
     )
     weight, total = model.linear.weight, torch.zeros(outputs, 3, dtype=torch.float64)
     for batch in batches:
         (gradient,) = torch.autograd.grad(loss(model(batch["x"]), batch["labels"]).sum(), weight)
         total += (weight * gradient).abs().detach() / 4
-    assert found == {"linear": pytest.approx(float(total.mean()))}
+    assert result == {"linear": pytest.approx(float(total.mean()))}
 
 
 @BUILDS
@@ -210,7 +210,7 @@ def test_sensitivity_of_adapted_layers_is_that_of_the_base_weight_times_the_effe
     """∇_W is the same for W as for W + s·BA, so the base weight's own gradient must agree."""
     model, batches = lora(build()), rows_of_one(3)
     layers = lora_layers(model)
-    found = slow_sensitivity(
+    result = slow_sensitivity(
         model, batches, sample_loss=cross_entropy, layers=layers, effective_weight=effective_weight
     )
     model.eval()
@@ -221,7 +221,7 @@ def test_sensitivity_of_adapted_layers_is_that_of_the_base_weight_times_the_effe
         gradients = torch.autograd.grad(cross_entropy(model(**batch).logits, labels).sum(), bases)
         for total, layer, g in zip(totals, layers.values(), gradients, strict=True):
             total += (effective_weight(layer).detach() * g).abs() / len(batches)
-    assert found == pytest.approx({name: float(t.mean()) for name, t in zip(layers, totals, strict=True)}, rel=1e-5)
+    assert result == pytest.approx({name: float(t.mean()) for name, t in zip(layers, totals, strict=True)}, rel=1e-5)
 
 
 # --- calibration --------------------------------------------------------------------------
@@ -273,10 +273,10 @@ def test_adamw_steps_are_those_of_torch() -> None:
 
 def test_importance_of_two_steps_by_hand_and_of_a_constant_which_is_certain() -> None:
     # β = 0.5, I = 1 then 4.  Step 1: Ī 0.5, Î 1, Ū 0.  Step 2: Ī 2.25, Î 3, Ū 0.5, Û 2/3.
-    found = slow_importance([torch.tensor([1.0, 0.0]), torch.tensor([4.0, 0.0])], 0.5)
-    torch.testing.assert_close(found, torch.tensor([2.0, 0.0]))
-    found = slow_importance([torch.tensor([0.25, 0.75], dtype=torch.float64)] * 3, 0.85)
-    torch.testing.assert_close(found, torch.zeros(2, dtype=torch.float64))
+    result = slow_importance([torch.tensor([1.0, 0.0]), torch.tensor([4.0, 0.0])], 0.5)
+    torch.testing.assert_close(result, torch.tensor([2.0, 0.0]))
+    result = slow_importance([torch.tensor([0.25, 0.75], dtype=torch.float64)] * 3, 0.85)
+    torch.testing.assert_close(result, torch.zeros(2, dtype=torch.float64))
 
 
 # --- the tiny models ----------------------------------------------------------------------

@@ -36,6 +36,7 @@ def test_the_old_voice_is_seen(planted: str) -> None:
     [
         '"""Find rows whose label the model knows with confidence, and keep the rest."""',
         "founded = found_rows = 1",
+        'keys = {"told": "samples cannot be told apart"}',
         'print("label seems wrong; sorted by the file name")',
         "# The user gave no file, so the default is used.",
     ],

@@ -33,12 +33,12 @@ class Page(HTMLParser):
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        given = {name: value or "" for name, value in attrs}
-        self.ids |= {given["id"]} if "id" in given else set()
-        if tag in LOADS and LOADS[tag] in given and given.get("rel") != "canonical":
-            self.loads.append(given[LOADS[tag]])
-        if tag == "a" and "href" in given:
-            self.links.append(given["href"])
+        arguments = {name: value or "" for name, value in attrs}
+        self.ids |= {arguments["id"]} if "id" in arguments else set()
+        if tag in LOADS and LOADS[tag] in arguments and arguments.get("rel") != "canonical":
+            self.loads.append(arguments[LOADS[tag]])
+        if tag == "a" and "href" in arguments:
+            self.links.append(arguments["href"])
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Importing does nothing, a run asks nobody on the network and tells no secret, known flaws of pins are told."""
+"""Importing does nothing, a run opens no connection and reveals no secret, the audit reports known flaws of pins."""
 
 import json
 import os
@@ -15,7 +15,7 @@ SECRET = "hf_0123456789abcdefSECRET"
 
 IMPORTS = """
 import os, pkgutil, random, signal, socket, sys, threading, importlib
-import numpy, torch, transformers, peft, datasets, pyarrow, scipy.stats, sklearn.metrics  # what is theirs is not asked
+import numpy, torch, transformers, peft, datasets, pyarrow, scipy.stats, sklearn.metrics  # theirs is not tested
 def state():
     handlers = {n: signal.getsignal(n) for n in signal.valid_signals() if n not in (signal.SIGKILL, signal.SIGSTOP)}
     return {"environment": dict(os.environ), "folder": os.getcwd(), "files": sorted(os.listdir()), "signals": handlers,
@@ -42,17 +42,17 @@ print(len(names))
 
 RUN = """
 import os, socket, sys
-asked = []
+attempts = []
 def hook(event, args):
     if event in ("socket.connect", "socket.getaddrinfo", "socket.sendto"):
-        asked.append((event, args[-1]))
+        attempts.append((event, args[-1]))
 sys.addaudithook(hook)
 from tsqlora.cli import commands as cli
 sys.argv = ["tsqlora", *sys.argv[1:]]
 try:
     cli.main()
 finally:
-    assert not asked, asked
+    assert not attempts, attempts
 """
 
 
@@ -66,12 +66,12 @@ def test_a_run_asks_nobody_and_writes_no_secret_down(tmp_path: Path) -> None:
     control = {"quality": {"enabled": False, "fraction": 1.0}, "training": {"epochs": 2}}
     config = set_up(tmp_path, rows=40, **control) / "c.yaml"
     # Not offline: whoever wanted to ask could.
-    kept = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
+    retained = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
     secrets = dict.fromkeys(("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY"), SECRET)
     home = {"HOME": str(tmp_path / "home"), "HF_HOME": str(tmp_path / "home" / "hf")}
     done = subprocess.run(
         [sys.executable, "-c", RUN, "train", str(config), "--out", str(tmp_path / "run"), "--debug"],
-        env=kept | secrets | home, capture_output=True, text=True,
+        env=retained | secrets | home, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert SECRET not in done.stdout + done.stderr
@@ -81,7 +81,7 @@ def test_a_run_asks_nobody_and_writes_no_secret_down(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "code", "said"),
+    ("answer", "code", "output"),
     [
         ("", 0, "nothing was audited"),
         ('{"dependencies": [{"name": "a", "version": "1", "vulns": []}]}', 0, "1 of 1 pinned packages have no known"),
@@ -92,14 +92,14 @@ def test_a_run_asks_nobody_and_writes_no_secret_down(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_the_audit_fails_on_flaws_alone(answer: str, code: int, said: str, tmp_path: Path) -> None:
+def test_the_audit_fails_on_flaws_alone(answer: str, code: int, output: str, tmp_path: Path) -> None:
     (tmp_path / "pip_audit.py").write_text(f"print({answer!r})")
     done = subprocess.run(
         [sys.executable, str(ROOT / ".ci" / "audit.py")],
         env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == code
-    assert said in done.stdout
+    assert output in done.stdout
 
 
 def test_every_package_that_ci_installs_is_pinned() -> None:
@@ -107,10 +107,10 @@ def test_every_package_that_ci_installs_is_pinned() -> None:
 
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = settings["optional-dependencies"]
-    wanted = [*settings["dependencies"], *extras["demo"], *extras["dev"]]
+    expected = [*settings["dependencies"], *extras["demo"], *extras["dev"]]
     names = {
         entry.split(";")[0].split("[")[0].split("=")[0].split(">")[0].strip().lower().replace("_", "-")
-        for entry in wanted
+        for entry in expected
     }
     pinned = {
         line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines()

@@ -73,10 +73,10 @@ sys.addaudithook(_hook)
 
 @dataclass(frozen=True)
 class Outcome:
-    """`told` is the message of a refusal, or what is wrong with the reader; `broken` whether anything is."""
+    """`message` is the message of a refusal, or what is wrong with the reader; `broken` whether anything is."""
 
     kind: str
-    told: str
+    message: str
     seconds: float
 
     @property
@@ -94,26 +94,26 @@ def attempt(run: Callable[[Path, Case], None], case: Case, folder: Path) -> Outc
         with warnings.catch_warnings(), _cut_off():
             warnings.simplefilter("ignore")
             run(folder, case)
-        kind, told = "read", ""
+        kind, message = "read", ""
     except TsqLoraError as error:
-        kind, told = _refusal(str(error))
+        kind, message = _refusal(str(error))
     except BaseException as error:  # a panic of Rust code is no Exception
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
-        kind, told = "traceback", f"{type(error).__name__} in {_place(error)}: {error}"[:300]
+        kind, message = "traceback", f"{type(error).__name__} in {_place(error)}: {error}"[:300]
     finally:
         _watched.pop()
     seconds = time.process_time() - start
     if seen:
-        kind, told = "reached out", seen[0]
+        kind, message = "reached out", seen[0]
     elif seconds > SECONDS and kind != "traceback":
-        kind, told = "hang", f"{seconds:.1f} s ({kind})"
+        kind, message = "hang", f"{seconds:.1f} s ({kind})"
     _empty(folder)
-    return Outcome(kind, told, seconds)
+    return Outcome(kind, message, seconds)
 
 
 def _refusal(message: str) -> tuple[str, str]:
-    """A refusal that fits on a screen and says nothing to the terminal itself."""
+    """A refusal that fits on a screen and has no control characters for the terminal."""
     if message.count("\n") > 1 or len(message) > 2000:
         return "long message", message[:200]
     return "refused", message

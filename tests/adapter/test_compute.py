@@ -27,17 +27,17 @@ def test_a_step_computes_what_plain_lora_of_the_active_ranks_does(rank: int) -> 
 
 def test_operations_grow_in_proportion_to_rank() -> None:
     model = wrapped(max_rank=8)
-    found = []
+    result = []
     for rank in (2, 4, 6):
         resize(model, dict.fromkeys(find_slots(model), rank))
-        found.append(operations(model))
-    assert found[2] - found[1] == found[1] - found[0] > 0
+        result.append(operations(model))
+    assert result[2] - result[1] == result[1] - result[0] > 0
 
 
 def test_memory_for_the_backward_pass_follows_the_active_rank() -> None:
     """What autograd keeps beside parameters: inputs, and the r numbers a token between A and B."""
 
-    def kept(rank: int) -> int:
+    def retained(rank: int) -> int:
         model = wrapped(max_rank=8, ranks=dict.fromkeys([QUERY, WIDE], rank))
         storages: dict[int, int] = {}
         own = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -51,4 +51,4 @@ def test_memory_for_the_backward_pass_follows_the_active_rank() -> None:
             backward(model)
         return sum(storages.values())
 
-    assert kept(1) < kept(4) < kept(8)
+    assert retained(1) < retained(4) < retained(8)

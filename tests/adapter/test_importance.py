@@ -23,10 +23,10 @@ def set_products(layers: dict[str, Slots], products: dict[str, list[float]]) -> 
 def test_a_slots_product_is_that_of_its_row_and_column_with_their_gradients() -> None:
     a, b = torch.randn(3, 5), torch.randn(4, 3)
     grad_a, grad_b = torch.randn(3, 5), torch.randn(4, 3)
-    found = slot_products(a, grad_a, b, grad_b)
+    result = slot_products(a, grad_a, b, grad_b)
     for j in range(3):
-        wanted = abs(float(a[j] @ grad_a[j] + b[:, j] @ grad_b[:, j]))
-        assert float(found[j]) == pytest.approx(wanted, rel=1e-5)
+        expected = abs(float(a[j] @ grad_a[j] + b[:, j] @ grad_b[:, j]))
+        assert float(result[j]) == pytest.approx(expected, rel=1e-5)
 
 
 @settings(max_examples=15)
@@ -41,8 +41,8 @@ def test_importance_agrees_with_the_slow_twin(steps: int, seed: int) -> None:
         set_products(layers, {name: row.tolist() for name, row in zip(layers, drawn, strict=True)})
         assert importance.update()
         seen.append((drawn / drawn.sum()).flatten())
-    wanted = slow_importance(seen, BETA).view(len(layers), 4)
-    for name, row in zip(layers, wanted, strict=True):
+    expected = slow_importance(seen, BETA).view(len(layers), 4)
+    for name, row in zip(layers, expected, strict=True):
         torch.testing.assert_close(importance.of(name), row, rtol=1e-4, atol=1e-9)
         assert importance.ages(name).tolist() == [steps] * 4
 

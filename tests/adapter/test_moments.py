@@ -138,7 +138,7 @@ def test_kept_slots_step_as_the_textbook_says() -> None:
     grow_slot(slots, torch.randn(16), optimizer)
     backward(model)
     state, options = optimizer.state[slots.a], optimizer.param_groups[0]
-    wanted, _, _ = slow_adamw_step(
+    target, _, _ = slow_adamw_step(
         slots.a.detach().clone(),
         slots.a.grad,  # type: ignore[arg-type]
         state["exp_avg"].clone(),
@@ -147,7 +147,7 @@ def test_kept_slots_step_as_the_textbook_says() -> None:
         **{name: options[name] for name in ("lr", "betas", "eps", "weight_decay")},
     )
     optimizer.step()
-    torch.testing.assert_close(slots.a.detach(), wanted, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(slots.a.detach(), target, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
@@ -221,8 +221,8 @@ def test_a_new_slot_of_an_empty_layer_starts_with_the_mean_second_moment_of_all_
     fallback = second_moment_means(layers, optimizer)
     for side, dim in ((0, 0), (1, 1)):
         others = [optimizer.state[s.matrices()[side][0]]["exp_avg_sq"] for n, s in layers.items() if n != QUERY]
-        wanted = torch.cat([state.narrow(dim, 0, 4).flatten() for state in others]).mean()
-        assert fallback[side] == {"exp_avg_sq": pytest.approx(float(wanted))}
+        target = torch.cat([state.narrow(dim, 0, 4).flatten() for state in others]).mean()
+        assert fallback[side] == {"exp_avg_sq": pytest.approx(float(target))}
     grow_slot(slots, torch.randn(16), optimizer, fallback=fallback)
     assert bool((optimizer.state[slots.a]["exp_avg_sq"][0] == fallback[0]["exp_avg_sq"]).all())
     assert bool((optimizer.state[slots.b]["exp_avg_sq"][:, 0] == fallback[1]["exp_avg_sq"]).all())
@@ -261,16 +261,16 @@ def test_an_optimizer_of_a_like_name_is_served(name: str) -> None:
 
 
 class Packed(Tensor):
-    """As a library packs a tensor in a form of its own."""
+    """Pack a tensor in a library's own form."""
 
 
 class Keeps(torch.optim.SGD):
     """An optimizer that keeps something else besides."""
 
-    def __init__(self, parameters: list[nn.Parameter], **kept: Any) -> None:
+    def __init__(self, parameters: list[nn.Parameter], **options: Any) -> None:
         super().__init__(parameters, lr=0.1)
         for parameter in parameters:
-            self.state[parameter] = dict(kept)
+            self.state[parameter] = dict(options)
 
 
 @pytest.mark.parametrize(

@@ -109,8 +109,8 @@ def test_measuring_leaves_the_model_as_it_was(saved: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", [kind for kind in QUANTISED if kind not in ROUNDS_INPUTS])
 def test_sensitivity_over_a_quantised_base_is_that_of_the_slow_twin(saved: Path, kind: str) -> None:
     model = quantised(saved, kind)
-    wanted = slow_layers(model, ROWS, weight=effective_weight)
-    assert dict(tsq.sensitivity(model, ROWS, collate, batch_size=4).values) == pytest.approx(wanted, rel=1e-3)
+    target = slow_layers(model, ROWS, weight=effective_weight)
+    assert dict(tsq.sensitivity(model, ROWS, collate, batch_size=4).values) == pytest.approx(target, rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", QUANTISED)

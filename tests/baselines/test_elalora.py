@@ -61,8 +61,8 @@ class After(TrainerCallback):
 
 
 def callback_of(built: Built) -> ElaLoraCallback:
-    (found,) = (c for c in built.callbacks if isinstance(c, ElaLoraCallback))
-    return found
+    (result,) = (c for c in built.callbacks if isinstance(c, ElaLoraCallback))
+    return result
 
 
 # PEFT warns so of every AdaLoRA adapter, of its own too, and goes by the pattern nevertheless.
@@ -84,8 +84,8 @@ def test_ranks_are_those_of_the_literal_rule_on_recorded_importances_and_are_sav
         beta=BETA,
     )
     assert after.ranks == expected
-    for layer, found in callback_of(built).importance.scores().items():
-        assert found == pytest.approx(scores[layer], rel=1e-3)
+    for layer, result in callback_of(built).importance.scores().items():
+        assert result == pytest.approx(scores[layer], rel=1e-3)
     assert callback_of(built).changes == {10: 4, 20: 3, 30: 1}
     assert len({tuple(ranks.values()) for ranks in after.ranks}) == 4
     assert {sum(ranks.values()) for ranks in after.ranks} == {4 * 7}
@@ -158,8 +158,8 @@ def test_scores_are_those_of_the_literal_transcription_number_by_number() -> Non
                 matrix.grad = torch.randn(matrix.shape, generator=generator)
         importance.update()
         for name, triplets in layers.items():
-            for one, found in zip(slow[name], record.of(triplets), strict=True):
-                one.take(found, BETA)
+            for one, result in zip(slow[name], record.of(triplets), strict=True):
+                one.take(result, BETA)
     for name, scores in importance.scores().items():
         assert scores == pytest.approx([one.score() for one in slow[name]], rel=1e-5)
 
@@ -172,8 +172,8 @@ def test_remaining_triplets_step_as_if_nothing_had_changed_and_new_ones_begin_at
     untouched, theirs = copy.deepcopy((model, optimizer))
     if prepared:
         optimizer = Accelerator(cpu=True).prepare_optimizer(optimizer)
-    kept = [0, 2, 3]
-    change(triplets_of(model)[QUERY], remaining=kept, grown=2, optimizer=optimizer, seed=0)
+    retained = [0, 2, 3]
+    change(triplets_of(model)[QUERY], remaining=retained, grown=2, optimizer=optimizer, seed=0)
     generator = torch.Generator().manual_seed(1)
     pairs = list(zip(triplets_of(model)[QUERY].matrices(), triplets_of(untouched)[QUERY].matrices(), strict=True))
     for (a, dim), (b, _) in pairs:
@@ -184,14 +184,14 @@ def test_remaining_triplets_step_as_if_nothing_had_changed_and_new_ones_begin_at
         assert torch.equal(moments["exp_avg_sq"].narrow(dim, 3, 1), mean)
         b.grad = torch.randn(b.shape, generator=generator)
         new = torch.randn(a.shape, generator=generator).narrow(dim, 3, 2)
-        a.grad = torch.cat([b.grad.index_select(dim, torch.tensor(kept)), new], dim)
+        a.grad = torch.cat([b.grad.index_select(dim, torch.tensor(retained)), new], dim)
     optimizer.step()
     theirs.step()
     for (a, dim), (b, _) in pairs:
-        assert torch.equal(a.detach().narrow(dim, 0, 3), b.detach().index_select(dim, torch.tensor(kept)))
+        assert torch.equal(a.detach().narrow(dim, 0, 3), b.detach().index_select(dim, torch.tensor(retained)))
         for moment in ("exp_avg", "exp_avg_sq"):
             ours = optimizer.state[a][moment].narrow(dim, 0, 3)
-            assert torch.equal(ours, theirs.state[b][moment].index_select(dim, torch.tensor(kept)))
+            assert torch.equal(ours, theirs.state[b][moment].index_select(dim, torch.tensor(retained)))
         assert optimizer.state[a]["step"] == theirs.state[b]["step"]
 
 
@@ -211,11 +211,11 @@ def test_the_penalty_is_the_mean_distance_from_orthonormal_and_in_training_only(
     trainer_of(
         built, tmp_path, gradient_accumulation_steps=2, eval_strategy="steps", eval_steps=7, evaluate_on=moods(16)
     ).train()
-    training = [(found, penalty) for is_training, found, penalty in seen if is_training]
+    training = [(result, penalty) for is_training, result, penalty in seen if is_training]
     assert len(training) == 2 * STEPS
-    assert all(found == pytest.approx(penalty, abs=1e-5) for found, penalty in training)
+    assert all(result == pytest.approx(penalty, abs=1e-5) for result, penalty in training)
     assert min(penalty for _, penalty in training) > 0.01
-    evaluation = [found for is_training, found, _ in seen if not is_training]
+    evaluation = [result for is_training, result, _ in seen if not is_training]
     assert len(evaluation) > 8
     assert evaluation == [pytest.approx(0, abs=1e-6)] * len(evaluation)
 

@@ -41,8 +41,8 @@ def test_the_poolers_first_direction_is_that_of_its_own_inputs() -> None:
         first = torch.cat([model.bert(**batch).last_hidden_state[:, 0] for batch in batches_of(setup)]).double()
     expected = torch.linalg.svd(first - first.mean(0)).Vh[0]
     built = build("eva", max_rank=4, samples=moods(64))
-    found = cast(Any, layers_of(cast(PeftModel, built.model))[POOLER]).lora_A["default"].weight[0].detach().double()
-    assert abs(float(expected @ found)) > 0.98
+    result = cast(Any, layers_of(cast(PeftModel, built.model))[POOLER]).lora_A["default"].weight[0].detach().double()
+    assert abs(float(expected @ result)) > 0.98
 
 
 def test_batches_have_a_row_for_each_direction_and_no_labels() -> None:

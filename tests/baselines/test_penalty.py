@@ -50,7 +50,7 @@ class Watch(TrainerCallback):
         model.register_forward_pre_hook(lambda *_: self._forward(config_of(model).orth_reg_weight))
 
     def _forward(self, weight: float) -> None:
-        if self.weights:  # else it is asked before the first step what its loss is
+        if self.weights:  # else the loss is computed before the first step
             self.weights[-1].append(weight)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""A step that was skipped says nothing about ranks, and a move that was due with it comes with the next one."""
+"""A skipped step does not count for ranks, and a move that was due with it comes with the next one."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -35,13 +35,13 @@ def trained(name: str, folder: Path, *skipped: int, steps: int = STEPS) -> Built
     built = build(name, steps=steps)
     guard = GuardCallback()
     trainer_of(built, folder, Spoil(built.model, set(skipped)), guard, max_steps=steps).train()
-    assert [found.step - 1 for found in guard.skipped] == list(skipped)
+    assert [result.step - 1 for result in guard.skipped] == list(skipped)
     return built
 
 
 def callback_of(built: Built, kind: type) -> Any:
-    (found,) = (c for c in built.callbacks if isinstance(c, kind))
-    return found
+    (result,) = (c for c in built.callbacks if isinstance(c, kind))
+    return result
 
 
 @pytest.mark.parametrize("step", MOVED)

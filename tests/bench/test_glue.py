@@ -1,4 +1,4 @@
-"""Which cells count, which are run anew, and that a block's cells share their settings."""
+"""Which cells count, which run again, and that a block's cells share their settings."""
 
 import importlib
 import json
@@ -46,7 +46,7 @@ def finished(folder: Path, *cells: Any, recheck: bool | None = False, epochs: in
     return folder
 
 
-def kept(results: Path) -> Any:
+def retained(results: Path) -> Any:
     return json.loads((results / f"{BLOCK.name}.json").read_text())
 
 
@@ -84,9 +84,9 @@ def test_a_cell_that_left_rows_out_without_fitting_offsets_is_stale(noise: Any, 
 
 def test_a_stale_cell_is_as_good_as_not_run(tmp_path: Path) -> None:
     glue.keep(BLOCK, finished(tmp_path / "a", a_cell(commit="389524f"), a_cell(seed=1, commit="2ba0495")))
-    assert not glue.known(BLOCK, 0, "lora", RATES)
-    assert glue.known(BLOCK, 1, "lora", RATES)
-    assert not glue.known(BLOCK, 2, "lora", RATES)
+    assert not glue.finished(BLOCK, 0, "lora", RATES)
+    assert glue.finished(BLOCK, 1, "lora", RATES)
+    assert not glue.finished(BLOCK, 2, "lora", RATES)
 
 
 def test_cells_of_a_block_that_is_not_shown_yet_are_known_and_come_with_the_others(
@@ -95,9 +95,9 @@ def test_cells_of_a_block_that_is_not_shown_yet_are_known_and_come_with_the_othe
     glue.keep(BLOCK, finished(tmp_path / "a", a_cell()))
     (results / "unfinished").mkdir()
     (results / f"{BLOCK.name}.json").rename(results / "unfinished" / f"{BLOCK.name}.json")
-    assert glue.known(BLOCK, 0, "lora", RATES)
+    assert glue.finished(BLOCK, 0, "lora", RATES)
     glue.keep(BLOCK, finished(tmp_path / "b", a_cell(seed=1)))
-    assert {cell["cell"]["seed"] for cell in kept(results)["cells"].values()} == {0, 1}
+    assert {cell["cell"]["seed"] for cell in retained(results)["cells"].values()} == {0, 1}
 
 
 def test_a_stale_cell_is_run_anew_and_replaced(tmp_path: Path, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +115,7 @@ def test_a_stale_cell_is_run_anew_and_replaced(tmp_path: Path, results: Path, mo
 
     monkeypatch.setattr(glue, "compare", compare)
     glue.run(BLOCK, 0, ["lora"], tmp_path, rates=RATES)
-    assert [cell["commit"] for cell in kept(results)["cells"].values()] == [NOW]
+    assert [cell["commit"] for cell in retained(results)["cells"].values()] == [NOW]
 
 
 def test_a_best_rate_that_is_the_last_of_those_tried_is_told(
@@ -130,27 +130,27 @@ def test_a_best_rate_that_is_the_last_of_those_tried_is_told(
     (results / f"{glue.SWEPT.name}.json").write_text(json.dumps({"cells": dict(enumerate(cells))}))
     monkeypatch.setattr(glue, "run", lambda *_, **__: None)
     glue.sweep(["lora", "eva"], [1e-3], [0], tmp_path)
-    said = capsys.readouterr().out.splitlines()
-    assert set(said) == {"eva+all: 0.001 is the best of those tried, and the last on its side; try further"}
+    output = capsys.readouterr().out.splitlines()
+    assert set(output) == {"eva+all: 0.001 is the best of those tried, and the last on its side; try further"}
 
 
 def test_what_is_kept_names_no_path_no_seed_and_no_rate(tmp_path: Path, results: Path) -> None:
     glue.keep(BLOCK, finished(tmp_path / "a", a_cell(), a_cell(seed=1)))
-    assert kept(results)["settings"]["training"] == {"epochs": 8}
-    assert kept(results)["settings"]["model"]["path"] == "minilm"
-    assert kept(results)["settings"]["data"]["train"] is None
-    assert len(kept(results)["cells"]) == 2
+    assert retained(results)["settings"]["training"] == {"epochs": 8}
+    assert retained(results)["settings"]["model"]["path"] == "minilm"
+    assert retained(results)["settings"]["data"]["train"] is None
+    assert len(retained(results)["cells"]) == 2
 
 
 def test_cells_of_other_settings_are_refused_by_the_settings_names(tmp_path: Path, results: Path) -> None:
     glue.keep(BLOCK, finished(tmp_path / "a", a_cell()))
-    before = kept(results)
+    before = retained(results)
     new = finished(tmp_path / "b", a_cell(seed=1), recheck=True, epochs=6)
     with pytest.raises(SettingsError, match="sst2_2000_wrong20_rank4") as refused:
         glue.keep(BLOCK, new)
     assert "quality.recheck False, now True" in str(refused.value)
     assert "training.epochs 8, now 6" in str(refused.value)
-    assert kept(results) == before
+    assert retained(results) == before
 
 
 @pytest.mark.parametrize("order", [(None, False), (False, None)])
@@ -159,14 +159,14 @@ def test_a_setting_that_came_since_is_the_same_at_its_default(
 ) -> None:
     for seed, recheck in enumerate(order):
         glue.keep(BLOCK, finished(tmp_path / str(seed), a_cell(seed=seed), recheck=recheck))
-    assert len(kept(results)["cells"]) == 2
+    assert len(retained(results)["cells"]) == 2
 
 
 def test_stale_cells_of_other_settings_make_way(tmp_path: Path, results: Path) -> None:
     glue.keep(BLOCK, finished(tmp_path / "a", a_cell(commit="389524f"), a_cell(seed=1, commit="5de8a2e"), epochs=6))
     glue.keep(BLOCK, finished(tmp_path / "b", a_cell()))
-    assert kept(results)["settings"]["training"]["epochs"] == 8
-    assert [cell["commit"] for cell in kept(results)["cells"].values()] == [NOW]
+    assert retained(results)["settings"]["training"]["epochs"] == 8
+    assert [cell["commit"] for cell in retained(results)["cells"].values()] == [NOW]
 
 
 def test_a_rate_at_which_a_seed_failed_is_not_chosen_over_one_at_which_none_did() -> None:
@@ -188,8 +188,8 @@ def test_every_stored_cell_has_the_hash_of_what_decides_it(path: Path) -> None:
 @pytest.mark.parametrize("name", ["method", "policy", "seed", "learning_rate"])
 def test_a_hash_says_what_its_cell_is(results: Path, tmp_path: Path, name: str) -> None:
     glue.keep(BLOCK, finished(tmp_path / "a", a_cell(settings_hash="of compare")))
-    found = kept(results)
-    [cell] = found["cells"].values()
-    assert cell["settings_hash"] == glue.hash_of(found["block"], found["settings"], cell) != "of compare"
+    result = retained(results)
+    [cell] = result["cells"].values()
+    assert cell["settings_hash"] == glue.hash_of(result["block"], result["settings"], cell) != "of compare"
     cell["cell"][name] = "another"
-    assert cell["settings_hash"] != glue.hash_of(found["block"], found["settings"], cell)
+    assert cell["settings_hash"] != glue.hash_of(result["block"], result["settings"], cell)

@@ -1,4 +1,4 @@
-"""What docs/research/glue.md shows of the cells, and what it says of those that it leaves out."""
+"""The cells that docs/research/glue.md shows, and its list of those that it leaves out."""
 
 import importlib
 import json
@@ -41,7 +41,7 @@ def a_cell(
 ) -> Any:
     """Of None points, one that failed."""
     method, policy = entry.split("+")
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "cell": {"method": method, "policy": policy, "seed": seed, "learning_rate": rate},
         "commit": commit + 33 * "0",
         "cost": {"training": {"forward": 8000, "backward": 8000}},
@@ -51,9 +51,9 @@ def a_cell(
         "metrics": {},
     }
     if points is None:
-        return found | {"failed": "the loss is not finite"}
+        return result | {"failed": "the loss is not finite"}
     values = {"accuracy": points / 100, "spearman": points / 100, "loss": loss}
-    return found | {"metrics": {"validation": values, "test": values}, "parameters": {"trainable": trainable}}
+    return result | {"metrics": {"validation": values, "test": values}, "parameters": {"trainable": trainable}}
 
 
 def put(folder: Path, block: Any, *cells: Any) -> None:
@@ -201,8 +201,8 @@ def test_at_equal_epochs_seconds_are_told_as_shares_of_cells_that_ran_alone(resu
     cells = [a_cell(seed=0), a_cell(seed=1, commit="4c33c59"), *ours, a_cell("eva+all", commit="4c33c59")]
     epochs = glue.Block("sst2", 2000, 0.2, 4, "epochs")
     put(results, epochs, *cells)
-    told = "\nSeconds, as a share of `lora+all`'s of the same seed: `tsqlora+quality` 0.50 (1 seed).\n"
-    assert told in section("### SST-2")
+    message = "\nSeconds, as a share of `lora+all`'s of the same seed: `tsqlora+quality` 0.50 (1 seed).\n"
+    assert message in section("### SST-2")
     (results / f"{epochs.name}.json").unlink()
     put(results, SST2, *cells)
     assert "Seconds, as a share" not in section("### SST-2")
@@ -212,13 +212,13 @@ def test_what_is_missing_is_told_block_by_block(results: Path) -> None:
     full = [a_cell(entry, seed=seed) for entry in ENTRIES for seed in range(3)]
     put(results, SST2, *full)
     put(results, MRPC, *full[2:-1], a_cell("eva+all", None, seed=2))
-    found = section("## What is missing")
-    assert "\n| SST-2, 2,000 rows, 20% wrong labels" not in found
-    assert row(found, "MRPC, 2,000 rows, 20% wrong labels")[1:] == [
+    result = section("## What is missing")
+    assert "\n| SST-2, 2,000 rows, 20% wrong labels" not in result
+    assert row(result, "MRPC, 2,000 rows, 20% wrong labels")[1:] == [
         "21 of 24",
         "`lora+all` 0, 1; `eva+all` 2 (failed)",
     ]
-    assert row(found, "RTE, 2,000 rows, clean labels")[1:] == ["0 of 24", "all"]
+    assert row(result, "RTE, 2,000 rows, clean labels")[1:] == ["0 of 24", "all"]
 
 
 def test_every_plot_says_which_seeds_and_commits_it_is_of(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,8 +51,8 @@ def test_of_many_layers_the_first_are_shown(report: dict[str, Any]) -> None:
 
 
 def test_damage_and_idle_layers_are_named(report: dict[str, Any]) -> None:
-    found = {"nonfinite": {"h.0.q": 3}, "zero_slots": 2, "duplicate_slots": 1, "idle_layers": ["h.1.q"]}
-    text = shown(show_doctor, report | {"health": report["health"] | found})
+    result = {"nonfinite": {"h.0.q": 3}, "zero_slots": 2, "duplicate_slots": 1, "idle_layers": ["h.1.q"]}
+    text = shown(show_doctor, report | {"health": report["health"] | result})
     assert "NaN or ∞     3 numbers in h.0.q" in text
     assert "dead slots   2 zero, 1 double" in text
     assert "idle layers  1: h.1.q" in text

@@ -44,7 +44,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(place: Path) -> Path:
-    """The run that most tests share, trained by the command in a process of its own."""
+    """The run that most tests share, trained by the command in its own process."""
     command = [sys.executable, "-m", "tsqlora.cli", "train", str(place / "config.yaml"), "--out", str(place / "run")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, env=environment, timeout=120)
@@ -90,8 +90,8 @@ def test_a_bad_setting_is_refused_before_anything_is_written(
 ) -> None:
     out = tmp_path / "out"
     dry = ["--dry-run"] if len(override) % 2 else []
-    found, text = refused(tsqlora, "train", place / "config.yaml", "--set", override, "--out", out, *dry)
-    assert found == code, text
+    result, text = refused(tsqlora, "train", place / "config.yaml", "--set", override, "--out", out, *dry)
+    assert result == code, text
     assert message in text
     assert not (out / "config.yaml").exists(), "the directory must be free for the next attempt"
 
@@ -139,8 +139,8 @@ def test_json_is_one_object_and_nothing_noisy_is_on_stderr(trained: Path) -> Non
     printed = json.loads((trained.parent / "stdout").read_text())
     assert printed.pop("run") == str(trained)
     assert printed == record_of(trained)
-    told = (trained.parent / "stderr").read_text().splitlines()
-    assert all(line.endswith((" steps", " rows")) for line in told if line.strip()), told
+    lines = (trained.parent / "stderr").read_text().splitlines()
+    assert all(line.endswith((" steps", " rows")) for line in lines if line.strip()), lines
 
 
 def test_a_run_directory_has_all_that_the_contract_names(trained: Path) -> None:
@@ -228,12 +228,12 @@ def test_a_dry_run_tells_the_plan_that_the_run_then_records_and_writes_nothing(
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize(("resume", "told"), [([], "would be refused"), (["--resume"], "the plan of the whole run")])
+@pytest.mark.parametrize(("resume", "part"), [([], "would be refused"), (["--resume"], "the plan of the whole run")])
 def test_a_dry_run_tells_what_the_directory_holds(
-    resume: list[str], told: str, trained: Path, place: Path, tsqlora: Run
+    resume: list[str], part: str, trained: Path, place: Path, tsqlora: Run
 ) -> None:
     code, out, err = tsqlora("train", place / "config.yaml", "--out", trained, "--dry-run", *resume)
-    assert (code, told in err, "trainable" in out) == (0, True, True)
+    assert (code, part in err, "trainable" in out) == (0, True, True)
 
 
 def test_a_dry_run_refuses_what_the_run_would_before_its_first_step(place: Path, tmp_path: Path, tsqlora: Run) -> None:
@@ -425,11 +425,11 @@ def test_scoring_a_config_trains_nothing(place: Path, tmp_path: Path, tsqlora: R
 def test_scores_are_explained_with_texts(scored: Path, tsqlora: Run) -> None:
     code, out, _ = tsqlora("explain", scored, "--samples", "3", "--json")
     assert code == 0
-    found = json.loads(out)
+    result = json.loads(out)
     rows = read_rows(scored.parent / "train.jsonl").rows
     for name in ("highest", "lowest", "suspicious"):
-        assert len(found[name]) == 3
-        for sample in found[name]:
+        assert len(result[name]) == 3
+        for sample in result[name]:
             assert rows[sample["id"]] == {"text": sample["text"], "label": sample["label"]}
             assert sample["predicted"] in (0, 1)
     shown = tsqlora("explain", scored, "--samples", "3")[1]
@@ -468,12 +468,12 @@ def test_rows_are_not_replaced_by_what_is_drawn_or_known_of_them(
     link = tmp_path / "link.jsonl"
     link.symlink_to(rows)
     before = Path(rows).read_bytes()
-    asked = [
+    lines = [
         ("select", scored, "--fraction", "0.5", "--data", rows, "--out", link),
         ("score", place / "config.yaml", "--set", f"data.train={rows}", "--out", link),
         ("score", trained, "--set", f"data.train={rows}", "--out", rows),
     ]
-    for arguments in asked:
+    for arguments in lines:
         code, text = refused(tsqlora, *arguments)
         assert (code, "--out" in text) == (2, True)
     assert Path(rows).read_bytes() == before

@@ -107,7 +107,7 @@ def test_the_doctor_sees_the_adapter_of_a_run(run: Path, tsqlora: Run) -> None:
     report = json.loads(out)
     assert (code, report["adapter"]) == (0, str(run / "adapter"))
     assert report["heads"] == ["classifier"]
-    mends = {found["name"]: found["mend"] for found in report["consumers"]}
+    mends = {result["name"]: result["mend"] for result in report["consumers"]}
     assert (mends["vLLM"], mends["vLLM to 0.30"]) == (None, "merged")
 
 
@@ -133,9 +133,9 @@ def test_the_doctor_of_one_server_exits_by_its_verdict(
     server: str, code: int, verdict: str, tmp_path: Path, tsqlora: Run
 ) -> None:
     source = save_lora(tmp_path / "a", tiny_llama(), lora_config(rank_pattern={"k_proj": 3}))
-    found, out, err = tsqlora("doctor", source, "--server", server, "--json")
+    result, out, err = tsqlora("doctor", source, "--server", server, "--json")
     (judged,) = json.loads(out)["consumers"]
-    assert (found, judged["verdict"]) == (code, verdict)
+    assert (result, judged["verdict"]) == (code, verdict)
     assert ("--format universal" in err) == (code == 4)
     assert tsqlora("doctor", tmp_path / "nowhere", "--server", server)[0] == 3
     assert tsqlora("doctor", source, "--server", "vlm")[0] == 2

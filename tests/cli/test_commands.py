@@ -39,7 +39,7 @@ def test_a_light_command_imports_no_heavy_library(arguments: list[str], unused: 
 
 @pytest.mark.parametrize(("typed", "completed"), [("tsqlora expo", "export"), ("tsqlora export --for", "--format")])
 def test_the_shell_completes_commands_and_options(typed: str, completed: str) -> None:
-    asked = {"_TSQLORA_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
+    environment = {"_TSQLORA_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
     script = "import sys; sys.argv = ['tsqlora']; from tsqlora.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", script], env=os.environ | asked, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script], env=os.environ | environment, capture_output=True, text=True)
     assert done.stdout.split() == [completed]

@@ -69,9 +69,9 @@ def test_an_encoders_layer_and_a_decoders_are_not_taken_for_one_another(parts: t
     ranks = {f"{part}.{block}.query": 10 * j + block for j, part in enumerate(parts, 1) for block in range(3)}
     ranks |= {f"{lead}{part}.pooler.dense": 50 + j for j, part in enumerate(("encoder", "decoder"))}
     text = shown(lambda console, table: console.print(table), ranks_table(ranks))
-    told = {" ".join(line.split()) for line in text.splitlines()}
-    assert {"encoder query 10 11 12", "decoder query 20 21 22"} <= told
-    assert {"encoder pooler.dense 50", "decoder pooler.dense 51"} <= told
+    printed = {" ".join(line.split()) for line in text.splitlines()}
+    assert {"encoder query 10 11 12", "decoder query 20 21 22"} <= printed
+    assert {"encoder pooler.dense 50", "decoder pooler.dense 51"} <= printed
 
 
 @given(st.sets(st.lists(st.sampled_from(["a", "b", "0", "1", "encoder"]), min_size=1, max_size=5).map(".".join)))
@@ -203,8 +203,8 @@ def test_without_a_terminal_a_long_phase_has_a_line_now_and_then_without_control
     first, *later = lines_of(console)
     assert first == "training: 1,000 steps"
     assert [line.split()[1] for line in later] == ["4/1,000", "7/1,000", "10/1,000"]
-    told = "loss 0.5123, lr 0.00075, 133 samples/s, 8,512 tokens/s, 12 ranks moved, 1,203 MiB"
-    assert all(line.endswith(told) for line in later)
+    shown = "loss 0.5123, lr 0.00075, 133 samples/s, 8,512 tokens/s, 12 ranks moved, 1,203 MiB"
+    assert all(line.endswith(shown) for line in later)
     assert [line.split(", ")[1] for line in later] == [f"2 h {m} min left" for m in (46, 46, 45)], "ten seconds a step"
     assert "\x1b" not in console.file.getvalue()  # type: ignore[attr-defined]
     assert "\r" not in console.file.getvalue()  # type: ignore[attr-defined]
@@ -219,22 +219,22 @@ def test_a_dumb_terminal_gets_lines_and_no_control_codes(terminal: str, monkeypa
     assert ("\x1b" in console.file.getvalue()) == (terminal == "xterm")  # type: ignore[attr-defined]
 
 
-def terminal_lines(told: Callable[[Display], None], monkeypatch: pytest.MonkeyPatch, width: int = 80) -> list[str]:
-    """What stands in a terminal once the display was told this."""
+def terminal_lines(shown: Callable[[Display], None], monkeypatch: pytest.MonkeyPatch, width: int = 80) -> list[str]:
+    """The terminal's lines after these calls of the display."""
     monkeypatch.setenv("TERM", "xterm")
     console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
     with Display(console) as display:
-        told(display)
+        shown(display)
         lines = console.render_lines(display.live.get_renderable(), console.options)
     return ["".join(segment.text for segment in line).rstrip() for line in lines]
 
 
 def test_bars_fit_a_terminal_of_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    def told(display: Display) -> None:
+    def shown(display: Display) -> None:
         display.progress("evaluation", 1, 123456)
         display.progress("evaluation", 123456, 123456)
 
-    text = terminal_lines(told, monkeypatch)
+    text = terminal_lines(shown, monkeypatch)
     assert "123456/123456" in text[0]
     assert "…" not in text[0]
     assert not any(text[1:])
@@ -243,9 +243,9 @@ def test_bars_fit_a_terminal_of_80_columns(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("width", [40, 80])
 def test_while_training_a_terminal_says_how_it_goes(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     text = terminal_lines(lambda display: display.progress("training", 5, 10, PULSE), monkeypatch, width)
-    said = " ".join(text[1:])
+    output = " ".join(text[1:])
     for part in ("loss 0.5123", "lr 0.00075", "133 samples/s", "8,512 tokens/s", "12 ranks moved", "1,203 MiB"):
-        assert part in said
+        assert part in output
     assert max(map(cell_len, text)) <= width
 
 
@@ -256,13 +256,13 @@ def test_what_is_not_known_yet_is_left_out(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_bars_of_what_is_over_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    def told(display: Display) -> None:
+    def shown(display: Display) -> None:
         for number in range(50):
             display.progress("training", 1, 1, PULSE)
             display.say(f"{number} is done")
         display.progress("warm-up", 1, 1)
 
-    text = terminal_lines(told, monkeypatch)
+    text = terminal_lines(shown, monkeypatch)
     assert len([line for line in text if line]) == 1
     assert text[0].startswith("warm-up")
 

@@ -1,4 +1,4 @@
-"""A cell in a process of its own: it may have processes itself, and none outlives its parent."""
+"""A cell in its own process: it may have processes itself, and none outlives its parent."""
 
 import signal
 import subprocess

@@ -76,9 +76,9 @@ def test_the_allocator_says_when_it_chose_and_how_many_triplets_are_kept() -> No
         if allocate_triplets(model, config, step):
             chosen.append(step)
     assert chosen == [10, 20, 30, 34]
-    kept = chosen_triplets(config)
-    assert sum(kept.values()) == 4 * 7
-    assert "bert.pooler.dense" in kept
+    retained = chosen_triplets(config)
+    assert sum(retained.values()) == 4 * 7
+    assert "bert.pooler.dense" in retained
 
 
 def test_the_penalty_is_read_from_the_config_in_every_forward_pass() -> None:

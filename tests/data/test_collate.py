@@ -69,14 +69,14 @@ def test_the_end_token_pads_where_there_is_no_other() -> None:
 
 
 @pytest.mark.parametrize(
-    ("max_length", "positions", "wanted"), [(32, 32, 16), (30, 32, 16), (30, 31, 13), (30, None, 16)]
+    ("max_length", "positions", "expected"), [(32, 32, 16), (30, 32, 16), (30, 31, 13), (30, None, 16)]
 )
 def test_batches_are_padded_to_a_multiple_of_8_where_the_model_has_the_positions(
-    max_length: int, positions: int | None, wanted: int, tmp_path: Path
+    max_length: int, positions: int | None, expected: int, tmp_path: Path
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(save_checkpoint(tmp_path))
     batch = collator(tokenizer, max_length=max_length, positions=positions)(
         [{"input_ids": list(range(4, 4 + n)), "labels": 0} for n in (13, 9)]
     )
-    assert batch["input_ids"].shape == (2, wanted)
+    assert batch["input_ids"].shape == (2, expected)
     assert batch["attention_mask"].sum(1).tolist() == [13, 9]

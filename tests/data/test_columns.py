@@ -52,14 +52,14 @@ def test_no_label_is_no_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "settings", "told"),
+    ("names", "settings", "message"),
     [
         (["text", "labels"], {"label": "labls"}, ["'labls'", "data.label", "mean 'labels'"]),
         (["text"], {"text": "text", "label": "text"}, ["data.text and data.label", "'text'"]),
         (["body", "label"], {}, ["data.text", "body, label"]),
     ],
 )
-def test_what_cannot_be_is_refused(names: list[str], settings: dict[str, str], told: list[str]) -> None:
+def test_what_cannot_be_is_refused(names: list[str], settings: dict[str, str], message: list[str]) -> None:
     with pytest.raises(DataError, match=r"train\.csv") as caught:
         find(names, **settings)
-    assert all(name in str(caught.value) for name in told)
+    assert all(name in str(caught.value) for name in message)

@@ -116,9 +116,9 @@ def parquet(path: Path) -> pa.Table:
 def test_parquet_keeps_schema_metadata_and_values(places: list[int], tmp_path: Path) -> None:
     table = parquet(tmp_path / "t.parquet")
     copy_rows(tmp_path / "t.parquet", tmp_path / "out.parquet", np.array(places), PLAIN)
-    found = pq.ParquetFile(tmp_path / "out.parquet").read()
-    assert found.schema.equals(table.schema, check_metadata=True)
-    assert found.to_pylist() == table.take(places).to_pylist()
+    result = pq.ParquetFile(tmp_path / "out.parquet").read()
+    assert result.schema.equals(table.schema, check_metadata=True)
+    assert result.to_pylist() == table.take(places).to_pylist()
 
 
 def test_a_copy_that_fails_leaves_nothing(tmp_path: Path) -> None:
@@ -160,6 +160,6 @@ def test_parquet_keeps_its_schema(tmp_path: Path) -> None:
     table = pa.table({"text": ["a", "b"], "label": ["no", "yes"], "n": [1, None]}, schema=schema)
     pq.write_table(table, tmp_path / "a.parquet")
     write_corrected(open_split(tmp_path / "a.parquet"), tmp_path / "b.parquet", "label", {1: "no"})
-    found = pq.read_table(tmp_path / "b.parquet")
-    assert found.schema == schema
-    assert found.to_pylist() == [{"text": "a", "label": "no", "n": 1}, {"text": "b", "label": "no", "n": None}]
+    result = pq.read_table(tmp_path / "b.parquet")
+    assert result.schema == schema
+    assert result.to_pylist() == [{"text": "a", "label": "no", "n": 1}, {"text": "b", "label": "no", "n": None}]

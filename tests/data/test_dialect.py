@@ -57,7 +57,7 @@ def test_what_is_set_wins_and_a_byte_order_mark_over_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "hints", "told"),
+    ("content", "hints", "message"),
     [
         (b"\xef\xbb\xbftext\nabc\ncaf\xe9\n", SNIFF, "t.csv:3: byte 0xe9 is not UTF-8"),
         ("text\nschön\ngroß\n".encode() + b"caf\xe9\n", SNIFF, "t.csv:4: byte 0xe9 is not UTF-8"),
@@ -67,11 +67,13 @@ def test_what_is_set_wins_and_a_byte_order_mark_over_it(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_what_cannot_be_decoded_is_named_with_its_line(content: bytes, hints: Hints, told: str, tmp_path: Path) -> None:
+def test_what_cannot_be_decoded_is_named_with_its_line(
+    content: bytes, hints: Hints, message: str, tmp_path: Path
+) -> None:
     (tmp_path / "t.csv").write_bytes(content)
     with pytest.raises(DataError, match=r"data\.encoding") as caught:
         read_rows(tmp_path / "t.csv", hints=hints)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -85,12 +85,12 @@ def test_plain_text_is_trained_on_but_for_a_token_that_follows_from_nothing() ->
 def test_a_prompt_alone_has_the_tokens_that_it_is_trained_with(texts: list[tuple[str, str]]) -> None:
     tokenizer = byte_tokenizer(merges=[("a", "b"), ("Ġ", "a"), ("b", "b"), ("Ġ", "Ġ"), ("Ċ", "Ċ")])
     whole, alone = make(pairs(*texts), tokenizer), make(pairs(*texts), tokenizer, with_targets=False)
-    for (prompt, target), sample, asked in zip(texts, whole.samples, alone.samples, strict=True):
-        length = len(asked["input_ids"])
-        assert sample["input_ids"][:length] == asked["input_ids"]
+    for (prompt, target), sample, prompts in zip(texts, whole.samples, alone.samples, strict=True):
+        length = len(prompts["input_ids"])
+        assert sample["input_ids"][:length] == prompts["input_ids"]
         assert sample["labels"] == [IGNORED] * length + sample["input_ids"][length:]
         assert shown(tokenizer, sample) == (f"<s>{prompt}{target}</s>", f"{target}</s>")
-        assert "labels" not in asked
+        assert "labels" not in prompts
 
 
 def test_tokens_are_those_of_the_whole_text_where_none_lies_across() -> None:
@@ -104,8 +104,8 @@ def test_a_long_prompt_loses_its_beginning_but_not_what_opens_every_text() -> No
     split = make(pairs(("abcdef", "gh"), ("a", "b")), max_length=6)
     assert [shown(BYTES, sample) for sample in split.samples] == [("<s>efgh</s>", "gh</s>"), ("<s>ab</s>", "b</s>")]
     assert split.truncated == 1
-    asked = make(pairs(("abcdef", "gh")), max_length=4, with_targets=False)
-    assert (BYTES.decode(asked[0]["input_ids"]), asked.truncated) == ("<s>def", 1)
+    prompts = make(pairs(("abcdef", "gh")), max_length=4, with_targets=False)
+    assert (BYTES.decode(prompts[0]["input_ids"]), prompts.truncated) == ("<s>def", 1)
 
 
 def test_long_plain_text_loses_its_end() -> None:
@@ -130,15 +130,15 @@ def test_a_row_whose_target_does_not_fit_whole_is_left_out_and_named() -> None:
     ("row", "column"), [(("a", " "), "completion"), (("a", None), "completion"), ((["a"], "b"), "prompt")]
 )
 def test_bad_rows_are_named(row: tuple[Any, Any], column: str) -> None:
-    told = error(DataError, pairs(("a", "b"), row))
-    assert told.startswith("train.jsonl:8: ")
-    assert f"'{column}'" in told
+    message = error(DataError, pairs(("a", "b"), row))
+    assert message.startswith("train.jsonl:8: ")
+    assert f"'{column}'" in message
 
 
 def test_room_for_text_is_asked_for() -> None:
-    told = error(SettingsError, pairs(("a", "b")), max_length=2)
-    assert "data.max_length 2" in told
-    assert "set it to 3" in told
+    message = error(SettingsError, pairs(("a", "b")), max_length=2)
+    assert "data.max_length 2" in message
+    assert "set it to 3" in message
 
 
 def test_a_chat_is_trained_on_every_answer_as_its_template_writes_it() -> None:
@@ -157,9 +157,9 @@ def test_a_chat_is_trained_on_every_answer_as_its_template_writes_it() -> None:
 def test_what_a_chat_is_asked_is_what_it_is_trained_with() -> None:
     rows = rows_of({"messages": [say("user", "a"), say("assistant", "b"), say("user", "c"), say("assistant", "d")]})
     tokenizer = byte_tokenizer(chat_template=CHATML, eos="<|im_end|>", merges=[("Ċ", "d"), ("Ċ", "b")])
-    whole, asked = make(rows, tokenizer)[0], make(rows, tokenizer, with_targets=False)[0]
-    length = len(asked["input_ids"])
-    assert whole["input_ids"][:length] == asked["input_ids"]
+    whole, prompts = make(rows, tokenizer)[0], make(rows, tokenizer, with_targets=False)[0]
+    length = len(prompts["input_ids"])
+    assert whole["input_ids"][:length] == prompts["input_ids"]
     assert tokenizer.decode(whole["input_ids"][length:]) == "d<|im_end|>"
     assert references(rows, format_of(rows)) == ["d"]
 
@@ -179,8 +179,8 @@ def test_of_a_long_chat_the_oldest_turns_go_and_a_cut_answer_is_not_trained_on()
 def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
     rows = rows_of({"messages": [say("user", "a"), say("assistant", "b"), say("user", "c"), say("assistant", "d")]})
     template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}|{% endfor %}"
-    told = error(DataError, rows, byte_tokenizer(chat_template=template))
-    assert "train.jsonl:7: the chat template rewrites the text before turn 2" in told
+    message = error(DataError, rows, byte_tokenizer(chat_template=template))
+    assert "train.jsonl:7: the chat template rewrites the text before turn 2" in message
 
 
 # As Qwen3 does: only the last answer has its thoughts, so that each further turn rewrites what stands before.
@@ -194,9 +194,9 @@ THINKS = (
 def test_what_is_asked_stands_there_once_though_the_template_rewrites_what_stands_before(further: list[Any]) -> None:
     tokenizer = byte_tokenizer(chat_template=THINKS)
     chat = [say("user", "a"), say("assistant", "b"), say("user", "c"), *further]
-    asked = make(rows_of({"messages": chat}), tokenizer, with_targets=False)[0]
+    prompts = make(rows_of({"messages": chat}), tokenizer, with_targets=False)[0]
     rendered = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
-    assert asked["input_ids"] == tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    assert prompts["input_ids"] == tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
 
 def test_of_an_answer_that_begins_a_chat_the_templates_header_is_not_trained_on() -> None:
@@ -212,21 +212,21 @@ def test_what_is_measured_goes_on_from_what_its_answer_followed() -> None:
     """Though the chat ends with a further question."""
     chat = [say("user", "a"), say("assistant", "b"), say("user", "c")]
     rows = rows_of({"messages": chat})
-    asked, measured = (make(rows, CHATTY, with_targets=False, measured=of)[0] for of in (False, True))
+    prompts, measured = (make(rows, CHATTY, with_targets=False, measured=of)[0] for of in (False, True))
     assert references(rows, format_of(rows)) == ["b"]
     assert measured == make(rows_of({"messages": chat[:1]}), CHATTY, with_targets=False)[0]
-    assert str(CHATTY.decode(asked["input_ids"])).count("user") == 2
+    assert str(CHATTY.decode(prompts["input_ids"])).count("user") == 2
 
 
 @pytest.mark.parametrize(
-    ("template", "told"),
+    ("template", "message"),
     [("{{ raise_exception('roles must alternate') }}", "roles must alternate"), (None, "template")],
 )
-def test_a_template_that_refuses_the_roles_or_is_not_there_is_told(template: str | None, told: str) -> None:
+def test_a_template_that_refuses_the_roles_or_is_not_there_is_told(template: str | None, message: str) -> None:
     rows = rows_of({"messages": [say("user", "a"), say("assistant", "b")]})
-    found = error(DataError, rows, byte_tokenizer(chat_template=template))
-    assert found.startswith("train.jsonl:7: ")
-    assert told in found
+    result = error(DataError, rows, byte_tokenizer(chat_template=template))
+    assert result.startswith("train.jsonl:7: ")
+    assert message in result
 
 
 def test_a_tokenizer_without_an_end_is_refused() -> None:

@@ -59,16 +59,16 @@ def differences(model: PreTrainedModel, collate: PackedCollator, samples: list[d
     batch = collate(samples)
     batch.pop("labels")
     rows = pack([len(sample["input_ids"]) for sample in samples], collate.max_length)
-    found = []
+    result = []
     with torch.no_grad():
         packed: Any = model.eval()(**batch).logits
         for logits, row in zip(packed, rows, strict=True):
             start = 0
             for j in row:
                 alone = model(input_ids=torch.tensor([samples[j]["input_ids"]])).logits[0]
-                found.append(float((logits[start : start + len(alone)] - alone).abs().max()))
+                result.append(float((logits[start : start + len(alone)] - alone).abs().max()))
                 start += len(alone)
-    return found
+    return result
 
 
 @given(LENGTHS, st.integers(1, 40))
@@ -91,13 +91,13 @@ def test_logits_are_those_of_the_sample_alone(make: Any, attention: str) -> None
 def test_the_loss_and_its_gradient_are_those_of_the_padded_batch() -> None:
     torch.manual_seed(0)
     model, tokenizer, samples = llama("sdpa").double(), byte_tokenizer(), samples_of([5, 9, 3, 7])
-    found = []
+    result = []
     for collate in (packed_collator(tokenizer, max_length=20), generation_collator(tokenizer, seq2seq=False)):
         model.zero_grad()
         loss: Any = model(**collate(samples)).loss
         loss.backward()
-        found.append((loss.detach(), model.get_input_embeddings().weight.grad.clone()))  # type: ignore[union-attr]
-    torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-5)
+        result.append((loss.detach(), model.get_input_embeddings().weight.grad.clone()))  # type: ignore[union-attr]
+    torch.testing.assert_close(result[0], result[1], atol=1e-6, rtol=1e-5)
 
 
 def test_the_first_token_of_a_sample_is_not_trained_on_as_the_last_ones_next() -> None:

@@ -249,10 +249,10 @@ def test_what_is_held_out_of_the_training_rows_is_measured_on_too(
 ) -> None:
     data = prepared(tmp_path, tokenizer, train=POOL, trusted=POOL[:6])
     held_out = {row["text"] for row in data.splits.rows("validation").rows}
-    kept = [row["text"] for row in POOL[:6] if row["text"] not in held_out]
-    assert 0 < len(kept) < 6
-    assert [row["text"] for row in data.splits.rows("trusted").rows] == kept
-    assert f"{6 - len(kept)} of 6 trusted rows are left out" in data.notes[0]
+    retained = [row["text"] for row in POOL[:6] if row["text"] not in held_out]
+    assert 0 < len(retained) < 6
+    assert [row["text"] for row in data.splits.rows("trusted").rows] == retained
+    assert f"{6 - len(retained)} of 6 trusted rows are left out" in data.notes[0]
 
 
 def test_a_training_row_with_a_trusted_rows_input_is_marked_whatever_its_label(

@@ -213,18 +213,18 @@ def first_texts(splits: dict[str, Source]) -> dict[str, str]:
 @pytest.mark.parametrize("validation", ["validation.jsonl", "valid.jsonl", "Dev.jsonl"])
 def test_splits_of_a_directory_are_found_by_name(validation: str, tmp_path: Path) -> None:
     folder = directory(tmp_path, "test.jsonl", validation, "train.jsonl", "notes.jsonl", ".train.swp")
-    found = open_splits(folder, None, None)
-    assert first_texts(found) == {"train": "train.jsonl", "validation": validation, "test": "test.jsonl"}
-    assert list(found) == ["train", "validation", "test"]
-    assert found["train"].read().place(0) == f"{tmp_path / 'train.jsonl'}:1"
+    result = open_splits(folder, None, None)
+    assert first_texts(result) == {"train": "train.jsonl", "validation": validation, "test": "test.jsonl"}
+    assert list(result) == ["train", "validation", "test"]
+    assert result["train"].read().place(0) == f"{tmp_path / 'train.jsonl'}:1"
 
 
 def test_an_explicit_split_takes_the_place_of_the_directory_s(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     other = directory(tmp_path / "other", "mine.jsonl")
     folder = directory(tmp_path, "train.jsonl", "dev.jsonl", "valid.jsonl", "test.jsonl")
-    found = open_splits(folder, f"{other}/mine.jsonl", None)
-    assert first_texts(found) == {"train": "train.jsonl", "validation": "mine.jsonl", "test": "test.jsonl"}
+    result = open_splits(folder, f"{other}/mine.jsonl", None)
+    assert first_texts(result) == {"train": "train.jsonl", "validation": "mine.jsonl", "test": "test.jsonl"}
 
 
 def test_trusted_rows_are_those_that_are_named_alone(tmp_path: Path) -> None:
@@ -269,9 +269,9 @@ def test_one_split_of_a_directory_can_be_read(tmp_path: Path) -> None:
 def test_a_hub_data_set_is_read_by_its_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = {name: datasets.Dataset.from_list([{"text": name}] * 2) for name in ("train", "dev", "extra")}
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict(parts))
-    found = open_splits("owner/name", None, None)
-    assert first_texts(found) == {"train": "train", "validation": "dev"}
-    assert found["validation"].read().place(1) == "owner/name[dev]:2"
+    result = open_splits("owner/name", None, None)
+    assert first_texts(result) == {"train": "train", "validation": "dev"}
+    assert result["validation"].read().place(1) == "owner/name[dev]:2"
     assert read_rows("name", split="extra").rows[0] == {"text": "extra"}
 
 
@@ -280,9 +280,9 @@ def test_one_split_of_a_configuration_is_the_split_that_names_it(monkeypatch: py
         return datasets.Dataset.from_list([{"text": f"{name} {configuration} {split}"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    found = open_splits("nyu-mll/glue:mrpc[train[:9]]", "glue[validation]", None)
-    assert first_texts(found) == {"train": "nyu-mll/glue mrpc train[:9]", "validation": "glue None validation"}
-    assert found["train"].name == "nyu-mll/glue:mrpc[train[:9]]"
+    result = open_splits("nyu-mll/glue:mrpc[train[:9]]", "glue[validation]", None)
+    assert first_texts(result) == {"train": "nyu-mll/glue mrpc train[:9]", "validation": "glue None validation"}
+    assert result["train"].name == "nyu-mll/glue:mrpc[train[:9]]"
 
 
 def test_an_empty_hub_split_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,8 +105,8 @@ def test_long_text_is_no_warning(
 def test_a_hash_is_of_text_pair_and_label_as_written(tokenizer: PreTrainedTokenizerFast) -> None:
     cells = ({"pair": "b", "label": 3}, {"pair": "b"}, {"pair": "b c"}, {"pair": "b", "label": "d"})
     split = tokenise(rows_of(*({"text": "a"} | row for row in cells)), PAIR, tokenizer, max_length=8, labels=None)
-    wanted = [b"a\x1fb\x1f3", b"a\x1fb\x1f", b"a\x1fb c\x1f", b"a\x1fb\x1fd"]
-    assert split.hashes == tuple(hashlib.sha256(data).hexdigest()[:16] for data in wanted)
+    expected = [b"a\x1fb\x1f3", b"a\x1fb\x1f", b"a\x1fb c\x1f", b"a\x1fb\x1fd"]
+    assert split.hashes == tuple(hashlib.sha256(data).hexdigest()[:16] for data in expected)
 
 
 def test_a_split_is_a_torch_data_set(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -101,7 +101,7 @@ def other_ranks(rank: int, world: int) -> Any:
     layers = find_slots(model)
     target = active_ranks(model) | {WIDE: 6}
     options: dict[str, Any] = {"sketches": {}, "optimizer": None, "min_age": 0, "seed": 0}
-    return told(lambda: change_ranks(layers, target, importance=Importance(layers), **options))
+    return error_of(lambda: change_ranks(layers, target, importance=Importance(layers), **options))
 
 
 def in_trainer(rank: int, world: int, folder: Path) -> Any:
@@ -140,10 +140,12 @@ def trusted_last(rank: int, world: int, folder: Path) -> Any:
     data = tsq.QualitySubset(rows[:64], fraction=0.5, trusted=rows[64:76])
     steps: list[list[int]] = []
 
-    def note(module: nn.Module, _: Any, given: dict[str, Tensor]) -> None:
+    def note(module: nn.Module, _: Any, passed: dict[str, Tensor]) -> None:
         if module.training:
-            lengths = given["attention_mask"].sum(1).tolist()
-            steps.append([numbers[tuple(row.tolist()[:n])] for row, n in zip(given["input_ids"], lengths, strict=True)])
+            lengths = passed["attention_mask"].sum(1).tolist()
+            steps.append(
+                [numbers[tuple(row.tolist()[:n])] for row, n in zip(passed["input_ids"], lengths, strict=True)]
+            )
 
     model.register_forward_pre_hook(note, with_kwargs=True)
     options = {"per_device_train_batch_size": 8 // world, "num_train_epochs": 3, "train_sampling_strategy": "random"}
@@ -162,13 +164,13 @@ def scored(rank: int, world: int, folder: Path) -> Any:
     model = lora(tiny_bert(layers=1))
     rows = samples(30, 3)
     teach(model, rows)
-    asked: dict[str, dict[str, Any]] = {
+    request: dict[str, dict[str, Any]] = {
         "default": {"terms": ()},
         "adapter": {"scope": "adapter"},
         "full": {"scope": "full", "weights": {"convergence": 1.0}},
     }
     files = {}
-    for name, options in asked.items():
+    for name, options in request.items():
         seen: list[int] = []
 
         def count(batch: list[Any], seen: list[int] = seen) -> dict[str, Tensor]:
@@ -183,7 +185,7 @@ def scored(rank: int, world: int, folder: Path) -> Any:
 
 
 def refused(rank: int, world: int) -> Any:
-    """What each process is told of rows that one cannot read, and of a journal."""
+    """The error in each process for rows that one cannot read, and for a journal."""
     model, rows = lora(tiny_bert(layers=1)), samples(12, 3)
 
     def broken(batch: list[Any]) -> dict[str, Tensor]:
@@ -196,13 +198,13 @@ def refused(rank: int, world: int) -> Any:
     options: dict[str, Any] = {"reference": list(range(12)), "batch_size": 5}
     hashes = [str(j) for j in range(12)]
     return {
-        "reference": told(lambda: score_by(model, learned, broken, **options)),
-        "pass": told(lambda: score_by(model, learned, broken, reference=[0, 1, 2], batch_size=5)),
-        "journal": told(lambda: score_by(model, rows, collate, hashes=hashes, journal=Path("none"))),
+        "reference": error_of(lambda: score_by(model, learned, broken, **options)),
+        "pass": error_of(lambda: score_by(model, learned, broken, reference=[0, 1, 2], batch_size=5)),
+        "journal": error_of(lambda: score_by(model, rows, collate, hashes=hashes, journal=Path("none"))),
     }
 
 
-def told(work: Callable[[], Any]) -> str:
+def error_of(work: Callable[[], Any]) -> str:
     try:
         work()
     except Exception as error:
@@ -228,7 +230,7 @@ def assert_in_parts(model: nn.Module) -> None:
 
 
 def looped(rank: int, world: int, folder: Path) -> Any:
-    """A loop of one's own, a global batch of 8; then the adapter as it is saved."""
+    """A custom loop with a global batch of 8; then the saved adapter."""
     model = in_parts(quiet(slotted_bert(max_rank=7)), world)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
     ranks = tsq.RankLoop(
@@ -245,7 +247,7 @@ def looped(rank: int, world: int, folder: Path) -> Any:
         optimizer.step()
         ranks.after_optimizer_step()
         optimizer.zero_grad()
-    refusal = told(ranks.finish) if world > 1 else ""
+    refusal = error_of(ranks.finish) if world > 1 else ""
     options = StateDictOptions(full_state_dict=True)
     state = get_model_state_dict(model, options=options) if world > 1 else model.state_dict()
     with torch.no_grad():
@@ -260,7 +262,7 @@ def looped(rank: int, world: int, folder: Path) -> Any:
         "state": {name: tensor.clone() for name, tensor in state.items() if tensor.is_floating_point()},
         "finalize": refusal,
         "logits": logits,
-        "score": told(lambda: score_by(model, MOODS, collate)) if world > 1 else "",
+        "score": error_of(lambda: score_by(model, MOODS, collate)) if world > 1 else "",
     }
 
 
@@ -296,13 +298,13 @@ def moved(rank: int, world: int) -> Any:
 
 def everything(slots: Slots, optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """A and B, gradients and moments, each with its slots in front."""
-    found = []
+    result = []
     for parameter, dim in slots.matrices():
         assert parameter.grad is not None
         states = [moment.read() for moment in moments(parameter, optimizer).values()]
         wholes = [distributed.full_tensor(parameter.detach()), distributed.full_tensor(parameter.grad), *states]
-        found += [tensor.transpose(0, dim).clone() for tensor in wholes]
-    return found
+        result += [tensor.transpose(0, dim).clone() for tensor in wholes]
+    return result
 
 
 # --- three processes -----------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""DeepSpeed is not installed here: what its users are told is tested with what would say that it is on."""
+"""DeepSpeed is not installed here: the message for its users is tested with the flags that it would set."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import tsqlora as tsq
 from scoring import quality_by
 from stock import make_trainer, moods, slotted_bert
 
-TOLD = r"DeepSpeed keeps gradients and moments, .*; use accelerate launch without DeepSpeed \(DDP\)"
+MESSAGE = r"DeepSpeed keeps gradients and moments, .*; use accelerate launch without DeepSpeed \(DDP\)"
 
 
 class DeepSpeedEngine(nn.Module):
@@ -30,12 +30,12 @@ def test_a_trainer_with_deepspeed_is_refused_at_the_start(half: str, tmp_path: P
     # As TrainingArguments(deepspeed=...) and ACCELERATE_USE_DEEPSPEED set it.
     assert trainer.args.deepspeed_plugin is None
     trainer.args.deepspeed_plugin = object()
-    with pytest.raises(tsq.UnsupportedError, match=TOLD):
+    with pytest.raises(tsq.UnsupportedError, match=MESSAGE):
         trainer.train()
 
 
 def test_a_loop_with_deepspeed_is_refused_at_the_start() -> None:
     model = slotted_bert()
     optimizer = torch.optim.AdamW(model.parameters())
-    with pytest.raises(tsq.UnsupportedError, match=TOLD):
+    with pytest.raises(tsq.UnsupportedError, match=MESSAGE):
         tsq.RankLoop(DeepSpeedEngine(model), optimizer, 100)

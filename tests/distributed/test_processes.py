@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def told(folder: Path) -> list[dict[str, Any]]:
+def reports(folder: Path) -> list[dict[str, Any]]:
     """Of the first of two processes, of the second, and of the one that was alone."""
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1, 2)]
 
@@ -58,34 +58,34 @@ def assert_same_events(left: list[dict[str, Any]], right: list[dict[str, Any]], 
 # --- sensitivities and changes ------------------------------------------------------------
 
 
-def test_sensitivities_of_rows_in_two_processes_are_those_of_one(told: list[dict[str, Any]]) -> None:
-    first, second, alone = (of["measured"] for of in told)
+def test_sensitivities_of_rows_in_two_processes_are_those_of_one(reports: list[dict[str, Any]]) -> None:
+    first, second, alone = (of["measured"] for of in reports)
     assert first == second == pytest.approx(alone, rel=1e-9)
 
 
 @pytest.mark.parametrize("place", [0, 1], ids=["of different size", "of one process"])
-def test_batches_count_as_in_one_process_one_after_the_other(place: int, told: list[dict[str, Any]]) -> None:
-    (first, sketches), (second, _), (alone, wanted) = (of["measured in training"][place] for of in told)
+def test_batches_count_as_in_one_process_one_after_the_other(place: int, reports: list[dict[str, Any]]) -> None:
+    (first, sketches), (second, _), (alone, expected) = (of["measured in training"][place] for of in reports)
     assert first == second == pytest.approx(alone, rel=1e-9)
-    assert_close(sketches, wanted, error=1e-9)
+    assert_close(sketches, expected, error=1e-9)
 
 
-def test_processes_with_gradients_of_their_own_agree_on_ranks_and_weights(told: list[dict[str, Any]]) -> None:
-    (ranks, weights), (others, other_weights), _ = (of["changed"] for of in told)
+def test_processes_with_gradients_of_their_own_agree_on_ranks_and_weights(reports: list[dict[str, Any]]) -> None:
+    (ranks, weights), (others, other_weights), _ = (of["changed"] for of in reports)
     assert ranks == others
     assert (ranks[QUERY], ranks[WIDE]) == (2, 6)
     assert_equal(weights, other_weights)
 
 
-def test_processes_with_different_ranks_are_an_error_in_each(told: list[dict[str, Any]]) -> None:
-    assert all(re.match("TsqLoraError: the 2 processes .* ranks", of["other ranks"]) for of in told[:2])
+def test_processes_with_different_ranks_are_an_error_in_each(reports: list[dict[str, Any]]) -> None:
+    assert all(re.match("TsqLoraError: the 2 processes .* ranks", of["other ranks"]) for of in reports[:2])
 
 
 # --- DDP ----------------------------------------------------------------------------------
 
 
-def test_two_processes_under_the_trainer_are_one(told: list[dict[str, Any]]) -> None:
-    first, second, alone = (of["trainer"] for of in told)
+def test_two_processes_under_the_trainer_are_one(reports: list[dict[str, Any]]) -> None:
+    first, second, alone = (of["trainer"] for of in reports)
     assert len(alone["events"]) > 3
     assert any(event["moved"] for event in alone["events"])
     assert first["events"] == second["events"]
@@ -95,8 +95,8 @@ def test_two_processes_under_the_trainer_are_one(told: list[dict[str, Any]]) -> 
     assert first["drawn"] == second["drawn"] == alone["drawn"]
 
 
-def test_two_processes_train_on_trusted_rows_last(told: list[dict[str, Any]]) -> None:
-    first, second, alone = (of["trusted"] for of in told)
+def test_two_processes_train_on_trusted_rows_last(reports: list[dict[str, Any]]) -> None:
+    first, second, alone = (of["trusted"] for of in reports)
     together = [sorted(left + right) for left, right in zip(first["steps"], second["steps"], strict=True)]
     assert together == [sorted(rows) for rows in alone["steps"]]
     assert [min(rows) >= 64 for rows in together] == [False] * 9 + [True] * 3
@@ -106,8 +106,8 @@ def test_two_processes_train_on_trusted_rows_last(told: list[dict[str, Any]]) ->
     assert_close(first["weights"], alone["weights"], error=1e-5)
 
 
-def test_scores_between_two_epochs_are_those_of_one_process(told: list[dict[str, Any]]) -> None:
-    first, second, alone = (of["trainer"] for of in told)
+def test_scores_between_two_epochs_are_those_of_one_process(reports: list[dict[str, Any]]) -> None:
+    first, second, alone = (of["trainer"] for of in reports)
     np.testing.assert_array_equal(first["quality"], second["quality"])
     np.testing.assert_allclose(first["quality"], alone["quality"], rtol=1e-5, atol=1e-8)
     assert {"gradient_norm", "loss"} <= first["terms"].keys()
@@ -116,8 +116,8 @@ def test_scores_between_two_epochs_are_those_of_one_process(told: list[dict[str,
         np.testing.assert_allclose(values, alone["terms"][name], rtol=1e-5, atol=1e-8)
 
 
-def test_importance_is_the_same_in_every_process(told: list[dict[str, Any]]) -> None:
-    first, second, alone = (of["trainer"]["importance"] for of in told)
+def test_importance_is_the_same_in_every_process(reports: list[dict[str, Any]]) -> None:
+    first, second, alone = (of["trainer"]["importance"] for of in reports)
     assert_equal(first, second)
     assert_close(first, alone, error=1e-5)
 
@@ -127,17 +127,17 @@ def test_importance_is_the_same_in_every_process(told: list[dict[str, Any]]) -> 
 
 @pytest.mark.parametrize("rule", ["default", "adapter", "full"])
 def test_the_score_file_is_the_same_for_one_two_and_three_processes(
-    rule: str, folder: Path, told: list[dict[str, Any]]
+    rule: str, folder: Path, reports: list[dict[str, Any]]
 ) -> None:
     three = [torch.load(folder / f"three-{rank}.pt", weights_only=False) for rank in (0, 1, 2)]
-    files = [of["scored"][rule] for of in told] + [of[rule] for of in three]
+    files = [of["scored"][rule] for of in reports] + [of[rule] for of in three]
     assert len({content for content, _ in files}) == 1
     if rule == "default":  # rows that each process collated: eight batches of four, the last of two
         assert [rows for _, rows in files] == [16, 14, 30, 12, 10, 8]
 
 
-def test_an_error_of_one_process_is_told_in_all(told: list[dict[str, Any]]) -> None:
-    first, second = (of["refused"] for of in told[:2])
+def test_an_error_of_one_process_is_told_in_all(reports: list[dict[str, Any]]) -> None:
+    first, second = (of["refused"] for of in reports[:2])
     for name in ("reference", "pass"):
         assert first[name] == "TsqLoraError: process 1: ValueError: a broken row"
         assert second[name] == "ValueError: a broken row"
@@ -148,8 +148,8 @@ def test_an_error_of_one_process_is_told_in_all(told: list[dict[str, Any]]) -> N
 # --- FSDP2 --------------------------------------------------------------------------------
 
 
-def test_a_loop_over_weights_in_parts_is_that_of_one_process(told: list[dict[str, Any]]) -> None:
-    first, second, alone = (of["looped"] for of in told)
+def test_a_loop_over_weights_in_parts_is_that_of_one_process(reports: list[dict[str, Any]]) -> None:
+    first, second, alone = (of["looped"] for of in reports)
     assert sum(event["moved"] for event in alone["events"]) > 3
     assert len({tuple(event["ranks"].values()) for event in alone["events"]}) > 1
     assert first["events"] == second["events"]
@@ -160,23 +160,23 @@ def test_a_loop_over_weights_in_parts_is_that_of_one_process(told: list[dict[str
     assert_close(first["state"], alone["state"], error=1e-5)
 
 
-def test_what_is_saved_of_weights_in_parts_loads_as_a_plain_adapter(told: list[dict[str, Any]]) -> None:
-    in_parts, plain = told[0]["looped"]["logits"]
+def test_what_is_saved_of_weights_in_parts_loads_as_a_plain_adapter(reports: list[dict[str, Any]]) -> None:
+    in_parts, plain = reports[0]["looped"]["logits"]
     torch.testing.assert_close(plain, in_parts, rtol=0, atol=1e-12)
-    torch.testing.assert_close(in_parts, told[2]["looped"]["logits"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(in_parts, reports[2]["looped"]["logits"], rtol=1e-5, atol=1e-5)
 
 
-def test_what_weights_in_parts_cannot_do_is_refused_by_name(told: list[dict[str, Any]]) -> None:
-    for of in told[:2]:
+def test_what_weights_in_parts_cannot_do_is_refused_by_name(reports: list[dict[str, Any]]) -> None:
+    for of in reports[:2]:
         assert re.match("UnsupportedError: .*FSDP.*finalize_model=False", of["looped"]["finalize"])
         assert re.match("UnsupportedError: .*FSDP", of["looped"]["score"])
 
 
-def test_slots_in_parts_move_bit_for_bit_with_their_moments(told: list[dict[str, Any]]) -> None:
-    first, second, alone = (of["moved"] for of in told)
-    for one, other, wanted in zip(*(of["after"] for of in (first, second, alone)), strict=True):
+def test_slots_in_parts_move_bit_for_bit_with_their_moments(reports: list[dict[str, Any]]) -> None:
+    first, second, alone = (of["moved"] for of in reports)
+    for one, other, expected in zip(*(of["after"] for of in (first, second, alone)), strict=True):
         assert torch.equal(one, other)
-        torch.testing.assert_close(one, wanted, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(one, expected, rtol=1e-9, atol=1e-12)
     # Weight, gradient, first and second moment, of A and of B.
     for place, (before, after) in enumerate(zip(first["before"], first["after"], strict=True)):
         assert torch.equal(after[:2], before[[0, 2]])
@@ -193,8 +193,8 @@ def begun(place: int, before: Tensor, after: Tensor) -> Tensor:
     return before[[0, 2]].mean(0) if place in (3, 7) else torch.zeros_like(after[2])
 
 
-def test_a_layer_in_parts_grows_from_nothing_as_in_one_process(told: list[dict[str, Any]]) -> None:
-    first, _, alone = (of["moved"]["regrown"] for of in told)
-    for one, wanted in zip(first, alone, strict=True):
-        torch.testing.assert_close(one, wanted, rtol=1e-9, atol=1e-12)
+def test_a_layer_in_parts_grows_from_nothing_as_in_one_process(reports: list[dict[str, Any]]) -> None:
+    first, _, alone = (of["moved"]["regrown"] for of in reports)
+    for one, expected in zip(first, alone, strict=True):
+        torch.testing.assert_close(one, expected, rtol=1e-9, atol=1e-12)
     assert bool((first[3][:2] > 0).all())

@@ -166,11 +166,11 @@ def test_a_layer_whose_first_dimension_is_not_the_batch_is_refused(call: Callabl
 
 
 def test_a_model_may_be_called_on_a_dict_and_must_be_called_on_a_tensor() -> None:
-    found: list[tuple[int, ...]] = []
+    result: list[tuple[int, ...]] = []
     model = Around(lambda linear, batch: linear(batch["inner"]["x"]))
-    with capture(model, find_sites(model, "adapter"), lambda _, a, _b: found.append(tuple(a.shape))):
+    with capture(model, find_sites(model, "adapter"), lambda _, a, _b: result.append(tuple(a.shape))):
         model({"scale": torch.tensor(1.0), "inner": {"x": inputs(5)}}).sum().backward()
-    assert found == [(N, 5, WIDTH)]
+    assert result == [(N, 5, WIDTH)]
     with capture(model, {}, lambda *_: None), pytest.raises(UnsupportedError, match="called without a tensor"):
         model([1, 2])
 
@@ -262,12 +262,12 @@ def test_the_stepped_loss_is_that_of_weights_really_stepped(shape: tuple[int, ..
     model, x = Deep(), torch.randn(N, *shape, 4, dtype=torch.float64)
     gradients = gradients_of(model, x, losses)
     with torch.no_grad(), stepped(find_sites(model, "adapter"), gradients, eta=ETA, samples=N):
-        found = losses(model(x))
+        result = losses(model(x))
     for j, row in enumerate(x.split(1)):
         alone = copy.deepcopy(model)
         losses(alone(row)).sum().backward()
         torch.optim.SGD(alone.parameters(), lr=ETA).step()
-        torch.testing.assert_close(found[j : j + 1], losses(alone(row)).detach())
+        torch.testing.assert_close(result[j : j + 1], losses(alone(row)).detach())
 
 
 def test_a_site_without_a_gradient_is_not_stepped_and_no_hook_stays() -> None:

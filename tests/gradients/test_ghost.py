@@ -60,12 +60,12 @@ def test_long_samples_are_taken_in_parts(shape: tuple[int, int, int, int], seed:
         return torch.bmm(left, right)
 
     whole = Factored(a, b), LookupGradient(ids, b)
-    wanted = whole[0].norm_sq(), whole[0].apply(x), whole[1].norm_sq()
+    expected = whole[0].norm_sq(), whole[0].apply(x), whole[1].norm_sq()
     with mock.patch.object(ghost, "MOST_AT_ONCE", most), mock.patch.object(Tensor, "__matmul__", watched):
-        close(whole[0].norm_sq(), wanted[0])
+        close(whole[0].norm_sq(), expected[0])
         assert largest <= max(most, n * t)  # one token of each sample is the least
-        close(whole[0].apply(x), wanted[1])
-        close(whole[1].norm_sq(), wanted[2])
+        close(whole[0].apply(x), expected[1])
+        close(whole[1].norm_sq(), expected[2])
 
 
 @given(SHAPES, SEEDS, st.sampled_from([(True, True), (True, False), (False, True)]))

@@ -1,4 +1,4 @@
-"""The site of each parameter of θ, and refusals by name."""
+"""The site of each parameter of θ, and refusals that name the layer."""
 
 import inspect
 from collections.abc import Callable

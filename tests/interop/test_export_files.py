@@ -1,4 +1,4 @@
-"""Any LoRA directory is read as PEFT reads it; what is unsafe or broken is refused by name."""
+"""Any LoRA directory is read as PEFT reads it; an error names what is unsafe or broken."""
 
 import json
 from collections.abc import Callable

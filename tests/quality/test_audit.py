@@ -1,4 +1,4 @@
-"""Planted wrong labels come first, at their rate; probabilities hold; what says nothing is called no evidence."""
+"""Planted wrong labels come first, at their rate; probabilities hold; features without information give no evidence."""
 
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ def test_planted_wrong_labels_come_first_with_probabilities_that_hold(rate: floa
     assert p.mean() == pytest.approx(wrong.mean(), abs=0.03)
     bins = np.minimum((10 * p).astype(int), 9)
     off = [abs(p[bins == j].mean() - wrong[bins == j].mean()) * (bins == j).mean() for j in np.unique(bins)]
-    assert sum(off) < 0.03, "of rows that are said to be 90 % wrong 90 % are"
+    assert sum(off) < 0.03, "90 % of the rows with a probability of 90 % are wrong"
     sure = p > 0.9
     assert (audit.suggested[sure] == true[audit.ids[sure]]).mean() > 0.9
 
@@ -104,9 +104,9 @@ def test_near_duplicates_with_different_labels_are_all_pairs_above_the_threshold
     slow = {
         (int(ids[a]), int(ids[b])) for a, b in np.argwhere(np.triu(unit @ unit.T, 1) >= NEAR) if labels[a] != labels[b]
     }
-    found = contradictions(features, labels, ids)
-    assert {(pair.first, pair.second) for pair in found} == slow
-    assert (found[0].first, found[0].second) == (6, 14)
+    result = contradictions(features, labels, ids)
+    assert {(pair.first, pair.second) for pair in result} == slow
+    assert (result[0].first, result[0].second) == (6, 14)
 
 
 def test_a_model_is_audited_by_one_pass_that_leaves_it_as_it_was() -> None:

@@ -16,7 +16,7 @@ from tsqlora.quality.scores import REASONS, Scores, from_terms
 
 
 def made(norms: np.ndarray, **changes: Any) -> Scores:
-    known: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         "terms": {"gradient_norm": norms},
         "labels": np.arange(len(norms)) % 2,
         "stratified": True,
@@ -24,7 +24,7 @@ def made(norms: np.ndarray, **changes: Any) -> Scores:
         "temperature": 1.0,
         "record": {},
     }
-    return from_terms(**known | changes)
+    return from_terms(**defaults | changes)
 
 
 def norms(n: int = 40) -> np.ndarray:
@@ -50,7 +50,7 @@ def test_a_class_without_spread_has_no_outliers() -> None:
 def test_dropped_rows_carry_the_first_of_their_reasons(tmp_path: Path) -> None:
     values = norms()
     values[[4, 6]] *= 1e6
-    texts = [f"text number {j} with words of its own: {j * 7919}" for j in range(40)]
+    texts = [f"text number {j} with its own words: {j * 7919}" for j in range(40)]
     texts[4] = texts[0]
 
     def dropped(*kinds: str) -> list[str]:
@@ -74,12 +74,12 @@ def test_an_unknown_kind_is_refused_with_the_known_ones() -> None:
 def test_of_duplicates_one_stays_that_is_not_dropped_for_something_else(tmp_path: Path) -> None:
     values = norms()
     values[4] *= 1e6  # an outlier, and by this Q the best of its group
-    texts = [f"text number {j} with words of its own: {j * 7919}" for j in range(40)]
+    texts = [f"text number {j} with its own words: {j * 7919}" for j in range(40)]
     texts[4] = texts[0]
     scores = made(values, weights={"gradient_norm": 1.0})
-    kept = drop_rows(scores, ["outlier", "duplicate"], lambda: iter(texts), tmp_path / "scratch").kept
-    assert kept[0]
-    assert not kept[4]
+    retained = drop_rows(scores, ["outlier", "duplicate"], lambda: iter(texts), tmp_path / "scratch").kept
+    assert retained[0]
+    assert not retained[4]
 
 
 FIRST = ("the", "day", "was", "and", "it", "house", "tree", "river", "stone", "good", "warm", "glad", "sunny", "kind")
@@ -121,11 +121,11 @@ def test_it_agrees_with_all_pairs_where_the_estimate_cannot_err(tmp_path: Path) 
         for _ in range(rng.choice([0, 1, 12, 40])):
             words[rng.randrange(80)] = rng.choice(WORDS)
         texts.append(" ".join(words))
-    found = set(dropped_texts(texts, tmp_path))
+    result = set(dropped_texts(texts, tmp_path))
     for j in range(20):
         shared = overlap(texts[j], texts[20 + j])
         if abs(shared - ALIKE) > 0.08:
-            assert (20 + j in found) == (shared > ALIKE), shared
+            assert (20 + j in result) == (shared > ALIKE), shared
 
 
 def test_a_chain_is_one_group(tmp_path: Path) -> None:

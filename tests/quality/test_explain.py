@@ -25,7 +25,7 @@ def made(data: Path | None, **changes: Any) -> Scores:
     sure = np.random.default_rng(0).uniform(0.6, 0.9, size=40)
     sure[WRONG] = np.linspace(0.8, 0.95, WRONG.sum())
     own = np.where(WRONG, 1 - sure, sure)
-    known: dict[str, Any] = {
+    values: dict[str, Any] = {
         "terms": {"loss": -np.log(own), "convergence": own - 0.5},
         "labels": labels,
         "stratified": True,
@@ -39,7 +39,7 @@ def made(data: Path | None, **changes: Any) -> Scores:
         "hashes": [sample_hash(row["text"], "", ("no", "yes")[y]) for row, y in zip(ROWS, labels, strict=True)],
         "predictions": {"predicted": TRUE, "predicted_probability": sure, "label_probability": own},
     }
-    return from_terms(**known | changes)
+    return from_terms(**values | changes)
 
 
 @pytest.fixture
@@ -51,20 +51,20 @@ def data(tmp_path: Path) -> Path:
 
 def test_the_lists_hold_the_best_the_worst_and_the_suspicious(data: Path) -> None:
     scores = made(data)
-    found = explain(scores, 4, data=None)
-    assert [sample["id"] for sample in found["highest"]] == np.argsort(-scores.quality, kind="stable")[:4].tolist()
-    assert found["lowest"][0]["quality"] == scores.quality.min()
-    assert {sample["id"] for sample in found["suspicious"]} == set(np.flatnonzero(WRONG))
-    json.dumps(found, allow_nan=False)
+    result = explain(scores, 4, data=None)
+    assert [sample["id"] for sample in result["highest"]] == np.argsort(-scores.quality, kind="stable")[:4].tolist()
+    assert result["lowest"][0]["quality"] == scores.quality.min()
+    assert {sample["id"] for sample in result["suspicious"]} == set(np.flatnonzero(WRONG))
+    json.dumps(result, allow_nan=False)
 
 
 def test_likely_wrong_labels_come_with_the_label_that_the_model_would_give(data: Path) -> None:
     scores = made(data)
     np.testing.assert_array_equal(likely_wrong(scores), WRONG)
-    found = explain(scores, 2)
-    assert found["likely_wrong_rows"] == 4
-    assert len(found["likely_wrong"]) == 2
-    for sample in found["likely_wrong"]:
+    result = explain(scores, 2)
+    assert result["likely_wrong_rows"] == 4
+    assert len(result["likely_wrong"]) == 2
+    for sample in result["likely_wrong"]:
         row = ROWS[sample["id"]]
         assert (sample["text"], sample["predicted"]) == (row["text"], row["label"])
         assert sample["label"] != row["label"]
@@ -87,9 +87,9 @@ def test_a_class_that_is_hard_as_a_whole_is_not_suspected(data: Path) -> None:
 def test_a_regression_has_numbers_and_no_wrong_labels(data: Path) -> None:
     targets = np.linspace(0, 1, 40)
     scores = made(data, stratified=False, labels=targets, predictions={"predicted": targets + 0.25})
-    found = explain(replace(scores, record=replace(scores.record, classes=None)), 3)
-    assert found["likely_wrong"] == []
-    assert found["highest"][0]["predicted"] == pytest.approx(found["highest"][0]["label"] + 0.25)
+    result = explain(replace(scores, record=replace(scores.record, classes=None)), 3)
+    assert result["likely_wrong"] == []
+    assert result["highest"][0]["predicted"] == pytest.approx(result["highest"][0]["label"] + 0.25)
     np.testing.assert_array_equal(suspicion(scores), scores.terms["loss"] - np.median(scores.terms["loss"]))
 
 
@@ -98,8 +98,8 @@ def test_a_pair_shows_both_texts(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "pairs.jsonl", rows)
     columns = {"text": "a", "text_pair": "b", "label": "label"}
     hashes = [sample_hash(row["a"], row["b"], str(row["label"])) for row in rows]
-    found = explain(made(None, hashes=hashes, record={"columns": columns}), 1, data=path)
-    assert found["highest"][0]["text"].endswith("\nand so")
+    result = explain(made(None, hashes=hashes, record={"columns": columns}), 1, data=path)
+    assert result["highest"][0]["text"].endswith("\nand so")
 
 
 def test_a_file_of_other_rows_or_none_is_refused(data: Path) -> None:

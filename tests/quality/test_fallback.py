@@ -21,7 +21,7 @@ ALL = np.ones(400, dtype=bool)
 
 
 def scored(weights: dict[str, float], *, n: int = 400, noise: float = 0.0, even: bool = False, seed: int = 0) -> Scores:
-    """Rows of two classes of which the model is right, a share with a wrong label; C knows nothing of it."""
+    """Rows of two classes of which the model is right, a share with a wrong label; C is independent of it."""
     rng = np.random.default_rng(seed)
     true = rng.integers(0, 2, size=n)
     margin = 2 * rng.exponential(size=n) * (2 * true - 1)

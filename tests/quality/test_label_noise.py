@@ -69,14 +69,14 @@ def test_a_model_that_has_hardly_learned_is_no_evidence(seed: int) -> None:
 
 @pytest.mark.parametrize("often", [(0.5, 0.5), (0.6, 0.25, 0.1, 0.05)])
 def test_the_test_of_right_labels_errs_no_more_often_than_its_level_says(often: tuple[float, ...]) -> None:
-    found = []
+    result = []
     for seed in range(60):
         rng = np.random.default_rng(seed)
         logits = 3.0 * rng.normal(size=(300, len(often)))
         labels = (logits + 3 * np.log(often) + rng.gumbel(size=logits.shape)).argmax(1)
-        found.append(label_noise(logits, labels, level=0.8).evident)
+        result.append(label_noise(logits, labels, level=0.8).evident)
     # 20 % of 60 and three standard errors.
-    assert 1 <= sum(found) <= 21
+    assert 1 <= sum(result) <= 21
 
 
 @pytest.mark.parametrize("seed", range(5))

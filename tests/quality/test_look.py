@@ -1,4 +1,4 @@
-"""The look: what is found, fitted and installed, what it must not depend on, and what must be as it was."""
+"""The look: its results, the fitted head, what it must not depend on, and what it must not change."""
 
 import copy
 from collections.abc import Callable
@@ -160,24 +160,24 @@ def test_a_head_that_is_trained_already_stays() -> None:
 
 def test_text_and_frozen_heads_have_none() -> None:
     model = lora(GENERATORS["llama"](), task=TaskType.CAUSAL_LM)
-    found = started(model, texts(model, 4), task=get_task("causal-lm"), collate=text_collator(model))
-    assert found.head is None
-    assert found.layer is None
+    result = started(model, texts(model, 4), task=get_task("causal-lm"), collate=text_collator(model))
+    assert result.head is None
+    assert result.layer is None
     assert started(tiny_bert().float().requires_grad_(False), samples(8, 3)).head is None
 
 
 @pytest.mark.parametrize("pool_agrees", [True, False])
 def test_the_head_is_fitted_on_the_rows_that_make_for_the_lower_loss_on_trusted_ones(pool_agrees: bool) -> None:
     model, rows, trusted = wrapped(), learnable(), learnable(30, seed=1)
-    found = started(model, rows if pool_agrees else shifted(rows), trusted=trusted)
-    assert found.head is not None
-    assert found.of_trusted is not None
-    assert found.head.trusted == (not pool_agrees)
+    result = started(model, rows if pool_agrees else shifted(rows), trusted=trusted)
+    assert result.head is not None
+    assert result.of_trusted is not None
+    assert result.head.trusted == (not pool_agrees)
     # Both by losses on trusted rows: of the pool's head, and of their own out of fold.
-    assert (found.of_trusted.fit.loss < found.of_trusted.present) == (not pool_agrees)
+    assert (result.of_trusted.fit.loss < result.of_trusted.present) == (not pool_agrees)
     other = wrapped()
     started(other, rows if pool_agrees else shifted(rows))
-    assert found.of_trusted.present == pytest.approx(float(losses(other, trusted).mean()), rel=1e-3)
+    assert result.of_trusted.present == pytest.approx(float(losses(other, trusted).mean()), rel=1e-3)
     assert float(losses(model, trusted).mean()) < 0.7
 
 
@@ -188,11 +188,11 @@ def test_a_head_of_trusted_rows_stands_on_the_dense_layer_that_it_was_fitted_on(
     if not pool_agrees:
         rng = np.random.default_rng(0)
         rows = [row | {"labels": int(rng.integers(3))} for row in rows]  # whose head does not replace the model's own
-    found = started(model, rows, trusted=trusted)
-    assert found.layer is not None
-    assert found.of_trusted is not None
-    install(found.layer, found.of_trusted)
-    assert float(losses(model, trusted).mean()) == pytest.approx(found.of_trusted.fit.loss, rel=0.1)
+    result = started(model, rows, trusted=trusted)
+    assert result.layer is not None
+    assert result.of_trusted is not None
+    install(result.layer, result.of_trusted)
+    assert float(losses(model, trusted).mean()) == pytest.approx(result.of_trusted.fit.loss, rel=0.1)
 
 
 # --- the trusted model --------------------------------------------------------------------
@@ -230,17 +230,17 @@ def test_reducible_loss_is_the_slow_twins(numbers: bool) -> None:
     assert start.of_trusted is not None
     install(start.layer, start.of_trusted)
     trained_alone(twin, trusted, task, collate, steps=100, size=16, rate=2 * 1e-3, seed=3)
-    known = losses(twin, rows, task)
+    expected = losses(twin, rows, task)
 
     before = fingerprint(model)
-    found = looked(model, rows, rule=REDUCIBLE, task=task, trusted=Trusted(trusted, learning_rate=1e-3))
+    result = looked(model, rows, rule=REDUCIBLE, task=task, trusted=Trusted(trusted, learning_rate=1e-3))
 
-    terms = found.scores.terms
-    scale = float((ours - known).abs().max())
-    np.testing.assert_allclose(terms["trusted_loss"], known, rtol=2e-3, atol=1e-3 * scale)
-    np.testing.assert_allclose(terms["reducible_loss"], ours - known, rtol=2e-3, atol=2e-3 * scale)
-    assert found.trusted_cost.backward == 100 * 16
-    found.undo()
+    terms = result.scores.terms
+    scale = float((ours - expected).abs().max())
+    np.testing.assert_allclose(terms["trusted_loss"], expected, rtol=2e-3, atol=1e-3 * scale)
+    np.testing.assert_allclose(terms["reducible_loss"], ours - expected, rtol=2e-3, atol=2e-3 * scale)
+    assert result.trusted_cost.backward == 100 * 16
+    result.undo()
     assert_unchanged(before, model)
 
 
@@ -253,18 +253,18 @@ def test_of_text_it_is_relative_and_trained_for_fewer_steps_of_the_runs_size(fam
     twin = copy.deepcopy(model)
     ours = losses(twin, rows, task, batches)
     trained_alone(twin, trusted, task, batches, steps=24, size=4, rate=2 * 1e-3, seed=3)
-    known = losses(twin, rows, task, batches)
+    expected = losses(twin, rows, task, batches)
 
     before = fingerprint(model)
     rule = ScoringRule(seed=3)
-    found = looked(
+    result = looked(
         model, rows, rule=rule, task=task, trusted=Trusted(trusted, 1e-3, batch_size=4), collate=batches, batch_size=2
     )
 
-    expected = (ours - known) / ours.clamp_min(ours.median().item())
-    np.testing.assert_allclose(found.scores.terms["reducible_loss"], expected, rtol=1e-3, atol=1e-4)
-    assert found.scores.record.weights == {"reducible_loss": 1.0}
-    assert not found.scores.even
+    expected = (ours - expected) / ours.clamp_min(ours.median().item())
+    np.testing.assert_allclose(result.scores.terms["reducible_loss"], expected, rtol=1e-3, atol=1e-4)
+    assert result.scores.record.weights == {"reducible_loss": 1.0}
+    assert not result.scores.even
     assert_unchanged(before, model)
 
 
@@ -273,10 +273,10 @@ def test_trusted_rows_that_teach_nothing_have_no_gate() -> None:
     rng = np.random.default_rng(0)
     for row in trusted:
         row["labels"] = int(rng.integers(3))
-    found = looked(model, rows, rule=ScoringRule(gate="share"), trusted=Trusted(trusted))
-    assert "why_not" in found.scores.record.gate
-    assert found.scores.kept.all()
-    assert found.trusted_cost.forward == 0
+    result = looked(model, rows, rule=ScoringRule(gate="share"), trusted=Trusted(trusted))
+    assert "why_not" in result.scores.record.gate
+    assert result.scores.kept.all()
+    assert result.trusted_cost.forward == 0
 
 
 @pytest.mark.parametrize("head_start", [True, False])
@@ -340,14 +340,14 @@ def test_predictions_are_those_of_refits_without_the_row(numbers: bool) -> None:
         gram = (x[rest] - centre).T @ (x[rest] - centre) + strength * np.eye(x.shape[1])
         weight = np.linalg.solve(gram, (x[rest] - centre).T @ (targets[rest] - mean))
         refits.append((x[j] - centre) @ weight + mean)
-    found = looked(model, rows, task=task).scores
-    assert found.record.out_of_sample
+    result = looked(model, rows, task=task).scores
+    assert result.record.out_of_sample
     if numbers:
-        np.testing.assert_allclose(found.predictions["predicted"], np.array(refits)[:, 0], rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(result.predictions["predicted"], np.array(refits)[:, 0], rtol=1e-3, atol=1e-3)
     else:
-        logits = found.predictions["logits"]
+        logits = result.predictions["logits"]
         assert np.corrcoef(logits.ravel(), np.ravel(refits))[0, 1] > 1 - 1e-6
-        assert found.predictions["predicted"].tolist() == np.argmax(refits, axis=1).tolist()
+        assert result.predictions["predicted"].tolist() == np.argmax(refits, axis=1).tolist()
 
 
 # --- what a look may not depend on --------------------------------------------------------
@@ -366,7 +366,7 @@ def test_a_look_does_not_depend_on(how: str, monkeypatch: pytest.MonkeyPatch) ->
     expected = looked(first, rows, rule=rule).scores
     if how == "memory":
         monkeypatch.setattr(forward_module, "IN_MEMORY", 0)
-    found = looked(second, [rows[j] for j in order], rule=rule, **options).scores
+    result = looked(second, [rows[j] for j in order], rule=rule, **options).scores
     one, other = head_of(first).flatten(), head_of(second).flatten()
     if how in ("order", "memory"):  # the folds follow the order, half precision rounds
         assert torch.cosine_similarity(one, other, dim=0) > 0.98
@@ -376,9 +376,9 @@ def test_a_look_does_not_depend_on(how: str, monkeypatch: pytest.MonkeyPatch) ->
         near = 1e-3
         for name, values in expected.terms.items():
             limit = near * np.abs(values).max()
-            np.testing.assert_allclose(found.terms[name], values, rtol=0, atol=limit, err_msg=name)
+            np.testing.assert_allclose(result.terms[name], values, rtol=0, atol=limit, err_msg=name)
     for name in ("label_probability", "predicted_probability"):
-        np.testing.assert_allclose(found.predictions[name], expected.predictions[name][order], atol=near, err_msg=name)
+        np.testing.assert_allclose(result.predictions[name], expected.predictions[name][order], atol=near, err_msg=name)
 
 
 # --- the model is as it was ---------------------------------------------------------------

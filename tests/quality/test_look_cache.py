@@ -32,10 +32,10 @@ def looks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
 
 
 def rows(n: int = 90) -> list[dict[str, Any]]:
-    found = samples(n, 3)
-    for row in found:
+    result = samples(n, 3)
+    for row in result:
         row["input_ids"][: len(row["input_ids"]) // 2 + 1] = [10 + row["labels"]] * (len(row["input_ids"]) // 2 + 1)
-    return found
+    return result
 
 
 def once(model: torch.nn.Module, data: Any, **changes: Any) -> Any:

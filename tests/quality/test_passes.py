@@ -53,13 +53,13 @@ def _no_work_may_be_lost(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def score(learned: tuple[PeftModel, list[dict[str, Any]]], collate: Any, folder: Path | None, **options: Any) -> Any:
-    given: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "reference": [0, 3, 4, 6, 8, 9, 12],
         "batch_size": 2,
         "hashes": HASHES,
         "journal": folder,
     } | options
-    return score_by(*learned, collate, **given)
+    return score_by(*learned, collate, **arguments)
 
 
 def _measured_again(*_: Any, **__: Any) -> None:

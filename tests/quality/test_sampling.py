@@ -98,15 +98,15 @@ def test_capped_sizes_add_up_within_their_limits(counts: np.ndarray, share: floa
 
 @given(QUALITIES, SEEDS)
 def test_only_kept_rows_are_drawn_and_keeping_all_changes_nothing(q: np.ndarray, seed: int) -> None:
-    kept = np.random.default_rng(seed).random(len(q)) < 0.7
-    fraction = max(kept.mean(), 0.01) * 0.9
+    retained = np.random.default_rng(seed).random(len(q)) < 0.7
+    fraction = max(retained.mean(), 0.01) * 0.9
 
-    def drawn(kept: np.ndarray | None) -> np.ndarray:
-        return draw(q, fraction=fraction, temperature=1.0, rng=np.random.default_rng(seed), kept=kept)
+    def drawn(retained: np.ndarray | None) -> np.ndarray:
+        return draw(q, fraction=fraction, temperature=1.0, rng=np.random.default_rng(seed), kept=retained)
 
     np.testing.assert_array_equal(drawn(np.ones(len(q), dtype=np.bool_)), drawn(None))
-    if draw_size(len(q), fraction) <= kept.sum():
-        assert kept[drawn(kept)].all()
+    if draw_size(len(q), fraction) <= retained.sum():
+        assert retained[drawn(retained)].all()
 
 
 @given(QUALITIES, st.floats(0.01, 1), SEEDS)
@@ -136,7 +136,7 @@ def test_gumbel_top_k_is_successive_sampling() -> None:
     fast, slow = np.random.default_rng(0), np.random.default_rng(1)
     ours = [tuple(gumbel_top_k(np.log(p), 2, fast).tolist()) for _ in range(draws)]
     twin = [tuple(slow_successive_sampling(p, 2, slow).tolist()) for _ in range(draws)]
-    counts = np.array([[found.count(pair) for pair in pairs] for found in (ours, twin)])
+    counts = np.array([[result.count(pair) for pair in pairs] for result in (ours, twin)])
     assert stats.chi2_contingency(counts).pvalue > 0.01
     exact = np.array([p[i] * p[j] / (1 - p[i]) for i, j in pairs])
     assert stats.chisquare(counts[0], draws * exact).pvalue > 0.01
@@ -151,21 +151,21 @@ def test_inclusion_at_extremes_is_zero_or_one_without_a_warning(phi: float, expe
 @pytest.mark.parametrize("strata", [None, np.array([0] * 12 + [1] * 16 + [2] * 12)])
 def test_expected_inclusion_is_how_often_rows_are_drawn(strata: np.ndarray | None) -> None:
     rng = np.random.default_rng(0)
-    q, kept = rng.normal(size=40), np.arange(40) % 10 != 3
-    options = {"fraction": 0.4, "temperature": 0.7, "strata": strata, "kept": kept}
+    q, retained = rng.normal(size=40), np.arange(40) % 10 != 3
+    options = {"fraction": 0.4, "temperature": 0.7, "strata": strata, "kept": retained}
     counts = np.zeros(40)
     draws = 4000
     for _ in range(draws):
         counts[draw(q, rng=rng, **options)] += 1  # type: ignore[arg-type]
     expected = expected_inclusion(q, **options)  # type: ignore[arg-type]
     assert expected.sum() == pytest.approx(16)
-    assert (expected[~kept] == 0).all()
+    assert (expected[~retained] == 0).all()
     # It is exact only for many rows.
     np.testing.assert_allclose(counts / draws, expected, atol=0.03)
 
 
 @given(QUALITIES, st.floats(0.02, 1), st.floats(0.01, 50))
 def test_expected_inclusions_add_up_to_the_draw(q: np.ndarray, fraction: float, tau: float) -> None:
-    found = expected_inclusion(q, fraction=fraction, temperature=tau)
-    assert found.sum() == pytest.approx(draw_size(len(q), fraction), rel=1e-4)
-    assert ((found >= 0) & (found <= 1)).all()
+    result = expected_inclusion(q, fraction=fraction, temperature=tau)
+    assert result.sum() == pytest.approx(draw_size(len(q), fraction), rel=1e-4)
+    assert ((result >= 0) & (result <= 1)).all()

@@ -182,18 +182,18 @@ def test_a_custom_term_is_a_column_and_may_have_a_weight() -> None:
 @pytest.mark.parametrize("equal", [False, True], ids=["the same objects", "equal ones"])
 def test_samples_of_the_data_set_given_as_reference_do_not_vouch_for_themselves(equal: bool) -> None:
     model, rows = adapted()
-    given = [dict(rows[j]) if equal else rows[j] for j in REFERENCE]
-    by_place, by_sample = score(model, rows), score(model, rows, reference=given)
+    arguments = [dict(rows[j]) if equal else rows[j] for j in REFERENCE]
+    by_place, by_sample = score(model, rows), score(model, rows, reference=arguments)
     assert_equal_scores(by_place, by_sample)
     assert by_sample.record.reference == REFERENCE
 
 
 def test_a_reference_of_other_samples_is_the_twins() -> None:
     model, rows = adapted()
-    kept, other = rows[:7], rows[7:]
+    retained, other = rows[:7], rows[7:]
     offsets = slow_offsets(model, other)
 
-    scores = score(model, kept, reference=other)
+    scores = score(model, retained, reference=other)
 
     assert_agree(scores, slow(model, rows, range(7, N), offsets=offsets), rows=7)
 
@@ -223,8 +223,8 @@ def test_scores_under_bfloat16_autocast_are_the_twins_under_it_to_two_digits() -
     with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False), sdpa_kernel(SDPBackend.MATH):
         twin = slow(model, rows, REFERENCE)
     for name in ("loss", "gradient_norm", "convergence"):
-        wanted = getattr(twin, name)
-        np.testing.assert_allclose(scores.terms[name], wanted, atol=0.02 * wanted.abs().max(), err_msg=name)
+        target = getattr(twin, name)
+        np.testing.assert_allclose(scores.terms[name], target, atol=0.02 * target.abs().max(), err_msg=name)
     assert scores.record.autocast == "bfloat16"
     with pytest.raises(SettingsError, match="loss_reduction"):
         score(model, rows, autocast=torch.bfloat16)

@@ -14,7 +14,7 @@ from tsqlora.quality.scores import Scores, from_terms
 
 def made(**changes: Any) -> Scores:
     rng = np.random.default_rng(0)
-    known: dict[str, Any] = {
+    values: dict[str, Any] = {
         "terms": {"loss": rng.normal(size=30).astype(np.float32), "cosine": rng.normal(size=30)},
         "labels": np.arange(30) % 3,
         "stratified": True,
@@ -23,7 +23,7 @@ def made(**changes: Any) -> Scores:
         "record": {"eta": 0.1, "learned": {"passed": True}},
         "hashes": [f"h{j}" for j in range(30)],
     }
-    return from_terms(**known | changes)
+    return from_terms(**values | changes)
 
 
 def assert_equal(left: Scores, right: Scores) -> None:
@@ -156,8 +156,8 @@ def test_of_an_even_draw_quality_decides_nothing() -> None:
     scores = made(even=True).drop(first(3), "duplicate")
     assert scores.even
     assert len(set(scores.quality)) > 1
-    kept = scores.probability[scores.kept]
-    assert np.allclose(kept, 1 / scores.kept.sum())
+    retained = scores.probability[scores.kept]
+    assert np.allclose(retained, 1 / scores.kept.sum())
     often = [j for seed in range(200) for j in sample(scores, 0.5, seed)]
     counts = np.bincount(often, minlength=len(scores))
     assert counts[:3].sum() == 0

@@ -52,8 +52,8 @@ def test_rows_are_those_of_the_sample_in_the_files_order(tmp_path: Path) -> None
 @pytest.mark.parametrize("name", ["data.jsonl", "data.csv", "data.tsv", "data.parquet"])
 def test_order_and_format_of_the_file_do_not_matter(name: str, tmp_path: Path) -> None:
     chosen = sample(scores_of(ROWS, tmp_path / "s.parquet"), 0.5)
-    found = selected(tmp_path, [*make_rows(5, seed=9, labels=("no", "yes")), *ROWS[::-1]], name=name)
-    assert found == [ROWS[j] for j in chosen[::-1]]
+    result = selected(tmp_path, [*make_rows(5, seed=9, labels=("no", "yes")), *ROWS[::-1]], name=name)
+    assert result == [ROWS[j] for j in chosen[::-1]]
 
 
 @pytest.mark.parametrize("extension", ["jsonl", "csv", "tsv", "parquet"])
@@ -68,9 +68,9 @@ def test_rows_of_the_inputs_format_are_copied_as_they_stand(extension: str, tmp_
     assert list(read_rows(out).rows) == [ROWS[j] for j in sample(scores, 0.5)]
     if extension != "parquet":
         lines = data.read_bytes().splitlines(keepends=True)
-        wanted = sample(scores, 0.5) + (extension != "jsonl")
+        expected = sample(scores, 0.5) + (extension != "jsonl")
         header = [] if extension == "jsonl" else [lines[0]]
-        assert out.read_bytes() == b"".join([*header, *(lines[j] for j in wanted)])
+        assert out.read_bytes() == b"".join([*header, *(lines[j] for j in expected)])
 
 
 def test_of_rows_that_look_alike_the_one_that_was_drawn_is_written(tmp_path: Path) -> None:

@@ -141,8 +141,8 @@ def test_each_epoch_is_a_new_draw_unless_the_draw_is_kept(resample: bool) -> Non
 
 def test_without_scores_the_first_draw_is_kept_and_a_warm_up_goes_on() -> None:
     subset = QualitySubset(range(40), 0.25, resample=False)
-    kept, first = [sorted(subset.draw(epoch)) for epoch in (0, 1, 5)], subset.draw(0).tolist()
-    assert kept[0] == kept[1] == kept[2]
+    retained, first = [sorted(subset.draw(epoch)) for epoch in (0, 1, 5)], subset.draw(0).tolist()
+    assert retained[0] == retained[1] == retained[2]
     assert subset.draw(1).tolist() != first  # in another order
     subset.plan = subset.plan.unscored(awaits_scores=True)
     assert sorted(np.concatenate([subset.draw(epoch) for epoch in range(4)])) == list(range(40))

@@ -16,7 +16,7 @@ ONE = np.zeros(5, dtype=np.int64)
 
 def measured(**changes: object) -> Measured:
     """Two samples: gradient norms 5 and 0, ‖ḡ‖ = 2."""
-    known = {
+    defaults = {
         "logits": torch.tensor([[0.0, 0.0], [math.log(3), 0.0]]),
         "labels": torch.tensor([0, 1]),
         "loss": torch.tensor([0.7, 1.4]),
@@ -25,7 +25,7 @@ def measured(**changes: object) -> Measured:
         "reference_norm": 2.0,
         "stepped_loss": torch.tensor([0.5, 1.5]),
     }
-    return Measured(**known | changes)
+    return Measured(**defaults | changes)
 
 
 @pytest.mark.parametrize(
@@ -45,8 +45,8 @@ def test_terms_by_hand(name: str, expected: list[float]) -> None:
 
 @pytest.mark.parametrize("labels", [torch.tensor([1.5, -1.0]), torch.tensor([2, -1])], ids=["floats", "integers"])
 def test_el2n_of_a_regression_is_the_distance(labels: torch.Tensor) -> None:
-    found = TERMS["el2n"].of(measured(logits=torch.tensor([[1.0], [1.0]]), labels=labels))
-    assert found.tolist() == [abs(1.0 - float(label)) for label in labels]
+    result = TERMS["el2n"].of(measured(logits=torch.tensor([[1.0], [1.0]]), labels=labels))
+    assert result.tolist() == [abs(1.0 - float(label)) for label in labels]
 
 
 def test_an_unknown_term_names_the_nearest_and_all() -> None:
@@ -59,10 +59,10 @@ def halved(m: Measured) -> torch.Tensor:
 
 
 def test_a_function_is_a_term_by_its_own_name() -> None:
-    found = get_terms(["loss", halved, Term(halved, gradient=True), "halved"])
-    assert list(found) == ["loss", "halved"]
-    assert found["halved"].gradient
-    assert found["halved"].of(measured()).tolist() == pytest.approx([0.35, 0.7])
+    result = get_terms(["loss", halved, Term(halved, gradient=True), "halved"])
+    assert list(result) == ["loss", "halved"]
+    assert result["halved"].gradient
+    assert result["halved"].of(measured()).tolist() == pytest.approx([0.35, 0.7])
 
 
 def test_a_function_without_a_usable_name_is_refused() -> None:
@@ -76,28 +76,28 @@ def test_a_function_without_a_usable_name_is_refused() -> None:
 
 def test_standardised_by_hand() -> None:
     # Median 3, absolute deviations 2 1 0 1 97: MAD 1.
-    found = standardise(np.array([1.0, 2.0, 3.0, 4.0, 100.0]), ONE)
-    np.testing.assert_allclose(found.values, [-2 / 1.4826, -1 / 1.4826, 0, 1 / 1.4826, CLIP])
-    assert (found.by_range, found.flat) == ((), ())
+    result = standardise(np.array([1.0, 2.0, 3.0, 4.0, 100.0]), ONE)
+    np.testing.assert_allclose(result.values, [-2 / 1.4826, -1 / 1.4826, 0, 1 / 1.4826, CLIP])
+    assert (result.by_range, result.flat) == ((), ())
 
 
 def test_the_interquartile_range_stands_in_for_a_mad_of_zero() -> None:
     # Quartiles 0 and 1 of 0 0 0 1 5.
-    found = standardise(np.array([0.0, 0.0, 0.0, 1.0, 5.0]), ONE + 7)
-    np.testing.assert_allclose(found.values, [0, 0, 0, 1.349, CLIP])
-    assert (found.by_range, found.flat) == ((7,), ())
+    result = standardise(np.array([0.0, 0.0, 0.0, 1.0, 5.0]), ONE + 7)
+    np.testing.assert_allclose(result.values, [0, 0, 0, 1.349, CLIP])
+    assert (result.by_range, result.flat) == ((7,), ())
 
 
 def test_a_group_without_spread_is_zero_and_named() -> None:
-    found = standardise(np.array([2.0, 2.0, 2.0, 2.0, 9.0, 1.0]), np.array([3, 3, 3, 3, 3, 4]))
-    assert found.values.tolist() == [0.0] * 6
-    assert (found.by_range, found.flat) == ((), (3, 4))
+    result = standardise(np.array([2.0, 2.0, 2.0, 2.0, 9.0, 1.0]), np.array([3, 3, 3, 3, 3, 4]))
+    assert result.values.tolist() == [0.0] * 6
+    assert (result.by_range, result.flat) == ((), (3, 4))
 
 
 def test_a_spread_of_rounding_errors_is_none() -> None:
-    found = standardise(np.float32(0.7) + np.float32(1e-7) * np.arange(5, dtype=np.float32), ONE)
-    assert found.values.tolist() == [0.0] * 5
-    assert found.flat == (0,)
+    result = standardise(np.float32(0.7) + np.float32(1e-7) * np.arange(5, dtype=np.float32), ONE)
+    assert result.values.tolist() == [0.0] * 5
+    assert result.flat == (0,)
 
 
 @given(VALUES, st.integers(0, 2**32), st.integers(1, 4))
@@ -112,13 +112,13 @@ def test_each_group_is_standardised_by_itself(values: np.ndarray, seed: int, gro
 @given(VALUES, st.floats(0.01, 100))
 def test_scale_does_not_matter_and_order_is_kept(values: np.ndarray, factor: float) -> None:
     group = np.zeros(len(values), dtype=np.int64)
-    found, scaled = standardise(values, group).values, standardise(factor * values, group).values
-    np.testing.assert_allclose(scaled, found, atol=1e-6)
-    assert np.abs(found).max() <= CLIP
-    assert (np.diff(found[np.argsort(values)]) >= 0).all()
+    result, scaled = standardise(values, group).values, standardise(factor * values, group).values
+    np.testing.assert_allclose(scaled, result, atol=1e-6)
+    assert np.abs(result).max() <= CLIP
+    assert (np.diff(result[np.argsort(values)]) >= 0).all()
 
 
 def test_quality_is_the_weighted_sum() -> None:
     z = {"loss": np.array([1.0, -1.0]), "el2n": np.array([0.5, 2.0]), "cosine": np.array([9.0, 9.0])}
-    found = quality(z, {"loss": 2.0, "el2n": -1.0, "cosine": 0.0})
-    assert found.tolist() == [1.5, -4.0]
+    result = quality(z, {"loss": 2.0, "el2n": -1.0, "cosine": 0.0})
+    assert result.tolist() == [1.5, -4.0]

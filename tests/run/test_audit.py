@@ -77,10 +77,10 @@ def test_the_page_escapes_what_strangers_wrote_and_asks_for_nothing(place: Path)
     seen = Seen(page)
     assert "<img" not in page
     assert len(seen.texts["script"]) == 2
-    policy = next(found["content"] for _, found in seen.tags if found.get("http-equiv"))
+    policy = next(result["content"] for _, result in seen.tags if result.get("http-equiv"))
     assert policy is not None
     assert policy.startswith("default-src 'none'")
-    assert not {"src", "href"} & {name for tag, found in seen.tags if tag not in ("a",) for name in found}
+    assert not {"src", "href"} & {name for tag, result in seen.tags if tag not in ("a",) for name in result}
     assert HOSTILE in {row["text"] for row in seen.page_data()["rows"]}
 
 
@@ -94,12 +94,12 @@ def test_a_review_changes_the_reviewed_labels_alone(suffix: str, place: Path, tm
         write_rows(data, rows)
     run_audit(str(data), model=str(place / "model"), out=tmp_path / "audit")
     table = reviewed_as(tmp_path / "audit", {3: " yes ", 7: "'=maybe", 8: rows[8]["label"]})
-    found = apply_review(table)
-    before, after = read_rows(data).rows, read_rows(found["corrected"]).rows
-    assert found["reviewed"] == 3
+    result = apply_review(table)
+    before, after = read_rows(data).rows, read_rows(result["corrected"]).rows
+    assert result["reviewed"] == 3
     changed = {3: "Yes", 7: "=maybe"}
     assert after == tuple({**row, "label": changed.get(j, row["label"])} for j, row in enumerate(before))
-    trusted = read_rows(found["trusted"]).rows
+    trusted = read_rows(result["trusted"]).rows
     assert [str(row["n"]) for row in trusted] == ["3", "7", "8"]
     assert [row["label"] for row in trusted] == ["Yes", "=maybe", rows[8]["label"]]
 

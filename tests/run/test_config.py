@@ -328,6 +328,6 @@ def test_further_training_arguments_are_fields_of_the_trainer() -> None:
     theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
     config = loaded("training: {weight_decay: 0.1, warmup_steps: 0.06}")
     assert config.training.further_arguments() == {"weight_decay": 0.1, "warmup_steps": 0.06}
-    # Renamed by transformers in the meantime, still refused by name.
+    # Renamed by transformers in the meantime, still refused.
     assert set(REFUSED_ARGUMENTS) - theirs <= {"group_by_length"}
     assert math.isclose(sum(PRESETS["paper"].values()), 1)

@@ -73,9 +73,9 @@ def test_trainings_of_unequal_seconds_are_not_called_equal() -> None:
 def test_the_verdict_says_who_won_and_whether_it_is_noise(
     plain: float, ours: float, beginning: str, noise: str
 ) -> None:
-    said = demo.verdict(plain, ours)
-    assert said.startswith(beginning)
-    assert noise in said
+    output = demo.verdict(plain, ours)
+    assert output.startswith(beginning)
+    assert noise in output
 
 
 def test_a_missing_package_is_named_with_the_cure() -> None:
@@ -83,9 +83,9 @@ def test_a_missing_package_is_named_with_the_cure() -> None:
         demo.package_folder("no_such_package")
 
 
-@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("retained", [True, False])
 def test_the_demo_shows_wrong_labels_first_and_then_compares_two_runs(
-    kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    retained: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_checkpoint(tmp_path / "model")
     articles = {row["text"]: row["label"] for row in make_rows(200, labels=("sport", "tech"))}
@@ -94,18 +94,18 @@ def test_the_demo_shows_wrong_labels_first_and_then_compares_two_runs(
     for name, value in (("TRAIN_ROWS", 80), ("VALIDATION_ROWS", 10), ("TEST_ROWS", 40)):
         monkeypatch.setattr(demo, name, value)
     monkeypatch.chdir(tmp_path)
-    said: list[str] = []
+    output: list[str] = []
     console = Console(file=io.StringIO(), width=80)
 
     def show(looked: Any) -> None:
-        said.append("shown")
+        output.append("shown")
         show_suspects(console, looked)
 
     # Whether so small a model passes the test of having learned is not the point here.
     with warnings.catch_warnings(action="ignore", category=UserWarning):
-        result = demo.run_demo(Path("runs") if kept else None, seed=0, progress=None, say=said.append, show=show)
+        result = demo.run_demo(Path("runs") if retained else None, seed=0, progress=None, say=output.append, show=show)
     plain, ours = result["runs"]
-    assert [what.split(",")[0] for what in said] == [
+    assert [what.split(",")[0] for what in output] == [
         "looking at all rows",
         "shown",
         "TsqLoRA: default settings",
@@ -119,16 +119,16 @@ def test_the_demo_shows_wrong_labels_first_and_then_compares_two_runs(
     assert result["look"]["wrong"] == 16
     assert len(result["look"]["suspects"]) == demo.SHOWN
     assert "TsqLoRA is" in result["verdict"]
-    assert (tmp_path / "runs").exists() == kept
+    assert (tmp_path / "runs").exists() == retained
     show_demo(console, result)
-    assert (result["report"] is not None) == kept
-    if kept:
+    assert (result["report"] is not None) == retained
+    if retained:
         assert Path(result["report"]) == tmp_path / "runs" / "tsqlora" / "report.html"
         assert "<h1>tsqlora</h1>" in Path(result["report"]).read_text()
         assert console.file.getvalue().rstrip().endswith(result["report"])  # type: ignore[attr-defined]
         assert load_config("runs/tsqlora/config.yaml").data.train == str(tmp_path / "runs" / "data")
         with pytest.raises(SettingsError, match=r"runs is not empty \(data\); name another --out"):
-            demo.run_demo(Path("runs"), seed=0, progress=None, say=said.append)
+            demo.run_demo(Path("runs"), seed=0, progress=None, say=output.append)
 
 
 def test_rows_that_are_left_out_are_shown_first_and_of_equal_probability_the_higher_loss(

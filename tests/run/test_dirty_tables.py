@@ -33,16 +33,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.filterwarnings("ignore")
 def test_every_command_names_the_right_rows_of_a_dirty_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def tsqlora(*arguments: object, code: int = 0) -> tuple[str, str]:
-        found, out, err = run_cli(capsys, *arguments)
-        assert found == code, err
+        result, out, err = run_cli(capsys, *arguments)
+        assert result == code, err
         return out, err
 
     table, run = folder / "rows.csv", folder / "run"
     out, err = tsqlora("train", folder / "c.yaml", "--out", run, "--json")
     left_out = [note for note in json.loads(out)["notes"] if "left out" in note]
-    for said in (*left_out, err):
-        assert "4 of 120 rows" in said
-        assert "(lines 9, 42, 102)" in said
+    for output in (*left_out, err):
+        assert "4 of 120 rows" in output
+        assert "(lines 9, 42, 102)" in output
     assert sum(json.loads(out)["plan"]["rows"].values()) == 116
     shown = json.loads(tsqlora("train", folder / "c.yaml", "--dry-run", "--json")[0])["files"]
     assert shown == {str(table): "';' between columns, cp1252"}

@@ -1,4 +1,4 @@
-"""Why a row was drawn: what is said agrees with the scores and with the rows that the run trained on."""
+"""Why a row was drawn: the explanation agrees with the scores and with the rows that the run trained on."""
 
 import json
 import warnings
@@ -49,14 +49,14 @@ def test_every_row_counts_its_draws(trained: tuple[Path, Draws]) -> None:
     assert scores.ids is not None
     texts = [json.loads(line)["text"] for line in (run.parent / "train.jsonl").read_text().splitlines()]
     for place, row in enumerate(scores.ids.tolist()):
-        found = explain_source(run, row)
-        assert found["drawn"] == sum((rows == place).any() for rows in drawn.values())
-        assert found["epochs"] == len(drawn)
-        assert found["text"] == texts[row]
-        assert found["reason"] in REASONS
-        assert found["why"] == WHY[found["reason"]]
-        assert found["out_of_sample"]
-        json.dumps(found, allow_nan=False)
+        actual = explain_source(run, row)
+        assert actual["drawn"] == sum((rows == place).any() for rows in drawn.values())
+        assert actual["epochs"] == len(drawn)
+        assert actual["text"] == texts[row]
+        assert actual["reason"] in REASONS
+        assert actual["why"] == WHY[actual["reason"]]
+        assert actual["out_of_sample"]
+        json.dumps(actual, allow_nan=False)
 
 
 def test_every_reason_has_words() -> None:

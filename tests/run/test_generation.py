@@ -52,8 +52,8 @@ def rows(n: int) -> list[dict[str, Any]]:
 
 def trusted(folder: Path) -> str:
     """The setting that names some trusted rows, with prompts that no row has."""
-    known = [{"document": f"{word} {word} {word}", "summary": word} for word in WORDS]
-    return f"data.trusted={write_jsonl(folder / 'trusted.jsonl', known)}"
+    values = [{"document": f"{word} {word} {word}", "summary": word} for word in WORDS]
+    return f"data.trusted={write_jsonl(folder / 'trusted.jsonl', values)}"
 
 
 def checkpoint(folder: Path, kind: str) -> Path:
@@ -120,23 +120,25 @@ def test_predictions_are_texts_whatever_the_batch(run: Path, tmp_path: Path) -> 
 def test_rows_whose_target_does_not_fit_are_evaluated_without_as_training_took_them(run: Path, tmp_path: Path) -> None:
     mixed = [*rows(4), {"document": "pink", "summary": "pink " * 40}]
     with pytest.warns(UserWarning, match=r"^1 of 5 rows are left out, whose targets do not fit whole: .*mixed\.jsonl"):
-        found = evaluate_run(run, write_jsonl(tmp_path / "mixed.jsonl", mixed))
-    assert found == evaluate_run(run, write_jsonl(tmp_path / "four.jsonl", rows(4)))
+        result = evaluate_run(run, write_jsonl(tmp_path / "mixed.jsonl", mixed))
+    assert result == evaluate_run(run, write_jsonl(tmp_path / "four.jsonl", rows(4)))
 
 
 def test_a_second_part_of_prompts_may_be_missing_altogether(tmp_path: Path) -> None:
-    asked = [{"instruction": row["document"], "input": "", "output": row["summary"]} for row in rows(20)]
+    instructions = [{"instruction": row["document"], "input": "", "output": row["summary"]} for row in rows(20)]
     config = config_of(
         tmp_path,
         "seq2seq",
-        asked,
+        instructions,
         task={"max_new_tokens": 4},
         **PLAIN,
     )
     pipeline.train(load_config(config, ["data.max_length=64"]), tmp_path / "run")
-    without = write_jsonl(tmp_path / "new.jsonl", [{k: row[k] for k in ("instruction", "output")} for row in asked])
+    without = write_jsonl(
+        tmp_path / "new.jsonl", [{k: row[k] for k in ("instruction", "output")} for row in instructions]
+    )
     assert predict_run(tmp_path / "run", without, tmp_path / "out.jsonl") == 20
-    asked_again = write_jsonl(tmp_path / "old.jsonl", asked)
+    asked_again = write_jsonl(tmp_path / "old.jsonl", instructions)
     assert evaluate_run(tmp_path / "run", without) == evaluate_run(tmp_path / "run", asked_again)
 
 
@@ -224,25 +226,25 @@ def test_prompts_that_are_cut_are_told(run: Path, tmp_path: Path) -> None:
 def test_the_cards_own_code_loads_the_adapter(run: Path) -> None:
     code = (run / "adapter" / "README.md").read_text().split("```python\n")[1].split("\n```")[0]
     code = code.replace('"model"', repr(str(run.parent / "model"))).replace("THIS-DIRECTORY", str(run / "adapter"))
-    known: dict[str, Any] = {}
-    exec(code, known)
-    trained, loaded = open_run(run).model.state_dict(), known["model"].state_dict()
+    values: dict[str, Any] = {}
+    exec(code, values)
+    trained, loaded = open_run(run).model.state_dict(), values["model"].state_dict()
     assert loaded.keys() == trained.keys()
     assert all(torch.equal(loaded[name], value) for name, value in trained.items())
-    auto = next(name for name in known if name.startswith("Auto"))
+    auto = next(name for name in values if name.startswith("Auto"))
     assert f"model = {auto}.from_pretrained(" in model_card(run, format="merged")
 
 
 def test_scores_alone_are_explained(run: Path, tmp_path: Path) -> None:
     score_rows(run, tmp_path / "scores.parquet")
     scores = Scores.load(tmp_path / "scores.parquet")
-    told = explain(scores, 2)
-    assert len(told["highest"]) == 2
-    assert told["likely_wrong_rows"] == 0
-    document, target = told["highest"][0]["text"].split("\n→ ")
+    explained = explain(scores, 2)
+    assert len(explained["highest"]) == 2
+    assert explained["likely_wrong_rows"] == 0
+    document, target = explained["highest"][0]["text"].split("\n→ ")
     assert document.split()[0] == target
     assert target in WORDS
-    assert "predicted" not in told["highest"][0]
+    assert "predicted" not in explained["highest"][0]
 
 
 def test_the_report_shows_prompts_with_their_targets_and_no_labels(run: Path) -> None:
@@ -280,7 +282,7 @@ def test_accumulated_steps_are_those_of_one_large_batch(kind: str, tmp_path: Pat
     """A mean over tokens, whatever the model makes of the number of tokens that the Trainer tells it."""
     # Adam would hide a gradient that is twice too large.
     plain = {**TRAINING, "epochs": 1, "optim": "sgd", "learning_rate": 0.3, "max_grad_norm": 0}
-    found = []
+    result = []
     for name, batch, steps in (("whole", 8, 1), ("parts", 4, 2)):
         folder = tmp_path / name
         config = write_config(
@@ -292,13 +294,13 @@ def test_accumulated_steps_are_those_of_one_large_batch(kind: str, tmp_path: Pat
             ranks={"policy": "fixed", "mean": 2.0},
             training={**plain, "batch_size": batch, "gradient_accumulation_steps": steps},
         )
-        found.append(pipeline.train(load_config(config, ["data.max_length=32"]), folder).metrics["validation"]["loss"])
-    assert found[0] == pytest.approx(found[1], rel=1e-3)
+        result.append(pipeline.train(load_config(config, ["data.max_length=32"]), folder).metrics["validation"]["loss"])
+    assert result[0] == pytest.approx(result[1], rel=1e-3)
 
 
 def test_packed_training_is_the_padded_one(tmp_path: Path) -> None:
     """Samples that share a row are as if alone, and are scored one by one all the same."""
-    found = []
+    result = []
     for packing in (False, True):
         config = write_config(
             tmp_path / "tsq.yaml",
@@ -314,8 +316,8 @@ def test_packed_training_is_the_padded_one(tmp_path: Path) -> None:
             record, scores = pipeline.train(load_config(config, also), run), Scores.load(run / "scores.parquet")
         assert guard.call_args.kwargs["packed"] == packing, "packed batches do not tell whose samples they are"
         assert record.quality["used"]
-        found.append([record.metrics["validation"]["loss"], *scores.terms["loss"]])
-    np.testing.assert_allclose(found[1], found[0], rtol=1e-2)
+        result.append([record.metrics["validation"]["loss"], *scores.terms["loss"]])
+    np.testing.assert_allclose(result[1], result[0], rtol=1e-2)
 
 
 # torch warns of its own script_method, which bitsandbytes imports.

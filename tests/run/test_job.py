@@ -148,9 +148,9 @@ def what_arrives(config: Config) -> dict[str, Any]:
 
 
 def test_what_choices_a_description_names_are_those_there_are() -> None:
-    told = {name: str(field.description) for name, field in RankSettings.model_fields.items()}
-    assert {*ESTIMATORS} == {*told["estimator"].removesuffix(".").partition(": ")[2].split(", ")}
-    assert all(f"{name}: " in told["policy"] for name in POLICIES)
+    descriptions = {name: str(field.description) for name, field in RankSettings.model_fields.items()}
+    assert {*ESTIMATORS} == {*descriptions["estimator"].removesuffix(".").partition(": ")[2].split(", ")}
+    assert all(f"{name}: " in descriptions["policy"] for name in POLICIES)
 
 
 def test_every_key_has_another_value_here() -> None:

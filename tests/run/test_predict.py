@@ -159,7 +159,7 @@ def test_ranks_are_not_measured_on_rows_that_are_no_longer_those_scored(run: Pat
 
 
 def test_ranks_are_measured_with_the_loss_of_training_on_the_rows_that_it_had(run: Path, tmp_path: Path) -> None:
-    """Where rows were left out, an epoch of all rows repeats the kept ones."""
+    """Where rows were left out, an epoch of all rows repeats the others."""
     again = copied(run, tmp_path)
     score_rows(again, again / "scores.parquet")
     scores = Scores.load(again / "scores.parquet")

@@ -68,7 +68,7 @@ def before(owner: Any, name: str) -> Killer:
 
 
 def killed(source: Path, out: Path, killer: Killer) -> None:
-    """Scores in a process of its own, which is killed."""
+    """Scores in another process, which is killed."""
     child = os.fork()
     if child == 0:
         try:

@@ -37,7 +37,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def save_classifier(folder: Path, model: Path, *, labels: int = 2, **options: Any) -> Path:
-    given: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "task_type": "SEQ_CLS",
         "r": 2,
         "lora_alpha": 4,
@@ -47,7 +47,7 @@ def save_classifier(folder: Path, model: Path, *, labels: int = 2, **options: An
     }
     torch.manual_seed(0)
     base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=labels)
-    return save_lora(folder, base, lora_config(**(given | options)))
+    return save_lora(folder, base, lora_config(**(arguments | options)))
 
 
 def config_of(place: Path, start: Path | str | None = None, **sections: Any) -> Config:
@@ -119,7 +119,7 @@ def test_a_head_that_did_not_come_is_new_and_saved(place: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("options", "kind", "told"),
+    ("options", "kind", "message"),
     [
         ({"use_dora": True}, UnsupportedError, "the adapter has use_dora, which a training that goes on cannot hold"),
         ({"labels": 3}, DataError, r"came with classifier.* of shape \(3.*head was trained on other classes"),
@@ -127,10 +127,10 @@ def test_a_head_that_did_not_come_is_new_and_saved(place: Path, tmp_path: Path) 
     ],
 )
 def test_what_cannot_be_gone_on_from_is_refused(
-    options: dict[str, Any], kind: type[TsqLoraError], told: str, place: Path, tmp_path: Path
+    options: dict[str, Any], kind: type[TsqLoraError], message: str, place: Path, tmp_path: Path
 ) -> None:
     save_classifier(tmp_path / "a", place / "model", **options)
-    with pytest.raises(kind, match=told):
+    with pytest.raises(kind, match=message):
         dry_run(config_of(place, tmp_path / "a"))
 
 
@@ -143,7 +143,7 @@ def test_another_base_is_refused(place: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sections", "told"),
+    ("sections", "message"),
     [
         ({"ranks": {"mean": 6.0}}, "ranks.mean is 6.0"),
         ({"adapter": {"alpha": 1.0}}, "adapter.alpha is 1.0"),
@@ -151,16 +151,16 @@ def test_another_base_is_refused(place: Path, tmp_path: Path) -> None:
         ({"ranks": {"max": 2}}, "ranks.max is 2, and adapter.init_from has a rank of 3; raise it"),
     ],
 )
-def test_settings_that_the_adapter_decides_are_not_set(sections: dict[str, Any], told: str, place: Path) -> None:
-    with pytest.raises(SettingsError, match=told):
+def test_settings_that_the_adapter_decides_are_not_set(sections: dict[str, Any], message: str, place: Path) -> None:
+    with pytest.raises(SettingsError, match=message):
         config_of(place, **sections)
 
 
 def test_a_default_that_is_written_out_is_no_answer(place: Path) -> None:
     """As `tsqlora init` writes it."""
     defaults = {"ranks": {"mean": 8.0, "max": None}, "adapter": {"alpha": 16.0, "target_modules": "all-linear"}}
-    known, written = config_of(place), config_of(place, **defaults)
-    assert (written.ranks.mean, written.adapter) == (known.ranks.mean, known.adapter)
+    without, written = config_of(place), config_of(place, **defaults)
+    assert (written.ranks.mean, written.adapter) == (without.ranks.mean, without.adapter)
 
 
 def test_a_run_of_other_classes_is_refused(place: Path, tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_rows_that_are_no_tokens_with_tags_are_named(place: Path, tmp_path: Path
 
 def test_columns_of_tokens_and_tags_have_usual_names() -> None:
     common: dict[str, Any] = {"text": None, "text_pair": None, "label": None, "source": "a.jsonl", "tokens": True}
-    found = find_columns(["id", "words", "ner_tags"], **common)
-    assert (found.text, found.text_pair, found.label) == ("words", None, "ner_tags")
+    result = find_columns(["id", "words", "ner_tags"], **common)
+    assert (result.text, result.text_pair, result.label) == ("words", None, "ner_tags")
     with pytest.raises(DataError, match=r"data\.text"):
         find_columns(["text", "label"], **common)

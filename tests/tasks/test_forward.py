@@ -16,7 +16,7 @@ LABELS = torch.tensor([[5, 7, 1], [8, 1, -100]])
 
 
 class Gives(nn.Module):
-    """A linear classifier that gives its logits as told."""
+    """A linear classifier that returns its logits in a chosen form."""
 
     def __init__(self, give: Any) -> None:
         super().__init__()
@@ -46,8 +46,8 @@ def test_a_decoder_behind_an_encoder_reads_the_target_though_labels_are_taken_aw
     with torch.no_grad():
         assert torch.equal(model_logits(model, inputs, get_task("seq2seq")), model(**batch).logits)
     assert torch.equal(labels, LABELS)
-    given = {**batch, "decoder_input_ids": torch.zeros_like(LABELS)}
-    assert torch.equal(split_labels(given, model)[0]["decoder_input_ids"], given["decoder_input_ids"])
+    arguments = {**batch, "decoder_input_ids": torch.zeros_like(LABELS)}
+    assert torch.equal(split_labels(arguments, model)[0]["decoder_input_ids"], arguments["decoder_input_ids"])
 
 
 def test_a_classifiers_inputs_are_left_alone() -> None:

@@ -66,7 +66,7 @@ def test_constant_predictions_have_correlation_zero_without_a_warning(noise: flo
     logits = 0.7 + noise * np.arange(20.0)[:, None]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for found in (TASK.metrics(logits, labels), TASK.metrics(labels[:, None], logits[:, 0])):
-            assert (found["pearson"], found["spearman"]) == (0.0, 0.0)
-            assert found["mse"] > 0
+        for result in (TASK.metrics(logits, labels), TASK.metrics(labels[:, None], logits[:, 0])):
+            assert (result["pearson"], result["spearman"]) == (0.0, 0.0)
+            assert result["mse"] > 0
         assert TASK.metrics(np.zeros((1, 1)), np.ones(1))["pearson"] == 0.0

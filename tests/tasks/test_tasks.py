@@ -44,5 +44,5 @@ def test_metrics_are_all_that_the_task_says(name: str, labels: list[Any]) -> Non
     task = get_task(name)
     assert isinstance(task, Answers)
     logits = np.array([[1.0, 0.0], [0.0, 2.0], [1.0, 0.5]])[:, : 1 if name == "regression" else 2]
-    found = task.metrics(logits, np.array(labels))
-    assert set(found) == set(task.measured) > {task.headline}
+    result = task.metrics(logits, np.array(labels))
+    assert set(result) == set(task.measured) > {task.headline}

@@ -23,8 +23,8 @@ from tsqlora.tasks.texts import ROUGE, text_metrics
     ],
 )
 def test_a_text_of_any_script_is_like_itself(text: str) -> None:
-    found = text_metrics([text, "a"], [text, "b"])
-    assert {name: found[name] for name in ("rouge1", "rougeL")} == {"rouge1": 0.5, "rougeL": 0.5}
+    result = text_metrics([text, "a"], [text, "b"])
+    assert {name: result[name] for name in ("rouge1", "rougeL")} == {"rouge1": 0.5, "rougeL": 0.5}
     assert text_metrics(["собака"], [text])["rouge1"] == 0.0
 
 

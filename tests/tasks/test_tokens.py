@@ -41,9 +41,9 @@ def test_the_batch_loss_is_the_models_own() -> None:
 def test_metrics_count_tagged_tokens_alone() -> None:
     logits, labels = (values.numpy() for values in batch())
     tagged = labels != -100
-    found = TASK.metrics(logits, labels)
-    assert found.keys() == set(TASK.measured)
-    assert found["accuracy"] == pytest.approx((logits.argmax(2) == labels)[tagged].mean())
+    result = TASK.metrics(logits, labels)
+    assert result.keys() == set(TASK.measured)
+    assert result["accuracy"] == pytest.approx((logits.argmax(2) == labels)[tagged].mean())
     perfect = np.eye(3)[np.where(tagged, labels, 0)]
     assert (TASK.metrics(perfect, labels)["span_f1"], TASK.metrics(perfect, labels)["accuracy"]) == (1, 1)
 

@@ -71,9 +71,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
 
 def assert_same_end(resumed: Trainer, whole: Trainer) -> None:
     """Bit by bit."""
-    ranks, wanted = (callback(made, tsq.RankCallback) for made in (resumed, whole))
-    assert ranks.events == wanted.events
-    assert ranks.final == wanted.final
+    ranks, expected = (callback(made, tsq.RankCallback) for made in (resumed, whole))
+    assert ranks.events == expected.events
+    assert ranks.final == expected.final
     left, right = (made.model.state_dict() for made in (resumed, whole))
     assert left.keys() == right.keys()
     for name, weight in left.items():
@@ -215,8 +215,8 @@ def test_scores_of_an_older_run_in_the_same_place_are_not_used(whole: Trainer, t
     replace(scores, quality=np.arange(len(DATA), dtype=float)).save(path)
     resumed = trainer(tmp_path)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
-    used, wanted = (callback(made, tsq.QualityCallback).data.scores for made in (resumed, whole))
-    assert np.array_equal(used.quality, wanted.quality)
+    used, expected = (callback(made, tsq.QualityCallback).data.scores for made in (resumed, whole))
+    assert np.array_equal(used.quality, expected.quality)
 
 
 def state() -> RankState:

@@ -183,8 +183,8 @@ def test_when_all_are_damaged_that_is_an_error(run: Path) -> None:
 def test_when_none_was_ever_finished_training_begins_anew(run: Path) -> None:
     for step in (8, 12):
         (run / f"checkpoint-{step}" / MANIFEST_FILE).unlink()
-    found, passed_over = newest_complete(run)
-    assert found is None
+    result, passed_over = newest_complete(run)
+    assert result is None
     assert [why.partition(" is passed over")[0] for why in passed_over] == [
         str(run / f"checkpoint-{n}") for n in (12, 8)
     ]
@@ -373,8 +373,11 @@ def test_scores_that_are_not_the_runs_own_are_refused(run: Path) -> None:
 @pytest.mark.parametrize("how", ["gone", "damaged"])
 def test_a_best_checkpoint_that_cannot_be_brought_back_is_told(how: str, run: Path) -> None:
     state = run / "checkpoint-12" / "trainer_state.json"
-    told = json.loads(state.read_text()) | {"best_model_checkpoint": str(run / "checkpoint-8"), "best_global_step": 8}
-    state.write_text(json.dumps(told))
+    changed = json.loads(state.read_text()) | {
+        "best_model_checkpoint": str(run / "checkpoint-8"),
+        "best_global_step": 8,
+    }
+    state.write_text(json.dumps(changed))
     write_manifest(run / "checkpoint-12")
     if how == "gone":
         shutil.rmtree(run / "checkpoint-8")

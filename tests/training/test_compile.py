@@ -69,12 +69,12 @@ def run(model: PeftModel, called: Any, steps: int = STEPS) -> tsq.RankLoop:
 def test_it_is_compiled_anew_where_ranks_have_changed_and_only_there() -> None:
     limit = torch._dynamo.config.recompile_limit
     plain = wrapped()
-    wanted = run(plain, plain)
-    assert [tuple(event.ranks.values()) for event in wanted.events] == OTHERS
+    expected = run(plain, plain)
+    assert [tuple(event.ranks.values()) for event in expected.events] == OTHERS
     assert len(OTHERS) > limit
     model, counter = wrapped(), CompileCounter()
     ranks = run(model, torch.compile(model, backend=counter))
-    assert ranks.events == wanted.events
+    assert ranks.events == expected.events
     assert_same(plain.state_dict(), model.state_dict(), "weights")
     assert counter.frame_count == 1 + len(OTHERS)
 
@@ -139,8 +139,8 @@ def test_scoring_between_epochs_is_not_compiled(by: str, tmp_path: Path) -> None
 def test_compiled_by_inductor_ranks_move_as_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     plain, model = wrapped(), wrapped()
-    wanted, ranks = run(plain, plain, 10), run(model, torch.compile(model), 10)
-    assert len(wanted.events) == 2
-    assert [event.ranks for event in ranks.events] == [event.ranks for event in wanted.events]
+    expected, ranks = run(plain, plain, 10), run(model, torch.compile(model), 10)
+    assert len(expected.events) == 2
+    assert [event.ranks for event in ranks.events] == [event.ranks for event in expected.events]
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-3, atol=1e-4, msg=name)

@@ -45,7 +45,7 @@ def settings(place: Path, **sections: Any) -> Config:
 
 
 class Counted:
-    """What a fit told and counted, and what really went through the model."""
+    """A fit's logs and counts, and what really went through the model."""
 
     def __init__(
         self, config: Config, run: Path, *, resume_from: Path | None = None, also: TrainerCallback | None = None
@@ -251,10 +251,10 @@ def test_bfloat16_is_used_where_the_hardware_computes_in_it(
 def test_of_many_losses_every_so_many_th_is_kept_and_every_evaluation() -> None:
     history = [{"step": j, "loss": 1.0} for j in range(3 * recorder.MOST_ENTRIES)]
     history.insert(7, {"step": 7, "eval_loss": 1.0})
-    kept = recorder.logged(history)
-    assert len(kept) <= recorder.MOST_ENTRIES + 1
-    assert kept[0]["step"] == 0
-    assert {"step": 7, "eval_loss": 1.0} in kept
+    retained = recorder.logged(history)
+    assert len(retained) <= recorder.MOST_ENTRIES + 1
+    assert retained[0]["step"] == 0
+    assert {"step": 7, "eval_loss": 1.0} in retained
 
 
 def test_what_json_has_not_is_not_in_the_record() -> None:

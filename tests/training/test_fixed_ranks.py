@@ -165,22 +165,22 @@ def test_the_same_callbacks_in_a_second_trainer_begin_anew(tmp_path: Path) -> No
 
 def test_each_model_of_model_init_begins_anew_as_in_a_search(tmp_path: Path) -> None:
     data, ranks = tsq.QualitySubset(ROWS, 0.5), tsq.RankCallback(interval=2)
-    given = make_trainer(slotted_bert(), data, tmp_path, [])
+    passed = make_trainer(slotted_bert(), data, tmp_path, [])
     trainer = Trainer(
         model_init=lambda: slotted_bert(),
-        args=given.args,
+        args=passed.args,
         train_dataset=data,
-        data_collator=given.data_collator,
+        data_collator=passed.data_collator,
         callbacks=[tsq.QualityCallback(data), ranks],
     )
-    found = []
+    result = []
     for rate in (0.03, 0.01, 0.03):
         trainer.args.learning_rate = rate  # what a backend does between two trials; none is installed
         trainer.train()
-        found.append(
+        result.append(
             (weights(trainer.model)["base_model.model.classifier.modules_to_save.default.weight"], ranks.final)
         )
         assert RunRecord.load(tmp_path).settings["training"]["learning_rate"] == rate
-    assert torch.equal(found[0][0], found[2][0])
-    assert found[0][1] == found[2][1]
-    assert not torch.equal(found[0][0], found[1][0])
+    assert torch.equal(result[0][0], result[2][0])
+    assert result[0][1] == result[2][1]
+    assert not torch.equal(result[0][0], result[1][0])

@@ -144,7 +144,7 @@ def test_positions_of_robertas_kin_begin_behind_their_padding() -> None:
 def test_a_packed_body_has_a_whole_head(checkpoint: Path, quantization: str, bits: int) -> None:
     pytest.importorskip("bitsandbytes")
     model = load_pretrained(str(checkpoint), labels=TWO, quantization=quantization).model
-    packed = {name: found for name, module in model.named_modules() if (found := linear_bits(module))}
+    packed = {name: result for name, module in model.named_modules() if (result := linear_bits(module))}
     assert packed["bert.encoder.layer.0.attention.self.query"] == bits
     assert "classifier" not in packed
 

@@ -246,8 +246,8 @@ def test_a_run_begun_without_a_guard_goes_on_with_one(tmp_path: Path) -> None:
         resume_from_checkpoint=str(tmp_path / "checkpoint-10")
     )
     assert guard.count == 1
-    known = json.loads((tmp_path / "checkpoint-20" / GUARD_FILE).read_text())
-    assert known["skipped"] == [{"step": 12, "rows": None}]
+    saved = json.loads((tmp_path / "checkpoint-20" / GUARD_FILE).read_text())
+    assert saved["skipped"] == [{"step": 12, "rows": None}]
 
 
 def test_a_record_stays_short(tmp_path: Path) -> None:
@@ -270,9 +270,9 @@ def test_a_scaler_that_looks_for_its_scale_is_left_to_it(
     step = AcceleratedOptimizer.step
 
     def without_scaler(self: Any, closure: Any = None) -> None:
-        kept, self.scaler = self.scaler, None
+        retained, self.scaler = self.scaler, None
         step(self, closure)
-        self.scaler = kept
+        self.scaler = retained
 
     monkeypatch.setattr(AcceleratedOptimizer, "step", without_scaler)
 

@@ -61,10 +61,10 @@ def test_a_missing_call_is_named_with_its_place(
     *before, last = calls
     for call in before:
         call(ranks)
-    kept = weights(ranks.model)
+    retained = weights(ranks.model)
     with pytest.raises(tsq.TsqLoraError, match=text):
         last(ranks)
-    assert_same(kept, weights(ranks.model), "nothing was stepped")
+    assert_same(retained, weights(ranks.model), "nothing was stepped")
     ranks.close()
 
 

@@ -49,9 +49,9 @@ def test_dropout_is_off_and_the_mode_stays(model: BertForSequenceClassification)
 
 
 def test_progress_ends_at_the_number_of_rows(model: BertForSequenceClassification) -> None:
-    told: list[tuple[str, int, int]] = []
-    predict_logits(model, ROWS, unlabelled, batch_size=4, phase="test", progress=lambda *args: told.append(args))
-    assert told == [("test", 4, 11), ("test", 8, 11), ("test", 11, 11)]
+    updates: list[tuple[str, int, int]] = []
+    predict_logits(model, ROWS, unlabelled, batch_size=4, phase="test", progress=lambda *args: updates.append(args))
+    assert updates == [("test", 4, 11), ("test", 8, 11), ("test", 11, 11)]
 
 
 def test_logits_that_are_not_finite_are_an_error() -> None:

@@ -115,15 +115,15 @@ def test_policy_fixed_never_probes(tmp_path: Path) -> None:
 
 
 def test_clipping_changes_no_importance(tmp_path: Path) -> None:
-    found: list[Tensor] = []
+    result: list[Tensor] = []
     for norm in (1e-3, 0.0):
         callback = tsq.RankCallback()
         # Of the first step B is zero and A has no gradient; so of the second, behind one that Adam makes the same.
         with pytest.warns(UserWarning, match="ranks do not move"):
             run(tmp_path, callback, max_grad_norm=norm, max_steps=2, adam_epsilon=1e-30)
-        found.append(callback.loop.importance.mean)
-    assert float(found[0].sum()) > 0.1
-    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-6)
+        result.append(callback.loop.importance.mean)
+    assert float(result[0].sum()) > 0.1
+    torch.testing.assert_close(result[0], result[1], rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -145,15 +145,15 @@ def test_first_ranks_come_from_the_quality_sample_in_whatever_way_the_trainer_tr
 
 def active_slots(kwargs: dict[str, Any]) -> dict[str, list[bytes]]:
     """Each active slot of each layer: the bits of its weights and of what the optimizer keeps for them."""
-    found: dict[str, list[bytes]] = {}
+    result: dict[str, list[bytes]] = {}
     for name, slots in find_slots(kwargs["model"]).items():
         columns: list[Tensor] = []
         for parameter, dim in slots.matrices():
             state = kwargs["optimizer"].state[parameter].values()
-            kept = [value for value in state if getattr(value, "shape", ()) == parameter.shape]
-            columns += [tensor.detach().movedim(dim, 0) for tensor in (parameter, *kept)]
-        found[name] = [b"".join(c[j].contiguous().numpy().tobytes() for c in columns) for j in range(slots.rank)]
-    return found
+            retained = [value for value in state if getattr(value, "shape", ()) == parameter.shape]
+            columns += [tensor.detach().movedim(dim, 0) for tensor in (parameter, *retained)]
+        result[name] = [b"".join(c[j].contiguous().numpy().tobytes() for c in columns) for j in range(slots.rank)]
+    return result
 
 
 class Around:
@@ -171,8 +171,8 @@ class Around:
     def _compare(self, _state: TrainerState, kwargs: dict[str, Any]) -> None:
         assert_hidden_are_zero(kwargs["model"], kwargs["optimizer"])
         for name, now in active_slots(kwargs).items():
-            kept = [slot for slot in now if slot in self.before[name]]
-            assert len(kept) == min(len(now), len(self.before[name])), name
+            retained = [slot for slot in now if slot in self.before[name]]
+            assert len(retained) == min(len(now), len(self.before[name])), name
 
 
 def two_groups(model: nn.Module) -> tuple[torch.optim.Optimizer, None]:
@@ -214,15 +214,15 @@ def test_ranks_move_and_kept_slots_do_not_in_whatever_way_the_trainer_trains(
 def test_groups_of_parameters_keep_their_schedules(tmp_path: Path, schedule: str) -> None:
     rates: list[list[list[float]]] = []
     for policy in ("tsqlora", "fixed"):
-        model, found = slotted_bert(), []
+        model, result = slotted_bert(), []
         callback = tsq.RankCallback(interval=4, policy=policy, schedule=tsq.RankSchedule(moves=6))
         note = At(
-            "step_end", lambda _, kw, at=found: at.append([group["lr"] for group in kw["optimizer"].param_groups])
+            "step_end", lambda _, kw, at=result: at.append([group["lr"] for group in kw["optimizer"].param_groups])
         )
         around = Around().callbacks(callback)
         options = {"lr_scheduler_type": schedule, "warmup_steps": 5, "optimizers": two_groups(model)}
         run(tmp_path, note, *around, model=model, **options)
-        rates.append(found)
+        rates.append(result)
         assert (sum(event.moved for event in callback.events) > 0) == (policy == "tsqlora")
     assert rates[0] == rates[1]
     assert len({tuple(each) for each in rates[0]}) > 10
@@ -281,9 +281,9 @@ def test_checkpoints_on_the_way_load_with_plain_peft(tmp_path: Path) -> None:
     callback = tsq.RankCallback(interval=4, schedule=tsq.RankSchedule(moves=6))
     run(tmp_path, callback, keep, save_strategy="steps", save_steps=9)
     assert sorted(seen) == [9, 18, 27, 30]
-    for step, wanted in seen.items():
+    for step, expected in seen.items():
         loaded = PeftModel.from_pretrained(base_bert(), str(tmp_path / f"checkpoint-{step}"))
-        assert_same(wanted, weights(loaded), f"checkpoint {step}")
+        assert_same(expected, weights(loaded), f"checkpoint {step}")
 
 
 class HeadOfOnesOwn(nn.Module):
@@ -395,7 +395,7 @@ def test_rows_that_nobody_scores_are_drawn_anew_and_after_a_resume_too(sampling:
     drawn: list[tuple[int, list[int]]] = []
 
     def trainer(folder: Path, data: tsq.QualitySubset) -> Any:
-        look = At("step_begin", lambda state, known: drawn.append((state.global_step, data.indices.tolist())))
+        look = At("step_begin", lambda state, options: drawn.append((state.global_step, data.indices.tolist())))
         callbacks = [tsq.RankCallback(interval=4), look]
         further = {"save_strategy": "steps", "save_steps": 10, "train_sampling_strategy": sampling}
         return make_trainer(slotted_bert(), data, folder, callbacks, learning_rate=0.02, **further)

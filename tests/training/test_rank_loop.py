@@ -54,8 +54,8 @@ def test_a_step_of_several_forward_passes_is_measured_whole(again: bool, monkeyp
     monkeypatch.setattr(rank_loop, "Probe", lambda *args: made.append(real(*args)) or made[-1])
     ranks = whole_run(parts=4, again=again)
     assert [probe.sensitivity().samples for probe in made] == [8] * 6  # the first for nothing, in step 1
-    shares, wanted = (dict(loop.events[0].sensitivity) for loop in (ranks, whole_run()))
-    assert shares == pytest.approx(wanted, rel=1e-4)
+    shares, expected = (dict(loop.events[0].sensitivity) for loop in (ranks, whole_run()))
+    assert shares == pytest.approx(expected, rel=1e-4)
 
 
 def test_clipping_in_half_precision_ranks_move() -> None:
@@ -155,11 +155,11 @@ def test_finishing_twice_gives_the_same_model(first: bool) -> None:
         further = tsq.RankLoop(model, ranks.optimizer, STEPS)
         assert further.budget == ranks.events[-1].used
         further.close()
-    kept = weights(model)
+    retained = weights(model)
     for _ in range(2):
         assert ranks.finish() is model
         assert not has_slots(model)
-        assert_same(kept, weights(model), "weights")
+        assert_same(retained, weights(model), "weights")
         assert ranks.final == final
 
 

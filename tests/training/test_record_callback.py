@@ -55,8 +55,8 @@ def test_each_callback_alone_leaves_a_directory_that_has_a_report(which: str, tm
     data, (quality, ranks) = both()
     chosen = {"quality": quality, "ranks": ranks, "guard": tsq.GuardCallback()}[which]
     trained(tmp_path, chosen, data=data if which == "quality" else ROWS)
-    known = gather(tmp_path)
-    assert ("scores" in known.missing, "events" in known.missing) == (which != "quality", which != "ranks")
+    gathered = gather(tmp_path)
+    assert ("scores" in gathered.missing, "events" in gathered.missing) == (which != "quality", which != "ranks")
     assert "<html" in write_report(tmp_path).read_text()
 
 

@@ -23,16 +23,16 @@ from tsqlora.training.rank_callback import RankCallback
 from tsqlora.training.record import RunRecord
 from tsqlora.training.report_callback import SPAN, Pace, ReportCallback
 
-Told = list[tuple[str, Any, int]]
+Logged = list[tuple[str, Any, int]]
 
 
 class Writer:
     """Stands for TensorBoard's: keeps what it is given."""
 
-    scalars: Told = []  # noqa: RUF012  (filled by the fixture's one run)
+    scalars: Logged = []  # noqa: RUF012  (filled by the fixture's one run)
 
     def __init__(self, log_dir: str) -> None: ...
-    def add_text(self, *told: Any) -> None: ...
+    def add_text(self, *logged: Any) -> None: ...
     def flush(self) -> None: ...
     def close(self) -> None: ...
 
@@ -70,7 +70,7 @@ def reported(place: Path) -> Iterator[RunRecord]:
 def test_each_adjustment_is_told_at_its_step(reported: RunRecord) -> None:
     assert len(reported.rank_events) > 2
     moved = {step: value for name, value, step in Writer.scalars if name == "train/ranks/moved"}
-    # The first ranks are set before a step, and told after it.
+    # The first ranks are set before a step, and logged after it.
     assert moved == {e.step + (e.reason == "start"): e.moved for e in reported.rank_events}
     last = reported.rank_events[-1]
     values = {name: value for name, value, step in Writer.scalars if step == last.step}
@@ -81,8 +81,8 @@ def test_each_adjustment_is_told_at_its_step(reported: RunRecord) -> None:
 
 
 def test_a_scoring_is_told_once(reported: RunRecord) -> None:
-    told = [(value, step) for name, value, step in Writer.scalars if name == "train/quality/left_out"]
-    assert told == [(0, reported.quality["scores"]["step"] + 1)]
+    logged = [(value, step) for name, value, step in Writer.scalars if name == "train/quality/left_out"]
+    assert logged == [(0, reported.quality["scores"]["step"] + 1)]
     assert "train/quality/wrong_labels" in {name for name, *_ in Writer.scalars}
 
 
@@ -91,8 +91,8 @@ def test_adjustments_are_reported_also_after_older_ones_were_thinned_out(monkeyp
         def __init__(self) -> None:
             self.steps: list[int] = []
 
-        def on_log(self, args: Any, state: TrainerState, *_: Any, **told: Any) -> None:
-            assert told["logs"]["ranks/parameters"] == state.global_step
+        def on_log(self, args: Any, state: TrainerState, *_: Any, **logged: Any) -> None:
+            assert logged["logs"]["ranks/parameters"] == state.global_step
             self.steps.append(state.global_step)
 
     monkeypatch.setattr(report_callback, "reporter_kinds", lambda names: (Reporter,))
@@ -135,14 +135,14 @@ def test_a_reporter_that_is_not_there_is_told_before_training(
 def test_speed_is_what_the_last_steps_did_in_their_time(steps: list[tuple[int, int]]) -> None:
     times = iter(range(0, 10_000, 2))
     pace = Pace(lambda: float(next(times)))
-    found = [pace.add("training", rows, tokens) for rows, tokens in steps][-1]
+    result = [pace.add("training", rows, tokens) for rows, tokens in steps][-1]
     last = steps[-(SPAN - 1) :] if len(steps) >= SPAN else steps[1:]
     if not last:
-        assert found == (None, None)
+        assert result == (None, None)
         return
-    assert found[0] == pytest.approx(sum(rows for rows, _ in last) / (2 * len(last)))
+    assert result[0] == pytest.approx(sum(rows for rows, _ in last) / (2 * len(last)))
     tokens = sum(tokens for _, tokens in last)
-    assert found[1] == (pytest.approx(tokens / (2 * len(last))) if tokens else None)
+    assert result[1] == (pytest.approx(tokens / (2 * len(last))) if tokens else None)
 
 
 def test_a_pause_between_two_phases_is_no_part_of_a_speed() -> None:
@@ -153,7 +153,7 @@ def test_a_pause_between_two_phases_is_no_part_of_a_speed() -> None:
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A run with all that it told, and run.json as it was at every step."""
+    """A run with all that it logged, and run.json as it was at every step."""
     place = tmp_path_factory.mktemp("live")
     data = write_jsonl(place / "train.jsonl", make_rows(80))
     config = write_config(
@@ -162,36 +162,36 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         data,
         training={"logging_strategy": "steps", "logging_steps": 2, "epochs": 8, "learning_rate": 0.02, "batch_size": 8},
     )
-    told: list[tuple[str, int, int, Pulse]] = []
+    logged: list[tuple[str, int, int, Pulse]] = []
     records: list[dict[str, Any]] = []
     run = place / "run"
 
     def progress(phase: str, done: int, total: int, pulse: Pulse | None = None, /) -> None:
         if pulse is not None:
-            told.append((phase, done, total, pulse))
+            logged.append((phase, done, total, pulse))
             records.append(json.loads((run / "run.json").read_text()))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recorder, "EVERY", 0.0)
         patch.setattr(recorder, "SHARE", float("inf"))
         record = pipeline.train(load_config(config, ["data.max_length=16"]), run, progress=progress)
-    return {"told": told, "records": records, "record": record, "run": run}
+    return {"logged": logged, "records": records, "record": record, "run": run}
 
 
 def test_every_step_is_told_with_what_is_known_of_it(watched: dict[str, Any]) -> None:
-    told, record = watched["told"], watched["record"]
-    assert len(told) == record.plan["steps"]
-    assert {phase for phase, *_ in told} == {"training"}
-    assert told[-1][1] == told[-1][2]
-    assert told[0][3].loss is None
+    logged, record = watched["logged"], watched["record"]
+    assert len(logged) == record.plan["steps"]
+    assert {phase for phase, *_ in logged} == {"training"}
+    assert logged[-1][1] == logged[-1][2]
+    assert logged[0][3].loss is None
     losses = [entry["loss"] for entry in record.history if "loss" in entry]
-    assert told[-2][3].loss in losses
-    rates = [pulse.learning_rate for *_, pulse in told]
+    assert logged[-2][3].loss in losses
+    rates = [pulse.learning_rate for *_, pulse in logged]
     assert rates[0] > rates[-1] >= 0
-    assert told[-1][3].moved == sum(event.moved for event in record.rank_events)
-    for place, (phase, _, _, pulse) in enumerate(told):
+    assert logged[-1][3].moved == sum(event.moved for event in record.rank_events)
+    for place, (phase, _, _, pulse) in enumerate(logged):
         assert pulse.memory > 2**20
-        new = place == 0 or told[place - 1][0] != phase
+        new = place == 0 or logged[place - 1][0] != phase
         assert (pulse.rows_a_second is None, pulse.tokens_a_second is None) == (new, new)
 
 

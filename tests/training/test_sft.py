@@ -72,9 +72,9 @@ def logits(model: Any) -> torch.Tensor:
         return model.eval().base_model(input_ids=torch.arange(5, 15)[None]).logits
 
 
-def assert_loads_in_plain_peft(folder: Path, wanted: torch.Tensor) -> None:
+def assert_loads_in_plain_peft(folder: Path, expected: torch.Tensor) -> None:
     loaded = PeftModel.from_pretrained(llama(), str(folder))
-    torch.testing.assert_close(logits(loaded), wanted, rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -82,11 +82,11 @@ def test_it_stops_after_the_step_with_a_checkpoint_and_goes_on_to_the_same_end(
     with (
         pytest.raises(
             StoppedError, match=f"^stopped by {which.name} after step {step}, which has a checkpoint; go on$"
-        ) as told,
+        ) as updates,
         StopCallback("go on") as stop,
     ):
         train(tmp_path, SendAt(step, which), stop)
-    assert told.value.exit_code == 128 + which
+    assert updates.value.exit_code == 128 + which
     assert [signal.getsignal(each) for each in SIGNALS] == before
     assert tsq.last_checkpoint(tmp_path) == tmp_path / f"checkpoint-{step}"
     assert train(tmp_path, resume=True).read_bytes() == whole
@@ -113,15 +113,15 @@ def test_the_first_time_says_what_a_second_would_do() -> None:
 @OURS
 @pytest.mark.parametrize("phase", ["scoring", "validation"])
 def test_where_there_are_no_steps_it_stops_at_the_next_report(phase: str) -> None:
-    told: list[tuple[str, int, int]] = []
+    updates: list[tuple[str, int, int]] = []
     with StopCallback("go on") as stop:
-        watched = stop.watch(lambda phase, done, total, _pulse=None: told.append((phase, done, total)))
+        watched = stop.watch(lambda phase, done, total, _pulse=None: updates.append((phase, done, total)))
         watched(phase, 1, 9)
         send(signal.SIGTERM)
         watched("training", 1, 9)
         with pytest.raises(StoppedError, match=f"^stopped by SIGTERM in {phase}; go on$"):
             watched(phase, 2, 9)
-    assert told == [(phase, 1, 9), ("training", 1, 9), (phase, 2, 9)]
+    assert updates == [(phase, 1, 9), ("training", 1, 9), (phase, 2, 9)]
     stop.watch(None)("training", 1, 9)
 
 

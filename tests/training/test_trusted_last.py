@@ -27,9 +27,9 @@ class Handed(TrainerCallback):
         self.steps: dict[int, list[int]] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        def note(module: Any, _: Any, given: dict[str, Any]) -> None:
+        def note(module: Any, _: Any, arguments: dict[str, Any]) -> None:
             if module.training:
-                pairs = zip(given["input_ids"].tolist(), given["attention_mask"].sum(1).tolist(), strict=True)
+                pairs = zip(arguments["input_ids"].tolist(), arguments["attention_mask"].sum(1).tolist(), strict=True)
                 self.steps.setdefault(state.global_step, []).extend(NUMBERS[tuple(ids[:n])] for ids, n in pairs)
 
         self.hook = kwargs["model"].register_forward_pre_hook(note, with_kwargs=True)

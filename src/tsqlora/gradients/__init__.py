@@ -1,1 +1,1 @@
-"""What one backward pass knows of each sample."""
+"""What one backward pass yields for each sample."""

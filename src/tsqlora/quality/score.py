@@ -153,5 +153,5 @@ def _require_separable(model: nn.Module) -> None:
         raise UnsupportedError("the model's weights are sharded over processes (FSDP); score before fully_shard")
     if coupled := batch_coupled(model):
         raise UnsupportedError(
-            f"{coupled[0]} couples the samples of a batch, so that no sample has a loss of its own; replace it"
+            f"{coupled[0]} couples the samples of a batch, so that no sample has its own loss; replace it"
         )

@@ -69,8 +69,8 @@ def test_usual_names_that_are_named_keep_their_format() -> None:
 def test_two_named_columns_stand_as_they_are_whatever_their_names(target: str) -> None:
     names = ("query", "context", "input", target)
     assert find(*names, prompt="query", target=target) == Format("prompt", Columns("query", None, target))
-    told = find(*names, format="alpaca", prompt="query", target=target)
-    assert told == Format("alpaca", Columns("query", "input", target))
+    message = find(*names, format="alpaca", prompt="query", target=target)
+    assert message == Format("alpaca", Columns("query", "input", target))
 
 
 def test_the_format_may_be_set_and_its_columns_named() -> None:
@@ -80,7 +80,7 @@ def test_the_format_may_be_set_and_its_columns_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "names", "settings", "told"),
+    ("kind", "names", "settings", "message"),
     [
         (DataError, "prompt completion", {"prompt": "promt"}, ["'promt'", "data.prompt", "mean 'prompt'"]),
         (DataError, "a", {"prompt": "a", "target": "a"}, ["data.prompt and data.target both name column 'a'"]),
@@ -95,8 +95,8 @@ def test_the_format_may_be_set_and_its_columns_named() -> None:
     ],
 )
 def test_what_cannot_be_is_refused_by_its_settings(
-    kind: type[TsqLoraError], names: str, settings: dict[str, Any], told: list[str]
+    kind: type[TsqLoraError], names: str, settings: dict[str, Any], message: list[str]
 ) -> None:
     with pytest.raises(kind) as caught:
         find(*names.split(), **settings)
-    assert all(name in str(caught.value) for name in told), caught.value
+    assert all(name in str(caught.value) for name in message), caught.value

@@ -87,9 +87,9 @@ def test_plain_text_is_all_target_or_all_prompt() -> None:
 def test_targets_are_not_prompt_for_where_they_are_not_read(row: dict[str, Any]) -> None:
     rows = rows_of(row)
     names = (*row, "completion", "output", "summary")
-    said = find_format(names, source="train.jsonl").read(rows, 0, Manner(seq2seq=False, chat=False, targets=False))
-    assert isinstance(said, Example)
-    assert said.target is None
+    turns = find_format(names, source="train.jsonl").read(rows, 0, Manner(seq2seq=False, chat=False, targets=False))
+    assert isinstance(turns, Example)
+    assert turns.target is None
 
 
 def test_messages_are_turns() -> None:
@@ -112,8 +112,8 @@ def test_to_write_an_answer_is_to_leave_out_the_one_at_the_end() -> None:
 
 
 def test_sharegpt_has_other_names_for_the_same() -> None:
-    said = [{"from": "system", "value": "s"}, {"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
-    assert read({"conversations": said}) == Chat((Turn("system", "s"), Turn("user", "hi"), Turn("assistant", "ho")))
+    turns = [{"from": "system", "value": "s"}, {"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
+    assert read({"conversations": turns}) == Chat((Turn("system", "s"), Turn("user", "hi"), Turn("assistant", "ho")))
 
 
 @pytest.mark.parametrize(
