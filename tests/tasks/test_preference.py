@@ -101,9 +101,9 @@ def ratios(model: Any, rows: list[dict[str, Any]]) -> list[float]:
     """The model's own log-ratios, which make it the reference."""
     slow = SlowPair(model).eval()
     with torch.no_grad():
-        found = [float(slow(**{k: v for k, v in alone(row, 0.0).items() if k != "labels"})) for row in rows]
+        own = [float(slow(**{k: v for k, v in alone(row, 0.0).items() if k != "labels"})) for row in rows]
     model.train()
-    return found
+    return own
 
 
 def talk(text: str, role: str = "assistant") -> list[dict[str, str]]:

@@ -193,7 +193,7 @@ def _open_splits(source: str | Path, *, requested: Collection[str], hints: Hints
         if not names and not _match_splits(own, SPLIT_NAMES, source):
             folders, names = {"": path}, {next(iter(requested)): ""}
         sources = {split: _of_folder(folders[name], hints) for split, name in names.items()}
-        return {split: found for split, found in sources.items() if found is not None}
+        return {split: rows for split, rows in sources.items() if rows is not None}
     if path.suffix.lower() in READERS or isinstance(source, Path) or not is_hub_id(DatasetName.of(source).id):
         raise DataError(f"no file {source}; {_nearest_file(path)}correct the path, seen from {Path.cwd()}")
     data = _load_hub(DatasetName.of(str(source)))

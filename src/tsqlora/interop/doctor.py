@@ -113,8 +113,8 @@ def mend(consumer: Consumer, adapter: LoraAdapter, padded: LoraAdapter | None, b
     if consumer.server in _BY_PEFT and plain:
         return "peft"
     if consumer.server == "llama.cpp":
-        known = base.model_type in (None, *ARCHITECTURES) and not (base.tied and tied_targets(adapter))
-        if plain and known and not adapter.heads():
+        readable = base.model_type in (None, *ARCHITECTURES) and not (base.tied and tied_targets(adapter))
+        if plain and readable and not adapter.heads():
             return "gguf"
     elif padded is not None and judge(consumer, padded, base).verdict == "right":
         return "universal"
