@@ -40,9 +40,26 @@ WITHOUT_TRUSTED = ("default-untrusted", "even-untrusted", "cleanlab", "knn", "jt
 """Ways that have no trusted rows; they are compared with even draws that have none."""
 
 
+FRESH = 3
+"""Seeds 0 to 2 were the screen, on which the default was chosen; results are seeds from here on, where a world has them."""
+
+
 def cells() -> pd.DataFrame:
+    """A row for each cell of the fresh seeds; of the screen, for worlds and trusted rows that have no fresh seeds."""
+    stored = all_cells()
+    fresh = stored.assign(fresh=stored.seed >= FRESH)
+    return fresh[fresh.fresh == fresh.groupby(["world", "trusted"]).fresh.transform("any")]
+
+
+def all_cells() -> pd.DataFrame:
     stored = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     return pd.DataFrame([{**cell, **cell["settings"]} for cell in stored])
+
+
+def screen() -> pd.DataFrame:
+    """A row for each cell of the screen."""
+    stored = all_cells()
+    return stored[stored.seed < FRESH]
 
 
 def right(cell: pd.Series) -> np.ndarray:

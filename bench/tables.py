@@ -501,17 +501,30 @@ SHORT = {name: way for name, (way, *_) in differences.WAYS.items()} | {
 
 
 def worlds(world: str, _: Results) -> pd.DataFrame:
-    """One world: accuracy on average and in the worst group, the gain over even draws, test loss; means over seeds."""
+    """One world on its fresh seeds, without the columns that are the same in every row."""
     cells = differences.cells()
+    table = _worlds(cells[cells.world == world]).drop(columns="world")
+    return table.drop(columns="seeds") if table.seeds.nunique() == 1 else table
+
+
+def worlds_screen(_: Results) -> pd.DataFrame:
+    """All worlds on the seeds of the screen."""
+    return _worlds(differences.screen())
+
+
+def _worlds(cells: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy on average and in the worst group, the gain over even draws, test loss; means over seeds."""
     gains = differences.against_even(cells).set_index(["world", "trusted", "method"])
     rows = []
-    of_world = cells[cells.world == world].sort_values("trusted", ascending=False, kind="stable")
-    for (trusted, method), of in of_world.groupby(["trusted", "method"], sort=False):
+    ordered = cells.sort_values(["world", "trusted"], ascending=[True, False], kind="stable")
+    for (world, trusted, method), of in ordered.groupby(["world", "trusted", "method"], sort=False):
         key = (world, trusted, method)
         gain = gains.loc[key] if key in gains.index else None
         rows.append(
             {
+                "world": differences.WORLDS[world],
                 "way to train": SHORT[method].format(trusted=trusted),
+                "seeds": len(of),
                 "accuracy": f"{100 * of.accuracy.mean():.1f}",
                 "worst group": f"{100 * of.worst.mean():.1f}",
                 "points over even draws": ""
@@ -749,7 +762,8 @@ TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "scoring-goals": scoring_goals,
     "scoring-short": scoring_short,
     "servers": servers,
-    **{f"worlds-{world}": partial(worlds, world) for world in ("shortcut", "both", "weak", "wrong20")},
+    **{f"worlds-{world}": partial(worlds, world) for world in ("shortcut", "both", "weak", "wrong20", "clean")},
+    "worlds-screen": worlds_screen,
 }
 
 
