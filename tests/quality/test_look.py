@@ -199,12 +199,11 @@ def test_a_head_of_trusted_rows_stands_on_the_dense_layer_that_it_was_fitted_on(
 
 
 def trained_alone(
-    model: nn.Module, trusted: Rows, task: Task, collate: Any, *, steps: int, size: int, rate: float, seed: int
+    model: nn.Module, trusted: Rows, task: Task, collate: Any, *, steps: int, size: int, rate: float, rng: Any
 ) -> None:
     """Plain AdamW on these rows, in the order that the look takes."""
     model.eval()
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=rate, weight_decay=0.0)
-    rng = stream("trusted model", seed)
     order = np.concatenate([rng.permutation(len(trusted)) for _ in range(-(-steps * size // len(trusted)))])
     for step in range(steps):
         inputs, labels = split_labels(collate([trusted[j] for j in order[step * size :][:size]]), model)
@@ -229,7 +228,7 @@ def test_reducible_loss_is_the_slow_twins(numbers: bool) -> None:
     assert start.layer is not None
     assert start.of_trusted is not None
     install(start.layer, start.of_trusted)
-    trained_alone(twin, trusted, task, collate, steps=100, size=16, rate=2 * 1e-3, seed=3)
+    trained_alone(twin, trusted, task, collate, steps=100, size=16, rate=2 * 1e-3, rng=stream("trusted model", 3))
     expected = losses(twin, rows, task)
 
     before = fingerprint(model)
@@ -249,10 +248,14 @@ def test_of_text_it_is_relative_and_trained_for_fewer_steps_of_the_runs_size(fam
     kind = TaskType.SEQ_2_SEQ_LM if family == "t5" else TaskType.CAUSAL_LM
     task = get_task("seq2seq" if family == "t5" else "causal-lm")
     model = lora(GENERATORS[family](), task=kind)
-    rows, trusted, batches = texts(model, 9), texts(model, 6, seed=1), text_collator(model)
+    rows, trusted, batches = texts(model, 9), 6 * texts(model, 1, seed=1), text_collator(model)
     twin = copy.deepcopy(model)
     ours = losses(twin, rows, task, batches)
-    trained_alone(twin, trusted, task, batches, steps=24, size=4, rate=2 * 1e-3, seed=3)
+    rng = stream("trusted model", 3)
+    held_out, rest = np.split(rng.permutation(len(trusted)), [2])
+    untrained = losses(twin, [trusted[j] for j in held_out], task, batches).mean()
+    trained_alone(twin, [trusted[j] for j in rest], task, batches, steps=24, size=4, rate=2 * 1e-3, rng=rng)
+    assert losses(twin, [trusted[j] for j in held_out], task, batches).mean() < untrained
     expected = losses(twin, rows, task, batches)
 
     before = fingerprint(model)
@@ -266,6 +269,17 @@ def test_of_text_it_is_relative_and_trained_for_fewer_steps_of_the_runs_size(fam
     assert result.scores.record.weights == {"reducible_loss": 1.0}
     assert not result.scores.even
     assert_unchanged(before, model)
+
+
+def test_a_rate_that_raises_the_loss_of_text_unseen_is_lowered_and_without_any_rows_are_drawn_evenly() -> None:
+    task, model = get_task("causal-lm"), lora(GENERATORS["llama"](), task=TaskType.CAUSAL_LM)
+    rows, batches = texts(model, 9), text_collator(model)
+    for rate, trainings in ((1e-3, 1), (1e9, 3)):
+        trusted = Trusted(6 * texts(model, 1, seed=1), rate, batch_size=4)
+        found = looked(model, rows, rule=ScoringRule(seed=3), task=task, trusted=trusted, collate=batches)
+        assert found.scores.even == (trainings == 3)
+        assert ("why_not" in (found.scores.record.gate or {})) == (trainings == 3)
+        assert found.trusted_cost.backward == trainings * 24 * 4
 
 
 def test_trusted_rows_that_teach_nothing_have_no_gate() -> None:

@@ -25,7 +25,7 @@ from tsqlora.quality.rule import LookRequest, ScoringRule, needs_gradients, need
 from tsqlora.quality.sampling import draw_size
 from tsqlora.quality.scores import Scores, from_terms
 from tsqlora.quality.terms import Measured
-from tsqlora.quality.trusted import GATES, left_out, trusted_model, trusted_steps_of
+from tsqlora.quality.trusted import GATES, Lesson, left_out, trusted_model, trusted_steps_of
 from tsqlora.seeds import stream
 from tsqlora.tasks import Answers, Task, require_answers
 from tsqlora.tasks.forward import each_its_row
@@ -86,7 +86,10 @@ class _Looking:
     def result(self) -> Look:
         started, task, rule = self.started, self.request.task, self.request.rule
         why_not = distributed.once(lambda: started.why_not(task))
-        teaches = self._teaches()
+        begin, teaches, trusted_loss, cost_of_trusted = time.perf_counter(), self._teaches(), None, PhaseCost()
+        if teaches and rule.trusts:
+            (teaches, trainings), trusted_loss = self._trusted_loss()
+            cost_of_trusted = self._trusted_cost(trainings, time.perf_counter() - begin)
         if (why_not and needs_gradients(rule.measured())) or (needs_trusted(rule.measured()) and not teaches):
             rule = replace(rule, weights=None, temperature=1.0, terms=(), reject=None)
         columns: dict[str, np.ndarray] = {}
@@ -94,10 +97,6 @@ class _Looking:
         if needs_gradients(rule.measured()) or any(term.alone for term in rule.measured().values()):
             measurements = gradient_pass(self.model, replace(self.request, rule=rule))
             columns, record = measurements.columns, measurements.record
-        begin, trusted_loss, cost_of_trusted = time.perf_counter(), None, PhaseCost()
-        if teaches and rule.trusts:
-            trusted_loss = self._trusted_loss()
-            cost_of_trusted = self._trusted_cost(time.perf_counter() - begin)
 
         def scores() -> Scores:
             return self._gated(self._scores(rule, columns, record, trusted_loss, why_not), rule, trusted_loss)
@@ -122,22 +121,22 @@ class _Looking:
             cost.add(tokens=cost.forward // n * sum(lengths))
         return cost
 
-    def _trusted_cost(self, seconds: float) -> PhaseCost:
+    def _trusted_cost(self, trainings: int, seconds: float) -> PhaseCost:
         trusted = self.request.trusted
         assert trusted is not None
         if trusted.loss is not None:
             return PhaseCost()
         steps, batch = trusted_steps_of(self.request.task, len(trusted.rows), trusted.batch_size)
-        cost = trusted_cost(len(self.request.dataset), steps=steps, batch_size=batch)
+        cost = trusted_cost(len(self.request.dataset), steps=trainings * steps, batch_size=batch)
         cost.add(seconds=seconds)
         return cost
 
-    def _trusted_loss(self) -> np.ndarray | None:
-        """Return the trusted model's loss on every row, in the first process; all processes train the same model."""
+    def _trusted_loss(self) -> tuple[Lesson, np.ndarray | None]:
+        """Train the trusted model, the same in all processes; the first process gets its loss on every row."""
         request, started, trusted = self.request, self.started, self.request.trusted
         assert trusted is not None
         if trusted.loss is not None:
-            return trusted.loss
+            return Lesson(True, 0), trusted.loss
 
         def start() -> None:
             if started.of_trusted is not None and started.layer is not None:
@@ -152,7 +151,9 @@ class _Looking:
             autocast=compute.autocast,
             rng=stream("trusted model", request.rule.seed),
             start=start,
-        ):
+        ) as lesson:
+            if not lesson.teaches:
+                return lesson, None
             journal = None if compute.journal is None else compute.journal / "trusted"
             forward, _ = forward_pass(
                 self.model,
@@ -162,7 +163,7 @@ class _Looking:
                 compute=replace(compute, journal=journal),
                 rows=request.rows,
             )
-        return None if forward is None else forward.loss
+        return lesson, None if forward is None else forward.loss
 
     def _scores(
         self,
@@ -208,11 +209,13 @@ class _Looking:
 
     def _gated(self, scores: Scores, rule: ScoringRule, trusted_loss: np.ndarray | None) -> Scores:
         """Drop the rows that the gate excludes; the record says how many, or why there is no gate."""
-        if rule.gate is None or self.request.trusted is None:
+        if self.request.trusted is not None and self.request.rule.trusts and trusted_loss is None:
+            beyond = "class frequencies" if isinstance(self.request.task, Answers) else "what the model knows"
+            why = f"trusted rows teach nothing beyond {beyond}: no row is dropped, and all are drawn evenly"
+            gate = {"name": rule.gate or "reducible loss", "why_not": why}
+            return replace(scores, record=replace(scores.record, gate=gate))
+        if rule.gate is None or trusted_loss is None:
             return scores
-        if trusted_loss is None:
-            why = "trusted rows teach nothing beyond class frequencies: no row is dropped"
-            return replace(scores, record=replace(scores.record, gate={"name": rule.gate, "why_not": why}))
         assert self.started.trusted is not None
         margin = GATES[rule.gate](trusted_loss, scores.labels, self.started.trusted.labels, scores.stratified)
         # Half is enough for an even draw, which may repeat rows.

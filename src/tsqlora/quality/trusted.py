@@ -9,17 +9,18 @@ import math
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from tsqlora import distributed
 from tsqlora.compat.shapes import Bool, Float, Shaped
 from tsqlora.errors import SettingsError, TsqLoraError
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.quality.rows import Dataset
-from tsqlora.tasks import Task
+from tsqlora.tasks import Answers, Task
 from tsqlora.tasks.forward import Collate, model_logits, precision, split_labels
 from tsqlora.tasks.generation import Generation
 from tsqlora.tasks.preference import Preference
@@ -27,8 +28,10 @@ from tsqlora.tasks.preference import Preference
 BATCH_SIZE = 16
 STEPS = 100
 STEPS_OF_TEXT = 24
-RATE = 2.0
-"""Factor on the run's learning rate."""
+RATES = (2.0, 1.0, 0.5)
+"""Factors on the run's learning rate; text takes the first that lowers the loss of held-out trusted rows."""
+HELD_OUT = 0.2
+"""Share of the trusted rows that text holds out."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,7 +40,7 @@ class Trusted:
 
     rows: Dataset
     learning_rate: float = 5e-4
-    """Learning rate of the run; the trusted model uses twice as much."""
+    """Learning rate of the run; the trusted model uses twice as much, for text less where that is too high."""
     batch_size: int = BATCH_SIZE
     """Batch size of the run; the trusted model uses it for generation, else 16."""
     twins: Bool[np.ndarray, " n"] | None = None
@@ -48,6 +51,14 @@ class Trusted:
     def __post_init__(self) -> None:
         if len(self.rows) < 2:
             raise SettingsError(f"{len(self.rows)} trusted rows are too few; give at least 2, better 32 to 200")
+
+
+class Lesson(NamedTuple):
+    """What training the trusted model came to."""
+
+    teaches: bool
+    """False if no rate lowered the loss of text that the model had not seen."""
+    trainings: int
 
 
 def trusted_steps_of(task: Task, rows: int, batch_size: int) -> tuple[int, int]:
@@ -66,7 +77,7 @@ def trusted_model(
     autocast: torch.dtype | None = None,
     rng: np.random.Generator,
     start: Callable[[], None] = lambda: None,
-) -> Generator[None]:
+) -> Generator[Lesson]:
     """Train the model on the trusted rows while open; afterwards restore it bit for bit, also after an error.
 
     AdamW without weight decay and dropout, at a constant rate, in a new order for each pass over the rows. `start` runs
@@ -75,48 +86,84 @@ def trusted_model(
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     before = [(p, p.detach().clone(), p.grad) for p in parameters]
+
+    @torch.no_grad()
+    def restore() -> None:
+        for parameter, value, gradient in before:
+            parameter.copy_(value)
+            parameter.grad = gradient
+
+    training = _Training(model, trusted, collate, task, autocast, rng)
     with eval_mode(model):
         try:
             start()
-            _train(model, trusted, collate, task, autocast, rng)
-            yield
+            if isinstance(task, Answers):
+                training.run(np.arange(len(trusted.rows)), RATES[0])
+                yield Lesson(True, 1)
+            else:
+                yield training.run_checked(restore)
         finally:
-            with torch.no_grad():
-                for parameter, value, gradient in before:
-                    parameter.copy_(value)
-                    parameter.grad = gradient
+            restore()
 
 
-@torch.enable_grad()
-def _train(
-    model: nn.Module,
-    trusted: Trusted,
-    collate: Collate,
-    task: Task,
-    autocast: torch.dtype | None,
-    rng: np.random.Generator,
-) -> None:
-    parameters, n = [p for p in model.parameters() if p.requires_grad], len(trusted.rows)
-    for parameter in parameters:
-        parameter.grad = None
-    rate = RATE * trusted.learning_rate
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
-    steps, size = trusted_steps_of(task, n, trusted.batch_size)
-    order = np.concatenate([rng.permutation(n) for _ in range(-(-steps * size // n))])
-    for step in range(steps):
-        rows = [trusted.rows[int(j)] for j in order[step * size : (step + 1) * size]]
-        inputs, labels = split_labels(collate(rows), model)
-        with precision(parameters[0].device, autocast):
-            losses = task.loss(model_logits(model, inputs, task), labels)
-        loss = task.batch_loss(losses, labels)
-        if not torch.isfinite(loss):
-            raise TsqLoraError(
-                f"the loss on trusted rows is {float(loss.detach())} at learning rate {rate:g}; lower "
-                "training.learning_rate, or check the rows of data.trusted"
-            )
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+@dataclass(frozen=True, slots=True)
+class _Training:
+    model: nn.Module
+    trusted: Trusted
+    collate: Collate
+    task: Task
+    autocast: torch.dtype | None
+    rng: np.random.Generator
+
+    def run_checked(self, restore: Callable[[], None]) -> Lesson:
+        """Train at the first rate that lowers the loss of held-out rows."""
+        order = self.rng.permutation(len(self.trusted.rows))
+        held_out, rows = np.split(order, [math.ceil(HELD_OUT * len(order))])
+        before = self.loss(held_out)
+        for tries, factor in enumerate(RATES, start=1):
+            restore()
+            try:
+                self.run(rows, factor)
+                after = self.loss(held_out)
+            except TsqLoraError:  # not finite: a lower rate may be
+                continue
+            if distributed.once(lambda after=after: after < before):
+                return Lesson(True, tries)
+        return Lesson(False, len(RATES))
+
+    @torch.no_grad()
+    def loss(self, rows: np.ndarray) -> float:
+        """The mean loss of some trusted rows."""
+        size = self.trusted.batch_size
+        parts = [self._losses(rows[first : first + size])[0].sum() for first in range(0, len(rows), size)]
+        return float(torch.stack(parts).sum()) / len(rows)
+
+    @torch.enable_grad()
+    def run(self, rows: np.ndarray, factor: float) -> None:
+        """Train on some trusted rows, at a factor on the run's rate."""
+        parameters, n = [p for p in self.model.parameters() if p.requires_grad], len(rows)
+        for parameter in parameters:
+            parameter.grad = None
+        rate = factor * self.trusted.learning_rate
+        optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+        steps, size = trusted_steps_of(self.task, n, self.trusted.batch_size)
+        order = np.concatenate([self.rng.permutation(n) for _ in range(-(-steps * size // n))])
+        for step in range(steps):
+            loss = self.task.batch_loss(*self._losses(rows[order[step * size : (step + 1) * size]]))
+            if not torch.isfinite(loss):
+                raise TsqLoraError(
+                    f"the loss on trusted rows is {float(loss.detach())} at learning rate {rate:g}; lower "
+                    "training.learning_rate, or check the rows of data.trusted"
+                )
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def _losses(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Losses and labels of some trusted rows."""
+        inputs, labels = split_labels(self.collate([self.trusted.rows[int(j)] for j in rows]), self.model)
+        with precision(labels.device, self.autocast):
+            return self.task.loss(model_logits(self.model, inputs, self.task), labels), labels
 
 
 TINY = float(np.finfo(np.float64).tiny)
