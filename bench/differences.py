@@ -41,7 +41,7 @@ WITHOUT_TRUSTED = ("default-untrusted", "even-untrusted", "cleanlab", "knn", "jt
 
 
 FRESH = 3
-"""Seeds 0 to 2 were the screen, on which the default was chosen; results are seeds from here on, where a world has them."""
+"""Seeds below are the screen, on which the default was chosen; where a world has later ones, those are its results."""
 
 
 def cells() -> pd.DataFrame:
