@@ -659,9 +659,11 @@ def problems(_: Results) -> Rows:
     with_128 = 100 * cells[cells.trusted == 128].groupby(["world", "method"]).accuracy.mean()
     world, weak = with_128["shortcut"], with_128["weak"]
     served = json.loads((RESULTS / "servers.json").read_text())["servers"]
-    misread = {name: sum(kind["verdict"] != "right" for kind in kinds.values()) for name, kinds in served.items()}
+    newest = {name.split()[0]: (name, kinds) for name, kinds in served.items()}
+    verdicts = {name: Counter(kind["verdict"] for kind in kinds.values()) for name, kinds in newest.values()}
     faulty = json.loads((RESULTS / "faults.json").read_text())["cells"].values()
     kinds, survived = len(next(iter(served.values()))), sum(cell["survived"] for cell in faulty)
+    commits = ", ".join(sorted({cell["commit"][:7] for cell in faulty}))
     return [
         _problem(
             "Some labels are wrong",
@@ -690,14 +692,17 @@ def problems(_: Results) -> Rows:
         _problem(
             "A server gives other answers than PEFT",
             "tsqlora doctor ADAPTER, tsqlora export",
-            f"of {kinds} kinds of adapters, misread or refused by "
-            + ", ".join(f"{name}: {misread[name]}" for name in ("sglang 0.5.23", "vllm 0.31.0"))
-            + "; the doctor says so of each",
+            f"of {kinds} kinds of adapters "
+            + ", ".join(
+                f"{name} misreads {kinds - count['right'] - count['refused']} and refuses {count['refused']}"
+                for name, count in verdicts.items()
+            )
+            + "; the doctor names each",
         ),
         _problem(
             "The run was killed, or the disk was full",
             "tsqlora train … --resume",
-            f"{survived} of {len(faulty)} injected faults survived, with the same bytes in the end",
+            f"{survived} of {len(faulty)} injected faults survived (code of {commits}), with the same bytes in the end",
         ),
         _problem(
             "Is it better than LoRA on my data?",
