@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
+from tsqlora.compat.shapes import Float
 from tsqlora.data.cells import row_hash, text_at
 from tsqlora.data.columns import Columns
 from tsqlora.data.folders import content_hash

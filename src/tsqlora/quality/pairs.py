@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
 from torch import nn
 
 from tsqlora import distributed
+from tsqlora.compat.shapes import Float, Int
 from tsqlora.quality.forward_pass import Forward, forward_pass
 from tsqlora.quality.rows import Dataset
 from tsqlora.quality.rule import LookRequest

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch.nn.functional as F
-from jaxtyping import Float, Int
 from torch import Tensor
 
+from tsqlora.compat.shapes import Float, Int
 from tsqlora.tasks.generation import Generation
 
 CAUSAL = Generation("causal-lm", causal=True)
