@@ -141,10 +141,24 @@ def test_the_doctor_of_one_server_exits_by_its_verdict(
     assert tsqlora("doctor", source, "--server", "vlm")[0] == 2
 
 
+@pytest.mark.parametrize(("server", "format"), [("sglang", "universal"), ("llama.cpp", "gguf"), ("peft", "peft")])
+def test_an_export_for_a_server_has_the_format_that_it_reads(
+    server: str, format: str, tmp_path: Path, tsqlora: Run
+) -> None:
+    save_base(tmp_path / "base", tiny_llama())
+    source = save_lora(tmp_path / "a", tiny_llama(), lora_config(rank_pattern={"k_proj": 3}))
+    arguments = ("export", source, "--base", tmp_path / "base", "--out", tmp_path / "out", "--json")
+    code, out, _ = tsqlora(*arguments, "--server", server)
+    assert (code, json.loads(out)["format"]) == (0, format)
+    assert tsqlora(*arguments)[0] == 2
+    assert tsqlora(*arguments, "--server", server, "--format", format)[0] == 2
+
+
 def test_the_doctor_proposes_no_export_that_peft_cannot_make(tmp_path: Path, tsqlora: Run) -> None:
     source = save_lora(tmp_path / "a", tiny_llama(), lora_config(alora_invocation_tokens=[1, 2]))
     code, _, err = tsqlora("doctor", source, "--server", "vllm")
     assert (code, "--format" in err) == (4, False)
+    assert tsqlora("export", source, "--server", "vllm", "--out", tmp_path / "out")[0] == 2
 
 
 def test_the_doctor_takes_an_adapter_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tsqlora: Run) -> None:

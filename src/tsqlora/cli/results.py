@@ -114,8 +114,12 @@ def report(
 
 def export(
     source: Annotated[Path, typer.Argument(metavar="RUN|ADAPTER", help="A run directory, or that of an adapter.")],
-    format: Annotated[str, typer.Option(help="peft, universal, compressed, gguf or merged.")],
     out: Annotated[Path, typer.Option(help="Directory to write.")],
+    format: Annotated[str | None, typer.Option(help="peft, universal, compressed, gguf or merged.")] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(metavar="NAME[==VERSION]", help="Use the format that this server reads."),
+    ] = None,
     base: Annotated[str | None, typer.Option(help="The adapter's base model: a directory or a hub id.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default unchanged.")] = None,
     max_rank: Annotated[int | None, typer.Option(metavar="R", help="Cut every layer to this rank by SVD.")] = None,
@@ -134,8 +138,18 @@ def export(
 
     Example: tsqlora export run --format universal --out adapter-for-vllm
 
+    Example: tsqlora export run --server sglang --out adapter-for-sglang
+
     Example: tsqlora export run --format compressed --mean-rank 4 --out smaller
     """
+    if (format is None) == (server is None):
+        raise SettingsError("an export needs either --format or --server; set one of them")
+    if server is not None:
+        from tsqlora.interop.doctor import format_for
+        from tsqlora.training.run_dir import adapter_folder
+
+        format = format_for(adapter_folder(source), server)
+    assert format is not None
     from tsqlora.run.export import export as write
 
     result = write(source, out, format=format, base=base, dtype=dtype, max_rank=max_rank, mean_rank=mean_rank)

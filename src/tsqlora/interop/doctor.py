@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tsqlora.errors import SettingsError, TsqLoraError, nearest
+from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError, nearest
 from tsqlora.interop.checkpoint import base_config, base_path, base_weights
 from tsqlora.interop.files import pickles, read_adapter
 from tsqlora.interop.gguf import ARCHITECTURES
@@ -36,11 +36,7 @@ def examine(folder: Path, *, server: str | None = None) -> dict[str, Any]:
     """
     rules, notes = (CONSUMERS, []) if server is None else rule_for(server)
     adapter = read_adapter(folder)
-    folder_of_base = _base(adapter)
-    of_base = _shapes(adapter, folder_of_base)
-    shapes = _implied(adapter) if of_base is None else of_base
-    base = _facts(adapter, shapes, folder_of_base)
-    mended = _universal(adapter, shapes)
+    of_base, base, mended = _context(adapter)
     consumers = []
     for consumer in rules:
         judgement = judge(consumer, adapter, base)
@@ -76,6 +72,27 @@ def examine(folder: Path, *, server: str | None = None) -> dict[str, Any]:
         "health": _health(adapter),
         "notes": _notes(folder, adapter, has_base=of_base is not None) + notes,
     }
+
+
+def format_for(folder: Path, server: str) -> str:
+    """The export format for NAME or NAME==VERSION, whether or not it reads the adapter as it is.
+
+    Raises SettingsError for an unknown server, UnsupportedError if there is none, DataError as `examine`.
+    """
+    (rule,), _ = rule_for(server)
+    adapter = read_adapter(folder)
+    _, base, mended = _context(adapter)
+    if (format := mend(rule, adapter, mended, base)) is None:
+        raise UnsupportedError(f"no export of {', '.join(adapter.variants())} suits {server}; serve it with PEFT")
+    return format
+
+
+def _context(adapter: LoraAdapter) -> tuple[dict[str, Shape] | None, BaseFacts, LoraAdapter | None]:
+    """The base's shapes if it is on this machine, the facts about it, and the adapter in the universal form."""
+    folder = _base(adapter)
+    of_base = _shapes(adapter, folder)
+    shapes = _implied(adapter) if of_base is None else of_base
+    return of_base, _facts(adapter, shapes, folder), _universal(adapter, shapes)
 
 
 def rule_for(server: str) -> tuple[tuple[Consumer], list[str]]:
