@@ -54,7 +54,7 @@ def cell(name: str, rows: int, seed: int) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(seed)
     model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if name == "smollm2" else torch.float32),
         LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
     pool, trusted, swapped = pairs_of(rows, seed)

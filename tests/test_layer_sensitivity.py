@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,12 +9,15 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers import BertForTokenClassification
 
 import tsqlora as tsq
 from models import collate, lora, samples, tiny_bert, tiny_gpt2, tiny_llama_classifier
-from scoring import assert_unchanged, fingerprint, slow_layers, squared_error
+from oracles import slow_multi_label_loss, slow_sensitivity, slow_token_loss
+from scoring import assert_unchanged, effective_weight, fingerprint, slow_layers, squared_error
 from slotted import QUERY, WIDE, wrapped
 from tsqlora import layer_sensitivity as probe
+from tsqlora.data.batches import padded_labels
 from tsqlora.gradients.sites import lora_layers
 from tsqlora.layer_sensitivity import ESTIMATORS, SKETCH_ROWS, Probe, probe_pass
 
@@ -84,6 +88,37 @@ def test_sensitivity_of_a_regression_is_that_of_the_slow_twin() -> None:
     target = slow_layers(model, rows, loss=squared_error, label_dtype=torch.float64)
     measured = tsq.sensitivity(model, rows, lambda batch: collate(batch, label_dtype=torch.float64))
     assert dict(measured.values) == pytest.approx(target, rel=1e-12)
+
+
+def tag_batch(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
+    made = collate([{**row, "labels": 0} for row in batch])
+    made["labels"] = torch.from_numpy(padded_labels([row["labels"] for row in batch], made["input_ids"].shape[1]))
+    return made
+
+
+@pytest.mark.parametrize("task", ["several labels", "tags"])
+def test_sensitivity_of_several_labels_and_of_tags_is_that_of_the_slow_twin(task: str) -> None:
+    if task == "tags":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            base: Any = BertForTokenClassification(tiny_bert(num_labels=3).config).double()
+    else:
+        base = tiny_bert(num_labels=4, problem_type="multi_label_classification")
+    model, rows, rng = wrapped(base), samples(7, 3, lengths=(3, 11)), np.random.default_rng(0)
+    for row in rows:
+        tags = [-100, *[token % 3 for token in row["input_ids"][1:]]]
+        row["labels"] = tags if task == "tags" else rng.integers(0, 2, 4).astype(float).tolist()
+    batch, slow_loss = (tag_batch, slow_token_loss) if task == "tags" else (collate, slow_multi_label_loss)
+    layers = {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+    wanted = slow_sensitivity(
+        model,
+        [batch([row]) for row in rows],
+        sample_loss=lambda z, y: slow_loss(z[0], y[0]).reshape(1),
+        layers=layers,
+        effective_weight=effective_weight,
+    )
+    measured = tsq.sensitivity(model, rows, batch, batch_size=3)
+    assert dict(measured.values) == pytest.approx(wanted, rel=1e-6)
 
 
 def adapter_mean(layer: LoraLayer) -> Tensor:

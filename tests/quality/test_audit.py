@@ -7,7 +7,7 @@ from sklearn.metrics import average_precision_score
 
 import tsqlora as tsq
 from models import collate, samples, tiny_bert
-from tsqlora.quality.audit import NEAR, Audit, audit_of, contradictions
+from tsqlora.quality.audit import NEAR, Audit, audit_of, audit_of_tags, contradictions
 
 CLASSES, ROWS, WIDTH = 8, 1600, 24
 
@@ -141,3 +141,21 @@ def test_rows_of_a_class_with_few_others_are_not_judged_and_make_no_evidence() -
     assert audit.likely_wrong <= 0.01 * ROWS
     with pytest.raises(tsq.SettingsError, match="5 rows"):
         audit_of(features[:60], rare)
+
+
+def test_wrong_tags_are_found_by_fits_on_other_rows() -> None:
+    rng = np.random.default_rng(0)
+    rows = np.repeat(np.arange(120), 5)
+    true = rng.integers(0, 4, 600)
+    features = np.eye(8)[true].astype(np.float32) * 3 + rng.normal(0, 0.5, (600, 8)).astype(np.float32)
+    entities = np.flatnonzero(true < 3)
+    wrong = rng.permutation(entities)[:40]
+    tags = true.copy()
+    tags[wrong] = (tags[wrong] + rng.integers(1, 3, 40)) % 3
+    result = audit_of_tags(features, tags, rows, width=4, classes=("B-a", "B-b", "B-c", "O"), ids=np.arange(120) + 1000)
+    assert result.tokens is not None
+    assert len(result) == len(entities), "tokens outside of entities are not judged"
+    places = (result.ids - 1000) * 5 + result.tokens
+    assert len({*places[:40]} & {*wrong}) >= 36
+    assert (true[places[:20]] == result.suggested[:20]).all()
+    assert set(result.columns()) == {"row", "token", "label", "suggested_label", "wrong_probability"}

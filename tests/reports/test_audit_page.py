@@ -26,7 +26,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     about: dict[str, Any] = {
         "source": "<b>rows</b>.csv", "sha256": "0" * 64, "classes": classes, "model_name": HOSTILE, "rows": 10,
-        "summary": "Said.", "notes": [HOSTILE], "answer": "class",
+        "summary": "Said.", "notes": [HOSTILE], "answer": "class", "columns": {},
         "pairs": [{"label": HOSTILE, "suggested": "no", "rows": 3, "wrong": 1.5}],
     }  # fmt: skip
     both = tuple({"row": j, "text": HOSTILE, "label": "no"} for j in (1, 2))
@@ -99,3 +99,32 @@ def test_rows_are_searched_and_narrowed(id: str, value: str, rows: int, page: Pa
     )
     assert len(tab.run(SHOWN)) == rows
     assert tab.run("document.getElementById('none').hidden") == (rows > 0)
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+@pytest.mark.parametrize("answer", ["tags", "labels"])
+def test_a_token_is_marked_in_its_sentence_and_sets_of_labels_fit(
+    answer: str, width: int, tab: Page, tmp_path: Path
+) -> None:
+    names, text = ["B-creative-work", "B-person", "O"], "Empire State Building = ESB . " * 8
+    tags = answer == "tags"
+    label, other = ("B-person", "B-creative-work") if tags else ("B-person|O", "B-creative-work|O")
+    rows = [
+        Listed(7, text, label, other, 0.9, "suspect", (label, other), *((k, "Building", 13) if tags else ()))
+        for k in (2, 5)
+    ]
+    about: dict[str, Any] = {
+        "source": "rows.jsonl", "sha256": str(width), "classes": names, "model_name": "m", "rows": 10, "summary": "S.",
+        "notes": [], "answer": answer, "columns": {}, "pairs": [],
+    }  # fmt: skip
+    path = tmp_path / "audit.html"
+    path.write_text(audit_page(Path("a"), about, rows, []), encoding="utf-8")
+    tab.messages.clear()
+    tab.open(path, width=width)
+    assert tab.messages == []
+    assert tab.run("document.documentElement.scrollWidth") <= width
+    assert tab.run("[...document.querySelectorAll('#rows mark')].map(m => m.textContent)") == ["Building"] * 2 * tags
+    if tags:
+        press(tab, "2")
+        tab.open(path, width=width)  # the choice of one token of the row stays, and that of the other stays open
+        assert tab.run("document.querySelectorAll('#rows > li.done').length") == 1

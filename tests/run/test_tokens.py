@@ -1,5 +1,6 @@
 """A tag for each token, from the file to metrics, predictions and the report, by the commands."""
 
+import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +10,16 @@ import pytest
 from transformers import AutoTokenizer
 
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
+from seen import Seen
 from tsqlora.data.columns import find_columns
 from tsqlora.data.labels import encode_labels
 from tsqlora.data.rows import read_rows
 from tsqlora.data.splits import read_data
 from tsqlora.data.tokenise import tokenise_words
+from tsqlora.data.write import write_rows
 from tsqlora.errors import DataError
+from tsqlora.run.audit import run_audit
+from tsqlora.run.review import apply_review
 
 Run = Callable[..., tuple[int, str, str]]
 MOODS = dict.fromkeys(["good", "fine", "warm", "glad", "sunny", "kind"], "B-good")
@@ -98,3 +103,32 @@ def test_columns_of_tokens_and_tags_have_usual_names() -> None:
     assert (result.text, result.text_pair, result.label) == ("words", None, "ner_tags")
     with pytest.raises(DataError, match=r"data\.text"):
         find_columns(["text", "label"], **common)
+
+
+def test_an_audit_lists_tokens_and_a_review_changes_their_tags_alone(place: Path, tmp_path: Path) -> None:
+    rows = tagged(80, seed=3)
+    rows[5]["tokens"].insert(0, "\x00")  # the tokenizer makes no piece of it
+    rows[5]["tags"].insert(0, "O")
+    data = tmp_path / "rows.jsonl"
+    write_jsonl(data, rows)
+    task = ["task.type=token-classification"]
+    result = run_audit(str(data), model=str(place / "model"), out=tmp_path / "audit", overrides=task)
+    with open(result["suspects"], encoding="utf-8", newline="") as file:
+        table = list(csv.DictReader(file))
+    for row in table:
+        own, token = rows[int(row["row"])], int(row["token"])
+        assert (row["word"], row["label"]) == (own["tokens"][token], own["tags"][token])
+        assert row["label"] != "O"
+    shown = Seen(Path(result["page"]).read_text(encoding="utf-8")).page_data()["rows"]
+    assert all(row["text"][row["start"] :].startswith(row["word"]) for row in shown)
+    first = table[0]
+    row, token = int(first["row"]), int(first["token"])
+    of_row = [one for one in table if one["row"] == first["row"]]
+    write_rows(tmp_path / "r.csv", [{**one, "reviewed_label": "O" if one in of_row else ""} for one in table])
+    applied = apply_review(tmp_path / "r.csv", tmp_path / "audit")
+    corrected = read_rows(applied["corrected"]).rows
+    changed = {int(one["token"]) for one in of_row}
+    assert corrected[row]["tags"] == ["O" if j in changed else tag for j, tag in enumerate(rows[row]["tags"])]
+    assert token in changed
+    assert [one for j, one in enumerate(corrected) if j != row] == [one for j, one in enumerate(rows) if j != row]
+    assert list(read_rows(applied["trusted"]).rows) == [corrected[row]]

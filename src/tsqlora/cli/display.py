@@ -230,11 +230,12 @@ def show_audit(console: Console, result: Mapping[str, Any]) -> None:
     for name, least in (("row", 5), ("label", 14), ("suggested", 14), ("wrong", 5), ("text", 12)):
         table.add_column(name, no_wrap=True, min_width=least, max_width=None if name == "text" else 22)
     for row in result["first"]:
+        text = row["text"] if row["token"] is None else f"{row['word']}: {row['text']}"
         table.add_row(
             str(row["row"]),
             *(Text(_shortened(str(row[name]))) for name in ("label", "suggested_label")),
             f"{row['wrong_probability']:.0%}",
-            Text(_shortened("/".join(row["text"].split("/")[-2:]) if result["columns"].get("media") else row["text"])),
+            Text(_shortened("/".join(text.split("/")[-2:]) if result["columns"].get("media") else text)),
         )
     console.print(table)
     pairs, lines = result["duplicates"], [f"note: {note}" for note in result["notes"]]

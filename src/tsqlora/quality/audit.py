@@ -16,13 +16,17 @@ from tsqlora import distributed
 from tsqlora.compat.shapes import Bool, Float, Int, Shaped
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.quality.forward_pass import forward_pass
+from tsqlora.quality.head_start import tag_features
 from tsqlora.quality.label_noise import FROZEN_CLASSES, LabelNoise, Labels, Logits, reject
+from tsqlora.quality.linear_head import grouped_logits
 from tsqlora.quality.ridge import fit_ridge, fit_temperature, leave_one_out_logits
 from tsqlora.quality.rows import Dataset
 from tsqlora.quality.rule import Compute, RowNames
 from tsqlora.quality.scores import require_row_names
 from tsqlora.quality.transitions import fit_transitions, true_class
+from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate, each_its_row, task_of
+from tsqlora.tasks.tokens import OUTSIDE, TokenClassification
 
 LIKELY = 0.5
 """A label is likely wrong above this probability."""
@@ -93,6 +97,8 @@ class Audit:
     """The most frequent first."""
     duplicates: tuple[Contradiction, ...]
     """Near-duplicates with different labels, the nearest first."""
+    tokens: Int[np.ndarray, " n"] | None = None
+    """The number of each tag's token among the tagged tokens of its row; None for rows with other labels."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -103,10 +109,11 @@ class Audit:
         return int((self.probability > LIKELY).sum()) if self.evident else 0
 
     def columns(self) -> dict[str, np.ndarray]:
-        """Return columns for `pandas.DataFrame`: row, label, suggested_label, wrong_probability."""
+        """Return columns for `pandas.DataFrame`: row, token (of tags), label, suggested_label, wrong_probability."""
         names = np.array(self.classes)
         return {
             "row": self.ids,
+            **({} if self.tokens is None else {"token": self.tokens}),
             "label": names[self.labels],
             "suggested_label": names[self.suggested],
             "wrong_probability": self.probability,
@@ -127,7 +134,7 @@ def audit(
     Args:
         model: a classifier; its head may be new. It is left unchanged.
         dataset: its rows go to `collate`, which returns the model's inputs and `labels`: a class each, or n × k of 0
-            and 1 for a model with the problem_type multi_label_classification.
+            and 1 for a model with the problem_type multi_label_classification, or a tag for each token.
         classes: class names by number; by default the numbers.
         rows: ids of the rows; by default their positions.
 
@@ -140,6 +147,8 @@ def audit(
     if len(dataset) < 3:
         raise SettingsError(f"{len(dataset)} rows are too few for an audit; give at least 3")
     task = task_of(model)
+    if isinstance(task, TokenClassification):
+        return distributed.once(lambda: _audit_tags(model, dataset, collate, task, classes, rows, compute))
     if task.answer not in ("class", "labels"):
         raise UnsupportedError(f"an audit needs classes, but the task is {task.name}")
     forward, _ = forward_pass(model, dataset, collate, task=task, compute=compute, rows=rows, mean=True)
@@ -153,6 +162,46 @@ def audit(
         return audit_of(features, forward.labels, classes=classes, ids=rows.ids)
 
     return distributed.once(judge)
+
+
+def _audit_tags(
+    model: nn.Module,
+    dataset: Dataset,
+    collate: Collate,
+    task: Task,
+    classes: Sequence[str | int] | None,
+    rows: RowNames,
+    compute: Compute,
+) -> Audit:
+    result = tag_features(model, dataset, np.arange(len(dataset)), collate, task, compute, early=True)
+    if result is None:
+        raise UnsupportedError("an audit of tags needs a model with a last linear layer; use another one")
+    layer, tokens = result
+    ids, width = np.arange(len(dataset)) if rows.ids is None else rows.ids, layer.linear.out_features
+    return audit_of_tags(tokens.features, tokens.tags, tokens.rows, width=width, classes=classes, ids=ids)
+
+
+def audit_of_tags(
+    features: Float[np.ndarray, "n d"],
+    tags: Labels,
+    rows: Int[np.ndarray, " n"],
+    *,
+    width: int,
+    classes: Sequence[str | int] | None = None,
+    ids: Int[np.ndarray, " m"],
+) -> Audit:
+    """Audit the tags of tokens, whose rows are in ascending order, by frozen features.
+
+    Regressions in folds of rows judge them, since the other tokens of its row give a tag away. Tags outside of an
+    entity (the class "O") are not judged: they are so many that wrong tags of entities would be no evidence.
+    """
+    logits = grouped_logits(features, tags, rows, width)
+    judged = np.flatnonzero(tags != list(classes or ()).index(OUTSIDE) if OUTSIDE in (classes or ()) else tags >= 0)
+    result = audit_of_logits(logits[judged], tags[judged], classes=classes)
+    first = np.concatenate([[0], np.flatnonzero(np.diff(rows)) + 1])
+    number = np.arange(len(rows)) - np.repeat(first, np.diff([*first, len(rows)]))
+    places = judged[result.ids]
+    return replace(result, ids=ids[rows[places]], tokens=number[places])
 
 
 def audit_of(

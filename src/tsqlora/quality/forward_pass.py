@@ -175,8 +175,11 @@ def recorded(modules: Iterable[nn.Module]) -> Generator[dict[nn.Module, tuple[Te
 
 
 @contextmanager
-def hidden_states(model: nn.Module | None) -> Generator[list[Tensor]]:
-    """Record the last hidden states of a transformers model's body, call by call; nothing for other models."""
+def hidden_states(model: nn.Module | None, *, early: bool = False) -> Generator[list[Tensor]]:
+    """Record the last hidden states of a transformers model's body, call by call; nothing for other models.
+
+    With `early` those after a third of the layers, if the call returns them.
+    """
     inner = None if model is None else base_model(model)
     states: list[Tensor] = []
     if not isinstance(inner, PreTrainedModel):
@@ -184,7 +187,10 @@ def hidden_states(model: nn.Module | None) -> Generator[list[Tensor]]:
         return
 
     def record(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
-        if (state := output_part(output, "last_hidden_state")) is not None:
+        layers = output.get("hidden_states") if early and isinstance(output, Mapping) else None
+        if layers:
+            states.append(layers[len(layers) // 3].detach())
+        elif (state := output_part(output, "last_hidden_state")) is not None:
             states.append(state.detach())
 
     hook = inner.base_model.register_forward_hook(record)

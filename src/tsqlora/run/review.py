@@ -36,6 +36,8 @@ class Reviewed:
     reviewed: Label | list[Label]
     """Of several labels all."""
     is_check: bool
+    token: int | None = None
+    """The number of the tag's token."""
 
 
 def apply_review(table: Path, out: Path | None = None) -> dict[str, Any]:
@@ -46,21 +48,26 @@ def apply_review(table: Path, out: Path | None = None) -> dict[str, Any]:
     """
     about, folder = _about(table, out)
     several = about.get("answer") == "labels"
-    reviewed = _read(table, about["classes"], several=several)
+    reviewed, unread = _read(table, about["classes"], several=several, tags=about.get("answer") == "tags")
     source = open_split(about["source"], split="train", hints=Hints(**about["hints"]))
     if source.path is not None and digest(source.path) != about["sha256"]:
         raise DataError(f"{source.name} has changed since its audit; audit it again")
     source = source.with_files(about["columns"])
     column = str(about["columns"]["label"])
     rows = _rows_of(source, reviewed, column)
-    cells = {one.row: _as_written(one.reviewed, rows[one.row][column]) for one in reviewed}
+    cells = dict[int, Any]()
+    for one in reviewed:
+        cell = cells.get(one.row, rows[one.row][column])
+        tagged = one.token is not None
+        cells[one.row] = _replaced(cell, one.token or 0, one.reviewed) if tagged else _as_written(one.reviewed, cell)
     changed = {row: cell for row, cell in cells.items() if str(cell) != str(rows[row][column])}
     corrected, trusted = folder / corrected_name(source), folder / TRUSTED_FILE
     require_apart(corrected, source.path, table)
     require_apart(trusted, source.path)
     folder.mkdir(parents=True, exist_ok=True)
     write_corrected(source, corrected, column, changed)
-    write_rows(trusted, [{**rows[row], column: cell} for row, cell in cells.items()])
+    whole = [row for row in cells if row not in unread]
+    write_rows(trusted, [{**rows[row], column: cells[row]} for row in whole or cells])
     return {
         "out": str(folder),
         "corrected": str(corrected),
@@ -87,34 +94,46 @@ def _about(table: Path, out: Path | None) -> tuple[dict[str, Any], Path]:
     raise DataError(f"{path} is not the record of an audit; audit again")
 
 
+def _replaced(tags: list[Any], token: int, tag: Any) -> list[Any]:
+    return [*tags[:token], tag, *tags[token + 1 :]]
+
+
 def _as_written(reviewed: Label | list[Label], cell: Any) -> Any:
     """The reviewed label or labels in the form of the file's cell."""
     return reviewed if isinstance(cell, list) else join_labels(reviewed)
 
 
-def _read(table: Path, classes: Sequence[Label], *, several: bool) -> list[Reviewed]:
-    """The rows of the table with a reviewed label, by row."""
+def _read(table: Path, classes: Sequence[Label], *, several: bool, tags: bool) -> tuple[list[Reviewed], set[int]]:
+    """The rows of the table with a reviewed label, by row; and the rows with a tag that was not reviewed."""
     rows = read_rows(table)
-    if lacking := [name for name in ("row", "label", "reviewed_label") if name not in rows.rows[0]]:
+    needed = ("row", *(["token"] if tags else []), "label", "reviewed_label")
+    if lacking := [name for name in needed if name not in rows.rows[0]]:
         raise DataError(f"{table} has no column '{lacking[0]}'; give the table of an audit, or the export of its page")
     names = _names(classes)
-    by_row = dict[int, Reviewed]()
+    by_row, unread = dict[tuple[int, int], Reviewed](), set[int]()
     for i, cells in enumerate(rows.rows):
         if is_missing(cells["reviewed_label"]):
+            if tags:
+                unread.add(_number(rows, i, "row"))
             continue
-        one = _reviewed(rows, i, names, several=several)
-        if by_row.setdefault(one.row, one).reviewed != one.reviewed:
+        one = _reviewed(rows, i, names, several=several, tags=tags)
+        if by_row.setdefault((one.row, one.token or 0), one).reviewed != one.reviewed:
             raise DataError(f"{one.place}: row {one.row} has two different reviews; remove one")
     if not by_row:
         raise DataError(f"no row of {table} has a reviewed_label; fill in the right label where you are sure")
-    return [by_row[row] for row in sorted(by_row)]
+    return [by_row[row] for row in sorted(by_row)], unread
 
 
-def _reviewed(rows: Rows, i: int, names: Mapping[str, Label], *, several: bool) -> Reviewed:
-    cells, place = rows.rows[i], rows.place(i)
-    number, value = str(cells["row"]).strip(), str(cells["reviewed_label"])
+def _number(rows: Rows, i: int, column: str) -> int:
+    number = str(rows.rows[i][column]).strip()
     if not number.isdecimal():
-        raise DataError(f"{place}: row {number!r} is not a row number; restore the column row")
+        raise DataError(f"{rows.place(i)}: {column} {number!r} is not a {column} number; restore the column {column}")
+    return int(number)
+
+
+def _reviewed(rows: Rows, i: int, names: Mapping[str, Label], *, several: bool, tags: bool) -> Reviewed:
+    cells, place = rows.rows[i], rows.place(i)
+    number, value = _number(rows, i, "row"), str(cells["reviewed_label"])
     labels = list[Label]()
     for part in split_labels(value) if several else [value]:
         label = names.get(part, names.get(_folded(part)))
@@ -123,7 +142,12 @@ def _reviewed(rows: Rows, i: int, names: Mapping[str, Label], *, several: bool) 
             raise DataError(f"{place}: row {number} has the reviewed_label {part.strip()!r}, not a class; {choices}")
         labels.append(label)
     return Reviewed(
-        place, int(number), str(cells["label"]), labels if several else labels[0], cells.get("kind") == "check"
+        place,
+        number,
+        str(cells["label"]),
+        labels if several else labels[0],
+        cells.get("kind") == "check",
+        _number(rows, i, "token") if tags else None,
     )
 
 
@@ -160,6 +184,8 @@ def _rows_of(source: Source, reviewed: Sequence[Reviewed], column: str) -> dict[
         if one.row not in rows:
             raise DataError(f"{one.place}: {source.name} has no row {one.row}; its rows are numbered from 0")
         cell = rows[one.row].get(column)
+        if one.token is not None:
+            cell = cell[one.token] if isinstance(cell, list) and one.token < len(cell) else ""
         own = str(join_labels(split_labels(cell) if isinstance(one.reviewed, list) else cell))
         if one.label not in (own, _as_cell(own)):
             raise DataError(

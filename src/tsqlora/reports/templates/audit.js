@@ -10,10 +10,12 @@
   };
 
   // ------------------------------------------------------------------ what was chosen, in this browser
+  // A row of tags has several entries, each with its token.
+  const keyOf = (r) => (r.token === null ? String(r.row) : `${r.row}.${r.token}`);
   const place = `tsqlora-audit-${pageData.key}`;
   const remembered = () => { try { return JSON.parse(localStorage.getItem(place)) || {}; } catch { return {}; } };
   const remember = () => {
-    try { localStorage.setItem(place, JSON.stringify(Object.fromEntries(rows.filter((r) => r.reviewed !== null).map((r) => [r.row, r.reviewed])))); } catch { /* a browser may forbid it */ }
+    try { localStorage.setItem(place, JSON.stringify(Object.fromEntries(rows.filter((r) => r.reviewed !== null).map((r) => [keyOf(r), r.reviewed])))); } catch { /* a browser may forbid it */ }
   };
   const classOf = new Map(pageData.classes.map((label) => [String(label), label]));
   const folded = new Map(pageData.classes.map((label) => [String(label).trim().toLowerCase(), label]));
@@ -25,7 +27,7 @@
     return labels.length && !labels.includes(undefined) ? labels.join("|") : undefined;
   };
   for (const [row, label] of Object.entries(remembered())) {
-    const one = rows.find((r) => String(r.row) === row);
+    const one = rows.find((r) => keyOf(r) === row);
     if (one && labelOf(String(label)) !== undefined) one.reviewed = labelOf(String(label));
   }
 
@@ -40,7 +42,7 @@
     });
     const input = make("input", { type: "text", autocomplete: "off", placeholder: "another label" });
     input.setAttribute("list", "classes");
-    input.setAttribute("aria-label", `another label of row ${row.row}`);
+    input.setAttribute("aria-label", `another label of row ${row.row}${row.token === null ? "" : `, token ${row.token}`}`);
     input.addEventListener("change", () => type(row, input));
     input.addEventListener("focus", () => go(row, false));
     input.addEventListener("keydown", (event) => {
@@ -48,8 +50,11 @@
       if (event.key === "Escape") input.blur();
     });
     const chance = row.wrong_probability >= 0.995 ? "over 99%" : `${Math.round(100 * row.wrong_probability)}%`;
-    const about = row.kind === "check" ? `row ${row.row} · to check` : `row ${row.row} · label wrong: ${chance}`;
-    const words = make("p", { className: "words" }, row.text);
+    const name = row.token === null ? `row ${row.row}` : `row ${row.row}, token ${row.token}`;
+    const about = row.kind === "check" ? `${name} · to check` : `${name} · label wrong: ${chance}`;
+    const end = row.start + row.word.length;
+    const words = row.token === null ? make("p", { className: "words" }, row.text)
+      : make("p", { className: "words" }, row.text.slice(0, row.start), make("mark", {}, row.word), row.text.slice(end));
     const picture = row.picture ? [make("img", { src: row.picture, alt: "", loading: "lazy", className: "picture" })] : [];
     row.item = make("li", {}, make("span", { className: "small" }, about), ...picture, words, make("div", { className: "choices" }, ...buttons, input));
     row.paint = () => {
@@ -116,8 +121,9 @@
   // A spreadsheet runs what looks like a formula.
   const harmless = (text) => (/^\s*[=+@\-\t\r\uff1d\uff0b\uff20\uff0d]/.test(text) && !(text.trim() !== "" && Number.isFinite(Number(text))) ? `'${text}` : text);
   const cell = (value) => `"${harmless(String(value ?? "")).replaceAll('"', '""')}"`;
-  const table = () => ["row,label,suggested_label,wrong_probability,reviewed_label,kind,text", ...rows.map((r) =>
-    [r.row, cell(r.label), cell(r.suggested_label), r.wrong_probability.toFixed(4), cell(r.reviewed), r.kind, cell(r.text)].join(","))].join("\n") + "\n";
+  const tags = pageData.answer === "tags";
+  const table = () => [`row,${tags ? "token,word," : ""}label,suggested_label,wrong_probability,reviewed_label,kind,text`, ...rows.map((r) =>
+    [r.row, ...(tags ? [r.token, cell(r.word)] : []), cell(r.label), cell(r.suggested_label), r.wrong_probability.toFixed(4), cell(r.reviewed), r.kind, cell(r.text)].join(","))].join("\n") + "\n";
   byId("export").addEventListener("click", () => {
     const link = make("a", { href: URL.createObjectURL(new Blob([table()], { type: "text/csv" })), download: "reviewed.csv" });
     link.click();
