@@ -437,6 +437,21 @@ def headstart_short(_: Results) -> pd.DataFrame:
     return rows
 
 
+def media(_: Results) -> Rows:
+    """Test accuracy of each method on images and recordings, and what the audit finds of a fifth of wrong labels."""
+    rows = []
+    for path in sorted((RESULTS / "media").glob("*.json"), reverse=True):
+        result = json.loads(path.read_text())
+        clean, wrong, found = result["accuracy"]["clean"], result["accuracy"]["wrong20"], result["audit"]
+        methods = {f"`{name}`": f"{100 * clean[name]:.1f} / {100 * wrong[name]:.1f}" for name in clean}
+        audit = {"area": f"{found['area']:.3f}", "precision": f"{found['precision']:.2f}"}
+        rows.append(
+            {"rows": path.stem, **methods, **{f"audit: {name}": value for name, value in audit.items()}}
+            | {"recall": f"{found['recall']:.2f}"}
+        )
+    return rows
+
+
 def mixed_pool(_: Results) -> pd.DataFrame:
     """Test loss in the mixed pool, seed by seed, and the right rows of the first epoch's draw."""
     cells = pd.DataFrame({**cell["settings"], **cell} for cell in _cells("mixed_pool"))
@@ -761,6 +776,7 @@ TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "scale-steps": scale_steps,
     "headstart": headstart,
     "headstart-short": headstart_short,
+    "media": media,
     "head-choices": head_choices,
     "mixed-pool": mixed_pool,
     "scoring": scoring,

@@ -16,10 +16,13 @@ from tsqlora.training.record import RunRecord
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 RESULTS = {
+    "audio": "accuracy of the adapter in plain PEFT",
     "image": "accuracy of the adapter in plain PEFT",
     "loop": "accuracy of the adapter in plain PEFT",
     "loop_fsdp": "accuracy of the adapter in plain PEFT",
+    "multi_label": "accuracy of the adapter in plain PEFT",
     "sft": "plain PEFT counts on: w7 w8 w9",
+    "tokens": "accuracy of the adapter in plain PEFT",
     "trainer": "accuracy of the adapter in plain PEFT",
 }
 """The last line that each prints begins so; an accuracy ends the line."""

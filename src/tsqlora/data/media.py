@@ -152,7 +152,8 @@ class MediaCollator:
         waves = [np.pad(wave, (0, max(least - len(wave), 0))) for wave in waves]
         how: dict[str, Any] = {}
         # Processors with a fixed length, as Whisper's, pad by themselves.
-        if inspect.signature(self.processor.__call__).parameters["padding"].default is False:
+        padding = inspect.signature(self.processor.__call__).parameters.get("padding")
+        if padding is not None and padding.default is False:
             masked = self.processor.return_attention_mask or not most
             how = {"padding": True} if masked else {"padding": "max_length", "max_length": max(most, least)}
         return self.processor(waves, sampling_rate=rate, return_tensors="pt", **how)

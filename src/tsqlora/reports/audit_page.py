@@ -31,7 +31,7 @@ def audit_page(
     """
     shown = [asdict(row) for row in rows if row.kind == "check"]
     suspects = [asdict(row) for row in rows if row.kind != "check"][: max(ON_PAGE - len(shown), 0)]
-    if about["columns"].get("media") == "image":
+    if about.get("columns", {}).get("media") == "image":
         for row in suspects + shown:
             row["picture"] = f"data:image/png;base64,{b64encode(thumbnail(row['text'])).decode()}"
     data = {
