@@ -176,7 +176,7 @@ def measure(kind: str) -> dict[str, Any]:
             }
             for labels, folder in (("clean", "digits"), ("wrong20", "wrong"))
         }
-        found = audited(place / "model", place / "wrong", true, place / "audit")
+        audit = audited(place / "model", place / "wrong", true, place / "audit")
         rows = {split: len(list((place / "digits" / split).glob("*/*"))) for split in ("train", "test")}
     settings = {"steps": STEPS, "rate": RATE, "batch": BATCH, "seed": SEED, "wrong": WRONG, "model": SIZES}
     return {
@@ -184,7 +184,7 @@ def measure(kind: str) -> dict[str, Any]:
         "rows": rows,
         "pretraining_accuracy": before,
         "accuracy": accuracy,
-        "audit": found,
+        "audit": audit,
         "versions": versions(),
         "machine": machine(),
         "commit": commit(),

@@ -442,12 +442,12 @@ def media(_: Results) -> Rows:
     rows = []
     for path in sorted((RESULTS / "media").glob("*.json"), reverse=True):
         result = json.loads(path.read_text())
-        clean, wrong, found = result["accuracy"]["clean"], result["accuracy"]["wrong20"], result["audit"]
+        clean, wrong, search = result["accuracy"]["clean"], result["accuracy"]["wrong20"], result["audit"]
         methods = {f"`{name}`": f"{100 * clean[name]:.1f} / {100 * wrong[name]:.1f}" for name in clean}
-        audit = {"area": f"{found['area']:.3f}", "precision": f"{found['precision']:.2f}"}
+        audit = {"area": f"{search['area']:.3f}", "precision": f"{search['precision']:.2f}"}
         rows.append(
             {"rows": path.stem, **methods, **{f"audit: {name}": value for name, value in audit.items()}}
-            | {"recall": f"{found['recall']:.2f}"}
+            | {"recall": f"{search['recall']:.2f}"}
         )
     return rows
 

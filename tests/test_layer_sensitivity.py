@@ -110,7 +110,7 @@ def test_sensitivity_of_several_labels_and_of_tags_is_that_of_the_slow_twin(task
         row["labels"] = tags if task == "tags" else rng.integers(0, 2, 4).astype(float).tolist()
     batch, slow_loss = (tag_batch, slow_token_loss) if task == "tags" else (collate, slow_multi_label_loss)
     layers = {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
-    wanted = slow_sensitivity(
+    expected = slow_sensitivity(
         model,
         [batch([row]) for row in rows],
         sample_loss=lambda z, y: slow_loss(z[0], y[0]).reshape(1),
@@ -118,7 +118,7 @@ def test_sensitivity_of_several_labels_and_of_tags_is_that_of_the_slow_twin(task
         effective_weight=effective_weight,
     )
     measured = tsq.sensitivity(model, rows, batch, batch_size=3)
-    assert dict(measured.values) == pytest.approx(wanted, rel=1e-6)
+    assert dict(measured.values) == pytest.approx(expected, rel=1e-6)
 
 
 def adapter_mean(layer: LoraLayer) -> Tensor:

@@ -276,10 +276,10 @@ def test_a_rate_that_raises_the_loss_of_text_unseen_is_lowered_and_without_any_r
     rows, batches = texts(model, 9), text_collator(model)
     for rate, trainings in ((1e-3, 1), (1e9, 3)):
         trusted = Trusted(6 * texts(model, 1, seed=1), rate, batch_size=4)
-        found = looked(model, rows, rule=ScoringRule(seed=3), task=task, trusted=trusted, collate=batches)
-        assert found.scores.even == (trainings == 3)
-        assert ("why_not" in (found.scores.record.gate or {})) == (trainings == 3)
-        assert found.trusted_cost.backward == trainings * 24 * 4
+        result = looked(model, rows, rule=ScoringRule(seed=3), task=task, trusted=trusted, collate=batches)
+        assert result.scores.even == (trainings == 3)
+        assert ("why_not" in (result.scores.record.gate or {})) == (trainings == 3)
+        assert result.trusted_cost.backward == trainings * 24 * 4
 
 
 def test_trusted_rows_that_teach_nothing_have_no_gate() -> None:
