@@ -165,7 +165,7 @@ def stepped(
     def step(site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
         # A sample may have several rows of the batch, one after another.
         x = call_input(args, kwargs)
-        x = x.reshape(samples, -1, *x.shape[1:])
+        x = x.reshape(samples, len(x) // samples, *x.shape[1:])
         change = stepped_output(site, module, gradients[site.name], x, samples)
         return y.sub(change.to(y.dtype).reshape(y.shape), alpha=eta)
 

@@ -16,13 +16,13 @@ from tsqlora import distributed
 from tsqlora.compat.shapes import Bool, Float, Int, Shaped
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.quality.forward_pass import forward_pass
-from tsqlora.quality.head_start import tag_features
 from tsqlora.quality.label_noise import FROZEN_CLASSES, LabelNoise, Labels, Logits, reject
 from tsqlora.quality.linear_head import grouped_logits
 from tsqlora.quality.ridge import fit_ridge, fit_temperature, leave_one_out_logits
 from tsqlora.quality.rows import Dataset
 from tsqlora.quality.rule import Compute, RowNames
 from tsqlora.quality.scores import require_row_names
+from tsqlora.quality.tag_features import tag_features
 from tsqlora.quality.transitions import fit_transitions, true_class
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate, each_its_row, task_of

@@ -8,25 +8,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
 
 from tsqlora import distributed
-from tsqlora.compat.shapes import Float, Int, Shaped
-from tsqlora.gradients.eval_mode import eval_mode
+from tsqlora.compat.shapes import Float, Shaped
 from tsqlora.quality.fallback import against_chance, require_finite
-from tsqlora.quality.forward_pass import ACTIVATIONS, Forward, Head, find_head, forward_pass, hidden_states, recorded
+from tsqlora.quality.forward_pass import ACTIVATIONS, Forward, Head, forward_pass
 from tsqlora.quality.linear_head import FOLDS, HeadFit, Kind, LinearHead, fit_head, row_losses
 from tsqlora.quality.pairs import Pairs
 from tsqlora.quality.passes import empty
 from tsqlora.quality.ridge import ROWS_AT_ONCE, fit_ridge, fit_temperature, leave_one_out_logits
-from tsqlora.quality.rows import Dataset
-from tsqlora.quality.rule import Compute, LookRequest
+from tsqlora.quality.rule import LookRequest
+from tsqlora.quality.tag_features import TagFeatures, tag_features
 from tsqlora.seeds import stream
 from tsqlora.tasks import Answers, Task
 from tsqlora.tasks.classification import Classification
-from tsqlora.tasks.forward import Collate, base_model, model_logits, precision, split_labels
-from tsqlora.tasks.generation import IGNORED
 from tsqlora.tasks.multi_label import MultiLabel
 from tsqlora.tasks.regression import Regression
 from tsqlora.tasks.tokens import TokenClassification
@@ -170,11 +165,15 @@ def start_head(model: nn.Module, request: LookRequest) -> Started:
 def _start_tags(
     model: nn.Module, request: LookRequest, run: Callable[..., tuple[Forward | None, Head | None]]
 ) -> Started:
-    """Fit the head on tagged tokens before the pass over all rows, whose features are not per token."""
-    layer, head = _fit_tags(model, request)
-    undo = install(layer, head) if layer is not None and head is not None and head.replaces else lambda: None
+    """Fit the head on tagged tokens before the pass over all rows, which a small table does not need."""
+    layer, head, whole = _fit_tags(model, request)
+    chosen = head if head is not None and head.replaces else None
+    undo = install(layer, chosen) if layer is not None and chosen is not None else lambda: None
     try:
-        pool, _ = run(request.dataset, compute=request.compute, rows=request.rows)
+        if whole is None:
+            pool, _ = run(request.dataset, compute=request.compute, rows=request.rows)
+        else:
+            pool = whole.forward(None if chosen is None else chosen.fit.head.logits(whole.features))
         few = None
         if request.trusted is not None:
             few, _ = run(request.trusted.rows, compute=replace(request.compute, journal=None, progress=None))
@@ -184,80 +183,37 @@ def _start_tags(
     return Started(head, None, layer, pool, few, undo)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class TagFeatures:
-    """The tagged tokens of some rows, in the order of the rows."""
+def _fit_tags(model: nn.Module, request: LookRequest) -> tuple[Head | None, HeadStart | None, TagFeatures | None]:
+    """Fit the head on the features of tagged tokens, with folds by row; None without a last layer, or for few rows.
 
-    features: Float[np.ndarray, "n d"]
-    tags: Int[np.ndarray, " n"]
-    losses: Float[np.ndarray, " n"]
-    rows: Int[np.ndarray, " n"]
-    """The place of each token's row in the list of rows."""
-
-
-def tag_features(
-    model: nn.Module,
-    dataset: Dataset,
-    rows: Int[np.ndarray, " m"],
-    collate: Collate,
-    task: Task,
-    compute: Compute,
-    *,
-    early: bool = False,
-) -> tuple[Head, TagFeatures] | None:
-    """Return the last linear layer and its inputs at tagged tokens; None without such a layer.
-
-    With `early` followed by the hidden states after a third of the layers, which know the word itself better.
+    Also return the tokens, if they are those of all rows.
     """
-    parts: list[tuple[Tensor, ...]] = []
-    layer: Head | None = None
-    with eval_mode(model), torch.no_grad(), precision(next(model.parameters()).device, compute.autocast):
-        for first in range(0, len(rows), compute.batch_size):
-            own = rows[first : first + compute.batch_size]
-            inputs, labels = split_labels(collate([dataset[int(j)] for j in own]), model)
-            layer = layer or find_head(model, partial(model_logits, model, inputs, task))
-            if layer is None:
-                return None
-            further = {"output_hidden_states": True} if early and isinstance(base_model(model), PreTrainedModel) else {}
-            with recorded([layer.linear]) as calls, hidden_states(model if early else None, early=True) as states:
-                logits = model_logits(model, {**inputs, **further}, task)
-            features = torch.cat([calls[layer.linear][0].float(), *(state.float() for state in states)], dim=-1)
-            tagged = labels != IGNORED
-            losses = cross_entropy(logits[tagged], labels[tagged], reduction="none")
-            group = tagged.nonzero()[:, 0] + first
-            parts.append((features[tagged], labels[tagged], losses.float(), group))
-    assert layer is not None
-    return layer, TagFeatures(*(torch.cat(column).numpy(force=True) for column in zip(*parts, strict=True)))
-
-
-def _fit_tags(model: nn.Module, request: LookRequest) -> tuple[Head | None, HeadStart | None]:
-    """Fit the head on the features of tagged tokens, with folds by row; None without a last layer, or for few rows."""
     dataset, rule = request.dataset, request.rule
-    rows = stream("head start", rule.seed).permutation(len(dataset))[:ROWS_OF_TAGS]
+    rows = np.sort(stream("head start", rule.seed).permutation(len(dataset))[:ROWS_OF_TAGS])
     result = tag_features(model, dataset, rows, request.collate, request.task, request.compute)
     if result is None:
-        return None, None
+        return None, None, None
     layer, tokens = result
-    features, tags, losses, groups = tokens.features, tokens.tags, tokens.losses, tokens.rows
-    require_finite(torch.from_numpy(losses))
-    if len(np.unique(groups)) < FOLDS:
-        return layer, None
+    require_finite(torch.from_numpy(tokens.losses))
+    whole = tokens if len(rows) == len(dataset) else None
+    if len(np.unique(tokens.rows)) < FOLDS:
+        return layer, None, whole
     linear = layer.linear
 
     def fitted() -> HeadStart:
         fit = fit_head(
-            features,
-            tags,
+            tokens.features,
+            tokens.tags,
             kind="classes",
             width=linear.out_features,
             intercept=linear.bias is not None,
-            groups=groups,
+            groups=tokens.rows,
             rng=stream("head folds", rule.seed),
         )
-        present = losses[fit.rows].astype(np.float64)
+        present = tokens.losses[fit.rows].astype(np.float64)
         return HeadStart(fit, float(present.mean()), fit.better_than(present))
 
-    return layer, distributed.once(fitted)
+    return layer, distributed.once(fitted), whole
 
 
 def _fit(
