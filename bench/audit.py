@@ -295,7 +295,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     for seed in map(int, request.seeds.split(",")):
         if request.tables == ["wnut17"]:
-            write_json(RESULTS / f"wnut17.entity-0.2.{seed}.json", result := tags(seed))
+            (RESULTS / "tags").mkdir(parents=True, exist_ok=True)
+            write_json(RESULTS / "tags" / f"wnut17.entity-0.2.{seed}.json", result := tags(seed))
             print({name: value for name, value in result.items() if isinstance(value, float | int)}, flush=True)
             continue
         for table in request.tables:

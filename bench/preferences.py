@@ -70,17 +70,18 @@ def cell(name: str, rows: int, seed: int) -> dict[str, Any]:
         batch_size=BATCH,
         max_length=None if name == "smollm2" else 512,
     )
-    own, loss = swapped[scores.row_ids], scores.terms["trusted_loss"]
+    own, loss = swapped[scores.row_ids], scores.terms.get("trusted_loss")
     flagged = scores.left_out_as("swapped pair")
     return {
         "settings": {"model": name, "rows": rows, "seed": seed, "trusted": TRUSTED, "swapped": SWAPPED, "rate": RATE}
         | {"steps": trusted_steps_of(get_task("preference"), TRUSTED, BATCH)[0], "batch": BATCH},
         "scored": len(own),
-        "area": float(roc_auc_score(own, loss)),
-        "average_precision": float(average_precision_score(own, loss)),
+        "why_not": None if scores.record.gate is None else scores.record.gate.get("why_not"),
+        "area": None if loss is None else float(roc_auc_score(own, loss)),
+        "average_precision": None if loss is None else float(average_precision_score(own, loss)),
         "flagged": int(flagged.sum()),
         "precision": float(own[flagged].mean()) if flagged.any() else None,
-        "recall": float(flagged[own].mean()),
+        "recall": None if loss is None else float(flagged[own].mean()),
         "processor_seconds": time.process_time() - begun,
         "versions": versions(),
         "machine": machine(),
@@ -99,7 +100,10 @@ def main() -> None:
         if not path.exists():
             RESULTS.mkdir(parents=True, exist_ok=True)
             write_json(path, result := cell(args.model, args.rows, seed))
-            print(path.name, {name: value for name, value in result.items() if name in ("area", "precision", "recall")})
+            print(
+                path.name,
+                {name: value for name, value in result.items() if name in ("why_not", "area", "precision", "recall")},
+            )
 
 
 if __name__ == "__main__":

@@ -100,10 +100,9 @@ def score(
     result = look(model, request)
     result.undo()
     if isinstance(task, Preference) and result.scores.even:
-        warnings.warn(
-            "the DPO loss of every pair is ln 2 before training, so pairs are drawn evenly; give trusted rows",
-            stacklevel=2,
-        )
+        even = "the DPO loss of every pair is ln 2 before training, so pairs are drawn evenly; give trusted rows"
+        gate = result.scores.record.gate
+        warnings.warn(even if gate is None else str(gate["why_not"]), stacklevel=2)
     if result.why_not is not None:
         warnings.warn(f"rows are drawn evenly, and have no terms of gradients: {result.why_not}", stacklevel=2)
     return result.scores
