@@ -43,7 +43,9 @@ from tsqlora.training.record import versions
 SPOKEN = ROOT / ".." / "shared" / "data" / "spoken_digits"
 RESULTS = ROOT / "bench" / "results" / "media"
 SIZES: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 128}
-PRETRAINING_EPOCHS = {"image": 40, "audio": 60}
+PRETRAINING_EPOCHS = {"image": 40, "audio": 150}
+SHIFTS = {"image": (2, 2), "audio": (12, 4)}
+"""Most places that a picture, or a spectrogram in time and pitch, is shifted by, as augmentation of few rows."""
 STEPS, RATE, BATCH, SEED, WRONG = 60, 2e-3, 16, 0, 0.2
 METHODS = {
     "lora": {"enabled": False, "head_start": False, "fraction": 1.0},
@@ -90,8 +92,8 @@ def pretrained(kind: str, data: Path, folder: Path) -> float:
     for _ in range(PRETRAINING_EPOCHS[kind]):
         for rows in torch.randperm(count)[: count // 32 * 32].split(32):
             x = train[name][rows]
-            # Shifted a little, as augmentation of few rows.
-            x = torch.roll(x, tuple(torch.randint(-2, 3, (2,)).tolist()), dims=(-2, -1))
+            shift = tuple(int(torch.randint(-most, most + 1, ())) for most in SHIFTS[kind])
+            x = torch.roll(x, shift, dims=(-2, -1))
             model.train()(**{name: x, "labels": train["labels"][rows]}).loss.backward()
             optimizer.step()
             schedule.step()

@@ -9,10 +9,12 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
+from transformers import RobertaConfig, RobertaForSequenceClassification
 
 import tsqlora as tsq
 from models import (
     EOS,
+    SIZES,
     collate,
     images,
     samples,
@@ -109,6 +111,18 @@ def test_every_family_trains_changes_ranks_and_is_plain_peft_in_the_end(family: 
     loaded = PeftModel.from_pretrained(build(), str(tmp_path)).double()
     torch.testing.assert_close(logits_of(loaded, rows), before, rtol=1e-6, atol=1e-6)
     assert not torch.allclose(logits_of(build(), rows), before, atol=1e-3)
+
+
+def test_a_head_whose_layers_a_checkpoint_lacks_trains_whole() -> None:
+    with torch.random.fork_rng(devices=[]):
+        base = RobertaForSequenceClassification(RobertaConfig(**SIZES, num_labels=3))
+    model = tsq.wrap(base, mean_rank=2, modules_to_save=["classifier.dense", "classifier.out_proj"])
+    own = {name: parameter for name, parameter in model.named_parameters() if "classifier" in name}
+    model(input_ids=torch.randint(2, 50, (2, 5)), labels=torch.tensor([0, 1])).loss.backward()
+    assert {name for name, p in own.items() if p.requires_grad} == {
+        name for name, p in own.items() if p.grad is not None
+    }
+    assert sum(p.requires_grad for p in own.values()) == 4
 
 
 def test_images_are_scored_as_by_the_slow_twin() -> None:

@@ -1,7 +1,7 @@
 """The LoraConfig of a model's targets and heads, and the adapters whose ranks can change."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 from peft import LoraConfig, PeftModel, PeftType, TaskType, get_peft_model
@@ -42,7 +42,8 @@ def new_config(
     **further: Any,
 ) -> LoraConfig:
     """A config for these targets, under which the model's head trains whole and is saved."""
-    whole = list(dict.fromkeys([*modules_to_save, *heads(model), *_random_linears(model)]))
+    # PEFT copies a module in place: of one inside another it would train a copy that no forward pass calls.
+    whole = outermost([*modules_to_save, *heads(model), *_random_linears(model)])
     return kind(
         target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
         lora_dropout=dropout,
@@ -76,6 +77,16 @@ def require_supported_packing(config: Any) -> None:
             "the base model is packed by GPTQ, which supports neither ranks nor scores; take the model that it was "
             "made from, with model.quantization 4bit (bitsandbytes)"
         )
+
+
+def outermost(names: Iterable[str]) -> list[str]:
+    """The modules that are not inside another one of these, each once.
+
+    >>> outermost(["classifier.dense", "classifier", "bert.pooler.dense"])
+    ['classifier', 'bert.pooler.dense']
+    """
+    once = list(dict.fromkeys(names))
+    return [name for name in once if not any(name.startswith(f"{other}.") for other in once)]
 
 
 def heads(model: nn.Module) -> list[str]:

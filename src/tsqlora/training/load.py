@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tsqlora.adapter.config import heads, require_supported_packing
+from tsqlora.adapter.config import heads, outermost, require_supported_packing
 from tsqlora.compat.bitsandbytes import keep_as_trained, linear_bits
 from tsqlora.compat.hub import is_hub_id
 from tsqlora.data.batches import MULTIPLE, GenerationCollator, PairCollator, collator, generation_collator
@@ -209,8 +209,7 @@ def new_modules(missing_keys: Iterable[str]) -> tuple[str, ...]:
     >>> new_modules({"classifier.weight", "classifier.bias", "bert.pooler.dense.weight"})
     ('bert.pooler.dense', 'classifier')
     """
-    owners = sorted({key.rpartition(".")[0] for key in missing_keys})
-    return tuple(o for o in owners if not any(o.startswith(f"{other}.") for other in owners))
+    return tuple(outermost(sorted({key.rpartition(".")[0] for key in missing_keys})))
 
 
 _PROBLEMS = {"class": "single_label_classification", "labels": "multi_label_classification"}
