@@ -57,12 +57,14 @@ def eva(setup: Setup) -> Built:
 
 
 def _require_readable(setup: Setup, rank: int) -> None:
-    """Refuse two stacks of layers, whose tokens differ, and rows or ranks that cannot give the mean rank."""
+    """Refuse rows without tokens, two stacks of layers, and rows or ranks that cannot give the mean rank."""
     if is_encoder_decoder(setup.pretrained.model):
         raise UnsupportedError(
             f"EVA reads the inputs of one stack of layers, and {type(setup.pretrained.model).__name__} has an encoder "
             "and a decoder; leave out eva"
         )
+    if "input_ids" not in setup.samples[0]:
+        raise UnsupportedError("PEFT's EVA reads tokens, and these rows are images or recordings; leave out eva")
     if setup.max_rank < rank:
         raise SettingsError(f"ranks.max is {setup.max_rank}, below ranks.mean, {rank}; raise ranks.max")
     if len(setup.samples) < (size := _batch_size(setup)):
