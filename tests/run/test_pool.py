@@ -39,6 +39,7 @@ def talk(word: int) -> dict[str, list[dict[str, str]]]:
     return {"messages": [{"role": "user", "content": f"w{word}"}, {"role": "assistant", "content": "w1"}]}
 
 
+@pytest.mark.filterwarnings("ignore:trusted rows teach nothing")
 @pytest.mark.parametrize("of", ["chats", "preferences", "texts"])
 def test_every_kind_of_text_has_its_rows(of: str) -> None:
     rows = {
