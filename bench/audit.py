@@ -12,7 +12,8 @@ is not run again. Wrong labels:
   components, where it is surest and wrong; where that is too few, where it is nearest to being wrong;
 - `none`: the table as it is, with whatever is wrong there.
 
-`wnut17` alone, which is no default table, has a fifth of the tags of its entities set wrong.
+`wnut17` and `goemotions`, which are no default tables, have a fifth of their entities' tags or of their rows' labels set
+wrong.
 
 `--deep` fine-tunes in three folds instead, as `tsqlora audit --deep` does, and orders the rows by our probabilities and
 by the loss of the models that have not seen them.
@@ -245,27 +246,60 @@ def cell(table: str, noise: str, seed: int, *, fine_tune: bool) -> None:
         print(table, noise, f"seed {seed}", f"{name}:", numbers, flush=True)
 
 
-def tags(seed: int) -> dict[str, Any]:
-    """WNUT17 with a fifth of the tags of entities set wrong at random, audited as `tsqlora audit` does it."""
-    rows = [json.loads(line) for line in (SHARED / "wnut17" / "train.jsonl").read_text().splitlines()]
+Spoilt = tuple[list[dict[str, Any]], set[tuple[int, int]]]
+"""Rows, and the row and token of each wrong label; the token is 0 where a row has one set of labels."""
+
+
+def rows_of(table: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (SHARED / table / "train.jsonl").read_text().splitlines()]
+
+
+def spoilt_tags(rng: np.random.Generator) -> Spoilt:
+    """WNUT17 with a fifth of the tags of entities set to another tag."""
+    rows = rows_of("wnut17")
     places = [(j, k) for j, row in enumerate(rows) for k, tag in enumerate(row["tags"]) if tag != "O"]
-    names, rng, wrong = sorted({tag for row in rows for tag in row["tags"]}), np.random.default_rng([seed, 30]), set()
+    names, wrong = sorted({tag for row in rows for tag in row["tags"]}), set[tuple[int, int]]()
     for place in rng.permutation(len(places))[: len(places) // 5]:
         j, k = places[place]
         others = [name for name in names if name != rows[j]["tags"][k]]
         rows[j]["tags"][k] = others[rng.integers(len(others))]
         wrong.add((j, k))
+    return rows, wrong
+
+
+def spoilt_sets(rng: np.random.Generator) -> Spoilt:
+    """GoEmotions with one label of a fifth of the rows replaced by a label that the row does not have."""
+    rows = rows_of("goemotions")
+    names, wrong = sorted({name for row in rows for name in row["labels"]}), set[tuple[int, int]]()
+    for j in rng.permutation(len(rows))[: len(rows) // 5].tolist():
+        others = [name for name in names if name not in rows[j]["labels"]]
+        rows[j]["labels"][0] = others[rng.integers(len(others))]
+        wrong.add((j, 0))
+    return rows, wrong
+
+
+SEVERAL = {
+    "wnut17": ("token-classification", "entity-0.2", spoilt_tags),
+    "goemotions": ("multi-label-classification", "label-0.2", spoilt_sets),
+}
+"""Tables of tags and of several labels a row: the task, what the noise is called, and how it is made."""
+
+
+def several(table: str, seed: int) -> dict[str, Any]:
+    """A table of tags or of several labels a row, audited as `tsqlora audit` does it."""
+    task, noise, spoil = SEVERAL[table]
+    rows, wrong = spoil(np.random.default_rng([seed, 30]))
     begun = time.process_time()
     with tempfile.TemporaryDirectory() as name:
         file = Path(name, "train.jsonl")
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        config = audit_config(str(file), None, ["task.type=token-classification"])
+        config = audit_config(str(file), None, [f"task.type={task}"])
         result = audited(config, deep=False, progress=None)[1]
-    assert result.tokens is not None
-    hits = np.array([place in wrong for place in zip(result.ids.tolist(), result.tokens.tolist(), strict=True)])
+    tokens = np.zeros_like(result.ids) if result.tokens is None else result.tokens
+    hits = np.array([place in wrong for place in zip(result.ids.tolist(), tokens.tolist(), strict=True)])
     flagged = result.likely_wrong
     return {
-        "settings": {"table": "wnut17", "noise": "entity-0.2", "seed": seed},
+        "settings": {"table": table, "noise": noise, "seed": seed},
         "judged": len(hits),
         "wrong": len(wrong),
         "wrong_judged": int(hits.sum()),
@@ -294,12 +328,13 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning)
     for seed in map(int, request.seeds.split(",")):
-        if request.tables == ["wnut17"]:
-            (RESULTS / "tags").mkdir(parents=True, exist_ok=True)
-            write_json(RESULTS / "tags" / f"wnut17.entity-0.2.{seed}.json", result := tags(seed))
-            print({name: value for name, value in result.items() if isinstance(value, float | int)}, flush=True)
-            continue
         for table in request.tables:
+            if table in SEVERAL:
+                (RESULTS / "tags").mkdir(parents=True, exist_ok=True)
+                path = RESULTS / "tags" / f"{table}.{SEVERAL[table][1]}.{seed}.json"
+                write_json(path, result := several(table, seed))
+                print({name: value for name, value in result.items() if isinstance(value, float | int)}, flush=True)
+                continue
             for noise in request.noise.split(","):
                 two = features_of(table)[1].max() == 1
                 if (noise == "none" and seed) or (noise.startswith("pairs") and two):
