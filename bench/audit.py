@@ -12,8 +12,8 @@ is not run again. Wrong labels:
   components, where it is surest and wrong; where that is too few, where it is nearest to being wrong;
 - `none`: the table as it is, with whatever is wrong there.
 
-`wnut17` and `goemotions`, which are no default tables, have a fifth of their entities' tags or of their rows' labels set
-wrong.
+`wnut17` and `goemotions`, which are no default tables, have a fifth of their entities' tags or of their rows' labels
+set wrong.
 
 `--deep` fine-tunes in three folds instead, as `tsqlora audit --deep` does, and orders the rows by our probabilities and
 by the loss of the models that have not seen them.
@@ -250,13 +250,13 @@ Spoilt = tuple[list[dict[str, Any]], set[tuple[int, int]]]
 """Rows, and the row and token of each wrong label; the token is 0 where a row has one set of labels."""
 
 
-def rows_of(table: str) -> list[dict[str, Any]]:
+def lines_of(table: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (SHARED / table / "train.jsonl").read_text().splitlines()]
 
 
 def spoilt_tags(rng: np.random.Generator) -> Spoilt:
     """WNUT17 with a fifth of the tags of entities set to another tag."""
-    rows = rows_of("wnut17")
+    rows = lines_of("wnut17")
     places = [(j, k) for j, row in enumerate(rows) for k, tag in enumerate(row["tags"]) if tag != "O"]
     names, wrong = sorted({tag for row in rows for tag in row["tags"]}), set[tuple[int, int]]()
     for place in rng.permutation(len(places))[: len(places) // 5]:
@@ -269,7 +269,7 @@ def spoilt_tags(rng: np.random.Generator) -> Spoilt:
 
 def spoilt_sets(rng: np.random.Generator) -> Spoilt:
     """GoEmotions with one label of a fifth of the rows replaced by a label that the row does not have."""
-    rows = rows_of("goemotions")
+    rows = lines_of("goemotions")
     names, wrong = sorted({name for row in rows for name in row["labels"]}), set[tuple[int, int]]()
     for j in rng.permutation(len(rows))[: len(rows) // 5].tolist():
         others = [name for name in names if name not in rows[j]["labels"]]
