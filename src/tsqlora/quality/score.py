@@ -76,15 +76,7 @@ def score(
         raise SettingsError("a journal needs hashes, to recognise the same rows; pass rows=RowNames(hashes=...)")
     if compute.journal is not None and distributed.active():
         raise UnsupportedError("a journal works with one process only; remove it, or score in one process")
-    if task is None:
-        task = task_of(model)
-        own, safe = task, each_its_row(collate)
-
-        def check(size: int) -> None:
-            require_own_loss(model, safe([dataset[j] for j in range(size)]), own)
-
-        with eval_mode(model):
-            distributed.together(lambda: retry_on_oom(check, halves(min(compute.batch_size, len(dataset)))))
+    task = task or _own_task(model, dataset, collate, compute)
     if trusted is not None and not isinstance(trusted, Trusted):
         trusted = Trusted(trusted, twins=equals(dataset, trusted))
     request = LookRequest(
@@ -106,6 +98,18 @@ def score(
     if result.why_not is not None:
         warnings.warn(f"rows are drawn evenly, and have no terms of gradients: {result.why_not}", stacklevel=2)
     return result.scores
+
+
+def _own_task(model: nn.Module, dataset: Dataset, collate: Collate, compute: Compute) -> Task:
+    """The task that the model's config names, whose loss is the model's own."""
+    task, safe = task_of(model), each_its_row(collate)
+
+    def check(size: int) -> None:
+        require_own_loss(model, safe([dataset[j] for j in range(size)]), task)
+
+    with eval_mode(model):
+        distributed.together(lambda: retry_on_oom(check, halves(min(compute.batch_size, len(dataset)))))
+    return task
 
 
 def require_scorable(

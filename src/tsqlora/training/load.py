@@ -122,11 +122,8 @@ def load_pretrained(
         raise SettingsError(f"model.path {path!r} cannot be loaded ({reason}); give a directory or a hub id") from error
     if media is None:
         _require_vocabulary(tokenizer, path)
-    if generation is not None and (missing := sorted({*info["missing_keys"]})):
-        raise SettingsError(
-            f"model.path {path!r} lacks {len(missing)} weights of a model that generates text ({missing[0]}); give one "
-            "that was trained to"
-        )
+    if generation is not None:
+        _require_weights(info["missing_keys"], path)
     other_sizes = {key for key, *_ in info["mismatched_keys"]}
     # Masks of speech models' pretraining: training draws them, and no prediction reads them.
     missing = {key for key in info["missing_keys"] if not key.endswith(".masked_spec_embed")}
@@ -134,6 +131,15 @@ def load_pretrained(
     _require_whole(model, new, quantization)
     keep_as_trained(model)
     return Pretrained(model, tokenizer, new)
+
+
+def _require_weights(missing_keys: Iterable[str], path: str) -> None:
+    """Raises SettingsError for a model that would generate text with weights that nobody trained."""
+    if missing := sorted({*missing_keys}):
+        raise SettingsError(
+            f"model.path {path!r} lacks {len(missing)} weights of a model that generates text ({missing[0]}); give one "
+            "that was trained to"
+        )
 
 
 _PROCESSORS: dict[str, Any] = {"image": AutoImageProcessor, "audio": AutoFeatureExtractor}
