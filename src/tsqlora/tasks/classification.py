@@ -17,6 +17,8 @@ from tsqlora.errors import TsqLoraError
 
 FLOOR = 1e-12
 """Added to frequencies before the logarithm, so that an absent class has a finite logit."""
+LEAST_STEP = 1e-6
+"""Share of a Newton step below which no closer solution is sought."""
 TOLERANCE = 1e-8
 """Largest error of a class's mean probability after calibration."""
 
@@ -140,9 +142,16 @@ def match_frequencies(
         method="trust-ncg",
         options={"gtol": TOLERANCE / 10},
     ).x
-    # Rounding of the objective stops the search near the minimum; the gradient is precise enough for one more step.
-    offsets -= np.linalg.lstsq(curvature(offsets), gradient(offsets))[0]
+    # Rounding of the objective stops the search near the minimum; the gradient is precise enough for further steps.
     error = np.abs(gradient(offsets)).max()
+    step, share = np.linalg.lstsq(curvature(offsets), gradient(offsets))[0], 1.0
+    while error > TOLERANCE / 100 and share > LEAST_STEP:
+        closer = offsets - share * step
+        if np.abs(gradient(closer)).max() < error:
+            offsets, error = closer, np.abs(gradient(closer)).max()
+            step, share = np.linalg.lstsq(curvature(offsets), gradient(offsets))[0], 1.0
+        else:
+            share /= 2
     if not error <= TOLERANCE:
         raise TsqLoraError(
             f"calibration is off by {error:.1e}; the logits are too extreme (up to {np.abs(z).max():.3g}); "
