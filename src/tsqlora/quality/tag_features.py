@@ -61,7 +61,7 @@ def tag_features(
     further: dict[str, Any] = {"output_hidden_states": True} if deep else {}
     with eval_mode(model), torch.no_grad(), precision(next(model.parameters()).device, compute.autocast):
         # Rows of like length share a batch, which saves padding.
-        by_length = np.argsort(np.asarray(lengths_of(dataset))[rows], kind="stable")
+        by_length = np.argsort(lengths_of([dataset[int(j)] for j in rows]), kind="stable")
         for first in range(0, len(rows), compute.batch_size):
             places = by_length[first : first + compute.batch_size]
             inputs, labels = split_labels(collate([dataset[int(rows[j])] for j in places]), model)
