@@ -421,13 +421,13 @@ def headstart_short(_: Results) -> pd.DataFrame:
     both = headstart(_).set_index(["table", "way to train"]).unstack("way to train")
     columns = {
         "before the first step": "before the first step",
-        "on average in the seconds of LoRA's first epoch": "mean over LoRA's first epoch",
+        "on average in the seconds of LoRA's first epoch": "in LoRA's first epoch",
         "at its end": "at the end",
         "of its seconds": "seconds to LoRA's final accuracy",
     }
-    rows = pd.DataFrame({"LoRA / tsqlora": both.index})
+    rows = pd.DataFrame({"LoRA/tsqlora": both.index})
     for name, short in columns.items():
-        pairs = both[name]["lora"] + " / " + both[name]["tsqlora"]
+        pairs = both[name]["lora"] + "/" + both[name]["tsqlora"]
         rows[short] = pairs.str.replace(" of 3 seeds", "/3").to_list()
     for short, at in (("the look", 0), ("the whole run", -1)):
         rows[short] = [
@@ -511,15 +511,18 @@ SHORT = {name: way for name, (way, *_) in differences.WAYS.items()} | {
     "trusted": "{trusted} trusted alone",
     "default-untrusted": "tsqlora",
     "even-untrusted": "even draws",
+    "lora": "plain LoRA",
 }
 """Short names of ways to train in the worlds."""
 
 
 def worlds(world: str, _: Results) -> pd.DataFrame:
-    """One world on its fresh seeds, without the columns that are the same in every row."""
+    """One world on its fresh seeds; seeds are a column unless their number follows from that of the trusted rows."""
     cells = differences.cells()
-    table = _worlds(cells[cells.world == world]).drop(columns="world")
-    return table.drop(columns="seeds") if table.seeds.nunique() == 1 else table
+    cells = cells[cells.world == world]
+    table = _worlds(cells).drop(columns="world")
+    by_trusted = cells.groupby(["trusted", "method"]).size().groupby("trusted")
+    return table.drop(columns="seeds") if (by_trusted.nunique() == 1).all() else table
 
 
 def worlds_screen(_: Results) -> pd.DataFrame:
@@ -542,9 +545,9 @@ def _worlds(cells: pd.DataFrame) -> pd.DataFrame:
                 "seeds": len(of),
                 "accuracy": f"{100 * of.accuracy.mean():.1f}",
                 "worst group": f"{100 * of.worst.mean():.1f}",
-                "points over even draws": ""
+                "over even draws": ""
                 if gain is None
-                else f"{gain.gain:+.1f} ({gain.low:+.1f} to {gain.high:+.1f})",
+                else f"{gain.gain:+.1f} ({gain.low:+.1f}, {gain.high:+.1f})",
                 "test loss": f"{of.loss.mean():.2f}",
             }
         )
