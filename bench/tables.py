@@ -545,9 +545,7 @@ def _worlds(cells: pd.DataFrame) -> pd.DataFrame:
                 "seeds": len(of),
                 "accuracy": f"{100 * of.accuracy.mean():.1f}",
                 "worst group": f"{100 * of.worst.mean():.1f}",
-                "over even draws": ""
-                if gain is None
-                else f"{gain.gain:+.1f} ({gain.low:+.1f}, {gain.high:+.1f})",
+                "over even draws": "" if gain is None else f"{gain.gain:+.1f} ({gain.low:+.1f}, {gain.high:+.1f})",
                 "test loss": f"{of.loss.mean():.2f}",
             }
         )
