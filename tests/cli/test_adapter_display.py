@@ -35,7 +35,7 @@ def test_the_doctors_report(report: dict[str, Any]) -> None:
     for line in (
         "base         not named",
         "layers       6, rank 3 to 20",
-        "more than BA lm_head",
+        "besides LoRA lm_head",
         "--max-lora-rank 32",
     ):
         assert line in text
@@ -54,7 +54,7 @@ def test_damage_and_idle_layers_are_named(report: dict[str, Any]) -> None:
     result = {"nonfinite": {"h.0.q": 3}, "zero_slots": 2, "duplicate_slots": 1, "idle_layers": ["h.1.q"]}
     text = shown(show_doctor, report | {"health": report["health"] | result})
     assert "NaN or ∞     3 numbers in h.0.q" in text
-    assert "dead slots   2 zero, 1 double" in text
+    assert "unused ranks 2 zero, 1 duplicate" in text
     assert "idle layers  1: h.1.q" in text
 
 
@@ -78,7 +78,7 @@ def test_an_export_says_what_was_written_and_compared() -> None:
         "wrote there: universal, 1,234 bytes",
         "rank         16, 4 layers",
         "vLLM needs   --max-lora-rank 16",
-        "compared     ΔW within 1e-07, 3e-08 of a layer's largest",
+        "compared     ΔW differs by 1e-07 at most, 3e-08 of a layer's largest",
         "note: mind [this]",
     ]
     assert "truncated    8 layers; the greatest losses:" in text

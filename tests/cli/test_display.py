@@ -22,6 +22,7 @@ from tsqlora.cli.display import (
 )
 from tsqlora.cli.progress_bars import Display
 from tsqlora.progress import Pulse
+from tsqlora.quality.explain import WHY
 
 KINDS = ("attention.self.query", "attention.self.value", "attention.output.dense", "intermediate.dense")
 
@@ -135,6 +136,7 @@ def explained(text: str, label: str) -> dict[str, Any]:
         "label_probability": 0.02,
         "quality": -1.5,
         "reason": "duplicate",
+        "why": WHY["duplicate"],
         "terms": {"gradient_norm": 1.25, "loss_reduction": 0.5, "convergence": -0.75, "loss": 3.5},
     }
     lists = {name: [sample] for name in ("highest", "lowest", "suspicious")}
@@ -158,7 +160,7 @@ def test_samples_fit_any_terminal_and_show_texts_as_they_stand(text: str, width:
             "[red]label",
             "other 93%",
             "-1.50",
-            "dropped: duplicate",
+            "left out: near-duplicate",
             "convergence -0.75",
             text.replace("\x1b", " ").split()[0][:9],
         ):
@@ -270,6 +272,6 @@ def test_bars_of_what_is_over_make_room(monkeypatch: pytest.MonkeyPatch) -> None
 def test_scores_are_shown_with_what_to_do_next() -> None:
     scored = {"scores": "s.parquet", "rows": 90, "held_out": 10, "draw": "even", "dropped": {"duplicate": 3}}
     text = shown(show_scores, {**scored, "noise": {"evident": True, "rate": 0.2, "low": 0.1, "high": 0.3}})
-    assert all(part in text for part in ("evenly", "3 duplicate", "20.0%", "tsqlora select s.parquet"))
+    assert all(part in text for part in ("evenly", "3 (near-duplicate", "20.0%", "tsqlora select s.parquet"))
     softmax = {"draw": "softmax", "temperature": 2.0, "effective_sample_size": 41.2, "noise": None}
     assert "sample size 41" in shown(show_scores, {**scored, **softmax})

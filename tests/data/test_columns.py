@@ -51,12 +51,19 @@ def test_no_label_is_no_error() -> None:
     assert find(["text"]) == Columns("text", None, None)
 
 
+@pytest.mark.parametrize("column", [" Body ", "BODY", "body "])
+def test_case_and_blanks_of_a_column_need_not_be_typed(column: str) -> None:
+    assert find(["id", column, " Label"], "body") == Columns(column, None, " Label")
+
+
 @pytest.mark.parametrize(
     ("names", "settings", "message"),
     [
         (["text", "labels"], {"label": "labls"}, ["'labls'", "data.label", "mean 'labels'"]),
+        (["Body ", "BODY"], {"text": "body"}, ["'body'", "data.text"]),
+        (["Text"], {"text": "text", "label": "TEXT"}, ["data.text and data.label", "'Text'"]),
         (["text"], {"text": "text", "label": "text"}, ["data.text and data.label", "'text'"]),
-        (["body", "label"], {}, ["data.text", "body, label"]),
+        (["body", "label"], {}, ["data.text", "'body', 'label'"]),
     ],
 )
 def test_what_cannot_be_is_refused(names: list[str], settings: dict[str, str], message: list[str]) -> None:

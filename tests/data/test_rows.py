@@ -93,6 +93,10 @@ def test_blank_lines_are_no_rows_but_count_as_lines(tmp_path: Path) -> None:
     assert table.numbers == (3, 6)
 
 
+def test_empty_columns_without_names_may_be_several(tmp_path: Path) -> None:
+    assert read_rows(write(tmp_path / "t.csv", "text;label;;\na;0;;\n")).rows == ({"text": "a", "label": "0", "": ""},)
+
+
 def test_a_csv_row_is_numbered_by_the_line_it_starts_on(tmp_path: Path) -> None:
     read = read_rows(write(tmp_path / "t.csv", 'text,label\r\n"two\nlines, ""quoted""",0\r\nb,1\r\n'))
     assert read.rows[0]["text"] == 'two\nlines, "quoted"'
@@ -154,6 +158,7 @@ def test_columns_are_those_of_all_rows_in_order_of_appearance(tmp_path: Path) ->
         ("t.csv", 'text,label\na,0\n"b,1\nc,0\n', "t.csv:3: broken record"),
         ("t.tsv", 'text\tlabel\n"a" b\t0\n', "t.tsv:2: broken record"),
         ("t.csv", "\ntext,label,text\na,0,b\n", "t.csv:2: two columns are named 'text'"),
+        ("t.csv", "text,label,,\na,0,,\nb,1,x,\n", "t.csv:3: a value in one of 2 columns without a name"),
         ("t.txt", "a", ", ".join(READERS)),
         ("t.parquet", "PAR1", "t.parquet cannot be read as Parquet"),
     ],

@@ -24,9 +24,14 @@ def show_export(console: Console, report: Mapping[str, Any]) -> None:
     if report.get("max_lora_rank"):
         lines.append(f"vLLM needs   --max-lora-rank {report['max_lora_rank']}")
     if (gap := report["update_difference"]) is not None:
-        lines.append(f"compared     ΔW within {gap:.2g}, {report['relative_difference']:.2g} of a layer's largest")
+        lines.append(
+            f"compared     ΔW differs by {gap:.2g} at most, {report['relative_difference']:.2g} of a layer's largest"
+        )
     if report["logits_difference"] is not None:
-        lines.append(f"compared     logits within {report['logits_difference']:.2g}, of {report['largest_logit']:.3g}")
+        lines.append(
+            f"compared     logits differ by {report['logits_difference']:.2g} at most, the largest is "
+            f"{report['largest_logit']:.3g}"
+        )
     lines += [f"note: {note}" for note in report["notes"]]
     if cut := report["truncation"]:
         lines.append(f"truncated    {len(cut)} layers; the greatest losses:")
@@ -48,7 +53,7 @@ def show_doctor(console: Console, report: Mapping[str, Any]) -> None:
         f"vLLM needs   --max-lora-rank {report['max_lora_rank'] or '(more than it supports)'}",
     ]
     if more := [*report["heads"], *report["variants"]]:
-        lines.append(f"more than BA {', '.join(more)}")
+        lines.append(f"besides LoRA {', '.join(more)}")
     say(console, lines)
     table = Table(box=None, padding=(0, 1, 0, 0))
     for column in ("server", "verdict", "reason, and factor by layer", "fix: --format"):
@@ -72,7 +77,7 @@ def _reasons(server: Mapping[str, Any]) -> list[str]:
 def _show_health(console: Console, health: Mapping[str, Any]) -> None:
     layers: Mapping[str, Mapping[str, Any]] = health["layers"]
     lines = [f"NaN or ∞     {count:,} numbers in {name}" for name, count in health["nonfinite"].items()]
-    lines.append(f"dead slots   {health['zero_slots']} zero, {health['duplicate_slots']} double")
+    lines.append(f"unused ranks {health['zero_slots']} zero, {health['duplicate_slots']} duplicate")
     if idle := health["idle_layers"]:
         lines.append(f"idle layers  {len(idle)}: {', '.join(idle[:_SHOWN])}{' …' if len(idle) > _SHOWN else ''}")
     say(console, lines)

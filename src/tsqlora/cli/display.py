@@ -111,6 +111,8 @@ def show_numbers(console: Console, numbers: Mapping[str, Any]) -> None:
 
 def show_scores(console: Console, result: Mapping[str, Any]) -> None:
     """The result of `score`: what is in the file, and what to do with it."""
+    from tsqlora.quality.explain import WHY
+
     file, noise, dropped = result["scores"], result["noise"], result["dropped"]
     draw = "evenly"
     if result["draw"] != "even":
@@ -119,7 +121,7 @@ def show_scores(console: Console, result: Mapping[str, Any]) -> None:
     lines = [
         f"scores   {file}: {result['rows']:,} rows; {result['held_out']:,} more are held out for validation",
         f"draw     {draw}",
-        f"dropped  {', '.join(f'{count:,} {reason}' for reason, count in dropped.items()) or 'none'}",
+        f"left out {', '.join(f'{count:,} ({WHY[reason]})' for reason, count in dropped.items()) or 'none'}",
         *([f"labels   {_noise_line(noise)}"] if noise else []),
         f"next     tsqlora explain {file}, or tsqlora select {file} --fraction 0.5 --out subset.jsonl",
     ]
@@ -146,7 +148,7 @@ def show_explained(console: Console, explained: Mapping[str, Any]) -> None:
             model = _label(sample["predicted"]) if "predicted" in sample else "–"
             if "predicted_probability" in sample:
                 model += f" {sample['predicted_probability']:.0%}"
-            dropped = "" if sample["reason"] == "kept" else f"dropped: {sample['reason']}  "
+            dropped = "" if sample["reason"] == "kept" else f"left out: {sample['why']}  "
             head = f"{sample['id']}  Q {sample['quality']:.2f}  label {_label(sample['label'])}  model {model}"
             console.print(Text(head))
             body = Text.assemble(_shortened(sample["text"]), "\n", (dropped + _terms(sample["terms"]), "dim"))
@@ -226,9 +228,10 @@ def show_audit(console: Console, result: Mapping[str, Any]) -> None:
     """An audit's summary, its first suspects, and the next step."""
     head = f"{result['rows']:,} rows, {len(result['classes'])} classes, read by {result['model_name']}"
     say(console, [head, result["summary"]])
-    table = Table(title="first suspects", title_justify="left")
-    for name, least in (("row", 5), ("label", 14), ("suggested", 14), ("wrong", 5), ("text", 12)):
-        table.add_column(name, no_wrap=True, min_width=least, max_width=None if name == "text" else 22)
+    table = Table(title="first suspects", title_justify="left", expand=True)
+    for name in ("row", "label", "suggested", "wrong"):
+        table.add_column(name, no_wrap=True, max_width=22)
+    table.add_column("text", no_wrap=True, ratio=1)  # the others keep their width, and it has the rest
     for row in result["first"]:
         text = row["text"] if row["token"] is None else f"{row['word']}: {row['text']}"
         table.add_row(
@@ -241,8 +244,9 @@ def show_audit(console: Console, result: Mapping[str, Any]) -> None:
     pairs, lines = result["duplicates"], [f"note: {note}" for note in result["notes"]]
     if pairs:
         lines.insert(0, f"{pairs:,} pairs of near-duplicates have different labels; the page shows them")
+    checks = f", {result['checks']:,} of them no suspects, as a check" if result["checks"] else ""
     lines += [
-        f"{result['suspects']} lists {result['listed']:,} rows ({result['checks']:,} of them as a check)",
+        f"{result['suspects']} lists {result['listed']:,} rows{checks}",
         f"review {result['page']}, export, then: tsqlora audit --apply reviewed.csv --out {result['out']}",
     ]
     say(console, lines)

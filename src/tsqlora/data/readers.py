@@ -99,17 +99,21 @@ def parquet_file(path: Path) -> Iterator[pq.ParquetFile]:
 def read_delimited(path: Path, dialect: Dialect) -> Records:
     """Each record of a CSV or TSV file with the number of its first line; cells are text.
 
+    Several columns may have no name if they are empty, as where a spreadsheet ends each line with ";;".
     Raises DataError with file and line for broken quotes and for a wrong number of fields.
     """
     rows = records(path, dialect)
     first, header, _, _ = next(rows, (1, [], 0, 0))
-    _refuse_duplicates(header, f"{path}:{first}")
+    _refuse_duplicates([name for name in header if name], f"{path}:{first}")
+    unnamed = [place for place, name in enumerate(header) if not name]
     for number, fields, _, _ in rows:
         if len(fields) != len(header):
             raise DataError(
                 f"{path}:{number}: {len(fields)} fields, but the header has {len(header)} ({', '.join(header)}); "
                 'put a field that holds the separator in "..."'
             )
+        if len(unnamed) > 1 and any(fields[place] for place in unnamed):
+            raise DataError(f"{path}:{number}: a value in one of {len(unnamed)} columns without a name; name them")
         yield number, dict(zip(header, fields, strict=True))
 
 

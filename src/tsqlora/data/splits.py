@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from tsqlora.data.cells import MissingError, is_missing, lacking, row_text, text_at
-from tsqlora.data.columns import Columns, find_columns
+from tsqlora.data.columns import Columns, find_columns, quoted
 from tsqlora.data.dialect import PLAIN, SNIFF, Hints
 from tsqlora.data.formats import Format, find_format, pair_format
 from tsqlora.data.formats.chats import Manner
@@ -110,7 +110,7 @@ def read_data(
     first = sources["train"]
     if used.label is None and format is None:
         raise DataError(
-            f"{first.name} has no label column; set data.label to one of its columns: {', '.join(first.columns())}"
+            f"{first.name} has no label column; set data.label to one of its columns: {quoted(first.columns())}"
         )
     if test is None and "test" in sources and _lacks_labels(sources["test"], used.label):
         warnings.warn(f"{sources['test'].name} has no labels in column '{used.label}' and is left out", stacklevel=2)

@@ -21,7 +21,7 @@ WHY = {
     "outlier": "gradient far larger than is usual in its class",
     "confident negative": "likely wrong label",
     "gated": "the trusted model disagrees with its label",
-    "trusted row": "its input equals a trusted row's",
+    "trusted row": "same input as a trusted row, which is trained on instead",
     "swapped pair": "the trusted model prefers the rejected answer",
 }
 """Each of REASONS in plain words; all but the first explain why a row is dropped."""
@@ -104,7 +104,6 @@ def explain_row(scores: Scores, row: int, *, data: Path | None = None) -> dict[s
     probability = p_wrong(scores)
     return {
         **_sample(scores, j, texts_or_why(scores, [j], data)[0].get(j)),
-        "why": WHY[REASONS[int(scores.reason_codes[j])]],
         "wrong_probability": None if probability is None else float(probability[j]),
         "out_of_sample": scores.record.out_of_sample,
     }
@@ -174,6 +173,7 @@ def _sample(scores: Scores, j: int, text: str | None) -> dict[str, Any]:
         **({} if predicted is None else {"predicted": named(scores, predicted[j])}),
         **{name: float(scores.predictions[name][j]) for name in probabilities if name in scores.predictions},
         "quality": float(scores.quality[j]),
-        "reason": REASONS[int(scores.reason_codes[j])],
+        "reason": (reason := REASONS[int(scores.reason_codes[j])]),
+        "why": WHY[reason],
         "terms": {name: float(values[j]) for name, values in scores.terms.items()},
     }

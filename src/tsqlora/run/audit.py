@@ -178,9 +178,9 @@ def audited(config: Config, deep: bool, progress: Progress | None) -> tuple[Spli
     if result.tokens is not None:
         result = replace(result, tokens=_numbers(result, splits, tokenizer, length))
     if result.unjudged:
-        notes.append(f"{result.unjudged} labels are not judged: their classes have fewer than {FEWEST} rows")
+        notes.append(f"labels not judged, in classes of fewer than {FEWEST} rows: {result.unjudged}")
     if without := len(samples) - len(set(result.ids.tolist())):
-        notes.append(f"{without} rows are not judged: they have no {'label' if result.tokens is None else 'entity'}")
+        notes.append(f"rows not judged, without {'a label' if result.tokens is None else 'an entity'}: {without}")
     return data.splits, result, notes
 
 

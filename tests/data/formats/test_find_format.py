@@ -84,9 +84,9 @@ def test_the_format_may_be_set_and_its_columns_named() -> None:
     [
         (DataError, "prompt completion", {"prompt": "promt"}, ["'promt'", "data.prompt", "mean 'prompt'"]),
         (DataError, "a", {"prompt": "a", "target": "a"}, ["data.prompt and data.target both name column 'a'"]),
-        (DataError, "a b", {}, ["train.jsonl", "data.prompt", "data.target", "data.messages", "data.text", "a, b"]),
-        (DataError, "a b", {"prompt": "a"}, ["'a'", "data.target", "a, b"]),
-        (DataError, "a b", {"target": "b"}, ["'b'", "data.prompt", "a, b"]),
+        (DataError, "a b", {}, ["train.jsonl", "data.prompt", "data.target", "data.messages", "data.text", "'a', 'b'"]),
+        (DataError, "a b", {"prompt": "a"}, ["'a'", "data.target", "'a', 'b'"]),
+        (DataError, "a b", {"target": "b"}, ["'b'", "data.prompt", "'a', 'b'"]),
         (DataError, "a", {"format": "alpaca"}, ["data.format alpaca", "data.prompt"]),
         (SettingsError, "a b", {"messages": "a", "target": "b"}, ["data.messages and data.target"]),
         (SettingsError, "a", {"format": "text", "messages": "a"}, ["data.messages", "data.format text", "data.text"]),

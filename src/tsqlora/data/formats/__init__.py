@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from tsqlora.data.columns import Columns, check_named
+from tsqlora.data.columns import Columns, named_columns, quoted
 from tsqlora.data.formats.chats import Chat, Example, Manner, read_messages, read_sharegpt
 from tsqlora.data.formats.pairs import PAIRS, read_pair, require_pairs
 from tsqlora.data.formats.texts import read_alpaca, read_document, read_prompt, read_text
@@ -110,7 +110,7 @@ def find_format(
     Format(name='document', columns=Columns(text='document', text_pair=None, label='summary'))
     """
     named = {"data.prompt": prompt, "data.target": target, "data.messages": messages, "data.text": text}
-    check_named(named, names, source)
+    prompt, target, messages, text = named_columns(named, names, source)
     _check_together(format, {key for key, name in named.items() if name is not None})
     if whole := messages or text:
         return Format(
@@ -128,7 +128,7 @@ def find_format(
         what = "columns of any row format" if format is None else f"usual columns of data.format {format}"
         raise DataError(
             f"{source} has no {what}{beside}; set data.prompt and data.target, data.messages, or data.text; "
-            f"columns: {', '.join(names)}"
+            f"columns: {quoted(names)}"
         )
     name = format or "prompt"
     return Format(name, _columns(FORMATS[name], prompt, target, names))
