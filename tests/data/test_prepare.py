@@ -267,6 +267,25 @@ def test_a_training_row_with_a_trusted_rows_input_is_marked_whatever_its_label(
     assert data.notes == ()
 
 
+def test_sentences_with_other_tokens_are_other_inputs(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [{"tokens": [word, "tree"], "tags": ["B-PER", "O"]} for word in ("good", "the", "kind")]
+    rows.append({"tokens": ["good", "tree"], "tags": ["O", "O"]})
+    data = prepared(tmp_path, tokenizer, answer="tags", train=rows[1:], trusted=rows[:1], validation=rows[1:2])
+    same = equals(data.samples["train"], data.samples["trusted"])
+    assert same is not None
+    assert same.tolist() == [False, False, True]
+
+
+def test_a_prompt_with_several_trusted_answers_is_the_same_by_its_answer(tmp_path: Path) -> None:
+    rows = [{"prompt": "ab", "completion": answer} for answer in "cde"]
+    data = prepared(
+        tmp_path, byte_tokenizer(), answer="text", train=rows, trusted=rows[1:], validation=[{**rows[0], "prompt": "x"}]
+    )
+    same = equals(data.samples["train"], data.samples["trusted"])
+    assert same is not None
+    assert same.tolist() == [False, True, True]
+
+
 def test_a_pair_is_one_input(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     train = [{"text": "good", "text_pair": second, "label": j % 2} for j, second in enumerate(("day", "tree", "a"))]
     data = prepared(tmp_path, tokenizer, train=train, trusted=[train[1]], validation=[{**train[1], "text": "bad"}])

@@ -64,16 +64,23 @@ def input_of(row: Any) -> tuple[Any, ...] | None:
     """Return a row's content without its label: for generation the tokens of the prompt."""
     if not isinstance(row, Mapping):
         return None
-    ids, labels = row.get("input_ids"), row.get("labels")
     if "content" in row:  # a file: two copies have different paths
         return content_of({"content": row["content"]})
-    if ids is None:
+    if "input_ids" not in row:
         return content_of({name: value for name, value in row.items() if name not in LABELS})
-    if labels is not None and np.ndim(labels) == 1 and len(labels) == len(ids):
-        prompt = np.asarray(ids)[np.asarray(labels) == IGNORED]
-        # A single ignored token means plain text, whose first token is never a target.
-        return content_of({"input_ids": prompt if len(prompt) > 1 else ids})
-    return content_of({"input_ids": ids})
+    prompt = prompt_of(row)
+    return content_of({"input_ids": row["input_ids"] if prompt is None else prompt})
+
+
+def prompt_of(row: Any) -> np.ndarray | None:
+    """Return the tokens of a causal model's row that it is not trained on; None for plain text and other tasks."""
+    ids, labels = (row.get("input_ids"), row.get("labels")) if isinstance(row, Mapping) else (None, None)
+    if ids is None or labels is None or np.ndim(labels) != 1 or len(labels) != len(ids):
+        return None
+    ids, labels = np.asarray(ids), np.asarray(labels)
+    trained = labels != IGNORED
+    # A single ignored token means plain text, whose first token is never a target; labels that are no tokens are tags.
+    return ids[~trained] if (~trained).sum() > 1 and np.array_equal(labels[trained], ids[trained]) else None
 
 
 def content_of(row: Any) -> tuple[Any, ...] | None:

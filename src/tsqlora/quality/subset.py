@@ -12,7 +12,7 @@ from tsqlora.data.batches import bucketed_order
 from tsqlora.errors import SettingsError
 from tsqlora.quality.epochs import EpochPlan
 from tsqlora.quality.rows import Dataset as Rows
-from tsqlora.quality.rows import content_of, input_of, lengths_of
+from tsqlora.quality.rows import content_of, input_of, lengths_of, prompt_of
 from tsqlora.quality.scores import Scores
 from tsqlora.seeds import stream
 from tsqlora.tasks import Task
@@ -158,9 +158,20 @@ class QualitySubset(Dataset[Any]):
 
 
 def equals(dataset: Rows, others: Rows) -> np.ndarray | None:
-    """Return which rows have the same input as one of the others, whatever the label; None where none has."""
-    inputs = {input_of(others[j]) for j in range(len(others))} - {None}
-    if not inputs:
+    """Return which rows have the same input as one of the others, whatever the label; None where none has.
+
+    A prompt to which the others have several answers, such as "Write a headline", makes a row the same by its answer.
+    """
+    answers = dict[Any, set[Any]]()
+    for j in range(len(others)):
+        answers.setdefault(input_of(others[j]), set()).add(content_of(others[j]))
+    answers.pop(None, None)
+    if not answers:
         return None
-    mask = np.array([input_of(dataset[j]) in inputs for j in range(len(dataset))])
+
+    def same(row: Any) -> bool:
+        theirs = answers.get(input_of(row), set())
+        return bool(theirs) and (len(theirs) == 1 or prompt_of(row) is None or content_of(row) in theirs)
+
+    mask = np.array([same(dataset[j]) for j in range(len(dataset))])
     return mask if mask.any() else None

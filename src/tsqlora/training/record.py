@@ -86,7 +86,9 @@ class RunRecord:
             events = [RankEvent.from_dict(event) for event in stored.pop("rank_events")]
             return cls(**stored, cost=costs, rank_events=events)
         except (FileNotFoundError, NotADirectoryError):
-            raise DataError(f"{run} is not a run: it has no {RECORD_FILE}; `tsqlora train` makes one") from None
+            raise DataError(
+                f"{run} is not a run: it has no {RECORD_FILE}, which `tsqlora train` and our callbacks write"
+            ) from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"{path}: not a run's record ({error})") from None
 
