@@ -27,6 +27,7 @@ WORLDS = {
 """What the worlds are called, in the order of plot and table."""
 WAYS = {
     "default": ("tsqlora with trusted rows", "#0072b2", "o"),
+    "last": ("trusted rows always last", "#0072b2", "s"),
     "trusted": ("trusted rows alone", "#e69f00", "s"),
     "cleanlab-then-trusted": ("cleanlab, then trusted rows", "#009e73", "^"),
     "default-untrusted": ("tsqlora without trusted rows", "#56b4e9", "o"),

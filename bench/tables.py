@@ -507,6 +507,7 @@ def _mean(values: Sequence[float | None], digits: int = 1) -> str:
 
 SHORT = {name: way for name, (way, *_) in differences.WAYS.items()} | {
     "default": "tsqlora, {trusted} trusted",
+    "last": "{trusted} always last",
     "even": "even draws, {trusted} mixed in",
     "trusted": "{trusted} trusted alone",
     "default-untrusted": "tsqlora",

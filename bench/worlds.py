@@ -221,6 +221,7 @@ class Way:
 EVEN = {"enabled": False}
 METHODS: dict[str, Way] = {
     "default": Way(),
+    "last": Way({"trusted_last": True}),
     "share": Way({"gate": "share"}),
     "surest": Way({"gate": "surest"}),
     "even": Way(EVEN),

@@ -11,7 +11,7 @@ from scipy.special import softmax
 from tsqlora.errors import SettingsError, TsqLoraError
 from tsqlora.quality import label_noise as module
 from tsqlora.quality.label_noise import LabelNoise, _explained, _fit, _largest_rate, _loss, _spread, label_noise, reject
-from tsqlora.quality.ridge import leave_one_out_logits
+from tsqlora.quality.ridge import fit_classes
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -284,7 +284,7 @@ def clusters(
     features = rng.normal(size=(groups, 12))[cluster] + 0.35 * rng.normal(size=(rows, 12))
     bad = rng.random(rows) < wrong
     labels = np.where(bad, of[cluster] + rng.integers(1, classes, size=rows), of[cluster]) % classes
-    return leave_one_out_logits(features, labels, classes), labels, bad
+    return fit_classes(features, labels, classes).left_out, labels, bad
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -314,7 +314,7 @@ def test_a_head_that_knows_nothing_is_no_evidence_however_certain(seed: int) -> 
     # Of these seeds a steep step fits random labels well enough for the test at 95 %.
     rng = np.random.default_rng(seed)
     features, labels = rng.normal(size=(400, 12)), rng.choice(3, size=400)
-    logits = leave_one_out_logits(features, labels, 3)
+    logits = fit_classes(features, labels, 3).left_out
     mask, noise = reject(logits, labels)
     assert mask.mean() > 0.3
     assert _explained(noise.p_wrong(logits, labels)) > 0.8

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tsqlora.quality import ridge as ridge_module
-from tsqlora.quality.ridge import fit_ridge, fit_temperature, leave_one_out_logits
+from tsqlora.quality.ridge import fit_classes, fit_ridge, fit_temperature
 
 
 def without_row(x: np.ndarray, y: np.ndarray, row: int, strength: float, intercept: bool) -> np.ndarray:
@@ -68,7 +68,7 @@ def test_logits_of_each_row_are_of_the_fit_without_it_over_a_temperature(n: int,
     one_hot = np.eye(k + 1)[labels]  # the last class has no row
     strength = fit_ridge(x, one_hot).strength
     slow = np.array([without_row(x, one_hot, row, strength, True) for row in range(n)])
-    logits = leave_one_out_logits(x, labels, k + 1)
+    logits = fit_classes(x, labels, k + 1).left_out
     assert logits.dtype == np.float32
     scaled = slow / fit_temperature(slow, labels)
     np.testing.assert_allclose(logits, scaled, rtol=1e-2, atol=1e-2 * np.abs(scaled).max())

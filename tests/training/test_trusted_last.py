@@ -66,7 +66,7 @@ def make(
 ) -> tuple[Trainer, tsq.QualityCallback]:
     """Five epochs of four steps; with trusted rows those from step 14 on train on them."""
     data = tsq.QualitySubset(POOL, 0.5, trusted=trusted)
-    quality = quality_by(data, **(rule or {}))
+    quality = quality_by(data, **({"trusted_last": True} | (rule or {})))
     options = {"num_train_epochs": 5, "train_sampling_strategy": "random"} | further
     return make_trainer(slotted_bert(), data, folder, [*first, quality, *also], **options), quality
 
@@ -105,6 +105,28 @@ def test_the_pool_comes_first_and_trusted_rows_last(
     assert trainer.state.global_step == total
     assert_trusted_last(handed.steps, total, a_step)
     assert not quality.notes
+
+
+CONTRARY = [row | {"labels": j % 2} for j, row in enumerate(TRUSTED)]
+
+
+@pytest.mark.parametrize("trusted", [TRUSTED, CONTRARY], ids=["agree", "contradict"])
+@pytest.mark.filterwarnings("ignore:rows are drawn evenly:UserWarning")
+def test_trusted_rows_that_agree_with_the_pool_are_mixed_in(trusted: Any, tmp_path: Path) -> None:
+    options = {**EVERY, "rule": {"trusted_last": None}, "trusted": trusted}
+    whole, quality = make(tmp_path, handed := Handed(), **options)
+    whole.train()
+    assert quality.looks[0]["agreement"]["agrees"] == (trusted is TRUSTED)
+    if trusted is not TRUSTED:
+        assert_trusted_last(handed.steps, 20, 8)
+        return
+    for epoch in range(5):
+        rows = [row for step in range(4 * epoch, 4 * epoch + 4) for row in handed.steps[step]]
+        assert {row for row in rows if row >= 64} == {*range(64, 76)}
+    again, _ = make(tmp_path, rest := Handed(), **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-13"))
+    assert rest.steps == {at: rows for at, rows in handed.steps.items() if at >= 13}
+    assert_same(whole.model.state_dict(), again.model.state_dict(), "resumed at 13")
 
 
 RENEWED: dict[str, Any] = {"weights": {"reducible_loss": 1.0}, "guard": False}

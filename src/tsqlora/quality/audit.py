@@ -18,7 +18,7 @@ from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.quality.forward_pass import forward_pass
 from tsqlora.quality.label_noise import FROZEN_CLASSES, LabelNoise, Labels, Logits, reject
 from tsqlora.quality.linear_head import grouped_logits
-from tsqlora.quality.ridge import fit_ridge, fit_temperature, leave_one_out_logits
+from tsqlora.quality.ridge import fit_classes, fit_ridge, fit_temperature
 from tsqlora.quality.rows import Dataset
 from tsqlora.quality.rule import Compute, RowNames
 from tsqlora.quality.scores import require_row_names
@@ -224,7 +224,7 @@ def audit_of(
         labels = np.unique(labels, axis=0, return_inverse=True)[1]
     else:
         width = int(labels.max()) + 1 if classes is None else len(classes)
-        result = audit_of_logits(leave_one_out_logits(features, labels, width), labels, classes=classes, ids=ids)
+        result = audit_of_logits(fit_classes(features, labels, width).left_out, labels, classes=classes, ids=ids)
     return replace(result, duplicates=contradictions(features, labels, ids))
 
 

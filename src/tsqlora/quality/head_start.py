@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from tsqlora import distributed
 from tsqlora.compat.shapes import Float, Shaped
+from tsqlora.quality.agreement import Agreement, agreement
 from tsqlora.quality.fallback import against_chance, require_finite
 from tsqlora.quality.forward_pass import ACTIVATIONS, Forward, Head, forward_pass
 from tsqlora.quality.linear_head import FOLDS, HeadFit, Kind, LinearHead, fit_head, row_losses
 from tsqlora.quality.pairs import Pairs
 from tsqlora.quality.passes import empty
-from tsqlora.quality.ridge import ROWS_AT_ONCE, fit_ridge, fit_temperature, leave_one_out_logits
+from tsqlora.quality.ridge import ROWS_AT_ONCE, Ridge, fit_classes, fit_ridge, fit_temperature
 from tsqlora.quality.rule import LookRequest
 from tsqlora.quality.tag_features import TagFeatures, tag_features
 from tsqlora.seeds import stream
@@ -86,21 +87,27 @@ class Started:
             return None
         if self.head is None or not self.head.replaces:
             return self.pool.logits.astype(np.float32)  # large columns are in half precision
-        return self.head.fit.head.logits(self._features()).astype(np.float32)
+        return self.head.fit.head.logits(self._features(self.pool)).astype(np.float32)
 
-    def unseen(self, task: Task) -> np.ndarray | None:
-        """Predict each row by a fit without it: logits of classes or labels, or a number; None without features."""
+    def ridge(self, task: Task) -> Ridge | None:
+        """Fit the answers on features in closed form, with leave-one-out predictions; None without features."""
         pool = self.pool
         if pool is None or pool.features is None or len(pool.labels) < 3 or self.layer is None:
             return None
         if isinstance(task, Classification) and len(np.unique(pool.labels)) > 1:
-            return leave_one_out_logits(self._features(), pool.labels, self.layer.linear.out_features)
+            return fit_classes(self._features(pool), pool.labels, self.layer.linear.out_features)
         if isinstance(task, Regression):
-            return fit_ridge(self._features(), pool.labels[:, None].astype(np.float64)).left_out
+            return fit_ridge(self._features(pool), pool.labels[:, None].astype(np.float64))
         if isinstance(task, MultiLabel):
-            p = fit_ridge(self._features(), pool.labels.astype(np.float64)).left_out.clip(LEAST_P, 1 - LEAST_P)
-            return np.log(p / (1 - p))
+            return fit_ridge(self._features(pool), pool.labels.astype(np.float64))
         return None
+
+    def agreement(self, ridge: Ridge, task: Task) -> Agreement | None:
+        """Whether trusted rows have the answers that a fit on the pool predicts; None for too few."""
+        pool, few = self.pool, self.trusted
+        if pool is None or few is None or few.features is None or len(few.labels) < LEAST_TRUSTED:
+            return None
+        return agreement(ridge, pool.labels, self._features(few), few.labels, task)
 
     def why_not(self, task: Task) -> str | None:
         """Explain why the model is at chance; None if its losses beat a constant guess."""
@@ -125,12 +132,19 @@ class Started:
         constant = np.tile(task.chance(labels, width).numpy(), (len(labels), 1))
         return own.fit.better_than(row_losses(constant, trusted.labels, _kind(task)))
 
-    def _features(self) -> np.ndarray:
+    def _features(self, forward: Forward) -> np.ndarray:
         """The inputs of the last linear layer with the installed head."""
-        assert self.pool is not None
-        assert self.pool.features is not None
+        assert forward.features is not None
         assert self.layer is not None
-        return self.pool.features if self.head is None else features_with(self.head, self.pool, self.layer)
+        return forward.features if self.head is None else features_with(self.head, forward, self.layer)
+
+
+def unseen(ridge: Ridge, task: Task) -> Float[np.ndarray, "n k"]:
+    """Predict each row by a fit without it: logits of classes or labels, or a number."""
+    if isinstance(task, MultiLabel):
+        p = ridge.left_out.clip(LEAST_P, 1 - LEAST_P)
+        return np.log(p / (1 - p))
+    return ridge.left_out
 
 
 def start_head(model: nn.Module, request: LookRequest) -> Started:

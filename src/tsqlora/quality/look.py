@@ -18,7 +18,7 @@ from tsqlora.compat.torch import upcast
 from tsqlora.quality.cost import PhaseCost, look_cost, trusted_cost
 from tsqlora.quality.forward_pass import Forward, Head, forward_pass
 from tsqlora.quality.gradient_pass import gradient_pass
-from tsqlora.quality.head_start import HeadStart, Started, install, start_head
+from tsqlora.quality.head_start import HeadStart, Started, install, start_head, unseen
 from tsqlora.quality.label_noise import reject
 from tsqlora.quality.pairs import with_reference
 from tsqlora.quality.rule import LookRequest, ScoringRule, needs_gradients, needs_trusted
@@ -174,9 +174,10 @@ class _Looking:
         why_not: str | None,
     ) -> Scores:
         started, rows, task, trusted = self.started, self.request.rows, self.request.task, self.request.trusted
-        pool, logits, unseen = started.pool, started.logits, started.unseen(task)
+        pool, logits, ridge = started.pool, started.logits, started.ridge(task)
         assert pool is not None
-        predicting = logits if unseen is None else unseen
+        predicting = logits if ridge is None else unseen(ridge, task)
+        agreement = None if ridge is None else started.agreement(ridge, task)
         classes = isinstance(task, Answers) and task.strata(pool.labels) is not None
         scores = from_terms(
             _terms(columns, pool, logits, trusted_loss, rule, task),
@@ -191,8 +192,9 @@ class _Looking:
                 "head_start": None if started.head is None else started.head.summary(),
                 "not_ready": why_not,
                 "frozen": why_not is not None or (started.head is not None and started.head.replaces),
-                "out_of_sample": unseen is not None,
+                "out_of_sample": ridge is not None,
                 "trusted_rows": self.request.trusted_rows,
+                "agreement": None if agreement is None else agreement.to_dict(),
                 **rows.about,
             },
             hashes=rows.hashes,
@@ -201,7 +203,7 @@ class _Looking:
         )
         if trusted is not None:
             return scores if trusted.twins is None else scores.drop(trusted.twins, "trusted row")
-        if not (rule.rejects(classes) and unseen is not None):
+        if not (rule.rejects(classes) and ridge is not None):
             return scores
         mask, noise = reject(scores.predictions["logits"], scores.labels, frozen=scores.record.frozen)
         scores = replace(scores, record=replace(scores.record, noise=noise.to_dict()))

@@ -28,6 +28,9 @@ class Ridge:
     left_out: Float[np.ndarray, "n k"]
     """Row i's prediction by the fit on all other rows: ŷ − (y − ŷ)·h/(1 − h), with h the diagonal of the hat matrix."""
 
+    def predict(self, features: Float[np.ndarray, "m d"]) -> Float[np.ndarray, "m k"]:
+        return features.astype(np.float64) @ self.weight.T + self.bias
+
 
 def fit_ridge(
     features: Float[np.ndarray, "n d"], targets: Float[np.ndarray, "n k"], *, intercept: bool = True
@@ -64,16 +67,14 @@ def fit_ridge(
     return Ridge(weight, centre - weight @ mean, strength, left_out)
 
 
-def leave_one_out_logits(
-    features: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"], width: int
-) -> Float[np.ndarray, "n k"]:
-    """Return logits of `width` classes for each row from a ridge fit of one-hot labels on all other rows, in float32.
+def fit_classes(features: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"], width: int) -> Ridge:
+    """Fit one-hot labels of `width` classes; predictions are logits in float32.
 
     A temperature calibrates them, fitted on the rows that choose the strength, at most 5,000.
     """
-    scores = fit_ridge(features, np.eye(width, dtype=np.float32)[labels]).left_out
-    some = _some(len(labels))
-    return scores / np.float32(fit_temperature(scores[some], labels[some]))
+    ridge, some = fit_ridge(features, np.eye(width, dtype=np.float32)[labels]), _some(len(labels))
+    t = np.float32(fit_temperature(ridge.left_out[some], labels[some]))
+    return Ridge(ridge.weight / t, ridge.bias / t, ridge.strength, ridge.left_out / t)
 
 
 def fit_temperature(scores: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"]) -> float:

@@ -68,6 +68,8 @@ class ScoreRecord:
     out_of_sample: bool = False
     """Whether predictions come from fits without the row."""
     trusted_rows: int | None = None
+    agreement: JSON | None = None
+    """Whether trusted rows confirm what a head fitted on the pool claims about them."""
     noise: JSON | None = None
     """Wrong labels: their rate, and whether they are evident."""
     gate: JSON | None = None

@@ -41,6 +41,7 @@ def scoring_rule(config: Config) -> ScoringRule:
         reject=None if weights is None else False,  # None: likely wrong classes, not numbers
         seed=config.training.seed,
         gate=q.gate,
+        trusted_last=q.trusted_last,
         head_start=q.head_start,
         look_again=q.look_again,
         select=q.enabled,

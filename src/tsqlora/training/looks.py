@@ -1,7 +1,7 @@
 """Looks at all rows: when they take place, and their summaries for run.json and the pages."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,8 +41,14 @@ class Schedule:
 
 def look_summary(scores: Scores, why_not: str | None) -> dict[str, Any]:
     """A look for run.json."""
-    summary = {name: getattr(scores.record, name) for name in ("epoch", "step", "head_start", "noise", "gate")}
+    names = ("epoch", "step", "head_start", "agreement", "noise", "gate")
+    summary = {name: getattr(scores.record, name) for name in names}
     return {**summary, "not_ready": why_not, "rows": len(scores), "kept": int(scores.kept.sum())}
+
+
+def trusted_agree(looks: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the first look found that trusted rows agree with the pool."""
+    return bool(looks) and (looks[0].get("agreement") or {}).get("agrees", False)
 
 
 def noise_notes(scores: Scores | None) -> list[str]:
@@ -73,7 +79,7 @@ def look_sentences(quality: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
                 *_gate(look.get("gate"), trusted),
                 *_noise(look.get("noise")),
                 *([f"{look['kept']:,} of {look['rows']:,} rows were kept."] if "kept" in look else []),
-                *([f"{trusted:,} trusted rows are trained on last."] if trusted and j == 1 else []),
+                *(_order(look.get("agreement"), trusted, quality.get("trusted_from")) if trusted and j == 1 else []),
             ],
         )
         for j, look in enumerate(quality.get("looks", ()), start=1)
@@ -102,6 +108,18 @@ def _gate(gate: Mapping[str, Any] | None, trusted: int) -> list[str]:
     if "why_not" in gate:
         return [f"The trusted model was not used ({gate['name']}): {gate['why_not']}."]
     return [f"The gate '{gate['name']}' left out {gate['left_out']:,} rows, with which the trusted model disagrees."]
+
+
+def _order(agreement: Mapping[str, Any] | None, trusted: int, last: Any) -> list[str]:
+    order = "trained on last" if last else "mixed in with those of the pool"
+    if agreement is None:
+        return [f"{trusted:,} trusted rows are {order}."]
+    share = f"{max(agreement['confirmed'], 0):.0%} (± {agreement['error']:.0%})"
+    verdict = "agree with the pool" if agreement["agrees"] else "may differ from the pool"
+    return [
+        f"{trusted:,} trusted rows {verdict}: they confirm {share} of what a head fitted on it predicts of them, and "
+        f"are {order}."
+    ]
 
 
 def _noise(noise: Mapping[str, Any] | None) -> list[str]:

@@ -1,7 +1,7 @@
 """The look at all rows in a stock Trainer: a fitted head, and which rows are drawn, before the first step."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate, task_of
 from tsqlora.training.callback_state import QualityState, require_options
 from tsqlora.training.checkpoints import EPOCH_ERROR, digest, epoch_of
-from tsqlora.training.looks import Schedule, look_summary, noise_notes
+from tsqlora.training.looks import Schedule, look_summary, noise_notes, trusted_agree
 from tsqlora.training.part import PartCallback, require_subset
 from tsqlora.training.recorder import of_draws, step_size
 from tsqlora.training.run_dir import SCORES_FILE
@@ -41,8 +41,9 @@ class QualityCallback(PartCallback):
 
     A head that is no better than chance is replaced by one that is fitted on the features that it is given. Rows whose
     label seems wrong are left out where there is evidence of wrong labels; what the rule says decides the rest. With
-    trusted rows the run trains on the pool first, and on them last. A run of several epochs looks again after a third
-    of its steps where that can change which rows are drawn.
+    trusted rows the run trains on the pool first, and on them last, unless the look finds that they agree with the
+    pool: then they are mixed in. A run of several epochs looks again after a third of its steps where that can change
+    which rows are drawn.
 
     Args:
         data: the Trainer's train_dataset.
@@ -115,7 +116,8 @@ class QualityCallback(PartCallback):
         if ends_trusted:
             loader.set_sampler(SequentialSampler(data))
         plan = data.plan.unscored(awaits_scores=looks, by=self.name)
-        data.plan = replace(plan, trusted_from=self.schedule.trusted_from if ends_trusted else None)
+        last = ends_trusted and self._trusted_last([] if saved is None else saved.looks)
+        data.plan = replace(plan, trusted_from=self.schedule.trusted_from if last else None)
         data.task = self.task
         self._forget()
         if saved is not None:
@@ -181,6 +183,10 @@ class QualityCallback(PartCallback):
             return False
         scores = self.data.scores
         return scores is None or not scores.even or (scores.record.noise or {}).get("evident", False)
+
+    def _trusted_last(self, looks: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether trusted rows come last: as the rule says, else unless the first look found them to agree."""
+        return not trusted_agree(looks) if self.rule.trusted_last is None else self.rule.trusted_last
 
     def _draws(self) -> dict[str, Any]:
         data, plan = self.data, self.data.plan
@@ -257,8 +263,11 @@ class QualityCallback(PartCallback):
         for phase, cost in (("look", result.cost), ("trusted model", result.trusted_cost)):
             if cost.forward:
                 self._spent.setdefault(phase, PhaseCost()).add(**asdict(cost))
-        scores, first, plan = self._guarded(result.scores), not self.looks, self.data.plan
+        scores, first = self._guarded(result.scores), not self.looks
         self.looks.append(look_summary(scores, result.why_not))
+        if not self._trusted_last(self.looks):
+            self.data.plan = replace(self.data.plan, trusted_from=None)
+        plan = self.data.plan
         if result.why_not is None or self.data.scores is None:
             self._write(scores, self._path(args))
         if result.why_not is None:
