@@ -19,6 +19,7 @@ Stream = Literal[
     "trusted model",
     "audit halves",
     "audit review",
+    "audit folds",
 ]
 
 STREAMS: Mapping[Stream, int] = {name: number for number, name in enumerate(get_args(Stream), start=1)}

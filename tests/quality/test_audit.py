@@ -8,6 +8,7 @@ from sklearn.metrics import average_precision_score
 import tsqlora as tsq
 from models import collate, samples, tiny_bert
 from tsqlora.quality.audit import NEAR, Audit, audit_of, audit_of_tags, contradictions
+from tsqlora.quality.tag_features import TagFeatures
 
 CLASSES, ROWS, WIDTH = 8, 1600, 24
 
@@ -68,6 +69,7 @@ def test_each_of_several_labels_is_judged_by_itself() -> None:
     assert not labels[audit.ids, audit.suggested].any(), "a row's other labels are no suggestion"
     sure = is_wrong & (audit.probability > 0.9)
     assert sets[audit.ids[sure], audit.suggested[sure]].mean() > 0.9
+    assert audit_of(features, sets).likely_wrong <= 0.01 * len(audit)
 
 
 def test_labels_of_one_class_that_are_always_the_same_other_one_are_seen_as_a_pair() -> None:
@@ -152,10 +154,30 @@ def test_wrong_tags_are_found_by_fits_on_other_rows() -> None:
     wrong = rng.permutation(entities)[:40]
     tags = true.copy()
     tags[wrong] = (tags[wrong] + rng.integers(1, 3, 40)) % 3
-    result = audit_of_tags(features, tags, rows, width=4, classes=("B-a", "B-b", "B-c", "O"), ids=np.arange(120) + 1000)
+    losses, numbers = np.zeros(600), np.arange(600) % 5
+    tokens = TagFeatures(*(each[entities] for each in (features, tags, losses, rows, numbers)), count=120)
+    result = audit_of_tags(tokens, width=4, classes=("B-a", "B-b", "B-c", "O"), ids=np.arange(120) + 1000)
     assert result.tokens is not None
-    assert len(result) == len(entities), "tokens outside of entities are not judged"
+    assert result.evident
+    assert result.rate == pytest.approx(40 / len(entities), abs=0.04)
     places = (result.ids - 1000) * 5 + result.tokens
     assert len({*places[:40]} & {*wrong}) >= 36
     assert (true[places[:20]] == result.suggested[:20]).all()
     assert set(result.columns()) == {"row", "token", "label", "suggested_label", "wrong_probability"}
+
+
+@pytest.mark.parametrize("classes", [2, 3, 12])
+@pytest.mark.parametrize("teacher", ["softmax", "two layers", "merged clusters"])
+def test_labels_that_a_known_model_draws_are_hardly_ever_called_wrong(teacher: str, classes: int) -> None:
+    rng = np.random.default_rng(classes)
+    features, chance = rng.normal(size=(2000, 24)).astype(np.float32), rng.gumbel(size=(2000, classes))
+    if teacher == "softmax":
+        true = (2 * features @ rng.normal(size=(24, classes)) / 24**0.5 + chance).argmax(1)
+    elif teacher == "two layers":
+        hidden = np.tanh(features @ rng.normal(size=(24, 32)) / 24**0.5)
+        true = (hidden @ rng.normal(size=(32, classes)) + 0.3 * chance).argmax(1)
+    else:
+        clusters = rng.integers(40, size=2000)
+        features, true = features + 3 * rng.normal(size=(40, 24)).astype(np.float32)[clusters], clusters % classes
+    result = audit_of(features, np.eye(classes)[true])
+    assert result.likely_wrong <= 0.02 * len(result)

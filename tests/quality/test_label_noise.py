@@ -307,6 +307,9 @@ def test_weak_doubts_are_no_evidence_on_frozen_features(seed: int) -> None:
     mask, noise = reject(logits, labels, frozen=True)
     assert not noise.evident
     assert not mask.any()
+    # Of log odds the nearest rows decide: a wrong label is not theirs.
+    assert reject(logits, labels, frozen=True, nearest=lambda some: (labels[some] + 1) % 5)[1].evident
+    assert not reject(logits, labels, frozen=True, nearest=lambda some: labels[some])[1].evident
 
 
 @pytest.mark.parametrize("seed", [1, 50, 53])

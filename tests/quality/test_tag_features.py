@@ -13,6 +13,7 @@ from tsqlora.data.batches import padded_labels
 from tsqlora.quality import head_start
 from tsqlora.quality.forward_pass import forward_pass
 from tsqlora.quality.rule import Compute, LookRequest, ScoringRule
+from tsqlora.quality.tag_features import tag_features
 from tsqlora.tasks import get_task
 
 TASK, COMPUTE = get_task("token-classification"), Compute(7)
@@ -24,16 +25,46 @@ def padded(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
     return {**made, "labels": torch.from_numpy(labels)}
 
 
+def tagged(count: int) -> list[dict[str, Any]]:
+    rows = samples(count, 3)
+    for row in rows:
+        row["labels"] = [-100, *[token % 3 for token in row["input_ids"][1:]]]
+    return rows
+
+
+def test_tokens_are_numbered_and_batches_split_where_memory_is_short() -> None:
+    rows, model = tagged(20), BertForTokenClassification(tiny_bert(num_labels=3).config)
+    tried: list[int] = []
+
+    def short(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
+        tried.append(len(batch))
+        if len(batch) > 2:
+            raise MemoryError
+        return padded(batch)
+
+    every = np.arange(20)
+    whole = tag_features(model, rows, every, padded, TASK, COMPUTE)
+    split = tag_features(model, rows, every, short, TASK, COMPUTE, without=1)
+    assert whole is not None
+    assert split is not None
+    some = whole[1].tags != 1
+    for name in ("tags", "rows", "numbers"):
+        np.testing.assert_array_equal(getattr(split[1], name), getattr(whole[1], name)[some])
+    np.testing.assert_allclose(split[1].features, whole[1].features[some], atol=1e-5)
+    tags = [rows[j]["labels"][number + 1] for j, number in zip(whole[1].rows, whole[1].numbers, strict=True)]
+    assert tags == whole[1].tags.tolist()
+    assert max(tried[-10:]) <= 2, "a size that did not fit is not tried again"
+
+
 @pytest.mark.parametrize("whole", [True, False])
 def test_losses_are_those_of_a_pass_over_all_rows_with_the_fitted_head(
     whole: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = samples(40, 3)
-    for row in rows:
-        row["labels"] = [-100, *[token % 3 for token in row["input_ids"][1:]]]
+    rows = tagged(40)
     monkeypatch.setattr(head_start, "ROWS_OF_TAGS", 40 if whole else 20)
     if whole:
         monkeypatch.setattr(head_start, "forward_pass", lambda *_, **__: pytest.fail("a further pass"))
+    torch.manual_seed(0)
     model = lora(BertForTokenClassification(tiny_bert(num_labels=3).config))
     request = LookRequest(dataset=rows, collate=padded, task=TASK, rule=ScoringRule(), compute=COMPUTE)
     started = head_start.start_head(model, request)

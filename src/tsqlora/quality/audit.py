@@ -1,12 +1,14 @@
 """Audit: find wrong labels before training, with rate, probabilities and suggestions.  METHOD 1.4, ours.
 
-Each row is judged by a fit without it: ridge regression on frozen features. `label_noise` estimates the rate of wrong
-labels from contradictions with these predictions, `transitions` which labels each class's rows get; Bayes' rule then
-gives the probability that a class is the true one. Of several labels of a row, each is judged without the others.
+Each row is judged by a fit without it on frozen features: ridge regression, or for tags and several labels a row, where
+least squares looks like wrong labels, logistic regression. `label_noise` estimates the rate of wrong labels from
+contradictions with these predictions, `transitions` which labels each class's rows get; Bayes' rule then gives the
+probability that a class is the true one. Of several labels of a row, each is judged without the others.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from scipy.special import softmax
@@ -16,14 +18,15 @@ from tsqlora import distributed
 from tsqlora.compat.shapes import Bool, Float, Int, Shaped
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.quality.forward_pass import forward_pass
-from tsqlora.quality.label_noise import FROZEN_CLASSES, LabelNoise, Labels, Logits, reject
-from tsqlora.quality.linear_head import grouped_logits
-from tsqlora.quality.ridge import fit_classes, fit_ridge, fit_temperature
+from tsqlora.quality.label_noise import FROZEN_CLASSES, LabelNoise, Labels, Logits, Nearest, reject
+from tsqlora.quality.linear_head import FOLDS, grouped_logits
+from tsqlora.quality.ridge import fit_classes, fit_temperature
 from tsqlora.quality.rows import Dataset
 from tsqlora.quality.rule import Compute, RowNames
 from tsqlora.quality.scores import require_row_names
-from tsqlora.quality.tag_features import tag_features
+from tsqlora.quality.tag_features import TagFeatures, tag_features
 from tsqlora.quality.transitions import fit_transitions, true_class
+from tsqlora.seeds import stream
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate, each_its_row, task_of
 from tsqlora.tasks.tokens import OUTSIDE, TokenClassification
@@ -173,35 +176,28 @@ def _audit_tags(
     rows: RowNames,
     compute: Compute,
 ) -> Audit:
-    result = tag_features(model, dataset, np.arange(len(dataset)), collate, task, compute, early=True)
+    # Tags outside of an entity are so many that wrong tags of entities would be no evidence.
+    outside = list(classes).index(OUTSIDE) if classes is not None and OUTSIDE in classes else None
+    every = np.arange(len(dataset))
+    result = tag_features(model, dataset, every, collate, task, compute, early=True, without=outside)
     if result is None:
         raise UnsupportedError("an audit of tags needs a model with a last linear layer; use another one")
     layer, tokens = result
-    ids, width = np.arange(len(dataset)) if rows.ids is None else rows.ids, layer.linear.out_features
-    return audit_of_tags(tokens.features, tokens.tags, tokens.rows, width=width, classes=classes, ids=ids)
+    ids = every if rows.ids is None else rows.ids
+    return audit_of_tags(tokens, width=layer.linear.out_features, classes=classes, ids=ids)
 
 
 def audit_of_tags(
-    features: Float[np.ndarray, "n d"],
-    tags: Labels,
-    rows: Int[np.ndarray, " n"],
-    *,
-    width: int,
-    classes: Sequence[str | int] | None = None,
-    ids: Int[np.ndarray, " m"],
+    tokens: TagFeatures, *, width: int, classes: Sequence[str | int] | None = None, ids: Int[np.ndarray, " m"]
 ) -> Audit:
-    """Audit the tags of tokens, whose rows are in ascending order, by frozen features.
+    """Audit the tags of tokens by frozen features; `ids` are those of the rows.
 
-    Regressions in folds of rows judge them, since the other tokens of its row give a tag away. Tags outside of an
-    entity (the class "O") are not judged: they are so many that wrong tags of entities would be no evidence.
+    Fits on other rows judge them, since the other tokens of its row give a tag away.
     """
-    logits = grouped_logits(features, tags, rows, width)
-    judged = np.flatnonzero(tags != list(classes or ()).index(OUTSIDE) if OUTSIDE in (classes or ()) else tags >= 0)
-    result = audit_of_logits(logits[judged], tags[judged], classes=classes)
-    first = np.concatenate([[0], np.flatnonzero(np.diff(rows)) + 1])
-    number = np.arange(len(rows)) - np.repeat(first, np.diff([*first, len(rows)]))
-    places = judged[result.ids]
-    return replace(result, ids=ids[rows[places]], tokens=number[places])
+    logits = _out_of_fold(tokens.features, tokens.tags, tokens.rows, width)
+    nearest = partial(_labels_of_nearest, tokens.features, tokens.tags, tokens.rows)
+    result = audit_of_logits(logits, tokens.tags, classes=classes, nearest=nearest)
+    return replace(result, ids=ids[tokens.rows[result.ids]], tokens=tokens.numbers[result.ids])
 
 
 def audit_of(
@@ -211,21 +207,44 @@ def audit_of(
     classes: Sequence[str | int] | None = None,
     ids: Int[np.ndarray, " n"] | None = None,
 ) -> Audit:
-    """Audit labels, classes or n × k of 0 and 1, by frozen features: a ridge fit on all other rows judges each row."""
+    """Audit labels, classes or n × k of 0 and 1, by frozen features.
+
+    A ridge fit on all other rows judges the class of each row, and logistic regressions in folds each of its labels.
+    """
     ids = np.arange(len(labels)) if ids is None else ids
     if labels.ndim == 2:
         rows, own = np.nonzero(labels > 0.5)
         others = labels[rows] > 0.5
         others[np.arange(len(own)), own] = False
-        logits = fit_ridge(features, labels.astype(np.float32)).left_out[rows]
+        logits = _out_of_fold(features[rows], own, rows, labels.shape[1])
+        nearest = partial(_labels_of_nearest, features[rows], own, rows)
         # The row's other labels are as unlikely as its least likely class.
         logits = np.where(others, logits.min(axis=1, keepdims=True), logits)
-        result = audit_of_logits(logits, own, classes=classes, ids=ids[rows], excluded=others)
+        result = audit_of_logits(logits, own, classes=classes, ids=ids[rows], excluded=others, nearest=nearest)
         labels = np.unique(labels, axis=0, return_inverse=True)[1]
     else:
         width = int(labels.max()) + 1 if classes is None else len(classes)
         result = audit_of_logits(fit_classes(features, labels, width).left_out, labels, classes=classes, ids=ids)
     return replace(result, duplicates=contradictions(features, labels, ids))
+
+
+def _out_of_fold(features: Float[np.ndarray, "n d"], labels: Labels, rows: Int[np.ndarray, " n"], width: int) -> Logits:
+    if (several := len(np.unique(rows))) < FOLDS:
+        raise SettingsError(f"{several} rows with a label are too few for an audit; give at least {FOLDS}")
+    return grouped_logits(features, labels, rows, width, rng=stream("audit folds", 0))
+
+
+def _labels_of_nearest(
+    features: Float[np.ndarray, "n d"], labels: Labels, rows: Int[np.ndarray, " n"], some: Int[np.ndarray, " m"]
+) -> Int[np.ndarray, " m"]:
+    """Return the label that is nearest to each of some labels, by cosine of centred features, in another row."""
+    unit, nearest = _unit(features), list[np.ndarray]()
+    for start in range(0, len(some), 256):
+        part = some[start : start + 256]
+        similar = unit[part] @ unit.T
+        similar[rows[part][:, None] == rows] = -np.inf
+        nearest.append(similar.argmax(axis=1))
+    return labels[np.concatenate(nearest)]
 
 
 def audit_of_logits(
@@ -236,18 +255,21 @@ def audit_of_logits(
     ids: Int[np.ndarray, " n"] | None = None,
     excluded: Bool[np.ndarray, "n k"] | None = None,
     frozen: bool = True,
+    nearest: Nearest | None = None,
 ) -> Audit:
     """Audit labels by logits, or log probabilities, of fits without the rows that they judge.
 
     `excluded` classes are not suggested. `frozen` says that the fits were on features that were never trained, where
-    evidence of wrong labels needs more (`reject`).
+    evidence of wrong labels needs more, and `nearest` that they were logistic regressions (`reject`).
     """
     rows = np.arange(len(labels))
     logits = logits / np.float32(fit_temperature(logits, labels))
     judged = np.bincount(labels, minlength=logits.shape[1])[labels] >= FEWEST
     if judged.sum() < 2:
         raise SettingsError(f"no class has {FEWEST} rows, from which an audit learns the class; give more rows")
-    _, noise = reject(logits[judged], labels[judged], frozen=frozen)
+    places = np.flatnonzero(judged)
+    near = None if nearest is None else lambda some: nearest(places[some])
+    _, noise = reject(logits[judged], labels[judged], frozen=frozen, nearest=near)
     fitted = noise
     if not noise.evident:
         # Without evidence: calibrated logits as they are, and a usual rate.
@@ -276,7 +298,7 @@ def audit_of_logits(
         low=low,
         high=high,
         evident=noise.evident,
-        why_not=None if noise.evident else _why_not(labels[judged], frozen),
+        why_not=None if noise.evident else _why_not(labels[judged], frozen and nearest is None),
         unjudged=int((~judged).sum()),
         pairs=_pairs(labels, suggested, wrong, logits),
         duplicates=(),
@@ -299,8 +321,8 @@ def _p_true(logits: Logits, labels: Labels, noise: LabelNoise, judged: Bool[np.n
     return p_true
 
 
-def _why_not(labels: Labels, frozen: bool) -> str:
-    if frozen and len(np.unique(labels)) < FROZEN_CLASSES:
+def _why_not(labels: Labels, ridge: bool) -> str:
+    if ridge and len(np.unique(labels)) < FROZEN_CLASSES:
         return "on features that were never trained, wrong labels of two classes look like hard rows (--deep trains)"
     return "rows contradict their labels no more surely than hard rows do"
 
@@ -319,9 +341,7 @@ def contradictions(
     features: Float[np.ndarray, "n d"], labels: Labels, ids: Int[np.ndarray, " n"]
 ) -> tuple[Contradiction, ...]:
     """Return the nearest pairs with different labels among the first rows.  [ours]"""
-    unit = features[:ROWS_TO_COMPARE].astype(np.float32)
-    unit = unit - unit.mean(axis=0)
-    unit /= np.linalg.norm(unit, axis=1, keepdims=True).clip(min=1e-12)
+    unit = _unit(features[:ROWS_TO_COMPARE])
     nearest: list[tuple[float, int, int]] = []
     for start in range(0, len(unit), 1_024):
         similar = unit[start : start + 1_024] @ unit[start:].T
@@ -331,3 +351,10 @@ def contradictions(
         nearest += [(-float(similar[a, b]), int(ids[a + start]), int(ids[b + start])) for a, b in pairs]
         nearest = sorted(nearest)[:MOST_CONTRADICTIONS]
     return tuple(Contradiction(a, b, min(-negative, 1.0)) for negative, a, b in nearest)
+
+
+def _unit(features: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+    """Return centred features of norm 1."""
+    centred = features.astype(np.float32)
+    centred -= centred.mean(axis=0)
+    return centred / np.linalg.norm(centred, axis=1, keepdims=True).clip(min=1e-12)

@@ -19,6 +19,8 @@ from tsqlora.errors import SettingsError, TsqLoraError
 
 Logits = Float[np.ndarray, "n k"]
 Labels = Int[np.ndarray, " n"]
+Nearest = Callable[[Int[np.ndarray, " m"]], Int[np.ndarray, " m"]]
+"""Returns, for row numbers, the label of each one's nearest other row."""
 
 DOUBT = 0.2
 """Drop rows whose label is wrong with more than this probability: a wrong label in training costs more than the loss of
@@ -31,14 +33,22 @@ STEEPEST = 5.0
 """Largest scale, in units of the logits' spread: a row one spread from the boundary is then 99.3 % certain. Steeper
 scales overfit few rows that a boundary happens to separate."""
 FROZEN_CLASSES = 3
-"""Least classes for evidence on frozen features: with two, clean MRPC looks like wrong labels of two clear intents."""
+"""Least classes for evidence of a ridge regression on frozen features: with two, clean MRPC looks like wrong labels of
+two clear intents."""
 FROZEN_LEVEL = 0.9999
 """Confidence level on frozen features. A random head may fit three classes by a steep step, which gains up to 7.4 of
 the 13.8 needed (150 draws)."""
 SEPARATION = 0.65
-"""Least share of the variance of correct and wrong that p_wrong must explain on frozen features. Clean tables that
-would lose over 2 % reach 0.60 (GoEmotions, merged intents of CLINC150); wrong labels in 5 to 150 intents start at 0.81.
+"""Least share of the variance of correct and wrong that p_wrong must explain for a ridge regression on frozen features.
+Clean tables that would lose over 2 % reach 0.60 (GoEmotions, merged intents of CLINC150); wrong labels in 5 to 150
+intents start at 0.81.
 """
+SHARED = 0.5
+"""Most of the likely wrong labels that the nearest row may share where its label is available. A wrong label stands
+alone: 3 to 30 % share theirs where labels are set wrong, 52 to 100 % where a linear head cannot fit correct ones.
+"""
+ROWS_TO_ASK = 1_000
+"""Ask for the labels of the nearest rows of at most this many."""
 ROWS = 5_000
 """Fit at most this many rows, evenly spaced in the rows sorted by label; compute p_wrong for this many at once."""
 FEW_CLASSES = 20
@@ -94,22 +104,28 @@ class LabelNoise:
         return p_wrong
 
 
-def reject(logits: Logits, labels: Labels, *, frozen: bool = False) -> tuple[Bool[np.ndarray, " n"], LabelNoise]:
+def reject(
+    logits: Logits, labels: Labels, *, frozen: bool = False, nearest: Nearest | None = None
+) -> tuple[Bool[np.ndarray, " n"], LabelNoise]:
     """Return a mask of the rows to drop, and the fitted label noise.
 
     Where wrong labels are `evident`, drop the share of rows with p_wrong above DOUBT, at most MOST; else none.  Each
     class loses the same share, its rows of largest p_wrong: the class shares stay, and with them the bias of the model.
     Ties go to the earlier row.
 
-    Set `frozen` for leave-one-out predictions of a linear head on features that were never trained.  Classes that are
-    not linearly separable there contradict the head at any confidence, like wrong labels but less sharply, so that
-    evidence then needs FROZEN_CLASSES, FROZEN_LEVEL and SEPARATION.
+    Set `frozen` for out-of-sample predictions of a linear head on features that were never trained: evidence then needs
+    FROZEN_LEVEL.  A head of least squares predicts shares, not log odds, so that rows which it cannot fit contradict it
+    at any confidence, like wrong labels but less sharply: evidence then also needs FROZEN_CLASSES and SEPARATION.  The
+    logits of a logistic regression are log odds.  For these give `nearest`: evidence then needs SHARED instead.
     """
     noise = label_noise(logits, labels)
     mask, p_wrong = np.zeros(len(labels), dtype=bool), noise.p_wrong(logits, labels)
     if frozen:
-        enough = len(np.unique(labels)) >= FROZEN_CLASSES and noise.statistic > _gain(FROZEN_LEVEL)
-        noise = replace(noise, clear=enough and _explained(p_wrong) >= SEPARATION)
+        if nearest is None:
+            clear = len(np.unique(labels)) >= FROZEN_CLASSES and _explained(p_wrong) >= SEPARATION
+        else:
+            clear = _shared(p_wrong, labels, nearest) <= SHARED
+        noise = replace(noise, clear=clear and noise.statistic > _gain(FROZEN_LEVEL))
     if noise.evident:
         share = min(float((p_wrong > DOUBT).mean()), MOST)
         for label in np.unique(labels):
@@ -181,6 +197,15 @@ def _explained(p_wrong: Float[np.ndarray, " n"]) -> float:
     """Return the share of the variance of correct and wrong that p_wrong explains: 1 if all are 0 or 1, 0 if equal."""
     mean = float(p_wrong.mean())
     return float(p_wrong.var()) / max(mean * (1 - mean), TINY)
+
+
+def _shared(p_wrong: Float[np.ndarray, " n"], labels: Labels, nearest: Nearest) -> float:
+    """Return the share of the likely wrong labels that are also those of the nearest rows; 0 without any."""
+    likely = np.flatnonzero(p_wrong > 0.5)
+    if not len(likely):
+        return 0.0
+    some = likely[np.linspace(0, len(likely) - 1, min(len(likely), ROWS_TO_ASK)).astype(int)]
+    return float((nearest(some) == labels[some]).mean())
 
 
 def _gain(level: float) -> float:

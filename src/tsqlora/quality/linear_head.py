@@ -26,10 +26,10 @@ Kind = Literal["classes", "labels", "numbers"]
 STRENGTHS = np.geomspace(1e-2, 1e2, 5)
 """Candidates for sklearn's C, on features of mean square norm 1."""
 FOLDS = 3
-GROUPS, GROUPED = 5, 10.0
-"""Folds of `grouped_logits`, and sklearn's C there: on MiniLM's tokens weaker and stronger ones order tags worse."""
-ROWS_TO_CHOOSE = 5_000
-"""Choose the strength on at most this many rows."""
+GROUPS = 5
+"""Folds of `grouped_logits`."""
+ROWS_TO_CHOOSE, ROWS_TO_FIT = 5_000, 20_000
+"""Choose the strength on at most this many rows; `grouped_logits` fits at most this many a fold."""
 MARGIN = 2.0
 """Standard errors by which a fitted head's out-of-fold loss must beat the model's own head."""
 LEAST_SCALE = 1e-3
@@ -235,13 +235,21 @@ def _calibrated_scale(logits: np.ndarray, labels: np.ndarray, kind: Kind, out_of
 
 
 def grouped_logits(
-    features: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"], groups: Int[np.ndarray, " n"], width: int
+    features: Float[np.ndarray, "n d"],
+    labels: Int[np.ndarray, " n"],
+    groups: Int[np.ndarray, " n"],
+    width: int,
+    *,
+    rng: np.random.Generator,
 ) -> Float[np.ndarray, "n k"]:
-    """Return each sample's logits by a logistic regression that has not seen its group."""
+    """Return each sample's logits by a logistic regression that has not seen its group; there are 3 groups or more."""
     centred = features - features.mean(axis=0, dtype=np.float64)
     centred = (centred / (np.sqrt(np.square(centred).sum(axis=1).mean()) or 1.0)).astype(np.float32)
     logits = np.empty((len(labels), width), dtype=np.float32)
+    fit = partial(_softmax, width=width, intercept=True, class_weights=None)
+    some = np.sort(rng.permutation(len(labels))[:ROWS_TO_CHOOSE])
+    _, strength, _ = _out_of_fold(fit, centred[some], labels[some], "classes", groups[some], rng)
     for train, test in GroupKFold(min(GROUPS, len(np.unique(groups)))).split(centred, labels, groups):
-        fit = _softmax(centred[train], labels[train], GROUPED, width=width, intercept=True, class_weights=None)
-        logits[test] = fit.logits(centred[test])
+        part = np.sort(rng.permutation(train)[:ROWS_TO_FIT])
+        logits[test] = fit(centred[part], labels[part], strength).logits(centred[test])
     return logits

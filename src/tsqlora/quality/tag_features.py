@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from tsqlora.compat.shapes import Float, Int
 from tsqlora.gradients.eval_mode import eval_mode
+from tsqlora.oom import BatchSplitter, halves, retry_on_oom
 from tsqlora.quality.forward_pass import Forward, Head, find_head, hidden_states, recorded
 from tsqlora.quality.rows import Dataset, lengths_of
 from tsqlora.quality.rule import Compute
@@ -30,6 +31,8 @@ class TagFeatures:
     losses: Float[np.ndarray, " n"]
     rows: Int[np.ndarray, " n"]
     """The place of each token's row in the list of rows."""
+    numbers: Int[np.ndarray, " n"]
+    """The number of each token among the tagged tokens of its row."""
     count: int
     """How many rows these are, those without a tag included."""
 
@@ -50,32 +53,47 @@ def tag_features(
     compute: Compute,
     *,
     early: bool = False,
+    without: int | None = None,
 ) -> tuple[Head, TagFeatures] | None:
     """Return the last linear layer and its inputs at tagged tokens; None without such a layer.
 
-    With `early` followed by the hidden states after a third of the layers, which know the word itself better.
+    With `early` followed by the hidden states after a third of the layers, which know the word itself better. Tokens
+    with the tag `without` are left out.
     """
-    parts: list[tuple[Tensor, ...]] = []
-    layer: Head | None = None
     deep = early and isinstance(base_model(model), PreTrainedModel)
     further: dict[str, Any] = {"output_hidden_states": True} if deep else {}
+    splitter, parts = BatchSplitter(), list[tuple[Tensor, ...]]()
     with eval_mode(model), torch.no_grad(), precision(next(model.parameters()).device, compute.autocast):
         # Rows of like length share a batch, which saves padding.
         by_length = np.argsort(lengths_of([dataset[int(j)] for j in rows]), kind="stable")
-        for first in range(0, len(rows), compute.batch_size):
-            places = by_length[first : first + compute.batch_size]
-            inputs, labels = split_labels(collate([dataset[int(rows[j])] for j in places]), model)
-            layer = layer or find_head(model, partial(model_logits, model, inputs, task))
-            if layer is None:
-                return None
+        batches = [by_length[first : first + compute.batch_size] for first in range(0, len(rows), compute.batch_size)]
+
+        def read(places: np.ndarray) -> tuple[dict[str, Any], Tensor]:
+            return split_labels(collate([dataset[int(rows[j])] for j in places]), model)
+
+        def find(size: int) -> Head | None:
+            inputs, _ = read(batches[0][:size])
+            return find_head(model, partial(model_logits, model, inputs, task))
+
+        layer = retry_on_oom(find, halves(len(batches[0])))
+        if layer is None:
+            return None
+
+        def measure(places: np.ndarray) -> tuple[Tensor, ...]:
+            inputs, labels = read(places)
             with recorded([layer.linear]) as calls, hidden_states(model if early else None, early=True) as states:
                 logits = model_logits(model, {**inputs, **further}, task)
             features = torch.cat([calls[layer.linear][0].float(), *(state.float() for state in states)], dim=-1)
             tagged = labels != IGNORED
+            numbers = tagged.cumsum(dim=1) - 1
+            if without is not None:
+                tagged &= labels != without
             losses = cross_entropy(logits[tagged], labels[tagged], reduction="none")
             place = torch.from_numpy(places).to(labels.device)[tagged.nonzero()[:, 0]]
-            parts.append((features[tagged], labels[tagged], losses.float(), place))
-    assert layer is not None
+            return features[tagged].cpu(), labels[tagged], losses.float(), place, numbers[tagged]
+
+        for places in batches:
+            parts += splitter.of(places, measure)
     columns = [torch.cat(column).numpy(force=True) for column in zip(*parts, strict=True)]
-    order = np.argsort(columns[-1], kind="stable")
+    order = np.argsort(columns[3], kind="stable")
     return layer, TagFeatures(*(column[order] for column in columns), count=len(rows))
