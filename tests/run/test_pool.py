@@ -1,13 +1,21 @@
 """Rows of a pool for any trainer: what comes back, and which rows those are."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Audio, ClassLabel, Dataset, Features, Image
 from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    AutoModelForAudioClassification,
+    AutoModelForImageClassification,
+)
 
 import tsqlora as tsq
+from tsqlora.data.folders import folder_rows
 from tsqlora.errors import DataError, SettingsError
 from words import llama, tokenizer
 
@@ -63,3 +71,31 @@ def test_what_cannot_be_read_is_named() -> None:
         tsq.select(adapted(), iter(pairs(range(3), "w1")), processing_class=TOKENIZER)
     with pytest.raises(DataError, match="dataset"):
         tsq.select(adapted(), [{"a": "w1", "b": "w2"}], processing_class=TOKENIZER)
+
+
+@pytest.mark.parametrize("kind", ["image", "audio"])
+@pytest.mark.parametrize("inside", [False, True], ids=["files", "bytes"])
+def test_images_and_recordings_are_drawn_from_their_columns(kind: str, inside: bool, tmp_path: Path) -> None:
+    made_media = pytest.importorskip("made_media")
+    write, save = made_media.MAKE[kind]
+    files = [row for _, row in folder_rows(write(tmp_path / "data", 24), kind)]
+    names = sorted({row["label"] for row in files})
+    rows = [{"media": row[kind], "label": names.index(row["label"])} for row in files]
+    if inside:
+        rows = [{**row, "media": {"path": None, "bytes": Path(row["media"]).read_bytes()}} for row in rows]
+    feature = (Image if kind == "image" else Audio)(decode=False)  # torchcodec would decode recordings
+    pool = Dataset.from_list(rows).cast(Features(media=feature, label=ClassLabel(names=names)))
+    path = save(tmp_path / "model")
+    auto, reader = (
+        (AutoModelForImageClassification, AutoImageProcessor)
+        if kind == "image"
+        else (AutoModelForAudioClassification, AutoFeatureExtractor)
+    )
+    model, processor = auto.from_pretrained(path, num_labels=2), reader.from_pretrained(path)
+    chosen = tsq.select(model, pool, processing_class=processor, trusted=pool.select(range(0, 24, 3)), fraction=0.5)
+    assert chosen.features == pool.features
+    assert len(chosen) == 12
+    trusted = [row["media"] for row in pool.select(range(0, 24, 3)).to_list()]
+    assert not [row for row in chosen.to_list() if row["media"] in trusted], (
+        "trusted rows leave the pool, by their content"
+    )

@@ -81,6 +81,26 @@ def read_audio(path: str, rate: int | None = None) -> Float[np.ndarray, " t"]:
     return resample_poly(wave, rate // factor, own // factor).astype(np.float32)
 
 
+def as_paths(dataset: Any, media: str, folder: str) -> Any:
+    """A `datasets.Dataset` with a column `media` of paths in place of its first column of images or recordings.
+
+    What has no file is written to `folder`. Without such a column, as where there are paths already, nothing changes.
+    """
+    kinds = {name: type(feature) for name, feature in dataset.features.items()}
+    column = next((name for name, kind in kinds.items() if kind.__name__.lower() == media), None)
+    if column is None:
+        return dataset
+    paths = list[str]()
+    for j, row in enumerate(dataset.select_columns([column]).cast_column(column, kinds[column](decode=False))):
+        path, content = row[column]["path"] or "", row[column]["bytes"]
+        if content is not None:
+            path = os.path.join(folder, f"{j}{os.path.splitext(path)[1]}")
+            with open(path, "wb") as file:
+                file.write(content)
+        paths.append(os.path.abspath(path))
+    return dataset.remove_columns([*{column, media} & {*kinds}]).add_column(media, paths)
+
+
 def thumbnail(path: str, size: int = 96) -> bytes:
     """A small PNG of an image; empty if it cannot be read."""
     from io import BytesIO

@@ -1,16 +1,18 @@
 """Select the rows of a pool to train on, as a `datasets.Dataset` for any trainer."""
 
+import os
+import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from tsqlora.data.columns import find_columns
 from tsqlora.data.formats import find_format, pair_format
 from tsqlora.data.labels import LabelMap, split_labels
+from tsqlora.data.media import as_paths
 from tsqlora.data.prepare import prepare, resolve_max_length
 from tsqlora.data.rows import of_dataset
 from tsqlora.data.splits import Splits
@@ -21,7 +23,7 @@ from tsqlora.quality.score import score
 from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import equals
 from tsqlora.quality.trusted import Trusted
-from tsqlora.tasks import Task, get_task
+from tsqlora.tasks import MEDIA, Task, get_task
 from tsqlora.tasks.forward import task_of
 from tsqlora.tasks.generation import Generation
 from tsqlora.tasks.preference import Preference
@@ -32,7 +34,7 @@ def select(
     model: nn.Module,
     dataset: Any,
     *,
-    processing_class: PreTrainedTokenizerBase,
+    processing_class: Any,
     trusted: Any = None,
     fraction: float = 0.5,
     seed: int = 0,
@@ -51,27 +53,30 @@ def select(
 
     Args:
         dataset: a `datasets.Dataset`, or a list of dicts: texts, prompts with completions, chats, prompts with
-            chosen and rejected answers, or texts with labels.
+            chosen and rejected answers, or texts, images or recordings with labels.
+        processing_class: the tokenizer, image processor or feature extractor.
         trusted: rows with the same columns, of the kind that the model must handle well; 32 to 200 are enough.
         fraction: share of the pool's rows to return.
         learning_rate, batch_size: of the later training; the trusted model gets twice that rate.
-        max_length: most tokens of a row; by default the model's own limit, at most 1,024.
+        max_length: most tokens of a row; by default the model's own limit, at most 1,024. Of recordings most steps of
+            20 ms; by default all.
 
     Raises DataError for columns of no known format, SettingsError for a stream.
     """
     pool = _as_dataset(dataset, "dataset")
     few = None if trusted is None else _as_dataset(trusted, "trusted")
-    scores = score_pool(
-        model,
-        pool,
-        few,
-        processing_class,
-        fraction=fraction,
-        rule=rule or ScoringRule(seed=seed),
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        max_length=max_length,
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        scores = score_pool(
+            model,
+            _with_paths(pool, model, f"{folder}/pool"),
+            None if few is None else _with_paths(few, model, f"{folder}/trusted"),
+            processing_class,
+            fraction=fraction,
+            rule=rule or ScoringRule(seed=seed),
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            max_length=max_length,
+        )
     if scores.even and scores.kept.all() and not {"chosen", "rejected"} <= {*pool.column_names}:
         warnings.warn("no score distinguishes the rows, so they are drawn evenly; give trusted rows", stacklevel=2)
     return pool.select(scores.row_ids[sample(scores, fraction, seed)])
@@ -81,7 +86,7 @@ def score_pool(
     model: nn.Module,
     pool: Any,
     trusted: Any,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     *,
     fraction: float,
     rule: ScoringRule,
@@ -96,8 +101,11 @@ def score_pool(
         if not task.causal:
             raise UnsupportedError(f"preference rows need a causal model, but the task is {task.name}; give another")
         task = get_task(Preference.name)
-    most = min(tokenizer.model_max_length, 1024)
-    limit = resolve_max_length(max_length, tokenizer_limit=most, positions=positions_of(model))
+    if task.name in MEDIA:
+        limit = max_length or 0
+    else:
+        most = min(tokenizer.model_max_length, 1024)
+        limit = resolve_max_length(max_length, tokenizer_limit=most, positions=positions_of(model))
     seq2seq = isinstance(task, Generation) and not task.causal
     data = prepare(_splits(rows, model, task), tokenizer, max_length=limit, seq2seq=seq2seq)
     for note in data.notes:
@@ -132,6 +140,15 @@ def _as_dataset(rows: Any, name: str) -> Any:
     )
 
 
+def _with_paths(rows: Any, model: nn.Module, folder: str) -> Any:
+    """The rows with paths in place of images or recordings, if the model reads these."""
+    media = MEDIA.get(task_of(model).name)
+    if media is None:
+        return rows
+    os.mkdir(folder)
+    return as_paths(rows, media, folder)
+
+
 def _splits(rows: Mapping[str, Any], model: nn.Module, task: Task) -> Splits:
     """The pool and the trusted rows as splits, with the format or the columns of the pool."""
     pool = rows["train"]
@@ -141,7 +158,8 @@ def _splits(rows: Mapping[str, Any], model: nn.Module, task: Task) -> Splits:
         find = pair_format if isinstance(task, Preference) else find_format
         format = find(names, source="dataset")
         return Splits(sources, places, format.columns, None, format)
-    columns, labels = find_columns(names, text=None, text_pair=None, label=None, source="dataset"), None
+    media, labels = MEDIA.get(task.name), None
+    columns = find_columns(names, text=None, text_pair=None, label=None, source="dataset", media=media)
     if columns.label is None:
         raise DataError(f"dataset has no label column; its columns are {', '.join(names)}")
     if task.answer in ("class", "labels"):
