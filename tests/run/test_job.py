@@ -59,6 +59,7 @@ OTHER_VALUES: dict[str, Any] = {
     "ranks.min": 2,
     "ranks.max": 30,
     "ranks.depth": 1,
+    "ranks.cache_gb": 2.5,
     "ranks.estimator": "fisher",
     "ranks.interval": 7,
     "adapter.alpha": 32.0,
@@ -141,7 +142,8 @@ def what_arrives(config: Config) -> dict[str, Any]:
         loaded = job.load(config)
         arrived["task"], arrived["packed"] = loaded.task.name, loaded.packed
         job.with_adapter(config, loaded.pretrained)
-        arrived["quality"] = callbacks.build_callbacks(loaded, Path("scores.parquet")).quality
+        method = callbacks.build_callbacks(loaded, Path("scores.parquet"))
+        arrived["quality"], arrived["cache_gb"] = method.quality, method.cache_gb
         with patch.object(fit, "positions_of", lambda _: None):
             predicts = fit.predictor_of(loaded, None, args)
         arrived["predictor"] = (predicts.max_new_tokens, predicts.beams)

@@ -155,7 +155,7 @@ def _train(
             built, ranks = build(job, cell.entry.method, steps=steps)
         building = record.cost.pop("building")
         building.add(forward=built.cost.forward, backward=built.cost.backward, tokens=built.cost.tokens)
-        method, callbacks = Method(rows.data, rows.quality, ranks), (*built.callbacks, *also)
+        method, callbacks = Method(rows.data, rows.quality, ranks, job.config.ranks.cache_gb), (*built.callbacks, *also)
         fit(built.model, args, method, job.inputs, record, also=callbacks, progress=progress)
         record.cost = {"building": building} | record.cost
         measure(job, built.model, record, args, progress)
