@@ -144,7 +144,7 @@ def test_a_full_cache_serves_what_it_has_and_says_so_once() -> None:
     expected, _, _ = history(copy.deepcopy(model), gb=0)
     rows = samples(24, 3)
     tokens = sum(len(row["input_ids"]) for row in rows)
-    with pytest.warns(UserWarning, match="cache is full") as warned:
+    with pytest.warns(UserWarning, match="rows fill") as warned:
         steps, cache, calls = history(model, gb=(tokens - 1) * 16 * 4 / 2**30)
     torch.testing.assert_close(steps, expected, rtol=1e-3, atol=1e-5)
     assert len(warned) == len(cache.notes) == 1

@@ -44,6 +44,7 @@ def frozen_cache(model: nn.Module, *, gb: float) -> Generator["FrozenCache"]:
         elif gb > 0:
             room = max(1, min(int(gb * GIB), shutil.disk_usage(tempfile.gettempdir()).free))
             cache.store = np.memmap(held.enter_context(tempfile.TemporaryFile()), np.uint8, "w+", shape=room)
+            held.callback(vars(cache).pop, "store")  # with it goes the file
             for inner in cache.models:
                 held.callback(inner.register_forward_pre_hook(cache.enter, with_kwargs=True).remove)
                 held.callback(inner.register_forward_hook(cache.leave, always_call=True).remove)
@@ -57,9 +58,8 @@ class FrozenCache:
     """What enters the first trainable block, per row."""
 
     store: np.memmap
-    first: nn.Module
-    """The first trainable block; the blocks below it are `frozen`."""
-    frozen: Sequence[nn.Module]
+    first: nn.Module  # the first trainable block
+    frozen: Sequence[nn.Module]  # those below it
 
     def __init__(self, model: nn.Module) -> None:
         # Inner ones, since accelerate's autocast begins in the outer one's forward; PEFT calls one, the other or both.
@@ -67,10 +67,8 @@ class FrozenCache:
         self.models = [self.base, model.base_model] if isinstance(model, PeftModel) else []
         self.config: Any = getattr(self.base, "config", None)
         self.kind, self.rotary = (getattr(self.config, name, None) for name in ("model_type", "rope_parameters"))
-        self.notes: list[str] = []
-        """Why the cache is off or full."""
-        self.skipped = self.used = 0
-        """Batches that skipped the frozen blocks; bytes in the store."""
+        self.notes: list[str] = []  # why it is off, or full
+        self.skipped = self.used = 0  # batches; bytes
         self._places: dict[bytes, tuple[int, torch.dtype]] = {}  # where each row begins in the store
         self._batch: tuple[list[bytes], Tensor] | None = None  # keys, and which places hold tokens (n × t)
         self._states: Tensor | None = None  # of the batch; None while blocks are computed
@@ -87,9 +85,7 @@ class FrozenCache:
         base, tested = type(self.base), ENCODERS + DECODERS
         stock = self.models and base.__module__.startswith("transformers.models.") and self.kind in tested
         if not stock or base.__name__ in CLASSES_OF["question-answering"].values():  # its loss reads padding
-            return (
-                f"it was not tested with {base.__name__}, but with classifiers and causal models of {', '.join(tested)}"
-            )
+            return f"it was not tested with {base.__name__}, but with LoRA in {', '.join(tested)}"
         if self.config.output_hidden_states or self.config.output_attentions:
             return "the model's config asks for the output of every block"
         if "dynamic" in str(self.rotary) or "longrope" in str(self.rotary):
@@ -158,7 +154,7 @@ class FrozenCache:
         other = [name for name, value in further.items() if value is not None and value is not False]
         ids, mask, labels = (kwargs.get(name) for name in ("input_ids", "attention_mask", "labels"))
         if args or other or ids is None or ids.dim() != 2 or (mask is not None and mask.shape != ids.shape):
-            return f"it reads batches of {', '.join(READ)}, and these have {', '.join(other) or 'others'}"
+            return f"it reads batches of {', '.join(READ)}, and these have {', '.join(other) or 'another shape'}"
         read = torch.zeros_like(ids, dtype=torch.bool)
         read[:, 0] = self.kind in ENCODERS  # by the head
         if labels is not None and labels.shape == ids.shape and not labels.is_floating_point():
@@ -185,7 +181,9 @@ class FrozenCache:
         names = [name for name in READ if name in columns and name != "attention_mask"]
         stacked = torch.stack([columns[name].expand_as(ids).long() for name in names], 1)
         precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        about = repr((precision, names, "position_ids" in given and self.rotary is None)).encode()
+        # Positions mark packed rows only where there is no mask.
+        own_positions = "position_ids" in given and (self.rotary is None or "attention_mask" not in given)
+        about = repr((precision, names, [*given] if own_positions else None)).encode()
         keys = []
         for row, own in zip(stacked, tokens, strict=True):
             values = row[:, own]
@@ -201,11 +199,8 @@ class FrozenCache:
             states = row[own].view(torch.uint8).flatten().numpy()
             if self.used + len(states) > len(self.store):
                 self._full = True
-                self._note(
-                    f"ranks.cache_gb: the cache is full with {len(self._places):,} rows in {self.used / GIB:.3g} GiB, "
-                    "and batches with other rows compute all blocks; raise it to hold every row"
-                )
-                return
+                rows, size = f"{len(self._places):,} rows", f"{self.used / GIB:.3g} GiB"
+                return self._note(f"ranks.cache_gb: {rows} fill {size}; make room for all, also on the disk of TMPDIR")
             self.store[self.used : self.used + len(states)] = states
             self._places[key] = self.used, hidden.dtype
             self.used += len(states)
