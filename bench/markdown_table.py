@@ -14,5 +14,7 @@ def markdown(rows: pd.DataFrame | Iterable[Mapping[str, Any]]) -> str:
     Not `DataFrame.to_markdown`: that pads cells to the widest, so that one new row changes every line of a diff.
     """
     frame = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(rows)
-    lines = [list(frame.columns), ["---"] * len(frame.columns), *frame.fillna(NONE).astype(str).values.tolist()]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    head, *lines = [
+        f"| {' | '.join(line)} |\n" for line in [list(frame.columns), *frame.fillna(NONE).astype(str).values.tolist()]
+    ]
+    return "".join([head, f"|{'---|' * len(frame.columns)}\n", *lines])

@@ -542,11 +542,11 @@ def _worlds(cells: pd.DataFrame) -> pd.DataFrame:
         rows.append(
             {
                 "world": differences.WORLDS[world],
-                "way to train": SHORT[method].format(trusted=trusted),
+                "": SHORT[method].format(trusted=trusted),
                 "seeds": len(of),
                 "accuracy": f"{100 * of.accuracy.mean():.1f}",
                 "worst group": f"{100 * of.worst.mean():.1f}",
-                "over even draws": "" if gain is None else f"{gain.gain:+.1f} ({gain.low:+.1f}, {gain.high:+.1f})",
+                "gain": "" if gain is None else f"{gain.gain:+.1f} ({gain.low:+.1f}, {gain.high:+.1f})",
                 "test loss": f"{of.loss.mean():.2f}",
             }
         )

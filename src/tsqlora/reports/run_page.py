@@ -100,9 +100,6 @@ def _ranks(record: RunRecord) -> dict[str, Any]:
 
 def _tables(record: RunRecord) -> dict[str, Table]:
     grid, events = figures.Grid(list(record.plan["ranks"])), [e for e in record.rank_events if e.sensitivity]
-    history = figures.thinned(record.history, LOGGED)
-    names = list(dict.fromkeys(n for entry in history for n in entry if n not in ("step", "epoch")))
-    logged = [[f"{entry['step']:,}", *(f"{entry[n]:.4g}" if n in entry else "" for n in names)] for entry in history]
     ranks = [
         [kind, *("" if rank is None else rank for rank in ranks)]
         for kind, ranks in zip(grid.kinds, grid.rows(record.ranks), strict=True)
@@ -115,10 +112,18 @@ def _tables(record: RunRecord) -> dict[str, Table]:
     ]
     metrics = [[split, n, f"{value:.4f}"] for split, values in record.metrics.items() for n, value in values.items()]
     return {
-        "history": Table("Log", ["step", *names], logged),
+        "history": _log(record),
         "ranks": Table("Rank by block", ["kind", *grid.blocks], ranks),
         "sensitivity": Table("Share in percent", ["layer", "first", "last"], shares),
         "cost": Table("Cost by phase", ["phase", "seconds", "rows forward", "rows backward", "tokens"], cost),
         "metrics": Table("Metrics", ["rows", "metric", "value"], metrics, texts=[1]),
         "versions": Table("Versions", ["library", "version"], list(record.versions.items()), texts=[1]),
     }
+
+
+def _log(record: RunRecord) -> Table:
+    """The losses and metrics that the Trainer logged, a row for each step."""
+    history = figures.thinned(record.history, LOGGED)
+    names = list(dict.fromkeys(n for entry in history for n in entry if n not in ("step", "epoch")))
+    rows = [[f"{entry['step']:,}", *(f"{entry[n]:.4g}" if n in entry else "" for n in names)] for entry in history]
+    return Table("Log", ["step", *names], rows)

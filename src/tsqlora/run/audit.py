@@ -197,62 +197,74 @@ def _numbers(result: Audit, splits: Splits, tokenizer: PreTrainedTokenizerBase, 
 
 def make_listing(audit: Audit, splits: Splits, *, review: int, seed: int) -> Listing:
     """Rows that are wrong with a probability above DOUBT, at least LEAST; `review` others; the first MOST_PAIRS."""
-    # Of a row with several labels, the one that is likeliest wrong.
-    order = np.sort(np.unique(audit.ids, return_index=True)[1])
-    if audit.tokens is not None:
-        order = np.arange(len(audit))
+    # Of a row with several labels, the one that is likeliest wrong; of a sentence, every token.
+    order = np.sort(np.unique(audit.ids, return_index=True)[1]) if audit.tokens is None else np.arange(len(audit))
     doubted = int((audit.probability[order] > DOUBT).sum()) if audit.evident else 0
     suspects = min(max(doubted, LEAST), len(order))
     checks = suspects + draw_checks(audit.labels[order[suspects:]], review, stream("audit review", seed))
-    pairs = audit.duplicates[:MOST_PAIRS]
     places = [*order[:suspects].tolist(), *order[checks].tolist()]
+    pairs = audit.duplicates[:MOST_PAIRS]
     ids = {int(audit.ids[j]) for j in places} | {row for pair in pairs for row in (pair.first, pair.second)}
-    columns, rows, names = asdict(splits.columns), dict[int, Mapping[str, Any]](), audit.classes
+    rows = dict[int, Mapping[str, Any]]()
     for part in splits.chunks("train"):
         rows |= {int(j): row for j, row in zip(part.ids, part.rows, strict=True) if j in ids}
+    lister = _Lister(audit, splits, rows)
     place_of = {int(row): j for j, row in enumerate(audit.ids)}
-
-    def labels_of(row: int) -> list[str]:
-        return list(map(str, split_labels(rows[row][columns["label"]])))
-
-    def label(j: int, c: int) -> str | int:
-        """The label of place j if its class were c."""
-        if splits.labels is None or splits.labels.answer != "labels":
-            return names[c]
-        own = str(names[audit.labels[j]])
-        renamed = [str(names[c]) if name == own else name for name in labels_of(int(audit.ids[j]))]
-        return join_labels(list(dict.fromkeys(renamed)))
-
-    def listed(j: int, kind: str) -> Listed:
-        row, own = int(audit.ids[j]), int(audit.labels[j])
-        several = splits.labels is not None and splits.labels.answer == "labels"
-        has = set(labels_of(row)) - {str(names[own])} if several else set[str]()
-        token = None if audit.tokens is None else int(audit.tokens[j])
-        tokens = [] if token is None else list(map(str, rows[row][splits.columns.text]))
-        return Listed(
-            token=token,
-            word="" if token is None else tokens[token],
-            start=0 if not token else len(" ".join(tokens[:token])) + 1,
-            row=row,
-            text=row_text(rows[row], columns),
-            label=label(j, own),
-            suggested_label=label(j, int(audit.suggested[j])),
-            wrong_probability=float(audit.probability[j]),
-            kind=kind,
-            candidates=tuple(label(j, int(c)) for c in audit.candidates[j] if str(names[c]) not in has),
-        )
 
     def member(row: int) -> dict[str, Any]:
         j = place_of.get(row)
-        return {
-            "row": row,
-            "text": row_text(rows[row], columns),
-            "label": "" if j is None else label(j, int(audit.labels[j])),
-        }
+        label = "" if j is None else lister.label(j, int(audit.labels[j]))
+        return {"row": row, "text": lister.text(row), "label": label}
 
     duplicates = tuple((member(pair.first), member(pair.second)) for pair in pairs)
     kinds = ["suspect"] * suspects + ["check"] * len(checks)
-    return Listing(tuple(map(listed, places, kinds)), len(checks), duplicates)
+    return Listing(tuple(map(lister.listed, places, kinds)), len(checks), duplicates)
+
+
+@dataclass(frozen=True, slots=True)
+class _Lister:
+    """Shows places of an audit as a reader knows them: by the texts of `rows`, by number, and names of classes."""
+
+    audit: Audit
+    splits: Splits
+    rows: Mapping[int, Mapping[str, Any]]
+
+    def text(self, row: int) -> str:
+        return row_text(self.rows[row], asdict(self.splits.columns))
+
+    def label(self, j: int, c: int) -> str | int:
+        """The label of place j if its class were c."""
+        names = self.audit.classes
+        if not self._several:
+            return names[c]
+        own = str(names[self.audit.labels[j]])
+        renamed = [str(names[c]) if name == own else name for name in self._labels(int(self.audit.ids[j]))]
+        return join_labels(list(dict.fromkeys(renamed)))
+
+    def listed(self, j: int, kind: str) -> Listed:
+        audit, row, own = self.audit, int(self.audit.ids[j]), int(self.audit.labels[j])
+        others = set(self._labels(row)) - {str(audit.classes[own])} if self._several else set[str]()
+        token = None if audit.tokens is None else int(audit.tokens[j])
+        words = [] if token is None else list(map(str, self.rows[row][self.splits.columns.text]))
+        return Listed(
+            token=token,
+            word="" if token is None else words[token],
+            start=0 if not token else len(" ".join(words[:token])) + 1,
+            row=row,
+            text=self.text(row),
+            label=self.label(j, own),
+            suggested_label=self.label(j, int(audit.suggested[j])),
+            wrong_probability=float(audit.probability[j]),
+            kind=kind,
+            candidates=tuple(self.label(j, int(c)) for c in audit.candidates[j] if str(audit.classes[c]) not in others),
+        )
+
+    @property
+    def _several(self) -> bool:
+        return self.splits.labels is not None and self.splits.labels.answer == "labels"
+
+    def _labels(self, row: int) -> list[str]:
+        return list(map(str, split_labels(self.rows[row][self.splits.columns.label or ""])))
 
 
 def draw_checks(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 import importlib.util
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +94,7 @@ def load_pretrained(
     if not os.path.isdir(path) and not is_hub_id(path):
         raise SettingsError(f"model.path {path!r}: no such directory; correct it, or give a hub id")
     common: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
-    try:
+    with _named_failures(path):
         config = AutoConfig.from_pretrained(path, **common, **({} if generation else _head(labels)))
         by_word = labels is not None and labels.answer == "tags"
         if media is not None:
@@ -115,11 +116,6 @@ def load_pretrained(
             ignore_mismatched_sizes=generation is None,
             output_loading_info=True,
         )
-    except ImportError as error:
-        raise SettingsError(f"model.path {path!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SettingsError(f"model.path {path!r} cannot be loaded ({reason}); give a directory or a hub id") from error
     if media is None:
         _require_vocabulary(tokenizer, path)
     if generation is not None:
@@ -131,6 +127,18 @@ def load_pretrained(
     _require_whole(model, new, quantization)
     keep_as_trained(model)
     return Pretrained(model, tokenizer, new)
+
+
+@contextmanager
+def _named_failures(path: str) -> Iterator[None]:
+    """Raises SettingsError with the path and the first line of what a library says about it."""
+    try:
+        yield
+    except ImportError as error:
+        raise SettingsError(f"model.path {path!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SettingsError(f"model.path {path!r} cannot be loaded ({reason}); give a directory or a hub id") from error
 
 
 def _require_weights(missing_keys: Iterable[str], path: str) -> None:
