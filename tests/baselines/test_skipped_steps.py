@@ -6,9 +6,10 @@ from typing import Any, cast
 import pytest
 import torch
 from peft import PeftModel
-from transformers import TrainerCallback
+from transformers import TrainerCallback, Wav2Vec2ForSequenceClassification
 
 from setups import STEPS, build, trainer_of
+from stock import make_trainer
 from tsqlora.baselines import Built
 from tsqlora.baselines.adalora import AdaLoraCallback
 from tsqlora.baselines.elalora import ElaLoraCallback
@@ -60,15 +61,35 @@ def test_elalora_moves_as_many_with_the_next_step(tmp_path: Path) -> None:
 
 
 def test_a_step_without_gradients_or_with_one_that_is_not_finite_is_skipped() -> None:
-    layers = triplets_of(cast(PeftModel, build("elalora").model))
-    assert step_was_skipped(layers)
+    model = cast(PeftModel, build("elalora").model)
+    layers = triplets_of(model)
+    assert step_was_skipped(model, layers)
     for triplets in layers.values():
         for matrix, _ in triplets.matrices():
             matrix.grad = torch.ones_like(matrix)
-    assert not step_was_skipped(layers)
+    assert not step_was_skipped(model, layers)
     one = next(iter(layers.values()))
     cast(torch.Tensor, one.q.grad)[0, 0] = torch.inf
-    assert step_was_skipped(layers)
+    assert step_was_skipped(model, layers)
     one.lam.grad = None
     with pytest.raises(UnsupportedError, match=f"{one.name} has no gradient"):
-        step_was_skipped(layers)
+        step_was_skipped(model, layers)
+
+
+@pytest.mark.parametrize("name", ["adalora", "elalora"])
+def test_a_step_that_skips_a_block_at_random_counts(name: str, tmp_path: Path) -> None:
+    config = pytest.importorskip("made_media").wav2vec2_config(layerdrop=0.5, num_labels=2)
+    torch.manual_seed(0)
+    rows = [{"input_values": torch.randn(1600).tolist(), "labels": j % 2} for j in range(32)]
+
+    def collate(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        return {key: torch.tensor([row[key] for row in batch]) for key in batch[0]}
+
+    model = Wav2Vec2ForSequenceClassification(config)
+    built = build(name, model, samples=rows, collate=collate, target_modules=["q_proj", "v_proj"])
+    trainer = make_trainer(cast(Any, built.model), rows, tmp_path, [*built.callbacks], max_steps=STEPS)
+    trainer.data_collator, trainer.loss_is_scaled_for_ga = collate, False
+    trainer.train()
+    assert sum(built.ranks().values()) == 4 * 4
+    moved = callback_of(built, AdaLoraCallback if name == "adalora" else ElaLoraCallback)
+    assert moved.allocations if name == "adalora" else moved.changes

@@ -57,7 +57,7 @@ class AdaLoraCallback(TrainerCallback):
         """Steps at which the allocator chose triplets."""
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        step, skipped = state.global_step, step_was_skipped(self.layers)
+        step, skipped = state.global_step, step_was_skipped(self.model, self.layers)
         due = self.due.taken(step, skipped=skipped)
         if not skipped and allocate_triplets(self.model, self.config, step if due is None else due):
             self.allocations.append(step)

@@ -107,7 +107,7 @@ class ElaLoraCallback(TrainerCallback):
         """Number of triplets that changed places, by step."""
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        step, skipped = state.global_step, step_was_skipped(self.layers)
+        step, skipped = state.global_step, step_was_skipped(self.model, self.layers)
         if step < self.phase.stop and not skipped:
             self.importance.update()
         due = self.due.taken(step, skipped=skipped)

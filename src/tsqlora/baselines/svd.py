@@ -23,6 +23,8 @@ from tsqlora.errors import UnsupportedError
 from tsqlora.training.optimizer import finite_gradients
 
 ADAPTER = "default"
+LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+"""The configs' chances that a training step skips a block."""
 SMALLEST = 1e-13
 """The largest λ of a new triplet, as in ElaLoRA's released code."""
 
@@ -120,13 +122,18 @@ class PenaltyInTraining(TrainerCallback):
         self.config.orth_reg_weight = 0.0
 
 
-def step_was_skipped(layers: Mapping[str, Triplets]) -> bool:
+def step_was_skipped(model: PeftModel, layers: Mapping[str, Triplets]) -> bool:
     """Whether the optimizer skipped its step: no layer has a gradient any more, or one is not finite.
 
-    Raises UnsupportedError with the name of a layer that the loss does not reach, where it reaches others.
+    Layers of blocks that LayerDrop skipped get a gradient of 0, behind the optimizer's step. Raises UnsupportedError
+    with the name of a layer that the loss does not reach, where it reaches others.
     """
     missing = [name for name, triplets in layers.items() if triplets.lam.grad is None]
     if missing and len(missing) < len(layers):
+        if any(getattr(model.config, name, 0) for name in LAYER_DROPS):
+            for name in missing:
+                layers[name].lam.grad = torch.zeros_like(layers[name].lam)
+            return step_was_skipped(model, layers)
         raise UnsupportedError(
             f"{missing[0]} has no gradient: the loss does not depend on it; leave it out of target_modules"
         )
