@@ -109,6 +109,13 @@ def show_numbers(console: Console, numbers: Mapping[str, Any]) -> None:
     say(console, [f"{name:<22} {value}" for name, value in shown.items()])
 
 
+def show_review(console: Console, result: Mapping[str, Any]) -> None:
+    """What a review changed, and how to train on it."""
+    show_numbers(console, result)
+    trusted = f" --set data.trusted={result['trusted']}"
+    say(console, [f"next: tsqlora train --model M --data {result['corrected']}{trusted if result['reviewed'] else ''}"])
+
+
 def show_scores(console: Console, result: Mapping[str, Any]) -> None:
     """The result of `score`: what is in the file, and what to do with it."""
     from tsqlora.quality.explain import WHY

@@ -7,7 +7,15 @@ import typer
 
 from tsqlora.cli import console
 from tsqlora.cli.console import Json, Set, Source
-from tsqlora.cli.display import show_allocation, show_audit, show_explained, show_numbers, show_row, show_scores
+from tsqlora.cli.display import (
+    show_allocation,
+    show_audit,
+    show_explained,
+    show_numbers,
+    show_review,
+    show_row,
+    show_scores,
+)
 from tsqlora.cli.progress_bars import Display
 from tsqlora.errors import SettingsError
 from tsqlora.files import write_json
@@ -137,7 +145,7 @@ def audit(
 
         if model is not None or review or deep or set_:
             raise SettingsError("--apply only corrects labels; remove --model, --review, --deep and --set")
-        console.show(apply_review(apply, out), as_json, show_numbers)
+        console.show(apply_review(apply, out), as_json, show_review)
         return
     from tsqlora.run.audit import run_audit
 
