@@ -6,9 +6,11 @@ Two models of one shape, the same batches of random tokens, 128 a row, all cores
 one with `RankLoop` (mean rank 8, capacity 16) take turns, so that both see the same machine; about as large a share of
 steps is measured as in a default run of 500 steps. Of a run's seconds the whole is compared, and apart from it the
 steps in which nothing is measured. SmolLM2 is its architecture (135M) with random weights: a step costs the same.
-`large rank` is MiniLM's step at rank 64 and at 128, and at rank 64 with slots for 128. With `--frozen` only the cache of
-frozen blocks is measured: adapters in the top third of the blocks, no dropout, steps with and without it in turns. Peak memory is that of a
+`large rank` is MiniLM's step at rank 64 and at 128, and at rank 64 with slots for 128. Peak memory is that of a
 separate process, beyond what it holds once the model is loaded.
+
+With `--frozen` only the cache of frozen blocks is measured: adapters in the top third of the blocks, no dropout, and
+steps with and without the cache in turns.
 """
 
 import argparse
