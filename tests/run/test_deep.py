@@ -14,12 +14,16 @@ from tsqlora.run.job import Job, load
 
 
 def test_every_row_is_predicted_once_by_a_model_of_other_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job, folds = load(load_config(set_up(tmp_path, rows=40) / "c.yaml")), list[Job]()
+    job, folds, sizes = load(load_config(set_up(tmp_path, rows=40) / "c.yaml")), list[Job](), list[int]()
+    whole = job.config.training.batch_size
 
     def ids(fold: Job, split: str) -> np.ndarray:
         return np.asarray(fold.data.samples[split].ids)
 
-    def row_numbers(fold: Job, progress: Any) -> np.ndarray:
+    def row_numbers(fold: Job, size: int, progress: Any) -> np.ndarray:
+        sizes.append(size)
+        if size == whole:
+            raise MemoryError
         folds.append(fold)
         assert not {*ids(fold, "train")} & {*ids(fold, "validation")}
         return ids(fold, "validation")[:, None]
@@ -28,6 +32,7 @@ def test_every_row_is_predicted_once_by_a_model_of_other_rows(tmp_path: Path, mo
     logits = out_of_fold_logits(job.config, job.data, max_length=job.max_length)
     assert np.array_equal(logits[:, 0], np.asarray(job.data.samples["train"].ids))
     assert len(folds) == FOLDS
+    assert sizes == [whole, *[whole // 2] * FOLDS], "a size that did not fit is not tried again"
 
 
 @pytest.mark.filterwarnings("ignore:rows are drawn evenly")

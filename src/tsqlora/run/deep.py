@@ -2,6 +2,7 @@
 
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from tsqlora.compat.shapes import Float
 from tsqlora.data.prepare import Prepared
+from tsqlora.oom import even_parts, retry_on_oom
 from tsqlora.progress import Progress, Pulse
 from tsqlora.run.callbacks import build_callbacks
 from tsqlora.run.config import Config
@@ -26,29 +28,36 @@ def out_of_fold_logits(
 ) -> Float[np.ndarray, "n k"]:
     """Logits of every training row by a model that was fine-tuned, by the config, on the other folds.
 
-    Cost: FOLDS trainings on two thirds of the rows. Nothing is saved.
+    Cost: FOLDS trainings on two thirds of the rows. Nothing is saved. A fold that runs out of memory starts again with
+    its batches in smaller parts.
     """
     rows, seed = data.samples["train"], config.training.seed
+    sizes = even_parts(config.training.batch_size)
     enough = np.unique(rows.labels, return_counts=True)[1].min() >= FOLDS
     folds = (StratifiedKFold if enough else KFold)(FOLDS, shuffle=True, random_state=seed)
     parts: dict[int, np.ndarray] = {}
     for number, (train, test) in enumerate(folds.split(rows.labels, rows.labels), start=1):
         samples = {"train": rows.take(train), "validation": rows.take(test)}
-        job = _job(config, replace(data, samples=samples), max_length)
-        logits = _fine_tuned(job, _of_fold(number, progress))
+        attempt = partial(_attempt, config, replace(data, samples=samples), max_length, _of_fold(number, progress))
+        size, logits = retry_on_oom(attempt, sizes)
+        sizes = sizes[sizes.index(size) :]
         parts |= dict(zip(test.tolist(), logits, strict=True))
     return np.stack([parts[j] for j in range(len(rows))])
 
 
-def _job(config: Config, data: Prepared, max_length: int) -> Job:
+def _attempt(
+    config: Config, data: Prepared, max_length: int, progress: Progress | None, size: int
+) -> tuple[int, Float[np.ndarray, "m k"]]:
     task = trained_task(config)
-    return Job(config, task, load_model(config, task, data.splits.labels), data, max_length)
+    job = Job(config, task, load_model(config, task, data.splits.labels), data, max_length)
+    return size, _fine_tuned(job, size, progress)
 
 
-def _fine_tuned(job: Job, progress: Progress | None) -> Float[np.ndarray, "m k"]:
-    """Train on the job's training rows; return the logits of its validation rows."""
+def _fine_tuned(job: Job, size: int, progress: Progress | None) -> Float[np.ndarray, "m k"]:
+    """Train on the job's training rows, at most `size` at once; return the logits of its validation rows."""
     with tempfile.TemporaryDirectory() as folder:
-        args, model = arguments(job.config, Path(folder)), with_adapter(job.config, job.pretrained)
+        args = arguments(job.config, Path(folder), micro_batch_size=size)
+        model = with_adapter(job.config, job.pretrained)
         args.save_strategy, args.eval_strategy = SaveStrategy.NO, IntervalStrategy.NO
         args.load_best_model_at_end = False
         record = RunRecord("running", args.seed, job.task.name, None, {"hash": job.data.hash}, {})
