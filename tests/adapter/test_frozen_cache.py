@@ -185,7 +185,7 @@ def test_it_works_in_a_stock_trainer_with_half_precision(gb: float, calls: int, 
 
 
 def left_behind(model: nn.Module) -> list[str]:
-    """Names of modules that have hooks or a forward of their own."""
+    """Names of modules that have hooks or a replaced forward."""
     return [n for n, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m)]
 
 

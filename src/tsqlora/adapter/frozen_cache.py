@@ -174,16 +174,16 @@ class FrozenCache:
 
     def _rows(self, inputs: Mapping[str, Any]) -> tuple[list[bytes], Tensor]:
         """A row's key hashes its own tokens, their places, and the precision."""
-        given = {name: inputs[name].cpu() for name in READ if inputs.get(name) is not None}
-        ids, device = given["input_ids"], inputs["input_ids"].device.type
-        tokens = given.get("attention_mask", torch.ones_like(ids)) != 0
-        columns = {"position_ids": torch.arange(ids.shape[1])[None], **given}
+        passed = {name: inputs[name].cpu() for name in READ if inputs.get(name) is not None}
+        ids, device = passed["input_ids"], inputs["input_ids"].device.type
+        tokens = passed.get("attention_mask", torch.ones_like(ids)) != 0
+        columns = {"position_ids": torch.arange(ids.shape[1])[None], **passed}
         names = [name for name in READ if name in columns and name != "attention_mask"]
         stacked = torch.stack([columns[name].expand_as(ids).long() for name in names], 1)
         precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         # Positions mark packed rows only where there is no mask.
-        own_positions = "position_ids" in given and (self.rotary is None or "attention_mask" not in given)
-        about = repr((precision, names, [*given] if own_positions else None)).encode()
+        own_positions = "position_ids" in passed and (self.rotary is None or "attention_mask" not in passed)
+        about = repr((precision, names, [*passed] if own_positions else None)).encode()
         keys = []
         for row, own in zip(stacked, tokens, strict=True):
             values = row[:, own]
