@@ -84,5 +84,7 @@ def test_an_export_says_what_was_written_and_compared() -> None:
     assert "truncated    8 layers; the greatest losses:" in text
     assert "80.0% of ‖ΔW‖  layer.8" in text
     assert "layer.2" not in text
-    assert "logits within 0.25, of 4" in shown(show_export, done | {"logits_difference": 0.25, "largest_logit": 4.0})
+    assert "logits differ by 0.25 at most" in shown(
+        show_export, done | {"logits_difference": 0.25, "largest_logit": 4.0}
+    )
     assert "compared" not in shown(show_export, done | {"update_difference": None})
