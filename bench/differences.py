@@ -18,6 +18,8 @@ WORLDS = {
     "shortcut": "a shortcut",
     "both": "a shortcut and 20 % wrong labels",
     "weak": "weak labels",
+    "shortcut-careless": "a shortcut, careless trusted rows",
+    "weak-careless": "weak labels, careless trusted rows",
     "wrong20": "20 % wrong labels (SST-2)",
     "intents-wrong40": "40 % wrong labels (CLINC150)",
     "intents": "150 classes, clean",

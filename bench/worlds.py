@@ -14,7 +14,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,14 @@ def weak(seed: int, trusted: int) -> World:
     return World(labelled, checked, test, by_label(test), wrong)
 
 
+def careless(world: Callable[[int, int], World], seed: int, trusted: int) -> World:
+    """A world with careless trusted rows: 8 % have a wrong label, and one of two classes is three times the other."""
+    here, rng, few = world(seed, 2 * trusted), np.random.default_rng([seed, 8]), trusted // 4
+    often, seldom = ([row for row in here.trusted if row["label"] == label] for label in (1, 0))
+    rows = [*often[: trusted - few], *seldom[:few]]
+    return replace(here, trusted=mislabelled([rows[j] for j in rng.permutation(len(rows))], 0.08, rng))
+
+
 WORLDS: dict[str, Callable[[int, int], World]] = {
     "clean": lambda seed, trusted: table("sst2", seed, trusted),
     "clean-mrpc": lambda seed, trusted: table("mrpc", seed, trusted),
@@ -143,6 +151,8 @@ WORLDS: dict[str, Callable[[int, int], World]] = {
     "shortcut": shortcut,
     "both": lambda seed, trusted: shortcut(seed, trusted, noise=0.2),
     "weak": weak,
+    "shortcut-careless": lambda seed, trusted: careless(shortcut, seed, trusted),
+    "weak-careless": lambda seed, trusted: careless(weak, seed, trusted),
 }
 
 
