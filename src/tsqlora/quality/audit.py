@@ -223,8 +223,14 @@ def audit_of(
         result = audit_of_logits(logits, own, classes=classes, ids=ids[rows], excluded=others, nearest=nearest)
         labels = np.unique(labels, axis=0, return_inverse=True)[1]
     else:
-        width = int(labels.max()) + 1 if classes is None else len(classes)
-        result = audit_of_logits(fit_classes(features, labels, width).left_out, labels, classes=classes, ids=ids)
+        width, nearest = int(labels.max()) + 1 if classes is None else len(classes), None
+        if len(np.unique(labels)) >= FROZEN_CLASSES:
+            logits = fit_classes(features, labels, width).left_out
+        else:
+            rows = np.arange(len(labels))
+            logits = _out_of_fold(features, labels, rows, width)
+            nearest = partial(_labels_of_nearest, features, labels, rows)
+        result = audit_of_logits(logits, labels, classes=classes, ids=ids, nearest=nearest)
     return replace(result, duplicates=contradictions(features, labels, ids))
 
 
