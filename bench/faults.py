@@ -40,7 +40,6 @@ CHECKPOINT_FILES = (
     "tsqlora.json",
     "tsqlora.safetensors",
     "tsqlora_quality.json",
-    "tsqlora_cost.json",
     "tsqlora_guard.json",
     "tsqlora_manifest.json",
 )

@@ -86,14 +86,22 @@ def test_a_clean_table_has_hardly_a_likely_wrong_row() -> None:
     assert audit_of(features, true).likely_wrong <= 0.01 * ROWS
 
 
-def test_two_classes_on_frozen_features_are_no_evidence_but_keep_their_order() -> None:
-    features, true, rng = blobs()
+@pytest.mark.parametrize("seed", range(3))
+def test_wrong_labels_of_two_classes_are_evident(seed: int) -> None:
+    features, true, rng = blobs(seed=seed)
     true = true % 2
     labels = np.where(rng.random(ROWS) < 0.2, 1 - true, true)
     audit = audit_of(features, labels)
-    assert (audit.evident, audit.likely_wrong, audit.low) == (False, 0, 0.0)
-    assert "two classes" in str(audit.why_not)
-    assert average_precision_score(wrong_of(audit, labels, true), audit.probability) > 0.5
+    assert audit.evident
+    assert audit.rate == pytest.approx(0.2, abs=0.03)
+    assert wrong_of(audit, labels, true)[: audit.likely_wrong].mean() > 0.8
+    assert average_precision_score(wrong_of(audit, labels, true), audit.probability) > 0.8
+
+
+@pytest.mark.parametrize("merged", [2, 4, 6])
+def test_classes_that_are_merged_into_two_are_no_evidence_of_wrong_labels(merged: int) -> None:
+    features, true, _ = blobs(0.6)
+    assert not audit_of(features, (true < merged).astype(int)).evident
 
 
 def test_near_duplicates_with_different_labels_are_all_pairs_above_the_threshold() -> None:

@@ -1,9 +1,9 @@
 """Audit: find wrong labels before training, with rate, probabilities and suggestions.  METHOD 1.4, ours.
 
-Each row is judged by a fit without it on frozen features: ridge regression, or for tags and several labels a row, where
-least squares looks like wrong labels, logistic regression. `label_noise` estimates the rate of wrong labels from
-contradictions with these predictions, `transitions` which labels each class's rows get; Bayes' rule then gives the
-probability that a class is the true one. Of several labels of a row, each is judged without the others.
+Each row is judged by a fit without it on frozen features: ridge regression, or for two classes, tags and several labels
+a row, where least squares looks like wrong labels, logistic regression. `label_noise` estimates the rate of wrong
+labels from contradictions with these predictions, `transitions` which labels each class's rows get; Bayes' rule then
+gives the probability that a class is the true one. Of several labels of a row, each is judged without the others.
 """
 
 from collections.abc import Sequence
@@ -209,7 +209,8 @@ def audit_of(
 ) -> Audit:
     """Audit labels, classes or n × k of 0 and 1, by frozen features.
 
-    A ridge fit on all other rows judges the class of each row, and logistic regressions in folds each of its labels.
+    A ridge fit on all other rows judges each row's class, and logistic regressions in folds one of two classes, or each
+    of several labels.
     """
     ids = np.arange(len(labels)) if ids is None else ids
     if labels.ndim == 2:
@@ -304,7 +305,7 @@ def audit_of_logits(
         low=low,
         high=high,
         evident=noise.evident,
-        why_not=None if noise.evident else _why_not(labels[judged], frozen and nearest is None),
+        why_not=None if noise.evident else "rows contradict their labels no more surely than hard rows do",
         unjudged=int((~judged).sum()),
         pairs=_pairs(labels, suggested, wrong, logits),
         duplicates=(),
@@ -325,12 +326,6 @@ def _p_true(logits: Logits, labels: Labels, noise: LabelNoise, judged: Bool[np.n
         part = rows[start : start + ROWS_AT_ONCE]
         p_true[part] = true_class(p(part), labels[part], matrix)
     return p_true
-
-
-def _why_not(labels: Labels, ridge: bool) -> str:
-    if ridge and len(np.unique(labels)) < FROZEN_CLASSES:
-        return "on features that were never trained, wrong labels of two classes look like hard rows (--deep trains)"
-    return "rows contradict their labels no more surely than hard rows do"
 
 
 def _pairs(labels: Labels, suggested: Labels, wrong: Float[np.ndarray, " n"], logits: Logits) -> tuple[ClassPair, ...]:
