@@ -50,8 +50,8 @@ FRESH = 3
 def cells() -> pd.DataFrame:
     """A row for each cell of the fresh seeds; of the screen, for worlds and trusted rows that have no fresh seeds."""
     stored = all_cells()
-    fresh = stored.assign(fresh=stored.seed >= FRESH)
-    return fresh[fresh.fresh == fresh.groupby(["world", "trusted"]).fresh.transform("any")]
+    fresh = stored.assign(fresh=stored.seed >= FRESH, without=stored.method.isin(WITHOUT_TRUSTED))
+    return fresh[fresh.fresh == fresh.groupby(["world", "trusted", "without"]).fresh.transform("any")]
 
 
 def all_cells() -> pd.DataFrame:
