@@ -541,6 +541,12 @@ def worlds(world: str, _: Results) -> pd.DataFrame:
     return table.drop(columns="seeds") if (by_trusted.nunique() == 1).all() else table
 
 
+def worlds_careless(_: Results) -> pd.DataFrame:
+    """The worlds with careless trusted rows, on fresh seeds."""
+    cells = differences.cells()
+    return _worlds(cells[cells.world.str.endswith("-careless")])
+
+
 def worlds_screen(_: Results) -> pd.DataFrame:
     """All worlds on the seeds of the screen."""
     return _worlds(differences.screen())
@@ -803,6 +809,7 @@ TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "servers": servers,
     **{f"worlds-{world}": partial(worlds, world) for world in ("shortcut", "both", "weak", "wrong20", "clean")},
     "worlds-screen": worlds_screen,
+    "worlds-careless": worlds_careless,
 }
 
 
