@@ -253,7 +253,7 @@ def number(bench: Bench, run: Path, number: int, rng: random.Random) -> dict[str
 def memory(bench: Bench, run: Path, number: int, rng: random.Random) -> dict[str, Any]:
     """Allocations that fail from some pass on, and a real limit: the same steps, in smaller parts."""
     if number == 0:
-        plan: dict[str, Any] = {"prepare": "limit", "bytes": 24 << 20, "config": wide(bench.place)}
+        plan: dict[str, Any] = {"prepare": "limit", "bytes": 16 << 20, "config": wide(bench.place)}
     else:
         plan = {"prepare": "memory", "first": rng.randrange(1, 24), "rows": (1, 2, 4)[number % 3]}
     output = bench.train(run, **plan).end(0)
