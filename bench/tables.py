@@ -209,7 +209,7 @@ def llamacpp(results: Results) -> Rows:
 # ------------------------------------------------------------------------------------- faults
 
 FAULTS = {
-    "kill": "SIGKILL at a random moment of warm-up, scoring, first ranks, training, adjustment, checkpointing, export",
+    "kill": "SIGKILL at a random moment of the look, first ranks, training, adjustment, checkpointing, export",
     "signal": "SIGTERM and Ctrl-C in each of them",
     "disk": "a full disk (six sizes), no inodes, a read-only disk, a folder that becomes unwritable",
     "damage": "each file of a checkpoint, and the run's own, cut off, with a bit flipped, missing",
