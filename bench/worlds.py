@@ -32,7 +32,9 @@ from sklearn.preprocessing import StandardScaler
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 from tsqlora.files import write_json
+from tsqlora.quality.agreement import agreement
 from tsqlora.quality.forward_pass import forward_pass
+from tsqlora.quality.ridge import fit_classes
 from tsqlora.quality.rule import Compute
 from tsqlora.run.config import Config
 from tsqlora.run.demo import package_folder
@@ -328,14 +330,33 @@ def cell(world: str, method: str, seed: int, trusted: int) -> dict[str, Any]:
     return result
 
 
+def agreements(worlds: Sequence[str], seeds: Sequence[int], trusted: int) -> None:
+    """Whether trusted rows agree with the pool, by the head's inputs as the look sees them; without any training."""
+    path, result = RESULTS.parent / "agreement.json", {}
+    for world, seed in ((world, seed) for world in worlds for seed in seeds):
+        here = WORLDS[world](seed, trusted)
+        (features, labels), (few, answers) = features_of(here.train), features_of(here.trusted)
+        width = features.shape[1] // 2  # the other half are mean hidden states
+        ridge = fit_classes(features[:, :width], labels, int(labels.max()) + 1)
+        it = agreement(ridge, labels, few[:, :width], answers, get_task("sequence-classification"))
+        assert it is not None
+        result[f"{world}.{trusted}.{seed}"] = it.to_dict()
+        print(world, seed, it, flush=True)
+    write_json(path, {"tables": result, "versions": versions(), "machine": machine(), "commit": commit()})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("worlds", nargs="+", choices=WORLDS)
     parser.add_argument("--methods", default="default,even,trusted")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--trusted", default="128")
+    parser.add_argument("--agreement", action="store_true", help="only whether trusted rows agree with the pool")
     request = parser.parse_args()
     torch.set_num_threads(1)
+    if request.agreement:
+        seeds = [int(seed) for seed in request.seeds.split(",")]
+        return agreements(request.worlds, seeds, int(request.trusted))
     for world in request.worlds:
         for trusted in map(int, request.trusted.split(",")):
             for seed in map(int, request.seeds.split(",")):

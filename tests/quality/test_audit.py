@@ -7,7 +7,8 @@ from sklearn.metrics import average_precision_score
 
 import tsqlora as tsq
 from models import collate, samples, tiny_bert
-from tsqlora.quality.audit import NEAR, Audit, audit_of, audit_of_tags, contradictions
+from tsqlora.quality.audit import Audit, audit_of, audit_of_tags
+from tsqlora.quality.duplicates import NEAR, contradictions
 from tsqlora.quality.tag_features import TagFeatures
 
 CLASSES, ROWS, WIDTH = 8, 1600, 24

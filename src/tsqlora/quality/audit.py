@@ -17,6 +17,7 @@ from torch import nn
 from tsqlora import distributed
 from tsqlora.compat.shapes import Bool, Float, Int, Shaped
 from tsqlora.errors import SettingsError, UnsupportedError
+from tsqlora.quality.duplicates import Contradiction, contradictions, labels_of_nearest
 from tsqlora.quality.forward_pass import forward_pass
 from tsqlora.quality.label_noise import FROZEN_CLASSES, LabelNoise, Labels, Logits, Nearest, reject
 from tsqlora.quality.linear_head import FOLDS, grouped_logits
@@ -41,12 +42,6 @@ CANDIDATES = 4
 """Classes to list for each row, likeliest first."""
 ROWS_TO_FIT = 50_000
 ROWS_AT_ONCE = 16_384
-NEAR = 0.93
-"""Cosine of centred features above which rows are near-duplicates: on CLINC150's mean hidden states such pairs say
-(nearly) the same."""
-ROWS_TO_COMPARE = 50_000
-"""Compare at most this many rows with each other, which takes some minutes on two cores."""
-MOST_CONTRADICTIONS = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +54,6 @@ class ClassPair:
     """Rows that are likelier of the suggested class."""
     wrong: float
     """Expected wrong labels among them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Contradiction:
-    """Two near-duplicate rows, by their ids, with different labels."""
-
-    first: int
-    second: int
-    similarity: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -195,7 +181,7 @@ def audit_of_tags(
     Fits on other rows judge them, since the other tokens of its row give a tag away.
     """
     logits = _out_of_fold(tokens.features, tokens.tags, tokens.rows, width)
-    nearest = partial(_labels_of_nearest, tokens.features, tokens.tags, tokens.rows)
+    nearest = partial(labels_of_nearest, tokens.features, tokens.tags, tokens.rows)
     result = audit_of_logits(logits, tokens.tags, classes=classes, nearest=nearest)
     return replace(result, ids=ids[tokens.rows[result.ids]], tokens=tokens.numbers[result.ids])
 
@@ -218,7 +204,7 @@ def audit_of(
         others = labels[rows] > 0.5
         others[np.arange(len(own)), own] = False
         logits = _out_of_fold(features[rows], own, rows, labels.shape[1])
-        nearest = partial(_labels_of_nearest, features[rows], own, rows)
+        nearest = partial(labels_of_nearest, features[rows], own, rows)
         # The row's other labels are as unlikely as its least likely class.
         logits = np.where(others, logits.min(axis=1, keepdims=True), logits)
         result = audit_of_logits(logits, own, classes=classes, ids=ids[rows], excluded=others, nearest=nearest)
@@ -230,7 +216,7 @@ def audit_of(
         else:
             rows = np.arange(len(labels))
             logits = _out_of_fold(features, labels, rows, width)
-            nearest = partial(_labels_of_nearest, features, labels, rows)
+            nearest = partial(labels_of_nearest, features, labels, rows)
         result = audit_of_logits(logits, labels, classes=classes, ids=ids, nearest=nearest)
     return replace(result, duplicates=contradictions(features, labels, ids))
 
@@ -239,19 +225,6 @@ def _out_of_fold(features: Float[np.ndarray, "n d"], labels: Labels, rows: Int[n
     if (several := len(np.unique(rows))) < FOLDS:
         raise SettingsError(f"{several} rows with a label are too few for an audit; give at least {FOLDS}")
     return grouped_logits(features, labels, rows, width, rng=stream("audit folds", 0))
-
-
-def _labels_of_nearest(
-    features: Float[np.ndarray, "n d"], labels: Labels, rows: Int[np.ndarray, " n"], some: Int[np.ndarray, " m"]
-) -> Int[np.ndarray, " m"]:
-    """Return the label that is nearest to each of some labels, by cosine of centred features, in another row."""
-    unit, nearest = _unit(features), list[np.ndarray]()
-    for start in range(0, len(some), 256):
-        part = some[start : start + 256]
-        similar = unit[part] @ unit.T
-        similar[rows[part][:, None] == rows] = -np.inf
-        nearest.append(similar.argmax(axis=1))
-    return labels[np.concatenate(nearest)]
 
 
 def audit_of_logits(
@@ -336,26 +309,3 @@ def _pairs(labels: Labels, suggested: Labels, wrong: Float[np.ndarray, " n"], lo
         ClassPair(int(keys[j] // k), int(keys[j] % k), int(rows[j]), float(expected[j]))
         for j in np.lexsort((-expected, -rows))
     )
-
-
-def contradictions(
-    features: Float[np.ndarray, "n d"], labels: Labels, ids: Int[np.ndarray, " n"]
-) -> tuple[Contradiction, ...]:
-    """Return the nearest pairs with different labels among the first rows.  [ours]"""
-    unit = _unit(features[:ROWS_TO_COMPARE])
-    nearest: list[tuple[float, int, int]] = []
-    for start in range(0, len(unit), 1_024):
-        similar = unit[start : start + 1_024] @ unit[start:].T
-        first, second = np.nonzero(similar >= NEAR)
-        unlike = (second > first) & (labels[first + start] != labels[second + start])
-        pairs = zip(first[unlike], second[unlike], strict=True)
-        nearest += [(-float(similar[a, b]), int(ids[a + start]), int(ids[b + start])) for a, b in pairs]
-        nearest = sorted(nearest)[:MOST_CONTRADICTIONS]
-    return tuple(Contradiction(a, b, min(-negative, 1.0)) for negative, a, b in nearest)
-
-
-def _unit(features: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
-    """Return centred features of norm 1."""
-    centred = features.astype(np.float32)
-    centred -= centred.mean(axis=0)
-    return centred / np.linalg.norm(centred, axis=1, keepdims=True).clip(min=1e-12)
