@@ -311,8 +311,8 @@ def test_what_an_earlier_look_measured_of_the_trusted_model_is_used_again() -> N
     model, rows, trusted = wrapped(), learnable(60), learnable(40, seed=1)
     rule = ScoringRule(weights={"reducible_loss": 1.0})
     first = looked(model, rows, rule=rule, trusted=Trusted(trusted))
-    again = Trusted(trusted, loss=first.scores.terms["trusted_loss"])
-    second = looked(model, rows, rule=ScoringRule(weights={"reducible_loss": 1.0}, head_start=False), trusted=again)
+    first.undo()
+    second = looked(model, rows, rule=rule, trusted=Trusted(trusted, loss=first.scores.terms["trusted_loss"]))
     np.testing.assert_array_equal(second.scores.terms["trusted_loss"], first.scores.terms["trusted_loss"])
     np.testing.assert_allclose(second.scores.terms["reducible_loss"], first.scores.terms["reducible_loss"], atol=1e-4)
     assert not second.scores.even

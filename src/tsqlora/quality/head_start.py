@@ -37,6 +37,8 @@ LEAST_P = 1e-3
 """Least probability of a label by least squares, whose predictions may lie outside of 0 and 1."""
 WHITENED_STD = 0.5
 """Deviation of the outputs of a whitened dense layer: tanh is nearly linear there."""
+TRAINING_SCALE = 0.5
+"""Factor on a fitted head when training starts: a large head slows the features' learning (docs/method.md)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,6 +90,16 @@ class Started:
         if self.head is None or not self.head.replaces:
             return self.pool.logits.astype(np.float32)  # large columns are in half precision
         return self.head.fit.head.logits(self._features(self.pool)).astype(np.float32)
+
+    @torch.no_grad()
+    def ready_to_train(self, task: Task) -> None:
+        """Scale the installed head down, which changes no decision; heads of numbers keep their scale."""
+        if self.head is None or not self.head.replaces or isinstance(task, Regression):
+            return
+        assert self.layer is not None
+        for parameter in (self.layer.linear.weight, self.layer.linear.bias):
+            if parameter is not None:
+                parameter.mul_(TRAINING_SCALE)
 
     def ridge(self, task: Task) -> Ridge | None:
         """Fit the answers on features in closed form, with leave-one-out predictions; None without features."""

@@ -52,7 +52,7 @@ class Look:
 def look(model: nn.Module, request: LookRequest) -> Look:
     """Fit the head if that is better than the model's own, and score every row.
 
-    The fitted head stays in the model; everything else is restored. All processes get the same scores.
+    The fitted head stays in the model, scaled for training; everything else is restored. All processes get the same scores.
     """
     begin = time.perf_counter()
     model, request = distributed.unwrapped(model), replace(request, collate=each_its_row(request.collate))
@@ -68,6 +68,7 @@ def look(model: nn.Module, request: LookRequest) -> Look:
     started = start_head(model, request)
     try:
         result = _Looking(model, request, started).result()
+        started.ready_to_train(task)
     except BaseException:
         started.undo()
         raise

@@ -282,7 +282,9 @@ class QualityCallback(PartCallback):
     def _start_head(self, args: TrainingArguments, model: nn.Module, collate: Any) -> None:
         """Fit the head only, without a look: for the control."""
         start = time.perf_counter()
-        started = start_head(distributed.unwrapped(model), self._request(args, model, collate, {}))
+        request = self._request(args, model, collate, {})
+        started = start_head(distributed.unwrapped(model), request)
+        started.ready_to_train(request.task)
         head = None if started.head is None else started.head.summary()
         self.looks.append({"step": 0, "epoch": 0, "head_start": head, "not_ready": None})
         rows = len(self.data.dataset)
