@@ -28,6 +28,7 @@ from transformers import TrainerCallback, set_seed
 
 from tsqlora.compare.methods import POLICIES, build
 from tsqlora.files import write_json
+from tsqlora.quality.head_start import TRAINING_SCALE
 from tsqlora.run.config import Config
 from tsqlora.run.demo import bbc_news, package_folder
 from tsqlora.run.fit import arguments, predictor_of
@@ -51,8 +52,8 @@ TABLES = {
 TASKS = {"stsb": "regression", "goemotions": "multi-label-classification", "wnut17": "token-classification"}
 """Task types of data sets that do not have one class a row."""
 METHODS = {"lora": ("lora", "all"), "lora+head": ("lora", "head"), "tsqlora": ("tsqlora", "quality")}
-CHOICES = {"": (1.0, 1.0), "half": (0.5, 1.0), "quarter": (0.25, 1.0), "slow": (1.0, 0.1)}
-"""`lora+head:CHOICE`: what the fitted head is multiplied by, and its learning rate as a share of the adapter's."""
+CHOICES = {"calibrated": (1.0, 1.0), "half": (0.5, 1.0), "quarter": (0.25, 1.0), "slow": (1.0, 0.1)}
+"""`lora+head:CHOICE`: the fitted head's share of its calibrated scale, and of the adapter's learning rate."""
 FURTHER: dict[str, Any] = json.loads(os.environ.get("FURTHER", "{}"))
 EPOCHS, TEST_ROWS = 3, 1500
 MARKS = [0, 5, 10, 20, 35, 50, 75, 100, 150, 200, 300, 400, 500, 600, 700, 800, 1000, 1200, 1400]
@@ -130,6 +131,11 @@ class Choice(TrainerCallback):
             parameter.copy_(before + self.share * (parameter - before))
 
 
+def choice_of(name: str, data: str) -> Choice:
+    scale, share = CHOICES[name]
+    return Choice(scale if TASKS.get(data) == "regression" else scale / TRAINING_SCALE, share)
+
+
 def run(table: str, method: str, rate: float, seed: int, *, depth: int | str = "all") -> dict[str, Any]:
     name, rows, batch = TABLES[table]
     way, _, choice = method.partition(":")
@@ -170,7 +176,7 @@ def run(table: str, method: str, rate: float, seed: int, *, depth: int | str = "
             Method(chosen.data, chosen.quality, ranks),
             job.inputs,
             record,
-            also=[*built.callbacks, *([Choice(*CHOICES[choice])] if choice else []), curve],
+            also=[*built.callbacks, *([choice_of(choice, name)] if choice else []), curve],
         )
         validation = predictor_of(job, built.model, args).metrics(
             job.data.samples["validation"].samples, phase="validation", progress=None

@@ -479,7 +479,7 @@ def mixed_pool(_: Results) -> pd.DataFrame:
 
 
 HEADS = {
-    "lora+head": "calibrated scale, the adapter's rate",
+    "lora+head:calibrated": "calibrated scale, the adapter's rate",
     "lora+head:half": "half the scale",
     "lora+head:quarter": "a quarter of the scale",
     "lora+head:slow": "a tenth of the rate",
@@ -491,7 +491,7 @@ def head_choices(_: Results) -> pd.DataFrame:
     """The fitted head's scale and learning rate: test accuracy (STS-B: Pearson), means over seeds."""
     cells = pd.DataFrame({**cell["settings"], "curve": cell["curve"]} for cell in _cells("head_choices"))
     rows = []
-    for table, of_table in cells.groupby("table"):
+    for (table, rate), of_table in cells.groupby(["table", "rate"]):
         for method in HEADS:
             result = of_table[of_table.method == method].curve
             points = [[100 * point["accuracy"] for point in curve] for curve in result]
@@ -500,6 +500,7 @@ def head_choices(_: Results) -> pd.DataFrame:
                 rows.append(
                     {
                         "table": table,
+                        "rate": f"{rate:g}",
                         "fitted head": HEADS[method],
                         "seeds": len(points),
                         "before the first step": _mean([curve[0] for curve in points]),

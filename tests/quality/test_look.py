@@ -119,7 +119,7 @@ def features_of(model: nn.Module, rows: Rows, task: Task) -> np.ndarray:
 
 
 @pytest.mark.parametrize("build", [wrapped, lambda: wrapped(tiny_llama_classifier()), of_numbers])
-def test_the_first_step_starts_at_the_out_of_fold_loss(build: Callable[[], nn.Module]) -> None:
+def test_rows_are_scored_at_the_out_of_fold_loss(build: Callable[[], nn.Module]) -> None:
     model, rows, task = build(), learnable(), NUMBERS if build is of_numbers else CLASSES
     rows = with_numbers(rows) if build is of_numbers else rows
     before = losses(model, rows, task).mean()
@@ -129,6 +129,22 @@ def test_the_first_step_starts_at_the_out_of_fold_loss(build: Callable[[], nn.Mo
     after = float(losses(model, rows, task).mean())
     assert after < 0.7 * float(before)
     assert build is of_numbers or after == pytest.approx(start.fit.loss, rel=0.05)
+
+
+@pytest.mark.parametrize("build", [wrapped, lambda: wrapped(tiny_llama_classifier()), of_numbers])
+def test_training_starts_at_half_of_the_logits_and_at_whole_numbers(build: Callable[[], nn.Module]) -> None:
+    model, rows, task = build(), learnable(60), NUMBERS if build is of_numbers else CLASSES
+    rows = with_numbers(rows) if build is of_numbers else rows
+    share = 1.0 if build is of_numbers else 0.5
+    result = looked(model, rows, task=task)
+    assert result.head is not None
+    assert result.head.replaces
+    np.testing.assert_allclose(head_of(model).numpy(), share * result.head.fit.head.weight, rtol=1e-5)
+    inputs, _ = split_labels(collate(rows), model)
+    logits = model_logits(model.eval(), inputs, task).numpy(force=True)
+    twin = build()
+    started(twin, rows, task=task)
+    np.testing.assert_allclose(logits, share * model_logits(twin.eval(), inputs, task).numpy(force=True), atol=1e-4)
 
 
 def test_only_the_head_changes_and_it_can_be_put_back() -> None:

@@ -52,7 +52,8 @@ class Look:
 def look(model: nn.Module, request: LookRequest) -> Look:
     """Fit the head if that is better than the model's own, and score every row.
 
-    The fitted head stays in the model, scaled for training; everything else is restored. All processes get the same scores.
+    The fitted head stays in the model, scaled for training; everything else is restored. All processes get the same
+    scores.
     """
     begin = time.perf_counter()
     model, request = distributed.unwrapped(model), replace(request, collate=each_its_row(request.collate))
