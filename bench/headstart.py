@@ -28,7 +28,7 @@ from transformers import TrainerCallback, set_seed
 
 from tsqlora.compare.methods import POLICIES, build
 from tsqlora.files import write_json
-from tsqlora.quality.head_start import TRAINING_SCALE
+from tsqlora.quality.started import TRAINING_SCALE
 from tsqlora.run.config import Config
 from tsqlora.run.demo import bbc_news, package_folder
 from tsqlora.run.fit import arguments, predictor_of

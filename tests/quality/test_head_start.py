@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from tsqlora.quality.forward_pass import Forward, Head
-from tsqlora.quality.head_start import WHITENED_STD, HeadStart, fit_start, fit_trusted, install, whiten
+from tsqlora.quality.head_start import WHITENED_STD, fit_start, fit_trusted, whiten
+from tsqlora.quality.started import HeadStart, install
 
 
 class TwoLayers(nn.Module):

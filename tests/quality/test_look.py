@@ -26,10 +26,11 @@ from models import (
 from scoring import assert_unchanged, fingerprint, trainable
 from tsqlora.quality import passes as forward_module
 from tsqlora.quality.forward_pass import find_head
-from tsqlora.quality.head_start import Started, install, start_head
+from tsqlora.quality.head_start import start_head
 from tsqlora.quality.look import Look, look
 from tsqlora.quality.ridge import fit_ridge
 from tsqlora.quality.rule import PAPER_TERMS, Compute, LookRequest, RowNames, ScoringRule
+from tsqlora.quality.started import Started, install
 from tsqlora.quality.trusted import Trusted
 from tsqlora.seeds import stream
 from tsqlora.tasks import Task, get_task

@@ -18,12 +18,13 @@ from tsqlora.compat.torch import upcast
 from tsqlora.quality.cost import PhaseCost, look_cost, trusted_cost
 from tsqlora.quality.forward_pass import Forward, Head, forward_pass
 from tsqlora.quality.gradient_pass import gradient_pass
-from tsqlora.quality.head_start import HeadStart, Started, install, start_head, unseen
+from tsqlora.quality.head_start import start_head
 from tsqlora.quality.label_noise import reject
 from tsqlora.quality.pairs import with_reference
 from tsqlora.quality.rule import LookRequest, ScoringRule, needs_gradients, needs_trusted
 from tsqlora.quality.sampling import draw_size
 from tsqlora.quality.scores import Scores, from_terms
+from tsqlora.quality.started import HeadStart, Started, install, unseen
 from tsqlora.quality.terms import Measured
 from tsqlora.quality.trusted import GATES, Lesson, left_out, trusted_model, trusted_steps_of
 from tsqlora.seeds import stream
