@@ -15,7 +15,8 @@ from tsqlora.data.rows import read_rows
 from tsqlora.data.write import write_rows
 from tsqlora.errors import DataError, SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.run import audit as pipeline
-from tsqlora.run.audit import draw_checks, run_audit
+from tsqlora.run.audit import run_audit
+from tsqlora.run.audit_listing import draw_checks
 from tsqlora.run.review import apply_review
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> =1+1"
