@@ -147,7 +147,10 @@ def audit(
             raise SettingsError("--apply only corrects labels; remove --model, --review, --deep and --set")
         console.show(apply_review(apply, out), as_json, show_review)
         return
-    from tsqlora.run.audit import run_audit
+    from tsqlora.data.rows import require_source
+
+    require_source(str(source))
+    from tsqlora.run.audit import run_audit  # after this check, since torch takes seconds to import
 
     with Display(console.stderr) as display:
         options = {"model": model, "review": review, "deep": deep, "out": out, "overrides": set_ or []}

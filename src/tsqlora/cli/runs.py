@@ -87,7 +87,7 @@ def train(
     Example: tsqlora train tsq.yaml --set quality.fraction=0.3 --out run
     """
     from tsqlora.data.readers import READERS
-    from tsqlora.run import train as pipeline
+    from tsqlora.data.rows import require_source
     from tsqlora.run.config import load_config
     from tsqlora.training.run_dir import dated, require_free
 
@@ -100,6 +100,11 @@ def train(
     if config is None and not overrides:
         raise SettingsError("train needs a CONFIG, or --model and --data; `tsqlora init` writes a CONFIG")
     settings = load_config(config, overrides)
+    for source in (settings.data.train, settings.data.validation, settings.data.test, settings.data.trusted):
+        if source is not None:
+            require_source(source)
+    from tsqlora.run import train as pipeline  # after these checks, since torch takes seconds to import
+
     run = out or dated(settings.data.train if config is None else str(config), resume=resume)
     if dry_run:
         console.show(pipeline.dry_run(settings), as_json, show_plan)

@@ -194,13 +194,21 @@ def _open_splits(source: str | Path, *, requested: Collection[str], hints: Hints
             folders, names = {"": path}, {next(iter(requested)): ""}
         sources = {split: _of_folder(folders[name], hints) for split, name in names.items()}
         return {split: rows for split, rows in sources.items() if rows is not None}
-    if path.suffix.lower() in READERS or isinstance(source, Path) or not is_hub_id(DatasetName.of(source).id):
-        raise DataError(f"no file {source}; {_nearest_file(path)}correct the path, seen from {Path.cwd()}")
+    require_source(source)
     data = _load_hub(DatasetName.of(str(source)))
     if not isinstance(data, dict):
         return {next(iter(requested)): of_dataset(data, str(source))}
     names = _match_splits({name: name for name in data}, requested, source)
     return {split: of_dataset(data[name], f"{source}[{name}]") for split, name in names.items()}
+
+
+def require_source(source: str | Path) -> None:
+    """Raise DataError unless `source` is a file, a directory or a hub id. This opens nothing, and needs no torch."""
+    path = Path(os.path.expanduser(source))
+    if os.path.exists(path):
+        return
+    if path.suffix.lower() in READERS or isinstance(source, Path) or not is_hub_id(DatasetName.of(source).id):
+        raise DataError(f"no file {source}; {_nearest_file(path)}correct the path, seen from {Path.cwd()}")
 
 
 def _match_splits(stems: Mapping[str, str], requested: Iterable[str], source: str | Path) -> dict[str, str]:
