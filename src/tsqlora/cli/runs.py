@@ -86,6 +86,7 @@ def train(
 
     Example: tsqlora train tsq.yaml --set quality.fraction=0.3 --out run
     """
+    from tsqlora.compat.hub import require_model
     from tsqlora.data.readers import READERS
     from tsqlora.data.rows import require_source
     from tsqlora.run.config import load_config
@@ -100,6 +101,7 @@ def train(
     if config is None and not overrides:
         raise SettingsError("train needs a CONFIG, or --model and --data; `tsqlora init` writes a CONFIG")
     settings = load_config(config, overrides)
+    require_model(settings.model.path)
     for source in (settings.data.train, settings.data.validation, settings.data.test, settings.data.trusted):
         if source is not None:
             require_source(source)

@@ -1,5 +1,6 @@
 """Names of models and data sets on the hub, and the download of an adapter."""
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from tsqlora.errors import DataError
+from tsqlora.errors import DataError, SettingsError
 
 
 def is_hub_id(name: str) -> bool:
@@ -21,6 +22,12 @@ def is_hub_id(name: str) -> bool:
     except HFValidationError:
         return False
     return True
+
+
+def require_model(path: str) -> None:
+    """Raise SettingsError unless `path` is a directory or can be a hub id."""
+    if not os.path.isdir(path) and not is_hub_id(path):
+        raise SettingsError(f"model.path {path!r}: no such directory; correct it, or give a hub id")
 
 
 def is_revision(name: str) -> bool:

@@ -1,7 +1,6 @@
 """A pretrained model with a head for the task, its tokenizer, and the batches that it takes."""
 
 import importlib.util
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from transformers import (
 
 from tsqlora.adapter.config import heads, outermost, require_supported_packing
 from tsqlora.compat.bitsandbytes import keep_as_trained, linear_bits
-from tsqlora.compat.hub import is_hub_id
+from tsqlora.compat.hub import require_model
 from tsqlora.data.batches import MULTIPLE, GenerationCollator, PairCollator, collator, generation_collator
 from tsqlora.data.labels import LabelMap
 from tsqlora.data.media import MediaCollator
@@ -91,8 +90,7 @@ def load_pretrained(
     Raises SettingsError for a path that is neither a directory with a model nor a hub id, whose model has not
     what writes text, or would have new layers packed; and where bitsandbytes is not installed.
     """
-    if not os.path.isdir(path) and not is_hub_id(path):
-        raise SettingsError(f"model.path {path!r}: no such directory; correct it, or give a hub id")
+    require_model(path)
     common: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     with _named_failures(path):
         config = AutoConfig.from_pretrained(path, **common, **({} if generation else _head(labels)))
