@@ -44,6 +44,7 @@ def test_it_is_a_plain_training_on_the_trusted_rows(model: torch.nn.Module) -> N
     rng = np.random.default_rng(0)
     order = np.concatenate([rng.permutation(20) for _ in range(3)])
     for step in range(6):
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / 6)
         inputs, labels = split_labels(collate([rows[j] for j in order[8 * step : 8 * step + 8]]), twin)
         TASK.loss(model_logits(twin, inputs, TASK), labels).mean().backward()
         optimizer.step()

@@ -79,8 +79,11 @@ class Started:
 
     @torch.no_grad()
     def ready_to_train(self, task: Task) -> None:
-        """Scale the installed head down, which changes no decision; heads of numbers keep their scale."""
-        if self.head is None or not self.head.replaces or isinstance(task, Regression):
+        """Scale the installed head down, which changes no decision.
+
+        Heads of numbers keep their scale, and those of trusted rows, which the pool would soon overwrite.
+        """
+        if self.head is None or not self.head.replaces or self.head.trusted or isinstance(task, Regression):
             return
         assert self.layer is not None
         for parameter in (self.layer.linear.weight, self.layer.linear.bias):
