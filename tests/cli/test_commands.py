@@ -37,6 +37,24 @@ def test_a_light_command_imports_no_heavy_library(arguments: list[str], unused: 
     assert not unused & set(done.stderr.split())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["train", "--model", "./no", "--data", "no.csv"], "./no"),
+        (["train", "--model", ".", "--data", "no.csv"], "no.csv"),
+        (["train", "--model", ".", "--data", ".", "--set", "data.trusted=no.csv"], "no.csv"),
+        (["audit", "no.csv"], "no.csv"),
+        (["audit", ".", "--model", "./no"], "./no"),
+    ],
+)
+def test_a_missing_file_is_named_before_torch_is_imported(arguments: list[str], named: str, tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    *message, modules = done.stderr.splitlines()
+    assert done.returncode != 0
+    assert named in "".join(message)
+    assert not {"torch", "transformers", "peft"} & set(modules.split())
+
+
 @pytest.mark.parametrize(("typed", "completed"), [("tsqlora expo", "export"), ("tsqlora export --for", "--format")])
 def test_the_shell_completes_commands_and_options(typed: str, completed: str) -> None:
     environment = {"_TSQLORA_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}

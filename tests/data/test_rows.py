@@ -182,7 +182,7 @@ def test_a_mistyped_file_is_message_what_is_there(tmp_path: Path) -> None:
     "source",
     [
         *("train.jsonl", "data/train.csv", "./train", "/no/such/train", "~no-such-user/x", "a" * 5000),
-        *("a/b/c", "a/../b", "a\0b", "http://x", "a--b", "C:\\data\\train", "../x:a[b]", "\ud800"),
+        *("a/b/c", "a/../b", "a\0b", "http://x", "a--b", "C:\\data\\train", "../x:a[b]", "\ud800", "/dev/null"),
     ],
 )
 def test_the_hub_is_not_queried_for_what_cannot_be_an_id(source: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,10 +147,14 @@ def audit(
             raise SettingsError("--apply only corrects labels; remove --model, --review, --deep and --set")
         console.show(apply_review(apply, out), as_json, show_review)
         return
+    from tsqlora.compat.hub import require_model
     from tsqlora.data.rows import require_source
 
-    require_source(str(source))
-    from tsqlora.run.audit import run_audit  # after this check, since torch takes seconds to import
+    if Path(str(source)).suffix.lower() not in (".yaml", ".yml"):
+        require_source(str(source))
+    if model is not None:
+        require_model(model)
+    from tsqlora.run.audit import run_audit  # after these checks, since torch takes seconds to import
 
     with Display(console.stderr) as display:
         options = {"model": model, "review": review, "deep": deep, "out": out, "overrides": set_ or []}

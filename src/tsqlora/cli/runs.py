@@ -101,10 +101,11 @@ def train(
     if config is None and not overrides:
         raise SettingsError("train needs a CONFIG, or --model and --data; `tsqlora init` writes a CONFIG")
     settings = load_config(config, overrides)
-    require_model(settings.model.path)
-    for source in (settings.data.train, settings.data.validation, settings.data.test, settings.data.trusted):
-        if source is not None:
-            require_source(source)
+    if not resume:  # a finished run needs neither
+        require_model(settings.model.path)
+        for source in (settings.data.train, settings.data.validation, settings.data.test, settings.data.trusted):
+            if source is not None:
+                require_source(source)
     from tsqlora.run import train as pipeline  # after these checks, since torch takes seconds to import
 
     run = out or dated(settings.data.train if config is None else str(config), resume=resume)

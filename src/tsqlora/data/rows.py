@@ -205,7 +205,7 @@ def _open_splits(source: str | Path, *, requested: Collection[str], hints: Hints
 def require_source(source: str | Path) -> None:
     """Raise DataError unless `source` is a file, a directory or a hub id. This opens nothing, and needs no torch."""
     path = Path(os.path.expanduser(source))
-    if os.path.exists(path):
+    if os.path.isfile(path) or os.path.isdir(path):
         return
     if path.suffix.lower() in READERS or isinstance(source, Path) or not is_hub_id(DatasetName.of(source).id):
         raise DataError(f"no file {source}; {_nearest_file(path)}correct the path, seen from {Path.cwd()}")

@@ -16,7 +16,7 @@ from tsqlora.quality.forward_pass import ACTIVATIONS, Forward, Head, forward_pas
 from tsqlora.quality.linear_head import FOLDS, Kind, LinearHead, fit_head, row_losses
 from tsqlora.quality.pairs import Pairs
 from tsqlora.quality.rule import LookRequest
-from tsqlora.quality.started import LEAST_TRUSTED, HeadStart, Started, features_with, install, kind_of
+from tsqlora.quality.started import LEAST_TRUSTED, TRAINING_SCALE, HeadStart, Started, features_with, head_kind, install
 from tsqlora.quality.tag_features import TagFeatures, tag_features
 from tsqlora.seeds import stream
 from tsqlora.tasks import Answers, Task
@@ -109,7 +109,7 @@ def _fit_tags(model: nn.Module, request: LookRequest) -> tuple[Head | None, Head
             rng=stream("head folds", rule.seed),
         )
         present = tokens.losses[fit.rows].astype(np.float64)
-        return HeadStart(fit, float(present.mean()), fit.better_than(present))
+        return HeadStart(fit, float(present.mean()), fit.better_than(present), training_scale=TRAINING_SCALE)
 
     return layer, distributed.once(fitted), whole
 
@@ -125,7 +125,7 @@ def _fit(
     weights = task.class_weights if isinstance(task, Classification) else None
     chosen = np.sort(stream("head start", seed).permutation(len(pool.labels))[:ROWS_TO_FIT])
     options: dict[str, Any] = {
-        "kind": kind_of(task),
+        "kind": head_kind(task),
         "width": layer.linear.out_features,
         "intercept": layer.linear.bias is not None,
         "class_weights": None if weights is None else weights.numpy(force=True),
@@ -170,7 +170,8 @@ def fit_start(
         if other.loss < fit.loss:
             fit, dense = other, whitening
     present = losses[fit.rows]
-    return HeadStart(fit, float(present.mean()), fit.better_than(present), dense)
+    scale = 1.0 if kind == "numbers" else TRAINING_SCALE
+    return HeadStart(fit, float(present.mean()), fit.better_than(present), dense, training_scale=scale)
 
 
 def fit_trusted(start: HeadStart, features: Float[np.ndarray, "m d"], trusted: Forward, **options: Any) -> HeadStart:

@@ -70,7 +70,7 @@ def look(model: nn.Module, request: LookRequest) -> Look:
     started = start_head(model, request)
     try:
         result = _Looking(model, request, started).result()
-        started.ready_to_train(task)
+        started.ready_to_train()
     except BaseException:
         started.undo()
         raise

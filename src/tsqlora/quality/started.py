@@ -24,7 +24,9 @@ LEAST_TRUSTED = 8
 LEAST_P = 1e-3
 """Least probability of a label by least squares, whose predictions may lie outside of 0 and 1."""
 TRAINING_SCALE = 0.5
-"""Factor on a fitted head when training starts: a large head slows the features' learning (docs/method.md)."""
+"""Factor on a fitted head when training starts (docs/method.md), which changes no class, label or tag. Heads of numbers
+keep their scale, since half would halve the predictions; so do heads of trusted rows, since the pool overwrites a small
+head sooner."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,6 +41,8 @@ class HeadStart:
     dense: LinearHead | None = None
     trusted: bool = False
     """Whether the head was fitted on trusted rows."""
+    training_scale: float = 1.0
+    """Factor on the fitted head when training starts."""
 
     def summary(self) -> dict[str, float | int | bool]:
         """Summarise the head start for the record and the report."""
@@ -49,6 +53,7 @@ class HeadStart:
             "rows": len(self.fit.rows),
             "strength": self.fit.strength,
             "scale": self.fit.scale,
+            "training_scale": self.training_scale,
             "whitened": self.dense is not None,
             "trusted": self.trusted,
         }
@@ -70,7 +75,7 @@ class Started:
 
     @property
     def logits(self) -> np.ndarray | None:
-        """Logits of every row with the head that is installed now; None for generation."""
+        """Logits of every row with the head that it is scored with; None for generation."""
         if self.pool is None or self.pool.logits is None:
             return None
         if self.head is None or not self.head.replaces:
@@ -78,17 +83,14 @@ class Started:
         return self.head.fit.head.logits(self._features(self.pool)).astype(np.float32)
 
     @torch.no_grad()
-    def ready_to_train(self, task: Task) -> None:
-        """Scale the installed head down, which changes no decision.
-
-        Heads of numbers keep their scale, and those of trusted rows, which the pool would soon overwrite.
-        """
-        if self.head is None or not self.head.replaces or self.head.trusted or isinstance(task, Regression):
+    def ready_to_train(self) -> None:
+        """Scale the installed head for training, once all rows are scored."""
+        if self.head is None or not self.head.replaces:
             return
         assert self.layer is not None
         for parameter in (self.layer.linear.weight, self.layer.linear.bias):
             if parameter is not None:
-                parameter.mul_(TRAINING_SCALE)
+                parameter.mul_(self.head.training_scale)
 
     def ridge(self, task: Task) -> Ridge | None:
         """Fit the answers on features in closed form, with leave-one-out predictions; None without features."""
@@ -131,7 +133,7 @@ class Started:
         labels = torch.from_numpy(trusted.labels)
         width = 1 if trusted.logits is None else trusted.logits.shape[1]
         constant = np.tile(task.chance(labels, width).numpy(), (len(labels), 1))
-        return own.fit.better_than(row_losses(constant, trusted.labels, kind_of(task)))
+        return own.fit.better_than(row_losses(constant, trusted.labels, head_kind(task)))
 
     def _features(self, forward: Forward) -> np.ndarray:
         """The inputs of the last linear layer with the installed head."""
@@ -148,7 +150,8 @@ def unseen(ridge: Ridge, task: Task) -> Float[np.ndarray, "n k"]:
     return ridge.left_out
 
 
-def kind_of(task: Task) -> Kind:
+def head_kind(task: Task) -> Kind:
+    """Return the kind of targets that the task's head is fitted on."""
     if isinstance(task, MultiLabel):
         return "labels"
     return "classes" if isinstance(task, Classification) else "numbers"

@@ -14,7 +14,7 @@ from tsqlora.quality.cost import look_cost, trusted_cost
 from tsqlora.quality.passes import IN_MEMORY
 from tsqlora.quality.rows import REFERENCE_ROWS
 from tsqlora.quality.rule import ScoringRule
-from tsqlora.quality.trusted import trusted_steps_of
+from tsqlora.quality.trusted import RATES, trusted_steps_of
 from tsqlora.ranks.budget import used
 from tsqlora.ranks.schedule import RankSchedule, default_interval
 from tsqlora.run.config import Config, QualitySettings, Section
@@ -104,7 +104,8 @@ def _passes(task: Task, method: Method, *, epochs: float, batch: int) -> dict[st
         phases["look"] = _look(rule, task, rows=n, trusted=trusted)
         if trusted and rule.trusts:
             trained, rows = trusted_steps_of(task, trusted, batch)
-            cost = trusted_cost(n, steps=trained, batch_size=rows)
+            trainings = 1 if isinstance(task, Answers) else len(RATES)  # at most
+            cost = trusted_cost(n, steps=trainings * trained, batch_size=rows)
             phases["trusted model"] = {"forward": cost.forward, "backward": cost.backward}
     elif quality is not None and not quality.rule.select:
         phases["look"] = {"forward": n + trusted, "backward": 0}

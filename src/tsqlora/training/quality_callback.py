@@ -282,9 +282,8 @@ class QualityCallback(PartCallback):
     def _start_head(self, args: TrainingArguments, model: nn.Module, collate: Any) -> None:
         """Fit the head only, without a look: for the control."""
         start = time.perf_counter()
-        request = self._request(args, model, collate, {})
-        started = start_head(distributed.unwrapped(model), request)
-        started.ready_to_train(request.task)
+        started = start_head(distributed.unwrapped(model), self._request(args, model, collate, {}))
+        started.ready_to_train()
         head = None if started.head is None else started.head.summary()
         self.looks.append({"step": 0, "epoch": 0, "head_start": head, "not_ready": None})
         rows = len(self.data.dataset)
