@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,9 @@ from tsqlora.cli.console import Json, Run, Set
 from tsqlora.cli.display import show_demo, show_numbers, show_plan, show_record, show_suspects
 from tsqlora.cli.progress_bars import Display
 from tsqlora.errors import SettingsError
+
+if TYPE_CHECKING:
+    from tsqlora.run.config import Config
 
 NewTokens = Annotated[int | None, typer.Option(help="Most tokens to generate; by default task.max_new_tokens.", min=1)]
 Beams = Annotated[int | None, typer.Option(help="Beams of the search; by default task.beams.", min=1)]
@@ -86,9 +89,7 @@ def train(
 
     Example: tsqlora train tsq.yaml --set quality.fraction=0.3 --out run
     """
-    from tsqlora.compat.hub import require_model
     from tsqlora.data.readers import READERS
-    from tsqlora.data.rows import require_source
     from tsqlora.run.config import load_config
     from tsqlora.training.run_dir import dated, require_free
 
@@ -102,11 +103,8 @@ def train(
         raise SettingsError("train needs a CONFIG, or --model and --data; `tsqlora init` writes a CONFIG")
     settings = load_config(config, overrides)
     if not resume:  # a finished run needs neither
-        require_model(settings.model.path)
-        for source in (settings.data.train, settings.data.validation, settings.data.test, settings.data.trusted):
-            if source is not None:
-                require_source(source)
-    from tsqlora.run import train as pipeline  # after these checks, since torch takes seconds to import
+        _require_inputs(settings)
+    from tsqlora.run import train as pipeline  # after this check, since torch takes seconds to import
 
     run = out or dated(settings.data.train if config is None else str(config), resume=resume)
     if dry_run:
@@ -121,6 +119,16 @@ def train(
     with Display(console.stderr) as display:
         record = pipeline.train(settings, run, resume=resume, progress=display.progress)
     console.show({"run": str(run), **record.to_dict()}, as_json, show_record)
+
+
+def _require_inputs(settings: "Config") -> None:
+    from tsqlora.compat.hub import require_model
+    from tsqlora.data.rows import require_source
+
+    require_model(settings.model.path)
+    for source in (settings.data.train, settings.data.validation, settings.data.test, settings.data.trusted):
+        if source is not None:
+            require_source(source)
 
 
 def evaluate(

@@ -64,7 +64,8 @@ def ranks_for(adapter: LoraAdapter, mean_rank: float) -> dict[str, int]:
     """The ranks that lose least of the update at the parameters of a uniform LoRA of `mean_rank`.
 
     A direction of layer l is worth (s_l·σ)², and costs as many parameters as l has inputs and outputs. Greedy by worth
-    per parameter, which is within one direction of the optimum. The first layer by name wins among equal directions.
+    per parameter, which is within one direction of the optimum. Among equal
+    directions, the layer whose name sorts first keeps its own.
     """
     costs = {name: target.inputs + target.outputs for name, target in adapter.targets.items()}
     left = mean_rank * sum(costs.values())

@@ -84,8 +84,8 @@ def trusted_model(
     rows. `start` runs first and may change trainable weights, such as a head's. Weights, gradients, modes and random
     generators are restored. Raises TsqLoraError where a loss is not finite.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    before = [(p, p.detach().clone(), p.grad) for p in parameters]
+    training = _Training(model, trusted, collate, task, autocast, rng)
+    before = [(p, p.detach().clone(), p.grad) for p in training.parameters]
 
     @torch.no_grad()
     def restore() -> None:
@@ -93,7 +93,6 @@ def trusted_model(
             parameter.copy_(value)
             parameter.grad = gradient
 
-    training = _Training(model, trusted, collate, task, autocast, rng)
     with eval_mode(model):
         try:
             start()
@@ -157,9 +156,8 @@ class _Training:
         optimizer = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=0.0)
         steps, size = trusted_steps_of(self.task, n, self.trusted.batch_size)
         order = np.concatenate([self.rng.permutation(n) for _ in range(-(-steps * size // n))])
+        decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
         for step in range(steps):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * (1 - step / steps)
             loss = self.task.batch_loss(*self._losses(rows[order[step * size : (step + 1) * size]]))
             if not torch.isfinite(loss):
                 raise TsqLoraError(
@@ -168,6 +166,7 @@ class _Training:
                 )
             loss.backward()
             optimizer.step()
+            decay.step()
             optimizer.zero_grad(set_to_none=True)
 
     @property
