@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,7 @@ def in_trainer(rank: int, world: int, folder: Path) -> Any:
     trainer.train()
     assert data.scores is not None
     return {
-        "events": [event.to_dict() for event in ranks.events],
+        "events": [asdict(event) for event in ranks.events],
         "importance": {} if ranks.loop is None else ranks.loop.importance.tables(),
         "weights": {name: tensor.clone() for name, tensor in model.state_dict().items()},
         "quality": data.scores.quality.copy(),
@@ -257,7 +258,7 @@ def looped(rank: int, world: int, folder: Path) -> Any:
         plain = PeftModel.from_pretrained(base_bert().double(), str(folder / "adapter")).double().eval()
         logits = (logits, plain(**inputs()).logits.detach())
     return {
-        "events": [event.to_dict() for event in ranks.events],
+        "events": [asdict(event) for event in ranks.events],
         "importance": ranks.importance.tables(),
         "state": {name: tensor.clone() for name, tensor in state.items() if tensor.is_floating_point()},
         "finalize": refusal,

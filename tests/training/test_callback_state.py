@@ -258,6 +258,14 @@ def test_a_damaged_checkpoint_is_named(name: str, damage: str, tmp_path: Path) -
         (QualityState if "quality" in name else RankState).load(tmp_path)
 
 
+def test_a_checkpoint_whose_rank_event_lacks_a_field_is_named(tmp_path: Path) -> None:
+    state().save(tmp_path)
+    path = tmp_path / "tsqlora.json"
+    path.write_text(path.read_text().replace('"moved"', '"shifted"'))
+    with pytest.raises(tsq.TsqLoraError, match=f"cannot resume: {path} cannot be read"):
+        RankState.load(tmp_path)
+
+
 @pytest.mark.parametrize("entries", [{"version": 1}, {"version": VERSION}, {"version": VERSION, "newer": 1}])
 def test_a_checkpoint_of_another_version_is_named(entries: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "tsqlora_quality.json").write_text(json.dumps(entries))

@@ -50,7 +50,10 @@ def test_a_file_or_a_directory_without_a_record_is_no_run(tmp_path: Path) -> Non
             RunRecord.load(path)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"status": "finished"}', '{"cost": {}, "rank_events": []}'])
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", '{"status": "finished"}', '{"cost": {}, "rank_events": []}', '{"cost": {}, "rank_events": [{}]}'],
+)
 def test_a_broken_record_is_named(content: str, tmp_path: Path) -> None:
     (tmp_path / RECORD_FILE).write_text(content)
     with pytest.raises(DataError, match=r"run\.json: not a run's record"):

@@ -62,17 +62,21 @@ class RankState:
     def load(cls, folder: Path) -> "RankState":
         """Raises TsqLoraError naming the file that is missing or cannot be read."""
         values = _read(folder / RANKS_FILE)
-        return cls.from_dict({"importance": _tensors(folder / IMPORTANCE_FILE), **values})
+        importance = _tensors(folder / IMPORTANCE_FILE)
+        try:
+            return cls.from_dict({"importance": importance, **values})
+        except (TypeError, KeyError) as error:
+            raise _unusable(folder / RANKS_FILE, error) from error
 
     def to_dict(self) -> dict[str, Any]:
         """Tensors, numbers, strings, lists and dicts, without copies of the tensors."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return values | {"events": [event.to_dict() for event in self.events]}
+        return values | {"events": [asdict(event) for event in self.events]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "RankState":
         """Inverse of `to_dict`."""
-        return cls(**{**values, "events": [RankEvent.from_dict(event) for event in values["events"]]})
+        return cls(**{**values, "events": [RankEvent(**event) for event in values["events"]]})
 
 
 @dataclass(frozen=True, slots=True)
