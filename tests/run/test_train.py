@@ -14,7 +14,6 @@ from transformers import AutoModelForSequenceClassification, TrainerCallback
 from runs import make_rows, save_checkpoint, set_up, write_config, write_jsonl
 from synchronisations import waits_of_ours
 from tsqlora.adapter.slots import active_ranks, has_slots
-from tsqlora.errors import SettingsError
 from tsqlora.interop.files import read_adapter
 from tsqlora.ranks.budget import budget, used
 from tsqlora.run import train as pipeline
@@ -22,7 +21,6 @@ from tsqlora.run.callbacks import build_callbacks
 from tsqlora.run.config import load_config
 from tsqlora.run.fit import arguments, begin
 from tsqlora.run.job import load
-from tsqlora.training.callback_state import RankState
 from tsqlora.training.fit import fit
 from tsqlora.training.stop import StopCallback
 
@@ -91,24 +89,6 @@ def test_a_fractional_mean_is_a_rank_pattern_within_the_budget(tmp_path: Path) -
     assert 0 <= left < min(sum(shape) for shape in shapes.values())
     base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=2)
     assert active_ranks(PeftModel.from_pretrained(base, tmp_path / "run" / "adapter")) == record.ranks
-
-
-def test_a_checkpoint_of_an_older_version_goes_on_unless_its_slots_had_room(tmp_path: Path) -> None:
-    config, run = load_config(fixed(tmp_path) / "c.yaml"), tmp_path / "run"
-    whole = pipeline.train(config, run)
-    unfinished(run)
-    names = list(whole.ranks)
-
-    def left_by_an_older_version(capacity: int) -> None:
-        for checkpoint in (run / "checkpoints").iterdir():
-            tables = {"mean": torch.zeros(len(names), capacity)}
-            RankState(names, tables, [], False, False, 0, 10, 0.0).save(checkpoint)
-
-    left_by_an_older_version(8)
-    with pytest.raises(SettingsError, match=r"checkpoint-\d+ was written by .*--out"):
-        pipeline.train(config, run, resume=True)
-    left_by_an_older_version(4)
-    assert pipeline.train(config, run, resume=True).metrics == whole.metrics
 
 
 def test_a_step_that_changes_nothing_waits_for_the_device_once(tmp_path: Path) -> None:

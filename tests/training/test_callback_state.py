@@ -1,5 +1,5 @@
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +222,7 @@ def test_scores_of_an_older_run_in_the_same_place_are_not_used(whole: Trainer, t
 def state() -> RankState:
     event = RankEvent(5, "start", {"a": 1}, {"a": 2}, {"a": 1.0}, 0, 10, 20)
     tables = {"mean": torch.rand(1, 4), "spread": torch.rand(1, 4), "age": torch.tensor([[3, 1, 0, 0]])}
-    return RankState(["a"], tables, [event], True, True, 20, 4, 0.25)
+    return RankState(["a"], tables, [event], True, True, 20, 4, 0.25, False, 16, 320, {"seed": 0})
 
 
 def quality_state() -> QualityState:
@@ -236,7 +236,7 @@ def test_states_come_back_as_they_were(tmp_path: Path) -> None:
     loaded = RankState.load(tmp_path)
     for name, table in saved.importance.items():
         assert torch.equal(table, loaded.importance[name])
-    for name in ("layers", "events", "started", "postponed", "budget", "interval", "seconds"):
+    for name in (field.name for field in fields(saved) if field.name != "importance"):
         assert getattr(saved, name) == getattr(loaded, name)
     quality = quality_state()
     quality.save(tmp_path)

@@ -20,7 +20,6 @@ from tsqlora.run.fit import arguments, begin, measure
 from tsqlora.run.job import load
 from tsqlora.run.plan import shown_samples
 from tsqlora.run.start import with_start
-from tsqlora.training.callback_state import require_plain
 from tsqlora.training.checkpoints import micro_batch_size, newest_complete, require_resumable_saves
 from tsqlora.training.fit import fit
 from tsqlora.training.record import RECORD_FILE, RunRecord
@@ -68,8 +67,6 @@ def _train(
     method = build_callbacks(job, run / SCORES_FILE, progress)
     model, record = begin(job, args, method)
     checkpoint, passed_over = newest_complete(run / CHECKPOINT_DIR)
-    if checkpoint is not None and method.ranks is None:
-        require_plain(checkpoint, record.ranks)
     for why in passed_over:
         warnings.warn(why, stacklevel=2)
     record.notes += passed_over

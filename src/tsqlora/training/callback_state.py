@@ -43,13 +43,13 @@ class RankState:
     budget: int
     interval: int
     seconds: float
-    withheld: bool = False
+    withheld: bool
     """Whether the last step that was due did not adjust, since rows were not scored yet."""
-    passes: int = 0
+    passes: int
     """Rows of the forward and backward passes for the first ranks, and their tokens."""
-    tokens: int = 0
-    options: dict[str, Any] | None = None
-    """Options of the loop beside `interval`; None in older checkpoints."""
+    tokens: int
+    options: dict[str, Any]
+    """Options of the loop beside `interval`."""
 
     def save(self, folder: Path) -> None:
         if not distributed.is_first():
@@ -150,27 +150,13 @@ class GuardState:
         return cls(count=values["count"], **steps)
 
 
-def require_plain(checkpoint: Path, ranks: Mapping[str, int]) -> None:
-    """Raises SettingsError where an older version wrote a checkpoint of fixed ranks with room for more.
-
-    Its optimizer's state has other shapes than plain LoRA's.
-    """
-    if (checkpoint / RANKS_FILE).exists():
-        capacity = RankState.load(checkpoint).importance["mean"].shape[1]
-        if any(rank != capacity for rank in ranks.values()):
-            raise SettingsError(
-                f"{checkpoint} was written by a version of tsqlora that trained fixed ranks in slots; resume with that "
-                "version, or name another --out"
-            )
-
-
-def require_options(begun: Mapping[str, Any] | None, now: Mapping[str, Any]) -> None:
+def require_options(begun: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises SettingsError if an option differs from the one that the resumed run started with.
 
     Options that the checkpoint lacks are not compared.
     """
     for name, value in now.items():
-        was = (begun or {}).get(name, value)
+        was = begun.get(name, value)
         if was != value:
             raise SettingsError(
                 f"the resumed run had {name} {was}, and this one has {value}; resume with the run's own options, or "

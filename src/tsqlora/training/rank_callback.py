@@ -175,7 +175,7 @@ class RankCallback(PartCallback):
     ) -> RankLoop:
         saved = None if resumed is None else RankState.load(resumed)
         # Ranks that moved go on moving; where they cannot, `restore` names what has changed.
-        moved = saved is not None and (saved.options or {}).get("ranks.policy") != "fixed"
+        moved = saved is not None and saved.options.get("ranks.policy") != "fixed"
         why_not = None if moved else _why_never(model, optimizer, args)
         options = dict(self.options)
         if saved is not None and options["interval"] is None:

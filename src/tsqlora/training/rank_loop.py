@@ -298,7 +298,7 @@ class RankLoop:
         if saved.layers != list(self.layers):
             raise SettingsError("the checkpoint is of a run with other layers; resume with the run's own")
         slots, own_slots = saved.importance["mean"].shape[1], self.importance.mean.shape[1]
-        begun = {**(saved.options or {}), "ranks.max": slots, "ranks.interval": saved.interval}
+        begun = {**saved.options, "ranks.max": slots, "ranks.interval": saved.interval}
         require_options(begun, {**self._options, "ranks.max": own_slots})
         if saved.events and saved.events[-1].ranks != self.ranks:
             raise SettingsError(
