@@ -102,7 +102,7 @@ def test_a_later_training_without_the_callback_is_a_random_one(kind: Any, ended:
     train(data, tmp_path / "second", callback, drawn)
     assert drawn.rows == [sorted(half().draw(epoch).tolist()) for epoch in range(EPOCHS)]
     assert (data.scores, data.drawn_by) == (None, None)
-    assert not (kind is tsq.RankCallback and callback.started)
+    assert not (kind is tsq.RankCallback and callback.loop.started)
 
 
 def test_scores_that_a_user_has_set_stay(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_scores_that_a_user_has_set_stay(tmp_path: Path) -> None:
     again.use(data.scores, 0)
     ranks = made(tsq.RankCallback, again, samples=16)
     train(again, tmp_path / "second", ranks)
-    assert (again.scores is data.scores, ranks.started) == (True, True)
+    assert (again.scores is data.scores, ranks.loop.started) == (True, True)
 
 
 # --------------------------------------------------------------------------------------------- refusals

@@ -121,7 +121,7 @@ def test_clipping_changes_no_importance(tmp_path: Path) -> None:
         # Of the first step B is zero and A has no gradient; so of the second, behind one that Adam makes the same.
         with pytest.warns(UserWarning, match="ranks do not move"):
             run(tmp_path, callback, max_grad_norm=norm, max_steps=2, adam_epsilon=1e-30)
-        result.append(callback.loop.importance.mean)
+        result.append(callback.loop.changes.importance.mean)
     assert float(result[0].sum()) > 0.1
     torch.testing.assert_close(result[0], result[1], rtol=1e-3, atol=1e-6)
 
@@ -242,7 +242,7 @@ def test_a_peft_model_needs_no_wrap(tmp_path: Path, max_rank: int | None) -> Non
     assert {slots.capacity for slots in find_slots(model).values()} == {8 if max_rank is None else max_rank}
     trainer.train()
     assert callback.loop is not None
-    assert callback.loop.budget == sum(4 * sum(shape) for shape in shapes().values())
+    assert callback.loop.changes.budget == sum(4 * sum(shape) for shape in shapes().values())
     assert sum(event.moved for event in callback.events) > 0
     for event in callback.events:
         assert_well_spent(event, capacity=callback.loop.changes.capacity)

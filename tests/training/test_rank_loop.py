@@ -41,7 +41,7 @@ def test_hidden_slots_are_zero_and_the_budget_holds_at_every_step() -> None:
     def check(ranks: tsq.RankLoop) -> None:
         assert_hidden_are_zero(ranks.model, ranks.optimizer)
         used = sum(rank * sum(ranks.changes.shapes[name]) for name, rank in ranks.ranks.items())
-        assert used <= ranks.budget == 4 * sum(map(sum, ranks.changes.shapes.values()))
+        assert used <= ranks.changes.budget == 4 * sum(map(sum, ranks.changes.shapes.values()))
 
     ranks = whole_run(also=check)
     assert sum(event.moved for event in ranks.events) > 0
@@ -100,7 +100,7 @@ def scaled_run(*broken: int, unscaled: bool = False) -> tsq.RankLoop:
 def test_a_step_that_a_gradient_scaler_skips_postpones_the_adjustment(unscaled: bool) -> None:
     ranks = scaled_run(3, 4, unscaled=unscaled)
     assert [event.step for event in ranks.events] == [6, 8, 12, 16, 20]
-    assert int(ranks.importance.age.max()) == ranks.steps.stop - 2
+    assert int(ranks.changes.importance.age.max()) == ranks.steps.stop - 2
     ranks.finish()
 
 
@@ -153,7 +153,7 @@ def test_finishing_twice_gives_the_same_model(first: bool) -> None:
     if not first:
         assert tsq.active_ranks(model) == ranks.ranks
         further = tsq.RankLoop(model, ranks.optimizer, STEPS)
-        assert further.budget == ranks.events[-1].used
+        assert further.changes.budget == ranks.events[-1].used
         further.close()
     retained = weights(model)
     for _ in range(2):

@@ -135,7 +135,7 @@ def test_a_reporter_that_is_not_there_is_told_before_training(
 def test_speed_is_what_the_last_steps_did_in_their_time(steps: list[tuple[int, int]]) -> None:
     times = iter(range(0, 10_000, 2))
     pace = Pace(lambda: float(next(times)))
-    result = [pace.add("training", rows, tokens) for rows, tokens in steps][-1]
+    result = [pace.add(rows, tokens) for rows, tokens in steps][-1]
     last = steps[-(SPAN - 1) :] if len(steps) >= SPAN else steps[1:]
     if not last:
         assert result == (None, None)
@@ -143,12 +143,6 @@ def test_speed_is_what_the_last_steps_did_in_their_time(steps: list[tuple[int, i
     assert result[0] == pytest.approx(sum(rows for rows, _ in last) / (2 * len(last)))
     tokens = sum(tokens for _, tokens in last)
     assert result[1] == (pytest.approx(tokens / (2 * len(last))) if tokens else None)
-
-
-def test_a_pause_between_two_phases_is_no_part_of_a_speed() -> None:
-    times = iter((0.0, 1.0, 1000.0, 1001.0))
-    pace = Pace(lambda: next(times))
-    assert [pace.add(phase, 8, 0)[0] for phase in ("look", "look", "training", "training")] == [None, 8, None, 8]
 
 
 @pytest.fixture(scope="module")

@@ -118,7 +118,7 @@ class RankCallback(PartCallback):
     @property
     def spent(self) -> dict[str, PhaseCost]:
         """Cost of measuring and changing ranks; empty if ranks stay."""
-        return {"ranks": replace(self.loop.spent, seconds=self.seconds)} if self.loop and self.seconds else {}
+        return {"ranks": replace(self.loop.spent)} if self.loop and self.seconds else {}
 
     def summary(self) -> dict[str, Any]:
         """Fields of the record: each decision, the current ranks, and warnings."""
@@ -132,11 +132,6 @@ class RankCallback(PartCallback):
             "notes": self.notes,
             "settings": {"ranks": options},
         }
-
-    @property
-    def started(self) -> bool:
-        """Whether the first ranks were set from sensitivities."""
-        return self.loop is not None and self.loop.started
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         model, self._why_not = distributed.unwrapped(kwargs["model"]), None

@@ -15,7 +15,6 @@ from peft import PeftModel
 from torch import nn
 
 from tsqlora import distributed
-from tsqlora.adapter.importance import Importance
 from tsqlora.adapter.moments import cut_moments, moments
 from tsqlora.adapter.slots import finalize, find_slots, has_slots, sync_config
 from tsqlora.compat.torch import compile_limits
@@ -98,9 +97,9 @@ class RankLoop:
         slots = {id(parameter) for parameter in parameters}
         self._others = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in slots]
         self.order = StepOrder(parameters)
-        self.started, self.seconds = False, 0.0
+        self.started = False
         self.spent = PhaseCost()
-        """Cost of the first ranks: passes of rows, and their tokens."""
+        """Seconds for measuring and changing ranks; passes and tokens of the first ranks' rows."""
         self._postponed = self._withheld = self._rehearsal = False
         self.notes: list[str] = []
         """Warnings, for the record."""
@@ -123,13 +122,9 @@ class RankLoop:
         return self.changes.events
 
     @property
-    def budget(self) -> int:
-        """Parameters."""
-        return self.changes.budget
-
-    @property
-    def importance(self) -> Importance:
-        return self.changes.importance
+    def seconds(self) -> float:
+        """Time for measuring and changing ranks, beside the steps' own backward."""
+        return self.spent.seconds
 
     @property
     def step(self) -> int:
@@ -180,7 +175,7 @@ class RankLoop:
                 f"ranks were set at step {self.step} and stay: the last step to adjust them was {self.steps[-1]}; "
                 "train longer, or lower freeze"
             )
-        self.seconds += time.perf_counter() - begun
+        self.spent.add(seconds=time.perf_counter() - begun)
 
     def before_forward(self, *, adjust: bool = True) -> None:
         """Open the step; further calls in the same step do nothing.
@@ -204,7 +199,7 @@ class RankLoop:
         """Read the step's gradients."""
         self.order.come("before_optimizer_step")
         # Once ranks are final, importances have no use.
-        finite = None if self._final() else self.importance.update(gradient_norm(self._others))
+        finite = None if self._final() else self.changes.importance.update(gradient_norm(self._others))
         self._tap.close()
         self._postponed = False
         if self._probe is None:
@@ -229,7 +224,7 @@ class RankLoop:
             begun = time.perf_counter()
             probe, self._probe = self._probe, None
             self.changes.adjust(probe, self.step)
-            self.seconds += time.perf_counter() - begun
+            self.spent.add(seconds=time.perf_counter() - begun)
 
     def finish(self, *, finalize_model: bool = True) -> PeftModel:
         """End the run: the PEFT model, plain with `finalize_model`, else with slots for further training.
@@ -277,12 +272,12 @@ class RankLoop:
         """The loop's state between two steps."""
         return RankState(
             layers=list(self.layers),
-            importance={name: table.clone() for name, table in self.importance.tables().items()},
+            importance={name: table.clone() for name, table in self.changes.importance.tables().items()},
             events=list(self.events),
             started=self.started,
             postponed=self._postponed,
             withheld=self._withheld,
-            budget=self.budget,
+            budget=self.changes.budget,
             interval=self.rules.interval,
             seconds=self.seconds,
             passes=self.spent.forward,
@@ -297,18 +292,18 @@ class RankLoop:
         """
         if saved.layers != list(self.layers):
             raise SettingsError("the checkpoint is of a run with other layers; resume with the run's own")
-        slots, own_slots = saved.importance["mean"].shape[1], self.importance.mean.shape[1]
+        slots, own_slots = saved.importance["mean"].shape[1], self.changes.importance.mean.shape[1]
         begun = {**saved.options, "ranks.max": slots, "ranks.interval": saved.interval}
         require_options(begun, {**self._options, "ranks.max": own_slots})
         if saved.events and saved.events[-1].ranks != self.ranks:
             raise SettingsError(
                 "the model has other ranks than the checkpoint; load the model's state before the loop's"
             )
-        self.importance.restore(saved.importance)
+        self.changes.importance.restore(saved.importance)
         self.changes.events, self.changes.budget = list(saved.events), saved.budget
         self.started, self._postponed, self._withheld = saved.started, saved.postponed, saved.withheld
-        self.seconds, self.order.step = saved.seconds, step
-        self.spent = PhaseCost(forward=saved.passes, backward=saved.passes, tokens=saved.tokens)
+        self.order.step = step
+        self.spent = PhaseCost(saved.seconds, forward=saved.passes, backward=saved.passes, tokens=saved.tokens)
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint, beside the model's and the optimizer's; `torch.load(weights_only=True)` reads it."""

@@ -89,18 +89,14 @@ SPAN = 50
 
 
 class Pace:
-    """Rows and tokens a second over the last steps of one phase."""
+    """Rows and tokens a second over the last steps."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.clock = clock
-        self.phase = ""
         self.steps = deque[tuple[float, int, int]](maxlen=SPAN)
 
-    def add(self, phase: str, rows: int, tokens: int) -> tuple[float | None, float | None]:
-        """Takes in a step that ends now; rates per second, None after the first step of a phase."""
-        if phase != self.phase:
-            self.phase = phase
-            self.steps.clear()
+    def add(self, rows: int, tokens: int) -> tuple[float | None, float | None]:
+        """Takes in a step that ends now; rates per second, None after the first step."""
         self.steps.append((self.clock(), rows, tokens))
         seconds = self.steps[-1][0] - self.steps[0][0]
         if len(self.steps) < 2 or seconds <= 0:
@@ -127,7 +123,7 @@ class TellProgress(TrainerCallback):
         if not state.is_world_process_zero:
             return
         rows, tokens = passed(self.data, args, state)
-        rows_a_second, tokens_a_second = self.pace.add("training", rows, tokens)
+        rows_a_second, tokens_a_second = self.pace.add(rows, tokens)
         rate = float(kwargs["lr_scheduler"].get_last_lr()[0])
         moved = 0 if self.ranks is None else sum(event.moved for event in self.ranks.events)
         pulse = Pulse(self.loss, rate, rows_a_second, tokens_a_second, moved, peak_memory())
