@@ -140,14 +140,6 @@ def test_without_weights_all_rows_are_equal() -> None:
     assert scores.record.effective_sample_size == pytest.approx(30)
 
 
-def test_the_record_says_where_a_term_had_no_spread() -> None:
-    loss = np.where(np.arange(30) % 3 == 1, 0.5, np.arange(30.0))
-    cosine = np.where(np.arange(30) < 20, 0.0, np.arange(30.0))
-    record = made(terms={"loss": loss, "cosine": cosine}).record
-    assert record.without_spread == {"loss": [1]}
-    assert record.standardised_by_quartiles == {"cosine": [0, 1, 2]}
-
-
 def first(rows: int) -> np.ndarray:
     return np.arange(30) < rows
 

@@ -36,10 +36,6 @@ class ScoreRecord:
     draw: Literal["even", "softmax"] = "softmax"
     weights: Mapping[str, float] = field(default_factory=dict)
     """Weights of the terms in Q."""
-    standardised_by_quartiles: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    """Classes of a term in which more than half of the rows share one value."""
-    without_spread: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    """Classes of a term in which all rows share one value."""
     dropped: Mapping[str, int] | None = None
     """Rows by reason."""
 
@@ -303,13 +299,11 @@ def from_terms(
         "weights": dict(weights),
         "temperature": temperature,
         "effective_sample_size": float(len(labels)),
-        "standardised_by_quartiles": {n: list(s.by_range) for n, s in standardised.items() if s.by_range},
-        "without_spread": {n: list(s.flat) for n, s in standardised.items() if s.flat},
     }
     return Scores(
         terms=terms,
         labels=labels,
-        quality=quality({n: s.values for n, s in standardised.items()}, used) if used else np.zeros(len(labels)),
+        quality=quality(standardised, used) if used else np.zeros(len(labels)),
         probability=np.empty(0),
         stratified=stratified,
         record=ScoreRecord.of({**record, **how}),

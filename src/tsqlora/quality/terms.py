@@ -137,26 +137,13 @@ def get_terms(specs: Iterable[TermSpec]) -> dict[str, Term]:
     return terms
 
 
-@dataclass(frozen=True, slots=True)
-class Standardised:
-    """A term in robust deviations from its median, and the groups with little or no spread."""
-
-    values: Float[np.ndarray, " n"]
-    by_range: tuple[int, ...]
-    """Groups where the MAD is 0 and the interquartile range replaces it."""
-    flat: tuple[int, ...]
-    """Groups without spread, where every value is 0."""
-
-
-def standardise(values: Float[np.ndarray, " n"], groups: Int[np.ndarray, " n"]) -> Standardised:
+def standardise(values: Float[np.ndarray, " n"], groups: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     """Return (x − median) / (1.4826 MAD) within each group, clipped to ±CLIP.
 
     Where more than half of a group is one value, up to rounding, the MAD is 0 and IQR / 1.349 replaces it; where that
     is 0 too, values are 0.  Both factors make the deviation of a normal sample 1.
     """
     out = np.zeros(len(values), dtype=np.float64)
-    by_range: list[int] = []
-    flat: list[int] = []
     for group in np.unique(groups):
         rows = groups == group
         x = values[rows].astype(np.float64)
@@ -167,10 +154,9 @@ def standardise(values: Float[np.ndarray, " n"], groups: Int[np.ndarray, " n"]) 
         if scale <= rounding:
             low, high = np.quantile(centred, [0.25, 0.75])
             scale = (high - low) / 1.349
-            (by_range if scale > rounding else flat).append(int(group))
         if scale > rounding:
             out[rows] = np.clip(centred / scale, -CLIP, CLIP)
-    return Standardised(out, tuple(by_range), tuple(flat))
+    return out
 
 
 def quality(
