@@ -1,7 +1,7 @@
 """Select: draw a quality sample and write its rows from their file."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -55,13 +55,15 @@ def _find_rows(scores: Scores, chosen: np.ndarray, source: Source) -> np.ndarray
         if (rows := sum(len(chunk) for chunk in source.chunks())) != len(scores):
             raise DataError(f"{source.name} has {rows} rows, but there are scores for {len(scores)}; name their file")
         return chosen
-    order = np.argsort(scores.row_ids[chosen], kind="stable")
-    places, hashes = scores.row_ids[chosen][order], [scores.hashes[j] for j in chosen[order]]
-    if _all_there(_hashes_of(source, columns), places, hashes):
-        return places
-    required = Counter(hashes)
+    places = np.sort(scores.row_ids[chosen])
+    hash_at = {int(scores.row_ids[j]): scores.hashes[j] for j in chosen}
+    required = Counter(scores.hashes[j] for j in chosen)
     positions: list[int] = []
     for place, name in enumerate(_hashes_of(source, columns)):
+        if hash_at.get(place) == name:
+            del hash_at[place]
+            if not hash_at:
+                return places
         if required[name] > 0:
             required[name] -= 1
             positions.append(place)
@@ -76,14 +78,3 @@ def _find_rows(scores: Scores, chosen: np.ndarray, source: Source) -> np.ndarray
 def _hashes_of(source: Source, columns: Mapping[str, str | None]) -> Iterator[str]:
     """Yield the hash of every row; one chunk of rows is in memory at a time."""
     return (row_hash(row, columns) for chunk in source.chunks() for row in chunk.rows)
-
-
-def _all_there(hashes_in_file: Iterable[str], places: np.ndarray, hashes: Sequence[str]) -> bool:
-    """Whether the rows at these ascending positions have these hashes."""
-    required = dict(zip(places.tolist(), hashes, strict=True))
-    for place, name in enumerate(hashes_in_file):
-        if place in required and required.pop(place) != name:
-            return False
-        if not required:
-            return True
-    return False
