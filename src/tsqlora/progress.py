@@ -1,5 +1,6 @@
 """Progress reports of long functions, for a terminal or a test."""
 
+import math
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -23,3 +24,15 @@ class Progress(Protocol):
     """Receives how many steps or rows of a phase are done, and during training a Pulse."""
 
     def __call__(self, phase: str, done: int, total: int, pulse: Pulse | None = None, /) -> None: ...
+
+
+def duration(seconds: float) -> str:
+    """A time that is left, in words, rounded up.
+
+    >>> duration(40), duration(4000)
+    ('40 s', '1 h 7 min')
+    """
+    minutes = math.ceil(seconds / 60)
+    if seconds < 60:
+        return f"{math.ceil(seconds)} s"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"

@@ -1,6 +1,5 @@
 """Progress in a terminal: a bar for each phase, and the state of training."""
 
-import math
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -10,7 +9,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from tsqlora.progress import Pulse
+from tsqlora.progress import Pulse, duration
 
 _STEPS = "training"
 """The phase that counts steps; others count rows."""
@@ -96,14 +95,3 @@ def _state(pulse: Pulse) -> list[str]:
         f"{pulse.moved:,} rank{'' if pulse.moved == 1 else 's'} moved",
         f"{pulse.memory / 2**20:,.0f} MiB",
     ]
-
-
-def duration(seconds: float) -> str:
-    """
-    >>> duration(40), duration(4000)
-    ('40 s', '1 h 7 min')
-    """
-    minutes = math.ceil(seconds / 60)
-    if seconds < 60:
-        return f"{math.ceil(seconds)} s"
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"

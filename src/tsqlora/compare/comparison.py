@@ -18,7 +18,7 @@ from tsqlora.compare.worker import in_own_process
 from tsqlora.compat.hub import DatasetName, is_hub_id
 from tsqlora.errors import DataError, SettingsError, UnsupportedError, nearest
 from tsqlora.files import write_json, write_text
-from tsqlora.progress import Progress
+from tsqlora.progress import Progress, duration
 from tsqlora.reports.comparison import CELLS_DIR, SETTINGS_FILE, TABLE_FILE
 from tsqlora.reports.metrics import lower_is_better
 from tsqlora.run.config import Config, dump_config, load_config
@@ -215,9 +215,7 @@ class Runner:
 
     def _summary(self, result: Mapping[str, Any], *, reused: bool) -> str:
         left = (self.plan.cells - self.done) * sum(self.took) / max(1, len(self.took))
-        minutes = math.ceil(left / 60)
-        hours = f"{minutes // 60} h " if minutes >= 60 else ""
-        when = (" (reused)" if reused else "") + (f"; about {hours}{minutes % 60} min left" if left else "")
+        when = (" (reused)" if reused else "") + (f"; about {duration(max(60, left))} left" if left else "")
         if "failed" in result:
             return f"failed: {result['failed']}{when}"
         split = measured_on(result)
