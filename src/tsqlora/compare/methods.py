@@ -13,16 +13,15 @@ from tsqlora.compare.cells import Entry
 from tsqlora.errors import SettingsError, nearest
 from tsqlora.progress import Progress
 from tsqlora.quality.rule import ScoringRule
-from tsqlora.quality.subset import QualitySubset
 from tsqlora.run.callbacks import control_rule, moving, quality_callback, rank_callback, scoring_rule, subset
 from tsqlora.run.config import Config
 from tsqlora.run.job import Job, with_adapter
-from tsqlora.training.quality_callback import QualityCallback
+from tsqlora.training.fit import Method
 from tsqlora.training.rank_callback import RankCallback
 
 
 @dataclass(frozen=True, slots=True)
-class Method:
+class Way:
     """A way to train: a baseline's model, or ours.
 
     Args:
@@ -36,19 +35,11 @@ class Method:
     moves: bool = False
 
 
-METHODS: Mapping[str, Method] = {name: Method("all", name) for name in BASELINES} | {
-    "tsqlora": Method("quality", None),
-    "tsqlora-quality-only": Method("quality", "lora"),
-    "tsqlora-ranks-only": Method("all", None, moves=True),
+METHODS: Mapping[str, Way] = {name: Way("all", name) for name in BASELINES} | {
+    "tsqlora": Way("quality", None),
+    "tsqlora-quality-only": Way("quality", "lora"),
+    "tsqlora-ranks-only": Way("all", None, moves=True),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """The rows of a run, and the callback that chooses them."""
-
-    data: QualitySubset
-    quality: QualityCallback | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +52,11 @@ class Policy:
     rule: Callable[[Config], ScoringRule] | None = None
     all_rows: bool = False
 
-    def __call__(self, job: Job, scores_path: Path, progress: Progress | None) -> Rows:
+    def __call__(self, job: Job, scores_path: Path, progress: Progress | None) -> Method:
         data = subset(job, 1.0 if self.all_rows else job.config.quality.fraction)
         if self.rule is None:
-            return Rows(data)
-        return Rows(data, quality_callback(job, data, scores_path, progress, rule=self.rule(job.config)))
+            return Method(data)
+        return Method(data, quality_callback(job, data, scores_path, progress, rule=self.rule(job.config)))
 
 
 def _by_term(term: str) -> Policy:

@@ -16,7 +16,7 @@ from transformers import TrainerCallback, set_seed
 
 from tsqlora import distributed
 from tsqlora.compare.cells import Cell, Entry
-from tsqlora.compare.methods import POLICIES, Rows, build
+from tsqlora.compare.methods import POLICIES, build
 from tsqlora.data.prepare import prepare
 from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.progress import Progress, Pulse
@@ -149,32 +149,32 @@ def _train(
     with tempfile.TemporaryDirectory() as folder:
         args = arguments(settings_of(job.config, cell, max_steps=steps), Path(folder))
         distributed.refuse_copies(args.n_gpu)
-        rows = POLICIES[cell.entry.policy](job, Path(folder) / SCORES_FILE, progress)
+        method = POLICIES[cell.entry.policy](job, Path(folder) / SCORES_FILE, progress)
         with record.timed("building"):
             set_seed(cell.seed)
             built, ranks = build(job, cell.entry.method, steps=steps)
         building = record.cost.pop("building")
         building.add(forward=built.cost.forward, backward=built.cost.backward, tokens=built.cost.tokens)
-        method, callbacks = Method(rows.data, rows.quality, ranks, job.config.ranks.cache_gb), (*built.callbacks, *also)
-        fit(built.model, args, method, job.inputs, record, also=callbacks, progress=progress)
+        method = replace(method, ranks=ranks, cache_gb=job.config.ranks.cache_gb)
+        fit(built.model, args, method, job.inputs, record, also=(*built.callbacks, *also), progress=progress)
         record.cost = {"building": building} | record.cost
         measure(job, built.model, record, args, progress)
     return {
         "parameters": {"trainable": built.trainable()},
         "ranks": built.ranks(),
-        "quality": _draws(rows),
+        "quality": _draws(method),
         "bf16": args.bf16,
     }
 
 
-def _draws(rows: Rows) -> dict[str, Any]:
+def _draws(method: Method) -> dict[str, Any]:
     """Rows in all and in an epoch; for a policy that scores rows, its looks and whether its scores decided."""
-    drawn: dict[str, Any] = {"rows": len(rows.data.dataset), "rows_an_epoch": len(rows.data)}
-    if rows.quality is None:
+    drawn: dict[str, Any] = {"rows": len(method.data.dataset), "rows_an_epoch": len(method.data)}
+    if method.quality is None:
         return drawn
-    scores = rows.data.scores
+    scores = method.data.scores
     noise = None if scores is None else scores.record.noise
-    return drawn | {"looks": rows.quality.looks, "random": _why_at_random(rows.quality, scores), "noise": noise}
+    return drawn | {"looks": method.quality.looks, "random": _why_at_random(method.quality, scores), "noise": noise}
 
 
 def _why_at_random(quality: QualityCallback, scores: Scores | None) -> str | None:
