@@ -19,7 +19,6 @@ one label of so many of their rows, are set wrong.
 by the loss of the models that have not seen them.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -38,7 +37,7 @@ import torch
 from cleanlab.count import estimate_joint
 from cleanlab.filter import find_label_issues
 from cleanlab.rank import get_label_quality_scores
-from origin import ROOT, commit, machine
+from origin import ROOT, commit, machine, parser_of, stored
 from scipy.special import log_softmax
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
@@ -238,10 +237,8 @@ def cell(table: str, noise: str, seed: int, *, fine_tune: bool) -> None:
     basis = json.dumps([TABLES[table], TOKENS, FOLDS, NEIGHBOURS, ITERATIONS, BINS, STRENGTHS])
     mark = hashlib.sha256(basis.encode()).hexdigest()[:8]
     path = RESULTS / f"{table}.{noise}.{seed}.{'deep.' * fine_tune}{mark}.json"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, run(table, noise, seed, fine_tune=fine_tune))
-    for name, way in json.loads(path.read_text())["ways"].items():
+    result = stored(path, lambda: run(table, noise, seed, fine_tune=fine_tune))
+    for name, way in result["ways"].items():
         numbers = " ".join(f"{key} {value:.3f}" for key, value in way.items() if value is not None)
         print(table, noise, f"seed {seed}", f"{name}:", numbers, flush=True)
 
@@ -317,7 +314,7 @@ def several(table: str, noise: str, seed: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("tables", nargs="*", default=list(TABLES))
     parser.add_argument("--noise", default=",".join(NOISE))
     parser.add_argument("--seeds", default="0,1,2")

@@ -7,7 +7,6 @@ on the first seed, the best of them on the others. `full` trains every weight. A
 Each cell is a file in bench/results/capacity, and a cell that is there is not run again.
 """
 
-import argparse
 import json
 import os
 import tempfile
@@ -20,11 +19,10 @@ os.environ["TSQLORA_CACHE"] = ""
 
 import numpy as np
 import torch
-from origin import ROOT, commit, machine
+from origin import ROOT, commit, machine, parser_of, stored
 from transformers import set_seed
 
 from tsqlora.compare.methods import POLICIES, build
-from tsqlora.files import write_json
 from tsqlora.run.config import Config
 from tsqlora.run.fit import arguments, predictor_of
 from tsqlora.run.job import load
@@ -107,14 +105,11 @@ def run(method: str, mean: float, rate: float, seed: int) -> dict[str, Any]:
 
 def cell(method: str, mean: float, rate: float, seed: int) -> dict[str, Any]:
     path = RESULTS / f"{method}.{mean:g}.{rate:g}.{seed}.json"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, run(method, mean, rate, seed))
-    return json.loads(path.read_text())
+    return stored(path, lambda: run(method, mean, rate, seed))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--means", default="1,2")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--seeds", default="0,1,2")

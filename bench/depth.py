@@ -7,14 +7,13 @@ validation rows, on the first seed. One core a cell. Each cell is a file in benc
 there is not run again.
 """
 
-import argparse
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from headstart import run, stored, sweep
-from origin import ROOT
+from headstart import finished, run, sweep
+from origin import ROOT, parser_of
 
 RESULTS = Path(os.environ.get("RESULTS", ROOT / "bench" / "results" / "depth"))
 TABLES = ("clinc150-3000", "sst2-2000", "mrpc-2000", "stsb-2000")
@@ -29,7 +28,7 @@ def run_at(table: str, depth: str, rate: float, seed: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--tables", default=",".join(TABLES))
     parser.add_argument("--depths", default=",".join(DEPTHS))
     parser.add_argument("--seeds", default="0,1,2")
@@ -41,7 +40,7 @@ def main() -> None:
 
             def cell(rate: float, seed: int, table: str = table, depth: str = depth) -> dict[str, Any]:
                 path = RESULTS / f"{table}.{depth}.{rate:g}.{seed}.json"
-                return stored(path, lambda: run_at(table, depth, rate, seed))
+                return finished(path, lambda: run_at(table, depth, rate, seed))
 
             sweep(cell, args.rates, args.seeds)
 

@@ -8,7 +8,6 @@ One core a cell; seconds are those of the processor, evaluations left out, so th
 cell is a file in bench/results/headstart, and a cell that is there is not run again.
 """
 
-import argparse
 import json
 import math
 import os
@@ -23,11 +22,10 @@ os.environ["TSQLORA_CACHE"] = ""  # each cell pays for its own look
 
 import numpy as np
 import torch
-from origin import ROOT, commit, machine
+from origin import ROOT, commit, machine, parser_of, stored
 from transformers import TrainerCallback, set_seed
 
 from tsqlora.compare.methods import POLICIES, build
-from tsqlora.files import write_json
 from tsqlora.quality.started import TRAINING_SCALE
 from tsqlora.run.config import Config
 from tsqlora.run.demo import bbc_news, package_folder
@@ -206,12 +204,9 @@ def vars_of(cost: Any) -> dict[str, float]:
     return {name: getattr(cost, name) for name in ("seconds", "forward", "backward", "tokens")}
 
 
-def stored(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The finished cell, run now if its file is missing."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, make())
-    result = json.loads(path.read_text())
+def finished(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A stored cell, and its last accuracy on the screen."""
+    result = stored(path, make)
     last = result["curve"][-1]
     print(path.stem, f"{last['accuracy']:.4f} after {last['step']}, {last['seconds']:.0f} s", flush=True)
     return result
@@ -226,7 +221,7 @@ def sweep(cell: Callable[[float, int], dict[str, Any]], rates: str, seeds: str) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--tables", default=",".join(TABLES))
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--seeds", default="0,1,2")
@@ -238,7 +233,7 @@ def main() -> None:
 
             def cell(rate: float, seed: int, table: str = table, method: str = method) -> dict[str, Any]:
                 path = RESULTS / f"{table}.{method}.{rate:g}.{seed}.json"
-                return stored(path, lambda: run(table, method, rate, seed))
+                return finished(path, lambda: run(table, method, rate, seed))
 
             sweep(cell, args.rates, args.seeds)
 

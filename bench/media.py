@@ -7,7 +7,6 @@ it to 5 to 9: scikit-learn's digits as pictures, and ../shared/data/spoken_digit
 once with a fifth of the training labels wrong. Equal steps; one seed. Each kind is a file in bench/results/media.
 """
 
-import argparse
 import os
 import shutil
 import tempfile
@@ -19,7 +18,7 @@ os.environ["TSQLORA_CACHE"] = ""
 
 import numpy as np
 import torch
-from origin import ROOT, commit, machine
+from origin import ROOT, commit, machine, parser_of
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.metrics import average_precision_score, roc_auc_score
@@ -195,7 +194,7 @@ def measure(kind: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("kinds", nargs="*", default=["image", "audio"])
     for kind in parser.parse_args().kinds:
         RESULTS.mkdir(parents=True, exist_ok=True)

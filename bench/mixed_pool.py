@@ -8,13 +8,13 @@ paper's sentence, 110 that copy the abstract's first sentence, 240 of Alpaca, 15
 cell is not run again; on one core a cell takes 3 to 8 minutes.
 """
 
-import argparse
 import itertools
 import json
 import os
 import tempfile
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,10 @@ os.environ["TSQLORA_CACHE"] = ""  # each cell pays for its own look
 
 import numpy as np
 import torch
-from origin import ROOT, commit, machine
+from origin import ROOT, commit, machine, parser_of, stored
 from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from tsqlora.files import write_json
 from tsqlora.quality.scores import Scores
 from tsqlora.run.config import Config
 from tsqlora.run.demo import package_folder
@@ -195,18 +194,14 @@ def drawn_and_area(run: Path, kinds: list[str]) -> tuple[dict[str, int], float |
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--seeds", default="0,1,2")
     request = parser.parse_args()
     torch.set_num_threads(1)
     for seed in map(int, request.seeds.split(",")):
         for method in request.methods.split(","):
-            path = RESULTS / f"{method}.{seed}.json"
-            if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_json(path, run(method, seed))
-            result = json.loads(path.read_text())
+            result = stored(RESULTS / f"{method}.{seed}.json", partial(run, method, seed))
             print(method, f"seed {seed}: test loss {result['loss']:.3f}", result["drawn"], result["area"], flush=True)
 
 

@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,20 @@ ROOT = Path(__file__).parents[1]
 commit()  # now, when the code is imported, and not hours later
 
 
-def parser_of(doc: str | None, name: str) -> argparse.ArgumentParser:
-    """Arguments of a benchmark, which its docstring explains; its results are bench/results/NAME.json."""
+def parser_of(doc: str | None, name: str | None = None) -> argparse.ArgumentParser:
+    """Arguments of a benchmark, which its docstring explains; with a name, --out is bench/results/NAME.json."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / f"{name}.json")
+    if name is not None:
+        parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / f"{name}.json")
     return parser
+
+
+def stored(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The cell in a file, made now if the file is missing."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, make())
+    return json.loads(path.read_text())
 
 
 def read(path: Path) -> dict[str, Any]:

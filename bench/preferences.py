@@ -7,9 +7,9 @@ swapped. A pair is suspected by the DPO loss of the trusted model, and flagged w
 answer. Each cell is a file in bench/results/preferences.
 """
 
-import argparse
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,11 @@ import numpy as np
 import torch
 from datasets import Dataset
 from mixed_pool import SHARED, model_folder, read
-from origin import ROOT, commit, machine
+from origin import ROOT, commit, machine, parser_of, stored
 from peft import LoraConfig, get_peft_model
 from sklearn.metrics import average_precision_score, roc_auc_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tsqlora.files import write_json
 from tsqlora.quality.rule import ScoringRule
 from tsqlora.quality.trusted import trusted_steps_of
 from tsqlora.run.pool import score_pool
@@ -90,20 +89,15 @@ def cell(name: str, rows: int, seed: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--model", choices=("stories260K", "smollm2"), default="stories260K")
     parser.add_argument("--rows", type=int, default=400)
     parser.add_argument("--seeds", default="0,1,2")
     args = parser.parse_args()
     for seed in map(int, args.seeds.split(",")):
         path = RESULTS / f"{args.model}-{seed}.json"
-        if not path.exists():
-            RESULTS.mkdir(parents=True, exist_ok=True)
-            write_json(path, result := cell(args.model, args.rows, seed))
-            print(
-                path.name,
-                {name: value for name, value in result.items() if name in ("why_not", "area", "precision", "recall")},
-            )
+        result = stored(path, partial(cell, args.model, args.rows, seed))
+        print(path.name, {name: result[name] for name in ("why_not", "area", "precision", "recall")})
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from origin import commit, machine
+from origin import commit, machine, parser_of
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
@@ -205,12 +205,11 @@ def resident() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "rank_cost")
     parser.add_argument("--models", default="minilm,smollm")
     parser.add_argument("--precisions", default="bfloat16")
     parser.add_argument("--frozen", action="store_true")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "rank_cost.json")
     args = parser.parse_args()
     if args.peak:
         print(own_peak(args.models, args.peak, args.precisions == "bfloat16"))

@@ -7,7 +7,6 @@ Each world is a function that returns training, trusted and test rows, and the g
 cell runs on one core and is a file in bench/results/worlds; a finished cell is not run again.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -24,7 +23,7 @@ os.environ["TSQLORA_CACHE"] = ""  # each cell pays for its own look
 import numpy as np
 import torch
 from cleanlab.filter import find_label_issues
-from origin import ROOT, commit, machine
+from origin import ROOT, commit, machine, parser_of, stored
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.model_selection import cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier
@@ -321,10 +320,7 @@ def cell(world: str, method: str, seed: int, trusted: int) -> dict[str, Any]:
     decides = json.dumps([dict(way.quality), way.before + "dfr" * way.dfr, STEPS, RATE], sort_keys=True)
     mark = hashlib.sha256(decides.encode()).hexdigest()[:8]
     path = RESULTS / f"{world}.{method}.{trusted}.{seed}.{mark}.json"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, run(world, method, seed, trusted))
-    result = json.loads(path.read_text())
+    result = stored(path, lambda: run(world, method, seed, trusted))
     numbers = " ".join(f"{name} {result[name]:.3f}" for name in ("accuracy", "worst", "loss"))
     print(world, method, f"{trusted} trusted", f"seed {seed}:", numbers, flush=True)
     return result
@@ -346,7 +342,7 @@ def agreements(worlds: Sequence[str], seeds: Sequence[int], trusted: int) -> Non
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("worlds", nargs="+", choices=WORLDS)
     parser.add_argument("--methods", default="default,even,trusted")
     parser.add_argument("--seeds", default="0,1,2")
