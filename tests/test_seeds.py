@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from tsqlora.quality.rows import reference_indices
+from tsqlora.quality.rows import reference_rows
 from tsqlora.quality.subset import QualitySubset
 from tsqlora.seeds import STREAMS, stream
 
@@ -23,4 +23,4 @@ def test_a_draw_is_a_function_of_name_seed_and_place(name: str) -> None:
 
 def test_reference_rows_are_not_the_rows_of_the_first_epoch() -> None:
     epoch = QualitySubset(range(1000), 0.5).draw(0)
-    assert set(reference_indices(1000, 500, seed=0)) != set(epoch.tolist())
+    assert set(reference_rows(500, range(1000), seed=0)[0]) != set(epoch.tolist())

@@ -38,10 +38,6 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
         raise DataError(f"the rows do not fit into {path} ({reason}); write .jsonl") from error
 
 
-SHEETS = (".csv", ".tsv")
-"""Formats that people open in spreadsheets, which run formulas."""
-
-
 def without_formulas(rows: Sequence[Row]) -> tuple[list[dict[str, Any]], int]:
     """Put a ' before every text that a spreadsheet would run, also in column names; and count them.
 

@@ -23,18 +23,15 @@ class Dataset(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
-def reference_indices(rows: int, size: int, seed: int) -> list[int]:
-    """Draw the default reference: `size` of the rows, or all of them if there are fewer."""
-    rng = stream("reference rows", seed)
-    return sorted(rng.permutation(rows)[:size].tolist())
-
-
 def reference_rows(
     reference: int | Sequence[int] | Dataset, dataset: Dataset, seed: int
 ) -> tuple[list[int], list[Any]]:
-    """Return the positions in the data set of the reference's rows, and these rows."""
+    """Return the positions in the data set of the reference's rows, and these rows.
+
+    Of a number it draws as many rows, or all of them if there are fewer.
+    """
     if isinstance(reference, int):
-        reference = reference_indices(len(dataset), reference, seed)
+        reference = sorted(stream("reference rows", seed).permutation(len(dataset))[:reference].tolist())
     own = require_reference(reference, dataset)
     if own is not None:
         return own, [dataset[j] for j in own]

@@ -11,9 +11,10 @@ from scipy.special import expit, softmax
 
 from tsqlora.data.batches import IGNORED
 from tsqlora.data.cells import tokens_at
+from tsqlora.data.dialect import TABLES
 from tsqlora.data.rows import Rows, column_names, open_split
 from tsqlora.data.splits import Lacks, lacks_of, listed
-from tsqlora.data.write import SHEETS, joined, require_writable, without_formulas, write_rows
+from tsqlora.data.write import joined, require_writable, without_formulas, write_rows
 from tsqlora.errors import DataError
 from tsqlora.progress import Progress
 from tsqlora.run.finished import FinishedRun, open_run, require_finished
@@ -76,7 +77,7 @@ def predict_run(
     added = dict(zip(complete, answers(finished, rows.take(complete), progress), strict=True))
     empty = dict.fromkeys(added[complete[0]])
     predicted = [{**row, **added.get(i, empty)} for i, row in enumerate(rows.rows)]
-    if out.suffix.lower() in SHEETS:
+    if out.suffix.lower() in TABLES:  # spreadsheets run formulas
         predicted, cells = without_formulas([joined(row) for row in predicted])
         if cells:
             warnings.warn(

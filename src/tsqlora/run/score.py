@@ -6,8 +6,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from torch import nn
-
 from tsqlora import distributed
 from tsqlora.data.rows import open_split
 from tsqlora.data.splits import Splits, one_split
@@ -21,7 +19,7 @@ from tsqlora.quality.scores import Scores
 from tsqlora.run.callbacks import row_names, scoring_rule, trusted_of
 from tsqlora.run.config import load_config
 from tsqlora.run.finished import FinishedRun, device_of, open_run
-from tsqlora.run.job import Job, hints_of, load, read, require_scoring, with_adapter
+from tsqlora.run.job import hints_of, load, read, require_scoring, with_adapter
 from tsqlora.run.start import with_start
 from tsqlora.training.run_dir import CONFIG_FILE, alone_in
 
@@ -60,7 +58,17 @@ def score_rows(
             require_scoring(config)
             job = load(config, folder=tokens, scoring=True)
             model = with_adapter(config, job.pretrained).to(device_of(config))
-        scores = score_job(job, model, partial / "scoring", progress)
+        scores = score(
+            model,
+            job.data.samples["train"],
+            job.collate,
+            rule=replace(scoring_rule(job.config), terms=PAPER_TERMS),
+            task=job.task,
+            rows=row_names(job, held_out=job.data.splits.held_out),
+            compute=Compute(job.config.training.batch_size, journal=partial / "scoring", progress=progress),
+            trusted=trusted_of(job),
+            fraction=job.config.quality.fraction,
+        )
         scores = drop_rows(scores, drop, lambda: job.data.splits.texts("train"), tokens / "signatures")
         scores.save(out)
     return scores
@@ -89,18 +97,3 @@ def _splits(source: Path, run: FinishedRun) -> Splits:
     file = open_split(path, split="train", hints=hints_of(run.config)).with_files(asdict(run.columns))
     run.require_columns(file.columns(), file.name, labelled=True)
     return one_split("train", file, run.columns, run.labels, run.format, run.config.data.max_bad_rows)
-
-
-def score_job(job: Job, model: nn.Module, journal: Path | None = None, progress: Progress | None = None) -> Scores:
-    """Score every training row; resumable with a journal."""
-    return score(
-        model,
-        job.data.samples["train"],
-        job.collate,
-        rule=replace(scoring_rule(job.config), terms=PAPER_TERMS),
-        task=job.task,
-        rows=row_names(job, held_out=job.data.splits.held_out),
-        compute=Compute(job.config.training.batch_size, journal=journal, progress=progress),
-        trusted=trusted_of(job),
-        fraction=job.config.quality.fraction,
-    )
