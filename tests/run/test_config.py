@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from pydantic import BaseModel
 
 from tsqlora.compat.yaml import dump_yaml
 from tsqlora.errors import SettingsError
+from tsqlora.quality.rule import ScoringRule
 from tsqlora.run.config import (
     PRESETS,
     REFUSED_ARGUMENTS,
@@ -176,6 +178,13 @@ def test_a_removed_setting_is_refused_by_its_name_unless_it_has_its_former_defau
     assert key in error_of("", f"{key}=no-such-value")
 
 
+def test_a_removed_setting_that_is_a_field_of_the_rule_names_one_that_exists() -> None:
+    messages = [removed.why for removed in REMOVED_SETTINGS.values()]
+    named = [match[1] for why in messages if (match := re.search(r"ScoringRule\((\w+)=", why))]
+    assert {"scope", "reference", "calibration", "guard"} <= {*named}
+    assert {*named} <= {field.name for field in dataclasses.fields(ScoringRule)}
+
+
 @pytest.mark.parametrize(
     ("text", "key"),
     [
@@ -328,6 +337,5 @@ def test_further_training_arguments_are_fields_of_the_trainer() -> None:
     theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
     config = loaded("training: {weight_decay: 0.1, warmup_steps: 0.06}")
     assert config.training.further_arguments() == {"weight_decay": 0.1, "warmup_steps": 0.06}
-    # Renamed by transformers in the meantime, still refused.
-    assert set(REFUSED_ARGUMENTS) - theirs <= {"group_by_length"}
+    assert set(REFUSED_ARGUMENTS) <= theirs
     assert math.isclose(sum(PRESETS["paper"].values()), 1)

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 from tsqlora.compat.hub import is_revision
 from tsqlora.errors import SettingsError, nearest
 from tsqlora.ranks.budget import default_max_rank
+from tsqlora.run.config.removed import REFUSED_ARGUMENTS, REMOVED_SETTINGS
 
 PresetName = Literal["default", "paper"]
 
@@ -222,22 +223,6 @@ class AdapterSettings(Section):
     )
 
 
-# TrainingArguments that another setting decides, or that would break the method, with their cures.
-REFUSED_ARGUMENTS: Mapping[str, str] = {
-    "num_train_epochs": "set training.epochs",
-    "per_device_train_batch_size": "set training.batch_size",
-    "output_dir": "give the run directory as --out",
-    "resume_from_checkpoint": "give --resume",
-    "hub_token": "log in with `hf auth login` or set HF_TOKEN: settings are copied into the run's files",
-    "data_seed": "set training.seed, which decides the draws too",
-    "group_by_length": "remove it: the draw decides the order of rows",
-    "train_sampling_strategy": "remove it: the draw decides the order of rows",
-    "dataloader_drop_last": "remove it: every drawn row is trained on",
-    "dataloader_persistent_workers": "remove it: such workers would repeat the first epoch's draw",
-    "remove_unused_columns": "remove it: the task chooses its columns",
-}
-
-
 class TrainingSettings(Section):
     """Our own settings, and any further field of `transformers.TrainingArguments`."""
 
@@ -274,37 +259,6 @@ class TrainingSettings(Section):
         for name in sorted(names.keys() - fields):
             raise SettingsError(_unknown_training_key(name, fields))
         return self
-
-
-class Removed(NamedTuple):
-    """A removed setting: its former default, and its replacement or the reason."""
-
-    default: Any
-    why: str
-
-
-# A file with one of them at its former default still loads: it describes the same run.
-REMOVED_SETTINGS: Mapping[str, Removed] = {
-    "data.max_target_length": Removed(None, "set data.max_length, which limits targets too"),
-    "quality.reject": Removed(
-        None, "likely wrong labels are left out unless quality.weights draw by Q; use ScoringRule(reject=…) in Python"
-    ),
-    "quality.warmup": Removed(1.0, "rows are looked at before the first step; remove it"),
-    "quality.warmup_limit": Removed(0.5, "rows are looked at before the first step; remove it"),
-    "quality.scope": Removed("adapter", "use the argument of tsqlora.score and QualityCallback"),
-    "quality.reference": Removed(512, "use the argument of tsqlora.score and QualityCallback"),
-    "quality.calibrate": Removed(True, "use the argument calibration of tsqlora.score"),
-    "quality.guard": Removed(True, "use the argument of QualityCallback"),
-    "quality.unbiased": Removed(False, "rows drawn by Q taught less than random rows, also with weights; remove it"),
-    "quality.recheck": Removed(False, "a second look for wrong labels did not help; remove it"),
-    "quality.harvest": Removed(False, "terms from training's own passes hardly detect wrong labels; use tsqlora score"),
-    "ranks.gamma": Removed(1.0, "use the argument of RankSchedule and tsqlora.allocate"),
-    "ranks.samples": Removed(256, "use the argument of RankCallback"),
-    "ranks.warmup": Removed(0.1, "use the argument of RankSchedule"),
-    "ranks.freeze": Removed(0.3, "use the argument of RankSchedule"),
-    "ranks.moves": Removed(None, "use the argument of RankSchedule"),
-    "training.eval_batch_size": Removed(64, "set training.per_device_eval_batch_size"),
-}
 
 
 class Config(Section):
