@@ -15,7 +15,7 @@ from transformers import BertModel
 
 import tsqlora as tsq
 from models import collate, lora, samples, tiny_bert
-from runs import make_rows, save_checkpoint, write_config, write_jsonl
+from runs import set_up
 from scoring import score_by, teach
 from tsqlora.oom import BatchSplitter, even_parts, halves, is_out_of_memory, retry_on_oom
 from tsqlora.run import train as pipeline
@@ -148,10 +148,7 @@ def test_logits_of_parts_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    folder = tmp_path_factory.mktemp("memory")
-    save_checkpoint(folder / "model")
-    write_jsonl(folder / "train.jsonl", make_rows(60))
-    return load_config(write_config(folder / "c.yaml", folder / "model", folder / "train.jsonl"))
+    return load_config(set_up(tmp_path_factory.mktemp("memory"), rows=60) / "c.yaml")
 
 
 def newest_state(run: Path) -> dict[str, Any]:

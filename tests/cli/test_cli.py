@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from runs import make_rows, save_checkpoint, write_config, write_jsonl
+from runs import make_rows, set_up, write_config, write_jsonl
 from tsqlora.data.cells import row_hash, sample_hash
 from tsqlora.data.rows import read_rows
 from tsqlora.gradients.sites import lora_layers
@@ -34,18 +34,15 @@ Run = Callable[..., tuple[int, str, str]]
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint, data and a configuration."""
-    folder = tmp_path_factory.mktemp("cli")
-    save_checkpoint(folder / "model")
-    write_jsonl(folder / "train.jsonl", make_rows(80))
+    folder = set_up(tmp_path_factory.mktemp("cli"))
     write_jsonl(folder / "test.jsonl", make_rows(30, seed=5))
-    write_config(folder / "config.yaml", folder / "model", folder / "train.jsonl")
     return folder
 
 
 @pytest.fixture(scope="session")
 def trained(place: Path) -> Path:
     """The run that most tests share, trained by the command in its own process."""
-    command = [sys.executable, "-m", "tsqlora.cli", "train", str(place / "config.yaml"), "--out", str(place / "run")]
+    command = [sys.executable, "-m", "tsqlora.cli", "train", str(place / "c.yaml"), "--out", str(place / "run")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -90,7 +87,7 @@ def test_a_bad_setting_is_refused_before_anything_is_written(
 ) -> None:
     out = tmp_path / "out"
     dry = ["--dry-run"] if len(override) % 2 else []
-    result, text = refused(tsqlora, "train", place / "config.yaml", "--set", override, "--out", out, *dry)
+    result, text = refused(tsqlora, "train", place / "c.yaml", "--set", override, "--out", out, *dry)
     assert result == code, text
     assert message in text
     assert not (out / "config.yaml").exists(), "the directory must be free for the next attempt"
@@ -112,9 +109,7 @@ def test_bad_data_exits_3_and_names_file_and_row(
 ) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(content)
-    code, text = refused(
-        tsqlora, "train", place / "config.yaml", "--set", f"data.train={path}", "--out", tmp_path / "out"
-    )
+    code, text = refused(tsqlora, "train", place / "c.yaml", "--set", f"data.train={path}", "--out", tmp_path / "out")
     assert code == 3
     assert message in text
 
@@ -122,7 +117,7 @@ def test_bad_data_exits_3_and_names_file_and_row(
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_directory_of_something_else_is_left_alone(resume: bool, place: Path, tmp_path: Path, tsqlora: Run) -> None:
     (tmp_path / "thesis.tex").write_text("x")
-    code, text = refused(tsqlora, "train", place / "config.yaml", "--out", tmp_path, *(["--resume"] if resume else []))
+    code, text = refused(tsqlora, "train", place / "c.yaml", "--out", tmp_path, *(["--resume"] if resume else []))
     assert code == 2
     assert "thesis.tex" in text
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
@@ -219,7 +214,7 @@ def test_plain_peft_loads_the_adapter_with_the_same_predictions(trained: Path, t
 def test_a_dry_run_tells_the_plan_that_the_run_then_records_and_writes_nothing(
     trained: Path, place: Path, tmp_path: Path, tsqlora: Run
 ) -> None:
-    code, out, _ = tsqlora("train", place / "config.yaml", "--out", tmp_path / "none", "--dry-run", "--json")
+    code, out, _ = tsqlora("train", place / "c.yaml", "--out", tmp_path / "none", "--dry-run", "--json")
     plan, record = json.loads(out), record_of(trained)
     assert (code, plan["steps"], plan["passes"]["look"]["forward"]) == (0, 6 * 5, 72)
     assert {name: plan[name] for name in record["plan"]} == record["plan"]
@@ -232,13 +227,13 @@ def test_a_dry_run_tells_the_plan_that_the_run_then_records_and_writes_nothing(
 def test_a_dry_run_tells_what_the_directory_holds(
     resume: list[str], part: str, trained: Path, place: Path, tsqlora: Run
 ) -> None:
-    code, out, err = tsqlora("train", place / "config.yaml", "--out", trained, "--dry-run", *resume)
+    code, out, err = tsqlora("train", place / "c.yaml", "--out", trained, "--dry-run", *resume)
     assert (code, part in err, "trainable" in out) == (0, True, True)
 
 
 def test_a_dry_run_refuses_what_the_run_would_before_its_first_step(place: Path, tmp_path: Path, tsqlora: Run) -> None:
     one = ["--set", "training.save_total_limit=1", "--out", tmp_path / "none", "--dry-run"]
-    code, text = refused(tsqlora, "train", place / "config.yaml", *one)
+    code, text = refused(tsqlora, "train", place / "c.yaml", *one)
     assert code == 2
     assert "save_total_limit 1 deletes the last complete checkpoint" in text
 
@@ -268,7 +263,7 @@ def contents(run: Path) -> dict[str, tuple[int, bytes]]:
 
 def test_resuming_a_finished_run_changes_nothing(trained: Path, place: Path, tsqlora: Run) -> None:
     before = contents(trained)
-    code, out, _ = tsqlora("train", place / "config.yaml", "--out", trained, "--resume", "--json")
+    code, out, _ = tsqlora("train", place / "c.yaml", "--out", trained, "--resume", "--json")
     assert code == 0
     assert json.loads(out)["metrics"] == record_of(trained)["metrics"]
     assert contents(trained) == before
@@ -278,12 +273,12 @@ def test_resuming_a_finished_run_changes_nothing(trained: Path, place: Path, tsq
 def test_training_into_another_run_is_refused(
     more: list[str], named: str, trained: Path, place: Path, tsqlora: Run
 ) -> None:
-    code, text = refused(tsqlora, "train", place / "config.yaml", "--out", trained, *more)
+    code, text = refused(tsqlora, "train", place / "c.yaml", "--out", trained, *more)
     assert (code, named in text) == (2, True)
 
 
 def test_a_killed_run_resumes_to_the_same_adapter(trained: Path, place: Path, tmp_path: Path, tsqlora: Run) -> None:
-    arguments = ("train", place / "config.yaml", "--out", tmp_path / "run", "--resume", "--json")
+    arguments = ("train", place / "c.yaml", "--out", tmp_path / "run", "--resume", "--json")
     with killed_at(17):
         code, out, err = tsqlora(*arguments)
     assert (code, out) == (130, "")
@@ -311,7 +306,7 @@ def test_a_run_killed_behind_its_last_step_only_ends(
             raise KeyboardInterrupt
         save(self, folder, **kwargs)
 
-    save, arguments = PeftModel.save_pretrained, ("train", place / "config.yaml", "--out", tmp_path / "run", "--resume")
+    save, arguments = PeftModel.save_pretrained, ("train", place / "c.yaml", "--out", tmp_path / "run", "--resume")
     with monkeypatch.context() as patch:
         patch.setattr(PeftModel, "save_pretrained", cut_off)
         assert tsqlora(*arguments)[0] == 130
@@ -326,7 +321,7 @@ def test_a_run_killed_behind_its_last_step_only_ends(
 @pytest.fixture(scope="session")
 def stopped_once(place: Path) -> Path:
     with killed_at(17), pytest.raises(KeyboardInterrupt):
-        train(load_config(place / "config.yaml"), place / "stopped")
+        train(load_config(place / "c.yaml"), place / "stopped")
     return place / "stopped"
 
 
@@ -342,7 +337,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_told(
 ) -> None:
     path = stopped / "checkpoints" / "checkpoint-15" / name
     path.write_bytes(path.read_bytes()[::-1])
-    code, _, err = tsqlora("train", place / "config.yaml", "--out", stopped, "--resume")
+    code, _, err = tsqlora("train", place / "c.yaml", "--out", stopped, "--resume")
     assert code == 0, err
     assert f"warning: {path.parent} is passed over: {name} " in err
     assert any(f"is passed over: {name} " in note for note in record_of(stopped)["notes"])
@@ -353,7 +348,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_told(
 def test_a_run_with_nothing_whole_to_resume_from_is_refused(stopped: Path, place: Path, tsqlora: Run) -> None:
     for path in (stopped / "checkpoints").rglob("rng_state.pth"):
         path.unlink()
-    code, text = refused(tsqlora, "train", place / "config.yaml", "--out", stopped, "--resume")
+    code, text = refused(tsqlora, "train", place / "c.yaml", "--out", stopped, "--resume")
     assert code == 1
     assert "no checkpoint is complete" in text
     assert text.count("rng_state.pth is missing") == 2
@@ -364,7 +359,7 @@ def test_a_run_whose_record_is_lost_is_not_resumed_until_it_is_back(
     harm: Callable[[Path], Any], stopped: Path, place: Path, tsqlora: Run
 ) -> None:
     harm(stopped / "run.json")
-    code, text = refused(tsqlora, "train", place / "config.yaml", "--out", stopped, "--resume")
+    code, text = refused(tsqlora, "train", place / "c.yaml", "--out", stopped, "--resume")
     assert code == 3
     assert "run.json is missing or damaged" in text
 
@@ -378,7 +373,7 @@ def test_the_lock_of_a_process_that_trains_is_respected(place: Path, tmp_path: P
         try:
             assert holder.stdout is not None
             assert holder.stdout.readline() == b"held\n"
-            code, text = refused(tsqlora, "train", place / "config.yaml", "--out", tmp_path / "run", "--resume")
+            code, text = refused(tsqlora, "train", place / "c.yaml", "--out", tmp_path / "run", "--resume")
         finally:
             holder.kill()
     assert code == 2
@@ -415,7 +410,7 @@ def test_scoring_a_run_gives_every_row_its_terms(scored: Path) -> None:
 
 
 def test_scoring_a_config_trains_nothing(place: Path, tmp_path: Path, tsqlora: Run) -> None:
-    code, out, _ = tsqlora("score", place / "config.yaml", "--out", tmp_path / "s.parquet", "--json")
+    code, out, _ = tsqlora("score", place / "c.yaml", "--out", tmp_path / "s.parquet", "--json")
     assert code == 0
     assert json.loads(out)["rows"] == 72
     check_scores(tmp_path / "s.parquet", 72, place / "train.jsonl")
@@ -470,7 +465,7 @@ def test_rows_are_not_replaced_by_what_is_drawn_or_known_of_them(
     before = Path(rows).read_bytes()
     lines = [
         ("select", scored, "--fraction", "0.5", "--data", rows, "--out", link),
-        ("score", place / "config.yaml", "--set", f"data.train={rows}", "--out", link),
+        ("score", place / "c.yaml", "--set", f"data.train={rows}", "--out", link),
         ("score", trained, "--set", f"data.train={rows}", "--out", rows),
     ]
     for arguments in lines:
@@ -500,7 +495,7 @@ def test_options_that_do_not_go_together_are_refused(
 # ---------------------------------------------------------------------------------- allocate
 
 
-@pytest.mark.parametrize("source", ["config.yaml", "run"])
+@pytest.mark.parametrize("source", ["c.yaml", "run"])
 def test_allocate_gives_a_lora_config_with_those_ranks_and_one_scale(
     source: str, trained: Path, tmp_path: Path, tsqlora: Run
 ) -> None:
@@ -619,7 +614,7 @@ def test_only_the_first_of_several_processes_speaks(
 def test_a_run_killed_before_its_first_checkpoint_starts_over(
     step: int, place: Path, tmp_path: Path, tsqlora: Run
 ) -> None:
-    arguments = ("train", place / "config.yaml", "--out", tmp_path / "run")
+    arguments = ("train", place / "c.yaml", "--out", tmp_path / "run")
     with killed_at(step):
         assert tsqlora(*arguments)[0] == 130
     if step == 0:
@@ -636,7 +631,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(
 @pytest.mark.parametrize("setting", ["data.train", "data.trusted"])
 def test_a_run_whose_data_changed_is_not_resumed(setting: str, place: Path, tmp_path: Path, tsqlora: Run) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", make_rows(80, seed=2))
-    arguments = ("train", place / "config.yaml", "--set", f"{setting}={data}", "--out", tmp_path / "run", "--resume")
+    arguments = ("train", place / "c.yaml", "--set", f"{setting}={data}", "--out", tmp_path / "run", "--resume")
 
     with killed_at(1):
         assert tsqlora(*arguments)[0] == 130
@@ -650,7 +645,7 @@ def test_two_processes_train_one_run_and_one_speaks(place: Path, tmp_path: Path)
     # Half a batch a process: the steps are those of the shared run, which has batches of 8.
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     settings = ["--set", "training.batch_size=4", "--set", "training.use_cpu=true"]
-    command = ["-m", "tsqlora.cli", "train", str(place / "config.yaml"), "--out", str(tmp_path / "run"), *settings]
+    command = ["-m", "tsqlora.cli", "train", str(place / "c.yaml"), "--out", str(tmp_path / "run"), *settings]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launch, *command, "--json"], capture_output=True, text=True, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from loras import lora_config, save_base, save_lora, tiny_llama
-from runs import make_rows, save_checkpoint, write_config, write_jsonl
+from runs import make_rows, set_up
 from tsqlora.interop.files import CONFIG, WEIGHTS, read_adapter
 from tsqlora.run.config import load_config
 from tsqlora.run.finished import open_run
@@ -26,11 +26,8 @@ COMPRESS = ("export", "--format", "compressed")
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the whole method on a tiny BERT, whose ranks differ and of which a layer may have none."""
-    folder = tmp_path_factory.mktemp("adapters")
-    save_checkpoint(folder / "model")
-    write_jsonl(folder / "train.jsonl", make_rows(80, labels=("no", "yes")))
-    config = write_config(folder / "c.yaml", folder / "model", folder / "train.jsonl", ranks={"min": 0})
-    train(load_config(config), folder / "run")
+    folder = set_up(tmp_path_factory.mktemp("adapters"), labels=("no", "yes"), ranks={"min": 0})
+    train(load_config(folder / "c.yaml"), folder / "run")
     return folder / "run"
 
 

@@ -2,13 +2,12 @@
 
 import csv
 import io
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from browser import Page, axe, browser
+from browser import Page, axe
 from tsqlora.reports.audit_page import audit_page
 from tsqlora.run.audit_listing import Listed
 
@@ -33,12 +32,6 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("audit page") / "audit.html"
     path.write_text(audit_page(Path("a b"), about, rows, [(both[0], both[1])]), encoding="utf-8")
     return path
-
-
-@pytest.fixture(scope="module")
-def tab() -> Iterator[Page]:
-    with browser() as page:
-        yield page
 
 
 def press(tab: Page, *keys: str) -> None:

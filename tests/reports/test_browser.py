@@ -1,12 +1,12 @@
 """The page in a real browser: no error, no request, nothing overflows, and every control does what it says."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from browser import Page, axe, browser
+from browser import Page, axe
 from made_runs import make_comparison, make_run
 from runs import make_rows
 from serving import serving
@@ -40,12 +40,6 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def page(request: pytest.FixtureRequest) -> Path:
     """The page of a run, and of a comparison."""
     return request.getfixturevalue(request.param)
-
-
-@pytest.fixture(scope="module")
-def tab() -> Iterator[Page]:
-    with browser() as page:
-        yield page
 
 
 def until(holds: Callable[[], bool]) -> None:

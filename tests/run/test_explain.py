@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runs import make_rows, save_checkpoint, write_config, write_jsonl
+from runs import make_rows, set_up, write_jsonl
 from tsqlora.errors import DataError
 from tsqlora.quality.explain import WHY
 from tsqlora.quality.scores import REASONS, Scores
@@ -25,12 +25,11 @@ Draws = dict[int, np.ndarray]
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Draws]:
     """A run, and the rows that each epoch of it had."""
     folder, drawn = tmp_path_factory.mktemp("explain"), dict[int, np.ndarray]()
-    save_checkpoint(folder / "model")
-    rows = make_rows(80, labels=("no", "yes"))
-    write_jsonl(folder / "train.jsonl", rows)
-    trusted = write_jsonl(folder / "trusted.jsonl", [*make_rows(10, seed=7, labels=("no", "yes")), rows[3]])
+    set_up(folder, labels=("no", "yes"))
+    known = [*make_rows(10, seed=7, labels=("no", "yes")), make_rows(80, labels=("no", "yes"))[3]]
+    trusted = write_jsonl(folder / "trusted.jsonl", known)
     overrides = [f"data.trusted={trusted}"] if request.param else []
-    config = load_config(write_config(folder / "c.yaml", folder / "model", folder / "train.jsonl"), overrides)
+    config = load_config(folder / "c.yaml", overrides)
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(action="ignore"):
         draw = QualitySubset._draw
 

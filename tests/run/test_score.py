@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runs import make_rows, save_checkpoint, write_config, write_jsonl
+from runs import make_rows, set_up, write_jsonl
 from tsqlora.data.cells import sample_hash
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.quality import look as looking
@@ -26,23 +26,19 @@ Killer = Callable[[pytest.MonkeyPatch], Any]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("scoring")
-    save_checkpoint(folder / "model")
-    write_jsonl(folder / "train.jsonl", make_rows(80))
-    write_config(folder / "config.yaml", folder / "model", folder / "train.jsonl")
-    return folder
+    return set_up(tmp_path_factory.mktemp("scoring"))
 
 
 @pytest.fixture(scope="module")
 def run(place: Path) -> Path:
-    train(load_config(place / "config.yaml"), place / "run")
+    train(load_config(place / "c.yaml"), place / "run")
     return place / "run"
 
 
 @pytest.fixture(scope="module")
 def undisturbed(place: Path, run: Path) -> dict[str, bytes]:
     files = {}
-    for source in ("config.yaml", "run"):
+    for source in ("c.yaml", "run"):
         score_rows(place / source, place / f"{source}.parquet")
         files[source] = (place / f"{source}.parquet").read_bytes()
     return files
@@ -109,49 +105,49 @@ def test_a_killed_scoring_of_a_config_gives_the_same_bytes(
     moment: str, place: Path, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
     out = tmp_path / "s.parquet"
-    killed(place / "config.yaml", out, (EARLIER | MOMENTS)[moment])
-    score_rows(place / "config.yaml", out)
-    assert out.read_bytes() == undisturbed["config.yaml"]
+    killed(place / "c.yaml", out, (EARLIER | MOMENTS)[moment])
+    score_rows(place / "c.yaml", out)
+    assert out.read_bytes() == undisturbed["c.yaml"]
     assert [path.name for path in tmp_path.iterdir()] == ["s.parquet"]
 
 
 def test_it_may_be_killed_again_and_again(place: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
     out = tmp_path / "s.parquet"
     for killer in (*EARLIER.values(), at("scoring", 8), at("scoring", 16), at("scoring", 48)):
-        killed(place / "config.yaml", out, killer)
-    score_rows(place / "config.yaml", out)
-    assert out.read_bytes() == undisturbed["config.yaml"]
+        killed(place / "c.yaml", out, killer)
+    score_rows(place / "c.yaml", out)
+    assert out.read_bytes() == undisturbed["c.yaml"]
 
 
 @pytest.fixture
 def half_done(place: Path, tmp_path: Path) -> Path:
-    killed(place / "config.yaml", tmp_path / "s.parquet", at("scoring", 16))
+    killed(place / "c.yaml", tmp_path / "s.parquet", at("scoring", 16))
     return tmp_path / "s.parquet"
 
 
 def test_what_was_done_is_not_done_again(place: Path, half_done: Path) -> None:
     seen: list[tuple[str, int]] = []
-    score_rows(place / "config.yaml", half_done, progress=lambda name, done, total, *_: seen.append((name, done)))
+    score_rows(place / "c.yaml", half_done, progress=lambda name, done, total, *_: seen.append((name, done)))
     assert seen == [("scoring", rows) for rows in range(24, 73, 8)]  # and nothing of the look
 
 
 @pytest.mark.parametrize("override", ["training.seed=1", "training.batch_size=4"])
 def test_what_is_left_of_another_scoring_is_refused(override: str, place: Path, half_done: Path) -> None:
     with pytest.raises(SettingsError, match=r"s.parquet.partial/scoring/\w+ has an unfinished scoring with other .*"):
-        score_rows(place / "config.yaml", half_done, overrides=[override])
-    score_rows(place / "config.yaml", half_done)
+        score_rows(place / "c.yaml", half_done, overrides=[override])
+    score_rows(place / "c.yaml", half_done)
 
 
 def test_what_is_left_of_other_rows_or_weights_is_refused(place: Path, run: Path, half_done: Path) -> None:
     other = write_jsonl(half_done.parent / "other.jsonl", make_rows(80, seed=1))
     with pytest.raises(SettingsError, match=r"forward has an unfinished scoring with other rows; delete it"):
-        score_rows(place / "config.yaml", half_done, overrides=[f"data.train={other}"])
+        score_rows(place / "c.yaml", half_done, overrides=[f"data.train={other}"])
     with pytest.raises(SettingsError, match=r"forward has an unfinished scoring with other weights; delete it"):
         score_rows(run, half_done)
 
 
 def test_a_config_is_scored_as_its_training_run_scores(place: Path, run: Path, undisturbed: dict[str, bytes]) -> None:
-    ours, trained = Scores.load(place / "config.yaml.parquet"), Scores.load(run / "scores.parquet")
+    ours, trained = Scores.load(place / "c.yaml.parquet"), Scores.load(run / "scores.parquet")
     assert ours.hashes == trained.hashes
     for name, values in trained.predictions.items():
         np.testing.assert_allclose(ours.predictions[name], values, rtol=1e-4, atol=1e-5, err_msg=name)
@@ -172,10 +168,10 @@ def test_a_second_scoring_into_the_same_file_is_refused(place: Path, tmp_path: P
     def meanwhile(*_: Any) -> None:
         if not refused:
             with pytest.raises(SettingsError) as error:
-                score_rows(place / "config.yaml", tmp_path / "s.parquet")
+                score_rows(place / "c.yaml", tmp_path / "s.parquet")
             refused.append(str(error.value))
 
-    score_rows(place / "config.yaml", tmp_path / "s.parquet", progress=meanwhile)
+    score_rows(place / "c.yaml", tmp_path / "s.parquet", progress=meanwhile)
     assert refused == [
         f"another process is scoring into {tmp_path / 's.parquet'}; wait for it, or choose another --out"
     ]
@@ -185,7 +181,7 @@ def test_a_second_scoring_into_the_same_file_is_refused(place: Path, tmp_path: P
 def test_rows_that_are_held_out_are_told_and_of_another_file_there_are_none(
     place: Path, run: Path, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
-    for source in ("config.yaml", "run"):
+    for source in ("c.yaml", "run"):
         assert Scores.load(place / f"{source}.parquet").record.held_out == 8
     shard = write_jsonl(tmp_path / "shard.jsonl", make_rows(50))
     override = f"data.train={shard}"
@@ -216,12 +212,12 @@ def test_what_cannot_be_scored_is_refused_before_the_look(
 ) -> None:
     monkeypatch.setattr(looking, "start_head", lambda *_, **__: pytest.fail("it looked"))
     with pytest.raises(SettingsError, match=r"quality\.enabled"):
-        score_rows(place / "config.yaml", tmp_path / "s.parquet", overrides=["quality.enabled=false"])
+        score_rows(place / "c.yaml", tmp_path / "s.parquet", overrides=["quality.enabled=false"])
 
 
 def test_rows_with_the_input_of_a_trusted_row_are_scored_and_never_drawn(place: Path, tmp_path: Path) -> None:
     trusted = write_jsonl(tmp_path / "trusted.jsonl", [*make_rows(40, seed=1), *make_rows(80)[:3]])
-    scores = score_rows(place / "config.yaml", tmp_path / "s.parquet", overrides=[f"data.trusted={trusted}"])
+    scores = score_rows(place / "c.yaml", tmp_path / "s.parquet", overrides=[f"data.trusted={trusted}"])
     assert scores.record.trusted_rows == 43
     assert 0 < scores.left_out_as("trusted row").sum() <= 3
     assert Scores.load(tmp_path / "s.parquet").kept.tolist() == scores.kept.tolist()
@@ -230,7 +226,7 @@ def test_rows_with_the_input_of_a_trusted_row_are_scored_and_never_drawn(place: 
 def test_an_error_leaves_nothing_behind(place: Path, tmp_path: Path) -> None:
     broken = write_jsonl(tmp_path / "data" / "broken.jsonl", [*make_rows(20), *[{"text": " ", "label": 1}] * 2])
     with pytest.raises(DataError, match="no text"):
-        score_rows(place / "config.yaml", tmp_path / "s.parquet", overrides=[f"data.train={broken}"])
+        score_rows(place / "c.yaml", tmp_path / "s.parquet", overrides=[f"data.train={broken}"])
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
@@ -239,5 +235,5 @@ def test_several_processes_are_refused_before_anything_is_written(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SettingsError, match="2; start one"):
-        score_rows(place / "config.yaml", tmp_path / "scores.parquet")
+        score_rows(place / "c.yaml", tmp_path / "scores.parquet")
     assert not list(tmp_path.iterdir())

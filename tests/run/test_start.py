@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
 from loras import lora_config, save_lora, tiny_llama
-from runs import make_rows, save_checkpoint, write_config, write_jsonl
+from runs import make_rows, set_up, write_config, write_jsonl
 from tsqlora.adapter.init_from import mean_rank, read_start
 from tsqlora.adapter.slots import active_ranks
 from tsqlora.errors import DataError, SettingsError, TsqLoraError, UnsupportedError
@@ -29,9 +29,7 @@ from tsqlora.training.record import RunRecord
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint, rows of two classes, and an adapter that is not ours: ranks 2 and 3, three scales, a head."""
-    folder = tmp_path_factory.mktemp("start")
-    save_checkpoint(folder / "model")
-    write_jsonl(folder / "train.jsonl", make_rows(80))
+    folder = set_up(tmp_path_factory.mktemp("start"))
     save_classifier(folder / "adapter", folder / "model")
     return folder
 

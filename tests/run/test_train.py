@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
-from runs import make_rows, save_checkpoint, set_up, write_config, write_jsonl
+from runs import set_up
 from synchronisations import waits_of_ours
 from tsqlora.adapter.slots import active_ranks, has_slots
 from tsqlora.interop.files import read_adapter
@@ -34,12 +34,9 @@ def test_a_run_resumed_with_other_libraries_notes_which() -> None:
 
 @pytest.mark.parametrize(("training", "steps"), [({"epochs": 0.5}, 3), ({"max_steps": 6, "epochs": 9}, 6)])
 def test_a_run_need_not_end_with_an_epoch(training: dict[str, Any], steps: int, tmp_path: Path) -> None:
-    data = write_jsonl(tmp_path / "train.jsonl", make_rows(80))
     off = {"quality": {"enabled": False}, "ranks": {"policy": "fixed"}}
-    path = write_config(
-        tmp_path / "c.yaml", save_checkpoint(tmp_path / "model"), data, training={"batch_size": 8} | training, **off
-    )
-    record = pipeline.train(load_config(path), tmp_path / "run")
+    set_up(tmp_path, training={"batch_size": 8} | training, **off)
+    record = pipeline.train(load_config(tmp_path / "c.yaml"), tmp_path / "run")
     assert (record.status, record.plan["steps"]) == ("finished", steps)
     assert (tmp_path / "run" / "checkpoints" / f"checkpoint-{steps}").is_dir()
     planned, trained = record.plan["passes"]["training"]["forward"], record.cost["training"].forward

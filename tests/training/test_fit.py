@@ -16,7 +16,7 @@ from transformers import (
 
 from byte_tokenizers import byte_tokenizer
 from models import generating, tiny_bart
-from runs import make_rows, save_checkpoint, write_config, write_jsonl
+from runs import make_rows, set_up, write_config, write_jsonl
 from tsqlora.data.batches import packed_collator
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.run import fit as run_fit
@@ -31,10 +31,7 @@ from tsqlora.training.fit import hardware_has_bf16, require_packing, training_ar
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("fit")
-    save_checkpoint(folder / "model")
-    write_jsonl(folder / "train.jsonl", make_rows(60, seed=1))
-    return folder
+    return set_up(tmp_path_factory.mktemp("fit"), rows=60)
 
 
 QUICK = {"epochs": 6, "batch_size": 8, "learning_rate": 0.02, "bf16": False, "logging_strategy": "no"}

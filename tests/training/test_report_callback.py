@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import integration_utils
 
-from runs import make_rows, save_checkpoint, write_config, write_jsonl
+from runs import make_rows, save_checkpoint, set_up, write_config, write_jsonl
 from tsqlora.errors import SettingsError
 from tsqlora.progress import Pulse
 from tsqlora.ranks.events import MOST_EVENTS, RankEvent, bounded
@@ -42,10 +42,7 @@ class Writer:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("report_to")
-    save_checkpoint(place / "model")
-    write_jsonl(place / "train.jsonl", make_rows(80))
-    return place
+    return set_up(tmp_path_factory.mktemp("report_to"))
 
 
 def train(place: Path, name: str, *overrides: str) -> RunRecord:
