@@ -173,18 +173,21 @@ def test_rows_are_rejected_only_where_the_rule_says_so(
     assert scores_of(run(tmp_path, **options)[0]).kept.all()
 
 
-BACKWARDS: dict[str, Any] = {"weights": {"convergence": -1.0}, "temperature": 0.3}
-"""A Q that prefers rows against which everybody's loss falls."""
+BACKWARDS: dict[str, Any] = {"weights": {"loss": 1.0}, "temperature": 0.3}
+"""A Q that prefers rows with a large loss."""
 
 
-def test_rows_that_would_teach_less_than_random_ones_are_not_drawn(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="rows are drawn at random, not by Q: the mean convergence"):
+def test_rows_with_more_wrong_labels_than_random_ones_are_not_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tsqlora.quality.fallback._doubt", lambda scores: scores.terms["loss"].astype(np.float64))
+    with pytest.warns(UserWarning, match="rows are drawn at random, not by Q: the rate of wrong labels"):
         quality, _ = run(tmp_path, watch := Watch(), further=SAVES, **BACKWARDS)
     assert quality.why_not is None
     scores = Scores.load(tmp_path / "scores.parquet")
     assert scores.even
     assert scores.record.guard["passed"] is False
-    assert scores.record.guard["why"].startswith("the mean convergence ")
+    assert scores.record.guard["why"].startswith("the rate of wrong labels ")
     control = tsq.QualitySubset(DATA, 0.5)
     for epoch in range(EPOCHS):
         assert watch.drawn[epoch] == control.draw(epoch).tolist()
@@ -192,11 +195,6 @@ def test_rows_that_would_teach_less_than_random_ones_are_not_drawn(tmp_path: Pat
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-14"))
     assert scores_of(resumed).record.guard["passed"] is False
     assert rest.drawn == {epoch: rows for epoch, rows in watch.drawn.items() if epoch >= 3}
-
-
-def test_the_guard_has_convergence_measured_where_gradients_are_measured_anyway(tmp_path: Path) -> None:
-    quality, _ = run(tmp_path, weights={"gradient_norm": -1.0}, reject=False)
-    assert "convergence" in scores_of(quality).terms
 
 
 def test_a_resumed_run_draws_the_same_rows(by_q: Saved, tmp_path: Path) -> None:

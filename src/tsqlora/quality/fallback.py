@@ -1,16 +1,14 @@
-"""Fallback to even draws: is the model at chance, and would rows drawn by Q teach less than random ones?
+"""Fallback to even draws: is the model at chance, and would rows drawn by Q have more wrong labels than random ones?
 
 The learned test compares the model's losses with those of a constant guess: gradients of a model at chance carry no
-information (METHOD 1). The guard (ours) uses numbers that are measured anyway. If wrong labels are evident
-(`quality/label_noise.py`), it compares the probability that labels are wrong; else the convergence C, the fall of the
-mean loss per unit step on a row, where reference rows are taken out of their own mean gradient. C cannot judge tables
-with wrong labels: once the model is overconfident they dominate the mean gradient, and C prefers them.
+information (METHOD 1). The guard (ours) compares the probability that labels are wrong, if wrong labels are evident
+(`quality/label_noise.py`). Otherwise nothing judges Q: mean convergence misjudges it (docs/research/log.md).
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,8 +27,6 @@ from tsqlora.tasks.forward import Collate, model_logits, precision, require_labe
 
 MARGIN = 2.0
 """Standard errors: by which the model's mean loss must beat a constant guess, and the guard's tolerance."""
-
-By = Literal["doubt", "convergence"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,15 +110,13 @@ def is_ready(
 
 @dataclass(frozen=True, slots=True)
 class GuardTest:
-    """A one-sided test of the expected worth of rows drawn by Q against random ones."""
+    """A one-sided test of the rate of wrong labels of rows drawn by Q against random ones."""
 
-    by: By
-    """The measure of worth: less doubt is better, more convergence."""
     rows: int
     drawn: float
-    """Expected mean over rows drawn by Q."""
+    """Expected rate of rows drawn by Q."""
     random: float
-    """Mean over all kept rows."""
+    """Rate of all kept rows."""
     standard_errors: float
     """By which rows drawn by Q are better."""
 
@@ -132,9 +126,8 @@ class GuardTest:
 
     @property
     def message(self) -> str:
-        what, form = {"doubt": ("rate of wrong labels", ".1%"), "convergence": ("mean convergence", ".3g")}[self.by]
         return (
-            f"the {what} of rows drawn by Q would be {self.drawn:{form}}, of random ones {self.random:{form}}: "
+            f"the rate of wrong labels of rows drawn by Q would be {self.drawn:.1%}, of random ones {self.random:.1%}: "
             f"{-self.standard_errors:.1f} standard errors worse, and the guard allows {MARGIN:g}"
         )
 
@@ -146,50 +139,47 @@ class GuardTest:
 def guarded(scores: Scores, fraction: float) -> tuple[Scores, GuardTest | None]:
     """Return the scores, drawn evenly if the test fails, with the result in the record; and the test.
 
-    There is no test where rows are drawn evenly anyway, or where neither wrong labels are evident nor a gradient was
-    measured.
+    There is no test where rows are drawn evenly anyway, or where wrong labels are not evident.
     """
     if scores.even:
         return _noted(scores, {"checked": False, "why": "rows are drawn evenly: no Q decides"}), None
-    worth = _worth(scores)
-    if worth is None:
-        why = "no gradient was measured, and wrong labels are not evident: nothing measures what a row is worth"
-        return _noted(scores, {"checked": False, "why": why}), None
+    doubt = _doubt(scores)
+    if doubt is None:
+        return _noted(scores, {"checked": False, "why": "wrong labels are not evident"}), None
     chance = expected_inclusion(
         scores.quality, fraction=fraction, temperature=scores.temperature, strata=scores.strata, kept=scores.kept
     )
-    test = guard_test(*worth, chance=chance, kept=scores.kept)
+    test = guard_test(doubt, chance=chance, kept=scores.kept)
     noted = _noted(scores, test.to_dict())
     return noted if test.passed else noted.drawn_evenly(), test
 
 
-def _worth(scores: Scores) -> tuple[By, np.ndarray] | None:
+def _doubt(scores: Scores) -> Float[np.ndarray, " n"] | None:
+    """Return the probability that each label is wrong; None where wrong labels are not evident."""
     if scores.stratified and "logits" in scores.predictions:
         logits = scores.predictions["logits"]
         _, noise = reject(logits, scores.labels, frozen=scores.record.frozen)
         if noise.evident:
-            return "doubt", noise.p_wrong(logits, scores.labels)
-    if "convergence" in scores.terms:
-        return "convergence", scores.terms["convergence"].astype(np.float64)
+            return noise.p_wrong(logits, scores.labels)
     return None
 
 
 def guard_test(
-    by: By, values: Float[np.ndarray, " n"], *, chance: Float[np.ndarray, " n"], kept: Bool[np.ndarray, " n"]
+    doubt: Float[np.ndarray, " n"], *, chance: Float[np.ndarray, " n"], kept: Bool[np.ndarray, " n"]
 ) -> GuardTest:
     """Compare Σ q x / Σ q, where q is the probability that a row is drawn, with the mean of x over kept rows.
 
-    Standard errors are over rows, without the noise of the mean gradient, which all rows share.
+    x is the doubt about a label; standard errors are over rows.
     """
-    x, q = values[kept], chance[kept]
+    x, q = doubt[kept], chance[kept]
     excess = len(x) * q / q.sum() - 1
     parts = excess * (x - x.mean())
     difference = float(parts.mean())
     error = float(parts.std()) / math.sqrt(len(x))
     # Not below rounding: an even draw would be infinitely many errors away.
     tiny = 1e-9 * float(np.abs(x).max(initial=0.0))
-    better = difference if by == "convergence" else -difference
-    return GuardTest(by, len(x), float(x.mean()) + difference, float(x.mean()), better / error if error > tiny else 0.0)
+    errors = -difference / error if error > tiny else 0.0
+    return GuardTest(len(x), float(x.mean()) + difference, float(x.mean()), errors)
 
 
 def _noted(scores: Scores, guard: dict[str, Any]) -> Scores:

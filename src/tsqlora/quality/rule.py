@@ -55,7 +55,7 @@ class ScoringRule:
     calibration: bool = True
     """Whether to remove the bias of the logits towards one class or side before scoring."""
     guard: bool = True
-    """Whether QualityCallback draws evenly where rows drawn by Q would teach less than random ones
+    """Whether QualityCallback draws evenly where wrong labels are evident and Q would draw more of them than chance
     (`quality/fallback.py`)."""
     seed: int = 0
     """Seed of the reference rows, the head's folds and the trusted model."""
@@ -102,13 +102,6 @@ class ScoringRule:
     def trusts(self) -> bool:
         """Whether the rule needs the trusted model."""
         return self.gate is not None or needs_trusted(self.measured())
-
-    def guarded(self) -> "ScoringRule":
-        """Return the rule that also measures convergence for the guard, if Q needs gradients anyway."""
-        weighted = _with_free_terms(name for name, weight in (self.weights or {}).items() if weight)
-        if self.guard and needs_gradients(weighted):
-            return replace(self, terms=(*self.terms, "convergence"))
-        return self
 
     def trusting(self, task: Task, trusted: bool) -> "ScoringRule":
         """Return the rule for a task: text with trusted rows and without weights is drawn by reducible loss.

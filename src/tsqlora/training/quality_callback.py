@@ -77,7 +77,7 @@ class QualityCallback(PartCallback):
     ) -> None:
         require_subset(data, self.name)
         self.data = data
-        self.rule = (rule or ScoringRule()).guarded()
+        self.rule = rule or ScoringRule()
         self.rule.require_room(data.plan.fraction)
         if not isinstance(self.rule.reference, int):
             raise SettingsError(
