@@ -40,7 +40,7 @@ def test_the_rate_of_wrong_labels_is_found(seed: int, kind: tuple[float, int]) -
     assert 0 < noise.low < noise.rate < noise.high
 
 
-@settings(max_examples=12)
+@settings(max_examples=12, derandomize=True)  # at a level of 1e-4, one random run in some hundred fails
 @given(seed=SEEDS, sure=st.sampled_from([0.1, 1.0, 4.0]), classes=st.sampled_from([2, 5]))
 def test_hard_rows_are_no_wrong_labels(seed: int, sure: float, classes: int) -> None:
     logits, labels, _ = rows_of(seed, sure=sure, classes=classes)

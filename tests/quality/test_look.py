@@ -26,11 +26,13 @@ from models import (
 )
 from scoring import assert_unchanged, fingerprint, trainable
 from tsqlora.quality import passes as forward_module
-from tsqlora.quality.forward_pass import find_head
+from tsqlora.quality.density_ratio import log_density_ratio
+from tsqlora.quality.forward_pass import find_head, forward_pass
 from tsqlora.quality.head_start import start_head
 from tsqlora.quality.look import Look, look
 from tsqlora.quality.ridge import fit_ridge
 from tsqlora.quality.rule import PAPER_TERMS, Compute, LookRequest, RowNames, ScoringRule
+from tsqlora.quality.score import require_scorable
 from tsqlora.quality.started import Started, install
 from tsqlora.quality.trusted import Trusted
 from tsqlora.seeds import stream
@@ -287,14 +289,13 @@ def test_of_text_it_is_relative_and_trained_for_fewer_steps_at_the_best_rate(
     expected = losses(twins[best], rows, task, batches)
 
     before = fingerprint(model)
-    rule = ScoringRule(seed=3)
+    rule = ScoringRule(weights={"reducible_loss": 1.0}, seed=3)
     result = looked(
         model, rows, rule=rule, task=task, trusted=Trusted(trusted, rate, batch_size=4), collate=batches, batch_size=2
     )
 
     expected = (ours - expected) / ours.clamp_min(ours.median().item())
     np.testing.assert_allclose(result.scores.terms["reducible_loss"], expected, rtol=1e-3, atol=1e-4)
-    assert result.scores.record.weights == {"reducible_loss": 1.0}
     assert not result.scores.even
     assert_unchanged(before, model)
 
@@ -304,7 +305,8 @@ def test_text_that_no_rate_learns_is_drawn_evenly() -> None:
     rows, batches = texts(model, 9), text_collator(model)
     for rate, trainings in ((1e-3, 2), (1e9, 3)):
         trusted = Trusted(6 * texts(model, 1, seed=1), rate, batch_size=4)
-        result = looked(model, rows, rule=ScoringRule(seed=3), task=task, trusted=trusted, collate=batches)
+        rule = ScoringRule(weights={"reducible_loss": 1.0}, seed=3)
+        result = looked(model, rows, rule=rule, task=task, trusted=trusted, collate=batches)
         assert result.scores.even == (trainings == 3)
         assert ("why_not" in (result.scores.record.gate or {})) == (trainings == 3)
         assert result.trusted_cost.backward == trainings * 24 * 4
@@ -333,6 +335,89 @@ def test_a_gate_leaves_out_the_rows_that_the_trusted_model_contradicts(head_star
     assert out.sum() == 20
     assert wrong[out].mean() > 0.8
     np.testing.assert_array_equal(scores.left_out_as("gated"), out)
+
+
+@pytest.mark.parametrize("family", GENERATORS)
+def test_text_is_drawn_by_the_density_ratio_of_its_hidden_states(family: str) -> None:
+    behind_encoder = family in ("t5", "bart", "bert + bert")
+    model = lora(GENERATORS[family](), task=TaskType.SEQ_2_SEQ_LM if behind_encoder else TaskType.CAUSAL_LM)
+    task, batches = (
+        get_task("seq2seq" if behind_encoder else "causal-lm"),
+        text_collator(model, left=not behind_encoder),
+    )
+    of_its_own, others = texts(model, 30), texts(model, 40, seed=1)
+    for row in others:  # another prompt, or another target
+        row["input_ids"] = [1 + token % 5 for token in row["input_ids"]]
+        row["labels"] = [token if token < 0 else 1 + token % 5 for token in row["labels"]]
+    pool, trusted = [*of_its_own[:15], *others], of_its_own[15:]
+    before = fingerprint(model)
+    result = looked(model, pool, task=task, trusted=Trusted(trusted), collate=batches, batch_size=8)
+    assert_unchanged(before, model)
+    scores = result.scores
+    assert scores.record.weights == {"density_ratio": 4.0}
+    assert not scores.even
+    run = partial(forward_pass, model, collate=batches, task=task, compute=Compute(8), mean=True)
+    (of_pool, _), (of_trusted, _) = run(pool), run(trusted)
+    assert of_pool is not None
+    assert of_pool.mean is not None
+    assert of_trusted is not None
+    assert of_trusted.mean is not None
+    expected, _ = log_density_ratio(of_pool.mean, of_trusted.mean)
+    np.testing.assert_array_equal(scores.terms["density_ratio"], expected)
+    if family != "t5":  # whose only block is followed by a norm
+        states = [states_twin(model, batches([row])) for row in pool]
+        np.testing.assert_allclose(of_pool.mean, states, rtol=1e-2, atol=1e-2)
+    assert scores.quality[:15].mean() > scores.quality[15:].mean()
+    assert result.trusted_cost.forward == result.cost.backward == 0
+    assert result.cost.forward == len(pool) + len(trusted)
+
+
+@torch.no_grad()
+def states_twin(model: nn.Module, batch: dict[str, Any]) -> np.ndarray:
+    """The mean over the tokens of the target of the states halfway up, as transformers returns them."""
+    inputs, labels = split_labels(batch, model)
+    output = model.eval()(**inputs, output_hidden_states=True)
+    layers = output.get("decoder_hidden_states") or output["hidden_states"]
+    state = layers[len(layers) // 2][0]
+    return state[labels[0] != -100].mean(0).numpy()
+
+
+def test_text_is_drawn_evenly_where_trusted_rows_look_like_the_pool() -> None:
+    model = lora(GENERATORS["llama"](), task=TaskType.CAUSAL_LM)
+    rows = texts(model, 60)
+    trusted = Trusted(rows[::3])
+    pool = [row for j, row in enumerate(rows) if j % 3]
+    scores = looked(model, pool, task=get_task("causal-lm"), trusted=trusted, collate=text_collator(model)).scores
+    assert scores.even
+    assert scores.record.gate == {
+        "name": "density ratio",
+        "why_not": "hidden states do not tell trusted rows from the others: all rows are drawn evenly",
+    }
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        ScoringRule(terms=PAPER_TERMS),
+        ScoringRule(weights={"density_ratio": 1.0, "loss": 1.0}),
+        ScoringRule(weights={"density_ratio": 1.0, "gradient_norm": 1.0}),
+    ],
+)
+@pytest.mark.parametrize("like_the_pool", [False, True])
+def test_the_density_ratio_stands_beside_other_terms(rule: ScoringRule, like_the_pool: bool) -> None:
+    model = lora(GENERATORS["llama"](), task=TaskType.CAUSAL_LM)
+    rows = texts(model, 60)
+    if not like_the_pool:
+        for row in rows[::3]:
+            row["input_ids"] = [1 + token % 3 for token in row["input_ids"]]
+    task, batches = get_task("causal-lm"), text_collator(model)
+    pool = [row for j, row in enumerate(rows) if j % 3]
+    require_scorable(model, pool[:2], batches, task=task, rule=rule)
+    scores = looked(model, pool, rule=rule, task=task, trusted=Trusted(rows[::3]), collate=batches).scores
+    assert ("density_ratio" in scores.terms) != like_the_pool
+    for name in rule.terms:
+        assert name in scores.terms
+    assert scores.even == (like_the_pool and rule.weights is None)
 
 
 def test_what_an_earlier_look_measured_of_the_trusted_model_is_used_again() -> None:

@@ -1,3 +1,4 @@
+import json
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -6,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tsqlora.errors import SettingsError
+from tsqlora.errors import DataError, SettingsError
 from tsqlora.ranks.allocate import Sensitivity, allocate, shares
 from tsqlora.ranks.budget import budget, caps, costs, used
 
@@ -213,3 +214,15 @@ def test_a_sensitivity_that_cannot_be_is_refused(
 ) -> None:
     with pytest.raises(SettingsError, match=words):
         Sensitivity(values, shapes, "by hand", 1)
+
+
+@given(sensitivities(values=any_values))
+def test_a_sensitivity_survives_json(sensitivity: Sensitivity) -> None:
+    assert Sensitivity.from_dict(json.loads(json.dumps(sensitivity.to_dict()))) == sensitivity
+
+
+def test_a_saved_sensitivity_without_a_field_is_refused() -> None:
+    saved = by_hand({"a": 1.0}).to_dict()
+    del saved["shapes"]
+    with pytest.raises(DataError, match="'shapes'"):
+        Sensitivity.from_dict(saved)

@@ -1,9 +1,11 @@
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tsqlora.errors import DataError
 from tsqlora.ranks.events import MOST_EVENTS, RankEvent, bounded, rank_changes
 
 EVENT = RankEvent(
@@ -43,5 +45,9 @@ def test_events_are_bounded_and_every_moved_slot_is_counted(moves: list[int]) ->
         assert [event.moved for event in events] == moves
 
 
-def test_an_event_survives_json() -> None:
-    assert RankEvent(**json.loads(json.dumps(asdict(EVENT)))) == EVENT
+def test_an_event_survives_json_unless_a_field_is_missing() -> None:
+    saved = json.loads(json.dumps(EVENT.to_dict()))
+    assert RankEvent.from_dict(saved) == EVENT
+    del saved["moved"]
+    with pytest.raises(DataError, match="'moved'"):
+        RankEvent.from_dict(saved)

@@ -26,8 +26,8 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """A run, and the rows that each epoch of it had."""
     folder, drawn = tmp_path_factory.mktemp("explain"), dict[int, np.ndarray]()
     set_up(folder, labels=("no", "yes"))
-    known = [*make_rows(10, seed=7, labels=("no", "yes")), make_rows(80, labels=("no", "yes"))[3]]
-    trusted = write_jsonl(folder / "trusted.jsonl", known)
+    checked = [*make_rows(10, seed=7, labels=("no", "yes")), make_rows(80, labels=("no", "yes"))[3]]
+    trusted = write_jsonl(folder / "trusted.jsonl", checked)
     overrides = [f"data.trusted={trusted}"] if request.param else []
     config = load_config(folder / "c.yaml", overrides)
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(action="ignore"):

@@ -34,6 +34,7 @@ from tsqlora.tasks.generation import Generation
 from tsqlora.tasks.texts import TEXT_METRICS
 from tsqlora.training import fit
 from tsqlora.training.load import collate_of
+from tsqlora.training.quality_callback import SCORES_FILE
 
 LAYER = "model.layers.0.mlp.down_proj"
 WORDS = ("pink", "blue", "grey", "teal")
@@ -51,8 +52,8 @@ def rows(n: int) -> list[dict[str, Any]]:
 
 
 def trusted(folder: Path) -> str:
-    """The setting that names some trusted rows, with prompts that no row has."""
-    values = [{"document": f"{word} {word} {word}", "summary": word} for word in WORDS]
+    """The setting that names trusted rows: of one word alone, with prompts that no row has."""
+    values = [{"document": " ".join(["pink"] * n), "summary": "pink"} for n in range(3, 15)]
     return f"data.trusted={write_jsonl(folder / 'trusted.jsonl', values)}"
 
 
@@ -95,7 +96,12 @@ def test_a_run_learns_scores_moves_ranks_and_measures_texts(run: Path) -> None:
     assert record["data"]["format"] == "document"
     assert record["quality"]["used"]
     assert record["rank_events"]
-    assert record["quality"]["scores"]["weights"] == {"reducible_loss": 1.0}
+    assert record["quality"]["scores"]["weights"] == {"density_ratio": 4.0}
+    assert len(record["quality"]["looks"]) == 1  # training hardly changes which texts are alike
+    assert "trusted model" not in record["cost"]
+    scores = Scores.load(run / SCORES_FILE)
+    pink = scores.row_ids % 4 == 0
+    assert scores.quality[pink].mean() > scores.quality[~pink].mean() + 1
     measured = set(get_task(record["task"]).measured)
     assert set(record["metrics"]["validation"]) == measured
     assert set(record["metrics"]["test"]) == measured | set(TEXT_METRICS)

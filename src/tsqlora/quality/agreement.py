@@ -17,8 +17,9 @@ from tsqlora.tasks.classification import Classification
 from tsqlora.tasks.multi_label import MultiLabel
 
 CONFIRMED = 0.75
-"""Trusted rows agree if they confirm at least this share of the claim, less a standard error. With 128 trusted rows of
-SST-2, clean tables and uniformly wrong labels confirm 0.8 to 1.2 of it, shortcuts and weak labels 0.3 to 0.8."""
+"""Trusted rows agree if the confirmed share of the claim, minus one standard error, is at least this. With 128 trusted
+rows of SST-2, clean tables and uniformly wrong labels confirm 0.8 to 1.2 of it, shortcuts and weak labels 0.3 to
+0.8."""
 
 
 @dataclass(frozen=True, slots=True)

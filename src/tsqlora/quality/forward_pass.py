@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tsqlora import distributed
+from tsqlora.adapter.wrap import transformer_blocks
 from tsqlora.compat.peft import without_zero_updates
 from tsqlora.compat.shapes import Float
 from tsqlora.data.batches import sorted_batches
@@ -63,7 +64,8 @@ class Forward:
     dense: np.ndarray | None = None
     """The input of the head's dense layer, if it has one."""
     mean: np.ndarray | None = None
-    """n × h: the mean of the last hidden states over a row's tokens, on request."""
+    """n × h: the mean of the last hidden states over a row's tokens, on request; for text of those of a middle layer
+    over its target, in an encoder-decoder over the tokens that predict it."""
 
 
 def forward_pass(
@@ -99,7 +101,7 @@ def forward_pass(
         journal = None
         if compute.journal is not None:
             settings = {"pass": "forward", "batch size": compute.batch_size, "task": repr(task)}
-            settings |= {"autocast": str(compute.autocast)}
+            settings |= {"autocast": str(compute.autocast), "mean": mean}
             journal = Journal(compute.journal / "forward", identity_of(model, rows.hashes or (), [], settings))
 
         def measure(indices: np.ndarray) -> Columns:
@@ -115,14 +117,18 @@ def _columns(
     model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor, task: Task, head: Head | None, *, mean: bool
 ) -> dict[str, Tensor]:
     layers = [] if head is None else [layer for layer in (head.linear, head.dense) if layer is not None]
-    with recorded(layers) as calls, hidden_states(model if mean else None) as states:
+    middle = isinstance(task, Generation)
+    with recorded(layers) as calls, hidden_states(model if mean else None, middle=middle) as states:
         logits = model_logits(model, inputs, task)
     loss = sample_losses(task, logits, labels)
     if isinstance(task, Preference):
         return {"labels": labels, "loss": loss, "logits": logits}
     if not isinstance(task, Answers):
         targets = task.targets(labels) if isinstance(task, Generation) else labels
-        return {"labels": targets.ne(IGNORED).sum(1), "loss": loss}
+        columns = {"labels": targets.ne(IGNORED).sum(1), "loss": loss}
+        state = mean_state(states, labels.ne(IGNORED)) if middle else None
+        # Half precision, in which large columns are kept, ends at 65,504.
+        return columns if state is None else {**columns, "mean": state.clamp(-6e4, 6e4)}
     columns = {"labels": labels, "loss": loss, "logits": logits}
     if head is not None:
         columns["features"] = features_of(calls, head.linear, logits)
@@ -175,10 +181,11 @@ def recorded(modules: Iterable[nn.Module]) -> Generator[dict[nn.Module, tuple[Te
 
 
 @contextmanager
-def hidden_states(model: nn.Module | None, *, early: bool = False) -> Generator[list[Tensor]]:
+def hidden_states(model: nn.Module | None, *, early: bool = False, middle: bool = False) -> Generator[list[Tensor]]:
     """Record the last hidden states of a transformers model's body, call by call; nothing for other models.
 
-    With `early` those after a third of the layers, if the call returns them.
+    With `early` those after a third of the layers, if the call returns them; with `middle` those of a block halfway up,
+    in an encoder-decoder of its decoder.
     """
     inner = None if model is None else base_model(model)
     states: list[Tensor] = []
@@ -186,18 +193,27 @@ def hidden_states(model: nn.Module | None, *, early: bool = False) -> Generator[
         yield states
         return
 
-    def record(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
+    def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         layers = output.get("hidden_states") if early and isinstance(output, Mapping) else None
-        if layers:
-            states.append(layers[len(layers) // 3].detach())
-        elif (state := output_part(output, "last_hidden_state")) is not None:
+        state = layers[len(layers) // 3] if layers else output_part(output, "last_hidden_state")
+        if middle and state is None:  # of a block
+            state = output[0] if isinstance(output, tuple) else output
+        if isinstance(state, Tensor):
             states.append(state.detach())
 
-    hook = inner.base_model.register_forward_hook(record)
+    body = inner.base_model
+    hook = (_middle_block(body) if middle else body).register_forward_hook(record)
     try:
         yield states
     finally:
         hook.remove()
+
+
+def _middle_block(body: nn.Module) -> nn.Module:
+    """The block halfway up the decoder, or up the only stack; the body itself if it has no blocks."""
+    stack = getattr(body, "decoder", body)
+    blocks = transformer_blocks(stack, [name for name, _ in stack.named_parameters()])
+    return stack.get_submodule(blocks[(len(blocks) - 1) // 2]) if blocks else body
 
 
 def mean_state(states: Sequence[Float[Tensor, "n t h"]], mask: Tensor | None) -> Float[Tensor, "n h"] | None:

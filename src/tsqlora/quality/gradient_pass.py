@@ -64,7 +64,7 @@ def gradient_pass(model: nn.Module, request: LookRequest) -> Measurements:
     device = next(model.parameters()).device
     with eval_mode(model), precision(device, compute.autocast, cache=False):
         first = distributed.together(lambda: list(batches_of(samples, collate, compute.batch_size)))
-        terms = {name: term for name, term in terms_of_batch(rule, task, first[0]).items() if not term.trusted}
+        terms = {name: term for name, term in terms_of_batch(rule, task, first[0]).items() if not term.later}
         sites = find_sites(model, rule.scope) if needs_gradients(terms) else {}
         journal = None if compute.journal is None else _journal(model, request, terms, first, own)
 

@@ -15,7 +15,7 @@ from tsqlora.quality.fallback import require_finite
 from tsqlora.quality.forward_pass import ACTIVATIONS, Forward, Head, forward_pass
 from tsqlora.quality.linear_head import FOLDS, Kind, LinearHead, fit_head, row_losses
 from tsqlora.quality.pairs import Pairs
-from tsqlora.quality.rule import LookRequest
+from tsqlora.quality.rule import LookRequest, needs_probe
 from tsqlora.quality.started import LEAST_TRUSTED, TRAINING_SCALE, HeadStart, Started, features_with, head_kind, install
 from tsqlora.quality.tag_features import TagFeatures, tag_features
 from tsqlora.seeds import stream
@@ -38,7 +38,7 @@ def start_head(model: nn.Module, request: LookRequest) -> Started:
     all rows or on the trusted rows, whichever has the lower loss on the trusted rows.
     """
     rule, task, trusted, compute = request.rule, request.task, request.trusted, request.compute
-    run = partial(forward_pass, model, collate=request.collate, task=task)
+    run = partial(forward_pass, model, collate=request.collate, task=task, mean=needs_probe(rule.measured()))
     if isinstance(request.dataset, Pairs):
         few = trusted.rows.forward() if trusted is not None and isinstance(trusted.rows, Pairs) else None
         return Started(None, None, None, request.dataset.forward(), few)

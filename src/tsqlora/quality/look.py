@@ -5,7 +5,7 @@ second pass, the trusted model one more.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from tsqlora import distributed
 from tsqlora.compat.torch import upcast
 from tsqlora.quality.cost import PhaseCost, look_cost, trusted_cost
+from tsqlora.quality.density_ratio import log_density_ratio
 from tsqlora.quality.forward_pass import Forward, Head, forward_pass
 from tsqlora.quality.gradient_pass import gradient_pass
 from tsqlora.quality.head_start import start_head
 from tsqlora.quality.label_noise import reject
 from tsqlora.quality.pairs import with_reference
-from tsqlora.quality.rule import LookRequest, ScoringRule, needs_gradients, needs_trusted
+from tsqlora.quality.rule import LookRequest, ScoringRule, needs_gradients, needs_probe, needs_trusted
 from tsqlora.quality.sampling import draw_size
 from tsqlora.quality.scores import Scores, from_terms
 from tsqlora.quality.started import HeadStart, Started, install, unseen
@@ -93,8 +94,13 @@ class _Looking:
         if teaches and rule.trusts:
             (teaches, trainings), trusted_loss = self._trusted_loss()
             cost_of_trusted = self._trusted_cost(trainings, time.perf_counter() - begin)
+        ratio, why_even = None, ""
+        if needs_probe(rule.measured()):
+            ratio, why_even = distributed.once(self._density_ratio)
         if (why_not and needs_gradients(rule.measured())) or (needs_trusted(rule.measured()) and not teaches):
             rule = replace(rule, weights=None, temperature=1.0, terms=(), reject=None)
+        elif why_even:
+            rule = rule.without_probe()
         columns: dict[str, np.ndarray] = {}
         record: dict[str, Any] = {}
         if needs_gradients(rule.measured()) or any(term.alone for term in rule.measured().values()):
@@ -102,12 +108,23 @@ class _Looking:
             columns, record = measurements.columns, measurements.record
 
         def scores() -> Scores:
-            return self._gated(self._scores(rule, columns, record, trusted_loss, why_not), rule, trusted_loss)
+            of_trusted = {"trusted_loss": trusted_loss, "density_ratio": ratio}
+            return self._gated(self._scores(rule, columns, record, of_trusted, why_not), rule, trusted_loss, why_even)
 
         # In one process: a draw must not depend on which process makes it.
         shared = distributed.once(scores)
         cost = self._cost(rule, record.get("reference_rows", 0))
         return Look(shared, started.head, why_not, cost, cost_of_trusted, started.layer, started.undo)
+
+    def _density_ratio(self) -> tuple[np.ndarray | None, str]:
+        """Of every row, else why there is none; only the first process can compute it."""
+        pool, few, trusted = self.started.pool, self.started.trusted, self.request.trusted
+        assert pool is not None
+        assert few is not None
+        assert trusted is not None
+        if pool.mean is None or few.mean is None:
+            return None, "the model returns no hidden states of its tokens"
+        return log_density_ratio(pool.mean, few.mean, trusted.twins)
 
     def _teaches(self) -> bool:
         task, trusted = self.request.task, self.request.trusted
@@ -173,7 +190,7 @@ class _Looking:
         rule: ScoringRule,
         columns: dict[str, np.ndarray],
         record: dict[str, Any],
-        trusted_loss: np.ndarray | None,
+        of_trusted: Mapping[str, np.ndarray | None],
         why_not: str | None,
     ) -> Scores:
         started, rows, task, trusted = self.started, self.request.rows, self.request.task, self.request.trusted
@@ -183,7 +200,7 @@ class _Looking:
         agreement = None if ridge is None else started.agreement(ridge, task)
         classes = isinstance(task, Answers) and task.strata(pool.labels) is not None
         scores = from_terms(
-            _terms(columns, pool, logits, trusted_loss, rule, task),
+            _terms(columns, pool, logits, of_trusted, rule, task),
             labels=pool.labels,
             stratified=classes,
             weights=rule.q,
@@ -212,12 +229,16 @@ class _Looking:
         scores = replace(scores, record=replace(scores.record, noise=noise.to_dict()))
         return scores.drop(mask, "confident negative") if mask.any() else scores
 
-    def _gated(self, scores: Scores, rule: ScoringRule, trusted_loss: np.ndarray | None) -> Scores:
+    def _gated(self, scores: Scores, rule: ScoringRule, trusted_loss: np.ndarray | None, why_even: str) -> Scores:
         """Drop the rows that the gate excludes; the record says how many, or why there is no gate."""
+        gate: dict[str, Any] | None = None
         if self.request.trusted is not None and self.request.rule.trusts and trusted_loss is None:
             beyond = "class frequencies" if isinstance(self.request.task, Answers) else "what the model knows"
             why = f"trusted rows teach nothing beyond {beyond}: no row is dropped, and all are drawn evenly"
             gate = {"name": rule.gate or "reducible loss", "why_not": why}
+        elif why_even and scores.even:
+            gate = {"name": "density ratio", "why_not": f"{why_even}: all rows are drawn evenly"}
+        if gate is not None:
             return replace(scores, record=replace(scores.record, gate=gate))
         if rule.gate is None or trusted_loss is None:
             return scores
@@ -234,12 +255,13 @@ def _terms(
     columns: dict[str, np.ndarray],
     pool: Forward,
     logits: np.ndarray | None,
-    trusted_loss: np.ndarray | None,
+    of_trusted: Mapping[str, np.ndarray | None],
     rule: ScoringRule,
     task: Task,
 ) -> dict[str, np.ndarray]:
     """Return the rule's terms: measured with gradients, else computed from the forward passes."""
     labels, loss = torch.from_numpy(pool.labels), torch.from_numpy(pool.loss)
+    trusted_loss, ratio = of_trusted["trusted_loss"], of_trusted["density_ratio"]
     if logits is not None:
         loss = task.loss(torch.from_numpy(logits), labels)
     measured = Measured(
@@ -247,6 +269,7 @@ def _terms(
         labels=labels,
         loss=loss,
         trusted_loss=None if trusted_loss is None else torch.from_numpy(trusted_loss),
+        density_ratio=None if ratio is None else torch.from_numpy(ratio),
     )
     terms: dict[str, np.ndarray] = {}
     for name, term in rule.measured().items():

@@ -25,6 +25,8 @@ from tsqlora.tasks.preference import Preference
 
 EVEN_WEIGHTS: Mapping[str, float] = {"loss": -1.0}
 """Q of rows that are drawn evenly: only the choice between duplicates depends on it."""
+TEXT_WEIGHTS: Mapping[str, float] = {"density_ratio": 4.0}
+"""Q of text with trusted rows. The weight makes the draw choosy: few rows that miss the point do harm."""
 PAPER_TERMS = ("gradient_norm", "loss_reduction", "convergence")
 FREE_TERMS = ("loss", "el2n")
 """Always measured where available, since they cost nothing more."""
@@ -104,14 +106,24 @@ class ScoringRule:
         return self.gate is not None or needs_trusted(self.measured())
 
     def trusting(self, task: Task, trusted: bool) -> "ScoringRule":
-        """Return the rule for a task: text with trusted rows and without weights is drawn by reducible loss.
+        """Return the rule for a task: text with trusted rows and without weights is drawn by its density ratio.
 
-        Of preference pairs, those that look swapped are dropped.
+        With a gate, which trains the trusted model anyway, it is drawn by reducible loss; so are preference pairs, of
+        which those that look swapped are dropped.
         """
         rule = self
         if trusted and self.weights is None and isinstance(task, Generation | Preference) and self.select:
-            rule = replace(self, weights={"reducible_loss": 1.0})
+            by_ratio = isinstance(task, Generation) and self.gate is None
+            rule = replace(self, weights=TEXT_WEIGHTS if by_ratio else {"reducible_loss": 1.0})
         return replace(rule, gate="swapped") if trusted and isinstance(task, Preference) else rule
+
+    def without_probe(self) -> "ScoringRule":
+        """Return the rule without terms of hidden states; without other weights rows are drawn evenly."""
+        probes = {name for name, term in self.measured().items() if term.probe}
+        weights = {name: weight for name, weight in self.q.items() if weight and name not in probes}
+        terms = [term for term in self.terms if not (isinstance(term, str) and term in probes)]
+        rule = replace(self, weights=weights, terms=terms)
+        return rule if weights else replace(rule, weights=None, temperature=1.0)
 
     def decides(self, task: Task, trusted: bool) -> bool:
         """Whether a look changes the draw: text has no head to fit, and without Q all its rows are equal."""
@@ -124,17 +136,21 @@ class ScoringRule:
 
     def require_trusted(self, trusted: bool) -> None:
         """Raise SettingsError if the rule needs trusted rows and there are none."""
-        terms = [f"term '{name}'" for name, term in self.measured().items() if term.trusted]
+        terms = [f"term '{name}'" for name, term in self.measured().items() if term.trusted or term.probe]
         needing = terms if self.gate is None else [f"gate '{self.gate}'", *terms]
         if needing and not trusted:
             raise SettingsError(f"{needing[0]} needs trusted rows: name them in data.trusted, or pass trusted=rows")
 
     def require_rejectable(self, task: Task) -> None:
-        """Raise SettingsError for `reject` where labels are not classes."""
+        """Raise an error for `reject` where labels are not classes, and for other parts that the task does not have."""
         if self.reject and task.answer != "class":
             raise SettingsError(f"reject works for classification, but the task is {task.name}; remove it")
         if self.gate == "share" and task.answer == "tags":
             raise SettingsError(f"gate share compares labels of rows, but the task is {task.name}; use gate surest")
+        if needs_probe(self.measured()) and not isinstance(task, Generation):
+            raise UnsupportedError(
+                f"quality term 'density_ratio' compares hidden states of texts, but the task is {task.name}; remove it"
+            )
 
     def require_room(self, fraction: float) -> None:
         """Raise SettingsError where `reject` might leave fewer rows than a draw takes."""
@@ -189,6 +205,10 @@ def needs_gradients(terms: Mapping[str, Term]) -> bool:
 
 def needs_trusted(terms: Mapping[str, Term]) -> bool:
     return any(term.trusted for term in terms.values())
+
+
+def needs_probe(terms: Mapping[str, Term]) -> bool:
+    return any(term.probe for term in terms.values())
 
 
 def require_terms(weights: Mapping[str, float], task: Task) -> None:

@@ -136,8 +136,7 @@ def require_scorable(
         # In one batch: only a batch shows whether samples share a row.
         terms = terms_of_batch(rule, task, collate(list(rows)))
         sites = find_sites(model, rule.scope) if needs_gradients(terms) else {}
-        # The trusted model does not exist yet.
-        free = {name: term for name, term in terms.items() if not (term.gradient or term.trusted)}
+        free = {name: term for name, term in terms.items() if not (term.gradient or term.later)}
 
         def check(size: int) -> None:
             batch, empty = collate(list(rows[:size])), Reference({}, norm=0.0, eta=0.0, rows=size, offsets=None)

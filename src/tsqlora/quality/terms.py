@@ -37,6 +37,8 @@ class Measured:
     """Loss of the target without its prompt."""
     trusted_loss: Float[Tensor, " n"] | None = None
     """Loss of the trusted model θ_R."""
+    density_ratio: Float[Tensor, " n"] | None = None
+    """log p(row | trusted) − log p(row | pool), up to a constant (`quality/density_ratio.py`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,13 @@ class Term:
     """Needs the loss of the target without its prompt: one more forward pass."""
     trusted: bool = False
     """Needs the trusted model's loss: its training and a forward pass."""
+    probe: bool = False
+    """Needs hidden states of text and of trusted rows, which the forward pass gives."""
+
+    @property
+    def later(self) -> bool:
+        """Whether it needs trusted rows, which a pass over batches does not know."""
+        return self.trusted or self.probe
 
 
 def _required(value: Float[Tensor, "*n"] | None) -> Float[Tensor, "*n"]:
@@ -112,6 +121,7 @@ TERMS: dict[str, Term] = {
     "el2n": Term(_el2n, answers=True),
     "ifd": Term(_ifd, alone=True),
     "reducible_loss": Term(_reducible_loss, trusted=True),
+    "density_ratio": Term(lambda m: _required(m.density_ratio), probe=True),
 }
 
 TermSpec = str | Term | Callable[[Measured], Any]

@@ -9,8 +9,9 @@ from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
-from tsqlora.errors import SettingsError
+from tsqlora.errors import DataError, SettingsError
 from tsqlora.ranks.budget import Shapes, budget, caps, costs, default_max_rank, fill, used
 
 
@@ -43,6 +44,24 @@ class Sensitivity:
                 raise SettingsError(
                     f"layer '{layer}' has shape {self.shapes[layer]}; inputs and outputs must be 1 or more"
                 )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists and numbers, ready for JSON."""
+        return {
+            "values": {layer: float(value) for layer, value in self.values.items()},
+            "shapes": {layer: [i, o] for layer, (i, o) in self.shapes.items()},
+            "estimator": self.estimator,
+            "samples": self.samples,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Sensitivity":
+        """Inverse of `to_dict`; DataError if a field is missing."""
+        try:
+            shapes = {layer: (i, o) for layer, (i, o) in data["shapes"].items()}
+            return cls(data["values"], shapes, data["estimator"], data["samples"])
+        except KeyError as error:
+            raise DataError(f"saved sensitivity has no {error}; measure it again") from None
 
 
 def allocate(

@@ -1,7 +1,10 @@
 """A change of ranks at one adjustment, as a value that can be saved."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from tsqlora.errors import DataError
 
 
 def rank_changes(before: Mapping[str, int], after: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int]]:
@@ -33,6 +36,18 @@ class RankEvent:
     moved: int
     used: int
     budget: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts and numbers, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "RankEvent":
+        """Inverse of `to_dict`; DataError if a field is missing."""
+        try:
+            return cls(**{field.name: data[field.name] for field in fields(cls)})
+        except KeyError as error:
+            raise DataError(f"saved rank event has no {error}; the file is cut off or from another version") from None
 
 
 MOST_EVENTS = 1000

@@ -107,7 +107,7 @@ def _passes(task: Task, method: Method, *, epochs: float, batch: int) -> dict[st
             trainings = 1 if isinstance(task, Answers) else len(RATES)  # at most
             cost = trusted_cost(n, steps=trainings * trained, batch_size=rows)
             phases["trusted model"] = {"forward": cost.forward, "backward": cost.backward}
-    elif quality is not None and not quality.rule.select:
+    elif quality is not None and not quality.rule.select and not isinstance(task, Generation):
         phases["look"] = {"forward": n + trusted, "backward": 0}
     if ranks is not None and quality is not None and quality.rule.select:
         phases["ranks"] = _both(min(ranks.rows_of(round(size * epochs)), size))

@@ -45,11 +45,10 @@ def select(
 ) -> Any:
     """The share of a pool that teaches a model what trusted rows show, as a `datasets.Dataset` with the same columns.
 
-    Text is drawn by reducible loss: rows that a model trained on the trusted rows alone predicts better than this model
-    does. Preference rows are drawn likewise by their DPO loss, without those that look swapped. Call it before you
-    build an SFTTrainer or DPOTrainer, train on the result, then once more on the trusted rows. The model stays
-    unchanged; one with an adapter (`get_peft_model`, `tsqlora.wrap`) is faster, since only the adapter learns the
-    trusted rows.
+    Text is drawn by how much likelier it is among trusted rows than in the pool, by its hidden states. Preference rows
+    are drawn by the DPO loss that a model trained on the trusted rows alone takes away, without those that look
+    swapped; there a model with an adapter (`get_peft_model`, `tsqlora.wrap`) is faster. Call it before you build an
+    SFTTrainer or DPOTrainer, train on the result, then once more on the trusted rows. The model stays unchanged.
 
     Args:
         dataset: a `datasets.Dataset`, or a list of dicts: texts, prompts with completions, chats, prompts with
@@ -77,8 +76,10 @@ def select(
             batch_size=batch_size,
             max_length=max_length,
         )
-    if scores.even and scores.kept.all() and not {"chosen", "rejected"} <= {*pool.column_names}:
-        warnings.warn("no score distinguishes the rows, so they are drawn evenly; give trusted rows", stacklevel=2)
+    why = (scores.record.gate or {}).get("why_not", "")
+    if scores.even and (why or scores.kept.all()) and not {"chosen", "rejected"} <= {*pool.column_names}:
+        even = "no score distinguishes the rows, so they are drawn evenly; give trusted rows"
+        warnings.warn(str(why or even), stacklevel=2)
     return pool.select(scores.row_ids[sample(scores, fraction, seed)])
 
 

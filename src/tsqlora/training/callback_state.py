@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tsqlora import distributed
-from tsqlora.errors import SettingsError, TsqLoraError
+from tsqlora.errors import DataError, SettingsError, TsqLoraError
 from tsqlora.files import write_json, write_tensors
 from tsqlora.quality.cost import PhaseCost
 from tsqlora.ranks.events import RankEvent
@@ -65,18 +65,18 @@ class RankState:
         importance = _tensors(folder / IMPORTANCE_FILE)
         try:
             return cls.from_dict({"importance": importance, **values})
-        except (TypeError, KeyError) as error:
+        except (TypeError, KeyError, DataError) as error:
             raise _unusable(folder / RANKS_FILE, error) from error
 
     def to_dict(self) -> dict[str, Any]:
         """Tensors, numbers, strings, lists and dicts, without copies of the tensors."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return values | {"events": [asdict(event) for event in self.events]}
+        return values | {"events": [event.to_dict() for event in self.events]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "RankState":
         """Inverse of `to_dict`."""
-        return cls(**{**values, "events": [RankEvent(**event) for event in values["events"]]})
+        return cls(**{**values, "events": [RankEvent.from_dict(event) for event in values["events"]]})
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,7 +106,7 @@ def _gate(gate: Mapping[str, Any] | None, trusted: int) -> list[str]:
     if gate is None:
         return ["No gate was set: no row was left out because trusted rows contradict it."] if trusted else []
     if "why_not" in gate:
-        return [f"The trusted model was not used ({gate['name']}): {gate['why_not']}."]
+        return [f"Not used ({gate['name']}): {gate['why_not']}."]
     return [f"The gate '{gate['name']}' left out {gate['left_out']:,} rows, with which the trusted model disagrees."]
 
 

@@ -25,9 +25,11 @@ from tsqlora.quality.rule import Compute, LookRequest, RowNames, ScoringRule
 from tsqlora.quality.score import require_scorable
 from tsqlora.quality.scores import Scores
 from tsqlora.quality.subset import QualitySubset
+from tsqlora.quality.terms import TERMS
 from tsqlora.quality.trusted import Trusted
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate, task_of
+from tsqlora.tasks.generation import Generation
 from tsqlora.training.callback_state import QualityState, require_options
 from tsqlora.training.checkpoints import EPOCH_ERROR, digest, epoch_of
 from tsqlora.training.looks import Schedule, look_summary, noise_notes, trusted_agree
@@ -126,7 +128,7 @@ class QualityCallback(PartCallback):
             self._look(args, state, model, loader.collate_fn)
         elif self.rule.select:
             self.notes.append("text without trusted rows is drawn evenly; name some in data.trusted")
-        elif self.rule.head_start:
+        elif self.rule.head_start and not isinstance(self._task(args, model), Generation):
             self._start_head(args, model, loader.collate_fn)
 
     def begin_epoch(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
@@ -182,6 +184,8 @@ class QualityCallback(PartCallback):
         if not (self.rule.look_again and self.rule.select):
             return False
         scores = self.data.scores
+        if scores is not None and all(name in TERMS and TERMS[name].probe for name in scores.record.weights):
+            return False  # hidden states tell rows apart before any step, and training hardly changes which
         return scores is None or not scores.even or (scores.record.noise or {}).get("evident", False)
 
     def _trusted_last(self, looks: Sequence[Mapping[str, Any]]) -> bool:

@@ -122,6 +122,11 @@ class RankLoop:
         return self.changes.events
 
     @property
+    def budget(self) -> int:
+        """Parameters."""
+        return self.changes.budget
+
+    @property
     def seconds(self) -> float:
         """Time for measuring and changing ranks, beside the steps' own backward."""
         return self.spent.seconds
@@ -277,7 +282,7 @@ class RankLoop:
             started=self.started,
             postponed=self._postponed,
             withheld=self._withheld,
-            budget=self.changes.budget,
+            budget=self.budget,
             interval=self.rules.interval,
             seconds=self.seconds,
             passes=self.spent.forward,

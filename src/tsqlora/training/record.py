@@ -69,7 +69,7 @@ class RunRecord:
         plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return plain | {
             "cost": {name: asdict(cost) for name, cost in self.cost.items()},
-            "rank_events": [asdict(event) for event in self.rank_events],
+            "rank_events": [event.to_dict() for event in self.rank_events],
         }
 
     def save(self, run: Path) -> None:
@@ -83,7 +83,7 @@ class RunRecord:
         try:
             stored: dict[str, Any] = json.loads(path.read_text())
             costs = {name: PhaseCost(**cost) for name, cost in stored.pop("cost").items()}
-            events = [RankEvent(**event) for event in stored.pop("rank_events")]
+            events = [RankEvent.from_dict(event) for event in stored.pop("rank_events")]
             return cls(**stored, cost=costs, rank_events=events)
         except (FileNotFoundError, NotADirectoryError):
             raise DataError(

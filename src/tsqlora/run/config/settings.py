@@ -123,7 +123,10 @@ class QualitySettings(Section):
     enabled: bool = setting(True, "Select rows; false draws the same share at random, with the same head start.")
     fraction: float = setting(0.5, "Share of the rows in an epoch.", gt=0, le=1)
     preset: PresetName = setting("default", "Source of weights that are not set; paper is the published Q.")
-    weights: dict[str, float] = setting({}, "Weights of the terms of Q; without any above 0, rows are drawn evenly.")
+    weights: dict[str, float] = setting(
+        {},
+        "Weights of the terms of Q; without any, rows are drawn evenly, text with trusted rows by density_ratio.",
+    )
     temperature: float | None = setting(None, "Temperature of the softmax over Q, small is choosy; null is 1.", gt=0)
     gate: Literal["share", "surest"] | None = setting(
         None, "Leave out rows that a model of the trusted rows alone contradicts; null leaves out none."

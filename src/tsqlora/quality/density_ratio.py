@@ -1,0 +1,62 @@
+"""How much likelier a text is among trusted rows than in the pool: their density ratio.  Ours.
+
+After importance resampling (DSIR, Xie et al. 2023), except that it only ranks the rows: a ridge fit on hidden states
+tells trusted rows from the pool, and each row is judged by a fit without it.
+"""
+
+import numpy as np
+from scipy.stats import mannwhitneyu
+
+from tsqlora.compat.shapes import Bool, Float
+from tsqlora.errors import TsqLoraError
+from tsqlora.quality.passes import empty
+from tsqlora.quality.ridge import ROWS_AT_ONCE, fit_classes
+
+LEAST_TRUSTED = 8
+"""Fewer trusted rows do not show where others lie."""
+LEVEL = 0.025
+"""Trusted rows differ from the pool if their ratios are larger at this one-sided level."""
+
+
+def log_density_ratio(
+    pool: Float[np.ndarray, "n d"],
+    trusted: Float[np.ndarray, "m d"],
+    twins: Bool[np.ndarray, " n"] | None = None,
+) -> tuple[Float[np.ndarray, " n"] | None, str]:
+    """Return log p(row | trusted) − log p(row | pool) for every row of the pool, up to a constant.
+
+    None and the reason for too few trusted rows, or where a fit cannot tell those that it has not seen from the pool.
+    `twins` are copies of trusted rows: they are no part of the pool, and only predicted. Raises TsqLoraError for hidden
+    states that are not finite.
+    """
+    if len(trusted) < LEAST_TRUSTED:
+        return None, f"{len(trusted)} trusted rows are too few to tell which texts are like them; give {LEAST_TRUSTED}"
+    both, n = _standardised(pool, trusted), len(pool)
+    fitted = np.ones(len(both), dtype=np.bool_)
+    if twins is not None:
+        fitted[:n] = ~twins
+    labels = np.repeat([0, 1], [n, len(trusted)])[fitted]
+    ridge = fit_classes(both if fitted.all() else both[fitted], labels, 2)
+    ratio = np.empty(len(both), dtype=np.float32)
+    ratio[fitted] = ridge.left_out[:, 1] - ridge.left_out[:, 0]
+    if not fitted.all():
+        ratio[~fitted] = np.diff(ridge.predict(both[~fitted]), axis=1)[:, 0]
+    test = mannwhitneyu(ratio[n:], ratio[:n][fitted[:n]], alternative="greater")
+    if test.pvalue < LEVEL:
+        return ratio[:n], ""
+    return None, "hidden states do not tell trusted rows from the others"
+
+
+def _standardised(pool: Float[np.ndarray, "n d"], trusted: Float[np.ndarray, "m d"]) -> Float[np.ndarray, "rows d"]:
+    """The rows of both in deviations of the pool: a few features of a language model are far larger than the others."""
+    n, parts = len(pool), [slice(first, first + ROWS_AT_ONCE) for first in range(0, len(pool), ROWS_AT_ONCE)]
+    mean = sum(pool[rows].sum(axis=0, dtype=np.float64) for rows in parts) / n
+    variance = sum(np.square(pool[rows] - mean).sum(axis=0) for rows in parts) / n
+    if not np.isfinite(variance).all() or not np.isfinite(trusted).all():
+        raise TsqLoraError("hidden states of some texts are not finite; score in float32")
+    scale = np.sqrt(np.where(variance > 0, variance, 1))
+    both = empty((n + len(trusted), pool.shape[1]), np.dtype(np.float32))
+    for rows in parts:
+        both[:n][rows] = (pool[rows] - mean) / scale
+    both[n:] = (trusted - mean) / scale
+    return both
