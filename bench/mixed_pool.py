@@ -47,13 +47,15 @@ LETTERS = 340
 ASK = "\n\nTL;DR:"
 METHODS: dict[str, dict[str, Any]] = {
     "default": {},
+    "mixed": {"trusted_last": False},
+    "reducible": {"weights": {"reducible_loss": 1.0}},
     "even": {"enabled": False},
     "trusted": {"enabled": False, "fraction": 1.0},
     "oracle": {"fraction": 1.0},
     "rds": {"fraction": 1.0},
 }
-"""Settings of `quality`. `even` has the trusted rows in every epoch, `trusted` only them; `oracle` has the right rows,
-and `rds` a fifth that RDS+ chose, each before the trusted ones."""
+"""Settings of `quality`. `mixed` and `even` have the trusted rows in every epoch, `trusted` only them; `oracle` has the
+right rows, and `rds` a fifth that RDS+ chose, each before the trusted ones; `reducible` draws by reducible loss."""
 Row = dict[str, Any]
 
 
@@ -180,7 +182,7 @@ def run(method: str, seed: int) -> dict[str, Any]:
 
 
 def drawn_and_area(run: Path, kinds: list[str]) -> tuple[dict[str, int], float | None]:
-    """Rows of each kind in the first epoch, and the area under the ROC curve of reducible loss for right rows."""
+    """Rows of each kind in the first epoch, and the area under the ROC curve of Q for right rows."""
     if not (run / SCORES_FILE).exists():
         return {}, None
     scores = Scores.load(run / SCORES_FILE)
@@ -188,9 +190,9 @@ def drawn_and_area(run: Path, kinds: list[str]) -> tuple[dict[str, int], float |
     of_row = [kinds[j] for j in scores.ids]
     draws = draws_of(run, scores)
     drawn = {} if draws is None else dict(Counter(of_row[j] for j in draws[0]))
-    if "reducible_loss" not in scores.terms:
+    if scores.even:
         return drawn, None
-    return drawn, float(roc_auc_score([kind == "right" for kind in of_row], scores.terms["reducible_loss"]))
+    return drawn, float(roc_auc_score([kind == "right" for kind in of_row], scores.quality))
 
 
 def main() -> None:

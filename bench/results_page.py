@@ -193,27 +193,6 @@ def two_precisions(cells: pd.DataFrame) -> str:
     return f"\nOne side in bfloat16 and the other in float32: {' and '.join(counts)} differences of a task and seed.\n"
 
 
-def summary(*, rows: int, mean: int) -> pd.DataFrame:
-    """Differences from LoRA on all rows over tasks, with wrong labels and clean; parameters as a share of LoRA's."""
-    cells = shown(stored())
-    cells = cells[(cells["equal"] == "steps") & (cells["rows"] == rows) & (cells["mean"] == mean)]
-    names = [entry for entry in entries_of(cells) if entry != LORA]
-    share = pd.concat([shares(of) for of in groups(cells, BLOCK)])
-    table: Row = {
-        "": [_named(name, cells) for name in names],
-        "trainable, of LoRA's": [_range(share.loc[share["entry"] == name, "share"], "{:.2f}") for name in names],
-    }
-    for label, wrong in (("20 % wrong labels", 0.2), ("clean", 0.0)):
-        differences = [over(cells[cells["wrong"] == wrong], name, LORA) for name in names]
-        of = [(_of_tasks(f), f.seeds.n if f.seeds else 0) for f in differences]
-        head = f"{label}, points minus LoRA's"
-        if len({*of}) == 1 and of[0][1]:  # what all have in common stands in the head
-            table[f"{head} ({of[0][0]}; {_seeds_of(of[0][1])})"] = [_points(f.seeds, sign="+") for f in differences]
-        else:
-            table |= {head: [_difference(f) for f in differences], f"tasks, {label}": [tasks for tasks, _ in of]}
-    return pd.DataFrame(table)
-
-
 def shares(block: pd.DataFrame) -> pd.DataFrame:
     """Trainable parameters as shares of LoRA's on all rows, where that has a cell."""
     worked = block[~block["failed"]]

