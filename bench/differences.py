@@ -102,6 +102,10 @@ def _resampled(gains: list[np.ndarray], rng: np.random.Generator) -> float:
     return float(np.mean([gains[j][rng.integers(len(gains[j]), size=len(gains[j]))].mean() for j in drawn]))
 
 
+LEAST = -30
+"""Where the plot ends: a way that loses more stands there with its number."""
+
+
 def plot() -> bytes:
     """An SVG picture: worlds down, the difference to even draws across, a mark for each way to train."""
     import matplotlib
@@ -117,12 +121,15 @@ def plot() -> bytes:
         for world in WORLDS
         for trusted in sorted(table[table.world == world].trusted.unique(), reverse=True)
     ]
-    figure, axes = pyplot.subplots(figsize=(8.0, 0.62 * len(lines) + 1.0), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(8.0, 0.62 * len(lines) + 1.8), layout="constrained")
     for place, (world, trusted) in enumerate(lines):
         here = table[(table.world == world) & (table.trusted == trusted)].set_index("method")
         ways = [way for way in WAYS if way in here.index]
         for offset, way in zip(np.linspace(-0.3, 0.3, len(ways)), ways, strict=True):
             (name, colour, marker), cell = WAYS[way], here.loc[way]
+            if cell.gain < LEAST:
+                axes.text(LEAST, place + offset, f"← {cell.gain:.0f}", color=colour, fontsize=8, va="center")
+                continue
             error = [[cell.gain - cell.low], [cell.high - cell.gain]]
             axes.errorbar(cell.gain, place + offset, xerr=error, color=colour, marker=marker, markersize=5, label=name)
     axes.axvline(0, color="#777777", linewidth=1)
@@ -130,7 +137,7 @@ def plot() -> bytes:
     axes.invert_yaxis()
     axes.set_xlabel("points of accuracy against even draws, trusted rows mixed in")
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    axes.legend(handles.values(), handles.keys(), fontsize=8, loc="lower right")
+    figure.legend(handles.values(), handles.keys(), fontsize=8, loc="outside lower center", ncols=2)
     buffer = io.BytesIO()
     figure.savefig(buffer, metadata={"Date": None}, facecolor="white")
     pyplot.close(figure)
