@@ -15,7 +15,8 @@ from scoring import logits_of
 from slotted import fill
 from stock import make_trainer, moods
 from tsqlora.adapter.slots import layer_shapes
-from tsqlora.adapter.wrap import plain_lora, transformer_blocks
+from tsqlora.adapter.wrap import plain_lora
+from tsqlora.compat.transformers import transformer_blocks
 from tsqlora.ranks.budget import budget, used
 
 TOP = "bert.encoder.layer.1."

@@ -14,9 +14,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from tsqlora.adapter.wrap import transformer_blocks
 from tsqlora.compat.torch import has_hooks
-from tsqlora.compat.transformers import CLASSES_OF
+from tsqlora.compat.transformers import CLASSES_OF, transformer_blocks
 from tsqlora.tasks.forward import base_model
 
 ENCODERS = ("bert", "distilbert", "electra", "mpnet", "roberta")

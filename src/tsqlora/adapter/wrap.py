@@ -10,6 +10,7 @@ from torch import nn
 
 from tsqlora.adapter.config import inject, new_config, only_adapter, require_fresh
 from tsqlora.adapter.slots import finalize, install, layer_shapes, layers_of
+from tsqlora.compat.transformers import transformer_blocks
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.gradients.sites import lora_layers
 from tsqlora.interop.patterns import alpha_for
@@ -186,16 +187,3 @@ def top_layers(model: nn.Module, layers: Sequence[str], depth: int) -> list[str]
             f"{len(blocks)} blocks; raise it, or adapt other layers"
         )
     return top
-
-
-def transformer_blocks(model: nn.Module, layers: Sequence[str]) -> list[str]:
-    """The entries of the outermost ModuleLists that hold some of the layers: an encoder's before a decoder's."""
-    lists: list[str] = []
-    blocks: list[str] = []
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{outer}.") for outer in lists):
-            continue
-        if any(layer.startswith(f"{name}.") for layer in layers):
-            lists.append(name)
-            blocks += [f"{name}.{entry}" for entry in range(len(module))]
-    return blocks

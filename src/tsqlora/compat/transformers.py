@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState, trainer_pt_utils
 from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
@@ -93,3 +93,16 @@ MEDIA_CLASSES: Mapping[str, Mapping[Any, Any]] = {
     "audio-classification": modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
 }
 """The same, for tasks whose models may have any problem_type."""
+
+
+def transformer_blocks(model: nn.Module, layers: Sequence[str]) -> list[str]:
+    """The entries of the outermost ModuleLists that hold some of the layers: an encoder's before a decoder's."""
+    lists: list[str] = []
+    blocks: list[str] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{outer}.") for outer in lists):
+            continue
+        if any(layer.startswith(f"{name}.") for layer in layers):
+            lists.append(name)
+            blocks += [f"{name}.{entry}" for entry in range(len(module))]
+    return blocks

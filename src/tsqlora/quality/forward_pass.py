@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tsqlora import distributed
-from tsqlora.adapter.wrap import transformer_blocks
 from tsqlora.compat.peft import without_zero_updates
 from tsqlora.compat.shapes import Float
+from tsqlora.compat.transformers import transformer_blocks
 from tsqlora.data.batches import sorted_batches
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.oom import halves, retry_on_oom
