@@ -399,6 +399,7 @@ def test_text_is_drawn_evenly_where_trusted_rows_look_like_the_pool() -> None:
     "rule",
     [
         ScoringRule(terms=PAPER_TERMS),
+        ScoringRule(terms=("density_ratio",), select=False),
         ScoringRule(weights={"density_ratio": 1.0, "loss": 1.0}),
         ScoringRule(weights={"density_ratio": 1.0, "gradient_norm": 1.0}),
     ],
@@ -415,9 +416,9 @@ def test_the_density_ratio_stands_beside_other_terms(rule: ScoringRule, like_the
     require_scorable(model, pool[:2], batches, task=task, rule=rule)
     scores = looked(model, pool, rule=rule, task=task, trusted=Trusted(rows[::3]), collate=batches).scores
     assert ("density_ratio" in scores.terms) != like_the_pool
-    for name in rule.terms:
-        assert name in scores.terms
-    assert scores.even == (like_the_pool and rule.weights is None)
+    assert {*rule.terms} - {"density_ratio"} <= {*scores.terms}
+    assert ("why_not" in (scores.record.gate or {})) == like_the_pool
+    assert scores.even == (rule.weights is None and (like_the_pool or not rule.select))
 
 
 def test_what_an_earlier_look_measured_of_the_trusted_model_is_used_again() -> None:

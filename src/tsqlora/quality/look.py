@@ -236,8 +236,9 @@ class _Looking:
             beyond = "class frequencies" if isinstance(self.request.task, Answers) else "what the model knows"
             why = f"trusted rows teach nothing beyond {beyond}: no row is dropped, and all are drawn evenly"
             gate = {"name": rule.gate or "reducible loss", "why_not": why}
-        elif why_even and scores.even:
-            gate = {"name": "density ratio", "why_not": f"{why_even}: all rows are drawn evenly"}
+        elif why_even:
+            how = "all rows are drawn evenly" if scores.even else "the other terms draw the rows"
+            gate = {"name": "density ratio", "why_not": f"{why_even}: {how}"}
         if gate is not None:
             return replace(scores, record=replace(scores.record, gate=gate))
         if rule.gate is None or trusted_loss is None:

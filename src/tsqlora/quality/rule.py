@@ -120,7 +120,7 @@ class ScoringRule:
     def without_probe(self) -> "ScoringRule":
         """Return the rule without terms of hidden states; without other weights rows are drawn evenly."""
         probes = {name for name, term in self.measured().items() if term.probe}
-        weights = {name: weight for name, weight in self.q.items() if weight and name not in probes}
+        weights = {name: weight for name, weight in (self.weights or {}).items() if weight and name not in probes}
         terms = [term for term in self.terms if not (isinstance(term, str) and term in probes)]
         rule = replace(self, weights=weights, terms=terms)
         return rule if weights else replace(rule, weights=None, temperature=1.0)
