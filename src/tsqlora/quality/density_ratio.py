@@ -6,6 +6,7 @@ tells trusted rows from the pool, and each row is judged by a fit without it.
 
 import numpy as np
 from scipy.stats import mannwhitneyu
+from sklearn.preprocessing import StandardScaler
 
 from tsqlora.compat.shapes import Bool, Float
 from tsqlora.errors import TsqLoraError
@@ -16,6 +17,8 @@ LEAST_TRUSTED = 8
 """Fewer trusted rows do not show where others lie."""
 LEVEL = 0.025
 """Trusted rows differ from the pool if their ratios are larger at this one-sided level."""
+
+NOT_FINITE = "hidden states of some texts are not finite; score in float32"
 
 
 def log_density_ratio(
@@ -49,14 +52,16 @@ def log_density_ratio(
 
 def _standardised(pool: Float[np.ndarray, "n d"], trusted: Float[np.ndarray, "m d"]) -> Float[np.ndarray, "rows d"]:
     """The rows of both in deviations of the pool: a few features of a language model are far larger than the others."""
-    n, parts = len(pool), [slice(first, first + ROWS_AT_ONCE) for first in range(0, len(pool), ROWS_AT_ONCE)]
-    mean = sum(pool[rows].sum(axis=0, dtype=np.float64) for rows in parts) / n
-    variance = sum(np.square(pool[rows] - mean).sum(axis=0) for rows in parts) / n
-    if not np.isfinite(variance).all() or not np.isfinite(trusted).all():
-        raise TsqLoraError("hidden states of some texts are not finite; score in float32")
-    scale = np.sqrt(np.where(variance > 0, variance, 1))
+    if not np.isfinite(trusted).all():
+        raise TsqLoraError(NOT_FINITE)
+    scaler, n = StandardScaler(), len(pool)
+    parts = [slice(first, first + ROWS_AT_ONCE) for first in range(0, n, ROWS_AT_ONCE)]
+    for rows in parts:
+        if not np.isfinite(pool[rows]).all():
+            raise TsqLoraError(NOT_FINITE)
+        scaler.partial_fit(pool[rows].astype(np.float64))
     both = empty((n + len(trusted), pool.shape[1]), np.dtype(np.float32))
     for rows in parts:
-        both[:n][rows] = (pool[rows] - mean) / scale
-    both[n:] = (trusted - mean) / scale
+        both[:n][rows] = scaler.transform(pool[rows].astype(np.float64))
+    both[n:] = scaler.transform(trusted.astype(np.float64))
     return both

@@ -5,7 +5,7 @@ second pass, the trusted model one more.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -107,9 +107,11 @@ class _Looking:
             measurements = gradient_pass(self.model, replace(self.request, rule=rule))
             columns, record = measurements.columns, measurements.record
 
+        if ratio is not None:
+            columns["density_ratio"] = ratio
+
         def scores() -> Scores:
-            of_trusted = {"trusted_loss": trusted_loss, "density_ratio": ratio}
-            return self._gated(self._scores(rule, columns, record, of_trusted, why_not), rule, trusted_loss, why_even)
+            return self._gated(self._scores(rule, columns, record, trusted_loss, why_not), rule, trusted_loss, why_even)
 
         # In one process: a draw must not depend on which process makes it.
         shared = distributed.once(scores)
@@ -190,7 +192,7 @@ class _Looking:
         rule: ScoringRule,
         columns: dict[str, np.ndarray],
         record: dict[str, Any],
-        of_trusted: Mapping[str, np.ndarray | None],
+        trusted_loss: np.ndarray | None,
         why_not: str | None,
     ) -> Scores:
         started, rows, task, trusted = self.started, self.request.rows, self.request.task, self.request.trusted
@@ -200,7 +202,7 @@ class _Looking:
         agreement = None if ridge is None else started.agreement(ridge, task)
         classes = isinstance(task, Answers) and task.strata(pool.labels) is not None
         scores = from_terms(
-            _terms(columns, pool, logits, of_trusted, rule, task),
+            _terms(columns, pool, logits, trusted_loss, rule, task),
             labels=pool.labels,
             stratified=classes,
             weights=rule.q,
@@ -256,13 +258,12 @@ def _terms(
     columns: dict[str, np.ndarray],
     pool: Forward,
     logits: np.ndarray | None,
-    of_trusted: Mapping[str, np.ndarray | None],
+    trusted_loss: np.ndarray | None,
     rule: ScoringRule,
     task: Task,
 ) -> dict[str, np.ndarray]:
-    """Return the rule's terms: measured with gradients, else computed from the forward passes."""
+    """Return the rule's terms: those in `columns`, and others computed from the forward passes."""
     labels, loss = torch.from_numpy(pool.labels), torch.from_numpy(pool.loss)
-    trusted_loss, ratio = of_trusted["trusted_loss"], of_trusted["density_ratio"]
     if logits is not None:
         loss = task.loss(torch.from_numpy(logits), labels)
     measured = Measured(
@@ -270,7 +271,6 @@ def _terms(
         labels=labels,
         loss=loss,
         trusted_loss=None if trusted_loss is None else torch.from_numpy(trusted_loss),
-        density_ratio=None if ratio is None else torch.from_numpy(ratio),
     )
     terms: dict[str, np.ndarray] = {}
     for name, term in rule.measured().items():

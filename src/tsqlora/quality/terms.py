@@ -37,8 +37,6 @@ class Measured:
     """Loss of the target without its prompt."""
     trusted_loss: Float[Tensor, " n"] | None = None
     """Loss of the trusted model θ_R."""
-    density_ratio: Float[Tensor, " n"] | None = None
-    """log p(row | trusted) − log p(row | pool), up to a constant (`quality/density_ratio.py`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +110,11 @@ def _reducible_loss(m: Measured) -> Float[Tensor, " n"]:
     return difference / m.loss.clamp_min(max(float(m.loss.median()), torch.finfo(m.loss.dtype).tiny))
 
 
+def _density_ratio(m: Measured) -> Float[Tensor, " n"]:
+    """log p(row | trusted) − log p(row | pool), which the look fits on all rows (`quality/density_ratio.py`)."""
+    raise AssertionError("no batch has it")
+
+
 TERMS: dict[str, Term] = {
     "gradient_norm": Term(_gradient_norm, gradient=True),
     "loss_reduction": Term(lambda m: m.loss - _required(m.stepped_loss), gradient=True, lookahead=True),
@@ -121,7 +124,7 @@ TERMS: dict[str, Term] = {
     "el2n": Term(_el2n, answers=True),
     "ifd": Term(_ifd, alone=True),
     "reducible_loss": Term(_reducible_loss, trusted=True),
-    "density_ratio": Term(lambda m: _required(m.density_ratio), probe=True),
+    "density_ratio": Term(_density_ratio, probe=True),
 }
 
 TermSpec = str | Term | Callable[[Measured], Any]
