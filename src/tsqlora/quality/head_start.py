@@ -170,7 +170,7 @@ def fit_start(
         if other.loss < fit.loss:
             fit, dense = other, whitening
     present = losses[fit.rows]
-    scale = 1.0 if kind == "numbers" else TRAINING_SCALE
+    scale = TRAINING_SCALE if intercept or kind != "numbers" else 1.0
     return HeadStart(fit, float(present.mean()), fit.better_than(present), dense, training_scale=scale)
 
 

@@ -63,6 +63,8 @@ class HeadFit:
     """Out-of-fold losses of those rows."""
     scale: float
     """Factor on the head that makes the initial training loss equal the out-of-fold loss."""
+    middle: float = 0.0
+    """The output around which training scales the head: the mean of numbers, 0 for logits."""
 
     @property
     def loss(self) -> float:
@@ -95,12 +97,13 @@ def fit_head(
     centre = features.mean(axis=0, dtype=np.float64) if intercept else np.zeros(features.shape[1])
     features = features - centre.astype(np.float32)
     unit = float(np.sqrt(np.square(features, dtype=np.float64).sum(axis=1).mean())) or 1.0
-    features = (features / unit).astype(np.float32)
+    features, middle = (features / unit).astype(np.float32), 0.0
     some = np.sort(rng.permutation(len(features))[:ROWS_TO_CHOOSE])
     if kind == "numbers":
         ridge = fit_ridge(features, targets[:, None], intercept=intercept)
         losses = row_losses(ridge.left_out[some].astype(np.float64), targets[some], kind)
         head, strength, scale = LinearHead(ridge.weight, ridge.bias), ridge.strength, 1.0
+        middle = float(targets.mean())
     else:
         fit = partial(_softmax, width=width, intercept=intercept, class_weights=class_weights)
         if kind == "labels":
@@ -110,7 +113,7 @@ def fit_head(
         head = fit(features, targets, strength, start=start)
         scale = _calibrated_scale(head.logits(features), targets, kind, float(losses.mean()))
     head = LinearHead(head.weight / unit, head.bias - head.weight @ centre / unit).scaled(scale)
-    return HeadFit(head, strength, some, losses, scale)
+    return HeadFit(head, strength, some, losses, scale, middle)
 
 
 def row_losses(

@@ -24,9 +24,9 @@ LEAST_TRUSTED = 8
 LEAST_P = 1e-3
 """Least probability of a label by least squares, whose predictions may lie outside of 0 and 1."""
 TRAINING_SCALE = 0.5
-"""Factor on a fitted head when training starts (docs/method.md), which changes no class, label or tag. Heads of numbers
-keep their scale, since half would halve the predictions; so do heads of trusted rows, since the pool overwrites a small
-head sooner."""
+"""Factor on a fitted head when training starts (docs/method.md), which changes no class, label, tag or order of numbers.
+Heads of trusted rows keep their scale, since the pool overwrites a small head sooner; so does a head of numbers without
+a bias, which cannot keep their mean."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,9 +88,10 @@ class Started:
         if self.head is None or not self.head.replaces:
             return
         assert self.layer is not None
-        for parameter in (self.layer.linear.weight, self.layer.linear.bias):
-            if parameter is not None:
-                parameter.mul_(self.head.training_scale)
+        scale, linear = self.head.training_scale, self.layer.linear
+        linear.weight.mul_(scale)
+        if linear.bias is not None:
+            linear.bias.mul_(scale).add_((1 - scale) * self.head.fit.middle)
 
     def ridge(self, task: Task) -> Ridge | None:
         """Fit the answers on features in closed form, with leave-one-out predictions; None without features."""
