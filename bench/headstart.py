@@ -108,10 +108,10 @@ class Curve(TrainerCallback):
 
 
 class Choice(TrainerCallback):
-    """Scales the fitted head, and lets it take a share of each of its steps."""
+    """Scales the fitted head around the middle of its outputs, and lets it take a share of each of its steps."""
 
-    def __init__(self, scale: float, share: float) -> None:
-        self.scale, self.share = scale, share
+    def __init__(self, scale: float, share: float, middle: float) -> None:
+        self.scale, self.share, self.middle = scale, share, middle
 
     @torch.no_grad()
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -119,6 +119,8 @@ class Choice(TrainerCallback):
         self.head = [p for name, p in named if p.requires_grad and "classifier" in name]
         for parameter in self.head:
             parameter.mul_(self.scale)
+            if parameter.dim() == 1:
+                parameter.add_((1 - self.scale) * self.middle)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.before = [p.detach().clone() for p in self.head]
@@ -129,9 +131,10 @@ class Choice(TrainerCallback):
             parameter.copy_(before + self.share * (parameter - before))
 
 
-def choice_of(name: str, data: str) -> Choice:
+def choice_of(name: str, job: Job) -> Choice:
     scale, share = CHOICES[name]
-    return Choice(scale if TASKS.get(data) == "regression" else scale / TRAINING_SCALE, share)
+    numbers = job.data.samples["train"].labels if job.task.name == "regression" else 0.0
+    return Choice(scale / TRAINING_SCALE, share, float(np.mean(numbers)))
 
 
 def run(table: str, method: str, rate: float, seed: int, *, depth: int | str = "all") -> dict[str, Any]:
@@ -174,7 +177,7 @@ def run(table: str, method: str, rate: float, seed: int, *, depth: int | str = "
             Method(chosen.data, chosen.quality, ranks),
             job.inputs,
             record,
-            also=[*built.callbacks, *([choice_of(choice, name)] if choice else []), curve],
+            also=[*built.callbacks, *([choice_of(choice, job)] if choice else []), curve],
         )
         validation = predictor_of(job, built.model, args).metrics(
             job.data.samples["validation"].samples, phase="validation", progress=None
