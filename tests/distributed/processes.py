@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from peft import PeftModel
+from peft import PeftModel, TaskType
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tsqlora as tsq
-from models import collate, lora, samples, tiny_bert
+from models import GENERATORS, collate, lora, samples, text_collator, texts, tiny_bert
 from scoring import quality_by, score_by, teach
 from slotted import POOLER, QUERY, WIDE, backward, trained, wrapped
 from stock import base_bert, make_trainer, moods, slotted_bert
@@ -161,7 +161,7 @@ def trusted_last(rank: int, world: int, folder: Path) -> Any:
 
 
 def scored(rank: int, world: int, folder: Path) -> Any:
-    """The files of three scorings, through DistributedDataParallel where there are several processes."""
+    """The files of four scorings, through DistributedDataParallel where there are several processes."""
     model = lora(tiny_bert(layers=1))
     rows = samples(30, 3)
     teach(model, rows)
@@ -182,6 +182,17 @@ def scored(rank: int, world: int, folder: Path) -> Any:
         trains = DistributedDataParallel(model) if world > 1 else model
         score_by(trains, rows, count, reference=[0, 3, 4, 6, 8, 9, 12], batch_size=4, **options).save(path)
         files[name] = (path.read_bytes(), sum(seen) - 8)  # four that tell the loss, and four the head
+    writer = lora(GENERATORS["llama"](), task=TaskType.CAUSAL_LM)
+    written, others = texts(writer, 30), texts(writer, 20, seed=1)
+    for row in others:
+        row["input_ids"] = [1 + token % 5 for token in row["input_ids"]]
+    path = folder / f"text-{world}-{rank}.parquet"
+    trains = DistributedDataParallel(writer) if world > 1 else writer
+    pool, trusted = [*written[:10], *others], written[10:]
+    ratios = score_by(trains, pool, text_collator(writer), terms=(), trusted=trusted, batch_size=4)
+    assert not ratios.even
+    ratios.save(path)
+    files["text"] = (path.read_bytes(), len(pool))
     return files
 
 
