@@ -2,9 +2,9 @@
 
     python bench/depth.py [--tables clinc150-3000,sst2-2000] [--depths all,3,2,1] [--seeds 0,1,2] [--rates 5e-4]
 
-MiniLM, `tsqlora` by default, tables and curves as in bench/headstart.py. Each depth has its learning rate chosen on
-validation rows, on the first seed. One core a cell. Each cell is a file in bench/results/depth, and a cell that is
-there is not run again.
+MiniLM or the encoder that MODEL names, `tsqlora` by default, tables and curves as in bench/headstart.py. Each depth has
+its learning rate chosen on validation rows, on the first seed. One core a cell. Each cell is a file in
+bench/results/depth, and a cell that is there is not run again.
 """
 
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from headstart import finished, run, sweep
+from headstart import MARK, finished, run, sweep
 from origin import ROOT, parser_of
 
 RESULTS = Path(os.environ.get("RESULTS", ROOT / "bench" / "results" / "depth"))
@@ -39,7 +39,7 @@ def main() -> None:
         for depth in args.depths.split(","):
 
             def cell(rate: float, seed: int, table: str = table, depth: str = depth) -> dict[str, Any]:
-                path = RESULTS / f"{table}.{depth}.{rate:g}.{seed}.json"
+                path = RESULTS / f"{table}{MARK}.{depth}.{rate:g}.{seed}.json"
                 return finished(path, lambda: run_at(table, depth, rate, seed))
 
             sweep(cell, args.rates, args.seeds)

