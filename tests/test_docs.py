@@ -106,7 +106,7 @@ def test_settings_load(block: Block, tmp_path: Path) -> None:
 def test_the_blocks_of_readme_run_with_local_models_and_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are not run as they stand, because they name models and rows of the hub."""
     import datasets
-    from datasets import Dataset
+    from datasets import Dataset, concatenate_datasets
     from peft import LoraConfig, get_peft_model
     from trl import SFTConfig, SFTTrainer
 
@@ -127,6 +127,7 @@ def test_the_blocks_of_readme_run_with_local_models_and_rows(tmp_path: Path, mon
     namespace |= {"model": llama(), "tokenizer": tokenizer(), "config": config, "SFTTrainer": SFTTrainer}
     namespace |= {"pool": pairs[6:], "trusted": Dataset.from_list(pairs[:6])}
     namespace |= {"LoraConfig": LoraConfig, "get_peft_model": get_peft_model}
+    namespace |= {"concatenate_datasets": concatenate_datasets}
     exec(sft, namespace)
 
 

@@ -64,8 +64,8 @@ class ScoringRule:
     gate: Gate | None = None
     """How the trusted model excludes rows that it disagrees with (`quality/trusted.py`); None keeps all."""
     trusted_last: bool | None = None
-    """Whether QualityCallback trains on trusted rows last, after the pool, or mixes them in; None mixes them in if they
-    agree with the pool (`quality/agreement.py`)."""
+    """Whether QualityCallback trains on trusted rows last, after the pool, or mixes them in; None mixes in texts, and
+    other rows if they agree with the pool (`quality/agreement.py`)."""
     head_start: bool = True
     """Whether to fit the head before the first step, if that is better than the model's own."""
     look_again: bool = True

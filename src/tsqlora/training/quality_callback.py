@@ -43,8 +43,8 @@ class QualityCallback(PartCallback):
 
     A head that is no better than chance is replaced by one that is fitted on the features that it is given. Rows whose
     label seems wrong are left out where there is evidence of wrong labels; what the rule says decides the rest. With
-    trusted rows the run trains on the pool first, and on them last, unless the look finds that they agree with the
-    pool: then they are mixed in. A run of several epochs looks again after a third of its steps where that can change
+    trusted rows the run trains on the pool first, and on them last; texts, and rows that the look finds to agree with
+    the pool, are mixed in. A run of several epochs looks again after a third of its steps where that can change
     which rows are drawn.
 
     Args:
@@ -118,7 +118,7 @@ class QualityCallback(PartCallback):
         if ends_trusted:
             loader.set_sampler(SequentialSampler(data))
         plan = data.plan.unscored(awaits_scores=looks, by=self.name)
-        last = ends_trusted and self._trusted_last([] if saved is None else saved.looks)
+        last = ends_trusted and self._trusted_last(self._task(args, model), [] if saved is None else saved.looks)
         data.plan = replace(plan, trusted_from=self.schedule.trusted_from if last else None)
         data.task = self.task
         self._forget()
@@ -188,9 +188,11 @@ class QualityCallback(PartCallback):
             return False  # hidden states tell rows apart before any step, and training hardly changes which
         return scores is None or not scores.even or (scores.record.noise or {}).get("evident", False)
 
-    def _trusted_last(self, looks: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether trusted rows come last: as the rule says, else unless the first look found them to agree."""
-        return not trusted_agree(looks) if self.rule.trusted_last is None else self.rule.trusted_last
+    def _trusted_last(self, task: Task, looks: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether trusted rows come last: as the rule says, else unless they are texts or agree with the pool."""
+        if self.rule.trusted_last is not None:
+            return self.rule.trusted_last
+        return not (isinstance(task, Generation) or trusted_agree(looks))
 
     def _draws(self) -> dict[str, Any]:
         data, plan = self.data, self.data.plan
@@ -269,7 +271,7 @@ class QualityCallback(PartCallback):
                 self._spent.setdefault(phase, PhaseCost()).add(**asdict(cost))
         scores, first = self._guarded(result.scores), not self.looks
         self.looks.append(look_summary(scores, result.why_not))
-        if not self._trusted_last(self.looks):
+        if not self._trusted_last(request.task, self.looks):
             self.data.plan = replace(self.data.plan, trusted_from=None)
         plan = self.data.plan
         if result.why_not is None or self.data.scores is None:

@@ -132,7 +132,7 @@ class QualitySettings(Section):
         None, "Leave out rows that a model of the trusted rows alone contradicts; null leaves out none."
     )
     trusted_last: bool | None = setting(
-        None, "Train on trusted rows last; false mixes them in; null mixes them in if they agree with the pool."
+        None, "Train on trusted rows last; false mixes them in; null mixes in texts, and rows that agree with the pool."
     )
     head_start: bool = setting(True, "Fit a new head before the first step.")
     look_again: bool = setting(True, "Look at all rows again after a third of the steps.")
