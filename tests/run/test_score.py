@@ -131,7 +131,7 @@ def test_what_was_done_is_not_done_again(place: Path, half_done: Path) -> None:
     assert seen == [("scoring", rows) for rows in range(24, 73, 8)]  # and nothing of the look
 
 
-@pytest.mark.parametrize("override", ["training.seed=1", "training.batch_size=4"])
+@pytest.mark.parametrize("override", ["training.seed=1", "training.batch_size=4", "data.max_length=8"])
 def test_what_is_left_of_another_scoring_is_refused(override: str, place: Path, half_done: Path) -> None:
     with pytest.raises(SettingsError, match=r"s.parquet.partial/scoring/\w+ has an unfinished scoring with other .*"):
         score_rows(place / "c.yaml", half_done, overrides=[override])
@@ -140,7 +140,7 @@ def test_what_is_left_of_another_scoring_is_refused(override: str, place: Path, 
 
 def test_what_is_left_of_other_rows_or_weights_is_refused(place: Path, run: Path, half_done: Path) -> None:
     other = write_jsonl(half_done.parent / "other.jsonl", make_rows(80, seed=1))
-    with pytest.raises(SettingsError, match=r"forward has an unfinished scoring with other rows; delete it"):
+    with pytest.raises(SettingsError, match=r"forward has an unfinished scoring with other rows, row lengths; delete it"):
         score_rows(place / "c.yaml", half_done, overrides=[f"data.train={other}"])
     with pytest.raises(SettingsError, match=r"forward has an unfinished scoring with other weights; delete it"):
         score_rows(run, half_done)

@@ -102,7 +102,7 @@ def forward_pass(
         if compute.journal is not None:
             settings = {"pass": "forward", "batch size": compute.batch_size, "task": repr(task)}
             settings |= {"autocast": str(compute.autocast), "mean": mean}
-            journal = Journal(compute.journal / "forward", identity_of(model, rows.hashes or (), [], settings))
+            journal = Journal(compute.journal / "forward", identity_of(model, rows.hashes or (), lengths, [], settings))
 
         def measure(indices: np.ndarray) -> Columns:
             batch = collate([dataset[int(j)] for j in indices])

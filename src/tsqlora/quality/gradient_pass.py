@@ -57,16 +57,15 @@ def gradient_pass(model: nn.Module, request: LookRequest) -> Measurements:
         request.compute,
     )
     own, samples = distributed.together(lambda: reference_rows(rule.reference, dataset, rule.seed))
-    lengths = request.rows.lengths
-    batches = distributed.together(
-        lambda: sorted_batches(lengths_of(dataset) if lengths is None else lengths, compute.batch_size)
-    )
+    names = request.rows
+    lengths = distributed.together(lambda: lengths_of(dataset) if names.lengths is None else names.lengths)
+    batches = sorted_batches(lengths, compute.batch_size)
     device = next(model.parameters()).device
     with eval_mode(model), precision(device, compute.autocast, cache=False):
         first = distributed.together(lambda: list(batches_of(samples, collate, compute.batch_size)))
         terms = {name: term for name, term in terms_of_batch(rule, task, first[0]).items() if not term.later}
         sites = find_sites(model, rule.scope) if needs_gradients(terms) else {}
-        journal = None if compute.journal is None else _journal(model, request, terms, first, own)
+        journal = None if compute.journal is None else _journal(model, request, lengths, terms, first, own)
 
         def settle(size: int) -> Reference:
             return _settle(model, list(batches_of(samples, collate, size)), task, sites, len(samples), rule.calibration)
@@ -100,14 +99,19 @@ def gradient_pass(model: nn.Module, request: LookRequest) -> Measurements:
 
 
 def _journal(
-    model: nn.Module, request: LookRequest, terms: Mapping[str, Term], reference: Sequence[Batch], own: Sequence[int]
+    model: nn.Module,
+    request: LookRequest,
+    lengths: Sequence[int],
+    terms: Mapping[str, Term],
+    reference: Sequence[Batch],
+    own: Sequence[int],
 ) -> Journal:
     rule, compute = request.rule, request.compute
     assert compute.journal is not None
     settings = {"terms": list(terms), "scope": rule.scope, "calibration": rule.calibration}
     settings |= {"batch size": compute.batch_size, "seed": rule.seed, "autocast": str(compute.autocast)}
     settings |= {"reference": list(own), "task": repr(request.task)}
-    return Journal(compute.journal / "terms", identity_of(model, request.rows.hashes or (), reference, settings))
+    return Journal(compute.journal / "terms", identity_of(model, request.rows.hashes or (), lengths, reference, settings))
 
 
 def _settle(

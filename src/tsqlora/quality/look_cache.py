@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,13 +25,15 @@ from tsqlora.errors import TsqLoraError
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.quality.cost import PhaseCost
 from tsqlora.quality.look import Look, look
-from tsqlora.quality.rows import Dataset, content_of
+from tsqlora.quality.rows import Dataset
 from tsqlora.quality.rule import LookRequest
 from tsqlora.quality.scores import ScoreRecord, Scores
+from tsqlora.tasks.forward import Batch, Collate, each_its_row
 
 MOST_LOOKS = 16
 LARGEST = 1 << 26
 """Largest look to cache, in bytes of scores: a home directory is no place for millions of rows."""
+ROWS_AT_ONCE = 64
 FROZEN = 1024
 """Values of each frozen weight that go into the hash."""
 
@@ -43,6 +45,8 @@ class CachedLook:
     scores: Scores
     parameters: Mapping[str, np.ndarray]
     why_not: str | None
+    cost: PhaseCost
+    """What the look took, which every run that uses it reports: a comparison must not depend on which came first."""
 
 
 def look_once(model: nn.Module, request: LookRequest) -> Look:
@@ -56,8 +60,9 @@ def look_once(model: nn.Module, request: LookRequest) -> Look:
     if not request.rule.trusting(task, trusted is not None).trusts:
         settings = {**asdict(request.rule), "task": repr(task), "autocast": str(request.compute.autocast)}
         datasets = [request.dataset] if trusted is None else [request.dataset, trusted.rows]
+        batches = _batches(datasets, each_its_row(request.collate))
         with eval_mode(model):  # rows may draw random numbers, as augmentation does
-            key = distributed.once(lambda: key_of(distributed.unwrapped(model), datasets, settings))
+            key = distributed.once(lambda: key_of(distributed.unwrapped(model), batches, settings))
     cached = None if key is None else distributed.once(lambda: load(key))
     if cached is not None:
         with torch.no_grad():
@@ -66,11 +71,18 @@ def look_once(model: nn.Module, request: LookRequest) -> Look:
         record = ScoreRecord.of(cached.scores.record.to_dict() | dict(rows.about))
         hashes = None if rows.hashes is None else tuple(rows.hashes)
         scores = replace(cached.scores, ids=rows.ids, hashes=hashes, record=record)
-        return Look(scores, None, cached.why_not, PhaseCost(), PhaseCost())
+        return Look(scores, None, cached.why_not, cached.cost, PhaseCost())
     result = look(model, request)
     if key is not None and distributed.is_first():
-        save(key, CachedLook(result.scores, _changed(model, result), result.why_not))
+        save(key, CachedLook(result.scores, _changed(model, result), result.why_not, result.cost))
     return result
+
+
+def _batches(datasets: Iterable[Dataset], collate: Collate) -> Iterator[Batch]:
+    """Yield what the model is given of all rows: it also depends on the collator, its tokenizer and lengths."""
+    for dataset in datasets:
+        for first in range(0, len(dataset), ROWS_AT_ONCE):
+            yield collate([dataset[j] for j in range(first, min(first + ROWS_AT_ONCE, len(dataset)))])
 
 
 def _changed(model: nn.Module, result: Look) -> dict[str, np.ndarray]:
@@ -83,8 +95,8 @@ def _changed(model: nn.Module, result: Look) -> dict[str, np.ndarray]:
     return {name: value.detach().float().cpu().numpy() for name, value in named if id(value) in own}
 
 
-def key_of(model: nn.Module, datasets: Iterable[Dataset], settings: Mapping[str, Any]) -> str | None:
-    """Hash all inputs of a look; None where the cache is off, or a row has no hashable content."""
+def key_of(model: nn.Module, batches: Iterable[Batch], settings: Mapping[str, Any]) -> str | None:
+    """Hash all inputs of a look; None where the cache is off, or a batch has other values than tensors."""
     if _folder() is None:
         return None
     digest = hashlib.sha256(_code().encode())
@@ -92,12 +104,12 @@ def key_of(model: nn.Module, datasets: Iterable[Dataset], settings: Mapping[str,
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(_bytes(tensor.detach(), whole=tensor.requires_grad))
-    for dataset in datasets:
-        for j in range(len(dataset)):
-            row = content_of(dataset[j])
-            if row is None:
+    for batch in batches:
+        for name, value in batch.items():
+            if not isinstance(value, Tensor):
                 return None
-            digest.update(repr(row).encode())
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(_bytes(value, whole=True))
     return digest.hexdigest()[:32]
 
 
@@ -107,10 +119,12 @@ def load(key: str) -> CachedLook | None:
     if folder is None or not (folder / key).is_dir():
         return None
     with suppress(TsqLoraError, OSError, ValueError):
+        about = json.loads((folder / key / "look.json").read_text())
         cached = CachedLook(
             Scores.load(folder / key / "scores.parquet"),
             load_file(folder / key / "head.safetensors"),
-            json.loads((folder / key / "look.json").read_text())["why_not"],
+            about["why_not"],
+            PhaseCost(**about["cost"]),
         )
         os.utime(folder / key)
         return cached
@@ -130,7 +144,7 @@ def save(key: str, look: CachedLook) -> None:
         try:
             look.scores.save(unfinished / "scores.parquet")
             save_file(dict(look.parameters), unfinished / "head.safetensors")
-            (unfinished / "look.json").write_text(json.dumps({"why_not": look.why_not}))
+            (unfinished / "look.json").write_text(json.dumps({"why_not": look.why_not, "cost": asdict(look.cost)}))
             unfinished.rename(folder / key)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)

@@ -174,12 +174,18 @@ def bind(folder: Path, identity: Mapping[str, Any]) -> None:
 
 
 def identity_of(
-    model: nn.Module, hashes: Sequence[str], reference: Iterable[Mapping[str, Tensor]], settings: Mapping[str, Any]
+    model: nn.Module,
+    hashes: Sequence[str],
+    lengths: Sequence[int],
+    reference: Iterable[Mapping[str, Tensor]],
+    settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return what must be equal for a scoring to continue: rows, reference batches, weights, settings, versions."""
+    """Return what must be equal for a scoring to continue: rows, their lengths in tokens, which also order the batches,
+    reference batches, weights, settings, versions."""
     parameters = [*model.named_parameters(), *model.named_buffers()]
     return {
         "rows": hashlib.sha256("\n".join(hashes).encode()).hexdigest(),
+        "row lengths": hashlib.sha256(np.asarray(lengths, dtype=np.int64).tobytes()).hexdigest(),
         "reference rows": _digest(pair for batch in reference for pair in sorted(batch.items())),
         "weights": _digest(parameters),
         "settings": {name: settings[name] for name in sorted(settings)},
@@ -188,9 +194,11 @@ def identity_of(
     }
 
 
-def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+def _digest(tensors: Iterable[tuple[str, Any]]) -> str:
     digest = hashlib.sha256()
     for name, tensor in tensors:
+        if not isinstance(tensor, Tensor):  # of a batch: the model does not take it
+            continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         flat = tensor.detach().cpu().contiguous().flatten()
         digest.update(flat.view(torch.uint8).numpy().data)
