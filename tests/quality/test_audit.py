@@ -71,6 +71,9 @@ def test_each_of_several_labels_is_judged_by_itself() -> None:
     sure = is_wrong & (audit.probability > 0.9)
     assert sets[audit.ids[sure], audit.suggested[sure]].mean() > 0.9
     assert audit_of(features, sets).likely_wrong <= 0.01 * len(audit)
+    every = np.where(np.arange(ROWS)[:, None] < 40, 1, sets)
+    of_all = audit_of(features, every)
+    assert (of_all.suggested != of_all.labels).all(), "a row with all labels can only lose one"
 
 
 def test_labels_of_one_class_that_are_always_the_same_other_one_are_seen_as_a_pair() -> None:

@@ -257,8 +257,8 @@ def audit_of_logits(
         fitted = replace(noise, rate=rate, scale=1.0, offsets=offsets, clear=False)
     p_true = _p_true(logits, labels, fitted, judged)
     own, others = p_true[rows, labels], p_true.copy()
-    others[rows, labels] = -1
     others[np.zeros_like(others, dtype=bool) if excluded is None else excluded] = -1
+    others[rows, labels] = -2  # least, also where every class is excluded: a row with all labels loses this one
     suggested, wrong = others.argmax(axis=1), np.where(judged, (1 - own).clip(0, 1), fitted.rate)
     # The logits order rows that are all but certain.
     order = np.lexsort((logits[rows, labels], -wrong))
