@@ -47,15 +47,15 @@ LETTERS = 340
 ASK = "\n\nTL;DR:"
 METHODS: dict[str, dict[str, Any]] = {
     "default": {},
-    "mixed": {"trusted_last": False},
-    "reducible": {"weights": {"reducible_loss": 1.0}},
+    "last": {"trusted_last": True},
+    "reducible": {"weights": {"reducible_loss": 1.0}, "trusted_last": True},
     "even": {"enabled": False},
     "trusted": {"enabled": False, "fraction": 1.0},
-    "oracle": {"fraction": 1.0},
-    "rds": {"fraction": 1.0},
+    "oracle": {"fraction": 1.0, "trusted_last": True},
+    "rds": {"fraction": 1.0, "trusted_last": True},
 }
-"""Settings of `quality`. `mixed` and `even` have the trusted rows in every epoch, `trusted` only them; `oracle` has the
-right rows, and `rds` a fifth that RDS+ chose, each before the trusted ones; `reducible` draws by reducible loss."""
+"""Settings of `quality`. `default` and `even` have the trusted rows in every epoch, `trusted` only them, the others at
+the end: after the same draws (`last`), draws by reducible loss, the right rows (`oracle`), a fifth by RDS+ (`rds`)."""
 Row = dict[str, Any]
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 from curves import EPOCHS
 from markdown_table import markdown
+from scipy import stats
 
 from tsqlora.interop.servers import CONSUMERS
 
@@ -476,15 +477,37 @@ def media(_: Results) -> Rows:
     return rows
 
 
+POOL_WAYS = {
+    "default": "tsqlora: density ratio, 64 mixed in",
+    "even": "even draws, 64 mixed in",
+    "last": "density ratio, 64 last",
+    "rds": "RDS+, 64 last",
+    "reducible": "reducible loss, 64 last",
+    "trusted": "64 trusted alone",
+    "oracle": "the right rows, 64 last",
+}
+"""What bench/mixed_pool.py calls its ways to train."""
+
+
 def mixed_pool(_: Results) -> pd.DataFrame:
-    """Test loss in the mixed pool, seed by seed, and the right rows of the first epoch's draw."""
-    cells = pd.DataFrame({**cell["settings"], **cell} for cell in _cells("mixed_pool"))
+    """Test loss in the mixed pool, and the share of right rows in the first epoch's draw."""
+    cells = pd.DataFrame({**cell["settings"], **cell} for cell in _cells("mixed_pool")).set_index("seed").sort_index()
+    even = cells[cells.method == "even"].loss
     rows = []
-    for method, of in cells.sort_values("seed").groupby("method"):
-        drawn = [str(cell["right"]) for cell in of.drawn if cell]
-        losses = ", ".join(f"{loss:.3f}" for loss in of.loss)
-        rows.append({"way to train": method, "test loss, seed by seed": losses, "right rows drawn": ", ".join(drawn)})
-    return pd.DataFrame(rows)
+    for method, of in cells.groupby("method"):
+        above = (of.loss - even).dropna()
+        low, high = (0, 0) if method == "even" else stats.t.interval(0.95, len(above) - 1, above.mean(), above.sem())
+        shares = [cell["right"] / sum(cell.values()) for cell in of.drawn if cell]
+        rows.append(
+            {
+                "way to train": POOL_WAYS[method],
+                "test loss, seed by seed": ", ".join(f"{loss:.3f}" for loss in of.loss),
+                "against even draws": f"{above.mean():+.3f} ({low:+.3f}, {high:+.3f})" if method != "even" else "",
+                "right rows": f"{100 * np.mean(shares):.0f} %" if shares else "",
+            }
+        )
+    order = {name: number for number, name in enumerate(POOL_WAYS.values())}
+    return pd.DataFrame(sorted(rows, key=lambda row: order[row["way to train"]]))
 
 
 HEADS = {
