@@ -140,7 +140,9 @@ def test_what_is_left_of_another_scoring_is_refused(override: str, place: Path, 
 
 def test_what_is_left_of_other_rows_or_weights_is_refused(place: Path, run: Path, half_done: Path) -> None:
     other = write_jsonl(half_done.parent / "other.jsonl", make_rows(80, seed=1))
-    with pytest.raises(SettingsError, match=r"forward has an unfinished scoring with other rows, row lengths; delete it"):
+    with pytest.raises(
+        SettingsError, match=r"forward has an unfinished scoring with other rows, row lengths; delete it"
+    ):
         score_rows(place / "c.yaml", half_done, overrides=[f"data.train={other}"])
     with pytest.raises(SettingsError, match=r"forward has an unfinished scoring with other weights; delete it"):
         score_rows(run, half_done)

@@ -111,7 +111,8 @@ def _journal(
     settings = {"terms": list(terms), "scope": rule.scope, "calibration": rule.calibration}
     settings |= {"batch size": compute.batch_size, "seed": rule.seed, "autocast": str(compute.autocast)}
     settings |= {"reference": list(own), "task": repr(request.task)}
-    return Journal(compute.journal / "terms", identity_of(model, request.rows.hashes or (), lengths, reference, settings))
+    identity = identity_of(model, request.rows.hashes or (), lengths, reference, settings)
+    return Journal(compute.journal / "terms", identity)
 
 
 def _settle(

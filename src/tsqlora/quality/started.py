@@ -24,9 +24,9 @@ LEAST_TRUSTED = 8
 LEAST_P = 1e-3
 """Least probability of a label by least squares, whose predictions may lie outside of 0 and 1."""
 TRAINING_SCALE = 0.5
-"""Factor on a fitted head when training starts (docs/method.md), which changes no class, label, tag or order of numbers.
-Heads of trusted rows keep their scale, since the pool overwrites a small head sooner; so does a head of numbers without
-a bias, which cannot keep their mean."""
+"""Factor on a fitted head when training starts (docs/method.md), which changes no class, label, tag or order of
+numbers. Heads of trusted rows keep their scale, since the pool overwrites a small head sooner; so does a head of
+numbers without a bias, which cannot keep their mean."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

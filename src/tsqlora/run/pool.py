@@ -48,7 +48,8 @@ def select(
     Text is drawn by how much likelier it is among trusted rows than in the pool, by its hidden states. Preference rows
     are drawn by the DPO loss that a model trained on the trusted rows alone takes away, without those that look
     swapped; there a model with an adapter (`get_peft_model`, `tsqlora.wrap`) is faster. Call it before you build an
-    SFTTrainer or DPOTrainer, train on the result, then once more on the trusted rows. The model stays unchanged.
+    SFTTrainer or DPOTrainer, and train on the result and the trusted rows: on texts together, else on the trusted rows
+    last. The model stays unchanged.
 
     Args:
         dataset: a `datasets.Dataset`, or a list of dicts: texts, prompts with completions, chats, prompts with
