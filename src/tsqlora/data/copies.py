@@ -115,8 +115,9 @@ def _relabelled(raw: bytes, cells: list[str], header: list[str], dialect: Dialec
     cells[header.index(column)] = str(label)
     line = io.StringIO()
     quoting = csv_quoting(cells)
-    csv.writer(line, delimiter=dialect.delimiter or ",", lineterminator=ending, quoting=quoting).writerow(cells)
-    return line.getvalue().encode(dialect.encoding)
+    # Python before 3.13 quotes the line feed of a field only if lines end in one.
+    csv.writer(line, delimiter=dialect.delimiter or ",", lineterminator="\n", quoting=quoting).writerow(cells)
+    return (line.getvalue()[:-1] + ending).encode(dialect.encoding)
 
 
 def _correct_array(path: Path, out: Path, dialect: Dialect, column: str, labels: Labels) -> None:
