@@ -156,6 +156,26 @@ def test_what_is_no_changed_label_stays_byte_by_byte(
     assert out.read_bytes() == text.replace(*change).encode(encoding)
 
 
+@pytest.mark.parametrize(
+    ("encoding", "mark", "plain"),
+    [("utf-8-sig", BOM, "utf-8"), ("UTF_8_SIG", BOM, "utf-8"), ("utf-16", b"\xff\xfe", "utf-16-le")],
+)
+@pytest.mark.parametrize("marked", [False, True])
+def test_an_encoding_with_a_mark_copies_files_with_and_without_one(
+    marked: bool, encoding: str, mark: bytes, plain: str, tmp_path: Path
+) -> None:
+    def data(text: str) -> bytes:
+        return mark * marked + text.encode(plain)
+
+    (tmp_path / "a.csv").write_bytes(data("text,label\nä,0\nb,1\n"))
+    source = open_split(tmp_path / "a.csv", hints=Hints(encoding=encoding))
+    assert source.read().rows == ({"text": "ä", "label": "0"}, {"text": "b", "label": "1"})
+    write_corrected(source, tmp_path / "b.csv", "label", {0: 1})
+    assert (tmp_path / "b.csv").read_bytes() == data("text,label\nä,1\nb,1\n")
+    copy_rows(tmp_path / "a.csv", tmp_path / "c.csv", np.array([1]), source.dialect)
+    assert (tmp_path / "c.csv").read_bytes() == data("text,label\nb,1\n")
+
+
 def test_parquet_keeps_its_schema(tmp_path: Path) -> None:
     schema = pa.schema(
         [("text", pa.large_string()), ("label", pa.dictionary(pa.int8(), pa.string())), ("n", pa.int16())]

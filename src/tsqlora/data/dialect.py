@@ -22,6 +22,8 @@ TABLES = (".csv", ".tsv")
 """Formats without types: every cell is text."""
 
 _MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
+_UNMARKED = {"utf-8-sig": "utf-8", "utf-16": "utf-16-le"}
+"""Encodings whose encoder begins every line with a mark, which would shift all offsets; and the same without it."""
 _SNIFFED_LINES, _SNIFFED_BYTES = 1000, 4096
 
 
@@ -94,6 +96,7 @@ def sniff(path: Path, hints: Hints) -> Dialect:
     # Text with one byte a letter has no zero byte: an archive is read as UTF-8, and refused there.
     guessed = not mark and hints.encoding is None and b"\0" not in start and not _is_utf8(path)
     encoding = _MARKS.get(mark) or hints.encoding or (FALLBACK if guessed else "utf-8")
+    encoding = _UNMARKED.get(codecs.lookup(encoding).name, encoding)
     dialect = Dialect(encoding, len(mark), guessed=guessed)
     if path.suffix.lower() not in TABLES:
         return dialect
