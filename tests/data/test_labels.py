@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from tsqlora.data.labels import LabelMap, classes_of, distinct_labels, encode_labels, encode_targets
+from tsqlora.data.labels import LabelMap, classes_of, distinct_labels, encode_labels, encode_targets, join_labels
 from tsqlora.data.rows import Rows
 from tsqlora.errors import DataError
 
@@ -85,6 +85,14 @@ def test_several_labels_are_a_list_or_text_with_bars() -> None:
     assert encode_labels(rows, "label", made) == [[0, 1, 1], [1, 0, 1], [0, 0, 0], [0, 1, 0]]
     numbers = classes_of(distinct_labels([labelled("3|1", "1", typed=False)], "label", "labels")[0], "", "", "labels")
     assert encode_labels(labelled([1], 3), "label", numbers) == [[1, 0], [0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("cell", "text"),
+    [([0.9, None, 0.5], "0.9||0.5"), ([None], ""), ([], ""), (["O", "B"], "O|B"), ([3], "3"), ("a", "a"), (None, None)],
+)
+def test_a_list_is_joined_with_nothing_for_none(cell: Any, text: str | None) -> None:
+    assert join_labels(cell) == text
 
 
 @pytest.mark.parametrize("value", ["joy|bad", ["joy", None], ["joy", ""], "['joy', 'love']", 0.5, {"joy": 1}, None])

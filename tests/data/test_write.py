@@ -76,6 +76,14 @@ def test_what_a_format_cannot_hold_is_an_error_and_nothing_is_written(suffix: st
     assert json.loads((tmp_path / "a.jsonl").read_text()) == {"text": value}
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+@pytest.mark.parametrize("value", [[{"role": "user", "content": "Hi"}], {"a": 1}, {}, [["joy"]], ("a", "b")])
+def test_a_nested_value_does_not_fit_into_a_cell(value: Any, suffix: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"row 2, column 'chat'.*write \.jsonl"):
+        write_rows(tmp_path / f"a{suffix}", [{"text": "a", "chat": "b"}, {"text": "a", "chat": value}])
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "text", ["=1+1", "+1+1", "-1+1", "@SUM(1)", "\t=1", "\r=1", " =1", "=cmd|' /C calc'!A0", "＝1"]
 )

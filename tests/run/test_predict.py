@@ -112,6 +112,16 @@ def test_cells_that_a_spreadsheet_would_run_are_escaped_with_a_warning(run: Path
     assert read_rows(tmp_path / "out.jsonl").rows[0]["text"] == "=1+1 good"
 
 
+def test_a_nested_column_is_refused_before_a_row_is_predicted(run: Path, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "in.jsonl", [{"text": "good", "about": {"id": 1}}])
+    with patch("tsqlora.run.predict._answers") as answers, pytest.raises(DataError, match=r"row 1, column 'about'"):
+        predict_run(run, tmp_path / "in.jsonl", tmp_path / "out.csv")
+    answers.assert_not_called()
+    assert not (tmp_path / "out.csv").exists()
+    predict_run(run, tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    assert read_rows(tmp_path / "out.jsonl").rows[0]["about"] == {"id": 1}
+
+
 def test_code_of_a_runs_model_is_run_only_where_whoever_opens_it_says_so(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

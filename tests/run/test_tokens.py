@@ -55,6 +55,10 @@ def test_a_run_trains_measures_predicts_and_reports(place: Path, tsqlora: Run) -
     assert all(len(row["prediction"]) == len(row["tokens"]) == len(row["probability"]) for row in rows)
     long = next(row for row in rows if len(row["tokens"]) > 6)
     assert (long["prediction"][6:], set(long["probability"][6:])) == (["O"] * (len(long["tokens"]) - 6), {None})
+    assert tsqlora("predict", run, "--data", test, "--out", place / "p.csv")[0] == 0
+    cells = next(row for row in read_rows(place / "p.csv").rows if row["tokens"] == "|".join(long["tokens"]))
+    assert cells["prediction"].split("|") == long["prediction"]
+    assert [float(p) if p else None for p in cells["probability"].split("|")] == pytest.approx(long["probability"])
     code, out, _ = tsqlora("evaluate", run, "--data", place / "p.jsonl", "--json")
     assert (code, json.loads(out)) == (0, pytest.approx(record["metrics"]["test"]))
     assert tsqlora("report", run)[0] == 0

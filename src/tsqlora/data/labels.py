@@ -18,9 +18,13 @@ SEPARATOR = "|"
 
 
 def join_labels(cell: Any) -> Any:
-    """The inverse of `split_labels`, as text; a cell that is no list of labels stays as it is."""
-    plain = isinstance(cell, list) and all(isinstance(part, str | int | float) for part in cell)
-    return SEPARATOR.join(map(str, cell)) if plain else cell
+    """The inverse of `split_labels`, as text, None as ""; a cell that is no list of labels stays as it is.
+
+    >>> join_labels(["joy", "love"]), join_labels([0.9, None]), join_labels(3)
+    ('joy|love', '0.9|', 3)
+    """
+    plain = isinstance(cell, list) and all(part is None or isinstance(part, str | int | float) for part in cell)
+    return SEPARATOR.join("" if part is None else str(part) for part in cell) if plain else cell
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import reprlib
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -101,20 +102,29 @@ def _write_jsonl(path: Path, rows: Sequence[Row]) -> None:
 
 
 def _write_csv(path: Path, rows: Sequence[Row], *, delimiter: str = ",") -> None:
+    rows = joined(rows)
     quoting = csv_quoting(value for row in rows for pair in row.items() for value in pair)
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, _names(rows), delimiter=delimiter, lineterminator="\n", quoting=quoting)
         writer.writeheader()
-        writer.writerows(map(joined, rows))
+        writer.writerows(rows)
 
 
-def joined(row: Row) -> dict[str, Any]:
-    """Join lists of labels as the reader splits them.
+def joined(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """Join lists of labels as the reader splits them.  Raises DataError for other nested values, which no cell holds.
 
-    >>> joined({"text": "Oh!", "labels": ["joy", "love"]})
-    {'text': 'Oh!', 'labels': 'joy|love'}
+    >>> joined([{"text": "Oh!", "labels": ["joy", "love"]}])
+    [{'text': 'Oh!', 'labels': 'joy|love'}]
     """
-    return {name: join_labels(value) for name, value in row.items()}
+    flat = [{name: join_labels(value) for name, value in row.items()} for row in rows]
+    for number, row in enumerate(flat, start=1):
+        for name, value in row.items():
+            if isinstance(value, list | tuple | dict):
+                raise DataError(
+                    f"row {number}, column '{name}': {reprlib.repr(value)} does not fit into a cell of CSV or TSV; "
+                    "write .jsonl or .parquet"
+                )
+    return flat
 
 
 def csv_quoting(values: Iterable[Any]) -> Any:

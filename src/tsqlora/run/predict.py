@@ -65,20 +65,24 @@ def predict_run(
     Several labels, and the tags of tokens, are a list each, in CSV and TSV joined by "|".
 
     They replace columns of these names, so that a file of predictions may be predicted again. A row without a text has
-    an empty prediction, and a warning names it.  Raises DataError if no row has a text.
+    an empty prediction, and a warning names it.
+
+    Raises DataError if no row has a text, and for a nested value in CSV or TSV.
     """
     require_writable(out)
     finished = open_run(run, overrides)
     source = open_split(data, split="test", hints=hints_of(finished.config))
     rows = source.with_files(asdict(finished.columns)).read()
     finished.require_columns(column_names(rows), rows.source, labelled=False)
+    is_table = out.suffix.lower() in TABLES
+    own = joined(rows.rows) if is_table else rows.rows  # raises before the predictions are made
     complete = _with_text(finished, rows)
     answers = _texts if finished.format is not None else _answers
     added = dict(zip(complete, answers(finished, rows.take(complete), progress), strict=True))
     empty = dict.fromkeys(added[complete[0]])
-    predicted = [{**row, **added.get(i, empty)} for i, row in enumerate(rows.rows)]
-    if out.suffix.lower() in TABLES:  # spreadsheets run formulas
-        predicted, cells = without_formulas([joined(row) for row in predicted])
+    predicted = [{**row, **added.get(i, empty)} for i, row in enumerate(own)]
+    if is_table:  # spreadsheets run formulas
+        predicted, cells = without_formulas(joined(predicted))
         if cells:
             warnings.warn(
                 f"{cells} cells of {out} start like formulas and got a leading ' that keeps spreadsheets from running "
