@@ -35,7 +35,7 @@ class Listed:
     token: int | None = None
     """The number of the tag's token in the row, from 0; None for rows with other labels."""
     word: str = ""
-    """That token; it begins at character `start` of the text."""
+    """That token; it begins at code point `start` of the text."""
     start: int = 0
 
 

@@ -52,9 +52,10 @@
     const chance = row.wrong_probability >= 0.995 ? "over 99%" : `${Math.round(100 * row.wrong_probability)}%`;
     const name = row.token === null ? `row ${row.row}` : `row ${row.row}, token ${row.token}`;
     const about = row.kind === "check" ? `${name} · to check` : `${name} · label wrong: ${chance}`;
-    const end = row.start + row.word.length;
+    // `start` counts code points, and a string of JavaScript has two units for some, such as emoji.
+    const letters = [...row.text], end = row.start + [...row.word].length;
     const words = row.token === null ? make("p", { className: "words" }, row.text)
-      : make("p", { className: "words" }, row.text.slice(0, row.start), make("mark", {}, row.word), row.text.slice(end));
+      : make("p", { className: "words" }, letters.slice(0, row.start).join(""), make("mark", {}, row.word), letters.slice(end).join(""));
     const picture = row.picture ? [make("img", { src: row.picture, alt: "", loading: "lazy", className: "picture" })] : [];
     row.item = make("li", {}, make("span", { className: "small" }, about), ...picture, words, make("div", { className: "choices" }, ...buttons, input));
     row.paint = () => {
