@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, save_file
 
-from tsqlora.interop.tensors import PRECISIONS, read_tensors, store, to_bytes
+from tsqlora.interop.tensors import PRECISIONS, Stored, read_tensors, store, to_bytes
 from tsqlora.interop.verify import NAMES
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -40,6 +40,13 @@ def test_numbers_are_rounded_as_torch_rounds_them(numbers: list[float], name: st
     mine = load(to_bytes({"x": store(np.array(numbers), name)}))["x"]
     assert mine.dtype == dtype
     torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("raw", "dtype"), [(np.array([70000, 2049]), "I64"), (np.array([True, False]), "BOOL")])
+def test_integers_are_not_rounded_to_a_float_precision(raw: np.ndarray, dtype: str) -> None:
+    again = Stored(raw, dtype).to("F16")
+    assert again.dtype == dtype
+    np.testing.assert_array_equal(again.raw, raw, strict=True)
 
 
 @pytest.mark.parametrize("dtype", NAMES)

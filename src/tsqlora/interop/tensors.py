@@ -62,8 +62,8 @@ class Stored:
         return self.raw
 
     def to(self, dtype: str) -> "Stored":
-        """Round to another precision."""
-        return self if dtype == self.dtype else store(self.numbers(), dtype)
+        """Round to another precision; integers and booleans stay as they are."""
+        return store(self.numbers(), dtype) if self.is_float and dtype != self.dtype else self
 
 
 def _e4m3() -> Array:
