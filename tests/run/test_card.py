@@ -112,9 +112,20 @@ def test_a_hub_id_is_named_as_base_and_as_data_and_a_moved_file_is_not(run: Path
     data = ModelCard(card).data.to_dict()
     assert (data["base_model"], data["datasets"]) == ("someone/model", ["someone/data"])
     assert 'from_pretrained("someone/model", num_labels=2)' in card
-    for moved in ("~/mine/rows.jsonl", "/home/me/rows.csv", "rows/mine.parquet"):
+    result = data["model-index"][0]["results"][0]["dataset"]
+    assert (result["type"], result.get("config")) == ("someone/data", None)
+    for moved in ("~/mine/rows.jsonl", "/home/me/rows.csv", "rows/mine.parquet", "rows:1.csv"):
         card = model_card(changed(run, tmp_path, {"data": {"train": moved}}))
         assert "datasets" not in ModelCard(card).data.to_dict()
+
+
+@pytest.mark.parametrize("split", ["", "[train[:90%]]"])
+def test_a_configuration_is_not_part_of_the_data_sets_id(split: str, run: Path, tmp_path: Path) -> None:
+    card = model_card(changed(run, tmp_path, {"data": {"train": f"nyu-mll/glue:mrpc{split}"}}))
+    data = ModelCard(card).data.to_dict()
+    assert data["datasets"] == ["nyu-mll/glue"]
+    result = data["model-index"][0]["results"][0]["dataset"]
+    assert (result["type"], result["config"]) == ("nyu-mll/glue", "mrpc")
 
 
 @pytest.mark.parametrize(

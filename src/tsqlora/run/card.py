@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from tsqlora.compat.hub import is_hub_id
+from tsqlora.compat.hub import DatasetName, is_hub_id
 from tsqlora.data.readers import READERS
 from tsqlora.errors import printable
 from tsqlora.files import write_text
@@ -79,11 +79,14 @@ def model_card(run: Path, *, format: str = "peft", cut: bool = False) -> str:
 
 def _metadata(config: Config, record: RunRecord, format: str) -> ModelCardData:
     data, base = str(config.data.train), config.model.path
+    source = DatasetName.of(data)
+    on_hub = _may_be_hub_id(data, source.id)
     results = [
         EvalResult(
             task_type=_PIPELINES.get(record.task, record.task),
-            dataset_type=_name(data),
+            dataset_type=source.id if on_hub else _name(data),
             dataset_name=_name(data),
+            dataset_config=source.configuration if on_hub else None,
             dataset_split=split,
             metric_type=metric,
             metric_value=value,
@@ -92,8 +95,8 @@ def _metadata(config: Config, record: RunRecord, format: str) -> ModelCardData:
         for metric, value in metrics.items()
     ]
     return ModelCardData(
-        base_model=base if _may_be_hub_id(base) else None,
-        datasets=[data] if _may_be_hub_id(data) else None,
+        base_model=base if _may_be_hub_id(base, base) else None,
+        datasets=[source.id] if on_hub else None,
         library_name="transformers" if format == "merged" else "peft",
         metrics=sorted({metric for metrics in record.metrics.values() for metric in metrics}),
         model_name=_name(base),
@@ -143,9 +146,9 @@ def _text(value: Any) -> str:
     return printable(" ".join(str(value).split())).translate(_MARKS)
 
 
-def _may_be_hub_id(name: str) -> bool:
-    """Whether a name may be a hub id, and not a file that was moved since."""
-    return is_hub_id(name) and not Path(name).exists() and Path(name).suffix not in READERS
+def _may_be_hub_id(name: str, id: str) -> bool:
+    """Whether a name with this id may be of the hub, and not of a file that was moved since."""
+    return is_hub_id(id) and not Path(name).exists() and Path(name).suffix not in READERS
 
 
 def _name(path: str) -> str:
