@@ -47,7 +47,7 @@ def weight_times_gradient(a: Shaped[Tensor, "n t *i"], b: Float[Tensor, "n t o"]
 
 
 def sampled(a: Shaped[Tensor, "n t *i"], b: Float[Tensor, "n t o"], layer: LoraLayer) -> Tensor:
-    """Return eq. 6 over every k-th output: 64 to 127 outputs of a wide layer, all inputs and samples.
+    """Return eq. 6 over every k-th output: 49 to 127 outputs of a wide layer, all inputs and samples.
 
     The cost of eq. 6 grows with the size of the weight, not with the length of a sample, and dominates for short ones.
     """

@@ -48,7 +48,10 @@ def corrected_name(source: Source) -> str:
 
 
 def write_corrected(source: Source, out: Path, column: str, labels: Labels) -> None:
-    """Write a copy with new labels atomically; every other byte stays, except in a JSON array."""
+    """Write a copy with new labels atomically; other rows stay byte for byte, except in a JSON array.
+
+    A row with a new label keeps its other values, but not always its quotes and the digits of its numbers (1.50).
+    """
     path = source.path
     if path is None:
         rows = [{**row, column: labels[i]} if i in labels else row for i, row in enumerate(source.read().rows)]
