@@ -176,6 +176,14 @@ def test_an_encoding_with_a_mark_copies_files_with_and_without_one(
     assert (tmp_path / "c.csv").read_bytes() == data("text,label\nb,1\n")
 
 
+@pytest.mark.parametrize(("encoding", "mark"), [("utf-8-sig", BOM), ("utf-16", b"\xff\xfe")])
+def test_a_corrected_array_keeps_its_byte_order_mark(encoding: str, mark: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes('[{"text": "ä", "label": "no"}]'.encode(encoding))
+    write_corrected(open_split(tmp_path / "a.json"), tmp_path / "b.json", "label", {0: "yes"})
+    assert (tmp_path / "b.json").read_bytes().startswith(mark)
+    assert read_rows(tmp_path / "b.json").rows == ({"text": "ä", "label": "yes"},)
+
+
 def test_parquet_keeps_its_schema(tmp_path: Path) -> None:
     schema = pa.schema(
         [("text", pa.large_string()), ("label", pa.dictionary(pa.int8(), pa.string())), ("n", pa.int16())]

@@ -128,7 +128,8 @@ def _correct_array(path: Path, out: Path, dialect: Dialect, column: str, labels:
     for place, label in labels.items():
         rows[place][column] = label
     text = json.dumps(rows, ensure_ascii=False, indent=2) + "\n"
-    out.write_bytes(text.encode(dialect.encoding, errors="backslashreplace"))
+    mark = path.read_bytes()[: dialect.mark]
+    out.write_bytes(mark + text.encode(dialect.encoding, errors="backslashreplace"))
 
 
 def _copy_parquet(source: Path, out: Path, places: np.ndarray) -> None:
