@@ -131,7 +131,8 @@ def make_comparison(
             save(out, cell, made)
             result += [made] if rate == rates[0] else []
     table = rows_of(entries, result, metric=metric)
-    about = {"out": str(out), "metric": metric, "equal": "steps", "seeds": list(seeds), "table": table}
+    about = {"out": str(out), "metric": metric, "equal": "steps", "seeds": list(seeds)}
+    about |= {"sweep": list(rates) if len(rates) > 1 else [], "rates": {}, "table": table}
     write_json(out / "table.json", about)
     write_json(out / "comparison.json", {"equal": "steps"})
     return out

@@ -69,7 +69,12 @@ def to_first(value: T) -> list[T] | None:
 
 def together(work: Callable[[], T]) -> T:
     """The result of `work`; an error in one process is raised in all, so that none waits for it."""
-    value, error = _attempt(work)
+    value: T | None = None
+    error: Exception | None = None
+    try:
+        value = work()
+    except Exception as caught:
+        error = caught
     failures = gathered(_portable(error))
     if error is not None:
         raise error
@@ -183,13 +188,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
             refuse_deepspeed(model)
         else:
             return model
-
-
-def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    try:
-        return work(), None
-    except Exception as error:
-        return None, error
 
 
 def _portable(error: Exception | None) -> TsqLoraError | str | None:

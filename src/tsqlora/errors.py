@@ -61,12 +61,8 @@ def printable(text: str, longest: int = _LONGEST) -> str:
     >>> printable("red \\x1b[31m"), printable("abcdefgh", 5)
     ('red \\\\x1b[31m', 'ab … gh')
     """
-    shown = text if text.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in text)
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return shown if len(shown) <= longest else f"{shown[: longest // 2]} … {shown[-(longest // 2) :]}"
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode()
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

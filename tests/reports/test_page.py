@@ -239,8 +239,9 @@ def test_without_plotly_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.M
         write_report(make_run(tmp_path))
     for name in ("figures", "gather", "run_page", "watch"):
         monkeypatch.delitem(sys.modules, f"tsqlora.reports.{name}", raising=False)
+    watch = importlib.import_module("tsqlora.reports.watch")
     with pytest.raises(SettingsError, match="pip install plotly"):
-        importlib.import_module("tsqlora.reports.watch")
+        watch.serve(tmp_path / "run", control=tmp_path / "run", say=print)
 
 
 def test_the_rank_map_has_a_state_for_the_start_and_each_adjustment() -> None:

@@ -10,7 +10,7 @@ from runs import make_rows
 from seen import Seen
 from serving import serving
 from tsqlora.errors import DataError, SettingsError
-from tsqlora.reports import watch
+from tsqlora.reports import gather
 from tsqlora.reports.watch import Watched, make_server, serve
 from tsqlora.training.record import RunRecord
 
@@ -90,8 +90,8 @@ def test_what_has_not_happened_yet_is_said_to_come(tmp_path: Path) -> None:
 def test_scores_are_read_once_however_often_the_record_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path, rows=ROWS, status="running", now=NOW)
     read: list[Path] = []
-    read_scores = watch.read_scores
-    monkeypatch.setattr(watch, "read_scores", lambda path: read.append(path) or read_scores(path))
+    read_scores = gather.read_scores
+    monkeypatch.setattr(gather, "read_scores", lambda path: read.append(path) or read_scores(path))
     watched = Watched(run)
     for step in range(31, 36):
         change(run, now=NOW | {"step": step})

@@ -96,17 +96,15 @@ def test_task_types_are_all_tasks_and_each_has_a_template() -> None:
         assert config.task.type == task
 
 
-def test_weights_and_temperature_come_from_the_preset_unless_set() -> None:
+def test_weights_come_from_the_preset_unless_set() -> None:
     assert QualitySettings().resolved_weights() is None
     assert QualitySettings(weights={"loss": -1.0, "convergence": 0.0}).resolved_weights() == {"loss": -1.0}
-    paper = QualitySettings(preset="paper", weights={"convergence": 2.0}, temperature=3.0)
+    paper = QualitySettings(preset="paper", weights={"convergence": 2.0})
     assert paper.resolved_weights() == {
         "gradient_norm": 1 / 3,
         "loss_reduction": 1 / 3,
         "convergence": 2.0,
     }
-    assert paper.resolved_temperature() == 3.0
-    assert QualitySettings(preset="paper").resolved_temperature() == 1.0
 
 
 def test_a_path_from_home_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

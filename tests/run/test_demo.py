@@ -55,11 +55,6 @@ def test_flipping_changes_exactly_the_share(share: float) -> None:
     assert set(flipped) <= set(labels)
 
 
-def test_trainings_of_unequal_seconds_are_not_called_equal() -> None:
-    assert demo.unequal_times(20.0, 25.0) == ""
-    assert "20 and 90 s" in demo.unequal_times(20.0, 90.0)
-
-
 @pytest.mark.parametrize(
     ("plain", "ours", "beginning", "noise"),
     [

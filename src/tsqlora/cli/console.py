@@ -48,9 +48,10 @@ def harmless(value: Any) -> Any:
     return value
 
 
-def note(text: str) -> None:
-    """Print a remark to stderr."""
-    _print(text)
+def note(text: str, mark: str = "") -> None:
+    """Print a remark to stderr, behind a mark in rich's markup."""
+    # Square brackets in the text are not markup.
+    stderr.print(f"{mark}{escape(harmless(text))}", soft_wrap=True, highlight=False)
 
 
 def error(problem: str, *, debug: bool = False) -> None:
@@ -58,12 +59,7 @@ def error(problem: str, *, debug: bool = False) -> None:
     if debug:
         traceback.print_exc()
     stderr.quiet = False
-    _print(problem, "[bold red]error:[/] ")
-
-
-def _print(text: str, mark: str = "") -> None:
-    # Square brackets in the text are not markup.
-    stderr.print(f"{mark}{escape(harmless(text))}", soft_wrap=True, highlight=False)
+    note(problem, "[bold red]error:[/] ")
 
 
 def quieten_libraries(*, debug: bool) -> None:
@@ -77,4 +73,4 @@ def quieten_libraries(*, debug: bool) -> None:
 
 def _warn(text: str) -> None:
     _warned.add(text)
-    _print(text, "[yellow]warning:[/] ")
+    note(text, "[yellow]warning:[/] ")

@@ -180,19 +180,17 @@ class PackedCollator:
 
     Args:
         pad: the token that fills rows up; its positions are those of one more sample.
-        max_length: tokens of a row, unless a sample has more.
-        multiple: round rows up to a multiple of this.
+        max_length: tokens of a row, unless a sample has more; rows are rounded up to a multiple of MULTIPLE.
     """
 
     pad: int
     max_length: int
-    multiple: int
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         lengths = [len(sample["input_ids"]) for sample in samples]
         rows = pack(lengths, self.max_length)
         width = max(sum(lengths[j] for j in row) for row in rows)
-        width = -(-width // self.multiple) * self.multiple
+        width = -(-width // MULTIPLE) * MULTIPLE
         columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "position_ids": []}
         for row in rows:
             over = width - sum(lengths[j] for j in row)
@@ -206,6 +204,6 @@ class PackedCollator:
         return {**batch, "use_cache": False}
 
 
-def packed_collator(tokenizer: PreTrainedTokenizerBase, *, max_length: int, multiple: int = MULTIPLE) -> PackedCollator:
+def packed_collator(tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> PackedCollator:
     """Pack each batch into rows of `max_length` tokens.  Raises SettingsError as `padding_of`."""
-    return PackedCollator(padding_of(tokenizer), max_length, multiple)
+    return PackedCollator(padding_of(tokenizer), max_length)

@@ -174,7 +174,7 @@ def _comparison(name: str, table: Mapping[str, Any], cells: list[dict[str, Any]]
     for cell in every:
         for library, version in cell.get("versions", {}).items():
             versions.setdefault(library, set()).add(str(version))
-    sweep = _sweep(rows, cells, metric, table["seeds"], table.get("sweep"))
+    sweep = _sweep(rows, cells, metric, table["seeds"], table["sweep"])
     methods = [_method(row, of_row) for row, of_row in zip(rows, shown, strict=True)]
     return Comparison(
         name=name,
@@ -185,8 +185,8 @@ def _comparison(name: str, table: Mapping[str, Any], cells: list[dict[str, Any]]
         methods=methods,
         reference=next((method for method in methods if method.verdict == "the reference"), methods[0]),
         sweep=sweep,
-        sweep_rates=list(table.get("sweep", sorted({tried.rate for tried in sweep}))),
-        rates=dict(table.get("rates", {})),
+        sweep_rates=list(table["sweep"]),
+        rates=dict(table["rates"]),
         task=str(every[0].get("task", "")),
         settings=dict(every[0].get("settings", {})),
         versions={library: ", ".join(sorted(numbers)) for library, numbers in versions.items()},
@@ -232,9 +232,9 @@ def _trained(cell: Mapping[str, Any], split: str) -> Trained:
 
 
 def _sweep(
-    rows: list[Any], cells: list[dict[str, Any]], metric: str, seeds: list[int], rates: Sequence[float] | None
+    rows: list[Any], cells: list[dict[str, Any]], metric: str, seeds: list[int], rates: Sequence[float]
 ) -> list[Tried]:
-    """Every learning rate of the sweep with the first seed; all cells if the table has no list of rates.
+    """Every learning rate of the sweep with the first seed.
 
     Empty if no method had a choice: an earlier command may have left cells at other rates.
     """
@@ -243,7 +243,7 @@ def _sweep(
         of = [c for c in cells if (c["cell"]["method"], c["cell"]["policy"]) == (row["method"], row["policy"])]
         for cell in sorted(of, key=lambda c: c["cell"]["learning_rate"]):
             rate = cell["cell"]["learning_rate"]
-            if cell["cell"]["seed"] == seeds[0] and (rates is None or rate in rates):
+            if cell["cell"]["seed"] == seeds[0] and rate in rates:
                 value = cell["metrics"].get("validation", {}).get(metric)
                 tried.append(Tried(row["name"], rate, value, rate in row["learning_rates"]))
     return tried if len(tried) > len({t.method for t in tried}) else []

@@ -12,18 +12,12 @@ from itertools import cycle, pairwise
 from typing import Any
 
 import numpy as np
+import plotly.graph_objects as go
 
-from tsqlora.errors import SettingsError
 from tsqlora.quality.scores import Scores
 from tsqlora.ranks.events import RankEvent
 from tsqlora.ranks.places import layer_places
 from tsqlora.reports.metrics import words
-from tsqlora.reports.page import NO_PLOTLY
-
-try:
-    import plotly.graph_objects as go
-except ImportError:
-    raise SettingsError(NO_PLOTLY) from None
 
 BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#c44e00", "#007f5f", "#8a4a9e"
 GREY = "#5f6b7a"

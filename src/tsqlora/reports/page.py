@@ -15,7 +15,6 @@ POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inli
 _SERVED = POLICY.replace("script-src", "script-src 'self'") + "; connect-src 'self'"
 """For a served page, which polls its server for changes."""
 PLOTLY_PATH = "/plotly.js"
-NO_PLOTLY = "a report needs plotly; install it with: pip install plotly"
 
 
 class Table(NamedTuple):
@@ -32,7 +31,7 @@ def plotly_script() -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
-        raise SettingsError(NO_PLOTLY) from None
+        raise SettingsError("a report needs plotly; install it with: pip install plotly") from None
     return get_plotlyjs()
 
 

@@ -9,11 +9,9 @@ from pathlib import Path
 
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.reports.comparison import is_comparison
-from tsqlora.reports.gather import SCORES_FILE, Control, ScoresView, control_of, gather, read_scores
 from tsqlora.reports.page import PLOTLY_PATH, plotly_script, render
-from tsqlora.reports.run_page import run_page
 from tsqlora.training.record import RECORD_FILE
-from tsqlora.training.run_dir import CONFIG_FILE
+from tsqlora.training.run_dir import CONFIG_FILE, SCORES_FILE
 
 HOST = "127.0.0.1"
 """Only this machine: the page contains texts of the training rows."""
@@ -27,7 +25,7 @@ def serve(run: Path, *, port: int = 0, control: Path | None = None, say: Callabl
     """
     if is_comparison(run):
         raise SettingsError(f"{run} is a comparison, which --watch cannot follow; leave out --watch")
-    with make_server(Watched(run, None if control is None else control_of(control)), port) as server:
+    with make_server(Watched(run, control), port) as server:
         say(f"http://{HOST}:{server.server_address[1]}/")
         try:
             server.serve_forever()
@@ -38,8 +36,12 @@ def serve(run: Path, *, port: int = 0, control: Path | None = None, say: Callabl
 class Watched:
     """A run's directory, and the page of its current files."""
 
-    def __init__(self, run: Path, control: Control | None = None) -> None:
-        self.run, self.control, self.plotly = run, control, plotly_script().encode()
+    def __init__(self, run: Path, control: Path | None = None) -> None:
+        self.run, self.plotly = run, plotly_script().encode()
+        # This imports plotly; the line above has a better message than an ImportError.
+        from tsqlora.reports.gather import control_of, read_scores
+
+        self.control = None if control is None else control_of(control)
         self.page_of = lru_cache(maxsize=1)(self._page_of)
         # Reading a million scores takes seconds, and a run writes them once or twice.
         self.scores_of = lru_cache(maxsize=1)(lambda path, stamp: read_scores(path))
@@ -49,17 +51,17 @@ class Watched:
         return self.page_of(tuple(_stamp(self.run / name) for name in (RECORD_FILE, CONFIG_FILE, SCORES_FILE)))
 
     def _page_of(self, stamps: object) -> bytes:
+        from tsqlora.reports.gather import gather
+        from tsqlora.reports.run_page import run_page
+
         try:
-            run = gather(self.run, control=self.control, read=self._read_scores)
+            run = gather(self.run, control=self.control, read=lambda path: self.scores_of(path, _stamp(path)))
         except DataError as error:
             started = (self.run / RECORD_FILE).exists()
             why = f"{self.run} has no run yet. The page appears with the first training step."
             name = self.run.resolve().name
             return render("waiting.html", script=None, name=name, why=str(error) if started else why).encode()
         return run_page(run, None).encode()
-
-    def _read_scores(self, path: Path) -> ScoresView:
-        return self.scores_of(path, _stamp(path))
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

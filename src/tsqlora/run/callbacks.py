@@ -37,7 +37,7 @@ def scoring_rule(config: Config) -> ScoringRule:
     q, weights = config.quality, config.quality.resolved_weights()
     return ScoringRule(
         weights=weights,
-        temperature=q.resolved_temperature(),
+        temperature=q.temperature or 1.0,
         reject=None if weights is None else False,  # None: likely wrong classes, not numbers
         seed=config.training.seed,
         gate=q.gate,

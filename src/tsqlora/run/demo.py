@@ -34,8 +34,6 @@ from tsqlora.training.run_dir import require_free
 TRAIN_ROWS, VALIDATION_ROWS, TEST_ROWS = 480, 100, 400
 WRONG_SHARE = 0.2
 SHOWN = 8
-UNEQUAL = 1.5
-"""Ratio of seconds above which two trainings were not as long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +81,7 @@ def run_demo(
         return {
             "look": look,
             "runs": runs,
-            "verdict": verdict(*(run["test"]["accuracy"] for run in runs))
-            + unequal_times(*(run["total_seconds"] for run in runs)),
+            "verdict": verdict(*(run["test"]["accuracy"] for run in runs)),
             "out": None if out is None else str(out),
             "report": None if report is None else str(report),
         }
@@ -215,11 +212,4 @@ def verdict(plain: float, ours: float) -> str:
     gain = ours - plain
     word = f"{gain:.1%} above" if gain > 0 else f"{-gain:.1%} below" if gain < 0 else "level with"
     within = "within" if abs(gain) <= 2 * error else "beyond"
-    return f"TsqLoRA is {word} plain LoRA in the same time, {within} two standard errors ({2 * error:.1%}) of one run."
-
-
-def unequal_times(plain: float, ours: float) -> str:
-    """Say so where other work on the machine slowed one of the two trainings."""
-    if max(plain, ours) <= UNEQUAL * min(plain, ours):
-        return ""
-    return f" But the trainings took {plain:.0f} and {ours:.0f} s, as the machine was busy: repeat it on a quiet one."
+    return f"TsqLoRA is {word} plain LoRA, {within} two standard errors ({2 * error:.1%}) of one run."

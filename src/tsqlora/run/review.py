@@ -58,8 +58,10 @@ def apply_review(table: Path, out: Path | None = None) -> dict[str, Any]:
     cells = dict[int, Any]()
     for one in reviewed:
         cell = cells.get(one.row, rows[one.row][column])
-        tagged = one.token is not None
-        cells[one.row] = _replaced(cell, one.token or 0, one.reviewed) if tagged else _as_written(one.reviewed, cell)
+        if one.token is None:
+            cells[one.row] = _as_written(one.reviewed, cell)
+        else:
+            cells[one.row] = [*cell[: one.token], one.reviewed, *cell[one.token + 1 :]]
     changed = {row: cell for row, cell in cells.items() if str(cell) != str(rows[row][column])}
     corrected, trusted = folder / corrected_name(source), folder / TRUSTED_FILE
     require_apart(corrected, source.path, table)
@@ -92,10 +94,6 @@ def _about(table: Path, out: Path | None) -> tuple[dict[str, Any], Path]:
     except (OSError, ValueError, AttributeError) as error:
         raise DataError(f"{path} cannot be read ({error}); audit again") from None
     raise DataError(f"{path} is not the record of an audit; audit again")
-
-
-def _replaced(tags: list[Any], token: int, tag: Any) -> list[Any]:
-    return [*tags[:token], tag, *tags[token + 1 :]]
 
 
 def _as_written(reviewed: Label | list[Label], cell: Any) -> Any:

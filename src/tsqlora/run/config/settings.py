@@ -147,10 +147,6 @@ class QualitySettings(Section):
         weights = {term: weight for term, weight in ({**PRESETS[self.preset], **self.weights}).items() if weight}
         return weights or None
 
-    def resolved_temperature(self) -> float:
-        """Temperature of the softmax over Q."""
-        return 1.0 if self.temperature is None else self.temperature
-
     @field_validator("weights", mode="before")
     @classmethod
     def _null_is_the_presets(cls, values: Any) -> Any:
