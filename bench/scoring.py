@@ -19,7 +19,7 @@ bergson wants its own torchvision and torchaudio, which this path does not use; 
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import distributions
 from typing import Any
@@ -37,8 +37,10 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaF
 from tsqlora.files import write_json
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.gradients.sites import Scope, find_sites, lora_layers
-from tsqlora.quality.gradient_pass import measure
+from tsqlora.quality.gradient_pass import measured_columns
 from tsqlora.quality.reference import Reference, measure_reference
+from tsqlora.quality.rule import PAPER_TERMS
+from tsqlora.quality.terms import get_terms
 from tsqlora.run.demo import package_folder
 from tsqlora.tasks.classification import Classification
 from tsqlora.tasks.generation import Generation
@@ -142,27 +144,20 @@ class Bench:
         return dict(zip(self.theta, torch.autograd.grad(loss, list(self.theta.values())), strict=True))
 
     def ours(self, scope: Scope, *, lookahead: bool) -> Scores:
-        measured = self.measure(self.references[scope], self.sites[scope], lookahead=lookahead)
-        norm, dot = measured.norm_sq.sqrt(), measured.dot
-        return {"norm": norm, "dot": dot, "cosine": dot / norm}
+        reference, terms = self.references[scope], PAPER_TERMS if lookahead else ("gradient_norm", "convergence")
+        measured = self.measure(reference, self.sites[scope], terms)
+        norm, convergence = measured["gradient_norm"], measured["convergence"]
+        return {"norm": norm, "dot": convergence * reference.norm, "cosine": convergence * reference.norm / norm}
 
     def forward(self) -> Scores:
         """A pass for the losses of one of the two models whose difference is the reducible loss."""
-        self.measure(Reference({}, norm=0.0, eta=0.0, rows=self.rows, offsets=self.offsets), {}, lookahead=False)
-        return {}
+        return self.measure(Reference({}, norm=0.0, eta=0.0, rows=self.rows, offsets=self.offsets), {}, ["loss"])
 
-    def measure(self, reference: Reference, sites: Any, *, lookahead: bool) -> Any:
+    def measure(self, reference: Reference, sites: Any, terms: Sequence[str]) -> Scores:
+        batch, outside = {**self.inputs, "labels": self.labels}, torch.zeros(self.rows, dtype=torch.bool)
         with eval_mode(self.model), self.autocast(cache=False):
-            return measure(
-                self.model,
-                self.inputs,
-                self.labels,
-                task=self.task,
-                sites=sites,
-                reference=reference,
-                in_reference=torch.zeros(self.rows, dtype=torch.bool),
-                lookahead=lookahead,
-            )
+            columns = measured_columns(self.model, batch, self.task, sites, reference, outside, get_terms(terms))
+        return {name: torch.from_numpy(values) for name, values in columns.items()}
 
     def all(self) -> dict[str, Callable[[], Any]]:
         calls: dict[str, Callable[[], Any]] = {"training step": self.step}

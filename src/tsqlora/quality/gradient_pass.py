@@ -137,49 +137,19 @@ def measured_columns(
     in_reference: Bool[Tensor, " n"],
     terms: Mapping[str, Term],
 ) -> dict[str, np.ndarray]:
-    """Return each term of one batch's rows."""
-    inputs, labels = split_labels(batch, model)
-    measured = measure(
-        model,
-        inputs,
-        labels,
-        task=task,
-        sites=sites,
-        reference=reference,
-        in_reference=in_reference.to(labels.device),
-        lookahead=any(term.lookahead for term in terms.values()),
-        alone=any(term.alone for term in terms.values()),
-    )
-    values = {name: term.of(measured) for name, term in terms.items()}
-    for name, value in values.items():
-        if value.shape != (len(labels),):
-            raise SettingsError(f"quality term '{name}' gives {tuple(value.shape)} for {len(labels)} samples")
-    return {name: value.cpu().numpy() for name, value in values.items()}
+    """Return each term of one batch's rows: a forward pass, and a backward pass if the reference has gradients.
 
-
-def measure(
-    model: nn.Module,
-    inputs: Batch,
-    labels: Tensor,
-    *,
-    task: Task,
-    sites: Mapping[str, Site],
-    reference: Reference,
-    in_reference: Tensor,
-    lookahead: bool,
-    alone: bool = False,
-) -> Measured:
-    """Measure one batch: a forward pass, and a backward pass if the reference has gradients.
-
-    `lookahead` costs one more forward pass, `alone` one over the targets without their prompts.
+    A `lookahead` term costs one more forward pass, an `alone` term one over the targets without their prompts.
     """
-    alone_loss = _alone_loss(model, inputs, labels, task) if alone else None
+    inputs, labels = split_labels(batch, model)
+    alone_loss = _alone_loss(model, inputs, labels, task) if any(term.alone for term in terms.values()) else None
     if not reference.mean:
         with torch.no_grad():
             logits = calibrated(model, inputs, task, reference.offsets)
             losses = sample_losses(task, logits, labels)
         answers = logits if logits.dim() == 2 else None
-        return Measured(logits=answers, labels=labels, loss=losses, alone_loss=alone_loss)
+        return _columns(terms, Measured(logits=answers, labels=labels, loss=losses, alone_loss=alone_loss))
+    lookahead = any(term.lookahead for term in terms.values())
     gradients: dict[str, LayerGradient] = {}
     norms: list[Tensor] = []
     dots: list[Tensor] = []
@@ -200,16 +170,26 @@ def measure(
     if lookahead:
         with torch.no_grad(), stepped(sites, gradients, eta=reference.eta, samples=len(labels)):
             stepped_loss = task.loss(calibrated(model, inputs, task, reference.offsets), labels)
-    return Measured(
+    measured = Measured(
         logits=logits,
         labels=labels,
         loss=losses,
         norm_sq=norm_sq,
-        dot=torch.where(in_reference, without_itself, dot),
+        dot=torch.where(in_reference.to(labels.device), without_itself, dot),
         reference_norm=reference.norm,
         stepped_loss=stepped_loss,
         alone_loss=alone_loss,
     )
+    return _columns(terms, measured)
+
+
+def _columns(terms: Mapping[str, Term], measured: Measured) -> dict[str, np.ndarray]:
+    """Return the terms of measured rows.  Raises SettingsError for a term with another number of values than rows."""
+    values, rows = {name: term.of(measured) for name, term in terms.items()}, len(measured.labels)
+    for name, value in values.items():
+        if value.shape != (rows,):
+            raise SettingsError(f"quality term '{name}' gives {tuple(value.shape)} for {rows} samples")
+    return {name: value.cpu().numpy() for name, value in values.items()}
 
 
 @torch.no_grad()
