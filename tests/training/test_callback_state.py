@@ -18,7 +18,6 @@ from tsqlora.ranks.events import RankEvent
 from tsqlora.training.callback_state import VERSION, QualityState, RankState
 
 DATA = moods()
-FILES = ("tsqlora.json", "tsqlora.safetensors", "tsqlora_quality.json")
 
 
 class Interrupted(Exception):
@@ -243,30 +242,13 @@ def test_states_come_back_as_they_were(tmp_path: Path) -> None:
     assert QualityState.load(tmp_path) == quality
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("damage", ["missing", "cut off"])
-def test_a_damaged_checkpoint_is_named(name: str, damage: str, tmp_path: Path) -> None:
-    state().save(tmp_path)
-    quality_state().save(tmp_path)
-    path = tmp_path / name
-    if damage == "missing":
-        path.unlink()
-    else:
-        path.write_bytes(path.read_bytes()[:20])
-    why = "is missing" if damage == "missing" else "cannot be read"
-    with pytest.raises(tsq.TsqLoraError, match=f"cannot resume: {path} {why}.*start again"):
-        (QualityState if "quality" in name else RankState).load(tmp_path)
+@pytest.mark.parametrize("kind", [RankState, QualityState])
+def test_a_checkpoint_without_the_callbacks_state_is_named(kind: Any, tmp_path: Path) -> None:
+    with pytest.raises(tsq.TsqLoraError, match=r"cannot resume: .*tsqlora.*\.json is missing.*start again"):
+        kind.load(tmp_path)
 
 
-def test_a_checkpoint_whose_rank_event_lacks_a_field_is_named(tmp_path: Path) -> None:
-    state().save(tmp_path)
-    path = tmp_path / "tsqlora.json"
-    path.write_text(path.read_text().replace('"moved"', '"shifted"'))
-    with pytest.raises(tsq.TsqLoraError, match=f"cannot resume: {path} cannot be read"):
-        RankState.load(tmp_path)
-
-
-@pytest.mark.parametrize("entries", [{"version": 1}, {"version": VERSION}, {"version": VERSION, "newer": 1}])
+@pytest.mark.parametrize("entries", [{}, {"version": VERSION - 1}])
 def test_a_checkpoint_of_another_version_is_named(entries: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "tsqlora_quality.json").write_text(json.dumps(entries))
     with pytest.raises(tsq.TsqLoraError, match="tsqlora_quality"):

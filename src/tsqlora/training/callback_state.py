@@ -1,8 +1,8 @@
 """State of the callbacks in a Trainer's checkpoint: a resumed run goes on as if it had never stopped.
 
 The Trainer saves weights, optimizer, schedule and random state. RankCallback adds
-`tsqlora.json` and `tsqlora.safetensors`, QualityCallback `tsqlora_quality.json`, GuardCallback `tsqlora_guard.json`,
-a run of `fit` its costs as `tsqlora_cost.json`.
+`tsqlora.json` and `tsqlora.safetensors`, QualityCallback `tsqlora_quality.json`, GuardCallback `tsqlora_guard.json`.
+Costs of training are in `trainer_state.json`. The states are read once `Checkpoints` has found every file intact.
 """
 
 import json
@@ -11,12 +11,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from tsqlora import distributed
-from tsqlora.errors import DataError, SettingsError, TsqLoraError
+from tsqlora.errors import SettingsError, TsqLoraError
 from tsqlora.files import write_json, write_tensors
 from tsqlora.quality.cost import PhaseCost
 from tsqlora.ranks.events import RankEvent
@@ -60,13 +59,9 @@ class RankState:
 
     @classmethod
     def load(cls, folder: Path) -> "RankState":
-        """Raises TsqLoraError naming the file that is missing or cannot be read."""
+        """Raises TsqLoraError naming the file if it is missing or of another version."""
         values = _read(folder / RANKS_FILE)
-        importance = _tensors(folder / IMPORTANCE_FILE)
-        try:
-            return cls.from_dict({"importance": importance, **values})
-        except (TypeError, KeyError, DataError) as error:
-            raise _unusable(folder / RANKS_FILE, error) from error
+        return cls.from_dict({"importance": load_file(folder / IMPORTANCE_FILE), **values})
 
     def to_dict(self) -> dict[str, Any]:
         """Tensors, numbers, strings, lists and dicts, without copies of the tensors."""
@@ -100,13 +95,9 @@ class QualityState:
 
     @classmethod
     def load(cls, folder: Path) -> "QualityState":
-        """Raises TsqLoraError naming the file that is missing or cannot be read."""
-        path = folder / QUALITY_FILE
-        values = _read(path)
-        try:
-            return cls(**{**values, "spent": {phase: PhaseCost(**cost) for phase, cost in values["spent"].items()}})
-        except (TypeError, KeyError) as error:
-            raise _unusable(path, error) from error
+        """Raises TsqLoraError naming the file if it is missing or of another version."""
+        values = _read(folder / QUALITY_FILE)
+        return cls(**{**values, "spent": {phase: PhaseCost(**cost) for phase, cost in values["spent"].items()}})
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +133,7 @@ class GuardState:
 
     @classmethod
     def load(cls, folder: Path) -> "GuardState":
-        """Nothing skipped where the run was begun without a guard.  Raises TsqLoraError for a file that is damaged."""
+        """Nothing skipped if the run began without a guard.  Raises SettingsError for a file of another version."""
         if not (folder / GUARD_FILE).exists():
             return cls([], 0, [])
         values = _read(folder / GUARD_FILE)
@@ -164,28 +155,16 @@ def require_options(begun: Mapping[str, Any], now: Mapping[str, Any]) -> None:
             )
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (FileNotFoundError, SafetensorError) as error:
-        raise _unusable(path, error) from error
-
-
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError) as error:
-        raise _unusable(path, error) from error
+    if not path.exists():
+        raise TsqLoraError(
+            f"cannot resume: {path} is missing; resume from a complete checkpoint in the run's own output_dir, or "
+            "start again"
+        )
+    values = json.loads(path.read_text())
     if values.pop("version", None) != VERSION:
         raise SettingsError(
             f"{path} was written by a version of tsqlora that draws other rows; resume with that version, or start "
             "again in another --out (output_dir)"
         )
     return values
-
-
-def _unusable(path: Path, error: Exception) -> TsqLoraError:
-    why = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
-    return TsqLoraError(
-        f"cannot resume: {path} {why}; resume from a complete checkpoint in the run's own output_dir, or start again"
-    )
