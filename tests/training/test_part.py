@@ -157,16 +157,6 @@ def test_another_epoch_is_refused_while_a_callback_draws() -> None:
 
 
 @KINDS
-def test_an_epoch_that_is_cut_short_is_refused(kind: Any, tmp_path: Path) -> None:
-    def cut(state: Any, control: Any) -> None:
-        control.should_epoch_stop = state.global_step == 2
-
-    data = half()
-    with pytest.raises(SettingsError, match=r"ended epoch 0 before its end \(control\.should_epoch_stop\)"):
-        train(data, tmp_path, made(kind, data), At(cut))
-
-
-@KINDS
 @pytest.mark.parametrize(
     ("further", "text"),
     [

@@ -15,7 +15,7 @@ from tsqlora.compat.transformers import knows_lengths
 from tsqlora.errors import SettingsError
 from tsqlora.quality.cost import PhaseCost
 from tsqlora.quality.subset import QualitySubset
-from tsqlora.training.checkpoints import EPOCH_ERROR, Checkpoints, checkpoint_folder, epoch_of
+from tsqlora.training.checkpoints import Checkpoints, checkpoint_folder, epoch_of
 from tsqlora.training.recorder import Recorder, own_recorder
 
 
@@ -105,18 +105,6 @@ class PartCallback(TrainerCallback, ABC):
         self.begin_epoch(args, state, **kwargs)
         if data is not None and data.drawn_by in (None, self.name):
             data.begin_epoch(epoch_of(state), self.name)
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        cut = control.should_epoch_stop and not control.should_training_stop
-        cut = cut and (state.epoch or 0) - epoch_of(state) > EPOCH_ERROR
-        if self._drawn_rows(kwargs) is not None and cut and epoch_of(state) + 1 < state.num_train_epochs:
-            raise SettingsError(
-                f"a callback ended epoch {epoch_of(state)} before its end (control.should_epoch_stop), and a "
-                "QualitySubset is drawn, scored and resumed by whole epochs; lower its fraction, or set "
-                "control.should_training_stop"
-            )
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
