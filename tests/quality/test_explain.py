@@ -11,7 +11,7 @@ import pytest
 from runs import make_rows, write_jsonl
 from tsqlora.data.cells import sample_hash
 from tsqlora.errors import DataError
-from tsqlora.quality.explain import explain, likely_wrong, suspicion
+from tsqlora.quality.explain import explain, likely_wrong, p_wrong, suspicion
 from tsqlora.quality.scores import Scores, from_terms
 
 ROWS = make_rows(40, labels=("no", "yes"))
@@ -56,6 +56,20 @@ def test_the_lists_hold_the_best_the_worst_and_the_suspicious(data: Path) -> Non
     assert result["lowest"][0]["quality"] == scores.quality.min()
     assert {sample["id"] for sample in result["suspicious"]} == set(np.flatnonzero(WRONG))
     json.dumps(result, allow_nan=False)
+
+
+@pytest.mark.parametrize("wrong", [True, False])
+def test_wrong_labels_have_a_probability_where_they_are_evident(wrong: bool) -> None:
+    n = 400
+    true, bad = np.arange(n) % 2, np.arange(n) % 7 == 3
+    margin = np.random.default_rng(0).uniform(2, 6, size=n) * (2 * true - 1)
+    predictions = {"logits": np.stack([-margin, margin], axis=1)}
+    labels = np.where(bad & wrong, 1 - true, true)
+    changes = {"terms": {"convergence": margin}, "labels": labels, "predictions": predictions, "hashes": None}
+    assert p_wrong(made(None, **changes)) is None  # not estimated
+    probability = p_wrong(made(None, **changes, record={"noise": {}}))
+    assert probability is not None
+    assert probability[bad].min() > 0.2 > probability[~bad].max() if wrong else not probability.any()
 
 
 def test_likely_wrong_labels_come_with_the_label_that_the_model_would_give(data: Path) -> None:

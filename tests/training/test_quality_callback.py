@@ -180,7 +180,7 @@ BACKWARDS: dict[str, Any] = {"weights": {"loss": 1.0}, "temperature": 0.3}
 def test_rows_with_more_wrong_labels_than_random_ones_are_not_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tsqlora.quality.fallback._doubt", lambda scores: scores.terms["loss"].astype(np.float64))
+    monkeypatch.setattr("tsqlora.quality.fallback.doubts", lambda z, labels, **_: -z[np.arange(len(z)), labels])
     with pytest.warns(UserWarning, match="rows are drawn at random, not by Q: the rate of wrong labels"):
         quality, _ = run(tmp_path, watch := Watch(), further=SAVES, **BACKWARDS)
     assert quality.why_not is None

@@ -12,7 +12,7 @@ from tsqlora.data.dialect import Hints
 from tsqlora.data.formats import PREFERENCE
 from tsqlora.data.rows import Source, open_split
 from tsqlora.errors import DataError
-from tsqlora.quality.label_noise import reject
+from tsqlora.quality.label_noise import doubts
 from tsqlora.quality.scores import REASONS, Scores
 
 WHY = {
@@ -59,9 +59,8 @@ def p_wrong(scores: Scores) -> Float[np.ndarray, " n"] | None:
     """Return the probability that each label is wrong, 0 without evidence; None where it was not estimated."""
     if scores.record.noise is None or "logits" not in scores.predictions:
         return None
-    logits, labels = scores.predictions["logits"], scores.labels
-    _, noise = reject(logits, labels, frozen=scores.record.frozen)
-    return noise.p_wrong(logits, labels) if noise.evident else np.zeros(len(scores))
+    doubt = doubts(scores.predictions["logits"], scores.labels, frozen=scores.record.frozen)
+    return np.zeros(len(scores)) if doubt is None else doubt
 
 
 def explain(scores: Scores, n: int, *, data: Path | None = None) -> dict[str, Any]:

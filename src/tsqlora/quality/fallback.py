@@ -18,7 +18,7 @@ from tsqlora.compat.shapes import Bool, Float, Shaped
 from tsqlora.compat.torch import double
 from tsqlora.errors import TsqLoraError
 from tsqlora.gradients.eval_mode import eval_mode
-from tsqlora.quality.label_noise import reject
+from tsqlora.quality.label_noise import doubts
 from tsqlora.quality.rows import batches_of
 from tsqlora.quality.sampling import expected_inclusion
 from tsqlora.quality.scores import Scores
@@ -143,7 +143,8 @@ def guarded(scores: Scores, fraction: float) -> tuple[Scores, GuardTest | None]:
     """
     if scores.even:
         return _noted(scores, {"checked": False, "why": "rows are drawn evenly: no Q decides"}), None
-    doubt = _doubt(scores)
+    logits = scores.predictions.get("logits") if scores.stratified else None
+    doubt = None if logits is None else doubts(logits, scores.labels, frozen=scores.record.frozen)
     if doubt is None:
         return _noted(scores, {"checked": False, "why": "wrong labels are not evident"}), None
     chance = expected_inclusion(
@@ -152,16 +153,6 @@ def guarded(scores: Scores, fraction: float) -> tuple[Scores, GuardTest | None]:
     test = guard_test(doubt, chance=chance, kept=scores.kept)
     noted = _noted(scores, test.to_dict())
     return noted if test.passed else noted.drawn_evenly(), test
-
-
-def _doubt(scores: Scores) -> Float[np.ndarray, " n"] | None:
-    """Return the probability that each label is wrong; None where wrong labels are not evident."""
-    if scores.stratified and "logits" in scores.predictions:
-        logits = scores.predictions["logits"]
-        _, noise = reject(logits, scores.labels, frozen=scores.record.frozen)
-        if noise.evident:
-            return noise.p_wrong(logits, scores.labels)
-    return None
 
 
 def guard_test(

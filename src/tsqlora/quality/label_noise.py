@@ -134,6 +134,12 @@ def reject(
     return mask, noise
 
 
+def doubts(logits: Logits, labels: Labels, *, frozen: bool) -> Float[np.ndarray, " n"] | None:
+    """Return the probability that each label is wrong; None where wrong labels are not evident.  As in `reject`."""
+    _, noise = reject(logits, labels, frozen=frozen)
+    return noise.p_wrong(logits, labels) if noise.evident else None
+
+
 def label_noise(logits: Logits, labels: Labels, *, level: float = LEVEL) -> LabelNoise:
     """Estimate the rate of wrong labels by maximum likelihood, with profile-likelihood bounds.
 
