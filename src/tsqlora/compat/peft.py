@@ -42,9 +42,8 @@ def places_of(layer: LoraLayer, adapter: str) -> tuple[Place, Place]:
 
 def lora_matrices(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
     """A (r × i) and B (o × r) of a layer's adapter."""
-    if adapter in layer.lora_embedding_A:
-        return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
-    return cast(Tensor, layer.lora_A[adapter].weight), cast(Tensor, layer.lora_B[adapter].weight)
+    (a, name_a, _), (b, name_b, _) = places_of(layer, adapter)
+    return getattr(a, name_a), getattr(b, name_b)
 
 
 def _adds_nothing(layer: LoraLayer, adapter: str) -> bool:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from tsqlora.errors import DataError, SettingsError, TsqLoraError, nearest
 from tsqlora.files import plain_value, replacing
-from tsqlora.quality.sampling import effective_sample_size, probabilities, require_temperature
+from tsqlora.quality.sampling import effective_sample_size, probabilities
 from tsqlora.quality.terms import quality, standardise
 
 _METADATA = b"tsqlora"
@@ -273,15 +273,13 @@ def from_terms(
 ) -> Scores:
     """Standardise measured terms, sum them to Q, and compute probabilities (METHOD eq. 4 and 5).
 
-    Terms are standardised within each class where `stratified`. Raises SettingsError for a weight that is not finite or
-    whose term was not measured, TsqLoraError naming the first row with a value that is not finite.
+    Terms are standardised within each class where `stratified`. Weights are finite, as in ScoringRule. Raises
+    SettingsError for a weight whose term was not measured, TsqLoraError naming the first row with a value that is not
+    finite.
     """
-    require_temperature(temperature)
     require_row_names(len(labels), hashes=hashes, ids=ids)
     used = {name: weight for name, weight in weights.items() if weight}
-    for name, weight in used.items():
-        if not np.isfinite(weight):
-            raise SettingsError(f"the weight of '{name}' is {weight}; it must be a finite number")
+    for name in used:
         if name not in terms:
             raise SettingsError(f"'{name}' has a weight and was not measured; {nearest(name, terms)}")
     for name, values in terms.items():
