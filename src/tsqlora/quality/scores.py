@@ -36,8 +36,6 @@ class ScoreRecord:
     draw: Literal["even", "softmax"] = "softmax"
     weights: Mapping[str, float] = field(default_factory=dict)
     """Weights of the terms in Q."""
-    dropped: Mapping[str, int] | None = None
-    """Rows by reason."""
 
     seed: int | None = None
     scope: str | None = None
@@ -174,8 +172,7 @@ class Scores:
         reasons[rows & (reasons == 0)] = REASONS.index(reason)
         if not (reasons == 0).any():
             raise TsqLoraError(f"all {len(self)} rows are dropped, the last as '{reason}'; drop fewer kinds of rows")
-        dropped = {name: int((reasons == code).sum()) for code, name in enumerate(REASONS) if code}
-        return replace(self, reasons=reasons, record=replace(self.record, dropped=dropped))._with_probabilities()
+        return replace(self, reasons=reasons)._with_probabilities()
 
     def drawn_evenly(self) -> "Scores":
         """Return the scores with an even draw of the kept rows, whatever their quality."""
