@@ -32,7 +32,7 @@ def even_transitions(noise: LabelNoise) -> Transitions:
     return matrix
 
 
-def fit_transitions(p: Probabilities, labels: Labels, noise: LabelNoise, *, seed: int = 0) -> Transitions:
+def fit_transitions(p: Probabilities, labels: Labels, noise: LabelNoise) -> Transitions:
     """Fit transitions; return even ones where a fit on half of the rows does not predict the other half better.
 
     `p` are out-of-sample probabilities of the true class.
@@ -40,7 +40,7 @@ def fit_transitions(p: Probabilities, labels: Labels, noise: LabelNoise, *, seed
     even = even_transitions(noise)
     if noise.rate == 0 or len(labels) < 2:
         return even
-    half, gain = stream("audit halves", seed).permutation(len(labels)) % 2 == 0, 0.0
+    half, gain = stream("audit halves", 0).permutation(len(labels)) % 2 == 0, 0.0
     for rows in (half, ~half):
         fitted = _fit(p[~rows], labels[~rows], even)
         gain += float(_log_likelihood(p[rows], labels[rows], fitted) - _log_likelihood(p[rows], labels[rows], even))

@@ -108,15 +108,15 @@ class SkippedStep:
     rows: list[int] | None
     """Of the training split; None if unknown."""
 
-    def in_words(self, most: int = 8) -> str:
-        """The first of its rows, in words.
+    def in_words(self) -> str:
+        """The first eight of its rows, in words.
 
-        >>> SkippedStep(3, [5, 1]).in_words(), SkippedStep(3, [5, 1, 4]).in_words(2), SkippedStep(3, None).in_words()
-        ('rows 5, 1', 'rows 5, 1, ...', 'its rows are unknown')
+        >>> SkippedStep(3, [5, 1]).in_words(), SkippedStep(3, [*range(9)]).in_words(), SkippedStep(3, None).in_words()
+        ('rows 5, 1', 'rows 0, 1, 2, 3, 4, 5, 6, 7, ...', 'its rows are unknown')
         """
         if self.rows is None:
             return "its rows are unknown"
-        return f"rows {', '.join(map(str, self.rows[:most]))}{', ...' if len(self.rows) > most else ''}"
+        return f"rows {', '.join(map(str, self.rows[:8]))}{', ...' if len(self.rows) > 8 else ''}"
 
 
 @dataclass(frozen=True, slots=True)
