@@ -1,6 +1,6 @@
 """Ranks that follow sensitivity, in any training loop.  METHOD section 4.
 
-warm-up ── start: ranks from the quality sample ── adjust every Δ steps ── freeze
+start: ranks from the quality sample ── warm-up ── adjust every Δ steps ── freeze
 """
 
 import time
