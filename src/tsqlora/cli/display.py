@@ -221,6 +221,7 @@ def show_demo(console: Console, result: Mapping[str, Any]) -> None:
     """The demo's two runs side by side."""
     runs: list[Mapping[str, Any]] = result["runs"]
     table = Table("", *(run["name"] for run in runs), title="measured in this run", title_justify="left")
+    table.add_row("validation accuracy at step 0", *(f"{run['at_start']:.1%}" for run in runs))
     table.add_row("test accuracy", *(f"{run['test']['accuracy']:.1%}" for run in runs))
     table.add_row("seconds, with look and ranks", *(f"{run['total_seconds']:.1f}" for run in runs))
     table.add_row("training steps", *(f"{run['steps']:,}" for run in runs))

