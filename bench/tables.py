@@ -554,12 +554,9 @@ SHORT = {name: way for name, (way, *_) in differences.WAYS.items()} | {
 
 
 def worlds(world: str, _: Results) -> pd.DataFrame:
-    """One world on its fresh seeds; seeds are a column unless their number follows from that of the trusted rows."""
+    """One world on its fresh seeds."""
     cells = differences.cells()
-    cells = cells[cells.world == world]
-    table = _worlds(cells).drop(columns="world")
-    by_trusted = cells.groupby(["trusted", "method"]).size().groupby("trusted")
-    return table.drop(columns="seeds") if (by_trusted.nunique() == 1).all() else table
+    return _worlds(cells[cells.world == world]).drop(columns="world")
 
 
 def worlds_intents(_: Results) -> pd.DataFrame:
