@@ -14,7 +14,7 @@ import pytest
 from kinds import KINDS, Q0, Q1, damaged, saved
 from loras import lora_config, save_base, save_lora, tiny_llama
 from models import tiny_bert
-from tsqlora.errors import SettingsError
+from tsqlora.errors import DataError, SettingsError
 from tsqlora.interop.checkpoint import base_weights
 from tsqlora.interop.doctor import examine, rule_for
 from tsqlora.interop.files import CONFIG
@@ -249,6 +249,12 @@ def test_effective_rank_by_hand() -> None:
     assert result.norm == pytest.approx(0.5 * math.sqrt(8))
     assert layer_health(Target(np.zeros((2, 3)), np.ones((3, 2)), 1.0)).effective == 0
     assert layer_health(Target(np.zeros((0, 3)), np.zeros((3, 0)), 1.0)).effective == 0
+
+
+def test_weights_whose_product_overflows_are_refused() -> None:
+    """LAPACK does not return from the SVD of infinite values; the fuzzer found it."""
+    with pytest.raises(DataError, match="so large that B·A overflows"):
+        layer_health(Target(np.full((2, 3), 1e200), np.full((3, 2), 1e200), 1.0))
 
 
 def test_pickles_and_a_base_elsewhere_are_noted(tmp_path: Path) -> None:

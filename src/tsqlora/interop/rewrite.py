@@ -98,11 +98,18 @@ def cut_to(target: Target, rank: int) -> tuple[Target, float]:
 
 
 def decompose(target: Target) -> tuple[Array, Array, Array]:
-    """SVD of BA without s, in float64: o × r, r descending singular values, r × i.  Never forms o × i."""
+    """SVD of BA without s, in float64: o × r, r descending singular values, r × i.  Never forms o × i.
+
+    Raises DataError if BA overflows, where LAPACK might not return.
+    """
     a, b = target.matrices()
     qa, ra = np.linalg.qr(a.T)
     qb, rb = np.linalg.qr(b)
-    left, singular, right = np.linalg.svd(rb @ ra.T, full_matrices=False)
+    with np.errstate(over="ignore", invalid="ignore"):
+        product = rb @ ra.T
+    if not np.isfinite(product).all():
+        raise DataError("the weights of an adapted layer are so large that B·A overflows; check how they were saved")
+    left, singular, right = np.linalg.svd(product, full_matrices=False)
     return qb @ left, singular, right @ qa.T
 
 
