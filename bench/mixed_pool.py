@@ -24,6 +24,7 @@ os.environ["TSQLORA_CACHE"] = ""  # each cell pays for its own look
 import numpy as np
 import torch
 from origin import ROOT, commit, machine, parser_of, stored
+from peft import LoraConfig, get_peft_model
 from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -53,9 +54,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "trusted": {"enabled": False, "fraction": 1.0},
     "oracle": {"fraction": 1.0, "trusted_last": True},
     "rds": {"fraction": 1.0, "trusted_last": True},
+    "less": {"fraction": 1.0, "trusted_last": True},
 }
 """Settings of `quality`. `default` and `even` have the trusted rows in every epoch, `trusted` only them, the others at
-the end: after the same draws (`last`), draws by reducible loss, the right rows (`oracle`), a fifth by RDS+ (`rds`)."""
+the end: after the same draws (`last`), draws by reducible loss, the right rows (`oracle`), a fifth by RDS+ (`rds`) or
+LESS (`less`)."""
 Row = dict[str, Any]
 
 
@@ -136,12 +139,55 @@ def rds_plus(pool: list[Row], trusted: list[Row], size: int) -> list[Row]:
     raise AssertionError("there are trusted rows")
 
 
+def less(pool: list[Row], trusted: list[Row], size: int, seed: int) -> list[Row]:
+    """LESS (Xia et al. 2024, arXiv 2402.04333): the rows whose Adam update points along the trusted rows' gradients.
+
+    LoRA warms up on 5 % of the pool for four epochs; the cosine is averaged over the checkpoints after the second and
+    the fourth. LESS takes all four, and projects the gradients at random; here they are whole.
+    """
+    torch.manual_seed(seed)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder())
+    base = AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.bfloat16)
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=RATE, eps=1e-8)
+    warm = np.random.default_rng([seed, 41]).permutation(len(pool))[: len(pool) // 20].tolist()
+
+    def gradient(row: Row) -> torch.Tensor:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        tokens = torch.tensor([(prompt + tokenizer(row["completion"], add_special_tokens=False)["input_ids"])[:TOKENS]])
+        labels = torch.where(torch.arange(tokens.shape[1]) < len(prompt), -100, tokens)
+        grads = torch.autograd.grad(model(input_ids=tokens, labels=labels).loss, weights)
+        return torch.cat([grad.flatten().float() for grad in grads])
+
+    def moment(name: str) -> torch.Tensor:
+        return torch.cat([optimizer.state[weight][name].flatten().float() for weight in weights])
+
+    influence = np.zeros(len(pool))
+    for epoch in range(1, 5):
+        for begin in range(0, len(warm), 8):
+            mean = torch.stack([gradient(pool[j]) for j in warm[begin : begin + 8]]).mean(0)
+            for weight, grad in zip(weights, mean.split([weight.numel() for weight in weights]), strict=True):
+                weight.grad = grad.view_as(weight).to(weight.dtype)
+            optimizer.step()
+        if epoch % 2 == 0:
+            first, second = 0.9 * moment("exp_avg"), 0.999 * moment("exp_avg_sq")
+            target = torch.stack([torch.nn.functional.normalize(gradient(row), dim=0) for row in trusted]).mean(0)
+            for j, row in enumerate(pool):
+                grad = gradient(row)
+                update = (first + 0.1 * grad) / (second + 0.001 * grad**2 + 1e-8).sqrt()
+                influence[j] += float(torch.nn.functional.normalize(update, dim=0) @ target)
+    return [pool[j] for j in np.argsort(-influence)[:size]]
+
+
 def run(method: str, seed: int) -> dict[str, Any]:
     rows = pool_of(seed)
     if method == "oracle":
         rows["train"] = [row for row in rows["train"] if row["kind"] == "right"]
     if method == "rds":
         rows["train"] = rds_plus(rows["train"], rows["trusted"], round(FRACTION * len(rows["train"])))
+    if method == "less":
+        rows["train"] = less(rows["train"], rows["trusted"], round(FRACTION * len(rows["train"])), seed)
     kinds = [row["kind"] for row in rows["train"]]
     with tempfile.TemporaryDirectory() as folder:
         if method == "trusted":
