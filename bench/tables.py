@@ -739,16 +739,16 @@ def problems(_: Results) -> Rows:
             f"{lora['before the first step']} %), LoRA's final accuracy in {ours['of its seconds']} of its seconds",
         ),
         _problem(
-            "The rows have a shortcut; 128 rows are trusted",
-            "--set data.trusted=trusted.jsonl",
-            f"SST-2 with a shortcut: {world['default']:.1f} % accuracy; mixed in {world['even']:.1f}, "
-            f"trusted rows alone {world['trusted']:.1f}",
+            "The rows have a shortcut; 128 rows are checked",
+            "tsqlora train … --set data.trusted=trusted.jsonl",
+            f"SST-2 with a shortcut: {world['default']:.1f} % accuracy; the same rows mixed into the table "
+            f"{world['even']:.1f}, the checked rows alone {world['trusted']:.1f}",
         ),
         _problem(
             "Labels come from rules or a weak model; 128 are checked",
-            "--set data.trusted=trusted.jsonl",
-            f"SST-2 labelled by a lexicon: {weak['default']:.1f} % accuracy; mixed in {weak['even']:.1f}, "
-            f"trusted rows alone {weak['trusted']:.1f}",
+            "tsqlora train … --set data.trusted=trusted.jsonl",
+            f"SST-2 labelled by a lexicon: {weak['default']:.1f} % accuracy; the same rows mixed into the table "
+            f"{weak['even']:.1f}, the checked rows alone {weak['trusted']:.1f}",
         ),
         _problem(
             "A server gives other answers than PEFT",
@@ -763,12 +763,12 @@ def problems(_: Results) -> Rows:
         _problem(
             "The run was killed, or the disk was full",
             "tsqlora train … --resume",
-            f"{survived} of {len(faulty)} injected faults survived, with the same bytes in the end",
+            f"{survived} of {len(faulty)} injected faults recovered to the same bytes, some after a cure that one line names",
         ),
         _problem(
             "Is it better than LoRA on my data?",
             "tsqlora compare tsq.yaml --methods lora,tsqlora --seeds 0,1,2",
-            "on clean or uniformly mislabelled GLUE tables: level, not better",
+            "GLUE's tables, clean or with 20 % random wrong labels: level, not better",
         ),
     ]
 

@@ -1,4 +1,4 @@
-"""Layer sensitivity: estimators, and the probe that measures them.  METHOD section 2.
+"""Layer sensitivity: estimators, and the probe that measures them.
 
 A probe watches any backward pass: a separate one over the quality sample, or that of a training step.
 """
@@ -39,7 +39,7 @@ SKETCH_ROWS = 8
 
 
 def weight_times_gradient(a: Shaped[Tensor, "n t *i"], b: Float[Tensor, "n t o"], layer: LoraLayer) -> Tensor:
-    """Return Σ over samples of mean |W ⊙ ∇W ℓ|, METHOD eq. 6.
+    """Return Σ over samples of mean |W ⊙ ∇W ℓ|, docs/method.md eq. 6.
 
     The absolute value is per sample, so that values add up over batches and processes.
     """
@@ -209,7 +209,7 @@ def sensitivity(
     seed: int = 0,
     autocast: torch.dtype | None = None,
 ) -> Sensitivity:
-    """Measure each LoRA layer's sensitivity on these samples: METHOD eq. 6.
+    """Measure each LoRA layer's sensitivity on these samples: docs/method.md eq. 6.
 
     Args:
         dataset: the samples to measure on; the published method uses the quality sample.

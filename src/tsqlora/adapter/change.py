@@ -128,7 +128,7 @@ def new_row(rows: Float[Tensor, "r i"], sketch: Float[Tensor, "k i"] | None, *, 
     """A row for A along the gradient, orthogonal to the existing rows.
 
     The leading right singular vector of the sketch, after projecting out `rows`, at their
-    mean norm; a seeded random direction where nothing is left. METHOD 4.4.
+    mean norm; a seeded random direction where nothing is left.
     """
     there = double(rows)
     basis = _row_basis(there)

@@ -1,4 +1,4 @@
-"""Importance of each slot, smoothed over optimizer steps: AdaLoRA's Ī·Ū.  METHOD 4.1."""
+"""Importance of each slot, smoothed over optimizer steps: AdaLoRA's Ī·Ū."""
 
 from collections.abc import Mapping, Sequence
 

@@ -111,8 +111,9 @@ def show_numbers(console: Console, numbers: Mapping[str, Any]) -> None:
 
 def show_review(console: Console, result: Mapping[str, Any]) -> None:
     """What a review changed, and how to train on it."""
-    show_numbers(console, result)
+    show_numbers(console, {name: value for name, value in result.items() if name != "notes"})
     trusted = f" --set data.trusted={result['trusted']}"
+    say(console, [f"note: {note}" for note in result["notes"]])
     say(console, [f"next: tsqlora train --model M --data {result['corrected']}{trusted if result['reviewed'] else ''}"])
 
 

@@ -4,7 +4,7 @@ Capturing works with any forward and backward pass: those of training, non-reent
 recomputes what a tap saves), and frozen models, because the tap's output requires a gradient through its anchor.
 
 A step on sample i changes its layer's output by −η x ∇Wᵢᵀ, so the outputs are stepped and no weight changes:
-(W − η∇Wᵢ)x = Wx − η(x aᵢᵀ)bᵢ.  METHOD section 1.  A and B of a LoRA layer are two sites, which includes the η² term.
+(W − η∇Wᵢ)x = Wx − η(x aᵢᵀ)bᵢ.  A and B of a LoRA layer are two sites, which includes the η² term.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping

@@ -1,8 +1,8 @@
 """Per-sample weight gradients: norms, dot products and steps, without a loop.
 
 For one sample with inputs a (t × i) and output gradients b (t × o) the weight's gradient is bᵀa. It is stored in the
-smaller and cheaper form: *explicit*, the o × i matrix, or *factored*, the pair (a, b), when t·(i + o) < i·o.  METHOD
-section 1; the factored norm is Li et al. (2022), ghost clipping.  A norm layer's gain has a vector as gradient, an
+smaller and cheaper form: *explicit*, the o × i matrix, or *factored*, the pair (a, b), when t·(i + o) < i·o.
+The factored norm is Li et al. (2022), ghost clipping.  A norm layer's gain has a vector as gradient, an
 Embedding the gradients of its outputs by index.
 """
 

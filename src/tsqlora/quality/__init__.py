@@ -1,1 +1,1 @@
-"""Terms of a sample's worth, their sum Q, and a sample drawn by it."""
+"""Score rows, judge labels, fit the head, and draw the rows of each epoch."""

@@ -1,4 +1,4 @@
-"""Audit: find wrong labels before training, with rate, probabilities and suggestions.  METHOD 1.4, ours.
+"""Audit: find wrong labels before training, with rate, probabilities and suggestions.  Ours.
 
 Each row is judged by a fit without it on frozen features: ridge regression, or for two classes, tags and several labels
 a row, where least squares looks like wrong labels, logistic regression. `label_noise` estimates the rate of wrong

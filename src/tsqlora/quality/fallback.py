@@ -1,7 +1,7 @@
 """Fallback to even draws: is the model at chance, and would rows drawn by Q have more wrong labels than random ones?
 
 The learned test compares the model's losses with those of a constant guess: gradients of a model at chance carry no
-information (METHOD 1). The guard (ours) compares the probability that labels are wrong, if wrong labels are evident
+information. The guard (ours) compares the probability that labels are wrong, if wrong labels are evident
 (`quality/label_noise.py`). Otherwise nothing judges Q: mean convergence misjudges it (docs/research/log.md).
 """
 

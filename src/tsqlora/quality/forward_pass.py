@@ -1,4 +1,4 @@
-"""One forward pass without dropout: losses, logits, and the input of the task's last linear layer.  METHOD 1.1."""
+"""One forward pass without dropout: losses, logits, and the input of the task's last linear layer."""
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""One pass with gradients: every sample's terms, exactly, in batches.  METHOD 1.3."""
+"""One pass with gradients: every sample's terms, exactly, in batches."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

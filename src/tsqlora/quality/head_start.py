@@ -1,4 +1,4 @@
-"""The head start: before the first step, fit the head on features and install it if it is better.  METHOD 1.1."""
+"""The head start: before the first step, fit the head on features and install it if it is better."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Label-noise filter: estimate the rate of wrong labels, and choose the rows to drop.  METHOD section 1, ours.
+"""Label-noise filter: estimate the rate of wrong labels, and choose the rows to drop.  Ours.
 
 Hard rows and wrong labels both have a high loss. They differ where the model is confident: labels of hard rows
 contradict it ever less often, wrong labels as often as elsewhere. The rate of contradictions that no confidence removes

@@ -1,4 +1,4 @@
-"""Fit a task's last linear layer on its input features.  METHOD 1.1.
+"""Fit a task's last linear layer on its input features.
 
 Linear probing before fine-tuning (Kumar et al. 2022); the scale follows Tomihari and Sato (2024): a head of large norm
 slows the training of the features.

@@ -1,4 +1,4 @@
-"""The look: score every row before it is trained on.  METHOD 1.
+"""The look: score every row before it is trained on.
 
 A forward pass over all rows fits the head, and predicts each row by a fit without it. Terms with gradients take a
 second pass, the trusted model one more.

@@ -1,4 +1,4 @@
-"""The reference: the mean gradient ḡ that samples are compared with, calibration, and step size.  METHOD section 1.
+"""The reference: the mean gradient ḡ that samples are compared with, calibration, and step size.
 
 A pass over some rows without gradients gives the calibration; one with gradients gives ḡ, its norm, and the step size η
 of the look-ahead.

@@ -1,4 +1,4 @@
-"""Ridge regression in closed form, with exact leave-one-out predictions from the hat matrix.  METHOD 1.1."""
+"""Ridge regression in closed form, with exact leave-one-out predictions from the hat matrix."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Sampling by quality: softmax, Gumbel top-k without replacement, strata.  METHOD eq. 5.
+"""Sampling by quality: softmax, Gumbel top-k without replacement, strata.  docs/method.md eq. 5.
 
 Pure functions of numbers; randomness is an argument.
 """

@@ -1,4 +1,4 @@
-"""Score every sample for a model, with any trainer.  METHOD section 1."""
+"""Score every sample for a model, with any trainer."""
 
 import warnings
 from collections.abc import Sequence

@@ -268,7 +268,7 @@ def from_terms(
     ids: np.ndarray | None = None,
     predictions: Mapping[str, np.ndarray] | None = None,
 ) -> Scores:
-    """Standardise measured terms, sum them to Q, and compute probabilities (METHOD eq. 4 and 5).
+    """Standardise measured terms, sum them to Q, and compute probabilities (docs/method.md eq. 4 and 5).
 
     Terms are standardised within each class where `stratified`. Weights are finite, as in ScoringRule. Raises
     SettingsError for a weight whose term was not measured, TsqLoraError naming the first row with a value that is not

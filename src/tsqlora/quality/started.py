@@ -1,4 +1,4 @@
-"""A model with a fitted head: what it makes of the rows, and how the head is put in and out.  METHOD 1.1."""
+"""A model with a fitted head: what it makes of the rows, and how the head is put in and out."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Terms of a row's quality as a table, and their sum Q.  METHOD eq. 1 to 4.
+"""Terms of a row's quality as a table, and their sum Q.  docs/method.md eq. 1 to 4.
 
 A term is a function of what one pass measured. To add one, add an entry to TERMS, or pass the function itself.
 """
@@ -175,5 +175,5 @@ def standardise(values: Float[np.ndarray, " n"], groups: Int[np.ndarray, " n"]) 
 def quality(
     standardised: Mapping[str, Float[np.ndarray, " n"]], weights: Mapping[str, float]
 ) -> Float[np.ndarray, " n"]:
-    """Return Q = Σ α z(term), METHOD eq. 4.  `standardised` needs every term with a weight."""
+    """Return Q = Σ α z(term), docs/method.md eq. 4.  `standardised` needs every term with a weight."""
     return np.sum([weight * standardised[name] for name, weight in weights.items() if weight], axis=0)

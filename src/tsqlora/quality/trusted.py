@@ -1,5 +1,5 @@
 """The trusted model θ_R, which is the run's model trained on trusted rows alone; and gates, which drop the rows that it
-disagrees with.  METHOD 1.2 and 1.4.
+disagrees with.
 
 After RHO-loss (Mindermann et al. 2022) and CoLoR-Filter (Brandfonbrener et al. 2024). To add a gate, add an entry to
 GATES.

@@ -1,4 +1,4 @@
-"""Ranks from sensitivities, under a parameter budget: METHOD eq. 7.
+"""Ranks from sensitivities, under a parameter budget: docs/method.md eq. 7.
 
 Shares r = clip(λ S^gamma, min, max) with one water level λ for all layers, such that Σ r c is the
 budget; then whole ranks by largest remainder.
@@ -17,7 +17,7 @@ from tsqlora.ranks.budget import Shapes, budget, caps, costs, default_max_rank, 
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
-    """How much the loss depends on each layer, METHOD eq. 6, and how it was measured.
+    """How much the loss depends on each layer, docs/method.md eq. 6, and how it was measured.
 
     `values` and `shapes` (inputs, outputs) have the same layers; only the ratios of the values
     count. `estimator` names the formula, `samples` is the number of samples in the mean.
@@ -78,7 +78,7 @@ def allocate(
     unspent buys no rank in any layer below its maximum, min(`max_rank`, i, o). The result depends
     neither on the layers' order nor on the scale of the sensitivities. `max_rank` is twice
     `mean_rank` rounded up, and at least `min_rank`, unless given; `gamma` tempers, 0 is uniform.
-    If every sensitivity is 0, all layers share equally. METHOD eq. 7.
+    If every sensitivity is 0, all layers share equally. docs/method.md eq. 7.
 
     Raises SettingsError if an option is out of range or `min_rank` costs more than the budget.
 
@@ -122,7 +122,7 @@ def shares(
     Exact: spending is piecewise linear in λ and bends where a layer leaves `low` or reaches
     `high`. So λ lies on the straight line between two neighbouring bends. A layer of weight 0 stays
     at `low`; if the others cannot spend the budget they are all at `high`. At least one weight must
-    be above 0, and `low` within the budget. METHOD eq. 7.
+    be above 0, and `low` within the budget. docs/method.md eq. 7.
 
     >>> one, eight = {"a": 1, "b": 1}, {"a": 8, "b": 8}
     >>> [float(r) for r in shares({"a": 1.0, "b": 0.25}, costs=one, low=one, high=eight, budget=9).values()]

@@ -22,7 +22,7 @@ REMAINDER_DIGITS = 9
 
 
 def costs(shapes: Shapes) -> dict[str, int]:
-    """Parameters that one rank costs in each layer: c = i + o, METHOD notation.
+    """Parameters that one rank costs in each layer: c = i + o.
 
     >>> costs({"query": (64, 32)})
     {'query': 96}
@@ -31,7 +31,7 @@ def costs(shapes: Shapes) -> dict[str, int]:
 
 
 def caps(shapes: Shapes, max_rank: int) -> dict[str, int]:
-    """Highest rank that makes sense in each layer: min(max_rank, i, o), METHOD eq. 7.
+    """Highest rank that makes sense in each layer: min(max_rank, i, o), docs/method.md eq. 7.
 
     >>> caps({"query": (64, 32), "head": (64, 2)}, 8)
     {'query': 8, 'head': 2}
@@ -49,7 +49,7 @@ def default_max_rank(mean_rank: float, *, least: int = 1) -> int:
 
 
 def budget(mean_rank: float, shapes: Shapes) -> int:
-    """Parameters that a uniform LoRA of rank `mean_rank` would have: ⌊r̄ Σ c⌋, METHOD eq. 7.
+    """Parameters that a uniform LoRA of rank `mean_rank` would have: ⌊r̄ Σ c⌋, docs/method.md eq. 7.
 
     Float error does not count: 0.29 of 100 parameters are 29, though the product is 28.999….
 

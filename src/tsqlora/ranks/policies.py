@@ -12,14 +12,14 @@ from tsqlora.errors import SettingsError, nearest
 from tsqlora.ranks.budget import Shapes, costs, fill, used
 
 LEFT_ALONE = 1
-"""A layer this close to its target neither gives nor receives in a move: METHOD 4.3."""
+"""A layer this close to its target neither gives nor receives in a move."""
 
 
 @runtime_checkable
 class Policy(Protocol):
     """The next ranks, from the present ones and the measurements of an adjustment.
 
-    `target` are the ranks of METHOD eq. 7, `droppable` how many slots of each layer are old
+    `target` are the ranks of docs/method.md eq. 7, `droppable` how many slots of each layer are old
     enough to be given up now, `caps` the highest rank of each layer, `budget` the parameters
     there are, `moves` how many slots may be given up now. Given ranks within the budget, it
     returns ranks within the budget, for the same layers, each from min(`min_rank`, cap) to its
@@ -62,7 +62,7 @@ def tsqlora(
     A move gives one rank to the layer furthest below its target and is paid for by the layers
     furthest above theirs; ties go by name. It is made if it can be paid in full, else not at all,
     and the next layer below target is tried. No donor falls below `min_rank` or gives
-    more than `droppable`. What is then left unspent is handed out by `fill`. METHOD 4.3.
+    more than `droppable`. What is then left unspent is handed out by `fill`.
 
     Repeated with the same target it stops changing: every move shrinks what layers lack, and
     nothing ever takes from a layer that is not above its target.

@@ -1,4 +1,4 @@
-"""When ranks are adjusted, and how much may move then: METHOD 4.
+"""When ranks are adjusted, and how much may move then.
 
 Warm-up (no change) → adjustment (every `interval` optimizer steps) → freeze.
 """
@@ -31,7 +31,7 @@ class RankSchedule:
 
         The first is ⌈warmup · total⌉, but at least `interval`, so that importances exist;
         then every `interval` steps, all before (1 - freeze) · total. Empty if the run is too short. The range's own
-        `stop` is where freezing begins. METHOD 4.
+        `stop` is where freezing begins.
 
         Raises SettingsError if a share or the interval is out of range.
 
@@ -66,7 +66,7 @@ def moves_allowed(step: int, steps: range, *, first: int) -> int:
     """How many slots may be given up at `step`: `first` at the start, falling to 0 as a cubic.
 
     round(first · (1 - p³)) with p the share of the adjustment phase that is over; 0 outside the
-    phase. METHOD 4.3, the fall as in ElaLoRA's b(t).
+    phase. The fall is as in ElaLoRA's b(t).
 
     >>> [moves_allowed(step, range(20, 100, 20), first=8) for step in (0, 20, 60, 80, 100)]
     [0, 8, 7, 5, 0]

@@ -61,7 +61,7 @@ class Classification:
 
         Means and frequencies are weighted and smoothed as in the loss. Classes without labels are left out and keep 0,
         since no finite offset gives them probability 0. The offsets minimise the mean cross-entropy on these rows and
-        are unique with sum 0. Exact to 1e-8; raises TsqLoraError for logits that are not finite. METHOD section 1.
+        are unique with sum 0. Exact to 1e-8; raises TsqLoraError for logits that are not finite.
         """
         weights = self._weights_of(labels)
         frequencies = class_frequencies(labels, logits.shape[1], weights)

@@ -29,7 +29,7 @@ class TokenCounts:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """The mean loss over a sample's target tokens, independent of its length (METHOD, notation).
+    """The mean loss over a sample's target tokens, independent of its length.
 
     With `causal` the logits at a token predict the next one, as in a decoder-only model; else the token itself, as in
     an encoder-decoder. Training averages over all tokens of a batch, as transformers' Trainer does, so that long

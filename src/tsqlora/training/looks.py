@@ -1,4 +1,4 @@
-"""Looks at all rows: when they take place, and their summaries for run.json and the pages."""
+"""When looks at all rows take place, and their summaries for run.json and the pages."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -41,8 +41,8 @@ from tsqlora.training.run_dir import SCORES_FILE
 class QualityCallback(PartCallback):
     """Looks at the rows of a QualitySubset before the first step: fits a new head, and decides which rows are drawn.
 
-    A head that is no better than chance is replaced by one that is fitted on the features that it is given. Rows whose
-    label seems wrong are left out where there is evidence of wrong labels; what the rule says decides the rest. With
+    A head that is fitted on the features replaces the model's own if its out-of-fold loss is lower by two standard
+    errors. Rows whose label seems wrong are left out where there is evidence of wrong labels; what the rule says decides the rest. With
     trusted rows the run trains on the pool first, and on them last; texts, and rows that the look finds to agree with
     the pool, are mixed in. A run of several epochs looks again after a third of its steps where that can change
     which rows are drawn.

@@ -1,4 +1,4 @@
-"""Decide ranks from a measured gradient, change the model, and record the decision.  METHOD section 4."""
+"""Decide ranks from a measured gradient, change the model, and record the decision."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -117,7 +117,7 @@ class RankChanges:
         return {name: slots.rank for name, slots in self.layers.items()}
 
     def start(self, probe: Probe, step: int) -> None:
-        """Set the ranks to the targets of METHOD eq. 7."""
+        """Set the ranks to the targets of docs/method.md eq. 7."""
         measured = probe.sensitivity()
         target = self._target(measured.values)
         ranks = distributed.from_first(target)

@@ -1,4 +1,4 @@
-"""Ranks that follow sensitivity, in any training loop.  METHOD section 4.
+"""Ranks that follow sensitivity, in any training loop.
 
 start: ranks from the quality sample ── warm-up ── adjust every Δ steps ── freeze
 """
@@ -155,7 +155,7 @@ class RankLoop:
         batch_size: int = 32,
         autocast: torch.dtype | None = None,
     ) -> None:
-        """Set the first ranks, from sensitivities on these samples: METHOD section 2; options as in `sensitivity`.
+        """Set the first ranks, from sensitivities on these samples; options as in `sensitivity`.
 
         Between two steps, or before the first; the samples are the quality sample, for the method as published.
         """

@@ -32,7 +32,7 @@ PRESETS: Mapping[PresetName, Mapping[str, float]] = {
     "default": {},
     "paper": {"gradient_norm": 1 / 3, "loss_reduction": 1 / 3, "convergence": 1 / 3},
 }
-"""Weights of the terms of Q (METHOD eq. 4).  Without weights, rows are drawn evenly."""
+"""Weights of the terms of Q (docs/method.md eq. 4).  Without weights, rows are drawn evenly."""
 
 
 class Section(BaseModel):
@@ -84,7 +84,7 @@ class DataSettings(Section):
     validation: str | None = setting(None, "Validation rows; null holds out a share of the training rows.")
     test: str | None = setting(None, "Test rows; null takes those beside data.train, if any.")
     trusted: str | None = setting(
-        None, "Clean rows of the kind that the model must handle well, 32 to 200; training ends with them."
+        None, "Checked rows of the kind that the model must handle well, 32 to 200."
     )
     text: str | None = setting(None, "Column of the text, or of the path of an image or recording; null detects it.")
     text_pair: str | None = setting(None, "Column of the second text; null detects it, unless data.text is set.")
