@@ -763,7 +763,7 @@ def problems(_: Results) -> Rows:
         _problem(
             "The run was killed, or the disk was full",
             "tsqlora train … --resume",
-            f"{survived} of {len(faulty)} injected faults recovered to the same bytes, some after a cure that one line names",
+            f"{survived} of {len(faulty)} injected faults ended with the same bytes, some after a named cure",
         ),
         _problem(
             "Is it better than LoRA on my data?",

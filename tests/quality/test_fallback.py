@@ -71,7 +71,7 @@ def test_a_draw_that_has_nothing_to_do_with_worth_seldom_fails() -> None:
     failed = 0
     for seed in range(400):
         rng = np.random.default_rng(seed)
-        chance = expected_inclusion(rng.normal(size=400), fraction=0.5, temperature=1.0)
+        chance = expected_inclusion(rng.normal(size=400), size=200, temperature=1.0)
         failed += not guard_test(rng.exponential(size=400), chance=chance, kept=ALL).passed
     assert failed < 0.06 * 400
 

@@ -45,7 +45,7 @@ def test_a_temperature_that_is_not_above_zero_is_refused(temperature: float) -> 
     with pytest.raises(SettingsError, match=f"temperature is {temperature}; it must be above 0"):
         probabilities(np.zeros(2), temperature=temperature)
     with pytest.raises(SettingsError, match="it must be above 0"):
-        draw(np.zeros(2), fraction=0.5, temperature=temperature, rng=np.random.default_rng(0))
+        draw(np.zeros(2), size=1, temperature=temperature, rng=np.random.default_rng(0))
 
 
 @pytest.mark.parametrize("fraction", [0.0, -0.1, 1.01, float("nan")])
@@ -102,7 +102,9 @@ def test_only_kept_rows_are_drawn_and_keeping_all_changes_nothing(q: np.ndarray,
     fraction = max(retained.mean(), 0.01) * 0.9
 
     def drawn(retained: np.ndarray | None) -> np.ndarray:
-        return draw(q, fraction=fraction, temperature=1.0, rng=np.random.default_rng(seed), kept=retained)
+        return draw(
+            q, size=draw_size(len(q), fraction), temperature=1.0, rng=np.random.default_rng(seed), kept=retained
+        )
 
     np.testing.assert_array_equal(drawn(np.ones(len(q), dtype=np.bool_)), drawn(None))
     if draw_size(len(q), fraction) <= retained.sum():
@@ -113,7 +115,9 @@ def test_only_kept_rows_are_drawn_and_keeping_all_changes_nothing(q: np.ndarray,
 def test_a_draw_is_ascending_without_repeats_and_the_same_for_the_same_seed(
     q: np.ndarray, fraction: float, seed: int
 ) -> None:
-    one, two = (draw(q, fraction=fraction, temperature=1.0, rng=np.random.default_rng(seed)) for _ in range(2))
+    one, two = (
+        draw(q, size=draw_size(len(q), fraction), temperature=1.0, rng=np.random.default_rng(seed)) for _ in range(2)
+    )
     assert len(one) == draw_size(len(q), fraction)
     assert (np.diff(one) > 0).all()
     assert (one < len(q)).all()
@@ -123,7 +127,9 @@ def test_a_draw_is_ascending_without_repeats_and_the_same_for_the_same_seed(
 @given(st.lists(st.integers(0, 3), min_size=8, max_size=40).map(np.array), SEEDS)
 def test_a_stratified_draw_keeps_the_shares(strata: np.ndarray, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    taken = draw(rng.normal(size=len(strata)), fraction=0.5, temperature=1.0, rng=rng, strata=strata)
+    taken = draw(
+        rng.normal(size=len(strata)), size=draw_size(len(strata), 0.5), temperature=1.0, rng=rng, strata=strata
+    )
     names, counts = np.unique(strata, return_counts=True)
     sizes = stratum_sizes(counts, draw_size(len(strata), 0.5))
     assert [int((strata[taken] == name).sum()) for name in names] == sizes.tolist()
@@ -152,7 +158,7 @@ def test_inclusion_at_extremes_is_zero_or_one_without_a_warning(phi: float, expe
 def test_expected_inclusion_is_how_often_rows_are_drawn(strata: np.ndarray | None) -> None:
     rng = np.random.default_rng(0)
     q, retained = rng.normal(size=40), np.arange(40) % 10 != 3
-    options = {"fraction": 0.4, "temperature": 0.7, "strata": strata, "kept": retained}
+    options = {"size": 16, "temperature": 0.7, "strata": strata, "kept": retained}
     counts = np.zeros(40)
     draws = 4000
     for _ in range(draws):
@@ -166,6 +172,6 @@ def test_expected_inclusion_is_how_often_rows_are_drawn(strata: np.ndarray | Non
 
 @given(QUALITIES, st.floats(0.02, 1), st.floats(0.01, 50))
 def test_expected_inclusions_add_up_to_the_draw(q: np.ndarray, fraction: float, tau: float) -> None:
-    result = expected_inclusion(q, fraction=fraction, temperature=tau)
+    result = expected_inclusion(q, size=draw_size(len(q), fraction), temperature=tau)
     assert result.sum() == pytest.approx(draw_size(len(q), fraction), rel=1e-4)
     assert ((result >= 0) & (result <= 1)).all()

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -146,6 +147,27 @@ def test_without_scores_the_first_draw_is_kept_and_a_warm_up_goes_on() -> None:
     assert subset.draw(1).tolist() != first  # in another order
     subset.plan = subset.plan.unscored(awaits_scores=True)
     assert sorted(np.concatenate([subset.draw(epoch) for epoch in range(4)])) == list(range(40))
+
+
+def test_mixed_in_trusted_rows_take_at_most_half_of_an_epoch_by_turns() -> None:
+    subset = QualitySubset(range(100), 0.2, trusted=[{"input_ids": [j]} for j in range(25)])
+    drawn = [subset.draw(epoch) for epoch in range(5)]
+    assert [int((rows >= 100).sum()) for rows in drawn] == [10] * 5
+    counts = np.bincount(np.concatenate(drawn), minlength=125)
+    assert set(counts[100:]) == {2}
+    assert counts[:100].sum() == 50
+
+
+def test_an_epoch_repeats_rows_where_copies_of_trusted_rows_left_too_few() -> None:
+    rows = [{"input_ids": [j]} for j in range(20)]
+    subset = QualitySubset(rows, 1.0, trusted=rows[:4])
+    subset.use(scored(20).drop(np.arange(20) < 4, "trusted row"), epoch=0)
+    mixed = subset.draw(0)
+    assert sorted(mixed) == list(range(4, 24))
+    subset.plan = replace(subset.plan, trusted_from=(1, 0))
+    counts = np.bincount(subset.draw(0), minlength=24)
+    assert counts[:4].sum() == counts[20:].sum() == 0
+    assert set(counts[4:20]) == {1, 2}
 
 
 def test_good_rows_come_more_often() -> None:

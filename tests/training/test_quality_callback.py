@@ -243,7 +243,7 @@ def noise(n: int = ROWS) -> list[dict[str, Any]]:
 @UNLEARNED
 def test_a_model_at_chance_is_trained_on_random_draws_with_a_warning(tmp_path: Path) -> None:
     watch = Watch()
-    further = {"num_train_epochs": 6, "learning_rate": 1e-6}
+    further = {"num_train_epochs": 6, "learning_rate": 1e-6, "save_strategy": "steps", "save_steps": 10}
     with pytest.warns(UserWarning, match="rows are drawn evenly and ranks stay until the second look: the model's los"):
         quality, trainer = run(tmp_path, watch, data=noise(), further=further)
     assert trainer.state.global_step == 24
@@ -253,6 +253,11 @@ def test_a_model_at_chance_is_trained_on_random_draws_with_a_warning(tmp_path: P
     assert quality.data.scores is None
     assert [step for step, waits in watch.waiting.items() if waits] == list(range(8))
     assert sorted(watch.drawn[4] + watch.drawn[5]) == list(range(ROWS))
+    resumed, again = make(tmp_path, rest := Watch(), data=noise(), further=further)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-20"))
+    assert not any(rest.waiting.values()), "ranks may move after the second look, also in a resumed run"
+    assert rest.drawn[5] == watch.drawn[5]
+    assert resumed.summary()["notes"] == quality.summary()["notes"]
 
 
 @UNLEARNED

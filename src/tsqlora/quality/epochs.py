@@ -24,8 +24,8 @@ class EpochPlan:
     through successive random permutations of the pool, so that a pass includes every row. Afterwards they walk through
     permutations of the kept rows if scores draw evenly, or sample by softmax(Q/τ).
 
-    Trusted rows are numbered from `rows` on. Each epoch includes all of them; with `trusted_from` the run has none
-    before that point and only trusted rows after it.
+    Trusted rows are numbered from `rows` on. Each epoch includes all of them, or as many by turns as are half of its
+    rows; with `trusted_from` the run has none before that point and only trusted rows after it.
 
     Raises SettingsError for a fraction outside 0 < f ≤ 1 and for scores of another number of rows.
     """
@@ -86,14 +86,18 @@ class EpochPlan:
         if scores.even:
             return self._walk(epoch, np.flatnonzero(kept), size)
         rng = stream("quality draw", self.seed, epoch)
+        # The epoch that ends with the first trusted rows begins like a whole one.
+        whole = self.size if self.trusted_from is not None else size
         drawn = draw(
             scores.quality,
-            fraction=self.fraction,
+            size=min(whole, int(kept.sum())),
             temperature=scores.temperature,
             rng=rng,
             strata=scores.strata,
             kept=kept,
         )
+        if len(drawn) < size:
+            return np.concatenate([drawn, self._walk(epoch, drawn, size - len(drawn))])
         return drawn if size == len(drawn) else drawn[np.sort(rng.permutation(len(drawn))[:size])]
 
     def from_trusted(self, epoch: int) -> Int[np.ndarray, " j"]:
@@ -102,15 +106,18 @@ class EpochPlan:
         if size == 0:
             return np.empty(0, dtype=np.int64)
         if self.trusted_from is None:
-            return self.rows + np.arange(size)
-        first, place = self.trusted_from
-        before = 0 if epoch == first else self.size - place + (epoch - first - 1) * self.size
+            if size == self.trusted:
+                return self.rows + np.arange(size)
+            before = epoch * size
+        else:
+            first, place = self.trusted_from
+            before = 0 if epoch == first else self.size - place + (epoch - first - 1) * self.size
         return self.rows + _stretch(before, size, self.trusted, lambda p: stream("trusted order", self.seed, p))
 
     def _trusted_of(self, epoch: int) -> int:
         """Return the number of trusted rows in an epoch."""
         if self.trusted_from is None:
-            return min(self.trusted, self.size)
+            return min(self.trusted, self.size // 2)
         first, place = self.trusted_from
         return 0 if epoch < first else self.size - place if epoch == first else self.size
 

@@ -20,7 +20,7 @@ from tsqlora.errors import TsqLoraError
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.quality.label_noise import doubts
 from tsqlora.quality.rows import batches_of
-from tsqlora.quality.sampling import expected_inclusion
+from tsqlora.quality.sampling import draw_size, expected_inclusion
 from tsqlora.quality.scores import Scores
 from tsqlora.tasks import Answers, Task
 from tsqlora.tasks.forward import Collate, model_logits, precision, require_labels, split_labels
@@ -147,8 +147,9 @@ def guarded(scores: Scores, fraction: float) -> tuple[Scores, GuardTest | None]:
     doubt = None if logits is None else doubts(logits, scores.labels, frozen=scores.record.frozen)
     if doubt is None:
         return _noted(scores, {"checked": False, "why": "wrong labels are not evident"}), None
+    size = min(draw_size(len(scores), fraction), int(scores.kept.sum()))
     chance = expected_inclusion(
-        scores.quality, fraction=fraction, temperature=scores.temperature, strata=scores.strata, kept=scores.kept
+        scores.quality, size=size, temperature=scores.temperature, strata=scores.strata, kept=scores.kept
     )
     test = guard_test(doubt, chance=chance, kept=scores.kept)
     noted = _noted(scores, test.to_dict())

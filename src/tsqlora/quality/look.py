@@ -249,7 +249,8 @@ class _Looking:
         margin = GATES[rule.gate](trusted_loss, scores.labels, self.started.trusted.labels, scores.stratified)
         # Half is enough for an even draw, which may repeat rows.
         size = draw_size(len(scores), self.request.fraction)
-        mask = left_out(np.where(scores.kept, margin, np.inf), -(-size // 2) if rule.even else size)
+        least = (-(-size // 2) if rule.even else size) + int((~scores.kept).sum())
+        mask = left_out(np.where(scores.kept, margin, np.inf), least)
         noted = replace(scores, record=replace(scores.record, gate={"name": rule.gate, "left_out": int(mask.sum())}))
         return noted.drop(mask, "swapped pair" if rule.gate == "swapped" else "gated") if mask.any() else noted
 

@@ -110,25 +110,25 @@ def inclusion(phi: Float[np.ndarray, " m"], threshold: float) -> Float[np.ndarra
 def draw(
     quality: Float[np.ndarray, " n"],
     *,
-    fraction: float,
+    size: int,
     temperature: float,
     rng: np.random.Generator,
     strata: Int[np.ndarray, " n"] | None = None,
     kept: Bool[np.ndarray, " n"] | None = None,
 ) -> Int[np.ndarray, " m"]:
-    """Draw `fraction` of all rows by softmax(Q/τ), ascending; each stratum keeps its share of all rows.
+    """Draw `size` rows by softmax(Q/τ), ascending; each stratum keeps its share of all rows.
 
     Only `kept` rows are drawn; where a stratum has too few, the others make up the difference in proportion.
     """
     phi = log_weights(quality, temperature)
-    groups = _groups(len(quality), fraction, strata, kept)
-    return np.sort(np.concatenate([rows[gumbel_top_k(phi[rows], size, rng)] for rows, size in groups]))
+    groups = _groups(len(quality), size, strata, kept)
+    return np.sort(np.concatenate([rows[gumbel_top_k(phi[rows], k, rng)] for rows, k in groups]))
 
 
 def expected_inclusion(
     quality: Float[np.ndarray, " n"],
     *,
-    fraction: float,
+    size: int,
     temperature: float,
     strata: Int[np.ndarray, " n"] | None = None,
     kept: Bool[np.ndarray, " n"] | None = None,
@@ -140,8 +140,8 @@ def expected_inclusion(
     """
     phi = log_weights(quality, temperature)
     q = np.zeros(len(quality))
-    for rows, size in _groups(len(quality), fraction, strata, kept):
-        q[rows] = inclusion(phi[rows], _threshold(phi[rows], size))
+    for rows, k in _groups(len(quality), size, strata, kept):
+        q[rows] = inclusion(phi[rows], _threshold(phi[rows], k))
     return q
 
 
@@ -157,12 +157,12 @@ def _threshold(phi: Float[np.ndarray, " n"], size: int) -> float:
 
 
 def _groups(
-    rows: int, fraction: float, strata: Int[np.ndarray, " n"] | None, kept: Bool[np.ndarray, " n"] | None
+    rows: int, size: int, strata: Int[np.ndarray, " n"] | None, kept: Bool[np.ndarray, " n"] | None
 ) -> list[tuple[Int[np.ndarray, " j"], int]]:
     """Return each stratum's kept rows, and how many of them a draw takes."""
     groups = np.zeros(rows, dtype=np.int64) if strata is None else strata
     may = np.ones(rows, dtype=np.bool_) if kept is None else kept
     names, places, counts = np.unique(groups, return_inverse=True, return_counts=True)
     limits = np.bincount(places[may], minlength=len(names))
-    sizes = capped_sizes(counts, draw_size(rows, fraction), limits)
-    return [(np.flatnonzero((groups == name) & may), int(size)) for name, size in zip(names, sizes, strict=True)]
+    sizes = capped_sizes(counts, size, limits)
+    return [(np.flatnonzero((groups == name) & may), int(k)) for name, k in zip(names, sizes, strict=True)]

@@ -88,6 +88,7 @@ class QualityState:
     """Cost of the looks, by phase."""
     draws: dict[str, Any]
     """Options that decide scores and draws."""
+    notes: list[str]
 
     def save(self, folder: Path) -> None:
         if distributed.is_first():
@@ -97,7 +98,9 @@ class QualityState:
     def load(cls, folder: Path) -> "QualityState":
         """Raises TsqLoraError naming the file if it is missing or of another version."""
         values = _read(folder / QUALITY_FILE)
-        return cls(**{**values, "spent": {phase: PhaseCost(**cost) for phase, cost in values["spent"].items()}})
+        return cls(
+            **{"notes": [], **values, "spent": {phase: PhaseCost(**cost) for phase, cost in values["spent"].items()}}
+        )
 
 
 @dataclass(frozen=True, slots=True)

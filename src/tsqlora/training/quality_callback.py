@@ -42,10 +42,10 @@ class QualityCallback(PartCallback):
     """Looks at the rows of a QualitySubset before the first step: fits a new head, and decides which rows are drawn.
 
     A head that is fitted on the features replaces the model's own if its out-of-fold loss is lower by two standard
-    errors. Rows whose label seems wrong are left out where there is evidence of wrong labels; what the rule says decides the rest. With
-    trusted rows the run trains on the pool first, and on them last; texts, and rows that the look finds to agree with
-    the pool, are mixed in. A run of several epochs looks again after a third of its steps where that can change
-    which rows are drawn.
+    errors. Rows whose label seems wrong are left out where there is evidence of wrong labels; what the rule says
+    decides the rest. With trusted rows the run trains on the pool first, and on them last; texts, and rows that the
+    look finds to agree with the pool, are mixed in. A run of several epochs looks again after a third of its steps
+    where that can change which rows are drawn.
 
     Args:
         data: the Trainer's train_dataset.
@@ -117,7 +117,8 @@ class QualityCallback(PartCallback):
         ends_trusted = self.rule.select and self.schedule.trusted_from is not None
         if ends_trusted:
             loader.set_sampler(SequentialSampler(data))
-        plan = data.plan.unscored(awaits_scores=looks, by=self.name)
+        awaits = looks and (saved is None or len(saved.looks) < 2)
+        plan = data.plan.unscored(awaits_scores=awaits, by=self.name)
         last = ends_trusted and self._trusted_last(self._task(args, model), [] if saved is None else saved.looks)
         data.plan = replace(plan, trusted_from=self.schedule.trusted_from if last else None)
         data.task = self.task
@@ -150,7 +151,7 @@ class QualityCallback(PartCallback):
 
     def save_part(self, folder: Path) -> None:
         scored = None if self.data.scores is None else self.data.plan.scored_epoch
-        QualityState(self.looks, scored, self._digest, self.spent, self._draws()).save(folder)
+        QualityState(self.looks, scored, self._digest, self.spent, self._draws(), self.notes).save(folder)
 
     def end(self, state: TrainerState) -> None:
         if self.data.plan.trusted_from is not None and state.global_step <= self.schedule.trusted_step:
@@ -204,6 +205,7 @@ class QualityCallback(PartCallback):
 
     def _resume(self, saved: QualityState, scores_path: Path) -> None:
         self.looks, self._spent, self._digest = saved.looks, dict(saved.spent), saved.scores_sha256
+        self.notes = saved.notes
         if saved.scored_epoch is None:
             return
         # If the run went on after this checkpoint, the first look's scores have another name.
