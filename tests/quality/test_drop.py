@@ -2,6 +2,7 @@
 
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,11 @@ def test_a_class_without_spread_has_no_outliers() -> None:
     values[4] = 1e9
     assert not outliers(made(values)).any()
     assert not outliers(made(np.zeros(40))).any()
+
+
+def test_without_gradient_norms_a_warning_says_that_no_row_is_dropped() -> None:
+    with pytest.warns(UserWarning, match="a model at chance has no gradient norms"):
+        assert not outliers(replace(made(norms()), terms={})).any()
 
 
 def test_dropped_rows_carry_the_first_of_their_reasons(tmp_path: Path) -> None:

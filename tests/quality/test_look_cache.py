@@ -39,7 +39,7 @@ def rows(n: int = 90) -> list[dict[str, Any]]:
 
 
 def once(model: torch.nn.Module, data: Any, **changes: Any) -> Any:
-    return look_cache.look_once(model, LookRequest(dataset=data, task=TASK, **{"collate": collate, **changes}))
+    return look_cache.look_once(model, LookRequest(dataset=data, **{"task": TASK, "collate": collate, **changes}))
 
 
 def test_the_second_time_gives_the_same_head_and_scores(looks: list[int]) -> None:
@@ -74,6 +74,19 @@ def test_what_decides_a_look_names_it(other: str, looks: list[int]) -> None:
     if other == "collator":  # the same rows, and fewer of their tokens
         changes = {"collate": lambda batch: {n: x[:, :4] if x.dim() > 1 else x for n, x in collate(batch).items()}}
     once(changed, further, **changes)
+    assert len(looks) == 2
+
+
+class Custom(type(TASK)):
+    """A task of the user's, whose repr is its address."""
+
+    __repr__ = object.__repr__
+
+
+def test_a_task_without_a_lasting_description_is_not_cached(looks: list[int]) -> None:
+    model, data, task = tsq.wrap(tiny_bert().float(), mean_rank=2), rows(), Custom()
+    for _ in range(2):
+        once(copy.deepcopy(model), data, task=task)
     assert len(looks) == 2
 
 

@@ -37,7 +37,8 @@ def _few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trusted_module, "BATCH_SIZE", 8)
 
 
-def test_it_is_a_plain_training_on_the_trusted_rows(model: torch.nn.Module) -> None:
+@pytest.mark.parametrize("at_once", [None, 3])
+def test_it_is_a_plain_training_on_the_trusted_rows(model: torch.nn.Module, at_once: int | None) -> None:
     rows, pool = samples(20, 3, seed=0), samples(8, 3, seed=1)
     twin = copy.deepcopy(model).eval()
     optimizer = torch.optim.AdamW([p for p in twin.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
@@ -49,7 +50,13 @@ def test_it_is_a_plain_training_on_the_trusted_rows(model: torch.nn.Module) -> N
         TASK.loss(model_logits(twin, inputs, TASK), labels).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    with trusted_model(model, Trusted(rows, 5e-3), collate, task=TASK, rng=np.random.default_rng(0)):
+
+    def small(rows: list) -> dict:
+        assert len(rows) <= (at_once or 8)
+        return collate(rows)
+
+    options = {"task": TASK, "at_once": at_once, "rng": np.random.default_rng(0)}
+    with trusted_model(model, Trusted(rows, 5e-3), small, **options):
         torch.testing.assert_close(losses_of(model, pool), losses_of(twin, pool))
 
 

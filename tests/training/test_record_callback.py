@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 from peft import PeftModel
 from torch.utils.data import IterableDataset
+from transformers import TrainerState, TrainingArguments
 
 import tsqlora as tsq
 from stock import make_trainer, moods, slotted_bert
 from tsqlora.reports.gather import gather
 from tsqlora.reports.write import write_report
 from tsqlora.training.record import RECORD_FILE, RunRecord
+from tsqlora.training.recorder import step_size
 
 ROWS = moods()
 
@@ -114,6 +116,40 @@ def test_a_stream_of_rows_has_a_record_without_their_number(tmp_path: Path) -> N
     assert "rows" not in record.plan
     assert record.cost["training"].forward == 6 * 8
     assert tsq.report(tmp_path).path.exists()
+
+
+class Counted(IterableDataset[Any]):
+    """A stream that knows its length."""
+
+    def __iter__(self) -> Any:
+        return iter(ROWS)
+
+    def __len__(self) -> int:
+        return len(ROWS)
+
+
+class Uncounted(Counted):
+    """As accelerate's shard of a stream of unknown length."""
+
+    def __len__(self) -> int:
+        raise TypeError("no length")
+
+
+@pytest.mark.parametrize("stream", [Counted, Uncounted])
+def test_ranks_move_on_a_stream_with_a_method_for_its_length(stream: type[Counted], tmp_path: Path) -> None:
+    callbacks = [tsq.RankCallback(interval=2), tsq.GuardCallback()]
+    trained(tmp_path, *callbacks, data=stream(), max_steps=6, train_sampling_strategy="random")
+    record = RunRecord.load(tmp_path)
+    assert ("rows" in record.plan) == (stream is Counted)
+    assert record.cost["training"].forward == 6 * 8
+
+
+def test_the_rows_of_a_step_follow_a_batch_size_that_was_found(tmp_path: Path) -> None:
+    args = TrainingArguments(str(tmp_path), per_device_train_batch_size=8, gradient_accumulation_steps=2, use_cpu=True)
+    state = TrainerState(train_batch_size=4)
+    assert step_size(args, state) == 16
+    args.auto_find_batch_size = True
+    assert step_size(args, state) == 8
 
 
 def test_a_record_that_cannot_be_written_warns_and_the_training_ends_well(

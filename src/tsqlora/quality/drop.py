@@ -5,6 +5,7 @@ datasketch's MinHash; Broder, 1997).  Candidates are pairs whose signatures agre
 disk, so that any number of texts fits.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -38,6 +39,9 @@ def outliers(scores: Scores) -> Bool[np.ndarray, " n"]:
 
     In logarithms, since the norms of a trained model span orders of magnitude. A class without spread has none.
     """
+    if "gradient_norm" not in scores.terms:
+        warnings.warn("no outlier was dropped: a model at chance has no gradient norms to compare", stacklevel=2)
+        return np.zeros(len(scores), dtype=np.bool_)
     norms = scores.terms["gradient_norm"].astype(np.float64)
     logs = np.log(np.maximum(norms, np.finfo(np.float64).tiny))
     groups = np.zeros(len(scores), dtype=np.int64) if scores.strata is None else scores.strata

@@ -170,6 +170,7 @@ class _Looking:
             trusted,
             request.collate,
             task=request.task,
+            at_once=compute.batch_size,
             autocast=compute.autocast,
             rng=stream("trusted model", request.rule.seed),
             start=start,

@@ -96,11 +96,14 @@ def _changed(model: nn.Module, result: Look) -> dict[str, np.ndarray]:
 
 
 def key_of(model: nn.Module, batches: Iterable[Batch], settings: Mapping[str, Any]) -> str | None:
-    """Hash all inputs of a look; None where the cache is off, or a batch has other values than tensors."""
+    """Hash all inputs of a look; None where the cache is off, and for inputs that have no lasting description."""
     if _folder() is None:
         return None
+    described = json.dumps(settings, sort_keys=True, default=repr)
+    if " at 0x" in described:
+        return None  # a term or task of the user's, of which only the address is known
     digest = hashlib.sha256(_code().encode())
-    digest.update(json.dumps(settings, sort_keys=True, default=repr).encode())
+    digest.update(described.encode())
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(_bytes(tensor.detach(), whole=tensor.requires_grad))

@@ -69,6 +69,8 @@ class QualitySubset(Dataset[Any]):
         self.lengths, self.batch_size = lengths, batch_size
         if lengths is not None and len(self.trusted):
             self.lengths = [*lengths, *lengths_of(self.trusted)]
+        self.trusted_hash = hash_of(self.trusted)
+        """Of the trusted rows, 16 hex digits; None without trusted rows."""
         self.task: Task | None = None
         """The task that QualityCallback was given; first ranks use its loss, too."""
         self.drawn_by: str | None = None
@@ -106,16 +108,6 @@ class QualitySubset(Dataset[Any]):
     def scores(self) -> Scores | None:
         """The scores that rows are drawn by; None for random draws."""
         return self.plan.scores
-
-    @property
-    def trusted_hash(self) -> str | None:
-        """A hash of the trusted rows, 16 hex digits; None without trusted rows."""
-        if not len(self.trusted):
-            return None
-        digest = hashlib.sha256()
-        for j in range(len(self.trusted)):
-            digest.update(repr(content_of(self.trusted[j])).encode())
-        return digest.hexdigest()[:16]
 
     def use(self, scores: Scores, epoch: int) -> None:
         """Draw rows by these scores from `epoch` on."""
@@ -155,6 +147,14 @@ class QualitySubset(Dataset[Any]):
             return rows[rng.permutation(len(rows))]
         lengths = [self.lengths[row] for row in rows]
         return rows[bucketed_order(lengths, batch_size=self.batch_size, rng=rng)]
+
+
+def hash_of(rows: Rows) -> str | None:
+    """Return a hash of the rows, 16 hex digits; None without rows."""
+    digest = hashlib.sha256()
+    for j in range(len(rows)):
+        digest.update(repr(content_of(rows[j])).encode())
+    return digest.hexdigest()[:16] if len(rows) else None
 
 
 def equals(dataset: Rows, others: Rows) -> np.ndarray | None:

@@ -74,6 +74,7 @@ def trusted_model(
     collate: Collate,
     *,
     task: Task,
+    at_once: int | None = None,
     autocast: torch.dtype | None = None,
     rng: np.random.Generator,
     start: Callable[[], None] = lambda: None,
@@ -81,10 +82,11 @@ def trusted_model(
     """Train the model on the trusted rows while open; afterwards restore it bit for bit, also after an error.
 
     AdamW without weight decay and dropout, at a rate that falls linearly to 0, in a new order for each pass over the
-    rows. `start` runs first and may change trainable weights, such as a head's. Weights, gradients, modes and random
-    generators are restored. Raises TsqLoraError where a loss is not finite.
+    rows; batches of more than `at_once` rows are accumulated. `start` runs first and may change trainable weights, such
+    as a head's. Weights, gradients, modes and random generators are restored. Raises TsqLoraError where a loss is not
+    finite.
     """
-    training = _Training(model, trusted, collate, task, autocast, rng)
+    training = _Training(model, trusted, collate, task, at_once or len(trusted.rows), autocast, rng)
     before = [(p, p.detach().clone(), p.grad) for p in training.parameters]
 
     @torch.no_grad()
@@ -111,6 +113,7 @@ class _Training:
     trusted: Trusted
     collate: Collate
     task: Task
+    at_once: int
     autocast: torch.dtype | None
     rng: np.random.Generator
 
@@ -142,9 +145,7 @@ class _Training:
     @torch.no_grad()
     def loss(self, rows: np.ndarray) -> float:
         """The mean loss of some trusted rows."""
-        size = self.trusted.batch_size
-        parts = [self._losses(rows[first : first + size])[0].sum() for first in range(0, len(rows), size)]
-        return float(torch.stack(parts).sum()) / len(rows)
+        return float(torch.stack([self._losses(part)[0].sum() for part in self._parts(rows)]).sum()) / len(rows)
 
     @torch.enable_grad()
     def run(self, rows: np.ndarray, factor: float) -> None:
@@ -158,13 +159,15 @@ class _Training:
         order = np.concatenate([self.rng.permutation(n) for _ in range(-(-steps * size // n))])
         decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
         for step in range(steps):
-            loss = self.task.batch_loss(*self._losses(rows[order[step * size : (step + 1) * size]]))
-            if not torch.isfinite(loss):
-                raise TsqLoraError(
-                    f"the loss on trusted rows is {float(loss.detach())} at learning rate {rate:g}; lower "
-                    "training.learning_rate, or check the rows of data.trusted"
-                )
-            loss.backward()
+            batch = rows[order[step * size : (step + 1) * size]]
+            for part in self._parts(batch):
+                loss = self.task.batch_loss(*self._losses(part))
+                if not torch.isfinite(loss):
+                    raise TsqLoraError(
+                        f"the loss on trusted rows is {float(loss.detach())} at learning rate {rate:g}; lower "
+                        "training.learning_rate, or check the rows of data.trusted"
+                    )
+                (loss * (len(part) / len(batch))).backward()
             optimizer.step()
             decay.step()
             optimizer.zero_grad(set_to_none=True)
@@ -172,6 +175,9 @@ class _Training:
     @property
     def parameters(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
+
+    def _parts(self, rows: np.ndarray) -> list[np.ndarray]:
+        return [rows[first : first + self.at_once] for first in range(0, len(rows), self.at_once)]
 
     def _losses(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Losses and labels of some trusted rows."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
 from tsqlora.quality.epochs import trusted_steps
 from tsqlora.quality.scores import Scores
@@ -26,17 +26,19 @@ class Schedule:
     """The same as an epoch and the place in it."""
     second_look: int | None
     """The epoch before which all rows are looked at again."""
+    step_size: int
+    """Rows of a step, of every process."""
 
     @classmethod
-    def of(cls, data: QualitySubset, args: TrainingArguments, total: int, batches: int) -> "Schedule":
-        """Of a run of so many optimizer steps, whose epochs have so many batches."""
-        a_step, accumulated = step_size(args), args.gradient_accumulation_steps
+    def of(cls, data: QualitySubset, args: TrainingArguments, state: TrainerState, batches: int) -> "Schedule":
+        """Of a run whose epochs have so many batches."""
+        a_step, accumulated, total = step_size(args, state), args.gradient_accumulation_steps, state.max_steps
         an_epoch = max(1, math.ceil(batches / accumulated))
         first = total - trusted_steps(total, data.plan.trusted, a_step)
         epoch, step = divmod(first, an_epoch)
         place = (epoch, min(step * a_step, len(data))) if first < total else None
         again = (e for e in range(1, math.ceil(total / an_epoch)) if LOOK_AGAIN * total <= e * an_epoch < first)
-        return cls(first, place, next(again, None))
+        return cls(first, place, next(again, None), a_step)
 
 
 def look_summary(scores: Scores, why_not: str | None) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from tsqlora.training.callback_state import QualityState, require_options
 from tsqlora.training.checkpoints import EPOCH_ERROR, digest, epoch_of
 from tsqlora.training.looks import Schedule, look_summary, noise_notes, trusted_agree
 from tsqlora.training.part import PartCallback, require_subset
-from tsqlora.training.recorder import of_draws, step_size
+from tsqlora.training.recorder import of_draws
 from tsqlora.training.run_dir import SCORES_FILE
 
 
@@ -89,7 +89,7 @@ class QualityCallback(PartCallback):
         self.task, self.rows = task, rows or RowNames()
         self.scores_path = None if scores_path is None else Path(scores_path)
         self.progress, self.collate = progress, collate
-        self.schedule = Schedule(0, None, None)
+        self.schedule = Schedule(0, None, None, 0)
         self._forget()
 
     def _forget(self) -> None:
@@ -107,13 +107,13 @@ class QualityCallback(PartCallback):
                 "makes its own rows, such as SFTTrainer, choose them before it is built: dataset = "
                 "tsqlora.select(model, dataset, processing_class=tokenizer, trusted=rows, fraction=0.2)"
             )
+        self.schedule = Schedule.of(data, args, state, len(loader))
         saved = None if resumed is None else QualityState.load(resumed)
         looks = self.rule.decides(self._task(args, model), len(data.trusted) > 0)
         if saved is not None:
             require_options(saved.draws, self._draws())
         elif looks:
             self._require_scorable(args, self._request(args, model, loader.collate_fn, {}), model)
-        self.schedule = Schedule.of(data, args, state.max_steps, len(loader))
         ends_trusted = self.rule.select and self.schedule.trusted_from is not None
         if ends_trusted:
             loader.set_sampler(SequentialSampler(data))
@@ -258,7 +258,7 @@ class QualityCallback(PartCallback):
             return None
         # A copy: what a resumed run has read from a file cannot be written to, which torch warns of.
         loss = None if scores is None or "trusted_loss" not in scores.terms else scores.terms["trusted_loss"].copy()
-        return Trusted(data.trusted, args.learning_rate, step_size(args), twins=data.plan.excluded, loss=loss)
+        return Trusted(data.trusted, args.learning_rate, self.schedule.step_size, twins=data.plan.excluded, loss=loss)
 
     def _look(self, args: TrainingArguments, state: TrainerState, model: nn.Module, collate: Any) -> None:
         epoch = epoch_of(state)

@@ -1,6 +1,5 @@
 """Ranks that follow sensitivity, in a stock Trainer: a callback that drives a `RankLoop`."""
 
-from collections.abc import Sized
 from dataclasses import asdict, replace
 from numbers import Integral
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.utils.data import IterableDataset
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from tsqlora import distributed
@@ -199,7 +199,7 @@ class RankCallback(PartCallback):
         loader, data = kwargs["train_dataloader"], self._drawn_rows(kwargs)
         waits = data is not None and data.plan.awaits_scores
         scored = data is not None and data.scores is not None
-        first = state.global_step == 0 and isinstance(loader.dataset, Sized)
+        first = state.global_step == 0 and not isinstance(loader.dataset, IterableDataset)
         # Ranks that never move stay uniform, as plain LoRA's.
         sets = self.options["policy"] != "fixed" and not (waits or loop.started)
         if sets and (scored or first):
@@ -237,7 +237,7 @@ class RankCallback(PartCallback):
         collate: Any,
     ) -> None:
         """Set the first ranks from rows of the first epoch, unless the head is at chance."""
-        trained = state.max_steps * step_size(args)
+        trained = state.max_steps * step_size(args, state)
         places = sensitivity_rows(len(data), self.rows_of(trained), self.seed).tolist()
         looked = isinstance(data, QualitySubset)
         rows = [data.row_at(place) if looked else data[place] for place in places]

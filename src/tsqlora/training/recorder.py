@@ -4,13 +4,15 @@ import math
 import time
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 from torch import nn
 from transformers import TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.trainer_utils import has_length
 
 from tsqlora import distributed
 from tsqlora.adapter.slots import active_parameters, active_ranks, has_slots
@@ -162,8 +164,8 @@ def passed(data: Any, args: TrainingArguments, state: TrainerState) -> tuple[int
     if isinstance(data, QualitySubset):
         rows = rows_of_step(data, args, state)
         return len(rows), 0 if data.lengths is None else sum(data.lengths[row] for row in rows)
-    size = step_size(args)
-    if not isinstance(data, Sized):
+    size = step_size(args, state)
+    if not has_length(data):
         return size, 0
     begun = (state.global_step - 1) % max(1, -(-len(data) // size)) * size
     return min(size, len(data) - begun), 0
@@ -171,14 +173,16 @@ def passed(data: Any, args: TrainingArguments, state: TrainerState) -> tuple[int
 
 def rows_of_step(data: QualitySubset, args: TrainingArguments, state: TrainerState) -> Sequence[int]:
     """The rows of the last step, of every process."""
-    size = step_size(args)
+    size = step_size(args, state)
     place = (state.global_step - 1) % -(-len(data) // size)
     return data.indices[place * size : (place + 1) * size].tolist()
 
 
-def step_size(args: TrainingArguments) -> int:
+def step_size(args: TrainingArguments, state: TrainerState) -> int:
     """Rows of an optimizer step, of every process."""
-    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    found = state.train_batch_size if args.auto_find_batch_size else None
+    processes = 1 if cast(AcceleratorConfig, args.accelerator_config).split_batches else args.world_size
+    return (found or args.train_batch_size) * args.gradient_accumulation_steps * processes
 
 
 def logged(history: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
@@ -232,7 +236,7 @@ def own_recorder(args: TrainingArguments, state: TrainerState, model: nn.Module,
     model = distributed.unwrapped(model)
     plan: dict[str, Any] = {"steps": state.max_steps, "ranks": active_ranks(model) if has_slots(model) else {}}
     rows = "a stream"
-    if isinstance(data, Sized):
+    if has_length(data):
         pool = len(data.dataset) if isinstance(data, QualitySubset) else len(data)
         rows = f"{pool:,} rows"
         plan |= {"rows": {"train": pool}, "rows_an_epoch": len(data), "epochs": state.num_train_epochs}
