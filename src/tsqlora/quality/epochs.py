@@ -86,11 +86,9 @@ class EpochPlan:
         if scores.even:
             return self._walk(epoch, np.flatnonzero(kept), size)
         rng = stream("quality draw", self.seed, epoch)
-        # The epoch that ends with the first trusted rows begins like a whole one.
-        whole = self.size if self.trusted_from is not None else size
         drawn = draw(
             scores.quality,
-            size=min(whole, int(kept.sum())),
+            size=min(self.size, int(kept.sum())),
             temperature=scores.temperature,
             rng=rng,
             strata=scores.strata,
