@@ -31,7 +31,7 @@ from tsqlora.run.predict import evaluate_run, predict_run
 from tsqlora.run.score import score_rows
 from tsqlora.tasks import get_task
 from tsqlora.tasks.generation import Generation
-from tsqlora.tasks.texts import TEXT_METRICS
+from tsqlora.tasks.text_metrics import TEXT_METRICS
 from tsqlora.training import fit
 from tsqlora.training.load import collate_of
 from tsqlora.training.quality_callback import SCORES_FILE

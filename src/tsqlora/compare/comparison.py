@@ -24,7 +24,7 @@ from tsqlora.reports.metrics import lower_is_better
 from tsqlora.run.config import Config, dump_config, load_config
 from tsqlora.tasks import get_task
 from tsqlora.tasks.generation import Generation
-from tsqlora.tasks.texts import TEXT_METRICS
+from tsqlora.tasks.text_metrics import TEXT_METRICS
 from tsqlora.training.run_dir import CONFIG_FILE, alone_in
 
 EQUAL: tuple[Equal, ...] = ("steps", "epochs")

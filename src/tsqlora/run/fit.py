@@ -28,7 +28,7 @@ from tsqlora.run.start import start_notes
 from tsqlora.tasks import GENERATION, MEDIA, Task, require_answers
 from tsqlora.tasks.forward import Collate
 from tsqlora.tasks.generation import Generation
-from tsqlora.tasks.texts import require_text_metrics, text_metrics
+from tsqlora.tasks.text_metrics import require_text_metrics, text_metrics
 from tsqlora.tasks.tokens import TokenClassification
 from tsqlora.training.fit import Method, hardware_has_bf16, training_arguments
 from tsqlora.training.load import collate_of, positions_of

@@ -7,7 +7,7 @@ pytest.importorskip("sacrebleu")
 
 from rouge_score.rouge_scorer import RougeScorer
 
-from tsqlora.tasks.texts import ROUGE, text_metrics
+from tsqlora.tasks.text_metrics import ROUGE, text_metrics
 
 
 @pytest.mark.parametrize(
