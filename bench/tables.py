@@ -470,6 +470,7 @@ POOL_WAYS = {
     "even": "even draws, 64 mixed in",
     "last": "density ratio, 64 last",
     "rds": "RDS+, 64 last",
+    "less": "LESS, 64 last",
     "reducible": "reducible loss, 64 last",
     "trusted": "64 trusted alone",
     "oracle": "the right rows, 64 last",
@@ -496,6 +497,27 @@ def mixed_pool(_: Results) -> pd.DataFrame:
         )
     order = {name: number for number, name in enumerate(POOL_WAYS.values())}
     return pd.DataFrame(sorted(rows, key=lambda row: order[row["way to train"]]))
+
+
+def xsum(results: Results) -> pd.DataFrame:
+    """Loss and ROUGE of the test rows at the rate with the lowest validation loss; one seed."""
+    cells = sorted(results["cells"], key=lambda cell: cell["metrics"]["validation"]["loss"])
+    best = {cell["cell"]["method"]: cell for cell in reversed(cells)}
+    rates = {name: [c["cell"]["learning_rate"] for c in cells if c["cell"]["method"] == name] for name in best}
+    rows = []
+    for name, cell in best.items():
+        test = cell["metrics"]["test"]
+        rows.append(
+            {
+                "way to train": f"`{name}`",
+                "learning rate, of": f"{cell['cell']['learning_rate']:g}, {len(rates[name])}",
+                "test loss": f"{test['loss']:.3f}",
+                "ROUGE-1": f"{test['rouge1']:.3f}",
+                "ROUGE-L": f"{test['rougeL']:.3f}",
+                "seconds": f"{cell['seconds']:.0f}",
+            }
+        )
+    return pd.DataFrame(sorted(rows, key=lambda row: row["test loss"]))
 
 
 HEADS = {
@@ -831,11 +853,12 @@ TABLES: dict[str, Callable[[Results], Rows | pd.DataFrame]] = {
     "servers": servers,
     **{
         f"worlds-{world}": partial(worlds, world)
-        for world in ("shortcut", "overlap", "both", "weak", "wrong20", "clean")
+        for world in ("shortcut", "shortcut-mpnet", "overlap", "both", "weak", "wrong20", "clean")
     },
     "worlds-intents": worlds_intents,
     "worlds-screen": worlds_screen,
     "worlds-careless": worlds_careless,
+    "xsum": xsum,
 }
 
 
