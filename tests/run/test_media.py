@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,6 +87,41 @@ def test_an_audit_lists_files_and_its_review_is_applied(place: Path, tmp_path: P
     rows = read_rows(out / "corrected.jsonl").rows
     assert [row["label"] for row in rows if row[kind] == table[0]["text"]] == [other]
     assert sum(row["label"] != Path(row[kind]).parent.name for row in rows) == 1
+
+
+def test_a_review_of_a_table_of_paths_is_applied(place: Path, tmp_path: Path, tsqlora: Run) -> None:
+    table, out = tmp_path / "test.csv", tmp_path / "audit"
+    write_rows(table, [{**row, "path": str(place / row["path"])} for row in read_rows(place / "test.csv").rows])
+    before = table.read_bytes()
+    code, _, err = tsqlora("audit", table, "--model", place / "model", "--out", out)
+    assert code == 0, err
+    with open(out / "suspects.csv", encoding="utf-8", newline="") as file:
+        suspects = list(csv.DictReader(file))
+    suspects[0]["reviewed_label"] = other = suspects[0]["suggested_label"]
+    write_rows(tmp_path / "r.csv", suspects)
+    code, _, err = tsqlora("audit", "--apply", tmp_path / "r.csv", "--out", out)
+    assert code == 0, err
+    rows = read_rows(out / "corrected.jsonl").rows
+    assert [row["label"] for row in rows if row["path"] == suspects[0]["text"]] == [other]
+    table.write_bytes(before + before.splitlines(keepends=True)[-1])
+    code, _, err = tsqlora("audit", "--apply", tmp_path / "r.csv", "--out", out)
+    assert (code, "has changed since its audit" in err) == (3, True)
+
+
+def test_a_review_of_a_folder_that_got_another_file_is_refused(place: Path, tmp_path: Path, tsqlora: Run) -> None:
+    data, out = tmp_path / "data", tmp_path / "audit"
+    shutil.copytree(place / "data" / "test", data)
+    assert tsqlora("audit", data, "--model", place / "model", "--out", out)[0] == 0
+    with open(out / "suspects.csv", encoding="utf-8", newline="") as file:
+        suspects = list(csv.DictReader(file))
+    last = max(suspects, key=lambda row: int(row["row"]))
+    last["reviewed_label"] = next(row["label"] for row in suspects if row["label"] != last["label"])
+    write_rows(tmp_path / "r.csv", suspects)
+    beside = Path(last["text"])
+    shutil.copy(beside, beside.with_name(f"0{beside.name}"))
+    code, _, err = tsqlora("audit", "--apply", tmp_path / "r.csv", "--out", out)
+    assert (code, "has changed since its audit" in err) == (3, True)
+    assert not (out / "corrected.jsonl").exists()
 
 
 def test_a_model_of_texts_is_named(place: Path, tmp_path: Path, tsqlora: Run) -> None:

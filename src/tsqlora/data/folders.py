@@ -1,6 +1,7 @@
 """Folders of images or recordings: one row for each file, with the name of its folder as label."""
 
 import hashlib
+import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -44,6 +45,13 @@ def folder_rows(folder: Path, kind: str) -> list[tuple[str, dict[str, Any]]]:
         shown = ", ".join(others[:_SHOWN]) + (", …" if len(others) > _SHOWN else "")
         warnings.warn(f"{folder}: {len(others)} files are not read as {kind}: {shown}", stacklevel=5)
     return rows
+
+
+def folder_digest(folder: Path, kind: str) -> str:
+    """SHA-256 of the paths and sizes of the files that `folder_rows` reads."""
+    files = (path for path in sorted(_files(folder)) if path.suffix.lower() in ENDINGS[kind])
+    listing = [(str(path.relative_to(folder)), path.stat().st_size if path.exists() else None) for path in files]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from tsqlora.data.batches import IGNORED
+from tsqlora.data.folders import folder_digest
 from tsqlora.data.prepare import prepare
 from tsqlora.data.splits import Splits
 from tsqlora.data.tokenise import tokenise_words
@@ -163,7 +164,7 @@ def _about(config: Config, splits: Splits, result: Audit, listing: Listing, note
     pairs = [{**asdict(pair), "label": names[pair.label], "suggested": names[pair.suggested]} for pair in result.pairs]
     return {
         "source": source.name if source.path is None else str(source.path.absolute()),
-        "sha256": None if source.path is None else digest(source.path),
+        "sha256": source_digest(source.name, splits.columns.media),
         "hints": asdict(hints_of(config)),
         "columns": asdict(splits.columns),
         "classes": list(names),
@@ -184,6 +185,14 @@ def _about(config: Config, splits: Splits, result: Audit, listing: Listing, note
         "duplicates": len(result.duplicates),
         "notes": list(notes),
     }
+
+
+def source_digest(source: str, media: str | None) -> str | None:
+    """SHA-256 of a data file, or of a folder's listing of media files; None for a hub data set."""
+    path = Path(source)
+    if path.is_file():
+        return digest(path)
+    return folder_digest(path, media) if media is not None and path.is_dir() else None
 
 
 def _summary(result: Audit) -> str:

@@ -16,8 +16,7 @@ from tsqlora.data.labels import join_labels, split_labels
 from tsqlora.data.rows import Rows, Source, open_split, read_rows
 from tsqlora.data.write import require_apart, without_formulas, write_rows
 from tsqlora.errors import DataError, nearest
-from tsqlora.run.audit import AUDIT_FILE
-from tsqlora.training.checkpoints import digest
+from tsqlora.run.audit import AUDIT_FILE, source_digest
 
 TRUSTED_FILE = "trusted.jsonl"
 SHOWN = 20
@@ -43,6 +42,7 @@ class Reviewed:
 def apply_review(table: Path, out: Path | None = None) -> dict[str, Any]:
     """Write corrected.EXT, in the format of the audited file, and trusted.jsonl, the rows with a reviewed label.
 
+    Rows of images or recordings become corrected.jsonl, with absolute paths.
     audit.json, in `out` or beside the table, names the audited file. Raises DataError, with row and value, for a
     label that is not a class and a row that the file lacks; and if the file has changed since the audit.
     """
@@ -50,7 +50,7 @@ def apply_review(table: Path, out: Path | None = None) -> dict[str, Any]:
     several = about.get("answer") == "labels"
     reviewed, unread = _read(table, about["classes"], several=several, tags=about.get("answer") == "tags")
     source = open_split(about["source"], split="train", hints=Hints(**about["hints"]))
-    if source.path is not None and digest(source.path) != about["sha256"]:
+    if source_digest(source.name, about["columns"].get("media")) != about["sha256"]:
         raise DataError(f"{source.name} has changed since its audit; audit it again")
     source = source.with_files(about["columns"])
     column = str(about["columns"]["label"])
@@ -64,8 +64,8 @@ def apply_review(table: Path, out: Path | None = None) -> dict[str, Any]:
             cells[one.row] = [*cell[: one.token], one.reviewed, *cell[one.token + 1 :]]
     changed = {row: cell for row, cell in cells.items() if str(cell) != str(rows[row][column])}
     corrected, trusted = folder / corrected_name(source), folder / TRUSTED_FILE
-    require_apart(corrected, source.path, table)
-    require_apart(trusted, source.path)
+    require_apart(corrected, source.name, table)
+    require_apart(trusted, source.name)
     folder.mkdir(parents=True, exist_ok=True)
     write_corrected(source, corrected, column, changed)
     whole = [row for row in cells if row not in unread]
