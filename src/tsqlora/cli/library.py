@@ -33,10 +33,11 @@ def train(
     """
     from tsqlora.run import train as pipeline
     from tsqlora.run.config import load_config
+    from tsqlora.run.config.file import merged
     from tsqlora.training.run_dir import dated
 
     mapping, path = (config, None) if isinstance(config, Mapping) else ({}, config)
-    settings = load_config(path, sections={**mapping, **sections})
+    settings = load_config(path, sections=merged(mapping, sections))
     run = Path(out) if out is not None else dated(settings.data.train if path is None else str(path), resume=resume)
     with Display(Console(stderr=True)) as display:
         pipeline.train(settings, run, resume=resume, progress=display.progress)

@@ -37,7 +37,7 @@ def load_config(
 
     Raises SettingsError naming the file (or `--set`), the dotted key, its value and the cure.
     """
-    raw = _merged({} if path is None else _read(path), sections or {})
+    raw = merged({} if path is None else _read(path), sections or {})
     assignments = [_parse_override(override) for override in overrides]
     for key, value in assignments:
         _assign(raw, key, value)
@@ -90,16 +90,16 @@ def _unknown_key(loc: Sequence[int | str]) -> str:
     return f"unknown key {'.'.join(map(str, loc))!r}; {nearest(name, section.model_fields)}"
 
 
-def _merged(raw: dict[str, Any], sections: Mapping[str, Any]) -> dict[str, Any]:
-    """Both mappings; `sections` win, and paths become text."""
-    merged = dict(raw)
+def merged(raw: Mapping[str, Any], sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Both mappings, section by section; `sections` win, and paths become text."""
+    both = dict(raw)
     for key, value in sections.items():
-        before = merged.get(key)
+        before = both.get(key)
         if isinstance(value, Mapping):
-            merged[key] = _merged(before if isinstance(before, dict) else {}, value)
+            both[key] = merged(before if isinstance(before, Mapping) else {}, value)
         else:
-            merged[key] = os.fspath(value) if isinstance(value, os.PathLike) else value
-    return merged
+            both[key] = os.fspath(value) if isinstance(value, os.PathLike) else value
+    return both
 
 
 def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
