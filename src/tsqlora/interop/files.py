@@ -94,6 +94,11 @@ def _target(name: str, pair: Mapping[str, Stored], config: Mapping[str, Any]) ->
         and a.shape[0] in (rank, 0)
         and all((*a.shape[1:], b.shape[0], *b.shape[2:]))
     )
+    if not fit and config.get("target_parameters"):
+        raise DataError(
+            f"{name}: the adapter changes parameters of experts (target_parameters in {CONFIG}), which tsqlora does "
+            "not read; merge it with PEFT's merge_and_unload, and serve the merged model"
+        )
     if not fit:
         raise DataError(
             f"{name}: lora_A is {_shown(a)}, lora_B {_shown(b)} and the rank of {CONFIG} {rank}, which do not fit each "
