@@ -129,11 +129,11 @@ def test_the_doctor_ends_well_whatever_it_found_and_with_3_where_it_cannot_read(
 def test_the_doctor_of_one_server_exits_by_its_verdict(
     server: str, code: int, verdict: str, tmp_path: Path, tsqlora: Run
 ) -> None:
-    source = save_lora(tmp_path / "a", tiny_llama(), lora_config(rank_pattern={"k_proj": 3}))
+    source = save_lora(tmp_path / "a b", tiny_llama(), lora_config(rank_pattern={"k_proj": 3}))
     result, out, err = tsqlora("doctor", source, "--server", server, "--json")
     (judged,) = json.loads(out)["consumers"]
     assert (result, judged["verdict"]) == (code, verdict)
-    assert ("--format universal" in err) == (code == 4)
+    assert (f"tsqlora export '{source}' --format universal" in err) == (code == 4)
     assert tsqlora("doctor", tmp_path / "nowhere", "--server", server)[0] == 3
     assert tsqlora("doctor", source, "--server", "vlm")[0] == 2
 
@@ -158,7 +158,9 @@ def test_the_doctor_proposes_no_export_that_peft_cannot_make(tmp_path: Path, tsq
     assert tsqlora("export", source, "--server", "vllm", "--out", tmp_path / "out")[0] == 2
 
 
-def test_the_doctor_takes_an_adapter_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tsqlora: Run) -> None:
+def test_doctor_and_export_take_an_adapter_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tsqlora: Run
+) -> None:
     repository = tmp_path / "cache" / "models--somebody--adapter"
     save_lora(repository / "snapshots" / ("a" * 40), tiny_llama(), lora_config())
     (repository / "refs").mkdir()
@@ -166,6 +168,11 @@ def test_the_doctor_takes_an_adapter_of_the_hub(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert json.loads(tsqlora("doctor", "somebody/adapter", "--json")[1])["rank"] == 8
+    save_base(tmp_path / "base", tiny_llama())
+    arguments = ("export", "somebody/adapter", "--base", tmp_path / "base")
+    for chosen, out in (("--format", "universal"), tmp_path / "u"), (("--server", "sglang"), tmp_path / "s"):
+        code, _, err = tsqlora(*arguments, *chosen, "--out", out)
+        assert (code, (out / WEIGHTS).is_file()) == (0, True), err
     code, out, err = tsqlora("doctor", "somebody/else")
     assert (code, out) == (3, "")
     assert "somebody/else" in err

@@ -1,6 +1,7 @@
 """Plans, results and tables in a terminal."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from shlex import quote
 from typing import Any
 
 from rich.console import Console, Group
@@ -70,7 +71,7 @@ def show_record(console: Console, record: Mapping[str, Any]) -> None:
     for split, metrics in record["metrics"].items():
         console.print(f"{split:<11} " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     say(console, [f"note: {note}" for note in record["notes"]])
-    say(console, [f"adapter     {record['run']}/adapter", f"report      tsqlora report {record['run']}"])
+    say(console, [f"adapter     {record['run']}/adapter", f"report      tsqlora report {quote(record['run'])}"])
 
 
 def show_allocation(console: Console, arguments: Mapping[str, Any]) -> None:
@@ -112,9 +113,9 @@ def show_numbers(console: Console, numbers: Mapping[str, Any]) -> None:
 def show_review(console: Console, result: Mapping[str, Any]) -> None:
     """What a review changed, and how to train on it."""
     show_numbers(console, {name: value for name, value in result.items() if name != "notes"})
-    trusted = f" --set data.trusted={result['trusted']}"
+    trusted = " --set " + quote(f"data.trusted={result['trusted']}") if result["reviewed"] else ""
     say(console, [f"note: {note}" for note in result["notes"]])
-    say(console, [f"next: tsqlora train --model M --data {result['corrected']}{trusted if result['reviewed'] else ''}"])
+    say(console, [f"next: tsqlora train --model M --data {quote(result['corrected'])}{trusted}"])
 
 
 def show_scores(console: Console, result: Mapping[str, Any]) -> None:
@@ -131,7 +132,7 @@ def show_scores(console: Console, result: Mapping[str, Any]) -> None:
         f"draw     {draw}",
         f"left out {', '.join(f'{count:,} ({WHY[reason]})' for reason, count in dropped.items()) or 'none'}",
         *([f"labels   {_noise_line(noise)}"] if noise else []),
-        f"next     tsqlora explain {file}, or tsqlora select {file} --fraction 0.5 --out subset.jsonl",
+        f"next     tsqlora explain {quote(file)}, or tsqlora select {quote(file)} --fraction 0.5 --out subset.jsonl",
     ]
     say(console, lines)
 
@@ -256,6 +257,6 @@ def show_audit(console: Console, result: Mapping[str, Any]) -> None:
     checks = f", {result['checks']:,} of them no suspects, as a check" if result["checks"] else ""
     lines += [
         f"{result['suspects']} lists {result['listed']:,} rows{checks}",
-        f"review {result['page']}, export, then: tsqlora audit --apply reviewed.csv --out {result['out']}",
+        f"review {result['page']}, export, then: tsqlora audit --apply reviewed.csv --out {quote(result['out'])}",
     ]
     say(console, lines)

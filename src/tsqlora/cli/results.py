@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -68,7 +69,7 @@ def compare(
         result["report"] = str(write_report(out))
     except SettingsError as error:  # a missing plotly must not lose hours of training
         result["report"] = None
-        console.note(f"no report: {error}; then: tsqlora report {out}")
+        console.note(f"no report: {error}; then: tsqlora report {quote(str(out))}")
     console.show(result, as_json, show_comparison)
 
 
@@ -113,7 +114,9 @@ def report(
 
 
 def export(
-    source: Annotated[Path, typer.Argument(metavar="RUN|ADAPTER", help="A run directory, or that of an adapter.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN|ADAPTER|HUB_ID", help="A directory, or OWNER/NAME on the hub.")
+    ],
     out: Annotated[Path, typer.Option(help="Directory to write.")],
     format: Annotated[str | None, typer.Option(help="peft, universal, compressed, gguf or merged.")] = None,
     server: Annotated[
@@ -144,6 +147,7 @@ def export(
     """
     if (format is None) == (server is None):
         raise SettingsError("an export needs either --format or --server; set one of them")
+    source = _local(source)
     if server is not None:
         from tsqlora.interop.doctor import format_for
         from tsqlora.training.run_dir import adapter_folder
@@ -178,21 +182,28 @@ def doctor(
 
     Example: tsqlora doctor adapter --server vllm==0.31.0
     """
-    from tsqlora.compat.hub import download_adapter, is_hub_id
     from tsqlora.interop.doctor import examine
     from tsqlora.training.run_dir import adapter_folder
 
-    name = source.as_posix()
-    on_hub = "/" in name and is_hub_id(name) and not source.exists()
-    result = examine(download_adapter(name) if on_hub else adapter_folder(source), server=server)
+    result = examine(adapter_folder(_local(source)), server=server)
     console.show(result, as_json, show_doctor)
     if server is not None and (judged := result["consumers"][0])["verdict"] != "right":
         mend = judged["mend"]
         command = (
-            f"tsqlora export {source} --format {mend} --out DIR" if mend else "no export helps; serve it with PEFT"
+            f"tsqlora export {quote(str(source))} --format {mend} --out DIR"
+            if mend
+            else "no export helps; serve it with PEFT"
         )
         console.note(f"for {judged['name']}: {command}")
         raise typer.Exit(MISREAD)
+
+
+def _local(source: Path) -> Path:
+    """A directory as it is; for OWNER/NAME the downloaded adapter's, unless a directory has this name."""
+    from tsqlora.compat.hub import download_adapter, is_hub_id
+
+    name = source.as_posix()
+    return download_adapter(name) if "/" in name and is_hub_id(name) and not source.exists() else source
 
 
 def _listed(text: str) -> list[str]:

@@ -1,6 +1,7 @@
 """Commands that choose rows and ranks for any trainer: score, explain, select, allocate, audit."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -43,7 +44,7 @@ def score(
     from tsqlora.run.score import score_rows
 
     if source.suffix == ".parquet" and source.is_file():
-        raise SettingsError(f"{source} is neither CONFIG nor RUN; `tsqlora explain {source}` shows scores")
+        raise SettingsError(f"{source} is neither CONFIG nor RUN; `tsqlora explain {quote(str(source))}` shows scores")
     with Display(console.stderr) as display:
         scores = score_rows(source, out, overrides=set_ or [], drop=drop or [], progress=display.progress)
     names = ("draw", "weights", "temperature", "effective_sample_size", "noise", "reference_rows", "eta", "scope")

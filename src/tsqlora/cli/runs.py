@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -59,7 +60,7 @@ def init(
     require_place(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(template(task), encoding="utf-8")
-    console.note(f"wrote {output}; set model.path and data.train, then: tsqlora train {output}")
+    console.note(f"wrote {output}; set model.path and data.train, then: tsqlora train {quote(str(output))}")
     if as_json:
         print(json.dumps({"out": str(output)}))
 
