@@ -221,6 +221,20 @@ def test_a_directory_holds_one_comparison(config: Config, compare: Compare, tmp_
         compare(out=tmp_path / "run")
 
 
+def test_a_directory_that_cannot_serve_is_refused_before_the_rehearsal(
+    config: Config, compare: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any) -> Any:
+        raise AssertionError("rehearsed")
+
+    compare()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(comparison, "in_own_process", never)
+    for out in (tmp_path / "file" / "out", tmp_path / "out"):
+        with pytest.raises(SettingsError, match="--out"):
+            comparison.compare(config, ["lora"], seeds=[0], equal="epochs", out=out)
+
+
 def test_the_table_records_its_arguments_mixed_code_random_draws_and_the_range_of_parameters(
     compare: Compare, tmp_path: Path
 ) -> None:

@@ -162,6 +162,18 @@ def test_what_cannot_be_audited_is_refused_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_place_that_cannot_be_written_is_refused_before_the_pass(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any) -> Any:
+        raise AssertionError("audited")
+
+    monkeypatch.setattr(pipeline, "audited", never)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingsError, match="--out"):
+        run_audit(str(place / "train.jsonl"), model=str(place / "model"), out=tmp_path / "file" / "audit")
+
+
 def test_apply_and_an_audit_are_two_commands(tmp_path: Path, tsqlora: Callable[..., tuple[int, str, str]]) -> None:
     assert tsqlora("audit")[0] == tsqlora("audit", "a.csv", "--apply", "b.csv")[0] == 2
     assert tsqlora("audit", "--apply", tmp_path / "none.csv")[0] == 3

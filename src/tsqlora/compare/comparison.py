@@ -153,9 +153,12 @@ def compare(
     new = [entry for entry in plan.entries if not any((out / CELLS_DIR).glob(f"{entry.name}_seed*.json"))]
     finished = [seed for seed in seeds if any((out / CELLS_DIR).glob(f"*_seed{seed}_lr*.json"))]
     check = partial(preflight, config, new, seeds[0], finished=finished, equal=equal)
-    rows = in_own_process("preflight", check)
     with alone_in(out, busy=f"another comparison is running in {out}; wait for it, or choose another --out"):
-        _claim(plan, out)
+        claimed = _is_claimed(plan, out)
+        rows = in_own_process("preflight", check)
+        if not claimed:
+            write_json(out / SETTINGS_FILE, {"equal": plan.equal})
+            write_text(out / CONFIG_FILE, dump_config(plan.config))
         require_rows(out, rows)
         cells = Runner(plan, out, progress, say).all()
         options = {"metric": metric, "equal": equal, "seeds": seeds, "sweep": list(sweep), "rates": plan.rates}
@@ -228,13 +231,10 @@ class Runner:
         return metrics[metric]
 
 
-def _claim(plan: Plan, out: Path) -> None:
-    """Write the comparison's settings, or check that the directory holds the same comparison."""
-    about = {"equal": plan.equal}
+def _is_claimed(plan: Plan, out: Path) -> bool:
+    """Whether the directory holds this comparison.  Raises SettingsError if it holds another, DataError if damaged."""
     if not (out / CONFIG_FILE).exists():
-        write_json(out / SETTINGS_FILE, about)
-        write_text(out / CONFIG_FILE, dump_config(plan.config))
-        return
+        return False
     path = out / SETTINGS_FILE
     if not path.exists():
         raise SettingsError(f"{out} holds a run, not a comparison; choose another --out")
@@ -243,5 +243,6 @@ def _claim(plan: Plan, out: Path) -> None:
         before["equal"]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); choose another --out") from None
-    if load_config(out / CONFIG_FILE) != plan.config or before != about:
+    if load_config(out / CONFIG_FILE) != plan.config or before != {"equal": plan.equal}:
         raise SettingsError(f"{out} holds a comparison with other settings; choose another --out")
+    return True

@@ -71,6 +71,7 @@ def run_audit(
         raise SettingsError(f"--out {folder} is a file; name a directory")
     if (folder / AUDIT_FILE).exists() or (folder / SUSPECTS_FILE).exists():
         raise SettingsError(f"{folder} holds an audit, maybe with your review; choose another --out")
+    require_place(folder / AUDIT_FILE)
     splits, result, notes = audited(config, deep, progress)
     listing = make_listing(result, splits, review=review, seed=config.training.seed)
     about = _about(config, splits, result, listing, notes)
@@ -206,7 +207,6 @@ def _summary(result: Audit) -> str:
 
 
 def _write(folder: Path, about: dict[str, Any], listing: Listing) -> None:
-    require_place(folder / AUDIT_FILE)
     page = audit_page(folder, about, listing.rows, listing.duplicates)
     cells, _ = without_formulas([_cells(row) for row in listing.rows])
     folder.mkdir(parents=True, exist_ok=True)
