@@ -256,6 +256,20 @@ def test_two_files_of_one_split_are_refused(tmp_path: Path) -> None:
         open_splits(folder, None, None)
 
 
+def test_a_file_that_no_reader_reads_is_no_split(tmp_path: Path) -> None:
+    folder = directory(tmp_path, "train.jsonl", "train.log", "test.png")
+    assert first_texts(open_splits(folder, None, None)) == {"train": "train.jsonl"}
+
+
+def test_a_folder_of_images_may_have_one_that_is_named_like_a_split(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").write_bytes(b"")
+    (tmp_path / "train.png").write_bytes(b"")
+    splits = open_splits(str(tmp_path), None, None)
+    assert [row["label"] for row in splits["train"].read().rows] == ["cat", "dog", None]
+
+
 def test_a_directory_without_training_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.train"):
         open_splits(directory(tmp_path, "test.jsonl"), None, None)
