@@ -188,6 +188,20 @@ def test_the_share_counts_by_file_and_one_message_lists_every_kind(tmp_path: Pat
     assert "(lines 22, 23, 24, 25, 26, …)" in str(e.value)
 
 
+@pytest.mark.parametrize("split", ["validation", "test", "trusted"])
+@pytest.mark.parametrize(("missing", "other"), [("text", "sentence"), ("label", "class")])
+def test_a_file_without_a_column_of_the_training_rows_is_named(
+    split: str, missing: str, other: str, tmp_path: Path
+) -> None:
+    train = write_jsonl(tmp_path / "train.jsonl", GOOD)
+    rows = [{other if name == missing else name: value for name, value in row.items()} for row in GOOD]
+    path = write_jsonl(tmp_path / "other.jsonl", rows)
+    message = error(train, **{split: str(path)})
+    assert f"other.jsonl has no column '{missing}'" in message
+    assert f"'{other}'" in message
+    assert "max_bad_rows" not in message
+
+
 def test_more_rows_than_a_chunk_count_together(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "train.jsonl", [{"label": 1}, *make_rows(2500), {"label": 1}])
     with pytest.warns(UserWarning, match=r"2 of 2,502 rows .*lines 1, 2502"):

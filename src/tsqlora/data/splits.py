@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -115,7 +115,7 @@ def read_data(
     if test is None and "test" in sources and _lacks_labels(sources["test"], used.label):
         warnings.warn(f"{sources['test'].name} has no labels in column '{used.label}' and is left out", stacklevel=2)
         del sources["test"]
-    places, notes = _complete(sources, lacks_of(used, format, tags=answer == "tags"), max_bad_rows)
+    places, notes = _complete(sources, used, lacks_of(used, format, tags=answer == "tags"), max_bad_rows)
     labels, groups = _labels(first, places["train"], used, answer)
     if "validation" not in sources and answer != "pair":  # pairs are only scored, all of them
         out = held_out(groups, fraction=validation_fraction, seed=seed, source=first.name)
@@ -130,15 +130,15 @@ def one_split(
 ) -> Splits:
     """A single split of all complete rows of a source, with given columns, classes and format."""
     tags = labels is not None and labels.answer == "tags"
-    places, notes = _complete({name: source}, lacks_of(columns, format, tags=tags), max_bad_rows)
+    places, notes = _complete({name: source}, columns, lacks_of(columns, format, tags=tags), max_bad_rows)
     return Splits({name: source}, places, columns, labels, format, notes)
 
 
 def _complete(
-    sources: Mapping[str, Source], lacks: Lacks, most: float
+    sources: Mapping[str, Source], columns: Columns, lacks: Lacks, most: float
 ) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     """The places of each source's complete rows, and notes about the others, which are warnings too."""
-    results = {name: _complete_rows(source, lacks, most=most) for name, source in sources.items()}
+    results = {name: _complete_rows(source, columns, lacks, most=most) for name, source in sources.items()}
     left_out = [note for _, note in results.values() if note is not None]
     for note in left_out:
         warnings.warn(note, stacklevel=4)
@@ -147,7 +147,7 @@ def _complete(
     return {name: places for name, (places, _) in results.items()}, tuple(notes)
 
 
-def _complete_rows(source: Source, lacks: Lacks, *, most: float) -> tuple[np.ndarray, str | None]:
+def _complete_rows(source: Source, columns: Columns, lacks: Lacks, *, most: float) -> tuple[np.ndarray, str | None]:
     """Places of the rows with text and label (or prompt and target), and a note about the others.
 
     Raises DataError if the others are more than the share `most`.
@@ -165,11 +165,23 @@ def _complete_rows(source: Source, lacks: Lacks, *, most: float) -> tuple[np.nda
     if (left_out := count - len(complete)) == 0:
         return complete, None
     if left_out > most * count:
+        _require_columns(source, columns, bad)
         raise DataError(
             f"{source.name}: {left_out:,} of {count:,} rows are incomplete, more than data.max_bad_rows ({most:g}) "
             f"allows: {listed(bad, source.name)}; fill them in, or raise it"
         )
     return complete, f"{source.name}: {left_out:,} of {count:,} rows are left out: {listed(bad, source.name)}"
+
+
+def _require_columns(source: Source, columns: Columns, bad: Iterable[str]) -> None:
+    """Raise DataError if one of these reasons is a column that no row has."""
+    names = source.columns()
+    for column in (columns.text, columns.text_pair, columns.label):
+        if column is not None and column not in names and any(f"column '{column}'" in reason for reason in bad):
+            raise DataError(
+                f"{source.name} has no column '{column}', which the training rows have; rename one of its columns: "
+                f"{quoted(names)}"
+            )
 
 
 def listed(bad: Mapping[str, list[int | str]], source: str) -> str:
