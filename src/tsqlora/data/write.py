@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tsqlora.data.labels import join_labels
+from tsqlora.data.labels import SEPARATOR, join_labels
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.files import parents_of, replacing
 
@@ -111,18 +111,22 @@ def _write_csv(path: Path, rows: Sequence[Row], *, delimiter: str = ",") -> None
 
 
 def joined(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """Join lists of labels as the reader splits them.  Raises DataError for other nested values, which no cell holds.
+    """Join lists of labels as the reader splits them.
+
+    Raises DataError for other nested values, which no cell holds, and for a label that holds the sign between labels.
 
     >>> joined([{"text": "Oh!", "labels": ["joy", "love"]}])
     [{'text': 'Oh!', 'labels': 'joy|love'}]
     """
-    flat = [{name: join_labels(value) for name, value in row.items()} for row in rows]
-    for number, row in enumerate(flat, start=1):
+    flat = list[dict[str, Any]]()
+    for number, row in enumerate(rows, start=1):
+        flat.append({name: join_labels(value) for name, value in row.items()})
         for name, value in row.items():
-            if isinstance(value, list | tuple | dict):
+            split = isinstance(value, list) and any(isinstance(part, str) and SEPARATOR in part for part in value)
+            if split or isinstance(flat[-1][name], list | tuple | dict):
                 raise DataError(
-                    f"row {number}, column '{name}': {reprlib.repr(value)} does not fit into a cell of CSV or TSV; "
-                    "write .jsonl or .parquet"
+                    f"row {number}, column '{name}': {reprlib.repr(value)} does not fit into a cell of CSV or TSV"
+                    f"{f', where {SEPARATOR} stands between labels' if split else ''}; write .jsonl or .parquet"
                 )
     return flat
 
