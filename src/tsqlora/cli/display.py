@@ -169,7 +169,7 @@ def show_explained(console: Console, explained: Mapping[str, Any]) -> None:
 def show_row(console: Console, row: Mapping[str, Any]) -> None:
     """One row: its text, its prediction, and why it is drawn from or left out."""
     unseen = ", by a fit without this row" if row["out_of_sample"] else ""
-    lines = {f"row {row['id']}": "(no text)" if row["text"] is None else _shortened(row["text"])}
+    lines = {f"row {row['id']}": f"(no text: {row['no_text']})" if row["text"] is None else _shortened(row["text"])}
     lines["label"] = _label(row["label"])
     if "predicted" in row:
         sure = f" {row['predicted_probability']:.0%}" if "predicted_probability" in row else ""

@@ -97,12 +97,14 @@ def place_of(scores: Scores, row: int) -> int:
 def explain_row(scores: Scores, row: int, *, data: Path | None = None) -> dict[str, Any]:
     """Return what the scores know about the row with this id, and why it is kept or dropped, as plain JSON.
 
-    The text is None where the file lacks it. Raises DataError for a row that was not scored.
+    The text is None where the file lacks it, and `no_text` says why. Raises DataError for a row that was not scored.
     """
     j = place_of(scores, row)
     probability = p_wrong(scores)
+    texts, why = texts_or_why(scores, [j], data)
     return {
-        **_sample(scores, j, texts_or_why(scores, [j], data)[0].get(j)),
+        **_sample(scores, j, texts.get(j)),
+        "no_text": why,
         "wrong_probability": None if probability is None else float(probability[j]),
         "out_of_sample": scores.record.out_of_sample,
     }
