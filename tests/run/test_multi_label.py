@@ -2,9 +2,11 @@
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -55,6 +57,13 @@ def test_a_run_trains_measures_predicts_and_reports(place: Path, tsqlora: Run) -
     assert all(p > 0.5 for row in predicted for p in row["probability"])
     assert tsqlora("report", run)[0] == 0
     assert "glad, house" in (run / "report.html").read_text()
+
+    # A class that no cell can hold is refused before the pass, not after it.
+    other = shutil.copytree(run, place / "other")
+    (other / "run.json").write_text((run / "run.json").read_text().replace('"house"', '"a|b"'))
+    with patch("tsqlora.run.predict._answers") as answers:
+        code, _, err = tsqlora("predict", other, "--data", test, "--out", place / "q.csv")
+    assert (code, "'a|b'" in err, answers.called) == (3, True, False)
 
 
 def _row_with_house(place: Path) -> int:

@@ -76,6 +76,8 @@ def predict_run(
     finished.require_columns(column_names(rows), rows.source, labelled=False)
     is_table = out.suffix.lower() in TABLES
     own = joined(rows.rows) if is_table else rows.rows  # raises before the predictions are made
+    if is_table and finished.labels is not None and finished.labels.answer != "class":
+        joined([{"prediction": [*finished.labels.names]}])  # raises, too, if no cell can hold a class
     complete = _with_text(finished, rows)
     answers = _texts if finished.format is not None else _answers
     added = dict(zip(complete, answers(finished, rows.take(complete), progress), strict=True))
