@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import example, given
@@ -74,6 +75,19 @@ def test_only_the_model_and_the_rows_must_be_set() -> None:
 
 def test_a_section_with_nothing_under_it_has_its_defaults() -> None:
     assert loaded("quality:\n  weights:\nranks:\n") == loaded("")
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    training = {"seed": np.int64(3), "learning_rate": np.float32(0.5), "bf16": np.bool_(False)}
+    config = load_config(None, sections={**REQUIRED, "training": training})
+    assert (config.training.seed, config.training.learning_rate, config.training.bf16) == (3, 0.5, False)
+    assert load_config(None, sections=yaml.safe_load(dump_config(config))) == config
+
+
+@pytest.mark.parametrize("value", [np.float64(0.5), np.ones(2), 1j, object()])
+def test_an_object_that_yaml_lacks_is_named_by_its_key(value: Any) -> None:
+    with pytest.raises(SettingsError, match=r"training\.seed"):
+        load_config(None, sections={**REQUIRED, "training": {"seed": value}})
 
 
 def test_settings_cannot_be_changed() -> None:

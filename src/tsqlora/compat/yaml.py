@@ -38,11 +38,17 @@ def load_yaml(text: str | bytes) -> Any:
 
 
 def dump_yaml(value: object, *, inline: bool = False) -> str:
-    """Text that `load_yaml` reads back to an equal value; with `inline` on one line."""
+    """Text that `load_yaml` reads back to an equal value; with `inline` on one line.
+
+    Raises YamlProblem for an object that YAML lacks.
+    """
     yaml, text = _yaml(), StringIO()
     if inline:
         yaml.default_flow_style, yaml.width = True, math.inf
-    yaml.dump(value, text)
+    try:
+        yaml.dump(value, text)
+    except YAMLError as error:
+        raise YamlProblem(str(error)) from None
     return text.getvalue().removesuffix("...\n").strip() if inline else text.getvalue()
 
 

@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
@@ -75,7 +77,15 @@ def explain(error: ValidationError) -> str:
         return str(raised)
     reasons = dict.fromkeys(problem["msg"] for problem in problems if _key(problem) == _key(first))
     reason = " or ".join(reasons)
-    return f"{_key(first) or 'the file'} is {dump_yaml(first['input'], inline=True)}; {reason[:1].lower()}{reason[1:]}"
+    return f"{_key(first) or 'the file'} is {_written(first['input'])}; {reason[:1].lower()}{reason[1:]}"
+
+
+def _written(value: object) -> str:
+    """The value in YAML, or as Python writes it: settings from Python may hold any object."""
+    try:
+        return dump_yaml(value, inline=True)
+    except YamlProblem:
+        return reprlib.repr(value)
 
 
 def _key(problem: ErrorDetails) -> str:
@@ -91,12 +101,14 @@ def _unknown_key(loc: Sequence[int | str]) -> str:
 
 
 def merged(raw: Mapping[str, Any], sections: Mapping[str, Any]) -> dict[str, Any]:
-    """Both mappings, section by section; `sections` win, and paths become text."""
+    """Both mappings, section by section; `sections` win, paths become text, and numpy's numbers plain ones."""
     both = dict(raw)
     for key, value in sections.items():
         before = both.get(key)
         if isinstance(value, Mapping):
             both[key] = merged(before if isinstance(before, Mapping) else {}, value)
+        elif isinstance(value, np.generic):
+            both[key] = value.item()
         else:
             both[key] = os.fspath(value) if isinstance(value, os.PathLike) else value
     return both
