@@ -37,6 +37,9 @@ from tsqlora.training.part import PartCallback, require_subset
 from tsqlora.training.recorder import of_draws
 from tsqlora.training.run_dir import SCORES_FILE
 
+ENOUGH_TRUSTED = 32
+"""With 16 trusted rows one of three trials learned the reverse of a shortcut; with 32 none did."""
+
 
 class QualityCallback(PartCallback):
     """Looks at the rows of a QualitySubset before the first step: fits a new head, and decides which rows are drawn.
@@ -154,10 +157,17 @@ class QualityCallback(PartCallback):
         QualityState(self.looks, scored, self._digest, self.spent, self._draws(), self.notes).save(folder)
 
     def end(self, state: TrainerState) -> None:
-        if self.data.plan.trusted_from is not None and state.global_step <= self.schedule.trusted_step:
+        if self.data.plan.trusted_from is None:
+            return
+        if state.global_step <= self.schedule.trusted_step:
             self._note(
                 f"training ended at step {state.global_step}, and the trusted rows were to be trained on from step "
                 f"{self.schedule.trusted_step} on: it did not train on them; train longer, or stop later"
+            )
+        elif len(self.data.trusted) < ENOUGH_TRUSTED:
+            self.notes.append(
+                f"{len(self.data.trusted)} trusted rows may be too few: with 16 one of three trials failed; give "
+                f"{ENOUGH_TRUSTED} or more"
             )
 
     @property
