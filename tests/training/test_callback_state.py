@@ -226,7 +226,7 @@ def state() -> RankState:
 
 def quality_state() -> QualityState:
     looks = [{"step": 0, "not_ready": "why"}, {"step": 8, "not_ready": None}]
-    return QualityState(looks, 2, "digest", {"look": PhaseCost(1.5, 40, 4, 9)}, {"trusted rows": None})
+    return QualityState(looks, 2, "digest", {"look": PhaseCost(1.5, 40, 4, 9)}, {"trusted rows": None}, ["a note"])
 
 
 def test_states_come_back_as_they_were(tmp_path: Path) -> None:
