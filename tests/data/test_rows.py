@@ -259,6 +259,8 @@ def test_two_files_of_one_split_are_refused(tmp_path: Path) -> None:
 def test_a_file_that_no_reader_reads_is_no_split(tmp_path: Path) -> None:
     folder = directory(tmp_path, "train.jsonl", "train.log", "test.png")
     assert first_texts(open_splits(folder, None, None)) == {"train": "train.jsonl"}
+    with pytest.raises(DataError, match=r"validation\.xlsx.*'\.xlsx' is unknown"):
+        open_splits(directory(tmp_path, "validation.xlsx"), None, None)
 
 
 def test_a_folder_of_images_may_have_one_that_is_named_like_a_split(tmp_path: Path) -> None:

@@ -84,14 +84,6 @@ def test_a_nested_value_does_not_fit_into_a_cell(value: Any, suffix: str, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
-def test_a_label_with_the_sign_between_labels_does_not_fit_into_a_cell(suffix: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"row 2, column 'labels'.*'a\|b'.*write \.jsonl"):
-        write_rows(tmp_path / f"a{suffix}", [{"labels": ["a", "c"]}, {"labels": ["c", "a|b"]}])
-    assert not list(tmp_path.iterdir())
-    write_rows(tmp_path / f"a{suffix}", [{"text": "a|b", "labels": ["a", 1, None]}])
-
-
 @pytest.mark.parametrize(
     "text", ["=1+1", "+1+1", "-1+1", "@SUM(1)", "\t=1", "\r=1", " =1", "=cmd|' /C calc'!A0", "＝1"]
 )

@@ -49,7 +49,7 @@ def test_a_class_without_spread_has_no_outliers() -> None:
 
 
 def test_without_gradient_norms_a_warning_says_that_no_row_is_dropped() -> None:
-    with pytest.warns(UserWarning, match="a model at chance has no gradient norms"):
+    with pytest.warns(UserWarning, match="gradient norms were not measured"):
         assert not outliers(replace(made(norms()), terms={})).any()
 
 

@@ -87,8 +87,10 @@ def looked(
     collate: Any = collate,
     lengths: list[int] | None = None,
     batch_size: int = 32,
+    **further: Any,
 ) -> Look:
     options: dict[str, Any] = {"rows": RowNames(lengths=lengths), "compute": Compute(batch_size), "trusted": trusted}
+    options |= further
     request = LookRequest(dataset=rows, collate=collate, task=task, rule=rule or ScoringRule(), **options)
     return look(model, request)
 
@@ -338,6 +340,15 @@ def test_a_gate_leaves_out_the_rows_that_the_trusted_model_contradicts(head_star
     assert out.sum() == 20
     assert wrong[out].mean() > 0.8
     np.testing.assert_array_equal(scores.left_out_as("gated"), out)
+
+
+def test_a_gate_leaves_enough_rows_beside_copies_of_trusted_rows() -> None:
+    twins = np.arange(100) < 10
+    rule = ScoringRule(gate="surest", weights={"loss": 1.0})
+    trusted = Trusted(learnable(60, seed=1), 1e-3, twins=twins)
+    scores = looked(wrapped(), learnable(100), rule=rule, trusted=trusted, fraction=0.85).scores
+    assert scores.kept.sum() == 85
+    assert not scores.kept[twins].any()
 
 
 @pytest.mark.parametrize("family", GENERATORS)

@@ -51,13 +51,23 @@ def test_it_is_a_plain_training_on_the_trusted_rows(model: torch.nn.Module, at_o
         optimizer.step()
         optimizer.zero_grad()
 
-    def small(rows: list) -> dict:
-        assert len(rows) <= (at_once or 8)
-        return collate(rows)
-
     options = {"task": TASK, "at_once": at_once, "rng": np.random.default_rng(0)}
-    with trusted_model(model, Trusted(rows, 5e-3), small, **options):
+    sizes = list[int]()
+    model.register_forward_pre_hook(lambda _, __, inputs: sizes.append(len(inputs["input_ids"])), with_kwargs=True)
+    with trusted_model(model, Trusted(rows, 5e-3), collate, **options):
+        assert max(sizes) == (at_once or 8)
         torch.testing.assert_close(losses_of(model, pool), losses_of(twin, pool))
+
+
+def test_parts_of_a_batch_count_as_its_tokens_do(model: torch.nn.Module) -> None:
+    labels = torch.tensor([[1, -100, -100], [0, 1, 1], [1, 1, -100]])
+    task, losses = get_task("token-classification"), torch.tensor([0.5, 2.0, 1.0])
+    training = trusted_module._Training(
+        model, Trusted([0, 1, 2]), lambda rows: {"labels": labels[rows]}, task, 2, None, np.random.default_rng(0)
+    )
+    first, second = training._shares(np.arange(3))
+    parts = first * task.batch_loss(losses[:2], labels[:2]) + second * task.batch_loss(losses[2:], labels[2:])
+    torch.testing.assert_close(parts, task.batch_loss(losses, labels))
 
 
 @pytest.mark.parametrize("fails", [False, True])

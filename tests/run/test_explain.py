@@ -73,8 +73,8 @@ def test_the_command_says_why(trained: tuple[Path, Draws], tsqlora: Run) -> None
     assert result["id"] == row
     assert "drawn" not in result
     assert tsqlora("explain", run, "--row", "1000")[0] == 3
-    code, out, _ = tsqlora("explain", run, "--row", row, "--data", "typo.csv")
-    assert (code, "typo.csv is not on this machine" in out) == (0, True)
+    code, _, err = tsqlora("explain", run, "--row", row, "--data", "typo.csv")
+    assert (code, "typo.csv is not on this machine" in err) == (3, True)
 
 
 def test_a_directory_without_scores_is_refused(tmp_path: Path) -> None:

@@ -91,7 +91,9 @@ def test_an_audit_lists_files_and_its_review_is_applied(place: Path, tmp_path: P
 
 def test_a_review_of_a_table_of_paths_is_applied(place: Path, tmp_path: Path, tsqlora: Run) -> None:
     table, out = tmp_path / "test.csv", tmp_path / "audit"
-    write_rows(table, [{**row, "path": str(place / row["path"])} for row in read_rows(place / "test.csv").rows])
+    rows = read_rows(place / "test.csv").rows
+    number = {label: j for j, label in enumerate(dict.fromkeys(row["label"] for row in rows))}
+    write_rows(table, [{"path": str(place / row["path"]), "label": number[row["label"]]} for row in rows])
     before = table.read_bytes()
     code, _, err = tsqlora("audit", table, "--model", place / "model", "--out", out)
     assert code == 0, err
@@ -103,6 +105,7 @@ def test_a_review_of_a_table_of_paths_is_applied(place: Path, tmp_path: Path, ts
     assert code == 0, err
     rows = read_rows(out / "corrected.jsonl").rows
     assert [row["label"] for row in rows if row["path"] == suspects[0]["text"]] == [other]
+    assert {type(row["label"]) for row in [*rows, *read_rows(out / "trusted.jsonl").rows]} == {str}
     table.write_bytes(before + before.splitlines(keepends=True)[-1])
     code, _, err = tsqlora("audit", "--apply", tmp_path / "r.csv", "--out", out)
     assert (code, "has changed since its audit" in err) == (3, True)

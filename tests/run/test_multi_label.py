@@ -70,6 +70,14 @@ def _row_with_house(place: Path) -> int:
     return next(j for j, row in enumerate(read_rows(place / "data" / "train.jsonl").rows) if "house" in row["labels"])
 
 
+def test_an_audit_refuses_a_class_that_its_list_would_split(place: Path, tmp_path: Path, tsqlora: Run) -> None:
+    write_rows(tmp_path / "rows.jsonl", [{**row, "labels": ["a|b", *row["labels"]]} for row in labelled(20)])
+    options = ("--model", place / "model", "--set", "task.type=multi-label-classification", "--out", tmp_path / "audit")
+    with patch("tsqlora.run.audit.load_model") as passed:
+        code, _, err = tsqlora("audit", tmp_path / "rows.jsonl", *options)
+    assert (code, "the class 'a|b' holds '|'" in err, passed.called) == (3, True, False)
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
 def test_a_reviewed_audit_replaces_whole_sets_alone(suffix: str, place: Path, tmp_path: Path, tsqlora: Run) -> None:
     rows, data = labelled(60), tmp_path / f"rows{suffix}"

@@ -1,12 +1,13 @@
 """run.json in a Trainer of the user's own: all that a report needs, from whichever callbacks there are."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from peft import PeftModel
 from torch.utils.data import IterableDataset
 from transformers import TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 import tsqlora as tsq
 from stock import make_trainer, moods, slotted_bert
@@ -144,11 +145,15 @@ def test_ranks_move_on_a_stream_with_a_method_for_its_length(stream: type[Counte
     assert record.cost["training"].forward == 6 * 8
 
 
-def test_the_rows_of_a_step_follow_a_batch_size_that_was_found(tmp_path: Path) -> None:
+def test_the_rows_of_a_step_follow_a_batch_size_that_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = TrainingArguments(str(tmp_path), per_device_train_batch_size=8, gradient_accumulation_steps=2, use_cpu=True)
     state = TrainerState(train_batch_size=4)
     assert step_size(args, state) == 16
     args.auto_find_batch_size = True
+    assert step_size(args, state) == 8
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    assert step_size(args, state) == 16
+    cast(AcceleratorConfig, args.accelerator_config).split_batches = True
     assert step_size(args, state) == 8
 
 

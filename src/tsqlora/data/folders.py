@@ -14,6 +14,7 @@ ENDINGS: dict[str, tuple[str, ...]] = {
     "audio": (".wav", ".flac", ".ogg", ".mp3", ".opus", ".aif", ".aiff", ".au"),
 }
 """File endings of each kind of media."""
+MEDIA_ENDINGS = frozenset(ending for endings in ENDINGS.values() for ending in endings)
 _SHOWN = 3
 
 

@@ -27,6 +27,16 @@ def join_labels(cell: Any) -> Any:
     return SEPARATOR.join("" if part is None else str(part) for part in cell) if plain else cell
 
 
+def require_separable(names: Iterable[str | int], *, cure: str) -> None:
+    """Raise DataError for a class that a cell with several labels would split."""
+    for name in names:
+        if SEPARATOR in str(name):
+            raise DataError(
+                f"the class '{name}' holds '{SEPARATOR}', which stands between the labels of a cell of CSV or TSV; "
+                f"{cure}"
+            )
+
+
 @dataclass(frozen=True, slots=True)
 class LabelMap:
     """The classes in the order of their ids: `names[id]` is the label as the data writes it."""

@@ -15,7 +15,7 @@ import numpy as np
 from tsqlora.compat.datasets import file_kinds
 from tsqlora.compat.hub import DatasetName, is_hub_id
 from tsqlora.data.dialect import PLAIN, SNIFF, TABLES, Dialect, Hints, sniff
-from tsqlora.data.folders import folder_rows, kind_of
+from tsqlora.data.folders import MEDIA_ENDINGS, folder_rows, kind_of
 from tsqlora.data.readers import READERS, Records
 from tsqlora.errors import DataError
 
@@ -176,15 +176,17 @@ def open_splits(
 def _open_splits(source: str | Path, *, requested: Collection[str], hints: Hints) -> dict[str, Source]:
     """Open those of the requested splits that the source has; a file, or one hub split, is the first of them.
 
-    A directory has a file for each split, or a folder of images or recordings, or is such a folder itself. Its other
-    files, such as train.log, do not count.
+    A directory has a file for each split, or a folder of images or recordings, or is such a folder itself. A train.log
+    beside train.csv does not count.
     """
     path = Path(os.path.expanduser(source))
     # os.path, not pathlib, here and below: pathlib raises for names that no file can have.
     if os.path.isfile(path):
         return {next(iter(requested)): _of_file(path, hints)}
     if os.path.isdir(path):
-        files = {file.name: file for file in _listed(path) if file.is_file() and file.suffix.lower() in READERS}
+        listed = [file for file in _listed(path) if file.is_file() and file.suffix.lower() not in MEDIA_ENDINGS]
+        read = {file.stem for file in listed if file.suffix.lower() in READERS}
+        files = {f.name: f for f in listed if f.stem not in read or f.suffix.lower() in READERS}
         names = _match_splits({name: file.stem for name, file in files.items()}, requested, source)
         if names:
             return {split: _of_file(files[name], hints) for split, name in names.items()}

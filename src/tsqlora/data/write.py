@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tsqlora.data.labels import SEPARATOR, join_labels
+from tsqlora.data.labels import join_labels
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.files import parents_of, replacing
 
@@ -111,22 +111,18 @@ def _write_csv(path: Path, rows: Sequence[Row], *, delimiter: str = ",") -> None
 
 
 def joined(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """Join lists of labels as the reader splits them.
-
-    Raises DataError for other nested values, which no cell holds, and for a label that holds the sign between labels.
+    """Join lists of labels as the reader splits them.  Raises DataError for other nested values, which no cell holds.
 
     >>> joined([{"text": "Oh!", "labels": ["joy", "love"]}])
     [{'text': 'Oh!', 'labels': 'joy|love'}]
     """
-    flat = list[dict[str, Any]]()
-    for number, row in enumerate(rows, start=1):
-        flat.append({name: join_labels(value) for name, value in row.items()})
+    flat = [{name: join_labels(value) for name, value in row.items()} for row in rows]
+    for number, row in enumerate(flat, start=1):
         for name, value in row.items():
-            split = isinstance(value, list) and any(isinstance(part, str) and SEPARATOR in part for part in value)
-            if split or isinstance(flat[-1][name], list | tuple | dict):
+            if isinstance(value, list | tuple | dict):
                 raise DataError(
-                    f"row {number}, column '{name}': {reprlib.repr(value)} does not fit into a cell of CSV or TSV"
-                    f"{f', where {SEPARATOR} stands between labels' if split else ''}; write .jsonl or .parquet"
+                    f"row {number}, column '{name}': {reprlib.repr(value)} does not fit into a cell of CSV or TSV; "
+                    "write .jsonl or .parquet"
                 )
     return flat
 

@@ -40,7 +40,8 @@ def outliers(scores: Scores) -> Bool[np.ndarray, " n"]:
     In logarithms, since the norms of a trained model span orders of magnitude. A class without spread has none.
     """
     if "gradient_norm" not in scores.terms:
-        warnings.warn("no outlier was dropped: a model at chance has no gradient norms to compare", stacklevel=2)
+        why = scores.record.not_ready or "the trusted rows teach nothing"
+        warnings.warn(f"--drop outlier dropped no row, since gradient norms were not measured: {why}", stacklevel=2)
         return np.zeros(len(scores), dtype=np.bool_)
     norms = scores.terms["gradient_norm"].astype(np.float64)
     logs = np.log(np.maximum(norms, np.finfo(np.float64).tiny))

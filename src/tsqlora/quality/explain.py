@@ -97,11 +97,14 @@ def place_of(scores: Scores, row: int) -> int:
 def explain_row(scores: Scores, row: int, *, data: Path | None = None) -> dict[str, Any]:
     """Return what the scores know about the row with this id, and why it is kept or dropped, as plain JSON.
 
-    The text is None where the file lacks it, and `no_text` says why. Raises DataError for a row that was not scored.
+    The text is None where the file lacks it, and `no_text` says why. Raises DataError for a row that was not scored,
+    and if `data` is given and lacks the text.
     """
     j = place_of(scores, row)
     probability = p_wrong(scores)
     texts, why = texts_or_why(scores, [j], data)
+    if data is not None and why is not None:
+        raise DataError(f"no text of row {row}: {why}; give --data the file of the scored rows")
     return {
         **_sample(scores, j, texts.get(j)),
         "no_text": why,

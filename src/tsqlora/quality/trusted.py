@@ -21,7 +21,7 @@ from tsqlora.errors import SettingsError, TsqLoraError
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.quality.rows import Dataset
 from tsqlora.tasks import Answers, Task
-from tsqlora.tasks.forward import Collate, model_logits, precision, split_labels
+from tsqlora.tasks.forward import Batch, Collate, model_logits, precision, split_labels
 from tsqlora.tasks.generation import Generation
 from tsqlora.tasks.preference import Preference
 
@@ -160,14 +160,14 @@ class _Training:
         decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
         for step in range(steps):
             batch = rows[order[step * size : (step + 1) * size]]
-            for part in self._parts(batch):
+            for part, share in zip(self._parts(batch), self._shares(batch), strict=True):
                 loss = self.task.batch_loss(*self._losses(part))
                 if not torch.isfinite(loss):
                     raise TsqLoraError(
                         f"the loss on trusted rows is {float(loss.detach())} at learning rate {rate:g}; lower "
                         "training.learning_rate, or check the rows of data.trusted"
                     )
-                (loss * (len(part) / len(batch))).backward()
+                (loss * share).backward()
             optimizer.step()
             decay.step()
             optimizer.zero_grad(set_to_none=True)
@@ -179,9 +179,21 @@ class _Training:
     def _parts(self, rows: np.ndarray) -> list[np.ndarray]:
         return [rows[first : first + self.at_once] for first in range(0, len(rows), self.at_once)]
 
+    def _shares(self, rows: np.ndarray) -> list[float]:
+        """How much each part of a batch counts in its loss: by its rows, or by its tokens."""
+        if len(rows) <= self.at_once:
+            return [1.0]
+        _, labels = self._batch(rows)
+        losses = torch.zeros(len(rows), device=labels.device, requires_grad=True)
+        (weights,) = torch.autograd.grad(self.task.batch_loss(losses, labels), losses)
+        return [float(part.sum()) for part in weights.split(self.at_once)]
+
+    def _batch(self, rows: np.ndarray) -> tuple[Batch, Tensor]:
+        return split_labels(self.collate([self.trusted.rows[int(j)] for j in rows]), self.model)
+
     def _losses(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Losses and labels of some trusted rows."""
-        inputs, labels = split_labels(self.collate([self.trusted.rows[int(j)] for j in rows]), self.model)
+        inputs, labels = self._batch(rows)
         with precision(labels.device, self.autocast):
             return self.task.loss(model_logits(self.model, inputs, self.task), labels), labels
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tsqlora.data.batches import IGNORED
 from tsqlora.data.folders import folder_digest
+from tsqlora.data.labels import require_separable
 from tsqlora.data.prepare import prepare
 from tsqlora.data.splits import Splits
 from tsqlora.data.tokenise import tokenise_words
@@ -114,6 +115,8 @@ def audited(config: Config, deep: bool, progress: Progress | None) -> tuple[Spli
     """Audit all training rows, including those that training would hold out."""
     require_of_task(config)
     splits = read(config)
+    if splits.labels is not None and splits.labels.answer == "labels":
+        require_separable(splits.labels.names, cure="rename the class")
     places = [splits.places["train"], *([splits.places["validation"]] if splits.held_out else [])]
     sources = {"train": splits.sources["train"]}
     splits = replace(splits, sources=sources, places={"train": np.sort(np.concatenate(places))})

@@ -12,6 +12,7 @@ from scipy.special import expit, softmax
 from tsqlora.data.batches import IGNORED
 from tsqlora.data.cells import tokens_at
 from tsqlora.data.dialect import TABLES
+from tsqlora.data.labels import require_separable
 from tsqlora.data.rows import Rows, column_names, open_split
 from tsqlora.data.splits import Lacks, lacks_of, listed
 from tsqlora.data.write import joined, require_writable, without_formulas, write_rows
@@ -77,7 +78,7 @@ def predict_run(
     is_table = out.suffix.lower() in TABLES
     own = joined(rows.rows) if is_table else rows.rows  # raises before the predictions are made
     if is_table and finished.labels is not None and finished.labels.answer != "class":
-        joined([{"prediction": [*finished.labels.names]}])  # raises, too, if no cell can hold a class
+        require_separable(finished.labels.names, cure="write .jsonl or .parquet")
     complete = _with_text(finished, rows)
     answers = _texts if finished.format is not None else _answers
     added = dict(zip(complete, answers(finished, rows.take(complete), progress), strict=True))

@@ -50,7 +50,8 @@ def apply_review(table: Path, out: Path | None = None) -> dict[str, Any]:
     several = about.get("answer") == "labels"
     reviewed, unread = _read(table, about["classes"], several=several, tags=about.get("answer") == "tags")
     source = open_split(about["source"], split="train", hints=Hints(**about["hints"]))
-    if source_digest(source.name, about["columns"].get("media")) != about["sha256"]:
+    before = about["sha256"]
+    if before is not None and source_digest(source.name, about["columns"].get("media")) != before:
         raise DataError(f"{source.name} has changed since its audit; audit it again")
     source = source.with_files(about["columns"])
     column = str(about["columns"]["label"])
@@ -59,7 +60,9 @@ def apply_review(table: Path, out: Path | None = None) -> dict[str, Any]:
     for one in reviewed:
         cell = cells.get(one.row, rows[one.row][column])
         if one.token is None:
-            cells[one.row] = _as_written(one.reviewed, cell)
+            written = _as_written(one.reviewed, cell)
+            # A copy of a table or folder of media is JSON lines, where all labels must be of one type.
+            cells[one.row] = str(written) if source.path is None and isinstance(cell, str) else written
         else:
             cells[one.row] = [*cell[: one.token], one.reviewed, *cell[one.token + 1 :]]
     changed = {row: cell for row, cell in cells.items() if str(cell) != str(rows[row][column])}
