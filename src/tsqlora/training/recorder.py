@@ -180,9 +180,9 @@ def rows_of_step(data: QualitySubset, args: TrainingArguments, state: TrainerSta
 
 def step_size(args: TrainingArguments, state: TrainerState) -> int:
     """Rows of an optimizer step, of every process."""
-    found = state.train_batch_size if args.auto_find_batch_size else None
+    lowered = state.train_batch_size if args.auto_find_batch_size else None
     processes = 1 if cast(AcceleratorConfig, args.accelerator_config).split_batches else args.world_size
-    return (found or args.train_batch_size) * args.gradient_accumulation_steps * processes
+    return (lowered or args.train_batch_size) * args.gradient_accumulation_steps * processes
 
 
 def logged(history: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
