@@ -19,7 +19,6 @@ from tsqlora.cli.display import (
     show_numbers,
     show_plan,
     show_record,
-    show_review,
     show_scores,
 )
 from tsqlora.cli.progress_bars import Display
@@ -281,13 +280,11 @@ def test_scores_are_shown_with_what_to_do_next() -> None:
 
 def test_a_command_to_copy_has_quotes_around_a_path_with_a_space() -> None:
     record = {"cost": {}, "ranks": {}, "metrics": {}, "notes": [], "run": "my run"}
-    review = {"corrected": "my out/c.csv", "trusted": "my out/t.jsonl", "reviewed": 1, "notes": []}
     audit = {"rows": 9, "classes": ["a", "b"], "model_name": "m", "summary": "", "first": [], "duplicates": 0}
     audit |= {"notes": [], "checks": 0, "listed": 1, "suspects": "s.csv", "page": "p.html", "out": "my out"}
     scored = {"scores": "my s.parquet", "rows": 9, "held_out": 1, "draw": "even", "dropped": {}, "noise": None}
     for show, result, commands in (
         (show_record, record, ["tsqlora report 'my run'"]),
-        (show_review, review, ["--data 'my out/c.csv' --set 'data.trusted=my out/t.jsonl'"]),
         (show_audit, audit, ["tsqlora audit --apply reviewed.csv --out 'my out'"]),
         (show_scores, scored, ["tsqlora explain 'my s.parquet'", "tsqlora select 'my s.parquet' --fraction"]),
     ):

@@ -58,6 +58,7 @@ def error(source: str | Path, **options: Any) -> str:
     return str(caught.value)
 
 
+@pytest.mark.filterwarnings("ignore:.*a quote joins:UserWarning")
 @pytest.mark.parametrize("suffix", READERS)
 @given(rows=TABLES)
 @ON_FILES
@@ -157,6 +158,7 @@ def test_columns_are_those_of_all_rows_in_order_of_appearance(tmp_path: Path) ->
         ("t.csv", 'text,label\n"a\nb",0\nc,d,1\n', "t.csv:4: 3 fields"),
         ("t.csv", 'text,label\na,0\n"b,1\nc,0\n', "t.csv:3: broken record"),
         ("t.tsv", 'text\tlabel\n"a" b\t0\n', "t.tsv:2: broken record"),
+        ("t.tsv", 'text\tto\tlabel\n"a\tb"\tx\nc\td\tx\n', "t.tsv:2: a quote hides a separator; if it belongs"),
         ("t.csv", "\ntext,label,text\na,0,b\n", "t.csv:2: two columns are named 'text'"),
         ("t.csv", "text,label,,\na,0,,\nb,1,x,\n", "t.csv:3: a value in one of 2 columns without a name"),
         ("t.txt", "a", ", ".join(READERS)),
@@ -165,6 +167,16 @@ def test_columns_are_those_of_all_rows_in_order_of_appearance(tmp_path: Path) ->
 )
 def test_errors_name_file_and_line(name: str, text: str, message: str, tmp_path: Path) -> None:
     assert message in error(write(tmp_path / name, text))
+
+
+@pytest.mark.parametrize(("name", "separator"), [("t.csv", ","), ("t.tsv", "\t")])
+def test_a_quote_that_may_have_joined_rows_is_named(name: str, separator: str, tmp_path: Path) -> None:
+    rows = [["text", "label"], ['"a', "x"], ['b"', "y"], ["c", "x"]]
+    path = write(tmp_path / name, "".join(f"{separator.join(row)}\n" for row in rows))
+    with pytest.warns(UserWarning, match=rf"{name}:2: a quote joins 2 lines that could each be a row"):
+        assert len(read_rows(path)) == 2
+    harmless = write(tmp_path / name, f'text{separator}label\n"a\nb"{separator}x\n')
+    assert len(read_rows(harmless)) == 1
 
 
 def test_duplicate_parquet_columns_are_refused(tmp_path: Path) -> None:

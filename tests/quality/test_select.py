@@ -12,7 +12,7 @@ from tsqlora.data.cells import row_hash, sample_hash
 from tsqlora.data.formats import find_format
 from tsqlora.data.rows import read_rows
 from tsqlora.data.write import write_rows
-from tsqlora.errors import DataError
+from tsqlora.errors import DataError, SettingsError
 from tsqlora.quality.epochs import sample
 from tsqlora.quality.scores import Scores, from_terms
 from tsqlora.quality.select import select_rows
@@ -113,6 +113,15 @@ def test_without_the_file_what_is_known_of_the_rows_is_written(tmp_path: Path) -
     assert scores.hashes is not None
     assert all(row["hash"] == scores.hashes[row["id"]] for row in rows)
     assert all(row["probability"] == pytest.approx(scores.probability[row["id"]]) for row in rows)
+
+
+def test_the_scored_file_is_not_replaced(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    write_rows(data, ROWS)
+    scores_of(ROWS, tmp_path / "s.parquet", record={**COLUMNS, "data": str(data)})
+    with pytest.raises(SettingsError, match="would replace the file that is read"):
+        select_rows(tmp_path / "s.parquet", data, fraction=0.5)
+    assert len(read_rows(data)) == 24
 
 
 @pytest.mark.parametrize("name", ["data.jsonl", "data.parquet"])

@@ -100,6 +100,8 @@ def test_a_review_changes_the_reviewed_labels_alone(suffix: str, place: Path, tm
     assert result["reviewed"] == 3
     changed = {3: "Yes", 7: "=maybe"}
     assert after == tuple({**row, "label": changed.get(j, row["label"])} for j, row in enumerate(before))
+    assert result["next"].startswith(f"tsqlora train --model M --data {result['corrected']} --set data.text=")
+    assert f"--set data.label=label --set data.trusted={result['trusted']}" in result["next"]
     trusted = read_rows(result["trusted"]).rows
     assert [str(row["n"]) for row in trusted] == ["3", "7", "8"]
     assert [row["label"] for row in trusted] == ["Yes", "=maybe", rows[8]["label"]]

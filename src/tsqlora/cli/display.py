@@ -112,10 +112,8 @@ def show_numbers(console: Console, numbers: Mapping[str, Any]) -> None:
 
 def show_review(console: Console, result: Mapping[str, Any]) -> None:
     """What a review changed, and how to train on it."""
-    show_numbers(console, {name: value for name, value in result.items() if name != "notes"})
-    trusted = " --set " + quote(f"data.trusted={result['trusted']}") if result["reviewed"] else ""
-    say(console, [f"note: {note}" for note in result["notes"]])
-    say(console, [f"next: tsqlora train --model M --data {quote(result['corrected'])}{trusted}"])
+    show_numbers(console, {name: value for name, value in result.items() if name not in ("notes", "next")})
+    say(console, [*(f"note: {note}" for note in result["notes"]), f"next: {result['next']}"])
 
 
 def show_scores(console: Console, result: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -118,24 +119,45 @@ def read_delimited(path: Path, dialect: Dialect) -> Records:
 
 
 def records(path: Path, dialect: Dialect) -> Iterator[tuple[int, list[str], int, int]]:
-    """Each record that is not blank, header first: its first line, its fields, and its start and end in bytes."""
-    line, start, end = 1, 0, 0
+    """Each record that is not blank, header first: its first line, its fields, and its start and end in bytes.
+
+    Raises DataError for broken quotes. A warning names the first lines that a quote joins and that could be rows of
+    their own.
+    """
+    line, start, end, width, doubted = 1, 0, 0, None, False
+    delimiter, separators = dialect.delimiter or ",", list[int]()
 
     def lines() -> Iterator[str]:
         nonlocal end
         for text, end in dialect.lines(path, newline=""):  # noqa: B007  (read below, after each record)
+            separators.append(text.count(delimiter))
             yield text
 
-    reader = csv.reader(lines(), delimiter=dialect.delimiter or ",", strict=True)
+    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
     try:
         with _fields_of_any_length():
             for fields in reader:
                 if fields:
+                    width = len(fields) - 1 if width is None else width
+                    joined = len(separators) > 1 or len(fields) - 1 != width
+                    if width and set(separators) == {width} and joined and not doubted:
+                        _doubt_quotes(f"{path}:{line}", reader.line_num - line)
+                        doubted = True
                     yield line, fields, start, end
                 line, start = reader.line_num + 1, end
+                separators.clear()
     except csv.Error as exc:
         cure = 'put fields in "..." and double the quotes inside'
         raise DataError(f"{path}:{line}: broken record ({exc}); {cure}") from exc
+
+
+def _doubt_quotes(place: str, further: int) -> None:
+    """Raise or warn where a quote changes fields that the separators alone would give; it joins so many more lines."""
+    joins = f"joins {further + 1} lines that could each be a row" if further else "hides a separator"
+    text = f"{place}: a quote {joins}; if it belongs to the text, double it and put its field in quotes"
+    if not further:
+        raise DataError(text)
+    warnings.warn(text, stacklevel=3)
 
 
 @contextmanager

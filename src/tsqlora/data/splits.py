@@ -110,7 +110,8 @@ def read_data(
     first = sources["train"]
     if used.label is None and format is None:
         raise DataError(
-            f"{first.name} has no label column; set data.label to one of its columns: {quoted(first.columns())}"
+            f"{first.name} has no label column; set data.label to one of its columns: {quoted(first.columns())}; or "
+            "set task.type to causal-lm, for a model that writes text"
         )
     if test is None and "test" in sources and _lacks_labels(sources["test"], used.label):
         warnings.warn(f"{sources['test'].name} has no labels in column '{used.label}' and is left out", stacklevel=2)

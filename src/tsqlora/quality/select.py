@@ -25,6 +25,7 @@ def select_rows(scores_path: Path, out: Path, *, fraction: float, seed: int = 0,
     require_writable(out)
     require_apart(out, scores_path, data)
     scores = Scores.load(scores_path)
+    require_apart(out, scores.record.data)
     chosen = sample(scores, fraction, seed)
     if data is None:
         columns = {"id": scores.row_ids, "quality": scores.quality, "probability": scores.probability}

@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,15 @@ from tsqlora.data.rows import Rows, Source, open_split, read_rows
 from tsqlora.data.write import require_apart, without_formulas, write_rows
 from tsqlora.errors import DataError, nearest
 from tsqlora.run.audit import AUDIT_FILE, source_digest
+from tsqlora.tasks import MEDIA
 
 TRUSTED_FILE = "trusted.jsonl"
 SHOWN = 20
 """Classes that a message lists."""
+
+TASK_OF = {"labels": "multi-label-classification", "tags": "token-classification"}
+TASK_OF |= {kind: task for task, kind in MEDIA.items()}
+"""task.type by what audit.json says of labels and media."""
 
 Label = str | int
 
@@ -74,6 +80,10 @@ def apply_review(table: Path, out: Path | None = None) -> dict[str, Any]:
     whole = [row for row in cells if row not in unread]
     write_rows(trusted, [{**rows[row], column: cells[row]} for row in whole or cells])
     partly = f"no row has all its listed tags reviewed, so {TRUSTED_FILE} has {len(cells)} that are reviewed in part"
+    names = {"task.type": TASK_OF.get(about.get("answer") or "", TASK_OF.get(about["columns"].get("media") or ""))}
+    names |= {f"data.{name}": about["columns"].get(name) for name in ("text", "text_pair", "label")}
+    names |= {"data.trusted": str(trusted)}
+    settings = [part for name, value in names.items() if value for part in ("--set", f"{name}={value}")]
     return {
         "out": str(folder),
         "corrected": str(corrected),
@@ -82,6 +92,7 @@ def apply_review(table: Path, out: Path | None = None) -> dict[str, Any]:
         "changed": len(changed),
         "checks": sum(one.is_check for one in reviewed),
         "notes": [] if whole else [partly],
+        "next": f"tsqlora train --model M --data {quote(str(corrected))} {' '.join(map(quote, settings))}",
     }
 
 

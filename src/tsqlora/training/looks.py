@@ -71,7 +71,7 @@ def look_sentences(quality: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
 
     `quality` is that of run.json; a version without looks, and a run without any, gives an empty list.
     """
-    trusted = quality.get("trusted_rows", 0)
+    trusted, last = quality.get("trusted_rows", 0), quality.get("trusted_from")
     return [
         (
             f"Look {j} at all rows, before step {look.get('step', 0) + 1:,}",
@@ -81,7 +81,7 @@ def look_sentences(quality: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
                 *_gate(look.get("gate"), trusted),
                 *_noise(look.get("noise")),
                 *([f"{look['kept']:,} of {look['rows']:,} rows were kept."] if "kept" in look else []),
-                *(_order(look.get("agreement"), trusted, quality.get("trusted_from")) if trusted and j == 1 else []),
+                *([trusted_order(look.get("agreement"), trusted, last)] if trusted and j == 1 else []),
             ],
         )
         for j, look in enumerate(quality.get("looks", ()), start=1)
@@ -112,16 +112,17 @@ def _gate(gate: Mapping[str, Any] | None, trusted: int) -> list[str]:
     return [f"The gate '{gate['name']}' left out {gate['left_out']:,} rows, with which the trusted model disagrees."]
 
 
-def _order(agreement: Mapping[str, Any] | None, trusted: int, last: Any) -> list[str]:
+def trusted_order(agreement: Mapping[str, Any] | None, trusted: int, last: Any) -> str:
+    """Whether so many trusted rows come last or are mixed in, and why."""
     order = "trained on last" if last else "mixed in with those of the pool"
     if agreement is None:
-        return [f"{trusted:,} trusted rows are {order}."]
+        return f"{trusted:,} trusted rows are {order}."
     share = f"{max(agreement['confirmed'], 0):.0%} (± {agreement['error']:.0%})"
     verdict = "agree with the pool" if agreement["agrees"] else "may differ from the pool"
-    return [
+    return (
         f"{trusted:,} trusted rows {verdict}: they confirm {share} of what a head fitted on it predicts of them, and "
         f"are {order}."
-    ]
+    )
 
 
 def _noise(noise: Mapping[str, Any] | None) -> list[str]:

@@ -32,7 +32,7 @@ from tsqlora.tasks.forward import Collate, task_of
 from tsqlora.tasks.generation import Generation
 from tsqlora.training.callback_state import QualityState, require_options
 from tsqlora.training.checkpoints import EPOCH_ERROR, digest, epoch_of
-from tsqlora.training.looks import Schedule, look_summary, noise_notes, trusted_agree
+from tsqlora.training.looks import Schedule, look_summary, noise_notes, trusted_agree, trusted_order
 from tsqlora.training.part import PartCallback, require_subset
 from tsqlora.training.recorder import of_draws
 from tsqlora.training.run_dir import SCORES_FILE
@@ -181,9 +181,17 @@ class QualityCallback(PartCallback):
         quality |= {"why_not": self.why_not} if scores is None else {"scores": scores.record.to_dict()}
         return {
             "quality": quality,
-            "notes": [*self.notes, *noise_notes(scores)],
+            "notes": [*self.notes, *self._trusted_notes(), *noise_notes(scores)],
             "settings": {"quality": self._draws()},
         }
+
+    def _trusted_notes(self) -> list[str]:
+        data, twins = self.data, self.data.plan.excluded
+        if not (len(data.trusted) and self.looks):
+            return []
+        order = trusted_order(self.looks[0].get("agreement"), len(data.trusted), data.plan.trusted_from)
+        left = [] if twins is None else [f"{twins.sum()} training rows are left out: a trusted row has the same input"]
+        return [order.removesuffix("."), *left]
 
     @property
     def why_not(self) -> str | None:
