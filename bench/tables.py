@@ -486,12 +486,13 @@ def mixed_pool(_: Results) -> pd.DataFrame:
     for method, of in cells.groupby("method"):
         above = (of.loss - even).dropna()
         low, high = (0, 0) if method == "even" else stats.t.interval(0.95, len(above) - 1, above.mean(), above.sem())
+        between = f" ({low:+.3f}, {high:+.3f})" if len(above) > 1 else ""
         shares = [cell["right"] / sum(cell.values()) for cell in of.drawn if cell]
         rows.append(
             {
                 "way to train": POOL_WAYS[method],
                 "test loss, seed by seed": ", ".join(f"{loss:.3f}" for loss in of.loss),
-                "against even draws": f"{above.mean():+.3f} ({low:+.3f}, {high:+.3f})" if method != "even" else "",
+                "against even draws": "" if method == "even" else f"{above.mean():+.3f}{between}",
                 "right rows": f"{100 * np.mean(shares):.0f} %" if shares else "",
             }
         )

@@ -121,8 +121,8 @@ def read_delimited(path: Path, dialect: Dialect) -> Records:
 def records(path: Path, dialect: Dialect) -> Iterator[tuple[int, list[str], int, int]]:
     """Each record that is not blank, header first: its first line, its fields, and its start and end in bytes.
 
-    Raises DataError for broken quotes. A warning names the first lines that a quote joins and that could be rows of
-    their own.
+    Raises DataError for broken quotes. A warning names the first lines that a quote joins, though each could be a
+    row.
     """
     line, start, end, width, doubted = 1, 0, 0, None, False
     delimiter, separators = dialect.delimiter or ",", list[int]()

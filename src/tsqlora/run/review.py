@@ -26,7 +26,7 @@ SHOWN = 20
 
 TASK_OF = {"labels": "multi-label-classification", "tags": "token-classification"}
 TASK_OF |= {kind: task for task, kind in MEDIA.items()}
-"""task.type by what audit.json says of labels and media."""
+"""task.type by the `answer` or `media` in audit.json."""
 
 Label = str | int
 
