@@ -153,7 +153,7 @@ def test_rows_of_a_class_with_few_others_are_not_judged_and_make_no_evidence() -
     audit = audit_of(features, labels, classes=range(CLASSES + 60))
     assert audit.unjudged == 60
     assert audit.likely_wrong <= 0.01 * ROWS
-    with pytest.raises(tsq.SettingsError, match="5 rows"):
+    with pytest.raises(tsq.DataError, match="5 rows"):
         audit_of(features[:60], rare)
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from tsqlora import distributed
 from tsqlora.compat.shapes import Bool, Float, Int, Shaped
-from tsqlora.errors import SettingsError, UnsupportedError
+from tsqlora.errors import DataError, UnsupportedError
 from tsqlora.quality.duplicates import Contradiction, contradictions, labels_of_nearest
 from tsqlora.quality.forward_pass import forward_pass
 from tsqlora.quality.label_noise import FROZEN_CLASSES, LabelNoise, Labels, Logits, Nearest, reject
@@ -127,14 +127,14 @@ def audit(
         classes: class names by number; by default the numbers.
         rows: ids of the rows; by default their positions.
 
-    Raises UnsupportedError for another task and for a model without a last linear layer, SettingsError for fewer than 3
+    Raises UnsupportedError for another task and for a model without a last linear layer, DataError for fewer than 3
     rows.
     """
     rows, compute = rows or RowNames(), compute or Compute()
     model, collate = distributed.unwrapped(model), each_its_row(collate)
     require_row_names(len(dataset), hashes=rows.hashes, ids=rows.ids)
     if len(dataset) < 3:
-        raise SettingsError(f"{len(dataset)} rows are too few for an audit; give at least 3")
+        raise DataError(f"{len(dataset)} rows are too few for an audit; give at least 3")
     task = task_of(model)
     if isinstance(task, TokenClassification):
         return distributed.once(lambda: _audit_tags(model, dataset, collate, task, classes, rows, compute))
@@ -223,7 +223,7 @@ def audit_of(
 
 def _out_of_fold(features: Float[np.ndarray, "n d"], labels: Labels, rows: Int[np.ndarray, " n"], width: int) -> Logits:
     if (several := len(np.unique(rows))) < FOLDS:
-        raise SettingsError(f"{several} rows with a label are too few for an audit; give at least {FOLDS}")
+        raise DataError(f"{several} rows with a label are too few for an audit; give at least {FOLDS}")
     return grouped_logits(features, labels, rows, width, rng=stream("audit folds", 0))
 
 
@@ -246,7 +246,7 @@ def audit_of_logits(
     logits = logits / np.float32(fit_temperature(logits, labels))
     judged = np.bincount(labels, minlength=logits.shape[1])[labels] >= FEWEST
     if judged.sum() < 2:
-        raise SettingsError(f"no class has {FEWEST} rows, from which an audit learns the class; give more rows")
+        raise DataError(f"no class has {FEWEST} rows, from which an audit learns the class; give more rows")
     places = np.flatnonzero(judged)
     near = None if nearest is None else lambda some: nearest(places[some])
     _, noise = reject(logits[judged], labels[judged], frozen=frozen, nearest=near)
