@@ -105,6 +105,8 @@ def test_the_pool_comes_first_and_trusted_rows_last(
     assert trainer.state.global_step == total
     assert_trusted_last(handed.steps, total, a_step)
     assert quality.notes == [FEW]
+    assert quality.summary()["notes"][1].startswith("12 trusted rows")
+    assert quality.summary()["notes"][1].endswith("are trained on last")
 
 
 FEW = "12 trusted rows may be too few: with 16 one of three trials failed; give 32 or more"
