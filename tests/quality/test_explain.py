@@ -56,6 +56,8 @@ def test_the_lists_hold_the_best_the_worst_and_the_suspicious(data: Path) -> Non
     assert result["lowest"][0]["quality"] == scores.quality.min()
     assert {sample["id"] for sample in result["suspicious"]} == set(np.flatnonzero(WRONG))
     json.dumps(result, allow_nan=False)
+    tied = replace(scores, quality=np.full(40, -3.0))
+    assert [one["id"] for one in explain(tied, 4)["lowest"]] == [one["id"] for one in result["suspicious"]]
 
 
 @pytest.mark.parametrize("wrong", [True, False])

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tsqlora.compat.shapes import Bool, Float
+from tsqlora.compat.shapes import Bool, Float, Int
 from tsqlora.data.cells import row_hash, row_text
 from tsqlora.data.dialect import Hints
 from tsqlora.data.formats import PREFERENCE
@@ -41,6 +41,11 @@ def suspicion(scores: Scores) -> Float[np.ndarray, " n"]:
     return loss
 
 
+def lowest(scores: Scores) -> Int[np.ndarray, " n"]:
+    """Return all rows, those of least quality first; where Q ends, at -3, many tie, and the most suspicious lead."""
+    return np.lexsort((-suspicion(scores) if "loss" in scores.terms else scores.row_ids, scores.quality))
+
+
 def likely_wrong(scores: Scores) -> Bool[np.ndarray, " n"]:
     """Return the rows that the model predicts as another class with confidence; of preference pairs the swapped ones.
 
@@ -73,7 +78,12 @@ def explain(scores: Scores, n: int, *, data: Path | None = None) -> dict[str, An
         raise DataError("these scores have no predictions; score again")
     order, by_suspicion = np.argsort(-scores.quality, kind="stable"), np.argsort(-suspicion(scores), kind="stable")
     wrong = by_suspicion[likely_wrong(scores)[by_suspicion]]
-    lists = {"highest": order[:n], "lowest": order[::-1][:n], "suspicious": by_suspicion[:n], "likely_wrong": wrong[:n]}
+    lists = {
+        "highest": order[:n],
+        "lowest": lowest(scores)[:n],
+        "suspicious": by_suspicion[:n],
+        "likely_wrong": wrong[:n],
+    }
     rows = np.unique(np.concatenate(list(lists.values()))).tolist()
     texts, why = texts_or_why(scores, rows, data, remote=True)
     if why is not None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tsqlora.errors import SettingsError
-from tsqlora.quality.explain import WHY, likely_wrong, named, suspicion, texts_or_why
+from tsqlora.quality.explain import WHY, likely_wrong, lowest, named, suspicion, texts_or_why
 from tsqlora.quality.scores import REASONS, Scores
 
 OF_A_KIND = 100
@@ -105,9 +105,8 @@ def _lists(scores: Scores) -> dict[str, np.ndarray]:
     lists: dict[str, np.ndarray] = {}
     most = min(OF_A_KIND, math.ceil(len(scores) / 3))
     if np.ptp(scores.quality) > 0:
-        order = np.argsort(-scores.quality, kind="stable")
-        lists["most valuable"] = order[:most]
-        lists["least valuable"] = order[::-1][:most]
+        lists["most valuable"] = np.argsort(-scores.quality, kind="stable")[:most]
+        lists["least valuable"] = lowest(scores)[:most]
     if "loss" in scores.terms:
         lists["most suspicious"] = np.argsort(-suspicion(scores), kind="stable")[:most]
     return lists
