@@ -92,7 +92,8 @@ class FinishedRun:
         self.require_columns(source.columns(), source.name, labelled=True)
         splits = one_split(name, source, self.columns, self.labels, self.format, self.config.data.max_bad_rows)
         data = self.job(splits if places is None else replace(splits, places={name: places})).data
-        warn_of_cuts(data.samples[name], source.name, "texts" if self.format is None else "prompts", self.max_length)
+        what = "texts" if self.format is None or self.format.name == "text" else "prompts"
+        warn_of_cuts(data.samples[name], source.name, what, self.max_length)
         return data
 
     def unlabelled(self, rows: Rows) -> TokenisedSplit:

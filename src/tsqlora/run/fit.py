@@ -99,7 +99,8 @@ def begin(job: Job, args: TrainingArguments, method: Method) -> tuple[PeftModel,
     record.notes += start_notes(config, record.labels)
     for name, split in samples.items():
         if split.truncated:
-            what = "prompts" if texts else "recordings" if splits.columns.media else "texts"
+            has_prompts = texts.get("format", "text") != "text"
+            what = "prompts" if has_prompts else "recordings" if splits.columns.media else "texts"
             record.notes.append(_cuts(split, f"{name} {what}", job.max_length))
     if config.model.trust_remote_code:
         record.notes.append("code from the model's repository ran: model.trust_remote_code was true")
