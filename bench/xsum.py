@@ -67,8 +67,8 @@ def main() -> None:
     cells: list[dict[str, object]] = []
     for file in sorted((CELLS / "cells" / "cells").glob("*.json")):
         cell = json.loads(file.read_text())
-        del cell["settings"]["data"], cell["settings"]["model"]
-        cells.append({name: cell[name] for name in cell if name not in ("looks", "ranks", "history")})
+        del cell["settings"]["data"], cell["settings"]["model"], cell["ranks"]
+        cells.append(cell)
     write(request.out, {"cells": cells, "machine": machine()})
 
 

@@ -140,7 +140,7 @@ def records(path: Path, dialect: Dialect) -> Iterator[tuple[int, list[str], int,
                 if fields:
                     width = len(fields) - 1 if width is None else width
                     joined = len(separators) > 1 or len(fields) - 1 != width
-                    if width and set(separators) == {width} and joined and not doubted:
+                    if joined and not doubted and width and set(separators) == {width}:
                         _doubt_quotes(f"{path}:{line}", reader.line_num - line)
                         doubted = True
                     yield line, fields, start, end

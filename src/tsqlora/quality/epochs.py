@@ -94,7 +94,7 @@ class EpochPlan:
             strata=scores.strata,
             kept=kept,
         )
-        if len(drawn) < size:
+        if len(drawn) < size:  # fewer rows are kept than an epoch has: they repeat, as in even draws
             return np.concatenate([drawn, self._walk(epoch, drawn, size - len(drawn))])
         return drawn if size == len(drawn) else drawn[np.sort(rng.permutation(len(drawn))[:size])]
 

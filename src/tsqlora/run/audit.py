@@ -173,6 +173,7 @@ def _about(config: Config, splits: Splits, result: Audit, listing: Listing, note
         "columns": asdict(splits.columns),
         "classes": list(names),
         "answer": "class" if splits.labels is None else splits.labels.answer,
+        "task": config.task.type,
         "model": model,
         "model_name": "the embedded all-MiniLM-L6-v2" if Path(model).parent.name == ENCODER else model,
         "rows": rows,

@@ -18,15 +18,11 @@ from tsqlora.data.rows import Rows, Source, open_split, read_rows
 from tsqlora.data.write import require_apart, without_formulas, write_rows
 from tsqlora.errors import DataError, nearest
 from tsqlora.run.audit import AUDIT_FILE, source_digest
-from tsqlora.tasks import MEDIA
+from tsqlora.run.config.settings import TaskSettings
 
 TRUSTED_FILE = "trusted.jsonl"
 SHOWN = 20
 """Classes that a message lists."""
-
-TASK_OF = {"labels": "multi-label-classification", "tags": "token-classification"}
-TASK_OF |= {kind: task for task, kind in MEDIA.items()}
-"""task.type by the `answer` or `media` in audit.json."""
 
 Label = str | int
 
@@ -80,10 +76,6 @@ def apply_review(table: Path, out: Path | None = None) -> dict[str, Any]:
     whole = [row for row in cells if row not in unread]
     write_rows(trusted, [{**rows[row], column: cells[row]} for row in whole or cells])
     partly = f"no row has all its listed tags reviewed, so {TRUSTED_FILE} has {len(cells)} that are reviewed in part"
-    names = {"task.type": TASK_OF.get(about.get("answer") or "", TASK_OF.get(about["columns"].get("media") or ""))}
-    names |= {f"data.{name}": about["columns"].get(name) for name in ("text", "text_pair", "label")}
-    names |= {"data.trusted": str(trusted)}
-    settings = [part for name, value in names.items() if value for part in ("--set", f"{name}={value}")]
     return {
         "out": str(folder),
         "corrected": str(corrected),
@@ -92,8 +84,18 @@ def apply_review(table: Path, out: Path | None = None) -> dict[str, Any]:
         "changed": len(changed),
         "checks": sum(one.is_check for one in reviewed),
         "notes": [] if whole else [partly],
-        "next": f"tsqlora train --model M --data {quote(str(corrected))} {' '.join(map(quote, settings))}",
+        "next": _training(about, corrected, trusted),
     }
+
+
+def _training(about: Mapping[str, Any], corrected: Path, trusted: Path) -> str:
+    """The command that trains on the corrected rows, with what the audit's settings say of them."""
+    task = about.get("task")
+    settings = {"task.type": None if task == TaskSettings().type else task}
+    settings |= {f"data.{name}": about["columns"].get(name) for name in ("text", "text_pair", "label")}
+    settings |= {"data.trusted": str(trusted)}
+    words = [word for name, value in settings.items() if value for word in ("--set", f"{name}={value}")]
+    return " ".join(map(quote, ("tsqlora", "train", "--model", "M", "--data", str(corrected), *words)))
 
 
 def _about(table: Path, out: Path | None) -> tuple[dict[str, Any], Path]:
