@@ -89,7 +89,7 @@ def apply_review(table: Path, out: Path | None = None) -> dict[str, Any]:
 
 
 def _training(about: Mapping[str, Any], corrected: Path, trusted: Path) -> str:
-    """The command that trains on the corrected rows, with what the audit's settings say of them."""
+    """The command that trains on the corrected rows, with the settings of the audit."""
     task = about.get("task")
     settings = {"task.type": None if task == TaskSettings().type else task}
     settings |= {f"data.{name}": about["columns"].get(name) for name in ("text", "text_pair", "label")}
