@@ -29,6 +29,7 @@ from tsqlora.quality import passes as forward_module
 from tsqlora.quality.density_ratio import log_density_ratio
 from tsqlora.quality.forward_pass import find_head, forward_pass
 from tsqlora.quality.head_start import start_head
+from tsqlora.quality.label_noise import reject as reject_of
 from tsqlora.quality.look import Look, look
 from tsqlora.quality.ridge import fit_ridge
 from tsqlora.quality.rule import PAPER_TERMS, Compute, LookRequest, RowNames, ScoringRule
@@ -567,3 +568,29 @@ def test_score_leaves_the_model_as_it_was_also_after_an_error(before_end: int | 
 
 def test_two_rows_are_too_few_to_fit_a_head_in_folds() -> None:
     assert looked(wrapped(), learnable(2)).head is None
+
+
+# --- wrong labels beside trusted rows -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("agree", "reject", "dropped"),
+    [(True, None, True), (False, None, False), (False, True, True), (True, False, False)],
+)
+def test_wrong_labels_are_dropped_where_trusted_rows_agree_with_the_pool(
+    agree: bool, reject: bool | None, dropped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fit on the pool judges them; trusted rows that contradict it say that it cannot, unless `reject` is set."""
+    rows = learnable(300)
+    wrong = np.arange(300) % 5 == 0
+    # The features of so small a model are no evidence.
+    monkeypatch.setattr("tsqlora.quality.look.reject", lambda *seen, frozen: (wrong, reject_of(*seen)[1]))
+    pool = [shifted([row])[0] if is_wrong else row for row, is_wrong in zip(rows, wrong, strict=True)]
+    trusted = learnable(60, seed=1)
+    rule = ScoringRule(reject=reject)
+    scores = looked(wrapped(), pool, rule=rule, trusted=Trusted(trusted if agree else shifted(trusted))).scores
+    assert scores is not None
+    assert scores.record.agreement is not None
+    assert scores.record.agreement["agrees"] == agree
+    left_out = scores.left_out_as("confident negative")
+    assert np.array_equal(left_out, wrong & dropped)

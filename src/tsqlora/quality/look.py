@@ -224,9 +224,10 @@ class _Looking:
             ids=rows.ids,
             predictions={} if predicting is None else predictions(predicting, pool.labels, task),
         )
-        if trusted is not None:
-            return scores if trusted.twins is None else scores.drop(trusted.twins, "trusted row")
-        if not (rule.rejects(classes) and ridge is not None):
+        if trusted is not None and trusted.twins is not None:
+            scores = scores.drop(trusted.twins, "trusted row")
+        believed = trusted is None or rule.reject or (agreement is not None and agreement.agrees)
+        if not (rule.rejects(classes) and ridge is not None and believed):
             return scores
         mask, noise = reject(scores.predictions["logits"], scores.labels, frozen=scores.record.frozen)
         scores = replace(scores, record=replace(scores.record, noise=noise.to_dict()))
