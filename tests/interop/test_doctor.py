@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from huggingface_hub import constants
 
 from kinds import KINDS, Q0, Q1, damaged, saved
 from loras import lora_config, save_base, save_lora, tiny_llama
@@ -187,6 +188,23 @@ def test_the_base_says_how_many_layers_there_are_and_those_that_tgi_drops_are_na
     assert Q1 in of(report, "TGI")["reasons"][0]
 
 
+def test_a_base_in_the_hubs_cache_counts_as_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    snapshots = tmp_path / "models--org--base" / "snapshots"
+    save_base(snapshots / "abc", tiny_llama())
+    (refs := snapshots.parent / "refs").mkdir()
+    (refs / "main").write_text("abc")
+    source = saved(target_modules=[Q0])(tmp_path / "a")
+    edit(source, base_model_name_or_path="org/base")
+    report = examine(source)
+    assert report["base_found"]
+    assert not report["notes"]
+    assert of(report, "TGI")["factors"] == {Q0: 0.0}
+    for revision in ("other", "../abc"):
+        edit(source, revision=revision)
+        assert not examine(source)["base_found"]
+
+
 def test_no_gguf_file_is_promised_for_a_base_that_llama_cpp_arranges_unknown_to_us(tmp_path: Path) -> None:
     bert = tiny_bert().float()
     save_base(tmp_path / "base", bert.bert)
@@ -265,3 +283,8 @@ def test_pickles_and_a_base_elsewhere_are_noted(tmp_path: Path) -> None:
     assert "base model" in notes[1]
     edit(source, base_model_name_or_path="/elsewhere/model")
     assert "/elsewhere/model" in examine(source)["notes"][1]
+    save_base(tmp_path / "base", tiny_bert().float())
+    edit(source, base_model_name_or_path=str(tmp_path / "base"))
+    report = examine(source)
+    assert not report["base_found"], "a base with other layers"
+    assert not any("another machine" in note for note in report["notes"])

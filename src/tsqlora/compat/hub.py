@@ -1,4 +1,4 @@
-"""Names of models and data sets on the hub, and the download of an adapter."""
+"""Names of models and data sets on the hub, and their files in its cache."""
 
 import os
 import re
@@ -37,6 +37,14 @@ def is_revision(name: str) -> bool:
     [True, True, True, False, False, False]
     """
     return all(re.fullmatch(r"[\w.+-]+", part, re.ASCII) and part.strip(".") for part in name.split("/"))
+
+
+def cached_model(name: str, revision: str) -> str | None:
+    """The directory of a model in the hub's cache; None if it is not there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(name, "config.json", revision=revision)
+    return os.path.dirname(config) if isinstance(config, str) else None
 
 
 def download_adapter(name: str) -> Path:

@@ -10,8 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tsqlora.compat.hub import cached_model
 from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError, nearest
-from tsqlora.interop.checkpoint import base_config, base_path, base_weights
+from tsqlora.interop.checkpoint import base_config, base_path, base_weights, revision_of
 from tsqlora.interop.files import pickles, read_adapter
 from tsqlora.interop.gguf import ARCHITECTURES
 from tsqlora.interop.health import layer_health, nonfinite, vllm_rank
@@ -165,12 +166,12 @@ def _shapes(adapter: LoraAdapter, folder: str | None) -> dict[str, Shape] | None
 
 
 def _base(adapter: LoraAdapter) -> str | None:
-    """The base's directory, if it is on this machine."""
+    """The base's directory, if it is on this machine or in the hub's cache."""
     try:
         path = base_path(adapter, None)
+        return path if os.path.isdir(path) else cached_model(path, revision_of(path, adapter))
     except SettingsError:
         return None
-    return path if os.path.isdir(path) else None
 
 
 def _implied(adapter: LoraAdapter) -> dict[str, Shape]:
@@ -213,8 +214,8 @@ def _notes(folder: Path, adapter: LoraAdapter, *, has_base: bool) -> list[str]:
         notes.append(f"{', '.join(unsafe)} can run code when loaded, and was not opened; delete it")
     if adapter.base is None:
         notes.append("the adapter names no base model; whoever loads it must know which")
-    elif not has_base and (Path(adapter.base).is_absolute() or adapter.base.startswith(".")):
+    elif (Path(adapter.base).is_absolute() or adapter.base.startswith(".")) and not os.path.isdir(adapter.base):
         notes.append(f"its base model is a directory on another machine, {adapter.base}; use a hub id instead")
     if not has_base:
-        notes.append("the base is not on this machine: the number of its layers is a guess from the adapter's names")
+        notes.append("no base weights that fit are here: the number of layers is a guess from the adapter's names")
     return notes
