@@ -1,8 +1,10 @@
 """Adapters of strangers: what would hang, fill the memory or run code is refused, or is not done."""
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from safetensors.torch import save_file
 from hostile import safetensors_bytes
 from loras import lora_config, save_base, save_lora, tiny_llama
 from tsqlora.errors import DataError, SettingsError
-from tsqlora.interop import patterns
+from tsqlora.interop import files, patterns
 from tsqlora.interop.base import base_skeleton
 from tsqlora.interop.doctor import examine
 from tsqlora.interop.files import CONFIG, WEIGHTS, read_adapter, require_safe
@@ -76,6 +78,23 @@ def test_a_header_that_claims_more_than_there_is_is_refused(tmp_path: Path) -> N
     (tmp_path / "a" / WEIGHTS).write_bytes(b"\xff" * 8 + b"{}")
     with pytest.raises(DataError, match=WEIGHTS):
         read_adapter(tmp_path / "a")
+
+
+def test_a_broken_file_is_refused_without_reading_all_of_it(tmp_path: Path) -> None:
+    save(tmp_path / "a")
+    with open(tmp_path / "a" / WEIGHTS, "r+b") as file:
+        file.truncate(1 << 26)
+    tracemalloc.start()
+    with pytest.raises(DataError, match=WEIGHTS):
+        read_adapter(tmp_path / "a")
+    assert tracemalloc.get_traced_memory()[1] < 1 << 22
+    tracemalloc.stop()
+
+
+def test_an_error_without_a_message_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "read_tensors", Mock(side_effect=OSError))
+    with pytest.raises(DataError, match="OSError"):
+        read_adapter(save(tmp_path / "a"))
 
 
 def test_a_layer_that_implies_a_thousand_takes_the_memory_of_one(tmp_path: Path) -> None:

@@ -153,7 +153,8 @@ def _tensors(folder: Path) -> dict[str, Stored]:
     try:
         tensors = read_tensors(path)
     except (SafetensorError, OSError, KeyError) as error:
-        raise DataError(f"{path} cannot be read ({str(error).splitlines()[0]}); save the adapter again") from None
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DataError(f"{path} cannot be read ({reason}); save the adapter again") from None
     for key in tensors:
         if len(key) > _LONGEST_NAME or not _KEY.fullmatch(key):
             raise DataError(f"{path}: the tensor {key!r} is not {PREFIX!r} and the name of a module")
