@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub import constants
 
 from kinds import KINDS, Q0, Q1, damaged, saved
-from loras import lora_config, save_base, save_lora, tiny_llama
+from loras import lora_config, save_base, save_lora, tiny_gpt2_lm, tiny_llama
 from models import tiny_bert
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.interop.checkpoint import base_weights
@@ -247,6 +247,19 @@ def test_some_saved_modules_are_left_out_where_others_are_refused(
 def test_an_activated_lora_is_right_in_llama_cpp_and_no_export_helps_the_others(tmp_path: Path) -> None:
     result = verdicts(examine(saved(alora_invocation_tokens=[1, 2])(tmp_path / "a")))
     assert (result["llama.cpp"], result["vLLM"], result["SGLang"]) == ("right", "refused", "wrong")
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+@pytest.mark.filterwarnings("ignore:Adapter 'default'.*LoRA tensor")  # PEFT takes its own biases for shards
+@pytest.mark.parametrize("biased", [False, True])
+def test_biases_of_b_are_merged_only_into_a_base_with_biases(biased: bool, tmp_path: Path) -> None:
+    base = tiny_gpt2_lm if biased else tiny_llama
+    save_base(tmp_path / "base", base())
+    config = lora_config(target_modules=["c_attn" if biased else "q_proj"], fan_in_fan_out=biased, lora_bias=True)
+    source = save_lora(tmp_path / "a", base(), config)
+    assert of(examine(source), "TGI")["mend"] == "merged", "no base to look at"
+    edit(source, base_model_name_or_path=str(tmp_path / "base"))
+    assert of(examine(source), "TGI")["mend"] == ("merged" if biased else None)
 
 
 def test_damage_is_found_where_it_is(tmp_path: Path) -> None:

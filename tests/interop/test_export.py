@@ -406,6 +406,16 @@ def test_what_is_more_than_a_product_is_merged_or_copied_and_refused_otherwise(
     assert_close(logits(merged), logits_with(base(), tmp_path / "a"), 1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+@pytest.mark.filterwarnings("ignore:Adapter 'default'.*LoRA tensor")  # PEFT takes its own biases for shards
+def test_biases_of_b_are_not_merged_into_a_base_without_biases(tmp_path: Path) -> None:
+    save_base(tmp_path / "base", tiny_llama())
+    save_lora(tmp_path / "a", tiny_llama(), lora_config(lora_bias=True))
+    with pytest.raises(UnsupportedError, match=r"lora_bias.*layers\.0\.self_attn\.k_proj"):
+        export(tmp_path / "a", tmp_path / "out", format="merged", base=str(tmp_path / "base"))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("format", ["universal", "merged", "peft"])
 def test_numbers_that_float16_has_no_room_for_are_rounding(format: str, tmp_path: Path) -> None:
     """Below 6e-5 float16 has the same distance between numbers everywhere, however small they are."""

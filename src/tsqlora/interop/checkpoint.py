@@ -50,8 +50,8 @@ def base_config(folder: str) -> dict[str, Any]:
     return read if isinstance(read, dict) else {}
 
 
-def base_weights(folder: str, targets: Collection[str]) -> dict[str, tuple[int, ...]] | None:
-    """Each module's weight shape, from the headers of the base's safetensors files.
+def base_weights(folder: str, targets: Collection[str], kind: str = "weight") -> dict[str, tuple[int, ...]] | None:
+    """Each module's shape of its weight, or its bias, from the headers of the base's safetensors files.
 
     A checkpoint of a body may lack the prefix that the body has below a head, or have one too many: names are returned
     as the adapter's targets have them. None if files or modules are missing.
@@ -62,7 +62,7 @@ def base_weights(folder: str, targets: Collection[str]) -> dict[str, tuple[int, 
             with safe_open(path, framework="np") as file:
                 for key in file.keys():  # noqa: SIM118  (not a mapping)
                     module, _, leaf = key.rpartition(".")
-                    if leaf == "weight":
+                    if leaf == kind:
                         shapes[module] = tuple(file.get_slice(key).get_shape())
     except (OSError, SafetensorError):
         return None

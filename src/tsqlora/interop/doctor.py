@@ -6,7 +6,7 @@ Only numpy and safetensors read the files: no torch, no base model in memory.
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,10 @@ def _context(adapter: LoraAdapter) -> tuple[dict[str, Shape] | None, BaseFacts, 
     folder = _base(adapter)
     of_base = _shapes(adapter, folder)
     shapes = _implied(adapter) if of_base is None else of_base
-    return of_base, _facts(adapter, shapes, folder), _universal(adapter, shapes)
+    facts = _facts(adapter, shapes, folder)
+    if folder is not None and of_base is not None:
+        facts = replace(facts, biased=base_weights(folder, adapter.targets, "bias") is not None)
+    return of_base, facts, _universal(adapter, shapes)
 
 
 def rule_for(server: str) -> tuple[tuple[Consumer], list[str]]:
@@ -136,7 +139,8 @@ def mend(consumer: Consumer, adapter: LoraAdapter, padded: LoraAdapter | None, b
             return "gguf"
     elif padded is not None and judge(consumer, padded, base).verdict == "right":
         return "universal"
-    return None if any(adapter.config.get(option) for option in UNMERGEABLE) else "merged"
+    unmergeable = UNMERGEABLE if base.biased else (*UNMERGEABLE, "lora_bias")
+    return None if any(adapter.config.get(option) for option in unmergeable) else "merged"
 
 
 def _universal(adapter: LoraAdapter, shapes: Mapping[str, Shape]) -> LoraAdapter | None:

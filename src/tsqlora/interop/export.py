@@ -220,12 +220,17 @@ def _require_fit(adapter: LoraAdapter, model: PreTrainedModel) -> None:
 def merge_into(base: PreTrainedModel, adapter: LoraAdapter, folder: Path) -> PreTrainedModel:
     """Merge the adapter of a directory into the base, in place, by PEFT.
 
-    Raises UnsupportedError for a quantised base: merging would round its weights again.
+    Raises UnsupportedError for a quantised base: merging would round its weights again. Also for a bias of B on a layer
+    without a bias, which PEFT cannot merge.
     """
     if getattr(base, "is_quantized", False):
         raise UnsupportedError(
             "the base is quantised, and merging would round it again; use the base that it was made from"
         )
+    modules = dict(base.named_modules())
+    bare = [name for name in adapter.targets if getattr(modules.get(name), "bias", None) is None]
+    if adapter.config.get("lora_bias") and bare:
+        raise UnsupportedError(f"the adapter has lora_bias, but {bare[0]} of the base has no bias; serve it with PEFT")
     if any(target.kind == "embedding" or name.endswith("lm_head") for name, target in adapter.targets.items()):
         _untie(base)
     merged = PeftModel.from_pretrained(base, str(folder)).merge_and_unload(safe_merge=True)

@@ -22,11 +22,13 @@ class BaseFacts:
         layers: its modules of each of the adapter's kinds of layer.
         model_type: from its config; None without one.
         tied: its head shares the weight of its embedding.
+        biased: the adapter's layers have biases in it; True without its weights.
     """
 
     layers: Mapping[str, Sequence[str]]
     model_type: str | None = None
     tied: bool = False
+    biased: bool = True
 
 
 @dataclass(frozen=True, slots=True)
