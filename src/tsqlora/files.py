@@ -16,8 +16,10 @@ if TYPE_CHECKING:  # `tsqlora --help` waits neither for torch nor for numpy
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`: the file or directory that you write there replaces `path`.
 
-    A file is synced to disk before it is renamed. After an error nothing remains, and `path` is unchanged.
+    A file is synced to disk before it is renamed. After an error nothing remains, and `path` is unchanged. If `path` is
+    a link, the file that it points to is replaced.
     """
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     _remove(temporary)  # left by a killed process with this number
     try:

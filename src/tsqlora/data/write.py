@@ -81,7 +81,7 @@ def require_place(path: Path) -> None:
     if path.is_dir():
         raise SettingsError(f"--out {path} is a directory; name a file")
     try:
-        there = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+        there = next(folder for folder in Path(os.path.realpath(path)).parents if os.path.lexists(folder))
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise SettingsError(f"--out {path} cannot be written ({error.strerror}); name another file") from None
