@@ -19,6 +19,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
@@ -35,6 +36,7 @@ from transformers import (
 
 from elsewhere import environment_without_us
 from loras import LAYERS, lora_config, save_base, save_lora, tiny_gpt2_lm, tiny_llama
+from made_media import save_vit, save_wav2vec2
 from models import tiny_bert, tiny_llama_classifier
 from tsqlora.errors import DataError, SettingsError, TsqLoraError, UnsupportedError
 from tsqlora.interop import export as export_module
@@ -404,6 +406,15 @@ def test_what_is_more_than_a_product_is_merged_or_copied_and_refused_otherwise(
     assert report["update_difference"] is None
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert_close(logits(merged), logits_with(base(), tmp_path / "a"), 1e-3)
+
+
+@pytest.mark.parametrize("save", [save_vit, save_wav2vec2])
+def test_a_merged_model_of_images_or_recordings_has_its_processor(save: Callable[[Path], Path], tmp_path: Path) -> None:
+    base = save(tmp_path / "base")
+    save_lora(tmp_path / "a", AutoModel.from_pretrained(base), lora_config(task_type=None, target_modules=["q_proj"]))
+    export(tmp_path / "a", tmp_path / "out", format="merged", base=str(base))
+    name = "preprocessor_config.json"
+    assert json.loads((tmp_path / "out" / name).read_text()) == json.loads((base / name).read_text())
 
 
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")

@@ -1,15 +1,23 @@
 """Load the base model of an adapter: its modules' shapes from the config alone, or the model with weights."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.pytorch_utils import Conv1D
 
 from tsqlora.errors import SettingsError
@@ -39,13 +47,13 @@ class Base:
     Attributes:
         skeleton: its modules and config; weights may be absent.
         load: a fresh model, in a precision or, for None, its own.
-        tokenizer: None if there is none.
+        processors: its tokenizer, image processor and feature extractor, those that there are.
         compare: compare logits too, for which `load` is called.
     """
 
     skeleton: Callable[[], PreTrainedModel]
     load: Callable[[str | None], PreTrainedModel]
-    tokenizer: Callable[[], PreTrainedTokenizerBase | None]
+    processors: Callable[[], Sequence[Any]]
     compare: bool = True
 
 
@@ -62,7 +70,7 @@ def base_of(folder: Path, path: str | None) -> Base:
     return Base(
         lambda: base_skeleton(where(), adapter),
         lambda dtype: load_base(where(), adapter, dtype),
-        lambda: load_tokenizer(str(folder)) or load_tokenizer(where(), revision_of(where(), adapter)),
+        lambda: load_processors((str(folder), "main"), (where(), revision_of(where(), adapter))),
         compare=path is not None,
     )
 
@@ -134,10 +142,23 @@ def load_tokenizer(path: str, revision: str = "main") -> PreTrainedTokenizerBase
     """The tokenizer in a directory or on the hub, or None."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, revision=revision)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):  # the last where a tokenizer's class finds no vocabulary
         return None
     # Without files transformers makes a tokenizer that knows only special tokens.
     return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
+
+
+def load_processors(*places: tuple[str, str]) -> list[Any]:
+    """Of each kind of processor the first in these places, which are a directory or a hub id and a revision."""
+
+    def load(kind: Any, path: str, revision: str) -> Any:
+        with suppress(OSError, ValueError, KeyError):
+            return kind.from_pretrained(path, trust_remote_code=False, revision=revision)
+        return None
+
+    loaders = (load_tokenizer, partial(load, AutoImageProcessor), partial(load, AutoFeatureExtractor))
+    firsts = (next((one for place in places if (one := loader(*place)) is not None), None) for loader in loaders)
+    return [one for one in firsts if one is not None]
 
 
 def _class(config: Any, adapter: LoraAdapter) -> Any:

@@ -1,6 +1,6 @@
 """Export an adapter in a server's format, and compare it with its source before it takes its place."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from tsqlora.errors import SettingsError, UnsupportedError, nearest
 from tsqlora.interop import gguf
@@ -186,7 +186,7 @@ def _merged(job: Job) -> Exported:
     base = job.base
     model = base.load(job.dtype)
     _require_fit(job.adapter, model)
-    save_merged(merge_into(model, job.adapter, job.source), base.tokenizer(), job.folder)
+    save_merged(merge_into(model, job.adapter, job.source), base.processors(), job.folder)
     saved, dtype = reload(job.folder, model), NAMES[model.dtype]
     del model  # keep one base in memory at a time, beside the merged model
     if beyond := [*job.adapter.variants(), *job.adapter.further]:
@@ -246,11 +246,10 @@ def _untie(model: PreTrainedModel) -> None:
         model.config.tie_word_embeddings = False
 
 
-def save_merged(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
-    """Save model and tokenizer as transformers does."""
-    model.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+def save_merged(model: PreTrainedModel, processors: Sequence[Any], folder: Path) -> None:
+    """Save a model and its processors as transformers does."""
+    for each in (model, *processors):
+        each.save_pretrained(folder)
 
 
 def reload(folder: Path, like: PreTrainedModel) -> PreTrainedModel:

@@ -57,4 +57,4 @@ def _base_of_run(run: Path) -> Base:
         opened = open_run(run, [UNQUANTIZED, *([] if dtype is None else [f"model.dtype={dtype}"])])
         return opened.model.unload().cpu().eval()
 
-    return Base(lambda: load(None), load, lambda: open_run(run, [UNQUANTIZED]).pretrained.tokenizer)
+    return Base(lambda: load(None), load, lambda: [open_run(run, [UNQUANTIZED]).pretrained.tokenizer])
