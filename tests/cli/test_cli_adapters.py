@@ -176,3 +176,6 @@ def test_doctor_and_export_take_an_adapter_of_the_hub(
     code, out, err = tsqlora("doctor", "somebody/else")
     assert (code, out) == (3, "")
     assert "somebody/else" in err
+    next(repository.glob(f"snapshots/*/{WEIGHTS}")).unlink()
+    code, _, err = tsqlora("doctor", "somebody/adapter")
+    assert (code, "somebody/adapter" in err, "pickle" in err) == (3, True, True)

@@ -52,12 +52,18 @@ def download_adapter(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["adapter_config.json", "adapter_model.safetensors"]))
+        folder = Path(snapshot_download(name, allow_patterns=["adapter_config.json", "adapter_model.safetensors"]))
     except Exception as error:  # of the network, the login or the hub
         raise DataError(
             f"{name} is neither a local directory nor an adapter that the hub provides ({type(error).__name__}); give "
             "an adapter's directory, or its OWNER/NAME"
         ) from error
+    if (folder / "adapter_config.json").exists() and not (folder / "adapter_model.safetensors").exists():
+        raise DataError(
+            f"{name} has no adapter_model.safetensors on the hub; adapter_model.bin is a pickle, which can run code "
+            "and is not opened; if you trust it, load the adapter with PEFT and save it with save_pretrained"
+        )
+    return folder
 
 
 @dataclass(frozen=True, slots=True)
