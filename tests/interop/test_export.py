@@ -417,6 +417,19 @@ def test_a_merged_model_of_images_or_recordings_has_its_processor(save: Callable
     assert json.loads((tmp_path / "out" / name).read_text()) == json.loads((base / name).read_text())
 
 
+def test_a_text_model_is_merged_without_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class WithoutPillow:
+        @staticmethod
+        def from_pretrained(*args: Any, **options: Any) -> Any:
+            raise ImportError("AutoImageProcessor requires the PIL library")
+
+    monkeypatch.setattr("tsqlora.interop.base.AutoImageProcessor", WithoutPillow)
+    save_base(tmp_path / "base", tiny_llama())
+    save_lora(tmp_path / "a", tiny_llama(), lora_config())
+    export(tmp_path / "a", tmp_path / "out", format="merged", base=str(tmp_path / "base"))
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
 @pytest.mark.filterwarnings("ignore:Adapter 'default'.*LoRA tensor")  # PEFT takes its own biases for shards
 def test_biases_of_b_are_not_merged_into_a_base_without_biases(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def load_processors(*places: tuple[str, str]) -> list[Any]:
     """Of each kind of processor the first in these places, which are a directory or a hub id and a revision."""
 
     def load(kind: Any, path: str, revision: str) -> Any:
-        with suppress(OSError, ValueError, KeyError):
+        with suppress(ImportError, OSError, ValueError, KeyError):  # the first without Pillow
             return kind.from_pretrained(path, trust_remote_code=False, revision=revision)
         return None
 
