@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from browser import Page, axe
+from seen import Seen
 from tsqlora.reports.audit_page import audit_page
 from tsqlora.run.audit_listing import Listed
 
@@ -92,6 +93,16 @@ def test_rows_are_searched_and_narrowed(id: str, value: str, rows: int, page: Pa
     )
     assert len(tab.run(SHOWN)) == rows
     assert tab.run("document.getElementById('none').hidden") == (rows > 0)
+
+
+def test_a_browser_stores_the_choices_of_each_label_column_apart() -> None:
+    about: dict[str, Any] = {
+        "source": "rows.csv", "sha256": "0" * 64, "classes": ["0", "1"], "model_name": "m", "rows": 10, "summary": "S.",
+        "notes": [], "answer": "class", "pairs": [],
+    }  # fmt: skip
+    pages = [audit_page(Path("a"), about | {"columns": {"label": name}}, [], []) for name in ("toxic", "rude", "toxic")]
+    first, other, again = (Seen(page).page_data()["key"] for page in pages)
+    assert first == again != other
 
 
 @pytest.mark.parametrize("width", [390, 1440])

@@ -38,7 +38,8 @@ def audit_page(
         "rows": suspects + shown,
         "classes": about["classes"],
         "answer": about["answer"],
-        "key": about["sha256"] or about["source"],
+        # A browser stores the choices by this key; another label column of the file has choices apart.
+        "key": json.dumps([about["sha256"] or about["source"], about.get("columns", {}).get("label")]),
     }
     pairs = [[p["label"], p["suggested"], f"{p['rows']:,}", f"{p['wrong']:.1f}"] for p in about["pairs"]]
     return (
