@@ -56,6 +56,21 @@ def test_what_is_set_wins_and_a_byte_order_mark_over_it(tmp_path: Path) -> None:
     assert read_rows(path, hints=Hints(encoding="cp1252")).rows == ({"text": "jaß"},)
 
 
+@pytest.mark.filterwarnings("ignore:.*trusted.jsonl is UTF-8")
+@pytest.mark.parametrize("encoding", ["cp1250", "cp932", "utf-16", "utf-16-le"])
+def test_one_encoding_for_all_files_leaves_those_in_utf8_as_they_are(encoding: str, tmp_path: Path) -> None:
+    hints, path = Hints(encoding=encoding), tmp_path / "trusted.jsonl"
+    path.write_text('{"text": "größer, źle, 語"}\n', encoding="utf-8")
+    with pytest.warns(UserWarning, match=encoding):
+        assert read_rows(path, hints=hints).rows == ({"text": "größer, źle, 語"},)
+    path.write_text('{"text": "ascii"}\n', encoding="ascii")
+    assert read_rows(path, hints=hints).rows == ({"text": "ascii"},)
+    assert sniff(path, Hints(encoding="cp1250")).encoding == "cp1250", "which a corrected copy may need"
+    text = "語" if encoding == "cp932" else "größer"
+    path.write_text(f'{{"text": "{text}"}}\n', encoding=encoding)
+    assert read_rows(path, hints=hints).rows == ({"text": text},)
+
+
 @pytest.mark.parametrize(
     ("content", "hints", "message"),
     [

@@ -46,19 +46,23 @@ class Dialect:
         mark: length of its byte order mark in bytes.
         delimiter: None if the file has no columns.
         guessed: whether nothing proves the encoding.
+        unused: the encoding of the hints, if the file is UTF-8 all the same.
     """
 
     encoding: str = "utf-8"
     mark: int = 0
     delimiter: str | None = None
     guessed: bool = False
+    unused: str | None = None
 
     def __str__(self) -> str:
         between = "" if self.delimiter is None else f"{self.delimiter!r} between columns, "
         return f"{between}{self.encoding}"
 
     def note(self, name: str) -> str | None:
-        """A warning if the encoding is a guess."""
+        """A warning if the encoding is a guess, or not that of the hints."""
+        if self.unused is not None:
+            return f"{name} is UTF-8 and was read as such; data.encoding {self.unused} counts for other files"
         if not self.guessed:
             return None
         return f"{name} is not UTF-8 and was read as {self.encoding}; set data.encoding if its letters look wrong"
@@ -88,16 +92,19 @@ def sniff(path: Path, hints: Hints) -> Dialect:
     """Detect a text file's dialect; hints win over content, and a byte order mark over an encoding.
 
     Without mark and hint a file is UTF-8 if it decodes, else FALLBACK. A file whose lines beyond ASCII mostly decode
-    as UTF-8 stays UTF-8: it is broken. Raises DataError if the file cannot be read.
+    as UTF-8 stays UTF-8: it is broken. With an encoding as hint a file that can only be UTF-8 stays UTF-8, since one
+    hint counts for all files of a run. Raises DataError if the file cannot be read.
     """
     with _opened(path) as file:
         start = file.read(_SNIFFED_BYTES)
     mark = next((mark for mark in _MARKS if start.startswith(mark)), b"")
     # Text with one byte a letter has no zero byte: an archive is read as UTF-8, and refused there.
-    guessed = not mark and hints.encoding is None and b"\0" not in start and not _is_utf8(path)
-    encoding = _MARKS.get(mark) or hints.encoding or (FALLBACK if guessed else "utf-8")
+    zeros, hint = b"\0" in start, hints.encoding
+    guessed = not mark and hint is None and not zeros and not _is_utf8(path)
+    unused = hint if hint is not None and not mark and not zeros and _is_only_utf8(path, hint) else None
+    encoding = _MARKS.get(mark) or ("utf-8" if unused else hint) or (FALLBACK if guessed else "utf-8")
     encoding = _UNMARKED.get(codecs.lookup(encoding).name, encoding)
-    dialect = Dialect(encoding, len(mark), guessed=guessed)
+    dialect = Dialect(encoding, len(mark), guessed=guessed, unused=unused)
     if path.suffix.lower() not in TABLES:
         return dialect
     return replace(dialect, delimiter=_delimiter(path, dialect, hints))
@@ -113,17 +120,22 @@ def _opened(path: Path) -> Iterator[io.BufferedReader]:
 
 
 def _is_utf8(path: Path) -> bool:
-    decoder = codecs.getincrementaldecoder("utf-8")()
+    decoding = _decoding(path)
+    return all(decoding) or sum(decoding) > len(decoding) / 2
+
+
+def _is_only_utf8(path: Path, encoding: str) -> bool:
+    """Whether a file without zero bytes is UTF-8 and not in another encoding; text in ASCII is in most."""
+    if codecs.lookup(encoding).name in ("utf-8", "utf-8-sig"):
+        return False
+    decoding = _decoding(path)
+    return all(decoding) and (decoding != [] or "\n".encode(encoding) != b"\n")
+
+
+def _decoding(path: Path) -> list[bool]:
+    """Whether each line beyond ASCII decodes as UTF-8, where no letter has the byte of a line feed."""
     with _opened(path) as file:
-        try:
-            while block := file.read(1 << 20):
-                decoder.decode(block)
-            decoder.decode(b"", final=True)
-            return True
-        except UnicodeDecodeError:
-            file.seek(0)
-            beyond_ascii = [_broken_at(line, "utf-8") is None for line in file if not line.isascii()]
-            return sum(beyond_ascii) > len(beyond_ascii) / 2
+        return [_broken_at(line, "utf-8") is None for line in file if not line.isascii()]
 
 
 def _broken_at(line: bytes, encoding: str) -> int | None:
