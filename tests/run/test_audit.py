@@ -2,7 +2,9 @@
 
 import csv
 import json
+import shlex
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from tsqlora.errors import DataError, SettingsError, TsqLoraError, UnsupportedEr
 from tsqlora.run import audit as pipeline
 from tsqlora.run.audit import run_audit
 from tsqlora.run.audit_listing import draw_checks
+from tsqlora.run.config import load_config
 from tsqlora.run.review import apply_review
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> =1+1"
@@ -105,6 +108,25 @@ def test_a_review_changes_the_reviewed_labels_alone(suffix: str, place: Path, tm
     trusted = read_rows(result["trusted"]).rows
     assert [str(row["n"]) for row in trusted] == ["3", "7", "8"]
     assert [row["label"] for row in trusted] == ["Yes", "=maybe", rows[8]["label"]]
+
+
+@pytest.mark.parametrize(("column", "delimiter"), [("label: # 1", "\t"), ("2024", ";"), ("@label", ":")])
+def test_the_next_command_reads_the_corrected_table_as_the_audit_did(
+    column: str, delimiter: str, place: Path, tmp_path: Path
+) -> None:
+    lines = [(row["text"], row["label"]) for row in read_rows(place / "train.jsonl").rows if row["label"] != "=maybe"]
+    with open(tmp_path / "rows.csv", "w", encoding="cp1250", newline="") as file:
+        csv.writer(file, delimiter=delimiter).writerows([("text", column), *((f"{text} źle", y) for text, y in lines)])
+    settings = {"data.label": column, "data.delimiter": delimiter, "data.encoding": "cp1250"}
+    overrides = [f"{name}={json.dumps(value)}" for name, value in settings.items()]
+    run_audit(str(tmp_path / "rows.csv"), model=str(place / "model"), out=tmp_path / "a: b", overrides=overrides)
+    result = apply_review(reviewed_as(tmp_path / "a: b", {3: "Yes"}))
+    words = shlex.split(result["next"])
+    data = load_config(None, [value for word, value in pairwise(words) if word == "--set"], sections={
+        "model": {"path": str(place / "model")}, "data": {"train": words[words.index("--data") + 1]},
+    }).data  # fmt: skip
+    assert (data.label, data.delimiter, data.encoding) == (column, delimiter, "cp1250")
+    assert data.trusted == result["trusted"]
 
 
 @pytest.mark.usefixtures("audited")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from tsqlora.compat.yaml import YamlProblem, load_yaml
 from tsqlora.data.cells import is_missing
 from tsqlora.data.copies import corrected_name, write_corrected
 from tsqlora.data.dialect import Hints
@@ -93,9 +94,18 @@ def _training(about: Mapping[str, Any], corrected: Path, trusted: Path) -> str:
     task = about.get("task")
     settings = {"task.type": None if task == TaskSettings().type else task}
     settings |= {f"data.{name}": about["columns"].get(name) for name in ("text", "text_pair", "label")}
-    settings |= {"data.trusted": str(trusted)}
-    words = [word for name, value in settings.items() if value for word in ("--set", f"{name}={value}")]
+    settings |= {f"data.{name}": value for name, value in about["hints"].items()} | {"data.trusted": str(trusted)}
+    words = [word for name, value in settings.items() if value for word in ("--set", f"{name}={_as_yaml(value)}")]
     return " ".join(map(quote, ("tsqlora", "train", "--model", "M", "--data", str(corrected), *words)))
+
+
+def _as_yaml(text: str) -> str:
+    """A text for --set, in quotes if YAML would read something else."""
+    try:
+        plain = load_yaml(text) == text
+    except YamlProblem:
+        plain = False
+    return text if plain else json.dumps(text, ensure_ascii=False)
 
 
 def _about(table: Path, out: Path | None) -> tuple[dict[str, Any], Path]:
