@@ -14,6 +14,7 @@ from runs import make_rows, save_checkpoint, write_config, write_jsonl
 from tsqlora.data.rows import read_rows
 from tsqlora.data.write import write_rows
 from tsqlora.quality.scores import Scores
+from tsqlora.run.audit import run_audit
 from tsqlora.run.review import apply_review
 
 Run = Callable[..., tuple[int, str, str]]
@@ -100,6 +101,22 @@ def test_a_reviewed_audit_replaces_whole_sets_alone(suffix: str, place: Path, tm
     write_rows(tmp_path / "r.csv", [{**line, "reviewed_label": "glad|nothing"} for line in table])
     code, _, err = tsqlora("audit", "--apply", tmp_path / "r.csv", "--out", tmp_path / "audit")
     assert (code, "'nothing'" in err) == (3, True)
+
+
+def test_integers_stay_integers_in_a_corrected_copy(place: Path, tmp_path: Path) -> None:
+    numbers = [[("sad", "glad", "house").index(label) for label in row["labels"]] for row in labelled(60)]
+    rows = [{**r, "labels": y if len(y) > 1 else y[0]} for r, y in zip(labelled(60), numbers, strict=True)]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    task = ["task.type=multi-label-classification"]
+    run_audit(str(tmp_path / "rows.jsonl"), model=str(place / "model"), out=tmp_path / "audit", overrides=task)
+    table = list(read_rows(tmp_path / "audit" / "suspects.csv").rows)
+    one, other = [j for j, row in enumerate(rows) if isinstance(row["labels"], int)][:2]
+    reviews = {one: "2", other: "1|2"}
+    write_rows(tmp_path / "r.csv", [{**line, "reviewed_label": reviews.get(int(line["row"]), "")} for line in table])
+    result = apply_review(tmp_path / "r.csv", tmp_path / "audit")
+    after = read_rows(result["corrected"]).rows
+    assert (after[one]["labels"], after[other]["labels"]) == (2, [1, 2])
+    assert [row["labels"] for row in read_rows(result["trusted"]).rows] == [2, [1, 2]]
 
 
 def test_a_label_that_training_lacks_and_label_smoothing_are_refused(place: Path, tmp_path: Path, tsqlora: Run) -> None:

@@ -125,7 +125,9 @@ def _about(table: Path, out: Path | None) -> tuple[dict[str, Any], Path]:
 
 
 def _as_written(reviewed: Label | list[Label], cell: Any) -> Any:
-    """The reviewed label or labels in the form of the file's cell."""
+    """The reviewed label or labels in the form of the file's cell; several in place of a number are a list."""
+    if isinstance(cell, int) and isinstance(reviewed, list):
+        return reviewed[0] if len(reviewed) == 1 else reviewed
     return reviewed if isinstance(cell, list) else join_labels(reviewed)
 
 
