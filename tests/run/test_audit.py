@@ -129,6 +129,27 @@ def test_the_next_command_reads_the_corrected_table_as_the_audit_did(
     assert data.trusted == result["trusted"]
 
 
+@pytest.mark.parametrize(
+    ("classes", "rewritten"),
+    [(("True", "False"), str.upper), (("0", "1"), "{}.0".format), (("-3", "7"), "{}.0".format)],
+)
+def test_labels_may_be_as_a_spreadsheet_or_pandas_writes_them(
+    classes: tuple[str, str], rewritten: Callable[[str], str], place: Path, tmp_path: Path
+) -> None:
+    rows = [{**row, "label": classes[j % 2]} for j, row in enumerate(make_rows(40))]
+    write_rows(tmp_path / "rows.csv", rows)
+    run_audit(str(tmp_path / "rows.csv"), model=str(place / "model"), out=tmp_path / "audit")
+    reviews = {3: rewritten(classes[0]), 4: rewritten(classes[0])}
+    lines = read_rows(reviewed_as(tmp_path / "audit", reviews)).rows
+    write_rows(tmp_path / "audit" / "r.csv", [{**line, "label": rewritten(line["label"])} for line in lines])
+    result = apply_review(tmp_path / "audit" / "r.csv")
+    labels = [row["label"] for row in read_rows(result["corrected"]).rows]
+    assert labels == [classes[0] if j == 3 else row["label"] for j, row in enumerate(rows)]
+    write_rows(tmp_path / "audit" / "r.csv", [{**line, "label": rewritten(classes[1])} for line in lines])
+    with pytest.raises(DataError, match="row 4"):
+        apply_review(tmp_path / "audit" / "r.csv")
+
+
 @pytest.mark.usefixtures("audited")
 @pytest.mark.parametrize(
     ("changes", "edit", "named"),

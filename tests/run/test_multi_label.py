@@ -98,9 +98,10 @@ def test_a_reviewed_audit_replaces_whole_sets_alone(suffix: str, place: Path, tm
     before, after = list(read_rows(data).rows), read_rows(result["corrected"]).rows
     before[3] = {**before[3], "labels": "house|glad" if suffix == ".csv" else ["house", "glad"]}
     assert after == tuple(before)
-    write_rows(tmp_path / "r.csv", [{**line, "reviewed_label": "glad|nothing"} for line in table])
-    code, _, err = tsqlora("audit", "--apply", tmp_path / "r.csv", "--out", tmp_path / "audit")
-    assert (code, "'nothing'" in err) == (3, True)
+    for wrong, named in (("glad|nothing", "'nothing'"), ("['glad']", "['glad']")):
+        write_rows(tmp_path / "r.csv", [{**line, "reviewed_label": wrong} for line in table])
+        code, _, err = tsqlora("audit", "--apply", tmp_path / "r.csv", "--out", tmp_path / "audit")
+        assert (code, named in err) == (3, True)
 
 
 def test_integers_stay_integers_in_a_corrected_copy(place: Path, tmp_path: Path) -> None:

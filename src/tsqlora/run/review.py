@@ -58,7 +58,7 @@ def apply_review(table: Path, out: Path | None = None) -> dict[str, Any]:
         raise DataError(f"{source.name} has changed since its audit; audit it again")
     source = source.with_files(about["columns"])
     column = str(about["columns"]["label"])
-    rows = _rows_of(source, reviewed, column)
+    rows = _rows_of(source, reviewed, column, _names(about["classes"]))
     cells = dict[int, Any]()
     for one in reviewed:
         cell = cells.get(one.row, rows[one.row][column])
@@ -163,8 +163,8 @@ def _reviewed(rows: Rows, i: int, names: Mapping[str, Label], *, several: bool, 
     cells, place = rows.rows[i], rows.place(i)
     number, value = _number(rows, i, "row"), str(cells["reviewed_label"])
     labels = list[Label]()
-    for part in split_labels(value) if several else [value]:
-        label = names.get(part, names.get(_folded(part)))
+    for part in _parts(value, several=several):
+        label = _class_of(part, names)
         if label is None:
             choices = nearest(part.strip(), _near(part.strip(), {str(label) for label in names.values()}))
             raise DataError(f"{place}: row {number} has the reviewed_label {part.strip()!r}, not a class; {choices}")
@@ -179,6 +179,15 @@ def _reviewed(rows: Rows, i: int, names: Mapping[str, Label], *, several: bool, 
     )
 
 
+def _parts(cell: str, *, several: bool) -> list[str]:
+    # A list that pandas wrote as text is one part, and no class.
+    return [part if isinstance(part, str) else cell for part in split_labels(cell)] if several else [cell]
+
+
+def _class_of(text: str, names: Mapping[str, Label]) -> Label | None:
+    return names.get(text, names.get(_folded(text)))
+
+
 def _near(value: str, classes: set[str]) -> set[str]:
     """The classes for a message: those with similar names if there are too many."""
     near = set(difflib.get_close_matches(value, classes, n=5, cutoff=0.5))
@@ -186,8 +195,12 @@ def _near(value: str, classes: set[str]) -> set[str]:
 
 
 def _names(classes: Sequence[Label]) -> dict[str, Label]:
-    """Every spelling of a class: its own, that of suspects.csv, and in other case if only one class has it."""
+    """Every spelling of a class: its own, that of suspects.csv, and in other case if only one class has it.
+
+    pandas writes the integers of a column with empty cells as 1.0.
+    """
     names = {str(label): label for label in classes}
+    names |= {f"{label}.0": label for label in classes if isinstance(label, int)}
     folded: dict[str, list[Label]] = {}
     for label in classes:
         folded.setdefault(_folded(str(label)), []).append(label)
@@ -203,8 +216,15 @@ def _as_cell(text: str) -> str:
     return str(without_formulas([{"label": text}])[0][0]["label"])
 
 
-def _rows_of(source: Source, reviewed: Sequence[Reviewed], column: str) -> dict[int, dict[str, Any]]:
-    """The rows of the audited file, whose labels must be those of the table."""
+def _rows_of(
+    source: Source, reviewed: Sequence[Reviewed], column: str, names: Mapping[str, Label]
+) -> dict[int, dict[str, Any]]:
+    """The rows of the audited file, whose labels must be those of the table, in any spelling."""
+
+    def classes(cell: str, *, several: bool) -> list[Label]:
+        labels = ((part, _class_of(part, names)) for part in _parts(cell, several=several))
+        return [part if label is None else label for part, label in labels]
+
     rows = dict[int, dict[str, Any]]()
     for part in source.chunks(np.array([one.row for one in reviewed])):
         rows |= zip(part.ids.tolist(), part.rows, strict=True)
@@ -214,8 +234,11 @@ def _rows_of(source: Source, reviewed: Sequence[Reviewed], column: str) -> dict[
         cell = rows[one.row].get(column)
         if one.token is not None:
             cell = cell[one.token] if isinstance(cell, list) and one.token < len(cell) else ""
-        own = str(join_labels(split_labels(cell) if isinstance(one.reviewed, list) else cell))
-        if one.label not in (own, _as_cell(own)):
+        several = isinstance(one.reviewed, list)
+        own = str(join_labels(split_labels(cell) if several else cell))
+        if one.label in (own, _as_cell(own)):
+            continue
+        if classes(one.label, several=several) != classes(own, several=several):
             raise DataError(
                 f"{one.place}: row {one.row} has the label {one.label!r} here and {own!r} in {source.name}; give the "
                 "table of this audit, with its columns row and label unchanged"
