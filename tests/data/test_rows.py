@@ -318,6 +318,18 @@ def test_one_split_of_a_configuration_is_the_split_that_names_it(monkeypatch: py
     assert result["train"].name == "nyu-mll/glue:mrpc[train[:9]]"
 
 
+@pytest.mark.parametrize("kind", [datasets.Sequence, datasets.List, datasets.LargeList])
+def test_lists_of_classes_of_a_hub_data_set_are_named(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = datasets.ClassLabel(names=["O", "B-person"])
+    features = datasets.Features({"ner_tags": kind(names), "label": names, "ids": kind(datasets.Value("int64"))})
+    rows = [{"ner_tags": tags, "label": 1, "ids": [0]} for tags in ([1, 0], [], None)]
+    data = datasets.DatasetDict({"train": datasets.Dataset.from_list(rows, features=features)})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: data)
+    result = read_rows("owner/name").rows
+    assert [row["ner_tags"] for row in result] == [["B-person", "O"], [], None]
+    assert [(row["label"], row["ids"]) for row in result] == [(1, [0])] * 3
+
+
 def test_an_empty_hub_split_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     empty = datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": []})})
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: empty)

@@ -208,3 +208,10 @@ def test_more_rows_than_a_chunk_count_together(tmp_path: Path) -> None:
         splits = read(path, max_bad_rows=0.05)
     assert sum(map(len, splits.places.values())) == 2500
     assert splits.places["train"].min() >= 1
+
+
+def test_tags_that_are_numbers_without_names_are_warned_of(tmp_path: Path) -> None:
+    rows = [{"tokens": ["a", "b"], "tags": [0, j % 2]} for j in range(8)]
+    write_jsonl(tmp_path / "t.jsonl", rows)
+    with pytest.warns(UserWarning, match="'tags'.*span_f1"):
+        read(tmp_path / "t.jsonl", answer="tags")

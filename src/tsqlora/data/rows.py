@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tsqlora.compat.datasets import file_kinds
+from tsqlora.compat.datasets import file_kinds, list_names
 from tsqlora.compat.hub import DatasetName, is_hub_id
 from tsqlora.data.dialect import PLAIN, SNIFF, TABLES, Dialect, Hints, sniff
 from tsqlora.data.folders import MEDIA_ENDINGS, folder_rows, kind_of
@@ -200,9 +200,9 @@ def _open_splits(source: str | Path, *, requested: Collection[str], hints: Hints
     require_source(source)
     data = _load_hub(DatasetName.of(str(source)))
     if not isinstance(data, dict):
-        return {next(iter(requested)): of_dataset(data, str(source))}
+        return {next(iter(requested)): of_dataset(data, str(source), named=True)}
     names = _match_splits({name: name for name in data}, requested, source)
-    return {split: of_dataset(data[name], f"{source}[{name}]") for split, name in names.items()}
+    return {split: of_dataset(data[name], f"{source}[{name}]", named=True) for split, name in names.items()}
 
 
 def require_source(source: str | Path) -> None:
@@ -278,12 +278,20 @@ def _load_hub(name: DatasetName) -> Any:
         ) from exc
 
 
-def of_dataset(data: Any, name: str) -> Source:
-    """A `datasets.Dataset` as a source."""
+def of_dataset(data: Any, name: str, *, named: bool = False) -> Source:
+    """A `datasets.Dataset` as a source.
+
+    If `named`, lists of class numbers, such as tags, become lists of the names that the data set has for them; else
+    they stay, since a model that is already made may name its classes otherwise.
+    """
+    lists = list_names(data.features) if named else {}
 
     def records() -> Records:
         for start in range(0, len(data), CHUNK):
             rows = data.select(range(start, min(start + CHUNK, len(data)))).to_list()
+            for column, names in lists.items():
+                for row in rows:
+                    row[column] = row[column] and [names.get(number, number) for number in row[column]]
             yield from enumerate(rows, start=start + 1)
 
     return Source(name, True, None, records)

@@ -269,6 +269,12 @@ def _labels(source: Source, places: np.ndarray, columns: Columns, answer: str) -
             f"{len(classes.names)} becomes a class; set task.type to regression if they are measurements",
             stacklevel=3,
         )
+    if answer == "tags" and isinstance(classes.names[0], int):
+        warnings.warn(
+            f"{source.name}: the tags in column '{column}' are numbers without names, so span_f1 counts equal "
+            "neighbours as spans, also those outside; write names, with O for outside",
+            stacklevel=3,
+        )
     for alike in look_alikes(classes.names):
         warnings.warn(
             f"{source.name}: the classes {', '.join(map(repr, alike))} differ in case or spaces alone and count as "
