@@ -135,7 +135,12 @@ def test_sharegpt_has_other_names_for_the_same() -> None:
         ({"messages": [USER]}, ["'messages'", "assistant"]),
         ({"messages": [USER, ANSWER | {"tool_calls": [{"name": "f"}]}]}, ["message 2", "'tool_calls'"]),
         ({"messages": [USER, ANSWER | {"reasoning_content": "so"}]}, ["message 2", "'reasoning_content'"]),
+        ({"messages": [USER, ANSWER | {"reasoning": "so"}]}, ["message 2", "'reasoning'"]),
+        ({"messages": [USER, ANSWER | {"weight": 0}, USER, ANSWER]}, ["message 2", "weight 0"]),
         ({"messages": [USER, ANSWER], "tools": [{"name": "f"}]}, ["'tools'"]),
+        ({"messages": [USER, ANSWER], "functions": [{"name": "f"}]}, ["'functions'"]),
+        ({"messages": [USER, ANSWER], "documents": [{"title": "f"}]}, ["'documents'"]),
+        ({"messages": [USER, ANSWER], "chat_template_kwargs": {"a": True}}, ["'chat_template_kwargs'"]),
         ({"conversations": [{"from": "bot", "value": "hi"}]}, ["message 1", "from, 'bot'"]),
         ({"conversations": [USER]}, ["message 1", "'from'", "data.format to messages"]),
     ],
@@ -149,6 +154,7 @@ def test_bad_rows_are_named(row: dict[str, Any], names: list[str]) -> None:
 def test_a_key_that_is_empty_is_as_good_as_none() -> None:
     row = {"messages": [USER, ANSWER]}
     assert read({"messages": [USER, ANSWER | {"tool_calls": None}], "tools": None}) == read(row)
+    assert read({"messages": [USER | {"weight": 0}, ANSWER | {"weight": 1}]}) == read(row)
 
 
 def test_a_chat_with_nothing_to_answer_is_named() -> None:

@@ -54,7 +54,7 @@ class Manner:
     measured: bool = False
 
 
-UNREAD = ("tool_calls", "function_call", "reasoning_content", "thinking")
+UNREAD = ("tool_calls", "function_call", "reasoning", "reasoning_content", "thinking")
 """Keys of a message, beside its content, that a model would not learn."""
 _NOT_READ = "is not read, so a model would not learn it; move it into the text, or remove it"
 
@@ -91,7 +91,7 @@ def read_chat(rows: Rows, i: int, column: str, manner: Manner, keys: Keys) -> Ch
     """The turns of row i up to the last answer; without targets, all but a final answer.
 
     Raises DataError with file, row and message for a cell that is not a list of messages, unknown roles, empty
-    contents, keys in UNREAD, and a chat without a turn to write or to answer.
+    contents, keys in UNREAD, weights, and a chat without a turn to write or to answer.
     """
     if manner.seq2seq:
         raise UnsupportedError(
@@ -104,7 +104,7 @@ def read_chat(rows: Rows, i: int, column: str, manner: Manner, keys: Keys) -> Ch
     if not isinstance(messages, list):
         cure = f'write a list of {{"{keys.role}": …, "{keys.content}": …}}'
         raise DataError(f"{place}: column '{column}' holds {_shown(messages)}, not a list of messages; {cure}")
-    refuse_unread(rows, i, ("tools", "system"))
+    refuse_unread(rows, i, ("tools", "functions", "documents", "chat_template_kwargs", "system"))
     turns = tuple(_turn(message, number, place, column, keys) for number, message in enumerate(messages, start=1))
     answered = max((number for number, turn in enumerate(turns, start=1) if turn.role == "assistant"), default=0)
     if manner.targets and not answered:
@@ -136,6 +136,11 @@ def _turn(message: Any, number: int, place: str, column: str, keys: Keys) -> Tur
         raise DataError(f"{place}: {where} has an unknown {keys.role}, {role!r}; {nearest(str(role), keys.roles)}")
     if unread := [key for key in UNREAD if message.get(key)]:
         raise DataError(f"{place}: {where} has '{unread[0]}', which {_NOT_READ}")
+    if keys.roles[role] == "assistant" and message.get("weight") not in (None, 1):
+        raise DataError(
+            f"{place}: {where} has the weight {message['weight']!r}, and every answer is trained on alike; "
+            "remove the message, or its weight"
+        )
     if is_missing(content):
         raise MissingError(place, f"a message without text in column '{column}'")
     return Turn(keys.roles[role], as_text(content, f"'{keys.content}' of {where}", place))
