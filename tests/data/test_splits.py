@@ -215,3 +215,13 @@ def test_tags_that_are_numbers_without_names_are_warned_of(tmp_path: Path) -> No
     write_jsonl(tmp_path / "t.jsonl", rows)
     with pytest.warns(UserWarning, match="'tags'.*span_f1"):
         read(tmp_path / "t.jsonl", answer="tags")
+
+
+@pytest.mark.parametrize("others", [(0, 1), (0, 1, 2)])
+def test_a_class_that_may_stand_for_no_label_is_warned_of(others: tuple[int, ...], tmp_path: Path) -> None:
+    rows = [{"text": f"text {j}", "label": label} for j, label in enumerate((-1, *others) * 4)]
+    write_jsonl(tmp_path / "t.jsonl", rows)
+    with pytest.warns(UserWarning, match="label -1"):
+        read(tmp_path / "t.jsonl")
+    write_jsonl(tmp_path / "two.jsonl", [{**row, "label": (-1, 1)[j % 2]} for j, row in enumerate(rows)])
+    read(tmp_path / "two.jsonl")

@@ -275,6 +275,12 @@ def _labels(source: Source, places: np.ndarray, columns: Columns, answer: str) -
             "neighbours as spans, also those outside; write names, with O for outside",
             stacklevel=3,
         )
+    if classes.names[0] == -1 and 0 in classes.names:
+        warnings.warn(
+            f"{source.name}: the label -1 in column '{column}' is a class like any other; remove its rows if it means "
+            "no label",
+            stacklevel=3,
+        )
     for alike in look_alikes(classes.names):
         warnings.warn(
             f"{source.name}: the classes {', '.join(map(repr, alike))} differ in case or spaces alone and count as "
