@@ -110,6 +110,7 @@ def test_a_review_changes_the_reviewed_labels_alone(suffix: str, place: Path, tm
     assert [row["label"] for row in trusted] == ["Yes", "=maybe", rows[8]["label"]]
 
 
+@pytest.mark.filterwarnings("ignore:.*UTF-8")
 @pytest.mark.parametrize(("column", "delimiter"), [("label: # 1", "\t"), ("2024", ";"), ("@label", ":")])
 def test_the_next_command_reads_the_corrected_table_as_the_audit_did(
     column: str, delimiter: str, place: Path, tmp_path: Path
@@ -148,6 +149,25 @@ def test_labels_may_be_as_a_spreadsheet_or_pandas_writes_them(
     write_rows(tmp_path / "audit" / "r.csv", [{**line, "label": rewritten(classes[1])} for line in lines])
     with pytest.raises(DataError, match="row 4"):
         apply_review(tmp_path / "audit" / "r.csv")
+
+
+@pytest.mark.filterwarnings("ignore:.*UTF-8")
+@pytest.mark.parametrize("own", [None, "cp1250"])
+def test_a_reviewed_table_may_be_in_the_encoding_of_the_audit_or_another(
+    own: str | None, place: Path, tmp_path: Path, tsqlora: Callable[..., tuple[int, str, str]]
+) -> None:
+    rows = [{**row, "label": ("zły", "dobry")[j % 2]} for j, row in enumerate(make_rows(40))]
+    write_rows(tmp_path / "rows.csv", rows)
+    (tmp_path / "rows.csv").write_bytes((tmp_path / "rows.csv").read_bytes().decode().encode(own or "utf-8"))
+    overrides = [] if own is None else [f"data.encoding={own}"]
+    folder = tmp_path / "audit"
+    run_audit(str(tmp_path / "rows.csv"), model=str(place / "model"), out=folder, overrides=overrides)
+    table = reviewed_as(folder, {3: "zły", 4: "zły"})
+    assert apply_review(table)["changed"] == 1, "in UTF-8, as the page writes it"
+    table.write_bytes(table.read_bytes().decode().encode("cp1250"))
+    named = () if own else ("--set", "data.encoding=cp1250")
+    code, out, _ = tsqlora("audit", "--apply", table, "--json", *named)
+    assert (code, json.loads(out)["changed"]) == (0, 1)
 
 
 @pytest.mark.usefixtures("audited")
@@ -222,3 +242,4 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_pass(
 def test_apply_and_an_audit_are_two_commands(tmp_path: Path, tsqlora: Callable[..., tuple[int, str, str]]) -> None:
     assert tsqlora("audit")[0] == tsqlora("audit", "a.csv", "--apply", "b.csv")[0] == 2
     assert tsqlora("audit", "--apply", tmp_path / "none.csv")[0] == 3
+    assert tsqlora("audit", "--apply", tmp_path / "none.csv", "--set", "data.label=y")[0] == 2

@@ -142,11 +142,17 @@ def audit(
     if (source is None) == (apply is None):
         raise SettingsError("audit needs rows (a CONFIG or DATA), or a reviewed table with --apply")
     if apply is not None:
+        from tsqlora.run.config import load_config
         from tsqlora.run.review import apply_review
 
-        if model is not None or review or deep or set_:
-            raise SettingsError("--apply only corrects labels; remove --model, --review, --deep and --set")
-        console.show(apply_review(apply, out), as_json, show_review)
+        others = [override for override in set_ or [] if not override.startswith("data.encoding=")]
+        if model is not None or review or deep or others:
+            raise SettingsError(
+                "--apply only corrects labels; remove --model, --review, --deep and each --set but data.encoding"
+            )
+        sections = {"model": {"path": "."}, "data": {"train": str(apply)}}
+        encoding = load_config(None, set_ or [], sections=sections).data.encoding
+        console.show(apply_review(apply, out, encoding=encoding), as_json, show_review)
         return
     from tsqlora.compat.hub import require_model
     from tsqlora.data.rows import require_source

@@ -42,16 +42,18 @@ class Reviewed:
     """The number of the tag's token."""
 
 
-def apply_review(table: Path, out: Path | None = None) -> dict[str, Any]:
+def apply_review(table: Path, out: Path | None = None, *, encoding: str | None = None) -> dict[str, Any]:
     """Write corrected.EXT, in the format of the audited file, and trusted.jsonl, the rows with a reviewed label.
 
-    Rows of images or recordings become corrected.jsonl, with absolute paths.
+    Rows of images or recordings become corrected.jsonl, with absolute paths. `encoding` is that of the table, if it is
+    not UTF-8; None is the audit's.
     audit.json, in `out` or beside the table, names the audited file. Raises DataError, with row and value, for a
     label that is not a class and a row that the file lacks; and if the file has changed since the audit.
     """
     about, folder = _about(table, out)
     several = about.get("answer") == "labels"
-    reviewed, unread = _read(table, about["classes"], several=several, tags=about.get("answer") == "tags")
+    filled = read_rows(table, hints=Hints(encoding=encoding or about["hints"].get("encoding")))
+    reviewed, unread = _read(filled, about["classes"], several=several, tags=about.get("answer") == "tags")
     source = open_split(about["source"], split="train", hints=Hints(**about["hints"]))
     before = about["sha256"]
     if before is not None and source_digest(source.name, about["columns"].get("media")) != before:
@@ -131,9 +133,9 @@ def _as_written(reviewed: Label | list[Label], cell: Any) -> Any:
     return reviewed if isinstance(cell, list) else join_labels(reviewed)
 
 
-def _read(table: Path, classes: Sequence[Label], *, several: bool, tags: bool) -> tuple[list[Reviewed], set[int]]:
+def _read(rows: Rows, classes: Sequence[Label], *, several: bool, tags: bool) -> tuple[list[Reviewed], set[int]]:
     """The rows of the table with a reviewed label, by row; and the rows with a tag that was not reviewed."""
-    rows = read_rows(table)
+    table = rows.source
     needed = ("row", *(["token"] if tags else []), "label", "reviewed_label")
     if lacking := [name for name in needed if name not in rows.rows[0]]:
         raise DataError(f"{table} has no column '{lacking[0]}'; give the table of an audit, or the export of its page")
