@@ -13,7 +13,7 @@ def file_kinds() -> Collection[str]:
 
 def list_names(features: Mapping[str, Any]) -> dict[str, dict[int, str]]:
     """The names by class number of each column with lists of classes; `Sequence`, `List` and `LargeList` hold them."""
-    parts = {column: getattr(kind, "feature", None) for column, kind in features.items()}
+    parts: dict[str, Any] = {column: getattr(kind, "feature", None) for column, kind in features.items()}
     return {
         column: dict(enumerate(part.names)) for column, part in parts.items() if type(part).__name__ == "ClassLabel"
     }
