@@ -140,7 +140,6 @@ def test_sharegpt_has_other_names_for_the_same() -> None:
         ({"messages": [USER, ANSWER], "tools": [{"name": "f"}]}, ["'tools'"]),
         ({"messages": [USER, ANSWER], "functions": [{"name": "f"}]}, ["'functions'"]),
         ({"messages": [USER, ANSWER], "documents": [{"title": "f"}]}, ["'documents'"]),
-        ({"messages": [USER, ANSWER], "chat_template_kwargs": {"a": True}}, ["'chat_template_kwargs'"]),
         ({"conversations": [{"from": "bot", "value": "hi"}]}, ["message 1", "from, 'bot'"]),
         ({"conversations": [USER]}, ["message 1", "'from'", "data.format to messages"]),
     ],

@@ -104,7 +104,7 @@ def read_chat(rows: Rows, i: int, column: str, manner: Manner, keys: Keys) -> Ch
     if not isinstance(messages, list):
         cure = f'write a list of {{"{keys.role}": …, "{keys.content}": …}}'
         raise DataError(f"{place}: column '{column}' holds {_shown(messages)}, not a list of messages; {cure}")
-    refuse_unread(rows, i, ("tools", "functions", "documents", "chat_template_kwargs", "system"))
+    refuse_unread(rows, i, ("tools", "functions", "documents", "system"))
     turns = tuple(_turn(message, number, place, column, keys) for number, message in enumerate(messages, start=1))
     answered = max((number for number, turn in enumerate(turns, start=1) if turn.role == "assistant"), default=0)
     if manner.targets and not answered:
