@@ -126,3 +126,12 @@ def test_adalora_adds_nothing_while_its_e_is_zero() -> None:
     torch.nn.init.ones_(layer.lora_E["default"])
     with without_zero_updates(model):
         assert not layer.disable_adapters
+
+
+def test_a_layer_that_lacks_the_active_adapter_adds_nothing() -> None:
+    model = get_peft_model(tiny_bert(dtype=torch.float32), LoraConfig(r=2, target_modules=["query"]))
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["value"], init_lora_weights=False))
+    model.set_adapter("second")
+    with without_zero_updates(model):
+        idle = {name.rpartition(".")[2] for name, layer in lora_layers(model).items() if layer.disable_adapters}
+    assert idle == {"query"}

@@ -47,7 +47,9 @@ def lora_matrices(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
 
 
 def _adds_nothing(layer: LoraLayer, adapter: str) -> bool:
-    """Whether B is zero; AdaLoRA starts with a zero E in its place."""
+    """Whether the layer lacks the adapter, or its B is zero; AdaLoRA starts with a zero E in its place."""
+    if adapter not in layer.r:
+        return True
     zero = cast(Any, layer).lora_E[adapter] if hasattr(layer, "lora_E") else lora_matrices(layer, adapter)[1]
     return not zero.any()
 
