@@ -10,6 +10,7 @@ import torch
 import tsqlora as tsq
 from models import collate, samples, tiny_bert
 from tsqlora.quality import look_cache
+from tsqlora.quality.passes import identity_of
 from tsqlora.quality.rule import LookRequest, RowNames, ScoringRule
 from tsqlora.quality.trusted import Trusted
 from tsqlora.tasks import get_task
@@ -102,3 +103,21 @@ def test_a_damaged_look_is_taken_again_and_old_ones_go(
         (folder / "scores.parquet").write_text("")
     once(copy.deepcopy(model), rows(50))
     assert len(looks) == 4
+
+
+@pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated:UserWarning")
+def test_a_look_at_weights_in_int8_of_torchao_is_cached(looks: list[int]) -> None:
+    torchao = pytest.importorskip("torchao.quantization")
+    base = tiny_bert().float()
+    torchao.quantize_(base.bert.encoder, torchao.Int8WeightOnlyConfig())
+    model, data = tsq.wrap(base, mean_rank=2), rows(30)
+    names = [look_cache.key_of(model, [], {}) for _ in range(2)]
+    identity = identity_of(model, [], [], [], {})
+    for _ in range(2):
+        once(model, data, rule=ScoringRule(head_start=False))
+    assert len(looks) == 1
+    assert names[0] == names[1] is not None
+    with torch.no_grad():
+        next(m for m in model.modules() if "Int8" in type(getattr(m, "weight", None)).__name__).weight.scale.mul_(2)
+    assert look_cache.key_of(model, [], {}) != names[0]
+    assert identity_of(model, [], [], [], {}) != identity

@@ -1,17 +1,27 @@
 """Interfaces of torch that are private or differ between versions."""
 
 import copy
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def is_view(tensor: Tensor) -> bool:
     """Whether autograd treats the tensor as a view, which a custom function must not mark as dirty."""
     return tensor._is_view()
+
+
+def plain_parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The plain tensors that hold a tensor's data: itself, or those inside a subclass such as torchao's Int8Tensor."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from plain_parts(getattr(tensor, name))
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
 from tsqlora import distributed
+from tsqlora.compat.torch import plain_parts
 from tsqlora.errors import TsqLoraError
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.quality.cost import PhaseCost
@@ -106,7 +107,8 @@ def key_of(model: nn.Module, batches: Iterable[Batch], settings: Mapping[str, An
     digest.update(described.encode())
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(_bytes(tensor.detach(), whole=tensor.requires_grad))
+        for part in plain_parts(tensor.detach()):
+            digest.update(_bytes(part, whole=tensor.requires_grad))
     for batch in batches:
         for name, value in batch.items():
             if not isinstance(value, Tensor):

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file as save_columns
 from torch import Tensor, nn
 
 from tsqlora import distributed
+from tsqlora.compat.torch import plain_parts
 from tsqlora.errors import SettingsError
 from tsqlora.files import replacing, write_json, write_tensors
 from tsqlora.gradients.ghost import MeanGradient
@@ -200,6 +201,7 @@ def _digest(tensors: Iterable[tuple[str, Any]]) -> str:
         if not isinstance(tensor, Tensor):  # of a batch: the model does not take it
             continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().flatten()
-        digest.update(flat.view(torch.uint8).numpy().data)
+        for part in plain_parts(tensor.detach()):
+            flat = part.cpu().contiguous().flatten()
+            digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
