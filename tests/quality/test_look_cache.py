@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 
 import tsqlora as tsq
 from models import collate, samples, tiny_bert
@@ -121,3 +122,42 @@ def test_a_look_at_weights_in_int8_of_torchao_is_cached(looks: list[int]) -> Non
         next(m for m in model.modules() if "Int8" in type(getattr(m, "weight", None)).__name__).weight.scale.mul_(2)
     assert look_cache.key_of(model, [], {}) != names[0]
     assert identity_of(model, [], [], [], {}) != identity
+
+
+def changed_config(model: Any) -> None:
+    model.config.pad_token_id = 7
+
+
+def changed_scaling(model: Any) -> None:
+    layer = next(module for module in model.modules() if isinstance(module, LoraLayer))
+    layer.scaling["default"] *= 2
+
+
+def changed_adapter(model: Any) -> None:
+    model.base_model.disable_adapter_layers()
+
+
+def changed_class(model: Any) -> None:
+    model.base_model.model.dropout = torch.nn.Identity()
+
+
+@pytest.mark.parametrize("change", [changed_config, changed_scaling, changed_adapter, changed_class])
+def test_a_look_is_that_of_one_config_scaling_adapter_and_class(change: Any, looks: list[int]) -> None:
+    model = tsq.wrap(tiny_bert().float(), mean_rank=2)
+    before = look_cache.key_of(model, [], {})
+    assert before == look_cache.key_of(copy.deepcopy(model), [], {}) is not None
+    change(model)
+    assert look_cache.key_of(model, [], {}) not in (before, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_row_of_a_frozen_weight_counts(dtype: torch.dtype, looks: list[int]) -> None:
+    model = torch.nn.Embedding(4001, 13, dtype=dtype).requires_grad_(requires_grad=False)
+    # A view at an odd place of a larger storage, as of a file that was loaded in one piece.
+    model.weight = torch.nn.Parameter(torch.randn(4001 * 13 + 1, dtype=dtype)[1:].view(4001, 13), requires_grad=False)
+    names = {look_cache.key_of(model, [], {})}
+    for row in range(0, 4001, 97):
+        with torch.no_grad():
+            model.weight[row] += 1
+        names.add(look_cache.key_of(model, [], {}))
+    assert len(names) == 43

@@ -17,8 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
+from peft.tuners.lora import LoraLayer
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from tsqlora import distributed
 from tsqlora.compat.torch import plain_parts
@@ -35,8 +38,8 @@ MOST_LOOKS = 16
 LARGEST = 1 << 26
 """Largest look to cache, in bytes of scores: a home directory is no place for millions of rows."""
 ROWS_AT_ONCE = 64
-FROZEN = 1024
-"""Values of each frozen weight that go into the hash."""
+SUMS = 1024
+"""Sums of each frozen weight that go into the hash."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,7 +103,7 @@ def key_of(model: nn.Module, batches: Iterable[Batch], settings: Mapping[str, An
     """Hash all inputs of a look; None where the cache is off, and for inputs that have no lasting description."""
     if _folder() is None:
         return None
-    described = json.dumps(settings, sort_keys=True, default=repr)
+    described = json.dumps([settings, _structure(model)], sort_keys=True, default=repr)
     if " at 0x" in described:
         return None  # a term or task of the user's, of which only the address is known
     digest = hashlib.sha256(_code().encode())
@@ -165,9 +168,20 @@ def _folder() -> Path | None:
     return (Path.home() / ".cache" / "tsqlora" if path is None else Path(path)) / "looks"
 
 
+def _structure(model: nn.Module) -> dict[str, Any]:
+    """What decides a model's outputs beside its tensors."""
+    config = getattr(model, "config", None)
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    return {
+        "modules": repr(model),
+        "config": config.to_dict() if isinstance(config, PreTrainedConfig) else repr(config),
+        "lora": [[x.active_adapters, x.scaling, x.disable_adapters, x.merged_adapters] for x in layers],
+    }
+
+
 def _code() -> str:
-    """Hash torch's version and the code that a look runs."""
-    digest = hashlib.sha256(torch.__version__.encode())
+    """Hash the versions of torch and transformers, and the code that a look runs."""
+    digest = hashlib.sha256(f"{torch.__version__} {transformers.__version__}".encode())
     package = Path(__file__).parents[1]
     for path in sorted(path for part in ("quality", "gradients", "tasks") for path in (package / part).glob("*.py")):
         digest.update(path.read_bytes())
@@ -175,7 +189,11 @@ def _code() -> str:
 
 
 def _bytes(tensor: Tensor, *, whole: bool) -> bytes:
-    flat = tensor.flatten()
-    if not whole and len(flat) > FROZEN:
-        flat = flat[:: len(flat) // FROZEN]
-    return flat.contiguous().view(torch.uint8).cpu().numpy().tobytes()
+    """The bytes of a tensor; without `whole` the sums of its parts as integers, which are exact in any order."""
+    raw = tensor.contiguous().flatten().view(torch.uint8)
+    if not whole and len(raw) > 8 * SUMS:
+        end = len(raw) - len(raw) % (8 * SUMS)
+        # A copy starts at a multiple of 8 bytes, as int64 must.
+        words = (raw[:end].clone() if raw.storage_offset() % 8 else raw[:end]).view(torch.int64)
+        return words.view(SUMS, -1).sum(1).cpu().numpy().tobytes() + raw[end:].cpu().numpy().tobytes()
+    return raw.cpu().numpy().tobytes()
