@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import BertLMHeadModel, RobertaForCausalLM
 
 from models import GENERATORS, tiny_bert
 from tsqlora.errors import UnsupportedError
@@ -60,3 +61,15 @@ def test_labels_of_another_task_than_the_models_are_refused() -> None:
         task = task_of(tiny_bert(problem_type=kind))
         with pytest.raises(UnsupportedError, match="shape"):
             require_labels(task, labels)
+
+
+@pytest.mark.parametrize("kind", [RobertaForCausalLM, BertLMHeadModel])
+def test_positions_are_those_that_the_model_counts_itself(kind: Any) -> None:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    torch.manual_seed(0)
+    model = kind(kind.config_class(vocab_size=12, pad_token_id=1, is_decoder=True, initializer_range=0.5, **sizes))
+    ids = torch.tensor([[5, 6, 7, 8], [8, 9, 1, 1]])
+    batch = {"input_ids": ids, "attention_mask": (ids != 1).long()}
+    with torch.no_grad():
+        ours, own = model_logits(model.eval(), batch, get_task("causal-lm")), model(**batch).logits
+    assert torch.allclose(ours[ids != 1], own[ids != 1], atol=1e-6)

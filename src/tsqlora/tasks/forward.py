@@ -127,12 +127,19 @@ def require_labels(task: Task, labels: Tensor) -> None:
 
 
 def placed(model: nn.Module, inputs: Mapping[str, Tensor], task: Task | None) -> Mapping[str, Tensor]:
-    """Add position ids for a causal model, so that left and right padding give the same result."""
+    """Add position ids for a causal model, so that left and right padding give the same result.
+
+    A position embedding with a padding_idx, as RoBERTa's, numbers the tokens itself, from another number on.
+    """
     mask = inputs.get("attention_mask")
     causal = isinstance(task, Generation) and task.causal
     if not causal or mask is None or mask.dim() != 2 or "position_ids" in inputs:
         return inputs
-    if "position_ids" not in inspect.signature(base_model(model).forward).parameters:
+    inner = base_model(model)
+    if "position_ids" not in inspect.signature(inner.forward).parameters or any(
+        isinstance(module, nn.Embedding) and module.padding_idx is not None and "position" in name
+        for name, module in inner.named_modules()
+    ):
         return inputs
     return {**inputs, "position_ids": (mask.long().cumsum(1) - 1).clamp_min(0)}
 
