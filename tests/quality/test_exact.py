@@ -7,14 +7,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import tsqlora as tsq
+from models import collate as models_collate
+from models import samples, tiny_bert
 from oracles import slow_scores
 from scoring import assert_agree, score_by, squared_error
 from tsqlora.errors import UnsupportedError
+from tsqlora.quality.exact import require_own_loss
 from tsqlora.tasks import Task
+from tsqlora.tasks.forward import task_of
 from tsqlora.tasks.regression import Regression
 
 N, TOKENS, WIDTH = 12, 6, 4
@@ -266,3 +270,12 @@ def test_a_model_whose_forward_takes_no_labels_needs_no_task() -> None:
     scores = score_by(model, rows, collate_classes)
     assert np.isfinite(scores.quality).all()
     assert scores.strata is not None
+
+
+def test_adaloras_penalty_is_no_part_of_the_models_own_loss() -> None:
+    model = get_peft_model(
+        tiny_bert(), AdaLoraConfig(task_type="SEQ_CLS", target_modules=["query"], total_step=9, orth_reg_weight=5.0)
+    )
+    rows = models_collate(samples(4, 3))
+    assert model.eval()(**rows).loss > model.get_base_model()(**rows).loss + 0.1
+    require_own_loss(model, rows, task_of(model))

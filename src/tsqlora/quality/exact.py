@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
+from peft.tuners.adalora import AdaLoraModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -30,7 +31,9 @@ def require_own_loss(model: nn.Module, batch: Batch, task: Task) -> None:
     kind = getattr(config, "problem_type", None)
     try:
         with torch.no_grad():
-            own = output_part(model(**placed(model, inputs, task), labels=labels), "loss")
+            # AdaLoRA's own model adds a penalty to the loss, which is of no sample.
+            called = inner if isinstance(getattr(model, "base_model", None), AdaLoraModel) else model
+            own = output_part(called(**placed(model, inputs, task), labels=labels), "loss")
             ours = task.batch_loss(task.loss(model_logits(model, inputs, task), labels), labels)
     finally:
         # transformers stores the problem type that the first labels suggest.
