@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from tsqlora.errors import SettingsError
 from tsqlora.quality.scores import Scores, from_terms
-from tsqlora.quality.subset import QualitySubset
+from tsqlora.quality.subset import QualitySubset, equals
 
 ROWS = st.integers(1, 60)
 FRACTIONS = st.floats(0.02, 1)
@@ -230,3 +230,10 @@ class Stream(IterableDataset[int]):
 def test_data_without_rows_by_number_is_refused_with_the_cure(data: Any, names: str) -> None:
     with pytest.raises(SettingsError, match=names):
         QualitySubset(data, 0.5)
+
+
+def test_rows_that_differ_in_their_number_alone_are_twins() -> None:
+    trusted = [{"text": "a", "label": 1, "idx": 9}]
+    rows = [{"text": "a", "label": 0, "idx": 3}, {"text": "b", "label": 1, "idx": 9}]
+    assert np.array_equal(equals(rows, trusted), [True, False])
+    assert np.array_equal(equals([{"id": 1, "label": 0}, {"id": 2, "label": 0}], [{"id": 2, "label": 1}]), [False, True])

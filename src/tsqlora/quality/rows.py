@@ -55,16 +55,19 @@ def require_reference(reference: Sequence[int] | Dataset, dataset: Dataset) -> l
 
 
 LABELS = ("label", "labels", "label_ids")
+NUMBERS = ("idx", "id", "index")
+"""Columns that number the rows of public data sets: two rows of one input have different numbers."""
 
 
 def input_of(row: Any) -> tuple[Any, ...] | None:
-    """Return a row's content without its label: for generation the tokens of the prompt."""
+    """Return a row's content without its label and number: for generation the tokens of the prompt."""
     if not isinstance(row, Mapping):
         return None
     if "content" in row:  # a file: two copies have different paths
         return content_of({"content": row["content"]})
     if "input_ids" not in row:
-        return content_of({name: value for name, value in row.items() if name not in LABELS})
+        inputs = {name: value for name, value in row.items() if name not in LABELS}
+        return content_of({name: value for name, value in inputs.items() if name not in NUMBERS} or inputs)
     prompt = prompt_of(row)
     return content_of({"input_ids": row["input_ids"] if prompt is None else prompt})
 
