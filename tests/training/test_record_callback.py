@@ -177,3 +177,13 @@ def test_what_is_logged_beside_numbers_does_not_stop_the_record(tmp_path: Path) 
     trained(tmp_path, tsq.RankCallback(interval=2), Log())
     history = RunRecord.load(tmp_path).history
     assert {name for entry in history for name in entry} & {"words", "list", "loss"} == {"loss"}
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("drawn", [True, False])
+def test_batches_that_the_loader_drops_cost_nothing(drawn: bool, accumulated: int, tmp_path: Path) -> None:
+    rows = moods(30)
+    data: Any = tsq.QualitySubset(rows, 1.0) if drawn else rows
+    options = {"num_train_epochs": 3, "gradient_accumulation_steps": accumulated, "dataloader_drop_last": True}
+    trained(tmp_path, tsq.GuardCallback(), data=data, **options)
+    assert RunRecord.load(tmp_path).cost["training"].forward == 3 * 24

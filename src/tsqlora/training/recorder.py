@@ -167,15 +167,22 @@ def passed(data: Any, args: TrainingArguments, state: TrainerState) -> tuple[int
     size = step_size(args, state)
     if not has_length(data):
         return size, 0
-    begun = (state.global_step - 1) % max(1, -(-len(data) // size)) * size
-    return min(size, len(data) - begun), 0
+    rows = _rows_of_epoch(len(data), args, state)
+    begun = (state.global_step - 1) % max(1, -(-rows // size)) * size
+    return min(size, rows - begun), 0
 
 
 def rows_of_step(data: QualitySubset, args: TrainingArguments, state: TrainerState) -> Sequence[int]:
     """The rows of the last step, of every process."""
-    size = step_size(args, state)
-    place = (state.global_step - 1) % -(-len(data) // size)
-    return data.indices[place * size : (place + 1) * size].tolist()
+    size, rows = step_size(args, state), _rows_of_epoch(len(data), args, state)
+    place = (state.global_step - 1) % max(1, -(-rows // size))
+    return data.indices[:rows][place * size : (place + 1) * size].tolist()
+
+
+def _rows_of_epoch(rows: int, args: TrainingArguments, state: TrainerState) -> int:
+    """The rows of an epoch that are trained on: dataloader_drop_last leaves out an incomplete batch."""
+    batch = step_size(args, state) // args.gradient_accumulation_steps
+    return rows - rows % batch if args.dataloader_drop_last else rows
 
 
 def step_size(args: TrainingArguments, state: TrainerState) -> int:
