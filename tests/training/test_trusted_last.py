@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 import tsqlora as tsq
@@ -265,3 +266,18 @@ def test_a_users_own_trainer_ends_normally_and_saves(
     assert tsq.last_checkpoint(tmp_path) == tmp_path / f"checkpoint-{steps or 8}"
     trainer.save_model(str(tmp_path / "saved"))
     PeftModel.from_pretrained(base_bert(), str(tmp_path / "saved"))
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_trainers_own_loader_keeps_the_order_or_is_refused(
+    shuffle: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, quality = make(tmp_path, handed := Handed())
+    loader = DataLoader(quality.data, batch_size=8, collate_fn=trainer.data_collator, shuffle=shuffle)
+    monkeypatch.setattr(trainer, "get_train_dataloader", lambda: loader)
+    if shuffle:
+        with pytest.raises(tsq.SettingsError, match="train_sampling_strategy"):
+            trainer.train()
+        return
+    trainer.train()
+    assert_trusted_last(handed.steps, 20, 8)

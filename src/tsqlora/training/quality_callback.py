@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from torch import nn
 from torch.utils.data import SequentialSampler
 from transformers import TrainerState, TrainingArguments
 from transformers.utils.logging import tqdm
 
 from tsqlora import distributed
+from tsqlora.compat.accelerate import inner_batch_sampler
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.progress import Progress, Pulse
@@ -119,7 +121,7 @@ class QualityCallback(PartCallback):
             self._require_scorable(args, self._request(args, model, loader.collate_fn, {}), model)
         ends_trusted = self.rule.select and self.schedule.trusted_from is not None
         if ends_trusted:
-            loader.set_sampler(SequentialSampler(data))
+            _read_in_order(loader, data)
         awaits = looks and (saved is None or len(saved.looks) < 2)
         plan = data.plan.unscored(awaits_scores=awaits, by=self.name)
         last = ends_trusted and self._trusted_last(self._task(args, model), [] if saved is None else saved.looks)
@@ -334,6 +336,21 @@ class QualityCallback(PartCallback):
 
     def _path(self, args: TrainingArguments) -> Path:
         return self.scores_path or Path(str(args.output_dir)) / SCORES_FILE
+
+
+def _read_in_order(loader: Any, data: QualitySubset) -> None:
+    """Make a loader read the rows in the draw's order.  Raises SettingsError for one that mixes them for good."""
+    if isinstance(loader, DataLoaderShard | DataLoaderDispatcher):
+        loader.set_sampler(SequentialSampler(data))
+        return
+    batches = inner_batch_sampler(loader.batch_sampler)
+    sampler = getattr(batches, "sampler", batches)
+    if not isinstance(sampler, SequentialSampler):
+        raise SettingsError(
+            f"the Trainer's own get_train_dataloader mixes the rows ({type(sampler).__name__}), and trusted rows come "
+            "last; return a DataLoader without shuffle, or leave the method out and set train_sampling_strategy to "
+            "'sequential'"
+        )
 
 
 def first_scores(path: Path) -> Path:
