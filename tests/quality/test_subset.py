@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from tsqlora.errors import SettingsError
 from tsqlora.quality.scores import Scores, from_terms
-from tsqlora.quality.subset import QualitySubset, equals
+from tsqlora.quality.subset import QualitySubset, equals, hash_of_some
 
 ROWS = st.integers(1, 60)
 FRACTIONS = st.floats(0.02, 1)
@@ -236,4 +236,25 @@ def test_rows_that_differ_in_their_number_alone_are_twins() -> None:
     trusted = [{"text": "a", "label": 1, "idx": 9}]
     rows = [{"text": "a", "label": 0, "idx": 3}, {"text": "b", "label": 1, "idx": 9}]
     assert np.array_equal(equals(rows, trusted), [True, False])
-    assert np.array_equal(equals([{"id": 1, "label": 0}, {"id": 2, "label": 0}], [{"id": 2, "label": 1}]), [False, True])
+    rows = [{"id": 1, "label": 0}, {"id": 2, "label": 0}]
+    assert np.array_equal(equals(rows, [{"id": 2, "label": 1}]), [False, True])
+
+
+class Flipping:
+    """Rows that change, or not, each time they are read."""
+
+    def __len__(self) -> int:
+        return 100
+
+    def __getitem__(self, j: int) -> dict[str, Any]:
+        return {"x": np.random.default_rng().integers(2, size=1), "labels": j}
+
+
+def test_the_hash_of_some_rows_is_of_their_content_and_order_unless_they_are_random() -> None:
+    rows = [{"text": str(j), "label": j % 2} for j in range(100)]
+    assert hash_of_some(rows) == hash_of_some([dict(row) for row in rows]) is not None
+    assert hash_of_some(rows[::-1]) not in (hash_of_some(rows), None)
+    assert hash_of_some(rows[:1]) is not None
+    mixed: list[Any] = [*rows[:-1], object()]
+    assert hash_of_some(mixed) == hash_of_some([*rows[:-1], object()])
+    assert hash_of_some(Flipping()) is hash_of_some([object()]) is None

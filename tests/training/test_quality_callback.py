@@ -1,3 +1,4 @@
+import json
 import random
 import shutil
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from tsqlora.quality.epochs import EpochPlan
 from tsqlora.quality.scores import Scores
 from tsqlora.tasks.classification import Classification
 from tsqlora.training import quality_callback
+from tsqlora.training.checkpoints import write_manifest
 
 DATA = moods()
 GRADIENTS = {"convergence": 1 / 3, "gradient_norm": -1 / 3}
@@ -329,6 +331,19 @@ def test_a_run_is_not_resumed_with_other_scores_or_draws(
     _, trainer = make(even.folder, draws=draws, further=SAVES, **scores)
     with pytest.raises(SettingsError, match=f"the resumed run had {both}; resume with"):
         trainer.train(resume_from_checkpoint=str(even.folder / f"checkpoint-{at}"))
+
+
+def test_a_run_is_not_resumed_with_its_rows_in_another_order(even: Saved, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(even.folder, tmp_path / "run"))
+    _, trainer = make(folder, data=DATA[::-1], further=SAVES)
+    with pytest.raises(SettingsError, match="same data set in the same order"):
+        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-10"))
+    state = folder / "checkpoint-10" / "tsqlora_quality.json"
+    values = json.loads(state.read_text())
+    del values["draws"]["hash of rows"]  # as an earlier version saved it
+    state.write_text(json.dumps(values))
+    write_manifest(state.parent)
+    make(folder, data=DATA[::-1], further=SAVES)[1].train(resume_from_checkpoint=str(state.parent))
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,10 @@ class GuardState:
         return cls(count=values["count"], **steps)
 
 
+ROWS_HASH = "hash of rows"
+"""The option that tells data sets of one length apart."""
+
+
 def require_options(begun: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises SettingsError if an option differs from the one that the resumed run started with.
 
@@ -151,6 +155,11 @@ def require_options(begun: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """
     for name, value in now.items():
         was = begun.get(name, value)
+        if was != value and name == ROWS_HASH:
+            raise SettingsError(
+                "the rows differ from those of the checkpoint, or are in another order, and its scores are by place; "
+                "resume with the same data set in the same order, or start again in another directory"
+            )
         if was != value:
             raise SettingsError(
                 f"the resumed run had {name} {was}, and this one has {value}; resume with the run's own options, or "

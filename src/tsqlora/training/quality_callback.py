@@ -26,13 +26,13 @@ from tsqlora.quality.look_cache import look_once
 from tsqlora.quality.rule import Compute, LookRequest, RowNames, ScoringRule
 from tsqlora.quality.score import require_scorable
 from tsqlora.quality.scores import Scores
-from tsqlora.quality.subset import QualitySubset
+from tsqlora.quality.subset import QualitySubset, hash_of_some
 from tsqlora.quality.terms import TERMS
 from tsqlora.quality.trusted import Trusted
 from tsqlora.tasks import Task
 from tsqlora.tasks.forward import Collate, task_of
 from tsqlora.tasks.generation import Generation
-from tsqlora.training.callback_state import QualityState, require_options
+from tsqlora.training.callback_state import ROWS_HASH, QualityState, require_options
 from tsqlora.training.checkpoints import EPOCH_ERROR, digest, epoch_of
 from tsqlora.training.looks import Schedule, look_summary, noise_notes, trusted_agree, trusted_order
 from tsqlora.training.part import PartCallback, require_subset
@@ -95,6 +95,7 @@ class QualityCallback(PartCallback):
         self.scores_path = None if scores_path is None else Path(scores_path)
         self.progress, self.collate = progress, collate
         self.schedule = Schedule(0, None, None, 0)
+        self._rows_hash: str | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -113,6 +114,8 @@ class QualityCallback(PartCallback):
                 "tsqlora.select(model, dataset, processing_class=tokenizer, trusted=rows, fraction=0.2)"
             )
         self.schedule = Schedule.of(data, args, state, len(loader))
+        with eval_mode(model):  # reading rows may draw random numbers, as augmentation does
+            self._rows_hash = hash_of_some(data.dataset)
         saved = None if resumed is None else QualityState.load(resumed)
         looks = self.rule.decides(self._task(args, model), len(data.trusted) > 0)
         if saved is not None:
@@ -217,9 +220,16 @@ class QualityCallback(PartCallback):
 
     def _draws(self) -> dict[str, Any]:
         data, plan = self.data, self.data.plan
-        about = {"rows": plan.rows, "fraction": plan.fraction, "seed": plan.seed, "resample": plan.resample}
+        about: dict[str, Any] = {
+            "rows": plan.rows,
+            "fraction": plan.fraction,
+            "seed": plan.seed,
+            "resample": plan.resample,
+        }
         rule = {f.name: getattr(self.rule, f.name) for f in fields(self.rule) if f.name not in ("terms", "seed")}
         rule["weights"] = None if self.rule.weights is None else dict(self.rule.weights)
+        if self._rows_hash is not None:
+            about[ROWS_HASH] = self._rows_hash
         decides = {"terms": list(self.rule.measured()), "trusted rows": data.trusted_hash, **rule}
         return {**about, "batch_size": data.batch_size, **decides, "seed to score": self.rule.seed}
 
@@ -238,8 +248,7 @@ class QualityCallback(PartCallback):
 
     def _require_scorable(self, args: TrainingArguments, request: LookRequest, model: nn.Module) -> None:
         """Check on two rows, before the look, what can be checked."""
-        # Reading rows may draw random numbers too, as augmentation does.
-        with eval_mode(model):
+        with eval_mode(model):  # as in `begin`
             rows = [request.dataset[j] for j in range(min(2, request.compute.batch_size, len(request.dataset)))]
         own_loss = self.task is None and not args.label_smoothing_factor
         autocast = request.compute.autocast
