@@ -25,8 +25,10 @@ from models import (
     tiny_mpnet,
 )
 from scoring import assert_unchanged, fingerprint, trainable
+from tsqlora.errors import DataError
 from tsqlora.quality import passes as forward_module
 from tsqlora.quality.density_ratio import log_density_ratio
+from tsqlora.quality.fallback import is_ready
 from tsqlora.quality.forward_pass import find_head, forward_pass
 from tsqlora.quality.head_start import start_head
 from tsqlora.quality.label_noise import reject as reject_of
@@ -594,3 +596,26 @@ def test_wrong_labels_are_dropped_where_trusted_rows_agree_with_the_pool(
     assert scores.record.agreement["agrees"] == agree
     left_out = scores.left_out_as("confident negative")
     assert np.array_equal(left_out, wrong & dropped)
+
+
+def with_label(rows: Rows, at: int, label: float) -> Rows:
+    return [row | {"labels": label} if j == at else row for j, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize("at", [1, 90])
+@pytest.mark.parametrize("label", [-100, 3, float("nan")])
+def test_a_label_that_the_loss_cannot_use_is_named_with_its_row(at: int, label: float) -> None:
+    model, rows = (wrapped(), learnable(100)) if label in (-100, 3) else (of_numbers(), with_numbers(learnable(100)))
+    task = CLASSES if label in (-100, 3) else NUMBERS
+    wrong = with_label(rows, at, label)
+    with pytest.raises(DataError, match=f"^row {at} has the label {label}"):
+        tsq.score(model, wrong, collate)
+    if at == 1:
+        with pytest.raises(DataError, match=f"^row 1 has the label {label}"):
+            require_scorable(model, wrong[:2], collate, task=task, rule=ScoringRule())
+    with pytest.raises(DataError, match=f"^row {at + 7} has the label {label}"):
+        start_head(model, LookRequest(dataset=wrong, collate=collate, task=task, rows=RowNames(ids=np.arange(100) + 7)))
+    with pytest.raises(DataError, match=f"^trusted row {at} has the label {label}"):
+        start_head(model, LookRequest(dataset=rows, collate=collate, task=task, trusted=Trusted(wrong)))
+    with pytest.raises(DataError, match=f"row {at % 8} has the label {label}"):
+        is_ready(model, wrong[at - at % 8 :], collate, task=task, batch_size=8, autocast=None)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,15 @@ from tsqlora.quality.reference import sample_losses
 from tsqlora.quality.rows import Dataset, lengths_of
 from tsqlora.quality.rule import Compute, RowNames
 from tsqlora.tasks import Answers, Task
-from tsqlora.tasks.forward import Collate, base_model, model_logits, output_part, precision, split_labels
+from tsqlora.tasks.forward import (
+    Collate,
+    base_model,
+    model_logits,
+    output_part,
+    precision,
+    require_usable,
+    split_labels,
+)
 from tsqlora.tasks.generation import IGNORED, Generation
 from tsqlora.tasks.preference import Preference
 
@@ -77,10 +86,12 @@ def forward_pass(
     compute: Compute,
     rows: RowNames | None = None,
     mean: bool = False,
+    kind: str = "row",
 ) -> tuple[Forward | None, Head | None]:
     """Run the pass; return its results in the first process, and the head in all.
 
-    `collate` must give each sample a row. With `mean` the rows' mean hidden states are recorded, too.
+    `collate` must give each sample a row. With `mean` the rows' mean hidden states are recorded, too. Raises DataError
+    for a label that the loss cannot use; `kind` says which rows they are.
     """
     rows = rows or RowNames()
     with eval_mode(model):  # rows may draw random numbers, as augmentation does
@@ -106,7 +117,10 @@ def forward_pass(
 
         def measure(indices: np.ndarray) -> Columns:
             batch = collate([dataset[int(j)] for j in indices])
-            columns = _columns(model, *split_labels(batch, model), task, head, mean=mean)
+            inputs, labels = split_labels(batch, model)
+            names = indices if rows.ids is None else np.asarray(rows.ids)[indices]
+            usable = partial(require_usable, task, labels=labels, rows=names, kind=kind)
+            columns = _columns(model, inputs, labels, task, head, usable, mean=mean)
             return {name: (x.float() if x.is_floating_point() else x).numpy(force=True) for name, x in columns.items()}
 
         columns = run_batches(measure, batches, len(dataset), phase="look", journal=journal, progress=compute.progress)
@@ -114,12 +128,21 @@ def forward_pass(
 
 
 def _columns(
-    model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor, task: Task, head: Head | None, *, mean: bool
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    labels: Tensor,
+    task: Task,
+    head: Head | None,
+    usable: Callable[[Tensor], None],
+    *,
+    mean: bool,
 ) -> dict[str, Tensor]:
+    """Measure a batch; `usable` checks its labels for the logits."""
     layers = [] if head is None else [layer for layer in (head.linear, head.dense) if layer is not None]
     middle = isinstance(task, Generation)
     with recorded(layers) as calls, hidden_states(model if mean else None, middle=middle) as states:
         logits = model_logits(model, inputs, task)
+    usable(logits)
     loss = sample_losses(task, logits, labels)
     if isinstance(task, Preference):
         return {"labels": labels, "loss": loss, "logits": logits}

@@ -32,7 +32,7 @@ from tsqlora.quality.rows import batches_of, lengths_of, reference_rows
 from tsqlora.quality.rule import LookRequest, needs_gradients, terms_of_batch
 from tsqlora.quality.terms import Measured, Term
 from tsqlora.tasks import Task
-from tsqlora.tasks.forward import Batch, model_logits, precision, split_labels
+from tsqlora.tasks.forward import Batch, model_logits, precision, require_usable, split_labels
 from tsqlora.tasks.generation import Generation, without_prompt
 
 
@@ -146,6 +146,7 @@ def measured_columns(
     if not reference.mean:
         with torch.no_grad():
             logits = calibrated(model, inputs, task, reference.offsets)
+            require_usable(task, logits, labels, range(len(labels)))
             losses = sample_losses(task, logits, labels)
         answers = logits if logits.dim() == 2 else None
         return _columns(terms, Measured(logits=answers, labels=labels, loss=losses, alone_loss=alone_loss))

@@ -47,7 +47,7 @@ def start_head(model: nn.Module, request: LookRequest) -> Started:
     pool, layer = run(request.dataset, compute=compute, rows=request.rows)
     of_trusted = None
     if trusted is not None:
-        of_trusted, _ = run(trusted.rows, compute=replace(compute, journal=None, progress=None))
+        of_trusted, _ = run(trusted.rows, compute=replace(compute, journal=None, progress=None), kind="trusted row")
     trusts = rule.trusts and trusted is not None and trusted.loss is None
     fits = isinstance(task, Answers) and len(request.dataset) >= FOLDS and (rule.head_start or trusts)
     if layer is None or not fits:

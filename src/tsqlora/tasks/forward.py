@@ -18,6 +18,7 @@ from tsqlora.tasks.classification import Classification
 from tsqlora.tasks.generation import Generation
 from tsqlora.tasks.multi_label import MultiLabel
 from tsqlora.tasks.preference import CAUSAL, Preference
+from tsqlora.tasks.regression import Regression
 from tsqlora.tasks.tokens import TokenClassification
 
 Batch = Mapping[str, Any]
@@ -124,6 +125,21 @@ def require_labels(task: Task, labels: Tensor) -> None:
         raise UnsupportedError(
             f"the labels have shape {tuple(labels.shape)}, but the task is {task.name}; give 0.0 or 1.0 for each label"
         )
+
+
+def require_usable(task: Task, logits: Tensor, labels: Tensor, rows: Iterable[Any], kind: str = "row") -> None:
+    """Raise DataError naming the first of these rows whose label the loss cannot use: no class, or not finite."""
+    if not isinstance(task, Classification | Regression | MultiLabel):
+        return
+    classes = isinstance(task, Classification)
+    wrong = (labels < 0) | (labels >= logits.shape[1]) if classes else ~labels.isfinite().view(len(labels), -1).all(1)
+    if not wrong.any():
+        return
+    first = int(wrong.int().argmax())
+    expected = f"the model has classes 0 to {logits.shape[1] - 1}" if classes else "it must be a finite number"
+    raise DataError(
+        f"{kind} {[*rows][first]} has the label {labels[first].tolist()}, and {expected}; correct it or remove the row"
+    )
 
 
 def placed(model: nn.Module, inputs: Mapping[str, Tensor], task: Task | None) -> Mapping[str, Tensor]:
