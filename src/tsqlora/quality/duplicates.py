@@ -21,7 +21,6 @@ class Contradiction:
 
     first: int
     second: int
-    similarity: float
 
 
 def contradictions(
@@ -37,7 +36,7 @@ def contradictions(
         pairs = zip(first[unlike], second[unlike], strict=True)
         nearest += [(-float(similar[a, b]), int(ids[a + start]), int(ids[b + start])) for a, b in pairs]
         nearest = sorted(nearest)[:MOST_CONTRADICTIONS]
-    return tuple(Contradiction(a, b, min(-negative, 1.0)) for negative, a, b in nearest)
+    return tuple(Contradiction(a, b) for _, a, b in nearest)
 
 
 def _unit(features: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:

@@ -140,7 +140,7 @@ def doubts(logits: Logits, labels: Labels, *, frozen: bool) -> Float[np.ndarray,
     return noise.p_wrong(logits, labels) if noise.evident else None
 
 
-def label_noise(logits: Logits, labels: Labels, *, level: float = LEVEL) -> LabelNoise:
+def label_noise(logits: Logits, labels: Labels) -> LabelNoise:
     """Estimate the rate of wrong labels by maximum likelihood, with profile-likelihood bounds.
 
     Scale and class offsets of the logits are fitted too, and both are needed: offsets that calibrate the logits favour
@@ -165,7 +165,7 @@ def label_noise(logits: Logits, labels: Labels, *, level: float = LEVEL) -> Labe
     occur, labels = np.unique(labels, return_inverse=True)
     if len(occur) == 1:
         offsets[occur] = 0.0
-        return LabelNoise(0.0, 0.0, 0.0, 0.0, level, 1.0, offsets, shares, len(labels))
+        return LabelNoise(0.0, 0.0, 0.0, 0.0, LEVEL, 1.0, offsets, shares, len(labels))
     logits, few = logits[:, occur].astype(np.float64), len(occur) <= FEW_CLASSES
     centre, spread = logits.mean(axis=0), _spread(logits)
     unit, most = (logits - centre) / spread, _largest_rate(shares[occur])
@@ -184,14 +184,14 @@ def label_noise(logits: Logits, labels: Labels, *, level: float = LEVEL) -> Labe
     def beyond(at: float) -> float:
         """Return a positive number for a rate outside of the bounds."""
         worse = _fit(unit, labels, np.array([at, *best[1:]]), free=False, offsets=few)[0] - loss
-        return 2 * len(labels) * worse - _gain(level)
+        return 2 * len(labels) * worse - _gain(LEVEL)
 
     return LabelNoise(
         rate=rate,
         low=_root(beyond, 0.0, rate) if beyond(0.0) > 0 else 0.0,
         high=_root(beyond, rate, most) if beyond(most) > 0 else most,
         statistic=float(gain),
-        level=level,
+        level=LEVEL,
         scale=scale,
         offsets=offsets,
         shares=shares,

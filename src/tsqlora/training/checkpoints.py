@@ -244,10 +244,10 @@ def _step_of(checkpoint: Path) -> int:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    """Newest step first; last, those that version 0.1 dated in the first second of 1970: another training's."""
+    """Newest step first."""
     steps = {
         int(number): path
         for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
         if (number := path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")).isdecimal() and path.is_dir()
     }
-    return sorted((steps[number] for number in sorted(steps, reverse=True)), key=lambda path: path.stat().st_mtime < 1)
+    return [steps[number] for number in sorted(steps, reverse=True)]
