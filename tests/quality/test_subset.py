@@ -255,6 +255,8 @@ def test_the_hash_of_some_rows_is_of_their_content_and_order_unless_they_are_ran
     assert hash_of_some(rows) == hash_of_some([dict(row) for row in rows]) is not None
     assert hash_of_some(rows[::-1]) not in (hash_of_some(rows), None)
     assert hash_of_some(rows[:1]) is not None
+    files = [[{"file": f"{folder}/{j}.png", "content": f"{j}"} for j in range(3)] for folder in ("here", "there")]
+    assert hash_of_some(files[0]) == hash_of_some(files[1]) is not None
     mixed: list[Any] = [*rows[:-1], object()]
     assert hash_of_some(mixed) == hash_of_some([*rows[:-1], object()])
     assert hash_of_some(Flipping()) is hash_of_some([object()]) is None
