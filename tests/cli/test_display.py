@@ -19,6 +19,7 @@ from tsqlora.cli.display import (
     show_numbers,
     show_plan,
     show_record,
+    show_row,
     show_scores,
 )
 from tsqlora.cli.progress_bars import Display
@@ -141,7 +142,7 @@ def explained(text: str, label: str) -> dict[str, Any]:
         "terms": {"gradient_norm": 1.25, "loss_reduction": 0.5, "convergence": -0.75, "loss": 3.5},
     }
     lists = {name: [sample] for name in ("highest", "lowest", "suspicious")}
-    return {**lists, "likely_wrong": [], "likely_wrong_rows": 0}
+    return {**lists, "likely_wrong": [], "likely_wrong_rows": 4, "likely_wrong_left_out": 3, "kind": "class"}
 
 
 @pytest.mark.parametrize("width", [30, 40, 80, 200])
@@ -154,7 +155,7 @@ def test_samples_fit_any_terminal_and_show_texts_as_they_stand(text: str, width:
     out = console.file.getvalue()  # type: ignore[attr-defined]
     assert max(cell_len(line) for line in out.splitlines()) <= width
     assert "\x1b" not in out
-    assert "likely wrong labels: 0 in all" in out
+    assert "likely wrong labels" in out
     assert out.replace("\n", "").replace(" ", "").count("123456") == 3 or width < 80
     if width == 200:
         for part in (
@@ -163,9 +164,25 @@ def test_samples_fit_any_terminal_and_show_texts_as_they_stand(text: str, width:
             "-1.50",
             "left out: near-duplicate",
             "convergence -0.75",
+            "4 in all, 3 left out",
             text.replace("\x1b", " ").split()[0][:9],
         ):
             assert part in out
+
+
+@pytest.mark.parametrize("kind", ["text", "pair"])
+def test_samples_of_text_have_no_class(kind: str) -> None:
+    sample = {**explained("a\n→ b", "")["highest"][0], "label": 7, "no_text": None, "wrong_probability": None}
+    for name in ("predicted", "predicted_probability", "label_probability"):
+        del sample[name]
+    lists = {name: [sample] for name in ("highest", "lowest", "suspicious", "likely_wrong")}
+    counts = {"likely_wrong_rows": 1, "likely_wrong_left_out": 1}
+    out = shown(show_explained, {**lists, **counts, "kind": kind})
+    out += shown(show_row, {**sample, "out_of_sample": True, "kind": kind})
+    assert "target tokens 7" in out
+    assert ("swapped pairs: 1 in all, 1 left out" in out) == (kind == "pair")
+    for word in ("label", "class", "model"):
+        assert word not in out
 
 
 def test_an_allocation_shows_the_rank_of_every_layer() -> None:

@@ -88,6 +88,12 @@ def test_likely_wrong_labels_come_with_the_label_that_the_model_would_give(data:
         assert sample["terms"].keys() == {"loss", "convergence"}
 
 
+def test_likely_wrong_labels_count_those_that_are_left_out(data: Path) -> None:
+    assert explain(made(data), 1)["likely_wrong_left_out"] == 0
+    result = explain(made(data).drop(np.arange(40) < 14, "confident negative"), 1)
+    assert (result["likely_wrong_rows"], result["likely_wrong_left_out"], result["kind"]) == (4, 2, "class")
+
+
 def test_an_unsure_other_prediction_is_no_wrong_label(data: Path) -> None:
     scores = made(data)
     unsure = np.where(WRONG, 0.51, scores.predictions["predicted_probability"])

@@ -247,7 +247,7 @@ def test_scores_alone_are_explained(run: Path, tmp_path: Path) -> None:
     scores = Scores.load(tmp_path / "scores.parquet")
     explained = explain(scores, 2)
     assert len(explained["highest"]) == 2
-    assert explained["likely_wrong_rows"] == 0
+    assert (explained["likely_wrong_rows"], explained["kind"]) == (0, "text")
     document, target = explained["highest"][0]["text"].split("\n→ ")
     assert document.split()[0] == target
     assert target in WORDS

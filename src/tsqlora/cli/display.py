@@ -15,6 +15,8 @@ _BLOCKS_ABREAST = 12
 _CLASSES = 20
 _CHARACTERS = 240
 """Most characters of a sample."""
+_LABEL = {"text": "target tokens", "pair": "target tokens"}
+"""What a label is, by the kind of rows, where it is none."""
 
 
 def say(console: Console, lines: Iterable[str]) -> None:
@@ -143,20 +145,24 @@ def _noise_line(noise: Mapping[str, Any]) -> str:
 
 def show_explained(console: Console, explained: Mapping[str, Any]) -> None:
     """Rows to look at, list by list."""
-    titles = {
-        "highest": "highest quality",
-        "lowest": "lowest quality",
-        "suspicious": "most suspicious: highest loss within the class",
-        "likely_wrong": f"likely wrong labels: {explained['likely_wrong_rows']:,} in all",
-    }
+    kind, wrong, left_out = (explained[name] for name in ("kind", "likely_wrong_rows", "likely_wrong_left_out"))
+    titles = {"highest": "highest quality", "lowest": "lowest quality", "suspicious": "most suspicious: highest loss"}
+    if kind == "class":
+        titles["suspicious"] += " within the class"
+        titles["likely_wrong"] = (
+            f"likely wrong labels, which the model contradicts with confidence: {wrong:,} in all, {left_out:,} left out"
+        )
+    elif kind == "pair":
+        titles["likely_wrong"] = f"swapped pairs: {wrong:,} in all, {left_out:,} left out"
     for name, title in titles.items():
         console.print(Text(title, "bold"))
         for sample in explained[name]:
-            model = _label(sample["predicted"]) if "predicted" in sample else "–"
+            head = f"{sample['id']}  Q {sample['quality']:.2f}  {_LABEL.get(kind, 'label')} {_label(sample['label'])}"
+            if "predicted" in sample:
+                head += f"  model {_label(sample['predicted'])}"
             if "predicted_probability" in sample:
-                model += f" {sample['predicted_probability']:.0%}"
+                head += f" {sample['predicted_probability']:.0%}"
             dropped = "" if sample["reason"] == "kept" else f"left out: {sample['why']}  "
-            head = f"{sample['id']}  Q {sample['quality']:.2f}  label {_label(sample['label'])}  model {model}"
             console.print(Text(head))
             body = Text.assemble(_shortened(sample["text"]), "\n", (dropped + _terms(sample["terms"]), "dim"))
             body.overflow = "fold"
@@ -168,7 +174,7 @@ def show_row(console: Console, row: Mapping[str, Any]) -> None:
     """One row: its text, its prediction, and why it is drawn from or left out."""
     unseen = ", by a fit without this row" if row["out_of_sample"] else ""
     lines = {f"row {row['id']}": f"(no text: {row['no_text']})" if row["text"] is None else _shortened(row["text"])}
-    lines["label"] = _label(row["label"])
+    lines[_LABEL.get(row["kind"], "label")] = _label(row["label"])
     if "predicted" in row:
         sure = f" {row['predicted_probability']:.0%}" if "predicted_probability" in row else ""
         of_label = f"; the label {row['label_probability']:.0%}" if "label_probability" in row else ""
@@ -180,7 +186,7 @@ def show_row(console: Console, row: Mapping[str, Any]) -> None:
     if "drawn" in row:
         lines["drawn"] = f"in {row['drawn']} of {row['epochs']} epochs"
     for name, value in lines.items():
-        console.print(Text.assemble((f"{name:<12}", "bold"), value), soft_wrap=True)
+        console.print(Text.assemble((f"{name:<14}", "bold"), value), soft_wrap=True)
 
 
 def _terms(terms: Mapping[str, float]) -> str:

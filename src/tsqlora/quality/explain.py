@@ -89,7 +89,15 @@ def explain(scores: Scores, n: int, *, data: Path | None = None) -> dict[str, An
     if why is not None:
         raise DataError(f"{why}; name the file of the rows: --data FILE")
     samples = {name: [_sample(scores, int(j), texts[int(j)]) for j in rows] for name, rows in lists.items()}
-    return {**samples, "likely_wrong_rows": len(wrong)}
+    left_out = int((~scores.kept[wrong]).sum())
+    return {**samples, "likely_wrong_rows": len(wrong), "likely_wrong_left_out": left_out, "kind": _kind(scores)}
+
+
+def _kind(scores: Scores) -> str:
+    """Return what the rows are to learn: "class", "text", "pair" (of texts), or "other"."""
+    if scores.record.format is not None:
+        return "pair" if scores.record.format == PREFERENCE else "text"
+    return "class" if scores.stratified else "other"
 
 
 def place_of(scores: Scores, row: int) -> int:
@@ -117,6 +125,7 @@ def explain_row(scores: Scores, row: int, *, data: Path | None = None) -> dict[s
         raise DataError(f"no text of row {row}: {why}; give --data the file of the scored rows")
     return {
         **_sample(scores, j, texts.get(j)),
+        "kind": _kind(scores),
         "no_text": why,
         "wrong_probability": None if probability is None else float(probability[j]),
         "out_of_sample": scores.record.out_of_sample,
