@@ -172,7 +172,7 @@ def test_a_local_path_that_is_nothing_is_said_to_be_none(path: str) -> None:
 
 def test_a_hub_id_that_cannot_be_reached_is_named() -> None:
     text = error_of("org/nothing")
-    assert text.startswith("model.path 'org/nothing' cannot be loaded (")
+    assert text.startswith("model.path 'org/nothing' cannot be loaded (there is no such directory, and as a hub id: ")
     assert text.endswith("; give a directory or a hub id")
     assert "\n" not in text
 

@@ -30,6 +30,14 @@ def require_model(path: str) -> None:
         raise SettingsError(f"model.path {path!r}: no such directory; correct it, or give a hub id")
 
 
+def why_not_loaded(path: str, error: Exception) -> str:
+    """Return the first line of an error from loading a model; for a path that is no directory both causes."""
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    if os.path.isdir(path):
+        return reason
+    return f"there is no such directory, and as a hub id: {reason}" if is_hub_id(path) else "no such directory"
+
+
 def is_revision(name: str) -> bool:
     """Whether a name can be a branch, tag or commit, which becomes part of a path in the hub's cache.
 

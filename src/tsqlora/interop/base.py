@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from tsqlora.compat.hub import why_not_loaded
 from tsqlora.errors import SettingsError
 from tsqlora.interop.checkpoint import base_path, revision_of
 from tsqlora.interop.files import read_adapter
@@ -116,7 +117,7 @@ def _loading(path: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a hostile config.json can make transformers raise anything
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = why_not_loaded(path, error)
         raise SettingsError(
             f"--base {path}: no model can be loaded ({reason}); give a directory or a hub id"
         ) from error

@@ -26,7 +26,7 @@ from transformers import (
 
 from tsqlora.adapter.config import heads, outermost, require_supported_packing
 from tsqlora.compat.bitsandbytes import keep_as_trained, linear_bits
-from tsqlora.compat.hub import require_model
+from tsqlora.compat.hub import require_model, why_not_loaded
 from tsqlora.data.batches import MULTIPLE, GenerationCollator, PairCollator, collator, generation_collator
 from tsqlora.data.labels import LabelMap
 from tsqlora.data.media import MediaCollator
@@ -135,7 +135,7 @@ def _named_failures(path: str) -> Iterator[None]:
     except ImportError as error:
         raise SettingsError(f"model.path {path!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = why_not_loaded(path, error)
         raise SettingsError(f"model.path {path!r} cannot be loaded ({reason}); give a directory or a hub id") from error
 
 
