@@ -67,6 +67,21 @@ def test_what_may_be_given_by_place() -> None:
         inspect.signature(getattr(tsq, name)).bind(*range(3))
 
 
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("audit", r"audit\(model, dataset, collate\)"),
+        ("score", r"score\(model, dataset, collate\)"),
+        ("select", r"select\(model, dataset, processing_class\)"),
+        ("sensitivity", r"sensitivity\(model, dataset, collate\)"),
+    ],
+)
+def test_a_path_in_place_of_the_model_names_the_arguments(name: str, call: str) -> None:
+    for path in ("a.csv", Path("a.csv")):
+        with pytest.raises(tsq.SettingsError, match=f"'a.csv'; call tsqlora.{call}"):
+            getattr(tsq, name)(path)
+
+
 @pytest.mark.parametrize("name", EXIT_CODES)
 def test_every_error_is_one_of_ours_with_its_exit_code(name: str) -> None:
     error = getattr(tsq, name)

@@ -10,7 +10,14 @@ Messages give the thing, the value, the cure, in one or two lines.
 """
 
 import difflib
-from collections.abc import Iterable
+import inspect
+import os
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class TsqLoraError(Exception):
@@ -75,3 +82,21 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, choices, n=1)
     hint = f"did you mean '{close[0]}'? " if close else ""
     return f"{hint}choices: {', '.join(choices)}"
+
+
+def of_loaded_model(function: Callable[P, T]) -> Callable[P, T]:
+    """Raise SettingsError with the required arguments where the first one is a path or a name, not a model."""
+    name, parameters = function.__name__, inspect.signature(function).parameters.values()
+
+    @wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        model = args[0] if args else kwargs.get("model")
+        if isinstance(model, str | os.PathLike):
+            required = ", ".join(one.name for one in parameters if one.default is one.empty)
+            raise SettingsError(
+                f"tsqlora.{name} needs a loaded model, not {os.fspath(model)!r}; call tsqlora.{name}({required}), or a "
+                "command that reads files: `tsqlora --help`"
+            )
+        return function(*args, **kwargs)
+
+    return checked

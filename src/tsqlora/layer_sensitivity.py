@@ -19,7 +19,7 @@ from tsqlora import distributed
 from tsqlora.compat.peft import lora_matrices
 from tsqlora.compat.shapes import Float, Int, Shaped
 from tsqlora.compat.torch import double, upcast
-from tsqlora.errors import SettingsError, UnsupportedError, nearest
+from tsqlora.errors import SettingsError, UnsupportedError, nearest, of_loaded_model
 from tsqlora.gradients.capture import Capture, capture
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.gradients.ghost import Factored, LookupGradient
@@ -198,6 +198,7 @@ class Probe:
         self.sketches[name] = self.sketches.get(name, 0) + sketch
 
 
+@of_loaded_model
 def sensitivity(
     model: nn.Module,
     dataset: Any,

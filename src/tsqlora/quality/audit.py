@@ -16,7 +16,7 @@ from torch import nn
 
 from tsqlora import distributed
 from tsqlora.compat.shapes import Bool, Float, Int, Shaped
-from tsqlora.errors import DataError, UnsupportedError
+from tsqlora.errors import DataError, UnsupportedError, of_loaded_model
 from tsqlora.quality.duplicates import Contradiction, contradictions, labels_of_nearest
 from tsqlora.quality.forward_pass import forward_pass
 from tsqlora.quality.label_noise import FROZEN_CLASSES, LabelNoise, Labels, Logits, Nearest, reject
@@ -109,6 +109,7 @@ class Audit:
         }
 
 
+@of_loaded_model
 def audit(
     model: nn.Module,
     dataset: Dataset,

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tsqlora import distributed
-from tsqlora.errors import SettingsError, UnsupportedError
+from tsqlora.errors import SettingsError, UnsupportedError, of_loaded_model
 from tsqlora.gradients.eval_mode import eval_mode
 from tsqlora.gradients.sites import batch_coupled, find_sites
 from tsqlora.oom import halves, retry_on_oom
@@ -35,6 +35,7 @@ from tsqlora.tasks.forward import Collate, each_its_row, precision, task_of
 from tsqlora.tasks.preference import Preference
 
 
+@of_loaded_model
 def score(
     model: nn.Module,
     dataset: Dataset,
@@ -94,9 +95,9 @@ def score(
     if isinstance(task, Preference) and result.scores.even:
         even = "the DPO loss of every pair is ln 2 before training, so pairs are drawn evenly; give trusted rows"
         gate = result.scores.record.gate
-        warnings.warn(even if gate is None else str(gate["why_not"]), stacklevel=2)
+        warnings.warn(even if gate is None else str(gate["why_not"]), stacklevel=3)
     if result.why_not is not None:
-        warnings.warn(f"rows are drawn evenly, and have no terms of gradients: {result.why_not}", stacklevel=2)
+        warnings.warn(f"rows are drawn evenly, and have no terms of gradients: {result.why_not}", stacklevel=3)
     return result.scores
 
 

@@ -16,7 +16,7 @@ from tsqlora.data.media import as_paths
 from tsqlora.data.prepare import prepare, resolve_max_length
 from tsqlora.data.rows import of_dataset
 from tsqlora.data.splits import Splits
-from tsqlora.errors import DataError, SettingsError, UnsupportedError
+from tsqlora.errors import DataError, SettingsError, UnsupportedError, of_loaded_model
 from tsqlora.quality.epochs import sample
 from tsqlora.quality.rule import Compute, RowNames, ScoringRule
 from tsqlora.quality.score import score
@@ -30,6 +30,7 @@ from tsqlora.tasks.preference import Preference
 from tsqlora.training.load import collate_of, positions_of
 
 
+@of_loaded_model
 def select(
     model: nn.Module,
     dataset: Any,
@@ -80,7 +81,7 @@ def select(
     why = (scores.record.gate or {}).get("why_not", "")
     if scores.even and (why or scores.kept.all()) and not {"chosen", "rejected"} <= {*pool.column_names}:
         even = "no score distinguishes the rows, so they are drawn evenly; give trusted rows"
-        warnings.warn(str(why or even), stacklevel=2)
+        warnings.warn(str(why or even), stacklevel=3)
     return pool.select(scores.row_ids[sample(scores, fraction, seed)])
 
 
@@ -111,7 +112,7 @@ def score_pool(
     seq2seq = isinstance(task, Generation) and not task.causal
     data = prepare(_splits(rows, model, task), tokenizer, max_length=limit, seq2seq=seq2seq)
     for note in data.notes:
-        warnings.warn(note, stacklevel=3)
+        warnings.warn(note, stacklevel=4)
     samples, reference = data.samples["train"], None
     if "trusted" in data.samples:
         own = data.samples["trusted"]
