@@ -477,17 +477,17 @@ def test_rows_are_not_replaced_by_what_is_drawn_or_known_of_them(
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ("score tsq.yaml --drop duplicat --out s.parquet", "duplicate"),
+        ("score {config} --drop duplicat --out s.parquet", "duplicate"),
         ("score {scored} --out s.parquet", "tsqlora explain"),
         ("select {scored} --fraction 1.5 --out x.csv", "fraction"),
         ("report run --port 80", "--port"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(
-    arguments: str, named: str, scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tsqlora: Run
+    arguments: str, named: str, place: Path, scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tsqlora: Run
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, text = refused(tsqlora, *arguments.format(scored=scored).split())
+    code, text = refused(tsqlora, *arguments.format(scored=scored, config=place / "c.yaml").split())
     assert (code, named in text) == (2, True)
     assert not any(tmp_path.iterdir())
 

@@ -45,9 +45,14 @@ def test_a_light_command_imports_no_heavy_library(arguments: list[str], unused: 
         (["train", "--model", ".", "--data", ".", "--set", "data.trusted=no.csv"], "no.csv"),
         (["audit", "no.csv"], "no.csv"),
         (["audit", ".", "--model", "./no"], "./no"),
+        (["audit", "no.yaml"], "no.yaml"),
+        (["audit", "c.yaml"], "no.csv"),
+        (["score", "no.yaml", "--out", "s.parquet"], "no.yaml"),
+        (["allocate", "c.yaml", "--out", "ranks.json"], "no.csv"),
     ],
 )
 def test_a_missing_file_is_named_before_torch_is_imported(arguments: list[str], named: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("model: {path: .}\ndata: {train: no.csv}\n")
     done = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], cwd=tmp_path, capture_output=True, text=True)
     *message, modules = done.stderr.splitlines()
     assert done.returncode != 0

@@ -18,6 +18,7 @@ from tsqlora.cli.display import (
     show_scores,
 )
 from tsqlora.cli.progress_bars import Display
+from tsqlora.cli.runs import require_inputs
 from tsqlora.errors import SettingsError
 from tsqlora.files import write_json
 
@@ -41,10 +42,14 @@ def score(
 
     Example: tsqlora score tsq.yaml --out scores.parquet
     """
-    from tsqlora.run.score import score_rows
+    from tsqlora.run.config import load_config
 
     if source.suffix == ".parquet" and source.is_file():
         raise SettingsError(f"{source} is neither CONFIG nor RUN; `tsqlora explain {quote(str(source))}` shows scores")
+    if not source.is_dir():
+        require_inputs(load_config(source, set_ or []))
+    from tsqlora.run.score import score_rows  # after these checks, since torch takes seconds to import
+
     with Display(console.stderr) as display:
         scores = score_rows(source, out, overrides=set_ or [], drop=drop or [], progress=display.progress)
     names = ("draw", "weights", "temperature", "effective_sample_size", "noise", "reference_rows", "eta", "scope")
@@ -106,9 +111,13 @@ def allocate(
     Example: tsqlora allocate tsq.yaml --out ranks.json
     """
     from tsqlora.data.write import require_place
-    from tsqlora.run.allocate import allocate_ranks
+    from tsqlora.run.config import load_config
 
     require_place(out)
+    if not source.is_dir():
+        require_inputs(load_config(source, set_ or []))
+    from tsqlora.run.allocate import allocate_ranks  # after these checks, since torch takes seconds to import
+
     with Display(console.stderr) as display:
         arguments = allocate_ranks(source, overrides=set_ or [], progress=display.progress)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -156,11 +165,15 @@ def audit(
         return
     from tsqlora.compat.hub import require_model
     from tsqlora.data.rows import require_source
+    from tsqlora.run.config import load_config
 
-    if Path(str(source)).suffix.lower() not in (".yaml", ".yml"):
-        require_source(str(source))
     if model is not None:
         require_model(model)
+    if Path(str(source)).suffix.lower() in (".yaml", ".yml"):
+        named = {} if model is None else {"model": {"path": model}}
+        require_inputs(load_config(source, set_ or [], sections=named))
+    else:
+        require_source(str(source))
     from tsqlora.run.audit import run_audit  # after these checks, since torch takes seconds to import
 
     with Display(console.stderr) as display:

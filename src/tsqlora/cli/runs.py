@@ -104,7 +104,7 @@ def train(
         raise SettingsError("train needs a CONFIG, or --model and --data; `tsqlora init` writes a CONFIG")
     settings = load_config(config, overrides)
     if not resume:  # a finished run needs neither
-        _require_inputs(settings)
+        require_inputs(settings)
     from tsqlora.run import train as pipeline  # after this check, since torch takes seconds to import
 
     run = out or dated(settings.data.train if config is None else str(config), resume=resume)
@@ -122,7 +122,8 @@ def train(
     console.show({"run": str(run), **record.to_dict()}, as_json, show_record)
 
 
-def _require_inputs(settings: "Config") -> None:
+def require_inputs(settings: "Config") -> None:
+    """Raise an error that names a model or data file that does not exist, before torch is imported."""
     from tsqlora.compat.hub import require_model
     from tsqlora.data.rows import require_source
 
