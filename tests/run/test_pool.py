@@ -73,6 +73,13 @@ def test_what_cannot_be_read_is_named() -> None:
         tsq.select(adapted(), [{"a": "w1", "b": "w2"}], processing_class=TOKENIZER)
 
 
+@pytest.mark.parametrize(("lacking", "left"), [("prompt", "completion"), ("completion", "prompt")])
+def test_trusted_rows_without_a_column_of_the_pool_are_named(lacking: str, left: str) -> None:
+    trusted = [{left: row[left]} for row in pairs(range(3), "w1")]
+    with pytest.raises(DataError, match=f"trusted has no column '{lacking}'.*: '{left}'$"):
+        tsq.select(llama(), pairs(range(9), "w1"), processing_class=TOKENIZER, trusted=trusted)
+
+
 @pytest.mark.parametrize("kind", ["image", "audio"])
 @pytest.mark.parametrize("inside", [False, True], ids=["files", "bytes"])
 def test_images_and_recordings_are_drawn_from_their_columns(kind: str, inside: bool, tmp_path: Path) -> None:

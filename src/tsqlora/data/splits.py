@@ -166,7 +166,7 @@ def _complete_rows(source: Source, columns: Columns, lacks: Lacks, *, most: floa
     if (left_out := count - len(complete)) == 0:
         return complete, None
     if left_out > most * count:
-        _require_columns(source, columns, bad)
+        require_columns(source, columns, bad)
         raise DataError(
             f"{source.name}: {left_out:,} of {count:,} rows are incomplete, more than data.max_bad_rows ({most:g}) "
             f"allows: {listed(bad, source.name)}; fill them in, or raise it"
@@ -174,7 +174,7 @@ def _complete_rows(source: Source, columns: Columns, lacks: Lacks, *, most: floa
     return complete, f"{source.name}: {left_out:,} of {count:,} rows are left out: {listed(bad, source.name)}"
 
 
-def _require_columns(source: Source, columns: Columns, bad: Iterable[str]) -> None:
+def require_columns(source: Source, columns: Columns, bad: Iterable[str]) -> None:
     """Raise DataError if one of these reasons is a column that no row has."""
     names = source.columns()
     for column in (columns.text, columns.text_pair, columns.label):

@@ -9,13 +9,14 @@ from typing import Any, cast
 import numpy as np
 from torch import nn
 
+from tsqlora.data.cells import MissingError
 from tsqlora.data.columns import find_columns
 from tsqlora.data.formats import find_format, pair_format
 from tsqlora.data.labels import LabelMap, split_labels
 from tsqlora.data.media import as_paths
 from tsqlora.data.prepare import prepare, resolve_max_length
 from tsqlora.data.rows import of_dataset
-from tsqlora.data.splits import Splits
+from tsqlora.data.splits import Splits, require_columns
 from tsqlora.errors import DataError, SettingsError, UnsupportedError, of_loaded_model
 from tsqlora.quality.epochs import sample
 from tsqlora.quality.rule import Compute, RowNames, ScoringRule
@@ -110,7 +111,13 @@ def score_pool(
         most = min(tokenizer.model_max_length, 1024)
         limit = resolve_max_length(max_length, tokenizer_limit=most, positions=positions_of(model))
     seq2seq = isinstance(task, Generation) and not task.causal
-    data = prepare(_splits(rows, model, task), tokenizer, max_length=limit, seq2seq=seq2seq)
+    splits = _splits(rows, model, task)
+    try:
+        data = prepare(splits, tokenizer, max_length=limit, seq2seq=seq2seq)
+    except MissingError as error:
+        for source in splits.sources.values():
+            require_columns(source, splits.columns, [error.what])
+        raise
     for note in data.notes:
         warnings.warn(note, stacklevel=4)
     samples, reference = data.samples["train"], None
