@@ -69,6 +69,18 @@ def test_a_callback_itself_draws_the_epoch(kind: Any) -> None:
     assert data.indices.tolist() == data.draw(1).tolist()
 
 
+@KINDS
+def test_an_epoch_that_another_callback_stops_is_over(kind: Any, tmp_path: Path) -> None:
+    def stop(state: Any, control: Any) -> None:
+        control.should_epoch_stop = state.global_step in (2, 6)  # within an epoch, and with its last step
+
+    data = half()
+    drawn, other = Drawn(data), tsq.RankCallback if kind is tsq.GuardCallback else tsq.GuardCallback
+    trainer = train(data, tmp_path, made(kind, data), made(other, data), At(stop), drawn, num_train_epochs=3)
+    assert [int(entry) for entry in (trainer.state.epoch, trainer.state.global_step)] == [3, 10]
+    assert drawn.rows == [sorted(data.draw(epoch).tolist()) for epoch in range(3)]
+
+
 def test_the_order_of_the_callbacks_does_not_matter(tmp_path: Path) -> None:
     ends, quality, events = [], [], []
     for order in (1, -1):

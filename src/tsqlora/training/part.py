@@ -1,5 +1,6 @@
 """What our callbacks share in a stock Trainer: the draw of each epoch, the parts of checkpoints, and run.json."""
 
+import math
 import warnings
 import weakref
 from abc import ABC, abstractmethod
@@ -15,7 +16,7 @@ from tsqlora.compat.transformers import knows_lengths
 from tsqlora.errors import SettingsError
 from tsqlora.quality.cost import PhaseCost
 from tsqlora.quality.subset import QualitySubset
-from tsqlora.training.checkpoints import Checkpoints, checkpoint_folder, epoch_of
+from tsqlora.training.checkpoints import EPOCH_ERROR, Checkpoints, checkpoint_folder, epoch_of
 from tsqlora.training.recorder import Recorder, own_recorder
 
 
@@ -105,6 +106,13 @@ class PartCallback(TrainerCallback, ABC):
         self.begin_epoch(args, state, **kwargs)
         if data is not None and data.drawn_by in (None, self.name):
             data.begin_epoch(epoch_of(state), self.name)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if control.should_epoch_stop and not control.should_training_stop:
+            # The Trainer counts on, but its state would be within this epoch, and the next one draw the same rows.
+            state.epoch = float(math.ceil((state.epoch or 0) - EPOCH_ERROR))
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
