@@ -1,6 +1,8 @@
 """Check an export against its source: the update of every layer, and a model's logits."""
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,15 @@ from transformers.pytorch_utils import Conv1D
 
 from tsqlora.errors import TsqLoraError
 from tsqlora.interop.lora import LoraAdapter, Target
-from tsqlora.interop.tensors import PRECISIONS, Array
+from tsqlora.interop.tensors import PRECISIONS, Array, Precision
 
 _ROWS, _TOKENS = 4, 12
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 """safetensors' names of torch's dtypes."""
+VALUES = 1 << 22
+"""Values to compare at once."""
+Parts = Iterator[tuple[Array, Array, Array]]
+"""|ΔW − ΔW'|, its bound, and ΔW of a layer, block by block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +44,13 @@ class Difference:
     logits: float | None = None
     logits_size: float | None = None
 
-    def with_layer(self, name: str, gap: Array, bound: Array, delta: Array) -> "Difference":
-        """The maximum of this and another layer's difference."""
-        if not gap.size:
-            return self
-        gap = np.nan_to_num(gap, nan=np.inf)
-        size, largest = float(np.abs(delta).max()), float(gap.max())
-        used = float((gap / np.maximum(bound, np.finfo(np.float64).tiny)).max())
+    def with_layer(self, name: str, parts: Parts) -> "Difference":
+        """The maximum of this and another layer's difference, block by block."""
+        size = largest = used = 0.0
+        for gap, bound, delta in parts:
+            gap = np.nan_to_num(gap, nan=np.inf)
+            size, largest = max(size, float(np.abs(delta).max(initial=0.0))), max(largest, float(gap.max(initial=0.0)))
+            used = max(used, float((gap / np.maximum(bound, np.finfo(np.float64).tiny)).max(initial=0.0)))
         return Difference(
             max(self.update, largest),
             max(self.relative, largest / size if size else 0.0),
@@ -61,17 +67,37 @@ def compare_updates(source: LoraAdapter, export: LoraAdapter, dtype: str) -> Dif
     """
     worst, precision = Difference(0.0, 0.0, 0.0), PRECISIONS[dtype]
     for name in sorted({*source.targets, *export.targets}):
-        one = source.targets.get(name) or export.targets[name]
-        delta, other = (a.targets[name].delta() if name in a.targets else np.zeros((1, 1)) for a in (source, export))
-        bound = 2.1 * precision.eps * _products(one) + precision.least * _sums(one)
-        worst = worst.with_layer(name, np.abs(delta - other), bound, delta)
+        worst = worst.with_layer(name, _updates(source.targets.get(name), export.targets.get(name), precision))
     if other := source.saved.keys() ^ export.saved.keys():
         raise TsqLoraError(f"only one of the export and its source has {min(other)}; nothing was written")
     for name, tensor in source.saved.items():
-        head, theirs = (stored.numbers().astype(np.float64) for stored in (tensor, export.saved[name]))
-        worst = worst.with_layer(name, np.abs(head - theirs), np.abs(head) * precision.eps + precision.least, head)
+        worst = worst.with_layer(name, _copies(tensor.numbers(), export.saved[name].numbers(), precision))
     _require_rounding(worst, dtype)
     return worst
+
+
+def _updates(source: Target | None, export: Target | None, precision: Precision) -> Parts:
+    one = source or export
+    assert one is not None
+    assert export is None or one.outputs == export.outputs
+    for rows in _blocks((one.outputs, one.inputs)):
+        parts = [None if target is None else replace(target, b=target.b[rows]) for target in (source, export)]
+        delta, other = (np.zeros((1, 1)) if part is None else part.delta() for part in parts)
+        part = replace(one, b=one.b[rows])
+        yield np.abs(delta - other), 2.1 * precision.eps * _products(part) + precision.least * _sums(part), delta
+
+
+def _copies(head: Array, other: Array, precision: Precision) -> Parts:
+    assert head.shape == other.shape
+    for rows in _blocks(head.shape):
+        own, theirs = _numbers(head[rows]), _numbers(other[rows])
+        yield np.abs(own - theirs), np.abs(own) * precision.eps + precision.least, own
+
+
+def _blocks(shape: tuple[int, ...]) -> Iterator[Any]:
+    """Slices of the first dimension, each of at most VALUES values: a head may have a vocabulary's rows."""
+    step = max(1, VALUES // max(1, math.prod(shape[1:])))
+    yield from (slice(start, start + step) for start in range(0, shape[0], step)) if shape else [...]
 
 
 def _require_rounding(worst: Difference, dtype: str) -> None:
@@ -158,19 +184,26 @@ def compare_weights(base: PreTrainedModel, merged: PreTrainedModel, adapter: Lor
     expected, worst = dict(base.named_parameters(remove_duplicate=False)), Difference(0.0, 0.0, 0.0)
     for name, parameter in merged.named_parameters():
         module, _, leaf = name.rpartition(".")
-        precision, after = PRECISIONS[NAMES[parameter.dtype]], _numbers(parameter)
-        saved = adapter.saved.get(name)
-        before = _numbers(expected[name]) if saved is None else saved.numbers().astype(np.float64)
-        delta, bound = np.zeros_like(before), 2 * (precision.eps * np.abs(before) + precision.least)
-        target = adapter.targets.get(module) if leaf == "weight" else None
-        if target is not None:
-            turned = target.kind == "embedding" or isinstance(merged.get_submodule(module), Conv1D)
-            delta, products = (x.T if turned else x for x in (target.delta(), _products(target)))
-            bound = bound + max(2 * precision.eps, target.rank * PRECISIONS["F32"].eps) * products
-        worst = worst.with_layer(name, np.abs(after - before - delta), bound, delta)
+        target, saved = adapter.targets.get(module) if leaf == "weight" else None, adapter.saved.get(name)
+        before = expected[name] if saved is None else saved.numbers()
+        turned = target is not None and (target.kind == "embedding" or isinstance(merged.get_submodule(module), Conv1D))
+        worst = worst.with_layer(name, _weights(before, parameter, target, turned))
     _require_rounding(worst, NAMES[merged.dtype])
     return worst
 
 
-def _numbers(parameter: nn.Parameter) -> Array:
-    return parameter.detach().cpu().double().numpy()
+def _weights(before: Tensor | Array, merged: Tensor, target: Target | None, turned: bool) -> Parts:
+    precision = PRECISIONS[NAMES[merged.dtype]]
+    assert before.shape == merged.shape
+    for rows in _blocks(tuple(merged.shape)):
+        own, after = _numbers(before[rows]), _numbers(merged[rows])
+        delta, bound = np.zeros_like(own), 2 * (precision.eps * np.abs(own) + precision.least)
+        if target is not None:
+            part = replace(target, a=target.a[:, rows]) if turned else replace(target, b=target.b[rows])
+            delta, products = (x.T if turned else x for x in (part.delta(), _products(part)))
+            bound = bound + max(2 * precision.eps, target.rank * PRECISIONS["F32"].eps) * products
+        yield np.abs(after - own - delta), bound, delta
+
+
+def _numbers(values: Tensor | Array) -> Array:
+    return values.detach().cpu().double().numpy() if isinstance(values, Tensor) else values.astype(np.float64)
