@@ -8,9 +8,10 @@ from dataclasses import astuple, replace
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, ResNetConfig, ResNetForImageClassification
 
 from models import SIZES
+from tsqlora.errors import TsqLoraError
 from tsqlora.interop import verify
 from tsqlora.interop.lora import LoraAdapter, Target
 from tsqlora.interop.tensors import Stored
@@ -67,3 +68,15 @@ def test_a_large_merged_head_is_compared_in_blocks(name: str, monkeypatch: pytes
     peak, difference = peak_of(lambda: verify.compare_weights(base, merged, adapter), monkeypatch)
     assert peak < WHOLE
     assert (difference.layer, 0 < difference.used <= 1) == (f"{name}.weight", True)
+
+
+def test_a_merged_convolution_is_compared() -> None:
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic")
+    base, name = ResNetForImageClassification(config), "resnet.embedder.embedder.convolution"
+    target = Target(np.full((1, 3, 7, 7), 0.5, np.float32), np.ones((8, 1, 1, 1), np.float32), 2.0, "convolution")
+    merged = copy.deepcopy(base)
+    with torch.no_grad():
+        merged.get_parameter(f"{name}.weight").add_(1.0)
+    assert verify.compare_weights(base, merged, LoraAdapter({}, {name: target})).used <= 1
+    with pytest.raises(TsqLoraError, match=f"{name}.weight differs by 1"):
+        verify.compare_weights(base, base, LoraAdapter({}, {name: target}))

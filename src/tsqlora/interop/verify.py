@@ -200,7 +200,7 @@ def _weights(before: Tensor | Array, merged: Tensor, target: Target | None, turn
         delta, bound = np.zeros_like(own), 2 * (precision.eps * np.abs(own) + precision.least)
         if target is not None:
             part = replace(target, a=target.a[:, rows]) if turned else replace(target, b=target.b[rows])
-            delta, products = (x.T if turned else x for x in (part.delta(), _products(part)))
+            delta, products = ((x.T if turned else x).reshape(own.shape) for x in (part.delta(), _products(part)))
             bound = bound + max(2 * precision.eps, target.rank * PRECISIONS["F32"].eps) * products
         yield np.abs(after - own - delta), bound, delta
 
