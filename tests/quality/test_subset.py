@@ -1,15 +1,17 @@
+import random
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, IterableDataset
 
 from tsqlora.errors import SettingsError
 from tsqlora.quality.scores import Scores, from_terms
-from tsqlora.quality.subset import QualitySubset, equals, hash_of_some
+from tsqlora.quality.subset import QualitySubset, equals, hash_of, hash_of_some
 
 ROWS = st.integers(1, 60)
 FRACTIONS = st.floats(0.02, 1)
@@ -260,3 +262,25 @@ def test_the_hash_of_some_rows_is_of_their_content_and_order_unless_they_are_ran
     mixed: list[Any] = [*rows[:-1], object()]
     assert hash_of_some(mixed) == hash_of_some([*rows[:-1], object()])
     assert hash_of_some(Flipping()) is hash_of_some([object()]) is None
+
+
+class Augmented(list[dict[str, Any]]):
+    """Rows that a random transform changes at every read."""
+
+    def __getitem__(self, index: Any) -> Any:
+        noise = [float(torch.rand(1)), float(np.random.rand()), random.random()]
+        return {**super().__getitem__(index), "pixel_values": noise}
+
+
+def test_a_random_transform_leaves_the_hash_of_trusted_rows() -> None:
+    rows = Augmented({"labels": j % 2} for j in range(4))
+    hashes = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        states = torch.random.get_rng_state(), random.getstate()
+        hashes.append(hash_of(rows))
+        assert torch.equal(torch.random.get_rng_state(), states[0])
+        assert random.getstate() == states[1]
+    assert hashes[0] == hashes[1] != hash_of(Augmented({"labels": 1} for _ in range(4)))

@@ -21,7 +21,7 @@ def eval_mode(model: nn.Module) -> Generator[None]:
     modes = [(module, module.training) for module in model.modules()]
     rates: list[tuple[nn.Module, str, float]] = []
     # Eager: compiling another version of the model for one or two passes would take longer.
-    with _same_randomness(model), cast(Any, torch.compiler).set_stance("force_eager"):
+    with same_randomness(model), cast(Any, torch.compiler).set_stance("force_eager"):
         try:
             for module, training in modes:
                 checkpoints = torch.is_grad_enabled() and bool(getattr(module, "gradient_checkpointing", False))
@@ -40,13 +40,18 @@ def eval_mode(model: nn.Module) -> Generator[None]:
 
 
 @contextmanager
-def _same_randomness(model: nn.Module) -> Generator[None]:
-    """Restore the global random generators of torch, numpy and Python."""
+def same_randomness(model: nn.Module | None = None, *, seed: int | None = None) -> Generator[None]:
+    """Restore the global random generators of torch, numpy and Python on exit; a `seed` sets those of the CPU first."""
     # Name the devices: without a list torch warns on a machine with several GPUs.
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    parameters = () if model is None else model.parameters()
+    devices = {p.device.index for p in parameters if p.device.type == "cuda"}
     python, numpy = random.getstate(), np.random.get_state()
     with cast(Any, torch.random).fork_rng(sorted(devices)):
         try:
+            if seed is not None:
+                random.seed(seed)
+                np.random.seed(seed)
+                torch.default_generator.manual_seed(seed)
             yield
         finally:
             random.setstate(python)

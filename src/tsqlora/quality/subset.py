@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from tsqlora.data.batches import bucketed_order
 from tsqlora.errors import SettingsError
+from tsqlora.gradients.eval_mode import same_randomness
 from tsqlora.quality.epochs import EpochPlan
 from tsqlora.quality.rows import Dataset as Rows
 from tsqlora.quality.rows import content_of, input_of, lengths_of, prompt_of
@@ -152,8 +153,10 @@ class QualitySubset(Dataset[Any]):
 def hash_of(rows: Rows) -> str | None:
     """Return a hash of the rows, 16 hex digits; None without rows."""
     digest = hashlib.sha256()
-    for j in range(len(rows)):
-        digest.update(repr(content_of(rows[j])).encode())
+    # A random transform, as augmentation is, must give the same rows to a resumed run.
+    with same_randomness(seed=0):
+        for j in range(len(rows)):
+            digest.update(repr(content_of(rows[j])).encode())
     return digest.hexdigest()[:16] if len(rows) else None
 
 
