@@ -144,9 +144,7 @@ def _columns(
         logits = model_logits(model, inputs, task)
     usable(logits)
     loss = sample_losses(task, logits, labels)
-    if isinstance(task, Preference):
-        return {"labels": labels, "loss": loss, "logits": logits}
-    if not isinstance(task, Answers):
+    if not isinstance(task, Answers | Preference):
         targets = task.targets(labels) if isinstance(task, Generation) else labels
         columns = {"labels": targets.ne(IGNORED).sum(1), "loss": loss}
         state = mean_state(states, labels.ne(IGNORED)) if middle else None
