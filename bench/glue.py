@@ -9,10 +9,14 @@ wrong, the head and the batches. The learning rate of each entry was chosen on 1
 600 validation rows of each seed (`--sweep` does that, and writes bench/results/glue/rates.json). A finished cell is
 never run again unless its code made other numbers than today's (STALE), so that seeds and methods may come in any
 order, in several processes if each has its own blocks.
+
+`--choose` gives a block rates of its own in place of these: seed 3 tries three of LADDER for each entry, and goes on
+along it while the last one tried is the best.
 """
 
 import argparse
 import hashlib
+import itertools
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -34,6 +38,9 @@ BENCH = Path(__file__).parent
 CACHE, RESULTS = BENCH / ".cache" / "glue", BENCH / "results" / "glue"
 PASSES, FRACTION, BATCH, VALIDATION_ROWS, LEARNING_RATE = 4, 0.5, 16, 200, 1e-3
 ENTRIES = "lora,lora+random,tsqlora,tsqlora-quality-only,tsqlora-ranks-only,adalora,elalora,eva"
+LADDER = (2.5e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
+CHOOSING, FIRST_TRIED = 3, slice(2, 5)
+"""The seed that chooses the learning rates of one block, and where on LADDER it begins."""
 GRID_TASKS, GRID_WRONG, GRID_SEEDS = ("sst2", "mrpc", "stsb", "rte"), (0.2, 0.0), (0, 1, 2)
 GRID_ROWS, GRID_MEAN = 2000, 4
 """The blocks that are measured by default, and those that docs/research/glue.md lists as missing."""
@@ -80,9 +87,10 @@ def write_data(block: Block, seed: int, shared: Path, folder: Path) -> None:
     rng = np.random.default_rng([seed, 20])
     pool = _read(shared, block.task, "train")
     order = [pool[j] for j in rng.permutation(len(pool))]
+    validation = SWEPT_ROWS if block == SWEPT or seed == CHOOSING else VALIDATION_ROWS
     splits = {
         "train": _with_wrong_labels(order[: block.rows], block, seed),
-        "validation": order[block.rows : block.rows + (SWEPT_ROWS if block == SWEPT else VALIDATION_ROWS)],
+        "validation": order[block.rows : block.rows + validation],
         "test": [row for split in TEST_SPLITS.get(block.task, ("test",)) for row in _read(shared, block.task, split)],
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -187,7 +195,7 @@ def keep(block: Block, cells: Path) -> None:
     Raises SettingsError for cells of other settings than those that are there; where all of those are stale they go.
     """
     before = stored(block)
-    settings, known_cells = before["settings"], before["cells"]
+    settings, known_cells = before.pop("settings"), before.pop("cells")
     for file in sorted(cells.glob("*.json")):
         result = json.loads(file.read_text())
         new = _shared(result.pop("settings"))
@@ -206,7 +214,7 @@ def keep(block: Block, cells: Path) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     write_json(
         RESULTS / f"{block.name}.json",
-        {"block": about, "settings": settings, "cells": dict(sorted(known_cells.items()))},
+        before | {"block": about, "settings": settings, "cells": dict(sorted(known_cells.items()))},
     )
 
 
@@ -264,8 +272,30 @@ def sweep(methods: Sequence[str], tried: Sequence[float], seeds: Sequence[int], 
                 print(f"{name}: {rate:g} is the best of those tried, and the last on its side; try further", flush=True)
 
 
-def best_rate(cells: Sequence[Mapping[str, Any]]) -> float:
-    """Of the rates at which most seeds' cells worked, that of the best mean accuracy; where that ties, the least loss.
+def choose(block: Block, methods: Sequence[str], shared: Path) -> None:
+    """Each entry's learning rate in this block, by validation rows of a seed that is not among its results."""
+    for method in methods:
+        name, tried = entries([method])[0].name, [*LADDER[FIRST_TRIED]]
+        while True:
+            run(block, CHOOSING, [method], shared, sweep=tried)
+            result = stored(block)
+            cells = [c for c in result["cells"].values() if c["cell"]["seed"] == CHOOSING and entry_of(c) == name]
+            rate = best_rate(cells, block.metric)
+            place, step = LADDER.index(rate), (rate == max(tried)) - (rate == min(tried))
+            if step == 0 or not 0 <= place + step < len(LADDER):
+                break
+            tried.append(LADDER[place + step])
+        path = RESULTS / f"{block.name}.json"
+        write_json(path, result | {"rates": result.get("rates", {}) | {name: rate}})
+
+
+def rates_of(block: Mapping[str, Any]) -> Mapping[str, float]:
+    """The learning rates that a stored block has chosen, else those of the sweep."""
+    return block.get("rates") or json.loads((RESULTS / "rates.json").read_text())["rates"]
+
+
+def best_rate(cells: Sequence[Mapping[str, Any]], metric: str = "accuracy") -> float:
+    """Of the rates at which most seeds' cells worked, that of the best mean metric; where that ties, the least loss.
 
     Raises SettingsError where every cell failed.
     """
@@ -279,7 +309,7 @@ def best_rate(cells: Sequence[Mapping[str, Any]]) -> float:
 
     def merit(rate: float) -> tuple[float, float]:
         result = by_rate[rate]
-        return float(np.mean([m["accuracy"] for m in result])), -float(np.mean([m["loss"] for m in result]))
+        return float(np.mean([m[metric] for m in result])), -float(np.mean([m["loss"] for m in result]))
 
     return max((rate for rate in by_rate if len(by_rate[rate]) == most), key=merit)
 
@@ -300,6 +330,7 @@ def main() -> None:
     parser.add_argument("--methods", default=ENTRIES)
     parser.add_argument("--equal", default="steps")
     parser.add_argument("--sweep", action="store_true", help="Choose learning rates, and nothing else.")
+    parser.add_argument("--choose", action="store_true", help="Choose each block's learning rates, nothing else.")
     parser.add_argument(
         "--rates", default="5e-4,1e-3,2e-3", help="What a sweep tries; beyond them, where the best is last."
     )
@@ -308,16 +339,16 @@ def main() -> None:
     if args.sweep:
         sweep(methods, [float(r) for r in args.rates.split(",")], [int(s) for s in args.seeds.split(",")], args.shared)
         return
-    rates = json.loads((RESULTS / "rates.json").read_text())["rates"]
-    for seed in args.seeds.split(","):
-        for wrong in args.wrong.split(","):
-            for task in args.tasks.split(","):
-                for rows in args.rows.split(","):
-                    for mean in args.means.split(","):
-                        block = Block(task, int(rows), float(wrong), int(mean), args.equal)
-                        for method in methods:
-                            name = entries([method])[0].name
-                            run(block, int(seed), [method], args.shared, rates={name: rates[name]})
+    every = itertools.product(*(values.split(",") for values in (args.wrong, args.tasks, args.rows, args.means)))
+    blocks = [Block(task, int(rows), float(wrong), int(mean), args.equal) for wrong, task, rows, mean in every]
+    for block in blocks if args.choose else ():
+        choose(block, methods, args.shared)
+    for seed in () if args.choose else args.seeds.split(","):
+        for block in blocks:
+            rates = rates_of(stored(block))
+            for method in methods:
+                name = entries([method])[0].name
+                run(block, int(seed), [method], args.shared, rates={name: rates[name]})
 
 
 if __name__ == "__main__":

@@ -35,15 +35,16 @@ def chosen() -> dict[str, Any]:
 
 def stored() -> pd.DataFrame:
     """Every cell of every complete block, the sweep's too; `hidden` says why a cell is not shown, else None."""
-    rates, rows = chosen(), list[dict[str, Any]]()
+    swept, rows = chosen()["block"], list[dict[str, Any]]()
     for path in glue.RESULTS.glob("*_rank*.json"):
         block = json.loads(path.read_text())
         for cell in block["cells"].values():
             row = _row(block["block"], cell)
             hidden = "of older code" if row["stale"] else None
-            if not hidden and row["rate"] != rates["rates"].get(row["entry"]):
+            if not hidden and row["rate"] != glue.rates_of(block).get(row["entry"]):
                 hidden = "at another learning rate than is chosen now"
-            rows.append(row | {"sweep": path.stem == rates["block"], "hidden": hidden})
+            sweep = path.stem == swept or ("rates" in block and row["seed"] == glue.CHOOSING)
+            rows.append(row | {"sweep": sweep, "hidden": hidden, "own_rates": block.get("rates")})
     wide = pd.DataFrame(_float32(), columns=[*BLOCK, "entry", "seed", *WIDE]).set_index([*BLOCK, "entry", "seed"])
     return _sorted(pd.DataFrame(rows)).join(wide.add_suffix("_wide"), on=wide.index.names)
 
@@ -74,7 +75,7 @@ def _row(block: Mapping[str, Any], cell: Mapping[str, Any]) -> dict[str, Any]:
         "failed": "failed" in cell,
         "points": 100 * test[block["metric"]] if test else None,
         "loss": test.get("loss"),
-        "validation": 100 * validation["accuracy"] if "accuracy" in validation else None,
+        "validation": 100 * validation[block["metric"]] if block["metric"] in validation else None,
         "seconds": None if commit in BUSY else cell["seconds"],
         "trainable": cell.get("parameters", {}).get("trainable"),
         "passes": sum(c["forward"] + 2 * c["backward"] for c in cost.values()),

@@ -4,7 +4,7 @@ The text is bench/results_page.md.jinja. `--check` compares the page alone: plot
 """
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,11 @@ def page() -> str:
             for of in groups(cells, BLOCK)
         ],
         precisions=markdown(precisions(cells)),
-        rates=markdown(rates(swept)),
+        rates=markdown(rates(swept[swept["own_rates"].isna()], chosen()["rates"])),
+        block_rates=[
+            {"title": name_of(of), "table": markdown(rates(of, of["own_rates"].iloc[0]))}
+            for of in groups(swept[swept["own_rates"].notna()], BLOCK)
+        ],
         old=int(swept["stale"].sum()),
         cells=len(cells),
         swept=len(swept),
@@ -267,8 +271,8 @@ def precisions(cells: pd.DataFrame) -> list[Row]:
     ]
 
 
-def rates(swept: pd.DataFrame) -> list[Row]:
-    """Validation accuracy by learning rate, where they were chosen."""
+def rates(swept: pd.DataFrame, best: Mapping[str, float]) -> list[Row]:
+    """The validation metric in points by learning rate, and the rates that were chosen by it."""
 
     def accuracy(cells: pd.DataFrame) -> str:
         worked, failed = cells.loc[~cells["failed"], "validation"], int(cells["failed"].sum())
@@ -276,7 +280,7 @@ def rates(swept: pd.DataFrame) -> list[Row]:
             return f"{failed} failed" if failed else NONE
         return f"{worked.mean():.1f} ({len(worked)}{f'; {failed} failed' if failed else ''})"
 
-    tried, best = sorted(swept["rate"].unique()), chosen()["rates"]
+    tried = sorted(swept["rate"].unique())
     return [
         {"": f"`{entry}`"}
         | {f"{rate:g}": accuracy(swept[(swept["entry"] == entry) & (swept["rate"] == rate)]) for rate in tried}

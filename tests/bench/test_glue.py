@@ -193,3 +193,26 @@ def test_a_hash_says_what_its_cell_is(results: Path, tmp_path: Path, name: str) 
     assert cell["settings_hash"] == glue.hash_of(result["block"], result["settings"], cell) != "of compare"
     cell["cell"][name] = "another"
     assert cell["settings_hash"] != glue.hash_of(result["block"], result["settings"], cell)
+
+
+def test_a_block_chooses_its_rates_along_the_ladder_until_the_best_is_not_the_last(
+    results: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By the block's metric, on another seed; the results keep the choice when cells are added."""
+    block, sweeps = glue.Block("cola", 500, 0.0, 2), list[list[float]]()
+
+    def run(block: Any, seed: int, methods: Any, shared: Path, *, sweep: list[float]) -> None:
+        sweeps.append(list(sweep))
+        cells = [a_cell(seed=seed, rate=rate) for rate in sweep]
+        for cell in cells:
+            rate = cell["cell"]["learning_rate"]
+            cell["metrics"]["validation"] = {"accuracy": -rate, "matthews": -abs(rate - 1e-2), "loss": 0.5}
+        glue.keep(block, finished(tmp_path / str(len(sweeps)), *cells))
+
+    monkeypatch.setattr(glue, "run", run)
+    glue.choose(block, ["lora"], tmp_path)
+    assert sweeps == [[1e-3, 2e-3, 5e-3], [1e-3, 2e-3, 5e-3, 1e-2], [1e-3, 2e-3, 5e-3, 1e-2, 2e-2]]
+    assert glue.rates_of(glue.stored(block)) == {"lora+all": 1e-2}
+    glue.keep(block, finished(tmp_path / "later", a_cell(rate=1e-2)))
+    assert glue.rates_of(glue.stored(block)) == {"lora+all": 1e-2}
+    assert {cell["cell"]["seed"] for cell in glue.stored(block)["cells"].values()} == {0, glue.CHOOSING}
