@@ -1,9 +1,12 @@
 """Files are replaced whole, also behind a link."""
 
+import os
 from pathlib import Path
 
 import pytest
 
+from tsqlora.data.write import require_place
+from tsqlora.errors import SettingsError
 from tsqlora.files import write_text
 
 
@@ -17,3 +20,15 @@ def test_a_link_stays_and_its_target_is_written(exists: bool, tmp_path: Path) ->
     write_text(link, "new")
     assert (link.is_symlink(), target.read_text()) == (True, "new")
     assert [*target.parent.iterdir()] == [target]
+
+
+def test_a_link_into_a_directory_that_is_not_there_is_replaced(tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "there" / "x.txt")
+    write_text(link, "new")
+    assert (link.is_symlink(), link.read_text()) == (False, "new")
+
+
+def test_a_device_is_no_file_to_write() -> None:
+    with pytest.raises(SettingsError, match="device"):
+        require_place(Path(os.devnull))

@@ -19,7 +19,8 @@ def replacing(path: Path) -> Iterator[Path]:
     A file is synced to disk before it is renamed. After an error nothing remains, and `path` is unchanged. If `path` is
     a link, the file that it points to is replaced.
     """
-    path = Path(os.path.realpath(path))
+    target = Path(os.path.realpath(path))
+    path = target if target.parent.is_dir() else path
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     _remove(temporary)  # left by a killed process with this number
     try:

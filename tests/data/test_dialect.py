@@ -95,3 +95,11 @@ def test_what_cannot_be_decoded_is_named_with_its_line(
 def test_json_lines_may_be_written_otherwise_too(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_bytes('{"text": "größer"}\n'.encode("cp1252"))
     assert read_rows(tmp_path / "t.jsonl").rows == ({"text": "größer"},)
+
+
+def test_one_line_of_a_table_that_could_be_utf8_by_chance_keeps_the_encoding_of_the_hint(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("text,label\nit costs Â£5,a\nfree,b\n", encoding="cp1252")
+    assert sniff(path, Hints(encoding="cp1252")).encoding == "cp1252"
+    path.write_text("text,label\nÅngström,a\ngrößer,b\nPlätze,c\n", encoding="utf-8")
+    assert sniff(path, Hints(encoding="cp1252")).encoding == "utf-8"

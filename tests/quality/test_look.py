@@ -28,7 +28,6 @@ from scoring import assert_unchanged, fingerprint, trainable
 from tsqlora.errors import DataError
 from tsqlora.quality import passes as forward_module
 from tsqlora.quality.density_ratio import log_density_ratio
-from tsqlora.quality.fallback import is_ready
 from tsqlora.quality.forward_pass import find_head, forward_pass
 from tsqlora.quality.head_start import start_head
 from tsqlora.quality.label_noise import reject as reject_of
@@ -617,5 +616,3 @@ def test_a_label_that_the_loss_cannot_use_is_named_with_its_row(at: int, label: 
         start_head(model, LookRequest(dataset=wrong, collate=collate, task=task, rows=RowNames(ids=np.arange(100) + 7)))
     with pytest.raises(DataError, match=f"^trusted row {at} has the label {label}"):
         start_head(model, LookRequest(dataset=rows, collate=collate, task=task, trusted=Trusted(wrong)))
-    with pytest.raises(DataError, match=f"row {at % 8} has the label {label}"):
-        is_ready(model, wrong[at - at % 8 :], collate, task=task, batch_size=8, autocast=None)

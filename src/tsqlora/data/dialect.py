@@ -24,6 +24,8 @@ TABLES = (".csv", ".tsv")
 _MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 _UNMARKED = {"utf-8-sig": "utf-8", "utf-16": "utf-16-le"}
 """Encodings whose encoder begins every line with a mark, which would shift all offsets; and the same without it."""
+SURE_LINES = 3
+"""So many lines beyond ASCII that decode as UTF-8 are in no table of another encoding by chance."""
 _SNIFFED_LINES, _SNIFFED_BYTES = 1000, 4096
 
 
@@ -129,7 +131,8 @@ def _is_only_utf8(path: Path, encoding: str) -> bool:
     if codecs.lookup(encoding).name in ("utf-8", "utf-8-sig"):
         return False
     decoding = _decoding(path)
-    return all(decoding) and (decoding != [] or "\n".encode(encoding) != b"\n")
+    sure = len(decoding) >= SURE_LINES or (decoding != [] and path.suffix.lower() not in TABLES)
+    return all(decoding) and (sure or "\n".encode(encoding) != b"\n")
 
 
 def _decoding(path: Path) -> list[bool]:

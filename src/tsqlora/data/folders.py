@@ -56,14 +56,20 @@ def folder_digest(folder: Path, kind: str) -> str:
 
 
 def _files(folder: Path) -> Iterator[Path]:
+    """Every file that is not hidden; links lead to folders elsewhere, to each once."""
+    root, followed = Path(os.path.realpath(folder)), set[Path]()
+
+    def enters(path: Path) -> bool:
+        if not path.is_symlink():
+            return True
+        target = Path(os.path.realpath(path))
+        apart = not target.is_relative_to(root) and not root.is_relative_to(target) and target not in followed
+        followed.add(target)
+        return apart
+
     for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".") and not _leads_back(Path(parent, name))]
+        folders[:] = [name for name in sorted(folders) if not name.startswith(".") and enters(Path(parent, name))]
         yield from (Path(parent, name) for name in files if not name.startswith("."))
-
-
-def _leads_back(folder: Path) -> bool:
-    """Whether it is a link to a folder that it lies in, which a walk would never leave."""
-    return folder.is_symlink() and any(folder.samefile(parent) for parent in folder.absolute().parents)
 
 
 def content_hash(path: str) -> str:

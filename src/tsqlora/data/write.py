@@ -80,6 +80,8 @@ def require_place(path: Path) -> None:
     """Raises SettingsError if a file cannot be written there; missing directories may be."""
     if path.is_dir():
         raise SettingsError(f"--out {path} is a directory; name a file")
+    if path.exists() and not path.is_file():
+        raise SettingsError(f"--out {path} is a device; name a file")
     try:
         there = next(folder for folder in Path(os.path.realpath(path)).parents if os.path.lexists(folder))
         tempfile.TemporaryFile(dir=there).close()

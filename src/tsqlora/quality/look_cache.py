@@ -174,7 +174,7 @@ def _structure(model: nn.Module) -> dict[str, Any]:
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     return {
         "modules": repr(model),
-        "config": config.to_dict() if isinstance(config, PreTrainedConfig) else repr(config),
+        "config": repr(config.to_dict() if isinstance(config, PreTrainedConfig) else config),
         "lora": [[x.active_adapters, x.scaling, x.disable_adapters, x.merged_adapters] for x in layers],
     }
 

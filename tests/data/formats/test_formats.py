@@ -163,3 +163,9 @@ def test_a_chat_with_nothing_to_answer_is_named() -> None:
 def test_chats_are_for_causal_models() -> None:
     result = error({"messages": [USER, ANSWER]}, SEQ2SEQ, UnsupportedError)
     assert all(name in result for name in ("'messages'", "causal-lm", "data.prompt and data.target"))
+
+
+def test_documents_that_are_no_list_and_weights_of_one_are_read() -> None:
+    answers = [ANSWER | {"weight": weight} for weight in (1, 1.0, "1", True, None, float("nan"))]
+    for answer in answers:
+        assert read({"messages": [USER, answer], "documents": "doc3"})

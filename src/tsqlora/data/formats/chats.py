@@ -104,7 +104,8 @@ def read_chat(rows: Rows, i: int, column: str, manner: Manner, keys: Keys) -> Ch
     if not isinstance(messages, list):
         cure = f'write a list of {{"{keys.role}": …, "{keys.content}": …}}'
         raise DataError(f"{place}: column '{column}' holds {_shown(messages)}, not a list of messages; {cure}")
-    refuse_unread(rows, i, ("tools", "functions", "documents", "system"))
+    lists = [name for name in ("functions", "documents") if isinstance(rows.rows[i].get(name), list)]
+    refuse_unread(rows, i, ("tools", *lists, "system"))
     turns = tuple(_turn(message, number, place, column, keys) for number, message in enumerate(messages, start=1))
     answered = max((number for number, turn in enumerate(turns, start=1) if turn.role == "assistant"), default=0)
     if manner.targets and not answered:
@@ -136,9 +137,10 @@ def _turn(message: Any, number: int, place: str, column: str, keys: Keys) -> Tur
         raise DataError(f"{place}: {where} has an unknown {keys.role}, {role!r}; {nearest(str(role), keys.roles)}")
     if unread := [key for key in UNREAD if message.get(key)]:
         raise DataError(f"{place}: {where} has '{unread[0]}', which {_NOT_READ}")
-    if keys.roles[role] == "assistant" and message.get("weight") not in (None, 1):
+    weight = message.get("weight")
+    if keys.roles[role] == "assistant" and not is_missing(weight) and str(weight) not in ("1", "1.0", "True"):
         raise DataError(
-            f"{place}: {where} has the weight {message['weight']!r}, and every answer is trained on alike; "
+            f"{place}: {where} has the weight {weight!r}, and every answer is trained on alike; "
             "remove the message, or its weight"
         )
     if is_missing(content):
