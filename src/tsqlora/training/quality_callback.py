@@ -220,12 +220,7 @@ class QualityCallback(PartCallback):
 
     def _draws(self) -> dict[str, Any]:
         data, plan = self.data, self.data.plan
-        about: dict[str, Any] = {
-            "rows": plan.rows,
-            "fraction": plan.fraction,
-            "seed": plan.seed,
-            "resample": plan.resample,
-        }
+        about: dict[str, Any] = {name: getattr(plan, name) for name in ("rows", "fraction", "seed", "resample")}
         rule = {f.name: getattr(self.rule, f.name) for f in fields(self.rule) if f.name not in ("terms", "seed")}
         rule["weights"] = None if self.rule.weights is None else dict(self.rule.weights)
         if self._rows_hash is not None:
