@@ -1,4 +1,4 @@
-"""Adapters, runs, scores and checkpoints written by version 0.1 (commit 9115ea2) still load, or say what to do."""
+"""Adapters, runs, scores and checkpoints of version 0.1 (9115ea2) and 0.2 (ec5d948) still load, or say what to do."""
 
 import json
 import shutil
@@ -9,18 +9,20 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from runs import run_cli
 from tsqlora.cli import main
 from tsqlora.quality.scores import Scores
 from tsqlora.run.predict import predict_run
 
-WRITTEN = Path(__file__).parent / "fixtures" / "v0.1"
+WRITTEN = Path(__file__).parent / "fixtures"
+CURES = {"v0.1": "quality.reference was removed", "v0.2": "resume with that version, or start again"}
 
 
-@pytest.fixture
-def older(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the folder in which version 0.1 trained; its config names the model and the rows by relative paths."""
-    folder = tmp_path / "older"
-    shutil.copytree(WRITTEN, folder)
+@pytest.fixture(params=CURES)
+def older(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the folder in which that version trained; its config names the model and the rows by relative paths."""
+    folder = tmp_path / request.param
+    shutil.copytree(WRITTEN / request.param, folder)
     monkeypatch.chdir(folder)
     return folder
 
@@ -54,6 +56,12 @@ def test_older_scores_load(older: Path) -> None:
     assert scores.kept.any()
 
 
+def test_reports_of_older_runs_are_written(older: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli(capsys, "report", older / "run")[0] == 0
+    assert run_cli(capsys, "export", older / "run", "--format", "universal", "--out", older / "universal")[0] == 0
+    assert run_cli(capsys, "evaluate", older / "run", "--data", older / "new.jsonl")[0] == 0
+
+
 def test_an_older_checkpoint_goes_on_or_says_what_to_do(
     older: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -68,6 +76,6 @@ def test_an_older_checkpoint_goes_on_or_says_what_to_do(
         main()
     if ended.value.code:
         assert ended.value.code == 2
-        assert "quality.reference was removed" in capfd.readouterr().err
+        assert CURES[older.name] in capfd.readouterr().err
     else:
         assert (run / "adapter" / "adapter_model.safetensors").exists()
