@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from tsqlora.cli import console, results, rows, runs
+from tsqlora.compat.typer import UsageError
 from tsqlora.errors import SettingsError, TsqLoraError, printable
 
 app = typer.Typer(
@@ -68,7 +69,7 @@ def _run(arguments: list[str], *, debug: bool) -> int:
         if code == INTERRUPTED:
             console.note(INTERRUPTION)
         return code
-    except typer.TyperException as error:
+    except UsageError as error:
         console.error(f"{error.format_message().rstrip('.?')}; see `tsqlora --help` and `tsqlora COMMAND --help`")
         return error.exit_code
     except TsqLoraError as error:

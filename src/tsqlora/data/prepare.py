@@ -105,7 +105,7 @@ def _in_training_too(texts: Mapping[str, np.ndarray]) -> list[str]:
     """Notes about validation and test rows whose text is also in the training rows, whatever the label."""
     if "train" not in texts:
         return []
-    seen = {name: int(np.isin(texts[name], texts["train"]).sum()) for name in MEASURED if name in texts}
+    seen = {name: int(np.isin(texts[name], texts["train"], kind="sort").sum()) for name in MEASURED if name in texts}
     return [
         f"{count} of {len(texts[name])} {name} rows are training rows too: their metrics say little about new rows"
         for name, count in seen.items()
@@ -118,7 +118,8 @@ def _without_measured(splits: Splits) -> tuple[Splits, tuple[str, ...]]:
     measured = [_inputs_of(splits, name) for name in MEASURED if name in splits.sources]
     if "trusted" not in splits.sources or not measured:
         return splits, ()
-    seen = np.isin(_inputs_of(splits, "trusted"), np.concatenate(measured))
+    # By sorting: numpy 2.0's table overflows at hashes from 2⁶³ on.
+    seen = np.isin(_inputs_of(splits, "trusted"), np.concatenate(measured), kind="sort")
     if not seen.any():
         return splits, ()
     if seen.all():

@@ -32,7 +32,7 @@ class ArrowSamples(Sequence[dict[str, Any]]):
     def __getitem__(self, i: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
         if isinstance(i, slice):
             return [self.dataset[j] for j in range(*i.indices(len(self)))]
-        return self.dataset[i]
+        return self.dataset[int(i)]  # datasets 4.0 takes no numpy integer
 
     @property
     def lengths(self) -> list[int]:
