@@ -79,12 +79,12 @@ def test_texts_that_are_cut_are_told(run: Path, tmp_path: Path) -> None:
         evaluate_run(run, tmp_path / "long.jsonl")
 
 
-def test_predictions_may_take_the_place_of_their_file(run: Path, tmp_path: Path) -> None:
+def test_a_file_of_predictions_may_be_predicted_again(run: Path, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", make_rows(4))
-    predict_run(run, path, path)
-    first = path.read_bytes()
-    predict_run(run, path, path)
-    assert path.read_bytes() == first
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    predict_run(run, path, first)
+    predict_run(run, first, second)
+    assert first.read_bytes() == second.read_bytes()
 
 
 def test_labels_are_asked_for_only_where_they_are_needed(run: Path, tmp_path: Path) -> None:

@@ -89,13 +89,6 @@ def require_place(path: Path) -> None:
         raise SettingsError(f"--out {path} cannot be written ({error.strerror}); name another file") from None
 
 
-def require_apart(out: Path, *read: str | Path | None) -> None:
-    """Raises SettingsError if `out` is a file that the command reads."""
-    for path in read:
-        if path is not None and os.path.exists(path) and out.exists() and os.path.samefile(path, out):
-            raise SettingsError(f"--out {out} would replace the file that is read; name another file")
-
-
 def _write_jsonl(path: Path, rows: Sequence[Row]) -> None:
     # Half a surrogate pair, which JSON can spell, stays as JSON spells it.
     with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:

@@ -17,6 +17,7 @@ from tsqlora.data.rows import Rows, column_names, open_split
 from tsqlora.data.splits import Lacks, lacks_of, listed
 from tsqlora.data.write import joined, require_writable, without_formulas, write_rows
 from tsqlora.errors import DataError
+from tsqlora.files import reading, writing
 from tsqlora.progress import Progress
 from tsqlora.run.finished import FinishedRun, open_run, require_finished
 from tsqlora.run.fit import warn_of_cuts
@@ -71,8 +72,10 @@ def predict_run(
     Raises DataError if no row has a text, and for a nested value in CSV or TSV.
     """
     require_writable(out)
-    finished = open_run(run, overrides)
-    source = open_split(data, split="test", hints=hints_of(finished.config))
+    with writing(out):
+        reading(data)  # a model takes a while to load
+        finished = open_run(run, overrides)
+        source = open_split(data, split="test", hints=hints_of(finished.config))
     rows = source.with_files(asdict(finished.columns)).read()
     finished.require_columns(column_names(rows), rows.source, labelled=False)
     is_table = out.suffix.lower() in TABLES
