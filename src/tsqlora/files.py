@@ -5,11 +5,34 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tsqlora.errors import SettingsError
+
 if TYPE_CHECKING:  # `tsqlora --help` waits neither for torch nor for numpy
     from torch import Tensor
+
+
+_outputs: ContextVar[tuple[Path, ...]] = ContextVar("outputs", default=())
+
+
+@contextmanager
+def writing(*outputs: Path) -> Iterator[None]:
+    """What a command is about to write: within, `reading` refuses these files."""
+    token = _outputs.set(outputs)
+    try:
+        yield
+    finally:
+        _outputs.reset(token)
+
+
+def reading(path: str | os.PathLike[str]) -> None:
+    """Called before a user's file is read.  Raises SettingsError if the command writes it, also under another name."""
+    for out in _outputs.get():
+        if os.path.exists(path) and out.exists() and os.path.samefile(path, out):
+            raise SettingsError(f"--out {out} would replace {path}, which the command reads; name another file")
 
 
 @contextmanager

@@ -119,7 +119,7 @@ def test_the_scored_file_is_not_replaced(tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     write_rows(data, ROWS)
     scores_of(ROWS, tmp_path / "s.parquet", record={**COLUMNS, "data": str(data)})
-    with pytest.raises(SettingsError, match="would replace the file that is read"):
+    with pytest.raises(SettingsError, match=r"would replace .*data\.jsonl"):
         select_rows(tmp_path / "s.parquet", data, fraction=0.5)
     assert len(read_rows(data)) == 24
 

@@ -7,13 +7,15 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from runs import make_rows, save_checkpoint, write_config, write_jsonl
 from tsqlora.data.rows import read_rows
 from tsqlora.data.write import write_rows
-from tsqlora.errors import DataError, SettingsError
+from tsqlora.errors import DataError, SettingsError, TsqLoraError
 from tsqlora.layer_sensitivity import sensitivity
 from tsqlora.quality.scores import Scores
 from tsqlora.run.allocate import allocate_ranks
@@ -79,12 +81,12 @@ def test_texts_that_are_cut_are_told(run: Path, tmp_path: Path) -> None:
         evaluate_run(run, tmp_path / "long.jsonl")
 
 
-def test_predictions_may_take_the_place_of_their_file(run: Path, tmp_path: Path) -> None:
+def test_a_file_of_predictions_may_be_predicted_again(run: Path, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", make_rows(4))
-    predict_run(run, path, path)
-    first = path.read_bytes()
-    predict_run(run, path, path)
-    assert path.read_bytes() == first
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    predict_run(run, path, first)
+    predict_run(run, first, second)
+    assert first.read_bytes() == second.read_bytes()
 
 
 def test_labels_are_asked_for_only_where_they_are_needed(run: Path, tmp_path: Path) -> None:
@@ -120,6 +122,79 @@ def test_a_nested_column_is_refused_before_a_row_is_predicted(run: Path, tmp_pat
     assert not (tmp_path / "out.csv").exists()
     predict_run(run, tmp_path / "in.jsonl", tmp_path / "out.jsonl")
     assert read_rows(tmp_path / "out.jsonl").rows[0]["about"] == {"id": 1}
+
+
+def test_rows_that_do_not_fit_are_refused_before_a_row_is_predicted(run: Path, tmp_path: Path) -> None:
+    mixed = write_jsonl(tmp_path / "mixed.jsonl", [{"text": "good", "n": 1}, {"text": "bad", "n": "one"}])
+    (tmp_path / "half.jsonl").write_text('{"text": "good", "note": "\\ud800"}\n')
+    for data, out in ((mixed, "out.parquet"), (tmp_path / "half.jsonl", "out.csv")):
+        with (
+            patch("tsqlora.run.predict._answers") as answers,
+            pytest.raises(DataError, match=rf"{out} .*write \.jsonl"),
+        ):
+            predict_run(run, data, tmp_path / out)
+        answers.assert_not_called()
+    assert {path.name for path in tmp_path.iterdir()} == {"mixed.jsonl", "half.jsonl"}
+
+
+def test_a_parquet_file_keeps_its_columns_and_their_types(run: Path, tmp_path: Path) -> None:
+    schema = pa.schema(
+        [
+            ("text", pa.large_string()),
+            ("about", pa.map_(pa.string(), pa.int32())),
+            ("n", pa.int8()),
+            ("kind", pa.dictionary(pa.int8(), pa.string())),
+            ("empty", pa.struct([("a", pa.null())])),
+            ("prediction", pa.int64()),
+        ],
+        metadata={"huggingface": "{}", "mine": "yes"},
+    )
+    rows = [
+        {"text": text, "about": [("a", j)], "n": j, "kind": "k", "empty": {"a": None}, "prediction": j}
+        for j, text in enumerate(["good", "", "bad"])
+    ]
+    pq.write_table(pa.Table.from_pylist(rows, schema), tmp_path / "in.parquet")
+    with pytest.warns(UserWarning, match="1 of 3 predictions are empty"):
+        predict_run(run, tmp_path / "in.parquet", tmp_path / "out.parquet")
+    before, after = (pq.read_table(tmp_path / name) for name in ("in.parquet", "out.parquet"))
+    assert after.column_names == ["text", "about", "n", "kind", "empty", "prediction", "probability"]
+    assert after.drop_columns(["prediction", "probability"]).equals(before.drop_columns("prediction"))
+    predicted = after["prediction"].to_pylist()
+    assert predicted[1] is None
+    assert {predicted[0], predicted[2]} <= {*NAMES}
+    # datasets would take the columns from its own list of them.
+    assert after.schema.metadata == {b"mine": b"yes"}
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["beside", "elsewhere"])
+def test_predictions_are_saved_where_the_output_cannot_be_written(there: bool, run: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"text": "good"}, {"text": ""}, {"text": "bad"}])
+    out, elsewhere = tmp_path / "there" / "out.csv", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+
+    def answers(*_: Any) -> list[dict[str, Any]]:
+        """Something takes the place of the output while rows are predicted."""
+        if there:
+            out.mkdir(parents=True)
+        else:
+            out.parent.write_text("a file")
+        return [{"prediction": "yes", "probability": 0.75}, {"prediction": "no", "probability": 0.5}]
+
+    with (
+        patch("tsqlora.run.predict._answers", answers),
+        patch("tempfile.tempdir", str(elsewhere)),
+        pytest.warns(UserWarning, match="are empty"),
+        pytest.raises(TsqLoraError, match="predictions are in") as raised,
+    ):
+        predict_run(run, data, out)
+    assert raised.value.exit_code == 1
+    (saved,) = (out.parent if there else elsewhere).glob("*.jsonl")
+    assert str(saved) in str(raised.value)
+    assert [json.loads(line) for line in saved.read_text().splitlines()] == [
+        {"row": 1, "prediction": "yes", "probability": 0.75},
+        {"row": 2, "prediction": None, "probability": None},
+        {"row": 3, "prediction": "no", "probability": 0.5},
+    ]
 
 
 def test_code_of_a_runs_model_is_run_only_where_whoever_opens_it_says_so(

@@ -13,6 +13,7 @@ from tsqlora.cli.console import Json, Set
 from tsqlora.cli.display import show_numbers
 from tsqlora.cli.progress_bars import Display
 from tsqlora.errors import SettingsError
+from tsqlora.files import writing
 
 
 def compare(
@@ -42,7 +43,8 @@ def compare(
     """
     from tsqlora.compare.comparison import compare as run_all
     from tsqlora.compare.table import show_comparison
-    from tsqlora.reports.write import write_report
+    from tsqlora.reports.comparison import SETTINGS_FILE, TABLE_FILE
+    from tsqlora.reports.write import REPORT_FILE, write_report
     from tsqlora.run.config import load_config
 
     rates = dict[str, float]()
@@ -51,7 +53,8 @@ def compare(
         if method in rates:
             raise SettingsError(f"--lr {method} is set twice; remove one")
         rates[method] = _number(rate, float, f"--lr {method}")
-    settings = load_config(config, set_ or [])
+    with writing(out / SETTINGS_FILE, out / TABLE_FILE, out / REPORT_FILE):
+        settings = load_config(config, set_ or [])
     with Display(console.stderr) as display:
         result = run_all(
             settings,

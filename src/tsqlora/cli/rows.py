@@ -20,7 +20,7 @@ from tsqlora.cli.display import (
 from tsqlora.cli.progress_bars import Display
 from tsqlora.cli.runs import require_inputs
 from tsqlora.errors import SettingsError
-from tsqlora.files import write_json
+from tsqlora.files import write_json, writing
 
 
 def score(
@@ -114,12 +114,13 @@ def allocate(
     from tsqlora.run.config import load_config
 
     require_place(out)
-    if not source.is_dir():
-        require_inputs(load_config(source, set_ or []))
-    from tsqlora.run.allocate import allocate_ranks  # after these checks, since torch takes seconds to import
+    with writing(out):
+        if not source.is_dir():
+            require_inputs(load_config(source, set_ or []))
+        from tsqlora.run.allocate import allocate_ranks  # after these checks, since torch takes seconds to import
 
-    with Display(console.stderr) as display:
-        arguments = allocate_ranks(source, overrides=set_ or [], progress=display.progress)
+        with Display(console.stderr) as display:
+            arguments = allocate_ranks(source, overrides=set_ or [], progress=display.progress)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, arguments)
     console.show({"out": str(out), **arguments}, as_json, show_allocation)

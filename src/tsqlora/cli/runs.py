@@ -164,7 +164,8 @@ def predict(
     """Write the file's rows with a prediction each: a class, a number, or a text.
 
     The new columns `prediction` and, for classes, `probability` replace columns
-    of these names.
+    of these names; others stay as they are. Whether --out can hold the rows is
+    tried first. Predictions that it does not take in the end are in a file beside it.
 
     Example: tsqlora predict run --data new.jsonl --out predicted.jsonl
     """

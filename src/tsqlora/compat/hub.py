@@ -9,6 +9,19 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from tsqlora.errors import DataError, SettingsError
+from tsqlora.files import reading
+
+_OF_MODELS = (
+    "*config*.json",
+    "*token*.json",
+    "vocab.json",
+    "*.index.json",
+    "*.safetensors",
+    "*.bin",
+    "*.txt",
+    "*.jinja",
+)
+"""Files of a model's directory; other files there, such as our ranks.json, are not the model's."""
 
 
 def is_hub_id(name: str) -> bool:
@@ -25,8 +38,11 @@ def is_hub_id(name: str) -> bool:
 
 
 def require_model(path: str) -> None:
-    """Raise SettingsError unless `path` is a directory or can be a hub id."""
-    if not os.path.isdir(path) and not is_hub_id(path):
+    """Raise SettingsError unless `path` is a directory or can be a hub id, or if the command writes a file of it."""
+    if os.path.isdir(path):
+        for file in (file for pattern in _OF_MODELS for file in Path(path).glob(pattern)):
+            reading(file)
+    elif not is_hub_id(path):
         raise SettingsError(f"model.path {path!r}: no such directory; correct it, or give a hub id")
 
 

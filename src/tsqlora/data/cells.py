@@ -72,12 +72,13 @@ def as_text(value: Any, where: str, place: str) -> str:
 
 
 def row_text(row: Mapping[str, Any], columns: Mapping[str, str | None]) -> str:
-    """The columns `text` and `text_pair` of a row, a line each; of a chat, a line a message; tokens with spaces.
+    """The system prompt, text and second text of a row, a line each; of a chat, a line a message; tokens with spaces.
 
     >>> row_text({"q": "Why?", "chat": [{"role": "user", "content": "Hi."}]}, {"text": "q", "text_pair": "chat"})
     'Why?\\nuser: Hi.'
     """
-    cells = (row.get(column) for column in (columns["text"], columns["text_pair"]) if column is not None)
+    names = (columns.get("system"), columns["text"], columns["text_pair"])
+    cells = (row.get(name) for name in names if name is not None)
     return "\n".join(_cell_text(cell) for cell in cells if cell is not None)
 
 

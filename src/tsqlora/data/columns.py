@@ -29,13 +29,15 @@ USUAL_LABEL = ("label", "labels", "target", "class", "category", "score")
 class Columns:
     """Names of the columns in use; None for one that the data lacks.
 
-    `media` is "image" or "audio" where `text` is a column of paths.
+    `media` is "image" or "audio" where `text` is a column of paths; `system` holds the system prompts of texts to
+    generate.
     """
 
     text: str
     text_pair: str | None
     label: str | None
     media: str | None = field(default=None, repr=False)
+    system: str | None = field(default=None, repr=False)
 
 
 def find_columns(

@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from tsqlora.errors import DataError
+from tsqlora.files import reading
 
 DELIMITERS = ",;\t|"
 """Candidates for the delimiter of a CSV file; the first wins a tie."""
@@ -114,6 +115,7 @@ def sniff(path: Path, hints: Hints) -> Dialect:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[io.BufferedReader]:
+    reading(path)
     try:
         with open(path, "rb") as file:
             yield file

@@ -21,6 +21,7 @@ from tsqlora.data.folders import content_hash
 from tsqlora.data.rows import Rows
 from tsqlora.data.samples import TokenisedSplit
 from tsqlora.errors import DataError, SettingsError
+from tsqlora.files import reading
 
 TOKENS_A_SECOND = 50
 """Lengths of recordings are in steps of 20 ms, as speech models read them."""
@@ -41,6 +42,7 @@ def why_unread(path: str, media: str) -> str | None:
     """Say why a file cannot be used; None if it decodes whole."""
     if not os.path.isfile(path):
         return "no such file"
+    reading(path)
     try:
         _ = read_image(path) if media == "image" else read_audio(path)
     except DataError:

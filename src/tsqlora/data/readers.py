@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from tsqlora.data.dialect import Dialect
 from tsqlora.errors import DataError
+from tsqlora.files import reading
 
 Records = Iterator[tuple[int | str, dict[str, Any]]]
 """Line or row numbers, or names of files, with rows."""
@@ -85,6 +86,7 @@ def read_parquet(path: Path, _: Dialect) -> Records:
 @contextmanager
 def parquet_file(path: Path) -> Iterator[pq.ParquetFile]:
     """Open a Parquet file.  Raises DataError for other files, also while it is read."""
+    reading(path)
     try:
         # Not pq.read_table: a parent directory named like "label=1" would add a column.
         with pq.ParquetFile(path) as file:

@@ -18,6 +18,7 @@ from tsqlora.data.dialect import PLAIN, SNIFF, TABLES, Dialect, Hints, sniff
 from tsqlora.data.folders import MEDIA_ENDINGS, folder_rows, kind_of
 from tsqlora.data.readers import READERS, Records
 from tsqlora.errors import DataError
+from tsqlora.files import reading
 
 SPLIT_NAMES: dict[str, tuple[str, ...]] = {
     "train": ("train",),
@@ -242,6 +243,7 @@ def _of_file(path: Path, hints: Hints) -> Source:
     suffix = path.suffix.lower()
     if suffix not in READERS:
         raise DataError(f"{path}: extension '{suffix}' is unknown; choices: {', '.join(READERS)}")
+    reading(path)
     dialect = PLAIN if suffix == ".parquet" else sniff(path, hints)
     if note := dialect.note(str(path)):
         warnings.warn(note, stacklevel=4)

@@ -7,7 +7,8 @@ import os
 import re
 import reprlib
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,22 +17,65 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tsqlora.data.labels import join_labels
+from tsqlora.data.readers import parquet_file
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.files import parents_of, replacing
 
 Row = Mapping[str, Any]
 
 
-def write_rows(path: Path, rows: Sequence[Row]) -> None:
+def write_rows(path: Path, rows: Sequence[Row], *, original: Path | None = None) -> None:
     """Write rows atomically, and make the directory if needed.
 
-    Raises SettingsError for an extension that is not in WRITERS or a place that is not writable, DataError for values
-    that the format cannot hold.
+    `original` is a Parquet file with as many rows: in Parquet, the output has its columns as they are, and those of
+    `rows` after them, or in their place. Raises SettingsError for an extension that is not in WRITERS or a place that
+    is not writable, DataError for values that the format cannot hold.
     """
     require_writable(path)
+    with _fitting(path), parents_of(path), replacing(path) as unfinished:
+        _write(unfinished, path.suffix, rows, original)
+
+
+def try_rows(path: Path, rows: Sequence[Row], *, original: Path | None = None) -> None:
+    """Raise as `write_rows` does, and leave nothing: before work whose result would be lost."""
+    require_writable(path)
+    with _fitting(path), tempfile.TemporaryDirectory(dir=_folder_of(path)) as folder:
+        _write(Path(folder, "rows"), path.suffix, rows, original)
+
+
+def save_beside(path: Path, rows: Sequence[Row]) -> Path:
+    """Write rows that `path` did not take as JSON lines: in a file beside it, else in the temporary directory."""
+    beside, elsewhere = (
+        folder / f"{path.name}.{os.getpid()}.jsonl" for folder in (path.parent, Path(tempfile.gettempdir()))
+    )
     try:
-        with parents_of(path), replacing(path) as unfinished:
-            WRITERS[path.suffix.lower()](unfinished, rows)
+        write_rows(beside, rows)
+    except (OSError, SettingsError):
+        write_rows(elsewhere, rows)
+        return elsewhere
+    return beside
+
+
+def _write(path: Path, suffix: str, rows: Sequence[Row], original: Path | None) -> None:
+    if original is None:
+        WRITERS[suffix.lower()](path, rows)
+        return
+    with parquet_file(original) as file:
+        table = file.read()
+    for name in _names(rows):
+        if name in table.column_names:
+            table = table.drop_columns(name)
+        table = table.append_column(name, pa.array([row.get(name) for row in rows]))
+    # Where datasets lists a file's columns, it reads no others.
+    metadata = {key: value for key, value in (table.schema.metadata or {}).items() if key != b"huggingface"}
+    pq.write_table(table.replace_schema_metadata(metadata), path)
+
+
+@contextmanager
+def _fitting(path: Path) -> Iterator[None]:
+    """Raises DataError for values that the format of `path` cannot hold."""
+    try:
+        yield
     except (ValueError, ArithmeticError, RecursionError, csv.Error, pa.ArrowException) as error:
         if isinstance(error, DataError):
             raise
@@ -83,17 +127,14 @@ def require_place(path: Path) -> None:
     if path.exists() and not path.is_file():
         raise SettingsError(f"--out {path} is a device; name a file")
     try:
-        there = next(folder for folder in Path(os.path.realpath(path)).parents if os.path.lexists(folder))
-        tempfile.TemporaryFile(dir=there).close()
+        tempfile.TemporaryFile(dir=_folder_of(path)).close()
     except OSError as error:
         raise SettingsError(f"--out {path} cannot be written ({error.strerror}); name another file") from None
 
 
-def require_apart(out: Path, *read: str | Path | None) -> None:
-    """Raises SettingsError if `out` is a file that the command reads."""
-    for path in read:
-        if path is not None and os.path.exists(path) and out.exists() and os.path.samefile(path, out):
-            raise SettingsError(f"--out {out} would replace the file that is read; name another file")
+def _folder_of(path: Path) -> Path:
+    """The nearest folder above a path that exists."""
+    return next(folder for folder in Path(os.path.realpath(path)).parents if os.path.lexists(folder))
 
 
 def _write_jsonl(path: Path, rows: Sequence[Row]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from tsqlora.errors import DataError, SettingsError
-from tsqlora.files import parents_of, replacing
+from tsqlora.files import parents_of, reading, replacing
 from tsqlora.interop.lora import Kind, LoraAdapter, Target
 from tsqlora.interop.patterns import PATTERNS, lora_config, require_quick, scale_of
 from tsqlora.interop.tensors import PRECISIONS, Stored, read_tensors, store, to_bytes
@@ -164,6 +164,7 @@ def _tensors(folder: Path) -> dict[str, Stored]:
 def _inside(folder: Path, name: str) -> Path:
     """The path of a file, after checking that it lies in the directory."""
     path = folder / name
+    reading(path)
     if not path.exists():
         unsafe = pickles(folder) if name == WEIGHTS else ()
         if unsafe:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tsqlora.errors import DataError, SettingsError, TsqLoraError, nearest
-from tsqlora.files import plain_value, replacing
+from tsqlora.files import plain_value, reading, replacing
 from tsqlora.quality.sampling import effective_sample_size, probabilities
 from tsqlora.quality.terms import quality, standardise
 
@@ -205,6 +205,7 @@ class Scores:
     @classmethod
     def load(cls, path: str | Path) -> "Scores":
         """Read a file that `save` wrote.  Raises DataError naming the file and the problem."""
+        reading(path)
         try:
             table = pq.read_table(path)
         except FileNotFoundError:

@@ -9,8 +9,9 @@ import numpy as np
 from tsqlora.data.cells import row_hash
 from tsqlora.data.copies import can_copy, copy_rows
 from tsqlora.data.rows import Source, open_split
-from tsqlora.data.write import require_apart, require_writable, write_rows
+from tsqlora.data.write import require_writable, write_rows
 from tsqlora.errors import DataError
+from tsqlora.files import reading, writing
 from tsqlora.quality.epochs import sample
 from tsqlora.quality.explain import hints_of
 from tsqlora.quality.scores import Scores
@@ -23,16 +24,16 @@ def select_rows(scores_path: Path, out: Path, *, fraction: float, seed: int = 0,
     the same format. Without `data`, write id, hash, quality and probability of each drawn row.
     """
     require_writable(out)
-    require_apart(out, scores_path, data)
-    scores = Scores.load(scores_path)
-    require_apart(out, scores.record.data)
+    with writing(out):
+        scores = Scores.load(scores_path)
+        reading(scores.record.data or "")
+        source = None if data is None else open_split(data, split="train", hints=hints_of(scores))
     chosen = sample(scores, fraction, seed)
-    if data is None:
+    if source is None:
         columns = {"id": scores.row_ids, "quality": scores.quality, "probability": scores.probability}
         columns |= {} if scores.hashes is None else {"hash": np.array(scores.hashes)}
         write_rows(out, [{name: values[j].item() for name, values in columns.items()} for j in chosen])
         return len(chosen)
-    source = open_split(data, split="train", hints=hints_of(scores))
     if scores.record.columns is not None:
         source = source.with_files(scores.record.columns)
     places = _find_rows(scores, chosen, source)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tsqlora.errors import DataError
+from tsqlora.files import reading
 
 # compare/ imports these names, since a report must not import compare/.
 SETTINGS_FILE, TABLE_FILE, CELLS_DIR = "comparison.json", "table.json", "cells"
@@ -148,6 +149,8 @@ def is_comparison(directory: Path) -> bool:
 
 def gather_comparison(directory: Path) -> Comparison:
     """Read table.json and its cells.  Raises DataError if the comparison is incomplete or damaged."""
+    for path in (directory / TABLE_FILE, *(directory / CELLS_DIR).glob("*.json")):
+        reading(path)
     try:
         table = _read(directory / TABLE_FILE)
         cells = [_read(path) for path in sorted((directory / CELLS_DIR).glob("*.json"))]

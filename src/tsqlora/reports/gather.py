@@ -7,6 +7,7 @@ from typing import Any
 
 from tsqlora.compat.yaml import dump_yaml, load_yaml
 from tsqlora.errors import DataError
+from tsqlora.files import reading
 from tsqlora.quality.scores import Scores
 from tsqlora.reports.figures import Drawn, histograms
 from tsqlora.reports.samples import Samples, choose_samples
@@ -59,7 +60,7 @@ def gather(run: Path, *, control: Control | None = None, read: Callable[[Path], 
     if record.settings:
         settings, config = dump_yaml(record.settings), record.settings
     else:
-        settings, config = _config(run / CONFIG_FILE)
+        settings, config = read_config(run / CONFIG_FILE)
     # A Trainer's output_dir may hold the scores of an earlier training.
     scored = record.quality.get("enabled") or not record.settings
     scores = read(run / SCORES_FILE) if scored and (run / SCORES_FILE).exists() else None
@@ -82,14 +83,21 @@ def control_of(run: Path) -> Control:
     return Control(run.resolve().name, record)
 
 
-def _config(path: Path) -> tuple[str, dict[str, Any]]:
+def read_config(path: Path) -> tuple[str, dict[str, Any]]:
+    """The text and the settings of a run's config.yaml.  Raises DataError for any other file."""
+    reading(path)
     try:
         text = path.read_text(encoding="utf-8")
-        return text, dict(load_yaml(text))
+        config = dict(load_yaml(text))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; copy the run's settings beside {RECORD_FILE}") from None
     except (ValueError, TypeError) as error:
         raise DataError(f"{path}: no settings of a run ({str(error).splitlines()[0]})") from None
+    data = config.get("data")
+    for name, path in data.items() if isinstance(data, dict) else ():
+        if name in ("train", "trusted", "validation", "test") and path is not None:
+            reading(str(path))
+    return text, config
 
 
 def _missing(record: RunRecord, config: dict[str, Any], *, scored: bool) -> dict[str, str]:

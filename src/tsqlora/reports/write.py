@@ -8,9 +8,10 @@ from pathlib import Path
 
 from tsqlora.data.write import require_place
 from tsqlora.errors import SettingsError
-from tsqlora.files import write_text
+from tsqlora.files import write_text, writing
 from tsqlora.reports.comparison import gather_comparison, is_comparison
 from tsqlora.reports.page import plotly_script
+from tsqlora.training.run_dir import CONFIG_FILE
 
 REPORT_FILE = "report.html"
 
@@ -56,17 +57,20 @@ def write_report(
     script = plotly_script()
     # These import plotly; the line above has a better message than an ImportError.
     from tsqlora.reports.comparison_page import comparison_page
-    from tsqlora.reports.gather import control_of, gather, read_scores
+    from tsqlora.reports.gather import control_of, gather, read_config, read_scores
     from tsqlora.reports.run_page import run_page
 
     place = directory / REPORT_FILE if out is None else out
-    if is_comparison(directory):
-        if control is not None:
-            raise SettingsError(f"{directory} is a comparison, which takes no control; leave it out")
-        page = comparison_page(gather_comparison(directory), script)
-    else:
-        other = None if control is None else control_of(control)
-        page = run_page(gather(directory, control=other, read=partial(read_scores, texts=texts)), script)
+    with writing(place):
+        if is_comparison(directory):
+            if control is not None:
+                raise SettingsError(f"{directory} is a comparison, which takes no control; leave it out")
+            if (directory / CONFIG_FILE).exists():
+                read_config(directory / CONFIG_FILE)
+            page = comparison_page(gather_comparison(directory), script)
+        else:
+            other = None if control is None else control_of(control)
+            page = run_page(gather(directory, control=other, read=partial(read_scores, texts=texts)), script)
     require_place(place)
     place.parent.mkdir(parents=True, exist_ok=True)
     write_text(place, page)

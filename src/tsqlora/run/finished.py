@@ -56,7 +56,9 @@ class FinishedRun:
     def format(self) -> Format | None:
         """How rows become prompts and targets; None for a task with one answer a sample."""
         name = self.record.data.get("format")
-        return None if name is None else Format(name, self.columns)
+        data = self.config.data
+        all_named = data.messages or data.text or (data.prompt and data.target)
+        return None if name is None else Format(name, self.columns, whole=not all_named)
 
     @property
     def max_length(self) -> int:

@@ -15,8 +15,9 @@ from tsqlora.data.dialect import TABLES
 from tsqlora.data.labels import require_separable
 from tsqlora.data.rows import Rows, column_names, open_split
 from tsqlora.data.splits import Lacks, lacks_of, listed
-from tsqlora.data.write import joined, require_writable, without_formulas, write_rows
-from tsqlora.errors import DataError
+from tsqlora.data.write import joined, require_writable, save_beside, try_rows, without_formulas, write_rows
+from tsqlora.errors import DataError, TsqLoraError
+from tsqlora.files import reading, writing
 from tsqlora.progress import Progress
 from tsqlora.run.finished import FinishedRun, open_run, require_finished
 from tsqlora.run.fit import warn_of_cuts
@@ -65,34 +66,46 @@ def predict_run(
 
     Several labels, and the tags of tokens, are a list each, in CSV and TSV joined by "|".
 
-    They replace columns of these names, so that a file of predictions may be predicted again. A row without a text has
-    an empty prediction, and a warning names it.
+    They replace columns of these names, so that a file of predictions may be predicted again. Other columns of Parquet
+    stay as they are in Parquet. A row without a text has an empty prediction, and a warning names it.
 
-    Raises DataError if no row has a text, and for a nested value in CSV or TSV.
+    Raises DataError if no row has a text, and before any prediction if `out` cannot hold the rows; TsqLoraError, which
+    names a file with the predictions, if they cannot be written in the end.
     """
     require_writable(out)
-    finished = open_run(run, overrides)
-    source = open_split(data, split="test", hints=hints_of(finished.config))
-    rows = source.with_files(asdict(finished.columns)).read()
+    with writing(out):
+        reading(data)  # a model takes a while to load
+        finished = open_run(run, overrides)
+        source = open_split(data, split="test", hints=hints_of(finished.config))
+        source = source.with_files(asdict(finished.columns))
+    rows = source.read()
     finished.require_columns(column_names(rows), rows.source, labelled=False)
     is_table = out.suffix.lower() in TABLES
-    own = joined(rows.rows) if is_table else rows.rows  # raises before the predictions are made
     if is_table and finished.labels is not None and finished.labels.answer != "class":
         require_separable(finished.labels.names, cure="write .jsonl or .parquet")
+    parquet = source.path is not None and {source.path.suffix.lower(), out.suffix.lower()} == {".parquet"}
+    original, own = (source.path, [dict[str, Any]()] * len(rows)) if parquet else (None, rows.rows)
+    try_rows(out, own, original=original)
     complete = _with_text(finished, rows)
     answers = _texts if finished.format is not None else _answers
     added = dict(zip(complete, answers(finished, rows.take(complete), progress), strict=True))
     empty = dict.fromkeys(added[complete[0]])
-    predicted = [{**row, **added.get(i, empty)} for i, row in enumerate(own)]
-    if is_table:  # spreadsheets run formulas
-        predicted, cells = without_formulas(joined(predicted))
-        if cells:
-            warnings.warn(
-                f"{cells} cells of {out} start like formulas and got a leading ' that keeps spreadsheets from running "
-                "them; .jsonl leaves them unchanged",
-                stacklevel=2,
-            )
-    write_rows(out, predicted)
+    predictions = [added.get(i, empty) for i in range(len(rows))]
+    predicted = [{**row, **prediction} for row, prediction in zip(own, predictions, strict=True)]
+    try:
+        if is_table:  # spreadsheets run formulas
+            predicted, cells = without_formulas(joined(predicted))
+            if cells:
+                warnings.warn(
+                    f"{cells} cells of {out} start like formulas and got a leading ' that keeps spreadsheets from "
+                    "running them; .jsonl leaves them unchanged",
+                    stacklevel=2,
+                )
+        write_rows(out, predicted, original=original)
+    except Exception as error:
+        numbered = [{"row": number, **one} for number, one in zip(rows.numbers, predictions, strict=True)]
+        saved = save_beside(out, numbered)
+        raise TsqLoraError(f"{error}; the predictions are in {saved}, a line for each row in order") from error
     return len(rows)
 
 

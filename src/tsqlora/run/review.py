@@ -16,8 +16,9 @@ from tsqlora.data.copies import corrected_name, write_corrected
 from tsqlora.data.dialect import Hints
 from tsqlora.data.labels import join_labels, split_labels
 from tsqlora.data.rows import Rows, Source, open_split, read_rows
-from tsqlora.data.write import require_apart, without_formulas, write_rows
+from tsqlora.data.write import without_formulas, write_rows
 from tsqlora.errors import DataError, nearest
+from tsqlora.files import reading, writing
 from tsqlora.run.audit import AUDIT_FILE, source_digest
 from tsqlora.run.config.settings import TaskSettings
 
@@ -72,8 +73,9 @@ def apply_review(table: Path, out: Path | None = None, *, encoding: str | None =
             cells[one.row] = [*cell[: one.token], one.reviewed, *cell[one.token + 1 :]]
     changed = {row: cell for row, cell in cells.items() if str(cell) != str(rows[row][column])}
     corrected, trusted = folder / corrected_name(source), folder / TRUSTED_FILE
-    require_apart(corrected, source.name, table)
-    require_apart(trusted, source.name)
+    with writing(corrected, trusted):
+        for path in (table, about["source"]):
+            reading(path)
     folder.mkdir(parents=True, exist_ok=True)
     write_corrected(source, corrected, column, changed)
     whole = [row for row in cells if row not in unread]

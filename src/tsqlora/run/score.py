@@ -9,8 +9,9 @@ from pathlib import Path
 from tsqlora import distributed
 from tsqlora.data.rows import open_split
 from tsqlora.data.splits import Splits, one_split
-from tsqlora.data.write import require_apart, require_place
+from tsqlora.data.write import require_place
 from tsqlora.errors import SettingsError
+from tsqlora.files import writing
 from tsqlora.progress import Progress
 from tsqlora.quality.drop import drop_rows, require_drops
 from tsqlora.quality.rule import PAPER_TERMS
@@ -47,14 +48,12 @@ def score_rows(
         )
     require_drops(drop)
     require_place(out)
-    with _partial(out) as (partial, tokens):
+    with writing(out), _partial(out) as (partial, tokens):
         if source.is_dir():
             run = open_run(source, overrides)
-            require_apart(out, run.config.data.train)
             job, model = run.job(_splits(source, run), folder=tokens), run.model
         else:
             config = with_start(load_config(source, overrides))
-            require_apart(out, config.data.train, config.data.trusted, config.data.validation, config.data.test)
             require_scoring(config)
             job = load(config, folder=tokens, scoring=True)
             model = with_adapter(config, job.pretrained).to(device_of(config))

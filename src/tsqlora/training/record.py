@@ -11,7 +11,7 @@ from time import perf_counter
 from typing import Any
 
 from tsqlora.errors import DataError
-from tsqlora.files import write_json
+from tsqlora.files import reading, write_json
 from tsqlora.quality.cost import PhaseCost
 from tsqlora.ranks.events import RankEvent
 
@@ -80,6 +80,7 @@ class RunRecord:
     def load(cls, run: Path) -> "RunRecord":
         """Reads a run's record.  Raises DataError naming the file and what is wrong with it."""
         path = run / RECORD_FILE
+        reading(path)
         try:
             stored: dict[str, Any] = json.loads(path.read_text())
             costs = {name: PhaseCost(**cost) for name, cost in stored.pop("cost").items()}

@@ -54,10 +54,9 @@ def test_alpaca_is_a_chat_where_the_tokenizer_has_a_template() -> None:
 @pytest.mark.parametrize(
     ("row", "column"),
     [
-        ({"system": "Be a pirate.", "instruction": "Hi.", "output": "Arr"}, "system"),
         ({"history": [["a", "b"]], "instruction": "Hi.", "output": "Arr"}, "history"),
-        ({"system": "Be a pirate.", "messages": [USER, ANSWER]}, "system"),
-        ({"system": "Be a pirate.", "conversations": [{"from": "gpt", "value": "Arr"}]}, "system"),
+        ({"tools": [{"name": "f"}], "conversations": [{"from": "gpt", "value": "Arr"}]}, "tools"),
+        ({"history": [["a", "b"]], "prompt": "Hi.", "completion": "Arr"}, "history"),
     ],
 )
 def test_columns_of_other_trainers_are_refused_unless_empty(row: dict[str, Any], column: str) -> None:

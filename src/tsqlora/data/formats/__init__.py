@@ -1,10 +1,11 @@
 """Row formats for text generation: detect a file's format, and read its rows."""
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
-from tsqlora.data.columns import Columns, named_columns, quoted
+from tsqlora.data.columns import USUAL_PAIR, USUAL_TEXT, Columns, named_columns, quoted
 from tsqlora.data.formats.chats import Chat, Example, Manner, read_messages, read_sharegpt
+from tsqlora.data.formats.leftovers import refuse_leftovers
 from tsqlora.data.formats.pairs import PAIRS, read_pair, require_pairs
 from tsqlora.data.formats.texts import read_alpaca, read_document, read_prompt, read_text
 from tsqlora.data.rows import Rows
@@ -20,12 +21,14 @@ class Kind:
         usual: pairs of prompt and target; the target is None if one column holds both.
         further: names for a second part of the prompt, which is optional.
         setting: the setting that names the column, if one column holds both.
+        system: whether a system prompt may stand in another column.
     """
 
     read: Callable[[Rows, int, Columns, Manner], Example | Chat]
     usual: tuple[tuple[str, str | None], ...]
     further: tuple[str, ...] = ()
     setting: str = "data.prompt"
+    system: bool = True
 
     @property
     def whole(self) -> bool:
@@ -45,9 +48,11 @@ FORMATS: dict[str, Kind] = {
             ("prompt", "response"),
             ("prompt", "target"),
             ("question", "answer"),
+            ("question", "answers"),
             ("input", "output"),
             ("input", "target"),
         ),
+        further=("context", "passage", "document", "article"),
     ),
     "document": Kind(
         read_document,
@@ -61,12 +66,23 @@ FORMATS: dict[str, Kind] = {
             ("text", "target"),
             ("source", "target"),
         ),
+        system=False,
     ),
-    "text": Kind(read_text, (("text", None), ("content", None)), setting="data.text"),
+    "text": Kind(read_text, (("text", None), ("content", None)), setting="data.text", system=False),
 }
 
 PREFERENCE = "preference"
 """The name of the format of preference rows, which is their task's alone."""
+
+SYSTEM = ("system", "system_prompt")
+_PAIRS = [pair for kind in FORMATS.values() for pair in kind.usual]
+ANSWERS = {target for _, target in _PAIRS if target is not None} | {"chosen", "rejected"}
+"""Usual names of answers, which no prompt needs."""
+PARTS = (
+    {*(name for name, _ in _PAIRS), *(name for kind in FORMATS.values() for name in kind.further), *ANSWERS, *SYSTEM}
+    | {*USUAL_TEXT, *USUAL_PAIR.values(), "choices", "options"}
+) - {"source"}
+"""Usual names of texts that belong to a row. Others, such as id, source, title or score, are about it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,21 +90,28 @@ class Format:
     """The format of a file: its name in FORMATS, and its columns.
 
     `columns.text` is the prompt (or the column of both), `text_pair` its second part, `label` the target: the names
-    that `row_hash` reads.
+    that `row_hash` reads. `whole` is False if settings name all columns, so that others do not belong to the row.
     """
 
     name: str
     columns: Columns
+    whole: bool = field(default=True, compare=False)
 
     def read(self, rows: Rows, i: int, manner: Manner) -> Example | Chat:
+        """Row i as prompt and target.  Raises DataError if the model would not read a column in PARTS."""
         read = read_pair if self.name == PREFERENCE else FORMATS[self.name].read
-        return read(rows, i, self.columns, manner)
+        example = read(rows, i, self.columns, manner)
+        parts = PARTS if manner.targets else PARTS - ANSWERS
+        cure = None if self.name == PREFERENCE else _naming(FORMATS[self.name])
+        refuse_leftovers(rows, i, self.columns, parts if self.whole else (), cure)
+        return example
 
 
 def pair_format(names: Sequence[str], *, source: str) -> Format:
     """The format of preference rows.  Raises DataError without chosen or rejected answers."""
     require_pairs(names, source)
-    return Format(PREFERENCE, PAIRS)
+    prompt = next((name for name in ("prompt", "question", "instruction", "input") if name in names), PAIRS.text)
+    return Format(PREFERENCE, replace(PAIRS, text=prompt, system=_first(SYSTEM, names)))
 
 
 def find_format(
@@ -113,16 +136,17 @@ def find_format(
     prompt, target, messages, text = named_columns(named, names, source)
     _check_together(format, {key for key, name in named.items() if name is not None})
     if whole := messages or text:
-        return Format(
-            format or _of_whole(whole, "data.messages" if messages else "data.text"), Columns(whole, None, None)
-        )
+        name = format or _of_whole(whole, "data.messages" if messages else "data.text")
+        return Format(name, _columns(FORMATS[name], whole, None, names), whole=False)
+    all_named = prompt is not None and target is not None
     kinds = FORMATS if format is None else {format: FORMATS[format]}
     # Two usual columns win over a named column beside a usual one.
     for both in (True, False):
         for name, kind in kinds.items():
             for pair in kind.usual:
                 if _fits(pair, prompt, target, names, both=both):
-                    return Format(name, _columns(kind, prompt or pair[0], target or pair[1], names))
+                    columns = _columns(kind, prompt or pair[0], target or pair[1], names)
+                    return Format(name, columns, whole=not all_named)
     if prompt is None or target is None:
         beside = f" beside '{prompt or target}'" if prompt or target else ""
         what = "columns of any row format" if format is None else f"usual columns of data.format {format}"
@@ -130,8 +154,9 @@ def find_format(
             f"{source} has no {what}{beside}; set data.prompt and data.target, data.messages, or data.text; "
             f"columns: {quoted(names)}"
         )
-    name = format or "prompt"
-    return Format(name, _columns(FORMATS[name], prompt, target, names))
+    if format is None:
+        return Format("prompt", Columns(prompt, None, target), whole=False)
+    return Format(format, _columns(FORMATS[format], prompt, target, names), whole=False)
 
 
 def _fits(
@@ -147,8 +172,17 @@ def _fits(
 
 
 def _columns(kind: Kind, prompt: str, target: str | None, names: Collection[str]) -> Columns:
-    further = next((name for name in kind.further if name in names and name not in (prompt, target)), None)
-    return Columns(prompt, further, target)
+    others = [name for name in names if name not in (prompt, target)]
+    return Columns(prompt, _first(kind.further, others), target, system=_first(SYSTEM, others) if kind.system else None)
+
+
+def _first(usual: Sequence[str], names: Collection[str]) -> str | None:
+    return next((name for name in usual if name in names), None)
+
+
+def _naming(kind: Kind) -> str:
+    """The settings that name all columns of a format."""
+    return kind.setting if kind.whole else "data.prompt and data.target"
 
 
 def _of_whole(column: str, setting: str) -> str:
@@ -167,6 +201,6 @@ def _check_together(format: str | None, named: Collection[str]) -> None:
         )
     if format is None or not named:
         return
-    settings = {FORMATS[format].setting} if FORMATS[format].whole else {"data.prompt", "data.target"}
-    if wrong := sorted(set(named) - settings):
-        raise SettingsError(f"{wrong[0]} does not fit data.format {format}; set {' and '.join(sorted(settings))}")
+    settings = _naming(FORMATS[format])
+    if wrong := sorted(set(named) - {*settings.split(" and ")}):
+        raise SettingsError(f"{wrong[0]} does not fit data.format {format}; set {settings}")

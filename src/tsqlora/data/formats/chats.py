@@ -1,11 +1,11 @@
 """Examples as a generating model reads them, and chats: lists of messages by role and content, or as in ShareGPT."""
 
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tsqlora.data.cells import MissingError, as_text, is_missing
+from tsqlora.data.cells import MissingError, as_text, is_missing, text_or_empty
 from tsqlora.data.columns import Columns
 from tsqlora.data.rows import Rows
 from tsqlora.errors import DataError, UnsupportedError, nearest
@@ -56,7 +56,6 @@ class Manner:
 
 UNREAD = ("tool_calls", "function_call", "reasoning", "reasoning_content", "thinking")
 """Keys of a message, beside its content, that a model would not learn."""
-_NOT_READ = "is not read, so a model would not learn it; move it into the text, or remove it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,20 +78,21 @@ SHAREGPT = Keys(
 
 def read_messages(rows: Rows, i: int, columns: Columns, manner: Manner) -> Chat:
     """A list of {"role": …, "content": …}."""
-    return read_chat(rows, i, columns.text, manner, MESSAGES)
+    return read_chat(rows, i, columns, manner, MESSAGES)
 
 
 def read_sharegpt(rows: Rows, i: int, columns: Columns, manner: Manner) -> Chat:
     """A list of {"from": …, "value": …}, with the roles of chat templates: human is user, gpt is assistant."""
-    return read_chat(rows, i, columns.text, manner, SHAREGPT)
+    return read_chat(rows, i, columns, manner, SHAREGPT)
 
 
-def read_chat(rows: Rows, i: int, column: str, manner: Manner, keys: Keys) -> Chat:
-    """The turns of row i up to the last answer; without targets, all but a final answer.
+def read_chat(rows: Rows, i: int, columns: Columns, manner: Manner, keys: Keys) -> Chat:
+    """The turns of row i up to the last answer, after its system prompt; without targets, all but a final answer.
 
     Raises DataError with file, row and message for a cell that is not a list of messages, unknown roles, empty
-    contents, keys in UNREAD, weights, and a chat without a turn to write or to answer.
+    contents, keys in UNREAD, weights, two system prompts, and a chat without a turn to write or to answer.
     """
+    column = columns.text
     if manner.seq2seq:
         raise UnsupportedError(
             f"{rows.source}: chats in column '{column}' need task.type causal-lm; "
@@ -104,9 +104,14 @@ def read_chat(rows: Rows, i: int, column: str, manner: Manner, keys: Keys) -> Ch
     if not isinstance(messages, list):
         cure = f'write a list of {{"{keys.role}": …, "{keys.content}": …}}'
         raise DataError(f"{place}: column '{column}' holds {_shown(messages)}, not a list of messages; {cure}")
-    lists = [name for name in ("functions", "documents") if isinstance(rows.rows[i].get(name), list)]
-    refuse_unread(rows, i, ("tools", *lists, "system"))
     turns = tuple(_turn(message, number, place, column, keys) for number, message in enumerate(messages, start=1))
+    system = Turn("system", text_or_empty(rows, i, columns.system))
+    if system.content and turns[0] != system:
+        if turns[0].role == "system":
+            raise DataError(
+                f"{place}: column '{columns.system}' and column '{column}' have two system prompts; remove one"
+            )
+        turns = (system, *turns)
     answered = max((number for number, turn in enumerate(turns, start=1) if turn.role == "assistant"), default=0)
     if manner.targets and not answered:
         raise MissingError(place, f"no assistant's turn in column '{column}'")
@@ -116,12 +121,6 @@ def read_chat(rows: Rows, i: int, column: str, manner: Manner, keys: Keys) -> Ch
     if not before:
         raise DataError(f"{place}: column '{column}' has nothing to answer; start it with a user's message")
     return Chat(before)
-
-
-def refuse_unread(rows: Rows, i: int, columns: Sequence[str]) -> None:
-    """Raises DataError if one of these columns, which other trainers read beside a chat, is not empty."""
-    if unread := [column for column in columns if rows.rows[i].get(column)]:
-        raise DataError(f"{rows.place(i)}: column '{unread[0]}' {_NOT_READ}")
 
 
 def _turn(message: Any, number: int, place: str, column: str, keys: Keys) -> Turn:
@@ -136,7 +135,10 @@ def _turn(message: Any, number: int, place: str, column: str, keys: Keys) -> Tur
     if not isinstance(role, str) or role not in keys.roles:
         raise DataError(f"{place}: {where} has an unknown {keys.role}, {role!r}; {nearest(str(role), keys.roles)}")
     if unread := [key for key in UNREAD if message.get(key)]:
-        raise DataError(f"{place}: {where} has '{unread[0]}', which {_NOT_READ}")
+        raise DataError(
+            f"{place}: {where} has '{unread[0]}', which is not read, so a model would not learn it; move it into the "
+            "text, or remove it"
+        )
     weight = message.get("weight")
     if keys.roles[role] == "assistant" and not is_missing(weight) and str(weight) not in ("1", "1.0", "True"):
         raise DataError(

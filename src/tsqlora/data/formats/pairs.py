@@ -7,6 +7,7 @@ from typing import Any
 from tsqlora.data.cells import MissingError, as_text, is_missing
 from tsqlora.data.columns import Columns
 from tsqlora.data.formats.chats import MESSAGES, Chat, Example, Manner, read_chat
+from tsqlora.data.formats.texts import exchange, is_chat
 from tsqlora.data.rows import Rows
 from tsqlora.errors import DataError
 
@@ -38,6 +39,7 @@ def read_pair(rows: Rows, i: int, columns: Columns, manner: Manner) -> Example |
         if isinstance(prompt, str) and isinstance(answer[0], dict) and answer[0].get("role") == "assistant":
             before = [{"role": "user", "content": prompt}]
         chat = replace(rows, rows=({**row, "messages": [*before, *answer]},), numbers=(rows.numbers[i],), places=None)
-        return read_chat(chat, 0, "messages", manner, MESSAGES)
+        return read_chat(chat, 0, replace(columns, text="messages"), manner, MESSAGES)
     text = "" if is_missing(prompt) else as_text(prompt, f"column '{columns.text}'", place)
-    return Example(text, as_text(answer, f"column '{columns.label}'", place))
+    answer = as_text(answer, f"column '{columns.label}'", place)
+    return exchange(rows, i, columns, text, answer, chat=is_chat(columns, manner))

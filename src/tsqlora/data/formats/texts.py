@@ -1,8 +1,8 @@
 """Read cells of text as prompt and target: instructions, completions, documents with summaries, plain text."""
 
-from tsqlora.data.cells import text_at, text_or_empty
+from tsqlora.data.cells import MissingError, as_text, is_missing, text_at, text_or_empty
 from tsqlora.data.columns import Columns
-from tsqlora.data.formats.chats import Chat, Example, Manner, Turn, refuse_unread
+from tsqlora.data.formats.chats import Chat, Example, Manner, Turn
 from tsqlora.data.rows import Rows
 from tsqlora.errors import UnsupportedError
 
@@ -19,7 +19,30 @@ WITHOUT_INPUT = (
 
 
 def _target(rows: Rows, i: int, columns: Columns, manner: Manner) -> str | None:
-    return text_at(rows, i, columns.label) if manner.targets and columns.label is not None else None
+    if not manner.targets or columns.label is None:
+        return None
+    cell = rows.rows[i].get(columns.label)
+    if not isinstance(cell, dict) or not isinstance(cell.get("text"), list):
+        return text_at(rows, i, columns.label)
+    # SQuAD (Rajpurkar et al., 2016): all answers and their places; none has an unanswerable question of version 2.
+    first = next(iter(cell["text"]), None)
+    if is_missing(first):
+        raise MissingError(rows.place(i), f"no text in column '{columns.label}'")
+    return as_text(first, f"column '{columns.label}'", rows.place(i))
+
+
+def exchange(rows: Rows, i: int, columns: Columns, prompt: str, target: str | None, *, chat: bool) -> Example | Chat:
+    """The row's system prompt, the prompt and its target: as a chat, or as text with a blank line after the first."""
+    system = text_or_empty(rows, i, columns.system)
+    if chat:
+        turns = (Turn("system", system), Turn("user", prompt), Turn("assistant", target or ""))
+        return Chat(tuple(turn for turn in turns if turn.content))
+    return Example(f"{system}\n\n{prompt}" if system else prompt, target)
+
+
+def is_chat(columns: Columns, manner: Manner) -> bool:
+    # By the column of system prompts, not by its cell: one file is read in one way.
+    return columns.system is not None and manner.chat and not manner.seq2seq
 
 
 def read_alpaca(rows: Rows, i: int, columns: Columns, manner: Manner) -> Example | Chat:
@@ -27,24 +50,24 @@ def read_alpaca(rows: Rows, i: int, columns: Columns, manner: Manner) -> Example
 
     A sequence-to-sequence model reads instruction and input with a blank line between them.
     """
-    refuse_unread(rows, i, ("system", "history"))
     instruction = text_at(rows, i, columns.text)
     further = text_or_empty(rows, i, columns.text_pair)
     output = _target(rows, i, columns, manner)
     plain = f"{instruction}\n\n{further}" if further else instruction
-    if manner.seq2seq:
-        return Example(plain, output)
-    if manner.chat:
-        answer = () if output is None else (Turn("assistant", output),)
-        return Chat((Turn("user", plain), *answer))
-    template = WITH_INPUT if further else WITHOUT_INPUT
-    return Example(template.format(instruction=instruction, input=further), output)
+    if not manner.chat and not manner.seq2seq:
+        plain = (WITH_INPUT if further else WITHOUT_INPUT).format(instruction=instruction, input=further)
+    return exchange(rows, i, columns, plain, output, chat=manner.chat and not manner.seq2seq)
 
 
-def read_prompt(rows: Rows, i: int, columns: Columns, manner: Manner) -> Example:
-    """A prompt and its completion with nothing between them: a space must be part of one of the texts."""
+def read_prompt(rows: Rows, i: int, columns: Columns, manner: Manner) -> Example | Chat:
+    """A prompt and its completion with nothing between them: a space must be part of one of the texts.
+
+    A context stands before the prompt, with a blank line between them, unless the prompt has it.
+    """
     target = _target(rows, i, columns, manner)
-    return Example(text_at(rows, i, columns.text), target)
+    prompt, context = text_at(rows, i, columns.text), text_or_empty(rows, i, columns.text_pair)
+    plain = prompt if context in prompt else f"{context}\n\n{prompt}"
+    return exchange(rows, i, columns, plain, target, chat=is_chat(columns, manner))
 
 
 # Radford et al. (2019), GPT-2: the prompt for a summary.

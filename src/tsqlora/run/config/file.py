@@ -16,6 +16,7 @@ from tsqlora.compat.yaml import MOST_BYTES, YamlProblem, dump_yaml, load_yaml
 from tsqlora.data.folders import kind_of
 from tsqlora.data.readers import READERS
 from tsqlora.errors import SettingsError, nearest
+from tsqlora.files import reading
 from tsqlora.run.config.settings import Config, Section, section_of
 
 _UNION_MEMBERS = ("str", "list[str]")
@@ -115,6 +116,7 @@ def merged(raw: Mapping[str, Any], sections: Mapping[str, Any]) -> dict[str, Any
 
 
 def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    reading(path)
     try:
         with open(path, "rb") as file:
             content = file.read(MOST_BYTES + 1)
@@ -136,6 +138,8 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _with_absolute_paths(config: Config, beside: Path) -> Config:
     data = config.data
     files = {name: _locate(getattr(data, name), beside) for name in ("train", "trusted", "validation", "test")}
+    for path in filter(None, files.values()):
+        reading(path)
     model = config.model.model_copy(update={"path": _locate(config.model.path, beside)})
     adapter = config.adapter.model_copy(update={"init_from": _locate(config.adapter.init_from, beside)})
     return config.model_copy(update={"model": model, "adapter": adapter, "data": data.model_copy(update=files)})
