@@ -21,9 +21,10 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from tsqlora.compat.hub import why_not_loaded
+from tsqlora.compat.transformers import require_no_adapter, without_named_files
 from tsqlora.errors import SettingsError
 from tsqlora.interop.checkpoint import base_path, revision_of
-from tsqlora.interop.files import read_adapter
+from tsqlora.interop.files import read_adapter, require_inside
 from tsqlora.interop.lora import LoraAdapter
 from tsqlora.interop.rewrite import Shape
 
@@ -68,10 +69,14 @@ def base_of(folder: Path, path: str | None) -> Base:
     def where() -> str:
         return base_path(adapter, path)
 
+    def processors() -> Sequence[Any]:
+        require_inside(folder)
+        return load_processors((str(folder), "main"), (where(), revision_of(where(), adapter)))
+
     return Base(
         lambda: base_skeleton(where(), adapter),
         lambda dtype: load_base(where(), adapter, dtype),
-        lambda: load_processors((str(folder), "main"), (where(), revision_of(where(), adapter))),
+        processors,
         compare=path is not None,
     )
 
@@ -102,6 +107,7 @@ def load_base(path: str, adapter: LoraAdapter, dtype: str | None = None) -> PreT
     """The base model with its weights, in its own precision or the one named.  Raises as `base_skeleton`."""
     with _loading(path):
         config, revision = _config(path, adapter), revision_of(path, adapter)
+        require_no_adapter(path, revision)
         if adapter.config.get("task_type") == "SEQ_CLS":
             _set_padding(config, path, revision)
         with torch.random.fork_rng(devices=[]):
@@ -142,7 +148,8 @@ def _set_padding(config: Any, path: str, revision: str) -> None:
 def load_tokenizer(path: str, revision: str = "main") -> PreTrainedTokenizerBase | None:
     """The tokenizer in a directory or on the hub, or None."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, revision=revision)
+        named = without_named_files(path, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, revision=revision, **named)
     except (OSError, ValueError, KeyError, TypeError):  # the last where a tokenizer's class finds no vocabulary
         return None
     # Without files transformers makes a tokenizer that knows only special tokens.

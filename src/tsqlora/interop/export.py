@@ -7,17 +7,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
 from tsqlora.errors import SettingsError, UnsupportedError, nearest
 from tsqlora.interop import gguf
+from tsqlora.interop.attach import attach
 from tsqlora.interop.base import Base, module_shapes
-from tsqlora.interop.files import new_directory, read_adapter, require_new, write_adapter
+from tsqlora.interop.files import CONFIG, new_directory, read_adapter, require_new, write_adapter
 from tsqlora.interop.health import require_finite, vllm_rank
 from tsqlora.interop.lora import LoraAdapter
-from tsqlora.interop.patterns import has_expressions
 from tsqlora.interop.rewrite import compact, ranks_for, require_fits, spelled_out, truncate, universal
 from tsqlora.interop.verify import (
     NAMES,
@@ -121,12 +120,9 @@ def export_adapter(
             # PEFT cannot load a layer of rank 0.
             source = Path(loadable)
             write_adapter(compact(adapter), source)
-        elif has_expressions(adapter.config):
-            # PEFT matches them with Python's re, which may never end.
-            source = Path(loadable)
-            write_adapter(spelled_out(adapter), source)
         done = FORMATS[format](Job(source, adapter, folder, base, dtype))
-    return replace(done, truncation=errors)
+    unknown = [f"{CONFIG} sets {name}, which tsqlora does not know and leaves out" for name in adapter.ignored]
+    return replace(done, truncation=errors, notes=(*done.notes, *unknown))
 
 
 def _ranks(adapter: LoraAdapter, max_rank: int | None, mean_rank: float | None) -> dict[str, int]:
@@ -138,7 +134,9 @@ def _ranks(adapter: LoraAdapter, max_rank: int | None, mean_rank: float | None) 
 
 def _peft(job: Job) -> Exported:
     if beyond := [*job.adapter.variants(), *sorted(job.adapter.further)]:
-        return _written(job, job.adapter, f"the adapter has {beyond[0]}: tensors and settings are copied as they are")
+        return _written(
+            job, spelled_out(job.adapter), f"the adapter has {beyond[0]}: its tensors are copied as they are"
+        )
     return _written(job, compact(job.adapter))
 
 
@@ -233,7 +231,7 @@ def merge_into(base: PreTrainedModel, adapter: LoraAdapter, folder: Path) -> Pre
         raise UnsupportedError(f"the adapter has lora_bias, but {bare[0]} of the base has no bias; serve it with PEFT")
     if any(target.kind == "embedding" or name.endswith("lm_head") for name, target in adapter.targets.items()):
         _untie(base)
-    merged = PeftModel.from_pretrained(base, str(folder)).merge_and_unload(safe_merge=True)
+    merged = attach(base, folder).merge_and_unload(safe_merge=True)
     assert isinstance(merged, PreTrainedModel)
     return merged
 

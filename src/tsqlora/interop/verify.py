@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tsqlora.errors import TsqLoraError
+from tsqlora.interop.attach import attach
 from tsqlora.interop.lora import LoraAdapter, Target
 from tsqlora.interop.tensors import PRECISIONS, Array, Precision
 
@@ -122,7 +122,7 @@ def _sums(target: Target) -> Array:
 
 def peft_logits(model: PreTrainedModel, folder: Path) -> Tensor:
     """Logits of the model with an adapter, through PEFT; the model cannot be used again."""
-    return logits(PeftModel.from_pretrained(model, str(folder)))
+    return logits(attach(model, folder))
 
 
 def logits(model: nn.Module) -> Tensor:
