@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerState, trainer_pt_utils
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, trainer_pt_utils
 from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
     get_reporting_integration_callbacks,
@@ -52,6 +52,12 @@ def summed_batches(trainer: Trainer) -> int:
 def callbacks_of(trainer: Trainer) -> Sequence[TrainerCallback]:
     """The Trainer's callbacks in calling order."""
     return trainer.callback_handler.callbacks
+
+
+def class_for(auto: Any, config: Any) -> type[PreTrainedModel] | None:
+    """The class that AutoModelFor… makes for a config; None for one that it does not support."""
+    kind = auto._model_mapping.get(type(config), None)
+    return kind[0] if isinstance(kind, tuple) else kind
 
 
 def require_no_adapter(path: str, revision: str) -> None:

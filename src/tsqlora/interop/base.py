@@ -1,5 +1,6 @@
 """Load the base model of an adapter: its modules' shapes from the config alone, or the model with weights."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from tsqlora.compat.hub import why_not_loaded
-from tsqlora.compat.transformers import require_no_adapter, without_named_files
+from tsqlora.compat.transformers import class_for, require_no_adapter, without_named_files
 from tsqlora.errors import SettingsError
 from tsqlora.interop.checkpoint import base_path, revision_of
 from tsqlora.interop.files import read_adapter, require_inside
@@ -170,12 +171,27 @@ def load_processors(*places: tuple[str, str]) -> list[Any]:
 
 
 def _class(config: Any, adapter: LoraAdapter) -> Any:
-    """The task's class; without a task the class that the adapter was made on, else the checkpoint's own."""
-    if named := CLASSES.get(adapter.config.get("task_type") or ""):
-        return getattr(transformers, named)
-    kind = getattr(transformers, str(_made_on(adapter) or (config.architectures or [""])[0]), None)
+    """The task's class; without a task the class that the adapter was made on, else the checkpoint's own.
+
+    An adapter for causal models may be one on a model that reads images as well, which has another class.
+    """
+    task = CLASSES.get(adapter.config.get("task_type") or "")
+    kind = getattr(transformers, str((not task and _made_on(adapter)) or (config.architectures or [""])[0]), None)
     # The name may be hostile: transformers has functions and modules too.
-    return kind if isinstance(kind, type) and issubclass(kind, PreTrainedModel) else transformers.AutoModel
+    own = kind if isinstance(kind, type) and issubclass(kind, PreTrainedModel) else None
+    if task is None:
+        return own or transformers.AutoModel
+    auto = getattr(transformers, task)
+    mapped = class_for(auto, config)
+    if own is None or mapped is own or not own.can_generate() or (mapped is not None and not mapped.can_generate()):
+        return auto
+    return auto if mapped is not None and _has_targets(auto, config, adapter) else own
+
+
+def _has_targets(auto: Any, config: Any, adapter: LoraAdapter) -> bool:
+    with torch.device("meta"):
+        names = dict(auto.from_config(copy.deepcopy(config)).named_modules())
+    return all(name in names for name in adapter.targets)
 
 
 def _made_on(adapter: LoraAdapter) -> str | None:

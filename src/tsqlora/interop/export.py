@@ -26,7 +26,7 @@ from tsqlora.interop.verify import (
     compare_weights,
     logits,
     peft_logits,
-    takes_tokens,
+    why_not_compared,
 )
 
 FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -172,8 +172,8 @@ def _with_logits(job: Job, done: Exported, export: Path, dtype: str) -> Exported
         return done
     model = job.base.load("float32")
     _require_fit(job.adapter, model)
-    if not takes_tokens(model):
-        return replace(done, notes=(*done.notes, _not_compared(model)))
+    if reason := why_not_compared(model):
+        return replace(done, notes=(*done.notes, f"logits not compared, because {reason}"))
     reference = peft_logits(model, job.source)
     del model  # keep one base in memory at a time
     gap, size = compare_logits(reference, peft_logits(job.base.load("float32"), export), dtype)
@@ -192,10 +192,12 @@ def _merged(job: Job) -> Exported:
         done = Exported(Difference(0.0, 0.0, 0.0, layer=None), notes=(note,))
     else:
         done = Exported(compare_weights(base.load(job.dtype), saved, job.adapter))
-    if not takes_tokens(saved):
-        return replace(done, notes=(*done.notes, _not_compared(saved)))
     # In float32, so that only the rounding of the weights differs.
-    reference = peft_logits(base.load(job.dtype).float(), job.source)
+    model = base.load(job.dtype).float()
+    if reason := why_not_compared(model):
+        return replace(done, notes=(*done.notes, f"logits not compared, because {reason}"))
+    reference = peft_logits(model, job.source)
+    del model
     gap, size = compare_logits(reference, logits(saved.float()), dtype)
     return replace(done, difference=replace(done.difference, logits=gap, logits_size=size))
 
@@ -254,10 +256,6 @@ def reload(folder: Path, like: PreTrainedModel) -> PreTrainedModel:
     """Load a saved model as the same class in the same precision."""
     kind = type(like)
     return kind.from_pretrained(folder, dtype=like.dtype if like.dtype.is_floating_point else torch.float32).eval()
-
-
-def _not_compared(model: PreTrainedModel) -> str:
-    return f"logits not compared, because the model takes {model.main_input_name}"
 
 
 def _cast(adapter: LoraAdapter, dtype: str) -> LoraAdapter:

@@ -162,8 +162,9 @@ def _tokenizer(path: str, config: Any, *, by_word: bool, generates: bool, **comm
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     # By its config's number, whatever the tokenizer pads with.
-    if not generates or getattr(config, "pad_token_id", None) is None:
-        config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    text = config.get_text_config()
+    if not generates or text.pad_token_id is None:
+        text.pad_token_id = tokenizer.pad_token_id
     return tokenizer
 
 
