@@ -99,9 +99,7 @@ def base_skeleton(path: str, adapter: LoraAdapter) -> PreTrainedModel:
     """The base model without weights, from its config alone.  Raises SettingsError if it cannot be loaded."""
     with _loading(path):
         config = _config(path, adapter)
-        kind = _class(config, adapter)
-        with torch.device("meta"):
-            return kind.from_config(config) if kind.__name__.startswith("Auto") else kind(config)
+        return _skeleton(_class(config, adapter), config)
 
 
 def load_base(path: str, adapter: LoraAdapter, dtype: str | None = None) -> PreTrainedModel:
@@ -151,7 +149,8 @@ def load_tokenizer(path: str, revision: str = "main") -> PreTrainedTokenizerBase
     try:
         named = without_named_files(path, revision=revision)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, revision=revision, **named)
-    except (OSError, ValueError, KeyError, TypeError):  # the last where a tokenizer's class finds no vocabulary
+    # The last two where a class finds no vocabulary, or looks for one in a format that needs a further library.
+    except (OSError, ValueError, KeyError, TypeError, ImportError):
         return None
     # Without files transformers makes a tokenizer that knows only special tokens.
     return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
@@ -188,10 +187,18 @@ def _class(config: Any, adapter: LoraAdapter) -> Any:
     return auto if mapped is not None and _has_targets(auto, config, adapter) else own
 
 
-def _has_targets(auto: Any, config: Any, adapter: LoraAdapter) -> bool:
-    with torch.device("meta"):
-        names = dict(auto.from_config(copy.deepcopy(config)).named_modules())
+def _has_targets(kind: Any, config: Any, adapter: LoraAdapter) -> bool:
+    names = dict(_skeleton(kind, copy.deepcopy(config)).named_modules())
     return all(name in names for name in adapter.targets)
+
+
+def _skeleton(kind: Any, config: Any) -> PreTrainedModel:
+    with torch.device("meta"):
+        if not kind.__name__.startswith("Auto"):
+            return kind(config)
+        mapped, text = class_for(kind, config), config.get_text_config()
+        # transformers 5.2 takes the text part's config only in from_pretrained.
+        return kind.from_config(text if mapped is not None and mapped.config_class is type(text) else config)
 
 
 def _made_on(adapter: LoraAdapter) -> str | None:
