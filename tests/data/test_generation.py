@@ -1,5 +1,6 @@
 """Prompt and target meet between two tokens; only targets are trained on; what is cut is the prompt."""
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from byte_tokenizers import BOS, CHATML, EOS, byte_tokenizer
+from tsqlora.data import target_tokens
 from tsqlora.data.batches import IGNORED
 from tsqlora.data.cells import sample_hash
 from tsqlora.data.formats import Format, find_format
@@ -282,3 +284,26 @@ def test_real_rows(shared_dir: Path, name: str) -> None:
         assert sample["input_ids"][0] == tokenizer.bos_token_id
         trained = [token for token in sample["labels"] if token != IGNORED]
         assert str(tokenizer.decode(trained, skip_special_tokens=True)).strip() == target
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 1 / 0 }}",
+        "{{ 'x' * 10 ** 15 }}",
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+        "{{ ''.__class__.__mro__ }}",
+        # jinja2 before 3.1.6 lets it out of its sandbox.
+        "{{ ('{0.__class__.__init__.__globals__}'|attr('format'))(self) }}",
+    ],
+)
+def test_what_a_template_of_a_stranger_does_ends_as_an_error_of_the_row(
+    template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(target_tokens, "SECONDS", 0.3)
+    before = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(DataError, match="template refuses these turns"):
+        make(rows_of({"messages": [say("user", "a"), say("assistant", "b")]}), byte_tokenizer(chat_template=template))
+    assert signal.getsignal(signal.SIGALRM) == before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)

@@ -16,7 +16,7 @@ from tsqlora.errors import DataError, SettingsError
 from tsqlora.interop import files, patterns
 from tsqlora.interop.base import base_skeleton
 from tsqlora.interop.doctor import examine
-from tsqlora.interop.files import CONFIG, WEIGHTS, read_adapter, require_safe
+from tsqlora.interop.files import CONFIG, WEIGHTS, read_adapter
 from tsqlora.interop.patterns import require_quick
 from tsqlora.run.export import export
 
@@ -163,4 +163,4 @@ def test_a_pickle_beside_the_settings_is_refused_before_anything_loads_it(tmp_pa
     folder = save(tmp_path / "a")
     (folder / WEIGHTS).rename(folder / "adapter_model.bin")
     with pytest.raises(DataError, match=r"adapter_model\.bin, a pickle, which can run code and is not opened"):
-        require_safe(folder)
+        read_adapter(folder)

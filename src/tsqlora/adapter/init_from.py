@@ -58,10 +58,9 @@ def start_from(model: nn.Module, adapter: LoraAdapter, *, dropout: float, module
     for name, target in adapter.targets.items():
         require_fits(name, target, shapes)
     _require_heads_fit(model, adapter)
-    whole = adapter.config.get("modules_to_save") or ()
-    came = [name for name in whole if any(f".{name}." in f".{tensor}" for tensor in adapter.saved)]
-    new = [name for name in modules_to_save if not any(f".{name}".endswith(f".{other}") for other in came)]
     patterns = config_for(adapter)
+    came = patterns["modules_to_save"] or []
+    new = [name for name in modules_to_save if not any(f".{name}".endswith(f".{other}") for other in came)]
     config = new_config(
         model,
         patterns["target_modules"],

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerState, trainer_pt_utils
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, trainer_pt_utils
 from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
     get_reporting_integration_callbacks,
 )
 from transformers.models.auto import modeling_auto
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils.peft_utils import find_adapter_config_file
 
 SUMS = "loss_is_scaled_for_ga" if hasattr(Trainer, "loss_is_scaled_for_ga") else "model_accepts_loss_kwargs"
 """The Trainer's attribute that makes it sum a step's batches instead of averaging; the second name before 5.21."""
@@ -50,6 +52,30 @@ def summed_batches(trainer: Trainer) -> int:
 def callbacks_of(trainer: Trainer) -> Sequence[TrainerCallback]:
     """The Trainer's callbacks in calling order."""
     return trainer.callback_handler.callbacks
+
+
+def class_for(auto: Any, config: Any) -> type[PreTrainedModel] | None:
+    """The class that AutoModelFor… makes for a config; None for one that it does not support."""
+    kind = auto._model_mapping.get(type(config), None)
+    return kind[0] if isinstance(kind, tuple) else kind
+
+
+def require_no_adapter(path: str, revision: str) -> None:
+    """Raise ValueError if a directory or hub id has the settings of an adapter.
+
+    `from_pretrained` of a model would load it with PEFT, which trusts its settings.
+    """
+    if find_adapter_config_file(path, revision=revision) is not None:
+        raise ValueError("it has an adapter_config.json; merge that adapter into its base, or remove the file")
+
+
+def without_named_files(path: str, **where: Any) -> dict[str, None]:
+    """Arguments of a tokenizer's `from_pretrained` that unset the files named in its tokenizer_config.json.
+
+    transformers 5.2 opens them wherever they are, and `save_pretrained` copies them; without them it takes the files
+    beside the config.
+    """
+    return {name: None for name in get_tokenizer_config(path, **where) if name.endswith("_file")}
 
 
 def reporter_kinds(names: str | list[str] | None) -> tuple[type[TrainerCallback], ...]:

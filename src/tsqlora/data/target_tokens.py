@@ -1,15 +1,20 @@
 """Split a sample's text into prompts and targets, and tokenise it so that no token spans two of them."""
 
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from tsqlora.data.formats.chats import Chat, Example, Turn
 from tsqlora.errors import DataError, SettingsError
+
+SECONDS = 10.0
+"""Time limit of a chat template for one chat: its loops may be endless."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +88,30 @@ def _to_end_token(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
 def _rendered(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, place: str, *, prompt: bool) -> str:
     messages: list[Any] = [{"role": turn.role, "content": turn.content} for turn in turns]
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
-    except (TemplateError, ValueError) as error:
+        with _time_limit(SECONDS):
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+    except Exception as error:  # a template is a program of whoever made the model
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise DataError(f"{place}: the chat template refuses these turns ({reason}); correct one of the two") from error
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the code inside after a time; only in the main thread, since others get no signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"it takes longer than {seconds:g} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, left, interval)
+        signal.signal(signal.SIGALRM, before)
 
 
 def tokens_of(pieces: Sequence[Sequence[Piece]], tokenizer: PreTrainedTokenizerBase) -> list[list[Run]]:

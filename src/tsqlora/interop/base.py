@@ -1,5 +1,6 @@
 """Load the base model of an adapter: its modules' shapes from the config alone, or the model with weights."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,9 +22,10 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from tsqlora.compat.hub import why_not_loaded
+from tsqlora.compat.transformers import class_for, require_no_adapter, without_named_files
 from tsqlora.errors import SettingsError
 from tsqlora.interop.checkpoint import base_path, revision_of
-from tsqlora.interop.files import read_adapter
+from tsqlora.interop.files import read_adapter, require_inside
 from tsqlora.interop.lora import LoraAdapter
 from tsqlora.interop.rewrite import Shape
 
@@ -68,10 +70,14 @@ def base_of(folder: Path, path: str | None) -> Base:
     def where() -> str:
         return base_path(adapter, path)
 
+    def processors() -> Sequence[Any]:
+        require_inside(folder)
+        return load_processors((str(folder), "main"), (where(), revision_of(where(), adapter)))
+
     return Base(
         lambda: base_skeleton(where(), adapter),
         lambda dtype: load_base(where(), adapter, dtype),
-        lambda: load_processors((str(folder), "main"), (where(), revision_of(where(), adapter))),
+        processors,
         compare=path is not None,
     )
 
@@ -93,15 +99,14 @@ def base_skeleton(path: str, adapter: LoraAdapter) -> PreTrainedModel:
     """The base model without weights, from its config alone.  Raises SettingsError if it cannot be loaded."""
     with _loading(path):
         config = _config(path, adapter)
-        kind = _class(config, adapter)
-        with torch.device("meta"):
-            return kind.from_config(config) if kind.__name__.startswith("Auto") else kind(config)
+        return _skeleton(_class(config, adapter), config)
 
 
 def load_base(path: str, adapter: LoraAdapter, dtype: str | None = None) -> PreTrainedModel:
     """The base model with its weights, in its own precision or the one named.  Raises as `base_skeleton`."""
     with _loading(path):
         config, revision = _config(path, adapter), revision_of(path, adapter)
+        require_no_adapter(path, revision)
         if adapter.config.get("task_type") == "SEQ_CLS":
             _set_padding(config, path, revision)
         with torch.random.fork_rng(devices=[]):
@@ -142,8 +147,10 @@ def _set_padding(config: Any, path: str, revision: str) -> None:
 def load_tokenizer(path: str, revision: str = "main") -> PreTrainedTokenizerBase | None:
     """The tokenizer in a directory or on the hub, or None."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, revision=revision)
-    except (OSError, ValueError, KeyError, TypeError):  # the last where a tokenizer's class finds no vocabulary
+        named = without_named_files(path, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, revision=revision, **named)
+    # The last two where a class finds no vocabulary, or looks for one in a format that needs a further library.
+    except (OSError, ValueError, KeyError, TypeError, ImportError):
         return None
     # Without files transformers makes a tokenizer that knows only special tokens.
     return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
@@ -163,12 +170,35 @@ def load_processors(*places: tuple[str, str]) -> list[Any]:
 
 
 def _class(config: Any, adapter: LoraAdapter) -> Any:
-    """The task's class; without a task the class that the adapter was made on, else the checkpoint's own."""
-    if named := CLASSES.get(adapter.config.get("task_type") or ""):
-        return getattr(transformers, named)
-    kind = getattr(transformers, str(_made_on(adapter) or (config.architectures or [""])[0]), None)
+    """The task's class; without a task the class that the adapter was made on, else the checkpoint's own.
+
+    An adapter for causal models may be one on a model that reads images as well, which has another class.
+    """
+    task = CLASSES.get(adapter.config.get("task_type") or "")
+    kind = getattr(transformers, str((not task and _made_on(adapter)) or (config.architectures or [""])[0]), None)
     # The name may be hostile: transformers has functions and modules too.
-    return kind if isinstance(kind, type) and issubclass(kind, PreTrainedModel) else transformers.AutoModel
+    own = kind if isinstance(kind, type) and issubclass(kind, PreTrainedModel) else None
+    if task is None:
+        return own or transformers.AutoModel
+    auto = getattr(transformers, task)
+    mapped = class_for(auto, config)
+    if own is None or mapped is own or not own.can_generate() or (mapped is not None and not mapped.can_generate()):
+        return auto
+    return auto if mapped is not None and _has_targets(auto, config, adapter) else own
+
+
+def _has_targets(kind: Any, config: Any, adapter: LoraAdapter) -> bool:
+    names = dict(_skeleton(kind, copy.deepcopy(config)).named_modules())
+    return all(name in names for name in adapter.targets)
+
+
+def _skeleton(kind: Any, config: Any) -> PreTrainedModel:
+    with torch.device("meta"):
+        if not kind.__name__.startswith("Auto"):
+            return kind(config)
+        mapped, text = class_for(kind, config), config.get_text_config()
+        # transformers 5.2 takes the text part's config only in from_pretrained.
+        return kind.from_config(text if mapped is not None and mapped.config_class is type(text) else config)
 
 
 def _made_on(adapter: LoraAdapter) -> str | None:

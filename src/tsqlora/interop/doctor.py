@@ -13,7 +13,7 @@ from typing import Any
 from tsqlora.compat.hub import cached_model
 from tsqlora.errors import SettingsError, TsqLoraError, UnsupportedError, nearest
 from tsqlora.interop.checkpoint import base_config, base_path, base_weights, revision_of
-from tsqlora.interop.files import pickles, read_adapter
+from tsqlora.interop.files import CONFIG, pickles, read_adapter
 from tsqlora.interop.gguf import ARCHITECTURES
 from tsqlora.interop.health import layer_health, nonfinite, vllm_rank
 from tsqlora.interop.lora import UNMERGEABLE, LoraAdapter, tied_targets
@@ -216,6 +216,8 @@ def _notes(folder: Path, adapter: LoraAdapter, *, has_base: bool) -> list[str]:
     notes = []
     if unsafe := pickles(folder):
         notes.append(f"{', '.join(unsafe)} can run code when loaded, and was not opened; delete it")
+    if adapter.ignored:
+        notes.append(f"{CONFIG} sets {', '.join(adapter.ignored)}, which tsqlora does not know and leaves out")
     if adapter.base is None:
         notes.append("the adapter names no base model; whoever loads it must know which")
     elif (Path(adapter.base).is_absolute() or adapter.base.startswith(".")) and not os.path.isdir(adapter.base):

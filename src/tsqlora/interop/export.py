@@ -7,17 +7,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
 from tsqlora.errors import SettingsError, UnsupportedError, nearest
 from tsqlora.interop import gguf
+from tsqlora.interop.attach import attach
 from tsqlora.interop.base import Base, module_shapes
-from tsqlora.interop.files import new_directory, read_adapter, require_new, write_adapter
+from tsqlora.interop.files import CONFIG, new_directory, read_adapter, require_new, write_adapter
 from tsqlora.interop.health import require_finite, vllm_rank
 from tsqlora.interop.lora import LoraAdapter
-from tsqlora.interop.patterns import has_expressions
 from tsqlora.interop.rewrite import compact, ranks_for, require_fits, spelled_out, truncate, universal
 from tsqlora.interop.verify import (
     NAMES,
@@ -27,7 +26,7 @@ from tsqlora.interop.verify import (
     compare_weights,
     logits,
     peft_logits,
-    takes_tokens,
+    why_not_compared,
 )
 
 FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -121,12 +120,9 @@ def export_adapter(
             # PEFT cannot load a layer of rank 0.
             source = Path(loadable)
             write_adapter(compact(adapter), source)
-        elif has_expressions(adapter.config):
-            # PEFT matches them with Python's re, which may never end.
-            source = Path(loadable)
-            write_adapter(spelled_out(adapter), source)
         done = FORMATS[format](Job(source, adapter, folder, base, dtype))
-    return replace(done, truncation=errors)
+    unknown = [f"{CONFIG} sets {name}, which tsqlora does not know and leaves out" for name in adapter.ignored]
+    return replace(done, truncation=errors, notes=(*done.notes, *unknown))
 
 
 def _ranks(adapter: LoraAdapter, max_rank: int | None, mean_rank: float | None) -> dict[str, int]:
@@ -138,7 +134,9 @@ def _ranks(adapter: LoraAdapter, max_rank: int | None, mean_rank: float | None) 
 
 def _peft(job: Job) -> Exported:
     if beyond := [*job.adapter.variants(), *sorted(job.adapter.further)]:
-        return _written(job, job.adapter, f"the adapter has {beyond[0]}: tensors and settings are copied as they are")
+        return _written(
+            job, spelled_out(job.adapter), f"the adapter has {beyond[0]}: its tensors are copied as they are"
+        )
     return _written(job, compact(job.adapter))
 
 
@@ -174,8 +172,8 @@ def _with_logits(job: Job, done: Exported, export: Path, dtype: str) -> Exported
         return done
     model = job.base.load("float32")
     _require_fit(job.adapter, model)
-    if not takes_tokens(model):
-        return replace(done, notes=(*done.notes, _not_compared(model)))
+    if reason := why_not_compared(model):
+        return replace(done, notes=(*done.notes, f"logits not compared, because {reason}"))
     reference = peft_logits(model, job.source)
     del model  # keep one base in memory at a time
     gap, size = compare_logits(reference, peft_logits(job.base.load("float32"), export), dtype)
@@ -194,10 +192,12 @@ def _merged(job: Job) -> Exported:
         done = Exported(Difference(0.0, 0.0, 0.0, layer=None), notes=(note,))
     else:
         done = Exported(compare_weights(base.load(job.dtype), saved, job.adapter))
-    if not takes_tokens(saved):
-        return replace(done, notes=(*done.notes, _not_compared(saved)))
     # In float32, so that only the rounding of the weights differs.
-    reference = peft_logits(base.load(job.dtype).float(), job.source)
+    model = base.load(job.dtype).float()
+    if reason := why_not_compared(model):
+        return replace(done, notes=(*done.notes, f"logits not compared, because {reason}"))
+    reference = peft_logits(model, job.source)
+    del model
     gap, size = compare_logits(reference, logits(saved.float()), dtype)
     return replace(done, difference=replace(done.difference, logits=gap, logits_size=size))
 
@@ -233,7 +233,7 @@ def merge_into(base: PreTrainedModel, adapter: LoraAdapter, folder: Path) -> Pre
         raise UnsupportedError(f"the adapter has lora_bias, but {bare[0]} of the base has no bias; serve it with PEFT")
     if any(target.kind == "embedding" or name.endswith("lm_head") for name, target in adapter.targets.items()):
         _untie(base)
-    merged = PeftModel.from_pretrained(base, str(folder)).merge_and_unload(safe_merge=True)
+    merged = attach(base, folder).merge_and_unload(safe_merge=True)
     assert isinstance(merged, PreTrainedModel)
     return merged
 
@@ -256,10 +256,6 @@ def reload(folder: Path, like: PreTrainedModel) -> PreTrainedModel:
     """Load a saved model as the same class in the same precision."""
     kind = type(like)
     return kind.from_pretrained(folder, dtype=like.dtype if like.dtype.is_floating_point else torch.float32).eval()
-
-
-def _not_compared(model: PreTrainedModel) -> str:
-    return f"logits not compared, because the model takes {model.main_input_name}"
 
 
 def _cast(adapter: LoraAdapter, dtype: str) -> LoraAdapter:

@@ -7,7 +7,7 @@ runs no code.
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from safetensors import SafetensorError
 
 from tsqlora.errors import DataError, SettingsError
 from tsqlora.files import parents_of, reading, replacing
+from tsqlora.interop.config import literal_config, read_config
 from tsqlora.interop.lora import Kind, LoraAdapter, Target
-from tsqlora.interop.patterns import PATTERNS, lora_config, require_quick, scale_of
+from tsqlora.interop.patterns import PATTERNS, require_quick, scale_of
 from tsqlora.interop.tensors import PRECISIONS, Stored, read_tensors, store, to_bytes
 
 CONFIG = "adapter_config.json"
@@ -31,9 +32,6 @@ _MATRICES = {
     "linear": ("lora_A.weight", "lora_B.weight"),
     "embedding": ("lora_embedding_A", "lora_embedding_B"),
 }
-_LARGEST = 1e9
-"""Bound of ranks and alphas, so that their quotients are finite."""
-_MOST_CONFIG_BYTES = 1 << 24
 _LONGEST_NAME = 500
 _FURTHER = re.compile(r"\.(lora_\w+|token_adapter|trainable_tokens_\w+)(\.|$)")
 
@@ -45,7 +43,7 @@ def read_adapter(folder: Path) -> LoraAdapter:
     directory, and for tensors and settings that do not fit each other.
     """
     path = _inside(folder, CONFIG)
-    config = _config(path)
+    config, ignored = read_config(path)
     tensors = _tensors(folder)
     pairs: dict[str, dict[str, Stored]] = {}
     saved: dict[str, Stored] = {}
@@ -66,13 +64,7 @@ def read_adapter(folder: Path) -> LoraAdapter:
     patterns = [key for setting in PATTERNS for key in config.get(setting) or ()]
     require_quick(patterns, list(pairs), f"{path}: {' or '.join(PATTERNS)}")
     targets = {name: _target(name, pair, config) for name, pair in sorted(pairs.items())}
-    return LoraAdapter(config, targets, saved, further, base_layers)
-
-
-def require_safe(folder: Path) -> None:
-    """Raise DataError if settings or weights are missing, are a pickle, or are a link out of the directory."""
-    _inside(folder, CONFIG)
-    _inside(folder, WEIGHTS)
+    return LoraAdapter(config, targets, saved, further, base_layers, ignored)
 
 
 def pickles(folder: Path) -> list[str]:
@@ -109,45 +101,6 @@ def _target(name: str, pair: Mapping[str, Stored], config: Mapping[str, Any]) ->
     return Target(a.numbers(), b.numbers(), scale, kind, dtype)
 
 
-def _is_number(value: Any) -> bool:
-    # No comparison with a NaN is true.
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
-
-
-def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and _is_number(value)
-
-
-def _maps_to(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: not value or (isinstance(value, dict) and all(map(fits, value.values())))
-
-
-_FITS: Mapping[str, Callable[[Any], bool]] = {
-    "peft_type": lambda value: value == "LORA",
-    "r": lambda value: _is_rank(value) and value >= 1,
-    "lora_alpha": _is_number,
-    "rank_pattern": _maps_to(_is_rank),
-    "alpha_pattern": _maps_to(_is_number),
-    **dict.fromkeys(
-        ("base_model_name_or_path", "task_type", "revision"), lambda value: value is None or isinstance(value, str)
-    ),
-}
-"""Valid values in adapter_config.json, by setting."""
-
-
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _MOST_CONFIG_BYTES:
-            raise ValueError(f"it has {path.stat().st_size:,} bytes")
-        config = {"lora_alpha": 8} | json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise DataError(f"{path} holds no adapter settings ({error})") from None
-    for setting, fits in _FITS.items():
-        if not fits(config.get(setting)):
-            raise DataError(f"{path}: {setting} is {config.get(setting)!r}, which is invalid in PEFT's LoRA")
-    return config
-
-
 def _tensors(folder: Path) -> dict[str, Stored]:
     path = _inside(folder, WEIGHTS)
     try:
@@ -173,12 +126,23 @@ def _inside(folder: Path, name: str) -> Path:
                 "trust it, load the adapter with PEFT and save it with save_pretrained"
             )
         raise DataError(f"{folder} has no {name}; name the directory of an adapter that PEFT saved")
+    _require_own(path, folder)
+    return path
+
+
+def require_inside(folder: Path) -> None:
+    """Raise DataError if the directory has a link out of it: an export would copy what it leads to."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            _require_own(path, folder)
+
+
+def _require_own(path: Path, folder: Path) -> None:
     real, home = path.resolve(), folder.resolve()
     # A hub cache's snapshots/REVISION/ holds links into its blobs/.
     allowed = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     if not real.is_file() or real.parent not in (home, allowed):
         raise DataError(f"{path} links to {real}, outside its directory; copy the file into it")
-    return path
 
 
 def _shown(tensor: Stored) -> str:
@@ -231,21 +195,6 @@ def tensors_of(adapter: LoraAdapter) -> dict[str, Stored]:
 
 
 def config_for(adapter: LoraAdapter) -> dict[str, Any]:
-    """The adapter's config with its targets' ranks and scales."""
-    targets = adapter.targets.items()
-    scales = {name: target.scale for name, target in targets}
-    return plain_config(adapter.config, **lora_config({name: target.rank for name, target in targets}, scales))
-
-
-def plain_config(config: Mapping[str, Any], **changed: Any) -> dict[str, Any]:
-    """A config in which only `target_modules` selects layers, and with which PEFT does not change the base."""
-    return {
-        **config,
-        "init_lora_weights": True,
-        "inference_mode": True,
-        "use_rslora": False,
-        "exclude_modules": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        **changed,
-    }
+    """The adapter's config with the names, ranks and scales of its targets."""
+    ranks, scales = ({name: getattr(t, key) for name, t in adapter.targets.items()} for key in ("rank", "scale"))
+    return literal_config(adapter.config, ranks, scales, adapter.saved)

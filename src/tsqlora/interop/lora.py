@@ -1,7 +1,7 @@
 """A LoRA adapter as a value: its targets, each W + s·BA, and the tensors beside them."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -63,11 +63,12 @@ class LoraAdapter:
     """The content of an adapter's files.
 
     Attributes:
-        config: adapter_config.json, unchanged.
+        config: the settings of adapter_config.json that are used, unchanged.
         targets: by module name in the base model; at least one.
         saved: tensors of modules that were saved in full (heads), by name in the base model.
         base_layers: base weights that PEFT copies beside the adapter of an embedding.
         further: other tensors of a target, by the file's names: DoRA's magnitudes, biases of B.
+        ignored: names of unknown settings that adapter_config.json sets.
     """
 
     config: Mapping[str, Any]
@@ -75,6 +76,7 @@ class LoraAdapter:
     saved: Mapping[str, Stored] = field(default_factory=dict)
     further: Mapping[str, Stored] = field(default_factory=dict)
     base_layers: Mapping[str, Stored] = field(default_factory=dict)
+    ignored: Collection[str] = ()
 
     @property
     def base(self) -> str | None:
@@ -103,12 +105,17 @@ class LoraAdapter:
     def variants(self) -> list[str]:
         """PEFT's options that make the adapter more than s·BA on the base's own weights."""
         options = [option for option in VARIANTS if self.config.get(option)]
-        init = self.config.get("init_lora_weights", True)
-        if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
-            options.append(f"init_lora_weights={init}")
+        if changes_base(self.config):
+            options.append(f"init_lora_weights={self.config['init_lora_weights']}")
         if self.config.get("bias", "none") != "none":
             options.append(f"bias={self.config['bias']}")
         return options
+
+
+def changes_base(config: Mapping[str, Any]) -> bool:
+    """Whether PEFT changes the base's weights when it loads an adapter with this config."""
+    init = config.get("init_lora_weights")
+    return isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS)
 
 
 def tied_targets(adapter: LoraAdapter) -> list[str]:

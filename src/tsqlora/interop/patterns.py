@@ -107,11 +107,6 @@ def is_plain(key: str) -> bool:
     return _NAME.fullmatch(key) is not None
 
 
-def has_expressions(config: Mapping[str, Any]) -> bool:
-    """Whether a key is a regular expression rather than a name."""
-    return not all(is_plain(key) for setting in PATTERNS for key in config.get(setting) or ())
-
-
 def require_quick(keys: Collection[str], names: Collection[str], source: str) -> None:
     """Raise DataError if keys are invalid patterns, or take longer than SECONDS on these names.
 

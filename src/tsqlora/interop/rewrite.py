@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tsqlora.errors import DataError, UnsupportedError
-from tsqlora.interop.files import config_for, plain_config
+from tsqlora.interop.config import plain_config
+from tsqlora.interop.files import config_for
 from tsqlora.interop.lora import Kind, LoraAdapter, Target
-from tsqlora.interop.patterns import alpha_for, lora_config
+from tsqlora.interop.patterns import alpha_for
 from tsqlora.interop.tensors import PRECISIONS, Array, rounded
 
 
@@ -37,15 +38,12 @@ def compact(adapter: LoraAdapter) -> LoraAdapter:
     require_plain(adapter, "a rewritten adapter")
     used = {name: target.used() for name, target in adapter.targets.items()}
     targets = {name: replace(t, a=t.a[used[name]], b=t.b[:, used[name]]) for name, t in adapter.targets.items()}
-    return _with_targets(adapter, {name: target for name, target in targets.items() if target.rank})
+    return spelled_out(replace(adapter, targets={name: target for name, target in targets.items() if target.rank}))
 
 
 def spelled_out(adapter: LoraAdapter) -> LoraAdapter:
-    """Replace regular expressions in the patterns by the layers' full names."""
-    targets = adapter.targets.items()
-    named = lora_config({name: t.rank for name, t in targets}, {name: t.scale for name, t in targets})
-    del named["target_modules"]
-    return replace(adapter, config={**adapter.config, **named, "use_rslora": False})
+    """Replace all patterns by the names of modules."""
+    return replace(adapter, config=config_for(adapter))
 
 
 def truncate(adapter: LoraAdapter, ranks: Mapping[str, int]) -> tuple[LoraAdapter, dict[str, float]]:
@@ -56,7 +54,7 @@ def truncate(adapter: LoraAdapter, ranks: Mapping[str, int]) -> tuple[LoraAdapte
     require_plain(adapter, "a truncated adapter")
     cut = {name: cut_to(target, ranks[name]) for name, target in adapter.targets.items() if target.rank > ranks[name]}
     targets = {**adapter.targets, **{name: target for name, (target, _) in cut.items()}}
-    left = _with_targets(adapter, {name: target for name, target in targets.items() if target.rank})
+    left = spelled_out(replace(adapter, targets={name: target for name, target in targets.items() if target.rank}))
     return left, {name: error for name, (_, error) in cut.items()}
 
 
@@ -79,11 +77,6 @@ def ranks_for(adapter: LoraAdapter, mean_rank: float) -> dict[str, int]:
             ranks[name] += 1
             left -= costs[name]
     return ranks
-
-
-def _with_targets(adapter: LoraAdapter, targets: Mapping[str, Target]) -> LoraAdapter:
-    changed = replace(adapter, targets=targets)
-    return replace(changed, config=config_for(changed))
 
 
 def cut_to(target: Target, rank: int) -> tuple[Target, float]:

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tsqlora.errors import TsqLoraError
+from tsqlora.interop.attach import attach
 from tsqlora.interop.lora import LoraAdapter, Target
 from tsqlora.interop.tensors import PRECISIONS, Array, Precision
 
@@ -122,7 +122,7 @@ def _sums(target: Target) -> Array:
 
 def peft_logits(model: PreTrainedModel, folder: Path) -> Tensor:
     """Logits of the model with an adapter, through PEFT; the model cannot be used again."""
-    return logits(PeftModel.from_pretrained(model, str(folder)))
+    return logits(attach(model, folder))
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -137,24 +137,39 @@ def logits(model: nn.Module) -> Tensor:
     return values.float().cpu()
 
 
-def takes_tokens(model: PreTrainedModel) -> bool:
-    """Whether `logits` can feed the model."""
-    return model.main_input_name == "input_ids"
+def why_not_compared(model: PreTrainedModel) -> str | None:
+    """Why `logits` cannot feed the model; None if it can."""
+    if model.main_input_name != "input_ids":
+        return f"the model takes {model.main_input_name}"
+    try:
+        logits(model)
+    except Exception as error:  # a model that needs more than tokens can raise anything
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        return f"{type(model).__name__} does not run on tokens alone ({reason})"
+    return None
 
 
 def probe_rows(model: Any) -> dict[str, Tensor]:
     """A batch of random tokens, the same for every model of this vocabulary; each row ends in the end token."""
     config = model.config
-    generator = torch.Generator().manual_seed(0)
-    special = {config.pad_token_id, *_as_list(config.eos_token_id)} - {None}
-    ordinary = torch.tensor([token for token in range(config.get_text_config().vocab_size) if token not in special])
-    ids = ordinary[torch.randint(len(ordinary), (_ROWS, _TOKENS), generator=generator)]
-    if ends := _as_list(config.eos_token_id):
+    text = config.get_text_config()
+    # Among them tokens that stand for images.
+    special = {token for part in (config, text) for token in _special(part)}
+    vocabulary = min(text.vocab_size, getattr(getattr(config, "encoder", text), "vocab_size", text.vocab_size))
+    ordinary = torch.tensor([token for token in range(vocabulary) if token not in special])
+    ids = ordinary[torch.randint(len(ordinary), (_ROWS, _TOKENS), generator=torch.Generator().manual_seed(0))]
+    if ends := [token for token in _as_list(text.eos_token_id) if token < vocabulary]:
         ids[:, -1] = ends[0]
     rows = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if config.is_encoder_decoder:
         rows["decoder_input_ids"] = ids
     return rows
+
+
+def _special(config: Any) -> Iterator[int]:
+    for name, value in config.to_dict().items():
+        if name.endswith(("token_id", "token_index")):
+            yield from _as_list(value)
 
 
 def _as_list(token: Any) -> list[int]:

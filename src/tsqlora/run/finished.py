@@ -20,7 +20,8 @@ from tsqlora.data.samples import TokenisedSplit
 from tsqlora.data.splits import Splits, one_split
 from tsqlora.data.tokenise import encoder
 from tsqlora.errors import DataError, SettingsError
-from tsqlora.interop.files import require_safe
+from tsqlora.interop.attach import attach
+from tsqlora.interop.files import read_adapter
 from tsqlora.run.config import Config, load_config
 from tsqlora.run.fit import EVAL_BATCH, Predictor, warn_of_cuts
 from tsqlora.run.job import Job, load_model, require_of_task, trained_task
@@ -129,9 +130,9 @@ def open_run(run: Path, overrides: Sequence[str] = ()) -> FinishedRun:
             f"{run / CONFIG_FILE} has model.trust_remote_code true, which runs code of {config.model.path}; if you "
             f"trust it, set {TRUST}=1 in the environment"
         )
-    require_safe(run / ADAPTER_DIR)
+    read_adapter(run / ADAPTER_DIR)  # before the model is loaded
     pretrained = load_model(config, trained_task(config), _labels_of(record))
-    model = PeftModel.from_pretrained(pretrained.model, str(run / ADAPTER_DIR), is_trainable=True)
+    model = attach(pretrained.model, run / ADAPTER_DIR, trainable=True)
     if config.model.quantization is None:  # a quantised model is on its device already
         model.to(device_of(config))
     return FinishedRun(config, record, replace(pretrained, model=model), model)

@@ -133,7 +133,8 @@ def memory(config: Config, task: Task, model: PeftModel, *, longest: int, bf16: 
     layers: list[Any] = list(layers_of(model).values())
     features = sum(layer.in_features + 2 * layer.out_features for layer in layers)
     if isinstance(task, Generation):
-        features += 3 * int(getattr(model.config, "vocab_size", 0))  # logits, once more in float32, and their gradient
+        # Logits, once more in float32, and their gradient.
+        features += 3 * int(model.config.get_text_config().vocab_size)
     return weights + trained + config.training.batch_size * longest * features * (2 if bf16 else 4)
 
 

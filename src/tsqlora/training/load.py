@@ -27,6 +27,7 @@ from transformers import (
 from tsqlora.adapter.config import heads, outermost, require_supported_packing
 from tsqlora.compat.bitsandbytes import keep_as_trained, linear_bits
 from tsqlora.compat.hub import require_model, why_not_loaded
+from tsqlora.compat.transformers import require_no_adapter, without_named_files
 from tsqlora.data.batches import MULTIPLE, GenerationCollator, PairCollator, collator, generation_collator
 from tsqlora.data.labels import LabelMap
 from tsqlora.data.media import MediaCollator
@@ -93,6 +94,7 @@ def load_pretrained(
     require_model(path)
     common: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     with _named_failures(path):
+        require_no_adapter(path, common["revision"])
         config = AutoConfig.from_pretrained(path, **common, **({} if generation else _head(labels)))
         by_word = labels is not None and labels.answer == "tags"
         if media is not None:
@@ -155,13 +157,14 @@ def _tokenizer(path: str, config: Any, *, by_word: bool, generates: bool, **comm
     """The tokenizer, with a padding token that the config names too."""
     # Byte-level tokenizers read words one by one only with a space before each.
     spaced = {"add_prefix_space": True} if by_word else {}
-    tokenizer = AutoTokenizer.from_pretrained(path, **common, **spaced)
+    tokenizer = AutoTokenizer.from_pretrained(path, **common, **spaced, **without_named_files(path, **common))
     # A causal model reads its class at the last token that is not padding.
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     # By its config's number, whatever the tokenizer pads with.
-    if not generates or getattr(config, "pad_token_id", None) is None:
-        config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    text = config.get_text_config()
+    if not generates or text.pad_token_id is None:
+        text.pad_token_id = tokenizer.pad_token_id
     return tokenizer
 
 
