@@ -13,7 +13,7 @@ import numpy as np
 from tsqlora.compat.shapes import Bool, Float, Int
 from tsqlora.errors import DataError
 from tsqlora.quality.duplicates import labels_of_nearest
-from tsqlora.quality.label_noise import LabelNoise, Labels, Logits, label_noise
+from tsqlora.quality.label_noise import Labels, Logits, label_noise
 from tsqlora.quality.linear_head import FOLDS, out_of_fold_logits
 from tsqlora.quality.ridge import fit_temperature
 from tsqlora.quality.transitions import blind_transitions, fit_transitions, true_class
@@ -35,7 +35,10 @@ ROWS_AT_ONCE = 16_384
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Judgement:
-    """What the judge says of each label.  Unless wrong labels are `evident`, only the order of the rows is informative."""
+    """What the judge says of each label.
+
+    Unless wrong labels are `evident`, only the order of the rows is informative.
+    """
 
     logits: Logits
     """Out of fold and calibrated."""
@@ -130,7 +133,9 @@ def judge_logits(
     return Judgement(logits, p_true, p_wrong, judged, evident, why_not, rate if evident else 0.0, low, min(high, 1.0))
 
 
-def _shared(p_wrong: Float[np.ndarray, " n"], judged: Bool[np.ndarray, " n"], labels: Labels, nearest: partial) -> float:
+def _shared(
+    p_wrong: Float[np.ndarray, " n"], judged: Bool[np.ndarray, " n"], labels: Labels, nearest: partial
+) -> float:
     """Return the share of the likely wrong labels that are also those of the nearest rows; 0 without any."""
     likely = np.flatnonzero((p_wrong > 0.5) & judged)
     if not len(likely):

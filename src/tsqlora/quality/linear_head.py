@@ -45,9 +45,6 @@ class LinearHead:
     def logits(self, features: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n k"]:
         return features.astype(np.float64) @ self.weight.T + self.bias
 
-    def scaled(self, by: float) -> "LinearHead":
-        return LinearHead(self.weight * by, self.bias * by)
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeadFit:
@@ -57,6 +54,8 @@ class HeadFit:
     strength: float
     rows: Int[np.ndarray, " m"]
     """The rows that chose the strength, at most 5,000."""
+    targets: Shaped[np.ndarray, "m *k"]
+    """Of those rows."""
     losses: Float[np.ndarray, " m"]
     """Out-of-fold losses of those rows."""
     middle: float = 0.0
@@ -104,7 +103,7 @@ def fit_head(
         losses, strength, heads, _ = _out_of_fold(fit, features[some], targets[some], kind, own, rng)
         head = fit(features, targets, strength, start=_mean(heads))
     head = LinearHead(head.weight / unit, head.bias - head.weight @ centre / unit)
-    return HeadFit(head, strength, some, losses, middle)
+    return HeadFit(head, strength, some, targets[some], losses, middle)
 
 
 def out_of_fold_logits(
