@@ -23,6 +23,8 @@ Kind = Literal["classes", "labels", "numbers"]
 
 STRENGTHS = np.geomspace(1e-2, 1e5, 8)
 """Candidates for sklearn's C, on features of mean square norm 1; weaker penalties as long as the loss falls."""
+ENOUGH = 0.99
+"""Try a weaker penalty only while the out-of-fold loss falls by more than 1 %."""
 FOLDS = 3
 ROWS_TO_CHOOSE = 5_000
 """Choose the strength of a head on at most this many rows."""
@@ -178,7 +180,7 @@ def _out_of_fold(
         heads = [fit(features[t], labels[t], strength, start=s) for (t, _), s in zip(folds, starts, strict=True)]
         for head, (_, test) in zip(heads, folds, strict=True):
             losses[test] = row_losses(head.logits(features[test]), labels[test], kind)
-        if best is not None and losses.mean() > best[0].mean():
+        if best is not None and losses.mean() > ENOUGH * best[0].mean():
             break  # the loss has one minimum, and weaker penalties take longer to fit
         best = losses, strength, heads
     assert best is not None
