@@ -37,7 +37,10 @@ ROWS_AT_ONCE = 16_384
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Judgement:
-    """What the judge says of each label.  Unless wrong labels are `evident`, only the rows' order is informative."""
+    """What the judge says of each label.
+
+    Unless wrong labels are `evident`, only the order of the rows is informative.
+    """
 
     logits: Logits
     """Out of fold and calibrated."""
