@@ -256,5 +256,6 @@ def _logistic(
     with warnings.catch_warnings():
         # Out-of-fold losses also judge a fit that did not converge.
         warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.filterwarnings("ignore", "The number of unique classes")
         model.fit(features, labels, sample_weight=shares)
     return model.coef_, np.asarray(model.intercept_) if intercept else np.zeros(len(model.coef_))
