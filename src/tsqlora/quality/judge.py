@@ -86,7 +86,12 @@ def judge(
     several = len(labels) if groups is None else len(np.unique(groups))
     if several < FOLDS:
         raise DataError(f"{several} rows with a label are too few to judge labels; give at least {FOLDS}")
-    logits = out_of_fold_logits(features, labels, width, groups=groups, rng=stream("audit folds", 0))
+    rng = stream("audit folds", 0)
+    # By their content: which rows share a fold must not depend on how a file is sorted.
+    order = np.argsort(features @ rng.normal(size=features.shape[1]).astype(np.float32))
+    own = None if groups is None else groups[order]
+    logits = np.empty((len(labels), width), dtype=np.float32)
+    logits[order] = out_of_fold_logits(features[order], labels[order], width, groups=own, rng=rng)
     if excluded is not None:
         logits = np.where(excluded, logits.min(axis=1, keepdims=True), logits)
     return judge_logits(logits, labels, features=features, groups=groups)
