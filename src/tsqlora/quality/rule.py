@@ -159,6 +159,8 @@ class Compute:
     scores; delete it once they are saved. Needs the rows' hashes."""
     progress: Progress | None = None
     """Called with (phase, rows done, all rows)."""
+    workers: int = 0
+    """Processes that read rows ahead; 0 reads them in this one."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
