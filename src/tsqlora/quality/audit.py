@@ -205,7 +205,7 @@ def audit_of_judgement(
     ids: Int[np.ndarray, " n"] | None = None,
     excluded: Bool[np.ndarray, "n k"] | None = None,
 ) -> Audit:
-    """Present what `judge` or `judge_logits` says of labels; `excluded` classes of a row are not suggested."""
+    """Present a judgement of these labels; `excluded` classes of a row are not suggested."""
     rows, wrong, others = np.arange(len(labels)), judgement.p_wrong, judgement.p_true.copy()
     if excluded is not None:
         others[excluded] = -1
