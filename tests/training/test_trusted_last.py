@@ -67,7 +67,7 @@ def make(
 ) -> tuple[Trainer, tsq.QualityCallback]:
     """Five epochs of four steps; with trusted rows those from step 14 on train on them."""
     data = tsq.QualitySubset(POOL, 0.5, trusted=trusted)
-    quality = quality_by(data, **({"trusted_last": True} | (rule or {})))
+    quality = quality_by(data, **(rule or {}))
     options = {"num_train_epochs": 5, "train_sampling_strategy": "random"} | further
     return make_trainer(slotted_bert(), data, folder, [*first, quality, *also], **options), quality
 
@@ -198,6 +198,52 @@ def test_a_run_that_stops_before_its_trusted_rows_says_so(tmp_path: Path) -> Non
     trainer, quality = make(tmp_path, Stop(15))
     trainer.train()
     assert quality.notes == [FEW]
+
+
+@SAYS_BEST
+@pytest.mark.filterwarnings("ignore:early stopping ended the steps on the pool:UserWarning")
+@pytest.mark.parametrize("ours_first", [False, True])
+@pytest.mark.parametrize(
+    "further",
+    [
+        {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2},
+        {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2, "num_train_epochs": 1}
+        | {"per_device_train_batch_size": 2},
+        {"eval_strategy": "epoch", "save_strategy": "epoch"},
+        {"eval_strategy": "epoch", "save_strategy": "epoch", "dataloader_num_workers": 2},
+    ],
+    ids=["steps", "one epoch", "epochs", "workers"],
+)
+def test_early_stopping_jumps_to_the_trusted_rows(further: dict[str, Any], ours_first: bool, tmp_path: Path) -> None:
+    options = {**BEST, **further}
+
+    def early() -> tuple[Trainer, tsq.QualityCallback, Handed]:
+        stop, handed = EarlyStoppingCallback(1), Handed()
+        also, first = ((stop, handed), ()) if ours_first else ((handed,), (stop,))
+        return *make(tmp_path, *also, first=first, compute_metrics=Falling(), **options), handed
+
+    trainer, quality, handed = early()
+    trainer.train()
+    assert sum("early stopping ended" in note for note in quality.notes) == 1
+    total = trainer.state.max_steps
+    first = quality.schedule.trusted_step
+    pool, last = ([s for s in handed.steps if (s < first) == before] for before in (True, False))
+    assert len(pool) < first
+    assert last[0] == first
+    assert all(row < 64 for step in pool for row in handed.steps[step])
+    assert all(row >= 64 for step in last[1:] for row in handed.steps[step])  # one batch was read ahead
+    rates = {log["step"]: log["learning_rate"] for log in trainer.state.log_history if "learning_rate" in log}
+    if trainer.state.global_step == total:
+        assert not rates or min(rates.values()) < 0.2 * max(rates.values())
+    # A later checkpoint goes on with the same rows.
+    after = [path for path in tmp_path.glob("checkpoint-*") if int(path.name.split("-")[1]) > first]
+    if not after:
+        return
+    at = min(int(path.name.split("-")[1]) for path in after)
+    if at < trainer.state.global_step:
+        again, _, rest = early()
+        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{at}"))
+        assert rest.steps == {step: rows for step, rows in handed.steps.items() if step >= at}
 
 
 class Head(TrainerCallback):

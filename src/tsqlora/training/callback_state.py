@@ -90,6 +90,8 @@ class QualityState:
     draws: dict[str, Any]
     """Options that decide scores and draws."""
     notes: list[str]
+    jumped: bool = False
+    """Whether early stopping ended the steps on the pool, so that the run went on with those on trusted rows."""
 
     def save(self, folder: Path) -> None:
         if distributed.is_first():

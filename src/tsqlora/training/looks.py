@@ -28,6 +28,8 @@ class Schedule:
     """The epoch before which all rows are looked at again."""
     step_size: int
     """Rows of a step, of every process."""
+    epoch_steps: int
+    """Steps of an epoch."""
 
     @classmethod
     def of(cls, data: QualitySubset, args: TrainingArguments, state: TrainerState, batches: int) -> "Schedule":
@@ -38,7 +40,7 @@ class Schedule:
         epoch, step = divmod(first, an_epoch)
         place = (epoch, min(step * a_step, len(data))) if first < total else None
         again = (e for e in range(1, math.ceil(total / an_epoch)) if LOOK_AGAIN * total <= e * an_epoch < first)
-        return cls(first, place, next(again, None), a_step)
+        return cls(first, place, next(again, None), a_step, an_epoch)
 
 
 def look_summary(scores: Scores, why_not: str | None) -> dict[str, Any]:

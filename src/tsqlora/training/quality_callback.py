@@ -10,7 +10,7 @@ import torch
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from torch import nn
 from torch.utils.data import SequentialSampler
-from transformers import TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils.logging import tqdm
 
 from tsqlora import distributed
@@ -91,7 +91,7 @@ class QualityCallback(PartCallback):
         self.task, self.rows = task, rows or RowNames()
         self.scores_path = None if scores_path is None else Path(scores_path)
         self.progress, self.collate = progress, collate
-        self.schedule = Schedule(0, None, None, 0)
+        self.schedule = Schedule(0, None, None, 0, 1)
         self._rows_hash: str | None = None
         self._forget()
 
@@ -101,6 +101,7 @@ class QualityCallback(PartCallback):
         self._spent: dict[str, PhaseCost] = {}
         self._digest: str | None = None
         self._first: Scores | None = None
+        self._jumped = False
 
     def begin(self, args: TrainingArguments, state: TrainerState, resumed: Path | None, **kwargs: Any) -> None:
         distributed.refuse_deepspeed(args.deepspeed_plugin)
@@ -131,6 +132,8 @@ class QualityCallback(PartCallback):
         self._forget()
         if saved is not None:
             self._resume(saved, self._path(args))
+            if saved.jumped:  # the Trainer goes on at the epoch of its steps, which the first training did not
+                state.epoch = state.global_step / self.schedule.epoch_steps
         elif looks:
             self._look(args, state, model, loader.collate_fn)
         elif self.rule.select:
@@ -157,7 +160,50 @@ class QualityCallback(PartCallback):
 
     def save_part(self, folder: Path) -> None:
         scored = None if self.data.scores is None else self.data.plan.scored_epoch
-        QualityState(self.looks, scored, self._digest, self.spent, self._draws(), self.notes).save(folder)
+        state = QualityState(self.looks, scored, self._digest, self.spent, self._draws(), self.notes, self._jumped)
+        state.save(folder)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        super().on_evaluate(args, state, control, **kwargs)
+        self._jump(args, state, control, kwargs)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        super().on_save(args, state, control, **kwargs)
+        self._jump(args, state, control, kwargs)  # EarlyStoppingCallback may come after this callback
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._jump(args, state, control, kwargs, epoch_ends=True)
+        super().on_epoch_end(args, state, control, **kwargs)
+
+    def _jump(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        kwargs: Mapping[str, Any],
+        *,
+        epoch_ends: bool = False,
+    ) -> None:
+        """Go on with the steps of the trusted rows where EarlyStoppingCallback ends those of the pool."""
+        at, first, data = state.global_step, self.schedule.trusted_step, self.data
+        if data.plan.trusted_from is None or not control.should_training_stop or at >= first:
+            return
+        evaluated = any(name.startswith("eval_") for log in state.log_history if log["step"] == at for name in log)
+        if not (evaluated and "EarlyStoppingCallback" in (state.stateful_callbacks or ())):
+            return
+        self._note(f"early stopping ended the steps on the pool at step {at}; those on trusted rows follow")
+        place = round(((state.epoch or 0) - data.epoch) * self.schedule.epoch_steps) * self.schedule.step_size
+        # Workers have read ahead, with a draw of their own.
+        epoch_ends |= args.dataloader_num_workers > 0 or place >= len(data)
+        data.plan = replace(data.plan, trusted_from=(data.epoch + 1, 0) if epoch_ends else (data.epoch, place))
+        if not epoch_ends:
+            data.begin_epoch(data.epoch, self.name)
+        control.should_training_stop, control.should_epoch_stop = False, epoch_ends
+        for _ in range(first - at):
+            kwargs["lr_scheduler"].step()
+        state.global_step, state.best_metric, self._jumped = first, None, True
 
     def end(self, state: TrainerState) -> None:
         if self.data.plan.trusted_from is None:
@@ -238,7 +284,7 @@ class QualityCallback(PartCallback):
 
     def _resume(self, saved: QualityState, scores_path: Path) -> None:
         self.looks, self._spent, self._digest = saved.looks, dict(saved.spent), saved.scores_sha256
-        self.notes = saved.notes
+        self.notes, self._jumped = saved.notes, saved.jumped
         if saved.scores_sha256 is None:
             return
         # If the run went on after this checkpoint, the first look's scores have another name.
@@ -281,7 +327,12 @@ class QualityCallback(PartCallback):
             task=self._task(args, model),
             rule=self.rule,
             rows=replace(rows, about={**about, **rows.about}),
-            compute=Compute(args.per_device_eval_batch_size, None if lookahead else half, progress=progress),
+            compute=Compute(
+                args.per_device_eval_batch_size,
+                None if lookahead else half,
+                workers=args.dataloader_num_workers,
+                progress=progress,
+            ),
             trusted=self._trusted(args),
             fraction=data.plan.fraction,
         )
