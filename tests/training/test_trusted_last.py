@@ -243,7 +243,10 @@ def test_early_stopping_jumps_to_the_trusted_rows(further: dict[str, Any], ours_
     if at < trainer.state.global_step:
         again, _, rest = early()
         again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{at}"))
-        assert rest.steps == {step: rows for step, rows in handed.steps.items() if step >= at}
+        # Its metric falls from the start again, so that it may stop later.
+        assert {step: rest.steps[step] for step in handed.steps if step >= at} == {
+            step: rows for step, rows in handed.steps.items() if step >= at
+        }
 
 
 class Head(TrainerCallback):
