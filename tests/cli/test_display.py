@@ -291,6 +291,8 @@ def test_scores_are_shown_with_what_to_do_next() -> None:
     scored = {"scores": "s.parquet", "rows": 90, "held_out": 10, "draw": "even", "dropped": {"duplicate": 3}}
     text = shown(show_scores, {**scored, "noise": {"evident": True, "rate": 0.2, "low": 0.1, "high": 0.3}})
     assert all(part in text for part in ("evenly", "3 (near-duplicate", "20.0%", "tsqlora select s.parquet"))
+    unbounded = {"evident": True, "rate": 0.2, "low": 0.0, "high": 1.0}
+    assert "about 20.0% are wrong\n" in shown(show_scores, {**scored, "noise": unbounded})
     softmax = {"draw": "softmax", "temperature": 2.0, "effective_sample_size": 41.2, "noise": None}
     assert "sample size 41" in shown(show_scores, {**scored, **softmax})
 

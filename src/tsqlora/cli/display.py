@@ -139,7 +139,8 @@ def show_scores(console: Console, result: Mapping[str, Any]) -> None:
 
 def _noise_line(noise: Mapping[str, Any]) -> str:
     if noise["evident"]:
-        return f"about {noise['rate']:.1%} are wrong ({noise['low']:.1%} to {noise['high']:.1%})"
+        bounds = f" ({noise['low']:.1%} to {noise['high']:.1%})" if noise["high"] < 1 else ""
+        return f"about {noise['rate']:.1%} are wrong{bounds}"
     return "no evidence of wrong ones"
 
 
@@ -206,7 +207,8 @@ def _shortened(text: str) -> str:
 def show_suspects(console: Console, look: Mapping[str, Any]) -> None:
     """The labels that a look doubts most, beside the truth."""
     noise, rows = look["noise"], look["suspects"]
-    evidence = f"{noise['rate']:.0%} ({noise['low']:.0%} to {noise['high']:.0%})" if noise["evident"] else "none"
+    bounds = f" ({noise['low']:.0%} to {noise['high']:.0%})" if noise["evident"] and noise["high"] < 1 else ""
+    evidence = f"{noise['rate']:.0%}{bounds}" if noise["evident"] else "none"
     table = Table(title="likely wrong labels, before any training", title_justify="left")
     for name in ("label", "predicted", "truth"):
         table.add_column(name, min_width=13, no_wrap=True)

@@ -191,6 +191,7 @@ def _scores(
     unseen = _unseen(started, task, own)
     predicting = logits if unseen is None else unseen
     if judgement is not None and predicting is not None:
+        predicting = predicting.copy()  # the terms are of the head that training begins with
         predicting[own] = judgement.logits
     scores = from_terms(
         _terms(columns, pool, logits, trusted_loss, rule, task),

@@ -57,9 +57,10 @@ def noise_notes(scores: Scores | None) -> list[str]:
         return []
     if not noise["evident"]:
         return ["there is no evidence of wrong labels, so none was left out"]
+    bounds = f" ({noise['low']:.0%} to {noise['high']:.0%})" if noise["high"] < 1 else ""
+    left_out = scores.left_out_as("confident negative").sum()
     return [
-        f"about {noise['rate']:.0%} of the labels seem wrong ({noise['low']:.0%} to {noise['high']:.0%}): "
-        f"{(~scores.kept).sum()} of {len(scores)} rows were left out"
+        f"about {noise['rate']:.0%} of the labels seem wrong{bounds}: {left_out} of {len(scores)} rows were left out"
     ]
 
 
@@ -119,5 +120,5 @@ def _noise(noise: Mapping[str, Any] | None) -> list[str]:
         return []
     if not noise["evident"]:
         return ["There is no evidence of wrong labels, which does not mean that there are none."]
-    bounds = f"between {noise['low']:.0%} and {noise['high']:.0%}"
-    return [f"About {noise['rate']:.0%} of the labels seem wrong, {bounds}; likely wrong ones are left out."]
+    bounds = f", between {noise['low']:.0%} and {noise['high']:.0%}" if noise["high"] < 1 else ""
+    return [f"About {noise['rate']:.0%} of the labels seem wrong{bounds}; likely wrong ones are left out."]

@@ -1,5 +1,6 @@
 """Every setting: its type, bounds, default and one line of description."""
 
+import copy
 import dataclasses
 import difflib
 from collections.abc import Mapping
@@ -272,10 +273,12 @@ class Config(Section):
         trained = bool(info.context and info.context.get("trained"))
         if not isinstance(values, dict):
             return values
-        values = {name: dict(section) if isinstance(section, dict) else section for name, section in values.items()}
+        values = copy.deepcopy(values)
         for key, removed in REMOVED_SETTINGS.items():
-            name, _, setting = key.partition(".")
-            section = values.get(name)
+            *sections, setting = key.split(".")
+            section: Any = values
+            for name in sections:
+                section = section.get(name) if isinstance(section, dict) else None
             if isinstance(section, dict) and section.pop(setting, removed.default) != removed.default and not trained:
                 raise SettingsError(f"{key} was removed: {removed.why}")
         return values
