@@ -531,7 +531,7 @@ HEADS = {
     "lora+head:quarter": "a quarter of the scale",
     "lora+head:slow": "a tenth of the rate",
 }
-"""What bench/headstart.py calls its choices of a head."""
+"""What bench/headstart.py of ec5d948 calls its choices of a head; `calibrated` is the fit at its training loss."""
 
 
 def head_choices(_: Results) -> pd.DataFrame:
