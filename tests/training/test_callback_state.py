@@ -92,7 +92,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     assert made.state.global_step == STEPS[request.param][-1]
     events = callback(made, tsq.RankCallback).events
     assert [event.reason for event in events[:2]] == ["start", "adjustment"]
-    assert sum(event.moved > 0 for event in events) > 1
+    assert any(event.moved for event in events)
     assert [look["epoch"] for look in callback(made, tsq.QualityCallback).looks] == [0, 2]
     return made
 

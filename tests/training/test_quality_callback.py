@@ -24,6 +24,7 @@ from scoring import assert_same, fingerprint, quality_by
 from stock import ROWS, VOCAB, base_bert, make_trainer, moods, slotted_bert
 from tsqlora.errors import SettingsError, UnsupportedError
 from tsqlora.quality.epochs import EpochPlan
+from tsqlora.quality.judge import Judgement
 from tsqlora.quality.scores import Scores
 from tsqlora.tasks.classification import Classification
 from tsqlora.training import quality_callback
@@ -173,21 +174,31 @@ def test_no_label_is_judged_where_the_rule_says_so(tmp_path: Path, monkeypatch: 
     assert scores.record.noise is None
 
 
-def test_labels_are_judged_once_before_the_first_step_and_later_looks_renew_q_only(tmp_path: Path) -> None:
-    rows = moods(120)
-    wrong = np.arange(len(rows)) % 8 == 3
-    data = [{**row, "labels": row["labels"] ^ int(bad)} for row, bad in zip(rows, wrong, strict=True)]
-    quality, _ = run(tmp_path, watch := Watch(), data=data, **BY_Q)
+def test_labels_are_judged_once_before_the_first_step_and_later_looks_renew_q_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong, judgements = np.arange(ROWS) % 8 == 3, []
+
+    def judge(_features: Any, labels: np.ndarray, width: int) -> Judgement:
+        p = np.where(wrong, 0.9, 0.0)
+        logits, p_true = np.zeros((ROWS, width), dtype=np.float32), np.full((ROWS, width), 0.5)
+        judgements.append(Judgement(logits, p_true, p, np.ones(ROWS, dtype=bool), True, None, 0.12, 0.1, 0.2))
+        return judgements[-1]
+
+    monkeypatch.setattr("tsqlora.quality.look.judge", judge)
+    quality, _ = run(tmp_path, watch := Watch(), **BY_Q)
+    assert (len(judgements), len(quality.looks)) == (1, 2)
     first, second = (Scores.load(tmp_path / name) for name in ("scores-1.parquet", "scores.parquet"))
     assert first.left_out_as("confident negative").tolist() == wrong.tolist()
-    assert first.record.noise["evident"]
     assert second.record.noise == first.record.noise
     assert np.array_equal(second.reason_codes, first.reason_codes)
+    assert "wrong_probability" in first.predictions
     for name, values in first.predictions.items():
         assert np.array_equal(second.predictions[name], values), name
     assert not np.array_equal(second.quality, first.quality)
     assert not any(wrong[rows].any() for rows in watch.drawn.values())
-    assert quality.summary()["notes"][-1].endswith(f"{wrong.sum()} of 120 rows were left out")
+    note = "about 12% of the labels seem wrong (10% to 20%): 8 of 64 rows were left out"
+    assert quality.summary()["notes"][-1] == note
 
 
 def test_a_resumed_run_draws_the_same_rows(by_q: Saved, tmp_path: Path) -> None:
@@ -424,7 +435,7 @@ def test_rows_of_other_lengths_that_come_one_at_a_time_need_no_padding(tmp_path:
         return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
 
     by_length = sorted(DATA, key=lambda row: len(row["input_ids"]))
-    further = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
+    further = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 8}
     quality, trainer = make(tmp_path, data=[by_length[-1], *by_length[:-1]], further=further)  # the first two differ
     trainer.data_collator = one
     trainer.train()
