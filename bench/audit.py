@@ -49,8 +49,9 @@ from sklearn.preprocessing import StandardScaler
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 from tsqlora.files import write_json
-from tsqlora.quality.audit import audit_of, audit_of_logits
+from tsqlora.quality.audit import audit_of, audit_of_judgement
 from tsqlora.quality.forward_pass import forward_pass
+from tsqlora.quality.judge import judge_logits
 from tsqlora.quality.rule import Compute
 from tsqlora.run.audit import BATCH_SIZE, ENCODER, TOKENS, audit_config, audited
 from tsqlora.run.config import Config
@@ -191,7 +192,7 @@ def deep(table: str, labels: np.ndarray) -> dict[str, Verdicts]:
         data = {"train": str(file), "validation": str(file), "max_length": TOKENS}
         job = load(Config.model_validate({"model": {"path": model}, "data": data}))
         logits = out_of_fold_logits(job.config, job.data, max_length=TOKENS)
-    result, order = audit_of_logits(logits, labels, frozen=False), np.arange(len(labels))
+    result, order = audit_of_judgement(judge_logits(logits, labels), labels), np.arange(len(labels))
     own = log_softmax(logits, axis=1)[order, labels]
     ours = Verdicts(
         np.empty(len(labels)), np.empty(len(labels)), np.isin(order, result.ids[: result.likely_wrong]), result.rate

@@ -243,7 +243,7 @@ def show_audit(console: Console, result: Mapping[str, Any]) -> None:
     head = f"{result['rows']:,} rows, {len(result['classes'])} classes, read by {result['model_name']}"
     say(console, [head, result["summary"]])
     table = Table(title="first suspects", title_justify="left", expand=True)
-    for name in ("row", "label", "suggested", "wrong"):
+    for name in ("row", "label", "suggested", *(["wrong"] if result["evident"] else [])):
         table.add_column(name, no_wrap=True, max_width=22)
     table.add_column("text", no_wrap=True, ratio=1)  # the others keep their width, and it has the rest
     for row in result["first"]:
@@ -251,7 +251,7 @@ def show_audit(console: Console, result: Mapping[str, Any]) -> None:
         table.add_row(
             str(row["row"]),
             *(Text(_shortened(str(row[name]))) for name in ("label", "suggested_label")),
-            f"{row['wrong_probability']:.0%}",
+            *([f"{row['wrong_probability']:.0%}"] if result["evident"] else []),
             Text(_shortened("/".join(text.split("/")[-2:]) if result["columns"].get("media") else text)),
         )
     console.print(table)

@@ -13,7 +13,7 @@ import numpy as np
 from tsqlora.compat.shapes import Bool, Float, Int
 from tsqlora.errors import DataError
 from tsqlora.quality.duplicates import labels_of_nearest
-from tsqlora.quality.label_noise import LabelNoise, Labels, Logits, label_noise
+from tsqlora.quality.label_noise import Labels, Logits, label_noise
 from tsqlora.quality.linear_head import FOLDS, out_of_fold_logits
 from tsqlora.quality.ridge import fit_temperature
 from tsqlora.quality.transitions import blind_transitions, fit_transitions, true_class
@@ -24,6 +24,8 @@ DOUBT = 0.2
 loss of a correct one."""
 FEWEST = 5
 """Rows that a class needs to be judged: with fewer, the other rows do not define the class, and all look wrong."""
+SOME_BLIND = 1e-3
+"""Least share of blind labels: without evidence it orders the rows, and their other classes."""
 SHARED = 0.5
 """Most of the likely wrong labels that the nearest row may share. A wrong label stands alone: 0 to 46 % share theirs
 where labels were set wrong, 52 to 100 % where a linear head cannot fit correct ones."""
@@ -35,23 +37,27 @@ ROWS_AT_ONCE = 16_384
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Judgement:
-    """What the judge says of each label.  Unless wrong labels are `evident`, only the order of the rows is informative."""
+    """What the judge says of each label.
+
+    Unless wrong labels are `evident`, only the order of the rows is informative.
+    """
 
     logits: Logits
     """Out of fold and calibrated."""
     p_true: Float[np.ndarray, "n k"]
     """Probability of each class to be the true one, given the label."""
     p_wrong: Float[np.ndarray, " n"]
-    """Probability that the label is wrong; the rate for labels that are not judged."""
+    """Probability that the label is wrong; for labels that are not judged the mean of the others, at most DOUBT."""
     judged: Bool[np.ndarray, " n"]
     """Labels of classes with FEWEST rows or more."""
     evident: bool
     why_not: str | None
     """Why there is no evidence of wrong labels; None if there is."""
     rate: float
-    """Share of wrong labels; each bound holds for 95 of 100 tables. Without evidence there are none: (0, 0, 1)."""
+    """Share of wrong labels; 0 without evidence."""
     low: float
     high: float
+    """Each bound holds for 95 of 100 tables. 0 and 1, which are none, where labels are not evidently drawn blindly."""
 
     @property
     def left_out(self) -> Bool[np.ndarray, " n"]:
@@ -107,14 +113,14 @@ def judge_logits(
     fitted = fit_transitions(noise, logits[some], labels[some])
     # At the lower bound of the rate: hard rows pass for wrong ones before wrong ones pass for hard.
     careful = replace(noise, blind=noise.blind * (noise.low / noise.rate if noise.rate else 0.0))
-    model, matrix = (careful, blind_transitions(careful)) if fitted is None else fitted
+    model, matrix = (careful, blind_transitions(careful, SOME_BLIND)) if fitted is None else fitted
     p_true = model.class_probabilities(logits)
     for start in range(0, len(places), ROWS_AT_ONCE):
         part = places[start : start + ROWS_AT_ONCE]
         p_true[part] = true_class(p_true[part], labels[part], matrix)
     p_wrong = (1 - p_true[np.arange(len(labels)), labels]).clip(0, 1)
     rate = noise.rate if fitted is None else float(p_wrong[judged].mean())
-    p_wrong[~judged] = rate
+    p_wrong[~judged] = min(float(p_wrong[judged].mean()), DOUBT)
     why_not = None
     if not noise.evident and fitted is None:
         why_not = "rows contradict their labels no more surely than hard rows do"
@@ -123,14 +129,16 @@ def judge_logits(
         if _shared(p_wrong, judged, labels, partial(labels_of_nearest, features, labels, groups)) > SHARED:
             why_not = "rows that contradict their labels are like others of the same label: they are hard, not wrong"
     evident, low, high = why_not is None, 0.0, 1.0
-    if evident:
+    if evident and noise.evident:
         # The bounds are of labels drawn blindly, and scale with the rate.
-        ratio = rate / noise.rate if noise.rate else 0.0
-        low, high = min(noise.low * ratio, rate), max(noise.high * ratio, rate)
-    return Judgement(logits, p_true, p_wrong, judged, evident, why_not, rate if evident else 0.0, low, min(high, 1.0))
+        ratio = rate / noise.rate
+        low, high = min(noise.low * ratio, rate), min(max(noise.high * ratio, rate), 1.0)
+    return Judgement(logits, p_true, p_wrong, judged, evident, why_not, rate if evident else 0.0, low, high)
 
 
-def _shared(p_wrong: Float[np.ndarray, " n"], judged: Bool[np.ndarray, " n"], labels: Labels, nearest: partial) -> float:
+def _shared(
+    p_wrong: Float[np.ndarray, " n"], judged: Bool[np.ndarray, " n"], labels: Labels, nearest: partial
+) -> float:
     """Return the share of the likely wrong labels that are also those of the nearest rows; 0 without any."""
     likely = np.flatnonzero((p_wrong > 0.5) & judged)
     if not len(likely):

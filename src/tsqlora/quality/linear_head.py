@@ -23,6 +23,8 @@ Kind = Literal["classes", "labels", "numbers"]
 
 STRENGTHS = np.geomspace(1e-2, 1e5, 8)
 """Candidates for sklearn's C, on features of mean square norm 1; weaker penalties as long as the loss falls."""
+ENOUGH = 0.99
+"""Try a weaker penalty only while the out-of-fold loss falls by more than 1 %."""
 FOLDS = 3
 ROWS_TO_CHOOSE = 5_000
 """Choose the strength of a head on at most this many rows."""
@@ -45,9 +47,6 @@ class LinearHead:
     def logits(self, features: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n k"]:
         return features.astype(np.float64) @ self.weight.T + self.bias
 
-    def scaled(self, by: float) -> "LinearHead":
-        return LinearHead(self.weight * by, self.bias * by)
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeadFit:
@@ -57,6 +56,8 @@ class HeadFit:
     strength: float
     rows: Int[np.ndarray, " m"]
     """The rows that chose the strength, at most 5,000."""
+    targets: Shaped[np.ndarray, "m *k"]
+    """Of those rows."""
     losses: Float[np.ndarray, " m"]
     """Out-of-fold losses of those rows."""
     middle: float = 0.0
@@ -104,7 +105,7 @@ def fit_head(
         losses, strength, heads, _ = _out_of_fold(fit, features[some], targets[some], kind, own, rng)
         head = fit(features, targets, strength, start=_mean(heads))
     head = LinearHead(head.weight / unit, head.bias - head.weight @ centre / unit)
-    return HeadFit(head, strength, some, losses, middle)
+    return HeadFit(head, strength, some, targets[some], losses, middle)
 
 
 def out_of_fold_logits(
@@ -179,7 +180,7 @@ def _out_of_fold(
         heads = [fit(features[t], labels[t], strength, start=s) for (t, _), s in zip(folds, starts, strict=True)]
         for head, (_, test) in zip(heads, folds, strict=True):
             losses[test] = row_losses(head.logits(features[test]), labels[test], kind)
-        if best is not None and losses.mean() > best[0].mean():
+        if best is not None and losses.mean() > ENOUGH * best[0].mean():
             break  # the loss has one minimum, and weaker penalties take longer to fit
         best = losses, strength, heads
     assert best is not None
@@ -255,5 +256,6 @@ def _logistic(
     with warnings.catch_warnings():
         # Out-of-fold losses also judge a fit that did not converge.
         warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.filterwarnings("ignore", "The number of unique classes")
         model.fit(features, labels, sample_weight=shares)
     return model.coef_, np.asarray(model.intercept_) if intercept else np.zeros(len(model.coef_))

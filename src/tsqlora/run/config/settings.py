@@ -126,14 +126,8 @@ class QualitySettings(Section):
         "Weights of the terms of Q; without any, rows are drawn evenly, text with trusted rows by density_ratio.",
     )
     temperature: float | None = setting(None, "Temperature of the softmax over Q, small is choosy; null is 1.", gt=0)
-    gate: Literal["share", "surest"] | None = setting(
-        None, "Leave out rows that a model of the trusted rows alone contradicts; null leaves out none."
-    )
-    trusted_last: bool | None = setting(
-        None, "Train on trusted rows last; false mixes them in; null mixes in texts, and rows that agree with the pool."
-    )
     head_start: bool = setting(True, "Fit a new head before the first step.")
-    look_again: bool = setting(True, "Look at all rows again after a third of the steps.")
+    look_again: bool = setting(True, "Measure Q again after a third of the steps.")
     resample: bool = setting(True, "Sample fresh rows each epoch; false repeats the first draw.")
 
     def resolved_weights(self) -> dict[str, float] | None:
