@@ -117,7 +117,7 @@ def run(case: Case, draw: int) -> dict[str, Any]:
         "low": judgement.low,
         "high": judgement.high,
         "left_out": float(left_out.mean()),
-        "precision": hits / int(left_out.sum()) if left_out.any() else None,
+        "precision": hits / int(left_out.sum()) if wrong.any() and left_out.any() else None,
         "recall": hits / int(wrong.sum()) if wrong.any() else None,
         "processor_seconds": round(seconds, 2),
         "commit": commit(),
@@ -125,9 +125,10 @@ def run(case: Case, draw: int) -> dict[str, Any]:
 
 
 def cells(part: str) -> Iterator[tuple[str, Case, int]]:
-    for case in CASES[part]:
-        for draw in range(case.draws):
-            yield f"{part}/{case.table}/{case.noise}/{draw}", case, draw
+    for draw in range(max(case.draws for case in CASES[part])):  # the first of each case first
+        for case in CASES[part]:
+            if draw < case.draws:
+                yield f"{part}/{case.table}/{case.noise}/{draw}", case, draw
 
 
 def main() -> None:
