@@ -134,10 +134,8 @@ def judge_logits(
         if _shared(p_wrong, judged, labels, partial(labels_of_nearest, features, labels, groups)) > SHARED:
             why_not = "rows that contradict their labels are like others of the same label: they are hard, not wrong"
     evident, low, high = why_not is None, 0.0, 1.0
-    if evident and noise.evident:
-        # The bounds are of labels drawn blindly, and scale with the rate.
-        ratio = rate / noise.rate
-        low, high = min(noise.low * ratio, rate), min(max(noise.high * ratio, rate), 1.0)
+    if evident and fitted is None:
+        low, high = noise.low, noise.high  # of labels drawn blindly: transitions have none
     return Judgement(logits, p_true, p_wrong, judged, evident, why_not, rate if evident else 0.0, low, high)
 
 
