@@ -56,7 +56,7 @@ def noise_notes(scores: Scores | None) -> list[str]:
     if scores is None or noise is None:
         return []
     if not noise["evident"]:
-        return ["there is no evidence of wrong labels, so none was left out"]
+        return ["there is no evidence of wrong labels: all rows were drawn from"]
     bounds = f" ({noise['low']:.0%} to {noise['high']:.0%})" if noise["high"] < 1 else ""
     left_out = scores.left_out_as("confident negative").sum()
     return [
